@@ -1,7 +1,7 @@
-"""Session fixtures of the real servers and the real model that tests use, and of an empty database to copy. A server
-starts on first use and ends with the session.
+"""Session fixtures: real servers, a real model, and an empty database to copy.
 
-Where one can't be had, the tests that ask for it are skipped and counted at the end; under CI=true they fail.
+A server starts on first use and ends with the session. If it is not available, the tests that need it are skipped and
+counted at the end; under CI=true they fail.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tests.services.redis import redis_server
 from tests.services.s3 import s3_server
 
 NEEDS = "needs "
-"""How the reason of such a skip begins."""
+"""The start of the reason of such a skip."""
 NewDatabase = Callable[[], AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite file with every table and no row, to copy."""
+    """Create a SQLite file with every table and no rows, to copy."""
     path = tmp_path_factory.mktemp("migrated") / "lorry.db"
     database = Database(f"sqlite:///{path}")
     database.migrate()
@@ -46,21 +46,21 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """A PostgreSQL server for this session: postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
+    """Start a PostgreSQL server for the session: postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
     with _or_skip("PostgreSQL"), postgres_server() as url:
         yield url
 
 
 @pytest.fixture
 def new_postgres_url(postgres_url: str) -> Iterator[str]:
-    """An empty database on that server, for one test."""
+    """Create an empty database on that server for one test."""
     with empty_database(postgres_url, f"test_{secrets.token_hex(6)}") as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def postgres_template(postgres_url: str) -> Iterator[str]:
-    """The name of a database on that server with every table and no row, to copy."""
+    """Create a database on that server with every table and no rows, to copy. Yields its name."""
     with empty_database(postgres_url, "migrated") as url:
         database = Database(url)
         database.migrate()
@@ -70,48 +70,48 @@ def postgres_template(postgres_url: str) -> Iterator[str]:
 
 @pytest.fixture
 def migrated_postgres_url(postgres_url: str, postgres_template: str) -> Iterator[str]:
-    """A database with every table and no row, for one test."""
+    """Create a database with every table and no rows for one test."""
     with empty_database(postgres_url, f"test_{secrets.token_hex(6)}", template=postgres_template) as url:
         yield url
 
 
 @pytest.fixture
 def next_migration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """This process has one migration more than the code: the folder of its scripts, whose newest is NEXT."""
+    """Give this process one migration more than the code has. Returns the folder of the scripts; the newest is NEXT."""
     return install(tmp_path_factory.mktemp("next") / "scripts", monkeypatch)
 
 
 @pytest.fixture
 def service_database(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Services that the test starts as processes have the database that the tests are to run on."""
+    """Run the services that the test starts as processes on the database of this test run."""
     with _service_database(request):
         yield
 
 
 @pytest.fixture(scope="module")
 def module_database(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The same for all tests of a module together."""
+    """Run the services that the tests of a module start on one database of this test run."""
     with _service_database(request):
         yield
 
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    """A Redis server for this session: redis://127.0.0.1:PORT/0."""
+    """Start a Redis server for the session: redis://127.0.0.1:PORT/0."""
     with _or_skip("Redis"), redis_server() as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """An S3 server for this session: http://127.0.0.1:PORT. Make a bucket with tests.services.s3.new_bucket."""
+    """Start an S3 server for the session: http://127.0.0.1:PORT. tests.services.s3.new_bucket creates a bucket."""
     with _or_skip("S3 server"), s3_server() as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="session")
 def chromium_path() -> Path:
-    """The program of a Chromium on this machine."""
+    """Return the program of a Chromium on this machine."""
     with _or_skip("Chromium"):
         return chromium_program()
     raise AssertionError("unreachable")
@@ -119,23 +119,25 @@ def chromium_path() -> Path:
 
 @pytest.fixture(scope="session")
 def real_gguf() -> Path:
-    """The GGUF file of a real language model, SmolLM2-135M-Instruct."""
+    """Return the GGUF file of a real language model, SmolLM2-135M-Instruct."""
     with _or_skip("real base model"):
         return real_model()
     raise AssertionError("unreachable")
 
 
 def pytest_configure() -> None:
-    """Statements are shared; and a shell that starts tests in the background has them ignore Ctrl-C, and so would the
-    programs that they start."""
+    """Share compiled statements between tests, and restore Ctrl-C.
+
+    A shell that starts the tests in the background makes them ignore SIGINT, and the programs that they start as well.
+    """
     statements.share()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before those that `-m` deselects are left out
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects tests by `-m`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`slow_repetitions`: the first case of a parametrized test is fast, and its other cases are slow."""
+    """Mark the cases of a `slow_repetitions` test as slow, except the first one."""
     seen: set[str] = set()
     for item in items:
         if item.get_closest_marker("slow_repetitions"):
@@ -147,7 +149,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported stays: to look for garbage among it takes half of the time in which tests are collected."""
+    """Disable garbage collection while tests are collected.
+
+    Scanning the imported modules for garbage would take half of the time. They stay in memory anyway, so they are
+    frozen.
+    """
     gc.disable()
     try:
         return (yield)
@@ -157,11 +163,11 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Count the tests that were skipped for want of a server."""
+    """Count the tests that were skipped because a server is missing."""
     reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", []) if report.longrepr]
     missing = Counter(str(reason).removeprefix("Skipped: ") for reason in reasons if NEEDS in str(reason))
     if missing:
-        terminalreporter.section("skipped for want of a server")
+        terminalreporter.section("skipped without a server")
         for reason, number in missing.most_common():
             terminalreporter.line(f"{number} tests: {reason}")
 

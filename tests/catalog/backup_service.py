@@ -1,4 +1,4 @@
-"""A world whose files are in a store and whose backups are in a folder, for tests of backup and restore."""
+"""A test service with an artifact store and a backup folder, for tests of backup and restore."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.catalog.world import World, manifest, sha
 
 
 class Service:
-    """A world whose artifacts are in a store, as workers leave them: files first, then the row."""
+    """A world whose artifacts are stored as workers store them: first the files, then the database row."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world, self.folder = world, folder
@@ -40,7 +40,7 @@ class Service:
         return self.world.running()
 
     def finish(self, claim: claiming.Claim, content: str) -> str:
-        """The adapter's name."""
+        """Complete the job and return the name of its adapter."""
         self.put(f"curves of {claim.claim_id}")
         self.put_artifact(content)
         return self.world.complete(claim.claim_id, content).name
@@ -49,7 +49,7 @@ class Service:
         adapters.delete(self.world.db, project_id=self.world.caller.project_id, name=name)
 
     def age(self) -> None:
-        """What lies in the store by now may be cleaned away, once nothing names it."""
+        """Age all stored files beyond the grace period, so that cleanup may delete unreferenced ones."""
         later = self.store.clock() - 2 * GRACE_SECONDS
         for path in (self.folder / "store").rglob("*"):
             if path.is_file():

@@ -1,7 +1,7 @@
-"""`db` is a freshly migrated database with a clock that tests turn.
+"""Fixtures of the catalog tests. `db` is a freshly migrated database with a clock that tests control.
 
-It is SQLite, or PostgreSQL under `make test-postgres`. Tests marked `both_databases` run on each: their property is one
-of the database, such as locks, triggers and migrations.
+The database is SQLite, or PostgreSQL under `make test-postgres`. Tests marked `both_databases` run on both, because
+they test database features such as locks, triggers and migrations.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.conftest import NEEDS
 from tests.services.postgres import ON_POSTGRESQL, empty_database
 
 settings.register_profile("lorry", deadline=None)
-settings.load_profile("lorry")  # a deadline would be an assertion on elapsed time
+settings.load_profile("lorry")  # a deadline would make tests depend on elapsed time
 
 
 @pytest.fixture(scope="session")
 def shared_postgres_url(postgres_url: str) -> Iterator[str]:
-    """A database that each test leaves empty."""
+    """Yield the URL of a database that every test leaves empty."""
     with empty_database(postgres_url, "catalog") as url:
         database = Database(url)
         database.migrate()
@@ -42,7 +42,7 @@ def shared_postgres_url(postgres_url: str) -> Iterator[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that names its database itself, by a parametrization of the fixture, keeps it."""
+    """Parametrize the database fixtures of a test, unless it parametrizes them itself."""
     named = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
     usual = ["postgresql" if ON_POSTGRESQL else "sqlite"]
     kinds = ["sqlite", "postgresql"] if metafunc.definition.get_closest_marker("both_databases") else usual
@@ -68,7 +68,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 @pytest.fixture
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Of a database without a table; of SQLite, one that isn't there yet."""
+    """Return the URL of a database without tables. The file of a SQLite database does not exist yet."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'new folder' / 'lorry.db'}"
     return request.getfixturevalue("new_postgres_url")
@@ -76,7 +76,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def older_url(empty_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of a database whose tables are older than this process's code, by the migration of tests/next_migration.py."""
+    """Return the URL of a database whose tables lack the latest migration, the one of tests/next_migration.py."""
     database = Database(empty_url)
     database.migrate()
     database.close()
@@ -116,7 +116,7 @@ def service(world: World, tmp_path: Path) -> Service:
 
 @pytest.fixture
 def elsewhere(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Settings]:
-    """Another machine: nothing is there."""
+    """Yield the settings of another machine, whose data folder and database are empty."""
     folder = tmp_path / "elsewhere"
     if world.db.is_sqlite:
         yield Settings(data_dir=folder, database_url=None, store_url=None)

@@ -11,12 +11,12 @@ from catalog.db.database import Database
 
 THREADS = 4
 COUNTER = 2
-"""Id of the row of `pulse` whose `seen_at` counts the transactions."""
+"""Id of the `pulse` row whose `seen_at` counts the transactions."""
 WORK = text(
     "with recursive numbers(n) as (select 1 union all select n + 1 from numbers where n < 200000) "
     "select count(*) from numbers"
 )
-"""Some milliseconds of a processor."""
+"""A query that takes a few milliseconds of processor time."""
 ADD = text(f"update pulse set seen_at = seen_at + 1 where id = {COUNTER}")
 
 

@@ -1,4 +1,4 @@
-"""A test's webhook endpoint, and short ways to what is sent to it."""
+"""A webhook endpoint for tests, with helpers for its deliveries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BAD = DeliveryResult(started_at=1.0, seconds=0.1, status_code=503, reply="busy")
 
 
 class Hooks:
-    """The endpoint of a test, and short ways to what it is about."""
+    """The endpoint of a test and its deliveries."""
 
     def __init__(self, world: World, *event_types: EventType) -> None:
         self.world, self.db = world, world.db
@@ -40,14 +40,14 @@ class Hooks:
         commands.cancel(self.db, **self.world.of(job.id))
         return job.id
 
-    def all(self, **asked: Any) -> list[WebhookDelivery]:
-        return delivery_log.list_page(self.db, **self.ident, limit=100, **asked).items
+    def all(self, **filters: Any) -> list[WebhookDelivery]:
+        return delivery_log.list_page(self.db, **self.ident, limit=100, **filters).items
 
     def endpoint(self) -> WebhookEndpoint:
         return endpoints.get(self.db, **self.ident)
 
     def fail_until_it_ends(self, outcome: DeliveryResult = BAD) -> list[str]:
-        """The message's id at each try, with the clock turned on to the next one each time."""
+        """Attempt all deliveries until none is due, advancing the clock. Returns the message id of each attempt."""
         tried: list[str] = []
         while any(row.next_try_at for row in self.all()):
             self.world.clock.now = max(self.world.clock.now, *(row.next_try_at or 0.0 for row in self.all()))

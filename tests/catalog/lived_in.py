@@ -1,4 +1,4 @@
-"""A database that was used for years, as tests of what its statements cost need one."""
+"""A database with years of history, for tests of the cost of statements."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import PEPPER, World, manifest, sha
 
 FAR = 10_000
-"""Beyond the places in the chain that the test itself comes to."""
+"""An offset beyond the chain positions that a test reaches."""
 MANY = 2000
-"""Jobs that ended long ago, in the test's database: enough for PostgreSQL to choose as it does among a million."""
+"""Number of jobs that ended long ago: enough for PostgreSQL to choose the plans that it chooses for a million."""
 Changes = Callable[[str], dict[str, Any]]
 COPIED: dict[type[Table], Changes] = {
     ApiKey: lambda n: {"id": f"key-{n}", "digest": f"hmac {n}", "revoked_at": 1.0},
@@ -77,12 +77,12 @@ COPIED: dict[type[Table], Changes] = {
     WebhookDelivery: lambda n: {"id": f"delivery-{n}"},
     WebhookTry: lambda n: {"delivery_id": f"delivery-{n}"},
 }
-"""What differs in the copies of one row of each table that grows."""
+"""The columns that differ in the copies of one row, for each table that grows."""
 GROWING = {table.__tablename__ for table in COPIED}
 
 
 def lived_in(world: World) -> dict[str, str]:
-    """A database with many jobs that ended, one that runs and two that wait. Ids of what is asked for."""
+    """Fill the database with many ended jobs, one running and four queued. Returns the ids that the tests query."""
     world.worker(integrations=("tensorboard",))
     world.worker("w2")
     _search(world)
@@ -132,7 +132,7 @@ def lived_in(world: World) -> dict[str, str]:
 
 
 def _search(world: World) -> None:
-    """A sweep that has ended."""
+    """Add a sweep that has ended."""
     sweep_id, trials = _sweep(world)
     for claim in trials:
         claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
@@ -144,7 +144,7 @@ def _search(world: World) -> None:
 
 
 def _sweep(world: World) -> tuple[str, list[Claim]]:
-    """Of two trials that train, and have come to a rung."""
+    """Create a sweep of two trials that train and have reached a rung. Returns its id and the claims."""
     search = {"type": "asha", "trials": 2, "min_steps": 1}
     body = {"model": "smol", "training_file": world.file_id, "validation_file": world.file_id, "search": search}
     request = SweepRequest.model_validate({**body, "parameters": {"lora.rank": {"min": 1, "max": 8}}})
@@ -183,11 +183,11 @@ def _newest_delivery(world: World, hook: str) -> str:
 
 
 def add_parts(world: World, upload_id: str | None = None) -> str:
-    """One part of an upload, which is begun where none is named; the upload's id."""
+    """Add a part to an upload, which is created if none is named. Returns the upload's id."""
     owner, settings = world.caller.project_id, Settings()
     if upload_id is None:
-        told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "lifetime_seconds": None}
-        begun = multipart_uploads.create(world.db, project_id=owner, num_bytes=9, **told, settings=settings)
+        fields: dict[str, Any] = {"purpose": "user_data", "filename": "a", "lifetime_seconds": None}
+        begun = multipart_uploads.create(world.db, project_id=owner, num_bytes=9, **fields, settings=settings)
         upload_id = begun.upload.id
     content = Blob(digest=sha(f"part at {world.clock.now}"), num_bytes=9)
     multipart_uploads.record_part(world.db, project_id=owner, upload_id=upload_id, content=content, settings=settings)
@@ -198,11 +198,11 @@ def _fill(db: Database) -> None:
     with db.write() as session:
         connection = session.connection()
         for table, changes in COPIED.items():
-            columns = [column for column in table.__table__.columns if column.name != "seq"]  # numbered by itself
+            columns = [column for column in table.__table__.columns if column.name != "seq"]  # assigned by the database
             one = connection.execute(select(*columns)).mappings().first()
             assert one is not None, table
             connection.execute(insert(table), [{**one, **changes(f"{number:05}")} for number in range(MANY)])
-    if not db.is_sqlite:  # which nobody has analyzed in use either
+    if not db.is_sqlite:  # a SQLite database in use has no statistics either
         with db.engine.connect() as connection:
             connection.exec_driver_sql("analyze")
             connection.commit()

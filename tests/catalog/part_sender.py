@@ -25,7 +25,7 @@ WHOLE = ONE + TWO + THREE
 
 
 class Sender:
-    """What a client does, with the project's key or a stranger's."""
+    """An upload client with the key of the project or of another project."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world, self.folder = world, folder
@@ -35,10 +35,10 @@ class Sender:
         self.spool = folder / "spool"
 
     def begin(self, num_bytes: int = len(WHOLE), **given: Any) -> str:
-        told: dict[str, Any] = {"purpose": "fine-tune", "filename": "a.jsonl", "lifetime_seconds": None, **given}
+        fields: dict[str, Any] = {"purpose": "fine-tune", "filename": "a.jsonl", "lifetime_seconds": None, **given}
         settings = self.settings
         view = multipart_uploads.create(
-            self.world.db, project_id=self.project_id, num_bytes=num_bytes, settings=settings, **told
+            self.world.db, project_id=self.project_id, num_bytes=num_bytes, settings=settings, **fields
         )
         assert view.status == "pending"
         return view.upload.id
@@ -81,6 +81,6 @@ class Sender:
         return b"".join(self.store.open_blob(file.digest))
 
     def made(self) -> list[File]:
-        """Files beside the world's own."""
+        """Return the created files, without the file of the world."""
         listed = files.list_page(self.world.db, project_id=self.world.caller.project_id).items
         return [file for file in listed if file.id != self.world.file_id]

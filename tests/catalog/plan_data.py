@@ -1,4 +1,4 @@
-"""What preparation would have found in a plan's files."""
+"""Data reports as preparation makes them for the files of a plan."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def plan(world: World, **fields: Any) -> Plan:
 
 
 def ready(world: World, **fields: Any) -> Plan:
-    """A plan whose files were prepared before it was asked for."""
+    """Return a plan whose files were prepared before the plan was created."""
     first = plan(world, **fields)
     know(world, first)
     return plan(world, **fields)
 
 
 def know(world: World, row: Plan, *, overlap: tuple[int, int] = (0, 100), **found: Any) -> None:
-    """Its files are prepared, and found: so or so."""
+    """Store reports for the files of a plan, as if they had been prepared."""
     for key in (row.train_prepared, row.valid_prepared):
         if key is not None:
             put(world, key, REPORT | found)

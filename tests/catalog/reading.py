@@ -1,4 +1,4 @@
-"""How much a database reads for what is asked of it: a number that does not depend on how fast the machine is."""
+"""Measures of how much a database reads for a statement, independent of the speed of the machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from sqlalchemy import event
 from catalog.db.database import Database
 
 STEPS_A_ROW = 5
-"""Of SQLite's machine, at the least."""
+"""The minimum number of steps of SQLite's virtual machine per row."""
 
 
 def rows_read(db: Database, act: Callable[[], object]) -> int:
-    """Of jobs, at most. PostgreSQL: those that its scans give or leave out. SQLite: as many as its steps allow."""
+    """Return an upper bound of the rows of `jobs` that are read.
+
+    PostgreSQL: the rows that its scans return or discard. SQLite: derived from the steps of its virtual machine.
+    """
     with db.engine.begin() as connection:
         connection.exec_driver_sql("analyze jobs")
     if not db.is_sqlite:
@@ -29,36 +32,36 @@ def rows_read(db: Database, act: Callable[[], object]) -> int:
     event.listen(db.engine, "before_cursor_execute", count_steps)
     act()
     event.remove(db.engine, "before_cursor_execute", count_steps)
-    db.engine.dispose()  # with its handlers
+    db.engine.dispose()  # closes the connections with their progress handlers
     return next(steps) // STEPS_A_ROW
 
 
 def rows_scanned(db: Database, act: Callable[[], object]) -> int:
-    """The same on PostgreSQL, by what it knows of the table as it is."""
-    asked = statements_of(db, act)
-    return sum(_rows_scanned(db, statement, values) for statement, values in asked)
+    """Return the rows of `jobs` that PostgreSQL scans, with the statistics that the table has now."""
+    statements = statements_of(db, act)
+    return sum(_rows_scanned(db, statement, values) for statement, values in statements)
 
 
 def statements_of(db: Database, act: Callable[[], object]) -> list[tuple[str, Any]]:
-    """What is asked meanwhile, with its values."""
-    asked: list[tuple[str, Any]] = []
+    """Return the statements that `act` executes, with their values."""
+    statements: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
-        asked.append((statement, values))
+        statements.append((statement, values))
 
     event.listen(db.engine, "before_cursor_execute", note)
     act()
     event.remove(db.engine, "before_cursor_execute", note)
-    return asked
+    return statements
 
 
 def _rows_scanned(db: Database, statement: str, values: Any) -> int:
     if "FROM jobs" not in statement or not statement.lstrip().startswith(("SELECT", "WITH")):
         return 0
     with db.engine.connect() as connection:
-        told = connection.exec_driver_sql(f"explain (analyze, format json) {statement}", values).scalar_one()
+        explained = connection.exec_driver_sql(f"explain (analyze, format json) {statement}", values).scalar_one()
         connection.rollback()
-    plan = (told if isinstance(told, list) else json.loads(told))[0]["Plan"]
+    plan = (explained if isinstance(explained, list) else json.loads(explained))[0]["Plan"]
     return int(sum(_rows_of_scans(plan)))
 
 

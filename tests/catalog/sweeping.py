@@ -1,4 +1,4 @@
-"""Short ways to sweeps on record: made, trained, measured and looked at."""
+"""Helpers that create, train, measure and read sweeps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from catalog.tables.sweeps import Sweep
 from tests.catalog.world import World, sha
 
 ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-"""Of what no statement decides: both take the ways that the others go."""
+"""For tests whose result does not depend on the database."""
 FOUR = {"lora.rank": {"values": [2, 4, 8, 16]}}
 
 
-def asked(world: World, **fields: Any) -> SweepRequest:
+def sweep_request(world: World, **fields: Any) -> SweepRequest:
     usual = {"model": "smol", "training_file": world.file_id, "validation_file": world.file_id, "parameters": FOUR}
     return SweepRequest.model_validate({**usual, "search": {"type": "grid"}, **fields})
 
 
 def make(world: World, **fields: Any) -> str:
-    return send(world, asked(world, **fields)).id
+    return send(world, sweep_request(world, **fields)).id
 
 
 def send(world: World, request: SweepRequest, **given: Any) -> Sweep:
@@ -35,7 +35,7 @@ def send(world: World, request: SweepRequest, **given: Any) -> Sweep:
 
 
 def add(world: World, sweep_id: str, rank: int, **given: Any) -> int:
-    """A trial of the client's own choice; its number."""
+    """Add a trial with the client's own parameters. Returns its number."""
     parameters = {"lora.rank": rank}
     trial, job = creation.add_trial(world.db, caller=world.caller, sweep_id=sweep_id, parameters=parameters, **given)
     assert job.spec["lora"]["rank"] == rank
@@ -43,7 +43,7 @@ def add(world: World, sweep_id: str, rank: int, **given: Any) -> int:
 
 
 def advance(world: World) -> int:
-    """Until nothing is to be done. Returns in how many steps."""
+    """Advance the controller until nothing is left to do. Returns the number of steps."""
     steps = 0
     while controller.advance(world.db):
         steps += 1
@@ -64,7 +64,7 @@ def board(world: World, sweep_id: str, **page: Any) -> list[queries.TrialView]:
 
 
 def train(world: World, num_steps: int = 10) -> dict[int, Claim]:
-    """All trials that wait are claimed; by number."""
+    """Claim all waiting trials. Returns the claims by trial number."""
     world.worker()
     world.prepare_all(num_steps=num_steps)
     claimed = world.claim()

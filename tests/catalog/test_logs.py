@@ -1,4 +1,4 @@
-"""What looks like a secret does not leave the process by its log."""
+"""Logs redact everything that looks like a secret."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from catalog.logs import Redacted, configure, redact, redact_handlers
         ("redis://:canary-9@cache:6379/0 does not answer", "canary-9"),
     ],
 )
-def test_secrets_are_taken_out(text: str, canary: str) -> None:
+def test_secrets_are_redacted(text: str, canary: str) -> None:
     assert canary not in redact(text)
 
 
-def test_a_traceback_is_redacted_too() -> None:
+def test_tracebacks_are_redacted() -> None:
     try:
         raise ValueError("token=canary-123456")
     except ValueError:
@@ -42,7 +42,7 @@ def test_a_traceback_is_redacted_too() -> None:
     assert "canary-123456" not in shown
 
 
-def test_handlers_that_a_library_set_up_are_redacted_in_their_own_form() -> None:
+def test_existing_handlers_keep_their_format_and_are_redacted() -> None:
     out = io.StringIO()
     logger = logging.Logger("celery")
     logger.addHandler(logging.StreamHandler(out))
@@ -54,7 +54,7 @@ def test_handlers_that_a_library_set_up_are_redacted_in_their_own_form() -> None
     assert out.getvalue() == "[WARNING] token=…\n"
 
 
-def test_no_address_that_is_asked_gets_into_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+def test_outgoing_request_urls_are_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before = root.level, root.handlers
     answering = httpx.MockTransport(lambda _: httpx.Response(204))
@@ -67,12 +67,12 @@ def test_no_address_that_is_asked_gets_into_the_log(capfd: pytest.CaptureFixture
         root.setLevel(before[0])
         root.handlers = before[1]
 
-    told = capfd.readouterr().err
-    assert "the log is open" in told
-    assert "canary-123456" not in told
+    logged = capfd.readouterr().err
+    assert "the log is open" in logged
+    assert "canary-123456" not in logged
 
 
-def test_plain_words_stay() -> None:
+def test_plain_text_is_unchanged() -> None:
     assert redact("request id=req_abc path=/v1/files status=200") == "request id=req_abc path=/v1/files status=200"
 
 
@@ -81,7 +81,7 @@ PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 @pytest.fixture
 def json_lines(monkeypatch: pytest.MonkeyPatch) -> tuple[logging.Logger, io.StringIO]:
-    """A logger whose lines are objects, and where they go."""
+    """Return a logger that writes JSON lines, and its output."""
     monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
     out, logger = io.StringIO(), logging.Logger("lorry.tests")
     logger.addHandler(logging.StreamHandler(out))
@@ -89,11 +89,11 @@ def json_lines(monkeypatch: pytest.MonkeyPatch) -> tuple[logging.Logger, io.Stri
     return logger, out
 
 
-def told(out: io.StringIO) -> list[dict[str, Any]]:
+def logged(out: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def test_a_line_of_json_says_what_it_is_about(json_lines: tuple[logging.Logger, io.StringIO]) -> None:
+def test_json_line_contains_its_subjects(json_lines: tuple[logging.Logger, io.StringIO]) -> None:
     logger, out = json_lines
 
     logger.warning("before")
@@ -104,7 +104,7 @@ def test_a_line_of_json_says_what_it_is_about(json_lines: tuple[logging.Logger, 
         elsewhere.start()
         elsewhere.join()
 
-    before, within, other = told(out)
+    before, within, other = logged(out)
     assert set(before) == {"time", "level", "logger", "message"}
     assert (before["level"], before["logger"], before["message"]) == ("warning", "lorry.tests", "before")
     subjects = {"worker": "w1", "job": "ftjob-1", "claim": "claim-1", "trace": PARENT[3:35]}
@@ -113,7 +113,7 @@ def test_a_line_of_json_says_what_it_is_about(json_lines: tuple[logging.Logger, 
     assert (other["worker"], "job" in other) == ("w1", False)
 
 
-def test_a_line_of_json_is_redacted_with_its_traceback(json_lines: tuple[logging.Logger, io.StringIO]) -> None:
+def test_json_line_is_redacted_with_its_traceback(json_lines: tuple[logging.Logger, io.StringIO]) -> None:
     logger, out = json_lines
 
     try:
@@ -122,12 +122,12 @@ def test_a_line_of_json_is_redacted_with_its_traceback(json_lines: tuple[logging
         with logs.about({"request": "token=canary-123456"}):
             logger.exception('{"authorization": "Bearer canary-789-123"}')
 
-    (line,) = told(out)
+    (line,) = logged(out)
     assert "canary" not in out.getvalue()
     assert "ValueError" in line["exception"]
 
 
-def test_a_form_that_is_not_known_is_refused_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_format_is_rejected_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_LOG_FORMAT", "xml")
 
     with pytest.raises(SystemExit, match=r"'xml'\. Set it to json or text"):

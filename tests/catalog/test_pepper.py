@@ -1,4 +1,4 @@
-"""The pepper is created once, never in place of a lost one, and can be rotated without invalidating anything."""
+"""The pepper is created once, never replaces a lost one, and rotates without invalidating anything."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def without_keys(world: World) -> World:
     return world
 
 
-def test_several_processes_create_one_pepper_that_only_its_owner_reads(world: World, tmp_path: Path) -> None:
+def test_concurrent_processes_create_one_private_pepper(world: World, tmp_path: Path) -> None:
     without_keys(world)
     chosen = settings(tmp_path / "data")
 
@@ -50,7 +50,7 @@ def test_several_processes_create_one_pepper_that_only_its_owner_reads(world: Wo
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["pepper"]
 
 
-def test_a_new_pepper_and_every_new_folder_above_it_are_synced(
+def test_new_pepper_and_its_new_folders_are_synced(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_keys(world)
@@ -70,7 +70,7 @@ def test_a_new_pepper_and_every_new_folder_above_it_are_synced(
     assert synced[-1] == str(tmp_path / "new" / "data"), "the entry of the pepper, last of all"
 
 
-def test_a_pepper_is_not_created_while_there_are_keys(world: World, tmp_path: Path) -> None:
+def test_pepper_is_not_created_while_keys_exist(world: World, tmp_path: Path) -> None:
     with pytest.raises(Conflict) as refused:
         pepper.load(settings(tmp_path), world.db)
 
@@ -80,7 +80,7 @@ def test_a_pepper_is_not_created_while_there_are_keys(world: World, tmp_path: Pa
     assert not (tmp_path / "pepper").exists()
 
 
-def test_the_settings_take_precedence_and_a_damaged_file_is_named(world: World, tmp_path: Path) -> None:
+def test_settings_override_the_file_and_a_damaged_file_is_reported(world: World, tmp_path: Path) -> None:
     (tmp_path / "pepper").write_bytes(b"short")
 
     assert pepper.load(settings(tmp_path, pepper="g" * 32), world.db) == Pepper(current=b"g" * 32)
@@ -90,7 +90,7 @@ def test_the_settings_take_precedence_and_a_damaged_file_is_named(world: World, 
 
 
 @pytest.mark.parametrize("weak", ["", "x" * 31, "é" * 15, f"{'x' * 32}\n", f" {'x' * 32}"])
-def test_a_weak_pepper_is_refused_with_a_way_to_move_away_from_it(world: World, tmp_path: Path, weak: str) -> None:
+def test_weak_pepper_is_rejected_with_a_migration_path(world: World, tmp_path: Path, weak: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         pepper.load(settings(tmp_path, pepper=weak), world.db)
 
@@ -98,14 +98,14 @@ def test_a_weak_pepper_is_refused_with_a_way_to_move_away_from_it(world: World, 
     assert "LORRY_PREVIOUS_PEPPER" in refused.value.remedy
 
 
-def test_a_previous_pepper_is_used_exactly_as_it_was_and_an_empty_one_is_none(world: World, tmp_path: Path) -> None:
+def test_previous_pepper_is_used_verbatim_and_an_empty_one_is_ignored(world: World, tmp_path: Path) -> None:
     loaded = pepper.load(settings(tmp_path, pepper="g" * 32, previous_pepper="short \n"), world.db)
 
     assert loaded.previous == b"short \n"
     assert pepper.load(settings(tmp_path, pepper="g" * 32, previous_pepper=""), world.db).previous is None
 
 
-def test_a_pepper_in_a_file_is_rotated_by_renaming_the_file(world: World, tmp_path: Path) -> None:
+def test_pepper_file_is_rotated_by_renaming_it(world: World, tmp_path: Path) -> None:
     (tmp_path / "pepper.previous").write_bytes(OLD)
 
     loaded = pepper.load(settings(tmp_path), world.db)
@@ -114,11 +114,11 @@ def test_a_pepper_in_a_file_is_rotated_by_renaming_the_file(world: World, tmp_pa
     assert loaded.current == (tmp_path / "pepper").read_bytes() != OLD
 
 
-def test_no_pepper_is_in_its_repr() -> None:
+def test_pepper_is_not_in_its_repr() -> None:
     assert repr(ROTATING) == "Pepper()"
 
 
-def test_a_key_that_is_used_during_a_rotation_is_valid_after_it(world: World) -> None:
+def test_key_used_during_a_rotation_stays_valid_after_it(world: World) -> None:
     (used, used_secret), (unused, unused_secret) = (
         authentication.create(world.db, project_id=world.caller.project_id, name=name, pepper=PEPPER)
         for name in ("a", "b")
@@ -135,7 +135,7 @@ def test_a_key_that_is_used_during_a_rotation_is_valid_after_it(world: World) ->
         authentication.authenticate(world.db, secret=used_secret, pepper=PEPPER)
 
 
-def test_a_key_that_is_made_during_a_rotation_is_made_with_the_new_pepper(world: World) -> None:
+def test_key_created_during_a_rotation_uses_the_new_pepper(world: World) -> None:
     key, secret = authentication.create(world.db, project_id=world.caller.project_id, name="a", pepper=ROTATING)
 
     assert authentication.authenticate(world.db, secret=secret, pepper=AFTER).api_key_id == key.id
@@ -157,7 +157,7 @@ def test_links_and_browser_sessions_outlive_a_rotation(world: World) -> None:
         authentication.authenticate_browser(world.db, secret=browser, pepper=ROTATING)
 
 
-def test_webhook_secrets_stay_valid_during_a_rotation_until_their_owner_rotates_them(world: World) -> None:
+def test_webhook_secrets_stay_valid_until_they_are_rotated(world: World) -> None:
     hooks = Hooks(world)
     now = world.clock.now
 

@@ -13,9 +13,7 @@ URLS = {
 
 
 @pytest.mark.parametrize("name", sorted(URLS))
-def test_no_printed_form_of_the_settings_holds_the_password_of_a_url(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_printed_settings_hide_passwords_in_urls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"LORRY_{name.upper()}", URLS[name])
 
     settings = Settings()
@@ -24,7 +22,7 @@ def test_no_printed_form_of_the_settings_holds_the_password_of_a_url(
     assert not [text for text in printed if "hunter22" in text]
 
 
-def test_the_resolved_urls_are_what_the_operator_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolved_urls_equal_the_configured_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, url in URLS.items():
         monkeypatch.setenv(f"LORRY_{name.upper()}", url)
 
@@ -35,9 +33,7 @@ def test_the_resolved_urls_are_what_the_operator_has_set(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_without_urls_the_database_is_a_file_and_there_is_no_broker(
-    value: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_database_is_a_file_and_there_is_no_broker(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in URLS:
         if value is None:
             monkeypatch.delenv(f"LORRY_{name.upper()}", raising=False)

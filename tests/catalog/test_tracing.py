@@ -1,4 +1,4 @@
-"""Traces are off unless the standard variables name a collector; then they reach it."""
+"""Tracing is off unless the standard variables name a collector."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ({"OTEL_SDK_DISABLED": "true", COLLECTOR: "http://127.0.0.1:4318"}, False),
     ],
 )
-def test_the_standard_variables_switch_it_on(variables: dict[str, str], is_on: bool) -> None:
+def test_standard_variables_switch_tracing_on(variables: dict[str, str], is_on: bool) -> None:
     assert tracing._is_wanted(variables) is is_on  # pyright: ignore[reportPrivateUsage]
 
 
-def test_an_exporter_that_is_not_known_is_told_with_what_is(
+def test_unknown_exporter_is_reported_with_the_known_ones(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
@@ -52,7 +52,7 @@ def test_an_exporter_that_is_not_known_is_told_with_what_is(
     assert tracing.begin("a", parent=PARENT).traceparent == PARENT
 
 
-def test_where_the_package_is_missing_the_service_goes_on_and_says_how_to_get_it(
+def test_missing_package_is_reported_and_the_service_continues(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(COLLECTOR, "http://127.0.0.1:4318")
@@ -65,8 +65,8 @@ def test_where_the_package_is_missing_the_service_goes_on_and_says_how_to_get_it
         assert tracing.current() == PARENT
 
 
-def test_neither_its_sdk_nor_an_exporter_is_imported_while_it_is_off() -> None:
-    """(FastAPI itself imports its API, where that is installed.)"""
+def test_disabled_tracing_imports_no_sdk_or_exporter() -> None:
+    """FastAPI itself imports the OpenTelemetry API if it is installed."""
     code = "import sys, api.app, worker.supervisor; from catalog import tracing; tracing.start('api')\n"
     code += "with tracing.span('a', parent=None): pass\n"
     code += "sys.exit(any(name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter')) for name in sys.modules))"
@@ -74,7 +74,7 @@ def test_neither_its_sdk_nor_an_exporter_is_imported_while_it_is_off() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_spans_reach_the_collector_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_reach_the_configured_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     got: list[tuple[str, bytes]] = []
 
     class Collector(BaseHTTPRequestHandler):
@@ -83,8 +83,8 @@ def test_spans_reach_the_collector_that_is_named(monkeypatch: pytest.MonkeyPatch
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, format: str, *_: object) -> None:  # noqa: A002  (the library's word)
-            """Nothing."""
+        def log_message(self, format: str, *_: object) -> None:  # noqa: A002  (the library's name)
+            """Keep the test output quiet."""
 
     server = HTTPServer(("127.0.0.1", 0), Collector)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -100,11 +100,11 @@ def test_spans_reach_the_collector_that_is_named(monkeypatch: pytest.MonkeyPatch
         server.server_close()
 
     assert [path for path, _ in got] == ["/v1/traces"]
-    for told in (b"lorry-worker", b"queue", b"lorry.job", b"ftjob-1", bytes.fromhex(PARENT[3:35])):
-        assert told in got[0][1]
+    for expected in (b"lorry-worker", b"queue", b"lorry.job", b"ftjob-1", bytes.fromhex(PARENT[3:35])):
+        assert expected in got[0][1]
 
 
-def test_a_collector_that_does_not_answer_costs_nobody_an_exception(
+def test_unreachable_collector_raises_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(COLLECTOR, "http://127.0.0.1:9")
@@ -121,7 +121,7 @@ def test_a_collector_that_does_not_answer_costs_nobody_an_exception(
     ("sampler", "is_recorded"),
     [("always_on", True), ("always_off", False), ("parentbased_always_on", True), ("parentbased_always_off", False)],
 )
-def test_a_client_does_not_decide_what_is_sampled(
+def test_client_does_not_decide_sampling(
     monkeypatch: pytest.MonkeyPatch, sampler: str, flag: str, is_recorded: bool
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
@@ -139,7 +139,7 @@ def test_a_client_does_not_decide_what_is_sampled(
     assert len(exporter.get_finished_spans()) == (2 if is_recorded else 0)
 
 
-def test_a_client_does_not_choose_a_trace_id_that_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_cannot_choose_a_sampled_trace_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.000001")
     exporter = InMemorySpanExporter()
@@ -151,7 +151,7 @@ def test_a_client_does_not_choose_a_trace_id_that_is_sampled(monkeypatch: pytest
     assert exporter.get_finished_spans() == ()
 
 
-def test_while_nothing_is_recorded_the_clients_flag_is_not_passed_on() -> None:
+def test_client_flag_is_not_forwarded_while_tracing_is_off() -> None:
     sent = f"{PARENT[:-2]}00"
 
     assert tracing.begin("GET", parent=sent, is_server=True).traceparent == f"{PARENT[:-2]}01"
@@ -160,12 +160,12 @@ def test_while_nothing_is_recorded_the_clients_flag_is_not_passed_on() -> None:
 @pytest.mark.parametrize(
     "odd", [None, "", "x", PARENT + "-1", PARENT.upper(), "00-" + "0" * 32 + "-00f067aa0ba902b7-01"]
 )
-def test_what_is_no_traceparent_is_passed_over(odd: str | None) -> None:
+def test_malformed_traceparent_is_ignored(odd: str | None) -> None:
     assert tracing.well_formed(odd) is None
     assert tracing.trace_id(odd) is None
 
 
-def test_a_job_without_a_trace_has_one_of_its_own_everywhere() -> None:
+def test_job_without_a_trace_has_a_stable_one() -> None:
     made = tracing.of_job("ftjob-1", None)
 
     assert tracing.well_formed(made) == made == tracing.of_job("ftjob-1", None)

@@ -1,4 +1,4 @@
-"""What a catalog test starts from, and short ways to the states that it is about."""
+"""The starting state of catalog tests, with helpers that reach other states."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ WIDE = Capacity(max_jobs=16, memory_bytes_free=10**12)
 
 
 def end_key(db: Database, api_key_id: str) -> None:
-    """Revoke the key, without a check of who asks."""
+    """Revoke the key without a permission check."""
     with db.write() as session:
         session.get_one(ApiKey, api_key_id).revoked_at = read_clock(session)
 
 
 def claim_import_of(db: Database, name: str) -> str:
-    """The claim id of a worker that imports this base, whichever waits longest."""
+    """Claim the import of this base model, even if others wait longer. Returns the claim id."""
     with db.write() as session:
         return lease.acquire(session.get_one(BaseModelRow, name), now=read_clock(session), lease_seconds=LEASE)
 
 
 class Clock:
-    """Seconds since 1970, a millisecond on at every look; `entry` is the hand on it."""
+    """Seconds since 1970. Each read advances the clock by a millisecond, and tests set `now`."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
@@ -77,12 +77,12 @@ class World:
         return self._key_of(projects.ensure(self.db, project).id)
 
     def caller_of(self, organization: str, project: str) -> Caller:
-        """The holder of a key of a new project in a new organization."""
+        """Create an organization with a project and a key. Returns the caller of that key."""
         organizations.create(self.db, organization)
         return self._key_of(projects.create(self.db, project, organization=organization).id)
 
     def base(self, name: str = "smol", **description: Any) -> str:
-        """A base model that is ready."""
+        """Add a base model that is ready."""
         base_models.add(self.db, name=name, kind="folder", source=f"/models/{name}", revision=None)
         self.finish_import(name, digest=sha(name), description={**DESCRIPTION, **description})
         return name
@@ -155,7 +155,7 @@ class World:
             preparation.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
 
     def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
-        """A token cache of our project, or of the one that is given."""
+        """Store a token cache of our project, or of the given one."""
         return token_cache.put(self.db, key, project_id=project_id or self.caller.project_id, **given)
 
     def queued(self, **fields: Any) -> Job:
@@ -164,7 +164,7 @@ class World:
         return self.job(job.id)
 
     def flood(self, job: Job, number: int) -> None:
-        """So many more jobs like this one, each submitted and queued a millisecond after the one before."""
+        """Add `number` copies of the job, each submitted and queued a millisecond after the previous one."""
         numbers = select(literal(1).label("n")).cte("numbers", recursive=True)
         numbers = numbers.union_all(select(numbers.c.n + 1).where(numbers.c.n < number))
         table = cast_to(Table, Job.__table__)
@@ -206,7 +206,7 @@ class World:
         return claims.heartbeat(self.db, worker_id=worker_id, claim_ids=claim_ids, lease_seconds=LEASE)
 
     def pass_time(self, seconds: float, *beating: str) -> None:
-        """Time in which the database answers all along, and these claims are renewed."""
+        """Let time pass while the database stays available and these claims are renewed."""
         while seconds > 0:
             step = min(10.0, seconds)
             self.clock.advance(step)
@@ -214,7 +214,7 @@ class World:
             seconds -= step
 
     def of(self, job_id: str) -> dict[str, Any]:
-        """The arguments that say whose job and which."""
+        """Return the arguments that identify a job of our project."""
         return {"project_id": self.caller.project_id, "job_id": job_id}
 
     def job(self, job_id: str) -> Job:
@@ -231,7 +231,7 @@ class World:
 
 
 def allow_urgent(db: Database, key: ApiKey) -> None:
-    """As operators do: the key and its project may submit jobs of every class."""
+    """Allow the key and its project to submit jobs of every class, as operators do."""
     with db.write() as session:
         for row in (session.get_one(ApiKey, key.id), session.get_one(Project, key.project_id)):
             row.highest_priority = PriorityClass.urgent
@@ -246,7 +246,7 @@ def manifest(content: str, kind: str = "adapter") -> Manifest:
 
 
 def curves(content: str) -> Blob:
-    """What a job's result file is said to hold."""
+    """Return the blob of a job's result file."""
     return Blob(digest=sha(content), num_bytes=len(content))
 
 
@@ -255,7 +255,7 @@ def sha(text: str) -> str:
 
 
 def opens(world: World, secret: str) -> bool:
-    """Whether a key with this secret is let in."""
+    """Return whether a key with this secret is accepted."""
     try:
         authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
     except Unauthorized:

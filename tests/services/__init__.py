@@ -1,1 +1,1 @@
-"""Brings the servers that tests need: found on the machine, else installed, else a reason why not."""
+"""Servers that the tests need: found on the machine, or installed, or reported as missing with the reason."""

@@ -1,4 +1,4 @@
-"""A Chromium for the dashboard's tests; Playwright drives it."""
+"""A Chromium for the dashboard tests, which Playwright drives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 
 
 def chromium_program() -> Path:
-    """The browser's program."""
+    """Return the program of the browser, which is installed if necessary."""
     return find_or_install(find, name="Chromium", installs=INSTALLS)
 
 
@@ -24,7 +24,7 @@ def find() -> Path | None:
 
 
 def _of_playwright() -> Path | None:
-    """One that `playwright install chromium` brought."""
+    """Return a browser that `playwright install chromium` has installed."""
     patterns = ("chromium-*/chrome-linux*/chrome", "chromium-*/chrome-mac*/*/Contents/MacOS/*")
     found = (path for cache in CACHES for pattern in patterns for path in cache.glob(pattern))
     return next(iter(sorted(found, reverse=True)), None)

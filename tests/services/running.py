@@ -23,7 +23,7 @@ GUARD = Path(__file__).with_name("guard.py")
 
 @contextmanager
 def running(argv: list[str], *, log: Path, is_ready: Callable[[], bool], user: str | None = None) -> Iterator[int]:
-    """Start `argv` under the guard, wait until `is_ready`, give its process id, and end it after the block."""
+    """Start `argv` under the guard, wait until `is_ready`, yield its process id, and end it after the block."""
     with (
         log.open("wb") as log_file,
         subprocess.Popen(
@@ -46,32 +46,32 @@ def running(argv: list[str], *, log: Path, is_ready: Callable[[], bool], user: s
 
 
 class Restartable:
-    """A server that is ended, or killed with all its children, and brought again where it was."""
+    """A server that can be stopped, killed with all its children, and started again in the same place."""
 
     def __init__(self, bring: Callable[[], AbstractContextManager[int]]) -> None:
-        """bring: runs it for as long as the block, and gives its process id."""
+        """`bring` runs the server during the block and yields its process id."""
         self._bring = bring
         self._open = ExitStack()
         self._pid: int | None = None
 
     @property
     def is_running(self) -> bool:
-        """As far as was asked for."""
+        """True from `start` to `stop`, even if the process has died since."""
         return self._pid is not None
 
     def start(self) -> None:
-        """Nothing where it runs."""
+        """Start the server unless it is running."""
         if self._pid is None:
             self._pid = self._open.enter_context(self._bring())
 
     def stop(self) -> None:
-        """In good order."""
+        """Stop the server gracefully."""
         self._pid = None
         self._open.close()
 
     def kill(self) -> None:
-        """Every process of it at once, by SIGKILL."""
-        assert self._pid is not None, "it does not run"
+        """Send SIGKILL to every process of the server."""
+        assert self._pid is not None, "the server is not running"
         server = psutil.Process(self._pid)
         for process in [server, *server.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -81,7 +81,7 @@ class Restartable:
 
 @contextmanager
 def server_folder(prefix: str, *, owner: str | None = None) -> Iterator[Path]:
-    """A short temporary folder (a unix socket's path is limited to about 100 bytes) that `owner` may write."""
+    """Create a short temporary folder that `owner` may write. A unix socket's path is limited to about 100 bytes."""
     folder = Path(tempfile.mkdtemp(prefix=f"lorry-{prefix}-"))
     try:
         if owner is not None:
@@ -92,14 +92,14 @@ def server_folder(prefix: str, *, owner: str | None = None) -> Iterator[Path]:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+    """Return a loopback port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def unprivileged_user() -> str | None:
-    """Whom a server that refuses to run as root should run as; None where we are not root."""
+    """Return the user for a server that refuses to run as root, or None if this process is not root."""
     return "nobody" if os.geteuid() == 0 else None
 
 

@@ -16,7 +16,7 @@ class Bucket:
     endpoint: str
 
     def environment(self) -> dict[str, str]:
-        """What a client of it needs to know."""
+        """Return the environment variables that a client of the bucket needs."""
         return {
             "AWS_ENDPOINT": self.endpoint,
             "AWS_ALLOW_HTTP": "true",
@@ -28,7 +28,7 @@ class Bucket:
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Gives http://127.0.0.1:PORT."""
+    """Start a server. Yields http://127.0.0.1:PORT."""
     try:
         from moto.server import ThreadedMotoServer
     except ImportError as error:
@@ -43,7 +43,7 @@ def s3_server() -> Iterator[str]:
 
 
 def new_bucket(endpoint: str) -> Bucket:
-    """An empty bucket of its own name."""
+    """Create an empty bucket with a unique name."""
     import boto3
 
     name = f"lorry-{os.urandom(6).hex()}"

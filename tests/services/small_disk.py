@@ -15,7 +15,7 @@ from tests.services.programs import Missing
 
 @contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """Mounted at `folder` for as long as the block. Skips the test where we may not mount one."""
+    """Mount a small file system at `folder` during the block. Skips the test without permission to mount."""
     with ExitStack() as stack:
         try:
             stack.enter_context(mounted(folder, num_bytes))
@@ -26,13 +26,13 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def mounted(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """The same. Raises Missing where we may not."""
+    """Mount it in the same way. Raises Missing without permission to mount."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        raise Missing("only root may mount a small file system")
+        raise Missing("mounting a small file system needs root")
     try:
         yield folder
     finally:
-        # Lazily: what was killed just now may still have a file open.
+        # Lazily, because a process that was just killed may still have a file open.
         subprocess.run(["umount", "--lazy", folder], check=True)

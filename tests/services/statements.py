@@ -1,7 +1,7 @@
-"""Statements that the databases of one test compiled are there for those of the next, as in a service that runs on.
+"""Share compiled statements between the databases of all tests, as in a service that keeps running.
 
-By itself each engine begins with none, and knows its own by its dialect's identity: a test that has a database of its
-own compiles all that it asks.
+By default each engine starts with an empty cache and compares dialects by identity, so a test with a database of its
+own would compile all its statements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEPT = 2000
 
 
 def share() -> None:
-    """Among all databases that this process opens from now on, of each kind."""
+    """Share compiled statements among all databases of one kind that this process opens from now on."""
     for dialect in (SQLiteDialect_pysqlite, PGDialect_psycopg):
         dialect.__eq__ = _is_alike
         dialect.__hash__ = _kind
@@ -34,7 +34,7 @@ def share() -> None:
 
 
 def _is_alike(self: object, other: object) -> bool:
-    """Tests have one server of a kind, and one library."""
+    """All dialects of a kind are alike, because tests use one server version and one library of each."""
     return type(self) is type(other)
 
 

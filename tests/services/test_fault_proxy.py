@@ -1,4 +1,4 @@
-"""The proxy fails when it is told to, and only then."""
+"""The fault proxy fails on demand only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BODY = b"x" * 50_000
 
 
 class Kept(BaseHTTPRequestHandler):
-    """Counts the bodies that came whole."""
+    """Counts the bodies that arrived completely."""
 
     whole: list[int]
 
@@ -47,23 +47,23 @@ def _client(proxy: FaultProxy) -> httpx.Client:
     return httpx.Client(base_url=f"http://127.0.0.1:{proxy.port}", trust_env=False, timeout=20)
 
 
-def test_all_passes_by_itself() -> None:
+def test_everything_passes_by_default() -> None:
     with proxied() as (_, client, whole):
         assert client.put("/a", content=BODY).status_code == 200
         assert client.put("/a", content=BODY).status_code == 200
     assert whole == [len(BODY)] * 2
 
 
-def test_a_request_is_answered_in_the_servers_place_and_never_comes_whole() -> None:
+def test_proxy_can_answer_in_place_of_the_server() -> None:
     with proxied() as (proxy, client, whole):
-        proxy.judge = lambda asked: http_answer("500 Broken", "<no/>") if asked.path == "/a" else "pass"
+        proxy.judge = lambda request: http_answer("500 Broken", "<no/>") if request.path == "/a" else "pass"
 
         assert client.put("/a", content=BODY).status_code == 500
         assert client.put("/b", content=BODY).status_code == 200
     assert whole == [len(BODY)]
 
 
-def test_an_answer_is_lost_though_the_server_did_what_was_asked() -> None:
+def test_response_is_lost_although_the_server_handled_the_request() -> None:
     with proxied() as (proxy, client, whole):
         proxy.judge = lambda _: "lose the answer"
 
@@ -72,7 +72,7 @@ def test_an_answer_is_lost_though_the_server_did_what_was_asked() -> None:
     assert whole == [len(BODY)]
 
 
-def test_a_partition_holds_what_is_sent_until_it_heals() -> None:
+def test_partition_holds_traffic_until_it_heals() -> None:
     with proxied() as (proxy, client, whole):
         proxy.part()
         with pytest.raises(httpx.ReadTimeout):
@@ -84,7 +84,7 @@ def test_a_partition_holds_what_is_sent_until_it_heals() -> None:
         assert client.put("/a", content=BODY).status_code == 200
 
 
-def test_who_is_refused_is_let_in_again_later() -> None:
+def test_refused_client_is_accepted_after_healing() -> None:
     with proxied() as (proxy, client, whole):
         proxy.refuse()
         with pytest.raises(httpx.TransportError):

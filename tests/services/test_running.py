@@ -1,4 +1,4 @@
-"""The servers that tests bring end with the tests, and a missing one is explained."""
+"""Servers started by tests end with the tests, and a missing server is explained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with redis_server() as url:
 """
 
 
-def test_redis_answers_and_keeps_nothing_on_disk(redis_url: str) -> None:
+def test_redis_answers_and_stores_nothing_on_disk(redis_url: str) -> None:
     client = redis.Redis.from_url(redis_url)
 
     configuration = client.config_get("*")
@@ -34,14 +34,14 @@ def test_redis_answers_and_keeps_nothing_on_disk(redis_url: str) -> None:
     assert configuration["save"] == ""
 
 
-def test_a_server_ends_with_its_block() -> None:
+def test_server_ends_with_its_block() -> None:
     with redis_server() as url:
         pid = redis.Redis.from_url(url).info("server")["process_id"]
 
     assert not psutil.pid_exists(pid)
 
 
-def test_a_server_ends_when_the_tests_are_killed(redis_url: str) -> None:
+def test_server_ends_when_the_tests_are_killed(redis_url: str) -> None:
     tests = subprocess.Popen(
         [sys.executable, "-c", HOLD_A_SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -55,7 +55,7 @@ def test_a_server_ends_when_the_tests_are_killed(redis_url: str) -> None:
     server.wait(timeout=20)
 
 
-def test_what_can_not_be_had_says_everything_that_was_tried() -> None:
+def test_missing_program_reports_everything_that_was_tried() -> None:
     def refuses() -> None:
         raise Missing("the registry is closed")
 

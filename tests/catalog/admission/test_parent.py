@@ -1,4 +1,4 @@
-"""A job that continues an adapter: whose, on which base, and what of it is then the parent's."""
+"""Jobs that continue an adapter: access to the parent, its base model, and the inherited settings."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def spec_of(job: Job) -> JobSpec:
 
 
 @pytest.mark.parametrize("name_of", ["id", "name"])
-def test_what_a_child_leaves_out_is_its_parents(world: World, parent: Adapter, name_of: str) -> None:
+def test_omitted_fields_are_inherited_from_the_parent(world: World, parent: Adapter, name_of: str) -> None:
     job = submitted(world, parent_adapter=getattr(parent, name_of), lora={"dropout": 0.3})
 
     spec, theirs = spec_of(job), JobSpec.model_validate(commands.get(world.db, **mine(world, parent.job_id)).spec)
@@ -69,7 +69,7 @@ def mine(world: World, job_id: str) -> dict[str, str]:
     return {"project_id": world.caller.project_id, "job_id": job_id}
 
 
-def test_an_adapter_may_be_the_model_as_at_openai(world: World, parent: Adapter) -> None:
+def test_model_may_name_an_adapter_as_in_the_openai_api(world: World, parent: Adapter) -> None:
     job = submitted(world, model=parent.name)
 
     assert (job.base_model, job.parent_adapter) == (BASE, parent.id)
@@ -77,7 +77,7 @@ def test_an_adapter_may_be_the_model_as_at_openai(world: World, parent: Adapter)
     assert submitted(world, model=parent.name, parent_adapter=parent.id, seed=5).parent_adapter == parent.id
 
 
-def test_two_parents_are_one_too_many(world: World, parent: Adapter) -> None:
+def test_two_different_parents_are_rejected(world: World, parent: Adapter) -> None:
     other = trained(world, "other", model=BASE, seed=9)
 
     with pytest.raises(InvalidRequest, match="a job can continue only one") as refused:
@@ -86,7 +86,7 @@ def test_two_parents_are_one_too_many(world: World, parent: Adapter) -> None:
     assert refused.value.code == "two_parents"
 
 
-def test_what_is_said_again_may_not_be_said_otherwise(world: World, parent: Adapter) -> None:
+def test_repeated_parent_settings_must_match_the_parent(world: World, parent: Adapter) -> None:
     again = {**SHAPE, "target_modules": ["q_proj", "v_proj"], "alpha": "auto"}
     assert spec_of(submitted(world, parent_adapter=parent.id, lora=again)).lora.alpha == 12
 
@@ -101,9 +101,9 @@ def test_what_is_said_again_may_not_be_said_otherwise(world: World, parent: Adap
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_an_adapter_that_began_with_the_base_is_continued_as_a_plain_one_of_twice_the_rank(use_rslora: bool) -> None:
-    asked = LoraRequest(rank=4, alpha=8, rank_pattern={"q": 2}, alpha_pattern={"q": 3}, use_rslora=use_rslora)
-    pissa = resolve_lora(asked.model_copy(update={"init_lora_weights": "pissa"}))
+def test_continuing_a_pissa_adapter_uses_a_plain_adapter_of_twice_the_rank(use_rslora: bool) -> None:
+    requested = LoraRequest(rank=4, alpha=8, rank_pattern={"q": 2}, alpha_pattern={"q": 3}, use_rslora=use_rslora)
+    pissa = resolve_lora(requested.model_copy(update={"init_lora_weights": "pissa"}))
 
     plain, times = exported_shape(pissa), math.sqrt(2) if use_rslora else 2
 
@@ -111,7 +111,7 @@ def test_an_adapter_that_began_with_the_base_is_continued_as_a_plain_one_of_twic
     assert (plain.alpha, plain.alpha_pattern) == (times * 8, {"q": times * 3})
 
 
-def test_another_projects_adapter_is_not_there(world: World, parent: Adapter) -> None:
+def test_adapter_of_another_project_is_not_found(world: World, parent: Adapter) -> None:
     theirs = world.file(caller=world.stranger)
 
     for fields in ({"parent_adapter": parent.id}, {"model": parent.name}):
@@ -121,7 +121,7 @@ def test_another_projects_adapter_is_not_there(world: World, parent: Adapter) ->
         assert refused.value.param in fields
 
 
-def test_a_child_is_of_its_parents_base(world: World, parent: Adapter) -> None:
+def test_child_must_use_the_base_model_of_its_parent(world: World, parent: Adapter) -> None:
     world.base("other")
 
     with pytest.raises(InvalidRequest, match="not trained on the current base model 'other'") as refused:
@@ -130,7 +130,7 @@ def test_a_child_is_of_its_parents_base(world: World, parent: Adapter) -> None:
     assert refused.value.code == "parent_of_another_base"
 
 
-def test_an_adapter_is_not_deleted_while_a_job_that_has_not_ended_continues_it(world: World, parent: Adapter) -> None:
+def test_adapter_with_an_unfinished_child_job_cannot_be_deleted(world: World, parent: Adapter) -> None:
     child = submitted(world, parent_adapter=parent.id)
     named: dict[str, Any] = {"project_id": world.caller.project_id, "name": parent.name}
 
@@ -144,7 +144,7 @@ def test_an_adapter_is_not_deleted_while_a_job_that_has_not_ended_continues_it(w
         submitted(world, parent_adapter=parent.id)
 
 
-def test_an_adapter_tells_its_children(world: World, parent: Adapter) -> None:
+def test_adapter_lists_its_children(world: World, parent: Adapter) -> None:
     named = {"project_id": world.caller.project_id, "name": parent.id}
     assert adapters.children(world.db, **named) == []
 
@@ -153,7 +153,7 @@ def test_an_adapter_tells_its_children(world: World, parent: Adapter) -> None:
     assert [found.id for found in adapters.children(world.db, **named)] == [child.id]
 
 
-def test_a_parent_that_is_compared_with_is_reckoned_beside_the_job() -> None:
+def test_kept_parent_weights_add_to_the_memory_of_a_job() -> None:
     def taken(precision: str, *, keeps_parent: bool = False) -> int:
         given: dict[str, Any] = {"num_parameters": 1000, "dropout": 0.0, "keeps_parent": keeps_parent}
         return sum(memory.own_parts(DESCRIPTION, precision, **given).values())

@@ -1,4 +1,4 @@
-"""No write transaction waits for a pattern: the layers are resolved before it, and must still hold within it."""
+"""Layer patterns are resolved before the write transaction, and the result is checked again within it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LORA = {"rank": 4, "target_modules": r"re:.*\.q_proj", "rank_pattern": {r"layers
 
 @pytest.fixture
 def wide(world: World) -> World:
-    """Its base model `wide` has paths that patterns match."""
+    """Return a world whose base model `wide` has layer paths that patterns match."""
     world.base("wide", **PATHS)
     return world
 
@@ -34,7 +34,7 @@ def num_parameters(world: World, job_id: str) -> int:
     return world.job(job_id).adapter_parameters
 
 
-def test_a_job_a_plan_and_a_job_from_a_plan_match_patterns_outside_of_write_transactions(wide: World) -> None:
+def test_jobs_and_plans_match_patterns_outside_write_transactions(wide: World) -> None:
     job = wide.submit(model="wide", lora=LORA)
     row = plan(wide, model="wide", lora=LORA)
     claim = claims.claim(wide.db, worker_id="w1", lease_seconds=LEASE)
@@ -48,7 +48,7 @@ def test_a_job_a_plan_and_a_job_from_a_plan_match_patterns_outside_of_write_tran
     assert num_parameters(wide, job.id) == num_parameters(wide, planned.id) == (4 + 2) * 128
 
 
-def test_a_job_that_continues_an_adapter_matches_the_parents_patterns_outside_of_write_transactions(
+def test_child_jobs_match_parent_patterns_outside_write_transactions(
     wide: World,
 ) -> None:
     parent = wide.running(model="wide", lora=LORA)
@@ -60,7 +60,7 @@ def test_a_job_that_continues_an_adapter_matches_the_parents_patterns_outside_of
 
 
 @ON_ONE_DATABASE
-def test_sweeps_match_patterns_outside_of_write_transactions(wide: World) -> None:
+def test_sweeps_match_patterns_outside_write_transactions(wide: World) -> None:
     search = {"type": "random", "trials": 15, "seed": 0}
     parameters = {"lora.rank": {"min": 3, "max": 64}}
     sweep_id = make(wide, model="wide", lora=LORA, search=search, parameters=parameters)
@@ -68,11 +68,11 @@ def test_sweeps_match_patterns_outside_of_write_transactions(wide: World) -> Non
 
     assert view(wide, sweep_id).sweep.num_created == 15
 
-    asked = make(wide, model="wide", lora=LORA, search={"type": "ask_tell", "trials": 2}, parameters={})
-    assert add(wide, asked, 8) == 0
+    ask_tell = make(wide, model="wide", lora=LORA, search={"type": "ask_tell", "trials": 2}, parameters={})
+    assert add(wide, ask_tell, 8) == 0
 
 
-def test_patterns_are_neither_compiled_nor_matched_within_a_write_transaction(wide: World) -> None:
+def test_patterns_in_a_write_transaction_raise(wide: World) -> None:
     lora = resolve_lora(LoraRequest.model_validate(LORA))
     with wide.db.write():
         with pytest.raises(WithinTransaction):
@@ -86,7 +86,7 @@ def test_patterns_are_neither_compiled_nor_matched_within_a_write_transaction(wi
 
 
 def changing(world: World, monkeypatch: pytest.MonkeyPatch, *, times: int) -> list[str]:
-    """After each of the next resolutions, another base model takes the name. Returns the digests so far."""
+    """Replace the base model after each of the next `times` resolutions. Returns the list of the new digests."""
     resolve, digests = submission.resolve_targets, list[str]()
 
     def resolve_and_change(*given: Any) -> Any:
@@ -110,7 +110,7 @@ def test_layers_are_resolved_again_if_the_base_model_has_changed(wide: World, mo
     assert [job.base_digest] == digests
 
 
-def test_a_base_model_that_changes_each_time_is_a_conflict(wide: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_model_that_changes_on_every_attempt_is_a_conflict(wide: World, monkeypatch: pytest.MonkeyPatch) -> None:
     digests = changing(wide, monkeypatch, times=MAX_ATTEMPTS)
 
     with pytest.raises(Conflict) as refusal:

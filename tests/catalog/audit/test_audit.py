@@ -1,4 +1,4 @@
-"""The audit log: an event with each change, in its transaction, and a chain that no one row leaves unseen."""
+"""The audit log: each change writes an event in its own transaction, and the chain exposes every edited row."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def events(db: Database) -> list[AuditEvent]:
         return list(session.scalars(select(AuditEvent).order_by(AuditEvent.seq)))
 
 
-def told(world: World) -> list[tuple[str, str | None]]:
+def recorded(world: World) -> list[tuple[str, str | None]]:
     return [(event.type, event.object_id) for event in events(world.db)]
 
 
 def sealed(world: World, number: int = 6) -> list[AuditEvent]:
-    """A log with at least so many events, all in the chain."""
+    """Return the events of a log with at least `number` events, all sealed into the chain."""
     for _ in range(number):
         projects.weigh(world.db, caller=an_operator(world), project="ours", weight=2)
     chain.seal(world.db, pepper=PEPPER.current)
     return events(world.db)
 
 
-def test_a_change_says_who_made_it_and_from_where(world: World) -> None:
+def test_event_records_actor_request_and_address(world: World) -> None:
     with audit.coming_from(Origin(request_id="req_1", address="192.0.2.7", actor=MINE)):
         job = world.submit()
 
@@ -59,7 +59,7 @@ def test_a_change_says_who_made_it_and_from_where(world: World) -> None:
     assert event.details == {"model": "smol", "training_file": world.file_id, "method": "supervised"}
 
 
-def test_a_persons_verbs_on_a_job_are_noted_once_and_what_its_workers_do_is_not(world: World) -> None:
+def test_user_actions_on_jobs_are_audited_once_and_worker_writes_are_not(world: World) -> None:
     running, waiting = world.running(), world.submit()
     before = len(events(world.db))
 
@@ -71,16 +71,16 @@ def test_a_persons_verbs_on_a_job_are_noted_once_and_what_its_workers_do_is_not(
     world.beat(running.claim_id)
     world.complete(running.claim_id)
 
-    assert told(world)[before:] == [
+    assert recorded(world)[before:] == [
         ("job.paused", waiting.id),
         ("job.resumed", waiting.id),
         ("job.cancelled", running.job.id),
     ]
 
 
-def test_what_is_refused_leaves_no_event(world: World) -> None:
+def test_rejected_requests_leave_no_event(world: World) -> None:
     claim = world.running()
-    before = told(world)
+    before = recorded(world)
 
     with pytest.raises(Conflict):
         files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
@@ -89,10 +89,10 @@ def test_what_is_refused_leaves_no_event(world: World) -> None:
     with pytest.raises(Conflict):
         commands.resume(world.db, **world.of(claim.job.id))
 
-    assert told(world) == before
+    assert recorded(world) == before
 
 
-def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
+def test_administrative_actions_are_audited(world: World) -> None:
     adapter = world.complete(world.running().claim_id)
     operator, mine = an_operator(world), world.caller.project_id
     audit_before = len(events(world.db))
@@ -119,7 +119,7 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
     for act in (cordons.cordon, cordons.cordon, cordons.uncordon, cordons.uncordon, cordons.drain, cordons.drain):
         act(world.db, "w9")
 
-    assert told(world)[audit_before:] == [
+    assert recorded(world)[audit_before:] == [
         ("permission.created", permission.id),
         ("permission.deleted", permission.id),
         ("adapter.deleted", adapter.id),
@@ -145,7 +145,7 @@ def test_deletions_keys_projects_and_sign_ins_are_noted(world: World) -> None:
     ]
 
 
-def test_no_event_holds_a_key_or_a_link(world: World) -> None:
+def test_events_contain_no_secrets(world: World) -> None:
     key, secret = authentication.create(world.db, project_id=world.caller.project_id, name="k", pepper=PEPPER)
     token = authentication.create_sign_in_link(world.db, api_key_id=key.id, pepper=PEPPER)
     browser = authentication.exchange_sign_in(world.db, token=token, pepper=PEPPER)
@@ -156,7 +156,7 @@ def test_no_event_holds_a_key_or_a_link(world: World) -> None:
     assert [part for part in (secret, secret.split("_", 2)[2], key.digest, token, browser) if part in text] == []
 
 
-def test_a_key_and_a_project_know_by_which_key_they_were_made(world: World) -> None:
+def test_keys_and_projects_record_the_key_that_created_them(world: World) -> None:
     with audit.coming_from(Origin(actor=MINE)):
         key, _ = authentication.create(world.db, project_id=world.caller.project_id, name="k", pepper=PEPPER)
         project = projects.create(world.db, "new")
@@ -165,7 +165,7 @@ def test_a_key_and_a_project_know_by_which_key_they_were_made(world: World) -> N
     assert (key.created_by, project.created_by, by_hand.created_by) == ("key-me", "key-me", None)
 
 
-def test_a_project_sees_its_own_events_and_an_operator_all(world: World) -> None:
+def test_project_sees_its_own_events_and_an_operator_sees_all(world: World) -> None:
     world.submit()
 
     own = audit.list_page(world.db, caller=world.caller, filters=Filters(), limit=100).items
@@ -174,10 +174,11 @@ def test_a_project_sees_its_own_events_and_an_operator_all(world: World) -> None
 
     assert {event.project_id for event in own} == {world.caller.project_id}
     assert {event.project_id for event in theirs} == {world.stranger.project_id}
-    assert len(everything) == len(events(world.db)) > len(own) + len(theirs)  # those of base models are of nobody
+    # events of base models belong to no project
+    assert len(everything) == len(events(world.db)) > len(own) + len(theirs)
 
 
-def test_events_are_found_by_what_they_are_by_whom_about_whose_and_when(world: World) -> None:
+def test_events_are_filtered_by_actor_type_project_and_time(world: World) -> None:
     start = world.clock.now
     with audit.coming_from(Origin(actor=MINE)):
         job = world.submit()
@@ -197,7 +198,7 @@ def test_events_are_found_by_what_they_are_by_whom_about_whose_and_when(world: W
     assert found(project_ids=[world.stranger.project_id], types=["job.created"]) == []
 
 
-def test_a_sealed_log_is_verified_here_and_as_an_export(world: World) -> None:
+def test_sealed_log_verifies_in_the_database_and_as_an_export(world: World) -> None:
     rows = sealed(world)
     projects.create(world.db, "new")
 
@@ -212,7 +213,7 @@ def test_a_sealed_log_is_verified_here_and_as_an_export(world: World) -> None:
     assert (part.misfit, part.last_digest) == (None, found.last_digest)
 
 
-def test_a_log_is_looked_at_in_pages(world: World) -> None:
+def test_log_is_verified_in_pages(world: World) -> None:
     rows = sealed(world)
     last, number = 0, 0
 
@@ -223,9 +224,7 @@ def test_a_log_is_looked_at_in_pages(world: World) -> None:
     assert (found.misfit, found.last_link, number) == (None, len(rows), (len(rows) - 1) // 4)
 
 
-def test_sealing_again_changes_nothing_and_goes_on_where_it_ended(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sealing_is_idempotent_and_resumes_at_the_last_link(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     before = [(event.id, event.digest) for event in sealed(world)]
     assert chain.seal(world.db, pepper=PEPPER.current) == 0
     monkeypatch.setattr(chain, "SEALED_AT_ONCE", 2)
@@ -248,10 +247,10 @@ def _set(column: str, value: Any) -> Tamper:
 
 
 def _rewrite(world: World, rows: list[AuditEvent]) -> None:
-    """With a digest that fits what is written now."""
+    """Change an event and give it a digest that fits the new content."""
     with world.db.write() as session:
         event = session.scalars(select(AuditEvent).where(AuditEvent.link == 4)).one()
-        event.actor_name = "somebody else"
+        event.actor_name = "another actor"
         event.digest = chain.seal_of(chain.content(event), b"not the server's")
 
 
@@ -287,19 +286,19 @@ def _rewrite_last(world: World, rows: list[AuditEvent]) -> None:
 COLUMNS = [column.name for column in AuditEvent.__table__.columns if column.name not in ("seq", "link")]
 OTHER: dict[str, Any] = {"effective_at": 5.0, "details": {"x": 1}}
 TAMPERINGS: dict[str, tuple[Tamper, int]] = {
-    **{f"its {name} is changed": (_set(name, OTHER.get(name, "f" * 64)), 4) for name in COLUMNS},
-    "it is taken out of the chain": (_set("link", None), 4),
-    "it is moved": (_set("link", 400), 4),
-    "it is changed with its digest": (_rewrite, 4),
-    "it is exchanged with the next": (_exchange, 4),
-    "it is deleted": (_delete(4), 4),
-    "the first is deleted": (_delete(1), 1),
-    "the last is deleted": (_delete_last, -1),
-    "the last is changed with its digest": (_rewrite_last, -1),
+    **{f"{name} is changed": (_set(name, OTHER.get(name, "f" * 64)), 4) for name in COLUMNS},
+    "an event is taken out of the chain": (_set("link", None), 4),
+    "an event is moved": (_set("link", 400), 4),
+    "an event is changed with its digest": (_rewrite, 4),
+    "two events are exchanged": (_exchange, 4),
+    "an event is deleted": (_delete(4), 4),
+    "the first event is deleted": (_delete(1), 1),
+    "the last event is deleted": (_delete_last, -1),
+    "the last event is changed with its digest": (_rewrite_last, -1),
 }
 
 
-def test_an_event_that_is_edited_deleted_or_moved_is_named(world: World) -> None:
+def test_edited_deleted_or_moved_events_are_reported(world: World) -> None:
     rows = sealed(world)
     whole = _columns(world.db)
     found: dict[str, tuple[int, int]] = {}
@@ -316,7 +315,7 @@ def test_an_event_that_is_edited_deleted_or_moved_is_named(world: World) -> None
     assert check(world).misfit is None
 
 
-def test_a_head_that_was_set_back_is_seen(world: World) -> None:
+def test_rolled_back_chain_head_is_detected(world: World) -> None:
     rows = sealed(world)
     with world.db.write() as session:
         head = session.get_one(AuditHead, 1)
@@ -325,12 +324,12 @@ def test_a_head_that_was_set_back_is_seen(world: World) -> None:
     assert check(world).misfit is not None
 
 
-def test_a_chain_that_was_recomputed_without_the_pepper_is_no_chain(world: World) -> None:
-    """The attack with the database's password alone: an event is changed, and every digest after it is made to fit."""
+def test_chain_resealed_without_the_pepper_is_rejected(world: World) -> None:
+    """An attacker with only the database password changes an event and recomputes every later digest."""
     sealed(world)
     forger = b"any other secret of 32 bytes...."
     with world.db.write() as session:
-        session.execute(update(AuditEvent).where(AuditEvent.link == 4).values(actor_name="somebody else"))
+        session.execute(update(AuditEvent).where(AuditEvent.link == 4).values(actor_name="another actor"))
         session.execute(update(AuditEvent).values(link=None, previous=None, digest=None))
         session.execute(delete(AuditHead))
     chain.seal(world.db, pepper=forger)
@@ -341,7 +340,7 @@ def test_a_chain_that_was_recomputed_without_the_pepper_is_no_chain(world: World
     assert (misfit.link, misfit.fault) == (1, "changed")
 
 
-def test_events_that_were_sealed_under_the_previous_pepper_are_verified_after_a_rotation(world: World) -> None:
+def test_events_sealed_under_the_previous_pepper_verify_after_rotation(world: World) -> None:
     sealed(world)
     projects.create(world.db, "new")
     rotated = b"n" * 32
@@ -354,18 +353,18 @@ def test_events_that_were_sealed_under_the_previous_pepper_are_verified_after_a_
     assert forgotten.misfit is not None
 
 
-def test_sealing_ends_after_as_many_events_as_it_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sealing_stops_at_the_batch_that_reaches_the_limit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "SEALED_AT_ONCE", 2)
 
     assert chain.seal(world.db, pepper=PEPPER.current, at_most=3) == 4
     assert check(world).num_unsealed == len(events(world.db)) - 4
 
 
-def test_an_export_that_was_edited_is_seen(world: World) -> None:
+def test_edited_export_is_detected(world: World) -> None:
     sealed(world)
     whole = list(chain.lines(world.db))
     edited = [{**event, "details": {}} if event["link"] == 4 else event for event in whole]
-    odd = [*whole[:3], {**whole[3], "actor": "nobody"}]
+    odd = [*whole[:3], {**whole[3], "actor": "another"}]
     logs = (edited, odd, whole[:3] + whole[4:], [*whole[:3], whole[4]])
 
     faults = [chain.check_export(log, peppers=PEPPER.all()).misfit for log in logs]

@@ -1,4 +1,4 @@
-"""What stands in the chain: the canonical form of an event, whatever was noted."""
+"""The canonical form of an event, which its digest in the chain covers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.catalog.audit.test_audit import an_operator, events, sealed
 from tests.catalog.world import PEPPER, World
 
 
-def test_the_digest_is_that_of_the_canonical_form_without_what_is_null(world: World) -> None:
+def test_digest_covers_the_canonical_form_without_null_fields(world: World) -> None:
     first = next(chain.lines(world.db), None)
     assert first is None
     sealed(world)
@@ -33,7 +33,7 @@ def test_the_digest_is_that_of_the_canonical_form_without_what_is_null(world: Wo
     assert event["digest"] == hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
-def test_a_number_that_canonical_json_cannot_hold_is_sealed_as_text_and_keeps_nothing_from_the_chain(
+def test_integers_beyond_canonical_json_are_sealed_as_text(
     world: World,
 ) -> None:
     caller = an_operator(world)
@@ -50,25 +50,25 @@ def test_a_number_that_canonical_json_cannot_hold_is_sealed_as_text_and_keeps_no
 
 
 @pytest.mark.parametrize(
-    ("noted", "told"),
+    ("noted", "expected"),
     [
         ({"name": "a\ud83d", "in": [["\udc00b"]]}, {"name": "a\\ud83d", "in": [["\\udc00b"]]}),
         ({"\ud800": "😀"}, {"\\ud800": "😀"}),
     ],
 )
-def test_no_event_keeps_those_behind_it_from_the_chain(world: World, noted: Json, told: Json) -> None:
-    seal_behind(world, noted, told)
+def test_unencodable_text_in_an_event_does_not_block_the_chain(world: World, noted: Json, expected: Json) -> None:
+    seal_behind(world, noted, expected)
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)  # PostgreSQL stores no number that is none
-def test_nor_does_a_number_that_is_none(world: World) -> None:
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)  # PostgreSQL does not store NaN or infinity
+def test_non_finite_numbers_in_an_event_do_not_block_the_chain(world: World) -> None:
     noted = {"weight": math.nan, "in": [math.inf, -math.inf, 1e300]}
 
     seal_behind(world, noted, {"weight": "nan", "in": ["inf", "-inf", 1e300]})
 
 
-def seal_behind(world: World, noted: Json, told: Json) -> None:
-    """An event with these details, then another; both are sealed, and the first is told so."""
+def seal_behind(world: World, noted: Json, expected: Json) -> None:
+    """Seal an event with the details `noted` and one after it, and check that the first is exported as `expected`."""
     with world.db.write() as session:
         log.note(session, "project.updated", now=world.clock.now, object_id="x", project_id=None, details=noted)
     projects.create(world.db, "new")
@@ -76,7 +76,7 @@ def seal_behind(world: World, noted: Json, told: Json) -> None:
     chain.seal(world.db, pepper=PEPPER.current)
 
     *_, bad, _ = exported = list(chain.lines(world.db))
-    assert bad["details"] == told
+    assert bad["details"] == expected
     assert len(exported) == len(events(world.db))
     assert chain.check(world.db, peppers=PEPPER.all()).misfit is None
     assert chain.check_export(exported, peppers=PEPPER.all()).misfit is None

@@ -1,4 +1,4 @@
-"""What was sealed and signed under a replaced pepper stays verifiable, and its holder can't forge what came later."""
+"""Events and signatures made under a replaced pepper stay verifiable, but its holder cannot forge later ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def objects(tmp_path: Path) -> Objects:
 
 
 def sealed_event(db: Database, name: str, pepper: bytes) -> int:
-    """Its place in the chain."""
+    """Seal an event and return its position in the chain."""
     projects.create(db, name)
     chain.seal(db, pepper=pepper)
     with db.read() as session:
@@ -36,7 +36,7 @@ def sealed_event(db: Database, name: str, pepper: bytes) -> int:
 
 
 def rotated(world: World) -> int:
-    """A chain of the old pepper, a finished rotation, and an event of the new one. Gives the last place of the old."""
+    """Rotate the pepper between two sealed events. Returns the last chain position under the old pepper."""
     last = sealed_event(world.db, "before", OLD)
     assert derived_keys.retire(world.db, Pepper(current=NEW, previous=OLD))
     sealed_event(world.db, "after", NEW)
@@ -53,7 +53,7 @@ def misfit(world: World, pepper: bytes = NEW) -> Misfit | None:
 
 
 def reseal(world: World, pepper: bytes, *, after: int) -> None:
-    """As the holder of a pepper does who can write to the database."""
+    """Recompute the chain after a position, as an attacker with a pepper and write access to the database does."""
     key = derived_keys.chain_key(pepper)
     with world.db.write() as session:
         head = session.get_one(AuditHead, 1)
@@ -64,9 +64,7 @@ def reseal(world: World, pepper: bytes, *, after: int) -> None:
             session.flush()
 
 
-def test_after_a_rotation_the_new_pepper_alone_verifies_the_log_its_anchors_and_its_export(
-    world: World, objects: Objects
-) -> None:
+def test_new_pepper_alone_verifies_log_anchors_and_export_after_rotation(world: World, objects: Objects) -> None:
     sealed_event(world.db, "anchored", OLD)
     audit_anchors.anchor(world.db, objects, pepper=OLD)
 
@@ -80,31 +78,31 @@ def test_after_a_rotation_the_new_pepper_alone_verifies_the_log_its_anchors_and_
     assert chain.check_export(exported, peppers=[NEWEST]).misfit is not None
 
 
-def test_after_two_rotations_everything_is_verified_by_the_newest_pepper(world: World) -> None:
+def test_newest_pepper_verifies_everything_after_two_rotations(world: World) -> None:
     rotated(world)
     assert derived_keys.retire(world.db, Pepper(current=NEWEST, previous=NEW))
     sealed_event(world.db, "after-the-second", NEWEST)
 
     assert misfit(world, NEWEST) is None
     assert chain.check_export(chain.lines(world.db), peppers=[NEWEST]).misfit is None
-    assert misfit(world) is not None, "the rows are no longer encrypted under the pepper between"
+    assert misfit(world) is not None, "the intermediate pepper must no longer decrypt the rows"
 
 
-def test_tampering_with_events_of_a_replaced_pepper_is_named_after_the_rotation(world: World) -> None:
+def test_tampering_with_events_of_a_replaced_pepper_is_detected(world: World) -> None:
     last = rotated(world)
     with world.db.write() as session:
         event = session.scalars(select(AuditEvent).where(AuditEvent.link == last)).one()
-        event.actor_name, ident = "somebody else", event.id
+        event.actor_name, ident = "another actor", event.id
 
     assert misfit(world) == Misfit(link=last, id=ident, fault="changed")
 
 
 @pytest.mark.parametrize("first", [1, "the last of the old pepper", "the first of the new pepper"])
-def test_a_replaced_pepper_forges_neither_earlier_nor_later_events(world: World, first: int | str) -> None:
+def test_replaced_pepper_cannot_forge_earlier_or_later_events(world: World, first: int | str) -> None:
     last = rotated(world)
     start = {"the last of the old pepper": last, "the first of the new pepper": last + 1}.get(str(first), 1)
     with world.db.write() as session:
-        session.scalars(select(AuditEvent).where(AuditEvent.link == start)).one().actor_name = "somebody else"
+        session.scalars(select(AuditEvent).where(AuditEvent.link == start)).one().actor_name = "another actor"
 
     reseal(world, OLD, after=start - 1)
 
@@ -113,13 +111,11 @@ def test_a_replaced_pepper_forges_neither_earlier_nor_later_events(world: World,
     assert (found.link, found.fault) == (max(start, last), "changed")
 
 
-def test_an_anchor_of_events_after_the_rotation_is_not_accepted_under_the_replaced_pepper(
-    world: World, objects: Objects
-) -> None:
+def test_anchor_written_under_a_replaced_pepper_is_rejected(world: World, objects: Objects) -> None:
     rotated(world)
     rows = rows_of(world)
     with world.db.write() as session:
-        session.execute(delete(RetiredKey))  # so that the old pepper writes an anchor at all
+        session.execute(delete(RetiredKey))  # otherwise a server with the old pepper writes no anchor
     audit_anchors.anchor(world.db, objects, pepper=OLD)
     with world.db.write() as session:
         session.add_all(RetiredKey(id=row["id"], sealed=row["sealed"]) for row in rows)
@@ -130,7 +126,7 @@ def test_an_anchor_of_events_after_the_rotation_is_not_accepted_under_the_replac
     assert found.fault == "anchor_changed"
 
 
-def test_a_row_shows_no_key_and_opens_under_the_current_pepper_and_its_own_id_alone(world: World) -> None:
+def test_retired_key_row_is_encrypted_and_bound_to_its_id(world: World) -> None:
     rotated(world)
     (row,) = rows_of(world)
 
@@ -146,8 +142,8 @@ def test_a_row_shows_no_key_and_opens_under_the_current_pepper_and_its_own_id_al
 
 
 @pytest.mark.parametrize("num_more", [1000, None])
-def test_a_key_that_was_planted_under_the_replaced_pepper_is_not_kept(world: World, num_more: int | None) -> None:
-    """An attacker who had the old pepper, and the database, before the rotation, gains nothing after it."""
+def test_planted_keys_under_the_replaced_pepper_are_not_kept(world: World, num_more: int | None) -> None:
+    """An attacker who had the old pepper and database access before the rotation gains nothing after it."""
     last = sealed_event(world.db, "before", OLD)
     last_link = None if num_more is None else last + num_more
     planted = derived_keys.Retired(
@@ -165,8 +161,8 @@ def test_a_key_that_was_planted_under_the_replaced_pepper_is_not_kept(world: Wor
     assert [key.last_link for key in keys] == [None, last]
 
 
-def test_a_server_whose_pepper_was_replaced_seals_and_anchors_nothing(world: World, objects: Objects) -> None:
-    """Servers of the old pepper that still run during the rotation: their seals would be no seals."""
+def test_server_with_a_replaced_pepper_seals_and_anchors_nothing(world: World, objects: Objects) -> None:
+    """Servers that still run with the old pepper during the rotation must not write invalid seals."""
     rotated(world)
     projects.create(world.db, "unsealed")
 
@@ -180,7 +176,7 @@ def test_a_server_whose_pepper_was_replaced_seals_and_anchors_nothing(world: Wor
     assert misfit(world) is None
 
 
-def test_a_rotation_can_be_taken_back_and_made_again(world: World) -> None:
+def test_rotation_can_be_reverted_and_repeated(world: World) -> None:
     rotated(world)
     for name, current, previous in (("back", OLD, NEW), ("again", NEW, OLD)):
         assert derived_keys.retire(world.db, Pepper(current=current, previous=previous))
@@ -188,13 +184,13 @@ def test_a_rotation_can_be_taken_back_and_made_again(world: World) -> None:
         assert misfit(world, current) is None
 
 
-def test_a_start_without_a_rotation_keeps_nothing(world: World) -> None:
+def test_start_without_rotation_retires_no_key(world: World) -> None:
     assert not derived_keys.retire(world.db, Pepper(current=NEW))
     assert not derived_keys.retire(world.db, Pepper(current=NEW, previous=NEW))
     assert rows_of(world) == []
 
 
-def test_retired_public_keys_are_served_and_marked_and_a_foreign_row_adds_none(world: World) -> None:
+def test_retired_public_keys_are_served_and_foreign_rows_are_ignored(world: World) -> None:
     signed = lineage_signatures.sign_lineage(lineage_id="1" * 64, artifact="2" * 64, pepper=OLD)
     during = derived_keys.key_set(world.db, [NEW, OLD])["keys"]
     derived_keys.retire(world.db, Pepper(current=NEW, previous=OLD))

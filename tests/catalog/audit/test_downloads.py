@@ -1,4 +1,4 @@
-"""Downloads are in the audit log, once in a while for each key, object and address."""
+"""The audit log records downloads, at most once per interval for each key, object and address."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def download(reads: ReadAudit, world: World, *, file_id: str = "file-1", address
         reads.record("file.downloaded", caller=world.caller, object_id=file_id)
 
 
-def test_a_download_is_recorded_with_key_object_and_address(world: World) -> None:
+def test_download_is_recorded_with_key_object_and_address(world: World) -> None:
     download(ReadAudit(world.db), world)
 
     (event,) = downloads(world.db)
@@ -47,7 +47,7 @@ def test_a_download_is_recorded_with_key_object_and_address(world: World) -> Non
     assert (event.actor_id, event.request_id) == ("key-me", "req_1")
 
 
-def test_a_repetition_is_recorded_again_after_a_while_and_another_object_key_or_address_at_once(world: World) -> None:
+def test_repeated_downloads_are_recorded_once_per_interval(world: World) -> None:
     clock = Time()
     reads = ReadAudit(world.db, clock=clock)
 
@@ -70,9 +70,7 @@ def test_a_repetition_is_recorded_again_after_a_while_and_another_object_key_or_
     assert len(downloads(world.db)) == 5
 
 
-def test_what_is_remembered_is_bounded_and_what_was_forgotten_is_recorded_again(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remembered_downloads_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_audit, "MAX_REMEMBERED", 2)
     reads = ReadAudit(world.db)
 
@@ -82,7 +80,7 @@ def test_what_is_remembered_is_bounded_and_what_was_forgotten_is_recorded_again(
     assert [event.object_id for event in downloads(world.db)] == ["file-1", "file-2", "file-3", "file-1"]
 
 
-def test_a_database_that_can_not_be_written_stops_no_download_and_the_next_one_is_recorded(
+def test_unwritable_database_does_not_block_downloads(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def away() -> None:

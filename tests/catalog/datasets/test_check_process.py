@@ -1,4 +1,4 @@
-"""A data set is checked in a process of its own: with the same result, and never left behind."""
+"""Dataset checks run in a separate process, give the same result, and never outlive their caller."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_process_finds_what_a_check_in_this_process_finds(tmp_path: Path) -> None:
+def test_process_finds_the_same_result_as_an_in_process_check(tmp_path: Path) -> None:
     path = written(tmp_path, f"{CHAT}\n" * 3)
 
     assert in_a_process(path) == here(path)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense\n", f'{CHAT}\n{{"a": 1}}\n', f"{CHAT}\n" * 101, "[" * 999])
-def test_a_process_rejects_with_the_same_words(tmp_path: Path, text: str) -> None:
+def test_process_rejects_with_the_same_message(tmp_path: Path, text: str) -> None:
     path = written(tmp_path, text)
 
     with pytest.raises(InvalidRequest) as own:
@@ -63,7 +63,7 @@ def test_a_process_rejects_with_the_same_words(tmp_path: Path, text: str) -> Non
     )
 
 
-def test_a_process_that_fails_is_named_with_its_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_process_is_reported_with_its_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", "raise SystemExit(7)"))
 
     with pytest.raises(Unavailable, match="exit status 7") as failed:
@@ -72,7 +72,7 @@ def test_a_process_that_fails_is_named_with_its_exit_status(tmp_path: Path, monk
     assert failed.value.code == "dataset_check_failed"
 
 
-def test_a_process_gets_no_secret_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_inherits_no_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_PEPPER", "a secret")
     counts = "import json, os; print(json.dumps({'num_rows': sum(name.startswith('LORRY_') for name in os.environ)}))"
     monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", counts))
@@ -80,7 +80,7 @@ def test_a_process_gets_no_secret_from_the_environment(tmp_path: Path, monkeypat
     assert in_a_process(written(tmp_path, CHAT)).num_rows == 0
 
 
-def test_a_check_that_nobody_waits_for_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandoned_check_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_process, "COMMAND", STUCK)
     others = set(psutil.Process().children())  # such as the servers of other tests
     seen: set[psutil.Process] = set()
@@ -96,15 +96,15 @@ def test_a_check_that_nobody_waits_for_is_killed(tmp_path: Path, monkeypatch: py
     assert not any(each.is_running() for each in seen)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a named pipe")
-def test_a_check_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+def test_check_exits_when_its_parent_process_is_killed(tmp_path: Path) -> None:
     pipe = tmp_path / "data.jsonl"
-    os.mkfifo(pipe)  # the check waits for somebody to write
+    os.mkfifo(pipe)  # the check blocks until a writer opens the pipe
     begin = (
         f"from pathlib import Path; from catalog.datasets import check_process as c; c.inspect(Path({str(pipe)!r}), "
     )
     parent = subprocess.Popen([sys.executable, "-c", f"{begin}max_line_bytes=9, max_rows=9)"], cwd=ROOT)
-    writer = os.open(pipe, os.O_WRONLY)  # returns once the check reads
+    writer = os.open(pipe, os.O_WRONLY)  # returns once the check has opened the pipe
     children = psutil.Process(parent.pid).children()
 
     parent.send_signal(signal.SIGKILL)

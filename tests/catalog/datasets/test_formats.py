@@ -1,4 +1,4 @@
-"""Rows without a conversation: what passes, what is refused, and that a file holds rows of one kind."""
+"""Rows that are not chats: accepted rows, rejected rows, and the rule that a file holds rows of one kind."""
 
 import io
 import json
@@ -37,12 +37,12 @@ def refusal(*rows: Any) -> InvalidRequest:
     return caught.value
 
 
-def test_every_kind_has_a_sample_here() -> None:
+def test_every_kind_has_a_sample() -> None:
     assert set(SAMPLES) == {kind.name for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_a_file_is_of_the_kind_of_its_rows(kind: str) -> None:
+def test_file_has_the_kind_of_its_rows(kind: str) -> None:
     found = check(SAMPLES[kind], SAMPLES[kind])
 
     assert (found.num_rows, found.kind) == (2, kind)
@@ -50,7 +50,7 @@ def test_a_file_is_of_the_kind_of_its_rows(kind: str) -> None:
 
 @pytest.mark.parametrize("first", SAMPLES)
 @pytest.mark.parametrize("second", SAMPLES)
-def test_kinds_are_not_mixed(first: str, second: str) -> None:
+def test_kinds_cannot_be_mixed(first: str, second: str) -> None:
     if first == second:
         return
     problem = refusal(SAMPLES[first], SAMPLES[second])
@@ -85,24 +85,24 @@ def test_kinds_are_not_mixed(first: str, second: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_wrong_with_a_row_is_named(row: dict[str, Any], code: str) -> None:
+def test_row_errors_are_named(row: dict[str, Any], code: str) -> None:
     problem = refusal(row)
 
     assert problem.code == code
     assert problem.message.startswith("Line 1: ")
 
 
-def test_a_prompt_may_be_empty() -> None:
+def test_prompt_may_be_empty() -> None:
     assert check({"prompt": "", "completion": "b"}).kind == "completion"
 
 
-def test_answers_within_a_prompt_are_read_and_those_of_the_completion_learnt() -> None:
+def test_only_answers_in_the_completion_are_trained_on() -> None:
     row = check_completion({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
 
     assert as_chat(row) == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
 
 
-def test_a_file_of_masked_completions_has_nothing_to_learn() -> None:
+def test_file_with_only_masked_completions_is_rejected() -> None:
     masked = {"prompt": [USER], "completion": [{**ANSWER, "weight": 0}]}
 
     assert refusal(masked).code == "only_masked_rows"
@@ -120,7 +120,7 @@ def test_a_file_of_masked_completions_has_nothing_to_learn() -> None:
     ],
     ids=str,
 )
-def test_a_row_in_a_form_of_others_is_told_its_name_and_how_it_is_written_here(
+def test_rows_in_foreign_formats_are_named_with_a_remedy(
     row: dict[str, Any], code: str, form: str, named: tuple[str, ...]
 ) -> None:
     problem = refusal(row)

@@ -1,4 +1,4 @@
-"""Pairs of answers: what passes at upload, and what is said of everything that doesn't."""
+"""Preference pairs: accepted rows, and the errors of rejected ones."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def refusal(*rows: Any) -> InvalidRequest:
     return caught.value
 
 
-def test_openais_own_form_passes_and_its_kind_is_told() -> None:
+def test_openai_preference_format_is_accepted() -> None:
     check = inspect(lines(GOOD, GOOD), max_line_bytes=2**20, max_rows=100)
 
     assert (check.num_rows, check.kind) == (2, "preference")
@@ -54,7 +54,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("code", "change"), WRONG.items(), ids=WRONG)
-def test_a_wrong_pair_is_told_with_its_line(code: str, change: dict[str, Any]) -> None:
+def test_invalid_pair_is_reported_with_its_line(code: str, change: dict[str, Any]) -> None:
     problem = refusal(GOOD, {**GOOD, **change})
 
     assert problem.code == code
@@ -62,14 +62,14 @@ def test_a_wrong_pair_is_told_with_its_line(code: str, change: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("key", GOOD)
-def test_a_pair_lacks_no_part(key: str) -> None:
+def test_missing_part_of_a_pair_is_rejected(key: str) -> None:
     lacking = {name: value for name, value in GOOD.items() if name != key}
 
     assert refusal(lacking).code == f"{key}_missing"
 
 
 @pytest.mark.parametrize("rows", [(GOOD, CHAT), (CHAT, GOOD)])
-def test_chats_and_pairs_are_not_mixed(rows: tuple[Any, Any]) -> None:
+def test_chats_and_pairs_cannot_be_mixed(rows: tuple[Any, Any]) -> None:
     problem = refusal(*rows)
 
     assert problem.code == "mixed_kinds"

@@ -1,4 +1,4 @@
-"""Answers with labels: what one line may hold, and what a file of them is told where it is wrong."""
+"""Labeled completions: accepted rows, and the errors of rejected ones."""
 
 import io
 import json
@@ -15,7 +15,7 @@ TURNS: dict[str, Any] = {
     "completion": [{"role": "assistant", "content": "five"}],
     "label": False,
 }
-SAID = {"role": "assistant", "content": "4"}
+ANSWER = {"role": "assistant", "content": "4"}
 
 
 def checked(*rows: dict[str, Any]) -> tuple[int, str]:
@@ -24,12 +24,12 @@ def checked(*rows: dict[str, Any]) -> tuple[int, str]:
     return found.num_rows, found.kind
 
 
-def test_answers_with_labels_may_be_text_or_messages() -> None:
+def test_labeled_completions_may_be_text_or_messages() -> None:
     assert checked(TEXT, {**TEXT, "label": False}) == (2, "unpaired")
     assert checked(TURNS) == (1, "unpaired")
 
 
-def test_a_prompt_with_its_completion_is_another_kind() -> None:
+def test_unlabeled_completion_is_another_kind() -> None:
     assert checked({"prompt": "a", "completion": "b"}) == (1, "completion")
 
 
@@ -44,12 +44,12 @@ def test_a_prompt_with_its_completion_is_another_kind() -> None:
         ({**TEXT, "score": 3}, "unknown_key"),
         ({**TEXT, "completion": " "}, "completion_empty"),
         ({**TURNS, "completion": "five"}, "prompt_unlike_completion"),
-        ({**TURNS, "completion": [*TURNS["completion"], SAID]}, "several_answers"),
-        ({**TURNS, "prompt": [*TURNS["prompt"], SAID]}, "prompt_ends_with_answer"),
-        ({**TURNS, "completion": [{**SAID, "weight": 1}]}, "invalid_weight"),
+        ({**TURNS, "completion": [*TURNS["completion"], ANSWER]}, "several_answers"),
+        ({**TURNS, "prompt": [*TURNS["prompt"], ANSWER]}, "prompt_ends_with_answer"),
+        ({**TURNS, "completion": [{**ANSWER, "weight": 1}]}, "invalid_weight"),
     ],
 )
-def test_a_row_that_is_wrong_is_refused_with_its_line_and_what_to_write(row: dict[str, Any], code: str) -> None:
+def test_invalid_row_is_rejected_with_its_line_and_a_remedy(row: dict[str, Any], code: str) -> None:
     with pytest.raises(InvalidRequest, match="Line 2: ") as caught:
         checked(TEXT, row)
 
@@ -57,7 +57,7 @@ def test_a_row_that_is_wrong_is_refused_with_its_line_and_what_to_write(row: dic
     assert caught.value.remedy
 
 
-def test_a_label_among_rows_without_is_told_as_another_kind() -> None:
+def test_labeled_row_after_unlabeled_ones_is_rejected() -> None:
     with pytest.raises(InvalidRequest) as caught:
         checked({"prompt": "a", "completion": "b"}, TEXT)
 

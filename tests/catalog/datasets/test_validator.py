@@ -1,4 +1,4 @@
-"""The structural check: what passes, and what is said of everything that doesn't."""
+"""The structural check of datasets: accepted files, and the errors of rejected ones."""
 
 import io
 import json
@@ -37,12 +37,12 @@ def refusal(content: bytes, **limits: int) -> InvalidRequest:
     return caught.value
 
 
-def test_rows_of_chat_are_counted() -> None:
+def test_chat_rows_are_counted() -> None:
     assert check(row() * 3) == DatasetCheck(num_rows=3, kind="chat")
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_a_byte_order_mark_at_the_start_is_skipped(mark: bytes) -> None:
+def test_byte_order_mark_at_the_start_is_skipped(mark: bytes) -> None:
     line = row().rstrip()
 
     assert check(mark + line, max_line_bytes=len(line)).num_rows == 1
@@ -52,11 +52,11 @@ def test_a_byte_order_mark_at_the_start_is_skipped(mark: bytes) -> None:
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n  \n"])
-def test_the_end_of_the_file_may_look_as_it_likes(end: bytes) -> None:
+def test_any_line_ending_and_trailing_blank_lines_are_accepted(end: bytes) -> None:
     assert check(row() + row().rstrip() + end).num_rows == 2
 
 
-def test_every_role_a_weight_and_names_are_let_in() -> None:
+def test_all_roles_weights_and_names_are_accepted() -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "developer", "content": ""},
@@ -83,7 +83,7 @@ WHOLE_FILES = {
 
 
 @pytest.mark.parametrize(("content", "code"), WHOLE_FILES.items(), ids=str)
-def test_a_file_of_another_kind_is_named_once(content: bytes, code: str) -> None:
+def test_file_of_another_format_is_reported_once(content: bytes, code: str) -> None:
     problem = refusal(content)
 
     assert problem.code == code
@@ -92,7 +92,7 @@ def test_a_file_of_another_kind_is_named_once(content: bytes, code: str) -> None
 
 
 BAD_ROWS: dict[str, tuple[bytes, str]] = {
-    "cut short": (b'{"messages": [', "invalid_json"),
+    "truncated JSON": (b'{"messages": [', "invalid_json"),
     "plain text": (b"hello", "invalid_json"),
     "two objects": (b"{} {}", "invalid_json"),
     "a control character": (b'{"messages": [{"role": "user", "content": "\x01"}]}', "invalid_json"),
@@ -106,14 +106,14 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "minus infinity": (b'{"messages": -Infinity}', "number_not_finite"),
     "1e999": (b'{"messages": 1e999}', "number_not_finite"),
     "an integer of 100,000 digits": (b'{"messages": ' + b"9" * 100_000 + b"}", "number_too_large"),
-    "a key twice": (b'{"messages": [], "messages": []}', "duplicate_key"),
-    "a key twice within": (b'{"messages": [{"role": "user", "role": "tool"}]}', "duplicate_key"),
+    "a duplicate key": (b'{"messages": [], "messages": []}', "duplicate_key"),
+    "a nested duplicate key": (b'{"messages": [{"role": "user", "role": "tool"}]}', "duplicate_key"),
     "a list": (b"[1]", "row_not_object"),
     "null": (b"null", "row_not_object"),
     "nothing": (b"{}", "messages_missing"),
     "a completion": (b'{"prompt": "a", "completion": "b"}', "mixed_kinds"),
     "a text": (b'{"text": "a"}', "mixed_kinds"),
-    "one key too many": (b'{"messages": [], "id": 1}', "unknown_key"),
+    "an unknown key": (b'{"messages": [], "id": 1}', "unknown_key"),
     "tools": (b'{"messages": [], "tools": []}', "tools_unsupported"),
     "parallel tool calls": (b'{"messages": [], "parallel_tool_calls": false}', "tools_unsupported"),
     "messages as a string": (b'{"messages": "hi"}', "messages_not_list"),
@@ -132,7 +132,7 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     ),
     "a bare part": (b'{"messages": [{"role": "user", "content": ["a"]}]}', "content_not_text"),
     "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "tools_unsupported"),
-    "a misspelt key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "unknown_key"),
+    "a misspelled key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "unknown_key"),
     "weight 0.5": (row(weight=0.5), "invalid_weight"),
     "weight true": (row(weight=True), "invalid_weight"),
     "a weight on a question": (b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "invalid_weight"),
@@ -144,7 +144,7 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("line", "code"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_one_bad_line_is_named_with_its_reason(line: bytes, code: str) -> None:
+def test_bad_line_is_reported_with_its_reason(line: bytes, code: str) -> None:
     problem = refusal(row() * 2 + line.rstrip(b"\n") + b"\n" + row())
 
     assert problem.code == code
@@ -152,7 +152,7 @@ def test_one_bad_line_is_named_with_its_reason(line: bytes, code: str) -> None:
     assert problem.message.count("Line ") == 1
 
 
-def test_one_bad_line_of_ten_thousand_is_found() -> None:
+def test_one_bad_line_in_ten_thousand_is_found() -> None:
     content = row() * 6_172 + b'{"messages": [}\n' + row() * 3_827
 
     problem = refusal(content)
@@ -160,14 +160,14 @@ def test_one_bad_line_of_ten_thousand_is_found() -> None:
     assert problem.message == "Line 6173: not valid JSON at column 15: expecting value."
 
 
-def test_five_bad_lines_are_listed_and_reading_stops() -> None:
+def test_first_five_bad_lines_are_listed_and_reading_stops() -> None:
     problem = refusal((row() + b"{}\n") * 50)
 
     assert [line for line in range(1, 101) if f"Line {line}:" in problem.message] == [2, 4, 6, 8, 10]
     assert problem.message.endswith("Reading stopped at the 5th bad line; there may be more.")
 
 
-def test_each_kind_of_problem_brings_its_remedy() -> None:
+def test_different_problems_have_their_own_remedies() -> None:
     problem = refusal(row() + b"{}\n" + b'{"messages": 1}\n' + row())
 
     assert problem.code == "messages_missing"
@@ -178,14 +178,14 @@ def test_each_kind_of_problem_brings_its_remedy() -> None:
     assert problem.remedy == "Correct these lines, then upload the file again."
 
 
-def test_a_remedy_that_all_bad_lines_share_is_said_once() -> None:
+def test_remedy_shared_by_all_bad_lines_appears_once() -> None:
     problem = refusal(row() + b"{}\n" + row() + b"{}\n")
 
     assert problem.message == 'Line 2: the key "messages" is missing. Line 4: the key "messages" is missing.'
     assert problem.remedy == 'Write {"messages": [...]}.'
 
 
-def test_every_run_of_blank_lines_between_rows_is_told_once_with_its_extent() -> None:
+def test_blank_line_runs_are_reported_with_their_extent() -> None:
     assert refusal(row() + b"\n" + row()).message == "Line 2: the line is blank."
     problem = refusal(row() + b"\n \n\n" + row() + b"\n" + row())
 
@@ -198,19 +198,19 @@ def test_every_run_of_blank_lines_between_rows_is_told_once_with_its_extent() ->
     )
 
 
-def test_only_masked_rows_are_refused() -> None:
+def test_file_with_only_masked_rows_is_rejected() -> None:
     assert refusal(row(weight=0) * 3).code == "only_masked_rows"
     assert check(row(weight=0) + row()).num_rows == 2
 
 
-def test_more_rows_than_allowed_are_refused_at_the_first_too_many() -> None:
+def test_file_with_too_many_rows_is_rejected_at_the_first_excess_row() -> None:
     problem = refusal(row() * 4, max_rows=3)
 
     assert problem.code == "too_many_rows"
     assert problem.message.startswith("Line 4: ")
 
 
-def test_the_longest_line_that_is_allowed_passes_and_one_byte_more_does_not() -> None:
+def test_line_length_limit_is_exact() -> None:
     line = row().rstrip(b"\n")
 
     assert check(line + b"\r\n" + line, max_line_bytes=len(line)).num_rows == 2
@@ -218,7 +218,7 @@ def test_the_longest_line_that_is_allowed_passes_and_one_byte_more_does_not() ->
 
 
 class Endless(io.RawIOBase):
-    """A file with one line of 300 MB in it that no memory holds."""
+    """A file that contains one line of 300 MB, generated while it is read."""
 
     def __init__(self, head: bytes, num_bytes: int, tail: bytes) -> None:
         self._parts = self._generate(head, num_bytes, tail)
@@ -241,7 +241,7 @@ class Endless(io.RawIOBase):
         return len(taken)
 
 
-def test_a_line_of_300_mb_is_refused_in_bounded_memory() -> None:
+def test_line_of_300_mb_is_rejected_in_bounded_memory() -> None:
     head = row() + b'{"messages": [{"role": "user", "content": "'
     file = io.BufferedReader(Endless(head, 300 * MIB, b'"}]}\n{}\n' + row()))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -256,13 +256,13 @@ def test_a_line_of_300_mb_is_refused_in_bounded_memory() -> None:
     assert grown_bytes < 64 * MIB
 
 
-def test_rows_are_read_again_with_their_line_numbers() -> None:
+def test_read_rows_returns_line_numbers() -> None:
     assert [number for number, _ in read_rows(io.BytesIO(row() * 2 + b"\n"), max_line_bytes=MIB)] == [1, 2]
     with pytest.raises(InvalidRequest, match="Line 2"):
         list(read_rows(io.BytesIO(row() + b"\n" + row()), max_line_bytes=MIB))
 
 
-def test_what_a_person_wrote_is_quoted_short_and_harmless() -> None:
+def test_quoted_user_text_is_short_and_escaped() -> None:
     problem = refusal(json.dumps({"\u001b[31m" + "x" * 500: 1}).encode())
 
     assert "\u001b" not in problem.message
@@ -277,13 +277,13 @@ JSON = st.recursive(
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_whatever_the_bytes_a_row_is_parsed_or_refused(content: bytes) -> None:
+def test_any_bytes_are_parsed_or_rejected(content: bytes) -> None:
     with suppress(BadRow):
         found = parse_object(content)
         assert kind_of_row(found, before=None).check(found)
 
 
-def test_content_in_parts_of_text_is_one_text() -> None:
+def test_text_parts_of_content_are_joined() -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]
     chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1], "weight": 1}]}
     pair = {
@@ -297,7 +297,7 @@ def test_content_in_parts_of_text_is_one_text() -> None:
     assert (checked["prompt"][0]["content"], checked["preferred"]["content"]) == ("What is 1+1?", "2")
 
 
-def test_what_is_no_text_in_a_message_is_told_with_its_place() -> None:
+def test_non_text_content_is_reported_with_its_position() -> None:
     image = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "http://x"}}]
 
     with pytest.raises(BadRow) as raised:

@@ -1,4 +1,4 @@
-"""Transactions on both databases: the clock, what an outage says, and writers that never fail half way."""
+"""Transactions on both databases: the clock, outages, and all-or-nothing writes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tests.catalog.world import World, request
 pytestmark = pytest.mark.both_databases
 
 
-def test_the_clock_is_the_databases_own(database_url: str) -> None:
+def test_clock_is_the_clock_of_the_database(database_url: str) -> None:
     database = Database(database_url)
 
     with database.read() as session:
-        told = read_clock(session)
+        reported = read_clock(session)
 
     database.close()
-    assert abs(told - time.time()) < 5
+    assert abs(reported - time.time()) < 5
 
 
-def test_a_transaction_that_fails_leaves_nothing(db: Database) -> None:
+def test_failed_transaction_leaves_no_rows(db: Database) -> None:
     def write_half() -> None:
         with db.write() as session:
             session.add(Organization(id="p", name="p", created_at=0))
@@ -48,7 +48,7 @@ def test_a_transaction_that_fails_leaves_nothing(db: Database) -> None:
         assert session.scalars(select(Organization)).all() == []
 
 
-def test_many_writers_at_once_lose_no_write(db: Database) -> None:
+def test_concurrent_writers_lose_no_write(db: Database) -> None:
     with db.write() as session:
         session.add(DatabaseHeartbeat(id=2, seen_at=0))
 
@@ -64,7 +64,7 @@ def test_many_writers_at_once_lose_no_write(db: Database) -> None:
         assert session.get_one(DatabaseHeartbeat, 2).seen_at == 80
 
 
-def test_what_is_serialized_by_name_runs_one_after_another(db: Database) -> None:
+def test_transactions_serialized_by_name_run_one_after_another(db: Database) -> None:
     inside: list[str] = []
 
     def enter(_: int) -> None:
@@ -80,8 +80,8 @@ def test_what_is_serialized_by_name_runs_one_after_another(db: Database) -> None
     assert inside == ["in", "out"] * 24
 
 
-def test_the_time_is_told_once_nobody_is_waited_for(database_url: str) -> None:
-    database = Database(database_url)  # by its own clock
+def test_serialized_at_reads_the_clock_after_the_wait(database_url: str) -> None:
+    database = Database(database_url)  # with its own clock, not the test clock
 
     def enter() -> float:
         with database.write() as session:
@@ -99,7 +99,7 @@ def test_the_time_is_told_once_nobody_is_waited_for(database_url: str) -> None:
     database.close()
 
 
-def test_a_row_is_locked_once_in_a_transaction_and_again_after_a_savepoint_was_rolled_back(world: World) -> None:
+def test_get_once_locks_a_row_again_only_after_a_savepoint_rollback(world: World) -> None:
     def act() -> None:
         with world.db.write() as session:
             row = get_once(session, File, world.file_id, lock="share")
@@ -110,25 +110,25 @@ def test_a_row_is_locked_once_in_a_transaction_and_again_after_a_savepoint_was_r
             assert get_once(session, File, world.file_id, lock="share") is row
             assert get_once(session, File, "file-none", lock="share") is None
 
-    asked = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
+    queries = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
 
-    assert len(asked) == 3
-    assert world.db.is_sqlite or all("FOR SHARE" in text for text in asked)
+    assert len(queries) == 3
+    assert world.db.is_sqlite or all("FOR SHARE" in text for text in queries)
 
 
-def test_a_row_that_is_not_locked_is_queried_once_in_a_transaction(world: World) -> None:
+def test_get_once_queries_an_unlocked_row_once_per_transaction(world: World) -> None:
     def act() -> None:
         with world.db.write() as session:
             for _ in range(3):
-                assert get_once(session, File, world.file_id) is not None  # and it isn't kept here
+                assert get_once(session, File, world.file_id) is not None  # no variable keeps the row alive
 
-    asked = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
+    queries = [text for text, _ in statements_of(world.db, act) if "FROM files" in text]
 
-    assert len(asked) == 1
-    assert "FOR " not in asked[0]
+    assert len(queries) == 1
+    assert "FOR " not in queries[0]
 
 
-def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World) -> None:
+def test_upsert_replaces_by_primary_key_and_keeps_other_rows(world: World) -> None:
     job = world.submit()
     block = {"job_id": job.id, "kind": "train", "last_step": 9, "num_points": 1, "last_seq": 1, "points": b"some"}
 
@@ -142,8 +142,8 @@ def test_an_upsert_replaces_by_primary_key_and_touches_nothing_else(world: World
         assert [(row.first_step, row.least_loss, row.points) for row in rows] == [(1, 3.0, b"some"), (2, 1.0, b"some")]
 
 
-def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> None:
-    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+def test_unreachable_database_is_unavailable(tmp_path: Path) -> None:
+    database = Database("postgresql+psycopg://lorry@127.0.0.1:1/none")
 
     with pytest.raises(Unavailable) as refusal, database.read() as session:
         read_clock(session)
@@ -153,7 +153,7 @@ def test_a_database_that_cannot_be_reached_is_unavailable(tmp_path: Path) -> Non
     assert refusal.value.retry_after_seconds > 0
 
 
-def test_a_database_that_stays_locked_is_unavailable_and_changes_nothing(
+def test_locked_database_is_unavailable_and_unchanged(
     tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
@@ -169,7 +169,7 @@ def test_a_database_that_stays_locked_is_unavailable_and_changes_nothing(
     database.close()
 
 
-def test_sqlites_writers_of_one_process_queue_without_a_connection(tmp_path: Path, migrated_database: Path) -> None:
+def test_sqlite_writers_queue_without_holding_a_connection(tmp_path: Path, migrated_database: Path) -> None:
     (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
 
@@ -187,7 +187,7 @@ def test_sqlites_writers_of_one_process_queue_without_a_connection(tmp_path: Pat
     database.close()
 
 
-def test_postgresql_compiles_no_question(shared_postgres_url: str) -> None:
+def test_postgresql_jit_is_off(shared_postgres_url: str) -> None:
     database = Database(shared_postgres_url)
 
     with database.read() as session:
@@ -196,16 +196,14 @@ def test_postgresql_compiles_no_question(shared_postgres_url: str) -> None:
     database.close()
 
 
-def test_a_wait_for_other_threads_and_one_for_other_processes_have_one_deadline(
-    tmp_path: Path, migrated_database: Path
-) -> None:
+def test_waits_for_threads_and_for_processes_share_one_deadline(tmp_path: Path, migrated_database: Path) -> None:
     (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
-    told: list[int] = []
+    reported: list[int] = []
 
     def note(connection: Connection) -> None:
         left = connection.get_execution_options()["lorry_deadline"] - time.monotonic()
-        told.append(int(left * 1000))
+        reported.append(int(left * 1000))
 
     event.listen(database.engine, "begin", note)
 
@@ -222,13 +220,13 @@ def test_a_wait_for_other_threads_and_one_for_other_processes_have_one_deadline(
     with database.write_briefly():
         pass
 
-    at_once, after_the_other, briefly = told
-    assert after_the_other < at_once - 400 <= 30_000 - 400, "it waited for half a second already"
+    at_once, after_the_other, briefly = reported
+    assert after_the_other < at_once - 400 <= 30_000 - 400, "the second writer had already waited for half a second"
     assert 0 < briefly <= 100
     database.close()
 
 
-def test_a_long_write_transaction_is_logged_with_the_function_that_opened_it(
+def test_long_write_transaction_is_logged_with_its_caller(
     db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def write() -> None:
@@ -244,7 +242,7 @@ def test_a_long_write_transaction_is_logged_with_the_function_that_opened_it(
     assert record.getMessage().endswith(f"by={__name__}.write")
 
 
-def test_a_full_disk_is_named(tmp_path: Path, migrated_database: Path) -> None:
+def test_full_disk_is_reported(tmp_path: Path, migrated_database: Path) -> None:
     (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
 
@@ -262,7 +260,7 @@ def test_a_full_disk_is_named(tmp_path: Path, migrated_database: Path) -> None:
     database.close()
 
 
-def test_a_value_that_cannot_be_stored_is_the_requests_fault(world: World) -> None:
+def test_unstorable_value_is_an_invalid_request(world: World) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.send(request(training_file=world.file_id), idempotency_key="half a \ud800 character")
 
@@ -270,7 +268,7 @@ def test_a_value_that_cannot_be_stored_is_the_requests_fault(world: World) -> No
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_database_that_only_reads_is_unavailable(db: Database) -> None:
+def test_read_only_database_is_unavailable(db: Database) -> None:
     def write() -> None:
         with db.write() as session:
             session.execute(text("set transaction read only"))
@@ -281,7 +279,7 @@ def test_a_database_that_only_reads_is_unavailable(db: Database) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_database_without_tables_says_how_they_are_made(
+def test_database_without_tables_is_reported_as_not_set_up(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     is_sqlite = kind == "sqlite"
@@ -297,17 +295,15 @@ def test_a_database_without_tables_says_how_they_are_made(
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_commit_is_on_the_disk_before_it_is_answered(db: Database) -> None:
+def test_sqlite_commits_are_synced_to_disk(db: Database) -> None:
     with db.read() as session:
         assert session.scalar(text("pragma synchronous")) == 2
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_connections_that_died_while_idle_are_replaced_before_they_are_used(
-    db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dead_idle_connections_are_replaced_before_use(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("catalog.db.database.IDLE_SECONDS", 0.0)
-    with db.read(), db.read() as second, db.read() as third:  # as many connections
+    with db.read(), db.read() as second, db.read() as third:  # opens three connections
         second.execute(text("select 1"))
         third.execute(text("select 1"))
     others = "datname = current_database() and pid != pg_backend_pid()"
@@ -326,7 +322,7 @@ def test_connections_that_died_while_idle_are_replaced_before_they_are_used(
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_writer_that_stands_still_amid_its_transaction_holds_its_rows_for_half_a_minute(
+def test_stalled_write_transaction_is_ended_after_the_idle_timeout(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with db.write() as session:
@@ -338,7 +334,7 @@ def test_a_writer_that_stands_still_amid_its_transaction_holds_its_rows_for_half
     def stand_still() -> None:
         with stuck.write() as session:
             row = session.get_one(Organization, "p", with_for_update=True)
-            with db.write() as other:  # waits for the row, until the server takes it from who says nothing
+            with db.write() as other:  # waits for the row until the server ends the idle transaction
                 other.get_one(Organization, "p", with_for_update=True).name = "theirs"
             row.name = "mine"
             session.flush()
@@ -352,7 +348,7 @@ def test_a_writer_that_stands_still_amid_its_transaction_holds_its_rows_for_half
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_connection_that_is_in_use_at_the_end_is_closed_when_it_is_given_back(db: Database) -> None:
+def test_connection_in_use_at_close_is_closed_when_returned(db: Database) -> None:
     with db.read() as session:
         used: psycopg.Connection = session.connection().connection.driver_connection  # pyright: ignore[reportAssignmentType]
         db.close()

@@ -1,4 +1,4 @@
-"""Leases: one process at a time has a row, and one that was late changes nothing."""
+"""Leases: only one process at a time holds a row, and a stale holder changes nothing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NAMES = [f"b{number}" for number in range(6)]
 
 @pytest.fixture(autouse=True)
 def rows(db: Database) -> None:
-    """Free rows of a table that has leases."""
+    """Add free rows to a table that has leases."""
     with db.write() as session:
-        told = {"kind": "folder", "source": "/", "state": "importing", "created_at": 1.0}
-        session.add_all(BaseModelRow(name=name, **told) for name in NAMES)
+        fields = {"kind": "folder", "source": "/", "state": "importing", "created_at": 1.0}
+        session.add_all(BaseModelRow(name=name, **fields) for name in NAMES)
 
 
 def take(db: Database, limit: int = 1) -> dict[str, str]:
-    """Rows that were free, with the claim id of each."""
+    """Acquire up to `limit` free rows. Returns the claim id of each by name."""
     with db.write() as session:
         now = read_clock(session)
         free = select(BaseModelRow).where(lease.is_free(BaseModelRow, now=now)).order_by(BaseModelRow.name)
@@ -36,7 +36,7 @@ def take(db: Database, limit: int = 1) -> dict[str, str]:
 
 
 def write(db: Database, claim_id: str, source: str) -> bool:
-    """What a holder does: a change under the fence, and then it gives the row back."""
+    """Change the row under the fence and release it, as a holder does. Returns whether the claim was still valid."""
     with db.write() as session:
         row = lease.held(session, BaseModelRow, claim_id)
         if row is not None:
@@ -50,7 +50,7 @@ def source_of(db: Database, name: str) -> str:
         return session.get_one(BaseModelRow, name).source
 
 
-def test_processes_that_race_get_different_rows(db: Database) -> None:
+def test_racing_processes_acquire_different_rows(db: Database) -> None:
     with ThreadPoolExecutor(8) as pool:
         taken = [name for found in pool.map(lambda _: take(db), range(24)) for name in found]
 
@@ -60,7 +60,7 @@ def test_processes_that_race_get_different_rows(db: Database) -> None:
     assert sorted([*taken, *left]) == NAMES
 
 
-def test_an_expired_lease_is_taken_over_and_its_late_holder_changes_nothing(db: Database, clock: Clock) -> None:
+def test_expired_lease_is_taken_over_and_its_old_holder_changes_nothing(db: Database, clock: Clock) -> None:
     late = take(db, limit=len(NAMES))["b0"]
     clock.advance(LEASE + 1)
     holder = take(db, limit=1)["b0"]
@@ -71,7 +71,7 @@ def test_an_expired_lease_is_taken_over_and_its_late_holder_changes_nothing(db: 
     assert source_of(db, "b0") == "holder"
 
 
-def test_a_lease_that_nobody_took_over_is_still_its_holders(db: Database, clock: Clock) -> None:
+def test_expired_lease_stays_valid_until_another_process_takes_it(db: Database, clock: Clock) -> None:
     claim_id = take(db)["b0"]
     clock.advance(2 * LEASE)
 
@@ -81,7 +81,7 @@ def test_a_lease_that_nobody_took_over_is_still_its_holders(db: Database, clock:
     assert write(db, claim_id, "holder")
 
 
-def test_a_lease_that_is_renewed_is_kept_until_its_new_end(db: Database, clock: Clock) -> None:
+def test_renewed_lease_is_kept_until_its_new_expiry(db: Database, clock: Clock) -> None:
     claim_id = take(db, limit=len(NAMES))["b0"]
     clock.advance(LEASE - 1)
     assert lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
@@ -93,7 +93,7 @@ def test_a_lease_that_is_renewed_is_kept_until_its_new_end(db: Database, clock: 
     assert list(take(db)) == ["b0"]
 
 
-def test_a_released_row_is_free_at_once_and_its_claim_is_over(db: Database) -> None:
+def test_released_row_is_free_at_once_and_its_claim_is_over(db: Database) -> None:
     claim_id = take(db, limit=len(NAMES))["b0"]
     assert take(db) == {}
 

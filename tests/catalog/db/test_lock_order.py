@@ -1,7 +1,7 @@
-"""Transactions that meet on PostgreSQL: whoever locks several rows takes them in one order.
+"""Lock order of concurrent transactions on PostgreSQL: every transaction locks rows in the same order.
 
-So nobody waits in a circle. Each test holds one transaction where it has half of its rows until another stands in
-line behind it.
+A fixed order prevents deadlocks. Each test holds one transaction that has locked half of its rows until another
+transaction waits behind it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from catalog.tenancy.api_keys import KeyRequest
 from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-MOST_LOOKS = 2_000
-LOOK_PAUSE = text("select pg_sleep(0.01)")
-"""Between two looks the database waits, so that those who are looked for have the processor."""
+MAX_CHECKS = 2_000
+CHECK_PAUSE = text("select pg_sleep(0.01)")
+"""The pause between two checks. It runs in the database, which leaves the processor to the awaited threads."""
 
 
 @pytest.fixture(autouse=True)
 def no_endless_wait(db: Database) -> None:
-    """A circle that PostgreSQL can't see, since a test's own thread is in it, ends as a failure."""
+    """Limit lock waits to 20 s. PostgreSQL cannot detect a deadlock that includes a thread of the test itself."""
     event.listen(db.engine, "begin", lambda connection: connection.exec_driver_sql("set local lock_timeout = '20s'"))
 
 
 def wait_for_one_in_line(db: Database) -> None:
-    """Until another transaction of this database waits for a lock."""
+    """Wait until another transaction of this database waits for a lock."""
     in_line = text(
         "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
     )
@@ -50,11 +50,11 @@ def wait_for_one_in_line(db: Database) -> None:
         with db.engine.connect() as connection:
             connection.exec_driver_sql(
                 "set local role none"
-            )  # other roles do not see what the owner's sessions wait for
+            )  # other roles cannot see what the sessions of the owner wait for
             if connection.execute(in_line).scalar():
                 return
-            connection.execute(LOOK_PAUSE)
-        assert look < MOST_LOOKS, "nobody came"
+            connection.execute(CHECK_PAUSE)
+        assert look < MAX_CHECKS, "no transaction waits for a lock"
 
 
 def after_the_first_call(function: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
@@ -69,7 +69,7 @@ def after_the_first_call(function: Callable[..., Any], then: Callable[[], None])
     return wrapped
 
 
-def test_a_cache_can_be_put_and_forgotten_at_the_same_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_can_be_stored_and_forgotten_concurrently(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = manifest("tokens", kind="tokens")
 
     def put(artifact: Manifest = tokens) -> None:
@@ -87,13 +87,13 @@ def test_a_cache_can_be_put_and_forgotten_at_the_same_time(world: World, monkeyp
         put()
         forgetting[0].result()
 
-    # The cache that was put last is the one that was found damaged: it is gone, or whole.
+    # The cache that was stored last is the one that was found damaged: it is either gone or complete.
     with world.db.read() as session:
         row = session.get(Prepared, "key")
         assert (row is None) == (session.get(Artifact, tokens.digest) is None)
 
 
-def test_a_sound_cache_that_was_put_meanwhile_is_not_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_replaced_concurrently_is_not_forgotten(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged, sound = manifest("damaged", kind="tokens"), manifest("sound", kind="tokens")
     world.put_tokens("key", file_digest=sha("file"), artifact=damaged, report={})
 
@@ -115,7 +115,7 @@ def test_a_sound_cache_that_was_put_meanwhile_is_not_forgotten(world: World, mon
     assert found.artifact == sound.digest
 
 
-def test_leases_are_extended_after_an_outage_without_holding_the_workers_row(world: World) -> None:
+def test_lease_extension_after_an_outage_does_not_hold_the_worker_row(world: World) -> None:
     world.worker("w1")
     world.worker("w2")
     mine = world.running()
@@ -136,9 +136,7 @@ def test_leases_are_extended_after_an_outage_without_holding_the_workers_row(wor
     assert world.job(other.job.id).lease_extended
 
 
-def test_a_run_that_falls_asleep_while_its_job_begins_to_train_is_woken(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_that_goes_idle_while_its_job_starts_is_woken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker(integrations=("tensorboard",))
     job = world.queued(integrations=[{"type": "tensorboard"}])
     with world.db.write() as session:
@@ -164,10 +162,10 @@ def lock(session: Session, job_id: str) -> None:
     assert session.scalar(select(Job.id).where(Job.id == job_id).with_for_update())
 
 
-def test_a_key_is_not_created_past_the_revocation_of_its_creator_with_descendants(
+def test_key_creation_fails_during_cascading_revocation_of_its_creator(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The creation begins after the descendants were read, and before the creator's key is revoked."""
+    """The creation starts after the descendants were read and before the creator's key is revoked."""
     request = KeyRequest(name="child")
     creator, secret = api_keys.create(world.db, caller=world.caller, request=request, pepper=PEPPER)
     holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)

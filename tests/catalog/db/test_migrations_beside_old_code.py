@@ -1,5 +1,7 @@
-"""docs/how-to/upgrade.md promises that a migration after the first only adds, so that processes of the version before
-continue with the new tables. A removal follows one release later, and is named here.
+"""Migrations after the first only add, as docs/how-to/upgrade.md promises.
+
+Processes of the previous version therefore keep working with the new tables. A removal follows one release later and is
+listed here.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from tests.next_migration import NEXT
 pytestmark = pytest.mark.both_databases
 
 TAKEN_AWAY: set[str] = set()
-"""`REVISION TABLE`, or `REVISION TABLE.COLUMN`, where the release before has stopped to use it already."""
+"""Entries `REVISION TABLE` or `REVISION TABLE.COLUMN` that the previous release already no longer uses."""
 IN_THE_WAY = {
     "a table is dropped": ("op.drop_table('gang_seats')", ["gang_seats"]),
     "a table is renamed": ("op.rename_table('gangs', 'crews')", ["gangs"]),
@@ -46,18 +48,18 @@ def database(tmp_path: Path) -> Iterator[Database]:
     database.close()
 
 
-def test_old_code_can_still_read_and_write_what_newer_migrations_have_left(database: Database) -> None:
+def test_old_code_can_read_and_write_the_current_tables(database: Database) -> None:
     assert set(_in_the_way(database)) == TAKEN_AWAY
 
 
-def test_so_it_can_where_a_migration_only_adds(database: Database, next_migration: Path) -> None:
+def test_old_code_keeps_working_after_a_migration_that_only_adds(database: Database, next_migration: Path) -> None:
     assert revisions.newest() == NEXT
     assert set(_in_the_way(database)) == TAKEN_AWAY
 
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("upgrade", "places"), IN_THE_WAY.values(), ids=IN_THE_WAY)
-def test_a_migration_that_is_in_old_codes_way_is_found(
+def test_migration_that_breaks_old_code_is_found(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgrade: str, places: list[str]
 ) -> None:
     next_migration.install(tmp_path / "scripts", monkeypatch, upgrade=f"    {upgrade}", downgrade="    pass")
@@ -66,7 +68,7 @@ def test_a_migration_that_is_in_old_codes_way_is_found(
 
 
 def _in_the_way(db: Database) -> Iterator[str]:
-    """By revision: tables and columns that are gone, and columns of old tables that every row must have now."""
+    """Yield per revision the dropped tables and columns, and the columns of existing tables that became required."""
     before: dict[str, Table] = {}
     for revision in revisions.known():
         db.migrate(revision)

@@ -1,8 +1,8 @@
-"""No migration loses a row or a value: rows of every table at every revision, up through all of them and down again.
+"""Migrations lose no row and no value, on the way up and on the way down.
 
-The rows are made from the tables as they are reflected, so that a new migration is held to this without a word here;
-one that means to change what was there says so in MEANT. The migration of tests/next_migration.py is held to it too,
-and one that loses something is found.
+The rows are generated from the reflected tables, so a new migration is covered without a change here. A migration that
+changes existing values on purpose is listed in MEANT. The migration of tests/next_migration.py is tested too, and
+migrations that lose something are found.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from tests.next_migration import NEXT
 pytestmark = pytest.mark.both_databases
 
 MEANT: set[tuple[str, str, str]] = set()
-"""By step, table and column: what a migration changes on purpose, where another test holds what it becomes. A step is
-`up to REVISION` or `down to REVISION`."""
+"""Step, table and column of each value that a migration changes on purpose; another test checks the result.
+
+A step is `up to REVISION` or `down to REVISION`.
+"""
 CLEARED: set[tuple[str, str]] = set()
-"""By step and table: rows that a migration deletes on purpose."""
+"""Step and table of rows that a migration deletes on purpose."""
 LOSSES = {
     "a row": (
         "op.execute(\"delete from tallies where label like '%-1'\")",
@@ -48,14 +50,14 @@ LOSSES = {
         "has other columns on the way down",
     ),
 }
-"""Up, down, and what is found of them."""
+"""Upgrade statement, downgrade statement and expected error."""
 Rows = dict[tuple[Any, ...], dict[str, Any]]
-"""By primary key."""
+"""Rows by primary key."""
 
 
 @dataclass(kw_only=True)
 class Kept:
-    """What was written, by table, and the columns that each revision has."""
+    """The written rows by table, and the columns of each revision."""
 
     rows: dict[str, Rows] = field(default_factory=dict[str, Rows])
     columns: dict[str, dict[str, list[str]]] = field(default_factory=dict[str, dict[str, list[str]]])
@@ -68,11 +70,11 @@ def migrating(empty_url: str) -> Iterator[Database]:
     database.close()
 
 
-def test_no_row_and_no_value_is_lost_on_the_way_up_nor_on_the_way_down(migrating: Database) -> None:
+def test_upgrades_and_downgrades_lose_no_row_and_no_value(migrating: Database) -> None:
     _walk_up_and_down(migrating)
 
 
-def test_nor_by_a_migration_that_adds_and_makes_a_table_anew(migrating: Database, next_migration: Path) -> None:
+def test_migration_that_adds_and_recreates_tables_loses_nothing(migrating: Database, next_migration: Path) -> None:
     assert revisions.newest() == NEXT
 
     _walk_up_and_down(migrating)
@@ -80,7 +82,7 @@ def test_nor_by_a_migration_that_adds_and_makes_a_table_anew(migrating: Database
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize(("upgrade", "downgrade", "found"), LOSSES.values(), ids=LOSSES)
-def test_a_migration_that_loses_something_is_found(
+def test_migration_that_loses_data_is_found(
     migrating: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upgrade: str, downgrade: str, found: str
 ) -> None:
     next_migration.install(tmp_path / "scripts", monkeypatch, upgrade=f"    {upgrade}", downgrade=f"    {downgrade}")
@@ -90,7 +92,7 @@ def test_a_migration_that_loses_something_is_found(
 
 
 def _walk_up_and_down(database: Database) -> None:
-    """To every revision, with more rows at each on the way up. Raises AssertionError where a row or a value is lost."""
+    """Migrate up to every revision, add rows at each, and migrate down again. Raises AssertionError on lost data."""
     known = revisions.known()
     kept = Kept()
     for ordinal, revision in enumerate(known, 1):
@@ -106,14 +108,14 @@ def _walk_up_and_down(database: Database) -> None:
 
 
 def _tables(connection: Connection) -> list[Table]:
-    """Those that there are now, each after those that it refers to."""
+    """Return the current tables, each after the tables that it references."""
     metadata = MetaData()
     metadata.reflect(connection)
     return [table for table in metadata.sorted_tables if table.name != "alembic_version"]
 
 
 def _check(database: Database, kept: Kept, step: str) -> list[Table]:
-    """Every row that was there is, with the values of all columns that are still known. Returns the tables."""
+    """Check that all earlier rows exist with the values of all remaining columns. Returns the tables."""
     with database.schema_connection() as connection:
         tables = _tables(connection)
         for table in tables:
@@ -131,7 +133,7 @@ def _check(database: Database, kept: Kept, step: str) -> list[Table]:
 
 
 def _fill(database: Database, kept: Kept, tables: list[Table], ordinal: int) -> None:
-    """Two rows more in every table: one with all its columns, and one with nothing in those that may be empty."""
+    """Add two rows to every table: one with all columns, and one that leaves nullable columns empty."""
     made: dict[str, list[dict[str, Any]]] = {}
     with database.schema_connection() as connection:
         for table in tables:

@@ -1,4 +1,4 @@
-"""What is asked often is found by an index: no statement reads all of a table that grows with what was ever done."""
+"""Frequent statements use an index: none reads the whole of a table that grows with the history."""
 
 from __future__ import annotations
 
@@ -47,31 +47,31 @@ from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest
 
 ONE = replace(WIDE, max_jobs=1)
-Asked = list[tuple[str, Any]]
+Statements = list[tuple[str, Any]]
 PARTIAL = {
     index.name
     for table in Table.metadata.sorted_tables
     for index in table.indexes
     if index.dialect_options["sqlite"]["where"] is not None
 }
-"""Indexes of a part of their table: to read one whole is to read that part."""
+"""Partial indexes. A full scan of one reads only its part of the table."""
 
 
 @contextmanager
-def listening(db: Database) -> Generator[Asked]:
-    """Each statement that is sent meanwhile, with its values; of one that is sent for many, the first's."""
-    asked: Asked = []
+def listening(db: Database) -> Generator[Statements]:
+    """Collect each statement that is sent meanwhile, with its values. For a batch, the values are the first ones."""
+    sent: Statements = []
 
     def note(_connection: Any, _cursor: Any, statement: str, values: Any, _context: Any, _many: bool) -> None:
-        asked.append((statement, values[0] if isinstance(values, list) else values))
+        sent.append((statement, values[0] if isinstance(values, list) else values))
 
     event.listen(db.engine, "before_cursor_execute", note)
-    yield asked
+    yield sent
     event.remove(db.engine, "before_cursor_execute", note)
 
 
 def read_whole(db: Database, statement: str, values: Any) -> list[str]:
-    """Tables that grow and of which this statement reads every line, as the database plans it."""
+    """Return the growing tables that the statement reads completely, according to the database's query plan."""
     if not re.match(r"\s*(SELECT|UPDATE|DELETE)", statement, re.IGNORECASE):
         return []
     with db.engine.connect() as connection:
@@ -79,8 +79,8 @@ def read_whole(db: Database, statement: str, values: Any) -> list[str]:
             plan = connection.exec_driver_sql(f"explain query plan {statement}", values).all()
             named = [re.match(r"SCAN (\w+)(?: USING (?:COVERING )?INDEX (\w+))?", step.detail) for step in plan]
             return [match[1] for match in named if match and match[1] in GROWING and match[2] not in PARTIAL]
-        told = connection.exec_driver_sql(f"explain (format json) {statement}", values).scalar_one()
-        return list(_in_plan((told if isinstance(told, list) else json.loads(told))[0]["Plan"]))
+        explained = connection.exec_driver_sql(f"explain (format json) {statement}", values).scalar_one()
+        return list(_in_plan((explained if isinstance(explained, list) else json.loads(explained))[0]["Plan"]))
 
 
 def _in_plan(node: dict[str, Any]) -> Generator[str]:
@@ -104,87 +104,87 @@ ACTS: dict[str, Act] = {
     "adapters shared with a project": lambda w, _: adapters.list_page(
         w.db, project_id=w.stranger.project_id, shared=True
     ),
-    "one of them": lambda w, ids: adapters.get(w.db, project_id=w.stranger.project_id, name=ids["adapter"]),
+    "a shared adapter": lambda w, ids: adapters.get(w.db, project_id=w.stranger.project_id, name=ids["adapter"]),
     "a checkpoint as a model": lambda w, ids: adapters.get(
         w.db, project_id=w.caller.project_id, name=ids["checkpoint"]
     ),
-    "who may read a model": lambda w, ids: permissions.list_page(w.db, model=ids["checkpoint"]),
-    "checkpoints that are stored": lambda w, ids: [
+    "permissions on a model": lambda w, ids: permissions.list_page(w.db, model=ids["checkpoint"]),
+    "recording checkpoints": lambda w, ids: [
         recording.record_checkpoint(w.db, ids["claim"], step=step, artifact=manifest(f"c{step}")) for step in (1, 2, 3)
     ],
     "a page of keys": lambda w, _: api_keys.list_page(w.db, caller=w.caller, after=w.caller.api_key_id),
-    "who asks": lambda w, _: authentication.authenticate(w.db, secret=_new_secret(w), pepper=PEPPER),
+    "authentication of a key": lambda w, _: authentication.authenticate(w.db, secret=_new_secret(w), pepper=PEPPER),
     "a job": lambda w, ids: job_commands.get(w.db, **w.of(ids["ended"])),
-    "its events": lambda w, ids: history_queries.events_page(w.db, **w.of(ids["ended"])),
-    "its checkpoints": lambda w, ids: history_queries.checkpoints_page(w.db, **w.of(ids["ended"])),
-    "their numbers": lambda w, ids: history_queries.points_at(w.db, **w.of(ids["ended"]), steps=[1]),
-    "its curve": lambda w, ids: history_queries.metrics(w.db, **w.of(ids["ended"]), kind="train"),
-    "its curve in few points": lambda w, ids: history_queries.metrics(
-        w.db, **w.of(ids["ended"]), kind="train", max_points=100
-    ),
-    "how its curve begins": lambda w, ids: history_queries.first_step(w.db, **w.of(ids["ended"])),
-    "points of its curve": lambda w, ids: recording.record_metrics(
+    "events of a job": lambda w, ids: history_queries.events_page(w.db, **w.of(ids["ended"])),
+    "checkpoints of a job": lambda w, ids: history_queries.checkpoints_page(w.db, **w.of(ids["ended"])),
+    "metrics at checkpoints": lambda w, ids: history_queries.points_at(w.db, **w.of(ids["ended"]), steps=[1]),
+    "a curve of a job": lambda w, ids: history_queries.metrics(w.db, **w.of(ids["ended"]), kind="train"),
+    "a thinned curve": lambda w, ids: history_queries.metrics(w.db, **w.of(ids["ended"]), kind="train", max_points=100),
+    "first step of a curve": lambda w, ids: history_queries.first_step(w.db, **w.of(ids["ended"])),
+    "recording metrics": lambda w, ids: recording.record_metrics(
         w.db, ids["claim"], [{"kind": kind, "step": 3, "loss": 1.0} for kind in ("train", "valid")]
     ),
-    "its curves as a file": lambda w, ids: list(result_files.lines(w.db, ids["ended"])),
+    "curves as a file": lambda w, ids: list(result_files.lines(w.db, ids["ended"])),
     "a part of an upload": lambda w, ids: add_parts(w, ids["upload"]),
-    "a cancel of an upload": lambda w, ids: multipart_uploads.cancel(
+    "canceling an upload": lambda w, ids: multipart_uploads.cancel(
         w.db, project_id=w.caller.project_id, upload_id=ids["upload"]
     ),
-    "its attempts": lambda w, ids: history_queries.attempts(w.db, **w.of(ids["ended"])),
-    "its packmates": lambda w, ids: history_queries.packmates(w.db, **w.of(ids["ended"])),
-    "its seconds": lambda w, ids: history_queries.seconds_running(w.db, [ids["ended"], ids["running"]]),
-    "what is new of it": lambda w, ids: changes.look(w.db, changes.start(w.db, **w.of(ids["running"]), last_seen=None)),
-    "what is new of many": lambda w, ids: changes.look_at_many(
+    "attempts of a job": lambda w, ids: history_queries.attempts(w.db, **w.of(ids["ended"])),
+    "packmates of a job": lambda w, ids: history_queries.packmates(w.db, **w.of(ids["ended"])),
+    "running seconds of jobs": lambda w, ids: history_queries.seconds_running(w.db, [ids["ended"], ids["running"]]),
+    "changes of one job": lambda w, ids: changes.look(
+        w.db, changes.start(w.db, **w.of(ids["running"]), last_seen=None)
+    ),
+    "changes of many jobs": lambda w, ids: changes.look_at_many(
         w.db, {(w.caller.project_id, ids[name]): changes.WatchedJob(seq=0) for name in ("ended", "running", "first")}
     ),
-    "whether anything is new": lambda w, _: changes.newest_event(w.db),
-    "why it waits": lambda w, ids: explanation.explain(w.db, **w.of(ids["first"])),
-    "why it runs": lambda w, ids: explanation.explain(w.db, **w.of(ids["running"])),
-    "why its files wait": lambda w, _: explanation.explain(w.db, **w.of(w.submit().id)),
-    "the queue": lambda w, _: listing.snapshot(w.db, project_id=w.caller.project_id),
-    "the queue of all": lambda w, _: listing.snapshot(w.db, project_id=None),
-    "whether there is work": lambda w, _: pending.has_work(w.db),
+    "the newest event": lambda w, _: changes.newest_event(w.db),
+    "explanation of a queued job": lambda w, ids: explanation.explain(w.db, **w.of(ids["first"])),
+    "explanation of a running job": lambda w, ids: explanation.explain(w.db, **w.of(ids["running"])),
+    "explanation of an unprepared job": lambda w, _: explanation.explain(w.db, **w.of(w.submit().id)),
+    "the queue of a project": lambda w, _: listing.snapshot(w.db, project_id=w.caller.project_id),
+    "the queue of all projects": lambda w, _: listing.snapshot(w.db, project_id=None),
+    "check for pending work": lambda w, _: pending.has_work(w.db),
     "the workers": lambda w, _: views.workers(w.db),
-    "whether a node is to blame": lambda w, _: cordons._look(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
-    "the numbers of the fleet": lambda w, _: numbers.read(w.db),
-    "a plan that is made": lambda w, _: plan(w),
-    "a plan that is at hand": lambda w, _: ready_plan(w, lora={"rank": 4}),
-    "a plan that is looked at": lambda w, ids: plans.details(
+    "check for a faulty node": lambda w, _: cordons._look(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
+    "metrics of the fleet": lambda w, _: numbers.read(w.db),
+    "creating a plan": lambda w, _: plan(w),
+    "a plan that is ready": lambda w, _: ready_plan(w, lora={"rank": 4}),
+    "details of a plan": lambda w, ids: plans.details(
         w.db, plans.get(w.db, project_id=w.caller.project_id, plan_id=ids["plan"])
     ),
     "a page of plans": lambda w, ids: plans.list_page(w.db, project_id=w.caller.project_id, after=ids["plan"]),
-    "a claim of a plan": lambda w, _: plan_claims.claim(w.db, worker_id="w1", lease_seconds=LEASE),
-    "a plan that is deleted": lambda w, ids: plans.delete(w.db, project_id=w.caller.project_id, plan_id=ids["plan"]),
-    "the same upload": lambda w, ids: catalog_files.same_content(
+    "claiming a plan": lambda w, _: plan_claims.claim(w.db, worker_id="w1", lease_seconds=LEASE),
+    "deleting a plan": lambda w, ids: plans.delete(w.db, project_id=w.caller.project_id, plan_id=ids["plan"]),
+    "finding a duplicate file": lambda w, ids: catalog_files.same_content(
         w.db, catalog_files.get(w.db, project_id=w.caller.project_id, file_id=ids["file"])
     ),
     "a page of sweeps": lambda w, ids: sweep_queries.list_page(
         w.db, project_id=w.caller.project_id, after=ids["sweep"]
     ),
     "a sweep": lambda w, ids: sweep_queries.get(w.db, **of_sweep(w, ids)),
-    "its leaderboard": lambda w, ids: sweep_queries.leaderboard(w.db, **of_sweep(w, ids)),
+    "leaderboard of a sweep": lambda w, ids: sweep_queries.leaderboard(w.db, **of_sweep(w, ids)),
     "a trial": lambda w, ids: sweep_queries.trial(w.db, **of_sweep(w, ids), number=0),
-    "what a trial has at a rung": lambda w, ids: recording.record_metrics(
+    "trial metrics at a rung": lambda w, ids: recording.record_metrics(
         w.db, ids["trial"], [{"kind": "valid", "step": 3, "loss": 1.0}]
     ),
-    "the end of a trial": lambda w, ids: w.complete(ids["trial"], "of a trial"),
-    "a trial that is to stop": lambda w, ids: sweep_commands.stop_trial(w.db, **of_sweep(w, ids), number=1),
-    "a cancel of a sweep": lambda w, ids: sweep_commands.cancel(w.db, **of_sweep(w, ids)),
-    "a step of a sweep": lambda w, _: controller.advance(w.db),
-    "its last step": lambda w, ids: (
+    "completing a trial": lambda w, ids: w.complete(ids["trial"], "of a trial"),
+    "stopping a trial": lambda w, ids: sweep_commands.stop_trial(w.db, **of_sweep(w, ids), number=1),
+    "canceling a sweep": lambda w, ids: sweep_commands.cancel(w.db, **of_sweep(w, ids)),
+    "advancing a sweep": lambda w, _: controller.advance(w.db),
+    "advancing a sweep to its end": lambda w, ids: (
         queue_claims.end(w.db, ids["another trial"], reason=EndReason.CANCELLED_BY_USER, detail="Cancelled."),
         controller.advance(w.db),
     ),
-    "a look for sweeps": lambda w, _: controller.advance(w.db),
+    "advancing without work": lambda w, _: controller.advance(w.db),
     "an adapter by its sweep": lambda w, ids: adapters.get(w.db, project_id=w.caller.project_id, name=ids["sweep"]),
     "a submission": lambda w, _: w.submit(),
-    "whether a key may submit": lambda w, _: _check_key(w),
-    "a preparation": lambda w, _: w.prepare_all(),
+    "quota check of a key": lambda w, _: _check_key(w),
+    "preparing files": lambda w, _: w.prepare_all(),
     "a heartbeat": lambda w, ids: w.beat(ids["claim"]),
-    "a cancel that is asked for": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["running"])),
-    "an end": lambda w, ids: w.complete(ids["claim"], "another"),
-    "a cancel at once": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["first"])),
+    "requesting a cancellation": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["running"])),
+    "completing a job": lambda w, ids: w.complete(ids["claim"], "another"),
+    "canceling a queued job": lambda w, ids: job_commands.cancel(w.db, **w.of(ids["first"])),
     "a pause": lambda w, ids: job_commands.pause(w.db, **w.of(ids["second"])),
     "a resume": lambda w, ids: job_commands.resume(w.db, **w.of(ids["second"])),
     "a hold": lambda w, ids: queue_position.hold(w.db, **w.of(ids["second"])),
@@ -192,57 +192,64 @@ ACTS: dict[str, Act] = {
     "a move": lambda w, ids: queue_position.move_to(
         w.db, **w.of(ids["second"]), target=queue_position.MoveTarget(to="last")
     ),
-    "deadlines that can't be met": lambda w, _: deadlines.tell_late(w.db),
-    "a look for whom to preempt": lambda w, _: (
+    "reporting missed deadlines": lambda w, _: deadlines.tell_late(w.db),
+    "a preemption decision": lambda w, _: (
         w.queued(priority="urgent"),
         w.clock.advance(60),
         preemption.look(w.db, policy=USUAL),
     ),
-    "a claim of one that joins": lambda w, ids: w.claim("w1", ONE, pack_key=w.job(ids["running"]).pack_key),
-    "a claim for a base that is loaded": lambda w, ids: w.claim(
+    "claiming a job that joins": lambda w, ids: w.claim("w1", ONE, pack_key=w.job(ids["running"]).pack_key),
+    "claiming for a loaded base model": lambda w, ids: w.claim(
         "w2", replace(ONE, resident_key=w.job(ids["running"]).pack_key)
     ),
     "a claim": lambda w, _: w.claim("w2"),
-    "leases that are past": lambda w, _: recovery.expire(w.db, lease_seconds=LEASE),
-    "leases after an outage": lambda w, _: (w.clock.advance(10 * LEASE), recovery.expire(w.db, lease_seconds=LEASE)),
-    "a worker that left": lambda w, _: workers.end_worker(w.db, "w2"),
-    "a worker that is lost": lambda w, _: workers.declare_lost(w.db, "w1"),
+    "expiring leases": lambda w, _: recovery.expire(w.db, lease_seconds=LEASE),
+    "expiring leases after an outage": lambda w, _: (
+        w.clock.advance(10 * LEASE),
+        recovery.expire(w.db, lease_seconds=LEASE),
+    ),
+    "ending a worker": lambda w, _: workers.end_worker(w.db, "w2"),
+    "a lost worker": lambda w, _: workers.declare_lost(w.db, "w1"),
     "a page of the audit log": lambda w, _: log.list_page(w.db, caller=w.caller, filters=Filters()),
-    "a page of all of it": lambda w, _: log.list_page(w.db, caller=_operator(w), filters=Filters(since=1.0)),
-    "what a key did": lambda w, _: log.list_page(w.db, caller=_operator(w), filters=Filters(actor_ids=["key-00007"])),
-    "what was cancelled": lambda w, _: log.list_page(
+    "a page of the audit log of all projects": lambda w, _: log.list_page(
+        w.db, caller=_operator(w), filters=Filters(since=1.0)
+    ),
+    "audit events of a key": lambda w, _: log.list_page(
+        w.db, caller=_operator(w), filters=Filters(actor_ids=["key-00007"])
+    ),
+    "audit events of a type": lambda w, _: log.list_page(
         w.db, caller=_operator(w), filters=Filters(types=["job.cancelled"])
     ),
-    "whether the log is whole": lambda w, _: chain.check(w.db, peppers=PEPPER.all(), after=FAR + 9, limit=5),
+    "verifying the audit log": lambda w, _: chain.check(w.db, peppers=PEPPER.all(), after=FAR + 9, limit=5),
     "sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
     "a second sealing": lambda w, _: chain.seal(w.db, pepper=PEPPER.current),
-    "what was used": lambda w, _: usage_report.report(
+    "usage of a project": lambda w, _: usage_report.report(
         w.db, caller=w.caller, query=usage_report.UsageQuery(start_time=w.clock.now - 9)
     ),
-    "what all used": lambda w, _: usage_report.report(
+    "usage of all projects": lambda w, _: usage_report.report(
         w.db, caller=_operator(w), query=usage_report.UsageQuery(start_time=w.clock.now - 9, group_by=("model",))
     ),
     "a new upload": lambda w, _: add_parts(w),
-    "files past their time": lambda w, _: _let_expire(w),
-    "a key that is created once": lambda w, _: api_keys.create(
+    "expiring files": lambda w, _: _let_expire(w),
+    "creating a key idempotently": lambda w, _: api_keys.create(
         w.db, caller=w.caller, request=api_keys.KeyRequest(name="once"), pepper=PEPPER, idempotency_key="i"
     ),
-    "what a revoked key leaves": lambda w, _: _revoke(w),
-    "files that are let go": lambda w, _: _hide(w),
+    "effects of a revocation": lambda w, _: _revoke(w),
+    "hiding unused files": lambda w, _: _hide(w),
     "a page of deliveries": lambda w, ids: delivery_log.list_page(
         w.db, **owner(w), endpoint_id=ids["hook"], after=ids["delivery"]
     ),
-    "a delivery and its tries": lambda w, ids: delivery_log.tries(
+    "a delivery and its attempts": lambda w, ids: delivery_log.tries(
         w.db, [delivery_log.get(w.db, **owner(w), delivery_id=ids["delivery"]).id]
     ),
     "a replay": lambda w, ids: delivery_log.replay(w.db, **owner(w), delivery_id=ids["delivery"]),
-    "deliveries that are due, and a try": lambda w, _: send(w, status_code=503),
-    "whether a delivery is due": lambda w, _: delivery_queue.claim(w.db, pepper=PEPPER, limit=9, in_flight=[]),
+    "sending a due delivery": lambda w, _: send(w, status_code=503),
+    "check for due deliveries": lambda w, _: delivery_queue.claim(w.db, pepper=PEPPER, limit=9, in_flight=[]),
     "replays since a time": lambda w, ids: delivery_log.replay_failed(
         w.db, **owner(w), endpoint_id=ids["hook"], since=w.clock.now
     ),
-    "exports that are due, and what is written": lambda w, _: export(w),
-    "a look for exports": lambda w, _: tracker_exports.claim(w.db, types=["tensorboard"], limit=9),
+    "writing a due export": lambda w, _: export(w),
+    "check for due exports": lambda w, _: tracker_exports.claim(w.db, types=["tensorboard"], limit=9),
     "a repeated submission": lambda w, _: (
         w.clock.advance(3600),
         submission.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),
@@ -269,7 +276,7 @@ def _let_expire(world: World) -> None:
 
 
 def _revoke(world: World) -> None:
-    """All of a revocation except the check for the last operator's key, which reads all operators' keys."""
+    """Run all parts of a revocation except the check for the last operator key, which reads all operator keys."""
     key_ids, project_ids = [world.caller.api_key_id], [world.caller.project_id]
     with world.db.read() as session:
         key = session.get_one(ApiKey, world.caller.api_key_id)
@@ -288,46 +295,44 @@ def _hide(world: World) -> None:
         artifact_index.hide_unused(session, manifest("adapter").digest)
 
 
-def test_no_statement_that_is_asked_often_reads_all_of_what_grows(world: World) -> None:
+def test_frequent_statements_never_scan_growing_tables(world: World) -> None:
     ids = lived_in(world)
     whole: dict[str, dict[str, list[str]]] = {}
 
     for what, act in ACTS.items():
-        with listening(world.db) as asked:
+        with listening(world.db) as sent:
             act(world, ids)
-        assert asked, what
-        found = {
-            statement: tables for statement, values in asked if (tables := read_whole(world.db, statement, values))
-        }
+        assert sent, what
+        found = {statement: tables for statement, values in sent if (tables := read_whole(world.db, statement, values))}
         whole |= {what: found} if found else {}
 
     assert whole == {}
 
 
-def test_a_statement_that_reads_all_is_seen(world: World) -> None:
+def test_full_scan_of_a_growing_table_is_detected(world: World) -> None:
     lived_in(world)
 
-    with listening(world.db) as asked, world.db.read() as session:
+    with listening(world.db) as sent, world.db.read() as session:
         session.connection().exec_driver_sql("select id from jobs where suffix = 'none'")
 
-    assert read_whole(world.db, *asked[-1]) == ["jobs"]
+    assert read_whole(world.db, *sent[-1]) == ["jobs"]
 
 
-def test_what_a_trainer_holds_is_found_without_reading_all_that_it_ever_held(world: World) -> None:
+def test_attempts_of_a_trainer_are_searched_by_end_time(world: World) -> None:
     lived_in(world)
 
-    with listening(world.db) as asked:
+    with listening(world.db) as sent:
         job_logs.attempts_of(world.db, "t-00007", ended_after=world.clock.now)
 
-    ended = next((statement, values) for statement, values in asked if "ended_at > " in statement)
+    ended = next((statement, values) for statement, values in sent if "ended_at > " in statement)
     searched = [found for found in _searched(world.db, *ended) if "trainer_id" in found]
     assert ["ended_at" in found for found in searched] == [True]
 
 
 def _searched(db: Database, statement: str, values: Any) -> list[str]:
-    """By which conditions indexes are looked into."""
+    """Return the conditions of the index searches in the statement's query plan."""
     with db.engine.connect() as connection:
         if db.is_sqlite:
             return [step.detail for step in connection.exec_driver_sql(f"explain query plan {statement}", values)]
-        told = connection.exec_driver_sql(f"explain {statement}", values).scalars()
-        return [line for line in told if "Index Cond" in line]
+        explained = connection.exec_driver_sql(f"explain {statement}", values).scalars()
+        return [line for line in explained if "Index Cond" in line]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 READ = text(f"select seen_at from pulse where id = {COUNTER}")
 ROUNDS = 10
 MOST_OVERTAKING = 4
-"""On average: one transaction is open and one is next; the rest is what begins before the waiting process asks."""
+"""The average limit: the open transaction, the next one, and those that begin before the process starts to wait."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def shared_db(tmp_path: Path, migrated_database: Path) -> Iterator[Database]:
 
 @contextmanager
 def flooded(db: Database) -> Iterator[None]:
-    """Another process writes to the database without a pause, and has begun to."""
+    """Run another process that writes to the database without pause, and wait for its first write."""
     argv = [sys.executable, "-m", "tests.catalog.flooding", db.url]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT) as flooder:
         try:
@@ -58,7 +58,7 @@ def count(db: Database) -> float:
         return session.execute(READ).scalar_one()
 
 
-def test_a_process_waits_for_few_of_the_transactions_of_another_that_writes_without_a_pause(
+def test_process_waits_for_few_transactions_of_a_busy_process(
     shared_db: Database,
 ) -> None:
     overtaking = 0.0
@@ -73,7 +73,7 @@ def test_a_process_waits_for_few_of_the_transactions_of_another_that_writes_with
     assert overtaking <= MOST_OVERTAKING * ROUNDS
 
 
-def test_a_process_that_is_killed_while_it_is_next_holds_up_no_other(shared_db: Database) -> None:
+def test_killed_waiting_process_blocks_no_other(shared_db: Database) -> None:
     argv = [sys.executable, "-m", "tests.catalog.flooding", shared_db.url]
     with shared_db.write(), subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT) as waiting:
         while not is_occupied(shared_db):
@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_while_it_is_next_holds_up_no_other(shared_db: 
 
 
 def is_occupied(db: Database) -> bool:
-    """Whether a process is next to write."""
+    """Return whether a process is waiting as the next writer."""
     path = db.url.removeprefix("sqlite:///") + SUFFIX
     descriptor = os.open(path, os.O_RDWR)
     try:
@@ -101,13 +101,13 @@ def is_occupied(db: Database) -> bool:
     return False
 
 
-def test_only_the_owner_can_open_the_turnstile(shared_db: Database) -> None:
+def test_turnstile_file_is_accessible_to_its_owner_only(shared_db: Database) -> None:
     path = Path(shared_db.url.removeprefix("sqlite:///") + SUFFIX)
 
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_threads_acquire_a_fair_lock_in_the_order_in_which_they_ask() -> None:
+def test_fair_lock_is_acquired_in_request_order() -> None:
     lock, order, started = FairLock(), list[int](), Barrier(2)
     assert lock.acquire(0)
 
@@ -126,10 +126,10 @@ def test_threads_acquire_a_fair_lock_in_the_order_in_which_they_ask() -> None:
         lock.release()
 
     assert order == list(range(8))
-    assert lock.acquire(0), "it is free again"
+    assert lock.acquire(0), "the lock must be free again"
 
 
-def test_a_thread_that_stops_waiting_for_a_fair_lock_is_passed_over() -> None:
+def test_thread_that_stops_waiting_is_passed_over() -> None:
     lock = FairLock()
     assert lock.acquire(0)
 

@@ -1,4 +1,4 @@
-"""Which workers a service takes: those of its database's revision, and of a protocol in the window it has announced."""
+"""The service accepts workers at the revision of its database and with a protocol in the announced range."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.catalog.world import World
 from tests.next_migration import LATER, NEXT, UNRELEASED
 
 OLDER = revisions.newest()
-"""Once there is the migration of tests/next_migration.py."""
+"""The previous revision once the migration of tests/next_migration.py is installed."""
 
 
 @pytest.fixture
 def restored(world: World) -> Iterator[World]:
-    """Whose revision is put back: a later test may be given the same database."""
+    """Restore the revision afterwards, because a later test may use the same database."""
     with world.db.read() as session:
         revision = revisions.read(session) or ""
     yield world
@@ -38,7 +38,7 @@ def at_revision(world: World, revision: str) -> None:
 
 
 def announced(world: World, oldest: int, newest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a service whose code takes these."""
+    """Announce a service whose code supports these protocols."""
     with monkeypatch.context() as patch:
         patch.setattr(compatibility, "OLDEST_PROTOCOL", oldest)
         patch.setattr(compatibility, "PROTOCOL", newest)
@@ -52,7 +52,7 @@ def register(world: World, worker_id: str, protocol: int | None = None) -> None:
 
 
 def beat(world: World, worker_id: str) -> bool:
-    """Whether it is told to drain."""
+    """Return whether the heartbeat asks the worker to drain."""
     return workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None).drain
 
 
@@ -64,7 +64,7 @@ def beat(world: World, worker_id: str) -> bool:
         (UNRELEASED, "database_not_upgradable", "create a new database"),
     ],
 )
-def test_a_worker_of_another_revision_is_refused_with_what_to_do_and_writes_nothing(
+def test_worker_at_another_revision_is_rejected_with_a_remedy(
     restored: World, next_migration: Path, revision: str, code: str, remedy: str
 ) -> None:
     world = restored
@@ -88,7 +88,7 @@ def test_a_worker_of_another_revision_is_refused_with_what_to_do_and_writes_noth
     ("protocol", "code", "remedy"),
     [(3, "worker_too_old", "Install the service's version"), (6, "worker_too_new", "Upgrade the service first")],
 )
-def test_a_worker_outside_the_window_of_protocols_is_refused_with_what_to_do(
+def test_worker_outside_the_protocol_range_is_rejected_with_a_remedy(
     world: World, monkeypatch: pytest.MonkeyPatch, protocol: int, code: str, remedy: str
 ) -> None:
     announced(world, 4, 5, monkeypatch)
@@ -102,7 +102,7 @@ def test_a_worker_outside_the_window_of_protocols_is_refused_with_what_to_do(
     register(world, "w5", 5)
 
 
-def test_where_nothing_was_announced_a_worker_of_this_code_fits(world: World) -> None:
+def test_worker_of_this_code_is_accepted_without_an_announcement(world: World) -> None:
     compatibility.check(world.db)
     register(world, "w1")
 
@@ -110,7 +110,7 @@ def test_where_nothing_was_announced_a_worker_of_this_code_fits(world: World) ->
         register(world, "w2", compatibility.PROTOCOL + 1)
 
 
-def test_a_service_takes_newer_tables_than_its_own_and_no_older_ones(restored: World, next_migration: Path) -> None:
+def test_service_accepts_newer_tables_and_rejects_older_ones(restored: World, next_migration: Path) -> None:
     world = restored
     for revision in (LATER, NEXT):
         at_revision(world, revision)
@@ -125,7 +125,7 @@ def test_a_service_takes_newer_tables_than_its_own_and_no_older_ones(restored: W
     assert "python -m api bootstrap" in refused.value.remedy
 
 
-def test_a_service_refuses_tables_of_a_build_before_the_first_release(restored: World) -> None:
+def test_service_rejects_tables_of_unreleased_builds(restored: World) -> None:
     at_revision(restored, UNRELEASED)
 
     with pytest.raises(Conflict, match=f"revision {UNRELEASED}") as refused, restored.db.read() as session:
@@ -135,13 +135,13 @@ def test_a_service_refuses_tables_of_a_build_before_the_first_release(restored: 
     assert "create a new database" in refused.value.remedy
 
 
-def test_every_revision_but_the_newest_is_older(next_migration: Path) -> None:
+def test_every_revision_except_the_newest_is_older(next_migration: Path) -> None:
     assert [revision for revision in revisions.known() if not revisions.is_older(revision)] == [NEXT]
     assert revisions.is_older(None)
     assert not revisions.is_older(LATER)
 
 
-def test_a_database_without_tables_is_waited_for(empty_url: str) -> None:
+def test_database_without_tables_is_unavailable(empty_url: str) -> None:
     database = Database(empty_url)
 
     with pytest.raises(Unavailable, match="has not been set up"):
@@ -149,8 +149,8 @@ def test_a_database_without_tables_is_waited_for(empty_url: str) -> None:
     database.close()
 
 
-def test_workers_are_upgraded_one_by_one_while_jobs_go_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protocol 1 is that of the old workers; the service comes first, and takes both for a while."""
+def test_workers_are_upgraded_one_by_one_while_jobs_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old workers use protocol 1. The service is upgraded first and supports both protocols for a while."""
     announced(world, 1, 1, monkeypatch)
     register(world, "old", 1)
     world.queued(seed=1)

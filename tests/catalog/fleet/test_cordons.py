@@ -1,4 +1,4 @@
-"""Workers that take nothing new: by a person's wish, or because one job after another failed there."""
+"""Cordoned workers claim nothing: cordons by operators, and automatic ones after several jobs failed in a row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fail(
     reason: EndReason = EndReason.TRAINER_CRASHED,
     caller: Caller | None = None,
 ) -> str:
-    """One more job, which ends badly alone in a trainer of that name."""
+    """Run one more job alone in a trainer of that name and let it fail. Returns the job's id."""
     training_file = world.file(caller=caller)
     job = world.submit(caller=caller, training_file=training_file, seed=len(trainer))
     world.prepare_all()
@@ -61,7 +61,7 @@ def messages(world: World, job_id: str) -> list[str]:
     return [event.message for event in queries.events_since(world.db, **world.of(job_id), seq=0)]
 
 
-def test_a_cordoned_worker_finishes_what_it_holds_and_takes_nothing_new(world: World) -> None:
+def test_cordoned_worker_finishes_its_jobs_and_claims_nothing(world: World) -> None:
     world.worker()
     held = world.running()
 
@@ -86,7 +86,7 @@ def test_a_cordoned_worker_finishes_what_it_holds_and_takes_nothing_new(world: W
     assert prepared.job.id == unprepared.id
 
 
-def test_a_job_is_told_what_becomes_of_its_worker(world: World) -> None:
+def test_job_events_report_cordons_of_its_worker(world: World) -> None:
     world.worker()
     held = world.running()
 
@@ -100,7 +100,7 @@ def test_a_job_is_told_what_becomes_of_its_worker(world: World) -> None:
     ]
 
 
-def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
+def test_explanation_of_a_queued_job_mentions_the_cordon(world: World) -> None:
     world.worker()
     held = world.running()
     waiting, unprepared = world.queued(), world.submit()
@@ -121,18 +121,18 @@ def test_who_asks_why_a_job_waits_is_told_of_the_cordon(world: World) -> None:
 
     world.worker("w2")
 
-    told = why(world, waiting.id)["explanation"]
-    assert told.startswith("It is first in the queue and waits for a worker with free capacity.")
-    assert told.endswith("accepts no new jobs. Worker w1 is cordoned: Its fan is loud.")
+    explained = why(world, waiting.id)["explanation"]
+    assert explained.startswith("It is first in the queue and waits for a worker with free capacity.")
+    assert explained.endswith("accepts no new jobs. Worker w1 is cordoned: Its fan is loud.")
     cordons.drain(world.db, "w2")
-    told = why(world, waiting.id)["explanation"]
-    assert "None of the 2 running workers accepts new jobs" in told
-    assert "Worker w1 is cordoned: Its fan is loud." in told or "Worker w2 is cordoned" in told
+    explained = why(world, waiting.id)["explanation"]
+    assert "None of the 2 running workers accepts new jobs" in explained
+    assert "Worker w1 is cordoned: Its fan is loud." in explained or "Worker w2 is cordoned" in explained
 
 
-def test_who_registers_at_the_place_of_a_cordoned_worker_that_has_gone_is_cordoned_too(world: World) -> None:
+def test_successor_of_a_cordoned_worker_is_cordoned(world: World) -> None:
     world.worker("first")
-    world.worker("beside")
+    world.worker("neighbor")
     cordons.cordon(world.db, "first", reason="Its fan is loud.")
 
     world.worker("comes while the first is there")
@@ -148,7 +148,7 @@ def test_who_registers_at_the_place_of_a_cordoned_worker_that_has_gone_is_cordon
     assert row(world, "third").cordon is None
 
 
-def test_a_device_is_the_same_place_once_it_was_read_back_from_the_record() -> None:
+def test_place_of_a_device_survives_a_json_round_trip() -> None:
     device = (
         cpu(cores=(0, 1)).as_json(),
         cpu().as_json(),
@@ -159,7 +159,7 @@ def test_a_device_is_the_same_place_once_it_was_read_back_from_the_record() -> N
     assert len({repr(place([one])) for one in device}) == 3
 
 
-def test_the_cordon_of_a_worker_of_this_code_s_own_devices_is_its_successor_s(world: World) -> None:
+def test_successor_with_the_same_devices_inherits_the_cordon(world: World) -> None:
     about: dict[str, Any] = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**9}
     devices = [cpu().as_json()]
     workers.register_worker(world.db, worker_id="old", devices=devices, **about)
@@ -171,7 +171,7 @@ def test_the_cordon_of_a_worker_of_this_code_s_own_devices_is_its_successor_s(wo
     assert row(world, "new").cordon is not None
 
 
-def test_of_several_workers_at_one_place_as_many_stay_cordoned_as_were(world: World) -> None:
+def test_number_of_cordons_at_a_shared_place_is_preserved(world: World) -> None:
     for worker_id in ("w1", "w2", "w3"):
         world.worker(worker_id)
     cordons.cordon(world.db, "w2", reason="Its fan is loud.")
@@ -190,7 +190,7 @@ def test_of_several_workers_at_one_place_as_many_stay_cordoned_as_were(world: Wo
     assert row(world, "w7").cordon is None
 
 
-def test_who_follows_a_killed_worker_at_once_is_cordoned_as_soon_as_that_one_counts_as_gone(world: World) -> None:
+def test_successor_is_cordoned_once_the_killed_worker_counts_as_lost(world: World) -> None:
     world.worker("old")
     cordons.cordon(world.db, "old", reason="Its fan is loud.")
     world.clock.advance(1)
@@ -210,7 +210,7 @@ def test_who_follows_a_killed_worker_at_once_is_cordoned_as_soon_as_that_one_cou
     assert not is_cordoned_after(10)
 
 
-def test_what_follows_a_drained_worker_takes_nothing_before_it_is_uncordoned(world: World) -> None:
+def test_successor_of_a_drained_worker_claims_nothing_until_uncordoned(world: World) -> None:
     world.worker("old")
     cordons.drain(world.db, "old")
     workers.end_worker(world.db, "old")
@@ -224,7 +224,7 @@ def test_what_follows_a_drained_worker_takes_nothing_before_it_is_uncordoned(wor
     assert len(world.claim("new")) == 1
 
 
-def test_a_worker_that_is_not_there_is_refused_by_name(world: World) -> None:
+def test_unknown_or_ended_worker_is_rejected_by_name(world: World) -> None:
     world.worker("gone")
     workers.end_worker(world.db, "gone")
 
@@ -232,11 +232,11 @@ def test_a_worker_that_is_not_there_is_refused_by_name(world: World) -> None:
         with pytest.raises(Conflict, match="Worker gone has ended"):
             act(world.db, "gone")
     for act in (cordons.cordon, cordons.uncordon, cordons.drain):
-        with pytest.raises(NotFound, match="nobody"):
-            act(world.db, "nobody")
+        with pytest.raises(NotFound, match="missing"):
+            act(world.db, "missing")
 
 
-def test_a_node_that_fails_three_jobs_running_is_cordoned_with_the_evidence(world: World) -> None:
+def test_node_that_fails_three_jobs_in_a_row_is_cordoned_with_evidence(world: World) -> None:
     world.worker()
     failed = [fail(world, trainer=name) for name in ("t1", "t2")]
     assert row(world).cordon is None
@@ -262,10 +262,10 @@ def test_a_node_that_fails_three_jobs_running_is_cordoned_with_the_evidence(worl
     world.beat(worker_id="w1")
     assert world.claim() == []
     world.worker("w2")
-    assert len(world.claim("w2")) == 3  # the others go on
+    assert len(world.claim("w2")) == 3  # the jobs continue on the other worker
 
 
-def test_what_failed_before_an_operator_uncordoned_it_counts_no_more(world: World) -> None:
+def test_failures_before_an_uncordon_do_not_count(world: World) -> None:
     world.worker()
     for name in ("t1", "t2", "t3"):
         fail(world, trainer=name)
@@ -279,7 +279,7 @@ def test_what_failed_before_an_operator_uncordoned_it_counts_no_more(world: Worl
     assert row(world).cordon is not None
 
 
-def test_one_job_that_succeeds_in_between_clears_a_node(world: World) -> None:
+def test_success_between_failures_clears_a_node(world: World) -> None:
     world.worker()
     fail(world, trainer="t1")
     fail(world, trainer="t2")
@@ -290,11 +290,11 @@ def test_one_job_that_succeeds_in_between_clears_a_node(world: World) -> None:
     assert row(world).cordon is None
 
 
-def test_a_poison_job_and_those_beside_it_are_no_fault_of_the_node(world: World) -> None:
+def test_poison_job_does_not_cordon_the_node(world: World) -> None:
     world.worker()
     for _ in range(3):
         world.queued(seed=7)
-    for _ in range(2):  # until each of them is suspect, and trains alone
+    for _ in range(2):  # until each job is isolated and trains alone
         for claim in world.claim(trainer_id=f"t{world.clock()}"):
             queue_claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
         world.clock.advance(60)
@@ -307,7 +307,7 @@ def test_a_poison_job_and_those_beside_it_are_no_fault_of_the_node(world: World)
 
 
 def busy_stranger(world: World) -> None:
-    """Another project that uses the service: a job of it has trained on another worker."""
+    """Let a job of another project complete on another worker, so that the service counts as shared."""
     world.worker("w9", host="far")
     world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()
@@ -315,7 +315,7 @@ def busy_stranger(world: World) -> None:
     world.complete(claim.claim_id)
 
 
-def test_jobs_of_one_project_cordon_no_worker_of_a_service_that_others_use(world: World) -> None:
+def test_failures_of_one_project_cordon_no_worker_of_a_shared_service(world: World) -> None:
     world.worker()
     busy_stranger(world)
 
@@ -325,7 +325,7 @@ def test_jobs_of_one_project_cordon_no_worker_of_a_service_that_others_use(world
     assert row(world).cordon is None
 
 
-def test_jobs_of_two_projects_that_fail_cordon_their_worker(world: World) -> None:
+def test_failures_of_two_projects_cordon_their_worker(world: World) -> None:
     world.worker()
     fail(world, trainer="t1")
     fail(world, trainer="t2")
@@ -335,8 +335,8 @@ def test_jobs_of_two_projects_that_fail_cordon_their_worker(world: World) -> Non
     assert row(world).cordon is not None
 
 
-def test_a_job_that_crashes_together_with_anothers_is_no_second_witness(world: World) -> None:
-    """Jobs of another project share the trainers of crashing jobs, and end with them."""
+def test_bystanders_of_a_crash_are_no_evidence_against_the_worker(world: World) -> None:
+    """Jobs of another project share the trainers of the crashing jobs and end with them."""
     world.worker()
     for number in range(4):
         for caller in (world.caller, world.stranger):
@@ -353,7 +353,7 @@ def test_a_job_that_crashes_together_with_anothers_is_no_second_witness(world: W
     assert row(world).cordon is None
 
 
-def test_failed_jobs_of_one_project_that_progress_elsewhere_cordon_the_worker_that_failed_them(world: World) -> None:
+def test_failed_jobs_that_succeed_elsewhere_become_evidence(world: World) -> None:
     world.worker()
     busy_stranger(world)
     failed = [fail(world, trainer=name) for name in ("t1", "t2", "t3")]
@@ -369,7 +369,7 @@ def test_failed_jobs_of_one_project_that_progress_elsewhere_cordon_the_worker_th
     assert row(world).cordon is not None
 
 
-def test_jobs_that_ran_out_of_memory_and_fit_elsewhere_are_no_evidence(world: World) -> None:
+def test_out_of_memory_jobs_that_fit_elsewhere_are_no_evidence(world: World) -> None:
     world.worker()
     busy_stranger(world)
     for name in ("t1", "t2", "t3"):
@@ -396,7 +396,7 @@ def test_failed_jobs_cordon_at_most_a_third_of_the_workers(world: World) -> None
     assert [name for name in names if row(world, name).cordon] == names[:2]
 
 
-def test_jobs_that_fail_before_they_begin_cordon_at_most_a_third_of_the_workers_too(world: World) -> None:
+def test_cordons_before_any_job_count_toward_the_limit_of_a_third(world: World) -> None:
     names = [f"w{number}" for number in range(1, 7)]
     for name in names:
         world.worker(name, host=name)
@@ -411,7 +411,7 @@ def test_jobs_that_fail_before_they_begin_cordon_at_most_a_third_of_the_workers_
     assert row(world, "w6").cordon is None
 
 
-def test_an_outage_that_loses_every_worker_cordons_none(world: World) -> None:
+def test_lost_workers_are_not_cordoned(world: World) -> None:
     world.worker()
     for name in ("t1", "t2", "t3", "t4"):
         fail(world, trainer=name, reason=EndReason.INFRA_LOST)
@@ -419,7 +419,7 @@ def test_an_outage_that_loses_every_worker_cordons_none(world: World) -> None:
     assert row(world).cordon is None
 
 
-def test_counts_tell_how_many_are_cordoned(world: World) -> None:
+def test_metrics_count_cordoned_workers(world: World) -> None:
     world.worker("w1")
     world.worker("w2")
     cordons.cordon(world.db, "w2")
@@ -428,14 +428,14 @@ def test_counts_tell_how_many_are_cordoned(world: World) -> None:
 
 
 def ends(*packs: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> list[Ended]:
-    """One trainer for each text, whose letters are its jobs."""
+    """Return the ends of the jobs of one trainer per text. The letters of a text are the jobs."""
     return [
         Ended(job_id=job, trainer_id=str(number), reason=reason) for number, pack in enumerate(packs) for job in pack
     ]
 
 
 @pytest.mark.parametrize(
-    ("packs", "is_to_blame"),
+    ("packs", "is_at_fault"),
     [
         (("a", "b", "c"), True),
         (("a", "b"), False),
@@ -448,28 +448,28 @@ def ends(*packs: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> list[End
         (("abc", "abc", "a", "b", "c"), True),
     ],
 )
-def test_a_node_is_to_blame_where_no_two_jobs_could_be(packs: tuple[str, ...], is_to_blame: bool) -> None:
-    assert bool(failed_running(ends(*packs))) is is_to_blame
+def test_node_is_at_fault_when_no_two_jobs_explain_the_failures(packs: tuple[str, ...], is_at_fault: bool) -> None:
+    assert bool(failed_running(ends(*packs))) is is_at_fault
 
 
 PACKS = st.lists(st.sets(st.sampled_from("abcdef"), min_size=1, max_size=4).map("".join), max_size=6)
 
 
 @given(PACKS, PACKS)
-def test_what_lies_before_a_success_never_counts(after: list[str], before: list[str]) -> None:
+def test_failures_before_a_success_never_count(after: list[str], before: list[str]) -> None:
     done = Ended(job_id="z", trainer_id="good", reason=EndReason.COMPLETED)
 
     assert failed_running([*ends(*after), done, *ends(*before)]) == failed_running(ends(*after))
 
 
 @given(PACKS, st.sampled_from("abcdef"), st.sampled_from("abcdef"))
-def test_two_jobs_in_all_that_failed_never_cordon_a_node(packs: list[str], one: str, other: str) -> None:
+def test_two_failed_jobs_never_cordon_a_node(packs: list[str], one: str, other: str) -> None:
     with_one = [pack + (one if number % 2 else other) for number, pack in enumerate(packs)]
 
     assert failed_running(ends(*with_one)) == []
 
 
-def test_where_no_job_had_begun_none_could_be_to_blame() -> None:
+def test_failures_before_any_job_started_are_attributed_to_the_node() -> None:
     names = ("first", "second", "third")
     before = [Ended(job_id="a", trainer_id=name, reason=EndReason.NODE_FAILED, culprit=name) for name in names]
 
@@ -479,8 +479,8 @@ def test_where_no_job_had_begun_none_could_be_to_blame() -> None:
 
 
 @pytest.mark.parametrize("seconds_each", [1, 15, 200])
-def test_a_bad_node_is_found_before_any_of_three_jobs_has_used_up_its_attempts(world: World, seconds_each: int) -> None:
-    """Whatever a trainer takes to die, where it has room for one job."""
+def test_bad_node_is_cordoned_before_three_jobs_exhaust_their_attempts(world: World, seconds_each: int) -> None:
+    """The time until a trainer dies does not matter, on a worker with room for one job."""
     waiting = [world.queued().id for _ in range(3)]
     world.worker()
     for number in range(100):
@@ -495,7 +495,7 @@ def test_a_bad_node_is_found_before_any_of_three_jobs_has_used_up_its_attempts(w
     assert [world.job(job_id).state for job_id in waiting] == [JobState.QUEUED] * 3
 
 
-def test_a_job_that_fails_while_no_other_waits_is_tried_again_at_once(world: World) -> None:
+def test_failed_job_is_retried_at_once_when_no_other_job_waits(world: World) -> None:
     world.worker()
     claim = world.running()
     world.pass_time(100, claim.claim_id)
@@ -506,7 +506,7 @@ def test_a_job_that_fails_while_no_other_waits_is_tried_again_at_once(world: Wor
     assert [again.job.id for again in world.claim()] == [claim.job.id]
 
 
-def test_a_job_gives_way_to_nobody_that_its_worker_could_never_take(world: World) -> None:
+def test_failed_job_does_not_yield_to_a_job_too_large_for_its_worker(world: World) -> None:
     world.worker(memory_bytes=10**9)
     claim = world.running()
     too_large = world.queued()

@@ -1,4 +1,4 @@
-"""Gangs: all of a round join, or nobody trains; and one leads, whoever else would."""
+"""Gangs: a round starts only when all members have joined, and only one worker leads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL = KILLED | {"reason": "node_failed", "detail": "Its disk is full."}
 
 
 class Gang:
-    """Workers of one gang, by short names."""
+    """The workers of one gang, by short names."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -77,7 +77,7 @@ def refuses(act: Callable[[], object]) -> str:
     return refused.value.message
 
 
-def test_a_round_starts_once_all_have_joined_and_each_knows_its_part(gang: Gang) -> None:
+def test_round_starts_once_all_members_have_joined(gang: Gang) -> None:
     assert gang.lead("w1")
     assert not gang.lead("w2")
     led = gang.open("w1", "w2")
@@ -94,7 +94,7 @@ def test_a_round_starts_once_all_have_joined_and_each_knows_its_part(gang: Gang)
     assert gang.called("w1") is None
 
 
-def test_ranks_follow_from_how_many_processes_each_has(world: World) -> None:
+def test_ranks_follow_from_the_number_of_processes_per_worker(world: World) -> None:
     gang = Gang(world)
     gang.enter("w1", num_processes=4)
     gang.enter("w2", "w3", num_processes=2)
@@ -109,7 +109,7 @@ def test_ranks_follow_from_how_many_processes_each_has(world: World) -> None:
 
 
 @pytest.mark.parametrize("why", ["silent", "ended", "cordoned", "leaving", "no member"])
-def test_none_is_called_where_one_can_not_be(gang: Gang, clock: Clock, why: str) -> None:
+def test_round_is_not_opened_with_an_unavailable_member(gang: Gang, clock: Clock, why: str) -> None:
     gang.lead("w1")
     clock.advance(SILENT + 1)
     gang.beat("w1", *([] if why == "silent" else ["w2"]))
@@ -126,8 +126,8 @@ def test_none_is_called_where_one_can_not_be(gang: Gang, clock: Clock, why: str)
     assert gang.called("w2") is None
 
 
-@pytest.mark.parametrize("why", ["silent", "ended", "told", "leaving", "late", "over"])
-def test_none_starts_where_one_is_lost_between_joining_and_the_start(gang: Gang, clock: Clock, why: str) -> None:
+@pytest.mark.parametrize("why", ["silent", "ended", "reported", "leaving", "late", "over"])
+def test_round_does_not_start_if_a_member_is_lost_after_joining(gang: Gang, clock: Clock, why: str) -> None:
     gang.lead("w1")
     led = gang.open("w1", "w2")
     gangs.join(gang.place("w2"), led.round_id)
@@ -135,7 +135,7 @@ def test_none_starts_where_one_is_lost_between_joining_and_the_start(gang: Gang,
     gang.beat("w1", *([] if why == "silent" else ["w2"]))
     if why == "ended":
         workers.declare_lost(gang.world.db, "w2")
-    if why == "told":
+    if why == "reported":
         assert gangs.leave(gang.place("w2"), led.round_id, end=KILLED)
     if why == "leaving":
         gangs.ask_to_leave(gang.place("w2"))
@@ -147,7 +147,7 @@ def test_none_starts_where_one_is_lost_between_joining_and_the_start(gang: Gang,
     assert not gang.has_started()
 
 
-def test_who_joins_too_late_or_a_round_that_is_over_is_told(gang: Gang, clock: Clock) -> None:
+def test_joining_too_late_or_an_ended_round_is_rejected(gang: Gang, clock: Clock) -> None:
     gang.lead("w1")
     first = gang.open("w1", "w2")
     clock.advance(JOIN + 1)
@@ -162,7 +162,7 @@ def test_who_joins_too_late_or_a_round_that_is_over_is_told(gang: Gang, clock: C
     assert gangs.progress(gang.place("w1"), second.round_id).ended == {}
 
 
-def test_the_lead_goes_to_another_when_the_leader_is_gone_and_its_round_is_over(gang: Gang, clock: Clock) -> None:
+def test_lead_passes_on_when_the_leader_is_lost(gang: Gang, clock: Clock) -> None:
     gang.lead("w1")
     led = gang.open("w1", "w2")
     gangs.join(gang.place("w2"), led.round_id)
@@ -171,7 +171,7 @@ def test_the_lead_goes_to_another_when_the_leader_is_gone_and_its_round_is_over(
 
     assert gang.lead("w2")
 
-    gang.beat("w1")  # it was only stopped
+    gang.beat("w1")  # the former leader was only suspended
     assert not gang.lead("w1")
     for act in (lambda: gang.start("w1", led), lambda: gang.open("w1", "w2")):
         assert "led by w2" in refuses(act)
@@ -180,7 +180,7 @@ def test_the_lead_goes_to_another_when_the_leader_is_gone_and_its_round_is_over(
     assert gang.open("w2", "w1").workers == ["w2", "w1"]
 
 
-def test_a_cordoned_leader_ends_its_round_and_leads_no_other(gang: Gang) -> None:
+def test_cordoned_leader_ends_its_round_and_leads_no_other(gang: Gang) -> None:
     gang.lead("w1")
     led = gang.open("w1", "w2")
     cordons.cordon(gang.world.db, "w1")
@@ -193,7 +193,7 @@ def test_a_cordoned_leader_ends_its_round_and_leads_no_other(gang: Gang) -> None
     assert not gang.lead("w1")
 
 
-def test_the_leader_learns_who_has_ended_and_who_is_lost(gang: Gang, clock: Clock) -> None:
+def test_leader_sees_ended_and_lost_members(gang: Gang, clock: Clock) -> None:
     gang.enter("w3")
     gang.lead("w1")
     led = gang.open("w1", "w2", "w3")
@@ -208,7 +208,7 @@ def test_the_leader_learns_who_has_ended_and_who_is_lost(gang: Gang, clock: Cloc
     assert "killed (signal 9)" in str(gangs.hindrance_of(found))
 
 
-def test_a_member_that_can_not_take_part_is_called_after_others_and_cordoned_at_the_third_time(gang: Gang) -> None:
+def test_member_that_fails_to_join_three_times_is_cordoned(gang: Gang) -> None:
     gang.enter("w3")
     gang.lead("w1")
     missed: list[int] = []
@@ -227,7 +227,7 @@ def test_a_member_that_can_not_take_part_is_called_after_others_and_cordoned_at_
     assert gang.member("w3").is_open
 
 
-def test_lateness_and_outages_are_no_reasons_of_its_own_by_which_a_member_is_cordoned(gang: Gang) -> None:
+def test_late_joins_and_outages_do_not_cordon_a_member(gang: Gang) -> None:
     gang.lead("w1")
     for _ in range(2):
         gangs.missed(gang.place("w1"), gang.open("w1", "w2").round_id, ["w2"])
@@ -241,7 +241,7 @@ def test_lateness_and_outages_are_no_reasons_of_its_own_by_which_a_member_is_cor
 
 
 @pytest.mark.parametrize("end", [KILLED | {"reason": "drained"}, KILLED | {"reason": "infra_lost"}])
-def test_who_leaves_or_meets_an_outage_is_not_cordoned(gang: Gang, end: dict[str, Any]) -> None:
+def test_drained_or_disconnected_member_is_not_cordoned(gang: Gang, end: dict[str, Any]) -> None:
     gang.lead("w1")
     for _ in range(4):
         led = gang.open("w1", "w2")
@@ -250,7 +250,7 @@ def test_who_leaves_or_meets_an_outage_is_not_cordoned(gang: Gang, end: dict[str
     assert gang.member("w2").is_open
 
 
-def test_a_round_that_starts_clears_its_members_and_one_that_is_late_is_told_of(gang: Gang) -> None:
+def test_started_round_clears_missed_joins(gang: Gang) -> None:
     gang.lead("w1")
     first = gang.open("w1", "w2")
     gangs.missed(gang.place("w1"), first.round_id, ["w2"])
@@ -264,9 +264,7 @@ def test_a_round_that_starts_clears_its_members_and_one_that_is_late_is_told_of(
 
 
 @pytest.mark.parametrize("hours", [1, -1])
-def test_a_database_whose_clock_is_set_loses_no_member_and_keeps_none_that_died(
-    gang: Gang, clock: Clock, hours: int
-) -> None:
+def test_member_liveness_survives_a_database_clock_change(gang: Gang, clock: Clock, hours: int) -> None:
     own = [0.0]
     heard = LivenessTracker(silent_seconds=SILENT, clock=lambda: own[0])
     gang.lead("w1")
@@ -290,7 +288,7 @@ def test_a_database_whose_clock_is_set_loses_no_member_and_keeps_none_that_died(
 
 
 @pytest.mark.both_databases
-def test_of_several_that_would_lead_at_once_one_does(gang: Gang) -> None:
+def test_only_one_of_several_candidates_leads(gang: Gang) -> None:
     gang.enter("w3", "w4")
     names = ["w1", "w2", "w3", "w4"]
 
@@ -302,7 +300,7 @@ def test_of_several_that_would_lead_at_once_one_does(gang: Gang) -> None:
     assert all(gang.lead(name) == (name == leader) for name in names)
 
 
-def test_a_job_is_told_how_many_of_its_gang_are_there(gang: Gang, clock: Clock) -> None:
+def test_explanation_reports_how_many_gang_workers_are_available(gang: Gang, clock: Clock) -> None:
     job = gang.world.queued()
     gang.lead("w1")
     with_both = explain(gang.world.db, **gang.world.of(job.id))
@@ -321,7 +319,7 @@ ACTS = st.sampled_from(["lead", "open", "join", "start", "leave", "end", "wait",
 
 
 class Course:
-    """What three workers do, and what must then be so."""
+    """Actions of three workers, with the conditions that must hold after each."""
 
     def __init__(self, world: World, clock: Clock) -> None:
         self.gang, self.clock = Gang(world), clock
@@ -377,7 +375,7 @@ class Course:
 @example([("lead", "w1"), ("open", "w1"), ("join", "w2"), ("join", "w3"), ("die", "w3"), ("start", "w1")])
 @example([("lead", "w1"), ("open", "w1"), ("join", "w2"), ("die", "w1"), ("lead", "w2"), ("start", "w1")])
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_comes_in_whichever_order_a_round_that_starts_has_all_of_its_members(
+def test_started_round_has_all_members_after_any_sequence_of_actions(
     world: World, clock: Clock, acts: list[tuple[str, str]]
 ) -> None:
     course = Course(world, clock)

@@ -1,4 +1,4 @@
-"""The fleet's numbers are what counting would give. (What reading them costs: test_query_plans.py.)"""
+"""Fleet metrics equal the counts computed from the tables. test_query_plans.py covers the cost of reading them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(world: World) -> Numbers:
 
 
 def counted(world: World) -> dict[tuple[str, int], int]:
-    """Jobs by state and class, one by one."""
+    """Count the jobs by state and class, one by one."""
     with world.db.read() as session:
         rows = session.execute(select(Job.state, Job.priority)).all()
     return dict(Counter((row[0], row[1]) for row in rows))
@@ -39,7 +39,7 @@ def kept(world: World) -> dict[tuple[str, int], int]:
     return {(state.value, int(each)): number for (state, each), number in read(world).jobs.items() if number}
 
 
-def test_what_is_kept_is_what_counting_gives_after_every_way_that_a_job_can_go(world: World) -> None:
+def test_stored_counters_equal_counts_after_every_transition(world: World) -> None:
     world.worker()
     finished, failing, released = world.running(), world.running(priority="urgent"), world.running(priority="batch")
     adapter = world.complete(finished.claim_id)
@@ -65,7 +65,7 @@ def test_what_is_kept_is_what_counting_gives_after_every_way_that_a_job_can_go(w
     assert kept(world) == counted(world)
 
 
-def test_every_state_class_and_reason_is_told_before_there_is_any(world: World) -> None:
+def test_every_state_class_and_reason_is_reported_from_the_start(world: World) -> None:
     found = read(world)
 
     assert set(found.jobs) == {(state, each) for state in JobState for each in PriorityClass}
@@ -73,7 +73,7 @@ def test_every_state_class_and_reason_is_told_before_there_is_any(world: World) 
     assert {*found.jobs.values(), *found.oldest_wait_seconds.values(), *found.leases.values()} == {0}
 
 
-def test_the_oldest_wait_is_of_its_class_and_ends_when_it_is_claimed(world: World) -> None:
+def test_oldest_wait_is_per_class_and_ends_with_the_claim(world: World) -> None:
     world.worker()
     world.queued(priority="urgent")
     world.clock.advance(50)
@@ -87,12 +87,12 @@ def test_the_oldest_wait_is_of_its_class_and_ends_when_it_is_claimed(world: Worl
 
     assert waits[PriorityClass.urgent] == pytest.approx(150, abs=1)
     assert waits[PriorityClass.normal] == pytest.approx(100, abs=1)
-    assert waits[PriorityClass.batch] == 0, "who is held does not wait"
+    assert waits[PriorityClass.batch] == 0, "a held job does not wait"
     world.claim()
     assert set(read(world).oldest_wait_seconds.values()) == {0}
 
 
-def test_leases_are_told_while_they_are_held_when_they_are_past_and_once_they_are_ended(world: World) -> None:
+def test_leases_are_counted_as_held_overdue_and_expired(world: World) -> None:
     world.worker()
     world.running()
     world.submit()
@@ -110,7 +110,7 @@ def test_leases_are_told_while_they_are_held_when_they_are_past_and_once_they_ar
     assert kept(world) == counted(world)
 
 
-def test_trainers_and_their_devices_are_told_as_their_workers_say(world: World) -> None:
+def test_trainer_and_device_metrics_follow_worker_reports(world: World) -> None:
     for number, worker_id in enumerate(("w1", "w2", "silent")):
         about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
         devices = [{"kind": "cuda", "indices": [number % 2]}]
@@ -128,7 +128,7 @@ def test_trainers_and_their_devices_are_told_as_their_workers_say(world: World) 
     assert found.workers == {"busy": 1, "idle": 1, "draining": 0, "lost": 1, "ended": 0}
     assert (found.trainers, found.trainer_jobs) == ({"smol": 1}, {"smol": 1})
     first, second = ("node-1", "cuda:0"), ("node-1", "cuda:1")
-    assert found.tokens_per_second == {first: 10.0}, "a worker without a trainer repeats what the last one said"
+    assert found.tokens_per_second == {first: 10.0}, "a worker without a trainer repeats the report of its last trainer"
     assert (found.predicted_bytes, found.peak_bytes) == ({first: 70}, {first: 60})
     assert found.devices[first] == {"memory_bytes": 100, "power_watts": 300.0, "utilization_ratio": 0.9}
     assert second in found.devices
@@ -143,16 +143,14 @@ def test_trainers_and_their_devices_are_told_as_their_workers_say(world: World) 
         ({"kind": "cuda", "indices": [0, 1]}, "cuda:0+1"),
     ],
 )
-def test_two_workers_of_one_host_are_told_apart_by_their_devices(
-    world: World, device: dict[str, Any], name: str
-) -> None:
+def test_workers_of_one_host_are_distinguished_by_device(world: World, device: dict[str, Any], name: str) -> None:
     about: dict[str, Any] = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
     workers.register_worker(world.db, worker_id="w1", devices=[device], **about)
 
     assert set(read(world).devices) == {("node-1", name)}
 
 
-def test_webhooks_that_wait_and_how_long_the_first_was_due(world: World) -> None:
+def test_pending_webhooks_and_the_longest_delay_are_reported(world: World) -> None:
     world.clock.advance(0)
     now = world.clock.now
     with world.db.write() as session:
@@ -172,7 +170,7 @@ def test_webhooks_that_wait_and_how_long_the_first_was_due(world: World) -> None
     assert found.webhooks_overdue_seconds == pytest.approx(30, abs=1)
 
 
-def test_what_was_not_committed_or_was_taken_back_is_not_kept(world: World) -> None:
+def test_uncommitted_counts_are_not_stored(world: World) -> None:
     with suppress(ValueError), world.db.write() as session:
         ledger.count(session, "claims")
         raise ValueError
@@ -181,7 +179,7 @@ def test_what_was_not_committed_or_was_taken_back_is_not_kept(world: World) -> N
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_many_who_add_at_once_lose_nothing_and_wait_in_no_circle(db: Database, world: World) -> None:
+def test_concurrent_counters_lose_nothing_and_do_not_deadlock(db: Database, world: World) -> None:
     def add(names: list[Any]) -> None:
         for _ in range(40):
             with db.write() as session:

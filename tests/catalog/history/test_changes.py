@@ -1,4 +1,4 @@
-"""Looks at many jobs at once: nothing is lost or told twice, whatever order transactions end in."""
+"""Polls over many jobs lose no change and return none twice, whatever the order of commits."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ Keys = dict[tuple[str, str], WatchedJob]
 
 
 class Watcher:
-    """Goes with some jobs, and keeps what it was told of each."""
+    """A client that follows some jobs and keeps the items that it receives for each."""
 
     def __init__(self, world: World, jobs_watched: list[Job]) -> None:
         self.world = world
         self.seen: Keys = {(job.project_id, job.id): WatchedJob(seq=0) for job in jobs_watched}
         self.jobs = {job.id: job for job in jobs_watched}
-        self.told: dict[str, list[JobEvent | Point]] = {job.id: [] for job in jobs_watched}
+        self.received: dict[str, list[JobEvent | Point]] = {job.id: [] for job in jobs_watched}
 
     def look(self) -> set[str]:
-        """The jobs of which something was new."""
+        """Poll once. Returns the jobs that have changed."""
         changes = watching.look_at_many(self.world.db, self.seen)
         for key, change in changes.items():
             assert change is not None
             self.seen[key] = change.seen
             self.jobs[key[1]] = change.job
-            self.told[key[1]] += change.items
+            self.received[key[1]] += change.items
         return {job_id for _, job_id in changes}
 
     def numbers(self, job_id: str) -> list[int]:
-        return [item.seq for item in self.told[job_id] if isinstance(item, JobEvent)]
+        return [item.seq for item in self.received[job_id] if isinstance(item, JobEvent)]
 
     def steps(self, job_id: str) -> list[int]:
-        return [item.step for item in self.told[job_id] if isinstance(item, Point)]
+        return [item.step for item in self.received[job_id] if isinstance(item, Point)]
 
 
 def all_numbers(world: World, job_id: str) -> list[int]:
     return [event.seq for event in queries.events_since(world.db, **world.of(job_id), seq=0, limit=10_000)]
 
 
-def test_nothing_is_lost_or_told_twice_while_several_write(world: World) -> None:
+def test_concurrent_writes_are_neither_lost_nor_repeated(world: World) -> None:
     world.worker()
     for seed in range(3):
         world.queued(seed=seed)
@@ -81,8 +81,8 @@ def test_nothing_is_lost_or_told_twice_while_several_write(world: World) -> None
         assert watcher.steps(claim.job.id) == list(range(1, 11))
 
 
-def test_an_event_that_is_committed_after_a_later_number_of_another_job_is_told(world: World) -> None:
-    if world.db.is_sqlite:  # it has one writer: numbers are committed in their order
+def test_event_committed_after_a_later_event_of_another_job_is_returned(world: World) -> None:
+    if world.db.is_sqlite:  # SQLite has one writer, so events are committed in order
         return
     first, second = world.queued(), world.queued(seed=2)
     watcher = Watcher(world, [first, second])
@@ -101,7 +101,7 @@ def test_an_event_that_is_committed_after_a_later_number_of_another_job_is_told(
     assert watcher.numbers(first.id) == all_numbers(world, first.id)
 
 
-def test_more_than_one_question_holds_is_told_in_several_looks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_beyond_the_row_limit_arrive_in_several_polls(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "MAX_ROWS", 7)
     world.worker()
     claim = world.running()
@@ -118,7 +118,7 @@ def test_more_than_one_question_holds_is_told_in_several_looks(world: World, mon
     assert watcher.steps(claim.job.id) == list(range(1, 20))
 
 
-def test_a_job_about_which_nothing_is_new_costs_no_question(world: World) -> None:
+def test_unchanged_jobs_cost_no_extra_query(world: World) -> None:
     watched = [world.submit(seed=seed) for seed in range(12)]
     watcher = Watcher(world, watched)
     watcher.look()
@@ -130,10 +130,11 @@ def test_a_job_about_which_nothing_is_new_costs_no_question(world: World) -> Non
         assert watcher.look() == {watched[3].id}
 
     assert sum("SELECT" in statement for statement, _ in quiet) == 1
-    assert sum("SELECT" in statement for statement, _ in busy) == 4  # how they look; the one, its events, its points
+    # the poll itself, then the job, its events and its points
+    assert sum("SELECT" in statement for statement, _ in busy) == 4
 
 
-def test_the_events_of_an_end_that_comes_in_the_middle_of_a_look_are_told_with_it(
+def test_job_that_ends_during_a_poll_is_returned_with_its_last_events(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.worker()
@@ -146,7 +147,7 @@ def test_the_events_of_an_end_that_comes_in_the_middle_of_a_look_are_told_with_i
 
     def rows_and_then_the_end(session: Session, job_ids: Sequence[str]) -> Any:
         found = rows(session, job_ids)
-        if not world.db.is_sqlite:  # there all of a look sees one moment
+        if not world.db.is_sqlite:  # on SQLite the whole poll reads one snapshot
             world.complete(claim.claim_id)
         return found
 
@@ -161,17 +162,17 @@ def test_the_events_of_an_end_that_comes_in_the_middle_of_a_look_are_told_with_i
     assert watcher.numbers(claim.job.id) == all_numbers(world, claim.job.id)
 
 
-def test_what_is_told_of_a_job_is_its_projects(world: World) -> None:
+def test_changes_are_visible_to_the_project_of_the_job_only(world: World) -> None:
     job = world.submit()
-    asked = {
+    requested = {
         (world.stranger.project_id, job.id): WatchedJob(seq=0),
         (world.caller.project_id, "ftjob-none"): WatchedJob(seq=0),
     }
 
-    assert watching.look_at_many(world.db, asked) == dict.fromkeys(asked)
+    assert watching.look_at_many(world.db, requested) == dict.fromkeys(requested)
 
 
-def test_a_watcher_goes_on_after_any_event_with_what_came_after_it(world: World) -> None:
+def test_watcher_resumes_after_any_event(world: World) -> None:
     world.worker()
     claim = world.running()
     for step in range(1, 6):

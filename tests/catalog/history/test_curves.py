@@ -9,7 +9,7 @@ from catalog.history.metric_points import thin
 
 
 @given(st.lists(st.floats(-10, 10), max_size=300), st.integers(1, 60))
-def test_a_thinned_curve_is_short_and_keeps_ends_peaks_and_order(values: list[float], max_points: int) -> None:
+def test_thinned_curve_is_short_and_keeps_ends_peaks_and_order(values: list[float], max_points: int) -> None:
     points = list(enumerate(values))
 
     kept = thin(points, max_points, value=lambda point: point[1])

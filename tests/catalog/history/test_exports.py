@@ -1,4 +1,4 @@
-"""What trackers are still to be told of a job: due while it trains and at its end, each point once, whoever writes."""
+"""Tracker exports: due while the job trains and at its end, and each point is exported once across workers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def warnings(world: World, job: Job) -> list[str]:
     return [event.message for event in found if event.level == "warn"]
 
 
-def test_an_export_is_due_from_the_time_that_its_job_trains(world: World) -> None:
+def test_export_is_due_once_its_job_trains(world: World) -> None:
     world.worker(integrations=TYPES)
     world.queued(integrations=BOTH)
     before = claim(world)
@@ -54,7 +54,7 @@ def test_an_export_is_due_from_the_time_that_its_job_trains(world: World) -> Non
     assert [one.type for one in claim(world)] == ["tensorboard"]
 
 
-def test_each_point_is_handed_out_once_and_a_replayed_step_not_again(world: World) -> None:
+def test_each_point_is_exported_once_and_replayed_steps_are_not(world: World) -> None:
     job = running(world)
     points(world, job, 1, 2)
     points(world, job, 0, kind="valid")
@@ -65,8 +65,8 @@ def test_each_point_is_handed_out_once_and_a_replayed_step_not_again(world: Worl
     points(world, job, 2, 3)
     second = tracker_exports.look(world.db, export)
 
-    told = [(point["kind"], point["step"]) for point in first.points]
-    assert told == [("valid", 0), ("train", 1), ("train", 2)]
+    exported = [(point["kind"], point["step"]) for point in first.points]
+    assert exported == [("valid", 0), ("train", 1), ("train", 2)]
     assert first.points[1]["values"] == {"train/loss": 0.5, "train/token_accuracy": 0.5}
     assert (follows, export.run_id) == (Follows.GO_ON, "r")
     assert [(point["kind"], point["step"]) for point in second.points] == [("train", 3)]
@@ -74,7 +74,7 @@ def test_each_point_is_handed_out_once_and_a_replayed_step_not_again(world: Worl
     assert second.run["options"] == {"name": None}
 
 
-def test_a_worker_that_dies_leaves_the_run_to_the_next_where_it_was(world: World) -> None:
+def test_next_worker_resumes_the_run_of_a_dead_worker(world: World) -> None:
     job = running(world)
     points(world, job, 1)
     (first,) = claim(world)
@@ -88,7 +88,7 @@ def test_a_worker_that_dies_leaves_the_run_to_the_next_where_it_was(world: World
     assert late[1] is Follows.STALE
 
 
-def test_a_job_that_is_paused_lets_its_runs_sleep_until_it_trains_again(world: World) -> None:
+def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> None:
     job = running(world)
     (export,) = claim(world)
     commands.pause(world.db, **world.of(job.id))
@@ -104,7 +104,7 @@ def test_a_job_that_is_paused_lets_its_runs_sleep_until_it_trains_again(world: W
     assert [one.run_id for one in claim(world)] == ["r"]
 
 
-def test_the_end_is_told_after_the_last_point_with_the_adapters_figures(world: World) -> None:
+def test_end_is_exported_after_the_last_point_with_final_metrics(world: World) -> None:
     job = running(world)
     (export,) = claim(world)
     points(world, job, *range(1, tracker_exports.MAX_POINTS + 11))
@@ -125,7 +125,7 @@ def test_the_end_is_told_after_the_last_point_with_the_adapters_figures(world: W
     assert claim(world) == []
 
 
-def test_an_end_that_comes_while_the_run_is_written_is_not_missed(world: World) -> None:
+def test_job_that_ends_during_an_export_is_not_missed(world: World) -> None:
     job = running(world)
     (export,) = claim(world)
     news = tracker_exports.look(world.db, export)
@@ -140,7 +140,7 @@ def test_an_end_that_comes_while_the_run_is_written_is_not_missed(world: World) 
     assert end["status"] == "cancelled"
 
 
-def test_a_failure_is_told_once_tried_again_later_and_given_up_in_the_end(world: World) -> None:
+def test_failed_export_warns_once_backs_off_and_finally_stops(world: World) -> None:
     job = running(world)
     waits: list[float] = []
     for _ in range(tracker_exports.MAX_FAILURES):
@@ -160,7 +160,7 @@ def test_a_failure_is_told_once_tried_again_later_and_given_up_in_the_end(world:
     assert world.job(job.id).state == "running"
 
 
-def test_a_tracker_that_no_worker_has_is_refused_and_awaited_where_no_worker_lives(world: World) -> None:
+def test_unavailable_tracker_is_rejected_only_if_workers_are_running(world: World) -> None:
     awaited = world.submit(integrations=BOTH)
     world.worker(integrations=("tensorboard",))
 
@@ -173,7 +173,7 @@ def test_a_tracker_that_no_worker_has_is_refused_and_awaited_where_no_worker_liv
     assert world.submit(integrations=ONE).id
 
 
-def test_a_job_can_not_choose_the_entity_that_the_service_writes_to(world: World) -> None:
+def test_job_cannot_choose_the_entity_of_the_service(world: World) -> None:
     world.worker(integrations=TYPES)
 
     with pytest.raises(InvalidRequest, match="entity") as refused:
@@ -197,12 +197,12 @@ def test_a_job_can_not_choose_the_entity_that_the_service_writes_to(world: World
         [{"type": "comet"}],
     ],
 )
-def test_what_a_job_may_not_say_to_a_tracker_is_refused(integrations: list[dict[str, Any]]) -> None:
+def test_invalid_tracker_settings_are_rejected(integrations: list[dict[str, Any]]) -> None:
     with pytest.raises(ValidationError):
         request(training_file="f", integrations=integrations)
 
 
-def test_a_job_without_integrations_costs_nothing(world: World) -> None:
+def test_job_without_integrations_creates_no_export(world: World) -> None:
     running(world)
     for one in claim(world):
         tracker_exports.release(world.db, one)

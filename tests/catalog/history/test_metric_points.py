@@ -1,4 +1,4 @@
-"""What is packed reads back as it was, bit for bit; curves in blocks are what curves in rows were."""
+"""Packed metric points are restored bit for bit, and curves stored in blocks lose nothing."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ POINTS = st.builds(
 
 
 @given(st.lists(POINTS, min_size=1, max_size=9))
-def test_what_is_packed_reads_back_bit_for_bit(points: list[Point]) -> None:
+def test_packed_points_are_restored_bit_for_bit(points: list[Point]) -> None:
     again = unpack("train", pack(points))
 
-    assert repr(again) == repr(points)  # 0.0 is not -0.0, nor 1 1.0
+    assert repr(again) == repr(points)  # repr distinguishes 0.0 from -0.0 and 1 from 1.0
 
 
 def of_steps(*steps: int, loss: float = 1.0, kind: str = "train") -> list[dict[str, object]]:
@@ -52,13 +52,13 @@ def curve(world: World, job_id: str, max_points: int | None = None) -> list[tupl
     return [(point.step, point.loss) for point in points]
 
 
-def test_a_curve_is_whole_however_it_was_written_and_trained_again(
+def test_curve_is_complete_after_any_sequence_of_writes_and_replays(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metric_store, "BLOCK_POINTS", 4)
     monkeypatch.setattr(metric_store, "BLOCKS_A_LOOK", 2)
     claim = world.running()
-    randomly, told = random.Random(7), dict[int, float]()
+    randomly, expected = random.Random(7), dict[int, float]()
 
     step = 0
     for number in range(60):
@@ -66,22 +66,22 @@ def test_a_curve_is_whole_however_it_was_written_and_trained_again(
         step = first + randomly.randrange(6)
         loss = float(number)
         record_metrics(world.db, claim.claim_id, of_steps(*range(first, step + 1), loss=loss))
-        told |= dict.fromkeys(range(first, step + 1), loss)
+        expected |= dict.fromkeys(range(first, step + 1), loss)
 
-    assert curve(world, claim.job.id) == sorted(told.items())
+    assert curve(world, claim.job.id) == sorted(expected.items())
     some = [1, 2, step, step + 5]
     found = queries.points_at(world.db, **world.of(claim.job.id), steps=some)
-    assert {point.step: point.loss for point in found.values()} == {at: told[at] for at in some if at in told}
-    assert queries.first_step(world.db, **world.of(claim.job.id)) == (1, told[1])
+    assert {point.step: point.loss for point in found.values()} == {at: expected[at] for at in some if at in expected}
+    assert queries.first_step(world.db, **world.of(claim.job.id)) == (1, expected[1])
     with world.db.read() as session:
         rows = session.query(MetricBlock).order_by(MetricBlock.first_step).all()
-        assert metric_store.least_loss(session, claim.job.id, "train") == min(told.values())
-    assert sum(row.num_points for row in rows) == len(told)
+        assert metric_store.least_loss(session, claim.job.id, "train") == min(expected.values())
+    assert sum(row.num_points for row in rows) == len(expected)
     assert all(row.num_points <= 4 and (row.sketch is not None) == (row.num_points == 4) for row in rows)
     assert all(before.last_step < after.first_step for before, after in pairwise(rows))
 
 
-def test_what_was_trained_again_takes_the_place_of_what_was(world: World) -> None:
+def test_replayed_steps_replace_earlier_points(world: World) -> None:
     claim = world.running()
     record_metrics(world.db, claim.claim_id, of_steps(*range(1, 300), loss=3.0))
     world.worker()
@@ -92,7 +92,7 @@ def test_what_was_trained_again_takes_the_place_of_what_was(world: World) -> Non
     assert curve(world, claim.job.id) == [(step, 3.0 if step < 200 else 2.0) for step in range(1, 303)]
 
 
-def test_a_long_curve_is_drawn_from_pictures_of_its_blocks_and_loses_no_peak(world: World) -> None:
+def test_long_curve_is_drawn_from_block_sketches_and_keeps_peaks(world: World) -> None:
     claim = world.running()
     peaks = {1: 4.0, 5_000: 99.0, 7_777: -5.0, 20_000: 2.5}
     losses = {step: peaks.get(step, 2 + math.sin(step / 50)) for step in range(1, 20_001)}
@@ -101,17 +101,17 @@ def test_a_long_curve_is_drawn_from_pictures_of_its_blocks_and_loses_no_peak(wor
         record_metrics(world.db, claim.claim_id, points)
 
     for max_points in (50, 300, 2000, 30_000):
-        with listening(world.db) as asked:
+        with listening(world.db) as statements:
             drawn = curve(world, claim.job.id, max_points=max_points)
         assert len(drawn) <= max_points
         assert set(peaks.items()) <= set(drawn)
         assert all(losses[step] == loss for step, loss in drawn)
         assert drawn == sorted(drawn)
-        assert any("coalesce(metric_blocks." in statement for statement, _ in asked) == (max_points < 30_000)
+        assert any("coalesce(metric_blocks." in statement for statement, _ in statements) == (max_points < 30_000)
     assert len(drawn) == 20_000
 
 
-def test_a_curve_that_is_not_there_has_no_points(world: World) -> None:
+def test_missing_curve_has_no_points(world: World) -> None:
     job = world.submit()
 
     assert curve(world, job.id) == curve(world, job.id, max_points=10) == []

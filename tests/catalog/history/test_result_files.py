@@ -1,4 +1,4 @@
-"""A job that succeeds leaves its curves as a file, in OpenAI's columns; one that doesn't leaves none."""
+"""A succeeded job stores its curves as a file with OpenAI's columns; other jobs store none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def result_rows(world: World) -> list[File]:
 
 
 @pytest.mark.parametrize(("points_a_block", "blocks_a_look"), [(1, 1), (2, 1), (256, 64)])
-def test_both_curves_are_one_line_a_step_however_many_points_are_read_at_once(
+def test_curves_are_merged_by_step_for_any_block_size(
     world: World, points_a_block: int, blocks_a_look: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim, other = world.running(), world.running(seed=2)
@@ -43,7 +43,7 @@ def test_both_curves_are_one_line_a_step_however_many_points_are_read_at_once(
     assert written(world, claim.job.id) == ["0,,,4.0,0.25", "1,3.0,,,", "2,1.5,,,", "3,1.0,,1.0,0.25"]
 
 
-def test_the_file_of_a_job_that_has_succeeded_is_its_projects_and_can_be_deleted(world: World) -> None:
+def test_result_file_belongs_to_the_project_and_can_be_deleted(world: World) -> None:
     claim = world.running()
     assert world.job(claim.job.id).result_file is None
 
@@ -63,7 +63,7 @@ def test_the_file_of_a_job_that_has_succeeded_is_its_projects_and_can_be_deleted
     assert content.digest not in garbage_collection.live_digests(world.db)
 
 
-def test_a_worker_that_lost_its_claim_leaves_no_result_file(world: World) -> None:
+def test_worker_with_a_stale_claim_leaves_no_result_file(world: World) -> None:
     claim = world.running()
     world.complete(claim.claim_id)
 
@@ -73,7 +73,7 @@ def test_a_worker_that_lost_its_claim_leaves_no_result_file(world: World) -> Non
     assert len(result_rows(world)) == 1
 
 
-def test_the_stored_content_begins_with_openais_columns(world: World, tmp_path: Path) -> None:
+def test_result_file_starts_with_openai_columns(world: World, tmp_path: Path) -> None:
     claim = world.running()
     recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 0.1 + 0.2}])
     path = tmp_path / result_files.NAME

@@ -1,4 +1,4 @@
-"""What preparation found in a file is told to those jobs that it was found for."""
+"""Data reports are shown for the jobs whose base model they were made for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.catalog.world import LEASE, World, sha
 REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
 
 
-def test_a_refusal_is_told_for_its_model_and_not_for_another(world: World) -> None:
+def test_rejection_is_reported_for_its_model_only(world: World) -> None:
     world.base("other")
     refused = world.submit()
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
@@ -26,7 +26,7 @@ def test_a_refusal_is_told_for_its_model_and_not_for_another(world: World) -> No
     assert data_reports.of_file(world.db, **of_file, model="other") is None
 
 
-def test_each_file_of_a_refused_job_keeps_what_was_found_in_it(world: World) -> None:
+def test_each_file_of_a_rejected_job_keeps_its_report(world: World) -> None:
     job = world.submit(validation_file=world.file())
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None

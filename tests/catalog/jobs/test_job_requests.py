@@ -1,4 +1,4 @@
-"""What may be asked of a job, what is refused and why, and what is warned of."""
+"""Job requests: accepted and rejected fields, and warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from catalog.registry import base_models
 from tests.catalog.world import World, request
 
 
-def test_an_unknown_model_is_refused_with_the_names_there_are(world: World) -> None:
+def test_unknown_model_is_rejected_with_the_available_names(world: World) -> None:
     with pytest.raises(NotFound) as refusal:
         world.submit(model="gpt-9")
 
@@ -23,7 +23,7 @@ def test_an_unknown_model_is_refused_with_the_names_there_are(world: World) -> N
     assert "smol" in refusal.value.remedy
 
 
-def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> None:
+def test_model_that_is_importing_or_failed_is_rejected(world: World) -> None:
     base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
     with pytest.raises(InvalidRequest, match="still being imported") as early:
         world.submit(model="new")
@@ -35,10 +35,10 @@ def test_a_model_that_is_still_imported_or_failed_is_refused(world: World) -> No
     assert (early.value.code, failed.value.code) == ("model_not_ready", "model_import_failed")
 
 
-def test_an_operator_is_told_why_the_import_of_a_jobs_model_failed(world: World) -> None:
+def test_operator_sees_why_a_model_import_failed(world: World) -> None:
     base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
-    told = {"code": "unsupported_model", "message": "/srv/new is a snapshot.", "remedy": "Give a language model."}
-    world.fail_import("new", told)
+    reported = {"code": "unsupported_model", "message": "/srv/new is a snapshot.", "remedy": "Give a language model."}
+    world.fail_import("new", reported)
 
     with pytest.raises(InvalidRequest) as failed:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
@@ -47,7 +47,7 @@ def test_an_operator_is_told_why_the_import_of_a_jobs_model_failed(world: World)
     assert failed.value.remedy == "Give a language model. Or choose another model."
 
 
-def test_advice_to_add_a_model_again_is_given_once(world: World) -> None:
+def test_retry_advice_for_a_failed_model_appears_once(world: World) -> None:
     base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
     remedy = "Look at the source; then add the same model again, which retries."
     world.fail_import("new", {"code": "import_failed", "message": "It ended.", "remedy": remedy})
@@ -58,7 +58,7 @@ def test_advice_to_add_a_model_again_is_given_once(world: World) -> None:
     assert failed.value.remedy == f"{remedy} Or choose another model."
 
 
-def test_a_failed_model_is_not_offered_and_one_that_comes_is_marked(world: World) -> None:
+def test_failed_models_are_not_listed_and_importing_ones_are_marked(world: World) -> None:
     for name in ("broken", "coming"):
         base_models.add(world.db, name=name, kind="hub", source=f"org/{name}", revision=None)
     world.fail_import("broken", {"code": "unsupported_model", "message": "", "remedy": ""})
@@ -77,7 +77,7 @@ def with_rates(multiplier: float | str | None, rate: float | str | None) -> dict
 
 
 @pytest.mark.parametrize("at_the_top", [True, False])
-def test_a_learning_rate_that_is_given_twice_must_be_the_same(world: World, at_the_top: bool) -> None:
+def test_conflicting_learning_rates_are_rejected(world: World, at_the_top: bool) -> None:
     fields = with_rates(2.0, 1e-3)
     if not at_the_top:
         fields["method"] = {"type": "supervised", "supervised": {"hyperparameters": fields.pop("hyperparameters")}}
@@ -98,7 +98,7 @@ def test_a_learning_rate_that_is_given_twice_must_be_the_same(world: World, at_t
         (5.0, 1e-3, (5.0, 1e-3)),
     ],
 )
-def test_a_learning_rate_and_its_multiplier_say_the_same(
+def test_learning_rate_and_multiplier_are_equivalent(
     world: World, multiplier: Any, rate: Any, found: tuple[float, float]
 ) -> None:
     spec = world.submit(**with_rates(multiplier, rate)).spec
@@ -107,7 +107,7 @@ def test_a_learning_rate_and_its_multiplier_say_the_same(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
-def test_sgd_and_adafactor_need_a_learning_rate_of_their_own(world: World, optimizer: str) -> None:
+def test_sgd_and_adafactor_need_an_explicit_learning_rate(world: World, optimizer: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(optimizer={"type": optimizer})
     assert (refusal.value.code, refusal.value.param) == ("learning_rate_required", "optimizer.learning_rate")
@@ -126,7 +126,7 @@ def test_sgd_and_adafactor_need_a_learning_rate_of_their_own(world: World, optim
         ({"evaluation": {"every_steps": 5}}, "evaluation.every_steps"),
     ],
 )
-def test_what_goes_by_the_held_out_loss_is_refused_without_a_validation_file(
+def test_options_that_use_validation_loss_need_a_validation_file(
     world: World, fields: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
@@ -139,18 +139,18 @@ def test_what_goes_by_the_held_out_loss_is_refused_without_a_validation_file(
 
 def _warnings(world: World, **fields: Any) -> list[str]:
     job = world.submit(**fields)
-    told = queries.events_since(world.db, **world.of(job.id), seq=0)
-    return [event.message for event in told if event.level == "warn"]
+    reported = queries.events_since(world.db, **world.of(job.id), seq=0)
+    return [event.message for event in reported if event.level == "warn"]
 
 
-def test_held_out_rows_that_are_those_of_the_training_are_warned_of(world: World) -> None:
+def test_validation_rows_equal_to_training_rows_cause_a_warning(world: World) -> None:
     (warning,) = _warnings(world, validation_file=world.file_id)
 
     assert "the same rows" in warning
     assert _warnings(world, validation_file=world.file()) == []
 
 
-def test_rows_longer_than_the_base_was_made_for_are_told_with_the_length_that_is_used(world: World) -> None:
+def test_max_length_beyond_the_model_causes_a_warning(world: World) -> None:
     longest = world.submit(max_length=100_000).spec["max_length"]
 
     (warning,) = _warnings(world, max_length=longest + 1)
@@ -167,25 +167,25 @@ def every(steps: int, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fields", DECIDED)
-def test_what_evaluations_decide_is_refused_where_none_comes_in_time(world: World, fields: dict[str, Any]) -> None:
-    """100 rows in batches of 4, once, are 25 steps."""
+def test_evaluation_options_without_a_timely_evaluation_are_rejected(world: World, fields: dict[str, Any]) -> None:
+    """100 rows in batches of 4 are 25 steps per epoch."""
     usual: dict[str, Any] = {
         "validation_file": world.file(),
         "hyperparameters": {"batch_size": 4, "n_epochs": 1},
     }
 
     ten: dict[str, Any] = {"max_steps": 10}
-    for asked in (every(26, fields), every(11, fields) | ten):
+    for requested in (every(26, fields), every(11, fields) | ten):
         with pytest.raises(InvalidRequest, match="has no effect") as refusal:
-            world.submit(**usual, **asked)
+            world.submit(**usual, **requested)
         assert (refusal.value.code, refusal.value.param) == ("no_evaluation_in_time", "evaluation.every_steps")
 
-    for asked in (every(25, fields), every(10, fields) | ten, fields | ten):
-        assert world.submit(**usual, **asked).id
+    for requested in (every(25, fields), every(10, fields) | ten, fields | ten):
+        assert world.submit(**usual, **requested).id
 
 
 @pytest.mark.parametrize("fields", DECIDED)
-def test_texts_that_are_split_may_give_more_steps_than_the_file_has_rows(world: World, fields: dict[str, Any]) -> None:
+def test_split_texts_may_have_more_steps_than_rows(world: World, fields: dict[str, Any]) -> None:
     texts: dict[str, Any] = {"training_file": world.file(kind="text"), "validation_file": world.file(kind="text")}
     split: dict[str, Any] = texts | {"data": {"overflow": "split"}} | every(100_000, fields)
 
@@ -194,7 +194,7 @@ def test_texts_that_are_split_may_give_more_steps_than_the_file_has_rows(world: 
         world.submit(**split, max_steps=99_999)
 
 
-def test_evaluations_that_come_after_the_last_step_are_told_of_and_not_refused_where_they_decide_nothing(
+def test_evaluation_interval_beyond_the_last_step_causes_a_warning(
     world: World,
 ) -> None:
     held_out = world.file()
@@ -207,7 +207,7 @@ def test_evaluations_that_come_after_the_last_step_are_told_of_and_not_refused_w
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
-def test_files_that_cannot_be_trained_on_are_refused_by_name(world: World, param: str) -> None:
+def test_unusable_files_are_rejected_by_field(world: World, param: str) -> None:
     foreign = world.file(caller=world.stranger)
     results = world.file(purpose="fine-tune-results")
     empty = world.file(num_rows=0)
@@ -228,7 +228,7 @@ def test_files_that_cannot_be_trained_on_are_refused_by_name(world: World, param
     }
 
 
-def test_targets_that_match_nothing_are_refused_with_those_that_exist(world: World) -> None:
+def test_unknown_target_modules_are_rejected_with_the_available_names(world: World) -> None:
     with pytest.raises(InvalidRequest, match="no linear layers named wq") as refusal:
         world.submit(lora={"target_modules": ["q_proj", "wq"]})
 
@@ -260,7 +260,7 @@ def test_targets_that_match_nothing_are_refused_with_those_that_exist(world: Wor
         {"no_such_field": 1},
     ],
 )
-def test_a_body_outside_the_limits_never_becomes_a_request(fields: dict[str, Any]) -> None:
+def test_out_of_range_fields_are_rejected(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         request(training_file="file-1", **fields)
 
@@ -275,7 +275,7 @@ def test_a_body_outside_the_limits_never_becomes_a_request(fields: dict[str, Any
     ],
 )
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
-def test_what_does_not_suit_the_rows_of_a_file_is_refused(
+def test_data_options_unsuited_to_the_file_kind_are_rejected(
     world: World, data: dict[str, str], kind: str | None, code: str, field: str
 ) -> None:
     suits = world.file(kind="chat" if "loss" in data else "text")
@@ -289,7 +289,7 @@ def test_what_does_not_suit_the_rows_of_a_file_is_refused(
     assert world.submit(training_file=suits, validation_file=suits, data=data).spec["data"].items() >= data.items()
 
 
-def test_prompts_need_held_out_data_and_are_bounded(world: World) -> None:
+def test_sample_prompts_need_a_validation_file_and_are_bounded(world: World) -> None:
     samples = {"prompts": ["a"], "max_tokens": 8}
 
     with pytest.raises(InvalidRequest) as refusal:
@@ -303,11 +303,18 @@ def test_prompts_need_held_out_data_and_are_bounded(world: World) -> None:
             request(evaluation={"samples": wrong})
 
 
-def test_a_whole_number_may_be_written_with_a_point_and_nothing_else_is_taken_for_one() -> None:
-    asked = request(training_file="f", lora={"rank": 8.0, "alpha": 4, "layers_to_transform": [1.0]}, max_length=64.0)
+def test_only_integral_numbers_are_accepted_as_integers() -> None:
+    requested = request(
+        training_file="f", lora={"rank": 8.0, "alpha": 4, "layers_to_transform": [1.0]}, max_length=64.0
+    )
 
-    assert (asked.lora.rank, asked.lora.alpha, asked.lora.layers_to_transform, asked.max_length) == (8, 4.0, [1], 64)
-    assert isinstance(asked.lora.alpha, float)
+    assert (requested.lora.rank, requested.lora.alpha, requested.lora.layers_to_transform, requested.max_length) == (
+        8,
+        4.0,
+        [1],
+        64,
+    )
+    assert isinstance(requested.lora.alpha, float)
     for rank in (8.5, "8", True, 1e300):
         with pytest.raises(ValidationError):
             request(training_file="f", lora={"rank": rank})

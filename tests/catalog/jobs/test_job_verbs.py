@@ -1,4 +1,4 @@
-"""What canceling, pausing and resuming do to a job in each of its states."""
+"""Canceling, pausing and resuming jobs in each state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from catalog.states import EndReason, JobState
 from tests.catalog.world import World
 
 
-def test_a_waiting_job_is_cancelled_at_once(world: World) -> None:
+def test_waiting_job_is_canceled_at_once(world: World) -> None:
     validating = world.submit()
     queued = world.queued()
     paused = world.submit()
@@ -28,20 +28,20 @@ def test_a_waiting_job_is_cancelled_at_once(world: World) -> None:
     assert world.job(queued.id).reason == EndReason.CANCELLED_BY_USER
 
 
-def test_a_running_job_is_cancelled_by_its_worker(world: World) -> None:
+def test_running_job_is_canceled_by_its_worker(world: World) -> None:
     claim = world.running()
 
-    asked = commands.cancel(world.db, **world.of(claim.job.id))
+    requested = commands.cancel(world.db, **world.of(claim.job.id))
     orders = world.beat(claim.claim_id)
     state = claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="")
 
-    assert (asked.state, asked.cancel_requested) == (JobState.RUNNING, True)
+    assert (requested.state, requested.cancel_requested) == (JobState.RUNNING, True)
     assert orders[claim.claim_id].cancel
     assert state == JobState.CANCELLED
     assert not world.job(claim.job.id).cancel_requested
 
 
-def test_a_finished_job_takes_no_verb(world: World) -> None:
+def test_finished_job_cannot_be_canceled_paused_or_resumed(world: World) -> None:
     job = world.submit()
     commands.cancel(world.db, **world.of(job.id))
 
@@ -52,7 +52,7 @@ def test_a_finished_job_takes_no_verb(world: World) -> None:
         assert refusal.value.remedy
 
 
-def test_a_paused_job_whose_files_are_prepared_resumes_into_the_queue(world: World) -> None:
+def test_paused_job_with_prepared_files_resumes_into_the_queue(world: World) -> None:
     job = world.queued()
     verb = world.of(job.id)
 
@@ -63,7 +63,7 @@ def test_a_paused_job_whose_files_are_prepared_resumes_into_the_queue(world: Wor
     assert world.transitions(job.id)[-2:] == [("paused", "validating_files"), ("validating_files", "queued")]
 
 
-def test_a_job_paused_before_preparation_is_prepared_after_it_resumes(world: World) -> None:
+def test_job_paused_before_preparation_is_prepared_after_resuming(world: World) -> None:
     job = world.submit()
     verb = world.of(job.id)
     commands.pause(world.db, **verb)
@@ -73,7 +73,7 @@ def test_a_job_paused_before_preparation_is_prepared_after_it_resumes(world: Wor
     assert preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60) is not None
 
 
-def test_a_running_job_is_paused_by_its_worker_and_goes_on_from_there(world: World) -> None:
+def test_running_job_is_paused_by_its_worker_and_resumes(world: World) -> None:
     claim = world.running()
     verb = world.of(claim.job.id)
 
@@ -88,7 +88,7 @@ def test_a_running_job_is_paused_by_its_worker_and_goes_on_from_there(world: Wor
     assert world.job(claim.job.id).counted_attempts == 0
 
 
-def test_a_pause_that_was_withdrawn_sends_the_job_back_to_the_queue(world: World) -> None:
+def test_withdrawn_pause_returns_the_job_to_the_queue(world: World) -> None:
     claim = world.running()
     verb = world.of(claim.job.id)
     commands.pause(world.db, **verb)
@@ -99,7 +99,7 @@ def test_a_pause_that_was_withdrawn_sends_the_job_back_to_the_queue(world: World
     assert state == JobState.QUEUED
 
 
-def test_a_job_that_is_being_cancelled_is_neither_paused_nor_resumed(world: World) -> None:
+def test_job_being_canceled_cannot_be_paused_or_resumed(world: World) -> None:
     claim = world.running()
     verb = world.of(claim.job.id)
     commands.cancel(world.db, **verb)

@@ -1,4 +1,4 @@
-"""What a new job is, who sees it, that it is made once, and how lists and events are paged."""
+"""New jobs: initial state, visibility, idempotency, and paging of lists and events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from catalog.states import JobState
 from tests.catalog.world import World, request, sha
 
 
-def test_a_new_job_waits_for_its_files_to_be_validated(world: World) -> None:
+def test_new_job_waits_for_file_validation(world: World) -> None:
     job = world.submit(suffix="mine", metadata={"team": "a"}, priority="urgent", seed=7)
 
     assert job.state == JobState.VALIDATING_FILES
@@ -27,13 +27,13 @@ def test_a_new_job_waits_for_its_files_to_be_validated(world: World) -> None:
     assert world.transitions(job.id) == [(None, "validating_files")]
 
 
-def test_a_job_without_a_seed_gets_one_by_chance(world: World) -> None:
+def test_job_without_a_seed_gets_a_random_one(world: World) -> None:
     seeds = {world.submit().spec["seed"] for _ in range(4)}
 
     assert len(seeds) > 1
 
 
-def test_one_idempotency_key_makes_one_job(world: World) -> None:
+def test_idempotency_key_creates_one_job(world: World) -> None:
     body = request(training_file=world.file_id)
 
     first = world.send(body, idempotency_key="k")
@@ -50,7 +50,7 @@ def test_one_idempotency_key_makes_one_job(world: World) -> None:
 
 @pytest.mark.both_databases
 @pytest.mark.parametrize("given", [{"idempotency_key": "k"}, {"is_client_retry": True}])
-def test_the_same_submission_many_times_at_once_is_one_job(world: World, given: dict[str, Any]) -> None:
+def test_concurrent_identical_submissions_create_one_job(world: World, given: dict[str, Any]) -> None:
     body = request(training_file=world.file_id)
 
     with ThreadPoolExecutor(8) as pool:
@@ -60,7 +60,7 @@ def test_the_same_submission_many_times_at_once_is_one_job(world: World, given: 
     assert len(commands.list_page(world.db, project_id=world.caller.project_id).items) == 1
 
 
-def test_an_identical_body_is_the_same_job_only_as_a_retry_and_only_for_ten_minutes(world: World) -> None:
+def test_identical_body_is_deduplicated_only_as_a_retry_within_ten_minutes(world: World) -> None:
     body = request(training_file=world.file_id)
     first = world.send(body)
 
@@ -74,12 +74,12 @@ def test_an_identical_body_is_the_same_job_only_as_a_retry_and_only_for_ten_minu
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256])
-def test_an_idempotency_key_has_a_length(world: World, key: str) -> None:
+def test_idempotency_key_length_is_limited(world: World, key: str) -> None:
     with pytest.raises(InvalidRequest, match="Idempotency-Key"):
         world.send(request(training_file=world.file_id), idempotency_key=key)
 
 
-def test_what_is_anothers_does_not_exist(world: World) -> None:
+def test_jobs_of_another_project_are_not_found(world: World) -> None:
     job = world.submit()
     theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "job_id": job.id}
 
@@ -103,7 +103,7 @@ def test_what_is_anothers_does_not_exist(world: World) -> None:
     assert commands.list_page(world.db, project_id=world.stranger.project_id).items == []
 
 
-def test_pages_follow_one_another_without_gap_or_repeat(world: World) -> None:
+def test_pages_have_no_gaps_or_repeats(world: World) -> None:
     made = [world.submit().id for _ in range(5)]
     seen: list[str] = []
 
@@ -121,7 +121,7 @@ def test_pages_follow_one_another_without_gap_or_repeat(world: World) -> None:
     assert refusal.value.code == "unknown_cursor"
 
 
-def test_a_list_can_be_narrowed_by_labels(world: World) -> None:
+def test_job_list_is_filtered_by_labels(world: World) -> None:
     labels = [{"a": "1"}, None, {"a": "1", 'odd"key': "x"}, {"a": "2"}, {"a": "1"}]
     made = [world.submit(metadata=each).id for each in labels]
 
@@ -135,7 +135,7 @@ def test_a_list_can_be_narrowed_by_labels(world: World) -> None:
     assert listed({}) == [made[1]]
 
 
-def test_events_are_read_backwards_in_pages_and_forwards_as_a_stream(world: World) -> None:
+def test_events_are_paged_backward_and_streamed_forward(world: World) -> None:
     claim = world.running()
     for i in range(3):
         recording.record_event(world.db, claim.claim_id, "info", f"event {i}")
@@ -155,7 +155,7 @@ def test_events_are_read_backwards_in_pages_and_forwards_as_a_stream(world: Worl
             queries.events_page(world.db, **of_job, after=unknown)
 
 
-def test_an_id_that_no_database_can_hold_is_refused_or_not_found(world: World) -> None:
+def test_unstorable_id_is_rejected_or_not_found(world: World) -> None:
     for job_id in ("ftjob-\0", "ftjob-\ud800"):
         with pytest.raises((InvalidRequest, NotFound)):
             commands.get(world.db, **world.of(job_id))

@@ -1,4 +1,4 @@
-"""Jobs are found by all of their metadata and tags, and by nothing else."""
+"""Job lists filtered by metadata and tags."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def found(world: World, **wanted: Any) -> list[str]:
     return [job.id for job in page.items]
 
 
-def test_jobs_are_found_by_all_the_pairs_and_tags_that_are_asked_for(world: World) -> None:
+def test_jobs_match_all_requested_metadata_and_tags(world: World) -> None:
     both = world.submit(metadata={"team": "search", "run": "1"}, tags=["nightly", "q3"]).id
     one = world.submit(metadata={"team": "search"}, tags=["nightly"]).id
     bare = world.submit().id
@@ -32,7 +32,7 @@ def test_jobs_are_found_by_all_the_pairs_and_tags_that_are_asked_for(world: Worl
     assert found(world) == [bare, one, both]
 
 
-def test_pages_of_what_is_found_follow_each_other(world: World) -> None:
+def test_pages_of_filtered_jobs_follow_each_other(world: World) -> None:
     tagged = [world.submit(tags=["a"]).id for _ in range(3)]
     other = world.submit().id
     project = world.caller.project_id
@@ -46,7 +46,7 @@ def test_pages_of_what_is_found_follow_each_other(world: World) -> None:
         commands.list_page(world.db, project_id=project, tags=["a"], after=other)
 
 
-def test_the_same_tag_said_twice_is_one(world: World) -> None:
+def test_repeated_tag_counts_once(world: World) -> None:
     job = world.submit(tags=["a", "a"])
 
     assert found(world, tags=["a", "a"]) == [job.id]

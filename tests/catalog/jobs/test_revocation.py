@@ -1,4 +1,4 @@
-"""Revoking a key: what is left of its work, canceling it, and the keys that it created."""
+"""Revoking a key: the report of unfinished work, cancellation, and revocation of descendants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from catalog.tables.audit import AuditEvent
 from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
-from tests.catalog.sweeping import add, advance, asked
+from tests.catalog.sweeping import add, advance, sweep_request
 from tests.catalog.world import PEPPER, World, opens, sha
 
 HOUR = 3600.0
@@ -27,7 +27,7 @@ NOTHING = UnfinishedWork(num_jobs=0, num_sweeps=0)
 
 
 def child_of(world: World, caller: Caller, **given: Any) -> tuple[Caller, str]:
-    """The holder of a key that this caller has created, and its secret."""
+    """Create a key as this caller. Returns the caller of the new key and its secret."""
     _, secret = api_keys.create(world.db, caller=caller, request=KeyRequest(name="child", **given), pepper=PEPPER)
     return authentication.authenticate(world.db, secret=secret, pepper=PEPPER), secret
 
@@ -38,25 +38,25 @@ def revoke(world: World, key: Caller, *, by: Caller | None = None, **given: Any)
 
 def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
     search = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
-    request = asked(world, **{**search, **fields})
+    request = sweep_request(world, **{**search, **fields})
     return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
 
 
 def states(world: World, caller: Caller) -> set[tuple[str, bool]]:
-    """Of all jobs that the key created: state, and whether cancellation is requested."""
+    """Return the state and the cancellation request of each job that the key created."""
     found = commands.list_page(world.db, project_id=caller.project_id, limit=100).items
     return {(job.state, job.cancel_requested) for job in found if job.created_by == caller.api_key_id}
 
 
 def revocations(world: World) -> dict[str | None, dict[str, Any]]:
-    """The details of the audit events, by key."""
-    everybody = replace(world.caller, is_operator=True)
+    """Return the details of the revocation events by key."""
+    operator = replace(world.caller, is_operator=True)
     wanted = log.Filters(types=["api_key.revoked"])
-    found: list[AuditEvent] = log.list_page(world.db, caller=everybody, filters=wanted, limit=100).items
+    found: list[AuditEvent] = log.list_page(world.db, caller=operator, filters=wanted, limit=100).items
     return {event.object_id: event.details for event in found}
 
 
-def test_a_revocation_reports_and_records_what_is_left(world: World) -> None:
+def test_revocation_reports_and_records_unfinished_work(world: World) -> None:
     key, _ = child_of(world, world.caller)
     child_of(world, key)
     world.submit(caller=key)
@@ -75,9 +75,7 @@ def test_a_revocation_reports_and_records_what_is_left(world: World) -> None:
     assert states(world, key) == {(JobState.VALIDATING_FILES, False), (JobState.CANCELLED, False)}
 
 
-def test_cancel_ends_the_jobs_and_sweeps_of_the_key_and_no_others(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancel_ends_only_jobs_and_sweeps_of_the_key(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(revocation, "JOBS_AT_ONCE", 2)
     key, _ = child_of(world, world.caller)
     world.worker()
@@ -102,7 +100,7 @@ def test_cancel_ends_the_jobs_and_sweeps_of_the_key_and_no_others(
         assert not session.get_one(Sweep, asked_for).cancel_requested
 
 
-def test_a_revocation_that_was_interrupted_can_be_repeated(world: World) -> None:
+def test_interrupted_revocation_can_be_repeated(world: World) -> None:
     key, _ = child_of(world, world.caller)
     child, secret = child_of(world, key)
     world.submit(caller=key)
@@ -117,7 +115,7 @@ def test_a_revocation_that_was_interrupted_can_be_repeated(world: World) -> None
     assert not opens(world, secret)
 
 
-def test_descendants_are_revoked_with_the_key_and_other_keys_are_not(world: World) -> None:
+def test_descendants_are_revoked_with_the_key(world: World) -> None:
     key, _ = child_of(world, world.caller)
     child, _ = child_of(world, key)
     grandchild, secret = child_of(world, child)
@@ -137,7 +135,7 @@ def test_descendants_are_revoked_with_the_key_and_other_keys_are_not(world: Worl
     assert sibling.api_key_id not in found.revoked
 
 
-def test_without_descendants_their_keys_stay_valid(world: World) -> None:
+def test_descendants_stay_valid_by_default(world: World) -> None:
     key, _ = child_of(world, world.caller)
     _, secret = child_of(world, key)
 
@@ -146,7 +144,7 @@ def test_without_descendants_their_keys_stay_valid(world: World) -> None:
     assert opens(world, secret)
 
 
-def test_a_key_does_not_revoke_itself_as_a_descendant(world: World) -> None:
+def test_key_cannot_revoke_itself_as_a_descendant(world: World) -> None:
     key, secret = child_of(world, world.caller)
     child, _ = child_of(world, key)
 
@@ -158,7 +156,7 @@ def test_a_key_does_not_revoke_itself_as_a_descendant(world: World) -> None:
     assert revoke(world, child, by=child, with_descendants=True).revoked == [child.api_key_id]
 
 
-def test_the_last_operators_key_is_not_revoked_as_a_descendant(world: World) -> None:
+def test_last_operator_key_is_not_revoked_as_a_descendant(world: World) -> None:
     office = projects.ensure(world.db, "office")
     _, secret = authentication.create(world.db, project_id=office.id, name="o", pepper=PEPPER, is_operator=True)
     operator = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
@@ -176,7 +174,7 @@ def test_the_last_operators_key_is_not_revoked_as_a_descendant(world: World) -> 
     assert revoke(world, second, by=third).key.revoked_at is not None
 
 
-def test_canceling_needs_the_right_to_cancel_jobs(world: World) -> None:
+def test_cancel_requires_the_scope_to_cancel_jobs(world: World) -> None:
     key, secret = child_of(world, world.caller, scopes=["jobs:read"])
     by, _ = child_of(world, world.caller, scopes=["keys:write", "jobs:read"])
 
@@ -188,7 +186,7 @@ def test_canceling_needs_the_right_to_cancel_jobs(world: World) -> None:
 
 
 @pytest.mark.parametrize("what", ["a job", "a sweep", "a trial", "a key", "a rotation"])
-def test_a_key_that_is_revoked_during_a_request_creates_nothing(world: World, what: str) -> None:
+def test_key_revoked_during_a_request_creates_nothing(world: World, what: str) -> None:
     key, _ = child_of(world, world.caller)
     child, _ = child_of(world, key)
     sweep_id = sweep_of(world, key, search={"type": "ask_tell", "trials": 2}, parameters={})

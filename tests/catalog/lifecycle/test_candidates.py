@@ -1,4 +1,4 @@
-"""A decision reads the first of each project and class, and finds what there is to find."""
+"""Claim decisions read the first jobs of each project and class, and still find every eligible job."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
 
 def theirs(world: World, **fields: Any) -> Job:
-    """A stranger's job, prepared and queued."""
+    """Submit, prepare and queue a job of another project."""
     job = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), **fields)
     world.prepare_all()
     return job
 
 
-def test_a_claim_reads_a_part_of_the_queue(world: World) -> None:
+def test_claim_reads_a_fraction_of_the_queue(world: World) -> None:
     world.worker()
     held, first, submitted = world.running().job, world.queued(), world.submit()
     looks = {
@@ -48,8 +48,8 @@ def test_a_claim_reads_a_part_of_the_queue(world: World) -> None:
 
 
 @pytest.mark.parametrize("empty_url", ["postgresql"], indirect=True)
-def test_a_claim_reads_no_job_many_times_before_the_database_has_looked_at_its_tables(empty_url: str) -> None:
-    """Their rows are longer than a page by what it thinks of them then, so that it takes the table for empty."""
+def test_claim_reads_each_job_few_times_without_table_statistics(empty_url: str) -> None:
+    """Without statistics, PostgreSQL estimates rows longer than a page and takes the table for empty."""
     db = Database(empty_url, clock=(clock := Clock()))
     db.migrate()
     world = World(db, clock)
@@ -61,7 +61,7 @@ def test_a_claim_reads_no_job_many_times_before_the_database_has_looked_at_its_t
     assert 0 < number < 20 * 300
 
 
-def test_a_project_with_more_jobs_than_are_ever_looked_at_hides_nobody(world: World) -> None:
+def test_long_queue_of_one_project_hides_no_other_project(world: World) -> None:
     world.flood(world.queued(), listing.MAX_SHOWN + 10)
     world.claim(capacity=ONE)
     other = theirs(world)
@@ -73,7 +73,7 @@ def test_a_project_with_more_jobs_than_are_ever_looked_at_hides_nobody(world: Wo
     assert claim.job.id == other.id
 
 
-def test_jobs_that_are_too_large_do_not_hide_the_one_behind_them(world: World) -> None:
+def test_oversized_jobs_do_not_hide_a_smaller_one_behind_them(world: World) -> None:
     world.base("large", num_parameters=10**11)
     world.flood(world.queued(model="large"), 40)
     small = world.queued()
@@ -83,7 +83,7 @@ def test_jobs_that_are_too_large_do_not_hide_the_one_behind_them(world: World) -
     assert [claim.job.id for claim in claimed] == [small.id]
 
 
-def test_a_worker_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(world: World) -> None:
+def test_full_worker_reads_little_of_a_long_queue(world: World) -> None:
     world.worker()
     held, first = world.running().job, world.queued()
     world.flood(first, 2000)
@@ -102,7 +102,7 @@ def test_a_worker_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit
     assert world.job(first.id).state == "queued"
 
 
-def test_smaller_packmates_are_seen_behind_more_that_do_not_fit_than_there_are_places(world: World) -> None:
+def test_smaller_packmates_are_found_behind_many_oversized_ones(world: World) -> None:
     first = world.queued()
     world.flood(world.queued(lora={"rank": 32}), 20)
     small = world.queued()
@@ -125,7 +125,7 @@ def own(world: World, job: Job) -> int:
     return world.job(job.id).own_bytes or 0
 
 
-def test_a_job_that_a_worker_of_an_older_version_left_in_the_queue_as_it_took_it_hides_nobody(world: World) -> None:
+def test_stale_queue_entry_of_an_older_worker_hides_no_job(world: World) -> None:
     world.worker()
     ghost = world.running()
     with world.db.write() as session:
@@ -137,7 +137,7 @@ def test_a_job_that_a_worker_of_an_older_version_left_in_the_queue_as_it_took_it
     assert [claim.job.id for claim in claimed] == [job.id]
 
 
-def test_a_trainer_is_not_let_run_empty_for_a_job_that_would_not_even_then_fit(world: World) -> None:
+def test_trainer_is_not_drained_for_a_job_that_would_not_fit_anyway(world: World) -> None:
     world.worker()
     world.base("large", num_parameters=10**10)
     live = world.running().job.pack_key
@@ -151,8 +151,8 @@ def test_a_trainer_is_not_let_run_empty_for_a_job_that_would_not_even_then_fit(w
     assert (stopped, [claim.job.id for claim in joined]) == ([], [mate.id])
 
 
-def test_what_a_job_of_long_ago_needs_is_reckoned_once_for_all(world: World) -> None:
-    jobs_of_before = [world.queued() for _ in range(3)]
+def test_missing_memory_requirements_are_computed_once(world: World) -> None:
+    old_jobs = [world.queued() for _ in range(3)]
     large = world.queued(model=world.base("large", num_parameters=10**12))
     with world.db.write() as session:
         for job in session.query(Job):
@@ -162,12 +162,12 @@ def test_what_a_job_of_long_ago_needs_is_reckoned_once_for_all(world: World) -> 
     assert requirements.note_all(world.db, batch=2) == 4
     assert requirements.note_all(world.db) == 0
 
-    again = world.job(jobs_of_before[0].id)
-    assert (again.own_bytes, again.least_bytes) == (jobs_of_before[0].own_bytes, jobs_of_before[0].least_bytes)
+    again = world.job(old_jobs[0].id)
+    assert (again.own_bytes, again.least_bytes) == (old_jobs[0].own_bytes, old_jobs[0].least_bytes)
     assert world.job(large.id).least_bytes > 10**12
 
 
-def test_packmates_are_found_however_deep_they_stand(world: World) -> None:
+def test_packmates_are_found_deep_in_the_queue(world: World) -> None:
     world.base("other")
     first = world.queued()
     world.flood(world.queued(model="other"), 60)
@@ -178,7 +178,7 @@ def test_packmates_are_found_however_deep_they_stand(world: World) -> None:
     assert [claim.job.id for claim in claimed] == [first.id, mate.id]
 
 
-def test_fifty_workers_at_once_each_get_a_job_of_their_own(world: World) -> None:
+def test_fifty_concurrent_workers_each_get_a_different_job(world: World) -> None:
     world.flood(world.queued(), 49)
     start = Barrier(50)
 
@@ -193,7 +193,7 @@ def test_fifty_workers_at_once_each_get_a_job_of_their_own(world: World) -> None
     assert len({job_id for mine in got for job_id in mine}) == 50
 
 
-def test_a_worker_whose_choice_others_took_gets_the_next_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_loses_a_race_gets_the_next_job_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.flood(world.queued(), 20)
     decide: Any = claiming._choose
     taken: list[str] = []
@@ -211,7 +211,7 @@ def test_a_worker_whose_choice_others_took_gets_the_next_at_once(world: World, m
     assert len({*taken, claim.job.id}) == 11
 
 
-def test_a_job_that_was_prepared_before_its_needs_were_kept_is_claimed_by_what_it_needs(world: World) -> None:
+def test_job_without_stored_requirements_is_claimed_by_computed_ones(world: World) -> None:
     job = world.queued()
     needed = world.job(job.id)
     with world.db.write() as session:
@@ -223,7 +223,7 @@ def test_a_job_that_was_prepared_before_its_needs_were_kept_is_claimed_by_what_i
     assert len(world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=enough))) == 1
 
 
-def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(world: World) -> None:
+def test_waiting_time_counts_from_the_last_queue_entry(world: World) -> None:
     job = world.submit()
     world.pass_time(100)
     world.prepare_all()
@@ -244,7 +244,7 @@ def test_waiting_is_reckoned_from_the_last_time_that_a_job_came_into_the_queue(w
     assert round(entry["waited_seconds"]) == 30
 
 
-def test_a_job_that_lost_its_worker_keeps_its_place_among_its_projects_jobs(world: World) -> None:
+def test_job_that_lost_its_worker_keeps_its_queue_position(world: World) -> None:
     drained = world.running()
     world.queued()
     world.pass_time(30, drained.claim_id)
@@ -255,7 +255,7 @@ def test_a_job_that_lost_its_worker_keeps_its_place_among_its_projects_jobs(worl
     assert again.job.id == drained.job.id
 
 
-def test_projects_take_turns_in_having_their_files_prepared(world: World) -> None:
+def test_projects_alternate_in_file_preparation(world: World) -> None:
     ours = [world.submit() for _ in range(3)]
     their_file = world.file(caller=world.stranger)
     foreign = [world.submit(caller=world.stranger, training_file=their_file) for _ in range(2)]
@@ -267,7 +267,7 @@ def test_projects_take_turns_in_having_their_files_prepared(world: World) -> Non
     assert [found.job.id for found in order if found] == [job.id for job in expected]
 
 
-def test_a_class_that_waits_to_be_prepared_rises(world: World) -> None:
+def test_unprepared_jobs_are_promoted_by_priority_aging(world: World) -> None:
     world.worker()
     patient, pressing = world.submit(priority="batch"), world.submit(priority="urgent")
     world.flood(pressing, 5)
@@ -286,7 +286,7 @@ def test_a_class_that_waits_to_be_prepared_rises(world: World) -> None:
     assert next_one() not in (patient.id, pressing.id)
 
 
-def test_a_submission_says_that_projects_take_turns_where_others_have_files_to_prepare(world: World) -> None:
+def test_explanation_of_an_unprepared_job_mentions_alternation(world: World) -> None:
     world.worker()
     world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     job = world.submit()

@@ -1,4 +1,4 @@
-"""A base that no worker can load is the jobs' own choice; one that others load is not to blame for a node."""
+"""A base model that no worker can load counts against its jobs; one that others load points to a faulty node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 def load(
     world: World, worker_id: str, name: str, *, is_ready: bool = False, capacity: Capacity = ALONE
 ) -> claiming.Claim:
-    """Claim the next job for a trainer of that name, which gets ready or not."""
+    """Claim the next job for a trainer of that name, which becomes ready if `is_ready`."""
     (claim,) = world.claim(worker_id, capacity, trainer_id=name)
     key, digest = claim.job.pack_key, claim.job.base_digest
     report = {"group": {}, **({"memory": {"base_bytes": 1}} if is_ready else {})}
@@ -45,7 +45,7 @@ def is_cordoned(world: World, worker_id: str) -> bool:
         return session.get_one(Worker, worker_id).cordon is not None
 
 
-def test_a_load_that_failed_on_two_workers_counts_against_the_job_from_then_on(world: World) -> None:
+def test_failed_load_counts_against_the_job_after_two_workers_failed(world: World) -> None:
     world.worker("w1")
     world.worker("w2")
     world.queued()
@@ -60,10 +60,10 @@ def test_a_load_that_failed_on_two_workers_counts_against_the_job_from_then_on(w
     assert (ended.state, (ended.error or {})["code"]) == (JobState.FAILED, "quarantined")
     next_one = world.queued()
     assert fail_to_load(world, "w1", "of the next").id == next_one.id
-    assert world.job(next_one.id).counted_attempts == 1, "what is known of the base needs not be found out again"
+    assert world.job(next_one.id).counted_attempts == 1, "the known failure of the base model counts at once"
 
 
-def test_two_workers_with_one_copy_of_a_base_are_one_witness(world: World) -> None:
+def test_workers_that_share_a_base_copy_count_as_one_witness(world: World) -> None:
     for worker_id, host in (("w1", "here"), ("w2", "here"), ("w3", "elsewhere")):
         world.worker(worker_id, host=host)
     world.queued()
@@ -76,7 +76,7 @@ def test_two_workers_with_one_copy_of_a_base_are_one_witness(world: World) -> No
     assert counted == [0, 0, 0, 1]
 
 
-def test_a_worker_that_could_not_hold_a_base_is_not_waited_for(world: World) -> None:
+def test_worker_too_small_for_the_base_is_not_waited_for(world: World) -> None:
     world.worker("w1")
     world.worker("small", memory_bytes=1000)
     world.queued()
@@ -89,8 +89,8 @@ def test_a_worker_that_could_not_hold_a_base_is_not_waited_for(world: World) -> 
     assert states == ["queued", "queued", "failed"]
 
 
-def test_one_job_closes_no_worker_for_a_base_that_nobody_has_loaded(world: World) -> None:
-    """It may be either, and another worker could try."""
+def test_one_job_does_not_cordon_a_worker_for_an_unproven_base(world: World) -> None:
+    """Either the worker or the base model may be at fault, and another worker could try."""
     world.worker("w1")
     world.worker("w2")
     world.queued()
@@ -101,7 +101,7 @@ def test_one_job_closes_no_worker_for_a_base_that_nobody_has_loaded(world: World
     assert not is_cordoned(world, "w1")
 
 
-def test_one_job_is_enough_where_others_have_loaded_its_base(world: World) -> None:
+def test_one_job_cordons_a_worker_for_a_base_that_others_loaded(world: World) -> None:
     world.worker("w1")
     world.worker("w2")
     world.queued()
@@ -115,7 +115,7 @@ def test_one_job_is_enough_where_others_have_loaded_its_base(world: World) -> No
     assert is_cordoned(world, "w1")
 
 
-def test_where_there_is_one_worker_a_load_that_fails_counts_at_once(world: World) -> None:
+def test_failed_load_on_the_only_worker_counts_at_once(world: World) -> None:
     world.worker("w1")
     world.queued()
 
@@ -124,7 +124,7 @@ def test_where_there_is_one_worker_a_load_that_fails_counts_at_once(world: World
     assert states == ["queued", "queued", "failed"]
 
 
-def test_a_base_that_some_trainer_has_loaded_is_not_to_blame(world: World) -> None:
+def test_base_that_was_loaded_elsewhere_is_not_at_fault(world: World) -> None:
     world.worker("w1")
     world.worker("w2")
     world.queued()
@@ -137,8 +137,8 @@ def test_a_base_that_some_trainer_has_loaded_is_not_to_blame(world: World) -> No
     assert counted == [0] * 5
 
 
-def test_a_base_that_fails_everywhere_cordons_one_worker_at_most(world: World) -> None:
-    """The first, of which nobody can know yet whether it is its own fault."""
+def test_base_that_fails_everywhere_cordons_at_most_one_worker(world: World) -> None:
+    """The first worker is cordoned, because the fault may still be its own."""
     world.worker("w1")
     world.worker("w2")
     for _ in range(4):
@@ -153,7 +153,7 @@ def test_a_base_that_fails_everywhere_cordons_one_worker_at_most(world: World) -
     assert not is_cordoned(world, "w2")
 
 
-def test_three_jobs_of_three_bases_that_fail_to_load_cordon_their_worker(world: World) -> None:
+def test_three_bases_that_fail_to_load_cordon_their_worker(world: World) -> None:
     world.worker("w1")
     for name in ("one", "two", "three"):
         world.base(name)
@@ -166,7 +166,7 @@ def test_three_jobs_of_three_bases_that_fail_to_load_cordon_their_worker(world: 
     assert is_cordoned(world, "w1")
 
 
-def test_a_node_that_cannot_load_what_another_has_loaded_is_cordoned_after_three_jobs(world: World) -> None:
+def test_node_that_fails_a_proven_base_is_cordoned_after_three_jobs(world: World) -> None:
     world.worker("w1")
     world.worker("w2")
     world.queued()
@@ -182,9 +182,7 @@ def test_a_node_that_cannot_load_what_another_has_loaded_is_cordoned_after_three
 
 
 @pytest.mark.parametrize("has_loaded_another", [True, False])
-def test_a_base_that_fails_on_the_only_worker_is_to_blame_where_that_has_loaded_another(
-    world: World, has_loaded_another: bool
-) -> None:
+def test_failing_base_is_at_fault_if_the_only_worker_loaded_another(world: World, has_loaded_another: bool) -> None:
     world.worker("w1")
     world.base("another")
     world.queued(model="another")

@@ -1,4 +1,4 @@
-"""What follows where memory ran out for a job: smaller ticks, then alone and slice by slice, then what would fit."""
+"""Out-of-memory attempts: smaller ticks, then a trainer of its own with single slices, then failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def short(world: World, claim: Claim, reason: EndReason = EndReason.CUDA_OOM) ->
     return state
 
 
-def told(world: World, job_id: str) -> str:
+def last_message(world: World, job_id: str) -> str:
     return queries.events_since(world.db, **world.of(job_id), seq=0)[-1].message
 
 
@@ -32,9 +32,7 @@ def rung(world: World, job_id: str) -> int:
 
 
 @pytest.mark.parametrize("reason", OOM)
-def test_after_a_shortage_come_smaller_ticks_then_a_trainer_to_itself_then_the_end(
-    world: World, reason: EndReason
-) -> None:
+def test_out_of_memory_leads_to_smaller_ticks_then_isolation_then_failure(world: World, reason: EndReason) -> None:
     job, mate = world.queued(), world.queued()
     assert rung(world, job.id) == 0
 
@@ -42,7 +40,7 @@ def test_after_a_shortage_come_smaller_ticks_then_a_trainer_to_itself_then_the_e
     for _ in range(2):
         claimed = {claim.job.id: claim for claim in world.claim()}
         short(world, claimed[job.id], reason)
-        seen.append((len(claimed), rung(world, job.id), told(world, job.id)))
+        seen.append((len(claimed), rung(world, job.id), last_message(world, job.id)))
         if mate.id in claimed:
             claims.end(world.db, claimed[mate.id].claim_id, reason=EndReason.DRAINED, detail="")
     claimed = world.claim()
@@ -53,12 +51,12 @@ def test_after_a_shortage_come_smaller_ticks_then_a_trainer_to_itself_then_the_e
     assert [number for number, _, _ in seen] == [2, 2]
     assert [step for _, step, _ in seen] == [1, 2]
     assert [failures.SMALLER in seen[0][2], failures.SMALLEST in seen[1][2]] == [True, True]
-    assert [claim.job.id for claim in claimed] == [job.id], "it is not alone"
+    assert [claim.job.id for claim in claimed] == [job.id], "the job must train alone"
     assert short(world, claimed[0], reason) is JobState.FAILED
     assert world.job(mate.id).state != JobState.FAILED
 
 
-def test_what_would_fit_is_told_of_a_job_that_is_given_up(world: World) -> None:
+def test_failed_job_reports_the_devices_that_would_fit(world: World) -> None:
     capacity = on(world, 2, 17)
     job = queued_large(world)
 
@@ -72,12 +70,12 @@ def test_what_would_fit_is_told_of_a_job_that_is_given_up(world: World) -> None:
     assert len(error["evidence"]) == MAX_COUNTED_ATTEMPTS
     assert "alone in its trainer and computed one slice" in error["message"]
     assert "estimated to need about 16.4 GB, and the smallest of 2 devices has 17.0 GB" in error["message"]
-    assert "It would fit on one GPU with 24 GB, or on 2 GPUs " not in error["message"], "no smaller card than failed"
+    assert "It would fit on one GPU with 24 GB, or on 2 GPUs " not in error["message"], "the size that failed"
     assert "It would fit on one GPU with " in error["message"]
 
 
-def test_what_a_node_with_more_memory_than_the_reckoning_lacked_is_not_said_to_fit(world: World) -> None:
-    """Its device has 50 GB where about 20 were reckoned: no card of 48 GB is told."""
+def test_suggested_gpu_exceeds_the_memory_that_was_insufficient(world: World) -> None:
+    """The device has 50 GB although about 20 GB were estimated, so a GPU of 48 GB is not suggested."""
     capacity = on(world, 1, 50)
     job = queued_large(world)
 
@@ -91,9 +89,7 @@ def test_what_a_node_with_more_memory_than_the_reckoning_lacked_is_not_said_to_f
 
 
 @pytest.mark.parametrize("reason", OOM)
-def test_a_job_that_others_took_down_twice_is_not_given_up_before_the_smallest_tick_was_tried(
-    world: World, reason: EndReason
-) -> None:
+def test_crashes_do_not_skip_the_smallest_tick_before_failure(world: World, reason: EndReason) -> None:
     job = world.queued()
     states: list[JobState] = []
     for ended in (EndReason.TRAINER_CRASHED, EndReason.TRAINER_CRASHED, reason, reason, reason):
@@ -104,7 +100,7 @@ def test_a_job_that_others_took_down_twice_is_not_given_up_before_the_smallest_t
     assert world.job(job.id).state == JobState.FAILED
 
 
-def test_smaller_ticks_stay_with_a_job_and_single_slices_go_with_a_new_checkpoint(world: World) -> None:
+def test_new_checkpoint_resets_single_slices_but_not_smaller_ticks(world: World) -> None:
     claim = world.running()
     short(world, claim)
     (claim,) = world.claim()
@@ -118,25 +114,25 @@ def test_smaller_ticks_stay_with_a_job_and_single_slices_go_with_a_new_checkpoin
     assert rung(world, claim.job.id) == 1
 
 
-def test_memory_that_ended_while_a_base_was_loaded_makes_no_ticks_smaller(world: World) -> None:
+def test_out_of_memory_while_loading_the_base_does_not_shrink_ticks(world: World) -> None:
     world.worker("w1")
     world.worker("w2")
     job = world.queued()
 
     fail_to_load(world, "w1", "t1")
-    after_one = (rung(world, job.id), told(world, job.id))
+    after_one = (rung(world, job.id), last_message(world, job.id))
     for number in range(1, MAX_COUNTED_ATTEMPTS + 1):
         fail_to_load(world, "w2", f"t{number + 1}")
 
     assert after_one[0] == 0
     assert failures.SMALLER not in after_one[1]
     ended = world.job(job.id)
-    assert ended.state == JobState.FAILED, "a base that no worker can load is tried for ever"
+    assert ended.state == JobState.FAILED, "the job is retried although no worker can load its base model"
     assert "one slice" not in (ended.error or {})["message"]
 
 
 @pytest.mark.parametrize("counted", range(MAX_COUNTED_ATTEMPTS))
-def test_no_number_of_shortages_goes_on_for_ever(counted: int) -> None:
+def test_out_of_memory_attempts_are_bounded(counted: int) -> None:
     verdict = decide(
         EndReason.CUDA_OOM,
         cancel_requested=False,

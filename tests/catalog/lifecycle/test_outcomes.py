@@ -1,4 +1,4 @@
-"""How an ending becomes a state: the decision, over everything that it can be given."""
+"""How the end of an attempt determines the state of its job, for all combinations of inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERYTHING = list(itertools.product(REASONS, (False, True), (False, True), range
 
 
 @pytest.mark.parametrize(("reason", "cancel", "pause", "counted"), EVERYTHING)
-def test_every_ending_has_a_way_out_of_running(reason: EndReason, cancel: bool, pause: bool, counted: int) -> None:
+def test_every_end_reason_leaves_the_running_state(reason: EndReason, cancel: bool, pause: bool, counted: int) -> None:
     verdict = decide(reason, cancel_requested=cancel, pause_requested=pause, counted_attempts=counted)
 
     assert next_state(JobState.RUNNING, verdict.verb) is not None
@@ -36,7 +36,7 @@ def test_every_ending_has_a_way_out_of_running(reason: EndReason, cancel: bool, 
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_without_wishes_the_table_of_endings_decides(reason: EndReason) -> None:
+def test_end_reason_decides_without_user_requests(reason: EndReason) -> None:
     ending = ENDINGS[reason]
 
     verdict = decide(
@@ -48,10 +48,10 @@ def test_without_wishes_the_table_of_endings_decides(reason: EndReason) -> None:
     assert verdict.verb is not Verb.REQUEUE or verdict.wait_seconds == BACK_OFF_SECONDS[0]
 
 
-def test_of_every_ending_that_may_put_a_job_aside_somebody_can_do_something() -> None:
+def test_every_quarantine_reason_has_a_remedy() -> None:
     counted = MAX_COUNTED_ATTEMPTS - 1
 
-    put_aside = {
+    quarantined = {
         reason
         for reason in REASONS
         if decide(
@@ -64,16 +64,16 @@ def test_of_every_ending_that_may_put_a_job_aside_somebody_can_do_something() ->
         ).is_quarantine
     }
 
-    assert put_aside == REMEDIES.keys()
+    assert quarantined == REMEDIES.keys()
 
 
-def test_the_users_own_mistake_is_told_though_they_asked_to_cancel() -> None:
+def test_user_error_is_reported_despite_a_cancel_request() -> None:
     verdict = decide(EndReason.USER_ERROR, cancel_requested=True, pause_requested=False, counted_attempts=0)
 
     assert verdict.verb is Verb.FAIL
 
 
-def test_nothing_leaves_a_final_state_and_every_other_can_reach_one() -> None:
+def test_final_states_are_final_and_reachable_from_every_state() -> None:
     for state in JobState:
         moves = [verb for verb in Verb if next_state(state, verb) is not None]
         assert bool(moves) is (state not in FINAL_STATES)

@@ -1,4 +1,4 @@
-"""Jobs whose files are prepared: leased to one worker, given back, or refused."""
+"""File preparation: leased to one worker, released, or rejected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from catalog.states import EndReason, JobState
 from tests.catalog.world import LEASE, World
 
 
-def test_files_that_cannot_be_trained_on_fail_the_job_with_the_workers_words(world: World) -> None:
+def test_unusable_files_fail_the_job_with_the_reported_error(world: World) -> None:
     job = world.submit()
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
@@ -28,7 +28,7 @@ def test_files_that_cannot_be_trained_on_fail_the_job_with_the_workers_words(wor
     assert refused.error == {"code": "nothing_to_learn", "message": "All masked.", "param": "training_file"}
 
 
-def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> None:
+def test_preparation_is_leased_to_one_worker_and_can_be_released(world: World) -> None:
     job = world.submit()
     first = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert first is not None
@@ -46,24 +46,22 @@ def test_preparation_goes_to_one_worker_and_can_be_given_back(world: World) -> N
 
 
 @pytest.mark.parametrize(("num_steps", "num_warnings"), [(39, 1), (40, 0)])
-def test_a_job_whose_usable_rows_leave_no_evaluation_in_time_trains_and_its_events_tell(
-    world: World, num_steps: int, num_warnings: int
-) -> None:
+def test_job_without_a_timely_evaluation_trains_with_a_warning(world: World, num_steps: int, num_warnings: int) -> None:
     job = world.submit(validation_file=world.file(), evaluation={"every_steps": 40, "keep": "best"})
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
 
     preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key="v", num_steps=num_steps)
 
-    told = [
+    warnings = [
         event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"
     ]
-    assert [f"the job has at most {num_steps} steps" in message for message in told] == [True] * num_warnings
-    assert all("keeps its last weights" in message for message in told)
+    assert [f"the job has at most {num_steps} steps" in message for message in warnings] == [True] * num_warnings
+    assert all("keeps its last weights" in message for message in warnings)
     assert world.job(job.id).state == JobState.QUEUED
 
 
-def test_canceling_takes_a_job_from_the_worker_that_prepares_it(world: World) -> None:
+def test_canceling_invalidates_the_preparation_lease(world: World) -> None:
     job = world.submit()
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
@@ -75,7 +73,7 @@ def test_canceling_takes_a_job_from_the_worker_that_prepares_it(world: World) ->
         preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=1)
 
 
-def test_a_lease_for_preparing_is_no_claim_to_train_and_the_other_way_round(world: World) -> None:
+def test_preparation_and_training_claims_are_not_interchangeable(world: World) -> None:
     running = world.running()
     world.submit()
     preparing = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
@@ -95,7 +93,7 @@ def test_a_lease_for_preparing_is_no_claim_to_train_and_the_other_way_round(worl
     assert world.job(preparing.job.id).state == JobState.VALIDATING_FILES
 
 
-def test_a_look_that_finds_nothing_to_prepare_or_import_does_not_wait_for_a_writer(world: World) -> None:
+def test_poll_without_work_does_not_wait_for_a_writer(world: World) -> None:
     world.worker()
 
     with world.db.write():

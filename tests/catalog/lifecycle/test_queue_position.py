@@ -1,4 +1,4 @@
-"""A project's own order: places, holds, deadlines. None of it changes another project's turn."""
+"""Queue positions, holds and deadlines within a project. None of them changes the turn of another project."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def move(world: World, job: Job, **target: Any) -> Job:
     return queue_position.move_to(world.db, **world.of(job.id), target=MoveTarget(**target))
 
 
-def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) -> None:
+def test_job_moves_before_after_first_and_last(world: World) -> None:
     a, b, c, d = (world.queued() for _ in range(4))
 
     for target, expected in (
@@ -45,7 +45,7 @@ def test_a_job_is_moved_before_and_behind_others_and_to_both_ends(world: World) 
     assert "directly after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
 
 
-def test_places_that_are_as_near_as_numbers_can_be_are_spread(world: World) -> None:
+def test_positions_too_close_for_floats_are_spread(world: World) -> None:
     first = world.queued()
     world.flood(first, 3)
     with world.db.write() as session:
@@ -61,7 +61,7 @@ def test_places_that_are_as_near_as_numbers_can_be_are_spread(world: World) -> N
     assert order(world) == [ids[0], last.id, *ids[1:]]
 
 
-def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world: World) -> None:
+def test_move_target_must_wait_in_the_same_class_and_project(world: World) -> None:
     job, urgent = world.queued(), world.queued(priority="urgent")
     foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()
@@ -82,7 +82,7 @@ def test_a_move_names_one_job_of_the_project_that_waits_in_the_same_class(world:
     assert (refusal.value.code, refusal.value.remedy) == ("job_not_waiting", "Pause the running job instead.")
 
 
-def test_moving_jobs_gives_a_project_no_other_projects_turn(world: World) -> None:
+def test_moves_do_not_change_the_turns_of_other_projects(world: World) -> None:
     mine = [world.queued() for _ in range(3)]
     foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()
@@ -94,7 +94,7 @@ def test_moving_jobs_gives_a_project_no_other_projects_turn(world: World) -> Non
     assert order(world).index(foreign.id) == before == 1
 
 
-def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> None:
+def test_held_job_is_prepared_but_waits_until_released(world: World) -> None:
     job = world.submit()
     queue_position.hold(world.db, **world.of(job.id))
     world.prepare_all()
@@ -120,7 +120,7 @@ def test_a_held_job_is_prepared_and_waits_until_it_is_released(world: World) -> 
     assert claim.job.id == job.id
 
 
-def test_what_trains_or_has_ended_is_not_held_and_a_pause_ends_a_hold(world: World) -> None:
+def test_only_waiting_jobs_can_be_held_and_a_pause_ends_the_hold(world: World) -> None:
     claim = world.running()
     with pytest.raises(Conflict) as refusal:
         queue_position.hold(world.db, **world.of(claim.job.id))
@@ -134,7 +134,7 @@ def test_what_trains_or_has_ended_is_not_held_and_a_pause_ends_a_hold(world: Wor
     assert order(world) == [held.id]
 
 
-def test_jobs_with_a_deadline_go_first_the_one_that_must_start_first(world: World) -> None:
+def test_jobs_with_deadlines_go_first_by_required_start(world: World) -> None:
     now = int(world.clock.now)
     plain, late, soon = world.queued(), world.queued(deadline=now + 7200), world.queued(deadline=now + 3600)
     foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
@@ -145,7 +145,7 @@ def test_jobs_with_a_deadline_go_first_the_one_that_must_start_first(world: Worl
     assert order(world) == [plain.id, foreign.id, soon.id, late.id]
 
 
-def test_the_start_that_a_job_needs_is_reckoned_from_what_a_step_took_its_project(world: World) -> None:
+def test_required_start_is_estimated_from_past_step_times(world: World) -> None:
     claim = world.running()
     claims.started(world.db, claim.claim_id, trainer_id="t", resumed_from_step=None)
     world.pass_time(50, claim.claim_id)
@@ -161,21 +161,21 @@ def test_the_start_that_a_job_needs_is_reckoned_from_what_a_step_took_its_projec
     assert "the job must start within 9" in why["explanation"]
 
 
-def test_a_job_that_cannot_meet_its_deadline_is_told_so_once_and_goes_on(world: World) -> None:
+def test_job_that_will_miss_its_deadline_warns_once_and_continues(world: World) -> None:
     job, other = world.queued(deadline=int(world.clock.now) + 60), world.queued()
     assert deadlines.tell_late(world.db) == 0
 
     world.clock.advance(100)
-    told = [deadlines.tell_late(world.db) for _ in range(2)]
+    num_late = [deadlines.tell_late(world.db) for _ in range(2)]
 
-    assert told == [1, 0]
+    assert num_late == [1, 0]
     warnings = [event for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
     assert [event.message[:52] for event in warnings] == ["The job will miss its deadline. To meet its deadline"]
     assert explanation.explain(world.db, **world.of(job.id))["is_late"]
     assert [claim.job.id for claim in world.claim()] == [job.id, other.id]
 
 
-def test_a_running_job_is_told_by_what_it_says_is_left(world: World) -> None:
+def test_running_job_is_late_by_its_reported_remaining_time(world: World) -> None:
     claim = world.running(deadline=int(world.clock.now) + 600)
     recording.record_progress(world.db, claim.claim_id, {"step": 1, "seconds_left": 900})
 
@@ -183,7 +183,7 @@ def test_a_running_job_is_told_by_what_it_says_is_left(world: World) -> None:
     assert "after its deadline" in explanation.explain(world.db, **world.of(claim.job.id))["explanation"]
 
 
-def test_a_job_that_comes_back_keeps_its_place(world: World) -> None:
+def test_requeued_job_keeps_its_position(world: World) -> None:
     first, second = world.queued(), world.queued()
     move(world, second, to="first")
     (claim,) = world.claim(capacity=ONE)

@@ -1,4 +1,4 @@
-"""What a running job leaves behind: checkpoints to go on from, and the points of its curves."""
+"""Records of a running job: checkpoints to resume from, and points of its curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from catalog.tables.storage import Artifact
 from tests.catalog.world import World, manifest
 
 
-def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: World) -> None:
+def test_only_a_new_checkpoint_resets_failed_attempts(world: World) -> None:
     claim = world.running()
 
     def crash_after_checkpoint(step: int) -> JobState:
@@ -30,7 +30,7 @@ def test_a_new_checkpoint_forgives_bad_ends_and_a_replayed_one_does_not(world: W
     assert [crash_after_checkpoint(step) for step in (4, 4)] == [JobState.QUEUED, JobState.FAILED]
 
 
-def test_a_job_resumes_from_its_newest_checkpoint_and_can_fall_back_by_one(world: World) -> None:
+def test_job_resumes_from_its_newest_checkpoint_or_the_one_before(world: World) -> None:
     claim = world.running()
     dropped = [
         recording.record_checkpoint(world.db, claim.claim_id, step=step, artifact=manifest(f"c{step}"))
@@ -49,7 +49,7 @@ def test_a_job_resumes_from_its_newest_checkpoint_and_can_fall_back_by_one(world
     assert [checkpoint.step for checkpoint in world.claim()[0].resume_candidates] == [2]
 
 
-def test_files_that_two_checkpoints_share_outlive_the_first(world: World) -> None:
+def test_files_shared_by_two_checkpoints_outlive_the_first(world: World) -> None:
     claim = world.running()
 
     dropped = [
@@ -62,7 +62,7 @@ def test_files_that_two_checkpoints_share_outlive_the_first(world: World) -> Non
     assert [(row.step, row.artifact is not None) for row in page.items] == [(3, True), (2, True), (1, False)]
 
 
-def test_jobs_that_store_the_same_bytes_at_once_do_not_take_them_from_each_other(world: World) -> None:
+def test_concurrent_jobs_with_identical_checkpoints_keep_shared_files(world: World) -> None:
     world.queued()
     world.queued()
 
@@ -79,7 +79,7 @@ def test_jobs_that_store_the_same_bytes_at_once_do_not_take_them_from_each_other
     assert set(left) == {manifest(f"c{step}", "checkpoint").digest for step in (14, 15)}
 
 
-def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: World) -> None:
+def test_metric_points_are_stored_once_and_reported_as_openai_events(world: World) -> None:
     claim = world.running()
     of_job = world.of(claim.job.id)
     point = {"kind": "train", "token_accuracy": 0.5, "learning_rate": 1e-4, "grad_norm": float("inf")}
@@ -92,14 +92,14 @@ def test_points_of_a_curve_are_kept_once_and_told_as_the_openai_api_does(world: 
 
     curve = queries.metrics(world.db, **of_job, kind="train")
     assert [(p.step, p.loss, p.grad_norm) for p in curve] == [(1, 3.0, None), (2, 1.5, None)]
-    told = queries.events_page(world.db, **of_job).items[0]
-    assert (told.type, told.message) == ("metrics", "Step 2/60: training loss=1.5000")
-    assert told.data is not None
-    assert told.data["train_loss"] == 1.5
-    assert told.data["train_mean_token_accuracy"] == 0.5
+    metrics_event = queries.events_page(world.db, **of_job).items[0]
+    assert (metrics_event.type, metrics_event.message) == ("metrics", "Step 2/60: training loss=1.5000")
+    assert metrics_event.data is not None
+    assert metrics_event.data["train_loss"] == 1.5
+    assert metrics_event.data["train_mean_token_accuracy"] == 0.5
 
 
-def test_progress_keeps_what_was_evaluated_and_a_replayed_evaluation_counts_as_it_is_now(world: World) -> None:
+def test_progress_keeps_evaluations_and_replayed_ones_replace_them(world: World) -> None:
     claim = world.running()
     recording.record_progress(world.db, claim.claim_id, {"step": 1, "loss": 3.0})
 
@@ -117,7 +117,7 @@ def test_progress_keeps_what_was_evaluated_and_a_replayed_evaluation_counts_as_i
     assert evaluated(8, float("nan")) == (1.1, 1.1)
 
 
-def test_the_seconds_of_a_job_are_those_under_a_claim(world: World) -> None:
+def test_running_seconds_count_only_claimed_time(world: World) -> None:
     def seconds(job_id: str) -> float:
         return round(queries.seconds_running(world.db, [job_id]).get(job_id, 0.0))
 

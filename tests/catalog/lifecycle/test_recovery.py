@@ -1,4 +1,4 @@
-"""What becomes of jobs whose worker fell silent, and that an outage or a turned clock costs no job its attempt."""
+"""Recovery of jobs whose worker stopped its heartbeats. Outages and clock changes cost no job an attempt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.catalog.sweeping import make
 from tests.catalog.world import LEASE, World, manifest
 
 
-def test_a_job_whose_lease_has_run_out_goes_back_to_the_queue(world: World) -> None:
+def test_job_with_an_expired_lease_is_requeued(world: World) -> None:
     claim = world.running()
     world.pass_time(LEASE + 1)
 
@@ -35,7 +35,7 @@ def test_a_job_whose_lease_has_run_out_goes_back_to_the_queue(world: World) -> N
         world.complete(claim.claim_id)
 
 
-def test_a_lease_that_is_renewed_does_not_run_out(world: World) -> None:
+def test_renewed_lease_does_not_expire(world: World) -> None:
     claim = world.running()
 
     world.pass_time(10 * LEASE, claim.claim_id)
@@ -44,7 +44,7 @@ def test_a_lease_that_is_renewed_does_not_run_out(world: World) -> None:
     world.complete(claim.claim_id)
 
 
-def test_a_late_heartbeat_before_recovery_saves_the_claim(world: World) -> None:
+def test_late_heartbeat_before_recovery_keeps_the_claim(world: World) -> None:
     claim = world.running()
     world.pass_time(LEASE + 1)
 
@@ -52,10 +52,10 @@ def test_a_late_heartbeat_before_recovery_saves_the_claim(world: World) -> None:
     assert recovery.expire(world.db, lease_seconds=LEASE) == 0
 
 
-def test_after_an_outage_every_lease_gets_one_lease_of_grace(world: World) -> None:
+def test_leases_get_a_grace_period_after_an_outage(world: World) -> None:
     alive, dead = world.queued(), world.queued()
     by_job = {claim.job.id: claim.claim_id for claim in world.claim()}
-    world.clock.advance(600)  # nobody can look, nobody can beat
+    world.clock.advance(600)  # neither recovery nor heartbeats run
 
     first_look = recovery.expire(world.db, lease_seconds=LEASE)
     world.pass_time(LEASE - 1, by_job[alive.id])
@@ -68,7 +68,7 @@ def test_after_an_outage_every_lease_gets_one_lease_of_grace(world: World) -> No
     assert world.job(dead.id).state == JobState.QUEUED
 
 
-def test_looks_that_are_far_apart_still_recover_a_job_by_the_second(world: World) -> None:
+def test_infrequent_recovery_requeues_a_job_at_the_second_run(world: World) -> None:
     world.running()
     found = 0
 
@@ -80,7 +80,7 @@ def test_looks_that_are_far_apart_still_recover_a_job_by_the_second(world: World
 
 
 @pytest.mark.parametrize("hours", [1, -1])
-def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(world: World, hours: int) -> None:
+def test_clock_change_of_an_hour_expires_and_strands_no_job(world: World, hours: int) -> None:
     claim = world.running()
     world.clock.advance(hours * 3600)
 
@@ -91,7 +91,7 @@ def test_a_clock_that_is_turned_by_an_hour_reaps_nothing_and_strands_nothing(wor
     assert recovery.expire(world.db, lease_seconds=LEASE) == 1
 
 
-def test_a_clock_that_was_set_back_does_not_strand_the_job_of_a_dead_worker(world: World) -> None:
+def test_clock_set_back_does_not_strand_the_job_of_a_dead_worker(world: World) -> None:
     world.running()
     world.beat()
     world.clock.advance(-3600)
@@ -101,7 +101,7 @@ def test_a_clock_that_was_set_back_does_not_strand_the_job_of_a_dead_worker(worl
     assert recovery.expire(world.db, lease_seconds=LEASE) == 1
 
 
-def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> None:
+def test_cancel_and_pause_requests_outlive_a_lost_worker(world: World) -> None:
     cancelled, paused = world.queued(), world.queued()
     world.claim()
     commands.cancel(world.db, **world.of(cancelled.id))
@@ -115,7 +115,7 @@ def test_the_wish_to_cancel_or_pause_outlives_a_lost_worker(world: World) -> Non
 
 
 def _lose_workers(world: World, number: int) -> None:
-    """One after the other, each with the one job that there is."""
+    """Lose workers one after the other, each with the only job."""
     for _ in range(number):
         assert len(world.claim()) == 1
         world.pass_time(LEASE + 31)
@@ -123,7 +123,7 @@ def _lose_workers(world: World, number: int) -> None:
         world.pass_time(31)
 
 
-def test_a_job_that_loses_ten_workers_in_a_row_is_put_aside_with_the_evidence(world: World) -> None:
+def test_job_that_loses_ten_workers_in_a_row_is_quarantined(world: World) -> None:
     job = world.queued()
 
     _lose_workers(world, MAX_LOSSES - 1)
@@ -139,7 +139,7 @@ def test_a_job_that_loses_ten_workers_in_a_row_is_put_aside_with_the_evidence(wo
     assert world.claim() == []
 
 
-def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_end(world: World) -> None:
+def test_lost_worker_count_resets_after_a_checkpoint_or_another_end(world: World) -> None:
     job = world.queued()
     _lose_workers(world, MAX_LOSSES - 1)
     (claim,) = world.claim()
@@ -158,7 +158,7 @@ def test_lost_workers_are_counted_anew_after_a_checkpoint_and_after_any_other_en
     assert after_checkpoint == world.job(job.id).state == JobState.QUEUED
 
 
-def test_whoever_resumes_a_job_begins_its_count_of_lost_workers_anew(world: World) -> None:
+def test_resuming_a_job_resets_its_lost_worker_count(world: World) -> None:
     job = world.queued()
     _lose_workers(world, MAX_LOSSES - 1)
     commands.pause(world.db, **world.of(job.id))
@@ -171,7 +171,7 @@ def test_whoever_resumes_a_job_begins_its_count_of_lost_workers_anew(world: Worl
     assert [before, world.job(job.id).state] == [JobState.QUEUED, JobState.FAILED]
 
 
-def test_a_gang_that_was_not_there_lies_between_no_two_bad_ends(world: World) -> None:
+def test_incomplete_gang_does_not_reset_the_lost_worker_count(world: World) -> None:
     job = world.queued()
     _lose_workers(world, MAX_LOSSES - 1)
     (claim,) = world.claim()
@@ -183,13 +183,13 @@ def test_a_gang_that_was_not_there_lies_between_no_two_bad_ends(world: World) ->
 
 
 def _lose(world: World, claimed: list[Claim]) -> None:
-    """Their worker goes away."""
+    """End the claims as lost with their worker."""
     for claim in claimed:
         claims.end(world.db, claim.claim_id, reason=EndReason.INFRA_LOST, detail="")
     world.pass_time(31)
 
 
-def test_one_lost_worker_parts_nobody_and_a_second_has_each_job_train_alone_until_it_has_a_checkpoint(
+def test_jobs_train_alone_after_two_lost_workers_until_a_checkpoint(
     world: World,
 ) -> None:
     first, second = world.queued(), world.queued()
@@ -207,8 +207,8 @@ def test_one_lost_worker_parts_nobody_and_a_second_has_each_job_train_alone_unti
     assert [claim.job.id for claim in world.claim(pack_key=alone.job.pack_key)] == [third.id]
 
 
-def test_a_job_that_kills_its_worker_each_time_is_put_aside_and_those_beside_it_succeed(world: World) -> None:
-    """As where a limit of memory is a container's, of worker and trainer together."""
+def test_job_that_kills_its_worker_is_quarantined_and_packmates_succeed(world: World) -> None:
+    """A container's memory limit does this: it kills worker and trainer together."""
     poison, *mates = (world.queued() for _ in range(3))
     company: list[int] = []
     while claimed := world.claim():
@@ -225,7 +225,7 @@ def test_a_job_that_kills_its_worker_each_time_is_put_aside_and_those_beside_it_
     assert company == [3, 3] + [1] * (MAX_LOSSES - 2)
 
 
-def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) -> None:
+def test_lost_preparation_is_released_without_an_attempt(world: World) -> None:
     job = world.submit()
     lost = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert lost is not None
@@ -241,7 +241,7 @@ def test_a_preparation_that_was_lost_is_free_again_and_no_attempt(world: World) 
         preparation.prepared(world.db, claim_id=lost.claim_id, train_key="t", valid_key=None, num_steps=1)
 
 
-def test_a_file_that_takes_every_worker_down_is_refused_in_the_end(world: World) -> None:
+def test_file_that_kills_every_worker_is_finally_rejected(world: World) -> None:
     job = world.submit()
 
     for _ in range(MAX_LOST_PREPARATIONS):
@@ -253,7 +253,7 @@ def test_a_file_that_takes_every_worker_down_is_refused_in_the_end(world: World)
     assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_lost")
 
 
-def test_a_worker_that_comes_back_under_its_name_frees_what_its_predecessor_held(world: World) -> None:
+def test_reregistered_worker_releases_the_jobs_of_its_predecessor(world: World) -> None:
     world.worker()
     claim = world.running()
 
@@ -263,7 +263,7 @@ def test_a_worker_that_comes_back_under_its_name_frees_what_its_predecessor_held
     assert world.job(claim.job.id).state == JobState.QUEUED
 
 
-def test_a_worker_known_to_be_dead_is_not_waited_for(world: World) -> None:
+def test_worker_declared_lost_is_recovered_at_once(world: World) -> None:
     world.worker()
     claim = world.running()
     world.submit()
@@ -275,7 +275,7 @@ def test_a_worker_known_to_be_dead_is_not_waited_for(world: World) -> None:
     assert world.job(claim.job.id).reason == EndReason.INFRA_LOST
 
 
-def test_claiming_recovers_first(world: World) -> None:
+def test_claiming_recovers_expired_leases_first(world: World) -> None:
     lost = world.running()
     world.pass_time(LEASE + 1)
 
@@ -289,7 +289,7 @@ def test_claiming_recovers_first(world: World) -> None:
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("seconds", [0, LEASE / 4])
-def test_a_heartbeat_does_not_wait_for_another_that_notes_the_pulse(world: World, seconds: float) -> None:
+def test_heartbeat_does_not_wait_for_a_concurrent_pulse_update(world: World, seconds: float) -> None:
     claim = world.running()
     world.beat()
     world.clock.advance(seconds)
@@ -302,7 +302,7 @@ def test_a_heartbeat_does_not_wait_for_another_that_notes_the_pulse(world: World
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_rows_are_locked_in_one_order_the_workers_then_its_jobs_by_id(world: World) -> None:
+def test_rows_are_locked_in_order_worker_first_then_jobs_by_id(world: World) -> None:
     world.worker()
     claim = world.running()
     world.queued()
@@ -327,7 +327,7 @@ def test_rows_are_locked_in_one_order_the_workers_then_its_jobs_by_id(world: Wor
 
 
 def first_locks(statements: list[str]) -> list[list[str]]:
-    """Tables of which rows were locked, by transaction, in the order of their first lock."""
+    """Return per transaction the tables with locked rows, in the order of their first lock."""
     found: list[list[str]] = [[]]
     for text in statements:
         if text == "COMMIT":
@@ -340,7 +340,7 @@ def first_locks(statements: list[str]) -> list[list[str]]:
 
 @pytest.mark.both_databases
 @pytest.mark.parametrize("leaves", [False, True], ids=["lost", "leaves"])
-def test_trials_that_end_with_their_worker_take_their_sweeps_in_one_order(
+def test_trials_that_end_with_their_worker_lock_sweeps_in_one_order(
     world: World, monkeypatch: pytest.MonkeyPatch, *, leaves: bool
 ) -> None:
     sweeps = [make(world, parameters={"lora.rank": {"values": [4]}}) for _ in range(6)]

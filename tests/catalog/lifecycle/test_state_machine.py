@@ -1,4 +1,4 @@
-"""The state rules under any order of verbs, lost workers, outages and late writes, with a clock that is turned."""
+"""State invariants under random sequences of verbs, lost workers, outages, late writes and clock changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REASONS = st.sampled_from([reason for reason in EndReason if reason is not EndRe
 
 
 def migrated_copy(folder: str) -> str:
-    """Migrating takes most of a second: once for all runs."""
+    """Copy a migrated database. A migration takes most of a second, so it runs once for all examples."""
     if not _template:
         path = Path(tempfile.mkdtemp()) / "lorry.db"
         database = Database(f"sqlite:///{path}")
@@ -73,7 +73,7 @@ class Service(RuleBasedStateMachine):
         return self.world.db
 
     def attempted(self, verb: Any, *given: Any, **more: Any) -> Any:
-        """None where the verb was refused: a refusal must have changed nothing, which the invariants see."""
+        """Return None if the verb was rejected. The invariants check that a rejection changed nothing."""
         try:
             return verb(self.db, *given, **more)
         except (StaleClaim, LorryError):
@@ -117,11 +117,11 @@ class Service(RuleBasedStateMachine):
 
     @rule(claim_id=held, reason=REASONS)
     def end(self, claim_id: str, reason: EndReason) -> None:
-        self.attempted(claims.end, claim_id, reason=reason, detail="told")
+        self.attempted(claims.end, claim_id, reason=reason, detail="reported")
 
     @rule(claim_id=consumes(held))
     def complete(self, claim_id: str) -> None:
-        """Its claim was good if and only if an adapter comes of it."""
+        """Check that completion creates an adapter if and only if the claim was valid."""
         with self.db.read() as session:
             was_mine = session.scalar(select(Job.state).where(Job.claim_id == claim_id)) == JobState.RUNNING
         adapter = self.attempted(lambda _: self.world.complete(claim_id, claim_id))
@@ -143,21 +143,21 @@ class Service(RuleBasedStateMachine):
             verb(self.db, worker_id)
 
     @invariant()
-    def every_success_has_one_adapter_and_nothing_else_has_one(self) -> None:
+    def only_succeeded_jobs_have_an_adapter(self) -> None:
         with self.db.read() as session:
             adapters = list(session.scalars(select(Adapter.job_id)))
             succeeded = list(session.scalars(select(Job.id).where(Job.state == JobState.SUCCEEDED)))
         assert sorted(adapters) == sorted(succeeded)
 
     @invariant()
-    def a_job_has_one_live_attempt_while_it_runs_and_none_else(self) -> None:
+    def only_running_jobs_have_a_live_attempt(self) -> None:
         with self.db.read() as session:
             live = sorted(session.scalars(select(Attempt.claim_id).where(Attempt.ended_at.is_(None))))
             running = session.scalars(select(Job.claim_id).where(Job.state == JobState.RUNNING))
             assert live == sorted(claim_id or "" for claim_id in running)
 
     @invariant()
-    def what_nobody_holds_has_no_lease_and_no_wish(self) -> None:
+    def unclaimed_jobs_have_no_lease_and_no_request(self) -> None:
         with self.db.read() as session:
             for job in session.scalars(select(Job)):
                 assert (job.claim_id is None) == (job.lease_expires_at is None)
@@ -172,7 +172,7 @@ class Service(RuleBasedStateMachine):
                     assert job.counted_attempts < MAX_COUNTED_ATTEMPTS
 
     @invariant()
-    def the_events_of_each_job_tell_its_whole_way(self) -> None:
+    def transition_events_describe_every_state_change(self) -> None:
         with self.db.read() as session:
             rows = session.scalars(select(JobEvent).where(JobEvent.type == "transition").order_by(JobEvent.seq))
             at: dict[str, str | None] = {}
@@ -185,7 +185,7 @@ class Service(RuleBasedStateMachine):
             assert at == {row[0]: row[1] for row in session.execute(select(Job.id, Job.state))}
 
     def every_job_can_still_end(self) -> None:
-        """One good worker is left, and people let their paused jobs go on."""
+        """Check that every job can end: one healthy worker remains, and users resume their paused jobs."""
         self.world.worker("last")
         for _ in range(40):
             self.clock.advance(LEASE * 3)
@@ -201,11 +201,11 @@ class Service(RuleBasedStateMachine):
                 unfinished = select(func.count()).select_from(Job).where(Job.state.not_in(FINAL_STATES))
                 if not session.scalar(unfinished):
                     return
-        raise AssertionError("a job is left that nothing ends")
+        raise AssertionError("a job never reaches a final state")
 
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("num_examples", [8, 50])
-def test_any_course_of_verbs_keeps_the_invariants_and_ends_every_job(num_examples: int) -> None:
+def test_random_verb_sequences_keep_invariants_and_end_every_job(num_examples: int) -> None:
     bounded = settings(max_examples=num_examples, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow])
     run_state_machine_as_test(Service, settings=bounded)

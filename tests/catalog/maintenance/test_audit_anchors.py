@@ -1,4 +1,4 @@
-"""The chain's head, kept outside the database each day: events that were cut off at the end are missed."""
+"""Daily anchors store the chain's head outside the database, so that a truncated log is detected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def objects(tmp_path: Path) -> Objects:
 
 
 def anchored(world: World, objects: Objects) -> list[str]:
-    """Three days, on each of which a project is made. Gives the names of the anchors."""
+    """Create a project and anchor the chain on each of three days. Returns the names of the anchors."""
     for number in range(3):
         projects.create(world.db, f"day-{number}")
         chain.seal(world.db, pepper=PEPPER.current)
@@ -35,7 +35,7 @@ def anchored(world: World, objects: Objects) -> list[str]:
 
 
 def cut_off(world: World, *, after: int) -> None:
-    """Delete the newest events, and set back the head to one that was genuine: that takes no pepper."""
+    """Delete the newest events and set the head back to an earlier genuine one, which needs no pepper."""
     with world.db.write() as session:
         last = session.query(AuditEvent).filter(AuditEvent.link == after).one()
         head = session.get_one(AuditHead, 1)
@@ -47,7 +47,7 @@ def verified(world: World, objects: Objects) -> Misfit | None:
     return audit_anchors.verify(world.db, objects, peppers=PEPPER.all()).misfit
 
 
-def test_a_day_has_one_anchor_and_an_empty_chain_has_none(world: World, objects: Objects) -> None:
+def test_each_day_has_one_anchor_and_an_empty_chain_has_none(world: World, objects: Objects) -> None:
     assert not audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
 
     names = anchored(world, objects)
@@ -58,19 +58,19 @@ def test_a_day_has_one_anchor_and_an_empty_chain_has_none(world: World, objects:
     assert verified(world, objects) is None
 
 
-def test_events_that_were_cut_off_before_an_anchor_are_missed(world: World, objects: Objects) -> None:
+def test_events_truncated_before_an_anchor_are_detected(world: World, objects: Objects) -> None:
     anchored(world, objects)
     with world.db.read() as session:
         end, _ = chain.head(session)
 
     cut_off(world, after=end - 1)
 
-    assert chain.check(world.db, peppers=PEPPER.all()).misfit is None, "the chain alone doesn't tell"
+    assert chain.check(world.db, peppers=PEPPER.all()).misfit is None, "the chain alone cannot detect it"
     assert verified(world, objects) == Misfit(link=end, id=None, fault="missing")
 
 
-def test_other_events_in_the_place_of_those_that_were_cut_off_are_noticed(world: World, objects: Objects) -> None:
-    """Whoever cuts off the end of the log, and lets the service seal other events at its places."""
+def test_events_resealed_in_place_of_truncated_ones_are_detected(world: World, objects: Objects) -> None:
+    """An attacker truncates the log and lets the service seal other events at the same positions."""
     anchored(world, objects)
     with world.db.read() as session:
         end, _ = chain.head(session)
@@ -85,13 +85,13 @@ def test_other_events_in_the_place_of_those_that_were_cut_off_are_noticed(world:
 
 
 @pytest.mark.parametrize("how", ["another place", "no JSON", "too large", "another shape"])
-def test_an_anchor_that_was_changed_is_named(world: World, objects: Objects, how: str) -> None:
+def test_changed_anchor_is_reported(world: World, objects: Objects, how: str) -> None:
     name = anchored(world, objects)[1]
-    told = json.loads(b"".join(objects.read(name)))
+    content = json.loads(b"".join(objects.read(name)))
     changed = {
-        "another place": json.dumps({**told, "link": 1}),
+        "another place": json.dumps({**content, "link": 1}),
         "no JSON": "{",
-        "too large": json.dumps({**told, "x": "x" * audit_anchors.MAX_BYTES}),
+        "too large": json.dumps({**content, "x": "x" * audit_anchors.MAX_BYTES}),
         "another shape": "[]",
     }
     objects.put(name, changed[how].encode())
@@ -99,7 +99,7 @@ def test_an_anchor_that_was_changed_is_named(world: World, objects: Objects, how
     assert verified(world, objects) == Misfit(link=0, id=name, fault="anchor_changed")
 
 
-def test_each_part_of_the_chain_is_verified_with_its_own_anchors_and_reads_few_others(
+def test_each_page_of_the_chain_reads_only_its_own_anchors(
     world: World, objects: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_days = 32
@@ -123,13 +123,13 @@ def test_each_part_of_the_chain_is_verified_with_its_own_anchors_and_reads_few_o
             break
 
     assert sum(pages) >= num_days
-    assert max(pages) <= 16 + 1 + 6, "those of 16 events, the one after them, and a binary search among 32"
+    assert max(pages) <= 16 + 1 + 6, "the anchors of 16 events, the next one, and a binary search"
     audit_anchors.verify(world.db, objects, peppers=PEPPER.all(), after=after)
     assert len(num_reads) <= 6
 
 
-def test_an_old_anchor_under_a_newer_name_is_rejected(world: World, objects: Objects) -> None:
-    """Its MAC is valid. Without this check it would stand in for the anchor of the events that were cut off."""
+def test_old_anchor_under_a_newer_name_is_rejected(world: World, objects: Objects) -> None:
+    """The MAC of the old anchor is valid. Without this check it would replace the anchor of the truncated events."""
     names = anchored(world, objects)
     cut_off(world, after=json.loads(b"".join(objects.read(names[0])))["link"])
     old = b"".join(objects.read(names[0]))
@@ -139,7 +139,7 @@ def test_an_old_anchor_under_a_newer_name_is_rejected(world: World, objects: Obj
     assert verified(world, objects) == Misfit(link=0, id=names[1], fault="anchor_changed")
 
 
-def test_anchors_of_before_a_new_pepper_are_verified_by_the_previous_one(world: World, objects: Objects) -> None:
+def test_anchors_sealed_under_the_previous_pepper_are_verified(world: World, objects: Objects) -> None:
     anchored(world, objects)
     rotated = b"n" * 32
     projects.create(world.db, "later")

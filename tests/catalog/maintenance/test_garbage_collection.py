@@ -1,4 +1,4 @@
-"""What is deleted leaves the store, and what somebody still needs stays."""
+"""Garbage collection removes deleted content from the store and keeps everything still in use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def live(world: World) -> set[str]:
     return garbage_collection.live_digests(world.db)
 
 
-def test_a_deleted_adapters_files_go_unless_another_adapter_has_the_same(world: World) -> None:
+def test_adapter_files_are_removed_unless_another_adapter_shares_them(world: World) -> None:
     same, twin, alone = (
         world.complete(world.running().claim_id, content).name for content in ("same", "same", "alone")
     )
@@ -42,7 +42,7 @@ def test_a_deleted_adapters_files_go_unless_another_adapter_has_the_same(world: 
     assert adapters.get(world.db, project_id=world.caller.project_id, name=twin).artifact.digest in kept
 
 
-def test_the_last_checkpoints_of_a_job_go_a_week_after_its_end(world: World) -> None:
+def test_last_checkpoints_are_removed_a_week_after_the_job_ends(world: World) -> None:
     ended, running = checkpointed(world), checkpointed(world)
     of_ended, of_running = (
         {manifest(f"{claim.job.id} {step}").digest for step in (1, 2)} for claim in (ended, running)
@@ -61,7 +61,7 @@ def test_the_last_checkpoints_of_a_job_go_a_week_after_its_end(world: World) -> 
     assert [(row.step, row.artifact) for row in page.items] == [(2, None), (1, None)]
 
 
-def test_tokens_go_with_the_last_file_of_their_content_that_their_project_needs(world: World) -> None:
+def test_tokens_are_removed_with_the_last_needed_file_of_that_content(world: World) -> None:
     world.complete(world.running().claim_id)
     needed = world.running(training_file=world.file()).job
     tokens, needed_tokens = (
@@ -95,7 +95,7 @@ def listed(world: World) -> set[str]:
     return {file.id for file in files.list_page(world.db, project_id=world.caller.project_id).items}
 
 
-def test_a_file_past_its_time_is_gone_as_if_it_were_deleted(world: World) -> None:
+def test_expired_file_is_treated_as_deleted(world: World) -> None:
     file_id = expiring(world)
     world.clock.advance(3590)
     assert file_id in listed(world)
@@ -114,7 +114,7 @@ def test_a_file_past_its_time_is_gone_as_if_it_were_deleted(world: World) -> Non
     assert sha(file_id) not in live(world)
 
 
-def test_a_file_past_its_time_stays_while_a_job_that_has_not_ended_reads_it(world: World) -> None:
+def test_expired_file_is_kept_while_an_unfinished_job_reads_it(world: World) -> None:
     training, validation = expiring(world), expiring(world)
     claim = world.running(training_file=training, validation_file=validation)
     world.clock.advance(4000)
@@ -133,8 +133,8 @@ def test_a_file_past_its_time_stays_while_a_job_that_has_not_ended_reads_it(worl
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_file_that_a_submission_holds_is_not_let_go(world: World) -> None:
-    """It was in time when it was looked at, and its job is on record a moment later."""
+def test_expired_file_locked_by_a_submission_is_kept(world: World) -> None:
+    """The file had not expired when the submission checked it, and the job is committed a moment later."""
     file_id = expiring(world)
     world.clock.advance(4000)
     with world.db.write() as session:

@@ -1,4 +1,4 @@
-"""What is said of a job before it trains: warnings, where its adapter can be used, devices, times. Pure rules."""
+"""Plan rules without a database: warnings, serving compatibility, devices and time estimates."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def codes(found: Any) -> list[str]:
     return [caution.code for caution in found]
 
 
-def test_few_steps_are_warned_of_with_what_would_make_more() -> None:
+def test_few_steps_cause_a_warning_with_a_remedy() -> None:
     assert job_warnings.few_steps(spec(), 30) is None
     few = job_warnings.few_steps(spec(), 8)
     assert few is not None
     assert "8 optimizer steps" in few.sentence()
-    assert "12 epochs" in few.remedy, "3 epochs made 8"
+    assert "12 epochs" in few.remedy, "3 epochs give 8 steps"
     assert job_warnings.few_steps(spec(max_steps=8), 8) == Caution(
         code="few_steps",
         message="The job has only 8 optimizer steps: fewer than 30 rarely change a model much.",
@@ -59,15 +59,13 @@ def test_few_steps_are_warned_of_with_what_would_make_more() -> None:
         ({"optimizer": {"type": "adafactor", "learning_rate": 0.5}}, False),
     ],
 )
-def test_a_rate_far_from_what_is_usual_of_its_optimizer_and_method_is_warned_of(
-    fields: dict[str, Any], warned: bool
-) -> None:
+def test_unusual_learning_rate_causes_a_warning(fields: dict[str, Any], warned: bool) -> None:
     found = codes(job_warnings.of_course(spec(**fields), num_steps=100, has_held_out=True))
 
     assert found == (["unusual_learning_rate"] if warned else [])
 
 
-def test_without_held_out_data_a_person_is_told_what_he_will_not_know() -> None:
+def test_missing_validation_file_causes_a_warning() -> None:
     assert codes(job_warnings.of_course(spec(), num_steps=100, has_held_out=False)) == ["no_validation_file"]
 
 
@@ -85,16 +83,16 @@ def test_without_held_out_data_a_person_is_told_what_he_will_not_know() -> None:
         ({"rows": 1000, "duplicate_rows": 9}, None),
     ],
 )
-def test_what_is_odd_in_a_file_is_warned_of(found: dict[str, int], code: str | None) -> None:
+def test_data_problems_cause_warnings(found: dict[str, int], code: str | None) -> None:
     assert codes(job_warnings.of_data(spec(), REPORT | found, role="training")) == ([code] if code else [])
 
 
-def test_rows_that_both_files_have_are_warned_of() -> None:
+def test_rows_in_both_files_cause_a_warning() -> None:
     assert job_warnings.of_overlap(0, of_rows=10) is None
     assert "1 row of 10" in (job_warnings.of_overlap(1, of_rows=10) or Caution(code="", message="")).message
 
 
-def test_a_rank_above_a_layer_or_beyond_its_data_is_warned_of() -> None:
+def test_rank_above_layer_size_or_data_causes_a_warning() -> None:
     narrow = [Adapted(linear=Linear(path="a.b", out_features=8, in_features=64), rank=16)]
     counts = {"num_parameters": 10_000, "supervised_tokens": 100}
 
@@ -120,7 +118,7 @@ def test_a_rank_above_a_layer_or_beyond_its_data_is_warned_of() -> None:
         ({"precision": "float32"}, (16,), "yes", "yes"),
     ],
 )
-def test_where_an_adapter_can_be_used_follows_from_its_shape_and_its_base(
+def test_serving_compatibility_follows_from_shape_and_base(
     fields: dict[str, Any], ranks: tuple[int, ...], vllm: str, merge: str
 ) -> None:
     found = serving.of_job(spec(**fields), ranks)
@@ -129,18 +127,18 @@ def test_where_an_adapter_can_be_used_follows_from_its_shape_and_its_base(
     assert all(answer.reasons for answer in found.values())
 
 
-def test_vllm_is_told_the_rank_to_start_with() -> None:
+def test_vllm_reason_names_the_required_max_lora_rank() -> None:
     assert "--max-lora-rank 128" in " ".join(serving.of_job(spec(lora={"rank": 100}), [100])["vllm"].reasons)
     assert "--max-lora-rank 64" in " ".join(
         serving.of_job(spec(lora={"rank": 32, "init_lora_weights": "pissa"}), [32])["vllm"].reasons
-    ), "an adapter that began with the base is exported with twice the rank"
+    ), "a PiSSA adapter is exported with twice the rank"
 
 
-def test_an_adapter_with_a_head_of_its_own_is_not_for_vllm() -> None:
+def test_adapter_with_its_own_head_is_unsupported_by_vllm() -> None:
     assert serving.judge(ServingTarget(spec=spec(), ranks=(16,), trains_head=True))["vllm"].verdict == "no"
 
 
-def test_the_smallest_card_is_the_first_that_holds_it() -> None:
+def test_smallest_gpu_is_the_first_that_fits() -> None:
     sizes = [card.memory_bytes for card in CARDS]
     assert sizes == sorted(sizes)
     assert (gpus.smallest_card(15_000 * MIB) or CARDS[0]).gigabytes == 16
@@ -171,26 +169,26 @@ def measured(num_parameters: int = 10**9) -> Measured:
         (runner(device="Some GPU"), "none", None),
     ],
 )
-def test_a_time_comes_with_its_basis_or_not_at_all(found: Runner, kind: str, seconds: float | None) -> None:
-    told = duration.training_time(WORK, [found])
+def test_training_time_comes_with_its_basis(found: Runner, kind: str, seconds: float | None) -> None:
+    estimate = duration.training_time(WORK, [found])
 
-    assert told.basis_kind == kind
-    assert told.seconds == (seconds and pytest.approx(seconds))
-    assert told.basis
+    assert estimate.basis_kind == kind
+    assert estimate.seconds == (seconds and pytest.approx(seconds))
+    assert estimate.basis
 
 
-def test_a_guess_says_how_far_off_it_may_be() -> None:
+def test_guessed_time_states_its_uncertainty() -> None:
     assert "training may take several times as long" in duration.training_time(WORK, [runner()]).basis
 
 
-def test_what_was_measured_goes_before_a_faster_guess() -> None:
+def test_measured_speed_is_preferred_to_a_faster_guess() -> None:
     fast = runner("fast", device="NVIDIA H200")
 
     assert duration.training_time(WORK, [fast, runner("slow", same=measured())]).worker_id == "slow"
     assert duration.training_time(WORK, []).seconds is None
 
 
-def test_evaluations_and_the_reference_of_preferences_take_time_too() -> None:
+def test_evaluations_and_dpo_reference_add_to_the_training_time() -> None:
     given = {"num_steps": 100, "tokens": 5000, "usable_rows": 100, "num_parameters": 1}
     plain = duration.work_of(spec(), valid_tokens=None, **given)
     assert plain.tokens == 100 * 4 * 50
@@ -219,12 +217,12 @@ def occupied(*left: float | None, takes_it_now: bool = False) -> Occupied:
         ([occupied(None)], 0, 10.0, 10.0),
     ],
 )
-def test_a_start_is_reckoned_from_who_runs_and_who_is_ahead(
+def test_expected_start_depends_on_running_and_waiting_jobs(
     fitting: list[Occupied], ahead: int, typical: float | None, seconds: float | None
 ) -> None:
     place = ExpectedStart(ahead=ahead, typical_seconds=typical, num_typical=3, fitting=tuple(fitting), num_live=1)
 
-    told = duration.expected_start(place)
+    estimate = duration.expected_start(place)
 
-    assert told.seconds == seconds
-    assert told.basis
+    assert estimate.seconds == seconds
+    assert estimate.basis

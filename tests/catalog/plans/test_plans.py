@@ -1,4 +1,4 @@
-"""Plans: accepted as a job is, computed once, and a job from one is just as planned."""
+"""Plans: validated like a job, computed once, and reproduced exactly by a job created from one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def submit(world: World, row: Plan, **fields: Any) -> Job:
     return submission.create(world.db, caller=world.caller, request=body, body_digest=sha(body.model_dump_json()))
 
 
-def test_a_plan_of_a_file_that_was_prepared_for_that_base_is_ready_at_once(world: World) -> None:
+def test_plan_of_prepared_files_is_ready_at_once(world: World) -> None:
     world.worker()
     first = plan(world)
     assert first.state == "computing"
@@ -63,11 +63,11 @@ def test_a_plan_of_a_file_that_was_prepared_for_that_base_is_ready_at_once(world
 
     assert found(row)["num_steps"] == 75
     assert found(row)["trainable_parameters"] == 2 * 16 * (64 + 64) + 2 * 16 * (16 + 64)
-    assert look(world, first).state == "computing", "it is a worker's to conclude"
+    assert look(world, first).state == "computing", "only a worker concludes it"
     assert num_jobs(world) == 0
 
 
-def test_what_a_job_would_be_refused_for_a_plan_is_refused_for(world: World) -> None:
+def test_plan_is_rejected_for_the_same_reasons_as_a_job(world: World) -> None:
     bodies: list[tuple[dict[str, Any], type[Exception]]] = [
         ({"training_file": "file-none"}, NotFound),
         ({"model": "none"}, NotFound),
@@ -83,7 +83,7 @@ def test_what_a_job_would_be_refused_for_a_plan_is_refused_for(world: World) -> 
         assert str(of_plan.value) == str(of_job.value)
 
 
-def test_a_file_that_cant_be_trained_on_fails_the_plan_with_the_jobs_error(world: World) -> None:
+def test_unusable_file_fails_the_plan_with_the_error_of_a_job(world: World) -> None:
     first = plan(world)
     refusal = {"code": "nothing_to_learn", "message": "There is nothing.", "remedy": "Give more."}
     put(world, first.train_prepared, REPORT | {"usable_rows": 0, "refusal": refusal})
@@ -100,7 +100,7 @@ def test_a_file_that_cant_be_trained_on_fails_the_plan_with_the_jobs_error(world
         submit(world, row)
 
 
-def test_a_worker_computes_what_waits_and_nobody_else_meanwhile(world: World) -> None:
+def test_plan_is_computed_by_one_worker_at_a_time(world: World) -> None:
     row = plan(world, validation_file=world.file())
     assert pending.has_work(world.db)
 
@@ -118,7 +118,7 @@ def test_a_worker_computes_what_waits_and_nobody_else_meanwhile(world: World) ->
         plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
 
 
-def test_a_plan_whose_worker_fell_silent_is_taken_by_another_and_after_some_it_fails(world: World) -> None:
+def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World) -> None:
     row = plan(world)
     for _ in range(MAX_LOST_PREPARATIONS):
         claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
@@ -130,7 +130,7 @@ def test_a_plan_whose_worker_fell_silent_is_taken_by_another_and_after_some_it_f
     assert (look(world, row).error or {})["code"] == "preparation_lost"
 
 
-def test_a_lease_that_is_renewed_is_kept_and_a_plan_that_is_deleted_is_wanted_no_more(world: World) -> None:
+def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> None:
     row = plan(world)
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
@@ -145,7 +145,7 @@ def test_a_lease_that_is_renewed_is_kept_and_a_plan_that_is_deleted_is_wanted_no
 
 
 @pytest.mark.parametrize("gone", ["file", "base"])
-def test_a_plan_whose_file_or_base_has_gone_before_it_was_computed_fails(world: World, gone: str) -> None:
+def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: World, gone: str) -> None:
     row = plan(world)
     if gone == "file":
         files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
@@ -157,14 +157,14 @@ def test_a_plan_whose_file_or_base_has_gone_before_it_was_computed_fails(world: 
     assert (look(world, row).error or {})["code"] == {"file": "file_not_found", "base": "base_changed"}[gone]
 
 
-def test_a_caches_details_are_made_again_where_there_are_none(world: World) -> None:
+def test_missing_token_details_are_recomputed(world: World) -> None:
     first = plan(world)
     put(world, first.train_prepared, REPORT, details=None)
 
     assert plan(world).state == "computing"
 
 
-def test_only_so_many_plans_of_a_project_wait(world: World) -> None:
+def test_computing_plans_per_project_are_limited(world: World) -> None:
     for number in range(MAX_COMPUTING):
         plan(world, seed=number)
 
@@ -172,7 +172,7 @@ def test_only_so_many_plans_of_a_project_wait(world: World) -> None:
         plan(world)
 
 
-def test_a_job_from_a_plan_is_just_as_planned(world: World) -> None:
+def test_job_from_a_plan_equals_the_plan(world: World) -> None:
     row = ready(world, lora={"rank": 4}, suffix="mine", metadata={"team": "a"})
 
     job = submit(world, row)
@@ -180,11 +180,11 @@ def test_a_job_from_a_plan_is_just_as_planned(world: World) -> None:
     assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(row.spec)
     assert (job.requested, job.suffix, job.labels) == (row.requested, "mine", {"team": "a"})
     assert job.state == "validating_files"
-    said = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
-    assert f"The job was created from {row.id} without changes." in said
+    messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
+    assert f"The job was created from {row.id} without changes." in messages
 
 
-def test_fields_beside_a_plan_must_say_what_it_says(world: World) -> None:
+def test_fields_given_with_a_plan_must_match_it(world: World) -> None:
     row = ready(world, lora={"rank": 4, "alpha": 9.0}, metadata={"team": "a"})
     same = {"model": "smol", "training_file": world.file_id, "lora": {"rank": 4}, "seed": row.spec["seed"]}
     assert submit(world, row, **same, metadata={"team": "a"}).spec == row.spec
@@ -197,7 +197,7 @@ def test_fields_beside_a_plan_must_say_what_it_says(world: World) -> None:
         submit(world, row, unheard_of=1)
 
 
-def test_a_plan_holds_no_more_where_its_base_is_another_by_now(world: World) -> None:
+def test_plan_is_outdated_after_its_base_model_changed(world: World) -> None:
     row = ready(world)
     base_models.delete(world.db, "smol")
     base_models.add(world.db, name="smol", kind="folder", source="/models/smol", revision=None)
@@ -210,7 +210,7 @@ def test_a_plan_holds_no_more_where_its_base_is_another_by_now(world: World) -> 
     assert refused.value.code == "plan_outdated"
 
 
-def test_a_plan_of_a_file_that_was_deleted_makes_no_job_and_shows_no_rows(world: World) -> None:
+def test_plan_of_a_deleted_file_creates_no_job_and_shows_no_rows(world: World) -> None:
     row = ready(world)
     assert plans.details(world.db, row).training is not None
     files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
@@ -220,7 +220,7 @@ def test_a_plan_of_a_file_that_was_deleted_makes_no_job_and_shows_no_rows(world:
         submit(world, row)
 
 
-def test_a_plan_expires_and_its_row_goes(world: World) -> None:
+def test_expired_plan_and_its_row_are_removed(world: World) -> None:
     row = ready(world, validation_file=world.file())
     world.clock.advance(PLAN_SECONDS + 1)
 
@@ -231,10 +231,12 @@ def test_a_plan_expires_and_its_row_goes(world: World) -> None:
 
     with world.db.read() as session:
         assert session.scalar(select(func.count()).select_from(Plan)) == 0
-        assert session.scalar(select(func.count()).select_from(FileOverlap)) == 0, "its caches went: of no file here"
+        assert session.scalar(select(func.count()).select_from(FileOverlap)) == 0, (
+            "its token caches are gone: no file here has them"
+        )
 
 
-def test_another_projects_plan_does_not_exist(world: World) -> None:
+def test_plan_of_another_project_is_not_found(world: World) -> None:
     row = ready(world)
 
     for act in (plans.get, plans.delete):
@@ -244,27 +246,27 @@ def test_another_projects_plan_does_not_exist(world: World) -> None:
         submission.create(world.db, caller=world.stranger, request=PlannedJob(plan=row.id), body_digest="d")
 
 
-def test_a_job_would_start_at_once_on_a_free_worker_and_after_those_ahead_else(world: World) -> None:
+def test_expected_start_depends_on_free_workers_and_jobs_ahead(world: World) -> None:
     assert "no worker is running" in found(ready(world))["expected_start"]["basis"]
     world.worker()
     assert found(plan(world))["expected_start"]["seconds"] == 0
 
     world.queued()
-    told = found(plan(world))["expected_start"]
-    assert told["seconds"] is None
-    assert "no job of the project has succeeded yet" in told["basis"]
+    estimate = found(plan(world))["expected_start"]
+    assert estimate["seconds"] is None
+    assert "no job of the project has succeeded yet" in estimate["basis"]
 
     (claim,) = world.claim()
     queue_claims.started(world.db, claim.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
     world.clock.advance(30)
     world.complete(claim.claim_id)
     world.queued()
-    told = found(plan(world))["expected_start"]
-    assert "1 job is ahead" in told["basis"]
-    assert told["seconds"] == pytest.approx(30, abs=1)
+    estimate = found(plan(world))["expected_start"]
+    assert "1 job is ahead" in estimate["basis"]
+    assert estimate["seconds"] == pytest.approx(30, abs=1)
 
 
-def test_a_job_that_fits_no_worker_is_warned_of(world: World) -> None:
+def test_job_that_fits_no_worker_causes_a_warning(world: World) -> None:
     world.worker(memory_bytes=1000)
 
     row = ready(world)
@@ -274,7 +276,7 @@ def test_a_job_that_fits_no_worker_is_warned_of(world: World) -> None:
     assert found(row)["training_time"]["seconds"] is None
 
 
-def test_the_memory_that_is_planned_is_what_choosing_will_ask_for(world: World) -> None:
+def test_planned_memory_equals_the_scheduling_requirements(world: World) -> None:
     row = ready(world)
     job = submit(world, row)
     world.prepare_all(longest_example=80)
@@ -286,23 +288,23 @@ def test_the_memory_that_is_planned_is_what_choosing_will_ask_for(world: World) 
     assert cpu["total_bytes"] == sum(part["bytes"] for part in cpu["parts"])
 
 
-def test_how_long_a_job_trains_is_told_with_what_was_measured_of_its_base(world: World) -> None:
+def test_training_time_uses_measurements_of_its_base(world: World) -> None:
     world.worker()
-    assert found(ready(world))["training_time"]["basis_kind"] == "none", "this device tells no cores"
+    assert found(ready(world))["training_time"]["basis_kind"] == "none", "the device reports no number of cores"
     pack_key = submit(world, plan(world)).pack_key
     workers.register_trainer(world.db, trainer_id="t1", worker_id="w1", base_digest=sha("smol"), pack_key=pack_key)
     speeds = {"alone": [[100, 50.0], [200, 80.0]], "together": []}
     workers.end_trainer(world.db, "t1", report={"tick_speeds": speeds})
 
-    told = found(plan(world))["training_time"]
+    estimate = found(plan(world))["training_time"]
 
-    assert told["basis_kind"] == "measured"
-    assert told["worker_id"] == "w1"
-    assert "with this base" in told["basis"]
-    assert told["seconds"] == pytest.approx(75 * 4 * 50 / told["tokens_per_second"])
+    assert estimate["basis_kind"] == "measured"
+    assert estimate["worker_id"] == "w1"
+    assert "with this base" in estimate["basis"]
+    assert estimate["seconds"] == pytest.approx(75 * 4 * 50 / estimate["tokens_per_second"])
 
 
-def test_the_few_steps_of_a_plan_are_an_event_of_its_job(world: World) -> None:
+def test_few_steps_warning_of_a_plan_becomes_a_job_event(world: World) -> None:
     row = ready(world, max_steps=8)
     assert "few_steps" in codes(row)
     job = submit(world, row)
@@ -313,7 +315,7 @@ def test_the_few_steps_of_a_plan_are_an_event_of_its_job(world: World) -> None:
     assert any("8 optimizer steps" in message and "Raise max_steps" in message for message in warned)
 
 
-def test_of_what_is_asked_for_a_plan_keeps_what_was_left_out_left_out(world: World) -> None:
+def test_plan_request_keeps_omitted_fields_omitted(world: World) -> None:
     row = ready(world)
 
     assert row.requested == {"model": "smol", "training_file": world.file_id}

@@ -1,4 +1,4 @@
-"""A worker's verbs: a job is one claim's at a time, and only that claim writes."""
+"""Claims: a job belongs to one claim at a time, and only that claim writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.catalog.world import LEASE, WIDE, World, manifest, sha
 pytestmark = pytest.mark.both_databases
 
 
-def test_a_job_goes_from_submission_to_its_adapter(world: World) -> None:
+def test_job_goes_from_submission_to_its_adapter(world: World) -> None:
     job = world.submit(suffix="mine")
     world.worker()
 
@@ -50,7 +50,7 @@ def test_a_job_goes_from_submission_to_its_adapter(world: World) -> None:
     ]
 
 
-def test_eight_workers_at_once_never_get_the_same_job(world: World) -> None:
+def test_eight_concurrent_workers_never_get_the_same_job(world: World) -> None:
     made = {world.submit().id for _ in range(24)}
     world.prepare_all()
     got: list[str] = []
@@ -74,7 +74,7 @@ def test_eight_workers_at_once_never_get_the_same_job(world: World) -> None:
     assert set(got) == made
 
 
-def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
+def test_every_write_of_a_stale_claim_is_rejected(world: World) -> None:
     stale = world.running()
     world.pass_time(LEASE + 1)
     recovery.expire(world.db, lease_seconds=LEASE)
@@ -109,7 +109,7 @@ def test_every_write_of_a_stale_claim_is_refused(world: World) -> None:
         assert session.scalars(select(Artifact).where(Artifact.kind == "adapter")).all() == []
 
 
-def test_a_job_completes_once(world: World) -> None:
+def test_job_completes_once(world: World) -> None:
     claim = world.running()
     world.complete(claim.claim_id)
 
@@ -120,7 +120,7 @@ def test_a_job_completes_once(world: World) -> None:
         assert len(session.scalars(select(Adapter)).all()) == 1
 
 
-def test_completing_outruns_a_cancel_that_was_only_requested(world: World) -> None:
+def test_completion_wins_over_a_pending_cancel_request(world: World) -> None:
     claim = world.running()
     commands.cancel(world.db, **world.of(claim.job.id))
 
@@ -130,7 +130,7 @@ def test_completing_outruns_a_cancel_that_was_only_requested(world: World) -> No
     assert not world.job(claim.job.id).cancel_requested
 
 
-def test_of_completing_canceling_and_ending_at_once_one_wins(world: World) -> None:
+def test_exactly_one_of_concurrent_complete_cancel_and_end_wins(world: World) -> None:
     for round_number in range(6):
         claim = world.running()
         verb = world.of(claim.job.id)
@@ -152,7 +152,7 @@ def test_of_completing_canceling_and_ending_at_once_one_wins(world: World) -> No
         assert len(adapters) == (job.state == JobState.SUCCEEDED)
 
 
-def test_a_failure_of_the_job_itself_is_final_and_tells_why(world: World) -> None:
+def test_failure_of_the_job_itself_is_final_and_keeps_its_error(world: World) -> None:
     claim = world.running()
     error = {"code": "loss_not_finite", "message": "The loss became NaN at step 3.", "param": None}
 
@@ -162,7 +162,7 @@ def test_a_failure_of_the_job_itself_is_final_and_tells_why(world: World) -> Non
     assert (state, job.reason, job.error) == (JobState.FAILED, EndReason.DIVERGED, error)
 
 
-def test_an_attempt_that_crashed_is_tried_again_later_and_later(world: World) -> None:
+def test_crashed_attempts_are_retried_with_back_off(world: World) -> None:
     claim = world.running()
     waits = []
 
@@ -178,7 +178,7 @@ def test_an_attempt_that_crashed_is_tried_again_later_and_later(world: World) ->
     assert waits == [2, 8]
 
 
-def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_evidence(world: World) -> None:
+def test_three_failures_without_a_new_checkpoint_quarantine_the_job(world: World) -> None:
     claim = world.running()
     state, claimed = None, [claim]
     for attempt in range(3):
@@ -195,7 +195,7 @@ def test_three_bad_ends_with_no_new_checkpoint_put_the_job_aside_with_the_eviden
     assert "Last failure: trainer crashed. signal 2 Check the job's logs" in job.error["message"]
 
 
-def test_a_trainer_that_ended_before_it_had_begun_the_job_counts_for_nothing_until_it_was_ten_in_a_row(
+def test_ends_before_the_job_started_do_not_count_until_the_limit(
     world: World,
 ) -> None:
     claim = world.running()
@@ -214,7 +214,7 @@ def test_a_trainer_that_ended_before_it_had_begun_the_job_counts_for_nothing_unt
     assert (world.job(claim.job.id).error or {})["code"] == "quarantined"
 
 
-def test_a_drained_attempt_is_free_and_its_job_can_be_claimed_at_once(world: World) -> None:
+def test_drained_attempt_does_not_count_and_is_claimable_at_once(world: World) -> None:
     claim = world.running()
 
     for _ in range(5):
@@ -225,7 +225,7 @@ def test_a_drained_attempt_is_free_and_its_job_can_be_claimed_at_once(world: Wor
     assert claim.attempt == 6
 
 
-def test_the_reason_of_a_claim_is_kept_on_its_attempt(world: World) -> None:
+def test_attempt_stores_the_reason_of_its_claim(world: World) -> None:
     first, second = world.queued(), world.queued()
     anchor, mate = world.claim()
 
@@ -236,7 +236,7 @@ def test_the_reason_of_a_claim_is_kept_on_its_attempt(world: World) -> None:
     assert queries.packmates(world.db, **world.of(first.id)) == {anchor.claim_id: [mate.job.id]}
 
 
-def test_projects_that_train_together_do_not_learn_of_each_other(world: World) -> None:
+def test_projects_that_share_a_trainer_do_not_see_each_other(world: World) -> None:
     mine = world.queued()
     world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()
@@ -248,12 +248,12 @@ def test_projects_that_train_together_do_not_learn_of_each_other(world: World) -
     assert names == []
     for claim in together:
         (other,) = (each.job.id for each in together if each is not claim)
-        told_of: dict[str, Any] = {"project_id": claim.job.project_id, "job_id": claim.job.id}
-        told = [attempt.why for attempt in queries.attempts(world.db, **told_of)]
-        assert other not in str([told, explanation.explain(world.db, **told_of)])
+        of_job: dict[str, Any] = {"project_id": claim.job.project_id, "job_id": claim.job.id}
+        reported = [attempt.why for attempt in queries.attempts(world.db, **of_job)]
+        assert other not in str([reported, explanation.explain(world.db, **of_job)])
 
 
-def test_a_project_that_trains_already_lets_another_go_first(world: World) -> None:
+def test_project_with_a_running_job_yields_to_another(world: World) -> None:
     world.running()
     world.queued()
     theirs = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
@@ -264,7 +264,7 @@ def test_a_project_that_trains_already_lets_another_go_first(world: World) -> No
     assert next_one.job.id == theirs.id
 
 
-def test_only_jobs_of_its_pack_key_join_a_live_trainer(world: World) -> None:
+def test_only_jobs_with_the_same_pack_key_join_a_trainer(world: World) -> None:
     world.base("other")
     claim = world.running()
     world.queued(model="other")
@@ -277,25 +277,25 @@ def test_only_jobs_of_its_pack_key_join_a_live_trainer(world: World) -> None:
     assert queries.attempts(world.db, **world.of(mate.id))[0].trainer_id == "trainer-w1"
 
 
-def test_a_suspect_trains_alone(world: World) -> None:
-    suspect = world.running()
-    claims.end(world.db, suspect.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+def test_isolated_job_trains_alone(world: World) -> None:
+    isolated = world.running()
+    claims.end(world.db, isolated.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
     world.clock.advance(31)
-    (suspect,) = world.claim()
-    claims.end(world.db, suspect.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
+    (isolated,) = world.claim()
+    claims.end(world.db, isolated.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
     world.clock.advance(31)
     world.queued()
 
     (alone,) = world.claim()
     joiners = world.claim(trainer_id="trainer-w1", pack_key=alone.job.pack_key)
 
-    assert alone.job.id == suspect.job.id
+    assert alone.job.id == isolated.job.id
     assert joiners == []
     recording.record_checkpoint(world.db, alone.claim_id, step=1, artifact=manifest("c"))
     assert len(world.claim(trainer_id="trainer-w1", pack_key=alone.job.pack_key)) == 1
 
 
-def test_a_worker_that_drains_or_has_ended_gets_nothing_new(world: World) -> None:
+def test_draining_or_ended_worker_claims_nothing(world: World) -> None:
     world.queued()
     world.submit()
     world.worker("draining")
@@ -310,9 +310,7 @@ def test_a_worker_that_drains_or_has_ended_gets_nothing_new(world: World) -> Non
         assert orders.drain
 
 
-def test_a_worker_that_is_asked_to_drain_while_it_chooses_takes_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_drained_during_its_decision_claims_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     job = world.queued()
     world.worker()
 
@@ -326,7 +324,7 @@ def test_a_worker_that_is_asked_to_drain_while_it_chooses_takes_nothing(
     assert world.job(job.id).state == JobState.QUEUED
 
 
-def test_a_worker_that_leaves_gives_back_what_it_holds_for_free(world: World) -> None:
+def test_leaving_worker_returns_its_jobs_without_a_counted_attempt(world: World) -> None:
     world.worker()
     running = world.running()
     world.submit()
@@ -342,7 +340,7 @@ def test_a_worker_that_leaves_gives_back_what_it_holds_for_free(world: World) ->
         preparation.prepared(world.db, claim_id=preparing.claim_id, train_key="t", valid_key=None, num_steps=1)
 
 
-def test_two_jobs_may_give_adapters_of_the_same_bytes_but_not_of_the_same_name(world: World) -> None:
+def test_adapters_may_share_bytes_but_not_names(world: World) -> None:
     first, second = world.queued(), world.queued()
     with world.db.write() as session:
         twin_id = f"ftjob-{'0' * 16}{first.id[-8:]}"
@@ -372,7 +370,7 @@ def test_attempts_are_numbered_and_kept(world: World) -> None:
         assert session.get_one(Attempt, claim.claim_id).ended_at is None
 
 
-def test_a_job_that_is_too_large_for_the_room_is_passed_over(world: World) -> None:
+def test_job_too_large_for_the_free_memory_is_skipped(world: World) -> None:
     world.base("large", num_parameters=10**12)
     world.queued(model="large")
     small = world.queued()
@@ -388,9 +386,9 @@ def _copy(job: Job, job_id: str) -> Job:
     return Job(**{**columns, "id": job_id})
 
 
-def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it_kept(world: World) -> None:
+def test_early_stopped_job_succeeds_and_reports_the_kept_step(world: World) -> None:
     claim = world.running()
-    course = claims.Course(steps=40, kept_step=20, stopped_early="The held-out loss has not fallen.")
+    course = claims.Course(steps=40, kept_step=20, stopped_early="The validation loss has not fallen.")
     curve = [{"kind": "valid", "step": step, "loss": loss} for step, loss in ((0, 1.0), (20, 1.5), (40, 2.5))]
     recording.record_metrics(world.db, claim.claim_id, curve)
 
@@ -398,8 +396,8 @@ def test_a_job_that_ended_early_has_succeeded_and_tells_why_and_whose_weights_it
 
     job = world.job(claim.job.id)
     assert job.state == "succeeded"
-    told = {"step": 40, "kept_step": 20, "stopped_early": "The held-out loss has not fallen."}
-    assert told.items() <= (job.progress or {}).items()
+    reported = {"step": 40, "kept_step": 20, "stopped_early": "The validation loss has not fallen."}
+    assert reported.items() <= (job.progress or {}).items()
     assert (job.progress or {})["kept_valid_loss"] == 1.5
     messages = "\n".join(event.message for event in queries.events_since(world.db, **world.of(claim.job.id), seq=0))
     assert "Training stopped early, at step 40" in messages

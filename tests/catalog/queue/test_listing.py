@@ -1,4 +1,4 @@
-"""What people see of the queue, and the sentence that tells why a job is where it is."""
+"""Queue listings, and the explanations of where a job stands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def explained(world: World, job_id: str) -> dict[str, Any]:
     return explanation.explain(world.db, **world.of(job_id))
 
 
-def test_the_queue_is_shown_in_the_order_in_which_it_is_claimed(world: World) -> None:
+def test_queue_is_listed_in_claim_order(world: World) -> None:
     normal, batch, urgent = (world.queued(priority=name) for name in ("normal", "batch", "urgent"))
     validating = world.submit()
 
@@ -37,7 +37,7 @@ def test_the_queue_is_shown_in_the_order_in_which_it_is_claimed(world: World) ->
     assert order == [urgent.id, normal.id, batch.id]
 
 
-def test_a_project_sees_how_many_stand_before_it_and_not_who(world: World) -> None:
+def test_project_sees_how_many_foreign_jobs_are_ahead_but_not_which(world: World) -> None:
     theirs = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), priority="urgent")
     mine = world.queued()
 
@@ -50,9 +50,7 @@ def test_a_project_sees_how_many_stand_before_it_and_not_who(world: World) -> No
     assert theirs.id not in str(why)
 
 
-def test_a_project_with_many_jobs_is_shown_what_others_leave_of_the_queue(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_project_uses_the_listing_space_that_others_leave(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "MAX_SHOWN", 40)
     last = world.queued()
     world.flood(last, 29)
@@ -66,9 +64,7 @@ def test_a_project_with_many_jobs_is_shown_what_others_leave_of_the_queue(
     assert [entry["position"] for entry in shown["jobs"] if entry["position"] is None] == []
 
 
-def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explanation_of_a_distant_job_counts_jobs_of_its_project(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker()
     monkeypatch.setattr(listing, "MAX_SHOWN", 10)
     world.flood(world.queued(), 30)
@@ -84,7 +80,7 @@ def test_a_job_far_behind_is_told_how_many_of_its_own_stand_before_it(
     )
 
 
-def test_whether_there_is_work_is_whether_anything_can_be_claimed_now(world: World) -> None:
+def test_has_work_is_true_only_if_something_can_be_claimed(world: World) -> None:
     assert not pending.has_work(world.db)
     job = world.submit()
     assert pending.has_work(world.db)
@@ -104,7 +100,7 @@ def test_whether_there_is_work_is_whether_anything_can_be_claimed_now(world: Wor
     assert pending.has_work(world.db)
 
 
-def test_a_job_that_validates_tells_what_it_waits_for(world: World) -> None:
+def test_explanation_of_a_job_in_validation(world: World) -> None:
     first, job = world.submit(), world.submit()
     assert explained(world, job.id)["explanation"] == (
         "Its files wait to be prepared, but no worker is running. Start one."
@@ -120,7 +116,7 @@ def test_a_job_that_validates_tells_what_it_waits_for(world: World) -> None:
     assert explained(world, first.id)["explanation"] == "The preparation of its files is retried in 9 s."
 
 
-def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
+def test_explanation_of_a_queued_job(world: World) -> None:
     world.base("other")
     first, second = world.queued(), world.queued(model="other")
     assert explained(world, first.id)["explanation"] == "No worker is running. Start one."
@@ -139,7 +135,7 @@ def test_a_queued_job_tells_what_stands_before_it(world: World) -> None:
     assert "Its base model is loaded: it joins as soon as there is" in explained(world, second.id)["explanation"]
 
 
-def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -> None:
+def test_explanation_of_a_job_delayed_by_the_slowdown_limit(world: World) -> None:
     world.worker()
     held = world.running()
     workers.register_trainer(
@@ -147,22 +143,22 @@ def test_a_job_that_waits_for_others_to_keep_their_speed_says_so(world: World) -
     )
     waiting = world.queued()
 
-    def told(speeds: Speeds, *, num_jobs: int) -> str:
+    def reported(speeds: Speeds, *, num_jobs: int) -> str:
         report = {"saturation": throughput.described(num_jobs, speeds, Settings(max_slowdown=4), 0)}
         workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=report)
         return explained(world, waiting.id)["explanation"]
 
-    assert told(Speeds(alone=((64, 900.0),), together=((256, 1000.0),)), num_jobs=4) == (
+    assert reported(Speeds(alone=((64, 900.0),), together=((256, 1000.0),)), num_jobs=4) == (
         "It is first in the queue. Its base model is loaded, but the trainer is full: with 4 jobs, each takes up to "
         "3.6 times as long as alone. One more job would raise this to 4.5, and LORRY_MAX_SLOWDOWN is 4. The job joins "
         "when one of them finishes."
     )
-    assert "it joins as soon as there is free capacity" in told(Speeds(), num_jobs=16), (
-        "no speed keeps a seventeenth out"
+    assert "it joins as soon as there is free capacity" in reported(Speeds(), num_jobs=16), (
+        "without measured speeds a seventeenth job may join"
     )
 
 
-def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: World) -> None:
+def test_explanation_of_a_job_with_another_precision(world: World) -> None:
     world.worker()
     held = world.running()
     workers.register_trainer(
@@ -187,8 +183,8 @@ def test_a_job_of_another_precision_says_why_it_does_not_join_its_base(world: Wo
     )
 
 
-def test_a_job_of_another_precision_does_not_go_first_for_the_sake_of_its_base(world: World) -> None:
-    """What the decision does is what `why` says."""
+def test_other_precision_gets_no_priority_for_a_loaded_base(world: World) -> None:
+    """The claim decision agrees with the explanation."""
     world.base("other")
     world.worker()
     held = world.running()
@@ -207,7 +203,7 @@ def test_a_job_of_another_precision_does_not_go_first_for_the_sake_of_its_base(w
     assert "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32: it can't join" in why
 
 
-def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
+def test_job_memory_includes_the_dropout_mask(world: World) -> None:
     plain, dropping = world.queued(), world.queued(lora={"dropout": 0.1})
 
     with world.db.read() as session:
@@ -216,11 +212,11 @@ def test_a_job_with_dropout_is_counted_with_its_mask(world: World) -> None:
             for entry in listing.queue_entries(session, now=world.clock())
         }
 
-    assert own[plain.id] == (16 + 2 + 8) * plain.adapter_parameters  # with a copy in bf16, and two further slices
+    assert own[plain.id] == (16 + 2 + 8) * plain.adapter_parameters  # including a bf16 copy and two further slices
     assert own[dropping.id] == own[plain.id] + 1024 * (2 * 64 + 2 * 64)
 
 
-def test_the_first_in_the_queue_is_told_of_none_before_it(world: World) -> None:
+def test_position_reason_of_the_first_job_counts_none_ahead(world: World) -> None:
     world.running()
     first, second = world.queued(), world.queued()
 
@@ -231,7 +227,7 @@ def test_the_first_in_the_queue_is_told_of_none_before_it(world: World) -> None:
     assert "1 of its project's jobs runs and 1 waits before it;" in reasons[1]["position_reason"]
 
 
-def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
+def test_explanation_of_a_job_that_fits_no_worker(world: World) -> None:
     world.base("huge", num_parameters=10**12)
     world.worker(memory_bytes=10**9)
 
@@ -240,26 +236,26 @@ def test_a_job_that_fits_no_worker_says_so(world: World) -> None:
     assert "the largest worker has 1.0 GB" in why["explanation"]
 
 
-def test_a_job_that_no_empty_worker_has_free_says_what_it_needs_and_what_there_is(world: World) -> None:
-    job, told = world.queued(), {"resident_base": None, "trainer_id": None}
+def test_explanation_of_a_job_that_exceeds_the_free_memory(world: World) -> None:
+    job, reported = world.queued(), {"resident_base": None, "trainer_id": None}
     world.worker("w1", memory_bytes=10**10)
     world.worker("w2", memory_bytes=10**6)
 
     def why(*free: int | None) -> str:
         for worker_id, free_bytes in zip(("w1", "w2"), free, strict=True):
             report = None if free_bytes is None else {"capacity": {"max_jobs": 4, "memory_bytes_free": free_bytes}}
-            workers.worker_beat(world.db, worker_id, **told, report=report)
+            workers.worker_beat(world.db, worker_id, **reported, report=report)
         return explained(world, job.id)["explanation"]
 
     sentence = "Worker w1 is idle, but only 1.0 MB of its 10.0 GB are free"
     assert sentence in why(10**6, 10**6)
     assert sentence not in why(10**10, 10**6)
-    assert sentence not in why(10**6, None), "w2 has not said yet"
+    assert sentence not in why(10**6, None), "w2 has not reported its free memory yet"
     assert workers.worker_beat(world.db, "w2", resident_base="other", trainer_id="t", report=None)
     assert sentence in explained(world, job.id)["explanation"]
 
 
-def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(world: World) -> None:
+def test_long_rows_that_only_fit_a_gpu_are_too_large_for_a_cpu(world: World) -> None:
     world.base("deep", hidden_size=64, num_layers=100, linear_shapes={"q_proj": [[64, 64], 100]})
     job = world.submit(model="deep", lora={"target_modules": ["q_proj"]})
     world.prepare_all(longest_example=50_000)
@@ -272,7 +268,7 @@ def test_long_rows_that_only_a_gpu_has_room_for_are_too_large_for_a_cpu_alone(wo
     assert "the largest worker" not in explained(world, job.id)["explanation"]
 
 
-def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:
+def test_explanation_of_a_job_that_backs_off_after_a_failure(world: World) -> None:
     claim = world.running()
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
 
@@ -287,7 +283,7 @@ def test_a_job_that_waits_after_a_bad_end_says_how_long(world: World) -> None:
     assert "it waits for a worker of its own" in explained(world, claim.job.id)["explanation"]
 
 
-def test_every_other_state_has_its_sentence(world: World) -> None:
+def test_explanations_of_all_other_states(world: World) -> None:
     cancelled, paused = world.submit(), world.submit()
     verb: dict[str, Any] = {"project_id": world.caller.project_id}
     commands.cancel(world.db, job_id=cancelled.id, **verb)
@@ -323,7 +319,7 @@ def test_every_other_state_has_its_sentence(world: World) -> None:
     assert explained(world, running.job.id)["why"]["role"] == "anchor"
 
 
-def test_a_job_on_a_quantized_base_waits_for_a_worker_that_can_hold_it_and_says_so(world: World) -> None:
+def test_explanation_of_a_job_that_needs_quantization_support(world: World) -> None:
     job = world.queued(quantization="nf4")
     world.worker("plain")
 
@@ -342,7 +338,7 @@ def test_a_job_on_a_quantized_base_waits_for_a_worker_that_can_hold_it_and_says_
     assert [claim.job.id for claim in world.claim("able")] == [job.id]
 
 
-def test_a_job_that_no_worker_that_lives_can_hold_is_refused_with_the_remedy(world: World) -> None:
+def test_unavailable_quantization_is_rejected_with_a_remedy(world: World) -> None:
     world.worker()
 
     with pytest.raises(InvalidRequest) as refusal:
@@ -353,7 +349,7 @@ def test_a_job_that_no_worker_that_lives_can_hold_is_refused_with_the_remedy(wor
     assert world.submit().spec["quantization"] == "none"
 
 
-def test_dora_is_refused_on_a_quantized_base_before_it_waits(world: World) -> None:
+def test_dora_on_a_quantized_base_is_rejected_at_submission(world: World) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(quantization="nf4", lora={"use_dora": True})
 
@@ -361,7 +357,7 @@ def test_dora_is_refused_on_a_quantized_base_before_it_waits(world: World) -> No
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_a_start_from_the_bases_weights_is_refused_where_those_are_quantized(world: World, init: str) -> None:
+def test_weight_based_init_on_a_quantized_base_is_rejected(world: World, init: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(quantization="nf4", lora={"init_lora_weights": init})
 
@@ -369,7 +365,7 @@ def test_a_start_from_the_bases_weights_is_refused_where_those_are_quantized(wor
     assert world.submit(quantization="nf4", lora={"init_lora_weights": "gaussian"}).state == "validating_files"
 
 
-def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World) -> None:
+def test_memory_of_a_pissa_job_includes_its_initialization(world: World) -> None:
     plain = world.queued(precision="float32")
     begun = world.queued(lora={"init_lora_weights": "pissa"}, precision="float32")
 
@@ -382,7 +378,7 @@ def test_a_job_that_begins_with_the_base_is_counted_with_its_start(world: World)
     assert own[begun.id] == own[plain.id] + 2 * 4 * begun.adapter_parameters
 
 
-def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: World) -> None:
+def test_different_quantizations_of_one_base_do_not_train_together(world: World) -> None:
     world.worker(quantizations=("nf4", "int8"))
     plain, nf4, int8 = world.queued(), world.queued(quantization="nf4"), world.queued(quantization="int8")
     (claim,) = world.claim()
@@ -401,7 +397,7 @@ def test_jobs_on_one_base_that_is_held_differently_do_not_train_together(world: 
     assert [[claim.job.id for claim in world.claim()] for _ in range(2)] == [[nf4.id], [int8.id]]
 
 
-def test_a_job_that_a_worker_cannot_hold_does_not_keep_others_out_of_its_trainer(world: World) -> None:
+def test_job_that_a_worker_cannot_run_does_not_block_joiners(world: World) -> None:
     world.worker("plain")
     world.worker("able", quantizations=("nf4",))
     held = world.running().job

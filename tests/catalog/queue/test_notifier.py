@@ -1,4 +1,4 @@
-"""The doorbell against a real Redis, against none, and against one that comes late."""
+"""The notifier of workers with a Redis server, without one, and with one that starts late."""
 
 import json
 import socket
@@ -25,7 +25,7 @@ KEY = f"{TRANSPORT_OPTIONS['global_keyprefix']}{QUEUE}"
 def until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.02)
 
 
@@ -37,7 +37,7 @@ def broker(redis_url: str) -> Any:
     client.close()
 
 
-def test_a_ring_is_one_message_without_content(redis_url: str, broker: Any) -> None:
+def test_ring_sends_one_message_without_content(redis_url: str, broker: Any) -> None:
     bell = RedisDoorbell(redis_url)
 
     bell.ring()
@@ -49,7 +49,7 @@ def test_a_ring_is_one_message_without_content(redis_url: str, broker: Any) -> N
     bell.close()
 
 
-def test_a_hundred_rings_at_once_are_few_messages_and_at_least_one(redis_url: str, broker: Any) -> None:
+def test_concurrent_rings_are_coalesced(redis_url: str, broker: Any) -> None:
     bell = RedisDoorbell(redis_url)
 
     for _ in range(100):
@@ -59,7 +59,7 @@ def test_a_hundred_rings_at_once_are_few_messages_and_at_least_one(redis_url: st
     assert 1 <= broker.llen(KEY) < 100
 
 
-def test_rings_of_many_threads_start_one_relay(redis_url: str, broker: Any) -> None:
+def test_concurrent_rings_start_one_relay_thread(redis_url: str, broker: Any) -> None:
     bell = RedisDoorbell(redis_url)
     ringers = [threading.Thread(target=bell.ring) for _ in range(20)]
 
@@ -74,7 +74,7 @@ def test_rings_of_many_threads_start_one_relay(redis_url: str, broker: Any) -> N
     assert broker.llen(KEY) >= 1
 
 
-def test_a_last_ring_is_sent_before_the_process_ends(redis_url: str, broker: Any) -> None:
+def test_last_ring_is_sent_before_close_returns(redis_url: str, broker: Any) -> None:
     bell = RedisDoorbell(redis_url)
 
     bell.ring()
@@ -86,7 +86,7 @@ def test_a_last_ring_is_sent_before_the_process_ends(redis_url: str, broker: Any
 
 
 class Silence:
-    """A port that accepts and never answers: the worst broker."""
+    """A port that accepts connections and never answers, the worst case of a broker."""
 
     def __init__(self) -> None:
         self.listener = socket.socket()
@@ -96,7 +96,7 @@ class Silence:
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "unknown host", "no address"])
-def test_a_broker_that_is_away_neither_blocks_nor_fails_a_ring(kind: str) -> None:
+def test_unreachable_broker_neither_blocks_nor_fails_a_ring(kind: str) -> None:
     silence = Silence()
     urls = {
         "refused": f"redis://127.0.0.1:{free_port()}/0",
@@ -115,7 +115,7 @@ def test_a_broker_that_is_away_neither_blocks_nor_fails_a_ring(kind: str) -> Non
     silence.listener.close()
 
 
-def test_a_ring_is_delivered_once_the_broker_is_back() -> None:
+def test_ring_is_delivered_once_the_broker_is_back() -> None:
     port = free_port()
     bell = RedisDoorbell(f"redis://127.0.0.1:{port}/0", first_wait_seconds=0.05)
     bell.ring()
@@ -125,7 +125,7 @@ def test_a_ring_is_delivered_once_the_broker_is_back() -> None:
         bell.close()
 
 
-def test_without_a_broker_a_file_tells_each_who_waits_once_that_it_was_rung(tmp_path: Path) -> None:
+def test_file_doorbell_notifies_each_waiting_process_once(tmp_path: Path) -> None:
     settings = Settings.model_validate({"redis_url": None, "data_dir": tmp_path})
     bell, waiting = open_doorbell(settings), FileDoorbell(settings.bell_path())
 
@@ -140,16 +140,16 @@ def test_without_a_broker_a_file_tells_each_who_waits_once_that_it_was_rung(tmp_
     assert isinstance(open_doorbell(Settings.model_validate({"redis_url": "redis://localhost"})), RedisDoorbell)
 
 
-def test_a_bell_that_can_not_be_touched_stays_silent(tmp_path: Path) -> None:
+def test_file_doorbell_that_cannot_be_written_stays_silent(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    bell = FileDoorbell(tmp_path / "file" / "bell")
+    bell = FileDoorbell(tmp_path / "file" / "notified")
 
     bell.ring()
 
     assert not bell.has_rung()
 
 
-def test_a_process_that_never_rings_never_loads_celery() -> None:
+def test_process_that_never_rings_does_not_load_celery() -> None:
     program = "import sys; from catalog.queue.notifier import RedisDoorbell; RedisDoorbell('redis://x').close(); "
     program += "print('celery' in sys.modules)"
 
@@ -158,7 +158,7 @@ def test_a_process_that_never_rings_never_loads_celery() -> None:
     assert ran.stdout == "False\n"
 
 
-def test_the_worker_listens_where_the_doorbell_rings() -> None:
+def test_worker_consumes_the_queue_of_the_doorbell() -> None:
     program = (
         "from worker.entrypoints.celery_app import app; import worker.entrypoints.celery_tasks, json; c = app.conf; "
     )
@@ -171,8 +171,8 @@ def test_the_worker_listens_where_the_doorbell_rings() -> None:
     assert TASK in tasks
 
 
-def test_rings_that_no_worker_reads_stay_bounded_in_number(redis_url: str, broker: Any) -> None:
-    """Every worker trains, and several API servers ring for days."""
+def test_unread_rings_stay_bounded(redis_url: str, broker: Any) -> None:
+    """All workers train while several API servers send notifications for days."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(notifier, "MAX_QUEUED", 3)
         for _ in range(8):
@@ -183,7 +183,7 @@ def test_rings_that_no_worker_reads_stay_bounded_in_number(redis_url: str, broke
     assert broker.llen(KEY) == 3
 
 
-def test_a_worker_is_rung_again_once_waiting_messages_were_read(redis_url: str, broker: Any) -> None:
+def test_ring_is_sent_again_after_waiting_messages_were_read(redis_url: str, broker: Any) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(notifier, "MAX_QUEUED", 1)
         bell = RedisDoorbell(redis_url)

@@ -1,4 +1,4 @@
-"""An urgent job that waits has others leave for it: on the record, by heartbeats, within bounds, and told."""
+"""Preemption for an urgent job: decided in the database, delivered by heartbeats, limited, and explained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LATE = USUAL.preempt_after_seconds + 1
 
 @pytest.fixture
 def batch(world: World) -> Claim:
-    """A batch job that has trained for long enough to be asked, on the only worker, which is full."""
+    """A batch job on the only worker, which is full. It has trained long enough to be preempted."""
     world.worker()
     claim = world.running(priority="batch")
     world.pass_time(SPARED, claim.claim_id)
@@ -36,9 +36,9 @@ def batch(world: World) -> Claim:
     return claim
 
 
-def test_an_urgent_job_that_waits_has_a_lower_one_leave_for_it(world: World, batch: Claim) -> None:
+def test_waiting_urgent_job_preempts_a_job_of_a_lower_class(world: World, batch: Claim) -> None:
     urgent = world.queued(priority="urgent")
-    assert not world.beat(batch.claim_id)[batch.claim_id].preempt, "it has not waited yet"
+    assert not world.beat(batch.claim_id)[batch.claim_id].preempt, "the urgent job has not waited yet"
 
     world.clock.advance(LATE)
     orders = world.beat(batch.claim_id)
@@ -52,11 +52,11 @@ def test_an_urgent_job_that_waits_has_a_lower_one_leave_for_it(world: World, bat
     assert world.job(urgent.id).preemption_requested_at is None
 
 
-@pytest.mark.parametrize(("step_fraction", "is_asked"), [(0.9, True), (1.1, False)])
-def test_an_urgent_job_of_a_project_above_its_share_waits_for_its_turn(
-    world: World, step_fraction: float, is_asked: bool
+@pytest.mark.parametrize(("step_fraction", "is_preempted"), [(0.9, True), (1.1, False)])
+def test_urgent_job_of_a_project_above_its_share_waits_its_turn(
+    world: World, step_fraction: float, is_preempted: bool
 ) -> None:
-    """As one among the jobs that wait, and against one that trains."""
+    """The rule holds against waiting jobs and against a training job."""
     world.worker()
     mine = world.running()
     world.pass_time(SPARED, mine.claim_id)
@@ -70,12 +70,10 @@ def test_an_urgent_job_of_a_project_above_its_share_waits_for_its_turn(
         session.add(ProjectUsage(project_id=world.stranger.project_id, slot=0, **had))
     world.clock.advance(LATE)
 
-    assert world.beat(mine.claim_id)[mine.claim_id].preempt == is_asked
+    assert world.beat(mine.claim_id)[mine.claim_id].preempt == is_preempted
 
 
-def test_no_room_is_made_for_an_urgent_job_while_another_projects_job_is_ahead_of_it(
-    world: World, batch: Claim
-) -> None:
+def test_no_preemption_while_a_job_of_another_project_is_ahead(world: World, batch: Claim) -> None:
     file_id = world.file(caller=world.stranger)
     world.submit(caller=world.stranger, training_file=file_id)
     world.prepare_all()
@@ -92,9 +90,7 @@ def test_no_room_is_made_for_an_urgent_job_while_another_projects_job_is_ahead_o
     assert world.job(urgent.id).preemption_requested_at is not None
 
 
-def test_what_was_made_free_for_one_is_not_given_to_a_later_one_whose_base_is_loaded(
-    world: World, batch: Claim
-) -> None:
+def test_freed_slot_goes_to_the_preempting_job_not_to_a_loaded_base(world: World, batch: Claim) -> None:
     urgent = world.queued(model=world.base("another"), priority="urgent")
     world.clock.advance(LATE)
     assert world.beat(batch.claim_id)[batch.claim_id].preempt
@@ -106,7 +102,7 @@ def test_what_was_made_free_for_one_is_not_given_to_a_later_one_whose_base_is_lo
     assert claim.job.id == urgent.id
 
 
-def test_it_goes_back_to_its_place_among_its_projects_jobs(world: World, batch: Claim) -> None:
+def test_preempted_job_returns_to_its_position(world: World, batch: Claim) -> None:
     world.queued(priority="batch")
     urgent = world.queued(priority="urgent")
     world.clock.advance(LATE)
@@ -118,49 +114,54 @@ def test_it_goes_back_to_its_place_among_its_projects_jobs(world: World, batch: 
     assert order == [urgent.id, batch.job.id]
 
 
-def test_why_and_events_tell_both_what_was_decided_and_name_no_other_project(world: World, batch: Claim) -> None:
+def test_preemption_is_explained_without_naming_other_projects(world: World, batch: Claim) -> None:
     foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), priority="urgent")
     world.prepare_all()
     world.clock.advance(LATE)
     world.beat(batch.claim_id)
 
-    asked = explanation.explain(world.db, **world.of(batch.job.id))
+    requested = explanation.explain(world.db, **world.of(batch.job.id))
     waiting = explanation.explain(world.db, project_id=world.stranger.project_id, job_id=foreign.id)
     claims.end(world.db, batch.claim_id, reason=EndReason.PREEMPTED, detail="Saved at step 5.")
     left = explanation.explain(world.db, **world.of(batch.job.id))
 
-    assert asked["explanation"] == (
-        "Its worker w1 was asked to save a checkpoint and release it for an urgent job; "
+    assert requested["explanation"] == (
+        "Its worker w1 was requested to save a checkpoint and release it for an urgent job; "
         "it returns to its position in the queue."
     )
     assert "Jobs of lower classes are being preempted for it" in waiting["explanation"]
     assert left["explanation"].startswith("It was preempted by a job of class urgent that had waited for 31 s")
-    told = left["preemption"]
-    assert (told["for_class"], told["makes"], told["num_leaving"], told["effective_priority"]) == (0, "a place", 1, 2)
-    assert (told["num_preemptions_before"], told["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
-    assert told["trained_seconds"] > SPARED
+    reported = left["preemption"]
+    assert (reported["for_class"], reported["makes"], reported["num_leaving"], reported["effective_priority"]) == (
+        0,
+        "a place",
+        1,
+        2,
+    )
+    assert (reported["num_preemptions_before"], reported["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
+    assert reported["trained_seconds"] > SPARED
     events = queries.events_since(world.db, **world.of(batch.job.id), seq=0)
     assert [event.message for event in events][-2:] == [
         "An urgent job preempts this job, which saves a checkpoint and returns to its position in the queue.",
         "An urgent job preempted this job, which returns to its position in the queue. Saved at step 5.",
     ]
     for secret in (foreign.id, world.stranger.project_id, "theirs"):
-        assert secret not in str((asked, left, [(event.message, event.data) for event in events]))
+        assert secret not in str((requested, left, [(event.message, event.data) for event in events]))
 
 
-def test_those_behind_it_are_told_that_room_is_being_made(world: World, batch: Claim) -> None:
+def test_jobs_behind_are_informed_of_a_preemption(world: World, batch: Claim) -> None:
     key, base = batch.job.pack_key, batch.job.base_digest
     workers.register_trainer(world.db, trainer_id="t", worker_id="w1", base_digest=base, pack_key=key)
     workers.worker_beat(world.db, "w1", resident_base=base, trainer_id="t", report=None)
     urgent, behind = world.queued(model=world.base("another"), priority="urgent"), world.queued()
 
-    def told(job: Job) -> str:
+    def reported(job: Job) -> str:
         return explanation.explain(world.db, **world.of(job.id))["explanation"]
 
-    before = told(urgent), told(behind)
+    before = reported(urgent), reported(behind)
     world.clock.advance(LATE)
     world.beat(batch.claim_id)
-    meanwhile = told(urgent), told(behind)
+    meanwhile = reported(urgent), reported(behind)
 
     assert "Jobs that can join a loaded trainer may start first, for at most 60 s." in before[0]
     assert "Its base model is loaded: it joins as soon as there is free capacity." in before[1]
@@ -168,7 +169,7 @@ def test_those_behind_it_are_told_that_room_is_being_made(world: World, batch: C
     assert "jobs are being preempted for a job ahead of it, which joins first." in meanwhile[1]
 
 
-def test_for_one_job_no_more_are_asked_while_the_first_leave(world: World, batch: Claim) -> None:
+def test_one_urgent_job_preempts_one_job_at_a_time(world: World, batch: Claim) -> None:
     world.worker("w2")
     world.queued(priority="batch")
     (other,) = world.claim("w2", ONE)
@@ -186,7 +187,7 @@ def test_for_one_job_no_more_are_asked_while_the_first_leave(world: World, batch
     assert sum(order.preempt for order in world.beat(*both).values()) == 1
 
 
-def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(world: World, batch: Claim) -> None:
+def test_preemption_is_withdrawn_once_the_urgent_job_starts_elsewhere(world: World, batch: Claim) -> None:
     urgent = world.queued(priority="urgent")
     world.clock.advance(LATE)
     preemption.look(world.db, policy=USUAL)
@@ -200,9 +201,7 @@ def test_who_was_asked_may_stay_once_the_urgent_job_has_found_room_elsewhere(wor
 
 
 @pytest.mark.parametrize("kept_back", ["held", "limited"])
-def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin_and_then_no_room_is_being_made(
-    world: World, batch: Claim, kept_back: str
-) -> None:
+def test_preemption_is_withdrawn_while_the_urgent_job_cannot_start(world: World, batch: Claim, kept_back: str) -> None:
     urgent = world.queued(model=world.base("another"), priority="urgent")
     world.clock.advance(LATE)
     assert preemption.look(world.db, policy=USUAL) == 1
@@ -216,11 +215,11 @@ def test_who_was_asked_may_stay_once_the_urgent_job_may_not_begin_and_then_no_ro
     assert [claim.job.id for claim in joined] == [joiner.id]
     world.complete(joined[0].claim_id)
     world.clock.advance(LATE)
-    assert world.beat(batch.claim_id)[batch.claim_id].preempt, "it is asked for again before the two minutes are over"
+    assert world.beat(batch.claim_id)[batch.claim_id].preempt, "the request is repeated before the two minutes are over"
 
 
 @pytest.mark.parametrize(("may_train", "before", "after"), [(2, 1, 0), (3, 2, 1)])
-def test_for_a_project_no_more_room_is_made_than_it_may_use(
+def test_preemption_is_limited_by_the_quota_of_the_project(
     world: World, batch: Claim, may_train: int, before: int, after: int
 ) -> None:
     limit(world, concurrent_jobs=may_train)
@@ -235,7 +234,7 @@ def test_for_a_project_no_more_room_is_made_than_it_may_use(
     assert found == [before, after]
 
 
-def test_what_one_of_several_leaves_is_not_taken_by_who_joins(world: World) -> None:
+def test_partially_freed_memory_is_not_taken_by_a_joiner(world: World) -> None:
     world.worker()
     for _ in range(2):
         world.queued(priority="batch")
@@ -257,7 +256,7 @@ def test_what_one_of_several_leaves_is_not_taken_by_who_joins(world: World) -> N
 
 
 @pytest.mark.parametrize("fault", [Unavailable("Away.", code="database_unavailable", remedy=""), RuntimeError("odd")])
-def test_a_fault_in_asking_costs_nobody_his_lease(
+def test_error_in_a_preemption_decision_does_not_affect_leases(
     world: World,
     batch: Claim,
     fault: Exception,
@@ -278,7 +277,7 @@ def test_a_fault_in_asking_costs_nobody_his_lease(
     assert "preemption" in caplog.text
 
 
-def test_a_job_is_asked_only_so_often_and_trains_on(world: World, batch: Claim) -> None:
+def test_job_is_preempted_a_limited_number_of_times(world: World, batch: Claim) -> None:
     held = batch
     for _ in range(USUAL.max_preemptions):
         assert leaves(world, held)
@@ -290,7 +289,7 @@ def test_a_job_is_asked_only_so_often_and_trains_on(world: World, batch: Claim) 
 
 
 def leaves(world: World, held: Claim) -> bool:
-    """Whether the job is asked to leave for an urgent one; if so, it does, and the urgent one trains and ends."""
+    """Queue an urgent job and return whether it preempts the held one. If so, it trains and completes."""
     urgent = world.queued(priority="urgent")
     world.beat(held.claim_id)
     world.clock.advance(LATE)
@@ -303,7 +302,7 @@ def leaves(world: World, held: Claim) -> bool:
     return True
 
 
-def test_what_has_risen_is_not_asked_by_the_class_above_which_it_rose(world: World) -> None:
+def test_job_promoted_above_urgent_is_not_preempted(world: World) -> None:
     world.worker()
     world.queued(priority="batch")
     world.clock.advance(3 * USUAL.priority_aging_seconds)
@@ -315,7 +314,7 @@ def test_what_has_risen_is_not_asked_by_the_class_above_which_it_rose(world: Wor
     assert not world.beat(risen.claim_id)[risen.claim_id].preempt
 
 
-def test_an_operator_may_have_nobody_preempted(world: World, batch: Claim) -> None:
+def test_preemption_can_be_disabled(world: World, batch: Claim) -> None:
     world.queued(priority="urgent")
     world.clock.advance(LATE)
 
@@ -323,7 +322,7 @@ def test_an_operator_may_have_nobody_preempted(world: World, batch: Claim) -> No
     assert preemption.look(world.db, policy=USUAL) == 1
 
 
-def test_what_a_person_asks_for_goes_before_a_preemption(world: World, batch: Claim) -> None:
+def test_user_pause_takes_precedence_over_preemption(world: World, batch: Claim) -> None:
     world.queued(priority="urgent")
     world.clock.advance(LATE)
     world.beat(batch.claim_id)

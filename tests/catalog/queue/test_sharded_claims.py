@@ -1,4 +1,4 @@
-"""Claims of a worker with several devices find what fits a divided base, on both databases."""
+"""Claims of a worker with several devices find the jobs that fit a sharded base model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from tests.catalog.world import World, sha
 
 BLOCKS = {"count": 10, "num_parameters": 9 * 10**9, "largest_parameters": 9 * 10**8}
 LARGE: dict[str, Any] = {"num_parameters": 10**10, "blocks": BLOCKS}
-"""20 GB in bf16, 18 of them blocks. Each of two devices needs 2 + 9 + 3 · 1.8 = 16.4 GB, each of four 11.9, and of
-eight 9.65."""
+"""A base model of 20 GB in bf16, of which 18 GB are blocks.
+
+Sharded, each of two devices needs 2 + 9 + 3 · 1.8 = 16.4 GB, each of four 11.9 GB, and each of eight 9.65 GB.
+"""
 GB = 10**9
 
 
@@ -36,14 +38,17 @@ def group(number: int, gigabytes: float, wanted: Wanted = "auto") -> Capacity:
 
 
 def on(world: World, number: int, gigabytes: float, wanted: Wanted = "auto") -> Capacity:
-    """The room of a worker that has registered so."""
+    """Register a worker with this capacity and return the capacity."""
     capacity = group(number, gigabytes, wanted)
     register(world, capacity)
     return capacity
 
 
 def on_gpus(world: World, gigabytes: float, wanted: Wanted = "auto", *, host: float = 18) -> Capacity:
-    """Of a worker with two, beside what CUDA and NCCL take of each. host: gigabytes of its memory for a base."""
+    """Register a worker with two GPUs, net of the CUDA and NCCL reserve.
+
+    `host` is its memory for a base model in GB.
+    """
     pair = DeviceGroup(kind="cuda", num_devices=2, bytes_of_each=0, wanted=wanted, host_bytes=int(host * GB))
     pair = replace(pair, bytes_of_each=int(gigabytes * GB) + pair.reserve_bytes)
     capacity = Capacity(max_jobs=4, memory_bytes_free=pair.bytes_of_each, recomputes=True, group=pair)
@@ -53,8 +58,8 @@ def on_gpus(world: World, gigabytes: float, wanted: Wanted = "auto", *, host: fl
 
 def register(world: World, capacity: Capacity, *, worker_id: str = "w1") -> None:
     group = capacity.group
-    said = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
-    devices = [{"kind": group.kind, **said}]
+    fields = {"num_processes": group.num_devices, "strategy": group.wanted, "host_bytes": group.host_bytes}
+    devices = [{"kind": group.kind, **fields}]
     about: dict[str, Any] = {"host": "here", "pid": 1, "devices": devices, "version": "1"}
     workers.register_worker(world.db, worker_id=worker_id, memory_bytes=capacity.memory_bytes_free, **about)
 
@@ -79,7 +84,7 @@ def queued_large(world: World, **fields: Any) -> Job:
         (2, 16, "zero3", False),
     ],
 )
-def test_a_job_is_taken_where_its_share_fits(
+def test_job_is_claimed_where_its_shard_fits(
     world: World, number: int, gigabytes: float, wanted: Wanted, is_taken: bool
 ) -> None:
     capacity = on(world, number, gigabytes, wanted)
@@ -91,7 +96,8 @@ def test_a_job_is_taken_where_its_share_fits(
 @pytest.mark.parametrize(
     ("gigabytes", "wanted", "host", "is_taken"),
     [
-        # Divided 16.4 GB; from the host 2 + 3 · 1.8, and the half of a block that comes: 8.3 GB.
+        # Sharded, the job needs 16.4 GB. With shards in host memory: 2 + 3 · 1.8 and half of the incoming block, 8.3
+        # GB.
         (8.5, "auto", 18, True),
         (8.5, "auto", 17.9, False),
         (8, "auto", 18, False),
@@ -102,7 +108,7 @@ def test_a_job_is_taken_where_its_share_fits(
         (30, "fsdp2_offload", 17.9, False),
     ],
 )
-def test_a_job_is_taken_where_the_host_holds_the_base(
+def test_job_is_claimed_where_the_host_holds_the_base(
     world: World, gigabytes: float, wanted: Wanted, host: float, is_taken: bool
 ) -> None:
     capacity = on_gpus(world, gigabytes, wanted, host=host)
@@ -111,24 +117,24 @@ def test_a_job_is_taken_where_the_host_holds_the_base(
     assert [claim.job.id for claim in world.claim(capacity=capacity)] == ([job.id] if is_taken else [])
 
 
-def test_a_job_that_the_host_has_no_room_for_waits_with_a_sentence(world: World) -> None:
+def test_explanation_of_a_job_that_exceeds_the_host_memory(world: World) -> None:
     on_gpus(world, 8.5, host=10)
     job = queued_large(world)
 
-    told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
-    assert "about 18.0 GB of host memory, of which a base model may use 10.0 GB." in told
-    assert "or on 2 GPUs with 12 GB each and 18.0 GB of host memory for the base model." in told
+    reported = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
+    assert "about 18.0 GB of host memory, of which a base model may use 10.0 GB." in reported
+    assert "or on 2 GPUs with 12 GB each and 18.0 GB of host memory for the base model." in reported
 
 
-def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> None:
+def test_joiner_of_an_offloaded_base_would_also_be_offloaded_alone(world: World) -> None:
     small, large = queued_large(world), world.queued(model="large", precision="bfloat16", lora={"rank": 256})
-    capacity = on_gpus(world, (divided_bytes(large) - 1) / GB)
+    capacity = on_gpus(world, (sharded_bytes(large) - 1) / GB)
     ways = [capacity.group.strategy(requirements.demand(job, {}, recomputes=True)) for job in (small, large)]
     assert ways == ["fsdp2", "fsdp2_offload"]
 
     def joined(holding: ShardingStrategy) -> list[str]:
-        beside = replace(capacity, holding=holding, num_jobs=1, memory_bytes_free=GB)
-        found = world.claim(capacity=beside, pack_key=large.pack_key)
+        joining = replace(capacity, holding=holding, num_jobs=1, memory_bytes_free=GB)
+        found = world.claim(capacity=joining, pack_key=large.pack_key)
         for claim in found:
             claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
         return [claim.job.id for claim in found]
@@ -138,12 +144,12 @@ def test_who_joins_an_offloaded_base_would_have_it_so_alone(world: World) -> Non
     assert joined("replicated") == []
 
 
-def divided_bytes(job: Job) -> int:
+def sharded_bytes(job: Job) -> int:
     pair = DeviceGroup(kind="cuda", num_devices=2)
     return pair.allocated_bytes(requirements.demand(job, {}, recomputes=True), "sharded")
 
 
-def test_many_that_fit_nowhere_whole_hide_nobody(world: World) -> None:
+def test_jobs_that_need_full_weights_do_not_hide_others(world: World) -> None:
     capacity = on(world, 2, 17)
     world.flood(queued_large(world, lora={"use_dora": True}), 40)
     plain = world.queued(model="large", precision="bfloat16")
@@ -151,43 +157,43 @@ def test_many_that_fit_nowhere_whole_hide_nobody(world: World) -> None:
     assert [claim.job.id for claim in world.claim(capacity=capacity)] == [plain.id]
 
 
-def test_a_job_with_dora_waits_with_a_sentence_and_is_taken_where_the_whole_base_fits(world: World) -> None:
+def test_dora_job_waits_for_a_worker_that_fits_the_full_base(world: World) -> None:
     capacity = on(world, 2, 17)
     job = queued_large(world, lora={"use_dora": True})
 
     assert world.claim(capacity=capacity) == []
-    told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
-    assert "The job needs about 20.0 GB, but the largest worker has 17.0 GB. DoRA needs the full weights" in told
-    assert "It would fit on one GPU with 24 GB." in told
+    reported = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
+    assert "The job needs about 20.0 GB, but the largest worker has 17.0 GB. DoRA needs the full weights" in reported
+    assert "It would fit on one GPU with 24 GB." in reported
 
     roomy = on(world, 2, 21)
     assert [claim.job.id for claim in world.claim(capacity=roomy)] == [job.id]
 
 
-def test_a_worker_that_divides_every_base_takes_no_job_that_needs_whole_weights(world: World) -> None:
+def test_always_sharding_worker_claims_no_job_that_needs_full_weights(world: World) -> None:
     capacity = on(world, 2, 100, "fsdp2")
     job = queued_large(world, lora={"init_lora_weights": "pissa"})
 
     assert world.claim(capacity=capacity) == []
-    told = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
-    assert "always shards base models across its devices (LORRY_STRATEGY is fsdp2). pissa decomposes" in told
+    reported = explanation.explain(world.db, project_id=job.project_id, job_id=job.id)["explanation"]
+    assert "always shards base models across its devices (LORRY_STRATEGY is fsdp2). pissa decomposes" in reported
 
 
-def test_who_joins_a_divided_base_would_have_it_divided_alone(world: World) -> None:
+def test_joiner_of_a_sharded_base_would_also_be_sharded_alone(world: World) -> None:
     small, large = queued_large(world), world.queued(model="large", precision="bfloat16", lora={"rank": 256})
     capacity = on(world, 2, (whole_bytes(large) - 1) / GB)
     assert whole_bytes(small) < capacity.memory_bytes_free
 
-    divided = replace(capacity, holding="sharded", num_jobs=1, memory_bytes_free=GB)
-    joined = world.claim(capacity=divided, pack_key=large.pack_key)
+    sharded = replace(capacity, holding="sharded", num_jobs=1, memory_bytes_free=GB)
+    joined = world.claim(capacity=sharded, pack_key=large.pack_key)
     assert [claim.job.id for claim in joined] == [large.id]
     claims.end(world.db, joined[0].claim_id, reason=EndReason.DRAINED, detail="")
-    whole = replace(divided, holding="replicated")
+    whole = replace(sharded, holding="replicated")
     assert [claim.job.id for claim in world.claim(capacity=whole, pack_key=large.pack_key)] == [small.id]
 
 
 @pytest.mark.parametrize("wanted", ["auto", "fsdp2"])
-def test_a_group_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(world: World, wanted: Wanted) -> None:
+def test_full_device_group_reads_little_of_a_long_queue(world: World, wanted: Wanted) -> None:
     first = queued_large(world)
     world.flood(first, 2000)
     full = on(world, 2, 1, wanted)
@@ -207,7 +213,7 @@ def test_a_group_that_is_full_reads_little_of_a_long_queue_of_what_does_not_fit(
     assert world.job(first.id).state == "queued"
 
 
-def test_what_was_prepared_before_shares_were_reckoned_is_divided_all_the_same(world: World) -> None:
+def test_job_without_stored_shard_sizes_is_still_sharded(world: World) -> None:
     job = queued_large(world)
     held = (job.shardable_bytes, job.gathered_bytes, job.least_divided_bytes)
     with world.db.write() as session:
@@ -225,15 +231,15 @@ def test_what_was_prepared_before_shares_were_reckoned_is_divided_all_the_same(w
     assert (again.shardable_bytes, again.gathered_bytes, again.least_divided_bytes) == held
 
 
-def test_a_base_whose_blocks_are_counted_later_is_divided_from_then_on(world: World) -> None:
+def test_base_is_sharded_once_its_blocks_are_counted(world: World) -> None:
     digest = sha(world.base("large", num_parameters=10**10))
     running = world.queued(model="large", precision="bfloat16")
     world.claim()
     waiting = world.queued(model="large", precision="bfloat16")
     capacity = on(world, 2, 17, "fsdp2")
     assert world.claim(capacity=capacity) == []
-    told = explanation.explain(world.db, project_id=waiting.project_id, job_id=waiting.id)["explanation"]
-    assert "The base model can't be sharded until a worker that has its files has counted its blocks" in told
+    reported = explanation.explain(world.db, project_id=waiting.project_id, job_id=waiting.id)["explanation"]
+    assert "The base model can't be sharded until a worker that has its files has counted its blocks" in reported
 
     assert [row.name for row in base_models.uncounted(world.db)] == ["large", "smol"]
     assert not base_models.note_blocks(world.db, "large", digest="another", blocks=BLOCKS)
@@ -249,7 +255,7 @@ def whole_bytes(job: Job) -> int:
     return requirements.demand(job, {}, recomputes=False).whole_bytes
 
 
-def test_a_plan_tells_of_workers_that_would_divide_the_base(world: World) -> None:
+def test_plan_lists_workers_that_would_shard_the_base(world: World) -> None:
     on(world, 2, 17)
     world.base("large", **LARGE)
 
@@ -257,15 +263,15 @@ def test_a_plan_tells_of_workers_that_would_divide_the_base(world: World) -> Non
 
     (worker,) = found(row)["devices"]["workers_that_fit"]
     assert (worker["num_devices"], worker["strategy"]) == (2, "fsdp2")
-    *_, divided = found(row)["memory"]
-    assert (divided["kind"], divided["num_devices"], divided["strategy"]) == ("cpu", 2, "fsdp2")
-    parts = {part["part"]: part["bytes"] for part in divided["parts"]}
+    *_, sharded = found(row)["memory"]
+    assert (sharded["kind"], sharded["num_devices"], sharded["strategy"]) == ("cpu", 2, "fsdp2")
+    parts = {part["part"]: part["bytes"] for part in sharded["parts"]}
     assert (parts["undivided"], parts["base_share"], parts["gathered_blocks"]) == (2 * GB, 9 * GB, 27 * GB // 5)
-    assert divided["total_bytes"] == sum(parts.values()) == worker["needed_bytes"]
+    assert sharded["total_bytes"] == sum(parts.values()) == worker["needed_bytes"]
     assert "fits_no_worker" not in codes(row)
 
 
-def test_a_plan_of_a_job_that_needs_whole_weights_says_so(world: World) -> None:
+def test_plan_of_a_job_that_needs_full_weights_warns(world: World) -> None:
     on(world, 2, 17)
     world.base("large", **LARGE)
 
@@ -277,52 +283,52 @@ def test_a_plan_of_a_job_that_needs_whole_weights_says_so(world: World) -> None:
     assert all(memory["strategy"] == "replicated" for memory in found(row)["memory"])
 
 
-def told_of(world: World, job: Job) -> Any:
+def explained(world: World, job: Job) -> Any:
     return explanation.explain(world.db, project_id=job.project_id, job_id=job.id)
 
 
-def test_a_waiting_job_is_told_how_each_group_of_devices_would_hold_its_base(world: World) -> None:
+def test_explanation_lists_placements_by_device_group(world: World) -> None:
     for worker_id, number, gigabytes in (("w1", 2, 17), ("w2", 2, 17), ("w3", 1, 21), ("w4", 1, 17)):
         register(world, group(number, gigabytes), worker_id=worker_id)
     job = queued_large(world)
 
-    divided, whole = told_of(world, job)["placements"]
+    sharded, whole = explained(world, job)["placements"]
 
-    assert (divided["strategy"], divided["num_devices"], divided["num_workers"]) == ("fsdp2", 2, 2)
-    assert divided["blocks"] == {
+    assert (sharded["strategy"], sharded["num_devices"], sharded["num_workers"]) == ("fsdp2", 2, 2)
+    assert sharded["blocks"] == {
         "count": 10,
         "bytes": 18 * GB,
         "share_bytes": 9 * GB,
         "gathered_bytes": 27 * GB // 5,
     }
-    assert divided["memory_bytes"] == 17 * GB
-    assert divided["needed_bytes"] == whole["needed_bytes"] - 18 * GB + 9 * GB + 27 * GB // 5
-    assert divided["reason"].startswith("A full replica of the base model would need about 20.")
+    assert sharded["memory_bytes"] == 17 * GB
+    assert sharded["needed_bytes"] == whole["needed_bytes"] - 18 * GB + 9 * GB + 27 * GB // 5
+    assert sharded["reason"].startswith("A full replica of the base model would need about 20.")
     assert (whole["strategy"], whole["num_devices"], whole["blocks"]) == ("replicated", 1, None)
 
 
-def test_a_job_that_needs_whole_weights_is_told_of_no_group_that_would_divide_them(world: World) -> None:
+def test_placements_exclude_sharding_for_jobs_that_need_full_weights(world: World) -> None:
     register(world, group(2, 17), worker_id="w1")
     register(world, group(2, 17, "fsdp2"), worker_id="w2")
 
-    assert told_of(world, queued_large(world, lora={"use_dora": True}))["placements"] == []
+    assert explained(world, queued_large(world, lora={"use_dora": True}))["placements"] == []
 
 
-def test_a_running_job_is_told_how_its_base_is_held_whatever_it_was_asked(world: World) -> None:
+def test_running_job_shows_its_actual_placement(world: World) -> None:
     capacity = on(world, 2, 17)
     job = queued_large(world)
     world.claim(capacity=capacity)
 
-    told = told_of(world, job)
-    (placement,) = told["placements"]
+    reported = explained(world, job)
+    (placement,) = reported["placements"]
     commands.pause(world.db, project_id=job.project_id, job_id=job.id)
 
-    assert (placement["strategy"], told["strategy"]) == ("fsdp2", "fsdp2")
-    assert placement["reason"] in told["explanation"]
-    assert told_of(world, job)["placements"] == [placement]
+    assert (placement["strategy"], reported["strategy"]) == ("fsdp2", "fsdp2")
+    assert placement["reason"] in reported["explanation"]
+    assert explained(world, job)["placements"] == [placement]
 
 
-def test_a_plan_tells_of_workers_that_would_keep_the_base_in_the_hosts_memory(world: World) -> None:
+def test_plan_lists_workers_that_would_offload_the_base(world: World) -> None:
     on_gpus(world, 8.5)
     world.base("large", **LARGE)
 
@@ -339,7 +345,7 @@ def test_a_plan_tells_of_workers_that_would_keep_the_base_in_the_hosts_memory(wo
     assert found(row)["devices"]["groups"][-1]["host_bytes"] == 18 * GB
 
 
-def test_a_plan_of_a_job_that_the_host_has_no_room_for_says_so(world: World) -> None:
+def test_plan_of_a_job_that_exceeds_the_host_memory_warns(world: World) -> None:
     on_gpus(world, 8.5, host=10)
     world.base("large", **LARGE)
 
@@ -352,10 +358,10 @@ def test_a_plan_of_a_job_that_the_host_has_no_room_for_says_so(world: World) -> 
     assert "and 18.0 GB of host memory for the base model." in warning["remedy"]
 
 
-def test_a_waiting_job_is_told_of_a_group_whose_host_would_hold_its_base(world: World) -> None:
+def test_explanation_lists_an_offloading_group(world: World) -> None:
     on_gpus(world, 8.5)
 
-    (placement,) = told_of(world, queued_large(world))["placements"]
+    (placement,) = explained(world, queued_large(world))["placements"]
 
     assert (placement["strategy"], placement["kind"]) == ("fsdp2_offload", "cuda")
     blocks = placement["blocks"]

@@ -1,4 +1,4 @@
-"""Base models: named once, imported by one worker at a time, fixed by the digest of their files."""
+"""Base models: named once, imported by one worker at a time, and identified by the digest of their files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from catalog.tables.storage import BaseModelRow
 from tests.catalog.world import DESCRIPTION, World, manifest, sha
 
 
-def test_adding_the_same_base_again_changes_nothing_and_another_is_refused(world: World) -> None:
+def test_adding_the_same_base_is_idempotent_and_another_is_rejected(world: World) -> None:
     first = base_models.add(world.db, name="b", kind="hub", source="org/b", revision="main")
     again = base_models.add(world.db, name="b", kind="hub", source="org/b", revision="main")
 
@@ -42,7 +42,7 @@ def test_adding_the_same_base_again_changes_nothing_and_another_is_refused(world
         ("b", "folder", "/models/a\n", "invalid_source"),
     ],
 )
-def test_a_base_that_cannot_be_named_or_found_is_refused(
+def test_base_with_an_invalid_name_kind_or_source_is_rejected(
     world: World, name: str, kind: str, source: str, code: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
@@ -54,7 +54,7 @@ def test_a_base_that_cannot_be_named_or_found_is_refused(
 EDGES = [chr(code) for code in (*range(0x100), 0x1680, 0x2003, 0x2028, 0x2029, 0x202F, 0x3000, 0xFEFF, 0xD800, 0x1F600)]
 
 
-def test_a_source_is_a_text_without_control_characters_that_is_not_blank() -> None:
+def test_source_pattern_rejects_blanks_and_control_characters() -> None:
     pairs = [one + other for one, other in product(EDGES, repeat=2)]
     texts = ["", *EDGES, *pairs, *(f" {edge}a" for edge in EDGES), *(f"a{edge} " for edge in EDGES)]
 
@@ -65,15 +65,15 @@ def test_a_source_is_a_text_without_control_characters_that_is_not_blank() -> No
     assert [text for text in texts if bool(re.fullmatch(SOURCE_PATTERN, text)) != is_source(text)] == []
 
 
-def test_a_source_is_looked_at_once() -> None:
-    """What may come before the first character that is no space can't be that one: the time is linear."""
+def test_source_pattern_matches_in_linear_time() -> None:
+    """No character matches both the leading spaces and the first other character, so there is no backtracking."""
     before, first, _ = re.findall(r"\[[^]]+\]", SOURCE_PATTERN)
 
     assert [char for char in EDGES if re.match(before, char) and re.match(first, char)] == []
 
 
 @pytest.mark.both_databases
-def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(world: World) -> None:
+def test_one_worker_imports_a_base_and_another_takes_over_after_its_lease(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
     with ThreadPoolExecutor(4) as pool:
         claimed = [
@@ -93,7 +93,7 @@ def test_one_worker_imports_a_base_and_another_takes_over_when_it_falls_silent(w
     assert base_models.claim_import(world.db, lease_seconds=60) is not None
 
 
-def test_a_failed_import_tells_why_and_is_tried_again_when_added_again(world: World) -> None:
+def test_failed_import_keeps_its_error_and_is_retried_when_added_again(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
     base_models.claim_import(world.db, lease_seconds=60)
     world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
@@ -104,30 +104,30 @@ def test_a_failed_import_tells_why_and_is_tried_again_when_added_again(world: Wo
     assert base_models.claim_import(world.db, lease_seconds=60) is not None
 
 
-def test_a_base_that_was_never_ready_gives_its_name_up_to_another_source(world: World) -> None:
+def test_base_that_was_never_ready_can_get_another_source(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
     world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
 
-    mended = base_models.add(world.db, name="b", kind="folder", source="/models/b", revision=None)
+    fixed = base_models.add(world.db, name="b", kind="folder", source="/models/b", revision=None)
 
-    assert (mended.state, mended.source, mended.error) == ("importing", "/models/b", None)
+    assert (fixed.state, fixed.source, fixed.error) == ("importing", "/models/b", None)
     world.finish_import("b", digest=sha("b"), description={})
     with pytest.raises(Conflict):
         base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
 
 
-def test_a_worker_that_lost_its_lease_changes_nothing_about_the_base(world: World) -> None:
-    told = {"manifest": {"files": []}, "description": {}}
+def test_worker_that_lost_its_import_lease_changes_nothing(world: World) -> None:
+    fields = {"manifest": {"files": []}, "description": {}}
     base_models.add(world.db, name="b", kind="hub", source="org/b")
     late = _claim(world)
     world.clock.advance(61)
     holder = _claim(world)
 
-    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **told)
+    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
     base_models.fail_import(world.db, late, error={})
     assert base_models.get(world.db, "b").state == "importing"
-    assert base_models.finish_import(world.db, holder, digest=sha("b"), **told)
-    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **told)
+    assert base_models.finish_import(world.db, holder, digest=sha("b"), **fields)
+    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
     base_models.fail_import(world.db, late, error={})
 
     row = base_models.get(world.db, "b")
@@ -144,7 +144,7 @@ def test_bases_are_listed_and_found_by_name(world: World) -> None:
     assert "another, smol" in refusal.value.remedy
 
 
-def test_a_bases_digest_is_that_of_its_files_alone() -> None:
+def test_digest_of_a_base_depends_on_its_files_alone() -> None:
     files = [{"path": "a", "digest": "0", "num_bytes": 1}]
 
     digests = {files_digest({"files": files, "source": source}) for source in ("x", "y")}
@@ -152,7 +152,7 @@ def test_a_bases_digest_is_that_of_its_files_alone() -> None:
     assert len(digests) == 1
 
 
-def test_a_token_cache_is_found_by_all_that_decides_its_tokens(world: World) -> None:
+def test_token_cache_key_includes_all_inputs_of_the_tokens(world: World) -> None:
     key = token_cache.key("ours", "file", "tokenizer", 512)
     assert token_cache.get(world.db, key) is None
 
@@ -183,7 +183,7 @@ def test_a_token_cache_is_found_by_all_that_decides_its_tokens(world: World) -> 
     assert refused.artifact is None
 
 
-def test_a_deleted_base_frees_its_name_and_leaves_what_was_trained_on_it(world: World) -> None:
+def test_deleted_base_frees_its_name_and_keeps_trained_adapters(world: World) -> None:
     adapter = world.complete(world.running().claim_id)
 
     base_models.delete(world.db, "smol")
@@ -205,7 +205,7 @@ def test_a_deleted_base_frees_its_name_and_leaves_what_was_trained_on_it(world: 
 
 
 @pytest.mark.parametrize("state", ["validating_files", "queued", "running", "paused"])
-def test_a_base_that_an_unfinished_job_names_is_kept(world: World, state: str) -> None:
+def test_base_of_an_unfinished_job_cannot_be_deleted(world: World, state: str) -> None:
     job = world.submit()
     if state in ("queued", "running"):
         world.prepare_all()
@@ -223,35 +223,35 @@ def test_a_base_that_an_unfinished_job_names_is_kept(world: World, state: str) -
     assert base_models.get(world.db, "smol").state == "ready"
 
 
-def test_an_import_does_not_bring_back_a_base_that_was_deleted_meanwhile(world: World) -> None:
-    told = {"manifest": {"files": []}, "description": {}}
+def test_import_does_not_restore_a_base_deleted_meanwhile(world: World) -> None:
+    fields = {"manifest": {"files": []}, "description": {}}
     base_models.add(world.db, name="b", kind="hub", source="org/b")
     old = _claim(world)
 
     base_models.delete(world.db, "b")
     assert not lease.renew(world.db, BaseModelRow, old, lease_seconds=60)
-    assert not base_models.finish_import(world.db, old, digest=sha("b"), **told)
+    assert not base_models.finish_import(world.db, old, digest=sha("b"), **fields)
     base_models.fail_import(world.db, old, error={})
     with pytest.raises(NotFound):
         base_models.get(world.db, "b")
     assert base_models.claim_import(world.db, lease_seconds=60) is None
 
     base_models.add(world.db, name="b", kind="folder", source="/models/b")
-    assert not base_models.finish_import(world.db, old, digest=sha("b"), **told)
+    assert not base_models.finish_import(world.db, old, digest=sha("b"), **fields)
     base_models.fail_import(world.db, old, error={})
     assert base_models.get(world.db, "b").state == "importing"
-    assert base_models.finish_import(world.db, _claim(world), digest=sha("new"), **told)
+    assert base_models.finish_import(world.db, _claim(world), digest=sha("new"), **fields)
     assert base_models.get(world.db, "b").digest == sha("new")
 
 
 def _claim(world: World) -> str:
-    """The claim id of an import."""
+    """Claim an import and return its claim id."""
     claimed = base_models.claim_import(world.db, lease_seconds=60)
     assert claimed is not None
     return claimed[1]
 
 
-def test_of_a_deletion_and_a_job_at_the_same_time_one_is_refused(world: World) -> None:
+def test_concurrent_deletion_and_submission_do_not_both_succeed(world: World) -> None:
     def submit(name: str) -> bool:
         with suppress(NotFound):
             world.submit(model=name)
@@ -271,7 +271,7 @@ def test_of_a_deletion_and_a_job_at_the_same_time_one_is_refused(world: World) -
     assert all(submitted.result() != deleted.result() for submitted, deleted in both)
 
 
-def test_what_is_learnt_and_what_becomes_of_long_rows_are_part_of_a_token_caches_key() -> None:
+def test_token_cache_key_includes_loss_and_overflow_options() -> None:
     given = [None, DataSpec(loss="last_turn"), DataSpec(overflow="drop"), DataSpec(overflow="split")]
 
     assert len({token_cache.key("ours", "file", "tokenizer", 512, data) for data in given}) == 4
@@ -280,7 +280,7 @@ def test_what_is_learnt_and_what_becomes_of_long_rows_are_part_of_a_token_caches
     )
 
 
-def test_only_what_was_a_base_here_and_is_none_any_more_counts_as_deleted(world: World) -> None:
+def test_only_former_bases_of_this_database_count_as_deleted(world: World) -> None:
     world.base("kept")
     world.base("twin")
     job = world.queued(model="kept")
@@ -295,7 +295,7 @@ def test_only_what_was_a_base_here_and_is_none_any_more_counts_as_deleted(world:
     assert base_models.deleted(world.db, [sha("of another database")]) == set()
 
 
-def test_a_base_that_was_deleted_and_added_again_is_kept_and_one_of_old_jobs_is_not(world: World) -> None:
+def test_base_that_was_deleted_and_added_again_is_kept(world: World) -> None:
     claim = world.running()
     world.complete(claim.claim_id)
     base_models.delete(world.db, "smol")

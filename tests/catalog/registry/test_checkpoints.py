@@ -1,4 +1,4 @@
-"""Checkpoints as models: named, kept, continued, deleted, and told to have expired once they are gone."""
+"""Checkpoints as models: named, stored, continued, deleted, and reported as expired once removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def exported(name: str) -> recording.Exported:
 
 
 def save(world: World, claim: Claim, *steps: int) -> list[str]:
-    """The names of new checkpoints of the job."""
+    """Record checkpoints at these steps. Returns the names of the job's checkpoints, oldest first."""
     for step in steps:
         name = f"{claim.job.id} {step}"
         files = manifest(name, kind="checkpoint")
@@ -39,7 +39,7 @@ def get(world: World, name: str) -> adapters.AdapterView:
     return adapters.get(world.db, project_id=world.caller.project_id, name=name)
 
 
-def test_a_checkpoint_is_read_like_an_adapter_by_its_name_and_by_its_id(world: World) -> None:
+def test_checkpoint_is_readable_as_an_adapter_by_name_and_id(world: World) -> None:
     claim = world.running(suffix="docs")
     (name,) = save(world, claim, 5)
 
@@ -54,7 +54,7 @@ def test_a_checkpoint_is_read_like_an_adapter_by_its_name_and_by_its_id(world: W
         adapters.get(world.db, project_id=world.stranger.project_id, name=name)
 
 
-def test_a_checkpoint_is_a_model_from_when_its_weights_come_and_none_where_its_files_are_not_kept(
+def test_checkpoint_becomes_a_model_when_its_weights_arrive(
     world: World,
 ) -> None:
     claim = world.running()
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_a_model_from_when_its_weights_come_and_none_where_its_f
     assert get(world, page.items[0].name or "").adapter.num_parameters == 7
 
 
-def test_a_checkpoint_keeps_its_name_after_its_jobs_end_and_when_its_project_is_renamed(world: World) -> None:
+def test_checkpoint_keeps_its_name_after_job_end_and_project_rename(world: World) -> None:
     claim = world.running()
     (name,) = save(world, claim, 5)
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_keeps_its_name_after_its_jobs_end_and_when_its_project_is_
     assert [model.name for model in kept.items] == [name]
 
 
-def test_only_the_newest_two_can_be_used_and_the_others_are_told_to_have_expired(world: World) -> None:
+def test_only_the_newest_two_checkpoints_are_kept_and_others_expire(world: World) -> None:
     claim = world.running()
     first, *newest = save(world, claim, 1, 2, 3)
 
@@ -98,11 +98,11 @@ def test_only_the_newest_two_can_be_used_and_the_others_are_told_to_have_expired
     live = garbage_collection.live_digests(world.db)
     assert manifest(f"weights {claim.job.id} 1").digest not in live
     assert manifest(f"weights {claim.job.id} 2").digest in live
-    with pytest.raises(NotFound):  # a stranger isn't told that it ever was
+    with pytest.raises(NotFound):  # another project does not learn that it existed
         adapters.get(world.db, project_id=world.stranger.project_id, name=first)
 
 
-def test_checkpoints_expire_a_week_after_the_end_of_their_job(world: World) -> None:
+def test_checkpoints_expire_a_week_after_their_job_ends(world: World) -> None:
     claim = world.running()
     (name,) = save(world, claim, 5)
     world.complete(claim.claim_id)
@@ -120,7 +120,7 @@ def test_checkpoints_expire_a_week_after_the_end_of_their_job(world: World) -> N
     assert adapters.list_checkpoint_models(world.db, project_id=world.caller.project_id).items == []
 
 
-def test_a_job_begins_with_a_checkpoint_and_keeps_it_until_it_has_ended(world: World) -> None:
+def test_job_that_starts_from_a_checkpoint_keeps_it_until_it_ends(world: World) -> None:
     claim = world.running()
     first, _ = save(world, claim, 1, 2)
     digest = manifest(f"weights {claim.job.id} 1").digest
@@ -139,7 +139,7 @@ def test_a_job_begins_with_a_checkpoint_and_keeps_it_until_it_has_ended(world: W
     assert digest not in garbage_collection.live_digests(world.db)
 
 
-def test_a_deleted_checkpoint_is_no_model_any_more_and_its_job_still_resumes_from_it(world: World) -> None:
+def test_deleted_checkpoint_model_is_gone_but_its_job_still_resumes(world: World) -> None:
     claim = world.running()
     (name,) = save(world, claim, 5)
     delete = partial(adapters.delete, world.db, project_id=world.caller.project_id, name=name)
@@ -155,7 +155,7 @@ def test_a_deleted_checkpoint_is_no_model_any_more_and_its_job_still_resumes_fro
     assert row.artifact is not None
 
 
-def test_of_two_jobs_whose_ids_end_alike_each_checkpoint_has_its_own_name(world: World) -> None:
+def test_checkpoint_names_are_unique_across_jobs_with_similar_ids(world: World) -> None:
     other, claim = world.running(), world.running()
     save(world, other, 5)
     taken = f"ft:smol:ours::{claim.job.id[-8:]}:ckpt-step-5"

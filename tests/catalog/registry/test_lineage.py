@@ -1,4 +1,4 @@
-"""The record of an adapter: what it holds, what it never holds, and that a change to it or to a file shows."""
+"""Lineage records: their content, what they never contain, and the detection of changes."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow, File
 
 CANARY = "canary-7c1f"
-"""Planted wherever a secret, a row of data or a host's path could come in."""
+"""Planted wherever a secret, a data row or a host path could leak into the record."""
 
 
 def digest(text: str) -> str:
@@ -37,7 +37,7 @@ def base(**given: Any) -> BaseModelRow:
         {"path": path, "digest": digest(path), "num_bytes": 7}
         for path in ("chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json")
     ]
-    told: dict[str, Any] = {
+    content: dict[str, Any] = {
         "name": "smol",
         "kind": "hub",
         "source": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -46,7 +46,7 @@ def base(**given: Any) -> BaseModelRow:
         "manifest": {"files": files, "source": f"/home/{CANARY}/x", "revision": None},
         "description": {"num_parameters": 134_515_008, "dtype": "bfloat16", "license": "apache-2.0"},
     }
-    return BaseModelRow(**{**told, **given})
+    return BaseModelRow(**{**content, **given})
 
 
 def job() -> Job:
@@ -109,7 +109,7 @@ def attempts() -> list[AttemptRecord]:
 
 
 def record(**given: Any) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    content: dict[str, Any] = {
         "job": job(),
         "base": base(),
         "adapter": manifest(),
@@ -120,10 +120,10 @@ def record(**given: Any) -> dict[str, Any]:
         "code": {"lorry": "0.1.0", "torch": "2.9.0"},
         "finished_at": 1_700_000_100.0,
     }
-    return lineage.build(**{**told, **given})
+    return lineage.build(**{**content, **given})
 
 
-def test_the_record_tells_what_the_adapter_came_from() -> None:
+def test_record_describes_the_origin_of_the_adapter() -> None:
     made = record()
 
     assert made["outputs"]["artifact"] == manifest().digest
@@ -146,49 +146,57 @@ def test_the_record_tells_what_the_adapter_came_from() -> None:
     assert made["people"]["finished_at"] == "2023-11-14T22:15:00.000Z"
 
 
-def test_no_secret_row_or_host_path_gets_in() -> None:
+def test_record_contains_no_secret_row_or_host_path() -> None:
     assert CANARY not in json.dumps(record())
 
 
-def test_what_is_the_projects_alone_does_not_get_in_and_what_made_the_adapter_does() -> None:
-    asked = job()
+def test_record_omits_project_data_but_keeps_the_configuration() -> None:
+    requested = job()
     samples = {"prompts": [CANARY], "max_tokens": 8}
-    asked.requested = {**asked.requested, "evaluation": {"every_steps": 5, "samples": samples}}
-    asked.spec = {**asked.spec, "evaluate_every_steps": 5, "samples": samples}
+    requested.requested = {**requested.requested, "evaluation": {"every_steps": 5, "samples": samples}}
+    requested.spec = {**requested.spec, "evaluate_every_steps": 5, "samples": samples}
 
-    made = record(job=asked)
+    made = record(job=requested)
 
-    told = json.dumps(made)
-    assert [name for name in (CANARY, "ftjob-3", "ftjob-9", "key-1") if name in told] == []
+    content = json.dumps(made)
+    assert [name for name in (CANARY, "ftjob-3", "ftjob-9", "key-1") if name in content] == []
     assert made["config"]["requested"]["evaluation"] == {"every_steps": 5}
     assert made["config"]["resolved"]["evaluate_every_steps"] == 5
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
-def test_the_place_of_a_local_base_is_not_told(kind: str) -> None:
+def test_location_of_a_local_base_is_omitted(kind: str) -> None:
     made = record(base=base(kind=kind, source="models/of/anna/smol"))
 
     assert made["base"]["source"] is None
     assert made["base"]["digest"] == base().digest
 
 
-PLACES = ["/home/anna/x", "see /tmp/a/b", "file:///srv/x", "C:\\data", "\\\\host\\share", "~/models/x", "path=/srv/x/y"]
-NO_PLACES = ["HuggingFaceTB/SmolLM2", "and/or", "1/2", "https://huggingface.co/a/b", "a: b", "ft:base:proj::x"]
+HOST_PATHS = [
+    "/home/anna/x",
+    "see /tmp/a/b",
+    "file:///srv/x",
+    "C:\\data",
+    "\\\\host\\share",
+    "~/models/x",
+    "path=/srv/x/y",
+]
+NO_HOST_PATHS = ["HuggingFaceTB/SmolLM2", "and/or", "1/2", "https://huggingface.co/a/b", "a: b", "ft:base:proj::x"]
 
 
-@pytest.mark.parametrize("text", PLACES)
-def test_a_text_that_names_a_place_on_a_host_is_dropped(text: str) -> None:
+@pytest.mark.parametrize("text", HOST_PATHS)
+def test_text_with_a_host_path_is_dropped(text: str) -> None:
     made = record(results={"note": text, "notes": [text, 1], text: 1, "steps": 2})
 
     assert made["results"] == {"notes": [1], "steps": 2}
 
 
-@pytest.mark.parametrize("text", NO_PLACES)
-def test_a_text_that_names_no_place_is_kept(text: str) -> None:
+@pytest.mark.parametrize("text", NO_HOST_PATHS)
+def test_text_without_a_host_path_is_kept(text: str) -> None:
     assert record(results={"note": text})["results"] == {"note": text}
 
 
-def test_the_id_is_the_digest_of_the_canonical_form() -> None:
+def test_lineage_id_is_the_digest_of_the_canonical_form() -> None:
     made = record()
 
     assert lineage.canonical(made) == rfc8785.dumps(made)
@@ -196,7 +204,7 @@ def test_the_id_is_the_digest_of_the_canonical_form() -> None:
     assert lineage.lineage_id(made) == lineage.lineage_id(record())
 
 
-def test_a_record_survives_the_database_and_the_wire() -> None:
+def test_record_survives_json_and_canonical_round_trips() -> None:
     made = record()
 
     assert lineage.lineage_id(json.loads(json.dumps(made))) == lineage.lineage_id(made)
@@ -213,18 +221,18 @@ def test_a_record_survives_the_database_and_the_wire() -> None:
         ({1: 2}, "record.results.loss has the key 1"),
     ],
 )
-def test_what_has_no_canonical_form_is_refused_with_its_place(value: Any, place: str) -> None:
+def test_values_without_a_canonical_form_are_rejected_with_their_path(value: Any, place: str) -> None:
     with pytest.raises(ValueError, match=place):
         record(results={"loss": value})
 
 
-def test_an_honest_record_verifies() -> None:
+def test_intact_record_verifies() -> None:
     made = record()
 
     assert lineage.verify(made, lineage.lineage_id(made), manifest()) == []
 
 
-def test_other_weights_are_named() -> None:
+def test_changed_weights_are_reported() -> None:
     made = record()
 
     problems = lineage.verify(made, lineage.lineage_id(made), manifest("other weights"))
@@ -236,7 +244,7 @@ def test_other_weights_are_named() -> None:
     ]
 
 
-def test_a_missing_and_an_extra_file_are_named() -> None:
+def test_missing_and_extra_files_are_reported() -> None:
     made = record()
     extra = ManifestFile(path="extra.bin", digest=digest("x"), num_bytes=1)
     other = Manifest.of("adapter", [manifest().files[0], extra])
@@ -249,7 +257,7 @@ def test_a_missing_and_an_extra_file_are_named() -> None:
     ]
 
 
-def test_another_base_in_the_record_is_noticed_even_with_a_new_id() -> None:
+def test_changed_base_is_detected_even_with_a_new_id() -> None:
     made = record()
     made["base"]["files"][2]["digest"] = digest("another model")
 
@@ -265,7 +273,7 @@ def every_place(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 
 
 @given(st.data())
-def test_any_change_anywhere_shows(draw: st.DataObject) -> None:
+def test_any_change_is_detected(draw: st.DataObject) -> None:
     made = record()
     changed = copy.deepcopy(made)
     *way, last = draw.draw(st.sampled_from(every_place(made)))
@@ -278,5 +286,5 @@ def test_any_change_anywhere_shows(draw: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("broken", [{}, {"format": "lorry.lineage/9"}, {"format": lineage.FORMAT, "outputs": 3}])
-def test_what_is_no_record_gives_problems_and_no_crash(broken: dict[str, Any]) -> None:
+def test_malformed_records_are_reported_without_a_crash(broken: dict[str, Any]) -> None:
     assert len(lineage.verify(broken, "0" * 64, manifest())) >= 2

@@ -1,4 +1,4 @@
-"""Which precision a job has that asks for none: what suits the workers there are."""
+"""Automatic precision follows the capabilities of the workers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.catalog.world import World
         ([], "bfloat16"),
         ([False], "float32"),
         ([False, True], "bfloat16"),
-        ([None], "bfloat16"),  # a worker of an older version does not say
+        ([None], "bfloat16"),  # a worker of an older version does not report it
     ],
 )
-def test_an_automatic_precision_suits_the_fleet_and_is_settled_with_the_job(
+def test_automatic_precision_follows_the_workers_at_submission(
     world: World, fleet: list[bool | None], expected: str
 ) -> None:
     for index, has in enumerate(fleet):
@@ -26,14 +26,14 @@ def test_an_automatic_precision_suits_the_fleet_and_is_settled_with_the_job(
         given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
         workers.register_worker(world.db, worker_id=f"w{index}", devices=devices, **given)
 
-    automatic, asked = world.submit(), world.submit(precision="float32")
+    automatic, explicit = world.submit(), world.submit(precision="float32")
 
     assert automatic.spec["precision"] == packing.precision_of(automatic.pack_key) == expected
-    assert packing.precision_of(asked.pack_key) == "float32"
+    assert packing.precision_of(explicit.pack_key) == "float32"
 
 
 @pytest.mark.parametrize(("seen", "expected"), [([True, False], "float32"), ([False, True], "bfloat16")])
-def test_while_no_worker_lives_the_one_that_was_seen_last_settles_an_automatic_precision(
+def test_automatic_precision_follows_the_last_worker_if_none_is_live(
     world: World, seen: list[bool], expected: str
 ) -> None:
     for index, has in enumerate(seen):

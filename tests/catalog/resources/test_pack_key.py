@@ -1,4 +1,4 @@
-"""Which jobs train together."""
+"""Rules for jobs that train together: packs, joiners and pack keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def packed(*candidates: Candidate, capacity: Capacity = ROOM, now: float = 10) -
     return [choice.entry.candidate.job_id for choice in choose_pack(entries(*candidates, now=now), capacity)]
 
 
-def test_a_device_that_computes_blocks_again_takes_what_it_does_without() -> None:
+def test_activation_checkpointing_lets_a_large_job_fit() -> None:
     long, short = replace(candidate("long"), own_bytes=95, saved_bytes=60), candidate("short", 1)
     roomy = replace(ROOM, recomputes=True)
 
@@ -50,11 +50,11 @@ def joined(*candidates: Candidate, capacity: Capacity = ROOM, now: float = 10, w
     return [choice.entry.candidate.job_id for choice in chosen]
 
 
-def test_the_first_in_the_queue_is_the_anchor_and_its_like_fill_the_rest() -> None:
+def test_first_job_is_the_anchor_and_matching_jobs_fill_the_pack() -> None:
     assert packed(candidate("a"), other("x", 1), candidate("b", 2), candidate("c", 3)) == ["a", "b", "c"]
 
 
-def test_no_more_jobs_than_there_is_room_for() -> None:
+def test_pack_is_limited_by_job_count_and_memory() -> None:
     waiting = [candidate(f"j{i}", i) for i in range(9)]
 
     assert packed(*waiting) == ["j0", "j1", "j2", "j3"]
@@ -63,13 +63,13 @@ def test_no_more_jobs_than_there_is_room_for() -> None:
     assert packed(*waiting, capacity=Capacity(max_jobs=4, memory_bytes_free=10)) == []
 
 
-def test_a_packmate_that_does_not_fit_leaves_its_place_to_a_smaller_one() -> None:
+def test_packmate_that_does_not_fit_yields_to_a_smaller_one() -> None:
     large = candidate("large", 1, own_bytes=95)
 
     assert packed(candidate("a"), large, candidate("b", 2)) == ["a", "b"]
 
 
-def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long() -> None:
+def test_resident_base_is_preferred_only_within_its_class_and_patience() -> None:
     capacity = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
     resident = candidate("resident", 5)
 
@@ -78,8 +78,8 @@ def test_a_resident_base_goes_first_only_within_its_class_and_only_for_so_long()
     assert packed(other("x", priority=0), resident, capacity=capacity, now=10) == ["x"]
 
 
-def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
-    """Its base is counted in what is free, as it is for those for whom it would be unloaded."""
+def test_job_for_the_resident_trainer_still_needs_memory_for_a_tick() -> None:
+    """The free memory counts the resident base model as free, as for jobs that would unload it."""
     needs_eleven = candidate("a", trainer_bytes=10, own_bytes=1)
 
     def taken(memory_bytes_free: int) -> list[str]:
@@ -90,8 +90,8 @@ def test_a_job_for_the_resident_trainer_still_needs_its_tick() -> None:
     assert taken(10) == []
 
 
-def test_a_trainer_of_the_same_base_in_another_dtype_is_not_resident() -> None:
-    """Five bytes are free and the bfloat16 base holds ten: that base in float32 with its tick needs 22."""
+def test_same_base_in_another_dtype_is_not_resident() -> None:
+    """Five bytes are free and the bfloat16 base model holds ten. In float32 it needs 22 bytes with its tick."""
     capacity = Capacity(max_jobs=1, memory_bytes_free=15, resident_key="b:bfloat16:causal-lm")
     large = candidate("large", 5, pack_key="b:float32:causal-lm", trainer_bytes=22)
     small = candidate("small", 5, pack_key="b:float32:causal-lm", trainer_bytes=10)
@@ -102,7 +102,7 @@ def test_a_trainer_of_the_same_base_in_another_dtype_is_not_resident() -> None:
     assert packed(other("x"), candidate("same", 5), capacity=capacity, now=10) == ["same"]
 
 
-def test_a_suspect_neither_has_nor_becomes_a_packmate() -> None:
+def test_isolated_job_neither_has_nor_becomes_a_packmate() -> None:
     suspect = candidate("suspect", 0, is_suspect=True)
 
     assert packed(suspect, candidate("a", 1)) == ["suspect"]
@@ -110,18 +110,18 @@ def test_a_suspect_neither_has_nor_becomes_a_packmate() -> None:
     assert joined(candidate("suspect", 0, is_suspect=True), candidate("a", 1)) == ["a"]
 
 
-def test_jobs_join_a_live_trainer_past_a_job_for_another_base_only_while_that_has_not_waited_long() -> None:
+def test_joiners_pass_a_job_for_another_base_only_within_its_patience() -> None:
     assert joined(other("x"), candidate("a", 1)) == ["a"]
     assert joined(candidate("a"), other("x", 1), candidate("b", 2), now=PATIENCE_SECONDS + 1) == ["a"]
 
 
-def test_a_job_that_could_never_fit_this_worker_does_not_hold_its_trainer_up() -> None:
+def test_job_that_never_fits_the_worker_does_not_drain_its_trainer() -> None:
     huge = other("huge", trainer_bytes=1000)
 
     assert joined(huge, candidate("a", 1), now=PATIENCE_SECONDS + 1) == ["a"]
 
 
-def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_ever_by_smaller_ones() -> None:
+def test_large_job_is_not_passed_by_smaller_joiners_forever() -> None:
     large = candidate("large", own_bytes=80)
     capacity = Capacity(max_jobs=4, memory_bytes_free=50)
 
@@ -131,31 +131,31 @@ def test_a_job_that_waits_too_long_for_room_in_a_live_trainer_is_not_passed_for_
     assert joined(large, candidate("a", 1), capacity=capacity, now=PATIENCE_SECONDS + 1, worker_bytes=60) == ["a"]
 
 
-def test_nobody_joins_into_the_room_that_is_being_made_for_another() -> None:
+def test_no_job_joins_into_memory_freed_by_a_preemption() -> None:
     urgent = candidate("urgent", 5, priority=0, own_bytes=80)
-    asked = replace(urgent, preemption_requested_at=8)
+    preempting = replace(urgent, preemption_requested_at=8)
     capacity = Capacity(max_jobs=4, memory_bytes_free=50)
 
     assert joined(urgent, candidate("a"), capacity=capacity) == ["a"]
-    assert joined(asked, candidate("a"), capacity=capacity) == []
-    assert joined(asked, candidate("a"), capacity=capacity, worker_bytes=60) == ["a"]
-    assert joined(asked, candidate("a"), capacity=replace(capacity, memory_bytes_free=90)) == ["urgent", "a"]
+    assert joined(preempting, candidate("a"), capacity=capacity) == []
+    assert joined(preempting, candidate("a"), capacity=capacity, worker_bytes=60) == ["a"]
+    assert joined(preempting, candidate("a"), capacity=replace(capacity, memory_bytes_free=90)) == ["urgent", "a"]
 
 
-def test_nobody_goes_before_one_for_which_room_is_being_made_because_his_base_is_loaded() -> None:
+def test_resident_base_is_not_preferred_over_a_preempting_job() -> None:
     capacity = Capacity(max_jobs=1, memory_bytes_free=100, resident_key="b:bfloat16:causal-lm")
     urgent, resident = other("urgent", priority=0), candidate("resident", 5, priority=0)
-    asked = replace(urgent, preemption_requested_at=8)
+    preempting = replace(urgent, preemption_requested_at=8)
     third = replace(other("third", priority=0), place=-1, queued_at=-1, pack_key="d:bfloat16:causal-lm")
 
     assert packed(urgent, resident, capacity=capacity) == ["resident"]
-    assert packed(asked, resident, capacity=capacity) == ["urgent"]
-    assert packed(third, asked, resident, capacity=capacity) == ["third"]
-    assert packed(third, candidate("first", -0.5, priority=0), asked, capacity=capacity) == ["first"]
-    assert packed(replace(asked, trainer_bytes=1000), resident, capacity=capacity) == ["resident"]
+    assert packed(preempting, resident, capacity=capacity) == ["urgent"]
+    assert packed(third, preempting, resident, capacity=capacity) == ["third"]
+    assert packed(third, candidate("first", -0.5, priority=0), preempting, capacity=capacity) == ["first"]
+    assert packed(replace(preempting, trainer_bytes=1000), resident, capacity=capacity) == ["resident"]
 
 
-def test_a_choice_says_why() -> None:
+def test_choices_have_a_reason() -> None:
     waiting = entries(candidate("a"), candidate("b", 1))
 
     reasons = [(choice.role, choice.reason) for choice in choose_pack(waiting, ROOM)]
@@ -165,12 +165,12 @@ def test_a_choice_says_why() -> None:
     assert choose_anchor([], ROOM) is None
 
 
-def test_a_pack_key_tells_its_precision() -> None:
+def test_pack_key_contains_the_precision() -> None:
     assert precision_of(pack_key("d", "float32")) == "float32"
     assert precision_of(pack_key("sha256:d", "bfloat16")) == "bfloat16"
 
 
-def test_a_pack_key_tells_how_the_base_is_held() -> None:
+def test_pack_key_contains_the_quantization() -> None:
     keys = [pack_key("d", "float32", quantization) for quantization in ("none", "nf4", "int8")]
 
     assert len(set(keys)) == 3
@@ -179,11 +179,11 @@ def test_a_pack_key_tells_how_the_base_is_held() -> None:
     assert [weights_of(key) for key in keys] == ["float32", "nf4 with float32", "int8 with float32"]
 
 
-def test_jobs_that_were_queued_before_there_was_quantization_still_share_a_trainer_with_new_ones() -> None:
+def test_pack_key_without_quantization_keeps_the_older_format() -> None:
     assert pack_key("d", "float32", "none") == "d:float32:causal-lm"
 
 
-def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size() -> None:
+def test_gpu_tick_memory_is_counted_slice_by_slice_up_to_its_limit() -> None:
     waiting = [candidate(f"j{i:02}", i, own_bytes=1, slice_bytes=5, trainer_bytes=10) for i in range(12)]
 
     def sizes(memory_bytes_free: int) -> tuple[int, int]:
@@ -199,7 +199,7 @@ def test_a_wider_tick_of_a_gpu_is_counted_slice_by_slice_until_it_has_its_size()
     assert sizes(57) == (12, 12)
 
 
-def test_what_is_in_the_trainer_already_counts_for_the_size_of_its_tick() -> None:
+def test_running_jobs_count_toward_the_tick_size() -> None:
     waiting = [candidate(f"j{i}", i, own_bytes=1, slice_bytes=5) for i in range(4)]
 
     def joiners(num_jobs: int) -> int:

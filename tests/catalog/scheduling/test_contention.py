@@ -1,4 +1,4 @@
-"""Workers that look at the queue at once take what one after the other would have taken."""
+"""Concurrent workers claim the same jobs that consecutive claims would take."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HAD = st.fixed_dictionaries(
 
 
 def one_after_the_other(whole: QueueSnapshot) -> list[str]:
-    """Who is chosen first, each time without those before."""
+    """Return the first choices, each decided without the ones before."""
     found: list[str] = []
     while claim_order := decide(snapshot_without(whole, found), USUAL).claim_order:
         found.append(claim_order[0])
@@ -45,21 +45,21 @@ def one_after_the_other(whole: QueueSnapshot) -> list[str]:
 
 
 @given(OF_ONE_CLASS, HAD, st.sampled_from([None, LIVE]), st.sampled_from([59, 200]))
-def test_who_would_be_next_is_known_ahead(
+def test_claim_order_predicts_consecutive_claims(
     queue: list[Candidate], had: dict[str, Share], resident: str | None, now: int
 ) -> None:
-    """Where none or all have waited too long for a base that is loaded to be preferred."""
+    """At these times no job, or every job, has waited too long to be passed for a loaded base model."""
     capacity = Capacity(max_jobs=1, memory_bytes_free=100, resident_key=resident)
     whole = snapshot(*queue, shares=had, now=now, capacity=capacity)
 
-    told = list(decide(whole, USUAL).claim_order)
+    expected = list(decide(whole, USUAL).claim_order)
 
-    assert told == one_after_the_other(whole)[: len(told)]
-    assert resident is not None or len(told) == sum(capacity.alone(job) <= 100 for job in queue)
+    assert expected == one_after_the_other(whole)[: len(expected)]
+    assert resident is not None or len(expected) == sum(capacity.alone(job) <= 100 for job in queue)
 
 
 @given(QUEUE, HAD, st.integers(1, 4))
-def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
+def test_claim_order_stops_where_an_unread_job_might_come_next(
     queue: list[Candidate], had: dict[str, Share], per_group: int
 ) -> None:
     capacity = Capacity(max_jobs=1, memory_bytes_free=100)
@@ -71,13 +71,13 @@ def test_nothing_is_told_of_turns_between_which_an_unread_job_may_stand(
         part += [job] if read[job.project_id, job.priority] <= per_group else []
     whole = snapshot(*fitting, shares=had, now=100, capacity=capacity)
 
-    told = decide(replace(whole, candidates=tuple(part), per_group=per_group), USUAL).claim_order
+    expected = decide(replace(whole, candidates=tuple(part), per_group=per_group), USUAL).claim_order
 
-    assert told == decide(whole, USUAL).claim_order[: len(told)]
-    assert bool(told) == bool(fitting)
+    assert expected == decide(whole, USUAL).claim_order[: len(expected)]
+    assert bool(expected) == bool(fitting)
 
 
-def test_a_class_that_had_its_turn_from_another_does_not_rise_again() -> None:
+def test_class_that_had_its_turn_is_not_promoted_again() -> None:
     now = 3 * USUAL.priority_aging_seconds
     old = [candidate(f"old{number}", number, priority=2) for number in range(2)]
     whole = snapshot(*old, candidate("new0", now - 2), candidate("new1", now - 1), now=now)
@@ -86,7 +86,7 @@ def test_a_class_that_had_its_turn_from_another_does_not_rise_again() -> None:
 
 
 def flooded(world: World, number: int) -> None:
-    """So many jobs of ours, and as many of a stranger's whose project has three times the weight."""
+    """Queue `number` jobs of our project, and as many of another project with three times the weight."""
     projects.weigh(world.db, caller=replace(world.caller, is_operator=True), project="theirs", weight=3)
     world.flood(world.queued(), number - 1)
     job = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
@@ -96,9 +96,7 @@ def flooded(world: World, number: int) -> None:
 
 @pytest.mark.both_databases
 @pytest.mark.parametrize("max_jobs", [1, 3])
-def test_of_workers_that_claim_at_once_projects_have_what_one_after_the_other_would_have_given_them(
-    world: World, max_jobs: int
-) -> None:
+def test_concurrent_claims_share_like_consecutive_ones(world: World, max_jobs: int) -> None:
     flooded(world, 40)
     start, capacity = Barrier(8), replace(WIDE, max_jobs=max_jobs)
 
@@ -120,7 +118,7 @@ def test_of_workers_that_claim_at_once_projects_have_what_one_after_the_other_wo
 
 
 def racing(world: World, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any]) -> list[int]:
-    """The next look at the queue is followed by this before anything is taken. Gives a list of looks."""
+    """Run `meanwhile` after the next decision and before its claim. Returns a list with one item per decision."""
     choose: Any = claiming._choose  # pyright: ignore[reportPrivateUsage]
     looks: list[int] = []
 
@@ -138,7 +136,7 @@ def racing(world: World, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[]
 
 
 @pytest.mark.parametrize("max_jobs", [1, 3])
-def test_who_lost_what_it_chose_takes_what_is_left_at_its_first_look_and_tells_why(
+def test_claim_that_lost_a_race_falls_back_without_another_decision(
     world: World, monkeypatch: pytest.MonkeyPatch, max_jobs: int
 ) -> None:
     flooded(world, 20)
@@ -163,11 +161,11 @@ def test_who_lost_what_it_chose_takes_what_is_left_at_its_first_look_and_tells_w
 
 
 def _stem(job_id: str) -> str:
-    """Of a job and its copies."""
+    """Return the id prefix that a job and its copies share."""
     return "-".join(job_id.split("-")[:2])
 
 
-def test_who_joins_and_lost_what_it_chose_takes_what_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joining_worker_that_lost_a_race_claims_what_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker()
     held = world.running().job
     world.flood(world.queued(), 9)
@@ -180,9 +178,7 @@ def test_who_joins_and_lost_what_it_chose_takes_what_is_left(world: World, monke
     assert (len(mine), len(looks)) == (2, 1)
 
 
-def test_where_more_were_taken_than_are_known_ahead_it_looks_again(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decision_is_repeated_when_all_fallbacks_are_taken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.flood(world.queued(), MAX_FALLBACKS + 4)
     looks = racing(
         world,
@@ -194,7 +190,7 @@ def test_where_more_were_taken_than_are_known_ahead_it_looks_again(
     assert len(looks) == 2
 
 
-def test_a_limit_that_others_reached_meanwhile_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_reached_meanwhile_by_others_is_respected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     flooded(world, 4)
     quotas.limit(
         world.db, caller=replace(world.caller, is_operator=True), project="theirs", limits={"concurrent_jobs": 1}
@@ -207,13 +203,13 @@ def test_a_limit_that_others_reached_meanwhile_is_kept(world: World, monkeypatch
     assert len(looks) == 2
 
 
-def test_people_are_told_whether_a_trainer_starts_or_has_the_base_already(world: World) -> None:
+def test_attempt_event_names_a_new_or_a_loaded_trainer(world: World) -> None:
     world.worker()
     first, second = world.queued(), world.queued()
 
     world.claim(capacity=ONE)
     world.claim(capacity=replace(ONE, resident_key=second.pack_key))
 
-    for job, told in ((first, "in a new trainer"), (second, "in a trainer that has its base model loaded")):
+    for job, expected in ((first, "in a new trainer"), (second, "in a trainer that has its base model loaded")):
         messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
-        assert messages[-1] == f"Attempt 1 started on worker w1 {told}"
+        assert messages[-1] == f"Attempt 1 started on worker w1 {expected}"

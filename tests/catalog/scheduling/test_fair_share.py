@@ -1,4 +1,4 @@
-"""What projects have had, against what they are due."""
+"""Fair share: usage of projects compared with their entitlement."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ P = POLICY.priority_aging_seconds
 DAY = 86_400.0
 
 
-def test_jobs_that_train_together_share_what_their_trainer_holds() -> None:
+def test_jobs_share_the_device_seconds_of_their_trainer() -> None:
     assert ordering.charge(10, num_devices=2, num_jobs=4) == 5
     assert ordering.charge(10, num_devices=1, num_jobs=1) == 10
-    assert ordering.charge(-3, num_devices=1, num_jobs=1) == 0, "a clock that was set back"
+    assert ordering.charge(-3, num_devices=1, num_jobs=1) == 0, "a clock that was set back charges nothing"
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e6), st.floats(0, 1e6))
-def test_what_was_used_counts_half_after_a_half_life_whenever_one_looks(
-    amount: float, first: float, then: float
-) -> None:
+def test_usage_halves_per_half_life_at_any_read_times(amount: float, first: float, then: float) -> None:
     looked = ordering.decay(ordering.decay(amount, first, half_life_seconds=DAY), then, half_life_seconds=DAY)
 
     assert looked == pytest.approx(ordering.decay(amount, first + then, half_life_seconds=DAY))
@@ -44,7 +42,7 @@ def firsts(entries: list[QueueEntry]) -> list[str]:
     return [entry.candidate.job_id for entry in entries]
 
 
-def test_who_has_had_less_for_its_weight_goes_first() -> None:
+def test_project_with_lower_normalized_usage_goes_first() -> None:
     waiting = [candidate("a", 0, "a"), candidate("b", 1, "b")]
     had = {"a": Share(device_seconds=1000), "b": Share(device_seconds=1500)}
 
@@ -53,9 +51,7 @@ def test_who_has_had_less_for_its_weight_goes_first() -> None:
 
 
 @pytest.mark.parametrize(("of_a", "of_b", "steps"), [(0, 1, 1), (1, 2, 1), (0, 2, 2)])
-def test_between_projects_a_class_goes_first_only_while_its_project_has_had_little_more(
-    of_a: int, of_b: int, steps: int
-) -> None:
+def test_priority_class_outweighs_a_limited_usage_difference(of_a: int, of_b: int, steps: int) -> None:
     waiting = [candidate("a", 0, "a", of_a), candidate("b", 0, "b", of_b)]
     head_start = steps * POLICY.class_step_seconds
 
@@ -66,13 +62,13 @@ def test_between_projects_a_class_goes_first_only_while_its_project_has_had_litt
     assert [first(3 * head_start - 3, 3), first(3 * head_start + 3, 3)] == ["a", "b"]
 
 
-def test_within_a_project_a_class_goes_first_whatever_it_has_had() -> None:
+def test_priority_class_decides_within_a_project() -> None:
     waiting = [candidate("normal"), candidate("urgent", 5, priority=0), candidate("batch", -5, priority=2)]
 
     assert firsts(order(waiting, 10, shares={"p": Share(device_seconds=1e9)})) == ["urgent", "normal", "batch"]
 
 
-def test_a_turn_tells_what_its_project_has_had_and_that_its_waiting_counts() -> None:
+def test_position_reason_names_usage_and_aging() -> None:
     had = {"p": Share(device_seconds=1234, weight=2)}
     (entry,) = order([candidate("old", priority=2)], 2 * P, shares=had)
 
@@ -82,40 +78,46 @@ def test_a_turn_tells_what_its_project_has_had_and_that_its_waiting_counts() -> 
     )
 
 
-def test_batch_is_passed_by_what_is_urgent_in_its_project_only_for_so_long() -> None:
+def test_batch_job_is_promoted_after_the_aging_time() -> None:
     def first(now: float, **given: Any) -> str:
         waiting = [candidate("old", 0, priority=2), candidate("new", now - 1, priority=0)]
         return firsts(order(waiting, now, **given))[0]
 
     assert [first(2 * P - 1), first(2 * P)] == ["new", "old"]
     entry = WorkerService(at={("p", 2): 1.0}, memory_bytes=11)
-    assert first(2 * P, served=[entry]) == "new", "its class had a turn since it came"
-    assert first(2 * P, served=[replace(entry, at={("other", 2): 1.0})]) == "old", "that was another project's turn"
-    assert first(2 * P, served=[replace(entry, memory_bytes=10)]) == "old", "on a worker that can't hold it"
+    assert first(2 * P, served=[entry]) == "new", "its class had a turn since the job was queued"
+    assert first(2 * P, served=[replace(entry, at={("other", 2): 1.0})]) == "old", (
+        "the turn of another project does not count"
+    )
+    assert first(2 * P, served=[replace(entry, memory_bytes=10)]) == "old", (
+        "a turn on a worker too small for the job does not count"
+    )
     ahead = WorkerService(at={("p", 2): 2 * P + 9}, memory_bytes=11)
-    assert first(2 * P, served=[ahead]) == "old", "by a clock that was set back"
+    assert first(2 * P, served=[ahead]) == "old", "a future turn, from a clock that was set back, does not count"
 
 
-def test_of_a_projects_class_that_has_waited_one_job_rises() -> None:
+def test_only_one_job_of_a_waiting_class_is_promoted() -> None:
     waiting = [candidate("b1", 0, priority=2), candidate("b2", 0, priority=2), candidate("new", 4 * P)]
 
     assert firsts(order(waiting, 4 * P)) == ["b1", "new", "b2"]
 
 
-def test_that_a_class_has_risen_gains_its_project_nothing_over_others() -> None:
+def test_promotion_gains_nothing_over_other_projects() -> None:
     waiting = [candidate("risen", 0, "a", 2), candidate("normal", 99 * P, "b")]
 
     assert firsts(order(waiting, 99 * P, shares={"a": Share(device_seconds=1)})) == ["normal", "risen"]
     pressing = candidate("urgent", 98 * P, "a", 0)
-    assert firsts(order([*waiting, pressing], 99 * P)) == ["risen", "urgent", "normal"], "it takes that one's place"
+    assert firsts(order([*waiting, pressing], 99 * P)) == ["risen", "urgent", "normal"], (
+        "the promoted job takes the position of the urgent one"
+    )
 
 
 PAUSES = st.lists(st.floats(0, 2 * P), min_size=30, max_size=40)
 
 
 @given(PAUSES, st.lists(st.floats(0, DAY), min_size=40, max_size=40))
-def test_no_class_of_a_project_waits_longer_than_is_stated(pauses: list[float], charges: list[float]) -> None:
-    """Jobs of each class wait at every moment, of two projects; each time that a device is free, the first starts."""
+def test_no_class_waits_longer_than_the_stated_bound(pauses: list[float], charges: list[float]) -> None:
+    """Jobs of each class of two projects wait at every moment. Each time a device is free, the first job starts."""
     groups = [(name, priority) for name in "ab" for priority in range(3)]
     came, served, passed = dict.fromkeys(groups, 0.0), dict[tuple[str, int], float](), dict.fromkeys(groups, 0)
     had, now = {"a": Share(), "b": Share(weight=3)}, 0.0
@@ -135,7 +137,10 @@ def test_no_class_of_a_project_waits_longer_than_is_stated(pauses: list[float], 
 
 
 def a_day(had: dict[str, Share], lengths: list[float]) -> Iterator[tuple[float, str, float]]:
-    """One device, more to do for every project than it can do: (time, whose job ended, its seconds). `had` is kept."""
+    """Simulate one device with endless jobs of every project.
+
+    Yields the time, the project and the seconds of each ended job, and keeps `had` up to date.
+    """
     now, ends = 0.0, cycle(lengths)
     served: dict[tuple[str, int], float] = {}
     while now < DAY:
@@ -157,7 +162,7 @@ LENGTHS = st.lists(st.floats(300, 3600), min_size=20, max_size=40)
 
 
 @given(LENGTHS, WEIGHTS)
-def test_over_a_day_each_project_has_what_its_weight_is_due(lengths: list[float], weights: tuple[float, ...]) -> None:
+def test_projects_receive_their_fair_share_over_a_day(lengths: list[float], weights: tuple[float, ...]) -> None:
     had = dict(zip("abc", (Share(weight=weight) for weight in weights), strict=True))
     total, now = dict.fromkeys("abc", 0.0), 0.0
 
@@ -169,7 +174,7 @@ def test_over_a_day_each_project_has_what_its_weight_is_due(lengths: list[float]
 
 
 @given(LENGTHS, WEIGHTS, st.floats(0, DAY))
-def test_a_project_that_has_had_too_much_waits_no_longer_than_is_stated(
+def test_overserved_project_waits_no_longer_than_the_stated_bound(
     lengths: list[float], weights: tuple[float, ...], excess: float
 ) -> None:
     had = dict(zip("abc", (Share(weight=weight) for weight in weights), strict=True))
@@ -183,13 +188,18 @@ def test_a_project_that_has_had_too_much_waits_no_longer_than_is_stated(
     assert began <= bound
 
 
-def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
+def test_share_description_names_no_other_project() -> None:
     had = {"mine": Share(device_seconds=300, weight=1), "other": Share(device_seconds=100, weight=3)}
 
-    told = ordering.describe_share(had, "mine", POLICY)
+    described = ordering.describe_share(had, "mine", POLICY)
 
-    assert (told["weight"], told["num_projects"], told["projects_ahead"], told["normalized_usage"]) == (1, 2, 1, 300)
-    assert ordering.share_sentence(told) == (
+    assert (
+        described["weight"],
+        described["num_projects"],
+        described["projects_ahead"],
+        described["normalized_usage"],
+    ) == (1, 2, 1, 300)
+    assert ordering.share_sentence(described) == (
         "2 projects have queued jobs: 1 was recently charged less, relative to weight."
     )
     assert ordering.share_sentence(ordering.describe_share({"mine": had["mine"]}, "mine", POLICY)) is None
@@ -198,23 +208,23 @@ def test_a_share_is_told_as_data_and_in_a_sentence_that_names_nobody() -> None:
     )
 
 
-def test_what_a_project_is_told_of_shares_does_not_depend_on_others_weights_or_use() -> None:
-    """Where one other waits, what is told of the whole would tell of that one."""
+def test_share_description_does_not_depend_on_others_weights_or_usage() -> None:
+    """With a single other project, a total would reveal that project's values."""
     mine = Share(device_seconds=300)
 
-    told = [
+    described = [
         ordering.describe_share({"mine": mine, "other": other}, "mine", POLICY) for other in (Share(), Share(weight=7))
     ]
 
-    assert told[0] == told[1]
-    everybody = ordering.all_shares({"mine": mine, "other": Share(device_seconds=100, weight=3)}, POLICY)
-    assert [(row["project_id"], row["fair_share"], row["usage_fraction"]) for row in everybody] == [
+    assert described[0] == described[1]
+    all_rows = ordering.all_shares({"mine": mine, "other": Share(device_seconds=100, weight=3)}, POLICY)
+    assert [(row["project_id"], row["fair_share"], row["usage_fraction"]) for row in all_rows] == [
         ("other", 0.75, 0.25),
         ("mine", 0.25, 0.75),
     ]
 
 
-def test_jobs_that_share_a_device_count_in_advance_as_one_device() -> None:
+def test_packed_jobs_count_as_one_device_in_advance() -> None:
     packed = Share(num_running=16, devices_in_use=1)
 
     assert packed.level(POLICY) == Share(num_running=1, devices_in_use=1).level(POLICY) == POLICY.advance_seconds
@@ -222,7 +232,7 @@ def test_jobs_that_share_a_device_count_in_advance_as_one_device() -> None:
 
 BURSTS = st.lists(
     st.tuples(
-        st.floats(0, DAY / 2),  # when
+        st.floats(0, DAY / 2),  # time of submission
         st.integers(0, 2),  # class
         st.integers(1, 60),  # number of jobs
         st.floats(1800, 5400),  # seconds of each
@@ -243,16 +253,16 @@ BURSTS = st.lists(
 @example([(0.0, 0, 60, 3600.0)], [1800.0], 1, (1.0, 1.0), 2)
 @example([(0.0, 0, 60, 3600.0)], [1800.0], 2, (1.0, 1.0), 2)
 @example([(0.0, 1, 60, 3600.0)], [1800.0], 2, (1.0, 1.0), 2)
-def test_no_choice_of_classes_takes_more_than_the_stated_bound_from_another_projects_share(
+def test_class_choices_take_at_most_the_bound_from_another_project(
     bursts: list[tuple[float, int, int, float]],
     lengths: list[float],
     own_class: int,
     weights: tuple[float, float],
     num_workers: int,
 ) -> None:
-    """The project `steady` has jobs waiting all day. The other chooses classes, times, numbers and lengths."""
+    """The project `steady` has queued jobs all day. The other one chooses classes, times, numbers and lengths."""
     due_by: dict[str, float] = dict(zip(("steady", "greedy"), weights, strict=True))
-    policy = replace(POLICY, ask_again_seconds=900)  # fewer looks for whom to preempt: the simulation takes less time
+    policy = replace(POLICY, ask_again_seconds=900)  # fewer preemption decisions make the simulation faster
     cluster = Cluster(num_workers=num_workers, max_jobs=1, weights=due_by, policy=policy)
     num_needed = int(DAY * num_workers / min(lengths)) + len(lengths)
     steady = [

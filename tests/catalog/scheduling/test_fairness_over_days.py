@@ -1,4 +1,4 @@
-"""Whose turn it is."""
+"""The order of the queue by project, class and age."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from catalog.scheduling.snapshot import Candidate, Share
 
 
 def candidate(job_id: str, created_at: float = 0, project_id: str = "p", priority: int = 1, **more: Any) -> Candidate:
-    told: dict[str, Any] = {"base_digest": "b", "pack_key": "b:bfloat16:causal-lm", "own_bytes": 1, "trainer_bytes": 10}
-    told["queued_at"] = created_at
-    return Candidate(job_id=job_id, place=created_at, project_id=project_id, priority=priority, **{**told, **more})
+    fields: dict[str, Any] = {
+        "base_digest": "b",
+        "pack_key": "b:bfloat16:causal-lm",
+        "own_bytes": 1,
+        "trainer_bytes": 10,
+    }
+    fields["queued_at"] = created_at
+    return Candidate(job_id=job_id, place=created_at, project_id=project_id, priority=priority, **{**fields, **more})
 
 
 def ids(candidates: list[Candidate], now: float = 100, **running: int) -> list[str]:
@@ -27,18 +32,18 @@ def test_priority_comes_before_age() -> None:
     assert ids([candidate("old"), candidate("new", 5), candidate("urgent", 9, priority=0)]) == ["urgent", "old", "new"]
 
 
-def test_projects_take_turns_however_many_jobs_one_brings() -> None:
+def test_projects_alternate_regardless_of_their_number_of_jobs() -> None:
     many = [candidate(f"a{i}", i, "a") for i in range(4)]
     few = [candidate(f"b{i}", 10 + i, "b") for i in range(2)]
 
     assert ids(many + few) == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
 
-def test_what_a_project_has_running_counts() -> None:
+def test_running_jobs_of_a_project_count() -> None:
     assert ids([candidate("a", 0, "a"), candidate("b", 9, "b")], a=2) == ["b", "a"]
 
 
-def test_a_turn_explains_itself() -> None:
+def test_queue_entry_explains_its_position() -> None:
     entry = order([candidate("a", 40)], 100)[0]
 
     assert (entry.position, entry.waited_seconds) == (1, 60)
@@ -55,7 +60,7 @@ WAITING = st.builds(
 
 
 @given(st.lists(WAITING, max_size=20, unique_by=lambda c: c.job_id), st.randoms())
-def test_the_order_is_total_and_does_not_depend_on_how_the_jobs_were_listed(jobs: list[Candidate], random: Any) -> None:
+def test_order_is_total_and_independent_of_the_listing(jobs: list[Candidate], random: Any) -> None:
     shuffled = list(jobs)
     random.shuffle(shuffled)
 
@@ -66,7 +71,7 @@ def test_the_order_is_total_and_does_not_depend_on_how_the_jobs_were_listed(jobs
 
 
 @given(st.lists(WAITING, max_size=20, unique_by=lambda c: c.job_id))
-def test_within_a_project_and_class_age_decides(jobs: list[Candidate]) -> None:
+def test_age_decides_within_a_project_and_class(jobs: list[Candidate]) -> None:
     entries = order(jobs, 100)
 
     for entry, later in pairwise(entries):

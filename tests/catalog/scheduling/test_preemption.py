@@ -1,4 +1,4 @@
-"""Who leaves so that an urgent job can train: the rule itself."""
+"""The preemption rule: the choice of the jobs to preempt for an urgent one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ URGENT = candidate("urgent", NOW - 60, priority=0, own_bytes=10)
 
 
 def training(job_id: str, *, effective_priority: int = 1, trained: float = 1000, **more: Any) -> Training:
-    told: dict[str, Any] = {"own_bytes": 10, "num_beside": 1, "project_id": "p", "effective_level": 0.0, **more}
-    return Training(job_id=job_id, effective_priority=effective_priority, began_at=NOW - trained, **told)
+    fields: dict[str, Any] = {"own_bytes": 10, "num_beside": 1, "project_id": "p", "effective_level": 0.0, **more}
+    return Training(job_id=job_id, effective_priority=effective_priority, began_at=NOW - trained, **fields)
 
 
 def holder(*jobs: Training, worker_id: str = "w1", key: str = KEY, memory_bytes: int = 100, **more: Any) -> Holder:
@@ -39,12 +39,12 @@ def leaving(*holders: Holder, job: Any = URGENT, policy: Policy = POLICY) -> lis
     return None if chosen is None else sorted(victim.job_id for victim in chosen.victims)
 
 
-def test_the_lowest_class_leaves_first_and_of_it_who_began_last() -> None:
+def test_lowest_class_and_latest_start_are_preempted_first() -> None:
     assert leaving(holder(training("normal"), training("batch", effective_priority=2))) == ["batch"]
     assert leaving(holder(training("old", trained=2000), training("young", trained=400))) == ["young"]
 
 
-def test_no_more_leave_than_are_needed() -> None:
+def test_no_more_jobs_are_preempted_than_needed() -> None:
     small, large = training("small", own_bytes=4, trained=400), training("large", own_bytes=10)
 
     assert leaving(holder(small, large, training("other"))) == ["large"]
@@ -52,7 +52,7 @@ def test_no_more_leave_than_are_needed() -> None:
     assert leaving(holder(small, large, memory_bytes_free=7)) == ["small"]
 
 
-def test_nobody_leaves_who_stands_as_high_has_just_begun_or_has_left_too_often() -> None:
+def test_equal_new_or_often_preempted_jobs_are_spared() -> None:
     spared = [
         training("urgent too", effective_priority=0),
         training("risen", effective_priority=-1),
@@ -64,7 +64,7 @@ def test_nobody_leaves_who_stands_as_high_has_just_begun_or_has_left_too_often()
     assert leaving(holder(*spared, training("batch", effective_priority=2))) == ["batch"]
 
 
-def test_nobody_leaves_where_room_comes_by_itself() -> None:
+def test_no_preemption_if_capacity_is_about_to_become_free() -> None:
     ending = training("ending", seconds_left=POLICY.preempt_after_seconds)
 
     assert leaving(holder(ending, training("batch", effective_priority=2))) == []
@@ -72,7 +72,7 @@ def test_nobody_leaves_where_room_comes_by_itself() -> None:
     assert leaving(holder(training("batch", effective_priority=2), places=1, memory_bytes_free=10)) == []
 
 
-def test_another_base_takes_the_whole_trainer_or_nothing() -> None:
+def test_another_base_preempts_the_whole_trainer_or_nothing() -> None:
     batch, normal, high = (
         training("batch", effective_priority=2),
         training("normal"),
@@ -85,12 +85,12 @@ def test_another_base_takes_the_whole_trainer_or_nothing() -> None:
     assert leaving(holder(batch), job=replace(URGENT, is_suspect=True)) == ["batch"]
 
 
-def test_a_worker_that_cannot_hold_the_job_is_left_alone() -> None:
+def test_worker_too_small_for_the_job_is_skipped() -> None:
     assert leaving(holder(training("batch"), memory_bytes=19)) is None
     assert leaving(holder(training("batch"), memory_bytes=20)) == ["batch"]
 
 
-def test_among_workers_the_one_whose_victims_stand_lowest_and_stake_least() -> None:
+def test_worker_with_the_lowest_victims_and_least_lost_work_is_chosen() -> None:
     normal = holder(training("normal", trained=301))
     batch = holder(training("batch", effective_priority=2), worker_id="w2")
     younger = holder(training("younger", effective_priority=2, trained=500), worker_id="w3")
@@ -99,7 +99,7 @@ def test_among_workers_the_one_whose_victims_stand_lowest_and_stake_least() -> N
     assert leaving(normal, batch, younger) == ["younger"]
 
 
-def test_a_job_of_another_project_leaves_only_where_it_would_stand_behind_the_urgent_one() -> None:
+def test_foreign_job_is_preempted_only_if_it_would_queue_behind() -> None:
     def victim(device_seconds: float) -> Training:
         share = Share(device_seconds=device_seconds, devices_in_use=1)
         level = level_if_it_left(share, priority=1, devices_left=1, policy=POLICY)
@@ -115,7 +115,7 @@ def test_a_job_of_another_project_leaves_only_where_it_would_stand_behind_the_ur
     assert own is not None
 
 
-def test_no_room_is_made_before_a_job_of_another_project_that_stands_ahead_and_fits_there() -> None:
+def test_no_preemption_while_a_fitting_job_of_another_project_is_ahead() -> None:
     shares = {"p": Share(device_seconds=10_000)}
     small, large = candidate("small", 0, "q"), candidate("large", 0, "q", own_bytes=500)
 
@@ -126,7 +126,7 @@ def test_no_room_is_made_before_a_job_of_another_project_that_stands_ahead_and_f
         return choose(entry, [holder(batch)], ahead=ahead, now=NOW, policy=POLICY) is not None
 
     assert [chosen(), chosen(large), chosen(small)] == [True, True, False]
-    assert chosen(replace(small, project_id="p", place=0)), "its own project's jobs are in the order of their classes"
+    assert chosen(replace(small, project_id="p", place=0)), "jobs of the same project are ordered by class"
     assert pressing(order([replace(URGENT, queued_at=NOW)], NOW), now=NOW, policy=POLICY) == []
 
 
@@ -151,7 +151,7 @@ HOLDERS = st.builds(
 
 
 @given(st.lists(HOLDERS, max_size=3))
-def test_who_leaves_may_be_asked_and_is_needed(holders: list[Holder]) -> None:
+def test_victims_may_be_preempted_and_are_all_needed(holders: list[Holder]) -> None:
     chosen = choose(entry_of(URGENT), holders, now=NOW, policy=POLICY)
 
     if chosen is None or not chosen.victims:
@@ -166,7 +166,7 @@ def test_who_leaves_may_be_asked_and_is_needed(holders: list[Holder]) -> None:
 
 
 def _is_enough(chosen: Preemption, without: Training, holders: list[Holder]) -> bool:
-    """For whom there is still room though this one stays."""
+    """Return whether the urgent job would still fit if this victim stayed."""
     options = [each for each in holders if each.worker_id == chosen.worker_id and without in each.jobs]
     fewer = [victim for victim in chosen.victims if victim is not without]
     for each in options:

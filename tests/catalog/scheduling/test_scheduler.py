@@ -1,4 +1,4 @@
-"""What a worker does with the room that it has: one pure function, which keeps all that decided."""
+"""The scheduling decision: a pure function of the queue and a worker's capacity, with a trace of its inputs."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ LIVE = "b:bfloat16:causal-lm"
 
 def snapshot(*candidates: Candidate, now: float = 10, max_jobs: int = 4, **given: Any) -> QueueSnapshot:
     capacity = Capacity(max_jobs=max_jobs, memory_bytes_free=100)
-    told: dict[str, Any] = {"shares": {}, "served": (), "capacity": capacity, "worker_bytes": 100, **given}
-    return QueueSnapshot(now=now, candidates=candidates, **told)
+    values: dict[str, Any] = {"shares": {}, "served": (), "capacity": capacity, "worker_bytes": 100, **given}
+    return QueueSnapshot(now=now, candidates=candidates, **values)
 
 
 def chosen(decision: Decision) -> list[str]:
     return [choice.entry.candidate.job_id for choice in decision.action.choices]
 
 
-def test_a_new_trainer_starts_with_the_first_and_its_like() -> None:
+def test_new_trainer_starts_with_the_first_job_and_matching_ones() -> None:
     decision = decide(snapshot(other("x", 1), candidate("b", 2), candidate("a")), USUAL)
 
     assert isinstance(decision.action, Start)
     assert chosen(decision) == ["a", "b"]
 
 
-def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -> None:
+def test_joining_stops_when_another_job_has_waited_too_long() -> None:
     waiting = (candidate("a"), other("x", 1), candidate("b", 2))
 
     soon, late = (decide(snapshot(*waiting, live_key=LIVE, now=now), USUAL) for now in (10, PATIENCE_SECONDS + 1))
@@ -45,9 +45,9 @@ def test_jobs_join_a_live_trainer_until_one_that_can_not_has_waited_too_long() -
     assert stopped.action == Wait(reason="a job that can't join has waited too long, so the trainer drains")
 
 
-def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded() -> None:
-    asked, resident = (
-        replace(other("asked", priority=0), preemption_requested_at=30.0),
+def test_freed_capacity_starts_the_preempting_job_not_a_resident_base() -> None:
+    preempting, resident = (
+        replace(other("preempting", priority=0), preemption_requested_at=30.0),
         candidate("resident", 40, priority=0),
     )
     emptied = Capacity(max_jobs=4, memory_bytes_free=100, resident_key=LIVE)
@@ -55,29 +55,29 @@ def test_what_was_made_free_for_a_job_starts_it_and_not_one_whose_base_is_loaded
     over = 30 + USUAL.ask_again_seconds
 
     def first(policy: Policy, now: float) -> list[str]:
-        return chosen(decide(snapshot(asked, resident, capacity=emptied, now=now), policy))
+        return chosen(decide(snapshot(preempting, resident, capacity=emptied, now=now), policy))
 
-    assert first(USUAL, 45) == ["asked"]
-    assert [first(patient, now) for now in (over - 1, over)] == [["asked"], ["resident"]]
+    assert first(USUAL, 45) == ["preempting"]
+    assert [first(patient, now) for now in (over - 1, over)] == [["preempting"], ["resident"]]
 
 
-def test_that_room_is_being_made_is_told_apart_from_a_trainer_that_is_let_run_empty() -> None:
+def test_trace_distinguishes_preemption_from_draining() -> None:
     urgent, joins = other("urgent", 2, priority=0), candidate("joins", 1, priority=0)
-    asked = replace(urgent, preemption_requested_at=5.0)
+    preempting = replace(urgent, preemption_requested_at=5.0)
     late = PATIENCE_SECONDS + 2
 
-    def told(job: Candidate, now: float) -> tuple[bool, bool]:
+    def values(job: Candidate, now: float) -> tuple[bool, bool]:
         decision = decide(snapshot(joins, job, live_key=LIVE, now=now), USUAL)
         why = decision.why(decision.action.choices[0])
         return why["awaits_preemption"], why["is_draining_for_other_base"]
 
-    assert [told(urgent, 10), told(asked, 10)] == [(False, False), (True, False)]
-    assert [told(urgent, late), told(asked, late)] == [(False, True), (True, True)]
-    stopped = decide(snapshot(asked, candidate("a", 3), live_key=LIVE), USUAL)
+    assert [values(urgent, 10), values(preempting, 10)] == [(False, False), (True, False)]
+    assert [values(urgent, late), values(preempting, late)] == [(False, True), (True, True)]
+    stopped = decide(snapshot(preempting, candidate("a", 3), live_key=LIVE), USUAL)
     assert stopped.action == Wait(reason="jobs are being preempted for another job, and no job joins before it")
 
 
-def test_nothing_is_decided_with_a_reason() -> None:
+def test_waiting_has_a_reason() -> None:
     reasons = [
         decide(given, USUAL).action
         for given in (
@@ -94,7 +94,7 @@ def test_nothing_is_decided_with_a_reason() -> None:
     ]
 
 
-def test_why_has_every_input_of_the_decision_and_nothing_of_another_project() -> None:
+def test_why_contains_all_inputs_but_nothing_of_other_projects() -> None:
     shares = {"ours": Share(num_running=1), "theirs": Share()}
     mine, foreign = candidate("mine", 0, "ours"), candidate("foreign", 0, "theirs")
     decision = decide(snapshot(mine, foreign, shares=shares), USUAL)
@@ -123,7 +123,7 @@ QUEUE = st.lists(WAITING, max_size=12, unique_by=lambda c: c.job_id)
 
 
 @given(QUEUE, st.randoms(), st.sampled_from([None, LIVE]))
-def test_a_decision_does_not_depend_on_how_the_queue_was_listed(
+def test_decision_does_not_depend_on_the_listing_order(
     jobs: list[Candidate], random: Any, live_key: str | None
 ) -> None:
     shuffled = [*jobs, *jobs]
@@ -135,8 +135,8 @@ def test_a_decision_does_not_depend_on_how_the_queue_was_listed(
 
 
 @given(QUEUE, QUEUE)
-def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Candidate], more: list[Candidate]) -> None:
-    """The anchor is the same whatever else of its kind waits behind it, and alone."""
+def test_packmates_do_not_affect_the_anchor(jobs: list[Candidate], more: list[Candidate]) -> None:
+    """The anchor is the same with other jobs behind it and alone."""
     whole = snapshot(*jobs, now=100)
     lead = anchor_of(whole, USUAL)
     behind = [replace(job, place=200, queued_at=200.0, priority=2) for job in more]
@@ -150,7 +150,7 @@ def test_packmates_never_decide_whether_or_when_the_anchor_starts(jobs: list[Can
 
 
 @given(QUEUE)
-def test_what_is_taken_fits(jobs: list[Candidate]) -> None:
+def test_chosen_jobs_fit(jobs: list[Candidate]) -> None:
     capacity = Capacity(max_jobs=4, memory_bytes_free=100)
 
     taken = [choice.entry.candidate for choice in decide(snapshot(*jobs, now=100), USUAL).action.choices]
@@ -160,10 +160,8 @@ def test_what_is_taken_fits(jobs: list[Candidate]) -> None:
 
 
 @given(QUEUE, st.integers(1, 4))
-def test_the_first_of_each_project_and_class_decide_the_anchor_as_all_that_fit_do(
-    jobs: list[Candidate], max_jobs: int
-) -> None:
-    """What is read of the database is enough."""
+def test_first_jobs_per_group_suffice_to_choose_the_anchor(jobs: list[Candidate], max_jobs: int) -> None:
+    """The part that is read from the database is sufficient."""
     fitting = [job for job in jobs if Capacity(max_jobs=1, memory_bytes_free=100).alone(job) <= 100]
     whole = snapshot(*fitting, now=100, max_jobs=max_jobs)
     part = replace(whole, candidates=tuple(_firsts(fitting, 1)))

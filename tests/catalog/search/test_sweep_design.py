@@ -1,4 +1,4 @@
-"""What the trials of a sweep are, before there is a database: its parameters, its grid and its draws, its rungs."""
+"""Sweep designs without a database: parameters, grid and random points, and rungs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RATE = {"min": 1e-5, "max": 1e-2, "scale": "log"}
 RANK = {"values": [4, 8, 16]}
 
 
-def asked(**fields: Any) -> SweepRequest:
+def sweep_request(**fields: Any) -> SweepRequest:
     usual = {"model": "smol", "training_file": "file-a", "validation_file": "file-b", "search": {"type": "grid"}}
     return SweepRequest.model_validate({**usual, "parameters": {"lora.rank": RANK}, **fields})
 
 
 def design_of(**fields: Any) -> Design:
-    return designed(asked(**fields), seed=1)
+    return designed(sweep_request(**fields), seed=1)
 
 
 def refused(**fields: Any) -> InvalidRequest:
@@ -36,7 +36,7 @@ def refused(**fields: Any) -> InvalidRequest:
     return error.value
 
 
-def test_a_grid_holds_every_combination_once() -> None:
+def test_grid_contains_every_combination_once() -> None:
     parameters = {
         "lora.rank": RANK,
         "optimizer.learning_rate": {**RATE, "points": 4},
@@ -54,13 +54,13 @@ def test_a_grid_holds_every_combination_once() -> None:
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**31 - 1), number=st.integers(0, MAX_TRIALS - 1))
-def test_what_is_drawn_lies_within_its_limits_and_follows_from_seed_and_number_alone(seed: int, number: int) -> None:
+def test_random_points_are_in_range_and_depend_on_seed_and_number_only(seed: int, number: int) -> None:
     named = {
         "optimizer.learning_rate": RATE,
         "lora.rank": {"min": 1, "max": 256, "scale": "log"},
         "seed": {"min": 0, "max": 9},
     }
-    dimensions = [dimension(path, Parameter.model_validate(told)) for path, told in named.items()]
+    dimensions = [dimension(path, Parameter.model_validate(fields)) for path, fields in named.items()]
 
     drawn = random_point(dimensions, seed=seed, number=number)
 
@@ -72,7 +72,7 @@ def test_what_is_drawn_lies_within_its_limits_and_follows_from_seed_and_number_a
     assert drawn["lora.rank"] == random_point(dimensions[1:], seed=seed, number=number)["lora.rank"]
 
 
-def test_draws_are_spread_evenly_over_their_scale() -> None:
+def test_random_points_are_uniform_on_their_scale() -> None:
     each = dimension("optimizer.learning_rate", Parameter.model_validate(RATE))
     whole = dimension("lora.rank", Parameter.model_validate({"min": 1, "max": 4}))
 
@@ -86,7 +86,7 @@ def test_draws_are_spread_evenly_over_their_scale() -> None:
 
 @settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(), min_size=1, max_size=4, unique=True), min_size=1, max_size=4))
-def test_a_grids_numbers_are_its_combinations(values: list[list[int]]) -> None:
+def test_grid_numbers_enumerate_the_combinations(values: list[list[int]]) -> None:
     paths = ["lora.rank", "max_steps", "seed", "lora.alpha"]
     dimensions = [dimension(p, Parameter.model_validate({"values": v})) for p, v in zip(paths, values, strict=False)]
 
@@ -95,7 +95,7 @@ def test_a_grids_numbers_are_its_combinations(values: list[list[int]]) -> None:
     assert len(set(points)) == len(points) == math.prod(map(len, values))
 
 
-def test_a_trial_is_the_job_that_the_sweep_describes_with_its_parameters_in_place() -> None:
+def test_trial_is_the_base_request_with_its_parameters() -> None:
     design = design_of(
         lora={"alpha": 7.0}, suffix="try", parameters={"lora.rank": RANK, "optimizer.weight_decay": {"values": [0.1]}}
     )
@@ -104,13 +104,13 @@ def test_a_trial_is_the_job_that_the_sweep_describes_with_its_parameters_in_plac
 
     assert (job.lora.rank, job.lora.alpha, job.optimizer.weight_decay, job.suffix) == (8, 7.0, 0.1, "try")
     assert job.priority == "batch"
-    assert job.seed == 1  # the sweep's: trials differ by their parameters alone
+    assert job.seed == 1  # the seed of the sweep, so trials differ by their parameters alone
 
 
-def test_numbers_of_a_method_vary_where_the_method_is_named() -> None:
-    told = {"method": {"type": "dpo"}, "parameters": {"method.dpo.hyperparameters.beta": {"values": [0.1, 0.5]}}}
+def test_method_hyperparameters_can_vary() -> None:
+    fields = {"method": {"type": "dpo"}, "parameters": {"method.dpo.hyperparameters.beta": {"values": [0.1, 0.5]}}}
 
-    _, other = checked(design_of(**told))
+    _, other = checked(design_of(**fields))
 
     assert other.method_hyperparameters().model_dump()["beta"] == 0.5
 
@@ -154,14 +154,14 @@ def test_numbers_of_a_method_vary_where_the_method_is_named() -> None:
         ),
     ],
 )
-def test_a_parameter_that_no_job_could_have_is_refused_by_name(parameters: Any, param: str, words: str) -> None:
+def test_invalid_parameters_are_rejected_by_name(parameters: Any, param: str, words: str) -> None:
     error = refused(parameters=parameters)
 
     assert error.param == param
     assert words in error.sentence()
 
 
-def test_a_range_that_goes_beyond_its_field_is_refused_though_no_trial_may_have_drawn_that() -> None:
+def test_range_beyond_a_field_limit_is_rejected_even_if_not_drawn() -> None:
     error = refused(
         parameters={"lora.dropout": {"min": 0, "max": 0.95}}, search={"type": "random", "trials": 1, "seed": 0}
     )
@@ -170,7 +170,7 @@ def test_a_range_that_goes_beyond_its_field_is_refused_though_no_trial_may_have_
     assert "0.95" in error.message
 
 
-def test_held_out_metrics_need_held_out_data_and_rewards_a_method_that_has_them() -> None:
+def test_metrics_without_the_required_file_or_method_are_rejected() -> None:
     assert refused(validation_file=None).code == "validation_file_required"
     assert refused(validation_file=None, parameters={"lora.rnak": RANK}).param == "parameters.lora.rnak"
     assert refused(objective={"metric": "valid_reward_margin"}).code == "metric_of_another_method"
@@ -192,9 +192,9 @@ def test_held_out_metrics_need_held_out_data_and_rewards_a_method_that_has_them(
         {"parameters": {"lora.dropout": {"min": 0, "max": 1, "scale": "log"}}},
     ],
 )
-def test_what_belongs_to_another_kind_of_search_is_refused(wrong: dict[str, Any]) -> None:
+def test_options_of_another_search_type_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"remove it|number of trials|parameters|min|values"):
-        asked(**wrong)
+        sweep_request(**wrong)
 
 
 # Rungs
@@ -205,11 +205,11 @@ def asha(**search: Any) -> Design:
 
 
 def rungs_of(fewest: int | None, *, search: dict[str, Any] | None = None, **fields: Any) -> Rungs:
-    request = asked(search={"type": "asha", "trials": 4, "seed": 0, **(search or {})}, **fields)
+    request = sweep_request(search={"type": "asha", "trials": 4, "seed": 0, **(search or {})}, **fields)
     return rungs(request.search, designed(request, seed=0), fewest)
 
 
-def test_rungs_are_powers_of_the_factor_apart_and_none_is_at_a_trials_end() -> None:
+def test_rungs_are_spaced_by_the_factor_and_exclude_the_last_step() -> None:
     three = Rungs(min_steps=10, reduction_factor=3)
 
     assert list(three.before(91)) == [10, 30, 90]
@@ -219,7 +219,7 @@ def test_rungs_are_powers_of_the_factor_apart_and_none_is_at_a_trials_end() -> N
     assert list(Rungs(min_steps=10, reduction_factor=3, max_rungs=1).before(1000)) == [10]
 
 
-def test_a_trial_is_evaluated_at_every_rung() -> None:
+def test_trials_are_evaluated_at_every_rung() -> None:
     rule = rungs_of(270)
     design = asha()
 
@@ -229,7 +229,7 @@ def test_a_trial_is_evaluated_at_every_rung() -> None:
     assert all(step % 10 == 0 for step in rule.before(270))
 
 
-def test_rungs_that_no_trial_comes_to_or_is_evaluated_at_are_refused() -> None:
+def test_unreachable_rungs_are_rejected() -> None:
     for fewest, search, fields, code in (
         (20, {"min_steps": 20}, {}, "no_rung_in_time"),
         (None, {}, {}, "min_steps_required"),
@@ -248,9 +248,7 @@ def test_rungs_that_no_trial_comes_to_or_is_evaluated_at_are_refused() -> None:
     factor=st.integers(2, 6),
     maximizes=st.booleans(),
 )
-def test_who_goes_on_at_a_rung_is_decided_as_optunas_pruner_decides(
-    values: list[float], factor: int, maximizes: bool
-) -> None:
+def test_rung_decision_equals_the_optuna_pruner(values: list[float], factor: int, maximizes: bool) -> None:
     direction = StudyDirection.MAXIMIZE if maximizes else StudyDirection.MINIMIZE
     rule = Rungs(min_steps=1, reduction_factor=factor)
 

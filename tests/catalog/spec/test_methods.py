@@ -1,4 +1,4 @@
-"""What a job learns by: numbers resolved, and files that don't fit it refused."""
+"""Training methods: resolved hyperparameters, and files of the wrong kind."""
 
 from typing import Any
 
@@ -31,18 +31,18 @@ RESOLVED = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "expected"), RESOLVED)
-def test_every_auto_of_a_method_becomes_a_number(world: World, asked: dict[str, Any], expected: PreferenceSpec) -> None:
-    kind = "chat" if expected is None else "unpaired" if asked["type"] == "kto" else "preference"
+@pytest.mark.parametrize(("requested", "expected"), RESOLVED)
+def test_auto_hyperparameters_are_resolved(world: World, requested: dict[str, Any], expected: PreferenceSpec) -> None:
+    kind = "chat" if expected is None else "unpaired" if requested["type"] == "kto" else "preference"
 
-    spec = JobSpec.model_validate(world.submit(training_file=world.file(kind=kind), method=asked).spec)
+    spec = JobSpec.model_validate(world.submit(training_file=world.file(kind=kind), method=requested).spec)
 
-    assert (spec.method, spec.preference) == (asked["type"], expected)
+    assert (spec.method, spec.preference) == (requested["type"], expected)
     assert spec.optimizer.learning_rate == pytest.approx(2e-4 if expected is None else 2e-5)
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("requested", "expected"),
     [
         ({}, SupervisedSpec()),
         ({"method": {"type": "supervised"}}, SupervisedSpec(label_smoothing=0.0, neftune_alpha=0.0)),
@@ -53,24 +53,24 @@ def test_every_auto_of_a_method_becomes_a_number(world: World, asked: dict[str, 
         ),
     ],
 )
-def test_the_numbers_of_learning_from_answers_are_kept(
-    world: World, asked: dict[str, Any], expected: SupervisedSpec
+def test_supervised_hyperparameters_are_stored(
+    world: World, requested: dict[str, Any], expected: SupervisedSpec
 ) -> None:
-    spec = JobSpec.model_validate(world.submit(**asked).spec)
+    spec = JobSpec.model_validate(world.submit(**requested).spec)
 
     assert (spec.supervised, spec.method_hyperparameters) == (expected, expected)
 
 
-def test_pairs_have_no_numbers_of_learning_from_answers(world: World) -> None:
-    asked = method("dpo", label_smoothing=0.2)
+def test_preference_method_has_no_supervised_hyperparameters(world: World) -> None:
+    requested = method("dpo", label_smoothing=0.2)
 
-    spec = JobSpec.model_validate(world.submit(training_file=world.file(kind="preference"), method=asked).spec)
+    spec = JobSpec.model_validate(world.submit(training_file=world.file(kind="preference"), method=requested).spec)
 
     assert spec.supervised is None
     assert spec.method_hyperparameters == PreferenceSpec(beta=0.1, label_smoothing=0.2)
 
 
-def test_a_specs_record_from_before_there_was_a_choice_is_supervised(world: World) -> None:
+def test_old_spec_without_a_method_is_supervised(world: World) -> None:
     later = ("method", "preference", "supervised")
     record = {name: value for name, value in world.submit().spec.items() if name not in later}
 
@@ -91,9 +91,7 @@ def test_a_specs_record_from_before_there_was_a_choice_is_supervised(world: Worl
         ("supervised", "completion", "unpaired"),
     ],
 )
-def test_a_file_that_does_not_fit_the_method_is_refused(
-    world: World, param: str, name: str, fits: str, other: str
-) -> None:
+def test_file_of_the_wrong_kind_is_rejected(world: World, param: str, name: str, fits: str, other: str) -> None:
     files: dict[str, Any] = {"training_file": world.file(kind=fits), "validation_file": world.file(kind=fits)}
 
     with pytest.raises(InvalidRequest) as caught:
@@ -116,21 +114,19 @@ def test_a_file_that_does_not_fit_the_method_is_refused(
         ("dpo", "unpaired", "Use method kto, or a file of pairs, one per line: "),
     ],
 )
-def test_the_remedy_names_the_method_that_reads_the_file_and_the_file_that_the_method_reads(
-    world: World, name: str, kind: str, remedy: str
-) -> None:
+def test_remedy_names_a_fitting_method_and_a_fitting_file(world: World, name: str, kind: str, remedy: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         world.submit(training_file=world.file(kind=kind), method=method(name))
 
     assert caught.value.remedy.startswith(remedy)
 
 
-def test_a_batch_of_one_labeled_answer_is_refused() -> None:
+def test_kto_batch_of_one_is_rejected() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         request(method=method("kto", batch_size=1))
 
 
-def test_a_file_of_before_kinds_were_kept_is_one_of_chats(world: World) -> None:
+def test_old_file_without_a_kind_is_a_chat_file(world: World) -> None:
     old = world.file(kind=None)
 
     assert world.submit(training_file=old).id

@@ -1,4 +1,4 @@
-"""Which layers an adapter is on: what matches nothing, or two things at once, is refused before the queue."""
+"""Layer selection: patterns that match nothing or conflict are rejected at submission."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ranks(**fields: Any) -> dict[str, int]:
     return {each.linear.path.removeprefix("model."): each.rank for each in found}
 
 
-def test_names_numbers_and_patterns_choose_layers_as_in_peft() -> None:
+def test_names_layers_and_patterns_select_as_in_peft() -> None:
     assert ranks() == {
         "layers.0.self_attn.q_proj": 4,
         "layers.1.self_attn.q_proj": 4,
@@ -76,7 +76,7 @@ def test_names_numbers_and_patterns_choose_layers_as_in_peft() -> None:
         ({"rank_pattern": {r"((\w|\w\w|\.)+)+[XY]": 8}}, "pattern_too_slow", "rank_pattern", "nested"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_what_could_be(
+def test_impossible_selection_is_rejected_with_a_remedy(
     fields: dict[str, Any], code: str, param: str, remedy: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
@@ -86,14 +86,14 @@ def test_what_cannot_be_meant_is_refused_with_what_could_be(
     assert remedy in refusal.value.remedy
 
 
-def test_two_keys_that_agree_on_a_layer_are_taken() -> None:
+def test_agreeing_keys_on_one_layer_are_accepted() -> None:
     assert ranks(target_modules=["q_proj"], rank_pattern={"q_proj": 8, "0.self_attn.q_proj": 8}) == {
         "layers.0.self_attn.q_proj": 8,
         "layers.1.self_attn.q_proj": 8,
     }
 
 
-def test_a_base_described_without_paths_takes_names_alone() -> None:
+def test_old_base_without_layer_paths_supports_names_only() -> None:
     named = linears.adapted(OLD, spec(target_modules=["v_proj"]), base_name="old", matcher=linears.Matcher())
 
     assert memory.adapter_parameters(named, use_dora=False) == 4 * 80 * 2
@@ -123,6 +123,6 @@ def test_a_base_described_without_paths_takes_names_alone() -> None:
         {"layers_to_transform": [0], "target_modules": "re:.*q_proj"},
     ],
 )
-def test_what_no_base_could_have_never_becomes_a_request(fields: dict[str, Any]) -> None:
+def test_malformed_selection_is_rejected_by_the_schema(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         LoraRequest.model_validate(fields)

@@ -24,11 +24,11 @@ from tests.services.s3 import new_bucket
 from tests.services.small_disk import small_disk
 
 LARGE = os.urandom(1 << 20) * 17
-"""More than two parts of a multipart upload."""
+"""Larger than two parts of a multipart upload."""
 
 
 class Clock:
-    """Time that the test moves."""
+    """A clock that the test controls."""
 
     def __init__(self) -> None:
         self.ahead_seconds = 0.0
@@ -73,7 +73,7 @@ def keys(store: ArtifactStore) -> set[str]:
 
 
 def live(manifest: Manifest) -> set[str]:
-    """What the database names of an artifact."""
+    """Return the digests that the database references for an artifact."""
     return {manifest.digest, *(file.digest for file in manifest.files)}
 
 
@@ -81,7 +81,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_comes_back_as_it_was(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+def test_stored_folder_is_fetched_unchanged(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
     manifest = store.put_folder(folder, kind="adapter")
 
     store.fetch(store.get_manifest(manifest.digest), tmp_path / "a" / "copy")
@@ -92,7 +92,7 @@ def test_a_folder_comes_back_as_it_was(store: ArtifactStore, folder: Path, tmp_p
     assert [file.path for file in manifest.files] == sorted(tree(folder))
 
 
-def test_a_blob_is_named_by_its_content_and_streams_in_bounded_chunks(store: ArtifactStore, tmp_path: Path) -> None:
+def test_blob_is_named_by_its_content_and_streams_in_bounded_chunks(store: ArtifactStore, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(LARGE)
 
     blob = store.put_file(tmp_path / "x")
@@ -103,7 +103,7 @@ def test_a_blob_is_named_by_its_content_and_streams_in_bounded_chunks(store: Art
     assert max(len(chunk) for chunk in chunks) <= CHUNK_BYTES
 
 
-def test_a_subfolder_that_can_not_be_opened_publishes_nothing(
+def test_unreadable_subfolder_publishes_nothing(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, opened = tmp_path / "out", os.open
@@ -122,7 +122,9 @@ def test_a_subfolder_that_can_not_be_opened_publishes_nothing(
         store.put_folder(root, kind="adapter")
 
 
-def test_putting_twice_is_putting_once(store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storing_the_same_folder_again_writes_nothing(
+    store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = store.put_folder(folder, kind="adapter")
 
     def never(key: str, chunks: Any) -> None:
@@ -132,7 +134,7 @@ def test_putting_twice_is_putting_once(store: ArtifactStore, folder: Path, monke
     assert store.put_folder(folder, kind="adapter") == first
 
 
-def test_the_manifest_is_written_after_every_blob(
+def test_manifest_is_written_after_every_blob(
     store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
@@ -145,7 +147,7 @@ def test_the_manifest_is_written_after_every_blob(
     assert set(written[:-1]) == {blob_key(file.digest) for file in manifest.files}
 
 
-def test_a_file_that_changes_while_it_is_stored_is_not_stored(
+def test_file_that_changes_during_storage_is_not_stored(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "growing"
@@ -163,7 +165,7 @@ def test_a_file_that_changes_while_it_is_stored_is_not_stored(
     assert keys(store) == set()
 
 
-def test_a_changed_blob_is_noticed_by_whoever_reads_it(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
+def test_changed_blob_is_detected_by_every_reader(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
     manifest = store.put_folder(folder, kind="adapter")
     digest = sha256(LARGE).hexdigest()
     store.objects.put(blob_key(digest), b"?" + LARGE[1:])
@@ -177,7 +179,7 @@ def test_a_changed_blob_is_noticed_by_whoever_reads_it(store: ArtifactStore, fol
     assert store.verify(manifest) == [f"deep/er/model.safetensors: The content of {digest} has changed."]
 
 
-def test_a_missing_blob_or_manifest_is_named_before_anything_is_read(store: ArtifactStore, folder: Path) -> None:
+def test_missing_blob_or_manifest_is_reported_before_reading(store: ArtifactStore, folder: Path) -> None:
     manifest = store.put_folder(folder, kind="adapter")
     for key in keys(store):
         store.objects.delete(key)
@@ -189,7 +191,7 @@ def test_a_missing_blob_or_manifest_is_named_before_anything_is_read(store: Arti
     assert len(store.verify(manifest)) == 3
 
 
-def test_a_changed_manifest_is_refused(store: ArtifactStore, folder: Path) -> None:
+def test_changed_manifest_is_rejected(store: ArtifactStore, folder: Path) -> None:
     manifest = store.put_folder(folder, kind="adapter")
     store.objects.put(manifest_key(manifest.digest), manifest.canonical().replace(b"adapter_config", b"adapter_CONFIG"))
 
@@ -197,7 +199,7 @@ def test_a_changed_manifest_is_refused(store: ArtifactStore, folder: Path) -> No
         store.get_manifest(manifest.digest)
 
 
-def test_a_digest_that_is_a_path_reaches_no_store(store: ArtifactStore) -> None:
+def test_digest_that_is_a_path_is_rejected(store: ArtifactStore) -> None:
     for digest in ("../../etc/passwd", "A" * 64, "", "a" * 63 + "\n"):
         with pytest.raises(DamagedArtifact):
             store.open_blob(digest)
@@ -205,9 +207,7 @@ def test_a_digest_that_is_a_path_reaches_no_store(store: ArtifactStore) -> None:
             store.get_manifest(digest)
 
 
-def test_a_fetch_does_not_touch_a_folder_that_holds_something(
-    store: ArtifactStore, folder: Path, tmp_path: Path
-) -> None:
+def test_fetch_does_not_touch_a_non_empty_folder(store: ArtifactStore, folder: Path, tmp_path: Path) -> None:
     manifest = store.put_folder(folder, kind="adapter")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "mine").write_text("kept")
@@ -218,7 +218,7 @@ def test_a_fetch_does_not_touch_a_folder_that_holds_something(
     assert tree(tmp_path / "copy") == {"mine": b"kept"}
 
 
-def test_cleaning_keeps_what_is_named_and_what_is_young(
+def test_cleanup_keeps_referenced_and_recent_objects(
     store: ArtifactStore, folder: Path, clock: Clock, tmp_path: Path
 ) -> None:
     kept = store.put_folder(folder, kind="adapter")
@@ -231,12 +231,12 @@ def test_cleaning_keeps_what_is_named_and_what_is_young(
     assert keys(store) == everything
 
     clock.ahead_seconds = GRACE_SECONDS + 60
-    assert store.delete_unreferenced({*live(kept), file.digest}) == 2  # the other manifest, and its own blob
+    assert store.delete_unreferenced({*live(kept), file.digest}) == 2  # the other manifest and its own blob
     assert keys(store) == everything - {manifest_key(dropped.digest), blob_key(sha256(b'{"r": 4}').hexdigest())}
     assert store.verify(kept) == []
 
 
-def test_damaged_files_come_again_without_a_permission_to_delete(
+def test_damaged_files_are_restored_without_delete_permission(
     store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(_objects: Objects, key: str) -> None:
@@ -254,31 +254,31 @@ def test_damaged_files_come_again_without_a_permission_to_delete(
 
     store.objects.put(manifest_key(manifest.digest), b"{}")
     store.empty_damaged(manifest.digest)
-    assert store.delete_unreferenced(set()) == 0, "an emptied manifest stops no cleaning"
+    assert store.delete_unreferenced(set()) == 0, "an emptied manifest must not block the cleanup"
     store.put_folder(folder, kind="checkpoint")
     assert store.get_manifest(manifest.digest) == manifest
 
 
-def test_no_worker_deletes_an_object() -> None:
-    """docs/how-to/deploy.md shows a policy for its credentials that does not let it."""
+def test_worker_code_deletes_no_object() -> None:
+    """The policy for worker credentials in docs/how-to/deploy.md does not allow deletion."""
     root = Path(__file__).parents[3] / "worker"
     deleting = re.compile(r"store\.delete\w*\(|objects\.delete\w*\(")
 
     assert [path.name for path in root.rglob("*.py") if deleting.search(path.read_text("utf-8"))] == []
 
 
-def test_a_blob_that_is_put_again_is_young_again(store: ArtifactStore, clock: Clock) -> None:
+def test_storing_a_blob_again_renews_its_age(store: ArtifactStore, clock: Clock) -> None:
     blob = store.put_bytes(b"old")
     first = store.objects.head(blob_key(blob.digest)).written_at
     clock.ahead_seconds = GRACE_SECONDS / 2
 
-    while store.objects.head(blob_key(blob.digest)).written_at == first:  # S3 counts in whole seconds
+    while store.objects.head(blob_key(blob.digest)).written_at == first:  # S3 times have a resolution of one second
         store.put_bytes(b"old")
 
     assert store.objects.head(blob_key(blob.digest)).written_at > first
 
 
-def test_cleaning_looks_again_before_it_deletes(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleanup_checks_the_age_again_before_deletion(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     blob = store.put_bytes(b"listed while old, then put again")
     listed = store.objects.list_all
 
@@ -292,10 +292,10 @@ def test_cleaning_looks_again_before_it_deletes(store: ArtifactStore, monkeypatc
 
 
 @pytest.mark.parametrize("is_committed", [True, False])
-def test_an_object_that_is_put_again_after_the_last_look_at_its_age_is_not_lost(
+def test_object_stored_again_during_the_cleanup_is_not_lost(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, is_committed: bool
 ) -> None:
-    """Its row is committed after the cleaning, or never."""
+    """The database row of the object is committed after the cleanup, or never."""
     blob = store.put_bytes(b"put again")
     key = blob_key(blob.digest)
     listed, head = store.objects.list_all, store.objects.head
@@ -317,10 +317,10 @@ def test_an_object_that_is_put_again_after_the_last_look_at_its_age_is_not_lost(
     assert references.damaged([key], store.objects) == {}
     store.delete_unreferenced({blob.digest} if is_committed else set())
     assert (key in keys(store)) == is_committed
-    assert b"".join(store.open_blob(blob.digest)) == b"put again", "of another upload, perhaps, whose row comes later"
+    assert b"".join(store.open_blob(blob.digest)) == b"put again", "another upload may still commit a row"
 
 
-def test_an_unreferenced_object_leaves_the_store_for_good(store: ArtifactStore, clock: Clock) -> None:
+def test_unreferenced_object_is_deleted_permanently(store: ArtifactStore, clock: Clock) -> None:
     blob = store.put_bytes(b"garbage")
     clock.ahead_seconds = 2 * GRACE_SECONDS
 
@@ -331,7 +331,7 @@ def test_an_unreferenced_object_leaves_the_store_for_good(store: ArtifactStore, 
         store.open_blob(blob.digest)
 
 
-def test_cleaning_goes_on_where_a_live_manifest_can_not_be_read_and_keeps_the_files_that_the_database_names(
+def test_cleanup_continues_despite_an_unreadable_live_manifest(
     store: ArtifactStore, folder: Path, clock: Clock
 ) -> None:
     manifest = store.put_folder(folder, kind="adapter")
@@ -346,9 +346,7 @@ def test_cleaning_goes_on_where_a_live_manifest_can_not_be_read_and_keeps_the_fi
     assert keys(store) == before - {blob_key(garbage.digest)}
 
 
-def test_cleaning_keeps_the_old_files_of_a_young_manifest_and_goes_on_where_another_can_not_be_read(
-    store: ArtifactStore, folder: Path, clock: Clock
-) -> None:
+def test_cleanup_keeps_old_files_of_a_recent_manifest(store: ArtifactStore, folder: Path, clock: Clock) -> None:
     """A worker has stored an artifact whose row is not committed yet."""
     in_flight = store.put_folder(folder, kind="adapter")
     store.objects.put(manifest_key("0" * 64), b"{}")
@@ -368,10 +366,10 @@ def test_cleaning_keeps_the_old_files_of_a_young_manifest_and_goes_on_where_anot
 
 
 @pytest.mark.parametrize("hours", [48, -48])
-def test_a_wrong_clock_of_this_machine_ages_no_object(
+def test_wrong_local_clock_does_not_age_objects(
     clock_and_url: tuple[Clock, str], monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
-    """An upload is in flight: its blob is stored, and its row is not committed yet."""
+    """An upload is in progress: its blob is stored, and its row is not committed yet."""
     store = ArtifactStore(Objects(clock_and_url[1]))
     blob = store.put_bytes(b"in flight")
     right = time.time
@@ -381,7 +379,7 @@ def test_a_wrong_clock_of_this_machine_ages_no_object(
     assert b"".join(store.open_blob(blob.digest)) == b"in flight"
 
 
-def test_the_time_of_a_full_bucket_is_read_from_the_last_probe(
+def test_time_of_a_full_bucket_is_read_from_the_last_probe(
     clock_and_url: tuple[Clock, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = Objects(clock_and_url[1])
@@ -395,12 +393,12 @@ def test_the_time_of_a_full_bucket_is_read_from_the_last_probe(
     assert objects.now() >= before
 
 
-def test_an_object_is_created_once(store: ArtifactStore) -> None:
+def test_object_is_created_only_once(store: ArtifactStore) -> None:
     assert [store.objects.create("lease", content) for content in (b"first", b"second")] == [True, False]
     assert b"".join(store.objects.read("lease")) == b"first"
 
 
-def test_a_stored_file_and_each_folder_above_it_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_file_and_its_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync = os.fsync
 
@@ -419,11 +417,11 @@ def test_a_stored_file_and_each_folder_above_it_are_synced(tmp_path: Path, monke
     assert {str(folder) for folder in expected} <= set(synced)
 
 
-def test_a_store_that_answers_is_reachable(store: ArtifactStore) -> None:
+def test_reachable_store_passes_the_check(store: ArtifactStore) -> None:
     store.check_reachable()
 
 
-def test_a_bucket_that_does_not_answer_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_bucket_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{free_port()}")
@@ -437,7 +435,7 @@ def test_a_bucket_that_does_not_answer_is_unavailable(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("num_bytes", [100_000, len(LARGE)])
-def test_a_full_disk_is_named_and_keeps_nothing(tmp_path: Path, num_bytes: int) -> None:
+def test_full_disk_is_reported_and_keeps_nothing(tmp_path: Path, num_bytes: int) -> None:
     (tmp_path / "x").write_bytes(LARGE[:num_bytes])
     with small_disk(tmp_path / "disk", 65_536) as disk:
         store = open_store(Settings.model_validate({"data_dir": disk}))
@@ -449,7 +447,7 @@ def test_a_full_disk_is_named_and_keeps_nothing(tmp_path: Path, num_bytes: int) 
         assert [path for path in disk.rglob("*") if path.is_file()] == []
 
 
-def test_a_fetch_onto_a_full_disk_is_named_and_keeps_nothing(tmp_path: Path, folder: Path) -> None:
+def test_fetch_onto_a_full_disk_is_reported_and_keeps_nothing(tmp_path: Path, folder: Path) -> None:
     store = open_store(Settings.model_validate({"data_dir": tmp_path}))
     manifest = store.put_folder(folder, kind="adapter")
     with small_disk(tmp_path / "disk", 65_536) as disk:
@@ -459,7 +457,7 @@ def test_a_fetch_onto_a_full_disk_is_named_and_keeps_nothing(tmp_path: Path, fol
         assert list(disk.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_cleaned_from_a_folder(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_cleaned_up(tmp_path: Path) -> None:
     clock = Clock()
     store = ArtifactStore(Objects((tmp_path / "store").as_uri()), clock=clock)
     blob = store.put_bytes(b"x")
@@ -473,7 +471,7 @@ def test_what_a_killed_writer_left_is_cleaned_from_a_folder(tmp_path: Path) -> N
     assert not left.exists()
 
 
-def test_links_are_not_followed_into_the_store(tmp_path: Path) -> None:
+def test_symlinks_are_not_followed_into_the_store(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "passwd").symlink_to("/etc/passwd")
 
@@ -499,13 +497,13 @@ BAD_PATHS = [
 
 
 @pytest.mark.parametrize("path", BAD_PATHS)
-def test_a_path_that_could_leave_its_folder_is_refused(path: str) -> None:
+def test_path_that_could_leave_its_folder_is_rejected(path: str) -> None:
     with pytest.raises(DamagedArtifact):
         ManifestFile(path=path, digest="0" * 64, num_bytes=1)
 
 
 @given(st.text(max_size=40))
-def test_every_path_that_passes_stays_inside(path: str) -> None:
+def test_accepted_paths_stay_inside_the_folder(path: str) -> None:
     try:
         check_path(path)
     except DamagedArtifact:
@@ -513,7 +511,7 @@ def test_every_path_that_passes_stays_inside(path: str) -> None:
     assert Path(os.path.normpath(Path("/root/of/it") / path)).is_relative_to("/root/of/it")
 
 
-def test_a_manifest_with_a_file_inside_a_file_or_a_path_twice_is_refused() -> None:
+def test_manifest_with_conflicting_or_duplicate_paths_is_rejected() -> None:
     files = [ManifestFile(path=path, digest="0" * 64, num_bytes=1) for path in ("a", "a/b", "c")]
     with pytest.raises(DamagedArtifact, match="itself a file"):
         Manifest.of("adapter", files)
@@ -539,12 +537,12 @@ NO_MANIFESTS = [
 
 
 @pytest.mark.parametrize("content", NO_MANIFESTS)
-def test_bytes_that_are_no_manifest_are_refused(content: bytes) -> None:
+def test_bytes_that_are_no_manifest_are_rejected(content: bytes) -> None:
     with pytest.raises(DamagedArtifact):
         Manifest.parse(content)
 
 
-def test_a_manifest_is_the_same_from_its_bytes_and_from_its_row() -> None:
+def test_manifest_is_equal_from_bytes_and_from_rows() -> None:
     manifest = Manifest.of("tokens", [ManifestFile(path="ü/b", digest="1" * 64, num_bytes=2)])
 
     assert Manifest.parse(manifest.canonical()) == manifest

@@ -1,4 +1,4 @@
-"""Uploaded files on both databases: what is kept, what is refused, and that a refusal keeps nothing."""
+"""Uploaded files: what is stored, what is rejected, and that rejected uploads store nothing."""
 
 import json
 from collections.abc import Iterator
@@ -47,21 +47,21 @@ def store(settings: Settings) -> ArtifactStore:
 
 
 class Uploader:
-    """What the api does: spool the body, then hand it over."""
+    """Spools the body and passes it on, as the API server does."""
 
     def __init__(self, db: Database, store: ArtifactStore, settings: Settings, spool: Path) -> None:
         self.db, self.store, self.settings, self.spool = db, store, settings, spool
 
     def __call__(self, content: bytes = ROW, **given: Any) -> File:
         self.spool.write_bytes(content)
-        told: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "project_id": "ours",
             "purpose": "fine-tune",
             "filename": "train.jsonl",
             "num_bytes": len(content),
             "digest": sha256(content).hexdigest(),
         }
-        return files.create(self.db, self.store, spooled=self.spool, settings=self.settings, **{**told, **given})
+        return files.create(self.db, self.store, spooled=self.spool, settings=self.settings, **{**fields, **given})
 
     def nothing_was_kept(self) -> bool:
         with self.db.read() as session:
@@ -101,7 +101,7 @@ def add_job(db: Database, *, training_file: str, validation_file: str | None, st
     return "ftjob-1"
 
 
-def test_an_upload_can_be_found_and_read(upload: Uploader, db: Database, store: ArtifactStore) -> None:
+def test_upload_can_be_found_and_read(upload: Uploader, db: Database, store: ArtifactStore) -> None:
     file = upload(ROW + b"\n" + ROW)
 
     assert file.id.startswith("file-")
@@ -110,11 +110,11 @@ def test_an_upload_can_be_found_and_read(upload: Uploader, db: Database, store: 
     assert b"".join(store.open_blob(file.digest)) == ROW + b"\n" + ROW
 
 
-def test_files_of_other_purposes_are_kept_as_they_are(upload: Uploader) -> None:
+def test_files_of_other_purposes_are_stored_unchanged(upload: Uploader) -> None:
     assert upload(b"\xff\x00", purpose="user_data").num_rows is None
 
 
-def test_the_same_bytes_twice_are_two_files_and_one_blob(upload: Uploader, store: ArtifactStore) -> None:
+def test_identical_uploads_are_two_files_and_one_blob(upload: Uploader, store: ArtifactStore) -> None:
     assert upload().id != upload().id
     assert len(list(store.objects.list_all("blobs"))) == 1
 
@@ -130,7 +130,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("given", "error", "code"), REFUSALS.values(), ids=REFUSALS)
-def test_a_refused_upload_leaves_no_file(
+def test_rejected_upload_leaves_no_file(
     upload: Uploader, db: Database, given: dict[str, Any], error: type[Exception], code: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -141,7 +141,7 @@ def test_a_refused_upload_leaves_no_file(
     assert code == "upload_damaged" or upload.nothing_was_kept()
 
 
-def test_a_disk_that_fills_while_uploading_keeps_nothing(db: Database, tmp_path: Path) -> None:
+def test_disk_that_fills_during_an_upload_keeps_nothing(db: Database, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 32_768) as disk:
         settings = Settings.model_validate({"data_dir": disk})
         upload = Uploader(db, open_store(settings), settings, tmp_path / "spool")
@@ -152,7 +152,7 @@ def test_a_disk_that_fills_while_uploading_keeps_nothing(db: Database, tmp_path:
         assert upload.nothing_was_kept()
 
 
-def test_a_database_that_fails_shows_no_file(upload: Uploader, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_transaction_lists_no_file(upload: Uploader, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(session: Any) -> float:
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Try again.")
 
@@ -164,7 +164,7 @@ def test_a_database_that_fails_shows_no_file(upload: Uploader, db: Database, mon
     assert files.list_page(db, project_id="ours").items == []
 
 
-def test_another_projects_file_looks_like_no_file(upload: Uploader, db: Database) -> None:
+def test_file_of_another_project_is_not_found(upload: Uploader, db: Database) -> None:
     file = upload()
 
     for reach in (
@@ -176,7 +176,7 @@ def test_another_projects_file_looks_like_no_file(upload: Uploader, db: Database
     assert files.list_page(db, project_id="theirs").items == []
 
 
-def test_pages_follow_one_another_in_both_orders(upload: Uploader, db: Database) -> None:
+def test_pages_follow_each_other_in_both_orders(upload: Uploader, db: Database) -> None:
     ids = [upload().id for _ in range(5)]
     upload(purpose="user_data")
 
@@ -194,7 +194,7 @@ def ordered(page: Any) -> list[File]:
     return sorted(page.items, key=lambda file: (file.created_at, file.id), reverse=True)
 
 
-def test_a_deleted_file_is_gone_but_its_row_stays(upload: Uploader, db: Database) -> None:
+def test_deleted_file_is_gone_but_its_row_stays(upload: Uploader, db: Database) -> None:
     file = upload()
 
     files.delete(db, project_id="ours", file_id=file.id)
@@ -208,7 +208,7 @@ def test_a_deleted_file_is_gone_but_its_row_stays(upload: Uploader, db: Database
 
 @pytest.mark.parametrize("state", JobState)
 @pytest.mark.parametrize("role", ["training_file", "validation_file"])
-def test_a_file_is_kept_while_a_job_that_has_not_ended_reads_it(
+def test_file_of_an_unfinished_job_cannot_be_deleted(
     upload: Uploader, db: Database, state: JobState, role: str
 ) -> None:
     file, other = upload(), upload()
@@ -223,7 +223,7 @@ def test_a_file_is_kept_while_a_job_that_has_not_ended_reads_it(
     assert caught.value.code == "file_in_use"
 
 
-def test_cleaning_keeps_what_the_record_names(upload: Uploader, db: Database, store: ArtifactStore) -> None:
+def test_cleanup_keeps_referenced_blobs(upload: Uploader, db: Database, store: ArtifactStore) -> None:
     kept, deleted, needed = upload(), upload(ROW + b"\n"), upload(ROW + b"\n\n")
     shown, hidden = (store.put_bytes(content) for content in (b"shown", b"hidden"))
     add_job(db, training_file=needed.id, validation_file=None, state=JobState.PAUSED)
@@ -258,5 +258,5 @@ def test_cleaning_keeps_what_the_record_names(upload: Uploader, db: Database, st
         ("/", "file"),
     ],
 )
-def test_a_name_is_a_label_and_no_path(given: str, kept: str) -> None:
+def test_filename_is_reduced_to_a_safe_label(given: str, kept: str) -> None:
     assert files.label(given) == kept

@@ -1,4 +1,4 @@
-"""What open uploads may hold, together and each, and what of them counts until it has left the disk."""
+"""Limits of open uploads per project and per upload. Parts count until they are removed from the disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.catalog.part_sender import ONE, THREE, TWO, Sender
 from tests.catalog.storage.test_multipart_uploads import blobs, sha
 
 
-def test_a_project_has_so_many_uploads_open_at_once_and_so_many_bytes(sender: Sender) -> None:
+def test_open_uploads_and_their_bytes_are_limited_per_project(sender: Sender) -> None:
     sender.settings = Settings(data_dir=sender.folder, max_open_uploads=2, max_open_upload_bytes=500)
     first, _ = sender.begin(200), sender.begin(200)
 
@@ -45,7 +45,7 @@ def test_a_project_has_so_many_uploads_open_at_once_and_so_many_bytes(sender: Se
     sender.begin(500)
 
 
-def test_parts_count_until_they_are_cleaned_whatever_became_of_their_upload(sender: Sender) -> None:
+def test_parts_count_until_they_are_cleaned_up(sender: Sender) -> None:
     sender.settings = Settings(data_dir=sender.folder, max_open_upload_bytes=1_000)
     cancelled, done, expired = sender.begin(500), sender.begin(len(ONE)), sender.begin(100)
     sender.part(cancelled, b"x" * 300)
@@ -69,7 +69,7 @@ def test_parts_count_until_they_are_cleaned_whatever_became_of_their_upload(send
     sender.begin(1_000)
 
 
-def test_parts_that_were_joined_count_beside_their_file_and_the_one_that_is_the_file_does_not(sender: Sender) -> None:
+def test_joined_parts_count_in_addition_to_their_file(sender: Sender) -> None:
     joined_id, whole_id, repeated_id = (
         sender.begin(len(ONE + TWO)),
         sender.begin(len(THREE)),
@@ -87,8 +87,8 @@ def test_parts_that_were_joined_count_beside_their_file_and_the_one_that_is_the_
     assert held == {joined_id: len(ONE + TWO), whole_id: 0, repeated_id: len(ONE + b"unnamed")}
 
 
-def test_a_refusal_tells_when_enough_leaves_by_itself(sender: Sender) -> None:
-    """Not when the first upload ends, which may free nothing."""
+def test_rejection_states_when_enough_space_becomes_free(sender: Sender) -> None:
+    """The end of the first upload is not the answer, because it may free nothing."""
     start, hour = int(sender.world.clock.now), multipart_uploads.OPEN_SECONDS
     cleaned = hour + multipart_uploads.KEPT_SECONDS + DAY_SECONDS
     sender.settings = Settings(data_dir=sender.folder, max_open_uploads=4, max_open_upload_bytes=1_000)
@@ -110,13 +110,13 @@ def test_a_refusal_tells_when_enough_leaves_by_itself(sender: Sender) -> None:
         None,
     ]
     sender.settings = sender.settings.model_copy(update={"max_open_uploads": 1})
-    assert resets_at(sender, 1) == start + 120 + hour, "of two that are open both must end"
+    assert resets_at(sender, 1) == start + 120 + hour, "both open uploads must end"
     sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
     sender.world.clock.advance(cleaned)
-    assert resets_at(sender, 900) is None, "nothing was cleaned in its time"
+    assert resets_at(sender, 900) is None, "the cleanup is overdue"
 
 
-def test_a_completion_beyond_what_the_project_may_store_stores_nothing(sender: Sender) -> None:
+def test_completion_beyond_the_storage_quota_stores_nothing(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE + TWO))
     parts = sender.part(upload_id, ONE), sender.part(upload_id, TWO)
     operator = replace(sender.world.caller, is_operator=True)
@@ -128,7 +128,7 @@ def test_a_completion_beyond_what_the_project_may_store_stores_nothing(sender: S
     assert blobs(sender) == {sha(ONE), sha(TWO)}
 
 
-def test_an_upload_holds_no_more_than_twice_what_was_announced(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_holds_at_most_twice_its_announced_size(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multipart_uploads, "SPARE_BYTES", 0)
     upload_id = sender.begin(10)
     sender.part(upload_id, b"x" * 12)
@@ -140,7 +140,7 @@ def test_an_upload_holds_no_more_than_twice_what_was_announced(sender: Sender, m
     sender.part(upload_id, b"y" * 8)
 
 
-def test_parts_have_bounds_together(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_total_size_and_number_of_parts_are_limited(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multipart_uploads, "MAX_PARTS", 2)
     large_id, many_id = sender.begin(), sender.begin()
     sender.part(large_id, b"x" * 999)
@@ -156,15 +156,15 @@ def test_parts_have_bounds_together(sender: Sender, monkeypatch: pytest.MonkeyPa
         assert refused.value.code == code
     with pytest.raises(InvalidRequest, match="empty"):
         sender.part(large_id, b"")
-    assert sender.part(many_id, b"a"), "what is there already takes no room"
+    assert sender.part(many_id, b"a"), "a part that already exists takes no space"
 
 
 def resets_at(sender: Sender, num_bytes: int) -> float | None:
     with pytest.raises(QuotaExceeded) as refused:
         sender.begin(num_bytes)
-    told, waits = refused.value.quota["resets_at"], refused.value.retry_after_seconds
-    assert waits == math.inf if told is None else told == int(sender.world.clock.now + waits)
-    return told
+    resets, waits = refused.value.quota["resets_at"], refused.value.retry_after_seconds
+    assert waits == math.inf if resets is None else resets == int(sender.world.clock.now + waits)
+    return resets
 
 
 def part_bytes(sender: Sender, upload_id: str) -> int:

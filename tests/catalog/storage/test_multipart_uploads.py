@@ -1,4 +1,4 @@
-"""Files that come in parts: one file of an upload at most, in the order that is named, and nothing of it left over."""
+"""Multipart uploads: at most one file per upload, in the requested part order, and no leftovers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.catalog.part_sender import ONE, THREE, TWO, WHOLE, Sender
 from tests.services.small_disk import small_disk
 
 
-def test_parts_that_came_in_any_order_are_the_file_in_the_order_that_is_named(sender: Sender) -> None:
+def test_parts_are_joined_in_the_requested_order(sender: Sender) -> None:
     upload_id = sender.begin()
     three, one, two = (sender.part(upload_id, content) for content in (THREE, ONE, TWO))
 
@@ -39,7 +39,7 @@ def test_parts_that_came_in_any_order_are_the_file_in_the_order_that_is_named(se
     assert list((sender.folder / "spool").iterdir()) == []
 
 
-def test_the_same_bytes_again_are_the_same_part_and_may_be_named_twice(sender: Sender) -> None:
+def test_identical_parts_are_stored_once_and_may_repeat(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE + TWO + ONE))
     one, two, again = (sender.part(upload_id, content) for content in (ONE, TWO, ONE))
 
@@ -49,14 +49,14 @@ def test_the_same_bytes_again_are_the_same_part_and_may_be_named_twice(sender: S
     assert sender.content(done.file) == ONE + TWO + ONE
 
 
-def test_a_part_that_no_file_needs_may_stay_unnamed(sender: Sender) -> None:
+def test_unused_part_may_stay_unnamed(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE))
     sender.part(upload_id, b"cut off on its w")
 
     assert sender.content(sender.complete(upload_id, sender.part(upload_id, ONE)).file) == ONE
 
 
-def test_a_completion_that_is_refused_makes_no_file_and_leaves_the_upload_open(sender: Sender) -> None:
+def test_rejected_completion_makes_no_file_and_leaves_the_upload_open(sender: Sender) -> None:
     upload_id, other_id = sender.begin(), sender.begin(len(b"not JSON"))
     one, two, three = (sender.part(upload_id, content) for content in (ONE, TWO, THREE))
     bad = sender.part(other_id, b"not JSON")
@@ -80,7 +80,7 @@ def test_a_completion_that_is_refused_makes_no_file_and_leaves_the_upload_open(s
 
 
 @pytest.mark.parametrize("end", ["completed", "cancelled", "expired"])
-def test_an_upload_that_is_over_takes_nothing_more(sender: Sender, end: str) -> None:
+def test_ended_upload_rejects_further_requests(sender: Sender, end: str) -> None:
     upload_id = sender.begin()
     parts = [sender.part(upload_id, content) for content in (ONE, TWO, THREE)]
     if end == "completed":
@@ -107,7 +107,7 @@ def test_an_upload_that_is_over_takes_nothing_more(sender: Sender, end: str) -> 
     assert len(sender.made()) == (end == "completed")
 
 
-def test_what_is_sent_again_for_want_of_a_reply_is_answered_as_the_first_was(sender: Sender) -> None:
+def test_retried_requests_get_the_original_response(sender: Sender) -> None:
     done_id, dropped_id = sender.begin(len(ONE)), sender.begin()
     part = sender.part(done_id, ONE)
     done = sender.complete(done_id, part, again=True)
@@ -121,10 +121,10 @@ def test_what_is_sent_again_for_want_of_a_reply_is_answered_as_the_first_was(sen
 
 
 @pytest.mark.parametrize("is_retry", [True, False])
-def test_a_completion_that_outlives_its_lease_makes_no_second_file(
+def test_completion_that_outlives_its_lease_makes_no_second_file(
     sender: Sender, monkeypatch: pytest.MonkeyPatch, is_retry: bool
 ) -> None:
-    """As where the client gave up waiting for the first: it ends while the second joins the parts."""
+    """The client gave up waiting for the first completion, which ends while the second one joins the parts."""
     monkeypatch.setattr(multipart_uploads, "JOIN_LEASE_SECONDS", 0.0)
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
@@ -145,7 +145,7 @@ def test_a_completion_that_outlives_its_lease_makes_no_second_file(
     assert len(sender.made()) == 1
 
 
-def test_two_completions_at_once_join_the_parts_once(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_completions_join_the_parts_once(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
     as_it_was, refused = files.stored, list[str]()
@@ -168,7 +168,7 @@ def test_two_completions_at_once_join_the_parts_once(sender: Sender, monkeypatch
     assert again.id == first.file.id
 
 
-def test_a_completion_that_was_refused_may_be_tried_again_at_once(sender: Sender) -> None:
+def test_failed_completion_may_be_retried_at_once(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
     with pytest.raises(InvalidRequest):
@@ -177,9 +177,7 @@ def test_a_completion_that_was_refused_may_be_tried_again_at_once(sender: Sender
     assert sender.complete(upload_id, part).file is not None
 
 
-def test_a_completion_that_was_rejected_may_be_repeated_a_few_times_only(
-    sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejected_completions_are_limited(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multipart_uploads, "MAX_COMPLETIONS", 2)
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
@@ -194,7 +192,7 @@ def test_a_completion_that_was_rejected_may_be_repeated_a_few_times_only(
     assert sender.made() == []
 
 
-def test_a_completion_whose_check_crashed_counts(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashed_check_counts_as_a_completion(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise CheckCrashed("The process ended.", code="dataset_check_failed", remedy="Try again.")
 
@@ -212,9 +210,7 @@ def test_a_completion_whose_check_crashed_counts(sender: Sender, monkeypatch: py
     assert refused.value.code == "too_many_completions"
 
 
-def test_a_completion_that_the_service_could_not_finish_is_not_counted(
-    sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completion_that_the_service_failed_does_not_count(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: Any, **__: Any) -> None:
         raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Try again.")
 
@@ -230,7 +226,7 @@ def test_a_completion_that_the_service_could_not_finish_is_not_counted(
     assert sender.complete(upload_id, part).file is not None
 
 
-def test_another_projects_upload_looks_like_none(sender: Sender) -> None:
+def test_upload_of_another_project_is_not_found(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE))
     part = sender.part(upload_id, ONE)
     sender.project_id = sender.world.stranger.project_id
@@ -255,7 +251,7 @@ def test_another_projects_upload_looks_like_none(sender: Sender) -> None:
         ({"purpose": "fine-tune-results"}, "invalid_purpose", "purpose"),
     ],
 )
-def test_an_upload_that_would_be_refused_at_its_end_is_refused_at_its_start(
+def test_upload_that_would_fail_at_completion_is_rejected_at_creation(
     sender: Sender, given: dict[str, Any], code: str, param: str
 ) -> None:
     with pytest.raises(LorryError) as refused:
@@ -264,7 +260,7 @@ def test_an_upload_that_would_be_refused_at_its_end_is_refused_at_its_start(
     assert (refused.value.code, refused.value.param) == (code, param)
 
 
-def test_a_disk_that_fills_up_while_the_parts_are_joined_keeps_nothing(sender: Sender, tmp_path: Path) -> None:
+def test_disk_that_fills_while_joining_keeps_nothing(sender: Sender, tmp_path: Path) -> None:
     sender.settings = Settings(data_dir=tmp_path, max_file_bytes=10**6)
     content = ONE * 1_000
     upload_id = sender.begin(len(content))
@@ -279,7 +275,7 @@ def test_a_disk_that_fills_up_while_the_parts_are_joined_keeps_nothing(sender: S
     assert sender.complete(upload_id, part).status == "completed"
 
 
-def test_a_file_of_parts_goes_by_itself_so_long_after_it_was_completed(sender: Sender) -> None:
+def test_lifetime_of_a_multipart_file_starts_at_completion(sender: Sender) -> None:
     upload_id = sender.begin(len(ONE), lifetime_seconds=7200)
     part = sender.part(upload_id, ONE)
     sender.world.clock.advance(3000)
@@ -290,7 +286,7 @@ def test_a_file_of_parts_goes_by_itself_so_long_after_it_was_completed(sender: S
     assert file.expires_at == file.created_at + 7200 > sender.world.clock.now + 7100
 
 
-def test_cleaning_keeps_the_parts_of_open_uploads_and_drops_those_of_others(sender: Sender) -> None:
+def test_cleanup_keeps_parts_of_open_uploads_only(sender: Sender) -> None:
     open_id, cancelled_id, done_id = (sender.begin(len(ONE)) for _ in range(3))
     sender.part(open_id, b"open")
     sender.part(cancelled_id, b"cancelled")

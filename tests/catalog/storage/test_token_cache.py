@@ -1,4 +1,4 @@
-"""Token caches belong to one project: they are charged to it, bounded, and reveal nothing to another."""
+"""Token caches belong to one project: their size is charged and limited, and they reveal nothing to others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.catalog.world import LEASE, PEPPER, World, manifest, request, sha
 
 
 def twin_of(world: World, file_id: str) -> str:
-    """Another project's upload of the same bytes."""
+    """Upload the same bytes in another project."""
     twin = world.file(caller=world.stranger)
     with world.db.write() as session:
         session.get_one(File, twin).digest = session.get_one(File, file_id).digest
@@ -40,7 +40,7 @@ def stored(world: World) -> int:
         return ledger.stored_bytes(session, world.caller.project_id)
 
 
-def test_a_plan_does_not_reveal_that_another_project_prepared_the_same_file(world: World) -> None:
+def test_plan_does_not_reveal_files_prepared_by_another_project(world: World) -> None:
     world.worker()
     assert ready(world).state == "ready"
     body = request(training_file=twin_of(world, world.file_id))
@@ -50,7 +50,7 @@ def test_a_plan_does_not_reveal_that_another_project_prepared_the_same_file(worl
     assert theirs.state == "computing"
 
 
-def test_checkpoints_and_logs_count_as_stored_bytes_until_they_are_dropped(world: World) -> None:
+def test_checkpoints_and_logs_count_as_stored_bytes_until_removed(world: World) -> None:
     claim = world.running()
     before = stored(world)
 
@@ -67,7 +67,7 @@ def test_checkpoints_and_logs_count_as_stored_bytes_until_they_are_dropped(world
     assert stored(world) - before == 50 + 2 * 10, "the first checkpoint was dropped"
 
 
-def test_a_project_keeps_four_variants_of_a_file_and_evicts_the_oldest_that_nothing_needs(world: World) -> None:
+def test_project_keeps_four_cache_variants_and_evicts_unused_ones(world: World) -> None:
     held = world.submit(max_length=8)
     world.prepare_all()
     for max_length in range(9, 15):
@@ -83,7 +83,7 @@ def test_a_project_keeps_four_variants_of_a_file_and_evicts_the_oldest_that_noth
     assert ready(world, max_length=9).state == "ready", "the result of an evicted cache is still known"
 
 
-def test_a_cache_that_a_running_plan_needs_is_not_evicted(world: World) -> None:
+def test_cache_needed_by_a_running_plan_is_not_evicted(world: World) -> None:
     waiting = plan(world, max_length=8)
     _put(world, waiting, num_bytes=7)
     for max_length in range(9, 15):
@@ -92,7 +92,7 @@ def test_a_cache_that_a_running_plan_needs_is_not_evicted(world: World) -> None:
     assert sorted(_variants(world)) == [8, 12, 13, 14]
 
 
-def test_a_plan_is_refused_where_its_tokens_would_pass_the_limit_of_stored_bytes(world: World) -> None:
+def test_plan_is_rejected_if_its_tokens_exceed_the_storage_quota(world: World) -> None:
     limit(world, stored_bytes=25)  # the file has 10 bytes
 
     first = plan(world, max_length=8)
@@ -108,7 +108,7 @@ def test_a_plan_is_refused_where_its_tokens_would_pass_the_limit_of_stored_bytes
     world.submit(max_length=10)
 
 
-def test_what_is_known_may_be_planned_though_nothing_more_may_be_stored(world: World) -> None:
+def test_cached_file_may_be_planned_at_the_storage_limit(world: World) -> None:
     ready(world)
     limit(world, stored_bytes=0)
 
@@ -117,7 +117,7 @@ def test_what_is_known_may_be_planned_though_nothing_more_may_be_stored(world: W
         plan(world, max_length=8)
 
 
-def test_an_upload_takes_the_room_of_unused_caches_and_what_is_evicted_leaves_like_deleted_files(world: World) -> None:
+def test_upload_evicts_unused_caches_within_the_deleted_file_limit(world: World) -> None:
     for max_length in (8, 9):
         _computed(world, max_length, num_bytes=400)
     limit(world, stored_bytes=1000)
@@ -128,7 +128,7 @@ def test_an_upload_takes_the_room_of_unused_caches_and_what_is_evicted_leaves_li
     with pytest.raises(QuotaExceeded) as refusal:
         upload(world, 201)
 
-    assert sorted(kept) == [9], "the oldest went"
+    assert sorted(kept) == [9], "the oldest cache was evicted"
     assert _variants(world) == {}
     assert refusal.value.quota["used"] == 800
     for content in ("a", "b"):
@@ -138,7 +138,7 @@ def test_an_upload_takes_the_room_of_unused_caches_and_what_is_evicted_leaves_li
     upload(world, 100)
 
 
-def test_a_project_creates_so_many_plans_a_day(world: World) -> None:
+def test_plans_per_day_are_limited(world: World) -> None:
     limit(world, plans_per_day=2)
     for length in (128, 256):
         row = plan(world, max_length=length)
@@ -153,7 +153,7 @@ def test_a_project_creates_so_many_plans_a_day(world: World) -> None:
     assert projects.create(world.db, "fresh", organization="default").max_plans_per_day == PLANS_PER_DAY
 
 
-def test_a_key_that_only_reads_does_not_use_up_the_plans_of_the_others(world: World) -> None:
+def test_read_only_key_does_not_use_up_the_plans_of_others(world: World) -> None:
     limit(world, plans_per_day=2)
     ready(world, max_length=128)
     reader = api_keys.create(
@@ -173,11 +173,11 @@ def test_a_key_that_only_reads_does_not_use_up_the_plans_of_the_others(world: Wo
     assert (refusal.value.quota["name"], refusal.value.quota["used"]) == ("plans_per_day", 2)
 
 
-def test_a_cache_of_a_worker_that_knows_no_project_stays_while_a_job_needs_it_and_is_never_charged(
+def test_cache_without_a_project_is_kept_while_needed_and_never_charged(
     world: World,
 ) -> None:
     job = world.queued()
-    stored_bytes.reconcile(world.db)  # counts the file, which the test's world has inserted by hand
+    stored_bytes.reconcile(world.db)  # counts the file, which the test's world inserts without accounting
     with world.db.write() as session:
         for name in ("of the job", "of none"):
             artifact = artifact_index.show(session, manifest(name, "tokens"), now=1.0)
@@ -195,9 +195,7 @@ def test_a_cache_of_a_worker_that_knows_no_project_stays_while_a_job_needs_it_an
     assert stored(world) == before
 
 
-def test_counters_that_an_older_worker_left_behind_are_corrected(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_wrong_counters_of_an_older_worker_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.running()
     stored_bytes.reconcile(world.db)
     with world.db.write() as session:
@@ -212,7 +210,7 @@ def test_counters_that_an_older_worker_left_behind_are_corrected(
 
 
 def _computed(world: World, max_length: int, *, num_bytes: int | None = None) -> None:
-    """A plan whose file a worker has prepared, and which is concluded."""
+    """Create a plan, prepare its file as a worker does, and conclude the plan."""
     row = plan(world, max_length=max_length)
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
@@ -231,7 +229,7 @@ def _put(world: World, row: Plan, *, num_bytes: int) -> None:
 
 
 def _variants(world: World) -> dict[int, int]:
-    """Bytes of the file's caches that are kept, by max_length."""
+    """Return the bytes of the file's stored caches by max_length."""
     with world.db.read() as session:
         works = [*session.scalars(select(Plan)), *session.scalars(select(Job))]
         named = {work.train_prepared: work.spec["max_length"] for work in works}

@@ -1,4 +1,4 @@
-"""Sweeps whose trials are of the client's own choice: added, stopped and closed by whoever asked for them."""
+"""Ask-tell sweeps, whose trials the client chooses: adding, stopping and closing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.catalog.sweeping import ON_ONE_DATABASE, add, advance, finish, make, 
 from tests.catalog.world import World
 
 
-def test_a_client_gives_each_trial_its_parameters_and_stops_those_it_is_done_with(world: World) -> None:
+def test_client_adds_trials_and_stops_those_it_no_longer_needs(world: World) -> None:
     sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
     assert add(world, sweep_id, 4) == 0
     assert add(world, sweep_id, 8) == 1
@@ -30,7 +30,7 @@ def test_a_client_gives_each_trial_its_parameters_and_stops_those_it_is_done_wit
     assert world.job(claimed[1].job.id).reason == EndReason.PRUNED
     finish(world, claimed[0], 1.0)
     advance(world)
-    assert view(world, sweep_id).sweep.state == "running"  # its client may ask for another
+    assert view(world, sweep_id).sweep.state == "running"  # the client may add another trial
     commands.close(world.db, **of(world, sweep_id))
     advance(world)
     assert view(world, sweep_id).sweep.state == "succeeded"
@@ -39,7 +39,7 @@ def test_a_client_gives_each_trial_its_parameters_and_stops_those_it_is_done_wit
 
 
 @ON_ONE_DATABASE
-def test_a_trial_that_waits_is_stopped_at_once(world: World) -> None:
+def test_waiting_trial_is_stopped_at_once(world: World) -> None:
     sweep_id = make(world, search={"type": "ask_tell", "trials": 1}, parameters={})
     add(world, sweep_id, 4)
 
@@ -62,7 +62,7 @@ def test_a_trial_that_waits_is_stopped_at_once(world: World) -> None:
         ({"model": "x"}, "fixed_in_a_sweep"),
     ],
 )
-def test_a_clients_parameters_are_checked_as_a_sweeps_are(world: World, parameters: Any, code: str) -> None:
+def test_client_parameters_are_validated_like_those_of_a_sweep(world: World, parameters: Any, code: str) -> None:
     sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
 
     with pytest.raises(LorryError) as refused:
@@ -73,7 +73,7 @@ def test_a_clients_parameters_are_checked_as_a_sweeps_are(world: World, paramete
 
 
 @ON_ONE_DATABASE
-def test_a_sweep_that_chooses_for_itself_takes_no_trials_of_others(world: World) -> None:
+def test_sweep_that_chooses_its_own_trials_rejects_added_ones(world: World) -> None:
     sweep_id = make(world)
 
     with pytest.raises(Conflict) as refused:
@@ -83,7 +83,7 @@ def test_a_sweep_that_chooses_for_itself_takes_no_trials_of_others(world: World)
 
 
 @ON_ONE_DATABASE
-def test_what_a_person_asks_of_a_sweep_is_in_the_audit_log_once(world: World) -> None:
+def test_user_actions_on_a_sweep_are_audited_once(world: World) -> None:
     sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
     add(world, sweep_id, 4)
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_what_a_person_asks_of_a_sweep_is_in_the_audit_log_once(world: World) ->
         commands.cancel(world.db, **of(world, sweep_id))
 
     with world.db.read() as session:
-        told = session.scalars(select(AuditEvent.type).order_by(AuditEvent.effective_at)).all()
+        types = session.scalars(select(AuditEvent.type).order_by(AuditEvent.effective_at)).all()
 
-    about_it = [each for each in told if each.startswith(("sweep", "trial", "job"))]
+    about_it = [each for each in types if each.startswith(("sweep", "trial", "job"))]
     assert about_it == ["sweep.created", "job.created", "sweep.closed", "trial.stopped", "sweep.cancelled"]

@@ -1,4 +1,4 @@
-"""What a sweep's trials count against: its project's limits and its key's."""
+"""Trials of a sweep count toward the limits of its project and its key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def world(world: World) -> World:
     return world
 
 
-def test_a_sweep_whose_project_has_reached_a_limit_waits_with_its_next_trials(world: World) -> None:
+def test_sweep_of_a_project_at_its_limit_delays_its_next_trials(world: World) -> None:
     parameters = {"lora.rank": {"values": [2, 4, 8]}}
     body = {"model": "smol", **files_of(world), "search": {"type": "grid"}, "parameters": parameters}
     request = SweepRequest.model_validate({**body, "max_concurrent": 1})
@@ -50,7 +50,7 @@ def test_a_sweep_whose_project_has_reached_a_limit_waits_with_its_next_trials(wo
     assert (done.num_created, done.error) == (3, None)
 
 
-def test_a_sweep_counts_whole_against_its_keys_jobs_of_a_day(world: World) -> None:
+def test_all_trials_of_a_sweep_count_toward_the_daily_jobs_of_its_key(world: World) -> None:
     parameters = {"lora.rank": {"values": [2, 4, 8]}}
     body = {"model": "smol", **files_of(world), "search": {"type": "grid"}, "parameters": parameters}
     request = SweepRequest.model_validate({**body, "max_concurrent": 1})
@@ -62,11 +62,12 @@ def test_a_sweep_counts_whole_against_its_keys_jobs_of_a_day(world: World) -> No
     assert refusal.value.retry_after_seconds == math.inf
 
 
-def test_trials_that_a_sweep_is_still_to_make_are_counted_from_the_start(world: World) -> None:
+def test_future_trials_of_a_sweep_count_from_its_creation(world: World) -> None:
     caller = replace(world.caller, service_jobs_per_day=5)
     sweep = _grid_of_three(world, caller)
     world.submit(caller=caller)
-    _grid_of_three(world, world.caller, search={"type": "ask_tell", "trials": 9}, parameters={})  # it may make none
+    # this sweep may never create a trial
+    _grid_of_three(world, world.caller, search={"type": "ask_tell", "trials": 9}, parameters={})
     world.submit(caller=caller)
 
     with pytest.raises(RateLimited, match="includes 2 trials") as refusal:
@@ -86,7 +87,7 @@ def test_trials_that_a_sweep_is_still_to_make_are_counted_from_the_start(world: 
     assert math.isfinite(later.value.retry_after_seconds)
 
 
-def test_what_a_closed_sweep_will_not_make_is_not_counted(world: World) -> None:
+def test_trials_that_a_closed_sweep_will_not_create_do_not_count(world: World) -> None:
     caller = replace(world.caller, service_jobs_per_day=3)
     sweep = _grid_of_three(world, caller)
     with pytest.raises(RateLimited):
@@ -101,7 +102,7 @@ def test_what_a_closed_sweep_will_not_make_is_not_counted(world: World) -> None:
 
 
 def _grid_of_three(world: World, caller: Caller, **fields: Any) -> Sweep:
-    """A sweep of which one trial is made at a time."""
+    """Create a sweep that creates one trial at a time."""
     grid = {"search": {"type": "grid"}, "parameters": {"lora.rank": {"values": [2, 4, 8]}}, "max_concurrent": 1}
     body = {"model": "smol", **files_of(world), **grid, **fields}
     if body["search"]["type"] == "ask_tell":

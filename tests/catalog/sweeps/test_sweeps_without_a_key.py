@@ -12,14 +12,14 @@ from catalog.caller import Caller
 from catalog.sweeps import creation, revocation
 from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
-from tests.catalog.sweeping import advance, asked, finish, train
+from tests.catalog.sweeping import advance, finish, sweep_request, train
 from tests.catalog.world import PEPPER, World, sha
 
 HOUR = 3600.0
 
 
 def holder(world: World, project: str = "ours", **given: Any) -> Caller:
-    """The holder of a new key."""
+    """Return the caller of a new key."""
     project_id = projects.ensure(world.db, project).id
     _, secret = authentication.create(world.db, project_id=project_id, name="k", pepper=PEPPER, **given)
     return authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
@@ -27,7 +27,7 @@ def holder(world: World, project: str = "ours", **given: Any) -> Caller:
 
 def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
     body = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
-    request = asked(world, **{**body, **fields})
+    request = sweep_request(world, **{**body, **fields})
     return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
 
 
@@ -40,7 +40,7 @@ def error_code(sweep: Sweep) -> str | None:
     return None if sweep.error is None else sweep.error["code"]
 
 
-def test_a_sweep_whose_key_was_revoked_is_closed_before_its_next_trials(world: World) -> None:
+def test_sweep_of_a_revoked_key_is_closed_before_its_next_trials(world: World) -> None:
     caller = holder(world)
     sweep_id = sweep_of(world, caller)
     revocation.revoke(world.db, caller=world.caller, api_key_id=caller.api_key_id)
@@ -51,14 +51,14 @@ def test_a_sweep_whose_key_was_revoked_is_closed_before_its_next_trials(world: W
     assert (sweep.num_created, sweep.is_closed, sweep.state) == (creation.AT_ONCE, True, "running")
     assert error_code(sweep) == "api_key_revoked"
     assert caller.api_key_id in (sweep.error or {})["message"]
-    everybody = replace(world.caller, is_operator=True)
-    events = log.list_page(world.db, caller=everybody, filters=log.Filters(types=["sweep.closed"])).items
+    operator = replace(world.caller, is_operator=True)
+    events = log.list_page(world.db, caller=operator, filters=log.Filters(types=["sweep.closed"])).items
     assert [(event.object_id, event.actor_type, event.details) for event in events] == [
         (sweep_id, "server", {"reason": "api_key_revoked"})
     ]
 
 
-def test_a_sweep_whose_key_has_expired_is_closed(world: World) -> None:
+def test_sweep_of_an_expired_key_is_closed(world: World) -> None:
     caller = holder(world, expires_at=world.clock.now + HOUR)
     sweep_id = sweep_of(world, caller)
     world.clock.advance(HOUR)
@@ -69,7 +69,7 @@ def test_a_sweep_whose_key_has_expired_is_closed(world: World) -> None:
     assert (sweep.num_created, error_code(sweep)) == (creation.AT_ONCE, "api_key_expired")
 
 
-def test_a_sweep_of_an_archived_project_is_closed(world: World) -> None:
+def test_sweep_of_an_archived_project_is_closed(world: World) -> None:
     operator = holder(world, "office", is_operator=True)
     caller = holder(world)
     sweep_id = sweep_of(world, caller)
@@ -82,7 +82,7 @@ def test_a_sweep_of_an_archived_project_is_closed(world: World) -> None:
 
 
 @pytest.mark.parametrize("num_rotations", [1, 2])
-def test_a_rotation_keeps_the_sweeps_of_the_key_that_it_ends(world: World, num_rotations: int) -> None:
+def test_sweeps_continue_after_a_rotation_of_their_key(world: World, num_rotations: int) -> None:
     caller = holder(world)
     sweep_id, key_id = sweep_of(world, caller), caller.api_key_id
     for _ in range(num_rotations):
@@ -97,7 +97,7 @@ def test_a_rotation_keeps_the_sweeps_of_the_key_that_it_ends(world: World, num_r
 
 
 @pytest.mark.parametrize("revoked", ["the rotated key", "its successor"])
-def test_a_key_that_was_rotated_and_then_revoked_ends_its_sweeps(world: World, revoked: str) -> None:
+def test_revoking_a_rotated_key_or_its_successor_ends_its_sweeps(world: World, revoked: str) -> None:
     caller = holder(world)
     sweep_id = sweep_of(world, caller)
     given: dict[str, Any] = {"overlap_seconds": 0, "pepper": PEPPER}
@@ -111,7 +111,7 @@ def test_a_key_that_was_rotated_and_then_revoked_ends_its_sweeps(world: World, r
     assert (sweep.num_created, error_code(sweep)) == (creation.AT_ONCE, "api_key_revoked")
 
 
-def test_a_closed_sweep_finishes_with_the_trials_that_it_has(world: World) -> None:
+def test_closed_sweep_finishes_with_its_existing_trials(world: World) -> None:
     caller = holder(world)
     sweep_id = sweep_of(world, caller, max_concurrent=1)
     revocation.revoke(world.db, caller=world.caller, api_key_id=caller.api_key_id)

@@ -1,4 +1,4 @@
-"""What a stolen worker's password is good for: PostgreSQL refuses the rest."""
+"""A stolen worker password grants little: PostgreSQL rejects everything that a worker does not need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.catalog.world import PEPPER, World
 from tests.services.postgres import as_role
 
 ATTACKS = {
-    "make one's own key an operator's": "update api_keys set is_operator = true",
+    "make a key an operator key": "update api_keys set is_operator = true",
     "read the keys' hashes": "select digest from api_keys",
     "make a key": "insert into api_keys (id, project_id, name, digest, is_operator, created_at)"
     " values ('key-x', 'p', 'x', 'x', true, 0)",
@@ -28,15 +28,15 @@ ATTACKS = {
     "read the keys of replaced peppers": "select sealed from retired_keys",
     "add a key of a replaced pepper": "insert into retired_keys (id, sealed) values ('x', 'x')",
     "read webhook salts": "select salt from webhook_endpoints",
-    "lead webhooks elsewhere": "update webhook_endpoints set url = 'https://evil.example'",
+    "redirect webhooks": "update webhook_endpoints set url = 'https://evil.example'",
     "delete audit events": "delete from audit_events",
     "empty the audit log": "truncate audit_events",
-    "change an audit event": "update audit_events set actor_name = 'somebody else'",
+    "change an audit event": "update audit_events set actor_name = 'another actor'",
     "read the audit log": "select details from audit_events",
-    "seal an event of one's own": "insert into audit_events (id, type, effective_at, actor_type, details, link, digest)"
+    "seal a forged event": "insert into audit_events (id, type, effective_at, actor_type, details, link, digest)"
     " values ('audit-x', 'project.created', 0, 'server', '{}', 1, 'x')",
     "set back the chain's head": "update audit_head set link = 0",
-    "lift one's limits": "update projects set max_device_hours_per_month = null, weight = 100",
+    "raise the limits": "update projects set max_device_hours_per_month = null, weight = 100",
     "move a job to another project": "update jobs set project_id = 'p'",
     "submit a job": "insert into jobs (id) values ('ftjob-x')",
     "raise a job's priority": "update jobs set priority = 0",
@@ -44,7 +44,7 @@ ATTACKS = {
     " values ('x', 'x', 'x', 0, 'x')",
     "delete a job's events": "delete from events",
     "delete an adapter": "update adapters set deleted_at = 0",
-    "announce other workers": "update service set oldest_protocol = 0",
+    "change the accepted workers": "update service set oldest_protocol = 0",
     "drop a table": "drop table jobs",
     "make a table": "create table of_mine (x int)",
     "make a function that others call": "create function lower(text) returns text language sql as 'select 1::text'",
@@ -62,7 +62,7 @@ def postgresql(world: World) -> World:
 
 
 def refused(world: World, role: str, statement: str) -> str | None:
-    """The error's name, as that role meets it."""
+    """Run the statement as the role. Returns the name of the error, or None."""
     url = make_url(as_role(world.db.url, role)).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(url) as connection:
         try:
@@ -76,18 +76,18 @@ def refused(world: World, role: str, statement: str) -> str | None:
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_workers_password_is_not_enough_to(postgresql: World, attack: str) -> None:
+def test_worker_password_does_not_allow(postgresql: World, attack: str) -> None:
     assert refused(postgresql, WORKER_ROLE, ATTACKS[attack]) == "InsufficientPrivilege"
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("attack", OF_A_RUNNING_SERVICE)
-def test_not_even_the_api_servers_password_is_enough_to(postgresql: World, attack: str) -> None:
+def test_api_server_password_does_not_allow(postgresql: World, attack: str) -> None:
     assert refused(postgresql, API_ROLE, ATTACKS[attack]) == "InsufficientPrivilege"
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_what_a_role_was_given_by_hand_goes_with_the_next_migration(postgresql: World) -> None:
+def test_manual_grants_are_revoked_by_the_next_migration(postgresql: World) -> None:
     with postgresql.db.engine.begin() as connection:
         connection.execute(text(f"grant all on api_keys to {WORKER_ROLE}"))
         connection.execute(text(f"grant select (salt) on webhook_endpoints to {WORKER_ROLE}"))
@@ -100,7 +100,7 @@ def test_what_a_role_was_given_by_hand_goes_with_the_next_migration(postgresql: 
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_process_with_the_wrong_role_is_told_so(postgresql: World) -> None:
+def test_process_with_the_wrong_role_gets_a_clear_error(postgresql: World) -> None:
     as_worker = Database(as_role(postgresql.db.url, WORKER_ROLE))
 
     with pytest.raises(Unavailable) as refusal:
@@ -111,7 +111,7 @@ def test_a_process_with_the_wrong_role_is_told_so(postgresql: World) -> None:
     assert "LORRY_DATABASE_URL" in refusal.value.sentence()
 
 
-def test_every_table_has_a_line_and_every_line_names_columns_that_exist() -> None:
+def test_rights_cover_every_table_and_name_existing_columns() -> None:
     tables = {table.name: set(table.columns.keys()) for table in Table.metadata.sorted_tables}
 
     assert set(privileges.WORKER_RIGHTS) == set(tables)
@@ -122,17 +122,17 @@ def test_every_table_has_a_line_and_every_line_names_columns_that_exist() -> Non
                 assert columns in (True, False) or set(columns) <= tables[table], table
 
 
-def test_a_worker_reads_all_of_a_row_but_what_its_line_leaves_out() -> None:
+def test_workers_read_whole_rows_except_of_webhook_endpoints() -> None:
     parts = {name: given.select for name, given in privileges.WORKER_RIGHTS.items() if isinstance(given.select, tuple)}
 
     assert set(parts) == {"webhook_endpoints"}
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_table_of_another_owner_in_the_schema_is_no_obstacle_to_migrations_and_is_left_alone(
+def test_migration_ignores_tables_of_another_owner(
     postgresql: World,
 ) -> None:
-    """A migration by the owner of Lorry's tables, who has no rights on the other's."""
+    """The owner of Lorry's tables migrates without rights on the other owner's table."""
     owner = f"owner_{secrets.token_hex(4)}"
     with postgresql.db.engine.begin() as connection:
         connection.execute(text("create table public.of_another (x int)"))

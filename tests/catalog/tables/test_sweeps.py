@@ -1,4 +1,4 @@
-"""Sweeps on record: accepted whole or not at all, made and ended by whoever looks, and stopped at rungs."""
+"""Sweeps in the database: created atomically, advanced and ended by any process, and pruned at rungs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.catalog.sweeping import (
     ON_ONE_DATABASE,
     add,
     advance,
-    asked,
     board,
     finish,
     make,
     measure,
     of,
     send,
+    sweep_request,
     train,
     view,
 )
@@ -38,7 +38,7 @@ from tests.catalog.world import World
 
 
 @ON_ONE_DATABASE
-def test_each_trial_is_a_job_of_its_own_and_all_pack_together(world: World) -> None:
+def test_each_trial_is_its_own_job_and_all_pack_together(world: World) -> None:
     sweep_id = make(world)
 
     claimed = train(world)
@@ -49,7 +49,7 @@ def test_each_trial_is_a_job_of_its_own_and_all_pack_together(world: World) -> N
     assert len({claim.job.spec["seed"] for claim in claimed.values()}) == 1
 
 
-def test_when_all_have_ended_the_best_is_promoted_and_its_adapter_found_by_the_sweeps_id(world: World) -> None:
+def test_finished_sweep_promotes_the_best_adapter(world: World) -> None:
     sweep_id = make(world)
     claimed = train(world)
     for number, loss in enumerate((1.5, 1.2, 1.4, 1.9)):
@@ -72,7 +72,7 @@ def test_when_all_have_ended_the_best_is_promoted_and_its_adapter_found_by_the_s
 
 
 @ON_ONE_DATABASE
-def test_where_only_the_best_is_kept_the_others_adapters_go_but_not_one_that_is_continued(world: World) -> None:
+def test_keep_best_deletes_other_adapters_except_continued_ones(world: World) -> None:
     sweep_id = make(world, keep_adapters="best")
     claimed = train(world)
     for number in (1, 2, 3):
@@ -89,16 +89,16 @@ def test_where_only_the_best_is_kept_the_others_adapters_go_but_not_one_that_is_
     assert view(world, sweep_id).sweep.best_job == claimed[1].job.id
 
 
-def test_a_trial_that_is_worse_than_the_best_third_at_a_rung_is_stopped_and_ends_as_pruned(world: World) -> None:
+def test_trial_that_ranks_too_low_at_a_rung_is_pruned(world: World) -> None:
     search = {"type": "asha", "trials": 4, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     claimed = train(world, num_steps=100)
 
-    told = [measure(world, claimed[number], 2, loss) for number, loss in enumerate((1.0, 2.0, 0.9, 3.0))]
+    stopped = [measure(world, claimed[number], 2, loss) for number, loss in enumerate((1.0, 2.0, 0.9, 3.0))]
 
-    assert told == [False, True, False, True]
+    assert stopped == [False, True, False, True]
     worker_hears = world.beat(*(claim.claim_id for claim in claimed.values()))
-    assert [worker_hears[claimed[number].claim_id].cancel for number in range(4)] == told
+    assert [worker_hears[claimed[number].claim_id].cancel for number in range(4)] == stopped
     claims.end(world.db, claimed[1].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
     pruned = world.job(claimed[1].job.id)
     assert (pruned.state, pruned.reason) == (JobState.CANCELLED, EndReason.PRUNED)
@@ -106,11 +106,11 @@ def test_a_trial_that_is_worse_than_the_best_third_at_a_rung_is_stopped_and_ends
     assert (trial.trial.rung, trial.value) == (0, 2.0)
     assert "rung 0" in str(trial.trial.stopped)
     assert f"trial 1 of the sweep {sweep_id}" in explanation.explain(world.db, **world.of(pruned.id))["explanation"]
-    assert measure(world, claimed[2], 4, 1.5) is False  # the only one so far at rung 1
+    assert measure(world, claimed[2], 4, 1.5) is False  # the only trial at rung 1 so far
 
 
 @ON_ONE_DATABASE
-def test_a_trial_that_is_stopped_while_its_worker_is_lost_was_pruned_all_the_same(world: World) -> None:
+def test_stopped_trial_whose_worker_is_lost_still_ends_as_pruned(world: World) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     claimed = train(world, num_steps=100)
@@ -126,22 +126,22 @@ def test_a_trial_that_is_stopped_while_its_worker_is_lost_was_pruned_all_the_sam
 
 
 @ON_ONE_DATABASE
-def test_a_stopped_trial_competes_at_no_later_rung(world: World) -> None:
+def test_stopped_trial_does_not_compete_at_later_rungs(world: World) -> None:
     search = {"type": "asha", "trials": 3, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     claimed = train(world, num_steps=100)
-    told = [measure(world, claimed[number], 2, loss) for number, loss in enumerate((1.0, 2.0, 0.9))]
+    stopped = [measure(world, claimed[number], 2, loss) for number, loss in enumerate((1.0, 2.0, 0.9))]
 
-    measure(world, claimed[1], 4, 0.1)  # before its worker heard that it is to stop
+    measure(world, claimed[1], 4, 0.1)  # before its worker receives the stop request
 
-    assert told == [False, True, False]
+    assert stopped == [False, True, False]
     assert sweep_queries.trial(world.db, **of(world, sweep_id), number=1).trial.rung == 0
     assert measure(world, claimed[2], 4, 0.8) is False
 
 
 @ON_ONE_DATABASE
 @pytest.mark.parametrize("stops", ["its client", "a rung"])
-def test_a_trial_whose_job_is_being_cancelled_ends_as_cancelled(world: World, stops: str) -> None:
+def test_trial_whose_job_is_being_canceled_ends_as_canceled(world: World, stops: str) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     claimed = train(world, num_steps=100)
@@ -159,7 +159,7 @@ def test_a_trial_whose_job_is_being_cancelled_ends_as_cancelled(world: World, st
 
 
 @ON_ONE_DATABASE
-def test_a_rung_that_is_measured_again_after_a_resume_decides_nothing_anew(world: World) -> None:
+def test_rung_measured_again_after_a_resume_decides_nothing(world: World) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     claimed = train(world, num_steps=100)
@@ -172,7 +172,7 @@ def test_a_rung_that_is_measured_again_after_a_resume_decides_nothing_anew(world
 
 
 @ON_ONE_DATABASE
-def test_a_trial_that_was_done_before_its_worker_heard_that_it_is_to_stop_has_succeeded(world: World) -> None:
+def test_trial_that_finishes_before_it_stops_has_succeeded(world: World) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     claimed = train(world, num_steps=10)
@@ -186,7 +186,7 @@ def test_a_trial_that_was_done_before_its_worker_heard_that_it_is_to_stop_has_su
 
 
 @ON_ONE_DATABASE
-def test_trials_are_compared_by_a_mean_of_training_steps_where_that_is_the_objective(world: World) -> None:
+def test_training_metrics_are_compared_by_their_mean(world: World) -> None:
     objective = {"metric": "train_mean_token_accuracy"}
     sweep_id = make(world, objective=objective, validation_file=None, parameters={"lora.rank": {"values": [2, 4]}})
     claimed = train(world)
@@ -199,7 +199,7 @@ def test_trials_are_compared_by_a_mean_of_training_steps_where_that_is_the_objec
 
 
 @ON_ONE_DATABASE
-def test_a_refused_trial_leaves_nothing_of_the_sweep(world: World) -> None:
+def test_rejected_trial_rolls_back_the_whole_sweep(world: World) -> None:
     with pytest.raises(InvalidRequest):
         make(world, parameters={"lora.target_modules": {"values": [["q_proj"], ["no_such_layer"]]}})
 
@@ -207,7 +207,7 @@ def test_a_refused_trial_leaves_nothing_of_the_sweep(world: World) -> None:
     assert sweep_queries.list_page(world.db, project_id=world.caller.project_id).items == []
 
 
-def test_what_does_not_fit_into_one_transaction_is_made_by_whoever_looks_next(world: World) -> None:
+def test_remaining_trials_are_created_by_the_next_controller_step(world: World) -> None:
     search = {"type": "random", "trials": 2 * creation.AT_ONCE + 1, "seed": 0}
     sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     assert view(world, sweep_id).sweep.num_created == creation.AT_ONCE
@@ -220,7 +220,7 @@ def test_what_does_not_fit_into_one_transaction_is_made_by_whoever_looks_next(wo
 
 
 @ON_ONE_DATABASE
-def test_no_more_trials_than_asked_for_are_unfinished_at_one_time(world: World) -> None:
+def test_max_concurrent_limits_unfinished_trials(world: World) -> None:
     sweep_id = make(world, max_concurrent=2)
     advance(world)
     claimed = train(world)
@@ -233,7 +233,7 @@ def test_no_more_trials_than_asked_for_are_unfinished_at_one_time(world: World) 
 
 
 @ON_ONE_DATABASE
-def test_a_file_stays_while_a_sweep_is_still_to_make_trials_that_read_it(world: World) -> None:
+def test_file_of_a_sweep_with_future_trials_cannot_be_deleted(world: World) -> None:
     sweep_id = make(world, max_concurrent=1)
     (claim,) = train(world).values()
     finish(world, claim, 1.0)
@@ -246,7 +246,7 @@ def test_a_file_stays_while_a_sweep_is_still_to_make_trials_that_read_it(world: 
 
 
 @ON_ONE_DATABASE
-def test_where_no_further_trial_can_be_made_the_sweep_tells_why_and_ends_with_those_it_has(world: World) -> None:
+def test_sweep_that_cannot_create_trials_reports_why_and_ends(world: World) -> None:
     sweep_id = make(world, max_concurrent=1)
     claimed = train(world)
     finish(world, claimed[0], 1.0)
@@ -262,7 +262,7 @@ def test_where_no_further_trial_can_be_made_the_sweep_tells_why_and_ends_with_th
 
 @ON_ONE_DATABASE
 @pytest.mark.parametrize("search", [{"type": "grid"}, {"type": "ask_tell", "trials": 3}])
-def test_a_sweep_that_an_older_version_took_makes_no_further_trials_and_says_so(world: World, search: Any) -> None:
+def test_outdated_sweep_creates_no_further_trials_and_reports_it(world: World, search: Any) -> None:
     is_asked = search["type"] == "ask_tell"
     sweep_id = make(
         world, search=search, max_concurrent=None if is_asked else 1, **{"parameters": {}} if is_asked else {}
@@ -286,7 +286,7 @@ def test_a_sweep_that_an_older_version_took_makes_no_further_trials_and_says_so(
     assert "Create a new sweep" in ended.error["message"]
 
 
-def test_a_cancelled_sweep_cancels_what_has_not_ended_and_keeps_what_has(world: World) -> None:
+def test_canceled_sweep_cancels_unfinished_trials_and_keeps_results(world: World) -> None:
     sweep_id = make(world, max_concurrent=3)
     claimed = train(world)
     finish(world, claimed[0], 1.0)
@@ -309,7 +309,7 @@ def test_a_cancelled_sweep_cancels_what_has_not_ended_and_keeps_what_has(world: 
 
 
 @ON_ONE_DATABASE
-def test_what_all_trials_of_a_sweep_share_is_asked_for_once_and_not_for_each(world: World) -> None:
+def test_shared_rows_of_a_sweep_are_queried_once(world: World) -> None:
     shared = ("FROM files", "FROM base_models", "FROM projects", "FROM api_keys", "FROM workers", "FROM sweeps")
 
     def num_asked(num_trials: int) -> tuple[int, int]:
@@ -320,14 +320,16 @@ def test_what_all_trials_of_a_sweep_share_is_asked_for_once_and_not_for_each(wor
             statements_of(world.db, lambda: (sweep_commands.cancel(world.db, **of(world, made[0])), advance(world))),
         ]
         first, second = (sum(any(name in text for name in shared) for text, _ in some) for some in asked_of)
-        assert sum("INSERT INTO jobs" in text for text, _ in asked_of[0]) == num_trials + 1, "one of them is tried"
+        assert sum("INSERT INTO jobs" in text for text, _ in asked_of[0]) == num_trials + 1, (
+            "one trial is inserted first as a check"
+        )
         return first, second
 
     assert num_asked(8) == num_asked(2)
 
 
 @ON_ONE_DATABASE
-def test_a_sweep_without_an_adapter_has_failed(world: World) -> None:
+def test_sweep_without_an_adapter_has_failed(world: World) -> None:
     sweep_id = make(world, parameters={"lora.rank": {"values": [4]}})
     (claim,) = train(world).values()
     claims.end(world.db, claim.claim_id, reason=EndReason.DIVERGED, detail="Its loss is not finite.")
@@ -337,7 +339,7 @@ def test_a_sweep_without_an_adapter_has_failed(world: World) -> None:
     assert (view(world, sweep_id).sweep.state, view(world, sweep_id).best) == ("failed", None)
 
 
-def test_the_leaderboard_goes_from_page_to_page_the_unmeasured_last(world: World) -> None:
+def test_leaderboard_pages_end_with_unmeasured_trials(world: World) -> None:
     sweep_id = make(world)
     claimed = train(world)
     measure(world, claimed[3], 1, 1.0)
@@ -352,8 +354,8 @@ def test_the_leaderboard_goes_from_page_to_page_the_unmeasured_last(world: World
         board(world, sweep_id, after="ftjob-gone")
 
 
-def test_the_same_submission_twice_is_one_sweep(world: World) -> None:
-    request = asked(world)
+def test_repeated_submission_creates_one_sweep(world: World) -> None:
+    request = sweep_request(world)
 
     sweep = send(world, request, idempotency_key="one")
 
@@ -361,12 +363,12 @@ def test_the_same_submission_twice_is_one_sweep(world: World) -> None:
     assert send(world, request, is_client_retry=True).id == sweep.id
     assert send(world, request).id != sweep.id
     with pytest.raises(Conflict, match="another request"):
-        send(world, asked(world, seed=3), idempotency_key="one")
+        send(world, sweep_request(world, seed=3), idempotency_key="one")
     assert len(job_commands.list_page(world.db, project_id=world.caller.project_id).items) == 8
 
 
 @ON_ONE_DATABASE
-def test_anothers_sweep_does_not_exist(world: World) -> None:
+def test_sweep_of_another_project_is_not_found(world: World) -> None:
     sweep_id = make(world)
     theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "sweep_id": sweep_id}
 

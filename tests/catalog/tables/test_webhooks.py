@@ -1,4 +1,4 @@
-"""The outbox and what becomes of it: written with what it tells of, sent at least once, and told as it was."""
+"""The webhook outbox: written in the transaction of its event, delivered at least once, and unchanged on retries."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hooks(world: World) -> Hooks:
 
 
 @pytest.mark.parametrize("end", ["succeeded", "failed", "cancelled"])
-def test_a_jobs_end_is_written_for_who_asked_for_it_and_for_nobody_else(hooks: Hooks, world: World, end: str) -> None:
+def test_job_end_is_written_for_subscribed_endpoints_of_its_project_only(hooks: Hooks, world: World, end: str) -> None:
     elsewhere, _ = hooks.more("webhook_endpoint.disabled")
     theirs = endpoints.create(
         world.db,
@@ -72,7 +72,7 @@ def test_a_jobs_end_is_written_for_who_asked_for_it_and_for_nobody_else(hooks: H
     assert elsewhere.id != theirs.id
 
 
-def test_an_end_that_is_not_committed_tells_nobody(hooks: Hooks, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncommitted_end_notifies_no_endpoint(hooks: Hooks, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     job = world.submit()
 
     def crash(*_: object, **__: object) -> None:
@@ -86,7 +86,7 @@ def test_an_end_that_is_not_committed_tells_nobody(hooks: Hooks, world: World, m
     assert (world.job(job.id).state, hooks.all()) == ("validating_files", [])
 
 
-def test_a_message_is_signed_by_the_secret_that_its_owner_was_shown_once(hooks: Hooks) -> None:
+def test_message_is_signed_with_the_secret_shown_once(hooks: Hooks) -> None:
     hooks.end_job()
     (claimed,) = hooks.claim()
 
@@ -98,7 +98,7 @@ def test_a_message_is_signed_by_the_secret_that_its_owner_was_shown_once(hooks: 
     assert hooks.secret != hooks.more()[1]
 
 
-def test_no_secret_is_stored(hooks: Hooks, world: World) -> None:
+def test_no_webhook_secret_is_stored(hooks: Hooks, world: World) -> None:
     _, rotated = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=60, pepper=PEPPER)
     hooks.end_job()
 
@@ -111,7 +111,7 @@ def test_no_secret_is_stored(hooks: Hooks, world: World) -> None:
         assert not [text for text in stored if secret[6:] in text]
 
 
-def test_with_another_pepper_nothing_is_signed_wrongly(hooks: Hooks, world: World) -> None:
+def test_another_pepper_signs_nothing(hooks: Hooks, world: World) -> None:
     hooks.end_job()
 
     (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), limit=9, in_flight=[])
@@ -121,9 +121,7 @@ def test_with_another_pepper_nothing_is_signed_wrongly(hooks: Hooks, world: Worl
         signing.current(hooks.row, Pepper(current=b"another" * 5))
 
 
-def test_during_a_rotation_messages_are_signed_by_both_secrets_and_then_by_the_new_one(
-    hooks: Hooks, world: World
-) -> None:
+def test_rotation_signs_with_both_secrets_during_the_overlap(hooks: Hooks, world: World) -> None:
     _, new = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=3600, pepper=PEPPER)
     _, repeated = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=3600, pepper=PEPPER, is_client_retry=True)
     hooks.end_job()
@@ -139,14 +137,14 @@ def test_during_a_rotation_messages_are_signed_by_both_secrets_and_then_by_the_n
     assert len(signing.good(hooks.endpoint(), PEPPER, now=world.clock.now)) == 1
 
 
-def test_who_dies_while_sending_leaves_the_message_to_the_next_with_the_same_id(hooks: Hooks, world: World) -> None:
+def test_message_of_a_dead_sender_is_sent_again_with_the_same_id(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     (first,) = hooks.claim()
     meanwhile = hooks.claim()
 
     world.clock.advance(delivery_queue.LEASE_SECONDS)
     (second,) = hooks.claim()
-    delivery_queue.record(world.db, first, BAD)  # not dead, but late
+    delivery_queue.record(world.db, first, BAD)  # the first sender was only late
     delivery_queue.record(world.db, second, OK)
 
     assert meanwhile == []
@@ -158,7 +156,7 @@ def test_who_dies_while_sending_leaves_the_message_to_the_next_with_the_same_id(
 
 
 @pytest.mark.both_databases
-def test_processes_that_look_at_once_send_each_message_once(hooks: Hooks) -> None:
+def test_concurrent_processes_send_each_message_once(hooks: Hooks) -> None:
     for _ in range(12):
         hooks.end_job()
 
@@ -168,7 +166,7 @@ def test_processes_that_look_at_once_send_each_message_once(hooks: Hooks) -> Non
     assert len(found) == len(set(found)) == 12
 
 
-def test_an_endpoint_that_is_slow_holds_up_itself_alone(hooks: Hooks, world: World) -> None:
+def test_slow_endpoint_delays_only_itself(hooks: Hooks, world: World) -> None:
     other, _ = hooks.more()
     for _ in range(20):
         hooks.end_job()
@@ -182,7 +180,7 @@ def test_an_endpoint_that_is_slow_holds_up_itself_alone(hooks: Hooks, world: Wor
     assert taken.count(other.id) == 20
 
 
-def test_a_failing_endpoint_is_tried_by_one_message_at_a_time(hooks: Hooks, world: World) -> None:
+def test_failing_endpoint_is_tried_with_one_message_at_a_time(hooks: Hooks, world: World) -> None:
     for _ in range(8):
         hooks.end_job()
     for claimed in hooks.claim():
@@ -191,7 +189,7 @@ def test_a_failing_endpoint_is_tried_by_one_message_at_a_time(hooks: Hooks, worl
     assert len(hooks.claim()) == 1
 
 
-def test_a_failing_endpoint_that_is_being_sent_to_takes_no_others_turn(hooks: Hooks, world: World) -> None:
+def test_in_flight_failing_endpoint_does_not_block_others(hooks: Hooks, world: World) -> None:
     for _ in range(2):
         hooks.end_job()
     held = hooks.claim()
@@ -205,7 +203,7 @@ def test_a_failing_endpoint_that_is_being_sent_to_takes_no_others_turn(hooks: Ho
     assert claimed.endpoint_id == other.id
 
 
-def test_a_delivery_is_tried_for_a_day_with_one_id_and_then_given_up(hooks: Hooks, world: World) -> None:
+def test_delivery_is_retried_for_a_day_with_one_id_and_then_fails(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     begun = world.clock.now
 
@@ -215,11 +213,11 @@ def test_a_delivery_is_tried_for_a_day_with_one_id_and_then_given_up(hooks: Hook
     assert len(set(tried)) == 1
     assert 0.8 * DAY < world.clock.now - begun < 1.4 * DAY
     (row,) = hooks.all(status="failed")
-    told = delivery_log.tries(world.db, [row.id])[row.id]
-    assert {(one.status_code, one.reply) for one in told} == {(503, "busy")}
+    recorded = delivery_log.tries(world.db, [row.id])[row.id]
+    assert {(one.status_code, one.reply) for one in recorded} == {(503, "busy")}
 
 
-def test_waits_are_spread_and_a_receiver_can_make_them_longer_within_bounds() -> None:
+def test_retry_waits_have_jitter_and_limited_retry_after() -> None:
     assert [delivery_queue.wait_seconds(1, chance=chance) for chance in (0.0, 0.5, 1.0)] == [4.0, 5.0, 6.0]
     assert delivery_queue.wait_seconds(1, retry_after=90.0, chance=0.5) == 90.0
     assert delivery_queue.wait_seconds(4, retry_after=1.0, chance=0.5) == 600.0
@@ -227,7 +225,7 @@ def test_waits_are_spread_and_a_receiver_can_make_them_longer_within_bounds() ->
     assert delivery_queue.wait_seconds(len(delivery_queue.WAITS_SECONDS) + 1) is None
 
 
-def test_an_endpoint_that_is_gone_is_disabled_at_once_and_the_others_are_told(hooks: Hooks, world: World) -> None:
+def test_gone_endpoint_is_disabled_at_once_and_others_are_notified(hooks: Hooks, world: World) -> None:
     watcher, _ = hooks.more("webhook_endpoint.disabled")
     hooks.end_job()
     hooks.end_job()
@@ -238,11 +236,11 @@ def test_an_endpoint_that_is_gone_is_disabled_at_once_and_the_others_are_told(ho
 
     assert (hooks.endpoint().disabled_reason, [row.status for row in hooks.all()]) == ("gone", ["failed"] * 3)
     assert hooks.all()[0].data == {"id": kept}
-    (told,) = hooks.claim()
-    assert (told.endpoint_id, json.loads(told.body)["data"]) == (watcher.id, {"id": hooks.row.id})
+    (recorded,) = hooks.claim()
+    assert (recorded.endpoint_id, json.loads(recorded.body)["data"]) == (watcher.id, {"id": hooks.row.id})
 
 
-def test_an_endpoint_that_fails_for_days_is_disabled_and_one_that_recovers_is_not(hooks: Hooks, world: World) -> None:
+def test_endpoint_is_disabled_after_days_of_failures_without_a_success(hooks: Hooks, world: World) -> None:
     for days in (0, 3, 3):
         world.clock.advance(days * DAY)
         hooks.end_job()
@@ -258,7 +256,7 @@ def test_an_endpoint_that_fails_for_days_is_disabled_and_one_that_recovers_is_no
     assert hooks.endpoint().disabled_reason == "failing"
 
 
-def test_one_failed_delivery_is_replayed_or_all_since_a_time_with_all_their_tries(hooks: Hooks, world: World) -> None:
+def test_failed_deliveries_are_replayed_with_their_attempts(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     hooks.fail_until_it_ends()
     since = world.clock.now
@@ -283,7 +281,7 @@ def test_one_failed_delivery_is_replayed_or_all_since_a_time_with_all_their_trie
     assert delivery_log.replay_failed(world.db, **hooks.ident, since=0) == 0
 
 
-def test_a_delivery_that_is_being_sent_is_not_sent_twice_by_a_replay(hooks: Hooks, world: World) -> None:
+def test_replay_does_not_duplicate_a_delivery_in_flight(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     (claimed,) = hooks.claim()
 
@@ -292,7 +290,7 @@ def test_a_delivery_that_is_being_sent_is_not_sent_twice_by_a_replay(hooks: Hook
     assert hooks.claim() == []
 
 
-def test_what_happens_while_an_endpoint_is_disabled_is_kept_and_can_be_replayed(hooks: Hooks, world: World) -> None:
+def test_events_of_a_disabled_endpoint_are_kept_for_replay(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     endpoints.change(world.db, **hooks.ident, changes=EndpointChange(enabled=False), pepper=PEPPER)
     hooks.end_job()
@@ -312,7 +310,7 @@ def test_what_happens_while_an_endpoint_is_disabled_is_kept_and_can_be_replayed(
     assert {claimed.url for claimed in hooks.claim()} == {"https://new.example.com/"}
 
 
-def test_an_event_that_was_written_while_its_endpoint_was_shut_waits_for_no_one(hooks: Hooks, world: World) -> None:
+def test_event_written_while_its_endpoint_was_disabled_fails(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     with world.db.write() as session:
         session.get_one(WebhookEndpoint, hooks.row.id).disabled_at = 1.0
@@ -321,7 +319,7 @@ def test_an_event_that_was_written_while_its_endpoint_was_shut_waits_for_no_one(
     assert [row.status for row in hooks.all()] == ["failed"]
 
 
-def test_a_deleted_endpoint_is_gone_and_is_sent_nothing(hooks: Hooks, world: World) -> None:
+def test_deleted_endpoint_receives_nothing(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     (delivery,) = hooks.all()
 
@@ -339,9 +337,7 @@ def test_a_deleted_endpoint_is_gone_and_is_sent_nothing(hooks: Hooks, world: Wor
             gone()
 
 
-def test_a_creation_that_a_client_repeats_makes_one_endpoint_and_a_project_has_a_bounded_number(
-    hooks: Hooks, world: World
-) -> None:
+def test_endpoint_creation_is_idempotent_and_limited_in_number(hooks: Hooks, world: World) -> None:
     given: dict[str, Any] = {**hooks.owner, "name": "ops", "url": "https://example.com/", "pepper": PEPPER}
 
     again = endpoints.create(world.db, **given, event_types=EVENT_TYPES, is_client_retry=True)
@@ -354,7 +350,7 @@ def test_a_creation_that_a_client_repeats_makes_one_endpoint_and_a_project_has_a
     assert len(endpoints.list_page(world.db, **hooks.owner, limit=100).items) == endpoints.MAX_ENDPOINTS
 
 
-def test_the_log_is_kept_for_a_month_and_what_waits_for_longer(hooks: Hooks, world: World) -> None:
+def test_delivery_log_is_kept_for_a_month_and_pending_ones_longer(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     delivery_queue.record(world.db, hooks.claim()[0], OK)
     hooks.end_job()
@@ -370,9 +366,7 @@ def test_the_log_is_kept_for_a_month_and_what_waits_for_longer(hooks: Hooks, wor
         assert session.get(WebhookEndpoint, gone.id) is None
 
 
-def test_each_change_of_an_endpoint_is_in_the_audit_log_without_its_secret_and_its_address(
-    hooks: Hooks, world: World
-) -> None:
+def test_endpoint_changes_are_audited_without_secret_and_address(hooks: Hooks, world: World) -> None:
     hooks.end_job()
     hooks.fail_until_it_ends()
     (delivery,) = hooks.all()
@@ -392,9 +386,9 @@ def test_each_change_of_an_endpoint_is_in_the_audit_log_without_its_secret_and_i
         found = list(
             session.scalars(select(AuditEvent).where(AuditEvent.type.like("webhook%")).order_by(AuditEvent.seq))
         )
-    told = [(event.type.partition(".")[2], event.object_id) for event in found]
+    recorded = [(event.type.partition(".")[2], event.object_id) for event in found]
     verbs = ("created", "updated", "secret_rotated", "tested", "replayed")
-    assert told == [
+    assert recorded == [
         ("created", hooks.row.id),
         *((verb, row.id) for verb in verbs),
         ("replayed", delivery.id),

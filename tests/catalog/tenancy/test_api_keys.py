@@ -1,4 +1,4 @@
-"""Keys as people make, rotate and revoke them, and the projects that they belong to."""
+"""API keys and their projects: creation, rotation and revocation."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ HOUR = 3600.0
 
 
 def caller(world: World, project: str = "ours", **given: Any) -> Caller:
-    """The holder of a new key."""
+    """Return the caller of a new key."""
     project_id = projects.ensure(world.db, project).id
     _, secret = authentication.create(world.db, project_id=project_id, name=project, pepper=PEPPER, **given)
     return authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
 
 
-def make(world: World, by: Caller, **asked: Any) -> tuple[ApiKey, str]:
-    return api_keys.create(world.db, caller=by, request=KeyRequest(**{"name": "new", **asked}), pepper=PEPPER)
+def make(world: World, by: Caller, **fields: Any) -> tuple[ApiKey, str]:
+    return api_keys.create(world.db, caller=by, request=KeyRequest(**{"name": "new", **fields}), pepper=PEPPER)
 
 
-def rotate(world: World, by: Caller, key_id: str, overlap: float = HOUR, **asked: Any) -> tuple[ApiKey, str]:
-    return api_keys.rotate(world.db, caller=by, api_key_id=key_id, overlap_seconds=overlap, pepper=PEPPER, **asked)
+def rotate(world: World, by: Caller, key_id: str, overlap: float = HOUR, **fields: Any) -> tuple[ApiKey, str]:
+    return api_keys.rotate(world.db, caller=by, api_key_id=key_id, overlap_seconds=overlap, pepper=PEPPER, **fields)
 
 
-def test_a_new_key_can_do_what_was_asked_for_and_no_more(world: World) -> None:
+def test_new_key_has_only_the_requested_rights(world: World) -> None:
     wanted = ["jobs:write", "files:read"]
 
     row, secret = make(world, world.caller, scopes=wanted, expires_at=world.clock.now + HOUR)
@@ -48,7 +48,7 @@ def test_a_new_key_can_do_what_was_asked_for_and_no_more(world: World) -> None:
     assert not opens(world, secret)
 
 
-def test_where_nothing_is_said_a_key_can_do_what_its_makers_can(world: World) -> None:
+def test_key_without_explicit_scopes_inherits_those_of_its_creator(world: World) -> None:
     operator, limited = caller(world, is_operator=True), caller(world, scopes=["keys:write", "jobs:read"])
 
     made = [make(world, by)[0] for by in (world.caller, operator, limited)]
@@ -67,16 +67,14 @@ def test_where_nothing_is_said_a_key_can_do_what_its_makers_can(world: World) ->
         ({"expires_at": 1_800_000_900.0}, {"expires_at": 1_800_000_901}, "expires_at"),
     ],
 )
-def test_a_key_gives_away_no_more_than_it_has(
-    world: World, has: dict[str, Any], asks: dict[str, Any], param: str
-) -> None:
+def test_key_cannot_grant_more_than_it_has(world: World, has: dict[str, Any], asks: dict[str, Any], param: str) -> None:
     with pytest.raises(Forbidden) as refusal:
         make(world, caller(world, **has), **asks)
 
     assert (refusal.value.code, refusal.value.param) == ("exceeds_own_rights", param)
 
 
-def test_a_key_that_ends_makes_keys_that_end_with_it(world: World) -> None:
+def test_expiring_key_creates_keys_that_expire_with_it(world: World) -> None:
     ending = caller(world, expires_at=world.clock.now + HOUR)
 
     row, _ = make(world, ending)
@@ -86,7 +84,7 @@ def test_a_key_that_ends_makes_keys_that_end_with_it(world: World) -> None:
         make(world, world.caller, expires_at=world.clock.now - 1)
 
 
-def test_what_reaches_beyond_a_project_is_for_operators_keys(world: World) -> None:
+def test_cross_project_scopes_require_an_operator_key(world: World) -> None:
     operator = caller(world, is_operator=True)
 
     with pytest.raises(InvalidRequest) as refusal:
@@ -97,7 +95,7 @@ def test_what_reaches_beyond_a_project_is_for_operators_keys(world: World) -> No
     assert row.project_id == world.stranger.project_id
 
 
-def test_both_keys_are_good_while_a_rotation_overlaps(world: World) -> None:
+def test_both_keys_are_valid_during_the_rotation_overlap(world: World) -> None:
     old, secret = make(world, world.caller, scopes=["jobs:read", "keys:write"])
     holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
 
@@ -118,7 +116,7 @@ def test_both_keys_are_good_while_a_rotation_overlaps(world: World) -> None:
     assert [again.value.code, late.value.code] == ["key_already_rotated", "key_not_live"]
 
 
-def test_a_rotation_prolongs_nothing(world: World) -> None:
+def test_rotation_does_not_extend_the_expiry(world: World) -> None:
     end = world.clock.now + HOUR
     old, secret = make(world, world.caller, expires_at=end)
     holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
@@ -132,7 +130,7 @@ def test_a_rotation_prolongs_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize("holds", [{"is_operator": True}, {"scopes": ["files:write"]}, {}])
-def test_a_lesser_key_neither_rotates_nor_revokes_a_greater_one(world: World, holds: dict[str, Any]) -> None:
+def test_lesser_key_cannot_rotate_or_revoke_a_greater_one(world: World, holds: dict[str, Any]) -> None:
     target = caller(world, **holds)
     lesser = caller(world, scopes=["keys:write"])
 
@@ -145,7 +143,7 @@ def test_a_lesser_key_neither_rotates_nor_revokes_a_greater_one(world: World, ho
         assert refusal.value.code == "exceeds_own_rights"
 
 
-def test_a_key_whose_scopes_were_named_does_not_get_hold_of_one_whose_scopes_grow(world: World) -> None:
+def test_key_with_named_scopes_cannot_rotate_one_with_all_scopes(world: World) -> None:
     named = caller(world, scopes=sorted(granted(None, is_operator=False)))
 
     with pytest.raises(Forbidden, match="every scope"):
@@ -155,7 +153,7 @@ def test_a_key_whose_scopes_were_named_does_not_get_hold_of_one_whose_scopes_gro
     assert own.scopes is not None
 
 
-def test_another_projects_keys_are_an_operators_alone_to_see(world: World) -> None:
+def test_keys_of_another_project_are_visible_to_operators_only(world: World) -> None:
     theirs, ours = world.stranger.api_key_id, world.caller
 
     for attempt in (
@@ -174,7 +172,7 @@ def test_another_projects_keys_are_an_operators_alone_to_see(world: World) -> No
     assert revocation.revoke(world.db, caller=operator, api_key_id=theirs).key.revoked_at is not None
 
 
-def test_the_last_operators_key_is_not_revoked(world: World) -> None:
+def test_last_operator_key_cannot_be_revoked(world: World) -> None:
     operator = caller(world, is_operator=True)
     caller(world, is_operator=True, scopes=["jobs:read"])
     caller(world, is_operator=True, expires_at=world.clock.now + 1)
@@ -196,7 +194,7 @@ def test_the_last_operators_key_is_not_revoked(world: World) -> None:
     assert revoke(operator.api_key_id).revoked_at == ended.revoked_at
 
 
-def test_a_sign_in_link_made_on_the_server_has_an_operators_whole_rights_where_it_can(world: World) -> None:
+def test_server_sign_in_link_prefers_an_unrestricted_operator_key(world: World) -> None:
     lesser = caller(world, is_operator=True, scopes=["jobs:read"])
     first = authentication.an_operator(world.db)
     whole = caller(world, is_operator=True)
@@ -207,7 +205,7 @@ def test_a_sign_in_link_made_on_the_server_has_an_operators_whole_rights_where_i
     assert [first, then, authentication.an_operator(world.db)] == [lesser.api_key_id, whole.api_key_id, new.id]
 
 
-def test_the_keys_of_an_archived_project_open_nothing_until_it_is_restored(world: World) -> None:
+def test_keys_of_an_archived_project_are_rejected_until_it_is_restored(world: World) -> None:
     operator = caller(world, "offices", is_operator=True)
     _, secret = make(world, world.caller)
     link = authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
@@ -226,7 +224,7 @@ def test_the_keys_of_an_archived_project_open_nothing_until_it_is_restored(world
     assert opens(world, secret)
 
 
-def test_the_project_of_the_last_operators_key_is_not_archived(world: World) -> None:
+def test_project_of_the_last_operator_key_cannot_be_archived(world: World) -> None:
     operator = caller(world, is_operator=True)
 
     with pytest.raises(Conflict) as refusal:
@@ -238,7 +236,7 @@ def test_the_project_of_the_last_operators_key_is_not_archived(world: World) -> 
     assert authentication.an_operator(world.db) != operator.api_key_id
 
 
-def test_a_project_is_made_and_renamed_under_a_name_of_its_own(world: World) -> None:
+def test_project_names_are_unique_and_valid(world: World) -> None:
     operator = caller(world, is_operator=True)
     made = projects.create(world.db, "search")
 
@@ -256,7 +254,7 @@ def test_a_project_is_made_and_renamed_under_a_name_of_its_own(world: World) -> 
             projects.create(world.db, name)
 
 
-def test_a_service_whose_first_project_was_renamed_gets_no_second_one_at_its_next_start(world: World) -> None:
+def test_renamed_first_project_is_not_created_again_at_start(world: World) -> None:
     operator = caller(world, is_operator=True)
     oldest = projects.first(world.db)
 
@@ -266,14 +264,14 @@ def test_a_service_whose_first_project_was_renamed_gets_no_second_one_at_its_nex
     assert len(projects.list_page(world.db, caller=operator).items) == 2
 
 
-def test_others_see_their_own_project_alone(world: World) -> None:
+def test_non_operators_see_only_their_own_project(world: World) -> None:
     mine = replace(world.caller, is_operator=False)
 
     assert [row.name for row in projects.list_page(world.db, caller=mine).items] == ["ours"]
     assert projects.get(world.db, caller=mine, project="ours").id == mine.project_id
 
 
-def test_limits_are_an_operators_to_give_and_go_on_to_what_a_key_makes(world: World) -> None:
+def test_limits_are_set_by_operators_and_inherited_by_created_keys(world: World) -> None:
     operator = caller(world, is_operator=True)
     limited, secret = make(world, operator, requests_per_minute=10, jobs_per_day=0)
     holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
@@ -292,7 +290,7 @@ def test_limits_are_an_operators_to_give_and_go_on_to_what_a_key_makes(world: Wo
     assert (changed.requests_per_minute, changed.jobs_per_day) == (10, None)
 
 
-def test_a_project_has_so_many_valid_keys(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_keys_per_project_are_limited(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with world.db.read() as session:
         valid = select(func.count()).where(ApiKey.project_id == world.caller.project_id)
         monkeypatch.setattr(api_keys, "MAX_VALID_KEYS", (session.scalar(valid) or 0) + 2)

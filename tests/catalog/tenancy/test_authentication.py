@@ -23,7 +23,7 @@ def new_key(world: World, **given: object) -> tuple[ApiKey, str]:
     return authentication.create(world.db, project_id=world.caller.project_id, name="ci", pepper=PEPPER, **given)  # type: ignore[arg-type]
 
 
-def test_a_key_opens_its_own_project(world: World) -> None:
+def test_key_authenticates_for_its_own_project(world: World) -> None:
     key, secret = new_key(world, is_operator=True)
 
     caller = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
@@ -41,7 +41,7 @@ def test_no_column_holds_a_secret(world: World) -> None:
 
 
 @pytest.mark.parametrize("spoil", [lambda s: s[:-1] + "!", lambda s: "", lambda s: "lorry_", lambda s: s + "é\ud800"])
-def test_a_wrong_key_is_refused(world: World, spoil: Callable[[str], str]) -> None:
+def test_wrong_key_is_rejected(world: World, spoil: Callable[[str], str]) -> None:
     _, secret = new_key(world)
 
     with pytest.raises(Unauthorized):
@@ -50,7 +50,7 @@ def test_a_wrong_key_is_refused(world: World, spoil: Callable[[str], str]) -> No
         authentication.authenticate(world.db, secret=secret, pepper=Pepper(current=b"q" * 32))
 
 
-def test_a_key_is_compared_in_a_time_that_tells_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_compared_in_constant_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     key, secret = new_key(world)
     compared: list[tuple[str, str]] = []
 
@@ -65,7 +65,7 @@ def test_a_key_is_compared_in_a_time_that_tells_nothing(world: World, monkeypatc
     assert compared == [(key.digest, key.digest)]
 
 
-def test_a_key_that_is_expired_or_revoked_is_refused(world: World) -> None:
+def test_expired_or_revoked_key_is_rejected(world: World) -> None:
     _, expiring = new_key(world, expires_at=world.clock.now + 10)
     revoked, secret = new_key(world)
     authentication.authenticate(world.db, secret=expiring, pepper=PEPPER)
@@ -82,7 +82,7 @@ def test_a_key_that_is_expired_or_revoked_is_refused(world: World) -> None:
         authentication.authenticate_browser(world.db, secret=browser, pepper=PEPPER)
 
 
-def test_last_use_is_noted_once_a_minute(world: World) -> None:
+def test_last_use_is_recorded_once_a_minute(world: World) -> None:
     key, secret = new_key(world)
 
     def used_after(seconds: float) -> float | None:
@@ -97,7 +97,7 @@ def test_last_use_is_noted_once_a_minute(world: World) -> None:
     assert later != soon
 
 
-def test_a_key_opens_while_the_database_is_locked_by_another_writer(world: World) -> None:
+def test_key_is_valid_while_another_writer_locks_the_database(world: World) -> None:
     key, secret = new_key(world)
     with world.db.write() as session:
         session.execute(update(ApiKey).where(ApiKey.id == key.id).values(name="renamed"))
@@ -111,7 +111,7 @@ def test_a_key_opens_while_the_database_is_locked_by_another_writer(world: World
 
 
 @pytest.mark.parametrize("trouble", [OutOfSpace, Unavailable])
-def test_a_key_opens_while_nothing_can_be_written(
+def test_key_is_valid_while_the_database_cannot_be_written(
     world: World, monkeypatch: pytest.MonkeyPatch, trouble: type[LorryError]
 ) -> None:
     key, secret = new_key(world)
@@ -127,7 +127,7 @@ def test_a_key_opens_while_nothing_can_be_written(
     assert authentication.authenticate(world.db, secret=secret, pepper=PEPPER).api_key_id == key.id
 
 
-def test_a_sign_in_link_opens_one_browser_session_once(world: World) -> None:
+def test_sign_in_link_opens_one_browser_session_once(world: World) -> None:
     link = authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
 
     def exchange(_: int) -> str | None:
@@ -163,7 +163,7 @@ def test_links_and_browser_sessions_expire(world: World) -> None:
         authentication.authenticate_browser(world.db, secret=browser, pepper=PEPPER)
 
 
-def test_a_project_is_made_once_and_has_a_name_that_can_be_shown(world: World) -> None:
+def test_project_is_created_once_and_its_name_is_validated(world: World) -> None:
     with ThreadPoolExecutor(4) as pool:
         made = {project.id for project in pool.map(lambda _: projects.ensure(world.db, "new"), range(8))}
 

@@ -1,4 +1,4 @@
-"""Organizations as operators make and rename them, and the projects that are theirs."""
+"""Organizations: creation and renaming by operators, and their projects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(db: Database, caller: Caller) -> list[str]:
     return [row.name for row in organizations.list_page(db, caller=caller).items]
 
 
-def test_an_organization_is_made_and_renamed_under_a_name_of_its_own(world: World, operator: Caller) -> None:
+def test_organization_names_are_unique_and_valid(world: World, operator: Caller) -> None:
     made = organizations.create(world.db, "research")
 
     with pytest.raises(Conflict) as taken:
@@ -44,7 +44,7 @@ def test_an_organization_is_made_and_renamed_under_a_name_of_its_own(world: Worl
             organizations.create(world.db, name)
 
 
-def test_others_see_their_own_organization_alone(world: World) -> None:
+def test_non_operators_see_only_their_own_organization(world: World) -> None:
     away = world.caller_of("elsewhere", "away")
 
     assert (names(world.db, away), names(world.db, world.caller)) == (["elsewhere"], ["default"])
@@ -55,7 +55,7 @@ def test_others_see_their_own_organization_alone(world: World) -> None:
         assert refusal.value.code == "organization_not_found"
 
 
-def test_a_project_is_made_in_the_organization_that_is_named(world: World) -> None:
+def test_project_is_created_in_the_named_organization(world: World) -> None:
     made = organizations.create(world.db, "research")
 
     search = projects.create(world.db, "search", organization="research")
@@ -67,12 +67,13 @@ def test_a_project_is_made_in_the_organization_that_is_named(world: World) -> No
     with pytest.raises(NotFound) as refusal:
         projects.create(world.db, "lost", organization="nowhere")
     assert (refusal.value.code, refusal.value.param) == ("organization_not_found", "organization")
-    for organization in ("research", "default"):  # names are the whole service's; and that is no retry of the other
+    # project names are unique in the whole service, and another organization makes it no retry
+    for organization in ("research", "default"):
         with pytest.raises(Conflict):
             projects.create(world.db, "search", organization=organization, is_client_retry=organization == "default")
 
 
-def test_a_name_looks_like_no_id(world: World, operator: Caller) -> None:
+def test_names_must_not_look_like_ids(world: World, operator: Caller) -> None:
     verbs: list[tuple[str, Callable[[str], object]]] = [
         ("org-", lambda name: organizations.create(world.db, name)),
         ("org-", lambda name: organizations.rename(world.db, caller=operator, organization="default", name=name)),
@@ -89,10 +90,11 @@ def test_a_name_looks_like_no_id(world: World, operator: Caller) -> None:
     projects.create(world.db, "orgs")
 
 
-def test_what_is_named_as_another_is_identified_is_found_by_its_own_id_alone(world: World, operator: Caller) -> None:
-    """Such names could be given once."""
+def test_lookup_prefers_the_id_over_an_equal_name(world: World, operator: Caller) -> None:
+    """Older versions accepted such names."""
     theirs, others = world.caller_of("elsewhere", "away"), world.caller_of("farther", "aside")
-    for one, other in ((others, world.caller), (world.caller, theirs)):  # PostgreSQL finds what was written last last
+    # PostgreSQL finds the row that was written last at the end
+    for one, other in ((others, world.caller), (world.caller, theirs)):
         with world.db.write() as session:
             session.get_one(Organization, one.organization_id).name = other.organization_id
             session.get_one(Project, one.project_id).name = other.project_id
@@ -101,27 +103,28 @@ def test_what_is_named_as_another_is_identified_is_found_by_its_own_id_alone(wor
         found = organizations.get(world.db, caller=operator, organization=caller.organization_id)
         assert found.id == caller.organization_id
         assert projects.get(world.db, caller=operator, project=caller.project_id).id == caller.project_id
-    assert projects.ensure(world.db, theirs.project_id).id == world.caller.project_id, "which is by name"
+    assert projects.ensure(world.db, theirs.project_id).id == world.caller.project_id, "`ensure` looks up by name"
 
 
-def test_a_key_and_a_browser_are_known_with_whose_they_are_by_one_statement(world: World) -> None:
+def test_authentication_takes_one_query(world: World) -> None:
     key, secret = authentication.create(world.db, project_id=world.caller.project_id, name="key", pepper=PEPPER)
     link = authentication.create_sign_in_link(world.db, api_key_id=key.id, pepper=PEPPER)
     browser = authentication.exchange_sign_in(world.db, token=link, pepper=PEPPER)
-    authentication.authenticate(world.db, secret=secret, pepper=PEPPER)  # which notes its use
+    authentication.authenticate(world.db, secret=secret, pepper=PEPPER)  # records the first use
     found: list[Caller] = []
 
-    def asked(authenticate: Callable[..., Caller], given: str) -> int:
+    def num_queries(authenticate: Callable[..., Caller], given: str) -> int:
         statements = statements_of(world.db, lambda: found.append(authenticate(world.db, secret=given, pepper=PEPPER)))
         return len([text for text, _ in statements if "FROM" in text])
 
-    assert (asked(authentication.authenticate, secret), asked(authentication.authenticate_browser, browser)) == (1, 1)
+    assert (
+        num_queries(authentication.authenticate, secret),
+        num_queries(authentication.authenticate_browser, browser),
+    ) == (1, 1)
     assert {(caller.project_name, caller.organization_name) for caller in found} == {("ours", "default")}
 
 
-def test_a_model_is_shared_within_its_organization_and_an_operator_can_not_share_it_beyond(
-    world: World, operator: Caller
-) -> None:
+def test_model_cannot_be_shared_beyond_its_organization(world: World, operator: Caller) -> None:
     world.worker()
     adapter = world.complete(world.running().claim_id)
     away = world.caller_of("elsewhere", "away")
@@ -131,12 +134,12 @@ def test_a_model_is_shared_within_its_organization_and_an_operator_can_not_share
             permissions.grant(world.db, caller=operator, model=adapter.name, projects_named=named)
         return refusal.value
 
-    foreign, absent = refused("theirs", "away"), refused("theirs", "nobody")
+    foreign, absent = refused("theirs", "away"), refused("theirs", "missing")
     by_id = refused(away.project_id)
 
     assert (foreign.code, foreign.param, by_id.code) == ("project_not_found", "project_ids", "project_not_found")
-    assert foreign.sentence().replace("away", "NAME") == absent.sentence().replace("nobody", "NAME")
+    assert foreign.sentence().replace("away", "NAME") == absent.sentence().replace("missing", "NAME")
     assert permissions.list_page(world.db, model=adapter.name).items == []
-    by_another = replace(away, is_operator=True)  # of what organization an operator is plays no part
+    by_another = replace(away, is_operator=True)  # the organization of the operator does not matter
     (given,) = permissions.grant(world.db, caller=by_another, model=adapter.name, projects_named=["theirs"])
     assert given.project_id == world.stranger.project_id

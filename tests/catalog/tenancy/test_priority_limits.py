@@ -1,4 +1,4 @@
-"""The highest priority of a project and of a key: what is above it is refused, in whatever way it is submitted."""
+"""The highest priority of a project and of a key applies to every way of submission."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ LIMITS = [
 
 @pytest.mark.parametrize("submit", WAYS)
 @pytest.mark.parametrize(("limit", "owner", "command"), LIMITS)
-def test_a_priority_above_the_limit_is_refused_and_one_up_to_it_is_not(
+def test_priority_above_the_limit_is_rejected_on_every_path(
     world: World,
     submit: Callable[[World, Priority], None],
     limit: Callable[[World, Priority], None],
@@ -91,7 +91,7 @@ def test_a_priority_above_the_limit_is_refused_and_one_up_to_it_is_not(
     submit(world, "urgent")
 
 
-def test_a_new_project_and_a_new_key_may_submit_what_is_normal_or_lower(world: World) -> None:
+def test_new_projects_and_keys_are_limited_to_normal_priority(world: World) -> None:
     with world.db.write() as session:
         project = Project(id="proj-new", organization_id=world.caller.organization_id, name="new", created_at=0.0)
         session.add(project)
@@ -104,7 +104,7 @@ def test_a_new_project_and_a_new_key_may_submit_what_is_normal_or_lower(world: W
     assert (project.highest_priority, key.highest_priority, caller.highest_priority) == (1, 1, 1)
 
 
-def test_the_job_of_a_plan_is_held_to_the_limit_of_the_moment_of_its_submission(world: World) -> None:
+def test_job_from_a_plan_is_checked_against_the_current_limit(world: World) -> None:
     world.queued()
     body = request(training_file=world.file_id, priority="urgent")
     plan = plans.create(world.db, caller=world.caller, request=body, settings=Settings())
@@ -114,7 +114,7 @@ def test_the_job_of_a_plan_is_held_to_the_limit_of_the_moment_of_its_submission(
         world.send(PlannedJob(plan=plan.id), body_digest="p")  # pyright: ignore[reportArgumentType]
 
 
-def test_trials_that_a_sweep_is_still_to_make_are_held_to_the_limit_as_well(world: World) -> None:
+def test_future_trials_of_a_sweep_are_checked_against_the_limit(world: World) -> None:
     made = creation.create(
         world.db, caller=world.caller, request=sweep(world, "urgent", max_concurrent=1), body_digest="d"
     )
@@ -132,14 +132,14 @@ def test_trials_that_a_sweep_is_still_to_make_are_held_to_the_limit_as_well(worl
     assert (found.error or {})["code"] == "priority_too_high"
 
 
-def test_jobs_that_wait_keep_their_class_when_the_limit_is_lowered(world: World) -> None:
+def test_queued_jobs_keep_their_class_when_the_limit_is_lowered(world: World) -> None:
     job = world.queued(priority="urgent")
     limit_project(world, "batch")
 
     assert world.job(job.id).priority == 0
 
 
-def test_only_operators_set_the_limit_of_a_key_and_a_rotation_keeps_it(world: World) -> None:
+def test_only_operators_set_key_limits_and_rotation_keeps_them(world: World) -> None:
     limit_key(world, "urgent")
     for attempt in (
         lambda: api_keys.limit(
@@ -162,14 +162,14 @@ def test_only_operators_set_the_limit_of_a_key_and_a_rotation_keeps_it(world: Wo
     assert (child.highest_priority, heir.highest_priority) == (1, 0)
 
 
-def test_the_audit_log_tells_which_priority_was_allowed(world: World) -> None:
+def test_audit_log_records_priority_limits(world: World) -> None:
     limit_project(world, "urgent")
     limit_key(world, "batch")
 
     found = log.list_page(world.db, caller=operator(world), filters=Filters()).items
-    told = {event.type: event.details for event in found if event.type.endswith(".updated")}
+    details = {event.type: event.details for event in found if event.type.endswith(".updated")}
 
-    assert told["project.updated"] == {"limits": {"highest_priority": "urgent"}}
-    assert told["api_key.updated"] == {"highest_priority": "batch"}
+    assert details["project.updated"] == {"limits": {"highest_priority": "urgent"}}
+    assert details["api_key.updated"] == {"highest_priority": "batch"}
     with world.db.read() as session:
         assert session.get_one(ApiKey, world.caller.api_key_id).highest_priority == 2

@@ -1,4 +1,4 @@
-"""What a rotation must not give: more time, more requests, or a way back for whoever holds a key that leaked."""
+"""A rotation never extends validity or limits, and gives the holder of a leaked key no way back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.catalog.tenancy.test_api_keys import HOUR, caller, make, rotate
 from tests.catalog.world import PEPPER, World
 
 
-def test_who_ends_can_not_get_hold_of_a_key_that_lasts(world: World) -> None:
+def test_expiring_key_cannot_obtain_a_longer_lasting_one(world: World) -> None:
     end = world.clock.now + HOUR
     short = caller(world, expires_at=end)
 
@@ -22,7 +22,7 @@ def test_who_ends_can_not_get_hold_of_a_key_that_lasts(world: World) -> None:
     assert new.expires_at == end
 
 
-def test_who_is_limited_does_not_rid_himself_of_it_by_another_key(world: World) -> None:
+def test_limited_key_cannot_escape_its_limits_by_rotating_another(world: World) -> None:
     operator = caller(world, is_operator=True)
     key = authentication.create(world.db, project_id=world.caller.project_id, name="limited", pepper=PEPPER)
     limits = {"requests_per_minute": 3, "jobs_per_day": 1}
@@ -34,7 +34,7 @@ def test_who_is_limited_does_not_rid_himself_of_it_by_another_key(world: World) 
     assert (new.requests_per_minute, new.jobs_per_day) == (3, 1)
 
 
-def test_a_key_that_was_replaced_changes_no_other(world: World) -> None:
+def test_superseded_key_cannot_change_other_keys(world: World) -> None:
     leaked, other = caller(world), caller(world)
     rotate(world, leaked, leaked.api_key_id)
 
@@ -47,7 +47,7 @@ def test_a_key_that_was_replaced_changes_no_other(world: World) -> None:
     assert revocation.revoke(world.db, caller=leaked, api_key_id=leaked.api_key_id).key.revoked_at is not None
 
 
-def test_a_browser_session_leaves_nothing_that_outlives_it(world: World) -> None:
+def test_browser_session_leaves_nothing_that_outlives_it(world: World) -> None:
     link = authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
     cookie = authentication.exchange_sign_in(world.db, token=link, pepper=PEPPER)
     visitor = authentication.authenticate_browser(world.db, secret=cookie, pepper=PEPPER)
@@ -61,7 +61,7 @@ def test_a_browser_session_leaves_nothing_that_outlives_it(world: World) -> None
 
 
 @pytest.mark.parametrize("lesser", [{"scopes": ["keys:write"]}, {"expires_at": 1_800_003_600.0}])
-def test_a_key_that_can_not_carry_the_service_is_no_second_operator(world: World, lesser: dict[str, Any]) -> None:
+def test_restricted_operator_key_does_not_count_as_second_operator(world: World, lesser: dict[str, Any]) -> None:
     operator = caller(world, is_operator=True)
     caller(world, is_operator=True, **lesser)
 
@@ -75,7 +75,7 @@ def test_a_key_that_can_not_carry_the_service_is_no_second_operator(world: World
     assert revoked.value.code == rotated.value.code == "last_operator_key"
 
 
-def test_a_lesser_operators_key_sets_no_limit_of_a_greater_one_and_not_its_own(world: World) -> None:
+def test_lesser_operator_key_cannot_change_limits(world: World) -> None:
     lesser, greater = caller(world, is_operator=True, scopes=["keys:write"]), caller(world, is_operator=True)
 
     for key_id in (greater.api_key_id, lesser.api_key_id):

@@ -1,4 +1,4 @@
-"""What projects use, by day: kept in the transactions that use it, and told without adding up jobs."""
+"""Usage per day: recorded in the transactions that cause it, and reported without summing over jobs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ from tests.catalog.world import World
 pytestmark = pytest.mark.both_databases
 
 MIDNIGHT = 1_800_057_600.0
-"""The first of a day after the world's clock begins."""
+"""The start of a day after the start of the world's clock."""
 
 
-def told(world: World, **asked: Any) -> list[Day]:
+def report_days(world: World, **filters: Any) -> list[Day]:
     return usage_report.report(
-        world.db, caller=replace(world.caller, is_operator=True), query=UsageQuery(**{"start_time": MIDNIGHT, **asked})
+        world.db,
+        caller=replace(world.caller, is_operator=True),
+        query=UsageQuery(**{"start_time": MIDNIGHT, **filters}),
     ).days
 
 
 def only(days: list[Day]) -> Used:
-    """Of our project, on the one day that was asked for."""
+    """Return our project's usage on the only reported day."""
     (day,) = days
     (used,) = day.used
     return used
@@ -53,7 +55,7 @@ def world(world: World) -> World:
     return world
 
 
-def test_a_days_device_seconds_are_those_that_its_jobs_were_charged(world: World) -> None:
+def test_device_seconds_of_a_day_equal_the_charges_of_its_jobs(world: World) -> None:
     world.worker()
     claim = world.running()
     world.clock.advance(10)
@@ -61,14 +63,14 @@ def test_a_days_device_seconds_are_those_that_its_jobs_were_charged(world: World
     world.clock.advance(7)
     world.complete(claim.claim_id)
 
-    used = only(told(world, project_ids=["ours"]))
+    used = only(report_days(world, project_ids=["ours"]))
 
     assert used.amounts["device_seconds"] == pytest.approx(world.job(claim.job.id).device_seconds)
     assert used.amounts["device_seconds"] == pytest.approx(17, abs=0.5)
     assert used.amounts["trained_tokens"] == 5
 
 
-def test_jobs_are_counted_on_the_day_of_their_creation_and_by_how_they_ended(world: World) -> None:
+def test_jobs_are_counted_by_creation_day_and_by_outcome(world: World) -> None:
     claim, failing, waiting = world.running(), world.running(), world.submit()
     world.clock.advance(DAY_SECONDS)
     world.beat(claim.claim_id, failing.claim_id)
@@ -76,22 +78,22 @@ def test_jobs_are_counted_on_the_day_of_their_creation_and_by_how_they_ended(wor
     claims.end(world.db, failing.claim_id, reason=EndReason.USER_ERROR, detail="no")
     commands.cancel(world.db, **world.of(waiting.id))
 
-    first, second = (day.used[0].amounts for day in told(world, project_ids=["ours"]))
+    first, second = (day.used[0].amounts for day in report_days(world, project_ids=["ours"]))
 
     counted = ("num_created", "num_succeeded", "num_failed", "num_cancelled")
     assert [first[name] for name in counted] == [3, 0, 0, 0]
     assert [second[name] for name in counted] == [0, 1, 1, 1]
 
 
-def test_a_project_is_told_by_base_model_too(world: World) -> None:
+def test_usage_is_reported_by_project_and_base_model(world: World) -> None:
     world.base("other")
     world.submit()
     world.submit(model="other")
     world.submit(model="other")
     world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
 
-    def created(*group_by: Any, **asked: Any) -> list[tuple[str | None, str | None, float]]:
-        (day,) = told(world, group_by=group_by, **asked)
+    def created(*group_by: Any, **filters: Any) -> list[tuple[str | None, str | None, float]]:
+        (day,) = report_days(world, group_by=group_by, **filters)
         return sorted((used.project_id, used.model, used.amounts["num_created"]) for used in day.used)  # pyright: ignore
 
     ours, theirs = world.caller.project_id, world.stranger.project_id
@@ -100,7 +102,7 @@ def test_a_project_is_told_by_base_model_too(world: World) -> None:
     assert created("project_id", models=["other"]) == [(ours, None, 2)]
 
 
-def test_bytes_are_those_of_files_adapters_and_token_caches(world: World) -> None:
+def test_stored_bytes_include_files_adapters_and_token_caches(world: World) -> None:
     adapter = world.complete(world.running().claim_id)
     kept, gone, expiring = (_upload(world, size) for size in (1000, 200, 30))
     with world.db.write() as session:
@@ -121,26 +123,26 @@ def test_bytes_are_those_of_files_adapters_and_token_caches(world: World) -> Non
 
 
 def _prepared_bytes(world: World) -> int:
-    """Of the project's token caches."""
+    """Return the bytes of the project's token caches."""
     with world.db.read() as session:
         return session.scalar(select(func.sum(Prepared.num_bytes))) or 0
 
 
-def test_stored_bytes_are_told_for_the_end_of_each_day(world: World) -> None:
+def test_stored_bytes_are_reported_for_the_end_of_each_day(world: World) -> None:
     _upload(world, 100)
     world.clock.advance(2 * DAY_SECONDS)
     _upload(world, 20)
     _upload(world, 3)
     world.clock.advance(DAY_SECONDS)
 
-    days = told(world, project_ids=["ours"], end_time=MIDNIGHT + 6 * DAY_SECONDS)
+    days = report_days(world, project_ids=["ours"], end_time=MIDNIGHT + 6 * DAY_SECONDS)
 
     assert [[used.stored_bytes for used in day.used] for day in days] == [[100], [100], [123], [123], [], []]
-    late = told(world, project_ids=["ours"], start_time=MIDNIGHT + 3 * DAY_SECONDS)
+    late = report_days(world, project_ids=["ours"], start_time=MIDNIGHT + 3 * DAY_SECONDS)
     assert [[used.stored_bytes for used in day.used] for day in late] == [[123]]
 
 
-def test_what_was_not_committed_was_not_used(world: World) -> None:
+def test_uncommitted_usage_is_not_recorded(world: World) -> None:
     job = Job(id="x", project_id=world.caller.project_id, base_model="smol")
 
     with suppress(ValueError), world.db.write() as session:
@@ -149,10 +151,10 @@ def test_what_was_not_committed_was_not_used(world: World) -> None:
         raise ValueError
 
     assert _held(world) == 0
-    assert told(world)[0].used == []
+    assert report_days(world)[0].used == []
 
 
-def test_what_a_savepoint_takes_back_was_not_used(world: World) -> None:
+def test_usage_rolled_back_to_a_savepoint_is_not_recorded(world: World) -> None:
     job = Job(id="x", project_id=world.caller.project_id, base_model="smol")
 
     with world.db.write() as session:
@@ -167,26 +169,26 @@ def test_what_a_savepoint_takes_back_was_not_used(world: World) -> None:
             ledger.add(session, job, "num_created", 1000, now=MIDNIGHT)
         ledger.add(session, job, "num_created", 10_000, now=MIDNIGHT)
 
-    assert told(world)[0].used[0].amounts["num_created"] == 11_001
+    assert report_days(world)[0].used[0].amounts["num_created"] == 11_001
 
 
-def test_a_project_sees_its_own_use_and_another_is_as_none(world: World) -> None:
+def test_project_sees_only_its_own_usage(world: World) -> None:
     world.submit()
 
-    def seen(**asked: Any) -> list[Day]:
-        asked = {"start_time": MIDNIGHT, **asked}
-        return usage_report.report(world.db, caller=world.stranger, query=UsageQuery(**asked)).days
+    def seen(**filters: Any) -> list[Day]:
+        filters = {"start_time": MIDNIGHT, **filters}
+        return usage_report.report(world.db, caller=world.stranger, query=UsageQuery(**filters)).days
 
     assert [day.used for day in seen()] == [[]]
     assert seen(project_ids=["ours"]) == seen(project_ids=["none"]) == seen()
 
 
-def test_days_come_in_pages(world: World) -> None:
+def test_days_are_paged(world: World) -> None:
     world.clock.advance(9 * DAY_SECONDS)
-    asked = UsageQuery(start_time=MIDNIGHT + 5, num_days=4)
+    filters = UsageQuery(start_time=MIDNIGHT + 5, num_days=4)
 
-    page = usage_report.report(world.db, caller=world.caller, query=asked)
-    last = usage_report.report(world.db, caller=world.caller, query=replace(asked, num_days=31))
+    page = usage_report.report(world.db, caller=world.caller, query=filters)
+    last = usage_report.report(world.db, caller=world.caller, query=replace(filters, num_days=31))
 
     first = ledger.day_of(MIDNIGHT)
     assert [day.day for day in page.days] == list(range(first, first + 4))
@@ -197,7 +199,7 @@ def test_days_come_in_pages(world: World) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_many_who_add_to_the_same_rows_in_another_order_wait_in_no_circle(db: Database, world: World) -> None:
+def test_concurrent_updates_in_different_orders_do_not_deadlock(db: Database, world: World) -> None:
     world.base("other")
     rows = [Job(id="x", project_id=project, base_model=base) for project in _ids(world) for base in ("smol", "other")]
 
@@ -212,7 +214,7 @@ def test_many_who_add_to_the_same_rows_in_another_order_wait_in_no_circle(db: Da
         for done in [pool.submit(add, rows), pool.submit(add, rows[::-1])]:
             done.result()
 
-    assert [used.amounts["num_created"] for used in told(world)[0].used] == [160, 160]
+    assert [used.amounts["num_created"] for used in report_days(world)[0].used] == [160, 160]
     assert _held(world) == 160
 
 

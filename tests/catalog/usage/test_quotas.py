@@ -1,4 +1,4 @@
-"""What a project may use at most: refused at submission and upload, or held in the queue, as the documents say."""
+"""Project quotas: enforced at submission and upload, or by holding jobs in the queue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from catalog.usage.quotas import QuotaStatus
 from tests.catalog.world import World, sha
 
 MIDNIGHT = 1_800_057_600.0
-"""The 16th of January, 2027."""
+"""16 January 2027, 00:00 UTC."""
 NEXT_MONTH = 1_801_440_000.0
 
 
@@ -57,7 +57,7 @@ def refused(world: World, **fields: Any) -> QuotaExceeded:
     return refusal.value
 
 
-def test_a_job_beyond_those_that_may_wait_is_refused_until_one_trains(world: World) -> None:
+def test_queued_jobs_are_limited_until_one_starts(world: World) -> None:
     limit(world, queued_jobs=2)
     world.submit()
     world.queued()
@@ -66,13 +66,13 @@ def test_a_job_beyond_those_that_may_wait_is_refused_until_one_trains(world: Wor
 
     assert error.quota == {"name": "queued_jobs", "limit": 2, "used": 2, "resets_at": None}
     assert error.message == "Project 'ours' is limited to 2 queued jobs. Current usage: 2."
-    assert "lorry projects update ours" in error.remedy
+    assert "lorry projects limit ours" in error.remedy
     assert error.retry_after_seconds == math.inf
     world.claim()
     world.submit()
 
 
-def test_resuming_is_refused_while_as_many_jobs_wait_as_may_and_costs_no_job_of_the_day(world: World) -> None:
+def test_resume_is_limited_by_queued_jobs_but_not_by_jobs_per_day(world: World) -> None:
     limit(world, queued_jobs=2, jobs_per_day=4)
     paused = [world.submit() for _ in range(2)]
     for job in paused:
@@ -90,7 +90,7 @@ def test_resuming_is_refused_while_as_many_jobs_wait_as_may_and_costs_no_job_of_
         commands.resume(world.db, **world.of(paused[1].id))
 
 
-def test_jobs_of_a_day_are_counted_by_the_database_and_begin_anew_at_midnight(world: World) -> None:
+def test_jobs_per_day_reset_at_midnight_utc(world: World) -> None:
     limit(world, jobs_per_day=2)
     done = [world.submit() for _ in range(2)]
     commands.cancel(world.db, **world.of(done[0].id))
@@ -105,7 +105,7 @@ def test_jobs_of_a_day_are_counted_by_the_database_and_begin_anew_at_midnight(wo
     world.submit()
 
 
-def test_a_key_is_held_to_its_jobs_of_the_last_day_by_what_is_stored(world: World) -> None:
+def test_jobs_per_day_of_a_key_use_a_rolling_window(world: World) -> None:
     caller = replace(world.caller, service_jobs_per_day=2)
     world.submit(caller=caller)
     world.clock.advance(3600)
@@ -121,7 +121,7 @@ def test_a_key_is_held_to_its_jobs_of_the_last_day_by_what_is_stored(world: Worl
     world.submit(caller=caller)
 
 
-def test_a_job_that_is_refused_for_another_reason_counts_for_nothing(world: World) -> None:
+def test_otherwise_rejected_job_does_not_count(world: World) -> None:
     limit(world, jobs_per_day=1)
     with pytest.raises(Exception, match="none"):
         world.submit(model="none")
@@ -131,7 +131,7 @@ def test_a_job_that_is_refused_for_another_reason_counts_for_nothing(world: Worl
     assert standing(world, "jobs_per_day").used == 1
 
 
-def test_a_month_that_is_used_up_refuses_new_jobs_and_holds_those_that_wait(world: World) -> None:
+def test_used_up_device_hours_reject_new_jobs_and_hold_queued_ones(world: World) -> None:
     limit(world, device_hours_per_month=0.01)
     claim, waiting = world.running(), world.queued()
     world.pass_time(30, claim.claim_id)
@@ -147,15 +147,15 @@ def test_a_month_that_is_used_up_refuses_new_jobs_and_holds_those_that_wait(worl
     assert "0.01 device-hours per month" in error.message
     assert world.claim() == []
     assert why["explanation"] == (
-        "Its project has reached its limit of 0.01 device-hours per month. "
-        "It waits until the end of the month, or until an operator raises the limit."
+        "Its project has reached its limit of 0.01 device-hours per month. It waits until the end of the month, or "
+        "until an operator raises the limit."
     )
     assert why["quota"]["name"] == "device_hours_per_month"
     world.clock.now = NEXT_MONTH + 1
     assert [claimed.job.id for claimed in world.claim()] == [waiting.id]
 
 
-def test_a_project_that_trains_as_many_as_it_may_is_passed_over_and_others_are_not(world: World) -> None:
+def test_project_at_its_concurrency_limit_is_skipped(world: World) -> None:
     limit(world, concurrent_jobs=1)
     first = world.running()
     waiting = world.queued()
@@ -173,7 +173,7 @@ def test_a_project_that_trains_as_many_as_it_may_is_passed_over_and_others_are_n
     assert [claim.job.id for claim in world.claim()] == [waiting.id]
 
 
-def test_a_pack_takes_no_more_of_a_project_than_it_may_train(world: World) -> None:
+def test_pack_respects_the_concurrency_limit_of_a_project(world: World) -> None:
     limit(world, concurrent_jobs=2)
     mine = [world.queued().id for _ in range(4)]
     theirs = [_of_the_others(world) for _ in range(2)]
@@ -183,7 +183,7 @@ def test_a_pack_takes_no_more_of_a_project_than_it_may_train(world: World) -> No
     assert claimed == {*mine[:2], *theirs}
 
 
-def test_bytes_beyond_what_a_project_may_store_are_refused_and_deleting_makes_room(world: World) -> None:
+def test_stored_bytes_are_limited_and_deletion_frees_them(world: World) -> None:
     limit(world, stored_bytes=1000)
     first = upload(world, 700)
 
@@ -197,7 +197,7 @@ def test_bytes_beyond_what_a_project_may_store_are_refused_and_deleting_makes_ro
     upload(world, 700)
 
 
-def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(world: World) -> None:
+def test_deleted_bytes_may_use_the_disk_once_more_until_cleanup(world: World) -> None:
     limit(world, stored_bytes=1000)
     for number in range(2):
         file_id = upload(world, 700, content=f"content {number}")
@@ -218,7 +218,7 @@ def test_what_was_deleted_fills_the_disk_once_more_at_most_until_it_is_cleaned(w
     upload(world, 400)
 
 
-def test_a_refusal_for_bytes_that_are_leaving_tells_by_when_enough_have(world: World) -> None:
+def test_rejection_states_when_deleted_bytes_are_freed(world: World) -> None:
     limit(world, stored_bytes=1000)
     start = world.clock.now
     for seconds, (num_bytes, content) in enumerate([(900, "a"), (100, "b"), (900, "a"), (300, "c")]):
@@ -234,10 +234,10 @@ def test_a_refusal_for_bytes_that_are_leaving_tells_by_when_enough_have(world: W
 
     assert leave_at == pytest.approx(
         [start + 1, start + 2], rel=0, abs=0.5
-    )  # of b; and of a, which was there once more
+    )  # first those of b, then those of a, which was stored again
 
 
-def test_the_same_bytes_deleted_again_and_again_lie_on_the_disk_once(world: World) -> None:
+def test_same_content_deleted_repeatedly_counts_once(world: World) -> None:
     limit(world, stored_bytes=1000)
 
     for _ in range(4):
@@ -245,40 +245,42 @@ def test_the_same_bytes_deleted_again_and_again_lie_on_the_disk_once(world: Worl
         files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
 
 
-def test_a_file_beyond_what_a_project_may_store_leaves_nothing_in_the_store(world: World, tmp_path: Path) -> None:
+def test_file_beyond_the_storage_quota_leaves_nothing_in_the_store(world: World, tmp_path: Path) -> None:
     limit(world, stored_bytes=3)
     spooled = tmp_path / "spooled"
     spooled.write_bytes(b"four")
     store = open_store(Settings(data_dir=tmp_path))
-    told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "num_bytes": 4, "digest": sha("four")}
+    fields: dict[str, Any] = {"purpose": "user_data", "filename": "a", "num_bytes": 4, "digest": sha("four")}
 
     with pytest.raises(QuotaExceeded):
-        files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **told)
+        files.create(
+            world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **fields
+        )
 
     assert list(store.objects.list_all("blobs")) == []
 
 
-def test_a_first_look_at_what_is_stored_waits_for_nobody(
+def test_first_quota_check_does_not_wait_for_a_lock(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On PostgreSQL it would hold nothing for its waiting: a lock ends with its statement there."""
+    """On PostgreSQL the wait would protect nothing, because outside a transaction a lock ends with its statement."""
     limit(world, stored_bytes=1000)
     spooled, locked = tmp_path / "spooled", list[str]()
     spooled.write_bytes(b"four")
     store = open_store(Settings(data_dir=tmp_path))
-    told: dict[str, Any] = {"purpose": "user_data", "filename": "a", "num_bytes": 4, "digest": sha("four")}
+    fields: dict[str, Any] = {"purpose": "user_data", "filename": "a", "num_bytes": 4, "digest": sha("four")}
 
     def noted(session: Session, name: str) -> None:
         locked.append(name)
         assert session.connection().get_execution_options().get("lorry_immediate"), "not in a writing transaction"
 
     monkeypatch.setattr(stored_quota, "serialize", noted)
-    files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **told)
+    files.create(world.db, store, project_id=world.caller.project_id, spooled=spooled, settings=Settings(), **fields)
 
     assert locked == [f"quota {world.caller.project_id}"]
 
 
-def test_what_a_job_made_is_stored_though_the_limit_is_reached(world: World) -> None:
+def test_job_outputs_are_stored_beyond_the_limit(world: World) -> None:
     claim = world.running()
     limit(world, stored_bytes=1)
 
@@ -288,7 +290,7 @@ def test_what_a_job_made_is_stored_though_the_limit_is_reached(world: World) -> 
     adapters.delete(world.db, project_id=world.caller.project_id, name=adapter.id)
 
 
-def test_limits_are_set_one_by_one_taken_back_and_noted(world: World) -> None:
+def test_limits_are_set_individually_removed_and_audited(world: World) -> None:
     limit(world, queued_jobs=0, jobs_per_day=5)
     limit(world, queued_jobs=None)
 
@@ -304,7 +306,7 @@ def test_limits_are_set_one_by_one_taken_back_and_noted(world: World) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_submissions_at_once_do_not_pass_a_limit_together(db: Database, world: World) -> None:
+def test_concurrent_submissions_do_not_exceed_a_limit(db: Database, world: World) -> None:
     limit(world, queued_jobs=3)
 
     def submit(seed: int) -> bool:
@@ -321,7 +323,7 @@ def test_submissions_at_once_do_not_pass_a_limit_together(db: Database, world: W
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_workers_at_once_do_not_pass_a_limit_together(db: Database, world: World) -> None:
+def test_concurrent_claims_do_not_exceed_a_limit(db: Database, world: World) -> None:
     limit(world, concurrent_jobs=3)
     for number in range(6):
         world.base(f"base-{number}")

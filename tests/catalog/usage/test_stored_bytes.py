@@ -1,4 +1,4 @@
-"""The counters of stored bytes equal a recount of the rows after any order of verbs."""
+"""Stored-byte counters equal a recount of the rows after any sequence of actions."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ SIZES = st.sampled_from([1, 10, 100])
 
 
 class StoredService(Service):
-    """Jobs, as the machine of the state rules moves them, with everything that they and plans store."""
+    """The state machine of jobs, extended by everything that jobs and plans store."""
 
     def __init__(self) -> None:
         super().__init__()
-        stored_bytes.reconcile(self.db)  # the world's first file was inserted by hand
+        stored_bytes.reconcile(self.db)  # counts the world's first file, which is inserted without accounting
 
     def pick(self, column: Any, number: int, *where: Any) -> Any:
-        """One of the values that there are, or None."""
+        """Return one of the existing values, or None."""
         with self.db.read() as session:
             found = list(session.scalars(select(column).where(*where).order_by(column)))
         return found[number % len(found)] if found else None
 
     @rule(target=Service.made, priority=st.sampled_from(["normal", "batch"]))
     def submit(self, priority: str) -> Any:
-        """Refused where its tokens would pass the limit of stored bytes."""
+        """Submit a job. It is rejected if its tokens would exceed the storage limit."""
         job = self.attempted(lambda _: self.world.submit(priority=priority))
         return job.id if job is not None else multiple()
 
@@ -75,7 +75,7 @@ class StoredService(Service):
 
     @rule(number=PICK, size=SIZES)
     def compute_plan(self, number: int, size: int) -> None:
-        """As a worker does; one in eight times it leaves the plan unconcluded."""
+        """Compute a plan as a worker does. One time in eight the plan is left unconcluded."""
         claim = plan_claims.claim(self.db, worker_id="w1", lease_seconds=LEASE)
         if claim is not None:
             self.put_cache(claim.files.train_key, claim.files.training.digest, size)
@@ -107,7 +107,7 @@ class StoredService(Service):
 
     @rule(number=PICK, size=SIZES)
     def checkpoint_with_a_model(self, number: int, size: int) -> None:
-        """Of a new step, or again of one on record with other bytes."""
+        """Record a checkpoint of a new step, or of an existing step with other bytes."""
         claim_id = self.pick(Attempt.claim_id, number, Attempt.ended_at.is_(None))
         if claim_id is None:
             return
@@ -122,12 +122,12 @@ class StoredService(Service):
         claim_id = self.pick(Attempt.claim_id, number, Attempt.ended_at.is_(None))
         checkpoint_id = self.pick(Checkpoint.id, number)
         if claim_id is not None and checkpoint_id is not None:
-            told = {"checkpoint_id": checkpoint_id, "problem": "It is damaged."}
-            self.attempted(recording.distrust_checkpoint, claim_id, **told)
+            fields = {"checkpoint_id": checkpoint_id, "problem": "It is damaged."}
+            self.attempted(recording.distrust_checkpoint, claim_id, **fields)
 
     @rule(stored=st.sampled_from([None, 50, 500]))
     def limit(self, stored: int | None) -> None:
-        """Uploads evict token caches, or are refused."""
+        """Set the storage limit. Uploads then evict token caches, or are rejected."""
         self.attempted(
             quotas.limit, caller=self.world.caller, project="ours", limits={"stored_bytes": stored, "plans_per_day": 9}
         )
@@ -145,8 +145,8 @@ class StoredService(Service):
         assert kept == counted
 
     @invariant()
-    def nothing_unfinished_lacks_a_cache_that_was_evicted_under_it(self) -> None:
-        """A plan that is being computed keeps what a worker has put for it."""
+    def no_computing_plan_lost_its_cache(self) -> None:
+        """A computing plan keeps the cache that a worker has stored for it."""
         with self.db.read() as session:
             lost = select(Plan.id).join(Prepared, Prepared.key == Plan.train_prepared)
             lost = lost.where(Plan.state == "computing", Prepared.evicted_at > Plan.created_at)
@@ -159,6 +159,6 @@ class StoredService(Service):
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("num_examples", [5, 40])
-def test_the_counters_equal_a_recount_after_any_order_of_verbs(num_examples: int) -> None:
+def test_counters_equal_a_recount_after_any_sequence_of_actions(num_examples: int) -> None:
     bounded = settings(max_examples=num_examples, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
     run_state_machine_as_test(StoredService, settings=bounded)

@@ -1,4 +1,4 @@
-"""What projects use is charged while they train, and decides who trains next."""
+"""Usage is charged while jobs train, and decides which project goes next."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def theirs(world: World, **fields: Any) -> Job:
 
 
 def used(world: World) -> dict[str, float]:
-    """By project of this world, as it counts now."""
+    """Return the decayed usage by project name."""
     names = {world.caller.project_id: "ours", world.stranger.project_id: "theirs"}
     with world.db.read() as session:
         found = charging.used(session, names, now=world.clock.now, policy=USUAL)
@@ -49,7 +49,7 @@ def train(world: World, seconds: float, claim: claiming.Claim) -> None:
         seconds -= LEASE
 
 
-def test_those_that_train_together_are_charged_their_parts_of_each_device(world: World) -> None:
+def test_packmates_split_the_charge_of_their_device(world: World) -> None:
     world.worker()
     world.queued()
     theirs(world)
@@ -65,7 +65,7 @@ def test_those_that_train_together_are_charged_their_parts_of_each_device(world:
     assert round(world.job(held[0].job.id).device_seconds) == 10
 
 
-def test_a_device_second_of_an_urgent_job_is_charged_twice_to_its_project_and_once_to_the_job(world: World) -> None:
+def test_urgent_device_seconds_count_twice_for_the_project(world: World) -> None:
     world.worker()
     claim = world.running(priority="urgent")
     train(world, 40, claim)
@@ -84,9 +84,7 @@ def test_a_device_second_of_an_urgent_job_is_charged_twice_to_its_project_and_on
         ({"kind": "cpu", "num_processes": 2}, 1),
     ],
 )
-def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
-    world: World, device: dict[str, Any], expected: int
-) -> None:
+def test_gpu_group_is_charged_per_gpu_and_a_cpu_once(world: World, device: dict[str, Any], expected: int) -> None:
     world.worker()
     with world.db.write() as session:
         session.get_one(Worker, "w1").devices = [device]
@@ -94,7 +92,7 @@ def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
     [held] = world.claim()
     with world.db.read() as session:
         shares = charging.shares_of_waiting(session, now=world.clock.now, policy=USUAL)
-    assert shares == {}  # nothing waits: nobody's share is looked at
+    assert shares == {}  # no share is read while no job is queued
 
     world.queued()
     with world.db.read() as session:
@@ -107,7 +105,7 @@ def test_a_group_of_gpus_is_charged_as_so_many_and_a_cpu_as_one(
     assert used(world)["ours"] == 20 * expected
 
 
-def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) -> None:
+def test_gang_job_is_charged_for_all_devices_of_the_gang(world: World) -> None:
     for worker_id in ("w1", "w2"):
         world.worker(worker_id)
         place = gangs.GangMember(db=world.db, worker_id=worker_id, gang="pair", silent_seconds=LEASE)
@@ -133,7 +131,7 @@ def test_who_trains_on_a_gang_is_charged_for_all_of_its_devices(world: World) ->
     assert used(world)["ours"] == pytest.approx(180, abs=1)
 
 
-def test_the_last_seconds_are_charged_with_the_end(world: World) -> None:
+def test_last_seconds_are_charged_at_the_end(world: World) -> None:
     world.worker()
     claim = world.running()
     train(world, 20, claim)
@@ -147,8 +145,8 @@ def test_the_last_seconds_are_charged_with_the_end(world: World) -> None:
     assert used(world)["ours"] == 30
 
 
-def test_what_is_charged_with_the_end_is_as_of_the_end(world: World) -> None:
-    """Though the last charge on its worker was long ago."""
+def test_final_charge_does_not_decay_since_the_previous_charge(world: World) -> None:
+    """The previous charge on the worker was long ago."""
     world.worker()
     claim = world.running()
     train(world, 40, claim)
@@ -162,8 +160,8 @@ def test_what_is_charged_with_the_end_is_as_of_the_end(world: World) -> None:
     assert used(world)["ours"] == pytest.approx(40 / 2 + 40, abs=0.1)
 
 
-def test_each_second_is_divided_among_those_who_were_there(world: World) -> None:
-    """Though one joins and another leaves between two heartbeats."""
+def test_each_second_is_split_among_the_jobs_present(world: World) -> None:
+    """One job joins and another leaves between two heartbeats."""
     world.worker()
     first = world.running()
     world.clock.advance(20)
@@ -178,7 +176,7 @@ def test_each_second_is_divided_among_those_who_were_there(world: World) -> None
     assert used(world) == {"ours": 30, "theirs": 20}
 
 
-def test_a_clock_that_jumps_ahead_charges_no_more_than_a_lease(world: World) -> None:
+def test_clock_jump_charges_at_most_one_lease(world: World) -> None:
     world.worker()
     claim = world.running()
     train(world, 10, claim)
@@ -189,8 +187,8 @@ def test_a_clock_that_jumps_ahead_charges_no_more_than_a_lease(world: World) -> 
     assert used(world)["ours"] == pytest.approx(LEASE, abs=0.1)
 
 
-def test_a_packmate_takes_no_turn_of_its_class(world: World) -> None:
-    """Batch jobs ride along with each trainer of a popular base, and one for a rare base waits: it still rises."""
+def test_packmates_do_not_count_as_a_turn_of_their_class(world: World) -> None:
+    """Batch jobs join every trainer of a popular base model, but the one for a rare base model is still promoted."""
     world.base("rare")
     world.worker()
     patient = world.queued(model="rare", priority="batch")
@@ -207,7 +205,7 @@ def test_a_packmate_takes_no_turn_of_its_class(world: World) -> None:
     assert claim.job.id == patient.id
 
 
-def test_a_turn_on_a_worker_that_could_not_hold_a_job_was_none_of_that_job(world: World) -> None:
+def test_turns_on_too_small_workers_do_not_count_for_a_large_job(world: World) -> None:
     world.base("large", num_parameters=10**10)
     world.worker("small", 10**9)
     world.worker("wide", 10**12)
@@ -225,13 +223,13 @@ def test_a_turn_on_a_worker_that_could_not_hold_a_job_was_none_of_that_job(world
     world.clock.advance(120)
     for worker_id in ("small", "wide"):
         world.beat(worker_id=worker_id)
-    assert world.claim("small", capacity=small)[0].job.priority == 2, "its class has risen there as well"
+    assert world.claim("small", capacity=small)[0].job.priority == 2, "its class is promoted there as well"
     (claim,) = world.claim("wide", capacity=ONE)
 
     assert (first.job.priority, claim.job.id) == (0, patient.id)
 
 
-def test_a_worker_that_is_lost_costs_nothing_after_its_last_heartbeat(world: World) -> None:
+def test_lost_worker_charges_nothing_after_its_last_heartbeat(world: World) -> None:
     world.worker()
     claim = world.running()
     train(world, 20, claim)
@@ -243,7 +241,7 @@ def test_a_worker_that_is_lost_costs_nothing_after_its_last_heartbeat(world: Wor
     assert used(world)["ours"] == pytest.approx(20, abs=0.1)
 
 
-def test_what_was_used_long_ago_counts_less(world: World) -> None:
+def test_old_usage_counts_less(world: World) -> None:
     world.worker()
     train(world, 50, world.running())
 
@@ -252,7 +250,7 @@ def test_what_was_used_long_ago_counts_less(world: World) -> None:
     assert used(world)["ours"] == pytest.approx(25, abs=0.1)
 
 
-def test_the_project_that_has_had_less_for_its_weight_goes_first(world: World) -> None:
+def test_project_with_lower_usage_per_weight_goes_first(world: World) -> None:
     world.worker()
     claim = world.running()
     train(world, 50, claim)
@@ -267,23 +265,23 @@ def test_the_project_that_has_had_less_for_its_weight_goes_first(world: World) -
     (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == foreign.id
     theirs(world)
-    assert first() == ours.id, "the one that runs counts for 300 device-seconds"
+    assert first() == ours.id, "the running job counts for 300 device-seconds"
     projects.weigh(world.db, caller=operator(world), project="theirs", weight=10)
     assert first() != ours.id
 
 
-def test_a_weight_is_a_positive_number_of_a_project_that_exists(world: World) -> None:
-    asked: dict[str, Any] = {"caller": operator(world), "project": "ours"}
-    assert projects.weigh(world.db, **asked, weight=2.5).weight == 2.5
+def test_weight_must_be_positive_and_of_an_existing_project(world: World) -> None:
+    target: dict[str, Any] = {"caller": operator(world), "project": "ours"}
+    assert projects.weigh(world.db, **target, weight=2.5).weight == 2.5
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InvalidRequest) as refusal:
-            projects.weigh(world.db, **asked, weight=weight)
+            projects.weigh(world.db, **target, weight=weight)
         assert (refusal.value.code, refusal.value.param) == ("invalid_weight", "weight")
     with pytest.raises(NotFound):
         projects.weigh(world.db, caller=world.caller, project="theirs", weight=1)
 
 
-def test_batch_is_claimed_though_there_is_always_something_urgent(world: World) -> None:
+def test_batch_job_is_claimed_despite_endless_urgent_jobs(world: World) -> None:
     world.worker()
     patient = world.queued(priority="batch")
     pressing = world.queued(priority="urgent")
@@ -304,7 +302,7 @@ def test_batch_is_claimed_though_there_is_always_something_urgent(world: World) 
     assert "urgent" in str([world.job(claimed()).requested for _ in range(3)])
 
 
-def test_why_tells_the_shares_in_a_sentence_and_as_data_and_names_nobody(world: World) -> None:
+def test_explanation_contains_shares_without_other_projects(world: World) -> None:
     world.worker()
     claim = world.running()
     train(world, 75, claim)

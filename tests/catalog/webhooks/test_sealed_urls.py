@@ -1,4 +1,4 @@
-"""Webhook addresses are encrypted under the pepper, and bound to their row."""
+"""Webhook URLs are encrypted under the pepper and bound to their row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ URL = "https://hooks.example.com/services/T0AB/k3yIn7heP4th-z9Xq"
 NEW = b"n" * 32
 
 
-def test_a_sealed_address_opens_in_its_own_row_alone(world: World) -> None:
+def test_sealed_url_opens_only_in_its_own_row(world: World) -> None:
     hooks = Hooks(world)
     first, _ = hooks.more(url=URL)
 
@@ -26,7 +26,7 @@ def test_a_sealed_address_opens_in_its_own_row_alone(world: World) -> None:
         sealed_urls.get(copied, peppers=[PEPPER.current])
 
 
-def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_current_one(world: World) -> None:
+def test_plain_and_old_urls_are_sealed_with_the_current_pepper(world: World) -> None:
     hooks = Hooks(world)
     plain, previous, lost = (hooks.more(url=URL)[0] for _ in range(3))
     with world.db.write() as session:
@@ -36,7 +36,7 @@ def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_cu
 
     num_sealed = [sealed_urls.seal_all(world.db, peppers=[NEW, PEPPER.current]) for _ in range(2)]
 
-    assert num_sealed == [3, 0], "the hooks' own, and two of these"
+    assert num_sealed == [3, 0], "the endpoint of `hooks`, and two of these"
     with world.db.read() as session:
         for endpoint_id in (plain.id, previous.id):
             row = session.get_one(WebhookEndpoint, endpoint_id)
@@ -46,7 +46,7 @@ def test_addresses_in_plain_text_and_of_the_previous_pepper_are_sealed_by_the_cu
             sealed_urls.get(session.get_one(WebhookEndpoint, lost.id), peppers=[NEW, PEPPER.current])
 
 
-def test_an_address_that_is_lost_is_told_and_can_be_given_again(world: World) -> None:
+def test_lost_url_is_reported_and_can_be_set_again(world: World) -> None:
     hooks = Hooks(world)
     with world.db.write() as session:
         sealed_urls.put(session.get_one(WebhookEndpoint, hooks.row.id), URL, peppers=[NEW])
@@ -66,5 +66,5 @@ def test_an_address_that_is_lost_is_told_and_can_be_given_again(world: World) ->
         ("http://[2001:db8::1]:8080/a?token=abcdefgh", "http://[2001:db8::1]:8080/…efgh"),
     ],
 )
-def test_the_host_and_four_characters_of_a_long_path_are_shown(url: str, shown: str) -> None:
+def test_only_host_and_last_four_characters_are_shown(url: str, shown: str) -> None:
     assert sealed_urls.shown(url) == shown

@@ -1,4 +1,4 @@
-"""Where webhooks may go, and where they may not: whatever leads inside, in each of its forms."""
+"""Allowed and blocked webhook addresses: internal addresses are blocked in each of their forms."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ OUTSIDE = "8.8.8.8 1.1.1.1 172.32.0.1 192.0.1.1 223.255.255.255 2606:4700::1111 
 
 
 @pytest.mark.parametrize("address", INSIDE.split())
-def test_an_address_that_leads_inside_is_shut(address: str) -> None:
+def test_private_address_is_blocked(address: str) -> None:
     assert "is not public" in (why_shut(ip_address(address), Rules()) or "")
 
 
 @pytest.mark.parametrize("address", OUTSIDE.split())
-def test_a_public_address_is_open(address: str) -> None:
+def test_public_address_is_allowed(address: str) -> None:
     assert why_shut(ip_address(address), Rules()) is None
 
 
-def test_an_operator_can_open_a_network_and_it_is_open_in_each_of_its_forms() -> None:
+def test_operator_can_allow_a_network_in_each_of_its_forms() -> None:
     rules = Rules(networks=networks_of("127.0.0.0/8, fd00::/8,10.2.0.0/16"))
 
     opened = ["127.0.0.1", "::ffff:127.0.0.1", "64:ff9b::a02:1", "fd00::1", "10.2.3.4"]
@@ -61,7 +61,7 @@ def test_an_operator_can_open_a_network_and_it_is_open_in_each_of_its_forms() ->
         ("https://" + "a" * 3000, "at most"),
     ],
 )
-def test_what_is_no_address_for_a_webhook_is_refused_with_the_reason(url: str, what: str) -> None:
+def test_invalid_webhook_url_is_rejected_with_the_reason(url: str, what: str) -> None:
     with pytest.raises(InvalidRequest, match=what) as refused:
         target_of(url, Rules())
 
@@ -70,7 +70,7 @@ def test_what_is_no_address_for_a_webhook_is_refused_with_the_reason(url: str, w
     assert "word" not in refused.value.sentence().replace("password", "")
 
 
-def test_a_url_is_taken_apart_as_it_will_be_asked_for() -> None:
+def test_url_is_parsed_as_it_will_be_requested() -> None:
     plain = target_of("https://hooks.example.com/a/b?c=d&e", Rules())
     other = target_of("http://[2606:4700::1111]:8080", Rules(allow_http=True))
 

@@ -1,4 +1,4 @@
-"""Deliveries are taken by project: none fills the slots that others need."""
+"""Delivery slots are shared by project: no project uses up the slots that others need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_events(world: World, project_id: str, number: int) -> None:
             outbox.add(session, project_id=project_id, event_type="fine_tuning.job.succeeded", **about)
 
 
-def test_one_project_takes_a_quarter_of_the_slots_and_the_others_share_the_rest(world: World) -> None:
+def test_one_project_uses_at_most_a_quarter_of_the_slots(world: World) -> None:
     noisy, quiet = world.caller.project_id, world.stranger.project_id
     add_endpoints(world, noisy, endpoints.MAX_ENDPOINTS)
     add_events(world, noisy, 10)
@@ -43,10 +43,10 @@ def test_one_project_takes_a_quarter_of_the_slots_and_the_others_share_the_rest(
         owners = {row.id: row.project_id for row in session.scalars(select(WebhookEndpoint))}
     taken = Counter(owners[outgoing.endpoint_id] for outgoing in claimed)
     assert taken == {noisy: 16, quiet: delivery_queue.AT_ONCE}
-    assert more == [], "the noisy project has its part, and the quiet one's endpoint its four"
+    assert more == [], "the noisy project has its quarter, and the quiet endpoint its four"
 
 
-def test_the_last_free_slot_goes_to_the_project_with_the_fewest_deliveries(world: World) -> None:
+def test_last_free_slot_goes_to_the_project_with_the_fewest_deliveries(world: World) -> None:
     noisy, quiet = world.caller.project_id, world.stranger.project_id
     add_endpoints(world, noisy, 5)
     add_events(world, noisy, 2)
@@ -61,14 +61,16 @@ def test_the_last_free_slot_goes_to_the_project_with_the_fewest_deliveries(world
     assert last.project_id == quiet
 
 
-def test_a_failure_for_which_the_resolver_is_to_blame_disables_no_endpoint(world: World) -> None:
+def test_resolver_failure_does_not_disable_an_endpoint(world: World) -> None:
     hooks = Hooks(world)
-    blameless = DeliveryResult(started_at=1.0, seconds=15.0, error="There was no whole answer.", says_of_endpoint=False)
+    resolver_failure = DeliveryResult(
+        started_at=1.0, seconds=15.0, error="There was no whole answer.", says_of_endpoint=False
+    )
     for _ in range(2):
         hooks.end_job()
-        hooks.fail_until_it_ends(blameless)
+        hooks.fail_until_it_ends(resolver_failure)
         world.clock.advance(FAILING_SECONDS)
 
     assert hooks.endpoint().disabled_at is None
     assert hooks.endpoint().failing_since is None
-    assert {row.status for row in hooks.all()} == {"failed"}, "the tries themselves are counted"
+    assert {row.status for row in hooks.all()} == {"failed"}, "the attempts themselves are counted"

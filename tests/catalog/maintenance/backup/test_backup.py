@@ -1,4 +1,4 @@
-"""A backup that is taken while the service works, and put back elsewhere, is one state of it with all its files."""
+"""A backup taken while the service works restores to one consistent state with all its files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.next_migration import LATER, UNRELEASED
 
 
 class HookedObjects(Objects):
-    """Calls `before` once, when the key is about to be read."""
+    """An object store that calls `before` once, when the given key is about to be read."""
 
     def __init__(self, objects: Objects, key: str, before: Callable[[], None]) -> None:
         assert objects.folder is not None
@@ -55,7 +55,7 @@ class HookedObjects(Objects):
         return super().read(key, chunk_bytes=chunk_bytes)
 
 
-def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewhere: Settings) -> None:
+def test_restored_service_is_complete_and_verifies(service: Service, elsewhere: Settings) -> None:
     name = service.finish(service.running(), "adapter one")
     chain.seal(service.world.db, pepper=PEPPER.current)
     record = service.backup()
@@ -68,15 +68,13 @@ def test_what_is_restored_is_all_there_was_and_verifies(service: Service, elsewh
     db = opened(elsewhere)
     assert adapters.get(db, project_id=service.world.caller.project_id, name=name).adapter.name == name
     with db.read() as session:
-        told = session.scalars(select(AuditEvent).order_by(AuditEvent.seq.desc()).limit(1)).one()
-    assert (told.type, told.object_id) == ("service.restored", record.name)
-    assert told.details == {"taken_at": record.taken_at}
+        recorded = session.scalars(select(AuditEvent).order_by(AuditEvent.seq.desc()).limit(1)).one()
+    assert (recorded.type, recorded.object_id) == ("service.restored", record.name)
+    assert recorded.details == {"taken_at": record.taken_at}
     db.close()
 
 
-def test_a_backup_amid_writes_deletions_and_cleanings_is_one_state_with_every_file(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_backup_during_writes_deletions_and_cleanup_is_consistent(service: Service, elsewhere: Settings) -> None:
     records: list[BackupRecord] = []
     for number in range(3):
         service.finish(service.running(), f"before {number}")
@@ -112,9 +110,7 @@ def test_a_backup_amid_writes_deletions_and_cleanings_is_one_state_with_every_fi
     db.close()
 
 
-def test_what_is_deleted_and_cleaned_away_while_files_are_copied_does_no_harm(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_files_deleted_during_the_copy_do_no_harm(service: Service, elsewhere: Settings) -> None:
     old = service.finish(service.running(), "old adapter")
     service.finish(service.running(), "z adapter that stays")
     service.age()
@@ -137,7 +133,7 @@ def test_what_is_deleted_and_cleaned_away_while_files_are_copied_does_no_harm(
     assert visible == {manifest("new adapter").digest, manifest("z adapter that stays").digest}
 
 
-def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Service, elsewhere: Settings) -> None:
+def test_jobs_running_at_the_backup_are_recovered_by_their_leases(service: Service, elsewhere: Settings) -> None:
     claim = service.running()
     recording.record_checkpoint(service.world.db, claim.claim_id, step=7, artifact=kept(service, "checkpoint"))
     service.backup()
@@ -147,7 +143,7 @@ def test_jobs_that_ran_at_the_backup_are_recovered_by_their_leases(service: Serv
     world.clock.advance(10 * LEASE)
     db = Database(elsewhere.resolved_database_url(), clock=world.clock)
 
-    assert recovery.expire(db, lease_seconds=LEASE) == 0, "nobody could have renewed: a lease of grace"
+    assert recovery.expire(db, lease_seconds=LEASE) == 0, "no worker could renew its lease: a grace period applies"
     for _ in range(9):
         world.clock.advance(LEASE / 4)
         recovery.expire(db, lease_seconds=LEASE)
@@ -173,9 +169,7 @@ def world_capacity() -> Any:
     return WIDE
 
 
-def test_a_file_that_is_damaged_is_told_by_the_backup_and_after_it_by_name(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_damaged_file_is_reported_by_backup_and_verify(service: Service, elsewhere: Settings) -> None:
     name = service.finish(service.running(), "to be damaged")
     blob = service.folder / "store" / blob_key(sha("to be damaged"))
     blob.write_bytes(b"something else")
@@ -189,14 +183,14 @@ def test_a_file_that_is_damaged_is_told_by_the_backup_and_after_it_by_name(
     assert here == [f"{name}: {record.problems[0]}"]
 
 
-def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Settings) -> None:
+def test_changed_audit_log_is_reported(service: Service, elsewhere: Settings) -> None:
     chain.seal(service.world.db, pepper=PEPPER.current)
     service.backup()
     restore(elsewhere, service.place)
     db = opened(elsewhere)
     with db.write() as session:
         first = session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one()
-        first.details = {"name": "somebody else"}
+        first.details = {"name": "another name"}
         ident = first.id
 
     problems = verify(db, service.store, peppers=PEPPER.all()).problems
@@ -204,7 +198,7 @@ def test_an_audit_log_that_was_changed_is_told(service: Service, elsewhere: Sett
     db.close()
 
 
-def test_further_backups_add_what_is_new_and_old_ones_go_with_what_only_they_name(service: Service) -> None:
+def test_incremental_backups_copy_only_new_files_and_prune_old_ones(service: Service) -> None:
     first_name = service.finish(service.running(), "first adapter")
     first = create(service.world.db, service.store, service.place, work_dir=service.folder / "work")
     service.delete(first_name)
@@ -221,7 +215,7 @@ def test_further_backups_add_what_is_new_and_old_ones_go_with_what_only_they_nam
     assert blob_key(sha("first adapter")) not in stored
 
 
-def test_a_second_backup_to_the_same_location_is_refused_while_the_first_runs(service: Service) -> None:
+def test_concurrent_backup_to_the_same_location_is_rejected(service: Service) -> None:
     service.finish(service.running(), "adapter")
     refused: list[Conflict] = []
 
@@ -237,11 +231,11 @@ def test_a_second_backup_to_the_same_location_is_refused_while_the_first_runs(se
     assert error.code == "backup_running"
     assert str(os.getpid()) in error.message
     assert [found.name for found in service.place.records()] == [record.name]
-    assert service.backup().problems == [], "the first has released the location"
+    assert service.backup().problems == [], "the first backup must have released the location"
 
 
-def test_the_lease_of_a_killed_backup_expires_by_the_locations_clock(service: Service) -> None:
-    service.place.lease(renew_seconds=1e6).__enter__()  # and it is never left
+def test_lease_of_a_killed_backup_expires_by_the_clock_of_the_location(service: Service) -> None:
+    service.place.lease(renew_seconds=1e6).__enter__()  # the context is never exited
     path = service.folder / "backups" / "lease.json"
     with pytest.raises(Conflict):
         service.backup()
@@ -253,7 +247,7 @@ def test_the_lease_of_a_killed_backup_expires_by_the_locations_clock(service: Se
     assert not path.exists()
 
 
-def test_a_backup_that_lost_its_lease_neither_finishes_nor_deletes(
+def test_backup_that_lost_its_lease_neither_finishes_nor_deletes(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = service.backup()
@@ -270,10 +264,10 @@ def test_a_backup_that_lost_its_lease_neither_finishes_nor_deletes(
 
     assert refused.value.code == "backup_lease_lost"
     assert [record.name for record in service.place.records()] == [first.name]
-    assert (service.folder / "backups" / "lease.json").exists(), "the other's lease"
+    assert (service.folder / "backups" / "lease.json").exists(), "the lease of the other backup must remain"
 
 
-def test_a_lease_is_renewed_while_it_is_held(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_is_renewed_while_it_is_held(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     renewed = Event()
     lease = service.place.lease(renew_seconds=0.001)
     path = service.folder / "backups" / "lease.json"
@@ -286,7 +280,7 @@ def test_a_lease_is_renewed_while_it_is_held(service: Service, monkeypatch: pyte
         assert path.stat().st_mtime > 1.0
 
 
-def test_a_backup_without_its_record_is_none(service: Service, elsewhere: Settings) -> None:
+def test_backup_without_its_record_does_not_exist(service: Service, elsewhere: Settings) -> None:
     record = service.backup()
     (service.folder / "backups" / "backups" / record.name / "backup.json").unlink()
 
@@ -296,7 +290,7 @@ def test_a_backup_without_its_record_is_none(service: Service, elsewhere: Settin
     assert refused.value.remedy == f"Use one of the backups at {service.place.url}: none."
 
 
-def test_a_backup_that_was_changed_is_refused_and_nothing_is_made(service: Service, elsewhere: Settings) -> None:
+def test_changed_backup_is_rejected_and_nothing_is_created(service: Service, elsewhere: Settings) -> None:
     record = service.backup()
     dumped = service.folder / "backups" / "backups" / record.name / "database"
     dumped.write_bytes(dumped.read_bytes() + b"x")
@@ -307,7 +301,7 @@ def test_a_backup_that_was_changed_is_refused_and_nothing_is_made(service: Servi
     database_dump.check_empty(elsewhere.resolved_database_url())
 
 
-def test_a_backup_is_never_put_over_what_is_there(service: Service, elsewhere: Settings) -> None:
+def test_restore_never_overwrites_existing_data(service: Service, elsewhere: Settings) -> None:
     service.backup()
     restore(elsewhere, service.place)
 
@@ -315,9 +309,7 @@ def test_a_backup_is_never_put_over_what_is_there(service: Service, elsewhere: S
         restore(elsewhere, service.place)
 
 
-def test_a_backup_of_newer_or_unreleased_tables_or_of_another_database_is_refused(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_backup_of_newer_unreleased_or_foreign_tables_is_rejected(service: Service, elsewhere: Settings) -> None:
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     text = path.read_text()
@@ -341,20 +333,20 @@ def test_a_backup_of_newer_or_unreleased_tables_or_of_another_database_is_refuse
         restore(elsewhere, service.place)
 
 
-def test_nobody_else_reads_a_backup_in_a_folder(service: Service) -> None:
+def test_backup_folder_is_private(service: Service) -> None:
     service.backup()
 
     assert stat.S_IMODE((service.folder / "backups").stat().st_mode) == 0o700
 
 
-def test_a_place_that_is_not_there_is_told_and_not_made(tmp_path: Path) -> None:
+def test_missing_backup_location_is_reported_and_not_created(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         open_place(str(tmp_path / "none"))
 
     assert not (tmp_path / "none").exists()
 
 
-def test_a_bucket_does_as_well_as_a_folder(
+def test_bucket_works_as_a_backup_location(
     service: Service, elsewhere: Settings, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.services.s3 import new_bucket
@@ -370,28 +362,28 @@ def test_a_bucket_does_as_well_as_a_folder(
     assert restore(elsewhere, open_place(f"s3://{bucket.name}/lorry/")).checked.problems == []
 
 
-def test_the_password_of_a_database_stands_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = tmp_path / "told"
+def test_database_password_is_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = tmp_path / "recorded"
     for name in ("pg_dump", "pg_restore"):
         script = tmp_path / name
-        script.write_text(f'#!/bin/sh\necho "$@" >> {told}\necho "$PGPASSWORD" >> {told}.environment\n')
+        script.write_text(f'#!/bin/sh\necho "$@" >> {recorded}\necho "$PGPASSWORD" >> {recorded}.environment\n')
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     url = URL.create("postgresql", username="lorry", password="canary-7", host="127.0.0.1", port=1, database="lorry")
 
     database_dump._run("pg_dump", url, ["--format=custom"])
 
-    assert "canary-7" not in told.read_text()
-    assert "postgresql://lorry@127.0.0.1:1/lorry" in told.read_text()
-    assert Path(f"{told}.environment").read_text() == "canary-7\n"
+    assert "canary-7" not in recorded.read_text()
+    assert "postgresql://lorry@127.0.0.1:1/lorry" in recorded.read_text()
+    assert Path(f"{recorded}.environment").read_text() == "canary-7\n"
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_the_transaction_that_pg_dump_looks_through_may_be_silent_for_as_long_as_that_takes(service: Service) -> None:
-    told: list[str] = []
-    event.listen(service.world.db.engine, "before_cursor_execute", lambda *given: told.append(given[2]))
+def test_snapshot_transaction_of_pg_dump_has_no_idle_timeout(service: Service) -> None:
+    recorded: list[str] = []
+    event.listen(service.world.db.engine, "before_cursor_execute", lambda *given: recorded.append(given[2]))
 
     service.backup()
 
-    exported = next(place for place, text in enumerate(told) if "pg_export_snapshot" in text)
-    assert told[exported - 1] == "set local idle_in_transaction_session_timeout = 0"
+    exported = next(place for place, text in enumerate(recorded) if "pg_export_snapshot" in text)
+    assert recorded[exported - 1] == "set local idle_in_transaction_session_timeout = 0"

@@ -1,4 +1,4 @@
-"""What is told where pg_dump can't do what a backup asks of it."""
+"""Errors when pg_dump is missing, fails, or would expose a password."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from catalog.errors import InvalidRequest
 from catalog.maintenance.backup import database_dump
 
 
-def test_without_pg_dump_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_pg_dump_is_reported_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(database_dump, "DEBIAN", tmp_path)
 
@@ -21,7 +21,7 @@ def test_without_pg_dump_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp
     assert "postgresql-client" in refused.value.remedy
 
 
-def test_what_pg_dump_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pg_dump_errors_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = tmp_path / "pg_dump"
     script.write_text("#!/bin/sh\necho 'server version mismatch' >&2\nexit 1\n")
     script.chmod(0o755)
@@ -32,7 +32,7 @@ def test_what_pg_dump_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pg_dump that writes its command line to the returned file, and its PGPASSWORD next to it."""
+    """Install a pg_dump that writes its command line to the returned file and its PGPASSWORD next to it."""
     seen = tmp_path / "seen"
     script = tmp_path / "pg_dump"
     script.write_text(f'#!/bin/sh\necho "$@" > {seen}\necho "$PGPASSWORD" > {seen}.password\n')
@@ -41,9 +41,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return seen
 
 
-def test_a_password_in_the_query_of_a_url_is_not_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_password_in_the_url_query_is_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = stand_in(tmp_path, monkeypatch)
 
     database_dump._run("pg_dump", make_url("postgresql://lorry@db/lorry?password=canary-8&sslmode=require"), [])
@@ -53,7 +51,7 @@ def test_a_password_in_the_query_of_a_url_is_not_on_the_command_line(
     assert Path(f"{seen}.password").read_text() == "canary-8\n"
 
 
-def test_the_password_of_a_client_key_is_refused_since_it_can_not_be_hidden(
+def test_client_key_password_is_rejected_because_it_cannot_be_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = stand_in(tmp_path, monkeypatch)

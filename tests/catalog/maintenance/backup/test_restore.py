@@ -1,4 +1,4 @@
-"""What a restore refuses, and what is checked of a database after it and by `verify`."""
+"""Restores: rejected targets and backups, and the checks of a database after a restore and by `verify`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def sqlite_path(settings: Settings) -> Path:
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_restore_refuses_next_to_a_leftover_sqlite_file_and_names_it(
+def test_restore_rejects_a_leftover_sqlite_file_and_names_it(
     service: Service, elsewhere: Settings, suffix: str
 ) -> None:
     service.backup()
@@ -67,10 +67,10 @@ def test_restore_refuses_next_to_a_leftover_sqlite_file_and_names_it(
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_crashed_services_log_does_not_reach_a_restored_database(
+def test_log_of_a_crashed_service_does_not_reach_the_restored_database(
     service: Service, elsewhere: Settings, tmp_path: Path
 ) -> None:
-    """The scenario of an operator: crash, move the damaged database away, restore; the log stays behind."""
+    """After a crash, an operator moves the damaged database away and restores, but the WAL files stay behind."""
     service.backup()
     projects.ensure(service.world.db, "made-after-the-backup")
     live = Path(str(service.world.db.engine.url.database))
@@ -96,7 +96,7 @@ def test_a_crashed_services_log_does_not_reach_a_restored_database(
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_database_that_appears_during_a_restore_is_not_replaced(
+def test_database_that_appears_during_a_restore_is_not_replaced(
     service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.backup()
@@ -115,8 +115,8 @@ def test_a_database_that_appears_during_a_restore_is_not_replaced(
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_a_draft_that_a_killed_restore_left_is_not_written_through(service: Service, elsewhere: Settings) -> None:
-    """Killed between the link and the removal of the draft, a restore leaves two names of the live database."""
+def test_draft_left_by_a_killed_restore_is_not_written_through(service: Service, elsewhere: Settings) -> None:
+    """A restore that is killed between linking and removing the draft leaves two names of the live database."""
     service.backup()
     path = sqlite_path(elsewhere)
     path.parent.mkdir()
@@ -129,10 +129,10 @@ def test_a_draft_that_a_killed_restore_left_is_not_written_through(service: Serv
     assert moved.read_bytes() == b"the live database"
 
 
-def test_an_older_backup_is_compared_with_its_record_before_it_is_migrated(
+def test_older_backup_is_checked_against_its_record_before_migration(
     service: Service, elsewhere: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The migration changes what is compared: the revision, the number of rows, and the end of the audit chain."""
+    """The migration changes the compared values: the revision, the number of rows, and the end of the audit chain."""
     older = revisions.newest()
     chain.seal(service.world.db, pepper=PEPPER.current)
     record = service.backup()
@@ -149,7 +149,7 @@ def test_an_older_backup_is_compared_with_its_record_before_it_is_migrated(
     db.close()
 
 
-def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, elsewhere: Settings) -> None:
+def test_restored_chain_must_end_as_the_backup_recorded(service: Service, elsewhere: Settings) -> None:
     chain.seal(service.world.db, pepper=PEPPER.current)
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
@@ -162,15 +162,15 @@ def test_the_restored_chain_must_end_as_the_backup_recorded(service: Service, el
 
 
 def with_the_old_store(service: Service, elsewhere: Settings) -> Settings:
-    """A new database next to the store and the pepper of the service."""
+    """Return settings with a new database and with the store and the pepper of the service."""
     store_url = (service.folder / "store").as_uri()
     return elsewhere.model_copy(update={"store_url": store_url, "pepper": SecretStr(PEPPER.current.decode())})
 
 
-def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
+def test_anchors_of_events_lost_by_a_restore_are_moved_and_reported(
     service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The database was lost and the store was kept. Tampering that comes later must not hide behind old anchors."""
+    """The database was lost and the store was kept. Later tampering must not hide behind old anchors."""
     world, objects = service.world, service.store.objects
     monkeypatch.setattr(database_dump, "read_clock", lambda _: world.clock())
     keeps = with_the_old_store(service, elsewhere)
@@ -187,17 +187,17 @@ def test_anchors_of_events_that_a_restore_lost_are_moved_away_and_named(
     assert moved.endswith(lost.removeprefix(audit_anchors.PREFIX))
     db = opened(keeps)
     with db.write() as session:
-        told = session.scalars(select(AuditEvent).where(AuditEvent.type == "service.restored")).one()
-        assert told.details["superseded_anchors"] == [{"key": lost, "link": record.audit_link + 1}]
-        session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one().actor_name = "somebody else"
+        restored_event = session.scalars(select(AuditEvent).where(AuditEvent.type == "service.restored")).one()
+        assert restored_event.details["superseded_anchors"] == [{"key": lost, "link": record.audit_link + 1}]
+        session.scalars(select(AuditEvent).where(AuditEvent.link == 1)).one().actor_name = "another actor"
     assert "is broken at link 1 " in str(verify(db, service.store, peppers=PEPPER.all()).problems)
     db.close()
 
 
-def test_an_anchor_of_before_the_backup_that_does_not_fit_is_still_reported(
+def test_anchor_mismatch_from_before_the_backup_is_still_reported(
     service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The log was cut off before the backup: a restore doesn't clear that up."""
+    """The log was truncated before the backup. A restore does not hide that."""
     world, objects = service.world, service.store.objects
     monkeypatch.setattr(database_dump, "read_clock", lambda _: world.clock())
     keeps = with_the_old_store(service, elsewhere)
@@ -218,14 +218,14 @@ def test_an_anchor_of_before_the_backup_that_does_not_fit_is_still_reported(
 
 
 def anchored(world: World, objects: Objects, project: str) -> str:
-    """The name of this day's anchor, whose event is that of a new project."""
+    """Create a project and seal its event. Returns the name of the day's anchor."""
     projects.create(world.db, project)
     chain.seal(world.db, pepper=PEPPER.current)
     assert audit_anchors.anchor(world.db, objects, pepper=PEPPER.current)
     return max(entry.key for entry in objects.list_all(audit_anchors.PREFIX))
 
 
-def test_a_backup_records_how_many_rows_each_table_has(service: Service) -> None:
+def test_backup_records_row_counts_of_each_table(service: Service) -> None:
     record = service.backup()
 
     counts = record.row_counts or {}
@@ -234,9 +234,7 @@ def test_a_backup_records_how_many_rows_each_table_has(service: Service) -> None
     assert service.place.find(record.name) == record
 
 
-def test_restore_reports_a_database_that_differs_from_what_the_backup_recorded(
-    service: Service, elsewhere: Settings
-) -> None:
+def test_restore_reports_differences_from_the_recorded_backup(service: Service, elsewhere: Settings) -> None:
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     changed = json.loads(path.read_text())
@@ -251,7 +249,7 @@ def test_restore_reports_a_database_that_differs_from_what_the_backup_recorded(
     assert "Do not start the service" in refused.value.remedy
 
 
-def test_a_backup_of_the_first_format_without_row_counts_is_restored(service: Service, elsewhere: Settings) -> None:
+def test_format_1_backup_without_row_counts_is_restored(service: Service, elsewhere: Settings) -> None:
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     older = json.loads(path.read_text())
@@ -265,7 +263,7 @@ def test_a_backup_of_the_first_format_without_row_counts_is_restored(service: Se
 
 
 def orphan(world: World) -> None:
-    """An event of a job that does not exist, inserted while foreign keys were not enforced."""
+    """Insert an event of a missing job while foreign keys are not enforced."""
     row = JobEvent(job_id="ftjob-none", level="info", type="message", message="orphan", created_at=1.0)
     with world.db.engine.connect() as connection:
         driver: Any = connection.connection.driver_connection
@@ -320,7 +318,7 @@ def test_check_reports_an_invalid_index(service: Service) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_table_of_another_owner_is_in_no_backup_and_no_obstacle_to_one(
+def test_tables_of_another_owner_are_not_backed_up_and_do_not_block(
     service: Service, elsewhere: Settings, tmp_path: Path
 ) -> None:
     db = service.world.db
@@ -333,8 +331,8 @@ def test_a_table_of_another_owner_is_in_no_backup_and_no_obstacle_to_one(
         for name in [*Table.metadata.tables, "alembic_version"]:
             connection.execute(text(f"grant select on {name} to {owner}"))
         connection.execute(text(f"grant select on all sequences in schema public to {owner}"))
-        connection.execute(text('create table "Of ""another.*" (x int)'))
-        for name in ("of_another", '"Of ""another.*"'):
+        connection.execute(text('create table "By ""another.*" (x int)'))
+        for name in ("of_another", '"By ""another.*"'):
             connection.execute(text(f"alter table {name} owner to {another}"))
     reader = Database(as_role(db.url, owner))
     try:

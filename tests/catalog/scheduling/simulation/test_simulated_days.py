@@ -1,4 +1,4 @@
-"""What must hold of any day of a cluster, run by the rules themselves over drawn traces."""
+"""Properties of simulated days: the scheduling rules run over generated traces."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ ARRIVALS = st.builds(
 )
 CLUSTERS = st.builds(Cluster, num_workers=st.integers(1, 3), max_jobs=st.integers(1, 4))
 MOST_DUE = 3 / 5
-"""Of the day, to one of three projects: none may run out of jobs before the day ends."""
+"""The largest fraction of the day for one of three projects. No project may run out of jobs before the day ends."""
 few = settings(max_examples=5)
 
 
 @few
 @given(WEIGHTS, st.lists(SECONDS, min_size=20, max_size=40), st.integers(2, 4))
-@example((1.0, 1.0, 2.0), [300.0] * 20, 2)  # ran out of jobs before the day did
-def test_over_a_day_shares_are_within_a_twentieth_of_the_weights(
-    weights: tuple[float, ...], lengths: list[float], max_jobs: int
-) -> None:
+@example((1.0, 1.0, 2.0), [300.0] * 20, 2)  # a project ran out of jobs before the day ended
+def test_daily_shares_are_close_to_the_weights(weights: tuple[float, ...], lengths: list[float], max_jobs: int) -> None:
     due = dict(zip("abc", weights, strict=True))
     cluster = Cluster(num_workers=3, max_jobs=max_jobs, weights=due)
     most_seconds = MOST_DUE * DAY * cluster.num_workers * max_jobs  # a packed job may be as fast as one alone
@@ -49,7 +47,7 @@ def test_over_a_day_shares_are_within_a_twentieth_of_the_weights(
 
     simulation.run(until=DAY)
 
-    parts = {name: told["part"] for name, told in summary(simulation)["projects"].items()}
+    parts = {name: entry["part"] for name, entry in summary(simulation)["projects"].items()}
     off = {name: round(parts[name] - weight / sum(weights), 3) for name, weight in due.items()}
     assert {name: by for name, by in off.items() if abs(by) >= 0.05} == {}
 
@@ -57,10 +55,10 @@ def test_over_a_day_shares_are_within_a_twentieth_of_the_weights(
 @pytest.mark.slow
 @few
 @given(st.lists(st.floats(60, 1500), min_size=5, max_size=10), st.integers(1, 3), st.integers(1, 4))
-def test_a_batch_job_for_a_rare_base_starts_in_time_whatever_rides_along(
+def test_batch_job_for_a_rare_base_starts_within_the_bound(
     lengths: list[float], num_workers: int, max_jobs: int
 ) -> None:
-    """Urgent jobs for a popular base without end, and batch jobs that join their trainers."""
+    """Urgent jobs for a popular base model arrive without end, and batch jobs join their trainers."""
     stream = [
         Arrival(at=60.0 * n, project="a", priority=priority, base="popular", seconds=lengths[n % len(lengths)])
         for n in range(350)
@@ -80,7 +78,7 @@ def test_a_batch_job_for_a_rare_base_starts_in_time_whatever_rides_along(
 
 @few
 @given(st.lists(ARRIVALS, min_size=1, max_size=60), CLUSTERS)
-def test_preemption_loses_no_work_and_nobody_is_interrupted_without_end(jobs: list[Arrival], cluster: Cluster) -> None:
+def test_preemption_loses_no_work_and_is_limited_per_job(jobs: list[Arrival], cluster: Cluster) -> None:
     policy = replace(USUAL, spared_seconds=120)
     simulation = Simulation(jobs, replace(cluster, policy=policy))
 
@@ -90,4 +88,4 @@ def test_preemption_loses_no_work_and_nobody_is_interrupted_without_end(jobs: li
         assert record.ended_at is not None
         assert record.num_preemptions <= policy.max_preemptions
         assert record.num_preemptions == 0 or record.arrival.priority > 0
-        assert abs(record.trained - record.arrival.seconds) < 1e-3, "what it had trained before was not lost"
+        assert abs(record.trained - record.arrival.seconds) < 1e-3, "the work before a preemption must not be lost"

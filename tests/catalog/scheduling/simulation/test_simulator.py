@@ -1,4 +1,4 @@
-"""A day of a cluster, by the rules themselves."""
+"""The cluster simulator, which runs the scheduling rules themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = "submitted_at,project,priority,base,seconds"
 
 
 def backlog(weights: dict[str, float], *, num_jobs: int, num_bases: int, priority: int = 1) -> Iterator[Arrival]:
-    """More for each project than there is time for, all of it there at the start."""
+    """Yield more jobs per project than there is time for, all submitted at the start."""
     chance = random.Random(7)
     for project in weights:
         for _ in range(num_jobs):
@@ -27,7 +27,7 @@ def backlog(weights: dict[str, float], *, num_jobs: int, num_bases: int, priorit
             yield Arrival(at=0, project=project, priority=priority, base=base, seconds=chance.uniform(600, 7200))
 
 
-def test_shares_are_within_a_twentieth_of_the_weights_over_a_day() -> None:
+def test_daily_shares_are_close_to_the_weights() -> None:
     weights = {"a": 1.0, "b": 2.0, "c": 3.0}
     simulation = Simulation(
         backlog(weights, num_jobs=150, num_bases=3), Cluster(num_workers=4, max_jobs=4, weights=weights)
@@ -35,21 +35,21 @@ def test_shares_are_within_a_twentieth_of_the_weights_over_a_day() -> None:
 
     simulation.run(until=DAY)
 
-    parts = {name: told["part"] for name, told in summary(simulation)["projects"].items()}
+    parts = {name: result["part"] for name, result in summary(simulation)["projects"].items()}
     assert {name: abs(part - weights[name] / 6) < 0.05 for name, part in parts.items()} == dict.fromkeys("abc", True)
     assert simulation.now == DAY
-    assert sum(record.ended_at is None for record in simulation.records) > 0, "there was more to do"
+    assert sum(record.ended_at is None for record in simulation.records) > 0, "jobs must remain at the end of the day"
 
 
-def test_every_job_ends_and_none_is_charged_more_than_its_trainer_was_there_for() -> None:
+def test_every_job_ends_and_is_charged_at_most_its_trainer_time() -> None:
     arrivals = [*backlog({"a": 1}, num_jobs=20, num_bases=2), *backlog({"b": 1}, num_jobs=20, num_bases=2, priority=2)]
     simulation = Simulation(arrivals, Cluster(num_workers=2))
 
     simulation.run()
 
-    told = summary(simulation)
-    assert told["ended"] == told["jobs"] == 40
-    assert 0.5 < told["busy"] <= 1
+    result = summary(simulation)
+    assert result["ended"] == result["jobs"] == 40
+    assert 0.5 < result["busy"] <= 1
     for record in simulation.records:
         assert record.started_at is not None
         assert record.ended_at is not None
@@ -58,7 +58,7 @@ def test_every_job_ends_and_none_is_charged_more_than_its_trainer_was_there_for(
         assert record.device_seconds <= alone + 1e-6
 
 
-def test_batch_starts_in_time_under_a_load_that_never_ends() -> None:
+def test_batch_job_starts_within_the_bound_under_endless_load() -> None:
     urgent = [Arrival(at=60.0 * n, project="a", priority=0, base="x", seconds=120) for n in range(600)]
     patient = Arrival(at=0, project="b", priority=2, base="y", seconds=60)
     simulation = Simulation([*urgent, patient], Cluster(num_workers=1, max_jobs=1))
@@ -82,7 +82,7 @@ def test_urgent_jobs_of_a_project_below_its_share_start_within_minutes() -> None
     assert max(waits) <= policy.preempt_after_seconds + policy.ask_again_seconds + policy.spared_seconds
 
 
-def test_room_that_is_made_for_an_urgent_job_starts_that_one() -> None:
+def test_freed_capacity_starts_the_urgent_job_that_preempted() -> None:
     batch = Arrival(at=0, project="a", priority=2, base="x", seconds=1000)
     urgent = Arrival(at=400, project="a", priority=0, base="y", seconds=60)
     for_what_is_loaded = Arrival(at=425, project="a", priority=0, base="x", seconds=60)
@@ -93,7 +93,7 @@ def test_room_that_is_made_for_an_urgent_job_starts_that_one() -> None:
     assert (started[urgent], started[for_what_is_loaded]) == (430, 490)
 
 
-def test_a_job_by_itself_takes_its_time_and_the_load_of_its_base() -> None:
+def test_single_job_takes_its_time_plus_the_base_load() -> None:
     simulation = Simulation(
         [Arrival(at=5, project="a", priority=1, base="x", seconds=100)], Cluster(num_workers=1, load_seconds=30)
     )
@@ -104,7 +104,7 @@ def test_a_job_by_itself_takes_its_time_and_the_load_of_its_base() -> None:
     assert slowdown(1, SPEEDS) == 1
 
 
-def test_the_same_trace_gives_the_same_day() -> None:
+def test_same_trace_gives_the_same_result() -> None:
     def day() -> dict[str, object]:
         simulation = Simulation(backlog({"a": 1, "b": 1}, num_jobs=20, num_bases=3), Cluster(num_workers=2))
         simulation.run()
@@ -113,22 +113,20 @@ def test_the_same_trace_gives_the_same_day() -> None:
     assert day() == day()
 
 
-def test_the_command_reads_a_trace_and_prints_what_came_of_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_reads_a_trace_and_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(f"{HEADER}\n0,a,normal,x,10\n1,b,batch,x,10\n")
 
     assert main([str(trace), "--workers", "1", "--weight", "a=2"]) == 0
 
-    told = json.loads(capsys.readouterr().out)
-    assert (told["jobs"], told["ended"], sorted(told["classes"])) == (2, 2, ["batch", "normal"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["jobs"], result["ended"], sorted(result["classes"])) == (2, 2, ["batch", "normal"])
 
 
 @pytest.mark.parametrize(
     "line", ["0,a,soon,x,10", "zero,a,normal,x,10", "0,a,normal", "0,a,normal,x,nan", "-1,a,normal,x,1"]
 )
-def test_a_line_that_is_wrong_is_told_by_its_number(
+def test_invalid_trace_line_is_reported_with_its_number(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "trace.csv"
@@ -140,7 +138,7 @@ def test_a_line_that_is_wrong_is_told_by_its_number(
         read_trace([HEADER, line])
 
 
-def test_a_weight_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_weight_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(f"{HEADER}\n0,a,normal,x,10\n")
 
@@ -149,7 +147,7 @@ def test_a_weight_that_is_none_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([str(trace), "--weight", "a"]) == 1
 
 
-def test_the_day_of_the_documents_is_a_trace_and_the_same_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_workload_is_a_reproducible_trace(capsys: pytest.CaptureFixture[str]) -> None:
     workload.main([])
     lines = capsys.readouterr().out.splitlines()
 
