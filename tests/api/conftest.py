@@ -1,4 +1,4 @@
-"""An api over a real SQLite file and a real local store, called in process or over loopback."""
+"""Fixtures: an API server with a real database and local store, called in process or over loopback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.services.postgres import ON_POSTGRESQL
 
 @pytest.fixture
 def database() -> str:
-    """sqlite or postgresql; a module that has its own fixture of this name is not asked on which it runs."""
+    """Return the database of this test run: sqlite or postgresql. A module can override this fixture."""
     return "postgresql" if ON_POSTGRESQL else "sqlite"
 
 
@@ -50,21 +50,21 @@ def settings(tmp_path: Path, database: str, request: pytest.FixtureRequest) -> S
 
 
 @pytest.fixture(autouse=True)
-def nothing_looks_for_webhooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside what a test asks for, unless it is about them: a look is some statements more."""
+def no_webhook_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable webhook polls, which execute additional statements, except in tests that use `receiver`."""
     if "receiver" not in request.fixturenames:
         monkeypatch.setattr(delivery_loop, "LOOK_SECONDS", 3600.0)
 
 
 @pytest.fixture
 def app(settings: Settings) -> Iterator[FastAPI]:
-    """Without limits of requests: a test may send as many as it likes."""
+    """Return an app without a request limit."""
     quick = ApiSettings(
         stream_poll_seconds=0.02, stream_heartbeat_seconds=0.2, shutdown_seconds=5, requests_per_minute=0
     )
     app = create_app(settings, quick)
     yield app
-    app.state.services.db.close()  # of an app that never ran, too
+    app.state.services.db.close()  # also for an app that never started
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def services(app: FastAPI) -> Services:
 
 @pytest.fixture
 def world(services: Services) -> World:
-    """A base, a file, and two projects, by the catalog's own verbs."""
+    """Return a base model, a file and two projects, created through the catalog."""
     return World(services.db, Clock())
 
 
 @pytest.fixture
 def key(services: Services, world: World) -> str:
-    """An ordinary key of the project that owns the world's file."""
+    """Return a non-operator key of the project that owns the world's file."""
     return new_key(services, world.caller.project_id)
 
 
@@ -96,7 +96,7 @@ def stranger_key(services: Services, world: World) -> str:
 
 @pytest.fixture
 def anonymous(app: FastAPI) -> Iterator[TestClient]:
-    """In process, from this machine, with no key."""
+    """Return an in-process client at 127.0.0.1 without a key."""
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000), follow_redirects=False) as client:
         client.event_hooks = CHECKED
         yield client
@@ -104,7 +104,7 @@ def anonymous(app: FastAPI) -> Iterator[TestClient]:
 
 @pytest.fixture
 def client(app: FastAPI, anonymous: TestClient, key: str) -> TestClient:
-    """In process, with the ordinary key."""
+    """Return an in-process client with the non-operator key."""
     return with_key(app, key)
 
 
@@ -120,13 +120,13 @@ def stranger(app: FastAPI, anonymous: TestClient, stranger_key: str) -> TestClie
 
 @pytest.fixture
 def site(app: FastAPI, key: str) -> Iterator[Site]:
-    """The same app behind a real server on loopback."""
+    """Serve the app with a real server on loopback."""
     with running(app, key) as site:
         yield site
 
 
 def with_key(app: FastAPI, key: str) -> TestClient:
-    """Shares the lifespan of `anonymous`."""
+    """Return a client that shares the lifespan of `anonymous`."""
     headers = {"authorization": f"Bearer {key}"}
     client = TestClient(app, base_url="http://127.0.0.1", headers=headers, client=("127.0.0.1", 50001))
     client.event_hooks = CHECKED

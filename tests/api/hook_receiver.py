@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that webhooks are sent to."""
+"""A real HTTP server on loopback that receives webhooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 WAIT_SECONDS = 60.0
-"""However loaded the machine is."""
+"""Long enough for a heavily loaded machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Answer:
 
 
 class Receiver:
-    """`answer` says what is answered; it may wait, for a receiver that is slow."""
+    """Records requests and answers them with `answer`, which may block to simulate a slow receiver."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -38,7 +38,7 @@ class Receiver:
         self._received: queue.Queue[Received] = queue.Queue()
 
     def take(self) -> Received:
-        """The next request; waits for it."""
+        """Wait for the next request and return it."""
         return self._received.get(timeout=WAIT_SECONDS)
 
     def is_quiet(self) -> bool:
@@ -67,7 +67,7 @@ def receiving(context: ssl.SSLContext | None = None) -> Iterator[Receiver]:
 
 
 class _Quiet(ThreadingHTTPServer):
-    """A sender that hangs up is no news."""
+    """Ignores the errors of senders that disconnect."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""A real server on loopback, in a thread of the test's process; and what its answers look like."""
+"""A real server on loopback in a thread of the test process, and helpers for its responses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from api.server import Server, server_config
 
 PEPPER = b"p" * 32
 UNTIL_SECONDS = 30.0
-"""After which a test gives up."""
+"""The time after which a test gives up."""
 CHAT = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
 
 
@@ -37,7 +37,7 @@ class Site:
 
 
 class QuietServer(Server):
-    """Tells a waiting thread that it is ready, instead of the standard output."""
+    """Signals to a waiting thread that it is ready, instead of printing it."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config, app.state.services)
@@ -62,11 +62,11 @@ def running(
     finally:
         server.should_exit = True
         thread.join(20)
-        assert not thread.is_alive(), "the server did not end"
+        assert not thread.is_alive(), "the server did not stop"
 
 
 def connect(site: Site) -> socket.socket:
-    """With a small buffer, so that what a client does not read stays with the server."""
+    """Connect with a small receive buffer, so that unread data stays at the server."""
     parts = urlsplit(site.url)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -86,24 +86,24 @@ def read_to_end(client: socket.socket) -> bytes:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Look again and again. Fails where it takes far too long."""
+    """Poll until the condition is true. Fails after `UNTIL_SECONDS`."""
     end, pause = time.monotonic() + UNTIL_SECONDS, threading.Event()
     while not condition():
-        assert time.monotonic() < end, "what the test waits for does not happen"
+        assert time.monotonic() < end, "the condition did not become true in time"
         pause.wait(0.01)
 
 
 SAME_ORIGIN = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-origin"}
-"""What the dashboard's own requests carry."""
+"""Headers of the dashboard's own requests."""
 
 
 def new_token(client: TestClient) -> str:
-    """Of a sign-in link that this client has made."""
+    """Return the token of a new sign-in link of this client."""
     return client.post("/v1/sign_in_links").json()["url"].partition("/dashboard/#/sign-in/")[2]
 
 
 def open_link(browser: TestClient, client: TestClient) -> Any:
-    """Signs the browser in by a new link of this client."""
+    """Sign the browser in with a new link of this client."""
     return browser.post("/v1/sign_in_links/open", json={"token": new_token(client)}, headers=SAME_ORIGIN)
 
 
@@ -112,13 +112,13 @@ def chat_lines(num_rows: int) -> bytes:
 
 
 def error_of(response: Any) -> dict[str, Any]:
-    """The error in OpenAI's shape; fails where it has another."""
+    """Return the error of a response. Fails if it does not have OpenAI's shape."""
     body = response.json()
     assert set(body) == {"error"}, body
     error = body["error"]
     assert {"message", "type", "param", "code", "remedy"} <= set(error), error
-    assert error["message"], "an error has a sentence"
-    assert error["remedy"] in error["message"], "an error says what to do"
+    assert error["message"], "an error has a message"
+    assert error["remedy"] in error["message"], "the message contains the remedy"
     assert error["type"] in {
         "invalid_request_error",
         "authentication_error",
@@ -140,7 +140,7 @@ class Message:
 
 
 def messages(lines: Iterator[str]) -> Iterator[Message]:
-    """The events of a stream, as they come; comments are passed over."""
+    """Yield the events of a stream as they arrive. Comments are skipped."""
     fields: dict[str, str] = {}
     for line in lines:
         if line:

@@ -1,4 +1,4 @@
-"""The service's commands as processes: the first start, listening, and ending in good time."""
+"""The service's commands as processes: first start, serving, and prompt shutdown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.next_migration import LATER, UNRELEASED
 
 ROOT = Path(__file__).parents[2]
 OLDER = revisions.newest()
-"""Once there is the migration of tests/next_migration.py."""
+"""The older revision, once the migration of tests/next_migration.py exists."""
 WITH_SCRIPTS = """
 import sys
 from pathlib import Path
@@ -34,7 +34,7 @@ revisions.SCRIPTS = Path(sys.argv.pop(1))
 from api.__main__ import main
 sys.exit(main())
 """
-"""The same program with the migration scripts of the folder that its first argument names."""
+"""The same program with the migration scripts of the directory that its first argument names."""
 
 
 def command(scripts: Path | None, *arguments: str) -> list[str]:
@@ -64,7 +64,7 @@ def run(
 
 @contextmanager
 def serving(data_dir: Path, *, scripts: Path | None = None) -> Generator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """The api's process, which may be ended within, and what it says once it listens."""
+    """Run the API server. Yields its process, which the caller may stop, and its ready message."""
     with subprocess.Popen(
         command(scripts, "serve", "--port", "0"),
         env={**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1"},
@@ -81,7 +81,7 @@ def bootstrapped(data_dir: Path) -> dict[str, Any]:
     return json.loads(run(data_dir, "bootstrap", "--json").stdout)
 
 
-def test_the_first_start_makes_a_key_and_a_later_one_does_not(tmp_path: Path) -> None:
+def test_only_the_first_start_creates_a_key(tmp_path: Path) -> None:
     first = bootstrapped(tmp_path)
     again = bootstrapped(tmp_path)
 
@@ -92,14 +92,14 @@ def test_the_first_start_makes_a_key_and_a_later_one_does_not(tmp_path: Path) ->
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} <= {"lorry.db", "pepper"}
 
 
-def test_of_several_first_starts_at_once_one_makes_the_key(tmp_path: Path) -> None:
+def test_concurrent_first_starts_create_one_key(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as threads:
         results = list(threads.map(lambda _: bootstrapped(tmp_path), range(3)))
 
     assert sorted(result["created"] for result in results) == [False, False, True]
 
 
-def test_a_sign_in_link_uses_the_address_that_lorry_up_noted(tmp_path: Path) -> None:
+def test_sign_in_link_uses_the_address_in_connection_json(tmp_path: Path) -> None:
     bootstrapped(tmp_path)
     (tmp_path / "connection.json").write_text(json.dumps({"url": "http://127.0.0.1:4321", "api_key": "x"}))
 
@@ -110,7 +110,7 @@ def test_a_sign_in_link_uses_the_address_that_lorry_up_noted(tmp_path: Path) -> 
     assert named.startswith("https://lorry.example.com/dashboard/#/sign-in/")
 
 
-def test_a_link_before_the_first_start_is_refused_with_the_remedy_and_makes_nothing(tmp_path: Path) -> None:
+def test_sign_in_link_before_the_first_start_fails_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         run(tmp_path / "none", "sign-in-link")
 
@@ -122,7 +122,7 @@ def test_a_link_before_the_first_start_is_refused_with_the_remedy_and_makes_noth
 
 
 def tables_of(data_dir: Path, revision: str) -> None:
-    """What the service of another version has left there."""
+    """Create the tables of another version of the service."""
     db = Database(f"sqlite:///{data_dir / 'lorry.db'}")
     if revision == OLDER:
         db.migrate(revision)
@@ -142,7 +142,7 @@ def tables_of(data_dir: Path, revision: str) -> None:
         (["verify"], "Run this command with the version that the service runs"),
     ],
 )
-def test_on_tables_of_an_older_version_a_command_ends_with_the_remedy(
+def test_commands_on_older_tables_fail_with_the_remedy(
     tmp_path: Path, arguments: list[str], remedy: str, next_migration: Path
 ) -> None:
     tables_of(tmp_path, OLDER)
@@ -159,7 +159,7 @@ def test_on_tables_of_an_older_version_a_command_ends_with_the_remedy(
 @pytest.mark.parametrize(
     "arguments", [["bootstrap"], ["serve", "--port", "0"], ["new-key"], ["backup", "copies"], ["verify"]]
 )
-def test_on_tables_of_an_unreleased_build_a_command_ends_with_the_remedy(tmp_path: Path, arguments: list[str]) -> None:
+def test_commands_on_unreleased_tables_fail_with_the_remedy(tmp_path: Path, arguments: list[str]) -> None:
     tables_of(tmp_path, UNRELEASED)
 
     failed = run(tmp_path, *arguments, check=False)
@@ -170,7 +170,7 @@ def test_on_tables_of_an_unreleased_build_a_command_ends_with_the_remedy(tmp_pat
     assert "Traceback" not in failed.stderr
 
 
-def test_an_older_versions_bootstrap_leaves_newer_tables_alone_and_tells_the_remedy(tmp_path: Path) -> None:
+def test_bootstrap_on_newer_tables_fails_with_the_remedy(tmp_path: Path) -> None:
     tables_of(tmp_path, LATER)
 
     failed = run(tmp_path, "bootstrap", check=False)
@@ -182,7 +182,7 @@ def test_an_older_versions_bootstrap_leaves_newer_tables_alone_and_tells_the_rem
 
 
 @pytest.mark.parametrize("later", [True, False], ids=["tables of a later version", "tables that were migrated"])
-def test_it_serves_on_its_own_tables_and_on_newer_ones(tmp_path: Path, next_migration: Path, *, later: bool) -> None:
+def test_server_starts_on_migrated_and_on_newer_tables(tmp_path: Path, next_migration: Path, *, later: bool) -> None:
     tables_of(tmp_path, LATER if later else OLDER)
     if not later:
         run(tmp_path, "bootstrap", scripts=next_migration)
@@ -194,7 +194,7 @@ def test_it_serves_on_its_own_tables_and_on_newer_ones(tmp_path: Path, next_migr
     assert (status, child.returncode) == (200, 0)
 
 
-def test_it_tells_its_address_when_ready_and_ends_well_with_a_stream_open(tmp_path: Path) -> None:
+def test_server_prints_its_address_and_stops_cleanly_with_open_streams(tmp_path: Path) -> None:
     key = bootstrapped(tmp_path)["api_key"]
     with serving(tmp_path) as (child, ready):
         headers = {"authorization": f"Bearer {key}"}
@@ -222,7 +222,7 @@ def test_it_tells_its_address_when_ready_and_ends_well_with_a_stream_open(tmp_pa
     [("", "0 bytes long"), ("x" * 31, "31 bytes long"), (f"{'x' * 40}\n", "white space")],
     ids=["empty", "short", "with a newline"],
 )
-def test_a_weak_pepper_is_refused(tmp_path: Path, pepper: str, problem: str) -> None:
+def test_weak_pepper_is_rejected(tmp_path: Path, pepper: str, problem: str) -> None:
     done = run(tmp_path, "bootstrap", check=False, LORRY_PEPPER=pepper)
 
     assert done.returncode == 1
@@ -233,7 +233,7 @@ def test_a_weak_pepper_is_refused(tmp_path: Path, pepper: str, problem: str) -> 
 
 
 @pytest.mark.parametrize("command", [["bootstrap"], ["serve", "--port", "0"], ["new-key"], ["sign-in-link"]])
-def test_a_lost_pepper_is_not_replaced_while_there_are_keys(tmp_path: Path, command: list[str]) -> None:
+def test_lost_pepper_is_not_replaced_while_keys_exist(tmp_path: Path, command: list[str]) -> None:
     bootstrapped(tmp_path)
     (tmp_path / "pepper").unlink()
 
@@ -246,7 +246,7 @@ def test_a_lost_pepper_is_not_replaced_while_there_are_keys(tmp_path: Path, comm
     assert not (tmp_path / "pepper").exists()
 
 
-def test_after_a_lost_pepper_a_new_one_and_a_new_key_open_the_service_again(tmp_path: Path) -> None:
+def test_new_pepper_and_new_key_restore_access_after_pepper_loss(tmp_path: Path) -> None:
     bootstrapped(tmp_path)
     (tmp_path / "pepper").unlink()
 
@@ -255,7 +255,7 @@ def test_after_a_lost_pepper_a_new_one_and_a_new_key_open_the_service_again(tmp_
     assert json.loads(made.stdout)["api_key"].startswith("lorry_key-")
 
 
-def test_no_other_user_can_read_what_a_first_start_creates(tmp_path: Path) -> None:
+def test_first_start_creates_files_that_other_users_cannot_read(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
 
     run(data_dir, "bootstrap", umask=0o022)
@@ -266,7 +266,7 @@ def test_no_other_user_can_read_what_a_first_start_creates(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("mode", "warns"), [(0o755, True), (0o700, False)])
-def test_a_data_folder_that_other_users_can_read_is_reported(tmp_path: Path, mode: int, *, warns: bool) -> None:
+def test_data_directory_readable_by_others_is_reported(tmp_path: Path, mode: int, *, warns: bool) -> None:
     tmp_path.chmod(mode)
 
     done = run(tmp_path, "bootstrap", "--json")

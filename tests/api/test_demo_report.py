@@ -1,4 +1,4 @@
-"""What the demo shows of its jobs is in a service's answers."""
+"""The demo reads everything that it reports about its jobs from the service's responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from demo_parts import report, training  # pyright: ignore[reportMissingImports]
 
 
-def test_the_demo_finds_all_that_it_tells_of_its_jobs(
+def test_demo_report_is_complete(
     site: Site, services: Services, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = trained(services, world, tmp_path / "made")
@@ -29,7 +29,7 @@ def test_the_demo_finds_all_that_it_tells_of_its_jobs(
         report.lineage(outcome.lineage)
 
     (attempt,) = outcome.attempts
-    told = capsys.readouterr().out
-    assert f"docs trained in {attempt.trainer_id} beside no other" in told
-    assert "base 2.0000, adapter 1.0000" in told
-    assert adapter.lineage_id in told
+    printed = capsys.readouterr().out
+    assert f"docs trained in {attempt.trainer_id} together with no other job" in printed
+    assert "base 2.0000, adapter 1.0000" in printed
+    assert adapter.lineage_id in printed

@@ -1,4 +1,4 @@
-"""Signed lineage records: what the service signs, what a client accepts, and forgeries that digests do not detect."""
+"""Signed lineage records: signing by the service, verification by clients, and forgeries that digests miss."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def pulled(client: TestClient, adapter: Adapter, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keys(anonymous: TestClient) -> list[Any]:
-    """As a receiver of an adapter gets them: without an API key."""
+    """Return the public keys, read without an API key as the recipient of an adapter does."""
     return [*read_keys(anonymous.get("/v1/keys.json").content)]
 
 
 def replace_weights(folder: Path) -> None:
-    """Replaces weights, manifest and record together, so that all digests agree again."""
+    """Replace weights, manifest and record together, so that all digests still agree."""
     weights = b"\0" * 16
     (folder / "adapter_model.safetensors").write_bytes(weights)
     manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -55,36 +55,36 @@ def replace_weights(folder: Path) -> None:
         if row["path"] == "adapter_model.safetensors":
             row.update(digest=hashlib.sha256(weights).hexdigest(), num_bytes=len(weights))
     (folder / "manifest.json").write_bytes(rfc8785.dumps(manifest))
-    told = json.loads((folder / "lineage.json").read_bytes())
-    told["lineage"]["outputs"]["artifact"] = hashlib.sha256(rfc8785.dumps(manifest)).hexdigest()
-    told["lineage_id"] = hashlib.sha256(rfc8785.dumps(told["lineage"])).hexdigest()
-    (folder / "lineage.json").write_text(json.dumps(told))
+    signed = json.loads((folder / "lineage.json").read_bytes())
+    signed["lineage"]["outputs"]["artifact"] = hashlib.sha256(rfc8785.dumps(manifest)).hexdigest()
+    signed["lineage_id"] = hashlib.sha256(rfc8785.dumps(signed["lineage"])).hexdigest()
+    (folder / "lineage.json").write_text(json.dumps(signed))
 
 
 def change_signature(folder: Path, **fields: object) -> None:
-    told = json.loads((folder / "lineage.json").read_bytes())
-    told["signature"].update(fields)
-    (folder / "lineage.json").write_text(json.dumps(told))
+    signed = json.loads((folder / "lineage.json").read_bytes())
+    signed["signature"].update(fields)
+    (folder / "lineage.json").write_text(json.dumps(signed))
 
 
-def test_a_pulled_adapter_has_a_signature_that_the_services_public_key_verifies(pulled: Path, keys: list[Any]) -> None:
+def test_pulled_adapter_has_a_valid_signature(pulled: Path, keys: list[Any]) -> None:
     result = verify_folder(pulled, keys=keys)
 
     assert result == {"object": "adapter.verification", "passed": True, "problems": [], "signature": "valid"}
 
 
-def test_files_manifest_and_record_that_are_replaced_together_do_not_verify(pulled: Path, keys: list[Any]) -> None:
+def test_consistently_replaced_files_do_not_verify(pulled: Path, keys: list[Any]) -> None:
     replace_weights(pulled)
 
-    assert verify_folder(pulled)["passed"], "the forgery is consistent in itself"
+    assert verify_folder(pulled)["passed"], "the forgery is self-consistent"
     assert verify_folder(pulled, keys=keys)["problems"] == ["The signature in lineage.json belongs to another adapter."]
 
 
-def test_a_forger_cannot_sign_the_record_with_a_key_of_their_own(pulled: Path, keys: list[Any]) -> None:
+def test_signature_with_a_foreign_key_is_rejected(pulled: Path, keys: list[Any]) -> None:
     replace_weights(pulled)
-    told = json.loads((pulled / "lineage.json").read_bytes())
+    signed = json.loads((pulled / "lineage.json").read_bytes())
     forged = lineage_signatures.sign_lineage(
-        lineage_id=told["lineage_id"], artifact=told["lineage"]["outputs"]["artifact"], pepper=b"x" * 32
+        lineage_id=signed["lineage_id"], artifact=signed["lineage"]["outputs"]["artifact"], pepper=b"x" * 32
     )
     change_signature(pulled, **forged)
     by_name = verify_folder(pulled, keys=keys)
@@ -110,23 +110,21 @@ def test_a_forger_cannot_sign_the_record_with_a_key_of_their_own(pulled: Path, k
         {"payloadType": "text/plain"},
     ],
 )
-def test_a_malformed_signature_is_a_problem_and_no_crash(
-    pulled: Path, keys: list[Any], changes: dict[str, object]
-) -> None:
+def test_malformed_signature_is_reported_as_invalid(pulled: Path, keys: list[Any], changes: dict[str, object]) -> None:
     change_signature(pulled, **changes)
 
     assert verify_folder(pulled, keys=keys)["signature"] == "invalid"
 
 
-def test_a_record_without_a_signature_does_not_pass_where_one_is_expected(pulled: Path, keys: list[Any]) -> None:
-    told = json.loads((pulled / "lineage.json").read_bytes())
-    del told["signature"]
-    (pulled / "lineage.json").write_text(json.dumps(told))
+def test_missing_signature_is_a_problem_if_keys_are_given(pulled: Path, keys: list[Any]) -> None:
+    signed = json.loads((pulled / "lineage.json").read_bytes())
+    del signed["signature"]
+    (pulled / "lineage.json").write_text(json.dumps(signed))
 
     assert verify_folder(pulled, keys=keys)["problems"] == ["lineage.json has no signature."]
 
 
-def test_the_service_signs_no_record_that_differs_from_its_id(
+def test_service_does_not_sign_a_record_that_differs_from_its_id(
     services: Services, client: TestClient, adapter: Adapter
 ) -> None:
     with services.db.write() as session:
@@ -136,7 +134,7 @@ def test_the_service_signs_no_record_that_differs_from_its_id(
     assert client.get(f"/v1/adapters/{adapter.id}/lineage").json()["signature"] is None
 
 
-def test_an_adapter_that_was_pulled_before_a_rotation_verifies_after_it(
+def test_adapter_pulled_before_a_key_rotation_still_verifies(
     client: TestClient, services: Services, pulled: Path
 ) -> None:
     old, new = services.pepper.current, b"n" * 32
@@ -154,6 +152,6 @@ def test_an_adapter_that_was_pulled_before_a_rotation_verifies_after_it(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"keys": []}', '{"keys": [{"kty": "RSA"}]}', '{"keys": 3}'])
-def test_a_file_that_is_no_key_set_is_rejected(text: str) -> None:
+def test_invalid_key_set_is_rejected(text: str) -> None:
     with pytest.raises(LorryError, match="not a JSON Web Key Set"):
         read_keys(text)

@@ -1,4 +1,4 @@
-"""What the api does besides answering: expired leases end, and the bell rings while something waits."""
+"""Background tasks of the API server: lease expiry, worker notifications, garbage collection and restarts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.catalog.world import World
 
 
 class Bell:
-    """Counts."""
+    """Counts its notifications."""
 
     def __init__(self) -> None:
         self.rings = 0
@@ -47,12 +47,12 @@ def bell() -> Bell:
 
 
 @pytest.fixture
-def belled(services: Services, bell: Bell) -> Services:
+def notifying(services: Services, bell: Bell) -> Services:
     return dataclasses.replace(services, doorbell=bell)
 
 
-def test_a_job_whose_worker_was_lost_goes_back_to_the_queue_and_the_bell_rings(
-    belled: Services, bell: Bell, world: World
+def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
+    notifying: Services, bell: Bell, world: World
 ) -> None:
     world.worker()
     claim = world.running()
@@ -62,24 +62,24 @@ def test_a_job_whose_worker_was_lost_goes_back_to_the_queue_and_the_bell_rings(
         job.lease_expires_at, job.lease_extended = 1.0, True
         session.get_one(DatabaseHeartbeat, 1)
 
-    look_once(belled)
+    look_once(notifying)
 
     assert world.job(claim.job.id).state == "queued"
     assert world.job(claim.job.id).claim_id is None
     waiting = world.submit()
-    look_once(belled)
+    look_once(notifying)
     assert waiting.state == "validating_files"
     assert bell.rings >= 1
 
 
-def test_the_bell_is_silent_while_nothing_waits(belled: Services, bell: Bell, world: World) -> None:
-    look_once(belled)
+def test_workers_are_not_notified_while_nothing_waits(notifying: Services, bell: Bell, world: World) -> None:
+    look_once(notifying)
 
     assert bell.rings == 0
 
 
-def test_an_absent_database_does_not_end_the_watch(
-    belled: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_unavailable_database_does_not_stop_the_loop(
+    notifying: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def away(*_: object, **__: object) -> int:
         raise Unavailable("Away.", code="database_unavailable", remedy="")
@@ -90,14 +90,14 @@ def test_an_absent_database_does_not_end_the_watch(
     for failing in (away, crash):
         monkeypatch.setattr(recovery, "expire", failing)
         with caplog.at_level(logging.WARNING):
-            look_once(belled)
+            look_once(notifying)
 
     assert "database_unavailable" in caplog.text
     assert "odd" in caplog.text
 
 
-def test_an_act_that_fails_keeps_no_other_from_running(
-    belled: Services,
+def test_failed_task_does_not_prevent_the_others(
+    notifying: Services,
     bell: Bell,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
@@ -110,21 +110,21 @@ def test_an_act_that_fails_keeps_no_other_from_running(
     for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "tell_late")):
         monkeypatch.setattr(module, act, crash)
     with caplog.at_level(logging.WARNING):
-        advance_once(belled)
-        look_once(belled)
+        advance_once(notifying)
+        look_once(notifying)
 
     assert bell.rings == 1
-    assert chain.check(world.db, peppers=[belled.pepper.current]).num_unsealed == 0
+    assert chain.check(world.db, peppers=[notifying.pepper.current]).num_unsealed == 0
     named = ("advance_sweeps", "recover", "notify_missed_deadlines")
     assert [record.message for record in caplog.records] == [f"crash in {act}" for act in named]
     assert caplog.text.count("Traceback") == 3
 
 
-def test_a_new_job_and_a_resumed_one_ring_at_once(
-    services: Services, belled: Services, bell: Bell, client: TestClient, world: World
+def test_created_and_resumed_jobs_notify_workers_immediately(
+    services: Services, notifying: Services, bell: Bell, client: TestClient, world: World
 ) -> None:
     app = client.app
-    app.state.services = belled  # pyright: ignore[reportAttributeAccessIssue,reportFunctionMemberAccess]
+    app.state.services = notifying  # pyright: ignore[reportAttributeAccessIssue,reportFunctionMemberAccess]
     body = {"model": "smol", "training_file": world.file_id}
 
     job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
@@ -135,7 +135,7 @@ def test_a_new_job_and_a_resumed_one_ring_at_once(
     assert (after_creation, bell.rings) == (1, 2)
 
 
-def test_what_nothing_names_is_deleted_once_it_is_old_and_what_is_named_stays(services: Services, world: World) -> None:
+def test_old_unreferenced_blobs_are_deleted_and_referenced_ones_stay(services: Services, world: World) -> None:
     named, orphan = services.store.put_bytes(b"named"), services.store.put_bytes(b"orphan")
     with world.db.write() as session:
         session.get_one(File, world.file_id).digest = named.digest
@@ -149,7 +149,7 @@ def test_what_nothing_names_is_deleted_once_it_is_old_and_what_is_named_stays(se
         list(services.store.open_blob(orphan.digest))
 
 
-def test_a_background_task_that_crashes_is_logged_counted_and_started_again(
+def test_crashed_background_task_is_logged_counted_and_restarted(
     services: Services, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs, waits = list[int](), list[float]()
@@ -172,16 +172,16 @@ def test_a_background_task_that_crashes_is_logged_counted_and_started_again(
 
 
 @pytest.mark.parametrize("part", ["_recheck", "_beat"])
-def test_live_streams_go_on_after_a_crash_of_what_feeds_them(
+def test_live_streams_survive_a_crash_of_their_feed(
     app: FastAPI, key: str, world: World, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    as_it_was, crashes = getattr(Feed, part), list[str]()
+    original, crashes = getattr(Feed, part), list[str]()
 
     async def crash_once(feed: Feed) -> None:
         if not crashes:
             crashes.append(part)
             raise RuntimeError("odd")
-        await as_it_was(feed)
+        await original(feed)
 
     monkeypatch.setattr(Feed, part, crash_once)
     monkeypatch.setattr(maintenance_loop, "RESTART_SECONDS", 0.0)
@@ -191,7 +191,7 @@ def test_live_streams_go_on_after_a_crash_of_what_feeds_them(
         site.http() as client,
         client.stream("GET", f"/v1/fine_tuning/jobs/{job.id}/stream") as response,
     ):
-        lines = islice(response.iter_lines(), 500)  # with the comments of a silent stream
+        lines = islice(response.iter_lines(), 500)  # includes the comments of an idle stream
         assert any(line.startswith("event: job") for line in lines)
         until(lambda: crashes)
         client.post(f"/v1/fine_tuning/jobs/{job.id}/cancel")

@@ -1,4 +1,4 @@
-"""The OpenAPI document tells everything: ids, tags, examples, refusals and how to sign in."""
+"""The OpenAPI document is complete: ids, tags, examples, errors and authentication."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def operations(app: FastAPI) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def test_the_document_is_served_without_a_key_and_loads_nothing_from_elsewhere(anonymous: TestClient) -> None:
+def test_document_is_served_without_a_key_and_without_a_docs_page(anonymous: TestClient) -> None:
     assert anonymous.get("/openapi.json").json()["openapi"].startswith("3.1")
     assert anonymous.get("/docs").status_code == 404
 
 
-def test_every_operation_has_its_own_id_a_tag_and_a_summary(app: FastAPI) -> None:
+def test_every_operation_has_a_unique_id_a_tag_and_a_summary(app: FastAPI) -> None:
     found = operations(app)
 
     ids = [operation["operationId"] for _, _, operation in found]
@@ -48,27 +48,27 @@ def test_every_operation_has_its_own_id_a_tag_and_a_summary(app: FastAPI) -> Non
     assert all(set(operation["tags"]) <= tags and operation["summary"] for _, _, operation in found)
 
 
-def test_what_requests_are_told_of_routes_is_what_the_document_tells(app: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, set[str]] = {}
+def test_document_matches_the_methods_and_parameters_of_the_app(app: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared: dict[str, set[str]] = {}
     include = Api.include_router
 
     def noting(api: Api, router: APIRouter, **given: Any) -> None:
         include(api, router, **given)
         for route in router.routes:
             if isinstance(route, APIRoute) and route.include_in_schema:
-                asked[str(route.operation_id)] = query_parameters(route.dependant)
+                declared[str(route.operation_id)] = query_parameters(route.dependant)
 
     monkeypatch.setattr(Api, "include_router", noting)
     create_app(app.state.services.settings).state.services.db.close()
 
-    told = {path: {method.upper() for method in methods} for path, methods in app.openapi()["paths"].items()}
-    assert app.methods == told
+    documented = {path: {method.upper() for method in methods} for path, methods in app.openapi()["paths"].items()}
+    assert app.methods == documented
     for _, _, operation in operations(app):
         named = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "query"}
-        assert asked[operation["operationId"]] == named, operation["operationId"]
+        assert declared[operation["operationId"]] == named, operation["operationId"]
 
 
-def test_only_who_asks_for_the_document_waits_for_it(app: FastAPI, client: TestClient) -> None:
+def test_document_is_generated_only_on_request(app: FastAPI, client: TestClient) -> None:
     answers = [client.get(path).status_code for path in ("/v1/files?limit=1", "/v1/files?limt=1", "/v1/fles")]
     answers.append(client.put("/v1/files").status_code)
 
@@ -76,7 +76,7 @@ def test_only_who_asks_for_the_document_waits_for_it(app: FastAPI, client: TestC
     assert app.openapi_schema is None
 
 
-def test_while_the_document_is_made_others_are_answered(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_document_is_generated_outside_the_event_loop_thread(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     made_in: list[threading.Thread] = []
     make = app.openapi
 
@@ -98,7 +98,7 @@ def test_while_the_document_is_made_others_are_answered(app: FastAPI, monkeypatc
     assert serving not in made_in
 
 
-def test_every_refusal_is_in_openais_shape(app: FastAPI) -> None:
+def test_every_error_response_has_the_standard_schema(app: FastAPI) -> None:
     for path, method, operation in operations(app):
         for status, response in operation["responses"].items():
             if status < "400" or path == "/readyz":
@@ -107,7 +107,7 @@ def test_every_refusal_is_in_openais_shape(app: FastAPI) -> None:
             assert schema == {"$ref": "#/components/schemas/ErrorResponse"}, (path, method, status)
 
 
-def test_every_operation_behind_a_key_says_so(app: FastAPI) -> None:
+def test_authenticated_operations_document_their_security(app: FastAPI) -> None:
     for path, method, operation in operations(app):
         if path in OPEN_PATHS:
             continue
@@ -115,7 +115,7 @@ def test_every_operation_behind_a_key_says_so(app: FastAPI) -> None:
         assert {"400", "401"} <= set(operation["responses"]), (path, method)
 
 
-def test_the_document_names_every_purpose_that_is_taken(app: FastAPI, client: TestClient) -> None:
+def test_document_lists_every_accepted_purpose(app: FastAPI, client: TestClient) -> None:
     form = app.openapi()["paths"]["/v1/files"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
 
     for purpose in form["properties"]["purpose"]["enum"]:
@@ -124,7 +124,7 @@ def test_the_document_names_every_purpose_that_is_taken(app: FastAPI, client: Te
     assert form["properties"]["purpose"]["enum"] == list(files.PURPOSES)
 
 
-def test_every_object_of_the_wire_has_an_example(app: FastAPI) -> None:
+def test_every_object_schema_has_an_example(app: FastAPI) -> None:
     schemas = app.openapi()["components"]["schemas"]
     objects = {name: schema for name, schema in schemas.items() if "object" in schema.get("properties", {})}
     small = {"FileDeleted", "ModelDeleted", "AdapterDeleted", "PlanDeleted", "SignedOut"}
@@ -138,16 +138,16 @@ def test_every_object_of_the_wire_has_an_example(app: FastAPI) -> None:
     assert without == []
 
 
-def test_every_json_body_is_read_strictly(app: FastAPI) -> None:
-    """Unknown fields are refused, and `false` is no 0."""
-    bodies = [told["requestBody"]["content"] for _, _, told in operations(app) if "requestBody" in told]
+def test_every_json_body_is_strict(app: FastAPI) -> None:
+    """Strict models reject unknown fields, and do not accept `false` for 0."""
+    bodies = [each["requestBody"]["content"] for _, _, each in operations(app) if "requestBody" in each]
     named = {name for body in bodies for name in REFERENCE.findall(json.dumps(body.get("application/json", {})))}
 
     assert len(named) >= 9
     assert named - {model.__name__ for model in _subclasses(Strict)} == set()
 
 
-def test_where_keys_have_a_pattern_the_document_says_that_there_are_no_others(app: FastAPI) -> None:
+def test_schemas_with_pattern_properties_forbid_other_keys(app: FastAPI) -> None:
     def with_patterns(part: Any) -> list[dict[str, Any]]:
         if isinstance(part, list):
             return [found for each in part for found in with_patterns(each)]
@@ -165,7 +165,7 @@ def _subclasses(model: type[BaseModel]) -> set[type[BaseModel]]:
     return {one for child in model.__subclasses__() for one in {child, *_subclasses(child)}}
 
 
-def test_fields_that_stay_as_they_are_have_no_default(app: FastAPI) -> None:
+def test_fields_that_stay_unchanged_if_omitted_have_no_default(app: FastAPI) -> None:
     schemas = app.openapi()["components"]["schemas"]
 
     for name in ("LimitsRequest", "ProjectLimits"):

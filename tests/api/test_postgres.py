@@ -1,4 +1,4 @@
-"""The same api over PostgreSQL, and what SQLite would have let pass."""
+"""The API server on PostgreSQL, with inputs that only PostgreSQL rejects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def database() -> str:
     return "postgresql"
 
 
-def test_a_job_goes_its_way_over_postgresql(app: FastAPI) -> None:
+def test_job_completes_on_postgresql(app: FastAPI) -> None:
     services = app.state.services
     world = World(services.db, Clock())
     world.worker()
@@ -52,7 +52,7 @@ def test_a_job_goes_its_way_over_postgresql(app: FastAPI) -> None:
     assert '"status":"succeeded"' in stream
 
 
-def test_what_postgresql_cannot_store_is_refused_and_no_crash(app: FastAPI) -> None:
+def test_null_characters_are_rejected_without_a_crash(app: FastAPI) -> None:
     services = app.state.services
     world = World(services.db, Clock())
     least = {"model": "smol", "training_file": world.file_id}

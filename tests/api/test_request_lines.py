@@ -1,4 +1,4 @@
-"""The line that the api logs for each request says what it is about."""
+"""The API server's log line for each request names the request, the job and the trace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     logger.setLevel(level)
 
 
-def test_a_requests_line_names_request_job_and_trace(client: TestClient, world: World, out: io.StringIO) -> None:
+def test_request_log_line_names_request_job_and_trace(client: TestClient, world: World, out: io.StringIO) -> None:
     job = world.submit()
 
     answer = client.get(f"/v1/fine_tuning/jobs/{job.id}", headers={"traceparent": CLIENTS})

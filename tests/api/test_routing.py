@@ -1,4 +1,4 @@
-"""Endpoints that wait run in a thread, and nothing else of their request does."""
+"""Blocking endpoints run in a thread, and the rest of their request does not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Answer(BaseModel):
     actor: str | None
 
 
-def test_an_endpoint_that_waits_costs_one_way_to_a_thread_and_knows_its_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocking_endpoint_uses_one_thread_and_keeps_its_log_context(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("the framework goes to a thread by itself")
+        raise AssertionError("the framework used its own thread pool")
 
     monkeypatch.setattr(fastapi.routing, "run_in_threadpool", refuse)
     app, router = FastAPI(), Router(prefix="/things")

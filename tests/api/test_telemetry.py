@@ -1,4 +1,4 @@
-"""What is exposed is what docs/reference/metrics.md says, by Prometheus' conventions, with labels that can't grow."""
+"""Exposed metrics match docs/reference/metrics.md, follow Prometheus conventions and have bounded labels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exposed(telemetry: Telemetry, world: World) -> dict[str, Metric]:
 
 @pytest.fixture
 def families(services: Services, world: World, client: TestClient) -> dict[str, Metric]:
-    """Of a service that has a bit of everything."""
+    """Return the metrics of a service with a worker, a running job and a webhook attempt."""
     about = {"host": "node-1", "pid": 1, "version": "1", "memory_bytes": 100}
     workers.register_worker(world.db, worker_id="w1", devices=[{"kind": "cuda", "indices": [0]}], **about)  # pyright: ignore
     claim = world.running()
@@ -53,10 +53,10 @@ def families(services: Services, world: World, client: TestClient) -> dict[str, 
     return exposed(services.telemetry, world)
 
 
-def test_the_page_tells_every_number_with_its_kind_and_labels(families: dict[str, Metric]) -> None:
-    told = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in ROW.findall(PAGE)}
+def test_page_documents_every_metric_with_type_and_labels(families: dict[str, Metric]) -> None:
+    documented = {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in ROW.findall(PAGE)}
 
-    assert told == {name: (family.type, _labels(family)) for name, family in _named(families)}
+    assert documented == {name: (family.type, _labels(family)) for name, family in _named(families)}
 
 
 def test_names_end_in_their_unit_and_counters_in_total(families: dict[str, Metric]) -> None:
@@ -64,17 +64,17 @@ def test_names_end_in_their_unit_and_counters_in_total(families: dict[str, Metri
         assert name.endswith("_total") == (family.type == "counter"), name
         assert not [unit for unit in OTHER_UNITS if unit in name], name
         in_the_middle = [unit for unit in BASE_UNITS if f"_{unit}_" in name.removesuffix("_total")]
-        assert in_the_middle == [], f"{name}: a unit stands at the end"
+        assert in_the_middle == [], f"{name}: the unit must be the suffix"
 
 
-def test_no_label_can_grow_with_what_people_do(families: dict[str, Metric], world: World) -> None:
+def test_labels_are_bounded_and_contain_no_ids(families: dict[str, Metric], world: World) -> None:
     for _, family in _named(families):
         for sample in family.samples:
             assert set(sample.labels) <= LABELS | {"le"}, sample.name
             assert not {"w1", "t1", world.caller.project_id, "ours"} & set(sample.labels.values()), sample
 
 
-def test_a_trainers_and_a_devices_numbers_name_host_and_device(families: dict[str, Metric]) -> None:
+def test_trainer_and_device_metrics_name_host_and_device(families: dict[str, Metric]) -> None:
     on = {"host": "node-1", "device": "cuda:0"}
     found = {name: [(s.labels, s.value) for s in family.samples] for name, family in families.items()}
 
@@ -86,7 +86,9 @@ def test_a_trainers_and_a_devices_numbers_name_host_and_device(families: dict[st
     assert found["lorry_trainers"] == found["lorry_trainer_jobs"] == [({"base_model": "smol"}, 1.0)]
 
 
-def test_each_duty_is_counted_by_how_it_went(services: Services, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_runs_are_counted_by_outcome(
+    services: Services, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def runs() -> dict[tuple[str, str], float]:
         family = exposed(services.telemetry, world)["lorry_background_runs"]
         totals = [sample for sample in family.samples if sample.name.endswith("_total")]
@@ -113,8 +115,8 @@ def test_each_duty_is_counted_by_how_it_went(services: Services, world: World, m
     assert {duty for duty in DUTIES if after[duty] > began[duty]} == set(acts)
 
 
-def test_a_duty_or_a_task_that_was_not_announced_is_not_counted() -> None:
-    """Its series would begin with its first event, so no alert would notice a duty that never ran."""
+def test_unknown_background_tasks_are_not_counted() -> None:
+    """The series would begin with its first event, so no alert would detect a task that never ran."""
     telemetry = Telemetry(["recover"], ["streams"])
 
     with pytest.raises(AssertionError, match="unknown periodic run: recovery"):
@@ -129,7 +131,7 @@ def test_a_duty_or_a_task_that_was_not_announced_is_not_counted() -> None:
 
 
 def _named(families: dict[str, Metric]) -> Iterator[tuple[str, Metric]]:
-    """Under the names by which one asks; what the library adds to each counter, when it began, is left out."""
+    """Yield the metrics under the names of queries, without the `_created` series that the library adds."""
     for name, family in families.items():
         if not name.endswith("_created"):
             yield (f"{name}_total" if family.type == "counter" else name), family

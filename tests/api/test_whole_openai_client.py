@@ -1,6 +1,6 @@
-"""Every public method of the openai client for what Lorry speaks, sync and async, strict about every answer.
+"""Every public method of the openai client that Lorry supports, sync and async, with strict response validation.
 
-A method that a newer client brings fails here until it is called, or told to be not offered.
+A new method of a later client fails this test until it is in CALLS or NOT_OFFERED.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ UPLOAD = {"bytes": len(DATA), "filename": "u.jsonl", "mime_type": "application/j
 
 @dataclass(kw_only=True)
 class Have:
-    """What there is to ask for, and what the calls so far were answered with."""
+    """The resources that calls can use, and the results of the previous calls."""
 
     job: str
     model: str
     checkpoint: str
     hook: str
-    """Where webhooks are taken."""
+    """The URL of the webhook receiver."""
     upload: str
-    """One that is open, for canceling."""
+    """An open upload, to be cancelled."""
     other: str
     """Another project."""
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -60,17 +60,17 @@ class Have:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a method is called with, and what must hold of its answer."""
+    """The arguments of a method, and a check of its result."""
 
     given: Callable[[Have], dict[str, Any]]
     holds: Callable[[Any, Have], object]
     raises: type[Exception] | None = None
     is_operators: bool = False
-    """Called with an operator's key, as OpenAI wants an admin's."""
+    """Use an operator key, where OpenAI requires an admin key."""
 
 
 def signed(have: Have) -> dict[str, Any]:
-    """A message by the secret that a rotation gave."""
+    """Return a webhook message signed with the rotated secret."""
     secret = have.answers["webhooks.rotate_secret"].signing_secret
     body = b'{"object":"event","id":"evt-1","type":"fine_tuning.job.failed","created_at":1,"data":{"id":"j"}}'
     headers = signing.headers(body, message_id="evt-1", at=time.time(), signed_with=[secret])
@@ -78,7 +78,7 @@ def signed(have: Have) -> dict[str, Any]:
 
 
 def permission(have: Have) -> Any:
-    """That which was given."""
+    """Return the permission that was created."""
     return have.answers["fine_tuning.checkpoints.permissions.create"][0]
 
 
@@ -243,7 +243,7 @@ NOT_OFFERED: dict[str, Callable[[Have], dict[str, Any]]] = {
 
 
 class Client:
-    """A client whose methods are called by name and waited for, lists to their end."""
+    """Calls a client's methods by name, awaits the results, and reads lists to the end."""
 
     def __init__(self, client: openai.OpenAI | openai.AsyncOpenAI, run: Callable[[Any], Any]) -> None:
         self.client, self._run = client, run
@@ -256,14 +256,14 @@ class Client:
 
     def call(self, name: str, given: dict[str, Any], key: str | None = None) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of what the client keeps for older programs
+            warnings.simplefilter("ignore", DeprecationWarning)  # from deprecated methods of the client
             answer = self.methods(key)[name](**given)
         if isinstance(answer, AsyncPaginator) or inspect.isawaitable(answer):
-            return self._run(_waited_for(answer))
+            return self._run(_awaited(answer))
         return list(answer) if isinstance(answer, BaseSyncPage) else answer
 
 
-async def _waited_for(answer: Any) -> Any:
+async def _awaited(answer: Any) -> Any:
     return [item async for item in answer] if isinstance(answer, AsyncPaginator) else await answer
 
 
@@ -333,7 +333,7 @@ def have(world: World, services: Services, receiver: Receiver, tmp_path: Path) -
 
 
 def outcome(client: Client, name: str, call: Call, have: Have, operator_key: str) -> Any:
-    """The answer, or the error that is expected."""
+    """Return the result or the expected error."""
     if call.raises is None:
         return client.call(name, call.given(have), operator_key if call.is_operators else None)
     with pytest.raises(call.raises) as raised:
@@ -341,9 +341,7 @@ def outcome(client: Client, name: str, call: Call, have: Have, operator_key: str
     return raised.value
 
 
-def test_every_method_of_the_client_is_answered_to_the_letter_or_told_to_be_not_offered(
-    client: Client, have: Have, operator_key: str
-) -> None:
+def test_every_client_method_succeeds_or_is_not_supported(client: Client, have: Have, operator_key: str) -> None:
     for name, call in CALLS.items():
         have.answers[name] = answer = outcome(client, name, call, have, operator_key)
         assert call.holds(answer, have), (name, answer)
@@ -355,7 +353,7 @@ def test_every_method_of_the_client_is_answered_to_the_letter_or_told_to_be_not_
     assert set(client.methods()) == CALLS.keys() | NOT_OFFERED.keys()
 
 
-def test_answers_may_be_had_raw_and_as_streams(site: Site, have: Have) -> None:
+def test_raw_and_streaming_responses_work(site: Site, have: Have) -> None:
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key, _strict_response_validation=True) as client:
         raw = client.fine_tuning.jobs.with_raw_response.retrieve(have.job)
         made = client.files.create(file=("a.jsonl", DATA), purpose="fine-tune")
@@ -368,7 +366,7 @@ def test_answers_may_be_had_raw_and_as_streams(site: Site, have: Have) -> None:
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "embeddings", "responses/x/cancel"])
-def test_whoever_asks_a_model_here_is_told_where_to_ask(site: Site, path: str) -> None:
+def test_inference_routes_return_not_supported_and_suggest_vllm(site: Site, path: str) -> None:
     with site.http() as http:
         refused = http.post(f"/v1/{path}", json={}).json()["error"]
 

@@ -1,4 +1,4 @@
-"""A job that has succeeded, with its adapter's files in the store and its record beside it."""
+"""A succeeded job, with its adapter files in the store and its lineage record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERIFICATION = {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01}
 
 
 def solid_base(world: World) -> None:
-    """A base whose digest is that of its files, as lineage wants it."""
+    """Add a base model whose digest is that of its files, as lineage requires."""
     files = {"files": [{"path": "config.json", "digest": sha("config"), "num_bytes": 6}]}
     base_models.add(world.db, name=BASE, kind="folder", source="/models/solid")
     claim_id, digest = claim_import_of(world.db, BASE), files_digest(files)
@@ -29,7 +29,7 @@ def solid_base(world: World) -> None:
 
 
 def stored_weights(services: Services, folder: Path) -> recording.Exported:
-    """A checkpoint's weights as an adapter, with the files in the store."""
+    """Store the weights of a checkpoint as an adapter."""
     folder.mkdir()
     for name, content in CONTENT.items():
         (folder / name).write_bytes(content)

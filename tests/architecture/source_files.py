@@ -1,4 +1,4 @@
-"""The shipped Python sources, read and parsed, for the tests beside this file."""
+"""The shipped Python sources, parsed for the tests in this directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("api", "catalog", "worker", "lora_core", "lorry", "migrations")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One of our modules. `name` is its path below the root, with slashes."""
+    """A module of the project. `name` is its path relative to the root, with slashes."""
 
     name: str
 
@@ -27,19 +27,19 @@ class SourceFile:
         return ast.parse(self.text, filename=self.name)
 
     def place(self, node: ast.expr | ast.stmt) -> str:
-        """Where a test should point at."""
+        """Return the location of a node, for the output of a test."""
         return f"{self.name}:{node.lineno}"
 
 
 def source_files(*packages: str) -> Iterator[SourceFile]:
-    """Every module of the packages; of all of them if none is named."""
+    """Yield the modules of the given packages, or of all packages."""
     for package in packages or PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             yield SourceFile(path.relative_to(ROOT).as_posix())
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` of a name or an attribute, else the empty string."""
+    """Return the dotted form of a name or attribute, such as `a.b.c`, or an empty string."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):

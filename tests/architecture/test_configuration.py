@@ -22,7 +22,7 @@ def test_every_field_of_a_job_is_described() -> None:
     assert _first_columns(JOB_FIELDS) == {name for name, _ in _leaves(JobRequest)}
 
 
-def test_the_limits_of_a_field_are_those_that_are_enforced() -> None:
+def test_documented_limits_match_the_schema() -> None:
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", JOB_FIELDS, re.MULTILINE))
     checked = {name: limits for name, schema in _leaves(JobRequest) if (limits := _limits(schema)) is not None}
     wrong = {name: (limits, rows[name]) for name, limits in checked.items() if limits not in rows[name]}
@@ -39,11 +39,11 @@ def test_every_setting_is_described(settings: type[BaseSettings]) -> None:
     assert named <= _first_columns(SETTINGS)
 
 
-def test_every_variable_that_code_names_is_described() -> None:
+def test_every_environment_variable_is_described() -> None:
     assert set(_variables_in_code()) <= _first_columns(SETTINGS)
 
 
-def test_no_setting_is_described_that_nobody_reads() -> None:
+def test_every_described_setting_is_used() -> None:
     described = {name for name in _first_columns(SETTINGS) if name.startswith("LORRY_")}
     fields = {f"LORRY_{name}".upper() for kind in (Settings, ApiSettings) for name in kind.model_fields}
 
@@ -60,7 +60,7 @@ def _first_columns(text: str) -> set[str]:
 
 
 def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, dict[str, Any]]]:
-    """Dotted names of the leaves, `lora.rank`, with their JSON schemas."""
+    """Return the dotted names of the leaf fields, such as `lora.rank`, with their JSON schemas."""
     leaves: list[tuple[str, dict[str, Any]]] = []
     schemas = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
@@ -70,7 +70,7 @@ def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, dict[st
 
 
 def _limits(schema: dict[str, Any]) -> str | None:
-    """Of a number, in the document's words; None where the field is no number or has no limits of its own."""
+    """Return a number's limits as the document writes them, or None for a field without limits."""
     for part in schema.get("anyOf", [schema]):
         match part:
             case {"minimum": lowest, "maximum": highest}:
@@ -85,7 +85,7 @@ def _limits(schema: dict[str, Any]) -> str | None:
 
 
 def _number(value: float) -> str:
-    """1,000,000; 1e-37."""
+    """Format a number as the document does: 1,000,000 or 1e-37."""
     return f"{value:g}".replace("e+", "e") if value != int(value) or value >= 1e15 else f"{int(value):,}"
 
 

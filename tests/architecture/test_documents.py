@@ -1,4 +1,4 @@
-"""The documents say what the code says."""
+"""The documents match the code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ flat adapter, artifact, manifest, lineage, project, API key"""
 EACH = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
-def test_the_diagram_of_states_is_the_table_of_transitions() -> None:
+def test_state_diagram_matches_the_transitions() -> None:
     arrows = ARROW.findall(_read("docs/reference/job-states.md"))
 
     moves = {(start, verb): end for start, end, verb in arrows if end != "[*]"}
@@ -33,7 +33,7 @@ def test_the_diagram_of_states_is_the_table_of_transitions() -> None:
     assert ends == set(FINAL_STATES)
 
 
-def test_the_table_of_endings_is_the_one_that_is_obeyed() -> None:
+def test_table_of_end_reasons_matches_the_code() -> None:
     rows = re.findall(
         r"^\| `(\w+)` \| `(\w+)` \| (yes|no) \| (yes|no) \|", _read("docs/reference/job-states.md"), re.MULTILINE
     )
@@ -43,14 +43,14 @@ def test_the_table_of_endings_is_the_one_that_is_obeyed() -> None:
     assert set(rows) == expected
 
 
-def test_the_glossary_has_every_word() -> None:
+def test_glossary_defines_every_term() -> None:
     defined = set(re.findall(r"^### (.+)$", _read("docs/reference/glossary.md"), re.MULTILINE))
 
     assert {" ".join(word.split()) for word in WORDS.split(",")} <= defined
 
 
 @EACH
-def test_every_link_leads_somewhere(document: Path) -> None:
+def test_links_are_not_broken(document: Path) -> None:
     broken = [
         target + anchor
         for target, anchor in LINK.findall(document.read_text())
@@ -82,7 +82,7 @@ def _read(name: str) -> str:
 
 
 def _commands(document: Path) -> list[str]:
-    """The lines of its blocks of shell, and its inline code."""
+    """Return the lines of a document's shell blocks, and its inline code."""
     text = document.read_text()
     blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
@@ -113,13 +113,13 @@ def _leads_somewhere(target: Path, anchor: str) -> bool:
 
 
 @EACH
-def test_every_test_that_a_document_names_exists(document: Path) -> None:
+def test_tests_named_in_documents_exist(document: Path) -> None:
     named = _named_tests(document.read_text("utf-8"))
 
     assert [name for file, name in named if f"def {name}(" not in _read(file)] == []
 
 
-def test_the_page_of_security_tests_names_a_test_for_each_control() -> None:
+def test_security_tests_page_names_a_test_for_each_control() -> None:
     rows = re.findall(r"^\| (.+?) \| (`.+) \|$", _read("docs/contributing/security-tests.md"), re.MULTILINE)
 
     assert len(rows) > 100
@@ -139,7 +139,7 @@ def _named_tests(text: str) -> list[tuple[str, str]]:
     return re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
 
 
-def test_the_reference_names_every_event_of_the_audit_log() -> None:
+def test_reference_names_every_audit_event() -> None:
     page = _read("docs/reference/audit-events.md")
     named: set[str] = set()
     for line in page.splitlines():

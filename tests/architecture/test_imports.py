@@ -1,4 +1,4 @@
-"""What a process holds in memory once it has imported a package: asked of a child interpreter."""
+"""The modules that a process loads when it imports a package, measured in a child interpreter."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_no_torch_is_loaded_outside_the_trainer(package: str) -> None:
     assert not loaded & TENSORS
 
 
-def test_the_client_loads_nothing_of_the_server() -> None:
+def test_client_loads_no_server_modules() -> None:
     loaded = _loaded_after_importing(_modules("lorry"))
 
     assert not loaded & SERVER
 
 
-def test_the_engine_loads_nothing_of_ours_but_itself() -> None:
+def test_engine_loads_no_other_lorry_packages() -> None:
     loaded = _loaded_after_importing(["lora_core.config", "lora_core.errors", "lora_core.events"])
 
     assert not loaded & (SERVER | {"lorry", "torch"})

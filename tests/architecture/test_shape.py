@@ -1,4 +1,4 @@
-"""The shape of the sources: sizes, names, opening lines, and what shipped code never does."""
+"""Conventions of the sources: sizes, names, module docstrings, and constructs that shipped code avoids."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LONGEST_FILE = 600
 LONGEST_FUNCTION = 60
 FOLDERS = (*(name for name in PACKAGES if name != "migrations"), "tests", "qa", "tools", "benchmarks", "examples")
 MOST_MODULES = 20
-"""In one folder."""
+"""The maximum number of modules in one directory."""
 LONGEST_OPENING = 6
-"""Lines of prose, before an indented table or example."""
+"""The maximum number of lines of a module docstring, before an indented table or example."""
 PRIVATE_NAMES = {
     "foretelling",
     "heard",
@@ -51,7 +51,7 @@ VAGUE_NAMES = {"util", "utils", "common", "helpers", "helper", "manager", "base"
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen", "pickle.loads"}
 SIGNS_MESSAGES = {"catalog/webhooks/signing.py", "catalog/audit/lineage_signatures.py"}
-"""The bodies of webhooks and lineage records, and no address."""
+"""These modules sign webhook bodies and lineage records, not addresses."""
 PRESIGNERS = {"sign", "sign_async", "presign", "generate_presigned_url", "generate_presigned_post"}
 ARGUMENTS = {"trust_remote_code": True, "shell": True, "weights_only": False, "verify": False}
 REFUSALS = {
@@ -59,24 +59,24 @@ REFUSALS = {
 }
 
 
-def test_a_file_has_one_responsibility() -> None:
+def test_files_are_at_most_600_lines() -> None:
     assert [source.name for source in _written_by_hand() if source.text.count("\n") > LONGEST_FILE] == []
 
 
-def test_a_folder_holds_few_modules() -> None:
+def test_directories_have_at_most_20_modules() -> None:
     modules = [source.name for source in source_files(*FOLDERS) if not source.name.endswith("__init__.py")]
     folders = collections.Counter(name.rpartition("/")[0] for name in modules)
 
     assert [folder for folder, number in folders.items() if number > MOST_MODULES] == []
 
 
-def test_a_files_name_says_what_lives_there() -> None:
+def test_module_names_are_not_vague() -> None:
     parts = {source.name: set(source.name.removesuffix(".py").split("/")) for source in source_files()}
 
     assert [name for name, words in parts.items() if words & (VAGUE_NAMES | PRIVATE_NAMES)] == []
 
 
-def test_a_class_name_stands_for_one_thing() -> None:
+def test_class_names_are_unique() -> None:
     """The client and the schemas of the API may have a class of the same name for the same thing."""
     places = collections.defaultdict[str, list[str]](list)
     for source in _written_by_hand():
@@ -89,34 +89,34 @@ def test_a_class_name_stands_for_one_thing() -> None:
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
-def test_a_function_fits_on_a_screen() -> None:
+def test_functions_are_at_most_60_lines() -> None:
     assert [place for source in _written_by_hand() for place in _long_functions(source)] == []
 
 
-def test_a_module_opens_by_saying_what_lives_there() -> None:
+def test_modules_have_a_short_docstring() -> None:
     openings = {source.name: ast.get_docstring(source.tree) or "" for source in _written_by_hand() if source.tree.body}
     prose = {name: re.split(r"\n\n(?= )", opening)[0] for name, opening in openings.items()}
 
     assert [name for name, opening in prose.items() if not 0 < len(opening.splitlines()) <= LONGEST_OPENING] == []
 
 
-def test_shipped_code_runs_nothing_that_came_as_data() -> None:
+def test_shipped_code_does_not_execute_data() -> None:
     assert [place for source in source_files() for place in _dangers(source)] == []
 
 
-def test_no_address_is_made_that_opens_an_object_without_a_key() -> None:
+def test_no_presigned_urls_are_created() -> None:
     sources = (source for source in source_files() if source.name not in SIGNS_MESSAGES)
 
     assert [place for source in sources for place in _presigners(source)] == []
 
 
-def test_every_refusal_has_a_remedy() -> None:
+def test_every_error_has_a_remedy() -> None:
     services = source_files("api", "catalog", "worker")
 
     assert [place for source in services for place in _refusals_without_remedy(source)] == []
 
 
-def test_the_dashboards_own_scripts_put_no_text_in_as_markup() -> None:
+def test_dashboard_scripts_do_not_insert_text_as_markup() -> None:
     scripts = [path for path in (ROOT / "dashboard").rglob("*.js") if "vendor" not in path.parts]
     markup = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "dangerouslySetInnerHTML")
 

@@ -1,4 +1,4 @@
-"""A job's state is written in one place, by the table of transitions."""
+"""A job's state is written in only one module, which applies the table of transitions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TypeGuard
 from tests.architecture.source_files import SourceFile, dotted, source_files
 
 WRITER = "catalog/lifecycle/transitions.py"
-PERSONS_VERBS = {"catalog/jobs/submission.py", "catalog/jobs/commands.py"}
-WORKERS_VERBS = {
+USER_COMMANDS = {"catalog/jobs/submission.py", "catalog/jobs/commands.py"}
+WORKER_OPERATIONS = {
     "catalog/queue/claims.py",
     "catalog/queue/claiming.py",
     "catalog/lifecycle/preparation.py",
@@ -22,17 +22,17 @@ BASE_STATES = {"importing", "ready", "failed", "deleted"}
 RAW_SQL = re.compile(r"\bupdate\s+jobs\b|\binsert\s+into\s+jobs\b", re.IGNORECASE)
 
 
-def test_a_jobs_state_is_written_in_one_place() -> None:
+def test_job_state_is_written_in_one_module() -> None:
     written = {place for source in _services() if source.name != WRITER for place in _state_writes(source)}
 
     assert written == set()
 
 
-def test_only_the_catalogs_verbs_move_a_job() -> None:
+def test_only_catalog_operations_change_the_state_of_a_job() -> None:
     moved = {
         source.place(node)
         for source in _services()
-        if source.name not in PERSONS_VERBS | WORKERS_VERBS
+        if source.name not in USER_COMMANDS | WORKER_OPERATIONS
         for node in ast.walk(source.tree)
         if isinstance(node, ast.Call) and dotted(node.func) in ("move", "moves.move")
     }
@@ -40,7 +40,7 @@ def test_only_the_catalogs_verbs_move_a_job() -> None:
     assert moved == set()
 
 
-def test_a_job_is_made_in_one_place() -> None:
+def test_jobs_are_created_in_one_module() -> None:
     makers = {
         source.name
         for source in _services()
@@ -51,7 +51,7 @@ def test_a_job_is_made_in_one_place() -> None:
     assert makers == {"catalog/admission/accept.py"}
 
 
-def test_whoever_hides_a_file_or_an_adapter_takes_its_bytes_off_what_its_project_stores() -> None:
+def test_deleting_files_and_adapters_updates_the_stored_bytes() -> None:
     stored = [source for source in source_files("catalog") if re.search(r"import .*\b(File|Adapter)\b", source.text)]
     hides = [source for source in stored if re.search(r"\bdeleted_at\s*=(?!=|None)", source.text)]
 
@@ -82,7 +82,7 @@ def _assigns_state(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> bool:
     stored = {part.attr for target in targets for part in ast.walk(target) if _is_stored_attribute(part)}
     if "state" not in stored:
         return False
-    # A base model has a state of its own, with words of its own.
+    # Base models have states of their own, with different names.
     values = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
     return not values & BASE_STATES
 
@@ -96,7 +96,7 @@ def _sets_state(call: ast.Call) -> bool:
 
 
 def _updates_jobs_state(call: ast.Call) -> bool:
-    """`update(Job)…values(state=…)`, in whatever order its parts are chained."""
+    """Return whether a call is `update(Job)…values(state=…)`, with its parts chained in any order."""
     names_state = any(keyword.arg == "state" for keyword in call.keywords)
     of_jobs = any(
         isinstance(part, ast.Call)

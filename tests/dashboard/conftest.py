@@ -1,4 +1,4 @@
-"""A filled and an empty service, and a browser whose every tab is checked when the test is over."""
+"""Fixtures: a filled and an empty service, and a browser whose tabs are checked at the end of each test."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def browser(chromium_path: Path) -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Service]:
-    """Jobs in every state. Tests that share it only look."""
+    """Serve jobs in every state. Tests share this service and must not change its jobs."""
     data_dir = tmp_path_factory.mktemp("filled")
     shutil.copy(migrated_database, data_dir / "lorry.db")
     with serving(seed.fill(data_dir)) as service:
@@ -46,7 +46,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) ->
 
 @pytest.fixture
 def fresh(tmp_path: Path, migrated_database: Path) -> Iterator[Service]:
-    """A service of this test's own: a base model, two files and a worker, but no job."""
+    """Serve a base model, two files and a worker, without jobs, to one test."""
     shutil.copy(migrated_database, tmp_path / "lorry.db")
     with serving(seed.start(tmp_path)) as service:
         yield service

@@ -1,4 +1,4 @@
-"""Fills a catalog with what the pages show, through the catalog's own verbs: jobs in every state, curves, adapters."""
+"""Fills a catalog with the data that the pages show: jobs in every state, metrics and adapters."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DESCRIPTION = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Seeded:
-    """What a test needs of it."""
+    """A seeded service, with the objects that tests use."""
 
     db: Database
     store: ArtifactStore
@@ -70,7 +70,7 @@ class Seeded:
 
 
 def start(data_dir: Path) -> Seeded:
-    """An empty service: one project, an operator's key, a base model that is ready, two files, one worker."""
+    """Create a service with one project, an operator key, a ready base model, two files and one worker."""
     settings = Settings(data_dir=data_dir)
     db = Database(settings.resolved_database_url())
     db.migrate()
@@ -96,14 +96,14 @@ def start(data_dir: Path) -> Seeded:
 
 
 def register(db: Database, device: dict[str, Any], *, bytes_of_each: int, worker_id: str = WORKER) -> None:
-    """A worker on the host that is called as it is; again, if it is there."""
+    """Register a worker on the host that its id names, or register it again."""
     host = worker_id.removeprefix("worker-")
-    told = {"host": host, "pid": 4711, "devices": [device], "version": "0.1.0", "memory_bytes": bytes_of_each}
-    workers.register_worker(db, worker_id=worker_id, **told)
+    details = {"host": host, "pid": 4711, "devices": [device], "version": "0.1.0", "memory_bytes": bytes_of_each}
+    workers.register_worker(db, worker_id=worker_id, **details)
 
 
 def gpus(number: int, *, bytes_of_each: int, strategy: str = "auto") -> dict[str, Any]:
-    """A device group."""
+    """Return a device group of GPUs."""
     about = {"name": f"{number} x H100", "memory_bytes": number * bytes_of_each}
     return {"kind": "cuda", "num_processes": number, "strategy": strategy, **about}
 
@@ -142,7 +142,7 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
 
 
 def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
-    """Tokenize, as far as the pages can tell, the files of every job that waits for it."""
+    """Record reports of tokenized files for every job that waits for its files."""
     while (work := preparation.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
         found = [
             _put_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None
@@ -154,14 +154,14 @@ def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
 
 
 def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:
-    """The worker lives, and holds the base."""
+    """Send a heartbeat of the worker, with the base model loaded."""
     base = base_models.get(seeded.db, BASE)
     report = {"tokens_per_second": 487.0}
     workers.worker_beat(seeded.db, WORKER, resident_base=base.digest, trainer_id=trainer_id, report=report)
 
 
 def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> dict[str, str]:
-    """Let the waiting jobs into one trainer; claim ids by job id."""
+    """Start the waiting jobs in one trainer. Returns their claim ids by job id."""
     beat(seeded, trainer_id=trainer_id)
     base = base_models.get(seeded.db, BASE)
     assert base.digest is not None
@@ -178,7 +178,7 @@ def claim(seeded: Seeded, *, trainer_id: str = TRAINER, max_jobs: int = 16) -> d
 def train(
     seeded: Seeded, claim_id: str, *, until: int, since: int = 0, seed: int = 1, num_steps: int = NUM_STEPS
 ) -> None:
-    """Record the curves of steps since+1 … until, and how far the job is."""
+    """Record the metrics of steps since+1 … until, and the progress of the job."""
     for start_step in range(since, until, 20):
         points = list(_points(range(start_step + 1, min(start_step + 20, until) + 1), seed))
         recording.record_metrics(seeded.db, claim_id, points)
@@ -195,7 +195,7 @@ def train(
 
 
 def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1, kept_step: int = NUM_STEPS, **machine: Any) -> str:
-    """Store an adapter's folder and complete the job; the adapter's id. machine: its trainer's, where not MACHINE."""
+    """Store an adapter and complete the job. Returns the adapter's id. `machine` overrides fields of MACHINE."""
     folder = seeded.settings.data_dir / f"adapter-{seed}"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 32}))
@@ -227,7 +227,7 @@ def succeed(seeded: Seeded, claim_id: str, *, seed: int = 1, kept_step: int = NU
 
 
 def fill(data_dir: Path) -> Seeded:
-    """Jobs in every state: two that succeeded, one failed, one cancelled, one paused, three in training, two queued."""
+    """Create jobs in every state: 2 succeeded, 1 failed, 1 cancelled, 1 paused, 3 running, 2 queued, 1 validating."""
     seeded = start(data_dir)
     done = [
         submit(seeded, "docstrings-r16"),
@@ -278,8 +278,8 @@ def _stop_two(seeded: Seeded) -> None:
 def _import_base(db: Database) -> None:
     base_models.add(db, name=BASE, kind="gguf", source="/models/smollm2-135m-instruct.gguf")
     manifest = {"files": [{"path": "model.safetensors", "digest": "5e" * 32, "num_bytes": 269_060_552}]}
-    told = {"manifest": manifest, "description": DESCRIPTION}
-    base_models.finish_import(db, claim_import_of(db, BASE), digest=files_digest(manifest), **told)
+    details = {"manifest": manifest, "description": DESCRIPTION}
+    base_models.finish_import(db, claim_import_of(db, BASE), digest=files_digest(manifest), **details)
 
 
 def _put_report(db: Database, file: File) -> str:
@@ -290,7 +290,7 @@ def _put_report(db: Database, file: File) -> str:
 
 
 def _report(file: File) -> dict[str, Any]:
-    """As worker.children.tokenizer.main writes it."""
+    """Return a report in the format of worker.children.tokenizer.main."""
     rows = file.num_rows or 0
     return {
         "format": 1,
@@ -350,13 +350,13 @@ def _curves(seeded: Seeded, claim_id: str, path: Path) -> Blob:
 def _record(
     seeded: Seeded, claim_id: str, artifact: Manifest, evaluation: dict[str, float], *, machine: dict[str, Any]
 ) -> dict[str, Any]:
-    """The lineage of the adapter that this claim has made."""
+    """Return the lineage record of the claim's adapter."""
     project_id = seeded.caller.project_id
     job = next(
         job for job in commands.list_page(seeded.db, project_id=project_id, limit=50).items if job.claim_id == claim_id
     )
     attempts = queries.attempts(seeded.db, project_id=project_id, job_id=job.id)
-    beside = queries.packmates(seeded.db, project_id=project_id, job_id=job.id)
+    packmates_by_claim = queries.packmates(seeded.db, project_id=project_id, job_id=job.id)
     return lineage.build(
         job=job,
         base=base_models.get(seeded.db, BASE),
@@ -367,7 +367,8 @@ def _record(
             DataSource(role="validation", file=seeded.validation, tokens="2e" * 32, report=_report(seeded.validation)),
         ],
         attempts=[
-            AttemptRecord(attempt=one, trainer=machine, packmates=beside.get(one.claim_id, [])) for one in attempts
+            AttemptRecord(attempt=one, trainer=machine, packmates=packmates_by_claim.get(one.claim_id, []))
+            for one in attempts
         ],
         results={
             "steps": NUM_STEPS,
@@ -381,7 +382,7 @@ def _record(
 
 
 def another_project(seeded: Seeded) -> Seeded:
-    """The same service as seen by a project beside, which has one file of its own."""
+    """Return the service as seen by another project, which has one file."""
     project = projects.ensure(seeded.db, "others")
     _, secret = authentication.create(seeded.db, project_id=project.id, name="theirs", pepper=seeded.pepper)
     caller = authentication.authenticate(seeded.db, secret=secret, pepper=seeded.pepper)

@@ -1,4 +1,4 @@
-"""The real api over a seeded data folder, in a child process on loopback."""
+"""The real API server over a seeded data directory, in a child process on loopback."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.dashboard.seed import Seeded
 START_SECONDS = 60
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["api.__main__", "api.server"])
-"""Each child is forked from one process that has imported the api, which takes a hundred times as long as all else."""
+"""Each child is forked from a process that has imported the API server, because that import dominates a start."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Service:
-    """Where the api answers, and the catalog behind it."""
+    """A running API server and its catalog."""
 
     url: str
     port: int
@@ -54,14 +54,14 @@ class Service:
         return f"{self.url}/dashboard/#/sign-in/{token}"
 
     def link_of_another_project(self, name: str) -> str:
-        """What anybody with a key can send to somebody else."""
+        """Return a sign-in link of another project, as an attacker with a key could send it."""
         project = projects.ensure(self.seeded.db, name)
         key, _ = authentication.create(self.seeded.db, project_id=project.id, name="lure", pepper=self.seeded.pepper)
         token = authentication.create_sign_in_link(self.seeded.db, api_key_id=key.id, pepper=self.seeded.pepper)
         return f"{self.url}/dashboard/#/sign-in/{token}"
 
     def browser_secret(self) -> str:
-        """What a signed-in browser holds in its cookie."""
+        """Return the session cookie of a signed-in browser."""
         token = self.sign_in_link().partition("#/sign-in/")[2]
         return authentication.exchange_sign_in(self.seeded.db, token=token, pepper=self.seeded.pepper)
 
@@ -70,7 +70,7 @@ class Service:
         return next(job for job in known if job.suffix == suffix)
 
     def address(self, place: str) -> str:
-        """The same place with the id of the job, or of its adapter, in place of its suffix."""
+        """Return `place` with a job's suffix replaced by the id of the job or the name of its adapter."""
         kind, _, suffix = place.removeprefix("#/").partition("/")
         if not suffix:
             return place
@@ -90,7 +90,7 @@ class Service:
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
-        raise AssertionError(f"The api did not start.\n{self.log()}")
+        raise AssertionError(f"The API server did not start.\n{self.log()}")
 
 
 @contextmanager
@@ -106,13 +106,13 @@ def serving(seeded: Seeded) -> Iterator[Service]:
 
 
 def _serve(data_dir: Path, port: int) -> None:
-    """In the child: what `python -m api serve` does."""
+    """Run `python -m api serve` in the child process."""
     with (data_dir / "api.log").open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     os.environ["LORRY_DATA_DIR"] = str(data_dir)
 
-    from api.__main__ import main  # late: the process that tests run in has no need of it
+    from api.__main__ import main  # imported late: the test process does not need it
 
     sys.exit(main(["serve", "--host", "127.0.0.1", "--port", str(port)]))
 

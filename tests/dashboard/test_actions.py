@@ -1,4 +1,4 @@
-"""What a person can do from the pages: stop jobs, take adapters, check them."""
+"""Actions on the pages: pause and cancel jobs, download adapters and verify them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_a_job_is_paused_only_after_the_question_was_answered(fresh: Service, visit: Visit) -> None:
+def test_pausing_a_job_requires_confirmation(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "to-pause")
     visitor = visit(fresh)
     visitor.open(f"#/jobs/{job.id}")
@@ -31,7 +31,7 @@ def test_a_job_is_paused_only_after_the_question_was_answered(fresh: Service, vi
     assert _state(fresh, job.id) == "paused"
 
 
-def test_a_running_job_shows_that_its_cancellation_was_asked_for(fresh: Service, visit: Visit) -> None:
+def test_running_job_shows_its_requested_cancellation(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "to-cancel")
     seed.prepare(fresh.seeded)
     seed.claim(fresh.seeded)
@@ -46,7 +46,7 @@ def test_a_running_job_shows_that_its_cancellation_was_asked_for(fresh: Service,
     assert commands.get(fresh.seeded.db, project_id=fresh.seeded.caller.project_id, job_id=job.id).cancel_requested
 
 
-def test_an_adapter_is_downloaded_as_one_archive(filled: Service, visit: Visit, tmp_path: Path) -> None:
+def test_adapter_is_downloaded_as_one_archive(filled: Service, visit: Visit, tmp_path: Path) -> None:
     visitor = visit(filled)
     visitor.open(filled.address("#/adapters/docstrings-r16"))
 
@@ -77,16 +77,16 @@ def test_verify_now_reads_every_byte_again(fresh: Service, visit: Visit) -> None
     assert "All files match the manifest" in first
 
 
-def test_a_lineage_record_can_be_read_and_taken_as_it_is(filled: Service, visit: Visit) -> None:
+def test_lineage_record_is_shown_formatted_and_as_json(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
     visitor.open(filled.address("#/adapters/docstrings-r16"))
 
-    told = visitor.page.get_by_role("region", name="Lineage").locator("dl").first.inner_text()
+    summary = visitor.page.get_by_role("region", name="Lineage").locator("dl").first.inner_text()
     visitor.page.get_by_text("results", exact=True).click()
     visitor.page.get_by_text("Loss log", exact=False).wait_for()
     visitor.page.get_by_text("The record as JSON").click()
 
-    assert "240 steps, 81\u202f240 tokens" in told
+    assert "240 steps, 81\u202f240 tokens" in summary
     assert '"format": "lorry.lineage/1"' in visitor.page.locator(".raw pre").inner_text()
 
 

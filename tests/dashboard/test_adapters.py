@@ -1,4 +1,4 @@
-"""The page of an adapter: what its lineage tells."""
+"""The lineage on the page of an adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_a_lineage_tells_the_license_of_the_base_and_the_names_of_the_files(fresh: Service, visit: Visit) -> None:
+def test_lineage_shows_the_base_model_license_and_file_names(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "recorded")
     seed.prepare(fresh.seeded)
     adapter_id = seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
@@ -19,13 +19,13 @@ def test_a_lineage_tells_the_license_of_the_base_and_the_names_of_the_files(fres
 
     lineage = visitor.page.get_by_role("region", name="Lineage")
     lineage.get_by_text("signatures-train.jsonl", exact=False).wait_for()
-    told = lineage.inner_text().split("\n")
-    assert told[told.index("Base model license") + 1] == "apache-2.0"
+    lines = lineage.inner_text().split("\n")
+    assert lines[lines.index("Base model license") + 1] == "apache-2.0"
     assert f"signatures-train.jsonl {fresh.seeded.training.id}, 320 rows" in lineage.inner_text()
     assert f"{fresh.seeded.validation.id}, 96 rows" in lineage.inner_text()
 
 
-def test_a_lineage_tells_how_several_devices_held_the_base(fresh: Service, visit: Visit) -> None:
+def test_lineage_shows_how_several_devices_held_the_base_model(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "sharded")
     seed.prepare(fresh.seeded)
     of_four = {"device": "cuda:0", "num_processes": 4, "strategy": "fsdp2"}

@@ -1,4 +1,4 @@
-"""The curves on a job's page: their labels, their styles, and the same in words and as a table."""
+"""The charts on the page of a job: labels, line styles, text summaries and tables."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
 """
 
 
-def test_a_curves_labels_are_whole_however_long_its_numbers_are(filled: Service, visit: Visit) -> None:
+def test_chart_labels_are_not_cut_off(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, width=390)
     visitor.page.add_init_script(RECORD_TEXTS)
     rates = [0.00011 + step * 1.5e-7 for step in range(60)]
     points = [{"step": step, "loss": 1.0, "kind": "train", "learning_rate": rate} for step, rate in enumerate(rates)]
     curve = {"object": "list", "data": points, "has_more": False}
     visitor.page.route("**/metrics?kind=train", lambda route: route.fulfill(json=curve))
-    visitor.page.route("**/stream", lambda route: route.abort())  # else it brings the job's own points as well
+    visitor.page.route("**/stream", lambda route: route.abort())  # otherwise the stream adds the job's own points
 
     visitor.open(filled.address("#/jobs/titles-r16"))
     visitor.page.locator("figure").filter(has_text="Learning rate").locator("canvas").wait_for()
@@ -47,7 +47,7 @@ def test_a_curves_labels_are_whole_however_long_its_numbers_are(filled: Service,
     assert [text for text, left in texts if left < 0] == []
 
 
-def test_a_chart_has_a_sentence_and_a_table_that_say_the_same(filled: Service, visit: Visit) -> None:
+def test_chart_summary_and_table_agree(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
     visitor.open(filled.address("#/jobs/docstrings-r16"))
 
@@ -61,7 +61,7 @@ def test_a_chart_has_a_sentence_and_a_table_that_say_the_same(filled: Service, v
     assert f"to {last[1]} at step 240" in summary
 
 
-def test_the_held_out_curve_is_told_from_the_others_without_its_color(filled: Service, visit: Visit) -> None:
+def test_validation_curve_is_recognizable_without_color(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, scheme="dark")
     visitor.page.add_init_script(RECORD_DASHES)
 
@@ -69,10 +69,10 @@ def test_the_held_out_curve_is_told_from_the_others_without_its_color(filled: Se
 
     chart = visitor.page.get_by_role("figure").filter(has_text="Cross-entropy")
     expect(chart.locator(".key")).to_have_count(3)
-    train, smoothed, held_out = (chart.locator(".key").nth(index) for index in range(3))
-    assert [key.inner_text().split()[0] for key in (train, smoothed, held_out)] == ["train", "smoothed", "validation"]
-    assert [_line_style(key) for key in (train, smoothed, held_out)] == ["1px none", "2.5px none", "2.5px 5px, 3.5px"]
-    assert [key.locator("circle").count() for key in (train, smoothed, held_out)] == [0, 0, 1]
+    train, smoothed, valid = (chart.locator(".key").nth(index) for index in range(3))
+    assert [key.inner_text().split()[0] for key in (train, smoothed, valid)] == ["train", "smoothed", "validation"]
+    assert [_line_style(key) for key in (train, smoothed, valid)] == ["1px none", "2.5px none", "2.5px 5px, 3.5px"]
+    assert [key.locator("circle").count() for key in (train, smoothed, valid)] == [0, 0, 1]
     assert visitor.page.evaluate("window.dashes.some((dash) => dash.length > 0)")
 
 

@@ -1,4 +1,4 @@
-"""The log of a job: its messages in few requests however long it trained, its points when they are asked for."""
+"""The event log of a job: messages with few requests, and metrics on request."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from tests.dashboard.visitor import Visitor
 SECOND_PAGE = "**/events?*after=*"
 
 
-def test_the_first_message_takes_one_request_however_many_points_came_after_it(fresh: Service, visit: Visit) -> None:
+def test_first_message_takes_one_request_despite_many_points(fresh: Service, visit: Visit) -> None:
     job_id = _trained(fresh, messages=["The very first word."], points=420)
-    visitor, asked = _without_stream(fresh, visit)
+    visitor, urls = _without_stream(fresh, visit)
 
     visitor.open(f"#/jobs/{job_id}")
 
     visitor.page.get_by_text("The very first word.").wait_for()
     expect(visitor.page.get_by_role("button", name="Older events")).to_have_count(0)
     visitor.page.wait_for_load_state("networkidle")
-    assert len(asked) == 1
-    assert "type=message" in asked[0]
+    assert len(urls) == 1
+    assert "type=message" in urls[0]
 
 
-def test_older_messages_are_read_from_where_the_last_look_ended(fresh: Service, visit: Visit) -> None:
+def test_older_messages_continue_from_the_last_page(fresh: Service, visit: Visit) -> None:
     job_id = _trained(fresh, messages=[f"word {number}" for number in range(450)], points=0)
-    visitor, asked = _without_stream(fresh, visit)
+    visitor, urls = _without_stream(fresh, visit)
     visitor.open(f"#/jobs/{job_id}")
     visitor.page.get_by_text("word 200", exact=True).wait_for()
     expect(visitor.page.get_by_text("word 100", exact=True)).to_have_count(0)
-    asked.clear()
+    urls.clear()
 
     visitor.page.get_by_role("button", name="Older events").click()
 
     visitor.page.get_by_text("word 0", exact=True).wait_for()
     expect(visitor.page.get_by_role("button", name="Older events")).to_have_count(0)
-    assert all("after=" in address for address in asked)
-    assert len(asked) == 2
+    assert all("after=" in address for address in urls)
+    assert len(urls) == 2
 
 
-def test_points_are_shown_when_they_are_asked_for_without_gaps(fresh: Service, visit: Visit) -> None:
+def test_metrics_are_shown_on_request_without_gaps(fresh: Service, visit: Visit) -> None:
     job_id = _trained(fresh, messages=["The very first word."], points=420)
     visitor, _ = _without_stream(fresh, visit)
     visitor.open(f"#/jobs/{job_id}")
@@ -60,12 +60,12 @@ def test_points_are_shown_when_they_are_asked_for_without_gaps(fresh: Service, v
     visitor.page.get_by_text("The very first word.").wait_for()
 
 
-def test_a_look_that_fails_half_way_leaves_no_gap_when_it_is_tried_again(fresh: Service, visit: Visit) -> None:
+def test_retry_after_a_failed_page_leaves_no_gap(fresh: Service, visit: Visit) -> None:
     job_id, claim_id = _running(fresh)
-    _say(fresh, claim_id, range(100))
+    _record_words(fresh, claim_id, range(100))
     page, log = _log(fresh, visit, job_id)
     log.evaluate("(log) => log.refresh()")
-    _say(fresh, claim_id, range(100, 350))
+    _record_words(fresh, claim_id, range(100, 350))
 
     page.route(SECOND_PAGE, lambda route: route.abort())
     assert log.evaluate("(log) => log.refresh().then(() => 'whole', () => 'failed')") == "failed"
@@ -75,13 +75,13 @@ def test_a_look_that_fails_half_way_leaves_no_gap_when_it_is_tried_again(fresh: 
     assert _words(log) == list(range(350))
 
 
-def test_looks_at_both_ends_at_once_leave_no_gap_between_them(fresh: Service, visit: Visit) -> None:
+def test_concurrent_reads_at_both_ends_leave_no_gap(fresh: Service, visit: Visit) -> None:
     job_id, claim_id = _running(fresh)
-    _say(fresh, claim_id, range(350))
+    _record_words(fresh, claim_id, range(350))
     page, log = _log(fresh, visit, job_id)
     log.evaluate("(log) => log.refresh()")
     oldest = log.evaluate("(log) => log.oldest")
-    _say(fresh, claim_id, range(350, 670))
+    _record_words(fresh, claim_id, range(350, 670))
     late: list[Route] = []
 
     def hold(route: Route) -> None:
@@ -99,19 +99,19 @@ def test_looks_at_both_ends_at_once_leave_no_gap_between_them(fresh: Service, vi
 
 
 def _running(service: Service) -> tuple[str, str]:
-    """The ids of a job and of its claim."""
+    """Start a job. Returns its id and the id of its claim."""
     job = seed.submit(service.seeded, "long")
     seed.prepare(service.seeded)
     return job.id, seed.claim(service.seeded)[job.id]
 
 
-def _say(service: Service, claim_id: str, numbers: range) -> None:
+def _record_words(service: Service, claim_id: str, numbers: range) -> None:
     for number in numbers:
         recording.record_event(service.seeded.db, claim_id, "info", f"word {number}")
 
 
 def _log(service: Service, visit: Visit, job_id: str) -> tuple[Page, JSHandle]:
-    """A tab, and in it a log of the job that no stream and no page moves along."""
+    """Return a tab, and an event log in it that neither a stream nor a page updates."""
     visitor = visit(service)
     visitor.open("#/workers")
     make = "async (path) => new (await import('/dashboard/js/event_log.js')).EventLog(path)"
@@ -119,13 +119,13 @@ def _log(service: Service, visit: Visit, job_id: str) -> tuple[Page, JSHandle]:
 
 
 def _words(log: JSHandle) -> list[int]:
-    """The numbers of the words that it shows, oldest first."""
+    """Return the numbers of the shown messages, oldest first."""
     shown: list[str] = log.evaluate("(log) => log.shown().map((event) => event.message)")
     return [int(message.removeprefix("word ")) for message in reversed(shown) if message.startswith("word ")]
 
 
 def _trained(service: Service, *, messages: list[str], points: int) -> str:
-    """A job that has ended, with these words and then so many points in its log; its id."""
+    """Create a succeeded job whose log has these messages, then `points` metrics events. Returns its id."""
     job = seed.submit(service.seeded, "long")
     seed.prepare(service.seeded)
     claim_id = seed.claim(service.seeded)[job.id]
@@ -138,9 +138,9 @@ def _trained(service: Service, *, messages: list[str], points: int) -> str:
 
 
 def _without_stream(service: Service, visit: Visit) -> tuple[Visitor, list[str]]:
-    """A tab to which the job's stream stays silent, and the requests for events that it makes."""
+    """Return a tab without the job's stream, and the URLs of the events that it requests."""
     visitor = visit(service)
-    asked: list[str] = []
+    urls: list[str] = []
     visitor.page.route("**/stream", lambda route: route.fulfill(status=204))
-    visitor.page.on("request", lambda request: asked.append(request.url) if "/events" in request.url else None)
-    return visitor, asked
+    visitor.page.on("request", lambda request: urls.append(request.url) if "/events" in request.url else None)
+    return visitor, urls

@@ -1,4 +1,4 @@
-"""The page of files: what each holds, sending one, being told what is wrong with it, deleting one."""
+"""The page of files: data reports, uploads, rejected files, downloads and deletion."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GOOD = json.dumps({"messages": [{"role": "user", "content": "2 + 2?"}, {"role": 
 BAD = ['{"messages": "none"}', '{"messages": [], "prompt": "2 + 2?"}']
 
 
-def test_a_file_tells_its_purpose_size_rows_and_what_was_found_in_it(filled: Service, visit: Visit) -> None:
+def test_file_shows_purpose_size_rows_and_data_report(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open("#/files")
 
     row = visitor.page.get_by_role("row").filter(has_text="signatures-train.jsonl")
     expect(row).to_contain_text("2 rows truncated to 4\u202f096 tokens")
-    told = row.inner_text()
+    shown = row.inner_text()
     for word in (
         "fine-tune",
         "kB",
@@ -35,10 +35,10 @@ def test_a_file_tells_its_purpose_size_rows_and_what_was_found_in_it(filled: Ser
         "used by 11 jobs",
         filled.seeded.training.id[:14],
     ):
-        assert word in told
+        assert word in shown
 
 
-def test_what_was_found_is_told_after_the_base_that_counted_it_was_deleted(fresh: Service, visit: Visit) -> None:
+def test_data_report_remains_after_its_base_model_is_deleted(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "done")
     seed.prepare(fresh.seeded)
     seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
@@ -52,7 +52,7 @@ def test_what_was_found_is_told_after_the_base_that_counted_it_was_deleted(fresh
     row.get_by_text(f"for {seed.BASE} (deleted)").wait_for()
 
 
-def test_a_report_that_can_not_be_read_is_an_error_in_its_cell(fresh: Service, visit: Visit) -> None:
+def test_unreadable_data_report_shows_an_error(fresh: Service, visit: Visit) -> None:
     seed.submit(fresh.seeded, "reads-it")
     visitor = visit(fresh)
     visitor.page.route("**/report?*", lambda route: route.fulfill(status=500, body="{}"))
@@ -63,7 +63,7 @@ def test_a_report_that_can_not_be_read_is_an_error_in_its_cell(fresh: Service, v
     row.get_by_text("Couldn't load the data report: The service responded with status 500").wait_for()
 
 
-def test_a_file_tells_among_how_many_jobs_its_own_were_counted(fresh: Service, visit: Visit) -> None:
+def test_file_shows_among_how_many_jobs_its_uses_were_counted(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
     old = seed.upload(seeded.db, seeded.store, seeded.settings, seed.projects.ensure(seeded.db), "old.jsonl", 1)
     seed.submit(fresh.seeded, "oldest", training_file=old.id)
@@ -74,12 +74,12 @@ def test_a_file_tells_among_how_many_jobs_its_own_were_counted(fresh: Service, v
     for number in range(100):
         seed.submit(fresh.seeded, f"newer-{number}")
 
-    for name, told in (("old.jsonl", "none"), ("signatures-train.jsonl", "100")):
+    for name, shown in (("old.jsonl", "none"), ("signatures-train.jsonl", "100")):
         row = visitor.page.get_by_role("row").filter(has_text=name)
-        row.get_by_text(f"used by {told} of the newest 100 jobs", exact=True).wait_for()
+        row.get_by_text(f"used by {shown} of the newest 100 jobs", exact=True).wait_for()
 
 
-def test_a_file_is_uploaded_with_the_keyboard_and_appears(fresh: Service, visit: Visit, tmp_path: Path) -> None:
+def test_file_is_uploaded_with_the_keyboard(fresh: Service, visit: Visit, tmp_path: Path) -> None:
     visitor = visit(fresh)
     visitor.open("#/files")
     visitor.page.get_by_label("File", exact=True).set_input_files(_written(tmp_path, [GOOD, GOOD]))
@@ -88,13 +88,13 @@ def test_a_file_is_uploaded_with_the_keyboard_and_appears(fresh: Service, visit:
     visitor.page.keyboard.press("Enter")
 
     visitor.page.get_by_role("row").filter(has_text="sums.jsonl").wait_for()
-    told = visitor.page.locator("[aria-live]").filter(has_text="sums.jsonl was uploaded: 2 rows")
-    expect(told).to_have_count(1)
+    shown = visitor.page.locator("[aria-live]").filter(has_text="sums.jsonl was uploaded: 2 rows")
+    expect(shown).to_have_count(1)
     assert _names(fresh)[0] == "sums.jsonl"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_a_refused_file_is_told_line_by_line_and_the_field_has_the_focus(
+def test_rejected_file_lists_its_lines_and_focuses_the_field(
     fresh: Service, visit: Visit, tmp_path: Path, width: int, scheme: str
 ) -> None:
     visitor = visit(fresh, width=width, scheme=scheme)
@@ -113,7 +113,7 @@ def test_a_refused_file_is_told_line_by_line_and_the_field_has_the_focus(
     expect(alert.get_by_role("paragraph").last).to_have_text("Correct these lines, then upload the file again.")
     expect(visitor.page.get_by_label("File", exact=True)).to_be_focused()
     assert _description(visitor.page) == "upload-error"
-    assert _names(fresh) == _names_at_first(fresh)
+    assert _names(fresh) == _initial_names(fresh)
     visitor.assert_fits()
     visitor.assert_accessible()
 
@@ -127,7 +127,7 @@ def test_upload_without_a_file_asks_for_one(fresh: Service, visit: Visit) -> Non
     expect(visitor.page.get_by_role("alert")).to_contain_text("Select a file first.")
 
 
-def test_a_file_for_another_purpose_is_not_read_line_by_line(fresh: Service, visit: Visit, tmp_path: Path) -> None:
+def test_file_for_another_purpose_is_not_validated(fresh: Service, visit: Visit, tmp_path: Path) -> None:
     visitor = visit(fresh)
     visitor.open("#/files")
     visitor.page.get_by_label("File", exact=True).set_input_files(_written(tmp_path, ["not json"]))
@@ -139,13 +139,13 @@ def test_a_file_for_another_purpose_is_not_read_line_by_line(fresh: Service, vis
     expect(row).to_contain_text("user_data")
 
 
-def test_a_file_is_deleted_only_after_the_question_was_answered(fresh: Service, visit: Visit) -> None:
+def test_deleting_a_file_requires_confirmation(fresh: Service, visit: Visit) -> None:
     visitor = visit(fresh)
     visitor.open("#/files")
 
     visitor.page.get_by_role("button", name="Delete signatures-train.jsonl").click()
     visitor.page.get_by_role("button", name="Keep the file").click()
-    assert _names(fresh) == _names_at_first(fresh)
+    assert _names(fresh) == _initial_names(fresh)
     visitor.page.get_by_role("button", name="Delete signatures-train.jsonl").click()
     visitor.page.get_by_role("button", name="Delete the file").click()
 
@@ -153,7 +153,7 @@ def test_a_file_is_deleted_only_after_the_question_was_answered(fresh: Service, 
     assert _names(fresh) == ["signatures-held-out.jsonl"]
 
 
-def test_a_file_that_a_job_reads_is_kept_and_the_page_says_why(fresh: Service, visit: Visit) -> None:
+def test_file_in_use_is_kept_with_an_explanation(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "reads-it")
     visitor = visit(fresh)
     visitor.open("#/files")
@@ -163,10 +163,10 @@ def test_a_file_that_a_job_reads_is_kept_and_the_page_says_why(fresh: Service, v
 
     alert = visitor.page.get_by_role("alert").filter(has_text=f"in use by job {job.id}")
     expect(alert).to_contain_text("cancel it")
-    assert _names(fresh) == _names_at_first(fresh)
+    assert _names(fresh) == _initial_names(fresh)
 
 
-def test_a_file_is_downloaded_as_it_was_sent(filled: Service, visit: Visit, tmp_path: Path) -> None:
+def test_file_is_downloaded_unchanged(filled: Service, visit: Visit, tmp_path: Path) -> None:
     visitor = visit(filled)
     visitor.open("#/files")
 
@@ -177,7 +177,7 @@ def test_a_file_is_downloaded_as_it_was_sent(filled: Service, visit: Visit, tmp_
     assert len((tmp_path / "taken").read_text().splitlines()) == 320
 
 
-def test_older_files_are_read_on_request_and_stay_while_a_job_counts_them(fresh: Service, visit: Visit) -> None:
+def test_older_files_load_on_request_and_stay_during_updates(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
     project = seed.projects.ensure(seeded.db)
     for number in range(31):
@@ -197,7 +197,7 @@ def test_older_files_are_read_on_request_and_stay_while_a_job_counts_them(fresh:
     expect(visitor.page.locator("tbody tr")).to_have_count(33)
 
 
-def test_without_files_the_page_names_the_command_that_sends_one(fresh: Service, visit: Visit) -> None:
+def test_empty_page_names_the_upload_command(fresh: Service, visit: Visit) -> None:
     for file in (fresh.seeded.training, fresh.seeded.validation):
         files.delete(fresh.seeded.db, project_id=fresh.seeded.caller.project_id, file_id=file.id)
     visitor = visit(fresh)
@@ -219,7 +219,7 @@ def _names(service: Service) -> list[str]:
     return [file.filename for file in page.items]
 
 
-def _names_at_first(service: Service) -> list[str]:
+def _initial_names(service: Service) -> list[str]:
     return [service.seeded.validation.filename, service.seeded.training.filename]
 
 

@@ -1,4 +1,4 @@
-"""Whatever people and machines put into names and messages is shown as text and does nothing."""
+"""Markup in names and messages is shown as text and has no effect."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_markup_in_file_names_labels_events_and_errors_stays_text(fresh: Service
     visitor.assert_fits()
 
 
-def test_a_very_long_name_does_not_break_the_list(fresh: Service, visit: Visit) -> None:
+def test_very_long_name_does_not_break_the_list(fresh: Service, visit: Visit) -> None:
     seed.submit(fresh.seeded, "w" * 64)
     visitor = visit(fresh, width=390)
 

@@ -1,4 +1,4 @@
-"""A job's own page, and what it and the list both tell of one job."""
+"""The page of a job, and the values that the page and the list both show."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_the_result_of_a_job_is_the_held_out_loss_of_the_step_that_is_kept(fresh: Service, visit: Visit) -> None:
+def test_result_is_the_validation_loss_of_the_kept_step(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "best", evaluation={"keep": "best", "samples": {"prompts": ["How cold?"]}})
     seed.prepare(fresh.seeded)
     claim_id = seed.claim(fresh.seeded)[job.id]
@@ -36,7 +36,7 @@ def test_the_result_of_a_job_is_the_held_out_loss_of_the_step_that_is_kept(fresh
     assert run.get_by_role("row", name="sample prompts").inner_text().split("\t")[1:] == ['"How cold?"'] * 2
 
 
-def test_the_time_that_a_job_took_is_that_on_a_worker(fresh: Service, visit: Visit) -> None:
+def test_job_duration_excludes_waiting_time(fresh: Service, visit: Visit) -> None:
     job_id = _done_after_waiting(fresh, waited=7200, ran=95)
     visitor = visit(fresh)
 
@@ -48,7 +48,7 @@ def test_the_time_that_a_job_took_is_that_on_a_worker(fresh: Service, visit: Vis
     visitor.page.get_by_role("region", name="Progress").get_by_text("took 1 min 35 s").wait_for()
 
 
-def test_a_failed_job_tells_what_went_wrong_and_what_to_do(filled: Service, visit: Visit) -> None:
+def test_failed_job_shows_its_error_and_remedy(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open(filled.address("#/jobs/hot-lr"))
@@ -56,7 +56,7 @@ def test_a_failed_job_tells_what_went_wrong_and_what_to_do(filled: Service, visi
     assert "The loss became NaN at step 38. Lower the learning rate" in visitor.text()
 
 
-def test_an_attempt_that_goes_on_has_the_state_running(filled: Service, visit: Visit) -> None:
+def test_current_attempt_has_the_state_running(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open(filled.address("#/jobs/titles-r16"))
@@ -69,7 +69,7 @@ def test_an_attempt_that_goes_on_has_the_state_running(filled: Service, visit: V
     expect(state).to_have_text("diverged", use_inner_text=True)
 
 
-def test_epochs_are_counted_in_rows_where_max_steps_ends_the_job_first(fresh: Service, visit: Visit) -> None:
+def test_epochs_are_fractional_if_max_steps_ends_the_job_first(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "short", max_steps=60)
     seed.prepare(fresh.seeded, num_steps=60)
     claim_id = seed.claim(fresh.seeded)[job.id]
@@ -86,28 +86,30 @@ def test_epochs_are_counted_in_rows_where_max_steps_ends_the_job_first(fresh: Se
         "0.75 of 3 (max_steps)",
     ]
     visitor.open("#/jobs")
-    assert "epoch 0.38" in visitor.page.get_by_role("row").filter(has_text="short").inner_text()  # as the worker counts
+    assert (
+        "epoch 0.38" in visitor.page.get_by_role("row").filter(has_text="short").inner_text()
+    )  # as the worker reports it
 
 
-def test_the_epoch_is_that_which_the_worker_counts_and_never_beyond_the_last(fresh: Service, visit: Visit) -> None:
+def test_epoch_is_the_workers_count_capped_at_the_last_epoch(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "odd-batches")
     seed.prepare(fresh.seeded)
     claim_id = seed.claim(fresh.seeded)[job.id]
-    told = {"step": 120, "num_steps": seed.NUM_STEPS, "epoch": 1.234}  # by its steps it would be 1.5
-    recording.record_progress(fresh.seeded.db, claim_id, told)
+    progress = {"step": 120, "num_steps": seed.NUM_STEPS, "epoch": 1.234}  # the steps alone would give 1.5
+    recording.record_progress(fresh.seeded.db, claim_id, progress)
     visitor = visit(fresh)
     visitor.open("#/jobs")
     row = visitor.page.get_by_role("row").filter(has_text="odd-batches")
     row.get_by_text("epoch 1.23", exact=True).wait_for()
 
-    recording.record_progress(fresh.seeded.db, claim_id, {**told, "step": seed.NUM_STEPS, "epoch": 3.2})
+    recording.record_progress(fresh.seeded.db, claim_id, {**progress, "step": seed.NUM_STEPS, "epoch": 3.2})
 
     row.get_by_text("epoch 3.00", exact=True).wait_for()
     visitor.open(f"#/jobs/{job.id}")
     visitor.page.get_by_text("epoch 3.00 of 3").wait_for()
 
 
-def test_a_job_page_shows_what_was_asked_for_beside_what_it_came_to(filled: Service, visit: Visit) -> None:
+def test_job_page_shows_requested_and_resolved_values(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open(filled.address("#/jobs/titles-r16"))
@@ -118,7 +120,7 @@ def test_a_job_page_shows_what_was_asked_for_beside_what_it_came_to(filled: Serv
     visitor.page.get_by_text("signatures-train.jsonl").wait_for()
 
 
-def test_a_job_page_links_to_the_jobs_it_trained_together_with(filled: Service, visit: Visit) -> None:
+def test_job_page_links_to_packmates(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
     visitor.open(filled.address("#/jobs/titles-r16"))
 
@@ -127,7 +129,7 @@ def test_a_job_page_links_to_the_jobs_it_trained_together_with(filled: Service, 
     visitor.page.get_by_role("heading", name="titles-r8", level=1).wait_for()
 
 
-def test_an_unknown_job_is_an_error_with_a_remedy(filled: Service, visit: Visit) -> None:
+def test_unknown_job_shows_an_error_with_a_remedy(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open("#/jobs/ftjob-nothing")
@@ -139,7 +141,7 @@ def test_an_unknown_job_is_an_error_with_a_remedy(filled: Service, visit: Visit)
 
 
 def _done_after_waiting(service: Service, *, waited: float, ran: float) -> str:
-    """The id of a job that was made `waited` seconds before its only attempt, which lasted `ran`."""
+    """Create a job that waited `waited` seconds for its only attempt, which took `ran` seconds. Returns its id."""
     job = seed.submit(service.seeded, "waited-long")
     seed.prepare(service.seeded)
     claim_id = seed.claim(service.seeded)[job.id]

@@ -1,4 +1,4 @@
-"""The list of jobs: what each row tells, counts, and filters."""
+"""The list of jobs: row contents, counts and filters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_the_jobs_page_tells_state_progress_loss_and_when_each_is_done(filled: Service, visit: Visit) -> None:
+def test_row_shows_state_progress_loss_and_remaining_time(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open("#/jobs")
@@ -23,7 +23,7 @@ def test_the_jobs_page_tells_state_progress_loss_and_when_each_is_done(filled: S
     assert "2 min 47 s" in row.inner_text()
 
 
-def test_the_jobs_page_counts_the_paused_beside_the_running_and_the_waiting(filled: Service, visit: Visit) -> None:
+def test_tally_counts_running_waiting_paused_and_succeeded_jobs(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open("#/jobs")
@@ -32,22 +32,22 @@ def test_the_jobs_page_counts_the_paused_beside_the_running_and_the_waiting(fill
     assert re.fullmatch(r"\d+ running \d+ waiting 1 paused \d+ succeeded", tally)
 
 
-def test_the_jobs_page_tells_the_held_out_loss_beside_that_of_the_last_batch(filled: Service, visit: Visit) -> None:
+def test_row_shows_validation_and_training_loss(filled: Service, visit: Visit) -> None:
     progress = filled.job("titles-r16").progress or {}
     visitor = visit(filled)
 
     visitor.open("#/jobs")
 
     row = visitor.page.get_by_role("row").filter(has_text="titles-r16")
-    told = row.get_by_role("cell").nth(2).inner_text().split()
-    assert told == ["validation", f"{progress['valid_loss']:.3f}", "train", f"{progress['loss']:.3f}"]
+    cells = row.get_by_role("cell").nth(2).inner_text().split()
+    assert cells == ["validation", f"{progress['valid_loss']:.3f}", "train", f"{progress['loss']:.3f}"]
     assert (
         f"validation {progress['valid_loss']:.3f}"
         in visitor.page.get_by_role("region", name="Training now").inner_text()
     )
 
 
-def test_a_waiting_job_tells_why_it_waits(filled: Service, visit: Visit) -> None:
+def test_waiting_job_shows_why_it_waits(filled: Service, visit: Visit) -> None:
     seed.beat(filled.seeded)
     visitor = visit(filled)
 
@@ -58,7 +58,7 @@ def test_a_waiting_job_tells_why_it_waits(filled: Service, visit: Visit) -> None
     assert "2nd in the queue" in row.inner_text()
 
 
-def test_filters_narrow_the_list_and_stay_in_the_address(filled: Service, visit: Visit) -> None:
+def test_filters_narrow_the_list_and_persist_in_the_url(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
     visitor.open("#/jobs")
 

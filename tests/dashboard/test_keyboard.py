@@ -1,4 +1,4 @@
-"""The pages without a mouse: an order that makes sense, a focus that can be seen, and no trap."""
+"""Keyboard operation of the pages: a sensible order, a visible focus, and no focus trap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OUTLINE = "(({outlineStyle: a, outlineWidth: b}) => `${a} ${b}`)(getComputedStyl
 FOCUSED = "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText || '').trim()"
 
 
-def test_the_job_list_is_reached_filtered_and_left_with_the_keyboard_alone(filled: Service, visit: Visit) -> None:
+def test_job_list_is_usable_with_the_keyboard_alone(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
     visitor.open("#/jobs")
     visitor.page.get_by_role("link", name="docstrings-r16").wait_for()
@@ -26,7 +26,7 @@ def test_the_job_list_is_reached_filtered_and_left_with_the_keyboard_alone(fille
     assert visitor.page.title().endswith("Lorry")
 
 
-def test_the_skip_link_goes_past_the_navigation(filled: Service, visit: Visit) -> None:
+def test_skip_link_skips_the_navigation(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
     visitor.open("#/jobs")
 
@@ -36,7 +36,7 @@ def test_the_skip_link_goes_past_the_navigation(filled: Service, visit: Visit) -
     assert visitor.page.evaluate("document.activeElement.tagName") == "H1"
 
 
-def test_whatever_has_the_focus_can_be_seen_to_have_it(filled: Service, visit: Visit) -> None:
+def test_every_focused_element_has_a_visible_outline(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
     visitor.open("#/jobs")
     visitor.page.get_by_role("link", name="docstrings-r16").wait_for()

@@ -1,4 +1,4 @@
-"""What changes in the catalog appears by itself, is told to a screen reader, and survives an outage."""
+"""Changes in the catalog appear without a reload, are announced to screen readers, and survive an outage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_a_new_job_appears_in_the_list_without_a_reload(fresh: Service, visit: Visit) -> None:
+def test_new_job_appears_in_the_list_without_a_reload(fresh: Service, visit: Visit) -> None:
     visitor = visit(fresh)
     visitor.open("#/jobs")
     visitor.page.evaluate("window.sameDocument = true")
@@ -37,7 +37,7 @@ def test_progress_and_the_end_of_a_job_appear_in_the_list(fresh: Service, visit:
     expect(visitor.page.locator("[aria-live]").filter(has_text="moving is succeeded")).to_have_count(1)
 
 
-def test_curves_events_and_state_of_a_job_move_on_its_page(fresh: Service, visit: Visit) -> None:
+def test_job_page_updates_charts_events_and_state(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "moving")
     seed.prepare(fresh.seeded)
     claim_id = seed.claim(fresh.seeded)[job.id]
@@ -54,7 +54,7 @@ def test_curves_events_and_state_of_a_job_move_on_its_page(fresh: Service, visit
     visitor.page.get_by_text("The learning rate is high for this data.").wait_for()
 
 
-def test_an_answer_that_comes_late_does_not_take_a_job_back_to_where_it_was(fresh: Service, visit: Visit) -> None:
+def test_late_response_does_not_revert_a_job(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "moving")
     seed.prepare(fresh.seeded)
     claim_id = seed.claim(fresh.seeded)[job.id]
@@ -70,11 +70,11 @@ def test_an_answer_that_comes_late_does_not_take_a_job_back_to_where_it_was(fres
     for route, response in late:
         route.fulfill(response=response)
 
-    visitor.page.get_by_role("table", name="Attempts, newest first").wait_for()  # comes with the answer
+    visitor.page.get_by_role("table", name="Attempts, newest first").wait_for()  # appears with the late response
     expect(visitor.page.get_by_text("step 120 of 240")).to_be_visible()
 
 
-def test_a_finished_job_offers_its_adapter_without_a_reload(fresh: Service, visit: Visit) -> None:
+def test_finished_job_offers_its_adapter_without_a_reload(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "moving")
     seed.prepare(fresh.seeded)
     claim_id = seed.claim(fresh.seeded)[job.id]
@@ -88,7 +88,7 @@ def test_a_finished_job_offers_its_adapter_without_a_reload(fresh: Service, visi
     visitor.page.get_by_role("heading", name="Verification").wait_for()
 
 
-def test_a_lost_connection_is_shown_and_what_was_missed_is_read_afterwards(fresh: Service, visit: Visit) -> None:
+def test_lost_connection_is_shown_and_missed_changes_are_loaded(fresh: Service, visit: Visit) -> None:
     visitor = visit(fresh)
     visitor.open("#/jobs")
     visitor.page.get_by_text("Live", exact=True).wait_for()
@@ -100,4 +100,4 @@ def test_a_lost_connection_is_shown_and_what_was_missed_is_read_afterwards(fresh
 
     visitor.page.get_by_text("Live", exact=True).wait_for()
     visitor.page.get_by_role("link", name="came-meanwhile").wait_for()
-    visitor.problems.clear()  # the browser names each attempt to connect to the stopped service
+    visitor.problems.clear()  # the browser logs each failed connection to the stopped service

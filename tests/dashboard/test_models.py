@@ -1,4 +1,4 @@
-"""The page of base models: what each is, why one failed, and deleting one that nothing needs."""
+"""The page of base models: details, import errors and deletion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAILED = {
 }
 
 
-def test_a_base_tells_its_state_size_digest_and_what_was_made_of_it(filled: Service, visit: Visit) -> None:
+def test_base_model_shows_state_size_digest_and_adapters(filled: Service, visit: Visit) -> None:
     digest = base_models.get(filled.seeded.db, seed.BASE).digest or ""
     visitor = visit(filled)
 
@@ -27,30 +27,30 @@ def test_a_base_tells_its_state_size_digest_and_what_was_made_of_it(filled: Serv
 
     row = visitor.page.get_by_role("row").filter(has_text=seed.BASE)
     expect(row).to_contain_text("7 unfinished jobs")
-    told = row.inner_text()
+    shown = row.inner_text()
     for word in ("ready", "135 M", "up to 8\u202f192 tokens", digest[:12], "2 adapters of this project"):
-        assert word in told
+        assert word in shown
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_a_failed_import_tells_why_and_what_to_do(fresh: Service, visit: Visit, width: int, scheme: str) -> None:
+def test_failed_import_shows_error_and_remedy(fresh: Service, visit: Visit, width: int, scheme: str) -> None:
     _add(fresh, "llama-1b", error=FAILED)
     visitor = visit(fresh, width=width, scheme=scheme)
 
     visitor.open("#/models")
 
-    told = visitor.page.get_by_role("row").filter(has_text="llama-1b").inner_text()
-    assert "import failed" in told
-    assert FAILED["message"] in told
-    assert FAILED["remedy"] in told
+    shown = visitor.page.get_by_role("row").filter(has_text="llama-1b").inner_text()
+    assert "import failed" in shown
+    assert FAILED["message"] in shown
+    assert FAILED["remedy"] in shown
     visitor.assert_fits()
     visitor.assert_accessible()
 
 
-def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) -> None:
+def test_end_of_an_import_appears_without_a_reload(fresh: Service, visit: Visit) -> None:
     _add(fresh, "llama-1b")
     visitor = visit(fresh)
-    visitor.page.route("**/queue/stream*", lambda route: route.fulfill(status=204))  # no job moves
+    visitor.page.route("**/queue/stream*", lambda route: route.fulfill(status=204))  # no updates from the queue
     visitor.open("#/models")
     row = visitor.page.get_by_role("row").filter(has_text="llama-1b")
     row.get_by_text("importing").wait_for()
@@ -62,7 +62,7 @@ def test_the_end_of_an_import_appears_by_itself(fresh: Service, visit: Visit) ->
     row.get_by_text("import failed").wait_for()
 
 
-def test_a_base_is_deleted_with_the_keyboard_only_after_the_question_was_answered(fresh: Service, visit: Visit) -> None:
+def test_deleting_a_base_model_with_the_keyboard_requires_confirmation(fresh: Service, visit: Visit) -> None:
     _add(fresh, "llama-1b", error=FAILED)
     visitor = visit(fresh)
     visitor.open("#/models")
@@ -83,7 +83,7 @@ def test_a_base_is_deleted_with_the_keyboard_only_after_the_question_was_answere
     assert [base.name for base in base_models.list_all(fresh.seeded.db)] == [seed.BASE]
 
 
-def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, visit: Visit) -> None:
+def test_base_model_in_use_is_kept_with_an_explanation(fresh: Service, visit: Visit) -> None:
     job = seed.submit(fresh.seeded, "needs-it")
     visitor = visit(fresh)
     visitor.open("#/models")
@@ -97,7 +97,7 @@ def test_a_base_that_a_job_needs_is_kept_and_the_page_says_why(fresh: Service, v
     assert [base.name for base in base_models.list_all(fresh.seeded.db)] == [seed.BASE]
 
 
-def test_an_operator_sees_that_another_project_uses_a_base(fresh: Service, visit: Visit) -> None:
+def test_operator_sees_use_of_a_base_model_by_another_project(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
     others = seed.another_project(seeded)
     visitor = visit(fresh)
@@ -110,7 +110,7 @@ def test_an_operator_sees_that_another_project_uses_a_base(fresh: Service, visit
     row.get_by_text("1 unfinished job", exact=True).wait_for()
 
 
-def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visit) -> None:
+def test_only_operators_can_delete_a_base_model(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
     project_id = seeded.caller.project_id
     _, secret = authentication.create(
@@ -126,7 +126,7 @@ def test_only_operators_are_offered_to_delete_a_base(fresh: Service, visit: Visi
     expect(visitor.page.get_by_role("button", name="Delete")).to_have_count(0)
 
 
-def test_without_a_base_the_page_names_the_command_that_adds_one(fresh: Service, visit: Visit) -> None:
+def test_empty_page_names_the_add_command(fresh: Service, visit: Visit) -> None:
     base_models.delete(fresh.seeded.db, seed.BASE)
     visitor = visit(fresh)
 
@@ -137,7 +137,7 @@ def test_without_a_base_the_page_names_the_command_that_adds_one(fresh: Service,
 
 
 def _add(service: Service, name: str, *, error: dict[str, str] | None = None) -> None:
-    """A base that is being imported, or whose import has failed."""
+    """Add a base model whose import is running or has failed."""
     db = service.seeded.db
     base_models.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct")
     claim_id = claim_import_of(db, name)

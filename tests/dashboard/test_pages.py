@@ -1,4 +1,4 @@
-"""Every page, in both widths and both color schemes: it fits, it is accessible, and it keeps to the policy."""
+"""Every page fits its window, is accessible and follows the content security policy, in all layouts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PLACES = {
     "workers": "#/workers",
     "no such page": "#/nowhere",
 }
-LOOKS = [(1280, "light"), (390, "dark")]
-OTHER_LOOKS = [(1280, "dark"), (390, "light")]
+LAYOUTS = [(1280, "light"), (390, "dark")]
+OTHER_LAYOUTS = [(1280, "dark"), (390, "light")]
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("width", "scheme"), LOOKS)
-def test_a_page_fits_its_window_and_is_accessible(
+@pytest.mark.parametrize(("width", "scheme"), LAYOUTS)
+def test_page_fits_its_window_and_is_accessible(
     filled: Service, visit: Visit, place: str, width: int, scheme: str
 ) -> None:
     visitor = visit(filled, width=width, scheme=scheme)
@@ -39,8 +39,8 @@ def test_a_page_fits_its_window_and_is_accessible(
     visitor.assert_accessible()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [*OTHER_LOOKS, (320, "light"), (740, "dark"), (870, "light")])
-def test_no_page_is_wider_than_its_window_in_the_other_looks(
+@pytest.mark.parametrize(("width", "scheme"), [*OTHER_LAYOUTS, (320, "light"), (740, "dark"), (870, "light")])
+def test_no_page_is_wider_than_its_window_in_other_layouts(
     filled: Service, visit: Visit, width: int, scheme: str
 ) -> None:
     visitor = visit(filled, width=width, scheme=scheme)
@@ -51,10 +51,8 @@ def test_no_page_is_wider_than_its_window_in_the_other_looks(
         visitor.assert_fits()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [*LOOKS, *OTHER_LOOKS])
-def test_the_sign_in_page_fits_its_window_and_is_accessible(
-    filled: Service, visit: Visit, width: int, scheme: str
-) -> None:
+@pytest.mark.parametrize(("width", "scheme"), [*LAYOUTS, *OTHER_LAYOUTS])
+def test_sign_in_page_fits_its_window_and_is_accessible(filled: Service, visit: Visit, width: int, scheme: str) -> None:
     visitor = visit(filled, width=width, scheme=scheme, signed_in=False)
 
     visitor.open("#/jobs")
@@ -72,7 +70,7 @@ def test_the_sign_in_page_fits_its_window_and_is_accessible(
         ("#/adapters", "lorry jobs submit"),
     ],
 )
-def test_an_empty_page_names_the_next_command(fresh: Service, visit: Visit, place: str, command: str) -> None:
+def test_empty_page_names_the_next_command(fresh: Service, visit: Visit, place: str, command: str) -> None:
     visitor = visit(fresh)
 
     visitor.open(place)
@@ -81,7 +79,7 @@ def test_an_empty_page_names_the_next_command(fresh: Service, visit: Visit, plac
     visitor.assert_accessible()
 
 
-def test_the_chosen_colors_are_remembered(filled: Service, visit: Visit) -> None:
+def test_chosen_colors_are_remembered(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, scheme="light")
     visitor.open("#/jobs")
     button = visitor.page.get_by_role("button", name="Colors")

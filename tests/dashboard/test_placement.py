@@ -1,4 +1,4 @@
-"""How the devices of a group hold a base, where the pages tell it: of a job that trains or waits, and of a worker."""
+"""The placement of a base model on a device group, shown for running jobs, waiting jobs and workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 EACH = 2_400_000_000
-"""Bytes of each of four GPUs, which hold the small base divided, but not whole beside what CUDA and NCCL take."""
+"""Memory of each of four GPUs: enough for the sharded base model, too little for a replica, CUDA and NCCL."""
 
 
 def queued(service: Service, suffix: str) -> Job:
@@ -22,11 +22,11 @@ def queued(service: Service, suffix: str) -> Job:
 
 
 def fact(within: Locator, name: str) -> Locator:
-    """The value beside a name."""
+    """Return the value of a named fact."""
     return within.get_by_role("definition").and_(within.locator(f"dt:text-is('{name}') + dd"))
 
 
-def test_a_running_job_tells_how_its_base_is_divided_and_why(fresh: Service, visit: Visit) -> None:
+def test_running_job_shows_how_and_why_its_base_model_is_sharded(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
     job = queued(fresh, "sharded")
     seed.claim(fresh.seeded)
@@ -43,7 +43,7 @@ def test_a_running_job_tells_how_its_base_is_divided_and_why(fresh: Service, vis
     visitor.assert_accessible()
 
 
-def test_a_base_that_each_device_holds_whole_has_no_shares(fresh: Service, visit: Visit) -> None:
+def test_replicated_base_model_shows_no_shards(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(2, bytes_of_each=10**10), bytes_of_each=10**10)
     job = queued(fresh, "replicated")
     seed.claim(fresh.seeded)
@@ -57,7 +57,7 @@ def test_a_base_that_each_device_holds_whole_has_no_shares(fresh: Service, visit
     expect(fact(panel, "Blocks")).to_have_count(0)
 
 
-def test_a_waiting_job_tells_of_each_group_that_holds_it_until_it_trains(fresh: Service, visit: Visit) -> None:
+def test_waiting_job_shows_possible_placements_until_it_trains(fresh: Service, visit: Visit) -> None:
     for worker_id in ("worker-hall-1", "worker-hall-2"):
         device = seed.gpus(4, bytes_of_each=EACH, strategy="zero3")
         seed.register(fresh.seeded.db, device, bytes_of_each=EACH, worker_id=worker_id)
@@ -81,7 +81,7 @@ def test_a_waiting_job_tells_of_each_group_that_holds_it_until_it_trains(fresh: 
     expect(panel).to_have_count(0)
 
 
-def test_a_job_that_has_ended_is_on_no_devices(filled: Service, visit: Visit) -> None:
+def test_finished_job_shows_no_placement(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.open(filled.address("#/jobs/docstrings-r16"))
@@ -90,7 +90,7 @@ def test_a_job_that_has_ended_is_on_no_devices(filled: Service, visit: Visit) ->
     expect(visitor.page.get_by_role("region", name="Base model placement")).to_have_count(0)
 
 
-def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, visit: Visit) -> None:
+def test_worker_with_several_devices_shows_its_placement_strategy(fresh: Service, visit: Visit) -> None:
     seed.register(fresh.seeded.db, seed.gpus(4, bytes_of_each=EACH), bytes_of_each=EACH)
     report = {"capacity": {"max_jobs": 3, "memory_bytes_free": 10**8, "holding": "offloaded"}}
     digest = base_models.get(fresh.seeded.db, seed.BASE).digest
@@ -108,7 +108,7 @@ def test_a_worker_of_several_devices_tells_how_it_holds_bases(fresh: Service, vi
     visitor.assert_accessible()
 
 
-def test_a_worker_of_one_device_says_nothing_of_it(fresh: Service, visit: Visit) -> None:
+def test_worker_with_one_device_shows_no_placement_strategy(fresh: Service, visit: Visit) -> None:
     seed.beat(fresh.seeded)
     visitor = visit(fresh)
 
@@ -119,7 +119,7 @@ def test_a_worker_of_one_device_says_nothing_of_it(fresh: Service, visit: Visit)
     expect(fact(worker, "Placement strategy")).to_have_count(0)
 
 
-def test_a_worker_of_a_gang_holds_whole_bases_whatever_its_own_devices_are(fresh: Service, visit: Visit) -> None:
+def test_gang_worker_always_replicates_base_models(fresh: Service, visit: Visit) -> None:
     device = {**seed.gpus(4, bytes_of_each=EACH), "gang": "hall"}
     seed.register(fresh.seeded.db, device, bytes_of_each=EACH)
     visitor = visit(fresh)

@@ -1,4 +1,4 @@
-"""Coming in by a one-time link or with a key, and going out."""
+"""Signing in with a one-time link or a key, and signing out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_a_one_time_link_names_project_and_key_and_one_click_leads_to_the_jobs(filled: Service, visit: Visit) -> None:
+def test_one_time_link_names_project_and_key_and_signs_in(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, signed_in=False)
     link = filled.sign_in_link()
 
@@ -25,7 +25,7 @@ def test_a_one_time_link_names_project_and_key_and_one_click_leads_to_the_jobs(f
     assert visitor.page.locator("header .who").inner_text().endswith("default")
 
 
-def test_looking_at_a_link_does_not_use_it_up(filled: Service, visit: Visit) -> None:
+def test_previewing_a_link_does_not_use_it_up(filled: Service, visit: Visit) -> None:
     link = filled.sign_in_link()
     for _ in range(2):
         visit(filled, signed_in=False).page.goto(link)
@@ -38,7 +38,7 @@ def test_looking_at_a_link_does_not_use_it_up(filled: Service, visit: Visit) -> 
     visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
 
 
-def test_a_link_that_was_used_says_so_and_leads_to_the_form_for_a_key(filled: Service, visit: Visit) -> None:
+def test_used_link_is_explained_and_offers_the_key_form(filled: Service, visit: Visit) -> None:
     link = filled.sign_in_link()
     first = visit(filled, signed_in=False)
     first.page.goto(link)
@@ -53,7 +53,7 @@ def test_a_link_that_was_used_says_so_and_leads_to_the_form_for_a_key(filled: Se
     visitor.page.get_by_label("API key").wait_for()
 
 
-def test_a_link_of_somebody_else_replaces_no_session_unless_the_user_agrees(fresh: Service, visit: Visit) -> None:
+def test_foreign_link_replaces_a_session_only_with_consent(fresh: Service, visit: Visit) -> None:
     theirs = fresh.link_of_another_project("attacker")
     visitor = visit(fresh)
     visitor.open("#/jobs")
@@ -72,7 +72,7 @@ def test_a_link_of_somebody_else_replaces_no_session_unless_the_user_agrees(fres
     visitor.page.get_by_text("attacker").wait_for()
 
 
-def test_a_used_link_leaves_the_session_as_it_is(filled: Service, visit: Visit) -> None:
+def test_used_link_keeps_the_current_session(filled: Service, visit: Visit) -> None:
     visitor = visit(filled)
 
     visitor.page.goto(f"{filled.url}/dashboard/#/sign-in/used-already")
@@ -82,7 +82,7 @@ def test_a_used_link_leaves_the_session_as_it_is(filled: Service, visit: Visit) 
     visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
 
 
-def test_a_key_signs_in_and_leads_to_the_page_that_was_asked_for(filled: Service, visit: Visit) -> None:
+def test_key_signs_in_and_opens_the_requested_page(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, signed_in=False)
     visitor.open("#/workers")
 
@@ -93,7 +93,7 @@ def test_a_key_signs_in_and_leads_to_the_page_that_was_asked_for(filled: Service
     assert filled.seeded.api_key not in visitor.page.content()
 
 
-def test_a_wrong_key_is_told_with_a_remedy_and_the_field_keeps_the_focus(filled: Service, visit: Visit) -> None:
+def test_wrong_key_shows_an_error_and_keeps_the_focus(filled: Service, visit: Visit) -> None:
     visitor = visit(filled, signed_in=False)
     visitor.open("#/jobs")
 

@@ -1,4 +1,4 @@
-"""What is vendored is what its registry gave, and our own files keep to the policy under which they are served."""
+"""Vendored files match the published files, and our own files comply with the content security policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_vendored_file_has_the_digest_of_its_manifest(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("folder", VENDORS, ids=lambda folder: folder.name)
-def test_a_changed_vendored_file_becomes_the_published_one_when_its_replacements_are_undone(folder: Path) -> None:
+def test_vendored_file_without_its_replacements_matches_upstream(folder: Path) -> None:
     for file in [file for package in _manifest(folder) for file in package["files"] if "replacements" in file]:
         content = (folder / file["path"]).read_text()
         for published, ours in file["replacements"]:
@@ -50,14 +50,14 @@ def test_nothing_is_vendored_without_source_license_and_digest(folder: Path) -> 
         assert any("LICENSE" in file["upstream_path"] for file in package["files"])
 
 
-def test_every_import_is_a_relative_path_to_a_file_that_is_there() -> None:
+def test_every_import_is_a_relative_path_to_an_existing_file() -> None:
     for script in [*SCRIPTS, *(DASHBOARD / "vendor").glob("*.js")]:
         for target in IMPORT.findall(script.read_text()):
             assert target.startswith("."), f"{script.name} imports {target!r}, which a browser can't find"
             assert (script.parent / target).is_file(), f"{script.name} imports {target!r}"
 
 
-def test_the_page_has_no_inline_script_or_style_and_loads_only_files_of_its_own() -> None:
+def test_page_has_no_inline_code_and_loads_only_local_files() -> None:
     page = (DASHBOARD / "index.html").read_text()
 
     assert re.search(r"<style|\sstyle=|\son\w+=|javascript:", page) is None
@@ -75,7 +75,7 @@ def test_no_script_turns_text_into_markup_or_code(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_a_script_says_first_what_it_is_and_stays_short(script: Path) -> None:
+def test_scripts_begin_with_a_comment_and_are_short(script: Path) -> None:
     lines = script.read_text().splitlines()
 
     assert lines[0].startswith("// ")

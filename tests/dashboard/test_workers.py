@@ -1,4 +1,4 @@
-"""The page of workers: what each holds and does."""
+"""The page of workers: base models, jobs and cordons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
 
-def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, visit: Visit) -> None:
+def test_worker_shows_its_base_model_and_jobs(filled: Service, visit: Visit) -> None:
     seed.beat(filled.seeded)
     visitor = visit(filled)
 
@@ -20,7 +20,7 @@ def test_a_worker_shows_the_base_it_holds_and_the_jobs_aboard(filled: Service, v
     assert "3 adapters training" in worker.inner_text()
 
 
-def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Service, visit: Visit) -> None:
+def test_worker_without_jobs_is_idle_and_shows_no_speed(fresh: Service, visit: Visit) -> None:
     seed.beat(fresh.seeded)
     visitor = visit(fresh)
 
@@ -31,7 +31,7 @@ def test_a_worker_whose_trainer_holds_no_job_is_idle_and_has_no_speed(fresh: Ser
     assert "Tokens per second" not in worker.inner_text()
 
 
-def test_a_worker_that_trains_for_another_project_is_training(fresh: Service, visit: Visit) -> None:
+def test_worker_that_trains_for_another_project_shows_training(fresh: Service, visit: Visit) -> None:
     seeded = fresh.seeded
     others = seed.another_project(seeded)
     seed.submit(others, "theirs")
@@ -46,7 +46,7 @@ def test_a_worker_that_trains_for_another_project_is_training(fresh: Service, vi
     worker.get_by_text("Tokens per second").wait_for()
 
 
-def test_an_operator_cordons_a_worker_and_takes_it_back(fresh: Service, visit: Visit) -> None:
+def test_operator_cordons_and_uncordons_a_worker(fresh: Service, visit: Visit) -> None:
     seed.beat(fresh.seeded)
     visitor = visit(fresh)
     visitor.open("#/workers")
@@ -62,7 +62,7 @@ def test_an_operator_cordons_a_worker_and_takes_it_back(fresh: Service, visit: V
     worker.get_by_text("idle, base model loaded", exact=True).wait_for()
 
 
-def test_a_cordoned_worker_says_why(fresh: Service, visit: Visit) -> None:
+def test_cordoned_worker_shows_the_reason(fresh: Service, visit: Visit) -> None:
     seed.beat(fresh.seeded)
     cordons.cordon(fresh.seeded.db, seed.WORKER, reason="Its fan is loud.")
     visitor = visit(fresh)

@@ -1,4 +1,4 @@
-"""A person's browser tab that remembers everything a page of ours must not do."""
+"""A browser tab that records everything that a page must not do."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ document.addEventListener("securitypolicyviolation", (event) =>
 """
 WAIT_MS = 15_000
 DRAWN = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-"""Two frames later what was under way is on the screen: also a move to another hash, at which no document loads."""
+"""Waits for two frames, until updates are drawn. A change of the hash loads no document to wait for."""
 HARMLESS = "Failed to load resource"
-"""The browser's own line about an answer of 400 or more: those are looked at by status, not by this line."""
+"""The browser logs this line for a status of 400 or more. Tests check the status instead."""
 
 
 @dataclass(kw_only=True)
@@ -36,9 +36,9 @@ class Visitor:
         self.page.on("request", self._on_request)
 
     def open(self, place: str) -> None:
-        """Go to a place of the dashboard, such as `#/queue`, and wait until it stands.
+        """Open a page of the dashboard, such as `#/queue`, and wait until it is drawn.
 
-        A page that reads several things draws each as it comes: what a test says of such a part has to wait for it.
+        A page draws each part when its data arrives, so a test must wait for the parts that it checks.
         """
         self.page.goto(f"{self.origin}/dashboard/{place}")
         self.page.evaluate(DRAWN)
@@ -59,12 +59,12 @@ class Visitor:
         assert max(wide) <= wide[1], f"{self.page.url} is {max(wide)} px wide in a window of {wide[1]}"
 
     def assert_accessible(self) -> None:
-        """axe-core finds nothing serious."""
+        """Assert that axe-core finds no serious violations."""
         self.page.evaluate(AXE.read_text())
         found: dict[str, Any] = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         serious = [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
-        told = [(one["id"], [node["html"][:200] for node in one["nodes"]][:3]) for one in serious]
-        assert told == [], f"{self.page.url}\n{json.dumps(told, indent=2)}"
+        summary = [(one["id"], [node["html"][:200] for node in one["nodes"]][:3]) for one in serious]
+        assert summary == [], f"{self.page.url}\n{json.dumps(summary, indent=2)}"
 
     def _on_console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and HARMLESS not in message.text:

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for numbers that there are; each alert fires when it should, and is explained."""
+"""The dashboard and the alerts use only exposed metrics. Each alert fires when it should, and is documented."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SELECTOR = re.compile(r"\b(lorry_\w+)\{([^}]*)\}")
 EXPOSED = {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in re.findall(
     r"^\| `(lorry_\w+)` \| \w+ \| [^|]+ \| ([^|]*)\|", PAGE, re.MULTILINE
 )}  # fmt: skip
-"""By name the labels of what the page tells, which tests/api/test_telemetry.py compares with what is exposed."""
+"""The labels of each documented metric. tests/api/test_telemetry.py compares the page with the exposed metrics."""
 PROMTOOL = shutil.which("promtool")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool isn't there (Debian: apt install promtool)")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: apt install promtool)")
 
 
 def rules() -> list[dict[str, Any]]:
@@ -32,22 +32,22 @@ def rules() -> list[dict[str, Any]]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """Those that draw something."""
+    """Return the panels other than rows."""
     return [panel for panel in json.loads(DASHBOARD.read_text("utf-8"))["panels"] if panel["type"] != "row"]
 
 
 def expressions() -> dict[str, str]:
-    """By where each stands."""
+    """Return the expressions by the name of their alert or panel."""
     drawn = {f"{panel['title']} {target['refId']}": target["expr"] for panel in panels() for target in panel["targets"]}
     return {rule["alert"]: rule["expr"] for rule in rules()} | drawn
 
 
 def base(name: str) -> str:
-    """Of a histogram's series the name of the histogram."""
+    """Return the metric of a series. The series of a histogram belong to one metric."""
     return re.sub(r"_(bucket|count|sum)$", "", name) if name not in EXPOSED else name
 
 
-def test_every_number_that_is_asked_for_is_exposed_with_the_labels_by_which_it_is_asked() -> None:
+def test_queried_metrics_and_labels_are_exposed() -> None:
     assert len(EXPOSED) > 25
     for place, expression in expressions().items():
         named = {base(name) for name in NAME.findall(expression)}
@@ -58,21 +58,21 @@ def test_every_number_that_is_asked_for_is_exposed_with_the_labels_by_which_it_i
             assert labels <= EXPOSED[base(name)], f"{place}: {name} has no {labels}"
 
 
-def test_every_number_is_on_the_dashboard() -> None:
+def test_every_metric_is_on_the_dashboard() -> None:
     drawn = {base(name) for panel in panels() for target in panel["targets"] for name in NAME.findall(target["expr"])}
 
     assert EXPOSED.keys() - drawn == set()
 
 
-def test_numbers_of_the_service_are_never_added_up_over_processes() -> None:
-    """Every process tells the same: `sum` of them, without `max` within, would count each job once for each process."""
+def test_service_metrics_are_not_summed_over_processes() -> None:
+    """Every process exposes the same values, so a `sum` without an inner `max` counts each job once per process."""
     of_processes = ("lorry_http_", "lorry_background_", "lorry_webhook_tries")
     for place, expression in expressions().items():
         for name in re.findall(r"\bsum(?: by \([^)]*\))? ?\((?:rate|increase)?\(?(lorry_\w+)", expression):
             assert name.startswith(of_processes), place
 
 
-def test_panels_have_numbers_of_their_own_and_do_not_overlap() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     found = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
     cells = [
         (x, y)
@@ -86,32 +86,32 @@ def test_panels_have_numbers_of_their_own_and_do_not_overlap() -> None:
     assert len({panel["id"] for panel in found}) == len(found)
 
 
-def test_every_alert_is_explained_on_the_page_and_no_other() -> None:
+def test_page_documents_exactly_the_alerts() -> None:
     section = GUIDE.partition("\n## Respond to alerts")[2].partition("\n## ")[0]
 
     assert re.findall(r"^\| `(Lorry\w+)` \| \w+ \| \S", section, re.MULTILINE) == [rule["alert"] for rule in rules()]
-    told = dict(re.findall(r"^\| `(Lorry\w+)` \| (\w+) \|", section, re.MULTILINE))
-    assert told == {rule["alert"]: rule["labels"]["severity"] for rule in rules()}
+    documented = dict(re.findall(r"^\| `(Lorry\w+)` \| (\w+) \|", section, re.MULTILINE))
+    assert documented == {rule["alert"]: rule["labels"]["severity"] for rule in rules()}
 
 
 def test_every_alert_is_tested() -> None:
-    told = yaml.safe_load((ROOT / "tests/deploy/rules_test.yml").read_text("utf-8"))
-    cases = [case for test in told["tests"] for case in test.get("alert_rule_test", ())]
+    rule_tests = yaml.safe_load((ROOT / "tests/deploy/rules_test.yml").read_text("utf-8"))
+    cases = [case for test in rule_tests["tests"] for case in test.get("alert_rule_test", ())]
 
     assert {case["alertname"] for case in cases if case["exp_alerts"]} == {rule["alert"] for rule in rules()}
 
 
 @needs_promtool
-def test_prometheus_takes_the_pages_configurations_and_in_kubernetes_finds_the_apis_pods(tmp_path: Path) -> None:
+def test_documented_scrape_configurations_are_valid_and_find_the_pods(tmp_path: Path) -> None:
     assert PROMTOOL is not None
-    told = re.findall(r"^```yaml\n(scrape_configs:\n.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-    for number, text in enumerate(told):
+    configurations = re.findall(r"^```yaml\n(scrape_configs:\n.*?)^```", GUIDE, re.MULTILINE | re.DOTALL)
+    for number, text in enumerate(configurations):
         (tmp_path / f"{number}.yml").write_text(text)
         words = [PROMTOOL, "check", "config", "--syntax-only", str(tmp_path / f"{number}.yml")]
         done = subprocess.run(words, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    (found,) = yaml.safe_load(told[1])["scrape_configs"][0]["kubernetes_sd_configs"]
+    (found,) = yaml.safe_load(configurations[1])["scrape_configs"][0]["kubernetes_sd_configs"]
     (api,) = [
         manifest
         for manifest in yaml.safe_load_all((ROOT / "deploy/kubernetes/lorry.yaml").read_text("utf-8"))
@@ -124,7 +124,7 @@ def test_prometheus_takes_the_pages_configurations_and_in_kubernetes_finds_the_a
 
 @needs_promtool
 @pytest.mark.parametrize("words", [["check", "rules", str(RULES)], ["test", "rules", "tests/deploy/rules_test.yml"]])
-def test_prometheus_loads_the_rules_and_they_fire_when_they_should(words: list[str]) -> None:
+def test_alert_rules_load_and_fire_as_expected(words: list[str]) -> None:
     assert PROMTOOL is not None
     done = subprocess.run([PROMTOOL, *words], cwd=ROOT, check=False, capture_output=True, text=True)
 

@@ -1,9 +1,9 @@
-"""The two distributions: `lorry` installs the client alone, and `lorry-server` the service and the client it requires.
+"""The two distributions: `lorry` installs only the client, and `lorry-server` the service and the required client.
 
 The slow tests build both and install them in virtual environments of their own. The client's environment gets the
 client's dependencies from PyPI, as dev.lock pins them. The server's environment gets no dependencies, because torch is
-large: a path file lends it the libraries of the environment that runs the tests. The path file does not lend it our
-own packages, because a folder that a path file adds has its own path files ignored, and those hold the editable ones.
+large: a path file adds the libraries of the environment that runs the tests. The path file does not add our own
+packages: they are editable installs, which need path files, and Python ignores path files in an added directory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.lorry.local.test_local import until
 SERVER_PACKAGES = {"api", "catalog", "dashboard", "lora_core", "migrations", "worker"}
 OURS = {"lorry", *SERVER_PACKAGES}
 PROJECTS = {"lorry": "client", "lorry-server": "."}
-"""Distribution -> the folder of its pyproject.toml."""
+"""The directory of each distribution's pyproject.toml."""
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests", "benchmarks", "docs")
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
@@ -50,7 +50,7 @@ for module in pkgutil.walk_packages(lorry.__path__, "lorry."):
 TIMEOUT_SECONDS = 600
 
 
-def test_the_client_requires_exactly_what_its_modules_import() -> None:
+def test_client_requires_exactly_what_its_modules_import() -> None:
     project = tomllib.loads((ROOT / "client/pyproject.toml").read_text("utf-8"))["project"]
     optional = [text for extra in project["optional-dependencies"].values() for text in extra]
     declared = {Requirement(text).name for text in [*project["dependencies"], *optional]}
@@ -61,7 +61,7 @@ def test_the_client_requires_exactly_what_its_modules_import() -> None:
     assert {packages_distributions()[name][0] for name in third_party} == declared
 
 
-def test_the_version_is_stated_once() -> None:
+def test_version_is_stated_once() -> None:
     stated = re.compile(rf"(?<![\w.]){re.escape(__version__)}(?![\w.])")
     texts = {name: (ROOT / name).read_text("utf-8") for name in ("pyproject.toml", "client/pyproject.toml", "setup.py")}
     texts |= {source.name: source.text for source in source_files()}
@@ -73,7 +73,7 @@ def test_the_version_is_stated_once() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """A virtual environment, and an empty folder in which its commands run."""
+    """A virtual environment, and an empty directory in which its commands run."""
 
     root: Path
     work: Path
@@ -88,12 +88,12 @@ class Environment:
         )
 
     def environ(self) -> dict[str, str]:
-        """No setting of the test run, and no address of a service."""
+        """Return the variables of commands, without settings of the test run and the address of a service."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("LORRY_", "PYTHON"))}
         return {**kept, "HOME": str(self.work), "OMP_NUM_THREADS": "1"}
 
     def importable(self) -> dict[str, str]:
-        """Each of our packages that can be imported -> its folder."""
+        """Return the directory of each of our packages that can be imported."""
         code = (
             "from importlib.util import find_spec\n"
             f"for name in {sorted(OURS)}:\n"
@@ -104,13 +104,13 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: a build writes into it, and reads what an earlier build left there."""
+    """Copy the checkout, because a build writes into it and reads the files of an earlier build."""
     return shutil.copytree(ROOT, tmp_path_factory.mktemp("tree") / "lorry", symlinks=True, ignore=NOT_COPIED)
 
 
 @pytest.fixture(scope="module")
 def wheels(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Distribution -> its wheel, built from its source distribution as an installer does."""
+    """Return the wheel of each distribution, built from its source distribution as an installer does."""
     folder = tmp_path_factory.mktemp("wheels")
     for name, project in PROJECTS.items():
         _succeeded(_run([sys.executable, "-c", BUILD_SDIST, str(folder)], cwd=tree / project))
@@ -134,12 +134,12 @@ def server(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     environment = _environment(tmp_path_factory.mktemp("server"))
     _install(environment, "--no-index", "--no-deps", *map(str, wheels.values()))
     (site_packages,) = environment.root.glob("lib/python*/site-packages")
-    (site_packages / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site_packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return environment
 
 
 @pytest.mark.slow
-def test_each_wheel_has_every_file_of_its_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
+def test_wheels_contain_exactly_the_files_of_their_packages(wheels: dict[str, Path]) -> None:
     for name, packages in (("lorry", {"lorry"}), ("lorry-server", SERVER_PACKAGES)):
         in_checkout = [path for package in packages for path in (ROOT / package).rglob("*") if path.is_file()]
         files = {path.relative_to(ROOT).as_posix() for path in in_checkout if path.parent.name != "__pycache__"}
@@ -148,7 +148,7 @@ def test_each_wheel_has_every_file_of_its_packages_and_nothing_else(wheels: dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTS)
-def test_a_wheel_built_in_the_checkout_is_the_one_of_the_source_distribution(
+def test_wheel_of_the_checkout_equals_wheel_of_the_source_distribution(
     name: str, wheels: dict[str, Path], tree: Path, tmp_path: Path
 ) -> None:
     _build(str(tree / PROJECTS[name]), tmp_path)
@@ -160,7 +160,7 @@ def test_a_wheel_built_in_the_checkout_is_the_one_of_the_source_distribution(
 
 
 @pytest.mark.slow
-def test_the_server_requires_the_client_of_its_own_version(wheels: dict[str, Path]) -> None:
+def test_server_requires_the_client_of_its_own_version(wheels: dict[str, Path]) -> None:
     with zipfile.ZipFile(wheels["lorry-server"]) as archive:
         metadata = email.message_from_bytes(archive.read(f"lorry_server-{__version__}.dist-info/METADATA"))
 
@@ -170,7 +170,7 @@ def test_the_server_requires_the_client_of_its_own_version(wheels: dict[str, Pat
 
 
 @pytest.mark.slow
-def test_the_client_works_with_its_own_dependencies_and_brings_no_other_package(client: Environment) -> None:
+def test_client_works_with_only_its_own_dependencies(client: Environment) -> None:
     assert client.importable().keys() == {"lorry"}
     assert client.run("lorry", "--version").stdout.strip() == __version__
     assert "sweep" in _succeeded(client.run("lorry", "--help"))
@@ -179,7 +179,7 @@ def test_the_client_works_with_its_own_dependencies_and_brings_no_other_package(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["up", "worker"])
-def test_without_the_server_a_command_that_needs_it_names_what_to_install(command: str, client: Environment) -> None:
+def test_commands_that_need_the_server_name_the_missing_packages(command: str, client: Environment) -> None:
     done = client.run("lorry", command)
 
     assert done.returncode == 1
@@ -188,7 +188,7 @@ def test_without_the_server_a_command_that_needs_it_names_what_to_install(comman
 
 
 @pytest.mark.slow
-def test_the_service_runs_from_its_wheels(server: Environment) -> None:
+def test_service_runs_from_its_wheels(server: Environment) -> None:
     folders = server.importable()
     assert folders.keys() == OURS
     assert [name for name, folder in folders.items() if not Path(folder).is_relative_to(server.root)] == []
@@ -207,7 +207,7 @@ def test_the_service_runs_from_its_wheels(server: Environment) -> None:
 
 @contextmanager
 def _up(environment: Environment) -> Iterator[Path]:
-    """The data folder of a service that `lorry up` runs; it has drained after the block."""
+    """Run `lorry up` and yield its data directory. Drains the service at the end of the block."""
     data_dir, log = environment.work / "data", environment.work / "stderr.txt"
     argv = [str(environment.root / "bin/lorry"), "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
     with (
@@ -227,7 +227,7 @@ def _up(environment: Environment) -> Iterator[Path]:
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
-    """The top-level names of all absolute imports."""
+    """Yield the top-level names of all absolute imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -249,13 +249,13 @@ def _install(environment: Environment, *arguments: str) -> None:
 
 
 def _build(source: str, folder: Path) -> None:
-    """The wheel of a source distribution, or of a folder, with the setuptools of this environment."""
+    """Build the wheel of a source distribution or a directory, with the setuptools of this environment."""
     wheel = ["wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), source]
     _succeeded(_run([*PIP, *wheel], cwd=folder))
 
 
 def _files(wheel: Path) -> set[str]:
-    """All but the metadata."""
+    """Return the files of a wheel, without the metadata."""
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 LOCKED = {"api": "[telemetry]", "worker": "[worker,telemetry]", "demo": "[demo]", "dev": "[dev]"}
-"""Lock file -> the extras of lorry-server that it installs."""
+"""The extras of lorry-server that each lock file installs."""
 ENTRY = re.compile(
     r"^(?P<requirement>[A-Za-z0-9].*?) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
@@ -27,7 +27,7 @@ def entries(name: str) -> list[Requirement]:
 
 
 def pins(name: str) -> dict[str, set[str]]:
-    """Canonical package name -> its pinned versions; several where the version depends on the Python version."""
+    """Return the pinned versions by canonical name. A package may have several, one for each Python version."""
     found: dict[str, set[str]] = {}
     for entry in entries(name):
         found.setdefault(canonicalize_name(entry.name), set()).update(each.version for each in entry.specifier)
@@ -35,7 +35,7 @@ def pins(name: str) -> dict[str, set[str]]:
 
 
 def requirements(project: Requirement) -> list[Requirement]:
-    """What one of the two distributions requires with these extras; the server's pin of the client is left out."""
+    """Return the requirements of a distribution with its extras, without the server's pin of the client."""
     folder = {"lorry": "client", "lorry-server": "."}[project.name]
     table = tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))
     always = table["project"].get("dependencies") or table["dependency-groups"]["server"]
@@ -58,7 +58,7 @@ def test_every_locked_package_has_an_exact_version_and_a_hash(path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", LOCKED)
-def test_a_lock_file_satisfies_the_ranges_of_its_extras(name: str) -> None:
+def test_lock_file_satisfies_the_ranges_of_its_extras(name: str) -> None:
     ours, others = [Requirement("lorry"), Requirement(f"lorry-server{LOCKED[name]}")], list[Requirement]()
     for project in ours:
         for requirement in requirements(project):
@@ -74,7 +74,7 @@ def test_a_lock_file_satisfies_the_ranges_of_its_extras(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOCKED)
-def test_a_lock_file_has_what_builds_lorry_without_build_isolation(name: str) -> None:
+def test_lock_file_has_the_build_requirements_of_lorry(name: str) -> None:
     tables = [
         tomllib.loads(path.read_text("utf-8")) for path in (ROOT / "pyproject.toml", ROOT / "client/pyproject.toml")
     ]
@@ -102,12 +102,12 @@ def test_both_torch_variants_have_the_same_version() -> None:
 
 
 @pytest.mark.parametrize("name", INSTALLERS)
-def test_no_installation_resolves_packages_by_itself_or_mixes_two_indexes(name: str) -> None:
+def test_installations_neither_resolve_packages_nor_mix_indexes(name: str) -> None:
     text = (ROOT / name).read_text("utf-8").replace("\\\n", " ")
     installs = re.findall(r"pip install.*", text)
 
     assert installs
     assert "--extra-index-url" not in text
-    of_torch = '"$range"'  # from an index of torch builds: with the CUDA libraries of the build that it has
+    of_torch = '"$range"'  # installed from an index of torch builds, with the CUDA libraries of its build
     assert [line for line in installs if "--no-deps" not in line and of_torch not in line] == []
     assert "--require-hashes" in text

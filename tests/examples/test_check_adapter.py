@@ -1,4 +1,4 @@
-"""Base and adapter are asked as training was: by the same template, until they end their turn."""
+"""check_adapter prompts base model and adapter with the template of training, until the end of the turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import check_adapter  # pyright: ignore[reportMissingImports]
 
 ROWS = [row["messages"] for row in tiny_base.chat_rows(4)]
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # raised inside PEFT
 QUESTIONS = [question["content"] for question, _answer in ROWS]
 
 
@@ -34,7 +34,7 @@ def tokenizer(base_dir: Path) -> Any:
     return check_adapter.tokenizer_of(base_dir)
 
 
-def test_a_question_is_the_beginning_of_what_training_saw(
+def test_prompt_is_a_prefix_of_the_training_text(
     base_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
@@ -57,7 +57,7 @@ def test_a_question_is_the_beginning_of_what_training_saw(
         assert trained.text[start:end].startswith(f"{row[1]['content']}{tokenizer.eos_token}")
 
 
-def test_an_answer_is_the_same_in_company(base_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_answers_equal_single_answers(base_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_adapter, "ANSWER_TOKENS", 8)
     torch.manual_seed(0)
     lora = LoraConfig(r=2, init_lora_weights=False)
@@ -69,10 +69,10 @@ def test_an_answer_is_the_same_in_company(base_dir: Path, tokenizer: Any, monkey
     assert all(one["base"] != one["adapter"] for one in together)
 
 
-def test_an_answer_ends_with_its_turn_and_says_if_it_did_not(tokenizer: Any) -> None:
-    prompt, said, end = 5, tokenizer.encode("red", add_special_tokens=False), tokenizer.eos_token_id
-    rows = [[prompt, *said, end, end], [prompt, *said, *said, *said]]
-    made = torch.tensor([row[: len(said) * 3 + 1] + [end] * (len(said) * 3 + 1 - len(row)) for row in rows])
+def test_answer_reports_whether_its_turn_ended(tokenizer: Any) -> None:
+    prompt, answer, end = 5, tokenizer.encode("red", add_special_tokens=False), tokenizer.eos_token_id
+    rows = [[prompt, *answer, end, end], [prompt, *answer, *answer, *answer]]
+    made = torch.tensor([row[: len(answer) * 3 + 1] + [end] * (len(answer) * 3 + 1 - len(row)) for row in rows])
     model: Any = SimpleNamespace(generate=lambda **_options: made)
 
     first, second = check_adapter.generate(model, tokenizer, {"input_ids": made[:, :1]})

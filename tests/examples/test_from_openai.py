@@ -1,4 +1,4 @@
-"""An OpenAI job's settings come over as they are meant, and what can't is said."""
+"""from_openai translates the settings of an OpenAI job, and reports the settings that it skips."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ JOB: dict[str, Any] = {
 }
 
 
-def test_what_means_the_same_is_kept_and_the_rest_is_told() -> None:
-    body, left_out = from_openai.translated(JOB, model="smol")
+def test_equivalent_settings_are_kept_and_others_are_reported() -> None:
+    body, skipped = from_openai.translated(JOB, model="smol")
 
     assert body == {
         "model": "smol",
@@ -50,7 +50,7 @@ def test_what_means_the_same_is_kept_and_the_rest_is_told() -> None:
         "suffix": "support-bot",
         "metadata": {"team": "search"},
     }
-    assert [line.partition(":")[0] for line in left_out] == [
+    assert [line.partition(":")[0] for line in skipped] == [
         "learning_rate_multiplier=1.8",
         "suffix 'support bot'",
         "integrations",
@@ -76,23 +76,23 @@ def test_what_means_the_same_is_kept_and_the_rest_is_told() -> None:
         ({"method": {"type": "supervised", "supervised": None}, "hyperparameters": {}}, {"type": "supervised"}),
     ],
 )
-def test_the_numbers_of_a_method_are_those_that_were_said(changes: dict[str, Any], method: dict[str, Any]) -> None:
+def test_only_explicit_hyperparameters_are_kept(changes: dict[str, Any], method: dict[str, Any]) -> None:
     body, _ = from_openai.translated({**JOB, **changes}, model="smol")
 
     assert body["method"] == method
     JobRequest.model_validate({**body, "training_file": "file-1"})
 
 
-def test_a_rate_is_kept_where_that_is_asked() -> None:
-    body, left_out = from_openai.translated(JOB, model="smol", keep_rate=True)
+def test_learning_rate_multiplier_is_kept_on_request() -> None:
+    body, skipped = from_openai.translated(JOB, model="smol", keep_rate=True)
 
     assert body["method"]["supervised"]["hyperparameters"]["learning_rate_multiplier"] == 1.8
-    assert not any("learning_rate" in line for line in left_out)
+    assert not any("learning_rate" in line for line in skipped)
 
 
 @pytest.fixture
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Script, Script]]:
-    """OpenAI and Lorry, scripted."""
+    """Serve scripted OpenAI and Lorry APIs."""
     with serving() as theirs, serving() as ours:
         for name, value in {
             "OPENAI_BASE_URL": f"{theirs.url}/v1",
@@ -109,15 +109,15 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Script, Script]]:
         yield theirs, ours
 
 
-def test_a_job_and_its_data_come_over(servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_and_its_data_are_copied(servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]) -> None:
     theirs, ours = servers
     theirs.on("GET", "/v1/files/file-theirs/content", Reply(body=DATA))
 
     assert from_openai.main(["ftjob-1", "--model", "smol"]) == 0
 
-    told = capsys.readouterr()
-    assert told.out == "ftjob-new\n"
-    assert "Skipped: integrations" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == "ftjob-new\n"
+    assert "Skipped: integrations" in printed.err
     (uploaded,) = ours.requests("POST", "/v1/files")
     assert DATA in uploaded.body
     assert b'filename="chats.jsonl"' in uploaded.body
@@ -127,7 +127,7 @@ def test_a_job_and_its_data_come_over(servers: tuple[Script, Script], capsys: py
     JobRequest.model_validate(body)
 
 
-def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(
+def test_dry_run_prints_the_request_and_sends_nothing(
     servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, ours = servers
@@ -139,7 +139,7 @@ def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(
     assert ours.seen == []
 
 
-def test_a_model_that_is_not_there_is_told_before_anything_is_copied(
+def test_missing_model_is_reported_before_anything_is_copied(
     servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, ours = servers
@@ -153,7 +153,7 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_copied(
 
 
 @pytest.mark.parametrize("case", ["reinforcement", "not downloadable", "refused here", "unknown job"])
-def test_what_can_not_be_done_is_a_sentence(
+def test_failures_print_an_error_message(
     servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     theirs, ours = servers

@@ -1,4 +1,4 @@
-"""The demo's data set: real, the same every time, and held out by module."""
+"""The demo's data set: real text, deterministic, and split by module."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ import python_docstrings  # noqa: E402  # pyright: ignore[reportMissingImports]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("data")
-    python_docstrings.build(folder / "train.jsonl", folder / "held_out.jsonl")
-    return folder / "train.jsonl", folder / "held_out.jsonl"
+    python_docstrings.build(folder / "train.jsonl", folder / "valid.jsonl")
+    return folder / "train.jsonl", folder / "valid.jsonl"
 
 
 def rows(path: Path) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in path.read_text("utf-8").splitlines()]
 
 
-def test_there_is_enough_of_it_and_it_is_chat(files: tuple[Path, Path]) -> None:
-    train, held_out = map(rows, files)
+def test_data_set_has_the_stated_size_and_chat_format(files: tuple[Path, Path]) -> None:
+    train, valid = map(rows, files)
 
     assert len(train) == python_docstrings.TRAIN_ROWS
-    assert len(held_out) == python_docstrings.HELD_OUT_ROWS
-    for user, assistant in train + held_out:
+    assert len(valid) == python_docstrings.HELD_OUT_ROWS
+    for user, assistant in train + valid:
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert user["content"].startswith("In one sentence: what does `")
         assert assistant["content"].endswith(".")
 
 
-def test_no_module_and_no_answer_is_on_both_sides(files: tuple[Path, Path]) -> None:
+def test_training_and_validation_share_no_module_or_answer(files: tuple[Path, Path]) -> None:
     modules = [{row[0]["content"].split("`")[1].partition(".")[0] for row in rows(path)} for path in files]
     answers = [{row[1]["content"] for row in rows(path)} for path in files]
 
@@ -45,14 +45,14 @@ def test_no_module_and_no_answer_is_on_both_sides(files: tuple[Path, Path]) -> N
     assert not answers[0] & answers[1]
 
 
-def test_it_says_nothing_of_this_machine(files: tuple[Path, Path]) -> None:
+def test_data_set_contains_nothing_of_this_machine(files: tuple[Path, Path]) -> None:
     text = "".join(path.read_text("utf-8") for path in files)
 
     assert sys.prefix not in text
     assert " at 0x" not in text
 
 
-def test_another_run_gives_the_same_bytes(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_another_run_produces_the_same_bytes(files: tuple[Path, Path], tmp_path: Path) -> None:
     argv = [sys.executable, str(EXAMPLES / "python_docstrings.py"), str(tmp_path / "a"), str(tmp_path / "b")]
     subprocess.run(argv, check=True, env={"PYTHONHASHSEED": "7"}, capture_output=True)
 
@@ -68,9 +68,9 @@ def test_another_run_gives_the_same_bytes(files: tuple[Path, Path], tmp_path: Pa
         ("", ""),
     ],
 )
-def test_the_first_sentence_is_taken_without_markup(docstring: str, sentence: str) -> None:
+def test_first_sentence_is_extracted_without_markup(docstring: str, sentence: str) -> None:
     assert python_docstrings.first_sentence(docstring) == sentence
 
 
-def test_nothing_that_opens_a_window_is_imported() -> None:
+def test_modules_that_open_windows_are_skipped() -> None:
     assert {"antigravity", "this", "turtle", "tkinter", "idlelib"} <= python_docstrings.SKIPPED

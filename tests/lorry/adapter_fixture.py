@@ -1,4 +1,4 @@
-"""An adapter as the service tells it: files, manifest, lineage and tar."""
+"""An adapter as the service serves it: files, manifest, lineage and tar."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
     return info
 
 
-def serve(service: Script, archive: bytes | Reply, *, told: dict[str, Any] | None = None, **fields: str) -> None:
-    """The adapter `a`, whose archive may be anything."""
-    told = told or manifest()
-    adapter = {"id": "a", "name": "ft:m:p:s/../x:1", "base_model": "m", "artifact": told["artifact"]}
+def serve(service: Script, archive: bytes | Reply, *, listing: dict[str, Any] | None = None, **fields: str) -> None:
+    """Serve the adapter `a` with any archive."""
+    listing = listing or manifest()
+    adapter = {"id": "a", "name": "ft:m:p:s/../x:1", "base_model": "m", "artifact": listing["artifact"]}
     service.on("GET", "/v1/adapters/a", adapter | fields)
-    service.on("GET", "/v1/adapters/a/files", told)
-    service.on("GET", "/v1/adapters/a/lineage", lineage(told["artifact"]))
+    service.on("GET", "/v1/adapters/a/files", listing)
+    service.on("GET", "/v1/adapters/a/lineage", lineage(listing["artifact"]))
     service.on("GET", "/v1/adapters/a/archive", archive if isinstance(archive, Reply) else Reply(body=archive))

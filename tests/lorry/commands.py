@@ -1,4 +1,4 @@
-"""The command line in a process of its own, as a person runs it beside a service."""
+"""The command line as a child process, next to a running service."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """Run in `folder`, with the service of `data_dir`; each is given so many seconds."""
+    """Runs commands in `folder` with the service of `data_dir`. Each command has a timeout of `seconds`."""
 
     folder: Path
     data_dir: Path
     seconds: float
 
     def run(self, *arguments: object, code: int = 0) -> str:
-        """What it printed: on stderr, where it is to fail with this code."""
+        """Run a command and check its exit code. Returns its stdout, or its stderr for a code other than 0."""
         argv = [sys.executable, "-P", "-m", "lorry", *map(str, arguments)]
         env = {**os.environ, "LORRY_DATA_DIR": str(self.data_dir)}
         done = subprocess.run(

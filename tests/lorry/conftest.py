@@ -1,4 +1,4 @@
-"""A scripted service, clients that never sleep, and the command line pointed at it."""
+"""Fixtures: a scripted service, a client that does not sleep, and the command line connected to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def service() -> Iterator[Script]:
 
 @pytest.fixture
 def slept() -> list[float]:
-    """Seconds that the client wanted to sleep."""
+    """Return the list of seconds that the client asked to sleep."""
     return []
 
 
@@ -34,7 +34,7 @@ def client(service: Script, slept: list[float]) -> Iterator[Lorry]:
 
 @pytest.fixture
 def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """run("jobs", "list", …): the command line against the scripted service, in an empty folder."""
+    """Return `run("jobs", "list", …)`: the command line with the scripted service, in an empty directory."""
     monkeypatch.setenv("LORRY_URL", service.url)
     monkeypatch.setenv("LORRY_API_KEY", "k")
     monkeypatch.chdir(tmp_path)
@@ -43,7 +43,7 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cal
 
 @pytest.fixture
 def submit(run: Callable[..., Result], service: Script, tmp_path: Path) -> Callable[..., Result]:
-    """submit("m", "train.jsonl", …): `lorry jobs submit` for a base that is there, in a folder with two data files."""
+    """Return `submit("m", "train.jsonl", …)`: `lorry jobs submit` with a base model and two data files."""
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "valid.jsonl").write_text("{}\n")
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready"})

@@ -1,4 +1,4 @@
-"""A real HTTP server on a real port that answers from a script: the process edge of the client's tests."""
+"""A real HTTP server that replies from a script, for the tests of the client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorry.transport import service_identity
 
 @dataclass(kw_only=True)
 class Reply:
-    """`body` is sent as it is if it is bytes, else as JSON. `cut`: promise more bytes than are sent."""
+    """Bytes in `body` are sent unchanged, and other values as JSON. `cut` announces more bytes than are sent."""
 
     body: Any = None
     status: int = 200
@@ -26,7 +26,7 @@ class Reply:
 
 @dataclass(kw_only=True)
 class Seen:
-    """A request as it came."""
+    """A received request."""
 
     method: str
     path: str
@@ -37,8 +37,8 @@ class Seen:
 class Script:
     """Replies per method and path (without the query), in order; the last one is repeated.
 
-    It proves its identity by `identity_secret`, unless that is None; what it is asked for that is not in `seen`. While
-    it is shutting down, it closes the connection after that.
+    It proves its identity with `identity_secret`, unless that is None. The requests for a proof are not in `seen`.
+    While it is shutting down, it closes the connection after the proof.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ def serving() -> Iterator[Script]:
 
 
 class _QuietServer(ThreadingHTTPServer):
-    """A client that hangs up is no news."""
+    """Ignores the errors of clients that disconnect."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Finding a service."""
+"""Finding the service: arguments, environment variables and the connection file."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from lorry.errors import NotConfigured
 SECRET = "5e" * 32
 
 
-def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+def test_environment_wins_over_the_file(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:1", api_key="of the file"))
     environ = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "https://lorry.example/v1/", "LORRY_API_KEY": "mine"}
 
     assert connection.find(environ=environ) == Connection(url="https://lorry.example", api_key="mine")
 
 
-def test_an_argument_wins_over_the_environment() -> None:
+def test_argument_wins_over_the_environment() -> None:
     found = connection.find(url="http://a:1", api_key="x", environ={"LORRY_URL": "http://b:2", "LORRY_API_KEY": "y"})
 
     assert found == Connection(url="http://a:1", api_key="x")
 
 
-def test_without_an_environment_the_file_of_the_data_folder_is_read(tmp_path: Path) -> None:
+def test_connection_file_is_read_without_environment_variables(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
 
     assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)}).api_key == "k"
 
 
-def test_a_data_folder_that_was_named_wins_over_the_environment(tmp_path: Path) -> None:
+def test_explicit_data_directory_wins_over_the_environment(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
 
     assert connection.find(data_dir=tmp_path, environ={"LORRY_URL": "http://b:2"}).url == "http://127.0.0.1:8472"
 
 
-def test_a_data_folder_that_was_named_comes_with_its_own_key(tmp_path: Path) -> None:
+def test_explicit_data_directory_uses_its_own_key(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
     remote = {"LORRY_URL": "http://b:2", "LORRY_API_KEY": "remote"}
 
@@ -47,7 +47,7 @@ def test_a_data_folder_that_was_named_comes_with_its_own_key(tmp_path: Path) -> 
         assert connection.find(data_dir=tmp_path, environ=environ).api_key == "k"
 
 
-def test_the_key_of_the_environment_is_shown_to_the_service_of_the_environment_alone(tmp_path: Path) -> None:
+def test_key_of_the_environment_is_used_only_for_its_service(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key=None, identity_secret=SECRET))
     environ = {"LORRY_URL": "http://b:2/v1", "LORRY_API_KEY": "remote"}
 
@@ -57,7 +57,7 @@ def test_the_key_of_the_environment_is_shown_to_the_service_of_the_environment_a
     assert connection.find(url="http://a:1", environ={"LORRY_API_KEY": "mine"}).api_key == "mine"
 
 
-def test_what_does_not_answer_is_told_with_where_its_address_comes_from(tmp_path: Path) -> None:
+def test_origin_names_the_source_of_the_address(tmp_path: Path) -> None:
     local = {"LORRY_DATA_DIR": str(tmp_path)}
     remote = {**local, "LORRY_URL": "http://b:2/v1"}
     by_variable = connection.find(environ=remote).origin
@@ -72,7 +72,7 @@ def test_what_does_not_answer_is_told_with_where_its_address_comes_from(tmp_path
     )
 
 
-def test_the_key_of_the_file_is_shown_where_the_variable_names_the_same_service(tmp_path: Path) -> None:
+def test_key_of_the_file_is_used_if_the_variable_names_its_service(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
     environ = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://127.0.0.1:8472/v1"}
 
@@ -82,13 +82,13 @@ def test_the_key_of_the_file_is_shown_where_the_variable_names_the_same_service(
     assert connection.find(environ=environ, api_key="given").api_key == "given"
 
 
-def test_a_broken_file_beside_the_variable_is_no_error(tmp_path: Path) -> None:
+def test_broken_file_is_ignored_if_the_variable_is_set(tmp_path: Path) -> None:
     (tmp_path / "connection.json").write_text("[]")
 
     assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://b:2"}).url == "http://b:2"
 
 
-def test_where_nothing_is_known_the_remedy_says_what_to_do(tmp_path: Path) -> None:
+def test_missing_connection_error_names_lorry_up(tmp_path: Path) -> None:
     with pytest.raises(NotConfigured) as refused:
         connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})
 
@@ -103,14 +103,14 @@ def test_where_nothing_is_known_the_remedy_says_what_to_do(tmp_path: Path) -> No
         *('{"url": "http://a", "identity_secret": 3}', '{"url": "http://a", "identity_secret": "short"}'),
     ],
 )
-def test_a_file_that_is_no_connection_is_refused_by_name(tmp_path: Path, content: str) -> None:
+def test_invalid_connection_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "connection.json").write_bytes(content.encode("utf-8", "surrogateescape"))
 
     with pytest.raises(NotConfigured, match=r"connection\.json"):
         connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})
 
 
-def test_the_file_is_for_its_owner_alone_even_where_an_open_one_was_there(tmp_path: Path) -> None:
+def test_file_is_private_even_if_it_replaces_a_readable_one(tmp_path: Path) -> None:
     (tmp_path / "connection.json").write_text("{}")
     (tmp_path / "connection.json").chmod(0o644)
 
@@ -121,7 +121,7 @@ def test_the_file_is_for_its_owner_alone_even_where_an_open_one_was_there(tmp_pa
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8472", "ftp://a", "http://", "http://a:99999", "http://[::1"])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_invalid_address_is_rejected(url: str) -> None:
     with pytest.raises(NotConfigured, match="not a valid address"):
         connection.normalize_url(url)
 
@@ -140,7 +140,7 @@ def test_only_a_loopback_address_is_local(url: str, local: bool) -> None:
     assert connection.is_loopback(url) is local
 
 
-def test_a_file_of_an_earlier_version_gives_no_key_to_a_listener_that_can_not_be_verified(tmp_path: Path) -> None:
+def test_file_without_an_identity_secret_gives_no_key(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k"))
     local = {"LORRY_DATA_DIR": str(tmp_path)}
 
@@ -152,7 +152,7 @@ def test_a_file_of_an_earlier_version_gives_no_key_to_a_listener_that_can_not_be
     assert connection.find(environ=elsewhere).api_key == "mine"
 
 
-def test_the_secret_of_the_file_goes_with_its_address_and_is_never_printed(tmp_path: Path) -> None:
+def test_secret_of_the_file_applies_to_its_address_and_is_not_printed(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="of-the-file", identity_secret=SECRET))
     local = {"LORRY_DATA_DIR": str(tmp_path)}
 
@@ -166,7 +166,7 @@ def test_the_secret_of_the_file_goes_with_its_address_and_is_never_printed(tmp_p
     assert "of-the-file" not in repr(found)
 
 
-def test_an_explicit_key_works_with_a_file_of_an_earlier_version(tmp_path: Path) -> None:
+def test_explicit_key_works_with_a_file_of_an_earlier_version(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="of-the-file"))
     local = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://127.0.0.1:8472"}
 

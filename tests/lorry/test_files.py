@@ -1,4 +1,4 @@
-"""Uploading."""
+"""Uploading, listing and downloading files, and adding base models."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_goes_up_whole_and_tells_how_far_it_is(service: Script, client: Lorry, path: Path) -> None:
+def test_upload_sends_the_whole_file_and_reports_progress(service: Script, client: Lorry, path: Path) -> None:
     service.on("POST", "/v1/files", {"id": "file-1", "bytes": len(CONTENT)})
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
 
-    file = client.files.upload(path, on_progress=lambda done, total: told.append((done, total)))
+    file = client.files.upload(path, on_progress=lambda done, total: progress.append((done, total)))
 
     assert file.id == "file-1"
     assert CONTENT in service.seen[0].body
     assert b'name="purpose"\r\n\r\nfine-tune\r\n' in service.seen[0].body
     assert "März".encode() in service.seen[0].body
-    assert told == sorted(told)
-    assert told[-1] == (len(CONTENT), len(CONTENT))
-    assert len(told) > 4
+    assert progress == sorted(progress)
+    assert progress[-1] == (len(CONTENT), len(CONTENT))
+    assert len(progress) > 4
 
 
-def test_an_upload_that_is_repeated_begins_at_the_first_byte(service: Script, client: Lorry, path: Path) -> None:
+def test_retried_upload_starts_at_the_first_byte(service: Script, client: Lorry, path: Path) -> None:
     service.on("POST", "/v1/files", Reply(status=503, body=b""), {"id": "file-1"})
 
     client.files.upload(path)
@@ -46,8 +46,8 @@ def test_an_upload_that_is_repeated_begins_at_the_first_byte(service: Script, cl
     assert [request.body.count(CONTENT) for request in service.seen] == [1, 1]
 
 
-def test_a_refused_line_is_told_with_its_number(service: Script, client: Lorry, path: Path) -> None:
-    error = {"message": "Line 7 is not JSON. Mend it.", "type": "x", "param": "file", "code": "invalid_json_line"}
+def test_rejected_line_is_reported_with_its_number(service: Script, client: Lorry, path: Path) -> None:
+    error = {"message": "Line 7 is not JSON. Fix it.", "type": "x", "param": "file", "code": "invalid_json_line"}
     service.on("POST", "/v1/files", Reply(status=400, body={"error": error}))
 
     with pytest.raises(InvalidRequest, match="Line 7") as refused:
@@ -56,7 +56,7 @@ def test_a_refused_line_is_told_with_its_number(service: Script, client: Lorry, 
     assert refused.value.param == "file"
 
 
-def test_a_file_that_is_not_there_is_an_oserror_and_nothing_is_sent(service: Script, client: Lorry) -> None:
+def test_missing_file_raises_and_sends_nothing(service: Script, client: Lorry) -> None:
     with pytest.raises(FileNotFoundError):
         client.files.upload("/nowhere.jsonl")
 
@@ -84,7 +84,7 @@ def test_adding_a_model_sends_an_absolute_path(
     ]
 
 
-def test_a_failed_import_is_raised_with_its_own_words(service: Script, client: Lorry, slept: list[float]) -> None:
+def test_failed_import_is_raised_with_its_message(service: Script, client: Lorry, slept: list[float]) -> None:
     error = {"code": "no_weights", "message": "No safetensors there.", "remedy": "Name another folder."}
     service.on("GET", "/v1/models/m", {"state": "importing"}, {"state": "failed", "error": error})
 
@@ -95,7 +95,7 @@ def test_a_failed_import_is_raised_with_its_own_words(service: Script, client: L
     assert slept == [0.5]
 
 
-def test_a_file_that_was_there_already_is_pointed_out_and_taken(service: Script, path: Path, run: Any) -> None:
+def test_duplicate_file_is_reported_and_uploaded(service: Script, path: Path, run: Any) -> None:
     service.on("POST", "/v1/files", {"id": "file-2", "same_content_as": "file-1"}, {"id": "file-3"})
 
     again, new = run("files", "upload", path), run("files", "upload", path)
@@ -109,7 +109,7 @@ CURVES = b"step,train_loss\n1,2.5\n"
 CURVES_FILE = {"id": "file-r", "filename": "../step_metrics.csv", "digest": hashlib.sha256(CURVES).hexdigest()}
 
 
-def test_a_file_is_saved_under_its_name_and_never_over_another(service: Script, run: Any, tmp_path: Path) -> None:
+def test_download_uses_the_file_name_and_overwrites_nothing(service: Script, run: Any, tmp_path: Path) -> None:
     service.on("GET", "/v1/files/file-r", CURVES_FILE)
     service.on("GET", "/v1/files/file-r/content", Reply(body=CURVES))
 
@@ -122,7 +122,7 @@ def test_a_file_is_saved_under_its_name_and_never_over_another(service: Script, 
     assert [path.name for path in tmp_path.iterdir()] == ["step_metrics.csv"]
 
 
-def test_what_is_not_what_the_service_has_on_record_is_not_kept(service: Script, client: Lorry, tmp_path: Path) -> None:
+def test_download_that_does_not_match_its_digest_is_not_kept(service: Script, client: Lorry, tmp_path: Path) -> None:
     service.on("GET", "/v1/files/file-r", CURVES_FILE)
     service.on("GET", "/v1/files/file-r/content", Reply(body=CURVES[:-1]))
 
@@ -132,7 +132,7 @@ def test_what_is_not_what_the_service_has_on_record_is_not_kept(service: Script,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_of_one_purpose_are_listed_alone_and_a_job_names_its_curves(service: Script, run: Any) -> None:
+def test_files_are_listed_by_purpose_and_a_job_names_its_result_file(service: Script, run: Any) -> None:
     service.on("GET", "/v1/files", {"data": [CURVES_FILE], "has_more": False})
     service.on("GET", "/v1/fine_tuning/jobs/j", {"id": "j", "status": "succeeded", "result_files": ["file-r"]})
 
@@ -143,25 +143,27 @@ def test_files_of_one_purpose_are_listed_alone_and_a_job_names_its_curves(servic
     assert ["curves", "file-r"] in [line.split() for line in shown.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("said", "seconds"), [("90m", b"5400"), ("12h", b"43200"), ("30d", b"2592000")])
-def test_an_upload_may_be_told_when_to_go(service: Script, path: Path, run: Any, said: str, seconds: bytes) -> None:
+@pytest.mark.parametrize(("lifetime", "seconds"), [("90m", b"5400"), ("12h", b"43200"), ("30d", b"2592000")])
+def test_upload_sends_the_requested_expiry(
+    service: Script, path: Path, run: Any, lifetime: str, seconds: bytes
+) -> None:
     service.on("POST", "/v1/files", {"id": "file-1"})
 
-    assert run("files", "upload", path, "--expires-after", said).exit_code == 0
+    assert run("files", "upload", path, "--expires-after", lifetime).exit_code == 0
 
     body = service.seen[0].body
     assert b'name="expires_after[anchor]"\r\n\r\ncreated_at\r\n' in body
     assert b'name="expires_after[seconds]"\r\n\r\n' + seconds + b"\r\n" in body
 
 
-def test_a_lifetime_without_a_unit_is_wrong_usage(service: Script, path: Path, run: Any) -> None:
+def test_lifetime_without_a_unit_is_a_usage_error(service: Script, path: Path, run: Any) -> None:
     result = run("files", "upload", path, "--expires-after", "30")
 
     assert (result.exit_code, service.seen) == (2, [])
     assert "12h" in result.stderr
 
 
-def test_a_list_tells_when_files_go_where_one_does(service: Script, run: Any) -> None:
+def test_list_shows_the_expiry_column_if_a_file_expires(service: Script, run: Any) -> None:
     rows = [{"id": "file-1", "expires_at": 1790003600}, {"id": "file-2"}]
     service.on("GET", "/v1/files", {"data": rows, "has_more": False}, {"data": rows[1:], "has_more": False})
 

@@ -26,7 +26,7 @@ def sse(event: str, data: dict[str, Any], ident: int) -> bytes:
     return f"event: {event}\nid: {ident}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def test_only_what_was_given_is_sent(service: Script, client: Lorry) -> None:
+def test_only_given_fields_are_sent(service: Script, client: Lorry) -> None:
     service.on("POST", JOBS, wire("validating_files"))
 
     client.jobs.create(
@@ -43,7 +43,7 @@ def test_only_what_was_given_is_sent(service: Script, client: Lorry) -> None:
     }
 
 
-def test_a_field_that_this_client_does_not_know_can_be_sent(service: Script, client: Lorry) -> None:
+def test_extra_body_sends_unknown_fields(service: Script, client: Lorry) -> None:
     service.on("POST", JOBS, wire("queued"))
 
     client.jobs.create(model="m", training_file="f", max_length="auto", extra_body={"newer": {"x": 1}, "max_length": 9})
@@ -52,7 +52,7 @@ def test_a_field_that_this_client_does_not_know_can_be_sent(service: Script, cli
     assert sent == {"model": "m", "training_file": "f", "max_length": 9, "newer": {"x": 1}}
 
 
-def test_a_repeated_creation_carries_one_idempotency_key_and_two_creations_two(service: Script, client: Lorry) -> None:
+def test_retried_creation_reuses_its_idempotency_key(service: Script, client: Lorry) -> None:
     service.on("POST", JOBS, Reply(status=502, body=b""), wire("queued"))
 
     client.jobs.create(model="m", training_file="f")
@@ -62,7 +62,7 @@ def test_a_repeated_creation_carries_one_idempotency_key_and_two_creations_two(s
     assert first == repeated != other
 
 
-def test_waiting_ends_with_the_job_and_tells_of_each_look(service: Script, client: Lorry, slept: list[float]) -> None:
+def test_wait_returns_the_final_job_and_reports_each_poll(service: Script, client: Lorry, slept: list[float]) -> None:
     service.on("GET", f"{JOBS}/j", wire("queued"), wire("running", 3), wire("failed", 3))
     steps: list[int] = []
 
@@ -73,14 +73,14 @@ def test_waiting_ends_with_the_job_and_tells_of_each_look(service: Script, clien
     assert slept == [2, 2]
 
 
-def test_waiting_gives_up_when_it_should(service: Script, client: Lorry) -> None:
+def test_wait_raises_after_its_timeout(service: Script, client: Lorry) -> None:
     service.on("GET", f"{JOBS}/j", wire("running"))
 
     with pytest.raises(WaitTimeout, match="is not affected"):
         client.jobs.wait("j", timeout_seconds=0)
 
 
-def test_following_goes_over_to_polling_where_the_stream_breaks_and_takes_it_up_again(
+def test_follow_polls_when_the_stream_breaks_and_then_resumes_it(
     service: Script, client: Lorry, slept: list[float]
 ) -> None:
     broken = Reply(body=sse("job", wire("running", 1), 11) + sse("event", {"message": "a"}, 12), headers=SSE, cut=True)
@@ -96,13 +96,13 @@ def test_following_goes_over_to_polling_where_the_stream_breaks_and_takes_it_up_
     assert slept == [1.0]
 
 
-def test_following_works_by_polling_alone_where_there_is_no_stream(service: Script, client: Lorry) -> None:
+def test_follow_works_by_polling_without_a_stream(service: Script, client: Lorry) -> None:
     service.on("GET", f"{JOBS}/j", wire("queued"), wire("running"), wire("cancelled"))
 
     assert [u.job.status for u in client.jobs.follow("j") if u.job] == ["queued", "running", "cancelled"]
 
 
-def test_following_a_job_that_is_not_there_is_an_error(client: Lorry) -> None:
+def test_follow_of_a_missing_job_raises(client: Lorry) -> None:
     with pytest.raises(NotFound):
         list(client.jobs.follow("gone"))
 
@@ -110,7 +110,7 @@ def test_following_a_job_that_is_not_there_is_an_error(client: Lorry) -> None:
 @pytest.mark.parametrize(
     "trouble", [ConnectionFailed("away", code="x", remedy=""), ServerFailed("away", code="x", remedy="", status=503)]
 )
-def test_following_bears_a_restart_of_the_service_but_not_its_absence(trouble: LorryError) -> None:
+def test_follow_tolerates_a_restart_but_not_a_long_outage(trouble: LorryError) -> None:
     now = [0.0]
     answers = iter([None, None, Job(status="running"), None, Job(status="succeeded")])
 
@@ -136,7 +136,7 @@ def test_following_bears_a_restart_of_the_service_but_not_its_absence(trouble: L
         follow(60)
 
 
-def test_an_update_that_this_client_does_not_know_is_passed_over(service: Script, client: Lorry) -> None:
+def test_unknown_updates_are_skipped(service: Script, client: Lorry) -> None:
     body = (
         b"event: job\ndata: nonsense\n\nevent: job\ndata: []\n\n" + sse("newer", {}, 1) + sse("metric", {"step": 2}, 2)
     )
@@ -145,7 +145,7 @@ def test_an_update_that_this_client_does_not_know_is_passed_over(service: Script
     assert [(u.kind, u.metric) for u in client.jobs.stream("j")] == [("metric", {"step": 2})]
 
 
-def test_a_list_is_followed_from_page_to_page(service: Script, client: Lorry) -> None:
+def test_lists_follow_pages(service: Script, client: Lorry) -> None:
     service.on(
         "GET",
         f"{JOBS}/j/events",
@@ -157,7 +157,7 @@ def test_a_list_is_followed_from_page_to_page(service: Script, client: Lorry) ->
     assert "after=e2" in service.seen[1].path
 
 
-def test_an_id_can_not_leave_its_place_in_the_path(service: Script, client: Lorry) -> None:
+def test_ids_are_escaped_in_paths(service: Script, client: Lorry) -> None:
     with pytest.raises(NotFound):
         client.jobs.get("../../files?x=1")
 
@@ -172,13 +172,13 @@ def test_unknown_fields_are_kept_and_missing_ones_have_a_default() -> None:
     assert job.error is None
 
 
-def test_a_running_job_says_what_it_does_beside_training() -> None:
-    said = {
+def test_running_status_names_loading_and_verification() -> None:
+    statuses = {
         phase: status(Job.of({"id": "j", "status": "running", "phase": phase}))
         for phase in ("loading", "training", "verifying", None)
     }
 
-    assert said == {
+    assert statuses == {
         "loading": "running: loading the base model",
         "training": "running",
         "verifying": "running: verifying the adapter",

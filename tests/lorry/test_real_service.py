@@ -1,4 +1,4 @@
-"""The SDK and the command line against the real service: train, watch, pull, verify without it."""
+"""The SDK and the command line against the real service: train, watch, pull, and verify offline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.services.running import free_port
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("service_database")]
 
 
-def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
+def test_training_from_a_model_directory_to_a_verified_adapter(tmp_path: Path) -> None:
     base = tiny_base.make(tmp_path / "base")
     train = tiny_base.write_chat(tmp_path / "train.jsonl", 40)
     valid = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=1)
@@ -24,7 +24,7 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
     data_dir.parent.mkdir()
     run = Commands(tmp_path, data_dir, 200).run
 
-    port = str(free_port())  # test_up.py may take the usual one in another process at this moment
+    port = str(free_port())  # test_up.py may use the default port in another process
     with up(data_dir, "--port", port) as (process, _), Lorry(data_dir=data_dir) as client:
         assert json.loads(run("models", "add", "tiny", base, "--json"))["state"] == "ready"
         flags = "--rank 4 --learning-rate 0.01 --epochs 1 --batch-size 8 --seed 3 --suffix try --watch --json"
@@ -46,12 +46,12 @@ def test_from_a_folder_to_a_verified_adapter(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(60) == 0
 
-    unchecked = run("adapters", "verify", folder, code=3)  # without the service, and without a file of its keys
+    unchecked = run("adapters", "verify", folder, code=3)  # offline, and without the file of the service's keys
     assert "all digests match, but the signature was not checked" in " ".join(unchecked.split())
 
 
 def _check_refusals(client: Lorry, training_file: str) -> None:
-    """What a person gets wrong first, each by the service's own words."""
+    """Check the service's errors for common mistakes."""
     with pytest.raises(NotFound, match="tiny"):
         client.jobs.create(model="gone", training_file=training_file)
     with pytest.raises(InvalidRequest, match="at least 1") as refused:

@@ -1,4 +1,4 @@
-"""Sweeps of the real service, by the command line and by a study of Optuna: from a line to a verified adapter."""
+"""Sweeps of the real service with the command line and with an Optuna study, up to a verified adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 FLAGS = "--over lora.rank=2,4 --over optimizer.learning_rate=1e-4..1e-2:log --set precision=float32 --max-steps 120"
 
 
-def test_one_line_searches_and_the_best_adapter_is_pulled_by_the_sweeps_id(tmp_path: Path) -> None:
+def test_sweep_runs_and_its_best_adapter_is_pulled_by_sweep_id(tmp_path: Path) -> None:
     base = tiny_base.make(tmp_path / "base")
     train = tiny_base.write_chat(tmp_path / "train.jsonl", 40)
     valid = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=1)

@@ -1,4 +1,4 @@
-"""`lorry webhooks`, and `Lorry.webhooks` under it."""
+"""`lorry webhooks`, and the SDK's `Lorry.webhooks`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sent(service: Script, path: str, method: str = "POST") -> list[Any]:
     return [json.loads(one.body or b"null") for one in service.requests(method, path)]
 
 
-def test_the_secret_of_a_new_endpoint_stands_alone_on_stdout(service: Script, run: Run) -> None:
+def test_new_endpoint_prints_only_its_secret_on_stdout(service: Script, run: Run) -> None:
     service.on("POST", HOOKS, {**HOOK, "signing_secret": "whsec_abc"})
 
     all_ends = run("webhooks", "create", "https://example.com/hooks")
@@ -50,7 +50,7 @@ def test_the_secret_of_a_new_endpoint_stands_alone_on_stdout(service: Script, ru
     assert second == {"url": HOOK["url"], "name": "ops", "event_types": ["fine_tuning.job.failed"]}
 
 
-def test_endpoints_and_deliveries_are_listed_with_what_is_wrong_with_them(service: Script, run: Run) -> None:
+def test_lists_show_problems_of_endpoints_and_deliveries(service: Script, run: Run) -> None:
     gone = {**HOOK, "id": "webhook-2", "status": "disabled", "disabled_reason": "gone", "disabled_at": 1790000000}
     failing = {**HOOK, "id": "webhook-3", "failing_since": 1790000000}
     service.on("GET", HOOKS, {"data": [HOOK, gone, failing], "has_more": False})
@@ -68,7 +68,7 @@ def test_endpoints_and_deliveries_are_listed_with_what_is_wrong_with_them(servic
     assert "status=failed" in service.seen[-1].path
 
 
-def test_a_test_tells_the_answer_and_its_exit_says_whether_that_was_a_success(service: Script, run: Run) -> None:
+def test_test_command_prints_the_response_and_sets_the_exit_code(service: Script, run: Run) -> None:
     answer = {"webhook_endpoint_id": "webhook-1", "status_code": 204, "reply": ""}
     refusal = {"message": "It did not answer.", "code": "webhook_endpoint_unreachable", "remedy": "Look."}
     path = f"{HOOKS}/webhook-1/test"
@@ -82,7 +82,7 @@ def test_a_test_tells_the_answer_and_its_exit_says_whether_that_was_a_success(se
     assert (none.exit_code, "did not answer" in none.stderr) == (1, True)
 
 
-def test_one_delivery_is_replayed_or_all_that_failed(service: Script, run: Run) -> None:
+def test_one_delivery_or_all_failed_deliveries_are_replayed(service: Script, run: Run) -> None:
     service.on("POST", "/v1/webhook_deliveries/delivery-1/replay", DELIVERY)
     service.on("POST", f"{HOOKS}/webhook-1/replay", {"replayed": 3})
 
@@ -91,23 +91,23 @@ def test_one_delivery_is_replayed_or_all_that_failed(service: Script, run: Run) 
 
     assert "Replaying delivery-1." in one
     assert "Replaying 3 deliveries." in many
-    (asked,) = sent(service, f"{HOOKS}/webhook-1/replay")
-    assert isinstance(asked["since"], int)
+    (replay_body,) = sent(service, f"{HOOKS}/webhook-1/replay")
+    assert isinstance(replay_body["since"], int)
 
 
-def test_a_rotation_overlaps_for_a_day_where_nothing_is_said(service: Script, run: Run) -> None:
+def test_rotation_overlaps_for_a_day_by_default(service: Script, run: Run) -> None:
     path = f"{HOOKS}/webhook-1/rotate_secret"
     service.on("POST", path, {**HOOK, "signing_secret": "whsec_new", "old_secret_until": 1790086400})
 
-    told = run("webhooks", "rotate-secret", "webhook-1")
+    output = run("webhooks", "rotate-secret", "webhook-1")
     run("webhooks", "rotate-secret", "webhook-1", "--overlap", "0s")
 
-    assert told.stdout == "whsec_new\n"
-    assert "also signed with the old secret until" in told.stderr
+    assert output.stdout == "whsec_new\n"
+    assert "also signed with the old secret until" in output.stderr
     assert sent(service, path) == [{"overlap_seconds": 86400}, {"overlap_seconds": 0}]
 
 
-def test_an_endpoint_is_changed_disabled_enabled_and_removed(service: Script, run: Run) -> None:
+def test_endpoint_is_changed_disabled_enabled_and_removed(service: Script, run: Run) -> None:
     path = f"{HOOKS}/webhook-1"
     service.on("POST", path, HOOK)
     service.on("DELETE", path, {"id": "webhook-1", "deleted": True})

@@ -1,4 +1,4 @@
-"""Nothing is answered without a key or a signed-in browser; what is another project's does not exist."""
+"""Routes require a key or a browser session, and the resources of other projects are not found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPEN_PATHS = {
 }
 
 
-def test_every_route_but_the_open_ones_needs_a_key(app: FastAPI, anonymous: TestClient) -> None:
+def test_every_route_except_open_ones_requires_a_key(app: FastAPI, anonymous: TestClient) -> None:
     for path, methods in app.openapi()["paths"].items():
         for method in methods:
             if path in OPEN_PATHS:
@@ -38,7 +38,9 @@ def test_every_route_but_the_open_ones_needs_a_key(app: FastAPI, anonymous: Test
             response = anonymous.request(method, filled, json={"name": "x", "kind": "hub", "source": "y"})
 
             assert response.status_code in (401, 400), (method, path, response.text)
-            if response.status_code == 400:  # the shape of a body is looked at first; nothing is done with it
+            if (
+                response.status_code == 400
+            ):  # the body is validated before authentication, and the request has no effect
                 assert error_of(response)["type"] == "invalid_request_error"
             else:
                 assert response.headers["www-authenticate"] == 'Bearer realm="lorry"'
@@ -46,14 +48,14 @@ def test_every_route_but_the_open_ones_needs_a_key(app: FastAPI, anonymous: Test
 
 
 @pytest.mark.parametrize("secret", ["x", "lorry_key-123_abc", "lorry_" + "x" * 2000, "sk-proj-1"])
-def test_a_wrong_key_is_refused(anonymous: TestClient, secret: str) -> None:
+def test_wrong_key_is_rejected(anonymous: TestClient, secret: str) -> None:
     response = anonymous.get("/v1/files", headers={"authorization": f"Bearer {secret}"})
 
     assert response.status_code == 401
     assert error_of(response)["code"] == "invalid_api_key"
 
 
-def test_an_expired_and_a_revoked_key_are_refused(services: Services, world: World, anonymous: TestClient) -> None:
+def test_expired_and_revoked_keys_are_rejected(services: Services, world: World, anonymous: TestClient) -> None:
     with services.db.read() as session:
         now = read_clock(session)
     project_id = world.caller.project_id
@@ -69,7 +71,7 @@ def test_an_expired_and_a_revoked_key_are_refused(services: Services, world: Wor
         assert response.status_code == 401
 
 
-def test_a_rejected_key_is_logged_and_counted_by_reason_and_the_client_is_not_told(
+def test_rejection_reason_is_logged_and_counted_but_hidden_from_client(
     services: Services, world: World, anonymous: TestClient, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with services.db.read() as session:
@@ -103,7 +105,9 @@ def test_a_rejected_key_is_logged_and_counted_by_reason_and_the_client_is_not_to
 
 
 @pytest.mark.parametrize("kind", ["organization", "project"])
-def test_what_openais_headers_name_is_the_keys_own(client: TestClient, world: World, kind: str) -> None:
+def test_openai_headers_must_name_the_keys_project_and_organization(
+    client: TestClient, world: World, kind: str
+) -> None:
     for own in (getattr(world.caller, f"{kind}_id"), getattr(world.caller, f"{kind}_name"), ""):
         assert client.get("/v1/files", headers={f"openai-{kind}": own}).status_code == 200
 
@@ -113,7 +117,7 @@ def test_what_openais_headers_name_is_the_keys_own(client: TestClient, world: Wo
     assert "openai-organization" not in response.headers
 
 
-def test_what_is_another_projects_is_not_found(stranger: TestClient, client: TestClient, world: World) -> None:
+def test_resources_of_another_project_are_not_found(stranger: TestClient, client: TestClient, world: World) -> None:
     job = world.submit()
     announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
     upload_id = client.post("/v1/uploads", json=announced).json()["id"]
@@ -143,7 +147,7 @@ def test_what_is_another_projects_is_not_found(stranger: TestClient, client: Tes
     assert client.get(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
 
 
-def test_a_sign_in_link_opens_one_browser_once(client: TestClient, anonymous: TestClient) -> None:
+def test_sign_in_link_works_once(client: TestClient, anonymous: TestClient) -> None:
     body = {"token": new_token(client)}
 
     shown = anonymous.post("/v1/sign_in_links/preview", json=body)
@@ -162,10 +166,10 @@ def test_a_sign_in_link_opens_one_browser_once(client: TestClient, anonymous: Te
 
 
 @pytest.mark.parametrize("headers", [{}, {"x-lorry-csrf": "1", "origin": "http://evil.example"}])
-def test_no_page_of_another_origin_signs_a_browser_in(
+def test_other_origins_cannot_sign_in_a_browser(
     client: TestClient, anonymous: TestClient, headers: dict[str, str]
 ) -> None:
-    """By a navigation (there is no GET that signs in), by a form, or by a script."""
+    """Covers navigation (no GET route signs in), forms and scripts."""
     token = new_token(client)
 
     navigated = anonymous.get(f"/dashboard/?token={token}")
@@ -176,7 +180,7 @@ def test_no_page_of_another_origin_signs_a_browser_in(
     assert anonymous.post("/v1/sign_in_links/preview", json={"token": token}).status_code == 200
 
 
-def test_a_link_of_another_key_replaces_a_session_only_with_the_users_consent(
+def test_link_of_another_key_replaces_session_only_with_consent(
     client: TestClient, stranger: TestClient, anonymous: TestClient, services: Services
 ) -> None:
     open_link(anonymous, client)
@@ -195,7 +199,7 @@ def test_a_link_of_another_key_replaces_a_session_only_with_the_users_consent(
         authentication.authenticate_browser(services.db, secret=mine, pepper=services.pepper)
 
 
-def test_a_link_of_a_revoked_key_shows_nothing(services: Services, world: World, anonymous: TestClient) -> None:
+def test_link_of_revoked_key_is_rejected(services: Services, world: World, anonymous: TestClient) -> None:
     row, _ = authentication.create(services.db, project_id=world.caller.project_id, name="gone", pepper=services.pepper)
     token = authentication.create_sign_in_link(services.db, api_key_id=row.id, pepper=services.pepper)
     end_key(services.db, row.id)
@@ -205,7 +209,7 @@ def test_a_link_of_a_revoked_key_shows_nothing(services: Services, world: World,
         assert (response.status_code, error_of(response)["code"]) == (401, "invalid_sign_in_link")
 
 
-def test_over_https_the_session_is_in_a_cookie_of_this_host_alone(settings: Settings, world: World, key: str) -> None:
+def test_https_session_uses_host_prefixed_cookie(settings: Settings, world: World, key: str) -> None:
     app = create_app(settings, ApiSettings(public_url="https://lorry.example"), further_hosts=["lorry.example"])
     origin = {**SAME_ORIGIN, "origin": "https://lorry.example"}
     with TestClient(app, base_url="https://lorry.example") as browser:
@@ -231,7 +235,7 @@ def test_over_https_the_session_is_in_a_cookie_of_this_host_alone(settings: Sett
         assert under_the_plain_name.status_code == 401
 
 
-def test_a_browser_signs_in_with_a_key_and_out_again(anonymous: TestClient, key: str) -> None:
+def test_browser_signs_in_with_a_key_and_signs_out(anonymous: TestClient, key: str) -> None:
     signed_in = anonymous.post("/v1/browser_session", json={"api_key": key}, headers=SAME_ORIGIN)
     assert signed_in.json()["is_operator"] is False
     assert anonymous.get("/v1/files").status_code == 200
@@ -255,7 +259,7 @@ def test_a_browser_signs_in_with_a_key_and_out_again(anonymous: TestClient, key:
         {"x-lorry-csrf": "1", "origin": "null"},
     ],
 )
-def test_a_change_by_cookie_needs_proof_of_the_dashboard(
+def test_cookie_authenticated_change_requires_csrf_proof(
     anonymous: TestClient, key: str, world: World, headers: dict[str, Any]
 ) -> None:
     job = world.submit()
@@ -271,7 +275,7 @@ def test_a_change_by_cookie_needs_proof_of_the_dashboard(
     assert own.json()["status"] == "cancelled"
 
 
-def test_only_an_operator_adds_models_and_sees_every_project(
+def test_only_operators_add_models_and_list_all_projects(
     client: TestClient, operator: TestClient, world: World
 ) -> None:
     world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))

@@ -1,4 +1,4 @@
-"""Each route needs a scope, says which, and is shut without it."""
+"""Each route requires a scope, documents it, and rejects keys without it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NewClient = Callable[..., TestClient]
 
 @pytest.fixture
 def holder(app: FastAPI, anonymous: TestClient, services: Services, world: World) -> NewClient:
-    """holder("jobs:read"): a client whose key has these scopes alone."""
+    """Return a factory: `holder("jobs:read")` creates a client whose key has only this scope."""
 
     def new_client(*scopes: str, is_operator: bool = True) -> TestClient:
         project_id = world.caller.project_id
@@ -34,44 +34,44 @@ def holder(app: FastAPI, anonymous: TestClient, services: Services, world: World
     return new_client
 
 
-def test_every_operation_behind_a_key_says_which_scope_it_needs_to_look_or_to_change(app: FastAPI) -> None:
-    told = {told["operationId"]: (path, method, told.get("x-scopes", [])) for path, method, told in operations(app)}
-    looks = {"verify_adapter"}  # reads every byte again, and changes nothing
+def test_openapi_documents_the_scopes_of_authenticated_operations(app: FastAPI) -> None:
+    documented = {
+        each["operationId"]: (path, method, each.get("x-scopes", [])) for path, method, each in operations(app)
+    }
+    read_only = {"verify_adapter"}  # reads every byte again, and changes nothing
     by_work = {"create_plan"}  # needs jobs:write where a worker has to prepare files
 
-    assert {name for name, (path, _, _) in told.items() if path not in OPEN_PATHS} - NEEDED.keys() == set()
+    assert {name for name, (path, _, _) in documented.items() if path not in OPEN_PATHS} - NEEDED.keys() == set()
     assert {scope for needed in NEEDED.values() for scope in needed} == set(SCOPES)
     for name, needed in NEEDED.items():
-        _, method, shown = told[name]
-        verb = "read" if method == "get" or name in looks else "write"
+        _, method, shown = documented[name]
+        verb = "read" if method == "get" or name in read_only else "write"
         assert shown == list(needed), name
         assert name in by_work or all(scope.endswith(f":{verb}") for scope in needed), name
 
 
-def test_every_operation_is_shut_without_its_scope_and_opened_by_it_alone(
-    app: FastAPI, services: Services, holder: NewClient
-) -> None:
+def test_every_operation_requires_exactly_its_scope(app: FastAPI, services: Services, holder: NewClient) -> None:
     services.feed.close()
     clients = {
         needed: (holder(*(one for one in SCOPES if one not in needed)), holder(*needed))
         for needed in set(NEEDED.values()) - {ANY_KEY}
     }
 
-    for path, method, told in operations(app):
-        needed = NEEDED.get(told["operationId"], ANY_KEY)
+    for path, method, operation in operations(app):
+        needed = NEEDED.get(operation["operationId"], ANY_KEY)
         if needed == ANY_KEY:
             continue
         filled = path.replace("{", "").replace("}", "")
-        shut, opened = (client.request(method, filled) for client in clients[needed])
+        rejected, opened = (client.request(method, filled) for client in clients[needed])
 
-        error = error_of(shut)
-        assert (shut.status_code, error["code"]) == (403, "missing_scope"), (path, method)
+        error = error_of(rejected)
+        assert (rejected.status_code, error["code"]) == (403, "missing_scope"), (path, method)
         assert needed[0] in error["message"]
         assert f"lorry keys create NAME --scope {needed[0]}" in error["remedy"]
         assert opened.status_code != 403, (path, method, opened.text)
 
 
-def test_an_adapter_and_a_base_are_deleted_by_different_scopes(holder: NewClient) -> None:
+def test_deleting_adapters_and_base_models_requires_different_scopes(holder: NewClient) -> None:
     clients = [holder("adapters:write"), holder("models:write")]
 
     answers = [client.delete(f"/v1/models/{name}") for client in clients for name in ("ft:x", "smol")]
@@ -80,7 +80,7 @@ def test_an_adapter_and_a_base_are_deleted_by_different_scopes(holder: NewClient
     assert "models:write" in error_of(answers[1])["message"]
 
 
-def test_no_scope_makes_an_operator_of_a_projects_key(holder: NewClient) -> None:
+def test_scopes_do_not_make_a_project_key_an_operator_key(holder: NewClient) -> None:
     plain = holder(*SCOPES, is_operator=False)
 
     refused = [plain.post("/v1/projects", json={"name": "x"}), plain.post("/v1/models", json={})]
@@ -89,7 +89,7 @@ def test_no_scope_makes_an_operator_of_a_projects_key(holder: NewClient) -> None
     assert set(plain.get("/v1/browser_session").json()["scopes"]) == set(SCOPES) - OPERATORS
 
 
-def test_a_browser_can_do_what_the_key_can_that_signed_it_in(holder: NewClient, anonymous: TestClient) -> None:
+def test_browser_session_has_the_scopes_of_its_key(holder: NewClient, anonymous: TestClient) -> None:
     open_link(anonymous, holder("files:read"))
 
     assert anonymous.get("/v1/files").status_code == 200

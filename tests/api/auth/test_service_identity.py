@@ -1,4 +1,4 @@
-"""The API server proves its identity to Lorry's own client, which computes the same proof by code of its own."""
+"""The API server proves its identity to Lorry's client, which implements the proof independently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.api.site import PEPPER, Site, error_of
 NONCE = "0123456789abcdef" * 4
 
 
-def test_the_client_trusts_the_real_server_and_no_other_installation(site: Site, tmp_path: Path) -> None:
+def test_client_trusts_only_its_own_installation(site: Site, tmp_path: Path) -> None:
     known = Connection(url=site.url, api_key=site.key, identity_secret=secret_of(PEPPER))
     connection.write(tmp_path, known)
 
@@ -40,30 +40,30 @@ def test_the_client_trusts_the_real_server_and_no_other_installation(site: Site,
         ("testserver", "testserver"),
     ],
 )
-def test_server_and_client_spell_an_address_alike(seen: str, connected: str) -> None:
+def test_server_and_client_normalize_addresses_alike(seen: str, connected: str) -> None:
     computed = proof(PEPPER, nonce=NONCE, host=seen, port=8472)
 
     assert computed == service_identity.expected_proof(secret_of(PEPPER), nonce=NONCE, host=connected, port=8472)
 
 
-def test_a_proof_holds_for_one_nonce_one_address_and_one_port(site: Site) -> None:
-    def asked(nonce: str) -> str:
+def test_proof_is_bound_to_nonce_address_and_port(site: Site) -> None:
+    def served_proof(nonce: str) -> str:
         return httpx.get(f"{site.url}/v1/service_identity", params={"nonce": nonce}, trust_env=False).json()["proof"]
 
     host, port = site.url.removeprefix("http://").split(":")
 
-    assert asked(NONCE) == proof(PEPPER, nonce=NONCE, host=host, port=int(port))
-    assert len({asked(NONCE), asked("0" * 64), proof(PEPPER, nonce=NONCE, host=host, port=1)}) == 3
-    assert proof(PEPPER, nonce=NONCE, host="127.0.0.2", port=int(port)) != asked(NONCE)
+    assert served_proof(NONCE) == proof(PEPPER, nonce=NONCE, host=host, port=int(port))
+    assert len({served_proof(NONCE), served_proof("0" * 64), proof(PEPPER, nonce=NONCE, host=host, port=1)}) == 3
+    assert proof(PEPPER, nonce=NONCE, host="127.0.0.2", port=int(port)) != served_proof(NONCE)
 
 
 @pytest.mark.parametrize("nonce", ["", "x" * 64, "0" * 63, "0" * 65, "A" * 64])
-def test_a_nonce_that_is_none_is_refused(anonymous: TestClient, nonce: str) -> None:
+def test_invalid_nonce_is_rejected(anonymous: TestClient, nonce: str) -> None:
     response = anonymous.get("/v1/service_identity", params={"nonce": nonce})
 
     assert (response.status_code, error_of(response)["param"]) == (400, "nonce")
 
 
-def test_the_secret_is_not_the_pepper_and_differs_by_installation() -> None:
+def test_identity_secret_differs_from_pepper_and_by_installation() -> None:
     assert secret_of(PEPPER) != secret_of(b"o" * 32)
     assert PEPPER.hex() not in secret_of(PEPPER)

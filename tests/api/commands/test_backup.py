@@ -1,4 +1,4 @@
-"""`python -m api backup`, `restore` and `verify` as a person calls them."""
+"""The commands `python -m api backup`, `restore` and `verify`, run as child processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def service(tmp_path: Path) -> Path:
     return tmp_path / "service"
 
 
-def test_a_service_is_copied_put_back_and_verified_by_three_commands(service: Path, tmp_path: Path) -> None:
+def test_service_is_backed_up_restored_and_verified(service: Path, tmp_path: Path) -> None:
     place, there = str(tmp_path / "backups"), tmp_path / "there"
 
     made = run(service, "backup", place, "--json")
@@ -49,11 +49,11 @@ def test_a_service_is_copied_put_back_and_verified_by_three_commands(service: Pa
     assert json.loads(verified.stdout)["problems"] == []
     assert not json.loads(verified.stdout)["audit_chain_verified"]
     assert not (there / "pepper").exists()
-    assert "LORRY_PEPPER" in back.stdout, "it is told that no key opens it yet"
+    assert "LORRY_PEPPER" in back.stdout, "restore must warn that no key is valid without the pepper"
     assert str(there / "pepper") in back.stdout
 
 
-def test_what_is_wrong_is_told_and_ends_with_a_status(service: Path, tmp_path: Path) -> None:
+def test_errors_are_reported_with_an_exit_status(service: Path, tmp_path: Path) -> None:
     place = str(tmp_path / "backups")
     run(service, "backup", place)
 
@@ -69,7 +69,7 @@ def test_what_is_wrong_is_told_and_ends_with_a_status(service: Path, tmp_path: P
     assert not any("Traceback" in done.stderr for done in (again, nowhere, never))
 
 
-def test_the_pepper_is_in_no_backup(service: Path, tmp_path: Path) -> None:
+def test_backups_do_not_contain_the_pepper(service: Path, tmp_path: Path) -> None:
     pepper = (service / "pepper").read_bytes()
 
     run(service, "backup", str(tmp_path / "backups"))
@@ -80,7 +80,7 @@ def test_the_pepper_is_in_no_backup(service: Path, tmp_path: Path) -> None:
 
 
 def overwrite_page(path: Path, number: int) -> None:
-    """number: from 1. Page 1 has the file's header."""
+    """Overwrite a page with 0xff. Pages are numbered from 1, and page 1 contains the file header."""
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
@@ -109,7 +109,7 @@ def test_verify_reports_a_damaged_page_and_exits_with_1(service: Path) -> None:
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("command", [["verify"], ["backup", "backups"], ["serve", "--port", "0"]])
-def test_a_file_that_is_no_database_any_more_is_reported_with_the_remedy(service: Path, command: list[str]) -> None:
+def test_corrupt_database_file_is_reported_with_the_remedy(service: Path, command: list[str]) -> None:
     overwrite_page(service / "lorry.db", 1)
 
     done = run(service, *command)
@@ -120,9 +120,7 @@ def test_a_file_that_is_no_database_any_more_is_reported_with_the_remedy(service
     assert "Traceback" not in done.stderr
 
 
-def test_restore_names_the_files_of_a_crashed_service_and_succeeds_once_they_are_moved(
-    service: Path, tmp_path: Path
-) -> None:
+def test_restore_names_leftover_wal_files_and_succeeds_without_them(service: Path, tmp_path: Path) -> None:
     place = str(tmp_path / "backups")
     run(service, "backup", place)
     (service / "lorry.db").unlink()
@@ -142,7 +140,7 @@ def test_restore_names_the_files_of_a_crashed_service_and_succeeds_once_they_are
     assert "no problems" in restored.stdout
 
 
-def test_an_exported_audit_log_is_verified_with_the_pepper_alone(service: Path, tmp_path: Path) -> None:
+def test_exported_audit_log_is_verified_with_only_the_pepper(service: Path, tmp_path: Path) -> None:
     db, pepper = Database(f"sqlite:///{service / 'lorry.db'}"), (service / "pepper").read_bytes()
     chain.seal(db, pepper=pepper)
     lines = [json.dumps(event) for event in chain.lines(db)]

@@ -1,4 +1,4 @@
-"""A refused request names the field, what it must be, the rejected value, and what was probably meant."""
+"""Validation errors name the field, the expected and rejected values, and the probably intended field."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "says"),
+    ("fields", "param", "fragment"),
     [
         ({"lora": {"rank": 0}}, "lora.rank", "at least 1; got 0"),
         ({"lora": {"rank": "big"}}, "lora.rank", 'a whole number; got "big"'),
@@ -84,17 +84,17 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"priority": "now"}, "priority", "'urgent', 'normal' or 'batch'"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_place_and_what_it_must_be(
-    client: TestClient, fields: dict[str, Any], param: str, says: str
+def test_invalid_value_error_names_field_and_expected_value(
+    client: TestClient, fields: dict[str, Any], param: str, fragment: str
 ) -> None:
     error = refused(client, {**LEAST, **fields})
 
     assert error["param"] == param
     assert error["code"] == "invalid_value"
-    assert says in error["message"]
+    assert fragment in error["message"]
 
 
-def test_a_whole_number_may_stand_for_any_number(client: TestClient, world: World) -> None:
+def test_integers_are_accepted_for_number_fields(client: TestClient, world: World) -> None:
     fields = {"lora": {"alpha": 16, "dropout": 0}, "hyperparameters": {"learning_rate_multiplier": 5000}}
 
     job = client.post("/v1/fine_tuning/jobs", json={**LEAST, **fields, "training_file": world.file_id}).json()
@@ -103,7 +103,7 @@ def test_a_whole_number_may_stand_for_any_number(client: TestClient, world: Worl
 
 
 @pytest.mark.parametrize("field", ["model", "training_file"])
-def test_a_missing_field_is_named(client: TestClient, field: str) -> None:
+def test_missing_field_is_named(client: TestClient, field: str) -> None:
     error = refused(client, {name: value for name, value in LEAST.items() if name != field})
 
     assert (error["param"], error["code"]) == (field, "missing_required_parameter")
@@ -130,7 +130,7 @@ def test_a_missing_field_is_named(client: TestClient, field: str) -> None:
         ),
     ],
 )
-def test_an_unknown_field_is_told_with_the_one_that_was_meant(
+def test_unknown_field_error_suggests_the_intended_field(
     client: TestClient, fields: dict[str, Any], meant: str
 ) -> None:
     error = refused(client, {**LEAST, **fields})
@@ -149,7 +149,7 @@ def test_an_unknown_field_is_told_with_the_one_that_was_meant(
         ("supervised", "gamma", "simpo"),
     ],
 )
-def test_a_number_of_other_methods_is_told_with_their_names(
+def test_hyperparameter_of_other_methods_error_names_those_methods(
     client: TestClient, method: str, name: str, methods: str
 ) -> None:
     error = refused(client, {**LEAST, "method": {"type": method, method: {"hyperparameters": {name: 0.1}}}})
@@ -161,7 +161,7 @@ def test_a_number_of_other_methods_is_told_with_their_names(
     )
 
 
-def test_several_faults_are_told_at_once(client: TestClient) -> None:
+def test_one_error_reports_several_faults(client: TestClient) -> None:
     error = refused(client, {**LEAST, "lora": {"rank": 0, "rnk": 1}, "seed": "x"})
 
     assert "'lora.rank' must be at least 1" in error["message"]
@@ -169,13 +169,13 @@ def test_several_faults_are_told_at_once(client: TestClient) -> None:
     assert "'seed' must be a whole number" in error["message"]
 
 
-def test_hyperparameters_in_two_places_are_refused(client: TestClient) -> None:
+def test_hyperparameters_in_two_places_are_rejected(client: TestClient) -> None:
     error = refused(client, {**LEAST, "hyperparameters": {}, "method": {"type": "supervised"}})
 
     assert "set hyperparameters only once" in error["message"]
 
 
-def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:
+def test_wrong_query_parameter_is_named(client: TestClient) -> None:
     response = client.get("/v1/fine_tuning/jobs", params={"limit": 0})
 
     assert response.status_code == 400
@@ -185,7 +185,7 @@ def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "name", "says"),
+    ("path", "name", "fragment"),
     [
         ("/v1/fine_tuning/jobs?limt=2", "limt", "Did you mean 'limit'?"),
         ("/v1/fine_tuning/jobs?status=failed", "status", "Known parameters: after, limit, metadata, tag."),
@@ -194,16 +194,16 @@ def test_a_wrong_query_parameter_is_named(client: TestClient) -> None:
         ("/v1/adapters/adapter-1/files/a/b.bin?part=2", "part", "Known parameters: none."),
     ],
 )
-def test_a_query_parameter_that_is_not_known_is_refused(client: TestClient, path: str, name: str, says: str) -> None:
+def test_unknown_query_parameter_is_rejected(client: TestClient, path: str, name: str, fragment: str) -> None:
     response = client.get(path)
 
     assert response.status_code == 400
     error = error_of(response)
     assert (error["code"], error["param"]) == ("unknown_parameter", name)
-    assert says in error["message"]
+    assert fragment in error["message"]
 
 
-def test_a_secret_is_not_said_back(anonymous: TestClient) -> None:
+def test_error_does_not_repeat_a_secret(anonymous: TestClient) -> None:
     response = anonymous.post("/v1/browser_session", json={"api_key": ""})
 
     assert response.status_code == 400

@@ -1,4 +1,4 @@
-"""By which names the api may be addressed, for each way in which it can listen."""
+"""Host names that the API server accepts, by the address on which it listens."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_loopback_is_always_admitted(host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1.evil.example", "evil.example:8000", "", "[", "localhost.evil"]
 )
-def test_a_strange_name_is_refused_however_it_listens(host: str) -> None:
+def test_unknown_host_is_rejected_on_every_bound_address(host: str) -> None:
     for bound in ("127.0.0.1", "0.0.0.0", "10.0.0.5", "::"):
         assert not host_policy(bound_host=bound, named=["lorry.example.com"]).admits(host)
 
 
-def test_an_address_is_admitted_where_it_is_listened_on() -> None:
+def test_address_is_admitted_if_the_server_listens_on_it() -> None:
     everywhere, one = host_policy(bound_host="0.0.0.0", named=[]), host_policy(bound_host="10.0.0.5", named=[])
 
     assert everywhere.admits("192.168.1.7:8000")
@@ -34,13 +34,13 @@ def test_an_address_is_admitted_where_it_is_listened_on() -> None:
     assert not host_policy(bound_host="127.0.0.1", named=[]).admits("10.0.0.5")
 
 
-def test_the_machines_own_name_is_admitted_where_others_can_reach_it() -> None:
+def test_machine_name_is_admitted_if_bound_beyond_loopback() -> None:
     name = socket.gethostname()
 
     assert host_policy(bound_host="0.0.0.0", named=[]).admits(f"{name}:8000")
 
 
-def test_names_are_added_by_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_setting_adds_host_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_ALLOWED_HOSTS", " Lorry.Example.com, other ,")
 
     named = ApiSettings().named_hosts()
@@ -52,5 +52,5 @@ def test_names_are_added_by_the_operator(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("address", "expected"), [("127.0.0.9", True), ("::1", True), ("localhost", True), ("10.0.0.1", False), ("", False)]
 )
-def test_loopback_is_told_from_elsewhere(address: str, expected: bool) -> None:
+def test_is_loopback_recognizes_loopback_addresses(address: str, expected: bool) -> None:
     assert is_loopback(address) is expected

@@ -22,12 +22,12 @@ def resolved(peer: str, *forwarded: str) -> str | None:
     return resolve({"type": "http", "client": (peer, 1), "headers": headers}, PROXIES)
 
 
-def test_a_direct_client_can_not_forge_its_address() -> None:
+def test_direct_client_cannot_forge_its_address() -> None:
     assert resolved("203.0.113.7") == "203.0.113.7"
     assert resolved("203.0.113.7", "198.51.100.1") == "203.0.113.7"
 
 
-def test_the_right_most_hop_that_is_not_a_trusted_proxy_is_the_client() -> None:
+def test_rightmost_untrusted_hop_is_the_client() -> None:
     assert resolved("10.0.0.1", "198.51.100.1") == "198.51.100.1"
     assert resolved("10.0.0.1", "192.0.2.66, 198.51.100.1, 10.0.0.2") == "198.51.100.1"
     assert resolved("10.0.0.1", "192.0.2.66", "198.51.100.1, 10.0.0.2") == "198.51.100.1"
@@ -44,31 +44,31 @@ def test_the_right_most_hop_that_is_not_a_trusted_proxy_is_the_client() -> None:
         ("::ffff:198.51.100.1", "198.51.100.1"),
     ],
 )
-def test_an_entry_may_carry_a_port_and_a_mapped_address_is_ipv4(entry: str, address: str) -> None:
+def test_ports_are_stripped_and_mapped_addresses_become_ipv4(entry: str, address: str) -> None:
     assert resolved("10.0.0.1", entry) == address
     assert resolved("::ffff:10.0.0.1", entry) == address
 
 
 @pytest.mark.parametrize("entry", ["unknown", "", "a\nb", "198.51.100.1, nonsense", "x" * 10_000, ", " * 5_000])
-def test_an_entry_that_is_no_address_stops_at_the_proxy_that_sent_it(entry: str) -> None:
+def test_invalid_entry_resolves_to_the_proxy_that_sent_it(entry: str) -> None:
     assert resolved("10.0.0.1", entry) == "10.0.0.1"
 
 
-def test_a_chain_of_many_proxies_is_read_only_so_far() -> None:
+def test_forwarded_chain_is_read_up_to_a_limit() -> None:
     assert resolved("10.0.0.1", ", ".join(["198.51.100.1", *["10.0.0.2"] * 100])) == "10.0.0.2"
 
 
-def test_a_connection_without_an_address_has_none() -> None:
+def test_connection_without_address_resolves_to_none() -> None:
     assert resolve({"type": "http", "client": None, "headers": []}, PROXIES) is None
 
 
 @pytest.mark.parametrize("text", ["10.0.0.1/8", "proxy.example", "10.0.0.0/8;10.1.0.0/16"])
-def test_a_setting_that_names_no_networks_is_rejected(text: str) -> None:
+def test_invalid_trusted_proxies_setting_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="trusted_proxies"):
         ApiSettings(trusted_proxies=text)
 
 
-def test_the_access_log_and_the_audit_log_name_the_client_behind_the_proxy(
+def test_access_log_and_the_audit_log_name_the_client_behind_the_proxy(
     settings: Settings, world: World, key: str, operator_key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = create_app(settings, ApiSettings(trusted_proxies="127.0.0.1/32"))

@@ -1,4 +1,4 @@
-"""A connection whose client makes no progress ends: by a clock that the test turns, and on a real server."""
+"""Connections whose clients make no progress are closed: with a manual clock, and on a real server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Unstarted:
 
 
 class ManualLoop:
-    """Timers by a clock that the test turns. Requests are never handled."""
+    """Runs timers on a manual clock. Never handles requests."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -65,7 +65,7 @@ class ManualLoop:
 
 
 class FakeTransport:
-    """What was written, and how the connection ended."""
+    """Records the bytes written and how the connection ended."""
 
     def __init__(self) -> None:
         self.sent = b""
@@ -100,7 +100,7 @@ class FakeTransport:
 
 
 class Wire:
-    """A connection without a server, a client and real time."""
+    """A connection without a server, a client or real time."""
 
     def __init__(self) -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None: ...
@@ -125,7 +125,7 @@ def wire() -> Wire:
 LIMITS = Timeouts()
 
 
-def test_a_connection_that_sends_nothing_is_closed(wire: Wire) -> None:
+def test_connection_that_sends_nothing_is_closed(wire: Wire) -> None:
     wire.advance(LIMITS.header_seconds - 1)
     assert wire.end is None
 
@@ -147,10 +147,10 @@ def test_headers_that_trickle_in_are_answered_with_408(wire: Wire) -> None:
     assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
-def test_a_body_that_makes_no_progress_ends_the_connection_and_one_that_does_may_take_long(wire: Wire) -> None:
+def test_stalled_body_aborts_but_slow_body_continues(wire: Wire) -> None:
     wire.receive(POST)
     for _ in range(5):
-        wire.connection.flow.resume_reading()  # as the route does that reads it
+        wire.connection.flow.resume_reading()  # as a route does when it reads the body
         wire.receive(b"x" * MIN_BODY_BYTES)
         wire.connection.cycle.body.clear()
         wire.advance(LIMITS.body_seconds)
@@ -162,15 +162,15 @@ def test_a_body_that_makes_no_progress_ends_the_connection_and_one_that_does_may
     assert wire.end == "aborted"
 
 
-def test_a_body_that_the_server_does_not_read_is_not_the_clients_delay(wire: Wire) -> None:
-    wire.receive(POST + b"x" * 100_000)  # more than uvicorn keeps: it stops reading
+def test_unread_body_does_not_count_as_client_delay(wire: Wire) -> None:
+    wire.receive(POST + b"x" * 100_000)  # more than uvicorn buffers, so it stops reading
 
     wire.advance(10 * LIMITS.body_seconds)
 
     assert wire.end is None
 
 
-def test_a_whole_request_may_be_worked_on_for_long(wire: Wire) -> None:
+def test_long_request_processing_does_not_time_out(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
 
     wire.advance(3600)
@@ -179,18 +179,18 @@ def test_a_whole_request_may_be_worked_on_for_long(wire: Wire) -> None:
 
 
 def refill(wire: Wire, num_waiting: int) -> None:
-    """The response's next piece is written, and asyncio pauses the writer."""
+    """Write the next piece of the response, so that asyncio pauses the writer."""
     wire.transport.num_waiting = num_waiting
     wire.connection.pause_writing()
 
 
 def drain(wire: Wire, num_waiting: int) -> None:
-    """The client takes bytes down to so many, and asyncio resumes the writer."""
+    """Let the client read until `num_waiting` bytes remain, so that asyncio resumes the writer."""
     wire.transport.num_waiting = num_waiting
     wire.connection.resume_writing()
 
 
-def test_a_response_of_which_nothing_is_taken_ends_the_connection(wire: Wire) -> None:
+def test_unread_response_aborts_the_connection(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     refill(wire, 100_000)
     wire.advance(LIMITS.send_seconds - 1)
@@ -201,7 +201,7 @@ def test_a_response_of_which_nothing_is_taken_ends_the_connection(wire: Wire) ->
     assert wire.end == "aborted"
 
 
-def test_a_client_that_takes_a_byte_a_minute_is_disconnected(wire: Wire) -> None:
+def test_client_that_reads_too_slowly_is_disconnected(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     refill(wire, 100_000)
     wire.advance(LIMITS.send_seconds / 2)
@@ -212,7 +212,7 @@ def test_a_client_that_takes_a_byte_a_minute_is_disconnected(wire: Wire) -> None
     assert wire.end == "aborted"
 
 
-def test_a_slow_download_goes_on_at_whatever_fill_level_it_is_checked(wire: Wire) -> None:
+def test_slow_download_continues_at_any_buffer_level(wire: Wire) -> None:
     """The buffer is larger at each check than when the period began."""
     wire.receive(HEAD + b"\r\n")
     seconds = LIMITS.send_seconds / 5
@@ -224,7 +224,7 @@ def test_a_slow_download_goes_on_at_whatever_fill_level_it_is_checked(wire: Wire
     assert wire.end is None
 
 
-def test_a_client_that_takes_just_enough_to_resume_the_response_is_disconnected(wire: Wire) -> None:
+def test_client_that_reads_just_enough_to_resume_is_disconnected(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     for _ in range(3):
         if wire.end is None:
@@ -235,7 +235,7 @@ def test_a_client_that_takes_just_enough_to_resume_the_response_is_disconnected(
     assert wire.end == "aborted"
 
 
-def test_time_in_which_the_server_produces_nothing_is_not_the_clients_delay(wire: Wire) -> None:
+def test_idle_server_time_does_not_count_as_client_delay(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     for _ in range(20):
         refill(wire, 70_000)
@@ -246,7 +246,7 @@ def test_time_in_which_the_server_produces_nothing_is_not_the_clients_delay(wire
     assert wire.end is None
 
 
-def test_a_client_that_takes_the_minimum_in_each_period_is_not_disconnected(wire: Wire) -> None:
+def test_client_that_reads_the_minimum_stays_connected(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     refill(wire, 20 * MIN_RESPONSE_BYTES)
     for _ in range(10):
@@ -260,7 +260,7 @@ def test_a_client_that_takes_the_minimum_in_each_period_is_not_disconnected(wire
     assert wire.end == "aborted"
 
 
-def test_the_end_of_a_response_must_be_taken_too(wire: Wire) -> None:
+def test_unread_end_of_response_aborts_the_connection(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     asyncio.run(wire.connection.cycle.send({"type": "http.response.start", "status": 204, "headers": []}))
     refill(wire, 100_000)
@@ -273,12 +273,12 @@ def test_the_end_of_a_response_must_be_taken_too(wire: Wire) -> None:
     assert wire.transport.ends[-1] == "aborted"
 
 
-def test_time_before_the_next_response_is_not_the_clients_delay(wire: Wire) -> None:
+def test_time_between_responses_does_not_count_as_client_delay(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     asyncio.run(wire.connection.cycle.send({"type": "http.response.start", "status": 204, "headers": []}))
     wire.transport.num_waiting = 20_000
     asyncio.run(wire.connection.cycle.send({"type": "http.response.body", "body": b"", "more_body": False}))
-    wire.transport.num_waiting = 0  # the client takes it, and asyncio calls nothing
+    wire.transport.num_waiting = 0  # the client reads it, and asyncio calls nothing
     wire.receive(HEAD + b"\r\n")
     wire.advance(LIMITS.send_seconds - 3)  # the server works on it
     refill(wire, 100_000)
@@ -290,7 +290,7 @@ def test_time_before_the_next_response_is_not_the_clients_delay(wire: Wire) -> N
     assert wire.end == "aborted"
 
 
-def test_a_finished_response_that_is_not_taken_ends_the_connection(wire: Wire) -> None:
+def test_unread_finished_response_aborts_the_connection(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
     wire.transport.num_waiting = 10  # too little for writing to be paused
     asyncio.run(wire.connection.cycle.send({"type": "http.response.start", "status": 204, "headers": []}))
@@ -298,12 +298,12 @@ def test_a_finished_response_that_is_not_taken_ends_the_connection(wire: Wire) -
 
     wire.advance(LIMITS.send_seconds)
 
-    assert wire.transport.ends == ["closed", "aborted"]  # uvicorn's wait for a further request, and then ours
+    assert wire.transport.ends == ["closed", "aborted"]  # by uvicorn's keep-alive timeout, then by ours
 
 
-def test_a_live_stream_whose_client_waits_for_news_goes_on(wire: Wire) -> None:
+def test_idle_live_stream_stays_open(wire: Wire) -> None:
     wire.receive(HEAD + b"\r\n")
-    wire.connection.pause_writing()  # nothing waits any more
+    wire.connection.pause_writing()  # the buffer is empty
     wire.connection.resume_writing()
 
     wire.advance(24 * 3600)
@@ -316,7 +316,7 @@ class Impatient(HttpConnection):
 
 
 @pytest.mark.parametrize("sent", [b"", HEAD, POST + b"x"], ids=["nothing", "half a header", "half a body"])
-def test_a_server_closes_a_connection_that_is_left_half_way(app: FastAPI, key: str, sent: bytes) -> None:
+def test_server_closes_a_stalled_connection(app: FastAPI, key: str, sent: bytes) -> None:
     with running(app, key, connection=Impatient) as site, closing(connect(site)) as client:
         client.sendall(sent.replace(b"Host: x", b"Host: 127.0.0.1"))
 
@@ -325,7 +325,7 @@ def test_a_server_closes_a_connection_that_is_left_half_way(app: FastAPI, key: s
     assert received.startswith(b"HTTP/1.1 408 ") == (sent == HEAD)
 
 
-def test_many_live_streams_fit_and_the_limit_of_connections_is_far_away(app: FastAPI) -> None:
+def test_connection_limit_allows_many_live_streams(app: FastAPI) -> None:
     config = server_config(app, host="127.0.0.1", port=0, shutdown_seconds=1)
 
     assert config.limit_concurrency is not None

@@ -1,4 +1,4 @@
-"""Requests a minute and jobs a day of a key, as clients are told of them."""
+"""Per-key limits on requests per minute and jobs per day, as clients see them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ RATE = Rate(limit=3, period_seconds=60)
 
 
 def new_key_text() -> str:
-    """Of a key that is stored nowhere."""
+    """Return the text of a key that is not stored."""
     return authentication.new_key("project-1", "none", PEPPER)[1]
 
 
-class Hand:
-    """A clock that stands still."""
+class ManualClock:
+    """A clock that moves only when a test advances it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -50,59 +50,61 @@ class Hand:
 
 
 @pytest.fixture
-def hand() -> Hand:
-    return Hand()
+def manual_clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def app(app: FastAPI, hand: Hand) -> FastAPI:
-    """With three requests a minute, and two jobs a day."""
+def app(app: FastAPI, manual_clock: ManualClock) -> FastAPI:
+    """Return the app with limits of three requests per minute and two jobs per day."""
     services: Services = app.state.services
-    limits = Limits(ApiSettings(requests_per_minute=3, jobs_per_day=2), clock=hand)
+    limits = Limits(ApiSettings(requests_per_minute=3, jobs_per_day=2), clock=manual_clock)
     app.state.services = replace(services, limits=limits)
     return app
 
 
-def test_every_answer_tells_what_is_left_and_one_too_many_is_refused(client: TestClient, hand: Hand) -> None:
+def test_responses_report_remaining_requests_and_excess_is_rejected(
+    client: TestClient, manual_clock: ManualClock
+) -> None:
     answers = [client.get(path) for path in ("/v1/files", "/v1/files/none", "/v1/queue", "/v1/files")]
 
-    told = [
+    shown = [
         [answer.headers[f"x-ratelimit-{what}-requests"] for what in ("limit", "remaining", "reset")]
         for answer in answers
     ]
-    assert told == [["3", "2", "20s"], ["3", "1", "40s"], ["3", "0", "1m0s"], ["3", "0", "1m0s"]]
+    assert shown == [["3", "2", "20s"], ["3", "1", "40s"], ["3", "0", "1m0s"], ["3", "0", "1m0s"]]
     assert [answer.status_code for answer in answers] == [200, 404, 200, 429]
     error = error_of(answers[3])
     assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
     assert "3 requests per minute" in error["message"]
     assert "Try again in 20s" in error["message"]
     assert (answers[3].headers["retry-after"], answers[3].headers["retry-after-ms"]) == ("20", "20000")
-    hand.advance(20)
+    manual_clock.advance(20)
     assert client.get("/v1/files").status_code == 200
 
 
-def test_requests_beyond_a_keys_limit_are_refused_without_asking_the_database(
-    client: TestClient, hand: Hand, monkeypatch: pytest.MonkeyPatch
+def test_excess_requests_are_rejected_without_database_access(
+    client: TestClient, manual_clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    lookups: list[str] = []
     authenticate = authentication.authenticate
 
     def counted(db: Database, *, secret: str, pepper: Pepper) -> Caller:
-        asked.append(secret)
+        lookups.append(secret)
         return authenticate(db, secret=secret, pepper=pepper)
 
     monkeypatch.setattr(authentication, "authenticate", counted)
 
     statuses = [client.get("/v1/files").status_code for _ in range(9)]
-    hand.advance(20)
+    manual_clock.advance(20)
     statuses.append(client.get("/v1/files").status_code)
 
     assert statuses == [200] * 3 + [429] * 6 + [200]
-    assert len(asked) == 4
+    assert len(lookups) == 4
 
 
 def test_each_trial_of_a_sweep_counts_as_a_request(
-    client: TestClient, operator: TestClient, key: str, world: World, hand: Hand
+    client: TestClient, operator: TestClient, key: str, world: World, manual_clock: ManualClock
 ) -> None:
     operator.post(f"/v1/api_keys/{key.split('_')[1]}/limits", json={"requests_per_minute": 60, "jobs_per_day": 0})
     files = {"training_file": world.file_id, "validation_file": world.file_id}
@@ -115,13 +117,13 @@ def test_each_trial_of_a_sweep_counts_as_a_request(
 
     left = [answer.headers["x-ratelimit-remaining-requests"] for answer in (made, again, another)]
     assert left == ["9", "8", "0"]
-    hand.advance(MAX_DEBT_SECONDS)
+    manual_clock.advance(MAX_DEBT_SECONDS)
     assert client.get("/v1/files").status_code == 429
-    hand.advance(1)
+    manual_clock.advance(1)
     assert client.get("/v1/files").status_code == 200
 
 
-def test_keys_are_counted_each_by_itself_and_what_needs_no_key_not_at_all(
+def test_each_key_has_its_own_limit_and_open_routes_have_none(
     client: TestClient, stranger: TestClient, anonymous: TestClient
 ) -> None:
     for _ in range(3):
@@ -135,7 +137,7 @@ def test_keys_are_counted_each_by_itself_and_what_needs_no_key_not_at_all(
             assert "x-ratelimit-limit-requests" not in answer.headers
 
 
-def test_jobs_of_a_day_are_counted_without_those_that_were_refused(
+def test_rejected_jobs_do_not_count_towards_the_daily_limit(
     client: TestClient, operator: TestClient, key: str, world: World
 ) -> None:
     operator.post(f"/v1/api_keys/{key.split('_')[1]}/limits", json={"requests_per_minute": 0})
@@ -151,7 +153,7 @@ def test_jobs_of_a_day_are_counted_without_those_that_were_refused(
     assert "x-ratelimit-limit-requests" not in sent[-1].headers
 
 
-def test_jobs_of_a_day_are_remembered_by_a_service_that_was_started_again(
+def test_daily_job_count_survives_a_restart(
     app: FastAPI, client: TestClient, operator: TestClient, key: str, world: World
 ) -> None:
     operator.post(f"/v1/api_keys/{key.split('_')[1]}/limits", json={"requests_per_minute": 0, "jobs_per_day": 1})
@@ -163,21 +165,21 @@ def test_jobs_of_a_day_are_remembered_by_a_service_that_was_started_again(
     assert client.post(JOBS, json={**body, "seed": 1}).status_code == 429
 
 
-@pytest.mark.parametrize("says_so", [{"x-stainless-retry-count": "1"}, {"idempotency-key": "once"}])
-def test_a_repetition_is_counted_once_and_answered_though_the_limit_is_reached(
-    client: TestClient, operator: TestClient, key: str, world: World, says_so: dict[str, str]
+@pytest.mark.parametrize("retry_headers", [{"x-stainless-retry-count": "1"}, {"idempotency-key": "once"}])
+def test_retried_submission_counts_once_and_succeeds_at_the_limit(
+    client: TestClient, operator: TestClient, key: str, world: World, retry_headers: dict[str, str]
 ) -> None:
     operator.post(f"/v1/api_keys/{key.split('_')[1]}/limits", json={"requests_per_minute": 0, "jobs_per_day": 1})
     body = {"model": "smol", "training_file": world.file_id}
 
-    first = client.post(JOBS, json=body, headers=says_so)
-    again = [client.post(JOBS, json=body, headers=says_so) for _ in range(2)]
+    first = client.post(JOBS, json=body, headers=retry_headers)
+    again = [client.post(JOBS, json=body, headers=retry_headers) for _ in range(2)]
 
     assert {answer.json()["id"] for answer in again} == {first.json()["id"]}
     assert client.post(JOBS, json={**body, "seed": 1}).status_code == 429
 
 
-def test_a_key_has_the_limits_that_an_operator_gave_it_and_hands_them_on(
+def test_operator_sets_key_limits_that_derived_keys_inherit(
     app: FastAPI, client: TestClient, operator: TestClient, key: str
 ) -> None:
     path = f"/v1/api_keys/{key.split('_')[1]}"
@@ -198,7 +200,7 @@ def test_a_key_has_the_limits_that_an_operator_gave_it_and_hands_them_on(
     assert with_key(app, made.json()["value"]).get("/v1/files").headers["x-ratelimit-limit-requests"] == "5"
 
 
-def test_nothing_is_counted_where_no_limit_is_set(app: FastAPI, client: TestClient, anonymous: TestClient) -> None:
+def test_without_a_limit_nothing_is_counted(app: FastAPI, client: TestClient, anonymous: TestClient) -> None:
     app.state.services = replace(app.state.services, limits=Limits(ApiSettings(requests_per_minute=0)))
 
     answers = [client.get("/v1/files") for _ in range(5)]
@@ -209,18 +211,18 @@ def test_nothing_is_counted_where_no_limit_is_set(app: FastAPI, client: TestClie
     assert set(refused) == {401}
 
 
-def test_a_service_that_sets_nothing_limits_each_key_to_600_requests_a_minute(app: FastAPI, client: TestClient) -> None:
+def test_default_limit_is_600_requests_per_minute_per_key(app: FastAPI, client: TestClient) -> None:
     app.state.services = replace(app.state.services, limits=Limits(ApiSettings()))
 
     assert client.get("/v1/files").headers["x-ratelimit-limit-requests"] == "600"
 
 
 class Guesser:
-    """Clients of several addresses, of a service that sets nothing."""
+    """Clients at several addresses of a service with default limits."""
 
-    def __init__(self, app: FastAPI, hand: Hand) -> None:
-        self.app, self.hand = app, hand
-        app.state.services = replace(app.state.services, limits=Limits(ApiSettings(), clock=hand))
+    def __init__(self, app: FastAPI, manual_clock: ManualClock) -> None:
+        self.app, self.manual_clock = app, manual_clock
+        app.state.services = replace(app.state.services, limits=Limits(ApiSettings(), clock=manual_clock))
 
     def get(self, key: str | None, *, address: str = "192.0.2.1") -> Any:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -233,11 +235,11 @@ class Guesser:
 
 
 @pytest.fixture
-def guesser(app: FastAPI, hand: Hand) -> Guesser:
-    return Guesser(app, hand)
+def guesser(app: FastAPI, manual_clock: ManualClock) -> Guesser:
+    return Guesser(app, manual_clock)
 
 
-def test_an_address_that_sends_many_wrong_keys_is_refused_before_they_are_checked(
+def test_address_with_many_wrong_keys_is_rejected_before_the_check(
     guesser: Guesser, anonymous: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guesser.use_up()
@@ -249,11 +251,11 @@ def test_an_address_that_sends_many_wrong_keys_is_refused_before_they_are_checke
     assert error_of(refused[0])["code"] == "too_many_failed_authentications"
     assert refused[0].headers["retry-after"] == "1"
     monkeypatch.undo()
-    guesser.hand.advance(1)
+    guesser.manual_clock.advance(1)
     assert guesser.get("lorry_key-1_x").status_code == 401
 
 
-def test_a_key_that_was_valid_before_is_not_held_up_by_others_of_its_address(
+def test_known_valid_key_is_not_blocked_by_wrong_keys_of_its_address(
     guesser: Guesser, anonymous: TestClient, key: str, stranger_key: str
 ) -> None:
     assert guesser.get(key).status_code == 200
@@ -263,7 +265,7 @@ def test_a_key_that_was_valid_before_is_not_held_up_by_others_of_its_address(
     assert guesser.get(key).status_code == 200
 
 
-def test_a_valid_key_that_this_process_has_not_seen_is_not_locked_out_by_others_of_its_address(
+def test_unseen_valid_key_is_not_blocked_by_wrong_keys_of_its_address(
     guesser: Guesser, anonymous: TestClient, key: str
 ) -> None:
     guesser.use_up()
@@ -273,7 +275,7 @@ def test_a_valid_key_that_this_process_has_not_seen_is_not_locked_out_by_others_
     assert guesser.get(new_key_text()).status_code == 429
 
 
-def test_a_valid_link_and_a_valid_session_are_not_locked_out_either(
+def test_valid_link_and_session_are_not_blocked_by_wrong_keys(
     guesser: Guesser, app: FastAPI, services: Services, key: str
 ) -> None:
     guesser.use_up(address="127.0.0.1")
@@ -287,9 +289,9 @@ def test_a_valid_link_and_a_valid_session_are_not_locked_out_either(
     assert browser.get("/v1/files").status_code == 200
 
 
-def test_many_first_requests_with_valid_keys_at_once_are_all_accepted(hand: Hand) -> None:
-    """As after a restart, when this process has seen no key yet."""
-    limits = Limits(ApiSettings(), clock=hand)
+def test_concurrent_first_requests_with_valid_keys_are_accepted(manual_clock: ManualClock) -> None:
+    """This happens after a restart, when the process has not seen any key."""
+    limits = Limits(ApiSettings(), clock=manual_clock)
     secrets = [new_key_text() for _ in range(FAILURES.limit + 5)]
 
     async def check(secret: str, until: asyncio.Event) -> None:
@@ -308,9 +310,7 @@ def test_many_first_requests_with_valid_keys_at_once_are_all_accepted(hand: Hand
     asyncio.run(send_all())
 
 
-def test_few_keys_of_addresses_without_failures_left_are_checked_at_once(
-    guesser: Guesser, anonymous: TestClient
-) -> None:
+def test_concurrent_checks_beyond_the_failure_limit_are_bounded(guesser: Guesser, anonymous: TestClient) -> None:
     limits: Limits = guesser.app.state.services.limits
     guesser.use_up()
     running, most = 0, 0
@@ -333,7 +333,7 @@ def test_few_keys_of_addresses_without_failures_left_are_checked_at_once(
     assert [getattr(each, "code", None) for each in refusals] == ["too_many_failed_authentications"] * 20
 
 
-def test_valid_requests_of_an_address_use_up_nothing(
+def test_valid_requests_do_not_count_as_failures(
     guesser: Guesser, anonymous: TestClient, services: Services, world: World
 ) -> None:
     project_id = world.caller.project_id
@@ -343,7 +343,7 @@ def test_valid_requests_of_an_address_use_up_nothing(
     assert guesser.get("wrong").status_code == 401
 
 
-def test_a_key_that_is_revoked_counts_as_a_failure_again(
+def test_revoked_key_counts_as_a_failure(
     guesser: Guesser, anonymous: TestClient, services: Services, world: World
 ) -> None:
     secret = new_key(services, world.caller.project_id)
@@ -363,7 +363,7 @@ def test_a_key_that_is_revoked_counts_as_a_failure_again(
         ("192.0.2.1", "192.0.2.2", False),
     ],
 )
-def test_addresses_of_one_ipv6_network_count_together(
+def test_addresses_of_one_ipv6_network_share_a_limit(
     guesser: Guesser, anonymous: TestClient, one: str, other: str, is_same: bool
 ) -> None:
     guesser.use_up(address=one)
@@ -372,7 +372,7 @@ def test_addresses_of_one_ipv6_network_count_together(
 
 
 @pytest.mark.parametrize("way", ["preview", "open", "session"])
-def test_signing_in_with_what_is_not_valid_counts_too(
+def test_invalid_sign_in_attempts_count_as_failures(
     guesser: Guesser, app: FastAPI, anonymous: TestClient, way: str
 ) -> None:
     guesser.use_up(address="127.0.0.1")
@@ -386,12 +386,14 @@ def test_signing_in_with_what_is_not_valid_counts_too(
     assert (refused.status_code, error_of(refused)["code"]) == (429, "too_many_failed_authentications")
 
 
-def test_the_openai_client_waits_as_long_as_it_is_told(site: Site, hand: Hand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openai_client_honors_retry_after(
+    site: Site, manual_clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        hand.advance(seconds)
+        manual_clock.advance(seconds)
 
     monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=sleep, time=time.time))
     with openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key) as client:
@@ -405,17 +407,19 @@ def test_the_openai_client_waits_as_long_as_it_is_told(site: Site, hand: Hand, m
     assert refusal.value.code == "rate_limit_exceeded"
 
 
-def test_the_sdk_waits_as_long_as_it_is_told_and_not_for_hours(site: Site, hand: Hand, world: World) -> None:
+def test_sdk_honors_retry_after_but_does_not_wait_for_hours(
+    site: Site, manual_clock: ManualClock, world: World
+) -> None:
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        hand.advance(seconds)
+        manual_clock.advance(seconds)
 
     with Lorry(site.url, site.key, sleep=sleep) as lorry:
         for _ in range(4):
             list(lorry.files.list())
-        hand.advance(60)
+        manual_clock.advance(60)
         for seed in range(2):
             lorry.jobs.create(model="smol", training_file=world.file_id, seed=seed)
         with pytest.raises(RateLimited, match="2 jobs per day"):
@@ -424,8 +428,8 @@ def test_the_sdk_waits_as_long_as_it_is_told_and_not_for_hours(site: Site, hand:
     assert slept == [20.0]
 
 
-def test_a_process_remembers_a_bounded_number_of_buckets(hand: Hand) -> None:
-    buckets = Buckets(clock=hand)
+def test_number_of_buckets_is_bounded(manual_clock: ManualClock) -> None:
+    buckets = Buckets(clock=manual_clock)
     buckets.take("spent", RATE, cost=3)
 
     for number in range(MAX_BUCKETS):
@@ -436,8 +440,8 @@ def test_a_process_remembers_a_bounded_number_of_buckets(hand: Hand) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "shown"),
     [(0, "0ms"), (0.0201, "21ms"), (1, "1s"), (59.2, "1m0s"), (360, "6m0s"), (7200.5, "2h0m1s")],
 )
-def test_a_duration_is_told_as_openai_does(seconds: float, told: str) -> None:
-    assert duration(seconds) == told
+def test_duration_has_openais_format(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown

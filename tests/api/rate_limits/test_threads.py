@@ -1,4 +1,4 @@
-"""Work that takes long leaves the API server answering, and stops when nobody waits for it."""
+"""Slow work does not block the API server, and stops when its client disconnects."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from tests.api.trained import trained
 from tests.catalog.world import World
 
 MANY = 45
-"""More than the process has threads for routes."""
+"""More requests than the process has route threads."""
 LARGE = chat_lines(1000)
 STUCK = (sys.executable, "-c", "import os; os.read(0, 1)")
-"""A check that goes on until its standard input ends."""
+"""A check that runs until its standard input closes."""
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
 
 
 class Gatekeeper:
-    """Holds every call until it is opened, and counts them."""
+    """Counts calls, and blocks each until `open` is set."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -57,7 +57,7 @@ class Gatekeeper:
 
 @contextmanager
 def sent(site: Site, method: str, path: str, number: int) -> Iterator[list[socket.socket]]:
-    """So many requests that nobody reads the answers of."""
+    """Send `number` requests without reading the responses."""
     head = (
         f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {site.key}\r\nContent-Length: 0\r\n\r\n"
     )
@@ -68,7 +68,7 @@ def sent(site: Site, method: str, path: str, number: int) -> Iterator[list[socke
         yield clients
 
 
-def test_verifications_of_one_project_take_two_threads_and_leave_the_others(
+def test_verifications_of_one_project_use_at_most_two_threads(
     site: Site, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = Gatekeeper()
@@ -86,7 +86,7 @@ def test_verifications_of_one_project_take_two_threads_and_leave_the_others(
     assert num_inside == 2
 
 
-def test_requests_of_one_project_leave_most_threads_for_routes_to_others(
+def test_one_project_cannot_use_all_route_threads(
     site: Site, monkeypatch: pytest.MonkeyPatch, stranger_key: str
 ) -> None:
     list_page = Gatekeeper()
@@ -105,7 +105,7 @@ def test_requests_of_one_project_leave_most_threads_for_routes_to_others(
     assert num_inside == threads.ROUTE_THREADS_OF_PROJECT
 
 
-def test_a_key_is_checked_while_every_route_is_busy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_checked_while_all_route_threads_are_busy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     list_page = Gatekeeper()
     monkeypatch.setattr(files, "list_page", list_page)
     monkeypatch.setattr(threads, "ROUTE_THREADS_OF_PROJECT", threads.ROUTE_THREADS)
@@ -121,7 +121,7 @@ def test_a_key_is_checked_while_every_route_is_busy(site: Site, monkeypatch: pyt
     assert list_page.num_inside <= MANY
 
 
-def test_a_request_that_is_not_finished_when_the_server_ends_is_to_be_sent_again(
+def test_request_unfinished_at_shutdown_gets_a_retryable_503(
     app: FastAPI, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list_page = Gatekeeper()
@@ -140,7 +140,7 @@ def test_a_request_that_is_not_finished_when_the_server_ends_is_to_be_sent_again
     assert json.loads(body)["error"]["code"] == "shutting_down"
 
 
-def test_a_request_that_gets_no_thread_in_time_is_told_to_come_again(
+def test_request_without_a_thread_in_time_gets_a_retryable_503(
     site: Site, app: FastAPI, services: Services, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = Gatekeeper()
@@ -159,7 +159,7 @@ def test_a_request_that_gets_no_thread_in_time_is_told_to_come_again(
     assert refused.headers["retry-after"] == "5"
 
 
-def test_a_project_that_is_busy_leaves_threads_to_others(
+def test_busy_project_leaves_slow_threads_to_other_projects(
     site: Site, adapter: Adapter, monkeypatch: pytest.MonkeyPatch, stranger_key: str
 ) -> None:
     verify = Gatekeeper()
@@ -182,7 +182,7 @@ def upload(client: TestClient, content: bytes) -> int:
     return client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", content)}).status_code
 
 
-def test_a_large_data_set_is_checked_in_another_process(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data_set_is_checked_in_another_process(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def inspect(*_: object, **__: object) -> None:
         raise AssertionError("checked in the API server's own process")
 
@@ -200,12 +200,12 @@ def checks() -> list[psutil.Process]:
 def _is_check(process: psutil.Process) -> bool:
     try:
         return process.cmdline()[: len(STUCK)] == list(STUCK)
-    except psutil.NoSuchProcess:  # it has ended: psutil.ZombieProcess until it is waited for
+    except psutil.NoSuchProcess:  # it has exited; psutil.ZombieProcess until its parent waits for it
         return False
 
 
 def begin_upload(site: Site) -> socket.socket:
-    """A client that has sent a whole data set and waits for the answer."""
+    """Return a client that has sent a complete data set and waits for the response."""
     line = json.dumps({"x": 1}).encode()
     head = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n'
     body = head % (b"purpose", b"") + b"fine-tune\r\n" + head % (b"file", b'; filename="a.jsonl"')
@@ -219,7 +219,9 @@ def begin_upload(site: Site) -> socket.socket:
     return client
 
 
-def test_a_check_ends_when_its_client_has_gone(site: Site, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_stops_when_its_client_disconnects(
+    site: Site, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(check_process, "COMMAND", STUCK)
     with closing(begin_upload(site)):
         until(checks)
@@ -232,7 +234,7 @@ def test_a_check_ends_when_its_client_has_gone(site: Site, services: Services, m
         assert client.get("/v1/files").status_code == 200
 
 
-def test_a_check_ends_with_the_server(app: FastAPI, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_stops_with_the_server(app: FastAPI, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_process, "COMMAND", STUCK)
     with ExitStack() as stack:
         with running(app, key) as site:
@@ -241,5 +243,5 @@ def test_a_check_ends_with_the_server(app: FastAPI, key: str, monkeypatch: pytes
         until(lambda: not checks())
 
 
-def test_the_database_has_a_connection_for_each_thread_that_may_want_one() -> None:
+def test_database_pool_covers_all_threads() -> None:
     assert POOL["pool_size"] + POOL["max_overflow"] > ROUTE_THREADS + KEY_CHECK_THREADS + SLOW_THREADS

@@ -1,4 +1,4 @@
-"""A rate's bucket, with a clock of its own."""
+"""The token bucket of a rate limit, at explicit times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from api.rate_limits.token_bucket import MAX_DEBT_SECONDS, Bucket, Rate, charge,
 MINUTE = Rate(limit=60, period_seconds=60)
 
 
-def test_a_full_bucket_gives_its_limit_at_once_and_then_one_token_each_turn() -> None:
+def test_full_bucket_grants_its_limit_at_once_then_refills_steadily() -> None:
     bucket: Bucket | None = None
     granted: list[bool] = []
 
@@ -22,7 +22,7 @@ def test_a_full_bucket_gives_its_limit_at_once_and_then_one_token_each_turn() ->
     assert granted == [True] * 60 + [False, False, True, False]
 
 
-def test_who_is_refused_is_told_when_there_is_one_and_when_all_are_back() -> None:
+def test_rejection_reports_retry_and_reset_times() -> None:
     bucket, _ = take(None, MINUTE, now=0, cost=60)
 
     _, standing = take(bucket, MINUTE, now=0.25)
@@ -34,13 +34,13 @@ def test_who_is_refused_is_told_when_there_is_one_and_when_all_are_back() -> Non
     assert later.is_allowed
 
 
-def test_more_than_the_limit_is_never_there() -> None:
+def test_cost_above_the_limit_is_never_allowed() -> None:
     bucket, standing = take(None, MINUTE, now=0, cost=61)
 
     assert (standing.is_allowed, standing.retry_after_seconds, bucket.tokens) == (False, float("inf"), 60)
 
 
-def test_what_is_given_back_fills_no_further_than_the_limit() -> None:
+def test_returned_tokens_do_not_exceed_the_limit() -> None:
     bucket, _ = take(None, MINUTE, now=0, cost=5)
 
     bucket, _ = take(bucket, MINUTE, now=0, cost=-5)
@@ -49,7 +49,7 @@ def test_what_is_given_back_fills_no_further_than_the_limit() -> None:
     assert bucket.tokens == over.tokens == 60
 
 
-def test_what_is_charged_afterwards_is_owed_for_a_limited_time() -> None:
+def test_debt_of_later_charges_is_limited() -> None:
     bucket, some = charge(None, MINUTE, now=0, cost=65)
     assert (bucket.tokens, some.remaining, some.reset_seconds) == (-5, 0, 65)
 
@@ -65,15 +65,13 @@ def test_what_is_charged_afterwards_is_owed_for_a_limited_time() -> None:
     period=st.sampled_from([1.0, 60.0, 86_400.0]),
     waits=st.lists(st.just(0.0) | st.floats(-5, 100), max_size=60),
 )
-def test_no_stretch_of_time_grants_more_than_the_limit_and_what_came_back_in_it(
-    limit: int, period: float, waits: list[float]
-) -> None:
+def test_no_interval_grants_more_than_limit_plus_refill(limit: int, period: float, waits: list[float]) -> None:
     rate = Rate(limit=limit, period_seconds=period)
     bucket: Bucket | None = None
     now, moments = 0.0, list[float]()
 
     for wait in waits:
-        now += wait  # a negative one: the clock was set back
+        now += wait  # negative: the clock was set back
         bucket, standing = take(bucket, rate, now=now)
         assert 0 <= standing.tokens <= limit
         if standing.is_allowed:
@@ -85,7 +83,7 @@ def test_no_stretch_of_time_grants_more_than_the_limit_and_what_came_back_in_it(
 
 
 @pytest.mark.parametrize(("limit", "burst"), [(5, 5), (60, 60), (600, 60), (6000, 600)])
-def test_a_bucket_holds_a_tenth_of_a_limit_or_sixty_and_no_more_than_the_limit(limit: int, burst: int) -> None:
+def test_burst_is_a_tenth_of_the_limit_or_60_but_at_most_the_limit(limit: int, burst: int) -> None:
     rate = Rate(limit=limit, period_seconds=60)
 
     bucket, all_at_once = take(None, rate, now=0, cost=burst)

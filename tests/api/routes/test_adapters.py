@@ -1,4 +1,4 @@
-"""A trained adapter: found, downloaded, traced, verified, deleted, and by its name a model."""
+"""Routes of trained adapters: retrieve, download, lineage, verify, delete, and use as a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
     return trained(services, world, tmp_path / "made")
 
 
-def test_an_adapter_is_found_by_id_and_by_name(client: TestClient, adapter: Adapter) -> None:
+def test_adapter_is_found_by_id_and_by_name(client: TestClient, adapter: Adapter) -> None:
     by_id = client.get(f"/v1/adapters/{adapter.id}").json()
     by_name = client.get(f"/v1/adapters/{adapter.name}").json()
 
@@ -40,7 +40,7 @@ def test_an_adapter_is_found_by_id_and_by_name(client: TestClient, adapter: Adap
     assert by_id["evaluation"]["perplexity"] == 2.7
 
 
-def test_its_files_are_listed_so_that_their_digest_can_be_checked(client: TestClient, adapter: Adapter) -> None:
+def test_file_list_lets_clients_check_the_artifact_digest(client: TestClient, adapter: Adapter) -> None:
     listed = client.get(f"/v1/adapters/{adapter.id}/files").json()
 
     canonical = rfc8785.dumps({"files": listed["data"], "kind": listed["kind"]})
@@ -54,14 +54,14 @@ def test_its_files_are_listed_so_that_their_digest_can_be_checked(client: TestCl
 
 
 @pytest.mark.parametrize("path", ["none.bin", "../../pepper", "%2e%2e/pepper", "/etc/passwd"])
-def test_a_file_that_it_has_not_is_not_found(client: TestClient, adapter: Adapter, path: str) -> None:
+def test_unknown_and_traversal_paths_are_not_found(client: TestClient, adapter: Adapter, path: str) -> None:
     response = client.get(f"/v1/adapters/{adapter.id}/files/{path}")
 
     assert response.status_code == 404
     error_of(response)
 
 
-def test_the_archive_is_one_tar_that_can_be_checked_offline(
+def test_archive_is_a_reproducible_tar_that_verifies_offline(
     client: TestClient, adapter: Adapter, tmp_path: Path
 ) -> None:
     response = client.get(f"/v1/adapters/{adapter.name}/archive")
@@ -78,14 +78,14 @@ def test_the_archive_is_one_tar_that_can_be_checked_offline(
     assert verify_folder(folder) == {**verify_folder(folder), "passed": True, "problems": []}
 
 
-def test_the_lineage_has_the_id_that_the_adapter_names(client: TestClient, adapter: Adapter) -> None:
+def test_lineage_id_is_the_digest_of_the_lineage_record(client: TestClient, adapter: Adapter) -> None:
     found = client.get(f"/v1/adapters/{adapter.id}/lineage").json()
 
     assert hashlib.sha256(rfc8785.dumps(found["lineage"])).hexdigest() == found["lineage_id"] == adapter.lineage_id
     assert found["lineage"]["outputs"]["artifact"] == adapter.artifact
 
 
-def test_verification_passes_until_a_byte_has_changed(client: TestClient, adapter: Adapter, services: Services) -> None:
+def test_verification_detects_a_changed_file(client: TestClient, adapter: Adapter, services: Services) -> None:
     before = client.post(f"/v1/adapters/{adapter.id}/verify").json()
     digest = hashlib.sha256(CONTENT["adapter_model.safetensors"]).hexdigest()
     folder = services.store.objects.folder
@@ -99,7 +99,7 @@ def test_verification_passes_until_a_byte_has_changed(client: TestClient, adapte
     assert "adapter_model.safetensors" in json.dumps(after["problems"])
 
 
-def test_a_file_that_is_gone_from_the_store_is_a_named_refusal(
+def test_file_missing_from_the_store_returns_artifact_damaged(
     client: TestClient, adapter: Adapter, services: Services
 ) -> None:
     digest = hashlib.sha256(CONTENT["README.md"]).hexdigest()
@@ -113,7 +113,7 @@ def test_a_file_that_is_gone_from_the_store_is_a_named_refusal(
     assert error_of(response)["code"] == "artifact_damaged"
 
 
-def test_an_adapter_is_a_model_that_can_be_deleted(client: TestClient, stranger: TestClient, adapter: Adapter) -> None:
+def test_adapter_is_a_model_that_can_be_deleted(client: TestClient, stranger: TestClient, adapter: Adapter) -> None:
     model = client.get(f"/v1/models/{adapter.name}").json()
     listed = client.get("/v1/models").json()["data"]
 
@@ -127,7 +127,7 @@ def test_an_adapter_is_a_model_that_can_be_deleted(client: TestClient, stranger:
     assert client.get(f"/v1/fine_tuning/jobs/{adapter.job_id}").json()["adapter_id"] is None
 
 
-def test_an_adapter_outlives_the_name_of_its_base(
+def test_adapter_survives_deletion_of_its_base_model(
     client: TestClient, operator: TestClient, adapter: Adapter, world: World
 ) -> None:
     paths = ["", "/files", "/lineage"]
@@ -142,7 +142,7 @@ def test_an_adapter_outlives_the_name_of_its_base(
     assert client.get(f"/v1/models/{adapter.name}").json()["base"] == BASE
 
 
-def test_a_child_names_its_parent_which_tells_its_children_and_stays_while_they_train(
+def test_lineage_links_parent_and_child_and_training_locks_parent(
     client: TestClient, world: World, adapter: Adapter
 ) -> None:
     body = {"model": adapter.name, "training_file": world.file_id, "seed": 3}
@@ -164,7 +164,7 @@ def test_a_child_names_its_parent_which_tells_its_children_and_stays_while_they_
     assert client.delete(f"/v1/adapters/{adapter.id}").status_code == 200
 
 
-def test_an_archive_holds_the_record_alone_which_never_changes(client: TestClient, adapter: Adapter) -> None:
+def test_archive_contains_only_the_immutable_lineage_record(client: TestClient, adapter: Adapter) -> None:
     content = client.get(f"/v1/adapters/{adapter.id}/archive").content
 
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
@@ -173,14 +173,14 @@ def test_an_archive_holds_the_record_alone_which_never_changes(client: TestClien
         assert set(json.load(member)) == {"object", "adapter_id", "lineage_id", "lineage", "signature"}
 
 
-def test_another_project_sees_no_adapter(stranger: TestClient, adapter: Adapter) -> None:
+def test_adapters_are_hidden_from_other_projects(stranger: TestClient, adapter: Adapter) -> None:
     for rest in ("", "/files", "/files/README.md", "/archive", "/lineage"):
         assert stranger.get(f"/v1/adapters/{adapter.id}{rest}").status_code == 404
     assert stranger.post(f"/v1/adapters/{adapter.id}/verify").status_code == 404
     assert stranger.get("/v1/adapters").json()["data"] == []
 
 
-def test_the_list_of_models_reads_no_lineage_record_and_has_a_limit(
+def test_model_list_reads_no_lineage_records_and_has_a_limit(
     services: Services, world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statements: list[str] = []

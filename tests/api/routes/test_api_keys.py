@@ -1,4 +1,4 @@
-"""/v1/projects and /v1/api_keys, by hand and by the SDK."""
+"""/v1/projects and /v1/api_keys, over HTTP and through the SDK."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.api.site import Site, error_of
 from tests.catalog.world import World
 
 
-def test_a_keys_text_is_shown_once(client: TestClient, app: FastAPI) -> None:
+def test_key_text_is_shown_only_once(client: TestClient, app: FastAPI) -> None:
     made = client.post("/v1/api_keys", json={"name": "ci", "scopes": ["keys:read"]}).json()
 
     holder = with_key(app, made["value"])
@@ -28,7 +28,7 @@ def test_a_keys_text_is_shown_once(client: TestClient, app: FastAPI) -> None:
     assert (made["status"], made["scopes"], made["object"]) == ("active", ["keys:read"], "api_key")
 
 
-def test_when_a_key_was_last_used_can_be_seen(client: TestClient, app: FastAPI) -> None:
+def test_key_shows_when_it_was_last_used(client: TestClient, app: FastAPI) -> None:
     made = client.post("/v1/api_keys", json={"name": "ci"}).json()
     with_key(app, made["value"]).get("/v1/files")
 
@@ -38,7 +38,7 @@ def test_when_a_key_was_last_used_can_be_seen(client: TestClient, app: FastAPI) 
     assert shown["last_used_at"] >= made["created_at"]
 
 
-def test_keys_are_listed_page_by_page_without_their_text(client: TestClient) -> None:
+def test_key_list_is_paginated_and_omits_key_texts(client: TestClient) -> None:
     made = [client.post("/v1/api_keys", json={"name": f"n{number}"}).json() for number in range(3)]
 
     first = client.get("/v1/api_keys", params={"limit": 2}).json()
@@ -50,7 +50,7 @@ def test_keys_are_listed_page_by_page_without_their_text(client: TestClient) -> 
     assert not any(one["value"] in str((first, second)) for one in made)
 
 
-def test_a_key_that_cannot_be_made_is_refused_with_the_field(client: TestClient) -> None:
+def test_invalid_key_request_names_the_field(client: TestClient) -> None:
     refused: list[tuple[dict[str, Any], str, str]] = [
         ({}, "name", "missing"),
         ({"name": ""}, "name", "at least 1"),
@@ -62,13 +62,13 @@ def test_a_key_that_cannot_be_made_is_refused_with_the_field(client: TestClient)
         ({"name": "x", "operator": True}, "operator", "Did you mean 'is_operator'?"),
     ]
 
-    for body, param, says in refused:
+    for body, param, fragment in refused:
         error = error_of(client.post("/v1/api_keys", json=body))
         assert error["param"] == param
-        assert says in error["message"]
+        assert fragment in error["message"]
 
 
-def test_a_rotated_key_has_both_texts_open_until_the_overlap_ends(client: TestClient, app: FastAPI) -> None:
+def test_rotated_key_stays_valid_until_the_overlap_ends(client: TestClient, app: FastAPI) -> None:
     made = client.post("/v1/api_keys", json={"name": "ci"}).json()
 
     new = client.post(f"/v1/api_keys/{made['id']}/rotate", json={"overlap_seconds": 600}).json()
@@ -82,7 +82,7 @@ def test_a_rotated_key_has_both_texts_open_until_the_overlap_ends(client: TestCl
     assert client.get(f"/v1/api_keys/{new['id']}").json()["status"] == "expired"
 
 
-def test_an_operator_makes_a_project_and_gives_it_a_key_by_the_sdk(
+def test_operator_creates_a_project_and_keys_with_the_sdk(
     app: FastAPI, site: Site, services: Services, operator_key: str, world: World
 ) -> None:
     with Lorry(site.url, operator_key) as lorry:
@@ -113,7 +113,7 @@ def test_an_operator_makes_a_project_and_gives_it_a_key_by_the_sdk(
     assert (last.value.status, last.value.code) == (409, "last_operator_key")
 
 
-def test_a_repeated_creation_shows_no_secret_and_creates_no_second_key(client: TestClient, app: FastAPI) -> None:
+def test_repeated_creation_shows_no_secret_and_creates_no_second_key(client: TestClient, app: FastAPI) -> None:
     once = {"idempotency-key": "once", "x-stainless-retry-count": "1"}
     first = client.post("/v1/api_keys", json={"name": "ci"}, headers=once).json()
     before = client.get("/v1/api_keys").json()["data"]
@@ -127,7 +127,7 @@ def test_a_repeated_creation_shows_no_secret_and_creates_no_second_key(client: T
     assert [row["id"] for row in client.get("/v1/api_keys").json()["data"]] == [row["id"] for row in before]
 
 
-def test_a_repeated_rotation_shows_no_secret_and_creates_no_second_key(client: TestClient, app: FastAPI) -> None:
+def test_repeated_rotation_shows_no_secret_and_creates_no_second_key(client: TestClient, app: FastAPI) -> None:
     once = {"idempotency-key": "once", "x-stainless-retry-count": "1"}
     old = client.post("/v1/api_keys", json={"name": "ci"}).json()
     new = client.post(f"/v1/api_keys/{old['id']}/rotate", headers=once).json()
@@ -139,9 +139,7 @@ def test_a_repeated_rotation_shows_no_secret_and_creates_no_second_key(client: T
     assert with_key(app, new["value"]).get("/v1/files").status_code == 200
 
 
-def test_a_revocation_cancels_the_keys_work_and_its_descendants_if_it_is_asked_to(
-    client: TestClient, app: FastAPI, world: World
-) -> None:
+def test_revocation_can_cancel_jobs_and_revoke_descendants(client: TestClient, app: FastAPI, world: World) -> None:
     made = client.post("/v1/api_keys", json={"name": "ci"}).json()
     holder = with_key(app, made["value"])
     child = holder.post("/v1/api_keys", json={"name": "child"}).json()
@@ -149,8 +147,8 @@ def test_a_revocation_cancels_the_keys_work_and_its_descendants_if_it_is_asked_t
     job_id = holder.post("/v1/fine_tuning/jobs", json=job).json()["id"]
 
     first = client.post(f"/v1/api_keys/{made['id']}/revoke").json()
-    asked = {"cancel": True, "with_descendants": True}
-    second = client.post(f"/v1/api_keys/{made['id']}/revoke", json=asked).json()
+    options = {"cancel": True, "with_descendants": True}
+    second = client.post(f"/v1/api_keys/{made['id']}/revoke", json=options).json()
 
     names = ("status", "revoked_keys", "valid_descendants", "unfinished_jobs", "unfinished_sweeps")
     assert [first[name] for name in names] == ["revoked", [made["id"]], 1, 1, 0]

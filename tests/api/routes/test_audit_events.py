@@ -1,4 +1,4 @@
-"""/v1/audit_events: every change that comes over the API is there, with who, from where and by which request."""
+"""/v1/audit_events: every change over the API is recorded with its actor, address and request."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.catalog.world import World
 CHANGES_NOTHING = {
     "preview_sign_in_link",
     "verify_adapter",
-    "create_plan",  # a look at what would be
-    "delete_plan",  # which goes by itself in a week
-    "add_upload_part",  # bytes of an upload that is in the log, and that is completed or dropped
+    "create_plan",  # a dry run
+    "delete_plan",  # plans expire within a week
+    "add_upload_part",  # the log records the creation and the end of the upload
 }
-"""Operations that are no GET, and of which the log tells nothing."""
-TOLD_AS: dict[str, str] = {
+"""Operations other than GET that the audit log does not record."""
+EVENT_TYPES: dict[str, str] = {
     "upload_file": "file.created",
     "delete_file": "file.deleted",
     "create_upload": "upload.created",
@@ -81,24 +81,22 @@ TOLD_AS: dict[str, str] = {
     "open_sign_in_link": "login.succeeded",
     "delete_browser_session": "logout.succeeded",
 }
-"""By operation, the event that it leaves; tests/catalog/audit/test_audit.py has one of each."""
+"""The audit event of each operation. tests/catalog/audit/test_audit.py creates one of each."""
 
 
 def latest(operator: TestClient, **params: Any) -> dict[str, Any]:
     return operator.get("/v1/audit_events", params={"limit": 1, **params}).json()["data"][0]
 
 
-def test_every_operation_that_changes_something_says_what_the_log_has_of_it(app: FastAPI) -> None:
-    changing = {told["operationId"] for _, method, told in operations(app) if method != "get"}
+def test_every_changing_operation_has_an_audit_event(app: FastAPI) -> None:
+    changing = {route["operationId"] for _, method, route in operations(app) if method != "get"}
 
-    assert changing - CHANGES_NOTHING - TOLD_AS.keys() == set()
+    assert changing - CHANGES_NOTHING - EVENT_TYPES.keys() == set()
     without_a_key = {"create_browser_session", "open_sign_in_link", "preview_sign_in_link"}
-    assert TOLD_AS.keys() <= changing <= NEEDED.keys() | without_a_key
+    assert EVENT_TYPES.keys() <= changing <= NEEDED.keys() | without_a_key
 
 
-def test_a_change_is_told_with_the_key_the_request_and_the_address(
-    client: TestClient, operator: TestClient, world: World
-) -> None:
+def test_event_records_key_request_and_address(client: TestClient, operator: TestClient, world: World) -> None:
     answer = client.post("/v1/fine_tuning/jobs", json={"model": "smol", "training_file": world.file_id})
 
     event = latest(operator)
@@ -113,9 +111,7 @@ def test_a_change_is_told_with_the_key_the_request_and_the_address(
 
 
 @pytest.mark.parametrize("purpose", ["fine-tune"])
-def test_changes_of_files_are_told_from_the_thread_that_makes_them(
-    client: TestClient, operator: TestClient, purpose: str
-) -> None:
+def test_file_events_keep_the_actor_across_threads(client: TestClient, operator: TestClient, purpose: str) -> None:
     made = client.post("/v1/files", data={"purpose": purpose}, files={"file": ("a.jsonl", chat_lines(2))}).json()
     created = latest(operator)
     client.delete(f"/v1/files/{made['id']}")
@@ -129,7 +125,7 @@ def test_changes_of_files_are_told_from_the_thread_that_makes_them(
     assert created["details"]["filename"] == "a.jsonl"
 
 
-def test_a_browser_is_told_apart_from_the_key_that_signed_it_in(
+def test_browser_actor_differs_from_its_key(
     anonymous: TestClient, operator: TestClient, operator_key: str, world: World
 ) -> None:
     headers = {"x-lorry-csrf": "1", "origin": "http://127.0.0.1"}
@@ -146,7 +142,7 @@ def test_a_browser_is_told_apart_from_the_key_that_signed_it_in(
     assert weighed["project_id"] == world.stranger.project_id
 
 
-def test_a_request_takes_nothing_over_from_the_one_before(
+def test_actor_does_not_leak_between_requests(
     client: TestClient, anonymous: TestClient, operator: TestClient, services: Services
 ) -> None:
     client.post("/v1/sign_in_links")
@@ -159,9 +155,7 @@ def test_a_request_takes_nothing_over_from_the_one_before(
     assert event["actor"]["type"] == "browser"
 
 
-def test_a_project_reads_its_own_log_and_pages_through_it(
-    client: TestClient, stranger: TestClient, world: World
-) -> None:
+def test_project_pages_through_only_its_own_events(client: TestClient, stranger: TestClient, world: World) -> None:
     for _ in range(3):
         client.post("/v1/sign_in_links")
     pages, after = 0, None
@@ -181,7 +175,7 @@ def test_a_project_reads_its_own_log_and_pages_through_it(
     assert {event["project_id"] for event in theirs} == {world.stranger.project_id}
 
 
-def test_events_are_filtered_as_openais_are(client: TestClient, operator: TestClient) -> None:
+def test_events_support_openais_filters(client: TestClient, operator: TestClient) -> None:
     client.post("/v1/sign_in_links")
     at = latest(operator)["effective_at"]
 
@@ -196,9 +190,7 @@ def test_events_are_filtered_as_openais_are(client: TestClient, operator: TestCl
     assert (wrong.status_code, error_of(wrong)["code"]) == (400, "invalid_value")
 
 
-def test_the_log_is_sealed_by_the_services_own_chore_and_can_be_looked_at(
-    operator: TestClient, services: Services
-) -> None:
+def test_background_task_seals_the_log_and_the_chain_verifies(operator: TestClient, services: Services) -> None:
     open_ends = operator.get("/v1/audit_events/verify").json()
     look_once(services)
 
@@ -214,7 +206,7 @@ def test_the_log_is_sealed_by_the_services_own_chore_and_can_be_looked_at(
     assert (latest(operator)["type"], latest(operator)["link"]) == ("audit.exported", None)
 
 
-def test_the_whole_chain_is_for_operators(client: TestClient) -> None:
+def test_verify_and_export_require_an_operator(client: TestClient) -> None:
     refused = [client.get(f"/v1/audit_events/{what}") for what in ("verify", "export")]
 
     assert [(answer.status_code, error_of(answer)["code"]) for answer in refused] == [(403, "operator_required")] * 2
@@ -248,7 +240,7 @@ def test_downloads_and_exports_are_recorded(
     assert {event["project_id"] for event in found} == {world.caller.project_id}
 
 
-def test_a_download_that_does_not_begin_is_not_recorded(
+def test_download_that_does_not_begin_is_not_recorded(
     client: TestClient, operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", chat_lines(2))}}
@@ -264,7 +256,7 @@ def test_a_download_that_does_not_begin_is_not_recorded(
 def test_verification_runs_in_the_threads_of_slow_work(
     operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads files of the store: routes that only read the database must not wait for it."""
+    """Verification reads store files, and routes that only read the database must not wait for it."""
     look_once(services)
     run, num_runs = SlowWork.run, list[str]()
 
@@ -278,8 +270,8 @@ def test_verification_runs_in_the_threads_of_slow_work(
     assert len(num_runs) == 1
 
 
-def test_a_finished_rotation_leaves_a_log_that_verifies(operator: TestClient, services: Services) -> None:
-    """A server that starts with both peppers keeps the old keys; from then on the new pepper is enough."""
+def test_log_verifies_after_a_pepper_rotation(operator: TestClient, services: Services) -> None:
+    """A server that starts with both peppers stores the keys of the old one. After that, the new pepper is enough."""
     look_once(services)
     old_file = services.settings.data_dir / "pepper.previous"
     old_file.write_bytes(services.pepper.current)

@@ -1,4 +1,4 @@
-"""What a job leaves behind, as it is read over HTTP."""
+"""The history of a job over HTTP: events, metrics, checkpoints, attempts and data reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.catalog.world import World, manifest, sha
 JOBS = "/v1/fine_tuning/jobs"
 
 
-def test_events_come_newest_first_and_by_pages(client: TestClient, world: World) -> None:
+def test_events_are_paginated_newest_first(client: TestClient, world: World) -> None:
     job = world.queued()
     path = f"{JOBS}/{job.id}/events"
 
@@ -29,14 +29,14 @@ def test_events_come_newest_first_and_by_pages(client: TestClient, world: World)
 
 
 @pytest.mark.parametrize("after", ["x", "ftevent-", "ftevent-99999999", "ftevent-" + "9" * 40, "-1"])
-def test_an_unknown_cursor_of_events_is_refused(client: TestClient, world: World, after: str) -> None:
+def test_unknown_event_cursor_is_rejected(client: TestClient, world: World, after: str) -> None:
     response = client.get(f"{JOBS}/{world.submit().id}/events", params={"after": after})
 
     assert response.status_code == 400
     assert error_of(response)["param"] == "after"
 
 
-def test_events_are_read_by_type_and_by_pages(client: TestClient, world: World) -> None:
+def test_events_filtered_by_type_are_paginated(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
     for step in range(1, 4):
@@ -60,7 +60,7 @@ def test_events_are_read_by_type_and_by_pages(client: TestClient, world: World) 
     assert after_a_metric[0]["message"] == "word 2"
 
 
-def test_an_unknown_type_of_events_is_refused(client: TestClient, world: World) -> None:
+def test_unknown_event_type_is_rejected(client: TestClient, world: World) -> None:
     response = client.get(f"{JOBS}/{world.submit().id}/events", params={"type": "transition"})
 
     assert response.status_code == 400
@@ -68,7 +68,7 @@ def test_an_unknown_type_of_events_is_refused(client: TestClient, world: World) 
     assert "'message' or 'metrics'" in error_of(response)["message"]
 
 
-def test_curves_checkpoints_and_attempts_are_shown(client: TestClient, world: World) -> None:
+def test_metrics_checkpoints_and_attempts_are_listed(client: TestClient, world: World) -> None:
     world.worker()
     first, second = world.queued(suffix="a"), world.queued(suffix="b")
     taken = {claim.job.id: claim for claim in world.claim()}
@@ -95,7 +95,7 @@ def test_curves_checkpoints_and_attempts_are_shown(client: TestClient, world: Wo
     assert (attempt["number"], attempt["trainer_id"]) == (1, "trainer-w1")
 
 
-def test_a_checkpoint_has_the_numbers_of_its_own_step_and_no_older_ones(client: TestClient, world: World) -> None:
+def test_checkpoint_has_only_the_metrics_of_its_own_step(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
     points = [{"kind": "train", "step": step, "loss": 3.0 / step, "token_accuracy": 0.5} for step in (2, 3)]
@@ -111,14 +111,14 @@ def test_a_checkpoint_has_the_numbers_of_its_own_step_and_no_older_ones(client: 
     assert found == {2: (1.5, 0.7), 3: (1.0, None), 4: (None, None)}
 
 
-def test_why_a_job_waits_can_be_asked(client: TestClient, world: World) -> None:
+def test_why_explains_a_waiting_job(client: TestClient, world: World) -> None:
     why = client.get(f"{JOBS}/{world.submit().id}/why").json()
 
     assert why["state"] == "validating_files"
     assert "no worker is running" in why["explanation"]
 
 
-def test_the_data_report_is_shown_once_it_is_there(client: TestClient, world: World) -> None:
+def test_data_report_appears_after_preparation(client: TestClient, world: World) -> None:
     job = world.submit()
     before = client.get(f"{JOBS}/{job.id}/data_report").json()
 
@@ -130,7 +130,7 @@ def test_the_data_report_is_shown_once_it_is_there(client: TestClient, world: Wo
     assert of_file["report"] == {"rows": 1}
 
 
-def test_a_refused_file_shows_the_report_of_its_refusal(client: TestClient, world: World) -> None:
+def test_rejected_file_shows_its_rejection_report(client: TestClient, world: World) -> None:
     job = world.submit()
     unprepared = preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60)
     assert unprepared is not None
@@ -152,7 +152,7 @@ def test_a_refused_file_shows_the_report_of_its_refusal(client: TestClient, worl
     assert report["training"] == {"refusal": {"code": "masked"}}
 
 
-def test_a_report_for_an_unknown_model_names_those_there_are(client: TestClient, world: World) -> None:
+def test_report_for_an_unknown_model_names_available_models(client: TestClient, world: World) -> None:
     response = client.get(f"/v1/files/{world.file_id}/report", params={"model": "none"})
 
     assert response.status_code == 404

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs/{id}/logs: what a job's trainers printed, to its own project alone."""
+"""/v1/fine_tuning/jobs/{id}/logs: the output of a job's trainers, visible only to its project."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def printed(services: Services, claim: Claim, text: str, *, rank: int = 0) -> No
 
 
 def ended_ago(services: Services, seconds: float) -> None:
-    """Have jobs ended so much earlier."""
+    """Move the end of every job `seconds` into the past."""
     with services.db.write() as session:
         session.execute(update(Job).values(finished_at=Job.finished_at - seconds))
 
 
 @pytest.fixture
 def claim(services: Services, world: World) -> Claim:
-    """Of a job whose first attempt printed three lines, and whose second one."""
+    """Return a job's second claim. Attempt 1 printed three lines, attempt 2 one line on each of two ranks."""
     world.worker()
     first = world.running()
     printed(services, first, "Loading\nStep 1\nStep 2\n")
@@ -46,7 +46,7 @@ def claim(services: Services, world: World) -> Claim:
     return second
 
 
-def test_lines_come_in_pages_and_can_be_sought(client: TestClient, claim: Claim) -> None:
+def test_log_lines_are_paginated_and_searchable(client: TestClient, claim: Claim) -> None:
     whole = client.get(path(claim)).json()
     first = client.get(path(claim), params={"limit": 2}).json()
     second = client.get(path(claim), params={"limit": 3, "after": first["data"][-1]["id"]}).json()
@@ -60,35 +60,35 @@ def test_lines_come_in_pages_and_can_be_sought(client: TestClient, claim: Claim)
     ]
     assert (first["has_more"], second["has_more"]) == (True, False)
     assert first["data"] + second["data"] == whole["data"]
-    for asked, found in (
+    for query, found in (
         ({"attempt": 2, "rank": 0}, ["Step 2 again"]),
         ({"contains": "STEP 2"}, ["Step 2", "Step 2 again"]),
         ({"contains": "nothing of it"}, []),
         ({"attempt": 3}, []),
     ):
-        answer = client.get(path(claim), params=asked).json()  # pyright: ignore[reportArgumentType]
+        answer = client.get(path(claim), params=query).json()  # pyright: ignore[reportArgumentType]
         assert [line["text"] for line in answer["data"]] == found
 
 
-def test_what_is_asked_wrongly_is_refused_by_name(client: TestClient, claim: Claim) -> None:
+def test_invalid_log_parameters_are_named(client: TestClient, claim: Claim) -> None:
     wrong = {"attempt": 0, "rank": -1, "limit": 1001, "contains": "", "after": "ftevent-1"}
 
     for name, value in wrong.items():
         assert error_of(client.get(path(claim), params={name: value}))["param"] == name
 
 
-def test_another_projects_logs_are_not_there(stranger: TestClient, claim: Claim) -> None:
+def test_logs_of_another_project_are_not_found(stranger: TestClient, claim: Claim) -> None:
     assert error_of(stranger.get(path(claim)))["code"] == "job_not_found"
 
 
-def test_a_worker_writes_to_attempts_of_its_own_alone(services: Services, claim: Claim) -> None:
+def test_worker_writes_logs_only_of_its_own_attempts(services: Services, claim: Claim) -> None:
     blob = services.store.put_bytes(b"forged\n")
 
     with pytest.raises(StaleClaim):
         job_logs.record(services.db, claim.claim_id, worker_id="w2", rank=0, content=blob)
 
 
-def test_logs_outlive_their_job_for_a_month_and_leave_the_store_with_its_cleaning(
+def test_logs_are_kept_for_a_month_then_garbage_collected(
     client: TestClient, services: Services, world: World, claim: Claim
 ) -> None:
     world.complete(claim.claim_id)

@@ -1,4 +1,4 @@
-"""Jobs over HTTP: made once however often they are sent, shown with every field, and steered."""
+"""Jobs over HTTP: idempotent creation, complete representation, and control."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def create(client: TestClient, world: World, *, headers: Any = None, **fields: A
     return client.post(JOBS, json=body, headers=headers or {})
 
 
-def test_a_job_is_shown_with_all_its_numbers_resolved(client: TestClient, world: World) -> None:
+def test_job_shows_all_resolved_hyperparameters(client: TestClient, world: World) -> None:
     job = create(client, world, suffix="mine", seed=7, metadata={"team": "a"}, lora={"rank": 8}).json()
 
     assert job["status"] == "validating_files"
@@ -42,7 +42,7 @@ def test_a_job_is_shown_with_all_its_numbers_resolved(client: TestClient, world:
     assert client.get(f"{JOBS}/{job['id']}").json() == job
 
 
-def test_a_method_as_a_job_shows_it_can_be_asked_for_again(client: TestClient, world: World) -> None:
+def test_shown_method_can_be_submitted_again(client: TestClient, world: World) -> None:
     numbers = {"label_smoothing": 0.1, "neftune_alpha": 5.0}
     job = create(client, world, method={"type": "supervised", "supervised": {"hyperparameters": numbers}}).json()
 
@@ -52,7 +52,7 @@ def test_a_method_as_a_job_shows_it_can_be_asked_for_again(client: TestClient, w
     assert again["method"] == job["method"]
 
 
-def test_a_running_job_tells_whether_it_loads_trains_or_verifies(client: TestClient, world: World) -> None:
+def test_running_job_shows_its_phase(client: TestClient, world: World) -> None:
     def phase() -> str | None:
         return client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["phase"]
 
@@ -72,7 +72,7 @@ def test_a_running_job_tells_whether_it_loads_trains_or_verifies(client: TestCli
     assert phase() is None
 
 
-def test_an_explicit_null_is_the_same_as_nothing(client: TestClient, world: World) -> None:
+def test_null_fields_equal_omitted_fields(client: TestClient, world: World) -> None:
     names = ("validation_file", "method", "hyperparameters", "suffix", "seed", "metadata", "integrations")
     nulls: dict[str, Any] = dict.fromkeys(names)
 
@@ -80,7 +80,7 @@ def test_an_explicit_null_is_the_same_as_nothing(client: TestClient, world: Worl
 
 
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
-def test_a_file_of_another_project_does_not_exist(client: TestClient, world: World, field: str) -> None:
+def test_file_of_another_project_is_not_found(client: TestClient, world: World, field: str) -> None:
     theirs = world.file(caller=world.stranger)
 
     response = create(client, world, **{field: theirs})
@@ -90,7 +90,7 @@ def test_a_file_of_another_project_does_not_exist(client: TestClient, world: Wor
     assert (error["param"], error["code"]) == (field, "file_not_found")
 
 
-def test_a_validation_file_of_another_purpose_is_refused(client: TestClient, world: World) -> None:
+def test_validation_file_with_wrong_purpose_is_rejected(client: TestClient, world: World) -> None:
     response = create(client, world, validation_file=world.file(purpose="user_data"))
 
     assert response.status_code == 400
@@ -99,7 +99,7 @@ def test_a_validation_file_of_another_purpose_is_refused(client: TestClient, wor
     assert "fine-tune" in error["message"]
 
 
-def test_an_unknown_base_model_is_refused_with_those_there_are(client: TestClient, world: World) -> None:
+def test_unknown_base_model_error_names_available_models(client: TestClient, world: World) -> None:
     response = create(client, world, model="gpt-4o-mini")
 
     assert response.status_code == 404
@@ -108,7 +108,7 @@ def test_an_unknown_base_model_is_refused_with_those_there_are(client: TestClien
     assert "smol" in error["message"]
 
 
-def test_targets_that_match_nothing_are_refused_with_those_there_are(client: TestClient, world: World) -> None:
+def test_unmatched_target_modules_error_names_available_modules(client: TestClient, world: World) -> None:
     response = create(client, world, lora={"target_modules": ["c_attn"]})
 
     assert response.status_code == 400
@@ -117,7 +117,7 @@ def test_targets_that_match_nothing_are_refused_with_those_there_are(client: Tes
     assert "q_proj" in error["message"]
 
 
-def test_two_creations_with_one_idempotency_key_are_one_job(client: TestClient, world: World) -> None:
+def test_idempotency_key_creates_one_job(client: TestClient, world: World) -> None:
     once = {"idempotency-key": "once"}
 
     first = create(client, world, headers=once, seed=1)
@@ -131,7 +131,7 @@ def test_two_creations_with_one_idempotency_key_are_one_job(client: TestClient, 
     assert len(client.get(JOBS).json()["data"]) == 1
 
 
-def test_a_clients_retry_is_the_same_job_and_a_second_submission_is_not(client: TestClient, world: World) -> None:
+def test_client_retry_returns_the_same_job_but_resubmission_does_not(client: TestClient, world: World) -> None:
     first = create(client, world, headers={"x-stainless-retry-count": "0"})
     retry = create(client, world, headers={"x-stainless-retry-count": "1"})
     second = create(client, world, headers={"x-stainless-retry-count": "0"})
@@ -141,14 +141,14 @@ def test_a_clients_retry_is_the_same_job_and_a_second_submission_is_not(client: 
 
 
 @pytest.mark.parametrize("given", ["", "x" * 256, "with space"])
-def test_an_odd_idempotency_key_is_refused(client: TestClient, world: World, given: str) -> None:
+def test_invalid_idempotency_key_is_rejected(client: TestClient, world: World, given: str) -> None:
     response = create(client, world, headers={"idempotency-key": given})
 
     assert response.status_code == 400
     assert error_of(response)["param"] == "idempotency-key"
 
 
-def test_a_waiting_job_is_cancelled_at_once_and_then_no_more(client: TestClient, world: World) -> None:
+def test_waiting_job_is_cancelled_immediately_and_only_once(client: TestClient, world: World) -> None:
     job_id = create(client, world).json()["id"]
 
     cancelled = client.post(f"{JOBS}/{job_id}/cancel").json()
@@ -160,7 +160,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_then_no_more(client: TestClient,
     assert error_of(again)["code"] == "job_already_final"
 
 
-def test_a_cancellation_whose_reply_was_lost_can_be_repeated_by_the_client(client: TestClient, world: World) -> None:
+def test_cancellation_with_a_lost_response_can_be_retried(client: TestClient, world: World) -> None:
     world.worker()
     done = world.running()
     world.complete(done.claim_id)
@@ -175,7 +175,7 @@ def test_a_cancellation_whose_reply_was_lost_can_be_repeated_by_the_client(clien
     assert of_a_success.status_code == 409
 
 
-def test_a_running_job_is_marked_until_its_worker_obeys(client: TestClient, world: World) -> None:
+def test_running_job_is_marked_until_its_worker_cancels_it(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
 
@@ -186,7 +186,7 @@ def test_a_running_job_is_marked_until_its_worker_obeys(client: TestClient, worl
     assert client.get(f"{JOBS}/{claim.job.id}").json()["status"] == "cancelled"
 
 
-def test_a_job_is_paused_and_resumed(client: TestClient, world: World) -> None:
+def test_job_is_paused_and_resumed(client: TestClient, world: World) -> None:
     job_id = world.queued().id
 
     paused = client.post(f"{JOBS}/{job_id}/pause").json()
@@ -198,7 +198,7 @@ def test_a_job_is_paused_and_resumed(client: TestClient, world: World) -> None:
     assert error_of(refused)["code"] == "job_not_paused"
 
 
-def test_a_project_holds_releases_and_moves_its_jobs(client: TestClient, world: World) -> None:
+def test_project_holds_releases_and_moves_its_jobs(client: TestClient, world: World) -> None:
     first, second = world.queued(), world.queued()
 
     held = client.post(f"{JOBS}/{first.id}/hold").json()
@@ -215,7 +215,7 @@ def test_a_project_holds_releases_and_moves_its_jobs(client: TestClient, world: 
     assert [entry["job_id"] for entry in queue] == [second.id, first.id]
 
 
-def test_a_deadline_is_shown_as_it_was_given(client: TestClient, world: World) -> None:
+def test_deadline_is_shown_as_submitted(client: TestClient, world: World) -> None:
     body = {"model": "smol", "training_file": world.file_id, "deadline": 1_900_000_000}
 
     job = client.post(JOBS, json=body).json()
@@ -225,7 +225,7 @@ def test_a_deadline_is_shown_as_it_was_given(client: TestClient, world: World) -
     assert error_of(refused)["param"] == "deadline"
 
 
-def test_a_resume_whose_reply_was_lost_may_be_sent_again(client: TestClient, world: World) -> None:
+def test_resume_with_a_lost_response_can_be_retried(client: TestClient, world: World) -> None:
     job_id = world.queued().id
     client.post(f"{JOBS}/{job_id}/pause")
     client.post(f"{JOBS}/{job_id}/resume")
@@ -233,28 +233,28 @@ def test_a_resume_whose_reply_was_lost_may_be_sent_again(client: TestClient, wor
     again = client.post(f"{JOBS}/{job_id}/resume", headers={"x-stainless-retry-count": "1"})
 
     assert (again.status_code, again.json()["status"]) == (200, "queued")
-    told = [event["message"] for event in client.get(f"{JOBS}/{job_id}/events").json()["data"]]
-    assert told.count("The job was resumed.") == 1
+    messages = [event["message"] for event in client.get(f"{JOBS}/{job_id}/events").json()["data"]]
+    assert messages.count("The job was resumed.") == 1
 
 
 @pytest.mark.parametrize("what", ["files", "adapters", "models/ft", "models"])
-def test_a_deletion_whose_reply_was_lost_may_be_sent_again(
+def test_deletion_with_a_lost_response_can_be_retried(
     client: TestClient, operator: TestClient, world: World, what: str
 ) -> None:
     world.worker()
     adapter = world.complete(world.running().claim_id)
     named = {"files": world.file_id, "adapters": adapter.id, "models/ft": adapter.name, "models": "smol"}[what]
-    place, asker = f"/v1/{what.partition('/')[0]}/{named}", operator if what == "models" else client
+    place, requester = f"/v1/{what.partition('/')[0]}/{named}", operator if what == "models" else client
 
-    first = asker.delete(place)
-    again = asker.delete(place, headers={"x-stainless-retry-count": "1"})
-    anew = asker.delete(place)
+    first = requester.delete(place)
+    again = requester.delete(place, headers={"x-stainless-retry-count": "1"})
+    new_request = requester.delete(place)
 
-    assert (first.status_code, again.status_code, anew.status_code) == (200, 200, 404)
+    assert (first.status_code, again.status_code, new_request.status_code) == (200, 200, 404)
     assert again.json() == first.json()
 
 
-def test_jobs_are_listed_by_pages_and_by_label(client: TestClient, world: World) -> None:
+def test_jobs_are_paginated_and_filtered_by_metadata(client: TestClient, world: World) -> None:
     ids = [create(client, world, seed=i, metadata={"n": str(i)} if i else None).json()["id"] for i in range(5)]
 
     first = client.get(JOBS, params={"limit": 2}).json()
@@ -270,7 +270,7 @@ def test_jobs_are_listed_by_pages_and_by_label(client: TestClient, world: World)
     assert client.get(JOBS, params={"metadata": "x"}).status_code == 400
 
 
-def test_a_succeeded_job_names_its_adapter(client: TestClient, world: World, services: Services) -> None:
+def test_succeeded_job_names_its_adapter(client: TestClient, world: World, services: Services) -> None:
     world.worker()
     claim = world.running(suffix="docs")
     world.complete(claim.claim_id)
@@ -283,9 +283,7 @@ def test_a_succeeded_job_names_its_adapter(client: TestClient, world: World, ser
     assert client.get(JOBS).json()["data"] == [job]
 
 
-def test_a_succeeded_job_names_the_file_of_its_curves_which_can_not_be_trained_on(
-    client: TestClient, world: World
-) -> None:
+def test_result_file_of_a_job_cannot_be_trained_on(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
     world.complete(claim.claim_id)
@@ -298,7 +296,7 @@ def test_a_succeeded_job_names_the_file_of_its_curves_which_can_not_be_trained_o
     assert error_of(create(client, world, training_file=file_id))["code"] == "wrong_file_purpose"
 
 
-def test_a_job_tells_what_was_evaluated_and_how_long_it_was_trained(client: TestClient, world: World) -> None:
+def test_job_shows_validation_losses_and_running_time(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
     recording.record_progress(world.db, claim.claim_id, {"step": 2, "num_steps": 10, "loss": 1.0})
@@ -316,7 +314,7 @@ def test_a_job_tells_what_was_evaluated_and_how_long_it_was_trained(client: Test
     assert client.get(JOBS).json()["data"] == [shown]
 
 
-def test_a_longer_list_takes_no_more_queries(client: TestClient, world: World, services: Services) -> None:
+def test_job_list_uses_a_constant_number_of_queries(client: TestClient, world: World, services: Services) -> None:
     def count() -> int:
         statements: list[str] = []
 
@@ -339,7 +337,7 @@ def test_a_longer_list_takes_no_more_queries(client: TestClient, world: World, s
     assert count() == few
 
 
-def test_tags_and_resources_are_on_the_job_and_tags_find_it(client: TestClient, world: World) -> None:
+def test_job_shows_tags_and_resources_and_is_found_by_tags(client: TestClient, world: World) -> None:
     body = {"model": "smol", "training_file": world.file_id, "tags": ["nightly", "q 3"], "metadata": {"team": "a"}}
     job = client.post(JOBS, json={**body, "resources": {"devices": 1, "strategy": "auto"}}).json()
     client.post(JOBS, json={**body, "tags": ["nightly"]})
@@ -353,7 +351,7 @@ def test_tags_and_resources_are_on_the_job_and_tags_find_it(client: TestClient, 
 
 
 @pytest.mark.parametrize(
-    ("wrong", "param", "told"),
+    ("wrong", "param", "fragment"),
     [
         ({"tags": ["a"] * 17}, "tags", "at most 16"),
         ({"tags": [""]}, "tags.0", "at least 1"),
@@ -363,16 +361,16 @@ def test_tags_and_resources_are_on_the_job_and_tags_find_it(client: TestClient, 
         ({"resources": {"min_memory_bytes": 1}}, "resources.min_memory_bytes", "Known"),
     ],
 )
-def test_what_cannot_be_honored_of_tags_and_resources_is_refused(
-    client: TestClient, world: World, wrong: dict[str, Any], param: str, told: str
+def test_unsupported_tags_and_resources_are_rejected(
+    client: TestClient, world: World, wrong: dict[str, Any], param: str, fragment: str
 ) -> None:
     refused = error_of(client.post(JOBS, json={"model": "smol", "training_file": world.file_id, **wrong}))
 
     assert refused["param"] == param
-    assert told in refused["message"]
+    assert fragment in refused["message"]
 
 
-def test_the_estimated_finish_stands_still_between_two_reports_of_progress(client: TestClient, world: World) -> None:
+def test_estimated_finish_is_constant_between_progress_reports(client: TestClient, world: World) -> None:
     world.worker()
     claim = world.running()
     recording.record_progress(world.db, claim.claim_id, {"step": 2, "seconds_left": 100.0})

@@ -1,4 +1,4 @@
-"""Base models, the queue, the workers, and the numbers for an operator's graphs."""
+"""Base models, the queue, workers and metrics."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.api.trained import CONTENT, stored_weights
 from tests.catalog.world import World, manifest
 
 
-def test_a_base_is_added_and_its_import_can_be_followed(operator: TestClient, client: TestClient, world: World) -> None:
+def test_base_model_is_added_and_shows_its_import_state(operator: TestClient, client: TestClient, world: World) -> None:
     body = {"name": "mine", "kind": "folder", "source": "/models/mine"}
 
     added = operator.post("/v1/models", json=body).json()
     again = operator.post("/v1/models", json=body).json()
-    world.fail_import("mine", {"code": "no_such_folder", "message": "Gone.", "remedy": "Mend it."})
+    world.fail_import("mine", {"code": "no_such_folder", "message": "Gone.", "remedy": "Fix it."})
     failed = client.get("/v1/models/mine").json()
 
     assert added == again
@@ -38,12 +38,12 @@ def test_a_base_is_added_and_its_import_can_be_followed(operator: TestClient, cl
     }
 
 
-def test_why_an_import_failed_is_told_in_full_to_operators_only(
+def test_import_failure_details_are_shown_only_to_operators(
     client: TestClient, operator: TestClient, world: World
 ) -> None:
     operator.post("/v1/models", json={"name": "mine", "kind": "folder", "source": "/secret/mine"})
-    told = {"code": "crashed", "message": "OSError in /secret/mine/model.safetensors", "remedy": "Mend /secret."}
-    world.fail_import("mine", told)
+    failure = {"code": "crashed", "message": "OSError in /secret/mine/model.safetensors", "remedy": "Fix /secret."}
+    world.fail_import("mine", failure)
 
     answers = [
         client.get("/v1/models/mine"),
@@ -54,7 +54,7 @@ def test_why_an_import_failed_is_told_in_full_to_operators_only(
     assert all("secret" not in answer.text and "crashed" in answer.text for answer in answers)
     assert error_of(answers[2])["code"] == "model_import_failed"
     assert answers[0].json()["error"]["remedy"]
-    assert operator.get("/v1/models/mine").json()["error"] == told
+    assert operator.get("/v1/models/mine").json()["error"] == failure
 
 
 def test_another_source_under_the_same_name_is_a_conflict(operator: TestClient, world: World) -> None:
@@ -64,7 +64,7 @@ def test_another_source_under_the_same_name_is_a_conflict(operator: TestClient, 
     assert error_of(response)["code"] == "model_exists"
 
 
-def test_an_unknown_model_is_refused_with_those_there_are(client: TestClient, world: World) -> None:
+def test_unknown_model_is_not_found(client: TestClient, world: World) -> None:
     for name in ("none", "ft:none", "ft:none:ckpt-step-1"):
         response = client.get(f"/v1/models/{name}")
 
@@ -72,7 +72,7 @@ def test_an_unknown_model_is_refused_with_those_there_are(client: TestClient, wo
         error_of(response)
 
 
-def test_a_base_is_deleted_by_an_operator_once_no_job_waits_for_it(
+def test_operator_deletes_a_base_model_that_no_job_waits_for(
     client: TestClient, operator: TestClient, world: World
 ) -> None:
     job = world.submit()
@@ -90,7 +90,7 @@ def test_a_base_is_deleted_by_an_operator_once_no_job_waits_for_it(
     assert client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["model"] == "smol"
 
 
-def test_a_kept_checkpoint_is_a_model_with_files_until_it_is_deleted(
+def test_checkpoint_is_a_model_with_files_until_deleted(
     client: TestClient, services: Services, world: World, tmp_path: Path
 ) -> None:
     world.worker()
@@ -115,7 +115,7 @@ def test_a_kept_checkpoint_is_a_model_with_files_until_it_is_deleted(
     assert (shown["fine_tuned_model_checkpoint"], shown["available"]) == (name, False)
 
 
-def test_the_queue_shows_places_and_a_worker_what_it_holds(
+def test_queue_shows_positions_and_workers_show_their_base_model(
     client: TestClient, operator: TestClient, world: World
 ) -> None:
     world.worker()
@@ -139,10 +139,10 @@ def test_the_queue_shows_places_and_a_worker_what_it_holds(
         session.get_one(Worker, "w1").heartbeat_at -= SILENT_SECONDS + 1
     (lost,) = client.get("/v1/workers").json()["data"]
     assert (lost["state"], lost["resident_base_names"], lost["resident_base"]) == ("lost", [], None)
-    assert lost["trainer_id"] is None, "nobody knows what a worker holds that is gone"
+    assert lost["trainer_id"] is None, "the trainer of a lost worker is unknown"
 
 
-def test_a_worker_whose_trainer_holds_no_job_is_idle_for_everybody(
+def test_worker_without_a_running_job_is_idle_for_every_viewer(
     client: TestClient, operator: TestClient, stranger: TestClient, anonymous: TestClient, world: World
 ) -> None:
     world.worker("w1")
@@ -165,7 +165,7 @@ def test_a_worker_whose_trainer_holds_no_job_is_idle_for_everybody(
     assert 'lorry_workers{state="idle"} 2.0' in anonymous.get("/metrics").text
 
 
-def test_an_operator_cordons_and_drains_a_worker_and_everybody_sees_why(
+def test_operator_cordons_and_drains_workers_and_all_see_the_reason(
     client: TestClient, operator: TestClient, world: World
 ) -> None:
     world.worker("w1")
@@ -185,18 +185,18 @@ def test_an_operator_cordons_and_drains_a_worker_and_everybody_sees_why(
     assert "lorry_workers_cordoned 1.0" in operator.get("/metrics").text
 
 
-def test_cordons_are_refused_in_plain_words(client: TestClient, operator: TestClient, world: World) -> None:
+def test_invalid_cordon_requests_are_rejected(client: TestClient, operator: TestClient, world: World) -> None:
     world.worker("gone")
     workers.end_worker(world.db, "gone")
 
     for verb in ("cordon", "uncordon", "drain"):
         assert error_of(client.post(f"/v1/workers/gone/{verb}"))["code"] == "operator_required"
-        assert error_of(operator.post(f"/v1/workers/nobody/{verb}"))["code"] == "worker_not_found"
+        assert error_of(operator.post(f"/v1/workers/none/{verb}"))["code"] == "worker_not_found"
     assert error_of(operator.post("/v1/workers/gone/cordon"))["code"] == "worker_ended"
     assert error_of(operator.post("/v1/workers/gone/cordon", json={"reason": ""}))["param"] == "reason"
 
 
-def test_readiness_tells_what_does_not_answer(
+def test_readiness_names_the_unavailable_dependency(
     anonymous: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = anonymous.get("/readyz")
@@ -213,7 +213,7 @@ def test_readiness_tells_what_does_not_answer(
     assert anonymous.get("/healthz").json() == {"status": "ok"}
 
 
-def test_numbers_are_exposed_with_bounded_labels(anonymous: TestClient, client: TestClient, world: World) -> None:
+def test_metrics_have_bounded_labels(anonymous: TestClient, client: TestClient, world: World) -> None:
     job = world.submit()
     client.get(f"/v1/fine_tuning/jobs/{job.id}")
     client.get(f"/v1/fine_tuning/jobs/{job.id}/events")
@@ -244,7 +244,7 @@ def test_numbers_are_exposed_with_bounded_labels(anonymous: TestClient, client: 
     assert "lorry_workers" in families
 
 
-def test_numbers_are_for_this_machine_or_an_operator(
+def test_metrics_require_loopback_or_an_operator_key(
     app: FastAPI, anonymous: TestClient, client: TestClient, operator: TestClient
 ) -> None:
     far = TestClient(app, base_url="http://127.0.0.1", client=("203.0.113.7", 5))
@@ -255,10 +255,10 @@ def test_numbers_are_for_this_machine_or_an_operator(
     assert operator.get("/metrics").status_code == 200
 
 
-def test_behind_a_public_address_numbers_need_a_key_on_this_machine_too(
+def test_metrics_with_a_public_url_require_a_key_even_on_loopback(
     app: FastAPI, anonymous: TestClient, operator: TestClient, services: Services
 ) -> None:
-    """A proxy that names nobody makes every stranger look local."""
+    """A proxy that adds no forwarding header makes every remote client look local."""
     public = services.api_settings.model_copy(update={"public_url": "https://lorry.example"})
     app.state.services = dataclasses.replace(services, api_settings=public)
 
@@ -266,7 +266,7 @@ def test_behind_a_public_address_numbers_need_a_key_on_this_machine_too(
     assert operator.get("/metrics").status_code == 200
 
 
-def test_a_hubs_id_in_a_models_place_tells_how_it_is_added(operator: TestClient, world: World) -> None:
+def test_hub_id_as_a_model_name_suggests_models_add(operator: TestClient, world: World) -> None:
     wanted = "HuggingFaceTB/SmolLM2-135M"
     job = {"model": wanted, "training_file": world.file_id}
 

@@ -1,4 +1,4 @@
-"""/v1/organizations, and an organization wherever else it is on the wire."""
+"""/v1/organizations, and organizations in other responses."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from tests.catalog.world import World
 JOBS = "/v1/fine_tuning/jobs"
 
 
-def test_an_operator_makes_an_organization_and_gives_it_a_project_by_the_sdk(
-    site: Site, operator_key: str, world: World
-) -> None:
+def test_operator_creates_an_organization_and_project_with_the_sdk(site: Site, operator_key: str, world: World) -> None:
     with Lorry(site.url, operator_key) as lorry:
         made = lorry.organizations.create("research")
         project = lorry.projects.create("search", organization="research")
@@ -45,7 +43,7 @@ def test_an_operator_makes_an_organization_and_gives_it_a_project_by_the_sdk(
     assert (refused.value.status, refused.value.code) == (403, "operator_required")
 
 
-def test_a_request_that_is_sent_again_makes_no_second_organization(operator: TestClient) -> None:
+def test_retried_creation_makes_one_organization(operator: TestClient) -> None:
     retry = {"x-stainless-retry-count": "1"}
 
     first, again = (operator.post("/v1/organizations", json={"name": "new"}, headers=retry).json() for _ in range(2))
@@ -54,7 +52,7 @@ def test_a_request_that_is_sent_again_makes_no_second_organization(operator: Tes
     assert len(operator.get("/v1/organizations").json()["data"]) == 2
 
 
-def test_a_body_is_read_as_strictly_as_any_other(operator: TestClient) -> None:
+def test_unknown_and_invalid_organization_fields_are_rejected(operator: TestClient) -> None:
     unknown = operator.post("/v1/projects", json={"name": "a", "organisation": "default"})
     nowhere = operator.post("/v1/projects", json={"name": "a", "organization": "nowhere"})
     renamed = operator.post("/v1/projects/ours", json={"name": "a", "organization": "default"})
@@ -64,27 +62,27 @@ def test_a_body_is_read_as_strictly_as_any_other(operator: TestClient) -> None:
     assert error_of(renamed)["code"] == "unknown_parameter"
 
 
-def test_a_job_tells_the_organization_of_its_project(
+def test_job_shows_the_organization_of_its_project(
     app: FastAPI, services: Services, client: TestClient, world: World
 ) -> None:
     away = world.caller_of("elsewhere", "away")
     theirs = with_key(app, new_key(services, away.project_id))
     files = {theirs: world.file(caller=away), client: world.file_id}
 
-    told = {
-        who: [
-            who.post(JOBS, json={"model": "smol", "training_file": file_id}).json()["organization_id"],
-            *(job["organization_id"] for job in who.get(JOBS).json()["data"]),
+    shown = {
+        requester: [
+            requester.post(JOBS, json={"model": "smol", "training_file": file_id}).json()["organization_id"],
+            *(job["organization_id"] for job in requester.get(JOBS).json()["data"]),
         ]
-        for who, file_id in files.items()
+        for requester, file_id in files.items()
     }
 
-    assert told[theirs] == [away.organization_id] * 2
-    assert told[client] == [world.caller.organization_id] * 2
+    assert shown[theirs] == [away.organization_id] * 2
+    assert shown[client] == [world.caller.organization_id] * 2
     assert theirs.get("/v1/projects").json()["data"][0]["organization_id"] == away.organization_id
 
 
-def test_the_openai_client_names_the_keys_own_organization_and_project_or_is_refused(site: Site, world: World) -> None:
+def test_openai_client_must_name_its_own_organization_and_project(site: Site, world: World) -> None:
     caller = world.caller
 
     def ask(organization: str, project: str) -> str | None:
@@ -105,20 +103,20 @@ def test_the_openai_client_names_the_keys_own_organization_and_project_or_is_ref
         assert refused("default", project, "OPENAI_PROJECT_ID") == "mismatched_project"
 
 
-def test_usage_is_told_by_organization_to_operators(operator: TestClient, client: TestClient, world: World) -> None:
+def test_operators_see_usage_by_organization(operator: TestClient, client: TestClient, world: World) -> None:
     away = world.caller_of("elsewhere", "away")
     for caller, number in ((world.caller, 1), (world.stranger, 2), (away, 4)):
         for _ in range(number):
             world.submit(caller=caller, training_file=world.file(caller=caller))
 
-    def told(who: TestClient, **params: Any) -> dict[str, int]:
-        results = who.get("/v1/usage", params=params).json()["data"][-1]["results"]
+    def shown(requester: TestClient, **params: Any) -> dict[str, int]:
+        results = requester.get("/v1/usage", params=params).json()["data"][-1]["results"]
         return {used["organization_id"]: used["num_jobs"]["created"] for used in results}
 
     ours, theirs = world.caller.organization_id, away.organization_id
     by = {"group_by[]": "organization_id"}
-    assert told(operator, **by) == {ours: 3, theirs: 4}
-    assert told(operator, **by, **{"organization_ids[]": "elsewhere"}) == {theirs: 4}
-    assert told(operator, **by, **{"organization_ids[]": ours, "project_ids[]": "away"}) == {}
-    assert told(client, **by) == told(client, **by, **{"organization_ids[]": ours}) == {ours: 1}
-    assert told(client, **by, **{"organization_ids[]": theirs}) == {}
+    assert shown(operator, **by) == {ours: 3, theirs: 4}
+    assert shown(operator, **by, **{"organization_ids[]": "elsewhere"}) == {theirs: 4}
+    assert shown(operator, **by, **{"organization_ids[]": ours, "project_ids[]": "away"}) == {}
+    assert shown(client, **by) == shown(client, **by, **{"organization_ids[]": ours}) == {ours: 1}
+    assert shown(client, **by, **{"organization_ids[]": theirs}) == {}

@@ -1,4 +1,4 @@
-"""A file in parts over HTTP: its forms, its limits, its refusals."""
+"""Multipart uploads over HTTP: requests, limits and rejections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from catalog.storage import multipart_uploads
 from tests.api.site import chat_lines, error_of
 
 BODY_BYTES = 2**12
-"""Of every body that is no upload."""
+"""The limit of bodies other than upload parts."""
 CONTENT = chat_lines(4)
 ANNOUNCED = {"bytes": len(CONTENT), "filename": "a.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
 
@@ -38,7 +38,7 @@ def add(client: TestClient, upload_id: str, content: bytes) -> Any:
     return client.post(f"/v1/uploads/{upload_id}/parts", files={"data": ("upload", content)})
 
 
-def test_a_file_comes_in_parts_and_is_there_once_it_is_completed(client: TestClient, services: Services) -> None:
+def test_completed_upload_becomes_a_file(client: TestClient, services: Services) -> None:
     lifetime = {"anchor": "created_at", "seconds": 3600}
     begun = begin(client, expires_after=lifetime).json()
     parts = [add(client, begun["id"], content).json() for content in (CONTENT[:100], CONTENT[100:])]
@@ -55,7 +55,7 @@ def test_a_file_comes_in_parts_and_is_there_once_it_is_completed(client: TestCli
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "says"),
+    ("fields", "param", "fragment"),
     [
         ({"bytes": 2**21}, "bytes", "LORRY_MAX_FILE_BYTES"),
         ({"bytes": "many"}, "bytes", "a whole number"),
@@ -65,24 +65,22 @@ def test_a_file_comes_in_parts_and_is_there_once_it_is_completed(client: TestCli
         ({"part_size": 5}, "part_size", "part_size"),
     ],
 )
-def test_an_announcement_that_can_not_be_kept_is_refused(
-    client: TestClient, fields: dict[str, Any], param: str, says: str
+def test_invalid_upload_announcement_is_rejected(
+    client: TestClient, fields: dict[str, Any], param: str, fragment: str
 ) -> None:
     error = error_of(begin(client, **fields))
 
-    assert (error["param"], says in error["message"]) == (param, True), error
+    assert (error["param"], fragment in error["message"]) == (param, True), error
 
 
-def test_a_part_may_be_larger_than_other_bodies_and_no_larger_than_a_part(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_part_size_limit_exceeds_the_body_limit(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multipart_uploads, "MAX_PART_BYTES", 2 * BODY_BYTES)
     upload_id = begin(client).json()["id"]
 
-    taken, refused = (add(client, upload_id, b"x" * (2 * BODY_BYTES + more)) for more in (0, 1))
+    accepted, refused = (add(client, upload_id, b"x" * (2 * BODY_BYTES + more)) for more in (0, 1))
     other = client.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": ["x" * BODY_BYTES]})
 
-    assert taken.status_code == 200, taken.text
+    assert accepted.status_code == 200, accepted.text
     assert (refused.status_code, other.status_code) == (413, 413)
     assert (error_of(refused)["code"], error_of(refused)["param"]) == ("part_too_large", "data")
 
@@ -95,7 +93,7 @@ def test_a_part_may_be_larger_than_other_bodies_and_no_larger_than_a_part(
         ({"json": {"data": "x"}}, "data"),
     ],
 )
-def test_a_form_that_is_no_part_is_refused(client: TestClient, form: dict[str, Any], param: str) -> None:
+def test_invalid_part_form_is_rejected(client: TestClient, form: dict[str, Any], param: str) -> None:
     upload_id = begin(client).json()["id"]
 
     error = error_of(client.post(f"/v1/uploads/{upload_id}/parts", **form))
@@ -104,7 +102,7 @@ def test_a_form_that_is_no_part_is_refused(client: TestClient, form: dict[str, A
     assert "'data'" in error["message"]
 
 
-def test_parts_of_an_upload_that_is_over_or_unknown_are_refused_unread(client: TestClient, services: Services) -> None:
+def test_parts_of_cancelled_or_unknown_uploads_are_rejected_unread(client: TestClient, services: Services) -> None:
     upload_id = begin(client).json()["id"]
     assert client.post(f"/v1/uploads/{upload_id}/cancel").json()["status"] == "cancelled"
 
@@ -129,13 +127,13 @@ def test_parts_of_an_upload_that_is_over_or_unknown_are_refused_unread(client: T
         ({"part_ids": ["part-x"]}, "part_ids"),
     ],
 )
-def test_a_completion_that_names_no_parts_is_refused(client: TestClient, body: dict[str, Any], param: str) -> None:
+def test_completion_without_valid_parts_is_rejected(client: TestClient, body: dict[str, Any], param: str) -> None:
     upload_id = begin(client).json()["id"]
 
     assert error_of(client.post(f"/v1/uploads/{upload_id}/complete", json=body))["param"] == param
 
 
-def test_a_completion_with_another_md5_makes_no_file(client: TestClient) -> None:
+def test_completion_with_a_wrong_md5_creates_no_file(client: TestClient) -> None:
     upload_id = begin(client).json()["id"]
     part = add(client, upload_id, CONTENT).json()["id"]
     path = f"/v1/uploads/{upload_id}/complete"

@@ -1,4 +1,4 @@
-"""An adapter or a checkpoint that is shared with another project: that one reads it, continues it, and sees no more."""
+"""Sharing an adapter or checkpoint: the other project can read it and continue it, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.catalog.world import World, manifest
 
 @pytest.fixture(params=["adapter", "checkpoint"])
 def model(request: pytest.FixtureRequest, services: Services, world: World, tmp_path: Path) -> str:
-    """The name of one that is ours."""
+    """Return the name of an adapter or checkpoint of our project."""
     if request.param == "adapter":
         return trained(services, world, tmp_path / "made").name
     world.worker()
@@ -44,17 +44,17 @@ def share(operator: TestClient, model: str, *projects: str) -> list[dict[str, An
 
 
 def reads(client: TestClient, model: str) -> set[int]:
-    """The statuses with which all that a model has answers."""
+    """Return the statuses of all GET routes of a model."""
     adapter = f"/v1/adapters/{model}"
-    asked = [f"/v1/models/{model}", adapter, f"{adapter}/files", f"{adapter}/files/README.md", f"{adapter}/archive"]
-    return {client.get(one).status_code for one in [*asked, f"{adapter}/lineage"]}
+    paths = [f"/v1/models/{model}", adapter, f"{adapter}/files", f"{adapter}/files/README.md", f"{adapter}/archive"]
+    return {client.get(one).status_code for one in [*paths, f"{adapter}/lineage"]}
 
 
 def listed(client: TestClient, model: str) -> bool:
     return model in {one["id"] for one in client.get("/v1/models").json()["data"]}
 
 
-def test_a_project_reads_what_is_shared_with_it_and_no_other_project_does(
+def test_only_the_permitted_project_reads_a_shared_model(
     app: FastAPI, services: Services, world: World, operator: TestClient, stranger: TestClient, model: str
 ) -> None:
     third = with_key(app, new_key(services, world.new_caller("third").project_id))
@@ -67,7 +67,7 @@ def test_a_project_reads_what_is_shared_with_it_and_no_other_project_does(
     assert stranger.get(f"/v1/adapters/{model}").json()["owned_by"] == world.caller.project_id
 
 
-def test_it_sees_nothing_else_of_the_job_and_changes_nothing(
+def test_permitted_project_sees_no_job_and_changes_nothing(
     operator: TestClient, stranger: TestClient, world: World, model: str
 ) -> None:
     share(operator, model, "theirs")
@@ -82,7 +82,7 @@ def test_it_sees_nothing_else_of_the_job_and_changes_nothing(
     assert reads(operator, model) == {200}
 
 
-def test_it_may_be_continued_until_the_permission_is_taken_back_and_what_has_begun_goes_on(
+def test_revoking_permission_stops_new_jobs_but_not_existing_ones(
     operator: TestClient, stranger: TestClient, world: World, model: str
 ) -> None:
     body = {"model": model, "training_file": world.file(caller=world.stranger)}
@@ -102,7 +102,7 @@ def test_it_may_be_continued_until_the_permission_is_taken_back_and_what_has_beg
     assert (refused["code"].endswith("_in_use"), job["id"] in refused["message"]) == (True, False)
 
 
-def test_permissions_are_listed_page_by_page_and_given_once(operator: TestClient, world: World, model: str) -> None:
+def test_permissions_are_paginated_and_granting_is_idempotent(operator: TestClient, world: World, model: str) -> None:
     others = [world.new_caller(f"other-{number}").project_id for number in range(3)]
     given = [share(operator, model, other)[0] for other in others]
 
@@ -116,23 +116,21 @@ def test_permissions_are_listed_page_by_page_and_given_once(operator: TestClient
     assert operator.get(path(model), params={"project_id": others[1]}).json()["data"] == [given[1]]
 
 
-@pytest.mark.parametrize(("named", "code"), [("nobody", "project_not_found"), ("ours", "own_model")])
-def test_a_permission_that_makes_no_sense_is_refused_and_none_is_given(
-    operator: TestClient, model: str, named: str, code: str
-) -> None:
+@pytest.mark.parametrize(("named", "code"), [("none", "project_not_found"), ("ours", "own_model")])
+def test_one_invalid_project_rejects_all_permissions(operator: TestClient, model: str, named: str, code: str) -> None:
     refused = operator.post(path(model), json={"project_ids": ["theirs", named]})
 
     assert (error_of(refused)["code"], error_of(refused)["param"]) == (code, "project_ids")
     assert operator.get(path(model)).json()["data"] == []
 
 
-def test_a_model_or_a_permission_that_is_not_there_is_told_so(operator: TestClient, model: str) -> None:
+def test_unknown_model_or_permission_is_not_found(operator: TestClient, model: str) -> None:
     assert error_of(operator.get(path("ft:none:ours::00000000")))["code"] == "adapter_not_found"
     assert error_of(operator.get(path("ft:none:ours::00000000:ckpt-step-1")))["code"] == "checkpoint_not_found"
     assert error_of(operator.delete(f"{path(model)}/cp-none"))["code"] == "permission_not_found"
 
 
-def test_adapters_that_others_share_are_listed_apart(
+def test_shared_adapters_are_listed_separately(
     operator: TestClient, stranger: TestClient, services: Services, world: World, tmp_path: Path
 ) -> None:
     name = trained(services, world, tmp_path / "made").name

@@ -1,4 +1,4 @@
-"""/v1/plans: what a job would come to, over the wire."""
+"""/v1/plans: dry runs of jobs over HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def body(world: World, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def planned(client: TestClient, world: World) -> dict[str, Any]:
-    """A plan that is ready."""
+    """Return a ready plan."""
     world.worker()
     ready(world)
     made = client.post("/v1/plans", json=body(world, lora={"rank": 4}, seed=7))
@@ -33,7 +33,7 @@ def planned(client: TestClient, world: World) -> dict[str, Any]:
     return made.json()
 
 
-def test_a_plan_tells_all_of_what_a_job_would_come_to(client: TestClient, planned: dict[str, Any]) -> None:
+def test_plan_shows_the_resolved_configuration_and_estimates(client: TestClient, planned: dict[str, Any]) -> None:
     assert planned["status"] == "ready"
     assert planned["configuration"]["lora"]["rank"] == 4
     assert planned["configuration"]["hyperparameters"] == {
@@ -55,7 +55,7 @@ def test_a_plan_tells_all_of_what_a_job_would_come_to(client: TestClient, planne
     assert client.get(f"/v1/plans/{planned['id']}").json() == planned
 
 
-def test_a_plan_is_computed_where_its_files_are_not_prepared(client: TestClient, world: World) -> None:
+def test_plan_of_unprepared_files_is_computed_by_a_worker(client: TestClient, world: World) -> None:
     made = client.post("/v1/plans", json=body(world)).json()
     assert (made["status"], made["computed_at"], made["num_steps"]) == ("computing", None, None)
 
@@ -67,23 +67,23 @@ def test_a_plan_is_computed_where_its_files_are_not_prepared(client: TestClient,
     assert client.get(f"/v1/plans/{made['id']}").json()["status"] == "ready"
 
 
-def test_sample_rows_are_shown_to_keys_that_may_read_files_alone_and_not_in_lists(
+def test_sample_rows_require_files_read_and_are_not_in_lists(
     app: FastAPI, client: TestClient, services: Services, world: World, planned: dict[str, Any]
 ) -> None:
     given = {"name": "some", "project_id": world.caller.project_id, "pepper": services.pepper}
-    looker = with_key(app, authentication.create(services.db, scopes=("jobs:read",), **given)[1])
+    viewer = with_key(app, authentication.create(services.db, scopes=("jobs:read",), **given)[1])
     path = f"/v1/plans/{planned['id']}"
 
     shown = client.get(path).json()["data"]["training"]["samples"][0]["rows"][0]["segments"][0]["tokens"]
     assert shown == [{"text": "secret", "id": 7, "is_trained": True}]
-    for answer in (looker.get(path), looker.post("/v1/plans", json=body(world)), client.get("/v1/plans")):
+    for answer in (viewer.get(path), viewer.post("/v1/plans", json=body(world)), client.get("/v1/plans")):
         assert answer.status_code == 200
         assert "secret" not in answer.text
-    assert error_of(looker.delete(path))["code"] == "missing_scope"
-    assert error_of(looker.post(JOBS, json={"plan": planned["id"]}))["code"] == "missing_scope"
+    assert error_of(viewer.delete(path))["code"] == "missing_scope"
+    assert error_of(viewer.post(JOBS, json={"plan": planned["id"]}))["code"] == "missing_scope"
 
 
-def test_a_job_is_created_from_a_plan_alone(client: TestClient, planned: dict[str, Any]) -> None:
+def test_job_is_created_from_only_a_plan(client: TestClient, planned: dict[str, Any]) -> None:
     made = client.post(JOBS, json={"plan": planned["id"]})
 
     assert made.status_code == 200, made.text
@@ -93,14 +93,12 @@ def test_a_job_is_created_from_a_plan_alone(client: TestClient, planned: dict[st
     assert job["requested"] == planned["requested"]
 
 
-def test_a_job_from_a_plan_may_say_the_same_and_nothing_else(
-    client: TestClient, world: World, planned: dict[str, Any]
-) -> None:
-    told = {"plan": planned["id"], "model": "smol", "training_file": world.file_id}
-    assert client.post(JOBS, json={**told, "seed": 7}).status_code == 200
+def test_job_from_a_plan_accepts_only_equal_fields(client: TestClient, world: World, planned: dict[str, Any]) -> None:
+    fields = {"plan": planned["id"], "model": "smol", "training_file": world.file_id}
+    assert client.post(JOBS, json={**fields, "seed": 7}).status_code == 200
 
-    other = error_of(client.post(JOBS, json={**told, "lora": {"rank": 8}}))
-    unknown = error_of(client.post(JOBS, json={**told, "lora": {"rnak": 8}}))
+    other = error_of(client.post(JOBS, json={**fields, "lora": {"rank": 8}}))
+    unknown = error_of(client.post(JOBS, json={**fields, "lora": {"rnak": 8}}))
     wrong = error_of(client.post(JOBS, json={"plan": 7}))
     gone = error_of(client.post(JOBS, json={"plan": "plan-none"}))
 
@@ -110,7 +108,7 @@ def test_a_job_from_a_plan_may_say_the_same_and_nothing_else(
     assert (wrong["param"], gone["code"]) == ("plan", "plan_not_found")
 
 
-def test_the_same_submission_of_a_plan_twice_is_one_job(client: TestClient, planned: dict[str, Any]) -> None:
+def test_idempotency_key_with_a_plan_creates_one_job(client: TestClient, planned: dict[str, Any]) -> None:
     ids = {
         client.post(JOBS, json={"plan": planned["id"]}, headers={"idempotency-key": "one"}).json()["id"]
         for _ in range(2)
@@ -119,7 +117,7 @@ def test_the_same_submission_of_a_plan_twice_is_one_job(client: TestClient, plan
     assert len(ids) == 1
 
 
-def test_a_body_without_a_plan_is_refused_as_it_was_before(client: TestClient, world: World) -> None:
+def test_invalid_bodies_without_a_plan_are_rejected(client: TestClient, world: World) -> None:
     missing, unknown = (
         error_of(client.post(path, json=sent))
         for path, sent in ((JOBS, {"model": "smol"}), ("/v1/plans", body(world, lr=1)))
@@ -130,7 +128,7 @@ def test_a_body_without_a_plan_is_refused_as_it_was_before(client: TestClient, w
     assert "optimizer.learning_rate" in unknown["message"]
 
 
-def test_a_plan_is_deleted_and_its_jobs_stay(client: TestClient, planned: dict[str, Any]) -> None:
+def test_deleting_a_plan_keeps_its_jobs(client: TestClient, planned: dict[str, Any]) -> None:
     job = client.post(JOBS, json={"plan": planned["id"]}).json()
 
     assert client.delete(f"/v1/plans/{planned['id']}").json()["deleted"]
@@ -139,7 +137,7 @@ def test_a_plan_is_deleted_and_its_jobs_stay(client: TestClient, planned: dict[s
     assert client.get(f"{JOBS}/{job['id']}").status_code == 200
 
 
-def test_a_key_without_jobs_write_reads_known_results_and_starts_no_computation(
+def test_key_without_jobs_write_gets_known_plan_results_only(
     app: FastAPI, client: TestClient, services: Services, world: World, planned: dict[str, Any]
 ) -> None:
     given = {"name": "reader", "project_id": world.caller.project_id, "pepper": services.pepper}

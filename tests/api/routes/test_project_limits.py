@@ -1,4 +1,4 @@
-"""What a project may use at most, over the API: set by operators, shown to its own, told where it is reached."""
+"""Project limits over the API: operators set them, projects see them, and errors report them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def limits(client: TestClient, project: str) -> dict[str, Any]:
     return {one["name"]: (one["limit"], one["used"]) for one in found}
 
 
-def test_limits_are_an_operators_to_set_and_shown_with_what_is_used(
+def test_operators_set_limits_and_projects_see_their_usage(
     client: TestClient, operator: TestClient, world: World
 ) -> None:
     path = f"/v1/projects/{world.caller.project_id}/limits"
@@ -54,7 +54,7 @@ def test_limits_are_an_operators_to_set_and_shown_with_what_is_used(
 
 
 @pytest.mark.parametrize("name", ["stored_bytes", "jobs_per_day"])
-def test_the_largest_limit_can_be_sealed_in_the_audit_log_and_a_larger_one_is_refused(
+def test_largest_limit_can_be_sealed_and_larger_limits_are_rejected(
     services: Services, operator: TestClient, world: World, name: str
 ) -> None:
     path = f"/v1/projects/{world.caller.project_id}/limits"
@@ -66,7 +66,7 @@ def test_the_largest_limit_can_be_sealed_in_the_audit_log_and_a_larger_one_is_re
     assert chain.check(services.db, peppers=[services.pepper.current]).num_unsealed == 0
 
 
-def test_what_is_reached_is_told_with_its_numbers_and_not_tried_again(
+def test_quota_error_has_limit_and_usage_and_is_not_retryable(
     client: TestClient, operator: TestClient, world: World
 ) -> None:
     operator.post(f"/v1/projects/{world.caller.project_id}/limits", json={"jobs_per_day": 0, "stored_bytes": 10})
@@ -85,7 +85,7 @@ def test_what_is_reached_is_told_with_its_numbers_and_not_tried_again(
     assert [file["id"] for file in client.get("/v1/files").json()["data"]] == [world.file_id]
 
 
-def test_the_openai_client_tells_the_quota_without_trying_again(site: Site, services: Services, world: World) -> None:
+def test_openai_client_does_not_retry_quota_errors(site: Site, services: Services, world: World) -> None:
     caller = replace(world.caller, is_operator=True)
     quotas.limit(services.db, caller=caller, project="ours", limits={"queued_jobs": 0})
 

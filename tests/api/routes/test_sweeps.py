@@ -1,4 +1,4 @@
-"""Sweeps over HTTP, and by the SDK: asked for, looked at, and driven by a study of Optuna."""
+"""Sweeps over HTTP and through the SDK: creation, queries, and control by an Optuna study."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.catalog.world import World
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def asked(world: World, **fields: Any) -> dict[str, Any]:
+def sweep_body(world: World, **fields: Any) -> dict[str, Any]:
     files = {"training_file": world.file_id, "validation_file": world.file_id}
     usual = {"model": "smol", "search": {"type": "grid"}, "parameters": {"lora.rank": {"values": [2, 4, 8]}}}
     return {**usual, **files, **fields}
 
 
-def test_a_sweep_is_made_listed_and_cancelled(client: TestClient, world: World) -> None:
-    made = client.post("/v1/sweeps", json=asked(world, suffix="try")).json()
+def test_sweep_is_created_listed_and_cancelled(client: TestClient, world: World) -> None:
+    made = client.post("/v1/sweeps", json=sweep_body(world, suffix="try")).json()
 
     assert (made["status"], made["num_trials"], made["counts"]) == ("running", 3, {"validating_files": 3})
     assert made["search"] | {"seed": 0} == {
@@ -61,12 +61,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "gone"}, "model", "gone"),
     ({"training_file": "file-gone"}, "training_file", "file-gone"),
 ]
-"""A change of the body, the field at fault, and what is said of it."""
+"""A change of the body, the rejected field, and a part of the message."""
 
 
-def test_a_refusal_names_what_is_at_fault_and_makes_no_job(client: TestClient, world: World) -> None:
+def test_rejection_names_the_field_and_creates_no_job(client: TestClient, world: World) -> None:
     for change, param, words in REFUSED:
-        body = {name: value for name, value in asked(world, **change).items() if value is not None}
+        body = {name: value for name, value in sweep_body(world, **change).items() if value is not None}
         response = client.post("/v1/sweeps", json=body)
 
         assert response.status_code in (400, 404), change
@@ -81,14 +81,14 @@ def test_each_trial_counts_as_a_job(client: TestClient, world: World, services: 
         for row in session.query(authentication.ApiKey):
             row.jobs_per_day = 4
 
-    assert client.post("/v1/sweeps", json=asked(world)).status_code == 200
-    assert client.post("/v1/sweeps", json=asked(world)).status_code == 429
+    assert client.post("/v1/sweeps", json=sweep_body(world)).status_code == 200
+    assert client.post("/v1/sweeps", json=sweep_body(world)).status_code == 429
 
     assert len(client.get("/v1/sweeps").json()["data"]) == 1
 
 
 class Fleet:
-    """What workers would do, a step of each trial at each look: a trial's loss falls towards what its rank gives."""
+    """Simulates workers: each `work` call is one step of each trial. The final loss of a trial depends on its rank."""
 
     def __init__(self, world: World, num_steps: int) -> None:
         self._world = world
@@ -107,7 +107,7 @@ class Fleet:
             pass
 
     def _step(self, claim: claiming.Claim, step: int) -> bool:
-        """Whether it has ended."""
+        """Return whether the trial has ended."""
         db, rank = self._world.db, claim.job.spec["lora"]["rank"]
         if self._world.job(claim.job.id).cancel_requested:
             claims.end(db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
@@ -121,7 +121,7 @@ class Fleet:
         return True
 
 
-def test_a_study_of_optuna_drives_a_sweep_and_its_pruner_ends_trials(site: Site, world: World) -> None:
+def test_optuna_study_drives_a_sweep_and_prunes_trials(site: Site, world: World) -> None:
     fleet = Fleet(world, num_steps=3)
     study = optuna.create_study(direction="minimize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
     for rank in (24, 18, 60, 21, 1):
@@ -147,7 +147,7 @@ def test_a_study_of_optuna_drives_a_sweep_and_its_pruner_ends_trials(site: Site,
     assert study.best_trial.user_attrs["fine_tuned_model"] == sweep.fine_tuned_model
 
 
-def test_what_goes_wrong_in_a_study_cancels_its_sweep(site: Site, world: World) -> None:
+def test_error_in_a_study_cancels_its_sweep(site: Site, world: World) -> None:
     fleet = Fleet(world, num_steps=2)
     study = optuna.create_study()
 

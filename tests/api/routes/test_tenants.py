@@ -1,6 +1,6 @@
-"""What is another project's looks exactly as what doesn't exist: asked of every route that the OpenAPI document has.
+"""Resources of other projects are indistinguishable from missing ones, for every route of the OpenAPI document.
 
-A route that names something by a parameter which isn't known here fails, so that none is left out by oversight.
+A route with a path parameter that is unknown here fails the tests, so that no route is skipped by oversight.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHARED = frozenset(
         *("list_webhook_event_types", "get_service_identity", "get_signing_keys"),
     }
 )
-"""What they answer is of no project."""
+"""Operations whose responses do not belong to a project."""
 NAMELESS = frozenset(
     {
         *("upload_file", "create_upload", "add_model", "create_project", "create_organization"),
@@ -49,10 +49,10 @@ NAMELESS = frozenset(
         *("create_browser_session", "delete_browser_session"),
     }
 )
-"""Changes that name nothing of a project, neither in their path nor in their body."""
+"""Changes that name no resource of a project in their path or body."""
 PERMISSION = "cp-of-the-checkpoint"
 GIVEN = {"model": BASE, "path": "README.md", "number": "0", "permission_id": PERMISSION}
-"""What a request needs beside the name of what it is about."""
+"""Values of the parameters that do not name the subject of a request."""
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
     "rename_organization": {"json": {"name": "renamed"}},
@@ -69,29 +69,29 @@ SENT: dict[str, dict[str, Any]] = {
     "complete_upload": {"json": {"part_ids": [PART]}},
     "add_trial": {"json": {"parameters": {"lora.rank": 4}}},
 }
-"""What goes with a request that needs a body, by its operation."""
+"""The body of each operation that requires one."""
 AS_A_RETRY = {"x-stainless-retry-count": "1"}
-SENT_ANEW = frozenset({"x-request-id", "content-length", "date"})
-"""Headers that differ from answer to answer, or as ids do in length."""
+VARYING_HEADERS = frozenset({"x-request-id", "content-length", "date"})
+"""Headers that differ between responses, or with the length of an id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
     path: str
     method: str
-    told: dict[str, Any]
+    definition: dict[str, Any]
 
     @property
     def id(self) -> str:
-        return self.told["operationId"]
+        return self.definition["operationId"]
 
     def parameters(self, place: str) -> dict[str, dict[str, Any]]:
-        return {one["name"]: one for one in self.told.get("parameters", []) if one["in"] == place}
+        return {one["name"]: one for one in self.definition.get("parameters", []) if one["in"] == place}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Something of ours, and a name of the same form that nothing has."""
+    """A name of one of our resources, and a name of the same form that does not exist."""
 
     ours: str
     absent: str
@@ -99,30 +99,32 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """What the project has, by the parameter of a path that names it."""
+    """The project's resources, by the path parameter that names them."""
 
     pairs: dict[str, list[Pair]]
     project_id: str
     their_file: str
-    """A file of the stranger's own."""
+    """A file of the other project."""
 
     def all(self) -> list[Pair]:
-        """But for workers, which are of no project, and which everybody sees."""
+        """Return all pairs except workers, which belong to no project and are visible to all."""
         own = (pairs for kind, pairs in self.pairs.items() if kind != "worker_id")
         return list(dict.fromkeys(pair for pairs in own for pair in pairs))
 
     def marks(self) -> list[str]:
-        """No answer to a stranger holds any of these."""
+        """Return the texts that no response to the other project may contain."""
         return [*(pair.ours for pair in self.all()), self.project_id, PERMISSION, '"ours"', "secret-label"]
 
 
 @pytest.fixture
 def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -> Ours:
-    """One of everything; a job has succeeded, one runs and has a checkpoint, and one waits."""
+    """Create one of each resource, with a succeeded job, a running job that has a checkpoint, and a waiting job."""
     adapter = trained(services, world, tmp_path / "made")
     hook = {"name": "secret-label", "url": "https://hooks.invalid/", "event_types": list(EVENT_TYPES)}
     hook_id = client.post("/v1/webhook_endpoints", json=hook).json()["id"]
-    client.post(f"/v1/webhook_endpoints/{hook_id}", json={"enabled": False})  # so that nothing changes by itself
+    client.post(
+        f"/v1/webhook_endpoints/{hook_id}", json={"enabled": False}
+    )  # so that no delivery changes rows during a test
     claim = world.running(suffix="two", model=BASE)
     exported = stored_weights(services, tmp_path / "exported")
     files = manifest("c", kind="checkpoint")
@@ -135,9 +137,9 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     client.post(f"/v1/uploads/{upload_id}/parts", files={"data": ("a", b"x")})
     with world.db.write() as session:
         session.execute(update(UploadPart).values(id=PART))
-    asked = {"model": BASE, "training_file": world.file_id, "search": {"type": "ask_tell", "trials": 9}}
+    sweep_body = {"model": BASE, "training_file": world.file_id, "search": {"type": "ask_tell", "trials": 9}}
     measured = {"objective": {"metric": "train_loss"}}
-    sweep_id = client.post("/v1/sweeps", json={**asked, **measured}).json()["id"]
+    sweep_id = client.post("/v1/sweeps", json={**sweep_body, **measured}).json()["id"]
     client.post(f"/v1/sweeps/{sweep_id}/trials", json={"parameters": {"lora.rank": 8}})
     commands.cancel(world.db, **world.of(world.submit().id))
     (delivery,) = client.get(f"/v1/webhook_endpoints/{hook_id}/deliveries").json()["data"]
@@ -175,29 +177,29 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
 
 @pytest.fixture
 def stranger(stranger: TestClient, services: Services) -> TestClient:
-    """For whom streams end after what they begin with."""
+    """Return the other project's client, with streams that end after their first messages."""
     services.feed.close()
     return stranger
 
 
-def test_a_stranger_is_told_of_an_id_of_ours_what_he_is_told_of_none(
+def test_foreign_ids_are_indistinguishable_from_missing_ids(
     app: FastAPI, stranger: TestClient, operator: TestClient, ours: Ours, services: Services
 ) -> None:
     before = _rows(services.db)
 
     for operation in _naming(app):
         for pair in _pairs(operation, ours):
-            found, absent = (_told(_ask(stranger, operation, name), name) for name in (pair.ours, pair.absent))
+            found, absent = (_comparable(_ask(stranger, operation, name), name) for name in (pair.ours, pair.absent))
             assert found == absent, (operation.id, pair.ours)
 
     assert _rows(services.db) == before
     for operation in sorted(_naming(app), key=lambda one: ("get", "post", "delete").index(one.method)):
         for pair in _pairs(operation, ours)[:1]:
             owners = _ask(operator, operation, pair.ours)
-            assert owners.status_code not in (400, 401, 404), (operation.id, owners.text)  # so it was well asked
+            assert owners.status_code not in (400, 401, 404), (operation.id, owners.text)  # so the request was valid
 
 
-def test_no_list_and_no_answer_without_an_id_shows_a_stranger_anything_of_ours(
+def test_lists_and_routes_without_ids_reveal_no_foreign_resources(
     app: FastAPI, stranger: TestClient, operator: TestClient, ours: Ours
 ) -> None:
     for operation in _nameless(app, "get"):
@@ -206,45 +208,51 @@ def test_no_list_and_no_answer_without_an_id_shows_a_stranger_anything_of_ours(
             assert [mark for mark in ours.marks() if mark in answer] == [], operation.id
         if operation.id not in SHARED:
             own = _ask(operator, operation, "").text
-            assert any(mark in own for mark in ours.marks()), f"{operation.id} shows nothing to its owner either"
+            assert any(mark in own for mark in ours.marks()), (
+                f"{operation.id} does not show its resources to their owner either"
+            )
 
 
-def test_nothing_of_ours_can_be_named_in_a_query(app: FastAPI, stranger: TestClient, ours: Ours) -> None:
+def test_foreign_ids_in_queries_are_indistinguishable_from_missing_ids(
+    app: FastAPI, stranger: TestClient, ours: Ours
+) -> None:
     for operation in _operations(app):
         if operation.method != "get" or "{" in operation.path:
             continue
         for parameter in _texts(operation):
             for pair in ours.all():
                 answers = [
-                    _told(_ask(stranger, operation, "", query={parameter: name}), name)
+                    _comparable(_ask(stranger, operation, "", query={parameter: name}), name)
                     for name in (pair.ours, pair.absent)
                 ]
                 assert answers[0] == answers[1], (operation.id, parameter, pair.ours)
 
 
-def test_nothing_of_ours_can_be_named_in_a_body(app: FastAPI, stranger: TestClient, ours: Ours) -> None:
+def test_foreign_ids_in_bodies_are_indistinguishable_from_missing_ids(
+    app: FastAPI, stranger: TestClient, ours: Ours
+) -> None:
     bodies = _bodies(ours)
     unknown = {operation.id for operation in _nameless(app, "post", "delete")} - bodies.keys() - NAMELESS
-    assert unknown == set(), "say here what they may name"
+    assert unknown == set(), "add these operations to NAMELESS or to _bodies"
 
     for operation_id, fields in bodies.items():
         (operation,) = [one for one in _operations(app) if one.id == operation_id]
         for field, least, pairs in fields:
             for pair in pairs:
                 answers = [
-                    _told(_ask(stranger, operation, "", body={**least, field: name}), name)
+                    _comparable(_ask(stranger, operation, "", body={**least, field: name}), name)
                     for name in (pair.ours, pair.absent)
                 ]
                 assert answers[0] == answers[1], (operation_id, field, pair.ours)
                 assert answers[0][0] in (400, 404), (operation_id, field, answers[0])
 
 
-def test_a_part_of_ours_completes_no_upload_of_a_strangers(stranger: TestClient, ours: Ours) -> None:
+def test_foreign_upload_part_cannot_complete_an_upload(stranger: TestClient, ours: Ours) -> None:
     announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
     path = f"/v1/uploads/{stranger.post('/v1/uploads', json=announced).json()['id']}/complete"
 
     found, absent = (
-        _told(stranger.post(path, json={"part_ids": [name]}), name) for name in (PART, "part-of-none-known")
+        _comparable(stranger.post(path, json={"part_ids": [name]}), name) for name in (PART, "part-of-none-known")
     )
 
     assert found == absent
@@ -252,7 +260,7 @@ def test_a_part_of_ours_completes_no_upload_of_a_strangers(stranger: TestClient,
 
 
 def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]]]:
-    """By operation: a field that names something, what else is sent, and what is tried."""
+    """Return, by operation, each field that names a resource, the rest of the body, and the pairs to try."""
     job = {"model": BASE, "training_file": ours.their_file}
     named = {"training_file": "file_id", "validation_file": "file_id", "parent_adapter": "adapter", "model": "model"}
     sweep = {**job, "search": {"type": "ask_tell", "trials": 1}, "objective": {"metric": "train_loss"}}
@@ -268,7 +276,7 @@ def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]
 
 
 def _operations(app: FastAPI) -> list[Operation]:
-    return [Operation(path=path, method=method, told=told) for path, method, told in operations(app)]
+    return [Operation(path=path, method=method, definition=definition) for path, method, definition in operations(app)]
 
 
 def _naming(app: FastAPI) -> list[Operation]:
@@ -284,22 +292,22 @@ def _pairs(operation: Operation, ours: Ours) -> list[Pair]:
 
 
 def _subject(operation: Operation) -> str:
-    """The parameter that says what the request is about."""
+    """Return the path parameter that names the subject of the request."""
     named = [
         name for name in operation.parameters("path") if name not in GIVEN or f"models/{{{name}}}" in operation.path
     ]
-    assert len(named) == 1, f"{operation.id}: say how its path is filled: {named}"
+    assert len(named) == 1, f"{operation.id}: add its other path parameters to GIVEN: {named}"
     return named[0]
 
 
 def _texts(operation: Operation) -> list[str]:
-    """Its query parameters that can hold a name."""
+    """Return the query parameters that can hold a name."""
     schemas = {name: one["schema"] for name, one in operation.parameters("query").items()}
     return [name for name, schema in schemas.items() if "string" in json.dumps(schema) and "enum" not in schema]
 
 
 def _queries(operation: Operation) -> Iterator[dict[str, str]]:
-    """Without any, and with each switch turned on."""
+    """Yield an empty query, and a query with each Boolean parameter set."""
     yield {}
     for name, one in operation.parameters("query").items():
         if one["schema"].get("type") == "boolean":
@@ -323,24 +331,24 @@ def _ask(
     return request(operation.method, path, params={**needed, **(query or {})}, headers=AS_A_RETRY, **sent)
 
 
-def _told(response: Any, name: str) -> tuple[int, str, dict[str, str]]:
-    """All of an answer but the name that was asked for."""
-    headers = {key: value for key, value in response.headers.items() if key not in SENT_ANEW}
+def _comparable(response: Any, name: str) -> tuple[int, str, dict[str, str]]:
+    """Return the response, with the requested name replaced."""
+    headers = {key: value for key, value in response.headers.items() if key not in VARYING_HEADERS}
     return response.status_code, response.text.replace(name, "NAME"), headers
 
 
 def _rows(db: Database) -> str:
-    """Everything that is stored, but when keys were used, and what chores write beside requests."""
-    told: list[str] = []
-    chores = {"pulse", "audit_head"}
+    """Return all stored rows, without the times of key use and the writes of background tasks."""
+    rows: list[str] = []
+    background_tables = {"pulse", "audit_head"}
     with db.read() as session:
         for table in Table.metadata.sorted_tables:
-            passed_over = {"last_used_at", *(("link", "previous", "digest") if table.name == "audit_events" else ())}
-            columns = [column for column in table.columns if column.name not in passed_over]
-            if table.name in chores:
+            ignored = {"last_used_at", *(("link", "previous", "digest") if table.name == "audit_events" else ())}
+            columns = [column for column in table.columns if column.name not in ignored]
+            if table.name in background_tables:
                 continue
-            told += [f"{table.name} {json.dumps(list(row), default=str)}" for row in session.execute(select(*columns))]
-    return "\n".join(sorted(told))
+            rows += [f"{table.name} {json.dumps(list(row), default=str)}" for row in session.execute(select(*columns))]
+    return "\n".join(sorted(rows))
 
 
 def _pair(ident: str) -> Pair:

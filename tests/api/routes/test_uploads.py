@@ -1,4 +1,4 @@
-"""A file comes in as a stream: bounded, checked, and gone without a trace where it is refused."""
+"""File uploads are streamed, bounded and validated, and a rejected upload leaves no trace."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def nothing_is_left(services: Services, client: TestClient) -> bool:
     return not spooled and not stored(services.settings) and len(client.get("/v1/files").json()["data"]) == 1
 
 
-def test_an_uploaded_file_can_be_read_back_listed_and_deleted(client: TestClient, services: Services) -> None:
+def test_uploaded_file_can_be_read_back_listed_and_deleted(client: TestClient, services: Services) -> None:
     content = chat_lines(3)
 
     made = upload(client, content).json()
@@ -66,7 +66,7 @@ def test_an_uploaded_file_can_be_read_back_listed_and_deleted(client: TestClient
 
 
 @pytest.mark.parametrize("cut", [1, 7, 64, 4096])
-def test_a_form_is_understood_wherever_its_chunks_are_cut(client: TestClient, cut: int) -> None:
+def test_form_is_parsed_at_any_chunk_boundaries(client: TestClient, cut: int) -> None:
     content = chat_lines(5) + json.dumps({**CHAT}).encode().replace(b"2", b"--" + BOUNDARY.encode()) + b"\n"
     body = part("purpose", b"fine-tune") + part("file", content, filename="x.jsonl") + END
 
@@ -80,7 +80,7 @@ def test_a_form_is_understood_wherever_its_chunks_are_cut(client: TestClient, cu
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "fragment"),
     [
         (b"", "empty"),
         (b"hello\n", "line 1"),
@@ -92,19 +92,19 @@ def test_a_form_is_understood_wherever_its_chunks_are_cut(client: TestClient, cu
     ],
     ids=["empty", "not JSONL", "one bad line", "no assistant turn", "deep", "duplicate key", "long line"],
 )
-def test_a_data_set_that_cannot_be_trained_on_is_refused_with_its_line(
-    client: TestClient, services: Services, content: bytes, says: str
+def test_invalid_data_set_error_names_the_line(
+    client: TestClient, services: Services, content: bytes, fragment: str
 ) -> None:
     response = upload(client, content)
 
     assert response.status_code == 400, response.text
     error = error_of(response)
-    assert says in error["message"].lower()
+    assert fragment in error["message"].lower()
     assert error["param"] == "file"
     assert nothing_is_left(services, client)
 
 
-def test_a_file_over_the_limit_is_refused_while_it_comes(client: TestClient, services: Services) -> None:
+def test_oversized_file_is_rejected_during_the_upload(client: TestClient, services: Services) -> None:
     limit = services.settings.max_file_bytes
     head = part("purpose", b"fine-tune") + part("file", b"", filename="x")[:-2]
     sent = 0
@@ -127,7 +127,7 @@ def test_a_file_over_the_limit_is_refused_while_it_comes(client: TestClient, ser
     assert nothing_is_left(services, client)
 
 
-def test_a_file_at_the_limit_is_taken_and_one_byte_more_is_not(client: TestClient, services: Services) -> None:
+def test_file_size_limit_is_exact(client: TestClient, services: Services) -> None:
     row = chat_lines(1)
     rows = row * (services.settings.max_file_bytes // len(row) - 1)
     last = json.dumps({"messages": [*CHAT["messages"], {"role": "user", "content": ""}]}).encode()
@@ -140,7 +140,7 @@ def test_a_file_at_the_limit_is_taken_and_one_byte_more_is_not(client: TestClien
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "says"),
+    ("body", "param", "fragment"),
     [
         (part("file", chat_lines(1), filename="x") + END, "purpose", "missing"),
         (part("purpose", b"fine-tune") + END, "file", "missing"),
@@ -154,26 +154,26 @@ def test_a_file_at_the_limit_is_taken_and_one_byte_more_is_not(client: TestClien
         (b"no form at all", "file", "malformed"),
     ],
 )
-def test_a_form_that_is_not_an_upload_is_refused(
-    client: TestClient, services: Services, body: bytes, param: str, says: str
+def test_invalid_upload_form_is_rejected(
+    client: TestClient, services: Services, body: bytes, param: str, fragment: str
 ) -> None:
     response = client.post("/v1/files", content=body, headers=MULTIPART)
 
     assert response.status_code == 400, response.text
     error = error_of(response)
     assert error["param"] == param
-    assert says in error["message"]
+    assert fragment in error["message"]
     assert nothing_is_left(services, client)
 
 
-def test_a_file_sent_as_json_is_refused_with_the_way_to_send_it(client: TestClient) -> None:
+def test_json_upload_error_names_multipart_form_data(client: TestClient) -> None:
     response = client.post("/v1/files", json={"purpose": "fine-tune"})
 
     assert response.status_code == 400
     assert "multipart/form-data" in error_of(response)["message"]
 
 
-def test_an_unknown_purpose_is_refused(client: TestClient, services: Services) -> None:
+def test_unknown_purpose_is_rejected(client: TestClient, services: Services) -> None:
     response = upload(client, chat_lines(1), purpose="assistants")
 
     assert response.status_code == 400
@@ -182,7 +182,7 @@ def test_an_unknown_purpose_is_refused(client: TestClient, services: Services) -
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "C:\\x\\train.jsonl", "a\u202eb.jsonl", "naïve.jsonl", "x" * 900])
-def test_a_filename_is_a_label_and_never_a_path(client: TestClient, name: str) -> None:
+def test_filename_is_a_label_and_never_a_path(client: TestClient, name: str) -> None:
     made = upload(client, chat_lines(1), name=name).json()
 
     assert "/" not in made["filename"]
@@ -191,7 +191,7 @@ def test_a_filename_is_a_label_and_never_a_path(client: TestClient, name: str) -
     assert client.get(f"/v1/files/{made['id']}/content").status_code == 200
 
 
-def test_a_disk_that_fills_up_under_the_spool_leaves_nothing(
+def test_full_spool_disk_leaves_no_files(
     client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def on_a_full_disk(path: Path) -> BinaryIO:
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_under_the_spool_leaves_nothing(
     assert nothing_is_left(services, client)
 
 
-def test_a_disk_that_fills_up_under_the_store_leaves_nothing(
+def test_full_store_disk_leaves_no_files(
     client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_under_the_store_leaves_nothing(
     assert nothing_is_left(services, client)
 
 
-def test_a_large_file_does_not_go_through_memory(tmp_path: Path) -> None:
+def test_large_upload_is_not_held_in_memory(tmp_path: Path) -> None:
     chunk, num_chunks = b"x" * 2**16, 1024
     body = [part("purpose", b"fine-tune") + part("file", b"", filename="x")[:-2], *[chunk] * num_chunks, b"\r\n" + END]
     waiting = iter(body)
@@ -249,7 +249,7 @@ def test_a_large_file_does_not_go_through_memory(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_process_left_in_the_spool_is_removed_later(services: Services) -> None:
+def test_stale_spool_files_are_removed(services: Services) -> None:
     folder = services.settings.data_dir / "spool"
     folder.mkdir()
     old, new = folder / "upload-old", folder / "upload-new"
@@ -263,7 +263,7 @@ def test_what_a_killed_process_left_in_the_spool_is_removed_later(services: Serv
     assert new.exists()
 
 
-def test_a_client_that_is_still_sending_hears_why_it_was_refused(site: Site, services: Services) -> None:
+def test_client_that_is_still_sending_receives_the_rejection(site: Site, services: Services) -> None:
     content = b"x" * (30 * 2**20)
     with site.http() as http:
         form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("x.jsonl", content)}}
@@ -286,7 +286,7 @@ def test_a_client_that_is_still_sending_hears_why_it_was_refused(site: Site, ser
         (chat_lines(1), "chat"),
     ],
 )
-def test_a_file_tells_the_kind_of_its_rows(client: TestClient, content: bytes, kind: str) -> None:
+def test_file_shows_the_kind_of_its_rows(client: TestClient, content: bytes, kind: str) -> None:
     made = upload(client, content).json()
 
     assert made["kind"] == kind
@@ -294,7 +294,7 @@ def test_a_file_tells_the_kind_of_its_rows(client: TestClient, content: bytes, k
     assert upload(client, content, purpose="user_data").json()["kind"] is None
 
 
-def test_an_upload_of_the_same_bytes_is_taken_and_names_the_earlier_file(client: TestClient) -> None:
+def test_duplicate_upload_names_the_earlier_file(client: TestClient) -> None:
     first = upload(client, chat_lines(2)).json()
     other = upload(client, chat_lines(3)).json()
     as_other_data = upload(client, chat_lines(2), purpose="user_data").json()
@@ -306,7 +306,7 @@ def test_an_upload_of_the_same_bytes_is_taken_and_names_the_earlier_file(client:
     assert upload(client, chat_lines(2)).json()["same_content_as"] == again["id"]
 
 
-def test_a_file_may_go_by_itself(client: TestClient) -> None:
+def test_file_expires_if_requested(client: TestClient) -> None:
     lifetime = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
     content = {"file": ("a.jsonl", chat_lines(1))}
 
@@ -318,7 +318,7 @@ def test_a_file_may_go_by_itself(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "param", "says"),
+    ("given", "param", "fragment"),
     [
         ({"anchor": "created_at"}, "expires_after.seconds", "missing"),
         ({"seconds": "3600"}, "expires_after.anchor", "missing"),
@@ -328,8 +328,8 @@ def test_a_file_may_go_by_itself(client: TestClient) -> None:
         ({"anchor": "created_at", "seconds": "soon"}, "expires_after.seconds", "a whole number"),
     ],
 )
-def test_a_lifetime_that_can_not_be_obeyed_is_refused(
-    client: TestClient, services: Services, given: dict[str, str], param: str, says: str
+def test_invalid_expiry_is_rejected(
+    client: TestClient, services: Services, given: dict[str, str], param: str, fragment: str
 ) -> None:
     fields = {f"expires_after[{name}]": value for name, value in given.items()}
 
@@ -339,5 +339,5 @@ def test_a_lifetime_that_can_not_be_obeyed_is_refused(
 
     assert response.status_code == 400
     error = error_of(response)
-    assert (error["param"], says in error["message"]) == (param, True), error
+    assert (error["param"], fragment in error["message"]) == (param, True), error
     assert nothing_is_left(services, client)

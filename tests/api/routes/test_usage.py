@@ -1,4 +1,4 @@
-"""/v1/usage: days as buckets, for a project its own and for operators all."""
+"""/v1/usage: daily buckets, of the own project or, for operators, of all projects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.api.site import chat_lines, error_of
 from tests.catalog.world import World
 
 
-def test_what_a_project_used_today_is_in_the_last_bucket(client: TestClient, world: World) -> None:
+def test_last_bucket_has_todays_usage(client: TestClient, world: World) -> None:
     client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a", chat_lines(3))})
     job = client.post("/v1/fine_tuning/jobs", json={"model": "smol", "training_file": world.file_id}).json()
     client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
@@ -37,26 +37,26 @@ def test_what_a_project_used_today_is_in_the_last_bucket(client: TestClient, wor
     }
 
 
-def test_another_projects_use_is_seen_by_operators_alone(
+def test_only_operators_see_the_usage_of_other_projects(
     client: TestClient, operator: TestClient, stranger: TestClient, world: World
 ) -> None:
     client.post("/v1/fine_tuning/jobs", json={"model": "smol", "training_file": world.file_id})
 
-    def seen(who: TestClient, **params: Any) -> list[str]:
-        return [used["model"] for used in who.get("/v1/usage", params=params).json()["data"][-1]["results"]]
+    def seen(viewer: TestClient, **params: Any) -> list[str]:
+        return [used["model"] for used in viewer.get("/v1/usage", params=params).json()["data"][-1]["results"]]
 
     named = {"project_ids[]": world.caller.project_id, "group_by[]": "model"}
     assert seen(operator, **named) == ["smol"]
     assert seen(stranger, **named) == seen(stranger) == []
 
 
-def test_days_are_asked_for_page_by_page(client: TestClient) -> None:
+def test_days_are_paginated(client: TestClient) -> None:
     now = int(client.get("/v1/usage").json()["data"][-1]["end_time"])
-    asked = {"start_time": now - 5 * DAY_SECONDS, "limit": 2}
+    query = {"start_time": now - 5 * DAY_SECONDS, "limit": 2}
     starts: list[int] = []
     page: str | None = None
     while True:
-        found = client.get("/v1/usage", params={**asked, **({"page": page} if page else {})}).json()
+        found = client.get("/v1/usage", params={**query, **({"page": page} if page else {})}).json()
         starts += [bucket["start_time"] for bucket in found["data"]]
         page = found["next_page"]
         if not found["has_more"]:
@@ -65,14 +65,14 @@ def test_days_are_asked_for_page_by_page(client: TestClient) -> None:
     assert starts == [now - days * DAY_SECONDS for days in (5, 4, 3, 2, 1)]
 
 
-def test_a_time_that_ends_before_it_begins_is_refused(client: TestClient) -> None:
+def test_inverted_time_range_is_rejected(client: TestClient) -> None:
     refused = client.get("/v1/usage", params={"start_time": 500, "end_time": 400})
 
     assert (refused.status_code, error_of(refused)["param"]) == (400, "start_time")
 
 
 @pytest.mark.parametrize("group_by", [("project_id",), ("model",)])
-def test_the_sdk_follows_the_pages(client: TestClient, world: World, services: Services, group_by: Any) -> None:
+def test_sdk_follows_the_pages(client: TestClient, world: World, services: Services, group_by: Any) -> None:
     class InProcess:
         def get(self, path: str, params: dict[str, Any]) -> Any:
             given = {name: value for name, value in params.items() if value is not None}

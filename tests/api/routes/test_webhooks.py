@@ -1,4 +1,4 @@
-"""Webhooks from a job's end to a receiver on loopback, verified there by the real openai client."""
+"""Webhooks from the end of a job to a receiver on loopback, verified by the real openai client."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def unwrap(got: Received, hook: dict[str, Any]) -> Any:
 
 
 def newest(client: TestClient, hook: dict[str, Any], is_right: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The newest delivery, once it is as it should be."""
+    """Wait until the newest delivery satisfies `is_right`, and return it."""
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         found = client.get(f"{HOOKS}/{hook['id']}/deliveries").json()["data"]
@@ -75,7 +75,7 @@ def newest(client: TestClient, hook: dict[str, Any], is_right: Callable[[dict[st
         time.sleep(0.02)
 
 
-def test_a_jobs_end_reaches_its_endpoint_and_the_openai_client_verifies_it(
+def test_job_event_is_delivered_and_verified_by_the_openai_client(
     client: TestClient, receiver: Receiver, hook: dict[str, Any], world: World
 ) -> None:
     job_id = end_job(world)
@@ -87,14 +87,14 @@ def test_a_jobs_end_reaches_its_endpoint_and_the_openai_client_verifies_it(
     assert event.id == got.headers["webhook-id"]
     with pytest.raises(openai.InvalidWebhookSignatureError):
         unwrap(Received(path="/", headers=got.headers, body=got.body.replace(b"cancelled", b"succeeded")), hook)
-    told = newest(client, hook, lambda one: one["status"] == "delivered")
-    assert (told["event_id"], [one["status_code"] for one in told["tries"]]) == (event.id, [204])
+    reported = newest(client, hook, lambda one: one["status"] == "delivered")
+    assert (reported["event_id"], [one["status_code"] for one in reported["tries"]]) == (event.id, [204])
 
 
-def test_an_event_that_was_committed_before_a_crash_is_sent_by_the_next_process(
+def test_event_committed_before_a_crash_is_sent_after_restart(
     app: FastAPI, settings: Settings, services: Services, world: World, receiver: Receiver, key: str
 ) -> None:
-    """Of the first api nothing runs any more but what it has committed."""
+    """Only the committed state of the first API server remains."""
     from catalog.webhooks import endpoints
 
     given = {"project_id": world.caller.project_id, "name": "ops", "url": receiver.url, "event_types": EVENT_TYPES}
@@ -108,7 +108,7 @@ def test_an_event_that_was_committed_before_a_crash_is_sent_by_the_next_process(
     assert event.data.id == job_id
 
 
-def test_a_failed_try_is_told_and_repeated_with_the_same_id(
+def test_failed_attempt_is_recorded_and_retried_with_the_same_id(
     client: TestClient, receiver: Receiver, hook: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(delivery_queue, "wait_seconds", lambda *_, **__: 0.0)
@@ -120,11 +120,11 @@ def test_a_failed_try_is_told_and_repeated_with_the_same_id(
 
     assert first.headers["webhook-id"] == second.headers["webhook-id"]
     assert first.body == second.body
-    told = newest(client, hook, lambda one: one["status"] == "delivered")
-    assert [(one["status_code"], one["reply"]) for one in told["tries"]] == [(500, "no\\x00t now"), (204, "")]
+    reported = newest(client, hook, lambda one: one["status"] == "delivered")
+    assert [(one["status_code"], one["reply"]) for one in reported["tries"]] == [(500, "no\\x00t now"), (204, "")]
 
 
-def test_an_endpoint_that_does_not_answer_holds_up_no_other(
+def test_slow_endpoint_does_not_delay_other_endpoints(
     client: TestClient, receiver: Receiver, hook: dict[str, Any], world: World
 ) -> None:
     ended = threading.Event()
@@ -144,13 +144,13 @@ def test_an_endpoint_that_does_not_answer_holds_up_no_other(
         ended.set()
 
 
-def test_a_delivery_is_replayed_and_so_is_all_that_failed_since(
+def test_one_delivery_or_all_failed_deliveries_can_be_replayed(
     client: TestClient, receiver: Receiver, hook: dict[str, Any], world: World
 ) -> None:
     receiver.answer = lambda _: Answer(status=410)
     end_job(world)
     first = receiver.take()
-    told = newest(client, hook, lambda one: one["status"] == "failed")
+    reported = newest(client, hook, lambda one: one["status"] == "failed")
     path = f"{HOOKS}/{hook['id']}"
     assert client.get(path).json()["disabled_reason"] == "gone"
     assert error_of(client.post(f"{path}/replay", json={"since": 0}))["code"] == "webhook_endpoint_disabled"
@@ -160,41 +160,41 @@ def test_a_delivery_is_replayed_and_so_is_all_that_failed_since(
     assert client.post(f"{path}/replay", json={"since": 0}).json()["replayed"] == 1
     second = receiver.take()
     newest(client, hook, lambda one: one["status"] == "delivered")
-    again = client.post(f"/v1/webhook_deliveries/{told['id']}/replay")
+    again = client.post(f"/v1/webhook_deliveries/{reported['id']}/replay")
     third = receiver.take()
 
     assert again.json()["status"] == "pending"
-    assert {got.headers["webhook-id"] for got in (first, second, third)} == {told["event_id"]}
+    assert {got.headers["webhook-id"] for got in (first, second, third)} == {reported["event_id"]}
 
 
-def test_a_test_is_sent_at_once_and_its_answer_told(
+def test_test_event_is_sent_immediately_and_returns_the_response(
     client: TestClient, receiver: Receiver, hook: dict[str, Any]
 ) -> None:
     receiver.answer = lambda _: Answer(status=418, body=b"a teapot")
     body = {"event_type": "fine_tuning.job.succeeded"}
 
-    told = client.post(f"{HOOKS}/{hook['id']}/test", json=body).json()
+    reported = client.post(f"{HOOKS}/{hook['id']}/test", json=body).json()
     receiver.answer = lambda _: Answer(status=200)
 
     event = unwrap(receiver.take(), hook)
-    assert (told["status_code"], told["reply"], told["success"]) == (418, "a teapot", True)
+    assert (reported["status_code"], reported["reply"], reported["success"]) == (418, "a teapot", True)
     assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", "ftjob-of-a-test")
-    logged = client.get(f"/v1/webhook_deliveries/{told['delivery_id']}").json()
+    logged = client.get(f"/v1/webhook_deliveries/{reported['delivery_id']}").json()
     assert (logged["is_test"], logged["status"], len(logged["tries"])) == (True, "failed", 1)
     assert client.post(f"{HOOKS}/{hook['id']}/replay", json={"since": 0}).json()["replayed"] == 0
 
 
-def test_a_test_that_is_not_answered_is_refused_with_the_reason(client: TestClient) -> None:
+def test_unanswered_test_event_returns_the_reason(client: TestClient) -> None:
     hook = made(client, "http://127.0.0.1:1025/")
 
     refused = client.post(f"{HOOKS}/{hook['id']}/test", json={"event_type": "fine_tuning.job.failed"})
 
     assert error_of(refused)["code"] == "webhook_endpoint_unreachable"
-    (told,) = client.get(f"{HOOKS}/{hook['id']}/deliveries?status=failed").json()["data"]
-    assert told["tries"][0]["status_code"] is None
+    (reported,) = client.get(f"{HOOKS}/{hook['id']}/deliveries?status=failed").json()["data"]
+    assert reported["tries"][0]["status_code"] is None
 
 
-def test_a_rotated_secret_overlaps_with_the_old_one_only_where_that_is_asked_for(
+def test_rotated_secret_overlaps_with_the_old_one_only_on_request(
     client: TestClient, receiver: Receiver, hook: dict[str, Any], world: World
 ) -> None:
     path = f"{HOOKS}/{hook['id']}/rotate_secret"
@@ -216,7 +216,7 @@ def test_a_rotated_secret_overlaps_with_the_old_one_only_where_that_is_asked_for
     assert "not both" in error_of(both)["message"]
 
 
-def test_a_secret_is_shown_once_and_is_in_no_log_and_no_file(
+def test_signing_secret_is_shown_once_and_is_in_no_log_or_file(
     client: TestClient,
     receiver: Receiver,
     hook: dict[str, Any],
@@ -232,12 +232,12 @@ def test_a_secret_is_shown_once_and_is_in_no_log_and_no_file(
         shown = [client.get(path).text for path in (HOOKS, f"{HOOKS}/{hook['id']}", f"{HOOKS}/{hook['id']}/deliveries")]
 
     kept = b"".join(path.read_bytes() for path in settings.data_dir.rglob("*") if path.is_file())
-    assert "httpcore" in caplog.text  # so the log had everything in it
+    assert "httpcore" in caplog.text  # so the log contains debug messages
     assert secret.removeprefix("whsec_") not in caplog.text + "".join(shown) + kept.decode("latin-1")
     assert hook["signing_secret_hint"].endswith(secret[-4:])
 
 
-def test_an_address_is_in_no_later_response_and_no_file_and_events_reach_it(
+def test_endpoint_url_is_in_no_later_response_or_file(
     client: TestClient, receiver: Receiver, world: World, settings: Settings
 ) -> None:
     hook = made(client, f"{receiver.url}/services/T0AB/k3yIn7heP4th-z9Xq")
@@ -254,7 +254,7 @@ def test_an_address_is_in_no_later_response_and_no_file_and_events_reach_it(
 
 
 @pytest.mark.parametrize("url", ["https://10.0.0.1/", "https://[::1]/", "ftp://x/", "https://user:pw@example.com/"])
-def test_an_address_that_leads_inside_is_refused_at_once(client: TestClient, hook: dict[str, Any], url: str) -> None:
+def test_internal_and_invalid_endpoint_urls_are_rejected(client: TestClient, hook: dict[str, Any], url: str) -> None:
     before = client.get(f"{HOOKS}/{hook['id']}").json()["url"]
     body = {"name": "x", "url": url, "event_types": ENDS}
     answers = [client.post(HOOKS, json=body), client.post(f"{HOOKS}/{hook['id']}", json={"url": url})]
@@ -263,7 +263,7 @@ def test_an_address_that_leads_inside_is_refused_at_once(client: TestClient, hoo
     assert client.get(f"{HOOKS}/{hook['id']}").json()["url"] == before
 
 
-def test_loopback_and_http_are_shut_unless_an_operator_opens_them(settings: Settings, key: str) -> None:
+def test_loopback_and_http_endpoints_are_rejected_by_default(settings: Settings, key: str) -> None:
     headers = {"authorization": f"Bearer {key}"}
     with TestClient(create_app(settings, ApiSettings()), base_url="http://127.0.0.1", headers=headers) as client:
         codes = [
@@ -274,16 +274,14 @@ def test_loopback_and_http_are_shut_unless_an_operator_opens_them(settings: Sett
     assert codes == ["invalid_webhook_url", "webhook_address_not_allowed"]
 
 
-def test_an_event_that_there_is_not_is_refused_with_those_that_there_are(
-    client: TestClient, receiver: Receiver
-) -> None:
+def test_unknown_event_type_error_lists_the_known_types(client: TestClient, receiver: Receiver) -> None:
     refused = client.post(HOOKS, json={"name": "x", "url": receiver.url, "event_types": ["batch.completed"]})
 
     assert "fine_tuning.job.succeeded" in error_of(refused)["message"]
     assert client.get("/v1/webhook_event_types").json() == {"object": "list", "data": list(EVENT_TYPES)}
 
 
-def test_an_endpoint_is_changed_and_deleted(client: TestClient, hook: dict[str, Any], stranger: TestClient) -> None:
+def test_endpoint_is_changed_and_deleted(client: TestClient, hook: dict[str, Any], stranger: TestClient) -> None:
     path = f"{HOOKS}/{hook['id']}"
 
     changed = client.post(path, json={"name": "new", "event_types": ["webhook_endpoint.disabled"] * 2}).json()

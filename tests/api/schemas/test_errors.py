@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the answer has OpenAI's shape, a remedy and a request id, and tells nothing of our insides."""
+"""Every error has OpenAI's shape, a remedy and a request id, and reveals no internals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.api.site import SAME_ORIGIN, error_of, new_token
 from tests.catalog.world import World
 
 
-def test_an_unknown_route_names_the_nearest_one(client: TestClient) -> None:
+def test_unknown_route_names_the_nearest_one(client: TestClient) -> None:
     response = client.get("/v1/fine_tuning/job")
 
     assert response.status_code == 404
@@ -25,7 +25,7 @@ def test_an_unknown_route_names_the_nearest_one(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(("path", "allowed"), [("/v1/files", "GET, POST"), ("/v1/models/smol", "DELETE, GET")])
-def test_a_wrong_method_names_every_right_one(client: TestClient, path: str, allowed: str) -> None:
+def test_wrong_method_error_lists_the_allowed_methods(client: TestClient, path: str, allowed: str) -> None:
     response = client.patch(path)
 
     assert response.status_code == 405
@@ -34,7 +34,7 @@ def test_a_wrong_method_names_every_right_one(client: TestClient, path: str, all
 
 
 @pytest.mark.parametrize("path", ["/v1/files/../../etc/passwd", "/%2e%2e/secret", "/v1/files/a%00b", "/\ud7ff"])
-def test_an_odd_path_is_refused_in_the_same_shape(client: TestClient, path: str) -> None:
+def test_invalid_path_returns_the_standard_error(client: TestClient, path: str) -> None:
     response = client.get(path)
 
     assert response.status_code in (400, 404)
@@ -55,7 +55,7 @@ def test_an_odd_path_is_refused_in_the_same_shape(client: TestClient, path: str)
     ],
     ids=["cut off", "not UTF-8", "100,000 deep", "huge number", "lone surrogate", "odd name", "null", "empty"],
 )
-def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -> None:
+def test_malformed_body_is_rejected(client: TestClient, body: bytes) -> None:
     response = client.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
 
     assert response.status_code == 400
@@ -63,7 +63,7 @@ def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "says"),
+    ("body", "code", "fragment"),
     [
         (b'{"model": "smol", "training_file": "%s", "seed": 1, "seed": 2}', "duplicate_field", "'seed' occurs twice"),
         (b'{"model": "smol", "training_file": "%s", "lora": {"rank": 1, "rank": 2}}', "duplicate_field", "'rank'"),
@@ -76,18 +76,16 @@ def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -
         (b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": 1e999}}', "number_not_finite", "1e999"),
     ],
 )
-def test_a_body_that_others_would_read_otherwise_is_refused(
-    client: TestClient, world: World, body: bytes, code: str, says: str
-) -> None:
+def test_ambiguous_json_is_rejected(client: TestClient, world: World, body: bytes, code: str, fragment: str) -> None:
     content = body.replace(b"%s", world.file_id.encode())
 
     response = client.post("/v1/fine_tuning/jobs", content=content, headers={"content-type": "application/json"})
 
     assert (response.status_code, error_of(response)["code"]) == (400, code)
-    assert says in error_of(response)["message"]
+    assert fragment in error_of(response)["message"]
 
 
-def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(client: TestClient) -> None:
+def test_oversized_body_is_rejected_with_or_without_content_length(client: TestClient) -> None:
     def chunks() -> Any:
         for _ in range(20):
             yield b" " * 2**17
@@ -100,7 +98,7 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(client: T
         assert error_of(response)["code"] == "request_too_large"
 
 
-def test_a_crash_tells_an_id_and_nothing_else(
+def test_crash_response_has_only_a_request_id(
     app: FastAPI, client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def crash(*_: object, **__: object) -> None:
@@ -118,9 +116,7 @@ def test_a_crash_tells_an_id_and_nothing_else(
     assert "the-inside-of-lorry" in caplog.text
 
 
-def test_an_absent_database_is_told_as_unavailable_with_a_time_to_come_back(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unavailable_database_returns_503_with_retry_after(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Try again.")
 
@@ -133,7 +129,7 @@ def test_an_absent_database_is_told_as_unavailable_with_a_time_to_come_back(
     assert error_of(response)["code"] == "database_unavailable"
 
 
-def test_a_host_that_rebinds_its_name_to_us_is_refused(client: TestClient) -> None:
+def test_dns_rebinding_host_is_rejected(client: TestClient) -> None:
     response = client.get("/v1/files", headers={"host": "evil.example"})
 
     assert response.status_code == 421
@@ -141,7 +137,7 @@ def test_a_host_that_rebinds_its_name_to_us_is_refused(client: TestClient) -> No
 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/nope", "/dashboard/", "/healthz", "/"])
-def test_every_answer_carries_the_security_headers(client: TestClient, path: str) -> None:
+def test_every_response_has_security_headers(client: TestClient, path: str) -> None:
     response = client.get(path)
 
     assert response.headers["x-content-type-options"] == "nosniff"
@@ -149,26 +145,26 @@ def test_every_answer_carries_the_security_headers(client: TestClient, path: str
     policy = response.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'")
     scripts = [part.strip() for part in policy.split(";") if part.strip().startswith("script-src")]
-    assert scripts == (["script-src 'self'"] if path in ("/", "/dashboard/") else [])  # / leads there
+    assert scripts == (["script-src 'self'"] if path in ("/", "/dashboard/") else [])  # / redirects there
     assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
 
 
-def test_the_root_leads_to_the_dashboard(anonymous: TestClient) -> None:
+def test_root_redirects_to_the_dashboard(anonymous: TestClient) -> None:
     for path in ("/", "/dashboard"):
         response = anonymous.get(path)
 
         assert (response.status_code, response.headers["location"]) == (307, "/dashboard/")
 
 
-def test_the_dashboard_is_served_and_nothing_else_of_its_folder(anonymous: TestClient) -> None:
+def test_only_dashboard_files_are_served_from_its_folder(anonymous: TestClient) -> None:
     assert anonymous.get("/dashboard/").text.startswith("<!doctype html>")
     assert anonymous.get("/dashboard/index.html").headers["cache-control"] == "no-cache"
     for path in ("/dashboard/__init__.py", "/dashboard/../api/app.py", "/dashboard/%2e%2e/pyproject.toml"):
         assert anonymous.get(path).status_code == 404
 
 
-def test_no_secret_gets_into_the_log(
+def test_secrets_are_not_logged(
     services: Services, anonymous: TestClient, client: TestClient, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -186,7 +182,7 @@ def test_no_secret_gets_into_the_log(
 
 
 @pytest.mark.parametrize("path", ["organization/audit_logs", "organization/usage/completions", "organization/projects"])
-def test_whoever_asks_for_openais_administration_is_told_of_our_own(client: TestClient, path: str) -> None:
+def test_openai_administration_routes_suggest_lorrys_routes(client: TestClient, path: str) -> None:
     answer = client.get(f"/v1/{path}")
 
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_supported")

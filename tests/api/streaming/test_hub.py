@@ -1,4 +1,4 @@
-"""The hub of live streams by itself: who joins when, who is too slow, and who may not listen any more."""
+"""The live-stream hub alone: joining at any time, slow listeners, and revoked keys."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Log:
         has_more = seq + len(new) < len(self.written[key])
         return Found(seq=seq + len(new), parts=parts, has_more=has_more, view=None if has_more else "same")
 
-    def listener(self, key: Hashable, seq: int = 0, *, page: int = 3, who: Hashable = "me") -> Subscription:
+    def listener(self, key: Hashable, seq: int = 0, *, page: int = 3, identity: Hashable = "me") -> Subscription:
         def look() -> Found:
             return self.found(key, listener.seq, page)
 
-        listener = Subscription(source=self, key=key, look=look, signed=who)
+        listener = Subscription(source=self, key=key, look=look, signed=identity)
         listener.seq = seq
         return listener
 
@@ -54,13 +54,13 @@ async def caught_up(feed: Feed, listener: Subscription, identify: Callable[[], o
         pass
 
 
-def a_feed() -> Feed:
+def new_feed() -> Feed:
     return Feed(stream_poll_seconds=0.001, heartbeat_seconds=60)
 
 
-async def until(is_so: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not is_so():
+        while not condition():
             await asyncio.sleep(0.001)
 
 
@@ -68,9 +68,9 @@ def held(listener: Subscription) -> list[int]:
     return [int(number) for number in b"".join(listener.pending).split()]
 
 
-def test_listeners_that_join_at_any_time_are_told_all_once_and_a_topic_is_read_once() -> None:
+def test_listeners_that_join_at_any_time_receive_everything_once() -> None:
     async def scenario() -> None:
-        feed, log = a_feed(), Log()
+        feed, log = new_feed(), Log()
         log.write("job", 10)
         listeners: list[Subscription] = []
         running = asyncio.create_task(feed.run())
@@ -92,13 +92,13 @@ def test_listeners_that_join_at_any_time_are_told_all_once_and_a_topic_is_read_o
     asyncio.run(scenario())
 
 
-def test_one_who_joined_ahead_of_the_topic_is_not_told_again_and_one_behind_it_looks_again() -> None:
+def test_listener_ahead_gets_no_repeats_and_listener_behind_catches_up() -> None:
     async def scenario() -> None:
-        feed, log = a_feed(), Log()
+        feed, log = new_feed(), Log()
         log.write("job", 2)
         first = log.listener("job")
         await caught_up(feed, first)
-        log.write("job", 2)  # the topic has not been looked at since
+        log.write("job", 2)  # the topic has not been polled since
         ahead = log.listener("job")
         await caught_up(feed, ahead)
         behind = log.listener("job", page=1)
@@ -117,29 +117,29 @@ def test_one_who_joined_ahead_of_the_topic_is_not_told_again_and_one_behind_it_l
     asyncio.run(scenario())
 
 
-def test_a_topic_that_was_begun_anew_during_a_look_is_not_told_what_was_found_for_the_one_before() -> None:
+def test_restarted_topic_ignores_a_poll_result_of_its_predecessor() -> None:
     class Slow(Log):
         def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
             found = super().look(topics)
             looked.set()
-            assert go_on.wait(20)
+            assert resume.wait(20)
             return found
 
-    looked, go_on = threading.Event(), threading.Event()
+    looked, resume = threading.Event(), threading.Event()
 
     async def scenario() -> None:
-        feed, log = a_feed(), Slow()
+        feed, log = new_feed(), Slow()
         log.write("job", 6)
         early, late = log.listener("job", page=5), log.listener("job", page=2)
         feed.enter(early, early.look(), welcome)
         feed.enter(late, late.look(), welcome)
-        early.is_behind = late.is_behind = False  # as if nothing more had been written then
+        early.is_behind = late.is_behind = False  # as if nothing had been written since
         assert await feed.catch_up(early)
         running = asyncio.create_task(feed.run())
         await until(looked.is_set)
         feed.leave(early)
         assert await feed.catch_up(late)
-        go_on.set()
+        resume.set()
         await until(lambda: held(late)[-1:] == [6])
         running.cancel()
 
@@ -148,9 +148,9 @@ def test_a_topic_that_was_begun_anew_during_a_look_is_not_told_what_was_found_fo
     asyncio.run(scenario())
 
 
-def test_only_the_listeners_of_a_topic_are_woken_by_it() -> None:
+def test_message_wakes_only_the_listeners_of_its_topic() -> None:
     async def scenario() -> None:
-        feed, log = a_feed(), Log()
+        feed, log = new_feed(), Log()
         for key in ("one", "other"):
             log.write(key)
         one, other = log.listener("one"), log.listener("other")
@@ -167,25 +167,25 @@ def test_only_the_listeners_of_a_topic_are_woken_by_it() -> None:
     asyncio.run(scenario())
 
 
-def test_one_that_reads_too_slowly_is_ended_and_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_listener_is_ended_and_its_buffer_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "MAX_PENDING_BYTES", 100)
 
     async def scenario() -> None:
-        feed, log = a_feed(), Log()
+        feed, log = new_feed(), Log()
         log.write("job")
         slow, quick = log.listener("job"), log.listener("job")
         for listener in (slow, quick):
             await caught_up(feed, listener)
         running = asyncio.create_task(feed.run())
-        told: list[int] = []
+        received: list[int] = []
         for _ in range(40):
             log.write("job")
-            while log.written["job"][-1] not in told:
-                told += [int(number) for number in (await quick.take()).split()]
+            while log.written["job"][-1] not in received:
+                received += [int(number) for number in (await quick.take()).split()]
         running.cancel()
 
         assert (slow.ended, slow.pending, quick.ended) == (True, [], False)
-        assert told == list(range(1, 42))
+        assert received == list(range(1, 42))
         feed.leave(slow)
         feed.leave(quick)
         assert feed.num_listeners() == 0
@@ -193,25 +193,25 @@ def test_one_that_reads_too_slowly_is_ended_and_holds_nothing(monkeypatch: pytes
     asyncio.run(scenario())
 
 
-def test_a_key_is_looked_at_once_for_all_of_its_streams_and_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_checked_once_for_all_its_streams_and_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "RECHECK_SECONDS", 0.0)
 
     async def scenario() -> None:
-        feed, log = a_feed(), Log()
+        feed, log = new_feed(), Log()
         log.write("job")
-        asked: list[str] = []
+        identified: list[str] = []
 
-        def identify(who: str) -> Callable[[], object]:
+        def identify(identity: str) -> Callable[[], object]:
             def ask() -> None:
-                asked.append(who)
-                if who == "gone" and len(asked) > 6:
+                identified.append(identity)
+                if identity == "gone" and len(identified) > 6:
                     raise Unauthorized("It was revoked.", code="invalid_api_key", remedy="Use another.")
-                if who == "away":
+                if identity == "away":
                     raise Unavailable("It does not answer.", code="database_unavailable", remedy="Wait.")
 
             return ask
 
-        listeners = [log.listener("job", who=who) for who in ("gone", "gone", "away", "stays")]
+        listeners = [log.listener("job", identity=identity) for identity in ("gone", "gone", "away", "stays")]
         for listener in listeners:
             await caught_up(feed, listener, identify(str(listener.signed)))
         running = asyncio.create_task(feed.run())
@@ -219,29 +219,29 @@ def test_a_key_is_looked_at_once_for_all_of_its_streams_and_ends_them_all(monkey
         running.cancel()
 
         assert [listener.ended for listener in listeners] == [True, True, False, False]
-        assert asked[:3] == ["gone", "away", "stays"]
+        assert identified[:3] == ["gone", "away", "stays"]
 
     asyncio.run(scenario())
 
 
-def test_a_silent_stream_hears_comments() -> None:
+def test_idle_listener_receives_comments() -> None:
     async def scenario() -> None:
         feed, log = Feed(stream_poll_seconds=0.001, heartbeat_seconds=0.01), Log()
         log.write("job")
         listener = log.listener("job", 1)
         await caught_up(feed, listener)
         running = asyncio.create_task(feed.run())
-        heard = [await listener.take() for _ in range(3)]
+        comments = [await listener.take() for _ in range(3)]
         running.cancel()
 
-        assert heard == [b": still here\n\n"] * 3
+        assert comments == [b": still here\n\n"] * 3
 
     asyncio.run(scenario())
 
 
-def test_other_work_has_its_turn_while_a_thousand_listeners_are_given_news() -> None:
+def test_other_tasks_run_while_a_thousand_listeners_are_served() -> None:
     async def scenario() -> None:
-        feed, log = a_feed(), Log()
+        feed, log = new_feed(), Log()
         log.write("topic")
         listeners = [log.listener("topic") for _ in range(1000)]
         for listener in listeners:
@@ -260,11 +260,11 @@ def test_other_work_has_its_turn_while_a_thousand_listeners_are_given_news() -> 
     asyncio.run(scenario())
 
 
-def test_one_who_joins_between_two_batches_is_told_all_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listener_that_joins_between_batches_receives_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "BATCH", 1)
 
     async def scenario() -> None:
-        feed, log = a_feed(), Log()
+        feed, log = new_feed(), Log()
         log.write("topic")
         first, second, late = (log.listener("topic") for _ in range(3))
         for listener in (first, second):
@@ -276,15 +276,15 @@ def test_one_who_joins_between_two_batches_is_told_all_once(monkeypatch: pytest.
         while bool(first.pending) == bool(second.pending):
             await asyncio.sleep(0)
         late.seq = 1
-        feed.enter(late, began, welcome)  # its own look was before the news
+        feed.enter(late, began, welcome)  # it polled before the new message
         while not await feed.catch_up(late):
             pass
         log.write("topic")
-        told = b""
-        while b"3" not in told:
-            told += await late.take()
+        received = b""
+        while b"3" not in received:
+            received += await late.take()
         running.cancel()
 
-        assert told == b"2 3 "
+        assert received == b"2 3 "
 
     asyncio.run(scenario())

@@ -1,4 +1,4 @@
-"""Live streams over a real connection: in order, resumable, quiet when nothing happens, and ended in time."""
+"""Live streams over a real connection: ordered, resumable, quiet when idle, and ended in time."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def stream_path(job_id: str) -> str:
     return f"/v1/fine_tuning/jobs/{job_id}/stream"
 
 
-def test_a_stream_tells_what_was_then_what_happens_and_ends_with_the_final_job(site: Site, world: World) -> None:
+def test_stream_sends_history_then_updates_then_the_final_job(site: Site, world: World) -> None:
     world.worker()
     claim = world.running()
     history = queries.events_since(world.db, project_id=world.caller.project_id, job_id=claim.job.id, seq=0)
 
     with opened(site, stream_path(claim.job.id)) as stream:
-        told = list(islice(stream, len(history) + 1))
+        received = list(islice(stream, len(history) + 1))
         recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5}])
         recording.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
         while (update := next(stream)).event != "metric":
@@ -53,9 +53,9 @@ def test_a_stream_tells_what_was_then_what_happens_and_ends_with_the_final_job(s
         world.complete(claim.claim_id)
         rest = list(stream)
 
-    assert [message.event for message in told] == ["event"] * len(history) + ["job"]
-    assert [message.id for message in told[:-1]] == [str(event.seq) for event in history]
-    assert told[-1].data["status"] == "running"
+    assert [message.event for message in received] == ["event"] * len(history) + ["job"]
+    assert [message.id for message in received[:-1]] == [str(event.seq) for event in history]
+    assert received[-1].data["status"] == "running"
     assert (update.data["step"], update.data["loss"]) == (1, 2.5)
     assert rest[-1].event == "job"
     assert rest[-1].data["status"] == "succeeded"
@@ -63,34 +63,34 @@ def test_a_stream_tells_what_was_then_what_happens_and_ends_with_the_final_job(s
     assert rest[-2].data["message"] == "The job has successfully completed"
 
 
-def test_a_stream_goes_on_after_the_last_event_that_was_seen(site: Site, world: World) -> None:
+def test_stream_resumes_after_the_last_event_id(site: Site, world: World) -> None:
     job = world.queued()
     seen = queries.events_since(world.db, project_id=world.caller.project_id, job_id=job.id, seq=0)
 
     with opened(site, stream_path(job.id), **{"last-event-id": str(seen[0].seq)}) as stream:
-        told = list(islice(stream, len(seen)))
+        received = list(islice(stream, len(seen)))
         commands.cancel(world.db, project_id=world.caller.project_id, job_id=job.id)
         rest = list(stream)
 
-    assert [message.id for message in told] == [*(str(event.seq) for event in seen[1:]), None]
+    assert [message.id for message in received] == [*(str(event.seq) for event in seen[1:]), None]
     assert [(message.event, message.data.get("status")) for message in rest] == [("event", None), ("job", "cancelled")]
 
 
-def test_a_client_that_has_seen_the_end_is_told_not_to_come_back(site: Site, world: World) -> None:
+def test_reconnect_after_the_end_returns_204(site: Site, world: World) -> None:
     job = world.submit()
     commands.cancel(world.db, project_id=world.caller.project_id, job_id=job.id)
 
     with opened(site, stream_path(job.id)) as stream:
-        told = list(stream)
+        received = list(stream)
     with site.http() as http:
-        last = [message.id for message in told if message.id][-1]
+        last = [message.id for message in received if message.id][-1]
         again = http.get(stream_path(job.id), headers={"last-event-id": str(last)})
 
-    assert told[-1].data["status"] == "cancelled"
+    assert received[-1].data["status"] == "cancelled"
     assert again.status_code == 204
 
 
-def test_a_silent_stream_sends_comments(site: Site, world: World) -> None:
+def test_idle_stream_sends_comments(site: Site, world: World) -> None:
     job = world.queued()
 
     with site.http() as http, http.stream("GET", stream_path(job.id)) as response:
@@ -99,7 +99,7 @@ def test_a_silent_stream_sends_comments(site: Site, world: World) -> None:
     assert comment == ": still here"
 
 
-def test_the_queue_is_told_when_it_changes(site: Site, world: World) -> None:
+def test_queue_stream_sends_changes(site: Site, world: World) -> None:
     with opened(site, "/v1/queue/stream") as stream:
         empty = next(stream)
         job = world.submit()
@@ -109,7 +109,7 @@ def test_the_queue_is_told_when_it_changes(site: Site, world: World) -> None:
     assert [entry["job_id"] for entry in changed.data["jobs"]] == [job.id]
 
 
-def test_a_stream_of_an_unknown_job_is_refused_in_openais_shape(site: Site) -> None:
+def test_stream_of_an_unknown_job_returns_the_standard_error(site: Site) -> None:
     with site.http() as http:
         response = http.get(stream_path("ftjob-none"))
 
@@ -117,7 +117,7 @@ def test_a_stream_of_an_unknown_job_is_refused_in_openais_shape(site: Site) -> N
     assert response.json()["error"]["code"] == "job_not_found"
 
 
-def test_open_streams_do_not_hold_up_the_end_of_the_server(site: Site, world: World) -> None:
+def test_open_streams_do_not_delay_shutdown(site: Site, world: World) -> None:
     job = world.queued()
 
     with opened(site, stream_path(job.id)) as stream:
@@ -128,22 +128,20 @@ def test_open_streams_do_not_hold_up_the_end_of_the_server(site: Site, world: Wo
     assert all(message.data.get("status") != "succeeded" for message in rest)
 
 
-def test_a_listener_that_has_gone_is_forgotten(site: Site, world: World, services: Services) -> None:
+def test_disconnected_listener_is_removed(site: Site, world: World, services: Services) -> None:
     job = world.queued()
     with opened(site, stream_path(job.id)) as stream:
         next(stream)
         assert services.feed.num_listeners() == 1
 
-    with opened(site, "/v1/queue/stream") as stream:  # a round of the server later
+    with opened(site, "/v1/queue/stream") as stream:  # one poll of the server later
         next(stream)
         world.submit()
         next(stream)
         assert services.feed.num_listeners() == 1
 
 
-def test_a_crash_in_one_stream_ends_that_stream_alone(
-    site: Site, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crash_in_one_stream_ends_only_that_stream(site: Site, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     job = world.queued()
     with opened(site, "/v1/queue/stream") as queue, opened(site, stream_path(job.id)) as stream:
         next(queue)
@@ -163,17 +161,17 @@ def test_a_crash_in_one_stream_ends_that_stream_alone(
         assert next(queue).event == "queue"
 
 
-def test_no_stream_outlives_its_hour(site: Site, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_ends_at_its_maximum_age(site: Site, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeds, "MAX_STREAM_SECONDS", 0.3)
     job = world.queued()
 
     with opened(site, stream_path(job.id)) as stream:
-        told = list(stream)
+        received = list(stream)
 
-    assert told[-1].event == "job"
+    assert received[-1].event == "job"
 
 
-def test_a_stream_ends_when_its_key_is_revoked(
+def test_stream_ends_when_its_key_is_revoked(
     site: Site, world: World, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feeds, "RECHECK_SECONDS", 0.0)
@@ -190,7 +188,7 @@ def test_a_stream_ends_when_its_key_is_revoked(
     assert services.feed.num_listeners() == 0
 
 
-def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
+def test_replayed_steps_are_sent_again_and_nothing_else_twice(world: World) -> None:
     world.worker()
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
@@ -212,9 +210,7 @@ def test_a_replayed_step_is_told_again_and_nothing_twice(world: World) -> None:
     assert [(point.step, point.loss) for point in replayed.points] == [(50, 2.0), (51, 2.0), (52, 2.0)]
 
 
-def test_a_new_watcher_is_told_the_messages_of_old_and_no_old_metrics(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_watcher_receives_old_messages_but_no_old_metrics(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "RECENT_SECONDS", 0.0)
     world.worker()
     claim = world.running()
@@ -233,7 +229,7 @@ def test_a_new_watcher_is_told_the_messages_of_old_and_no_old_metrics(
     assert [event.type for event in second.events] == ["metrics"]
 
 
-def test_a_watcher_that_comes_back_is_told_no_point_again_and_misses_none(world: World) -> None:
+def test_returning_watcher_receives_each_point_exactly_once(world: World) -> None:
     world.worker()
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
@@ -249,7 +245,7 @@ def test_a_watcher_that_comes_back_is_told_no_point_again_and_misses_none(world:
     assert [event.type for event in news.events] == ["metrics"]
 
 
-def test_an_event_is_told_right_after_the_points_that_came_with_it(world: World) -> None:
+def test_event_follows_the_points_recorded_with_it(world: World) -> None:
     world.worker()
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
@@ -263,7 +259,7 @@ def test_an_event_is_told_right_after_the_points_that_came_with_it(world: World)
     assert [getattr(item, "step", "event") for item in news.items] == [1, 2, "event", 3, 4, "event"]
 
 
-def test_more_than_one_look_can_hold_is_told_in_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_history_is_split_over_several_polls(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(changes, "MAX_ROWS", 10)
     world.worker()
     claim = world.running()
@@ -280,13 +276,11 @@ def test_more_than_one_look_can_hold_is_told_in_several(world: World, monkeypatc
     assert max(len(news.events) for news in looks) == 10
 
 
-def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
+def test_empty_poll_reads_only_the_jobs_row(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    row_counts: list[int] = []
 
     def counted(db: Database, rows: Sequence[Job], *, caller: Caller | None = None) -> list[FineTuningJob]:
-        asked.append(len(rows))
+        row_counts.append(len(rows))
         return job_objects(db, rows, caller=caller)
 
     monkeypatch.setattr(job_stream, "job_objects", counted)
@@ -299,6 +293,6 @@ def test_a_look_that_brings_nothing_asks_for_nothing_beside_the_jobs_row(
     news = watch.look()
 
     assert (quiet.parts, quiet.view_message, news.parts) == ([], b"", [])
-    assert asked == [1, 1]
+    assert row_counts == [1, 1]
     shown = queries.seconds_running(world.db, [claim.job.id])[claim.job.id]
     assert 0 < json.loads(news.view_message.decode().partition("data: ")[2])["seconds_running"] <= shown

@@ -1,4 +1,4 @@
-"""Downloads: a damaged file never looks complete, and a client that does not read costs little and not for long."""
+"""Downloads: a damaged file never looks complete, and a client that stops reading uses few resources."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.catalog.world import World
 LARGE_BYTES = 5 * 2**20 + 17
 MORE_THAN_A_SOCKET_TAKES = 24 * 2**20
 HIGH_WATER_BYTES = 64 * 2**10
-"""Of asyncio's transports: with more to send, they ask to pause."""
+"""The size of the write buffer above which an asyncio transport pauses its writer."""
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def by_urllib(site: Site, path: str) -> bytes:
 
 
 def by_hand(site: Site, path: str) -> bytes:
-    """As a client does that reads until the connection closes and compares the length."""
+    """Read until the connection closes, then compare the length."""
     connection = http.client.HTTPConnection(urlsplit(site.url).netloc, timeout=30)
     connection.request("GET", path, headers={"authorization": f"Bearer {site.key}"})
     response = connection.getresponse()
@@ -94,7 +94,7 @@ def by_curl(site: Site, path: str) -> bytes:
 
 
 @pytest.mark.parametrize("read", [by_httpx, by_urllib, by_hand, by_curl])
-def test_a_download_of_a_damaged_file_ends_short_and_clients_notice(
+def test_download_of_a_damaged_file_is_truncated_and_clients_fail(
     site: Site, services: Services, read: Callable[[Site, str], bytes]
 ) -> None:
     content = random.Random(1).randbytes(LARGE_BYTES)
@@ -108,7 +108,7 @@ def test_a_download_of_a_damaged_file_ends_short_and_clients_notice(
         read(site, path)
 
 
-def test_a_damaged_file_that_fits_into_one_chunk_is_an_error_from_the_start(site: Site, services: Services) -> None:
+def test_damaged_file_of_one_chunk_returns_an_error(site: Site, services: Services) -> None:
     content = b"short"
     path = f"/v1/files/{upload(site, content)}/content"
     flip_last_bit(services, content)
@@ -120,7 +120,7 @@ def test_a_damaged_file_that_fits_into_one_chunk_is_an_error_from_the_start(site
     assert error_of(response)["code"] == "artifact_damaged"
 
 
-def test_a_download_names_the_digest_of_its_bytes(site: Site) -> None:
+def test_download_has_a_digest_header(site: Site) -> None:
     content = b"some bytes"
     file_id = upload(site, content)
 
@@ -132,14 +132,14 @@ def test_a_download_names_the_digest_of_its_bytes(site: Site) -> None:
 
 
 def get(site: Site, path: str) -> socket.socket:
-    """A client that has sent its request and reads nothing."""
+    """Return a client that has sent its request and reads nothing."""
     client = connect(site)
     client.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {site.key}\r\n\r\n".encode())
     return client
 
 
 def paused(site: Site, number: int) -> list[HttpConnection]:
-    """The server's connections that wait for their clients to read, when there are so many."""
+    """Wait until `number` connections of the server are paused by unread data, and return them."""
 
     def waiting() -> list[HttpConnection]:
         connections = [cast(HttpConnection, each) for each in list(site.server.server_state.connections)]
@@ -149,15 +149,13 @@ def paused(site: Site, number: int) -> list[HttpConnection]:
     return waiting()
 
 
-def test_a_client_that_does_not_read_holds_a_bounded_number_of_bytes(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stalled_client_holds_a_bounded_buffer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     path = f"/v1/files/{upload(site, random.Random(2).randbytes(MORE_THAN_A_SOCKET_TAKES))}/content"
     chunks: list[int] = []
-    as_it_was = Objects.read
+    original = Objects.read
 
     def read(objects: Objects, key: str, *, chunk_bytes: int) -> Iterator[bytes]:
-        for chunk in as_it_was(objects, key, chunk_bytes=chunk_bytes):
+        for chunk in original(objects, key, chunk_bytes=chunk_bytes):
             chunks.append(len(chunk))
             yield chunk
 
@@ -172,7 +170,7 @@ def test_a_client_that_does_not_read_holds_a_bounded_number_of_bytes(
     assert max(chunks) == READ_BYTES
 
 
-def test_a_key_has_a_limited_number_of_downloads_at_once_and_so_has_the_process(
+def test_concurrent_downloads_are_limited_per_key_and_per_process(
     site: Site, app: FastAPI, services: Services, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = f"/v1/files/{upload(site, random.Random(3).randbytes(MORE_THAN_A_SOCKET_TAKES))}/content"
@@ -200,10 +198,10 @@ def test_a_key_has_a_limited_number_of_downloads_at_once_and_so_has_the_process(
     assert (of_process.status_code, error_of(of_process)["code"]) == (503, "downloads_busy")
     assert of_key.headers["retry-after"] == of_process.headers["retry-after"] == "5"
     assert small.status_code == 200
-    assert len(opened) == 3, "a download that is refused opens nothing"
+    assert len(opened) == 3, "a rejected download opens no file"
 
 
-def test_a_project_has_a_limited_number_of_downloads_at_once_however_many_keys_it_has() -> None:
+def test_concurrent_downloads_are_limited_per_project() -> None:
     downloads = Downloads(per_key=2, per_project=3, per_process=10)
 
     with ExitStack() as stack:
@@ -222,7 +220,7 @@ class Unread(HttpConnection):
     timeouts = Timeouts(send_seconds=0.1)
 
 
-def test_a_download_that_is_not_read_is_cut_off_and_makes_room(
+def test_stalled_download_is_aborted_and_frees_its_slot(
     app: FastAPI, key: str, services: Services, world: World
 ) -> None:
     downloads = Downloads(per_key=1)

@@ -1,4 +1,4 @@
-"""One request: only to an address that was checked, and in bounds, whatever the other side does."""
+"""One webhook request: sent only to a checked address, and bounded whatever the receiver does."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def receiver() -> Iterator[Receiver]:
 
 
 class Names:
-    """What hosts resolve to, one answer after the other, the last one again and again."""
+    """A lookup that returns the given answers one after another, and repeats the last one."""
 
     def __init__(self, *answers: Sequence[str]) -> None:
         self.answers = list(answers)
-        self.asked: list[str] = []
+        self.lookups: list[str] = []
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        self.asked.append(host)
+        self.lookups.append(host)
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
@@ -51,7 +51,7 @@ def port_of(receiver: Receiver) -> str:
     return receiver.url.rpartition(":")[2]
 
 
-def test_the_request_goes_to_the_checked_address_and_names_the_host(receiver: Receiver) -> None:
+def test_request_goes_to_the_checked_address_and_names_the_host(receiver: Receiver) -> None:
     names = Names(["127.0.0.1"], ["10.0.0.1"])
 
     outcome = send(f"http://hooks.example.com:{port_of(receiver)}/a?b=c", lookup=names)
@@ -60,13 +60,13 @@ def test_the_request_goes_to_the_checked_address_and_names_the_host(receiver: Re
     assert (outcome.status_code, outcome.is_success, outcome.error) == (204, True, None)
     assert (got.path, got.headers["host"], got.body) == ("/a?b=c", f"hooks.example.com:{port_of(receiver)}", b"{}")
     assert got.headers["webhook-id"] == "evt-1"
-    assert names.asked == ["hooks.example.com"]
+    assert names.lookups == ["hooks.example.com"]
 
 
 @pytest.mark.parametrize(
     "addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:169.254.169.254"], ["64:ff9b::7f00:1"], []]
 )
-def test_nothing_is_sent_to_a_host_of_which_one_address_leads_inside(receiver: Receiver, addresses: list[str]) -> None:
+def test_nothing_is_sent_to_a_host_with_an_internal_address(receiver: Receiver, addresses: list[str]) -> None:
     rules = Rules(allow_http=True)
 
     outcome = send(f"http://hooks.example.com:{port_of(receiver)}/", rules, lookup=Names(addresses))
@@ -77,21 +77,21 @@ def test_nothing_is_sent_to_a_host_of_which_one_address_leads_inside(receiver: R
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.0.0.1", "0177.0.0.1"])
-def test_no_spelling_of_loopback_gets_past_the_check(receiver: Receiver, host: str) -> None:
+def test_alternative_spellings_of_loopback_are_rejected(receiver: Receiver, host: str) -> None:
     outcome = send(f"http://{host}:{port_of(receiver)}/", Rules(allow_http=True))
 
     assert outcome.status_code is None
     assert receiver.is_quiet()
 
 
-def test_a_host_that_has_no_address_is_told_as_such() -> None:
+def test_host_without_an_address_is_reported() -> None:
     async def none(_host: str, _port: int) -> Sequence[str]:
         raise OSError("no such name")
 
     assert send("https://gone.example.com/", lookup=none).error == "The host gone.example.com has no address."
 
 
-def test_a_redirect_is_an_answer_and_is_not_followed(receiver: Receiver) -> None:
+def test_redirects_are_not_followed(receiver: Receiver) -> None:
     receiver.answer = lambda _: Answer(status=307, headers={"location": f"{receiver.url}/inside"})
 
     outcome = send(f"{receiver.url}/")
@@ -101,7 +101,7 @@ def test_a_redirect_is_an_answer_and_is_not_followed(receiver: Receiver) -> None
     assert receiver.is_quiet()
 
 
-def test_of_a_long_reply_the_first_bytes_are_kept_as_text_that_harms_nobody(receiver: Receiver) -> None:
+def test_long_reply_is_truncated_and_escaped(receiver: Receiver) -> None:
     receiver.answer = lambda _: Answer(status=500, body=b"\x00\x1b[2Jn\xffo\n" + b"x" * 10_000_000)
 
     outcome = send(receiver.url)
@@ -110,7 +110,7 @@ def test_of_a_long_reply_the_first_bytes_are_kept_as_text_that_harms_nobody(rece
     assert len(outcome.reply or "") < 2 * REPLY_BYTES
 
 
-def test_a_reply_that_does_not_end_in_time_is_no_reply(receiver: Receiver) -> None:
+def test_reply_that_takes_too_long_is_a_failure(receiver: Receiver) -> None:
     ended = threading.Event()
 
     def wait(_: Received) -> Answer:
@@ -125,7 +125,7 @@ def test_a_reply_that_does_not_end_in_time_is_no_reply(receiver: Receiver) -> No
     assert "within 0.3 seconds" in (outcome.error or "")
 
 
-def test_a_connection_that_is_refused_is_told_and_the_next_address_is_tried(receiver: Receiver) -> None:
+def test_refused_connection_is_reported_and_next_address_is_tried(receiver: Receiver) -> None:
     rules = Rules(networks=networks_of("127.0.0.0/8"), allow_http=True)
     url = f"http://hooks.example.com:{port_of(receiver)}/"
 
@@ -147,7 +147,7 @@ def test_a_connection_that_is_refused_is_told_and_the_next_address_is_tried(rece
         ("Mon, 01 Jan 2024 00:00:00 +9999999999999999", None, None),
     ],
 )
-def test_a_retry_after_is_read_as_seconds_or_a_date(
+def test_retry_after_accepts_seconds_or_a_date(
     receiver: Receiver, text: str, low: float | None, high: float | None
 ) -> None:
     receiver.answer = lambda _: Answer(status=503, headers={"retry-after": text})
@@ -157,7 +157,7 @@ def test_a_retry_after_is_read_as_seconds_or_a_date(
     assert found == low if low is None or high is None or found is None else low <= found <= high
 
 
-def test_over_https_the_certificate_is_that_of_the_name_and_of_nobody_else(tmp_path: Path) -> None:
+def test_https_certificate_must_match_the_host_name(tmp_path: Path) -> None:
     serving, trusted = certificates(tmp_path, "hooks.example.com")
     names: list[str | None] = []
     serving.sni_callback = lambda _socket, name, _context: names.append(name)
@@ -176,7 +176,7 @@ def test_over_https_the_certificate_is_that_of_the_name_and_of_nobody_else(tmp_p
 
 
 def certificates(folder: Path, name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's context for the name, and a client's that trusts it."""
+    """Return a server context for `name`, and a client context that trusts it."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)

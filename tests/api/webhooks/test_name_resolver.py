@@ -1,4 +1,4 @@
-"""One project's names and tests hold up no other project's: stub resolvers, and receivers on loopback."""
+"""Slow lookups and tests of one project do not delay other projects: stub resolvers, loopback receivers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOOPBACK = Rules(networks=networks_of("127.0.0.1/32"), allow_http=True)
 
 
 class Names:
-    """Hosts that begin with `hang` get no answer until `release`; `gone` has no address; the rest is loopback."""
+    """A lookup: `hang…` waits for `release`, `gone…` has no address, and every other host is loopback."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.queried: list[str] = []
         self.release = asyncio.Event()
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
-        self.asked.append(host)
+        self.queried.append(host)
         if host.startswith("hang"):
             await self.release.wait()
         if host.startswith("gone"):
@@ -36,7 +36,7 @@ class Names:
 
 
 def settled() -> Coroutine[Any, Any, None]:
-    """Every task has come as far as it can."""
+    """Let every task run until it waits."""
 
     async def entry() -> None:
         for _ in range(20):
@@ -45,41 +45,41 @@ def settled() -> Coroutine[Any, Any, None]:
     return entry()
 
 
-def test_names_that_are_never_answered_hold_up_their_own_project_alone() -> None:
+def test_hanging_lookups_delay_only_their_own_project() -> None:
     async def main() -> tuple[list[str], Sequence[str], Sequence[str]]:
         names = Names()
         resolver = NameResolver(names)
         hanging = [asyncio.create_task(resolver.resolve(f"hang-{n}", 443, project_id="noisy")) for n in range(40)]
         await settled()
-        asked = list(names.asked)
+        queried = list(names.queried)
         assert resolver.is_saturated("noisy")
         assert not resolver.is_saturated("quiet")
         found = await resolver.resolve("good.example.com", 443, project_id="quiet")
         names.release.set()
-        return asked, found, (await asyncio.gather(*hanging))[-1]
+        return queried, found, (await asyncio.gather(*hanging))[-1]
 
-    asked, found, last = asyncio.run(main())
+    queried, found, last = asyncio.run(main())
 
-    assert len(asked) == LOOKUPS_OF_PROJECT
+    assert len(queried) == LOOKUPS_OF_PROJECT
     assert list(found) == list(last) == ["127.0.0.1"]
 
 
-def test_the_process_has_so_many_lookups_at_once_and_is_saturated_for_all_then() -> None:
+def test_lookups_are_limited_per_process() -> None:
     async def main() -> tuple[int, bool]:
         names = Names()
         resolver = NameResolver(names)
         of_projects = (resolver.resolve(f"hang-{n}", 443, project_id=f"project {n}") for n in range(2 * MAX_LOOKUPS))
         tasks = [asyncio.create_task(one) for one in of_projects]
         await settled()
-        told = len(names.asked), resolver.is_saturated("quiet")
+        result = len(names.queried), resolver.is_saturated("quiet")
         names.release.set()
         await asyncio.gather(*tasks)
-        return told
+        return result
 
     assert asyncio.run(main()) == (MAX_LOOKUPS, True)
 
 
-def test_a_lookup_that_its_caller_gave_up_keeps_its_slot_and_is_not_begun_again() -> None:
+def test_abandoned_lookup_keeps_its_slot_and_is_not_repeated() -> None:
     async def main() -> list[str]:
         names = Names()
         resolver = NameResolver(names)
@@ -90,15 +90,15 @@ def test_a_lookup_that_its_caller_gave_up_keeps_its_slot_and_is_not_begun_again(
             await settled()
         others = [asyncio.create_task(resolver.resolve(f"hang-{n}", 443, project_id="noisy")) for n in range(9)]
         await settled()
-        asked = list(names.asked)
+        queried = list(names.queried)
         names.release.set()
         await asyncio.gather(*others)
-        return asked
+        return queried
 
     assert asyncio.run(main()) == ["hang", "hang-0", "hang-1", "hang-2"]
 
 
-def test_a_name_without_an_address_is_asked_for_again_after_a_minute_and_by_another_project() -> None:
+def test_negative_lookup_is_cached_for_a_minute_per_project() -> None:
     now = 1000.0
 
     async def main() -> list[int]:
@@ -110,13 +110,13 @@ def test_a_name_without_an_address_is_asked_for_again_after_a_minute_and_by_anot
             now += seconds
             with pytest.raises(NoAddress):
                 await resolver.resolve("gone.example.com", 443, project_id=project_id)
-            counts.append(len(names.asked))
+            counts.append(len(names.queried))
         return counts
 
     assert asyncio.run(main()) == [1, 1, 2, 3]
 
 
-def test_an_endpoint_is_reached_while_another_projects_names_hang_and_only_their_failures_say_nothing() -> None:
+def test_saturated_lookups_of_a_project_do_not_affect_other_projects() -> None:
     async def main(port: str) -> tuple[DeliveryResult, list[DeliveryResult], DeliveryResult]:
         names = Names()
         sender = WebhookSender(LOOPBACK, lookup=names)
@@ -127,23 +127,23 @@ def test_an_endpoint_is_reached_while_another_projects_names_hang_and_only_their
         hanging = [asyncio.create_task(sent(f"hang-{n}", "noisy")) for n in range(10)]
         await settled()
         good = await sent("good.example.com", "quiet")
-        # A name of the same project that has no address, while its lookups have no slot.
+        # A host without an address, looked up while its project has no free lookup slot.
         waiting = asyncio.create_task(sent("gone.example.com", "noisy"))
         await settled()
         names.release.set()
-        blameless = await waiting
+        inconclusive = await waiting
         await asyncio.gather(*hanging)
-        return good, [blameless], await sent("gone.example.com", "quiet")
+        return good, [inconclusive], await sent("gone.example.com", "quiet")
 
     with receiving() as receiver:
-        good, blameless, blamed = asyncio.run(main(receiver.url.rpartition(":")[2]))
+        good, inconclusive, conclusive = asyncio.run(main(receiver.url.rpartition(":")[2]))
 
     assert (good.status_code, good.says_of_endpoint) == (204, True)
-    assert [outcome.says_of_endpoint for outcome in blameless] == [False]
-    assert (blamed.error, blamed.says_of_endpoint) == ("The host gone.example.com has no address.", True)
+    assert [outcome.says_of_endpoint for outcome in inconclusive] == [False]
+    assert (conclusive.error, conclusive.says_of_endpoint) == ("The host gone.example.com has no address.", True)
 
 
-def test_what_fails_after_the_connection_says_something_though_the_resolver_is_saturated() -> None:
+def test_failure_after_connecting_counts_despite_a_saturated_resolver() -> None:
     async def main(port: str) -> DeliveryResult:
         names = Names()
         sender = WebhookSender(LOOPBACK, lookup=names)
@@ -189,15 +189,15 @@ def test_tests_of_one_project_leave_slots_to_others() -> None:
 
         tasks = [asyncio.create_task(hold(project_id)) for project_id in [*["noisy"] * 40, "quiet"]]
         await settled()
-        told = begun.count("noisy"), "quiet" in begun
+        result = begun.count("noisy"), "quiet" in begun
         release.set()
         await asyncio.gather(*tasks)
-        return told
+        return result
 
     assert asyncio.run(main()) == (TESTS_OF_PROJECT, True)
 
 
-def test_the_systems_lookup_waits_in_a_thread_that_keeps_no_process_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_lookups_run_in_daemon_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[threading.Thread] = []
 
     def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:

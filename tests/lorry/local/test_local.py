@@ -1,4 +1,4 @@
-"""What `lorry up` stands on: the lock, the port, the devices, and children that die with their parent."""
+"""The parts of `lorry up`: the lock, the port, the devices, and children that die with their parent."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.services.running import free_port
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Waits for something outside of this process."""
+    """Wait for a condition outside this process."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)
 
 
@@ -43,7 +43,7 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("content", [None, "lorry.db"])
-def test_a_data_folder_that_other_users_can_access_is_made_private(tmp_path: Path, content: str | None) -> None:
+def test_data_directory_accessible_to_others_is_made_private(tmp_path: Path, content: str | None) -> None:
     tmp_path.chmod(0o755)
     if content is not None:
         (tmp_path / content).touch()
@@ -56,7 +56,7 @@ def test_a_data_folder_that_other_users_can_access_is_made_private(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("mode", "content"), [(0o1777, "lorry.db"), (0o755, "photos")])
-def test_a_shared_folder_is_reported_and_stays_as_it_is(tmp_path: Path, mode: int, content: str) -> None:
+def test_shared_directory_is_reported_and_stays_unchanged(tmp_path: Path, mode: int, content: str) -> None:
     tmp_path.chmod(mode)
     (tmp_path / content).touch()
 
@@ -65,7 +65,7 @@ def test_a_shared_folder_is_reported_and_stays_as_it_is(tmp_path: Path, mode: in
     assert stat.S_IMODE(tmp_path.stat().st_mode) == mode
 
 
-def test_one_holder_at_a_time_and_the_refusal_names_it(tmp_path: Path) -> None:
+def test_lock_has_one_holder_which_the_error_names(tmp_path: Path) -> None:
     with (
         DataLock(tmp_path),
         pytest.raises(LorryError, match=rf"already running .*process {os.getpid()}"),
@@ -77,7 +77,7 @@ def test_one_holder_at_a_time_and_the_refusal_names_it(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_dies_with_its_holder_and_is_not_inherited(tmp_path: Path) -> None:
+def test_lock_dies_with_its_holder_and_is_not_inherited(tmp_path: Path) -> None:
     code = (
         "import sys, subprocess; from pathlib import Path; from lorry.local.lock import DataLock\n"
         "with DataLock(Path(sys.argv[1])):\n"
@@ -98,7 +98,7 @@ def test_a_lock_dies_with_its_holder_and_is_not_inherited(tmp_path: Path) -> Non
         os.kill(inner, signal.SIGKILL)
 
 
-def test_a_port_that_was_asked_for_and_is_taken_is_refused_and_the_default_goes_on_to_the_next(
+def test_requested_port_in_use_fails_and_default_uses_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -112,7 +112,7 @@ def test_a_port_that_was_asked_for_and_is_taken_is_refused_and_the_default_goes_
             assert number < listening.getsockname()[1] < number + 50
 
 
-def test_no_other_process_can_listen_at_a_port_once_it_was_chosen() -> None:
+def test_chosen_port_cannot_be_taken_by_another_process() -> None:
     with ports.listen("127.0.0.1", free_port()) as listening, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
@@ -120,7 +120,7 @@ def test_no_other_process_can_listen_at_a_port_once_it_was_chosen() -> None:
             other.bind(listening.getsockname())
 
 
-def test_whoever_finds_the_service_on_another_port_than_usual_is_told_so() -> None:
+def test_change_of_the_default_port_is_reported() -> None:
     at = cast("Any", lambda port: SimpleNamespace(getsockname=lambda: ("127.0.0.1", port)))
 
     assert ports.moved(at(8473), None) == (
@@ -130,7 +130,7 @@ def test_whoever_finds_the_service_on_another_port_than_usual_is_told_so() -> No
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
-def test_a_host_that_is_not_this_machine_is_a_sentence(host: str) -> None:
+def test_host_of_another_machine_is_a_clear_error(host: str) -> None:
     with pytest.raises(LorryError, match="Can't listen") as refused:
         ports.listen(host, None)
     assert "--host" in refused.value.remedy
@@ -147,16 +147,14 @@ def test_a_host_that_is_not_this_machine_is_a_sentence(host: str) -> None:
         ("lorry.example", "192.0.2.1", "http://lorry.example:1"),
     ],
 )
-def test_the_address_is_one_that_a_client_here_can_reach_and_leads_to_this_socket_alone(
-    host: str, bound: str, url: str
-) -> None:
+def test_url_reaches_exactly_this_socket_from_the_same_machine(host: str, bound: str, url: str) -> None:
     listening = cast("Any", SimpleNamespace(getsockname=lambda: (bound, 1)))
 
     assert ports.url(host, listening) == url
 
 
 @pytest.mark.parametrize("wanted", ["cpu", "CPU", " cpu "])
-def test_the_cpu_is_one_device(wanted: str) -> None:
+def test_cpu_is_one_device(wanted: str) -> None:
     assert devices.choose(wanted) == ["cpu"]
 
 
@@ -165,13 +163,13 @@ def test_gpus_are_named_by_their_numbers() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["", "gpu", "0,cpu", "0,0", "-1", "0;1", "0,"])
-def test_what_names_no_devices_is_refused(wanted: str) -> None:
+def test_invalid_device_list_is_rejected(wanted: str) -> None:
     with pytest.raises(LorryError, match="not a valid list of devices"):
         devices.choose(wanted)
 
 
 @pytest.mark.parametrize(("visible", "chosen"), [(None, ["0", "1"]), ("1", ["1"]), ("", ["cpu"])])
-def test_by_itself_every_visible_gpu_is_used(
+def test_every_visible_gpu_is_used_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, chosen: list[str]
 ) -> None:
     tool = tmp_path / "nvidia-smi"
@@ -190,7 +188,7 @@ def make(tmp_path: Path, code: str) -> Child:
     return Child("thing", argv, env=dict(os.environ), cwd=tmp_path, log=tmp_path / "thing.log")
 
 
-def test_a_child_writes_its_log_and_tells_how_it_ended(tmp_path: Path) -> None:
+def test_child_writes_its_log_and_reports_its_exit_status(tmp_path: Path) -> None:
     thing = make(tmp_path, "import sys; print('out', flush=True); print('err', file=sys.stderr); sys.exit(3)")
 
     thing.start()
@@ -200,7 +198,9 @@ def test_a_child_writes_its_log_and_tells_how_it_ended(tmp_path: Path) -> None:
     assert thing.log_tail() == "out\nerr"
 
 
-def test_a_child_without_a_log_writes_where_its_parent_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_child_without_a_log_inherits_the_output_of_its_parent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     code = "import sys; print('out'); print('err', file=sys.stderr)"
     thing = Child("thing", [sys.executable, "-c", code], env=dict(os.environ), cwd=tmp_path)
 
@@ -211,7 +211,7 @@ def test_a_child_without_a_log_writes_where_its_parent_does(tmp_path: Path, capf
     assert thing.log_tail() == ""
 
 
-def test_killing_a_child_ends_what_it_started(tmp_path: Path) -> None:
+def test_killing_a_child_kills_its_descendants(tmp_path: Path) -> None:
     code = "import subprocess; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     thing = make(tmp_path, code)
     thing.start()
@@ -224,7 +224,7 @@ def test_killing_a_child_ends_what_it_started(tmp_path: Path) -> None:
     assert not thing.is_alive()
 
 
-def test_a_child_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
+def test_child_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from lorry.local.child import Child\n"
         "argv = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
@@ -241,7 +241,7 @@ def test_a_child_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
     until(lambda: not is_alive(pid))
 
 
-def test_a_long_log_makes_room_and_one_older_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_log_is_rotated_and_one_old_log_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_LONGEST_LOG_BYTES", 10)
     log = tmp_path / "x.log"
     log.write_text("more than ten bytes")
@@ -252,7 +252,7 @@ def test_a_long_log_makes_room_and_one_older_is_kept(tmp_path: Path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["x.log.1"]
 
 
-def test_an_environment_with_only_the_client_gets_the_command_that_installs_the_server(
+def test_client_only_environment_gets_the_install_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def distribution(name: str) -> object:
@@ -269,7 +269,7 @@ def test_an_environment_with_only_the_client_gets_the_command_that_installs_the_
     assert refused.value.remedy == f'Run: {sys.executable} -m pip install "lorry-server[worker]"'
 
 
-def test_ctrl_c_does_not_reach_the_services_own_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_does_not_reach_the_services_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import json, os; is_alone = os.getsid(0) == os.getpid();"
         "print(json.dumps({'api_key': f'alone: {is_alone}', 'identity_secret': ''}))"
@@ -283,7 +283,7 @@ def test_ctrl_c_does_not_reach_the_services_own_commands(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("printed", ["{}", '{"api_key": null, "url": null}'])
-def test_what_the_services_own_commands_leave_out_is_no_key_and_no_link(
+def test_missing_fields_in_command_output_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str
 ) -> None:
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", f"print({printed!r})"])
@@ -298,7 +298,7 @@ def test_what_the_services_own_commands_leave_out_is_no_key_and_no_link(
         made.bootstrap()
 
 
-def test_the_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -> None:
+def test_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "lorry.db")) as database, database:
         database.execute("create table alembic_version (version_num text)")
         database.execute("insert into alembic_version values (?)", [UNRELEASED])
@@ -310,7 +310,7 @@ def test_the_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Pat
     assert "Traceback" not in refused.value.message
 
 
-def test_a_child_inherits_the_sockets_that_it_is_given_and_no_others(tmp_path: Path) -> None:
+def test_child_inherits_only_the_given_sockets(tmp_path: Path) -> None:
     code = (
         "import socket, sys\n"
         "print(socket.socket(fileno=int(sys.argv[1])).getsockname()[1])\n"

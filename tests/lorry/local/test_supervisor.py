@@ -1,4 +1,4 @@
-"""Keeping an api and its workers running, with processes and a clock that are ours."""
+"""Supervision of an API server and its workers, with fake processes and a fake clock."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lorry.local.supervisor import Patience, ServiceSupervisor
 
 
 class FakeProcess:
-    """Ends when told to, unless it is deaf."""
+    """Stops on `terminate`, unless it ignores SIGTERM."""
 
-    def __init__(self, name: str, journal: list[str], *, deaf: bool = False) -> None:
+    def __init__(self, name: str, journal: list[str], *, ignores_sigterm: bool = False) -> None:
         self.name = name
         self.alive = False
         self._journal = journal
-        self._deaf = deaf
+        self._ignores_sigterm = ignores_sigterm
 
     def start(self) -> None:
         self.alive = True
@@ -34,7 +34,7 @@ class FakeProcess:
     def terminate(self) -> None:
         if self.alive:
             self._journal.append(f"terminate {self.name}")
-            self.alive = self._deaf
+            self.alive = self._ignores_sigterm
 
     def kill(self) -> None:
         if self.alive:
@@ -49,21 +49,21 @@ class FakeProcess:
 
 
 class World:
-    """Time goes on only by sleeping; `at` does something when it has come so far."""
+    """Time advances only by sleeping. `at` schedules an action."""
 
-    def __init__(self, *, deaf: bool = False) -> None:
+    def __init__(self, *, ignores_sigterm: bool = False) -> None:
         self.now = 0.0
         self.journal: list[str] = []
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.ready_at = 1.0
         self.api = FakeProcess("api", self.journal)
-        self.worker = FakeProcess("worker", self.journal, deaf=deaf)
+        self.worker = FakeProcess("worker", self.journal, ignores_sigterm=ignores_sigterm)
         self.supervisor = ServiceSupervisor(
             self.api,
             [self.worker],
             is_ready=lambda: self.now >= self.ready_at,
             on_ready=lambda: self.journal.append("ready"),
-            say=self.said.append,
+            say=self.messages.append,
             patience=Patience(ready_seconds=20, drain_seconds=30, api_stop_seconds=5),
             clock=lambda: self.now,
             sleep=self._sleep,
@@ -75,7 +75,7 @@ class World:
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds
-        assert self.now < 10_000, "it never ends"
+        assert self.now < 10_000, "the supervisor does not stop"
         due = [act for at, act in self._plan if at <= self.now]
         self._plan = [(at, act) for at, act in self._plan if at > self.now]
         for act in due:
@@ -85,7 +85,7 @@ class World:
         self.worker.alive = False
 
 
-def test_the_worker_starts_when_the_api_is_ready_and_ends_before_it() -> None:
+def test_worker_starts_after_the_api_server_and_stops_before_it() -> None:
     world = World()
     world.at(5, world.supervisor.stop)
 
@@ -102,8 +102,8 @@ def test_signals_drain() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_worker_that_does_not_hear_is_killed_after_its_grace() -> None:
-    world = World(deaf=True)
+def test_worker_that_ignores_sigterm_is_killed_after_the_drain_time() -> None:
+    world = World(ignores_sigterm=True)
     world.at(5, world.supervisor.stop)
 
     world.supervisor.run()
@@ -112,8 +112,8 @@ def test_a_worker_that_does_not_hear_is_killed_after_its_grace() -> None:
     assert 34 < world.now < 36
 
 
-def test_a_second_signal_kills_at_once() -> None:
-    world = World(deaf=True)
+def test_second_signal_kills_immediately() -> None:
+    world = World(ignores_sigterm=True)
     world.at(5, world.supervisor.stop)
     world.at(6, world.supervisor.stop)
 
@@ -123,7 +123,7 @@ def test_a_second_signal_kills_at_once() -> None:
     assert world.now < 7
 
 
-def test_a_worker_that_ends_is_started_again_later_and_later() -> None:
+def test_restart_delay_of_a_crashing_worker_doubles() -> None:
     world = World()
     for seconds in (10, 20, 30, 40):
         world.at(seconds, world.crash_worker)
@@ -132,12 +132,12 @@ def test_a_worker_that_ends_is_started_again_later_and_later() -> None:
     world.supervisor.run()
 
     assert world.journal.count("start worker") == 5
-    waits = [line.partition(" it in ")[2] for line in world.said if "Restarting it" in line]
+    waits = [line.partition(" it in ")[2] for line in world.messages if "Restarting it" in line]
     assert waits == ["1 s.", "2 s.", "4 s.", "8 s."]
-    assert any("last words of worker" in line for line in world.said)
+    assert any("last words of worker" in line for line in world.messages)
 
 
-def test_a_worker_that_ran_well_for_a_while_is_started_again_soon() -> None:
+def test_restart_delay_resets_after_a_long_run() -> None:
     world = World()
     world.at(10, world.crash_worker)
     world.at(100, world.crash_worker)
@@ -145,10 +145,10 @@ def test_a_worker_that_ran_well_for_a_while_is_started_again_soon() -> None:
 
     world.supervisor.run()
 
-    assert sum("Restarting it in 1 s" in line for line in world.said) == 2
+    assert sum("Restarting it in 1 s" in line for line in world.messages) == 2
 
 
-def test_the_api_ending_ends_everything_with_its_last_lines() -> None:
+def test_exit_of_the_api_server_stops_everything_and_shows_its_log() -> None:
     world = World()
     world.at(5, lambda: setattr(world.api, "alive", False))
 
@@ -158,7 +158,7 @@ def test_the_api_ending_ends_everything_with_its_last_lines() -> None:
     assert world.journal[-1] == "kill worker"
 
 
-def test_an_api_that_does_not_start_is_told_and_no_worker_is_started() -> None:
+def test_failed_start_of_the_api_server_starts_no_worker() -> None:
     world = World()
     world.at(0.5, lambda: setattr(world.api, "alive", False))
 
@@ -168,7 +168,7 @@ def test_an_api_that_does_not_start_is_told_and_no_worker_is_started() -> None:
     assert world.journal == ["start api"]
 
 
-def test_an_api_that_never_answers_is_given_up() -> None:
+def test_api_server_that_never_becomes_ready_is_killed() -> None:
     world = World()
     world.ready_at = 1e9
 
@@ -178,7 +178,7 @@ def test_an_api_that_never_answers_is_given_up() -> None:
     assert world.journal == ["start api", "kill api"]
 
 
-def test_a_signal_while_the_api_starts_ends_it() -> None:
+def test_signal_during_the_start_stops_the_api_server() -> None:
     world = World()
     world.ready_at = 1e9
     world.at(2, world.supervisor.stop)
@@ -187,9 +187,9 @@ def test_a_signal_while_the_api_starts_ends_it() -> None:
     assert world.journal == ["start api", "terminate api"]
 
 
-def test_an_api_that_ended_is_not_ready_whatever_answers_at_its_port() -> None:
+def test_exited_api_server_is_not_ready_even_if_its_port_answers() -> None:
     world = World()
-    world.api.start = lambda: world.journal.append("start api")  # and it ends at once, as with a port in use
+    world.api.start = lambda: world.journal.append("start api")  # it exits at once, as with a port in use
     world.ready_at = 0.0
 
     with pytest.raises(LorryError, match="did not start"):

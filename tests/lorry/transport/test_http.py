@@ -1,4 +1,4 @@
-"""Requests: repetition, errors, and what never leaves this machine."""
+"""Requests: retries, errors, redirects and proxies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.lorry.scripted_server import Reply, Script
 BUSY = Reply(status=503, headers={"retry-after": "3"}, body={"error": {"message": "Busy.", "code": "unavailable"}})
 
 
-def test_a_busy_service_is_asked_again_when_it_says(service: Script, client: Lorry, slept: list[float]) -> None:
+def test_busy_service_is_retried_after_its_retry_after(service: Script, client: Lorry, slept: list[float]) -> None:
     service.on("GET", "/v1/queue", BUSY, BUSY, {"object": "queue"})
 
     assert client.queue.get() == {"object": "queue"}
@@ -24,7 +24,7 @@ def test_a_busy_service_is_asked_again_when_it_says(service: Script, client: Lor
     assert [r.headers["x-stainless-retry-count"] for r in service.seen] == ["0", "1", "2"]
 
 
-def test_after_enough_repetitions_the_error_is_raised(service: Script, client: Lorry, slept: list[float]) -> None:
+def test_error_is_raised_after_the_last_retry(service: Script, client: Lorry, slept: list[float]) -> None:
     service.on("GET", "/v1/queue", BUSY)
 
     with pytest.raises(ServerFailed, match="Busy") as failed:
@@ -35,7 +35,7 @@ def test_after_enough_repetitions_the_error_is_raised(service: Script, client: L
     assert len(slept) == 4
 
 
-def test_a_conflict_is_final_unless_the_service_says_otherwise(service: Script, client: Lorry) -> None:
+def test_conflict_is_not_retried_unless_the_service_allows_it(service: Script, client: Lorry) -> None:
     service.on(
         "POST", "/v1/fine_tuning/jobs/a/cancel", Reply(status=409, body={"error": {"message": "Done.", "code": "c"}})
     )
@@ -48,7 +48,7 @@ def test_a_conflict_is_final_unless_the_service_says_otherwise(service: Script, 
     assert client.jobs.cancel("b").status == "cancelled"
 
 
-def test_a_service_that_is_not_there_is_a_sentence(slept: list[float]) -> None:
+def test_unreachable_service_is_a_clear_error(slept: list[float]) -> None:
     with (
         Lorry("http://127.0.0.1:9", "k", sleep=slept.append) as lorry,
         pytest.raises(ConnectionFailed, match="does not answer") as failed,
@@ -71,11 +71,11 @@ def timed_out(_request: httpx.Request) -> httpx.Response:
     ("url", "answer", "num_retries"),
     [
         ("http://localhost:1", refused, 0),
-        ("http://lorry.example", refused, 4),  # what is before it may be starting again
+        ("http://lorry.example", refused, 4),  # a proxy in front of it may be restarting
         ("http://localhost:1", timed_out, 4),
     ],
 )
-def test_only_a_refusal_of_this_machine_is_told_at_once(
+def test_only_a_local_connection_refusal_is_not_retried(
     slept: list[float], url: str, answer: Callable[[httpx.Request], httpx.Response], num_retries: int
 ) -> None:
     with (
@@ -87,7 +87,7 @@ def test_only_a_refusal_of_this_machine_is_told_at_once(
     assert len(slept) == num_retries
 
 
-def test_a_local_service_that_starts_again_is_waited_for(slept: list[float]) -> None:
+def test_restarting_local_service_is_retried(slept: list[float]) -> None:
     answers = iter([httpx.Response(200, json={}), None, httpx.Response(200, json={"ok": True})])
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -100,7 +100,7 @@ def test_a_local_service_that_starts_again_is_waited_for(slept: list[float]) -> 
     assert len(slept) == 1
 
 
-def test_a_broken_connection_is_tried_again(slept: list[float]) -> None:
+def test_broken_connection_is_retried(slept: list[float]) -> None:
     answers = iter([httpx.ReadError("reset"), httpx.Response(200, json={"ok": True})])
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -137,7 +137,7 @@ def test_every_field_of_an_error_is_kept(service: Script, client: Lorry) -> None
 @pytest.mark.parametrize(
     "body", [b"", b"<html>Bad Gateway</html>", b"[]", b'{"error": "x"}', b'{"detail": "x"}', b"\xff"]
 )
-def test_an_error_of_another_shape_is_still_a_sentence(service: Script, client: Lorry, body: bytes) -> None:
+def test_error_of_unknown_shape_has_a_message_and_remedy(service: Script, client: Lorry, body: bytes) -> None:
     service.on("GET", "/v1/queue", Reply(status=404, body=body))
 
     with pytest.raises(NotFound, match="404") as failed:
@@ -146,14 +146,14 @@ def test_an_error_of_another_shape_is_still_a_sentence(service: Script, client: 
     assert failed.value.remedy
 
 
-def test_an_answer_that_is_not_json_is_not_lorry(service: Script, client: Lorry) -> None:
+def test_response_without_json_is_reported_as_not_lorry(service: Script, client: Lorry) -> None:
     service.on("GET", "/v1/queue", Reply(body=b"<html>"))
 
     with pytest.raises(APIError, match="not Lorry"):
         client.queue.get()
 
 
-def test_an_unauthorized_answer_says_where_the_key_comes_from(service: Script, client: Lorry) -> None:
+def test_unauthorized_error_names_the_source_of_the_key(service: Script, client: Lorry) -> None:
     service.on("GET", "/v1/queue", Reply(status=401, body=b""))
 
     with pytest.raises(AuthenticationFailed) as failed:
@@ -162,7 +162,7 @@ def test_an_unauthorized_answer_says_where_the_key_comes_from(service: Script, c
     assert "LORRY_API_KEY" in failed.value.remedy
 
 
-def test_the_key_follows_no_redirect(service: Script, client: Lorry) -> None:
+def test_key_is_not_sent_to_redirects(service: Script, client: Lorry) -> None:
     service.on("GET", "/v1/queue", Reply(status=302, headers={"location": "http://127.0.0.1:9/"}, body=b""))
 
     with pytest.raises(LorryError):
@@ -171,7 +171,7 @@ def test_the_key_follows_no_redirect(service: Script, client: Lorry) -> None:
     assert len(service.seen) == 1
 
 
-def test_no_proxy_of_the_environment_is_asked_for_a_local_service(
+def test_proxies_of_the_environment_are_ignored_for_local_services(
     monkeypatch: pytest.MonkeyPatch, service: Script, client: Lorry
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
@@ -181,14 +181,14 @@ def test_no_proxy_of_the_environment_is_asked_for_a_local_service(
         assert lorry.queue.get() == {}
 
 
-def test_a_body_that_breaks_off_is_an_error(service: Script, client: Lorry) -> None:
+def test_truncated_body_is_an_error(service: Script, client: Lorry) -> None:
     service.on("GET", "/v1/files/f/content", Reply(body=b"half", cut=True))
 
     with pytest.raises(ConnectionFailed):
         list(client.files.content("f"))
 
 
-def test_no_retry_policy_means_no_repetition(service: Script, slept: list[float]) -> None:
+def test_policy_without_retries_does_not_retry(service: Script, slept: list[float]) -> None:
     service.on("GET", "/v1/queue", BUSY)
     from lorry.connection import Connection
 

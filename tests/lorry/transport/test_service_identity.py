@@ -1,4 +1,4 @@
-"""A key goes to no listener on this machine that has not proved to be the user's own service."""
+"""The client sends its key to a local listener only if the listener proves that it is the user's service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONE_PAGE = {"data": [], "has_more": False}
 
 @pytest.fixture
 def data_dir(service: Script, tmp_path: Path) -> Path:
-    """What an earlier `lorry up` left: the address at which somebody else listens by now."""
+    """Return a data directory whose connection file names the address of the scripted listener."""
     connection.write(tmp_path, Connection(url=service.url, api_key=KEY, identity_secret="5e" * 32))
     return tmp_path
 
@@ -51,7 +51,7 @@ def saw_the_key(service: Script) -> bool:
         Reply(body={}, status=302, headers={"location": "http://127.0.0.1:1/"}),
     ],
 )
-def test_a_listener_that_took_the_port_of_the_connection_file_receives_no_key(
+def test_foreign_listener_at_the_recorded_port_receives_no_key(
     service: Script, run: Run, data_dir: Path, monkeypatch: pytest.MonkeyPatch, answer: Reply
 ) -> None:
     service.identity_secret = None
@@ -69,7 +69,7 @@ def test_a_listener_that_took_the_port_of_the_connection_file_receives_no_key(
     assert "lorry up" in result.stderr
 
 
-def test_a_variable_that_names_the_local_service_does_not_weaken_the_check(
+def test_variable_that_names_the_local_service_does_not_weaken_the_check(
     service: Script, run: Run, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.identity_secret = "00" * 32
@@ -81,7 +81,7 @@ def test_a_variable_that_names_the_local_service_does_not_weaken_the_check(
     assert not saw_the_key(service)
 
 
-def test_neither_the_readiness_check_nor_the_key_check_of_a_start_trusts_another_listener(service: Script) -> None:
+def test_start_up_checks_do_not_trust_a_foreign_listener(service: Script) -> None:
     service.identity_secret = None
     service.on("GET", "/readyz", {"status": "ok"})
     known = Connection(url=service.url, api_key=KEY, identity_secret="5e" * 32)
@@ -93,7 +93,7 @@ def test_neither_the_readiness_check_nor_the_key_check_of_a_start_trusts_another
     assert not saw_the_key(service)
 
 
-def test_a_service_that_proves_its_identity_is_used_over_the_same_connection(service: Script, data_dir: Path) -> None:
+def test_verified_service_is_used_over_the_same_connection(service: Script, data_dir: Path) -> None:
     service.on("GET", JOBS, ONE_PAGE)
 
     with Lorry(data_dir=data_dir) as lorry:
@@ -104,7 +104,7 @@ def test_a_service_that_proves_its_identity_is_used_over_the_same_connection(ser
     assert is_ready(replace(connection.find(data_dir=data_dir, environ={}), url="http://127.0.0.1:1")) is False
 
 
-def test_each_new_connection_is_checked_again(service: Script, data_dir: Path) -> None:
+def test_each_new_connection_is_verified(service: Script, data_dir: Path) -> None:
     service.on("GET", JOBS, Reply(body=ONE_PAGE, headers={"connection": "close"}))
 
     with Lorry(data_dir=data_dir) as lorry:
@@ -118,7 +118,7 @@ def test_each_new_connection_is_checked_again(service: Script, data_dir: Path) -
 
 
 def pump(source: socket.socket, target: socket.socket, kept: bytearray) -> None:
-    """Forwards one direction until it ends."""
+    """Forward one direction until its source closes."""
     with suppress(OSError):
         while data := source.recv(65536):
             kept.extend(data)
@@ -127,9 +127,9 @@ def pump(source: socket.socket, target: socket.socket, kept: bytearray) -> None:
 
 @contextmanager
 def relaying(url: str) -> Iterator[tuple[str, bytearray]]:
-    """Forwards every connection at another port to the real service, and keeps what clients sent."""
+    """Forward connections at another port to the real service, and record the bytes that clients send."""
     host, port = url.removeprefix("http://").rsplit(":", 1)
-    heard = bytearray()
+    recorded = bytearray()
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def forward() -> None:
@@ -141,31 +141,29 @@ def relaying(url: str) -> Iterator[tuple[str, bytearray]]:
                 with client, socket.create_connection((host, int(port))) as real:
                     back = threading.Thread(target=pump, args=(real, client, bytearray()), daemon=True)
                     back.start()
-                    pump(client, real, heard)
+                    pump(client, real, recorded)
                     real.shutdown(socket.SHUT_RDWR)
                     back.join(10)
 
         thread = threading.Thread(target=forward, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", heard
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", recorded
         listening.shutdown(socket.SHUT_RDWR)
     thread.join(10)
 
 
-def test_a_relay_to_the_real_service_on_another_port_receives_no_key(service: Script, data_dir: Path) -> None:
+def test_relay_to_the_real_service_receives_no_key(service: Script, data_dir: Path) -> None:
     known = connection.find(data_dir=data_dir, environ={})
-    with relaying(service.url) as (url, heard):
+    with relaying(service.url) as (url, recorded):
         connection.write(data_dir, replace(known, url=url))
         with Lorry(data_dir=data_dir) as lorry, pytest.raises(ServiceNotVerified):
             list(lorry.jobs.list())
 
-    assert b"/v1/service_identity?nonce=" in heard
-    assert b"authorization" not in bytes(heard).lower()
+    assert b"/v1/service_identity?nonce=" in recorded
+    assert b"authorization" not in bytes(recorded).lower()
 
 
-def test_a_busy_service_is_tried_again_and_a_silent_or_absent_one_is_not_reached(
-    service: Script, data_dir: Path
-) -> None:
+def test_unavailable_identity_check_is_retried_without_sending_the_key(service: Script, data_dir: Path) -> None:
     service.identity_secret = None
     service.on("GET", "/v1/service_identity", Reply(body={}, status=503))
     slept: list[float] = []
@@ -177,7 +175,7 @@ def test_a_busy_service_is_tried_again_and_a_silent_or_absent_one_is_not_reached
     assert not saw_the_key(service)
 
 
-def test_a_service_that_closes_the_connection_after_its_proof_is_not_reached(service: Script, data_dir: Path) -> None:
+def test_connection_closed_after_the_proof_is_retried_then_fails(service: Script, data_dir: Path) -> None:
     service.is_shutting_down = True
     service.on("GET", JOBS, ONE_PAGE)
     slept: list[float] = []
@@ -188,7 +186,7 @@ def test_a_service_that_closes_the_connection_after_its_proof_is_not_reached(ser
     assert len(slept) == RetryPolicy().max_retries
 
 
-def test_an_answer_that_breaks_off_is_an_error_of_httpx(service: Script, data_dir: Path) -> None:
+def test_truncated_response_raises_an_httpx_error(service: Script, data_dir: Path) -> None:
     service.on("GET", JOBS, Reply(body={"data": []}, cut=True))
     secret = connection.find(data_dir=data_dir, environ={}).identity_secret
     assert secret is not None
@@ -200,5 +198,5 @@ def test_an_answer_that_breaks_off_is_an_error_of_httpx(service: Script, data_di
         client.get(JOBS)
 
 
-def test_the_file_of_a_start_holds_what_the_check_needs(data_dir: Path) -> None:
+def test_connection_file_has_the_fields_for_the_identity_check(data_dir: Path) -> None:
     assert set(json.loads((data_dir / "connection.json").read_text())) == {"url", "api_key", "identity_secret"}

@@ -1,4 +1,4 @@
-"""Server-sent events, at their edges."""
+"""Edge cases of parsing server-sent events."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def test_only_cr_lf_and_crlf_end_a_line() -> None:
 
 
 @given(st.lists(st.integers(0, len(LONG)), max_size=20))
-def test_where_the_chunks_are_cut_makes_no_difference(cuts: list[int]) -> None:
+def test_parsing_does_not_depend_on_chunk_boundaries(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(LONG)]
 
     assert events(*(LONG[a:b] for a, b in itertools.pairwise(edges))) == PARSED
 
 
-def test_byte_by_byte_is_the_same() -> None:
+def test_parsing_works_byte_by_byte() -> None:
     assert events(*(LONG[i : i + 1] for i in range(len(LONG)))) == PARSED
 
 
-def test_an_event_that_was_not_ended_is_dropped() -> None:
+def test_unterminated_event_is_dropped() -> None:
     assert events(b"data: whole\n\ndata: half\n") == [ServerEvent(event="message", data="whole", id="")]
 
 
-def test_an_id_stays_until_the_next_and_may_be_cleared() -> None:
+def test_id_persists_until_changed_or_cleared() -> None:
     assert [e.id for e in events(b"id: 1\ndata: a\n\ndata: b\n\nid\ndata: c\n\nid: 2\0\ndata: d\n\n")] == [
         "1",
         "1",
@@ -54,18 +54,18 @@ def test_an_id_stays_until_the_next_and_may_be_cleared() -> None:
     ]
 
 
-def test_comments_retry_and_unknown_fields_are_passed_over() -> None:
+def test_comments_retry_and_unknown_fields_are_skipped() -> None:
     assert events(b": c\nretry: 9\nfoo: bar\ndata\n\n") == [ServerEvent(event="message", data="", id="")]
 
 
-def test_only_one_space_after_the_colon_is_cut() -> None:
+def test_only_one_space_after_the_colon_is_removed() -> None:
     assert events(b"data:  x \n\n")[0].data == " x "
 
 
-def test_bytes_that_are_no_utf8_do_not_end_the_stream() -> None:
+def test_invalid_utf8_does_not_end_the_stream() -> None:
     assert events(b"data: \xff\n\n")[0].data == "\ufffd"
 
 
-def test_a_line_without_end_is_refused_before_it_fills_the_memory() -> None:
+def test_endless_line_is_rejected_before_it_fills_memory() -> None:
     with pytest.raises(ConnectionFailed, match="too long"):
         list(sse.parse(b"x" * 2**20 for _ in range(10**6)))

@@ -1,4 +1,4 @@
-"""Our canonical JSON is the reference implementation's, byte for byte."""
+"""The client's canonical JSON equals that of the reference implementation, byte for byte."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_any_value_has_the_references_form(value: object) -> None:
+def test_any_value_matches_the_reference(value: object) -> None:
     assert canonical_json.encode(value) == rfc8785.dumps(value)  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_any_double_has_the_references_form(bits: int) -> None:
+def test_any_double_matches_the_reference(bits: int) -> None:
     import struct
 
     value = struct.unpack("<d", bits.to_bytes(8, "little"))[0]
@@ -35,7 +35,7 @@ def test_any_double_has_the_references_form(bits: int) -> None:
 
 
 @pytest.mark.parametrize("value", [1e20, 1e21, 123456789012345680000.0, 1e-6, 1e-7, 5e-324, -0.0, 0.1, 100.0, 1.5e300])
-def test_the_edges_of_the_exponent_form(value: float) -> None:
+def test_edges_of_exponent_notation_match_the_reference(value: float) -> None:
     assert canonical_json.number(value).encode() == rfc8785.dumps(value)
 
 
@@ -44,6 +44,6 @@ def test_keys_are_sorted_by_utf16_code_units() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 2**53, "\ud800", {"\ud800": 1}, object()])
-def test_what_has_no_canonical_form_is_refused(value: object) -> None:
+def test_values_without_a_canonical_form_are_rejected(value: object) -> None:
     with pytest.raises(ValueError, match=r".+"):
         canonical_json.encode(value)
