@@ -112,7 +112,7 @@ def test_endpoint_is_changed_disabled_enabled_and_removed(service: Script, run: 
     service.on("POST", path, HOOK)
     service.on("DELETE", path, {"id": "webhook-1", "deleted": True})
 
-    told = [
+    output = [
         run("webhooks", "update", "webhook-1", "--url", "https://new.example.com/").stderr,
         run("webhooks", "disable", "webhook-1").stderr,
         run("webhooks", "enable", "webhook-1").stderr,
@@ -126,5 +126,5 @@ def test_endpoint_is_changed_disabled_enabled_and_removed(service: Script, run: 
         "--failed-since 1d",
         "Deleted webhook webhook-1.",
     )
-    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * 4
+    assert [word in text for word, text in zip(words, output, strict=True)] == [True] * 4
     assert run("webhooks", "delete", "webhook-1").exit_code != 0  # there is no terminal to ask at

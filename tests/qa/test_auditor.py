@@ -1,4 +1,4 @@
-"""The auditor finds what he is there to find: violations of each invariant, planted in a good record."""
+"""The auditor finds violations of each invariant that are planted in a correct database."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEASE = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """A record that is as it should be: a job that succeeded at its second attempt, and one that was cancelled."""
+    """A correct database with a job that succeeded at its second attempt, and one that was cancelled."""
 
     folder: Path
     succeeded: str
@@ -47,7 +47,7 @@ class Site:
         return f"sqlite:///{self.folder / 'lorry.db'}"
 
     def change(self, *statements: str) -> None:
-        """Behind the catalog's back."""
+        """Change the database directly, without the catalog."""
         engine = create_engine(self.url)
         with engine.begin() as connection:
             for statement in statements:
@@ -101,11 +101,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> S
     return Site(folder=folder, now=clock.now, **ids)
 
 
-def _store(db: Database, store: ArtifactStore, told: str) -> None:
-    """What the world names by digest alone: a file's content is its id."""
+def _store(db: Database, store: ArtifactStore, curves_text: str) -> None:
+    """Store the contents that the world names only by digest. The content of a file is its id."""
     with db.write() as session:
         for file in session.query(File):
-            content = told if file.digest == curves(told).digest else file.id
+            content = curves_text if file.digest == curves(curves_text).digest else file.id
             file.num_bytes = store.put_bytes(content.encode()).num_bytes
         contents = {sha(each): each for each in ("adapter", "checkpoint")}
         contents |= {sha(f"tokens {file.digest}"): f"tokens {file.digest}" for file in session.query(File)}
@@ -117,13 +117,13 @@ def _store(db: Database, store: ArtifactStore, told: str) -> None:
 
 @pytest.fixture
 def site(kept: Site, tmp_path: Path) -> Site:
-    """A copy, to be spoilt."""
+    """Return a copy that the test may damage."""
     shutil.copytree(kept.folder, tmp_path / "copy")
-    told = {name: getattr(kept, name) for name in ("succeeded", "cancelled", "event_id", "claim_ids", "now")}
-    return Site(folder=tmp_path / "copy", **told)
+    fields = {name: getattr(kept, name) for name in ("succeeded", "cancelled", "event_id", "claim_ids", "now")}
+    return Site(folder=tmp_path / "copy", **fields)
 
 
-def test_nothing_is_found_where_all_is_well(site: Site) -> None:
+def test_a_correct_database_has_no_findings(site: Site) -> None:
     hook = Hook(event_id=site.event_id, event_type="fine_tuning.job.succeeded", job_id=site.succeeded)
     first, second = (
         Sighting(pid=pid, claim_id=claim_id, first_at=at, last_at=at + 50.0)
@@ -138,57 +138,60 @@ def test_nothing_is_found_where_all_is_well(site: Site) -> None:
 
 
 PLANTED: dict[str, tuple[Invariant, str]] = {
-    "a job never ended": ("I1", "update jobs set state = 'paused', finished_at = null where id = '{job}'"),
-    "a job went on after its end": (
+    "a job that never finished": ("I1", "update jobs set state = 'paused', finished_at = null where id = '{job}'"),
+    "a job that continued after its end": (
         "I1",
         "insert into events (job_id, created_at, level, type, message, data) values ('{job}', 0, 'info', 'transition',"
         ' \'\', \'{{"from": "succeeded", "to": "queued", "verb": "requeue", "reason": null}}\')',
     ),
-    "two attempts completed it": ("I2", "update attempts set reason = 'completed' where job_id = '{job}'"),
-    "an older attempt completed it": (
+    "two completed attempts": ("I2", "update attempts set reason = 'completed' where job_id = '{job}'"),
+    "an older attempt that completed the job": (
         "I2",
         "update attempts set reason = case number when 1 then 'completed' else 'infra_lost' end where job_id = '{job}'",
     ),
     "a success without an adapter": ("I2", "delete from adapters"),
-    "an attempt is missing": ("I2", "delete from attempts where number = 1"),
-    "attempts overlap": ("I3", "update attempts set ended_at = ended_at + 100 where number = 1"),
-    "an adapter that can't be seen": ("I4", "delete from artifacts where kind = 'adapter'"),
-    "an adapter that failed": ("I4", "update adapters set verification = '{{\"passed\": false}}'"),
-    "another size": ("I4", "update files set num_bytes = num_bytes + 1"),
+    "a missing attempt": ("I2", "delete from attempts where number = 1"),
+    "overlapping attempts": ("I3", "update attempts set ended_at = ended_at + 100 where number = 1"),
+    "an adapter without its artifact": ("I4", "delete from artifacts where kind = 'adapter'"),
+    "an adapter that failed its verification": ("I4", "update adapters set verification = '{{\"passed\": false}}'"),
+    "a file of another size": ("I4", "update files set num_bytes = num_bytes + 1"),
     "a key of another request": ("I5", "update idempotency_keys set body_digest = 'another'"),
-    "one request made two jobs": ("I5", "update audit_events set request_id = 'req_1' where type = 'job.created'"),
-    "nobody was told": ("I6", "delete from webhook_tries; delete from webhook_deliveries"),
-    "no try went well": ("I6", "update webhook_tries set status_code = 500"),
-    "told as something else": ("I6", "update webhook_deliveries set event_type = 'fine_tuning.job.failed'"),
-    "still to be told": ("I6", "update webhook_deliveries set status = 'pending'"),
-    "given up": ("I6", "update webhook_deliveries set status = 'failed', next_try_at = null"),
+    "two jobs of one request": ("I5", "update audit_events set request_id = 'req_1' where type = 'job.created'"),
+    "no webhook delivery": ("I6", "delete from webhook_tries; delete from webhook_deliveries"),
+    "no successful delivery attempt": ("I6", "update webhook_tries set status_code = 500"),
+    "a delivery of another event type": ("I6", "update webhook_deliveries set event_type = 'fine_tuning.job.failed'"),
+    "a pending delivery": ("I6", "update webhook_deliveries set status = 'pending'"),
+    "a failed delivery": ("I6", "update webhook_deliveries set status = 'failed', next_try_at = null"),
     "a claim on a finished job": (
         "I7",
         "update jobs set claim_id = 'claim-x', lease_expires_at = 2e9 where id = '{job}'",
     ),
-    "an old lease": ("I7", "update jobs set lease_expires_at = 1"),
+    "an expired lease": ("I7", "update jobs set lease_expires_at = 1"),
     "an open attempt": ("I7", "update attempts set ended_at = null where number = 2"),
-    "a place in the queue": ("I7", "update jobs set queued_at = 1"),
+    "a queue position of a finished job": ("I7", "update jobs set queued_at = 1"),
     "an open trainer": (
         "I7",
         "insert into workers (id, host, pid, devices, version, memory_bytes, started_at, heartbeat_at, ended_at,"
         " drain_requested) values ('w9', '', 1, '[]', '', 1, 0, 0, 1, false);"
         " insert into trainers (id, worker_id, base_digest, pack_key, started_at) values ('t9', 'w9', '', '', 0)",
     ),
-    "a move that is not told": (
+    "a transition without an event": (
         "I8",
         "delete from events where seq = (select min(seq) from events where type = 'transition' and job_id = '{job}')",
     ),
-    "a state that nothing led to": ("I8", "update jobs set state = 'failed' where id = '{job}'"),
-    "a move that there is not": ("I8", "update events set data = replace(data, '\"complete\"', '\"resume\"')"),
-    "a creation that is not noted": (
+    "a state without a transition": ("I8", "update jobs set state = 'failed' where id = '{job}'"),
+    "an invalid transition": ("I8", "update events set data = replace(data, '\"complete\"', '\"resume\"')"),
+    "a creation without an audit event": (
         "I8",
         "update audit_events set type = 'job.held' where type = 'job.created' and object_id = '{job}'",
     ),
-    "a cancellation that is not noted": ("I8", "update audit_events set object_id = 'x' where type = 'job.cancelled'"),
-    "an audit event was changed": ("I8", "update audit_events set actor_name = 'nobody' where link = 3"),
-    "an audit event is missing": ("I8", "delete from audit_events where link = 3"),
-    "the last audit event is missing": (
+    "a cancellation without an audit event": (
+        "I8",
+        "update audit_events set object_id = 'x' where type = 'job.cancelled'",
+    ),
+    "a changed audit event": ("I8", "update audit_events set actor_name = 'another' where link = 3"),
+    "a missing audit event": ("I8", "delete from audit_events where link = 3"),
+    "a missing last audit event": (
         "I8",
         "delete from audit_events where link = (select max(link) from audit_events)",
     ),
@@ -196,7 +199,7 @@ PLANTED: dict[str, tuple[Invariant, str]] = {
 
 
 @pytest.mark.parametrize(("invariant", "statements"), PLANTED.values(), ids=PLANTED.keys())
-def test_what_is_wrong_in_a_table_is_found(site: Site, invariant: Invariant, statements: str) -> None:
+def test_a_violation_in_a_table_is_found(site: Site, invariant: Invariant, statements: str) -> None:
     site.change(*statements.split(";"))
 
     assert invariant in site.found()
@@ -210,28 +213,26 @@ def _flip(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [Path.unlink, _flip, lambda path: path.write_bytes(path.read_bytes()[:-1])])
 @pytest.mark.parametrize("content", ["adapter", "checkpoint"])
-def test_a_stored_file_that_is_missing_or_changed_is_found(
-    site: Site, content: str, spoil: Callable[[Path], None]
-) -> None:
+def test_a_missing_or_changed_stored_file_is_found(site: Site, content: str, spoil: Callable[[Path], None]) -> None:
     spoil(site.blob(content))
 
     assert site.found() == {"I4"}
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, _flip])
-def test_a_manifest_that_is_missing_or_changed_is_found(site: Site, spoil: Callable[[Path], None]) -> None:
+def test_a_missing_or_changed_manifest_is_found(site: Site, spoil: Callable[[Path], None]) -> None:
     spoil(site.folder / "store" / "manifests" / f"{manifest('adapter').digest}.json")
 
     assert site.found() == {"I4"}
 
 
-def test_answers_that_name_two_jobs_for_a_key_and_an_accepted_job_that_is_gone_are_found(site: Site) -> None:
+def test_two_jobs_for_one_key_and_a_lost_accepted_job_are_found(site: Site) -> None:
     assert site.found(Seen(submissions={"key-1": [site.succeeded, site.cancelled]})) == {"I5"}
     assert site.found(Seen(submissions={"key-2": [site.succeeded]})) == {"I5"}
     assert site.found(Seen(submissions={"key-1": ["ftjob-gone"]})) == {"I1", "I5"}
 
 
-def test_a_webhook_that_never_came_or_came_by_another_id_is_found(site: Site) -> None:
+def test_a_webhook_that_never_arrived_or_has_another_id_is_found(site: Site) -> None:
     strange = Hook(event_id="evt-other", event_type="fine_tuning.job.succeeded", job_id=site.succeeded)
 
     sentences = [finding.sentence for finding in site.findings(Seen(hooks=[strange]))]
@@ -240,7 +241,7 @@ def test_a_webhook_that_never_came_or_came_by_another_id_is_found(site: Site) ->
     assert any("evt-other" in sentence for sentence in sentences)
 
 
-def test_a_webhook_that_tests_an_endpoint_is_no_end_of_a_job(site: Site) -> None:
+def test_a_test_webhook_does_not_count_as_the_end_of_a_job(site: Site) -> None:
     columns = "endpoint_id, event_at, data, created_at, num_tries, num_tries_before"
     fields = f"insert into webhook_deliveries (id, event_id, event_type, status, is_test, {columns})"
     values = f"select 'delivery-test', 'evt-test-1', event_type, 'failed', true, {columns}"
@@ -255,7 +256,7 @@ def test_a_webhook_that_tests_an_endpoint_is_no_end_of_a_job(site: Site) -> None
     assert site.found(Seen(hooks=[*came, replace(test, event_id="evt-test-2")])) == {"I6"}
 
 
-def test_two_trainers_of_one_job_are_found_once_they_live_together_for_longer_than_a_lease(site: Site) -> None:
+def test_two_trainers_of_one_job_are_found_after_more_than_a_lease(site: Site) -> None:
     def together(seconds: float) -> Seen:
         lost, claim = site.claim_ids
         first = Sighting(pid=1, claim_id=lost, first_at=0.0, last_at=100.0)
@@ -273,7 +274,7 @@ def test_folders_and_locks_without_an_owner_are_found(site: Site) -> None:
     assert sorted(finding.subject for finding in site.findings()) == ["trainer-1", "w1.lock"]
 
 
-def test_a_process_that_still_works_there_is_found(site: Site) -> None:
+def test_a_process_that_still_uses_the_work_folder_is_found(site: Site) -> None:
     argv = [sys.executable, "-c", "print(flush=True); input()", str(site.folder / "work" / "trainers" / "x")]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -285,7 +286,7 @@ def test_a_process_that_still_works_there_is_found(site: Site) -> None:
     assert [finding.subject for finding in found] == [str(child.pid)]
 
 
-def test_a_job_that_still_has_time_is_no_fault_amid_a_run(site: Site) -> None:
+def test_pending_work_is_not_a_finding_during_a_run(site: Site) -> None:
     site.change("update webhook_deliveries set status = 'pending'")
 
     assert site.findings(is_settled=False) == []

@@ -1,4 +1,4 @@
-"""What a run of rows tells at its end: what was left out is not called tried, and what was found is called failed."""
+"""The table at the end of a run: skipped rows are not counted as tried, and rows with findings count as failed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qa.chaos.scenario import NotHere, Row
 ROW = Row(name="row", fault="a fault", also="all is well", act=lambda _: "")
 
 
-def test_rows_that_were_tried_left_out_and_failed_are_counted_apart() -> None:
+def test_tried_skipped_and_failed_rows_are_counted_separately() -> None:
     finding = Finding(invariant="I1", subject="job", sentence="it never ended")
     outcomes = [
         Outcome(row=ROW, database="sqlite", seen="well", seconds=60.0),
@@ -18,8 +18,8 @@ def test_rows_that_were_tried_left_out_and_failed_are_counted_apart() -> None:
         Outcome(row=ROW, database="sqlite", findings=[finding]),
     ]
 
-    told = table(outcomes, [NotHere(name="cuda", fault="another", why="no GPU")])
+    report = table(outcomes, [NotHere(name="cuda", fault="another", why="no GPU")])
 
-    assert told.splitlines()[-1] == "3 tried, 1 left out, 2 failed, 2 minutes."
-    assert "left out: no such program" in told
-    assert "not here: no GPU" in told
+    assert report.splitlines()[-1] == "3 tried, 1 left out, 2 failed, 2 minutes."
+    assert "left out: no such program" in report
+    assert "not here: no GPU" in report

@@ -1,4 +1,4 @@
-"""The pieces of a soak, without one: what chance draws, and that its judge finds what is planted in a good record."""
+"""The parts of a soak without a run: the random faults, and the assessment, which finds planted problems."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def changed(job_id: str, **values: object) -> dict[str, Ended]:
     return {**JOBS, job_id: replace(JOBS[job_id], **values)}  # pyright: ignore[reportArgumentType]
 
 
-def test_a_seed_draws_the_same_faults_each_time_and_another_seed_draws_others() -> None:
+def test_a_seed_determines_the_faults() -> None:
     assert fault_schedule.draw(7, seconds=600) == fault_schedule.draw(7, seconds=600)
     assert fault_schedule.draw(7, seconds=600) != fault_schedule.draw(8, seconds=600)
 
 
-def test_a_longer_storm_begins_as_a_shorter_one() -> None:
+def test_a_longer_storm_starts_with_the_faults_of_a_shorter_one() -> None:
     short, long = fault_schedule.draw(7, seconds=60), fault_schedule.draw(7, seconds=600)
 
     assert long[: len(short)] == short
 
 
-def test_twenty_minutes_bring_every_kind_of_fault_one_every_few_seconds() -> None:
+def test_twenty_minutes_have_every_kind_of_fault_every_few_seconds() -> None:
     faults = fault_schedule.draw(1, seconds=1200)
 
     gaps = [after.at - before.at for before, after in pairwise(faults)]
@@ -75,12 +75,12 @@ def test_twenty_minutes_bring_every_kind_of_fault_one_every_few_seconds() -> Non
     assert {fault.failpoint for fault in faults} - {None} <= set(fault_schedule.FAILPOINTS)
 
 
-def test_every_kind_of_fault_is_told_has_a_weight_and_can_be_done() -> None:
+def test_every_kind_of_fault_has_a_text_a_weight_and_an_action() -> None:
     assert set(fault_schedule.SAYS) == set(fault_schedule.WEIGHTS) == set(fault_schedule.FAULT_KINDS)
     assert [kind for kind in fault_schedule.FAULT_KINDS if not hasattr(Acts, f"_{kind.replace('-', '_')}")] == []
 
 
-def test_every_job_of_a_soak_is_one_that_lorry_takes_and_no_two_works_are_alike() -> None:
+def test_every_job_of_a_soak_is_valid_and_unique() -> None:
     files, works = Files(chats="file-1", pairs="file-2", valid="file-3"), job_kinds.works(2)
 
     bodies = [job_kinds.fields(work, files) for work in works]
@@ -90,47 +90,47 @@ def test_every_job_of_a_soak_is_one_that_lorry_takes_and_no_two_works_are_alike(
     assert len({work.name for work in works}) == len({str(body) for body in bodies}) == 2 * len(job_kinds.KINDS)
 
 
-def test_nothing_is_found_where_all_jobs_ended_once_with_the_bytes_of_their_undisturbed_run() -> None:
+def test_jobs_that_end_once_with_their_undisturbed_bytes_are_no_problem() -> None:
     assert found() == []
 
 
 @pytest.mark.parametrize(
-    ("jobs", "says"),
+    ("jobs", "message"),
     [
         (changed("job-1", digests=["c" * 64]), "has the bytes cccc"),
         (changed("job-1", state="running", reasons=["infra_lost", None]), "is running"),
-        (changed("job-1", state="failed", error={"message": "It was put aside."}), "It was put aside."),
+        (changed("job-1", state="failed", error={"message": "It was quarantined."}), "It was quarantined."),
         (changed("job-2", reasons=["completed", "completed"]), "was completed 2 times"),
         (changed("job-2", digests=["b" * 64, "b" * 64]), "with 2 adapters"),
         ({"job-1": JOBS["job-1"]}, "job-2 was accepted, but does not exist"),
         ({**JOBS, "job-3": JOBS["job-2"]}, "job-3: it exists, but no response named it"),
     ],
 )
-def test_a_wrong_digest_a_missing_end_a_doubled_and_a_lost_job_are_found(jobs: dict[str, Ended], says: str) -> None:
+def test_wrong_digests_and_missing_duplicate_and_lost_jobs_are_found(jobs: dict[str, Ended], message: str) -> None:
     (problem,) = found(jobs)
 
-    assert says in problem
+    assert message in problem
 
 
-def test_a_job_that_was_put_aside_for_kills_is_no_problem_once_its_work_is_done_under_another_key() -> None:
-    put_aside = {"state": "failed", "error": {"code": "quarantined", "message": "It was put aside."}, "digests": []}
-    killed = changed("job-1", **put_aside, crashes=[WAS_KILLED] * 3, reasons=["trainer_crashed"] * 3)
-    other = changed("job-1", **put_aside, crashes=[WAS_KILLED, WAS_KILLED, "Memory ran out."])
-    by_losses = changed("job-1", **put_aside, crashes=[WAS_KILLED] * 3, reasons=["trainer_crashed", "infra_lost"])
+def test_a_job_quarantined_for_kills_is_no_problem_once_resubmitted() -> None:
+    quarantined = {"state": "failed", "error": {"code": "quarantined", "message": "It was quarantined."}, "digests": []}
+    killed = changed("job-1", **quarantined, crashes=[WAS_KILLED] * 3, reasons=["trainer_crashed"] * 3)
+    other = changed("job-1", **quarantined, crashes=[WAS_KILLED, WAS_KILLED, "Memory ran out."])
+    by_losses = changed("job-1", **quarantined, crashes=[WAS_KILLED] * 3, reasons=["trainer_crashed", "infra_lost"])
     job_again = replace(JOBS["job-1"], job_id="job-3")
-    asked_again = sample("submit", 300.0, key="again-key-1", job_id="job-3")
+    resubmission = sample("submit", 300.0, key="again-key-1", job_id="job-3")
 
     def found_again(jobs: Mapping[str, Ended]) -> list[str]:
         submitted = {**SUBMITTED, "again-key-1": "sft-1"}
-        return problems(submitted, [*SAMPLES, asked_again], {**jobs, "job-3": job_again}, DIGESTS, AWAY)
+        return problems(submitted, [*SAMPLES, resubmission], {**jobs, "job-3": job_again}, DIGESTS, AWAY)
 
     assert found_again(killed) == []
-    assert ["put aside" in problem for problem in found(killed)] == [True], "it was not asked for again"
+    assert ["was quarantined" in problem for problem in found(killed)] == [True], "it was not submitted again"
     for wrong in (other, by_losses):
-        assert ["put aside" in problem for problem in found_again(wrong)] == [True]
+        assert ["was quarantined" in problem for problem in found_again(wrong)] == [True]
 
 
-def test_only_what_came_after_the_furthest_checkpoint_counts_against_a_job() -> None:
+def test_only_ends_after_the_furthest_checkpoint_count_against_a_job() -> None:
     ends = [("trainer_crashed", 10.0), ("infra_lost", 30.0), ("trainer_crashed", 40.0), ("drained", 50.0)]
     attempts = [{"reason": reason, "detail": f"at {at}", "ended_at": at} for reason, at in ends]
     empty = {one.name: [] for one in fields(Record)}
@@ -146,12 +146,12 @@ def test_only_what_came_after_the_furthest_checkpoint_counts_against_a_job() -> 
     assert found["job-1"].crashes == ["at 40.0"]
 
 
-def test_a_key_that_was_answered_with_two_jobs_or_none_is_found() -> None:
+def test_a_key_with_two_jobs_or_none_is_found() -> None:
     twice = sample("submit", 7.0, key="key-1", job_id="job-2")
-    asked = [each for each in SAMPLES if each.key != "key-2"]
+    without_key_2 = [each for each in SAMPLES if each.key != "key-2"]
 
     assert "key-1: responses named 2 jobs" in found(JOBS, twice)
-    assert "key-2: responses named 0 jobs" in problems(SUBMITTED, asked, JOBS, DIGESTS, AWAY)
+    assert "key-2: responses named 0 jobs" in problems(SUBMITTED, without_key_2, JOBS, DIGESTS, AWAY)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_a_key_that_was_answered_with_two_jobs_or_none_is_found() -> None:
         sample("list", 50.0, status=404),
     ],
 )
-def test_a_500_a_503_without_advice_or_reason_and_no_answer_of_an_api_that_lives_are_found(answer: Sample) -> None:
+def test_unexplained_errors_of_a_running_api_server_are_found(answer: Sample) -> None:
     (problem,) = found(JOBS, answer)
 
     assert problem.startswith(f"{answer.what} at")
 
 
-def test_an_operator_may_be_refused_but_not_by_a_fault() -> None:
+def test_a_request_of_an_operator_may_be_rejected_but_not_by_an_error() -> None:
     answers = [
         sample("pause", 50.0, status=409, told="job_not_running"),
         sample("uncordon", 209.0, status=503, retry_after="5"),
@@ -183,7 +183,7 @@ def test_an_operator_may_be_refused_but_not_by_a_fault() -> None:
     assert refusals([*answers, sample("pause", 5.0)])["pause: 409 job_not_running"] == 1
 
 
-def test_requests_while_the_api_or_its_database_is_away_are_counted_apart() -> None:
+def test_requests_during_an_outage_are_counted_separately() -> None:
     calm = [sample("get", at, seconds=0.010) for at in (1.0, 2.0, 3.0)]
     storm = [sample("get", at, seconds=0.020) for at in (50.0, 60.0, 70.0)]
     away = [
@@ -192,21 +192,26 @@ def test_requests_while_the_api_or_its_database_is_away_are_counted_apart() -> N
         sample("get", 202.0, seconds=9.0, status=503, retry_after="5"),
     ]
 
-    (told,) = compare([*calm, *storm, *away], AWAY, calm=(0.0, 40.0), storm=(40.0, 300.0))
+    (compared_requests,) = compare([*calm, *storm, *away], AWAY, calm=(0.0, 40.0), storm=(40.0, 300.0))
 
-    assert (told.calm.num, told.storm.num, told.ratio("median"), told.ratio("p95")) == (3, 3, 2.0, 2.0)
-    assert told.away["api"] == {"200": 1, "none (ConnectionRefusedError)": 1}
-    assert told.away["database"] == {"503 with Retry-After": 1}
+    assert (
+        compared_requests.calm.num,
+        compared_requests.storm.num,
+        compared_requests.ratio("median"),
+        compared_requests.ratio("p95"),
+    ) == (3, 3, 2.0, 2.0)
+    assert compared_requests.away["api"] == {"200": 1, "none (ConnectionRefusedError)": 1}
+    assert compared_requests.away["database"] == {"503 with Retry-After": 1}
 
 
-@pytest.mark.parametrize(("num", "seconds", "says"), [(MIN_SAMPLES, 0.019, ""), (MIN_SAMPLES, 0.021, "2.10 times")])
-def test_answers_that_take_more_than_twice_their_usual_time_are_a_problem(num: int, seconds: float, says: str) -> None:
+@pytest.mark.parametrize(("num", "seconds", "message"), [(MIN_SAMPLES, 0.019, ""), (MIN_SAMPLES, 0.021, "2.10 times")])
+def test_responses_slower_than_twice_the_usual_time_are_a_problem(num: int, seconds: float, message: str) -> None:
     found = slow(compared(num, seconds))
 
-    assert [says in problem for problem in found] == ([True] if says else [])
+    assert [message in problem for problem in found] == ([True] if message else [])
 
 
-def test_a_soak_of_too_few_answers_to_be_compared_is_no_good_one() -> None:
+def test_too_few_responses_to_compare_are_a_problem() -> None:
     (problem,) = slow(compared(MIN_SAMPLES - 1, 0.010))
 
     assert problem.startswith("no kind of request")
@@ -214,14 +219,14 @@ def test_a_soak_of_too_few_answers_to_be_compared_is_no_good_one() -> None:
 
 
 def compared(num: int, seconds: float) -> list[Compared]:
-    """As many quick answers undisturbed, and amid faults those that took so long, with one that took ages."""
+    """Compare quick undisturbed responses with responses of `seconds` during faults, one of which is very slow."""
     calm = [sample("get", float(at), seconds=0.010) for at in range(num)]
     storm = [sample("get", 50.0 + at, seconds=seconds) for at in range(num - 1)]
     return compare([*calm, *storm, sample("get", 90.0, seconds=9.0)], [], calm=(0.0, 40.0), storm=(40.0, 300.0))
 
 
 def isolated(**changes: object) -> Isolated:
-    """A good result: two workers, fair shares, no cordon."""
+    """Return a good result with changes: two workers, fair shares, no cordon."""
     disturbed = Stretch(gaps={"w1": 2.0, "w2": 4.9}, device_seconds={"ours": 46.0, "theirs": 54.0}, num_waiting=3)
     found = Isolated(project_id="ours", disturbed=disturbed, num_crashes=2, lease_seconds=15.0)
     for name, value in changes.items():
@@ -235,13 +240,13 @@ def isolation_problems(found: Isolated, *, p99_seconds: float = 0.010, num: int 
     return [*isolation.problems(found, compare([*alone, *disturbed], [], calm=(0.0, 40.0), storm=(40.0, 300.0)))]
 
 
-def test_a_neighbor_that_nobody_notices_is_no_problem() -> None:
+def test_a_neighbor_without_effects_is_no_problem() -> None:
     assert isolation_problems(isolated()) == []
     assert isolation_problems(isolated(), p99_seconds=0.0199) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"gaps": {"w1": 5.1}}, "5.1 s between two heartbeats"),
         ({"gaps": {}}, "no worker sent a heartbeat"),
@@ -252,13 +257,13 @@ def test_a_neighbor_that_nobody_notices_is_no_problem() -> None:
         ({"device_seconds": {"ours": 44.0}}, "the neighbor used no device"),
     ],
 )
-def test_each_thing_that_tenants_notice_of_a_neighbor_is_found(changes: dict[str, object], says: str) -> None:
+def test_each_effect_of_a_neighbor_is_found(changes: dict[str, object], message: str) -> None:
     (problem,) = isolation_problems(isolated(**changes))
 
-    assert says in problem
+    assert message in problem
 
 
-def test_a_p99_of_more_than_twice_the_undisturbed_one_is_found_and_too_few_samples_are() -> None:
+def test_a_p99_above_twice_the_undisturbed_one_and_few_samples_are_found() -> None:
     (slow_problem,) = isolation_problems(isolated(), p99_seconds=0.021)
     (few,) = isolation_problems(isolated(), num=isolation.MIN_SAMPLES - 1)
 
@@ -266,7 +271,7 @@ def test_a_p99_of_more_than_twice_the_undisturbed_one_is_found_and_too_few_sampl
     assert few.startswith("no kind of request")
 
 
-def test_a_failpoint_kills_one_process_each_time_that_its_file_is_made(tmp_path: Path) -> None:
+def test_a_failpoint_kills_one_process_each_time_its_file_is_created(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     program = "from catalog import failpoints; failpoints.pass_by('here'); print('passed')"
 

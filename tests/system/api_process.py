@@ -1,4 +1,4 @@
-"""The api as a process of its own on a data folder, and the real openai client that talks to it."""
+"""The API server as a separate process on a data folder, and the real openai client for it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """An api that answers, and an operator's key to it."""
+    """A running API server, and an operator key for it."""
 
     url: str
     key: str
 
     def client(self, **given: Any) -> openai.OpenAI:
-        """Strict: an answer that is not to the letter raises."""
+        """Return a strict client: a response that violates the schema raises an error."""
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=self.key, _strict_response_validation=True, max_retries=2, **given
         )
@@ -34,21 +34,21 @@ class Service:
 
 @contextmanager
 def api_process(data_dir: Path, *, pepper: str | None = None) -> Iterator[Service]:
-    """Bootstrap the folder, serve it on a free port, and stop in good order.
+    """Bootstrap the folder, serve it on a free port, and stop it gracefully.
 
-    pepper: of the keys that are in its database already; None where there are none.
+    pepper: the pepper of the keys in its database, or None if there are no keys.
     """
     given = {} if pepper is None else {"LORRY_PEPPER": pepper}
     environment = {**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", **given}
     command = [sys.executable, "-m", "api", "--log-level", "warning"]
 
-    def told(*arguments: str) -> Any:
+    def run_json(*arguments: str) -> Any:
         made = subprocess.run(
             [*command, *arguments, "--json"], env=environment, cwd=ROOT, capture_output=True, check=True, timeout=60
         )
         return json.loads(made.stdout)
 
-    key = told("bootstrap")["api_key"] or told("new-key")["api_key"]
+    key = run_json("bootstrap")["api_key"] or run_json("new-key")["api_key"]
     with subprocess.Popen(
         [*command, "serve", "--port", "0"], env=environment, cwd=ROOT, stdout=subprocess.PIPE
     ) as child:

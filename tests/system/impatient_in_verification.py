@@ -1,5 +1,7 @@
-"""`python -m tests.system.impatient_in_verification`: the embedded worker, which gives a trainer up that is silent for
-seconds amid a verification, and after an hour elsewhere."""
+"""The embedded worker with a short silence limit: `python -m tests.system.impatient_in_verification`.
+
+It kills a trainer that sends no events for 5 s during a verification, or for an hour otherwise.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""docker-compose.yml as a text, and its services as plain processes in the documented order.
+"""docker-compose.yml as text, and its services as plain processes in the documented order.
 
-No Docker engine takes part: what an image holds and how Docker starts it is not shown here.
+No Docker engine takes part: the contents of the images, and their start by Docker, are not tested here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ONE_SHOT = {name for name, service in SERVICES.items() if service.get("restart")
 OURS = {name for name, service in SERVICES.items() if str(service.get("image", "")).startswith("lorry-")}
 VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<rest>[^}]*))?\}")
 FILLED = "filled" * 6
-"""In place of each secret: as long as a pepper must be."""
+"""Replaces each secret. It is as long as a pepper must be."""
 SECRET = re.compile(r"PASSWORD|SECRET|KEY|PEPPER|AUTH")
 
 
@@ -52,7 +52,7 @@ def depends_on(name: str) -> dict[str, str]:
 
 
 def example() -> dict[str, str]:
-    """Every variable that .env.example sets or mentions."""
+    """Return every variable that .env.example sets or mentions."""
     lines = (ROOT / ".env.example").read_text("utf-8").splitlines()
     return dict(line.lstrip("#").split("=", 1) for line in lines if re.match(r"#?\w+=", line))
 
@@ -81,7 +81,7 @@ def test_services_start_in_the_documented_order() -> None:
         assert {"postgres", "redis", "store"} <= depends_on(last).keys()
 
 
-def test_nobody_waits_for_less_than_readiness() -> None:
+def test_services_wait_until_their_dependencies_are_ready() -> None:
     for name in SERVICES:
         for other, condition in depends_on(name).items():
             wanted = "service_completed_successfully" if other in ONE_SHOT else "service_healthy"
@@ -89,7 +89,7 @@ def test_nobody_waits_for_less_than_readiness() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(SERVICES) - ONE_SHOT))
-def test_every_service_that_stays_has_a_health_check(name: str) -> None:
+def test_every_long_running_service_has_a_health_check(name: str) -> None:
     check = SERVICES[name]["healthcheck"]
 
     assert check["test"][0] in ("CMD", "CMD-SHELL")
@@ -97,7 +97,7 @@ def test_every_service_that_stays_has_a_health_check(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
-def test_no_service_reaches_into_the_host(name: str) -> None:
+def test_no_service_has_access_to_the_host(name: str) -> None:
     service = SERVICES[name]
 
     assert not {"network_mode", "privileged", "pid", "ipc", "cap_add", "devices"} & service.keys()
@@ -107,17 +107,17 @@ def test_no_service_reaches_into_the_host(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OURS | {"bucket"}))
-def test_what_we_run_may_write_only_where_it_must(name: str) -> None:
+def test_lorrys_services_are_read_only_and_have_no_capabilities(name: str) -> None:
     assert SERVICES[name]["read_only"] is True
     assert SERVICES[name]["cap_drop"] == ["ALL"]
 
 
 def test_no_service_runs_as_root() -> None:
-    for name in set(SERVICES) - OURS:  # ours: by the Dockerfile, below
+    for name in set(SERVICES) - OURS:  # the Dockerfile sets the user of Lorry's own services, see below
         assert SERVICES[name]["user"] in ("postgres", "redis", "nobody")
 
 
-def test_only_the_api_is_reachable_and_by_default_from_this_machine() -> None:
+def test_only_the_api_server_is_reachable_and_by_default_only_locally() -> None:
     assert {name for name, service in SERVICES.items() if "ports" in service} == {"api"}
     assert SERVICES["api"]["ports"] == ["${LORRY_LISTEN:-127.0.0.1:8000}:8000"]
     assert COMPOSE["networks"]["inner"] == {"internal": True}
@@ -134,7 +134,7 @@ def test_every_image_names_its_version_and_digest() -> None:
             assert re.search(r":v?\d+(\.\d+)+[\w.-]*@sha256:[0-9a-f]{64}$", image), image
 
 
-def test_no_secret_stands_in_the_file() -> None:
+def test_the_compose_file_contains_no_secret() -> None:
     for name, service in SERVICES.items():
         for variable, value in service.get("environment", {}).items():
             if SECRET.search(variable):
@@ -144,7 +144,7 @@ def test_no_secret_stands_in_the_file() -> None:
                 assert password.startswith("${"), f"{name}: {text}"
 
 
-def test_the_example_names_every_variable_and_holds_no_secret() -> None:
+def test_the_example_names_every_variable_and_contains_no_secret() -> None:
     used = {found["name"]: found["kind"] for text in texts(COMPOSE) for found in VARIABLE.finditer(text)}
     named = example()
 
@@ -153,7 +153,7 @@ def test_the_example_names_every_variable_and_holds_no_secret() -> None:
         assert (named[name] == "") == (kind == "?"), name
 
 
-def test_a_checkout_ignores_the_filled_in_file() -> None:
+def test_git_ignores_the_filled_in_environment_file() -> None:
     assert ".env" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
 
 
@@ -165,7 +165,7 @@ def test_every_setting_exists() -> None:
         assert given <= known | {"LORRY_DEVICE", logs.FORMAT} | vars(of_opentelemetry).keys(), name
 
 
-def test_logs_and_traces_can_be_switched_on_and_only_the_api_knows_the_pepper() -> None:
+def test_logs_and_traces_can_be_enabled_and_only_the_api_has_the_pepper() -> None:
     ours = {name for name in OURS if "LORRY_DATA_DIR" in SERVICES[name]["environment"]}
 
     assert ours == OURS - {"store"}
@@ -176,7 +176,7 @@ def test_logs_and_traces_can_be_switched_on_and_only_the_api_knows_the_pepper() 
 
 
 def role(name: str) -> str:
-    """The database role of a service."""
+    """Return the database role of a service."""
     return str(urlsplit(SERVICES[name]["environment"]["LORRY_DATABASE_URL"].replace(":?set it in .env", "")).username)
 
 
@@ -197,8 +197,8 @@ def test_each_service_has_the_database_role_that_it_needs() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_the_script_that_makes_the_roles_runs_twice_and_gives_each_its_own_rights(new_postgres_url: str) -> None:
-    """With a database of before, whose tables somebody else owns."""
+def test_the_roles_script_is_idempotent_and_grants_each_role_its_rights(new_postgres_url: str) -> None:
+    """The database exists already, and another role owns its tables."""
     psql = find_postgres()
     assert psql is not None
     url = make_url(new_postgres_url).set(drivername="postgresql")
@@ -231,16 +231,16 @@ def test_the_script_that_makes_the_roles_runs_twice_and_gives_each_its_own_right
         assert "opentelemetry-sdk==" in (ROOT / "requirements" / f"{target}.lock").read_text("utf-8")
 
 
-def test_the_apis_image_copies_a_database_of_the_version_that_runs_here() -> None:
+def test_the_api_image_has_a_pg_dump_for_the_version_of_the_server() -> None:
     (client,) = re.findall(r"^ARG POSTGRES_CLIENT=(\d+)$", dockerfile_targets()["api"], re.MULTILINE)
     (server,) = re.findall(r"^postgres:(\d+)", SERVICES["postgres"]["image"])
 
-    assert int(client) >= int(server), "pg_dump copies servers of its own version and older ones"
+    assert int(client) >= int(server), "pg_dump supports servers of its own version and older ones"
     assert '"postgresql-client-$POSTGRES_CLIENT"' in dockerfile_targets()["api"]
 
 
 def modules(name: str) -> set[str]:
-    """Modules that the service's command and its health check run."""
+    """Return the modules that the service's command and its health check run."""
     lines = [SERVICES[name].get("command", []), SERVICES[name].get("healthcheck", {}).get("test", [])]
     found: set[str] = set()
     for argv in lines:
@@ -263,7 +263,7 @@ def test_commands_name_modules_that_exist() -> None:
 
 
 @pytest.mark.parametrize("name", ["api", "bootstrap", "backup"])
-def test_the_apis_commands_are_ones_that_it_takes(name: str) -> None:
+def test_the_commands_of_the_api_server_are_valid(name: str) -> None:
     assert api_parser().parse_args(SERVICES[name]["command"][3:]).run
 
 
@@ -274,7 +274,7 @@ def test_inline_programs_parse() -> None:
             ast.parse(argv[argv.index("-c") + 1])
 
 
-def test_profiles_differ_in_the_device_alone() -> None:
+def test_profiles_differ_only_in_the_device() -> None:
     cpu, gpu = dict(SERVICES["worker-cpu"]), dict(SERVICES["worker-gpu"])
 
     assert (cpu.pop("profiles"), gpu.pop("profiles")) == (["cpu"], ["gpu"])
@@ -288,7 +288,7 @@ def test_profiles_differ_in_the_device_alone() -> None:
 
 
 def dockerfile_targets() -> dict[str, str]:
-    """Target → its text, with that of the target it builds on."""
+    """Return the text of each target, including that of the target it builds on."""
     text = (ROOT / "Dockerfile").read_text("utf-8")
     found: dict[str, str] = {}
     for source, name, body in re.findall(r"^FROM (\S+) AS (\w+)\n(.*?)(?=^FROM |\Z)", text, re.MULTILINE | re.DOTALL):
@@ -296,7 +296,7 @@ def dockerfile_targets() -> dict[str, str]:
     return found
 
 
-def test_the_images_are_built_from_files_that_exist_and_do_not_run_as_root() -> None:
+def test_images_are_built_from_existing_files_and_do_not_run_as_root() -> None:
     targets = dockerfile_targets()
     wanted = {service["build"]["target"] for service in SERVICES.values() if "build" in service}
     allowed = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
@@ -358,7 +358,7 @@ class Stack:
         return self.run(name, ["sh", "-c", *argv] if kind == "CMD-SHELL" else argv).returncode == 0
 
     def start(self, name: str) -> Any:
-        """Runs for as long as the block, which begins when the service's own health check passes."""
+        """Return a context manager that runs the service. Its block starts when the service's health check passes."""
         environment = [f"{key}={value}" for key, value in self.environment(name).items()]
         return running(
             ["env", *environment, *self.argv(SERVICES[name]["command"])],
@@ -381,7 +381,7 @@ def stack(tmp_path: Path, new_postgres_url: str, redis_url: str, s3_endpoint: st
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_the_services_come_up_in_order_as_processes(stack: Stack) -> None:
+def test_the_services_start_in_order_as_processes(stack: Stack) -> None:
     assert not stack.is_healthy("worker-cpu")
 
     first = stack.run("bootstrap", SERVICES["bootstrap"]["command"])

@@ -1,4 +1,4 @@
-"""An adapter goes on in a job of its own: trained, paused, verified and on record by real workers."""
+"""A new job continues an adapter: trained, paused, verified and recorded by real workers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.slow
-def test_a_child_begins_where_its_parent_ended_and_a_pause_changes_no_byte(tmp_path: Path) -> None:
+def test_a_child_continues_its_parent_and_a_pause_changes_no_byte(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
-        rows, held_out = site.upload(40), site.upload(8, seed=5)
-        fields = {"validation_file": held_out, "max_steps": 6, "checkpoint_every_steps": 1000}
+        rows, validation = site.upload(40), site.upload(8, seed=5)
+        fields = {"validation_file": validation, "max_steps": 6, "checkpoint_every_steps": 1000}
         made = site.submit(rows, **fields, lora={"rank": 4, "init_lora_weights": "olora"})
         site.work_until_done()
         assert site.job(made).state == JobState.SUCCEEDED, site.log()

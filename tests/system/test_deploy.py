@@ -1,4 +1,4 @@
-"""deploy/ as texts: systemd's units, further compose files and Kubernetes' manifests fit the code.
+"""deploy/ as text: systemd units, additional compose files and Kubernetes manifests match the code.
 
 Nothing is deployed: no cluster and no Docker engine take part.
 """
@@ -39,14 +39,14 @@ MANIFESTS: list[dict[str, Any]] = [
 SETTINGS = {f"LORRY_{name}".upper() for kind in (Settings, ApiSettings) for name in kind.model_fields}
 KNOWN = SETTINGS | {"LORRY_DEVICE", logs.FORMAT}
 TIME_TO_LEAVE = 90
-"""Of a worker, in seconds, wherever it is told."""
+"""Seconds that a worker has to exit, in every file that states them."""
 DRAIN_SECONDS = WorkerContext.__dataclass_fields__["drain_seconds"].default
 SECRETS = re.compile(r"PASSWORD|SECRET|PEPPER|ACCESS_KEY|(DATABASE|REDIS)_URL")
 EACH_UNIT = pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 
 
 class Unit(RawConfigParser):
-    """A systemd unit; a key that stands there twice keeps all its values."""
+    """A systemd unit. The parser keeps the last value of a key that occurs twice; `text` has all values."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(strict=False, interpolation=None, delimiters=("=",), comment_prefixes=("#",))
@@ -58,10 +58,10 @@ class Unit(RawConfigParser):
         return self["Service"].get(name, "")
 
     def command(self) -> list[str]:
-        """WORKERS is several words, as the unit's own example says them."""
+        """Return the command, with WORKERS replaced by the words of the unit's own example."""
         line = self.one("ExecStart").replace("${BACKUP_PLACE}", "place").replace("%%", "%")
-        if told := re.search(r'^#   WORKERS="(.*)"$', self.text, re.MULTILINE):
-            line = line.replace("$WORKERS", told[1])
+        if example := re.search(r'^#   WORKERS="(.*)"$', self.text, re.MULTILINE):
+            line = line.replace("$WORKERS", example[1])
         return line.split()
 
 
@@ -70,7 +70,7 @@ def is_worker(argv: list[str]) -> bool:
 
 
 def check_command(argv: list[str]) -> None:
-    """It is one that the code takes."""
+    """Assert that the code accepts this command."""
     if argv[0].endswith("celery"):
         assert argv[1] == "--app=worker.entrypoints.celery_app"
         assert argv[2] == "worker"
@@ -80,19 +80,19 @@ def check_command(argv: list[str]) -> None:
         assert argv[1:3] == ["-m", "api"]
         assert api_parser().parse_args(argv[3:]).run
     if is_worker(argv):
-        told = {f"--queues={QUEUE}", "--concurrency=1", "--without-gossip", "--without-mingle"}
-        assert told <= set(argv), "what worker/entrypoints/celery_app.py asks for"
+        required = {f"--queues={QUEUE}", "--concurrency=1", "--without-gossip", "--without-mingle"}
+        assert required <= set(argv), "worker/entrypoints/celery_app.py requires these options"
 
 
 def lorry_parsed(words: Sequence[str]) -> dict[str, Any]:
-    """What `lorry` understands. Raises click's UsageError."""
+    """Return the options that `lorry` parses. Raises click's UsageError."""
     name, *options = words
     command: Any = typer.main.get_command(lorry_app)
     return command.commands[name].make_context(name, list(options)).params
 
 
 def templates() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and pod template of every workload."""
+    """Yield name and pod template of every workload."""
     for manifest in MANIFESTS:
         spec = manifest.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
@@ -101,14 +101,14 @@ def templates() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def containers() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, pod and container of every workload."""
+    """Yield name, pod and container of every workload."""
     for name, template in templates():
         for container in template["spec"]["containers"]:
             yield name, template["spec"], container
 
 
 def optional(path: Path) -> list[dict[str, Any]]:
-    """The manifests of a file with what stands in it for those who want it."""
+    """Return the manifests of a file, including its optional parts in comments."""
     return list(yaml.safe_load_all(path.read_text("utf-8").replace("#? ", "")))
 
 
@@ -120,7 +120,7 @@ def named(kind: str, name: str) -> dict[str, Any]:
 
 
 @EACH_UNIT
-def test_a_unit_runs_a_command_of_ours_as_an_ordinary_user_that_writes_one_folder(unit: Path) -> None:
+def test_a_unit_runs_a_valid_command_as_a_user_that_writes_one_folder(unit: Path) -> None:
     read = Unit(unit)
 
     check_command(read.command())
@@ -133,22 +133,24 @@ def test_a_unit_runs_a_command_of_ours_as_an_ordinary_user_that_writes_one_folde
 
 
 @pytest.mark.parametrize("name", ["lorry-worker@.service", "lorry-workers.service"])
-def test_a_worker_that_leaves_has_time_and_its_trainer_hears_nothing_of_the_signal(name: str) -> None:
+def test_a_stopping_worker_has_time_and_its_trainer_receives_no_signal(name: str) -> None:
     worker = Unit(DEPLOY / "systemd" / name)
 
     assert worker.one("KillMode") == "mixed"
     assert int(worker.one("TimeoutStopSec")) == TIME_TO_LEAVE >= 3 * DRAIN_SECONDS
-    assert worker.one("OOMPolicy") == "continue", "else systemd ends the worker whose trainer the kernel has killed"
+    assert worker.one("OOMPolicy") == "continue", (
+        "otherwise systemd stops the worker when the kernel has killed its trainer"
+    )
 
 
-def test_a_machines_workers_have_the_groups_that_its_file_names_or_one_for_each_gpu() -> None:
+def test_worker_groups_are_those_of_the_file_or_one_per_gpu() -> None:
     one = Unit(DEPLOY / "systemd" / "lorry-worker@.service")
     all_of_it = Unit(DEPLOY / "systemd" / "lorry-workers.service")
 
     assert "LORRY_DEVICE=%i" in one.one("Environment")
-    assert "LORRY_DEVICE" not in all_of_it.text, "lorry worker gives each its own"
-    told = lorry_parsed(all_of_it.command()[1:])
-    assert [*told["groups"], *told["more"]] == ["0,1", "2", "3"]
+    assert "LORRY_DEVICE" not in all_of_it.text, "lorry worker sets it for each worker"
+    parsed = lorry_parsed(all_of_it.command()[1:])
+    assert [*parsed["groups"], *parsed["more"]] == ["0,1", "2", "3"]
     nothing_named = [word for word in all_of_it.one("ExecStart").split()[1:] if word != "$WORKERS"]
     assert not lorry_parsed(nothing_named)["groups"]
     assert "EnvironmentFile=-/etc/lorry/workers.env" in all_of_it.text
@@ -158,22 +160,22 @@ def test_a_machines_workers_have_the_groups_that_its_file_names_or_one_for_each_
 
 
 @pytest.mark.parametrize("page", ["deploy", "multi-gpu", "drain-and-cordon", "upgrade"])
-def test_pages_tell_the_time_that_a_worker_has_to_leave(page: str) -> None:
+def test_pages_state_the_time_that_a_worker_has_to_exit(page: str) -> None:
     text = (ROOT / f"docs/how-to/{page}.md").read_text("utf-8")
-    told = r"TimeoutStopSec=(\d+)|stop_grace_period: (\d+)s|Give a worker (\d+)|a worker has \[?(\d+) seconds"
+    pattern = r"TimeoutStopSec=(\d+)|stop_grace_period: (\d+)s|Give a worker (\d+)|a worker has \[?(\d+) seconds"
 
-    found = [int(seconds) for match in re.findall(told, text, re.IGNORECASE) for seconds in match if seconds]
+    found = [int(seconds) for match in re.findall(pattern, text, re.IGNORECASE) for seconds in match if seconds]
 
     assert set(found) == {TIME_TO_LEAVE}
 
 
-def test_the_api_may_take_the_time_that_its_settings_promise() -> None:
+def test_the_api_unit_allows_twice_the_shutdown_time_of_the_settings() -> None:
     api = Unit(DEPLOY / "systemd" / "lorry-api.service")
 
     assert int(api.one("TimeoutStopSec")) >= 2 * ApiSettings().shutdown_seconds
 
 
-def test_systemd_takes_every_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_every_unit(tmp_path: Path) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze")
     for path in (DEPLOY / "systemd").iterdir():
@@ -190,14 +192,14 @@ def test_systemd_takes_every_unit(tmp_path: Path) -> None:
         check=False,
     )
 
-    told = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "lorry-" in line]
-    assert (done.returncode, told) == (0, [])
+    messages = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "lorry-" in line]
+    assert (done.returncode, messages) == (0, [])
 
 
 # Docker on several machines
 
 
-def test_a_worker_of_another_machine_is_the_one_of_compose_but_for_addresses_and_its_gpu() -> None:
+def test_a_remote_worker_equals_the_compose_worker_except_its_addresses() -> None:
     there = yaml.safe_load((DEPLOY / "compose" / "worker.yml").read_text("utf-8"))["services"]["worker"]
     here = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["worker-gpu"]
 
@@ -212,7 +214,7 @@ def test_a_worker_of_another_machine_is_the_one_of_compose_but_for_addresses_and
     assert there["environment"]["LORRY_DEVICE"] == "0"
 
 
-def test_the_first_machine_lets_others_in_by_its_private_address_alone() -> None:
+def test_the_first_machine_is_reachable_only_at_its_private_address() -> None:
     head = yaml.safe_load((DEPLOY / "compose" / "head.yml").read_text("utf-8"))
     here = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 
@@ -224,7 +226,7 @@ def test_the_first_machine_lets_others_in_by_its_private_address_alone() -> None
 
 
 @pytest.mark.parametrize("path", sorted((DEPLOY / "compose").glob("*.yml")), ids=lambda path: path.name)
-def test_no_secret_stands_in_a_compose_file(path: Path) -> None:
+def test_no_compose_file_contains_a_secret(path: Path) -> None:
     for service in yaml.safe_load(path.read_text("utf-8"))["services"].values():
         for name, value in service.get("environment", {}).items():
             if SECRETS.search(name):
@@ -235,7 +237,7 @@ def test_no_secret_stands_in_a_compose_file(path: Path) -> None:
 # Kubernetes
 
 
-def test_every_pod_runs_a_command_of_ours_without_rights() -> None:
+def test_every_pod_runs_a_valid_command_without_privileges() -> None:
     assert {name for name, _, _ in containers()} == {"migrate", "api", "worker", "backup"}
     for name, pod, container in containers():
         check_command(container["command"])
@@ -253,31 +255,31 @@ def test_every_pod_runs_a_command_of_ours_without_rights() -> None:
         assert {mount["name"] for mount in container["volumeMounts"]} <= given
 
 
-def test_manifests_set_what_there_is_and_hold_no_secret() -> None:
-    told = set(named("ConfigMap", "lorry")["data"])
+def test_manifests_set_existing_variables_and_contain_no_secret() -> None:
+    names = set(named("ConfigMap", "lorry")["data"])
     for _, _, container in containers():
-        told |= {variable["name"] for variable in container.get("env", ())}
+        names |= {variable["name"] for variable in container.get("env", ())}
 
-    assert {name for name in told if name.startswith("LORRY_")} <= KNOWN
-    assert "LORRY_LOG_FORMAT" in told
+    assert {name for name in names if name.startswith("LORRY_")} <= KNOWN
+    assert "LORRY_LOG_FORMAT" in names
     commented = re.findall(r"^  # (OTEL_\w+):", (DEPLOY / "kubernetes" / "lorry.yaml").read_text("utf-8"), re.MULTILINE)
     assert [name for name in commented if name in vars(of_opentelemetry)] == ["OTEL_EXPORTER_OTLP_ENDPOINT"]
     assert not any(SECRETS.search(name) for name in named("ConfigMap", "lorry")["data"])
     assert not any(manifest["kind"] == "Secret" for manifest in MANIFESTS)
 
 
-def test_only_the_api_knows_the_pepper_and_each_pod_its_own_database_role() -> None:
+def test_only_the_api_has_the_pepper_and_each_pod_has_its_database_role() -> None:
     secrets: dict[str, list[str]] = {}
     for name, _, container in containers():
         secrets[name] = [given["secretRef"]["name"] for given in container["envFrom"] if "secretRef" in given]
         named_alone = {variable["name"] for variable in container.get("env", ()) if "valueFrom" in variable}
         assert named_alone <= ({"LORRY_DATABASE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}), name
         assert not any(variable["name"] == "LORRY_PEPPER" for variable in container.get("env", ()))
-    # Of two that name a variable the last one counts.
+    # If two secrets set a variable, the last one applies.
     assert secrets == {"migrate": ["lorry", "lorry-owner"], "api": ["lorry"], "worker": ["lorry-worker"], "backup": []}
 
 
-def test_a_pod_of_a_worker_has_one_gpu_and_time_to_drain() -> None:
+def test_a_worker_pod_has_one_gpu_and_time_to_drain() -> None:
     pod = named("StatefulSet", "worker")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
 
@@ -286,7 +288,7 @@ def test_a_pod_of_a_worker_has_one_gpu_and_time_to_drain() -> None:
     assert pod["terminationGracePeriodSeconds"] == TIME_TO_LEAVE
     assert container["livenessProbe"]["exec"]["command"] == ["python", "-m", "worker.entrypoints.healthcheck"]
     seconds = container["livenessProbe"]["periodSeconds"] * container["livenessProbe"]["failureThreshold"]
-    assert seconds >= 600, "an outage of the database must not start the fleet anew"
+    assert seconds >= 600, "a database outage must not restart the fleet"
 
 
 def test_the_api_is_alive_without_a_database_and_ready_only_with_one() -> None:
@@ -298,7 +300,7 @@ def test_the_api_is_alive_without_a_database_and_ready_only_with_one() -> None:
     assert container["ports"] == [{"name": "http", "containerPort": int(port)}]
 
 
-def test_selectors_find_their_pods_and_nobody_is_reached_but_the_api() -> None:
+def test_selectors_match_their_pods_and_only_the_api_is_reachable() -> None:
     pods = [template["metadata"]["labels"] for _, template in templates()]
     for manifest in MANIFESTS:
         spec = manifest.get("spec", {})
@@ -313,7 +315,7 @@ def test_selectors_find_their_pods_and_nobody_is_reached_but_the_api() -> None:
     assert {m["metadata"]["name"] for m in MANIFESTS if m["kind"] == "PodDisruptionBudget"} == {"api", "worker"}
 
 
-def test_prometheus_reaches_the_api_and_what_else_is_wanted_is_there_to_be_opened() -> None:
+def test_prometheus_reaches_the_api_and_optional_policies_exist() -> None:
     path = DEPLOY / "kubernetes" / "network.yaml"
     (api,) = [policy for policy in optional(path) if policy["metadata"]["name"] == "api"]
     namespaces = [
@@ -331,7 +333,7 @@ def test_prometheus_reaches_the_api_and_what_else_is_wanted_is_there_to_be_opene
     assert as_it_stands == {"nothing", "api", "out"}
 
 
-def test_a_backup_is_made_each_night_one_at_a_time_and_not_into_the_services_own_bucket() -> None:
+def test_backups_do_not_overlap_and_are_not_in_the_services_own_bucket() -> None:
     cron = named("CronJob", "backup")["spec"]
     pod = cron["jobTemplate"]["spec"]["template"]["spec"]
     place = api_parser().parse_args(pod["containers"][0]["command"][3:]).place

@@ -1,6 +1,6 @@
-"""Two nodes train as one: workers in network namespaces of their own, who share a database and a store and no memory.
+"""Two nodes train as one: workers in separate network namespaces share a database and a store, but no memory.
 
-Whichever of them goes, the job ends with the bytes of one process.
+If either of them is lost, the job ends with the bytes of one process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def net() -> Iterator[Network]:
 
 
 class Nodes:
-    """Nodes whose workers are of one gang."""
+    """Nodes whose workers form one gang."""
 
     def __init__(self, site: WorkerSite, database_url: str, **gang: str) -> None:
         self.site = site
@@ -58,7 +58,7 @@ class Nodes:
         return self.site.start(argv, **self._shared, **own, **environment)
 
     def workers_of(self, job_id: str) -> list[str]:
-        """Those that its trainer is on."""
+        """Return the workers on which the job's trainer runs."""
         with self.site.db.read() as session:
             trainer = session.get_one(Trainer, self.site.job(job_id).trainer_id)
             return (trainer.report or {}).get("gang", {}).get("workers", [])
@@ -82,7 +82,7 @@ def make_nodes(tmp_path: Path, net: Network, new_postgres_url: str) -> Iterator[
 
 
 def live_seats(site: WorkerSite) -> list[str]:
-    """Workers of the gang that live."""
+    """Return the live workers of the gang."""
     with site.db.read() as session:
         found = gangs.gang_views(session, now=read_clock(session), silent_seconds=LEASE_SECONDS)
         return [worker for gang in found for worker in gang.workers]
@@ -95,7 +95,7 @@ def trained_alone(site: WorkerSite, rows: str) -> str:
     return site.weights_digest(alone)
 
 
-def test_a_job_of_two_nodes_goes_on_with_one_where_the_other_is_killed(make_nodes: Any, net: Network) -> None:
+def test_a_job_of_two_nodes_continues_on_one_if_the_other_is_killed(make_nodes: Any, net: Network) -> None:
     nodes = make_nodes(LORRY_GANG_MIN_SIZE="1", LORRY_GANG_WAIT_SECONDS="0")
     site: WorkerSite = nodes.site
     rows = site.upload(60)
@@ -121,7 +121,7 @@ def test_a_job_of_two_nodes_goes_on_with_one_where_the_other_is_killed(make_node
     assert site.weights_digest(job) == expected
 
 
-def test_a_job_of_two_nodes_waits_for_one_that_is_cut_off_and_goes_on_with_both(make_nodes: Any, net: Network) -> None:
+def test_a_job_of_two_nodes_waits_for_a_disconnected_one(make_nodes: Any, net: Network) -> None:
     nodes = make_nodes()
     site: WorkerSite = nodes.site
     rows = site.upload(60)

@@ -1,4 +1,4 @@
-"""A node's workers as real processes: one for each device group, started again when they die, ended by one signal."""
+"""A node's workers as real processes: one for each device group, restarted when they die, stopped by one signal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def living(site: WorkerSite) -> list[Worker]:
     return [worker for worker in workers.list_workers(site.db) if worker.ended_at is None]
 
 
-def test_each_group_has_a_worker_on_its_own_cores_and_a_dead_one_comes_again(tmp_path: Path) -> None:
+def test_each_group_has_a_worker_on_its_own_cores_and_a_dead_one_restarts(tmp_path: Path) -> None:
     with bare_site(tmp_path) as site:
         node = start(site)
         site.wait_until(lambda: len(living(site)) == 2)
@@ -44,14 +44,14 @@ def test_each_group_has_a_worker_on_its_own_cores_and_a_dead_one_comes_again(tmp
 
         site.wait_until(lambda: {worker.id for worker in living(site)} - first.keys())
 
-        site.wait_until(lambda: dead not in {worker.id for worker in living(site)})  # its successor said so
+        site.wait_until(lambda: dead not in {worker.id for worker in living(site)})  # its successor reported it
         assert left in {worker.id for worker in living(site)}
         node.terminate()
         assert node.wait(WAIT_SECONDS) == 0, site.log()
         assert living(site) == []
 
 
-def test_a_drained_worker_ends_for_good_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_drained_worker_does_not_restart_and_the_others_continue(tmp_path: Path) -> None:
     with bare_site(tmp_path) as site:
         node = start(site)
         site.wait_until(lambda: len(living(site)) == 2)
@@ -66,7 +66,7 @@ def test_a_drained_worker_ends_for_good_and_the_others_go_on(tmp_path: Path) -> 
         assert node.wait(WAIT_SECONDS) == 0, site.log()
 
 
-def test_killing_the_node_takes_its_workers_along(tmp_path: Path) -> None:
+def test_killing_the_node_supervisor_stops_its_workers(tmp_path: Path) -> None:
     with bare_site(tmp_path) as site:
         node = start(site)
         site.wait_until(lambda: len(living(site)) == 2)
@@ -77,7 +77,7 @@ def test_killing_the_node_takes_its_workers_along(tmp_path: Path) -> None:
         site.wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
-def test_a_group_that_is_none_ends_the_command_with_a_sentence(tmp_path: Path) -> None:
+def test_overlapping_groups_stop_the_command_with_a_message(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "lorry", "worker", "--groups", f"cpu:{CORES[0]}", GROUPS[0]]
 
     refused = subprocess.run(

@@ -1,4 +1,4 @@
-"""Whatever is killed, whenever: the job ends once, with the same bytes."""
+"""A job ends once, with the same bytes, whichever process is killed at whichever time."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def small_job(**fields: Any) -> dict[str, Any]:
     return {"hyperparameters": hyperparameters, "max_steps": 30, "checkpoint_every_steps": 10, **fields}
 
 
-def test_a_killed_worker_takes_its_trainer_along_and_another_finishes_with_the_same_bytes(site: WorkerSite) -> None:
-    rows, held_out = site.upload(60), site.upload(12, seed=5)
-    disturbed = site.submit(rows, validation_file=held_out, **small_job())
+def test_the_job_of_a_killed_worker_ends_with_the_same_bytes_on_another(site: WorkerSite) -> None:
+    rows, validation = site.upload(60), site.upload(12, seed=5)
+    disturbed = site.submit(rows, validation_file=validation, **small_job())
     worker = site.start_worker(FAILPOINT="step_25:hang")
     site.wait_until(lambda: site.checkpoint_steps(disturbed) == [10, 20])
     trainer = psutil.Process(site.trainer_pid(disturbed))
@@ -39,7 +39,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_another_finishes_with_the_s
     worker.kill()
 
     assert is_gone_in_time(trainer)
-    undisturbed = site.submit(rows, validation_file=held_out, **small_job())
+    undisturbed = site.submit(rows, validation_file=validation, **small_job())
     site.start_worker()
     site.wait_for_end(disturbed, undisturbed)
     assert site.job(disturbed).state == JobState.SUCCEEDED, site.log()
@@ -67,9 +67,7 @@ def test_a_killed_worker_at_any_stage_leaves_one_adapter(site: WorkerSite, failp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failpoint", ["in_checkpoint:kill", "step_3:raise"])
-def test_a_trainer_that_dies_three_times_without_progress_is_quarantined_with_the_evidence(
-    site: WorkerSite, failpoint: str
-) -> None:
+def test_a_job_whose_trainer_dies_three_times_without_progress_is_quarantined(site: WorkerSite, failpoint: str) -> None:
     job_id = site.submit(site.upload(20), **small_job(max_steps=8, checkpoint_every_steps=5))
     site.start_worker(FAILPOINT=failpoint)
 
@@ -83,13 +81,13 @@ def test_a_trainer_that_dies_three_times_without_progress_is_quarantined_with_th
     assert site.adapters() == []
 
 
-def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_leaves(site: WorkerSite) -> None:
-    rows, other_rows, held_out = site.upload(60), site.upload(40, seed=3), site.upload(12, seed=5)
+def test_resumed_equals_uninterrupted_after_a_kill_among_joins_and_leaves(site: WorkerSite) -> None:
+    rows, other_rows, validation = site.upload(60), site.upload(40, seed=3), site.upload(12, seed=5)
     long = small_job(max_steps=40, checkpoint_every_steps=6)
     kinds: dict[str, dict[str, Any]] = {
         "stays": {**long, "lora": {"rank": 8, "dropout": 0.1}, "seed": 1},
         "leaves": {**small_job(max_steps=3), "lora": {"rank": 4}, "seed": 2},
-        "joins": {**long, "lora": {"rank": 16}, "seed": 3, "validation_file": held_out},
+        "joins": {**long, "lora": {"rank": 16}, "seed": 3, "validation_file": validation},
     }
     files = {"stays": rows, "leaves": other_rows, "joins": other_rows}
     solo = {name: site.submit(files[name], **fields) for name, fields in kinds.items()}
@@ -98,9 +96,11 @@ def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_
     cancelled = site.submit(rows, **long, lora={"rank": 2}, seed=4)
     site.start_worker(FAILPOINT=f"step_12:wait={site.gate('join')},step_24:wait={site.gate('kill')}")
     site.wait_for_end(packed["leaves"])
-    site.wait_for_step(12, packed["stays"], cancelled)  # from here on the trainer reads no message until it may go on
+    site.wait_for_step(12, packed["stays"], cancelled)  # from here on the trainer reads no message until the gate opens
     packed["joins"] = site.submit(files["joins"], **kinds["joins"])
-    site.wait_until(lambda: site.job(cancelled).state == JobState.RUNNING)  # else it ends at once, and nobody is told
+    site.wait_until(
+        lambda: site.job(cancelled).state == JobState.RUNNING
+    )  # otherwise it is cancelled immediately, without a message
     commands.cancel(site.db, project_id=site.caller.project_id, job_id=cancelled)
     site.wait_for_message("admit")
     site.wait_for_message("cancel")
@@ -121,7 +121,7 @@ def test_resumed_equals_uninterrupted_when_the_trainer_is_killed_amid_joins_and_
 
 
 @pytest.mark.slow
-def test_resumed_equals_uninterrupted_when_the_worker_leaves_and_that_attempt_is_free(site: WorkerSite) -> None:
+def test_resumed_equals_uninterrupted_after_a_drain_that_is_not_counted(site: WorkerSite) -> None:
     rows = site.upload(40)
     drained = site.submit(rows, **small_job(checkpoint_every_steps=1000))
     worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('drain')}")
@@ -142,7 +142,7 @@ def test_resumed_equals_uninterrupted_when_the_worker_leaves_and_that_attempt_is
 
 
 @pytest.mark.slow
-def test_a_worker_that_was_stopped_for_two_leases_finds_its_work_taken_and_writes_nothing(site: WorkerSite) -> None:
+def test_a_worker_that_was_stopped_for_two_leases_writes_nothing_afterwards(site: WorkerSite) -> None:
     job_id = site.submit(site.upload(20), **small_job(max_steps=20))
     stopped = site.start_worker(FAILPOINT="step_15:hang")
     site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
@@ -150,7 +150,7 @@ def test_a_worker_that_was_stopped_for_two_leases_finds_its_work_taken_and_write
     site.stop_between_writes(stopped)
     site.start_worker()
     site.wait_for_end(job_id)
-    assert not is_running(pid), "the trainer of a silent worker ends by itself"
+    assert not is_running(pid), "the trainer of a silent worker exits on its own"
     events_before = [event.seq for event in site.events(job_id)]
 
     stopped.send_signal(signal.SIGCONT)
@@ -163,7 +163,7 @@ def test_a_worker_that_was_stopped_for_two_leases_finds_its_work_taken_and_write
 
 
 def is_running(pid: int) -> bool:
-    """Whether it computes: a parent that is stopped can't bury a child that has ended."""
+    """Return whether the process runs. A parent that is stopped can't reap a child that has exited."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

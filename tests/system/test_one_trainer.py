@@ -1,4 +1,4 @@
-"""Continuous batching: jobs on one base share a trainer, whenever they come."""
+"""Continuous batching: jobs on one base model share a trainer, whenever they arrive."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.worker_site import worker_site
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_and_equal_solo(tmp_path: Path) -> None:
+def test_initial_and_joining_jobs_share_one_trainer_and_equal_solo_runs(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
-        rows, held_out = site.upload(80), site.upload(12, seed=5)
-        batch = {"hyperparameters": {"batch_size": 16}, "checkpoint_every_steps": 1000, "validation_file": held_out}
+        rows, validation = site.upload(80), site.upload(12, seed=5)
+        batch = {"hyperparameters": {"batch_size": 16}, "checkpoint_every_steps": 1000, "validation_file": validation}
         kinds = [{**batch, "max_steps": 40, "lora": {"rank": rank}, "seed": rank} for rank in (4, 8)]
         later = {**batch, "max_steps": 5, "lora": {"rank": 16}, "seed": 16}
         together = [site.submit(rows, **kind) for kind in kinds]
@@ -49,7 +49,7 @@ def test_jobs_that_come_together_and_one_that_comes_later_train_in_one_trainer_a
 
 
 @pytest.mark.slow
-def test_a_job_on_a_quantized_base_trains_in_a_trainer_of_its_own_and_is_verified_on_it(tmp_path: Path) -> None:
+def test_a_job_on_a_quantized_base_has_its_own_trainer_and_is_verified(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     with worker_site(tmp_path) as site:
         rows = site.upload(20)
@@ -74,7 +74,7 @@ def test_a_job_on_a_quantized_base_trains_in_a_trainer_of_its_own_and_is_verifie
         assert machine["memory"]["base_bytes"] < plain_bytes
 
 
-def test_a_paused_job_leaves_the_trainer_and_resumes_from_where_it_was(tmp_path: Path) -> None:
+def test_a_paused_job_leaves_the_trainer_and_resumes_at_its_step(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         project_id = site.caller.project_id
         job_id = site.submit(site.upload(40), checkpoint_every_steps=1000, max_steps=20)
@@ -93,7 +93,7 @@ def test_a_paused_job_leaves_the_trainer_and_resumes_from_where_it_was(tmp_path:
         assert len(queries.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
 
 
-def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_that_was_left_alone(
+def test_a_preempted_job_leaves_at_a_tick_and_ends_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     with worker_site(
@@ -102,7 +102,10 @@ def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_tha
         LORRY_PREEMPT_AFTER_SECONDS="0",
         LORRY_PREEMPTION_MIN_RUNTIME_SECONDS="0",
     ) as site:
-        long_enough = {"checkpoint_every_steps": 1000, "max_steps": 100}  # one that is about to end isn't asked
+        long_enough = {
+            "checkpoint_every_steps": 1000,
+            "max_steps": 100,
+        }  # a job that is about to finish isn't preempted
         rows, same = site.upload(40), {**long_enough, "priority": "batch"}
         preempted, twin = site.submit(rows, **same), site.submit(rows, **same)
         site.start_worker(FAILPOINT=f"step_10:wait={site.gate('preempt')}")
@@ -122,7 +125,7 @@ def test_a_preempted_job_makes_room_at_a_tick_and_ends_with_the_bytes_of_one_tha
 
 
 @pytest.mark.slow
-def test_a_file_with_nothing_to_learn_is_refused_by_name_and_harms_nobody(tmp_path: Path) -> None:
+def test_a_file_without_trainable_tokens_fails_only_its_own_job(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         good = site.submit(site.upload(12), max_steps=2)
         bad = site.submit(site.upload(12), max_steps=2, max_length=8)
@@ -138,7 +141,7 @@ def test_a_file_with_nothing_to_learn_is_refused_by_name_and_harms_nobody(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         job_id = site.submit(site.upload(40), max_steps=30, checkpoint_every_steps=10)
         worker = site.start_worker(FAILPOINT="step_25:hang")
@@ -160,27 +163,27 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
 
 
 def _resumable(db: Database, job_id: str) -> list[list[Json]]:
-    """The files of each checkpoint that has its files, newest first."""
+    """Return the files of each checkpoint that has its files, newest first."""
     with db.read() as session:
         return [session.get_one(Artifact, row.artifact).files for row in recording.resumable(session, job_id)]
 
 
 @pytest.mark.slow
-def test_a_job_answers_its_prompts_at_each_evaluation_and_trains_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_job_with_sample_prompts_answers_them_and_has_the_same_bytes(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
-        rows, held_out = site.upload(20), site.upload(6, seed=5)
-        fields = {"max_steps": 4, "seed": 3, "validation_file": held_out}
+        rows, validation = site.upload(20), site.upload(6, seed=5)
+        fields = {"max_steps": 4, "seed": 3, "validation_file": validation}
         prompts = ["What color is the lorry?", "What color is the road?"]
         samples = {"prompts": prompts, "max_tokens": 6}
-        asked = site.submit(rows, **fields, evaluation={"every_steps": 2, "samples": samples})
-        silent = site.submit(rows, **fields, evaluation={"every_steps": 2})
+        sampled = site.submit(rows, **fields, evaluation={"every_steps": 2, "samples": samples})
+        plain_job = site.submit(rows, **fields, evaluation={"every_steps": 2})
 
         site.work_until_done()
 
-        assert [site.job(job_id).state for job_id in (asked, silent)] == [JobState.SUCCEEDED] * 2, site.log()
-        assert site.weights_digest(asked) == site.weights_digest(silent)
-        told = [event.data for event in site.events(asked) if event.data and "samples" in event.data]
-        assert [data["step"] for data in told] == [0, 2, 4]
-        assert all([sample["prompt"] for sample in data["samples"]] == prompts for data in told)
-        assert all(1 <= sample["num_tokens"] <= 6 for data in told for sample in data["samples"])
-        assert not any(event.data and "samples" in event.data for event in site.events(silent))
+        assert [site.job(job_id).state for job_id in (sampled, plain_job)] == [JobState.SUCCEEDED] * 2, site.log()
+        assert site.weights_digest(sampled) == site.weights_digest(plain_job)
+        recorded = [event.data for event in site.events(sampled) if event.data and "samples" in event.data]
+        assert [data["step"] for data in recorded] == [0, 2, 4]
+        assert all([sample["prompt"] for sample in data["samples"]] == prompts for data in recorded)
+        assert all(1 <= sample["num_tokens"] <= 6 for data in recorded for sample in data["samples"])
+        assert not any(event.data and "samples" in event.data for event in site.events(plain_job))

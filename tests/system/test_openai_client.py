@@ -1,6 +1,6 @@
-"""The real openai package, strict about every answer, against the service as a process of its own.
+"""The real openai package, with strict validation of every response, against the service in a separate process.
 
-What a worker does to a job is done here by the catalog's verbs on the same database.
+The tests replace the worker by calls of the catalog on the same database.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.catalog.world import DESCRIPTION, claim_import_of, manifest, sha
 from tests.system.api_process import Service, api_process
 
 httpx: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
-"""The HTTP library that this version of openai stands on."""
+"""The HTTP library that this version of openai uses."""
 CHAT = {"messages": [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "2"}]}
 DATA = b"".join(json.dumps(CHAT).encode() + b"\n" for _ in range(20))
 
@@ -50,8 +50,8 @@ def database(data_dir: Path, module_database: None) -> Iterator[Database]:
 def service(data_dir: Path, database: Database) -> Iterator[Service]:
     with api_process(data_dir) as service:
         base_models.add(database, name="smol", kind="folder", source="/models/smol")
-        told = {"manifest": {"files": []}, "description": DESCRIPTION}
-        base_models.finish_import(database, claim_import_of(database, "smol"), digest=sha("smol"), **told)
+        imported = {"manifest": {"files": []}, "description": DESCRIPTION}
+        base_models.finish_import(database, claim_import_of(database, "smol"), digest=sha("smol"), **imported)
         yield service
 
 
@@ -76,7 +76,7 @@ def prepare(db: Database) -> None:
 
 
 def train(db: Database, store: ArtifactStore, folder: Path) -> None:
-    """Every queued job, to its end. `folder`: for what is stored."""
+    """Complete every queued job. `folder` is for the files to store."""
     prepare(db)
     workers.register_worker(
         db, worker_id="w", host="h", pid=1, devices=[{"kind": "cpu"}], version="1", memory_bytes=10**12
@@ -181,7 +181,7 @@ def test_openai_client_cancels_pauses_and_resumes(client: openai.OpenAI, service
     assert conflict.value.code == "job_already_final"
 
 
-def test_openai_client_raises_its_own_errors_with_all_their_parts(client: openai.OpenAI, service: Service) -> None:
+def test_openai_client_raises_its_own_errors_with_all_fields(client: openai.OpenAI, service: Service) -> None:
     with pytest.raises(openai.BadRequestError) as bad_file:
         client.files.create(file=("x.jsonl", b"nonsense\n"), purpose="fine-tune")
     with pytest.raises(openai.BadRequestError) as bad_rank:
@@ -207,12 +207,12 @@ def test_openai_client_raises_its_own_errors_with_all_their_parts(client: openai
     assert all(error.value.request_id for error in (bad_file, bad_rank, no_model, wrong_key, no_route))
 
 
-def test_openai_client_whose_reply_is_lost_makes_one_job(client: openai.OpenAI, service: Service) -> None:
+def test_openai_client_creates_one_job_if_a_response_is_lost(client: openai.OpenAI, service: Service) -> None:
     file = client.files.create(file=("x.jsonl", DATA), purpose="fine-tune")
     counts: list[str] = []
 
     class Lossy(httpx.HTTPTransport):
-        """The first answer to a new job gets lost on its way."""
+        """Loses the first response to a new job."""
 
         def handle_request(self, request: Any) -> Any:
             response = super().handle_request(request)

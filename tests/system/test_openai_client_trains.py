@@ -1,4 +1,4 @@
-"""The whole way, nothing played: the real openai client, the api, a worker, a trainer, a verified adapter."""
+"""End to end without fakes: the real openai client, the API server, a worker, a trainer and a verified adapter."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
         site.start_worker()
         rows = tiny_base.write_chat(tmp_path / "train.jsonl", 40)
         training = client.files.create(file=rows, purpose="fine-tune")
-        held_out = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=5)
-        validation = client.files.create(file=held_out, purpose="fine-tune")
+        validation_rows = tiny_base.write_chat(tmp_path / "valid.jsonl", 8, seed=5)
+        validation = client.files.create(file=validation_rows, purpose="fine-tune")
         assert client.files.wait_for_processing(training.id).status == "processed"
 
         job = client.fine_tuning.jobs.create(
@@ -66,24 +66,24 @@ def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None:
+def test_openai_client_trains_with_dpo_on_pairs_of_answers(tmp_path: Path) -> None:
     with (
         worker_site(tmp_path) as site,
         api_process(site.settings.data_dir, pepper=PEPPER) as service,
         service.client() as client,
     ):
         pairs = client.files.create(file=tiny_base.write_pairs(tmp_path / "pairs.jsonl", 24), purpose="fine-tune")
-        held_out = tiny_base.write_pairs(tmp_path / "valid.jsonl", 4, seed=5)
-        validation = client.files.create(file=held_out, purpose="fine-tune")
+        validation_rows = tiny_base.write_pairs(tmp_path / "valid.jsonl", 4, seed=5)
+        validation = client.files.create(file=validation_rows, purpose="fine-tune")
         chats = client.files.create(file=tiny_base.write_chat(tmp_path / "chats.jsonl", 4), purpose="fine-tune")
         numbers: Any = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 20, "beta": 0.5}
-        asked: Any = {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+        requested: Any = {"type": "dpo", "dpo": {"hyperparameters": numbers}}
         with pytest.raises(openai.BadRequestError) as refused:
-            client.fine_tuning.jobs.create(model=BASE, training_file=chats.id, method=asked)
+            client.fine_tuning.jobs.create(model=BASE, training_file=chats.id, method=requested)
         assert (refused.value.code, refused.value.param) == ("wrong_file_kind", "training_file")
 
         job = client.fine_tuning.jobs.create(
-            model=BASE, training_file=pairs.id, validation_file=validation.id, seed=3, method=asked
+            model=BASE, training_file=pairs.id, validation_file=validation.id, seed=3, method=requested
         )
         site.work_until_done()
 
@@ -94,9 +94,9 @@ def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None
         assert done.method.dpo.hyperparameters is not None
         assert done.method.dpo.hyperparameters.beta == 0.5
         losses = train_losses(client, job.id)
-        assert losses[0] < math.log(2) - 0.05  # at first the adapter is its reference, and the loss ln 2
-        told = [event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"]
-        rewards = [data["train_rewards"] for data in told if isinstance(data, dict) and "train_rewards" in data]
+        assert losses[0] < math.log(2) - 0.05  # at first the adapter equals its reference, and the loss is ln 2
+        metrics = [event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"]
+        rewards = [data["train_rewards"] for data in metrics if isinstance(data, dict) and "train_rewards" in data]
         assert rewards[0]["margin"] > 0
         assert rewards[0]["accuracy"] > 0.5
         curve: Any = client.get(f"/fine_tuning/jobs/{job.id}/metrics?kind=valid", cast_to=object)
@@ -111,7 +111,7 @@ def test_openai_client_trains_by_dpo_on_pairs_of_answers(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_openai_client_is_told_which_rows_have_nothing_to_learn(tmp_path: Path) -> None:
+def test_openai_client_sees_which_file_has_no_trainable_tokens(tmp_path: Path) -> None:
     with (
         worker_site(tmp_path) as site,
         api_process(site.settings.data_dir, pepper=PEPPER) as service,
@@ -139,12 +139,12 @@ def submit_dora_with_patterns(client: openai.OpenAI, training_file: str) -> str:
     refused = {"lora": shape | {"rank_pattern": {"down_prj": 2}}}
     with pytest.raises(openai.BadRequestError, match="Did you mean down_proj"):
         client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=refused)
-    asked = {"lora": shape | {"init_lora_weights": "olora"}, "optimizer": {"lora_plus_ratio": 4}, "max_steps": 4}
-    return client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=asked).id
+    requested = {"lora": shape | {"init_lora_weights": "olora"}, "optimizer": {"lora_plus_ratio": 4}, "max_steps": 4}
+    return client.fine_tuning.jobs.create(model=BASE, training_file=training_file, extra_body=requested).id
 
 
 def assert_dora_with_patterns_was_trained(service: Service, site: WorkerSite, job_id: str) -> None:
-    """PEFT took it for what training saw, and its folder says what was asked for: OLoRA is of twice the rank."""
+    """PEFT has verified the adapter, and its configuration has the requested shape. OLoRA doubles the rank."""
     job, adapter = site.job(job_id), site.adapter(job_id)
     assert_adapter_is_verified(service, site, adapter.name)
     assert adapter.num_parameters == job.adapter_parameters
@@ -157,13 +157,13 @@ def assert_dora_with_patterns_was_trained(service: Service, site: WorkerSite, jo
 
 
 def train_losses(client: openai.OpenAI, job_id: str) -> list[float]:
-    """As the job's events tell them, the newest first."""
-    told = [event.data for event in client.fine_tuning.jobs.list_events(job_id) if event.type == "metrics"]
-    return [data["train_loss"] for data in told if isinstance(data, dict) and "train_loss" in data]
+    """Return the losses in the job's events, the newest first."""
+    metrics = [event.data for event in client.fine_tuning.jobs.list_events(job_id) if event.type == "metrics"]
+    return [data["train_loss"] for data in metrics if isinstance(data, dict) and "train_loss" in data]
 
 
 def assert_adapter_is_verified(service: Service, site: WorkerSite, name: str) -> None:
-    """By the trainer before the job succeeded, and by the store now."""
+    """Assert that the trainer verified the adapter before the job succeeded, and that the store verifies it now."""
     (adapter,) = (adapter for adapter in site.adapters() if adapter.name == name)
     assert adapter.verification["passed"] is True
     assert adapter.verification["max_abs_diff"] <= adapter.verification["tolerance"]

@@ -1,6 +1,6 @@
-"""A worker that is told to leave and can't: a second signal ends it at once, be it Celery's or the embedded loop.
+"""A worker that can't exit after a first signal: a second one stops it immediately, with Celery and with the loop.
 
-What the catalog makes of that is what it makes of a power cut: see test_killed_worker.
+The catalog handles this like a power cut: see test_killed_worker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site
 
 pytestmark = pytest.mark.timeout(600)
 AT_ONCE_SECONDS = 30
-"""Far less than the work that hangs would take."""
+"""Far less than the hanging work would take."""
 HANGS = """
 import pathlib, time
 def hang(context):
@@ -39,7 +39,7 @@ from worker.entrypoints import celery_app
 celery_app.supervise = hang
 celery_app.app.worker_main("worker -c 1 -Q lorry -l info --without-gossip --without-mingle".split())
 """
-RING = "from worker.entrypoints.celery_app import app; app.send_task('lorry.work')"
+NOTIFY = "from worker.entrypoints.celery_app import app; app.send_task('lorry.work')"
 
 
 def start(site: WorkerSite, program: str) -> subprocess.Popen[bytes]:
@@ -47,8 +47,8 @@ def start(site: WorkerSite, program: str) -> subprocess.Popen[bytes]:
     return site.start([sys.executable, "-c", program.format(**marks)])
 
 
-def tell_twice(site: WorkerSite, worker: subprocess.Popen[bytes]) -> None:
-    """Assert that the first signal is waited for, and the second one is not."""
+def terminate_twice(site: WorkerSite, worker: subprocess.Popen[bytes]) -> None:
+    """Assert that the worker waits after the first signal, and exits on the second."""
     site.wait_until((site.folder / "hangs").exists)
     below = psutil.Process(worker.pid).children(recursive=True)
     worker.terminate()
@@ -61,18 +61,18 @@ def tell_twice(site: WorkerSite, worker: subprocess.Popen[bytes]) -> None:
     site.wait_until(lambda: not any(child.is_running() for child in below))
 
 
-def test_a_second_signal_ends_the_loop_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_stops_the_loop_immediately(tmp_path: Path) -> None:
     with bare_site(tmp_path) as site:
-        tell_twice(site, start(site, LOOP))
+        terminate_twice(site, start(site, LOOP))
 
         assert [worker.ended_at for worker in workers.list_workers(site.db)] == [None]  # as after a power cut
 
 
-def test_a_second_signal_ends_celery_at_once_and_its_pool_with_it(tmp_path: Path, redis_url: str) -> None:
+def test_a_second_signal_stops_celery_and_its_pool_immediately(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         worker = start(site, CELERY)
-        assert site.start([sys.executable, "-c", RING]).wait(WAIT_SECONDS) == 0, site.log()
+        assert site.start([sys.executable, "-c", NOTIFY]).wait(WAIT_SECONDS) == 0, site.log()
 
-        tell_twice(site, worker)
+        terminate_twice(site, worker)

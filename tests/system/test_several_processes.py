@@ -1,4 +1,4 @@
-"""A trainer of several processes, in a whole service: jobs end with the bytes of one, whichever of them is killed."""
+"""A trainer of several processes, in a complete service: jobs end with the bytes of one, even if a process dies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.slow
-def test_jobs_that_two_processes_train_end_with_the_bytes_of_one_though_the_second_is_killed(tmp_path: Path) -> None:
+def test_jobs_on_two_processes_equal_one_process_despite_a_kill(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows = site.upload(60)
         fields = small_job(max_steps=20, checkpoint_every_steps=5)

@@ -1,4 +1,4 @@
-"""A worker without work keeps a trainer ready: the next job has it, and nobody notices but by the clock."""
+"""An idle worker keeps a standby trainer for the next job. Only the time shows the difference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_gone(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launched(tmp_path: Path) -> None:
+def test_jobs_in_standby_trainers_have_the_bytes_of_one_in_a_new_trainer(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows = site.upload(20)
         fields = {"max_steps": 4, "precision": "bfloat16"}
@@ -52,7 +52,7 @@ def test_jobs_in_trainers_that_stood_by_come_to_the_bytes_of_one_that_was_launch
         assert list((site.settings.work_dir() / "trainers").iterdir()) == []
 
 
-def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_clears_its_folder(tmp_path: Path) -> None:
+def test_a_standby_exits_with_its_killed_worker_and_its_folder_is_deleted(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         worker = site.start_worker(**WANTED)
         site.wait_until(site.standing_by)
@@ -67,7 +67,7 @@ def test_what_stands_by_ends_with_a_worker_that_is_killed_and_the_next_one_clear
 
 
 @pytest.mark.slow
-def test_one_that_is_killed_while_it_stands_by_costs_the_next_job_nothing_but_time(tmp_path: Path) -> None:
+def test_a_killed_standby_costs_the_next_job_only_time(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         worker = site.start_worker(**WANTED)
         site.wait_until(site.standing_by)

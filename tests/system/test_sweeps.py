@@ -1,4 +1,4 @@
-"""A sweep on the real trainer: its trials ride in one pack, and bad ones leave it at rungs."""
+"""A sweep on the real trainer: its trials share one pack, and bad ones are pruned at rungs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 NUM_STEPS = 120
-"""So many that no machine is through with them before its worker has heard of the first rung."""
+"""Enough that no machine finishes them before its worker has processed the first rung."""
 
 
 def make(site: WorkerSite, **fields: Any) -> str:
@@ -28,7 +28,7 @@ def make(site: WorkerSite, **fields: Any) -> str:
     return creation.create(site.db, caller=site.caller, request=request, body_digest=os.urandom(8).hex()).id
 
 
-def test_trials_train_in_one_pack_and_bad_ones_are_stopped_at_rungs(tmp_path: Path) -> None:
+def test_trials_train_in_one_pack_and_bad_ones_are_pruned_at_rungs(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         search = {"type": "asha", "trials": 6, "min_steps": 4, "reduction_factor": 2, "seed": 3}
         rates = {"min": 1e-7, "max": 1e-2, "scale": "log"}
@@ -48,8 +48,8 @@ def test_trials_train_in_one_pack_and_bad_ones_are_stopped_at_rungs(tmp_path: Pa
         assert len(pruned) >= 2
         assert all((each.job.progress or {})["step"] < NUM_STEPS for each in pruned)
         assert view.best is not None
-        learnt = {each.trial.number: each.trial.parameters["optimizer.learning_rate"] for each in board}
-        assert learnt[view.best.trial.number] == max(learnt.values())
+        tried = {each.trial.number: each.trial.parameters["optimizer.learning_rate"] for each in board}
+        assert tried[view.best.trial.number] == max(tried.values())
         assert board[0].job.id == view.best.job.id
         found = adapters.get(site.db, project_id=site.caller.project_id, name=sweep_id)
         assert found.adapter.job_id == view.best.job.id

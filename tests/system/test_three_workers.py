@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.timeout(TEST_SECONDS), pytest.mark.slow]
 CELERY = [sys.executable, "-m", "celery", "--app=worker.entrypoints.celery_app"]
 WORKER = ["worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle", "--loglevel=INFO"]
 NUM_JOBS, NUM_EPOCHS = 12, 20
-"""Of fifteen steps each: so many that no machine is through with them before its workers are hit."""
+"""Each epoch has fifteen steps: enough that no machine finishes them before its workers are hit."""
 JOB = {
     "lora": {"rank": 4},
     "hyperparameters": {"n_epochs": NUM_EPOCHS, "batch_size": 4},
@@ -63,20 +63,20 @@ class Stack:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def environment_of(self, argv: Sequence[str]) -> dict[str, str]:
-        """With the database role that such a process has."""
+        """Return the environment with the database role of such a process."""
         url = as_role(self.environment["LORRY_DATABASE_URL"], role_of(argv))
         return {**self.environment, "LORRY_DATABASE_URL": url}
 
-    def told(self, *command: str) -> dict[str, Any]:
+    def run_json(self, *command: str) -> dict[str, Any]:
         argv = [sys.executable, "-m", "api", *command]
         done = subprocess.run(argv, env=self.environment, cwd=ROOT, capture_output=True, check=True, timeout=60)
         return json.loads(done.stdout)
 
-    def start(self, name: str, argv: list[str], *, is_told: bool = False) -> subprocess.Popen[bytes]:
-        """is_told: what it prints is read by the caller."""
+    def start(self, name: str, argv: list[str], *, is_read: bool = False) -> subprocess.Popen[bytes]:
+        """is_read: the caller reads the output."""
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                argv, env=self.environment_of(argv), cwd=ROOT, stdout=subprocess.PIPE if is_told else log, stderr=log
+                argv, env=self.environment_of(argv), cwd=ROOT, stdout=subprocess.PIPE if is_read else log, stderr=log
             )
         self._processes.append(process)
         return process
@@ -85,10 +85,13 @@ class Stack:
         return self.start(name, [*CELERY, *WORKER, f"--hostname={name}@%h"])
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """Until the time of the test is over: a busy machine may be slow. Rarely, for each look asks the api much."""
-        wait_until(condition, said=self.said, seconds=TEST_SECONDS, every_seconds=0.2)
+        """Wait up to the time limit of the test, because a busy machine may be slow.
 
-    def said(self) -> str:
+        The interval is long, because each poll sends many requests to the API server.
+        """
+        wait_until(condition, said=self.logs, seconds=TEST_SECONDS, every_seconds=0.2)
+
+    def logs(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-4000:] for path in sorted(self.folder.glob("*.log")))
 
     def close(self) -> None:
@@ -116,14 +119,14 @@ def running(folder: Path, addresses: dict[str, str]) -> Iterator[tuple[Stack, Lo
     stack = Stack(folder, addresses)
     with ExitStack() as exits:
         exits.callback(stack.close)
-        key = stack.told("bootstrap", "--json")["api_key"]
-        api = stack.start("api", [sys.executable, "-m", "api", "serve", "--port", "0"], is_told=True)
+        key = stack.run_json("bootstrap", "--json")["api_key"]
+        api = stack.start("api", [sys.executable, "-m", "api", "serve", "--port", "0"], is_read=True)
         assert api.stdout is not None
         url = json.loads(api.stdout.readline())["url"]
         yield stack, exits.enter_context(Lorry(url, key))
 
 
-def test_twelve_jobs_outlive_a_killed_worker_a_drained_one_and_a_redis_that_forgets(
+def test_twelve_jobs_survive_a_killed_and_a_drained_worker_and_a_redis_flush(
     tmp_path: Path, new_postgres_url: str, redis_of_its_own: str, s3_endpoint: str
 ) -> None:
     bucket = new_bucket(s3_endpoint)
@@ -136,34 +139,34 @@ def test_twelve_jobs_outlive_a_killed_worker_a_drained_one_and_a_redis_that_forg
         lorry.models.wait("tiny")
         file = lorry.files.upload(rows)
         began = time.monotonic()
-        asked = {"model": "tiny", "training_file": file.id, **JOB}
-        ids = [lorry.jobs.create(**asked, suffix=f"n{number}").id for number in range(NUM_JOBS)]
+        body = {"model": "tiny", "training_file": file.id, **JOB}
+        ids = [lorry.jobs.create(**body, suffix=f"n{number}").id for number in range(NUM_JOBS)]
         forget(redis_of_its_own)
         stack.wait_until(lambda: len(holders(lorry, ids)) == len(workers))
         assert max(holders(lorry, ids).values()) <= 4
-        tell("twelve jobs on three workers", began)
+        report("twelve jobs on three workers", began)
         ours = {name: worker_of(lorry, process) for name, process in workers.items()}
         hit, left = held_by(lorry, ids, ours["killed"]), held_by(lorry, ids, ours["drained"])
         stack.wait_until(lambda: all(has_checkpoint(lorry, job_id) for job_id in (*hit, *left)))
-        tell("a checkpoint of each", began)
+        report("a checkpoint of each", began)
 
         workers["killed"].kill()
         killed = time.monotonic()
         workers["drained"].terminate()
         forget(redis_of_its_own)
-        assert workers["drained"].wait(DRAIN_SECONDS) == 0, stack.said()
-        tell(f"the drained worker has let go of {len(left)} jobs and ended", killed)
+        assert workers["drained"].wait(DRAIN_SECONDS) == 0, stack.logs()
+        report(f"the drained worker has released {len(left)} jobs and exited", killed)
         stack.wait_until(lambda: ours["killed"] not in holders(lorry, hit))
-        tell(f"{len(hit)} jobs of the killed worker are free again", killed)
+        report(f"{len(hit)} jobs of the killed worker are free again", killed)
         stack.worker("new")
         stack.wait_until(lambda: all(lorry.jobs.get(job_id).status in FINAL_STATUSES for job_id in ids))
-        tell("all have ended", began)
+        report("all jobs have finished", began)
 
         names = {worker_id: name for name, worker_id in ours.items()}
         for job_id in ids:
             story = [(names.get(a.worker_id, "new"), a.reason, a.resumed_from_step) for a in attempts(lorry, job_id)]
             print("killed" if job_id in hit else "drained" if job_id in left else "", story)  # noqa: T201
-        assert {lorry.jobs.get(job_id).status for job_id in ids} == {"succeeded"}, stack.said()
+        assert {lorry.jobs.get(job_id).status for job_id in ids} == {"succeeded"}, stack.logs()
         assert hit
         assert left
         for job_id, reason in [*((job_id, "infra_lost") for job_id in hit), *((job_id, "drained") for job_id in left)]:
@@ -180,7 +183,7 @@ def forget(redis_url: str) -> None:
 
 
 def holders(lorry: Lorry, ids: list[str]) -> Counter[str]:
-    """Workers that hold a running attempt of these, with how many each."""
+    """Return the workers that hold running attempts of these jobs, with the number of attempts."""
     live = [attempt for job_id in ids for attempt in attempts(lorry, job_id) if attempt.ended_at is None]
     return Counter(attempt.worker_id for attempt in live)
 
@@ -190,7 +193,7 @@ def held_by(lorry: Lorry, ids: list[str], worker_id: str) -> list[str]:
 
 
 def worker_of(lorry: Lorry, process: subprocess.Popen[bytes]) -> str:
-    """Its id names the pool's process, which is the child of Celery's."""
+    """Return the worker's id, which names the pool process, a child of Celery's main process."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return next(w.id for w in lorry.workers.list() for child in children if f"-{child}-" in w.id)
 
@@ -208,5 +211,5 @@ def weights(lorry: Lorry, name: str) -> str:
     return next(file["digest"] for file in files if file["path"] == "adapter_model.safetensors")
 
 
-def tell(what: str, since: float) -> None:
+def report(what: str, since: float) -> None:
     print(f"{time.monotonic() - since:6.1f} s: {what}")  # noqa: T201

@@ -1,5 +1,7 @@
-"""One trace from the request that submits a job to the adapter that is published: over api, worker and a trainer whose
-part the test plays."""
+"""One trace from the request that submits a job to the published adapter, across API server, worker and trainer.
+
+The tests play the trainer.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from catalog.states import EndReason
 from catalog.tables.jobs import Job
 from catalog.tenancy import authentication
 from tests.api.site import PEPPER
-from tests.worker.pack_site import PASSED, PackSite, say, step, tell
+from tests.worker.pack_site import PASSED, PackSite, emit, emit_for, step
 from worker.background import tokenization
 from worker.protocol.mailbox import InboxReader
 from worker.session.session_job import End
@@ -52,7 +54,7 @@ def exporter() -> Iterator[InMemorySpanExporter]:
 
 @pytest.fixture
 def client(site: PackSite) -> Iterator[TestClient]:
-    """Of the project of the site's world, with a key of its own."""
+    """Yield a client for the project of the site's world, with its own key."""
     settings = site.settings.model_copy(
         update={"database_url": SecretStr(site.db.url), "pepper": SecretStr(PEPPER.decode())}
     )
@@ -71,7 +73,7 @@ def submit(client: TestClient, site: PackSite, **headers: str) -> str:
 
 
 def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the worker does, without the child that tokenizes."""
+    """Prepare the files of a job as the worker does, without the child process that tokenizes."""
     manifest = site.store.put_folder(site.tokens, kind="tokens")
 
     def both_files(*_: Any, **__: Any) -> Any:
@@ -85,7 +87,7 @@ def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ended(name: str, began_at: float, ended_at: float) -> dict[str, Any]:
-    """A span as a trainer tells of it."""
+    """Return a span as a trainer reports it."""
     return {"name": name, "began_at": began_at, "ended_at": ended_at}
 
 
@@ -96,27 +98,27 @@ def claim_one(site: PackSite) -> Claim:
 
 
 def trained(site: PackSite, claim: Claim) -> None:
-    """What a trainer says from loading its base to the adapter, heard and put on record."""
+    """Write the trainer's events from loading its base to the adapter, and let the worker record them."""
     pack = site.loading_session(claim)
     (admit,) = InboxReader(pack.directory).take()
     assert admit.body["trace"] == site.context.spans.of(claim.claim_id)
     ready = {"type": "ready", "memory": {"base_bytes": 1, "adapter_bytes": 0, "peak_bytes": 1}, "invariance": "bitwise"}
-    say(pack, ready | {"versions": {}, "spans": [ended("load", 1.0, 3.0)]})
-    tell(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
-    tell(pack, claim, "stepped", **step(1))
+    emit(pack, ready | {"versions": {}, "spans": [ended("load", 1.0, 3.0)]})
+    emit_for(pack, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+    emit_for(pack, claim, "stepped", **step(1))
     saved = {"step": 1, "folder": site.checkpoint(pack, claim, 1), "adapter": None}
-    tell(pack, claim, "checkpointed", **saved, spans=[ended("checkpoint", 4.0, 5.0)])
-    tell(pack, claim, "finished", step=10, kept_step=10, stopped_early=None)
+    emit_for(pack, claim, "checkpointed", **saved, spans=[ended("checkpoint", 4.0, 5.0)])
+    emit_for(pack, claim, "finished", step=10, kept_step=10, stopped_early=None)
     folder = pack.directory.job_path(claim.claim_id) / "adapter"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_text("weights")
     spans = [ended("export", 6.0, 7.0), ended("verify", 7.0, 8.0)]
     exported = {"step": 10, "kept_step": 10, "stopped_early": None, "num_parameters": 24, "trained_tokens": 100}
     exported |= {"folder": pack.directory.named(folder), "report": PASSED}
-    tell(pack, claim, "exported", **exported, spans=spans)
+    emit_for(pack, claim, "exported", **exported, spans=spans)
     pack.read_events()
     assert pack.ready is not None
-    assert "spans" not in pack.ready, "they are no part of a record"
+    assert "spans" not in pack.ready, "spans are not part of the recorded fields"
 
 
 def test_a_job_is_one_trace_from_its_request_to_its_adapter(
@@ -154,7 +156,7 @@ def test_a_job_is_one_trace_from_its_request_to_its_adapter(
     assert all(span.status.is_ok or span.status.is_unset for span in spans.values())
 
 
-def test_no_attribute_holds_what_people_wrote(
+def test_no_span_attribute_contains_text_of_users(
     site: PackSite, client: TestClient, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit(client, site)
@@ -163,13 +165,13 @@ def test_no_attribute_holds_what_people_wrote(
     prepare(site, monkeypatch)
     trained(site, claim_one(site))
 
-    told = " ".join(span.to_json() for span in exporter.get_finished_spans())
+    exported = " ".join(span.to_json() for span in exporter.get_finished_spans())
 
     for words in ("named-by-a-person", SECRET_WORDS, "secret-name", "train.jsonl", "Bearer"):
-        assert words not in told
+        assert words not in exported
 
 
-def test_an_attempt_that_ends_badly_is_a_failed_span_and_the_next_is_in_the_same_trace(
+def test_a_failed_attempt_is_a_failed_span_in_the_same_trace_as_the_next(
     site: PackSite, exporter: InMemorySpanExporter
 ) -> None:
     job = site.queued()
@@ -187,9 +189,7 @@ def test_an_attempt_that_ends_badly_is_a_failed_span_and_the_next_is_in_the_same
     assert {_trace(span) for span in attempts} == {tracing.trace_id(tracing.of_job(job.id, None))}
 
 
-def test_a_claim_that_was_never_handed_to_a_trainer_ends_its_span(
-    site: PackSite, exporter: InMemorySpanExporter
-) -> None:
+def test_a_claim_that_no_trainer_received_ends_its_span(site: PackSite, exporter: InMemorySpanExporter) -> None:
     site.queued()
     claim = claim_one(site)
     claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="left")
@@ -201,7 +201,7 @@ def test_a_claim_that_was_never_handed_to_a_trainer_ends_its_span(
     assert (span.attributes or {})["lorry.reason"] == "drained"
 
 
-def test_where_tracing_is_off_a_clients_trace_still_travels(site: PackSite, client: TestClient) -> None:
+def test_a_clients_trace_is_kept_with_tracing_disabled(site: PackSite, client: TestClient) -> None:
     job = _job(site, submit(client, site, traceparent=CLIENTS))
     odd = _job(site, submit(client, site, traceparent="00-words-of-a-stranger-01"))
 
@@ -218,7 +218,7 @@ def _trace(span: ReadableSpan) -> str:
 
 
 def _parent(span: ReadableSpan, spans: dict[str, ReadableSpan]) -> str | None:
-    """Its name, or its id where it is none of these."""
+    """Return the parent's name, or its id if it is not one of these spans."""
     if span.parent is None:
         return None
     names = {other.context.span_id: name for name, other in spans.items() if other.context is not None}

@@ -1,4 +1,4 @@
-"""Two nodes, each with a data folder of its own, on one database and one store."""
+"""Two nodes with separate data folders, on one database and one store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.slow
-def test_a_node_without_the_base_imports_the_same_bytes_and_trains_the_same_adapter(tmp_path: Path) -> None:
+def test_a_node_without_the_base_imports_it_and_trains_the_same_adapter(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:
         rows = site.upload(20)
         here = site.submit(rows, max_steps=4)

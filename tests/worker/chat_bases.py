@@ -1,4 +1,4 @@
-"""Small chat bases for tests: a tokenizer trained on what the tests say, and templates of the kinds there are."""
+"""Small chat bases for tests: a tokenizer trained on the texts of the tests, and one template of each kind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INSTRUCT = (
     "{{ ' ' + message['content'] | trim + eos_token }}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-FORGETFUL = (  # drops the reasoning of all turns but the last
+FORGETFUL = (  # drops the reasoning of all turns except the last
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{{ m.content if loop.last else "
     "m.content.split('</think>')[-1] }}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -59,7 +59,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]")
 
 
 def turns(*contents: str, system: str | None = None) -> Messages:
-    """User and assistant in turn."""
+    """Return alternating messages of the user and the assistant."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     return messages + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
@@ -76,7 +76,7 @@ CHATS: dict[str, Messages] = {
 
 
 def train_tokenizer() -> str:
-    """Byte-level BPE with ChatML's special tokens, trained on what the tests say."""
+    """Return a byte-level BPE tokenizer with ChatML's special tokens, trained on the texts of the tests."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,14 +86,14 @@ def train_tokenizer() -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    said = [message["content"] for chat in CHATS.values() for message in chat]
-    tokenizer.train_from_iterator([*said, "system user assistant helpful answer question"] * 3, trainer)
+    texts = [message["content"] for chat in CHATS.values() for message in chat]
+    tokenizer.train_from_iterator([*texts, "system user assistant helpful answer question"] * 3, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer.to_str()
 
 
 class Base:
-    """A folder as importing a base leaves it, without weights."""
+    """The folder of a base model as an import leaves it, without weights."""
 
     def __init__(self, folder: Path, tokenizer_json: str, template: str | None) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class Base:
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
     def prepare(self, *rows: Row, max_length: int = 4096, **data: Any) -> tuple[DatasetReport, Path]:
-        """A list of messages is a row of chat; any other row is written as it is."""
+        """Tokenize rows. A list of messages becomes a chat row; any other row is written unchanged."""
         source, out = self.folder.parent / "source.jsonl", self.folder.parent / "tokens.safetensors"
         objects = [{"messages": row} if isinstance(row, list) else row for row in rows]
         source.write_text("".join(json.dumps(row) + "\n" for row in objects))
@@ -118,7 +118,7 @@ class Base:
         return prepare(source=source, base_dir=self.folder, max_length=max_length, out=out, data=spec), out
 
     def rows(self, *rows: Row, max_length: int = 4096, **data: Any) -> list[tuple[list[int], list[int]]]:
-        """(ids, mask) of each row that was kept."""
+        """Return (ids, mask) of each kept row."""
         report, out = self.prepare(*rows, max_length=max_length, **data)
         assert "refusal" not in report, report
         tokens = TokenDataset.load(out)
@@ -126,12 +126,12 @@ class Base:
         assert report["supervised_tokens"] == tokens.num_supervised_tokens
         return [(ids.tolist(), mask.tolist()) for ids, mask in map(tokens.row, range(tokens.num_rows))]
 
-    def learnt(self, row: Row, **data: Any) -> str:
-        """What the model is taught to say in a row, as text; | between answers."""
+    def trained_text(self, row: Row, **data: Any) -> str:
+        """Return the trained tokens of a row as text, with | between answers."""
         ((ids, mask),) = self.rows(row, **data)
         parts: list[list[int]] = [[]]
-        for ident, is_learnt in zip(ids, mask, strict=True):
-            if is_learnt:
+        for ident, is_trained in zip(ids, mask, strict=True):
+            if is_trained:
                 parts[-1].append(ident)
             elif parts[-1]:
                 parts.append([])

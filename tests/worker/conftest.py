@@ -28,19 +28,19 @@ def site(tmp_path: Path, migrated_database: Path) -> Iterator[PackSite]:
 
 @pytest.fixture(scope="session")
 def tokenizer_json() -> str:
-    """A tokenizer trained on what the tests say."""
+    """Return a tokenizer trained on the texts of the tests."""
     return train_tokenizer()
 
 
 @pytest.fixture
 def make_base(tmp_path: Path, tokenizer_json: str) -> Callable[[str | None], Base]:
-    """make_base(template): a base with that chat template, or with none."""
+    """Return make_base(template), which makes a base with that chat template, or with none."""
     return lambda template: Base(tmp_path / "base", tokenizer_json, template)
 
 
 @pytest.fixture
 def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], list[FakeTrainer]]:
-    """Supervise until nothing is left, every trainer following the script; returns them."""
+    """Return run(script), which supervises until no work is left and returns the trainers, which follow the script."""
     trainers: list[FakeTrainer] = []
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""A worker without processes: real catalog, real store, and a trainer's directory whose trainer is the test."""
+"""A worker without processes: a real catalog, a real store, and a trainer's directory. The test is the trainer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OUTAGE = Unavailable("The store does not answer.", code="store_unavailable", rem
 
 
 class PackSite:
-    """`say` is the trainer's voice, `told` its ear."""
+    """The worker's site. `emit` writes events as the trainer, and `received_verbs` reads its inbox."""
 
     def __init__(self, folder: Path, database_path: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class PackSite:
         return path
 
     def queued(self, **fields: Any) -> Job:
-        """A job whose tokens are in the store."""
+        """Return a job whose tokens are in the store."""
         job = self.world.queued(**fields)
         assert job.train_prepared is not None
         manifest = self.store.put_folder(self.tokens, kind="tokens")
@@ -89,7 +89,7 @@ class PackSite:
         return claim
 
     def claim_with_checkpoints(self, *steps: int) -> Claim:
-        """A second attempt, with these to go on from."""
+        """Return the second attempt of a job that has checkpoints of these steps."""
         first = self.claim()
         for step in steps:
             manifest = self.store.put_folder(self.files(f"saved-{step}", "row", f"step {step}"), kind="checkpoint")
@@ -101,13 +101,13 @@ class PackSite:
     def session(
         self, *claimed: Claim, trainer_id: str = "trainer-1", invariance: str = "bitwise", from_step: int = 0
     ) -> TrainerSession:
-        """A pack whose trainer is ready and has admitted these."""
+        """Return a session whose trainer is ready and has admitted these claims."""
         session = self.loading_session(*claimed, trainer_id=trainer_id)
-        say(session, READY | {"invariance": invariance})
+        emit(session, READY | {"invariance": invariance})
         for claim in claimed:
-            tell(session, claim, "admitted", step=from_step, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+            emit_for(session, claim, "admitted", step=from_step, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
         session.read_events()
-        told(session)
+        received_verbs(session)
         return session
 
     def loading_session(self, *claimed: Claim, trainer_id: str = "trainer-1") -> TrainerSession:
@@ -120,21 +120,21 @@ class PackSite:
         return session
 
     def checkpoint(self, session: TrainerSession, claim: Claim, step: int) -> str:
-        """A checkpoint as the trainer leaves it; its folder relative to the trainer's directory."""
+        """Write a checkpoint as the trainer does. Return its folder relative to the trainer's directory."""
         folder = session.directory.checkpoint_path(claim.claim_id, step)
         folder.mkdir(parents=True)
         (folder / "row").write_text(f"{claim.claim_id} at step {step}")
         return session.directory.named(folder)
 
     def exported(self, session: TrainerSession, claim: Claim, step: int) -> dict[str, Any]:
-        """What the trainer says of a checkpoint that can be a model, its files in place."""
+        """Write a checkpoint and its adapter. Return the body of the trainer's event about them."""
         folder = session.directory.path / self.checkpoint(session, claim, step)
         adapter = folder.with_name(f"step-{step}-adapter")
         adapter.mkdir()
         (adapter / "adapter_model.safetensors").write_text(f"weights of step {step}")
         folders = {"folder": folder, "adapter": adapter}
-        told = {name: str(path.relative_to(session.directory.path)) for name, path in folders.items()}
-        return {"step": step, **told, "num_parameters": 24}
+        named = {name: str(path.relative_to(session.directory.path)) for name, path in folders.items()}
+        return {"step": step, **named, "num_parameters": 24}
 
     def checkpoints(self, claim: Claim) -> list[Checkpoint]:
         with self.db.read() as session:
@@ -142,39 +142,39 @@ class PackSite:
             return sorted(rows, key=lambda row: row.step)
 
     def reason(self, claim: Claim) -> str | None:
-        """How the claim ended."""
+        """Return the end reason of the claim's attempt."""
         found = attempts(self.db, **self.world.of(claim.job.id))
         return next(attempt.reason for attempt in found if attempt.claim_id == claim.claim_id)
 
     def held(self) -> set[str]:
-        """Claims whose leases are renewed."""
+        """Return the claims whose leases are renewed."""
         return set(self.context.heartbeat._renewed_at)
 
 
 def step(number: int) -> dict[str, Any]:
-    """What the trainer says of a step."""
+    """Return the body of a `stepped` event."""
     numbers = {"loss": 1.0, "token_accuracy": 0.5, "learning_rate": 1e-3, "grad_norm": 1.0}
     return {"step": number, "num_tokens": 10, **numbers}
 
 
-def say(session: TrainerSession, *events: dict[str, Any]) -> None:
+def emit(session: TrainerSession, *events: dict[str, Any]) -> None:
     writer = EventWriter(session.directory)
     writer.write(*events)
     writer.close()
 
 
-def tell(session: TrainerSession, claim: Claim, kind: str, **body: Any) -> None:
-    say(session, {"type": kind, "claim_id": claim.claim_id, **body})
+def emit_for(session: TrainerSession, claim: Claim, kind: str, **body: Any) -> None:
+    emit(session, {"type": kind, "claim_id": claim.claim_id, **body})
 
 
-def told(session: TrainerSession) -> list[str]:
-    """The verbs that the trainer was sent since it last looked."""
+def received_verbs(session: TrainerSession) -> list[str]:
+    """Return the verbs of the messages that the trainer was sent since the last call."""
     return [message.verb for message in InboxReader(session.directory).take()]
 
 
-def asked(claim: Claim, **orders: bool) -> dict[str, ClaimDirectives]:
+def directives_for(claim: Claim, **orders: bool) -> dict[str, ClaimDirectives]:
     return {claim.claim_id: ClaimDirectives(**orders)}
 
 
-def said(directory: TrainerDirectory) -> list[dict[str, Any]]:
+def events_in(directory: TrainerDirectory) -> list[dict[str, Any]]:
     return EventReader(directory).read()

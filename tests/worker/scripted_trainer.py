@@ -1,4 +1,4 @@
-"""A trainer that is a script: a step of it for each look of whoever attends to it."""
+"""A trainer that is a script. Each wait of its worker advances the script by one step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Script = Callable[["FakeTrainer"], Generator[None]]
 
 
 class FakeTrainer:
-    """Ends when its script does."""
+    """Exits when its script ends."""
 
     started_at = float("inf")
     oom_kills_before = 0
@@ -22,23 +22,23 @@ class FakeTrainer:
         self.returncode: int | None = None
         self.is_killed = False
         self.is_left_behind = False
-        """Where its script says so, no signal ends it."""
-        self.heard: list[TrainerMessage] = []
+        """If the script sets this, no signal stops the trainer."""
+        self.received: list[TrainerMessage] = []
         self.directory = directory
         self._events = EventWriter(directory)
         self._inbox = InboxReader(directory)
         self._script = script(self)
 
-    def say(self, kind: str, **body: Any) -> None:
+    def emit(self, kind: str, **body: Any) -> None:
         self._events.write({"type": kind, **body})
 
     def listen(self, verb: str) -> Generator[None, None, TrainerMessage]:
-        """Wait until the worker has said it."""
+        """Wait until the worker has sent this verb."""
         while True:
-            self.heard += self._inbox.take()
-            for message in self.heard:
+            self.received += self._inbox.take()
+            for message in self.received:
                 if message.verb == verb:
-                    self.heard.remove(message)
+                    self.received.remove(message)
                     return message
             yield
 
@@ -71,15 +71,15 @@ class FakeTrainer:
         self._events.close()
 
 
-def cancels_what_it_gets(trainer: FakeTrainer) -> Generator[None]:
-    """Loads, admits a job, says that it was cancelled, leaves."""
-    trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+def cancel_first_job(trainer: FakeTrainer) -> Generator[None]:
+    """Load the base, admit a job, report that it was cancelled, and exit."""
+    trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
     admit = yield from trainer.listen("admit")
-    trainer.say("cancelled", claim_id=admit.body["claim_id"])
+    trainer.emit("cancelled", claim_id=admit.body["claim_id"])
     yield
 
 
-def loads_for_ever(trainer: FakeTrainer) -> Generator[None]:
+def load_forever(trainer: FakeTrainer) -> Generator[None]:
     while True:
         yield
 

@@ -1,4 +1,4 @@
-"""What a worker does with its claims when the database or the disk is away for long, or at a bad moment."""
+"""How a worker handles its claims if the database or the disk fails for long, or at a bad moment."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from catalog.states import EndReason
 from catalog.storage.store import ArtifactStore
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
-from tests.worker.pack_site import OUTAGE, READY, PackSite, asked
-from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
+from tests.worker.pack_site import OUTAGE, READY, PackSite, directives_for
+from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising, reasons
 from worker import supervisor
 from worker.background import base_models
 from worker.protocol.mailbox import InboxWriter, TrainerDirectory, TrainerMessage
@@ -28,26 +28,26 @@ FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some sp
 
 
 def give_up(site: PackSite) -> None:
-    """As after two thirds of a lease without an answer."""
+    """Give up all claims, as after two thirds of a lease without a response."""
     heartbeat = site.context.heartbeat
     heartbeat.hold(site.held(), since=-float("inf"))
     heartbeat.give_up_overdue()
 
 
 def trains(trained: list[str]) -> Script:
-    """Whatever it gets."""
+    """Return a script that appends its first claim to the list, and reports it as cancelled."""
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         admit = yield from trainer.listen("admit")
         trained.append(admit.body["claim_id"])
-        trainer.say("cancelled", claim_id=admit.body["claim_id"])
+        trainer.emit("cancelled", claim_id=admit.body["claim_id"])
         yield
 
     return script
 
 
-def test_claims_that_were_given_up_while_the_base_was_brought_are_not_trained_on(
+def test_claims_given_up_during_an_import_are_not_trained(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, trained = site.queued(), []
@@ -60,12 +60,10 @@ def test_claims_that_were_given_up_while_the_base_was_brought_are_not_trained_on
 
     run(trains(trained))
 
-    assert (trained, reasons(site, job.id)) == ([], [None]), "the lease ends it"
+    assert (trained, reasons(site, job.id)) == ([], [None]), "the expired lease ends it"
 
 
-def test_claims_that_were_given_up_while_the_trainer_before_them_was_unloaded_are_not_trained_on(
-    site: PackSite, run: Run
-) -> None:
+def test_claims_given_up_during_the_previous_trainers_unload_are_not_trained(site: PackSite, run: Run) -> None:
     site.queued()
     trained: list[str] = []
     trainers: list[FakeTrainer] = []
@@ -76,7 +74,7 @@ def test_claims_that_were_given_up_while_the_trainer_before_them_was_unloaded_ar
         if len(trainers) > 1:
             yield from trains(trained)(trainer)
             return
-        yield from cancels_what_it_gets(trainer)
+        yield from cancel_first_job(trainer)
         others.append(site.queued(suffix="of-another-base").id)
         with site.db.write() as session:
             session.get_one(Job, others[0]).pack_key = "another:float32"
@@ -89,31 +87,33 @@ def test_claims_that_were_given_up_while_the_trainer_before_them_was_unloaded_ar
     assert (trained, reasons(site, others[0])) == ([], [None])
 
 
-def test_a_database_that_goes_away_when_the_trainer_is_put_on_record_gives_the_claims_back(
+def test_a_database_outage_at_the_registration_of_a_trainer_releases_claims(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = site.queued()
     monkeypatch.setattr(workers, "register_trainer", raising(OUTAGE))
 
-    (trainer,) = run(loads_for_ever)
+    (trainer,) = run(load_forever)
 
     assert trainer.is_killed
     assert reasons(site, job.id) == [EndReason.INFRA_LOST]
     assert site.held() == set()
 
 
-def test_a_disk_that_is_read_only_now_ends_no_worker(site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_becomes_read_only_stops_no_worker(
+    site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = site.queued()
     site.context.drain_seconds = 0
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         yield from trainer.listen("admit")
         read_only = OSError(errno.EROFS, "Read-only file system")
         monkeypatch.setattr(InboxWriter, "send", raising(read_only))
         monkeypatch.setattr(Path, "unlink", raising(read_only))
         site.context.leave.set()
-        yield from loads_for_ever(trainer)
+        yield from load_forever(trainer)
 
     (trainer,) = run(script)
 
@@ -123,24 +123,24 @@ def test_a_disk_that_is_read_only_now_ends_no_worker(site: PackSite, run: Run, m
 
 
 def own_folder(trainer: FakeTrainer, admit: TrainerMessage) -> str:
-    """A folder that the trainer has written for the job."""
+    """Return a folder that the trainer has written for the job."""
     folder = trainer.directory.checkpoint_path(admit.body["claim_id"], 5)
     folder.mkdir(parents=True)
     return trainer.directory.named(folder)
 
 
-def test_a_disk_that_is_read_only_when_the_trainer_has_ended_ends_no_worker(
+def test_a_disk_that_is_read_only_after_the_trainers_exit_stops_no_worker(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = site.queued()
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         admit = yield from trainer.listen("admit")
         read_only = raising(OSError(errno.EROFS, "Read-only file system"))
         monkeypatch.setattr(ArtifactStore, "put_folder", read_only)
         monkeypatch.setattr(InboxWriter, "send", read_only)
-        trainer.say("checkpointed", claim_id=admit.body["claim_id"], step=5, folder=own_folder(trainer, admit))
+        trainer.emit("checkpointed", claim_id=admit.body["claim_id"], step=5, folder=own_folder(trainer, admit))
 
     run(script)
 
@@ -148,7 +148,7 @@ def test_a_disk_that_is_read_only_when_the_trainer_has_ended_ends_no_worker(
 
 
 @pytest.mark.parametrize("error", [READ_ONLY, FULL])
-def test_stale_claims_are_dropped_though_the_trainer_can_not_be_told(
+def test_stale_claims_are_dropped_even_if_the_inbox_cannot_be_written(
     site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     site.queued(suffix="one")
@@ -157,14 +157,14 @@ def test_stale_claims_are_dropped_though_the_trainer_can_not_be_told(
     session = site.session(one, two)
     monkeypatch.setattr(InboxWriter, "send", raising(error))
 
-    session.apply_directives(asked(one, stale=True) | asked(two, stale=True))
+    session.apply_directives(directives_for(one, stale=True) | directives_for(two, stale=True))
 
     assert (len(session), site.held()) == (0, set())
     assert session.fault is not None
     assert (session.fault.reason, session.fault.blamed_worker_id) == (EndReason.NODE_FAILED, "w1")
 
 
-def test_a_stale_claim_is_dropped_though_what_was_asked_before_can_not_be_done_now(
+def test_a_stale_claim_is_dropped_even_if_an_earlier_directive_fails(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.queued(suffix="one")
@@ -174,19 +174,19 @@ def test_a_stale_claim_is_dropped_though_what_was_asked_before_can_not_be_done_n
     monkeypatch.setattr(claims, "end", raising(OUTAGE))
 
     with pytest.raises(type(OUTAGE)):
-        session.apply_directives(asked(cancelled, cancel=True) | asked(stale, stale=True))
+        session.apply_directives(directives_for(cancelled, cancel=True) | directives_for(stale, stale=True))
 
     assert session.claim_ids == [cancelled.claim_id]
     assert session.fault is None
 
 
-def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_is_to_blame(
+def test_a_trainer_whose_inbox_cannot_be_written_is_killed_as_a_node_failure(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken, other = site.queued(suffix="one"), site.queued(suffix="two")
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         claim_id = (yield from trainer.listen("admit")).body["claim_id"]
         yield from trainer.listen("admit")
         monkeypatch.setattr(InboxWriter, "send", raising(READ_ONLY))
@@ -194,7 +194,7 @@ def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_i
         for _ in range(3):
             yield
         site.context.leave.set()
-        yield from loads_for_ever(trainer)
+        yield from load_forever(trainer)
 
     (trainer,) = run(script)
 
@@ -202,25 +202,25 @@ def test_a_trainer_that_can_not_be_told_to_let_a_job_go_is_killed_and_its_node_i
     assert sorted(map(str, reasons(site, taken.id) + reasons(site, other.id))) == ["None", EndReason.NODE_FAILED]
 
 
-def test_a_disk_that_fails_as_the_last_of_a_trainer_is_recorded_ends_no_worker(
+def test_a_disk_error_while_a_trainers_end_is_recorded_stops_no_worker(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = site.queued()
     site.context.settings = site.settings.model_copy(update={"lease_seconds": 0})
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         yield from trainer.listen("admit")
         monkeypatch.setattr(claims, "end", raising(READ_ONLY))
         yield
 
     run(script)
 
-    assert reasons(site, job.id) == [EndReason.INFRA_LOST], "its lease has ended it"
+    assert reasons(site, job.id) == [EndReason.INFRA_LOST], "its expired lease has ended it"
     assert site.held() == set()
 
 
-def test_a_folder_that_can_not_be_read_for_a_lease_after_its_trainer_ended_is_the_nodes_doing(
+def test_a_folder_that_is_unreadable_for_a_lease_is_a_node_failure(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = site.queued()
@@ -228,7 +228,7 @@ def test_a_folder_that_can_not_be_read_for_a_lease_after_its_trainer_ended_is_th
     monkeypatch.setattr(supervisor, "OUTAGE_SECONDS", 0.01)
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         yield from trainer.listen("admit")
         monkeypatch.setattr(TrainerDirectory, "log_tail", raising(OSError(errno.EIO, "Input/output error")))
         yield
@@ -241,23 +241,23 @@ def test_a_folder_that_can_not_be_read_for_a_lease_after_its_trainer_ended_is_th
     assert "Input/output error" in str(attempt.detail)
 
 
-def test_a_trainer_is_told_to_leave_once_its_disk_can_be_written_again(
+def test_a_drain_is_sent_once_the_disk_can_be_written_again(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, send = site.queued(), InboxWriter.send
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         admit = yield from trainer.listen("admit")
         monkeypatch.setattr(InboxWriter, "send", raising(FULL))
         site.context.leave.set()
         yield
         yield
         monkeypatch.setattr(InboxWriter, "send", send)
-        told = trainer.listen("drain")
+        drain = trainer.listen("drain")
         for _ in range(10):
-            if next(told, "told") == "told":
-                trainer.say("paused", claim_id=admit.body["claim_id"], step=3, adapter=None)
+            if next(drain, "received") == "received":
+                trainer.emit("paused", claim_id=admit.body["claim_id"], step=3, adapter=None)
                 break
             yield
         yield

@@ -1,4 +1,4 @@
-"""A job that leaves amid its answers gives them when it comes back."""
+"""A job that leaves while it answers its prompts gives the answers after it resumes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from catalog.lifecycle import recording
 from catalog.spec.job import JobRequest, resolve
 from tests import tiny_base
-from tests.worker.pack_site import PackSite, said, tell
+from tests.worker.pack_site import PackSite, emit_for, events_in
 from worker.children.tokenizer.token_file import TokenFile
 from worker.children.trainer.main import load_engine
 from worker.children.trainer.message_handlers import MessageHandlers
@@ -45,9 +45,9 @@ def trainer(directory: TrainerDirectory) -> Iterator[MessageHandlers]:
 
 
 def body(*, resume: str | None = None, answered_steps: Sequence[int] = ()) -> AdmitBody:
-    """Of the `admit` message of a job of three steps, which is evaluated at each."""
-    asked = {"model": "tiny", "training_file": "f", "validation_file": "v", "evaluation": {"samples": PROMPTS}}
-    spec = resolve(JobRequest.model_validate(asked), num_rows=4, max_positions=256, seed=1)
+    """Return the body of the `admit` message of a job with three steps that is evaluated at each."""
+    requested = {"model": "tiny", "training_file": "f", "validation_file": "v", "evaluation": {"samples": PROMPTS}}
+    spec = resolve(JobRequest.model_validate(requested), num_rows=4, max_positions=256, seed=1)
     tokens = f"jobs/{CLAIM}/tokens.safetensors"
     return {
         "claim_id": CLAIM,
@@ -69,49 +69,49 @@ def answered(events: list[dict[str, Any]]) -> list[int]:
     return [event["step"] for event in events if event["type"] == "sampled"]
 
 
-def paused_amid(trainer: MessageHandlers, directory: TrainerDirectory, *, step: int) -> list[dict[str, Any]]:
-    """What is said of a job that is paused while it answers at that step."""
+def pause_while_answering(trainer: MessageHandlers, directory: TrainerDirectory, *, step: int) -> list[dict[str, Any]]:
+    """Pause the job while it answers at that step, and return its events."""
     trainer._admit(body())
     while trainer.engine.progress(CLAIM)[0] < step:
         trainer.tick()
     InboxWriter(directory).send("pause", claim_id=CLAIM)
     while CLAIM in trainer._jobs:
         trainer.tick()
-    return said(directory)
+    return events_in(directory)
 
 
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("step", [1, 3])
-def test_answers_that_a_pause_cut_off_are_given_after_the_resume_and_only_those(
+def test_only_answers_that_a_pause_cut_off_are_given_after_the_resume(
     trainer: MessageHandlers, directory: TrainerDirectory, step: int
 ) -> None:
-    before = paused_amid(trainer, directory, step=step)
+    before = pause_while_answering(trainer, directory, step=step)
     saved, paused = before[-2:]
     assert (saved["type"], saved["step"]) == ("checkpointed", step)
     assert (paused["type"], paused["step"]) == ("paused", step)
     assert answered(before) == list(range(step))
 
     trainer._admit(body(resume=saved["folder"], answered_steps=answered(before)))
-    owed = said(directory)[len(before) :]
+    owed = events_in(directory)[len(before) :]
 
     assert [event["type"] for event in owed] == ["admitted", "sampled"]
     assert answered(owed) == [step]
     trainer._evict(CLAIM)
     trainer._admit(body(resume=saved["folder"], answered_steps=answered([*before, *owed])))
-    assert said(directory)[-1]["type"] == "admitted"
+    assert events_in(directory)[-1]["type"] == "admitted"
 
 
-def test_a_trainer_is_told_which_answers_are_on_record(site: PackSite) -> None:
+def test_a_trainer_receives_the_steps_with_recorded_answers(site: PackSite) -> None:
     claim = site.claim(validation_file=site.world.file(), evaluation={"samples": PROMPTS})
     session = site.session(claim)
-    tell(
+    emit_for(
         session,
         claim,
         "sampled",
         step=2,
         samples=[{"prompt": "a", "answer": "b", "num_tokens": 1, "is_complete": True}],
     )
-    recording.record_event(site.db, claim.claim_id, "info", "Of something else.", {"step": 1})
+    recording.record_event(site.db, claim.claim_id, "info", "Another event.", {"step": 1})
     session.read_events()
 
     session._held[claim.claim_id].is_handed_over = False
@@ -123,11 +123,11 @@ def test_a_trainer_is_told_which_answers_are_on_record(site: PackSite) -> None:
 
 
 @pytest.mark.parametrize("reason", ["The loss did not fall.", None])
-def test_a_job_that_ended_early_is_on_record_as_such_while_it_is_verified(site: PackSite, reason: str | None) -> None:
+def test_an_early_stop_is_recorded_while_the_job_is_verified(site: PackSite, reason: str | None) -> None:
     claim = site.claim()
     session = site.session(claim)
 
-    tell(session, claim, "finished", step=6, kept_step=4, stopped_early=reason)
+    emit_for(session, claim, "finished", step=6, kept_step=4, stopped_early=reason)
     session.read_events()
 
     progress = site.world.job(claim.job.id).progress

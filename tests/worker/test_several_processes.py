@@ -1,4 +1,4 @@
-"""A trainer of two processes, launched as a worker launches it: what it says and leaves is what one alone would."""
+"""A trainer of two processes, launched as a worker does: its events and files equal those of one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LISTENS = psutil.CONN_LISTEN
 
 
 class Launched:
-    """A trainer of so many processes, and both ends of its directory."""
+    """A trainer of several processes, and both ends of its directory."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Launched:
         strategy: str = "replicated",
         meeting: Json | None = None,
     ) -> None:
-        """meeting: where it meets those of other machines."""
+        """meeting: the address at which it meets processes of other machines."""
         settings = {
             "base_dir": str(base_dir),
             "dtype": "float32",
@@ -53,7 +53,7 @@ class Launched:
         }
         self.directory = TrainerDirectory.create(folder, settings)
         self.inbox, self.reader = InboxWriter(self.directory), EventReader(self.directory)
-        self.said: list[Json] = []
+        self.events: list[Json] = []
         self.process: TrainerProcess = launch(
             self.directory,
             devices.cpu(),
@@ -64,7 +64,7 @@ class Launched:
         )
 
     def admit(self, job: str, *, resume: Path | None = None, **fields: Any) -> None:
-        """resume: a checkpoint, in the trainer's directory."""
+        """resume: a checkpoint in the trainer's directory."""
         folder = self.directory.job_path(job) / "train"
         folder.mkdir(parents=True)
         write_tokens(folder / "tokens.safetensors")
@@ -86,13 +86,13 @@ class Launched:
             parent=None,
         )
 
-    def hear(self, wanted: str, job: str | None = None) -> Json:
-        """The first event of that type, which is waited for."""
+    def wait_for(self, wanted: str, job: str | None = None) -> Json:
+        """Wait for the first event of that type, and return it."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
             self.process.send_heartbeat()
-            self.said += self.reader.read()
-            for event in self.said:
+            self.events += self.reader.read()
+            for event in self.events:
                 if event["type"] == wanted and event.get("claim_id") == job:
                     return event
             assert self.process.returncode is None, self.directory.log_tail()
@@ -100,7 +100,7 @@ class Launched:
         raise AssertionError(f"{wanted}: {self.directory.log_tail()}")
 
     def listeners(self) -> list[tuple[int, str]]:
-        """Process and address of each socket that listens, of the launcher and of all ranks."""
+        """Return process and address of each listening socket of the launcher and of all ranks."""
         found = [(pid, psutil.Process(pid).net_connections("inet")) for pid in self.process.pids()]
         return [(pid, one.laddr.ip) for pid, open_ones in found for one in open_ones if one.status == LISTENS]
 
@@ -132,33 +132,33 @@ def write_tokens(path: Path) -> None:
 
 
 def trained(folder: Path, base_dir: Path, **options: Any) -> tuple[list[Json], str, str]:
-    """What a job says that trains to its end beside one that is paused; digests of its adapter and the checkpoint of
-    the other."""
+    """Train one job to its end while another one is paused. Return the steps of the first, and the digests of its
+    adapter and of the checkpoint of the other."""
     with launched(folder, base_dir, **options) as trainer:
-        trainer.hear("ready")
+        trainer.wait_for("ready")
         trainer.admit("ends", max_steps=6, hyperparameters={"batch_size": 16})
         trainer.admit("pauses", max_steps=500, lora={"rank": 4, "dropout": 0.1}, hyperparameters={"batch_size": 4})
-        exported = trainer.hear("exported", "ends")
+        exported = trainer.wait_for("exported", "ends")
         trainer.inbox.send("pause", claim_id="pauses")
-        step = trainer.hear("paused", "pauses")["step"]
+        step = trainer.wait_for("paused", "pauses")["step"]
         trainer.inbox.send("unload")
-        trainer.hear("unloaded")
+        trainer.wait_for("unloaded")
         assert trainer.process.wait(WAIT_SECONDS)
         assert trainer.process.returncode == 0, trainer.directory.log_tail()
         adapter = trainer.directory.path / exported["folder"] / "adapter_model.safetensors"
         checkpoint = trainer.directory.checkpoint_path("pauses", 3) / "row.safetensors"
         assert (trainer.directory.checkpoint_path("pauses", step) / "row.safetensors").exists()
         assert exported["report"]["passed"]
-    told = [event for event in trainer.said if event.get("claim_id") == "ends" and event["type"] == "stepped"]
-    told = [{name: value for name, value in event.items() if name not in TIMED} for event in told]
-    return told, digest(adapter), digest(checkpoint)
+    steps = [event for event in trainer.events if event.get("claim_id") == "ends" and event["type"] == "stepped"]
+    steps = [{name: value for name, value in event.items() if name not in TIMED} for event in steps]
+    return steps, digest(adapter), digest(checkpoint)
 
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_two_processes_say_and_leave_what_one_does(tmp_path: Path, base_dir: Path) -> None:
+def test_two_processes_have_the_events_and_bytes_of_one(tmp_path: Path, base_dir: Path) -> None:
     alone = trained(tmp_path / "one", base_dir, num_processes=1)
     together = trained(tmp_path / "two", base_dir, num_processes=2)
 
@@ -166,57 +166,55 @@ def test_two_processes_say_and_leave_what_one_does(tmp_path: Path, base_dir: Pat
     assert together == alone
 
 
-def test_nothing_listens_but_what_the_ranks_say_to_each_other_on_the_loopback(tmp_path: Path, base_dir: Path) -> None:
+def test_only_the_ranks_listen_and_only_on_the_loopback(tmp_path: Path, base_dir: Path) -> None:
     with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
-        trainer.hear("ready")
+        trainer.wait_for("ready")
         ranks = {process.pid for process in trainer.ranks()}
 
         listeners = trainer.listeners()
 
         assert len(ranks) == 2
-        assert {pid for pid, _ in listeners} == ranks, "a launcher that listens may be told pickles"
+        assert {pid for pid, _ in listeners} == ranks, "a launcher that listens may receive pickles"
         assert {address for _, address in listeners} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
-def test_a_base_that_is_divided_by_fsdp2_trains_and_is_verified_by_peft(tmp_path: Path, base_dir: Path) -> None:
+def test_a_base_sharded_by_fsdp2_trains_and_is_verified_by_peft(tmp_path: Path, base_dir: Path) -> None:
     (losses, _, _) = trained(tmp_path / "one", base_dir, num_processes=1)
-    (divided, _, _) = trained(tmp_path / "two", base_dir, num_processes=2, strategy="fsdp2")
+    (sharded, _, _) = trained(tmp_path / "two", base_dir, num_processes=2, strategy="fsdp2")
 
-    assert [step["loss"] for step in divided] == pytest.approx([step["loss"] for step in losses], rel=1e-5)
+    assert [step["loss"] for step in sharded] == pytest.approx([step["loss"] for step in losses], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_when_one_process_is_killed_the_trainer_ends_with_all_of_them(
-    tmp_path: Path, base_dir: Path, rank: int
-) -> None:
+def test_the_trainer_exits_with_all_processes_when_one_is_killed(tmp_path: Path, base_dir: Path, rank: int) -> None:
     with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
-        trainer.hear("ready")
+        trainer.wait_for("ready")
         trainer.admit("job", max_steps=5000, hyperparameters={"batch_size": 8})
-        trainer.hear("stepped", "job")
+        trainer.wait_for("stepped", "job")
         ranks = trainer.ranks()
         assert len(ranks) == 2
 
         ranks[rank].kill()
 
-        assert trainer.process.wait(GONE_SECONDS), "it goes on without one of its processes"
+        assert trainer.process.wait(GONE_SECONDS), "it keeps running without one of its processes"
         log_tail = trainer.directory.log_tail(max_bytes=16_000)
         why = classify_exit(trainer.process.returncode or 0, log_tail, num_oom_kills=0, device_kind="cpu")
         assert why == (EndReason.TRAINER_CRASHED, "The trainer was killed (signal 9)."), log_tail
-        of_kernel = classify_exit(trainer.process.returncode or 0, log_tail, num_oom_kills=1, device_kind="cpu")
-        assert of_kernel[0] == EndReason.HOST_OOM
+        by_kernel = classify_exit(trainer.process.returncode or 0, log_tail, num_oom_kills=1, device_kind="cpu")
+        assert by_kernel[0] == EndReason.HOST_OOM
         assert psutil.wait_procs(ranks, timeout=GONE_SECONDS)[1] == []
 
 
 @pytest.mark.slow
-def test_two_trainers_of_one_machine_do_not_meet_and_end_with_their_worker(tmp_path: Path, base_dir: Path) -> None:
+def test_two_trainers_of_one_machine_are_separate_and_exit_with_their_worker(tmp_path: Path, base_dir: Path) -> None:
     with (
         launched(tmp_path / "one", base_dir, num_processes=2) as one,
         launched(tmp_path / "other", base_dir, num_processes=2) as other,
     ):
         for trainer in (one, other):
-            assert trainer.hear("ready")["num_processes"] == 2
+            assert trainer.wait_for("ready")["num_processes"] == 2
         ranks = [*one.ranks(), *other.ranks()]
         assert len(ranks) == 4
 
@@ -228,9 +226,9 @@ def test_two_trainers_of_one_machine_do_not_meet_and_end_with_their_worker(tmp_p
         assert psutil.wait_procs(ranks, timeout=GONE_SECONDS)[1] == []
 
 
-def test_all_processes_end_with_their_launcher(tmp_path: Path, base_dir: Path) -> None:
+def test_all_processes_exit_with_their_launcher(tmp_path: Path, base_dir: Path) -> None:
     with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
-        trainer.hear("ready")
+        trainer.wait_for("ready")
         ranks = trainer.ranks()
 
         psutil.Process(trainer.process.pid).kill()

@@ -1,4 +1,4 @@
-"""What the supervisor does around a trainer, which is a script here: a step of it for each look."""
+"""The supervisor around a trainer, which is a script here. Each poll advances the script by one step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from catalog.storage.store import ArtifactStore
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from tests.catalog.world import DESCRIPTION
-from tests.worker.pack_site import OUTAGE, READY, PackSite, say
-from tests.worker.scripted_trainer import FakeTrainer, Script, cancels_what_it_gets, loads_for_ever, raising, reasons
+from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
+from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising, reasons
 from worker import supervisor
 from worker.background import base_models
 from worker.context.context import WorkerContext
@@ -39,7 +39,7 @@ from worker.session.failures import TrainerEnd
 @pytest.mark.parametrize(
     ("error", "reason"), [(OUTAGE, EndReason.INFRA_LOST), (OSError("No such disk"), EndReason.NODE_FAILED)]
 )
-def test_a_base_that_cannot_be_brought_gives_the_claims_back(
+def test_a_base_that_cannot_be_imported_releases_the_claims(
     site: PackSite,
     run: Callable[[Script], list[FakeTrainer]],
     monkeypatch: pytest.MonkeyPatch,
@@ -49,26 +49,26 @@ def test_a_base_that_cannot_be_brought_gives_the_claims_back(
     job = site.queued()
     monkeypatch.setattr(base_models, "ensure", raising(error))
 
-    assert run(loads_for_ever) == []
+    assert run(load_forever) == []
 
     assert site.world.job(job.id).state == "queued"
     assert reasons(site, job.id) == [reason]
     assert site.held() == set()
 
 
-def test_a_mistake_of_ours_leaves_no_lease_that_is_renewed(
+def test_an_internal_error_leaves_no_lease_that_is_renewed(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.queued()
     monkeypatch.setattr(base_models, "ensure", raising(RuntimeError("ours")))
 
     with pytest.raises(RuntimeError, match="ours"):
-        run(loads_for_ever)
+        run(load_forever)
 
     assert site.held() == set()
 
 
-def test_a_cancel_is_heard_while_the_base_is_imported_again(
+def test_a_cancel_is_applied_while_the_base_is_imported(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = site.queued()
@@ -83,13 +83,13 @@ def test_a_cancel_is_heard_while_the_base_is_imported_again(
 
     monkeypatch.setattr(base_models, "ensure", ensure)
 
-    assert run(loads_for_ever) == []
+    assert run(load_forever) == []
 
     assert site.world.job(job.id).state == "cancelled"
     assert site.held() == set()
 
 
-def test_a_trainer_that_loads_for_nobody_is_killed(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
+def test_a_trainer_that_loads_for_no_job_is_killed(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
     job = site.queued()
 
     def is_cancelled_meanwhile(_trainer: FakeTrainer) -> Generator[None]:
@@ -105,7 +105,7 @@ def test_a_trainer_that_loads_for_nobody_is_killed(site: PackSite, run: Callable
     assert site.world.job(job.id).state == "cancelled"
 
 
-def test_a_trainer_that_no_signal_ends_is_left_behind_and_its_worker_takes_nothing_new(
+def test_an_unkillable_trainer_is_left_behind_and_its_worker_is_cordoned(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]]
 ) -> None:
     job = site.queued()
@@ -131,35 +131,35 @@ def test_a_trainer_that_no_signal_ends_is_left_behind_and_its_worker_takes_nothi
 
 
 @pytest.mark.parametrize("error", [OUTAGE, RuntimeError("ours"), OSError("No such disk")])
-def test_a_chore_that_goes_wrong_ends_nobodys_training(
+def test_a_background_task_that_fails_stops_no_training(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     job = site.queued()
     monkeypatch.setattr(base_models, "import_next", raising(error))
 
-    run(cancels_what_it_gets)
+    run(cancel_first_job)
 
     assert reasons(site, job.id) == [EndReason.CANCELLED_BY_USER]
 
 
-def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
+def test_a_drain_is_sent_while_nothing_can_be_recorded(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = site.queued()
     put_folder = site.store.put_folder
 
     def outage(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         admit = yield from trainer.listen("admit")
         claim_id = admit.body["claim_id"]
         monkeypatch.setattr(ArtifactStore, "put_folder", raising(OUTAGE))
         folder = trainer.directory.checkpoint_path(claim_id, 5)
         folder.mkdir(parents=True)
-        trainer.say("checkpointed", claim_id=claim_id, step=5, folder=trainer.directory.named(folder))
+        trainer.emit("checkpointed", claim_id=claim_id, step=5, folder=trainer.directory.named(folder))
         site.context.leave.set()
         yield from trainer.listen("drain")
         monkeypatch.setattr(ArtifactStore, "put_folder", lambda _, *given, **named: put_folder(*given, **named))
-        trainer.say("paused", claim_id=claim_id, step=5, adapter=None)
+        trainer.emit("paused", claim_id=claim_id, step=5, adapter=None)
         yield
 
     run(outage)
@@ -168,26 +168,26 @@ def test_a_cancel_and_a_drain_are_said_while_nothing_can_be_recorded(
     assert site.world.job(job.id).state == "queued"
 
 
-def test_a_worker_that_waits_tells_what_it_has_free(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
-    assert run(loads_for_ever) == []
+def test_a_waiting_worker_reports_its_free_capacity(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> None:
+    assert run(load_forever) == []
 
     assert site.context.heartbeat.status["report"]["capacity"]["memory_bytes_free"] == 10**12
 
 
-def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
+def test_no_job_joins_an_isolated_job_in_an_empty_trainer(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]]
 ) -> None:
-    """Its claim names another trainer until it is admitted, so that the record alone does not tell."""
+    """The claim names another trainer until the job is admitted, so the database alone does not show the isolation."""
     site.queued()
     others_attempts: list[list[str | None]] = []
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        yield from cancels_what_it_gets(trainer)
+        yield from cancel_first_job(trainer)
         suspect = site.queued(suffix="suspect")
         with site.db.write() as session:
             session.get_one(Job, suspect.id).counted_attempts = 2
         yield from trainer.listen("admit")
-        other = site.queued(suffix="beside")
+        other = site.queued(suffix="other")
         for _ in range(3):
             yield
         others_attempts.append(reasons(site, other.id))
@@ -199,10 +199,10 @@ def test_nobody_joins_a_suspect_that_an_empty_trainer_took_in(
     assert others_attempts == [[]]
 
 
-def test_what_an_empty_trainer_claims_is_given_to_it_though_the_database_goes_away_in_that_moment(
+def test_a_claim_of_an_empty_trainer_is_handed_over_despite_an_outage(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would run in no pack, on a lease that is renewed, where nobody could stop it."""
+    """Otherwise the claim is in no pack, its lease is renewed, and no command can stop it."""
     site.queued()
     ids: list[str] = []
     claim_pack, read = claiming.claim_pack, Database.read
@@ -220,15 +220,15 @@ def test_what_an_empty_trainer_claims_is_given_to_it_though_the_database_goes_aw
         return claimed
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        yield from cancels_what_it_gets(trainer)
+        yield from cancel_first_job(trainer)
         monkeypatch.setattr(claiming, "claim_pack", claim_then_fail)
         ids.append(site.queued(suffix="second").id)
         admission = trainer.listen("admit")
         for _ in range(100):
             try:
                 next(admission)
-            except StopIteration as told:
-                trainer.say("cancelled", claim_id=told.value.body["claim_id"])
+            except StopIteration as listened:
+                trainer.emit("cancelled", claim_id=listened.value.body["claim_id"])
                 break
             yield
         yield
@@ -240,7 +240,7 @@ def test_what_an_empty_trainer_claims_is_given_to_it_though_the_database_goes_aw
     assert reasons(site, ids[0]) == [EndReason.CANCELLED_BY_USER]
 
 
-def test_a_base_that_still_loads_is_not_free_for_those_who_join(
+def test_memory_of_a_base_that_loads_is_not_free_for_joining_jobs(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim()
@@ -252,10 +252,10 @@ def test_a_base_that_still_loads_is_not_free_for_those_who_join(
     assert capacity.memory_bytes_free == 10**9 - session.bytes_to_come() < 10**9 - 1000
 
 
-def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
+def test_two_polls_before_the_trainer_is_ready_promise_no_memory_twice(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU with room for a trainer, three rows and two more slices of its tick."""
+    """The GPU has memory for a trainer, three adapter states and two more slices of its tick."""
     site.context.device = replace(site.context.device, kind="cuda")
     session = site.loading_session(site.claim())
     row_bytes = 26 * site.world.queued(suffix="next").adapter_parameters
@@ -273,9 +273,7 @@ def test_two_looks_before_the_trainer_is_ready_promise_no_memory_twice(
     assert held == [3, 3]
 
 
-def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
-    site: PackSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_base_of_an_empty_trainer_counts_as_free_memory(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     session = site.session()
     assert session.ready is not None
     session.ready = {**session.ready, "memory": {"base_bytes": 500}}
@@ -286,7 +284,7 @@ def test_the_base_of_an_empty_trainer_is_free_for_what_comes_next(
     assert (capacity.memory_bytes_free, capacity.resident_key) == (1500, session.pack_key)
 
 
-def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_survives_a_full_disk(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
     def supervised(_: object) -> int:
@@ -302,16 +300,16 @@ def test_a_worker_outlives_a_full_disk(site: PackSite, monkeypatch: pytest.Monke
     assert len(calls) == 2
 
 
-def test_a_worker_that_waits_looks_again_when_the_bell_rings(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[str] = []
+def test_a_waiting_worker_polls_again_after_a_notification(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
 
     def wait(_seconds: float) -> bool:
-        looks.append("wait")
+        calls.append("wait")
         return site.context.leave.is_set()
 
     def supervised(context: WorkerContext) -> int:
-        looks.append("look")
-        if len(looks) == 1:
+        calls.append("poll")
+        if len(calls) == 1:
             FileDoorbell(site.settings.bell_path()).ring()
         else:
             context.leave.set()
@@ -322,10 +320,10 @@ def test_a_worker_that_waits_looks_again_when_the_bell_rings(site: PackSite, mon
 
     loop.run(site.context)
 
-    assert looks == ["look", "look", "wait"]
+    assert calls == ["poll", "poll", "wait"]
 
 
-def test_jobs_join_while_none_is_slowed_down_by_more_than_was_promised(site: PackSite) -> None:
+def test_jobs_join_up_to_the_allowed_slowdown(site: PackSite) -> None:
     for _ in range(4):
         site.queued()
     session = site.session(*site.claim_all())
@@ -333,11 +331,13 @@ def test_jobs_join_while_none_is_slowed_down_by_more_than_was_promised(site: Pac
         site.queued()
 
     supervisor._claim_more(site.context, gang_of(site.context), session)
-    before, was_told = len(session), site.context.heartbeat.status["report"]["saturation"]
+    before, reported = len(session), site.context.heartbeat.status["report"]["saturation"]
     speeds = {"alone": [[64, 500.0]], "together": [[256, 1000.0], [384, 1000.0]]}
-    say(session, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
+    emit(session, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
     session.read_events()
     supervisor._claim_more(site.context, gang_of(site.context), session)
 
-    assert (before, was_told["is_full"]) == (4, True), "nothing is known yet: each is taken to slow down the others"
-    assert len(session) == 8, "8 of 500 tokens/s alone, at 1,000 together, are four times as slow"
+    assert (before, reported["is_full"]) == (4, True), (
+        "before any measurement, each job is assumed to slow down the others"
+    )
+    assert len(session) == 8, "8 jobs with 500 tokens/s alone are four times as slow at 1,000 tokens/s together"

@@ -1,4 +1,4 @@
-"""The worker's parents never load torch, and a trainer no PEFT before it needs it: a child interpreter says so."""
+"""Parents of trainers never import torch. A trainer imports PEFT only when it needs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAVY = ("torch", "transformers", "lora_core", "peft", "accelerate")
         "worker.entrypoints.celery_app",
     ],
 )
-def test_a_parent_of_trainers_imports_nothing_heavy(module: str) -> None:
+def test_parents_of_trainers_import_no_heavy_libraries(module: str) -> None:
     program = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
 
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -27,8 +27,8 @@ def test_a_parent_of_trainers_imports_nothing_heavy(module: str) -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_a_trainer_is_ready_before_it_has_imported_peft_and_knows_no_database() -> None:
-    """PEFT's import, with bitsandbytes, takes as long as torch's."""
+def test_a_trainer_starts_without_peft_and_database_libraries() -> None:
+    """The import of PEFT, with bitsandbytes, takes as long as that of torch."""
     late = ("peft", "bitsandbytes", "sqlalchemy")
     program = f"import sys, worker.children.trainer.main; print([name for name in {late!r} if name in sys.modules])"
 

@@ -1,4 +1,4 @@
-"""How a base model comes onto a node: by a child that is watched, and ended when nobody wants it any more."""
+"""Imports of base models onto a node by a child process, which is terminated once the base model is not wanted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
 
 @pytest.fixture
 def context(tmp_path: Path) -> Iterator[Any]:
-    """What worker/background/base_models.py uses of a worker's context."""
+    """Yield the part of a worker's context that worker/background/base_models.py uses."""
     settings = Settings(data_dir=tmp_path, heartbeat_seconds=1e-6)
     settings.bases_dir().mkdir(parents=True)
     db = Database(settings.resolved_database_url())
@@ -49,14 +49,16 @@ def test_a_lease_is_renewed_while_files_are_hashed(context: Any, monkeypatch: py
     record.add(context.db, name="large", kind="folder", source="/source")
     monkeypatch.setattr(base_models, "CHUNK_BYTES", 1)
 
-    def run_child(_context: Any, row: BaseModelRow, _work: Path, asked: Any, **_options: Any) -> tuple[Any, None]:
-        write_target(asked)
+    def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, **_options: Any) -> tuple[Any, None]:
+        write_target(arguments)
         with context.db.write() as session:  # the child took nearly as long as a lease
             session.get_one(BaseModelRow, row.name).lease_expires_at = 1.0
         return {}, None
 
     def rename(target: Path, final: Path) -> None:
-        assert record.claim_import(context.db, lease_seconds=60) is None, "no other worker may import it as well"
+        assert record.claim_import(context.db, lease_seconds=60) is None, (
+            "no other worker may import it at the same time"
+        )
         target.rename(final)
 
     monkeypatch.setattr(base_models, "_run_child", run_child)
@@ -67,14 +69,14 @@ def test_a_lease_is_renewed_while_files_are_hashed(context: Any, monkeypatch: py
     assert record.get(context.db, "large").state == "ready"
 
 
-def test_an_import_that_another_worker_has_taken_is_abandoned_while_files_are_hashed(
+def test_an_import_claimed_by_another_worker_is_abandoned_during_hashing(
     context: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record.add(context.db, name="large", kind="folder", source="/source")
     monkeypatch.setattr(base_models, "CHUNK_BYTES", 1)
 
-    def run_child(_context: Any, row: BaseModelRow, _work: Path, asked: Any, **_options: Any) -> tuple[Any, None]:
-        write_target(asked)
+    def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, **_options: Any) -> tuple[Any, None]:
+        write_target(arguments)
         with context.db.write() as session:
             session.get_one(BaseModelRow, row.name).claim_id = "claim-of-another"
         return {}, None
@@ -87,13 +89,13 @@ def test_an_import_that_another_worker_has_taken_is_abandoned_while_files_are_ha
     assert list(context.settings.bases_dir().iterdir()) == []
 
 
-def write_target(asked: Any) -> None:
-    target = Path(asked["target_dir"])
+def write_target(arguments: Any) -> None:
+    target = Path(arguments["target_dir"])
     target.mkdir()
     (target / "config.json").write_bytes(bytes(100))
 
 
-def test_an_import_that_nobody_wants_any_more_is_abandoned(
+def test_an_unwanted_import_is_abandoned(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
     record.add(context.db, name="slow", kind="folder", source=str(tmp_path))
@@ -107,7 +109,7 @@ def test_an_import_that_nobody_wants_any_more_is_abandoned(
     assert list(context.settings.bases_dir().iterdir()) == []
 
 
-def test_the_import_of_a_base_that_was_deleted_is_abandoned(
+def test_the_import_of_a_deleted_base_is_abandoned(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
     record.add(context.db, name="unwanted", kind="folder", source=str(tmp_path))
@@ -125,7 +127,7 @@ def test_the_import_of_a_base_that_was_deleted_is_abandoned(
     assert list(context.settings.bases_dir().iterdir()) == []
 
 
-def test_an_import_for_a_job_or_plan_is_abandoned_when_its_base_is_deleted(
+def test_an_import_for_a_job_or_plan_is_abandoned_if_its_base_is_deleted(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
     record.add(context.db, name="unwanted", kind="folder", source=str(tmp_path))
@@ -143,7 +145,7 @@ def test_an_import_for_a_job_or_plan_is_abandoned_when_its_base_is_deleted(
 
 
 @pytest.mark.parametrize("problem", ["a loop of links", "no permission"])
-def test_a_source_that_the_worker_can_not_look_at_fails_the_import(
+def test_an_unreadable_source_fails_the_import(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
     source = tmp_path / "source"
@@ -169,7 +171,7 @@ def test_a_source_that_the_worker_can_not_look_at_fails_the_import(
     assert row.error["code"] == "source_unreachable"
 
 
-def test_a_child_that_gets_nowhere_is_ended(
+def test_a_child_without_progress_is_terminated(
     context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
     monkeypatch.setattr(base_models, "STALL_SECONDS", 0.0)
@@ -182,9 +184,7 @@ def test_a_child_that_gets_nowhere_is_ended(
     assert sleeper.returncode is not None
 
 
-def test_no_child_is_left_running_when_something_unforeseen_happens(
-    context: Any, sleeper: subprocess.Popen[bytes]
-) -> None:
+def test_no_child_is_left_running_after_an_unexpected_error(context: Any, sleeper: subprocess.Popen[bytes]) -> None:
     def fail() -> bool:
         raise RuntimeError
 
@@ -194,28 +194,28 @@ def test_no_child_is_left_running_when_something_unforeseen_happens(
     assert sleeper.returncode is not None
 
 
-def test_an_outage_of_the_database_does_not_end_an_import(
+def test_a_database_outage_does_not_stop_an_import(
     context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
-    asked = threading.Event()
+    was_called = threading.Event()
 
     def renew(*_arguments: Any, **_options: Any) -> bool:
-        if asked.is_set():
-            sleeper.kill()  # the second time: the work is done
-        asked.set()
+        if was_called.is_set():
+            sleeper.kill()  # the second call: the child has finished
+        was_called.set()
         raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
 
     monkeypatch.setattr(lease, "renew", renew)
 
     base_models.wait_for_child(sleeper, context, base_models.lost_lease(context, BaseModelRow, "claim-1"))
 
-    assert asked.is_set()
+    assert was_called.is_set()
 
 
-def test_cleaning_removes_the_files_of_a_deleted_base_and_nothing_else(context: Any) -> None:
+def test_cleanup_removes_only_the_files_of_deleted_bases(context: Any) -> None:
     record.add(context.db, name="old", kind="folder", source="/old")
-    told: dict[str, Any] = {"manifest": {"files": []}, "description": {}}
-    record.finish_import(context.db, claim_import_of(context.db, "old"), digest="a" * 64, **told)
+    imported: dict[str, Any] = {"manifest": {"files": []}, "description": {}}
+    record.finish_import(context.db, claim_import_of(context.db, "old"), digest="a" * 64, **imported)
     names = ["a" * 64, "b" * 64, "tmp-1"]
     for name in names:
         (context.settings.bases_dir() / name).mkdir()
@@ -228,11 +228,11 @@ def test_cleaning_removes_the_files_of_a_deleted_base_and_nothing_else(context: 
 
 
 @pytest.mark.slow
-def test_the_blocks_of_a_base_of_before_are_counted_where_its_files_are(context: Any) -> None:
+def test_blocks_of_an_older_base_are_counted_where_its_files_are(context: Any) -> None:
     for name, digest in (("here", "a" * 64), ("elsewhere", "b" * 64), ("broken", "c" * 64)):
         record.add(context.db, name=name, kind="folder", source=f"/{name}")
-        told: dict[str, Any] = {"manifest": {"files": []}, "description": {"num_parameters": 1, "license": "mit"}}
-        record.finish_import(context.db, claim_import_of(context.db, name), digest=digest, **told)
+        imported: dict[str, Any] = {"manifest": {"files": []}, "description": {"num_parameters": 1, "license": "mit"}}
+        record.finish_import(context.db, claim_import_of(context.db, name), digest=digest, **imported)
     tiny_base.make(context.settings.bases_dir() / ("a" * 64))
     (context.settings.bases_dir() / ("c" * 64)).mkdir()
 

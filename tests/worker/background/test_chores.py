@@ -1,4 +1,4 @@
-"""When a worker looks for something to import or to prepare."""
+"""When a worker polls for base models to import and files to prepare."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from worker.context.context import WorkerContext
 
 
 @pytest.fixture
-def looks(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[bool | Unavailable]:
-    """What each look for files to prepare finds, the last one first; every one takes its own out."""
+def results(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[bool | Unavailable]:
+    """Return the results of the polls for files to prepare. Each poll pops the last one."""
     answers: list[bool | Unavailable] = []
 
-    def look(_context: WorkerContext) -> bool:
+    def poll(_context: WorkerContext) -> bool:
         answer = answers.pop()
         if isinstance(answer, Unavailable):
             raise answer
@@ -26,42 +26,44 @@ def looks(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[bool | Unavai
 
     monkeypatch.setattr(base_models, "import_next", lambda _context: False)
     monkeypatch.setattr(base_models, "clean", lambda _context: None)
-    monkeypatch.setattr(tokenization, "prepare_next", look)
+    monkeypatch.setattr(tokenization, "prepare_next", poll)
     site.settings = site.settings.model_copy(update={"poll_seconds": 3600})
     site.context.settings = site.settings
     return answers
 
 
-def finished(chores: Chores, go_on: Callable[[], bool]) -> bool:
-    """Of the look that begins with `go_on`: whether it found something."""
-    assert go_on()
+def finished(chores: Chores, start: Callable[[], bool]) -> bool:
+    """Return whether the poll that `start` begins found something."""
+    assert start()
     chores.wait(30)
     return chores.go_on()
 
 
-def test_a_ring_brings_the_next_look_forward(site: PackSite, looks: list[bool | Unavailable]) -> None:
-    looks += [False, False]
+def test_a_notification_advances_the_next_poll(site: PackSite, results: list[bool | Unavailable]) -> None:
+    results += [False, False]
     with Chores(site.context) as chores:
         finished(chores, chores.go_on)
 
         assert not chores.go_on()
         assert not finished(chores, lambda: chores.go_on(has_rung=True))
 
-    assert looks == []
+    assert results == []
 
 
-def test_after_an_outage_a_ring_brings_nothing_forward(site: PackSite, looks: list[bool | Unavailable]) -> None:
-    looks += [False, OUTAGE]
+def test_a_notification_does_not_advance_a_poll_after_an_outage(
+    site: PackSite, results: list[bool | Unavailable]
+) -> None:
+    results += [False, OUTAGE]
     with Chores(site.context) as chores:
         finished(chores, chores.go_on)
 
         assert not chores.go_on(has_rung=True)
 
-    assert looks == [False]
+    assert results == [False]
 
 
-def test_a_node_on_which_one_preparation_after_the_other_comes_to_nothing_waits_longer_and_longer(
-    site: PackSite, looks: list[bool | Unavailable], monkeypatch: pytest.MonkeyPatch
+def test_repeated_preparation_failures_back_off_exponentially(
+    site: PackSite, results: list[bool | Unavailable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hindered(_context: WorkerContext) -> bool:
         raise tokenization.Hindered
@@ -70,21 +72,21 @@ def test_a_node_on_which_one_preparation_after_the_other_comes_to_nothing_waits_
     sound = tokenization.prepare_next
     monkeypatch.setattr(tokenization, "prepare_next", hindered)
     with mine:
-        assert finished(mine, mine.go_on), "the next may be another's fault: at once"
+        assert finished(mine, mine.go_on), "the job may have caused the first failure: the next poll is immediate"
         pauses: list[float] = []
         for _ in range(7):
             assert not mine._do_one()  # pyright: ignore[reportPrivateUsage]
             pauses.append(mine._back_off())  # pyright: ignore[reportPrivateUsage]
         monkeypatch.setattr(tokenization, "prepare_next", sound)
-        looks += [True]
+        results += [True]
         assert mine._do_one()  # pyright: ignore[reportPrivateUsage]
 
     assert pauses == [10, 20, 40, 80, 160, 320, 320]
     assert mine._back_off() == 10  # pyright: ignore[reportPrivateUsage]
 
 
-def test_what_was_prepared_rings_for_those_who_train(site: PackSite, looks: list[bool | Unavailable]) -> None:
-    looks += [True]
+def test_a_finished_preparation_notifies_the_workers(site: PackSite, results: list[bool | Unavailable]) -> None:
+    results += [True]
     with Chores(site.context) as chores:
         assert finished(chores, chores.go_on)
 

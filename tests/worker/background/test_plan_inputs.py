@@ -1,4 +1,4 @@
-"""What a worker does for a plan: its files with details and their overlap on record, then the plan is ready."""
+"""How a worker computes a plan: it records details and overlap of the files, then the plan is ready."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "re
 
 @pytest.fixture
 def made(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Files are prepared by the test, each as the same two rows; where, in order."""
+    """Prepare each file as the same two rows; return the folders in order."""
     folders: list[Path] = []
 
     def run(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def made(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def _open_blob_of_files(original: Any) -> Any:
-    """Uploads are not in the test's store; what is prepared is."""
+    """Return an `open_blob` that gives empty content for uploads, which are not in the test's store."""
 
     def open_blob(store: ArtifactStore, digest: str) -> Any:
         try:
@@ -59,35 +59,33 @@ def _open_blob_of_files(original: Any) -> Any:
     return open_blob
 
 
-def look(site: PackSite, row: Plan) -> Plan:
+def get_plan(site: PackSite, row: Plan) -> Plan:
     return plans.get(site.db, project_id=site.world.caller.project_id, plan_id=row.id)
 
 
-def test_both_files_are_prepared_and_compared_and_the_plan_is_ready(site: PackSite, made: list[Path]) -> None:
+def test_a_plan_is_ready_once_both_files_are_prepared_and_compared(site: PackSite, made: list[Path]) -> None:
     row = plan(site.world, validation_file=site.world.file())
 
     assert plan_inputs.compute_next(site.context)
 
-    told = look(site, row)
-    assert (told.state, len(made)) == ("ready", 2)
-    assert (told.found or {})["data"]["overlap"] == {"rows": 2, "of_rows": 2}
-    assert plans.details(site.db, told).training == DETAILS
+    computed = get_plan(site, row)
+    assert (computed.state, len(made)) == ("ready", 2)
+    assert (computed.found or {})["data"]["overlap"] == {"rows": 2, "of_rows": 2}
+    assert plans.details(site.db, computed).training == DETAILS
     assert not plan_inputs.compute_next(site.context)
     assert list(site.context.scratch_dir().iterdir()) == []
 
 
-def test_tokens_that_have_no_details_are_made_again(site: PackSite, made: list[Path]) -> None:
+def test_tokens_without_details_are_recomputed(site: PackSite, made: list[Path]) -> None:
     row = plan(site.world)
     put(site.world, row.train_prepared, REPORT, details=None)
 
     assert plan_inputs.compute_next(site.context)
 
-    assert (look(site, row).state, len(made)) == ("ready", 1)
+    assert (get_plan(site, row).state, len(made)) == ("ready", 1)
 
 
-def test_a_file_that_is_refused_fails_its_plan(
-    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rejected_file_fails_its_plan(site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
         (work / "details.json").write_text(json.dumps(DETAILS))
         return REPORT | {"usable_rows": 0, "refusal": REFUSAL}
@@ -97,10 +95,10 @@ def test_a_file_that_is_refused_fails_its_plan(
 
     assert plan_inputs.compute_next(site.context)
 
-    assert (look(site, row).error or {})["code"] == "nothing_to_learn"
+    assert (get_plan(site, row).error or {})["code"] == "nothing_to_learn"
 
 
-def test_where_the_store_does_not_answer_the_plan_waits_and_is_tried_again(
+def test_a_store_outage_delays_the_plan_until_a_retry(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -111,13 +109,13 @@ def test_where_the_store_does_not_answer_the_plan_waits_and_is_tried_again(
 
     assert plan_inputs.compute_next(site.context)
 
-    assert look(site, row).state == "computing"
+    assert get_plan(site, row).state == "computing"
     assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is None, "not yet"
     site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
     assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is not None
 
 
-def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_the_end(
+def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(_context: object, work: Path, *_: object, **__: object) -> None:
@@ -130,18 +128,18 @@ def test_a_plan_whose_files_crash_what_reads_them_is_tried_again_and_fails_in_th
     row = plan(site.world)
 
     for number in range(1, MAX_LOST_PREPARATIONS + 1):
-        assert look(site, row).state == "computing"
+        assert get_plan(site, row).state == "computing"
         with pytest.raises(tokenization.Hindered):
             plan_inputs.compute_next(site.context)
         site.world.clock.advance(longer(tokenization.RETRY_SECONDS, number) - 1)
         assert not plan_inputs.compute_next(site.context), "not yet"
         site.world.clock.advance(2)
 
-    assert look(site, row).state == "failed"
-    assert (look(site, row).error or {})["code"] == "preparation_failed"
+    assert get_plan(site, row).state == "failed"
+    assert (get_plan(site, row).error or {})["code"] == "preparation_failed"
 
 
-def test_tokens_that_are_damaged_when_a_plan_compares_them_are_made_again(
+def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged(*_: object) -> None:
@@ -157,10 +155,10 @@ def test_tokens_that_are_damaged_when_a_plan_compares_them_are_made_again(
 
     assert plan_inputs.compute_next(site.context)
 
-    assert (look(site, row).state, len(made)) == ("ready", 3)
+    assert (get_plan(site, row).state, len(made)) == ("ready", 3)
 
 
-def test_files_of_jobs_and_plans_take_turns(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preparations_for_jobs_and_plans_alternate(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     both = (chores.tokenization, "prepare_next", "job"), (chores.plan_inputs, "compute_next", "plan")
     for module, name, what in both:

@@ -1,4 +1,4 @@
-"""What preparing a job's files leaves on its record; the child that makes tokens is the test."""
+"""State that file preparation leaves in the database. The tests replace the child process that makes tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Child = Callable[..., dict[str, Any]]
 
 
 def child(*, refuses: str) -> Child:
-    """Refuses the file of this content; of any other it makes tokens."""
+    """Return a child that rejects the file with this content, and makes tokens of any other file."""
 
     def run(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
         if source.read_text() == refuses:
@@ -38,7 +38,7 @@ def child(*, refuses: str) -> Child:
 
 
 @pytest.mark.parametrize("refused", ["training_file", "validation_file"])
-def test_a_refused_file_leaves_the_keys_of_both_on_the_job(
+def test_a_rejected_file_leaves_the_keys_of_both_files_on_the_job(
     site: PackSite, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     files = {"training_file": site.world.file(), "validation_file": site.world.file()}
@@ -95,29 +95,29 @@ HINDRANCES: dict[str, tuple[object, str, object]] = {
 
 
 @pytest.fixture
-def sound(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes it a machine on which all can be prepared."""
+def fix_machine(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that makes every preparation succeed on this machine."""
 
-    def mend() -> None:
+    def fix() -> None:
         monkeypatch.setattr(ArtifactStore, "open_blob", lambda *_: [b"a file"])
         monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
         monkeypatch.setattr(tokenization, "_run", child(refuses="no file"))
 
-    mend()
+    fix()
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
-    return mend
+    return fix
 
 
 @pytest.fixture(params=HINDRANCES)
-def hindrance(request: pytest.FixtureRequest, sound: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Code of what may be one machine's doing."""
+def hindrance(request: pytest.FixtureRequest, fix_machine: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the code of a failure that one machine may cause."""
     where, name, does = HINDRANCES[request.param]
     monkeypatch.setattr(where, name, does)
     return request.param
 
 
-def test_what_one_machine_can_not_prepare_waits_for_another(
-    site: PackSite, hindrance: str, sound: Callable[[], None]
+def test_a_file_that_one_machine_cannot_prepare_waits_for_another(
+    site: PackSite, hindrance: str, fix_machine: Callable[[], None]
 ) -> None:
     job_id = site.world.submit().id
 
@@ -127,14 +127,12 @@ def test_what_one_machine_can_not_prepare_waits_for_another(
     assert site.world.job(job_id).state == "validating_files"
     assert not tokenization.prepare_next(site.context), "not yet"
     site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
-    sound()
+    fix_machine()
     assert tokenization.prepare_next(site.context)
     assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("queued", 0)
 
 
-def test_what_can_be_prepared_nowhere_fails_after_some_tries_each_of_which_waits_longer(
-    site: PackSite, hindrance: str
-) -> None:
+def test_a_file_that_no_machine_can_prepare_fails_after_backed_off_retries(site: PackSite, hindrance: str) -> None:
     job_id = site.world.submit().id
 
     waits: list[float] = []
@@ -148,7 +146,7 @@ def test_what_can_be_prepared_nowhere_fails_after_some_tries_each_of_which_waits
     job = site.world.job(job_id)
     assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
     assert f"{MAX_LOST_PREPARATIONS} times" in (job.error or {})["message"]
-    assert job.train_prepared is not None, "what was found in a file is told"
+    assert job.train_prepared is not None, "the job keeps the key of the report about its file"
     assert [round(wait) for wait in waits[:-1]] == [10, 30, 90, 270]
     assert site.held() == set()
 
@@ -158,8 +156,8 @@ def full(*_: object, **__: object) -> Any:
 
 
 def full_for_a_base(*_: object, **__: object) -> Any:
-    told = disk_error(OSError(errno.ENOSPC, "No space left on device"))
-    raise base_models.ImportRefused(told["message"], code=told["code"], remedy=told["remedy"])
+    error = disk_error(OSError(errno.ENOSPC, "No space left on device"))
+    raise base_models.ImportRefused(error["message"], code=error["code"], remedy=error["remedy"])
 
 
 def full_for_a_child(_context: object, work: Path, *_: object, **__: object) -> Any:
@@ -177,7 +175,7 @@ def full_for_a_child(_context: object, work: Path, *_: object, **__: object) -> 
     ],
 )
 def test_a_full_disk_counts_against_no_job(
-    site: PackSite, sound: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, does: Any
+    site: PackSite, fix_machine: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, does: Any
 ) -> None:
     monkeypatch.setattr(base_models, "ensure", ENSURE if where is base_models else base_models.ensure)
     monkeypatch.setattr(where, name, does)

@@ -1,4 +1,4 @@
-"""What depends on a lease counts the time in which the machine was suspended."""
+"""Lease timing includes the time in which the machine was suspended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worker.process.clock import boot_seconds
 from worker.process.confined_child import SIGN
 
 ROOT = Path(__file__).parents[3]
-NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python reaches no such clock elsewhere")
+NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python has this clock only on Linux")
 WAKES_UP = """
 import sys, threading, time
 from worker.process import confined_child
@@ -33,7 +33,7 @@ threading.Event().wait()
 
 @pytest.fixture
 def suspend(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Append seconds to have been suspended for so long: the clock that says so goes on, and no other."""
+    """Return a list. Seconds that are appended to it advance the boot-time clock, and no other clock."""
     asleep, clock = list[float](), time.clock_gettime
 
     def clock_gettime(number: int) -> float:
@@ -44,7 +44,7 @@ def suspend(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @NEEDS_BOOTTIME
-def test_a_worker_that_wakes_up_gives_up_its_claims_before_any_heartbeat(site: PackSite, suspend: list[float]) -> None:
+def test_a_worker_gives_up_overdue_claims_after_a_suspension(site: PackSite, suspend: list[float]) -> None:
     killed: list[bool] = []
     claim = site.claim()
     site.context.heartbeat.release(claim.claim_id)
@@ -61,7 +61,7 @@ def test_a_worker_that_wakes_up_gives_up_its_claims_before_any_heartbeat(site: P
 
 
 @NEEDS_BOOTTIME
-def test_a_trainer_that_wakes_up_after_its_lease_does_not_take_an_old_byte_for_a_sign_of_life() -> None:
+def test_a_trainer_ignores_an_old_heartbeat_after_a_suspension() -> None:
     child = subprocess.Popen(
         [sys.executable, "-c", WAKES_UP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=os.environ
     )
@@ -79,19 +79,19 @@ def test_a_trainer_that_wakes_up_after_its_lease_does_not_take_an_old_byte_for_a
 
 
 @pytest.mark.parametrize(
-    ("signs", "is_ended"),
+    ("sent", "is_ended"),
     [
         ([5.0, 12.0, 20.0], False),
         ([5.0, 8.0], True),
         ([5.0, 20.0], True),
         ([], True),
     ],
-    ids=["signs without a gap", "no recent sign", "a gap longer than the lease", "no sign"],
+    ids=["heartbeats without a gap", "no recent heartbeat", "a gap longer than the lease", "no heartbeat"],
 )
-def test_a_trainer_that_was_starved_judges_its_worker_by_when_the_signs_of_life_were_sent(
-    monkeypatch: pytest.MonkeyPatch, signs: list[float], *, is_ended: bool
+def test_a_starved_trainer_judges_heartbeats_by_their_send_time(
+    monkeypatch: pytest.MonkeyPatch, sent: list[float], *, is_ended: bool
 ) -> None:
-    """Its thread did not run from second 0 to 25, of a lease of 10, for instance because another held the GIL."""
+    """Its thread does not run from second 0 to 25, for example because another holds the GIL. The lease is 10 s."""
 
     class Survived(Exception):
         pass
@@ -114,7 +114,7 @@ def test_a_trainer_that_was_starved_judges_its_worker_by_when_the_signs_of_life_
     monkeypatch.setattr(os, "_exit", ended)
     monkeypatch.setattr(confined_child, "boot_seconds", lambda: 25.0)
     reader, writer = os.pipe()
-    for sent_at in signs:
+    for sent_at in sent:
         os.write(writer, SIGN.pack(sent_at))
 
     with pytest.raises((SystemExit, Survived)) as outcome:

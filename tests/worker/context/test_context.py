@@ -1,4 +1,4 @@
-"""What a worker does when it comes and goes, beside its work."""
+"""Start and exit of a worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from worker.entrypoints import loop
 from worker.node import devices, scratch_dirs
 
 
-def test_what_a_dead_worker_on_this_data_folder_held_is_free_at_once(tmp_path: Path) -> None:
+def test_claims_of_a_dead_worker_on_the_same_data_folder_are_released(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path)
     world = a_world(settings)
     world.worker("dead")
@@ -28,7 +28,7 @@ def test_what_a_dead_worker_on_this_data_folder_held_is_free_at_once(tmp_path: P
     (claim,) = world.claim(worker_id="dead")
     workers_dir = settings.work_dir() / "workers"
     workers_dir.mkdir(parents=True)
-    (workers_dir / "dead.lock").touch()  # a killed process leaves its file, but no lock on it
+    (workers_dir / "dead.lock").touch()  # a killed process leaves its lock file, but holds no lock
 
     with open_worker(settings, device=devices.choose_device("cpu")):
         job = world.job(claim.job.id)
@@ -37,7 +37,7 @@ def test_what_a_dead_worker_on_this_data_folder_held_is_free_at_once(tmp_path: P
     assert not (workers_dir / "dead.lock").exists()
 
 
-def test_a_worker_that_lives_keeps_what_it_holds_when_another_comes(tmp_path: Path) -> None:
+def test_a_live_worker_keeps_its_claims_when_another_starts(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path)
     world = a_world(settings)
     world.worker("alive.example")
@@ -58,7 +58,7 @@ def test_a_worker_that_lives_keeps_what_it_holds_when_another_comes(tmp_path: Pa
     assert left.ended_at is not None
 
 
-def test_a_worker_that_comes_up_before_its_database_waits_for_it(
+def test_a_worker_that_starts_before_its_database_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(data_dir=tmp_path)
@@ -90,7 +90,7 @@ def test_a_worker_that_comes_up_before_its_database_waits_for_it(
         (UNRELEASED, "create a new database"),
     ],
 )
-def test_a_worker_that_does_not_fit_ends_with_a_sentence_and_has_written_nothing(
+def test_an_incompatible_worker_exits_with_a_message_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, revision: str, remedy: str
 ) -> None:
     world = a_world(Settings(data_dir=tmp_path))

@@ -1,4 +1,4 @@
-"""What the leader of a gang and its members do around their trainers, which are scripts here."""
+"""Leader and members of a gang around their trainers, which are scripts here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KILLED = {"reason": "trainer_crashed", "detail": "The trainer was killed (signal
 
 
 class GangSite:
-    """The workers w1 and w2 on one database, of the gang `pair`. A trainer follows the script that was given last."""
+    """The workers w1 and w2 of the gang `pair`, on one database. Each new trainer follows the current script."""
 
     def __init__(self, site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
         self.site = site
@@ -58,12 +58,12 @@ class GangSite:
         return self.trainers[-1]
 
     def seated(self, worker_id: str, **settings: Any) -> WorkerContext:
-        """The worker's context, in its gang."""
+        """Return the worker's context as a member of the gang."""
         given = {"gang": "pair", "advertise_address": LOCAL, **settings}
-        told = self.site.settings.model_copy(update=given)
-        seat = Seat(told, self.site.db, worker_id, kind="cpu", own_free_bytes=lambda: 10**12)
+        member_settings = self.site.settings.model_copy(update=given)
+        seat = Seat(member_settings, self.site.db, worker_id, kind="cpu", own_free_bytes=lambda: 10**12)
         seat.enter(num_processes=1)
-        return replace(self.site.context, settings=told, worker_id=worker_id, seat=seat)
+        return replace(self.site.context, settings=member_settings, worker_id=worker_id, seat=seat)
 
     def place(self, worker_id: str) -> GangMember:
         return GangMember(db=self.site.db, worker_id=worker_id, gang="pair", silent_seconds=60.0)
@@ -78,7 +78,7 @@ def gang(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> GangSite:
 
 
 def never(trainer: FakeTrainer) -> Generator[None]:
-    raise AssertionError("no trainer was to start")
+    raise AssertionError("no trainer should start")
     yield
 
 
@@ -88,7 +88,7 @@ def seat_of(context: WorkerContext) -> Seat:
 
 
 def loads(trainer: FakeTrainer) -> None:
-    trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+    trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
 
 
 def test_no_job_is_claimed_before_the_gang_is_complete(gang: GangSite) -> None:
@@ -101,7 +101,7 @@ def test_no_job_is_claimed_before_the_gang_is_complete(gang: GangSite) -> None:
     assert reasons(gang.site, job.id) == []
 
 
-def test_fewer_begin_where_the_operator_lets_them_and_their_patience_is_over(gang: GangSite) -> None:
+def test_a_smaller_gang_starts_after_the_wait_if_the_minimum_allows_it(gang: GangSite) -> None:
     gang.site.queued()
     patient = gang.seated("w1", gang_min_size=1, gang_wait_seconds=3600)
     hasty = gang.seated("w1", gang_min_size=1, gang_wait_seconds=0)
@@ -110,7 +110,7 @@ def test_fewer_begin_where_the_operator_lets_them_and_their_patience_is_over(gan
     assert seat_of(hasty).may_claim()
 
 
-def test_one_that_is_called_begins_with_the_leaders_settings_and_ends_with_the_round(gang: GangSite) -> None:
+def test_a_member_starts_with_the_leaders_settings_and_stops_with_the_round(gang: GangSite) -> None:
     leader, member = gang.place("w1"), gang.seated("w2")
     gang.seated("w1")
     gangs.lead(leader)
@@ -119,32 +119,32 @@ def test_one_that_is_called_begins_with_the_leaders_settings_and_ends_with_the_r
         leader, members=["w1", "w2"], task={**task, "settings": {"dtype": "float32", "device": "cuda:0"}}, seconds=60
     )
     has_joined: list[bool] = []
-    told: list[Json] = []
+    trainer_settings: list[Json] = []
 
-    def on_looking(place: GangMember) -> gangs.GangState:
-        found = look(place)
+    def start_once_joined(place: GangMember) -> gangs.GangState:
+        found = standing(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             has_joined.append(True)
             gangs.start(leader, led.round_id, port=4711)
         return found
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        told.append(trainer.directory.settings())
+        trainer_settings.append(trainer.directory.settings())
         yield
         gangs.end_round(leader, led.round_id)
         while True:
             yield
 
-    look, gang.script = gangs.standing, script
+    standing, gang.script = gangs.standing, script
     with pytest.MonkeyPatch.context() as patched, Chores(member) as chores:
-        patched.setattr(gangs, "standing", on_looking)
+        patched.setattr(gangs, "standing", start_once_joined)
         took_part = gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
         again = gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
     (trainer,) = gang.trainers
-    met = told[0].pop("meeting")
+    met = trainer_settings[0].pop("meeting")
     assert (took_part, again, has_joined) == (True, False, [True])
-    assert told == [{"dtype": "float32", "device": "cpu", "base_dir": "/bases/here"}]
+    assert trainer_settings == [{"dtype": "float32", "device": "cpu", "base_dir": "/bases/here"}]
     assert (met["address"], met["port"], met["first_rank"], met["num_ranks"]) == (LOCAL, 4711, 1, 2)
     assert met["name"] == led.round_id
     assert trainer.is_killed
@@ -152,7 +152,7 @@ def test_one_that_is_called_begins_with_the_leaders_settings_and_ends_with_the_r
 
 
 def leads(gang: GangSite, script: Callable[[FakeTrainer, WorkerContext], Generator[None]]) -> str:
-    """A job that the leader's trainer, which follows the script, gets with one other member; its id."""
+    """Run a job on w1 as the leader, whose trainer follows the script, and w2. Return the job's id."""
     job = gang.site.queued()
     context = gang.seated("w1")
     gang.seated("w2")
@@ -161,7 +161,7 @@ def leads(gang: GangSite, script: Callable[[FakeTrainer, WorkerContext], Generat
     return job.id
 
 
-def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_did(gang: GangSite) -> None:
+def test_an_attempt_has_the_end_reason_that_a_member_reports(gang: GangSite) -> None:
     met: list[Json] = []
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
@@ -190,10 +190,10 @@ def test_when_a_member_tells_that_its_trainer_died_the_attempt_ends_as_that_one_
     assert met == [{**where, "first_rank": 0, "num_ranks": 2}]
 
 
-def test_all_nodes_shard_the_base_in_one_way_though_its_description_changes_while_they_gather(
+def test_all_nodes_use_one_strategy_even_if_the_description_changes(
     gang: GangSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the blocks of an older base are counted meanwhile."""
+    """For example, the blocks of an older base model are counted while the gang gathers."""
     strategies = chain(["replicated"], repeat("fsdp2"))
     monkeypatch.setattr(supervisor, "strategy_for", lambda *_: next(strategies))
     used: list[str] = []
@@ -210,7 +210,7 @@ def test_all_nodes_shard_the_base_in_one_way_though_its_description_changes_whil
     assert used == ["replicated", "replicated"]
 
 
-def test_where_a_member_can_not_take_part_the_job_does_not_pay_and_the_member_is_blamed(gang: GangSite) -> None:
+def test_a_member_that_cannot_participate_is_at_fault_and_not_the_job(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         led = seat_of(context).round
         assert led is not None
@@ -231,10 +231,10 @@ def test_where_a_member_can_not_take_part_the_job_does_not_pay_and_the_member_is
     )
     assert attempt.blamed_worker_id == "w2"
     assert job.run_after is not None
-    assert len(gang.trainers) == 1, "it is tried again at once"
+    assert len(gang.trainers) == 1, "it is retried immediately"
 
 
-def test_where_a_member_is_lost_before_it_has_joined_the_job_is_given_back(gang: GangSite) -> None:
+def test_a_member_that_is_lost_before_it_joins_releases_the_job(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         workers.declare_lost(gang.site.db, "w2")
         while True:
@@ -246,7 +246,7 @@ def test_where_a_member_is_lost_before_it_has_joined_the_job_is_given_back(gang:
 
 
 def meets(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Generator[None, None, Round]:
-    """The other member joins, all begin, and the leader's trainer has its base."""
+    """Let the other member join, start the round, and load the base model in the leader's trainer."""
     led = seat_of(context).round
     assert led is not None
     report_port(trainer.directory, 4711)
@@ -256,7 +256,7 @@ def meets(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Gener
     return led
 
 
-def test_a_leader_whose_round_is_over_ends_its_trainer(gang: GangSite) -> None:
+def test_a_leader_whose_round_is_over_stops_its_trainer(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         led = yield from meets(gang, trainer, context)
         yield from trainer.listen("admit")
@@ -270,7 +270,7 @@ def test_a_leader_whose_round_is_over_ends_its_trainer(gang: GangSite) -> None:
     assert gang.trainers[0].is_killed
 
 
-def test_what_was_claimed_before_one_went_is_not_trained_by_those_that_are_left(gang: GangSite) -> None:
+def test_an_incomplete_gang_does_not_train_a_job_claimed_before(gang: GangSite) -> None:
     job = gang.site.queued()
     context = gang.seated("w1")
     seat_of(context).look()
@@ -281,13 +281,13 @@ def test_what_was_claimed_before_one_went_is_not_trained_by_those_that_are_left(
     assert gangs.standing(gang.place("w1")).call is None
 
 
-def test_when_a_member_is_to_leave_the_jobs_are_saved_first(gang: GangSite) -> None:
+def test_jobs_are_saved_before_a_member_leaves(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from meets(gang, trainer, context)
         admit = yield from trainer.listen("admit")
         gangs.ask_to_leave(gang.place("w2"))
         yield from trainer.listen("drain")
-        trainer.say("paused", claim_id=admit.body["claim_id"], step=0, adapter=None)
+        trainer.emit("paused", claim_id=admit.body["claim_id"], step=0, adapter=None)
         yield
 
     job_id = leads(gang, script)
@@ -296,7 +296,7 @@ def test_when_a_member_is_to_leave_the_jobs_are_saved_first(gang: GangSite) -> N
     assert gang.site.world.job(job_id).state == JobState.QUEUED
 
 
-def test_those_are_called_that_may_begin_and_have_devices_of_the_leaders_kind() -> None:
+def test_only_open_members_with_the_leaders_device_kind_are_called() -> None:
     def member(name: str, kind: str = "cuda", *, is_open: bool = True) -> LiveMember:
         return LiveMember(worker_id=name, host="h", kind=kind, num_processes=1, free_bytes=1, is_open=is_open)
 
@@ -308,6 +308,6 @@ def test_those_are_called_that_may_begin_and_have_devices_of_the_leaders_kind() 
 
 
 @pytest.mark.parametrize("address", [None, "203.0.113.7"])
-def test_a_worker_of_a_gang_says_where_it_is_reached(gang: GangSite, address: str | None) -> None:
+def test_a_gang_worker_requires_an_address_of_its_node(gang: GangSite, address: str | None) -> None:
     with pytest.raises(SystemExit, match="LORRY_ADVERTISE_ADDRESS"):
         gang.seated("w1", advertise_address=address)

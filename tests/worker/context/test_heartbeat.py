@@ -1,4 +1,4 @@
-"""The heartbeat goes on, whatever one beat met."""
+"""The heartbeat continues after any error of one beat."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from catalog.queue.claims import ClaimDirectives
 from worker.context.heartbeat import Heartbeat
 
 
-def test_whoever_holds_no_claim_hears_each_beat_also_where_the_database_does_not_answer(
+def test_on_every_beat_is_called_during_a_database_outage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def beat(*_: Any, **__: Any) -> WorkerOrders:
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
 
     monkeypatch.setattr(workers, "worker_beat", beat)
-    heartbeat, heard, guarded = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), [], []
-    heartbeat.on_every_beat = lambda: heard.append(1)
+    heartbeat, every_beat, guarded = (
+        Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60),
+        [],
+        [],
+    )
+    heartbeat.on_every_beat = lambda: every_beat.append(1)
     heartbeat.guard(on_beat=lambda: guarded.append(1), on_lost=None)
 
     with pytest.raises(Unavailable):
         heartbeat.beat()
 
-    assert (heard, guarded) == ([1], [])
+    assert (every_beat, guarded) == ([1], [])
 
 
-def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    beats, went_on = [], threading.Event()
+def test_a_beat_with_an_unexpected_error_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, continued = [], threading.Event()
 
     def beat(*_: Any, **__: Any) -> WorkerOrders:
         beats.append(1)
         if len(beats) == 1:
-            raise RuntimeError("the driver said something new")
-        went_on.set()
+            raise RuntimeError("an unknown error of the driver")
+        continued.set()
         return WorkerOrders(drain=False)
 
     monkeypatch.setattr(workers, "worker_beat", beat)
@@ -47,13 +51,13 @@ def test_a_beat_that_fails_in_a_way_nobody_foresaw_is_followed_by_the_next(monke
 
     heartbeat.start()
 
-    assert went_on.wait(20)
+    assert continued.wait(20)
     heartbeat.close()
 
 
-def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_else() -> None:
-    heartbeat, told = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
-    heartbeat.guard(on_beat=None, on_lost=lambda: told.append("lost"))
+def test_a_claim_that_was_given_up_is_stale_only_for_its_holder() -> None:
+    heartbeat, lost = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
+    heartbeat.guard(on_beat=None, on_lost=lambda: lost.append("lost"))
     heartbeat.hold(["mine", "anothers"], since=-float("inf"))
     heartbeat.hold(["renewed"], since=float("inf"))
 
@@ -61,25 +65,25 @@ def test_a_claim_that_was_given_up_is_stale_for_whoever_holds_it_and_for_nobody_
     heartbeat.give_up_overdue()
     heartbeat.guard(on_beat=None, on_lost=None)
 
-    assert told == ["lost"]
+    assert lost == ["lost"]
     assert heartbeat.take_directives(["mine", "renewed"]) == {"mine": ClaimDirectives(stale=True)}
     assert heartbeat.take_directives(["mine", "renewed"]) == {}
     assert heartbeat.take_directives(["anothers"]) == {"anothers": ClaimDirectives(stale=True)}
 
 
-def test_a_trainer_that_could_not_be_ended_costs_no_look_at_the_claims_after_it() -> None:
+def test_a_trainer_that_cannot_be_killed_does_not_stop_later_lease_checks() -> None:
     heartbeat = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60)
-    went_on = threading.Event()
+    continued = threading.Event()
 
     def fails() -> None:
-        heartbeat.guard(on_beat=None, on_lost=went_on.set)
+        heartbeat.guard(on_beat=None, on_lost=continued.set)
         heartbeat.hold(["second"], since=-float("inf"))
-        raise RuntimeError("the system said something new")
+        raise RuntimeError("an unknown error of the system")
 
     heartbeat.guard(on_beat=None, on_lost=fails)
     heartbeat.hold(["first"], since=-float("inf"))
 
     heartbeat.start()
 
-    assert went_on.wait(20)
+    assert continued.wait(20)
     heartbeat.close()

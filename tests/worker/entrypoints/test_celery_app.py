@@ -1,4 +1,4 @@
-"""The doorbell on a real Redis: a ring is all that a message is."""
+"""The wake-up notification on a real Redis: a message wakes a worker, and has no other effect."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ WORKER = [
     "--without-mingle",
 ]
 
-RUNG_ONLY = [
+NOTIFIED_ONLY = [
     sys.executable,
     "-c",
     "from worker.entrypoints import celery_app; celery_app.turns.seconds = 3600.0; "
     "celery_app.app.worker_main('worker -c 1 -Q lorry -l warning --without-gossip --without-mingle'.split())",
 ]
-"""One that doesn't look by itself: for what rings do."""
+"""A worker that doesn't poll on its own, to test the effect of notifications."""
 SETTINGS = {
     "task_acks_late": False,
     "task_reject_on_worker_lost": False,
@@ -65,19 +65,19 @@ SETTINGS = {
         "socket_keepalive": True,
         "global_keyprefix": "lorry:",
     },
-    # a training takes as long as it takes, and its process is the worker
+    # training has no time limit, and its process is the worker
     "task_time_limit": None,
     "task_soft_time_limit": None,
     "worker_max_tasks_per_child": None,
-    # a client of Redis could end workers
+    # a client of Redis could stop workers
     "worker_enable_remote_control": False,
-    # the API servers ring periodically
+    # the API servers send notifications periodically
     "beat_schedule": {},
 }
 
 
-def ring(site: WorkerSite, *messages: tuple[object, ...]) -> None:
-    """Send in a child, as the api does from its own process: of each message the name, and its arguments."""
+def notify(site: WorkerSite, *messages: tuple[object, ...]) -> None:
+    """Send messages, each a task name and its arguments, from a child process, as the API server does."""
     program = f"""
 from worker.entrypoints.celery_app import app
 for name, *arguments in {messages!r}:
@@ -87,7 +87,7 @@ for name, *arguments in {messages!r}:
 
 
 def listens_to_remote_control(url: str) -> bool:
-    """Whether a worker has bound a queue to Celery's exchange of control messages, such as `shutdown`."""
+    """Return whether a worker has bound a queue to Celery's exchange of control messages, such as `shutdown`."""
     with redis.Redis.from_url(url) as client:
         return any(b"pidbox" in key for key in client.scan_iter())
 
@@ -97,18 +97,18 @@ def waiting_messages(url: str) -> int:
         return int(client.llen("lorry:lorry"))  # pyright: ignore[reportArgumentType]
 
 
-def test_celery_is_set_as_was_measured() -> None:
+def test_celery_settings_are_the_measured_ones() -> None:
     program = f"""
 import json
 from worker.entrypoints.celery_app import app
 print(json.dumps({{name: app.conf[name] for name in {sorted(SETTINGS)!r}}}))
 """
-    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
 
-    assert json.loads(told) == SETTINGS
+    assert json.loads(output) == SETTINGS
 
 
-def test_what_an_opening_that_fails_has_begun_is_ended(tmp_path: Path) -> None:
+def test_a_failed_start_leaves_no_threads(tmp_path: Path) -> None:
     program = """
 import threading
 from catalog.errors import Unavailable
@@ -128,12 +128,12 @@ for _ in range(3):
     }
     command = [sys.executable, "-c", program]
 
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
-    assert told.splitlines() == ["['MainThread']"] * 3
+    assert output.splitlines() == ["['MainThread']"] * 3
 
 
-def test_a_pool_process_ends_the_main_one_by_one_signal() -> None:
+def test_a_pool_process_signals_the_main_process_once() -> None:
     program = """
 import os
 from worker.entrypoints import celery_app
@@ -141,20 +141,20 @@ os.kill = lambda *sent: print(*sent)
 celery_app._end_main()
 celery_app._end_main()
 """
-    told = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
 
-    assert told.splitlines() == [f"{os.getpid()} {signal.SIGTERM.value}"]
+    assert output.splitlines() == [f"{os.getpid()} {signal.SIGTERM.value}"]
 
 
-def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Path, redis_url: str) -> None:
+def test_repeated_and_forged_notifications_start_one_attempt(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         job_id = site.submit(site.upload(12), max_steps=3)
         forged = ("lorry.work", "ftjob-forged", {"claim_id": "mine"})
         unknown = (f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
-        ring(site, *[("lorry.work",)] * 100, forged, unknown)
-        worker = site.start(RUNG_ONLY, LORRY_STANDBY_TRAINER="true")
+        notify(site, *[("lorry.work",)] * 100, forged, unknown)
+        worker = site.start(NOTIFIED_ONLY, LORRY_STANDBY_TRAINER="true")
 
         site.wait_for_end(job_id)
         site.wait_until(lambda: waiting_messages(redis_url) == 0)
@@ -170,12 +170,12 @@ def test_one_ring_a_hundred_times_and_forged_ones_make_one_attempt(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_api_servers_loop_rings_for_a_job_whose_message_was_lost(tmp_path: Path, redis_url: str) -> None:
+def test_the_api_server_notifies_about_a_job_whose_message_was_lost(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
-        job_id = site.submit(site.upload(12), max_steps=3)  # sends nothing
-        site.start(RUNG_ONLY)
+        job_id = site.submit(site.upload(12), max_steps=3)  # sends no notification
+        site.start(NOTIFIED_ONLY)
 
         site.start([sys.executable, "-m", "api", "serve", "--port", "0"], LORRY_PEPPER=PEPPER)
 
@@ -184,16 +184,14 @@ def test_the_api_servers_loop_rings_for_a_job_whose_message_was_lost(tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another_finishes_with_the_same_bytes(
-    tmp_path: Path, redis_url: str
-) -> None:
+def test_a_terminated_worker_releases_its_job_which_ends_with_the_same_bytes(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         rows, command = site.upload(20), [*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"]
         disturbed = site.submit(rows, max_steps=12, checkpoint_every_steps=1000)
         worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
-        ring(site, ("lorry.work",))
+        notify(site, ("lorry.work",))
         site.wait_for_step(6, disturbed)
         pid = site.trainer_pid(disturbed)
         worker.terminate()
@@ -207,7 +205,7 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
         assert (released.state, released.claim_id, released.counted_attempts) == (JobState.QUEUED, None, 0), site.log()
         undisturbed = site.submit(rows, max_steps=12, checkpoint_every_steps=1000)
         site.start(command)
-        ring(site, ("lorry.work",))
+        notify(site, ("lorry.work",))
         site.wait_for_end(disturbed, undisturbed)
         assert site.job(disturbed).state == JobState.SUCCEEDED, site.log()
         assert [attempt.reason for attempt in site.attempts(disturbed)] == [EndReason.DRAINED, EndReason.COMPLETED]
@@ -216,12 +214,12 @@ def test_a_worker_that_is_told_to_end_amid_training_releases_the_job_and_another
 
 
 @pytest.mark.slow
-def test_an_idle_worker_takes_a_job_while_redis_is_away_and_hears_rings_once_it_is_back(tmp_path: Path) -> None:
+def test_a_worker_claims_jobs_during_a_redis_outage_and_reconnects_after_it(tmp_path: Path) -> None:
     with restartable_redis() as (url, server), worker_site(tmp_path, LORRY_REDIS_URL=url, LORRY_DEVICE="cpu") as site:
         rows = site.upload(12)
         first = site.submit(rows, max_steps=3)
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
-        ring(site, ("lorry.work",))
+        notify(site, ("lorry.work",))
         site.wait_for_end(first)
         server.kill()
         meanwhile = site.submit(rows, max_steps=3)
@@ -231,7 +229,7 @@ def test_an_idle_worker_takes_a_job_while_redis_is_away_and_hears_rings_once_it_
         assert site.job(meanwhile).state == JobState.SUCCEEDED, site.log()
         assert site.reasons(meanwhile) == [EndReason.COMPLETED]
         server.start()
-        ring(site, ("lorry.work",))
+        notify(site, ("lorry.work",))
         site.wait_until(lambda: waiting_messages(url) == 0)
         server.kill()
         worker.terminate()
@@ -240,7 +238,7 @@ def test_an_idle_worker_takes_a_job_while_redis_is_away_and_hears_rings_once_it_
 
 
 @pytest.mark.slow
-def test_a_worker_that_never_saw_redis_saves_the_job_that_it_found_by_itself_when_it_is_told_to_end(
+def test_a_worker_without_redis_saves_its_polled_job_when_terminated(
     tmp_path: Path,
 ) -> None:
     nowhere = f"redis://127.0.0.1:{free_port()}/0"
@@ -260,7 +258,7 @@ def test_a_worker_that_never_saw_redis_saves_the_job_that_it_found_by_itself_whe
         assert site.checkpoint_steps(job_id)[-1] == 6
 
 
-def test_a_drained_celery_worker_ends(tmp_path: Path, redis_url: str) -> None:
+def test_a_drained_celery_worker_exits(tmp_path: Path, redis_url: str) -> None:
     with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
         site.wait_until(lambda: workers.list_workers(site.db))
@@ -271,7 +269,7 @@ def test_a_drained_celery_worker_ends(tmp_path: Path, redis_url: str) -> None:
         assert workers.list_workers(site.db)[0].ended_at is not None
 
 
-def test_a_celery_worker_that_does_not_fit_ends_before_it_takes_a_message(tmp_path: Path, redis_url: str) -> None:
+def test_an_incompatible_celery_worker_exits_before_it_takes_a_message(tmp_path: Path, redis_url: str) -> None:
     with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         with site.db.write() as session:
             session.execute(update(revisions.VERSIONS).values(version_num=LATER))
@@ -283,7 +281,7 @@ def test_a_celery_worker_that_does_not_fit_ends_before_it_takes_a_message(tmp_pa
         assert workers.list_workers(site.db, ended_within_seconds=0) == []
 
 
-def test_celerys_own_command_starts_no_worker_of_a_gang(tmp_path: Path, redis_url: str) -> None:
+def test_celerys_own_command_starts_no_gang_worker(tmp_path: Path, redis_url: str) -> None:
     gang = {"LORRY_GANG": "hall", "LORRY_ADVERTISE_ADDRESS": "127.0.0.1"}
     with bare_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu", **gang) as site:
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])

@@ -1,4 +1,4 @@
-"""Turns at the queue: one at a time, by ring or by the worker's own look, whatever goes wrong in one."""
+"""Polls of the queue, by notification or by timer: one at a time, whatever error one meets."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ AWAY = Unavailable("The database is away.", code="database_unavailable", remedy=
 
 
 class Work:
-    """Of a turn: counted, and held until it may go on."""
+    """The work of a poll. It counts concurrent calls, and blocks until it may continue."""
 
     def __init__(self, *, raises: Exception | None = None) -> None:
-        self.may_go_on, self.begun = threading.Event(), threading.Semaphore(0)
+        self.may_continue, self.begun = threading.Event(), threading.Semaphore(0)
         self.num_at_once, self.most_at_once = 0, 0
         self._raises, self._lock = raises, threading.Lock()
 
@@ -31,7 +31,7 @@ class Work:
             self.num_at_once += 1
             self.most_at_once = max(self.most_at_once, self.num_at_once)
         self.begun.release()
-        self.may_go_on.wait()
+        self.may_continue.wait()
         with self._lock:
             self.num_at_once -= 1
         if self._raises is not None:
@@ -44,10 +44,12 @@ def on_a_thread(act: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("error", [None, AWAY, ValueError("whatever it is")], ids=["well", "away", "unforeseen"])
-def test_a_look_comes_again_and_again_without_a_ring_whatever_becomes_of_it(error: Exception | None) -> None:
+@pytest.mark.parametrize(
+    "error", [None, AWAY, ValueError("an unexpected error")], ids=["success", "outage", "unexpected error"]
+)
+def test_polls_repeat_without_notifications_whatever_their_outcome(error: Exception | None) -> None:
     work = Work(raises=error)
-    work.may_go_on.set()
+    work.may_continue.set()
     turns = Turns(work, seconds=SOON)
 
     turns.begin()
@@ -57,40 +59,40 @@ def test_a_look_comes_again_and_again_without_a_ring_whatever_becomes_of_it(erro
     turns.end()
 
 
-def test_a_ring_amid_a_look_waits_for_its_end_and_is_answered() -> None:
+def test_a_notification_during_a_poll_waits_for_its_end_and_is_handled() -> None:
     work = Work()
     turns = Turns(work, seconds=SOON)
     turns.begin()
     work.begun.acquire()
 
-    rung = on_a_thread(turns.take)
+    notified = on_a_thread(turns.take)
     turns_end = on_a_thread(turns.end)
 
     assert work.num_at_once == 1
-    work.may_go_on.set()
-    rung.join()
+    work.may_continue.set()
+    notified.join()
     turns_end.join()
     work.begun.acquire()
     assert work.most_at_once == 1
 
 
-def test_no_look_is_taken_amid_a_turn_that_was_rung_for() -> None:
+def test_no_timed_poll_runs_during_a_notified_poll() -> None:
     work = Work()
     turns = Turns(work, seconds=SOON)
-    rung = on_a_thread(turns.take)
+    notified = on_a_thread(turns.take)
     work.begun.acquire()
     turns.begin()
 
     assert not work.begun.acquire(timeout=20 * SOON)
 
-    work.may_go_on.set()
+    work.may_continue.set()
     work.begun.acquire()
-    rung.join()
+    notified.join()
     turns.end()
     assert work.most_at_once == 1
 
 
-def test_the_end_waits_for_the_turn_that_is_being_taken() -> None:
+def test_end_waits_for_the_running_poll() -> None:
     work = Work()
     turns = Turns(work, seconds=SOON)
     turns.begin()
@@ -100,10 +102,10 @@ def test_the_end_waits_for_the_turn_that_is_being_taken() -> None:
 
     ending.join(10 * SOON)
     assert ending.is_alive()
-    work.may_go_on.set()
+    work.may_continue.set()
     ending.join()
     assert work.num_at_once == 0
 
 
-def test_what_was_never_begun_ends() -> None:
+def test_end_returns_if_polling_never_began() -> None:
     Turns(Work(), seconds=NEVER).end()

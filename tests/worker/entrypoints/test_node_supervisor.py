@@ -1,4 +1,4 @@
-"""A node's workers, one for each device group: which groups there can be, and how their processes are kept."""
+"""A node's workers, one for each device group: the possible groups, and the supervision of the processes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from worker.node.devices import Device
 
 
 class FakeWorker:
-    """Ends when its test says so, or by a signal where it obeys."""
+    """Exits when its test sets a status, or on SIGTERM if it handles that signal."""
 
-    def __init__(self, name: str, clock: Callable[[], float], *, obeys: bool) -> None:
+    def __init__(self, name: str, clock: Callable[[], float], *, handles_sigterm: bool) -> None:
         self.name = name
         self.starts: list[int] = []
         self.signals: list[int] = []
         self.status: int | None = None
         self._clock = clock
-        self._obeys = obeys
+        self._handles_sigterm = handles_sigterm
 
     def start(self) -> None:
         self.starts.append(round(self._clock()))
@@ -39,7 +39,7 @@ class FakeWorker:
 
     def terminate(self) -> None:
         self.signals.append(signal.SIGTERM)
-        if self._obeys:
+        if self._handles_sigterm:
             self.status = 0
 
     def kill(self) -> None:
@@ -53,11 +53,11 @@ class FakeWorker:
 
 
 class Node:
-    """Workers that are ours, and a clock that each tick turns; `at` acts when its second has come."""
+    """Fake workers, and a clock that each sleep advances. `at` schedules an action for a second."""
 
-    def __init__(self, *names: str, obeys: bool = True) -> None:
+    def __init__(self, *names: str, handles_sigterm: bool = True) -> None:
         self.now = 0.0
-        self.workers = {name: FakeWorker(name, lambda: self.now, obeys=obeys) for name in names}
+        self.workers = {name: FakeWorker(name, lambda: self.now, handles_sigterm=handles_sigterm) for name in names}
         self._acts: list[tuple[float, Callable[[], None]]] = []
         self.supervisor = NodeSupervisor(list(self.workers.values()), clock=lambda: self.now, sleep=self._sleep)
 
@@ -72,13 +72,13 @@ class Node:
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds
-        assert self.now < 1000, "it never ended"
+        assert self.now < 1000, "it never exited"
         for due in [act for act in self._acts if act[0] <= self.now]:
             self._acts.remove(due)
             due[1]()
 
 
-def test_each_group_has_one_worker_and_the_node_ends_when_all_have_ended() -> None:
+def test_each_group_has_one_worker_and_the_node_exits_when_all_have() -> None:
     on = Node("0", "1")
     on.at(1, on.ends("0", 0))
     on.at(2, on.ends("1", 0))
@@ -89,11 +89,11 @@ def test_each_group_has_one_worker_and_the_node_ends_when_all_have_ended() -> No
     assert on.now < 3
 
 
-def test_a_worker_that_died_is_started_again_after_longer_and_longer_waits_and_the_others_go_on() -> None:
+def test_a_dead_worker_restarts_with_back_off_and_the_others_continue() -> None:
     on = Node("0", "1")
     for second in (1, 3, 6):
         on.at(second, on.ends("0", -9))
-    on.at(100, on.ends("0", 1))  # it had lived for long
+    on.at(100, on.ends("0", 1))  # it had run for a long time
     on.at(103, on.ends("0", 0))
     on.at(104, on.ends("1", 0))
 
@@ -103,7 +103,7 @@ def test_a_worker_that_died_is_started_again_after_longer_and_longer_waits_and_t
     assert on.starts("1") == [0]
 
 
-def test_the_longest_wait_is_half_a_minute() -> None:
+def test_the_longest_restart_delay_is_half_a_minute() -> None:
     on = Node("0")
     for second in range(1, 400):
         on.at(second, on.ends("0", 1))
@@ -115,7 +115,7 @@ def test_the_longest_wait_is_half_a_minute() -> None:
     assert max(waits) <= LONGEST_RESTART_SECONDS + 2
 
 
-def test_a_signal_is_passed_on_to_every_worker_and_none_is_started_again() -> None:
+def test_a_signal_is_forwarded_to_every_worker_and_none_restarts() -> None:
     on = Node("0", "1")
     on.at(1, on.ends("0", 1))
     on.at(1.5, lambda: on.supervisor.hear(signal.SIGTERM))
@@ -126,8 +126,8 @@ def test_a_signal_is_passed_on_to_every_worker_and_none_is_started_again() -> No
     assert on.starts("0") == [0]
 
 
-def test_a_second_signal_is_passed_on_too_and_who_stays_is_killed() -> None:
-    on = Node("0", "1", obeys=False)
+def test_a_second_signal_is_forwarded_too_and_survivors_are_killed() -> None:
+    on = Node("0", "1", handles_sigterm=False)
     on.at(1, lambda: on.supervisor.hear(signal.SIGTERM))
     on.at(20, lambda: on.supervisor.hear(signal.SIGTERM))
     on.at(21, on.ends("1", 143))
@@ -141,14 +141,14 @@ def test_a_second_signal_is_passed_on_too_and_who_stays_is_killed() -> None:
 
 @pytest.fixture
 def four_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with four GPUs and four cores."""
+    """Simulate a machine with four GPUs and four cores."""
     gpus = [Device(kind="cuda", indices=(index,), name="GPU", memory_bytes=80) for index in range(4)]
     monkeypatch.setattr(devices, "find_devices", lambda: gpus)
     monkeypatch.setattr(devices, "_own_cores", lambda: {0, 1, 2, 3})
 
 
 @pytest.mark.usefixtures("four_of_each")
-def test_groups_are_named_in_one_line() -> None:
+def test_groups_are_parsed_and_default_to_one_per_gpu() -> None:
     chosen = node_supervisor.choose(["0,1", "2", "3", "cpu:0-1", "cpu:2-3"])
 
     assert {text: device.indices or device.cores for text, device in chosen.items()} == {
@@ -163,7 +163,7 @@ def test_groups_are_named_in_one_line() -> None:
 
 @pytest.mark.usefixtures("four_of_each")
 @pytest.mark.parametrize(
-    ("named", "told"),
+    ("named", "message"),
     [
         (["0,1", "1,2"], "GPU 1 is in two groups, 0,1 and 1,2. Assign each device to one worker."),
         (["cpu:0-2", "cpu:2-3"], "Core 2 is in two groups"),
@@ -171,12 +171,12 @@ def test_groups_are_named_in_one_line() -> None:
         (["4"], "This machine has no GPU 4"),
     ],
 )
-def test_two_groups_that_share_a_device_are_refused(named: list[str], told: str) -> None:
-    with pytest.raises(SystemExit, match=told):
+def test_overlapping_and_unknown_groups_are_rejected(named: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
         node_supervisor.choose(named)
 
 
-def test_a_group_of_cores_has_a_thread_for_each_and_no_more() -> None:
+def test_a_group_of_cores_has_at_most_one_thread_per_core() -> None:
     half = Device(kind="cpu", cores=(0, 1), name="CPU", memory_bytes=1)
     whole = Device(kind="cpu", name="CPU", memory_bytes=1)
 
@@ -195,8 +195,8 @@ def test_a_node_with_a_broker_runs_celery_and_one_without_the_loop() -> None:
     assert "worker.entrypoints.celery_app" in celery
 
 
-def test_workers_of_a_gang_look_by_themselves_with_a_broker_too() -> None:
-    by_itself, with_broker = Settings(redis_url=None), Settings(redis_url=SecretStr("redis://broker"))
+def test_gang_workers_poll_even_with_a_broker() -> None:
+    without_broker, with_broker = Settings(redis_url=None), Settings(redis_url=SecretStr("redis://broker"))
 
-    assert [node_supervisor.is_rung_for(told) for told in (by_itself, with_broker)] == [False, True]
+    assert [node_supervisor.is_rung_for(settings) for settings in (without_broker, with_broker)] == [False, True]
     assert not node_supervisor.is_rung_for(with_broker.model_copy(update={"gang": "hall"}))

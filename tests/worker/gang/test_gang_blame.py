@@ -1,4 +1,4 @@
-"""Whose doing the end of a gang's trainer is, and what is done again where a word is lost."""
+"""Attribution of the exit of a gang's trainer, and retries of calls that meet an outage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from catalog.tables.history import Attempt
 from tests.worker.context.test_gang_membership import KILLED, LOCAL, GangSite, leads, loads, seat_of
 from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.process.test_exit_status import GLOO, fellow
-from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever, reasons
+from tests.worker.scripted_trainer import FakeTrainer, load_forever, reasons
 from worker import supervisor
 from worker.background.chores import Chores
 from worker.context.context import WorkerContext
@@ -38,7 +38,7 @@ def gang(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> GangSite:
 
 
 def begun(gang: GangSite, trainer: FakeTrainer, context: WorkerContext, *, is_ready: bool = True) -> Generator[None]:
-    """All have joined, and the trainer listens."""
+    """Let all join, and load the base model if `is_ready`."""
     led = seat_of(context).round
     assert led is not None
     report_port(trainer.directory, 4711)
@@ -48,7 +48,7 @@ def begun(gang: GangSite, trainer: FakeTrainer, context: WorkerContext, *, is_re
         loads(trainer)
 
 
-def tells(gang: GangSite, context: WorkerContext, end: Json) -> None:
+def report_end(gang: GangSite, context: WorkerContext, end: Json) -> None:
     led = seat_of(context).round
     assert led is not None
     gangs.leave(gang.place("w2"), led.round_id, end=end)
@@ -58,13 +58,13 @@ def attempt_of(gang: GangSite, job_id: str) -> Attempt:
     return queries.attempts(gang.site.db, **gang.site.world.of(job_id))[0]
 
 
-def prints(trainer: FakeTrainer, log: str) -> None:
+def write_log(trainer: FakeTrainer, log: str) -> None:
     trainer.directory.log_path.write_text(log)
 
 
-def test_a_leaders_trainer_that_dies_before_it_listens_ends_as_any_trainer(gang: GangSite) -> None:
+def test_a_leaders_trainer_that_dies_before_it_listens_is_a_normal_crash(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        prints(trainer, "Traceback:\nKeyError: 'step'\n")
+        write_log(trainer, "Traceback:\nKeyError: 'step'\n")
         trainer.returncode = 1
         yield
 
@@ -77,14 +77,14 @@ def test_a_leaders_trainer_that_dies_before_it_listens_ends_as_any_trainer(gang:
     assert job.run_after is not None
 
 
-def test_a_leader_that_failed_is_blamed_though_the_others_end_first(gang: GangSite) -> None:
+def test_a_failed_leader_is_at_fault_even_if_the_others_exit_first(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)
         yield from trainer.listen("admit")
-        tells(gang, context, ECHOED)
+        report_end(gang, context, ECHOED)
         yield
         yield
-        prints(trainer, "Traceback:\nKeyError: 'step'\n")
+        write_log(trainer, "Traceback:\nKeyError: 'step'\n")
         trainer.returncode = 1
         yield
 
@@ -95,7 +95,7 @@ def test_a_leader_that_failed_is_blamed_though_the_others_end_first(gang: GangSi
     assert not gang.trainers[0].is_killed
 
 
-def test_a_member_is_asked_where_the_leader_prints_what_another_lacked(gang: GangSite) -> None:
+def test_a_peer_error_in_the_leaders_log_is_attributed_to_the_member(gang: GangSite) -> None:
     full = {
         "reason": "node_failed",
         "detail": "The trainer exited because the worker's disk was full.",
@@ -105,9 +105,9 @@ def test_a_member_is_asked_where_the_leader_prints_what_another_lacked(gang: Gan
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)
         yield from trainer.listen("admit")
-        prints(trainer, fellow(1, "OSError: [Errno 28] No space left on device"))
+        write_log(trainer, fellow(1, "OSError: [Errno 28] No space left on device"))
         trainer.returncode = 1
-        tells(gang, context, full)
+        report_end(gang, context, full)
         yield
 
     attempt = attempt_of(gang, leads(gang, script))
@@ -115,32 +115,32 @@ def test_a_member_is_asked_where_the_leader_prints_what_another_lacked(gang: Gan
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.NODE_FAILED, "w2")
 
 
-@pytest.mark.parametrize(("ranks", "blamed"), [([1], "w2"), ([0], "w1"), ([0, 1], "")])
-def test_of_a_gang_the_node_is_blamed_whose_process_alone_could_not_load_the_base(
-    gang: GangSite, ranks: list[int], blamed: str
+@pytest.mark.parametrize(("ranks", "at_fault"), [([1], "w2"), ([0], "w1"), ([0, 1], "")])
+def test_a_node_whose_rank_alone_could_not_load_the_base_is_at_fault(
+    gang: GangSite, ranks: list[int], at_fault: str
 ) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context, is_ready=False)
         error = {"code": "unsafe_file", "message": "A shard is cut short.", "remedy": "Restore it."}
-        trainer.say("load_refused", error=error, ranks=ranks)
+        trainer.emit("load_refused", error=error, ranks=ranks)
         yield
 
     job_id = leads(gang, script)
 
     attempt, job = attempt_of(gang, job_id), gang.site.world.job(job_id)
-    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.TRAINER_CRASHED, blamed)
+    assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.TRAINER_CRASHED, at_fault)
     assert (job.state, job.counted_attempts) == (JobState.QUEUED, 0)
-    if blamed:
-        assert attempt.detail == f"Process {ranks[0]}, on {blamed} of the gang: A shard is cut short. Restore it."
+    if at_fault:
+        assert attempt.detail == f"Process {ranks[0]}, on {at_fault} of the gang: A shard is cut short. Restore it."
 
 
-def test_where_nobody_can_tell_nobody_is_blamed(gang: GangSite) -> None:
+def test_without_evidence_no_worker_is_at_fault(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)
         yield from trainer.listen("admit")
-        prints(trainer, GLOO)
+        write_log(trainer, GLOO)
         trainer.returncode = 1
-        tells(gang, context, ECHOED)
+        report_end(gang, context, ECHOED)
         yield
 
     attempt = attempt_of(gang, leads(gang, script))
@@ -148,12 +148,12 @@ def test_where_nobody_can_tell_nobody_is_blamed(gang: GangSite) -> None:
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.INFRA_LOST, "")
 
 
-def test_trainers_that_never_reach_each_other_cost_no_job_and_name_the_place(gang: GangSite) -> None:
+def test_unreachable_trainers_cost_no_attempt_and_name_the_address(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context, is_ready=False)
-        prints(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
+        write_log(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
         trainer.returncode = 1
-        tells(gang, context, ECHOED)
+        report_end(gang, context, ECHOED)
         yield
 
     job_id = leads(gang, script)
@@ -163,12 +163,10 @@ def test_trainers_that_never_reach_each_other_cost_no_job_and_name_the_place(gan
     assert f"{LOCAL}, port 4711" in str(attempt.detail)
     assert (job.state, job.counted_attempts) == (JobState.QUEUED, 0)
     assert gangs.standing(gang.place("w1")).members[1].num_missed == 1
-    assert len(gang.trainers) == 1, "it is tried again at once"
+    assert len(gang.trainers) == 1, "it is retried immediately"
 
 
-def test_a_leader_that_lost_the_lead_as_it_records_who_did_not_meet_ends_its_attempts(
-    gang: GangSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_leader_that_loses_the_lead_ends_its_attempts(gang: GangSite, monkeypatch: pytest.MonkeyPatch) -> None:
     missed = gangs.missed
 
     def loses_the_lead(place: GangMember, round_id: str, worker_ids: Collection[str]) -> None:
@@ -181,9 +179,9 @@ def test_a_leader_that_lost_the_lead_as_it_records_who_did_not_meet_ends_its_att
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context, is_ready=False)
-        prints(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
+        write_log(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
         trainer.returncode = 1
-        tells(gang, context, ECHOED)
+        report_end(gang, context, ECHOED)
         yield
 
     attempt = attempt_of(gang, leads(gang, script))
@@ -192,21 +190,21 @@ def test_a_leader_that_lost_the_lead_as_it_records_who_did_not_meet_ends_its_att
     assert "another worker leads the gang now" in str(attempt.detail)
 
 
-def test_a_newer_members_word_that_is_not_known_is_a_loss(gang: GangSite) -> None:
+def test_an_unknown_end_reason_of_a_newer_member_is_infra_lost(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)
         yield from trainer.listen("admit")
-        tells(gang, context, KILLED | {"reason": "of_next_year"})
-        yield from loads_for_ever(trainer)
+        report_end(gang, context, KILLED | {"reason": "of_next_year"})
+        yield from load_forever(trainer)
 
     assert reasons(gang.site, leads(gang, script)) == [EndReason.INFRA_LOST]
 
 
-def test_a_member_that_leaves_while_the_trainer_loads_costs_nobody_anything(gang: GangSite) -> None:
+def test_a_member_that_leaves_while_the_trainer_loads_costs_nothing(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context, is_ready=False)
         gangs.ask_to_leave(gang.place("w2"))
-        yield from loads_for_ever(trainer)
+        yield from load_forever(trainer)
 
     job_id = leads(gang, script)
 
@@ -214,7 +212,7 @@ def test_a_member_that_leaves_while_the_trainer_loads_costs_nobody_anything(gang
     assert gang.site.world.job(job_id).run_after is None
 
 
-def test_a_member_that_leaves_costs_nothing_where_a_job_could_not_be_handed_over_yet(
+def test_a_member_that_leaves_before_a_job_is_handed_over_costs_nothing(
     gang: GangSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def outage(*_: object) -> Json:
@@ -233,13 +231,13 @@ def test_a_member_that_leaves_costs_nothing_where_a_job_could_not_be_handed_over
     assert gang.site.world.job(job_id).run_after is None
 
 
-def test_a_leaders_trainer_that_fails_as_it_saves_for_a_member_that_leaves_is_to_blame(gang: GangSite) -> None:
+def test_a_leaders_trainer_that_fails_while_it_drains_is_at_fault(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)
         yield from trainer.listen("admit")
         gangs.ask_to_leave(gang.place("w2"))
         yield from trainer.listen("drain")
-        prints(trainer, "Traceback:\nMemoryError\n")
+        write_log(trainer, "Traceback:\nMemoryError\n")
         trainer.returncode = 1
         yield
 
@@ -248,8 +246,8 @@ def test_a_leaders_trainer_that_fails_as_it_saves_for_a_member_that_leaves_is_to
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.HOST_OOM, "w1")
 
 
-def test_a_leader_without_a_database_while_its_gang_gathers_blames_nobody(gang: GangSite) -> None:
-    """Its trainer is killed with its claims; the database is back before they could have become another's."""
+def test_a_database_outage_while_the_gang_gathers_is_no_workers_fault(gang: GangSite) -> None:
+    """The leader gives up its claims and kills its trainer. The database returns before the leases expire."""
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         context.heartbeat.hold(gang.site.held(), since=-float("inf"))
@@ -262,7 +260,7 @@ def test_a_leader_without_a_database_while_its_gang_gathers_blames_nobody(gang: 
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.INFRA_LOST, None)
 
 
-def test_a_gang_of_which_one_is_cordoned_takes_no_more_and_its_empty_trainer_goes(gang: GangSite) -> None:
+def test_a_gang_with_a_cordoned_member_claims_nothing_and_unloads(gang: GangSite) -> None:
     later: list[str] = []
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
@@ -272,7 +270,7 @@ def test_a_gang_of_which_one_is_cordoned_takes_no_more_and_its_empty_trainer_goe
         later.append(gang.site.queued(seed=7).id)
         for _ in range(10):
             yield
-        trainer.say("cancelled", claim_id=admit.body["claim_id"])
+        trainer.emit("cancelled", claim_id=admit.body["claim_id"])
         yield from trainer.listen("unload")
         yield
 
@@ -289,8 +287,8 @@ def test_nothing_is_claimed_for_a_trainer_that_was_just_killed(gang: GangSite) -
         if not later:
             yield from trainer.listen("admit")
             later.append(gang.site.queued(seed=7).id)
-            tells(gang, context, KILLED)
-            yield from loads_for_ever(trainer)
+            report_end(gang, context, KILLED)
+            yield from load_forever(trainer)
 
     leads(gang, script)
 
@@ -298,7 +296,7 @@ def test_nothing_is_claimed_for_a_trainer_that_was_just_killed(gang: GangSite) -
     assert attempt.trainer_id == gang.trainers[1].directory.path.name
 
 
-def test_fewer_than_begin_can_not_be_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gang_size_cannot_be_below_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_GANG_SIZE", "2")
     monkeypatch.setenv("LORRY_GANG_MIN_SIZE", "3")
 
@@ -306,7 +304,7 @@ def test_fewer_than_begin_can_not_be_the_size(monkeypatch: pytest.MonkeyPatch) -
         Settings()
 
 
-def test_who_has_other_versions_or_missed_more_rounds_is_called_last_or_not_at_all() -> None:
+def test_members_that_missed_rounds_are_called_last_and_other_versions_never() -> None:
     def member(name: str, **about: Any) -> gangs.LiveMember:
         plain: dict[str, Any] = {"host": "h", "kind": "cpu", "num_processes": 1, "free_bytes": 1, "is_open": True}
         return gangs.LiveMember(worker_id=name, **{**plain, **about})
@@ -318,51 +316,53 @@ def test_who_has_other_versions_or_missed_more_rounds_is_called_last_or_not_at_a
 
 
 def failing_once(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    """That verb of gangs meets an outage the first time it is said."""
-    said: list[str] = []
+    """Make the first call of this function of `gangs` raise an outage. Return the list of its calls."""
+    calls: list[str] = []
     verb: Callable[..., object] = getattr(gangs, name)
 
     def stand_in(*arguments: Any, **options: Any) -> object:
-        said.append(name)
-        if len(said) == 1:
+        calls.append(name)
+        if len(calls) == 1:
             raise OUTAGE
         return verb(*arguments, **options)
 
     monkeypatch.setattr(gangs, name, stand_in)
-    return said
+    return calls
 
 
 @pytest.mark.parametrize("verb", ["progress", "start"])
-def test_an_outage_while_the_gang_gathers_ends_nothing(
+def test_an_outage_while_the_gang_gathers_stops_nothing(
     gang: GangSite, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    said = failing_once(monkeypatch, verb)
+    calls = failing_once(monkeypatch, verb)
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         yield from begun(gang, trainer, context)
         admit = yield from trainer.listen("admit")
-        trainer.say("cancelled", claim_id=admit.body["claim_id"])
+        trainer.emit("cancelled", claim_id=admit.body["claim_id"])
         yield
 
     job_id = leads(gang, script)
 
     assert reasons(gang.site, job_id) == [EndReason.CANCELLED_BY_USER]
-    assert len(said) > 1
+    assert len(calls) > 1
 
 
 @pytest.mark.parametrize("verb", ["join", "leave", "ask_to_leave"])
-def test_a_members_word_is_said_until_it_is_heard(gang: GangSite, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def test_a_call_of_a_member_is_retried_after_an_outage(
+    gang: GangSite, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
     member, leader = gang.seated("w2"), gang.place("w1")
     gang.seated("w1")
     gangs.lead(leader)
     task: Json = {"trainer_id": "trainer-1", "base_model": "smol", "base_digest": "1", "address": LOCAL, "settings": {}}
     led = gangs.open_round(leader, members=["w1", "w2"], task=task, seconds=60)
-    said = failing_once(monkeypatch, verb)
-    look = gangs.standing
+    calls = failing_once(monkeypatch, verb)
+    standing = gangs.standing
     wants_to_leave: list[bool] = []
 
-    def on_looking(place: GangMember) -> gangs.GangState:
-        found = look(place)
+    def start_once_joined(place: GangMember) -> gangs.GangState:
+        found = standing(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(leader, led.round_id, port=4711)
         return found
@@ -372,17 +372,17 @@ def test_a_members_word_is_said_until_it_is_heard(gang: GangSite, monkeypatch: p
             wants_to_leave.append(True)
             while not gangs.progress(leader, led.round_id).is_anyone_leaving:
                 yield
-        prints(trainer, GLOO)
+        write_log(trainer, GLOO)
         trainer.returncode = 1
         yield
 
     gang.script = script
-    monkeypatch.setattr(gangs, "standing", on_looking)
+    monkeypatch.setattr(gangs, "standing", start_once_joined)
     member = replace(member, has_asked_to_leave=lambda: bool(wants_to_leave))
     with Chores(member) as chores:
         for _ in range(2):
             gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
-    told = gangs.progress(leader, led.round_id).ended["w2"]
-    assert told["is_echo"]
-    assert len(said) > 1
+    end = gangs.progress(leader, led.round_id).ended["w2"]
+    assert end["is_echo"]
+    assert len(calls) > 1

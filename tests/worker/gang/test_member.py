@@ -1,4 +1,4 @@
-"""What a member of a gang does on its own node: it brings the base, and keeps its trainer's files short."""
+"""A member of a gang on its own node: it imports the base model, and truncates its trainer's logs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gang(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> GangSite:
 
 
 def called(gang: GangSite) -> tuple[WorkerContext, Round]:
-    """The member w2, in a round that w1 leads."""
+    """Return the member w2, and its round, which w1 leads."""
     member, leader = gang.seated("w2"), gang.place("w1")
     gang.seated("w1")
     member.settings.bases_dir().mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def take_part(member: WorkerContext) -> bool:
         return gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
 
-def test_an_import_that_outlasts_its_round_goes_on_for_the_next_one(
+def test_an_import_that_outlasts_its_round_continues_for_the_next_one(
     gang: GangSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, led = called(gang)
@@ -61,17 +61,15 @@ def test_an_import_that_outlasts_its_round_goes_on_for_the_next_one(
     assert gang.trainers == [], "the round is over"
 
 
-def test_what_a_members_trainer_prints_is_cut_where_it_grows_long(
-    gang: GangSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_log_of_a_members_trainer_is_truncated(gang: GangSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_logs, "LONGEST_FILE_BYTES", 10)
     monkeypatch.setattr(job_logs, "PUSH_SECONDS", 0.0)
     member, led = called(gang)
-    look = gangs.standing
+    standing = gangs.standing
     sizes: list[int] = []
 
-    def on_looking(place: gangs.GangMember) -> gangs.GangState:
-        found = look(place)
+    def start_once_joined(place: gangs.GangMember) -> gangs.GangState:
+        found = standing(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(gang.place("w1"), led.round_id, port=4711)
         return found
@@ -86,29 +84,29 @@ def test_what_a_members_trainer_prints_is_cut_where_it_grows_long(
         while True:
             yield
 
-    monkeypatch.setattr(gangs, "standing", on_looking)
+    monkeypatch.setattr(gangs, "standing", start_once_joined)
     gang.script = script
 
     assert take_part(member)
     assert sizes == [0]
 
 
-def test_a_member_whose_trainer_no_signal_ends_says_until_it_is_heard_that_it_takes_nothing_new(
+def test_a_member_with_an_unkillable_trainer_retries_to_cordon_itself(
     gang: GangSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, led = called(gang)
-    look, cordon = gangs.standing, cordons.cordon_own
-    said: list[str] = []
+    standing, cordon = gangs.standing, cordons.cordon_own
+    reasons: list[str] = []
 
-    def on_looking(place: gangs.GangMember) -> gangs.GangState:
-        found = look(place)
+    def start_once_joined(place: gangs.GangMember) -> gangs.GangState:
+        found = standing(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(gang.place("w1"), led.round_id, port=4711)
         return found
 
     def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
-        said.append(reason)
-        if len(said) == 1:
+        reasons.append(reason)
+        if len(reasons) == 1:
             raise OUTAGE
         cordon(db, worker_id, reason=reason)
 
@@ -118,7 +116,7 @@ def test_a_member_whose_trainer_no_signal_ends_says_until_it_is_heard_that_it_ta
         while True:
             yield
 
-    monkeypatch.setattr(gangs, "standing", on_looking)
+    monkeypatch.setattr(gangs, "standing", start_once_joined)
     monkeypatch.setattr(cordons, "cordon_own", cordon_own)
     gang.script = script
 

@@ -1,4 +1,4 @@
-"""What the trainers of a gang's members print is in the logs of the jobs that they train, by job and rank."""
+"""Output of the trainers of gang members appears in the logs of their jobs, by job and rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from catalog.tables.jobs import Job
 from tests.worker.context.test_gang_membership import LOCAL, GangSite
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script
-from tests.worker.session.test_job_logs import printed, told
+from tests.worker.session.test_job_logs import log_texts, printed
 from worker import supervisor
 from worker.background.chores import Chores
 from worker.gang import member as lending
@@ -33,8 +33,8 @@ from worker.session import job_logs as session_job_logs
 HUNG = "The trainer sent no events for 300 s."
 
 
-class Lent:
-    """w2 lends its devices to trainer-1 of w1, whose claims are the test's to make."""
+class MemberSite:
+    """Worker w2 takes part in trainer-1 of w1. The tests make the claims of w1."""
 
     def __init__(self, site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
         self.site = site
@@ -43,10 +43,10 @@ class Lent:
         self.round_id = ""
         monkeypatch.setattr(member_logs, "LOOK_SECONDS", 0.0)
         monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 0.0)
-        self._look = gangs.standing
-        monkeypatch.setattr(gangs, "standing", self._on_looking)
+        self._standing = gangs.standing
+        monkeypatch.setattr(gangs, "standing", self._start_once_joined)
 
-    def by(self, script: Script) -> None:
+    def run_trainer(self, script: Script) -> None:
         member = self.gang.seated("w2")
         self.gang.seated("w1")
         gangs.lead(self.leader)
@@ -56,74 +56,74 @@ class Lent:
         with Chores(member) as chores:
             assert gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
-    def over(self) -> Generator[None]:
+    def end_round(self) -> Generator[None]:
         gangs.end_round(self.leader, self.round_id)
         while True:
             yield
 
-    def _on_looking(self, place: GangMember) -> gangs.GangState:
-        found = self._look(place)
+    def _start_once_joined(self, place: GangMember) -> gangs.GangState:
+        found = self._standing(place)
         if found.call is not None and found.call.has_joined and found.call.port is None:
             gangs.start(self.leader, self.round_id, port=4711)
         return found
 
 
 @pytest.fixture
-def lent(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Lent:
-    return Lent(site, monkeypatch)
+def member(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> MemberSite:
+    return MemberSite(site, monkeypatch)
 
 
-def test_what_a_members_processes_print_is_the_jobs_by_the_ranks_that_they_have_in_the_gang(lent: Lent) -> None:
-    claim = lent.site.claim()
+def test_output_of_a_member_is_logged_by_its_ranks_in_the_gang(member: MemberSite) -> None:
+    claim = member.site.claim()
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         printed(trainer.directory, "the members first\n")
-        printed(trainer.directory, f"its second, of {claim.job.id} in {lent.site.settings.data_dir}\n", rank=1)
+        printed(trainer.directory, f"its second, of {claim.job.id} in {member.site.settings.data_dir}\n", rank=1)
         trainer.returncode = 1
         yield
 
-    lent.by(script)
+    member.run_trainer(script)
 
-    assert told(lent.site, claim.job.id, rank=0) == []
-    assert told(lent.site, claim.job.id, rank=1) == ["the members first"]
-    assert told(lent.site, claim.job.id, rank=2) == [f"its second, of {claim.job.id} in $LORRY_DATA_DIR"]
+    assert log_texts(member.site, claim.job.id, rank=0) == []
+    assert log_texts(member.site, claim.job.id, rank=1) == ["the members first"]
+    assert log_texts(member.site, claim.job.id, rank=2) == [f"its second, of {claim.job.id} in $LORRY_DATA_DIR"]
 
 
-def test_each_job_has_what_is_printed_from_when_it_is_seen_until_it_has_ended_and_no_name_of_anothers(
-    lent: Lent,
+def test_a_job_logs_only_the_output_of_its_period_and_no_foreign_ids(
+    member: MemberSite,
 ) -> None:
-    first = lent.site.claim(seed=1)
+    first = member.site.claim(seed=1)
     second_id: list[str] = []
-    amid: list[list[str]] = []
+    midway: list[list[str]] = []
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         printed(trainer.directory, "first\n")
         yield
-        second = lent.site.claim(seed=2)
+        second = member.site.claim(seed=2)
         second_id.append(second.job.id)
         printed(trainer.directory, f"both: {first.job.id}\n")
         yield
-        amid.append(told(lent.site, first.job.id))
-        claims.end(lent.site.db, first.claim_id, reason=EndReason.DRAINED, detail="")
+        midway.append(log_texts(member.site, first.job.id))
+        claims.end(member.site.db, first.claim_id, reason=EndReason.DRAINED, detail="")
         yield
         printed(trainer.directory, "second alone\n")
-        yield from lent.over()
+        yield from member.end_round()
 
-    lent.by(script)
+    member.run_trainer(script)
 
-    assert amid == [["first", f"both: {first.job.id}"]]
-    assert told(lent.site, first.job.id) == amid[0]
-    assert told(lent.site, second_id[0]) == ["both: …", "second alone"]
+    assert midway == [["first", f"both: {first.job.id}"]]
+    assert log_texts(member.site, first.job.id) == midway[0]
+    assert log_texts(member.site, second_id[0]) == ["both: …", "second alone"]
 
 
-def test_of_what_ended_long_ago_no_look_asks_again_and_nothing_is_remembered(
-    lent: Lent, monkeypatch: pytest.MonkeyPatch
+def test_attempts_that_ended_long_ago_are_neither_queried_nor_remembered(
+    member: MemberSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, asked, kept = lent.site.claim(seed=1), history_job_logs.attempts_of, list[LentOutput]()
+    first, attempts_of, kept = member.site.claim(seed=1), history_job_logs.attempts_of, list[LentOutput]()
     found: list[list[str]] = []
 
     def seen(db: Database, trainer_id: str, *, ended_after: float) -> tuple[list[tuple[Attempt, Job]], float]:
-        attempts, now = asked(db, trainer_id, ended_after=ended_after)
+        attempts, now = attempts_of(db, trainer_id, ended_after=ended_after)
         found.append([attempt.claim_id for attempt, _ in attempts])
         return attempts, now
 
@@ -139,43 +139,43 @@ def test_of_what_ended_long_ago_no_look_asks_again_and_nothing_is_remembered(
     def script(trainer: FakeTrainer) -> Generator[None]:
         printed(trainer.directory, "first\n")
         yield
-        claims.end(lent.site.db, first.claim_id, reason=EndReason.DRAINED, detail="")
+        claims.end(member.site.db, first.claim_id, reason=EndReason.DRAINED, detail="")
         yield
         yield
         yield
-        printed(trainer.directory, "nobody's\n")
-        yield from lent.over()
+        printed(trainer.directory, "of no job\n")
+        yield from member.end_round()
 
-    lent.by(script)
+    member.run_trainer(script)
 
     assert (first.claim_id in found[0], found[-1]) == (True, [])
     assert [(one._begun, one._over) for one in kept] == [(set(), set())]  # pyright: ignore[reportPrivateUsage]
-    assert told(lent.site, first.job.id) == ["first"]
+    assert log_texts(member.site, first.job.id) == ["first"]
 
 
-def test_of_what_is_told_once_more_after_its_end_the_last_words_stay(lent: Lent) -> None:
-    claim = lent.site.claim()
+def test_output_after_the_end_of_a_job_does_not_replace_its_last_lines(member: MemberSite) -> None:
+    claim = member.site.claim()
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         printed(trainer.directory, "its own\n")
         yield
-        claims.end(lent.site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
+        claims.end(member.site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
         yield
-        printed(trainer.directory, "of nobody\n")
+        printed(trainer.directory, "of no job\n")
         yield
-        printed(trainer.directory, "of nobody\n")
-        yield from lent.over()
+        printed(trainer.directory, "of no job\n")
+        yield from member.end_round()
 
-    lent.by(script)
+    member.run_trainer(script)
 
-    assert told(lent.site, claim.job.id) == ["its own"]
+    assert log_texts(member.site, claim.job.id) == ["its own"]
 
 
 @pytest.mark.parametrize("reason", [EndReason.TIMEOUT, EndReason.TRAINER_CRASHED])
-def test_a_trainer_that_is_still_there_when_the_leaders_hung_is_asked_where_it_stands(
-    lent: Lent, monkeypatch: pytest.MonkeyPatch, reason: EndReason
+def test_a_members_trainer_dumps_its_stacks_if_the_leaders_trainer_hung(
+    member: MemberSite, monkeypatch: pytest.MonkeyPatch, reason: EndReason
 ) -> None:
-    claim = lent.site.claim()
+    claim = member.site.claim()
 
     def ask(trainer: TrainerProcess, why: str) -> None:
         assert not trainer.is_killed
@@ -185,26 +185,26 @@ def test_a_trainer_that_is_still_there_when_the_leaders_hung_is_asked_where_it_s
 
     def script(_: FakeTrainer) -> Generator[None]:
         yield
-        claims.end(lent.site.db, claim.claim_id, reason=reason, detail=HUNG)
-        yield from lent.over()
+        claims.end(member.site.db, claim.claim_id, reason=reason, detail=HUNG)
+        yield from member.end_round()
 
-    lent.by(script)
+    member.run_trainer(script)
 
-    asked = [f"On the leader's node: {HUNG} It stands here."] if reason == EndReason.TIMEOUT else []
-    assert told(lent.site, claim.job.id) == asked
+    expected = [f"On the leader's node: {HUNG} It stands here."] if reason == EndReason.TIMEOUT else []
+    assert log_texts(member.site, claim.job.id) == expected
 
 
-def test_the_leader_is_told_of_the_end_before_the_store_is_asked_and_though_it_is_away(
-    lent: Lent, monkeypatch: pytest.MonkeyPatch
+def test_the_leader_learns_of_the_end_before_logs_are_stored(
+    member: MemberSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    claim = lent.site.claim()
+    claim = member.site.claim()
     known: list[bool] = []
 
     def away(_: bytes) -> Blob:
-        known.append("w2" in gangs.progress(lent.leader, lent.round_id).ended)
+        known.append("w2" in gangs.progress(member.leader, member.round_id).ended)
         raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
 
-    monkeypatch.setattr(lent.site.store, "put_bytes", away)
+    monkeypatch.setattr(member.site.store, "put_bytes", away)
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         printed(trainer.directory, "last words\n")
@@ -212,7 +212,7 @@ def test_the_leader_is_told_of_the_end_before_the_store_is_asked_and_though_it_i
         yield
 
     monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 3600.0)
-    lent.by(script)
+    member.run_trainer(script)
 
     assert known == [True]
-    assert told(lent.site, claim.job.id) == []
+    assert log_texts(member.site, claim.job.id) == []

@@ -1,4 +1,4 @@
-"""What a group of processes may take, and who of it was killed: in a container, in a unit, by either version."""
+"""Memory limits and OOM kills of a cgroup: in a container and in a systemd unit, for both cgroup versions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def group(folder: Path, files: dict[str, str]) -> None:
         ("4:memory:/docker/of-the-host\n0::/\n", "memory", FIRST),
     ],
 )
-def test_the_group_of_a_process_is_found_wherever_it_lies(
+def test_the_cgroup_of_a_process_is_found_at_any_path(
     own: str, place: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own").write_text(own)
@@ -53,7 +53,7 @@ def test_the_group_of_a_process_is_found_wherever_it_lies(
         ("4:memory:/jobs/a/one\n", "memory/jobs/a/one", "memory/jobs", FIRST, "memory.limit_in_bytes"),
     ],
 )
-def test_a_limit_of_a_group_above_holds_as_well(
+def test_the_limit_of_a_parent_cgroup_applies_too(
     own: str, place: str, above: str, files: dict[str, str], limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own").write_text(own)
@@ -66,7 +66,7 @@ def test_a_limit_of_a_group_above_holds_as_well(
     assert (cgroup.free_bytes(), cgroup.limit_bytes()) == (GIB, 4 * GIB)
 
 
-def test_what_nothing_limits_is_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_limit_the_cgroup_reports_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "OWN", tmp_path / "none")
     monkeypatch.setattr(cgroup, "ROOT", tmp_path)
     group(tmp_path, SECOND | {"memory.max": "max"})

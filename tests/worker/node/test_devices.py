@@ -1,4 +1,4 @@
-"""What a worker takes itself to have: GPUs by number, and memory that is really free."""
+"""Devices of a worker: GPUs by number, and memory that is really free."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ GIB = 2**30
 
 @pytest.fixture
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVML of a machine with three GPUs."""
+    """Simulate NVML on a machine with three GPUs."""
 
     def memory_info(_: int, version: int | None = None) -> Any:
-        told = {"total": 80 * GIB, "free": 79 * GIB}
-        return SimpleNamespace(**told) if version is None else SimpleNamespace(**told, reserved=GIB)
+        info = {"total": 80 * GIB, "free": 79 * GIB}
+        return SimpleNamespace(**info) if version is None else SimpleNamespace(**info, reserved=GIB)
 
     nvml = SimpleNamespace(
         nvmlMemory_v2=2,
@@ -35,7 +35,7 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("three_gpus")
-def test_a_gpu_is_the_first_that_its_trainer_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_sees_its_gpu_as_cuda_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     chosen = node.choose_device("2")
@@ -45,7 +45,7 @@ def test_a_gpu_is_the_first_that_its_trainer_sees(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("three_gpus")
 @pytest.mark.parametrize(("visible", "found"), [("2,0", [2, 0]), ("1,7,0", [1]), ("-1", []), ("", []), ("0,-1,2", [0])])
-def test_only_visible_gpus_are_there(monkeypatch: pytest.MonkeyPatch, visible: str, found: list[int]) -> None:
+def test_only_visible_gpus_are_found(monkeypatch: pytest.MonkeyPatch, visible: str, found: list[int]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
 
     devices = node.find_devices()
@@ -55,9 +55,7 @@ def test_only_visible_gpus_are_there(monkeypatch: pytest.MonkeyPatch, visible: s
 
 @pytest.mark.usefixtures("three_gpus")
 @pytest.mark.parametrize("name", ["GPU-8f2a", "MIG-5c1b"])
-def test_a_gpu_by_another_name_than_its_number_is_refused_not_ignored(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_visible_gpu_that_is_not_a_number_is_rejected(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"0,{name}")
 
     with pytest.raises(SystemExit, match=name):
@@ -65,11 +63,11 @@ def test_a_gpu_by_another_name_than_its_number_is_refused_not_ignored(
 
 
 class DriverError(Exception):
-    """As NVML's own."""
+    """Replaces NVML's own error."""
 
 
 @pytest.mark.usefixtures("three_gpus")
-def test_what_a_driver_keeps_of_a_gpu_is_nobodys_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_the_driver_reserves_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     nvml, usual = node.open_nvml(), node.open_nvml().nvmlDeviceGetMemoryInfo
 
@@ -87,7 +85,7 @@ def test_what_a_driver_keeps_of_a_gpu_is_nobodys_memory(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("three_gpus")
-def test_a_gpu_of_which_the_driver_tells_nothing_takes_in_nothing_and_that_is_told_once(
+def test_a_gpu_without_a_driver_report_has_no_free_memory_and_one_log_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -105,7 +103,7 @@ def test_a_gpu_of_which_the_driver_tells_nothing_takes_in_nothing_and_that_is_to
 
 
 @pytest.mark.usefixtures("three_gpus")
-def test_a_group_of_gpus_has_the_memory_of_its_smallest_times_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_has_the_memory_of_its_smallest_gpu_times_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     alone = [node.choose_device(name) for name in ("0", "1", "2")]
 
@@ -118,7 +116,7 @@ def test_a_group_of_gpus_has_the_memory_of_its_smallest_times_their_number(monke
 
 @pytest.mark.usefixtures("three_gpus")
 @pytest.mark.parametrize(("limit", "of_each"), [(None, 100 * GIB), (90 * GIB, 30 * GIB)])
-def test_gpus_have_their_part_of_the_memory_of_the_host(
+def test_each_gpu_has_an_equal_part_of_the_host_memory(
     monkeypatch: pytest.MonkeyPatch, limit: int | None, of_each: int
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -144,7 +142,7 @@ def test_each_gpu_of_a_group_has_a_process_with_the_memory_of_the_smallest(
 
 @pytest.mark.usefixtures("three_gpus")
 @pytest.mark.parametrize(
-    ("wanted", "told"),
+    ("wanted", "message"),
     [
         ("0,3", "This machine has no GPU 3 (available: 0, 1, 2)"),
         ("1,1", "'1,1' lists a GPU twice"),
@@ -156,8 +154,8 @@ def test_each_gpu_of_a_group_has_a_process_with_the_memory_of_the_smallest(
         ("cpu:1-0", "'cpu:1-0' is not a device group"),
     ],
 )
-def test_a_group_that_is_none_is_refused_with_what_there_is(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, told: str
+def test_an_invalid_group_is_rejected_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, message: str
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(node, "_own_cores", lambda: {0, 1, 2, 3})
@@ -165,10 +163,10 @@ def test_a_group_that_is_none_is_refused_with_what_there_is(
     with pytest.raises(SystemExit) as refused:
         node.choose_device(wanted)
 
-    assert str(refused.value).startswith(told)
+    assert str(refused.value).startswith(message)
 
 
-def test_some_cores_are_a_device_with_their_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_of_cores_has_its_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "_own_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=60 * GIB, total=64 * GIB))
 
@@ -192,7 +190,9 @@ def test_a_gpu_of_an_old_generation_has_no_bfloat16(three_gpus: None) -> None:
         ("processor : 0\nflags\t\t: fpu avx2 avx512f\n", False),
     ],
 )
-def test_a_cpu_has_bfloat16_by_its_flags(text: str, has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_support_of_a_cpu_is_read_from_its_flags(
+    text: str, has: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(node, "CPUINFO", tmp_path / "cpuinfo")
     node.CPUINFO.write_text(text)
 

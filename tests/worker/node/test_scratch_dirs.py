@@ -1,4 +1,4 @@
-"""A folder that is owned is there for its owner, and is deleted by the next cleaning once its owner has gone."""
+"""An owned folder exists for its owner. After the owner is gone, the next cleanup deletes it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from worker.node import scratch_dirs
 
 
-def test_a_cleaner_that_deletes_the_lock_before_it_is_taken_does_not_leave_the_folder_without_one(
+def test_an_owner_locks_again_if_a_cleanup_deleted_its_lock_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, cleaned = fcntl.flock, list[list[str]]()
 
     def lock_after_a_cleaner(descriptor: int, operation: int) -> None:
         if operation == fcntl.LOCK_EX and not cleaned:
-            cleaned.append([])  # the cleaner's own locking comes through here too
+            cleaned.append([])  # the cleanup calls this function too
             cleaned[0] = scratch_dirs.clean(tmp_path)
         lock(descriptor, operation)
 
@@ -34,7 +34,7 @@ def test_a_cleaner_that_deletes_the_lock_before_it_is_taken_does_not_leave_the_f
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cleaner_that_opened_the_lock_of_an_earlier_owner_leaves_the_next_owners_folder_alone(
+def test_a_cleanup_with_the_lock_of_an_earlier_owner_keeps_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, lock_path = tmp_path / "work", tmp_path / "work.lock"
@@ -42,7 +42,7 @@ def test_a_cleaner_that_opened_the_lock_of_an_earlier_owner_leaves_the_next_owne
     lock = fcntl.flock
 
     def lock_too_late(descriptor: int, operation: int) -> None:
-        lock_path.unlink()  # the earlier owner has finished, and another one begins
+        lock_path.unlink()  # the earlier owner finishes, and another one starts
         lock_path.touch()
         folder.mkdir()
         lock(descriptor, operation)
@@ -54,7 +54,7 @@ def test_a_cleaner_that_opened_the_lock_of_an_earlier_owner_leaves_the_next_owne
     assert lock_path.exists()
 
 
-def test_the_folder_of_an_owner_that_was_killed_is_deleted(tmp_path: Path) -> None:
+def test_the_folder_of_a_killed_owner_is_deleted(tmp_path: Path) -> None:
     (tmp_path / "work.lock").touch()
     (tmp_path / "work").mkdir()
 

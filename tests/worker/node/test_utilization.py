@@ -1,4 +1,4 @@
-"""What is told of a device's use, and that a driver which hangs or fails costs no heartbeat."""
+"""Reports of device utilization. A driver that hangs or fails delays no heartbeat."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ GPU = devices.Device(kind="cuda", indices=(1,), name="GPU", memory_bytes=80 * 2*
 
 
 class NVMLError(Exception):
-    """As NVML's own."""
+    """Replaces NVML's own error."""
 
 
 def nvml(**replaced: Any) -> Any:
-    """NVML of a GPU that is half busy."""
+    """Return NVML of a GPU with a utilization of one half."""
 
     def handle(index: int) -> int:
         assert index == 1
@@ -33,7 +33,7 @@ def nvml(**replaced: Any) -> Any:
         assert sensor == 0
         return 61
 
-    told: dict[str, Any] = {
+    functions: dict[str, Any] = {
         "NVMLError": NVMLError,
         "nvmlDeviceGetHandleByIndex": handle,
         "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=50, memory=30),
@@ -41,10 +41,10 @@ def nvml(**replaced: Any) -> Any:
         "nvmlDeviceGetTemperature": temperature,
         "nvmlDeviceGetPowerUsage": lambda _: 312_500,
     }
-    return SimpleNamespace(**{**told, **replaced})
+    return SimpleNamespace(**{**functions, **replaced})
 
 
-def test_a_gpus_use_is_told_in_base_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_utilization_is_reported_in_base_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "open_nvml", nvml)
 
     assert measure(GPU) == {
@@ -55,18 +55,18 @@ def test_a_gpus_use_is_told_in_base_units(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
-def test_of_a_group_of_gpus_is_told_how_busy_they_are_on_average_the_hottest_and_what_they_take_together(
+def test_a_gpu_group_reports_mean_utilization_top_temperature_and_sums(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     group = devices.Device(kind="cuda", indices=(0, 3), name="2 x GPU", memory_bytes=160 * 2**30)
     of_each = {0: (20, 70, 100_000), 3: (80, 50, 300_000)}
-    told = {
+    functions = {
         "nvmlDeviceGetHandleByIndex": lambda index: index,
         "nvmlDeviceGetUtilizationRates": lambda index: SimpleNamespace(gpu=of_each[index][0]),
         "nvmlDeviceGetTemperature": lambda index, _sensor: of_each[index][1],
         "nvmlDeviceGetPowerUsage": lambda index: of_each[index][2],
     }
-    monkeypatch.setattr(devices, "open_nvml", lambda: nvml(**told))
+    monkeypatch.setattr(devices, "open_nvml", lambda: nvml(**functions))
 
     assert measure(group) == {
         "utilization_ratio": 0.5,
@@ -76,7 +76,7 @@ def test_of_a_group_of_gpus_is_told_how_busy_they_are_on_average_the_hottest_and
     }
 
 
-def test_what_a_card_does_not_tell_is_left_out_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_a_gpu_does_not_support_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(_: Any) -> Any:
         raise NVMLError("Not Supported")
 
@@ -89,7 +89,7 @@ def test_what_a_card_does_not_tell_is_left_out_and_the_rest_is_told(monkeypatch:
     assert set(measure(GPU)) == {"memory_used_bytes", "temperature_celsius"}
 
 
-def test_a_gpu_that_fell_off_the_bus_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_gpu_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(_: int) -> Any:
         raise NVMLError("GPU is lost")
 
@@ -98,14 +98,14 @@ def test_a_gpu_that_fell_off_the_bus_tells_nothing(monkeypatch: pytest.MonkeyPat
     assert measure(GPU) == {}
 
 
-def test_a_cpus_use_is_a_part_of_one() -> None:
-    told = measure(devices.cpu())
+def test_cpu_utilization_is_a_ratio() -> None:
+    reported = measure(devices.cpu())
 
-    assert 0 <= told["utilization_ratio"] <= 1
-    assert 0 < told["memory_used_bytes"] < devices.cpu().memory_bytes
+    assert 0 <= reported["utilization_ratio"] <= 1
+    assert 0 < reported["memory_used_bytes"] < devices.cpu().memory_bytes
 
 
-def test_a_look_that_hangs_keeps_nobody_waiting_and_one_that_fails_is_told_once_it_succeeds() -> None:
+def test_a_hanging_measurement_does_not_block_and_a_failed_one_is_repeated() -> None:
     hung, seen = threading.Event(), threading.Event()
 
     def hang() -> dict[str, float]:
@@ -121,20 +121,20 @@ def test_a_look_that_hangs_keeps_nobody_waiting_and_one_that_fails_is_told_once_
 
     answers: list[Any] = [RuntimeError("odd"), {"utilization_ratio": 0.25}]
 
-    def look() -> dict[str, float]:
+    def sample() -> dict[str, float]:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    failing = DeviceWatch(look, seconds=60)
+    failing = DeviceWatch(sample, seconds=60)
     failing.look_once()
     assert failing.latest() is None
     failing.look_once()
     assert failing.latest() == {"utilization_ratio": 0.25}
 
 
-def test_what_was_seen_long_ago_is_told_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outdated_measurement_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(utilization.time, "monotonic", lambda: now[0])
     watch = DeviceWatch(lambda: {"power_watts": 9.0}, seconds=10)
@@ -146,11 +146,11 @@ def test_what_was_seen_long_ago_is_told_no_more(monkeypatch: pytest.MonkeyPatch)
     assert watch.latest() is None
 
 
-def test_the_use_goes_with_the_heartbeat_beside_what_the_trainer_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
+def test_utilization_is_added_to_the_heartbeats_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Any] = []
 
     def beat(_db: Any, _worker_id: str, **status: Any) -> WorkerOrders:
-        told.append(status["report"])
+        reported.append(status["report"])
         return WorkerOrders(drain=False)
 
     monkeypatch.setattr(workers, "worker_beat", beat)
@@ -161,11 +161,11 @@ def test_the_use_goes_with_the_heartbeat_beside_what_the_trainer_said(monkeypatc
     heartbeat.device_use = lambda: {"power_watts": 9.0}
     heartbeat.beat()
 
-    assert told == [{"tokens_per_second": 5.0}, {"tokens_per_second": 5.0, "device": {"power_watts": 9.0}}]
-    assert heartbeat.status["report"] == {"tokens_per_second": 5.0}, "what is told next is made anew"
+    assert reported == [{"tokens_per_second": 5.0}, {"tokens_per_second": 5.0, "device": {"power_watts": 9.0}}]
+    assert heartbeat.status["report"] == {"tokens_per_second": 5.0}, "each report is built from scratch"
 
 
-def test_what_a_pack_is_reckoned_to_take_grows_with_each_job(site: PackSite) -> None:
+def test_the_predicted_memory_of_a_pack_grows_with_each_job(site: PackSite) -> None:
     for _ in range(3):
         site.queued()
     first, *others = site.claim_all()

@@ -1,4 +1,4 @@
-"""A trainer of two processes of which one fails: all end, soon, and the worker is told of that one's error."""
+"""A trainer of two processes of which one fails: both exit soon, and the worker reports the error of that one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.process.exit_status import classify_exit
 __all__ = ["base_dir"]
 pytestmark = pytest.mark.timeout(900)
 SOON_SECONDS = 120.0
-"""For processes to end on a machine with much else to do; the others would wait for an hour."""
+"""Limit for the processes to exit on a busy machine. A process that waits for the failed one waits for an hour."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +24,16 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failpoint", ["step_2@1:raise", "in_checkpoint@0:raise"])
-def test_a_process_that_fails_ends_all_and_its_error_is_the_trainers(
+def test_a_failed_process_stops_all_and_its_error_is_the_trainers(
     tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, failpoint: str
 ) -> None:
     monkeypatch.setenv("FAILPOINT", failpoint)
     with launched(tmp_path / "two", base_dir, num_processes=2) as trainer:
-        trainer.hear("ready")
+        trainer.wait_for("ready")
         ranks = trainer.ranks()
         trainer.admit("job", max_steps=5000, hyperparameters={"batch_size": 8})
 
-        assert trainer.process.wait(SOON_SECONDS), "it waits for the one that failed"
+        assert trainer.process.wait(SOON_SECONDS), "it waits for the failed process"
 
         assert psutil.wait_procs(ranks, timeout=SOON_SECONDS)[1] == []
         log_tail = trainer.directory.log_tail(max_bytes=16_000)

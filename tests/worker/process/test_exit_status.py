@@ -1,4 +1,4 @@
-"""Which node's processes ended by themselves, and which for another's, by what they printed."""
+"""Separation of root-cause and cascading failures of a node's processes, by their logs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from catalog.states import EndReason
 from tests.worker.pack_site import PackSite
-from tests.worker.scripted_trainer import FakeTrainer, loads_for_ever
+from tests.worker.scripted_trainer import FakeTrainer, load_forever
 from worker.process.exit_status import heard
 from worker.protocol.errors import print_handled, rank_log
 from worker.protocol.mailbox import TrainerDirectory
@@ -42,8 +42,8 @@ SEGFAULT = LAUNCHER.format(-11) + "  traceback : Signal 11 (SIGSEGV) received by
 TERMINATED = LAUNCHER.format(-15) + "  traceback : Signal 15 (SIGTERM) received by PID 72\n"
 
 
-def fellow(rank: int, said: str) -> str:
-    return f"{GLOO}\n\nThe above exception […]:\n\nlora_core.first_failure.FellowFailure: Rank {rank} failed: {said}\n"
+def fellow(rank: int, error: str) -> str:
+    return f"{GLOO}\n\nThe above exception […]:\n\nlora_core.first_failure.FellowFailure: Rank {rank} failed: {error}\n"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def fellow(rank: int, said: str) -> str:
         ([WARNING + KEY], False),
         ([SICK_NCCL], False),
         ([WATCHDOG], False),
-        # The processes of this node have the numbers 2 and 3.
+        # The processes of this node have the ranks 2 and 3.
         ([LAUNCHER.format(1) + GLOO, KEY], False),
         ([LAUNCHER.format(1) + GLOO, GLOO], True),
         ([f"{GLOO}\n{TERMINATED}", ""], True),
@@ -71,28 +71,28 @@ def fellow(rank: int, said: str) -> str:
         ([fellow(0, GLOO) + SEGFAULT, ""], False),
     ],
 )
-def test_a_node_is_no_cause_where_none_of_its_processes_ended_by_itself(logs: list[str], is_echo: bool) -> None:
-    told = heard(logs, ranks=range(2, 4), returncode=1)
+def test_a_node_whose_processes_only_followed_a_peer_is_not_the_cause(logs: list[str], is_echo: bool) -> None:
+    failure = heard(logs, ranks=range(2, 4), returncode=1)
 
-    assert (told.is_echo, told.is_own) == (is_echo, not is_echo)
+    assert (failure.is_echo, failure.is_own) == (is_echo, not is_echo)
 
 
 @pytest.mark.parametrize(("returncode", "is_own"), [(-9, True), (-11, True), (114, True), (1, False), (-6, False)])
-def test_a_node_whose_trainer_was_killed_is_its_own_cause(returncode: int, is_own: bool) -> None:
+def test_a_node_whose_trainer_was_killed_is_the_cause(returncode: int, is_own: bool) -> None:
     assert heard([GLOO], ranks=range(1), returncode=returncode).is_own == is_own
 
 
-def test_of_a_trainer_that_its_worker_has_killed_only_words_tell() -> None:
-    told = [heard([log], ranks=range(1), returncode=None) for log in ("", GLOO, KEY)]
+def test_a_trainer_that_its_worker_killed_is_judged_by_its_log_alone() -> None:
+    failures = [heard([log], ranks=range(1), returncode=None) for log in ("", GLOO, KEY)]
 
-    assert [one.is_own for one in told] == [False, False, True]
+    assert [one.is_own for one in failures] == [False, False, True]
 
 
 def ended(site: PackSite, *logs: str, is_alone: bool = False) -> LocalExit:
     directory = TrainerDirectory.create(site.context.trainers_dir() / "trainer-1", {})
     for rank, log in enumerate(logs):
         rank_log(directory.path, rank).write_text(log)
-    trainer = FakeTrainer(directory, loads_for_ever)
+    trainer = FakeTrainer(directory, load_forever)
     trainer.returncode = 1
     context = replace(site.context, device=replace(site.context.device, kind="cuda"))
     try:
@@ -101,28 +101,28 @@ def ended(site: PackSite, *logs: str, is_alone: bool = False) -> LocalExit:
         trainer.close()
 
 
-@pytest.mark.parametrize("said", ["OSError: [Errno 28] No space left on device", "torch.OutOfMemoryError: CUDA […]"])
-def test_what_another_node_lacked_is_not_laid_to_this_one(site: PackSite, said: str) -> None:
-    end = ended(site, fellow(2, said), GLOO)
+@pytest.mark.parametrize("error", ["OSError: [Errno 28] No space left on device", "torch.OutOfMemoryError: CUDA […]"])
+def test_a_shortage_on_another_node_is_a_cascading_failure_here(site: PackSite, error: str) -> None:
+    end = ended(site, fellow(2, error), GLOO)
 
     assert (end.is_echo, end.reason) == (True, EndReason.INFRA_LOST)
-    assert said in end.detail
+    assert error in end.detail
 
 
-def test_what_a_process_of_this_node_lacked_is(site: PackSite) -> None:
+def test_a_shortage_on_this_node_is_its_own_failure(site: PackSite) -> None:
     end = ended(site, fellow(1, "torch.OutOfMemoryError: CUDA out of memory."), "torch.OutOfMemoryError: CUDA […]")
 
     assert (end.is_echo, end.reason) == (False, EndReason.CUDA_OOM)
 
 
 def handled(error: Exception) -> str:
-    """What a trainer prints of it and goes on."""
+    """Return what a trainer prints about an error that it handles."""
     with redirect_stderr(StringIO()) as printed:
         print_handled(error)
     return printed.getvalue()
 
 
-def test_an_error_with_which_a_trainer_went_on_is_not_why_it_ended_later(site: PackSite) -> None:
+def test_a_handled_error_is_not_the_cause_of_a_later_exit(site: PackSite) -> None:
     of_one_adapter = handled(ValueError("This adapter can't be verified.\nKeyError: 'rank'"))
 
     of_gang = ended(site, of_one_adapter + GLOO, of_one_adapter + GLOO)
@@ -131,7 +131,7 @@ def test_an_error_with_which_a_trainer_went_on_is_not_why_it_ended_later(site: P
     assert "adapter" not in of_gang.detail
 
 
-def test_memory_that_one_adapter_lacked_is_not_why_its_trainer_ended_later(site: PackSite) -> None:
+def test_handled_out_of_memory_is_not_the_cause_of_a_later_exit(site: PackSite) -> None:
     short = handled(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."))
 
     alone = ended(site, short + "KeyError: 'step'\n", is_alone=True)
@@ -139,14 +139,14 @@ def test_memory_that_one_adapter_lacked_is_not_why_its_trainer_ended_later(site:
     assert (alone.reason, alone.detail.endswith("KeyError: 'step'")) == (EndReason.TRAINER_CRASHED, True)
 
 
-def test_a_node_that_crashed_is_not_told_what_others_lacked(site: PackSite) -> None:
+def test_a_crashed_node_is_not_classified_by_a_peers_error(site: PackSite) -> None:
     end = ended(site, fellow(2, "OSError: [Errno 28] No space left on device") + SEGFAULT, GLOO)
 
     assert (end.is_echo, end.reason) == (False, EndReason.TRAINER_CRASHED)
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_the_error_that_is_told_is_that_of_the_process_that_failed(site: PackSite, is_alone: bool) -> None:
+def test_the_reported_error_is_that_of_the_failed_process(site: PackSite, is_alone: bool) -> None:
     end = ended(site, GLOO + "\n" + LAUNCHER.format(1), KEY, is_alone=is_alone)
 
     assert end.detail == "The trainer exited with status 1. KeyError: 'step'"

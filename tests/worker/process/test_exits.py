@@ -1,4 +1,4 @@
-"""How a trainer's end is classed."""
+"""Classification of trainer exits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAUNCHER = "subprocess.CalledProcessError: Command '[…]' {}"
         (0, "", 0, EndReason.TRAINER_CRASHED),
     ],
 )
-def test_an_exit_is_classed_by_status_log_and_the_kernels_count(
+def test_an_exit_is_classified_by_status_log_and_oom_kills(
     returncode: int, log_tail: str, num_oom_kills: int, expected: EndReason
 ) -> None:
     reason, detail = classify_exit(returncode, log_tail, num_oom_kills=num_oom_kills, device_kind="cuda")
@@ -37,7 +37,7 @@ def test_an_exit_is_classed_by_status_log_and_the_kernels_count(
     assert detail
 
 
-def test_a_sandbox_that_could_not_be_applied_is_no_full_disk() -> None:
+def test_a_sandbox_failure_is_not_classified_as_a_full_disk() -> None:
     log_tail = "The sandbox of this process could not be applied: [Errno 7] Too many rules\n"
 
     ended = classify_exit(REFUSED, log_tail, num_oom_kills=0, device_kind="cpu")
@@ -49,7 +49,7 @@ def test_a_sandbox_that_could_not_be_applied_is_no_full_disk() -> None:
     assert REFUSED != DISK_FULL
 
 
-def test_a_crash_names_the_trainers_own_error_rather_than_the_launchers() -> None:
+def test_a_crash_names_the_error_of_the_trainer_and_not_of_the_launcher() -> None:
     log_tail = "ValueError: the number 7 is wrong\n" + LAUNCHER.format("returned non-zero exit status 1.")
 
     _, detail = classify_exit(1, log_tail, num_oom_kills=0, device_kind="cuda")
@@ -63,24 +63,24 @@ TORCH = "torch.OutOfMemoryError: Unable to allocate 64.0 GiB for an array"
 
 
 @pytest.mark.parametrize("log_tail", [NUMPY, TORCH, f"{NUMPY}\n\nThe above exception […]:\n\n{TORCH}"])
-def test_a_cpu_is_not_told_of_a_gpu(log_tail: str) -> None:
+def test_out_of_memory_on_a_cpu_is_host_oom_with_any_message(log_tail: str) -> None:
     ended = classify_exit(1, log_tail, num_oom_kills=0, device_kind="cpu")
 
     assert ended == (EndReason.HOST_OOM, "The machine ran out of memory.")
 
 
-def test_an_array_of_numpy_is_the_machines_memory_beside_a_gpu_too() -> None:
+def test_out_of_memory_of_numpy_is_host_oom_with_a_gpu_too() -> None:
     assert classify_exit(1, NUMPY, num_oom_kills=0, device_kind="cuda")[0] is EndReason.HOST_OOM
     assert classify_exit(1, TORCH, num_oom_kills=0, device_kind="cuda")[0] is EndReason.CUDA_OOM
 
 
-def test_the_kernel_is_named_only_where_it_counted_a_kill() -> None:
-    """A trainer that is short of memory may be killed by its worker meanwhile."""
+def test_the_kernel_is_named_only_if_it_counted_an_oom_kill() -> None:
+    """The worker may also kill a trainer that is out of memory."""
     log_tail = f"{NUMPY}\n" + LAUNCHER.format("died with <Signals.SIGKILL: 9>.")
 
-    told = [classify_exit(1, log_tail, num_oom_kills=kills, device_kind="cpu") for kills in (0, 1)]
+    ends = [classify_exit(1, log_tail, num_oom_kills=kills, device_kind="cpu") for kills in (0, 1)]
 
-    assert told == [
+    assert ends == [
         (EndReason.HOST_OOM, "The machine ran out of memory."),
         (EndReason.HOST_OOM, "The kernel killed the trainer because the machine ran out of memory."),
     ]
@@ -98,10 +98,10 @@ BROKEN = "lora_core.errors.BrokenPass: Memory ran out during a pass through a sh
         f"[rank1]: {BROKEN}\n" + LAUNCHER.format("returned non-zero exit status 1."),
     ],
 )
-def test_memory_that_runs_out_amid_a_divided_base_is_told_apart(log_tail: str, device_kind: str) -> None:
-    told = "The trainer exited: memory ran out during a pass through the sharded base model."
+def test_out_of_memory_in_a_pass_through_a_sharded_base_is_sharded_oom(log_tail: str, device_kind: str) -> None:
+    detail = "The trainer exited: memory ran out during a pass through the sharded base model."
 
-    assert classify_exit(1, log_tail, num_oom_kills=0, device_kind=device_kind) == (EndReason.SHARDED_OOM, told)
+    assert classify_exit(1, log_tail, num_oom_kills=0, device_kind=device_kind) == (EndReason.SHARDED_OOM, detail)
     assert classify_exit(-9, log_tail, num_oom_kills=1, device_kind=device_kind)[0] is EndReason.HOST_OOM
 
 
@@ -119,19 +119,19 @@ OF_TORCHRUN = "  exitcode  : 114 (pid: 71)"
         (1, "", True),
     ],
 )
-def test_a_disk_that_was_full_is_the_nodes_fault(returncode: int, log_tail: str, is_disk_full: bool) -> None:
+def test_a_full_disk_is_the_nodes_fault(returncode: int, log_tail: str, is_disk_full: bool) -> None:
     ended = classify_exit(returncode, log_tail, num_oom_kills=0, device_kind="cpu", is_disk_full=is_disk_full)
 
     assert ended == (EndReason.NODE_FAILED, "The trainer exited because the worker's disk was full.")
 
 
-def test_a_full_disk_is_not_blamed_for_a_trainer_that_somebody_killed() -> None:
+def test_a_killed_trainer_is_not_attributed_to_a_full_disk() -> None:
     ended = classify_exit(-9, "", num_oom_kills=0, device_kind="cpu", is_disk_full=True)
 
     assert ended[0] is EndReason.TRAINER_CRASHED
 
 
-def test_processes_that_come_to_different_weights_are_the_nodes_fault() -> None:
+def test_ranks_with_different_weights_are_the_nodes_fault() -> None:
     log_tail = "[rank1]: lora_core.errors.RanksDiffer: The weights differ.\n" + LAUNCHER.format("status 1.")
 
     reason, detail = classify_exit(1, log_tail, num_oom_kills=0, device_kind="cpu")

@@ -1,4 +1,4 @@
-"""A process that holds secrets is closed to other processes of its user, and still reads itself and its children."""
+"""A process that holds secrets is unreadable to other processes of its user. It can read itself and its children."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from catalog.settings import Settings
 from worker.entrypoints import celery_app, loop, node_supervisor
 
 ROOT = Path(__file__).parents[3]
-NEEDS_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")
+NEEDS_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this protection")
 READS = """
 import ctypes, json, os, sys
 from pathlib import Path
@@ -25,7 +25,7 @@ from worker.node import cgroup
 from worker.process import exit_status
 if os.getuid() == 0:
     os.setgid(65534); os.setuid(65534)
-ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # a change of the user has closed it already
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # the change of the user has made it unreadable
 def readable_by_another():
     ready, done = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
@@ -44,7 +44,7 @@ child = os.fork()
 if child == 0:
     import signal
     signal.pause()
-told = {
+result = {
     "before": before,
     "after": after,
     "own memory": own.memory_info().rss > 0,
@@ -56,22 +56,22 @@ told = {
     "own files": len(os.listdir("/proc/self/fd")) > 0,
 }
 os.kill(child, 9)
-print(json.dumps(told))
+print(json.dumps(result))
 """
 
 
 @NEEDS_LINUX
-def test_another_process_of_the_user_can_not_read_it_and_what_the_worker_reads_of_processes_stays_readable() -> None:
+def test_inspection_is_denied_to_other_processes_and_not_to_the_worker() -> None:
     ended = subprocess.run([sys.executable, "-c", READS], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert (told.pop("before"), told.pop("after")) == (True, False)
-    assert all(told.values()), told
+    result = json.loads(ended.stdout)
+    assert (result.pop("before"), result.pop("after")) == (True, False)
+    assert all(result.values()), result
 
 
 class Closed(Exception):
-    """In the place of what a program does afterwards."""
+    """Replaces the rest of the program."""
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ class Closed(Exception):
         (celery_app, celery_app._refuse_unfit),
         (api.server, lambda: api.server.serve(Settings(), host="127.0.0.1", port=0)),
     ],
-    ids=["worker", "workers of a machine", "Celery's worker", "API server"],
+    ids=["worker", "node supervisor", "Celery's worker", "API server"],
 )
-def test_every_process_with_secrets_closes_itself_before_all_else(
+def test_every_process_with_secrets_denies_inspection_first(
     monkeypatch: pytest.MonkeyPatch, module: object, begin: Callable[[], object]
 ) -> None:
     def close() -> None:
@@ -97,11 +97,11 @@ def test_every_process_with_secrets_closes_itself_before_all_else(
 
 
 @NEEDS_LINUX
-def test_a_program_that_it_starts_is_readable_again() -> None:
+def test_a_started_program_is_readable_again() -> None:
     code = "import subprocess, sys; from catalog.process_inspection import deny_inspection; deny_inspection()\n" + (
         "subprocess.run([sys.executable, '-c', 'import ctypes; print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))'])"
     )
 
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    assert told == "1\n"
+    assert result == "1\n"

@@ -1,4 +1,4 @@
-"""How a trainer is started: by flags alone, with no secret, and tied to its parent."""
+"""How a trainer is started: without secrets, and tied to its parent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: 
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
 
 
-def test_a_variable_that_tunes_a_library_passes_and_one_that_may_hold_a_credential_does_not(
+def test_tuning_variables_of_libraries_pass_and_credentials_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tuning = {"NVIDIA_VISIBLE_DEVICES", "NCCL_IB_PKEY", "CUDA_MODULE_LOADING", "TORCH_LOGS"}
@@ -62,14 +62,14 @@ def test_a_variable_that_tunes_a_library_passes_and_one_that_may_hold_a_credenti
     assert passed & (tuning | credentials) == tuning
 
 
-def test_only_a_child_that_downloads_may_know_the_hubs_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_child_that_downloads_has_the_hubs_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary")
 
     assert "HF_TOKEN" not in child_environment()
     assert child_environment(with_hub=True)["HF_TOKEN"] == "canary"
 
 
-def test_a_trainer_sees_its_own_gpu_alone_and_one_on_the_cpu_sees_none(tmp_path: Path) -> None:
+def test_a_trainer_sees_only_its_own_gpus(tmp_path: Path) -> None:
     gpu = devices.Device(kind="cuda", indices=(3,), name="GPU", memory_bytes=1)
     several = devices.Device(kind="cuda", indices=(2, 0), name="GPUs", memory_bytes=2)
 
@@ -81,51 +81,49 @@ def test_a_trainer_sees_its_own_gpu_alone_and_one_on_the_cpu_sees_none(tmp_path:
     assert trainer_environment(tmp_path, several, num_threads=1)["CUDA_VISIBLE_DEVICES"] == "2,0"
 
 
-def test_who_survives_a_kill_is_waited_for_a_while_and_then_left_behind(
+def test_a_trainer_that_survives_a_kill_is_left_behind_after_a_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No process here is beyond SIGKILL: it is taken from the worker."""
+    """Every process here dies of SIGKILL, so the test disables the worker's kill functions."""
     script = "import subprocess, sys; print(subprocess.Popen(['sleep', '600']).pid, flush=True); sys.stdin.read()"
     process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
-    with process.stdout as said:
-        survivor = psutil.Process(int(said.readline()))
+    with process.stdout as output:
+        survivor = psutil.Process(int(output.readline()))
     trainer = TrainerProcess(process, TrainerDirectory.create(tmp_path / "trainer"))
     monkeypatch.setattr(launcher, "KILL_SECONDS", 0.01)
     seen: list[tuple[bool, bool]] = []
 
-    def look() -> None:
+    def observe() -> None:
         seen.append((trainer.is_awaited, trainer.is_left_behind))
 
     with monkeypatch.context() as powerless:
         powerless.setattr(os, "killpg", lambda *_: None)
         powerless.setattr(psutil.Process, "kill", lambda _: None)
-        look()
+        observe()
         trainer.kill()
-        look()
+        observe()
     process.kill()
     process.wait()
-    look()
+    observe()
     monkeypatch.setattr(launcher, "UNKILLABLE_SECONDS", -1)
-    look()
+    observe()
     survivor.kill()
     psutil.wait_procs([survivor], timeout=30)
-    look()
+    observe()
     trainer.close()
 
     assert seen == [(True, False), (True, False), (True, False), (False, True), (False, False)]
 
 
-def test_a_trainer_is_one_process_and_knows_how_long_its_worker_may_be_silent(tmp_path: Path) -> None:
+def test_a_trainer_is_one_process_with_a_limit_of_its_workers_silence(tmp_path: Path) -> None:
     argv = trainer_argv(tmp_path, silence_seconds=60)
 
     assert argv == [sys.executable, "-m", "worker.children.trainer.main", str(tmp_path), f"{OPTION}60"]
 
 
 @pytest.mark.parametrize(("device", "niceness"), [(devices.cpu(), NICENESS), (GPU, 0)])
-def test_a_trainer_that_computes_on_the_cores_gives_way_to_all_else(
-    tmp_path: Path, device: devices.Device, niceness: int
-) -> None:
+def test_a_trainer_on_a_cpu_has_a_low_priority(tmp_path: Path, device: devices.Device, niceness: int) -> None:
     trainer = launch(TrainerDirectory(tmp_path), device, silence_seconds=60, bases_dir=tmp_path)
 
     try:
@@ -140,7 +138,7 @@ def hold(silence_seconds: float) -> subprocess.Popen[bytes]:
     )
 
 
-def test_a_trainer_ends_when_the_pipe_of_its_parent_closes() -> None:
+def test_a_trainer_exits_when_its_parents_pipe_closes() -> None:
     with hold(silence_seconds=60) as child:
         assert child.stdin is not None
         child.stdin.close()
@@ -148,13 +146,13 @@ def test_a_trainer_ends_when_the_pipe_of_its_parent_closes() -> None:
         assert child.wait(30) == LOST_PARENT
 
 
-def test_a_trainer_ends_when_its_parent_shows_no_sign_of_life() -> None:
+def test_a_trainer_exits_when_its_parent_sends_no_heartbeats() -> None:
     with hold(silence_seconds=0.2) as child:
         assert child.wait(30) == LOST_PARENT
 
 
 @pytest.mark.parametrize("command", [dying_with_parent, partial(confined, sandbox=Sandbox(kind="trainer"))])
-def test_a_child_whose_parent_has_gone_already_does_not_begin(command: Callable[[list[str]], list[str]]) -> None:
+def test_a_child_whose_parent_is_gone_does_not_start(command: Callable[[list[str]], list[str]]) -> None:
     argv = command([sys.executable, "-c", "print('began')"])
     argv[argv.index(str(os.getpid()))] = "1"
 
@@ -173,14 +171,14 @@ exit {status}
 
 @pytest.mark.parametrize("status", [0, 1])
 @pytest.mark.parametrize("device", [GPU, devices.cpu()], ids=["GPU", "CPU"])
-def test_the_worker_has_cudas_device_node_created_before_the_first_trainer_on_a_gpu(
+def test_the_worker_creates_the_uvm_node_before_the_first_gpu_trainer(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     device: devices.Device,
     status: int,
 ) -> None:
-    """In its sandbox the trainer could not: no_new_privs takes the effect of the program's setuid bit away."""
+    """The trainer could not create it in its sandbox: no_new_privs disables the program's setuid bit."""
     calls, uvm, program = tmp_path / "calls", tmp_path / "nvidia-uvm", tmp_path / "nvidia-modprobe"
     program.write_text(MODPROBE.format(calls=calls, node=uvm if status == 0 else "/dev/null", status=status))
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What a child of the worker may reach: by the rules that are built, and by what this machine's kernel enforces."""
+"""Access of the worker's child processes: by the generated rules, and as this machine's kernel enforces them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from worker.process.launcher import run_child
 from worker.process.sandbox import Sandbox, description, handled, landlock_abi, rules
 
 ROOT = Path(__file__).parents[3]
-NEEDS_SECCOMP = pytest.mark.skipif(not seccomp.is_available(), reason="no filter of system calls here")
+NEEDS_SECCOMP = pytest.mark.skipif(not seccomp.is_available(), reason="no seccomp filter here")
 NEEDS_LANDLOCK = pytest.mark.skipif(landlock_abi() == 0, reason=description(0))
 ACTS = """
 import json, os, socket, sys
@@ -76,7 +76,7 @@ def command(argv: list[str], box: Sandbox | None) -> list[str]:
 
 
 def acted(place: Path, box: Sandbox | None) -> set[str]:
-    """Which of ACTS a child in the sandbox could do."""
+    """Return the names of the ACTS that a child in the sandbox could do."""
     for name in ("own", "bases"):
         (place / name).mkdir(parents=True, exist_ok=True)
     (place / "bases" / "file").write_text("base")
@@ -90,7 +90,7 @@ def acted(place: Path, box: Sandbox | None) -> set[str]:
 
 
 @NEEDS_LANDLOCK
-def test_a_trainer_reaches_base_models_and_its_own_folder_and_nothing_else(tmp_path: Path) -> None:
+def test_a_trainer_accesses_only_base_models_and_its_own_folder(tmp_path: Path) -> None:
     box = sandbox.trainer(tmp_path / "own", bases_dir=tmp_path / "bases", tcp=False)
 
     done = acted(tmp_path, box)
@@ -104,22 +104,22 @@ def test_a_trainer_reaches_base_models_and_its_own_folder_and_nothing_else(tmp_p
 
 
 @NEEDS_LANDLOCK
-def test_trainers_that_talk_to_each_other_have_tcp(tmp_path: Path) -> None:
+def test_trainers_that_communicate_have_tcp(tmp_path: Path) -> None:
     box = sandbox.trainer(tmp_path / "own", bases_dir=tmp_path / "bases", tcp=True)
 
     assert {"connect", "listen"} <= acted(tmp_path, box)
 
 
-def test_without_a_sandbox_all_of_it_can_be_done(tmp_path: Path) -> None:
-    """Else what a sandbox denies would tell nothing."""
+def test_without_a_sandbox_the_denied_acts_are_allowed(tmp_path: Path) -> None:
+    """Shows that the sandbox, and nothing else, denies these acts in the other tests."""
     everything = acted(tmp_path, None)
 
     assert {"read a secret", "delete a secret", "make a link", "connect", "signal the worker"} <= everything
 
 
 @NEEDS_LANDLOCK
-def test_an_import_reads_the_targets_of_the_links_in_its_source(tmp_path: Path) -> None:
-    """As the hub's own cache has them."""
+def test_an_import_can_read_the_link_targets_of_its_source(tmp_path: Path) -> None:
+    """The cache of the hub contains such links."""
     blob, work = tmp_path / "blobs" / "weights", tmp_path / "own"
     blob.parent.mkdir()
     blob.write_text("weights")
@@ -136,9 +136,7 @@ def test_an_import_reads_the_targets_of_the_links_in_its_source(tmp_path: Path) 
 
 
 @NEEDS_LANDLOCK
-def test_a_failpoint_of_a_test_that_kills_once_works_in_a_sandbox(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failpoint_that_kills_once_works_in_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = tmp_path / "gates" / "here"
     gate.parent.mkdir()
     gate.touch()
@@ -184,7 +182,7 @@ DENIED = "Operation not permitted"
 
 
 def outcomes_of_sockets(place: Path, box: Sandbox | None) -> dict[str, str]:
-    """What a child in the sandbox gets for each of SOCKETS."""
+    """Return the outcome of each of SOCKETS for a child in the sandbox."""
     stream, datagram = place / "stream", place / "datagram"
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         server.bind(str(stream))
@@ -198,7 +196,7 @@ def outcomes_of_sockets(place: Path, box: Sandbox | None) -> dict[str, str]:
 
 @NEEDS_SECCOMP
 @pytest.mark.parametrize("kind", ["trainer", "tokenization", "import"])
-def test_no_child_reaches_a_unix_socket_by_its_path(tmp_path: Path, kind: sandbox.Kind) -> None:
+def test_no_child_connects_to_a_unix_socket_by_its_path(tmp_path: Path, kind: sandbox.Kind) -> None:
     own = tmp_path / "own"
     own.mkdir()
     box = {
@@ -214,14 +212,14 @@ def test_no_child_reaches_a_unix_socket_by_its_path(tmp_path: Path, kind: sandbo
 
 
 @NEEDS_SECCOMP
-def test_a_trainer_on_a_gpu_keeps_the_unix_sockets_that_cuda_uses(tmp_path: Path) -> None:
+def test_a_gpu_trainer_keeps_the_unix_sockets_that_cuda_uses(tmp_path: Path) -> None:
     box = sandbox.trainer(tmp_path, bases_dir=tmp_path, tcp=False, gpu=True)
 
     assert outcomes_of_sockets(tmp_path, box)["connect"] == "allowed"
 
 
 @pytest.mark.parametrize("kind", ["trainer", "tokenization", "import"])
-def test_only_a_trainer_on_a_gpu_has_other_devices_than_the_memory_devices(
+def test_only_a_gpu_trainer_can_write_more_than_the_memory_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: sandbox.Kind
 ) -> None:
     monkeypatch.setattr(sandbox, "DEV", tmp_path)
@@ -237,7 +235,7 @@ def test_only_a_trainer_on_a_gpu_has_other_devices_than_the_memory_devices(
     assert all(path != str(tmp_path) or not rights & sandbox.WRITE_FILE for path, rights in rules(Sandbox(kind=kind)))
 
 
-def test_a_checkout_in_opt_keeps_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_a_checkout_in_opt_are_not_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "ROOT", Path("/opt/lorry"))
 
     readable = [Path(path) for path, rights in rules(Sandbox(kind="trainer")) if rights & sandbox.READ_FILE]
@@ -246,8 +244,8 @@ def test_a_checkout_in_opt_keeps_its_secrets(monkeypatch: pytest.MonkeyPatch) ->
     assert not [path for path in readable if Path("/opt/lorry/.env").is_relative_to(path)]
 
 
-def test_an_import_from_the_hub_has_both_of_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The token and what hf_xet keeps are in HF_HOME, wherever the cache of repositories is."""
+def test_an_import_from_the_hub_can_use_both_of_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token and the data of hf_xet are in HF_HOME, even if the cache of repositories is elsewhere."""
     home, cache = tmp_path / "home", tmp_path / "cache"
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
@@ -259,7 +257,7 @@ def test_an_import_from_the_hub_has_both_of_its_folders(tmp_path: Path, monkeypa
     assert cache.is_dir()
 
 
-def test_a_child_whose_sandbox_can_not_be_applied_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_whose_sandbox_cannot_be_applied_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 
     def refused(_: Sandbox) -> None:
@@ -276,7 +274,7 @@ def test_a_child_whose_sandbox_can_not_be_applied_does_not_begin(monkeypatch: py
 
 
 @pytest.mark.parametrize("abi", range(1, 9))
-def test_every_version_handles_what_it_knows_and_says_what_it_does_not_cover(abi: int) -> None:
+def test_every_landlock_abi_handles_its_rights_and_reports_its_gaps(abi: int) -> None:
     files, tcp, scopes = handled(abi)
 
     assert files & sandbox.MAKE_SYM
@@ -289,7 +287,7 @@ def test_every_version_handles_what_it_knows_and_says_what_it_does_not_cover(abi
 
 
 @given(data=st.data())
-def test_no_rule_lets_a_child_write_what_others_run_or_make_links_outside_of_an_import(data: st.DataObject) -> None:
+def test_no_rule_allows_writing_executables_or_links_outside_an_import(data: st.DataObject) -> None:
     folders = st.lists(st.sampled_from(["/data/work/own", "/data/work/cache"]), max_size=3).map(tuple)
     box = Sandbox(kind="trainer", reads=("/data/bases",), writes=data.draw(folders), links=data.draw(folders))
 
@@ -302,13 +300,13 @@ def test_no_rule_lets_a_child_write_what_others_run_or_make_links_outside_of_an_
         assert path not in ("/", "/etc", "/home", "/root", "/var", "/tmp", "/run", "/opt", "/dev", str(Path.home()))
 
 
-def test_a_sandbox_survives_its_way_to_the_child() -> None:
+def test_a_sandbox_round_trips_through_its_argument() -> None:
     box = Sandbox(kind="import", reads=("/a b",), links=("/ä",), tcp=True, limits={"cpu": 5})
 
     assert Sandbox.of_argument(box.as_argument()) == box
 
 
-def test_how_each_kind_of_child_is_confined_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_confinement_of_each_kind_of_child_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     sandbox._announced.clear()
 
@@ -316,8 +314,8 @@ def test_how_each_kind_of_child_is_confined_is_logged_once(caplog: pytest.LogCap
         sandbox.announce(Sandbox(kind="trainer"))
         sandbox.announce(Sandbox(kind="import"))
 
-    told = [record.getMessage() for record in caplog.records]
-    assert [line.split(";")[0] for line in told] == [
+    output = [record.getMessage() for record in caplog.records]
+    assert [line.split(";")[0] for line in output] == [
         f"{description(landlock_abi())} of {kind} processes".split(";")[0] for kind in ("trainer", "import")
     ]
 
@@ -326,7 +324,7 @@ def test_how_each_kind_of_child_is_confined_is_logged_once(caplog: pytest.LogCap
     ("gpu", "is_available", "words"),
     [(False, True, "no Unix sockets"), (False, False, "may open Unix sockets"), (True, True, "may open Unix sockets")],
 )
-def test_the_log_says_whether_a_child_may_open_unix_sockets(
+def test_the_log_states_whether_a_child_may_open_unix_sockets(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, *, gpu: bool, is_available: bool, words: str
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -351,7 +349,7 @@ LOOPS = (
     [(REPEATS, {}, "memory"), (LOOPS, {"cpu": 8}, "processor time")],
     ids=["memory", "time"],
 )
-def test_a_chat_template_without_bounds_ends_in_a_user_error(
+def test_an_unbounded_chat_template_results_in_a_user_error(
     tmp_path: Path,
     make_base: Callable[[str | None], Base],
     template: str,
@@ -380,7 +378,7 @@ def test_a_chat_template_without_bounds_ends_in_a_user_error(
     assert f"Tokenizing the file takes more {resource_name}" in refusal["message"]
 
 
-def test_the_limits_of_a_child_grow_with_its_input_and_it_can_not_raise_them(tmp_path: Path) -> None:
+def test_limits_of_a_child_grow_with_its_input_and_cannot_be_raised(tmp_path: Path) -> None:
     small = sandbox.tokenization(tmp_path, base_dir=None, num_bytes=0).limits
     large = sandbox.tokenization(tmp_path, base_dir=None, num_bytes=2**30).limits
     box = Sandbox(kind="tokenization", limits=small)
@@ -390,11 +388,11 @@ def test_the_limits_of_a_child_grow_with_its_input_and_it_can_not_raise_them(tmp
         "    print(*resource.getrlimit(getattr(resource, f'RLIMIT_{name}')))\n"
     )
 
-    told = subprocess.run(
+    output = subprocess.run(
         confined([sys.executable, "-c", code], box), cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
 
     assert all(large[name] > small[name] for name in small)
-    soft_and_hard = [tuple(map(int, line.split())) for line in told.splitlines()]
+    soft_and_hard = [tuple(map(int, line.split())) for line in output.splitlines()]
     assert [soft for soft, _ in soft_and_hard] == [small["data"], small["cpu"], small["fsize"]]
     assert all(hard != resource.RLIM_INFINITY for _, hard in soft_and_hard)

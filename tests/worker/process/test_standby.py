@@ -1,4 +1,4 @@
-"""A trainer that stands by: one at a time, no harm to anybody when it ends, and like any other once it is told."""
+"""A standby trainer: one at a time, harmless when it exits, and like any other once it has its settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worker.protocol.mailbox import EventReader, Json, TrainerDirectory
 
 
 class FakeProcess:
-    """Lives until it is closed, or until `returncode` is set."""
+    """Runs until it is closed, or until `returncode` is set."""
 
     def __init__(self, directory: TrainerDirectory) -> None:
         self.directory = directory
@@ -41,7 +41,7 @@ class FakeProcess:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[FakeProcess]:
-    """Every process that was started in place of a real one."""
+    """Return the fake processes that were started in place of real ones."""
     found: list[FakeProcess] = []
 
     def launch(
@@ -73,7 +73,7 @@ def folders(path: Path) -> list[str]:
     return sorted(found.name for found in path.iterdir())
 
 
-def test_one_stands_by_and_no_second_one(tmp_path: Path, waiting: Standby, launched: list[FakeProcess]) -> None:
+def test_only_one_standby_is_started(tmp_path: Path, waiting: Standby, launched: list[FakeProcess]) -> None:
     assert waiting.memory_bytes() == 0
 
     waiting.prepare()
@@ -86,7 +86,7 @@ def test_one_stands_by_and_no_second_one(tmp_path: Path, waiting: Standby, launc
     assert folders(tmp_path) == [process.directory.path.name, f"{process.directory.path.name}.lock"]
 
 
-def test_it_is_taken_once_and_ends_with_who_took_it(
+def test_a_standby_is_taken_once_and_closed_by_its_user(
     tmp_path: Path, waiting: Standby, launched: list[FakeProcess]
 ) -> None:
     waiting.prepare()
@@ -103,7 +103,7 @@ def test_it_is_taken_once_and_ends_with_who_took_it(
     assert folders(tmp_path) == []
 
 
-def test_one_that_ended_by_itself_is_not_taken_and_not_tried_again_before_the_next_trainer(
+def test_a_crashed_standby_is_replaced_only_after_the_next_trainer(
     tmp_path: Path, waiting: Standby, launched: list[FakeProcess], caplog: pytest.LogCaptureFixture
 ) -> None:
     waiting.prepare()
@@ -122,7 +122,7 @@ def test_one_that_ended_by_itself_is_not_taken_and_not_tried_again_before_the_ne
     assert len(launched) == 2
 
 
-def test_one_that_missed_its_stopped_worker_is_followed_by_another(
+def test_a_standby_that_lost_its_parent_is_replaced_immediately(
     tmp_path: Path, waiting: Standby, launched: list[FakeProcess], caplog: pytest.LogCaptureFixture
 ) -> None:
     waiting.prepare()
@@ -135,9 +135,7 @@ def test_one_that_missed_its_stopped_worker_is_followed_by_another(
     assert folders(tmp_path) == [launched[1].directory.path.name, f"{launched[1].directory.path.name}.lock"]
 
 
-def test_what_a_trainer_printed_while_it_stood_by_is_not_told_of_its_jobs(
-    waiting: Standby, launched: list[FakeProcess]
-) -> None:
+def test_output_of_a_standby_is_not_in_the_log_tail_of_its_jobs(waiting: Standby, launched: list[FakeProcess]) -> None:
     waiting.prepare()
     directory = launched[0].directory
     directory.log_path.write_text("MemoryError\n")
@@ -149,7 +147,7 @@ def test_what_a_trainer_printed_while_it_stood_by_is_not_told_of_its_jobs(
     assert directory.log_tail() == "Segmentation fault\n"
 
 
-def test_a_dead_one_leaves_its_place_to_a_trainer_that_is_launched(
+def test_a_dead_standby_is_not_taken_and_its_folder_is_deleted(
     tmp_path: Path, waiting: Standby, launched: list[FakeProcess]
 ) -> None:
     waiting.prepare()
@@ -162,7 +160,7 @@ def test_a_dead_one_leaves_its_place_to_a_trainer_that_is_launched(
 
 
 @pytest.mark.parametrize("error", [OSError("No such disk"), BlockingIOError(11, "Resource temporarily unavailable")])
-def test_where_none_can_be_started_the_worker_goes_on_without(
+def test_a_worker_continues_if_no_standby_can_be_started(
     tmp_path: Path, waiting: Standby, monkeypatch: pytest.MonkeyPatch, error: OSError, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -178,17 +176,15 @@ def test_where_none_can_be_started_the_worker_goes_on_without(
 
 
 def next_event(events: EventReader, process: TrainerProcess) -> Json:
-    """The first of what the trainer says next."""
-    heard: list[Json] = []
-    wait_until(lambda: heard.extend(events.read()) or heard, said=process.directory.log_tail)
-    return heard[0]
+    """Wait for the trainer's next events and return the first one."""
+    received: list[Json] = []
+    wait_until(lambda: received.extend(events.read()) or received, said=process.directory.log_tail)
+    return received[0]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits(
-    tmp_path: Path, waiting: Standby
-) -> None:
+def test_a_real_standby_reports_that_it_waits_and_then_loads_its_base(tmp_path: Path, waiting: Standby) -> None:
     base_dir = str(tiny_base.make(tmp_path / "base"))
     waiting = Standby(tmp_path, node.cpu(), silence_seconds=WAIT_SECONDS, bases_dir=tmp_path)
     waiting.prepare()
@@ -208,7 +204,7 @@ def test_a_real_one_loads_the_base_that_it_is_told_and_says_before_that_it_waits
     assert process.memory_bytes() == 0
 
 
-def test_a_warm_up_leaves_neither_files_nor_other_random_numbers(tmp_path: Path) -> None:
+def test_a_warm_up_leaves_no_files_and_the_same_random_state(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
 
     warm_up(tmp_path / "warm-up")
@@ -218,7 +214,7 @@ def test_a_warm_up_leaves_neither_files_nor_other_random_numbers(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("devices", "is_warmed"), [("", True), ("0", False), (None, False)])
-def test_kernels_of_a_cpu_are_loaded_where_no_gpu_is_shown(
+def test_cpu_kernels_are_warmed_up_only_if_no_gpu_is_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: str | None, is_warmed: bool
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -232,7 +228,7 @@ def test_kernels_of_a_cpu_are_loaded_where_no_gpu_is_shown(
     assert bool(warmed) is is_warmed
 
 
-def test_a_warm_up_that_fails_is_told_in_the_log_and_the_trainer_waits_all_the_same(
+def test_a_failed_warm_up_is_logged_and_the_standby_still_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

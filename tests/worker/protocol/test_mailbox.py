@@ -1,4 +1,4 @@
-"""The process edge: messages whole and in order, events line by line."""
+"""The mailbox between worker and trainer: complete messages in order, and events line by line."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_messages_are_taken_once_and_in_the_order_they_were_sent(directory: Trai
     assert reader.take() == []
 
 
-def test_a_message_that_is_being_written_is_not_seen(directory: TrainerDirectory) -> None:
+def test_an_incomplete_message_is_not_read(directory: TrainerDirectory) -> None:
     (directory.inbox / ".0001-admit.json.77.tmp").write_text('{"claim_id": ')
 
     assert InboxReader(directory).take() == []
 
 
-def test_events_are_read_once_and_half_a_line_waits_for_the_rest(directory: TrainerDirectory) -> None:
+def test_events_are_read_once_and_a_partial_line_waits_for_the_rest(directory: TrainerDirectory) -> None:
     reader, writer = EventReader(directory), EventWriter(directory)
     assert reader.read() == []
 
@@ -58,10 +58,10 @@ def test_the_log_tail_is_bounded(directory: TrainerDirectory) -> None:
     assert directory.log_tail(max_bytes=10) == "xxxthe end"
 
 
-def test_the_log_tail_is_of_all_processes_since_they_were_told_their_base(directory: TrainerDirectory) -> None:
+def test_the_log_tail_covers_all_ranks_since_their_settings_arrived(directory: TrainerDirectory) -> None:
     first, second = directory.log_path, directory.path / "log-1.txt"
-    first.write_text("standing by\n")
-    second.write_text("standing by, too\n")
+    first.write_text("not started\n")
+    second.write_text("not started, too\n")
     directory.begin({"device": "cpu"})
     for path in (first, second, directory.path / "log-10.txt"):
         with path.open("a") as file:
@@ -71,7 +71,7 @@ def test_the_log_tail_is_of_all_processes_since_they_were_told_their_base(direct
     assert directory.log_tail() == "in log-1.txt\nin log-10.txt\nin log.txt\n"
 
 
-def test_a_trainer_whose_words_can_not_be_read_is_silent(directory: TrainerDirectory) -> None:
+def test_unreadable_events_are_treated_as_none(directory: TrainerDirectory) -> None:
     reader = EventReader(directory)
     directory.events_path.mkdir()
     assert reader.read() == []
@@ -97,7 +97,7 @@ def test_a_trainer_whose_words_can_not_be_read_is_silent(directory: TrainerDirec
         "\xff",
     ],
 )
-def test_a_line_that_is_no_event_is_the_trainers_fault(directory: TrainerDirectory, line: str) -> None:
+def test_an_invalid_line_is_a_malformed_event(directory: TrainerDirectory, line: str) -> None:
     reader = EventReader(directory)
     directory.events_path.write_bytes(line.encode("latin-1") + b"\n")
 
@@ -105,9 +105,7 @@ def test_a_line_that_is_no_event_is_the_trainers_fault(directory: TrainerDirecto
         reader.read()
 
 
-def test_a_line_without_end_is_not_read_into_memory(
-    directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endless_line_is_not_read_into_memory(directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailbox, "LONGEST_LINE_BYTES", 100)
     directory.events_path.write_bytes(b"x" * 101)
 
@@ -115,7 +113,7 @@ def test_a_line_without_end_is_not_read_into_memory(
         EventReader(directory).read()
 
 
-def test_many_events_are_read_in_parts(directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_events_are_read_in_chunks(directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailbox, "LONGEST_LINE_BYTES", 100)
     reader, writer = EventReader(directory), EventWriter(directory)
     writer.write(*({"type": "idle", "number": number} for number in range(20)))
@@ -127,7 +125,7 @@ def test_many_events_are_read_in_parts(directory: TrainerDirectory, monkeypatch:
     assert len(parts[0]) < 20
 
 
-def test_nothing_more_is_awaited_of_events_that_can_not_be_read_any_more(
+def test_events_that_become_unreadable_have_no_more_to_read(
     directory: TrainerDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mailbox, "LONGEST_LINE_BYTES", 64)

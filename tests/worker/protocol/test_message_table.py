@@ -18,11 +18,11 @@ from worker.protocol.mailbox import AdmitBody, Verb
 
 WORKER = Path(mailbox.__file__).parents[1]
 UNHANDLED = {"unloaded"}
-"""For people who read the file: the worker observes the exit of the process itself."""
+"""Only for readers of the file: the worker observes the exit of the process itself."""
 
 
 def table(title: str) -> dict[str, list[str]]:
-    """Field names by message; an optional one ends with a question mark."""
+    """Return the field names of each message. An optional field ends with a question mark."""
     _, _, rest = (mailbox.__doc__ or "").partition(f"    {title} ")
     rows: dict[str, str] = {}
     names = ""
@@ -56,7 +56,7 @@ def calls(method: str, *places: str) -> Iterator[ast.Call]:
 
 
 def compared_with(name: str, *places: str) -> set[str]:
-    """Strings with which an attribute or a key of this name is compared."""
+    """Return the strings with which an attribute or a key of this name is compared."""
     return {
         text
         for node in nodes(*places)
@@ -68,7 +68,7 @@ def compared_with(name: str, *places: str) -> set[str]:
 
 
 def sent_events() -> dict[str, set[str]]:
-    """Named fields of each event that the trainer writes."""
+    """Return the named fields of each event that the trainer writes."""
     found = {
         name: {"claim_id", *(field.name for field in fields(event) if field.name != "job")}
         for event, name in EVENT_TYPES.items()
@@ -106,7 +106,7 @@ def test_the_table_lists_the_events_that_the_trainer_sends_and_no_others() -> No
     assert set(EVENTS) == set(sent_events())
 
 
-def test_the_worker_handles_every_event_of_the_table_but_unloaded() -> None:
+def test_the_worker_handles_every_event_of_the_table_except_unloaded() -> None:
     assert handled_events() == set(EVENTS) - UNHANDLED
 
 

@@ -1,4 +1,4 @@
-"""Each process of a trainer prints into a file of its own, and tells where it stands when it is asked."""
+"""Each process of a trainer prints into its own file, and dumps its stacks on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEGUN = "from worker.protocol import errors; import os, sys, time; errors.begin_
 
 
 def run(code: str, directory: Path, rank: int) -> subprocess.Popen[str]:
-    """As a launcher starts it, whose own output is read."""
+    """Start a process as a launcher does, with its output captured."""
     return subprocess.Popen(
         [sys.executable, "-c", BEGUN + code, str(directory)],
         cwd=ROOT,
@@ -28,18 +28,18 @@ def run(code: str, directory: Path, rank: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_first_process_prints_to_what_launched_it(tmp_path: Path, rank: int) -> None:
+def test_only_rank_0_prints_to_its_launcher(tmp_path: Path, rank: int) -> None:
     code = "print('by print'); sys.stderr.write('by stderr\\n'); sys.stderr.flush(); os.system('echo by a child')"
     printed = run(f"{code}; sys.stdout.flush()", tmp_path, rank).communicate(timeout=WAIT_SECONDS)[0]
 
     path = errors.rank_log(tmp_path, 1)
     kept = path.read_text() if path.exists() else ""
-    said, other = (kept, printed) if rank else (printed, kept)
-    assert sorted(said.splitlines()) == ["by a child", "by print", "by stderr"]
-    assert other == ""
+    used, unused = (kept, printed) if rank else (printed, kept)
+    assert sorted(used.splitlines()) == ["by a child", "by print", "by stderr"]
+    assert unused == ""
 
 
-def test_a_process_that_is_asked_tells_where_it_stands_and_goes_on(tmp_path: Path) -> None:
+def test_a_process_dumps_its_stacks_on_request_and_continues(tmp_path: Path) -> None:
     code = "\ndef stand():\n  while not os.path.exists(sys.argv[1] + '/go'): time.sleep(0.01)\n"
     child = run(f"{code}\nprint('here', flush=True); stand(); sys.exit(7)", tmp_path, 3)
     path = errors.rank_log(tmp_path, 3)
@@ -54,7 +54,7 @@ def test_a_process_that_is_asked_tells_where_it_stands_and_goes_on(tmp_path: Pat
     assert child.returncode == 7
 
 
-def test_a_crash_by_a_signal_tells_where_it_was(tmp_path: Path) -> None:
+def test_a_crash_by_a_signal_prints_the_stack(tmp_path: Path) -> None:
     code = "\ndef fall():\n  os.kill(os.getpid(), 11)\nfall()"
 
     printed = run(code, tmp_path, 0).communicate(timeout=WAIT_SECONDS)[0]

@@ -1,4 +1,4 @@
-"""Where the trainers of a gang's members meet: what is refused before any of them begins."""
+"""The address at which the trainers of a gang meet. Invalid ones are rejected before any trainer starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.protocol.rendezvous import place_of
         ("10.0.0.13", "no network interface of this node has that address"),
     ],
 )
-def test_an_address_at_which_a_trainer_would_not_listen_is_refused_at_the_start(address: str, why: str) -> None:
+def test_an_address_at_which_a_trainer_would_not_listen_is_rejected(address: str, why: str) -> None:
     found = ((AF_INET, "10.0.0.11"), (AF_INET, "10.0.0.12"), (AF_INET6, "fd00::2"))
     interfaces = {"eth0": [SimpleNamespace(family=family, address=text) for family, text in found]}
 

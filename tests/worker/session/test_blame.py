@@ -1,4 +1,4 @@
-"""Who is to blame for what ends before a trainer has begun a job: the node or the base, and never the job."""
+"""Failures before a trainer has started a job are attributed to the node or the base model, never to the job."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from catalog.fleet import cordons
 from catalog.states import EndReason
 from catalog.tables.fleet import Worker
 from tests.catalog.lifecycle.test_load_failures import load
-from tests.worker.pack_site import OUTAGE, PackSite, say
-from tests.worker.scripted_trainer import FakeTrainer, Script, loads_for_ever, raising, reasons
+from tests.worker.pack_site import OUTAGE, PackSite, emit
+from tests.worker.scripted_trainer import FakeTrainer, Script, load_forever, raising, reasons
 from worker.background import base_models
 from worker.session import staging
 from worker.session.failures import launch_failure
@@ -26,7 +26,7 @@ Run = Callable[[Script], None]
 
 @pytest.fixture
 def run(site: PackSite, run: Callable[[Script], list[FakeTrainer]]) -> Run:
-    """Supervise until nothing is left that is due; then let the longest wait of a job that is tried again pass."""
+    """Return run(script), which supervises until no work is due, and then lets the longest retry delay pass."""
 
     def run_and_wait(script: Script) -> None:
         run(script)
@@ -41,14 +41,14 @@ def cordon_of(site: PackSite, worker_id: str = "w1") -> dict[str, Any] | None:
         return session.get_one(Worker, worker_id).cordon
 
 
-def test_a_node_whose_disk_is_full_puts_no_job_aside_and_is_cordoned(
+def test_a_node_with_a_full_disk_fails_no_job_and_is_cordoned(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = site.queued()
     monkeypatch.setattr(base_models, "ensure", raising(FULL))
 
     for _ in range(4):
-        run(loads_for_ever)
+        run(load_forever)
 
     now, cordon = site.world.job(job.id), cordon_of(site)
     assert (now.state, now.counted_attempts) == ("queued", 0)
@@ -58,13 +58,11 @@ def test_a_node_whose_disk_is_full_puts_no_job_aside_and_is_cordoned(
 
 
 def refuses(trainer: FakeTrainer) -> Generator[None]:
-    trainer.say("load_refused", error=REFUSAL, ranks=[])
+    trainer.emit("load_refused", error=REFUSAL, ranks=[])
     yield
 
 
-def test_a_base_that_the_only_worker_can_not_load_fails_its_job_in_good_time_and_says_why(
-    site: PackSite, run: Run
-) -> None:
+def test_a_base_that_the_only_worker_cannot_load_fails_its_job_with_a_reason(site: PackSite, run: Run) -> None:
     job = site.queued()
 
     for _ in range(3):
@@ -76,9 +74,7 @@ def test_a_base_that_the_only_worker_can_not_load_fails_its_job_in_good_time_and
     assert "CUDA is not available. Choose another." in failed.error["message"]
 
 
-def test_a_node_that_can_not_load_what_another_has_loaded_fails_no_job_and_is_cordoned(
-    site: PackSite, run: Run
-) -> None:
+def test_a_node_that_cannot_load_a_working_base_fails_no_job_and_is_cordoned(site: PackSite, run: Run) -> None:
     site.world.worker("w2")
     site.queued()
     site.world.complete(load(site.world, "w2", "good", is_ready=True).claim_id)
@@ -94,8 +90,8 @@ def test_a_node_that_can_not_load_what_another_has_loaded_fails_no_job_and_is_co
     assert (cordon["by"], cordon["evidence"][0]["detail"]) == ("service", "CUDA is not available. Choose another.")
 
 
-def test_one_job_on_a_base_that_nobody_has_loaded_yet_closes_no_node(site: PackSite, run: Run) -> None:
-    """It may be the base: the other, which has much to do, has not tried it."""
+def test_one_job_on_a_base_that_no_worker_has_loaded_cordons_no_node(site: PackSite, run: Run) -> None:
+    """The base may be at fault: the other worker, which is busy, has not tried it."""
     site.world.worker("w2")
     job = site.queued()
 
@@ -115,20 +111,18 @@ def test_one_job_on_a_base_that_nobody_has_loaded_yet_closes_no_node(site: PackS
         ("disk_error", EndReason.NODE_FAILED),
     ],
 )
-def test_a_base_that_the_trainer_refuses_is_the_verdict_with_its_remedy(
-    site: PackSite, code: str, reason: EndReason
-) -> None:
+def test_a_rejected_base_is_the_end_reason_with_its_remedy(site: PackSite, code: str, reason: EndReason) -> None:
     session = site.loading_session(site.claim())
-    say(session, {"type": "load_refused", "error": REFUSAL | {"code": code}, "ranks": []})
+    emit(session, {"type": "load_refused", "error": REFUSAL | {"code": code}, "ranks": []})
 
     session.read_events()
 
     assert session.outcome == End(reason=reason, detail="CUDA is not available. Choose another.")
 
 
-def test_of_several_processes_it_is_told_which_refused(site: PackSite) -> None:
+def test_the_ranks_that_rejected_a_base_are_named(site: PackSite) -> None:
     session = site.loading_session(site.claim())
-    say(session, {"type": "load_refused", "error": REFUSAL, "ranks": [0, 2]})
+    emit(session, {"type": "load_refused", "error": REFUSAL, "ranks": [0, 2]})
 
     session.read_events()
 
@@ -137,7 +131,7 @@ def test_of_several_processes_it_is_told_which_refused(site: PackSite) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_base_that_a_node_can_not_bring_is_as_one_that_it_can_not_load(
+def test_a_base_that_cannot_be_imported_is_handled_like_an_unloadable_one(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     waiting = [site.queued() for _ in range(num_workers)]
@@ -148,12 +142,12 @@ def test_a_base_that_a_node_can_not_bring_is_as_one_that_it_can_not_load(
 
     for _ in range(4):
         site.world.beat(worker_id=f"w{num_workers}")
-        run(loads_for_ever)
+        run(load_forever)
 
     ended = [site.world.job(job.id) for job in waiting]
     assert {reason for job in waiting for reason in reasons(site, job.id)} == {EndReason.TRAINER_CRASHED}
     assert [job.state for job in ended] == (["failed"] if num_workers == 1 else ["queued", "queued"])
-    assert cordon_of(site) is None, "it may be the base's source"
+    assert cordon_of(site) is None, "the source of the base may be at fault"
     if num_workers == 1:
         assert "The hub is far. Look at the network." in (ended[0].error or {})["message"]
 
@@ -167,13 +161,11 @@ def test_a_base_that_a_node_can_not_bring_is_as_one_that_it_can_not_load(
         (base_models.ImportRefused("Other files.", code="base_changed", remedy="Restore."), EndReason.TRAINER_CRASHED),
     ],
 )
-def test_whose_doing_it_is_that_there_is_no_trainer(error: LorryError | OSError, reason: EndReason) -> None:
+def test_launch_failures_map_to_end_reasons(error: LorryError | OSError, reason: EndReason) -> None:
     assert launch_failure(error).reason is reason
 
 
-def test_a_disk_that_is_full_when_a_job_is_to_be_handed_over_costs_it_no_attempt(
-    site: PackSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_the_hand_over_costs_the_job_no_attempt(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     session, late = site.session(), site.claim()
     session.admit(late)
     monkeypatch.setattr(staging, "bring_files", raising(FULL))

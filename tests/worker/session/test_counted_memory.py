@@ -1,5 +1,5 @@
 # pyright: basic
-"""What the service counts for a job, against the bytes that the engine takes for it."""
+"""Memory estimates of the service for a job, compared with the bytes that the engine takes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def base(base_dir: Path, request: pytest.FixtureRequest) -> BaseModel:
 
 
 def measured_peak(run: Callable[[], object]) -> int:
-    """The most bytes that torch held at one time for `run`, beyond what was there."""
+    """Return the peak of the bytes that torch holds for `run`, without those that it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     profiler: Any = profiled.profiler
@@ -74,7 +74,7 @@ def training(
 @pytest.mark.parametrize("init", ["default", "pissa"])
 @pytest.mark.parametrize("keep", ["last", "best"])
 @pytest.mark.parametrize(("lengths", "num_spare"), [([200] * 2, 0), ([200] * 6, 1)], ids=["one slice", "three slices"])
-def test_a_job_is_counted_with_all_that_it_keeps(
+def test_the_estimate_of_a_job_equals_its_peak(
     base: BaseModel,
     init: str,
     keep: Literal["last", "best"],
@@ -82,7 +82,7 @@ def test_a_job_is_counted_with_all_that_it_keeps(
     num_spare: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Slices of 400 tokens leave a gradient to spare: shorter ones would be three in a tick."""
+    """With slices of 400 tokens one counted gradient is not used: of shorter slices, a tick would hold three."""
     engine = training(base, lengths=lengths, init=init, keep=keep)
     held = spy_on_rows(engine, monkeypatch)
     while engine.progress("job")[0] < 1:
@@ -102,7 +102,7 @@ def test_a_job_is_counted_with_all_that_it_keeps(
 
 
 def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of all rows at each pass, when the gradients of all its slices are there."""
+    """Return a list that collects the adapter bytes at each pass, when the gradients of all its slices exist."""
     held: list[int] = []
     original = passes_module.run_training
 
@@ -117,7 +117,7 @@ def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.parametrize("shape", [(256, 256), (1024, 256), (256, 1024)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_a_start_is_computed_with_is_no_more_than_is_counted(
+def test_the_initialization_of_an_adapter_stays_within_its_estimate(
     init: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     weight_OD = torch.randn(shape).to(dtype)
@@ -127,14 +127,14 @@ def test_what_a_start_is_computed_with_is_no_more_than_is_counted(
 
     description = {"linear_shapes": {"w": [list(shape), 1]}}
     counted = memory._start_bytes(description, str(dtype).removeprefix("torch."))
-    assert measured <= 1.1 * counted  # small weights have more of what doesn't grow with them
+    assert measured <= 1.1 * counted  # small weights have a larger constant part
     assert init == "pissa_niter_4" or measured > counted / 2
 
 
-def test_the_pass_of_the_answers_takes_no_more_than_is_counted(base: BaseModel, base_dir: Path) -> None:
+def test_the_generation_of_answers_stays_within_its_estimate(base: BaseModel, base_dir: Path) -> None:
     engine = training(base, lengths=[20])
-    asked = Prompts(prompts=tuple(tuple(range(3, 63)) for _ in range(8)), max_tokens=4)
-    generation = engine.generation({"job": asked})
+    prompts = Prompts(prompts=tuple(tuple(range(3, 63)) for _ in range(8)), max_tokens=4)
+    generation = engine.generation({"job": prompts})
 
     measured = measured_peak(generation.advance)
 
@@ -147,20 +147,20 @@ def test_the_pass_of_the_answers_takes_no_more_than_is_counted(base: BaseModel, 
 
 @pytest.fixture(scope="module")
 def capped_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma 2: of its two layers one has a window, and all scores are capped."""
+    """Return a Gemma 2 base: one of its two layers has a sliding window, and all scores are capped."""
     options = HEADS | {"sliding_window": 64, "query_pre_attn_scalar": 16, "max_position_embeddings": 2112}
     return save("gemma2", tmp_path_factory.mktemp("capped") / "base", **options)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_twice_as_long_a_row_of_capped_scores_takes_twice_as_much(
+def test_memory_of_capped_scores_grows_linearly_with_the_length(
     capped_dir: Path, precision: Literal["bfloat16", "float32"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This family's norms and activations, in operations of torch, keep up to two thirds more than is counted; scores
-    that were kept made it 40 times as much."""
-    monkeypatch.setitem(tiled_cpu.STRIP_NUMBERS, "cpu", 1 << 17)  # of a size that goes with this base
+    """Norms and activations of this family, as torch operations, keep up to two thirds more than is counted. With
+    stored scores it would be 40 times as much."""
+    monkeypatch.setitem(tiled_cpu.STRIP_NUMBERS, "cpu", 1 << 17)  # a size that suits this base
     base = load_base(capped_dir, dtype=precision, device="cpu")
-    training(base, lengths=[30]).tick()  # what is cached for good
+    training(base, lengths=[30]).tick()  # fills the permanent caches
 
     peaks = [measured_peak(training(base, lengths=[length]).tick) for length in (1056, 2112)]
 

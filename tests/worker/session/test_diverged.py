@@ -1,4 +1,4 @@
-"""What stays of a job whose losses or weights are no numbers any more: a checkpoint that somebody can go on from."""
+"""Jobs whose losses or weights are not finite: a checkpoint remains from which a user can continue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from catalog.history import queries
 from catalog.lifecycle import recording
 from catalog.registry.adapters import list_checkpoint_models
 from catalog.states import EndReason
-from tests.worker.pack_site import PackSite, say, step, tell
+from tests.worker.pack_site import PackSite, emit, emit_for, step
 from worker.session.event_handlers import NONE_IS_GOOD, RUINED
 
 
@@ -24,7 +24,7 @@ from worker.session.event_handlers import NONE_IS_GOOD, RUINED
         ((3, 6), (), 5, (3,), "The checkpoint of step 3 is kept."),
     ],
 )
-def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkpoint_and_its_packmate_goes_on(
+def test_a_diverged_job_names_its_good_checkpoint_and_its_packmate_continues(
     site: PackSite,
     steps_before: tuple[int, ...],
     steps_now: tuple[int, ...],
@@ -36,9 +36,9 @@ def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkp
     good = site.claim()
     session = site.session(bad, good)
     for number in steps_now:
-        tell(session, bad, "checkpointed", step=number, folder=site.checkpoint(session, bad, number))
-    tell(session, bad, "diverged", step=6, good_step=good_step, message="The loss of train slice 1 is not finite.")
-    say(session, {"type": "stepped", "claim_id": good.claim_id, "seconds": 0.0, **step(7)})
+        emit_for(session, bad, "checkpointed", step=number, folder=site.checkpoint(session, bad, number))
+    emit_for(session, bad, "diverged", step=6, good_step=good_step, message="The loss of train slice 1 is not finite.")
+    emit(session, {"type": "stepped", "claim_id": good.claim_id, "seconds": 0.0, **step(7)})
 
     session.read_events()
 
@@ -58,11 +58,11 @@ def test_a_job_that_diverges_fails_with_a_remedy_and_the_name_of_the_good_checkp
     assert {bad.claim_id, good.claim_id} & site.held() == {good.claim_id}
 
 
-def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> None:
+def test_a_revoked_checkpoint_is_explained_in_the_jobs_events(site: PackSite) -> None:
     claim = site.claim()
     session = site.session(claim)
-    tell(session, claim, "checkpointed", step=6, folder=site.checkpoint(session, claim, 6))
-    tell(session, claim, "diverged", step=6, good_step=5, message="The loss of train slice 1 is not finite.")
+    emit_for(session, claim, "checkpointed", step=6, folder=site.checkpoint(session, claim, 6))
+    emit_for(session, claim, "diverged", step=6, good_step=5, message="The loss of train slice 1 is not finite.")
 
     session.read_events()
 
@@ -75,34 +75,36 @@ def test_of_a_checkpoint_that_is_taken_back_its_job_says_why(site: PackSite) -> 
 @pytest.mark.parametrize(
     ("last_loss", "kept_step", "warned"),
     [(17.0, 11, True), (0.5, 11, False), (17.0, 6, False)],
-    ids=["risen", "fallen", "the weights kept are of before"],
+    ids=["risen", "fallen", "earlier weights are kept"],
 )
-def test_a_job_whose_loss_has_risen_is_told_so_before_its_adapter_is_used(
+def test_a_job_whose_loss_has_risen_has_a_warning(
     site: PackSite, last_loss: float, kept_step: int, warned: bool
 ) -> None:
     claim = site.claim()
     session = site.session(claim)
     for number in range(1, 12):
         event = {**step(number), "loss": 4.0 if number <= 6 else last_loss}
-        say(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
-    tell(session, claim, "finished", step=11, kept_step=kept_step, stopped_early=None)
+        emit(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    emit_for(session, claim, "finished", step=11, kept_step=kept_step, stopped_early=None)
 
     session.read_events()
 
     events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     warnings = [event.message for event in events if event.level == "warn"]
-    said = "The training loss ended at 17, above its initial value of 4. Test the adapter before you use it, and try "
-    assert warnings == ([said + "a lower learning rate."] if warned else [])
+    warning = (
+        "The training loss ended at 17, above its initial value of 4. Test the adapter before you use it, and try "
+    )
+    assert warnings == ([warning + "a lower learning rate."] if warned else [])
 
 
-def test_where_a_loss_began_is_told_of_the_job_not_of_its_attempt(site: PackSite) -> None:
+def test_the_initial_loss_is_that_of_the_job_not_of_its_attempt(site: PackSite) -> None:
     claim = site.claim()
     session = site.session(claim)
     recording.record_metrics(site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.0}])
     for number in range(30, 36):
         event = {**step(number), "loss": 3.0}
-        say(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
-    tell(session, claim, "finished", step=35, kept_step=35, stopped_early=None)
+        emit(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": float(number), **event})
+    emit_for(session, claim, "finished", step=35, kept_step=35, stopped_early=None)
 
     session.read_events()
 

@@ -1,4 +1,4 @@
-"""What a published record says of how exact the arithmetic was: the weakest word of all whose steps are in it."""
+"""The determinism in a lineage record: the weakest level of all trainers whose steps the adapter contains."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from catalog.registry.lineage import AttemptRecord, lineage_id
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
 from catalog.tables.history import Attempt
-from tests.worker.pack_site import PASSED, PackSite, tell
+from tests.worker.pack_site import PASSED, PackSite, emit_for
 from worker.session.lineage import words_of_earlier_steps
 
 
-def attempt(site: PackSite, number: int, word: str, *, from_step: int = 0, saves: int | None = None) -> Claim:
-    """One more attempt, on a trainer of its own: it resumes from a step, and stores a checkpoint or the adapter."""
+def attempt(site: PackSite, number: int, level: str, *, from_step: int = 0, saves: int | None = None) -> Claim:
+    """Run one more attempt, on its own trainer. It resumes from a step, and stores a checkpoint or the adapter."""
     trainer_id = f"trainer-{number}"
     workers.register_trainer(site.db, trainer_id=trainer_id, worker_id="w1", base_digest="d", pack_key="k")
     (claim,) = site.claim_all(trainer_id, capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))
-    session = site.session(claim, trainer_id=trainer_id, invariance=word, from_step=from_step)
+    session = site.session(claim, trainer_id=trainer_id, invariance=level, from_step=from_step)
     if saves is not None:
-        tell(session, claim, "checkpointed", step=saves, folder=site.checkpoint(session, claim, saves))
+        emit_for(session, claim, "checkpointed", step=saves, folder=site.checkpoint(session, claim, saves))
         session.read_events()
         claims.end(site.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
         return claim
-    tell(
+    emit_for(
         session,
         claim,
         "exported",
@@ -44,20 +44,20 @@ def attempt(site: PackSite, number: int, word: str, *, from_step: int = 0, saves
     return claim
 
 
-def word_on_record(site: PackSite, claim: Claim) -> str:
+def recorded_level(site: PackSite, claim: Claim) -> str:
     name = site.world.job(claim.job.id).adapter_name
     assert name is not None
     view = adapters.get(site.db, project_id=claim.job.project_id, name=name)
     return view.adapter.lineage["results"]["determinism"]
 
 
-@pytest.mark.parametrize("word", ["bitwise", "allclose"])
-def test_a_trainers_word_is_on_the_record_of_what_it_made(site: PackSite, word: str) -> None:
+@pytest.mark.parametrize("level", ["bitwise", "allclose"])
+def test_the_determinism_of_a_trainer_is_recorded_with_its_adapter(site: PackSite, level: str) -> None:
     site.queued()
 
-    claim = attempt(site, 1, word)
+    claim = attempt(site, 1, level)
 
-    assert word_on_record(site, claim) == word
+    assert recorded_level(site, claim) == level
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_trainers_word_is_on_the_record_of_what_it_made(site: PackSite, word: 
         ("bitwise", "allclose", "allclose"),
     ],
 )
-def test_steps_of_an_earlier_trainer_count_with_its_word(
+def test_steps_of_an_earlier_trainer_count_with_its_determinism(
     site: PackSite, first: str, second: str, recorded: str
 ) -> None:
     site.queued()
@@ -76,48 +76,48 @@ def test_steps_of_an_earlier_trainer_count_with_its_word(
 
     claim = attempt(site, 2, second, from_step=5)
 
-    assert word_on_record(site, claim) == recorded
+    assert recorded_level(site, claim) == recorded
 
 
-def test_steps_that_were_thrown_away_count_for_nothing(site: PackSite) -> None:
+def test_discarded_steps_do_not_count(site: PackSite) -> None:
     site.queued()
     attempt(site, 1, "allclose", saves=5)
 
     claim = attempt(site, 2, "bitwise", from_step=0)
 
-    assert word_on_record(site, claim) == "bitwise"
+    assert recorded_level(site, claim) == "bitwise"
 
 
 @pytest.mark.parametrize(
     ("attempts", "counted"),
     [
         ([(None, "a"), (50, "b"), (100, "c")], ["b", "a"]),
-        ([(None, "a"), (50, "b"), (50, "c")], ["a"]),  # the second stored nothing
-        ([(None, "a"), (None, "b"), (50, "c")], ["b", "a"]),  # which of them came to 50 is not known
+        ([(None, "a"), (50, "b"), (50, "c")], ["a"]),  # the second attempt stored nothing
+        ([(None, "a"), (None, "b"), (50, "c")], ["b", "a"]),  # it is unknown which of them reached step 50
         ([(None, "a"), (None, None), (50, "c")], ["a"]),  # its trainer was never ready
-        ([(None, "a"), (50, None), (100, "c")], ["allclose", "a"]),  # it trained, and nobody knows on what
+        ([(None, "a"), (50, None), (100, "c")], ["allclose", "a"]),  # it trained on an unknown trainer
         ([(None, "a"), (50, "b"), (None, "c")], []),
         ([(None, "a"), (100, "b"), (50, "c"), (70, "d")], ["c", "a"]),  # a checkpoint was damaged
     ],
 )
-def test_those_count_from_whose_steps_the_last_attempt_went_on(
+def test_only_attempts_whose_steps_the_last_attempt_contains_count(
     attempts: list[tuple[int | None, str | None]], counted: list[str]
 ) -> None:
     records = [
-        AttemptRecord(attempt=Attempt(resumed_from_step=step), trainer={} if word is None else {"invariance": word})
-        for step, word in attempts
+        AttemptRecord(attempt=Attempt(resumed_from_step=step), trainer={} if level is None else {"invariance": level})
+        for step, level in attempts
     ]
 
     assert words_of_earlier_steps(records) == counted
 
 
-def test_a_checkpoint_is_a_model_with_a_record_of_its_own(site: PackSite) -> None:
+def test_a_checkpoint_is_a_model_with_its_own_lineage_record(site: PackSite) -> None:
     claim = site.claim()
     workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
     session = site.session(claim)
     saved = site.exported(session, claim, 5)
 
-    tell(session, claim, "checkpointed", **saved)
+    emit_for(session, claim, "checkpointed", **saved)
     session.read_events()
 
     (row,) = site.checkpoints(claim)
@@ -138,16 +138,16 @@ def test_a_checkpoint_is_a_model_with_a_record_of_its_own(site: PackSite) -> Non
     assert not (session.directory.path / saved["adapter"]).exists()
 
 
-def test_a_job_that_leaves_has_its_checkpoint_on_record_first_and_then_as_a_model(site: PackSite) -> None:
+def test_a_paused_job_records_its_checkpoint_first_and_then_its_model(site: PackSite) -> None:
     claim = site.claim()
     workers.register_trainer(site.db, trainer_id="trainer-1", worker_id="w1", base_digest="d", pack_key="k")
     session = site.session(claim)
     saved = site.exported(session, claim, 5)
-    tell(session, claim, "checkpointed", **saved | {"adapter": None})
+    emit_for(session, claim, "checkpointed", **saved | {"adapter": None})
     session.read_events()
     (on_record,) = site.checkpoints(claim)
 
-    tell(session, claim, "paused", **{name: saved[name] for name in ("step", "adapter", "num_parameters")})
+    emit_for(session, claim, "paused", **{name: saved[name] for name in ("step", "adapter", "num_parameters")})
     session.read_events()
 
     (row,) = site.checkpoints(claim)
@@ -159,11 +159,13 @@ def test_a_job_that_leaves_has_its_checkpoint_on_record_first_and_then_as_a_mode
     assert [event.message for event in events].count("Checkpoint created at step 5") == 1
 
 
-def test_a_checkpoint_that_is_no_model_is_told_in_the_jobs_events(site: PackSite) -> None:
+def test_a_checkpoint_that_is_no_model_is_recorded_in_the_jobs_events(site: PackSite) -> None:
     claim = site.claim()
     session = site.session(claim)
 
-    tell(session, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."})
+    emit_for(
+        session, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."}
+    )
     session.read_events()
 
     events = queries.events_page(site.db, **site.world.of(claim.job.id)).items

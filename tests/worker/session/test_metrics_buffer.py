@@ -1,4 +1,4 @@
-"""A job's numbers between trainer and database."""
+"""A job's metrics between trainer and database."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def step(number: int, *, seconds: float, num_tokens: int = 100) -> dict[str, flo
     }
 
 
-def test_progress_tells_the_jobs_own_speed_and_the_time_that_it_leaves() -> None:
+def test_progress_shows_the_jobs_own_speed_and_its_remaining_time() -> None:
     curve = Curve(num_steps=10, steps_per_epoch=5.0)
     for number in range(1, 5):
         curve.stepped(step(number, seconds=2.0 * number))
@@ -42,7 +42,7 @@ def test_speed_is_unknown_before_two_steps() -> None:
     assert curve.progress()["seconds_left"] is None
 
 
-def test_points_are_written_twice_a_second_at_most_or_when_there_are_many() -> None:
+def test_points_are_due_after_a_time_or_a_number() -> None:
     curve = Curve(num_steps=1000)
     curve.stepped(step(1, seconds=0.0))
     curve.written(1, now=100.0)
@@ -55,7 +55,7 @@ def test_points_are_written_twice_a_second_at_most_or_when_there_are_many() -> N
     assert curve.is_due(100.0)
 
 
-def test_points_that_came_while_others_were_written_are_kept() -> None:
+def test_points_that_arrive_during_a_write_are_kept() -> None:
     curve = Curve(num_steps=10)
     curve.stepped(step(1, seconds=0.0))
     writing = curve.points()
@@ -101,7 +101,7 @@ def test_points_that_came_while_others_were_written_are_kept() -> None:
         "no step of this attempt",
     ],
 )
-def test_a_loss_that_ends_clearly_above_where_it_began_is_noticed(
+def test_a_loss_that_ends_clearly_above_its_start_is_detected(
     losses: list[float], began: tuple[int, float] | None, risen: tuple[float, float] | None
 ) -> None:
     curve = Curve(num_steps=100)

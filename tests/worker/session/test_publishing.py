@@ -1,4 +1,4 @@
-"""What is published of what a trainer wrote, and what is not."""
+"""Publication of the files that a trainer wrote."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from catalog.lifecycle import recording
 from catalog.registry import adapters
 from catalog.storage import files
 from catalog.storage.manifest import DamagedArtifact
-from tests.worker.pack_site import OUTAGE, PackSite, tell
+from tests.worker.pack_site import OUTAGE, PackSite, emit_for
 from worker.session import lineage, publishing
 
 
-def test_a_folder_that_is_missing_is_never_stored_as_an_empty_artifact(site: PackSite) -> None:
+def test_a_missing_folder_is_not_stored_as_an_empty_artifact(site: PackSite) -> None:
     with pytest.raises(DamagedArtifact, match="missing"):
         site.store.put_folder(site.folder / "none", kind="checkpoint")
 
 
-def test_a_loss_beyond_all_measure_still_has_a_perplexity(site: PackSite) -> None:
+def test_a_very_large_loss_has_a_finite_perplexity(site: PackSite) -> None:
     claim = site.claim()
     recording.record_metrics(site.db, claim.claim_id, [{"kind": "valid", "step": 0, "loss": 1000.0}])
 
@@ -33,7 +33,7 @@ def test_a_loss_beyond_all_measure_still_has_a_perplexity(site: PackSite) -> Non
     assert math.isfinite(evaluation["perplexity"])
 
 
-def test_the_loss_on_record_is_that_of_the_weights_that_were_kept(site: PackSite) -> None:
+def test_the_recorded_loss_is_that_of_the_kept_weights(site: PackSite) -> None:
     claim = site.claim()
     curve = [(0, 3.0), (5, 2.0), (10, 2.5)]
     points = [{"kind": "valid", "step": step, "loss": loss} for step, loss in curve]
@@ -46,7 +46,7 @@ def test_the_loss_on_record_is_that_of_the_weights_that_were_kept(site: PackSite
         assert (evaluation["base_loss"], evaluation["loss"], evaluation["step"]) == (3.0, loss, kept_step)
 
 
-def test_a_child_is_measured_against_its_parent_whose_loss_is_that_of_step_0(site: PackSite) -> None:
+def test_a_child_is_compared_with_its_parent_by_the_loss_of_step_0(site: PackSite) -> None:
     parent = site.world.complete(site.claim().claim_id)
     claim = site.claim(parent_adapter=parent.id, seed=2)
     points = [
@@ -62,7 +62,7 @@ def test_a_child_is_measured_against_its_parent_whose_loss_is_that_of_step_0(sit
     assert not [name for name in evaluation if name.startswith("base_")]
 
 
-def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_jobs_curves_are_stored_with_its_adapter(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lineage, "record", lambda *_, **__: ({}, "0" * 64))
     claim = site.claim()
     recording.record_metrics(
@@ -97,14 +97,14 @@ def test_a_jobs_curves_are_stored_beside_its_adapter(site: PackSite, monkeypatch
         (FileNotFoundError("/srv/lorry/store"), "FileNotFoundError; see the worker's log."),
     ],
 )
-def test_a_checkpoint_that_cannot_be_made_a_model_is_kept_and_costs_the_job_nothing(
+def test_a_checkpoint_that_cannot_be_published_is_kept_with_a_warning(
     site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     claim = site.claim()
     session = site.session(claim)
     monkeypatch.setattr(lineage, "record", raises(error))
 
-    tell(session, claim, "checkpointed", **site.exported(session, claim, 5))
+    emit_for(session, claim, "checkpointed", **site.exported(session, claim, 5))
     session.read_events()
 
     (kept,) = site.checkpoints(claim)
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_cannot_be_made_a_model_is_kept_and_costs_the_job_noth
 
 
 @pytest.mark.parametrize("error", [StaleClaim(), OUTAGE])
-def test_a_stale_claim_and_an_outage_are_no_fault_of_the_model_and_go_up(
+def test_a_stale_claim_and_an_outage_are_raised(
     site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     claim = site.claim()

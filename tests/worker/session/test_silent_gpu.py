@@ -1,4 +1,4 @@
-"""A node of whose GPU the driver tells nothing takes no job, so none fails there: its worker cordons it."""
+"""A worker whose driver does not report the GPU's memory takes no job. It cordons itself."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ REASON = "For 5 minutes the driver has not reported the free memory of GPU 7 (GP
 
 
 class DriverError(Exception):
-    """As NVML's own."""
+    """Replaces NVML's own error."""
 
 
 class Node:
-    """A worker on GPU 7, which looks for jobs whenever the test says, by the test's clock."""
+    """A worker on GPU 7 with the clock of the test. It polls when the test calls `poll`."""
 
     def __init__(self, site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
         self.site = site
@@ -34,12 +34,12 @@ class Node:
         self._now = 1000.0
         site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
         site.context.device = replace(devices.cpu(), kind="cuda", indices=(7,))
-        told = {"nvmlDeviceGetHandleByIndex": lambda index: index, "nvmlDeviceGetMemoryInfo": self._memory_info}  # pyright: ignore[reportUnknownLambdaType]
-        monkeypatch.setattr(devices, "open_nvml", lambda: SimpleNamespace(NVMLError=DriverError, **told))
+        functions = {"nvmlDeviceGetHandleByIndex": lambda index: index, "nvmlDeviceGetMemoryInfo": self._memory_info}  # pyright: ignore[reportUnknownLambdaType]
+        monkeypatch.setattr(devices, "open_nvml", lambda: SimpleNamespace(NVMLError=DriverError, **functions))
         monkeypatch.setattr(time, "monotonic", lambda: self._now)
 
-    def look(self, *, after: float = 0.0) -> dict[str, Any] | None:
-        """How it is cordoned after a look for jobs."""
+    def poll(self, *, after: float = 0.0) -> dict[str, Any] | None:
+        """Poll for jobs, and return the cordon of the worker."""
         self._now += after
         context = self.site.context
         capacity = supervisor.free_capacity(context)
@@ -57,50 +57,50 @@ def lost(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Node:
     return Node(site, monkeypatch)
 
 
-def test_after_some_minutes_it_is_cordoned_with_what_the_driver_says(lost: Node) -> None:
+def test_after_some_minutes_the_worker_is_cordoned_with_the_drivers_error(lost: Node) -> None:
     job = lost.site.queued()
 
-    assert lost.look() is None
-    assert lost.look(after=watchdog.SILENT_GPU_SECONDS - 1) is None
-    cordon = lost.look(after=1)
+    assert lost.poll() is None
+    assert lost.poll(after=watchdog.SILENT_GPU_SECONDS - 1) is None
+    cordon = lost.poll(after=1)
 
     assert cordon is not None
     assert (cordon["by"], cordon["reason"]) == ("service", REASON)
     assert lost.site.world.job(job.id).state == JobState.QUEUED
 
 
-def test_a_driver_that_tells_again_in_between_has_begun_anew(lost: Node) -> None:
-    lost.look()
+def test_a_report_of_the_driver_in_between_restarts_the_period(lost: Node) -> None:
+    lost.poll()
     lost.is_lost = False
-    lost.look(after=watchdog.SILENT_GPU_SECONDS - 1)
+    lost.poll(after=watchdog.SILENT_GPU_SECONDS - 1)
     lost.is_lost = True
 
-    assert lost.look(after=1) is None
-    assert lost.look(after=watchdog.SILENT_GPU_SECONDS - 1) is None
-    assert lost.look(after=1) is not None
+    assert lost.poll(after=1) is None
+    assert lost.poll(after=watchdog.SILENT_GPU_SECONDS - 1) is None
+    assert lost.poll(after=1) is not None
 
 
-def test_a_gpu_that_is_full_is_no_silent_one(lost: Node) -> None:
+def test_a_full_gpu_is_not_a_silent_one(lost: Node) -> None:
     lost.is_lost = False
 
-    assert lost.look() is None
-    assert lost.look(after=2 * watchdog.SILENT_GPU_SECONDS) is None
+    assert lost.poll() is None
+    assert lost.poll(after=2 * watchdog.SILENT_GPU_SECONDS) is None
 
 
-def test_who_uncordons_it_as_it_is_finds_it_cordoned_again_and_has_time_to_mend_it(lost: Node) -> None:
-    lost.look()
-    assert lost.look(after=watchdog.SILENT_GPU_SECONDS) is not None
+def test_an_uncordoned_worker_is_cordoned_again_after_the_same_period(lost: Node) -> None:
+    lost.poll()
+    assert lost.poll(after=watchdog.SILENT_GPU_SECONDS) is not None
     cordons.uncordon(lost.site.db, "w1")
 
-    assert lost.look(after=1) is None
-    assert lost.look(after=watchdog.SILENT_GPU_SECONDS) is not None
+    assert lost.poll(after=1) is None
+    assert lost.poll(after=watchdog.SILENT_GPU_SECONDS) is not None
 
 
-def test_where_nvml_is_gone_altogether_that_is_the_reason(lost: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nvml_is_named_as_the_reason(lost: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "open_nvml", lambda: None)
-    lost.look()
+    lost.poll()
 
-    cordon = lost.look(after=watchdog.SILENT_GPU_SECONDS)
+    cordon = lost.poll(after=watchdog.SILENT_GPU_SECONDS)
 
     assert cordon is not None
     assert "GPU 7 (NVML can't be opened)" in cordon["reason"]

@@ -1,4 +1,4 @@
-"""What is brought to a trainer for a job: of one that continues an adapter, and when it is evaluated."""
+"""Files that are staged for a job's trainer, including those of a parent adapter, and the evaluation interval."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from worker.session.trainer_session import TrainerSession
 
 @pytest.fixture
 def parent(site: PackSite) -> Adapter:
-    """With its files in the store."""
+    """Return an adapter whose files are in the store."""
     manifest = site.store.put_folder(site.files("made", "adapter_model.safetensors", "the numbers"), kind="adapter")
     claim = site.claim()
     return claims.complete(
@@ -51,7 +51,7 @@ def brought(session: TrainerSession) -> str:
     return message.body["parent"]
 
 
-def test_the_parents_files_are_brought_at_each_attempt(site: PackSite, parent: Adapter) -> None:
+def test_the_parents_files_are_staged_for_each_attempt(site: PackSite, parent: Adapter) -> None:
     first = site.claim(parent_adapter=parent.id, seed=2)
     for attempt, claim in ((1, first), (2, None)):
         held = claim or _again(site, first)
@@ -68,7 +68,7 @@ def _again(site: PackSite, claim: Claim) -> Claim:
     return again
 
 
-def test_a_checkpoint_whose_bytes_have_changed_gives_way_to_the_one_before_and_is_whole_when_it_comes_again(
+def test_a_damaged_checkpoint_is_skipped_and_can_be_stored_again(
     site: PackSite,
 ) -> None:
     claim = site.claim_with_checkpoints(10, 20)
@@ -85,11 +85,11 @@ def test_a_checkpoint_whose_bytes_have_changed_gives_way_to_the_one_before_and_i
     assert site.store.verify(site.store.get_manifest(newest.artifact)) == []
 
 
-def test_a_job_without_a_parent_is_brought_none(site: PackSite) -> None:
+def test_no_parent_is_staged_for_a_job_without_one(site: PackSite) -> None:
     assert brought(site.loading_session(site.claim())) is None
 
 
-def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, parent: Adapter) -> None:
+def test_a_job_with_a_damaged_parent_is_not_started(site: PackSite, parent: Adapter) -> None:
     (file,) = site.store.get_manifest(parent.artifact).files
     site.store.objects.put(blob_key(file.digest), b"other bytes")
     claim = site.claim(parent_adapter=parent.id, seed=2)
@@ -102,9 +102,7 @@ def test_a_parent_whose_bytes_have_changed_is_not_begun_with(site: PackSite, par
     assert parent.name in (attempt.detail or "")
 
 
-def test_a_job_that_is_put_aside_for_its_damaged_parent_is_told_what_to_do_about_that(
-    site: PackSite, parent: Adapter
-) -> None:
+def test_a_job_quarantined_for_its_damaged_parent_has_a_matching_remedy(site: PackSite, parent: Adapter) -> None:
     (file,) = site.store.get_manifest(parent.artifact).files
     site.store.objects.put(blob_key(file.digest), b"other bytes")
     job = site.queued(parent_adapter=parent.id, seed=2)
@@ -120,7 +118,7 @@ def test_a_job_that_is_put_aside_for_its_damaged_parent_is_told_what_to_do_about
     assert "why workers are lost" not in error["message"]
 
 
-def test_a_file_that_is_refused_when_its_tokens_are_made_again_fails_its_job_as_it_would_have_before(
+def test_a_file_that_is_rejected_when_tokenized_again_fails_its_job(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = {"code": "nothing_to_learn", "message": "All masked.", "remedy": "Give another."}
@@ -143,9 +141,11 @@ def test_a_file_that_is_refused_when_its_tokens_are_made_again_fails_its_job_as_
     assert ((job.error or {})["code"], (job.error or {})["param"]) == ("nothing_to_learn", "training_file")
 
 
-@pytest.mark.parametrize(("asked", "told"), [("auto", 6), (2, 2), (60, 60), (61, 60)])
-def test_a_trainer_evaluates_within_the_sixty_steps_of_the_job(site: PackSite, asked: int | str, told: int) -> None:
-    claim = site.claim(validation_file=site.world.file(), evaluation={"every_steps": asked, "keep": "best"})
+@pytest.mark.parametrize(("requested", "expected"), [("auto", 6), (2, 2), (60, 60), (61, 60)])
+def test_a_trainer_evaluates_within_the_sixty_steps_of_the_job(
+    site: PackSite, requested: int | str, expected: int
+) -> None:
+    claim = site.claim(validation_file=site.world.file(), evaluation={"every_steps": requested, "keep": "best"})
 
     (message,) = InboxReader(site.loading_session(claim).directory).take()
     config = job_config(
@@ -154,10 +154,10 @@ def test_a_trainer_evaluates_within_the_sixty_steps_of_the_job(site: PackSite, a
         evaluate_every_steps=message.body["evaluate_every_steps"],
     )
 
-    assert (config.num_steps, config.evaluate_every_steps, config.keep) == (60, told, "best")
+    assert (config.num_steps, config.evaluate_every_steps, config.keep) == (60, expected, "best")
 
 
-def test_the_record_of_a_child_names_that_of_its_parent(
+def test_the_lineage_record_of_a_child_names_that_of_its_parent(
     site: PackSite, parent: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim(parent_adapter=parent.id, seed=2)
@@ -172,17 +172,17 @@ def test_the_record_of_a_child_names_that_of_its_parent(
     assert built["config"]["resolved"]["parent"]["artifact"] == parent.artifact
 
 
-def test_a_trainer_is_told_how_often_memory_ran_out_for_a_job(site: PackSite) -> None:
-    claim, told = site.claim(), list[int]()
+def test_a_trainer_receives_the_number_of_out_of_memory_ends_of_a_job(site: PackSite) -> None:
+    claim, counts = site.claim(), list[int]()
     for attempt in range(3):
         session = site.loading_session(claim, trainer_id=f"trainer-{attempt}")
         (message,) = InboxReader(session.directory).take()
-        told.append(message.body["shortages"])
+        counts.append(message.body["shortages"])
         claims.end(site.db, claim.claim_id, reason=EndReason.HOST_OOM, detail="")
         with site.db.write() as db_session:
             db_session.get_one(Job, claim.job.id).run_after = None
         if attempt < 2:
             (claim,) = site.claim_all(capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))
 
-    assert told == [0, 1, 2]
+    assert counts == [0, 1, 2]
     assert commands.get(site.db, project_id=claim.job.project_id, job_id=claim.job.id).state == JobState.FAILED

@@ -1,4 +1,4 @@
-"""No path that a trainer reports leads the worker out of that trainer's directory, whatever the trainer does to it."""
+"""No path that a trainer reports leads the worker out of the trainer's directory, even if that changes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree(place: Path) -> Path:
-    """A trainer's directory with links out of it, next to what is not the trainer's."""
+    """Create a trainer's directory with links out of it, next to files that are not the trainer's."""
     root = place / "trainer"
     for folder in (root / "jobs" / "c" / "folder" / "folder", place / "outside" / "folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 @given(name=NAMES)
-def test_a_name_leads_into_the_directory_without_a_link_or_is_rejected(place: Path, name: object) -> None:
+def test_a_path_leads_into_the_directory_without_a_link_or_is_rejected(place: Path, name: object) -> None:
     root = tree(place)
 
     try:
@@ -71,7 +71,7 @@ def test_a_name_leads_into_the_directory_without_a_link_or_is_rejected(place: Pa
 
 
 @given(name=NAMES)
-def test_deleting_any_name_changes_nothing_outside_the_directory(place: Path, name: object) -> None:
+def test_deleting_any_path_changes_nothing_outside_the_directory(place: Path, name: object) -> None:
     root = tree(place)
     before = listing(place / "outside"), (place / "secret").read_text()
 
@@ -84,9 +84,7 @@ def test_deleting_any_name_changes_nothing_outside_the_directory(place: Path, na
     assert (listing(place / "outside"), (place / "secret").read_text()) == before
 
 
-def test_a_folder_that_is_replaced_by_a_link_after_its_check_is_still_the_one_that_is_used(
-    site: PackSite, tmp_path: Path
-) -> None:
+def test_a_checked_folder_is_used_even_if_a_link_replaces_it(site: PackSite, tmp_path: Path) -> None:
     root, outside = tmp_path / "trainer", tmp_path / "outside"
     for folder, content in ((root / "jobs" / "c" / "saved", "own"), (outside / "c" / "saved", "secret")):
         folder.mkdir(parents=True)
@@ -123,7 +121,7 @@ def pipe(path: Path, _secret: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [linked, hard_linked, folder_linked, pipe])
-def test_nothing_but_plain_files_is_stored_of_a_folder(
+def test_only_plain_files_of_a_folder_are_stored(
     site: PackSite, tmp_path: Path, make: Callable[[Path, Path], None]
 ) -> None:
     secret, folder = tmp_path / "elsewhere" / "secret", tmp_path / "folder"
@@ -137,7 +135,7 @@ def test_nothing_but_plain_files_is_stored_of_a_folder(
 
 
 @pytest.mark.parametrize("make", [linked, hard_linked, pipe])
-def test_a_log_that_was_replaced_is_neither_read_nor_cut(
+def test_a_log_that_was_replaced_is_neither_read_nor_truncated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, Path], None]
 ) -> None:
     monkeypatch.setattr(job_logs, "LONGEST_FILE_BYTES", 1)
@@ -154,7 +152,7 @@ def test_a_log_that_was_replaced_is_neither_read_nor_cut(
     assert secret.read_text() == "secret"
 
 
-def test_what_is_cut_from_a_log_does_not_follow_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_truncation_of_a_log_does_not_follow_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_logs, "LONGEST_FILE_BYTES", 1)
     secret = tmp_path / "secret"
     secret.write_text("secret")
@@ -184,35 +182,36 @@ HOSTILE = {
 
 @pytest.mark.parametrize("path", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("event", ["exported", "checkpointed", "superseded", "paused"])
-def test_a_trainer_that_reports_a_path_outside_of_its_job_is_killed_and_nothing_is_published_or_deleted(
+def test_a_trainer_that_reports_a_path_outside_its_job_is_killed(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], event: str, path: object
 ) -> None:
+    """Nothing is published or deleted."""
     job = site.queued()
     outside = site.files("outside", "adapter_model.safetensors", "secret")
     before = stored(site)
 
     def reports(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         claim_id = (yield from trainer.listen("admit")).body["claim_id"]
         own = trainer.directory.job_path(claim_id)
         (own / "link").symlink_to(outside)
         (own / "up").symlink_to(site.folder)
-        trainer.say("admitted", claim_id=claim_id, step=0, num_steps=10, num_parameters=1, steps_per_epoch=1.0)
+        trainer.emit("admitted", claim_id=claim_id, step=0, num_steps=10, num_parameters=1, steps_per_epoch=1.0)
         yield
         named = path.format(outside=outside, claim=claim_id) if isinstance(path, str) else path
         about = {"claim_id": claim_id, "num_parameters": 1, "report": PASSED, "trained_tokens": 1}
         saved = {"kept_step": 5, "stopped_early": None}
         if event == "superseded":
-            trainer.say("checkpointed", step=4, folder=named, adapter=None, **about)
+            trainer.emit("checkpointed", step=4, folder=named, adapter=None, **about)
             for step in range(5, 5 + 10):
                 folder = trainer.directory.checkpoint_path(claim_id, step)
                 folder.mkdir(parents=True)
                 (folder / "row").write_text("own")
-                trainer.say("checkpointed", step=step, folder=trainer.directory.named(folder), adapter=None, **about)
+                trainer.emit("checkpointed", step=step, folder=trainer.directory.named(folder), adapter=None, **about)
         elif event == "paused":
-            trainer.say("paused", step=5, adapter=named, **about)
+            trainer.emit("paused", step=5, adapter=named, **about)
         else:
-            trainer.say(event, step=5, folder=named, adapter=None, **about, **saved)
+            trainer.emit(event, step=5, folder=named, adapter=None, **about, **saved)
         for _ in range(20):
             yield
 
@@ -228,7 +227,7 @@ def test_a_trainer_that_reports_a_path_outside_of_its_job_is_killed_and_nothing_
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
-def test_a_fault_of_the_node_is_not_taken_for_an_unsafe_path(
+def test_an_error_of_the_node_is_not_an_unsafe_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     (tmp_path / "folder").mkdir()
@@ -246,20 +245,20 @@ def test_a_fault_of_the_node_is_not_taken_for_an_unsafe_path(
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a/" + "b" * 300, "\ud800", "a/\udcff/b"])
-def test_a_name_that_no_file_can_have_is_rejected(tmp_path: Path, name: str) -> None:
+def test_an_impossible_file_name_is_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / "a").mkdir()
 
     with pytest.raises(UnsafePath):
         confined(tmp_path, name)
 
 
-def test_a_trainer_whose_events_can_not_be_read_is_killed_and_its_job_tried_again(
+def test_a_trainer_with_unreadable_events_is_killed_and_its_job_requeued(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]]
 ) -> None:
     job = site.queued()
 
     def garbles(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         yield from trainer.listen("admit")
         with trainer.directory.events_path.open("a") as file:
             file.write("no event\n")
@@ -274,19 +273,19 @@ def test_a_trainer_whose_events_can_not_be_read_is_killed_and_its_job_tried_agai
     assert "events" in found[0].detail
 
 
-def test_what_a_trainer_said_last_is_heard_though_it_is_long(
+def test_the_last_events_of_a_trainer_are_read_even_if_there_are_many(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mailbox, "LONGEST_LINE_BYTES", 2000)
     job = site.queued()
 
     def ends(trainer: FakeTrainer) -> Generator[None]:
-        trainer.say("ready", **{name: value for name, value in READY.items() if name != "type"})
+        trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         claim_id = (yield from trainer.listen("admit")).body["claim_id"]
         for _ in range(200):
-            trainer.say("idle")
+            trainer.emit("idle")
         error = {"code": "bad", "message": "The last word.", "remedy": "None."}
-        trainer.say("refused", claim_id=claim_id, is_checkpoint=False, error=error)
+        trainer.emit("refused", claim_id=claim_id, is_checkpoint=False, error=error)
 
     run(ends)
 

@@ -1,4 +1,4 @@
-"""What a pack makes of its trainer's words, and of people's wishes, while the database or the store comes and goes."""
+"""How a session handles its trainer's events and users' requests during outages of the database or the store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from catalog.storage import token_cache
 from catalog.storage.store import blob_key
 from catalog.tables.storage import File
 from tests.catalog.world import DESCRIPTION
-from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, asked, say, step, tell, told
+from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, directives_for, emit, emit_for, received_verbs, step
 from worker.background import tokenization
 from worker.protocol import mailbox
 from worker.session import lineage
@@ -33,7 +33,7 @@ FULL = OutOfSpace("The disk that holds the database is full.", code="disk_full",
 
 
 def fails(first: int, error: Exception, act: Callable[..., Any]) -> Callable[..., Any]:
-    """`act`, whose first calls raise."""
+    """Return `act` with its first calls replaced by errors."""
     left = [error] * first
 
     def flaky(*arguments: Any, **named: Any) -> Any:
@@ -45,15 +45,15 @@ def fails(first: int, error: Exception, act: Callable[..., Any]) -> Callable[...
 
 
 @pytest.mark.parametrize("error", [OUTAGE, FULL])
-def test_a_pause_in_an_outage_keeps_the_checkpoint_that_it_stored(
+def test_a_pause_during_an_outage_keeps_its_stored_checkpoint(
     site: PackSite, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     claim = site.claim()
     session = site.session(claim)
     commands.pause(site.db, **site.world.of(claim.job.id))
-    session.apply_directives(asked(claim, pause=True))
-    tell(session, claim, "checkpointed", step=5, folder=site.checkpoint(session, claim, 5))
-    tell(session, claim, "paused", step=5, adapter=None)
+    session.apply_directives(directives_for(claim, pause=True))
+    emit_for(session, claim, "checkpointed", step=5, folder=site.checkpoint(session, claim, 5))
+    emit_for(session, claim, "paused", step=5, adapter=None)
     monkeypatch.setattr(claims, "end", fails(1, error, claims.end))
     with pytest.raises(type(error)):
         session.read_events()
@@ -68,13 +68,13 @@ def test_a_pause_in_an_outage_keeps_the_checkpoint_that_it_stored(
     assert [event.message for event in events].count("Checkpoint created at step 5") == 1
 
 
-def test_a_refused_checkpoint_costs_itself_alone_however_often_the_database_goes_away(
+def test_a_rejected_checkpoint_alone_is_dropped_despite_repeated_outages(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim_with_checkpoints(10, 20)
     session = site.session(claim)
     refused = {"error": {"code": "bad_checkpoint", "message": "It is torn.", "remedy": "None."}, "is_checkpoint": True}
-    tell(session, claim, "refused", **refused)
+    emit_for(session, claim, "refused", **refused)
     monkeypatch.setattr(recording, "record_event", fails(2, OUTAGE, recording.record_event))
     for _ in range(2):
         with pytest.raises(Unavailable):
@@ -89,29 +89,29 @@ def test_a_refused_checkpoint_costs_itself_alone_however_often_the_database_goes
     assert Path(message.body["resume"]).name == "step-10"
 
 
-def test_a_pause_is_said_again_to_a_trainer_that_had_refused_the_job_before(site: PackSite) -> None:
+def test_a_pause_is_sent_again_after_the_trainer_has_rejected_the_job(site: PackSite) -> None:
     claim = site.claim_with_checkpoints(10, 20)
     session = site.session(claim)
-    session.apply_directives(asked(claim, pause=True))
+    session.apply_directives(directives_for(claim, pause=True))
     refused = {"error": {"code": "bad_checkpoint", "message": "It is torn.", "remedy": "None."}, "is_checkpoint": True}
-    tell(session, claim, "refused", **refused)
+    emit_for(session, claim, "refused", **refused)
     session.read_events()
     session.hand_over()
 
-    session.apply_directives(asked(claim, pause=True))
+    session.apply_directives(directives_for(claim, pause=True))
 
-    assert told(session) == ["pause", "admit", "pause"]
+    assert received_verbs(session) == ["pause", "admit", "pause"]
 
 
-def test_a_job_whose_files_cannot_be_stored_now_holds_nobody_else_up(
+def test_a_job_whose_files_cannot_be_stored_does_not_block_the_others(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.queued(suffix="stuck")
     site.queued(suffix="free")
     stuck, free = site.claim_all()
     session = site.session(stuck, free)
-    tell(session, stuck, "checkpointed", step=5, folder=site.checkpoint(session, stuck, 5))
-    say(session, {"type": "stepped", "claim_id": free.claim_id, **step(1)})
+    emit_for(session, stuck, "checkpointed", step=5, folder=site.checkpoint(session, stuck, 5))
+    emit(session, {"type": "stepped", "claim_id": free.claim_id, **step(1)})
     monkeypatch.setattr(site.store, "put_folder", fails(99, OUTAGE, site.store.put_folder))
 
     for _ in range(2):
@@ -123,15 +123,13 @@ def test_a_job_whose_files_cannot_be_stored_now_holds_nobody_else_up(
     assert site.checkpoints(stuck) == []
 
 
-def test_the_newest_two_checkpoints_wait_for_the_store_and_no_more(
-    site: PackSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_newest_two_checkpoints_wait_for_the_store(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = site.claim()
     session = site.session(claim)
     folders = [site.checkpoint(session, claim, number) for number in (1, 2, 3, 4)]
     monkeypatch.setattr(site.store, "put_folder", fails(1, OUTAGE, site.store.put_folder))
     for number, folder in enumerate(folders, start=1):
-        tell(session, claim, "checkpointed", step=number, folder=folder)
+        emit_for(session, claim, "checkpointed", step=number, folder=folder)
     with pytest.raises(Unavailable):
         session.read_events()
     assert [(session.directory.path / folder).is_dir() for folder in folders] == [False, False, True, True]
@@ -141,34 +139,34 @@ def test_the_newest_two_checkpoints_wait_for_the_store_and_no_more(
     assert [row.step for row in site.checkpoints(claim)] == [3, 4]
 
 
-def test_words_that_wait_to_be_read_are_a_sign_of_life(site: PackSite) -> None:
+def test_unread_events_count_as_a_sign_of_life(site: PackSite) -> None:
     session = site.session(site.claim())
     session.heard_at -= 1000
-    say(session, {"type": "memory", "base_bytes": 1})
+    emit(session, {"type": "memory", "base_bytes": 1})
 
     assert session.silent_seconds() < 1000
 
 
-def test_a_full_disk_keeps_a_wish_until_it_can_be_said(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directive_is_kept_on_a_full_disk_until_it_can_be_sent(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     claim = site.claim()
     session = site.session(claim)
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(mailbox, "write_json", fails(1, full, mailbox.write_json))
     with pytest.raises(OutOfSpace):
-        session.apply_directives(asked(claim, cancel=True))
+        session.apply_directives(directives_for(claim, cancel=True))
 
-    session.apply_directives(asked(claim, cancel=True))
+    session.apply_directives(directives_for(claim, cancel=True))
 
-    assert told(session) == ["cancel"]
+    assert received_verbs(session) == ["cancel"]
     assert len(session) == 1
 
 
-def test_what_a_trainer_said_waits_for_the_database_to_have_room(
-    site: PackSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_events_wait_until_the_database_has_disk_space(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = site.claim()
     session = site.session(claim)
-    tell(session, claim, "cancelled")
+    emit_for(session, claim, "cancelled")
     monkeypatch.setattr(claims, "end", fails(2, FULL, claims.end))
     for _ in range(2):
         with pytest.raises(OutOfSpace):
@@ -181,31 +179,31 @@ def test_what_a_trainer_said_waits_for_the_database_to_have_room(
     assert site.world.job(claim.job.id).state == "cancelled"
 
 
-def test_a_claim_that_is_stale_while_its_mishap_is_recorded_is_dropped(
+def test_a_claim_that_is_stale_when_its_failure_is_recorded_is_dropped(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim()
     session = site.session(claim)
-    tell(
+    emit_for(
         session, claim, "checkpointed", step=5, folder=f"jobs/{claim.claim_id}/none"
-    )  # a folder that is missing is the job's mishap
+    )  # a missing folder is a failure of the job
     monkeypatch.setattr(claims, "end", fails(1, StaleClaim(), claims.end))
 
     session.read_events()
 
     assert len(session) == 0
-    assert "cancel" in told(session)
+    assert "cancel" in received_verbs(session)
 
 
-def test_who_is_preempted_saves_a_checkpoint_and_goes_back_to_the_queue(site: PackSite) -> None:
+def test_a_preempted_job_saves_a_checkpoint_and_is_requeued(site: PackSite) -> None:
     claim = site.claim(priority="batch")
     session = site.session(claim)
 
     for _ in range(2):
-        session.apply_directives(asked(claim, preempt=True))
-    messages = told(session)
-    tell(session, claim, "checkpointed", step=5, folder=site.checkpoint(session, claim, 5))
-    tell(session, claim, "paused", step=5, adapter=None)
+        session.apply_directives(directives_for(claim, preempt=True))
+    messages = received_verbs(session)
+    emit_for(session, claim, "checkpointed", step=5, folder=site.checkpoint(session, claim, 5))
+    emit_for(session, claim, "paused", step=5, adapter=None)
     session.read_events()
 
     assert messages == ["preempt"]
@@ -215,47 +213,45 @@ def test_who_is_preempted_saves_a_checkpoint_and_goes_back_to_the_queue(site: Pa
     assert site.held() == set()
 
 
-@pytest.mark.parametrize(("wish", "state"), [("cancel", "cancelled"), ("pause", "paused"), ("preempt", "queued")])
-def test_a_wish_is_obeyed_at_once_while_the_base_loads(site: PackSite, wish: str, state: str) -> None:
+@pytest.mark.parametrize(("directive", "state"), [("cancel", "cancelled"), ("pause", "paused"), ("preempt", "queued")])
+def test_a_directive_is_applied_immediately_while_the_base_loads(site: PackSite, directive: str, state: str) -> None:
     claim = site.claim()
     session = site.loading_session(claim)
     verbs: dict[str, Any] = {"cancel": commands.cancel, "pause": commands.pause}
-    if wish in verbs:
-        verbs[wish](site.db, **site.world.of(claim.job.id))
+    if directive in verbs:
+        verbs[directive](site.db, **site.world.of(claim.job.id))
 
-    session.apply_directives(asked(claim, **{wish: True}))
+    session.apply_directives(directives_for(claim, **{directive: True}))
 
     assert site.world.job(claim.job.id).state == state
-    assert told(session) == ["admit", "cancel"]
+    assert received_verbs(session) == ["admit", "cancel"]
     assert len(session) == 0
     assert site.held() == set()
 
 
-def test_a_cancel_is_obeyed_though_the_jobs_news_cannot_be_stored(
+def test_a_cancel_is_applied_even_if_the_jobs_events_cannot_be_stored(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim()
     session = site.session(claim)
-    tell(session, claim, "exported", **exported(site, session, claim))
+    emit_for(session, claim, "exported", **exported(site, session, claim))
     monkeypatch.setattr(site.store, "put_folder", fails(99, OUTAGE, site.store.put_folder))
     with pytest.raises(Unavailable):
         session.read_events()
     commands.cancel(site.db, **site.world.of(claim.job.id))
 
-    session.apply_directives(asked(claim, cancel=True))
+    session.apply_directives(directives_for(claim, cancel=True))
 
     assert site.world.job(claim.job.id).state == "cancelled"
 
 
-def test_the_tokens_on_record_are_those_that_the_engine_counted(
-    site: PackSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps of an earlier attempt, or of one that is told twice, are no business of the worker's."""
+def test_the_recorded_tokens_are_those_that_the_engine_counted(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker does not add the steps of an earlier attempt, or steps that are reported twice."""
     claim = site.claim_with_checkpoints(5)
     session = site.session(claim)
     monkeypatch.setattr(lineage, "record", lambda *_, **__: ({}, "0" * 64))
-    say(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": 0.0, **step(6)})
-    tell(session, claim, "exported", **exported(site, session, claim), trained_tokens=4321)
+    emit(session, {"type": "stepped", "claim_id": claim.claim_id, "seconds": 0.0, **step(6)})
+    emit_for(session, claim, "exported", **exported(site, session, claim), trained_tokens=4321)
 
     session.read_events()
 
@@ -264,39 +260,39 @@ def test_the_tokens_on_record_are_those_that_the_engine_counted(
 
 
 def exported(site: PackSite, session: TrainerSession, claim: Claim) -> dict[str, Any]:
-    """What the trainer says of an adapter that has passed."""
+    """Return the body of an `exported` event for a verified adapter."""
     folder = site.checkpoint(session, claim, 10)
     course = {"step": 10, "kept_step": 10, "stopped_early": None}
     return {**course, "folder": folder, "num_parameters": 1, "report": PASSED}
 
 
-def test_what_the_trainer_will_take_is_not_free_while_it_loads(site: PackSite) -> None:
+def test_memory_that_a_loading_trainer_will_take_is_not_free(site: PackSite) -> None:
     claim = site.claim()
     session = site.loading_session(claim)
     row_bytes = 26 * claim.job.adapter_parameters
     trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
     assert session.bytes_to_come() == trainer_bytes + row_bytes
 
-    say(session, READY)
+    emit(session, READY)
     session.read_events()
-    assert session.bytes_to_come() == trainer_bytes - 1 + row_bytes, "READY tells of a base of one byte"
+    assert session.bytes_to_come() == trainer_bytes - 1 + row_bytes, "READY reports a base of one byte"
 
-    tell(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+    emit_for(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     session.read_events()
     assert session.bytes_to_come() == 0
 
 
-def test_a_trainer_that_is_ready_and_empty_takes_nothing_more(site: PackSite) -> None:
+def test_a_trainer_that_is_ready_and_empty_takes_no_more_memory(site: PackSite) -> None:
     session = site.session()
 
     assert session.bytes_to_come() == 0
 
 
 @pytest.mark.parametrize(("kind", "num_slices"), [("cpu", 2), ("cuda", 8)])
-def test_each_job_that_is_still_to_come_widens_the_tick_until_it_has_its_size(
+def test_each_pending_job_enlarges_the_tick_up_to_its_full_size(
     site: PackSite, kind: str, num_slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first slice is in what the trainer needs. Each core of a CPU computes one of its own."""
+    """The memory of the trainer includes the first slice. Each core of a CPU computes its own slice."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     site.context.device = replace(site.context.device, kind=kind)
     first = [site.queued() for _ in range(2)]
@@ -314,7 +310,7 @@ def test_each_job_that_is_still_to_come_widens_the_tick_until_it_has_its_size(
     assert session.bytes_to_come() == trainer_bytes + 10 * row_bytes + (num_slices - 1) * slice_bytes
 
 
-def test_a_job_with_dropout_is_still_to_take_its_mask(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pending_job_with_dropout_is_counted_with_its_mask(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on two cores its slice would count as well
     plain, dropping = site.claim(), site.claim(lora={"dropout": 0.1})
     session = site.loading_session(plain)
@@ -326,14 +322,14 @@ def test_a_job_with_dropout_is_still_to_take_its_mask(site: PackSite, monkeypatc
     assert session.bytes_to_come() == without + 26 * dropping.job.adapter_parameters + mask_bytes
 
 
-def test_a_trainer_that_ends_counts_against_the_jobs_that_it_was_given_once_it_had_loaded_its_base(
+def test_a_crash_counts_against_jobs_that_a_loaded_trainer_received(
     site: PackSite,
 ) -> None:
     crash = End(reason=EndReason.TRAINER_CRASHED, detail="signal 9")
     early, given, late = site.claim(seed=1), site.claim(seed=2), site.claim(seed=3)
     site.loading_session(early).end_all(crash)
     session = site.loading_session(given, trainer_id="trainer-2")
-    say(session, READY)
+    emit(session, READY)
     session.read_events()
     session.hand_over()
     session.admit(late)
@@ -346,7 +342,7 @@ def test_a_trainer_that_ends_counts_against_the_jobs_that_it_was_given_once_it_h
     assert {site.reason(claim) for claim in (early, given, late)} == {EndReason.TRAINER_CRASHED}
 
 
-def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
+def test_damaged_tokens_are_recomputed_for_the_job_that_finds_them(
     site: PackSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim()
@@ -374,7 +370,7 @@ def test_damaged_tokens_are_made_again_for_the_job_that_finds_them(
 
 
 def tokenize(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
-    """In place of the child process."""
+    """Replaces the child process."""
     assert source.read_bytes() == b"the data file"
     (work / "tokens").mkdir()
     (work / "tokens" / "tokens.safetensors").write_text("the tokens")

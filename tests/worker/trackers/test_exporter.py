@@ -1,4 +1,4 @@
-"""Exports to the real libraries, each writing on this machine: every point once, whatever is interrupted."""
+"""Exports to the real tracker libraries on this machine: each point is written once, despite interruptions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from worker.trackers.exporter import exporting
 from worker.trackers.session import ExportFailed, ExportSession, available, places
 
 WAIT_SECONDS = 240.0
-"""However loaded the machine is."""
+"""Enough for a heavily loaded machine."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "wandb": {"project": "p", "name": "mine", "tags": ["a", "b"]},
     "mlflow": {"experiment": "e", "tags": {"team": "search"}},
@@ -63,7 +63,7 @@ def db(tmp_path: Path, migrated_database: Path) -> Iterator[Database]:
 
 
 def training(world: World, *types: str) -> str:
-    """A job that trains and is to be written to these."""
+    """Return a running job with exports to these trackers."""
     world.worker(integrations=tuple(OPTIONS))
     wanted = [{"type": name, name: OPTIONS[name]} for name in types]
     return world.running(integrations=wanted).job.id
@@ -92,7 +92,7 @@ def _maybe(world: World, job_id: str, name: str) -> JobExport | None:
 
 
 @pytest.mark.slow
-def test_a_job_is_written_to_every_tracker_across_a_restart_each_point_once(
+def test_every_tracker_receives_each_point_once_across_a_restart(
     world: World, settings: Settings, tmp_path: Path
 ) -> None:
     job_id = training(world, *OPTIONS)
@@ -110,7 +110,7 @@ def test_a_job_is_written_to_every_tracker_across_a_restart_each_point_once(
     valid = {2: 1.0, 4: 0.5}
     for read in (in_tensorboard, in_mlflow, in_wandb):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries' own
+            warnings.simplefilter("ignore")  # from the libraries
             curves, texts = read(tmp_path, job_id)
         assert curves["train/loss"] == pytest.approx(train), read
         assert curves["valid/loss"] == pytest.approx(valid), read
@@ -124,7 +124,7 @@ Read = tuple[dict[str, dict[int, float]], dict[str, str]]
 
 
 def in_tensorboard(data_dir: Path, job_id: str) -> Read:
-    """By the format's own records: a length, its check, an event, its check."""
+    """Read the records of the format: a length, its checksum, an event, its checksum."""
     events = import_module("tensorboardX.proto.event_pb2")
     curves: dict[str, dict[int, float]] = {}
     texts: dict[str, str] = {}
@@ -176,17 +176,17 @@ def in_wandb(data_dir: Path, job_id: str) -> Read:
                     "ours - p",
                     ["a", "b"],
                 )
-            told = {_key(item): json.loads(item.value_json) for item in record.history.item}
+            values = {_key(item): json.loads(item.value_json) for item in record.history.item}
             for kind in ("train", "valid"):
-                if f"{kind}/step" in told:
-                    _put(curves, f"{kind}/loss", told[f"{kind}/step"], told[f"{kind}/loss"])
+                if f"{kind}/step" in values:
+                    _put(curves, f"{kind}/loss", values[f"{kind}/step"], values[f"{kind}/loss"])
             texts |= {_key(item): json.loads(item.value_json) for item in record.summary.update}
     assert len(found) == 2
     return curves, {name: value for name, value in texts.items() if isinstance(value, str)}
 
 
 def _wandb_records(content: bytes) -> Iterator[bytes]:
-    """LevelDB's log format: blocks of 32 KiB, of pieces with a check, a length and a kind before each."""
+    """Read LevelDB's log format: blocks of 32 KiB with pieces, each after its checksum, length and kind."""
     block, header = 1 << 15, 7
     at, record = header, b""
     assert content.startswith(b":W&B")
@@ -198,7 +198,7 @@ def _wandb_records(content: bytes) -> Iterator[bytes]:
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
         record += content[at + header : at + header + length]
         at += header + length
-        if kind in (1, 4):  # the whole of a record, or its last piece
+        if kind in (1, 4):  # a complete record, or its last piece
             yield record
             record = b""
 
@@ -213,9 +213,7 @@ def _put(curves: dict[str, dict[int, float]], name: str, step: int, value: float
     curve[step] = value
 
 
-def test_a_tracker_that_is_away_costs_a_line_in_the_jobs_log_and_the_other_goes_on(
-    world: World, settings: Settings
-) -> None:
+def test_an_unavailable_tracker_adds_a_warning_and_the_other_continues(world: World, settings: Settings) -> None:
     away = settings.model_copy(update={"tensorboard_dir": Path(os.devnull) / "no folder"})
     job_id = training(world, "tensorboard", "wandb")
     steps(world, job_id, 1)
@@ -226,13 +224,13 @@ def test_a_tracker_that_is_away_costs_a_line_in_the_jobs_log_and_the_other_goes_
             seconds=WAIT_SECONDS,
         )
 
-    told = [one.message for one in queries.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
-    assert len(told) == 1
-    assert "Writing to the integration tensorboard failed" in told[0]
+    messages = [one.message for one in queries.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
+    assert len(messages) == 1
+    assert "Writing to the integration tensorboard failed" in messages[0]
     assert world.job(job_id).state == "running"
 
 
-def test_an_export_whose_process_is_killed_or_hangs_fails_and_leaves_nothing_behind(settings: Settings) -> None:
+def test_an_export_whose_process_hangs_fails_and_leaves_no_process(settings: Settings) -> None:
     begun = {"type": "tensorboard", "run": _RUN, "run_id": None, "next_step": 0, "places": places(settings)}
     session = ExportSession(begun)
     (child,) = [one for one in psutil.Process().children() if "worker.children.tracker.main" in one.cmdline()]
@@ -250,7 +248,7 @@ def test_an_export_whose_process_is_killed_or_hangs_fails_and_leaves_nothing_beh
 _RUN: dict[str, Any] = {"job_id": "j", "project": "ours", "options": {"name": None}, "config": {}}
 
 
-def test_what_a_library_says_is_told_without_secrets(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_library_are_reported_without_secrets(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "canary")
     run = {**_RUN, "options": {"experiment": "e"}}
     wrong = {**places(settings), "mlflow": "canary://me:canary-too@nowhere"}
@@ -262,7 +260,7 @@ def test_what_a_library_says_is_told_without_secrets(settings: Settings, monkeyp
     assert "canary" not in str(failed.value)
 
 
-def test_credentials_reach_their_own_trackers_process_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_reach_only_the_process_of_their_own_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "LORRY_PEPPER", "LORRY_DATABASE_URL", "HF_TOKEN"):
         monkeypatch.setenv(name, f"canary of {name}")
 
@@ -279,7 +277,7 @@ def test_credentials_reach_their_own_trackers_process_and_no_other(monkeypatch: 
     assert seen(child_environment()) == set()
 
 
-def test_a_worker_offers_what_is_installed_allowed_and_has_an_account(
+def test_a_worker_offers_trackers_that_are_installed_allowed_and_configured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
@@ -296,7 +294,7 @@ def test_a_worker_offers_what_is_installed_allowed_and_has_an_account(
     assert offered() == ("wandb", "mlflow", "tensorboard")
 
 
-def test_a_run_of_weights_and_biases_is_in_its_projects_name_and_in_no_entity_of_the_jobs(
+def test_a_wandb_run_uses_the_name_of_its_project_and_no_entity_of_the_job(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opened: list[dict[str, Any]] = []
@@ -315,15 +313,15 @@ def test_a_run_of_weights_and_biases_is_in_its_projects_name_and_in_no_entity_of
     assert given.get("entity") is None
 
 
-def test_a_worker_imports_no_trackers_library() -> None:
+def test_a_worker_imports_no_tracker_library() -> None:
     code = "import sys, worker.context.context, worker.children.tracker.main; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert not {*export_session.LIBRARIES.values(), "torch"} & set(told.stdout.split())
+    assert not {*export_session.LIBRARIES.values(), "torch"} & set(listed.stdout.split())
 
 
 @pytest.mark.slow
-def test_trackio_is_written_to_where_it_is_installed(world: World, settings: Settings, tmp_path: Path) -> None:
+def test_trackio_receives_points_if_it_is_installed(world: World, settings: Settings, tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     world.worker(integrations=("trackio",))
     job_id = world.running(integrations=[{"type": "trackio", "trackio": {"project": "p"}}]).job.id

@@ -1,4 +1,4 @@
-"""Answers with labels to tokens: each after its prompt, nothing but the answer learnt, and its label beside it."""
+"""Tokenization of labeled answers: each follows its prompt, and only the answer is trained on."""
 
 from pathlib import Path
 from typing import Any
@@ -20,50 +20,50 @@ def base(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_json: str) ->
     return Base(tmp_path / "base", tokenizer_json, SMOLLM2 if request.param == "by prefixes" else MARKED)
 
 
-def said(prompt: list[Any] | str, answer: str, *, label: bool) -> dict[str, Any]:
+def example(prompt: list[Any] | str, answer: str, *, label: bool) -> dict[str, Any]:
     completion = answer if isinstance(prompt, str) else [{"role": "assistant", "content": answer}]
     return {"prompt": prompt, "completion": completion, "label": label}
 
 
-def learnt(base: Base, data: TokenDataset) -> list[str]:
+def trained_texts(base: Base, data: TokenDataset) -> list[str]:
     rows = map(data.row, range(data.num_rows))
     return [str(base.reference().decode(ids[mask.astype(bool)].tolist())) for ids, mask in rows]
 
 
-def test_the_last_answer_alone_is_learnt_and_its_label_is_kept(base: Base) -> None:
+def test_only_the_last_answer_is_trained_on_and_its_label_is_kept(base: Base) -> None:
     prompt = turns("Hi", "Hello", "What is 2 + 2?", system="Be brief.")
 
-    report, out = base.prepare(said(prompt, "4", label=True), said(prompt, "five", label=False))
+    report, out = base.prepare(example(prompt, "4", label=True), example(prompt, "five", label=False))
 
     data = TokenDataset.load(out)
     conversation = [*prompt, {"role": "assistant", "content": "4"}]
     assert data.row(0)[0].tolist() == base.reference().apply_chat_template(conversation, return_dict=False)
-    assert learnt(base, data) == ["4<|im_end|>", "five<|im_end|>"]
+    assert trained_texts(base, data) == ["4<|im_end|>", "five<|im_end|>"]
     assert data.labels is not None
     assert data.labels.tolist() == [1.0, 0.0]
     check_unpaired(data)
     assert (report.get("kind"), report["usable_rows"], report.get("desirable_rows")) == ("unpaired", 2, 1)
 
 
-def test_text_is_joined_as_it_stands_and_an_answer_that_is_cut_off_takes_its_label_along(base: Base) -> None:
-    rows = [said("a", " b", label=True), said("long " * 60, " c", label=True), said("a", " b", label=False)]
+def test_plain_text_is_joined_unchanged_and_a_cut_off_answer_loses_its_label(base: Base) -> None:
+    rows = [example("a", " b", label=True), example("long " * 60, " c", label=True), example("a", " b", label=False)]
 
     report, out = base.prepare(*rows, max_length=20)
 
     data = TokenDataset.load(out)
     assert data.labels is not None
     assert data.labels.tolist() == [1.0, 0.0]
-    assert (report["empty_rows"], report["duplicate_rows"]) == (1, 0), "the same answer with another label is no copy"
-    assert all(text.startswith(" b") for text in learnt(base, data))
+    assert (report["empty_rows"], report["duplicate_rows"]) == (1, 0), (
+        "the same answer with another label is not a duplicate"
+    )
+    assert all(text.startswith(" b") for text in trained_texts(base, data))
 
 
 @pytest.mark.parametrize(("label", "instead"), [(True, "supervised"), (False, "remove the file")])
-def test_a_file_whose_answers_all_have_one_label_is_refused_with_what_to_do(
-    base: Base, label: bool, instead: str
-) -> None:
-    cut_off = said("long " * 60, " c", label=not label)
+def test_a_file_with_a_single_label_is_rejected_with_a_remedy(base: Base, label: bool, instead: str) -> None:
+    cut_off = example("long " * 60, " c", label=not label)
 
-    report, out = base.prepare(said("a", " b", label=label), said("c", " d", label=label), cut_off, max_length=20)
+    report, out = base.prepare(example("a", " b", label=label), example("c", " d", label=label), cut_off, max_length=20)
 
     found = report.get("refusal")
     assert found is not None
@@ -72,17 +72,17 @@ def test_a_file_whose_answers_all_have_one_label_is_refused_with_what_to_do(
     assert instead in found["remedy"]
 
 
-def test_kto_reaches_the_engine_with_its_numbers() -> None:
+def test_kto_hyperparameters_reach_the_engine() -> None:
     numbers = {"beta": 0.2, "desirable_weight": 1.3}
-    asked = {"type": "kto", "kto": {"hyperparameters": numbers}}
-    request = JobRequest.model_validate({"model": "m", "training_file": "f", "method": asked})
+    method = {"type": "kto", "kto": {"hyperparameters": numbers}}
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "method": method})
 
     found = objective_config(resolve(request, num_rows=10, max_positions=None, seed=1))
 
     assert found == ObjectiveConfig(kind="kto", beta=0.2, desirable_weight=1.3)
 
 
-def test_what_a_batch_has_no_answers_for_is_not_told() -> None:
+def test_rewards_without_answers_are_omitted() -> None:
     rewards = Rewards(chosen=0.5, rejected=None, margin=None, accuracy=1.0, kl=0.25)
     event = JobStepped(
         job="j",

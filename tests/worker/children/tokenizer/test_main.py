@@ -1,4 +1,4 @@
-"""Chat to tokens: the same tokens as transformers gives, and exactly the answers learnt."""
+"""Tokenization of chats: the same tokens as transformers, and only the answers are trained on."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ REFUSED = ("instruct", "a system prompt")
 
 
 @pytest.mark.parametrize(("name", "chat"), [pair for pair in product(TEMPLATES, CHATS) if pair != REFUSED])
-def test_the_tokens_are_those_of_transformers(make_base: Any, name: str, chat: str) -> None:
+def test_tokens_equal_those_of_transformers(make_base: Any, name: str, chat: str) -> None:
     base: Base = make_base(TEMPLATES[name])
 
     ((ids, _),) = base.rows(CHATS[chat])
@@ -50,7 +50,7 @@ def test_the_tokens_are_those_of_transformers(make_base: Any, name: str, chat: s
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_the_marked_answers_are_those_of_transformers(make_base: Any, chat: str) -> None:
+def test_marked_answers_equal_those_of_transformers(make_base: Any, chat: str) -> None:
     base: Base = make_base(MARKED)
 
     ((ids, mask),) = base.rows(CHATS[chat])
@@ -62,7 +62,7 @@ def test_the_marked_answers_are_those_of_transformers(make_base: Any, chat: str)
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_answers_found_by_prefixes_are_the_marked_ones(
+def test_answers_found_by_prefixes_equal_the_marked_ones(
     tmp_path: Path, tokenizer_json: str, make_base: Any, chat: str
 ) -> None:
     plain: Base = make_base(MARKED.replace("{%- generation %}", "").replace("{%- endgeneration %}", ""))
@@ -74,38 +74,38 @@ def test_answers_found_by_prefixes_are_the_marked_ones(
 
 
 @pytest.mark.parametrize("name", ["smollm2", "marked"])
-def test_what_is_learnt_is_the_answers_and_the_end_of_their_turns(make_base: Any, name: str) -> None:
+def test_answers_and_the_end_of_their_turns_are_trained_on(make_base: Any, name: str) -> None:
     base: Base = make_base(TEMPLATES[name])
 
-    assert base.learnt(turns("What?", "4", "Why?", "Because.")) == "4<|im_end|>|Because.<|im_end|>"
+    assert base.trained_text(turns("What?", "4", "Why?", "Because.")) == "4<|im_end|>|Because.<|im_end|>"
 
 
 def test_an_answer_without_a_prompt_marker_ends_with_the_end_of_text(make_base: Any) -> None:
     base: Base = make_base(INSTRUCT)
 
-    assert base.learnt(turns("a", "b ", "c", "d")) == " b<|im_end|>| d<|im_end|>"
+    assert base.trained_text(turns("a", "b ", "c", "d")) == " b<|im_end|>| d<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "marked"])
-def test_a_turn_of_weight_0_is_read_and_not_learnt(make_base: Any, name: str) -> None:
+def test_a_turn_of_weight_0_is_not_trained_on(make_base: Any, name: str) -> None:
     base: Base = make_base(TEMPLATES[name])
     chat = turns("a", "wrong", "b", "right")
     chat[1]["weight"] = 0
     chat[3]["weight"] = 1
 
-    assert base.learnt(chat) == "right<|im_end|>"
+    assert base.trained_text(chat) == "right<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "marked"])
-def test_a_conversation_may_open_with_the_assistant(make_base: Any, name: str) -> None:
+def test_a_conversation_may_start_with_the_assistant(make_base: Any, name: str) -> None:
     base: Base = make_base(TEMPLATES[name])
 
     chat = [{"role": "assistant", "content": "Hi!"}, *turns("a", "b")]
 
-    assert base.learnt(chat) == "Hi!<|im_end|>|b<|im_end|>"
+    assert base.trained_text(chat) == "Hi!<|im_end|>|b<|im_end|>"
 
 
-def test_a_developer_is_the_system_by_its_newer_name(make_base: Any) -> None:
+def test_the_developer_role_equals_the_system_role(make_base: Any) -> None:
     base: Base = make_base(SMOLLM2)
 
     assert base.rows([{"role": "developer", "content": "x"}, *turns("a", "b")]) == base.rows(
@@ -115,14 +115,14 @@ def test_a_developer_is_the_system_by_its_newer_name(make_base: Any) -> None:
 
 def test_a_generation_block_in_a_macro_is_found(make_base: Any) -> None:
     base: Base = make_base(
-        "{% macro say(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
-        "{% for m in messages %}{% set text = say(m) if m.role == 'assistant' else m.content %}{{ text }}\n{% endfor %}"
+        "{% macro of(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{% set text = of(m) if m.role == 'assistant' else m.content %}{{ text }}\n{% endfor %}"
     )
 
-    assert base.learnt(turns("question", "answer", "more", "again")) == "answer<|im_end|>|again<|im_end|>"
+    assert base.trained_text(turns("question", "answer", "more", "again")) == "answer<|im_end|>|again<|im_end|>"
 
 
-def test_the_first_token_of_a_row_is_never_learnt(make_base: Any) -> None:
+def test_the_first_token_of_a_row_is_never_trained_on(make_base: Any) -> None:
     base: Base = make_base("{% for m in messages %}{{ m.content }}{% endfor %}")
 
     ((ids, mask),) = base.rows([{"role": "assistant", "content": "b c d e"}])
@@ -140,7 +140,7 @@ def test_a_long_row_keeps_its_start(make_base: Any) -> None:
     assert base.prepare(chat, max_length=len(ids))[0]["truncated_rows"] == 0
 
 
-def test_rows_with_nothing_to_learn_are_dropped_and_counted(make_base: Any) -> None:
+def test_rows_without_trainable_tokens_are_dropped_and_counted(make_base: Any) -> None:
     base: Base = make_base(SMOLLM2)
     masked, good = turns("a", "masked", system="s"), turns("a", "b", system="s")
     masked[-1]["weight"] = 0
@@ -155,7 +155,7 @@ def test_rows_with_nothing_to_learn_are_dropped_and_counted(make_base: Any) -> N
     assert TokenDataset.load(out).num_rows == 2
 
 
-def test_a_file_with_nothing_to_learn_is_refused_with_what_to_do(make_base: Any) -> None:
+def test_a_file_without_trainable_tokens_is_rejected_with_a_remedy(make_base: Any) -> None:
     base: Base = make_base(SMOLLM2)
     masked = turns("a", "masked")
     masked[-1]["weight"] = 0
@@ -167,11 +167,11 @@ def test_a_file_with_nothing_to_learn_is_refused_with_what_to_do(make_base: Any)
     assert "the longest row has" in cut["remedy"]
 
 
-def test_a_base_without_a_template_is_refused(make_base: Any) -> None:
+def test_a_base_without_a_chat_template_is_rejected(make_base: Any) -> None:
     assert refusal(make_base(None), turns("a", "b"))["code"] == "base_has_no_chat_template"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_line(make_base: Any) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_rejected_with_the_line(make_base: Any) -> None:
     base: Base = make_base(FORGETFUL)
     thinking = turns("a", "<think>1</think>b", "c", "<think>2</think>d")
 
@@ -180,10 +180,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_by_line(make_base: An
     assert found["code"] == "template_not_prefix_stable"
     assert found["message"].startswith("Line 2: ")
     assert "last_turn" in found["remedy"]
-    assert base.learnt(turns("a", "<think>1</think>b")) == "<think>1</think>b<|im_end|>"
+    assert base.trained_text(turns("a", "<think>1</think>b")) == "<think>1</think>b<|im_end|>"
 
 
-def test_where_even_the_last_answer_has_no_place_no_one_is_sent_to_learn_it_alone(make_base: Any) -> None:
+def test_last_turn_is_not_suggested_if_the_template_rules_it_out(make_base: Any) -> None:
     base: Base = make_base("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
 
     found = refusal(base, turns("a", "b"))
@@ -193,7 +193,7 @@ def test_where_even_the_last_answer_has_no_place_no_one_is_sent_to_learn_it_alon
     assert "last_turn" not in found["remedy"]
 
 
-def test_a_row_that_the_template_does_not_take_is_named(make_base: Any) -> None:
+def test_a_row_that_the_template_rejects_is_named(make_base: Any) -> None:
     base: Base = make_base(INSTRUCT)
 
     found = refusal(base, turns("a", "b"), turns("a", "b", system="s"))
@@ -204,10 +204,10 @@ def test_a_row_that_the_template_does_not_take_is_named(make_base: Any) -> None:
 
 
 BAD_TEMPLATES = {
-    "that does not parse": "{% for m in messages %}",
-    "that reaches out": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "that changes its messages": "{{ messages.append(1) }}",
-    "that never ends": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "with a syntax error": "{% for m in messages %}",
+    "with a sandbox escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "that mutates its messages": "{{ messages.append(1) }}",
+    "with infinite recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "that hides its answers": "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
     "that shortens its answers": "{% set x %}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% endfor %}{% endset %}{{ x[:2] }}",
@@ -215,7 +215,7 @@ BAD_TEMPLATES = {
 
 
 @pytest.mark.parametrize("template", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
-def test_a_template_gives_a_refusal_and_no_harm(make_base: Any, template: str) -> None:
+def test_a_bad_template_is_rejected_without_harm(make_base: Any, template: str) -> None:
     found = refusal(make_base(template), turns("question", "answer"))
 
     assert found["code"] in ("unusable_chat_template", "template_refused_row", "nothing_to_learn")
@@ -231,23 +231,23 @@ def test_weights_need_a_template_that_marks_every_answer(make_base: Any) -> None
     weighted[1]["weight"] = 0
 
     assert refusal(base, weighted)["code"] == "template_hides_turns"
-    assert base.learnt(chat) == "d"
+    assert base.trained_text(chat) == "d"
 
 
-def test_a_token_that_the_base_has_no_row_for_is_refused(make_base: Any) -> None:
+def test_a_token_outside_the_base_vocabulary_is_rejected(make_base: Any) -> None:
     base: Base = make_base(SMOLLM2)
     (base.folder / "config.json").write_text(json.dumps({"vocab_size": 60}))
 
     assert refusal(base, turns("question", "answer"))["code"] == "tokenizer_exceeds_base"
 
 
-def test_a_broken_row_is_refused_by_line_even_here(make_base: Any) -> None:
+def test_an_invalid_row_is_rejected_with_its_line(make_base: Any) -> None:
     found = refusal(make_base(SMOLLM2), turns("a", "b"), [{"role": "bot", "content": "x"}])
 
     assert (found["code"], found["message"]) == ("invalid_role", "Line 2: messages[0].role is 'bot'.")
 
 
-def test_the_template_may_stand_in_the_tokenizers_configuration(make_base: Any) -> None:
+def test_the_template_may_be_in_the_tokenizer_configuration(make_base: Any) -> None:
     base: Base = make_base(None)
     path = base.folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
@@ -255,7 +255,7 @@ def test_the_template_may_stand_in_the_tokenizers_configuration(make_base: Any) 
 
     for template in (SMOLLM2, named):
         path.write_text(json.dumps({**config, "chat_template": template}))
-        assert base.learnt(turns("a", "b")) == "b<|im_end|>"
+        assert base.trained_text(turns("a", "b")) == "b<|im_end|>"
 
 
 def test_the_same_file_gives_the_same_bytes_on_any_day(make_base: Any) -> None:
@@ -272,7 +272,7 @@ def test_the_same_file_gives_the_same_bytes_on_any_day(make_base: Any) -> None:
     assert "26 Jul 2024" in str(base.reference().decode(TokenDataset.load(out).row(0)[0].tolist()))
 
 
-def test_rows_are_the_same_however_they_are_batched(make_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_batching(make_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base: Base = make_base(SMOLLM2)
     _, out = base.prepare(*CHATS.values())
     together = out.read_bytes()
@@ -315,7 +315,7 @@ def run_child(base: Base, out: Path, *rows: Messages) -> tuple[int, Path]:
     return ran.returncode, folder / "report.json"
 
 
-def test_a_child_prepares_without_torch(make_base: Any, tmp_path: Path) -> None:
+def test_a_child_prepares_a_file_without_torch(make_base: Any, tmp_path: Path) -> None:
     out = tmp_path / "tokens.safetensors"
 
     status, report = run_child(make_base(SMOLLM2), out, turns("a", "b"))
@@ -324,14 +324,14 @@ def test_a_child_prepares_without_torch(make_base: Any, tmp_path: Path) -> None:
     assert json.loads(report.read_text())["usable_rows"] == TokenDataset.load(out).num_rows == 1
 
 
-def test_a_refusal_is_no_failure_of_the_child(make_base: Any, tmp_path: Path) -> None:
+def test_a_rejected_file_does_not_fail_the_child(make_base: Any, tmp_path: Path) -> None:
     status, report = run_child(make_base(None), tmp_path / "tokens.safetensors", turns("a", "b"))
 
     assert status == 0
     assert json.loads(report.read_text())["refusal"]["code"] == "base_has_no_chat_template"
 
 
-def test_a_full_disk_is_not_the_files_fault(make_base: Any, tmp_path: Path) -> None:
+def test_a_full_disk_is_not_reported_as_a_bad_file(make_base: Any, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 32_768) as disk:
         status, report = run_child(make_base(SMOLLM2), disk / "tokens.safetensors", *[turns("a", "word " * 90)] * 100)
 

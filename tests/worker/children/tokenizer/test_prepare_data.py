@@ -1,4 +1,4 @@
-"""What of a chat is learnt, and what becomes of rows that are too long."""
+"""Which turns of a chat are trained on, and how rows that are too long are handled."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ END = "<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, MARKED], ids=["prefixes", "marked"])
-def test_the_last_turn_alone_may_be_learnt(make_base: Any, template: str) -> None:
+def test_training_can_be_limited_to_the_last_turn(make_base: Any, template: str) -> None:
     base: Base = make_base(template)
     chat = turns("a", "first", "b", "last", "c")
 
-    assert base.learnt(chat, loss="assistant") == f"first{END}|last{END}"
-    assert base.learnt(chat, loss="last_turn") == f"last{END}"
+    assert base.trained_text(chat, loss="assistant") == f"first{END}|last{END}"
+    assert base.trained_text(chat, loss="last_turn") == f"last{END}"
     assert base.rows(chat, loss="last_turn")[0][0] == base.rows(chat)[0][0]
     assert base.prepare(chat, loss="last_turn")[0]["loss"] == "last_turn"
 
 
-def test_a_last_turn_of_weight_0_leaves_nothing_to_learn(make_base: Any) -> None:
+def test_a_last_turn_of_weight_0_leaves_no_trainable_tokens(make_base: Any) -> None:
     masked = turns("a", "first", "b", "last")
     masked[-1]["weight"] = 0
 
@@ -29,15 +29,15 @@ def test_a_last_turn_of_weight_0_leaves_nothing_to_learn(make_base: Any) -> None
     assert (report["usable_rows"], report["empty_rows"]) == (1, 1)
 
 
-def test_a_template_that_rewrites_earlier_turns_can_be_learnt_from_by_the_last(make_base: Any) -> None:
+def test_a_template_that_rewrites_earlier_turns_works_with_last_turn(make_base: Any) -> None:
     base: Base = make_base(FORGETFUL)
     thinking = turns("a", "<think>1</think>b", "c", "<think>2</think>d")
 
     assert "last_turn" in (base.prepare(thinking)[0].get("refusal") or {}).get("remedy", "")
-    assert base.learnt(thinking, loss="last_turn") == f"<think>2</think>d{END}"
+    assert base.trained_text(thinking, loss="last_turn") == f"<think>2</think>d{END}"
 
 
-def test_rows_that_are_too_long_may_be_left_out(make_base: Any) -> None:
+def test_long_rows_are_dropped_if_requested(make_base: Any) -> None:
     base: Base = make_base(SMOLLM2)
     short, long = turns("a", "b", system="s"), turns("a", "b " * 50, system="s")
 
@@ -48,7 +48,7 @@ def test_rows_that_are_too_long_may_be_left_out(make_base: Any) -> None:
     assert base.rows(long, short, max_length=40, overflow="drop") == base.rows(short)
 
 
-def test_where_all_rows_are_left_out_the_file_is_refused(make_base: Any) -> None:
+def test_a_file_whose_rows_are_all_dropped_is_rejected(make_base: Any) -> None:
     report, out = make_base(SMOLLM2).prepare(turns("a", "b " * 50), max_length=20, overflow="drop")
 
     refused = report.get("refusal")
@@ -71,7 +71,7 @@ def test_a_long_text_is_split_into_consecutive_rows(make_base: Any) -> None:
     assert (report["rows"], report["split_rows"], report["usable_rows"]) == (2, 1, len(rows) + 1)
 
 
-def test_a_piece_of_one_token_is_left_out_and_counted(make_base: Any) -> None:
+def test_a_piece_of_one_token_is_dropped_and_counted(make_base: Any) -> None:
     base: Base = make_base(None)
     text = {"text": "a b c d e f g h " * 5}
     ((ids, _),) = base.rows(text)

@@ -1,4 +1,4 @@
-"""Prompts with completions and plain texts to tokens: those of transformers, and what of them is learnt."""
+"""Tokenization of prompts with completions and of plain texts: tokens as in transformers, and those trained on."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ TEXTS = (
     "a b c",
     "Grüße, 世界 😀",
     " leading\nand trailing \n",
-    f"says {END} itself",
+    f"contains {END} itself",
     f"ends with {END}",
     "ends with white space  ",
 )
@@ -22,7 +22,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def beginning_json(tokenizer_json: str) -> str:
-    """The same tokenizer with a convention to begin each text with a token."""
+    """Return the same tokenizer, configured to begin each text with a token."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     ident = tokenizer.token_to_id(BEGIN)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, ident)])
@@ -31,7 +31,7 @@ def beginning_json(tokenizer_json: str) -> str:
 
 @pytest.fixture
 def plain(tmp_path: Path, tokenizer_json: str) -> Base:
-    """A base without a chat template."""
+    """Return a base without a chat template."""
     return Base(tmp_path / "base", tokenizer_json, None)
 
 
@@ -43,11 +43,11 @@ def beginning(tmp_path: Path, beginning_json: str) -> Base:
 def configure(base: Base, **values: Any) -> None:
     path = base.folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({key: value for key, value in config.items() if value != "unsaid"}))
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "unset"}))
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_is_learnt_but_for_its_first_token_and_ends_once(beginning: Base, text: str) -> None:
+def test_a_text_is_trained_on_except_its_first_token_and_ends_once(beginning: Base, text: str) -> None:
     ((ids, mask),) = beginning.rows({"text": text})
 
     expected: list[int] = list(beginning.reference()(text)["input_ids"])
@@ -56,7 +56,7 @@ def test_a_text_is_learnt_but_for_its_first_token_and_ends_once(beginning: Base,
     assert mask == [0] + [1] * (len(ids) - 1)
 
 
-def test_a_completion_and_the_end_are_learnt_and_its_prompt_is_read(beginning: Base) -> None:
+def test_a_completion_and_the_end_token_are_trained_on_and_the_prompt_is_not(beginning: Base) -> None:
     ((ids, mask),) = beginning.rows({"prompt": "What is 2 + 2?\n", "completion": "It is 4."})
 
     reference = beginning.reference()
@@ -66,7 +66,7 @@ def test_a_completion_and_the_end_are_learnt_and_its_prompt_is_read(beginning: B
     assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
 
 
-def test_without_a_token_to_begin_with_the_first_of_the_text_is_not_learnt(plain: Base) -> None:
+def test_without_a_bos_token_the_first_token_of_a_text_is_not_trained_on(plain: Base) -> None:
     ((ids, mask),) = plain.rows({"prompt": "", "completion": "b c"})
 
     assert mask == [0] + [1] * (len(ids) - 1)
@@ -74,16 +74,16 @@ def test_without_a_token_to_begin_with_the_first_of_the_text_is_not_learnt(plain
 
 @pytest.mark.parametrize("has_processor", [True, False])
 @pytest.mark.parametrize(
-    "said", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str
+    "options", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str
 )
-def test_what_stands_around_a_text_is_what_transformers_puts_there(
-    plain: Base, beginning_json: str, said: dict[str, bool], has_processor: bool
+def test_special_tokens_around_a_text_equal_those_of_transformers(
+    plain: Base, beginning_json: str, options: dict[str, bool], has_processor: bool
 ) -> None:
-    told = json.loads(beginning_json)
+    tokenizer = json.loads(beginning_json)
     (plain.folder / "tokenizer.json").write_text(
-        json.dumps(told if has_processor else {**told, "post_processor": None})
+        json.dumps(tokenizer if has_processor else {**tokenizer, "post_processor": None})
     )
-    configure(plain, **said)
+    configure(plain, **options)
 
     ((ids, _),) = plain.rows({"text": "a b c"})
 
@@ -95,10 +95,10 @@ def test_what_stands_around_a_text_is_what_transformers_puts_there(
 @pytest.mark.parametrize(
     ("model", "end"), [({"eos_token_id": 0}, BEGIN), ({"eos_token_id": [0, 2]}, BEGIN), ({}, None)], ids=str
 )
-def test_where_the_tokenizer_names_no_end_the_model_does_or_there_is_none(
+def test_the_end_token_falls_back_to_the_model_configuration(
     plain: Base, model: dict[str, Any], end: str | None
 ) -> None:
-    configure(plain, eos_token="unsaid")
+    configure(plain, eos_token="unset")
     (plain.folder / "config.json").write_text(json.dumps({"vocab_size": 400, **model}))
 
     ((ids, mask),) = plain.rows({"text": "a b c"})
@@ -109,13 +109,11 @@ def test_where_the_tokenizer_names_no_end_the_model_does_or_there_is_none(
     assert mask == [0] + [1] * (len(ids) - 1)
 
 
-def test_messages_of_a_prompt_and_a_completion_are_a_chat_whose_last_answers_are_learnt(
-    tmp_path: Path, tokenizer_json: str
-) -> None:
+def test_a_prompt_and_a_completion_of_messages_form_a_chat(tmp_path: Path, tokenizer_json: str) -> None:
     base = Base(tmp_path / "base", tokenizer_json, MARKED)
     chat = turns("a", "b", "c", "d")
 
-    assert base.learnt({"prompt": chat[:3], "completion": chat[3:]}) == f"d{END}"
+    assert base.trained_text({"prompt": chat[:3], "completion": chat[3:]}) == f"d{END}"
     ((ids, _),) = base.rows({"prompt": chat[:3], "completion": chat[3:]})
     assert ids == base.rows(chat)[0][0]
 
@@ -130,7 +128,7 @@ def test_only_rows_of_messages_need_a_chat_template(plain: Base) -> None:
     assert '{"text": "..."}' in refused["remedy"]
 
 
-def test_the_report_tells_the_kind_and_what_stands_around_a_text(beginning: Base, tmp_path: Path) -> None:
+def test_the_report_shows_the_kind_and_the_tokens_around_a_text(beginning: Base, tmp_path: Path) -> None:
     report, _ = beginning.prepare({"text": "a"}, {"text": "b c"})
     assert (report.get("kind"), report.get("opens_with"), report.get("ends_with")) == ("text", BEGIN, END)
     assert "chat_template" not in report
@@ -145,8 +143,8 @@ def test_the_report_tells_the_kind_and_what_stands_around_a_text(beginning: Base
     assert "ends_with" not in report
 
 
-def test_texts_of_one_token_are_refused_together(plain: Base) -> None:
-    configure(plain, eos_token="unsaid")
+def test_texts_of_one_token_are_rejected_together(plain: Base) -> None:
+    configure(plain, eos_token="unset")
 
     refused = plain.prepare({"text": "a"}, {"text": "b"})[0].get("refusal")
 
@@ -156,5 +154,5 @@ def test_texts_of_one_token_are_refused_together(plain: Base) -> None:
     )
 
 
-def test_a_tokenizer_may_begin_texts_with_nothing(plain: Base) -> None:
-    assert plain.prepare({"text": "a b"})[0].get("opens_with", "unsaid") is None
+def test_a_tokenizer_may_have_no_bos_token(plain: Base) -> None:
+    assert plain.prepare({"text": "a b"})[0].get("opens_with", "unset") is None

@@ -1,4 +1,4 @@
-"""What a person is shown of a data file: rows token by token, the lines of odd ones, what two files share."""
+"""The data report for users: rows token by token, lines of unusual rows, and the overlap of two files."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def tokens(sample: dict[str, Any], row: int = 0) -> list[ShownToken]:
     return list(chain.from_iterable(segment["tokens"] for segment in sample["rows"][row]["segments"]))
 
 
-def text(found: list[ShownToken], *, learnt: bool | None = None) -> str:
-    return "".join(token["text"] for token in found if learnt is None or token["is_trained"] is learnt)
+def text(found: list[ShownToken], *, trained: bool | None = None) -> str:
+    return "".join(token["text"] for token in found if trained is None or token["is_trained"] is trained)
 
 
 @pytest.mark.parametrize("words", ["Hi there", "naïve 東京 🎉🎉 x", "  two  spaces\n\n\ttab "])
-def test_the_pieces_of_a_row_are_its_text_and_those_with_loss_its_answer(make_base: Any, words: str) -> None:
+def test_the_tokens_of_a_row_join_to_its_text_and_trained_ones_to_its_answer(make_base: Any, words: str) -> None:
     details, _ = shown(make_base(TEMPLATE), chat("What?", words))
 
     (sample,) = details["samples"]
     assert text(tokens(sample)) == f"<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n{words}<|im_end|>\n"
-    assert text(tokens(sample), learnt=True) == f"{words}<|im_end|>"
+    assert text(tokens(sample), trained=True) == f"{words}<|im_end|>"
 
 
-def test_of_a_plain_text_the_end_is_shown_too(make_base: Any) -> None:
+def test_the_end_token_of_a_plain_text_is_shown(make_base: Any) -> None:
     base = make_base(None)
     details, _ = shown(base, {"prompt": "A:", "completion": " b"})
 
     eos = BaseText(base.folder).eos
     assert eos is not None
     assert text(tokens(details["samples"][0])).endswith(f"A: b{eos[1]}")
-    assert text(tokens(details["samples"][0]), learnt=True) == f" b{eos[1]}"
+    assert text(tokens(details["samples"][0]), trained=True) == f" b{eos[1]}"
 
 
 def test_both_answers_of_a_pair_are_shown(make_base: Any) -> None:
@@ -71,10 +71,10 @@ def test_both_answers_of_a_pair_are_shown(make_base: Any) -> None:
 
     (sample,) = details["samples"]
     assert [found["part"] for found in sample["rows"]] == ["chosen", "rejected"]
-    assert [text(tokens(sample, place), learnt=True) for place in (0, 1)] == ["good<|im_end|>", "bad<|im_end|>"]
+    assert [text(tokens(sample, place), trained=True) for place in (0, 1)] == ["good<|im_end|>", "bad<|im_end|>"]
 
 
-def test_the_lines_of_odd_rows_are_named_and_the_first_of_each_kind_is_shown(make_base: Any) -> None:
+def test_unusual_rows_are_listed_and_the_first_of_each_kind_is_shown(make_base: Any) -> None:
     plain = [chat(f"Question {number}?", "Yes") for number in range(NUM_SAMPLES + 1)]
     rows = [*plain, plain[0], chat("Long?", "so " * 100), chat("Empty?", "No", weight=0), chat("x " * 90, "cut")]
 
@@ -92,14 +92,14 @@ def test_the_lines_of_odd_rows_are_named_and_the_first_of_each_kind_is_shown(mak
     assert long["trained_tokens"] == sum(token["is_trained"] for token in tokens(details["samples"][-2]))
 
 
-def test_a_long_row_is_shown_where_it_begins_and_where_loss_begins(make_base: Any) -> None:
+def test_a_long_row_shows_its_start_and_the_start_of_its_trained_tokens(make_base: Any) -> None:
     details, _ = shown(make_base(TEMPLATE), chat("word " * 400, "The answer"), max_length=4096)
 
     (row,) = details["samples"][0]["rows"]
     assert row["whole_tokens"] > MAX_SHOWN
     assert row["segments"][0]["start"] == 0
     assert len(tokens(details["samples"][0])) == MAX_SHOWN
-    assert "The answer" in text(tokens(details["samples"][0]), learnt=True)
+    assert "The answer" in text(tokens(details["samples"][0]), trained=True)
 
 
 def written(path: Path, *rows: list[int]) -> Path:
@@ -110,14 +110,14 @@ def written(path: Path, *rows: list[int]) -> Path:
     return path
 
 
-def test_rows_of_a_held_out_file_that_training_has_are_counted_each_time(tmp_path: Path) -> None:
+def test_validation_rows_that_occur_in_training_are_each_counted(tmp_path: Path) -> None:
     train = written(tmp_path / "train", [1, 2, 3], [4, 5], [6])
     valid = written(tmp_path / "valid", [4, 5], [1, 2], [3], [6], [4, 5])
 
     assert data_overlap.count(train, valid, in_pairs=False) == (3, 5)
 
 
-def test_pairs_are_the_same_where_both_answers_are(tmp_path: Path) -> None:
+def test_pairs_overlap_only_if_both_answers_match(tmp_path: Path) -> None:
     train = written(tmp_path / "train", [1, 2], [3], [4], [5])
     valid = written(tmp_path / "valid", [1, 2], [3], [4], [6], [1], [2, 3])
 

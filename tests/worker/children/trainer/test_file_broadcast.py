@@ -1,4 +1,4 @@
-"""Trainers on several machines, which are folders here: of the job's files the second has what the first hands on."""
+"""Trainers on several machines, which are folders here: the leader broadcasts a job's files to the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def two_machines(folder: Path, base_dir: Path) -> Iterator[tuple[Launched, Launched]]:
-    """One process here, two there; nobody has joined them yet."""
+    """Start one process on the leader and two on the member. They may not have connected yet."""
     _, interface = place_of(LOCAL)
     where: dict[str, Any] = {"address": LOCAL, "interface": interface, "name": "round-1", "num_ranks": 3}
     here = meeting_settings(**where, port=None, first_rank=0)
@@ -49,27 +49,26 @@ def wait_for_port(leader: Launched) -> int:
 
 
 def wait_for_end(leader: Launched) -> None:
-    """That its worker lives it is told all along."""
+    """Wait until the leader's trainer exits, and send it heartbeats meanwhile."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not leader.process.wait(0.1):
-        assert time.monotonic() < deadline, "it goes on without the other machine"
+        assert time.monotonic() < deadline, "it keeps running without the other machine"
         leader.process.send_heartbeat()
 
 
 def finish(leader: Launched) -> str:
-    """Digest of the job's adapter, once all have unloaded."""
-    exported = leader.hear("exported", "job")
+    """Return the digest of the job's adapter, after all processes have unloaded."""
+    exported = leader.wait_for("exported", "job")
     assert exported["report"]["passed"]
     leader.inbox.send("unload")
-    leader.hear("unloaded")
+    leader.wait_for("unloaded")
     assert leader.process.wait(WAIT_SECONDS)
     return digest(leader.directory.path / exported["folder"] / "adapter_model.safetensors")
 
 
 @pytest.mark.slow
-def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes_beside_one_that_cannot_be_handed_on(
-    tmp_path: Path, base_dir: Path
-) -> None:
+def test_a_resumed_job_on_two_machines_has_the_bytes_of_one_process(tmp_path: Path, base_dir: Path) -> None:
+    """Another job, whose files the member can't write, is rejected and affects nothing else."""
     with launched(tmp_path / "alone", base_dir, num_processes=1) as alone:
         alone.admit("job", **JOB)
         whole = finish(alone)
@@ -79,35 +78,33 @@ def test_two_machines_leave_the_bytes_of_one_process_whose_job_resumes_beside_on
             blocked = member.directory.job_path("blocked")
             (blocked / "train" / "tokens.safetensors").mkdir(parents=True)
             leader.admit("blocked", **JOB)
-            assert leader.hear("refused", "blocked")["error"]["code"] == "disk_error"
+            assert leader.wait_for("refused", "blocked")["error"]["code"] == "disk_error"
             resume = leader.directory.job_path("job") / "resume" / "step-3"
             shutil.copytree(saved, resume)
             leader.admit("job", resume=resume, **JOB)
-            assert leader.hear("admitted", "job")["step"] == 3
-            assert leader.hear("ready")["num_processes"] == 3
+            assert leader.wait_for("admitted", "job")["step"] == 3
+            assert leader.wait_for("ready")["num_processes"] == 3
             together = finish(leader)
 
             assert member.process.wait(WAIT_SECONDS)
             assert member.process.returncode == 0, member.directory.log_tail()
             assert member.reader.read() == []
             assert not member.directory.job_path("job").exists()
-            assert not blocked.exists(), "what was handed on stays on a disk that may be full"
+            assert not blocked.exists(), "received files remain on a disk that may be full"
     assert together == whole
 
 
 @pytest.mark.slow
-def test_nothing_listens_but_at_the_address_of_the_leader_and_a_killed_machine_ends_the_other(
-    tmp_path: Path, base_dir: Path
-) -> None:
+def test_trainers_listen_only_at_the_leaders_address_and_exit_together(tmp_path: Path, base_dir: Path) -> None:
     with two_machines(tmp_path, base_dir) as (leader, member):
-        leader.hear("ready")
+        leader.wait_for("ready")
         listening = {address for launched in (leader, member) for _, address in launched.listeners()}
         leader.admit("job", max_steps=5000, hyperparameters={"batch_size": 8})
-        leader.hear("stepped", "job")
+        leader.wait_for("stepped", "job")
 
         member.process.kill()
 
         assert listening == {LOCAL}
         wait_for_end(leader)
-        told = heard(leader.directory.log_tails(16_000), ranks=range(1), returncode=leader.process.returncode)
-        assert told.is_echo, leader.directory.log_tail()
+        failure = heard(leader.directory.log_tails(16_000), ranks=range(1), returncode=leader.process.returncode)
+        assert failure.is_echo, leader.directory.log_tail()

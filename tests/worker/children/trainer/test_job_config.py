@@ -1,4 +1,4 @@
-"""From what was asked for to what the engine is told."""
+"""Conversion of a job's specification to the engine's configuration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def request(**fields: object) -> JobRequest:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 40, 1000])
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.99])
-def test_the_first_step_of_any_job_learns_and_some_step_has_the_peak_rate(num_steps: int, ratio: float) -> None:
+def test_a_learning_rate_is_positive_from_step_1_and_reaches_its_peak(num_steps: int, ratio: float) -> None:
     spec = resolve(request(schedule={"warmup_ratio": ratio}), num_rows=100, max_positions=None, seed=1)
 
     schedule = job_config(spec, num_steps=num_steps, evaluate_every_steps=None).schedule
@@ -37,9 +37,9 @@ def test_the_first_step_of_any_job_learns_and_some_step_has_the_peak_rate(num_st
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 40, 1000])
-def test_wsd_goes_down_over_its_part_of_the_steps_and_no_further_than_the_warm_up(num_steps: int) -> None:
-    asked = {"type": "wsd", "warmup_ratio": 0.7, "decay_ratio": 0.3}
-    spec = resolve(request(schedule=asked), num_rows=100, max_positions=None, seed=1)
+def test_wsd_decays_over_its_fraction_of_the_steps_after_the_warm_up(num_steps: int) -> None:
+    requested = {"type": "wsd", "warmup_ratio": 0.7, "decay_ratio": 0.3}
+    spec = resolve(request(schedule=requested), num_rows=100, max_positions=None, seed=1)
 
     schedule = job_config(spec, num_steps=num_steps, evaluate_every_steps=None).schedule
 
@@ -48,28 +48,36 @@ def test_wsd_goes_down_over_its_part_of_the_steps_and_no_further_than_the_warm_u
     assert min(rates) > 0
 
 
-def test_wsd_falls_over_a_fifth_of_the_job_if_nothing_is_said() -> None:
+def test_wsd_decays_over_a_fifth_of_the_steps_by_default() -> None:
     spec = resolve(request(schedule={"type": "wsd"}), num_rows=100, max_positions=None, seed=1)
 
     assert job_config(spec, num_steps=100, evaluate_every_steps=None).schedule.decay_steps == 20
 
 
-def test_the_course_of_training_reaches_the_engine() -> None:
-    asked = request(
+def test_optimizer_and_early_stopping_reach_the_engine() -> None:
+    requested = request(
         optimizer={"type": "sgd", "momentum": 0.9, "learning_rate": 0.1},
         early_stopping={"patience": 3, "min_delta": 0.5},
         validation_file="file-2",
     )
-    config = job_config(resolve(asked, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2)
+    config = job_config(
+        resolve(requested, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2
+    )
 
     assert (config.optimizer.kind, config.optimizer.momentum) == ("sgd", 0.9)
     assert (config.early_stopping, config.keep) == (EarlyStoppingConfig(patience=3, min_delta=0.5), "best")
 
 
-def test_adafactor_reaches_the_engine_with_its_own_numbers() -> None:
-    asked = {"type": "adafactor", "learning_rate": 0.1, "beta2_decay": -0.5, "clip_threshold": 2, "scale_floor": 0.05}
+def test_adafactor_hyperparameters_reach_the_engine() -> None:
+    requested = {
+        "type": "adafactor",
+        "learning_rate": 0.1,
+        "beta2_decay": -0.5,
+        "clip_threshold": 2,
+        "scale_floor": 0.05,
+    }
 
-    spec = resolve(request(optimizer=asked), num_rows=10, max_positions=None, seed=1)
+    spec = resolve(request(optimizer=requested), num_rows=10, max_positions=None, seed=1)
 
     found = job_config(spec, num_steps=2, evaluate_every_steps=None).optimizer
     assert found == OptimizerConfig(
@@ -77,26 +85,30 @@ def test_adafactor_reaches_the_engine_with_its_own_numbers() -> None:
     )
 
 
-def test_smoothing_and_noise_reach_the_engine() -> None:
+def test_label_smoothing_and_neftune_reach_the_engine() -> None:
     numbers = {"label_smoothing": 0.1, "neftune_alpha": 5}
-    asked = request(method={"type": "supervised", "supervised": {"hyperparameters": numbers}})
+    requested = request(method={"type": "supervised", "supervised": {"hyperparameters": numbers}})
 
-    config = job_config(resolve(asked, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2)
+    config = job_config(
+        resolve(requested, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2
+    )
 
     assert config.objective == ObjectiveConfig(kind="supervised", label_smoothing=0.1)
     assert config.neftune_alpha == 5
 
 
-def test_the_smoothing_of_dpo_is_its_own_and_its_embeddings_have_no_noise() -> None:
-    asked = request(method={"type": "dpo", "dpo": {"hyperparameters": {"label_smoothing": 0.2, "beta": 0.3}}})
+def test_dpo_has_its_own_label_smoothing_and_no_neftune() -> None:
+    requested = request(method={"type": "dpo", "dpo": {"hyperparameters": {"label_smoothing": 0.2, "beta": 0.3}}})
 
-    config = job_config(resolve(asked, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2)
+    config = job_config(
+        resolve(requested, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2
+    )
 
     assert config.objective == ObjectiveConfig(kind="dpo", beta=0.3, label_smoothing=0.2)
     assert config.neftune_alpha == 0
 
 
-def test_a_job_from_before_there_were_smoothing_and_noise_goes_on_as_the_same_job() -> None:
+def test_a_spec_stored_before_label_smoothing_keeps_its_digest() -> None:
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
     stored = spec.model_dump(mode="json")
     del stored["supervised"]
@@ -109,7 +121,7 @@ def test_a_job_from_before_there_were_smoothing_and_noise_goes_on_as_the_same_jo
     assert (old.objective, old.neftune_alpha) == (ObjectiveConfig(), 0)
 
 
-def test_a_job_from_before_there_was_a_choice_of_course_is_what_it_was() -> None:
+def test_a_spec_stored_before_early_stopping_loads_unchanged() -> None:
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
     stored = spec.model_dump(mode="json")
     del stored["keep"], stored["early_stopping"], stored["schedule"]["decay_ratio"]
@@ -118,7 +130,7 @@ def test_a_job_from_before_there_was_a_choice_of_course_is_what_it_was() -> None
     assert JobSpec.model_validate(stored) == spec
 
 
-def test_the_largest_dropout_that_may_be_asked_for_is_the_engines() -> None:
+def test_the_largest_dropout_of_a_request_is_the_engines() -> None:
     spec = resolve(request(lora={"dropout": MAX_DROPOUT}), num_rows=100, max_positions=None, seed=1)
 
     assert job_config(spec, num_steps=1, evaluate_every_steps=None).lora.dropout == MAX_DROPOUT
@@ -126,7 +138,7 @@ def test_the_largest_dropout_that_may_be_asked_for_is_the_engines() -> None:
         request(lora={"dropout": MAX_DROPOUT + 0.01})
 
 
-def test_the_shape_of_an_adapter_reaches_the_engine_whatever_the_order_of_its_keys() -> None:
+def test_the_adapter_configuration_does_not_depend_on_key_order() -> None:
     lora = {
         "rank": 4,
         "target_modules": ["q_proj", "up_proj"],
@@ -139,8 +151,8 @@ def test_the_shape_of_an_adapter_reaches_the_engine_whatever_the_order_of_its_ke
     turned = lora | {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "layers_to_transform": [0, 1]}
     configs = []
     for shape in (lora, turned):
-        asked = request(lora=shape, optimizer={"lora_plus_ratio": 16})
-        spec = resolve(asked, num_rows=100, max_positions=None, seed=1)
+        requested = request(lora=shape, optimizer={"lora_plus_ratio": 16})
+        spec = resolve(requested, num_rows=100, max_positions=None, seed=1)
         configs.append(job_config(spec, num_steps=1, evaluate_every_steps=None))
 
     assert configs[0].digest() == configs[1].digest()
@@ -157,7 +169,7 @@ def test_the_shape_of_an_adapter_reaches_the_engine_whatever_the_order_of_its_ke
     )
 
 
-def test_a_spec_of_before_patterns_still_loads() -> None:
+def test_a_spec_stored_before_rank_patterns_loads_unchanged() -> None:
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
     old = spec.model_dump(mode="json")
     for name in ("layers_to_transform", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights"):
@@ -167,7 +179,7 @@ def test_a_spec_of_before_patterns_still_loads() -> None:
     assert JobSpec.model_validate(old) == spec
 
 
-def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_with() -> None:
+def test_slices_and_ticks_have_the_sizes_of_the_memory_estimate() -> None:
     spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
 
     slice_tokens = job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens
@@ -177,16 +189,14 @@ def test_the_engine_makes_slices_and_ticks_of_the_sizes_that_memory_is_counted_w
     assert (cpu.token_budget, gpu.token_budget) == (2 * TICK_TOKENS["cpu"], TICK_TOKENS["cuda"])
 
 
-def test_every_core_of_a_cpu_is_a_lane_and_a_gpu_has_one() -> None:
+def test_a_cpu_has_one_lane_per_core_and_a_gpu_has_one() -> None:
     assert engine_of("cpu", num_threads=3).num_lanes == 3
     assert engine_of("cuda:0", num_threads=3).num_lanes == 1
 
 
-@pytest.mark.parametrize(("told", "kept"), [({"prefix_disk_bytes": 7}, 7), ({"prefix_disk_bytes": 0}, 0), ({}, 0)])
-def test_prefixes_are_kept_in_the_trainers_directory_within_the_operators_budget_and_take_no_memory(
-    told: dict[str, int], kept: int
-) -> None:
-    config = engine_of("cpu", num_threads=1, **told)
+@pytest.mark.parametrize(("settings", "kept"), [({"prefix_disk_bytes": 7}, 7), ({"prefix_disk_bytes": 0}, 0), ({}, 0)])
+def test_prefixes_are_cached_on_disk_within_the_budget_and_not_in_memory(settings: dict[str, int], kept: int) -> None:
+    config = engine_of("cpu", num_threads=1, **settings)
 
     assert (config.prefix_disk_bytes, config.prefix_memory_bytes) == (kept, 0)
     assert config.prefix_folder == FOLDER
@@ -197,5 +207,5 @@ def engine_of(device: str, *, num_threads: int, **settings: int) -> EngineConfig
 
 
 @pytest.mark.parametrize("method", get_args(MethodType))
-def test_the_catalog_counts_a_parent_for_whatever_the_engine_compares_with_it(method: MethodType) -> None:
+def test_the_catalog_and_the_engine_agree_which_methods_need_a_reference(method: MethodType) -> None:
     assert compares_with_start(method) == ObjectiveConfig(kind=method).needs_reference

@@ -1,4 +1,4 @@
-"""Lines of worker and trainer say which job, claim, trainer, worker and trace they are about."""
+"""Log lines of worker and trainer name their job, claim, trainer, worker and trace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADMIT = {"claim_id": "claim-1", "job_id": "ftjob-1", "trace": PARENT}
 
 @pytest.fixture
 def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """What loggers of the worker say, an object a line."""
+    """Yield the output of the worker's loggers, with one JSON object per line."""
     monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
     out, logger = io.StringIO(), logging.getLogger("worker")
     handler, level = logging.StreamHandler(out), logger.level
@@ -37,7 +37,7 @@ def lines(out: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def test_a_trainers_lines_name_job_claim_trainer_and_trace(out: io.StringIO) -> None:
+def test_log_lines_of_a_trainer_name_job_claim_trainer_and_trace(out: io.StringIO) -> None:
     log = TrainerLog({"trainer_id": "trainer-1"}, speaks=True)
 
     assert log.knows(ADMIT) == "claim-1"
@@ -51,7 +51,7 @@ def test_a_trainers_lines_name_job_claim_trainer_and_trace(out: io.StringIO) -> 
     assert (second["message"], second["level"]) == ("refused code=out_of_memory", "warning")
 
 
-def test_of_several_ranks_the_leader_alone_speaks(out: io.StringIO) -> None:
+def test_only_the_leading_rank_logs(out: io.StringIO) -> None:
     log = TrainerLog({"trainer_id": "trainer-1"}, speaks=False)
 
     log.record_event(log.knows(ADMIT), "admitted", {"step": 0})
@@ -59,7 +59,7 @@ def test_of_several_ranks_the_leader_alone_speaks(out: io.StringIO) -> None:
     assert lines(out) == []
 
 
-def test_a_workers_lines_name_what_it_does_something_for(site: PackSite, out: io.StringIO) -> None:
+def test_log_lines_of_a_worker_name_job_claim_trainer_and_worker(site: PackSite, out: io.StringIO) -> None:
     claim = site.claim()
     site.context.spans.claimed(claim, worker_id="w1")
     session = site.session(claim)
@@ -78,7 +78,7 @@ def test_a_workers_lines_name_what_it_does_something_for(site: PackSite, out: io
     assert "The disk is away." in line["exception"]
 
 
-def test_a_trainer_is_told_the_form_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_format_is_passed_to_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
 
     assert child_environment()["LORRY_LOG_FORMAT"] == "json"

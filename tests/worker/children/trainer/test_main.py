@@ -1,4 +1,4 @@
-"""What the trainer's end of the directory says when its base, its files or its memory fail it."""
+"""Events that a trainer writes when its base model, its files or its memory fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_core.engine.engine import Engine
 from lora_core.errors import BadAdapter, OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from lora_core.model_files.import_base import Imported
-from tests.worker.pack_site import said
+from tests.worker.pack_site import events_in
 from worker.children import base_importer
 from worker.children.trainer import main, message_handlers, outputs
 from worker.children.trainer.message_handlers import MessageHandlers
@@ -28,7 +28,7 @@ from worker.protocol.mailbox import AdmitBody, EventWriter, InboxWriter, Trainer
 
 
 class FullEngine:
-    """Stands where torch would be: nothing fits it."""
+    """An engine without torch, in which nothing fits."""
 
     idle = False
     ranks = ALONE
@@ -47,15 +47,15 @@ class FullEngine:
         raise OutOfMemory("claim-1", num_tokens=1024)
 
     def export(self, job: str, *_: object, **__: object) -> None:
-        assert job in self._compared, "nobody has looked whether all processes have these weights"
+        assert job in self._compared, "the weights of the ranks were not compared"
         raise OutOfMemory(job, num_tokens=0)
 
     def evict(self, job: str) -> None:
-        """Room for others."""
+        """Frees memory in the real engine."""
 
 
 def body(claim_id: str = "claim-1") -> AdmitBody:
-    """Of an `admit` message whose files are not there."""
+    """Return the body of an `admit` message whose files don't exist."""
     request = JobRequest(model="tiny", training_file="file-1")
     spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
     return {
@@ -82,7 +82,7 @@ def directory(tmp_path: Path) -> TrainerDirectory:
 
 @pytest.fixture
 def trainer(directory: TrainerDirectory) -> Iterator[MessageHandlers]:
-    """With a full engine, and two jobs in it."""
+    """Yield message handlers with a full engine and two jobs in it."""
     trainer = MessageHandlers(directory, cast(Engine, FullEngine()), EventWriter(directory))
     trainer._jobs = {
         name: AdmittedJob(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
@@ -92,21 +92,19 @@ def trainer(directory: TrainerDirectory) -> Iterator[MessageHandlers]:
     trainer.events.close()
 
 
-def test_a_base_that_cannot_be_loaded_is_refused_with_code_and_remedy(
-    directory: TrainerDirectory, tmp_path: Path
-) -> None:
+def test_an_unloadable_base_is_rejected_with_code_and_remedy(directory: TrainerDirectory, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
 
     main.run(directory)
 
-    (refused,) = said(directory)
+    (refused,) = events_in(directory)
     assert refused["type"] == "load_refused"
     assert refused["error"]["code"]
     assert refused["error"]["remedy"]
 
 
-def test_an_import_tells_the_commit_and_the_license_of_its_source(
+def test_an_import_reports_the_commit_and_license_of_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_importer, "import_base", lambda **_: Imported(commit="c0ffee", license="apache-2.0"))
@@ -124,7 +122,7 @@ def test_an_import_tells_the_commit_and_the_license_of_its_source(
     ("number", "code"),
     [(errno.EFBIG, "import_limit"), (errno.ENOSPC, "out_of_space"), (errno.EIO, "disk_error")],
 )
-def test_an_import_that_writes_more_than_its_limit_is_no_failed_disk(
+def test_a_failed_import_write_is_classified_by_its_error_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str
 ) -> None:
     def fail(**_: object) -> Imported:
@@ -139,7 +137,7 @@ def test_an_import_that_writes_more_than_its_limit_is_no_failed_disk(
     assert read_json(tmp_path / "result.json")["error"]["code"] == code
 
 
-def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
+def test_a_disk_error_in_a_jobs_files_rejects_only_that_job(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Path) -> TokenDataset:
@@ -149,27 +147,27 @@ def test_a_disk_that_fails_under_a_jobs_files_refuses_that_job_alone(
 
     trainer._admit(body())
 
-    (refused,) = said(directory)
+    (refused,) = events_in(directory)
     assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
     assert refused["error"]["code"] == "disk_error"
 
 
-def test_a_job_that_does_not_fit_beside_the_others_is_refused_on_its_way_in(
+def test_a_job_that_does_not_fit_is_rejected_on_admission(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TokenDataset, "load", lambda _: None)
 
     trainer._admit(body("claim-2"))
 
-    (refused,) = said(directory)
+    (refused,) = events_in(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-2", "out_of_memory")
     assert set(trainer._jobs) == {"claim-0", "claim-1"}
 
 
-def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over(
+def test_export_and_verification_send_events_before_they_finish(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def go_on(*_: object, between: Callable[[], None], **__: object) -> None:
+    def succeed(*_: object, between: Callable[[], None], **__: object) -> None:
         between()
 
     def fail(*_: object, between: Callable[[], None], **__: object) -> None:
@@ -178,21 +176,24 @@ def test_an_export_and_its_verification_leave_signs_of_life_before_they_are_over
 
     monkeypatch.setattr(message_handlers, "REPORT_SECONDS", 0)
     monkeypatch.setattr("lora_core.peft_format.verify.verify_export", fail)
-    for name, found in {"export": go_on, "memory": dict, "tokens_per_second": lambda: 0.0, "tick_speeds": dict}.items():
+    for name, found in {
+        "export": succeed,
+        "memory": dict,
+        "tokens_per_second": lambda: 0.0,
+        "tick_speeds": dict,
+    }.items():
         monkeypatch.setattr(trainer.engine, name, found, raising=False)
 
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
-    assert [event["type"] for event in said(directory)] == ["memory", "memory", "refused"]
+    assert [event["type"] for event in events_in(directory)] == ["memory", "memory", "refused"]
 
 
-def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
-    trainer: MessageHandlers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_checked_when_they_are_prepared(trainer: MessageHandlers, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[object] = []
     monkeypatch.setattr(message_handlers, "BaseText", lambda _: None)
-    monkeypatch.setattr(message_handlers, "sample_request", lambda *_, **__: "asked")
-    monkeypatch.setattr(message_handlers, "prompts_of", lambda asked: asked)
+    monkeypatch.setattr(message_handlers, "sample_request", lambda *_, **__: "sampling")
+    monkeypatch.setattr(message_handlers, "prompts_of", lambda sampling: sampling)
     monkeypatch.setattr(message_handlers, "check_prompts", lambda prompts, base: checked.append((prompts, base)))
     trainer.engine = SimpleNamespace(base="base")  # pyright: ignore[reportAttributeAccessIssue]
     evaluation = {"samples": {"prompts": ["What?"]}}
@@ -203,11 +204,11 @@ def test_prompts_are_checked_before_the_start_of_their_job_is_computed(
 
     trainer._prepare_prompts("claim-1", spec, body())
 
-    assert checked == [("asked", "base")]
-    assert trainer._jobs["claim-1"].sample_request == "asked"
+    assert checked == [("sampling", "base")]
+    assert trainer._jobs["claim-1"].sample_request == "sampling"
 
 
-def test_a_data_set_that_does_not_fit_is_told_as_such(
+def test_a_dataset_that_does_not_fit_is_reported_as_out_of_memory(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: Path) -> TokenDataset:
@@ -217,26 +218,26 @@ def test_a_data_set_that_does_not_fit_is_told_as_such(
 
     trainer._admit(body())
 
-    (refused,) = said(directory)
+    (refused,) = events_in(directory)
     assert refused["error"]["code"] == "out_of_memory"
     assert refused["error"]["message"].startswith("Job 'claim-1' is out of memory: its training data")
     assert "max_length" in refused["error"]["remedy"]
     assert "rank" not in refused["error"]["remedy"]
 
 
-def test_want_of_memory_refuses_the_job_that_the_error_names(
+def test_out_of_memory_rejects_the_job_that_the_error_names(
     trainer: MessageHandlers, directory: TrainerDirectory
 ) -> None:
     trainer.tick()
 
-    (refused,) = said(directory)
+    (refused,) = events_in(directory)
     assert (refused["type"], refused["claim_id"]) == ("refused", "claim-1")
     assert refused["error"]["code"] == "out_of_memory"
     assert set(trainer._jobs) == {"claim-0"}
 
 
 class DivergingEngine(FullEngine):
-    """Job claim-1 has come to step 7 and no further."""
+    """An engine in which job claim-1 diverges at step 7."""
 
     def __init__(self, *, good_step: int) -> None:
         super().__init__()
@@ -249,7 +250,7 @@ class DivergingEngine(FullEngine):
         return None
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
-        assert job in self._compared, "nobody has looked whether all processes have these weights"
+        assert job in self._compared, "the weights of the ranks were not compared"
         directory.mkdir(parents=True)
 
     def export(self, job: str, *given: Any, **_: object) -> None:
@@ -262,14 +263,14 @@ class DivergingEngine(FullEngine):
         return [JobDiverged(job="claim-1", step=7, good_step=self._good_step, message="The update is not finite.")]
 
 
-def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_others_stay(
+def test_a_diverged_job_saves_its_last_step_and_the_others_stay(
     trainer: MessageHandlers, directory: TrainerDirectory
 ) -> None:
     trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
 
     trainer.tick()
 
-    saved, diverged = said(directory)
+    saved, diverged = events_in(directory)
     assert (saved["type"], saved["claim_id"], saved["step"]) == ("checkpointed", "claim-1", 7)
     assert (directory.path / saved["folder"]).is_dir()
     assert (directory.path / saved["adapter"]).is_dir()
@@ -278,7 +279,7 @@ def test_a_job_that_diverges_leaves_its_last_step_before_it_is_told_and_the_othe
     assert set(trainer._jobs) == {"claim-0"}
 
 
-def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint_all_the_same(
+def test_a_checkpoint_that_cannot_be_exported_is_still_a_checkpoint(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -289,7 +290,7 @@ def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint
 
     trainer._checkpoint("claim-1")
 
-    unexported, saved = said(directory)
+    unexported, saved = events_in(directory)
     assert (unexported["type"], unexported["error"]["code"]) == ("checkpoint_unexported", "out_of_space")
     assert (saved["type"], saved["step"], saved["adapter"]) == ("checkpointed", 7, None)
 
@@ -297,34 +298,34 @@ def test_a_checkpoint_whose_weights_cannot_be_written_as_a_model_is_a_checkpoint
 def leave(
     trainer: MessageHandlers, directory: TrainerDirectory, *verbs: tuple[Verb, str | None]
 ) -> list[dict[str, Any]]:
-    """What is said of messages that have come together: verb, and whom it is about."""
+    """Send the messages, each a verb and a claim, before one read of the inbox. Return the trainer's events."""
     inbox = InboxWriter(directory)
     for verb, claim_id in verbs:
         inbox.send(verb, **({} if claim_id is None else {"claim_id": claim_id}))
     trainer.read_inbox()
-    return said(directory)
+    return events_in(directory)
 
 
 @pytest.mark.parametrize("verbs", [[("drain", None)], [("preempt", "claim-0"), ("pause", "claim-1")]])
-def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
+def test_all_leaving_jobs_are_saved_before_the_first_is_exported(
     trainer: MessageHandlers,
     directory: TrainerDirectory,
     monkeypatch: pytest.MonkeyPatch,
     verbs: list[tuple[Verb, str | None]],
 ) -> None:
-    engine, told_before = DivergingEngine(good_step=7), []
+    engine, reported_before = DivergingEngine(good_step=7), []
     trainer.engine = engine  # pyright: ignore[reportAttributeAccessIssue]
     export = engine.export
 
     def note(*given: Any, **named: Any) -> None:
-        told_before.append([event["type"] for event in said(directory)])
+        reported_before.append([event["type"] for event in events_in(directory)])
         export(*given, **named)
 
     monkeypatch.setattr(engine, "export", note)
 
     events = leave(trainer, directory, *verbs)
 
-    assert told_before[0] == ["checkpointed"] * 2
+    assert reported_before[0] == ["checkpointed"] * 2
     kinds = [(event["type"], event["claim_id"], event["step"]) for event in events]
     jobs = ("claim-0", "claim-1")
     assert kinds == [(kind, job, 7) for kind in ("checkpointed", "paused") for job in jobs]
@@ -334,18 +335,16 @@ def test_all_that_leave_are_saved_and_told_of_before_the_first_is_made_a_model(
     assert trainer.is_leaving == (verbs == [("drain", None)])
 
 
-def test_one_that_leaves_takes_nobody_with_it_and_what_comes_after_is_obeyed_after_it(
-    trainer: MessageHandlers, directory: TrainerDirectory
-) -> None:
+def test_messages_after_a_pause_are_applied_after_it(trainer: MessageHandlers, directory: TrainerDirectory) -> None:
     trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
 
     events = leave(trainer, directory, ("pause", "claim-1"), ("cancel", "claim-0"), ("pause", "claim-9"))
 
-    told = [(event["type"], event["claim_id"]) for event in events]
-    assert told == [("checkpointed", "claim-1"), ("paused", "claim-1"), ("cancelled", "claim-0")]
+    reported = [(event["type"], event["claim_id"]) for event in events]
+    assert reported == [("checkpointed", "claim-1"), ("paused", "claim-1"), ("cancelled", "claim-0")]
 
 
-def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
+def test_kept_weights_of_an_earlier_step_are_not_exported_as_the_last_step(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
@@ -358,28 +357,30 @@ def test_weights_of_the_step_that_is_kept_are_never_named_by_the_last_step(
     assert [path.name for path in (directory.path / saved["folder"]).parent.iterdir()] == ["step-7"]
 
 
-def test_weights_that_a_step_has_ruined_are_not_saved(trainer: MessageHandlers, directory: TrainerDirectory) -> None:
+def test_weights_that_a_step_made_non_finite_are_not_saved(
+    trainer: MessageHandlers, directory: TrainerDirectory
+) -> None:
     trainer.engine = DivergingEngine(good_step=6)  # pyright: ignore[reportAttributeAccessIssue]
 
     trainer.tick()
 
-    (diverged,) = said(directory)
+    (diverged,) = events_in(directory)
     assert (diverged["type"], diverged["step"], diverged["good_step"]) == ("diverged", 7, 6)
     assert not (directory.job_path("claim-1") / "checkpoints").exists()
     assert set(trainer._jobs) == {"claim-0"}
 
 
-def test_want_of_memory_at_the_end_refuses_that_job_alone(
+def test_out_of_memory_during_export_rejects_only_that_job(
     trainer: MessageHandlers, directory: TrainerDirectory
 ) -> None:
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
-    (refused,) = said(directory)
+    (refused,) = events_in(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "out_of_memory")
     assert set(trainer._jobs) == {"claim-0"}
 
 
-def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
+def test_an_error_of_one_adapter_rejects_only_that_job(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -389,13 +390,13 @@ def test_whatever_is_wrong_with_one_adapter_ends_that_job_alone(
 
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
-    (refused,) = said(directory)
+    (refused,) = events_in(directory)
     assert (refused["claim_id"], refused["error"]["code"]) == ("claim-1", "bad_adapter")
     assert "ZeroDivisionError: float division by zero" in refused["error"]["message"]
     assert set(trainer._jobs) == {"claim-0"}
 
 
-def test_a_device_that_fails_ends_the_trainer_and_no_job(
+def test_a_device_error_stops_the_trainer_and_rejects_no_job(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -406,11 +407,11 @@ def test_a_device_that_fails_ends_the_trainer_and_no_job(
     with pytest.raises(torch.AcceleratorError):
         trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
-    assert said(directory) == []
+    assert events_in(directory) == []
     assert set(trainer._jobs) == {"claim-0", "claim-1"}
 
 
-def test_what_is_wrong_with_one_adapter_is_printed_as_something_with_which_the_trainer_went_on(
+def test_an_error_of_one_adapter_is_printed_as_handled(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(BadAdapter), outputs._blamed_on_adapter():  # pyright: ignore[reportPrivateUsage]

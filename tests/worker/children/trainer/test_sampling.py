@@ -1,4 +1,4 @@
-"""Prompts to tokens and answers to text, by the base's own conventions."""
+"""Conversion of prompts to tokens and of answers to text, by the conventions of the base model."""
 
 import json
 from typing import Any
@@ -17,23 +17,23 @@ END = "<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, MARKED, INSTRUCT], ids=["smollm2", "marked", "instruct"])
-def test_a_prompt_of_chat_is_a_users_turn_and_its_answer_ends_with_the_turn(make_base: Any, template: str) -> None:
+def test_a_chat_prompt_is_a_user_turn_and_its_answer_ends_with_the_turn(make_base: Any, template: str) -> None:
     base: Base = make_base(template)
     configured = json.loads((base.folder / "tokenizer_config.json").read_text())
     (base.folder / "tokenizer_config.json").write_text(
         json.dumps({**configured, "eos_token": END if template is INSTRUCT else "<|endoftext|>"})
     )
 
-    asked = sample_request(BaseText(base.folder), SAMPLES, as_chat=True)
+    request = sample_request(BaseText(base.folder), SAMPLES, as_chat=True)
 
     reference = base.reference()
     rendered = reference.apply_chat_template(turns("What is 2 + 2?"), add_generation_prompt=True, return_dict=False)
-    assert list(asked.ids[0]) == rendered
-    assert reference.convert_tokens_to_ids(END) in asked.end_ids
-    assert reference.eos_token_id in asked.end_ids
+    assert list(request.ids[0]) == rendered
+    assert reference.convert_tokens_to_ids(END) in request.end_ids
+    assert reference.eos_token_id in request.end_ids
 
 
-def test_a_prompt_of_plain_text_goes_on_where_it_stands(make_base: Any) -> None:
+def test_a_plain_text_prompt_has_no_end_token(make_base: Any) -> None:
     base: Base = make_base(None)
     tokenizer = Tokenizer.from_file(str(base.folder / "tokenizer.json"))
     ids = [(text, tokenizer.token_to_id(text)) for text in ("<|endoftext|>", END)]
@@ -41,13 +41,13 @@ def test_a_prompt_of_plain_text_goes_on_where_it_stands(make_base: Any) -> None:
     tokenizer.post_processor = around
     tokenizer.save(str(base.folder / "tokenizer.json"))
 
-    asked = sample_request(BaseText(base.folder), SAMPLES, as_chat=False)
+    request = sample_request(BaseText(base.folder), SAMPLES, as_chat=False)
 
-    assert list(asked.ids[1]) == base.reference()("b")["input_ids"][:-1]
-    assert list(asked.end_ids) == [base.reference().eos_token_id]
+    assert list(request.ids[1]) == base.reference()("b")["input_ids"][:-1]
+    assert list(request.end_ids) == [base.reference().eos_token_id]
 
 
-def test_answers_are_told_without_special_tokens_and_whether_they_ended(make_base: Any) -> None:
+def test_answers_omit_special_tokens_and_show_whether_they_ended(make_base: Any) -> None:
     base: Base = make_base(None)
     text = BaseText(base.folder)
     ids = tuple(base.reference()("Hello there!")["input_ids"])
@@ -63,6 +63,6 @@ def test_answers_are_told_without_special_tokens_and_whether_they_ended(make_bas
     assert found[0]["num_tokens"] == len(ids) + 1
 
 
-def test_a_template_that_takes_no_such_prompt_refuses_it(make_base: Any) -> None:
+def test_a_prompt_that_the_template_rejects_is_rejected(make_base: Any) -> None:
     with pytest.raises(Refused):
         sample_request(BaseText(make_base("{{ raise_exception('no') }}").folder), SAMPLES, as_chat=True)

@@ -1,4 +1,4 @@
-"""The layers that submission counts are those that the engine adapts, and the numbers are as many."""
+"""Submission counts the same layers and parameters as the engine adapts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_it(
+def test_counted_layers_and_parameters_equal_those_of_the_engine(
     family: str, shape: dict[str, Any], tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(family, **FAMILIES[family])
@@ -71,12 +71,14 @@ def test_a_job_is_counted_with_the_layers_and_the_numbers_that_the_engine_gives_
     outputs = sum(
         out_features * count for (out_features, _), count in describe_base(tmp_path)["linear_shapes"].values()
     )
-    products = memory.JOB_TOKENS * outputs * 4 if spec.lora.use_dora else 0  # of its slice, not of its row
+    products = (
+        memory.JOB_TOKENS * outputs * 4 if spec.lora.use_dora else 0
+    )  # belongs to a slice, not to the adapter state
     assert row.num_bytes <= counted_bytes - products <= 1.15 * row.num_bytes
 
 
 @pytest.mark.parametrize("shape", [{}, {"rank": 1}, {"rank": 32, "use_dora": True, "rank_pattern": {"q_proj": 9}}])
-def test_what_adafactor_saves_is_counted_and_never_more_than_it_does(shape: dict[str, Any], tmp_path: Path) -> None:
+def test_the_adafactor_estimate_is_a_close_upper_bound(shape: dict[str, Any], tmp_path: Path) -> None:
     config = AutoConfig.for_model("llama", **FAMILIES["llama"])
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
