@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.errors import handlers
-from api.maintenance_loop import DUTIES, TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
+from api.maintenance_loop import LOOPS, PERIODIC_TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
 from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
 from api.openapi import Api
@@ -55,7 +55,7 @@ from catalog.audit.downloads import ReadAudit
 from catalog.db.database import Database
 from catalog.fleet.compatibility import lorry_version
 from catalog.pepper import load as load_pepper
-from catalog.queue.notifier import open_doorbell
+from catalog.queue.notifier import open_notifier
 from catalog.scheduling.snapshot import Policy
 from catalog.settings import Settings
 from catalog.storage.store import open_store
@@ -150,7 +150,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     feed = Feed(
         stream_poll_seconds=api_settings.stream_poll_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds
     )
-    telemetry = Telemetry(DUTIES, TASKS)
+    telemetry = Telemetry(PERIODIC_TASKS, LOOPS)
     telemetry.count_streams(feed.num_listeners)
     db = Database(settings.resolved_database_url())
     pepper = load_pepper(settings, db)
@@ -164,7 +164,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         store=open_store(settings),
         read_audit=ReadAudit(db),
         downloads=Downloads(),
-        doorbell=open_doorbell(settings),
+        notifier=open_notifier(settings),
         key_checks=KeyChecks(),
         slow_work=SlowWork(),
         pepper=pepper,
@@ -195,7 +195,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         partial(keep_clean, services),
         services.deliverer.run,
     )
-    named = zip(TASKS, runs, strict=True)
+    named = zip(LOOPS, runs, strict=True)
     tasks = [asyncio.create_task(keep_running(name, run, services.telemetry)) for name, run in named]
     try:
         yield
@@ -206,5 +206,5 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        services.doorbell.close()
+        services.notifier.close()
         services.db.close()

@@ -14,7 +14,7 @@ from api.transfers.attachment import Downloads
 from catalog.audit.downloads import ReadAudit
 from catalog.db.database import Database
 from catalog.pepper import Pepper
-from catalog.queue.notifier import Doorbell
+from catalog.queue.notifier import Notifier
 from catalog.settings import Settings
 from catalog.storage.store import ArtifactStore
 
@@ -37,7 +37,7 @@ class Services:
     store: ArtifactStore
     downloads: Downloads
     read_audit: ReadAudit
-    doorbell: Doorbell
+    notifier: Notifier
     key_checks: KeyChecks
     slow_work: SlowWork
     pepper: Pepper

@@ -31,10 +31,10 @@ ANCHOR_SECONDS = 3600.0
 """Interval of the checks that today's anchor of the audit chain exists."""
 SEALED_AT_MOST = 10_000
 """Maximum number of events sealed in one run, so that an upgrade that clears all seals does not delay other tasks."""
-TASKS = ("streams", "duties", "sweeps", "anchors", "cleaning", "webhooks")
+LOOPS = ("streams", "periodic_tasks", "sweeps", "anchors", "garbage_collection", "webhooks")
 """Names of the long-running background tasks, under which their restarts are counted."""
 Run = Callable[[], Awaitable[None]]
-DUTIES = (
+PERIODIC_TASKS = (
     "recover",
     "advance_sweeps",
     "seal_audit_log",
@@ -108,15 +108,15 @@ def anchor_once(services: Services) -> None:
 
 
 def _run(act: Callable[[Services], None], services: Services) -> None:
-    duty, is_done = act.__name__.strip("_"), False
+    task, is_done = act.__name__.strip("_"), False
     try:
         act(services)
         is_done = True
     except (Unavailable, PepperReplaced) as error:
-        log.warning("%s code=%s", duty, error.code)
+        log.warning("%s code=%s", task, error.code)
     except Exception:  # the loop must survive any failure of one run
-        log.exception("crash in %s", duty)
-    services.telemetry.count_run(duty, is_done=is_done)
+        log.exception("crash in %s", task)
+    services.telemetry.count_run(task, is_done=is_done)
 
 
 def _recover(services: Services) -> None:
@@ -127,7 +127,7 @@ def _recover(services: Services) -> None:
 
 def _advance_sweeps(services: Services) -> None:
     if controller.advance_some(services.db, most=MAX_STEPS):
-        services.doorbell.ring()  # new trials have files to prepare
+        services.notifier.wake_workers()  # new trials have files to prepare
 
 
 def _seal_audit_log(services: Services) -> None:
@@ -144,7 +144,7 @@ def _notify_missed_deadlines(services: Services) -> None:
 
 def _wake_workers(services: Services) -> None:
     if pending.has_work(services.db):
-        services.doorbell.ring()
+        services.notifier.wake_workers()
 
 
 def clean_once(services: Services) -> None:

@@ -33,12 +33,12 @@ OF_DEVICES = {
 class Telemetry:
     """Metrics with one registry per app, so that two apps in one process don't share counters."""
 
-    def __init__(self, duties: Iterable[str] = (), tasks: Iterable[str] = ()) -> None:
+    def __init__(self, tasks: Iterable[str] = (), loops: Iterable[str] = ()) -> None:
         """Both arguments are names: first of the periodic runs, each of which counts as successful when the process
         starts; then of the background tasks, which run as long as the process."""
         self.registry = CollectorRegistry()
-        self._duties = tuple(duties)
         self._tasks = tuple(tasks)
+        self._loops = tuple(loops)
         self._requests = Counter(
             "lorry_http_requests", "HTTP requests.", ["method", "route", "status"], registry=self.registry
         )
@@ -78,16 +78,16 @@ class Telemetry:
 
     def _begin(self) -> None:
         """Create all label combinations, so that each series exists before its first event."""
-        for task in self._tasks:
-            self._restarts.labels(task=task)
+        for loop in self._loops:
+            self._restarts.labels(task=loop)
         for outcome in ("delivered", "failed"):
             self._tries.labels(outcome=outcome)
         for reason in get_args(RejectionReason):
             self._rejected_keys.labels(reason=reason)
-        for duty in self._duties:
-            self._done_at.labels(task=duty).set(time.time())
+        for task in self._tasks:
+            self._done_at.labels(task=task).set(time.time())
             for outcome in ("done", "failed"):
-                self._runs.labels(task=duty, outcome=outcome)
+                self._runs.labels(task=task, outcome=outcome)
 
     def observe(self, scope: Scope, *, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else "other"
@@ -105,16 +105,16 @@ class Telemetry:
     def count_long_writes(self, read: Callable[[], int]) -> None:
         self.registry.register(_LongWrites(read))
 
-    def count_run(self, duty: str, *, is_done: bool) -> None:
+    def count_run(self, task: str, *, is_done: bool) -> None:
         """Count a periodic run. The constructor must have received its name, so its series exist from the start."""
-        assert duty in self._duties, f"unknown periodic run: {duty}"
-        self._runs.labels(task=duty, outcome="done" if is_done else "failed").inc()
+        assert task in self._tasks, f"unknown periodic run: {task}"
+        self._runs.labels(task=task, outcome="done" if is_done else "failed").inc()
         if is_done:
-            self._done_at.labels(task=duty).set(time.time())
+            self._done_at.labels(task=task).set(time.time())
 
     def count_restart(self, task: str) -> None:
         """Count a restart of a background task. The constructor must have received its name."""
-        assert task in self._tasks, f"unknown background task: {task}"
+        assert task in self._loops, f"unknown background task: {task}"
         self._restarts.labels(task=task).inc()
 
     def count_try(self, *, is_delivered: bool) -> None:

@@ -177,6 +177,6 @@ class Settings(BaseSettings):
         """Folder for the trainers' directories. It is safe to delete while no worker runs."""
         return self.data_dir / "work"
 
-    def bell_path(self) -> Path:
+    def notification_path(self) -> Path:
         """Wake-up file without a broker: API servers touch it, and workers on the same data folder watch it."""
-        return self.work_dir() / "bell"
+        return self.work_dir() / "notification"

@@ -28,7 +28,7 @@ from catalog.scheduling.snapshot import Capacity
 from catalog.tables.jobs import Job
 from catalog.tables.table import new_id
 from worker.background import base_models
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.gang.gang import WorkerGang, gang_of
 from worker.node import scratch_dirs
@@ -56,26 +56,26 @@ def supervise(context: WorkerContext) -> None:
     lease is renewed after the return.
     """
     try:
-        with Chores(context) as chores:
-            _work(context, gang_of(context), chores)
+        with TaskRunner(context) as tasks:
+            _work(context, gang_of(context), tasks)
     finally:
         context.heartbeat.release_all()
 
 
-def _work(context: WorkerContext, gang: WorkerGang, chores: Chores) -> None:
+def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
     """Run one trainer after another. A trainer that was unloaded for another base hands on the claims for that base."""
     claimed: list[Claim] = []
     while not context.draining:
-        had_chores = chores.go_on()
-        if not claimed and gang.participate(chores, _launch_trainer):
+        had_task = tasks.advance()
+        if not claimed and gang.participate(tasks, _launch_trainer):
             continue
         capacity = free_capacity(context)
         context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
         claimed = claimed or _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed:
-            claimed = _train(context, gang, chores, claimed)
-        elif had_chores:
-            chores.wait(TURN_SECONDS)
+            claimed = _train(context, gang, tasks, claimed)
+        elif had_task:
+            tasks.wait(TURN_SECONDS)
         else:
             return
     _release(context, claimed, TrainerEnd.NOT_LAUNCHED.value)
@@ -104,7 +104,7 @@ def _claim(
     return claimed
 
 
-def _train(context: WorkerContext, gang: WorkerGang, chores: Chores, claimed: Sequence[Claim]) -> list[Claim]:
+def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, claimed: Sequence[Claim]) -> list[Claim]:
     """Run one trainer from launch to exit. Returns claims for another base, for which it was unloaded."""
     first = claimed[0].job
     waiting = list(claimed)
@@ -129,7 +129,7 @@ def _train(context: WorkerContext, gang: WorkerGang, chores: Chores, claimed: Se
                 _best_effort(partial(_record_load_failure, context, first))
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
             return []
-        left_over = _attend(context, gang, chores, trainer, session)
+        left_over = _attend(context, gang, tasks, trainer, session)
         _conclude(context, gang, trainer, session)
     return left_over
 
@@ -206,7 +206,7 @@ def _open_session(
 
 
 def _attend(
-    context: WorkerContext, gang: WorkerGang, chores: Chores, trainer: TrainerProcess, session: TrainerSession
+    context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, trainer: TrainerProcess, session: TrainerSession
 ) -> list[Claim]:
     """Attend to the trainer until it has exited, or can't be killed. Returns claims for another base, for which it was
     unloaded.
@@ -236,11 +236,11 @@ def _attend(
             continue  # by `monitor`: nothing more may be claimed for it
         if is_to_shut_down and closing_at is None:
             closing_at, shutdown = time.monotonic(), partial(_drain, gang, trainer, session)
-        has_rung = context.bell.has_rung()
-        chores.go_on(has_rung=has_rung)
+        was_notified = context.notifier.was_notified()
+        tasks.advance(was_notified=was_notified)
         if closing_at is None:
             _tolerating_outages(trainer, session.hand_over)
-        is_due = has_rung or time.monotonic() - polled_at >= context.settings.poll_seconds
+        is_due = was_notified or time.monotonic() - polled_at >= context.settings.poll_seconds
         if closing_at is None and is_due:
             polled_at = time.monotonic()
             left_over = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []

@@ -167,7 +167,7 @@ def _check_owners(request: Request, caller: Caller) -> None:
             variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
             raise Unauthorized(
                 f"The API key does not belong to the {kind} in the OpenAI-{kind.title()} header.",
-                code=f"mismatched_{kind}",
+                code={"organization": "mismatched_organization", "project": "mismatched_project"}[kind],
                 remedy=f"Remove the header (the openai client sends it for `{kind}` and for {variable}), or use a "
                 f"key of that {kind}.",
             )

@@ -56,7 +56,7 @@ def create_job(
     if job is None:
         with _plan_fields_validated(body):
             job = submission.create(use.db, caller=caller, request=body, **identity)
-    use.doorbell.ring()
+    use.notifier.wake_workers()
     return _shown(use, caller, job)
 
 
@@ -115,7 +115,7 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
     Requires the scope `jobs:write`.
     """
     job = commands.resume(use.db, project_id=caller.project_id, job_id=job_id, is_client_retry=is_retry)
-    use.doorbell.ring()
+    use.notifier.wake_workers()
     return _shown(use, caller, job)
 
 
@@ -132,7 +132,7 @@ def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
     """Release a held job. It keeps its position in the queue. Requires the scope `jobs:write`."""
     job = queue_position.release(use.db, project_id=caller.project_id, job_id=job_id)
-    use.doorbell.ring()
+    use.notifier.wake_workers()
     return _shown(use, caller, job)
 
 

@@ -39,7 +39,7 @@ def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
     Requires an operator key with the scope `models:write`.
     """
     row = base_models.add(use.db, name=body.name, kind=body.kind, source=body.source, revision=body.revision)
-    use.doorbell.ring()
+    use.notifier.wake_workers()
     return _base(use, caller, row)
 
 

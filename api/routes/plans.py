@@ -33,7 +33,7 @@ def create_plan(body: Annotated[JobRequest, Body(openapi_examples=EXAMPLES)], us
     """
     plan = plans.create(use.db, caller=caller, request=body, settings=use.settings)
     if plan.state == "computing":
-        use.doorbell.ring()
+        use.notifier.wake_workers()
     return _shown(use, caller, plan)
 
 

@@ -62,7 +62,7 @@ def create_sweep(
     is_new = sweep is None
     if sweep is None:
         sweep = creation.create(use.db, caller=caller, request=body, **identity)
-    use.doorbell.ring()
+    use.notifier.wake_workers()
     view = queries.get(use.db, project_id=caller.project_id, sweep_id=sweep.id)
     if is_new:
         request.state.headers |= use.limits.charge(caller, view.sweep.num_trials)
@@ -122,7 +122,7 @@ def add_trial(body: TrialRequest, sweep_id: str, use: Use, caller: Signed, is_re
     trial, job = creation.add_trial(
         use.db, caller=caller, sweep_id=sweep_id, parameters=body.parameters, is_client_retry=is_retry
     )
-    use.doorbell.ring()
+    use.notifier.wake_workers()
     return trial_object(queries.view_of(use.db, trial, job))
 
 

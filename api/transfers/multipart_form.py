@@ -86,11 +86,13 @@ class UploadForm:
 
     def check_complete(self) -> None:
         if not self._ended:
-            raise self._refused("The form ends before its final boundary.", "invalid_multipart", self.shape.content)
+            raise self._refused(
+                "The form ends before its final boundary.", code="invalid_multipart", param=self.shape.content
+            )
         sent = self._fields if self._filename is None else {*self._fields, self.shape.content}
         for name in (self.shape.content, *self.shape.needed):
             if name not in sent:
-                raise self._refused(f"'{name}' is missing.", "missing_required_parameter", name)
+                raise self._refused(f"'{name}' is missing.", code="missing_required_parameter", param=name)
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -126,7 +128,9 @@ class UploadForm:
         self._check_name()
         if self._name == self.shape.content:
             if b"filename" not in options:
-                raise self._refused(f"The part '{self._name}' has no filename.", "invalid_multipart", self._name)
+                raise self._refused(
+                    f"The part '{self._name}' has no filename.", code="invalid_multipart", param=self._name
+                )
             self._filename = options[b"filename"].decode("utf-8", "replace")
         else:
             self._fields[self._name] = bytearray()
@@ -145,7 +149,7 @@ class UploadForm:
                 param=shown,
             )
         if name in self._fields or (name == self.shape.content and self._filename is not None):
-            raise self._refused(f"The field '{name}' occurs twice.", "repeated_parameter", name)
+            raise self._refused(f"The field '{name}' occurs twice.", code="repeated_parameter", param=name)
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self.shape.content:
@@ -153,11 +157,11 @@ class UploadForm:
             return
         field = self._fields[self._name]
         if len(field) + end - start > MAX_FIELD_BYTES:
-            raise self._refused(f"'{self._name}' is too long.", "invalid_value", self._name)
+            raise self._refused(f"'{self._name}' is too long.", code="invalid_value", param=self._name)
         field += data[start:end]
 
     def _end(self) -> None:
         self._ended = True
 
-    def _refused(self, message: str, code: str, param: str) -> InvalidRequest:
+    def _refused(self, message: str, *, code: str, param: str) -> InvalidRequest:
         return InvalidRequest(message, code=code, remedy=self.shape.remedy, param=param)

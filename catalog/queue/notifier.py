@@ -36,13 +36,13 @@ LONGEST_WAIT_SECONDS = 30.0
 CLOSE_SECONDS = 3.0
 """How long a process that exits waits for its last notification to be sent."""
 
-log = logging.getLogger("lorry.doorbell")
+log = logging.getLogger("lorry.notifier")
 
 
-class Doorbell(Protocol):
+class Notifier(Protocol):
     """Notifies workers after a commit that creates work."""
 
-    def ring(self) -> None:
+    def wake_workers(self) -> None:
         """Notify workers that there may be work. Returns immediately and never raises."""
         ...
 
@@ -51,13 +51,13 @@ class Doorbell(Protocol):
         ...
 
 
-def open_doorbell(settings: Settings) -> Doorbell:
+def open_notifier(settings: Settings) -> Notifier:
     """Open a notifier for Redis if the settings name one, else for the file that this data folder's workers poll."""
     redis_url = settings.resolved_redis_url()
-    return RedisDoorbell(redis_url) if redis_url else FileDoorbell(settings.bell_path())
+    return RedisNotifier(redis_url) if redis_url else FileNotifier(settings.notification_path())
 
 
-class FileDoorbell:
+class FileNotifier:
     """A notifier for one machine: a file whose modification time is the time of the last notification.
 
     Idle workers check the file often, which costs microseconds, and poll the database rarely.
@@ -65,22 +65,22 @@ class FileDoorbell:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._heard = self._rung_at()
+        self._heard = self._notified_at()
 
-    def ring(self) -> None:
+    def wake_workers(self) -> None:
         with suppress(OSError):  # for example a full disk: workers find the work at their next database poll
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.touch()
 
-    def has_rung(self) -> bool:
+    def was_notified(self) -> bool:
         """Whether there was a notification since the last call, or since this object was created."""
-        before, self._heard = self._heard, self._rung_at()
+        before, self._heard = self._heard, self._notified_at()
         return self._heard != before
 
     def close(self) -> None:
         return
 
-    def _rung_at(self) -> int:
+    def _notified_at(self) -> int:
         """The time of the last notification in nanoseconds, or 0 before the first one."""
         try:
             return self._path.stat().st_mtime_ns
@@ -88,7 +88,7 @@ class FileDoorbell:
             return 0
 
 
-class RedisDoorbell:
+class RedisNotifier:
     """Sends the task `lorry.work` through Celery.
 
     Notifications that arrive while one is being sent are merged. None is sent while MAX_QUEUED messages wait.
@@ -98,18 +98,18 @@ class RedisDoorbell:
         self._redis_url = redis_url
         self._first_wait_seconds = first_wait_seconds
         self._changed = threading.Condition()
-        self._rung = False
+        self._is_pending = False
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def ring(self) -> None:
+    def wake_workers(self) -> None:
         with self._changed:
             if self._closing:
                 return
-            self._rung = True
+            self._is_pending = True
             self._changed.notify()
             if self._thread is None:  # started at the first notification, so that a process may fork before it
-                self._thread = threading.Thread(target=self._relay, name="lorry-doorbell", daemon=True)
+                self._thread = threading.Thread(target=self._relay, name="lorry-notifier", daemon=True)
                 self._thread.start()
 
     def close(self) -> None:
@@ -138,22 +138,22 @@ class RedisDoorbell:
     def _take(self) -> bool:
         """Wait for a notification and consume it. Returns False when closing and no notification is left."""
         with self._changed:
-            self._changed.wait_for(lambda: self._rung or self._closing)
-            taken, self._rung = self._rung, False
+            self._changed.wait_for(lambda: self._is_pending or self._closing)
+            taken, self._is_pending = self._is_pending, False
             return taken
 
     def _put_back(self, wait_seconds: float) -> None:
         """Wait before the retry, and restore the notification. A notifier that is closing drops it."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing, timeout=wait_seconds)
-            self._rung = not self._closing
+            self._is_pending = not self._closing
 
 
 def _sender(redis_url: str) -> Any:
     # A late import: a process that never sends a notification does not load Celery.
     from celery import Celery  # pyright: ignore[reportMissingTypeStubs]
 
-    app: Any = Celery("lorry-doorbell", broker=redis_url, set_as_current=False)
+    app: Any = Celery("lorry-notifier", broker=redis_url, set_as_current=False)
     app.conf.update(
         task_ignore_result=True,
         result_backend=None,

@@ -227,7 +227,7 @@ def _holder(
             effective_level=level,
             own_bytes=own,
             began_at=attempt.started_at,
-            num_beside=len(held),
+            num_packmates=len(held),
             num_preemptions=job.num_preemptions,
             is_leaving=job.cancel_requested or job.pause_requested or job.preempted_for is not None,
             seconds_left=(job.progress or {}).get("seconds_left"),

@@ -44,8 +44,11 @@ def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[
     """
     with db.write() as session:
         shared = _model(session, model, locked=True)
-        sought: dict[str, Any] = {"beside": session.get_one(Project, shared.project_id), "param": "project_ids"}
-        readers = [projects.find(session, caller=caller, project=one, **sought) for one in projects_named]
+        owner = session.get_one(Project, shared.project_id)
+        readers = [
+            projects.find(session, caller=caller, project=one, param="project_ids", same_organization_as=owner)
+            for one in projects_named
+        ]
         for reader in readers:
             if reader.id == shared.project_id:
                 raise InvalidRequest(

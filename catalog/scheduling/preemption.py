@@ -36,7 +36,7 @@ class Training:
     own_bytes: int
     """Bytes that are free without it, including its part of a tick."""
     began_at: float
-    num_beside: int
+    num_packmates: int
     """Jobs of its trainer, including itself."""
     num_preemptions: int = 0
     is_leaving: bool = False
@@ -46,7 +46,7 @@ class Training:
 
     def at_stake(self, now: float) -> float:
         """Return the device-seconds of this attempt: the most that is lost if its checkpoint is not written."""
-        return max(0.0, now - self.began_at) / max(1, self.num_beside)
+        return max(0.0, now - self.began_at) / max(1, self.num_packmates)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,8 @@
 """The job request (`JobRequest`, the body of the API request) and the resolved job that a worker trains (`JobSpec`).
 
 `resolve` replaces every default and every `auto` by a value. docs/reference/job-fields.md lists the rules. Each field
-states its unit and limits. A limit that a validator checks is a constant, because its field must state it in OpenAPI too.
+states its unit and limits. A limit that a validator checks is a constant, because its field must state it in OpenAPI
+too.
 """
 
 from __future__ import annotations

@@ -132,7 +132,12 @@ def restore(db: Database, *, caller: Caller, project: str) -> Project:
 
 
 def find(
-    session: Session, *, caller: Caller, project: str, param: str | None = None, beside: Project | None = None
+    session: Session,
+    *,
+    caller: Caller,
+    project: str,
+    param: str | None = None,
+    same_organization_as: Project | None = None,
 ) -> Project:
     """Return the project as `get` does, inside a transaction. An id takes precedence over a name.
 
@@ -141,9 +146,9 @@ def find(
     by_id = Project.id == project
     named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
     remedy = "`lorry projects list` shows the projects that you can see."
-    if beside is not None:
-        named = named.where(Project.organization_id == beside.organization_id)
-        remedy = f"Use a project of the organization of {beside.name!r}: see `lorry projects list`."
+    if same_organization_as is not None:
+        named = named.where(Project.organization_id == same_organization_as.organization_id)
+        remedy = f"Use a project of the organization of {same_organization_as.name!r}: see `lorry projects list`."
     row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
     if row is None:
         raise NotFound("project", project, param=param, remedy=remedy)

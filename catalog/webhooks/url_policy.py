@@ -70,24 +70,30 @@ class WebhookTarget:
 def target_of(url: str, rules: Rules) -> WebhookTarget:
     """Return the target of a URL. Raises InvalidRequest for an invalid URL, and for one with a blocked IP address."""
     if len(url) > MAX_URL or not PRINTABLE.fullmatch(url) or "\\" in url:
-        raise _bad(f"must be a URL of at most {MAX_URL} printable ASCII characters without spaces")
+        raise _bad(f"'url' must be a URL of at most {MAX_URL} printable ASCII characters without spaces")
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
         spelled = ip_address(host) if ":" in host else _ipv4(host)
     except ValueError:
-        raise _bad("is not a valid URL") from None
+        raise _bad("'url' is not a valid URL") from None
     if parts.scheme not in PORTS or (parts.scheme == "http" and not rules.allow_http):
-        raise _bad("must start with https://", remedy="An operator can allow http: LORRY_WEBHOOK_ALLOW_HTTP=true.")
+        raise _bad(
+            "'url' must start with https://", remedy="An operator can allow http: LORRY_WEBHOOK_ALLOW_HTTP=true."
+        )
     if "@" in parts.netloc or "#" in url:
-        raise _bad("can't have a user, a password or a fragment", remedy="Authenticate with the webhook signature.")
+        raise _bad(
+            "'url' can't have a user, a password or a fragment", remedy="Authenticate with the webhook signature."
+        )
     if spelled is None and not HOST.fullmatch(host):
-        raise _bad("must have a valid host", remedy="Write a host name with non-ASCII characters in Punycode (xn--…).")
+        raise _bad(
+            "'url' must have a valid host", remedy="Write a host name with non-ASCII characters in Punycode (xn--…)."
+        )
     port = PORTS[parts.scheme] if port is None else port
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
-        raise _bad(f"must have the port 80 or 443, or a port from {LOWEST_FREE_PORT}")
+        raise _bad(f"'url' must have the port 80 or 443, or a port from {LOWEST_FREE_PORT}")
     if spelled is not None and (why := why_shut(spelled, rules)):
-        raise _bad(why, code="webhook_address_not_allowed", remedy=OPENED)
+        raise _bad(f"'url' {why}", code="webhook_address_not_allowed", remedy=OPENED)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
 
@@ -132,4 +138,4 @@ def _ipv4(host: str) -> IPv4Address | None:
 
 
 def _bad(what: str, *, code: str = "invalid_webhook_url", remedy: str = "Use a URL such as https://example.com/hooks."):
-    return InvalidRequest(f"'url' {what}.", code=code, remedy=remedy, param="url")
+    return InvalidRequest(f"{what}.", code=code, remedy=remedy, param="url")

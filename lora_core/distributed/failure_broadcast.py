@@ -27,8 +27,8 @@ GRACE_SECONDS = 10.0
 class FellowFailure(RuntimeError):
     """Rank `rank` failed first."""
 
-    def __init__(self, *, rank: int, said: str) -> None:
-        super().__init__(f"Rank {rank} failed: {said}")
+    def __init__(self, *, rank: int, message: str) -> None:
+        super().__init__(f"Rank {rank} failed: {message}")
         self.rank = rank
 
 
@@ -57,10 +57,10 @@ def broadcast_failures(ranks: Ranks) -> Iterator[None]:
 
 def _tell(rank: int, error: Exception) -> dict[str, Any] | None:
     """Return the first reported failure, which may be another rank's. None if the store is not reachable."""
-    said = f"{type(error).__module__}.{type(error).__qualname__}: {error}".removeprefix("builtins.")
-    told = json.dumps({"rank": rank, "said": said.partition("\n")[0][:500]})
+    message = f"{type(error).__module__}.{type(error).__qualname__}: {error}".removeprefix("builtins.")
+    failure = json.dumps({"rank": rank, "message": message.partition("\n")[0][:500]})
     try:
-        return json.loads(_store().compare_set(KEY, "", told))
+        return json.loads(_store().compare_set(KEY, "", failure))
     except (RuntimeError, ValueError):
         return None
 

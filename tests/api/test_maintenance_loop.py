@@ -34,7 +34,7 @@ class Bell:
     def __init__(self) -> None:
         self.rings = 0
 
-    def ring(self) -> None:
+    def wake_workers(self) -> None:
         self.rings += 1
 
     def close(self) -> None:
@@ -47,12 +47,12 @@ def bell() -> Bell:
 
 
 @pytest.fixture
-def notifying(services: Services, bell: Bell) -> Services:
-    return dataclasses.replace(services, doorbell=bell)
+def notifying(services: Services, notifier: Bell) -> Services:
+    return dataclasses.replace(services, notifier=notifier)
 
 
 def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
-    notifying: Services, bell: Bell, world: World
+    notifying: Services, notifier: Bell, world: World
 ) -> None:
     world.worker()
     claim = world.running()
@@ -72,7 +72,7 @@ def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
     assert bell.rings >= 1
 
 
-def test_workers_are_not_notified_while_nothing_waits(notifying: Services, bell: Bell, world: World) -> None:
+def test_workers_are_not_notified_while_nothing_waits(notifying: Services, notifier: Bell, world: World) -> None:
     look_once(notifying)
 
     assert bell.rings == 0
@@ -98,7 +98,7 @@ def test_unavailable_database_does_not_stop_the_loop(
 
 def test_failed_task_does_not_prevent_the_others(
     notifying: Services,
-    bell: Bell,
+    notifier: Bell,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -121,7 +121,7 @@ def test_failed_task_does_not_prevent_the_others(
 
 
 def test_created_and_resumed_jobs_notify_workers_immediately(
-    services: Services, notifying: Services, bell: Bell, client: TestClient, world: World
+    services: Services, notifying: Services, notifier: Bell, client: TestClient, world: World
 ) -> None:
     app = client.app
     app.state.services = notifying  # pyright: ignore[reportAttributeAccessIssue,reportFunctionMemberAccess]

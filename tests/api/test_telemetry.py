@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from api import maintenance_loop
 from api.deps import Services
-from api.maintenance_loop import DUTIES, clean_once, look_once
+from api.maintenance_loop import PERIODIC_TASKS, clean_once, look_once
 from api.telemetry import Telemetry
 from catalog.errors import Unavailable
 from catalog.fleet import metrics, workers
@@ -101,7 +101,7 @@ def test_background_runs_are_counted_by_outcome(
     def away(*_: object, **__: object) -> int:
         raise Unavailable("Away.", code="database_unavailable", remedy="")
 
-    assert set(runs()) == {(duty, outcome) for duty in DUTIES for outcome in ("done", "failed")}
+    assert set(runs()) == {(task, outcome) for task in PERIODIC_TASKS for outcome in ("done", "failed")}
     began = done_at()
     monkeypatch.setattr(recovery, "expire", away)
     look_once(services)
@@ -112,7 +112,7 @@ def test_background_runs_are_counted_by_outcome(
     acts = ("seal_audit_log", "notify_missed_deadlines", "wake_workers")
     assert counted == {("recover", "failed"): 1, ("collect_garbage", "failed"): 1, **{(act, "done"): 1 for act in acts}}
     after = done_at()
-    assert {duty for duty in DUTIES if after[duty] > began[duty]} == set(acts)
+    assert {task for task in PERIODIC_TASKS if after[task] > began[task]} == set(acts)
 
 
 def test_unknown_background_tasks_are_not_counted() -> None:

@@ -12,7 +12,7 @@ from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
-from catalog.queue.notifier import FileDoorbell
+from catalog.queue.notifier import FileNotifier
 from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
@@ -56,7 +56,7 @@ class PackSite:
             worker_id="w1",
             device=devices.cpu(),
             heartbeat=heartbeat,
-            bell=FileDoorbell(self.settings.bell_path()),
+            notifier=FileNotifier(self.settings.notification_path()),
         )
         self.context.trainers_dir().mkdir(parents=True)
         self.context.scratch_dir().mkdir(parents=True)

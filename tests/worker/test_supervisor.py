@@ -16,7 +16,7 @@ from catalog.jobs import commands
 from catalog.queue import claiming
 from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
-from catalog.queue.notifier import FileDoorbell
+from catalog.queue.notifier import FileNotifier
 from catalog.resources import memory
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
@@ -310,7 +310,7 @@ def test_a_waiting_worker_polls_again_after_a_notification(site: PackSite, monke
     def supervised(context: WorkerContext) -> int:
         calls.append("poll")
         if len(calls) == 1:
-            FileDoorbell(site.settings.bell_path()).ring()
+            FileNotifier(site.settings.notification_path()).wake_workers()
         else:
             context.leave.set()
         return 0

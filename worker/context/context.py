@@ -18,7 +18,7 @@ from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.fleet import compatibility, workers
 from catalog.fleet.gangs import Round
-from catalog.queue.notifier import FileDoorbell
+from catalog.queue.notifier import FileNotifier
 from catalog.resources import sharding
 from catalog.resources.sharding import DeviceGroup, Wanted
 from catalog.scheduling.snapshot import Policy
@@ -49,7 +49,7 @@ class WorkerContext:
     worker_id: str
     device: node.Device
     heartbeat: Heartbeat
-    bell: FileDoorbell
+    notifier: FileNotifier
     """Wake-up notifications from an API server on this data folder, and from the worker's own background tasks."""
     seat: Seat | None = None
     """Its membership in a gang, for worker.gang. None for a worker without a gang."""
@@ -153,9 +153,15 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
     beats = {"lease_seconds": settings.lease_seconds, "heartbeat_seconds": settings.heartbeat_seconds}
     heartbeat = Heartbeat(db, worker_id, policy=Policy.of(settings), **beats)
-    bell = FileDoorbell(settings.bell_path())
+    notifier = FileNotifier(settings.notification_path())
     context = WorkerContext(
-        settings=settings, db=db, store=store, worker_id=worker_id, device=device, heartbeat=heartbeat, bell=bell
+        settings=settings,
+        db=db,
+        store=store,
+        worker_id=worker_id,
+        device=device,
+        heartbeat=heartbeat,
+        notifier=notifier,
     )
     for folder in (context.trainers_dir(), context.scratch_dir(), settings.bases_dir()):
         folder.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def run(context: WorkerContext, *, once: bool = False) -> None:
 def _wait(context: WorkerContext) -> None:
     """Wait for a notification, for the next poll, or until the worker is asked to leave."""
     due_at = time.monotonic() + context.settings.poll_seconds
-    while not context.bell.has_rung() and (left := due_at - time.monotonic()) > 0:
+    while not context.notifier.was_notified() and (left := due_at - time.monotonic()) > 0:
         if context.leave.wait(min(BELL_SECONDS, left)):
             return
 

@@ -17,7 +17,7 @@ from catalog.fleet.gangs import NotGathered, Round, RoundState
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
 from worker.background.base_models import Abandoned
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import Seat
 from worker.gang import member
@@ -53,7 +53,7 @@ class WorkerGang:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
 
-    def participate(self, chores: Chores, launch: Launch) -> bool:
+    def participate(self, tasks: TaskRunner, launch: Launch) -> bool:
         """If another worker leads and calls this one, run this node's part of its trainer until the round is over.
 
         Returns whether it was called. Raises Unavailable, OutOfSpace, before the part has begun.
@@ -116,8 +116,8 @@ class NodeGang(WorkerGang):
         super().__init__(context)
         self._seat = seat
 
-    def participate(self, chores: Chores, launch: Launch) -> bool:
-        return member.participate(self._context, self._seat, chores, launch)
+    def participate(self, tasks: TaskRunner, launch: Launch) -> bool:
+        return member.participate(self._context, self._seat, tasks, launch)
 
     def may_claim(self) -> bool:
         return self._seat.may_claim()

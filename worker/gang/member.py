@@ -17,7 +17,7 @@ from catalog.errors import LorryError
 from catalog.fleet import gangs
 from catalog.fleet.gangs import Call, NotGathered
 from worker.background import base_models
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import Seat
 from worker.gang.member_logs import LentOutput
@@ -36,14 +36,14 @@ Launch = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
 """Launches a trainer with this id and these settings. It is killed with the stack."""
 
 
-def participate(context: WorkerContext, seat: Seat, chores: Chores, launch: Launch) -> bool:
+def participate(context: WorkerContext, seat: Seat, tasks: TaskRunner, launch: Launch) -> bool:
     """See `WorkerGang.participate`."""
     _report_end(seat)
     if (call := seat.called()) is None:
         return False
     seat.had = call.round_id
     with logs.about({"trainer": call.task["trainer_id"]}), ExitStack() as stack:
-        seat.owed = _Participation(context, chores, seat, call).run(stack, launch)
+        seat.owed = _Participation(context, tasks, seat, call).run(stack, launch)
         with suppress(LorryError):
             _report_end(seat)  # if it fails, the next call of `participate` repeats it
     return True
@@ -60,9 +60,9 @@ def _report_end(seat: Seat) -> None:
 class _Participation:
     """One member's part in one round."""
 
-    def __init__(self, context: WorkerContext, chores: Chores, seat: Seat, call: Call) -> None:
+    def __init__(self, context: WorkerContext, tasks: TaskRunner, seat: Seat, call: Call) -> None:
         self._context = context
-        self._chores = chores
+        self._tasks = tasks
         self._seat = seat
         self._call = call
 
@@ -93,7 +93,7 @@ class _Participation:
                 return gangs.join(self._seat.place, self._call.round_id)
             except OUTAGES as error:
                 log.warning("%s The worker will retry to join its gang.", error)
-                self._chores.go_on()
+                self._tasks.advance()
                 time.sleep(POLL_SECONDS)
         return None
 
@@ -107,7 +107,7 @@ class _Participation:
                 return found.port
             if self._context.draining:
                 raise base_models.Abandoned
-            self._chores.go_on()
+            self._tasks.advance()
             time.sleep(POLL_SECONDS)
         return None
 
@@ -156,7 +156,7 @@ class _Participation:
     def _attend(self, trainer: TrainerProcess, output: LentOutput) -> Json | None:
         context, leaving_at, has_asked = self._context, None, False
         while trainer.returncode is None:
-            self._chores.go_on()
+            self._tasks.advance()
             if context.draining:
                 leaving_at = leaving_at or time.monotonic()
                 has_asked = has_asked or self._ask_to_leave()

@@ -173,7 +173,7 @@ class Simulation:
                 effective_level=levels[record.arrival.project, PriorityClass(record.arrival.priority)],
                 own_bytes=1,
                 began_at=record.began_at,
-                num_beside=len(worker.jobs),
+                num_packmates=len(worker.jobs),
                 num_preemptions=record.num_preemptions,
                 seconds_left=record.left * slower,
             )

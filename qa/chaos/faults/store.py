@@ -53,11 +53,11 @@ def _damaged(site: FaultSite, *, spoil: Callable[[FaultSite, Path], None]) -> st
 def _anothers(site: FaultSite, *, put: Callable[[FaultSite, str, str], None], says: str) -> str:
     """Replace the newest checkpoint of a job whose worker was killed with a valid checkpoint of another job."""
     job_id = site.submit_small()
-    first = site.start_worker(FAILPOINT=f"step_5:wait={site.gate('beside')},step_25:hang")
+    first = site.start_worker(FAILPOINT=f"step_5:wait={site.gate('second')},step_25:hang")
     site.wait_for_step(5, job_id)
     other = site.submit_small(seed=2)
     site.wait_for_message("admit")
-    site.gate("beside").touch()
+    site.gate("second").touch()
     site.wait_until(lambda: site.checkpoint_steps(job_id) == [10, 20] and 10 in site.checkpoint_steps(other))
     first.kill()
     first.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ def test_the_link_leads_to_the_entry_of_the_code(client: TestClient, anonymous: 
 
 
 def test_the_link_uses_the_public_url(services: Services, app: FastAPI, client: TestClient) -> None:
-    services.api_settings = services.api_settings.model_copy(update={"public_url": "https://lorry.example.com/"})
+    settings = services.api_settings.model_copy(update={"public_url": "https://lorry.example.com/"})
+    app.state.services = dataclasses.replace(services, api_settings=settings)
 
     error = error_of(client.get("/v1/unknown"))
 

@@ -148,7 +148,8 @@ def test_rejected_file_shows_its_rejection_report(client: TestClient, world: Wor
     report = client.get(f"{JOBS}/{job.id}/data_report").json()
 
     assert shown["status"] == "failed"
-    assert shown["error"] == {"code": "masked", "message": "Only masked rows.", "param": "training_file"}
+    assert (shown["error"]["code"], shown["error"]["param"]) == ("masked", "training_file")
+    assert shown["error"]["message"] == "Only masked rows."
     assert report["training"] == {"refusal": {"code": "masked"}}
 
 

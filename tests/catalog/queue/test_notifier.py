@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import redis
 
-from catalog.queue import notifier
-from catalog.queue.notifier import QUEUE, TASK, TRANSPORT_OPTIONS, FileDoorbell, RedisDoorbell, open_doorbell
+from catalog.queue import notifier as notifier_module
+from catalog.queue.notifier import QUEUE, TASK, TRANSPORT_OPTIONS, FileNotifier, RedisNotifier, open_notifier
 from catalog.settings import Settings
 from tests.services.redis import redis_server
 from tests.services.running import free_port
@@ -38,50 +38,50 @@ def broker(redis_url: str) -> Any:
 
 
 def test_ring_sends_one_message_without_content(redis_url: str, broker: Any) -> None:
-    bell = RedisDoorbell(redis_url)
+    notifier = RedisNotifier(redis_url)
 
-    bell.ring()
+    notifier.wake_workers()
 
     until(lambda: broker.llen(KEY) == 1)
     message = json.loads(broker.lindex(KEY, 0))
     assert message["headers"]["task"] == TASK
     assert (message["headers"]["argsrepr"], message["headers"]["kwargsrepr"]) == ("()", "{}")
-    bell.close()
+    notifier.close()
 
 
-def test_concurrent_rings_are_coalesced(redis_url: str, broker: Any) -> None:
-    bell = RedisDoorbell(redis_url)
+def test_concurrent_notifications_are_coalesced(redis_url: str, broker: Any) -> None:
+    notifier = RedisNotifier(redis_url)
 
     for _ in range(100):
-        bell.ring()
-    bell.close()
+        notifier.wake_workers()
+    notifier.close()
 
     assert 1 <= broker.llen(KEY) < 100
 
 
-def test_concurrent_rings_start_one_relay_thread(redis_url: str, broker: Any) -> None:
-    bell = RedisDoorbell(redis_url)
-    ringers = [threading.Thread(target=bell.ring) for _ in range(20)]
+def test_concurrent_notifications_start_one_relay_thread(redis_url: str, broker: Any) -> None:
+    notifier = RedisNotifier(redis_url)
+    ringers = [threading.Thread(target=notifier.wake_workers) for _ in range(20)]
 
     for ringer in ringers:
         ringer.start()
     for ringer in ringers:
         ringer.join()
 
-    relays = [thread for thread in threading.enumerate() if thread.name == "lorry-doorbell" and thread.daemon]
-    bell.close()
+    relays = [thread for thread in threading.enumerate() if thread.name == "lorry-notifier" and thread.daemon]
+    notifier.close()
     assert len(relays) == 1
     assert broker.llen(KEY) >= 1
 
 
 def test_last_ring_is_sent_before_close_returns(redis_url: str, broker: Any) -> None:
-    bell = RedisDoorbell(redis_url)
+    notifier = RedisNotifier(redis_url)
 
-    bell.ring()
-    bell.close()
+    notifier.wake_workers()
+    notifier.close()
 
     assert broker.llen(KEY) == 1
-    bell.ring()
+    notifier.wake_workers()
     assert broker.llen(KEY) == 1
 
 
@@ -96,7 +96,7 @@ class Silence:
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "unknown host", "no address"])
-def test_unreachable_broker_neither_blocks_nor_fails_a_ring(kind: str) -> None:
+def test_unreachable_broker_neither_blocks_nor_fails_a_notification(kind: str) -> None:
     silence = Silence()
     urls = {
         "refused": f"redis://127.0.0.1:{free_port()}/0",
@@ -104,53 +104,53 @@ def test_unreachable_broker_neither_blocks_nor_fails_a_ring(kind: str) -> None:
         "unknown host": "redis://no.such.host.invalid:6379/0",
         "no address": "not a url",
     }
-    bell = RedisDoorbell(urls[kind], first_wait_seconds=0.05)
-    ringer = threading.Thread(target=lambda: [bell.ring() for _ in range(1_000)], daemon=True)
+    notifier = RedisNotifier(urls[kind], first_wait_seconds=0.05)
+    ringer = threading.Thread(target=lambda: [notifier.wake_workers() for _ in range(1_000)], daemon=True)
 
     ringer.start()
     ringer.join(10)
 
     assert not ringer.is_alive()
-    bell.close()
+    notifier.close()
     silence.listener.close()
 
 
-def test_ring_is_delivered_once_the_broker_is_back() -> None:
+def test_notification_is_delivered_once_the_broker_is_back() -> None:
     port = free_port()
-    bell = RedisDoorbell(f"redis://127.0.0.1:{port}/0", first_wait_seconds=0.05)
-    bell.ring()
+    notifier = RedisNotifier(f"redis://127.0.0.1:{port}/0", first_wait_seconds=0.05)
+    notifier.wake_workers()
 
     with redis_server(port) as url, redis.Redis.from_url(url) as broker:
         until(lambda: broker.llen(KEY) == 1)
-        bell.close()
+        notifier.close()
 
 
-def test_file_doorbell_notifies_each_waiting_process_once(tmp_path: Path) -> None:
+def test_file_notifier_notifies_each_waiting_process_once(tmp_path: Path) -> None:
     settings = Settings.model_validate({"redis_url": None, "data_dir": tmp_path})
-    bell, waiting = open_doorbell(settings), FileDoorbell(settings.bell_path())
+    notifier, waiting = open_notifier(settings), FileNotifier(settings.notification_path())
 
-    before = waiting.has_rung()
-    bell.ring()
-    came_later = FileDoorbell(settings.bell_path())
+    before = waiting.was_notified()
+    notifier.wake_workers()
+    came_later = FileNotifier(settings.notification_path())
 
-    assert isinstance(bell, FileDoorbell)
-    assert (before, waiting.has_rung(), waiting.has_rung()) == (False, True, False)
-    assert not came_later.has_rung()
-    bell.close()
-    assert isinstance(open_doorbell(Settings.model_validate({"redis_url": "redis://localhost"})), RedisDoorbell)
+    assert isinstance(notifier, FileNotifier)
+    assert (before, waiting.was_notified(), waiting.was_notified()) == (False, True, False)
+    assert not came_later.was_notified()
+    notifier.close()
+    assert isinstance(open_notifier(Settings.model_validate({"redis_url": "redis://localhost"})), RedisNotifier)
 
 
-def test_file_doorbell_that_cannot_be_written_stays_silent(tmp_path: Path) -> None:
+def test_file_notifier_that_cannot_be_written_stays_silent(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    bell = FileDoorbell(tmp_path / "file" / "notified")
+    notifier = FileNotifier(tmp_path / "file" / "notified")
 
-    bell.ring()
+    notifier.wake_workers()
 
-    assert not bell.has_rung()
+    assert not notifier.was_notified()
 
 
 def test_process_that_never_rings_does_not_load_celery() -> None:
-    program = "import sys; from catalog.queue.notifier import RedisDoorbell; RedisDoorbell('redis://x').close(); "
+    program = "import sys; from catalog.queue.notifier import RedisNotifier; RedisNotifier('redis://x').close(); "
     program += "print('celery' in sys.modules)"
 
     ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
@@ -158,7 +158,7 @@ def test_process_that_never_rings_does_not_load_celery() -> None:
     assert ran.stdout == "False\n"
 
 
-def test_worker_consumes_the_queue_of_the_doorbell() -> None:
+def test_worker_consumes_the_queue_of_the_notifier() -> None:
     program = (
         "from worker.entrypoints.celery_app import app; import worker.entrypoints.celery_tasks, json; c = app.conf; "
     )
@@ -171,27 +171,27 @@ def test_worker_consumes_the_queue_of_the_doorbell() -> None:
     assert TASK in tasks
 
 
-def test_unread_rings_stay_bounded(redis_url: str, broker: Any) -> None:
+def test_unread_notifications_stay_bounded(redis_url: str, broker: Any) -> None:
     """All workers train while several API servers send notifications for days."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(notifier, "MAX_QUEUED", 3)
+        patched.setattr(notifier_module, "MAX_QUEUED", 3)
         for _ in range(8):
-            bell = RedisDoorbell(redis_url)
-            bell.ring()
-            bell.close()
+            notifier = RedisNotifier(redis_url)
+            notifier.wake_workers()
+            notifier.close()
 
     assert broker.llen(KEY) == 3
 
 
-def test_ring_is_sent_again_after_waiting_messages_were_read(redis_url: str, broker: Any) -> None:
+def test_notification_is_sent_again_after_waiting_messages_were_read(redis_url: str, broker: Any) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(notifier, "MAX_QUEUED", 1)
-        bell = RedisDoorbell(redis_url)
-        bell.ring()
+        patched.setattr(notifier_module, "MAX_QUEUED", 1)
+        notifier = RedisNotifier(redis_url)
+        notifier.wake_workers()
         until(lambda: broker.llen(KEY) == 1)
         broker.delete(KEY)
 
-        bell.ring()
+        notifier.wake_workers()
 
         until(lambda: broker.llen(KEY) == 1)
-        bell.close()
+        notifier.close()

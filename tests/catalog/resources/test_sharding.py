@@ -355,7 +355,7 @@ def test_preemption_frees_a_place_only_with_the_same_placement() -> None:
         "effective_priority": 1,
         "effective_level": 0.0,
         "began_at": 0.0,
-        "num_beside": 2,
+        "num_packmates": 2,
     }
     training = Training(job_id="victim", own_bytes=60, **held)
     beside = replace(training, job_id="other", own_bytes=10)

@@ -20,7 +20,7 @@ URGENT = candidate("urgent", NOW - 60, priority=0, own_bytes=10)
 
 
 def training(job_id: str, *, effective_priority: int = 1, trained: float = 1000, **more: Any) -> Training:
-    fields: dict[str, Any] = {"own_bytes": 10, "num_beside": 1, "project_id": "p", "effective_level": 0.0, **more}
+    fields: dict[str, Any] = {"own_bytes": 10, "num_packmates": 1, "project_id": "p", "effective_level": 0.0, **more}
     return Training(job_id=job_id, effective_priority=effective_priority, began_at=NOW - trained, **fields)
 
 
@@ -136,7 +136,7 @@ TRAININGS = st.builds(
     effective_priority=st.integers(-1, 2),
     trained=st.floats(0, 1e5),
     own_bytes=st.integers(1, 20),
-    num_beside=st.integers(1, 8),
+    num_packmates=st.integers(1, 8),
     num_preemptions=st.integers(0, 4),
     is_leaving=st.booleans(),
 )

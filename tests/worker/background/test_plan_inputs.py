@@ -18,8 +18,8 @@ from catalog.storage.store import ArtifactStore
 from catalog.tables.plans import Plan
 from tests.catalog.plan_data import DETAILS, REPORT, plan, put
 from tests.worker.pack_site import PackSite
-from worker.background import base_models, chores, plan_inputs, tokenization
-from worker.background.chores import Chores
+from worker.background import base_models, plan_inputs, task_runner, tokenization
+from worker.background.task_runner import TaskRunner
 from worker.children.tokenizer.token_file import TokenFile
 
 REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
@@ -160,11 +160,11 @@ def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(
 
 def test_preparations_for_jobs_and_plans_alternate(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    both = (chores.tokenization, "prepare_next", "job"), (chores.plan_inputs, "compute_next", "plan")
+    both = (task_runner.tokenization, "prepare_next", "job"), (task_runner.plan_inputs, "compute_next", "plan")
     for module, name, what in both:
         monkeypatch.setattr(module, name, lambda _, what=what: order.append(what) is None)
 
-    with Chores(site.context) as mine:
+    with TaskRunner(site.context) as mine:
         for _ in range(4):
             mine._prepare_one()  # pyright: ignore[reportPrivateUsage]
 

@@ -19,7 +19,7 @@ from tests.worker.pack_site import READY, PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script, reasons
 from worker import supervisor
 from worker.background import base_models
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import Seat, alike
 from worker.gang.gang import gang_of
@@ -136,10 +136,10 @@ def test_a_member_starts_with_the_leaders_settings_and_stops_with_the_round(gang
             yield
 
     standing, gang.script = gangs.standing, script
-    with pytest.MonkeyPatch.context() as patched, Chores(member) as chores:
+    with pytest.MonkeyPatch.context() as patched, TaskRunner(member) as tasks:
         patched.setattr(gangs, "standing", start_once_joined)
-        took_part = gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
-        again = gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
+        took_part = gang_of(member).participate(tasks, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
+        again = gang_of(member).participate(tasks, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
     (trainer,) = gang.trainers
     met = trainer_settings[0].pop("meeting")

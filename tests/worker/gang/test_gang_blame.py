@@ -21,7 +21,7 @@ from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.process.test_exit_status import GLOO, fellow
 from tests.worker.scripted_trainer import FakeTrainer, load_forever, reasons
 from worker import supervisor
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import alike
 from worker.gang.gang import gang_of
@@ -379,9 +379,9 @@ def test_a_call_of_a_member_is_retried_after_an_outage(
     gang.script = script
     monkeypatch.setattr(gangs, "standing", start_once_joined)
     member = replace(member, has_asked_to_leave=lambda: bool(wants_to_leave))
-    with Chores(member) as chores:
+    with TaskRunner(member) as tasks:
         for _ in range(2):
-            gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
+            gang_of(member).participate(tasks, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
     end = gangs.progress(leader, led.round_id).ended["w2"]
     assert end["is_echo"]

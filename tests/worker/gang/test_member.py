@@ -16,7 +16,7 @@ from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.scripted_trainer import FakeTrainer
 from worker import supervisor
 from worker.background import base_models
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.gang.gang import gang_of
 from worker.session import job_logs
@@ -38,8 +38,8 @@ def called(gang: GangSite) -> tuple[WorkerContext, Round]:
 
 
 def take_part(member: WorkerContext) -> bool:
-    with Chores(member) as chores:
-        return gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
+    with TaskRunner(member) as tasks:
+        return gang_of(member).participate(tasks, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
 
 def test_an_import_that_outlasts_its_round_continues_for_the_next_one(

@@ -21,7 +21,7 @@ from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script
 from tests.worker.session.test_job_logs import log_texts, printed
 from worker import supervisor
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.gang import member as lending
 from worker.gang import member_logs
 from worker.gang.gang import gang_of
@@ -53,8 +53,8 @@ class MemberSite:
         task: Json = {"trainer_id": "trainer-1", "base_model": "smol", "base_digest": "1", "address": LOCAL}
         led = gangs.open_round(self.leader, members=["w1", "w2"], task=task | {"settings": {}}, seconds=60)
         self.round_id, self.gang.script = led.round_id, script
-        with Chores(member) as chores:
-            assert gang_of(member).participate(chores, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
+        with TaskRunner(member) as tasks:
+            assert gang_of(member).participate(tasks, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]
 
     def end_round(self) -> Generator[None]:
         gangs.end_round(self.leader, self.round_id)

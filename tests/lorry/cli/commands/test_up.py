@@ -170,7 +170,7 @@ def test_a_detached_service_runs_until_it_is_taken_down(data_dir: Path) -> None:
     assert started.returncode == 0, started.stderr
     assert "Next: lorry models add smollm2-135m" in started.stdout
     assert started.stdout.endswith("Stop the service with: lorry down\n")
-    assert (refused.returncode, "Lorry already runs on" in refused.stderr) == (1, True)
+    assert (refused.returncode, "Lorry is already running on" in refused.stderr) == (1, True)
     assert json.loads(stopped.stdout)["stopped_pid"] == status["data_dir_pid"]
     until(lambda: not is_alive(status["data_dir_pid"]))
     log = (data_dir / "logs" / "up.log").read_text()

@@ -20,13 +20,13 @@ BACK_OFF_SECONDS = 10.0
 MAX_DOUBLINGS = 5
 
 
-class Chores:
+class TaskRunner:
     """Runs the background tasks. The thread lives as long as the block, because a child dies with the thread that
     started it."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chores")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tasks")
         self._current: Future[bool] | None = None
         self._looks_again_at = 0.0
         self._went_wrong = False
@@ -35,7 +35,7 @@ class Chores:
         self._was_job = False
         """The last preparation was for a job and not for a plan."""
 
-    def __enter__(self) -> Chores:
+    def __enter__(self) -> TaskRunner:
         return self
 
     def __exit__(
@@ -43,14 +43,14 @@ class Chores:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def go_on(self, *, has_rung: bool = False) -> bool:
+    def advance(self, *, was_notified: bool = False) -> bool:
         """Start the next task if none is running. Returns False if a poll has found none, or a task has failed.
 
-        has_rung: there may be new work, so the next poll is due now, unless the last task failed.
+        was_notified: there may be new work, so the next poll is due now, unless the last task failed.
         """
         if self._current is None:
             is_early = time.monotonic() < self._looks_again_at
-            if is_early and (not has_rung or self._went_wrong):
+            if is_early and (not was_notified or self._went_wrong):
                 return False
             self._current = self._pool.submit(self._do_one)
             return True
@@ -80,7 +80,7 @@ class Chores:
         try:
             found = self._next_chore()
             if found:
-                self._context.bell.ring()  # a prepared job may train now
+                self._context.notifier.wake_workers()  # a prepared job may train now
             else:
                 self._clean_when_due()
             return found
@@ -119,4 +119,4 @@ class Chores:
             context.cleaned_at = time.monotonic()
             base_models.clean(context)
             if base_models.count_blocks(context):
-                context.bell.ring()  # waiting jobs may train on a sharded base model now
+                context.notifier.wake_workers()  # waiting jobs may train on a sharded base model now

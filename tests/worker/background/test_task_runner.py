@@ -9,7 +9,7 @@ import pytest
 from catalog.errors import Unavailable
 from tests.worker.pack_site import OUTAGE, PackSite
 from worker.background import base_models, tokenization
-from worker.background.chores import Chores
+from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 
 
@@ -32,20 +32,20 @@ def results(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[bool | Unav
     return answers
 
 
-def finished(chores: Chores, start: Callable[[], bool]) -> bool:
+def finished(tasks: TaskRunner, start: Callable[[], bool]) -> bool:
     """Return whether the poll that `start` begins found something."""
     assert start()
-    chores.wait(30)
-    return chores.go_on()
+    tasks.wait(30)
+    return tasks.advance()
 
 
 def test_a_notification_advances_the_next_poll(site: PackSite, results: list[bool | Unavailable]) -> None:
     results += [False, False]
-    with Chores(site.context) as chores:
-        finished(chores, chores.go_on)
+    with TaskRunner(site.context) as tasks:
+        finished(tasks, tasks.advance)
 
-        assert not chores.go_on()
-        assert not finished(chores, lambda: chores.go_on(has_rung=True))
+        assert not tasks.advance()
+        assert not finished(tasks, lambda: tasks.advance(was_notified=True))
 
     assert results == []
 
@@ -54,10 +54,10 @@ def test_a_notification_does_not_advance_a_poll_after_an_outage(
     site: PackSite, results: list[bool | Unavailable]
 ) -> None:
     results += [False, OUTAGE]
-    with Chores(site.context) as chores:
-        finished(chores, chores.go_on)
+    with TaskRunner(site.context) as tasks:
+        finished(tasks, tasks.advance)
 
-        assert not chores.go_on(has_rung=True)
+        assert not tasks.advance(was_notified=True)
 
     assert results == [False]
 
@@ -68,7 +68,7 @@ def test_repeated_preparation_failures_back_off_exponentially(
     def hindered(_context: WorkerContext) -> bool:
         raise tokenization.Hindered
 
-    mine = Chores(site.context)
+    mine = TaskRunner(site.context)
     sound = tokenization.prepare_next
     monkeypatch.setattr(tokenization, "prepare_next", hindered)
     with mine:
@@ -87,7 +87,7 @@ def test_repeated_preparation_failures_back_off_exponentially(
 
 def test_a_finished_preparation_notifies_the_workers(site: PackSite, results: list[bool | Unavailable]) -> None:
     results += [True]
-    with Chores(site.context) as chores:
-        assert finished(chores, chores.go_on)
+    with TaskRunner(site.context) as tasks:
+        assert finished(tasks, tasks.advance)
 
-    assert site.context.bell.has_rung()
+    assert site.context.notifier.was_notified()
