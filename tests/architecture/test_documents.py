@@ -95,7 +95,7 @@ def _is_command(words: list[str]) -> bool:
     for word in words[1:]:
         if not hasattr(command, "commands"):
             return True
-        if word.startswith("-"):
+        if word.startswith(("-", "[")):
             continue
         command = command.get_command(None, word)
         if command is None:

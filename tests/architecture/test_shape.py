@@ -15,7 +15,7 @@ LONGEST_FUNCTION = 60
 FOLDERS = (*(name for name in PACKAGES if name != "migrations"), "tests", "qa", "tools", "benchmarks", "examples")
 MOST_MODULES = 20
 """The maximum number of modules in one directory."""
-LONGEST_OPENING = 6
+LONGEST_OPENING = 10
 """The maximum number of lines of a module docstring, before an indented table or example."""
 PRIVATE_NAMES = {
     "foretelling",
@@ -89,7 +89,7 @@ def test_class_names_are_unique() -> None:
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 
-def test_functions_are_at_most_60_lines() -> None:
+def test_functions_are_at_most_60_lines_without_docstring() -> None:
     assert [place for source in _written_by_hand() for place in _long_functions(source)] == []
 
 
@@ -131,7 +131,10 @@ def _written_by_hand() -> Iterator[SourceFile]:
 def _long_functions(source: SourceFile) -> Iterator[str]:
     for node in ast.walk(source.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            first = node.body[0]
+            is_documented = ast.get_docstring(node) is not None
+            docstring = (first.end_lineno or first.lineno) - first.lineno + 1 if is_documented else 0
+            num_lines = (node.end_lineno or node.lineno) - node.lineno + 1 - docstring
             if num_lines > LONGEST_FUNCTION:
                 yield f"{source.place(node)} {node.name}: {num_lines} lines"
 

@@ -187,7 +187,7 @@ def test_a_login_wins_over_the_default_data_folder_and_the_environment_over_both
     found = connection.find(environ={})
     assert found == Connection(url="https://lorry.example", api_key="login")
     assert found.origin == (
-        f"The address is from {path}, which `lorry login` wrote; without it, it would be http://127.0.0.1:1, "
+        f"The address is from {path}, which `lorry login` wrote; without it, the address is http://127.0.0.1:1, "
         f"from {tmp_path / '.lorry' / 'connection.json'}."
     )
     assert connection.find(environ={"LORRY_API_KEY": "mine"}) == Connection(url="https://lorry.example", api_key="mine")
