@@ -141,7 +141,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool) or value in ({}, ""):
         return {"": "none"}.get(str(value), f"`{json.dumps(value)}`")
     if isinstance(value, int | float):
-        size = next((f" ({value >> bits} {unit})" for bits, unit in UNITS if _is_multiple(value, bits)), "")
+        size = next((f" ({int(value) >> bits} {unit})" for bits, unit in UNITS if _is_multiple(value, bits)), "")
         return number(value) + size
     return f"`{value}`"
 

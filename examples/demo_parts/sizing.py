@@ -75,8 +75,8 @@ def _timed(client: OpenAI, job_id: str) -> tuple[float, float]:
     """Return seconds per row, from the first finished step on, and the first loss."""
     began, first_step, loss = 0.0, 0, 0.0
     while True:
-        job = client.fine_tuning.jobs.retrieve(job_id).to_dict()
-        progress: dict[str, Any] = dict(job.get("progress") or {})  # pyright: ignore[reportCallIssue, reportArgumentType]
+        job: dict[str, Any] = client.fine_tuning.jobs.retrieve(job_id).to_dict()
+        progress = job.get("progress") or {}
         step, now = int(progress.get("step") or 0), time.monotonic()
         if step and not first_step:
             began, first_step, loss = now, step, float(progress["loss"])

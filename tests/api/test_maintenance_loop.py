@@ -28,31 +28,31 @@ from tests.api.site import running, until
 from tests.catalog.world import World
 
 
-class Bell:
+class CountingNotifier:
     """Counts its notifications."""
 
     def __init__(self) -> None:
-        self.rings = 0
+        self.count = 0
 
     def wake_workers(self) -> None:
-        self.rings += 1
+        self.count += 1
 
     def close(self) -> None:
         return
 
 
 @pytest.fixture
-def bell() -> Bell:
-    return Bell()
+def notifier() -> CountingNotifier:
+    return CountingNotifier()
 
 
 @pytest.fixture
-def notifying(services: Services, notifier: Bell) -> Services:
+def notifying(services: Services, notifier: CountingNotifier) -> Services:
     return dataclasses.replace(services, notifier=notifier)
 
 
 def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
-    notifying: Services, notifier: Bell, world: World
+    notifying: Services, notifier: CountingNotifier, world: World
 ) -> None:
     world.worker()
     claim = world.running()
@@ -69,13 +69,15 @@ def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
     waiting = world.submit()
     look_once(notifying)
     assert waiting.state == "validating_files"
-    assert bell.rings >= 1
+    assert notifier.count >= 1
 
 
-def test_workers_are_not_notified_while_nothing_waits(notifying: Services, notifier: Bell, world: World) -> None:
+def test_workers_are_not_notified_while_nothing_waits(
+    notifying: Services, notifier: CountingNotifier, world: World
+) -> None:
     look_once(notifying)
 
-    assert bell.rings == 0
+    assert notifier.count == 0
 
 
 def test_unavailable_database_does_not_stop_the_loop(
@@ -98,7 +100,7 @@ def test_unavailable_database_does_not_stop_the_loop(
 
 def test_failed_task_does_not_prevent_the_others(
     notifying: Services,
-    notifier: Bell,
+    notifier: CountingNotifier,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -113,7 +115,7 @@ def test_failed_task_does_not_prevent_the_others(
         advance_once(notifying)
         look_once(notifying)
 
-    assert bell.rings == 1
+    assert notifier.count == 1
     assert chain.check(world.db, peppers=[notifying.pepper.current]).num_unsealed == 0
     named = ("advance_sweeps", "recover", "notify_missed_deadlines")
     assert [record.message for record in caplog.records] == [f"crash in {act}" for act in named]
@@ -121,18 +123,18 @@ def test_failed_task_does_not_prevent_the_others(
 
 
 def test_created_and_resumed_jobs_notify_workers_immediately(
-    services: Services, notifying: Services, notifier: Bell, client: TestClient, world: World
+    services: Services, notifying: Services, notifier: CountingNotifier, client: TestClient, world: World
 ) -> None:
     app = client.app
     app.state.services = notifying  # pyright: ignore[reportAttributeAccessIssue,reportFunctionMemberAccess]
     body = {"model": "smol", "training_file": world.file_id}
 
     job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
-    after_creation = bell.rings
+    after_creation = notifier.count
     client.post(f"/v1/fine_tuning/jobs/{job_id}/pause")
     client.post(f"/v1/fine_tuning/jobs/{job_id}/resume")
 
-    assert (after_creation, bell.rings) == (1, 2)
+    assert (after_creation, notifier.count) == (1, 2)
 
 
 def test_old_unreferenced_blobs_are_deleted_and_referenced_ones_stay(services: Services, world: World) -> None:

@@ -72,7 +72,7 @@ def test_repeated_preparation_failures_back_off_exponentially(
     sound = tokenization.prepare_next
     monkeypatch.setattr(tokenization, "prepare_next", hindered)
     with mine:
-        assert finished(mine, mine.go_on), "the job may have caused the first failure: the next poll is immediate"
+        assert finished(mine, mine.advance), "the job may have caused the first failure: the next poll is immediate"
         pauses: list[float] = []
         for _ in range(7):
             assert not mine._do_one()  # pyright: ignore[reportPrivateUsage]
