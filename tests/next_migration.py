@@ -1,7 +1,6 @@
 """A migration after the newest one, for tests of upgrades: a copy of migrations/ with one more revision.
 
-`install` puts the copy in the place of the real scripts. A database at `revisions.newest()` of before is then an older
-one.
+`install` replaces the real scripts by the copy. A database at the earlier `revisions.newest()` is then outdated.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from catalog.db import revisions
 
 NEXT = "9998_next"
 LATER = "9999_later"
-"""A revision that no script knows: a later version's."""
+"""A revision of a later version, which no script knows."""
 UNRELEASED = "0055"
 """A revision of a build before the first release."""
 SCRIPT = Template('''"""A migration of a test."""
@@ -45,12 +44,12 @@ ADDS = """
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_notes_job_id_jobs"),
     )
     op.create_index("ix_job_notes_job_id", "job_notes", ["job_id"])
-    with op.batch_alter_table("projects") as batch:  # for the new type, SQLite makes the table anew
+    with op.batch_alter_table("projects") as batch:  # for the new type, SQLite creates the table again
         batch.alter_column("name", existing_type=sa.String(255), existing_nullable=False, type_=sa.Text())
         batch.add_column(sa.Column("color", sa.String(255), nullable=True))
         batch.add_column(sa.Column("num_notes", sa.Integer(), nullable=False, server_default="0"))
 """
-"""Takes nothing away that the version before needs."""
+"""Removes nothing that the previous version needs."""
 UNDOES_ADDS = """
     with op.batch_alter_table("projects") as batch:
         batch.drop_column("num_notes")
@@ -63,7 +62,7 @@ UNDOES_ADDS = """
 def install(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, upgrade: str = ADDS, downgrade: str = UNDOES_ADDS
 ) -> Path:
-    """Until the test ends, this process has the scripts that it writes to `folder`, with NEXT as their newest."""
+    """Use the scripts in `folder`, with NEXT as their newest revision, until the test ends."""
     shutil.copytree(revisions.SCRIPTS, folder, ignore=shutil.ignore_patterns("__pycache__"))
     script = SCRIPT.substitute(revision=NEXT, before=revisions.newest(), upgrade=upgrade, downgrade=downgrade)
     (folder / "versions" / f"{NEXT}.py").write_text(script)

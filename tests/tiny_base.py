@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 320
-"""256 bytes, the special tokens, and a few merges: a multiple of 64."""
+"""256 bytes, the special tokens and a few merges: a multiple of 64."""
 MAX_POSITIONS = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -26,7 +26,7 @@ COLORS = ("red", "green", "blue", "black", "white", "yellow")
 
 
 def make(folder: Path) -> Path:
-    """Make the base in `folder`, in a child process, unless it is there."""
+    """Create the base model in `folder`, in a child process, unless it exists."""
     if not (folder / "model.safetensors").exists():
         subprocess.run(
             [sys.executable, "-m", "tests.tiny_base", str(folder)], check=True, cwd=Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def make(folder: Path) -> Path:
 
 
 def chat_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Short conversations of unequal lengths, with something to learn in them."""
+    """Return short conversations of different lengths that a model can learn."""
     choose = random.Random(seed)
     return [_row(choose) for _ in range(count)]
 
@@ -46,7 +46,7 @@ def write_chat(path: Path, count: int, *, seed: int = 0) -> Path:
 
 
 def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
-    """Of the two answers to each question, the one that names the color is preferred."""
+    """Return questions with two answers each. The answer that names the color is preferred."""
     rows: list[dict[str, Any]] = []
     for chat in chat_rows(count, seed=seed):
         question, answer = chat["messages"]

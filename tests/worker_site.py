@@ -1,4 +1,4 @@
-"""A whole Lorry without its api, for tests: a data folder, the catalog's own verbs, and real worker processes."""
+"""A service without its API server, for tests: a data folder, the catalog's functions and real worker processes."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ ROOT = Path(__file__).parents[1]
 BASE = "tiny"
 WAIT_SECONDS = 120.0
 GONE_SECONDS = 1.0
-"""A promise: how long a trainer outlives its worker at most."""
+"""Maximum time that a trainer may outlive its worker."""
 PEPPER = "pepper of a test site, long enough"
-"""What an api over a site must be told for the site's key to open it."""
+"""The pepper that an API server over a site needs to accept the site's key."""
 
 
 class WorkerSite:
-    """Everything that a worker needs, in one folder."""
+    """All requirements of a worker, in one folder."""
 
     patience_seconds = WAIT_SECONDS
 
@@ -63,7 +63,7 @@ class WorkerSite:
             "LORRY_POLL_SECONDS": "0.1",
             "LORRY_IDLE_SECONDS": "0",
             "LORRY_STANDBY_TRAINER": "false",
-            "LORRY_MAX_SLOWDOWN": "1000",  # else it is by measured speeds which jobs train together
+            "LORRY_MAX_SLOWDOWN": "1000",  # otherwise measured speeds decide which jobs train together
             **environment,
         }
         values = {name.removeprefix("LORRY_").lower(): value for name, value in self.environment.items()}
@@ -89,7 +89,7 @@ class WorkerSite:
         )
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    # What a person does
+    # Actions of a user
 
     def upload(self, rows: int, *, seed: int = 0) -> str:
         path = tiny_base.write_chat(self.folder / f"rows-{rows}-{seed}.jsonl", rows, seed=seed)
@@ -123,7 +123,7 @@ class WorkerSite:
         return queries.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)
 
     def reasons(self, job_id: str) -> list[str]:
-        """How each attempt ended."""
+        """The end reasons of the attempts."""
         return [attempt.reason for attempt in self.attempts(job_id)]
 
     def checkpoint_steps(self, job_id: str) -> list[int]:
@@ -131,7 +131,7 @@ class WorkerSite:
             return sorted(row.step for row in session.query(Checkpoint).where(Checkpoint.job_id == job_id))
 
     def trainer_pid(self, job_id: str) -> int:
-        """As its trainer told it when it was ready."""
+        """The report of its trainer when it was ready."""
         with self.db.read() as session:
             trainer = session.get(Trainer, self.job(job_id).trainer_id)
         assert trainer is not None
@@ -146,7 +146,7 @@ class WorkerSite:
         return next(adapter for adapter in self.adapters() if adapter.job_id == job_id)
 
     def weights_digest(self, job_id: str) -> str:
-        """sha256 of the job's adapter_model.safetensors."""
+        """The sha256 of the job's adapter_model.safetensors."""
         with self.db.read() as session:
             artifact = session.get_one(Artifact, self.adapter(job_id).artifact)
         return next(file["digest"] for file in artifact.files if file["path"] == "adapter_model.safetensors")
@@ -159,7 +159,7 @@ class WorkerSite:
         )
 
     def start(self, argv: list[str], **environment: str) -> subprocess.Popen[bytes]:
-        """On PostgreSQL under the role that a service gives to such a process."""
+        """On PostgreSQL, the process has the database role of a worker."""
         url = as_role(self.settings.resolved_database_url(), role_of(argv))
         given = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "LORRY_DATABASE_URL": url}
         with (self.folder / f"process-{len(self._processes)}.log").open("wb") as log:
@@ -174,7 +174,7 @@ class WorkerSite:
         return process
 
     def stop_between_writes(self, worker: subprocess.Popen[bytes]) -> None:
-        """SQLite has one writer: a process that stood still amid its own write would stop the whole service."""
+        """SQLite has one writer: a process that is suspended during its own write would block the whole service."""
 
         def others_may_write() -> bool:
             worker.send_signal(signal.SIGSTOP)
@@ -188,37 +188,37 @@ class WorkerSite:
         self.wait_until(others_may_write)
 
     def import_base(self, source: Path) -> None:
-        """Let a worker import the base and end."""
+        """Run a worker until it has imported the base model."""
         base_models.add(self.db, name=BASE, kind="folder", source=str(source))
         self.work_until_done()
         assert base_models.get(self.db, BASE).state == "ready", self.log()
 
     def work_until_done(self, **environment: str) -> None:
-        """One worker that ends when there is nothing left to do."""
+        """Run one worker that exits when no work is left."""
         worker = self.start_worker("--once", **environment)
         assert worker.wait(self.patience_seconds) == 0, self.log()
 
     def log(self) -> str:
-        """What all processes printed."""
+        """The output of all processes."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("process-*.log")))
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """Look again and again; fail with the processes' output when it takes too long."""
+        """Poll the condition. Fails with the processes' output after a timeout."""
         wait_until(condition, said=self.log, seconds=self.patience_seconds)
 
     def wait_for_end(self, *job_ids: str) -> None:
         self.wait_until(lambda: all(self.job(job_id).state in FINAL_STATES for job_id in job_ids))
 
     def wait_for_step(self, step: int, *job_ids: str) -> None:
-        """Until any of the jobs is there: a trainer that waits at a failpoint holds the others back."""
+        """Wait until any of the jobs is at the step: a trainer that waits at a failpoint delays the others."""
         self.wait_until(lambda: any((self.job(job_id).progress or {}).get("step", 0) >= step for job_id in job_ids))
 
     def gate(self, name: str) -> Path:
-        """A file that a failpoint waits for; `touch` it to let the trainer go on."""
+        """A file that a failpoint waits for; `touch` it to let the trainer continue."""
         return self.folder / f"gate-{name}"
 
     def wait_for_message(self, verb: str) -> None:
-        """Until a worker has told a trainer to do this, and the trainer has not looked yet."""
+        """Wait until a worker has written this message for a trainer that has not read it yet."""
         self.wait_until(lambda: list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
 
     def standing_by(self) -> list[Path]:
@@ -232,7 +232,7 @@ class WorkerSite:
         self.db.close()
 
     def kill_all(self) -> None:
-        """All processes that were started."""
+        """All processes that the site started."""
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
@@ -246,7 +246,7 @@ def wait_until(
     seconds: float = WAIT_SECONDS,
     every_seconds: float = 0.05,
 ) -> None:
-    """Look again and again; fail with what was said when it takes too long."""
+    """Poll the condition. Fails with the message after a timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, said()
@@ -254,7 +254,7 @@ def wait_until(
 
 
 def is_gone_in_time(process: psutil.Process) -> bool:
-    """Within GONE_SECONDS. A zombie computes nothing any more."""
+    """Wait at most GONE_SECONDS. A zombie counts as gone, because it computes nothing."""
     deadline = time.monotonic() + GONE_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -268,7 +268,7 @@ def is_gone_in_time(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def worker_site(folder: Path, **environment: str) -> Iterator[WorkerSite]:
-    """A site whose tiny base is imported already; its data folder is `folder`/data."""
+    """A site that has imported the tiny base model; its data folder is `folder`/data."""
     shutil.copytree(_imported() / "data", folder / "data")
     site = WorkerSite(folder, **environment)
     try:
@@ -279,7 +279,7 @@ def worker_site(folder: Path, **environment: str) -> Iterator[WorkerSite]:
 
 @contextlib.contextmanager
 def bare_site(folder: Path, **environment: str) -> Iterator[WorkerSite]:
-    """A site without a base, for what workers do where nothing is trained."""
+    """A site without a base model, for tests of workers that train nothing."""
     site = WorkerSite(folder, **environment)
     try:
         yield site
@@ -289,7 +289,7 @@ def bare_site(folder: Path, **environment: str) -> Iterator[WorkerSite]:
 
 @functools.cache
 def _imported() -> Path:
-    """A folder whose data folder has the base, imported by a real worker, once for all tests."""
+    """A folder whose data folder has the base model. A real worker imports it, once for all tests."""
     folder = Path(tempfile.mkdtemp(prefix="lorry-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     site = WorkerSite(folder)

@@ -153,7 +153,7 @@ def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) ->
 def _ask(campaign: Campaign, site: _Site, me: Key, other: Key, *, echo: TextIO, outcome: Outcome) -> None:
     folder, mine, theirs = site.folder, *(names_by_parameter(site.db, one.project_id) for one in (me, other))
     _write(folder / "brief.json", _brief(site, me, other, mine, theirs))
-    _write(folder / "people.json", {"auth": [_person(me), _person(other)]})
+    _write(folder / "users.json", {"auth": [_person(me), _person(other)]})
     config = _config(campaign, folder, me, other, _pools(site, me, other, mine, theirs))
     only = campaign.only or (OPERATORS_PATHS if me.is_operator else "^/")
     phases = [phase for phase in campaign.phases.split(",") if phase != STATEFUL]
@@ -255,7 +255,7 @@ def _config(campaign: Campaign, folder: Path, me: Key, other: Key, pools: dict[s
         # the default ones, and 413: too long content is refused before any other check
         'expected-statuses = ["400", "401", "403", "404", "405", "406", "409", "413", "415", "422", "428", "429"]',
         "[auth.wfc]",
-        f"path = {json.dumps(str(folder / 'people.json'))}",
+        f"path = {json.dumps(str(folder / 'users.json'))}",
         f"user = {json.dumps(me.name)}",
         *([] if me.is_operator else [f"peers = {json.dumps([me.name, other.name])}"]),
     ]

@@ -268,7 +268,7 @@ REFUSAL = openai.BadRequestError(
 
 
 @pytest.mark.parametrize(
-    ("trouble", "code", "told"),
+    ("failure", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "Interrupted. The demo has stopped the service that it started."),
         (ConnectionFailed("It does not answer.", code="x", remedy="Start it."), 1, "It does not answer. Start it."),
@@ -279,13 +279,13 @@ REFUSAL = openai.BadRequestError(
     ],
 )
 def test_each_failure_prints_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: BaseException, code: int, told: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: BaseException, code: int, message: str
 ) -> None:
     def fail() -> int:
-        raise trouble
+        raise failure
 
     monkeypatch.setattr(steps, "main", fail)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     assert steps.run() == code
-    assert capsys.readouterr().out == f"{told}\n"
+    assert capsys.readouterr().out == f"{message}\n"

@@ -1,4 +1,4 @@
-"""What a person's shell and disk may do to the demo."""
+"""The demo in unusual environments: variables, full and read-only disks, interrupts."""
 
 from __future__ import annotations
 

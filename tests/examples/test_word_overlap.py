@@ -1,4 +1,4 @@
-"""How near an answer comes to the reference."""
+"""The word overlap of an answer and its reference."""
 
 from __future__ import annotations
 
