@@ -1,0 +1,125 @@
+"""The tools that check prose: words, sentence lengths and the catalog of error messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.check_words import WORDS, Config, findings, prose
+from tools.error_catalog import error_messages
+from tools.sentence_lengths import sentence_lengths
+
+CONFIG = """
+[avoid]
+'told' = "report"
+
+[avoid_exact]
+'Of [a-z]' = "a noun phrase"
+
+[[skip]]
+paths = "vendor/*"
+reason = "Text of others."
+
+[[allow]]
+paths = "a.py"
+text = "was told twice"
+reason = "A title."
+"""
+ERRORS = """
+NAMES = "Use another name."
+
+def check(name, limit=3):
+    reason = f"the name {name!r} is too long"
+    raise InvalidRequest(f"'{name}' is invalid.", code="invalid_name", remedy=NAMES)
+
+def row(name):
+    reason = "the row is empty"
+    raise BadRow("row_empty", reason, "Remove the row.")
+
+def find(job_id):
+    raise NotFound("job", job_id)
+
+def choose(is_new):
+    raise Conflict("It exists.", code="exists" if is_new else "already_there", remedy="")
+
+TABLE = {400: ("The body is not JSON.", "Send JSON.", "invalid_json")}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "words.toml").write_text(CONFIG)
+    return Config.load(tmp_path / "words.toml")
+
+
+def words_in(source: str, config: Config, path: str = "b.py") -> list[tuple[int, str]]:
+    return [(found.line, found.word) for found in findings(path, source, config)]
+
+
+def test_words_are_found_in_comments_and_strings_only(config: Config) -> None:
+    source = 'told = 1  # it is told\n"""First.\n\nTold again."""\nx = f"{told} was told"\n'
+
+    assert words_in(source, config) == [(1, "told"), (4, "Told"), (5, "told")]
+
+
+def test_words_are_found_in_every_line_of_other_files(config: Config) -> None:
+    assert words_in("one\nis told\ntold_at\n", config, "page.md") == [(2, "told")]
+
+
+def test_exact_patterns_respect_case(config: Config) -> None:
+    assert words_in("Of two\nof two\n", config, "page.md") == [(1, "Of t")]
+
+
+def test_an_allowed_text_is_ignored_in_its_file_only(config: Config) -> None:
+    source = '"""She was told twice, and told."""\n'
+
+    assert words_in(source, config, "a.py") == [(1, "told")]
+    assert words_in(source, config, "b.py") == [(1, "told"), (1, "told")]
+    assert (config.is_skipped("vendor/x.js"), config.is_skipped("x.js")) == (True, False)
+
+
+def test_an_exception_needs_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "words.toml").write_text(CONFIG.replace('reason = "A title."', ""))
+
+    with pytest.raises(KeyError, match="reason"):
+        Config.load(tmp_path / "words.toml")
+
+
+def test_the_project_rejects_the_old_words() -> None:
+    config = Config.load(WORDS)
+    old = ["reckoned", "anew", "whoever", "put aside", "learnt", "quantisation", "held-out", "the api"]
+
+    assert [word for word in old if not words_in(f'"""It is {word}."""', config, "x.py")] == []
+
+
+def test_prose_of_python_has_line_numbers() -> None:
+    assert list(prose("a.py", 'x = 1\n# one\ny = """two\nthree"""\n')) == [(2, "# one"), (3, '"""two'), (4, 'three"""')]
+
+
+def test_sentences_are_counted_outside_code_tables_and_headings() -> None:
+    page = "# A heading of five words\n\nOne two three. Four five six seven!\n\n- [A link](x.md) has words\n"
+    page += "| a | b c d |\n```sh\nnot prose at all\n```\n"
+
+    assert sentence_lengths(page) == [3, 4, 4]
+
+
+def test_errors_of_each_form_are_cataloged(tmp_path: Path) -> None:
+    package = tmp_path / "catalog"
+    package.mkdir()
+    (package / "module.py").write_text(ERRORS)
+
+    found = {(entry.code, entry.message, entry.remedy) for entry in error_messages(tmp_path)}
+
+    assert found == {
+        ("invalid_name", "'{name}' is invalid.", "Use another name."),
+        ("row_empty", "Line {number}: the row is empty.", "Remove the row."),
+        (
+            "job_not_found",
+            "No job with the id {id}.",
+            "Check the id, and that the API key belongs to the project that owns the job.",
+        ),
+        ("exists", "It exists.", ""),
+        ("already_there", "It exists.", ""),
+        ("invalid_json", "The body is not JSON.", "Send JSON."),
+    }
