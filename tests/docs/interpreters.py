@@ -1,4 +1,7 @@
-"""A shell and a Python that run the blocks of a page, one after the other, as a reader would."""
+"""A shell and a Python that run the blocks of a page, one after the other, as a reader would.
+
+Progress bars and warnings of Python libraries are on stderr, and no page shows them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -28,22 +32,26 @@ class Failed(AssertionError):
 class Interpreter:
     """A process that runs one file after another. The first failure ends it."""
 
-    def __init__(self, argv: list[str], line: str, *, folder: Path, env: Mapping[str, str]) -> None:
-        """line: the input that runs {path} and then prints {end}."""
+    def __init__(
+        self, argv: list[str], line: str, *, folder: Path, env: Mapping[str, str], errors: Path | None = None
+    ) -> None:
+        """line: the input that runs {path} and then prints {end}. errors: a file for stderr (default: with stdout)."""
         self._line = line
-        self._process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            env=env,
-            text=True,
-            errors="replace",
-        )
+        self._errors = errors
+        with errors.open("wb") if errors is not None else nullcontext(subprocess.STDOUT) as stderr:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=folder,
+                env=env,
+                text=True,
+                errors="replace",
+            )
 
     def run(self, path: Path) -> str:
-        """Return what the file printed on either stream. Raises Failed with that output."""
+        """Return what the file printed. Raises Failed with all that the process printed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         end = secrets.token_hex(16)
@@ -54,7 +62,8 @@ class Interpreter:
             if line.rstrip("\n").endswith(end):
                 return "".join((*printed, line.rstrip("\n").removesuffix(end)))
             printed.append(line)
-        raise Failed(f"exit code {self._process.wait()}:\n{''.join(printed)}")
+        more = self._errors.read_text("utf-8", "replace") if self._errors is not None else ""
+        raise Failed(f"exit code {self._process.wait()}:\n{''.join(printed)}{more}")
 
     def close(self) -> None:
         self._process.kill()
@@ -95,7 +104,7 @@ class PageSession:
         env = dict(entry.split("=", 1) for entry in saved.read_text().split("\0") if entry)
         argv = [sys.executable, "-c", PYTHON_LOOP]
         folder = Path(place.read_text().rstrip("\n"))
-        return Interpreter(argv, "{path} {end}\n", folder=folder, env=env)
+        return Interpreter(argv, "{path} {end}\n", folder=folder, env=env, errors=self._blocks / "errors")
 
 
 def environment(home: Path, root: Path) -> dict[str, str]:
