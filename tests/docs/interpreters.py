@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
@@ -48,6 +49,7 @@ class Interpreter:
                 env=env,
                 text=True,
                 errors="replace",
+                start_new_session=True,
             )
 
     def run(self, path: Path) -> str:
@@ -66,7 +68,9 @@ class Interpreter:
         raise Failed(f"exit code {self._process.wait()}:\n{''.join(printed)}{more}")
 
     def close(self) -> None:
-        self._process.kill()
+        """End the process, and those that a block left in the background."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
 
