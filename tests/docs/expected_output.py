@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")
-NUMBER = r"-?\d[\d.,:]*(?:e[-+]?\d+)?"
+NUMBER = r"(?:(?<![\w-])-)?\d[\d.,:]*(?:e[-+]?\d+)?"
 TOKENS = re.compile(
     rf"(?P<id>[0-9a-f]{{8,}}\b)"
     rf"|(?P<size>{NUMBER} [kMGT]?B\b)"
@@ -45,7 +45,9 @@ def _clean(text: str) -> str:
 
 
 def _pattern(expected: str) -> str:
-    return "".join(r"(?:[^\n]*\n)*?" if line.strip() == "…" else rf"{_line(line)}\n" for line in _clean(expected).splitlines())
+    return "".join(
+        r"(?:[^\n]*\n)*?" if line.strip() == "…" else rf"{_line(line)}\n" for line in _clean(expected).splitlines()
+    )
 
 
 def _line(line: str) -> str:

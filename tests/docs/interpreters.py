@@ -113,7 +113,11 @@ class PageSession:
 
 def environment(home: Path, root: Path) -> dict[str, str]:
     """The variables of a new user on this machine, without those of Lorry and of Python."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(("LORRY_", "OPENAI_", "PYTHON", "PYTEST"))}
+    mine = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("LORRY_", "OPENAI_", "PYTHON", "PYTEST"))
+    }
     return {
         **mine,
         "HOME": str(home),

@@ -6,8 +6,9 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
-import click
+import typer
 import typer.main
 
 from lorry.cli.main import app
@@ -16,6 +17,8 @@ from tests.docs.pages import ROOT, Block
 COMMAND_START = re.compile(r"(?:^|[|;&(]|\bdo|\bthen)\s*(?:[A-Z_]+=\S*\s+)*(lorry|make)(?=\s|$)", re.MULTILINE)
 COMMAND_END = {"|", "||", "&", "&&", ";", ")", "<", ">", ">>"}
 HERE_DOCUMENT = re.compile(r"<<-?\s*'?(\w+)'?[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
+UsageError: Any = typer.BadParameter.__base__
+"""Typer may bring its own copy of click, and exports only the subclass."""
 TARGETS = frozenset(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
@@ -56,20 +59,20 @@ def _commands(text: str) -> Iterator[list[str]]:
 
 def _problem_of_lorry(words: list[str]) -> str | None:
     """Parse the words as the command line does, without running the command."""
-    command: click.Command = typer.main.get_command(app)
-    context = click.Context(command, info_name="lorry")
-    while isinstance(command, click.Group):
+    command: Any = typer.main.get_command(app)
+    context: Any = typer.Context(command, info_name="lorry")
+    while hasattr(command, "get_command"):
         if not words or words[0].startswith("-"):
             return None
         name, *words = words
         found = command.get_command(context, name)
         if found is None:
             return f"no such command {name!r}"
-        command, context = found, click.Context(found, info_name=name, parent=context)
+        command, context = found, typer.Context(found, info_name=name, parent=context)
     if "--help" in words:
         return None
     try:
         command.make_context(context.info_name, list(words), parent=context.parent)
-    except click.UsageError as error:
-        return None if "does not exist" in error.message or "$" in error.message else error.format_message()
+    except UsageError as error:
+        return None if "does not exist" in error.message or "$" in error.message else error.message
     return None
