@@ -16,6 +16,7 @@ from tests.docs.pages import ROOT, Block
 
 COMMAND_START = re.compile(r"(?:^|[|;&(]|\bdo|\bthen)\s*(?:[A-Z_]+=\S*\s+)*(lorry|make)(?=\s|$)", re.MULTILINE)
 COMMAND_END = {"|", "||", "&", "&&", ";", ")", "<", ">", ">>"}
+SUBSTITUTION = re.compile(r"\$\([^()]*\)")
 HERE_DOCUMENT = re.compile(r"<<-?\s*'?(\w+)'?[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 UsageError: Any = typer.BadParameter.__base__
 """Typer may bring its own copy of click, and exports only the subclass."""
@@ -44,7 +45,10 @@ def _commands(text: str) -> Iterator[list[str]]:
     for start in COMMAND_START.finditer(text):
         if "#" in text[text.rfind("\n", 0, start.start(1)) + 1 : start.start(1)]:
             continue
-        words = shlex.shlex(text[start.start(1) :].partition("\n")[0], posix=True, punctuation_chars="|&;()<>")
+        line = text[start.start(1) :].partition("\n")[0]
+        while line != (line := SUBSTITUTION.sub("value", line)):
+            pass
+        words = shlex.shlex(line, posix=True, punctuation_chars="|&;()<>")
         words.whitespace_split = True
         found: list[str] = []
         try:

@@ -73,6 +73,7 @@ def test_blocks_have_their_output_and_the_reason_why_they_are_not_run(tmp_path: 
     [
         "lorry jobs submit m t.jsonl --epochs 3 && lorry status  # lorry nothing",
         "JOB=$(lorry jobs list -q -n 1)",
+        "lorry jobs show $(lorry jobs list -q | head -n 1)",
         "cat > x <<'EOF'\nlorry nothing\nEOF\nmake demo KEEP=1",
         "lorry files upload not-there.jsonl | tail",
     ],
@@ -87,6 +88,7 @@ def test_right_commands_have_no_problems(text: str) -> None:
         ("sh", "lorry nothing"),
         ("sh", "A=$(lorry jobs submit m t --no-such-option)"),
         ("sh", "lorry jobs submit m t --epochs many"),
+        ("sh", "lorry jobs show $(lorry jobs nothing)"),
         ("sh", "make nothing"),
         ("sh", "if true"),
         ("python", "def"),
