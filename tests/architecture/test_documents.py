@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -90,16 +90,15 @@ def _commands(document: Path) -> list[str]:
 
 
 def _is_command(words: list[str]) -> bool:
-    command: object = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     for word in words[1:]:
-        commands: dict[str, object] | None = getattr(command, "commands", None)
-        if commands is None:
+        if not hasattr(command, "get_command"):
             return True
         if word.startswith("-"):
             continue
-        if word not in commands:
+        command = command.get_command(typer.Context(command), word)  # accepts synonyms of verbs too
+        if command is None:
             return False
-        command = commands[word]
     return True
 
 

@@ -1,4 +1,4 @@
-"""What can be said of a block without running it: its syntax, and that its commands exist."""
+"""Checks of a block that need no run: its syntax, and that its commands exist."""
 
 from __future__ import annotations
 
