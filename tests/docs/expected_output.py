@@ -2,7 +2,7 @@
 
 The pages show the output of a real model, and the test trains a tiny one. So these match any text of their kind:
 
-- `…`, alone in a line for any lines, else for any part of a line;
+- `…`, alone in a line for any lines, else with the letters after it for any part of a line;
 - numbers, sizes and durations;
 - IDs and digests.
 
@@ -22,7 +22,7 @@ TOKENS = re.compile(
     rf"|(?P<number>{NUMBER})"
     r"|(?P<bar>[#━]{2,})"
     r"|(?P<space> +)"
-    r"|(?P<any>…)"
+    r"|(?P<any>…\w*)"
 )
 PATTERNS = {
     "id": "[0-9a-f]{8,}",

@@ -46,6 +46,7 @@ lorry status
         ("first\n…\nlast", "first\nsecond\nthird\nlast"),
         ("NAME  STATE", "NAME          STATE"),
         ("data …/.lorry", "data /tmp/home/.lorry"),
+        ("key …gz0I active", "key …Lr9Y active"),
     ],
 )
 def test_output_of_the_same_kind_matches(expected: str, actual: str) -> None:
