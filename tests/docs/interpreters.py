@@ -82,7 +82,7 @@ class PageSession:
         self._blocks = folder.parent / "blocks"
         self._blocks.mkdir()
         line = "source {path} < /dev/null; echo {end}\n"
-        self._shell = Interpreter(["bash", "-e", "-o", "pipefail"], line, folder=folder, env=env)
+        self._shell = Interpreter(["bash", "-e"], line, folder=folder, env=env)
         self._python: Interpreter | None = None
 
     def __enter__(self) -> Self:
