@@ -97,11 +97,11 @@ def _is_command(words: list[str]) -> bool:
     """An alias is a command too."""
     command: Any = typer.main.get_command(app)
     for word in words[1:]:
-        if not hasattr(command, "commands"):
+        if not hasattr(command, "get_command"):
             return True
         if word.startswith(("-", "[")):
             continue
-        command = command.get_command(None, word)
+        command = command.get_command(typer.Context(command), word)  # accepts synonyms of verbs too
         if command is None:
             return False
     return True

@@ -116,18 +116,18 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def hub_that_serves(folder: Path, commit: str, requested: list[str]) -> type[Hub]:
-    """Serve one repository, org/model, with the files of `folder`. Requested paths are appended to `requested`."""
+def hub_that_serves(folder: Path, commit: str, requested: list[str], *, repository: str = "org/model") -> type[Hub]:
+    """Serve one repository with the files of `folder`. Requested paths are appended to `requested`."""
 
     class Serving(Hub):
         def do_GET(self):
             if self.path == "/api/agent-harnesses":  # the client requests it unprompted in some environments
                 self.answer(404)
                 return
-            kind, _, path = self.path.removeprefix("/api/models").removeprefix("/org/model/").partition("/")
+            kind, _, path = self.path.removeprefix("/api/models").removeprefix(f"/{repository}/").partition("/")
             files = [file for file in folder.rglob("*") if file.is_file()]
-            if kind == "revision":
-                self.answer_json({"id": "org/model", "sha": commit, "siblings": [], "tags": [], "downloads": 0})
+            if kind == "revision" or self.path == f"/api/models/{repository}":
+                self.answer_json({"id": repository, "sha": commit, "siblings": [], "tags": [], "downloads": 0})
                 return
             if kind == "tree":
                 entry = {"type": "file", "oid": commit}

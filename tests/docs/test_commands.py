@@ -1,0 +1,119 @@
+"""The commands of README.md, the tutorials and the how-to guides work, and print what the pages show.
+
+Each page is run from top to bottom as by a new user, with a service of its own that trains a tiny model.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_base
+from tests.docs import hub
+from tests.docs.expected_output import matches
+from tests.docs.interpreters import Failed, PageSession, environment
+from tests.docs.pages import ROOT, Block, blocks, name, pages
+from tests.docs.static_checks import problems
+from tests.services.running import free_port
+
+PAGES = pages()
+FAST = {"docs/how-to/connect.md", "docs/tutorials/library.md"}
+"""Pages that train no job. The others take up to a few minutes on two busy cores, and are slow tests."""
+REPLACED = {
+    r'pip install \./client "\.\[worker\]"': ":",  # tests/deploy/test_distributions.py installs the packages
+    r"lorry up(?: --detach)?": "lorry up --detach --devices cpu --port {port}",  # the reader has another terminal
+}
+"""Lines of pages, and what is run in their place."""
+ADD_MODEL = f"lorry models add smollm2 {hub.MODEL}"
+TRAIN = "lorry jobs submit smollm2 chats.jsonl --epochs 1 --suffix support --watch"
+
+pytestmark = pytest.mark.timeout(600)
+EACH = pytest.mark.parametrize("page", PAGES, ids=name)
+
+
+@pytest.fixture(scope="module")
+def hub_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables that make processes use the Hub of the tests."""
+    folder = tmp_path_factory.mktemp("hub")
+    with hub.serving(tiny_base.make(folder / "model")) as endpoint:
+        yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
+
+
+@EACH
+def test_blocks_are_valid(page: Path) -> None:
+    found = [f"{name(page)}:{block.line}: {problem}" for block in blocks(page) for problem in problems(block)]
+
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[] if name(page) in FAST else [pytest.mark.slow]) for page in PAGES], ids=name
+)
+def test_page_runs(page: Path, tmp_path: Path, hub_environment: dict[str, str]) -> None:
+    run = [block for block in blocks(page) if _is_run(page, block)]
+    if not run:
+        return
+    home, folder = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    folder.mkdir()
+    env = environment(home, ROOT) | hub_environment
+    with _service_stops(env), PageSession(folder, env) as session:
+        _prepare(page, run, session, folder)
+        for block in run:
+            _run(page, block, session)
+
+
+def _is_run(page: Path, block: Block) -> bool:
+    """Python is run where the page is a lesson; elsewhere it is part of the reader's own program."""
+    return block.not_run is None and (block.language == "sh" or page.parent.name == "tutorials")
+
+
+def _prepare(page: Path, run: list[Block], session: PageSession, folder: Path) -> None:
+    """A tutorial begins with nothing. Other pages begin with data, and with a service if they use one.
+
+    The service has a base model. It has trained an adapter too, if the page itself trains none.
+    """
+    if page.parent.name == "tutorials":
+        return
+    tiny_base.write_chat(folder / "chats.jsonl", 30)
+    tiny_base.write_chat(folder / "valid.jsonl", 8, seed=1)
+    tiny_base.write_pairs(folder / "pairs.jsonl", 30)
+    tiny_base.write_pairs(folder / "valid-pairs.jsonl", 8, seed=1)
+    text = "".join(block.text for block in run if block.language == "sh")
+    if re.search(r"^lorry up\b", text, re.MULTILINE) is None and re.search(r"\blorry\b", text):
+        session.run("sh", _in_tests("lorry up --detach"))
+        if re.search(r"^lorry models (create|add)\b", text, re.MULTILINE) is None:
+            session.run("sh", ADD_MODEL)
+            if "lorry jobs submit" not in text:
+                session.run("sh", TRAIN)
+
+
+def _run(page: Path, block: Block, session: PageSession) -> None:
+    place = f"{name(page)}:{block.line}"
+    try:
+        printed = session.run(block.language, _in_tests(block.text))
+    except Failed as error:
+        pytest.fail(f"{place}\n{block.text}\n{error}", pytrace=False)
+    if block.output is not None and not matches(block.output, printed):
+        pytest.fail(f"{place}: the page shows\n{block.output}\nand this was printed\n{printed}", pytrace=False)
+
+
+def _in_tests(text: str) -> str:
+    for line, replacement in REPLACED.items():
+        text = re.sub(rf"^{line}$", replacement.format(port=free_port()), text, flags=re.MULTILINE)
+    return text
+
+
+@contextmanager
+def _service_stops(env: dict[str, str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        argv = [sys.executable, "-P", "-m", "lorry", "down"]
+        subprocess.run(argv, env=env, cwd=env["HOME"], capture_output=True, check=False, timeout=120)
