@@ -45,7 +45,10 @@ class WaitTimeout(LorryError):
 
 
 class APIError(LorryError):
-    """The service returned an error. `status` is the HTTP status, `param` the invalid field."""
+    """The service returned an error.
+
+    `status` is the HTTP status, `param` the invalid field, `doc_url` the entry of the code in the error reference.
+    """
 
     def __init__(
         self,
@@ -57,12 +60,14 @@ class APIError(LorryError):
         type: str = "",  # noqa: A002 - the field's name in the API
         param: str | None = None,
         request_id: str | None = None,
+        doc_url: str | None = None,
     ) -> None:
         super().__init__(message, code=code, remedy=remedy)
         self.status = status
         self.type = type
         self.param = param
         self.request_id = request_id
+        self.doc_url = doc_url
 
 
 class InvalidRequest(APIError):
@@ -114,6 +119,7 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> APIEr
         type=str(error.get("type") or ""),
         param=None if error.get("param") is None else str(error["param"]),
         request_id=headers.get("x-request-id"),
+        doc_url=None if error.get("doc_url") is None else str(error["doc_url"]),
     )
 
 

@@ -218,8 +218,10 @@ def _print_error(error: Any) -> None:
     place = f" (at {param})" if param and not is_named else ""
     lines = _bad_lines(error.message.removesuffix(error.remedy).rstrip())
     if len(lines) > 1:
-        return output.say("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())
-    output.say(f"Error: {error.message}{place}")
-    if error.remedy and error.remedy not in error.message:
-        output.say(error.remedy)
-    return None
+        output.say("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())
+    else:
+        output.say(f"Error: {error.message}{place}")
+        if error.remedy and error.remedy not in error.message:
+            output.say(error.remedy)
+    if isinstance(error, APIError) and error.doc_url:
+        output.say(f"More: {error.doc_url}")

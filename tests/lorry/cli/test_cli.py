@@ -66,6 +66,18 @@ def test_an_empty_list_says_what_to_do_on_stderr(service: Script, run: Run) -> N
     assert "lorry jobs submit" in result.stderr
 
 
+def test_error_of_the_service_ends_with_its_link(service: Script, run: Run) -> None:
+    error = {
+        "message": "No job. Check the id.",
+        "remedy": "Check the id.",
+        "code": "job_not_found",
+        "doc_url": "http://x/#a",
+    }
+    service.on("GET", f"{JOBS}/x", Reply(status=404, body={"error": error}))
+
+    assert run("jobs", "show", "x").stderr == "Error: No job. Check the id.\nMore: http://x/#a\n"
+
+
 def test_a_refusal_is_its_sentence_on_stderr_and_exit_code_1(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/x", refusal("No job with the id 'x'. Check the id.", 404))
 

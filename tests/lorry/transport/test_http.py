@@ -122,6 +122,7 @@ def test_every_field_of_an_error_is_kept(service: Script, client: Lorry) -> None
         "type": "invalid_request_error",
         "param": "lora.rank",
         "code": "bad",
+        "doc_url": "http://lorry/dashboard/errors.html#bad",
     }
     service.on("GET", "/v1/queue", Reply(status=400, headers={"x-request-id": "r1"}, body={"error": wire}))
 
@@ -130,7 +131,7 @@ def test_every_field_of_an_error_is_kept(service: Script, client: Lorry) -> None
 
     error = failed.value
     assert (error.status, error.code, error.param, error.type) == (400, "bad", "lora.rank", "invalid_request_error")
-    assert (error.request_id, error.remedy) == ("r1", "Make it 1.")
+    assert (error.request_id, error.remedy, error.doc_url) == ("r1", "Make it 1.", wire["doc_url"])
     assert error.sentence() == wire["message"]
 
 
