@@ -54,7 +54,7 @@ def test_output_of_the_same_kind_matches(expected: str, actual: str) -> None:
 
 
 @pytest.mark.parametrize(("expected", "actual"), [("ready", "failed"), ("a\nb", "a\nb\nc"), ("1 job", "no job")])
-def test_other_output_does_not_match(expected: str, actual: str) -> None:
+def test_different_output_does_not_match(expected: str, actual: str) -> None:
     assert not matches(expected, actual)
 
 
@@ -79,7 +79,7 @@ def test_blocks_have_their_output_and_the_reason_why_they_are_not_run(tmp_path: 
         "lorry files upload not-there.jsonl | tail",
     ],
 )
-def test_right_commands_have_no_problems(text: str) -> None:
+def test_valid_commands_have_no_problems(text: str) -> None:
     assert list(problems(Block(language="sh", text=text, line=1))) == []
 
 
@@ -95,5 +95,5 @@ def test_right_commands_have_no_problems(text: str) -> None:
         ("python", "def"),
     ],
 )
-def test_wrong_commands_have_a_problem(language: str, text: str) -> None:
+def test_invalid_commands_have_a_problem(language: str, text: str) -> None:
     assert len(list(problems(Block(language=language, text=text, line=1)))) == 1

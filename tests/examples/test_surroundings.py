@@ -103,7 +103,7 @@ def test_an_interrupt_while_the_demo_loads_ends_it_with_one_line(tmp_path: Path)
     assert done.stdout.count("\n") == 1
 
 
-def test_a_second_interrupt_ends_the_service_at_once() -> None:
+def test_a_second_interrupt_stops_the_service_immediately() -> None:
     asked: list[str] = []
 
     def wait(_seconds: float | None = None) -> None:

@@ -23,7 +23,7 @@ from demo_parts.word_overlap import f1, mean_f1  # pyright: ignore[reportMissing
         ("", 0.0),
     ],
 )
-def test_f1_counts_shared_words_against_all_that_were_said_and_wanted(answer: str, score: float) -> None:
+def test_f1_compares_shared_words_with_those_of_answer_and_reference(answer: str, score: float) -> None:
     assert f1(answer, "Return the cosine of x.") == pytest.approx(score)
 
 

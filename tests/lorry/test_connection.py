@@ -174,7 +174,7 @@ def test_explicit_key_works_with_a_file_of_an_earlier_version(tmp_path: Path) ->
     assert connection.find(environ=local, api_key="given").api_key == "given"
 
 
-def test_a_login_wins_over_the_default_data_folder_and_the_environment_over_both(
+def test_login_overrides_the_data_folder_and_the_environment_overrides_both(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -45,7 +45,7 @@ def refusal(message: str, status: int = 400) -> Reply:
         (("workers", "list"), "/v1/workers", {"data": [{"id": "w", "devices": [{"name": "CPU"}]}], "has_more": False}),
     ],
 )
-def test_a_list_is_a_table_for_people_and_the_wires_objects_as_json(
+def test_list_prints_a_table_or_the_api_objects_as_json(
     service: Script, run: Run, arguments: tuple[str, ...], path: str, reply: dict[str, Any]
 ) -> None:
     service.on("GET", path, reply)
@@ -57,7 +57,7 @@ def test_a_list_is_a_table_for_people_and_the_wires_objects_as_json(
     assert json.loads(machine.stdout) == reply["data"]
 
 
-def test_an_empty_list_says_what_to_do_on_stderr(service: Script, run: Run) -> None:
+def test_empty_list_prints_the_next_command_on_stderr(service: Script, run: Run) -> None:
     service.on("GET", JOBS, {"data": [], "has_more": False})
 
     result = run("jobs", "list")
@@ -66,7 +66,7 @@ def test_an_empty_list_says_what_to_do_on_stderr(service: Script, run: Run) -> N
     assert "lorry jobs submit" in result.stderr
 
 
-def test_error_of_the_service_ends_with_its_link(service: Script, run: Run) -> None:
+def test_service_error_ends_with_its_doc_url(service: Script, run: Run) -> None:
     error = {
         "message": "No job. Check the id.",
         "remedy": "Check the id.",
@@ -78,7 +78,7 @@ def test_error_of_the_service_ends_with_its_link(service: Script, run: Run) -> N
     assert run("jobs", "show", "x").stderr == "Error: No job. Check the id.\nMore: http://x/#a\n"
 
 
-def test_a_refusal_is_its_sentence_on_stderr_and_exit_code_1(service: Script, run: Run) -> None:
+def test_service_error_prints_its_message_on_stderr_and_exits_with_1(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/x", refusal("No job with the id 'x'. Check the id.", 404))
 
     result = run("jobs", "show", "x", "--json")
@@ -102,14 +102,14 @@ def test_a_refusal_is_its_sentence_on_stderr_and_exit_code_1(service: Script, ru
         "up --port 0",
     ],
 )
-def test_wrong_usage_exits_with_2_and_sends_nothing(service: Script, run: Run, arguments: str) -> None:
+def test_usage_error_exits_with_2_and_sends_no_request(service: Script, run: Run, arguments: str) -> None:
     result = run(*arguments.split())
 
     assert result.exit_code == 2
     assert service.seen == []
 
 
-def test_without_a_service_the_remedy_is_told(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_service_suggests_lorry_up(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LORRY_URL")
     monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
 
@@ -120,7 +120,7 @@ def test_without_a_service_the_remedy_is_told(run: Run, monkeypatch: pytest.Monk
     assert "Traceback" not in result.stderr
 
 
-def test_a_service_that_does_not_answer_is_told_with_the_variable_that_names_it(
+def test_unreachable_service_error_names_the_source_of_its_address(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("lorry.transport.retries.RetryPolicy.delay", lambda *_: 0)
@@ -134,7 +134,7 @@ def test_a_service_that_does_not_answer_is_told_with_the_variable_that_names_it(
     assert f"from the variable LORRY_URL; without it, the address is http://127.0.0.1:8472, from {path}" in message
 
 
-def test_submit_uploads_paths_takes_ids_and_sends_what_was_given(service: Script, run: Run, tmp_path: Path) -> None:
+def test_submit_uploads_paths_and_sends_only_the_given_options(service: Script, run: Run, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
     service.on("GET", "/v1/models/m", {"id": "m"})
     service.on("POST", "/v1/files", {"id": "file-new"})
@@ -156,7 +156,7 @@ def test_submit_uploads_paths_takes_ids_and_sends_what_was_given(service: Script
     }
 
 
-def test_numbers_that_make_no_sense_are_the_services_to_refuse(service: Script, run: Run) -> None:
+def test_submit_leaves_range_checks_to_the_service(service: Script, run: Run) -> None:
     service.on("POST", JOBS, refusal("'lora.rank' must be at least 1; it was 0."))
 
     result = run("jobs", "submit", "m", "file-1", "--rank", "0")
@@ -170,7 +170,7 @@ def stream_of(*statuses: str) -> Reply:
     return Reply(body="".join(events).encode(), headers={"content-type": "text/event-stream"})
 
 
-def test_watching_tells_each_change_once_and_how_it_ended(service: Script, run: Run) -> None:
+def test_watch_prints_each_change_once_and_the_outcome(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/ftjob-1/stream", stream_of("queued", "running", "running", "succeeded"))
 
     result = run("jobs", "watch", "ftjob-1")
@@ -183,7 +183,7 @@ def test_watching_tells_each_change_once_and_how_it_ended(service: Script, run: 
     ]
 
 
-def test_watching_as_json_is_one_object_a_line_and_a_failed_job_exits_with_1(service: Script, run: Run) -> None:
+def test_watch_as_json_prints_json_lines_and_exits_with_1_on_failure(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/ftjob-1/stream", stream_of("running", "failed"))
 
     result = run("jobs", "watch", "ftjob-1", "--json")
@@ -192,7 +192,7 @@ def test_watching_as_json_is_one_object_a_line_and_a_failed_job_exits_with_1(ser
     assert [json.loads(line)["status"] for line in result.stdout.splitlines()] == ["running", "failed"]
 
 
-def test_several_jobs_are_watched_at_once(service: Script, run: Run) -> None:
+def test_watch_follows_several_jobs_concurrently(service: Script, run: Run) -> None:
     for name in ("a", "b"):
         body = stream_of("running", "succeeded").body.replace(b"ftjob-1", name.encode())
         service.on("GET", f"{JOBS}/{name}/stream", Reply(body=body))
@@ -204,7 +204,7 @@ def test_several_jobs_are_watched_at_once(service: Script, run: Run) -> None:
     assert "Job b succeeded: None" in result.stderr
 
 
-def test_a_terminal_gets_bars(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_draws_progress_bars_in_a_terminal(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorry import Lorry
     from lorry.cli.render import progress_bars
 
@@ -220,7 +220,7 @@ def test_a_terminal_gets_bars(service: Script, run: Run, monkeypatch: pytest.Mon
     assert drawn == ["running  step 3/9  loss 1.500  480 tokens/s  1:01 left", "succeeded  step 3/9  loss 1.500"]
 
 
-def test_events_are_the_messages_oldest_first(service: Script, run: Run) -> None:
+def test_events_prints_messages_oldest_first(service: Script, run: Run) -> None:
     events = [{"id": str(i), "created_at": 1790000000 + i, "level": "info", "message": f"m{i}"} for i in (2, 1)]
     service.on("GET", f"{JOBS}/j/events", {"data": events, "has_more": False})
 
@@ -232,7 +232,7 @@ def test_events_are_the_messages_oldest_first(service: Script, run: Run) -> None
     assert asked == ["type=message&limit=100", "type=message&limit=100", "type=message&limit=1", "limit=100"]
 
 
-def test_following_the_events_goes_on_after_the_last_line_and_leaves_metrics_out(service: Script, run: Run) -> None:
+def test_events_follow_resumes_after_the_last_event_and_omits_metrics(service: Script, run: Run) -> None:
     events = [{"id": f"ftevent-{i}", "created_at": 1, "message": f"m{i}"} for i in (8, 7)]
     service.on("GET", f"{JOBS}/ftjob-1/events", {"data": events, "has_more": False})
     printed = [{"id": "9", "message": "loss", "type": "metrics"}, {"id": "10", "message": "end", "type": "message"}]
@@ -248,7 +248,7 @@ def test_following_the_events_goes_on_after_the_last_line_and_leaves_metrics_out
     assert service.requests("GET", f"{JOBS}/ftjob-1/stream")[0].headers["last-event-id"] == "8"
 
 
-def test_text_of_the_service_can_not_steer_the_terminal_or_be_markup(service: Script, run: Run) -> None:
+def test_control_characters_are_replaced_and_markup_is_printed_literally(service: Script, run: Run) -> None:
     events = [{"id": "1", "created_at": 1, "level": "info", "message": "\x1b[31m[bold]red[/bold]\x07 \x9b \u202e é 好"}]
     service.on("GET", f"{JOBS}/j/events", {"data": events, "has_more": False})
 
@@ -258,7 +258,7 @@ def test_text_of_the_service_can_not_steer_the_terminal_or_be_markup(service: Sc
 
 
 @pytest.mark.parametrize("verb", ["cancel", "pause", "resume"])
-def test_a_verb_says_what_came_of_it(service: Script, run: Run, verb: str) -> None:
+def test_job_action_prints_the_resulting_state(service: Script, run: Run, verb: str) -> None:
     service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "cancel_requested": True})
 
     yes = ["--yes"] if verb == "cancel" else []
@@ -268,7 +268,7 @@ def test_a_verb_says_what_came_of_it(service: Script, run: Run, verb: str) -> No
 
 
 @pytest.mark.parametrize("verb", ["hold", "release"])
-def test_a_hold_and_a_release_say_what_came_of_it(service: Script, run: Run, verb: str) -> None:
+def test_hold_and_release_print_the_resulting_state(service: Script, run: Run, verb: str) -> None:
     service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "status": "queued", "is_held": verb == "hold"})
 
     expected = run("jobs", verb, "j").stderr
@@ -278,7 +278,7 @@ def test_a_hold_and_a_release_say_what_came_of_it(service: Script, run: Run, ver
     )
 
 
-def test_a_job_is_moved_to_one_place(service: Script, run: Run) -> None:
+def test_move_accepts_exactly_one_position(service: Script, run: Run) -> None:
     service.on("POST", f"{JOBS}/j/move", {**JOB, "id": "j", "status": "queued"})
 
     assert run("jobs", "move", "j", "--before", "k").stderr == "Job j is queued.\n"
@@ -292,7 +292,7 @@ def test_a_job_is_moved_to_one_place(service: Script, run: Run) -> None:
     assert (refused.exit_code, "--before JOB" in refused.stderr) == (2, True)
 
 
-def test_adding_a_model_waits_until_it_is_there(service: Script, run: Run) -> None:
+def test_models_add_waits_until_the_model_is_ready(service: Script, run: Run) -> None:
     service.on("POST", "/v1/models", {"id": "m", "state": "importing"})
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready", "digest": "d1"})
 
@@ -301,7 +301,7 @@ def test_adding_a_model_waits_until_it_is_there(service: Script, run: Run) -> No
     assert "Importing model m" in run("models", "add", "m", "org/name", "--no-wait").stderr
 
 
-def test_queue_report_and_show_print_what_they_are_told(service: Script, run: Run) -> None:
+def test_queue_report_and_show_print_the_response(service: Script, run: Run) -> None:
     service.on("GET", "/v1/queue", {"jobs": [{"job_id": "ftjob-1", "state": "queued", "position": 1}], "workers": 0})
     service.on("GET", "/v1/files/f/report", {"report": {"rows": 3000, "longest_row": 9}})
     service.on("GET", f"{JOBS}/j", {**JOB, "status": "queued"})
@@ -313,7 +313,7 @@ def test_queue_report_and_show_print_what_they_are_told(service: Script, run: Ru
     assert "No worker." in run("jobs", "show", "j").stdout
 
 
-def test_a_sign_in_link_is_printed_alone_and_opened_only_where_that_is_asked(
+def test_sign_in_link_is_printed_and_opened_only_with_the_open_option(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -331,7 +331,7 @@ def test_a_sign_in_link_is_printed_alone_and_opened_only_where_that_is_asked(
     assert opened == ["http://h/dashboard/#/sign-in/t"]
 
 
-def test_a_file_that_can_not_be_written_is_a_sentence(service: Script, run: Run, tmp_path: Path) -> None:
+def test_pull_into_an_unwritable_path_fails_without_a_traceback(service: Script, run: Run, tmp_path: Path) -> None:
     serve(service, tar())
     (tmp_path / "file").write_text("")
 
@@ -347,7 +347,7 @@ def lorry(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_the_version_and_the_shells_completion_are_there() -> None:
+def test_version_and_shell_completion_work() -> None:
     assert lorry("--version").stdout.strip() == __version__
     # Else typer asks which shell started us, and under `make` that is sh, which completes nothing.
     named = lorry("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
@@ -356,7 +356,7 @@ def test_the_version_and_the_shells_completion_are_there() -> None:
     assert completed.split() == ["pause"]
 
 
-def test_ctrl_c_while_watching_exits_with_130_and_says_that_training_goes_on(service: Script) -> None:
+def test_ctrl_c_during_watch_exits_with_130_while_training_continues(service: Script) -> None:
     service.on("GET", f"{JOBS}/ftjob-1", JOB)
     argv = [sys.executable, "-m", "lorry", "jobs", "watch", "ftjob-1"]
     env = {**os.environ, "LORRY_URL": service.url}
@@ -373,7 +373,7 @@ def test_ctrl_c_while_watching_exits_with_130_and_says_that_training_goes_on(ser
 
 
 @pytest.mark.parametrize("interrupted", ["typer", "httpx", "rich/console"])
-def test_ctrl_c_while_a_command_is_still_loading_exits_with_130_and_no_traceback(
+def test_ctrl_c_during_imports_exits_with_130_without_a_traceback(
     service: Script, tmp_path: Path, interrupted: str
 ) -> None:
     service.on("GET", "/v1/queue", {"jobs": []})
@@ -387,7 +387,7 @@ def test_ctrl_c_while_a_command_is_still_loading_exits_with_130_and_no_traceback
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_the_package_itself_loads_nothing_until_a_name_of_it_is_used() -> None:
+def test_package_imports_are_lazy() -> None:
     names = "[getattr(lorry, name).__name__ for name in lorry.__all__]"
     code = f"import sys, lorry; assert 'httpx' not in sys.modules; print({names})"
 
@@ -398,7 +398,7 @@ def test_the_package_itself_loads_nothing_until_a_name_of_it_is_used() -> None:
         _ = lorry_package.Nonsense
 
 
-def test_our_own_mistake_is_a_sentence_too(service: Script) -> None:
+def test_unexpected_exception_is_reported_as_a_bug_without_a_traceback(service: Script) -> None:
     service.on("GET", "/v1/queue", {"jobs": 3})
 
     done = lorry("queue", LORRY_URL=service.url)

@@ -20,7 +20,7 @@ JOBS = "/v1/fine_tuning/jobs"
 Run = Callable[..., Result]
 
 
-def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tmp_path: Path) -> None:
+def test_offline_verification_is_not_ok_and_finds_changed_files(service: Script, run: Run, tmp_path: Path) -> None:
     serve(service, tar())
 
     pulled = run("adapters", "pull", "a")
@@ -48,7 +48,7 @@ def test_pulling_and_verifying_without_the_service(service: Script, run: Run, tm
         (Reply(status=404, body={}), "base is m, loaded with Transformers from its folder or Hub ID."),
     ],
 )
-def test_pulling_tells_how_peft_loads_the_folder(service: Script, run: Run, base: Any, printed: str) -> None:
+def test_pull_prints_how_to_load_the_folder_with_peft(service: Script, run: Run, base: Any, printed: str) -> None:
     serve(service, tar())
     service.on("GET", "/v1/models/m", base)
 
@@ -58,7 +58,7 @@ def test_pulling_tells_how_peft_loads_the_folder(service: Script, run: Run, base
     ]
 
 
-def test_pulling_tells_the_bases_folder_where_it_is_on_this_machine(service: Script, run: Run, tmp_path: Path) -> None:
+def test_pull_prints_the_local_folder_of_the_base_model(service: Script, run: Run, tmp_path: Path) -> None:
     serve(service, tar())
     service.on("GET", "/v1/models/m", {"source": "org/tiny", "local_path": str(tmp_path)})
 
@@ -67,7 +67,7 @@ def test_pulling_tells_the_bases_folder_where_it_is_on_this_machine(service: Scr
 
 
 @pytest.mark.parametrize("typed", ["best/", "./best", "~/best"])
-def test_a_folder_in_the_place_of_a_name_is_told_so(service: Script, run: Run, typed: str) -> None:
+def test_pull_of_a_path_is_a_usage_error(service: Script, run: Run, typed: str) -> None:
     result = run("adapters", "pull", typed)
 
     assert result.exit_code == 2
@@ -75,7 +75,7 @@ def test_a_folder_in_the_place_of_a_name_is_told_so(service: Script, run: Run, t
     assert service.seen == []
 
 
-def test_of_a_jobs_id_its_adapter_is_pulled(service: Script, run: Run, tmp_path: Path) -> None:
+def test_pull_accepts_the_id_of_a_job(service: Script, run: Run, tmp_path: Path) -> None:
     serve(service, tar())
     service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "succeeded", "fine_tuned_model": "a"})
 
@@ -83,7 +83,7 @@ def test_of_a_jobs_id_its_adapter_is_pulled(service: Script, run: Run, tmp_path:
     assert (tmp_path / "mine" / "adapter_config.json").is_file()
 
 
-def test_of_a_job_without_an_adapter_it_is_told_how_it_stands(service: Script, run: Run) -> None:
+def test_pull_of_a_job_without_an_adapter_reports_its_status(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "running", "fine_tuned_model": None})
 
     result = run("adapters", "pull", "ftjob-1")
@@ -95,7 +95,7 @@ def test_of_a_job_without_an_adapter_it_is_told_how_it_stands(service: Script, r
     ]
 
 
-def test_a_sweep_that_has_no_best_yet_is_looked_at_by_a_command(service: Script, run: Run) -> None:
+def test_pull_of_a_sweep_without_an_adapter_suggests_a_command(service: Script, run: Run) -> None:
     error = {
         "message": "No adapter with the id 'sweep-1'. See GET /v1/sweeps/{id}.",
         "remedy": "See GET /v1/sweeps/{id}.",
@@ -109,9 +109,7 @@ def test_a_sweep_that_has_no_best_yet_is_looked_at_by_a_command(service: Script,
     assert "/v1/" not in printed
 
 
-def test_a_signature_of_another_service_is_of_an_unknown_key_and_the_adapter_is_not_called_forged(
-    service: Script, run: Run, tmp_path: Path
-) -> None:
+def test_signature_of_another_service_is_unknown_and_not_a_forgery(service: Script, run: Run, tmp_path: Path) -> None:
     artifact = manifest()["artifact"]
     mine, other = b"m" * 32, b"o" * 32
     printed = lineage(artifact)
@@ -135,7 +133,7 @@ def test_a_signature_of_another_service_is_of_an_unknown_key_and_the_adapter_is_
     assert f"a key of {service.url}" in " ".join(valid.stderr.split())
 
 
-def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) -> None:
+def test_verification_by_the_service_prints_its_problems(service: Script, run: Run) -> None:
     service.on("POST", "/v1/adapters/a/verify", {"passed": False, "problems": ["x is missing."]})
 
     result = run("adapters", "verify", "a")
@@ -145,7 +143,7 @@ def test_verifying_at_the_service_tells_its_problems(service: Script, run: Run) 
 
 
 @pytest.mark.parametrize(("method", "command"), [("POST", "verify"), ("GET", "lineage")])
-def test_a_name_that_is_neither_an_adapter_nor_a_folder_is_told_so(
+def test_unknown_adapter_error_mentions_the_missing_folder(
     service: Script, run: Run, method: str, command: str
 ) -> None:
     error = {"message": "No adapter with the id 'gone'. Check it.", "remedy": "Check it.", "code": "adapter_not_found"}
@@ -161,13 +159,11 @@ def test_a_name_that_is_neither_an_adapter_nor_a_folder_is_told_so(
     ("name", "folder"),
     [("ft:m:p:s:1", "ft-m-p-s-1"), ("../../etc", "etc"), ("/", "adapter"), ("..", "adapter"), ("a b", "a-b")],
 )
-def test_a_name_of_the_service_becomes_one_harmless_folder(name: str, folder: str) -> None:
+def test_adapter_name_becomes_a_safe_folder_name(name: str, folder: str) -> None:
     assert folder_name(name) == folder
 
 
-def test_pulling_an_adapter_of_a_quantized_base_tells_how_transformers_holds_it_alike(
-    service: Script, run: Run
-) -> None:
+def test_pull_prints_the_quantization_config_of_the_base_model(service: Script, run: Run) -> None:
     serve(service, tar(), quantization="nf4", precision="float32")
     service.on("GET", "/v1/models/m", {"source": "org/tiny"})
 
@@ -181,7 +177,7 @@ def test_pulling_an_adapter_of_a_quantized_base_tells_how_transformers_holds_it_
     )
 
 
-def test_an_adapter_is_shared_and_the_permission_taken_back(service: Script, run: Run) -> None:
+def test_adapter_is_shared_and_unshared(service: Script, run: Run) -> None:
     path = "/v1/fine_tuning/checkpoints/adapter-1/permissions"
     given = {"id": "cp-1", "created_at": 1790000000, "project_id": "proj-2"}
     service.on("POST", path, {"data": [given]})

@@ -33,7 +33,7 @@ def _found(**fields: Any) -> dict[str, Any]:
     return {"is_sound": True, "num_events": 4, "last_link": 4, "last_digest": "d" * 64, "has_more": False, **fields}
 
 
-def test_the_log_is_listed_by_who_did_what_to_what(service: Script, run: Run) -> None:
+def test_list_shows_events_and_sends_filters(service: Script, run: Run) -> None:
     service.on("GET", PATH, {"data": _log(2), "has_more": False})
 
     listed = run("audit", "list", "--type", "job.cancelled", "--type", "job.paused", "--actor", "key-1").stdout
@@ -44,7 +44,7 @@ def test_the_log_is_listed_by_who_did_what_to_what(service: Script, run: Run) ->
     assert "event_types%5B%5D=job.cancelled&event_types%5B%5D=job.paused&actor_ids%5B%5D=key-1" in asked.path
 
 
-def test_digests_are_shortened_for_people_alone(service: Script, run: Run) -> None:
+def test_digests_are_shortened_except_in_json(service: Script, run: Run) -> None:
     event = {**_log(1)[0], "details": {"artifact": "0123456789abcdef" * 4, "hex": "0123456789abcdef"}}
     service.on("GET", PATH, {"data": [event], "has_more": False})
 
@@ -52,7 +52,7 @@ def test_digests_are_shortened_for_people_alone(service: Script, run: Run) -> No
     assert json.loads(run("audit", "list", "--json").stdout)[0]["details"] == event["details"]
 
 
-def test_a_time_among_the_details_is_shown_as_one(service: Script, run: Run) -> None:
+def test_times_in_details_are_formatted(service: Script, run: Run) -> None:
     event = {**_log(1)[0], "details": {"taken_at": 1790000000.5, "at_once": 2}}
     service.on("GET", PATH, {"data": [event], "has_more": False})
 
@@ -71,9 +71,7 @@ def test_a_time_among_the_details_is_shown_as_one(service: Script, run: Run) -> 
         ("nonsense", "Groups of event types: adapter.*, api_key.*,"),
     ],
 )
-def test_of_an_unknown_type_the_nearest_is_told_or_its_group(
-    service: Script, run: Run, typed: str, printed: str
-) -> None:
+def test_unknown_event_type_suggests_similar_types(service: Script, run: Run, typed: str, printed: str) -> None:
     listed = [{"type": "literal_error", "loc": ("query", "event_types[]", 1), "input": typed}]
     expected = {"expected": ", ".join(map(repr, get_args(AuditType)))}
     refused = explain([{**problem, "msg": "", "ctx": expected} for problem in listed], body=None, route=None)
@@ -88,14 +86,14 @@ def test_of_an_unknown_type_the_nearest_is_told_or_its_group(
     assert second.startswith(printed)
 
 
-def test_another_refusal_of_the_log_stays_as_it_is(service: Script, run: Run) -> None:
+def test_other_errors_are_printed_unchanged(service: Script, run: Run) -> None:
     error = {"message": "'limit' must be less.", "param": "limit", "code": "invalid_value"}
     service.on("GET", PATH, Reply(status=400, body={"error": error}))
 
     assert run("audit", "list", "--type", "job.paused").stderr == "Error: 'limit' must be less.\n"
 
 
-def test_a_sound_log_is_said_to_be_sound(service: Script, run: Run) -> None:
+def test_verify_confirms_an_unchanged_log(service: Script, run: Run) -> None:
     first, last = _found(has_more=True), _found(num_events=2, last_link=6, num_unsealed=1)
     service.on("GET", f"{PATH}/verify", first, last)
 
@@ -105,7 +103,7 @@ def test_a_sound_log_is_said_to_be_sound(service: Script, run: Run) -> None:
     assert "OK: 6 sealed events are unchanged; 1 are not sealed yet." in result.stderr
 
 
-def test_an_anchor_that_is_not_the_servers_is_named(service: Script, run: Run) -> None:
+def test_verify_names_a_changed_anchor(service: Script, run: Run) -> None:
     misfit = {"link": 0, "id": "audit/anchors/2026-11-28.json", "fault": "anchor_changed"}
     service.on("GET", f"{PATH}/verify", _found(is_sound=False, misfit=misfit))
 
@@ -115,7 +113,7 @@ def test_an_anchor_that_is_not_the_servers_is_named(service: Script, run: Run) -
     assert "FAILED: anchor audit/anchors/2026-11-28.json is not what the server wrote." in result.stderr
 
 
-def test_the_first_event_that_does_not_fit_is_named(service: Script, run: Run) -> None:
+def test_verify_names_the_first_changed_event(service: Script, run: Run) -> None:
     misfit = {"link": 5, "id": "audit-5", "fault": "changed"}
     service.on("GET", f"{PATH}/verify", _found(is_sound=False, misfit=misfit))
 
@@ -125,7 +123,7 @@ def test_the_first_event_that_does_not_fit_is_named(service: Script, run: Run) -
     assert "FAILED: event 5 (audit-5) was changed after it was sealed" in result.stderr
 
 
-def test_an_export_is_written_a_line_an_event(service: Script, run: Run) -> None:
+def test_export_writes_one_line_per_event(service: Script, run: Run) -> None:
     log = _log()
     service.on("GET", f"{PATH}/export", Reply(body="".join(f"{json.dumps(event)}\n" for event in log).encode()))
 

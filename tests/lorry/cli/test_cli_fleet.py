@@ -13,7 +13,7 @@ JOBS = "/v1/fine_tuning/jobs"
 Run = Callable[..., Result]
 
 
-def test_logs_are_what_trainers_printed_by_attempt_and_process(service: Script, run: Run) -> None:
+def test_logs_are_grouped_by_attempt_and_process(service: Script, run: Run) -> None:
     rows = [("1-0-1", 1, 0, "Loading"), ("1-1-1", 1, 1, "Loading too"), ("2-0-1", 2, 0, "[bold]Again[/bold]")]
     printed = [{"id": i, "attempt": a, "rank": r, "number": 1, "text": text} for i, a, r, text in rows]
     service.on("GET", f"{JOBS}/j/logs", {"data": printed, "has_more": False})
@@ -38,9 +38,7 @@ def test_logs_are_what_trainers_printed_by_attempt_and_process(service: Script, 
     assert "lorry jobs events" in run("jobs", "logs", "none").stderr
 
 
-def test_a_cordoned_worker_is_listed_with_its_reason_and_told_how_it_takes_jobs_again(
-    service: Script, run: Run
-) -> None:
+def test_cordoned_worker_is_listed_with_its_reason_and_can_be_uncordoned(service: Script, run: Run) -> None:
     cordon = {"by": "service", "reason": "3 jobs failed on it.", "at": 1.5}
     one = {"id": "one", "state": "busy", "cordon": cordon}
     service.on("GET", "/v1/workers", {"data": [one, {"id": "two", "state": "idle", "cordon": None}], "has_more": False})

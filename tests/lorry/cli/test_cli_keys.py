@@ -31,7 +31,7 @@ KEY: dict[str, Any] = {
 PROJECT = {"id": "proj-1", "name": "search", "status": "active", "created_at": 1790000000}
 
 
-def test_a_new_key_stands_alone_on_stdout(service: Script, run: Run) -> None:
+def test_create_prints_only_the_secret_on_stdout(service: Script, run: Run) -> None:
     service.on("POST", "/v1/api_keys", {**KEY, "value": "lorry_key-1_secret"})
 
     result = run("keys", "create", "ci", "--scope", "jobs:read", "--scope", "jobs:write", "--project", "search")
@@ -47,7 +47,7 @@ def test_a_new_key_stands_alone_on_stdout(service: Script, run: Run) -> None:
     }
 
 
-def test_keys_are_listed_without_those_that_open_nothing(service: Script, run: Run) -> None:
+def test_list_omits_revoked_keys_by_default(service: Script, run: Run) -> None:
     gone = {**KEY, "id": "key-0", "status": "revoked"}
     service.on("GET", "/v1/api_keys", {"data": [KEY, gone], "has_more": False})
 
@@ -58,7 +58,7 @@ def test_keys_are_listed_without_those_that_open_nothing(service: Script, run: R
     assert "key-0" in every
 
 
-def test_a_rotation_tells_until_when_the_old_key_is_good(service: Script, run: Run) -> None:
+def test_rotate_prints_how_long_the_old_key_remains_valid(service: Script, run: Run) -> None:
     service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
     service.on("GET", "/v1/api_keys/key-1", {**KEY, "expires_at": 1790043200})
 
@@ -69,7 +69,7 @@ def test_a_rotation_tells_until_when_the_old_key_is_good(service: Script, run: R
     assert "The old key key-1 remains valid for at most 43200 s." in result.stderr
 
 
-def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
+def test_rotating_the_key_in_use_updates_the_connection_file(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
@@ -90,7 +90,7 @@ def test_a_rotated_key_of_ones_own_goes_into_the_connection_file_or_is_told(
 
 
 @pytest.mark.parametrize(("status", "kept"), [(401, "new"), (200, "old")])
-def test_a_start_replaces_a_key_in_the_connection_file_that_opens_nothing(
+def test_start_replaces_an_invalid_key_in_the_connection_file(
     service: Script, tmp_path: Path, status: int, kept: str
 ) -> None:
     service.on("GET", "/v1/browser_session", Reply(status=status, body={}))
@@ -103,7 +103,7 @@ def test_a_start_replaces_a_key_in_the_connection_file_that_opens_nothing(
     assert connection.read(tmp_path) == replace(known, api_key=kept)
 
 
-def test_a_key_that_may_do_all_is_listed_as_such(service: Script, run: Run) -> None:
+def test_list_abbreviates_full_scopes_as_all(service: Script, run: Run) -> None:
     able = [sorted(granted(None, is_operator=is_operator)) for is_operator in (True, False)]
     operators = {**KEY, "name": "first", "is_operator": True, "scopes": able[0]}
     less = {**KEY, "name": "less", "is_operator": True, "scopes": able[1]}
@@ -122,11 +122,11 @@ def test_a_key_that_may_do_all_is_listed_as_such(service: Script, run: Run) -> N
     "command",
     ["keys create", "keys rotate", "usage", "audit list", "webhooks replay", "webhooks rotate", "files upload"],
 )
-def test_help_shows_a_length_of_time_as_such(run: Run, command: str) -> None:
+def test_help_shows_duration_placeholders(run: Run, command: str) -> None:
     assert "<duration>" in run(*command.split(), "--help").stdout
 
 
-def test_a_key_is_revoked(service: Script, run: Run) -> None:
+def test_key_is_revoked(service: Script, run: Run) -> None:
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", "revoked_keys": ["key-1"]})
 
     assert run("keys", "revoke", "key-1", "--yes").stderr == "Revoked key-1 (ci).\n"
@@ -135,7 +135,7 @@ def test_a_key_is_revoked(service: Script, run: Run) -> None:
     assert sent.body == b""
 
 
-def test_a_revocation_shows_what_is_left_and_how_to_end_it(service: Script, run: Run) -> None:
+def test_revoke_reports_remaining_work_and_descendants(service: Script, run: Run) -> None:
     left = {"revoked_keys": ["key-1"], "valid_descendants": 2, "unfinished_jobs": 3, "unfinished_sweeps": 1}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
 
@@ -145,7 +145,7 @@ def test_a_revocation_shows_what_is_left_and_how_to_end_it(service: Script, run:
     assert "2. Revoke them: lorry keys revoke key-1 --with-descendants" in shown
 
 
-def test_one_descendant_is_named_in_the_singular(service: Script, run: Run) -> None:
+def test_revoke_reports_one_descendant_in_the_singular(service: Script, run: Run) -> None:
     left = {"revoked_keys": ["key-1", "key-2"]}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
 
@@ -154,7 +154,7 @@ def test_one_descendant_is_named_in_the_singular(service: Script, run: Run) -> N
     assert shown == "Revoked key-1 (ci) and 1 key that descends from it.\n"
 
 
-def test_a_key_is_revoked_with_its_descendants_and_its_work(service: Script, run: Run) -> None:
+def test_revoke_can_include_descendants_and_cancel_work(service: Script, run: Run) -> None:
     left = {"revoked_keys": ["key-1", "key-2", "key-3"]}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
 
@@ -168,7 +168,7 @@ def test_a_key_is_revoked_with_its_descendants_and_its_work(service: Script, run
     assert json.loads(sent.body) == {"cancel": True, "with_descendants": True}
 
 
-def test_projects_are_made_listed_renamed_archived_and_restored(service: Script, run: Run) -> None:
+def test_projects_are_created_listed_renamed_archived_and_restored(service: Script, run: Run) -> None:
     service.on("POST", "/v1/projects", PROJECT)
     service.on("GET", "/v1/projects", {"data": [PROJECT], "has_more": False})
     service.on("POST", "/v1/projects/search", {**PROJECT, "name": "find"})
@@ -197,7 +197,7 @@ def test_projects_are_made_listed_renamed_archived_and_restored(service: Script,
     assert run("projects", "archive", "find").exit_code != 0  # there is no terminal to ask at
 
 
-def test_organizations_are_made_listed_and_renamed_and_projects_say_whose_they_are(service: Script, run: Run) -> None:
+def test_organizations_are_created_listed_renamed_and_shown_with_projects(service: Script, run: Run) -> None:
     organization = {"id": "org-1", "name": "research", "created_at": 1790000000}
     service.on("POST", "/v1/organizations", organization)
     service.on("GET", "/v1/organizations", {"data": [organization], "has_more": False})
@@ -220,14 +220,14 @@ def test_organizations_are_made_listed_and_renamed_and_projects_say_whose_they_a
     assert listed.split()[:3] == ["search", "proj-1", "research"]
 
 
-def test_a_length_of_time_has_a_unit(run: Run) -> None:
+def test_duration_requires_a_unit(run: Run) -> None:
     assert [seconds(text) for text in ("90s", "15m", "12h", "30d")] == [90, 900, 43_200, 2_592_000]
     refused = run("keys", "create", "ci", "--expires-in", "soon")
     assert refused.exit_code == 2
     assert "90s, 15m, 12h or 30d" in refused.stderr
 
 
-def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, run: Run) -> None:
+def test_key_limits_are_set_and_reset_to_the_service_defaults(service: Script, run: Run) -> None:
     path = "/v1/api_keys/key-1/limits"
     answers = ({**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0}, {**KEY, "highest_priority": "urgent"})
     service.on("POST", path, *answers)
@@ -247,7 +247,7 @@ def test_a_key_is_given_limits_and_those_of_the_service_back(service: Script, ru
     assert wrong.exit_code == 2
 
 
-def test_a_project_is_limited_and_its_limits_are_shown(service: Script, run: Run) -> None:
+def test_project_limits_are_set_and_shown(service: Script, run: Run) -> None:
     path = "/v1/projects/search/limits"
     hours = {"name": "device_hours_per_month", "limit": 100, "used": 12.5, "resets_at": 1790812800}
     found = {"limits": [hours, {"name": "stored_bytes", "limit": None, "used": 2_000_000}]}

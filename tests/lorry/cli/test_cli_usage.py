@@ -21,7 +21,7 @@ RESULT: dict[str, Any] = {
 DAY = {"start_time": 1789948800, "end_time": 1790035200, "results": [RESULT]}
 
 
-def test_each_day_is_a_line_with_the_projects_name(service: Script, run: Run) -> None:
+def test_usage_prints_one_line_per_day_with_the_project_name(service: Script, run: Run) -> None:
     service.on("GET", "/v1/projects", {"data": [{"id": "proj-1", "name": "search"}], "has_more": False})
     service.on("GET", "/v1/usage", {"data": [DAY], "has_more": False, "next_page": None})
 
@@ -32,7 +32,7 @@ def test_each_day_is_a_line_with_the_projects_name(service: Script, run: Run) ->
     assert "group_by%5B%5D=project_id&group_by%5B%5D=model&project_ids%5B%5D=search" in asked.path
 
 
-def test_it_is_told_by_organization_too(service: Script, run: Run) -> None:
+def test_usage_can_be_grouped_by_organization(service: Script, run: Run) -> None:
     day = {**DAY, "results": [{**RESULT, "project_id": None, "model": None, "organization_id": "org-1"}]}
     service.on("GET", "/v1/organizations", {"data": [{"id": "org-1", "name": "research"}], "has_more": False})
     service.on("GET", "/v1/usage", {"data": [day], "has_more": False, "next_page": None})
@@ -44,5 +44,5 @@ def test_it_is_told_by_organization_too(service: Script, run: Run) -> None:
     assert "group_by%5B%5D=organization_id&organization_ids%5B%5D=research" in asked.path
 
 
-def test_what_it_can_not_be_told_by_is_refused(run: Run) -> None:
+def test_unknown_grouping_is_rejected(run: Run) -> None:
     assert run("usage", "--by", "device").exit_code == 2

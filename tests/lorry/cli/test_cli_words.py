@@ -32,7 +32,7 @@ PAUSED = {**JOB, "status": "paused"}
 Run = Callable[..., Result]
 
 
-def test_a_worker_is_what_the_service_says_and_nothing_else_is_asked(service: Script, run: Run) -> None:
+def test_worker_list_needs_one_request(service: Script, run: Run) -> None:
     rows = [{"id": "one", "state": "busy"}, {"id": "two", "state": "idle", "trainer_id": "t-two"}]
     service.on("GET", "/v1/workers", {"data": rows, "has_more": False})
 
@@ -42,7 +42,7 @@ def test_a_worker_is_what_the_service_says_and_nothing_else_is_asked(service: Sc
     assert len(service.seen) == 1
 
 
-def test_a_paused_job_shows_how_to_go_on_and_nothing_stale(service: Script, run: Run) -> None:
+def test_paused_job_shows_the_resume_command_and_no_time_left(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/j", PAUSED)
     service.on("GET", JOBS, {"data": [PAUSED], "has_more": False})
 
@@ -53,7 +53,7 @@ def test_a_paused_job_shows_how_to_go_on_and_nothing_stale(service: Script, run:
     assert listed.stderr == "Resume a paused job with: lorry jobs resume ID\n"
 
 
-def test_watching_a_paused_job_says_so_once(service: Script, run: Run) -> None:
+def test_watch_prints_the_pause_hint_once(service: Script, run: Run) -> None:
     jobs = (PAUSED, {**PAUSED, "progress": {**JOB["progress"], "step": 4}}, {**JOB, "status": "cancelled"})
     events = [f"event: job\nid: {i}\ndata: {json.dumps(job)}\n\n" for i, job in enumerate(jobs)]
     service.on("GET", f"{JOBS}/j/stream", Reply(body="".join(events).encode()))
@@ -66,7 +66,7 @@ def test_watching_a_paused_job_says_so_once(service: Script, run: Run) -> None:
     ]
 
 
-def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_waits(service: Script, run: Run) -> None:
+def test_show_prints_the_configuration_and_why_the_job_waits(service: Script, run: Run) -> None:
     configured = {
         "suffix": "mine",
         "schedule": {"type": "cosine", "warmup_steps": 5},
@@ -105,7 +105,7 @@ def test_a_job_is_shown_with_all_of_its_configuration_and_the_sentence_why_it_wa
     assert not any("live_workers" in line for line in printed)
 
 
-def test_why_a_job_waits_is_a_sentence_or_all_that_decided_it(service: Script, run: Run) -> None:
+def test_why_prints_the_explanation_or_all_inputs_as_json(service: Script, run: Run) -> None:
     printed = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
     service.on("GET", f"{JOBS}/j/why", printed)
 
@@ -113,9 +113,7 @@ def test_why_a_job_waits_is_a_sentence_or_all_that_decided_it(service: Script, r
     assert json.loads(run("jobs", "why", "j", "--json").stdout) == printed
 
 
-def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_workers_spent(
-    service: Script, run: Run
-) -> None:
+def test_list_and_show_include_validation_loss_and_running_time(service: Script, run: Run) -> None:
     progress = {**JOB["progress"], "valid_loss": 1.75, "best_valid_loss": 1.25}
     job = {**JOB, "status": "succeeded", "finished_at": 1790009000, "seconds_running": 3723.4, "progress": progress}
     service.on("GET", JOBS, {"data": [job, {**JOB, "seconds_running": 0.0}], "has_more": False})
@@ -130,7 +128,7 @@ def test_a_list_and_a_job_tell_the_loss_on_held_out_data_and_the_time_that_worke
     assert {"validation loss 1.75", "best validation loss 1.25", "took 1:02:03"} <= set(shown)
 
 
-def test_the_result_of_a_job_is_the_loss_of_the_step_whose_weights_are_kept(service: Script, run: Run) -> None:
+def test_validation_loss_is_that_of_the_kept_step(service: Script, run: Run) -> None:
     progress = {**JOB["progress"], "valid_loss": 2.5, "best_valid_loss": 1.25, "step": 9}
     kept = {**progress, "kept_step": 6, "kept_valid_loss": 1.25}
     service.on("GET", JOBS, {"data": [{**JOB, "status": "succeeded", "progress": kept}], "has_more": False})
@@ -145,7 +143,7 @@ def test_the_result_of_a_job_is_the_loss_of_the_step_whose_weights_are_kept(serv
     assert not any(line.startswith("best validation loss") for line in shown)
 
 
-def test_a_job_is_shown_with_its_method_and_the_prompts_that_it_answers(service: Script, run: Run) -> None:
+def test_show_prints_the_method_and_the_sample_prompts(service: Script, run: Run) -> None:
     samples = {"prompts": ["How cold?", "How warm?"], "max_tokens": 32}
     numbers = {"n_epochs": 3, "beta": 0.1}
     configured = {
@@ -163,7 +161,7 @@ def test_a_job_is_shown_with_its_method_and_the_prompts_that_it_answers(service:
     assert {"method dpo", "beta 0.1"} <= set(shown)
 
 
-def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) -> None:
+def test_list_has_a_suffix_column_if_a_job_has_a_suffix(service: Script, run: Run) -> None:
     service.on("GET", JOBS, {"data": [{**JOB, "suffix": "support"}, JOB], "has_more": False})
 
     lines = [line.split()[:4] for line in run("jobs", "list").stdout.splitlines()]
@@ -182,7 +180,7 @@ def test_a_list_tells_suffixes_where_a_job_has_one(service: Script, run: Run) ->
         (40, 0, None, "3 or fewer (limited by max steps)"),
     ],
 )
-def test_epochs_are_those_that_max_steps_leave(
+def test_shown_epochs_account_for_max_steps(
     service: Script, run: Run, max_steps: int | None, num_steps: int, usable_rows: int | None, printed: str
 ) -> None:
     numbers = {"n_epochs": 3, "batch_size": 8}
@@ -195,7 +193,7 @@ def test_epochs_are_those_that_max_steps_leave(
     assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("epochs")] == [printed]
 
 
-def test_watching_tells_the_loss_on_held_out_data() -> None:
+def test_watch_line_includes_the_validation_loss() -> None:
     job = {**JOB, "status": "succeeded", "progress": {**JOB["progress"], "valid_loss": 1.75}}
 
     assert progress_bars.facts(Job.of(job)) == "succeeded  step 3/9  loss 1.500  valid 1.750"
@@ -211,13 +209,13 @@ def test_watching_tells_the_loss_on_held_out_data() -> None:
         (5, "running  step 3/9"),
     ],
 )
-def test_beside_a_bar_the_least_is_left_out_where_it_is_narrow(max_width: int, printed: str) -> None:
+def test_progress_text_is_shortened_to_the_width(max_width: int, printed: str) -> None:
     job = Job.of({**JOB, "progress": {**JOB["progress"], "valid_loss": 1.75}})
 
     assert progress_bars.facts(job, max_width=max_width) == printed
 
 
-def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(service: Script, run: Run) -> None:
+def test_model_list_shortens_an_import_error_and_show_prints_all_of_it(service: Script, run: Run) -> None:
     message = f"There is no {'such ' * 40}repository.\nTraceback"
     model = {"id": "m", "state": "failed", "error": {"code": "c", "message": message, "remedy": "Check the name."}}
     service.on("GET", "/v1/models", {"data": [model], "has_more": False})
@@ -232,13 +230,13 @@ def test_the_list_of_models_says_briefly_why_one_failed_and_showing_it_says_all(
     assert json.loads(run("models", "show", "m", "--json").stdout) == model
 
 
-def test_a_base_is_shown_with_its_license(service: Script, run: Run) -> None:
+def test_models_show_prints_the_license(service: Script, run: Run) -> None:
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready", "description": {"license": "apache-2.0"}})
 
     assert ["license", "apache-2.0"] in [line.split() for line in run("models", "show", "m").stdout.splitlines()]
 
 
-def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Script, run: Run) -> None:
+def test_report_of_an_unprepared_file_suggests_a_command(service: Script, run: Run) -> None:
     service.on("GET", "/v1/files/file-1/report", {"file": "file-1", "model": "m", "report": None})
 
     people, machine = (run("files", "report", "file-1", "--model", "m", *more) for more in ((), ("--json",)))
@@ -256,7 +254,7 @@ def test_the_report_of_a_file_that_nobody_prepared_says_what_to_do(service: Scri
         (["{]"] * 9, ["Error (at file):", *(f"  Line {n}: " for n in range(1, 6)), "  Reading stopped at the 5th", ""]),
     ],
 )
-def test_each_bad_line_of_an_upload_is_told_on_a_line(
+def test_upload_error_prints_each_invalid_line_separately(
     service: Script, run: Run, tmp_path: Path, lines: list[str], printed: list[str]
 ) -> None:
     content = "\n".join(lines).encode()
@@ -274,7 +272,7 @@ def test_each_bad_line_of_an_upload_is_told_on_a_line(
 
 
 @pytest.mark.parametrize("command", ["files delete --yes", "adapters delete -y", "models delete --yes"])
-def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script, run: Run, command: str) -> None:
+def test_delete_confirms_or_prints_the_service_error(service: Script, run: Run, command: str) -> None:
     refused = {"error": {"message": "A job uses it.", "type": "x", "param": None, "code": "c"}}
     group, kind = command.split(maxsplit=1)[0], {"files": "file"}.get(command.split(maxsplit=1)[0], "adapter")
     service.on("GET", "/v1/adapters/ft%3Ax", {"name": "ft:x"})
@@ -291,7 +289,9 @@ def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script
 
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("Yes\n", 0), ("\n", 1), ("no\n", 1), ("", 1)])
-def test_deleting_a_model_asks_first(service: Script, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
+def test_models_delete_requires_confirmation(
+    service: Script, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
+) -> None:
     service.on("DELETE", "/v1/models/tiny", {})
 
     monkeypatch.setattr(output, "is_attended", lambda: True)
@@ -303,7 +303,7 @@ def test_deleting_a_model_asks_first(service: Script, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("run")
-def test_ctrl_c_at_the_question_is_an_interruption(service: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_at_the_prompt_exits_with_130(service: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
         def readline(self) -> str:
             raise KeyboardInterrupt
@@ -317,7 +317,7 @@ def test_ctrl_c_at_the_question_is_an_interruption(service: Script, monkeypatch:
     assert service.seen == []
 
 
-def test_deleting_a_model_in_a_script_needs_the_option(service: Script, run: Run) -> None:
+def test_models_delete_without_a_terminal_requires_yes(service: Script, run: Run) -> None:
     result = run("models", "delete", "tiny")
 
     assert result.exit_code == 2
@@ -325,19 +325,19 @@ def test_deleting_a_model_in_a_script_needs_the_option(service: Script, run: Run
     assert service.seen == []
 
 
-def test_deleting_a_base_says_that_its_adapters_stay(service: Script, run: Run) -> None:
+def test_models_delete_prints_that_adapters_are_kept(service: Script, run: Run) -> None:
     service.on("DELETE", "/v1/models/tiny", {})
 
     assert run("models", "delete", "tiny", "-y").stderr == "Deleted base model tiny. Adapters trained on it are kept.\n"
 
 
-def test_pairs_in_a_pipe_end_where_their_text_ends(service: Script, run: Run) -> None:
+def test_piped_pairs_are_neither_padded_nor_wrapped(service: Script, run: Run) -> None:
     service.on("GET", "/v1/models/m", {"id": "m", "source": "s" * 300, "error": {"message": "a\nb"}})
 
     assert run("models", "show", "m").stdout == f"name    m\nerror   a\n        b\nsource  {'s' * 300}\n"
 
 
-def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run: Run) -> None:
+def test_adapters_show_prints_units_and_the_loss_of_the_base(service: Script, run: Run) -> None:
     wire = {
         "name": "ft:x",
         "bytes": 9_776_128,
@@ -365,7 +365,7 @@ def test_an_adapter_is_shown_with_units_and_what_it_gained(service: Script, run:
     ("typed", "own"),
     [("keys delete", "revoke"), ("keys rm", "revoke"), ("jobs delete", "cancel"), ("projects remove", "archive")],
 )
-def test_a_verb_that_acts_differently_is_only_suggested(service: Script, run: Run, typed: str, own: str) -> None:
+def test_verb_with_a_different_effect_is_only_suggested(service: Script, run: Run, typed: str, own: str) -> None:
     result = run(*typed.split(), "x")
 
     assert result.exit_code == 2
@@ -388,7 +388,7 @@ def test_a_verb_that_acts_differently_is_only_suggested(service: Script, run: Ru
         ("jobs ls", "list"),
     ],
 )
-def test_old_verbs_and_synonyms_run_the_groups_own_command(run: Run, typed: str, own: str) -> None:
+def test_old_verbs_and_synonyms_run_the_current_command(run: Run, typed: str, own: str) -> None:
     group, verb = typed.split()
     old, new = run(group, verb, "--help").stdout, run(group, own, "--help").stdout
 
@@ -396,7 +396,7 @@ def test_old_verbs_and_synonyms_run_the_groups_own_command(run: Run, typed: str,
     assert f"{verb} " not in run(group, "--help").stdout.partition("Commands:")[2].replace(f" {own} ", "")
 
 
-def test_the_old_names_of_groups_are_hidden_aliases(run: Run) -> None:
+def test_old_group_names_are_hidden_aliases(run: Run) -> None:
     shown = run("--help").stdout
 
     assert " sweep " not in shown

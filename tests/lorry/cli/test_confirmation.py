@@ -39,7 +39,7 @@ def is_done(service: Script, name: str) -> bool:
     return bool(service.requests(*IRREVERSIBLE[name][1]))
 
 
-def test_the_commands_that_ask_are_these() -> None:
+def test_exactly_the_irreversible_commands_ask_for_confirmation() -> None:
     asking = {
         name
         for name, command in COMMANDS.items()
@@ -60,7 +60,7 @@ def test_without_a_terminal_yes_is_required(service: Script, run: Run, name: str
 
 @EACH
 @pytest.mark.parametrize("flag", ["--yes", "-y"])
-def test_with_yes_nothing_is_asked(service: Script, run: Run, name: str, flag: str) -> None:
+def test_yes_skips_the_prompt(service: Script, run: Run, name: str, flag: str) -> None:
     result = run(*name.split(), IRREVERSIBLE[name][0], flag)
 
     assert result.exit_code == 0, result.stderr
@@ -71,7 +71,7 @@ def test_with_yes_nothing_is_asked(service: Script, run: Run, name: str, flag: s
 @EACH
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("\n", 1), ("", 1)])
-def test_in_a_terminal_only_a_yes_acts(
+def test_prompt_accepts_only_yes(
     service: Script, monkeypatch: pytest.MonkeyPatch, name: str, answer: str, code: int
 ) -> None:
     monkeypatch.setattr(output, "is_attended", lambda: True)
@@ -84,7 +84,7 @@ def test_in_a_terminal_only_a_yes_acts(
     assert ("Aborted." in result.stderr) is (code == 1)
 
 
-def test_the_question_names_the_whole_id(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_shows_the_full_id(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = "ftjob-3f2b8c9d0a1e4f5a6b7c8d9e"
     service.on("GET", "/v1/fine_tuning/jobs", {"data": [{"id": job_id}], "has_more": False})
     monkeypatch.setattr(output, "is_attended", lambda: True)

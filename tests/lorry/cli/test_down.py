@@ -44,7 +44,7 @@ def holding(folder: Path, *, num_signals: int = 1) -> Iterator[subprocess.Popen[
             process.kill()
 
 
-def test_the_holder_of_the_folder_is_stopped(run: Run, tmp_path: Path) -> None:
+def test_down_stops_the_process_that_locks_the_folder(run: Run, tmp_path: Path) -> None:
     with holding(tmp_path) as process:
         result = run("down", "--data-dir", tmp_path)
 
@@ -54,14 +54,14 @@ def test_the_holder_of_the_folder_is_stopped(run: Run, tmp_path: Path) -> None:
     assert result.stderr.endswith("Stopped.\n")
 
 
-def test_without_a_service_nothing_is_stopped(run: Run, tmp_path: Path) -> None:
+def test_down_without_a_service_stops_nothing(run: Run, tmp_path: Path) -> None:
     result, machine = run("down", "--data-dir", tmp_path), run("down", "--data-dir", tmp_path, "--json")
 
     assert (result.exit_code, result.stderr) == (0, f"No service is running in {tmp_path}.\n")
     assert json.loads(machine.stdout) == {"data_dir": str(tmp_path), "stopped_pid": None}
 
 
-def test_a_process_whose_id_is_left_in_the_file_is_not_stopped(run: Run, tmp_path: Path) -> None:
+def test_down_ignores_a_stale_process_id(run: Run, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         (tmp_path / lock.FILE_NAME).write_text(f"{other.pid}\n")
 
@@ -72,7 +72,7 @@ def test_a_process_whose_id_is_left_in_the_file_is_not_stopped(run: Run, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Only /proc shows the open files of a process.")
-def test_an_id_of_a_process_that_has_not_opened_the_file_is_no_holder(tmp_path: Path) -> None:
+def test_process_without_the_open_lock_file_is_not_the_holder(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         with holding(tmp_path) as process:
             assert lock.holder(tmp_path) == process.pid
@@ -83,7 +83,7 @@ def test_an_id_of_a_process_that_has_not_opened_the_file_is_no_holder(tmp_path: 
         other.kill()
 
 
-def test_a_service_that_takes_too_long_is_stopped_at_once_by_a_second_call(
+def test_second_down_stops_a_slow_service_immediately(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with holding(tmp_path, num_signals=2) as process:
@@ -97,7 +97,9 @@ def test_a_service_that_takes_too_long_is_stopped_at_once_by_a_second_call(
         assert process.wait(10) == 0
 
 
-def test_the_folder_is_that_of_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_data_folder_defaults_to_the_environment_variable(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
 
     with holding(tmp_path) as process:

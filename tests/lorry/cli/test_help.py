@@ -50,7 +50,7 @@ COMMANDS = dict(commands())
 EACH = pytest.mark.parametrize("name", COMMANDS)
 
 
-def test_the_visible_commands_are_those_of_the_design() -> None:
+def test_visible_commands_are_the_listed_verbs() -> None:
     found: dict[str, set[str]] = {}
     for name in COMMANDS:
         group, _, verb = name.rpartition(" ")
@@ -82,7 +82,7 @@ def test_every_command_has_examples_that_parse(name: str, tmp_path: Path, monkey
 
 
 @EACH
-def test_every_option_and_argument_has_a_help_that_is_a_sentence(name: str) -> None:
+def test_every_parameter_has_a_help_text_that_is_a_sentence(name: str) -> None:
     for param in COMMANDS[name].params:
         if getattr(param, "hidden", False) or param.name == "help":
             continue
@@ -91,7 +91,7 @@ def test_every_option_and_argument_has_a_help_that_is_a_sentence(name: str) -> N
 
 
 @EACH
-def test_every_command_with_json_has_its_short_form_and_shows_upper_case_arguments(name: str) -> None:
+def test_help_shows_output_json_and_upper_case_arguments(name: str) -> None:
     help_text = CliRunner().invoke(app, [*name.split(), "--help"]).stdout
 
     assert ("--json" in help_text) == ("-o, --output <json>" in help_text)
@@ -99,7 +99,7 @@ def test_every_command_with_json_has_its_short_form_and_shows_upper_case_argumen
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name.endswith((" list", " create", " submit", " run"))])
-def test_every_list_and_creation_has_quiet(name: str) -> None:
+def test_every_list_and_create_command_has_quiet(name: str) -> None:
     shows_a_secret = name in {"keys create", "webhooks create"}  # its id alone would lose the secret
 
     assert any("--quiet" in param.opts for param in COMMANDS[name].params) is not shows_a_secret
@@ -114,5 +114,5 @@ def test_a_group_without_a_command_prints_its_help(run: Callable[..., Result], n
     assert asked.stdout.strip() in (bare.stdout + bare.stderr)
 
 
-def test_the_first_help_has_examples() -> None:
+def test_main_help_has_examples() -> None:
     assert "lorry up\n" in CliRunner().invoke(app, ["--help"]).stdout

@@ -42,7 +42,7 @@ def login(service: Script, *arguments: str, key: str = f"{SECRET}\n") -> Result:
     return CliRunner().invoke(app, ["login", service.url, *arguments], input=key)
 
 
-def test_a_login_is_stored_for_the_user_alone_and_later_commands_use_it(service: Script, config: Path) -> None:
+def test_login_is_stored_privately_and_used_by_later_commands(service: Script, config: Path) -> None:
     service.on("GET", "/v1/browser_session", IDENTITY)
     service.on("GET", "/v1/fine_tuning/jobs", {"data": [{"id": "j"}], "has_more": False})
 
@@ -79,7 +79,7 @@ def test_a_key_that_the_service_rejects_is_not_stored(service: Script, config: P
     assert not config.exists()
 
 
-def test_the_key_is_not_an_argument_and_an_empty_one_is_refused(service: Script, config: Path) -> None:
+def test_key_argument_and_empty_key_are_rejected(service: Script, config: Path) -> None:
     argument = CliRunner().invoke(app, ["login", service.url, SECRET])
     empty = login(service, key="\n")
 
@@ -88,9 +88,7 @@ def test_the_key_is_not_an_argument_and_an_empty_one_is_refused(service: Script,
     assert service.seen == []
 
 
-def test_in_a_terminal_the_key_is_prompted_for_without_an_echo(
-    service: Script, config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_prompt_does_not_echo_in_a_terminal(service: Script, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service.on("GET", "/v1/browser_session", IDENTITY)
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(output, "is_attended", lambda: True)
@@ -100,9 +98,7 @@ def test_in_a_terminal_the_key_is_prompted_for_without_an_echo(
     assert asked == [{"hide_input": True, "err": True}]
 
 
-def test_a_local_service_that_can_not_prove_its_identity_gets_no_key(
-    service: Script, config: Path, tmp_path: Path
-) -> None:
+def test_key_is_not_sent_to_an_unverified_local_service(service: Script, config: Path, tmp_path: Path) -> None:
     (tmp_path / ".lorry").mkdir()
     known = Connection(url=service.url, api_key="local", identity_secret="ab" * 32)
     connection.write(tmp_path / ".lorry", known)
@@ -114,7 +110,7 @@ def test_a_local_service_that_can_not_prove_its_identity_gets_no_key(
     assert not config.exists()
 
 
-def test_a_login_over_plain_http_to_another_machine_warns(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_login_over_plain_http_to_a_remote_host_warns(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorry.resources.sign_in.SignInLinks.identity", lambda _: IDENTITY)
 
     printed = CliRunner().invoke(app, ["login", "http://lorry.example"], input=f"{SECRET}\n").stderr
@@ -124,7 +120,7 @@ def test_a_login_over_plain_http_to_another_machine_warns(config: Path, monkeypa
     assert "Warning" not in quiet
 
 
-def test_a_variable_that_takes_precedence_is_named(
+def test_login_names_a_variable_that_takes_precedence(
     service: Script, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.on("GET", "/v1/browser_session", IDENTITY)
@@ -133,7 +129,7 @@ def test_a_variable_that_takes_precedence_is_named(
     assert "LORRY_URL is set and takes precedence." in login(service).stderr
 
 
-def test_a_rotated_key_of_a_login_is_stored_there(service: Script, config: Path) -> None:
+def test_rotated_key_replaces_the_stored_login(service: Script, config: Path) -> None:
     config.mkdir(parents=True)
     connection.write(config, Connection(url=service.url, api_key="lorry_key-1_old"))
     service.on("POST", "/v1/api_keys/key-1/rotate", {"id": "key-2", "value": "lorry_key-2_new"})
@@ -144,7 +140,7 @@ def test_a_rotated_key_of_a_login_is_stored_there(service: Script, config: Path)
     assert connection.read(config) == Connection(url=service.url, api_key="lorry_key-2_new")
 
 
-def test_whoami_shows_the_rights_and_not_the_key(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoami_shows_scopes_but_not_the_secret(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     service.on("GET", "/v1/browser_session", IDENTITY)
     monkeypatch.setenv("LORRY_API_KEY", SECRET)
 
@@ -163,7 +159,7 @@ def test_whoami_shows_the_rights_and_not_the_key(service: Script, run: Run, monk
     assert "very-secret" not in shown.stdout + machine.stdout
 
 
-def test_status_counts_jobs_and_workers_and_names_the_source_of_the_address(
+def test_status_counts_jobs_and_workers_and_shows_the_address_source(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
@@ -185,7 +181,7 @@ def test_status_counts_jobs_and_workers_and_names_the_source_of_the_address(
     assert (found["jobs"], found["workers"], found["data_dir_pid"]) == ({"running": 1, "queued": 2}, {"busy": 1}, None)
 
 
-def test_status_of_a_service_that_does_not_respond_exits_with_1(
+def test_status_of_an_unreachable_service_exits_with_1(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("lorry.transport.retries.RetryPolicy.delay", lambda *_: 0)

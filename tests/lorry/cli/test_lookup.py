@@ -29,13 +29,13 @@ def jobs(service: Script) -> None:
 
 
 @pytest.mark.usefixtures("jobs")
-def test_a_unique_prefix_of_an_id_stands_for_it(service: Script, run: Run) -> None:
+def test_unique_id_prefix_is_resolved(service: Script, run: Run) -> None:
     assert run("jobs", "pause", "ftjob-3f2").exit_code == 0
     assert len(service.requests("POST", f"{JOBS}/{FULL}/pause")) == 1
 
 
 @pytest.mark.usefixtures("jobs")
-def test_an_ambiguous_prefix_lists_the_candidates_and_changes_nothing(service: Script, run: Run) -> None:
+def test_ambiguous_id_prefix_lists_the_candidates_and_changes_nothing(service: Script, run: Run) -> None:
     result = run("jobs", "pause", "ftjob-3f")
 
     assert result.exit_code == 1
@@ -49,21 +49,21 @@ def test_an_ambiguous_prefix_lists_the_candidates_and_changes_nothing(service: S
 
 
 @pytest.mark.usefixtures("jobs")
-def test_a_full_id_costs_no_request(service: Script, run: Run) -> None:
+def test_full_id_needs_no_lookup(service: Script, run: Run) -> None:
     run("jobs", "pause", FULL)
 
     assert [request.method for request in service.seen] == ["POST"]
 
 
 @pytest.mark.usefixtures("jobs")
-def test_an_id_that_is_a_prefix_of_another_stands_for_itself(service: Script, run: Run) -> None:
+def test_id_that_is_a_prefix_of_another_id_is_unambiguous(service: Script, run: Run) -> None:
     service.on("GET", "/v1/workers", listed("box", "box-2"))
     service.on("POST", "/v1/workers/box/cordon", {"id": "box"})
 
     assert run("workers", "cordon", "box").exit_code == 0
 
 
-def test_without_a_match_the_service_answers(service: Script, run: Run) -> None:
+def test_unmatched_prefix_is_sent_unchanged(service: Script, run: Run) -> None:
     error = {"message": "No job with the id 'x'.", "code": "job_not_found", "remedy": "Check it."}
     service.on("GET", JOBS, listed(FULL))
     service.on("GET", f"{JOBS}/x", Reply(status=404, body={"error": error}))
@@ -71,14 +71,14 @@ def test_without_a_match_the_service_answers(service: Script, run: Run) -> None:
     assert run("jobs", "show", "x").stderr == "Error: No job with the id 'x'.\nCheck it.\n"
 
 
-def test_a_key_without_the_scope_to_list_may_still_act(service: Script, run: Run) -> None:
+def test_key_without_the_scope_to_list_can_still_act_on_a_full_id(service: Script, run: Run) -> None:
     service.on("GET", JOBS, Reply(status=403, body={"error": {"message": "No.", "code": "missing_scope"}}))
     service.on("POST", f"{JOBS}/j/pause", {"id": "j", "status": "paused"})
 
     assert run("jobs", "pause", "j").exit_code == 0
 
 
-def test_a_prefix_is_not_unique_if_not_all_objects_were_searched(
+def test_prefix_is_ambiguous_if_not_all_objects_were_searched(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookup, "SEARCHED", 1)
@@ -116,7 +116,7 @@ def test_a_prefix_is_not_unique_if_not_all_objects_were_searched(
         ),
     ],
 )
-def test_every_kind_of_id_may_be_shortened(
+def test_every_kind_of_id_can_be_abbreviated(
     service: Script, run: Run, arguments: str, listing: str, item: str, asked: tuple[str, str]
 ) -> None:
     service.on("GET", listing, listed(item))
@@ -128,7 +128,7 @@ def test_every_kind_of_id_may_be_shortened(
     assert len(service.requests(*asked)) == 1
 
 
-def test_an_adapters_unique_suffix_stands_for_its_name(service: Script, run: Run) -> None:
+def test_unique_adapter_suffix_is_resolved(service: Script, run: Run) -> None:
     service.on("GET", "/v1/adapters/t", Reply(status=404, body={}))
     service.on("GET", "/v1/adapters", {"data": [{"id": "a", "name": "ft:m:p:s:1"}, {"id": "b", "name": "ft:m:p:t:2"}]})
     service.on("GET", "/v1/adapters/ft%3Am%3Ap%3At%3A2", {"id": "b", "name": "ft:m:p:t:2", "rank": 4})
@@ -136,7 +136,7 @@ def test_an_adapters_unique_suffix_stands_for_its_name(service: Script, run: Run
     assert "ft:m:p:t:2" in run("adapters", "show", "t").stdout
 
 
-def test_an_adapters_ambiguous_suffix_lists_the_candidates(service: Script, run: Run) -> None:
+def test_ambiguous_adapter_suffix_lists_the_candidates(service: Script, run: Run) -> None:
     names = ("ft:m:p:docs:1", "ft:m:p:docs:2")
     service.on("GET", "/v1/adapters/docs", Reply(status=404, body={}))
     service.on("GET", "/v1/adapters", {"data": [{"id": f"adapter-{name[-1]}", "name": name} for name in names]})
@@ -148,7 +148,7 @@ def test_an_adapters_ambiguous_suffix_lists_the_candidates(service: Script, run:
     assert not any(request.method == "DELETE" for request in service.seen)
 
 
-def test_a_job_id_is_accepted_as_the_parent_of_a_job(service: Script, submit: Run) -> None:
+def test_job_id_is_accepted_as_the_parent(service: Script, submit: Run) -> None:
     service.on("GET", f"{JOBS}/{FULL}", {"id": FULL, "status": "succeeded", "fine_tuned_model": "ft:m:p:s:1"})
     service.on("POST", JOBS, {"id": "ftjob-new"})
 
@@ -158,7 +158,7 @@ def test_a_job_id_is_accepted_as_the_parent_of_a_job(service: Script, submit: Ru
     assert json.loads(sent.body)["parent_adapter"] == "ft:m:p:s:1"
 
 
-def test_a_file_of_a_job_and_a_plan_may_be_shortened(service: Script, run: Run) -> None:
+def test_submit_accepts_abbreviated_file_and_plan_ids(service: Script, run: Run) -> None:
     service.on("GET", "/v1/files", listed("file-3f2b"))
     service.on("GET", "/v1/plans", listed("plan-3f2b"))
     service.on("POST", JOBS, {"id": "ftjob-new"})
@@ -172,7 +172,7 @@ def test_a_file_of_a_job_and_a_plan_may_be_shortened(service: Script, run: Run) 
 
 
 @pytest.mark.parametrize("typed", ["search", "proj-2", "cp-1"])
-def test_sharing_is_undone_by_project_or_permission(service: Script, run: Run, typed: str) -> None:
+def test_unshare_accepts_a_project_or_a_permission(service: Script, run: Run, typed: str) -> None:
     path = "/v1/fine_tuning/checkpoints/a/permissions"
     service.on("GET", "/v1/adapters/a", {"id": "a", "name": "a"})
     service.on("GET", path, {"data": [{"id": "cp-1", "project_id": "proj-2f"}, {"id": "cp-2", "project_id": "proj-9"}]})

@@ -16,18 +16,18 @@ Run = Callable[..., Result]
 
 
 @pytest.mark.parametrize("flags", [["--json"], ["-o", "json"], ["-ojson"], ["--output", "json"], ["--output=json"]])
-def test_o_json_is_json(service: Script, run: Run, flags: list[str]) -> None:
+def test_output_option_prints_json(service: Script, run: Run, flags: list[str]) -> None:
     service.on("GET", JOBS, {"data": [{"id": "j"}], "has_more": False})
 
     assert json.loads(run("jobs", "list", *flags).stdout) == [{"id": "j"}]
 
 
-def test_another_format_is_wrong_usage(service: Script, run: Run) -> None:
+def test_unknown_output_format_is_a_usage_error(service: Script, run: Run) -> None:
     assert run("jobs", "list", "-o", "yaml").exit_code == 2
     assert service.seen == []
 
 
-def test_quiet_and_json_exclude_each_other(service: Script, run: Run) -> None:
+def test_quiet_and_json_are_mutually_exclusive(service: Script, run: Run) -> None:
     result = run("jobs", "list", "-q", "-o", "json")
 
     assert (result.exit_code, service.seen) == (2, [])
@@ -50,7 +50,7 @@ def test_quiet_and_json_exclude_each_other(service: Script, run: Run) -> None:
         ("audit list", "/v1/audit_events"),
     ],
 )
-def test_a_quiet_list_is_ids_alone(service: Script, run: Run, command: str, path: str) -> None:
+def test_quiet_list_prints_only_ids(service: Script, run: Run, command: str, path: str) -> None:
     service.on("GET", path, {"data": [{"id": "a", "status": "active"}, {"id": "b", "status": "active"}]})
 
     result = run(*command.split(), "--quiet")
@@ -58,7 +58,7 @@ def test_a_quiet_list_is_ids_alone(service: Script, run: Run, command: str, path
     assert (result.exit_code, result.stdout, result.stderr) == (0, "a\nb\n", "")
 
 
-def test_a_quiet_list_of_adapters_is_names(service: Script, run: Run) -> None:
+def test_quiet_list_of_adapters_prints_names(service: Script, run: Run) -> None:
     service.on("GET", "/v1/adapters", {"data": [{"id": "a", "name": "ft:m:p:s:1"}], "has_more": False})
 
     assert run("adapters", "list", "-q").stdout == "ft:m:p:s:1\n"
@@ -76,7 +76,7 @@ def test_a_quiet_list_of_adapters_is_names(service: Script, run: Run) -> None:
     ],
 )
 @pytest.mark.usefixtures("submit")
-def test_a_quiet_creation_prints_the_id_alone(
+def test_quiet_create_prints_only_the_id(
     service: Script, run: Run, command: str, path: str, answer: dict[str, Any]
 ) -> None:
     service.on("POST", path, answer)
@@ -106,7 +106,7 @@ def test_a_quiet_creation_prints_the_id_alone(
         ),
     ],
 )
-def test_one_object_is_shown_as_pairs_and_as_json(
+def test_show_prints_pairs_or_json(
     service: Script, run: Run, command: str, path: str, answer: dict[str, Any], shown: str
 ) -> None:
     service.on("GET", path, answer)
@@ -117,7 +117,7 @@ def test_one_object_is_shown_as_pairs_and_as_json(
     assert json.loads(machine.stdout) == answer
 
 
-def test_showing_a_key_shows_no_secret(service: Script, run: Run) -> None:
+def test_keys_show_prints_no_secret(service: Script, run: Run) -> None:
     key = {"id": "k", "redacted_value": "lorry_k_…x9Qz", "requests_per_minute": 0, "jobs_per_day": 5}
     service.on("GET", "/v1/api_keys/k", key)
 
@@ -126,7 +126,7 @@ def test_showing_a_key_shows_no_secret(service: Script, run: Run) -> None:
     assert {"secret lorry_k_…x9Qz", "requests/minute unlimited", "jobs/day 5"} <= set(lines)
 
 
-def test_a_worker_is_shown_from_the_list(service: Script, run: Run) -> None:
+def test_workers_show_searches_the_list(service: Script, run: Run) -> None:
     rows = [{"id": "box-1", "state": "busy", "host": "box"}, {"id": "other", "state": "idle"}]
     service.on("GET", "/v1/workers", {"data": rows, "has_more": False})
 
@@ -135,7 +135,7 @@ def test_a_worker_is_shown_from_the_list(service: Script, run: Run) -> None:
     assert (missing.exit_code, missing.stderr.splitlines()[0]) == (1, "Error: Worker gone does not exist.")
 
 
-def test_a_project_is_shown_with_its_limits_and_updated_in_one_command(service: Script, run: Run) -> None:
+def test_project_is_shown_with_limits_and_updated_in_one_command(service: Script, run: Run) -> None:
     limits = {"limits": [{"name": "queued_jobs", "limit": 5, "used": 2}]}
     project = {"id": "proj-1", "name": "search", "weight": 1.0, "highest_priority": "normal"}
     service.on("GET", "/v1/projects/search", project)
@@ -160,13 +160,13 @@ def test_a_project_is_shown_with_its_limits_and_updated_in_one_command(service: 
     assert (nothing.exit_code, "at least one setting" in nothing.stderr) == (2, True)
 
 
-def test_an_organization_is_renamed_by_update(service: Script, run: Run) -> None:
+def test_organizations_update_changes_the_name(service: Script, run: Run) -> None:
     service.on("POST", "/v1/organizations/research", {"id": "org-1", "name": "science"})
 
     assert "to science" in run("organizations", "update", "research", "--name", "science").stderr
 
 
-def test_metrics_are_a_table_of_the_columns_that_have_values(service: Script, run: Run) -> None:
+def test_metrics_table_omits_empty_columns(service: Script, run: Run) -> None:
     points = [{"kind": "valid", "step": 1, "loss": 2.5, "grad_norm": None}, {"kind": "valid", "step": 2, "loss": 1.5}]
     service.on("GET", f"{JOBS}/j/metrics", {"data": points})
     service.on("GET", f"{JOBS}/none/metrics", {"data": []})
@@ -183,7 +183,7 @@ def line(number: int, text: str, rank: int = 0) -> dict[str, Any]:
     return {"id": f"1-{rank}-{number}", "attempt": 1, "rank": rank, "number": number, "text": text}
 
 
-def test_following_logs_prints_new_lines_once_until_the_job_is_finished(
+def test_logs_follow_prints_new_lines_once_until_the_job_finishes(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -200,7 +200,7 @@ def test_following_logs_prints_new_lines_once_until_the_job_is_finished(
     assert shown == ["ATTEMPT 1", "two", "ATTEMPT 1, PROCESS 1", "other process", "ATTEMPT 1", "three"]
 
 
-def test_plans_and_sweeps_have_the_verbs_of_the_api(service: Script, run: Run) -> None:
+def test_plans_can_be_listed_and_deleted_and_sweeps_closed(service: Script, run: Run) -> None:
     plan = {"id": "plan-1", "status": "ready", "model": "m", "num_steps": 8, "training_time": {"seconds": 61.0}}
     service.on("GET", "/v1/plans", {"data": [plan], "has_more": False})
     service.on("DELETE", "/v1/plans/plan-1", {"deleted": True})
@@ -213,7 +213,7 @@ def test_plans_and_sweeps_have_the_verbs_of_the_api(service: Script, run: Run) -
 
 
 @pytest.mark.parametrize("flags", ["-m m -F train.jsonl", "--model m --training-file train.jsonl"])
-def test_model_and_training_file_may_be_options(service: Script, submit: Run, run: Run, flags: str) -> None:
+def test_model_and_training_file_can_be_options(service: Script, submit: Run, run: Run, flags: str) -> None:
     service.on("POST", JOBS, {"id": "ftjob-1"})
 
     assert run("jobs", "submit", *flags.split()).stdout == "ftjob-1\n"
@@ -221,20 +221,20 @@ def test_model_and_training_file_may_be_options(service: Script, submit: Run, ru
     assert json.loads(sent.body) == {"model": "m", "training_file": "file-1"}
 
 
-def test_a_model_that_is_passed_both_ways_is_wrong_usage(service: Script, submit: Run) -> None:
+def test_model_as_argument_and_option_is_a_usage_error(service: Script, submit: Run) -> None:
     result = submit("m", "train.jsonl", "-m", "n")
 
     assert (result.exit_code, "MODEL and --model set the same field." in result.stderr) == (2, True)
     assert service.seen == []
 
 
-def test_a_plan_can_not_be_combined_with_the_options_of_openai(service: Script, run: Run) -> None:
+def test_plan_cannot_be_combined_with_the_model_option(service: Script, run: Run) -> None:
     result = run("jobs", "submit", "--plan", "plan-1", "-m", "m")
 
     assert "--plan can't be combined with --model." in result.stderr
 
 
-def test_a_deleted_adapter_is_named_in_full(service: Script, run: Run) -> None:
+def test_adapters_delete_prints_the_full_name(service: Script, run: Run) -> None:
     name = "ft:m:p:docs:1"
     service.on("GET", "/v1/adapters/docs", Reply(status=404, body={}))
     service.on("GET", "/v1/adapters", {"data": [{"id": "a", "name": name}], "has_more": False})

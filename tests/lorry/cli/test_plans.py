@@ -82,7 +82,7 @@ def plan(submit: Run, service: Script, run: Run) -> Run:
     return lambda *arguments: run("plan", *arguments)
 
 
-def test_a_plan_takes_the_options_of_a_job(service: Script, plan: Run) -> None:
+def test_plan_accepts_the_options_of_a_job(service: Script, plan: Run) -> None:
     assert plan("m", "train.jsonl", *EVERY_OPTION.split()).exit_code == 0
 
     sent = json.loads(service.requests("POST", PLANS)[-1].body)
@@ -91,7 +91,7 @@ def test_a_plan_takes_the_options_of_a_job(service: Script, plan: Run) -> None:
     assert [name for name in jobs if name not in mine] == ["plan", "watch"]
 
 
-def test_a_guessed_time_is_told_as_a_rough_one(submit: Run, service: Script, run: Run) -> None:
+def test_guessed_training_time_is_marked_as_a_guess(submit: Run, service: Script, run: Run) -> None:
     service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, "basis_kind": "guess", "basis": "A guess."}})
 
     printed = run("plan", "m", "file-9").stdout
@@ -100,7 +100,7 @@ def test_a_guessed_time_is_told_as_a_rough_one(submit: Run, service: Script, run
     assert "About 1:40. A guess." in printed
 
 
-def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> None:
+def test_plan_prints_its_estimates_and_the_submit_command(plan: Run) -> None:
     result = plan("m", "file-9")
 
     assert result.exit_code == 0, result.stderr
@@ -123,17 +123,17 @@ def test_a_plan_is_drawn_with_what_it_comes_to_and_how_to_go_on(plan: Run) -> No
     assert "lorry jobs submit --plan plan-1" in result.stderr
 
 
-def test_a_plan_as_json_is_what_the_service_said(plan: Run) -> None:
+def test_plan_as_json_equals_the_response(plan: Run) -> None:
     assert json.loads(plan("m", "file-9", "--json").stdout) == READY
 
 
-def test_what_is_uploaded_for_a_plan_goes_with_it(service: Script, plan: Run) -> None:
+def test_files_uploaded_for_a_plan_expire(service: Script, plan: Run) -> None:
     plan("m", "train.jsonl")
 
     assert b'name="expires_after[seconds]"\r\n\r\n604800' in service.requests("POST", "/v1/files")[0].body
 
 
-def test_a_plan_is_waited_for_and_one_that_fails_says_why(
+def test_plan_command_waits_and_prints_the_error_of_a_failed_plan(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -147,7 +147,7 @@ def test_a_plan_is_waited_for_and_one_that_fails_says_why(
     assert "There is nothing to learn." in result.stdout
 
 
-def test_a_job_is_submitted_from_a_plan_and_then_nothing_else_is_said(service: Script, run: Run) -> None:
+def test_submit_from_a_plan_accepts_no_other_options(service: Script, run: Run) -> None:
     service.on("POST", JOBS, {"id": "ftjob-1", "status": "validating_files"})
 
     assert run("jobs", "submit", "--plan", "plan-1").stdout == "ftjob-1\n"
@@ -158,7 +158,7 @@ def test_a_job_is_submitted_from_a_plan_and_then_nothing_else_is_said(service: S
 
 
 @pytest.mark.parametrize("command", [("jobs", "submit"), ("plan",)])
-def test_without_a_model_and_a_file_nothing_is_sent(service: Script, run: Run, command: tuple[str, ...]) -> None:
+def test_missing_model_or_file_is_a_usage_error(service: Script, run: Run, command: tuple[str, ...]) -> None:
     missing = run(*command), run(*command, "m")
 
     assert [result.exit_code for result in missing] == [2, 2]
@@ -166,7 +166,7 @@ def test_without_a_model_and_a_file_nothing_is_sent(service: Script, run: Run, c
     assert service.seen == []
 
 
-def test_a_file_that_the_service_refuses_to_plan_with_is_deleted_again(service: Script, submit: Run, run: Run) -> None:
+def test_uploads_of_a_rejected_plan_are_deleted(service: Script, submit: Run, run: Run) -> None:
     error = {"error": {"message": "No model.", "type": "x", "code": "model_not_found", "param": "model"}}
     service.on("POST", PLANS, Reply(status=404, body=error))
     service.on("DELETE", "/v1/files/file-1", {"id": "file-1", "deleted": True})
@@ -175,7 +175,7 @@ def test_a_file_that_the_service_refuses_to_plan_with_is_deleted_again(service: 
     assert len(service.requests("DELETE", "/v1/files/file-1")) == 1
 
 
-def test_the_client_plans_waits_lists_and_deletes(service: Script, client: Lorry, slept: list[float]) -> None:
+def test_client_creates_awaits_lists_and_deletes_plans(service: Script, client: Lorry, slept: list[float]) -> None:
     service.on("POST", PLANS, {"id": "plan-1", "status": "computing"})
     service.on("GET", f"{PLANS}/plan-1", {"id": "plan-1", "status": "computing"}, READY)
     service.on("GET", PLANS, {"data": [READY], "has_more": False})
@@ -198,14 +198,14 @@ def test_the_client_plans_waits_lists_and_deletes(service: Script, client: Lorry
     client.plans.delete("plan-1")
 
 
-def test_waiting_for_a_plan_has_an_end(service: Script, client: Lorry) -> None:
+def test_client_wait_for_a_plan_times_out(service: Script, client: Lorry) -> None:
     service.on("GET", f"{PLANS}/plan-1", {"id": "plan-1", "status": "computing"})
 
     with pytest.raises(WaitTimeout):
         client.plans.wait("plan-1", timeout_seconds=0)
 
 
-def test_the_client_names_every_field_of_a_request() -> None:
+def test_client_job_fields_cover_every_request_field() -> None:
     from catalog.spec.job import JobRequest
 
     fields = set(get_type_hints(JobFields))
@@ -213,6 +213,6 @@ def test_the_client_names_every_field_of_a_request() -> None:
     assert fields - {"extra_body"} == set(JobRequest.model_fields) - {"model", "training_file"}
 
 
-def test_a_file_is_looked_for_before_anything_is_sent(service: Script, run: Run, tmp_path: Path) -> None:
+def test_missing_file_is_found_before_any_request(service: Script, run: Run, tmp_path: Path) -> None:
     assert run("plan", "m", tmp_path / "none.jsonl").exit_code == 2
     assert service.seen == []

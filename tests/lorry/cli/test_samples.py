@@ -23,7 +23,7 @@ def event(step: int, *answers: tuple[str, bool]) -> dict[str, Any]:
     return {"id": f"ftevent-{step}", "created_at": 1, "message": "answers", "data": {"step": step, "samples": samples}}
 
 
-def test_answers_are_told_by_step_the_latest_last(service: Script, run: Run) -> None:
+def test_samples_are_grouped_by_step_oldest_first(service: Script, run: Run) -> None:
     others = {"id": "ftevent-9", "created_at": 1, "message": "m", "data": None}
     events = [event(4, ("four", True), ("\x1b[31mred", False)), others, event(0, ("base", False))]
     service.on("GET", EVENTS, {"data": events, "has_more": False})
@@ -44,7 +44,7 @@ def test_answers_are_told_by_step_the_latest_last(service: Script, run: Run) -> 
     assert [each["step"] for each in printed] == [4, 4, 0]
 
 
-def test_a_job_without_answers_is_told_how_to_ask(service: Script, run: Run) -> None:
+def test_job_without_samples_shows_how_to_request_them(service: Script, run: Run) -> None:
     service.on("GET", EVENTS, {"data": [], "has_more": False})
 
     printed = run("jobs", "samples", "j")

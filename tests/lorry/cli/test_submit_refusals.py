@@ -36,7 +36,7 @@ def refusal(status: int, param: str | None, message: str = "No.") -> Reply:
         ("Idempotency-Key", "Idempotency-Key"),
     ],
 )
-def test_a_refusal_names_what_was_typed(service: Script, submit: Run, param: str, expected: str) -> None:
+def test_error_names_the_typed_option(service: Script, submit: Run, param: str, expected: str) -> None:
     service.on("POST", JOBS, refusal(400, param))
 
     result = submit("m", "file-9", "--set", "optimizer.beta1=3")
@@ -56,7 +56,7 @@ def test_a_refusal_names_what_was_typed(service: Script, submit: Run, param: str
         (("m", "train.jsonl", "--overflow", "wrap"), "--overflow"),
     ],
 )
-def test_what_can_not_be_sent_is_named_before_anything_is_uploaded(
+def test_invalid_option_is_named_before_any_upload(
     service: Script, submit: Run, arguments: tuple[str, ...], expected: str
 ) -> None:
     result = submit(*arguments)
@@ -78,7 +78,7 @@ def test_what_can_not_be_sent_is_named_before_anything_is_uploaded(
         (("--valid", "valid.jsonl", "--set", "validation_file=file-9"), "--valid", "--set validation_file"),
     ],
 )
-def test_a_field_that_is_said_twice_is_refused_with_both_names(
+def test_field_set_by_two_options_is_rejected_with_both_names(
     service: Script, submit: Run, typed: tuple[str, ...], first: str, second: str
 ) -> None:
     result = submit("m", "train.jsonl", *typed)
@@ -93,7 +93,7 @@ def deleted(service: Script) -> list[str]:
 
 
 @pytest.mark.parametrize(("known", "exit_code"), [(True, 0), (False, 1)])
-def test_a_key_that_may_not_look_models_up_submits_and_the_service_judges_the_model(
+def test_key_that_cannot_read_models_submits_without_the_model_check(
     service: Script, run: Run, tmp_path: Path, known: bool, exit_code: int
 ) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
@@ -110,7 +110,7 @@ def test_a_key_that_may_not_look_models_up_submits_and_the_service_judges_the_mo
     assert known or "No. (at MODEL)" in result.stderr
 
 
-def test_a_key_that_is_refused_for_something_else_uploads_nothing(service: Script, run: Run, tmp_path: Path) -> None:
+def test_key_rejected_for_another_reason_uploads_nothing(service: Script, run: Run, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
     service.on("GET", "/v1/models/m", refusal(403, None))
 
@@ -120,7 +120,7 @@ def test_a_key_that_is_refused_for_something_else_uploads_nothing(service: Scrip
     assert not service.requests("POST", "/v1/files")
 
 
-def test_the_files_that_were_uploaded_for_a_refused_job_are_deleted_again(service: Script, submit: Run) -> None:
+def test_uploads_of_a_rejected_job_are_deleted(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, refusal(404, "model"))
     service.on("DELETE", "/v1/files/file-1", {})
     service.on("DELETE", "/v1/files/file-2", refusal(409, None, "In use."))
@@ -134,7 +134,7 @@ def test_the_files_that_were_uploaded_for_a_refused_job_are_deleted_again(servic
     ]
 
 
-def test_the_first_file_is_deleted_again_where_the_second_is_refused(
+def test_first_upload_is_deleted_if_the_second_is_rejected(
     service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, submit: Run
 ) -> None:
     service.on("DELETE", "/v1/files/file-1", {})
@@ -151,7 +151,7 @@ def test_the_first_file_is_deleted_again_where_the_second_is_refused(
     assert deleted(service) == ["file-1"]
 
 
-def test_a_misspelt_model_costs_no_upload(service: Script, submit: Run) -> None:
+def test_unknown_model_is_rejected_before_the_upload(service: Script, submit: Run) -> None:
     service.on("GET", "/v1/models/n", refusal(404, "model", "There is no model 'n'. Base models here: m."))
 
     result = submit("n", "train.jsonl")
@@ -173,7 +173,7 @@ def test_a_misspelt_model_costs_no_upload(service: Script, submit: Run) -> None:
         (("--seed", "3"), "lora", "lora"),
     ],
 )
-def test_a_field_that_came_by_set_is_blamed_on_set(
+def test_error_names_every_option_that_set_the_field(
     service: Script, submit: Run, typed: tuple[str, ...], param: str, expected: str
 ) -> None:
     service.on("POST", JOBS, refusal(400, param))
@@ -205,7 +205,7 @@ def test_a_field_that_came_by_set_is_blamed_on_set(
         (("--rank", "1"), None, "The validation_file.", "The --valid."),
     ],
 )
-def test_a_refusal_is_told_in_the_words_that_were_typed(
+def test_error_message_uses_option_names_for_fields(
     service: Script, submit: Run, typed: tuple[str, ...], param: str | None, message: str, expected: str
 ) -> None:
     service.on("POST", JOBS, refusal(400, param, message))
@@ -222,7 +222,7 @@ def test_a_refusal_is_told_in_the_words_that_were_typed(
         (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' was passed twice"),
     ],
 )
-def test_an_option_or_a_key_that_is_given_twice_is_refused(
+def test_repeated_option_or_key_is_rejected(
     service: Script, submit: Run, typed: tuple[str, ...], expected: str
 ) -> None:
     result = submit("m", "train.jsonl", *typed)
@@ -232,21 +232,21 @@ def test_an_option_or_a_key_that_is_given_twice_is_refused(
     assert service.seen == []
 
 
-def test_a_file_that_was_there_before_stays(service: Script, submit: Run) -> None:
+def test_file_passed_by_id_is_not_deleted(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, refusal(400, "lora.rank"))
 
     assert submit("m", "file-9").exit_code == 1
     assert deleted(service) == []
 
 
-def test_files_stay_where_the_job_may_have_been_made(service: Script, submit: Run) -> None:
+def test_uploads_are_kept_if_the_job_may_have_been_created(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, refusal(500, None))
 
     assert submit("m", "train.jsonl").exit_code == 1
     assert deleted(service) == []
 
 
-def test_what_was_typed_is_told_once_though_it_holds_the_fields_name(service: Script, submit: Run) -> None:
+def test_option_that_contains_the_field_name_is_inserted_once(service: Script, submit: Run) -> None:
     printed = "'optimizer.beta1' must be less than 1. Correct optimizer.beta1."
     service.on("POST", JOBS, refusal(400, "optimizer.beta1", printed))
 
@@ -260,7 +260,7 @@ def test_what_was_typed_is_told_once_though_it_holds_the_fields_name(service: Sc
     ("typed", "expected"),
     [(("--lr", "fast"), "'--lr': that is not a number."), (("--rank", "4.5"), "'--rank': that is not a whole number.")],
 )
-def test_a_word_in_a_numbers_place_is_told_in_plain_words(submit: Run, typed: tuple[str, str], expected: str) -> None:
+def test_non_numeric_value_has_a_plain_error(submit: Run, typed: tuple[str, str], expected: str) -> None:
     result = submit("m", "train.jsonl", *typed)
 
     assert (result.exit_code, expected in result.stderr) == (2, True)
@@ -279,7 +279,7 @@ def submitted_again(service: Script, run: Run, folder: Path, **earlier: Any) -> 
     return json.loads(sent.body)["training_file"], result.stderr
 
 
-def test_a_file_that_was_uploaded_before_is_used_again(service: Script, run: Run, tmp_path: Path) -> None:
+def test_identical_uploaded_file_is_reused(service: Script, run: Run, tmp_path: Path) -> None:
     used, expected = submitted_again(service, run, tmp_path)
 
     assert (used, deleted(service)) == ("file-1", ["file-2"])
@@ -287,7 +287,7 @@ def test_a_file_that_was_uploaded_before_is_used_again(service: Script, run: Run
 
 
 @pytest.mark.parametrize("earlier", [{"expires_at": 1790000000}, {"purpose": "user_data"}])
-def test_a_file_that_is_to_expire_or_is_for_something_else_is_not_used_again(
+def test_file_that_expires_or_has_another_purpose_is_not_reused(
     service: Script, run: Run, tmp_path: Path, earlier: dict[str, Any]
 ) -> None:
     used, _ = submitted_again(service, run, tmp_path, **earlier)

@@ -40,7 +40,7 @@ TRIALS = [
         ('lora.target_modules=[["q_proj"], "all-linear"]', {"values": [["q_proj"], "all-linear"]}),
     ],
 )
-def test_what_is_typed_for_a_field_is_its_values_or_its_range(typed: str, meant: dict[str, Any]) -> None:
+def test_over_option_parses_values_and_ranges(typed: str, meant: dict[str, Any]) -> None:
     assert parameter(typed) == (typed.partition("=")[0], meant)
 
 
@@ -55,7 +55,7 @@ def data(service: Script, tmp_path: Path) -> None:
 LINE = "sweeps run m train.jsonl --valid valid.jsonl --over lora.rank=4,8 --over optimizer.learning_rate=1e-5..1e-3:log"
 
 
-def test_one_line_becomes_one_request(service: Script, run: Run, data: None) -> None:
+def test_run_sends_one_request(service: Script, run: Run, data: None) -> None:
     service.on("POST", "/v1/sweeps", SWEEP)
 
     printed = run(*LINE.split(), "--asha", "--trials", 20, "--epochs", 2, "--set", "lora.alpha=32", "--keep-best")
@@ -80,7 +80,7 @@ def test_one_line_becomes_one_request(service: Script, run: Run, data: None) -> 
     assert sent.headers["idempotency-key"]
 
 
-def test_a_refusal_names_what_was_typed_and_takes_the_uploads_back(service: Script, run: Run, data: None) -> None:
+def test_rejected_sweep_names_the_option_and_deletes_its_uploads(service: Script, run: Run, data: None) -> None:
     error = {"message": "With lora.rank = 8, a trial is invalid.", "type": "x", "param": "parameters.lora.rank"}
     service.on("POST", "/v1/sweeps", Reply(status=400, body={"error": {**error, "code": "invalid_value"}}))
     service.on("DELETE", "/v1/files/file-1", {"deleted": True})
@@ -103,7 +103,7 @@ def test_a_refusal_names_what_was_typed_and_takes_the_uploads_back(service: Scri
         ("optimizer.learning_rate=1e-5..1e-3:log", "--over optimizer.learning_rate=1e-05..0.001:log:8"),
     ],
 )
-def test_a_space_that_cannot_be_is_refused_before_an_upload(
+def test_invalid_search_space_is_rejected_before_the_upload(
     service: Script, run: Run, data: None, over: str, remedy: str
 ) -> None:
     printed = run("sweeps", "run", "m", "train.jsonl", "--method", "dpo", "--over", over)
@@ -113,7 +113,7 @@ def test_a_space_that_cannot_be_is_refused_before_an_upload(
     assert service.seen == []
 
 
-def test_whole_groups_and_fields_named_like_options_may_vary(service: Script, run: Run, data: None) -> None:
+def test_over_accepts_groups_and_fields_named_like_options(service: Script, run: Run, data: None) -> None:
     service.on("POST", "/v1/sweeps", SWEEP)
 
     printed = run(
@@ -127,14 +127,14 @@ def test_whole_groups_and_fields_named_like_options_may_vary(service: Script, ru
     "flags",
     ["--asha", "--random --asha --trials 2", "--trials 3", "--random --trials 3 --min-steps 4", "--over lora.rank=2"],
 )
-def test_what_does_not_go_together_is_wrong_usage(service: Script, run: Run, data: None, flags: str) -> None:
+def test_conflicting_options_are_a_usage_error(service: Script, run: Run, data: None, flags: str) -> None:
     printed = run(*LINE.split(), *flags.split())
 
     assert printed.exit_code == 2
     assert service.requests("POST", "/v1/files") == []
 
 
-def test_a_sweep_is_shown_with_its_leaderboard(service: Script, run: Run) -> None:
+def test_show_prints_the_leaderboard(service: Script, run: Run) -> None:
     service.on("GET", "/v1/sweeps/sweep-1", SWEEP)
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": TRIALS, "has_more": False})
 
@@ -147,7 +147,7 @@ def test_a_sweep_is_shown_with_its_leaderboard(service: Script, run: Run) -> Non
     assert lines[-1].split() == ["0", "4", "-", "-", "pruned", "-", "ftjob-b"]
 
 
-def test_the_best_that_has_ended_is_no_claim_about_those_that_run(service: Script, run: Run) -> None:
+def test_best_trial_is_labeled_as_best_finished(service: Script, run: Run) -> None:
     verifying = {**TRIALS[0], "phase": "verifying", "progress": {"step": 9, "num_steps": 9}}
     service.on("GET", "/v1/sweeps/sweep-1", {**SWEEP, "best_trial": {**TRIALS[1], "value": 1.75}})
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": [verifying], "has_more": False})
@@ -158,7 +158,7 @@ def test_the_best_that_has_ended_is_no_claim_about_those_that_run(service: Scrip
     assert printed.stdout.splitlines()[-1].split() == ["1", "8", "1.25", "9/9", "verifying", "0", "ftjob-a"]
 
 
-def test_a_watched_sweep_ends_with_its_best_adapter(service: Script, run: Run) -> None:
+def test_watch_ends_with_the_best_adapter(service: Script, run: Run) -> None:
     done = {**SWEEP, "status": "succeeded", "fine_tuned_model": "ft:m:p::a", "best_trial": TRIALS[0]}
     service.on("GET", "/v1/sweeps/sweep-1", done)
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": TRIALS, "has_more": False})
@@ -170,7 +170,7 @@ def test_a_watched_sweep_ends_with_its_best_adapter(service: Script, run: Run) -
     assert "lorry adapters pull sweep-1" in printed.stderr
 
 
-def test_a_watched_sweep_without_an_adapter_ends_with_code_1(service: Script, run: Run) -> None:
+def test_watch_of_a_sweep_without_an_adapter_exits_with_1(service: Script, run: Run) -> None:
     service.on("GET", "/v1/sweeps/sweep-1", {**SWEEP, "status": "failed"})
     service.on("GET", "/v1/sweeps/sweep-1/trials", {"data": [], "has_more": False})
 

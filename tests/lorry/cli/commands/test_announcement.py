@@ -37,7 +37,7 @@ def known(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
         (Reply(status=500, body={}), ADDING),
     ],
 )
-def test_a_base_model_is_added_first_and_then_a_job_submitted(
+def test_next_command_adds_a_base_model_then_submits_a_job(
     service: Script, known: Connection, tmp_path: Path, answer: Any, command: str
 ) -> None:
     service.on("GET", "/v1/models", answer)
@@ -45,7 +45,7 @@ def test_a_base_model_is_added_first_and_then_a_job_submitted(
     assert up._next_command(tmp_path / ".lorry", known) == command
 
 
-def test_a_service_that_lorry_would_not_find_comes_with_its_variables(
+def test_next_command_sets_variables_if_lorry_would_not_find_the_service(
     service: Script, known: Connection, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     service.on("GET", "/v1/models", {"data": []})

@@ -107,7 +107,7 @@ def leaves(model: type[BaseModel], prefix: str) -> Iterator[str]:
     return (f"{prefix}.{name}" for name in model.model_fields)
 
 
-def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
+def test_every_job_field_has_an_option_or_is_listed_as_an_exception() -> None:
     groups = {
         "lora": LoraRequest,
         "optimizer": OptimizerRequest,
@@ -129,7 +129,7 @@ def test_every_field_of_a_job_has_an_option_or_is_named_here() -> None:
     assert set(FIELDS) < set(inspect.signature(submit_command).parameters)
 
 
-def test_a_methods_numbers_go_where_the_method_has_them(service: Script, submit: Run) -> None:
+def test_hyperparameters_are_sent_under_their_method(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, JOB)
 
     submit("m", "train.jsonl", *["--method", "dpo", "--beta", "0.2", "--label-smoothing", "0.1"])
@@ -141,9 +141,7 @@ def test_a_methods_numbers_go_where_the_method_has_them(service: Script, submit:
     assert simpo == {"type": "simpo", "simpo": {"hyperparameters": {"gamma": 0.5, "batch_size": 2}}}
 
 
-def test_a_target_may_be_all_linear_or_one_expression_and_a_pattern_needs_its_number(
-    service: Script, submit: Run
-) -> None:
+def test_target_accepts_a_keyword_or_regex_and_patterns_require_numbers(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, JOB)
     for given in ("all-linear", "re:.*q_proj"):
         submit("m", "train.jsonl", "--target", given)
@@ -154,7 +152,7 @@ def test_a_target_may_be_all_linear_or_one_expression_and_a_pattern_needs_its_nu
     assert "KEY=NUMBER" in refused.stderr
 
 
-def test_what_all_options_say_is_a_request_that_the_service_understands(service: Script, submit: Run) -> None:
+def test_all_options_form_a_valid_request(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, JOB)
 
     assert submit("m", "train.jsonl", *EVERY_OPTION.split()).stdout == "ftjob-1\n"
@@ -163,7 +161,7 @@ def test_what_all_options_say_is_a_request_that_the_service_understands(service:
     assert printed == WHAT_THEY_SAY
 
 
-def test_the_help_lays_options_out_in_groups(submit: Run) -> None:
+def test_help_groups_the_options(submit: Run) -> None:
     lines = submit("--help").stdout.splitlines()
 
     titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
@@ -171,7 +169,7 @@ def test_the_help_lays_options_out_in_groups(submit: Run) -> None:
     assert any(line.startswith("  --rank") for line in lines[lines.index("Adapter:") : lines.index("Training:")])
 
 
-def test_the_job_is_named_before_it_is_watched(service: Script, submit: Run) -> None:
+def test_job_id_is_printed_before_watching(service: Script, submit: Run) -> None:
     error = {"message": "The API key lacks the scope jobs:read.", "code": "missing_scope", "type": "x", "param": None}
     service.on("POST", JOBS, JOB)
     service.on("GET", f"{JOBS}/ftjob-1", Reply(body={"error": error}, status=403))
@@ -184,14 +182,14 @@ def test_the_job_is_named_before_it_is_watched(service: Script, submit: Run) -> 
     assert (first, "jobs:read" in second) == ("Created job ftjob-1.", True)
 
 
-def test_the_learning_rate_has_a_short_name(service: Script, submit: Run) -> None:
+def test_learning_rate_has_a_short_option(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, JOB)
 
     assert submit("m", "file-9", "--lr", "0.001").exit_code == 0
     assert sent(service)["optimizer"] == {"learning_rate": 0.001}
 
 
-def test_fields_whose_names_begin_alike_are_two(service: Script, submit: Run) -> None:
+def test_fields_with_a_common_prefix_do_not_conflict(service: Script, submit: Run) -> None:
     service.on("POST", JOBS, JOB)
 
     result = submit("m", "file-9", "--set", "lora.rank_more=1", "--rank", "8")

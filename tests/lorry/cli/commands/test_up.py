@@ -64,7 +64,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("up") / "data"
 
 
-def test_a_first_start_makes_everything_and_a_client_finds_it(data_dir: Path) -> None:
+def test_first_start_creates_everything_and_a_client_connects(data_dir: Path) -> None:
     with up(data_dir) as (process, printed):
         children = both(process.pid)
         path = data_dir / connection.FILE_NAME
@@ -85,7 +85,7 @@ def test_a_first_start_makes_everything_and_a_client_finds_it(data_dir: Path) ->
         assert not any(is_alive(pid) for pid in children.values())
 
 
-def test_a_later_start_keeps_the_key_and_tells_the_new_address(data_dir: Path) -> None:
+def test_later_start_keeps_the_key_and_stores_the_new_address(data_dir: Path) -> None:
     before = connection.read(data_dir)
     assert before is not None
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -99,7 +99,7 @@ def test_a_later_start_keeps_the_key_and_tells_the_new_address(data_dir: Path) -
         assert process.wait(60) == 0
 
 
-def test_a_worker_that_is_killed_comes_back_and_children_die_with_a_killed_parent(data_dir: Path) -> None:
+def test_killed_worker_is_restarted_and_children_exit_with_a_killed_parent(data_dir: Path) -> None:
     with up(data_dir) as (process, _):
         first = both(process.pid)
         os.kill(first["worker.entrypoints.loop"], signal.SIGKILL)
@@ -116,7 +116,7 @@ def test_a_worker_that_is_killed_comes_back_and_children_die_with_a_killed_paren
         until(lambda: not any(is_alive(pid) for pid in now.values()))
 
 
-def test_an_api_that_is_killed_ends_all_with_its_log(data_dir: Path) -> None:
+def test_killed_api_server_stops_the_service_and_its_log_is_printed(data_dir: Path) -> None:
     with up(data_dir) as (process, _):
         children = both(process.pid)
         os.kill(children["api"], signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_an_api_that_is_killed_ends_all_with_its_log(data_dir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path) -> None:
+def test_lost_connection_file_is_replaced_with_a_new_valid_key(data_dir: Path) -> None:
     (data_dir / connection.FILE_NAME).unlink()
 
     with up(data_dir) as (process, printed):
@@ -141,7 +141,7 @@ def test_after_a_lost_connection_file_a_new_key_is_made_and_works(data_dir: Path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("service_database")
-def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp_path: Path) -> None:
+def test_first_start_interrupted_before_storing_its_key_is_repaired(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     env = {**os.environ, "LORRY_DATA_DIR": str(data_dir)}
@@ -153,7 +153,7 @@ def test_a_first_start_that_was_cut_off_before_it_noted_its_key_is_made_good(tmp
         assert process.wait(60) == 0
 
 
-def test_a_detached_service_runs_until_it_is_taken_down(data_dir: Path) -> None:
+def test_detached_service_runs_until_lorry_down(data_dir: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LORRY_DATA_DIR": str(data_dir)}
 
     def lorry(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -178,7 +178,7 @@ def test_a_detached_service_runs_until_it_is_taken_down(data_dir: Path) -> None:
     assert "sign-in" not in log
 
 
-def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
+def test_port_in_use_has_a_clear_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         argv = [*UP, "--data-dir", str(tmp_path / "d"), "--port", str(taken.getsockname()[1])]
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
@@ -237,7 +237,7 @@ def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: P
     assert json.loads(line)["url"] == f"http://127.0.0.1:{port}"
 
 
-def test_a_data_folder_that_can_not_be_is_a_sentence(tmp_path: Path) -> None:
+def test_impossible_data_folder_has_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     done = subprocess.run(

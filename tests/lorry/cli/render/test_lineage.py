@@ -78,7 +78,7 @@ def printed(result: Result) -> list[str]:
     return [" ".join(line.split()) for line in result.stdout.splitlines()]
 
 
-def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: Script, run: Run) -> None:
+def test_record_is_printed_in_sections_with_units_and_short_digests(service: Script, run: Run) -> None:
     service.on("GET", "/v1/adapters/a/lineage", {"adapter_id": "a", "lineage_id": DIGEST, "lineage": RECORD})
 
     result = run("lineage", "a")
@@ -107,7 +107,7 @@ def test_a_record_is_laid_out_in_sections_with_units_and_short_digests(service: 
     assert not any(character in result.stdout for character in "{}'\x1b")
 
 
-def test_a_child_tells_its_parent_and_a_parent_its_children(service: Script, run: Run) -> None:
+def test_parent_and_children_are_printed(service: Script, run: Run) -> None:
     resolved = {**RECORD["config"]["resolved"], "parent": {"adapter": "adapter-1", "name": "ft:m:p::1"}}
     results = {"evaluation": {"parent_loss": 2.5, "loss": 2.0}}
     record = {**RECORD, "config": {"resolved": resolved}, "results": results, "graph": {"parents": [DIGEST]}}
@@ -124,7 +124,7 @@ def test_a_child_tells_its_parent_and_a_parent_its_children(service: Script, run
     } <= set(lines)
 
 
-def test_as_json_a_record_is_whole(service: Script, run: Run) -> None:
+def test_json_output_is_the_whole_response(service: Script, run: Run) -> None:
     wire = {"adapter_id": "a", "lineage_id": DIGEST, "lineage": RECORD}
     service.on("GET", "/v1/adapters/a/lineage", wire)
 
@@ -144,15 +144,13 @@ def test_as_json_a_record_is_whole(service: Script, run: Run) -> None:
         {"attempts": [{"started_at": "then", "ended_at": "2026-11-24T17:53:04Z"}], "graph": {"parents": "x"}},
     ],
 )
-def test_a_record_that_lacks_parts_or_has_odd_ones_is_no_mistake_of_ours(
-    service: Script, run: Run, record: dict[str, Any]
-) -> None:
+def test_incomplete_or_malformed_record_does_not_fail(service: Script, run: Run, record: dict[str, Any]) -> None:
     service.on("GET", "/v1/adapters/a/lineage", {"lineage_id": "l", "lineage": record})
 
     assert run("lineage", "a").exit_code == 0
 
 
-def test_of_a_pulled_folder_the_record_is_read_offline_and_the_files_are_checked(
+def test_record_of_a_folder_is_read_offline_and_its_files_are_checked(
     service: Script, run: Run, tmp_path: Path
 ) -> None:
     serve(service, tar())
@@ -174,14 +172,14 @@ def test_of_a_pulled_folder_the_record_is_read_offline_and_the_files_are_checked
     assert service.seen == []
 
 
-def test_a_folder_without_a_record_is_a_sentence(run: Run, tmp_path: Path) -> None:
+def test_folder_without_a_record_has_a_clear_error(run: Run, tmp_path: Path) -> None:
     result = run("lineage", tmp_path)
 
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: lineage.json can't be read")
 
 
-def test_a_folder_of_something_else_is_not_called_a_changed_adapter(run: Run, tmp_path: Path) -> None:
+def test_verify_of_a_folder_without_an_adapter_has_its_own_error(run: Run, tmp_path: Path) -> None:
     result = run("verify", tmp_path)
 
     assert result.exit_code == 1
@@ -192,7 +190,7 @@ def test_a_folder_of_something_else_is_not_called_a_changed_adapter(run: Run, tm
 
 
 @pytest.mark.parametrize("command", ["lineage", "verify"])
-def test_a_folder_that_is_not_there_is_not_asked_of_the_service(service: Script, run: Run, command: str) -> None:
+def test_missing_folder_fails_without_a_request(service: Script, run: Run, command: str) -> None:
     result = run(command, "./gone")
 
     assert result.exit_code == 2

@@ -83,7 +83,7 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("queue", "/v1/queue", TURN, "job_id"),
     ],
 )
-def test_at_80_columns_each_row_is_one_line_that_begins_with_its_whole_name(
+def test_at_80_columns_each_row_is_one_line_with_its_full_id(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, command: str, path: str, row: dict[str, Any], whole: str
 ) -> None:
     service.on("GET", path, {"jobs" if command == "queue" else "data": [row, row], "has_more": False})
@@ -96,7 +96,7 @@ def test_at_80_columns_each_row_is_one_line_that_begins_with_its_whole_name(
     assert all(len(line) <= 80 for line in (head, *lines))
 
 
-def test_where_there_is_room_every_column_is_shown_uncut(service: Script, run: Run) -> None:
+def test_wide_table_shows_every_column_untruncated(service: Script, run: Run) -> None:
     service.on("GET", "/v1/workers", {"data": [WORKER], "has_more": False})
 
     head, line = run("workers", "list").stdout.splitlines()
@@ -106,12 +106,12 @@ def test_where_there_is_room_every_column_is_shown_uncut(service: Script, run: R
     assert "…" not in line
 
 
-def test_a_time_in_a_table_is_short() -> None:
+def test_brief_time_of_an_old_event_is_its_date() -> None:
     assert output.briefly(86400 * 200) == "1970-07-20"
     assert output.briefly(None) is None
 
 
-def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
+def test_recent_time_of_today_includes_seconds() -> None:
     now = datetime.now().astimezone().replace(hour=12, minute=5, second=9)
 
     assert output.recent(int(now.timestamp())) == "12:05:09"
@@ -132,5 +132,5 @@ def test_a_time_of_today_tells_seconds_where_they_matter() -> None:
         (5_000_000_000_000_000, "5000 TB"),
     ],
 )
-def test_a_size_is_in_decimal_units_like_the_dashboards(num_bytes: int, printed: str) -> None:
+def test_sizes_are_in_decimal_units(num_bytes: int, printed: str) -> None:
     assert output.size(num_bytes) == printed
