@@ -1,8 +1,8 @@
-"""Compares what a page shows with what its commands printed.
+"""Compares the output that a page shows with the output that its commands printed.
 
-The pages show the output of a real model, and the test trains a tiny one. So these match any text of their kind:
+The pages show the output of a real model, but the test trains a tiny one. Therefore these match any text of their kind:
 
-- `…`, alone in a line for any lines, else with the letters after it for any part of a line;
+- `…`: alone on a line, any number of lines; within a line, with the letters after it, any text;
 - numbers, sizes and durations;
 - IDs and digests.
 

@@ -1,4 +1,4 @@
-"""A shell and a Python that run the blocks of a page, one after the other, as a reader would.
+"""A shell and a Python interpreter that run the blocks of a page one after another, as a reader would.
 
 Progress bars and warnings of Python libraries are on stderr, and no page shows them.
 """
@@ -31,7 +31,7 @@ class Failed(AssertionError):
 
 
 class Interpreter:
-    """A process that runs one file after another. The first failure ends it."""
+    """A process that runs one file after another. It exits at the first failure."""
 
     def __init__(
         self, argv: list[str], line: str, *, folder: Path, env: Mapping[str, str], errors: Path | None = None
@@ -53,7 +53,7 @@ class Interpreter:
             )
 
     def run(self, path: Path) -> str:
-        """Return what the file printed. Raises Failed with all that the process printed."""
+        """Return the output of the file. Raises Failed with the output of the process if it exits."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         end = secrets.token_hex(16)
@@ -68,14 +68,14 @@ class Interpreter:
         raise Failed(f"exit code {self._process.wait()}:\n{''.join(printed)}{more}")
 
     def close(self) -> None:
-        """End the process, and those that a block left in the background."""
+        """Kill the process, and the processes that a block left in the background."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
 
 class PageSession:
-    """The shell of a page, and its Python, which starts with the shell's exported variables and folder."""
+    """The shell of a page, and a Python interpreter that starts with the shell's exported variables and folder."""
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self._folder = folder
@@ -103,16 +103,16 @@ class PageSession:
         return self._python.run(path)
 
     def _start_python(self) -> Interpreter:
-        saved, place = self._blocks / "env", self._blocks / "pwd"
-        self.run("sh", f"env -0 > {saved}; pwd > {place}\n")
+        saved, cwd = self._blocks / "env", self._blocks / "pwd"
+        self.run("sh", f"env -0 > {saved}; pwd > {cwd}\n")
         env = dict(entry.split("=", 1) for entry in saved.read_text().split("\0") if entry)
         argv = [sys.executable, "-c", PYTHON_LOOP]
-        folder = Path(place.read_text().rstrip("\n"))
+        folder = Path(cwd.read_text().rstrip("\n"))
         return Interpreter(argv, "{path} {end}\n", folder=folder, env=env, errors=self._blocks / "errors")
 
 
 def environment(home: Path, root: Path) -> dict[str, str]:
-    """The variables of a new user on this machine, without those of Lorry and of Python."""
+    """Return the environment of a new user on this machine, without variables of Lorry, OpenAI and Python."""
     mine = {
         name: value
         for name, value in os.environ.items()

@@ -24,15 +24,15 @@ class Block:
     language: str
     text: str
     line: int
-    """Number of its first line in the page."""
+    """The number of the block's first line in the page."""
     not_run: str | None = None
-    """The reason why it is not run."""
+    """The reason why the block is not run."""
     output: str | None = None
-    """The output that the page shows directly after it."""
+    """The output that the page shows directly after the block."""
 
 
 def pages() -> list[Path]:
-    """README.md, the tutorials and the how-to guides."""
+    """Return README.md, the tutorials and the how-to guides."""
     found = [page for folder in ("tutorials", "how-to") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
     return [ROOT / "README.md", *found]
 
@@ -42,7 +42,7 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks that are commands or Python."""
+    """Return the blocks with shell commands or Python."""
     return [block for block in _with_output(page.read_text("utf-8")) if block.language in {"sh", "python"}]
 
 

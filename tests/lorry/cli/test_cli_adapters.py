@@ -125,10 +125,10 @@ def test_signature_of_another_service_is_unknown_and_not_a_forgery(service: Scri
     unknown = run("adapters", "verify", folder)
     valid = run("adapters", "verify", folder)
 
-    words = " ".join(unknown.stderr.split())
+    text = " ".join(unknown.stderr.split())
     assert unknown.exit_code == 1
-    assert f"the signature was made with a key that {service.url} does not have" in words
-    assert "FAILED" not in words
+    assert f"the signature was made with a key that {service.url} does not have" in text
+    assert "FAILED" not in text
     assert valid.exit_code == 0
     assert f"a key of {service.url}" in " ".join(valid.stderr.split())
 

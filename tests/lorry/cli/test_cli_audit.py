@@ -40,8 +40,8 @@ def test_list_shows_events_and_sends_filters(service: Script, run: Run) -> None:
 
     _, first, *_ = listed.splitlines()
     assert [word in first for word in ("job.cancelled", "ftjob-1", "ci", "from=running")] == [True] * 4
-    (asked,) = service.requests("GET", PATH)
-    assert "event_types%5B%5D=job.cancelled&event_types%5B%5D=job.paused&actor_ids%5B%5D=key-1" in asked.path
+    (request,) = service.requests("GET", PATH)
+    assert "event_types%5B%5D=job.cancelled&event_types%5B%5D=job.paused&actor_ids%5B%5D=key-1" in request.path
 
 
 def test_digests_are_shortened_except_in_json(service: Script, run: Run) -> None:

@@ -20,7 +20,7 @@ def test_logs_are_grouped_by_attempt_and_process(service: Script, run: Run) -> N
     service.on("GET", f"{JOBS}/none/logs", {"data": [], "has_more": False})
 
     shown = run("jobs", "logs", "j", "--attempt", "1", "--rank", "0", "--contains", "load").stdout.split("\n")
-    asked = service.seen[-1].path
+    path = service.seen[-1].path
 
     assert [line for line in shown if line] == [
         "ATTEMPT 1",
@@ -30,7 +30,7 @@ def test_logs_are_grouped_by_attempt_and_process(service: Script, run: Run) -> N
         "ATTEMPT 2",
         "[bold]Again[/bold]",
     ]
-    assert {"attempt=1", "rank=0", "contains=load"} <= set(asked.partition("?")[2].split("&"))
+    assert {"attempt=1", "rank=0", "contains=load"} <= set(path.partition("?")[2].split("&"))
     assert [json.loads(line)["id"] for line in run("jobs", "logs", "j", "-n", "2", "--json").stdout.splitlines()] == [
         "1-1-1",
         "2-0-1",

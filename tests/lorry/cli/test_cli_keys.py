@@ -194,7 +194,7 @@ def test_projects_are_created_listed_renamed_archived_and_restored(service: Scri
         "Restored project find",
     )
     assert [word in text for word, text in zip(words, printed, strict=True)] == [True] * 6
-    assert run("projects", "archive", "find").exit_code != 0  # there is no terminal to ask at
+    assert run("projects", "archive", "find").exit_code != 0  # there is no terminal to ask for confirmation
 
 
 def test_organizations_are_created_listed_renamed_and_shown_with_projects(service: Script, run: Run) -> None:

@@ -28,8 +28,8 @@ def test_usage_prints_one_line_per_day_with_the_project_name(service: Script, ru
     _, line = run("usage", "--since", "30d", "--by", "both", "--project", "search").stdout.splitlines()
 
     assert line.split() == ["2026-09-21", "search", "m", "1.50", "7", "4", "3", "2", "1", "2.00", "MB"]
-    (asked,) = service.requests("GET", "/v1/usage")
-    assert "group_by%5B%5D=project_id&group_by%5B%5D=model&project_ids%5B%5D=search" in asked.path
+    (request,) = service.requests("GET", "/v1/usage")
+    assert "group_by%5B%5D=project_id&group_by%5B%5D=model&project_ids%5B%5D=search" in request.path
 
 
 def test_usage_can_be_grouped_by_organization(service: Script, run: Run) -> None:
@@ -40,8 +40,8 @@ def test_usage_can_be_grouped_by_organization(service: Script, run: Run) -> None
     head, line = run("usage", "--by", "organization", "--organization", "research").stdout.splitlines()
 
     assert (head.split()[1], line.split()[1]) == ("ORGANIZATION", "research")
-    (asked,) = service.requests("GET", "/v1/usage")
-    assert "group_by%5B%5D=organization_id&organization_ids%5B%5D=research" in asked.path
+    (request,) = service.requests("GET", "/v1/usage")
+    assert "group_by%5B%5D=organization_id&organization_ids%5B%5D=research" in request.path
 
 
 def test_unknown_grouping_is_rejected(run: Run) -> None:

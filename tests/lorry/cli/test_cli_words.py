@@ -1,4 +1,4 @@
-"""Messages about states: a pause, a worker, a failed import, a file that no worker has prepared."""
+"""Output about jobs, workers, models, files and adapters, confirmation of deletions, and command aliases."""
 
 from __future__ import annotations
 
@@ -81,13 +81,13 @@ def test_show_prints_the_configuration_and_why_the_job_waits(service: Script, ru
         "method": {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 3, "beta": 0.25, "label_smoothing": 0.5}}},
     }
     service.on("GET", f"{JOBS}/j", {**JOB, **configured, "status": "queued"})
-    service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker lives.", "state": "queued", "live_workers": 0})
+    service.on("GET", f"{JOBS}/j/why", {"explanation": "No worker is available.", "state": "queued", "live_workers": 0})
 
     lines = [line.split(maxsplit=1) for line in run("jobs", "show", "j").stdout.splitlines()]
 
     printed = [" ".join(" ".join(line).split()) for line in lines]
     assert {
-        "why No worker lives.",
+        "why No worker is available.",
         "suffix mine",
         "schedule.type cosine",
         "schedule.warmup_steps 5",
@@ -106,10 +106,10 @@ def test_show_prints_the_configuration_and_why_the_job_waits(service: Script, ru
 
 
 def test_why_prints_the_explanation_or_all_inputs_as_json(service: Script, run: Run) -> None:
-    printed = {"explanation": "No worker lives.", "state": "queued", "live_workers": 0}
+    printed = {"explanation": "No worker is available.", "state": "queued", "live_workers": 0}
     service.on("GET", f"{JOBS}/j/why", printed)
 
-    assert run("jobs", "why", "j").stdout == "No worker lives.\n"
+    assert run("jobs", "why", "j").stdout == "No worker is available.\n"
     assert json.loads(run("jobs", "why", "j", "--json").stdout) == printed
 
 
@@ -221,12 +221,12 @@ def test_model_list_shortens_an_import_error_and_show_prints_all_of_it(service: 
     service.on("GET", "/v1/models", {"data": [model], "has_more": False})
     service.on("GET", "/v1/models/m", model)
 
-    briefly, all_of_it = run("models", "list").stderr.splitlines(), run("models", "show", "m").stdout
+    listed, shown = run("models", "list").stderr.splitlines(), run("models", "show", "m").stdout
 
-    assert briefly[0].startswith("m failed: There is no such such")
-    assert briefly[0].endswith("such …")
-    assert briefly[1:] == ["Show the whole error and its fix with: lorry models show NAME"]
-    assert "repository.\n       Traceback\nfix    Check the name.\n" in all_of_it
+    assert listed[0].startswith("m failed: There is no such such")
+    assert listed[0].endswith("such …")
+    assert listed[1:] == ["Show the whole error and its fix with: lorry models show NAME"]
+    assert "repository.\n       Traceback\nfix    Check the name.\n" in shown
     assert json.loads(run("models", "show", "m", "--json").stdout) == model
 
 
@@ -239,11 +239,11 @@ def test_models_show_prints_the_license(service: Script, run: Run) -> None:
 def test_report_of_an_unprepared_file_suggests_a_command(service: Script, run: Run) -> None:
     service.on("GET", "/v1/files/file-1/report", {"file": "file-1", "model": "m", "report": None})
 
-    people, machine = (run("files", "report", "file-1", "--model", "m", *more) for more in ((), ("--json",)))
+    plain, as_json = (run("files", "report", "file-1", "--model", "m", *more) for more in ((), ("--json",)))
 
-    assert people.stdout == ""
-    assert "lorry jobs submit m file-1" in people.stderr
-    assert json.loads(machine.stdout)["report"] is None
+    assert plain.stdout == ""
+    assert "lorry jobs submit m file-1" in plain.stderr
+    assert json.loads(as_json.stdout)["report"] is None
 
 
 @pytest.mark.parametrize(
@@ -280,10 +280,10 @@ def test_delete_confirms_or_prints_the_service_error(service: Script, run: Run, 
     service.on("DELETE", f"/v1/{group}/ft%3Ax", {"id": "ft:x", "deleted": True})
     service.on("DELETE", f"/v1/{group}/used", Reply(status=409, body=refused))
 
-    done, machine, kept = (run(*command.split(), *more) for more in (("ft:x",), ("ft:x", "--json"), ("used",)))
+    done, as_json, kept = (run(*command.split(), *more) for more in (("ft:x",), ("ft:x", "--json"), ("used",)))
 
     assert (done.exit_code, done.stderr) == (0, f"Deleted {kind} ft:x.\n")
-    assert json.loads(machine.stdout) == {"id": "ft:x", "deleted": True}
+    assert json.loads(as_json.stdout) == {"id": "ft:x", "deleted": True}
     assert (kept.exit_code, kept.stderr) == (1, "Error: A job uses it.\n")
 
 
@@ -362,19 +362,19 @@ def test_adapters_show_prints_units_and_the_loss_of_the_base(service: Script, ru
 
 
 @pytest.mark.parametrize(
-    ("typed", "own"),
+    ("typed", "current"),
     [("keys delete", "revoke"), ("keys rm", "revoke"), ("jobs delete", "cancel"), ("projects remove", "archive")],
 )
-def test_verb_with_a_different_effect_is_only_suggested(service: Script, run: Run, typed: str, own: str) -> None:
+def test_verb_with_a_different_effect_is_only_suggested(service: Script, run: Run, typed: str, current: str) -> None:
     result = run(*typed.split(), "x")
 
     assert result.exit_code == 2
-    assert f"No such command '{typed.split()[1]}'. Did you mean '{own}'?" in result.stderr
+    assert f"No such command '{typed.split()[1]}'. Did you mean '{current}'?" in result.stderr
     assert service.seen == []
 
 
 @pytest.mark.parametrize(
-    ("typed", "own"),
+    ("typed", "current"),
     [
         ("webhooks add", "create"),
         ("webhooks change", "update"),
@@ -388,12 +388,12 @@ def test_verb_with_a_different_effect_is_only_suggested(service: Script, run: Ru
         ("jobs ls", "list"),
     ],
 )
-def test_old_verbs_and_synonyms_run_the_current_command(run: Run, typed: str, own: str) -> None:
+def test_old_verbs_and_synonyms_run_the_current_command(run: Run, typed: str, current: str) -> None:
     group, verb = typed.split()
-    old, new = run(group, verb, "--help").stdout, run(group, own, "--help").stdout
+    old, new = run(group, verb, "--help").stdout, run(group, current, "--help").stdout
 
     assert old.partition("\n\n")[2].partition("  Examples:")[0].strip() in new
-    assert f"{verb} " not in run(group, "--help").stdout.partition("Commands:")[2].replace(f" {own} ", "")
+    assert f"{verb} " not in run(group, "--help").stdout.partition("Commands:")[2].replace(f" {current} ", "")
 
 
 def test_old_group_names_are_hidden_aliases(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Every command that can't be undone asks in a terminal, and needs --yes without one."""
+"""Irreversible commands ask for confirmation in a terminal, and require --yes without one."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ import signal, sys, time
 from pathlib import Path
 from lorry.local.lock import DataLock
 
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(1))
 with DataLock(Path(sys.argv[1])):
     print("held", flush=True)
-    while len(asked) < int(sys.argv[2]):
+    while len(received) < int(sys.argv[2]):
         time.sleep(0.01)
 """
-"""Stops after a number of signals, as `lorry up` does after its first or second."""
+"""A program that locks the data folder and exits after a number of signals, as `lorry up` does after one or two."""
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def test_process_without_the_open_lock_file_is_not_the_holder(tmp_path: Path) ->
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         with holding(tmp_path) as process:
             assert lock.holder(tmp_path) == process.pid
-            (tmp_path / lock.FILE_NAME).write_text(f"{other.pid}\n")  # as between two writes of a start
+            (tmp_path / lock.FILE_NAME).write_text(f"{other.pid}\n")  # as between two writes of a starting service
             assert lock.holder(tmp_path) is None
             (tmp_path / lock.FILE_NAME).write_text("no id\n")
             assert lock.holder(tmp_path) is None

@@ -100,18 +100,18 @@ def test_help_shows_output_json_and_upper_case_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name.endswith((" list", " create", " submit", " run"))])
 def test_every_list_and_create_command_has_quiet(name: str) -> None:
-    shows_a_secret = name in {"keys create", "webhooks create"}  # its id alone would lose the secret
+    shows_a_secret = name in {"keys create", "webhooks create"}  # with the ID alone, the secret would be lost
 
     assert any("--quiet" in param.opts for param in COMMANDS[name].params) is not shows_a_secret
 
 
 @pytest.mark.parametrize("name", [name for name in VERBS if name])
 def test_a_group_without_a_command_prints_its_help(run: Callable[..., Result], name: str) -> None:
-    bare, asked = run(name), run(name, "--help")
+    without_command, with_help = run(name), run(name, "--help")
 
-    assert bare.exit_code == 2
-    assert "Commands:" in asked.stdout
-    assert asked.stdout.strip() in (bare.stdout + bare.stderr)
+    assert without_command.exit_code == 2
+    assert "Commands:" in with_help.stdout
+    assert with_help.stdout.strip() in (without_command.stdout + without_command.stderr)
 
 
 def test_main_help_has_examples() -> None:

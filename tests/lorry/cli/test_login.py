@@ -30,7 +30,7 @@ SECRET = "lorry_key-1_very-secret"
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The configuration folder of a user without variables, whose home is empty."""
+    """The configuration folder of a user with an empty home and without Lorry's variables."""
     for name in ("LORRY_URL", "LORRY_API_KEY", "LORRY_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -90,12 +90,12 @@ def test_key_argument_and_empty_key_are_rejected(service: Script, config: Path) 
 
 def test_key_prompt_does_not_echo_in_a_terminal(service: Script, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service.on("GET", "/v1/browser_session", IDENTITY)
-    asked: list[dict[str, object]] = []
+    prompts: list[dict[str, object]] = []
     monkeypatch.setattr(output, "is_attended", lambda: True)
-    monkeypatch.setattr("typer.prompt", lambda _text, **options: asked.append(options) or SECRET)  # pyright: ignore
+    monkeypatch.setattr("typer.prompt", lambda _text, **options: prompts.append(options) or SECRET)  # pyright: ignore
 
     assert login(service).exit_code == 0
-    assert asked == [{"hide_input": True, "err": True}]
+    assert prompts == [{"hide_input": True, "err": True}]
 
 
 def test_key_is_not_sent_to_an_unverified_local_service(service: Script, config: Path, tmp_path: Path) -> None:

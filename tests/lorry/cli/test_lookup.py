@@ -1,4 +1,4 @@
-"""Unique prefixes of ids and unique parts of adapters' names stand for the whole."""
+"""A unique prefix of an ID, or a unique part of an adapter's name, is resolved to the whole."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_prefix_is_ambiguous_if_not_all_objects_were_searched(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "listing", "item", "asked"),
+    ("arguments", "listing", "item", "expected_request"),
     [
         ("files show file-3", "/v1/files", "file-3f2b", ("GET", "/v1/files/file-3f2b")),
         ("files delete file-3 -y", "/v1/files", "file-3f2b", ("DELETE", "/v1/files/file-3f2b")),
@@ -117,15 +117,15 @@ def test_prefix_is_ambiguous_if_not_all_objects_were_searched(
     ],
 )
 def test_every_kind_of_id_can_be_abbreviated(
-    service: Script, run: Run, arguments: str, listing: str, item: str, asked: tuple[str, str]
+    service: Script, run: Run, arguments: str, listing: str, item: str, expected_request: tuple[str, str]
 ) -> None:
     service.on("GET", listing, listed(item))
-    service.on(*asked, {"id": item})
+    service.on(*expected_request, {"id": item})
 
     result = run(*arguments.split())
 
     assert result.exit_code == 0, result.stderr
-    assert len(service.requests(*asked)) == 1
+    assert len(service.requests(*expected_request)) == 1
 
 
 def test_unique_adapter_suffix_is_resolved(service: Script, run: Run) -> None:

@@ -111,10 +111,10 @@ def test_show_prints_pairs_or_json(
 ) -> None:
     service.on("GET", path, answer)
 
-    users, machine = run(*command.split()), run(*command.split(), "--json")
+    plain, as_json = run(*command.split()), run(*command.split(), "--json")
 
-    assert shown in [" ".join(line.split()) for line in users.stdout.splitlines()]
-    assert json.loads(machine.stdout) == answer
+    assert shown in [" ".join(line.split()) for line in plain.stdout.splitlines()]
+    assert json.loads(as_json.stdout) == answer
 
 
 def test_keys_show_prints_no_secret(service: Script, run: Run) -> None:
@@ -147,7 +147,7 @@ def test_project_is_shown_with_limits_and_updated_in_one_command(service: Script
     shown = run("projects", "show", "search")
     given = "--name find --weight 2 --limit-queued-jobs none --limit-stored-bytes 1GB --highest-priority urgent"
     updated = run("projects", "update", "search", *given.split())
-    nothing = run("projects", "update", "search")
+    unchanged = run("projects", "update", "search")
 
     assert shown.stdout.splitlines()[-2].split() == ["queued", "jobs", "5", "2", "-"]
     assert "Updated project find." in updated.stderr
@@ -157,7 +157,7 @@ def test_project_is_shown_with_limits_and_updated_in_one_command(service: Script
         {"weight": 2.0},
         {"name": "find"},
     ]
-    assert (nothing.exit_code, "at least one setting" in nothing.stderr) == (2, True)
+    assert (unchanged.exit_code, "at least one setting" in unchanged.stderr) == (2, True)
 
 
 def test_organizations_update_changes_the_name(service: Script, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""`lorry plan`, the client's plans, and jobs that are created from one."""
+"""`lorry plan`, `client.plans`, and jobs that are submitted from a plan."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lorry.cli.commands.plans import create as plan_command
 from lorry.cli.commands.submit import submit as submit_command
 from lorry.errors import WaitTimeout
 from lorry.requests import JobFields
-from tests.lorry.cli.commands.test_submit import EVERY_OPTION, WHAT_THEY_SAY
+from tests.lorry.cli.commands.test_submit import EVERY_OPTION, EXPECTED_REQUEST
 from tests.lorry.scripted_server import Reply, Script
 
 PLANS, JOBS = "/v1/plans", "/v1/fine_tuning/jobs"
 Run = Callable[..., Result]
 
 
-def token(text: str, *, learnt: bool = False) -> dict[str, Any]:
-    return {"text": text, "id": 1, "is_trained": learnt}
+def token(text: str, *, trained: bool = False) -> dict[str, Any]:
+    return {"text": text, "id": 1, "is_trained": trained}
 
 
-TOKENS = [token("Q: 1+1? "), token("A: "), token("2", learnt=True), token("<end>", learnt=True)]
-TAIL = [token("tail", learnt=True)]
+TOKENS = [token("Q: 1+1? "), token("A: "), token("2", trained=True), token("<end>", trained=True)]
+TAIL = [token("tail", trained=True)]
 SEGMENTS = [{"start": 0, "tokens": TOKENS}, {"start": 90, "tokens": TAIL}]
 ROW = {"part": None, "num_tokens": 91, "whole_tokens": 120, "trained_tokens": 3, "segments": SEGMENTS}
 TRAINING = {
@@ -77,7 +77,7 @@ READY: dict[str, Any] = {
 
 @pytest.fixture
 def plan(submit: Run, service: Script, run: Run) -> Run:
-    """plan("m", "train.jsonl", …), in the folder of `submit`."""
+    """Return `plan("m", "train.jsonl", …)`: `lorry plan` in the folder of `submit`."""
     service.on("POST", PLANS, READY)
     return lambda *arguments: run("plan", *arguments)
 
@@ -86,9 +86,9 @@ def test_plan_accepts_the_options_of_a_job(service: Script, plan: Run) -> None:
     assert plan("m", "train.jsonl", *EVERY_OPTION.split()).exit_code == 0
 
     sent = json.loads(service.requests("POST", PLANS)[-1].body)
-    assert sent == json.loads(json.dumps(WHAT_THEY_SAY))
-    mine, jobs = (inspect.signature(command).parameters for command in (plan_command, submit_command))
-    assert [name for name in jobs if name not in mine] == ["plan", "watch"]
+    assert sent == json.loads(json.dumps(EXPECTED_REQUEST))
+    plan_options, job_options = (inspect.signature(command).parameters for command in (plan_command, submit_command))
+    assert [name for name in job_options if name not in plan_options] == ["plan", "watch"]
 
 
 def test_guessed_training_time_is_marked_as_a_guess(submit: Run, service: Script, run: Run) -> None:
@@ -119,7 +119,7 @@ def test_plan_prints_its_estimates_and_the_submit_command(plan: Run) -> None:
         "Q: 1+1? A: >2<end>< [... 86 tokens ...] >tail<",
     ):
         assert printed in result.stdout, printed
-    assert "on a GPU" not in result.stdout, "no worker that fits has one"
+    assert "on a GPU" not in result.stdout, "the only worker that fits has no GPU"
     assert "lorry jobs submit --plan plan-1" in result.stderr
 
 
@@ -137,14 +137,18 @@ def test_plan_command_waits_and_prints_the_error_of_a_failed_plan(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
-    failed = {"id": "plan-2", "status": "failed", "error": {"code": "x", "message": "There is nothing to learn."}}
+    failed = {
+        "id": "plan-2",
+        "status": "failed",
+        "error": {"code": "x", "message": "The training file has no trainable tokens."},
+    }
     service.on("POST", PLANS, {"id": "plan-2", "status": "computing"})
     service.on("GET", f"{PLANS}/plan-2", {"id": "plan-2", "status": "computing"}, failed)
 
     result = run("plan", "m", "file-9")
 
     assert result.exit_code == 1
-    assert "There is nothing to learn." in result.stdout
+    assert "The training file has no trainable tokens." in result.stdout
 
 
 def test_submit_from_a_plan_accepts_no_other_options(service: Script, run: Run) -> None:

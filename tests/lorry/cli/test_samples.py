@@ -1,4 +1,4 @@
-"""Answers to a job's own prompts, as a table."""
+"""`lorry jobs samples`: the answers to a job's sample prompts."""
 
 from __future__ import annotations
 

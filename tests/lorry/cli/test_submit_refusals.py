@@ -1,4 +1,4 @@
-"""`lorry jobs submit`: refusals name what was typed, and leave no files behind."""
+"""`lorry jobs submit`: errors name the typed option, and rejected jobs leave no uploaded files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JOBS = "/v1/fine_tuning/jobs"
 Run = Callable[..., Result]
 
 
-def refusal(status: int, param: str | None, message: str = "No.") -> Reply:
+def error_reply(status: int, param: str | None, message: str = "No.") -> Reply:
     headers = {"x-should-retry": "false"}
     error = {"message": message, "type": "x", "param": param, "code": "c"}
     return Reply(status=status, body={"error": error}, headers=headers)
@@ -37,7 +37,7 @@ def refusal(status: int, param: str | None, message: str = "No.") -> Reply:
     ],
 )
 def test_error_names_the_typed_option(service: Script, submit: Run, param: str, expected: str) -> None:
-    service.on("POST", JOBS, refusal(400, param))
+    service.on("POST", JOBS, error_reply(400, param))
 
     result = submit("m", "file-9", "--set", "optimizer.beta1=3")
 
@@ -101,7 +101,7 @@ def test_key_that_cannot_read_models_submits_without_the_model_check(
     service.on("GET", "/v1/models/m", Reply(status=403, body={"error": lacks}))
     service.on("POST", "/v1/files", {"id": "file-1"})
     service.on("DELETE", "/v1/files/file-1", {})
-    service.on("POST", JOBS, {"id": "ftjob-1"} if known else refusal(404, "model"))
+    service.on("POST", JOBS, {"id": "ftjob-1"} if known else error_reply(404, "model"))
 
     result = run("jobs", "submit", "m", "train.jsonl")
 
@@ -112,7 +112,7 @@ def test_key_that_cannot_read_models_submits_without_the_model_check(
 
 def test_key_rejected_for_another_reason_uploads_nothing(service: Script, run: Run, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}\n")
-    service.on("GET", "/v1/models/m", refusal(403, None))
+    service.on("GET", "/v1/models/m", error_reply(403, None))
 
     result = run("jobs", "submit", "m", "train.jsonl")
 
@@ -121,9 +121,9 @@ def test_key_rejected_for_another_reason_uploads_nothing(service: Script, run: R
 
 
 def test_uploads_of_a_rejected_job_are_deleted(service: Script, submit: Run) -> None:
-    service.on("POST", JOBS, refusal(404, "model"))
+    service.on("POST", JOBS, error_reply(404, "model"))
     service.on("DELETE", "/v1/files/file-1", {})
-    service.on("DELETE", "/v1/files/file-2", refusal(409, None, "In use."))
+    service.on("DELETE", "/v1/files/file-2", error_reply(409, None, "In use."))
 
     result = submit("m", "train.jsonl", "--valid", "valid.jsonl")
 
@@ -141,7 +141,7 @@ def test_first_upload_is_deleted_if_the_second_is_rejected(
     (tmp_path / "valid.jsonl").write_text("refused")
 
     def answer(request: Any, answer: Any = service.answer) -> Reply:
-        return refusal(400, "file") if b"refused" in request.body else answer(request)
+        return error_reply(400, "file") if b"refused" in request.body else answer(request)
 
     monkeypatch.setattr(service, "answer", answer)
 
@@ -152,7 +152,7 @@ def test_first_upload_is_deleted_if_the_second_is_rejected(
 
 
 def test_unknown_model_is_rejected_before_the_upload(service: Script, submit: Run) -> None:
-    service.on("GET", "/v1/models/n", refusal(404, "model", "There is no model 'n'. Base models here: m."))
+    service.on("GET", "/v1/models/n", error_reply(404, "model", "There is no model 'n'. Base models here: m."))
 
     result = submit("n", "train.jsonl")
 
@@ -176,7 +176,7 @@ def test_unknown_model_is_rejected_before_the_upload(service: Script, submit: Ru
 def test_error_names_every_option_that_set_the_field(
     service: Script, submit: Run, typed: tuple[str, ...], param: str, expected: str
 ) -> None:
-    service.on("POST", JOBS, refusal(400, param))
+    service.on("POST", JOBS, error_reply(400, param))
 
     assert submit("m", "file-9", *typed).stderr == f"Error: No. (at {expected})\n"
 
@@ -193,8 +193,8 @@ def test_error_names_every_option_that_set_the_field(
         (
             ("--decay", "0.2"),
             "schedule",
-            "'schedule' is refused: no schedule has it.",
-            "--decay is refused: no schedule has it.",
+            "'schedule' is refused: no schedule has this field.",
+            "--decay is refused: no schedule has this field.",
         ),
         (
             ("--beta", "0.1"),
@@ -208,7 +208,7 @@ def test_error_names_every_option_that_set_the_field(
 def test_error_message_uses_option_names_for_fields(
     service: Script, submit: Run, typed: tuple[str, ...], param: str | None, message: str, expected: str
 ) -> None:
-    service.on("POST", JOBS, refusal(400, param, message))
+    service.on("POST", JOBS, error_reply(400, param, message))
 
     assert submit("m", "file-9", *typed).stderr == f"Error: {expected}\n"
 
@@ -233,14 +233,14 @@ def test_repeated_option_or_key_is_rejected(
 
 
 def test_file_passed_by_id_is_not_deleted(service: Script, submit: Run) -> None:
-    service.on("POST", JOBS, refusal(400, "lora.rank"))
+    service.on("POST", JOBS, error_reply(400, "lora.rank"))
 
     assert submit("m", "file-9").exit_code == 1
     assert deleted(service) == []
 
 
 def test_uploads_are_kept_if_the_job_may_have_been_created(service: Script, submit: Run) -> None:
-    service.on("POST", JOBS, refusal(500, None))
+    service.on("POST", JOBS, error_reply(500, None))
 
     assert submit("m", "train.jsonl").exit_code == 1
     assert deleted(service) == []
@@ -248,7 +248,7 @@ def test_uploads_are_kept_if_the_job_may_have_been_created(service: Script, subm
 
 def test_option_that_contains_the_field_name_is_inserted_once(service: Script, submit: Run) -> None:
     printed = "'optimizer.beta1' must be less than 1. Correct optimizer.beta1."
-    service.on("POST", JOBS, refusal(400, "optimizer.beta1", printed))
+    service.on("POST", JOBS, error_reply(400, "optimizer.beta1", printed))
 
     result = submit("m", "file-9", "--set", "optimizer.beta1=3")
 
@@ -266,8 +266,8 @@ def test_non_numeric_value_has_a_plain_error(submit: Run, typed: tuple[str, str]
     assert (result.exit_code, expected in result.stderr) == (2, True)
 
 
-def submitted_again(service: Script, run: Run, folder: Path, **earlier: Any) -> tuple[str, str]:
-    """(the file that the job reads, what is expected) where the service has had the bytes as file-1."""
+def submit_again(service: Script, run: Run, folder: Path, **earlier: Any) -> tuple[str, str]:
+    """Submit a file that the service already stores as file-1. Return the job's training file and stderr."""
     (folder / "train.jsonl").write_text("{}\n")
     service.on("GET", "/v1/models/m", {"id": "m", "state": "ready"})
     service.on("POST", "/v1/files", {"id": "file-2", "purpose": "fine-tune", "same_content_as": "file-1"})
@@ -280,16 +280,16 @@ def submitted_again(service: Script, run: Run, folder: Path, **earlier: Any) -> 
 
 
 def test_identical_uploaded_file_is_reused(service: Script, run: Run, tmp_path: Path) -> None:
-    used, expected = submitted_again(service, run, tmp_path)
+    used, message = submit_again(service, run, tmp_path)
 
     assert (used, deleted(service)) == ("file-1", ["file-2"])
-    assert "train.jsonl is already uploaded as file-1; using that file." in expected
+    assert "train.jsonl is already uploaded as file-1; using that file." in message
 
 
 @pytest.mark.parametrize("earlier", [{"expires_at": 1790000000}, {"purpose": "user_data"}])
 def test_file_that_expires_or_has_another_purpose_is_not_reused(
     service: Script, run: Run, tmp_path: Path, earlier: dict[str, Any]
 ) -> None:
-    used, _ = submitted_again(service, run, tmp_path, **earlier)
+    used, _ = submit_again(service, run, tmp_path, **earlier)
 
     assert (used, deleted(service)) == ("file-2", [])

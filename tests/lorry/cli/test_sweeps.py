@@ -1,4 +1,4 @@
-"""`lorry sweeps`: one line becomes one request, and the answer a leaderboard."""
+"""`lorry sweeps`: the request that a command line sends, and the leaderboard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRIALS = [
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "expected"),
     [
         ("lora.rank=4,8,16", {"values": [4, 8, 16]}),
         ("optimizer.learning_rate=1e-5..1e-3:log", {"min": 1e-5, "max": 1e-3, "scale": "log"}),
@@ -40,8 +40,8 @@ TRIALS = [
         ('lora.target_modules=[["q_proj"], "all-linear"]', {"values": [["q_proj"], "all-linear"]}),
     ],
 )
-def test_over_option_parses_values_and_ranges(typed: str, meant: dict[str, Any]) -> None:
-    assert parameter(typed) == (typed.partition("=")[0], meant)
+def test_over_option_parses_values_and_ranges(typed: str, expected: dict[str, Any]) -> None:
+    assert parameter(typed) == (typed.partition("=")[0], expected)
 
 
 @pytest.fixture

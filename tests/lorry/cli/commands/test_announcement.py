@@ -12,13 +12,13 @@ from lorry.cli.commands import up
 from lorry.connection import Connection
 from tests.lorry.scripted_server import Reply, Script
 
-ADDING = up.FIRST_MODEL
+ADD_MODEL = up.FIRST_MODEL
 BASE = {"id": "tiny", "kind": "base", "state": "ready"}
 
 
 @pytest.fixture
 def known(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Connection:
-    """The connection of a service in ~/.lorry of a user without variables."""
+    """The connection to a service, stored in the ~/.lorry of a user without Lorry's variables."""
     for name in ("LORRY_URL", "LORRY_API_KEY", "LORRY_DATA_DIR", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -31,10 +31,10 @@ def known(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
 @pytest.mark.parametrize(
     ("answer", "command"),
     [
-        ({"data": []}, ADDING),
-        ({"data": [{**BASE, "state": "importing"}, {**BASE, "kind": "adapter"}]}, ADDING),
+        ({"data": []}, ADD_MODEL),
+        ({"data": [{**BASE, "state": "importing"}, {**BASE, "kind": "adapter"}]}, ADD_MODEL),
         ({"data": [BASE]}, "lorry jobs submit tiny chats.jsonl"),
-        (Reply(status=500, body={}), ADDING),
+        (Reply(status=500, body={}), ADD_MODEL),
     ],
 )
 def test_next_command_adds_a_base_model_then_submits_a_job(
@@ -54,6 +54,6 @@ def test_next_command_sets_variables_if_lorry_would_not_find_the_service(
     connection.write(folder, known)
     (tmp_path / ".lorry" / "connection.json").unlink()
 
-    assert up._next_command(folder, known) == f"LORRY_DATA_DIR='{folder}' {ADDING}"
+    assert up._next_command(folder, known) == f"LORRY_DATA_DIR='{folder}' {ADD_MODEL}"
     monkeypatch.setenv("LORRY_URL", "https://elsewhere.example")
-    assert up._next_command(folder, known) == f"LORRY_URL= LORRY_DATA_DIR='{folder}' {ADDING}"
+    assert up._next_command(folder, known) == f"LORRY_URL= LORRY_DATA_DIR='{folder}' {ADD_MODEL}"

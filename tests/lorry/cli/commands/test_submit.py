@@ -32,7 +32,7 @@ NO_OPTION = {
     "method.kto.hyperparameters.desirable_weight",
     "method.kto.hyperparameters.undesirable_weight",
 }
-"""Rarely used fields, for `--set`."""
+"""Rarely used fields. They have no option of their own; users set them with `--set`."""
 EVERY_OPTION = (
     "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
     "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
@@ -44,7 +44,7 @@ EVERY_OPTION = (
     "--metadata team=a=b --metadata note= --set optimizer.beta1=0.9 --set optimizer.max_grad_norm=null "
     f"--set {NUMBERS}.learning_rate_multiplier=auto"
 )
-WHAT_THEY_SAY: dict[str, Any] = {
+EXPECTED_REQUEST: dict[str, Any] = {
     "model": "m",
     "training_file": "file-1",
     "validation_file": "file-2",
@@ -117,15 +117,15 @@ def test_every_job_field_has_an_option_or_is_listed_as_an_exception() -> None:
         "early_stopping": EarlyStopping,
         **{f"method.{method}.hyperparameters": numbers for method, numbers in HYPERPARAMETERS.items()},
     }
-    there_is_one_choice = {"method", "hyperparameters", "integrations"}
-    fields = set(JobRequest.model_fields) - set(groups) - there_is_one_choice
+    nested = {"method", "hyperparameters", "integrations"}
+    fields = set(JobRequest.model_fields) - set(groups) - nested
     for prefix, model in groups.items():
         fields |= set(leaves(model, prefix))
 
     fields.add("method.type")
-    of_some_methods = (".beta", ".gamma", ".label_smoothing", ".neftune_alpha")
-    of_another_method = {name for name in set(NAMES) - fields if name.endswith(of_some_methods)}
-    assert set(NAMES) - of_another_method == fields - NO_OPTION
+    method_specific = (".beta", ".gamma", ".label_smoothing", ".neftune_alpha")
+    of_other_methods = {name for name in set(NAMES) - fields if name.endswith(method_specific)}
+    assert set(NAMES) - of_other_methods == fields - NO_OPTION
     assert set(FIELDS) < set(inspect.signature(submit_command).parameters)
 
 
@@ -158,7 +158,7 @@ def test_all_options_form_a_valid_request(service: Script, submit: Run) -> None:
     assert submit("m", "train.jsonl", *EVERY_OPTION.split()).stdout == "ftjob-1\n"
 
     printed = JobRequest.model_validate(sent(service)).model_dump(exclude_unset=True)
-    assert printed == WHAT_THEY_SAY
+    assert printed == EXPECTED_REQUEST
 
 
 def test_help_groups_the_options(submit: Run) -> None:

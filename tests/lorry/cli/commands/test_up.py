@@ -1,4 +1,4 @@
-"""`lorry up` with the real api and the real worker."""
+"""`lorry up` with the real API server and the real worker."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def children_of(pid: int) -> dict[str, int]:
     return found
 
 
-def both(pid: int) -> dict[str, int]:
+def started_children(pid: int) -> dict[str, int]:
     until(lambda: children_of(pid).keys() == {"api", "worker.entrypoints.loop"})
     return children_of(pid)
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all, in the order in which a user would use it."""
+    """The data folder of all tests of this module. They run in the order in which a user would act."""
     return tmp_path_factory.mktemp("up") / "data"
 
 
 def test_first_start_creates_everything_and_a_client_connects(data_dir: Path) -> None:
     with up(data_dir) as (process, printed):
-        children = both(process.pid)
+        children = started_children(process.pid)
         path = data_dir / connection.FILE_NAME
 
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -101,7 +101,7 @@ def test_later_start_keeps_the_key_and_stores_the_new_address(data_dir: Path) ->
 
 def test_killed_worker_is_restarted_and_children_exit_with_a_killed_parent(data_dir: Path) -> None:
     with up(data_dir) as (process, _):
-        first = both(process.pid)
+        first = started_children(process.pid)
         os.kill(first["worker.entrypoints.loop"], signal.SIGKILL)
         until(
             lambda: (
@@ -109,7 +109,7 @@ def test_killed_worker_is_restarted_and_children_exit_with_a_killed_parent(data_
                 != first["worker.entrypoints.loop"]
             )
         )
-        now = both(process.pid)
+        now = started_children(process.pid)
         assert now["api"] == first["api"]
 
         process.kill()
@@ -118,7 +118,7 @@ def test_killed_worker_is_restarted_and_children_exit_with_a_killed_parent(data_
 
 def test_killed_api_server_stops_the_service_and_its_log_is_printed(data_dir: Path) -> None:
     with up(data_dir) as (process, _):
-        children = both(process.pid)
+        children = started_children(process.pid)
         os.kill(children["api"], signal.SIGKILL)
 
         assert process.wait(60) == 1
@@ -188,41 +188,41 @@ def test_port_in_use_has_a_clear_error(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-WITH_A_THIEF = """
+WITH_PORT_CONFLICT = """
 import socket, sys, threading
 from lorry.cli.main import main
 from lorry.local import service
 
-heard_in, port = sys.argv.pop(1), int(sys.argv.pop(1))
+request_log, port = sys.argv.pop(1), int(sys.argv.pop(1))
 
-def steal():
+def take_port():
     listening = socket.create_server(("127.0.0.1", port))
     def answer():
         while True:
             client, _ = listening.accept()
             with client:
-                open(heard_in, "ab").write(client.recv(65536))
+                open(request_log, "ab").write(client.recv(65536))
                 client.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-length: 2\\r\\nconnection: close\\r\\n\\r\\n{}")
     threading.Thread(target=answer, daemon=True).start()
 
 def bootstrap(self, real=service.LocalService.bootstrap):
     try:
-        steal()
+        take_port()
     except OSError as error:
-        open(heard_in, "ab").write(f"not taken: {error.strerror}".encode())
+        open(request_log, "ab").write(f"not taken: {error.strerror}".encode())
     return real(self)
 
 service.LocalService.bootstrap = bootstrap
 main()
 """
-"""`lorry up`, with another process that listens at the port as soon as it is chosen, if it can."""
+"""Runs `lorry up`, and tries to listen on the same port before the service is bootstrapped."""
 
 
 @pytest.mark.usefixtures("service_database")
 def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: Path) -> None:
-    port, heard, data_dir = free_port(), tmp_path / "heard", tmp_path / "data"
+    port, requests, data_dir = free_port(), tmp_path / "requests", tmp_path / "data"
     up_arguments = [*UP[4:], "--data-dir", str(data_dir), "--port", str(port)]
-    argv = [sys.executable, "-P", "-c", WITH_A_THIEF, str(heard), str(port), *up_arguments]
+    argv = [sys.executable, "-P", "-c", WITH_PORT_CONFLICT, str(requests), str(port), *up_arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
@@ -231,8 +231,8 @@ def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: P
         process.terminate()
         _, errors = process.communicate(timeout=60)
 
-    assert "authorization" not in heard.read_text().lower()
-    assert heard.read_text().startswith("not taken: Address already in use")
+    assert "authorization" not in requests.read_text().lower()
+    assert requests.read_text().startswith("not taken: Address already in use")
     assert line, errors
     assert json.loads(line)["url"] == f"http://127.0.0.1:{port}"
 
@@ -249,7 +249,7 @@ def test_impossible_data_folder_has_a_clear_error(tmp_path: Path) -> None:
 
 
 def _check_sign_in(url: str) -> None:
-    """The link's page is there, and the link signs in once, and not twice."""
+    """Check that the sign-in page exists and that its link signs in only once."""
     address, _, token = url.partition("/dashboard/#/sign-in/")
     headers = {"x-lorry-csrf": "1", "origin": address}
     assert httpx.get(url, trust_env=False).status_code == 200

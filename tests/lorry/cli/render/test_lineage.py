@@ -1,4 +1,4 @@
-"""`lorry adapters lineage`: the record of an adapter at the service or in a folder."""
+"""`lorry adapters lineage`: the lineage record of an adapter, from the service or from a pulled folder."""
 
 from __future__ import annotations
 

@@ -53,13 +53,13 @@ WORKER = {
     "trainer_id": "trainer-1c0ffee0a1b2c3d4e5f60718",
     "last_seen_at": 1790000000,
 }
-TURN = {
+QUEUED = {
     "job_id": JOB["id"],
     "state": "queued",
     "base_model": "smollm2-135m-instruct",
     "priority": "normal",
     "position": 1,
-    "reason": "It is the oldest of the project that has had the least of the last hour.",
+    "reason": "This is the oldest job of the project with the lowest recent normalized usage.",
 }
 Run = Callable[..., Result]
 
@@ -72,7 +72,7 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("command", "path", "row", "whole"),
+    ("command", "path", "row", "id_field"),
     [
         ("jobs list", "/v1/fine_tuning/jobs", JOB, "id"),
         ("jobs list", "/v1/fine_tuning/jobs", {**JOB, "suffix": "a-suffix-that-is-rather-long"}, "id"),
@@ -80,11 +80,17 @@ def run(service: Script, monkeypatch: pytest.MonkeyPatch) -> Run:
         ("models list", "/v1/models", MODEL, "id"),
         ("adapters list", "/v1/adapters", ADAPTER, "name"),
         ("workers list", "/v1/workers", WORKER, "id"),
-        ("queue", "/v1/queue", TURN, "job_id"),
+        ("queue", "/v1/queue", QUEUED, "job_id"),
     ],
 )
 def test_at_80_columns_each_row_is_one_line_with_its_full_id(
-    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, command: str, path: str, row: dict[str, Any], whole: str
+    service: Script,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    path: str,
+    row: dict[str, Any],
+    id_field: str,
 ) -> None:
     service.on("GET", path, {"jobs" if command == "queue" else "data": [row, row], "has_more": False})
     monkeypatch.setattr("lorry.cli.render.output._WIDTH_OF_A_PIPE", 80)
@@ -92,7 +98,7 @@ def test_at_80_columns_each_row_is_one_line_with_its_full_id(
     head, *lines = run(*command.split()).stdout.splitlines()
 
     assert len(lines) == 2
-    assert all(line.startswith(f"{row[whole]}  ") for line in lines)
+    assert all(line.startswith(f"{row[id_field]}  ") for line in lines)
     assert all(len(line) <= 80 for line in (head, *lines))
 
 
