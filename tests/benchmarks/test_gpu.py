@@ -65,7 +65,7 @@ def test_contenders_train_on_the_same_tokens_and_leave_the_base_unchanged() -> N
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
 
 
-def test_peak_memory_of_a_turn_covers_all_its_ticks_and_no_earlier_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_covers_all_ticks_since_the_start_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     card = {"allocated": 10, "peak": 10}
     for name, replacement in {
         "synchronize": lambda device: None,

@@ -82,7 +82,7 @@ def test_move_target_must_wait_in_the_same_class_and_project(world: World) -> No
     assert (refusal.value.code, refusal.value.remedy) == ("job_not_waiting", "Pause the running job instead.")
 
 
-def test_moves_do_not_change_the_turns_of_other_projects(world: World) -> None:
+def test_moves_do_not_change_the_positions_of_other_projects(world: World) -> None:
     mine = [world.queued() for _ in range(3)]
     foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()

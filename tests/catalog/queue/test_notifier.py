@@ -37,7 +37,7 @@ def broker(redis_url: str) -> Any:
     client.close()
 
 
-def test_ring_sends_one_message_without_content(redis_url: str, broker: Any) -> None:
+def test_notification_is_one_message_without_content(redis_url: str, broker: Any) -> None:
     notifier = RedisNotifier(redis_url)
 
     notifier.wake_workers()
@@ -74,7 +74,7 @@ def test_concurrent_notifications_start_one_relay_thread(redis_url: str, broker:
     assert broker.llen(KEY) >= 1
 
 
-def test_last_ring_is_sent_before_close_returns(redis_url: str, broker: Any) -> None:
+def test_last_notification_is_sent_before_close_returns(redis_url: str, broker: Any) -> None:
     notifier = RedisNotifier(redis_url)
 
     notifier.wake_workers()
@@ -140,7 +140,7 @@ def test_file_notifier_notifies_each_waiting_process_once(tmp_path: Path) -> Non
     assert isinstance(open_notifier(Settings.model_validate({"redis_url": "redis://localhost"})), RedisNotifier)
 
 
-def test_file_notifier_that_cannot_be_written_stays_silent(tmp_path: Path) -> None:
+def test_unwritable_file_notifier_raises_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     notifier = FileNotifier(tmp_path / "file" / "notified")
 
@@ -149,7 +149,7 @@ def test_file_notifier_that_cannot_be_written_stays_silent(tmp_path: Path) -> No
     assert not notifier.was_notified()
 
 
-def test_process_that_never_rings_does_not_load_celery() -> None:
+def test_process_that_never_notifies_does_not_load_celery() -> None:
     program = "import sys; from catalog.queue.notifier import RedisNotifier; RedisNotifier('redis://x').close(); "
     program += "print('celery' in sys.modules)"
 

@@ -77,7 +77,7 @@ def test_claim_order_stops_where_an_unread_job_might_come_next(
     assert bool(expected) == bool(fitting)
 
 
-def test_class_that_had_its_turn_is_not_promoted_again() -> None:
+def test_class_is_not_promoted_again_after_a_claim() -> None:
     now = 3 * USUAL.priority_aging_seconds
     old = [candidate(f"old{number}", number, priority=2) for number in range(2)]
     whole = snapshot(*old, candidate("new0", now - 2), candidate("new1", now - 1), now=now)
@@ -165,7 +165,7 @@ def _stem(job_id: str) -> str:
     return "-".join(job_id.split("-")[:2])
 
 
-def test_joining_worker_that_lost_a_race_claims_what_is_left(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joining_worker_that_lost_a_race_claims_the_remaining_jobs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker()
     held = world.running().job
     world.flood(world.queued(), 9)

@@ -187,7 +187,7 @@ def test_clock_jump_charges_at_most_one_lease(world: World) -> None:
     assert used(world)["ours"] == pytest.approx(LEASE, abs=0.1)
 
 
-def test_packmates_do_not_count_as_a_turn_of_their_class(world: World) -> None:
+def test_packmate_claims_do_not_delay_the_promotion_of_their_class(world: World) -> None:
     """Batch jobs join every trainer of a popular base model, but the one for a rare base model is still promoted."""
     world.base("rare")
     world.worker()
@@ -205,7 +205,7 @@ def test_packmates_do_not_count_as_a_turn_of_their_class(world: World) -> None:
     assert claim.job.id == patient.id
 
 
-def test_turns_on_too_small_workers_do_not_count_for_a_large_job(world: World) -> None:
+def test_claims_on_too_small_workers_do_not_delay_a_large_job(world: World) -> None:
     world.base("large", num_parameters=10**10)
     world.worker("small", 10**9)
     world.worker("wide", 10**12)

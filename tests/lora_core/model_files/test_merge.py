@@ -334,7 +334,7 @@ def test_command_measures_a_gguf_file(tied_dir, adapter_of, tmp_path, capsys, mo
     assert answer["cost"]["base_seconds"] > 0 < answer["cost"]["merged_seconds"]
 
 
-def test_command_reports_what_is_missing(tied_dir, tmp_path, capsys):
+def test_command_reports_a_missing_file(tied_dir, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
 
     assert main([str(tmp_path / "empty"), str(tied_dir), str(tmp_path / "merged")]) == 1
