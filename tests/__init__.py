@@ -1,1 +1,5 @@
-"""Tests mirror the tree; `system` runs the whole, `architecture` guards the shape, `services` brings the servers."""
+"""Tests. Their folders mirror the packages.
+
+`system` runs all processes together, `architecture` checks the structure of the code, and `services` starts the servers
+that tests need.
+"""

@@ -28,7 +28,7 @@ from tests.services.redis import redis_server
 from tests.services.s3 import s3_server
 
 NEEDS = "needs "
-"""The start of the reason of such a skip."""
+"""The prefix of the skip reason of a test that needs a missing program."""
 NewDatabase = Callable[[], AbstractContextManager[str]]
 
 

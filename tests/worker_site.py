@@ -204,7 +204,7 @@ class WorkerSite:
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         """Poll the condition. Fails with the processes' output after a timeout."""
-        wait_until(condition, said=self.log, seconds=self.patience_seconds)
+        wait_until(condition, message=self.log, seconds=self.patience_seconds)
 
     def wait_for_end(self, *job_ids: str) -> None:
         self.wait_until(lambda: all(self.job(job_id).state in FINAL_STATES for job_id in job_ids))
@@ -242,14 +242,14 @@ class WorkerSite:
 def wait_until(
     condition: Callable[[], object],
     *,
-    said: Callable[[], str] = str,
+    message: Callable[[], str] = str,
     seconds: float = WAIT_SECONDS,
     every_seconds: float = 0.05,
 ) -> None:
     """Poll the condition. Fails with the message after a timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, said()
+        assert time.monotonic() < deadline, message()
         time.sleep(every_seconds)
 
 

@@ -79,7 +79,7 @@ class FaultSite(WorkerSite):
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         """Wait for a condition. It counts as not fulfilled while the database does not answer."""
-        wait_until(lambda: _unless_down(condition), said=self.log, seconds=self.patience_seconds)
+        wait_until(lambda: _unless_down(condition), message=self.log, seconds=self.patience_seconds)
 
     def wait_seconds(self, seconds: float) -> None:
         """Wait in real time, for a lease or an outage."""

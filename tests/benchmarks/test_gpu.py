@@ -77,14 +77,14 @@ def test_peak_memory_covers_all_ticks_since_the_start_of_the_clock(monkeypatch: 
     memory = ActivationMemory({}, device="cuda:0", item_bytes=2, mode="auto")
     clock = Clock("cuda:0", memory)
 
-    def turn(*taken: int) -> int:
+    def measure(*taken: int) -> int:
         clock.start()
         for bytes_taken in taken:
             with memory.observed(1024, kind="train", checkpointed=False):  # which resets the card's peak
                 card["peak"] = card["allocated"] + bytes_taken
         return clock.stop()["peak_bytes"]
 
-    assert [turn(900, 50), turn(40, 300, 20), turn(5)] == [910, 310, 15]
+    assert [measure(900, 50), measure(40, 300, 20), measure(5)] == [910, 310, 15]
     assert memory.peak_bytes() == 15
 
 

@@ -24,7 +24,7 @@ Pass it on; pass it on and drop its response with the connection; or respond wit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class RequestLine:
     """The first line of an HTTP request."""
 
     method: str
@@ -36,7 +36,7 @@ class FaultProxy:
 
     def __init__(self, host: str, port: int, *, address: str = "127.0.0.1") -> None:
         self.address, self.port = address, 0
-        self.judge: Callable[[Asked], Verdict] = lambda _: "pass"
+        self.judge: Callable[[RequestLine], Verdict] = lambda _: "pass"
         self.bytes_per_second: float | None = None
         """The rate of each connection toward the server."""
         self._target = (host, port)
@@ -132,8 +132,8 @@ class _Connection:
         """Pass a chunk on. The rest of a rejected request is never read: its body breaks off in the middle."""
         request = REQUEST.match(chunk)
         if request is not None:
-            asked = Asked(method=request[1].decode(), path=request[2].decode())
-            verdict = self.proxy.judge(asked)
+            first_line = RequestLine(method=request[1].decode(), path=request[2].decode())
+            verdict = self.proxy.judge(first_line)
             self.loses_answer = verdict == "lose the answer"
             if isinstance(verdict, bytes):
                 self.client.write(verdict)

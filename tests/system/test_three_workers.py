@@ -89,7 +89,7 @@ class Stack:
 
         The interval is long, because each poll sends many requests to the API server.
         """
-        wait_until(condition, said=self.logs, seconds=TEST_SECONDS, every_seconds=0.2)
+        wait_until(condition, message=self.logs, seconds=TEST_SECONDS, every_seconds=0.2)
 
     def logs(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-4000:] for path in sorted(self.folder.glob("*.log")))

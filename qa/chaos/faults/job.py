@@ -106,7 +106,7 @@ def _cancelled(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite
         return is_ended and not site.trainers_of(worker)
 
     late = f"the device was not free {FREE_SECONDS:.0f} s after the request"
-    wait_until(is_free, said=lambda: late, seconds=FREE_SECONDS)
+    wait_until(is_free, message=lambda: late, seconds=FREE_SECONDS)
     seconds = time.monotonic() - asked_at
 
     site.gate("go").touch()

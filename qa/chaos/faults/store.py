@@ -16,7 +16,7 @@ from catalog.tables.history import Checkpoint
 from catalog.tables.storage import Artifact
 from qa.chaos.scenario import Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
-from tests.services.fault_proxy import Asked, FaultProxy, Verdict, http_answer
+from tests.services.fault_proxy import FaultProxy, RequestLine, Verdict, http_answer
 from tests.tiny_base import write_chat
 from tests.worker_site import is_gone_in_time
 
@@ -144,8 +144,8 @@ class Some:
         self._verdict: Verdict = verdict
         self._of = of
 
-    def __call__(self, asked: Asked) -> Verdict:
-        if asked.method != "PUT" or self._of not in asked.path or not self.num_left:
+    def __call__(self, request: RequestLine) -> Verdict:
+        if request.method != "PUT" or self._of not in request.path or not self.num_left:
             return "pass"
         self.num_left -= 1
         return self._verdict
@@ -161,7 +161,7 @@ class Nobody:
     def __init__(self) -> None:
         self.num_refused = 0
 
-    def __call__(self, _: Asked) -> Verdict:
+    def __call__(self, _: RequestLine) -> Verdict:
         self.num_refused += 1
         return EXPIRED
 

@@ -110,7 +110,7 @@ def test_missing_field_is_named(client: TestClient, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "meant"),
+    ("fields", "suggestion"),
     [
         ({"lora": {"rnk": 8}}, "lora.rank"),
         ({"trainingfile": "x"}, "training_file"),
@@ -131,12 +131,14 @@ def test_missing_field_is_named(client: TestClient, field: str) -> None:
     ],
 )
 def test_unknown_field_error_suggests_the_intended_field(
-    client: TestClient, fields: dict[str, Any], meant: str
+    client: TestClient, fields: dict[str, Any], suggestion: str
 ) -> None:
     error = refused(client, {**LEAST, **fields})
 
     assert error["code"] == "unknown_parameter"
-    assert f"Did you mean '{meant}" in error["message"] or meant in error["message"].partition("Did you mean")[2]
+    assert (
+        f"Did you mean '{suggestion}" in error["message"] or suggestion in error["message"].partition("Did you mean")[2]
+    )
 
 
 @pytest.mark.parametrize(

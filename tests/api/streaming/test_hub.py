@@ -19,14 +19,14 @@ class Log:
     """A source whose topics are logs of numbered messages."""
 
     written: dict[Hashable, list[int]] = field(default_factory=dict[Hashable, list[int]])
-    looks: list[dict[Hashable, int]] = field(default_factory=list[dict[Hashable, int]])
+    polls: list[dict[Hashable, int]] = field(default_factory=list[dict[Hashable, int]])
 
     def write(self, key: Hashable, count: int = 1) -> None:
         log = self.written.setdefault(key, [])
         log += range(len(log) + 1, len(log) + 1 + count)
 
     def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
-        self.looks.append({key: topic.seq for key, topic in topics.items()})
+        self.polls.append({key: topic.seq for key, topic in topics.items()})
         return {key: self.found(key, topic.seq) for key, topic in topics.items() if len(self.written[key]) > topic.seq}
 
     def found(self, key: Hashable, seq: int, limit: int = 10**9) -> Found:
@@ -87,7 +87,7 @@ def test_listeners_that_join_at_any_time_receive_everything_once() -> None:
 
         for listener, seq in zip(listeners, (0, 4, 10, 2), strict=True):
             assert held(listener) == list(range(seq + 1, 20))
-        assert all(len(look) == 1 for look in log.looks)
+        assert all(len(poll) == 1 for poll in log.polls)
 
     asyncio.run(scenario())
 

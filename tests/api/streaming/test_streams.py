@@ -267,13 +267,13 @@ def test_long_history_is_split_over_several_polls(world: World, monkeypatch: pyt
     for step in range(1, 31):
         recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
 
-    looks = [changes.look(world.db, mark)]
-    while looks[-1].has_more:
-        looks.append(changes.look(world.db, mark))
+    polls = [changes.look(world.db, mark)]
+    while polls[-1].has_more:
+        polls.append(changes.look(world.db, mark))
 
-    assert [point.step for news in looks for point in news.points] == list(range(1, 31))
-    assert len(looks) > 3
-    assert max(len(news.events) for news in looks) == 10
+    assert [point.step for news in polls for point in news.points] == list(range(1, 31))
+    assert len(polls) > 3
+    assert max(len(news.events) for news in polls) == 10
 
 
 def test_empty_poll_reads_only_the_jobs_row(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

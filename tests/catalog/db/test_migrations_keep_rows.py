@@ -1,8 +1,8 @@
 """Migrations lose no row and no value, on the way up and on the way down.
 
 The rows are generated from the reflected tables, so a new migration is covered without a change here. A migration that
-changes existing values on purpose is listed in MEANT. The migration of tests/next_migration.py is tested too, and
-migrations that lose something are found.
+changes existing values on purpose is listed in INTENDED_CHANGES. The migration of tests/next_migration.py is tested
+too. Other tests check that a migration that loses something is found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.next_migration import NEXT
 
 pytestmark = pytest.mark.both_databases
 
-MEANT: set[tuple[str, str, str]] = set()
+INTENDED_CHANGES: set[tuple[str, str, str]] = set()
 """Step, table and column of each value that a migration changes on purpose; another test checks the result.
 
 A step is `up to REVISION` or `down to REVISION`.
@@ -124,7 +124,7 @@ def _check(database: Database, kept: Kept, step: str) -> list[Table]:
             assert before.keys() <= found.keys(), f"{step}: rows of {table.name} are gone"
             for key, row in before.items():
                 for name in row.keys() & found[key].keys():
-                    is_kept = found[key][name] == row[name] or (step, table.name, name) in MEANT
+                    is_kept = found[key][name] == row[name] or (step, table.name, name) in INTENDED_CHANGES
                     assert is_kept, f"{step}: {table.name}.{name} was {row[name]!r}, and is {found[key][name]!r}"
             kept.rows[table.name] = found
     for name in kept.rows.keys() - {table.name for table in tables}:

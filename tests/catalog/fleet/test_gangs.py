@@ -266,10 +266,10 @@ def test_started_round_clears_missed_joins(gang: Gang) -> None:
 @pytest.mark.parametrize("hours", [1, -1])
 def test_member_liveness_survives_a_database_clock_change(gang: Gang, clock: Clock, hours: int) -> None:
     own = [0.0]
-    heard = LivenessTracker(silent_seconds=SILENT, clock=lambda: own[0])
+    liveness = LivenessTracker(silent_seconds=SILENT, clock=lambda: own[0])
     gang.lead("w1")
     led = gang.open("w1", "w2")
-    place = replace(gang.place("w1"), heard=heard)
+    place = replace(gang.place("w1"), heard=liveness)
     for _ in range(2):
         clock.advance(10)
         gang.beat("w1", "w2")
@@ -329,45 +329,45 @@ class Course:
         for name in NAMES:
             self.gang.enter(name, size=3, min_size=3)
 
-    def does(self, act: str, who: str) -> None:
+    def does(self, act: str, worker_id: str) -> None:
         with contextlib.suppress(NotGathered):
-            getattr(self, act)(who)
+            getattr(self, act)(worker_id)
 
-    def lead(self, who: str) -> None:
-        self.gang.lead(who)
+    def lead(self, worker_id: str) -> None:
+        self.gang.lead(worker_id)
 
-    def open(self, who: str) -> None:
-        led = self.gang.open(who, *(name for name in NAMES if name != who))
+    def open(self, worker_id: str) -> None:
+        led = self.gang.open(worker_id, *(name for name in NAMES if name != worker_id))
         assert not self.dead
-        self.rounds[who], self.joined[led.round_id] = led, {who}
+        self.rounds[worker_id], self.joined[led.round_id] = led, {worker_id}
 
-    def join(self, who: str) -> None:
-        if (call := self.gang.called(who)) is not None:
-            gangs.join(self.gang.place(who), call.round_id)
-            self.joined[call.round_id].add(who)
+    def join(self, worker_id: str) -> None:
+        if (call := self.gang.called(worker_id)) is not None:
+            gangs.join(self.gang.place(worker_id), call.round_id)
+            self.joined[call.round_id].add(worker_id)
 
-    def leave(self, who: str) -> None:
-        if (call := self.gang.called(who)) is not None:
-            gangs.leave(self.gang.place(who), call.round_id, end=KILLED)
-            self.joined[call.round_id].discard(who)
+    def leave(self, worker_id: str) -> None:
+        if (call := self.gang.called(worker_id)) is not None:
+            gangs.leave(self.gang.place(worker_id), call.round_id, end=KILLED)
+            self.joined[call.round_id].discard(worker_id)
 
-    def start(self, who: str) -> None:
-        if (led := self.rounds.get(who)) is not None:
-            self.gang.start(who, led)
+    def start(self, worker_id: str) -> None:
+        if (led := self.rounds.get(worker_id)) is not None:
+            self.gang.start(worker_id, led)
             assert self.joined[led.round_id] == set(NAMES)
             assert not self.dead
 
-    def end(self, who: str) -> None:
-        if (led := self.rounds.get(who)) is not None:
-            gangs.end_round(self.gang.place(who), led.round_id)
+    def end(self, worker_id: str) -> None:
+        if (led := self.rounds.get(worker_id)) is not None:
+            gangs.end_round(self.gang.place(worker_id), led.round_id)
 
     def wait(self, _: str) -> None:
         self.clock.advance(SILENT + 1)
         self.gang.beat(*(name for name in NAMES if name not in self.dead))
 
-    def die(self, who: str) -> None:
-        workers.declare_lost(self.gang.world.db, who)
-        self.dead.add(who)
+    def die(self, worker_id: str) -> None:
+        workers.declare_lost(self.gang.world.db, worker_id)
+        self.dead.add(worker_id)
 
 
 @given(st.lists(st.tuples(ACTS, st.sampled_from(NAMES)), max_size=25))
@@ -379,5 +379,5 @@ def test_started_round_has_all_members_after_any_sequence_of_actions(
     world: World, clock: Clock, acts: list[tuple[str, str]]
 ) -> None:
     course = Course(world, clock)
-    for act, who in acts:
-        course.does(act, who)
+    for act, worker_id in acts:
+        course.does(act, worker_id)

@@ -33,7 +33,7 @@ def theirs(world: World, **fields: Any) -> Job:
 def test_claim_reads_a_fraction_of_the_queue(world: World) -> None:
     world.worker()
     held, first, submitted = world.running().job, world.queued(), world.submit()
-    looks = {
+    queries_by_name = {
         "a new trainer": lambda: world.claim(capacity=ONE),
         "a trainer that is loaded": lambda: world.claim(capacity=replace(ONE, resident_key=held.pack_key)),
         "jobs that join": lambda: world.claim(pack_key=held.pack_key, capacity=ONE),
@@ -42,7 +42,7 @@ def test_claim_reads_a_fraction_of_the_queue(world: World) -> None:
 
     for job in (first, submitted):
         world.flood(job, 4000)
-    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+    found = {name: rows_read(world.db, query) for name, query in queries_by_name.items()}
 
     assert {name: number for name, number in found.items() if not 0 < number < 2000} == {}
 
@@ -88,7 +88,7 @@ def test_full_worker_reads_little_of_a_long_queue(world: World) -> None:
     held, first = world.running().job, world.queued()
     world.flood(first, 2000)
     full = Capacity(max_jobs=4, memory_bytes_free=1)
-    looks = {
+    queries_by_name = {
         "a new trainer": lambda: world.claim("w2", full),
         "a trainer that is loaded": lambda: world.claim("w2", replace(full, resident_key=held.pack_key)),
         "jobs that join": lambda: world.claim(
@@ -96,7 +96,7 @@ def test_full_worker_reads_little_of_a_long_queue(world: World) -> None:
         ),
     }
 
-    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+    found = {name: rows_read(world.db, query) for name, query in queries_by_name.items()}
 
     assert {name: number for name, number in found.items() if number >= 1000} == {}
     assert world.job(first.id).state == "queued"

@@ -61,12 +61,12 @@ def test_concurrent_notifications_are_coalesced(redis_url: str, broker: Any) -> 
 
 def test_concurrent_notifications_start_one_relay_thread(redis_url: str, broker: Any) -> None:
     notifier = RedisNotifier(redis_url)
-    ringers = [threading.Thread(target=notifier.wake_workers) for _ in range(20)]
+    notifying_threads = [threading.Thread(target=notifier.wake_workers) for _ in range(20)]
 
-    for ringer in ringers:
-        ringer.start()
-    for ringer in ringers:
-        ringer.join()
+    for notifying_thread in notifying_threads:
+        notifying_thread.start()
+    for notifying_thread in notifying_threads:
+        notifying_thread.join()
 
     relays = [thread for thread in threading.enumerate() if thread.name == "lorry-notifier" and thread.daemon]
     notifier.close()
@@ -105,12 +105,12 @@ def test_unreachable_broker_neither_blocks_nor_fails_a_notification(kind: str) -
         "no address": "not a url",
     }
     notifier = RedisNotifier(urls[kind], first_wait_seconds=0.05)
-    ringer = threading.Thread(target=lambda: [notifier.wake_workers() for _ in range(1_000)], daemon=True)
+    notifying_thread = threading.Thread(target=lambda: [notifier.wake_workers() for _ in range(1_000)], daemon=True)
 
-    ringer.start()
-    ringer.join(10)
+    notifying_thread.start()
+    notifying_thread.join(10)
 
-    assert not ringer.is_alive()
+    assert not notifying_thread.is_alive()
     notifier.close()
     silence.listener.close()
 

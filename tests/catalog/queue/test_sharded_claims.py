@@ -201,13 +201,13 @@ def test_full_device_group_reads_little_of_a_long_queue(world: World, wanted: Wa
         replace(full, resident_key=first.pack_key),
         replace(full, memory_bytes_when_empty=1, holding="sharded"),
     )
-    looks = {
+    queries_by_name = {
         "a new trainer": lambda: world.claim(capacity=full),
         "a trainer that is loaded": lambda: world.claim(capacity=loaded),
         "jobs that join": lambda: world.claim(capacity=replace(live, memory_bytes_free=1), pack_key=first.pack_key),
     }
 
-    found = {name: rows_read(world.db, look) for name, look in looks.items()}
+    found = {name: rows_read(world.db, query) for name, query in queries_by_name.items()}
 
     assert {name: number for name, number in found.items() if number >= 1000} == {}
     assert world.job(first.id).state == "queued"

@@ -358,10 +358,10 @@ def test_preemption_frees_a_place_only_with_the_same_placement() -> None:
         "num_packmates": 2,
     }
     training = Training(job_id="victim", own_bytes=60, **held)
-    beside = replace(training, job_id="other", own_bytes=10)
+    packmate = replace(training, job_id="other", own_bytes=10)
     service = WorkerService(at={}, memory_bytes=100, group=PAIR)
     sharded = Holder(
-        worker_id="w", pack_key=urgent.pack_key, service=service, jobs=(training, beside), holding="sharded"
+        worker_id="w", pack_key=urgent.pack_key, service=service, jobs=(training, packmate), holding="sharded"
     )
 
     def makes(holder: Holder) -> str:

@@ -120,19 +120,19 @@ def test_concurrent_claims_share_like_consecutive_ones(world: World, max_jobs: i
 def racing(world: World, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any]) -> list[int]:
     """Run `meanwhile` after the next decision and before its claim. Returns a list with one item per decision."""
     choose: Any = claiming._choose  # pyright: ignore[reportPrivateUsage]
-    looks: list[int] = []
+    decisions: list[int] = []
 
     def choose_slowly(*given: Any) -> Any:
         found = choose(*given)
-        looks.append(len(looks))
-        if len(looks) == 1:
+        decisions.append(len(decisions))
+        if len(decisions) == 1:
             monkeypatch.setattr(claiming, "_choose", choose)
             meanwhile()
             monkeypatch.setattr(claiming, "_choose", choose_slowly)
         return found
 
     monkeypatch.setattr(claiming, "_choose", choose_slowly)
-    return looks
+    return decisions
 
 
 @pytest.mark.parametrize("max_jobs", [1, 3])
@@ -143,7 +143,7 @@ def test_claim_that_lost_a_race_falls_back_without_another_decision(
     world.worker()
     capacity = replace(WIDE, max_jobs=max_jobs)
     taken: list[str] = []
-    looks = racing(
+    decisions = racing(
         world,
         monkeypatch,
         lambda: taken.extend(c.job.id for n in range(5) for c in world.claim("quicker", ONE, trainer_id=f"t{n}")),
@@ -151,7 +151,7 @@ def test_claim_that_lost_a_race_falls_back_without_another_decision(
 
     mine = world.claim(capacity=capacity)
 
-    assert len(looks) == 1
+    assert len(decisions) == 1
     assert len({*taken, *(claim.job.id for claim in mine)}) == 5 + max_jobs
     (attempt,) = queries.attempts(world.db, project_id=mine[0].job.project_id, job_id=mine[0].job.id)
     why = attempt.why or {}
@@ -165,29 +165,31 @@ def _stem(job_id: str) -> str:
     return "-".join(job_id.split("-")[:2])
 
 
-def test_joining_worker_that_lost_a_race_claims_the_remaining_jobs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joining_worker_that_lost_a_race_claims_the_remaining_jobs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world.worker()
     held = world.running().job
     world.flood(world.queued(), 9)
-    looks = racing(
+    decisions = racing(
         world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(4)]
     )
 
     mine = world.claim(capacity=replace(WIDE, max_jobs=2), pack_key=held.pack_key)
 
-    assert (len(mine), len(looks)) == (2, 1)
+    assert (len(mine), len(decisions)) == (2, 1)
 
 
 def test_decision_is_repeated_when_all_fallbacks_are_taken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.flood(world.queued(), MAX_FALLBACKS + 4)
-    looks = racing(
+    decisions = racing(
         world,
         monkeypatch,
         lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(MAX_FALLBACKS + 1)],
     )
 
     assert len(world.claim(capacity=ONE)) == 1
-    assert len(looks) == 2
+    assert len(decisions) == 2
 
 
 def test_limit_reached_meanwhile_by_others_is_respected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,12 +197,12 @@ def test_limit_reached_meanwhile_by_others_is_respected(world: World, monkeypatc
     quotas.limit(
         world.db, caller=replace(world.caller, is_operator=True), project="theirs", limits={"concurrent_jobs": 1}
     )
-    looks = racing(world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{n}") for n in range(2)])
+    decisions = racing(world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{n}") for n in range(2)])
 
     (claim,) = world.claim(capacity=ONE)
 
     assert claim.job.project_id == world.caller.project_id
-    assert len(looks) == 2
+    assert len(decisions) == 2
 
 
 def test_attempt_event_names_a_new_or_a_loaded_trainer(world: World) -> None:

@@ -67,7 +67,7 @@ def test_project_is_created_in_the_named_organization(world: World) -> None:
     with pytest.raises(NotFound) as refusal:
         projects.create(world.db, "lost", organization="nowhere")
     assert (refusal.value.code, refusal.value.param) == ("organization_not_found", "organization")
-    # project names are unique in the whole service, and another organization makes it no retry
+    # Project names are unique in the whole service. A request that names another organization is not a retry.
     for organization in ("research", "default"):
         with pytest.raises(Conflict):
             projects.create(world.db, "search", organization=organization, is_client_retry=organization == "default")
@@ -93,7 +93,7 @@ def test_names_must_not_look_like_ids(world: World, operator: Caller) -> None:
 def test_lookup_prefers_the_id_over_an_equal_name(world: World, operator: Caller) -> None:
     """Older versions accepted such names."""
     theirs, others = world.caller_of("elsewhere", "away"), world.caller_of("farther", "aside")
-    # PostgreSQL finds the row that was written last at the end
+    # PostgreSQL returns the row that was written last at the end
     for one, other in ((others, world.caller), (world.caller, theirs)):
         with world.db.write() as session:
             session.get_one(Organization, one.organization_id).name = other.organization_id

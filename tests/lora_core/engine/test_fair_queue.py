@@ -6,16 +6,16 @@ from lora_core.config import Kind
 from lora_core.engine.fair_queue import ReadySlice, select_slices
 
 
-def turn(job: str, num_tokens: int, served: int = 0, kind: Kind = "train") -> ReadySlice:
+def ready_slice(job: str, num_tokens: int, served: int = 0, kind: Kind = "train") -> ReadySlice:
     return ReadySlice(job=job, kind=kind, num_tokens=num_tokens, served=served)
 
 
-def names(turns: list[ReadySlice]) -> list[str]:
-    return [turn.job for turn in turns]
+def names(slices: list[ReadySlice]) -> list[str]:
+    return [ready.job for ready in slices]
 
 
 def test_all_slices_are_selected_if_all_fit():
-    assert names(select_slices([turn("a", 10), turn("b", 20)], token_budget=30)) == ["a", "b"]
+    assert names(select_slices([ready_slice("a", 10), ready_slice("b", 20)], token_budget=30)) == ["a", "b"]
 
 
 def test_empty_queue_selects_nothing():
@@ -23,24 +23,24 @@ def test_empty_queue_selects_nothing():
 
 
 def test_slice_above_the_budget_runs_alone():
-    assert names(select_slices([turn("big", 99), turn("small", 1, served=5)], token_budget=10)) == ["big"]
+    assert names(select_slices([ready_slice("big", 99), ready_slice("small", 1, served=5)], token_budget=10)) == ["big"]
 
 
 def test_least_served_job_is_first_and_smaller_slices_fill_the_budget():
     waiting = [
-        turn("a", 40, served=90),
-        turn("b", 70, served=0),
-        turn("c", 60, served=10),
-        turn("d", 25, served=80),
+        ready_slice("a", 40, served=90),
+        ready_slice("b", 70, served=0),
+        ready_slice("c", 60, served=10),
+        ready_slice("d", 25, served=80),
     ]
     assert names(select_slices(waiting, token_budget=100)) == ["b", "d"]
 
 
 def test_an_evaluation_is_never_mixed_with_training():
     waiting = [
-        turn("a", 10, served=1),
-        turn("b", 10, served=0, kind="evaluate"),
-        turn("c", 10, 2, "evaluate"),
+        ready_slice("a", 10, served=1),
+        ready_slice("b", 10, served=0, kind="evaluate"),
+        ready_slice("c", 10, 2, "evaluate"),
     ]
     assert names(select_slices(waiting, token_budget=100)) == ["b", "c"]
 
@@ -49,7 +49,7 @@ def test_large_and_small_jobs_get_similar_tokens_over_time():
     served = Counter({"large": 0, "small": 0, "tiny": 0})
     sizes = {"large": 900, "small": 200, "tiny": 30}
     for _ in range(3000):
-        waiting = [turn(job, sizes[job], served[job]) for job in served]
+        waiting = [ready_slice(job, sizes[job], served[job]) for job in served]
         for chosen in select_slices(waiting, token_budget=1000):
             served[chosen.job] += chosen.num_tokens
     # tiny runs in every tick where it fits next to others, so it is limited to one slice per tick

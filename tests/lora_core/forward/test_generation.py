@@ -17,7 +17,7 @@ from lora_core.packing.packed_batch import attend_last
 from tests.lora_core.scenarios import VOCAB, admit, rename, run_alone, state_bytes, submissions
 from tests.lora_core.test_families import FAMILIES, save
 
-ASKED = Prompts(prompts=((3, 14, 15, 92, 65), (7,), tuple(range(40, 75))), max_tokens=9)
+PROMPTS = Prompts(prompts=((3, 14, 15, 92, 65), (7,), tuple(range(40, 75))), max_tokens=9)
 
 
 def answered(engine: Engine, requests: dict[str, Prompts]) -> dict[str, list[tuple[int, ...]]]:
@@ -59,11 +59,11 @@ def test_trained_adapter_gives_the_answers_of_peft_and_transformers(load, base_d
     engine = trained(load(family), ["plain"])
     engine.export("plain", tmp_path / "adapter", base_name="base")
     reference = AutoModelForCausalLM.from_pretrained(base_dirs[family])
-    of_base = greedy(reference, ASKED)
+    of_base = greedy(reference, PROMPTS)
 
-    of_adapter = greedy(PeftModel.from_pretrained(reference, tmp_path / "adapter"), ASKED)
+    of_adapter = greedy(PeftModel.from_pretrained(reference, tmp_path / "adapter"), PROMPTS)
 
-    assert answered(engine, {"plain": ASKED}) == {"plain": of_adapter}
+    assert answered(engine, {"plain": PROMPTS}) == {"plain": of_adapter}
     assert of_adapter != of_base
 
 
@@ -74,9 +74,9 @@ def test_base_of_any_family_gives_the_answers_of_transformers(tmp_path, family):
     engine = Engine(load_base(folder, dtype="float32", device="cpu"), EngineConfig())
     admit(engine, "fresh", submissions("llama")["wide"])
 
-    found = answered(engine, {"fresh": ASKED})
+    found = answered(engine, {"fresh": PROMPTS})
 
-    assert found == {"fresh": greedy(AutoModelForCausalLM.from_pretrained(folder), ASKED)}
+    assert found == {"fresh": greedy(AutoModelForCausalLM.from_pretrained(folder), PROMPTS)}
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 99])
@@ -99,7 +99,7 @@ def test_each_token_after_the_first_takes_a_one_token_pass_per_answer(load, monk
     engine = trained(load("llama"), ["plain"])
     passes = spy_on_passes(monkeypatch)
 
-    answered(engine, {"plain": ASKED})
+    answered(engine, {"plain": PROMPTS})
 
     assert passes == [(5, 1, 35, 7), *[(1, 1, 1, 13)] * 8]
 
@@ -108,7 +108,7 @@ def test_jobs_whose_answers_do_not_fit_together_are_answered_in_sequence(load, m
     engine = trained(load("llama"), ["plain", "tiny"], token_budget=100)
     passes = spy_on_passes(monkeypatch)
 
-    answered(engine, {"plain": ASKED, "tiny": ASKED})
+    answered(engine, {"plain": PROMPTS, "tiny": PROMPTS})
 
     assert [lengths[:-1] for lengths in passes] == [(5, 1, 35), *[(1, 1, 1)] * 8] * 2
 
@@ -129,7 +129,7 @@ def spy_on_passes(monkeypatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("failing", [1, 2, 5])
 def test_out_of_memory_at_any_token_does_not_change_an_answer(load, monkeypatch, failing):
     engine = trained(load("llama", "bfloat16"), ["plain", "tiny", "dora"])
-    requests: dict[str, Prompts] = dict.fromkeys(["plain", "tiny", "dora"], ASKED)
+    requests: dict[str, Prompts] = dict.fromkeys(["plain", "tiny", "dora"], PROMPTS)
     expected, calls = answered(engine, requests), []
     original = generate.hidden_states
 
@@ -153,7 +153,7 @@ def test_answer_does_not_depend_on_other_answered_jobs(load, dtype, token_budget
     names = ["plain", "dropout", "dora", "head", "tokens"]
     engine = trained(load("llama", dtype), names, token_budget=token_budget)
     requests = {
-        name: Prompts(prompts=ASKED.prompts[index % 3 :], max_tokens=3 + index) for index, name in enumerate(names)
+        name: Prompts(prompts=PROMPTS.prompts[index % 3 :], max_tokens=3 + index) for index, name in enumerate(names)
     }
 
     together = answered(engine, requests)
@@ -174,7 +174,7 @@ def test_answers_at_every_evaluation_change_no_bit_of_training(load, family):
         new = engine.tick()
         events += new
         if any(isinstance(event, JobEvaluated) for event in new):
-            samples.append(answered(engine, {"job": ASKED}))
+            samples.append(answered(engine, {"job": PROMPTS}))
 
     assert rename(events, "job") == alone.events
     assert state_bytes(engine, "job") == alone.vectors
@@ -184,12 +184,12 @@ def test_answers_at_every_evaluation_change_no_bit_of_training(load, family):
 
 def test_answer_stops_at_the_end_token_and_others_continue(load):
     engine = trained(load("llama"), ["plain"])
-    (whole, *others) = answered(engine, {"plain": ASKED})["plain"]
+    (whole, *others) = answered(engine, {"plain": PROMPTS})["plain"]
     end = whole[4]
 
-    ended, *rest = answered(engine, {"plain": Prompts(prompts=ASKED.prompts, max_tokens=9, end_ids=frozenset({end}))})[
-        "plain"
-    ]
+    ended, *rest = answered(
+        engine, {"plain": Prompts(prompts=PROMPTS.prompts, max_tokens=9, end_ids=frozenset({end}))}
+    )["plain"]
 
     assert ended == whole[: whole.index(end) + 1]
     assert [answer for answer in rest if end not in answer] == [answer for answer in others if end not in answer]
@@ -197,7 +197,7 @@ def test_answer_stops_at_the_end_token_and_others_continue(load):
 
 def test_generation_advances_by_token_and_a_job_can_leave_at_any(load):
     engine = trained(load("llama"), ["plain", "tiny"])
-    generation = engine.generation({"plain": ASKED, "tiny": ASKED})
+    generation = engine.generation({"plain": PROMPTS, "tiny": PROMPTS})
     generation.advance()
     assert {len(answer) for answers in generation.answers().values() for answer in answers} == {1}
 
@@ -206,12 +206,12 @@ def test_generation_advances_by_token_and_a_job_can_leave_at_any(load):
     while not generation.is_complete:
         generation.advance()
 
-    assert generation.answers() == answered(engine, {"plain": ASKED})
+    assert generation.answers() == answered(engine, {"plain": PROMPTS})
 
 
 def test_out_of_memory_reduces_the_number_of_jobs_answered_at_once(load, monkeypatch):
     engine = trained(load("llama"), ["plain", "tiny"])
-    expected = answered(engine, {"plain": ASKED, "tiny": ASKED})
+    expected = answered(engine, {"plain": PROMPTS, "tiny": PROMPTS})
 
     def starved(base, pack):
         if pack.input_ids.numel() > limit:
@@ -221,10 +221,10 @@ def test_out_of_memory_reduces_the_number_of_jobs_answered_at_once(load, monkeyp
     whole, limit = generate.hidden_states, 64
     monkeypatch.setattr(generate, "hidden_states", starved)
 
-    assert answered(engine, {"plain": ASKED, "tiny": ASKED}) == expected
+    assert answered(engine, {"plain": PROMPTS, "tiny": PROMPTS}) == expected
     limit = 16
     with pytest.raises(OutOfMemory) as raised:
-        answered(engine, {"plain": ASKED, "tiny": ASKED})
+        answered(engine, {"plain": PROMPTS, "tiny": PROMPTS})
     assert raised.value.job == "plain"
 
 

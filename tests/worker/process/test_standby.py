@@ -178,7 +178,7 @@ def test_a_worker_continues_if_no_standby_can_be_started(
 def next_event(events: EventReader, process: TrainerProcess) -> Json:
     """Wait for the trainer's next events and return the first one."""
     received: list[Json] = []
-    wait_until(lambda: received.extend(events.read()) or received, said=process.directory.log_tail)
+    wait_until(lambda: received.extend(events.read()) or received, message=process.directory.log_tail)
     return received[0]
 
 

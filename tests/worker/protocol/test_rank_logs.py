@@ -43,11 +43,11 @@ def test_a_process_dumps_its_stacks_on_request_and_continues(tmp_path: Path) -> 
     code = "\ndef stand():\n  while not os.path.exists(sys.argv[1] + '/go'): time.sleep(0.01)\n"
     child = run(f"{code}\nprint('here', flush=True); stand(); sys.exit(7)", tmp_path, 3)
     path = errors.rank_log(tmp_path, 3)
-    wait_until(lambda: path.exists() and "here" in path.read_text(), said=str)
+    wait_until(lambda: path.exists() and "here" in path.read_text(), message=str)
 
     child.send_signal(errors.ASKED_BY)
 
-    wait_until(lambda: "in stand" in path.read_text(), said=path.read_text)
+    wait_until(lambda: "in stand" in path.read_text(), message=path.read_text)
     (tmp_path / "go").touch()
 
     child.communicate(timeout=WAIT_SECONDS)
