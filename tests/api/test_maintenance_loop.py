@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from api import maintenance_loop
 from api.deps import Services
-from api.maintenance_loop import advance_once, clean_once, keep_running, look_once
+from api.maintenance_loop import advance_once, clean_once, keep_running, run_once
 from api.streaming.hub import Feed
 from catalog.audit import chain
 from catalog.errors import InvalidRequest, Unavailable
@@ -28,31 +28,31 @@ from tests.api.site import running, until
 from tests.catalog.world import World
 
 
-class Bell:
+class CountingNotifier:
     """Counts its notifications."""
 
     def __init__(self) -> None:
-        self.rings = 0
+        self.count = 0
 
     def wake_workers(self) -> None:
-        self.rings += 1
+        self.count += 1
 
     def close(self) -> None:
         return
 
 
 @pytest.fixture
-def bell() -> Bell:
-    return Bell()
+def notifier() -> CountingNotifier:
+    return CountingNotifier()
 
 
 @pytest.fixture
-def notifying(services: Services, notifier: Bell) -> Services:
+def notifying(services: Services, notifier: CountingNotifier) -> Services:
     return dataclasses.replace(services, notifier=notifier)
 
 
 def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
-    notifying: Services, notifier: Bell, world: World
+    notifying: Services, notifier: CountingNotifier, world: World
 ) -> None:
     world.worker()
     claim = world.running()
@@ -62,20 +62,22 @@ def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
         job.lease_expires_at, job.lease_extended = 1.0, True
         session.get_one(DatabaseHeartbeat, 1)
 
-    look_once(notifying)
+    run_once(notifying)
 
     assert world.job(claim.job.id).state == "queued"
     assert world.job(claim.job.id).claim_id is None
     waiting = world.submit()
-    look_once(notifying)
+    run_once(notifying)
     assert waiting.state == "validating_files"
-    assert bell.rings >= 1
+    assert notifier.count >= 1
 
 
-def test_workers_are_not_notified_while_nothing_waits(notifying: Services, notifier: Bell, world: World) -> None:
-    look_once(notifying)
+def test_workers_are_not_notified_while_nothing_waits(
+    notifying: Services, notifier: CountingNotifier, world: World
+) -> None:
+    run_once(notifying)
 
-    assert bell.rings == 0
+    assert notifier.count == 0
 
 
 def test_unavailable_database_does_not_stop_the_loop(
@@ -90,7 +92,7 @@ def test_unavailable_database_does_not_stop_the_loop(
     for failing in (away, crash):
         monkeypatch.setattr(recovery, "expire", failing)
         with caplog.at_level(logging.WARNING):
-            look_once(notifying)
+            run_once(notifying)
 
     assert "database_unavailable" in caplog.text
     assert "odd" in caplog.text
@@ -98,7 +100,7 @@ def test_unavailable_database_does_not_stop_the_loop(
 
 def test_failed_task_does_not_prevent_the_others(
     notifying: Services,
-    notifier: Bell,
+    notifier: CountingNotifier,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -107,13 +109,13 @@ def test_failed_task_does_not_prevent_the_others(
         raise InvalidRequest("odd", code="odd", remedy="")
 
     world.submit()
-    for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "tell_late")):
+    for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "notify_late")):
         monkeypatch.setattr(module, act, crash)
     with caplog.at_level(logging.WARNING):
         advance_once(notifying)
-        look_once(notifying)
+        run_once(notifying)
 
-    assert bell.rings == 1
+    assert notifier.count == 1
     assert chain.check(world.db, peppers=[notifying.pepper.current]).num_unsealed == 0
     named = ("advance_sweeps", "recover", "notify_missed_deadlines")
     assert [record.message for record in caplog.records] == [f"crash in {act}" for act in named]
@@ -121,18 +123,18 @@ def test_failed_task_does_not_prevent_the_others(
 
 
 def test_created_and_resumed_jobs_notify_workers_immediately(
-    services: Services, notifying: Services, notifier: Bell, client: TestClient, world: World
+    services: Services, notifying: Services, notifier: CountingNotifier, client: TestClient, world: World
 ) -> None:
     app = client.app
     app.state.services = notifying  # pyright: ignore[reportAttributeAccessIssue,reportFunctionMemberAccess]
     body = {"model": "smol", "training_file": world.file_id}
 
     job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
-    after_creation = bell.rings
+    after_creation = notifier.count
     client.post(f"/v1/fine_tuning/jobs/{job_id}/pause")
     client.post(f"/v1/fine_tuning/jobs/{job_id}/resume")
 
-    assert (after_creation, bell.rings) == (1, 2)
+    assert (after_creation, notifier.count) == (1, 2)
 
 
 def test_old_unreferenced_blobs_are_deleted_and_referenced_ones_stay(services: Services, world: World) -> None:
