@@ -48,7 +48,7 @@ def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
         secret = {"identity_secret": secret_of(done.pepper.current)} if arguments.identity_secret else {}
         _print({"created": done.created, "api_key": done.api_key, **secret})
     else:
-        _print_for_people(done)
+        _print_text(done)
     return 0
 
 
@@ -89,7 +89,7 @@ def _noted_address(path: Path) -> str | None:
         return None
 
 
-def _print_for_people(done: Bootstrapped) -> None:
+def _print_text(done: Bootstrapped) -> None:
     if done.api_key is None:
         _print("The database is up to date. API keys already exist; their secrets are shown only at creation.")
     else:

@@ -68,7 +68,7 @@ async def keep_order(services: Services) -> None:
     """Run the periodic work four times per lease duration. At longer intervals, recovery would assume an outage."""
     while True:
         await asyncio.sleep(services.settings.lease_seconds / 4)
-        await run_in_threadpool(look_once, services)
+        await run_in_threadpool(run_once, services)
 
 
 async def keep_sweeps(services: Services) -> None:
@@ -93,7 +93,7 @@ async def keep_clean(services: Services) -> None:
         await asyncio.sleep(CLEANING_SECONDS)
 
 
-def look_once(services: Services) -> None:
+def run_once(services: Services) -> None:
     """Run each action. A failing action does not prevent the others."""
     for act in (_recover, _seal_audit_log, _notify_missed_deadlines, _wake_workers):
         _run(act, services)
@@ -108,15 +108,15 @@ def anchor_once(services: Services) -> None:
 
 
 def _run(act: Callable[[Services], None], services: Services) -> None:
-    task, is_done = act.__name__.strip("_"), False
+    task, succeeded = act.__name__.strip("_"), False
     try:
         act(services)
-        is_done = True
+        succeeded = True
     except (Unavailable, PepperReplaced) as error:
         log.warning("%s code=%s", task, error.code)
     except Exception:  # the loop must survive any failure of one run
         log.exception("crash in %s", task)
-    services.telemetry.count_run(task, is_done=is_done)
+    services.telemetry.count_run(task, is_done=succeeded)
 
 
 def _recover(services: Services) -> None:
@@ -139,7 +139,7 @@ def _anchor(services: Services) -> None:
 
 
 def _notify_missed_deadlines(services: Services) -> None:
-    deadlines.tell_late(services.db)
+    deadlines.notify_late(services.db)
 
 
 def _wake_workers(services: Services) -> None:
@@ -148,15 +148,15 @@ def _wake_workers(services: Services) -> None:
 
 
 def clean_once(services: Services) -> None:
-    is_done = False
+    succeeded = False
     try:
         sealed_urls.seal_all(services.db, peppers=services.pepper.all())
         num_deleted = clean(services.db, services.store)
         delivery_log.forget(services.db)
         log.info("cleaned objects=%d", num_deleted)
-        is_done = True
+        succeeded = True
     except LorryError as error:
         log.warning("cleaning code=%s: %s", error.code, error)
     except Exception:  # deletion is idempotent: the next run retries it
         log.exception("crash in the cleaning")
-    services.telemetry.count_run("collect_garbage", is_done=is_done)
+    services.telemetry.count_run("collect_garbage", is_done=succeeded)

@@ -133,8 +133,8 @@ class _LongWrites(Collector):
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        what = "Write transactions that were open for more than a second."
-        yield _counter("lorry_database_long_writes", what, (), {(): self._read()})
+        description = "Write transactions that were open for more than a second."
+        yield _counter("lorry_database_long_writes", description, (), {(): self._read()})
 
 
 class _Fleet(Collector):
@@ -193,7 +193,7 @@ class _Fleet(Collector):
         for name, text, values in of_trainers:
             yield _gauge(f"lorry_trainer_{name}", text, ("host", "device"), values)
         for name, text in OF_DEVICES.items():
-            values = {device: told[name] for device, told in found.devices.items() if name in told}
+            values = {device: report[name] for device, report in found.devices.items() if name in report}
             yield _gauge(f"lorry_device_{name}", text, ("host", "device"), values)
 
     def _of_webhooks(self) -> Iterable[Metric]:

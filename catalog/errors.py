@@ -39,11 +39,11 @@ class NotFound(LorryError):
 
     status = 404
 
-    def __init__(self, what: str, ident: str, *, param: str | None = None, remedy: str | None = None) -> None:
+    def __init__(self, resource: str, ident: str, *, param: str | None = None, remedy: str | None = None) -> None:
         super().__init__(
-            f"No {what} with the id {ident!r}.",
-            code=f"{what.replace(' ', '_')}_not_found",
-            remedy=remedy or f"Check the id, and that the API key belongs to the project that owns the {what}.",
+            f"No {resource} with the id {ident!r}.",
+            code=f"{resource.replace(' ', '_')}_not_found",
+            remedy=remedy or f"Check the id, and that the API key belongs to the project that owns the {resource}.",
             param=param,
         )
 
@@ -53,9 +53,9 @@ class NoLongerKept(LorryError):
 
     status = 404
 
-    def __init__(self, what: str, ident: str, *, remedy: str, param: str | None = None) -> None:
-        message = f"The files of the {what} {ident!r} are no longer kept."
-        super().__init__(message, code=f"{what}_expired", remedy=remedy, param=param)
+    def __init__(self, resource: str, ident: str, *, remedy: str, param: str | None = None) -> None:
+        message = f"The files of the {resource} {ident!r} are no longer kept."
+        super().__init__(message, code=f"{resource}_expired", remedy=remedy, param=param)
 
 
 class Conflict(LorryError):

@@ -20,7 +20,7 @@ from pathlib import Path
 VARIABLE = "FAILPOINT"
 """Failpoints in the API server: submit_before_commit, submit_after_commit. In a worker: before_claim, after_claim,
 uploading, before_complete, in_complete, after_complete. In its trainer: loading, step_K, in_checkpoint, verifying."""
-_taken: list[bytes] = []
+_reserved: list[bytes] = []
 
 
 class Failure(RuntimeError):
@@ -54,7 +54,7 @@ def _fail(name: str, action: str) -> None:
         os._exit(0)
     verb, _, path = action.partition("=")
     if verb == "take":
-        _taken.append(b"\1" * int(path))
+        _reserved.append(b"\1" * int(path))
         return
     if verb == "kill-if":
         _kill_if(Path(path))

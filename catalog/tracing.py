@@ -51,7 +51,7 @@ class _Tracing:
     tracers: dict[Service, Tracer] = field(default_factory=dict[Service, "Tracer"])
 
 
-_on: _Tracing | None = None
+_active: _Tracing | None = None
 
 
 class Span:
@@ -86,15 +86,15 @@ class Span:
 
 def start(service: Service, *, exporter: SpanExporter | None = None) -> None:
     """Start tracing if the environment enables it or an exporter is given. Spans go to a given exporter immediately."""
-    global _on  # noqa: PLW0603  (one per process, as in OpenTelemetry itself)
+    global _active  # noqa: PLW0603  (one per process, as in OpenTelemetry itself)
     processor = _processor(exporter) if exporter is not None or _is_wanted(os.environ) else None
-    _on = None if processor is None else _Tracing(service=service, processor=processor)
+    _active = None if processor is None else _Tracing(service=service, processor=processor)
 
 
 def stop() -> None:
     """Stop tracing, and send the remaining spans for at most FLUSH_MILLISECONDS."""
-    global _on
-    tracing, _on = _on, None
+    global _active
+    tracing, _active = _active, None
     if tracing is not None:
         tracing.processor.force_flush(FLUSH_MILLISECONDS)
         tracing.processor.shutdown()
@@ -114,11 +114,11 @@ def begin(
     parent: None starts a new trace. at: start time in seconds since 1970; now by default. service: the service that
     the span belongs to; this process's by default.
     """
-    if _on is None:
+    if _active is None:
         return Span(_undecided(parent) if is_server else parent)
     from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
 
-    span = _tracer(_on, service or _on.service).start_span(
+    span = _tracer(_active, service or _active.service).start_span(
         name,
         context=_context(parent),
         kind=SpanKind.SERVER if is_server else SpanKind.INTERNAL,
@@ -276,8 +276,8 @@ def _context(parent: str | None):
     if found is None:
         return Context()
     trace, span, flags = (int(part, 16) for part in found.groups())
-    there = SpanContext(trace, span, is_remote=True, trace_flags=TraceFlags(flags))
-    return set_span_in_context(NonRecordingSpan(there), Context())
+    parent_span = SpanContext(trace, span, is_remote=True, trace_flags=TraceFlags(flags))
+    return set_span_in_context(NonRecordingSpan(parent_span), Context())
 
 
 def _named(about: About) -> dict[str, Value]:

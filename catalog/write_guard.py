@@ -35,7 +35,7 @@ class WithinTransaction(RuntimeError):
     """A bug in Lorry. Not an AssertionError, because pydantic would report that as an invalid request."""
 
 
-def check_outside(what: str) -> None:
-    """Raises WithinTransaction if this thread holds a write transaction. what: the work that is to start, a gerund."""
+def check_outside(action: str) -> None:
+    """Raises WithinTransaction if this thread holds a write transaction. action: the work to start, a gerund."""
     if _depth.num_open:
-        raise WithinTransaction(f"{what} within a write transaction: do it before, then check that no input changed")
+        raise WithinTransaction(f"{action} within a write transaction: do it before, then check that no input changed")

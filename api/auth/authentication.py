@@ -51,7 +51,7 @@ cookie = SessionCookie(
 class Identity:
     """Authenticates the sender of a request again later, for responses that last."""
 
-    who: Hashable = field(repr=False)
+    holder: Hashable = field(repr=False)
     """Equal for requests with the same key or session. It contains the secret, so it is never logged."""
     identify: Callable[[], Caller] = field(repr=False)
     """Raises Unauthorized."""
@@ -90,7 +90,7 @@ async def recheck_of(
     session: Annotated[str | None, Security(cookie)],
 ) -> Identity:
     given = credentials.credentials if credentials is not None else None
-    return Identity(who=(given, session), identify=lambda: _identify(request, use, credentials, session))
+    return Identity(holder=(given, session), identify=lambda: _identify(request, use, credentials, session))
 
 
 def require_operator(caller: Caller) -> None:

@@ -137,9 +137,9 @@ def operator_required() -> Forbidden:
 def _missing(scope: Scope, caller: Caller) -> Forbidden:
     if scope in OPERATORS and not caller.is_operator:
         return operator_required()
-    makers = "" if scope == "keys:write" else f", and so can any key that has keys:write and {scope}"
+    others = "" if scope == "keys:write" else f", and so can any key that has keys:write and {scope}"
     return Forbidden(
         f"The API key {caller.name!r} does not have the scope {scope}.",
         code="missing_scope",
-        remedy=f"Use a key that has {scope}. An operator can make one{makers}: lorry keys create NAME --scope {scope}.",
+        remedy=f"Use a key that has {scope}. An operator can make one{others}: lorry keys create NAME --scope {scope}.",
     )

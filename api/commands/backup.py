@@ -57,10 +57,10 @@ def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
     finally:
         db.close()
     record = made.record
-    told = f"Backup {record.name}: database of {record.dump_bytes} bytes, {record.num_objects} objects"
-    _tell(
+    summary = f"Backup {record.name}: database of {record.dump_bytes} bytes, {record.num_objects} objects"
+    _report(
         arguments,
-        f"{told}, {made.num_copied} of them new at this place. {PEPPER}",
+        f"{summary}, {made.num_copied} of them new at this place. {PEPPER}",
         problems=record.problems,
         details={**asdict(record), "num_copied": made.num_copied, "forgotten": made.forgotten},
     )
@@ -72,23 +72,25 @@ PEPPER = "The backup does not contain the pepper. Store it separately: without i
 
 def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
     restored = restore(settings, open_place(arguments.place), name=arguments.backup)
-    told = f"Restored backup {restored.record.name}: {_found(restored.checked)}"
+    summary = f"Restored backup {restored.record.name}: {_found(restored.checked)}"
     if settings.pepper is None and not (settings.data_dir / "pepper").exists():
         path = settings.data_dir / "pepper"
-        told += (
+        summary += (
             f" The audit chain was not verified, because that requires the service's pepper. Set LORRY_PEPPER, or "
             f"write the pepper to {path}, and run `python -m api verify`. Without the pepper no API key is valid."
         )
     if anchors := restored.superseded_anchors:
-        told += f" {len(anchors)} anchors of the audit log were made after the backup and no longer apply: they are in "
-        told += f"{SUPERSEDED_PREFIX}/ of the store, and service.restored in the audit log names them."
+        summary += (
+            f" {len(anchors)} anchors of the audit log were made after the backup and no longer apply: they are in "
+        )
+        summary += f"{SUPERSEDED_PREFIX}/ of the store, and service.restored in the audit log names them."
     details = {
         "backup": restored.record.name,
         "num_copied": restored.num_copied,
         "superseded_anchors": restored.superseded_anchors,
         **_counts(restored.checked),
     }
-    _tell(arguments, told, problems=restored.checked.problems, details=details)
+    _report(arguments, summary, problems=restored.checked.problems, details=details)
     return 1 if restored.checked.problems else 0
 
 
@@ -99,11 +101,11 @@ def _verify(arguments: argparse.Namespace, settings: Settings) -> int:
         checked = check(db, open_store(settings), peppers=peppers)
     finally:
         db.close()
-    told = f"Checked: {_found(checked)}"
+    summary = f"Checked: {_found(checked)}"
     if not peppers:
-        told += f" {NO_PEPPER} Only the order of its events was checked."
+        summary += f" {NO_PEPPER} Only the order of its events was checked."
     details = {**_counts(checked), "audit_chain_verified": bool(peppers)}
-    _tell(arguments, told, problems=checked.problems, details=details)
+    _report(arguments, summary, problems=checked.problems, details=details)
     return 1 if checked.problems else 0
 
 
@@ -114,8 +116,10 @@ def _verify_export(arguments: argparse.Namespace, settings: Settings) -> int:
         problems = [f"The audit chain is broken at {where}: {found.misfit.fault}."]
     else:
         problems = []
-    told = f"Checked: {found.num_events} audit events, {len(problems) or 'no'} problems."
-    _tell(arguments, told, problems=problems, details={"num_events": found.num_events, "last_link": found.last_link})
+    summary = f"Checked: {found.num_events} audit events, {len(problems) or 'no'} problems."
+    _report(
+        arguments, summary, problems=problems, details={"num_events": found.num_events, "last_link": found.last_link}
+    )
     return 1 if problems else 0
 
 
@@ -160,7 +164,7 @@ def _counts(checked: BackupCheck) -> dict[str, Any]:
     return {name: value for name, value in asdict(checked).items() if name != "problems"}
 
 
-def _tell(arguments: argparse.Namespace, sentence: str, *, problems: list[str], details: dict[str, Any]) -> None:
+def _report(arguments: argparse.Namespace, sentence: str, *, problems: list[str], details: dict[str, Any]) -> None:
     if arguments.json:
         print(json.dumps({**details, "problems": problems}), flush=True)  # noqa: T201
         return

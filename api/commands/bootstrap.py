@@ -73,12 +73,12 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
     """
     url = make_url(settings.resolved_database_url())
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-        raise _nothing_there(url)
+        raise _missing_database(url)
     db = Database(settings.resolved_database_url())
     try:
         with db.read() as session:
             if not inspect(session.connection()).has_table(ApiKey.__tablename__):
-                raise _nothing_there(url)
+                raise _missing_database(url)
             compatibility.check_tables(session, remedy=if_older)
     except DatabaseError as error:
         if not integrity.means_damage(error):
@@ -87,7 +87,7 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
     return db
 
 
-def _nothing_there(url: URL) -> InvalidRequest:
+def _missing_database(url: URL) -> InvalidRequest:
     return InvalidRequest(
         f"The database {url.render_as_string()} is not set up.",
         code="database_not_set_up",

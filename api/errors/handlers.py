@@ -144,8 +144,8 @@ def _unknown_route(request: Request) -> Response:
     if known_elsewhere is not None:
         return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_supported")
     templates: list[str] = list(request.app.methods)
-    near = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
-    remedy = f"Did you mean {near[0]}?" if near else "The routes are listed in /openapi.json."
+    similar = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
+    remedy = f"Did you mean {similar[0]}?" if similar else "The routes are listed in /openapi.json."
     message = f"There is no route {request.method} {_quoted(path)}."
     return error_response(404, message=message, remedy=remedy, code="unknown_route")
 

@@ -70,5 +70,5 @@ OTHER_NAMES = {
 
 def known_elsewhere(path: str) -> str | None:
     """Return a question with Lorry's field for the last part of `path`; None if the name is not in OTHER_NAMES."""
-    ours = OTHER_NAMES.get(path.rpartition(".")[2])
-    return None if ours is None else f"Did you mean {ours}?"
+    alternative = OTHER_NAMES.get(path.rpartition(".")[2])
+    return None if alternative is None else f"Did you mean {alternative}?"

@@ -27,11 +27,11 @@ def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> Inv
     """Return one error for all problems; `param` and `code` are those of the first."""
     model = _body_model(route)
     grouped = by_field((_path(problem, body), problem) for problem in problems)
-    told = [_tell(path, group, model) for path, group in grouped.items()]
-    first_path, (message, remedy, code) = next(iter(grouped)), told[0]
-    if len(told) > 1:
-        message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in told[:MAX_LISTED])
-        message += f" {len(told) - MAX_LISTED} more problems were found." if len(told) > MAX_LISTED else ""
+    explained = [_explain(path, group, model) for path, group in grouped.items()]
+    first_path, (message, remedy, code) = next(iter(grouped)), explained[0]
+    if len(explained) > 1:
+        message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in explained[:MAX_LISTED])
+        message += f" {len(explained) - MAX_LISTED} more problems were found." if len(explained) > MAX_LISTED else ""
         remedy = ""
     return InvalidRequest(message, code=code, param=first_path or None, remedy=remedy or AGAIN)
 
@@ -46,7 +46,7 @@ def _path(problem: Problem, body: Any) -> str:
     return field_path(rest, body, is_missing=problem["type"] == "missing")
 
 
-def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tuple[str, str, str]:
+def _explain(path: str, group: list[Problem], model: type[BaseModel] | None) -> tuple[str, str, str]:
     """Return (message, remedy or "" for the default, code) for all problems at one path."""
     first = group[0]
     kind = first["type"]
@@ -64,7 +64,7 @@ def _tell(path: str, group: list[Problem], model: type[BaseModel] | None) -> tup
         )
     is_reinforcement = path == "method.type" and first.get("input") == "reinforcement"
     remedy = f"Reinforcement fine-tuning is not supported. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
-    return f"{name} {expectation(group)}{_it_was(path, first)}.", remedy, _code(kind)
+    return f"{name} {expectation(group)}{_received(path, first)}.", remedy, _code(kind)
 
 
 def _types_to_choose(path: str, model: type[BaseModel] | None) -> str:
@@ -85,7 +85,7 @@ def _code(kind: str) -> str:
     return names.get(kind, "invalid_value")
 
 
-def _it_was(path: str, problem: Problem) -> str:
+def _received(path: str, problem: Problem) -> str:
     """Return the rejected value as text, unless it is long, structured or a secret."""
     value = problem.get("input")
     if path.rpartition(".")[2] in SECRET_FIELDS or not isinstance(value, str | int | float | bool | None):
@@ -102,14 +102,14 @@ def _nearest(path: str, model: type[BaseModel] | None) -> str:
     parent, _, name = path.rpartition(".")
     siblings = {item.rpartition(".")[2]: item for item in known if item.rpartition(".")[0] == parent}
     elsewhere = [item for item in known if item.rpartition(".")[2] == name]
-    near = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
-    if not near and path.startswith("method.") and (others := _methods_with(elsewhere)):
+    similar = [siblings[found] for found in difflib.get_close_matches(name, siblings, n=1, cutoff=0.7)]
+    if not similar and path.startswith("method.") and (others := _methods_with(elsewhere)):
         return f"It belongs to the methods {', '.join(others)}: set 'method.type' to one of them, or remove the field."
-    if not near and not elsewhere and (ours := known_elsewhere(path)):
-        return ours
-    near = near or elsewhere[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
-    if near:
-        return f"Did you mean '{near[0]}'?"
+    if not similar and not elsewhere and (alternative := known_elsewhere(path)):
+        return alternative
+    similar = similar or elsewhere[:1] or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    if similar:
+        return f"Did you mean '{similar[0]}'?"
     return f"Remove it. Known fields: {', '.join(siblings)}."
 
 

@@ -165,10 +165,10 @@ class HttpConnection(H11Protocol):
             self._is_of_ended_response = self.cycle.response_complete
             self._watch_response()
 
-    def _close(self, what: str, *, is_abrupt: bool = True) -> None:
+    def _close(self, reason: str, *, is_abrupt: bool = True) -> None:
         """Close the connection. An abrupt close discards unsent bytes; a normal close would wait for them."""
         address = self.client[0] if self.client else None
-        log.info("closed a connection that made no progress: part=%s address=%s", what, address)
+        log.info("closed a connection that made no progress: part=%s address=%s", reason, address)
         if is_abrupt:
             self.transport.abort()
         else:

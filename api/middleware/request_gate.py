@@ -105,7 +105,7 @@ class Gate:
             if refused is not None:
                 await refused(scope, receive, sender)
             else:
-                with _traced(exchange), audit.coming_from(_origin(exchange)):
+                with _traced(exchange), audit.attributed_to(_origin(exchange)):
                     await self._app(scope, body.receive, sender)
         except Exception:  # the only place that turns a crash into a 500
             with logs.about(_subjects(exchange)):

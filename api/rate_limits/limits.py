@@ -49,10 +49,10 @@ class Limits:
         self._recognize(self._digest(credential), counted)
         if counted is None:
             return {}
-        standing = self._buckets.take(*counted)
-        if not standing.is_allowed:
-            raise _refused(standing)
-        return headers(standing)
+        bucket_state = self._buckets.take(*counted)
+        if not bucket_state.is_allowed:
+            raise _rate_limited(bucket_state)
+        return headers(bucket_state)
 
     def charge(self, caller: Caller, num_requests: int) -> dict[str, str]:
         """Count a request that did the work of `num_requests` others. It is not rejected, but the key's next requests
@@ -64,9 +64,9 @@ class Limits:
         """Return the error if this process has accepted the credential before and its key has no requests left, else
         None. Does not query the database."""
         counted = self._recognized.get(self._digest(credential))
-        if counted is None or (left := self._buckets.take(*counted, cost=0)).tokens >= 1:
+        if counted is None or (remaining := self._buckets.take(*counted, cost=0)).tokens >= 1:
             return None
-        return _refused(left.of_one())
+        return _rate_limited(remaining.of_one())
 
     @asynccontextmanager
     async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
@@ -84,8 +84,8 @@ class Limits:
             return
         name, digest = f"failures:{_network(address)}", self._digest(credential)
         is_known = digest in self._recognized
-        standing = self._buckets.take(name, FAILURES, cost=0 if is_known else 1)
-        is_reserved = not is_known and standing.is_allowed
+        bucket_state = self._buckets.take(name, FAILURES, cost=0 if is_known else 1)
+        is_reserved = not is_known and bucket_state.is_allowed
         try:
             if is_known or is_reserved:
                 yield
@@ -93,16 +93,16 @@ class Limits:
                 async with self._checks_beyond:
                     yield
             else:
-                raise _too_many_failures(standing)
+                raise _too_many_failures(bucket_state)
         except Unauthorized as error:
             self._recognized.pop(digest, None)
-            if not is_reserved and not (standing := self._buckets.take(name, FAILURES)).is_allowed and not is_known:
-                raise _too_many_failures(standing) from error
+            if not is_reserved and not (bucket_state := self._buckets.take(name, FAILURES)).is_allowed and not is_known:
+                raise _too_many_failures(bucket_state) from error
             raise
         except BaseException:  # the check did not complete: the credential is neither valid nor invalid
-            self._give_back(name, is_reserved=is_reserved)
+            self._return_reserved(name, is_reserved=is_reserved)
             raise
-        self._give_back(name, is_reserved=is_reserved)
+        self._return_reserved(name, is_reserved=is_reserved)
         self._recognize(digest, self._recognized.get(digest))
 
     @property
@@ -116,7 +116,7 @@ class Limits:
         limit = self._settings.requests_per_minute if own is None else own
         return (f"requests:{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE)) if limit else None
 
-    def _give_back(self, name: str, *, is_reserved: bool) -> None:
+    def _return_reserved(self, name: str, *, is_reserved: bool) -> None:
         if is_reserved:
             self._buckets.take(name, FAILURES, cost=-1)
 
@@ -154,11 +154,11 @@ class Buckets:
         with self._lock:
             now = self._clock()
             kept = self._buckets.pop(name, None)
-            bucket, standing = change(kept[0] if kept else None, rate, now=now)
+            bucket, bucket_state = change(kept[0] if kept else None, rate, now=now)
             self._buckets[name] = (bucket, rate)
             if len(self._buckets) > MAX_BUCKETS:
                 self._drop_full(now)
-            return standing
+            return bucket_state
 
     def _drop_full(self, now: float) -> None:
         full = [name for name, kept in self._buckets.items() if take(*kept, now=now, cost=0)[1].reset_seconds == 0]
@@ -166,12 +166,12 @@ class Buckets:
             del self._buckets[name]
 
 
-def headers(standing: BucketState) -> dict[str, str]:
+def headers(bucket_state: BucketState) -> dict[str, str]:
     """Return the rate-limit headers of the OpenAI API."""
     return {
-        "x-ratelimit-limit-requests": str(standing.rate.limit),
-        "x-ratelimit-remaining-requests": str(standing.remaining),
-        "x-ratelimit-reset-requests": duration(standing.reset_seconds),
+        "x-ratelimit-limit-requests": str(bucket_state.rate.limit),
+        "x-ratelimit-remaining-requests": str(bucket_state.remaining),
+        "x-ratelimit-reset-requests": duration(bucket_state.reset_seconds),
     }
 
 
@@ -187,25 +187,25 @@ def duration(seconds: float) -> str:
 def retry_headers(error: RateLimited) -> Mapping[str, str]:
     """Return the headers that control retries. Clients wait two minutes at most: for longer waits, retries are off."""
     after = error.retry_after_seconds
-    told = {**error.headers}
+    found = {**error.headers}
     if math.isfinite(after):
-        told |= {"retry-after": str(max(1, math.ceil(after - 1e-6)))}
+        found |= {"retry-after": str(max(1, math.ceil(after - 1e-6)))}
     if after > 120:
-        told["x-should-retry"] = "false"
+        found["x-should-retry"] = "false"
     elif after > 0:
-        told["retry-after-ms"] = str(max(1, math.ceil(after * 1000 - 1e-3)))
-    return told
+        found["retry-after-ms"] = str(max(1, math.ceil(after * 1000 - 1e-3)))
+    return found
 
 
-def _refused(standing: BucketState) -> RateLimited:
-    after = standing.retry_after_seconds
+def _rate_limited(bucket_state: BucketState) -> RateLimited:
+    after = bucket_state.retry_after_seconds
     remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Send fewer requests at a time."
     return RateLimited(
-        f"The API key has reached its limit of {standing.rate.limit} requests per minute.",
+        f"The API key has reached its limit of {bucket_state.rate.limit} requests per minute.",
         code="rate_limit_exceeded",
         remedy=f"{remedy} An operator can raise the key's limit: lorry keys update.",
         retry_after_seconds=after,
-        headers=headers(standing),
+        headers=headers(bucket_state),
     )
 
 
@@ -220,8 +220,8 @@ def _network(address: str | None) -> str:
     return str(parsed)
 
 
-def _too_many_failures(standing: BucketState) -> RateLimited:
-    after = standing.retry_after_seconds
+def _too_many_failures(bucket_state: BucketState) -> RateLimited:
+    after = bucket_state.retry_after_seconds
     return RateLimited(
         f"Your address has sent {FAILURES.limit} requests without a valid API key within one minute.",
         code="too_many_failed_authentications",

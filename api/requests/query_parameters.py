@@ -58,9 +58,9 @@ def query_parameters(dependant: Dependant) -> set[str]:
 
 
 def _unknown(name: str, known: set[str]) -> InvalidRequest:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     listed = f"Remove it. Known parameters: {', '.join(sorted(known)) or 'none'}."
-    remedy = f"Did you mean {near[0]!r}?" if near else listed
+    remedy = f"Did you mean {similar[0]!r}?" if similar else listed
     return InvalidRequest(
         f"Unknown query parameter {name[:80]!a}.", code="unknown_parameter", remedy=remedy, param=name[:80]
     )

@@ -30,12 +30,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()  # a body may have a hundred thousand names: counting each would take minutes
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))[:80]
+        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))[:80]
         raise InvalidRequest(
-            f"The field {twice!a} occurs twice in one object.",
+            f"The field {duplicate!a} occurs twice in one object.",
             code="duplicate_field",
             remedy="Keep only one of them.",
-            param=twice,
+            param=duplicate,
         )
     return found
 

@@ -100,5 +100,5 @@ def export_audit_events(use: Use, caller: Operator) -> StreamingResponse:
 
 
 def _lines(db: Database) -> Iterator[bytes]:
-    for told in chain.lines(db):
-        yield json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    for line in chain.lines(db):
+        yield json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -47,8 +47,8 @@ async def stream_queue(use: Use, caller: Signed, recheck: Recheck, everything: A
     """Stream the queue as server-sent events, one each time it changes. Requires the scope `jobs:read`."""
     project_id = _scope(caller, everything)
     first = await run_route(caller.project_id, partial(use.queue_source.begin, project_id))
-    look = partial(use.queue_source.begin, project_id)
-    listener = Subscription(source=use.queue_source, key=project_id, look=look, signed=recheck.who)
+    poll = partial(use.queue_source.begin, project_id)
+    listener = Subscription(source=use.queue_source, key=project_id, poll=poll, signed=recheck.holder)
     return LiveStream(use.feed, listener, first, recheck.identify)
 
 

@@ -55,7 +55,7 @@ def get_readiness(use: Use, response: Response) -> Ready:
     if not (database and store):
         response.status_code = 503
         response.headers["retry-after"] = "5"
-    return Ready(status=_word(database and store), database=_word(database), store=_word(store))
+    return Ready(status=_status(database and store), database=_status(database), store=_status(store))
 
 
 @router.get("/v1/service_identity", operation_id="get_service_identity", responses=errors(400))
@@ -123,5 +123,5 @@ def _store_answers(use: Services) -> bool:
     return True
 
 
-def _word(answers: bool) -> Literal["ok", "unavailable"]:
+def _status(answers: bool) -> Literal["ok", "unavailable"]:
     return "ok" if answers else "unavailable"

@@ -163,8 +163,8 @@ def get_job_data_report(job_id: str, use: Use, caller: Signed) -> JobDataReport:
 def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[AttemptObject]:
     """List the job's attempts (claims by a worker), oldest first. Requires the scope `jobs:read`."""
     rows = queries.attempts(use.db, project_id=caller.project_id, job_id=job_id)
-    beside = queries.packmates(use.db, project_id=caller.project_id, job_id=job_id)
-    shown = [attempt_object(row, packmates=beside.get(row.claim_id, [])) for row in rows]
+    packmates = queries.packmates(use.db, project_id=caller.project_id, job_id=job_id)
+    shown = [attempt_object(row, packmates=packmates.get(row.claim_id, [])) for row in rows]
     return ListPage[AttemptObject](data=shown)
 
 
@@ -196,11 +196,11 @@ async def stream_job(
     """
     seen = last_event_id(last_seen)
     start = partial(JobWatch.start, use.db, caller=caller, job_id=job_id, last_seen=seen)
-    watch, first = await run_route(caller.project_id, start)
-    if seen is not None and first.is_last and not watch.num_events:
+    watcher, first = await run_route(caller.project_id, start)
+    if seen is not None and first.is_last and not watcher.num_events:
         return Response(status_code=204)
     key = (caller.project_id, job_id)
-    listener = Subscription(source=use.job_source, key=key, look=watch.look, signed=recheck.who)
+    listener = Subscription(source=use.job_source, key=key, poll=watcher.poll, signed=recheck.holder)
     return LiveStream(use.feed, listener, first, recheck.identify)
 
 

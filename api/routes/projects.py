@@ -68,13 +68,13 @@ def weigh_project(project: str, body: ProjectWeight, use: Use, caller: Signed) -
 
     Requires an operator key with the scope `projects:write`.
     """
-    return project_object(projects.weigh(use.db, caller=caller, project=project, weight=body.weight))
+    return project_object(projects.set_weight(use.db, caller=caller, project=project, weight=body.weight))
 
 
 @router.get("/{project}/limits", operation_id="get_project_limits", responses=errors(404))
 def get_project_limits(project: str, use: Use, caller: Signed) -> ProjectLimitsObject:
     """Return the quotas of a project and its current usage. Requires any API key."""
-    return limits_object(*quotas.standings(use.db, caller=caller, project=project))
+    return limits_object(*quotas.statuses(use.db, caller=caller, project=project))
 
 
 @router.post("/{project}/limits", operation_id="limit_project", responses=errors(404))
@@ -86,7 +86,7 @@ def limit_project(project: str, body: ProjectLimits, use: Use, caller: Signed) -
     given = body.model_dump(exclude_unset=True)
     highest = given.pop("highest_priority", None)
     quotas.limit(use.db, caller=caller, project=project, limits=given, highest_priority=highest)  # pyright: ignore
-    return limits_object(*quotas.standings(use.db, caller=caller, project=project))
+    return limits_object(*quotas.statuses(use.db, caller=caller, project=project))
 
 
 @router.post("/{project}/archive", operation_id="archive_project", responses=errors(404, 409))

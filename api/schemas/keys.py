@@ -175,9 +175,9 @@ class ApiKeyRevoked(ApiKeyObject):
 
 
 def revoked_object(found: Revocation, *, now: float) -> ApiKeyRevoked:
-    left = {"unfinished_jobs": found.left.num_jobs, "unfinished_sweeps": found.left.num_sweeps}
+    unfinished = {"unfinished_jobs": found.left.num_jobs, "unfinished_sweeps": found.left.num_sweeps}
     keys = {"revoked_keys": list(found.revoked), "valid_descendants": found.num_valid_descendants}
-    return ApiKeyRevoked.model_validate({**_fields(found.key, now), **keys, **left})
+    return ApiKeyRevoked.model_validate({**_fields(found.key, now), **keys, **unfinished})
 
 
 def key_object(row: ApiKey, *, now: float) -> ApiKeyObject:

@@ -151,15 +151,15 @@ class ProjectLimitsObject(BaseModel):
     highest_priority: Priority = Field(description="Highest priority of the project's jobs.")
 
 
-def limits_object(row: Project, standings: list[QuotaStatus]) -> ProjectLimitsObject:
-    told = [
+def limits_object(row: Project, statuses: list[QuotaStatus]) -> ProjectLimitsObject:
+    objects = [
         ProjectLimit(
             name=one.name,
             limit=one.limit,
             used=one.used,
             resets_at=None if one.resets_at is None else int(one.resets_at),
         )
-        for one in standings
+        for one in statuses
     ]
     highest = PriorityClass(row.highest_priority).name
-    return ProjectLimitsObject(project_id=row.id, limits=told, highest_priority=highest)
+    return ProjectLimitsObject(project_id=row.id, limits=objects, highest_priority=highest)

@@ -85,7 +85,7 @@ class SecretRotation(Strict):
     )
 
     @model_validator(mode="after")
-    def _says_one(self) -> SecretRotation:
+    def _check_exactly_one(self) -> SecretRotation:
         if self.overlap_seconds is not None and self.keep_old_secret_active_for_24_hours:
             raise ValueError("must have 'overlap_seconds' or 'keep_old_secret_active_for_24_hours', not both")
         return self

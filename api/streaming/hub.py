@@ -53,18 +53,18 @@ class Found:
     has_more: bool = False
     """The next poll follows immediately."""
     is_last: bool = False
-    mark: object = None
+    cursor: object = None
     """The new mark of the topic, if a source polled it."""
 
     def after(self, seq: int, view: object) -> bytes:
         """Return the messages for a listener that has seen `seq` and `view`."""
-        told = [message for number, message in self.parts if number > seq]
+        messages = [message for number, message in self.parts if number > seq]
         if self.view_message and (view is None or view != self.view):
-            told.append(self.view_message)
-        return b"".join(told)
+            messages.append(self.view_message)
+        return b"".join(messages)
 
 
-Look = Callable[[], Found]
+Poll = Callable[[], Found]
 """A listener's own poll. It reads the database; it is called in a worker thread, never concurrently."""
 
 
@@ -74,9 +74,9 @@ class Topic:
 
     seq: int
     view: object
-    mark: object = None
+    cursor: object = None
     """Its source's position, used to detect changes. None: the source must read and send the object itself."""
-    is_doubted: bool = False
+    must_resend: bool = False
     """A listener joined that was sent another view than the topic: the next poll sends the view again."""
     listeners: set[Subscription] = field(default_factory=set["Subscription"])
 
@@ -84,7 +84,7 @@ class Topic:
 class Source(Protocol):
     """Reads the changes of topics of one kind."""
 
-    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+    def poll(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
         """Return the changes by key, for topics that have any. Called in a worker thread."""
         ...
 
@@ -93,7 +93,7 @@ class Source(Protocol):
 class Subscription:
     source: Source
     key: Hashable
-    look: Look
+    poll: Poll
     signed: Hashable
     """Identifies the key or session of the listener. Listeners with equal values are checked together."""
     seq: int = 0
@@ -108,7 +108,7 @@ class Subscription:
     ends_at: float = 0.0
     _waiter: asyncio.Future[None] | None = None
 
-    def give(self, messages: bytes) -> None:
+    def enqueue(self, messages: bytes) -> None:
         if self.ended or not messages:
             return
         self.pending.append(messages)
@@ -151,12 +151,12 @@ class _Signed:
 
 class Feed:
     def __init__(self, *, stream_poll_seconds: float, heartbeat_seconds: float) -> None:
-        self._look_seconds = stream_poll_seconds
+        self._poll_seconds = stream_poll_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._topics: dict[Source, dict[Hashable, Topic]] = {}
         self._signed: dict[Hashable, _Signed] = {}
         self._listeners: set[Subscription] = set()
-        self._somebody = asyncio.Event()
+        self._has_listeners = asyncio.Event()
         self._catching_up = anyio.CapacityLimiter(CATCHING_UP)
         self._closed = False
 
@@ -170,10 +170,10 @@ class Feed:
         self._listeners.add(listener)
         signed = self._signed.setdefault(listener.signed, _Signed(identify=identify, checked_at=now))
         signed.listeners.add(listener)
-        self._note(listener, first)
+        self._apply(listener, first)
         if self._closed:
             listener.end()
-        self._somebody.set()
+        self._has_listeners.set()
 
     def leave(self, listener: Subscription) -> None:
         self._listeners.discard(listener)
@@ -189,17 +189,17 @@ class Feed:
             if not topic.listeners:
                 del topics[listener.key]
         if not self._listeners:
-            self._somebody.clear()
+            self._has_listeners.clear()
 
     async def catch_up(self, listener: Subscription) -> bool:
         """Poll once for this listener. Return True instead if it follows its topic or has ended."""
         if listener.ended or self._join(listener):
             return True
-        found = await anyio.to_thread.run_sync(_safely, listener.look, limiter=self._catching_up)
+        found = await anyio.to_thread.run_sync(_poll_safely, listener.poll, limiter=self._catching_up)
         if found is None:
-            await asyncio.sleep(self._look_seconds)
+            await asyncio.sleep(self._poll_seconds)
         else:
-            self._note(listener, found)
+            self._apply(listener, found)
         return False
 
     async def run(self) -> None:
@@ -207,13 +207,13 @@ class Feed:
         async with asyncio.TaskGroup() as tasks:  # if one of the two tasks ends, both end
             beats = tasks.create_task(self._beat())
             while not self._closed:
-                await self._somebody.wait()
+                await self._has_listeners.wait()
                 began = time.monotonic()
                 await self._recheck()
                 for source in list(self._topics):
-                    await self._look(source)
+                    await self._poll(source)
                 took = time.monotonic() - began
-                await asyncio.sleep(max(self._look_seconds, took * (1 - MAX_SHARE) / MAX_SHARE))
+                await asyncio.sleep(max(self._poll_seconds, took * (1 - MAX_SHARE) / MAX_SHARE))
             beats.cancel()
 
     def close(self) -> None:
@@ -222,12 +222,12 @@ class Feed:
         for listener in self._listeners:
             listener.end()
 
-    def _note(self, listener: Subscription, found: Found) -> None:
+    def _apply(self, listener: Subscription, found: Found) -> None:
         """Apply the result of the listener's own poll."""
         listener.seq, listener.is_behind = found.seq, found.has_more
         if found.view is not None:
             listener.view = found.view
-        listener.give(b"".join([*(message for _, message in found.parts), found.view_message]))
+        listener.enqueue(b"".join([*(message for _, message in found.parts), found.view_message]))
         if found.is_last:
             listener.end()
 
@@ -241,21 +241,21 @@ class Feed:
             topic = topics[listener.key] = Topic(seq=listener.seq, view=listener.view)
         if listener.seq < topic.seq:
             return False
-        topic.is_doubted = topic.is_doubted or listener.view != topic.view
+        topic.must_resend = topic.must_resend or listener.view != topic.view
         topic.listeners.add(listener)
         return True
 
-    async def _look(self, source: Source) -> None:
+    async def _poll(self, source: Source) -> None:
         topics = self._topics[source]
         for topic in topics.values():
-            if topic.is_doubted:
-                topic.mark, topic.is_doubted = None, False
-        looked_at = dict(topics)
-        if looked_at:
-            found = await run_in_threadpool(_look_at, source, looked_at)
-            for key, news in found.items():
-                if topics.get(key) is looked_at[key]:  # else all listeners left, and a new topic may exist for the key
-                    await _deliver(looked_at[key], news)
+            if topic.must_resend:
+                topic.cursor, topic.must_resend = None, False
+        polled = dict(topics)
+        if polled:
+            found = await run_in_threadpool(_poll_topics, source, polled)
+            for key, update in found.items():
+                if topics.get(key) is polled[key]:  # else all listeners left, and a new topic may exist for the key
+                    await _deliver(polled[key], update)
 
     async def _recheck(self) -> None:
         now = time.monotonic()
@@ -263,7 +263,7 @@ class Feed:
         due = sorted(due, key=lambda signed: signed.checked_at)[:MAX_RECHECKED]
         for signed in due:
             signed.checked_at = now
-        for signed in await run_in_threadpool(_refused, due) if due else ():
+        for signed in await run_in_threadpool(_revoked, due) if due else ():
             for listener in signed.listeners:
                 listener.end()
 
@@ -276,26 +276,29 @@ class Feed:
                 if now >= listener.ends_at:
                     listener.end()
                 elif now - listener.last_sent_at >= self._heartbeat_seconds and not listener.pending:
-                    listener.give(COMMENT)
+                    listener.enqueue(COMMENT)
 
 
-async def _deliver(topic: Topic, news: Found) -> None:
+async def _deliver(topic: Topic, update: Found) -> None:
     """Deliver in batches, with a pause after each, so that other requests run."""
     seq, view = topic.seq, topic.view
-    topic.seq, topic.mark = news.seq, news.mark  # first, so that a listener that joins between batches must catch up
-    if news.view is not None:
-        topic.view = news.view
-    usual = news.after(seq, view)
+    topic.seq, topic.cursor = (
+        update.seq,
+        update.cursor,
+    )  # first, so that a listener that joins between batches must catch up
+    if update.view is not None:
+        topic.view = update.view
+    common = update.after(seq, view)
     waiting = list(topic.listeners)
     try:
         while waiting:
             listener = waiting.pop()
             if listener.seq == seq and listener.view is None:
-                listener.give(usual)
+                listener.enqueue(common)
             else:  # it joined since the last poll, and may have seen more than that poll returned
-                listener.give(news.after(listener.seq, view if listener.view is None else listener.view))
-            listener.seq, listener.view = max(listener.seq, news.seq), None
-            if news.is_last:
+                listener.enqueue(update.after(listener.seq, view if listener.view is None else listener.view))
+            listener.seq, listener.view = max(listener.seq, update.seq), None
+            if update.is_last:
                 listener.end()
             if len(waiting) % BATCH == 0:
                 await asyncio.sleep(PAUSE_SECONDS if waiting else 0)
@@ -304,10 +307,10 @@ async def _deliver(topic: Topic, news: Found) -> None:
             listener.end()
 
 
-def _look_at(source: Source, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+def _poll_topics(source: Source, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
     """Poll all topics; after an error, poll each alone. While the database is unavailable, streams stay silent."""
     try:
-        return source.look(topics)
+        return source.poll(topics)
     except LorryError as error:
         log.warning("stream code=%s", error.code)
         if error.status >= 500:
@@ -316,13 +319,13 @@ def _look_at(source: Source, topics: Mapping[Hashable, Topic]) -> dict[Hashable,
         log.exception("crash in a stream")
     if len(topics) == 1:
         return {key: Found(seq=topic.seq, is_last=True) for key, topic in topics.items()}
-    return {key: news for one in topics for key, news in _look_at(source, {one: topics[one]}).items()}
+    return {key: update for one in topics for key, update in _poll_topics(source, {one: topics[one]}).items()}
 
 
-def _safely(look: Look) -> Found | None:
+def _poll_safely(poll: Poll) -> Found | None:
     """Run a listener's own poll with the same error handling; None while the database is unavailable."""
     try:
-        return look()
+        return poll()
     except LorryError as error:
         log.warning("stream code=%s", error.code)
         return Found(is_last=True) if error.status < 500 else None
@@ -331,11 +334,11 @@ def _safely(look: Look) -> Found | None:
         return Found(is_last=True)
 
 
-def _refused(signed: list[_Signed]) -> list[_Signed]:
-    return [one for one in signed if not _is_still(one)]
+def _revoked(signed: list[_Signed]) -> list[_Signed]:
+    return [one for one in signed if not _is_valid(one)]
 
 
-def _is_still(signed: _Signed) -> bool:
+def _is_valid(signed: _Signed) -> bool:
     try:
         signed.identify()
     except LorryError as error:

@@ -23,34 +23,34 @@ from catalog.tables.jobs import Job
 class JobWatch:
     """The polls of one listener, page by page."""
 
-    def __init__(self, db: Database, mark: watching.Mark, caller: Caller) -> None:
+    def __init__(self, db: Database, cursor: watching.Cursor, caller: Caller) -> None:
         self._db = db
         self._caller = caller
-        self._mark = mark
+        self._cursor = cursor
         self._shown: FineTuningJob | None = None
         self.num_events = 0
 
     @classmethod
     def start(cls, db: Database, *, caller: Caller, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
         """Return the watch and the result of its first poll. Raises NotFound."""
-        mark = watching.start(db, project_id=caller.project_id, job_id=job_id, last_seen=last_seen)
-        watch = cls(db, mark, caller)
-        return watch, watch.look()
+        cursor = watching.start(db, project_id=caller.project_id, job_id=job_id, last_seen=last_seen)
+        watch = cls(db, cursor, caller)
+        return watch, watch.poll()
 
-    def look(self) -> Found:
+    def poll(self) -> Found:
         """Return points and events in the order in which they were written, then the job if it has changed. So a final
         job comes after all its events, and a client with an event's id has all points that were written before it."""
-        news = watching.look(self._db, self._mark)
-        self.num_events += len(news.events)
-        parts = _messages(news.items)
-        if news.has_more:
-            return Found(seq=self._mark.seq, parts=parts, has_more=True)
-        told, shown = b"", _of_its_row(news.job)
-        if shown != self._shown:
-            self._shown = shown
-            told = _whole(self._db, [news.job], self._caller)[news.job.id]
-        is_last = news.job.state in FINAL_STATES
-        return Found(seq=self._mark.seq, parts=parts, view=shown, view_message=told, is_last=is_last)
+        changes = watching.poll(self._db, self._cursor)
+        self.num_events += len(changes.events)
+        parts = _messages(changes.items)
+        if changes.has_more:
+            return Found(seq=self._cursor.seq, parts=parts, has_more=True)
+        serialized, view = b"", _comparable_view(changes.job)
+        if view != self._shown:
+            self._shown = view
+            serialized = _serialized(self._db, [changes.job], self._caller)[changes.job.id]
+        is_last = changes.job.state in FINAL_STATES
+        return Found(seq=self._cursor.seq, parts=parts, view=view, view_message=serialized, is_last=is_last)
 
 
 class JobSource:
@@ -59,18 +59,18 @@ class JobSource:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+    def poll(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
         watched = {cast(tuple[str, str], key): topic for key, topic in topics.items()}
-        changes = watching.look_at_many(self._db, {key: _seen(topic) for key, topic in watched.items()})
+        changes = watching.poll_many(self._db, {key: _seen(topic) for key, topic in watched.items()})
         views: dict[str, FineTuningJob] = {}
-        to_tell: list[Job] = []
+        to_send: list[Job] = []
         for key, change in changes.items():
             if change is None or change.has_more:
                 continue
-            view = views[change.job.id] = _of_its_row(change.job)
-            if watched[key].mark is None or view != watched[key].view:
-                to_tell.append(change.job)
-        told = _whole(self._db, to_tell)
+            view = views[change.job.id] = _comparable_view(change.job)
+            if watched[key].cursor is None or view != watched[key].view:
+                to_send.append(change.job)
+        serialized = _serialized(self._db, to_send)
         found: dict[Hashable, Found] = {}
         for key, change in changes.items():
             if change is None:
@@ -78,17 +78,17 @@ class JobSource:
                 continue
             found[key] = Found(
                 seq=change.seen.seq,
-                mark=change.seen,
+                cursor=change.seen,
                 parts=_messages(change.items),
                 view=views.get(change.job.id),
-                view_message=told.get(change.job.id, b""),
+                view_message=serialized.get(change.job.id, b""),
                 is_last=not change.has_more and change.job.state in FINAL_STATES,
             )
         return found
 
 
 def _seen(topic: Topic) -> WatchedJob:
-    return topic.mark if isinstance(topic.mark, WatchedJob) else WatchedJob(seq=topic.seq)
+    return topic.cursor if isinstance(topic.cursor, WatchedJob) else WatchedJob(seq=topic.seq)
 
 
 def _messages(items: Sequence[JobEvent | Point]) -> list[tuple[int, bytes]]:
@@ -101,12 +101,12 @@ def _message(item: JobEvent | Point) -> bytes:
     return message("event", event_object(item).model_dump_json(), ident=item.seq)
 
 
-def _whole(db: Database, rows: Sequence[Job], caller: Caller | None = None) -> dict[str, bytes]:
-    shown = job_objects(db, rows, caller=caller) if rows else []
-    return {row.id: message("job", job.model_dump_json()) for row, job in zip(rows, shown, strict=True)}
+def _serialized(db: Database, rows: Sequence[Job], caller: Caller | None = None) -> dict[str, bytes]:
+    objects = job_objects(db, rows, caller=caller) if rows else []
+    return {row.id: message("job", job.model_dump_json()) for row, job in zip(rows, objects, strict=True)}
 
 
-def _of_its_row(row: Job) -> FineTuningJob:
+def _comparable_view(row: Job) -> FineTuningJob:
     """Return a view for comparison that needs no further query. It omits values that change every second: the
     estimated finish and the running time."""
     job = job_object(row, organization_id="", adapter_id=None, seconds_running=0.0)

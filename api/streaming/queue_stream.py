@@ -34,34 +34,34 @@ class QueueSource:
     def begin(self, project_id: str | None) -> Found:
         """Return the queue for a new listener. Concurrent callers share one read."""
         with self._lock:
-            looked_at, found = self._newest.get(project_id, (0.0, None))
-            if found is None or time.monotonic() - looked_at > FRESH_SECONDS:
-                found = self._look(project_id, newest=0)
+            polled_at, found = self._newest.get(project_id, (0.0, None))
+            if found is None or time.monotonic() - polled_at > FRESH_SECONDS:
+                found = self._poll(project_id, newest=0)
                 if len(self._newest) > 1000:
                     self._newest.clear()
                 self._newest[project_id] = (time.monotonic(), found)
             return found
 
-    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+    def poll(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
         found: dict[Hashable, Found] = {}
         newest = changes.newest_event(self._db)
         for key, topic in topics.items():
-            if isinstance(topic.mark, _Looked) and topic.mark.serves(newest):
+            if isinstance(topic.cursor, _Cursor) and topic.cursor.serves(newest):
                 continue
-            news = self._look(cast(str | None, key), newest=newest)
-            if news.view == topic.view and topic.mark is not None:
-                news = Found(mark=news.mark)
-            found[key] = news
+            update = self._poll(cast(str | None, key), newest=newest)
+            if update.view == topic.view and topic.cursor is not None:
+                update = Found(cursor=update.cursor)
+            found[key] = update
         return found
 
-    def _look(self, project_id: str | None, *, newest: int) -> Found:
+    def _poll(self, project_id: str | None, *, newest: int) -> Found:
         snapshot = listing.snapshot(self._db, project_id=project_id, policy=self._policy)
-        told = message("queue", QueueObject.model_validate(snapshot).model_dump_json())
-        gist = json.dumps(_without_clock(snapshot), sort_keys=True)
-        return Found(view=gist, view_message=told, mark=_Looked(newest))
+        serialized = message("queue", QueueObject.model_validate(snapshot).model_dump_json())
+        view = json.dumps(_without_clock(snapshot), sort_keys=True)
+        return Found(view=view, view_message=serialized, cursor=_Cursor(newest))
 
 
-class _Looked:
+class _Cursor:
     def __init__(self, newest: int) -> None:
         self._newest = newest
         self._until = time.monotonic() + QUIET_SECONDS

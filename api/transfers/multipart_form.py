@@ -140,12 +140,12 @@ class UploadForm:
         shown = json.dumps(name[:100])[1:-1]
         known = self.shape.fields()
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            similar = difflib.get_close_matches(name, known, n=1)
             listed = f"Send only {', '.join(map(repr, known))}."
             raise InvalidRequest(
                 f"Unknown field '{shown}'.",
                 code="unknown_parameter",
-                remedy=f"Did you mean '{near[0]}'?" if near else listed,
+                remedy=f"Did you mean '{similar[0]}'?" if similar else listed,
                 param=shown,
             )
         if name in self._fields or (name == self.shape.content and self._filename is not None):

@@ -34,25 +34,25 @@ class WebhookDeliverer:
         """Requests in progress, by delivery."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wakened = asyncio.Event()
+        self._wake_up = asyncio.Event()
 
     def wake(self) -> None:
         """Signal that there may be a delivery to send. May be called from any thread."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wakened.set)
+            self._loop.call_soon_threadsafe(self._wake_up.set)
 
     async def run(self) -> None:
         self._loop = asyncio.get_running_loop()
         try:
             while True:
-                await self._look()
+                await self._poll()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wakened.wait(), LOOK_SECONDS)
-                self._wakened.clear()
+                    await asyncio.wait_for(self._wake_up.wait(), LOOK_SECONDS)
+                self._wake_up.clear()
         finally:
             await self._end()
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         limit = delivery_queue.MAX_IN_FLIGHT - len(self._tasks)
         if limit <= 0:
             return
@@ -87,7 +87,7 @@ class WebhookDeliverer:
             log.exception("crash in the webhook delivery %s", outgoing.delivery_id)
         finally:
             del self._in_flight[outgoing.delivery_id]
-            self._wakened.set()
+            self._wake_up.set()
 
     async def _try(self, outgoing: Outgoing) -> DeliveryResult:
         if not outgoing.signed_with:

@@ -22,7 +22,7 @@ from api.webhooks.name_resolver import Lookup, NameResolver, NoAddress, system_l
 from catalog.errors import InvalidRequest
 from catalog.fleet.compatibility import lorry_version
 from catalog.webhooks.delivery_queue import DeliveryResult
-from catalog.webhooks.url_policy import OPENED, Rules, WebhookTarget, target_of, why_shut
+from catalog.webhooks.url_policy import OPENED, Rules, WebhookTarget, block_reason, target_of
 
 TRY_SECONDS = 15.0
 """Timeout of a whole attempt: name resolution, connection, request and reply."""
@@ -97,7 +97,7 @@ class WebhookSender:
             started_at=started_at,
             seconds=time.monotonic() - begun,
             error=escaped(error.encode()),
-            says_of_endpoint=progress.is_connected or not is_saturated,
+            concerns_endpoint=progress.is_connected or not is_saturated,
         )
 
     async def _request(
@@ -125,7 +125,7 @@ class WebhookSender:
             raise NotSent(f"The host {target.host} has no address.") from None
         found = [ip_address(text) for text in texts]
         for address in found:
-            if why := why_shut(address, self.rules):
+            if why := block_reason(address, self.rules):
                 raise NotSent(f"The host {target.host} {why}, so nothing was sent. {OPENED}")
         return [str(address) for address in found[:MAX_ADDRESSES]]
 
@@ -166,8 +166,8 @@ async def _beginning(response: httpx.Response) -> bytes:
 
 def escaped(text: bytes) -> str:
     """Return the bytes as printable text."""
-    told = text.decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in told)
+    decoded = text.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in decoded)
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:

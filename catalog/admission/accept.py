@@ -66,7 +66,7 @@ class Accepted:
     base: BaseModelRow
     training: File
     validation: File | None
-    surprises: tuple[Caution, ...]
+    cautions: tuple[Caution, ...]
     """Warnings about settings that are valid but probably unintended."""
 
 
@@ -113,8 +113,8 @@ def accept(
         parent=parent and parent_spec(parent),
     )
     evaluation_schedule.check_in_time(spec, evaluation_schedule.most_steps(spec, training.num_rows or 0))
-    surprised = tuple(surprises(request, spec, training, validation))
-    return Accepted(request=asked, spec=spec, base=base, training=training, validation=validation, surprises=surprised)
+    cautions = tuple(find_cautions(request, spec, training, validation))
+    return Accepted(request=asked, spec=spec, base=base, training=training, validation=validation, cautions=cautions)
 
 
 def resolve_targets(db: Database, caller: Caller, requests: Iterable[JobRequest]) -> Targets:
@@ -183,7 +183,7 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
     )
 
 
-def surprises(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[Caution]:
+def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[Caution]:
     """Yield warnings about settings that are valid but probably unintended."""
     if validation is not None and validation.digest == training.digest:
         message = (
@@ -198,7 +198,7 @@ def surprises(request: JobRequest, spec: JobSpec, training: File, validation: Fi
         )
         yield Caution(code="max_length_lowered", message=message)
     num_steps = evaluation_schedule.most_steps(spec, training.num_rows or 0)
-    if num_steps is not None and evaluation_schedule.come_too_late(spec, num_steps):
+    if num_steps is not None and evaluation_schedule.interval_is_too_long(spec, num_steps):
         yield Caution(code="evaluations_too_late", message=evaluation_schedule.too_late(spec, num_steps))
 
 
@@ -229,7 +229,9 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
     remedy = "Ask an operator to check its error in GET /v1/models and import it again, or choose another model."
     if is_operator:
         reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
-        remedy = f"{told} Or choose another model." if (told := error.get("remedy")) else "Choose another model."
+        remedy = (
+            f"{own_hint} Or choose another model." if (own_hint := error.get("remedy")) else "Choose another model."
+        )
     return InvalidRequest(
         f"The import of the base model {base.name!r} failed: {reason}.",
         code="model_import_failed",
@@ -434,9 +436,9 @@ def complete_from_parent(session: Session, request: JobRequest, parent: Adapter)
     _check_lora(request, lora)
     if "quantization" in request.model_fields_set and request.quantization != trained.quantization:
         raise _differs("quantization", request.quantization, trained.quantization)
-    theirs = lora.model_dump(exclude=set(OF_TRAINING & request.lora.model_fields_set))
+    parent_lora = lora.model_dump(exclude=set(OF_TRAINING & request.lora.model_fields_set))
     return request.model_copy(
-        update={"lora": request.lora.model_copy(update=theirs), "quantization": trained.quantization}
+        update={"lora": request.lora.model_copy(update=parent_lora), "quantization": trained.quantization}
     )
 
 
@@ -460,16 +462,16 @@ def exported_shape(lora: LoraSpec) -> LoraSpec:
     )
 
 
-def _check_lora(request: JobRequest, theirs: LoraSpec) -> None:
+def _check_lora(request: JobRequest, parent_lora: LoraSpec) -> None:
     asked = request.lora
     for name in sorted(asked.model_fields_set - OF_TRAINING):
         given = getattr(asked, name)
-        if given != "auto" and _plain(given) != _plain(getattr(theirs, name)):
-            raise _differs(f"lora.{name}", given, getattr(theirs, name))
+        if given != "auto" and _plain(given) != _plain(getattr(parent_lora, name)):
+            raise _differs(f"lora.{name}", given, getattr(parent_lora, name))
 
 
-def _differs(field: str, given: object, theirs: object) -> InvalidRequest:
-    reason = f"{field} is {given!r}, but the parent adapter has {theirs!r}."
+def _differs(field: str, given: object, parent_value: object) -> InvalidRequest:
+    reason = f"{field} is {given!r}, but the parent adapter has {parent_value!r}."
     if field == "lora.init_lora_weights":
         reason = f"{field} is {given!r}, but a job that continues an adapter starts with the adapter's weights."
     return InvalidRequest(

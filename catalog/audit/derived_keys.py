@@ -178,7 +178,7 @@ def _key_id(pepper: bytes) -> str:
 
 def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
     """Encrypt the keys for a row. The row's id is authenticated, so the text can't be moved to another row."""
-    told = {
+    content = {
         "key": retired.chain_key.key.hex(),
         "link": retired.chain_key.last_link,
         "digest": retired.chain_key.last_digest,
@@ -186,7 +186,9 @@ def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
         "retired_at": retired.retired_at,
     }
     nonce = os.urandom(NONCE_BYTES)
-    return base64.b64encode(nonce + _cipher(pepper).encrypt(nonce, json.dumps(told).encode(), ident.encode())).decode()
+    return base64.b64encode(
+        nonce + _cipher(pepper).encrypt(nonce, json.dumps(content).encode(), ident.encode())
+    ).decode()
 
 
 def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
@@ -197,9 +199,11 @@ def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
     except (InvalidTag, binascii.Error, ValueError):
         return None
     try:  # the content is untrusted: a holder of a replaced pepper may have written it
-        told: Any = json.loads(opened)
-        key = ChainKey(key=bytes.fromhex(told["key"]), last_link=int(told["link"]), last_digest=str(told["digest"]))
-        return Retired(chain_key=key, public_key=dict(told["public_key"]), retired_at=float(told["retired_at"]))
+        record: Any = json.loads(opened)
+        key = ChainKey(
+            key=bytes.fromhex(record["key"]), last_link=int(record["link"]), last_digest=str(record["digest"])
+        )
+        return Retired(chain_key=key, public_key=dict(record["public_key"]), retired_at=float(record["retired_at"]))
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
 

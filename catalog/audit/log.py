@@ -111,35 +111,35 @@ class Filters:
     until: float | None = None
 
 
-_here: ContextVar[Origin | None] = ContextVar("origin_of_changes", default=None)
+_current_origin: ContextVar[Origin | None] = ContextVar("origin_of_changes", default=None)
 
 
 @contextmanager
-def coming_from(origin: Origin) -> Generator[Origin]:
+def attributed_to(origin: Origin) -> Generator[Origin]:
     """Attribute changes in this block, and in threads that copy its context, to this origin."""
-    token = _here.set(origin)
+    token = _current_origin.set(origin)
     try:
         yield origin
     finally:
-        _here.reset(token)
+        _current_origin.reset(token)
 
 
 def actor_is(actor: Actor) -> None:
     """Set the actor of the current origin, after the request's key has been authenticated."""
-    origin = _here.get()
+    origin = _current_origin.get()
     if origin is not None:
         origin.actor = actor
 
 
 def actor_id() -> str | None:
     """Return the id of the API key behind the current request, if any."""
-    origin = _here.get()
+    origin = _current_origin.get()
     return origin.actor.id if origin is not None else None
 
 
 def client_address() -> str | None:
     """Return the network address of the client that sent the current request, if any."""
-    origin = _here.get()
+    origin = _current_origin.get()
     return origin.address if origin is not None else None
 
 
@@ -157,7 +157,7 @@ def note(
 
     actor: the actor, if it differs from the origin's.
     """
-    origin = _here.get() or Origin()
+    origin = _current_origin.get() or Origin()
     actor = actor or origin.actor
     # The ORM would name every column and read `seq` back, but database roles may only insert these columns.
     event = insert(cast("Table", AuditEvent.__table__)).values(

@@ -85,8 +85,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise BadRow("duplicate_key", f"the key {quoted(twice)} occurs twice in one object", "Keep one of them.")
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise BadRow("duplicate_key", f"the key {quoted(duplicate)} occurs twice in one object", "Keep one of them.")
     return row
 
 
@@ -168,17 +168,17 @@ def _joined(place: str, parts: list[Any]) -> str:
     if not parts:
         raise BadRow("content_not_text", f"{place} is an empty list", "Write a string, or at least one part of text.")
     for index, part in enumerate(parts):
-        where = f"{place}[{index}]"
+        position = f"{place}[{index}]"
         if not isinstance(part, dict):
-            raise BadRow("content_not_text", f"{where} is {kind_of(part)}, not an object", PART_FORM)
+            raise BadRow("content_not_text", f"{position} is {kind_of(part)}, not an object", PART_FORM)
         fields = cast(dict[str, Any], part)
         kind = fields.get("type")
         if kind != "text":
-            told = quoted(kind) if isinstance(kind, str) else "missing" if kind is None else kind_of(kind)
+            shown_type = quoted(kind) if isinstance(kind, str) else "missing" if kind is None else kind_of(kind)
             remedy = f"Remove images, audio and files: only text is supported. {PART_FORM}"
-            raise BadRow("content_not_text", f"{where}.type is {told}", remedy)
+            raise BadRow("content_not_text", f"{position}.type is {shown_type}", remedy)
         if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
-            raise BadRow("content_not_text", f"{where} is not a part of text", PART_FORM)
+            raise BadRow("content_not_text", f"{position} is not a part of text", PART_FORM)
     return "".join(part["text"] for part in parts)
 
 

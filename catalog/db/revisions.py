@@ -65,20 +65,20 @@ def check_known(connection: Connection) -> None:
     """Call it before a migration. Raises Conflict if no script leads from the database's revision to this code's."""
     if not inspect(connection).has_table(VERSIONS.name):
         return
-    theirs = read(connection)
-    if is_unreleased(theirs):
-        raise not_upgradable(theirs)
-    if theirs is not None and theirs not in known():
+    database_revision = read(connection)
+    if is_unreleased(database_revision):
+        raise not_upgradable(database_revision)
+    if database_revision is not None and database_revision not in known():
         raise Conflict(
-            f"The database is at revision {theirs}, which belongs to a later version of Lorry.",
+            f"The database is at revision {database_revision}, which belongs to a later version of Lorry.",
             code="database_too_new",
             remedy=TOO_NEW,
         )
 
 
-def not_upgradable(theirs: str | None) -> Conflict:
+def not_upgradable(database_revision: str | None) -> Conflict:
     return Conflict(
-        f"The database is at revision {theirs} of a build before the first release and cannot be upgraded.",
+        f"The database is at revision {database_revision} of a build before the first release and cannot be upgraded.",
         code="database_not_upgradable",
         remedy=NOT_UPGRADABLE,
     )

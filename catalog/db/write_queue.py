@@ -44,17 +44,17 @@ class FairLock:
             if not self._is_held:
                 self._is_held = True
                 return True
-            mine = Lock()
-            mine.acquire()
-            self._waiting.append(mine)
+            own = Lock()
+            own.acquire()
+            self._waiting.append(own)
         try:
-            if mine.acquire(timeout=max(0.0, seconds)):
+            if own.acquire(timeout=max(0.0, seconds)):
                 return True
         except BaseException:
-            if not self._withdraw(mine):
+            if not self._withdraw(own):
                 self.release()
             raise
-        return not self._withdraw(mine)
+        return not self._withdraw(own)
 
     def release(self) -> None:
         """Release the lock, or pass it to the thread that has waited longest."""
@@ -64,10 +64,10 @@ class FairLock:
             else:
                 self._is_held = False
 
-    def _withdraw(self, mine: Lock) -> bool:
+    def _withdraw(self, own: Lock) -> bool:
         """Stop waiting. Returns False if the lock was handed over in the meantime."""
         with self._guard, suppress(ValueError):
-            self._waiting.remove(mine)
+            self._waiting.remove(own)
             return True
         return False
 

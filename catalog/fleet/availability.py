@@ -11,7 +11,7 @@ from catalog.tables.table import Json
 REMEDY = "An operator can make one available again: lorry workers uncordon ID."
 
 
-def open_ones(residents: Sequence[LoadedTrainer]) -> list[LoadedTrainer]:
+def accepting(residents: Sequence[LoadedTrainer]) -> list[LoadedTrainer]:
     return [resident for resident in residents if not resident.takes_nothing_new]
 
 
@@ -21,21 +21,25 @@ def facts(residents: Sequence[LoadedTrainer]) -> list[Json]:
     return [{"worker_id": one.worker_id, **_cordon_summary(one.cordon)} for one in closed]
 
 
-def where_all_are(residents: Sequence[LoadedTrainer]) -> str | None:
+def why_all_closed(residents: Sequence[LoadedTrainer]) -> str | None:
     """Return the reason why no job starts if every live worker rejects new jobs; None otherwise."""
-    if not residents or open_ones(residents):
+    if not residents or accepting(residents):
         return None
     if len(residents) == 1:
         return f"{_sentence(residents[0])} It is the only running worker. {REMEDY}"
-    told = next((one for one in residents if one.cordon is not None), residents[0])
+    shown = next((one for one in residents if one.cordon is not None), residents[0])
     none = f"None of the {len(residents)} running workers accepts new jobs: all are cordoned or draining."
-    return f"{none} {_sentence(told)} {REMEDY}"
+    return f"{none} {_sentence(shown)} {REMEDY}"
 
 
-def where_its_base_is(residents: Sequence[LoadedTrainer], base_digest: str) -> str | None:
+def why_base_closed(residents: Sequence[LoadedTrainer], base_digest: str) -> str | None:
     """Return the reason why a job can't join a loaded trainer of its base model; None if there is no such trainer."""
-    held = [one for one in residents if one.takes_nothing_new and one.base_digest == base_digest]
-    return f"Its base model is also loaded on a worker that accepts no new jobs. {_sentence(held[0])}" if held else None
+    unavailable = [one for one in residents if one.takes_nothing_new and one.base_digest == base_digest]
+    return (
+        f"Its base model is also loaded on a worker that accepts no new jobs. {_sentence(unavailable[0])}"
+        if unavailable
+        else None
+    )
 
 
 def around(worker: Worker | None) -> str | None:

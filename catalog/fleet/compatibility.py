@@ -57,9 +57,9 @@ def check(db: Database, *, protocol: int | None = None) -> None:
 
 
 def check_in(session: Session, *, protocol: int) -> None:
-    theirs = revisions.read(session)
-    if theirs != revisions.newest():
-        raise _of_another_revision(theirs)
+    database_revision = revisions.read(session)
+    if database_revision != revisions.newest():
+        raise _of_another_revision(database_revision)
     window = window_of(session)
     if not window.has(protocol):
         raise _of_another_protocol(protocol, window)
@@ -70,11 +70,13 @@ def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
 
     Raises Conflict if the tables are older than this code.
     """
-    theirs = revisions.read(session)
-    if revisions.is_unreleased(theirs):
-        raise revisions.not_upgradable(theirs)
-    if revisions.is_older(theirs):
-        raise Conflict(f"{_needs('This program', theirs)}, which is older.", code="database_too_old", remedy=remedy)
+    database_revision = revisions.read(session)
+    if revisions.is_unreleased(database_revision):
+        raise revisions.not_upgradable(database_revision)
+    if revisions.is_older(database_revision):
+        raise Conflict(
+            f"{_needs('This program', database_revision)}, which is older.", code="database_too_old", remedy=remedy
+        )
 
 
 def window_of(session: Session) -> Window:
@@ -93,26 +95,27 @@ def lorry_version() -> str:
         return "unknown"
 
 
-def _of_another_revision(theirs: str | None) -> UnfitWorker:
-    if revisions.is_unreleased(theirs):
-        refusal = revisions.not_upgradable(theirs)
+def _of_another_revision(database_revision: str | None) -> UnfitWorker:
+    if revisions.is_unreleased(database_revision):
+        refusal = revisions.not_upgradable(database_revision)
         return UnfitWorker(refusal.message, code=refusal.code, remedy=refusal.remedy)
-    who = _needs("This worker", theirs)
-    if revisions.is_older(theirs):
-        return UnfitWorker(f"{who}, which is older.", code="database_too_old", remedy=MIGRATE)
+    requirement = _needs("This worker", database_revision)
+    if revisions.is_older(database_revision):
+        return UnfitWorker(f"{requirement}, which is older.", code="database_too_old", remedy=MIGRATE)
     remedy = "Install the service's version of Lorry on this node, then restart the worker."
-    return UnfitWorker(f"{who}, which is newer.", code="worker_too_old", remedy=remedy)
+    return UnfitWorker(f"{requirement}, which is newer.", code="worker_too_old", remedy=remedy)
 
 
-def _needs(who: str, theirs: str | None) -> str:
-    return f"{who} (Lorry {lorry_version()}) needs the database at revision {revisions.newest()}, but it is at {theirs}"
+def _needs(program: str, database_revision: str | None) -> str:
+    needed = f"{program} (Lorry {lorry_version()}) needs the database at revision {revisions.newest()}"
+    return f"{needed}, but it is at {database_revision}"
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:
-    taken = f"{window.oldest}" if window.oldest == window.newest else f"{window.oldest} to {window.newest}"
+    supported = f"{window.oldest}" if window.oldest == window.newest else f"{window.oldest} to {window.newest}"
     message = (
         f"This worker (Lorry {lorry_version()}) uses protocol {protocol}, but the service (Lorry {window.version}) "
-        f"supports protocol {taken}."
+        f"supports protocol {supported}."
     )
     if protocol < window.oldest:
         remedy = "Install the service's version of Lorry on this node, then restart the worker."

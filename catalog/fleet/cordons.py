@@ -65,9 +65,9 @@ def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker
             raise ended(worker_id, "cordon")
         if worker.cordon is None:
             now = read_clock(session)
-            _put(worker, by="operator", reason=reason, now=now)
+            _set_cordon(worker, by="operator", reason=reason, now=now)
             _note(session, "worker.cordoned", worker, now=now, details={"reason": reason} if reason else None)
-            _tell_jobs(session, worker, "was cordoned: it finishes its current jobs, including this one.", now=now)
+            _notify_jobs(session, worker, "was cordoned: it finishes its current jobs, including this one.", now=now)
         return worker
 
 
@@ -89,7 +89,7 @@ def uncordon(db: Database, worker_id: str) -> Worker:
             details = {"was": {name: worker.cordon[name] for name in ("by", "reason", "at")}}
             worker.cordon, worker.uncordoned_at = None, now
             _note(session, "worker.uncordoned", worker, now=now, details=details)
-            _tell_jobs(session, worker, "accepts new jobs again.", now=now)
+            _notify_jobs(session, worker, "accepts new jobs again.", now=now)
         return worker
 
 
@@ -106,10 +106,10 @@ def drain(db: Database, worker_id: str) -> Worker:
             now = read_clock(session)
             worker.drain_requested = True
             if worker.cordon is None:
-                _put(worker, by="operator", reason=OF_A_DRAIN, now=now)
+                _set_cordon(worker, by="operator", reason=OF_A_DRAIN, now=now)
             _note(session, "worker.drained", worker, now=now)
-            told = "is draining: it saves this job, which continues on another worker. The attempt does not count."
-            _tell_jobs(session, worker, told, now=now)
+            text = "is draining: it saves this job, which continues on another worker. The attempt does not count."
+            _notify_jobs(session, worker, text, now=now)
         return worker
 
 
@@ -121,8 +121,8 @@ def retire(session: Session, worker: Worker, version: str, *, now: float) -> Non
     worker.drain_requested = True
     details = {"reason": f"Lorry {version} does not support workers of protocol {worker.protocol}."}
     _note(session, "worker.drained", worker, now=now, details=details, actor=SERVER)
-    told = f"is too old for Lorry {version}: it saves this job for another worker. The attempt does not count."
-    _tell_jobs(session, worker, told, now=now)
+    text = f"is too old for Lorry {version}: it saves this job for another worker. The attempt does not count."
+    _notify_jobs(session, worker, text, now=now)
 
 
 def ended(worker_id: str, verb: str) -> Conflict:
@@ -168,13 +168,13 @@ def place(devices: Iterable[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
-def look(db: Database, worker_id: str | None) -> bool:
+def cordon_if_bad(db: Database, worker_id: str | None) -> bool:
     """Cordon the worker if its recent attempts show that the node is bad. Returns whether it was cordoned.
 
     Exceptions are logged and ignored: the next failed attempt triggers another check.
     """
     try:
-        return bool(worker_id) and _look(db, worker_id)
+        return bool(worker_id) and _cordon_if_bad(db, worker_id)
     except LorryError as error:
         log.warning("cordon code=%s", error.code)
     except Exception:  # the end of the attempt is already stored, and must not fail because of this check
@@ -182,7 +182,7 @@ def look(db: Database, worker_id: str | None) -> bool:
     return False
 
 
-def _look(db: Database, worker_id: str) -> bool:
+def _cordon_if_bad(db: Database, worker_id: str) -> bool:
     with db.write() as session:
         worker = session.get(Worker, worker_id, with_for_update=True)
         if worker is None or worker.cordon is not None or worker.ended_at is not None:
@@ -201,13 +201,13 @@ def _look(db: Database, worker_id: str) -> bool:
             log.warning("cordon limit: worker=%s failed jobs, but a third of the fleet is already cordoned", worker_id)
             return False
         jobs = sorted({attempt.job_id for attempt in found})
-        evidence, told = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
-        is_of_jobs = len(jobs) >= MAX_FAILED_RUNNING
-        reason = OF_THE_SERVICE if is_of_jobs else BEFORE_ANY_JOB
-        why = "this job and others failed on it in a row" if is_of_jobs else "it failed repeatedly"
-        _put_by_service(session, worker, reason, now=now, evidence=evidence, details=told)
-        told = f"was cordoned because {why}; {_what_next()}"
-        _tell(session, worker, jobs, told, now=now)
+        evidence, details = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
+        has_several_jobs = len(jobs) >= MAX_FAILED_RUNNING
+        reason = OF_THE_SERVICE if has_several_jobs else BEFORE_ANY_JOB
+        why = "this job and others failed on it in a row" if has_several_jobs else "it failed repeatedly"
+        _cordon_by_service(session, worker, reason, now=now, evidence=evidence, details=details)
+        text = f"was cordoned because {why}; {_consequence()}"
+        _add_events(session, worker, jobs, text, now=now)
         return True
 
 
@@ -216,11 +216,11 @@ def close(session: Session, worker_id: str, *, reason: str, evidence: Sequence[J
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is not None and worker.cordon is None and worker.ended_at is None:
         now = read_clock(session)
-        _put_by_service(session, worker, reason, now=now, evidence=evidence)
-        _tell_jobs(session, worker, f"was cordoned. {reason} {_what_next().capitalize()}", now=now)
+        _cordon_by_service(session, worker, reason, now=now, evidence=evidence)
+        _notify_jobs(session, worker, f"was cordoned. {reason} {_consequence().capitalize()}", now=now)
 
 
-def _put_by_service(
+def _cordon_by_service(
     session: Session,
     worker: Worker,
     reason: str,
@@ -229,9 +229,9 @@ def _put_by_service(
     evidence: Sequence[Json],
     details: Json | None = None,
 ) -> None:
-    _put(worker, by="service", reason=reason, now=now, evidence=evidence)
-    told = {"reason": reason, **(details or {})}
-    _note(session, "worker.cordoned", worker, now=now, details=told, actor=SERVER)
+    _set_cordon(worker, by="service", reason=reason, now=now, evidence=evidence)
+    all_details = {"reason": reason, **(details or {})}
+    _note(session, "worker.cordoned", worker, now=now, details=all_details, actor=SERVER)
 
 
 def _of_node(session: Session, worker_id: str, *, since: float) -> list[Attempt]:
@@ -244,21 +244,21 @@ def _of_node(session: Session, worker_id: str, *, since: float) -> list[Attempt]
     is_own = func.coalesce(Attempt.blamed_worker_id, worker_id) == worker_id
     own = session.scalars(latest.where(Attempt.worker_id == worker_id, Attempt.ended_at > since, is_own)).all()
     of_others = (Attempt.blamed_worker_id == worker_id, Attempt.worker_id != worker_id, Attempt.ended_at > since)
-    laid = session.scalars(latest.where(*of_others)).all()
-    found = [*own, *laid, *(_succeeded_with(session, worker_id, laid) if laid else ())]
+    attributed = session.scalars(latest.where(*of_others)).all()
+    found = [*own, *attributed, *(_succeeded_with(session, worker_id, attributed) if attributed else ())]
     return sorted(found, key=lambda attempt: (-(attempt.ended_at or 0.0), attempt.claim_id))[:MAX_LOOKED_AT]
 
 
-def _succeeded_with(session: Session, worker_id: str, laid: Sequence[Attempt]) -> list[Attempt]:
+def _succeeded_with(session: Session, worker_id: str, attributed: Sequence[Attempt]) -> list[Attempt]:
     """Return the latest successful attempts of its gang leaders in trainers in which the worker participated."""
-    leaders, oldest = {one.worker_id for one in laid}, min(one.ended_at or 0.0 for one in laid)
-    theirs = (Attempt.worker_id.in_(leaders), Attempt.ended_at > oldest, Attempt.reason == EndReason.COMPLETED)
-    found = select(Attempt, Trainer).join(Trainer, Trainer.id == Attempt.trainer_id).where(*theirs)
+    leaders, oldest = {one.worker_id for one in attributed}, min(one.ended_at or 0.0 for one in attributed)
+    successes = (Attempt.worker_id.in_(leaders), Attempt.ended_at > oldest, Attempt.reason == EndReason.COMPLETED)
+    found = select(Attempt, Trainer).join(Trainer, Trainer.id == Attempt.trainer_id).where(*successes)
     rows = session.execute(found.order_by(Attempt.ended_at.desc()).limit(MAX_LOOKED_AT)).all()
-    return [attempt for attempt, trainer in rows if worker_id in _lent_to(trainer)]
+    return [attempt for attempt, trainer in rows if worker_id in _participants(trainer)]
 
 
-def _lent_to(trainer: Trainer) -> list[str]:
+def _participants(trainer: Trainer) -> list[str]:
     """Return the workers whose devices the trainer used, including its own worker."""
     return (trainer.report or {}).get("gang", {}).get("workers", [])
 
@@ -281,7 +281,7 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
     by_trainer: dict[str | None, set[str]] = {}
     for end in bad:
         by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or end.job_id)
-    return [] if _could_be_to_blame(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
+    return [] if _could_have_caused(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
 
 
 def _is_beyond_one_project(
@@ -292,13 +292,13 @@ def _is_beyond_one_project(
     They can't if a trainer failed without a job of that project, if enough of the failed jobs have since progressed on
     another worker, or if no other project uses the service. attempts: the attempts of these failures.
     """
-    whose = select(Job.id, Job.project_id).where(Job.id.in_({end.job_id for end in blamed}))
-    project_of = {row.id: row.project_id for row in session.execute(whose)}
+    owners = select(Job.id, Job.project_id).where(Job.id.in_({end.job_id for end in blamed}))
+    project_of = {row.id: row.project_id for row in session.execute(owners)}
     by_trainer: dict[str | None, set[str]] = {}
     for end in blamed:
         by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or project_of[end.job_id])
     return (
-        not _could_be_to_blame(by_trainer.values(), 1)
+        not _could_have_caused(by_trainer.values(), 1)
         or len(_progressed_elsewhere(session, worker_id, attempts)) >= MAX_FAILED_RUNNING
         or not _is_used_by_others(session, set(project_of.values()), now=now)
     )
@@ -339,7 +339,7 @@ def _may_cordon_another(session: Session, *, now: float) -> bool:
     return cordoned < max(1, len(live) // 3)
 
 
-def _could_be_to_blame(packs: Collection[set[str]], number: int) -> bool:
+def _could_have_caused(packs: Collection[set[str]], number: int) -> bool:
     """Return whether some set of `number` jobs has a member in every pack."""
     if len(packs) <= number:
         return True
@@ -374,18 +374,18 @@ def _culprits(session: Session, attempts: Sequence[Attempt], worker_id: str, *, 
     ids = {attempt.trainer_id for attempt in attempts if attempt.trainer_id is not None}
     trainers = {trainer.id: trainer for trainer in session.scalars(select(Trainer).where(Trainer.id.in_(ids)))}
 
-    def got_ready(attempt: Attempt) -> bool:
+    def became_ready(attempt: Attempt) -> bool:
         trainer = trainers.get(attempt.trainer_id or "")
         return trainer is not None and failures.was_ready(trainer.report)
 
-    unready = list(takewhile(lambda attempt: not got_ready(attempt), attempts))
-    of_load = [one for one in unready if one.reason in failures.OF_A_LOAD and one.trainer_id in trainers]
+    not_ready = list(takewhile(lambda attempt: not became_ready(attempt), attempts))
+    of_load = [one for one in not_ready if one.reason in failures.OF_A_LOAD and one.trainer_id in trainers]
     keys = {one.claim_id: trainers[str(one.trainer_id)].pack_key for one in of_load}
     suspect = {key for key in set(keys.values()) if failures.is_base_suspect(session, key, worker_id, now=now)}
     others = set(keys.values()) - suspect
     loadable = others if len(others) > 1 else {key for key in others if failures.has_been_loaded(session, key)}
     found = {claim_id: key for claim_id, key in keys.items() if key in suspect}
-    for one in unready:
+    for one in not_ready:
         if one.trainer_id and (one.reason == EndReason.NODE_FAILED or keys.get(one.claim_id) in loadable):
             found[one.claim_id] = one.trainer_id
     return found
@@ -402,7 +402,7 @@ def _evidence(attempt: Attempt) -> Json:
     }
 
 
-def _put(worker: Worker, *, by: By, reason: str | None, now: float, evidence: Sequence[Json] = ()) -> None:
+def _set_cordon(worker: Worker, *, by: By, reason: str | None, now: float, evidence: Sequence[Json] = ()) -> None:
     worker.cordon = {"by": by, "reason": reason, "at": now, "evidence": list(evidence)}
 
 
@@ -422,23 +422,23 @@ def _note(
     details: Json | None = None,
     actor: Actor | None = None,
 ) -> None:
-    told = {"host": worker.host, **(details or {})}
-    audit.note(session, type, now=now, object_id=worker.id, project_id=None, details=told, actor=actor)
+    all_details = {"host": worker.host, **(details or {})}
+    audit.note(session, type, now=now, object_id=worker.id, project_id=None, details=all_details, actor=actor)
 
 
-def _tell_jobs(session: Session, worker: Worker, what: str, *, now: float) -> None:
+def _notify_jobs(session: Session, worker: Worker, text: str, *, now: float) -> None:
     """Add an event to each job that the worker holds."""
-    held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker.id, Job.claim_id.is_not(None))
-    _tell(session, worker, session.scalars(select(Job.id).where(*held).order_by(Job.id)).all(), what, now=now)
+    claimed = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker.id, Job.claim_id.is_not(None))
+    _add_events(session, worker, session.scalars(select(Job.id).where(*claimed).order_by(Job.id)).all(), text, now=now)
 
 
-def _tell(session: Session, worker: Worker, job_ids: Sequence[str], what: str, *, now: float) -> None:
+def _add_events(session: Session, worker: Worker, job_ids: Sequence[str], text: str, *, now: float) -> None:
     for job_id in job_ids:
         data = {"worker_id": worker.id}
-        events.add(session, job_id, now=now, level="warn", message=f"Worker {worker.id} {what}", data=data)
+        events.add(session, job_id, now=now, level="warn", message=f"Worker {worker.id} {text}", data=data)
 
 
-def _what_next() -> str:
+def _consequence() -> str:
     return "it accepts no new jobs until an operator uncordons it."
 
 

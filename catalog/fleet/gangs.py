@@ -136,7 +136,7 @@ def enter(
         session.add(seat)
 
 
-def tell(place: GangMember, *, free_bytes: int) -> None:
+def report_memory(place: GangMember, *, free_bytes: int) -> None:
     """Report the memory that each process of a trainer could use on this member now."""
     with place.db.write() as session:
         seat = session.get(GangSeat, place.worker_id, with_for_update=True)
@@ -267,8 +267,8 @@ def missed(place: GangMember, round_id: str, worker_ids: Collection[str]) -> Non
     """Record, as the leader, that the round failed because of these members. Other members are preferred next time."""
     with place.db.write() as session:
         if _led(session, place).round_id == round_id:
-            theirs = (GangSeat.round_id == round_id, GangSeat.worker_id.in_(worker_ids))
-            session.execute(update(GangSeat).where(*theirs).values(num_missed=GangSeat.num_missed + 1))
+            seats = (GangSeat.round_id == round_id, GangSeat.worker_id.in_(worker_ids))
+            session.execute(update(GangSeat).where(*seats).values(num_missed=GangSeat.num_missed + 1))
 
 
 def ask_to_leave(place: GangMember) -> None:
@@ -333,11 +333,11 @@ def _clear(row: Gang) -> None:
 def _live(session: Session, place: GangMember) -> Sequence[tuple[GangSeat, Worker]]:
     """Return the live members of the gang, the longest-running first."""
     now = read_clock(session)
-    heard = place.heard or LivenessTracker(silent_seconds=place.silent_seconds)
+    liveness = place.heard or LivenessTracker(silent_seconds=place.silent_seconds)
     of_gang = (GangSeat.gang == place.gang, Worker.ended_at.is_(None))
     found = select(GangSeat, Worker).join(Worker, Worker.id == GangSeat.worker_id).where(*of_gang)
     rows = session.execute(found.order_by(Worker.started_at, Worker.id))
-    return [(seat, worker) for seat, worker in rows if heard.is_live(worker.id, worker.heartbeat_at, now=now)]
+    return [(seat, worker) for seat, worker in rows if liveness.is_live(worker.id, worker.heartbeat_at, now=now)]
 
 
 def _is_closed(seat: GangSeat, worker: Worker) -> bool:
@@ -428,10 +428,10 @@ def gang_views(session: Session, *, now: float, silent_seconds: float = SILENT_S
     live = (Worker.ended_at.is_(None), Worker.heartbeat_at > now - silent_seconds)
     found = select(Gang, GangSeat, Worker).join(GangSeat, GangSeat.gang == Gang.name)
     rows = session.execute(found.join(Worker, Worker.id == GangSeat.worker_id).where(*live).order_by(Worker.id)).all()
-    there: dict[str, list[str]] = {row.Gang.name: [] for row in rows}
+    available: dict[str, list[str]] = {row.Gang.name: [] for row in rows}
     for _, seat, worker in rows:
         if not (worker.takes_nothing_new or seat.is_leaving):
-            there[seat.gang].append(worker.id)
+            available[seat.gang].append(worker.id)
     gangs = {row.Gang.name: row.Gang for row in rows}
     return [
         GangView(
@@ -439,7 +439,7 @@ def gang_views(session: Session, *, now: float, silent_seconds: float = SILENT_S
             leader_id=gangs[name].leader_id,
             size=gangs[name].size,
             min_size=gangs[name].min_size,
-            workers=tuple(there[name]),
+            workers=tuple(available[name]),
             has_trainer=any(worker.trainer_id and worker.id == gangs[name].leader_id for _, _, worker in rows),
         )
         for name in sorted(gangs)
@@ -475,13 +475,15 @@ def why_all_wait(found: Sequence[GangView], open_ids: Collection[str]) -> str | 
     short = [gang for gang in found if gang.is_short and not gang.has_trainer]
     if not open_ids or not set(open_ids) <= {worker for gang in short for worker in gang.workers}:
         return None
-    told = [_wait_sentence(gang) for gang in short]
-    return f"It waits for missing workers of a gang. {' '.join(told)}"
+    sentences = [_wait_sentence(gang) for gang in short]
+    return f"It waits for missing workers of a gang. {' '.join(sentences)}"
 
 
 def _wait_sentence(gang: GangView) -> str:
-    num_there = len(gang.workers)
-    told = f"{num_there} of {gang.size} workers of {gang.name} {'is' if num_there == 1 else 'are'} available"
-    if num_there >= gang.min_size:
-        return f"{told}; after a waiting time, training starts without the others."
-    return f"{told}."
+    num_available = len(gang.workers)
+    sentence = (
+        f"{num_available} of {gang.size} workers of {gang.name} {'is' if num_available == 1 else 'are'} available"
+    )
+    if num_available >= gang.min_size:
+        return f"{sentence}; after a waiting time, training starts without the others."
+    return f"{sentence}."

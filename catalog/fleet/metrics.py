@@ -117,8 +117,8 @@ def _oldest_waits(session: Session, *, now: float) -> dict[PriorityClass, float]
 
 
 def _num_leases(session: Session, state: JobState, *, until: float | None = None) -> int:
-    held = select(func.count()).select_from(Job).where(Job.state == state, Job.lease_expires_at > 0)
-    return session.scalar(held if until is None else held.where(Job.lease_expires_at <= until)) or 0
+    leased = select(func.count()).select_from(Job).where(Job.state == state, Job.lease_expires_at > 0)
+    return session.scalar(leased if until is None else leased.where(Job.lease_expires_at <= until)) or 0
 
 
 def _jobs_of_bases(session: Session) -> Counter[str]:
@@ -157,8 +157,8 @@ def _reported_by_trainers(live: Iterable[WorkerView], name: str) -> dict[Device,
 def _devices(live: Iterable[WorkerView]) -> dict[Device, dict[str, float]]:
     found: dict[Device, dict[str, float]] = {}
     for view in live:
-        told: dict[str, Any] = (view.worker.report or {}).get("device") or {}
-        known = {name: float(value) for name, value in told.items() if isinstance(value, int | float)}
+        device: dict[str, Any] = (view.worker.report or {}).get("device") or {}
+        known = {name: float(value) for name, value in device.items() if isinstance(value, int | float)}
         found[_device(view)] = {"memory_bytes": float(view.worker.memory_bytes), **known}
     return found
 

@@ -34,9 +34,9 @@ def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[st
     """
     quantization = packing.quantization_of(job.pack_key)
     capacities = views.empty_capacities(session, now=now, quantization=quantization, without=lenders)
-    alike = Counter(capacity.group for capacity in capacities)
-    told = [_placement(session, job, group, num_workers=number) for group, number in alike.items()]
-    return [one for one in told if one["needed_bytes"] <= one["memory_bytes"]]
+    num_by_group = Counter(capacity.group for capacity in capacities)
+    placements = [_placement(session, job, group, num_workers=number) for group, number in num_by_group.items()]
+    return [one for one in placements if one["needed_bytes"] <= one["memory_bytes"]]
 
 
 def _placement(session: Session, job: Job, group: DeviceGroup, *, num_workers: int = 1) -> Json:

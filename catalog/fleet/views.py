@@ -60,8 +60,8 @@ def view(db: Database, worker: Worker) -> WorkerView:
 def _views(db: Database, rows: list[Worker]) -> list[WorkerView]:
     with db.read() as session:
         now = read_clock(session)
-        held = {row.resident_base for row in rows if row.resident_base}
-        names, training = _names(session, held), _training(session)
+        loaded = {row.resident_base for row in rows if row.resident_base}
+        names, training = _names(session, loaded), _training(session)
         return [
             WorkerView(
                 worker=row,
@@ -85,7 +85,7 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
 
 def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
     """Return the loaded trainer of every live worker, ordered by worker id."""
-    held = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
+    live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     return [
         LoadedTrainer(
             base_digest=worker.resident_base,
@@ -95,7 +95,7 @@ def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
             takes_nothing_new=worker.takes_nothing_new,
             cordon=worker.cordon,
         )
-        for worker, pack_key in session.execute(held.where(is_live(now=now)).order_by(Worker.id))
+        for worker, pack_key in session.execute(live.where(is_live(now=now)).order_by(Worker.id))
     ]
 
 
@@ -153,11 +153,11 @@ def empty_capacities(
 
 def empty_capacity(worker: Worker, smallest: Worker | None = None) -> Capacity:
     """Return the worker's capacity without any jobs. smallest: the gang member whose memory limits the capacity."""
-    held = worker.memory_bytes if smallest is None else smallest.memory_bytes
-    group = reported_group(worker.devices, held)
+    memory_bytes = worker.memory_bytes if smallest is None else smallest.memory_bytes
+    group = reported_group(worker.devices, memory_bytes)
     if smallest is not None:
         group = replace(group, smallest=smallest.id)
-    return Capacity(max_jobs=1, memory_bytes_free=held, recomputes=is_gpu(worker), group=group)
+    return Capacity(max_jobs=1, memory_bytes_free=memory_bytes, recomputes=is_gpu(worker), group=group)
 
 
 def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
@@ -167,11 +167,11 @@ def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
 
 def reported_capacity(worker: Worker) -> Capacity:
     """Return the free capacity in addition to current jobs, as last reported; zero if the worker reported none."""
-    told: Json = (worker.report or {}).get("capacity") or {}
+    reported: Json = (worker.report or {}).get("capacity") or {}
     return Capacity(
-        max_jobs=int(told.get("max_jobs", 0)),
-        memory_bytes_free=int(told.get("memory_bytes_free", 0)),
-        holding=told.get("holding", "replicated"),
+        max_jobs=int(reported.get("max_jobs", 0)),
+        memory_bytes_free=int(reported.get("memory_bytes_free", 0)),
+        holding=reported.get("holding", "replicated"),
     )
 
 

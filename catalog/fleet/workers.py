@@ -96,8 +96,8 @@ def end_worker(db: Database, worker_id: str) -> None:
             return
         worker.ended_at = now
         worker.resident_base = worker.trainer_id = None
-        held = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker_id, Job.claim_id.is_not(None))
-        locked = session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update())
+        claimed = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker_id, Job.claim_id.is_not(None))
+        locked = session.scalars(select(Job).where(*claimed).order_by(Job.id).with_for_update())
         for job in recovery.in_lock_order(locked):
             if job.state == JobState.RUNNING:
                 end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} shut down.", now=now)
@@ -158,5 +158,5 @@ def report_trainer(db: Database, trainer_id: str, *, report: Json) -> None:
 
 
 def _close_trainers(session: Session, worker_id: str, *, now: float) -> None:
-    still_open = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
-    session.execute(update(Trainer).where(*still_open).values(ended_at=now))
+    unfinished = (Trainer.worker_id == worker_id, Trainer.ended_at.is_(None))
+    session.execute(update(Trainer).where(*unfinished).values(ended_at=now))

@@ -33,7 +33,7 @@ UNSEEN = frozenset({"requested", "spec", "body_digest", "labels", "lease_expires
 
 
 @dataclass(kw_only=True, slots=True)
-class Mark:
+class Cursor:
     """Position of one watcher."""
 
     project_id: str
@@ -79,7 +79,7 @@ class Change:
     has_more: bool
 
 
-def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> Mark:
+def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) -> Cursor:
     """Start to watch a job after the event `last_seen`, or at its first event.
 
     A returning watcher receives what was committed after that event, without repetitions. A new watcher receives all
@@ -88,32 +88,34 @@ def start(db: Database, *, project_id: str, job_id: str, last_seen: int | None) 
     """
     with db.read() as session:
         find(session, project_id, job_id)
-        mark = Mark(project_id=project_id, job_id=job_id, seq=last_seen or 0)
+        cursor = Cursor(project_id=project_id, job_id=job_id, seq=last_seen or 0)
         seen = session.get(JobEvent, last_seen) if last_seen else None
         if seen is None or seen.job_id != job_id:
             old = (JobEvent.job_id == job_id, JobEvent.created_at < clock_of(session) - RECENT_SECONDS)
-            mark.quiet_until = session.scalar(select(func.max(JobEvent.seq)).where(*old)) or 0
-        return mark
+            cursor.quiet_until = session.scalar(select(func.max(JobEvent.seq)).where(*old)) or 0
+        return cursor
 
 
-def look(db: Database, mark: Mark) -> JobChanges:
-    """Return the changes since `mark`, and advance it."""
+def poll(db: Database, cursor: Cursor) -> JobChanges:
+    """Return the changes since `cursor`, and advance it."""
     with db.read() as session:
-        job = find(session, mark.project_id, mark.job_id)  # before the events: a final job then has all of its events
-        is_shown = or_(JobEvent.type != "metrics", JobEvent.seq > mark.quiet_until)
-        newer = select(JobEvent).where(JobEvent.job_id == mark.job_id, JobEvent.seq > mark.seq, is_shown)
+        job = find(
+            session, cursor.project_id, cursor.job_id
+        )  # before the events: a final job then has all of its events
+        is_shown = or_(JobEvent.type != "metrics", JobEvent.seq > cursor.quiet_until)
+        newer = select(JobEvent).where(JobEvent.job_id == cursor.job_id, JobEvent.seq > cursor.seq, is_shown)
         events = list(session.scalars(newer.order_by(JobEvent.seq).limit(MAX_ROWS)))
         has_more = len(events) == MAX_ROWS
-        told, known = max(mark.seq, mark.quiet_until), _last_of(events, mark.seq)
+        sent, known = max(cursor.seq, cursor.quiet_until), _last_of(events, cursor.seq)
         points: list[Point] = []
-        if known > told:
-            found = metric_store.written(session, {mark.job_id: told})
+        if known > sent:
+            found = metric_store.written(session, {cursor.job_id: sent})
             points = [point for _, point in found if point.seq <= known]
-        mark.seq = known if has_more else max(known, mark.quiet_until)
+        cursor.seq = known if has_more else max(known, cursor.quiet_until)
         return JobChanges(job=job, items=_in_order(events, points), has_more=has_more)
 
 
-def look_at_many(db: Database, seen: Mapping[tuple[str, str], WatchedJob]) -> dict[tuple[str, str], Change | None]:
+def poll_many(db: Database, seen: Mapping[tuple[str, str], WatchedJob]) -> dict[tuple[str, str], Change | None]:
     """Return the changed jobs by (project, job). The value is None if the job does not exist.
 
     The number of queries does not depend on the number of watchers, and unchanged jobs need no query of their own.
@@ -174,7 +176,7 @@ def _rows(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[Any, ...]
 
 
 def _jobs(session: Session, job_ids: Sequence[str]) -> dict[str, Job]:
-    """Return jobs by id. They are read before the events, as in `look`."""
+    """Return jobs by id. They are read before the events, as in `poll`."""
     if not job_ids:
         return {}
     return {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(job_ids)))}

@@ -122,11 +122,11 @@ def lines(
     return Page(items=found[:limit], has_more=len(found) > limit)
 
 
-def let_go(session: Session, *, now: float) -> None:
+def delete_old(session: Session, *, now: float) -> None:
     """Delete the output of jobs that finished long ago. The store's garbage collection then deletes the texts."""
     ended = select(Job.id).where(Job.finished_at < now - KEPT_SECONDS)
-    held = select(Job.project_id, func.sum(JobOutput.num_bytes)).join(Job, Job.id == JobOutput.job_id)
-    for project_id, num_bytes in session.execute(held.where(Job.id.in_(ended)).group_by(Job.project_id)):
+    stored = select(Job.project_id, func.sum(JobOutput.num_bytes)).join(Job, Job.id == JobOutput.job_id)
+    for project_id, num_bytes in session.execute(stored.where(Job.id.in_(ended)).group_by(Job.project_id)):
         ledger.store(session, project_id, -int(num_bytes), now=now)
     gone = delete(JobOutput).where(JobOutput.job_id.in_(ended))
     session.execute(gone, execution_options={"synchronize_session": False})

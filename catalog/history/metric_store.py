@@ -34,7 +34,7 @@ def put(session: Session, job_id: str, kind: str, points: Sequence[Point]) -> No
     rows = [_row(job_id, kind, merged[i : i + BLOCK_POINTS]) for i in range(0, len(merged), BLOCK_POINTS)]
     gone = {block.first_step for block in old} - {row["first_step"] for row in rows}
     if gone:
-        session.execute(delete(MetricBlock).where(*_of(job_id, kind), MetricBlock.first_step.in_(gone)))
+        session.execute(delete(MetricBlock).where(*_conditions(job_id, kind), MetricBlock.first_step.in_(gone)))
     upsert(session, MetricBlock, rows)
 
 
@@ -58,12 +58,12 @@ def thinned(session: Session, job_id: str, kind: str, max_points: int) -> list[P
 
     For a long curve, only the thinned versions of the blocks are read.
     """
-    counted = select(func.count(), func.sum(MetricBlock.num_points)).where(*_of(job_id, kind))
+    counted = select(func.count(), func.sum(MetricBlock.num_points)).where(*_conditions(job_id, kind))
     num_blocks, num_points = session.execute(counted).one()
     if num_blocks == 0:
         return []
     column = _coarsest(num_blocks, num_points, max_points)
-    shown = select(column).where(*_of(job_id, kind)).order_by(MetricBlock.first_step)
+    shown = select(column).where(*_conditions(job_id, kind)).order_by(MetricBlock.first_step)
     points = [point for packed in session.scalars(shown) for point in unpack(kind, packed)]
     return thin(points, max_points, value=lambda point: point.loss)
 
@@ -71,10 +71,10 @@ def thinned(session: Session, job_id: str, kind: str, max_points: int) -> list[P
 def at(session: Session, job_id: str, kind: str, steps: Collection[int]) -> dict[int, Point]:
     """Return points by step. Steps without a measurement are omitted. Reads only the blocks that contain the steps."""
     found: dict[int, Point] = {}
-    for some in _some(sorted(set(steps))):
-        held = or_(*((MetricBlock.first_step <= step) & (MetricBlock.last_step >= step) for step in some))
-        for block in session.execute(_packed(job_id, kind).where(held)):
-            found |= {point.step: point for point in unpack(kind, block.points) if point.step in some}
+    for batch in _batches(sorted(set(steps))):
+        covered = or_(*((MetricBlock.first_step <= step) & (MetricBlock.last_step >= step) for step in batch))
+        for block in session.execute(_packed(job_id, kind).where(covered)):
+            found |= {point.step: point for point in unpack(kind, block.points) if point.step in batch}
     return found
 
 
@@ -84,14 +84,14 @@ def first(session: Session, job_id: str, kind: str) -> Point | None:
 
 
 def least_loss(session: Session, job_id: str, kind: str) -> float | None:
-    return session.scalar(select(func.min(MetricBlock.least_loss)).where(*_of(job_id, kind)))
+    return session.scalar(select(func.min(MetricBlock.least_loss)).where(*_conditions(job_id, kind)))
 
 
 def written(session: Session, after: Mapping[str, int]) -> list[tuple[str, Point]]:
     """Return (job id, point) for the points that were written with events after each job's number."""
     found: list[tuple[str, Point]] = []
-    for some in _some(list(after.items())):
-        newer = or_(*((MetricBlock.job_id == job_id) & (MetricBlock.last_seq > seq) for job_id, seq in some))
+    for batch in _batches(list(after.items())):
+        newer = or_(*((MetricBlock.job_id == job_id) & (MetricBlock.last_seq > seq) for job_id, seq in batch))
         for block in session.execute(select(MetricBlock.job_id, MetricBlock.kind, MetricBlock.points).where(newer)):
             points = unpack(block.kind, block.points)
             found += [(block.job_id, point) for point in points if point.seq > after[block.job_id]]
@@ -102,7 +102,7 @@ def _blocks_to_change(session: Session, job_id: str, kind: str, points: Sequence
     """Return the open block if the points follow it; else all blocks that overlap the range of their steps."""
     first_step, last_step = points[0].step, points[-1].step
     columns = (MetricBlock.first_step, MetricBlock.last_step, MetricBlock.num_points, MetricBlock.points)
-    of_curve = select(*columns).where(*_of(job_id, kind))
+    of_curve = select(*columns).where(*_conditions(job_id, kind))
     newest = session.execute(of_curve.order_by(MetricBlock.first_step.desc()).limit(1)).first()
     if newest is None:
         return []
@@ -122,38 +122,38 @@ def _row(job_id: str, kind: str, points: Sequence[Point]) -> dict[str, Any]:
         "num_points": len(points),
         "last_seq": max(point.seq for point in points),
         "least_loss": min(point.loss for point in points),
-        "sketch": _picture(points, SKETCH_POINTS) if is_full else None,
-        "outline": _picture(points, OUTLINE_POINTS) if is_full else None,
+        "sketch": _thinned_points(points, SKETCH_POINTS) if is_full else None,
+        "outline": _thinned_points(points, OUTLINE_POINTS) if is_full else None,
         "points": pack(points),
     }
 
 
-def _picture(points: Sequence[Point], num_points: int) -> bytes:
+def _thinned_points(points: Sequence[Point], num_points: int) -> bytes:
     return pack(thin(points, num_points, value=lambda point: point.loss))
 
 
 def _coarsest(num_blocks: int, num_points: int, max_points: int) -> ColumnElement[bytes]:
     """Return the column with the most thinned version of the blocks that still has enough points."""
-    pictures: tuple[tuple[int, InstrumentedAttribute[Any]], ...] = (
+    versions: tuple[tuple[int, InstrumentedAttribute[Any]], ...] = (
         (SKETCH_POINTS, MetricBlock.sketch),
         (OUTLINE_POINTS, MetricBlock.outline),
     )
-    for num_kept, picture in pictures:
+    for num_kept, version in versions:
         if num_blocks * num_kept >= min(max_points, num_points):
-            return func.coalesce(picture, MetricBlock.points, type_=LargeBinary())
+            return func.coalesce(version, MetricBlock.points, type_=LargeBinary())
     return MetricBlock.points.expression
 
 
-def _of(job_id: str, kind: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _conditions(job_id: str, kind: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     return (MetricBlock.job_id == job_id, MetricBlock.kind == kind)
 
 
 def _packed(job_id: str, kind: str) -> Select[int, bytes]:
     """Select the last step and the points of each block, ordered by step."""
     packed = select(MetricBlock.last_step, MetricBlock.points)
-    return packed.where(*_of(job_id, kind)).order_by(MetricBlock.first_step)
+    return packed.where(*_conditions(job_id, kind)).order_by(MetricBlock.first_step)
 
 
-def _some(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """Split the items into parts of at most 50, the maximum for one query."""
     return (items[i : i + 50] for i in range(0, len(items), 50))

@@ -117,16 +117,16 @@ def packmates(db: Database, *, project_id: str, job_id: str) -> dict[str, list[s
     """Return packmates of each attempt, by its claim id: only jobs of the same project."""
     with db.read() as session:
         find(session, project_id, job_id)
-        mine = list(session.scalars(select(Attempt).where(Attempt.job_id == job_id)))
-        return {attempt.claim_id: _beside(session, project_id, attempt) for attempt in mine}
+        own = list(session.scalars(select(Attempt).where(Attempt.job_id == job_id)))
+        return {attempt.claim_id: _packmates(session, project_id, attempt) for attempt in own}
 
 
-def _beside(session: Session, project_id: str, attempt: Attempt) -> list[str]:
+def _packmates(session: Session, project_id: str, attempt: Attempt) -> list[str]:
     if attempt.trainer_id is None:
         return []
-    together = (Attempt.trainer_id == attempt.trainer_id, Attempt.job_id != attempt.job_id)
+    same_trainer = (Attempt.trainer_id == attempt.trainer_id, Attempt.job_id != attempt.job_id)
     overlap = [or_(Attempt.ended_at.is_(None), Attempt.ended_at > attempt.started_at)]
     if attempt.ended_at is not None:
         overlap.append(Attempt.started_at < attempt.ended_at)
-    others = select(Attempt.job_id).join(Job, Job.id == Attempt.job_id).where(*together, *overlap)
+    others = select(Attempt.job_id).join(Job, Job.id == Attempt.job_id).where(*same_trainer, *overlap)
     return list(session.scalars(others.where(Job.project_id == project_id).distinct().order_by(Attempt.job_id)))

@@ -104,7 +104,7 @@ def _due(types: Collection[str], *, now: float, limit: int) -> Select[JobExport]
     return select(JobExport).where(*due).order_by(JobExport.next_at).limit(limit)
 
 
-def look(db: Database, export: Export) -> RunUpdate:
+def poll(db: Database, export: Export) -> RunUpdate:
     """Return the data in the database that is not exported yet."""
     with db.read() as session:
         job = session.get_one(Job, export.job_id)
@@ -120,7 +120,7 @@ def look(db: Database, export: Export) -> RunUpdate:
         return RunUpdate(run=_run(session, job, export.type), points=points, end=end, has_more=has_more)
 
 
-def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tuple[Export, Follows]:
+def record(db: Database, export: Export, run_update: RunUpdate, *, run_id: str) -> tuple[Export, Follows]:
     """Record the exported data, and renew the claim while the job trains."""
     with db.write() as session:
         now = read_clock(session)
@@ -129,12 +129,12 @@ def record(db: Database, export: Export, news: RunUpdate, *, run_id: str) -> tup
             return export, Follows.STALE
         state = session.get_one(Job, export.job_id).state
         row.run_id, row.num_failures = run_id, 0
-        row.train_step = max([row.train_step, *_steps(news, "train")])
-        row.valid_step = max([row.valid_step, *_steps(news, "valid")])
+        row.train_step = max([row.train_step, *_steps(run_update, "train")])
+        row.valid_step = max([row.valid_step, *_steps(run_update, "valid")])
         follows, row.lease_expires_at = Follows.GO_ON, now + LEASE_SECONDS
-        if news.end is not None:
+        if run_update.end is not None:
             follows, row.finished_at = Follows.DONE, now
-        elif state != JobState.RUNNING and state not in FINAL_STATES and not news.has_more:
+        elif state != JobState.RUNNING and state not in FINAL_STATES and not run_update.has_more:
             follows = Follows.SLEEP
         if follows is not Follows.GO_ON:
             row.next_at = None
@@ -163,12 +163,12 @@ def fail(db: Database, export: Export, problem: str) -> None:
         row.num_failures += 1
         lease.release(row)
         row.next_at = now + FIRST_WAIT_SECONDS * 2 ** (row.num_failures - 1)
-        told = f"Writing to the integration {row.type} failed: {problem}"
+        problem_text = f"Writing to the integration {row.type} failed: {problem}"
         if row.num_failures >= MAX_FAILURES:
             row.finished_at, row.next_at = now, None
-            events.add(session, row.job_id, now=now, level="warn", message=f"{told} The export was stopped.")
+            events.add(session, row.job_id, now=now, level="warn", message=f"{problem_text} The export was stopped.")
         elif row.error is None:
-            message = f"{told} Training continues, and the export is retried."
+            message = f"{problem_text} Training continues, and the export is retried."
             events.add(session, row.job_id, now=now, level="warn", message=message)
         row.error = row.error or problem
 
@@ -204,8 +204,8 @@ def _point(row: Point) -> Json:
     return {"kind": row.kind, "step": row.step, "at": row.created_at, "values": known}
 
 
-def _steps(news: RunUpdate, kind: str) -> list[int]:
-    return [point["step"] for point in news.points if point["kind"] == kind]
+def _steps(run_update: RunUpdate, kind: str) -> list[int]:
+    return [point["step"] for point in run_update.points if point["kind"] == kind]
 
 
 def _run(session: Session, job: Job, wanted: str) -> Json:

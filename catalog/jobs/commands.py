@@ -161,21 +161,21 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         return job
 
 
-def stop(session: Session, job: Job, wish: Stop, *, now: float) -> None:
+def stop(session: Session, job: Job, request: Stop, *, now: float) -> None:
     """Stop the job immediately if no worker trains it; otherwise ask its worker, once.
 
     Raises Conflict if the job is in a final state.
     """
     if job.state in FINAL_STATES:
         raise _already_final(job)
-    if job.state == JobState.RUNNING and getattr(job, wish.flag):
+    if job.state == JobState.RUNNING and getattr(job, request.flag):
         return
-    _note(session, wish.audited, job, now=now)
+    _note(session, request.audited, job, now=now)
     if job.state != JobState.RUNNING:
-        move(session, job, wish.verb, now=now, message=wish.done, reason=wish.reason)
+        move(session, job, request.verb, now=now, message=request.done, reason=request.reason)
     else:
-        setattr(job, wish.flag, True)
-        events.add(session, job.id, now=now, message=wish.request_message)
+        setattr(job, request.flag, True)
+        events.add(session, job.id, now=now, message=request.request_message)
 
 
 def _note(session: Session, type: AuditType, job: Job, *, now: float) -> None:  # noqa: A002

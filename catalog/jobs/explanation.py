@@ -62,13 +62,13 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
                 sentence, facts = f"It failed. {error.get('message', '')}".strip(), {"error": error}
             case JobState.CANCELLED:
                 sentence, facts = "It was cancelled.", {}
-        trial, told = _as_a_trial(session, job)
-        told = f"{sentence} {told}" if told else sentence
-        where = {"job_id": job.id, "state": job.state, "reason": job.reason}
-        return {**where, "explanation": told, "sweep": trial, **facts}
+        trial, explanation = _trial_facts(session, job)
+        explanation = f"{sentence} {explanation}" if explanation else sentence
+        identity = {"job_id": job.id, "state": job.state, "reason": job.reason}
+        return {**identity, "explanation": explanation, "sweep": trial, **facts}
 
 
-def _as_a_trial(session: Session, job: Job) -> tuple[Json | None, str]:
+def _trial_facts(session: Session, job: Job) -> tuple[Json | None, str]:
     trial = trial_of(session, job)
     if trial is None:
         return None, ""
@@ -97,7 +97,7 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     facts["is_shared_with_other_projects"] = session.scalar(others) is not None
     if not facts["live_workers"]:
         return "Its files wait to be prepared, but no worker is running. Start one.", facts
-    if (closed := availability.where_all_are(residents)) is not None:
+    if (closed := availability.why_all_closed(residents)) is not None:
         return f"Its files wait to be prepared. {closed}", facts
     shared = " in its project, which alternates with others" if facts["is_shared_with_other_projects"] else ""
     return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{shared}.", facts
@@ -105,9 +105,9 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
 
 def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
     live = views.residents(session, now=now)
-    open_ones, gangs = availability.open_ones(live), gang_views.gang_views(session, now=now)
+    accepting, gangs = availability.accepting(live), gang_views.gang_views(session, now=now)
     lenders = gang_views.lending_workers(gangs)
-    residents = [resident for resident in open_ones if resident.worker_id not in lenders]
+    residents = [resident for resident in accepting if resident.worker_id not in lenders]
     facts: Json = {
         "run_after": job.run_after,
         "counted_attempts": job.counted_attempts,
@@ -123,44 +123,44 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     }
     facts |= {"is_held": job.is_held, **deadlines.facts(job, now)}
     facts |= {"placements": placement.of_waiting(session, job, now=now, lenders=lenders)}
-    kept_back = _kept_back(session, job, now=now)
-    if kept_back is not None:
-        return kept_back[0], facts | kept_back[1]
+    blocked = _blocked(session, job, now=now)
+    if blocked is not None:
+        return blocked[0], facts | blocked[1]
     entries = listing.queue_entries(session, now=now, policy=policy)
-    mine = next((entry for entry in entries if entry.candidate.job_id == job.id), None)
-    had = charging.shares_of_waiting(session, now=now, policy=policy)
-    share = ordering.describe_share(had, job.project_id, policy)
+    own_entry = next((entry for entry in entries if entry.candidate.job_id == job.id), None)
+    shares = charging.shares_of_waiting(session, now=now, policy=policy)
+    share = ordering.describe_share(shares, job.project_id, policy)
     facts |= {"share": share, "policy": asdict(policy)}
-    facts |= {"shares": ordering.all_shares(had, policy)} if sees_all else {}
-    if mine is None:
+    facts |= {"shares": ordering.all_shares(shares, policy)} if sees_all else {}
+    if own_entry is None:
         facts |= {"ahead_at_least": len(entries), "ahead_of_this_project_in_all": _own_ahead(session, job)}
         return _far_behind(facts), facts
-    ahead = [entry for entry in entries if entry.position < mine.position]
-    facts |= _place(mine, ahead, job)
+    ahead = [entry for entry in entries if entry.position < own_entry.position]
+    facts |= _place(own_entry, ahead, job)
     facts |= _last_preemption(session, job) | {"preemption_requested_at": job.preemption_requested_at}
     if not facts["live_workers"]:
         return "No worker is running. Start one.", facts
     hindrance = (
-        availability.where_all_are(live)
+        availability.why_all_closed(live)
         or _unquantized(session, job, now=now)
-        or _too_large(session, job, mine, now=now)
-        or gang_views.why_all_wait(gangs, [one.worker_id for one in open_ones])
+        or _too_large(session, job, own_entry, now=now)
+        or gang_views.why_all_wait(gangs, [one.worker_id for one in accepting])
     )
     if hindrance:
         return hindrance, facts
     parts = (
-        _left_for(facts["preemption"]),
-        _queue_sentence(job, mine, ahead, residents),
-        _none_free(session, mine, residents),
-        availability.where_its_base_is(live, job.base_digest),
-        _preempting_sentence(mine),
+        _preempted_sentence(facts["preemption"]),
+        _queue_sentence(job, own_entry, ahead, residents),
+        _free_memory_sentence(session, own_entry, residents),
+        availability.why_base_closed(live, job.base_digest),
+        _preempting_sentence(own_entry),
         deadlines.sentence(job, now),
         ordering.share_sentence(share),
     )
     return " ".join(part for part in parts if part), facts
 
 
-def _kept_back(session: Session, job: Job, *, now: float) -> tuple[str, Json] | None:
+def _blocked(session: Session, job: Job, *, now: float) -> tuple[str, Json] | None:
     """Return the reason why the job can't be claimed at any queue position; None if it can."""
     if job.is_held:
         return "It is held and does not start until it is released: lorry jobs release.", {}
@@ -179,7 +179,7 @@ def _last_preemption(session: Session, job: Job) -> Json:
     return {"preemption": preemption, "num_preemptions": job.num_preemptions}
 
 
-def _left_for(preemption: Json | None) -> str | None:
+def _preempted_sentence(preemption: Json | None) -> str | None:
     """Return a sentence about the preemption. It does not name the urgent job, which may belong to another project."""
     if preemption is None:
         return None
@@ -195,8 +195,8 @@ def _class_name(effective_priority: int) -> str:
     return PriorityClass(effective_priority).name if effective_priority >= 0 else "above urgent"
 
 
-def _preempting_sentence(mine: QueueEntry) -> str | None:
-    if not mine.awaits_preemption:
+def _preempting_sentence(own_entry: QueueEntry) -> str | None:
+    if not own_entry.awaits_preemption:
         return None
     return "Jobs of lower classes are being preempted for it: they save a checkpoint first."
 
@@ -205,8 +205,8 @@ def _own_ahead(session: Session, job: Job) -> int:
     """Return the number of jobs of the same project and class that are ahead of the job."""
     is_before = or_(Job.place < job.place, and_(Job.place == job.place, Job.id < job.id))
     alike = (Job.project_id == job.project_id, Job.priority == job.priority)
-    mine = (Job.state == job.state, *alike, Job.is_held.is_(False))
-    return session.scalar(select(func.count()).where(*mine, is_before)) or 0
+    same_class = (Job.state == job.state, *alike, Job.is_held.is_(False))
+    return session.scalar(select(func.count()).where(*same_class, is_before)) or 0
 
 
 def _far_behind(facts: Json) -> str:
@@ -220,21 +220,21 @@ def _far_behind(facts: Json) -> str:
 def _limited(quota: QuotaStatus) -> str:
     ends = {"concurrent_jobs": "It waits until one of them has finished"}
     until = ends.get(quota.name, "It waits until the end of the month")
-    return f"Its project has reached its limit of {quota.said()}. {until}, or until an operator raises the limit."
+    return f"Its project has reached its limit of {quota.describe()}. {until}, or until an operator raises the limit."
 
 
-def _place(mine: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
+def _place(own_entry: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
     """Return the facts about the job's queue position. Jobs of other projects are counted but not listed."""
     own = [entry.candidate.job_id for entry in ahead if entry.candidate.project_id == job.project_id]
     return {
-        "position": mine.position,
+        "position": own_entry.position,
         "ahead": len(ahead),
         "ahead_of_this_project": own[:MAX_NAMED],
-        "waited_seconds": mine.waited_seconds,
-        "position_reason": mine.reason,
-        "effective_priority": mine.effective_priority,
-        "normalized_usage": mine.level,
-        "effective_level": mine.effective_level,
+        "waited_seconds": own_entry.waited_seconds,
+        "position_reason": own_entry.reason,
+        "effective_priority": own_entry.effective_priority,
+        "normalized_usage": own_entry.level,
+        "effective_level": own_entry.effective_level,
     }
 
 
@@ -244,19 +244,19 @@ def _precisions(residents: list[LoadedTrainer], base_digest: str) -> list[str]:
     return sorted(packing.precision_of(key) for key in keys if key)
 
 
-def _queue_sentence(job: Job, mine: QueueEntry, ahead: list[QueueEntry], residents: list[LoadedTrainer]) -> str:
-    if mine.candidate.is_suspect:
+def _queue_sentence(job: Job, own_entry: QueueEntry, ahead: list[QueueEntry], residents: list[LoadedTrainer]) -> str:
+    if own_entry.candidate.is_suspect:
         return f"{_ends_sentence(job)}: it waits for a worker of its own, so that no other job is affected."
     place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
     of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
-    takers = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
-    if takers:
-        near_plateau = [throughput.explained(resident.saturation) for resident in takers]
+    joinable = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
+    if joinable:
+        near_plateau = [throughput.explained(resident.saturation) for resident in joinable]
         why = near_plateau[0] if all(near_plateau) else None
         return f"{place} {why or _joins(ahead)}"
     if any(resident.base_digest is None for resident in residents):
         return place if ahead else "It is first in the queue and waits for a worker with free capacity."
-    return f"{place} {_other_trainer(job, of_its_base)} {_patience(mine)}"
+    return f"{place} {_other_trainer(job, of_its_base)} {_overtaking_sentence(own_entry)}"
 
 
 def _ends_sentence(job: Job) -> str:
@@ -276,15 +276,17 @@ def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
     """Return the reason why the job can't join a loaded trainer."""
     if not of_its_base:
         return "Workers currently have other base models loaded."
-    loaded = " and ".join(sorted({packing.weights_of(held.pack_key) for held in of_its_base if held.pack_key}))
+    loaded = " and ".join(
+        sorted({packing.weights_of(resident.pack_key) for resident in of_its_base if resident.pack_key})
+    )
     wanted = packing.weights_of(job.pack_key)
     return f"Its base model is loaded in {loaded}, but it needs {wanted}: it can't join and waits for its own trainer."
 
 
-def _patience(mine: QueueEntry) -> str:
-    if mine.awaits_preemption:
+def _overtaking_sentence(own_entry: QueueEntry) -> str:
+    if own_entry.awaits_preemption:
         return "No job behind it joins a loaded trainer before it trains."
-    if mine.waited_seconds < PATIENCE_SECONDS:
+    if own_entry.waited_seconds < PATIENCE_SECONDS:
         return f"Jobs that can join a loaded trainer may start first, for at most {PATIENCE_SECONDS:.0f} s."
     return "No job behind it joins a loaded trainer any more: it starts when the current jobs there have finished."
 
@@ -296,26 +298,26 @@ def _unquantized(session: Session, job: Job, *, now: float) -> str | None:
     return f"It needs its base model in {wanted}, but no running worker has bitsandbytes. {INSTALL_QUANT}"
 
 
-def _too_large(session: Session, job: Job, mine: QueueEntry, *, now: float) -> str | None:
+def _too_large(session: Session, job: Job, own_entry: QueueEntry, *, now: float) -> str | None:
     capacities = views.empty_capacities(session, now=now)
-    found = [(capacity.group, capacity.demand(mine.candidate)) for capacity in capacities] or [
-        (SINGLE, NOTHING.demand(mine.candidate))
+    found = [(capacity.group, capacity.demand(own_entry.candidate)) for capacity in capacities] or [
+        (SINGLE, NOTHING.demand(own_entry.candidate))
     ]
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     hindrance = sharding.hindrance(job.spec["lora"], packing.quantization_of(job.pack_key), description)
-    nowhere = sharding.nowhere(found, hindrance)
-    if nowhere is None:
+    misfit = sharding.explain_misfit(found, hindrance)
+    if misfit is None:
         return None
-    fits = sharding.would_fit_sentence(sharding.would_fit(ON_A_GPU.demand(mine.candidate)))
-    return f"{nowhere} {fits} Add such a worker, or cancel the job and use a lower rank or a smaller base model."
+    fits = sharding.would_fit_sentence(sharding.would_fit(ON_A_GPU.demand(own_entry.candidate)))
+    return f"{misfit} {fits} Add such a worker, or cancel the job and use a lower rank or a smaller base model."
 
 
-def _none_free(session: Session, mine: QueueEntry, residents: list[LoadedTrainer]) -> str | None:
+def _free_memory_sentence(session: Session, own_entry: QueueEntry, residents: list[LoadedTrainer]) -> str | None:
     """Return a sentence if idle workers have the total memory for the job, but other processes use too much of it."""
     empty = [resident.worker_id for resident in residents if resident.base_digest is None]
-    told = views.reported_when_empty(session, empty)
-    needed = [(capacity.alone(mine.candidate), worker_id, capacity) for worker_id, capacity in told]
-    if len(told) < len(empty) or any(need <= capacity.memory_bytes_free for need, _, capacity in needed):
+    reported = views.reported_when_empty(session, empty)
+    needed = [(capacity.alone(own_entry.candidate), worker_id, capacity) for worker_id, capacity in reported]
+    if len(reported) < len(empty) or any(need <= capacity.memory_bytes_free for need, _, capacity in needed):
         return None
     found = [one for one in needed if one[0] <= one[2].group.bytes_of_each]
     if not found:
@@ -329,15 +331,15 @@ def _none_free(session: Session, mine: QueueEntry, residents: list[LoadedTrainer
 
 
 def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
-    attempt, placed = session.get(Attempt, job.claim_id), placement.of_running(session, job)
+    attempt, placements = session.get(Attempt, job.claim_id), placement.of_running(session, job)
     facts: Json = {
         "worker_id": job.worker_id,
         "trainer_id": job.trainer_id,
         "attempt": job.attempt,
         "why": attempt.why if attempt else None,
         "progress": job.progress,
-        "strategy": placed[0]["strategy"] if placed else None,
-        "placements": placed,
+        "strategy": placements[0]["strategy"] if placements else None,
+        "placements": placements,
         "preemption": attempt.preemption if attempt and job.preempted_for else None,
         **deadlines.facts(job, now),
     }
@@ -346,15 +348,15 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     if job.pause_requested:
         return f"Its worker {job.worker_id} was asked to save a checkpoint and pause it.", facts
     if job.preempted_for is not None:
-        told = "to save a checkpoint and release it for an urgent job"
-        return f"Its worker {job.worker_id} was asked {told}; it returns to its position in the queue.", facts
+        request = "to save a checkpoint and release it for an urgent job"
+        return f"Its worker {job.worker_id} was asked {request}; it returns to its position in the queue.", facts
     around = availability.around(session.get(Worker, job.worker_id) if job.worker_id else None)
     begun = f"It is training on worker {job.worker_id}, attempt {job.attempt}."
     if job.started_at is None:
         begun = f"Worker {job.worker_id} has claimed it, attempt {job.attempt}; its trainer is loading the base model."
-    among_several = placed[0]["reason"] if placed and placed[0]["num_devices"] > 1 else None
-    told = (begun, among_several, around, deadlines.sentence(job, now))
-    return " ".join(filter(None, told)), facts
+    among_several = placements[0]["reason"] if placements and placements[0]["num_devices"] > 1 else None
+    parts = (begun, among_several, around, deadlines.sentence(job, now))
+    return " ".join(filter(None, parts)), facts
 
 
 def _jobs(number: int) -> str:

@@ -167,13 +167,13 @@ def submit(
     quota.check_preparation(session, job, now=now)
     commands.index_labels(session, job)
     ledger.add(session, job, "num_created", 1, now=now)
-    told = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
-    told |= {"plan": request.plan} if isinstance(request, AgreedPlan) else {}
-    told |= {"sweep": sweep_id} if sweep_id else {}
-    log.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=told)
+    details = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
+    details |= {"plan": request.plan} if isinstance(request, AgreedPlan) else {}
+    details |= {"sweep": sweep_id} if sweep_id else {}
+    log.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=details)
     tracker_exports.add(session, job, accepted.request.integrations or ())
     if isinstance(request, AgreedPlan):
         events.add(session, job.id, now=now, message=f"The job was created from {request.plan} without changes.")
-    for surprise in accepted.surprises:
-        events.add(session, job.id, now=now, level="warn", message=surprise.sentence())
+    for caution in accepted.cautions:
+        events.add(session, job.id, now=now, level="warn", message=caution.sentence())
     return job

@@ -81,14 +81,14 @@ def waiting(
     number of counted attempts if `such.tried_less` is set.
     """
     such = replace(such, shards_when=group.shards_when)
-    left = num_bytes - group.reserve_bytes if such.alone else num_bytes
-    asked = {"now": now, "per_group": per_group, "num_bytes": left, "key": key, "num_ends": num_ends}
+    free_bytes = num_bytes - group.reserve_bytes if such.alone else num_bytes
+    asked = {"now": now, "per_group": per_group, "num_bytes": free_bytes, "key": key, "num_ends": num_ends}
     asked |= {"num_devices": group.num_devices, "usable_bytes": group.usable_bytes}
     asked |= {"host_bytes": group.host_limit_bytes, "keeps_shares": int(group.keeps_shares)}
     rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
     limited = {row.project_id for row in rows if row.is_limited}
-    held = quotas.holds(session, now=now, project_ids=limited) if limited else ()
-    return [_candidate(session, row) for row in rows if row.project_id not in held]
+    limited_projects = quotas.holds(session, now=now, project_ids=limited) if limited else ()
+    return [_candidate(session, row) for row in rows if row.project_id not in limited_projects]
 
 
 def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
@@ -192,11 +192,11 @@ def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
 def _where_some_fit(groups: CTE, such: CandidateFilter) -> CTE:
     """The groups whose smallest job fits. Each other group costs one row, however many of its jobs wait."""
     job = aliased(Job)
-    mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
+    group = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
     need, by = func.coalesce(job.least_bytes - job.trainer_bytes, 0), job.least_bytes
     if such.alone:  # no index contains the size of a shard, which therefore counts as 0 bytes
         need = by = job.least_bytes if such.shards_when == "never" else job.least_divided_bytes
-    smallest = select(need).where(*mine).order_by(by).limit(1).correlate(groups)
+    smallest = select(need).where(*group).order_by(by).limit(1).correlate(groups)
     if such.alike:
         smallest = smallest.where(job.pack_key == bindparam("key"))
     fitting = select(groups).where(smallest.scalar_subquery() <= bindparam("num_bytes"))
@@ -206,9 +206,9 @@ def _where_some_fit(groups: CTE, such: CandidateFilter) -> CTE:
 
 def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) -> Select[str]:
     """The ids of the first jobs of one group that meet all conditions."""
-    mine = (job.project_id == groups.c.project_id, job.priority == groups.c.priority)
-    mine = (*mine, job.is_held == groups.c.is_held)
-    firsts = select(job.id).where(*conditions, *mine).order_by(job.place, job.id)
+    same_group = (job.project_id == groups.c.project_id, job.priority == groups.c.priority)
+    same_group = (*same_group, job.is_held == groups.c.is_held)
+    firsts = select(job.id).where(*conditions, *same_group).order_by(job.place, job.id)
     return firsts.limit(bindparam("per_group")).correlate(groups)
 
 
@@ -241,8 +241,8 @@ def _strategy_columns(
     number, usable = bindparam("num_devices", type_=BigInteger), bindparam("usable_bytes", type_=BigInteger)
     share = (job.shardable_bytes + number - 1) // number
     rest = whole - job.shardable_bytes + job.gathered_bytes
-    coming = (job.gathered_bytes + GATHERED_BLOCKS * number - 1) // (GATHERED_BLOCKS * number)
-    divided, offloaded = rest + share, rest + share * bindparam("keeps_shares") + coming
+    gathered = (job.gathered_bytes + GATHERED_BLOCKS * number - 1) // (GATHERED_BLOCKS * number)
+    divided, offloaded = rest + share, rest + share * bindparam("keeps_shares") + gathered
     can_divide, host_holds = job.shardable_bytes > 0, job.shardable_bytes <= bindparam("host_bytes")
     if such.shards_when == "always":
         return divided, can_divide

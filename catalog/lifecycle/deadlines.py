@@ -15,7 +15,7 @@ Json = dict[str, Any]
 UNFINISHED = (JobState.VALIDATING_FILES, JobState.QUEUED, JobState.RUNNING)
 
 
-def tell_late(db: Database) -> int:
+def notify_late(db: Database) -> int:
     """Write an event for each unfinished job that will miss its deadline. Returns their number."""
     with db.read() as session:  # most checks find no job, and a read transaction blocks no writer
         now = read_clock(session)
@@ -57,10 +57,10 @@ def sentence(job: Job, now: float) -> str | None:
     if job.state == JobState.RUNNING:
         word = "after" if is_late(job, now) else "before"
         return f"The job finishes about {abs(_expected_end(job, now) - job.deadline):.0f} s {word} its deadline."
-    left = (job.needed_start or job.deadline) - now
-    if left < 0:
-        return f"To meet its deadline, the job needed to start {-left:.0f} s ago."
-    return f"To meet its deadline, the job must start within {left:.0f} s."
+    remaining = (job.needed_start or job.deadline) - now
+    if remaining < 0:
+        return f"To meet its deadline, the job needed to start {-remaining:.0f} s ago."
+    return f"To meet its deadline, the job must start within {remaining:.0f} s."
 
 
 def _expected_end(job: Job, now: float) -> float:

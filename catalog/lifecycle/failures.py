@@ -1,7 +1,7 @@
 """Consequences of failed attempts: back-off, base models that can't be loaded, and out-of-memory handling.
 
 - `backoff_seconds`: other jobs run before a job whose attempt failed, which distinguishes bad nodes from bad jobs.
-- `is_to_blame`: whether a base model can't be loaded anywhere, or only on this worker.
+- `is_at_fault`: whether a base model can't be loaded anywhere, or only on this worker.
 - `memory_rung`: after out of memory, the next attempt uses smaller ticks, then runs alone with one slice per tick.
 """
 
@@ -93,7 +93,7 @@ def has_been_loaded(session: Session, pack_key: str) -> bool:
     return any(was_ready(trainer.report) for trainer in _latest(session, pack_key))
 
 
-def is_to_blame(session: Session, job: Job, reason: EndReason, *, now: float) -> bool:
+def is_at_fault(session: Session, job: Job, reason: EndReason, *, now: float) -> bool:
     """Whether the job's base model, and not the node, is at fault for the end of a trainer that was never ready.
 
     It is if it fails on enough hosts, or if no worker is left that could try to load it.
@@ -143,8 +143,8 @@ def _trainer(session: Session, job: Job) -> Trainer | None:
 
 
 def _latest(session: Session, pack_key: str) -> Sequence[Trainer]:
-    alike = select(Trainer).where(Trainer.pack_key == pack_key)
-    return session.scalars(alike.order_by(Trainer.started_at.desc()).limit(LOOKED_AT)).all()
+    same_key = select(Trainer).where(Trainer.pack_key == pack_key)
+    return session.scalars(same_key.order_by(Trainer.started_at.desc()).limit(LOOKED_AT)).all()
 
 
 def _failures(session: Session, pack_key: str) -> _Failures | None:
@@ -154,8 +154,8 @@ def _failures(session: Session, pack_key: str) -> _Failures | None:
         return None
     ended = (Attempt.trainer_id.in_([trainer.id for trainer in latest]), Attempt.reason.in_(OF_A_LOAD))
     # In a gang, the worker at fault may differ from the one that claimed the job.
-    whose = func.coalesce(func.nullif(Attempt.blamed_worker_id, ""), Attempt.worker_id)
-    worker_ids = set(session.scalars(select(whose).where(*ended).distinct()))
+    at_fault = func.coalesce(func.nullif(Attempt.blamed_worker_id, ""), Attempt.worker_id)
+    worker_ids = set(session.scalars(select(at_fault).where(*ended).distinct()))
     job = session.scalars(select(Job).join(Attempt, Attempt.job_id == Job.id).where(*ended).limit(1)).first()
     if job is None:
         return None
@@ -219,9 +219,9 @@ def out_of_memory_text(session: Session, job: Job) -> str:
     description = session.get_one(BaseModelRow, job.base_model).description or {}
     group = sharding.reported_group(worker.devices, worker.memory_bytes)
     demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
-    reckoned, held = group.needed_bytes(demand), group.bytes_of_each
-    beyond = replace(demand, whole_bytes=demand.whole_bytes + max(0, held - reckoned) + 1)
+    estimated, available = group.needed_bytes(demand), group.bytes_of_each
+    beyond = replace(demand, whole_bytes=demand.whole_bytes + max(0, available - estimated) + 1)
     fits = sharding.would_fit_sentence(sharding.would_fit(beyond))
-    where = "the device" if group.num_devices == 1 else f"the smallest of {group.num_devices} devices"
-    told = f"The job was estimated to need about {readable(reckoned)}, and {where} has {readable(held)}"
-    return f"{tried} {told}, shared with other processes. {fits}"
+    smallest = "the device" if group.num_devices == 1 else f"the smallest of {group.num_devices} devices"
+    comparison = f"The job was estimated to need about {readable(estimated)}, and {smallest} has {readable(available)}"
+    return f"{tried} {comparison}, shared with other processes. {fits}"

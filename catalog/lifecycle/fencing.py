@@ -16,8 +16,8 @@ from catalog.tables.jobs import Job
 
 def hold(session: Session, claim_id: str, *, state: JobState = JobState.RUNNING) -> Job:
     """Return the job that `claim_id` holds in `state`, locked until the transaction ends. Raises StaleClaim."""
-    mine = select(Job).where(Job.claim_id == claim_id, Job.state == state)
-    job = session.scalar(mine.with_for_update(of=Job))
+    row = select(Job).where(Job.claim_id == claim_id, Job.state == state)
+    job = session.scalar(row.with_for_update(of=Job))
     if job is None:
         raise StaleClaim(claim_id)
     return job

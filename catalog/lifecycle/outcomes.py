@@ -53,7 +53,7 @@ def decide(
     is_bystander: bool = False,
     losses: int = 1,
     num_shortages: int = 0,
-    yields_seconds: float = 0.0,
+    min_wait_seconds: float = 0.0,
 ) -> AttemptOutcome:
     """Return the verb for the job: the user's pending request decides first, then ENDINGS.
 
@@ -61,16 +61,16 @@ def decide(
 
     is_bystander: the trainer exited before it had started the job, and the base model is not at fault. losses: bad ends
     in a row, if the job did not cause the last one. num_shortages: the number of out-of-memory attempts including this
-    one, or 0 if this attempt did not run out of memory. yields_seconds: the minimum wait before a retry.
+    one, or 0 if this attempt did not run out of memory. min_wait_seconds: the minimum wait before a retry.
     """
     ending = ENDINGS[reason]
     is_loss = _is_loss(reason, is_bystander=is_bystander)
     counted = counted_attempts + int(ending.is_counted and not is_loss)
     if 0 < num_shortages < failures.MAX_OUT_OF_MEMORY:
         counted = min(counted, failures.ALONE)  # one slice per tick was not tried yet
-    wished = _wished(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
-    if wished is not None:
-        return AttemptOutcome(verb=wished, counted_attempts=counted)
+    requested = _requested_verb(reason, cancel_requested=cancel_requested, pause_requested=pause_requested)
+    if requested is not None:
+        return AttemptOutcome(verb=requested, counted_attempts=counted)
     if not ending.retryable:
         return AttemptOutcome(verb=Verb.FAIL, counted_attempts=counted)
     if not ending.counts and not is_loss:
@@ -78,7 +78,7 @@ def decide(
     number, most = (losses, MAX_LOSSES) if is_loss else (counted, MAX_COUNTED_ATTEMPTS)
     if number >= most:
         return AttemptOutcome(verb=Verb.FAIL, counted_attempts=counted, is_quarantine=True)
-    wait = max(yields_seconds, BACK_OFF_SECONDS[min(number, len(BACK_OFF_SECONDS)) - 1])
+    wait = max(min_wait_seconds, BACK_OFF_SECONDS[min(number, len(BACK_OFF_SECONDS)) - 1])
     return AttemptOutcome(verb=Verb.REQUEUE, counted_attempts=counted, wait_seconds=wait)
 
 
@@ -88,7 +88,7 @@ def _is_loss(reason: EndReason, *, is_bystander: bool) -> bool:
     return reason is EndReason.INFRA_LOST or (is_bystander and ending.is_counted)
 
 
-def _wished(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
+def _requested_verb(reason: EndReason, *, cancel_requested: bool, pause_requested: bool) -> Verb | None:
     """The verb for the user's pending request, or None if there is none or this end reason overrides it."""
     if reason in (EndReason.CANCELLED_BY_USER, EndReason.PRUNED):
         return Verb.APPLY_CANCEL
@@ -121,8 +121,8 @@ def end_attempt(
     if reason is EndReason.CANCELLED_BY_USER:
         reason = ended_for(session, job, reason)
     close_attempt(session, job, reason=reason, detail=detail, now=now)
-    is_bystander = is_bystander and not failures.is_to_blame(session, job, reason, now=now)
-    yields_seconds = failures.backoff_seconds(session, job, now=now) if ENDINGS[reason].may_be_nodes else 0.0
+    is_bystander = is_bystander and not failures.is_at_fault(session, job, reason, now=now)
+    min_wait_seconds = failures.backoff_seconds(session, job, now=now) if ENDINGS[reason].may_be_nodes else 0.0
     losses = _losses(session, job) if _is_loss(reason, is_bystander=is_bystander) else 0
     num_shortages = failures.num_out_of_memory_at_end(session, job, reason)
     verdict = decide(
@@ -133,16 +133,16 @@ def end_attempt(
         is_bystander=is_bystander,
         losses=losses,
         num_shortages=num_shortages,
-        yields_seconds=yields_seconds,
+        min_wait_seconds=min_wait_seconds,
     )
     job.counted_attempts = verdict.counted_attempts
     job.lost_attempts += reason is EndReason.INFRA_LOST
     job.num_preemptions += reason is EndReason.PREEMPTED
     if verdict.verb is Verb.FAIL:
-        is_put_aside, number = verdict.is_quarantine, losses or job.counted_attempts
+        is_quarantined, number = verdict.is_quarantine, losses or job.counted_attempts
         job.error = (
             _quarantined(session, job, reason, detail, number, error=error)
-            if is_put_aside
+            if is_quarantined
             else _failed(reason, detail, error)
         )
     level = "error" if verdict.verb is Verb.FAIL else "warn" if verdict.verb is Verb.REQUEUE else "info"
@@ -213,8 +213,8 @@ def _quarantined(
     remedy = REMEDIES[reason]
     if error is not None and reason is EndReason.INFRA_LOST:
         remedy = "" if error.get("code") == DAMAGED else f"Then {AGAIN}."
-    told = " ".join(part for part in (message, detail, tried, remedy) if part)
-    return {"code": "quarantined", "message": told, "param": None, "evidence": evidence}
+    text = " ".join(part for part in (message, detail, tried, remedy) if part)
+    return {"code": "quarantined", "message": text, "param": None, "evidence": evidence}
 
 
 def _message(job: Job, verdict: AttemptOutcome, reason: EndReason, detail: str, *, is_loss: bool) -> str:

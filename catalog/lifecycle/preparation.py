@@ -142,7 +142,7 @@ def prepared(
         queue_position.settle(session, job)
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
         spec = JobSpec.model_validate(job.spec)
-        if evaluation_schedule.decide(spec) and evaluation_schedule.come_too_late(spec, num_steps):
+        if evaluation_schedule.decide(spec) and evaluation_schedule.interval_is_too_long(spec, num_steps):
             # Fewer rows are usable than estimated at submission, which would have rejected the job otherwise.
             events.add(session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps))
         if (few := job_warnings.few_steps(spec, num_steps)) is not None:

@@ -82,8 +82,8 @@ def release(db: Database, *, project_id: str, job_id: str) -> Job:
 
 def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -> Job:
     """Move the job among its project's waiting jobs of the same class. Other projects' jobs are not affected."""
-    beside = target.before or target.after
-    if sum(value is not None for value in (target.before, target.after, target.to)) != 1 or beside == job_id:
+    neighbor_id = target.before or target.after
+    if sum(value is not None for value in (target.before, target.after, target.to)) != 1 or neighbor_id == job_id:
         raise InvalidRequest(
             "The move needs exactly one of `before`, `after` and `to`, and can't refer to the moved job itself.",
             code="invalid_place",
@@ -93,8 +93,8 @@ def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -
         serialize(session, f"places of {project_id}")
         job = find(session, project_id, job_id, locked=True)
         _check_waits(job, "moved")
-        if beside is not None:
-            _check_alike(job, find(session, project_id, beside))
+        if neighbor_id is not None:
+            _check_alike(job, find(session, project_id, neighbor_id))
         job.place = _place(session, job, target)
         _note(session, "job.moved", job, now=read_clock(session), message=_move_message(target))
         return job
@@ -117,19 +117,19 @@ def _place(session: Session, job: Job, target: MoveTarget) -> float:
 def _between(session: Session, job: Job, target: MoveTarget) -> float | None:
     """Return a free place at the target, or None if there is no gap."""
     others = (*_others(job), Job.id != job.id)
-    if target.to is not None or (beside := target.before or target.after) is None:
-        furthest = func.min(Job.place) if target.to == "first" else func.max(Job.place)
-        edge = session.scalar(select(furthest).where(*others))
+    if target.to is not None or (neighbor_id := target.before or target.after) is None:
+        outermost = func.min(Job.place) if target.to == "first" else func.max(Job.place)
+        edge = session.scalar(select(outermost).where(*others))
         return job.place if edge is None else edge - 1 if target.to == "first" else max(edge, job.created_at) + 1
-    there = session.scalar(select(Job.place).where(Job.id == beside)) or 0.0
-    same = session.scalar(select(func.count()).where(*others, Job.place == there)) or 0
-    is_next = Job.place < there if target.before else Job.place > there
+    neighbor_place = session.scalar(select(Job.place).where(Job.id == neighbor_id)) or 0.0
+    same = session.scalar(select(func.count()).where(*others, Job.place == neighbor_place)) or 0
+    is_next = Job.place < neighbor_place if target.before else Job.place > neighbor_place
     edge = func.max(Job.place) if target.before else func.min(Job.place)
     neighbor = session.scalar(select(edge).where(*others, is_next))
     if neighbor is None:
-        neighbor = there - 2 if target.before else there + 2
-    place = (there + neighbor) / 2
-    return place if same == 1 and place not in (there, neighbor) else None
+        neighbor = neighbor_place - 2 if target.before else neighbor_place + 2
+    place = (neighbor_place + neighbor) / 2
+    return place if same == 1 and place not in (neighbor_place, neighbor) else None
 
 
 def _spread(session: Session, job: Job) -> None:
@@ -184,14 +184,14 @@ def _expected_seconds(session: Session, job: Job) -> float:
     Uses the job's own estimate from its last attempt. Else uses the median step time of the project's latest jobs on
     the same base model, or 0 if there is none.
     """
-    left = (job.progress or {}).get("seconds_left")
-    if isinstance(left, int | float):
-        return float(left)
+    remaining = (job.progress or {}).get("seconds_left")
+    if isinstance(remaining, int | float):
+        return float(remaining)
     columns = (Job.base_model, Job.num_steps, Job.started_at, Job.finished_at, Job.state)
     latest = select(*columns).where(Job.project_id == job.project_id).order_by(Job.created_at.desc(), Job.id.desc())
-    paces = [
+    step_seconds = [
         (row.finished_at - row.started_at) / row.num_steps
         for row in session.execute(latest.limit(LATEST_JOBS))
         if row.state == JobState.SUCCEEDED and row.base_model == job.base_model and row.num_steps and row.started_at
     ]
-    return (job.num_steps or 0) * median(paces) if paces else 0.0
+    return (job.num_steps or 0) * median(step_seconds) if step_seconds else 0.0

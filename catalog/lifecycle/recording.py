@@ -101,8 +101,8 @@ def record_checkpoint(
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
-        furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
-        if furthest is None or step > furthest:
+        last_step = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
+        if last_step is None or step > last_step:
             job.counted_attempts = job.lost_attempts = 0
         checkpoint = _put_checkpoint(session, job, step=step, artifact=artifact, now=now)
         if exported is not None:
@@ -132,7 +132,7 @@ def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, prob
             return
         now, digest = read_clock(session), checkpoint.artifact
         checkpoints.assign(session, checkpoint, "artifact", None, now=now)
-        for unused in (digest, checkpoints.let_go(session, checkpoint)):
+        for unused in (digest, checkpoints.remove_model(session, checkpoint)):
             if unused is not None:
                 artifact_index.hide_unused(session, unused)
         message = f"The checkpoint of step {checkpoint.step} can't be used: {problem}"
@@ -187,9 +187,11 @@ def _measured(point: Json, now: float) -> Point:
 
 def _keep(session: Session, job: Job, measured: Sequence[Point], *, now: float) -> None:
     """Add the points to the curves, and write their events."""
-    told = [_tell(session, job, point, now=now) for point in {point.kind: point for point in measured}.values()]
+    new_events = [
+        _add_event(session, job, point, now=now) for point in {point.kind: point for point in measured}.values()
+    ]
     session.flush()  # numbers the events
-    seq = min(event.seq for event in told)
+    seq = min(event.seq for event in new_events)
     for kind in ("train", "valid"):
         by_step = {point.step: point._replace(seq=seq) for point in measured if point.kind == kind}
         metric_store.put(session, job.id, kind, [by_step[step] for step in sorted(by_step)])
@@ -207,7 +209,7 @@ def _show_evaluation(session: Session, job: Job, loss: float) -> None:
     job.progress = {**(job.progress or {}), "valid_loss": loss, "best_valid_loss": best}
 
 
-def _tell(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
+def _add_event(session: Session, job: Job, point: Point, *, now: float) -> JobEvent:
     """Write a `metrics` event in the wording and data format of the OpenAI API."""
     kind, step, loss = point.kind, point.step, point.loss
     of_all = f"{step}/{job.num_steps}" if job.num_steps else f"{step}"
@@ -250,6 +252,6 @@ def _drop_older(session: Session, job: Job, *, now: float) -> list[str]:
     digests = {checkpoint.artifact for checkpoint in stale if checkpoint.artifact}
     for checkpoint in stale:
         checkpoints.assign(session, checkpoint, "artifact", None, now=now)
-        if (adapter := checkpoints.let_go(session, checkpoint)) is not None:
+        if (adapter := checkpoints.remove_model(session, checkpoint)) is not None:
             digests.add(adapter)
     return [digest for digest in sorted(digests) if artifact_index.hide_unused(session, digest)]

@@ -87,8 +87,8 @@ def _observe(session: Session, *, now: float, lease_seconds: float) -> None:
 
 def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
     """End or release all claims of a worker whose process is known to be gone. Returns their number."""
-    held = select(Job).where(*CLAIMED, Job.worker_id == worker_id)
-    return _lose(session, session.scalars(held.order_by(Job.id).with_for_update()), now=now)
+    claimed = select(Job).where(*CLAIMED, Job.worker_id == worker_id)
+    return _lose(session, session.scalars(claimed.order_by(Job.id).with_for_update()), now=now)
 
 
 def _is_needed(session: Session, *, lease_seconds: float) -> bool:
@@ -121,18 +121,18 @@ def _extend_leases(session: Session, *, now: float, lease_seconds: float) -> Non
         and_(Job.lease_expires_at < now + lease_seconds, Job.lease_extended.is_(False)),
         Job.lease_expires_at > now + 2 * lease_seconds,
     )
-    held = (*CLAIMED, Job.worker_id.not_in(gone), lease_is_off)
-    for job in session.scalars(select(Job).where(*held).order_by(Job.id).with_for_update()):
+    claimed = (*CLAIMED, Job.worker_id.not_in(gone), lease_is_off)
+    for job in session.scalars(select(Job).where(*claimed).order_by(Job.id).with_for_update()):
         job.lease_expires_at, job.lease_extended = now + lease_seconds, True
 
 
-def in_lock_order(held: Iterable[Job]) -> list[Job]:
+def in_lock_order(claimed: Iterable[Job]) -> list[Job]:
     """Sort jobs that end in one transaction. Each end of a trial locks its sweep: a fixed order prevents deadlocks."""
-    return sorted(held, key=lambda job: (job.sweep_id or "", job.id))
+    return sorted(claimed, key=lambda job: (job.sweep_id or "", job.id))
 
 
-def _lose(session: Session, held: Iterable[Job], *, now: float) -> int:
-    jobs = in_lock_order(held)
+def _lose(session: Session, claimed: Iterable[Job], *, now: float) -> int:
+    jobs = in_lock_order(claimed)
     for job in jobs:
         if job.state == JobState.RUNNING:
             detail = f"Worker {job.worker_id} stopped sending heartbeats."

@@ -71,7 +71,7 @@ def move(
     job.queued_at = now if after is JobState.QUEUED and not job.is_held else None
     job.preemption_requested_at = None
     if after is not JobState.RUNNING:
-        _let_go(job, after)
+        _release_claim(job, after)
     if reason is not None:
         job.reason = reason
     if after in FINAL_STATES:
@@ -97,7 +97,7 @@ def _record(
         observe(session, job, before, now=now)
 
 
-def _let_go(job: Job, after: JobState) -> None:
+def _release_claim(job: Job, after: JobState) -> None:
     """Release the claim, so that its worker can't write any more. A finished job keeps its worker and trainer ids."""
     lease.release(job)
     job.lease_extended = False

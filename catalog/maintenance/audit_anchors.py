@@ -63,9 +63,9 @@ def anchor(db: Database, objects: Objects, *, pepper: bytes) -> bool:
     key = _key(now)
     if link == 0 or _exists(objects, key):
         return False
-    told: Json = {"object": "audit_anchor", "link": link, "digest": digest, "anchored_at": now}
-    told["mac"] = chain.seal_of(told, derived_keys.chain_key(pepper))
-    objects.put(key, json.dumps(told, separators=(",", ":")).encode())
+    record: Json = {"object": "audit_anchor", "link": link, "digest": digest, "anchored_at": now}
+    record["mac"] = chain.seal_of(record, derived_keys.chain_key(pepper))
+    objects.put(key, json.dumps(record, separators=(",", ":")).encode())
     return True
 
 
@@ -173,13 +173,13 @@ def _read(objects: Objects, key: str, keys: Sequence[ChainKey]) -> Anchor | None
     try:
         if objects.head(key).num_bytes > MAX_BYTES:
             return None
-        told: Any = json.loads(b"".join(objects.read(key)))
-        content = {name: value for name, value in told.items() if name != "mac"}
-        if keys and not chain.is_sealed(content, told["mac"], keys, at=(told["link"], told["digest"])):
+        record: Any = json.loads(b"".join(objects.read(key)))
+        content = {name: value for name, value in record.items() if name != "mac"}
+        if keys and not chain.is_sealed(content, record["mac"], keys, at=(record["link"], record["digest"])):
             return None
-        if key != _key(told["anchored_at"]):  # a valid older anchor, copied to a newer name
+        if key != _key(record["anchored_at"]):  # a valid older anchor, copied to a newer name
             return None
-        return Anchor(link=int(told["link"]), digest=str(told["digest"]), anchored_at=float(told["anchored_at"]))
+        return Anchor(link=int(record["link"]), digest=str(record["digest"]), anchored_at=float(record["anchored_at"]))
     except (NoSuchObject, ValueError, KeyError, AttributeError, TypeError, OverflowError, OSError):
         return None
 

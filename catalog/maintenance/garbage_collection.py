@@ -27,12 +27,12 @@ CHECKPOINT_SECONDS = 7 * 24 * 3600.0
 
 def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
     """Delete unreferenced blobs and manifests. Returns their number. Raises Unavailable, OutOfSpace."""
-    let_go(db)
+    drop_references(db)
     stored_bytes.reconcile(db)
     return store.delete_unreferenced(live_digests(db), grace_seconds=grace_seconds)
 
 
-def let_go(db: Database) -> None:
+def drop_references(db: Database) -> None:
     """Remove references to objects that are no longer needed, so that `clean` can delete them.
 
     These are expired files, parts of finished uploads, checkpoints of jobs that finished a week ago, logs of jobs that
@@ -41,16 +41,16 @@ def let_go(db: Database) -> None:
     with db.write() as session:
         serialize(session, "clean")  # two concurrent runs would lock the same rows in different orders
         now = read_clock(session)
-        _let_expire(session, now=now)
+        _expire_files(session, now=now)
         multipart_uploads.forget(session, now=now)
-        job_logs.let_go(session, now=now)
+        job_logs.delete_old(session, now=now)
         _drop_checkpoints(session, now=now)
         checkpoints.expire(session)
         session.execute(delete(Plan).where(Plan.expires_at <= now))
         _drop_prepared(session, now=now)
-        there = select(Prepared.key)
-        is_of_gone = or_(FileOverlap.train_key.not_in(there), FileOverlap.valid_key.not_in(there))
-        session.execute(delete(FileOverlap).where(is_of_gone))
+        existing = select(Prepared.key)
+        is_dangling = or_(FileOverlap.train_key.not_in(existing), FileOverlap.valid_key.not_in(existing))
+        session.execute(delete(FileOverlap).where(is_dangling))
     with db.read() as session:
         unused = artifact_index.unused(session)
     for digest in unused:
@@ -76,7 +76,7 @@ def wanted_files(session: Session) -> set[str]:
     return {*wanted, *printed, *session.scalars(select(UploadPart.digest))}
 
 
-def _let_expire(session: Session, *, now: float) -> None:
+def _expire_files(session: Session, *, now: float) -> None:
     """Mark expired files as deleted.
 
     Skips files that a submission has locked, and files that a job has started to use before they were locked here.
@@ -93,9 +93,9 @@ def _drop_checkpoints(session: Session, *, now: float) -> None:
     """Drop the checkpoints of jobs that finished more than CHECKPOINT_SECONDS ago: no attempt resumes from them."""
     ended = select(Job.id).where(Job.finished_at < now - CHECKPOINT_SECONDS)
     kept = (Checkpoint.artifact.is_not(None), Checkpoint.job_id.in_(ended))
-    held = select(Job.project_id, func.sum(Artifact.num_bytes)).select_from(Checkpoint)
-    held = held.join(Job, Job.id == Checkpoint.job_id).join(Artifact, Artifact.digest == Checkpoint.artifact)
-    for project_id, num_bytes in session.execute(held.where(*kept).group_by(Job.project_id)):
+    stored = select(Job.project_id, func.sum(Artifact.num_bytes)).select_from(Checkpoint)
+    stored = stored.join(Job, Job.id == Checkpoint.job_id).join(Artifact, Artifact.digest == Checkpoint.artifact)
+    for project_id, num_bytes in session.execute(stored.where(*kept).group_by(Job.project_id)):
         ledger.store(session, project_id, -int(num_bytes), now=now)
     dropped = update(Checkpoint).where(*kept).values(artifact=None)
     session.execute(dropped, execution_options={"synchronize_session": False})

@@ -68,10 +68,10 @@ def conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
 
     If a result was deleted in the meantime, the plan is released and waits again.
     """
-    retried(lambda: _conclude(db, claim_id, settings=settings))
+    retried(lambda: _finish(db, claim_id, settings=settings))
 
 
-def _conclude(db: Database, claim_id: str, *, settings: Settings) -> None:
+def _finish(db: Database, claim_id: str, *, settings: Settings) -> None:
     with db.read() as session:
         plan = _hold(session, claim_id)
         base = session.get_one(BaseModelRow, plan.base_model)

@@ -110,14 +110,14 @@ def training_time(work: TrainingWork, runners: Sequence[Runner]) -> Estimate:
 
     Uses the best available basis. Among workers with an equally good basis, the fastest one decides.
     """
-    found = [estimate for runner in runners if (estimate := _on(work, runner)).seconds is not None]
+    found = [estimate for runner in runners if (estimate := _estimate_on(work, runner)).seconds is not None]
     if not found:
         basis = "no running worker fits the job" if not runners else "the speed of the devices is unknown"
         return Estimate(seconds=None, basis_kind="none", basis=f"No estimate: {basis}.")
     return min(found, key=lambda one: (BEST_FIRST.index(one.basis_kind), one.seconds or 0.0))
 
 
-def _on(work: TrainingWork, runner: Runner) -> Estimate:
+def _estimate_on(work: TrainingWork, runner: Runner) -> Estimate:
     slice_tokens = max(1.0, work.tokens_per_step)
     if runner.same is not None and (rate := rate_alone(runner.same.speeds, slice_tokens)):
         basis = f"Measured on worker {runner.worker_id} ({runner.device}) with this base model"
@@ -193,9 +193,9 @@ def expected_start(place: ExpectedStart) -> Estimate:
         return Estimate(seconds=None, basis_kind="none", basis=f"The job would not start: {why}.")
     if not place.ahead and any(not worker.seconds_left or worker.takes_it_now for worker in place.fitting):
         free = next(worker for worker in place.fitting if not worker.seconds_left or worker.takes_it_now)
-        what = "has the base model loaded and accepts jobs" if free.takes_it_now else "is idle"
+        status = "has the base model loaded and accepts jobs" if free.takes_it_now else "is idle"
         return Estimate(
-            seconds=0.0, basis_kind="measured", basis=f"Now: worker {free.worker_id} {what}, and no job is ahead."
+            seconds=0.0, basis_kind="measured", basis=f"Now: worker {free.worker_id} {status}, and no job is ahead."
         )
     return _after_others(place)
 
@@ -208,7 +208,7 @@ def _after_others(place: ExpectedStart) -> Estimate:
         basis = f"{ahead} ahead. No estimate is possible, because no job of the project has succeeded yet."
         return Estimate(seconds=None, basis_kind="none", basis=basis)
     usual = place.typical_seconds or 0.0
-    free_at = sorted(_frees(worker, usual) for worker in place.fitting)
+    free_at = sorted(_free_in(worker, usual) for worker in place.fitting)
     for _ in range(min(place.ahead, 10_000)):
         free_at[0] += usual
         free_at.sort()
@@ -225,7 +225,7 @@ def _has_unknown(workers: Iterable[Occupied]) -> bool:
     return all(any(left is None for left in worker.seconds_left) for worker in workers)
 
 
-def _frees(worker: Occupied, usual: float) -> float:
+def _free_in(worker: Occupied, usual: float) -> float:
     """Seconds until the worker could start the job.
 
     A trainer with the same base model can start it when one of its jobs finishes, others when all have finished.

@@ -82,7 +82,7 @@ class _Sizes:
         return held | {name: num_bytes for name, num_bytes in whole.items() if name != "base"}
 
 
-def foretell(
+def estimate_plan(
     session: Session,
     job: Job,
     accepted: Accepted,
@@ -104,9 +104,9 @@ def foretell(
     groups = _groups(session, live, now=now)
     fitting = _fitting(live, groups, sizes)
     servable = serving.of_job(spec, [target.rank for target in targets])
-    warned = [*accepted.surprises, *_cautions(accepted, data, targets, job=job, num_steps=num_steps)]
+    cautions = [*accepted.cautions, *_cautions(accepted, data, targets, job=job, num_steps=num_steps)]
     if live and not fitting:
-        warned.append(_fits_nowhere(groups, sizes))
+        cautions.append(_fits_nowhere(groups, sizes))
     return {
         "computed_at": now,
         "data": {
@@ -122,7 +122,7 @@ def foretell(
         "training_time": asdict(_training_time(session, job, accepted, data, fitting, num_steps=num_steps, now=now)),
         "expected_start": asdict(_expected_start(session, job, live, fitting, now=now, settings=settings)),
         "servable": {server: asdict(answer) for server, answer in servable.items()},
-        "warnings": [asdict(caution) for caution in warned],
+        "warnings": [asdict(caution) for caution in cautions],
     }
 
 
@@ -134,7 +134,7 @@ def _cautions(
     yield from job_warnings.of_data(spec, data.training, role="training")
     if data.validation is not None:
         yield from job_warnings.of_data(spec, data.validation, role="validation")
-    is_one_file = any(surprise.code == "validation_is_training" for surprise in accepted.surprises)
+    is_one_file = any(each.code == "validation_is_training" for each in accepted.cautions)
     if data.overlap is not None and not is_one_file:
         overlap = job_warnings.of_overlap(data.overlap[0], of_rows=data.overlap[1])
         if overlap is not None:
@@ -165,8 +165,8 @@ def _sizes(job: Job, description: Json) -> _Sizes:
 def _memory(sizes: _Sizes, kind: str) -> Json:
     parts = _listed(sizes.parts[kind])
     if kind == "cuda":
-        told = "CUDA context (approximate)"
-        parts.append({"part": "cuda", "bytes": gpus.CUDA_BYTES, "description": told})
+        description = "CUDA context (approximate)"
+        parts.append({"part": "cuda", "bytes": gpus.CUDA_BYTES, "description": description})
     one = {"num_devices": 1, "strategy": "replicated"}
     return {"kind": kind, **one, "total_bytes": sizes.total(kind), "parts": parts}
 
@@ -181,17 +181,20 @@ def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, DeviceGroup]) -> list[
             continue
         parts = _listed(sizes.on(group))
         if group.reserve_bytes:
-            told = "CUDA context and communication buffers (approximate)"
-            parts.append({"part": "cuda", "bytes": group.reserve_bytes, "description": told})
+            description = "CUDA context and communication buffers (approximate)"
+            parts.append({"part": "cuda", "bytes": group.reserve_bytes, "description": description})
         about = (group.kind, group.num_devices, group.strategy(demand))
-        told = dict(zip(("kind", "num_devices", "strategy"), about, strict=True))
+        key_fields = dict(zip(("kind", "num_devices", "strategy"), about, strict=True))
         of_host = demand.shardable_bytes if holding == "offloaded" and not group.keeps_shares else 0
-        found[about] = {**told, "total_bytes": needed, "host_bytes": of_host, "parts": parts}
+        found[about] = {**key_fields, "total_bytes": needed, "host_bytes": of_host, "parts": parts}
     return list(found.values())
 
 
 def _listed(parts: dict[str, int]) -> list[Json]:
-    return [{"part": name, "bytes": num_bytes, "description": told} for name, num_bytes, told in gpus.listed(parts)]
+    return [
+        {"part": name, "bytes": num_bytes, "description": description}
+        for name, num_bytes, description in gpus.listed(parts)
+    ]
 
 
 def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
@@ -238,7 +241,7 @@ def _device(row: Worker) -> str:
 
 def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> Caution:
     found = [(group, sizes.demand(group.kind)) for group in groups.values()]
-    message = sharding.nowhere(found, sizes.hindrance)
+    message = sharding.explain_misfit(found, sizes.hindrance)
     assert message is not None, "the caller has checked that no worker fits"
     fits = sharding.would_fit_sentence(sharding.would_fit(sizes.demand("cuda")))
     return Caution(
@@ -355,7 +358,7 @@ def _expected_start(
 def _num_ahead(session: Session, job: Job, *, now: float, policy: Policy) -> int:
     """Return the number of jobs that would be ahead of the job if it entered the queue now."""
     wanted = requirements.of(session, job)
-    mine = Candidate(
+    planned = Candidate(
         job_id=job.id,
         project_id=job.project_id,
         base_digest=job.base_digest,
@@ -368,12 +371,12 @@ def _num_ahead(session: Session, job: Job, *, now: float, policy: Policy) -> int
     waiting = listing.candidates(session, now=now)
     shares = charging.shares_of_waiting(session, now=now, policy=policy)
     if job.project_id not in shares:
-        had = charging.used(session, [job.project_id], now=now, policy=policy)
+        usage = charging.used(session, [job.project_id], now=now, policy=policy)
         weight = session.get_one(Project, job.project_id).weight
         shares[job.project_id] = Share(
-            weight=weight, device_seconds=had[job.project_id], num_running=_num_running(session, job.project_id)
+            weight=weight, device_seconds=usage[job.project_id], num_running=_num_running(session, job.project_id)
         )
-    entries = order([*waiting, mine], now, shares=shares, served=charging.served(session, now=now), policy=policy)
+    entries = order([*waiting, planned], now, shares=shares, served=charging.served(session, now=now), policy=policy)
     return next(entry.position for entry in entries if entry.candidate.job_id == job.id) - 1
 
 

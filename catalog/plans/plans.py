@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog.admission.accept import Accepted, accept, job_row, resolve_targets, surprises
+from catalog.admission.accept import Accepted, accept, find_cautions, job_row, resolve_targets
 from catalog.admission.target_layers import Targets, retried
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, Forbidden, NotFound
-from catalog.plans.estimator import TokenizedData, foretell
+from catalog.plans.estimator import TokenizedData, estimate_plan
 from catalog.settings import Settings
 from catalog.spec.job import JobRequest, JobSpec
 from catalog.storage import quota, token_cache
@@ -145,7 +145,7 @@ def conclude(
         accepted = _recall(session, plan, request)
         job = job_row(accepted, targets, project_id=plan.project_id, created_by=plan.created_by, now=now)
         layers = targets.of(accepted.base, accepted.spec.lora)
-        plan.found = foretell(session, job, accepted, data, targets=layers, now=now, settings=settings)
+        plan.found = estimate_plan(session, job, accepted, data, targets=layers, now=now, settings=settings)
     return True
 
 
@@ -160,7 +160,7 @@ def _recall(session: Session, plan: Plan, request: JobRequest) -> Accepted:
         base=session.get_one(BaseModelRow, plan.base_model),
         training=training,
         validation=validation,
-        surprises=tuple(surprises(request, spec, training, validation)),
+        cautions=tuple(find_cautions(request, spec, training, validation)),
     )
 
 

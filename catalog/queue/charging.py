@@ -44,16 +44,16 @@ def charge_beat(session: Session, jobs: Iterable[Job], worker: Worker | None, *,
     The caller has locked the rows of `jobs`, which include every job of each trainer.
     """
     training = [job for job in jobs if job.state == JobState.RUNNING]
-    beside = Counter(job.trainer_id for job in training)
+    num_by_trainer = Counter(job.trainer_id for job in training)
     num_devices = _num_devices(session, worker) if training else 1
     owed: defaultdict[str, float] = defaultdict(float)
     for job in training:
-        num_jobs = beside[job.trainer_id]
-        taken = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
-        owed[job.project_id] += taken * policy.multiple(job.priority)
+        num_jobs = num_by_trainer[job.trainer_id]
+        charged = _charge_job(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
+        owed[job.project_id] += charged * policy.multiple(job.priority)
     for project_id in sorted(owed):  # a fixed lock order prevents deadlocks
         row = _locked(session, project_id, worker, now=now)
-        row.device_seconds = _left(row, now=now, policy=policy) + owed[project_id]
+        row.device_seconds = _decayed(row, now=now, policy=policy) + owed[project_id]
         row.as_of = now
 
 
@@ -66,8 +66,8 @@ def settle(db: Database, trainer_id: str, *, policy: Policy) -> None:
     with db.write() as session:
         now = read_clock(session)
         running = (Job.state == JobState.RUNNING, Job.trainer_id == trainer_id)
-        beside = select(Job).where(Job.id.in_(_jobs_of_trainer(trainer_id)), *running)
-        jobs = list(session.scalars(beside.order_by(Job.id).with_for_update()))
+        rows = select(Job).where(Job.id.in_(_jobs_of_trainer(trainer_id)), *running)
+        jobs = list(session.scalars(rows.order_by(Job.id).with_for_update()))
         if jobs:
             charge_beat(session, jobs, session.get(Worker, jobs[0].worker_id), now=now, policy=policy)
 
@@ -80,10 +80,10 @@ def charge_end(session: Session, job: Job, *, now: float, policy: Policy) -> Non
     num_jobs = session.scalar(select(func.count()).select_from(_jobs_of_trainer(job.trainer_id).subquery())) or 1
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     num_devices = _num_devices(session, worker)
-    owed = _take_stock(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
+    owed = _charge_job(session, job, num_devices=num_devices, num_jobs=num_jobs, now=now, policy=policy)
     owed *= policy.multiple(job.priority)
     row = _locked(session, job.project_id, worker, now=now)
-    row.device_seconds, row.as_of = _left(row, now=now, policy=policy) + owed, now
+    row.device_seconds, row.as_of = _decayed(row, now=now, policy=policy) + owed, now
 
 
 def shares_of_waiting(session: Session, *, now: float, policy: Policy) -> dict[str, Share]:
@@ -97,10 +97,10 @@ def shares_of_training(session: Session, *, now: float, policy: Policy) -> dict[
 
 
 def _shares(session: Session, state: JobState, *, now: float, policy: Policy) -> dict[str, Share]:
-    standing = session.execute(_standings(state)).all()
+    usage_rows = session.execute(_usage_rows(state)).all()
     used_by: defaultdict[str, float] = defaultdict(float)
-    for row in standing:
-        used_by[row.project_id] += 0.0 if row.as_of is None else _left(row, now=now, policy=policy)
+    for row in usage_rows:
+        used_by[row.project_id] += 0.0 if row.as_of is None else _decayed(row, now=now, policy=policy)
     running, devices_in_use = _running(session, used_by)
     return {
         row.project_id: Share(
@@ -109,7 +109,7 @@ def _shares(session: Session, state: JobState, *, now: float, policy: Policy) ->
             num_running=running[row.project_id],
             devices_in_use=devices_in_use[row.project_id],
         )
-        for row in standing
+        for row in usage_rows
     }
 
 
@@ -164,16 +164,16 @@ def _jobs_of_trainer(trainer_id: str | None) -> Select[str]:
 def _running(session: Session, waiting: Collection[str]) -> tuple[Counter[str], defaultdict[str, float]]:
     """The number of running jobs of each of these projects, and the (fractional) number of devices they use."""
     rows, lent = session.execute(_packs()).all(), views.lent_devices(session)
-    beside: Counter[str | None] = Counter()
+    num_by_trainer: Counter[str | None] = Counter()
     for row in rows:
-        beside[row.trainer_id] += row.number
+        num_by_trainer[row.trainer_id] += row.number
     running: Counter[str] = Counter()
     devices_in_use: defaultdict[str, float] = defaultdict(float)
     for row in rows:
         if row.project_id in waiting:
             running[row.project_id] += row.number
             num_devices = views.count_devices(row.worker_id, row.devices, lent)
-            devices_in_use[row.project_id] += num_devices * row.number / beside[row.trainer_id]
+            devices_in_use[row.project_id] += num_devices * row.number / num_by_trainer[row.trainer_id]
     return running, devices_in_use
 
 
@@ -181,7 +181,7 @@ def _num_devices(session: Session, worker: Worker | None) -> int:
     return 1 if worker is None else views.count_devices(worker.id, worker.devices, views.lent_devices(session))
 
 
-def _take_stock(session: Session, job: Job, *, num_devices: int, num_jobs: int, now: float, policy: Policy) -> float:
+def _charge_job(session: Session, job: Job, *, num_devices: int, num_jobs: int, now: float, policy: Policy) -> float:
     """The device-seconds that the job owes since its last charge. Adds them to its row and to the ledger."""
     since = now if job.charged_at is None else job.charged_at
     elapsed = min(now - since, policy.lease_seconds)
@@ -201,7 +201,7 @@ def _locked(session: Session, project_id: str, worker: Worker | None, *, now: fl
     return row
 
 
-def _left(row: Any, *, now: float, policy: Policy) -> float:
+def _decayed(row: Any, *, now: float, policy: Policy) -> float:
     """The device-seconds of a usage row, decayed until now."""
     return ordering.decay(row.device_seconds, now - row.as_of, half_life_seconds=policy.half_life_seconds)
 
@@ -210,18 +210,18 @@ def used(session: Session, project_ids: Collection[str], *, now: float, policy: 
     """The decayed device-seconds of each of these projects."""
     found: defaultdict[str, float] = defaultdict(float)
     for row in session.scalars(select(ProjectUsage).where(ProjectUsage.project_id.in_(project_ids))):
-        found[row.project_id] += _left(row, now=now, policy=policy)
+        found[row.project_id] += _decayed(row, now=now, policy=policy)
     return found
 
 
 @cache
-def _standings(state: JobState) -> Select[*tuple[Any, ...]]:
+def _usage_rows(state: JobState) -> Select[*tuple[Any, ...]]:
     """One row per usage row of each project that has a job in `state`: project id, weight, usage."""
     found = candidates.projects(state)
-    had = (ProjectUsage.device_seconds, ProjectUsage.as_of)
-    standing = select(Project.id.label("project_id"), Project.weight, *had)
-    standing = standing.join(found, found.c.project_id == Project.id)
-    return standing.outerjoin(ProjectUsage, ProjectUsage.project_id == Project.id)
+    usage = (ProjectUsage.device_seconds, ProjectUsage.as_of)
+    usage_rows = select(Project.id.label("project_id"), Project.weight, *usage)
+    usage_rows = usage_rows.join(found, found.c.project_id == Project.id)
+    return usage_rows.outerjoin(ProjectUsage, ProjectUsage.project_id == Project.id)
 
 
 @cache

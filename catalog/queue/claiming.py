@@ -242,8 +242,8 @@ def _within_limits(session: Session, found: _Rows) -> dict[str, Job]:
     jobs = {job_id: job for job_id, (job, _) in found.items()}
     if not any(is_limited for _, is_limited in found.values()):
         return jobs
-    may_begin = quotas.beginnable(session, jobs)
-    return {job_id: job for job_id, job in jobs.items() if job_id in may_begin}
+    startable = quotas.startable(session, jobs)
+    return {job_id: job for job_id, job in jobs.items() if job_id in startable}
 
 
 def _write(

@@ -69,11 +69,11 @@ def heartbeat(
     with db.write() as session:
         now = read_clock(session)
         session.execute(update(Worker).where(Worker.id == worker_id).values(heartbeat_at=now))
-        mine = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
+        rows = select(Job).where(Job.claim_id.in_(claim_ids)).order_by(Job.id).with_for_update()
         directives = dict.fromkeys(claim_ids, ClaimDirectives(stale=True))
-        held = list(session.scalars(mine))
-        charging.charge_beat(session, held, session.get(Worker, worker_id), now=now, policy=policy)
-        for job in held:
+        claimed = list(session.scalars(rows))
+        charging.charge_beat(session, claimed, session.get(Worker, worker_id), now=now, policy=policy)
+        for job in claimed:
             job.lease_expires_at, job.lease_extended = now + lease_seconds, False
             directives[job.claim_id or ""] = _directives(job)
     if _request_preemptions(db, policy) or any(each.preempt for each in directives.values()):
@@ -84,7 +84,7 @@ def heartbeat(
 def _request_preemptions(db: Database, policy: Policy) -> int:
     """Return the number of preempted jobs. A failure here loses no lease, because the leases are already renewed."""
     try:
-        return preemption.look(db, policy=policy)
+        return preemption.request_preemptions(db, policy=policy)
     except LorryError as error:
         log.warning("preemption code=%s", error.code)
     except Exception:  # the next heartbeat retries
@@ -94,9 +94,9 @@ def _request_preemptions(db: Database, policy: Policy) -> int:
 
 def _read_directives(db: Database, claim_ids: Collection[str]) -> dict[str, ClaimDirectives]:
     with db.read() as session:
-        held = session.scalars(select(Job).where(Job.claim_id.in_(claim_ids)))
+        claimed = session.scalars(select(Job).where(Job.claim_id.in_(claim_ids)))
         return dict.fromkeys(claim_ids, ClaimDirectives(stale=True)) | {
-            job.claim_id or "": _directives(job) for job in held
+            job.claim_id or "": _directives(job) for job in claimed
         }
 
 
@@ -215,7 +215,7 @@ def end(
         session.get_one(Attempt, claim_id).blamed_worker_id = blamed_worker_id
         state = end_attempt(session, job, reason=reason, detail=detail, error=error, is_bystander=is_bystander, now=now)
     if ENDINGS[reason].may_be_nodes:
-        cordons.look(db, worker_id if blamed_worker_id is None else blamed_worker_id)
+        cordons.cordon_if_bad(db, worker_id if blamed_worker_id is None else blamed_worker_id)
     return state
 
 

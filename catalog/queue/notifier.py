@@ -65,7 +65,7 @@ class FileNotifier:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._heard = self._notified_at()
+        self._last_seen = self._notified_at()
 
     def wake_workers(self) -> None:
         with suppress(OSError):  # for example a full disk: workers find the work at their next database poll
@@ -74,8 +74,8 @@ class FileNotifier:
 
     def was_notified(self) -> bool:
         """Whether there was a notification since the last call, or since this object was created."""
-        before, self._heard = self._heard, self._notified_at()
-        return self._heard != before
+        before, self._last_seen = self._last_seen, self._notified_at()
+        return self._last_seen != before
 
     def close(self) -> None:
         return
@@ -122,7 +122,7 @@ class RedisNotifier:
     def _relay(self) -> None:
         app = _sender(self._redis_url)
         wait_seconds = self._first_wait_seconds
-        while self._take():
+        while self._consume():
             try:
                 with app.producer_or_acquire() as producer:
                     # kombu adds the key prefix to llen, as it does when it sends
@@ -131,18 +131,18 @@ class RedisNotifier:
                 wait_seconds = self._first_wait_seconds
             except Exception as error:  # noqa: BLE001  (whatever failed, workers find the work by polling)
                 log.warning("Sending a notification to Redis failed (%s). Workers poll for work.", type(error).__name__)
-                self._put_back(wait_seconds)
+                self._restore(wait_seconds)
                 wait_seconds = min(2 * wait_seconds, LONGEST_WAIT_SECONDS)
         app.close()
 
-    def _take(self) -> bool:
+    def _consume(self) -> bool:
         """Wait for a notification and consume it. Returns False when closing and no notification is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_pending or self._closing)
-            taken, self._is_pending = self._is_pending, False
-            return taken
+            was_pending, self._is_pending = self._is_pending, False
+            return was_pending
 
-    def _put_back(self, wait_seconds: float) -> None:
+    def _restore(self, wait_seconds: float) -> None:
         """Wait before the retry, and restore the notification. A notifier that is closing drops it."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing, timeout=wait_seconds)

@@ -30,9 +30,9 @@ from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.usage import quotas
 
-PRESSING = PriorityClass.urgent
+URGENT = PriorityClass.urgent
 ASKING = "ask jobs to leave"
-IS_ASKED = and_(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
+IS_REQUESTED = and_(Job.state == JobState.RUNNING, Job.preempted_for.is_not(None))
 """Condition for jobs whose preemption was requested and that are still running."""
 
 
@@ -44,7 +44,7 @@ class PreemptionRequest:
     preemption: Preemption
 
 
-def look(db: Database, *, policy: Policy) -> int:
+def request_preemptions(db: Database, *, policy: Policy) -> int:
     """Request the preemptions that urgent jobs need, and revoke those that are no longer needed.
 
     Returns the number of jobs whose preemption was requested now.
@@ -53,77 +53,79 @@ def look(db: Database, *, policy: Policy) -> int:
         return 0
     with db.read() as session:  # most checks find no work, and a read transaction blocks no writer
         now = read_clock(session)
-        if not _decide(session, now=now, policy=policy) and not list(session.scalars(select(Job.id).where(IS_ASKED))):
+        if not _decide(session, now=now, policy=policy) and not list(
+            session.scalars(select(Job.id).where(IS_REQUESTED))
+        ):
             return 0
     with db.write() as session:
         serialize(session, ASKING)
-        _take_back(session, now=read_clock(session))
+        _revoke(session, now=read_clock(session))
     with db.write() as session:  # one transaction for both steps would lock jobs twice, in different orders
         serialize(session, ASKING)
         now = read_clock(session)
         decided = _decide(session, now=now, policy=policy)
-        return _ask(session, decided, now=now, policy=policy)
+        return _request(session, decided, now=now, policy=policy)
 
 
-def _pressing(session: Session, *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
+def _urgent_entries(session: Session, *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
     """The jobs that `preempt.pressing` finds in the queue, limited to those that their projects may start.
 
     Each comes with the jobs of other projects that are ahead of it.
     """
-    urgent = candidates.waiting(session, candidates.CandidateFilter(priority=PRESSING), now=now, per_group=AT_ONCE)
+    urgent = candidates.waiting(session, candidates.CandidateFilter(priority=URGENT), now=now, per_group=AT_ONCE)
     late = [job for job in urgent if now - job.queued_at >= policy.preempt_after_seconds]
     if all(policy.awaits_preemption(job.preemption_requested_at, now) for job in late):
         return []
     waiting = candidates.waiting(session, candidates.CandidateFilter(), now=now, per_group=AT_ONCE)
     shares, served = charging.shares_of_waiting(session, now=now, policy=policy), charging.served(session, now=now)
     entries = order(waiting, now, shares=shares, served=served, policy=policy)
-    return _beginnable(session, preempt.pressing(entries, now=now, policy=policy), late)[:AT_ONCE]
+    return _startable(session, preempt.pressing(entries, now=now, policy=policy), late)[:AT_ONCE]
 
 
-def _beginnable(
+def _startable(
     session: Session, found: Sequence[tuple[QueueEntry, list[Candidate]]], late: Collection[Candidate]
 ) -> list[tuple[QueueEntry, list[Candidate]]]:
     """The jobs that their projects' limits allow, in addition to `late` jobs that already await a preemption."""
-    again = {entry.candidate.job_id for entry, _ in found}
+    found_ids = {entry.candidate.job_id for entry, _ in found}
     free = quotas.free_places(session, {entry.candidate.project_id for entry, _ in found}) if found else {}
     for job in late:
-        if job.job_id not in again:
+        if job.job_id not in found_ids:
             free[job.project_id] = free.get(job.project_id, math.inf) - 1
-    begun: list[tuple[QueueEntry, list[Candidate]]] = []
+    startable: list[tuple[QueueEntry, list[Candidate]]] = []
     for entry, ahead in found:
         project_id = entry.candidate.project_id
         free[project_id] = free.get(project_id, math.inf) - 1
-        begun += [(entry, ahead)] if free[project_id] >= 0 else []
-    return begun
+        startable += [(entry, ahead)] if free[project_id] >= 0 else []
+    return startable
 
 
-def _take_back(session: Session, *, now: float) -> None:
+def _revoke(session: Session, *, now: float) -> None:
     """Revoke preemptions for urgent jobs that can't start: no longer queued, held, or in a project at a limit.
 
     A victim that has already received the directive still leaves its trainer.
     """
-    named = union(select(Job.id).where(IS_ASKED), select(Job.preempted_for).where(IS_ASKED))
+    named = union(select(Job.id).where(IS_REQUESTED), select(Job.preempted_for).where(IS_REQUESTED))
     locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
     jobs = {job.id: job for job in session.scalars(locked)}
     for job in jobs.values():
-        if job.preempted_for is None or _may_begin(session, job.preempted_for, now=now):
+        if job.preempted_for is None or _may_start(session, job.preempted_for, now=now):
             continue
         jobs[job.preempted_for].preemption_requested_at = None
         job.preempted_for = None
         events.add(session, job.id, now=now, message="Preemption revoked: no job needs the memory any more.")
 
 
-def _may_begin(session: Session, job_id: str | None, *, now: float) -> bool:
+def _may_start(session: Session, job_id: str | None, *, now: float) -> bool:
     waits = (Job.id == job_id, Job.state == JobState.QUEUED, Job.is_held.is_(False))
     project_id = session.scalar(select(Job.project_id).where(*waits))
     return project_id is not None and not quotas.holds(session, now=now, project_ids=[project_id])
 
 
 def _decide(session: Session, *, now: float, policy: Policy) -> list[PreemptionRequest]:
-    pressing = _pressing(session, now=now, policy=policy)
-    holders = _holders(session, now=now, policy=policy) if pressing else []
+    entries = _urgent_entries(session, now=now, policy=policy)
+    holders = _holders(session, now=now, policy=policy) if entries else []
     decided: list[PreemptionRequest] = []
-    for entry, ahead in pressing:
+    for entry, ahead in entries:
         chosen = preempt.choose(entry, holders, ahead=ahead, now=now, policy=policy)
         if chosen is None:
             continue
@@ -137,11 +139,11 @@ def _without(holder: Holder, chosen: Preemption) -> Holder:
     if holder.worker_id != chosen.worker_id:
         return holder
     gone = {victim.job_id for victim in chosen.victims}
-    left = tuple(job for job in holder.jobs if job.job_id not in gone and not job.is_leaving)
-    return replace(holder, jobs=left, memory_bytes_free=0, places=0)
+    remaining = tuple(job for job in holder.jobs if job.job_id not in gone and not job.is_leaving)
+    return replace(holder, jobs=remaining, memory_bytes_free=0, places=0)
 
 
-def _ask(session: Session, decided: Sequence[PreemptionRequest], *, now: float, policy: Policy) -> int:
+def _request(session: Session, decided: Sequence[PreemptionRequest], *, now: float, policy: Policy) -> int:
     named = {one.job.job_id for one in decided} | {v.job_id for one in decided for v in one.preemption.victims}
     locked = select(Job).where(Job.id.in_(named)).order_by(Job.id).with_for_update()
     jobs = {job.id: job for job in session.scalars(locked.execution_options(populate_existing=True))} if named else {}
@@ -153,13 +155,13 @@ def _ask(session: Session, decided: Sequence[PreemptionRequest], *, now: float, 
             continue
         jobs[one.job.job_id].preemption_requested_at = now
         for job, victim in zip(victims, one.preemption.victims, strict=True):
-            _ask_one(session, job, one, victim, now=now, policy=policy)
+            _request_one(session, job, one, victim, now=now, policy=policy)
             number += 1
-        _tell_who_waits(session, one, now=now)
+        _notify_urgent_job(session, one, now=now)
     return number
 
 
-def _ask_one(
+def _request_one(
     session: Session, job: Job, one: PreemptionRequest, victim: Training, *, now: float, policy: Policy
 ) -> None:
     job.preempted_for = one.job.job_id
@@ -171,7 +173,7 @@ def _ask_one(
     events.add(session, job.id, now=now, message=message, data=data)
 
 
-def _tell_who_waits(session: Session, one: PreemptionRequest, *, now: float) -> None:
+def _notify_urgent_job(session: Session, one: PreemptionRequest, *, now: float) -> None:
     number = len(one.preemption.victims)
     jobs = "1 lower-priority job is" if number == 1 else f"{number} lower-priority jobs are"
     data = {"worker_id": one.preemption.worker_id, "num_leaving": number, "makes": one.preemption.makes}
@@ -181,24 +183,24 @@ def _tell_who_waits(session: Session, one: PreemptionRequest, *, now: float) -> 
 def _holders(session: Session, *, now: float, policy: Policy) -> list[Holder]:
     """Live workers that accept jobs and have running ones."""
     running = select(Job, Attempt).join(Attempt, Attempt.claim_id == Job.claim_id)
-    held: defaultdict[str | None, list[tuple[Job, Attempt]]] = defaultdict(list)
+    by_worker: defaultdict[str | None, list[tuple[Job, Attempt]]] = defaultdict(list)
     for job, attempt in session.execute(running.where(Job.state == JobState.RUNNING)):
-        held[job.worker_id].append((job, attempt))
+        by_worker[job.worker_id].append((job, attempt))
     live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     rows = session.execute(live.where(is_live(now=now))).all()
-    open_ones = [(worker, key) for worker, key in rows if held[worker.id] and not worker.takes_nothing_new]
+    accepting = [(worker, key) for worker, key in rows if by_worker[worker.id] and not worker.takes_nothing_new]
     shares, lent = charging.shares_of_training(session, now=now, policy=policy), views.lent_devices(session)
     found: list[Holder] = []
-    for worker, key in open_ones:
+    for worker, key in accepting:
         num_devices = views.count_devices(worker.id, worker.devices, lent)
-        found.append(_holder(worker, key, held[worker.id], shares=shares, num_devices=num_devices, policy=policy))
+        found.append(_holder(worker, key, by_worker[worker.id], shares=shares, num_devices=num_devices, policy=policy))
     return found
 
 
 def _holder(
     worker: Worker,
     key: str | None,
-    held: list[tuple[Job, Attempt]],
+    claimed: list[tuple[Job, Attempt]],
     *,
     shares: Mapping[str, Share],
     num_devices: int,
@@ -212,10 +214,10 @@ def _holder(
         group=views.empty_capacity(worker).group,
         can_load=can_load,
     )
-    num_jobs = Counter(job.project_id for job, _ in held)
+    num_jobs = Counter(job.project_id for job, _ in claimed)
 
     def training(job: Job, attempt: Attempt) -> Training:
-        devices_left = num_devices * num_jobs[job.project_id] / len(held)
+        devices_left = num_devices * num_jobs[job.project_id] / len(claimed)
         effective_priority = min(job.priority, int((attempt.why or {}).get("effective_priority", job.priority)))
         share = shares.get(job.project_id, Share())
         level = preempt.level_if_it_left(share, priority=job.priority, devices_left=devices_left, policy=policy)
@@ -227,7 +229,7 @@ def _holder(
             effective_level=level,
             own_bytes=own,
             began_at=attempt.started_at,
-            num_packmates=len(held),
+            num_packmates=len(claimed),
             num_preemptions=job.num_preemptions,
             is_leaving=job.cancel_requested or job.pause_requested or job.preempted_for is not None,
             seconds_left=(job.progress or {}).get("seconds_left"),
@@ -235,11 +237,11 @@ def _holder(
 
     return Holder(
         worker_id=worker.id,
-        pack_key=key or held[0][0].pack_key,
+        pack_key=key or claimed[0][0].pack_key,
         service=service,
-        jobs=tuple(training(job, attempt) for job, attempt in held),
+        jobs=tuple(training(job, attempt) for job, attempt in claimed),
         memory_bytes_free=capacity.memory_bytes_free,
         places=capacity.max_jobs,
         holding=capacity.holding,
-        has_suspect=any(is_suspect(job.counted_attempts, job.lost_attempts) for job, _ in held),
+        has_suspect=any(is_suspect(job.counted_attempts, job.lost_attempts) for job, _ in claimed),
     )

@@ -87,13 +87,13 @@ def list_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Pa
 
     Loads only MODEL_COLUMNS, because lineage records are large.
     """
-    mine = select(Adapter).where(Adapter.project_id == project_id)
+    own_adapters = select(Adapter).where(Adapter.project_id == project_id)
     newest_first = Adapter.created_at.desc(), Adapter.id
     found: list[Adapter] = []
     with db.read() as session:
-        for scope in (mine, permissions.shared_with(project_id)):
-            there = scope.where(Adapter.deleted_at.is_(None)).options(load_only(*MODEL_COLUMNS, raiseload=True))
-            found += session.scalars(there.order_by(*newest_first).limit(limit + 1 - len(found)))
+        for scope in (own_adapters, permissions.shared_with(project_id)):
+            existing = scope.where(Adapter.deleted_at.is_(None)).options(load_only(*MODEL_COLUMNS, raiseload=True))
+            found += session.scalars(existing.order_by(*newest_first).limit(limit + 1 - len(found)))
     return Page(items=found[:limit], has_more=len(found) > limit)
 
 
@@ -117,7 +117,7 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
     with db.write() as session:
         if checkpoints.is_named(name):
             return _delete_checkpoint(session, project_id, name, is_client_retry=is_client_retry)
-        adapter = _own(session, project_id, name, even_deleted=is_client_retry)
+        adapter = _own(session, project_id, name, include_deleted=is_client_retry)
         if adapter.deleted_at is not None:
             return adapter
         child = session.scalar(
@@ -202,21 +202,23 @@ def _named(session: Session, project_id: str, name: str) -> str:
     """Resolve the id of a sweep to the id of its best adapter. Other names are returned unchanged."""
     if not name.startswith("sweep-"):
         return name
-    mine = select(Adapter.id).join(Sweep, Sweep.best_job == Adapter.job_id)
-    found = session.scalar(mine.where(Sweep.id == name, Sweep.project_id == project_id, Adapter.deleted_at.is_(None)))
+    own_adapters = select(Adapter.id).join(Sweep, Sweep.best_job == Adapter.job_id)
+    found = session.scalar(
+        own_adapters.where(Sweep.id == name, Sweep.project_id == project_id, Adapter.deleted_at.is_(None))
+    )
     if found is None:
         remedy = "Wait until all trials of the sweep have finished and one has succeeded: see GET /v1/sweeps/{id}."
         raise NotFound("adapter", name, remedy=remedy)
     return found
 
 
-def _own(session: Session, project_id: str, name: str, *, even_deleted: bool = False) -> Adapter:
+def _own(session: Session, project_id: str, name: str, *, include_deleted: bool = False) -> Adapter:
     """Return the project's adapter, locked. The lock prevents new jobs from continuing it."""
     named = or_(Adapter.id == name, Adapter.name == name)
-    mine = select(Adapter).where(named, Adapter.project_id == project_id)
-    if not even_deleted:
-        mine = mine.where(Adapter.deleted_at.is_(None))
-    adapter = session.scalar(mine.with_for_update())
+    own_adapters = select(Adapter).where(named, Adapter.project_id == project_id)
+    if not include_deleted:
+        own_adapters = own_adapters.where(Adapter.deleted_at.is_(None))
+    adapter = session.scalar(own_adapters.with_for_update())
     if adapter is None:
         raise NotFound("adapter", name, remedy=LIST_THEM)
     return adapter
@@ -237,9 +239,9 @@ def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_clien
 
 
 def _note_deleted(session: Session, adapter: Adapter) -> Adapter:
-    owner, told = adapter.project_id, {"name": adapter.name}
+    owner, details = adapter.project_id, {"name": adapter.name}
     now = read_clock(session)
-    log.note(session, "adapter.deleted", now=now, object_id=adapter.id, project_id=owner, details=told)
+    log.note(session, "adapter.deleted", now=now, object_id=adapter.id, project_id=owner, details=details)
     return adapter
 
 

@@ -57,8 +57,8 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             row.state, row.error = "importing", None
         else:
             return row
-        told = {"kind": kind, "source": source, "revision": revision}
-        _note(session, "model.added", name, details=told)
+        details = {"kind": kind, "source": source, "revision": revision}
+        _note(session, "model.added", name, details=details)
         return row
 
 
@@ -99,18 +99,18 @@ def deleted(db: Database, digests: Collection[str]) -> set[str]:
     """
     with db.read() as session:
         of_bases = select(BaseModelRow.digest).where(BaseModelRow.digest.in_(digests))
-        there = set(session.scalars(of_bases.where(IS_THERE)))
+        existing = set(session.scalars(of_bases.where(IS_THERE)))
         of_jobs = select(Job.base_digest).where(Job.base_digest.in_(digests)).distinct()
         known = {*session.scalars(of_bases), *session.scalars(of_jobs)}
         needed = set(session.scalars(of_jobs.where(Job.state.in_(UNFINISHED_STATES))))
-        return {digest for digest in known - there - needed if digest is not None}
+        return {digest for digest in known - existing - needed if digest is not None}
 
 
 def list_all(db: Database) -> list[BaseModelRow]:
     """Return all base models sorted by name, without their manifests."""
     with db.read() as session:
-        there = select(BaseModelRow).where(IS_THERE).options(defer(BaseModelRow.manifest, raiseload=True))
-        return list(session.scalars(there.order_by(BaseModelRow.name)))
+        existing = select(BaseModelRow).where(IS_THERE).options(defer(BaseModelRow.manifest, raiseload=True))
+        return list(session.scalars(existing.order_by(BaseModelRow.name)))
 
 
 def get(db: Database, name: str) -> BaseModelRow:
@@ -136,12 +136,12 @@ def _known(session: Session, wanted: str) -> str:
     """The remedy for an unknown name. Lists the usable base models. A name with a slash is taken for a hub id."""
     usable = select(BaseModelRow).where(BaseModelRow.state.in_(("ready", "importing"))).order_by(BaseModelRow.name)
     known = [row.name if row.state == "ready" else f"{row.name} (importing)" for row in session.scalars(usable)]
-    told = f"Available base models: {', '.join(known)}." if known else ""
+    available = f"Available base models: {', '.join(known)}." if known else ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted):
         short = wanted.rpartition("/")[2].lower()[:64]
-        how = f"Ask an operator to add the hub's model: lorry models add {short} {wanted}."
-        return f"{how} {told}".rstrip()
-    return told or "Add a base model first: lorry models add NAME SOURCE."
+        command = f"Ask an operator to add the hub's model: lorry models add {short} {wanted}."
+        return f"{command} {available}".rstrip()
+    return available or "Add a base model first: lorry models add NAME SOURCE."
 
 
 def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, str] | None:

@@ -46,17 +46,17 @@ def new_name(session: Session, job: Job, *, step: int) -> str:
 
     If another job's checkpoint has that name, the last characters of the adapter's name are random.
     """
-    stem, mark = _stem(job, session.get_one(Project, job.project_id).name), f"{MARK}{step}"
-    name = f"{stem}{mark}"
+    stem, marker = _stem(job, session.get_one(Project, job.project_id).name), f"{MARK}{step}"
+    name = f"{stem}{marker}"
     while session.scalar(select(Checkpoint.id).where(Checkpoint.name == name, Checkpoint.job_id != job.id).limit(1)):
-        name = f"{stem.rpartition(':')[0]}:{new_id('x')[-8:]}{mark}"
+        name = f"{stem.rpartition(':')[0]}:{new_id('x')[-8:]}{marker}"
     return name
 
 
 def row(session: Session, is_visible: ColumnElement[bool], name: str, *, locked: bool = False) -> Checkpoint | None:
     """Return the checkpoint with this name or id if `is_visible` holds, which may refer to Job too."""
-    is_it = Checkpoint.id == name if name.startswith(ID_PREFIX) else Checkpoint.name == name
-    found = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id).where(is_it, is_visible)
+    matches = Checkpoint.id == name if name.startswith(ID_PREFIX) else Checkpoint.name == name
+    found = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id).where(matches, is_visible)
     return session.scalar(found.with_for_update(of=Checkpoint) if locked else found)
 
 
@@ -124,7 +124,7 @@ def _num_bytes(session: Session, digest: str | None) -> int:
     return 0 if digest is None else session.get_one(Artifact, digest).num_bytes
 
 
-def let_go(session: Session, checkpoint: Checkpoint) -> str | None:
+def remove_model(session: Session, checkpoint: Checkpoint) -> str | None:
     """Remove the checkpoint's model, unless an unfinished job continues it. Returns the removed digest, or None.
 
     The lineage record stays if any job has ever continued the checkpoint, because that job's record refers to it.
@@ -146,7 +146,7 @@ def delete(session: Session, checkpoint: Checkpoint) -> None:
 
     Raises Conflict while an unfinished job continues it.
     """
-    if checkpoint.adapter is not None and let_go(session, checkpoint) is None:
+    if checkpoint.adapter is not None and remove_model(session, checkpoint) is None:
         raise Conflict(
             f"The checkpoint {checkpoint.name!r} is in use by a job that has not finished.",
             code="checkpoint_in_use",
@@ -160,7 +160,7 @@ def expire(session: Session) -> None:
     """Remove the models of checkpoints whose job no longer keeps them and that no unfinished job continues."""
     due = select(Checkpoint).where(Checkpoint.adapter.is_not(None), Checkpoint.artifact.is_(None))
     for checkpoint in session.scalars(due.order_by(Checkpoint.id)).all():
-        let_go(session, checkpoint)
+        remove_model(session, checkpoint)
 
 
 def _stem(job: Job, project_name: str) -> str:

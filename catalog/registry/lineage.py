@@ -82,7 +82,7 @@ def build(
         "attempts": [_attempt(entry, finished_at, is_last=entry is attempts[-1]) for entry in attempts],
         "code": dict(code),
         "results": results,
-        "people": _people(job, finished_at),
+        "people": _owner_and_times(job, finished_at),
         "graph": {"parents": list(parents)},
     }
     record = cast(Json, _without_paths(record))
@@ -176,11 +176,11 @@ def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) 
 
 
 def _requested(request: Json) -> Json:
-    told, evaluation = _without(request, PRIVATE), request.get("evaluation")
-    return {**told, "evaluation": _without(evaluation, PRIVATE)} if evaluation else told
+    public, evaluation = _without(request, PRIVATE), request.get("evaluation")
+    return {**public, "evaluation": _without(evaluation, PRIVATE)} if evaluation else public
 
 
-def _people(job: Job, finished_at: float | None) -> Json:
+def _owner_and_times(job: Job, finished_at: float | None) -> Json:
     return {
         "project": job.project_id,
         "requested_at": _time(job.created_at),

@@ -59,7 +59,7 @@ def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[
                 )
         now = read_clock(session)
         ids = dict.fromkeys(reader.id for reader in readers)
-        return [_give(session, shared, reader_id, caller=caller, now=now) for reader_id in ids]
+        return [_grant(session, shared, reader_id, caller=caller, now=now) for reader_id in ids]
 
 
 def list_page(
@@ -123,7 +123,7 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
     return adapter
 
 
-def _give(session: Session, shared: Adapter, reader_id: str, *, caller: Caller, now: float) -> ModelPermission:
+def _grant(session: Session, shared: Adapter, reader_id: str, *, caller: Caller, now: float) -> ModelPermission:
     """Return the project's permission, or create it. The model's row is locked, which prevents duplicates."""
     same = select(ModelPermission).where(ModelPermission.model_id == shared.id, ModelPermission.project_id == reader_id)
     found = session.scalar(same)
@@ -136,5 +136,5 @@ def _give(session: Session, shared: Adapter, reader_id: str, *, caller: Caller, 
 
 
 def _note(session: Session, type: log.AuditType, given: ModelPermission, shared: Adapter, *, now: float) -> None:  # noqa: A002
-    told = {"model": shared.name, "to": given.project_id}
-    log.note(session, type, now=now, object_id=given.id, project_id=shared.project_id, details=told)
+    details = {"model": shared.name, "to": given.project_id}
+    log.note(session, type, now=now, object_id=given.id, project_id=shared.project_id, details=details)

@@ -77,7 +77,7 @@ def total(parts: Mapping[str, int], *, kind: str) -> int:
 
 def listed(parts: Mapping[str, int]) -> list[tuple[str, int, str]]:
     """Return (part, bytes, description) of the parts that are not empty."""
-    return [(name, parts[name], told) for name, told in PARTS.items() if parts.get(name)]
+    return [(name, parts[name], description) for name, description in PARTS.items() if parts.get(name)]
 
 
 def smallest_card(num_bytes: int) -> Card | None:

@@ -106,8 +106,8 @@ class DeviceGroup:
     def strategy(self, demand: Demand) -> Strategy:
         holding = self.holding(demand)
         library = "zero3" if self.wanted.startswith("zero3") else "fsdp2"
-        told = {"replicated": "replicated", "sharded": library, "offloaded": f"{library}_offload"}[holding]
-        return cast(Strategy, told)
+        name = {"replicated": "replicated", "sharded": library, "offloaded": f"{library}_offload"}[holding]
+        return cast(Strategy, name)
 
     def needed_bytes(self, demand: Demand) -> int:
         """Return the memory that the job needs on each device; NEVER if the group can't train it."""
@@ -197,21 +197,23 @@ def reason(group: DeviceGroup, demand: Demand) -> str:
     if group.num_devices == 1:
         return "The worker has one device, which holds the full base model."
     holding, is_auto = group.holding(demand), group.wanted == "auto"
-    there = f"the smallest of {group.num_devices} devices has {readable(group.bytes_of_each)}"
+    capacity = f"the smallest of {group.num_devices} devices has {readable(group.bytes_of_each)}"
     whole = _about(group, demand, "replicated")
     if holding == "replicated":
         if not is_auto:
             return f"LORRY_STRATEGY is replicated: each of {group.num_devices} devices holds a full replica."
-        return f"Each device holds a full replica of the base model: the job needs {whole} per device, and {there}."
-    told = f"A full replica of the base model would need {whole} per device, and {there}"
+        return f"Each device holds a full replica of the base model: the job needs {whole} per device, and {capacity}."
+    cause = f"A full replica of the base model would need {whole} per device, and {capacity}"
     if holding == "offloaded":
-        divided = _about(group, demand, "sharded")
-        told = f"Sharding the base model across the devices would need {divided} per device, and {there}"
+        sharded = _about(group, demand, "sharded")
+        cause = f"Sharding the base model across the devices would need {sharded} per device, and {capacity}"
     if not is_auto:
-        told = f"LORRY_STRATEGY is {group.wanted}"
-    where = f" with shards in host memory ({_size(demand.shardable_bytes)} in total)" if holding == "offloaded" else ""
+        cause = f"LORRY_STRATEGY is {group.wanted}"
+    host_note = (
+        f" with shards in host memory ({_size(demand.shardable_bytes)} in total)" if holding == "offloaded" else ""
+    )
     need = _about(group, demand, holding)
-    return f"{told}. Sharding across {group.num_devices} devices{where} needs {need} per device."
+    return f"{cause}. Sharding across {group.num_devices} devices{host_note} needs {need} per device."
 
 
 def _size(num_bytes: int) -> str:
@@ -222,7 +224,7 @@ def _about(group: DeviceGroup, demand: Demand, holding: ShardingStrategy) -> str
     return _size(group.allocated_bytes(demand, holding) + group.reserve_bytes)
 
 
-def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) -> str | None:
+def explain_misfit(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) -> str | None:
     """Return why such a job fits none of these groups; None if it fits one. `hindrance`: see `hindrance()`."""
     if any(group.needed_bytes(demand) <= group.bytes_of_each for group, demand in found):
         return None
@@ -235,26 +237,28 @@ def nowhere(found: Sequence[tuple[DeviceGroup, Demand]], hindrance: str | None) 
 
 def _why_not(group: DeviceGroup, demand: Demand) -> str:
     """Return why the job does not fit the largest worker."""
-    holding, held = group.holding(demand), readable(group.bytes_of_each)
+    holding, capacity = group.holding(demand), readable(group.bytes_of_each)
     if holding == "replicated":
         need = _about(group, demand, holding)
         if group.smallest is not None:
-            smallest = f"the smallest worker of gang {group.gang}, {group.smallest}, has {held}"
+            smallest = f"the smallest worker of gang {group.gang}, {group.smallest}, has {capacity}"
             return f"The job needs {need} per device, but {smallest}."
-        return f"The job needs {need}, but the largest worker has {held}."
+        return f"The job needs {need}, but the largest worker has {capacity}."
     if not demand.shardable_bytes:
         return f"The largest worker always shards base models across its devices (LORRY_STRATEGY is {group.wanted})."
     among = f"Sharding across the {group.num_devices} devices of the largest worker"
     if holding == "offloaded" and demand.shardable_bytes > group.host_limit_bytes:
         return f"{among} would need {_too_much_for_host(group, demand)}"
-    where = ", with shards in host memory," if holding == "offloaded" else ""
+    host_note = ", with shards in host memory," if holding == "offloaded" else ""
     need = _about(group, demand, holding)
-    told = f"{among}{where} needs {need} per device, but the smallest device has {held}."
+    sentence = f"{among}{host_note} needs {need} per device, but the smallest device has {capacity}."
     would_fit = group.allocated_bytes(demand, "offloaded") <= group.usable_bytes
     if group.shards_when == "needed" and holding == "sharded" and would_fit:
         fits = _about(group, demand, "offloaded")
-        told += f" With shards in host memory it would need {fits} per device and {_too_much_for_host(group, demand)}"
-    return told
+        sentence += (
+            f" With shards in host memory it would need {fits} per device and {_too_much_for_host(group, demand)}"
+        )
+    return sentence
 
 
 def _too_much_for_host(group: DeviceGroup, demand: Demand) -> str:

@@ -29,8 +29,8 @@ class Speeds:
         """Return the speeds of a trainer's `tick_speeds`; empty if the trainer reported none."""
         if not isinstance(report, dict):
             return cls()
-        told = cast(dict[str, list[list[float]]], report)
-        return cls(alone=_points(told.get("alone", ())), together=_points(told.get("together", ())))
+        points = cast(dict[str, list[list[float]]], report)
+        return cls(alone=_points(points.get("alone", ())), together=_points(points.get("together", ())))
 
 
 UNKNOWN = Speeds()

@@ -301,14 +301,14 @@ def describe_share(shares: Mapping[str, Share], project_id: str, policy: Policy)
 
     Of the other projects with queued jobs it contains only their number, and how many have a lower normalized usage.
     """
-    mine = shares.get(project_id, Share())
+    own_share = shares.get(project_id, Share())
     others = [share for name, share in shares.items() if name != project_id]
-    level = mine.level(policy)
+    level = own_share.level(policy)
     return {
-        "weight": mine.weight,
-        "device_seconds": round(mine.device_seconds, 1),
-        "num_running": mine.num_running,
-        "devices_in_use": round(mine.devices_in_use, 4),
+        "weight": own_share.weight,
+        "device_seconds": round(own_share.device_seconds, 1),
+        "num_running": own_share.num_running,
+        "devices_in_use": round(own_share.devices_in_use, 4),
         "normalized_usage": round(level, 1),
         "num_projects": 1 + len(others),
         "projects_ahead": sum(share.level(policy) < level for share in others),

@@ -57,27 +57,27 @@ def for_what_is_loaded(
         return []
     waits = (number for number, entry in enumerate(fitting, start=1) if entry.awaits_preemption)
     before = fitting[: next(waits, None)]
-    alike = (head.candidate.priority, capacity.resident_key)
-    of_it = [entry for entry in before if (entry.candidate.priority, entry.candidate.pack_key) == alike]
-    return [entry for entry in of_it if capacity.may_join(entry.candidate)]
+    group = (head.candidate.priority, capacity.resident_key)
+    members = [entry for entry in before if (entry.candidate.priority, entry.candidate.pack_key) == group]
+    return [entry for entry in members if capacity.may_join(entry.candidate)]
 
 
 def choose(anchor: Choice, candidates: Sequence[QueueEntry], capacity: Capacity) -> list[Choice]:
     """Return packmates for the anchor, in queue order. An isolated job (`is_suspect`) neither has nor is a packmate."""
     if anchor.entry.candidate.is_suspect:
         return []
-    left = capacity.memory_bytes_free - capacity.alone(anchor.entry.candidate)
+    free_bytes = capacity.memory_bytes_free - capacity.alone(anchor.entry.candidate)
     holding = capacity.holding_for(anchor.entry.candidate)
     chosen: list[Choice] = []
     for entry in candidates:
-        mate = entry.candidate
+        packmate = entry.candidate
         if len(chosen) >= capacity.max_jobs - 1:
             break
-        if entry is anchor.entry or mate.is_suspect or mate.pack_key != anchor.entry.candidate.pack_key:
+        if entry is anchor.entry or packmate.is_suspect or packmate.pack_key != anchor.entry.candidate.pack_key:
             continue
-        cost = capacity.cost(mate, num_before=len(chosen) + 1)
-        if cost <= left and capacity.trains(mate, holding=holding):
-            left -= cost
+        cost = capacity.cost(packmate, num_before=len(chosen) + 1)
+        if cost <= free_bytes and capacity.trains(packmate, holding=holding):
+            free_bytes -= cost
             # The reason does not name the anchor, which may belong to another project.
             reason = "same base model and dtype as the anchor, and fits next to it"
             chosen.append(Choice(entry=entry, role="packmate", reason=reason))
@@ -109,18 +109,18 @@ def choose_joiners(
     has waited for `patience_seconds`: the trainer then drains, and this job is the next anchor. A job that waits for
     preempted jobs to leave keeps them out too, because they would take the memory that is freed.
     """
-    left = capacity.memory_bytes_free
+    free_bytes = capacity.memory_bytes_free
     chosen: list[Choice] = []
     for entry in entries:
-        mate = entry.candidate
+        packmate = entry.candidate
         if len(chosen) >= capacity.max_jobs:
             break
-        cost = capacity.cost(mate, num_before=capacity.num_jobs + len(chosen))
-        if mate.pack_key == key and not mate.is_suspect and cost <= left and capacity.may_join(mate):
-            left -= cost
+        cost = capacity.cost(packmate, num_before=capacity.num_jobs + len(chosen))
+        if packmate.pack_key == key and not packmate.is_suspect and cost <= free_bytes and capacity.may_join(packmate):
+            free_bytes -= cost
             reason = "its base model is loaded, and it fits next to the other jobs"
             chosen.append(Choice(entry=entry, role="joiner", reason=reason))
-        elif capacity.alone(mate) <= worker_bytes and (
+        elif capacity.alone(packmate) <= worker_bytes and (
             entry.awaits_preemption or entry.waited_seconds >= patience_seconds
         ):
             return chosen, entry

@@ -112,7 +112,7 @@ def choose(
     device-seconds at stake.
     """
     able = (holder for holder in holders if not any(holder.service.holds(other) for other in ahead))
-    found = [option for holder in able if (option := _at(holder, entry, now=now, policy=policy)) is not None]
+    found = [option for holder in able if (option := _on_worker(holder, entry, now=now, policy=policy)) is not None]
     return min(found, key=_price, default=None)
 
 
@@ -139,21 +139,21 @@ def preemption_record(job: Candidate, preemption: Preemption, victim: Training, 
     }
 
 
-def _at(holder: Holder, entry: QueueEntry, *, now: float, policy: Policy) -> Preemption | None:
+def _on_worker(holder: Holder, entry: QueueEntry, *, now: float, policy: Policy) -> Preemption | None:
     job = entry.candidate
     if not holder.service.holds(job):
         return None
-    staying = [each for each in holder.jobs if not _leaves_by_itself(each, policy)]
+    staying = [each for each in holder.jobs if not _leaves_soon(each, policy)]
     is_alike = holder.pack_key == job.pack_key and holder.service.capacity.trains(job, holding=holder.holding)
     may_join = is_alike and not job.is_suspect and not holder.has_suspect
-    beside = _beside(holder, entry, staying, now=now, policy=policy) if may_join else None
-    if beside is not None:
-        return beside
-    victims = tuple(each for each in staying if _may_go(each, entry, now=now, policy=policy))
-    return _of(holder, victims, "a trainer", now=now) if len(victims) == len(staying) else None
+    joining = _to_join(holder, entry, staying, now=now, policy=policy) if may_join else None
+    if joining is not None:
+        return joining
+    victims = tuple(each for each in staying if _may_preempt(each, entry, now=now, policy=policy))
+    return _preemption(holder, victims, "a trainer", now=now) if len(victims) == len(staying) else None
 
 
-def _beside(
+def _to_join(
     holder: Holder, entry: QueueEntry, staying: list[Training], *, now: float, policy: Policy
 ) -> Preemption | None:
     """Return the cheapest jobs to preempt so that the urgent job can join those that stay; None if that is impossible.
@@ -167,28 +167,28 @@ def _beside(
         - holder.memory_bytes_free
         - sum(each.own_bytes for each in gone)
     )
-    lacks_place = not holder.places and not gone
+    is_full = not holder.places and not gone
 
     def suffice(victims: list[Training]) -> bool:
-        return sum(each.own_bytes for each in victims) >= missing and bool(victims or not lacks_place)
+        return sum(each.own_bytes for each in victims) >= missing and bool(victims or not is_full)
 
     victims: list[Training] = []
-    for each in sorted(staying, key=lambda each: _dearness(each, now)):
+    for each in sorted(staying, key=lambda each: _cost(each, now)):
         if suffice(victims):
             break
-        if _may_go(each, entry, now=now, policy=policy):
+        if _may_preempt(each, entry, now=now, policy=policy):
             victims.append(each)
     if not suffice(victims):
         return None
-    for each in sorted(victims, key=lambda each: _dearness(each, now), reverse=True):
+    for each in sorted(victims, key=lambda each: _cost(each, now), reverse=True):
         fewer = [other for other in victims if other is not each]
         victims = fewer if suffice(fewer) else victims
-    return _of(holder, tuple(victims), "a place", now=now)
+    return _preemption(holder, tuple(victims), "a place", now=now)
 
 
-def _of(holder: Holder, victims: tuple[Training, ...], makes: str, *, now: float) -> Preemption:
-    stake = sum(victim.at_stake(now) for victim in victims)
-    return Preemption(worker_id=holder.worker_id, victims=victims, makes=makes, device_seconds=stake)
+def _preemption(holder: Holder, victims: tuple[Training, ...], makes: str, *, now: float) -> Preemption:
+    device_seconds = sum(victim.at_stake(now) for victim in victims)
+    return Preemption(worker_id=holder.worker_id, victims=victims, makes=makes, device_seconds=device_seconds)
 
 
 def _price(option: Preemption) -> tuple[int, float, int, str]:
@@ -196,18 +196,18 @@ def _price(option: Preemption) -> tuple[int, float, int, str]:
     return -highest, option.device_seconds, len(option.victims), option.worker_id
 
 
-def _dearness(job: Training, now: float) -> tuple[int, float, str]:
+def _cost(job: Training, now: float) -> tuple[int, float, str]:
     return -job.effective_priority, job.at_stake(now), job.job_id
 
 
-def _leaves_by_itself(job: Training, policy: Policy) -> bool:
+def _leaves_soon(job: Training, policy: Policy) -> bool:
     """Return whether the job leaves soon enough without preemption."""
     return job.is_leaving or (job.seconds_left is not None and job.seconds_left <= policy.preempt_after_seconds)
 
 
-def _may_go(victim: Training, entry: QueueEntry, *, now: float, policy: Policy) -> bool:
+def _may_preempt(victim: Training, entry: QueueEntry, *, now: float, policy: Policy) -> bool:
     job = entry.candidate
     is_own = victim.project_id == job.project_id
     is_lower = victim.effective_priority > job.priority and (is_own or victim.effective_level > entry.effective_level)
-    has_had_time = now - victim.began_at >= policy.spared_seconds
-    return is_lower and has_had_time and victim.num_preemptions < policy.max_preemptions
+    has_run_long_enough = now - victim.began_at >= policy.spared_seconds
+    return is_lower and has_run_long_enough and victim.num_preemptions < policy.max_preemptions

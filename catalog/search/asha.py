@@ -34,7 +34,7 @@ class Rungs:
         """Return the number of the rung at this step, from 0; None if there is none. The last step is no rung."""
         return next((number for number, at in enumerate(self.before(num_steps)) if at == step), None)
 
-    def goes_on(self, *, num_better: int, num_competing: int) -> bool:
+    def continues(self, *, num_better: int, num_competing: int) -> bool:
         """Return whether a trial continues.
 
         `num_competing`: trials that have reached the rung, including this one. `num_better`: those of them with a

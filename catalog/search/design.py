@@ -123,8 +123,8 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
     Raises InvalidRequest if the first rung is not at an evaluation, or not before the last step of the shortest trial.
     """
     factor = search.reduction_factor or USUAL_FACTOR
-    said = value_at(design.template, EVERY_STEPS)
-    every = said if isinstance(said, int) and not isinstance(said, bool) else 1
+    interval = value_at(design.template, EVERY_STEPS)
+    every = interval if isinstance(interval, int) and not isinstance(interval, bool) else 1
     if search.min_steps is None and fewest is None:
         raise InvalidRequest(
             "The number of steps of the trials is unknown until their texts are split.",
@@ -243,10 +243,10 @@ def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) 
         for path, value in parameters.items()
         if f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}." if place else "")
     }
-    where = f"With {parameters_text(about)}" if about else "As submitted"
+    label = f"With {parameters_text(about)}" if about else "As submitted"
     reason, remedy = _reason(place, group)
     return InvalidRequest(
-        f"{where}, a trial is invalid: {reason}.",
+        f"{label}, a trial is invalid: {reason}.",
         code="invalid_value" if group[0]["type"] != "extra_forbidden" else "unknown_parameter",
         remedy=remedy,
         param=f"parameters.{next(iter(about))}" if about else place or None,

@@ -43,11 +43,13 @@ def check_path(path: str, *, param: str) -> None:
             remedy="Set it once, outside `parameters`, or create one sweep for each value.",
             param=param,
         )
-    near = _nearest(shown, VARIABLE)
+    similar = _nearest(shown, VARIABLE)
     raise InvalidRequest(
         f"A job has no field {shown!a}.",
         code="unknown_parameter",
-        remedy=f"Did you mean {near!r}?" if near else "Use the dotted path of a job field, for example 'lora.rank'.",
+        remedy=f"Did you mean {similar!r}?"
+        if similar
+        else "Use the dotted path of a job field, for example 'lora.rank'.",
         param=param,
     )
 
@@ -115,8 +117,8 @@ def _nearest(path: str, known: list[str]) -> str | None:
     name = path.rpartition(".")[2].lstrip("-").replace("-", "_")
     name = OTHER_NAMES.get(name, name)
     same = next((item for item in known if _last(item) == name), None)
-    best = same or max(known, key=lambda item: max(_likeness(path, item), _likeness(name, _last(item))))
-    is_alike = max(_likeness(path, best), _likeness(name, _last(best))) >= ALIKE
+    best = same or max(known, key=lambda item: max(_similarity(path, item), _similarity(name, _last(item))))
+    is_alike = max(_similarity(path, best), _similarity(name, _last(best))) >= ALIKE
     return best if is_alike else None
 
 
@@ -124,7 +126,7 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _likeness(one: str, other: str) -> float:
+def _similarity(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 

@@ -71,7 +71,7 @@ def observe(session: Session, job: Job, points: Sequence[Mapping[str, Any]], *, 
         trial.step, trial.score = point["step"], _smoothed(trial, measure, point["step"], score)
         if rungs is not None and job.num_steps is not None and trial.stopped is None:
             rung = rungs.at(point["step"], num_steps=job.num_steps)
-            if rung is not None and not _goes_on(session, trial, rung, rungs):
+            if rung is not None and not _continues(session, trial, rung, rungs):
                 stop(session, job, trial, _at_a_rung(sweep, rung, point["step"]), now=now)
     return trial.stopped is not None
 
@@ -125,7 +125,7 @@ def _smoothed(trial: Trial, measure: Measure, step: int, score: float) -> float:
     return sum(value for _, value in kept) / len(kept)
 
 
-def _goes_on(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
+def _continues(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
     """Record the trial's score at the rung, and compare it with the trials that have reached the rung.
 
     A step that is repeated after a resume does not change the earlier decision.
@@ -135,9 +135,9 @@ def _goes_on(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
     session.add(RungValue(job_id=trial.job_id, rung=rung, sweep_id=trial.sweep_id, score=trial.score))
     trial.rung = rung
     session.flush()
-    there = select(func.count()).where(RungValue.sweep_id == trial.sweep_id, RungValue.rung == rung)
-    num_better = session.scalar(there.where(RungValue.score < trial.score)) or 0
-    return rungs.goes_on(num_better=num_better, num_competing=session.scalar(there) or 1)
+    at_rung = select(func.count()).where(RungValue.sweep_id == trial.sweep_id, RungValue.rung == rung)
+    num_better = session.scalar(at_rung.where(RungValue.score < trial.score)) or 0
+    return rungs.continues(num_better=num_better, num_competing=session.scalar(at_rung) or 1)
 
 
 def _at_a_rung(sweep: Sweep, rung: int, step: int) -> str:
@@ -172,8 +172,8 @@ def find_sweep(session: Session, project_id: str, sweep_id: str, *, locked: bool
 
     `locked`: no other transaction can create or add a trial meanwhile. Lock jobs before the sweep, never after it.
     """
-    mine = select(Sweep).where(Sweep.id == sweep_id, Sweep.project_id == project_id)
-    sweep = session.scalar(mine.with_for_update(of=Sweep) if locked else mine)
+    own = select(Sweep).where(Sweep.id == sweep_id, Sweep.project_id == project_id)
+    sweep = session.scalar(own.with_for_update(of=Sweep) if locked else own)
     if sweep is None:
         raise NotFound("sweep", sweep_id)
     return sweep
@@ -181,8 +181,8 @@ def find_sweep(session: Session, project_id: str, sweep_id: str, *, locked: bool
 
 def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
     """Return the trial with this number. Raises NotFound."""
-    mine = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number)
-    trial = session.scalar(mine) if 0 <= number < sweep.num_created else None
+    own = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number)
+    trial = session.scalar(own) if 0 <= number < sweep.num_created else None
     if trial is None:
         raise NotFound("trial", str(number), remedy=f"The sweep has {sweep.num_created} trials, numbered from 0.")
     return trial

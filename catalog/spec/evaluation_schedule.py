@@ -17,7 +17,7 @@ def most_steps(spec: JobSpec, num_rows: int) -> int | None:
     return spec.max_steps if spec.data.overflow == "split" else spec.num_steps(num_rows)
 
 
-def come_too_late(spec: JobSpec, num_steps: int | None) -> bool:
+def interval_is_too_long(spec: JobSpec, num_steps: int | None) -> bool:
     """Return whether the requested evaluation interval is longer than the job."""
     every = spec.evaluate_every_steps
     return every is not None and num_steps is not None and every > num_steps
@@ -30,7 +30,7 @@ def decide(spec: JobSpec) -> bool:
 
 def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
     """Raises InvalidRequest if the result depends on evaluations and none comes in time. `num_steps`: the maximum."""
-    if not decide(spec) or not come_too_late(spec, num_steps):
+    if not decide(spec) or not interval_is_too_long(spec, num_steps):
         return
     field = "evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping"
     raise InvalidRequest(

@@ -69,7 +69,7 @@ class Integration(Strict):
     trackio: Trackio | None = None
 
     @model_validator(mode="after")
-    def _says_what_is_of_its_type(self) -> Integration:
+    def _check_fields_of_type(self) -> Integration:
         others = [name for name in INTEGRATION_TYPES if name != self.type and getattr(self, name) is not None]
         if others:
             raise ValueError(f"its type is '{self.type}': set the type to '{others[0]}', or remove '{others[0]}'")

@@ -20,11 +20,11 @@ UNUSUAL_RATE = 10.0
 """Factor above or below the usual learning rate."""
 LOWEST_ADAFACTOR = 0.05
 """Below this learning rate, a B that starts at zero barely changes; see docs/reference/job-fields.md."""
-LITTLE_LEARNT = 0.05
+LOW_TRAINED_FRACTION = 0.05
 """Fraction of a file's tokens that are trained on."""
 MUCH_CUT = 0.05
 """Fraction of a file's rows that are too long."""
-MANY_TWICE = 0.01
+MANY_DUPLICATES = 0.01
 """Fraction of a file's rows that equal an earlier row."""
 USUAL_RANK = 16
 PARAMETERS_PER_TOKEN = 20
@@ -68,7 +68,7 @@ def of_course(spec: JobSpec, *, num_steps: int, has_held_out: bool) -> Iterator[
 def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
     """Yield the warnings about a file. `role`: training or validation. `report`: DatasetReport of a usable file."""
     rows, usable, tokens = int(report["rows"]), int(report["usable_rows"]), int(report["tokens"])
-    learnt = int(report["supervised_tokens"])
+    trained = int(report["supervised_tokens"])
     if role == "training" and spec.batch_size > usable:
         yield Caution(
             code="batch_exceeds_data",
@@ -76,11 +76,11 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
             "step trains on some rows more than once.",
             remedy=f"Set batch_size to about {max(1, usable // 8)}.",
         )
-    if tokens and learnt < LITTLE_LEARNT * tokens:
+    if tokens and trained < LOW_TRAINED_FRACTION * tokens:
         yield Caution(
             code="low_trained_fraction",
-            message=f"The {role} file has {tokens:,} tokens, of which {learnt:,} are trained on "
-            f"({learnt / tokens:.1%}): most of the time is spent on prompts.",
+            message=f"The {role} file has {tokens:,} tokens, of which {trained:,} are trained on "
+            f"({trained / tokens:.1%}): most of the time is spent on prompts.",
             remedy="Check the sample rows: are the trained tokens the ones you want? Shorter prompts cost less.",
         )
     yield from _cut(spec, report, rows=rows, role=role)
@@ -90,12 +90,12 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
             message=f"{_rows(empty)} of the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
             remedy="Check these lines for answers with weight 0, and for answers that start after max_length tokens.",
         )
-    twice = int(report["duplicate_rows"])
-    if twice and twice >= MANY_TWICE * rows:
+    duplicates = int(report["duplicate_rows"])
+    if duplicates and duplicates >= MANY_DUPLICATES * rows:
         yield Caution(
             code="duplicate_rows",
-            message=f"{_rows(twice)} of the {role} file {_are(twice)} equal to an earlier row ({twice / rows:.1%}). "
-            "Every copy is used.",
+            message=f"{_rows(duplicates)} of the {role} file {_are(duplicates)} equal to an earlier row "
+            f"({duplicates / rows:.1%}). Every copy is used.",
             remedy="Remove the copies, unless these rows should have a higher weight.",
         )
 
@@ -171,13 +171,13 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
 
 def _cut(spec: JobSpec, report: Report, *, rows: int, role: str) -> Iterator[Caution]:
     longest = f"Raise max_length (the longest row has {int(report['longest_row']):,} tokens), or shorten the rows."
-    for field, what in (("truncated_rows", "longer rows are truncated"), ("dropped_rows", "longer rows are dropped")):
+    for field, effect in (("truncated_rows", "longer rows are truncated"), ("dropped_rows", "longer rows are dropped")):
         number = int(report.get(field, 0))
         if number and number >= MUCH_CUT * rows:
             yield Caution(
                 code=field,
                 message=f"{_rows(number)} of {rows} of the {role} file {_have(number)} more than {spec.max_length} "
-                f"tokens: {what}.",
+                f"tokens: {effect}.",
                 remedy=longest,
             )
 

@@ -162,8 +162,8 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
     if missing:
-        near = _nearest(missing, sorted({linear.name for linear in linears}))
-        raise _unknown(f"{base_name} has no linear layers named {', '.join(missing)}.", near + _existing(linears))
+        similar = _nearest(missing, sorted({linear.name for linear in linears}))
+        raise _unknown(f"{base_name} has no linear layers named {', '.join(missing)}.", similar + _existing(linears))
     return [linear for linear in linears if any(_ends(linear.path, name) for name in names)]
 
 
@@ -225,9 +225,9 @@ def _unknown(sentence: str, remedy: str) -> InvalidRequest:
 
 
 def _ambiguous(path: str, values: Mapping[str, float], param: str) -> InvalidRequest:
-    told = " and ".join(f"{value:g} by {key!r}" for key, value in sorted(values.items()))
+    settings = " and ".join(f"{value:g} by {key!r}" for key, value in sorted(values.items()))
     return InvalidRequest(
-        f"{param} sets different values for {path}: {told}.",
+        f"{param} sets different values for {path}: {settings}.",
         code="ambiguous_pattern",
         remedy="Change the keys so that only one matches each layer: the keys of a JSON object have no order.",
         param=param,
@@ -235,8 +235,8 @@ def _ambiguous(path: str, values: Mapping[str, float], param: str) -> InvalidReq
 
 
 def _nearest(wanted: list[str], names: Sequence[str]) -> str:
-    near = [match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], names, n=1)]
-    return f"Did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+    similar = [match for name in wanted for match in difflib.get_close_matches(name.rpartition(".")[2], names, n=1)]
+    return f"Did you mean {', '.join(dict.fromkeys(similar))}? " if similar else ""
 
 
 def _existing(linears: list[Linear]) -> str:

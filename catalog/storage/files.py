@@ -63,7 +63,7 @@ def create(
     """
     content = Blob(digest=digest, num_bytes=num_bytes)
     with db.read() as session:  # bytes beyond the quota are rejected before they are stored
-        quota.look_stored(session, project_id, num_bytes, now=read_clock(session))
+        quota.precheck_stored(session, project_id, num_bytes, now=read_clock(session))
     file = stored(
         store,
         project_id=project_id,
@@ -173,7 +173,7 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
     that had no reply; a file that is deleted already is then returned.
     """
     with db.write() as session:
-        file = find(session, project_id=project_id, file_id=file_id, lock=True, even_deleted=is_client_retry)
+        file = find(session, project_id=project_id, file_id=file_id, lock=True, include_deleted=is_client_retry)
         if file.deleted_at is not None:
             return file
         user = session.scalar(
@@ -193,10 +193,10 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
     return file
 
 
-def find(session: Session, *, project_id: str, file_id: str, lock: bool = False, even_deleted: bool = False) -> File:
+def find(session: Session, *, project_id: str, file_id: str, lock: bool = False, include_deleted: bool = False) -> File:
     """Return the row. `lock` blocks the creation of jobs that use it until the transaction ends. Raises NotFound."""
     statement = select(File).where(File.id == file_id, File.project_id == project_id)
-    if not even_deleted:
+    if not include_deleted:
         statement = statement.where(is_visible(read_clock(session)))
     file = session.scalar(statement.with_for_update() if lock else statement)
     if file is None:
@@ -225,11 +225,11 @@ def _of_sweep(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
 
 
 def _in_use(file_id: str, user: str) -> Conflict:
-    what = user.partition(" ")[0]
+    resource = user.partition(" ")[0]
     return Conflict(
         f"File {file_id} is in use by {user}, which has not finished.",
         code="file_in_use",
-        remedy=f"Wait until the {what} finishes or cancel it, then delete the file.",
+        remedy=f"Wait until the {resource} finishes or cancel it, then delete the file.",
         param="file_id",
     )
 

@@ -68,8 +68,8 @@ class Manifest:
             raise DamagedArtifact(f"A manifest of kind {self.kind!r} with {len(paths)} files is not valid.")
         if paths != sorted(set(paths)):
             raise DamagedArtifact("The files of a manifest are not sorted, or one is listed twice.")
-        taken = set(paths)
-        if inside := next((p for p in paths if any(parent in taken for parent in _parents(p))), None):
+        used = set(paths)
+        if inside := next((p for p in paths if any(parent in used for parent in _parents(p))), None):
             raise DamagedArtifact(f"A manifest lists {inside!r}, whose folder is itself a file of the manifest.")
 
     @classmethod

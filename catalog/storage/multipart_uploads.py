@@ -136,9 +136,9 @@ def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob,
     """Insert the row of a part whose content is stored. Returns the existing part if the upload has these bytes."""
     with db.write() as session:
         upload = _open(session, project_id, upload_id, lock=True)
-        there = _check_addable(session, upload, content, settings)
-        if there is not None:
-            return there
+        existing = _check_addable(session, upload, content, settings)
+        if existing is not None:
+            return existing
         part = UploadPart(id=new_id("part"), upload_id=upload.id, num_bytes=content.num_bytes, digest=content.digest)
         part.created_at = read_clock(session)
         upload.part_bytes += part.num_bytes
@@ -151,10 +151,10 @@ def _check_addable(session: Session, upload: Upload, content: Blob, settings: Se
     if content.num_bytes == 0:
         raise InvalidRequest("The part is empty.", code="part_empty", remedy="Send at least one byte.", param="data")
     of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
-    there = session.scalar(of_upload.where(UploadPart.digest == content.digest))
-    if there is None:
+    existing = session.scalar(of_upload.where(UploadPart.digest == content.digest))
+    if existing is None:
         _check_size(session, upload, content, settings)
-    return there
+    return existing
 
 
 def complete(
@@ -353,28 +353,30 @@ def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings
         (and_(is_open, Upload.num_bytes > Upload.part_bytes), Upload.num_bytes), else_=Upload.part_bytes
     )
     sums = select(func.count().filter(is_open), func.coalesce(func.sum(num_bytes_of), 0))
-    count, held = session.execute(sums.where(Upload.project_id == project_id, COUNTED)).one()
+    count, total_bytes = session.execute(sums.where(Upload.project_id == project_id, COUNTED)).one()
     if count + 1 > settings.max_open_uploads:
         raise _too_many(
-            session, project_id, "open_uploads", used=count, more=1, most=settings.max_open_uploads, now=now
+            session, project_id, "open_uploads", used=count, more=1, maximum=settings.max_open_uploads, now=now
         )
-    most = settings.max_open_upload_bytes
-    if held + num_bytes > most:
-        raise _too_many(session, project_id, "open_upload_bytes", used=int(held), more=num_bytes, most=most, now=now)
+    maximum = settings.max_open_upload_bytes
+    if total_bytes + num_bytes > maximum:
+        raise _too_many(
+            session, project_id, "open_upload_bytes", used=int(total_bytes), more=num_bytes, maximum=maximum, now=now
+        )
 
 
 def _too_many(
-    session: Session, project_id: str, name: OpenLimit, *, used: int, more: int, most: int, now: float
+    session: Session, project_id: str, name: OpenLimit, *, used: int, more: int, maximum: int, now: float
 ) -> QuotaExceeded:
     counted = session.scalars(select(Upload).where(Upload.project_id == project_id, COUNTED))
     leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
-    free_at = quotas.enough_at(leaving, used + more - most, now=now)
+    free_at = quotas.enough_at(leaving, used + more - maximum, now=now)
     return QuotaExceeded(
-        f"The project has {used:,} {name.replace('_', ' ')}; the maximum is {most:,}.",
+        f"The project has {used:,} {name.replace('_', ' ')}; the maximum is {maximum:,}.",
         code="too_many_open_uploads",
         remedy=f"Complete or cancel some uploads, or wait: an upload expires after an hour. {_KEPT_PARTS}",
         retry_after_seconds=math.inf if free_at is None else free_at - now,
-        quota={"name": name, "limit": most, "used": used, "resets_at": None if free_at is None else int(free_at)},
+        quota={"name": name, "limit": maximum, "used": used, "resets_at": None if free_at is None else int(free_at)},
     )
 
 
@@ -395,10 +397,10 @@ def _check_size(session: Session, upload: Upload, content: Blob, settings: Setti
     if num_parts >= MAX_PARTS:
         message = f"The upload has {MAX_PARTS:,} parts, which is the maximum."
         raise TooLarge(message, code="too_many_parts", remedy=f"{_START_AGAIN} Make the parts larger.", param="data")
-    most = min(settings.max_file_bytes, max(2 * upload.num_bytes, SPARE_BYTES))
-    if upload.part_bytes + content.num_bytes > most:
+    maximum = min(settings.max_file_bytes, max(2 * upload.num_bytes, SPARE_BYTES))
+    if upload.part_bytes + content.num_bytes > maximum:
         raise TooLarge(
-            f"With this part the upload would exceed {most:,} bytes; {upload.num_bytes:,} were announced.",
+            f"With this part the upload would exceed {maximum:,} bytes; {upload.num_bytes:,} were announced.",
             code="upload_too_large",
             remedy=f"{_START_AGAIN} The maximum file size is LORRY_MAX_FILE_BYTES, which an operator can raise.",
             param="data",

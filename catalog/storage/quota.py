@@ -15,7 +15,7 @@ from catalog.tables.plans import Plan
 from catalog.tables.storage import File, Prepared
 from catalog.tables.tenancy import Project
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.quotas import QuotaStatus, enough_at, exceeded, project_of, refusal, standing_of, utc_time
+from catalog.usage.quotas import QuotaStatus, enough_at, exceeded, project_of, refusal, status_of, utc_time
 
 LEAVING_SECONDS = 2 * DAY_SECONDS
 """How long after a deletion bytes may stay in the store: garbage collection runs daily and skips younger objects."""
@@ -34,7 +34,7 @@ def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None
         check_stored(session, work.project_id, token_cache.promised_bytes(session, work.project_id), now=now)
 
 
-def look_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
+def precheck_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
     """Raises QuotaExceeded if `num_bytes` more would currently exceed the quota. Only `check_stored`, which takes the
     project's quota lock, is reliable."""
     project = project_of(session, project_id)
@@ -56,22 +56,22 @@ def check_stored(session: Session, project_id: str, num_bytes: int, *, now: floa
             token_cache.evict(session, project.id, num_beyond, now=now)
 
 
-def _num_beyond(session: Session, project: Project, most: int, num_bytes: int, *, now: float) -> int:
+def _num_beyond(session: Session, project: Project, maximum: int, num_bytes: int, *, now: float) -> int:
     """Return how many bytes of unused token caches must be evicted to store `num_bytes` more; none if not positive.
 
     Raises QuotaExceeded.
     """
-    standing = standing_of(session, project, "stored_bytes", now=now)
-    num_over = int(standing.used) + num_bytes - most
+    status = status_of(session, project, "stored_bytes", now=now)
+    num_over = int(status.used) + num_bytes - maximum
     if num_over > 0 and num_over > token_cache.evictable_bytes(session, project.id):
-        raise exceeded(project, standing, now=now, num_more=num_bytes)
+        raise exceeded(project, status, now=now, num_more=num_bytes)
     each = _leaving(project.id, now=now).subquery()
     num_leaving = int(session.scalar(select(func.sum(each.c.num_bytes))) or 0)
-    num_beyond = int(standing.used) + num_leaving + num_bytes - 2 * most
+    num_beyond = int(status.used) + num_leaving + num_bytes - 2 * maximum
     if num_beyond > 0:
         leaving = [(row.num_bytes, row.at) for row in session.execute(_leaving(project.id, now=now))]
-        told = replace(standing, resets_at=enough_at(leaving, num_beyond, now=now))
-        raise _too_many_leaving(project, told, now=now, num_more=num_bytes, num_leaving=num_leaving)
+        limited = replace(status, resets_at=enough_at(leaving, num_beyond, now=now))
+        raise _too_many_leaving(project, limited, now=now, num_more=num_bytes, num_leaving=num_leaving)
     return num_over
 
 
@@ -88,14 +88,14 @@ def _leaving(project_id: str, *, now: float) -> Select[int, float]:
 
 
 def _too_many_leaving(
-    project: Project, standing: QuotaStatus, *, now: float, num_more: int, num_leaving: int
+    project: Project, status: QuotaStatus, *, now: float, num_more: int, num_leaving: int
 ) -> QuotaExceeded:
     """Return the error for deleted bytes that are still on the disk. Deleting more would not help."""
     message = (
         f"Project {project.name!r} is limited to "
-        f"{standing.said()}, and to twice that including deleted bytes that are still on the disk. "
-        f"It has {standing.used:,.0f} stored bytes and {num_leaving:,} bytes of deleted files and evicted token "
+        f"{status.describe()}, and to twice that including deleted bytes that are still on the disk. "
+        f"It has {status.used:,.0f} stored bytes and {num_leaving:,} bytes of deleted files and evicted token "
         f"caches; this would add {num_more:,}."
     )
-    by_when = "" if standing.resets_at is None else f", which will have freed enough by {utc_time(standing.resets_at)}"
-    return refusal(project, standing, message, f"Wait for the daily garbage collection{by_when}.", now=now)
+    by_when = "" if status.resets_at is None else f", which will have freed enough by {utc_time(status.resets_at)}"
+    return refusal(project, status, message, f"Wait for the daily garbage collection{by_when}.", now=now)

@@ -195,8 +195,8 @@ def _evict_variants(session: Session, project_id: str, file_digest: str, *, kept
 
 def _evict(session: Session, keys: list[str], *, now: float) -> None:
     """Evict these caches. Their reports stay, because plans and jobs show them."""
-    there = (Prepared.key.in_(keys), Prepared.artifact.is_not(None))
-    gone = update(Prepared).where(*there).values(artifact=None, evicted_at=now)
+    present = (Prepared.key.in_(keys), Prepared.artifact.is_not(None))
+    gone = update(Prepared).where(*present).values(artifact=None, evicted_at=now)
     gone = gone.returning(Prepared.project_id, Prepared.num_bytes)
     for project_id, num_bytes in session.execute(gone, execution_options={"synchronize_session": False}).all():
         assert project_id is not None, "it was found as a project's"

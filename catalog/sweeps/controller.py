@@ -60,7 +60,7 @@ def advance(db: Database, sweep_id: str | None = None) -> bool:
         if _cancel_some(session, found.id):
             return True
         sweep = find_sweep(session, found.project_id, found.id, locked=True)
-        _go_on(session, sweep, next_round, now=read_clock(session))
+        _continue(session, sweep, next_round, now=read_clock(session))
         return True
 
 
@@ -114,15 +114,15 @@ def _cancel_some(session: Session, sweep_id: str) -> bool:
     """Cancel some trials of a sweep whose cancellation is requested. Returns False if none is left to cancel."""
     if not session.scalar(select(Sweep.cancel_requested).where(Sweep.id == sweep_id)):
         return False
-    untold = (Job.sweep_id == sweep_id, Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
-    some = select(Job).where(*untold).order_by(Job.id).limit(CANCELLED_AT_ONCE).with_for_update(of=Job)
-    told, now = list(session.scalars(some)), read_clock(session)
-    for job in told:
+    remaining = (Job.sweep_id == sweep_id, Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
+    some = select(Job).where(*remaining).order_by(Job.id).limit(CANCELLED_AT_ONCE).with_for_update(of=Job)
+    jobs, now = list(session.scalars(some)), read_clock(session)
+    for job in jobs:
         commands.stop(session, job, commands.CANCEL, now=now)
-    return bool(told)
+    return bool(jobs)
 
 
-def _go_on(session: Session, sweep: Sweep, next_round: _Round, *, now: float) -> None:
+def _continue(session: Session, sweep: Sweep, next_round: _Round, *, now: float) -> None:
     if sweep.due_at is None:
         return
     sweep.due_at = None
@@ -205,9 +205,9 @@ def _delete_others(session: Session, sweep: Sweep, best: Trial, *, now: float) -
     locked = list(session.scalars(others.order_by(Adapter.id).with_for_update(of=Adapter)))
     continued = select(Job.parent_adapter).where(Job.parent_adapter.in_(locked), Job.state.in_(UNFINISHED_STATES))
     gone = set(locked) - set(session.scalars(continued))
-    held = select(func.coalesce(func.sum(Artifact.num_bytes), 0)).select_from(Adapter)
-    held = held.join(Artifact, Artifact.digest == Adapter.artifact).where(Adapter.id.in_(gone))
-    ledger.store(session, sweep.project_id, -(session.scalar(held) or 0), now=now)
+    kept = select(func.coalesce(func.sum(Artifact.num_bytes), 0)).select_from(Adapter)
+    kept = kept.join(Artifact, Artifact.digest == Adapter.artifact).where(Adapter.id.in_(gone))
+    ledger.store(session, sweep.project_id, -(session.scalar(kept) or 0), now=now)
     session.execute(update(Adapter).where(Adapter.id.in_(gone)).values(deleted_at=now))
 
 

@@ -262,15 +262,15 @@ def _same_submission(
     *,
     now: float,
 ) -> Sweep | None:
-    mine = select(Sweep).where(Sweep.project_id == caller.project_id)
+    own = select(Sweep).where(Sweep.project_id == caller.project_id)
     if idempotency_key is not None:
-        used = session.scalar(mine.where(Sweep.idempotency_key == idempotency_key))
+        used = session.scalar(own.where(Sweep.idempotency_key == idempotency_key))
         if used is not None and used.body_digest != body_digest:
             raise key_reused(idempotency_key, used.id)
         return used
     if not is_client_retry:
         return None
-    same = mine.where(Sweep.created_by == caller.api_key_id, Sweep.created_at > now - CLIENT_RETRY_SECONDS)
+    same = own.where(Sweep.created_by == caller.api_key_id, Sweep.created_at > now - CLIENT_RETRY_SECONDS)
     return session.scalar(same.where(Sweep.body_digest == body_digest).order_by(Sweep.created_at.desc()).limit(1))
 
 

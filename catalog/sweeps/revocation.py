@@ -119,8 +119,8 @@ def _descendants(session: Session, key: ApiKey) -> list[ApiKey]:
     found = select(ApiKey.id).where(ApiKey.created_by == key.id).cte("descendants", recursive=True)
     child = aliased(ApiKey)
     found = found.union(select(child.id).where(child.created_by == found.c.id))
-    those = select(ApiKey).join(found, found.c.id == ApiKey.id).where(ApiKey.id != key.id)
-    return list(session.scalars(those.order_by(ApiKey.created_at, ApiKey.id)))
+    others = select(ApiKey).join(found, found.c.id == ApiKey.id).where(ApiKey.id != key.id)
+    return list(session.scalars(others.order_by(ApiKey.created_at, ApiKey.id)))
 
 
 def _count_valid(found: Sequence[ApiKey], *, now: float) -> int:
@@ -142,8 +142,8 @@ def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collect
 
 def _cancel_sweeps(db: Database, key_ids: Collection[str]) -> None:
     """Request the cancellation of the keys' sweeps. Called before `_cancel_jobs`, so that no sweep creates trials."""
-    mine = select(Sweep).where(Sweep.created_by.in_(key_ids), Sweep.finished_at.is_(None))
-    some = mine.where(Sweep.cancel_requested.is_(False)).order_by(Sweep.id).limit(SWEEPS_AT_ONCE)
+    own = select(Sweep).where(Sweep.created_by.in_(key_ids), Sweep.finished_at.is_(None))
+    some = own.where(Sweep.cancel_requested.is_(False)).order_by(Sweep.id).limit(SWEEPS_AT_ONCE)
     while True:
         with db.write() as session:
             found = list(session.scalars(some.with_for_update(of=Sweep)))
@@ -154,9 +154,9 @@ def _cancel_sweeps(db: Database, key_ids: Collection[str]) -> None:
 
 
 def _cancel_jobs(db: Database, key_ids: Collection[str], project_ids: Collection[str]) -> None:
-    mine = select(Job).where(Job.project_id.in_(project_ids), Job.created_by.in_(key_ids))
-    open_ones = mine.where(Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
-    some = open_ones.order_by(Job.id).limit(JOBS_AT_ONCE)
+    own = select(Job).where(Job.project_id.in_(project_ids), Job.created_by.in_(key_ids))
+    unfinished = own.where(Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
+    some = unfinished.order_by(Job.id).limit(JOBS_AT_ONCE)
     while True:
         with db.write() as session:
             found = list(session.scalars(some.with_for_update(of=Job)))

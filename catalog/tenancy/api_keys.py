@@ -63,7 +63,7 @@ def create(
     given = {name: value for name, value in limits.items() if value is not None}
     highest = request.highest_priority
     _check_limits(caller, [*given, *(["highest_priority"] if highest is not None else [])])
-    takes_all = request.scopes is None and not caller.is_limited
+    copies_scopes = request.scopes is None and not caller.is_limited
     with db.write() as session:
         now = _begin(session, caller)
         if idempotency_key is not None:
@@ -73,7 +73,7 @@ def create(
             project_id = projects.find(session, caller=caller, project=request.project, param="project").id
         key, secret = new_key(project_id, request.name, pepper)
         key.is_operator, key.created_at = request.is_operator, now
-        key.scopes = None if takes_all else sorted(wanted)
+        key.scopes = None if copies_scopes else sorted(wanted)
         key.expires_at = _expiry(caller, request.expires_at, caller.expires_at, now=now)
         key.requests_per_minute = given.get("requests_per_minute", caller.requests_per_minute)
         key.jobs_per_day = given.get("jobs_per_day", caller.jobs_per_day)
@@ -218,8 +218,8 @@ def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> Non
 
 def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
     """Return the key, inside a transaction. Raises NotFound, also for a key of a project that the caller can't see."""
-    mine = select(ApiKey).where(ApiKey.id == api_key_id)
-    key = session.scalar(mine if caller.is_operator else mine.where(ApiKey.project_id == caller.project_id))
+    own = select(ApiKey).where(ApiKey.id == api_key_id)
+    key = session.scalar(own if caller.is_operator else own.where(ApiKey.project_id == caller.project_id))
     if key is None:
         raise NotFound("key", api_key_id, remedy="`lorry keys list` shows the keys of your project.")
     return key
@@ -301,9 +301,9 @@ def _check_limits(caller: Caller, limits: Collection[str]) -> None:
         )
 
 
-def _exceeds(what: str, param: str) -> Forbidden:
+def _exceeds(subject: str, param: str) -> Forbidden:
     return Forbidden(
-        f"Your API key can't {what}: a key can't grant more rights than it has.",
+        f"Your API key can't {subject}: a key can't grant more rights than it has.",
         code="exceeds_own_rights",
         remedy="Request fewer rights, or use a key that has them.",
         param=param,

@@ -34,7 +34,7 @@ def create(db: Database, name: str, *, is_client_retry: bool = False) -> Organiz
         serialize(session, "organizations")
         found = _named(session, name)
         if found is not None and not is_client_retry:
-            raise _taken(name)
+            raise _name_taken(name)
         return found or _add(session, name)
 
 
@@ -63,7 +63,7 @@ def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Org
         row = find(session, caller=caller, organization=organization)
         other = _named(session, name)
         if other is not None and other.id != row.id:
-            raise _taken(name)
+            raise _name_taken(name)
         now, details = read_clock(session), {"name": name, "was": row.name}
         _note(session, "organization.updated", row, now=now, details=details)
         row.name = name
@@ -102,14 +102,14 @@ def ids_by_project(db: Database, project_ids: Collection[str]) -> dict[str, str]
         return {row[0]: row[1] for row in session.execute(owners)}
 
 
-def check_name(name: str, whose: str, *, id_prefix: str) -> None:
+def check_name(name: str, thing: str, *, id_prefix: str) -> None:
     """Check the name of an organization or a project. Both are found by id or name, so a name must not look like an id.
 
-    whose: the thing with its article, for the message. Raises InvalidRequest.
+    thing: the noun with its article, for the message. Raises InvalidRequest.
     """
     if not LABEL.match(name) or name.startswith(f"{id_prefix}-"):
         raise InvalidRequest(
-            f"{name!r} is not a valid name for {whose}.",
+            f"{name!r} is not a valid name for {thing}.",
             code="invalid_name",
             remedy="Use at most 64 letters, digits, dots, underscores and hyphens. Start with a letter or digit, but "
             f"not with {id_prefix}-, which ids start with.",
@@ -133,7 +133,7 @@ def _note(session: Session, type: AuditType, row: Organization, *, now: float, d
     log.note(session, type, now=now, object_id=row.id, project_id=None, details=details)
 
 
-def _taken(name: str) -> Conflict:
+def _name_taken(name: str) -> Conflict:
     return Conflict(
         f"Organization {name!r} already exists.",
         code="organization_exists",

@@ -59,7 +59,7 @@ def create(db: Database, name: str, *, organization: str | None = None, is_clien
         else:
             owner = organizations.find(session, organization=organization, param="organization")
         if found is not None and not (is_client_retry and found.organization_id == owner.id):
-            raise _taken(name)
+            raise _name_taken(name)
         return found or _add(session, name, owner)
 
 
@@ -93,7 +93,7 @@ def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
         row = find(session, caller=caller, project=project)
         other = _named(session, name)
         if other is not None and other.id != row.id:
-            raise _taken(name)
+            raise _name_taken(name)
         _note(session, "project.updated", row, now=read_clock(session), details={"name": name, "was": row.name})
         row.name = name
         return row
@@ -176,7 +176,7 @@ def _note(session: Session, type: AuditType, row: Project, *, now: float, detail
     log.note(session, type, now=now, object_id=row.id, project_id=row.id, details=details)
 
 
-def _taken(name: str) -> Conflict:
+def _name_taken(name: str) -> Conflict:
     return Conflict(
         f"Project {name!r} already exists.",
         code="project_exists",
@@ -185,7 +185,7 @@ def _taken(name: str) -> Conflict:
     )
 
 
-def weigh(db: Database, *, caller: Caller, project: str, weight: float) -> Project:
+def set_weight(db: Database, *, caller: Caller, project: str, weight: float) -> Project:
     """Set the project's fair-share weight. Raises NotFound, and InvalidRequest for an invalid weight."""
     if not (math.isfinite(weight) and weight > 0):
         raise InvalidRequest(

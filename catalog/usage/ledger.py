@@ -149,8 +149,8 @@ def _write(session: Session) -> None:
         if not num_bytes:
             continue
         add_to(session, StoredBytes, {"project_id": project_id}, {"num_bytes": num_bytes})
-        held = stored_bytes(session, project_id)
-        upsert(session, StoredDay, [{"project_id": project_id, "day": day, "num_bytes": held}])
+        stored = stored_bytes(session, project_id)
+        upsert(session, StoredDay, [{"project_id": project_id, "day": day, "num_bytes": stored}])
 
 
 def _by_month(pending: _Pending) -> dict[tuple[str, int, int], float]:

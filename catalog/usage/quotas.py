@@ -79,16 +79,16 @@ class QuotaStatus:
     def is_reached(self) -> bool:
         return self.limit is not None and self.used >= self.limit
 
-    def said(self) -> str:
+    def describe(self) -> str:
         return SAID[self.name].format(limit=self.limit or 0)
 
 
-def standings(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[QuotaStatus]]:
+def statuses(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[QuotaStatus]]:
     """Return the project with this id or name, and all its quotas. Raises NotFound."""
     with db.read() as session:
         row = projects.find(session, caller=caller, project=project)
         now = read_clock(session)
-        return row, [standing_of(session, row, name, now=now) for name in COLUMNS]
+        return row, [status_of(session, row, name, now=now) for name in COLUMNS]
 
 
 def limit(
@@ -107,11 +107,13 @@ def limit(
         row = projects.find(session, caller=caller, project=project)
         for name, value in limits.items():
             setattr(row, COLUMNS[name], value)
-        told: Json = {"limits": dict(limits)}
+        details: Json = {"limits": dict(limits)}
         if highest_priority is not None:
             row.highest_priority = PriorityClass[highest_priority]
-            told["limits"]["highest_priority"] = highest_priority
-        log.note(session, "project.updated", now=read_clock(session), object_id=row.id, project_id=row.id, details=told)
+            details["limits"]["highest_priority"] = highest_priority
+        log.note(
+            session, "project.updated", now=read_clock(session), object_id=row.id, project_id=row.id, details=details
+        )
         return row
 
 
@@ -128,9 +130,9 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
     if limited:
         serialize(session, f"quota {project.id}")
     for name in limited:
-        standing = standing_of(session, project, name, now=now)
-        if standing.is_reached:
-            raise exceeded(project, standing, now=now)
+        status = status_of(session, project, name, now=now)
+        if status.is_reached:
+            raise exceeded(project, status, now=now)
 
 
 def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: float) -> None:
@@ -141,13 +143,13 @@ def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: floa
     key, with the same limit. Otherwise a key with read access only could use up the plans of other keys.
     """
     project = project_of(session, caller.project_id)
-    standing = standing_of(session, project, "plans_per_day", now=now)
+    status = status_of(session, project, "plans_per_day", now=now)
     if not is_computed:
         today = ledger.day_of(now) * DAY_SECONDS
         of_key = (Plan.project_id == project.id, Plan.created_at >= today, Plan.created_by == caller.api_key_id)
-        standing = replace(standing, used=session.scalar(select(func.count()).where(*of_key)) or 0)
-    if standing.is_reached:
-        raise exceeded(project, standing, now=now)
+        status = replace(status, used=session.scalar(select(func.count()).where(*of_key)) or 0)
+    if status.is_reached:
+        raise exceeded(project, status, now=now)
 
 
 def check_resumption(session: Session, project_id: str, *, now: float) -> None:
@@ -156,9 +158,9 @@ def check_resumption(session: Session, project_id: str, *, now: float) -> None:
     if project.max_queued_jobs is None:
         return
     serialize(session, f"quota {project.id}")
-    standing = standing_of(session, project, "queued_jobs", now=now)
-    if standing.is_reached:
-        raise exceeded(project, standing, now=now)
+    status = status_of(session, project, "queued_jobs", now=now)
+    if status.is_reached:
+        raise exceeded(project, status, now=now)
 
 
 def check_priority(session: Session, caller: Caller, priority: Priority) -> None:
@@ -216,24 +218,24 @@ def holds(session: Session, *, now: float, project_ids: Collection[str] | None =
     found: dict[str, QuotaStatus] = {}
     for project in session.scalars(limited):
         names: tuple[Limit, ...] = ("concurrent_jobs", "device_hours_per_month")
-        reached = (standing_of(session, project, name, now=now) for name in names)
-        held = next((standing for standing in reached if standing.is_reached), None)
+        reached = (status_of(session, project, name, now=now) for name in names)
+        held = next((status for status in reached if status.is_reached), None)
         if held is not None:
             found[project.id] = held
     return found
 
 
-def beginnable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
+def startable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
     """Return the ids of the jobs that the quotas of their projects allow to start. jobs: by id, the best first.
 
     Until this transaction ends, no other one starts jobs of a project with such a quota.
     """
     free = free_places(session, {job.project_id for job in jobs.values()}, is_claim=True)
-    begun: set[str] = set()
+    startable_ids: set[str] = set()
     for job_id, job in jobs.items():
         free[job.project_id] = free.get(job.project_id, math.inf) - 1
-        begun |= {job_id} if free[job.project_id] >= 0 else set()
-    return begun
+        startable_ids |= {job_id} if free[job.project_id] >= 0 else set()
+    return startable_ids
 
 
 def free_places(session: Session, project_ids: Collection[str], *, is_claim: bool = False) -> dict[str, float]:
@@ -258,22 +260,22 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     All jobs that the key created in the last 24 hours count, and the trials that its sweeps still have to create.
     is_promised: the new jobs are among these trials.
     """
-    most = caller.service_jobs_per_day if caller.jobs_per_day is None else caller.jobs_per_day
-    if most == 0:
+    maximum = caller.service_jobs_per_day if caller.jobs_per_day is None else caller.jobs_per_day
+    if maximum == 0:
         return
     serialize(session, f"jobs a day {caller.api_key_id}")
     promised = 0 if is_promised else _promised(session, caller.api_key_id)  # before jobs: trials become jobs
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
     raised = "An operator can raise the limit of the key: lorry keys update."
-    message, code = f"The API key has reached its limit of {most} jobs per day.", "rate_limit_exceeded"
+    message, code = f"The API key has reached its limit of {maximum} jobs per day.", "rate_limit_exceeded"
     message += f" This includes {promised:,} trials that its sweeps have not created yet." if promised else ""
     num_more = num_jobs + promised
-    if num_more > most:
+    if num_more > maximum:
         fewer = "Close or cancel one of those sweeps, or request fewer jobs" if promised else "Request fewer jobs"
         remedy = f"{fewer} at once. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=math.inf, headers={})
     latest = select(Job.created_at).where(*since).order_by(Job.created_at.desc())
-    earliest = session.scalar(latest.offset(most - num_more).limit(1))
+    earliest = session.scalar(latest.offset(maximum - num_more).limit(1))
     if earliest is not None:
         again = earliest + DAY_SECONDS
         remedy = f"Try again at {utc_time(again)}. {raised}"
@@ -283,20 +285,20 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
 def _promised(session: Session, api_key_id: str) -> int:
     """Return the number of trials that the controller still has to create for the key's sweeps."""
     search = Sweep.requested["search"]["type"].as_string()
-    left = select(func.coalesce(func.sum(Sweep.num_trials - Sweep.num_created), 0)).where(
+    remaining = select(func.coalesce(func.sum(Sweep.num_trials - Sweep.num_created), 0)).where(
         Sweep.created_by == api_key_id, Sweep.finished_at.is_(None), Sweep.is_closed.is_(False), search != "ask_tell"
     )
-    return int(session.scalar(left) or 0)
+    return int(session.scalar(remaining) or 0)
 
 
-def standing_of(session: Session, project: Project, name: Limit, *, now: float) -> QuotaStatus:
-    most: float | None = getattr(project, COLUMNS[name])
+def status_of(session: Session, project: Project, name: Limit, *, now: float) -> QuotaStatus:
+    maximum: float | None = getattr(project, COLUMNS[name])
     used, resets_at = 0.0, None
     match name:
         case "concurrent_jobs":
-            used = _count(session, project.id, JobState.RUNNING, most=most)
+            used = _count(session, project.id, JobState.RUNNING, maximum=maximum)
         case "queued_jobs":
-            used = _count(session, project.id, *WAITING, most=most)
+            used = _count(session, project.id, *WAITING, maximum=maximum)
         case "jobs_per_day":
             today = ledger.day_of(now)
             used, resets_at = (
@@ -313,39 +315,39 @@ def standing_of(session: Session, project: Project, name: Limit, *, now: float) 
             used, resets_at = ledger.month_seconds(session, project.id, now=now) / 3600, ledger.next_month(now)
         case "stored_bytes":
             used = ledger.stored_bytes(session, project.id)
-    return QuotaStatus(name=name, limit=most, used=used, resets_at=resets_at)
+    return QuotaStatus(name=name, limit=maximum, used=used, resets_at=resets_at)
 
 
-def _count(session: Session, project_id: str, *states: JobState, most: float | None = None) -> int:
-    """Count the project's jobs in these states, for each state up to `most` + 1 at most."""
+def _count(session: Session, project_id: str, *states: JobState, maximum: float | None = None) -> int:
+    """Count the project's jobs in these states, for each state up to `maximum` + 1."""
     found = 0
     for state in states:
         some = select(Job.id).where(Job.state == state, Job.project_id == project_id)
-        if most is not None:
-            some = some.limit(int(most) + 1)
+        if maximum is not None:
+            some = some.limit(int(maximum) + 1)
         found += session.scalar(select(func.count()).select_from(some.subquery())) or 0
     return found
 
 
-def exceeded(project: Project, standing: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
-    used = f"{standing.used:,.4g}" if standing.name == "device_hours_per_month" else f"{standing.used:,.0f}"
+def exceeded(project: Project, status: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
+    used = f"{status.used:,.4g}" if status.name == "device_hours_per_month" else f"{status.used:,.0f}"
     more = f"; this would add {num_more:,}" if num_more else ""
-    resets = f" The usage resets at {utc_time(standing.resets_at)}." if standing.resets_at is not None else ""
-    message = f"Project {project.name!r} is limited to {standing.said()}. Current usage: {used}{more}.{resets}"
-    return refusal(project, standing, message, REMEDIES[standing.name], now=now)
+    resets = f" The usage resets at {utc_time(status.resets_at)}." if status.resets_at is not None else ""
+    message = f"Project {project.name!r} is limited to {status.describe()}. Current usage: {used}{more}.{resets}"
+    return refusal(project, status, message, REMEDIES[status.name], now=now)
 
 
-def refusal(project: Project, standing: QuotaStatus, message: str, remedy: str, *, now: float) -> QuotaExceeded:
+def refusal(project: Project, status: QuotaStatus, message: str, remedy: str, *, now: float) -> QuotaExceeded:
     return QuotaExceeded(
         message,
         code="quota_exceeded",
         remedy=f"{remedy} An operator can raise the limit: lorry projects update {project.name}.",
-        retry_after_seconds=math.inf if standing.resets_at is None else standing.resets_at - now,
+        retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={
-            "name": standing.name,
-            "limit": standing.limit,
-            "used": standing.used,
-            "resets_at": None if standing.resets_at is None else int(standing.resets_at),
+            "name": status.name,
+            "limit": status.limit,
+            "used": status.used,
+            "resets_at": None if status.resets_at is None else int(status.resets_at),
         },
     )
 

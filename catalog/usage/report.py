@@ -89,15 +89,15 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
 
 def _seen(session: Session, caller: Caller, query: UsageQuery) -> dict[str, str]:
     """Return the requested projects that the caller can see, each with its organization, by id. Others are ignored."""
-    mine = select(Project.id, Project.organization_id)
+    projects = select(Project.id, Project.organization_id)
     if not caller.is_operator:
-        mine = mine.where(Project.id == caller.project_id)
+        projects = projects.where(Project.id == caller.project_id)
     if named := query.project_ids:
-        mine = mine.where(Project.id.in_(named) | Project.name.in_(named))
+        projects = projects.where(Project.id.in_(named) | Project.name.in_(named))
     if named := query.organization_ids:
-        mine = mine.join(Organization, Organization.id == Project.organization_id)
-        mine = mine.where(Organization.id.in_(named) | Organization.name.in_(named))
-    return {row[0]: row[1] for row in session.execute(mine.order_by(Project.id))}
+        projects = projects.join(Organization, Organization.id == Project.organization_id)
+        projects = projects.where(Organization.id.in_(named) | Organization.name.in_(named))
+    return {row[0]: row[1] for row in session.execute(projects.order_by(Project.id))}
 
 
 def _days(session: Session, query: UsageQuery, seen: dict[str, str], first: int, past: int) -> list[Day]:
@@ -125,8 +125,8 @@ def _sums(session: Session, query: UsageQuery, seen: Collection[str], first: int
     sums: dict[_Key, Used] = {}
     for row in session.execute(wanted.group_by(UsageDay.day, *columns)).mappings():
         owner, project_id, model = (row.get(name) for name in _COLUMNS)
-        told = {name: row[name] for name in AMOUNTS}
-        used = Used(organization_id=owner, project_id=project_id, model=model, amounts=told)
+        amounts_of_row = {name: row[name] for name in AMOUNTS}
+        used = Used(organization_id=owner, project_id=project_id, model=model, amounts=amounts_of_row)
         sums[row["day"], owner, project_id, model] = used
     return sums
 
@@ -138,13 +138,13 @@ def _stored(session: Session, seen: Collection[str], first: int, past: int) -> d
     """
     before = select(StoredDay.num_bytes).where(StoredDay.project_id == Project.id, StoredDay.day < first)
     latest = before.order_by(StoredDay.day.desc()).limit(1).correlate(Project).scalar_subquery()
-    held: dict[str, int | None] = {
+    stored: dict[str, int | None] = {
         row[0]: row[1] for row in session.execute(select(Project.id, latest).where(Project.id.in_(seen)))
     }
     changes = select(StoredDay).where(StoredDay.project_id.in_(seen), StoredDay.day >= first, StoredDay.day < past)
     changed = {(row.day, row.project_id): row.num_bytes for row in session.scalars(changes)}
     found: dict[tuple[int, str], int] = {}
     for day in range(first, min(past, ledger.day_of(read_clock(session)) + 1)):
-        held |= {project_id: changed[day, project_id] for project_id in seen if (day, project_id) in changed}
-        found |= {(day, project_id): num_bytes for project_id, num_bytes in held.items() if num_bytes is not None}
+        stored |= {project_id: changed[day, project_id] for project_id in seen if (day, project_id) in changed}
+        found |= {(day, project_id): num_bytes for project_id, num_bytes in stored.items() if num_bytes is not None}
     return found

@@ -76,14 +76,14 @@ def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDeliver
             lease.release(row)
             row.status, row.next_try_at, row.ended_at = "pending", now, None
             row.num_tries_before = row.num_tries
-            told = {"webhook_endpoint_id": endpoint.id, "event_id": row.event_id}
+            details = {"webhook_endpoint_id": endpoint.id, "event_id": row.event_id}
             log.note(
                 session,
                 "webhook_delivery.replayed",
                 now=now,
                 object_id=row.id,
                 project_id=project_id,
-                details=told,
+                details=details,
             )
         return row
 
@@ -124,9 +124,9 @@ def forget(db: Database) -> None:
 
 
 def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[WebhookDelivery, WebhookEndpoint]:
-    mine = select(WebhookDelivery, WebhookEndpoint).join(WebhookEndpoint)
+    own = select(WebhookDelivery, WebhookEndpoint).join(WebhookEndpoint)
     found = session.execute(
-        mine.where(
+        own.where(
             WebhookDelivery.id == delivery_id,
             WebhookEndpoint.project_id == project_id,
             WebhookEndpoint.deleted_at.is_(None),

@@ -62,7 +62,7 @@ class DeliveryResult:
     """Why there was no response, as a sentence."""
     reply: str | None = None
     retry_after: float | None = None
-    says_of_endpoint: bool = True
+    concerns_endpoint: bool = True
     """False: the attempt failed before a connection because this service was too busy to resolve the host name."""
 
     @property
@@ -120,9 +120,9 @@ def record(db: Database, claimed: Outgoing, outcome: DeliveryResult) -> None:
             delivery.status, delivery.next_try_at, delivery.ended_at = "delivered", None, now
             endpoint.failing_since = None
             return
-        _go_on(delivery, outcome, now=now)
-        if outcome.says_of_endpoint:
-            _judge(session, endpoint, outcome, now=now)
+        _reschedule(delivery, outcome, now=now)
+        if outcome.concerns_endpoint:
+            _check_endpoint(session, endpoint, outcome, now=now)
 
 
 def add_try(session: Session, delivery_id: str, outcome: DeliveryResult) -> None:
@@ -200,7 +200,7 @@ def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) ->
         endpoint = session.get_one(WebhookEndpoint, endpoint_id)
         if endpoint.disabled_at is not None or endpoint.deleted_at is not None:
             # The event was written while the endpoint was being disabled or deleted.
-            endpoints.give_up_waiting(session, endpoint_id, now=now)
+            endpoints.fail_pending(session, endpoint_id, now=now)
             return []
         due = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id, is_due(now))
         rows = session.scalars(skip_locked(due.order_by(WebhookDelivery.next_try_at).limit(number)))
@@ -240,7 +240,7 @@ def _lock(session: Session, endpoint_id: str) -> WebhookEndpoint:
     return session.scalars(wanted.with_for_update(key_share=True)).one()
 
 
-def _go_on(delivery: WebhookDelivery, outcome: DeliveryResult, *, now: float) -> None:
+def _reschedule(delivery: WebhookDelivery, outcome: DeliveryResult, *, now: float) -> None:
     """Schedule the next attempt, or fail the delivery if it has had all of them."""
     wait = wait_seconds(delivery.num_tries - delivery.num_tries_before, retry_after=outcome.retry_after)
     delivery.next_try_at = None if wait is None else now + wait
@@ -248,14 +248,14 @@ def _go_on(delivery: WebhookDelivery, outcome: DeliveryResult, *, now: float) ->
         delivery.status, delivery.ended_at = "failed", now
 
 
-def _judge(session: Session, endpoint: WebhookEndpoint, outcome: DeliveryResult, *, now: float) -> None:
+def _check_endpoint(session: Session, endpoint: WebhookEndpoint, outcome: DeliveryResult, *, now: float) -> None:
     """Disable an endpoint that responds with 410 (gone) or has failed for days, and notify the project's others."""
     endpoint.failing_since = since = now if endpoint.failing_since is None else endpoint.failing_since
     is_gone = outcome.status_code == GONE
     if not is_gone and since > now - FAILING_SECONDS:
         return
     if endpoint.disabled_at is None and endpoint.deleted_at is None:
-        endpoints.shut(session, endpoint, reason="gone" if is_gone else "failing", now=now)
+        endpoints.disable(session, endpoint, reason="gone" if is_gone else "failing", now=now)
         outbox.endpoint_disabled(session, endpoint, now=now)
         endpoints.note(session, endpoint, "webhook_endpoint.disabled", now=now, reason=endpoint.disabled_reason)
 

@@ -59,13 +59,13 @@ def create(
     with db.write() as session:
         serialize(session, f"webhook endpoints of {project_id}")
         now = read_clock(session)
-        mine = (WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
+        own = (WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
         if is_client_retry:
-            recent = select(WebhookEndpoint).where(*mine, WebhookEndpoint.created_at > now - REPEAT_SECONDS)
+            recent = select(WebhookEndpoint).where(*own, WebhookEndpoint.created_at > now - REPEAT_SECONDS)
             for row in session.scalars(recent):
                 if (row.name, row.event_types) == (name, wanted) and _has_url(row, url, pepper):
                     return row, signing.current(row, pepper)
-        if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0) >= MAX_ENDPOINTS:
+        if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*own)) or 0) >= MAX_ENDPOINTS:
             raise _too_many()
         secret = signing.new(pepper)
         row = WebhookEndpoint(
@@ -119,7 +119,7 @@ def change(
         if changes.enabled is True:
             row.disabled_at = row.disabled_reason = row.failing_since = None
         if changes.enabled is False and row.disabled_at is None:
-            shut(session, row, reason="by_request", now=read_clock(session))
+            disable(session, row, reason="by_request", now=read_clock(session))
         if before != (row.name, row.sealed_url, row.event_types, row.disabled_at):
             row.updated_at = now = read_clock(session)
             note(session, row, "webhook_endpoint.updated", now=now, enabled=row.disabled_at is None)
@@ -158,10 +158,10 @@ def rotate(
 def delete(db: Database, *, project_id: str, endpoint_id: str, is_client_retry: bool = False) -> None:
     """Delete the endpoint. Its pending deliveries fail. Raises NotFound."""
     with db.write() as session:
-        row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True, deleted_too=is_client_retry)
+        row = find(session, project_id=project_id, endpoint_id=endpoint_id, lock=True, include_deleted=is_client_retry)
         if row.deleted_at is None:
             row.deleted_at = now = read_clock(session)
-            give_up_waiting(session, row.id, now=now)
+            fail_pending(session, row.id, now=now)
             note(session, row, "webhook_endpoint.deleted", now=now)
 
 
@@ -171,28 +171,28 @@ def note(session: Session, row: WebhookEndpoint, type: AuditType, *, now: float,
     log.note(session, type, now=now, object_id=row.id, project_id=row.project_id, details=about)
 
 
-def shut(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: float) -> None:
+def disable(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: float) -> None:
     """Disable an endpoint, which the caller has locked, until a user enables it.
 
     Its pending deliveries fail, and can be replayed.
     """
     endpoint.disabled_at, endpoint.disabled_reason = now, reason
-    give_up_waiting(session, endpoint.id, now=now)
+    fail_pending(session, endpoint.id, now=now)
 
 
-def give_up_waiting(session: Session, endpoint_id: str, *, now: float) -> None:
+def fail_pending(session: Session, endpoint_id: str, *, now: float) -> None:
     waiting = (WebhookDelivery.endpoint_id == endpoint_id, WebhookDelivery.next_try_at.is_not(None))
     ended = {"status": "failed", "next_try_at": None, "claim_id": None, "lease_expires_at": None, "ended_at": now}
     session.execute(update(WebhookDelivery).where(*waiting).values(ended))
 
 
 def find(
-    session: Session, *, project_id: str, endpoint_id: str, lock: bool = False, deleted_too: bool = False
+    session: Session, *, project_id: str, endpoint_id: str, lock: bool = False, include_deleted: bool = False
 ) -> WebhookEndpoint:
     """Return the endpoint. Its lock does not block transactions that insert deliveries. Raises NotFound."""
     wanted = select(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.project_id == project_id)
     row = session.scalar(wanted.with_for_update(key_share=True) if lock else wanted)
-    if row is None or (row.deleted_at is not None and not deleted_too):
+    if row is None or (row.deleted_at is not None and not include_deleted):
         raise NotFound("webhook endpoint", endpoint_id, remedy="`lorry webhooks list` shows your endpoints.")
     return row
 

@@ -22,8 +22,8 @@ def on_transition(session: Session, job: Job, before: JobState | None, *, now: f
 
 def endpoint_disabled(session: Session, endpoint: WebhookEndpoint, *, now: float) -> None:
     """Write the deliveries that notify the project's other endpoints."""
-    told = {"id": endpoint.id}
-    add(session, project_id=endpoint.project_id, event_type="webhook_endpoint.disabled", data=told, now=now)
+    details = {"id": endpoint.id}
+    add(session, project_id=endpoint.project_id, event_type="webhook_endpoint.disabled", data=details, now=now)
 
 
 def add(session: Session, *, project_id: str, event_type: EventType, data: Json, now: float) -> None:
@@ -32,10 +32,10 @@ def add(session: Session, *, project_id: str, event_type: EventType, data: Json,
     The delivery of a disabled endpoint is stored as failed, so that it can be replayed.
     """
     # Only these columns: workers have no permission to read the others.
-    mine = select(WebhookEndpoint.id, WebhookEndpoint.event_types, WebhookEndpoint.disabled_at)
-    mine = mine.where(WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
+    own = select(WebhookEndpoint.id, WebhookEndpoint.event_types, WebhookEndpoint.disabled_at)
+    own = own.where(WebhookEndpoint.project_id == project_id, WebhookEndpoint.deleted_at.is_(None))
     with session.no_autoflush:
-        asked = [endpoint for endpoint in session.execute(mine) if _asks(endpoint, event_type, data)]
+        asked = [endpoint for endpoint in session.execute(own) if _asks(endpoint, event_type, data)]
     event_id = new_id("evt")
     for endpoint in asked:
         is_open = endpoint.disabled_at is None

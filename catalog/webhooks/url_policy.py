@@ -74,7 +74,7 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
-        spelled = ip_address(host) if ":" in host else _ipv4(host)
+        literal = ip_address(host) if ":" in host else _ipv4(host)
     except ValueError:
         raise _bad("'url' is not a valid URL") from None
     if parts.scheme not in PORTS or (parts.scheme == "http" and not rules.allow_http):
@@ -85,14 +85,14 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
         raise _bad(
             "'url' can't have a user, a password or a fragment", remedy="Authenticate with the webhook signature."
         )
-    if spelled is None and not HOST.fullmatch(host):
+    if literal is None and not HOST.fullmatch(host):
         raise _bad(
             "'url' must have a valid host", remedy="Write a host name with non-ASCII characters in Punycode (xn--…)."
         )
     port = PORTS[parts.scheme] if port is None else port
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
         raise _bad(f"'url' must have the port 80 or 443, or a port from {LOWEST_FREE_PORT}")
-    if spelled is not None and (why := why_shut(spelled, rules)):
+    if literal is not None and (why := block_reason(literal, rules)):
         raise _bad(f"'url' {why}", code="webhook_address_not_allowed", remedy=OPENED)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
@@ -101,11 +101,11 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
 OPENED = "An operator can allow private networks: LORRY_WEBHOOK_ALLOWED_NETWORKS."
 
 
-def why_shut(address: Address, rules: Rules) -> str | None:
+def block_reason(address: Address, rules: Rules) -> str | None:
     """Return why an address is blocked, as a predicate for a message, or None if it is allowed."""
     inner = _carried(address)
     if inner is not None:
-        return why_shut(inner, rules)
+        return block_reason(inner, rules)
     if any(address in network for network in rules.networks if network.version == address.version):
         return None
     is_public = address.is_global and not address.is_multicast and not address.is_reserved
@@ -137,5 +137,7 @@ def _ipv4(host: str) -> IPv4Address | None:
         return None
 
 
-def _bad(what: str, *, code: str = "invalid_webhook_url", remedy: str = "Use a URL such as https://example.com/hooks."):
-    return InvalidRequest(f"{what}.", code=code, remedy=remedy, param="url")
+def _bad(
+    problem: str, *, code: str = "invalid_webhook_url", remedy: str = "Use a URL such as https://example.com/hooks."
+):
+    return InvalidRequest(f"{problem}.", code=code, remedy=remedy, param="url")

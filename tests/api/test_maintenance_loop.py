@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from api import maintenance_loop
 from api.deps import Services
-from api.maintenance_loop import advance_once, clean_once, keep_running, look_once
+from api.maintenance_loop import advance_once, clean_once, keep_running, run_once
 from api.streaming.hub import Feed
 from catalog.audit import chain
 from catalog.errors import InvalidRequest, Unavailable
@@ -62,12 +62,12 @@ def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
         job.lease_expires_at, job.lease_extended = 1.0, True
         session.get_one(DatabaseHeartbeat, 1)
 
-    look_once(notifying)
+    run_once(notifying)
 
     assert world.job(claim.job.id).state == "queued"
     assert world.job(claim.job.id).claim_id is None
     waiting = world.submit()
-    look_once(notifying)
+    run_once(notifying)
     assert waiting.state == "validating_files"
     assert notifier.count >= 1
 
@@ -75,7 +75,7 @@ def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
 def test_workers_are_not_notified_while_nothing_waits(
     notifying: Services, notifier: CountingNotifier, world: World
 ) -> None:
-    look_once(notifying)
+    run_once(notifying)
 
     assert notifier.count == 0
 
@@ -92,7 +92,7 @@ def test_unavailable_database_does_not_stop_the_loop(
     for failing in (away, crash):
         monkeypatch.setattr(recovery, "expire", failing)
         with caplog.at_level(logging.WARNING):
-            look_once(notifying)
+            run_once(notifying)
 
     assert "database_unavailable" in caplog.text
     assert "odd" in caplog.text
@@ -109,11 +109,11 @@ def test_failed_task_does_not_prevent_the_others(
         raise InvalidRequest("odd", code="odd", remedy="")
 
     world.submit()
-    for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "tell_late")):
+    for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "notify_late")):
         monkeypatch.setattr(module, act, crash)
     with caplog.at_level(logging.WARNING):
         advance_once(notifying)
-        look_once(notifying)
+        run_once(notifying)
 
     assert notifier.count == 1
     assert chain.check(world.db, peppers=[notifying.pepper.current]).num_unsealed == 0

@@ -41,7 +41,7 @@ def test_blocking_endpoint_uses_one_thread_and_keeps_its_log_context(monkeypatch
 
     async def ask(path: str) -> dict[str, Any]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
-            with log.coming_from(Origin(request_id="req_1", address=None)):
+            with log.attributed_to(Origin(request_id="req_1", address=None)):
                 log.actor_is(Actor(type="api_key", id="key-1", name="one"))
                 return (await client.get(path)).json()
 

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from api import maintenance_loop
 from api.deps import Services
-from api.maintenance_loop import PERIODIC_TASKS, clean_once, look_once
+from api.maintenance_loop import PERIODIC_TASKS, clean_once, run_once
 from api.telemetry import Telemetry
 from catalog.errors import Unavailable
 from catalog.fleet import metrics, workers
@@ -104,7 +104,7 @@ def test_background_runs_are_counted_by_outcome(
     assert set(runs()) == {(task, outcome) for task in PERIODIC_TASKS for outcome in ("done", "failed")}
     began = done_at()
     monkeypatch.setattr(recovery, "expire", away)
-    look_once(services)
+    run_once(services)
     monkeypatch.setattr(maintenance_loop, "clean", away)
     clean_once(services)
 

@@ -175,7 +175,7 @@ def send(world: World, *, status_code: int) -> None:
 
 def export(world: World) -> None:
     for export in tracker_exports.claim(world.db, types=["tensorboard"], limit=9):
-        tracker_exports.record(world.db, export, tracker_exports.look(world.db, export), run_id="run")
+        tracker_exports.record(world.db, export, tracker_exports.poll(world.db, export), run_id="run")
 
 
 def _newest_delivery(world: World, hook: str) -> str:

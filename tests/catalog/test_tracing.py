@@ -48,7 +48,7 @@ def test_unknown_exporter_is_reported_with_the_known_ones(
 
     tracing.start("api")
 
-    assert "zipkin is not known" in caplog.text
+    assert "zipkin is not supported" in caplog.text
     assert tracing.begin("a", parent=PARENT).traceparent == PARENT
 
 

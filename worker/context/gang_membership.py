@@ -78,7 +78,7 @@ class Seat:
         if self._standing is not None and began - self._looked_at < self._settings.poll_seconds:
             return self._standing
         if began - self._reported_at >= self._settings.heartbeat_seconds:
-            gangs.tell(self.place, free_bytes=self._own_free_bytes())
+            gangs.report_memory(self.place, free_bytes=self._own_free_bytes())
             self._reported_at = began
         found = gangs.standing(self.place)
         if found.leader_id is None and gangs.lead(self.place):

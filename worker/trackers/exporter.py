@@ -112,7 +112,7 @@ class Exports:
         """Write the new points of one job. Closes its run unless the export continues."""
         follows = Follows.DONE
         try:
-            news = tracker_exports.look(self._db, one.export)
+            news = tracker_exports.poll(self._db, one.export)
             if one.session is None:
                 one.session = self._begin(one.export, news.run)
             one.session.write(news.points, news.end)

@@ -67,21 +67,23 @@ def create(
 
 def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path) -> Backup:
     """Store all parts of a backup except its record, without which it does not count as a backup."""
-    there = references.stored(place.store)
-    num_before = len(there)
+    stored_keys = references.stored(place.store)
+    num_before = len(stored_keys)
     with db.read() as session:
         keys = references.named(session)
     with full_disk_named():
         work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="backup-", dir=work_dir) as folder:
-        copier = references.Copier(source=store.objects, target=place.store, there=there, spool_dir=Path(folder))
+        copier = references.Copier(
+            source=store.objects, target=place.store, existing=stored_keys, spool_dir=Path(folder)
+        )
         copier.copy(keys)  # most objects; an object that fails was deleted since, or is reported by the second copy
         dumped = Path(folder) / "database"
         with full_disk_named():
             snapshot = database_dump.take(db, dumped)
         problems = copier.copy(snapshot.keys)
         name = f"{datetime.fromtimestamp(snapshot.taken_at, UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
-        told = place.put(name, dumped, snapshot.keys)
+        location_fields = place.put(name, dumped, snapshot.keys)
     record = BackupRecord(
         name=name,
         taken_at=snapshot.taken_at,
@@ -91,9 +93,9 @@ def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: P
         audit_link=snapshot.audit_link,
         audit_digest=snapshot.audit_digest,
         problems=[*problems.values()],
-        **told,
+        **location_fields,
     )
-    return Backup(record=record, num_copied=len(there) - num_before, forgotten=[])
+    return Backup(record=record, num_copied=len(stored_keys) - num_before, forgotten=[])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,12 +123,12 @@ def verify(db: Database, store: ArtifactStore, *, peppers: Sequence[bytes]) -> B
     with db.read() as session:
         problems = integrity.orphans(db) + _of_artifacts(session, artifacts, damaged) + _of_files(session, damaged)
         num_events, misfits = _of_chain(db, store, peppers)
-    told = {sentence for sentence in damaged.values() if not any(sentence in problem for problem in problems)}
+    unattributed = {sentence for sentence in damaged.values() if not any(sentence in problem for problem in problems)}
     return BackupCheck(
         num_artifacts=len(artifacts),
         num_objects=len(keys),
         num_audit_events=num_events,
-        problems=[*problems, *sorted(told), *misfits],
+        problems=[*problems, *sorted(unattributed), *misfits],
     )
 
 
@@ -150,8 +152,8 @@ def _is_itself(row: Artifact) -> bool:
 
 
 def _of_files(session: Session, damaged: Mapping[str, str]) -> list[str]:
-    there = session.execute(select(File.id, File.digest).where(File.deleted_at.is_(None)))
-    return [f"{row.id}: {damaged[blob_key(row.digest)]}" for row in there if blob_key(row.digest) in damaged]
+    rows = session.execute(select(File.id, File.digest).where(File.deleted_at.is_(None)))
+    return [f"{row.id}: {damaged[blob_key(row.digest)]}" for row in rows if blob_key(row.digest) in damaged]
 
 
 def _of_chain(db: Database, store: ArtifactStore, peppers: Sequence[bytes]) -> tuple[int, list[str]]:
@@ -192,19 +194,19 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     _check_fits(record, url)
     database_dump.check_empty(url)
     store = open_store(settings)
-    there = references.stored(store.objects)
-    num_before = len(there)
+    stored_keys = references.stored(store.objects)
+    num_before = len(stored_keys)
     with full_disk_named():
         settings.work_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="restore-", dir=settings.work_dir()) as folder:
         dumped = Path(folder) / "database"
         with full_disk_named():
             place.fetch_dump(record, dumped)
-        references.Copier(source=place.store, target=store.objects, there=there, spool_dir=Path(folder)).copy(
+        references.Copier(source=place.store, target=store.objects, existing=stored_keys, spool_dir=Path(folder)).copy(
             place.keys(record)
         )
         with full_disk_named():
-            database_dump.put_back(dumped, url)
+            database_dump.restore(dumped, url)
     db = Database(url)
     try:
         _check_same(db, record)
@@ -217,7 +219,7 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     finally:
         db.close()
     names = [anchor.key for anchor in superseded]
-    return Restored(record=record, num_copied=len(there) - num_before, superseded_anchors=names, checked=checked)
+    return Restored(record=record, num_copied=len(stored_keys) - num_before, superseded_anchors=names, checked=checked)
 
 
 def _check_same(db: Database, record: BackupRecord) -> None:

@@ -61,10 +61,10 @@ def take(db: Database, into: Path) -> Snapshot:
     return _sqlite_take(db, into) if db.is_sqlite else _postgresql_take(db, into)
 
 
-def put_back(dump: Path, url: str) -> None:
+def restore(dump: Path, url: str) -> None:
     """Restore the dump atomically into the database at `url`, which must have no tables."""
     if kind_of(url) == "sqlite":
-        _sqlite_put_back(dump, Path(make_url(url).database or ""))
+        _sqlite_restore(dump, Path(make_url(url).database or ""))
     else:
         _run("pg_restore", make_url(url), ["--single-transaction", "--exit-on-error", str(dump)])
         _analyze(url)
@@ -114,7 +114,7 @@ def _sqlite_take(db: Database, into: Path) -> Snapshot:
     copied = Database(URL.create("sqlite", database=str(into)).render_as_string())
     try:
         with copied.read() as session:
-            snapshot = _look(session)
+            snapshot = _read_snapshot(session)
     finally:
         copied.close()
     with closing(sqlite3.connect(into)) as copy:
@@ -131,7 +131,7 @@ def _postgresql_take(db: Database, into: Path) -> Snapshot:
     with translated(), Session(frozen) as session, session.begin():
         session.execute(text("set local idle_in_transaction_session_timeout = 0"))
         name = str(session.scalar(select(func.pg_export_snapshot())))
-        snapshot = _look(session)
+        snapshot = _read_snapshot(session)
         excluded = [_exclusion(name) for name in integrity.foreign_relations(session.connection())]
         options = ["--format=custom", f"--snapshot={name}", f"--file={into}", *excluded]
         _run("pg_dump", db.engine.url, options)
@@ -144,7 +144,7 @@ def _exclusion(relation: str) -> str:
     return f'--exclude-table="{quoted}"'
 
 
-def _look(session: Session) -> Snapshot:
+def _read_snapshot(session: Session) -> Snapshot:
     head = session.get(AuditHead, 1)
     return Snapshot(
         taken_at=read_clock(session),
@@ -156,7 +156,7 @@ def _look(session: Session) -> Snapshot:
     )
 
 
-def _sqlite_put_back(dump: Path, path: Path) -> None:
+def _sqlite_restore(dump: Path, path: Path) -> None:
     """Restore a SQLite database.
 
     The file appears under its name only after its content is synced to disk. It never overwrites the database of a
@@ -227,9 +227,9 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
     argv = [str(found), f"--dbname={address}", "--no-owner", "--no-privileges", "--no-password", *options]
     done = subprocess.run(argv, env=passed, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        last_line = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         raise InvalidRequest(
-            f"{name} failed: {said}",
+            f"{name} failed: {last_line}",
             code="pg_dump_failed",
             remedy="Fix the reported problem and try again. Nothing was kept.",
         )

@@ -129,12 +129,14 @@ def _postgresql_orphans(connection: Connection) -> dict[tuple[str, str], int]:
     found: dict[tuple[str, str], int] = {}
     for name in _table_names(connection):
         for key in inspector.get_foreign_keys(name):
-            here, there = key["constrained_columns"], key["referred_columns"]
-            child = table(name, *map(column, here)).alias("child")
-            parent = table(quoted_name(key["referred_table"], quote=None), *map(column, there)).alias("parent")
-            pairs = list(zip(here, there, strict=True))
-            matching = select(1).where(*(parent.c[theirs] == child.c[ours] for ours, theirs in pairs))
-            refers = [child.c[ours].is_not(None) for ours in here]
+            child_columns, parent_columns = key["constrained_columns"], key["referred_columns"]
+            child = table(name, *map(column, child_columns)).alias("child")
+            parent = table(quoted_name(key["referred_table"], quote=None), *map(column, parent_columns)).alias("parent")
+            pairs = list(zip(child_columns, parent_columns, strict=True))
+            matching = select(1).where(
+                *(parent.c[parent_column] == child.c[child_column] for child_column, parent_column in pairs)
+            )
+            refers = [child.c[child_column].is_not(None) for child_column in child_columns]
             number = connection.scalar(select(func.count()).select_from(child).where(*refers, ~matching.exists()))
             if number:
                 found[name, key["referred_table"]] = found.get((name, key["referred_table"]), 0) + number

@@ -130,19 +130,19 @@ class BackupPlace:
             raise DamagedArtifact(f"Backup {record.name} is incomplete: {part} is missing.") from error
 
 
-def open_place(where: str, *, is_new: bool = False) -> BackupPlace:
+def open_place(location: str, *, is_new: bool = False) -> BackupPlace:
     """Open the location at a folder's path, or at a URL of the form of LORRY_STORE_URL. Raises NotFound.
 
     is_new: creates a missing folder, with permissions for its owner only.
     """
-    if "://" in where:
-        return BackupPlace(where.rstrip("/"))
-    folder = Path(where).expanduser().absolute()
+    if "://" in location:
+        return BackupPlace(location.rstrip("/"))
+    folder = Path(location).expanduser().absolute()
     if is_new:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not folder.is_dir():
         raise NotFound(
-            "backup", where, remedy="Pass the folder or the s3://… URL that `python -m api backup` wrote to."
+            "backup", location, remedy="Pass the folder or the s3://… URL that `python -m api backup` wrote to."
         )
     return BackupPlace(folder.as_uri())
 

@@ -29,10 +29,10 @@ log = logging.getLogger("lorry.catalog")
 class LocationLease:
     """Context manager of the lease. Raises Conflict if another backup is running, OutOfSpace, Unavailable."""
 
-    def __init__(self, objects: Objects, where: str, *, renew_seconds: float = RENEW_SECONDS) -> None:
-        """where: the name of the location in messages."""
+    def __init__(self, objects: Objects, location: str, *, renew_seconds: float = RENEW_SECONDS) -> None:
+        """location: the name of the location in messages."""
         self.objects = objects
-        self._where = where
+        self._location = location
         self._renew_seconds = renew_seconds
         holder = {"token": secrets.token_hex(16), "host": socket.gethostname(), "pid": os.getpid()}
         self._content = json.dumps(holder).encode()
@@ -53,14 +53,14 @@ class LocationLease:
         self._stop.set()
         self._renewing.join()
         with suppress(NoSuchObject, Unavailable):  # if the deletion fails, the lease expires
-            if self._is_ours():
+            if self._is_own():
                 self.objects.delete(KEY)
 
     def check(self) -> None:
         """Raise Conflict if another backup has taken over."""
-        if not self._is_ours():
+        if not self._is_own():
             raise Conflict(
-                f"Another backup to {self._where} has taken over, because this one did not renew its lease for "
+                f"Another backup to {self._location} has taken over, because this one did not renew its lease for "
                 f"{LEASE_SECONDS:.0f} s.",
                 code="backup_lease_lost",
                 remedy="Start the backup again after the other one has finished. This one was not finished and deleted "
@@ -77,7 +77,7 @@ class LocationLease:
         with suppress(NoSuchObject, ValueError):
             holder = cast("dict[str, Any]", json.loads(self._read()))
         return Conflict(
-            f"Another backup to {self._where} is running: process {holder.get('pid', '?')} on "
+            f"Another backup to {self._location} is running: process {holder.get('pid', '?')} on "
             f"{holder.get('host', '?')}.",
             code="backup_running",
             remedy=f"Wait until it has finished. If it was killed, its lease expires {LEASE_SECONDS:.0f} s after the "
@@ -87,12 +87,12 @@ class LocationLease:
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):
             try:
-                if self._is_ours():
+                if self._is_own():
                     self.objects.put(KEY, self._content)
             except (OutOfSpace, Unavailable) as error:
                 log.warning("backup lease not renewed code=%s", error.code)
 
-    def _is_ours(self) -> bool:
+    def _is_own(self) -> bool:
         try:
             return self._read() == self._content
         except NoSuchObject:

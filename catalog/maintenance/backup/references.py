@@ -49,7 +49,7 @@ class Copier:
 
     source: Objects
     target: Objects
-    there: set[str]
+    existing: set[str]
     """Keys of the objects in the target. `copy` adds to it."""
     spool_dir: Path
 
@@ -58,7 +58,7 @@ class Copier:
 
         Raises Unavailable and OutOfSpace.
         """
-        missing = [key for key in keys if key not in self.there]
+        missing = [key for key in keys if key not in self.existing]
         blobs = _each([key for key in missing if key.startswith("blobs/")], self._copy_one)
         return blobs | _each([key for key in missing if not key.startswith("blobs/")], self._copy_one)
 
@@ -69,7 +69,7 @@ class Copier:
                 spool.write(chunk)
             spool.seek(0)
             self.target.put(key, iter(lambda: spool.read(CHUNK_BYTES), b""))
-        self.there.add(key)
+        self.existing.add(key)
 
 
 def damaged(keys: Keys, objects: Objects) -> dict[str, str]:

@@ -86,19 +86,19 @@ class Simulation:
     def run(self, *, until: float = float("inf")) -> list[SimulatedRun]:
         """Simulate until every job has finished, or until the time `until`."""
         while self._events and self._events[0][0] <= until:
-            self.now, _, what, version = heapq.heappop(self._events)
-            if isinstance(what, SimulatedRun) and version:
-                self._press(what)
-            elif isinstance(what, SimulatedRun):
-                what.waits_since = self.now
-                self._queue.add(what)
-                if what.arrival.priority == PriorityClass.urgent and self.cluster.policy.max_preemptions:
-                    self._push(self.now + self.cluster.policy.preempt_after_seconds, what, 1)
+            self.now, _, target, version = heapq.heappop(self._events)
+            if isinstance(target, SimulatedRun) and version:
+                self._press(target)
+            elif isinstance(target, SimulatedRun):
+                target.waits_since = self.now
+                self._queue.add(target)
+                if target.arrival.priority == PriorityClass.urgent and self.cluster.policy.max_preemptions:
+                    self._push(self.now + self.cluster.policy.preempt_after_seconds, target, 1)
                 for worker in self._workers:
-                    if not worker.jobs or worker.key == what.arrival.base:  # other workers can't take it yet
-                        self._look(worker)
-            elif what.version == version:
-                self._end(what)
+                    if not worker.jobs or worker.key == target.arrival.base:  # other workers can't take it yet
+                        self._poll(worker)
+            elif target.version == version:
+                self._end(target)
         self.now = max(self.now, until) if self._events else self.now
         for worker in self._workers:
             self._advance(worker)
@@ -108,8 +108,8 @@ class Simulation:
     def num_loads(self) -> int:
         return sum(worker.num_loads for worker in self._workers)
 
-    def _push(self, at: float, what: SimulatedRun | _Worker, version: int = 0) -> None:
-        heapq.heappush(self._events, (at, next(self._numbers), what, version))
+    def _push(self, at: float, target: SimulatedRun | _Worker, version: int = 0) -> None:
+        heapq.heappush(self._events, (at, next(self._numbers), target, version))
 
     def _end(self, worker: _Worker) -> None:
         self._advance(worker)
@@ -117,8 +117,8 @@ class Simulation:
             record.ended_at = self.now
             del worker.jobs[record.job_id]
             self._running[record.arrival.project] -= 1
-        self._look(worker)
-        self._foresee(worker)
+        self._poll(worker)
+        self._schedule_next(worker)
 
     def _press(self, record: SimulatedRun) -> None:
         """Preempt jobs for an urgent job that is still queued, and check again after `ask_again_seconds`."""
@@ -132,8 +132,8 @@ class Simulation:
             self._advance(worker)
             for victim in chosen.victims:
                 self._send_back(worker, worker.jobs[victim.job_id])
-            self._look(worker)
-            self._foresee(worker)
+            self._poll(worker)
+            self._schedule_next(worker)
         self._push(self.now + policy.ask_again_seconds, record, 1)
 
     def _preemption(self, record: SimulatedRun) -> Preemption | None:
@@ -207,13 +207,13 @@ class Simulation:
             owed = ordering.charge(elapsed, num_devices=1, num_jobs=len(worker.jobs))
             record.device_seconds += owed
             owed *= self.cluster.policy.multiple(record.arrival.priority)
-            self._used[record.arrival.project] = (self._left_of(record.arrival.project) + owed, self.now)
+            self._used[record.arrival.project] = (self._decayed_usage(record.arrival.project) + owed, self.now)
 
-    def _left_of(self, project: str) -> float:
+    def _decayed_usage(self, project: str) -> float:
         amount, as_of = self._used.get(project, (0.0, self.now))
         return ordering.decay(amount, self.now - as_of, half_life_seconds=self.cluster.policy.half_life_seconds)
 
-    def _foresee(self, worker: _Worker) -> None:
+    def _schedule_next(self, worker: _Worker) -> None:
         """Schedule an event for the next completion on the worker, if nothing changes before."""
         worker.version += 1
         if worker.jobs:
@@ -221,16 +221,16 @@ class Simulation:
             at = max(worker.as_of, self.now) + max(0.0, soonest) * throughput.slowdown(len(worker.jobs), SPEEDS)
             self._push(at, worker, worker.version)
 
-    def _look(self, worker: _Worker) -> None:
+    def _poll(self, worker: _Worker) -> None:
         """Poll the queue as a worker does: claim the jobs that are chosen for its free capacity."""
         places = self._places(worker)
         if not places or not len(self._queue):
             return
-        action = decide(self._picture(worker, places), self.cluster.policy).action
+        action = decide(self._snapshot(worker, places), self.cluster.policy).action
         if isinstance(action, Start | Join):
             self._take(worker, action.choices)
 
-    def _picture(self, worker: _Worker, places: int) -> QueueSnapshot:
+    def _snapshot(self, worker: _Worker, places: int) -> QueueSnapshot:
         capacity = Capacity(
             max_jobs=places, memory_bytes_free=PLENTY, resident_key=worker.key, num_jobs=len(worker.jobs)
         )
@@ -255,7 +255,7 @@ class Simulation:
 
     def _share(self, project: str) -> Share:
         weight = self.cluster.weights.get(project, 1.0)
-        return Share(weight=weight, device_seconds=self._left_of(project), **self._in_use(project))
+        return Share(weight=weight, device_seconds=self._decayed_usage(project), **self._in_use(project))
 
     def _in_use(self, project: str) -> dict[str, Any]:
         parts = [
@@ -285,7 +285,7 @@ class Simulation:
             record.began_at, record.effective_priority = self.now, counted[candidate.job_id]
             worker.jobs[record.job_id] = record
             self._running[record.arrival.project] += 1
-        self._foresee(worker)
+        self._schedule_next(worker)
 
 
 def read_trace(lines: Iterable[str]) -> list[Arrival]:

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from api.app import open_services
 from api.auth.scopes import NEEDED
 from api.deps import Services
-from api.maintenance_loop import look_once
+from api.maintenance_loop import run_once
 from api.rate_limits.threads import SlowWork
 from catalog.audit import chain
 from tests.api.site import chat_lines, error_of, open_link
@@ -192,7 +192,7 @@ def test_events_support_openais_filters(client: TestClient, operator: TestClient
 
 def test_background_task_seals_the_log_and_the_chain_verifies(operator: TestClient, services: Services) -> None:
     open_ends = operator.get("/v1/audit_events/verify").json()
-    look_once(services)
+    run_once(services)
 
     found = operator.get("/v1/audit_events/verify").json()
     lines = operator.get("/v1/audit_events/export").text.splitlines()
@@ -257,7 +257,7 @@ def test_verification_runs_in_the_threads_of_slow_work(
     operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verification reads store files, and routes that only read the database must not wait for it."""
-    look_once(services)
+    run_once(services)
     run, num_runs = SlowWork.run, list[str]()
 
     async def counted(self: SlowWork, project_id: str, work: Callable[[], Any]) -> Any:
@@ -272,7 +272,7 @@ def test_verification_runs_in_the_threads_of_slow_work(
 
 def test_log_verifies_after_a_pepper_rotation(operator: TestClient, services: Services) -> None:
     """A server that starts with both peppers stores the keys of the old one. After that, the new pepper is enough."""
-    look_once(services)
+    run_once(services)
     old_file = services.settings.data_dir / "pepper.previous"
     old_file.write_bytes(services.pepper.current)
     settings = services.settings.model_copy(update={"pepper": SecretStr("n" * 32)})
@@ -281,7 +281,7 @@ def test_log_verifies_after_a_pepper_rotation(operator: TestClient, services: Se
 
     started = open_services(settings, services.api_settings)
     operator.post("/v1/projects", json={"name": "after"})
-    look_once(started)
+    run_once(started)
 
     assert started.pepper.previous is None
     found = chain.check(started.db, peppers=started.pepper.all())

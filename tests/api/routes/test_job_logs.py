@@ -95,11 +95,11 @@ def test_logs_are_kept_for_a_month_then_garbage_collected(
     digests = {services.store.put_bytes(text).digest for text in (b"Loading\nStep 1\nStep 2\n", b"Step 2 again\n")}
 
     ended_ago(services, job_logs.KEPT_SECONDS - 60)
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
     assert digests <= garbage_collection.live_digests(world.db)
     assert len(client.get(path(claim)).json()["data"]) == 5
 
     ended_ago(services, 120)
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
     assert not digests & garbage_collection.live_digests(world.db)
     assert client.get(path(claim)).json()["data"] == []

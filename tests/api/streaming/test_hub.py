@@ -25,7 +25,7 @@ class Log:
         log = self.written.setdefault(key, [])
         log += range(len(log) + 1, len(log) + 1 + count)
 
-    def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+    def poll(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
         self.polls.append({key: topic.seq for key, topic in topics.items()})
         return {key: self.found(key, topic.seq) for key, topic in topics.items() if len(self.written[key]) > topic.seq}
 
@@ -36,10 +36,10 @@ class Log:
         return Found(seq=seq + len(new), parts=parts, has_more=has_more, view=None if has_more else "same")
 
     def listener(self, key: Hashable, seq: int = 0, *, page: int = 3, identity: Hashable = "me") -> Subscription:
-        def look() -> Found:
+        def poll() -> Found:
             return self.found(key, listener.seq, page)
 
-        listener = Subscription(source=self, key=key, look=look, signed=identity)
+        listener = Subscription(source=self, key=key, poll=poll, signed=identity)
         listener.seq = seq
         return listener
 
@@ -49,7 +49,7 @@ def welcome() -> None:
 
 
 async def caught_up(feed: Feed, listener: Subscription, identify: Callable[[], object] = welcome) -> None:
-    feed.enter(listener, listener.look(), identify)
+    feed.enter(listener, listener.poll(), identify)
     while not await feed.catch_up(listener):
         pass
 
@@ -102,7 +102,7 @@ def test_listener_ahead_gets_no_repeats_and_listener_behind_catches_up() -> None
         ahead = log.listener("job")
         await caught_up(feed, ahead)
         behind = log.listener("job", page=1)
-        feed.enter(behind, behind.look(), welcome)
+        feed.enter(behind, behind.poll(), welcome)
         assert not await feed.catch_up(behind)
 
         running = asyncio.create_task(feed.run())
@@ -119,8 +119,8 @@ def test_listener_ahead_gets_no_repeats_and_listener_behind_catches_up() -> None
 
 def test_restarted_topic_ignores_a_poll_result_of_its_predecessor() -> None:
     class Slow(Log):
-        def look(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
-            found = super().look(topics)
+        def poll(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
+            found = super().poll(topics)
             looked.set()
             assert resume.wait(20)
             return found
@@ -131,8 +131,8 @@ def test_restarted_topic_ignores_a_poll_result_of_its_predecessor() -> None:
         feed, log = new_feed(), Slow()
         log.write("job", 6)
         early, late = log.listener("job", page=5), log.listener("job", page=2)
-        feed.enter(early, early.look(), welcome)
-        feed.enter(late, late.look(), welcome)
+        feed.enter(early, early.poll(), welcome)
+        feed.enter(late, late.poll(), welcome)
         early.is_behind = late.is_behind = False  # as if nothing had been written since
         assert await feed.catch_up(early)
         running = asyncio.create_task(feed.run())

@@ -146,15 +146,15 @@ def test_crash_in_one_stream_ends_only_that_stream(site: Site, world: World, mon
     with opened(site, "/v1/queue/stream") as queue, opened(site, stream_path(job.id)) as stream:
         next(queue)
         next(stream)
-        look, calls = changes.look_at_many, []
+        look, calls = changes.poll_many, []
 
         def crash(*given: object) -> object:
             calls.append(given)
             raise RuntimeError("inside")
 
-        monkeypatch.setattr(changes, "look_at_many", crash)
+        monkeypatch.setattr(changes, "poll_many", crash)
         list(stream)
-        monkeypatch.setattr(changes, "look_at_many", look)
+        monkeypatch.setattr(changes, "poll_many", look)
         world.submit()
 
         assert calls
@@ -196,14 +196,14 @@ def test_replayed_steps_are_sent_again_and_nothing_else_twice(world: World) -> N
         world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 1.0} for s in range(1, 301)]
     )
 
-    first = changes.look(world.db, mark)
-    nothing = changes.look(world.db, mark)
+    first = changes.poll(world.db, mark)
+    nothing = changes.poll(world.db, mark)
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
     (again,) = world.claim()
     recording.record_metrics(
         world.db, again.claim_id, [{"kind": "train", "step": s, "loss": 2.0} for s in range(50, 53)]
     )
-    replayed = changes.look(world.db, mark)
+    replayed = changes.poll(world.db, mark)
 
     assert [point.step for point in first.points] == list(range(1, 301))
     assert (nothing.points, nothing.events) == ([], [])
@@ -218,9 +218,9 @@ def test_new_watcher_receives_old_messages_but_no_old_metrics(world: World, monk
     recording.record_event(world.db, claim.claim_id, "info", "half way")
 
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
-    first = changes.look(world.db, mark)
+    first = changes.poll(world.db, mark)
     recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 2, "loss": 2.0}])
-    second = changes.look(world.db, mark)
+    second = changes.poll(world.db, mark)
 
     assert "half way" in [event.message for event in first.events]
     assert "metrics" not in [event.type for event in first.events]
@@ -234,12 +234,12 @@ def test_returning_watcher_receives_each_point_exactly_once(world: World) -> Non
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
     recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": s, "loss": 3.0} for s in (1, 2)])
-    seen = changes.look(world.db, mark).events[-1]
+    seen = changes.poll(world.db, mark).events[-1]
     assert seen.type == "metrics"
     recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": 3, "loss": 2.0}])
 
     again = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=seen.seq)
-    news = changes.look(world.db, again)
+    news = changes.poll(world.db, again)
 
     assert [point.step for point in news.points] == [3]
     assert [event.type for event in news.events] == ["metrics"]
@@ -249,12 +249,12 @@ def test_event_follows_the_points_recorded_with_it(world: World) -> None:
     world.worker()
     claim = world.running()
     mark = changes.start(world.db, project_id=world.caller.project_id, job_id=claim.job.id, last_seen=None)
-    changes.look(world.db, mark)
+    changes.poll(world.db, mark)
     for first in (1, 3):
         points = [{"kind": "train", "step": step, "loss": 1.0} for step in (first, first + 1)]
         recording.record_metrics(world.db, claim.claim_id, points)
 
-    news = changes.look(world.db, mark)
+    news = changes.poll(world.db, mark)
 
     assert [getattr(item, "step", "event") for item in news.items] == [1, 2, "event", 3, 4, "event"]
 
@@ -267,13 +267,13 @@ def test_long_history_is_split_over_several_polls(world: World, monkeypatch: pyt
     for step in range(1, 31):
         recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
 
-    polls = [changes.look(world.db, mark)]
-    while polls[-1].has_more:
-        polls.append(changes.look(world.db, mark))
+    looks = [changes.poll(world.db, mark)]
+    while looks[-1].has_more:
+        looks.append(changes.poll(world.db, mark))
 
-    assert [point.step for news in polls for point in news.points] == list(range(1, 31))
-    assert len(polls) > 3
-    assert max(len(news.events) for news in polls) == 10
+    assert [point.step for news in looks for point in news.points] == list(range(1, 31))
+    assert len(looks) > 3
+    assert max(len(news.events) for news in looks) == 10
 
 
 def test_empty_poll_reads_only_the_jobs_row(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,9 +288,9 @@ def test_empty_poll_reads_only_the_jobs_row(world: World, monkeypatch: pytest.Mo
     watch, _ = job_stream.JobWatch.start(world.db, caller=world.caller, job_id=claim.job.id, last_seen=None)
 
     world.pass_time(5, claim.claim_id)
-    quiet = watch.look()
+    quiet = watch.poll()
     recording.record_progress(world.db, claim.claim_id, {"step": 1, "num_steps": 10, "loss": 2.5})
-    news = watch.look()
+    news = watch.poll()
 
     assert (quiet.parts, quiet.view_message, news.parts) == ([], b"", [])
     assert row_counts == [1, 1]

@@ -138,9 +138,9 @@ def test_saturated_lookups_of_a_project_do_not_affect_other_projects() -> None:
     with receiving() as receiver:
         good, inconclusive, conclusive = asyncio.run(main(receiver.url.rpartition(":")[2]))
 
-    assert (good.status_code, good.says_of_endpoint) == (204, True)
-    assert [outcome.says_of_endpoint for outcome in inconclusive] == [False]
-    assert (conclusive.error, conclusive.says_of_endpoint) == ("The host gone.example.com has no address.", True)
+    assert (good.status_code, good.concerns_endpoint) == (204, True)
+    assert [outcome.concerns_endpoint for outcome in inconclusive] == [False]
+    assert (conclusive.error, conclusive.concerns_endpoint) == ("The host gone.example.com has no address.", True)
 
 
 def test_failure_after_connecting_counts_despite_a_saturated_resolver() -> None:
@@ -175,7 +175,7 @@ def test_failure_after_connecting_counts_despite_a_saturated_resolver() -> None:
     closing.close()
 
     assert outcome.status_code is None
-    assert outcome.says_of_endpoint
+    assert outcome.concerns_endpoint
 
 
 def test_tests_of_one_project_leave_slots_to_others() -> None:

@@ -39,13 +39,13 @@ def recorded(world: World) -> list[tuple[str, str | None]]:
 def sealed(world: World, number: int = 6) -> list[AuditEvent]:
     """Return the events of a log with at least `number` events, all sealed into the chain."""
     for _ in range(number):
-        projects.weigh(world.db, caller=an_operator(world), project="ours", weight=2)
+        projects.set_weight(world.db, caller=an_operator(world), project="ours", weight=2)
     chain.seal(world.db, pepper=PEPPER.current)
     return events(world.db)
 
 
 def test_event_records_actor_request_and_address(world: World) -> None:
-    with audit.coming_from(Origin(request_id="req_1", address="192.0.2.7", actor=MINE)):
+    with audit.attributed_to(Origin(request_id="req_1", address="192.0.2.7", actor=MINE)):
         job = world.submit()
 
     event = events(world.db)[-1]
@@ -157,7 +157,7 @@ def test_events_contain_no_secrets(world: World) -> None:
 
 
 def test_keys_and_projects_record_the_key_that_created_them(world: World) -> None:
-    with audit.coming_from(Origin(actor=MINE)):
+    with audit.attributed_to(Origin(actor=MINE)):
         key, _ = authentication.create(world.db, project_id=world.caller.project_id, name="k", pepper=PEPPER)
         project = projects.create(world.db, "new")
     by_hand = projects.create(world.db, "newer")
@@ -180,7 +180,7 @@ def test_project_sees_its_own_events_and_an_operator_sees_all(world: World) -> N
 
 def test_events_are_filtered_by_actor_type_project_and_time(world: World) -> None:
     start = world.clock.now
-    with audit.coming_from(Origin(actor=MINE)):
+    with audit.attributed_to(Origin(actor=MINE)):
         job = world.submit()
     world.clock.advance(1)
     middle = world.clock.now

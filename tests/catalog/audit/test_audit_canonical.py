@@ -38,7 +38,7 @@ def test_integers_beyond_canonical_json_are_sealed_as_text(
 ) -> None:
     caller = an_operator(world)
     quotas.limit(world.db, caller=caller, project="ours", limits={"stored_bytes": 2**53, "queued_jobs": 5})
-    projects.weigh(world.db, caller=caller, project="ours", weight=2)
+    projects.set_weight(world.db, caller=caller, project="ours", weight=2)
 
     chain.seal(world.db, pepper=PEPPER.current)
 

@@ -35,7 +35,7 @@ def downloads(db: Database) -> list[AuditEvent]:
 
 
 def download(reads: ReadAudit, world: World, *, file_id: str = "file-1", address: str = "192.0.2.7") -> None:
-    with log.coming_from(Origin(request_id="req_1", address=address, actor=MINE)):
+    with log.attributed_to(Origin(request_id="req_1", address=address, actor=MINE)):
         reads.record("file.downloaded", caller=world.caller, object_id=file_id)
 
 
@@ -57,7 +57,7 @@ def test_repeated_downloads_are_recorded_once_per_interval(world: World) -> None
 
     download(reads, world, file_id="file-2")
     download(reads, world, address="192.0.2.8")
-    with log.coming_from(Origin(address="192.0.2.7")):
+    with log.attributed_to(Origin(address="192.0.2.7")):
         other = replace(world.caller, api_key_id="key-other")
         reads.record("file.downloaded", caller=other, object_id="file-1")
     assert len(downloads(world.db)) == 4

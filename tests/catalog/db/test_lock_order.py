@@ -142,7 +142,7 @@ def test_export_that_goes_idle_while_its_job_starts_is_woken(world: World, monke
     with world.db.write() as session:
         tracker_exports.wake(session, session.get_one(Job, job.id), now=world.clock())
     (export,) = tracker_exports.claim(world.db, types=["tensorboard"], limit=1)
-    news = tracker_exports.look(world.db, export)
+    news = tracker_exports.poll(world.db, export)
 
     with ThreadPoolExecutor(1) as pool:
         recording: list[Any] = []

@@ -132,10 +132,10 @@ ACTS: dict[str, Act] = {
     "attempts of a job": lambda w, ids: history_queries.attempts(w.db, **w.of(ids["ended"])),
     "packmates of a job": lambda w, ids: history_queries.packmates(w.db, **w.of(ids["ended"])),
     "running seconds of jobs": lambda w, ids: history_queries.seconds_running(w.db, [ids["ended"], ids["running"]]),
-    "changes of one job": lambda w, ids: changes.look(
+    "changes of one job": lambda w, ids: changes.poll(
         w.db, changes.start(w.db, **w.of(ids["running"]), last_seen=None)
     ),
-    "changes of many jobs": lambda w, ids: changes.look_at_many(
+    "changes of many jobs": lambda w, ids: changes.poll_many(
         w.db, {(w.caller.project_id, ids[name]): changes.WatchedJob(seq=0) for name in ("ended", "running", "first")}
     ),
     "the newest event": lambda w, _: changes.newest_event(w.db),
@@ -146,7 +146,7 @@ ACTS: dict[str, Act] = {
     "the queue of all projects": lambda w, _: listing.snapshot(w.db, project_id=None),
     "check for pending work": lambda w, _: pending.has_work(w.db),
     "the workers": lambda w, _: views.workers(w.db),
-    "check for a faulty node": lambda w, _: cordons._look(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
+    "check for a faulty node": lambda w, _: cordons._cordon_if_bad(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
     "metrics of the fleet": lambda w, _: numbers.read(w.db),
     "creating a plan": lambda w, _: plan(w),
     "a plan that is ready": lambda w, _: ready_plan(w, lora={"rank": 4}),
@@ -192,11 +192,11 @@ ACTS: dict[str, Act] = {
     "a move": lambda w, ids: queue_position.move_to(
         w.db, **w.of(ids["second"]), target=queue_position.MoveTarget(to="last")
     ),
-    "reporting missed deadlines": lambda w, _: deadlines.tell_late(w.db),
+    "reporting missed deadlines": lambda w, _: deadlines.notify_late(w.db),
     "a preemption decision": lambda w, _: (
         w.queued(priority="urgent"),
         w.clock.advance(60),
-        preemption.look(w.db, policy=USUAL),
+        preemption.request_preemptions(w.db, policy=USUAL),
     ),
     "claiming a job that joins": lambda w, ids: w.claim("w1", ONE, pack_key=w.job(ids["running"]).pack_key),
     "claiming for a loaded base model": lambda w, ids: w.claim(
@@ -230,7 +230,7 @@ ACTS: dict[str, Act] = {
         w.db, caller=_operator(w), query=usage_report.UsageQuery(start_time=w.clock.now - 9, group_by=("model",))
     ),
     "a new upload": lambda w, _: add_parts(w),
-    "expiring files": lambda w, _: _let_expire(w),
+    "expiring files": lambda w, _: _expire_files(w),
     "creating a key idempotently": lambda w, _: api_keys.create(
         w.db, caller=w.caller, request=api_keys.KeyRequest(name="once"), pepper=PEPPER, idempotency_key="i"
     ),
@@ -270,9 +270,9 @@ def _new_secret(world: World) -> str:
     return authentication.create(world.db, project_id=world.caller.project_id, name="new", pepper=PEPPER)[1]
 
 
-def _let_expire(world: World) -> None:
+def _expire_files(world: World) -> None:
     with world.db.write() as session:
-        garbage_collection._let_expire(session, now=1.0)  # pyright: ignore[reportPrivateUsage]
+        garbage_collection._expire_files(session, now=1.0)  # pyright: ignore[reportPrivateUsage]
 
 
 def _revoke(world: World) -> None:

@@ -229,7 +229,7 @@ def test_unknown_or_ended_worker_is_rejected_by_name(world: World) -> None:
     workers.end_worker(world.db, "gone")
 
     for act in (cordons.cordon, cordons.drain):
-        with pytest.raises(Conflict, match="Worker gone has ended"):
+        with pytest.raises(Conflict, match="Worker gone has stopped"):
             act(world.db, "gone")
     for act in (cordons.cordon, cordons.uncordon, cordons.drain):
         with pytest.raises(NotFound, match="missing"):

@@ -157,7 +157,7 @@ def test_joining_too_late_or_an_ended_round_is_rejected(gang: Gang, clock: Clock
     second = gang.open("w1", "w2")
 
     assert "too late" in late
-    assert "over" in refuses(lambda: gangs.join(gang.place("w2"), first.round_id))
+    assert "already ended" in refuses(lambda: gangs.join(gang.place("w2"), first.round_id))
     assert not gangs.leave(gang.place("w2"), first.round_id, end=KILLED)
     assert gangs.progress(gang.place("w1"), second.round_id).ended == {}
 

@@ -34,9 +34,9 @@ class Watcher:
         self.jobs = {job.id: job for job in jobs_watched}
         self.received: dict[str, list[JobEvent | Point]] = {job.id: [] for job in jobs_watched}
 
-    def look(self) -> set[str]:
+    def poll(self) -> set[str]:
         """Poll once. Returns the jobs that have changed."""
-        changes = watching.look_at_many(self.world.db, self.seen)
+        changes = watching.poll_many(self.world.db, self.seen)
         for key, change in changes.items():
             assert change is not None
             self.seen[key] = change.seen
@@ -70,10 +70,10 @@ def test_concurrent_writes_are_neither_lost_nor_repeated(world: World) -> None:
     with ThreadPoolExecutor(3) as pool:
         writing = [pool.submit(write, claim) for claim in held]
         while not all(one.done() for one in writing):
-            watcher.look()
+            watcher.poll()
         for one in writing:
             one.result()
-    watcher.look()
+    watcher.poll()
 
     assert len(held) == 3
     for claim in held:
@@ -86,16 +86,16 @@ def test_event_committed_after_a_later_event_of_another_job_is_returned(world: W
         return
     first, second = world.queued(), world.queued(seed=2)
     watcher = Watcher(world, [first, second])
-    watcher.look()
+    watcher.poll()
 
     with world.db.write() as session:
         late = events.add(session, first.id, now=1.0, message="took its number first, and is committed last")
         session.flush()
         with world.db.write() as other:
             events.add(other, second.id, now=1.0, message="took its number last, and is committed first")
-        assert watcher.look() == {second.id}
+        assert watcher.poll() == {second.id}
         assert watcher.numbers(second.id)[-1] > late.seq
-    assert watcher.look() == {first.id}
+    assert watcher.poll() == {first.id}
 
     assert watcher.numbers(first.id)[-1] == late.seq
     assert watcher.numbers(first.id) == all_numbers(world, first.id)
@@ -110,7 +110,7 @@ def test_changes_beyond_the_row_limit_arrive_in_several_polls(world: World, monk
         recording.record_metrics(world.db, claim.claim_id, [{"kind": "train", "step": step, "loss": 1.0}])
     watcher = Watcher(world, [claim.job, other])
 
-    while watcher.look():
+    while watcher.poll():
         pass
 
     assert watcher.numbers(claim.job.id) == all_numbers(world, claim.job.id)
@@ -121,13 +121,13 @@ def test_changes_beyond_the_row_limit_arrive_in_several_polls(world: World, monk
 def test_unchanged_jobs_cost_no_extra_query(world: World) -> None:
     watched = [world.submit(seed=seed) for seed in range(12)]
     watcher = Watcher(world, watched)
-    watcher.look()
+    watcher.poll()
 
     with listening(world.db) as quiet:
-        assert watcher.look() == set()
+        assert watcher.poll() == set()
     commands.cancel(world.db, **world.of(watched[3].id))
     with listening(world.db) as busy:
-        assert watcher.look() == {watched[3].id}
+        assert watcher.poll() == {watched[3].id}
 
     assert sum("SELECT" in statement for statement, _ in quiet) == 1
     # the poll itself, then the job, its events and its points
@@ -140,7 +140,7 @@ def test_job_that_ends_during_a_poll_is_returned_with_its_last_events(
     world.worker()
     claim = world.running()
     watcher = Watcher(world, [claim.job])
-    watcher.look()
+    watcher.poll()
     with world.db.write() as session:
         session.get_one(Job, claim.job.id).place = 0.5  # a change without an event
     rows = watching._rows  # pyright: ignore[reportPrivateUsage]
@@ -153,10 +153,10 @@ def test_job_that_ends_during_a_poll_is_returned_with_its_last_events(
 
     with monkeypatch.context() as patched:
         patched.setattr(watching, "_rows", rows_and_then_the_end)
-        watcher.look()
+        watcher.poll()
     if world.db.is_sqlite:
         world.complete(claim.claim_id)
-        watcher.look()
+        watcher.poll()
 
     assert watcher.jobs[claim.job.id].state == "succeeded"
     assert watcher.numbers(claim.job.id) == all_numbers(world, claim.job.id)
@@ -169,7 +169,7 @@ def test_changes_are_visible_to_the_project_of_the_job_only(world: World) -> Non
         (world.caller.project_id, "ftjob-none"): WatchedJob(seq=0),
     }
 
-    assert watching.look_at_many(world.db, requested) == dict.fromkeys(requested)
+    assert watching.poll_many(world.db, requested) == dict.fromkeys(requested)
 
 
 def test_watcher_resumes_after_any_event(world: World) -> None:
@@ -187,5 +187,5 @@ def test_watcher_resumes_after_any_event(world: World) -> None:
 
 def _after(db: Database, world: World, job_id: str, seen: int) -> list[int | str]:
     mark = watching.start(db, **world.of(job_id), last_seen=seen)
-    items = watching.look(db, mark).items
+    items = watching.poll(db, mark).items
     return [item.seq if isinstance(item, JobEvent) else f"step {item.step}" for item in items]

@@ -60,10 +60,10 @@ def test_each_point_is_exported_once_and_replayed_steps_are_not(world: World) ->
     points(world, job, 0, kind="valid")
     (export,) = claim(world)
 
-    first = tracker_exports.look(world.db, export)
+    first = tracker_exports.poll(world.db, export)
     export, follows = tracker_exports.record(world.db, export, first, run_id="r")
     points(world, job, 2, 3)
-    second = tracker_exports.look(world.db, export)
+    second = tracker_exports.poll(world.db, export)
 
     exported = [(point["kind"], point["step"]) for point in first.points]
     assert exported == [("valid", 0), ("train", 1), ("train", 2)]
@@ -78,11 +78,11 @@ def test_next_worker_resumes_the_run_of_a_dead_worker(world: World) -> None:
     job = running(world)
     points(world, job, 1)
     (first,) = claim(world)
-    tracker_exports.record(world.db, first, tracker_exports.look(world.db, first), run_id="r")
+    tracker_exports.record(world.db, first, tracker_exports.poll(world.db, first), run_id="r")
 
     world.clock.advance(tracker_exports.LEASE_SECONDS + 1)
     (second,) = claim(world)
-    late = tracker_exports.record(world.db, first, tracker_exports.look(world.db, first), run_id="r")
+    late = tracker_exports.record(world.db, first, tracker_exports.poll(world.db, first), run_id="r")
 
     assert (second.run_id, second.train_step) == ("r", 1)
     assert late[1] is Follows.STALE
@@ -94,7 +94,7 @@ def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> No
     commands.pause(world.db, **world.of(job.id))
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
 
-    _, follows = tracker_exports.record(world.db, export, tracker_exports.look(world.db, export), run_id="r")
+    _, follows = tracker_exports.record(world.db, export, tracker_exports.poll(world.db, export), run_id="r")
     world.clock.advance(10 * tracker_exports.LEASE_SECONDS)
     asleep = claim(world)
     commands.resume(world.db, **world.of(job.id))
@@ -110,9 +110,9 @@ def test_end_is_exported_after_the_last_point_with_final_metrics(world: World) -
     points(world, job, *range(1, tracker_exports.MAX_POINTS + 11))
     adapter = world.complete(world.job(job.id).claim_id or "")
 
-    first = tracker_exports.look(world.db, export)
+    first = tracker_exports.poll(world.db, export)
     export, follows = tracker_exports.record(world.db, export, first, run_id="r")
-    last = tracker_exports.look(world.db, export)
+    last = tracker_exports.poll(world.db, export)
     _, done = tracker_exports.record(world.db, export, last, run_id="r")
 
     assert (len(first.points), first.end, follows) == (tracker_exports.MAX_POINTS, None, Follows.GO_ON)
@@ -128,14 +128,14 @@ def test_end_is_exported_after_the_last_point_with_final_metrics(world: World) -
 def test_job_that_ends_during_an_export_is_not_missed(world: World) -> None:
     job = running(world)
     (export,) = claim(world)
-    news = tracker_exports.look(world.db, export)
+    news = tracker_exports.poll(world.db, export)
 
     commands.cancel(world.db, **world.of(job.id))
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.CANCELLED_BY_USER, detail="")
     export, follows = tracker_exports.record(world.db, export, news, run_id="r")
 
     assert follows is Follows.GO_ON
-    end = tracker_exports.look(world.db, export).end
+    end = tracker_exports.poll(world.db, export).end
     assert end is not None
     assert end["status"] == "cancelled"
 

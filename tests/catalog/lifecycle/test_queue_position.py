@@ -163,10 +163,10 @@ def test_required_start_is_estimated_from_past_step_times(world: World) -> None:
 
 def test_job_that_will_miss_its_deadline_warns_once_and_continues(world: World) -> None:
     job, other = world.queued(deadline=int(world.clock.now) + 60), world.queued()
-    assert deadlines.tell_late(world.db) == 0
+    assert deadlines.notify_late(world.db) == 0
 
     world.clock.advance(100)
-    num_late = [deadlines.tell_late(world.db) for _ in range(2)]
+    num_late = [deadlines.notify_late(world.db) for _ in range(2)]
 
     assert num_late == [1, 0]
     warnings = [event for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
@@ -179,7 +179,7 @@ def test_running_job_is_late_by_its_reported_remaining_time(world: World) -> Non
     claim = world.running(deadline=int(world.clock.now) + 600)
     recording.record_progress(world.db, claim.claim_id, {"step": 1, "seconds_left": 900})
 
-    assert deadlines.tell_late(world.db) == 1
+    assert deadlines.notify_late(world.db) == 1
     assert "after its deadline" in explanation.explain(world.db, **world.of(claim.job.id))["explanation"]
 
 

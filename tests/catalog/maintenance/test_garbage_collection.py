@@ -24,7 +24,7 @@ def checkpointed(world: World) -> claiming.Claim:
 
 
 def live(world: World) -> set[str]:
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
     return garbage_collection.live_digests(world.db)
 
 
@@ -140,10 +140,10 @@ def test_expired_file_locked_by_a_submission_is_kept(world: World) -> None:
     with world.db.write() as session:
         session.get_one(File, file_id, with_for_update={"read": True})
 
-        garbage_collection.let_go(world.db)
+        garbage_collection.drop_references(world.db)
 
     with world.db.read() as session:
         assert session.get_one(File, file_id).deleted_at is None
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
     with world.db.read() as session:
         assert session.get_one(File, file_id).deleted_at is not None

@@ -227,7 +227,7 @@ def test_expired_plan_and_its_row_are_removed(world: World) -> None:
     with pytest.raises(NotFound, match="No plan"):
         look(world, row)
     assert plans.list_page(world.db, project_id=world.caller.project_id).items == []
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
 
     with world.db.read() as session:
         assert session.scalar(select(func.count()).select_from(Plan)) == 0

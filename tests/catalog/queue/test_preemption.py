@@ -126,7 +126,7 @@ def test_preemption_is_explained_without_naming_other_projects(world: World, bat
     left = explanation.explain(world.db, **world.of(batch.job.id))
 
     assert requested["explanation"] == (
-        "Its worker w1 was requested to save a checkpoint and release it for an urgent job; "
+        "Its worker w1 was asked to save a checkpoint and release it for an urgent job; "
         "it returns to its position in the queue."
     )
     assert "Jobs of lower classes are being preempted for it" in waiting["explanation"]
@@ -190,7 +190,7 @@ def test_one_urgent_job_preempts_one_job_at_a_time(world: World, batch: Claim) -
 def test_preemption_is_withdrawn_once_the_urgent_job_starts_elsewhere(world: World, batch: Claim) -> None:
     urgent = world.queued(priority="urgent")
     world.clock.advance(LATE)
-    preemption.look(world.db, policy=USUAL)
+    preemption.request_preemptions(world.db, policy=USUAL)
     world.worker("w2")
     (claim,) = world.claim("w2", ONE)
 
@@ -204,7 +204,7 @@ def test_preemption_is_withdrawn_once_the_urgent_job_starts_elsewhere(world: Wor
 def test_preemption_is_withdrawn_while_the_urgent_job_cannot_start(world: World, batch: Claim, kept_back: str) -> None:
     urgent = world.queued(model=world.base("another"), priority="urgent")
     world.clock.advance(LATE)
-    assert preemption.look(world.db, policy=USUAL) == 1
+    assert preemption.request_preemptions(world.db, policy=USUAL) == 1
 
     keep_back(world, urgent, kept_back)
     assert world.beat(batch.claim_id)[batch.claim_id] == claims.ClaimDirectives()
@@ -227,9 +227,9 @@ def test_preemption_is_limited_by_the_quota_of_the_project(
         world.queued(priority="urgent")
     world.clock.advance(LATE)
 
-    found = [num_pressing(world)]
+    found = [num_urgent(world)]
     world.beat(batch.claim_id)
-    found.append(num_pressing(world))
+    found.append(num_urgent(world))
 
     assert found == [before, after]
 
@@ -266,7 +266,7 @@ def test_error_in_a_preemption_decision_does_not_affect_leases(
     def fail(*_: object, **__: object) -> int:
         raise fault
 
-    monkeypatch.setattr(preemption, "look", fail)
+    monkeypatch.setattr(preemption, "request_preemptions", fail)
     before = world.job(batch.job.id).lease_expires_at
     world.clock.advance(10)
 
@@ -318,8 +318,8 @@ def test_preemption_can_be_disabled(world: World, batch: Claim) -> None:
     world.queued(priority="urgent")
     world.clock.advance(LATE)
 
-    assert preemption.look(world.db, policy=replace(USUAL, max_preemptions=0)) == 0
-    assert preemption.look(world.db, policy=USUAL) == 1
+    assert preemption.request_preemptions(world.db, policy=replace(USUAL, max_preemptions=0)) == 0
+    assert preemption.request_preemptions(world.db, policy=USUAL) == 1
 
 
 def test_user_pause_takes_precedence_over_preemption(world: World, batch: Claim) -> None:
@@ -350,9 +350,9 @@ def let_begin(world: World, job: Job, how: str) -> None:
         limit(world, concurrent_jobs=9)
 
 
-def num_pressing(world: World) -> int:
+def num_urgent(world: World) -> int:
     with world.db.read() as session:
-        found = preemption._pressing(session, now=world.clock.now, policy=USUAL)  # pyright: ignore[reportPrivateUsage]
+        found = preemption._urgent_entries(session, now=world.clock.now, policy=USUAL)  # pyright: ignore[reportPrivateUsage]
     return len(found)
 
 

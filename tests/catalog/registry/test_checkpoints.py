@@ -94,7 +94,7 @@ def test_only_the_newest_two_checkpoints_are_kept_and_others_expire(world: World
     assert gone.value.code == "checkpoint_expired"
     assert "seven days" in gone.value.remedy
     assert [get(world, name).adapter.name for name in newest] == newest
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
     live = garbage_collection.live_digests(world.db)
     assert manifest(f"weights {claim.job.id} 1").digest not in live
     assert manifest(f"weights {claim.job.id} 2").digest in live
@@ -108,10 +108,10 @@ def test_checkpoints_expire_a_week_after_their_job_ends(world: World) -> None:
     world.complete(claim.claim_id)
 
     world.clock.advance(garbage_collection.CHECKPOINT_SECONDS - 60)
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
     assert get(world, name).adapter.name == name
     world.clock.advance(120)
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
 
     with pytest.raises(NoLongerKept):
         get(world, name)
@@ -127,7 +127,7 @@ def test_job_that_starts_from_a_checkpoint_keeps_it_until_it_ends(world: World) 
 
     child = world.submit(model=first)
     save(world, claim, 3)
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
 
     assert (child.base_model, child.spec["parent"]["name"], child.spec["parent"]["artifact"]) == ("smol", first, digest)
     assert child.spec["parent"]["lineage"] == sha(f"{claim.job.id} 1")
@@ -135,7 +135,7 @@ def test_job_that_starts_from_a_checkpoint_keeps_it_until_it_ends(world: World) 
     with pytest.raises(Conflict, match="in use by a job"):
         adapters.delete(world.db, project_id=world.caller.project_id, name=first)
     commands.cancel(world.db, **world.of(child.id))
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
     assert digest not in garbage_collection.live_digests(world.db)
 
 

@@ -199,13 +199,13 @@ def test_explanation_of_a_job_that_fits_nowhere() -> None:
     large = demand(SEVENTY, own=5 * GB)
     whole, bar = replace(large, shardable_bytes=0), "DoRA needs the full weights"
 
-    assert sharding.nowhere([(gpus(1, 80), large), (gpus(8, 80), large)], None) is None
-    reported = sharding.nowhere([(gpus(1, 80), large)], None)
+    assert sharding.explain_misfit([(gpus(1, 80), large), (gpus(8, 80), large)], None) is None
+    reported = sharding.explain_misfit([(gpus(1, 80), large)], None)
     assert reported == "The job needs about 171.9 GB, but the largest worker has 85.0 GB."
-    assert "Sharding across the 2 devices" in str(sharding.nowhere([(gpus(2, 80), large)], None))
-    assert str(sharding.nowhere([(gpus(8, 80), whole)], bar)).endswith(f"has 85.0 GB. {bar}.")
-    assert bar not in str(sharding.nowhere([(gpus(1, 80), whole)], bar)), "one GPU does not shard"
-    forced = str(sharding.nowhere([(gpus(2, 24, "fsdp2"), replace(demand(SEVEN), shardable_bytes=0))], bar))
+    assert "Sharding across the 2 devices" in str(sharding.explain_misfit([(gpus(2, 80), large)], None))
+    assert str(sharding.explain_misfit([(gpus(8, 80), whole)], bar)).endswith(f"has 85.0 GB. {bar}.")
+    assert bar not in str(sharding.explain_misfit([(gpus(1, 80), whole)], bar)), "one GPU does not shard"
+    forced = str(sharding.explain_misfit([(gpus(2, 24, "fsdp2"), replace(demand(SEVEN), shardable_bytes=0))], bar))
     assert forced == (
         f"The largest worker always shards base models across its devices (LORRY_STRATEGY is fsdp2). {bar}."
     )
@@ -214,20 +214,20 @@ def test_explanation_of_a_job_that_fits_nowhere() -> None:
 def test_explanation_of_a_job_that_exceeds_the_host_memory() -> None:
     large = demand(SEVENTY, own=5 * GB)
 
-    reported = sharding.nowhere([(gpus(2, 48, host=100 * GB), large)], None)
+    reported = sharding.explain_misfit([(gpus(2, 48, host=100 * GB), large)], None)
     assert reported == (
         "Sharding across the 2 devices of the largest worker needs about 110.3 GB per device, but the smallest device "
         "has 47.9 GB. With shards in host memory it would need about 42.7 GB per device and about 136.9 GB of host "
         "memory, of which a base model may use 100.0 GB."
     )
-    small = str(sharding.nowhere([(gpus(2, 24, host=10 * GB), large)], None))
+    small = str(sharding.explain_misfit([(gpus(2, 24, host=10 * GB), large)], None))
     assert small.endswith("the smallest device has 23.8 GB."), "host memory would not help either"
-    forced = sharding.nowhere([(gpus(2, 48, "fsdp2_offload", host=100 * GB), large)], None)
+    forced = sharding.explain_misfit([(gpus(2, 48, "fsdp2_offload", host=100 * GB), large)], None)
     assert forced == (
         "Sharding across the 2 devices of the largest worker would need about 136.9 GB of host memory, of which a base "
         "model may use 100.0 GB."
     )
-    narrow = sharding.nowhere([(gpus(2, 24, host=200 * GB), large)], None)
+    narrow = sharding.explain_misfit([(gpus(2, 24, host=200 * GB), large)], None)
     assert narrow == (
         "Sharding across the 2 devices of the largest worker, with shards in host memory, needs about 42.7 GB per "
         "device, but the smallest device has 23.8 GB."

@@ -87,7 +87,7 @@ def test_class_is_not_promoted_again_after_a_claim() -> None:
 
 def flooded(world: World, number: int) -> None:
     """Queue `number` jobs of our project, and as many of another project with three times the weight."""
-    projects.weigh(world.db, caller=replace(world.caller, is_operator=True), project="theirs", weight=3)
+    projects.set_weight(world.db, caller=replace(world.caller, is_operator=True), project="theirs", weight=3)
     world.flood(world.queued(), number - 1)
     job = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()

@@ -255,5 +255,5 @@ def test_rung_decision_equals_the_optuna_pruner(values: list[float], factor: int
     for number, value in enumerate(values):
         competing = values[: number + 1]
         num_better = sum(other > value if maximizes else other < value for other in competing)
-        ours = rule.goes_on(num_better=num_better, num_competing=len(competing))
+        ours = rule.continues(num_better=num_better, num_competing=len(competing))
         assert ours == _is_trial_promotable_to_next_rung(value, list(competing), factor, direction)

@@ -61,11 +61,11 @@ def test_parts_count_until_they_are_cleaned_up(sender: Sender) -> None:
     sender.cancel(sender.begin(300))
 
     assert refused.value.quota["used"] == 300 + 250 + 150
-    garbage_collection.let_go(sender.world.db)
+    garbage_collection.drop_references(sender.world.db)
     with pytest.raises(QuotaExceeded):
         sender.begin(301)
     sender.world.clock.advance(multipart_uploads.KEPT_SECONDS)
-    garbage_collection.let_go(sender.world.db)
+    garbage_collection.drop_references(sender.world.db)
     sender.begin(1_000)
 
 

@@ -303,7 +303,7 @@ def test_cleanup_keeps_parts_of_open_uploads_only(sender: Sender) -> None:
     assert blobs(sender) == {sha(ONE)}
     assert (rows(sender, UploadPart), rows(sender, Upload)) == (0, 3)
     sender.world.clock.advance(multipart_uploads.KEPT_SECONDS)
-    garbage_collection.let_go(sender.world.db)
+    garbage_collection.drop_references(sender.world.db)
     assert rows(sender, Upload) == 0
     assert len(sender.made()) == 1
 

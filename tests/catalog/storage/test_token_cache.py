@@ -186,7 +186,7 @@ def test_cache_without_a_project_is_kept_while_needed_and_never_charged(
         session.get_one(Job, job.id).train_prepared = "of the job"
     before = stored(world)
 
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
 
     assert token_cache.get(world.db, "of the job") is not None
     assert token_cache.get(world.db, "of none") is None

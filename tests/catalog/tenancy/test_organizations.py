@@ -40,7 +40,7 @@ def test_organization_names_are_unique_and_valid(world: World, operator: Caller)
     assert organizations.rename(world.db, caller=operator, organization="science", name="science").name == "science"
     assert names(world.db, operator) == ["science", "default"]
     for name in ("", "a/b", "x" * 65):
-        with pytest.raises(InvalidRequest, match="an organization's name"):
+        with pytest.raises(InvalidRequest, match="not a valid name for an organization"):
             organizations.create(world.db, name)
 
 

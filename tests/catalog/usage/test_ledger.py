@@ -113,7 +113,7 @@ def test_stored_bytes_include_files_adapters_and_token_caches(world: World) -> N
     files.delete(world.db, project_id=mine, file_id=gone)
     adapters.delete(world.db, project_id=mine, name=adapter.id)
     world.clock.advance(10)
-    garbage_collection.let_go(world.db)
+    garbage_collection.drop_references(world.db)
 
     curves = _size(world, world.job(adapter.job_id).result_file)
     tokens = _prepared_bytes(world)

@@ -46,7 +46,7 @@ def limit(world: World, **limits: Any) -> None:
 
 
 def standing(world: World, name: str) -> QuotaStatus:
-    _, found = quotas.standings(world.db, caller=world.caller, project="ours")
+    _, found = quotas.statuses(world.db, caller=world.caller, project="ours")
     return next(one for one in found if one.name == name)
 
 
@@ -66,7 +66,7 @@ def test_queued_jobs_are_limited_until_one_starts(world: World) -> None:
 
     assert error.quota == {"name": "queued_jobs", "limit": 2, "used": 2, "resets_at": None}
     assert error.message == "Project 'ours' is limited to 2 queued jobs. Current usage: 2."
-    assert "lorry projects limit ours" in error.remedy
+    assert "lorry projects update ours" in error.remedy
     assert error.retry_after_seconds == math.inf
     world.claim()
     world.submit()
@@ -294,7 +294,7 @@ def test_limits_are_set_individually_removed_and_audited(world: World) -> None:
     limit(world, queued_jobs=0, jobs_per_day=5)
     limit(world, queued_jobs=None)
 
-    _, found = quotas.standings(world.db, caller=world.caller, project="ours")
+    _, found = quotas.statuses(world.db, caller=world.caller, project="ours")
     events = log.list_page(world.db, caller=world.caller, filters=Filters(types=["project.updated"])).items
 
     assert {one.name: one.limit for one in found if one.limit is not None} == {"jobs_per_day": 5, "plans_per_day": 500}

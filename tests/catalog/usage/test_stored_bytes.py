@@ -135,7 +135,7 @@ class StoredService(Service):
     @rule(seconds=st.sampled_from([0.0, 8 * 86_400.0, 31 * 86_400.0]))
     def clean(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        garbage_collection.let_go(self.db)
+        garbage_collection.drop_references(self.db)
 
     @invariant()
     def the_counters_equal_a_recount(self) -> None:

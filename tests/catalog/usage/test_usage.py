@@ -266,19 +266,19 @@ def test_project_with_lower_usage_per_weight_goes_first(world: World) -> None:
     assert claim.job.id == foreign.id
     theirs(world)
     assert first() == ours.id, "the running job counts for 300 device-seconds"
-    projects.weigh(world.db, caller=operator(world), project="theirs", weight=10)
+    projects.set_weight(world.db, caller=operator(world), project="theirs", weight=10)
     assert first() != ours.id
 
 
 def test_weight_must_be_positive_and_of_an_existing_project(world: World) -> None:
     target: dict[str, Any] = {"caller": operator(world), "project": "ours"}
-    assert projects.weigh(world.db, **target, weight=2.5).weight == 2.5
+    assert projects.set_weight(world.db, **target, weight=2.5).weight == 2.5
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InvalidRequest) as refusal:
-            projects.weigh(world.db, **target, weight=weight)
+            projects.set_weight(world.db, **target, weight=weight)
         assert (refusal.value.code, refusal.value.param) == ("invalid_weight", "weight")
     with pytest.raises(NotFound):
-        projects.weigh(world.db, caller=world.caller, project="theirs", weight=1)
+        projects.set_weight(world.db, caller=world.caller, project="theirs", weight=1)
 
 
 def test_batch_job_is_claimed_despite_endless_urgent_jobs(world: World) -> None:

@@ -64,7 +64,7 @@ def test_last_free_slot_goes_to_the_project_with_the_fewest_deliveries(world: Wo
 def test_resolver_failure_does_not_disable_an_endpoint(world: World) -> None:
     hooks = Hooks(world)
     resolver_failure = DeliveryResult(
-        started_at=1.0, seconds=15.0, error="There was no whole answer.", says_of_endpoint=False
+        started_at=1.0, seconds=15.0, error="There was no whole answer.", concerns_endpoint=False
     )
     for _ in range(2):
         hooks.end_job()

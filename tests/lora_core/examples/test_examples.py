@@ -85,26 +85,6 @@ def test_missing_base_is_reported(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_engine_page_shows_how_to_make_a_dataset_of_a_text(tmp_path, monkeypatch):
-    tiny_base._build(tmp_path / "BASE")
-    (tmp_path / "my_text.txt").write_text("The red lorry is at the harbour.\n\nThe bridge is green.\n")
-    code, continued = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ENGINE.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-
-    exec(code, names)
-
-    assert names["data"].num_rows == 2
-    assert "parent=" in continued
-    torch.set_num_threads(1)
-    engine = Engine(load_base("BASE", dtype="float32", device="cpu"), EngineConfig())
-    engine.admit("mine", config(num_steps=1), names["data"])
-    events = []
-    while not engine.idle:
-        events += engine.tick()
-    assert isinstance(events[-1], JobFinished)
-
-
 def test_one_bitsandbytes_warning_is_suppressed(caplog):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
 

@@ -25,7 +25,7 @@ def test_license_of_a_gguf_file_is_read_from_its_metadata(tmp_path):
 
 
 def test_missing_gguf_file_is_rejected(tmp_path):
-    with pytest.raises(UnreachableSource, match="There is no file"):
+    with pytest.raises(UnreachableSource, match="does not exist"):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 

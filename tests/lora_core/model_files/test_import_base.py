@@ -206,8 +206,8 @@ def test_entries_that_name_the_origin_or_load_nothing_are_accepted(source, tmp_p
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"hidden_size": "wide"}, "can't be read.*'hidden_size'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "can't be read.*'long_factor'"),
-        ({"rope_parameters": longrope(7)}, "no model can be made.*RuntimeError"),
-        ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be made.*'nonsense'"),
+        ({"rope_parameters": longrope(7)}, "no model can be built.*RuntimeError"),
+        ({"rope_parameters": {"rope_type": "nonsense"}}, "no model can be built.*'nonsense'"),
     ],
 )
 def test_models_that_cannot_be_trained_are_rejected(source, tmp_path, changes, reason):

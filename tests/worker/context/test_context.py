@@ -78,7 +78,7 @@ def test_a_worker_that_starts_before_its_database_waits_for_it(
             assert session.get_one(Worker, context.worker_id).ended_at is None
 
     assert len(waited) == 3
-    assert [record.message for record in caplog.records if "waits" in record.message] == [
+    assert [record.message for record in caplog.records if "retrying" in record.message] == [
         "The database has not been set up. The worker keeps retrying."
     ]
 

@@ -300,7 +300,7 @@ def test_the_gang_size_cannot_be_below_the_minimum(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LORRY_GANG_SIZE", "2")
     monkeypatch.setenv("LORRY_GANG_MIN_SIZE", "3")
 
-    with pytest.raises(ValidationError, match="Set 2 at most"):
+    with pytest.raises(ValidationError, match="Set at most 2"):
         Settings()
 
 

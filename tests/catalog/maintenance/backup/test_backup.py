@@ -202,7 +202,7 @@ def test_incremental_backups_copy_only_new_files_and_prune_old_ones(service: Ser
     first_name = service.finish(service.running(), "first adapter")
     first = create(service.world.db, service.store, service.place, work_dir=service.folder / "work")
     service.delete(first_name)
-    garbage_collection.let_go(service.world.db)
+    garbage_collection.drop_references(service.world.db)
     service.finish(service.running(), "second adapter")
 
     second = create(service.world.db, service.store, service.place, work_dir=service.folder / "work", keep=1)
