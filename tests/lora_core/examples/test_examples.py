@@ -3,7 +3,6 @@
 import inspect
 import json
 import logging
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,11 @@ import pytest
 import torch
 
 from lora_core.base_model.model import load_base
-from lora_core.engine.engine import Engine
-from lora_core.engine_config import EngineConfig
-from lora_core.events import JobFinished
 from lora_core.examples import two_adapters
 from lora_core.examples.inputs import base_folder, text_rows
 from lora_core.examples.two_adapters import train_two
 from lora_core.peft_format.verify import verify_export
 from tests import tiny_base
-from tests.lora_core.scenarios import config
 
 ROOT = Path(__file__).parents[3]
 
