@@ -155,7 +155,7 @@ def test_max_length_beyond_the_model_causes_a_warning(world: World) -> None:
 
     (warning,) = _warnings(world, max_length=longest + 1)
 
-    assert f"max_length is {longest} tokens" in warning
+    assert f"max_length is lowered to {longest} tokens" in warning
     assert _warnings(world, max_length=longest) == []
 
 
