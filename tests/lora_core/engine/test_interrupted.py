@@ -191,7 +191,7 @@ def test_lanes_abandoned_by_two_interrupts_can_still_be_awaited(monkeypatch):
     assert ended == []
 
     may_end.set()
-    lanes_of_two.settle()
+    lanes_of_two.wait()
 
     assert ended == [1]
 
@@ -208,7 +208,7 @@ def test_failed_submission_of_a_part_leaves_no_other_part_unawaited(monkeypatch)
     monkeypatch.setattr(ThreadPoolExecutor, "submit", limited)
     with pytest.raises(RuntimeError, match="thread"):
         lanes_of_three.run(ended.append, [0, 1, 2])
-    lanes_of_three.settle()
+    lanes_of_three.wait()
 
     assert ended == [1]
 
