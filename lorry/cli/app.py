@@ -70,7 +70,7 @@ class CommandGroup(TyperGroup):
         except BrokenPipeError:
             raise
         except OSError as error:
-            output.say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+            output.echo(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
             raise typer.Exit(EXIT_REFUSED) from None
 
 
@@ -189,8 +189,8 @@ def run(app: typer.Typer) -> None:
     except Exception as error:
         if os.environ.get("LORRY_TRACEBACK"):
             raise
-        output.say(f"Error: unexpected error ({type(error).__name__}: {error}). This is a bug in lorry.")
-        output.say("Run the command again with LORRY_TRACEBACK=1 and report the output.")
+        output.echo(f"Error: unexpected error ({type(error).__name__}: {error}). This is a bug in lorry.")
+        output.echo("Run the command again with LORRY_TRACEBACK=1 and report the output.")
         raise SystemExit(EXIT_REFUSED) from None
 
 
@@ -218,8 +218,8 @@ def _print_error(error: Any) -> None:
     place = f" (at {param})" if param and not is_named else ""
     lines = _bad_lines(error.message.removesuffix(error.remedy).rstrip())
     if len(lines) > 1:
-        return output.say("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())
-    output.say(f"Error: {error.message}{place}")
+        return output.echo("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())
+    output.echo(f"Error: {error.message}{place}")
     if error.remedy and error.remedy not in error.message:
-        output.say(error.remedy)
+        output.echo(error.remedy)
     return None

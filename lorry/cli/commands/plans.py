@@ -33,13 +33,13 @@ EXAMPLES = (
 def create(ctx: typer.Context, **options: Any) -> None:
     """Dry run: check the data and estimate memory, time and cost of a job without training."""
     as_json, quiet = options["as_json"], options["quiet"]
-    asked = read(ctx)
+    request = read(ctx)
     lorry = client()
-    planned = asked.send(lorry, lorry.plans.create, kept_seconds=KEPT_SECONDS, quiet=quiet)
+    planned = request.send(lorry, lorry.plans.create, kept_seconds=KEPT_SECONDS, quiet=quiet)
     if quiet:
         return output.print_ids([planned.id])
     if planned.status == "computing":
-        planned = _waited(lorry, planned)
+        planned = _wait(lorry, planned)
     _print(planned, as_json=as_json)
     if planned.status == "failed":
         raise typer.Exit(EXIT_REFUSED)
@@ -102,18 +102,18 @@ def _print(planned: Plan, *, as_json: bool) -> None:
         return output.print_json(planned.raw)
     plan_view.draw(planned)
     if planned.status == "ready":
-        output.say(f"\nSubmit this job until {output.when(planned.expires_at)} with:")
-        output.say(f"lorry jobs submit --plan {planned.id}")
+        output.echo(f"\nSubmit this job until {output.when(planned.expires_at)} with:")
+        output.echo(f"lorry jobs submit --plan {planned.id}")
     return None
 
 
-def _waited(lorry: Lorry, planned: Plan) -> Plan:
+def _wait(lorry: Lorry, planned: Plan) -> Plan:
     """Wait for a plan. If the user interrupts, it is still computed."""
-    output.say(f"Preparing files for {planned.id} (longer if the base model must be downloaded first) …")
+    output.echo(f"Preparing files for {planned.id} (longer if the base model must be downloaded first) …")
     try:
         return lorry.plans.wait(planned.id)
     except KeyboardInterrupt:
-        output.say(f"Stopped waiting; the plan is still computed. Show it with: lorry plans show {planned.id}")
+        output.echo(f"Stopped waiting; the plan is still computed. Show it with: lorry plans show {planned.id}")
         raise
 
 

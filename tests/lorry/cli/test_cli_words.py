@@ -294,7 +294,7 @@ def test_deleting_says_so_and_a_refusal_is_the_services_sentence(service: Script
 def test_deleting_a_model_asks_first(service: Script, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
     service.on("DELETE", "/v1/models/tiny", {})
 
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
 
     result = CliRunner().invoke(app, ["models", "delete", "tiny"], input=answer)
 
@@ -308,7 +308,7 @@ def test_ctrl_c_at_the_question_is_an_interruption(service: Script, monkeypatch:
         def readline(self) -> str:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
     monkeypatch.setattr(output, "sys", SimpleNamespace(stdin=Interrupted(), stderr=sys.stderr))
 
     result = CliRunner().invoke(app, ["models", "delete", "tiny"])

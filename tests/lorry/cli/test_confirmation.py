@@ -74,7 +74,7 @@ def test_with_yes_nothing_is_asked(service: Script, run: Run, name: str, flag: s
 def test_in_a_terminal_only_a_yes_acts(
     service: Script, monkeypatch: pytest.MonkeyPatch, name: str, answer: str, code: int
 ) -> None:
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
 
     result = CliRunner().invoke(app, [*name.split(), IRREVERSIBLE[name][0]], input=answer)
 
@@ -87,7 +87,7 @@ def test_in_a_terminal_only_a_yes_acts(
 def test_the_question_names_the_whole_id(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = "ftjob-3f2b8c9d0a1e4f5a6b7c8d9e"
     service.on("GET", "/v1/fine_tuning/jobs", {"data": [{"id": job_id}], "has_more": False})
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
 
     result = CliRunner().invoke(app, ["jobs", "cancel", "ftjob-3f"], input="n\n")
 

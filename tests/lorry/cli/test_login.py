@@ -93,7 +93,7 @@ def test_in_a_terminal_the_key_is_prompted_for_without_an_echo(
 ) -> None:
     service.on("GET", "/v1/browser_session", IDENTITY)
     asked: list[dict[str, object]] = []
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
     monkeypatch.setattr("typer.prompt", lambda _text, **options: asked.append(options) or SECRET)  # pyright: ignore
 
     assert login(service).exit_code == 0
