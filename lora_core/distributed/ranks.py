@@ -85,7 +85,7 @@ class Ranks:
         return [part.tolist() for part in found]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def sharing_errors(self) -> Iterator[None]:
         """Raise an error of one rank on all of them, so that they stay in the same state."""
         if self.size == 1:
             yield
@@ -107,7 +107,7 @@ class Ranks:
 
     def by_leader(self, act: Callable[[], T]) -> T | None:
         """Call `act` on the leader only and return its result (None on others). Errors are raised on every rank."""
-        with self.together():
+        with self.sharing_errors():
             return act() if self.leads else None
 
     def shared_out(self, sizes: Sequence[int], *, short: Collection[int] = ()) -> list[int]:

@@ -81,7 +81,7 @@ class Engine:
         self._throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
         attachment = base.attach(batch_invariant=config.batch_invariant)
-        with ranks.together(), shortage_in_pass(is_sharded=base.is_sharded):
+        with ranks.sharing_errors(), shortage_in_pass(is_sharded=base.is_sharded):
             invariance = measure_invariance(base, self._lanes)
         is_bitwise = set(ranks.gathered(invariance)) == {"bitwise"}
         self.invariance: Invariance = "bitwise" if is_bitwise else "allclose"
@@ -131,7 +131,7 @@ class Engine:
             raise ConfigError(
                 f"Job {job!r} is already loaded.", remedy="Give the job another name, or evict the loaded one first."
             )
-        with self.ranks.together():
+        with self.ranks.sharing_errors():
             admitted = job_on(
                 self.base, job, config, train, valid, resume_from=resume_from, parent=parent, ranks=self.ranks
             )
@@ -192,7 +192,7 @@ class Engine:
             return
         job.served = self._least_served()
         try:
-            with self.ranks.together(), shortage_of(job.name, part="start"):
+            with self.ranks.sharing_errors(), shortage_of(job.name, part="start"):
                 job.continue_initialization(START_WORK)
         except LoraCoreError as error:
             job.quarantine()

@@ -91,7 +91,7 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            error.message = _in_plain_words(error.message)
+            error.message = _simplified(error.message)
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -194,7 +194,7 @@ def run(app: typer.Typer) -> None:
         raise SystemExit(EXIT_REFUSED) from None
 
 
-def _in_plain_words(message: str) -> str:
+def _simplified(message: str) -> str:
     """Replace the parser's message for a value that is not a number; it is meant for programmers."""
     message = re.sub(r"Input should be a valid number\b.*", "that is not a number.", message)
     return re.sub(r"Input should be a valid integer\b.*", "that is not a whole number.", message)

@@ -158,7 +158,7 @@ def classify_exit(
         return EndReason.TRAINER_CRASHED, WAS_KILLED
     if returncode == LOST_PARENT or LOST.search(log_tail) is not None:
         return EndReason.INFRA_LOST, "The trainer received no heartbeat from its worker for a whole lease."
-    return _of_node(returncode, log_tail, is_disk_full=is_disk_full) or _by_itself(returncode, log_tail)
+    return _of_node(returncode, log_tail, is_disk_full=is_disk_full) or _own_exit(returncode, log_tail)
 
 
 def _of_node(returncode: int, log_tail: str, *, is_disk_full: bool) -> tuple[EndReason, str] | None:
@@ -171,7 +171,7 @@ def _of_node(returncode: int, log_tail: str, *, is_disk_full: bool) -> tuple[End
     return None
 
 
-def _by_itself(returncode: int, log_tail: str) -> tuple[EndReason, str]:
+def _own_exit(returncode: int, log_tail: str) -> tuple[EndReason, str]:
     if (differ := DIFFER.search(log_tail)) is not None:
         return EndReason.NODE_FAILED, differ[1]
     if returncode == 0:

@@ -184,11 +184,11 @@ class EventHandlers:
         return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
     def _diverged(self, held: SessionJob, event: Json) -> End:
-        remedy = f"Lower the learning rate, or check the data around that step. {self._left_of(held, event)}"
+        remedy = f"Lower the learning rate, or check the data around that step. {self._usable_checkpoint(held, event)}"
         error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "optimizer.learning_rate"}
         return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
 
-    def _left_of(self, held: SessionJob, event: Json) -> str:
+    def _usable_checkpoint(self, held: SessionJob, event: Json) -> str:
         """Return a sentence about the newest checkpoint with good weights. Newer ones, whose weights were ruined before
         they were written, are marked as unusable."""
         job = held.claim.job

@@ -231,7 +231,7 @@ class TrainerSession:
     def _stop(self, held: SessionJob, verb: Verb) -> None:
         """Have the trainer stop the job. End the attempt here if the trainer does not have the job yet, or if a
         cancelled job's events can't be recorded now."""
-        is_stuck = verb == "cancel" and bool(held.news)
+        is_stuck = verb == "cancel" and bool(held.pending_events)
         if self.ready is None or not held.is_handed_over or is_stuck:
             self._end(held, STOPPED[verb])
             self._discard(held)
@@ -278,7 +278,7 @@ class TrainerSession:
             self._last_event_seconds = event["seconds"] if event["type"] != "idle" else None
             held = self._held.get(event.get("claim_id", ""))
             if held is not None:
-                held.news.append(event)
+                held.pending_events.append(event)
                 held.drop_outdated()
             elif event["type"] == "ready":
                 self.ready, self._memory = _without(event, "spans"), event["memory"]
@@ -304,10 +304,10 @@ class TrainerSession:
         while held.superseded:
             self.directory.delete(held.claim.claim_id, held.superseded[0])
             del held.superseded[0]
-        while held.news:
-            self._handle(held, held.news[0])
-            if held.news:  # the end of an attempt clears them
-                held.news.popleft()
+        while held.pending_events:
+            self._handle(held, held.pending_events[0])
+            if held.pending_events:  # the end of an attempt clears them
+                held.pending_events.popleft()
         if self._holds(held) and held.curve.is_due(time.monotonic()):
             self._flush(held)
         if self._holds(held) and held.is_to_stop:
@@ -429,7 +429,7 @@ class TrainerSession:
         if self._held.pop(claim_id, None) is None:
             return
         self._context.spans.ended(claim_id, None)
-        held.news.clear()
+        held.pending_events.clear()
         self._context.heartbeat.release(claim_id)
         self._output.end(claim_id)
         self.idle_since = time.monotonic()

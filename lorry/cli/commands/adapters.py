@@ -148,7 +148,7 @@ def verify(
             "--keys applies only to a folder; the service verifies its own adapters.", param_hint="--keys"
         )
     else:
-        with _mentioning_folder(adapter):
+        with _adding_folder_hint(adapter):
             lorry = client()
             result = lorry.adapters.verify(lookup.adapter(lorry, adapter))
     if as_json:
@@ -174,7 +174,7 @@ def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
         output.echo(f"Read from {folder / 'lineage.json'}, without the service.")
         result = verify_folder(folder)
     else:
-        with _mentioning_folder(adapter):
+        with _adding_folder_hint(adapter):
             lorry = client()
             record, result = lorry.adapters.lineage(lookup.adapter(lorry, adapter)), None
     if as_json:
@@ -315,7 +315,7 @@ def _folder(adapter: str) -> Path | None:
 
 
 @contextmanager
-def _mentioning_folder(adapter: str) -> Generator[None]:
+def _adding_folder_hint(adapter: str) -> Generator[None]:
     """Add to the service's error that no such folder exists either."""
     try:
         yield

@@ -117,7 +117,7 @@ def _wait(lorry: Lorry, planned: Plan) -> Plan:
         raise
 
 
-def _with_the_options_of_a_job() -> None:
+def _copy_signature_of_submit() -> None:
     """Give `create` the parameters of `submit`: typer reads a function's signature and annotations."""
     hints = get_type_hints(submit, include_extras=True)
     signature = inspect.signature(submit)
@@ -131,5 +131,5 @@ def _with_the_options_of_a_job() -> None:
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
 
 
-_with_the_options_of_a_job()
+_copy_signature_of_submit()
 app.verb("create", *EXAMPLES)(create)

@@ -146,11 +146,11 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a fine-tuning job. Local files are uploaded first. Omitted options use the service defaults."""
-    lorry, job = _submitted(ctx, plan, quiet=quiet)
+    lorry, job = _submit_request(ctx, plan, quiet=quiet)
     _report(lorry, job, watch=watch, as_json=as_json)
 
 
-def _submitted(ctx: typer.Context, plan: str | None, *, quiet: bool) -> tuple[Lorry, Job]:
+def _submit_request(ctx: typer.Context, plan: str | None, *, quiet: bool) -> tuple[Lorry, Job]:
     if plan is not None:
         _check_alone(ctx)
         lorry = client()

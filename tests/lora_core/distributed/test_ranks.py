@@ -175,7 +175,7 @@ def test_each_rank_learns_which_ranks_failed(monkeypatch: pytest.MonkeyPatch, ow
     monkeypatch.setattr(Ranks, "gathered", lambda _, summary: [None, other, summary])
 
     def act() -> None:
-        with Ranks(rank=2, size=3).together():
+        with Ranks(rank=2, size=3).sharing_errors():
             if own is not None:
                 raise own
 

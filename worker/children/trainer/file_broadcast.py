@@ -89,7 +89,7 @@ def _broadcast_all(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -
     end = _End()
     for name, num_bytes in found:
         _broadcast_file(directory.path, name, num_bytes, ranks, end)
-    with ranks.together():
+    with ranks.sharing_errors():
         if end.problem is not None:
             raise end.problem
 

@@ -79,7 +79,7 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
     failpoints.pass_by("loading")
     quantization = cast(Quantization, settings["quantization"])
     strategy = cast(Strategy, settings.get("strategy", "replicated"))
-    with ranks.together():
+    with ranks.sharing_errors():
         base = load_base(
             Path(settings["base_dir"]),
             dtype=cast(Literal["bfloat16", "float32"], settings["dtype"]),

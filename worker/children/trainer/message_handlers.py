@@ -118,7 +118,7 @@ class MessageHandlers:
             shortages = body.get("shortages", 0)
             self.engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent, shortages=shortages)
         except (LoraCoreError, OSError) as error:
-            # The code and not the class, because `Ranks.together` raises another rank's error as a LoraCoreError.
+            # The code and not the class, because `Ranks.sharing_errors` raises another rank's error as a LoraCoreError.
             is_checkpoint = not isinstance(error, OSError) and error.code == BadCheckpoint.code
             self._refuse(claim_id, error, is_checkpoint=is_checkpoint)
             return

@@ -41,7 +41,7 @@ def datasets_of(
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """Return a job's training and validation data. Raises LoraCoreError, on every rank."""
     assert train is not None
-    with ranks.together(), shortage_of(job, part="data"):
+    with ranks.sharing_errors(), shortage_of(job, part="data"):
         return TokenDataset.load(train), TokenDataset.load(valid) if valid else None
 
 
@@ -84,17 +84,17 @@ def exported(
         return report
 
     if not engine.base.is_sharded:
-        with ranks.together(), _blamed_on_adapter():
+        with ranks.sharing_errors(), _blamed_on_adapter():
             if not ranks.leads:
                 return None
             written(folder)
             return verified(folder)
     with ExitStack() as stack:
-        with ranks.together():
+        with ranks.sharing_errors():
             place = folder if ranks.leads else Path(stack.enter_context(TemporaryDirectory())) / "adapter"
-        with ranks.together(), _blamed_on_adapter():
+        with ranks.sharing_errors(), _blamed_on_adapter():
             written(place)
-        with ranks.together(), _blamed_on_adapter():
+        with ranks.sharing_errors(), _blamed_on_adapter():
             report = verified(place)
         return report if ranks.leads else None
 
