@@ -267,11 +267,11 @@ class ObjectiveConfig:
     def _require_own_numbers(self) -> None:
         is_ipo = self.kind == "dpo" and self.loss_type == "ipo"
         reader = "ipo" if is_ipo else self.kind
-        smooths = self.kind in ("supervised", "dpo") and not is_ipo
+        supports_smoothing = self.kind in ("supervised", "dpo") and not is_ipo
         for name, value, usual, is_own in (
             ("gamma", self.gamma, 0, self.kind == "simpo"),
             ("loss_type", self.loss_type, "sigmoid", self.kind == "dpo"),
-            ("label_smoothing", self.label_smoothing, 0, smooths),
+            ("label_smoothing", self.label_smoothing, 0, supports_smoothing),
             ("center_rewards_coefficient", self.center_rewards_coefficient, 0, self.kind == "reward"),
             ("desirable_weight", self.desirable_weight, 1, self.kind == "kto"),
             ("undesirable_weight", self.undesirable_weight, 1, self.kind == "kto"),

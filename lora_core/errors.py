@@ -15,7 +15,7 @@ class LoraCoreError(ValueError):
 
     code = "lora_core_error"
     ranks: tuple[int, ...] = ()
-    """Ranks on which the error was raised. `Ranks.together` sets it."""
+    """Ranks on which the error was raised. `Ranks.sharing_errors` sets it."""
 
     def __init__(self, message: str, *, remedy: str, code: str | None = None) -> None:
         super().__init__(message)

@@ -65,8 +65,8 @@ def grouped_by_layer(shapes: Mapping[str, tuple[int, int]]) -> list[dict[str, An
         if found is None:
             groups[path, shape] = None
         else:
-            starred = f"{path[: found.start(1)]}*{path[found.end(1) :]}"
-            layers = groups.setdefault((starred, shape), [])
+            pattern = f"{path[: found.start(1)]}*{path[found.end(1) :]}"
+            layers = groups.setdefault((pattern, shape), [])
             assert layers is not None
             layers.append(int(found[1]))
     return [{"path": path, "shape": list(shape), "layers": layers} for (path, shape), layers in groups.items()]

@@ -199,9 +199,9 @@ def _verifiable(local: Connection, folder: Path) -> Connection:
     return local
 
 
-def _unreadable(path: Path, why: str) -> NotConfigured:
+def _unreadable(path: Path, reason: str) -> NotConfigured:
     return NotConfigured(
-        f"{path} cannot be used: {why}.",
+        f"{path} cannot be used: {reason}.",
         code="bad_connection_file",
         remedy="Restart `lorry up` or run `lorry login` again, which rewrites it, or set LORRY_URL and LORRY_API_KEY.",
     )

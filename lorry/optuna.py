@@ -68,7 +68,7 @@ class _Driver:
         self._sweep_id = sweep_id
         self._kind = metric.partition("_")[0]
         self._metric = metric
-        self._under_way: dict[int, tuple[optuna.Trial, str]] = {}
+        self._running: dict[int, tuple[optuna.Trial, str]] = {}
         """The study's trial and the job id, by trial number."""
         self._reported: dict[int, int] = {}
         """The last reported step, by trial number."""
@@ -76,26 +76,26 @@ class _Driver:
 
     def run(self, trials: int, at_once: int, *, pause: Callable[[], None]) -> None:
         num_trials = 0
-        while num_trials < trials or self._under_way:
-            while num_trials < trials and len(self._under_way) < at_once:
+        while num_trials < trials or self._running:
+            while num_trials < trials and len(self._running) < at_once:
                 self._ask()
                 num_trials += 1
-            for number in list(self._under_way):
-                self._look(number)
-            if self._under_way:
+            for number in list(self._running):
+                self._poll(number)
+            if self._running:
                 pause()
 
     def _ask(self) -> None:
         trial = self._study.ask()
         made = self._lorry.sweeps.add_trial(self._sweep_id, self._choose(trial))
-        self._under_way[made.number] = (trial, made.id)
+        self._running[made.number] = (trial, made.id)
 
-    def _look(self, number: int) -> None:
+    def _poll(self, number: int) -> None:
         found = self._lorry.sweeps.trial(self._sweep_id, number)
-        trial, job_id = self._under_way[number]
+        trial, job_id = self._running[number]
         if found.is_final:
-            del self._under_way[number]
-            self._tell(trial, found)
+            del self._running[number]
+            self._finish(trial, found)
             return
         is_new = found.step is not None and found.step > self._reported.get(number, 0)
         if is_new and number not in self._pruned:
@@ -113,7 +113,7 @@ class _Driver:
             with suppress(Conflict):  # the trial has ended meanwhile
                 self._lorry.sweeps.stop_trial(self._sweep_id, number)
 
-    def _tell(self, trial: optuna.Trial, found: Trial) -> None:
+    def _finish(self, trial: optuna.Trial, found: Trial) -> None:
         from optuna.trial import TrialState
 
         trial.set_user_attr("job_id", found.id)

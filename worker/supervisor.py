@@ -41,10 +41,10 @@ from worker.session.job_logs import cleaned
 from worker.session.session_job import STOPPED, End, requested_verb
 from worker.session.sharding import strategy_for
 from worker.session.trainer_session import OUTAGES, TrainerSession
-from worker.session.watchdog import cordon_silent, set_aside, watch_clock
+from worker.session.watchdog import cordon_if_unkillable, cordon_silent, watch_clock
 
 log = logging.getLogger(__name__)
-TURN_SECONDS = 0.05
+TICK_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
         if claimed:
             claimed = _train(context, gang, tasks, claimed)
         elif had_task:
-            tasks.wait(TURN_SECONDS)
+            tasks.wait(TICK_SECONDS)
         else:
             return
     _release(context, claimed, TrainerEnd.NOT_LAUNCHED.value)
@@ -129,9 +129,9 @@ def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, claimed:
                 _best_effort(partial(_record_load_failure, context, first))
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
             return []
-        left_over = _attend(context, gang, tasks, trainer, session)
+        remaining = _attend(context, gang, tasks, trainer, session)
         _conclude(context, gang, trainer, session)
-    return left_over
+    return remaining
 
 
 def _are_all_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
@@ -214,7 +214,7 @@ def _attend(
     Each step tolerates an outage separately: requests of users are applied even while nothing can be recorded.
     """
     take_directives = context.heartbeat.take_directives
-    left_over: list[Claim] = []
+    remaining: list[Claim] = []
     polled_at = time.monotonic()
     closing_at: float | None = None
     """When the trainer was first to shut down or unload. From then on it gets no new job."""
@@ -222,7 +222,7 @@ def _attend(
     """Sends the message for it. Repeated until it succeeds, because a full disk may have space again in time."""
     while trainer.is_awaited:
         if trainer.is_killed:
-            time.sleep(TURN_SECONDS)
+            time.sleep(TICK_SECONDS)
             continue
         _tolerating_outages(trainer, session.read_events)
         _tolerating_outages(trainer, lambda: session.apply_directives(take_directives(session.claim_ids)))
@@ -243,14 +243,14 @@ def _attend(
         is_due = was_notified or time.monotonic() - polled_at >= context.settings.poll_seconds
         if closing_at is None and is_due:
             polled_at = time.monotonic()
-            left_over = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
-            if left_over or _is_idle(context, gang, session):
+            remaining = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
+            if remaining or _is_idle(context, gang, session):
                 closing_at, shutdown = time.monotonic(), partial(session.send, "unload")
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
             shutdown = None
         watch_clock(context, trainer, session, closing_at)
-        trainer.wait(TURN_SECONDS)
-    return left_over
+        trainer.wait(TICK_SECONDS)
+    return remaining
 
 
 def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
@@ -307,7 +307,7 @@ def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess,
     while not context.heartbeat.lost.is_set() and boot_seconds() < deadline:
         try:
             session.read_all_events()
-            set_aside(context, trainer)
+            cordon_if_unkillable(context, trainer)
             if session.is_shutting_down:  # a job that the trainer never got lost nothing, however the trainer exited
                 session.end_all(gang.shutdown_end.value, only_unseen=True)
             session.end_all(_trainer_outcome(context, gang, trainer, session))
@@ -318,7 +318,7 @@ def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess,
             if isinstance(error, OSError):
                 end = replace(job_failure(error), blamed_worker_id=context.worker_id)
             time.sleep(OUTAGE_SECONDS)
-    _best_effort(lambda: set_aside(context, trainer))
+    _best_effort(lambda: cordon_if_unkillable(context, trainer))
     _best_effort(lambda: session.end_all(end))
 
 

@@ -31,12 +31,13 @@ class Block:
 def lay_out_blocks(shapes: Iterable[tuple[int, ...]]) -> tuple[Block, ...]:
     """Return the blocks of tensors that are stored contiguously, in order."""
     blocks: list[Block] = []
-    start = remembered = 0
+    start = memory_start = 0
     for shape in shapes:
         assert len(shape) in (1, 2), shape
-        stop, last = start + math.prod(shape), remembered + sum(shape)  # for a vector, sum(shape) is its length
-        blocks.append(Block(numbers=slice(start, stop), shape=shape, memory=slice(remembered, last)))
-        start, remembered = stop, last
+        stop = start + math.prod(shape)
+        memory_stop = memory_start + sum(shape)  # for a vector, sum(shape) is its length
+        blocks.append(Block(numbers=slice(start, stop), shape=shape, memory=slice(memory_start, memory_stop)))
+        start, memory_start = stop, memory_stop
     return tuple(blocks)
 
 

@@ -19,38 +19,38 @@ from lora_core.distributed.ranks import ALONE, Ranks
 
 @dataclass(kw_only=True, slots=True)
 class SliceGradients:
-    """Provides a twin of `adapter` with its own gradient to each slice except the first.
+    """Provides a replica of `adapter` with its own gradient to each slice except the first.
 
-    An idle twin keeps its views but frees its memory. There are as many twins as slices in the widest tick so far, so
-    a resident job that is not in the tick uses no memory for them.
+    An idle replica keeps its views but frees its memory. There are as many replicas as slices in the widest tick so
+    far, so a resident job that is not in the tick uses no memory for them.
     """
 
     adapter: FlatAdapter
     ranks: Ranks = ALONE
     holder: int | None = None
     """Rank that holds the partial sum. None before the first slice of a step and after `complete`."""
-    lent: dict[int, FlatAdapter] = field(default_factory=dict)
+    in_use: dict[int, FlatAdapter] = field(default_factory=dict)
     idle: list[FlatAdapter] = field(default_factory=list)
 
     def adapter_of(self, slice_index: int) -> FlatAdapter:
         """Return the adapter into which the gradient of this slice is accumulated, the same one on every call."""
         if slice_index == 0:
             return self.adapter
-        if slice_index not in self.lent:
-            self.lent[slice_index] = _filled(self.idle.pop()) if self.idle else with_own_gradient(self.adapter)
-        return self.lent[slice_index]
+        if slice_index not in self.in_use:
+            self.in_use[slice_index] = _reallocated(self.idle.pop()) if self.idle else with_own_gradient(self.adapter)
+        return self.in_use[slice_index]
 
     def collect(self, first: int, ranks_of_slices: Sequence[int]) -> None:
         """Add the gradients of the slices from number `first` on, in order. `ranks_of_slices` computed them."""
         parts: list[tuple[int, Tensor | None]] = []
         for index, rank in enumerate(ranks_of_slices, start=first):
-            twin = self.lent.pop(index, None)
-            parts.append((rank, None if twin is None else twin.g))
-            if twin is not None:
-                self.idle.append(twin)
+            replica = self.in_use.pop(index, None)
+            parts.append((rank, None if replica is None else replica.g))
+            if replica is not None:
+                self.idle.append(replica)
         self.holder = self.ranks.carry(self.adapter.g, holder=self.holder, parts=parts)
-        for twin in self.idle:
-            twin.g.untyped_storage().resize_(0)
+        for replica in self.idle:
+            replica.g.untyped_storage().resize_(0)
 
     def complete(self) -> None:
         """Distribute the sum of the whole step to every rank."""
@@ -61,43 +61,43 @@ class SliceGradients:
         """Discard all gradients, including the adapter's own, and free their memory."""
         self.adapter.g.zero_()
         self.holder = None
-        self.lent.clear()
+        self.in_use.clear()
         self.idle.clear()
 
     @property
     def num_bytes(self) -> int:
-        return sum(twin.g.untyped_storage().nbytes() for twin in (*self.lent.values(), *self.idle))
+        return sum(replica.g.untyped_storage().nbytes() for replica in (*self.in_use.values(), *self.idle))
 
 
-def _filled(twin: FlatAdapter) -> FlatAdapter:
-    twin.g.untyped_storage().resize_(twin.g.nbytes)
-    twin.g.zero_()
-    return twin
+def _reallocated(replica: FlatAdapter) -> FlatAdapter:
+    replica.g.untyped_storage().resize_(replica.g.nbytes)
+    replica.g.zero_()
+    return replica
 
 
 def with_own_gradient(adapter: FlatAdapter) -> FlatAdapter:
     """Return an adapter that shares the weights of `adapter` and has its own zero gradient."""
-    twin = copy(adapter)
-    twin.g = torch.zeros_like(adapter.g)
-    twin.joints = {}
-    twin.sites = {name: _moved(views, adapter.g, twin.g) for name, views in adapter.sites.items()}
-    twin.tensors = {name: _moved(views, adapter.g, twin.g) for name, views in adapter.tensors.items()}
-    return twin
+    replica = copy(adapter)
+    replica.g = torch.zeros_like(adapter.g)
+    replica.joints = {}
+    replica.sites = {name: _rebased(views, adapter.g, replica.g) for name, views in adapter.sites.items()}
+    replica.tensors = {name: _rebased(views, adapter.g, replica.g) for name, views in adapter.tensors.items()}
+    return replica
 
 
-def _moved(views: Any, old: Tensor, new: Tensor) -> Any:
+def _rebased(views: Any, old: Tensor, new: Tensor) -> Any:
     """Return `views` in which each tensor inside `old` points to the same offset of `new`."""
     changes: dict[str, Any] = {}
     for part in fields(views):
         value = getattr(views, part.name)
-        if isinstance(value, Tensor) and _lies_in(value, old):
+        if isinstance(value, Tensor) and _is_view_of(value, old):
             offset = value.storage_offset() - old.storage_offset()
             changes[part.name] = new.as_strided(value.shape, value.stride(), offset)
         elif is_dataclass(value):
-            changes[part.name] = _moved(value, old, new)
+            changes[part.name] = _rebased(value, old, new)
     return replace(views, **changes)
 
 
-def _lies_in(view: Tensor, vector: Tensor) -> bool:
+def _is_view_of(view: Tensor, vector: Tensor) -> bool:
     same = view.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
     return same and 0 <= view.storage_offset() - vector.storage_offset() < vector.numel()

@@ -93,12 +93,12 @@ def choose_trained(
 def module_tensors(path: str, module: nn.Module) -> list[TrainedTensor]:
     """Return every parameter of a module, initialized with the base model's values."""
     return [
-        TrainedTensor(name=f"{path}.{name}", shape=tuple(parameter.shape), start=partial(_as_it_is, parameter))
+        TrainedTensor(name=f"{path}.{name}", shape=tuple(parameter.shape), start=partial(_current_value, parameter))
         for name, parameter in module.named_parameters()
     ]
 
 
-def _as_it_is(parameter: Tensor, _seed: int) -> Tensor:
+def _current_value(parameter: Tensor, _seed: int) -> Tensor:
     return parameter
 
 

@@ -25,8 +25,8 @@ def base_digest(base_dir: Path, paths: list[Path]) -> str:
     minutes at each start. Raises UnsafeFile.
     """
     digest = hashlib.sha256(_canonical((base_dir / "config.json").read_bytes()))
-    for name, told in sorted(entry for path in paths for entry in _tensor_digests(path)):
-        digest.update(hashlib.sha256(name.encode()).digest() + told)
+    for name, tensor_digest in sorted(entry for path in paths for entry in _tensor_digests(path)):
+        digest.update(hashlib.sha256(name.encode()).digest() + tensor_digest)
     return digest.hexdigest()
 
 
@@ -54,5 +54,5 @@ def _runs(span: TensorSpan) -> Iterator[tuple[int, int]]:
 
 def _canonical(config: bytes) -> bytes:
     """Return the canonical JSON of the config without OF_THE_WRITER."""
-    told = {name: value for name, value in json.loads(config).items() if name not in OF_THE_WRITER}
-    return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
+    settings = {name: value for name, value in json.loads(config).items() if name not in OF_THE_WRITER}
+    return json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()

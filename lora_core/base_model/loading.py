@@ -83,8 +83,8 @@ def refuse_code(folder: Path) -> None:
             raise refused(f"{path.name} is not valid JSON") from error
         for parent, key, value in _entries(content):
             may_refer = path.name == "config.json" and parent not in LABELS
-            if (why := _why_code(key, value, may_refer=may_refer)) is not None:
-                raise refused(f"{path.name} has {key!r}, {why}")
+            if (reason := _code_reason(key, value, may_refer=may_refer)) is not None:
+                raise refused(f"{path.name} has {key!r}, {reason}")
 
 
 def _entries(content: Any, parent: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -98,7 +98,7 @@ def _entries(content: Any, parent: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _entries(value)
 
 
-def _why_code(key: str, value: Any, *, may_refer: bool) -> str | None:
+def _code_reason(key: str, value: Any, *, may_refer: bool) -> str | None:
     """Return why transformers might load code for an entry, or None. `may_refer`: a value may name a repository."""
     if key == "auto_map":
         return "which requires custom code"
@@ -200,13 +200,13 @@ def load_with_transformers(
     except RuntimeError as error:
         raise mismatch("a weight has a different shape") from error
     model, report = loaded
-    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    mismatched = [*report["missing_keys"], *report["unexpected_keys"]]
     head = task_head_of(model)
     if head is not None:
         shapes = [key for key, *_ in report["mismatched_keys"]]
-        wrong = [name for name in [*report["missing_keys"], *shapes] if not name.startswith(f"{head.path}.")]
-    if wrong:
-        raise mismatch(f"{wrong[0]} is missing or unknown")
+        mismatched = [name for name in [*report["missing_keys"], *shapes] if not name.startswith(f"{head.path}.")]
+    if mismatched:
+        raise mismatch(f"{mismatched[0]} is missing or unknown")
     return model
 
 

@@ -29,7 +29,7 @@ from lora_core.base_model.loading import (
 )
 from lora_core.base_model.patching import Attachment, find_linears, target_of
 from lora_core.base_model.quantization import Quantization, load_quantized, scale_bytes
-from lora_core.base_model.sharding import Strategy, allocated_bytes, shard, with_guests
+from lora_core.base_model.sharding import Strategy, allocated_bytes, allow_unsharded, shard
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.errors import ConfigError, UnreachableSource
 from lora_core.kernels.selection import Kernels
@@ -112,7 +112,7 @@ class BaseModel:
     def untouched(self):
         """Restore the model as transformers built it within the block. For passes without gradients."""
         suspended = nullcontext() if self.attachment is None else self.attachment.suspended()
-        with suspended, with_guests(self.model, self.strategy):
+        with suspended, allow_unsharded(self.model, self.strategy):
             yield self.model
 
 

@@ -89,7 +89,7 @@ def allocated_bytes(weight: Tensor, kind: str) -> int:
 
 
 @contextmanager
-def with_guests(model: PreTrainedModel, strategy: Strategy) -> Iterator[None]:
+def allow_unsharded(model: PreTrainedModel, strategy: Strategy) -> Iterator[None]:
     """Allow unsharded parameters in blocks, as PEFT adds them, within the block of code. Without gradients.
 
     DeepSpeed treats all parameters of a block as its own. Its hooks are therefore removed, and its own parameters are

@@ -34,13 +34,13 @@ def mismatched(dataset: TokenDataset, rows: Sequence[int]) -> TokenDataset:
     At least one token of the answer remains, because every prompt is shorter than the longest row.
     """
     longest = int(dataset.row_lengths().max())
-    parts = [_joined(dataset, prompt, answer)[:, :longest] for prompt, answer in zip(rows, _moved(rows), strict=True)]
+    parts = [_joined(dataset, prompt, answer)[:, :longest] for prompt, answer in zip(rows, _rotated(rows), strict=True)]
     ids, mask = np.concatenate(parts, axis=1)
     offsets = np.cumsum([0, *(part.shape[1] for part in parts)])
     return TokenDataset(input_ids=ids, loss_mask=mask.astype(np.uint8), row_offsets=offsets)
 
 
-def _moved(rows: Sequence[int]) -> list[int]:
+def _rotated(rows: Sequence[int]) -> list[int]:
     return [*rows[-1:], *rows[:-1]]
 
 

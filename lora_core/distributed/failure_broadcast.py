@@ -19,7 +19,7 @@ from torch import distributed as dist
 from lora_core.distributed.ranks import Ranks
 
 KEY = "lorry/first-failure"
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """Wait after a reported failure. A rank that waits for the failed one usually gets an error from the OS sooner."""
 
@@ -47,7 +47,7 @@ def broadcast_failures(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = _tell(ranks.rank, error)
+        first = _report(ranks.rank, error)
         if first is None or first["rank"] == ranks.rank:
             raise
         raise FellowFailure(**first) from error
@@ -55,7 +55,7 @@ def broadcast_failures(ranks: Ranks) -> Iterator[None]:
         done.set()
 
 
-def _tell(rank: int, error: Exception) -> dict[str, Any] | None:
+def _report(rank: int, error: Exception) -> dict[str, Any] | None:
     """Return the first reported failure, which may be another rank's. None if the store is not reachable."""
     message = f"{type(error).__module__}.{type(error).__qualname__}: {error}".removeprefix("builtins.")
     failure = json.dumps({"rank": rank, "message": message.partition("\n")[0][:500]})
@@ -67,7 +67,7 @@ def _tell(rank: int, error: Exception) -> dict[str, Any] | None:
 
 def _watch(rank: int, done: threading.Event) -> None:
     """Exit this process if it keeps waiting for a failed rank, because a device collective would never return."""
-    while not done.wait(LOOK_SECONDS):
+    while not done.wait(POLL_SECONDS):
         try:
             if not _store().check([KEY]):
                 continue

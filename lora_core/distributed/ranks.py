@@ -37,7 +37,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    is_apart: bool = False
+    is_multi_node: bool = False
     """The ranks run on several machines, so some don't have access to the leader's disk."""
     is_first_elsewhere: bool = False
     """This is the first rank on a machine other than the leader's."""
@@ -85,7 +85,7 @@ class Ranks:
         return [part.tolist() for part in found]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def sharing_errors(self) -> Iterator[None]:
         """Raise an error of one rank on all of them, so that they stay in the same state."""
         if self.size == 1:
             yield
@@ -95,7 +95,9 @@ class Ranks:
             yield
         except (LoraCoreError, OSError) as error:
             problem = error
-        found = {rank: told for rank, told in enumerate(self.gathered(_problem_fields(problem))) if told is not None}
+        found = {
+            rank: fields for rank, fields in enumerate(self.gathered(_problem_fields(problem))) if fields is not None
+        }
         if problem is None and found:
             problem = LoraCoreError(**next(iter(found.values())))  # the class is lost, but `code` identifies the error
         if isinstance(problem, LoraCoreError):
@@ -105,7 +107,7 @@ class Ranks:
 
     def by_leader(self, act: Callable[[], T]) -> T | None:
         """Call `act` on the leader only and return its result (None on others). Errors are raised on every rank."""
-        with self.together():
+        with self.sharing_errors():
             return act() if self.leads else None
 
     def shared_out(self, sizes: Sequence[int], *, short: Collection[int] = ()) -> list[int]:
@@ -136,7 +138,7 @@ class Ranks:
         for start in range(0, total.numel() if runs else 0, CARRIED_NUMBERS):
             piece, at = slice(start, start + CARRIED_NUMBERS), holder
             for rank, own in runs:
-                self._hand_on(total[piece], at, rank)
+                self._forward(total[piece], at, rank)
                 if rank == self.rank:
                     for part in own:
                         if part is not None:
@@ -144,7 +146,7 @@ class Ranks:
                 at = rank
         return runs[-1][0] if runs else holder
 
-    def _hand_on(self, piece: Tensor, at: int | None, rank: int) -> None:
+    def _forward(self, piece: Tensor, at: int | None, rank: int) -> None:
         if at is None or at == rank:
             return
         if self.rank == at:
@@ -162,7 +164,7 @@ ALONE = Ranks()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Meeting:
+class Rendezvous:
     """The rendezvous of a trainer that runs on several machines."""
 
     address: str
@@ -171,7 +173,7 @@ class Meeting:
     """Network interface of this machine for messages between ranks."""
     port: Callable[[], int]
     """Returns the port of the leader's store. Blocks until it is known. Called on all ranks except the leader."""
-    tell_port: Callable[[int], None]
+    report_port: Callable[[int], None]
     """Publishes the port. Called on the leader."""
     name: str
     """Separates this rendezvous from others that use the same store."""
@@ -182,13 +184,15 @@ class Meeting:
     """Timeout for reaching the leader's store. Waiting there for the other ranks is limited by `silence_seconds`."""
 
 
-def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None, file: Path | None = None) -> Ranks:
+def join(
+    device: str, *, silence_seconds: float, rendezvous: Rendezvous | None = None, file: Path | None = None
+) -> Ranks:
     """Join the ranks that `accelerate launch` or torchrun started with this process. Call it once per process.
 
     Args:
         device: Torch device, such as "cpu" or "cuda:0". It selects the backend.
         silence_seconds: Timeout after which a rank that waits for another one raises an error.
-        meeting: The rendezvous, if the ranks run on several machines.
+        rendezvous: How the ranks connect, if they run on several machines.
         file: Path of a new file for a rendezvous on one machine, so that no store has to listen on a port. None uses
             the launcher's rendezvous.
 
@@ -196,28 +200,28 @@ def join(device: str, *, silence_seconds: float, meeting: Meeting | None = None,
         ALONE if there is only one process.
     """
     own_rank, num_own = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if num_own == 1 and meeting is None:
+    if num_own == 1 and rendezvous is None:
         return ALONE
     kind = device.partition(":")[0]
     if kind == "cuda":
         torch.cuda.set_device(device)
     given: dict[str, Any] = {}
-    if meeting is not None:
-        given = _met(meeting, own_rank)
+    if rendezvous is not None:
+        given = _rendezvous_options(rendezvous, own_rank)
     elif file is not None:
         given = {"store": _kept(file, silence_seconds), "rank": own_rank, "world_size": num_own}
     dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=silence_seconds), **given)
     ranks = Ranks(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        is_apart=meeting is not None,
-        is_first_elsewhere=meeting is not None and own_rank == 0 and meeting.first_rank > 0,
+        is_multi_node=rendezvous is not None,
+        is_first_elsewhere=rendezvous is not None and own_rank == 0 and rendezvous.first_rank > 0,
     )
-    greet(ranks, device)
+    connect_all(ranks, device)
     return ranks
 
 
-def greet(ranks: Ranks, device: str) -> None:
+def connect_all(ranks: Ranks, device: str) -> None:
     """Send a number from every rank to every higher one, and broadcast one from rank 0.
 
     NCCL allocates the channel between two ranks in device memory when they first communicate. Doing it here makes a
@@ -239,34 +243,34 @@ def _kept(file: Path, silence_seconds: float) -> FileStore:
     return store
 
 
-def _met(meeting: Meeting, own_rank: int) -> dict[str, Any]:
+def _rendezvous_options(rendezvous: Rendezvous, own_rank: int) -> dict[str, Any]:
     """Create the store of a rendezvous on several machines.
 
     torch's own rendezvous would listen on every address of the machine, so the leader passes a bound socket to it.
     """
-    rank = meeting.first_rank + own_rank
-    os.environ |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": f"={meeting.interface}"}
-    timeout = timedelta(seconds=meeting.seconds)
+    rank = rendezvous.first_rank + own_rank
+    os.environ |= {"GLOO_SOCKET_IFNAME": rendezvous.interface, "NCCL_SOCKET_IFNAME": f"={rendezvous.interface}"}
+    timeout = timedelta(seconds=rendezvous.seconds)
     if rank == 0:
-        listening = socket.create_server((meeting.address, 0), backlog=meeting.num_ranks)
+        listening = socket.create_server((rendezvous.address, 0), backlog=rendezvous.num_ranks)
         port = int(listening.getsockname()[1])
         store = TCPStore(
-            meeting.address,
+            rendezvous.address,
             port,
             is_master=True,
             timeout=timeout,
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
-        meeting.tell_port(port)
+        rendezvous.report_port(port)
     else:
-        store = TCPStore(meeting.address, meeting.port(), is_master=False, timeout=timeout)
-    named = PrefixStore(meeting.name, store)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(meeting.num_ranks)}  # for libraries that read them
-    return {"store": named, "rank": rank, "world_size": meeting.num_ranks}
+        store = TCPStore(rendezvous.address, rendezvous.port(), is_master=False, timeout=timeout)
+    named = PrefixStore(rendezvous.name, store)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(rendezvous.num_ranks)}  # for libraries that read them
+    return {"store": named, "rank": rank, "world_size": rendezvous.num_ranks}
 
 
-def leave() -> None:
+def shut_down() -> None:
     """Destroy the process group, if there is one. Call it on every rank at the end."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -27,15 +27,15 @@ VECTORS = ("p", "m", "v")
 """Stored in fp32, as is `best`. The start that is subtracted (PiSSA, OLoRA) has the compute dtype."""
 BEST, START = "best", "start"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-Belonging = dict[str, str | None]
+Fingerprint = dict[str, str | None]
 
 
-HELD = ("dtype", "quantization", "task")
+BASE_ARGUMENTS = ("dtype", "quantization", "task")
 """Arguments of load_base that must be the same on resume."""
 OTHER_BASE = "Load the base model that the job started on, or start again."
 
 
-def belonging(base: BaseModel, config: JobConfig, *, data_digest: str, parent_sha256: str | None) -> Belonging:
+def fingerprint(base: BaseModel, config: JobConfig, *, data_digest: str, parent_sha256: str | None) -> Fingerprint:
     """Return everything that determines the rest of a job. A checkpoint can only be resumed if all of it is equal."""
     return {
         "config_digest": config.digest(),
@@ -67,7 +67,7 @@ def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
         "progress": asdict(job.progress),
         "epoch": epoch,
         "position_in_epoch": position,
-        **belonging(base, job.config, data_digest=job.data_digest, parent_sha256=job.parent_sha256),
+        **fingerprint(base, job.config, data_digest=job.data_digest, parent_sha256=job.parent_sha256),
         "targets": [target.name for target in job.adapter.targets],
         "row_sha256": hashlib.sha256(vectors_file.read_bytes()).hexdigest(),
     }
@@ -75,7 +75,7 @@ def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
 
 
 def load_checkpoint(
-    directory: Path, *, adapter: FlatAdapter, best: Tensor | None, expected: Belonging
+    directory: Path, *, adapter: FlatAdapter, best: Tensor | None, expected: Fingerprint
 ) -> TrainingProgress:
     """Load the vectors into `adapter`, and into `best` if the job keeps its best weights. Return the progress.
 
@@ -95,19 +95,19 @@ def load_checkpoint(
     return progress
 
 
-def _check_state(state: dict[str, Any], expected: Belonging, targets: list[str]) -> None:
+def _check_state(state: dict[str, Any], expected: Fingerprint, targets: list[str]) -> None:
     if state["format"] != FORMAT:
         remedy = "Resume with the version of lora_core that wrote it, or start again."
         raise _bad(f"has format {state['format']}: expected {FORMAT}", remedy)
     for name, value in expected.items():
         if state[name] != value:
-            raise _foreign(name, was=state[name], value=value)
+            raise _mismatch(name, was=state[name], value=value)
     if state["targets"] != targets:
         raise _bad("belongs to another base model: the adapted layers differ", OTHER_BASE)
 
 
-def _foreign(name: str, *, was: object, value: str | None) -> BadCheckpoint:
-    if name in HELD:
+def _mismatch(name: str, *, was: object, value: str | None) -> BadCheckpoint:
+    if name in BASE_ARGUMENTS:
         reason = f"was created with {name} {was!r}, but this base model has {value!r}"
         return _bad(reason, f"Load the base model with {name}={was!r}, or start again.")
     if name == "base_digest":

@@ -45,7 +45,7 @@ class Lanes:
     """Thread pool of the lanes.
 
     `run` waits for every part even if one fails, so that no thread writes to an adapter afterwards. If Ctrl-C
-    interrupts the waiting, `settle` resumes it. With more than one lane, torch uses one thread per operation from then
+    interrupts the waiting, `wait` resumes it. With more than one lane, torch uses one thread per operation from then
     on, for the whole process.
     """
 
@@ -56,10 +56,10 @@ class Lanes:
         if num_lanes > 1:
             torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(num_lanes - 1, thread_name_prefix="lane")
-            all_here = Barrier(num_lanes)  # start all threads now: the pool would otherwise start them on demand
-            begun = [self._pool.submit(all_here.wait, START_SECONDS) for _ in range(num_lanes - 1)]
-            all_here.wait(START_SECONDS)
-            wait(begun)
+            barrier = Barrier(num_lanes)  # start all threads now: the pool would otherwise start them on demand
+            starting = [self._pool.submit(barrier.wait, START_SECONDS) for _ in range(num_lanes - 1)]
+            barrier.wait(START_SECONDS)
+            wait(starting)
 
     def run(self, compute: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result]:
         """Return compute(part) of each part. The first runs in the calling thread. Raises the first part's error."""
@@ -72,10 +72,10 @@ class Lanes:
         try:
             first = compute(parts[0])
         finally:
-            self.settle()
+            self.wait()
         return [first, *(other.result() for other in others)]
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the parts of an interrupted `run`."""
         wait(self._others)
         self._others = []

@@ -81,7 +81,7 @@ class Engine:
         self._throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
         attachment = base.attach(batch_invariant=config.batch_invariant)
-        with ranks.together(), shortage_in_pass(is_sharded=base.is_sharded):
+        with ranks.sharing_errors(), shortage_in_pass(is_sharded=base.is_sharded):
             invariance = measure_invariance(base, self._lanes)
         is_bitwise = set(ranks.gathered(invariance)) == {"bitwise"}
         self.invariance: Invariance = "bitwise" if is_bitwise else "allclose"
@@ -131,14 +131,14 @@ class Engine:
             raise ConfigError(
                 f"Job {job!r} is already loaded.", remedy="Give the job another name, or evict the loaded one first."
             )
-        with self.ranks.together():
+        with self.ranks.sharing_errors():
             admitted = job_on(
                 self.base, job, config, train, valid, resume_from=resume_from, parent=parent, ranks=self.ranks
             )
             with shortage_of(job):
                 admitted.entry_block = self._prefixes.entry_block(admitted.adapter)
             with shortage_of(job, part="start"):
-                admitted.go_on_starting(START_WORK)
+                admitted.continue_initialization(START_WORK)
         admitted.served, admitted.shortages = self._least_served(), shortages
         self._jobs[job] = admitted
 
@@ -168,7 +168,7 @@ class Engine:
     def evict(self, job: str) -> None:
         """Unload a job and free its memory. After the last job, the memory that torch caches on a GPU is freed too."""
         del self._jobs[job]
-        self._prefixes.leave(job)
+        self._prefixes.disown(job)
         self._errors = [error for error in self._errors if error.job != job]
         assert self.base.attachment is not None
         self.base.attachment.segment_op.forget()
@@ -180,7 +180,7 @@ class Engine:
 
     def _discard_unfinished(self) -> None:
         # A job leaves the list only after its replay: an interrupt may arrive here, and the next tick then continues.
-        self._lanes.settle()
+        self._lanes.wait()
         while self._in_tick:
             self._in_tick[-1].replay_unit()
             self._in_tick.pop()
@@ -192,8 +192,8 @@ class Engine:
             return
         job.served = self._least_served()
         try:
-            with self.ranks.together(), shortage_of(job.name, part="start"):
-                job.go_on_starting(START_WORK)
+            with self.ranks.sharing_errors(), shortage_of(job.name, part="start"):
+                job.continue_initialization(START_WORK)
         except LoraCoreError as error:
             job.quarantine()
             raise OutOfMemory(job.name, part="start") from error
@@ -265,7 +265,7 @@ class Engine:
             return None
         self._memory.grow()
         if plan.kind == "train":
-            self._throughput.learn(
+            self._throughput.record(
                 num_tokens=plan.num_tokens,
                 cost=computed.cost,
                 fullest_lane=computed.fullest_lane,
@@ -372,7 +372,7 @@ class Engine:
             )
         with shortage_of(name, part="start"):
             while job.starting is not None:
-                job.go_on_starting(START_WORK)
+                job.continue_initialization(START_WORK)
         return job
 
     # Reports

@@ -27,13 +27,13 @@ def select_slices(waiting: Sequence[ReadySlice], *, token_budget: int) -> list[R
     Deficit round-robin in tokens (Shreedhar and Varghese 1996) that keeps the debt as tokens served. A job with large
     slices waits while the others catch up. Any slice that still fits is selected too.
     """
-    order = sorted(waiting, key=lambda turn: turn.served)
+    order = sorted(waiting, key=lambda ready: ready.served)
     chosen: list[ReadySlice] = []
     left = token_budget
-    for turn in order:
-        if not chosen or (turn.kind == chosen[0].kind and turn.num_tokens <= left):
-            chosen.append(turn)
-            left -= turn.num_tokens
+    for ready in order:
+        if not chosen or (ready.kind == chosen[0].kind and ready.num_tokens <= left):
+            chosen.append(ready)
+            left -= ready.num_tokens
     return chosen
 
 
@@ -43,15 +43,15 @@ def widen(chosen: Sequence[ReadySlice], *, token_budget: int, job_tokens: int) -
     While there is room, further slices are added round-robin in the order of `chosen`. A job with more than one slice
     has at most `job_tokens` in all.
     """
-    tokens = [[turn.num_tokens] for turn in chosen]
-    left = token_budget - sum(turn.num_tokens for turn in chosen)
-    dealt = True
-    while dealt:
-        dealt = False
-        for turn, own in zip(chosen, tokens, strict=True):
-            following = turn.further[len(own) - 1 : len(own)]
+    tokens = [[ready.num_tokens] for ready in chosen]
+    left = token_budget - sum(ready.num_tokens for ready in chosen)
+    has_added = True
+    while has_added:
+        has_added = False
+        for ready, own in zip(chosen, tokens, strict=True):
+            following = ready.further[len(own) - 1 : len(own)]
             if following and following[0] <= min(left, job_tokens - sum(own)):
                 own.append(following[0])
                 left -= following[0]
-                dealt = True
+                has_added = True
     return [tuple(own) for own in tokens]

@@ -133,7 +133,7 @@ class TrainingJob:
         reference_bytes = 0 if self.reference is None else self.reference.num_bytes
         return self.adapter.num_bytes + self._gradients.num_bytes + best_bytes + reference_bytes
 
-    def go_on_starting(self, work: int) -> None:
+    def continue_initialization(self, work: int) -> None:
         """Initialize the adapter for about `work` multiplications. `starting` is None once it is complete."""
         while self.starting is not None and work > 0:
             try:

@@ -44,7 +44,7 @@ def job_on(
         best = torch.zeros_like(adapter.p) if config.keep == "best" else None
         if resume_from is not None:
             data = data_digest(train, valid)
-            expected = checkpoint.belonging(base, config, data_digest=data, parent_sha256=parent_sha256)
+            expected = checkpoint.fingerprint(base, config, data_digest=data, parent_sha256=parent_sha256)
             progress = checkpoint.load_checkpoint(Path(resume_from), adapter=adapter, best=best, expected=expected)
         return TrainingJob(
             name,

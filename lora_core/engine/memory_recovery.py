@@ -35,7 +35,7 @@ class MemoryRecovery:
     def recover(self, plan: TickPlan) -> bool:
         """Adapt to a tick that ran out of memory. Return False if its only slice fits on no rank."""
         can_recompute = plan.kind == "train" and not plan.checkpointed
-        if can_recompute and self._activations.gives_way(plan.largest_share):
+        if can_recompute and self._activations.force_checkpointing(plan.largest_share):
             return True
         if len(plan.sizes) == 1:
             self.short_ranks.update(plan.ranks)

@@ -41,7 +41,7 @@ PROBE_LENGTHS = (19, 9, 5)
 
 
 Key = bytes
-NOBODY = ""
+NO_OWNER = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +100,11 @@ class Prefixes:
         compared = [found for part, found in zip(parts, states, strict=True) if part.objective.needs_reference]
         reference = pack.reference
         if reference is not None:
-            reference = replace(reference, passage=_entering(entry.block, compared, reference))
-        return replace(pack, passage=_entering(entry.block, states, pack), reference=reference)
+            reference = replace(reference, passage=_block_range(entry.block, compared, reference))
+        return replace(pack, passage=_block_range(entry.block, states, pack), reference=reference)
 
-    def leave(self, job: str) -> None:
-        self._store.leave(job)
+    def disown(self, job: str) -> None:
+        self._store.disown(job)
 
     def counts(self) -> PrefixCounts:
         return PrefixCounts(
@@ -166,7 +166,7 @@ class Prefixes:
         try:
             with shortage_named():
                 states = [self._computed(block, [sequence])[0] for sequence in sequences]
-                got_TD = hidden_states(self._base, replace(pack, passage=_entering(block, [states], pack)))
+                got_TD = hidden_states(self._base, replace(pack, passage=_block_range(block, [states], pack)))
         except torch.OutOfMemoryError:
             raise
         except ANY_FAILURE as error:
@@ -232,7 +232,7 @@ def _alone(part: SliceInput, index: int) -> SliceInput:
     return replace(part, sequences=part.sequences[index : index + 1], token_types=types, labels=())
 
 
-def _entering(block: int, states: Sequence[Sequence[Tensor]], pack: PackedBatch) -> BlockRange:
+def _block_range(block: int, states: Sequence[Sequence[Tensor]], pack: PackedBatch) -> BlockRange:
     """Return the input at `block`: the states of all sequences, then zeros for the padding sequence."""
     found = [state_SD for part in states for state_SD in part]
     num_filler = pack.input_ids.shape[1] - sum(map(len, found))
@@ -293,10 +293,10 @@ class CacheBudget:
         self._bytes[owner] -= num_bytes
         return num_bytes
 
-    def leave(self, job: str) -> None:
+    def disown(self, job: str) -> None:
         """Disown the entries of `job`. They stay for other jobs with the same sequences until space is needed."""
         for key, _ in list(self._of(job)):
-            self.use(key, NOBODY)
+            self.use(key, NO_OWNER)
         self._entries.pop(job, None)
         self._bytes.pop(job, None)
 
@@ -308,20 +308,20 @@ class CacheBudget:
     def _victims(self, num_bytes: int, job: str) -> list[Key] | None:
         wanted = self.num_bytes + num_bytes - self.max_bytes
         victims: list[Key] = []
-        for key, size in self._of(NOBODY):
+        for key, size in self._of(NO_OWNER):
             if wanted <= 0:
                 break
             victims.append(key)
             wanted -= size
-        others = [owner for owner in self._bytes if owner not in (job, NOBODY)]
-        richest = max(others, key=lambda owner: self._bytes[owner], default=NOBODY)
-        surplus = self._bytes.get(richest, 0) - self._bytes.get(job, 0) - num_bytes
-        for key, size in self._of(richest):
-            if wanted <= 0 or richest == NOBODY or size > surplus:
+        others = [owner for owner in self._bytes if owner not in (job, NO_OWNER)]
+        largest_owner = max(others, key=lambda owner: self._bytes[owner], default=NO_OWNER)
+        excess = self._bytes.get(largest_owner, 0) - self._bytes.get(job, 0) - num_bytes
+        for key, size in self._of(largest_owner):
+            if wanted <= 0 or largest_owner == NO_OWNER or size > excess:
                 break
             victims.append(key)
             wanted -= size
-            surplus -= size
+            excess -= size
         return victims if wanted <= 0 else None
 
     def _of(self, job: str) -> Iterable[tuple[Key, int]]:
@@ -406,10 +406,10 @@ class PrefixStore:
             for victim, victim_SD, owner in victims:
                 self._spill(victim, victim_SD, owner)
 
-    def leave(self, job: str) -> None:
+    def disown(self, job: str) -> None:
         with interrupts_wait(), self._lock:
-            self._memory.leave(job)
-            self._disk.leave(job)
+            self._memory.disown(job)
+            self._disk.disown(job)
 
     def _spill(self, key: Key, states_SD: Tensor, job: str) -> None:
         """Write the states to disk. An entry is valid once its file is complete. A failing disk stores nothing."""

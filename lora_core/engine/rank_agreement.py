@@ -55,12 +55,12 @@ def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: Activation
     # One exchange carries both because each costs a round trip per tick.
     own = activations.own_memory() if ranks.size > 1 else (0, 0)
     of_ranks = ranks.numbers([*own, *(outcome.status for outcome in outcomes)])
-    activations.heed(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in of_ranks])
+    activations.adopt_ranks(own, [(free_bytes, per_token) for free_bytes, per_token, *_ in of_ranks])
     errors: list[OutOfMemory] = []
     for number, outcome in enumerate(outcomes, start=len(own)):
         statuses = [of_rank[number] for of_rank in of_ranks]
         if StepStatus.OUT_OF_MEMORY in statuses:
-            _give_up(outcome, is_shared=ranks.size > 1)
+            _quarantine(outcome, is_shared=ranks.size > 1)
             errors.append(outcome.error or OutOfMemory(outcome.job.name))
         elif any(statuses):
             _require_equal(statuses)
@@ -74,7 +74,7 @@ def require_equal_weights(ranks: Ranks, job: TrainingJob) -> None:
         _require_equal(ranks.numbers(job.adapter.bit_sums()))
 
 
-def _give_up(outcome: StepOutcome, *, is_shared: bool) -> None:
+def _quarantine(outcome: StepOutcome, *, is_shared: bool) -> None:
     """Stop computing the job.
 
     With several ranks (`is_shared`) some may have updated its vectors and others not. The vectors then belong to no

@@ -21,7 +21,7 @@ from lora_core.losses.preference import RewardSums, SliceScores
 from lora_core.packing.packed_batch import ROW_MULTIPLE, SliceInput, build_pack
 from lora_core.runtime.device_errors import shortage_in_pass
 
-NOTHING = LoraConfig(rank=1, alpha=1)
+EMPTY_LORA = LoraConfig(rank=1, alpha=1)
 """Configuration of an adapter without targets."""
 
 
@@ -136,16 +136,16 @@ class Passes:
         compares = any(jobs[name].reference is not None for name in plan.tokens)
         if slices and (not compares or any(part.reference is not None for part in slices)):
             return []
-        nothing = FlatAdapter((), NOTHING, dtype=self._base.dtype, device=self._base.device, is_trained=False)
+        empty = FlatAdapter((), EMPTY_LORA, dtype=self._base.dtype, device=self._base.device, is_trained=False)
         ids, mask = np.zeros(ROW_MULTIPLE, np.int32), np.zeros(ROW_MULTIPLE, np.uint8)
         mask[-1] = 1
         return [
             SliceInput(
-                adapter=nothing,
+                adapter=empty,
                 sequences=((ids, mask),),
                 label_weight=0.0,
                 dropout=None,
-                reference=nothing if compares else None,
+                reference=empty if compares else None,
             )
         ]
 

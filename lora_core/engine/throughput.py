@@ -19,7 +19,7 @@ class SizeAverage:
     num_tokens: float = 0.0
     tokens_per_second: float = 0.0
 
-    def learn(self, num_tokens: int, tokens_per_second: float) -> None:
+    def add(self, num_tokens: int, tokens_per_second: float) -> None:
         share = NEWEST_SHARE if self.num_ticks > COLD_TICKS else 1.0
         self.num_ticks += 1
         self.num_tokens += share * (num_tokens - self.num_tokens)
@@ -37,7 +37,7 @@ class Throughput:
         """The same for the fullest lane alone. 0 before the first tick."""
         self._by_size: dict[PackSize, dict[int, SizeAverage]] = {"alone": {}, "together": {}}
 
-    def learn(self, *, num_tokens: int, cost: int, fullest_lane: int, num_jobs: int, seconds: float) -> None:
+    def record(self, *, num_tokens: int, cost: int, fullest_lane: int, num_jobs: int, seconds: float) -> None:
         """Record one tick.
 
         `cost` is the number of tokens through all blocks that would take as long as these `num_tokens`, some of which
@@ -46,7 +46,7 @@ class Throughput:
         self.tokens_per_second = _averaged(self.tokens_per_second, num_tokens / seconds)
         self.lane_tokens_per_second = _averaged(self.lane_tokens_per_second, fullest_lane / seconds)
         by_size = self._by_size["alone" if num_jobs == 1 else "together"]
-        by_size.setdefault(num_tokens.bit_length(), SizeAverage()).learn(num_tokens, cost / seconds)
+        by_size.setdefault(num_tokens.bit_length(), SizeAverage()).add(num_tokens, cost / seconds)
 
     def num_alone(self, num_tokens: int) -> int:
         """Return the number of ticks of about this size that one job had alone."""
@@ -56,9 +56,9 @@ class Throughput:
         """Return (tokens, tokens per second) by size. Sizes with only cold ticks are omitted."""
         return {
             pack_size: [
-                (round(seen.num_tokens), round(seen.tokens_per_second, 1))
-                for _, seen in sorted(by_size.items())
-                if seen.num_ticks > COLD_TICKS
+                (round(average.num_tokens), round(average.tokens_per_second, 1))
+                for _, average in sorted(by_size.items())
+                if average.num_ticks > COLD_TICKS
             ]
             for pack_size, by_size in self._by_size.items()
         }

@@ -90,7 +90,7 @@ class Generation:
             except torch.OutOfMemoryError as error:
                 num_tokens = sum(self._most_tokens(job) for job in jobs)
                 for job in jobs:
-                    self._begin_again(job)
+                    self._restart(job)
                 if len(jobs) == 1:
                     raise OutOfMemory(jobs[0], num_tokens=num_tokens) from error
                 self._token_budget, self._group = num_tokens // 2, []
@@ -129,7 +129,7 @@ class Generation:
             taken.append(job)
         return taken
 
-    def _begin_again(self, job: str) -> None:
+    def _restart(self, job: str) -> None:
         """Discard the incomplete answers and their cache, so that they get the same bits as without interruption."""
         for answer in self._open(job):
             answer.ids.clear()
@@ -140,20 +140,20 @@ class Generation:
         """Return the most likely next token of each open answer, by job."""
         growing = [(job, answer) for job in jobs for answer in self._open(job)]
         for job, answer in growing:
-            self._make_ready(answer, capacity=len(answer.prompt) + self._requests[job][1].max_tokens)
+            self._prepare_cache(answer, capacity=len(answer.prompt) + self._requests[job][1].max_tokens)
         pack = self._pack(jobs)
         h_SD = hidden_states(self._base, pack)[pack.sequence_bounds_S[1:] - 1]
         found: list[list[int]] = []
         for segment in pack.segments:
             h_lD = h_SD[segment.graded.first : segment.graded.last]
-            filler = -len(h_lD) % LABEL_MULTIPLE
-            logits_lV = head_of(self._base.head(), segment.adapter).logits(F.pad(h_lD, (0, 0, 0, filler)))
+            num_padding = -len(h_lD) % LABEL_MULTIPLE
+            logits_lV = head_of(self._base.head(), segment.adapter).logits(F.pad(h_lD, (0, 0, 0, num_padding)))
             found.append(logits_lV[: len(h_lD)].argmax(dim=-1).tolist())
         for kept, (_, answer) in zip(pack.kept, growing, strict=True):
             kept.num_tokens = answer.num_tokens
         return found
 
-    def _make_ready(self, answer: _Answer, *, capacity: int) -> None:
+    def _prepare_cache(self, answer: _Answer, *, capacity: int) -> None:
         """Prepare the key-value cache of an answer for a pass.
 
         The pass recomputes all tokens if there is no cache yet, or if the answer has reached a length from which on

@@ -66,7 +66,7 @@ class Product:
         else:
             torch.addmm(bias_N, x_TK, matrix_KN, out=y_TN)
 
-    def gives_the_bits_of_blocks(self, num_rows: int, row_block: int) -> bool:
+    def matches_blocks(self, num_rows: int, row_block: int) -> bool:
         """Return whether a single matmul has the bits of blocks.
 
         Each row sums numbers and their negatives, so the result consists only of rounding errors, which depend on the
@@ -93,10 +93,10 @@ class Product:
             if len(x) == size:
                 self.compute(x, matrix_KN, bias_N, y)
             else:
-                filler = (0, 0, 0, size - len(x))
-                filled = F.pad(y, filler)
-                self.compute(F.pad(x, filler), matrix_KN, bias_N, filled)
-                y.copy_(filled[: len(y)])
+                padding = (0, 0, 0, size - len(x))
+                padded = F.pad(y, padding)
+                self.compute(F.pad(x, padding), matrix_KN, bias_N, padded)
+                y.copy_(padded[: len(y)])
             start += size
 
 
@@ -108,7 +108,7 @@ class ExactProducts:
         self._is_exact: dict[tuple[Product, int, int], bool] = {}
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
         self._num_calls: Counter[tuple[tuple[Product, ...], int, int]] = Counter()
-        self._trying = Lock()  # one trial at a time, because each allocates a matrix
+        self._trial_lock = Lock()  # one trial at a time, because each allocates a matrix
 
     def run(
         self,
@@ -144,7 +144,7 @@ class ExactProducts:
         width = next(
             width
             for width in self._widths(num_rows)
-            if all(self._keeps_its_bits(product, width) for product in products)
+            if all(self._is_batch_invariant(product, width) for product in products)
         )
         whole, rest = divmod(num_rows, width)
         return (width,) * whole + self._pieces_tried(products, rest) if whole else (width,)
@@ -157,16 +157,16 @@ class ExactProducts:
             narrower = tuple(width for width in FILLED_ROWS if num_rows < width < self.row_block)
         return (num_rows, *narrower, self.row_block)
 
-    def _keeps_its_bits(self, product: Product, num_rows: int) -> bool:
-        if num_rows == self.row_block or not self._is_tried(product, num_rows):
+    def _is_batch_invariant(self, product: Product, num_rows: int) -> bool:
+        if num_rows == self.row_block or not self._can_be_tried(product, num_rows):
             return num_rows == self.row_block
         call = (product, num_rows, torch.get_num_threads())
-        with self._trying:
+        with self._trial_lock:
             if call not in self._is_exact:
-                self._is_exact[call] = product.gives_the_bits_of_blocks(num_rows, self.row_block)
+                self._is_exact[call] = product.matches_blocks(num_rows, self.row_block)
             return self._is_exact[call]
 
-    def _is_tried(self, product: Product, num_rows: int) -> bool:
+    def _can_be_tried(self, product: Product, num_rows: int) -> bool:
         is_large = product.num_numbers > LARGE
         has_room = product.num_numbers * product.dtype.itemsize <= MOST_BYTES
         return num_rows >= FEWEST_ROWS and has_room and not (is_large and num_rows > self.row_block)
@@ -213,16 +213,18 @@ def own_forward(linear: Any, x_TK: Tensor, num_columns: int, exact: ExactProduct
     if exact is None:
         return type(linear).forward(linear, x_TK)
     num_rows, num_summed = x_TK.shape
-    forth = Product(
+    forward_product = Product(
         operation="mm" if getattr(linear, "bias", None) is None else "addmm",
         shape=(num_summed, num_columns),
         stride=(1, num_summed),
         dtype=x_TK.dtype,
     )
-    back = Product(operation="mm", shape=(num_columns, num_summed), stride=(num_summed, 1), dtype=x_TK.dtype)
-    sizes = exact.pieces((forth, back), num_rows)
-    filled = F.pad(x_TK, (0, 0, 0, sum(sizes) - num_rows))
-    return torch.cat([type(linear).forward(linear, part) for part in filled.split(list(sizes))])[:num_rows]
+    backward_product = Product(
+        operation="mm", shape=(num_columns, num_summed), stride=(num_summed, 1), dtype=x_TK.dtype
+    )
+    sizes = exact.pieces((forward_product, backward_product), num_rows)
+    padded = F.pad(x_TK, (0, 0, 0, sum(sizes) - num_rows))
+    return torch.cat([type(linear).forward(linear, part) for part in padded.split(list(sizes))])[:num_rows]
 
 
 def _canceling(num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:

@@ -139,14 +139,14 @@ def rotate(source, token_stride, head_stride, cos, sin, num_tokens, num_heads, s
         for h in range(num_heads):
             start, first = np.uint64(t * token_stride + h * head_stride), np.uint64((t * num_heads + h) * size)
             if backward:
-                _turn_back(source, start, cos, sin, angle, half, target, first)
+                _rotate_pair_back(source, start, cos, sin, angle, half, target, first)
             else:
-                _turn(source, start, cos, sin, angle, half, target, first)
+                _rotate_pair(source, start, cos, sin, angle, half, target, first)
             copied(source, start + half + half, target, first + half + half, rest)
 
 
 @inlined
-def _turn(x, start, cos, sin, angle, half, y, first):
+def _rotate_pair(x, start, cos, sin, angle, half, y, first):
     """Rotate one head. Products are rounded before they are added, as in torch."""
     for d in range(half):
         low, high = widened(x[start + d]), widened(x[start + half + d])
@@ -159,7 +159,7 @@ def _turn(x, start, cos, sin, angle, half, y, first):
 
 
 @inlined
-def _turn_back(dy, start, cos, sin, angle, half, dx, first):
+def _rotate_pair_back(dy, start, cos, sin, angle, half, dx, first):
     for d in range(half):
         low, high = widened(dy[start + d]), widened(dy[start + half + d])
         dx[first + d] = narrowed(low * widened(cos[angle + d]) + high * widened(sin[angle + half + d]), dx)

@@ -27,8 +27,8 @@ def why_not(device: torch.device) -> str | None:
     try:
         compiled(swiglu)(*torch.ones(2, CHECKED_TOKENS, 8, device=device))
     except (RuntimeError, ImportError, OSError) as error:
-        told = str(error).strip().partition("\n")[0]
-        return f"norms and gated activations run operation by operation: torch.compile failed ({told})"
+        message = str(error).strip().partition("\n")[0]
+        return f"norms and gated activations run operation by operation: torch.compile failed ({message})"
     return None
 
 

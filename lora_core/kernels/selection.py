@@ -66,7 +66,7 @@ def _why_no_groups(capability: tuple[int, int], dtype: torch.dtype) -> str | Non
         return f"LoRA runs segment by segment: grouped matmuls need bfloat16, but the base model has {dtype}"
     if capability[0] not in GROUPING_MAJORS:
         needed = "compute capability 9 or 10"
-        return f"LoRA runs segment by segment: grouped matmuls need {needed}, not {_spelt(capability)}"
+        return f"LoRA runs segment by segment: grouped matmuls need {needed}, not {_formatted(capability)}"
     return None
 
 
@@ -75,7 +75,7 @@ def _why_no_varlen(capability: tuple[int, int], dtype: torch.dtype) -> str | Non
     if dtype not in VARLEN_DTYPES:
         return f"{attention}: the varlen kernel needs bfloat16, but the base model has {dtype}"
     if capability < AMPERE:
-        return f"{attention}: the varlen kernel needs compute capability 8.0, not {_spelt(capability)}"
+        return f"{attention}: the varlen kernel needs compute capability 8.0, not {_formatted(capability)}"
     if not _torch_has_varlen():
         return f"{attention}: the varlen kernel needs torch 2.12, not {torch.__version__}"
     return None
@@ -89,5 +89,5 @@ def _torch_has_varlen() -> bool:
     return inspect.signature(varlen_attn).parameters.keys() >= VARLEN_PARAMETERS
 
 
-def _spelt(capability: tuple[int, int]) -> str:
+def _formatted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"

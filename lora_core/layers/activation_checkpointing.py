@@ -22,7 +22,7 @@ MARGIN = 1.25
 """Safety factor on the estimated bytes per token before a tick has measured them."""
 USABLE = 0.9
 """Usable fraction of free memory, since the allocator leaves gaps."""
-TELLING_TOKENS = 512
+MIN_MEASURED_TOKENS = 512
 """Minimum tokens of a tick that measures the bytes per token. In smaller ones the constant part dominates."""
 
 
@@ -62,7 +62,7 @@ class ActivationMemory:
         numbers = sum(size for linear in linears.values() for size in _weight_shape(linear))
         self._guessed_bytes_per_token = self.bytes_per_token = MARGIN * numbers * item_bytes
         self._is_shown = False
-        self._others_bytes_per_token, self._lacking_bytes = 0.0, 0  # of other ranks, see `heed`
+        self._others_bytes_per_token, self._lacking_bytes = 0.0, 0  # of other ranks, see `adopt_ranks`
         self._too_many_tokens: int | None = None  # size of a tick that ran out of memory
         self._peak_bytes = 0
 
@@ -88,12 +88,12 @@ class ActivationMemory:
         """Return this rank's free bytes and bytes per token, for the other ranks."""
         return (_free_bytes(self._device), int(self.bytes_per_token)) if self._measures else (0, 0)
 
-    def heed(self, own: tuple[int, int], of_ranks: Sequence[tuple[int, int]]) -> None:
+    def adopt_ranks(self, own: tuple[int, int], of_ranks: Sequence[tuple[int, int]]) -> None:
         """Decide for the rank with the least memory from now on. `of_ranks` contains what all ranks measured."""
         self._lacking_bytes = own[0] - min(free_bytes for free_bytes, _ in of_ranks)
         self._others_bytes_per_token = float(max(per_token for _, per_token in of_ranks))
 
-    def gives_way(self, num_tokens: int) -> bool:
+    def force_checkpointing(self, num_tokens: int) -> bool:
         """Enable checkpointing for ticks of at least `num_tokens`, after such a tick ran out of memory without it.
 
         Returns False if the mode does not allow it. Free memory can't be used here, because the exception still holds
@@ -116,15 +116,15 @@ class ActivationMemory:
     @contextmanager
     def observed(self, num_tokens: int, *, kind: Kind, checkpointed: bool) -> Iterator[None]:
         """Measure the bytes per token in the block. A tick that fails changes nothing."""
-        if not self._measures or kind != "train" or checkpointed or num_tokens < TELLING_TOKENS:
+        if not self._measures or kind != "train" or checkpointed or num_tokens < MIN_MEASURED_TOKENS:
             yield
             return
         self._peak_bytes = self.peak_bytes()
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         yield
-        taken = (torch.cuda.max_memory_allocated(self._device) - before) / num_tokens
-        self.bytes_per_token = max(self.bytes_per_token, taken) if self._is_shown else taken
+        measured = (torch.cuda.max_memory_allocated(self._device) - before) / num_tokens
+        self.bytes_per_token = max(self.bytes_per_token, measured) if self._is_shown else measured
         self._is_shown = True
 
     def restart_peak(self) -> None:

@@ -37,11 +37,11 @@ def fused_parts(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
             found.append((module, partial(forward_norm, module, eps), partial(_norm, module, eps)))
         elif is_gated_mlp(module):
             found.append((module, partial(forward_mlp, module), partial(_feed_forward, module)))
-    return [(module, forward) for module, forward, ours in found if _agrees(module, ours)]
+    return [(module, forward) for module, forward, compiled_forward in found if _agrees(module, compiled_forward)]
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, ours: Forward) -> bool:
+def _agrees(module: nn.Module, compiled_forward: Forward) -> bool:
     """Return whether both forwards agree within TOLERANCE on values like those of hidden states."""
     first = getattr(module, "gate_proj", module)
     width, weight = getattr(first, "in_features", None), next(module.parameters())
@@ -51,7 +51,7 @@ def _agrees(module: nn.Module, ours: Forward) -> bool:
     x_TD = x_TD.to(weight.dtype if weight.is_floating_point() else torch.bfloat16)
     expected = type(module).forward(module, x_TD)
     tolerance = TOLERANCE.get(expected.dtype, 0.0) * float(expected.abs().max())
-    return bool((ours(x_TD) - expected).abs().max() <= tolerance)
+    return bool((compiled_forward(x_TD) - expected).abs().max() <= tolerance)
 
 
 def forward_norm(module: Any, eps: float, x_TD: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from lora_core.packing.packed_batch import PackedBatch, current_pack, with_noise
 class TokenPiece:
     """Occurrences of one job's trained tokens in the pack: positions, and rows of the trained embeddings [K, D].
 
-    As in torch.nn.Embedding, the padding token gets no gradient: `learns_P` is False there.
+    As in torch.nn.Embedding, the padding token gets no gradient: `is_trained_P` is False there.
     """
 
     places_P: Tensor
     rows_P: Tensor
-    learns_P: Tensor
+    is_trained_P: Tensor
     views: TensorViews
 
 
@@ -63,8 +63,10 @@ def token_pieces(pack: PackedBatch, name: str, *, padding: int | None) -> tuple[
         known_K = torch.tensor(trained.token_ids, device=ids_t.device)
         places_P, rows_P = (ids_t[:, None] == known_K).nonzero(as_tuple=True)
         views = segment.adapter.tensors[trained.tokens_name]
-        learns_P = known_K[rows_P] != (-1 if padding is None else padding)
-        pieces.append(TokenPiece(places_P=places_P + segment.start, rows_P=rows_P, learns_P=learns_P, views=views))
+        is_trained_P = known_K[rows_P] != (-1 if padding is None else padding)
+        pieces.append(
+            TokenPiece(places_P=places_P + segment.start, rows_P=rows_P, is_trained_P=is_trained_P, views=views)
+        )
     return tuple(pieces)
 
 
@@ -83,6 +85,6 @@ class TrainedRows(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         dy_TD = grad_outputs[0]
         for piece in ctx.pieces:
-            dy_PD = dy_TD[piece.places_P] * ctx.scale * piece.learns_P[:, None]
+            dy_PD = dy_TD[piece.places_P] * ctx.scale * piece.is_trained_P[:, None]
             piece.views.grad.index_add_(0, piece.rows_P, dy_PD.float())
         return None, None, None, None

@@ -89,8 +89,8 @@ def forward_rotary(
         return long
     short, is_long_T = own(factors.short, x, position_ids, **options), _by_token(pack, is_long_S, x.device)
     if isinstance(long, Tensor):
-        return _chosen(is_long_T, long, short)
-    return tuple(_chosen(is_long_T, *pair) for pair in zip(long, short, strict=True))
+        return _select(is_long_T, long, short)
+    return tuple(_select(is_long_T, *pair) for pair in zip(long, short, strict=True))
 
 
 def _by_token(pack: PackedBatch, is_long_S: list[bool], device: torch.device) -> Tensor:
@@ -98,5 +98,5 @@ def _by_token(pack: PackedBatch, is_long_S: list[bool], device: torch.device) ->
     return torch.tensor(is_long_S).repeat_interleave(lengths_S).to(device)
 
 
-def _chosen(is_long_T: Tensor, long: Tensor, short: Tensor) -> Tensor:
+def _select(is_long_T: Tensor, long: Tensor, short: Tensor) -> Tensor:
     return torch.where(is_long_T.view(1, -1, *[1] * (long.ndim - 2)), long, short)

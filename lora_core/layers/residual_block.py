@@ -41,8 +41,8 @@ def _agrees(block: nn.Module) -> bool:
     numbers = torch.arange(CHECKED_TOKENS * weight.numel(), dtype=torch.float32)
     x_TD = torch.sin(numbers * 0.7).view(1, CHECKED_TOKENS, -1).to(weight.dtype)
     with _stand_ins(block):
-        theirs = type(block).forward(block, x_TD)
-        return isinstance(theirs, Tensor) and same_numbers(theirs, _forward(block, x_TD))
+        expected = type(block).forward(block, x_TD)
+        return isinstance(expected, Tensor) and same_numbers(expected, _forward(block, x_TD))
 
 
 @contextmanager

@@ -44,15 +44,15 @@ def _agrees(module: nn.Module, eps: float) -> bool:
     return same_numbers(type(module).forward(module, x_TD), RmsNorm.apply(x_TD, weight, eps))
 
 
-def same_numbers(theirs: Tensor, ours: Tensor) -> bool:
+def same_numbers(expected: Tensor, actual: Tensor) -> bool:
     """Return whether [..., D] tensors are equal up to the last bit: any element in fp32, few elements in bf16."""
-    of_element, of_row = ROUNDING[theirs.dtype]
-    sizes = theirs.float().abs()
+    of_element, of_row = ROUNDING[expected.dtype]
+    sizes = expected.float().abs()
     allowed = of_element * sizes + of_row * sizes.amax(-1, keepdim=True)
-    is_near = bool(((theirs.float() - ours.float()).abs() <= allowed).all())
-    if theirs.dtype == torch.float32:
+    is_near = bool(((expected.float() - actual.float()).abs() <= allowed).all())
+    if expected.dtype == torch.float32:
         return is_near
-    return is_near and float((theirs != ours).float().mean()) <= MOST_ROUNDED_APART
+    return is_near and float((expected != actual).float().mean()) <= MOST_ROUNDED_APART
 
 
 def forward_norm(module: nn.Module, eps: float, x_TD: Tensor) -> Tensor:

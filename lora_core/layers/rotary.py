@@ -45,10 +45,10 @@ def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., An
     for module, own in found:
         original, like = own.__globals__[NAME], next(module.parameters())
         if (original, like.dtype) not in rotary_calls:
-            rotary_calls[original, like.dtype] = _ask(original, like)
+            rotary_calls[original, like.dtype] = _check(original, like)
         answer = rotary_calls[original, like.dtype]
         if answer.whole or answer.part:
-            forwards.append((module, partial(_forward, module, _over_ours(own, answer))))
+            forwards.append((module, partial(_forward, module, _with_rotation(own, answer))))
     return forwards
 
 
@@ -60,7 +60,7 @@ def _own_forward(module: nn.Module) -> FunctionType | None:
     return own if callable(own.__globals__.get(NAME)) and any(True for _ in module.parameters()) else None
 
 
-def _over_ours(own: FunctionType, rotary_call: RotaryCall) -> FunctionType:
+def _with_rotation(own: FunctionType, rotary_call: RotaryCall) -> FunctionType:
     names = own.__globals__ | {NAME: partial(_rotated, rotary_call)}
     copy = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     copy.__kwdefaults__ = own.__kwdefaults__
@@ -73,7 +73,7 @@ def _forward(module: nn.Module, own: FunctionType, *args: Any, **kwargs: Any) ->
     return own(module, *args, **kwargs)
 
 
-def _ask(original: Rotation, like: Tensor) -> RotaryCall:
+def _check(original: Rotation, like: Tensor) -> RotaryCall:
     whole, part = (runs_on(like) and _agrees(original, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
     return RotaryCall(original=original, whole=whole, part=part)
 
@@ -95,8 +95,8 @@ def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
     ours = Rotate.apply(query, key, cos, sin)
     bound = 2 * torch.finfo(like.dtype).eps
     return all(
-        theirs.shape == mine.shape and torch.allclose(mine.float(), theirs.float(), rtol=bound, atol=bound)
-        for mine, theirs in zip(ours, expected, strict=True)
+        reference.shape == actual.shape and torch.allclose(actual.float(), reference.float(), rtol=bound, atol=bound)
+        for actual, reference in zip(ours, expected, strict=True)
     )
 
 
@@ -130,15 +130,15 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor):
         ctx.angles = array_of(cos.reshape(-1)), array_of(sin.reshape(-1))
-        return _turned(query, ctx.angles, backward=False), _turned(key, ctx.angles, backward=False)
+        return _rotate_by(query, ctx.angles, backward=False), _rotate_by(key, ctx.angles, backward=False)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
         query, key = grad_outputs
-        return _turned(query, ctx.angles, backward=True), _turned(key, ctx.angles, backward=True), None, None
+        return _rotate_by(query, ctx.angles, backward=True), _rotate_by(key, ctx.angles, backward=True), None, None
 
 
-def _turned(heads: Tensor, angles: tuple[Any, Any], *, backward: bool) -> Tensor:
+def _rotate_by(heads: Tensor, angles: tuple[Any, Any], *, backward: bool) -> Tensor:
     plain_HTE, numbers = flat_memory(heads.squeeze(0))
     num_heads, num_tokens, size = plain_HTE.shape
     head_stride, token_stride, _ = plain_HTE.stride()

@@ -24,7 +24,7 @@ def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Te
 
     Only one MLP of each kind is tested, because a test reads all its weights.
     """
-    found = [(module, kind_of(module)) for module in model.modules() if _is_ours(module)]
+    found = [(module, kind_of(module)) for module in model.modules() if _is_replaceable(module)]
     agrees: dict[Hashable, bool] = {}
     for module, kind in found:
         if kind not in agrees:
@@ -32,7 +32,7 @@ def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Te
     return [(module, partial(forward_mlp, module)) for module, kind in found if agrees[kind]]
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _is_replaceable(module: nn.Module) -> bool:
     linears = [module.gate_proj, module.up_proj, module.down_proj] if is_gated_mlp(module) else []
     return bool(linears) and all(type(linear) is nn.Linear and runs_on(linear.weight) for linear in linears)
 

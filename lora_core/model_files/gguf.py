@@ -26,11 +26,11 @@ def refuse_scaled_rotation(path: Path) -> None:
             f"{path.name} can't be read as a GGUF file ({error}).", remedy="Download it again: it may be truncated."
         ) from error
     found = [tensor.name for tensor in reader.tensors if tensor.name in FACTORS]
-    told = {name: field.contents() for name, field in reader.fields.items() if name.endswith((KIND, *AMOUNTS))}
-    kind = next((value for name, value in told.items() if name.endswith(KIND)), "linear")
-    factors = [value for name, value in told.items() if name.endswith(AMOUNTS)]
+    metadata = {name: field.contents() for name, field in reader.fields.items() if name.endswith((KIND, *AMOUNTS))}
+    kind = next((value for name, value in metadata.items() if name.endswith(KIND)), "linear")
+    factors = [value for name, value in metadata.items() if name.endswith(AMOUNTS)]
     is_plain = kind in ("", "none") or (kind == "linear" and all(factor in (0, 1) for factor in factors))
-    found += [] if is_plain else [f"{name} = {value}" for name, value in told.items()]
+    found += [] if is_plain else [f"{name} = {value}" for name, value in metadata.items()]
     if found:
         raise UnsupportedModel(
             f"{path.name} scales its rotary embeddings ({', '.join(found)}), but transformers ignores the scaling in "

@@ -83,10 +83,10 @@ def _download(repository: str, revision: str | None) -> tuple[Path, str]:
     except (HTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise _not_given(repository, revision, error) from error
+        raise _unreachable(repository, revision, error) from error
 
 
-def _not_given(repository: str, revision: str | None, error: Exception) -> UnreachableSource:
+def _unreachable(repository: str, revision: str | None, error: Exception) -> UnreachableSource:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     reasons: tuple[tuple[type[Exception], str, str], ...] = (

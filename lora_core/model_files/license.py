@@ -44,11 +44,11 @@ def _value(front_matter: str, key: str) -> str | None:
     if found:
         return found[1]
     lines = re.search(rf"^{key}:{COMMENT}\n((?:[ \t]*-[ \t].*(?:\n|\Z))+)", front_matter, re.MULTILINE)
-    within = re.search(rf"^{key}:[ \t]*\[([^\]\n]*)\]{COMMENT}", front_matter, re.MULTILINE)
+    inline = re.search(rf"^{key}:[ \t]*\[([^\]\n]*)\]{COMMENT}", front_matter, re.MULTILINE)
     if lines:
         names = ITEM.findall(lines[1])
-    elif within:
-        names = re.findall(rf"(?:^|,)[ \t]*{NAME}[ \t]*(?=,|$)", within[1])
+    elif inline:
+        names = re.findall(rf"(?:^|,)[ \t]*{NAME}[ \t]*(?=,|$)", inline[1])
     else:
         return None
     return ", ".join(names)[:MAX_LICENSE_CHARS] or None

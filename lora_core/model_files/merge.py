@@ -154,11 +154,11 @@ def _refuse_changed(adapter_dir: Path) -> None:
     if not manifest.is_file():
         return
     try:
-        told = {str(entry["path"]): entry["digest"] for entry in json.loads(manifest.read_text("utf-8"))["files"]}
+        digests = {str(entry["path"]): entry["digest"] for entry in json.loads(manifest.read_text("utf-8"))["files"]}
     except (ValueError, KeyError, TypeError) as error:
         raise _bad("its manifest.json can't be read") from error
     for name in ("adapter_config.json", WEIGHTS):
-        if name in told and hashlib.sha256((adapter_dir / name).read_bytes()).hexdigest() != told[name]:
+        if name in digests and hashlib.sha256((adapter_dir / name).read_bytes()).hexdigest() != digests[name]:
             raise _bad(f"{name} does not match its manifest.json")
 
 

@@ -70,12 +70,12 @@ Operation = tuple[str, tuple[tuple[tuple[int, ...], torch.dtype], ...]]
 @torch.no_grad()
 def operations(model: nn.Module, ids: Tensor) -> list[Operation]:
     """Return torch's operations in a pass over `ids` [1, T], in order."""
-    with _Noted() as noted:
+    with _OperationRecorder() as recorder:
         model(input_ids=ids, use_cache=False)
-    return noted.operations
+    return recorder.operations
 
 
-class _Noted(TorchDispatchMode):
+class _OperationRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []

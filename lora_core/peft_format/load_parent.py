@@ -270,9 +270,9 @@ def _require_shapes(parent: Parent, wanted: dict[str, tuple[int, ...]], adapter:
         raise _bad(f"its {name} is missing")
 
 
-def _differs(field: str, ours: object, theirs: object, *, path: str = "", what: str = "") -> ConfigError:
+def _differs(field: str, own: object, other: object, *, path: str = "", what: str = "") -> ConfigError:
     place = f" of {path}" if path else ""
-    return _other(field, f"the {what or field}{place} is {ours} in the job and {theirs} in its parent")
+    return _other(field, f"the {what or field}{place} is {own} in the job and {other} in its parent")
 
 
 def _other(field: str, reason: str) -> ConfigError:

@@ -69,8 +69,8 @@ def is_device_fault(error: BaseException) -> bool:
     """
     if is_shortage(error):
         return False
-    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in FAULT_SIGNS)
-    return told or isinstance(error, torch.AcceleratorError)
+    is_reported = isinstance(error, RuntimeError) and any(sign in str(error) for sign in FAULT_SIGNS)
+    return is_reported or isinstance(error, torch.AcceleratorError)
 
 
 @contextmanager

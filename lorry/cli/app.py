@@ -70,7 +70,7 @@ class CommandGroup(TyperGroup):
         except BrokenPipeError:
             raise
         except OSError as error:
-            output.say(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+            output.echo(f"Error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
             raise typer.Exit(EXIT_REFUSED) from None
 
 
@@ -91,7 +91,7 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            error.message = _in_plain_words(error.message)
+            error.message = _simplified(error.message)
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -189,12 +189,12 @@ def run(app: typer.Typer) -> None:
     except Exception as error:
         if os.environ.get("LORRY_TRACEBACK"):
             raise
-        output.say(f"Error: unexpected error ({type(error).__name__}: {error}). This is a bug in lorry.")
-        output.say("Run the command again with LORRY_TRACEBACK=1 and report the output.")
+        output.echo(f"Error: unexpected error ({type(error).__name__}: {error}). This is a bug in lorry.")
+        output.echo("Run the command again with LORRY_TRACEBACK=1 and report the output.")
         raise SystemExit(EXIT_REFUSED) from None
 
 
-def _in_plain_words(message: str) -> str:
+def _simplified(message: str) -> str:
     """Replace the parser's message for a value that is not a number; it is meant for programmers."""
     message = re.sub(r"Input should be a valid number\b.*", "that is not a number.", message)
     return re.sub(r"Input should be a valid integer\b.*", "that is not a whole number.", message)
@@ -218,10 +218,10 @@ def _print_error(error: Any) -> None:
     place = f" (at {param})" if param and not is_named else ""
     lines = _bad_lines(error.message.removesuffix(error.remedy).rstrip())
     if len(lines) > 1:
-        output.say("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())
+        output.echo("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())
     else:
-        output.say(f"Error: {error.message}{place}")
+        output.echo(f"Error: {error.message}{place}")
         if error.remedy and error.remedy not in error.message:
-            output.say(error.remedy)
+            output.echo(error.remedy)
     if isinstance(error, APIError) and error.doc_url:
-        output.say(f"More: {error.doc_url}")
+        output.echo(f"More: {error.doc_url}")

@@ -20,18 +20,18 @@ def listen(host: str, port: int | None) -> socket.socket:
     LorryError if the port is in use, or if `host` is not an address of this machine.
     """
     if port is not None:
-        listening = _open(host, port)
-        if listening is None:
+        listener = _open(host, port)
+        if listener is None:
             raise LorryError(
                 f"Port {port} on {host} is in use.",
                 code="port_in_use",
                 remedy="Pass another port with --port, or omit --port to use the next free one.",
             )
-        return listening
+        return listener
     for candidate in range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
-        listening = _open(host, candidate)
-        if listening is not None:
-            return listening
+        listener = _open(host, candidate)
+        if listener is not None:
+            return listener
     raise LorryError(
         f"All ports from {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} on {host} are in use.",
         code="port_in_use",
@@ -39,21 +39,21 @@ def listen(host: str, port: int | None) -> socket.socket:
     )
 
 
-def moved(listening: socket.socket, requested: int | None) -> str | None:
+def moved(listener: socket.socket, requested: int | None) -> str | None:
     """Return a message for the user if the service listens on an unusual port, else None."""
-    port = listening.getsockname()[1]
+    port = listener.getsockname()[1]
     if requested is not None or port == DEFAULT_PORT:
         return None
     return f"Port {DEFAULT_PORT} is in use by another program, perhaps another Lorry. Using port {port} instead."
 
 
-def url(host: str, listening: socket.socket) -> str:
+def url(host: str, listener: socket.socket) -> str:
     """Return the URL under which a client on this machine reaches the socket.
 
     A loopback name such as `localhost` becomes the bound address, because another process could listen on another
     address of the same name. A wildcard address becomes the loopback address of its family.
     """
-    address, port = listening.getsockname()[:2]
+    address, port = listener.getsockname()[:2]
     bound = ip_address(address.partition("%")[0])
     if bound.is_unspecified:
         reachable = "::1" if bound.version == 6 else "127.0.0.1"
@@ -64,18 +64,18 @@ def url(host: str, listening: socket.socket) -> str:
 
 def _open(host: str, port: int) -> socket.socket | None:
     """Return a listening socket; None if the port is in use. (A connection in TIME_WAIT does not use it.)"""
-    listening: socket.socket | None = None
+    listener: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listening.bind(address)
-        listening.listen(_BACKLOG)  # immediately: until then, another process could bind the same port
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)  # immediately: until then, another process could bind the same port
     except OSError as error:
-        if listening is not None:
-            listening.close()
+        if listener is not None:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
             return None
         raise LorryError(
@@ -83,4 +83,4 @@ def _open(host: str, port: int) -> socket.socket | None:
             code="bad_host",
             remedy="Set --host to an address of this machine, e.g. 127.0.0.1 or 0.0.0.0; ports below 1024 need root.",
         ) from error
-    return listening
+    return listener

@@ -54,15 +54,15 @@ class Bootstrapped:
 
 
 class LocalService:
-    """The service on one data folder. Its API server accepts connections on `listening`, which was opened at `host`."""
+    """The service on one data folder. Its API server accepts connections on `listener`, which was opened at `host`."""
 
     def __init__(
-        self, data_dir: Path, *, host: str, listening: socket.socket, environ: Mapping[str, str] | None = None
+        self, data_dir: Path, *, host: str, listener: socket.socket, environ: Mapping[str, str] | None = None
     ) -> None:
         self.data_dir = data_dir
         self.logs = data_dir / "logs"
         self._host = host
-        self._listening = listening
+        self._listener = listener
         self._env = _environment(data_dir, os.environ if environ is None else environ)
 
     def bootstrap(self) -> Bootstrapped:
@@ -83,7 +83,7 @@ class LocalService:
         return _field(self._run("sign-in-link", "--json"), "url", command="sign-in-link")
 
     def api(self) -> Child:
-        inherited = self._listening.fileno()
+        inherited = self._listener.fileno()
         argv = _python("api", "serve", "--host", self._host, "--listen-fd", str(inherited))
         return self._child("api", argv, pass_fds=(inherited,))
 

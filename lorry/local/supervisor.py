@@ -126,7 +126,7 @@ class ServiceSupervisor:
         *,
         is_ready: Callable[[], bool],
         on_ready: Callable[[], None],
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -135,7 +135,7 @@ class ServiceSupervisor:
         self._workers = ProcessSupervisor(workers, on_exit=self._report_exit, restarts_after_success=True, clock=clock)
         self._is_ready = is_ready
         self._on_ready = on_ready
-        self._say = say
+        self._report = report
         self._patience = patience or Patience()
         self._clock = clock
         self._sleep = sleep
@@ -176,14 +176,14 @@ class ServiceSupervisor:
 
     def _report_exit(self, worker: Process, status: int, wait: float | None) -> None:
         assert wait is not None, "every worker that ends is restarted"
-        self._say(f"The {worker.name} ended (status {status}). Restarting it in {wait:g} s.")
-        self._say(_indented(worker.log_tail()))
+        self._report(f"The {worker.name} ended (status {status}). Restarting it in {wait:g} s.")
+        self._report(_indented(worker.log_tail()))
 
     def _drain(self) -> None:
         """Stop workers first, so that they can still record their progress."""
         workers = self._workers.running()
         if workers:
-            self._say("Stopping: jobs are saving checkpoints. Press Ctrl-C again to stop immediately.")
+            self._report("Stopping: jobs are saving checkpoints. Press Ctrl-C again to stop immediately.")
         self._end(workers, self._patience.drain_seconds)
         self._end([self._api], self._patience.api_stop_seconds)
 
@@ -201,11 +201,11 @@ class ServiceSupervisor:
 
     @contextmanager
     def _signals(self) -> Generator[None]:
-        def hear(_number: int, _frame: FrameType | None) -> None:
+        def stop_on_signal(_number: int, _frame: FrameType | None) -> None:
             self.stop()
 
-        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, hear) for number in heard}
+        stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, stop_on_signal) for number in stop_signals}
         try:
             yield
         finally:

@@ -150,5 +150,5 @@ class UsageBucket(View):
 
     @property
     def results(self) -> list[UsageResult]:
-        wires: list[dict[str, Any]] = self.raw.get("results") or []
-        return [UsageResult.of(wire) for wire in wires]
+        results: list[dict[str, Any]] = self.raw.get("results") or []
+        return [UsageResult.of(result) for result in results]

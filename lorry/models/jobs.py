@@ -19,10 +19,10 @@ class View:
     raw: dict[str, Any] = field(default_factory=dict[str, Any], repr=False, compare=False)
 
     @classmethod
-    def of(cls, wire: Mapping[str, Any]) -> Self:
+    def of(cls, data: Mapping[str, Any]) -> Self:
         values: dict[str, Any] = {}
         for known in fields(cls):
-            value = wire.get(known.name)
+            value = data.get(known.name)
             if known.name == "raw" or value is None:
                 continue
             view: type[View] | None = known.metadata.get("view")
@@ -30,7 +30,7 @@ class View:
                 values[known.name] = value
             elif isinstance(value, Mapping):
                 values[known.name] = view.of(cast("Mapping[str, Any]", value))
-        return cls(**values, raw=dict(wire))
+        return cls(**values, raw=dict(data))
 
 
 @dataclass(frozen=True, kw_only=True)

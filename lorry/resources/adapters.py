@@ -26,7 +26,7 @@ class Adapters:
         """Yield adapters, newest first. `shared`: those that other projects share, instead of the project's own."""
         params = {"shared": "true"} if shared else None
         found = pages.follow(self._transport, "adapters", params=params)
-        return (Adapter.of(wire) for wire in itertools.islice(found, limit))
+        return (Adapter.of(item) for item in itertools.islice(found, limit))
 
     def get(self, name: str) -> Adapter:
         return Adapter.of(self._transport.get(_of(name)))
@@ -54,11 +54,11 @@ class Adapters:
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
         """Allow other projects, by id or name, to read, download and continue it. Requires an operator key."""
         answer = self._transport.request("POST", _permissions(name), body={"project_ids": [*projects]})
-        return [Permission.of(wire) for wire in answer["data"]]
+        return [Permission.of(item) for item in answer["data"]]
 
     def permissions(self, name: str) -> Iterator[Permission]:
         """Yield the permissions of other projects, newest first. Requires an operator key."""
-        return (Permission.of(wire) for wire in pages.follow(self._transport, _permissions(name)))
+        return (Permission.of(item) for item in pages.follow(self._transport, _permissions(name)))
 
     def unshare(self, name: str, permission_id: str) -> None:
         """Revoke a permission. Running jobs of the other project continue. Requires an operator key."""

@@ -34,7 +34,7 @@ class Audit:
             "effective_at[gte]": since,
             "effective_at[lte]": until,
         }
-        return (AuditEvent.of(wire) for wire in pages.follow(self._transport, "audit_events", params=params))
+        return (AuditEvent.of(item) for item in pages.follow(self._transport, "audit_events", params=params))
 
     def verify(self) -> AuditVerification:
         """Make the server verify the whole chain and its anchors, up to the first event that does not fit. Requires an

@@ -43,14 +43,14 @@ class Files:
             fields |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_after_seconds)}
         with path.open("rb") as source:
             body = _Reported(source, path.stat().st_size, on_progress)
-            wire = self._transport.upload(
+            uploaded = self._transport.upload(
                 "files", fields=fields, files={"file": (path.name, body, "application/jsonl")}
             )
-        return File.of(wire)
+        return File.of(uploaded)
 
     def list(self, *, limit: int | None = None, purpose: str | None = None) -> Iterator[File]:
         found = pages.follow(self._transport, "files", params={"purpose": purpose})
-        return (File.of(wire) for wire in itertools.islice(found, limit))
+        return (File.of(item) for item in itertools.islice(found, limit))
 
     def get(self, file_id: str) -> File:
         return File.of(self._transport.get(f"files/{quote(file_id, safe='')}"))
@@ -78,11 +78,11 @@ class Files:
             partial.unlink(missing_ok=True)
 
     def _write(self, file: File, out: IO[bytes]) -> None:
-        seen = hashlib.sha256()
+        digest = hashlib.sha256()
         for piece in self.content(file.id):
             out.write(piece)
-            seen.update(piece)
-        if seen.hexdigest() != file.digest:
+            digest.update(piece)
+        if digest.hexdigest() != file.digest:
             message = f"The download of {file.id} does not match its digest."
             raise BadDownload(message, code="bad_download", remedy="Download it again.")
 

@@ -59,7 +59,7 @@ class Jobs:
         params: dict[str, Any] = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
         params |= {"tag": [*tags]} if tags else {}
         found = pages.follow(self._transport, _PATH, params=params)
-        return (Job.of(wire) for wire in itertools.islice(found, limit))
+        return (Job.of(item) for item in itertools.islice(found, limit))
 
     def cancel(self, job_id: str) -> Job:
         """Cancel the job. A waiting job is cancelled immediately, a running one within seconds."""
@@ -100,7 +100,7 @@ class Jobs:
         """Yield events, newest first. `type`: only events of this type."""
         page_size = min(limit or pages.PAGE_SIZE, pages.PAGE_SIZE)
         found = pages.follow(self._transport, _of(job_id, "events"), params={"type": type}, page_size=page_size)
-        return (JobEvent.of(wire) for wire in itertools.islice(found, limit))
+        return (JobEvent.of(item) for item in itertools.islice(found, limit))
 
     def samples(self, job_id: str) -> Iterator[Sample]:
         """Yield the completions of `evaluation.samples`, those of the latest evaluation first."""
@@ -109,11 +109,11 @@ class Jobs:
             yield from (Sample.of({"step": event.data.get("step"), **sample}) for sample in given)
 
     def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
-        return (Checkpoint.of(wire) for wire in pages.follow(self._transport, _of(job_id, "checkpoints")))
+        return (Checkpoint.of(item) for item in pages.follow(self._transport, _of(job_id, "checkpoints")))
 
     def attempts(self, job_id: str) -> list[Attempt]:
         data: list[dict[str, Any]] = self._transport.get(_of(job_id, "attempts")).get("data") or []
-        return [Attempt.of(wire) for wire in data]
+        return [Attempt.of(item) for item in data]
 
     def metrics(self, job_id: str, *, kind: str = "train") -> list[dict[str, Any]]:
         """Return the points of the curve `kind`: train or valid."""
@@ -159,7 +159,7 @@ class Jobs:
         kept for 30 days after the job's end."""
         params: dict[str, Any] = {"attempt": attempt, "rank": rank, "contains": contains}
         found = pages.follow(self._transport, _of(job_id, "logs"), params=params, page_size=1000)
-        return (LogLine.of(wire) for wire in found)
+        return (LogLine.of(item) for item in found)
 
     def stream(self, job_id: str, *, last_event_id: str | None = None) -> Iterator[JobUpdate]:
         """Yield the live updates of one connection, until the service ends it. `follow` reconnects."""

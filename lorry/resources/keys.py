@@ -43,7 +43,7 @@ class Keys:
 
     def list(self, *, project: str | None = None) -> Iterator[ApiKey]:
         """Yield keys, newest first, including revoked and expired ones."""
-        return (ApiKey.of(wire) for wire in pages.follow(self._transport, "api_keys", params={"project": project}))
+        return (ApiKey.of(item) for item in pages.follow(self._transport, "api_keys", params={"project": project}))
 
     def get(self, key_id: str) -> ApiKey:
         return ApiKey.of(self._transport.get(_key(key_id)))
@@ -78,9 +78,9 @@ class Keys:
 
         None: unchanged; "service": the service's limit; 0: no limit.
         """
-        asked = {"requests_per_minute": requests_per_minute, "jobs_per_day": jobs_per_day}
-        asked |= {"highest_priority": highest_priority}
-        body = {name: None if value == "service" else value for name, value in asked.items() if value is not None}
+        limits = {"requests_per_minute": requests_per_minute, "jobs_per_day": jobs_per_day}
+        limits |= {"highest_priority": highest_priority}
+        body = {name: None if value == "service" else value for name, value in limits.items() if value is not None}
         return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/limits", body=body))
 
 
@@ -96,7 +96,7 @@ class Projects:
     def list(self, *, archived: bool = False) -> Iterator[Project]:
         """Yield the key's project, or all projects with an operator key. `archived`: include archived projects."""
         params = {"archived": "true" if archived else None}
-        return (Project.of(wire) for wire in pages.follow(self._transport, "projects", params=params))
+        return (Project.of(item) for item in pages.follow(self._transport, "projects", params=params))
 
     def get(self, project: str) -> Project:
         """Return a project by id or name."""
@@ -128,7 +128,7 @@ class Projects:
     ) -> dict[str, ProjectLimit]:
         """Set quotas. None: unchanged; "none": no limit. `highest_priority`: of its jobs, shown by `get`. Requires an
         operator key."""
-        asked = {
+        limits = {
             "concurrent_jobs": concurrent_jobs,
             "queued_jobs": queued_jobs,
             "jobs_per_day": jobs_per_day,
@@ -137,7 +137,7 @@ class Projects:
             "plans_per_day": plans_per_day,
             "highest_priority": highest_priority,
         }
-        body = {name: None if value == "none" else value for name, value in asked.items() if value is not None}
+        body = {name: None if value == "none" else value for name, value in limits.items() if value is not None}
         return _limits(self._transport.request("POST", f"{_project(project)}/limits", body=body))
 
     def archive(self, project: str) -> Project:
@@ -149,8 +149,8 @@ class Projects:
         return Project.of(self._transport.request("POST", f"{_project(project)}/restore"))
 
 
-def _limits(wire: dict[str, Any]) -> dict[str, ProjectLimit]:
-    return {limit.name: limit for limit in map(ProjectLimit.of, wire.get("limits") or ())}
+def _limits(project: dict[str, Any]) -> dict[str, ProjectLimit]:
+    return {limit.name: limit for limit in map(ProjectLimit.of, project.get("limits") or ())}
 
 
 def _key(key_id: str) -> str:

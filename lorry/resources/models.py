@@ -61,7 +61,7 @@ class Models:
             self._transport.sleep(poll_seconds)
 
     def list(self) -> Iterator[Model]:
-        return (Model.of(wire) for wire in pages.whole(self._transport, "models"))
+        return (Model.of(item) for item in pages.items(self._transport, "models"))
 
     def get(self, name: str) -> Model:
         return Model.of(self._transport.get(f"models/{quote(name, safe='')}"))

@@ -20,7 +20,7 @@ class Organizations:
 
     def list(self) -> Iterator[Organization]:
         """Yield the key's organization, or all organizations with an operator key."""
-        return (Organization.of(wire) for wire in pages.follow(self._transport, "organizations"))
+        return (Organization.of(item) for item in pages.follow(self._transport, "organizations"))
 
     def get(self, organization: str) -> Organization:
         """Return an organization by id or name."""

@@ -24,6 +24,6 @@ def follow(
         after = str(data[-1].get("id"))
 
 
-def whole(transport: Transport, path: str) -> Iterator[dict[str, Any]]:
+def items(transport: Transport, path: str) -> Iterator[dict[str, Any]]:
     """Yield every item of a list without pages."""
     yield from transport.get(path).get("data") or []

@@ -34,7 +34,7 @@ class Plans:
 
     def list(self, *, limit: int | None = None) -> Iterator[Plan]:
         """Yield plans, newest first, without sample rows."""
-        return (Plan.of(wire) for wire in itertools.islice(pages.follow(self._transport, _PATH), limit))
+        return (Plan.of(item) for item in itertools.islice(pages.follow(self._transport, _PATH), limit))
 
     def delete(self, plan_id: str) -> None:
         """Delete the plan. Jobs created from it stay. Plans expire automatically after seven days."""

@@ -33,21 +33,21 @@ class Workers:
         self._transport = transport
 
     def list(self) -> Iterator[Worker]:
-        return (Worker.of(wire) for wire in pages.whole(self._transport, "workers"))
+        return (Worker.of(item) for item in pages.items(self._transport, "workers"))
 
     def cordon(self, worker_id: str, *, reason: str | None = None) -> Worker:
         """Cordon a worker: it finishes its jobs and claims no new ones. A replacement on the same host and devices
         inherits the cordon. Requires an operator key."""
-        return self._do(worker_id, "cordon", {"reason": reason} if reason else {})
+        return self._post(worker_id, "cordon", {"reason": reason} if reason else {})
 
     def uncordon(self, worker_id: str) -> Worker:
         """Uncordon a worker, so that it claims jobs again. Requires an operator key."""
-        return self._do(worker_id, "uncordon")
+        return self._post(worker_id, "uncordon")
 
     def drain(self, worker_id: str) -> Worker:
         """Drain a worker: it saves and releases its jobs, and exits. A replacement on the same host and devices is
         cordoned. Requires an operator key."""
-        return self._do(worker_id, "drain")
+        return self._post(worker_id, "drain")
 
-    def _do(self, worker_id: str, verb: str, body: dict[str, Any] | None = None) -> Worker:
+    def _post(self, worker_id: str, verb: str, body: dict[str, Any] | None = None) -> Worker:
         return Worker.of(self._transport.request("POST", f"workers/{quote(worker_id, safe='')}/{verb}", body=body))

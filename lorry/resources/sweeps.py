@@ -62,7 +62,7 @@ class Sweeps:
 
     def list(self, *, limit: int | None = None) -> Iterator[Sweep]:
         """Yield sweeps, newest first."""
-        return (Sweep.of(wire) for wire in itertools.islice(pages.follow(self._transport, _PATH), limit))
+        return (Sweep.of(item) for item in itertools.islice(pages.follow(self._transport, _PATH), limit))
 
     def cancel(self, sweep_id: str) -> Sweep:
         """Cancel the sweep: it creates no more trials, and unfinished ones are cancelled. Adapters stay."""
@@ -75,7 +75,7 @@ class Sweeps:
     def trials(self, sweep_id: str, *, limit: int | None = None) -> Iterator[Trial]:
         """Yield the trials, the best first, those without a value last."""
         found = pages.follow(self._transport, _of(sweep_id, "trials"))
-        return (Trial.of(wire) for wire in itertools.islice(found, limit))
+        return (Trial.of(item) for item in itertools.islice(found, limit))
 
     def trial(self, sweep_id: str, number: int) -> Trial:
         return Trial.of(self._transport.get(_of(sweep_id, "trials", str(number))))

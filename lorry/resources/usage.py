@@ -39,7 +39,7 @@ class Usage:
         page: str | None = None
         while True:
             found = self._transport.get("usage", {**params, "page": page})
-            yield from (UsageBucket.of(wire) for wire in found.get("data") or ())
+            yield from (UsageBucket.of(item) for item in found.get("data") or ())
             page = found.get("next_page")
             if not found.get("has_more") or page is None:
                 return

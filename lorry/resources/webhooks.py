@@ -24,7 +24,7 @@ class Webhooks:
 
     def list(self) -> Iterator[WebhookEndpoint]:
         """Yield endpoints, newest first."""
-        return (WebhookEndpoint.of(wire) for wire in pages.follow(self._transport, "webhook_endpoints"))
+        return (WebhookEndpoint.of(item) for item in pages.follow(self._transport, "webhook_endpoints"))
 
     def event_types(self) -> Iterator[str]:
         """Yield the event types to which an endpoint can subscribe."""
@@ -66,7 +66,7 @@ class Webhooks:
     def deliveries(self, endpoint_id: str, *, status: str | None = None) -> Iterator[WebhookDelivery]:
         """Yield deliveries, newest first. `status`: pending, delivered or failed."""
         found = pages.follow(self._transport, f"{_endpoint(endpoint_id)}/deliveries", params={"status": status})
-        return (WebhookDelivery.of(wire) for wire in found)
+        return (WebhookDelivery.of(item) for item in found)
 
     def delivery(self, delivery_id: str) -> WebhookDelivery:
         return WebhookDelivery.of(self._transport.get(_delivery(delivery_id)))

@@ -121,7 +121,7 @@ class Transport:
         try:
             response = self._http.send(request, stream=True)
         except httpx.TransportError as error:
-            return self._unreachable(error), None if self._nothing_listens(error) else {}
+            return self._unreachable(error), None if self._has_no_server(error) else {}
         self._has_answered = True
         if response.is_success:
             return response, None
@@ -134,15 +134,15 @@ class Transport:
         error = from_response(response.status_code, body, response.headers)
         return error, response.headers if is_retryable(response.status_code, response.headers) else None
 
-    def _nothing_listens(self, error: httpx.TransportError) -> bool:
+    def _has_no_server(self, error: httpx.TransportError) -> bool:
         """Return whether no server listens on this machine, so that a retry is pointless. A service that has answered
         before may be restarting."""
         return not self._has_answered and is_loopback(self.connection.url) and _is_refusal(error)
 
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
-        why = str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
         return ConnectionFailed(
-            f"The service at {self.connection.url} does not answer: {why}. {self.connection.origin}".rstrip(),
+            f"The service at {self.connection.url} does not answer: {reason}. {self.connection.origin}".rstrip(),
             code="connection_failed",
             remedy="Check the address and that the service is running. A service needs a few seconds to start. "
             "`lorry up` starts one on this machine.",

@@ -24,9 +24,9 @@ class RetryPolicy:
 
     def delay(self, retry: int, headers: Mapping[str, str] | None = None) -> float:
         """Return the delay in seconds before the retry `retry` (from 0). Retry-After overrides it, up to 2 minutes."""
-        asked = None if headers is None else self._retry_after(headers)
-        if asked is not None and 0 <= asked <= _LONGEST_RETRY_AFTER_SECONDS:
-            return asked
+        retry_after = None if headers is None else self._retry_after(headers)
+        if retry_after is not None and 0 <= retry_after <= _LONGEST_RETRY_AFTER_SECONDS:
+            return retry_after
         full = min(self.longest_seconds, self.first_seconds * 2.0 ** min(retry, 30))
         return full * (1.0 - 0.25 * self.uniform())
 
@@ -44,7 +44,7 @@ class RetryPolicy:
 
 def is_retryable(status: int, headers: Mapping[str, str]) -> bool:
     """Return whether to retry. `x-should-retry` decides if present; else 408, 429 and 5xx are retried."""
-    said = headers.get("x-should-retry", "").lower()
-    if said in {"true", "false"}:
-        return said == "true"
+    should_retry = headers.get("x-should-retry", "").lower()
+    if should_retry in {"true", "false"}:
+        return should_retry == "true"
     return status in {408, 429} or status >= 500

@@ -131,7 +131,7 @@ class _VerifyingBackend(httpcore.NetworkBackend):
         if response.status in _BUSY:
             raise httpcore.ConnectError(f"it answered {response.status} to the identity check")
         expected = expected_proof(self._secret, nonce=nonce, host=peer_host, port=peer_port)
-        if response.status != 200 or not hmac.compare_digest(_proof_in(body), expected.encode("ascii")):
+        if response.status != 200 or not hmac.compare_digest(_parse_proof(body), expected.encode("ascii")):
             raise _not_verified(authority)
         if exchange.is_closed():  # `Connection: close`: the server accepts no further request
             raise httpcore.ConnectError("it closed the connection after the identity check, so it is shutting down")
@@ -146,7 +146,7 @@ def _bounded(response: httpcore.Response) -> bytes:
     return body
 
 
-def _proof_in(body: bytes) -> bytes:
+def _parse_proof(body: bytes) -> bytes:
     """Return the proof in the response; empty for any other response."""
     try:
         parsed: object = json.loads(body)

@@ -76,16 +76,16 @@ def _checked(member: tarfile.TarInfo, missing: dict[str, FileEntry]) -> FileEntr
 
 def _copy(source: IO[bytes], path: Path, entry: FileEntry) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("xb") as out:
         while piece := source.read(_PIECE_BYTES):
-            seen.update(piece)
+            digest.update(piece)
             out.write(piece)
         out.flush()
         os.fsync(out.fileno())
-    if seen.hexdigest() != entry.digest:
+    if digest.hexdigest() != entry.digest:
         raise BadDownload(
-            f"The digest of {entry.path} is {seen.hexdigest()[:16]}…, but the manifest lists {entry.digest[:16]}….",
+            f"The digest of {entry.path} is {digest.hexdigest()[:16]}…, but the manifest lists {entry.digest[:16]}….",
             code="digest_mismatch",
             remedy=_AGAIN,
         )
@@ -99,7 +99,7 @@ class _Body(io.RawIOBase):
     ) -> None:
         super().__init__()
         self._chunks: Iterator[bytes] = iter(chunks)
-        self._left = b""
+        self._rest = b""
         self._num_read = 0
         self._most_bytes = most_bytes
         self._on_progress = on_progress
@@ -109,9 +109,9 @@ class _Body(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         pieces, wanted = list[bytes](), self._most_bytes + 1 if size < 0 else size
-        while wanted > 0 and (piece := self._left or next(self._chunks, b"")):
+        while wanted > 0 and (piece := self._rest or next(self._chunks, b"")):
             pieces.append(piece[:wanted])
-            self._left = piece[wanted:]
+            self._rest = piece[wanted:]
             wanted -= len(pieces[-1])
         taken = b"".join(pieces)
         self._count(len(taken))
@@ -134,5 +134,5 @@ def _most_bytes(contents: Contents) -> int:
     return sum(entry.num_bytes + _SLACK_PER_FILE_BYTES for entry in files) + _SLACK_BYTES
 
 
-def _refused(member: tarfile.TarInfo, why: str) -> BadDownload:
-    return BadDownload(f"The archive's member {member.name[:200]!r} {why}.", code="bad_archive", remedy=_AGAIN)
+def _refused(member: tarfile.TarInfo, reason: str) -> BadDownload:
+    return BadDownload(f"The archive's member {member.name[:200]!r} {reason}.", code="bad_archive", remedy=_AGAIN)

@@ -160,11 +160,11 @@ def lineage_problems(lineage: Mapping[str, Any], artifact: str) -> list[str]:
 
 
 def digest_of(path: Path) -> str:
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as source:
         while piece := source.read(_PIECE_BYTES):
-            seen.update(piece)
-    return seen.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def is_safe(path: str) -> bool:
@@ -177,15 +177,15 @@ def is_safe(path: str) -> bool:
     )
 
 
-def _entries(wire: object) -> list[FileEntry]:
-    if not isinstance(wire, list) or not all(isinstance(row, dict) for row in cast("list[object]", wire)):
+def _entries(entries: object) -> list[FileEntry]:
+    if not isinstance(entries, list) or not all(isinstance(row, dict) for row in cast("list[object]", entries)):
         raise BadDownload("The manifest has no list of files.", code="bad_manifest", remedy=_AGAIN)
-    return [_entry(row) for row in cast("list[dict[str, Any]]", wire)]
+    return [_entry(row) for row in cast("list[dict[str, Any]]", entries)]
 
 
-def _entry(wire: Mapping[str, Any]) -> FileEntry:
-    path, digest = wire.get("path"), wire.get("digest")
-    num_bytes = wire.get("num_bytes", wire.get("bytes"))
+def _entry(entry: Mapping[str, Any]) -> FileEntry:
+    path, digest = entry.get("path"), entry.get("digest")
+    num_bytes = entry.get("num_bytes", entry.get("bytes"))
     if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
         raise BadDownload("A file of the manifest lacks a path, digest or size.", code="bad_manifest", remedy=_AGAIN)
     if not is_safe(path) or path in {MANIFEST, LINEAGE}:

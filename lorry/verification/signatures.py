@@ -32,11 +32,11 @@ def read_keys(text: str | bytes) -> list[Mapping[str, Any]]:
         raise _not_a_key_set() from error
     found = cast("dict[str, object]", parsed).get("keys") if isinstance(parsed, dict) else None
     keys = cast("list[object]", found) if isinstance(found, list) else []
-    ours = [cast("dict[str, Any]", key) for key in keys if isinstance(key, dict)]
-    ours = [key for key in ours if key.get("kty") == "OKP" and key.get("crv") == "Ed25519"]
-    if not ours:
+    signing_keys = [cast("dict[str, Any]", key) for key in keys if isinstance(key, dict)]
+    signing_keys = [key for key in signing_keys if key.get("kty") == "OKP" and key.get("crv") == "Ed25519"]
+    if not signing_keys:
         raise _not_a_key_set()
-    return [*ours]
+    return [*signing_keys]
 
 
 def check(
@@ -45,11 +45,11 @@ def check(
     """Check that an owner of `keys` issued this record for these files. Return the status and, if not, the problem."""
     if not isinstance(envelope, dict):
         return "invalid", "lineage.json has no signature."
-    wire = cast("dict[str, Any]", envelope)
+    fields = cast("dict[str, Any]", envelope)
     try:
-        payload = _decoded(wire["payload"])
-        signatures = [(str(each["keyid"]), _decoded(each["sig"])) for each in wire["signatures"]]
-        is_signed = wire["payloadType"] == PAYLOAD_TYPE and any(
+        payload = _decoded(fields["payload"])
+        signatures = [(str(each["keyid"]), _decoded(each["sig"])) for each in fields["signatures"]]
+        is_signed = fields["payloadType"] == PAYLOAD_TYPE and any(
             _is_valid(_encoding(payload), signature, key_id, keys) for key_id, signature in signatures
         )
         statement: Any = json.loads(payload)
@@ -69,13 +69,13 @@ def check(
 def key_retired_at(envelope: Mapping[str, Any], keys: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the Unix time at which the key of this valid envelope was retired; None if the key is in use."""
     signed = _encoding(_decoded(envelope["payload"]))
-    made_with = [
+    used_keys = [
         key
         for key in keys
         for each in envelope["signatures"]
         if _is_valid(signed, _decoded(each["sig"]), str(each["keyid"]), [key])
     ]
-    retired = [key.get("retired_at") for key in made_with]
+    retired = [key.get("retired_at") for key in used_keys]
     return None if None in retired else max(map(float, filter(None, retired)))
 
 

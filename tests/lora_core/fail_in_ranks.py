@@ -230,7 +230,7 @@ def run_to_its_end(base: BaseModel, ranks: Ranks, way: str) -> None:
         engine.tick()
     with TemporaryDirectory() as folder:
         place = Path(folder) / "adapter"
-        exported(engine, "one", place, base_name="tiny", between=silent, amid=silent, spans=[])
+        exported(engine, "one", place, base_name="tiny", between=silent, on_verified_linear=silent, spans=[])
 
 
 def main(base_dir: Path, out: Path, strategy: Strategy, way: str) -> None:

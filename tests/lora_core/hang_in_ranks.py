@@ -12,7 +12,7 @@ from lora_core.distributed.failure_broadcast import broadcast_failures
 
 
 def main() -> None:
-    failure_broadcast.LOOK_SECONDS, failure_broadcast.GRACE_SECONDS = 0.05, 0.5
+    failure_broadcast.POLL_SECONDS, failure_broadcast.GRACE_SECONDS = 0.05, 0.5
     ranks = distributed.join("cpu", silence_seconds=300)
     with broadcast_failures(ranks):
         if ranks.leads:

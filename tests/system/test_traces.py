@@ -82,7 +82,7 @@ def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
         row = tokenization.token_cache.put(site.db, "tokens", **of_project, artifact=manifest, report=report)
         return row, None
 
-    monkeypatch.setattr(tokenization, "both_files", both_files)
+    monkeypatch.setattr(tokenization, "prepare_files", both_files)
     assert tokenization.prepare_next(site.context)
 
 

@@ -31,7 +31,7 @@ def give_up(site: PackSite) -> None:
     """Give up all claims, as after two thirds of a lease without a response."""
     heartbeat = site.context.heartbeat
     heartbeat.hold(site.held(), since=-float("inf"))
-    heartbeat.give_up_overdue()
+    heartbeat.abandon_overdue()
 
 
 def trains(trained: list[str]) -> Script:
@@ -112,7 +112,7 @@ def test_a_disk_that_becomes_read_only_stops_no_worker(
         read_only = OSError(errno.EROFS, "Read-only file system")
         monkeypatch.setattr(InboxWriter, "send", raising(read_only))
         monkeypatch.setattr(Path, "unlink", raising(read_only))
-        site.context.leave.set()
+        site.context.shutdown.set()
         yield from load_forever(trainer)
 
     (trainer,) = run(script)
@@ -193,7 +193,7 @@ def test_a_trainer_whose_inbox_cannot_be_written_is_killed_as_a_node_failure(
         site.context.heartbeat._note({claim_id: ClaimDirectives(stale=True)}, float("inf"))
         for _ in range(3):
             yield
-        site.context.leave.set()
+        site.context.shutdown.set()
         yield from load_forever(trainer)
 
     (trainer,) = run(script)
@@ -250,7 +250,7 @@ def test_a_drain_is_sent_once_the_disk_can_be_written_again(
         trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
         admit = yield from trainer.listen("admit")
         monkeypatch.setattr(InboxWriter, "send", raising(FULL))
-        site.context.leave.set()
+        site.context.shutdown.set()
         yield
         yield
         monkeypatch.setattr(InboxWriter, "send", send)

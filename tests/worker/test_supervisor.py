@@ -156,7 +156,7 @@ def test_a_drain_is_sent_while_nothing_can_be_recorded(
         folder = trainer.directory.checkpoint_path(claim_id, 5)
         folder.mkdir(parents=True)
         trainer.emit("checkpointed", claim_id=claim_id, step=5, folder=trainer.directory.named(folder))
-        site.context.leave.set()
+        site.context.shutdown.set()
         yield from trainer.listen("drain")
         monkeypatch.setattr(ArtifactStore, "put_folder", lambda _, *given, **named: put_folder(*given, **named))
         trainer.emit("paused", claim_id=claim_id, step=5, adapter=None)
@@ -191,7 +191,7 @@ def test_no_job_joins_an_isolated_job_in_an_empty_trainer(
         for _ in range(3):
             yield
         others_attempts.append(reasons(site, other.id))
-        site.context.leave.set()
+        site.context.shutdown.set()
         yield
 
     run(script)
@@ -232,7 +232,7 @@ def test_a_claim_of_an_empty_trainer_is_handed_over_despite_an_outage(
                 break
             yield
         yield
-        site.context.leave.set()
+        site.context.shutdown.set()
         yield
 
     run(script)
@@ -305,18 +305,18 @@ def test_a_waiting_worker_polls_again_after_a_notification(site: PackSite, monke
 
     def wait(_seconds: float) -> bool:
         calls.append("wait")
-        return site.context.leave.is_set()
+        return site.context.shutdown.is_set()
 
     def supervised(context: WorkerContext) -> int:
         calls.append("poll")
         if len(calls) == 1:
             FileNotifier(site.settings.notification_path()).wake_workers()
         else:
-            context.leave.set()
+            context.shutdown.set()
         return 0
 
     monkeypatch.setattr(loop, "supervise", supervised)
-    monkeypatch.setattr(site.context.leave, "wait", wait)
+    monkeypatch.setattr(site.context.shutdown, "wait", wait)
 
     loop.run(site.context)
 

@@ -38,7 +38,7 @@ from worker.protocol.mailbox import read_json, write_json
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}")
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 STALL_SECONDS = 900.0
 """A child that has used no processor time for this long is stuck."""
 LIMIT_SECONDS = 12 * 3600.0
@@ -126,11 +126,11 @@ def clean(context: WorkerContext) -> list[str]:
     """Remove the folders of base models that were deleted. Returns their digests. If one is needed later, it is
     imported again."""
     folders = {path.name: path for path in context.settings.bases_dir().iterdir() if DIGEST.fullmatch(path.name)}
-    gone = sorted(base_models.deleted(context.db, folders.keys()))
-    for digest in gone:
+    deleted_digests = sorted(base_models.deleted(context.db, folders.keys()))
+    for digest in deleted_digests:
         shutil.rmtree(folders[digest], ignore_errors=True)
         log.info("The files of a deleted base model were removed: %s.", digest)
-    return gone
+    return deleted_digests
 
 
 def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool]) -> tuple[Json, Json]:
@@ -143,13 +143,13 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
     with scratch_dirs.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
         work.mkdir()
         target = work / "base"
-        asked: Json = {
+        request: Json = {
             "source": row.source,
             "kind": row.kind,
             "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit of the first import
             "target_dir": str(target),
         }
-        description, commit = _run_child(context, row, work, asked, is_unwanted=is_unwanted)
+        description, commit = _run_child(context, row, work, request, is_unwanted=is_unwanted)
         links = [path.name for path in target.rglob("*") if path.is_symlink()]
         if links:
             raise ImportRefused(
@@ -173,15 +173,15 @@ def _run_child(
     context: WorkerContext,
     row: BaseModelRow,
     work: Path,
-    asked: Json,
+    request: Json,
     *,
     is_unwanted: Callable[[], bool] = lambda: False,
 ) -> tuple[Json, str | None]:
     """Run the child that imports or describes a base model. Returns (description, commit of the hub)."""
     arguments, result = work / "arguments.json", work / "result.json"
-    write_json(arguments, {**asked, "result": str(result)})
-    sources = {"hub": None, "here": Path(asked["target_dir"])}
-    source = sources[asked["kind"]] if asked["kind"] in sources else Path(asked["source"])
+    write_json(arguments, {**request, "result": str(result)})
+    sources = {"hub": None, "here": Path(request["target_dir"])}
+    source = sources[request["kind"]] if request["kind"] in sources else Path(request["source"])
     try:
         box = sandbox.base_import(work, source=source)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
@@ -221,25 +221,25 @@ def lost_lease(context: WorkerContext, table: type[Leased], claim_id: str) -> Ca
     return _at_each_heartbeat(context, lambda: not renew())
 
 
-def _at_each_heartbeat(context: WorkerContext, ask: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a function that calls `ask` once per heartbeat interval, and returns False in between.
+def _at_each_heartbeat(context: WorkerContext, check: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a function that calls `check` once per heartbeat interval, and returns False in between.
 
     A short outage of the database does not discard the work, because its result is valid whichever worker computes it.
     """
-    asked_at = time.monotonic()
+    checked_at = time.monotonic()
 
-    def answer() -> bool:
-        nonlocal asked_at
-        if time.monotonic() - asked_at < context.settings.heartbeat_seconds:
+    def check_when_due() -> bool:
+        nonlocal checked_at
+        if time.monotonic() - checked_at < context.settings.heartbeat_seconds:
             return False
-        asked_at = time.monotonic()
+        checked_at = time.monotonic()
         try:
-            return ask()
+            return check()
         except Unavailable as error:
             log.warning("%s The background work continues.", error)
             return False
 
-    return answer
+    return check_when_due
 
 
 def wait_for_child(
@@ -258,7 +258,7 @@ def wait_for_child(
     try:
         while True:
             try:
-                child.wait(LOOK_SECONDS)
+                child.wait(POLL_SECONDS)
                 return
             except subprocess.TimeoutExpired:
                 pass

@@ -19,13 +19,13 @@ from catalog.tables.storage import Prepared
 from catalog.tables.table import Json
 from worker.background import base_models
 from worker.background.tokenization import (
-    MAY_BE_THE_NODES,
+    POSSIBLE_NODE_ERRORS,
     RETRY_SECONDS,
     FileRefused,
-    Hindered,
-    both_files,
+    PreparationDelayed,
     crashed,
-    hindrance,
+    error_of_attempt,
+    prepare_files,
     stuck,
 )
 from worker.context.context import WorkerContext
@@ -38,33 +38,33 @@ log = logging.getLogger(__name__)
 
 
 def compute_next(context: WorkerContext) -> bool:
-    """Compute one waiting plan. Returns False if none waits. Raises StaleClaim, Hindered."""
+    """Compute one waiting plan. Returns False if none waits. Raises StaleClaim, PreparationDelayed."""
     claim = claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
     if claim is None:
         return False
     try:
         with full_disk_named():
-            _bring(context, claim, base_models.lost_lease(context, Plan, claim.claim_id))
+            _prepare(context, claim, base_models.lost_lease(context, Plan, claim.claim_id))
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except FileRefused:  # the plan shows the refusal in the file's report
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
-    except MAY_BE_THE_NODES as error:
+    except POSSIBLE_NODE_ERRORS as error:
         log.warning("%s", error)
-        claims.fail(context.db, claim.claim_id, error=hindrance(error), wait_seconds=RETRY_SECONDS)
-        raise Hindered from error
+        claims.fail(context.db, claim.claim_id, error=error_of_attempt(error), wait_seconds=RETRY_SECONDS)
+        raise PreparationDelayed from error
     except base_models.Abandoned:
         claims.release(context.db, claim.claim_id)
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
         claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
         if isinstance(error, OutOfSpace):
-            raise Hindered from error
+            raise PreparationDelayed from error
     return True
 
 
-def _bring(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
-    """Record the tokens of both files, and their overlap. Raises the errors of `both_files`."""
-    train, valid = both_files(context, claim.files, with_details=True, is_unwanted=is_unwanted)
+def _prepare(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
+    """Record the tokens of both files, and their overlap. Raises the errors of `prepare_files`."""
+    train, valid = prepare_files(context, claim.files, with_details=True, is_unwanted=is_unwanted)
     if valid is None:
         return
     keys = {"train_key": train.key, "valid_key": valid.key}

@@ -28,11 +28,11 @@ class TaskRunner:
         self._context = context
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tasks")
         self._current: Future[bool] | None = None
-        self._looks_again_at = 0.0
-        self._went_wrong = False
-        self._num_hindered = 0
+        self._next_poll_at = 0.0
+        self._has_failed = False
+        self._num_delayed = 0
         """Number of consecutive preparations that failed, perhaps because of this node."""
-        self._was_job = False
+        self._last_was_job = False
         """The last preparation was for a job and not for a plan."""
 
     def __enter__(self) -> TaskRunner:
@@ -49,8 +49,8 @@ class TaskRunner:
         was_notified: there may be new work, so the next poll is due now, unless the last task failed.
         """
         if self._current is None:
-            is_early = time.monotonic() < self._looks_again_at
-            if is_early and (not was_notified or self._went_wrong):
+            is_early = time.monotonic() < self._next_poll_at
+            if is_early and (not was_notified or self._has_failed):
                 return False
             self._current = self._pool.submit(self._do_one)
             return True
@@ -58,14 +58,14 @@ class TaskRunner:
             return True
         done, self._current = self._current, None
         found = done.result()
-        pause = self._back_off() if self._went_wrong else self._context.settings.poll_seconds
-        self._looks_again_at = 0.0 if found else time.monotonic() + pause
+        pause = self._back_off() if self._has_failed else self._context.settings.poll_seconds
+        self._next_poll_at = 0.0 if found else time.monotonic() + pause
         return found
 
     def _back_off(self) -> float:
         """Return the pause after a failure. It doubles from the third consecutive failed preparation on, because the
         first failures may be caused by the files."""
-        return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_hindered - 2), MAX_DOUBLINGS)
+        return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_delayed - 2), MAX_DOUBLINGS)
 
     def wait(self, seconds: float) -> None:
         """Wait until the current task is done, or `seconds` have passed."""
@@ -74,11 +74,11 @@ class TaskRunner:
 
     def _do_one(self) -> bool:
         """Run one task. Never raises, so that a failure does not affect training: the lease of the task expires."""
-        self._went_wrong = False
+        self._has_failed = False
         if self._context.draining:
             return False
         try:
-            found = self._next_chore()
+            found = self._next_task()
             if found:
                 self._context.notifier.wake_workers()  # a prepared job may train now
             else:
@@ -87,28 +87,28 @@ class TaskRunner:
         except StaleClaim:
             log.info("Another worker has taken over the current preparation.")
             return True
-        except tokenization.Hindered:
-            self._num_hindered += 1
-            if self._num_hindered == 1:
+        except tokenization.PreparationDelayed:
+            self._num_delayed += 1
+            if self._num_delayed == 1:
                 return True
         except (Unavailable, OutOfSpace) as error:
             log.warning("%s Imports and preparations are delayed.", error)
         except Exception:
             log.exception("An import or a preparation failed.")
-        self._went_wrong = True
+        self._has_failed = True
         return False
 
-    def _next_chore(self) -> bool:
+    def _next_task(self) -> bool:
         return base_models.import_next(self._context) or self._prepare_one()
 
     def _prepare_one(self) -> bool:
         """Prepare the files of a job, or compute a plan. They alternate if both wait, because a user waits for a
         plan."""
-        acts = [tokenization.prepare_next, plan_inputs.compute_next]
-        for act in reversed(acts) if self._was_job else acts:
-            self._was_job = act is tokenization.prepare_next
-            if act(self._context):
-                self._num_hindered = 0
+        preparers = [tokenization.prepare_next, plan_inputs.compute_next]
+        for prepare in reversed(preparers) if self._last_was_job else preparers:
+            self._last_was_job = prepare is tokenization.prepare_next
+            if prepare(self._context):
+                self._num_delayed = 0
                 return True
         return False
 

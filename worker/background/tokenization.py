@@ -39,7 +39,7 @@ class PreparationCrashed(LorryError):
     """A child that processes files exited without a result. The files or the node may be the cause."""
 
 
-class Hindered(Exception):
+class PreparationDelayed(Exception):
     """A preparation failed, and this is recorded. The node may be the cause, so it must wait before the next one.
     Otherwise it would take one preparation after another away from nodes that can do them."""
 
@@ -48,11 +48,11 @@ class FileRefused(LorryError):
     """A file can't be trained on. Its report contains the reason."""
 
 
-MAY_BE_THE_NODES = (PreparationCrashed, base_models.ImportRefused, DamagedArtifact, OSError)
+POSSIBLE_NODE_ERRORS = (PreparationCrashed, base_models.ImportRefused, DamagedArtifact, OSError)
 """Errors that may or may not occur on another worker as well, so the number of attempts is limited."""
 
 
-def hindrance(error: LorryError | OSError) -> Json:
+def error_of_attempt(error: LorryError | OSError) -> Json:
     """Return such an error as the `error` of the job or plan that it may end."""
     if isinstance(error, LorryError):
         return error.as_job_error()
@@ -61,7 +61,7 @@ def hindrance(error: LorryError | OSError) -> Json:
 
 
 def prepare_next(context: WorkerContext) -> bool:
-    """Prepare the files of one waiting job. Returns False if none waits. Raises StaleClaim, Hindered."""
+    """Prepare the files of one waiting job. Returns False if none waits. Raises StaleClaim, PreparationDelayed."""
     since = boot_seconds()
     lease_seconds = context.settings.lease_seconds
     unprepared = record.next_unprepared(
@@ -87,34 +87,34 @@ def prepare_next(context: WorkerContext) -> bool:
 
 def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
     """Prepare the files of a claimed job. Returns False if they can't be trained on, or the job is released. Raises
-    Hindered."""
+    PreparationDelayed."""
     claim_id, wanted = unprepared.claim_id, unprepared.files
     train_key, valid_key = wanted.train_key, wanted.valid_key
     try:
         with full_disk_named():
-            train, valid = both_files(context, wanted)
+            train, valid = prepare_files(context, wanted)
     except FileRefused as error:
         record.refused(
             context.db, claim_id=claim_id, error=error.as_job_error(), train_key=train_key, valid_key=valid_key
         )
-    except MAY_BE_THE_NODES as error:
+    except POSSIBLE_NODE_ERRORS as error:
         log.warning("%s", error)
         record.fail_preparation(
             context.db,
             claim_id=claim_id,
-            error=hindrance(error),
+            error=error_of_attempt(error),
             wait_seconds=RETRY_SECONDS,
             train_key=train_key,
             valid_key=valid_key,
         )
-        raise Hindered from error
+        raise PreparationDelayed from error
     except base_models.Abandoned:
         record.release_preparation(context.db, claim_id=claim_id, detail="The worker is shutting down.")
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
         record.release_preparation(context.db, claim_id=claim_id, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
         if isinstance(error, OutOfSpace):
-            raise Hindered from error
+            raise PreparationDelayed from error
     else:
         num_steps = JobSpec.model_validate(unprepared.job.spec).num_steps(num_rows(train.report))
         record.prepared(
@@ -129,7 +129,7 @@ def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
     return False
 
 
-def make_again(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
+def recreate(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
     """Recreate a damaged token cache of a running job: the same tokens under the same key.
 
     Raises FileRefused, PreparationCrashed, ImportRefused, Abandoned, DamagedArtifact if the data file itself is
@@ -157,7 +157,7 @@ def _longest_example(*files: Prepared | None) -> int | None:
     return max((int(tokens) for tokens in found if tokens is not None), default=None)
 
 
-def both_files(
+def prepare_files(
     context: WorkerContext,
     wanted: FilesToPrepare,
     *,
@@ -170,28 +170,30 @@ def both_files(
     Raises FileRefused, PreparationCrashed, base_models.ImportRefused, base_models.Abandoned, DamagedArtifact,
     OutOfSpace, Unavailable.
     """
-    made = _Making(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
-    train = _tokens(made, wanted.training, wanted.train_key, "training_file")
+    preparation = _Preparation(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
+    train = _tokens(preparation, wanted.training, wanted.train_key, "training_file")
     if wanted.validation is None or wanted.valid_key is None:
         return train, None
-    return train, _tokens(made, wanted.validation, wanted.valid_key, "validation_file")
+    return train, _tokens(preparation, wanted.validation, wanted.valid_key, "validation_file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Making:
+class _Preparation:
     context: WorkerContext
     wanted: FilesToPrepare
     with_details: bool
     is_unwanted: Callable[[], bool]
 
 
-def _tokens(made: _Making, file: File, key: str, param: str) -> Prepared:
+def _tokens(preparation: _Preparation, file: File, key: str, param: str) -> Prepared:
     """Return the token cache of one file. Raises FileRefused."""
-    wanted = made.wanted
-    row = token_cache.get(made.context.db, key)
-    if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(made, row):
-        base_dir = base_models.ensure(made.context, wanted.base.name, wanted.base_digest, is_unwanted=made.is_unwanted)
-        row = _make(made.context, base_dir, file, key, wanted.spec, is_unwanted=made.is_unwanted)
+    wanted = preparation.wanted
+    row = token_cache.get(preparation.context.db, key)
+    if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(preparation, row):
+        base_dir = base_models.ensure(
+            preparation.context, wanted.base.name, wanted.base_digest, is_unwanted=preparation.is_unwanted
+        )
+        row = _make(preparation.context, base_dir, file, key, wanted.spec, is_unwanted=preparation.is_unwanted)
     return _not_refused(row, param)
 
 
@@ -203,8 +205,8 @@ def _not_refused(row: Prepared, param: str) -> Prepared:
     return row
 
 
-def _lacks_details(made: _Making, row: Prepared) -> bool:
-    return made.with_details and row.details is None
+def _lacks_details(preparation: _Preparation, row: Prepared) -> bool:
+    return preparation.with_details and row.details is None
 
 
 def _make(

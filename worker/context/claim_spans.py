@@ -14,7 +14,7 @@ from catalog.states import EndReason
 from catalog.tables.table import Json
 from catalog.tracing import Span
 
-WELL = frozenset({
+SUCCESSFUL = frozenset({
     EndReason.COMPLETED,
     EndReason.CANCELLED_BY_USER,
     EndReason.PRUNED,
@@ -48,8 +48,8 @@ class ClaimSpans:
         ended_at = job.claimed_at or claim.waited_since
         tracing.record("queue", parent=parent, began_at=claim.waited_since, ended_at=ended_at, about=about)
         held_by = {"claim": claim.claim_id, "worker": worker_id, "trainer": job.trainer_id}
-        begun = tracing.begin("claim", parent=parent, about={**about, **held_by})
-        self._held[claim.claim_id] = _Held(claim=begun)
+        span = tracing.begin("claim", parent=parent, about={**about, **held_by})
+        self._held[claim.claim_id] = _Held(claim=span)
 
     def of(self, claim_id: str) -> str | None:
         """Return the traceparent of the claim, or of its training while it trains."""
@@ -79,10 +79,10 @@ class ClaimSpans:
         if held is None:
             return
         for span in event.get("spans", ()):
-            within = held.training if span["name"] in WHILE_TRAINING and held.training is not None else held.claim
+            parent = held.training if span["name"] in WHILE_TRAINING and held.training is not None else held.claim
             times = {"began_at": float(span["began_at"]), "ended_at": float(span["ended_at"])}
             about = {"step": event.get("step")}
-            tracing.record(span["name"], parent=within.traceparent, service="trainer", about=about, **times)
+            tracing.record(span["name"], parent=parent.traceparent, service="trainer", about=about, **times)
 
     def ended(self, claim_id: str, reason: EndReason | None) -> None:
         """End the span of the claim. reason None: another worker has the job."""
@@ -90,8 +90,8 @@ class ClaimSpans:
         held = self._held.pop(claim_id, None)
         if held is None:
             return
-        why = reason.value if reason is not None else "stale"
-        held.claim.note({"reason": why})
-        if reason not in WELL:
-            held.claim.fail(why)
+        outcome = reason.value if reason is not None else "stale"
+        held.claim.note({"reason": outcome})
+        if reason not in SUCCESSFUL:
+            held.claim.fail(outcome)
         held.claim.end()

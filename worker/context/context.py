@@ -26,7 +26,7 @@ from catalog.settings import Settings
 from catalog.storage.store import ArtifactStore, open_store
 from catalog.tables.table import Json
 from worker.context.claim_spans import ClaimSpans
-from worker.context.gang_membership import Seat
+from worker.context.gang_membership import GangMembership
 from worker.context.heartbeat import Heartbeat
 from worker.node import devices as node
 from worker.node import scratch_dirs
@@ -51,14 +51,14 @@ class WorkerContext:
     heartbeat: Heartbeat
     notifier: FileNotifier
     """Wake-up notifications from an API server on this data folder, and from the worker's own background tasks."""
-    seat: Seat | None = None
+    membership: GangMembership | None = None
     """Its membership in a gang, for worker.gang. None for a worker without a gang."""
     standby: Standby | None = None
     """None if the operator has disabled the warm standby."""
     spans: ClaimSpans = field(default_factory=ClaimSpans)
-    has_asked_to_leave: Callable[[], bool] = lambda: False
+    is_shutdown_requested: Callable[[], bool] = lambda: False
     """Returns True once a signal or an operator has asked the worker to shut down: jobs are saved and released."""
-    leave: threading.Event = field(default_factory=threading.Event)
+    shutdown: threading.Event = field(default_factory=threading.Event)
     load_seconds: float = 900
     """Time limit for a trainer to load its base model."""
     progress_seconds: float = 300
@@ -108,12 +108,12 @@ class WorkerContext:
     @property
     def led_round(self) -> Round | None:
         """The round of several nodes that this worker leads now."""
-        return None if self.seat is None else self.seat.round
+        return None if self.membership is None else self.membership.round
 
     def free_bytes(self) -> int:
         """Return the memory that each process of a trainer may still allocate, on any node of a gang."""
         own = self.own_free_bytes()
-        return own if self.seat is None else self.seat.least_free_bytes(own)
+        return own if self.membership is None else self.membership.least_free_bytes(own)
 
     def own_free_bytes(self) -> int:
         """Return this memory for this node. Processes on a CPU share the free memory."""
@@ -122,7 +122,7 @@ class WorkerContext:
 
     @property
     def draining(self) -> bool:
-        return self.leave.is_set() or self.heartbeat.drain or self.has_asked_to_leave()
+        return self.shutdown.is_set() or self.heartbeat.drain or self.is_shutdown_requested()
 
     def stand_by(self) -> None:
         """Prepare the warm standby, because nothing is to be trained now. Call it from a thread that outlives the
@@ -151,8 +151,8 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     db = Database(settings.resolved_database_url())
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
-    beats = {"lease_seconds": settings.lease_seconds, "heartbeat_seconds": settings.heartbeat_seconds}
-    heartbeat = Heartbeat(db, worker_id, policy=Policy.of(settings), **beats)
+    intervals = {"lease_seconds": settings.lease_seconds, "heartbeat_seconds": settings.heartbeat_seconds}
+    heartbeat = Heartbeat(db, worker_id, policy=Policy.of(settings), **intervals)
     notifier = FileNotifier(settings.notification_path())
     context = WorkerContext(
         settings=settings,
@@ -176,7 +176,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
             of_worker,
             _watched(context),
             _registered(context),
-            _seated(context),
+            _in_gang(context),
             _standby(context),
             exporting(db, settings),
         ):
@@ -209,13 +209,15 @@ def _watched(context: WorkerContext) -> Generator[None]:
 
 
 @contextmanager
-def _seated(context: WorkerContext) -> Generator[None]:
+def _in_gang(context: WorkerContext) -> Generator[None]:
     """Enter the worker's gang, if it has one."""
     if context.settings.gang is not None:
         kind, free_bytes = context.device.kind, context.own_free_bytes
-        seat = Seat(context.settings, context.db, context.worker_id, kind=kind, own_free_bytes=free_bytes)
-        seat.enter(num_processes=context.num_processes)
-        context.seat = seat
+        membership = GangMembership(
+            context.settings, context.db, context.worker_id, kind=kind, own_free_bytes=free_bytes
+        )
+        membership.enter(num_processes=context.num_processes)
+        context.membership = membership
     yield
 
 

@@ -59,8 +59,8 @@ class Heartbeat:
         self._on_beat: Callable[[], None] | None = None
         self._on_lost: Callable[[], None] | None = None
         self._threads = [
-            threading.Thread(target=self._beat_for_ever, name="heartbeat", daemon=True),
-            threading.Thread(target=self._watch_for_ever, name="heartbeat-watch", daemon=True),
+            threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True),
+            threading.Thread(target=self._watch_loop, name="heartbeat-watch", daemon=True),
         ]
 
     def start(self) -> None:
@@ -134,7 +134,7 @@ class Heartbeat:
                     self._renewed_at[claim_id] = began
                 self._directives[claim_id] = directive
 
-    def _beat_for_ever(self) -> None:
+    def _beat_loop(self) -> None:
         while not self._closed.is_set():
             try:
                 self.beat()
@@ -148,14 +148,14 @@ class Heartbeat:
             self._beat_now.wait(pause)
             self._beat_now.clear()
 
-    def _watch_for_ever(self) -> None:
+    def _watch_loop(self) -> None:
         while not self._closed.wait(min(WATCH_SECONDS, self._lease_seconds / 20)):
             try:
-                self.give_up_overdue()
+                self.abandon_overdue()
             except Exception:  # without the next check, two workers might train one job
                 log.exception("Checking for overdue claims failed")
 
-    def give_up_overdue(self) -> None:
+    def abandon_overdue(self) -> None:
         """Give up the claims that were not renewed for too long. No heartbeat renews them any more."""
         limit = boot_seconds() - self._lease_seconds * 2 / 3
         with self._lock:

@@ -37,12 +37,12 @@ from catalog.queue.notifier import QUEUE, TRANSPORT_OPTIONS
 from catalog.settings import Settings
 from lorry.local.parent_watch import die_with_parent
 from worker.context.context import UNFIT, WorkerContext, open_worker
-from worker.entrypoints.celery_polling import Turns
+from worker.entrypoints.celery_polling import QueuePoller
 from worker.node import devices
 from worker.supervisor import supervise
 
 log = logging.getLogger("worker")
-LOOK_SECONDS = 15.0
+POLL_SECONDS = 15.0
 """Between two polls of the database by an idle worker."""
 BROKER_OF_NOBODY = "memory://"
 """The broker if none is set: the module can be imported, and a worker only polls."""
@@ -70,7 +70,7 @@ app.conf.update(
     worker_hijack_root_logger=False,
 )
 
-_leave = multiprocessing.get_context("fork").Event()
+_shutdown = multiprocessing.get_context("fork").Event()
 """Set in the main process, and visible in the process that trains, which is forked from it."""
 _open = ExitStack()
 _opening = threading.Lock()
@@ -88,10 +88,10 @@ def context() -> WorkerContext:
                 tracing.start("worker")
                 opening.callback(tracing.stop)
                 device = devices.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
-                devices.settle_on(device)
+                devices.pin_to(device)
                 opened = opening.enter_context(open_worker(Settings(), device=device))
-                opened.has_asked_to_leave = _leave.is_set
-                opened.heartbeat.on_drain = _end_main
+                opened.is_shutdown_requested = _shutdown.is_set
+                opened.heartbeat.on_drain = _terminate_main
                 _open.enter_context(opening.pop_all())
             _context = opened
         return _context
@@ -103,13 +103,13 @@ def _work() -> None:
         supervise(context())
     except UnfitWorker as error:
         log.error("%s", error.sentence())
-        _end_main()
+        _terminate_main()
     else:
         context().stand_by()
 
 
-turns = Turns(_work, seconds=LOOK_SECONDS)
-"""The turns of this pool process."""
+poller = QueuePoller(_work, seconds=POLL_SECONDS)
+"""The poller of this pool process."""
 
 
 @after_setup_logger.connect
@@ -144,13 +144,13 @@ def _begin(**_: Any) -> None:
         context().stand_by()
     except UnfitWorker as error:
         log.error("%s", error.sentence())
-        _end_main()
+        _terminate_main()
     except (Unavailable, OutOfSpace) as error:
         log.warning("%s The worker keeps retrying.", error)
-    turns.begin()
+    poller.begin()
 
 
-def _end_main() -> None:
+def _terminate_main() -> None:
     """Terminate the main process, which waits until this process has saved its jobs and exited. The signal is sent only
     once, because the main process does not wait after a second one."""
     if _ending.acquire(blocking=False):
@@ -158,24 +158,24 @@ def _end_main() -> None:
 
 
 @worker_shutting_down.connect
-def _ask_to_leave(**_: Any) -> None:
-    """Ask the pool process to leave. Runs in the main process at the first signal.
+def _request_shutdown(**_: Any) -> None:
+    """Ask the pool process to shut down. Runs in the main process at the first signal.
 
     Celery would keep waiting at a second signal. This handler exits at once instead, and the kernel then kills the pool
     and the trainer. The catalog survives that in the same way as a power failure.
     """
-    _leave.set()
+    _shutdown.set()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave_at_once)
+        signal.signal(number, _exit_immediately)
 
 
-def _leave_at_once(number: int, _frame: FrameType | None) -> None:
+def _exit_immediately(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
 @worker_process_shutdown.connect
 def _end(**_: Any) -> None:
     if _context is not None:
-        _context.leave.set()
-    turns.end()
+        _context.shutdown.set()
+    poller.end()
     _open.close()

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from worker.entrypoints.celery_app import app, turns
+from worker.entrypoints.celery_app import app, poller
 
 
 @app.task(name="lorry.work")
 def work(*_ignored: Any, **_also_ignored: Any) -> None:
     """Work until nothing is left to do."""
-    turns.take()
+    poller.work()

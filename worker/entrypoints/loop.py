@@ -29,7 +29,7 @@ from worker.supervisor import supervise
 log = logging.getLogger("worker")
 DEVICE_HELP = "cpu, CPU cores such as cpu:0-3, GPU numbers such as 2 or 0,1, or auto: the first GPU, else the CPU"
 RETRY_SECONDS = 1.0
-BELL_SECONDS = 0.05
+NOTIFICATION_SECONDS = 0.05
 """Interval at which an idle worker checks for notifications."""
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure("info")
     deny_inspection()
     device = devices.choose_device(options.device)
-    devices.settle_on(device)
+    devices.pin_to(device)
     tracing.start("worker")
     with ExitStack() as stack:
         stack.callback(tracing.stop)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UnfitWorker as error:
             log.error("%s", error.sentence())
             return UNFIT
-        leave_on_signal(context.leave)
+        shut_down_on_signal(context.shutdown)
         log.info("Worker %s on %s.", context.worker_id, device.name)
         run(context, once=options.once)
     return 0
@@ -67,7 +67,7 @@ def _opened(stack: ExitStack, device: devices.Device) -> WorkerContext:
 
 
 def run(context: WorkerContext, *, once: bool = False) -> None:
-    """Work and poll until the worker is asked to leave. once: until there is nothing to do."""
+    """Work and poll until the worker is asked to shut down. once: until there is nothing to do."""
     while not context.draining:
         try:
             supervise(context)
@@ -81,21 +81,21 @@ def run(context: WorkerContext, *, once: bool = False) -> None:
 
 
 def _wait(context: WorkerContext) -> None:
-    """Wait for a notification, for the next poll, or until the worker is asked to leave."""
+    """Wait for a notification, for the next poll, or until the worker is asked to shut down."""
     due_at = time.monotonic() + context.settings.poll_seconds
     while not context.notifier.was_notified() and (left := due_at - time.monotonic()) > 0:
-        if context.leave.wait(min(BELL_SECONDS, left)):
+        if context.shutdown.wait(min(NOTIFICATION_SECONDS, left)):
             return
 
 
-def leave_on_signal(leave: threading.Event) -> None:
-    """Ask the worker to leave at the first signal. At the second one, exit at once; the kernel then kills the
+def shut_down_on_signal(shutdown: threading.Event) -> None:
+    """Ask the worker to shut down at the first signal. At the second one, exit at once; the kernel then kills the
     trainer."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        if leave.is_set():
+        if shutdown.is_set():
             os._exit(128 + number)
-        leave.set()
+        shutdown.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)

@@ -57,7 +57,7 @@ class NodeSupervisor:
         self._sleep = sleep
         self._signals: list[int] = []
 
-    def hear(self, number: int) -> None:
+    def handle_signal(self, number: int) -> None:
         """Handle a signal."""
         self._signals.append(number)
         self._workers.stop_restarts()
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     supervisor = NodeSupervisor([_worker(group, device, settings) for group, device in groups.items()])
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: supervisor.hear(number))
+        signal.signal(number, lambda number, _frame: supervisor.handle_signal(number))
     return supervisor.run()
 
 
@@ -122,11 +122,11 @@ def _shared(one: Device, other: Device) -> str | None:
 
 
 def _worker(group: str, device: Device, settings: Settings) -> GroupWorker:
-    argv = group_argv(group, has_broker=is_rung_for(settings))
+    argv = group_argv(group, has_broker=uses_broker(settings))
     return GroupWorker(group, argv, env=group_environment(group, device, os.environ), cwd=settings.data_dir)
 
 
-def is_rung_for(settings: Settings) -> bool:
+def uses_broker(settings: Settings) -> bool:
     """Return whether messages announce all work. They do not in a gang: no message announces a round."""
     return settings.redis_url is not None and settings.gang is None
 
@@ -147,11 +147,11 @@ def group_environment(group: str, device: Device, given: Mapping[str, str]) -> d
     environment = {**given, "LORRY_DEVICE": group}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, or two processes starve each other
     if device.cores:
-        environment["OMP_NUM_THREADS"] = str(min(len(device.cores), _threads_given(given) or len(device.cores)))
+        environment["OMP_NUM_THREADS"] = str(min(len(device.cores), _threads_set(given) or len(device.cores)))
     return environment
 
 
-def _threads_given(given: Mapping[str, str]) -> int:
+def _threads_set(given: Mapping[str, str]) -> int:
     text = given.get("OMP_NUM_THREADS", "")
     return int(text) if text.isdecimal() else 0
 

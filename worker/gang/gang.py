@@ -19,7 +19,7 @@ from catalog.tables.jobs import Job
 from worker.background.base_models import Abandoned
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
-from worker.context.gang_membership import Seat
+from worker.context.gang_membership import GangMembership
 from worker.gang import member
 from worker.gang.member import Launch
 from worker.process.clock import boot_seconds
@@ -40,7 +40,7 @@ See lora_core.distributed.failure_broadcast.
 
 
 def gang_of(context: WorkerContext) -> WorkerGang:
-    return WorkerGang(context) if context.seat is None else NodeGang(context, context.seat)
+    return WorkerGang(context) if context.membership is None else NodeGang(context, context.membership)
 
 
 class WorkerGang:
@@ -112,22 +112,22 @@ class NodeGang(WorkerGang):
 
     shutdown_end = TrainerEnd.GANG_SHUTDOWN
 
-    def __init__(self, context: WorkerContext, seat: Seat) -> None:
+    def __init__(self, context: WorkerContext, membership: GangMembership) -> None:
         super().__init__(context)
-        self._seat = seat
+        self._membership = membership
 
     def participate(self, tasks: TaskRunner, launch: Launch) -> bool:
-        return member.participate(self._context, self._seat, tasks, launch)
+        return member.participate(self._context, self._membership, tasks, launch)
 
     def may_claim(self) -> bool:
-        return self._seat.may_claim()
+        return self._membership.may_claim()
 
     def gather(self, stack: ExitStack, first: Job, settings: Json) -> None:
-        seat = self._seat
-        with _waiting_after_failure(seat):
-            called = seat.to_call()
-            if len(called) < seat.fewest:
-                raise NotGathered(f"The gang has only {len(called)} of the {seat.fewest} workers that it needs.")
+        membership = self._membership
+        with _waiting_after_failure(membership):
+            called = membership.to_call()
+            if len(called) < membership.fewest:
+                raise NotGathered(f"The gang has only {len(called)} of the {membership.fewest} workers that it needs.")
             if len(called) < 2:
                 return
             task: Json = {
@@ -135,32 +135,32 @@ class NodeGang(WorkerGang):
                 "base_model": first.base_model,
                 "base_digest": first.base_digest,
                 "settings": settings,
-                "address": seat.address,
+                "address": membership.address,
             }
-            seat.open(task)
+            membership.open(task)
         stack.callback(self._close_round)
 
     def _close_round(self) -> None:
         """End the round if possible. If the database is unavailable, it ends when another worker takes the lead."""
-        led, self._seat.round, self._seat.is_broken = self._seat.round, None, False
+        led, self._membership.round, self._membership.is_broken = self._membership.round, None, False
         if led is not None:
             with suppress(LorryError):
-                gangs.end_round(self._seat.place, led.round_id)
+                gangs.end_round(self._membership.member, led.round_id)
 
     def rendezvous(self) -> Json:
-        seat = self._seat
-        if (led := seat.round) is None:
+        membership = self._membership
+        if (led := membership.round) is None:
             return {}
-        where = {"address": seat.address, "interface": seat.interface, "name": led.round_id}
-        return {"meeting": meeting_settings(**where, port=None, first_rank=0, num_ranks=led.num_ranks)}
+        endpoint = {"address": membership.address, "interface": membership.interface, "name": led.round_id}
+        return {"meeting": meeting_settings(**endpoint, port=None, first_rank=0, num_ranks=led.num_ranks)}
 
     def start(self, trainer: TrainerProcess, *, is_unwanted: Callable[[], bool]) -> None:
         heartbeat = self._context.heartbeat
-        if (led := self._seat.round) is None:
+        if (led := self._membership.round) is None:
             return
         heartbeat.guard(on_beat=trainer.send_heartbeat, on_lost=trainer.kill)
         try:
-            with _waiting_after_failure(self._seat):
+            with _waiting_after_failure(self._membership):
                 while trainer.returncode is None and not self._has_started(led, trainer, is_unwanted):
                     if trainer.is_killed:
                         break
@@ -174,37 +174,37 @@ class NodeGang(WorkerGang):
 
     def _has_started(self, led: Round, trainer: TrainerProcess, is_unwanted: Callable[[], bool]) -> bool:
         """Poll once. Returns whether all have joined and may load now."""
-        seat = self._seat
+        membership = self._membership
         if is_unwanted() or self._context.draining:
             raise Abandoned
         try:
-            found = gangs.progress(seat.place, led.round_id)
+            found = gangs.progress(membership.member, led.round_id)
             if any(ended["reason"] != EndReason.DRAINED for ended in found.ended.values()):
-                seat.wait_a_while()
+                membership.back_off()
                 self._break(trainer)
                 return False
-            hindrance, port = gangs.hindrance_of(found), reported_port(trainer.directory)
-            if hindrance is not None and (found.is_late or found.ended or found.lost or found.is_anyone_leaving):
+            problem, port = gangs.hindrance_of(found), reported_port(trainer.directory)
+            if problem is not None and (found.is_late or found.ended or found.lost or found.is_anyone_leaving):
                 if found.is_late:
-                    gangs.missed(seat.place, led.round_id, found.not_joined)
-                raise NotGathered(hindrance)
-            if hindrance is not None or port is None:
+                    gangs.missed(membership.member, led.round_id, found.not_joined)
+                raise NotGathered(problem)
+            if problem is not None or port is None:
                 return False
-            gangs.start(seat.place, led.round_id, port=port)
+            gangs.start(membership.member, led.round_id, port=port)
         except OUTAGES as error:
             log.warning("%s The gang is polled again.", error)
             return False  # if the outage lasts too long, the heartbeat kills the trainer
-        seat.has_started = True
+        membership.has_started = True
         trainer.started_at = time.monotonic()  # loading begins now
         return True
 
     def monitor(self, trainer: TrainerProcess) -> bool:
-        seat = self._seat
-        if (led := seat.round) is None or not seat.is_look_due():
+        membership = self._membership
+        if (led := membership.round) is None or not membership.is_poll_due():
             return False
         try:
-            seat.look()
-            found = gangs.progress(seat.place, led.round_id)
+            membership.poll()
+            found = gangs.progress(membership.member, led.round_id)
         except NotGathered:
             self._break(trainer)
             return False
@@ -219,28 +219,28 @@ class NodeGang(WorkerGang):
         The leader's own trainer may be the one that failed. It gets some time to exit, because its own exit shows more
         than that of a killed trainer.
         """
-        seat = self._seat
+        membership = self._membership
         if not found.ended:
             return False
-        seat.ended_since = seat.ended_since or time.monotonic()
-        return time.monotonic() - seat.ended_since >= PEER_FAILURE_SECONDS
+        membership.ended_since = membership.ended_since or time.monotonic()
+        return time.monotonic() - membership.ended_since >= PEER_FAILURE_SECONDS
 
     def _break(self, trainer: TrainerProcess) -> None:
         """Kill the trainer because of another node. Its exit status is then meaningless."""
-        self._seat.is_broken |= trainer.returncode is None
+        self._membership.is_broken |= trainer.returncode is None
         trainer.kill()
 
     @property
     def is_open(self) -> bool:
-        return self._seat.is_open
+        return self._membership.is_open
 
     def exit_end(self, trainer: TrainerProcess, *, is_ready: bool) -> End:
-        seat, context = self._seat, self._context
-        if (led := seat.round) is None:
+        membership, context = self._membership, self._context
+        if (led := membership.round) is None:
             return super().exit_end(trainer, is_ready=is_ready)
-        has_met = seat.has_started or seat.is_broken
-        ranks = range(context.num_processes) if has_met else None
-        local = local_exit(context, trainer, ranks=ranks, was_killed=seat.is_broken)
+        has_connected = membership.has_started or membership.is_broken
+        ranks = range(context.num_processes) if has_connected else None
+        local = local_exit(context, trainer, ranks=ranks, was_killed=membership.is_broken)
         if local.is_echo:
             try:
                 return self._peer_end(led, trainer, local, is_ready=is_ready)
@@ -252,19 +252,19 @@ class NodeGang(WorkerGang):
     def _peer_end(self, led: Round, trainer: TrainerProcess, local: LocalExit, *, is_ready: bool) -> End:
         """Return how the attempts end if another node made the leader's trainer exit. Raises NotGathered,
         Unavailable."""
-        seat = self._seat
+        membership = self._membership
         found = self._wait_for_members(led)
         if found is not None and (failure := _failure_in(found)) is not None:
             return failure
         if self._context.draining:
             return TrainerEnd.WORKER_SHUTDOWN.value
-        if found is not None and not is_ready and not local.had_met:
-            seat.wait_a_while()
-            gangs.missed(seat.place, led.round_id, led.workers[1:])
-            where = f"{seat.address}, port {reported_port(trainer.directory)}"
+        if found is not None and not is_ready and not local.had_connected:
+            membership.back_off()
+            gangs.missed(membership.member, led.round_id, led.workers[1:])
+            endpoint = f"{membership.address}, port {reported_port(trainer.directory)}"
             detail = (
                 "The workers of the gang reach the database, but their trainers did not reach each other. The leader's "
-                f"trainer listened on {where}. Allow connections between these nodes on all ports."
+                f"trainer listened on {endpoint}. Allow connections between these nodes on all ports."
             )
             return End(reason=EndReason.GANG_INCOMPLETE, detail=detail)
         return End(reason=EndReason.INFRA_LOST, detail=f"The workers of the gang lost their connection. {local.detail}")
@@ -278,7 +278,7 @@ class NodeGang(WorkerGang):
         found: RoundState | None = None
         deadline = boot_seconds() + settings.lease_seconds + settings.heartbeat_seconds
         while boot_seconds() < deadline and not self._context.draining:
-            found = gangs.progress(self._seat.place, led.round_id)
+            found = gangs.progress(self._membership.member, led.round_id)
             if _failure_in(found) is not None or len(found.ended) == found.num_others:
                 break
             time.sleep(POLL_SECONDS)
@@ -307,10 +307,10 @@ def _reason(name: str) -> EndReason:
 
 
 @contextmanager
-def _waiting_after_failure(seat: Seat) -> Generator[None]:
+def _waiting_after_failure(membership: GangMembership) -> Generator[None]:
     """Claim nothing for a while if no round was formed: the worker at fault may be gone before the next round."""
     try:
         yield
     except NotGathered:
-        seat.wait_a_while()
+        membership.back_off()
         raise

@@ -19,8 +19,8 @@ from catalog.fleet.gangs import Call, NotGathered
 from worker.background import base_models
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
-from worker.context.gang_membership import Seat
-from worker.gang.member_logs import LentOutput
+from worker.context.gang_membership import GangMembership
+from worker.gang.member_logs import MemberOutput
 from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
@@ -28,7 +28,7 @@ from worker.protocol.rendezvous import meeting_settings
 from worker.session.failures import LocalExit, TrainerEnd, launch_failure, local_exit
 from worker.session.session_job import End
 from worker.session.trainer_session import OUTAGES
-from worker.session.watchdog import set_aside
+from worker.session.watchdog import cordon_if_unkillable
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
@@ -36,34 +36,34 @@ Launch = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
 """Launches a trainer with this id and these settings. It is killed with the stack."""
 
 
-def participate(context: WorkerContext, seat: Seat, tasks: TaskRunner, launch: Launch) -> bool:
+def participate(context: WorkerContext, membership: GangMembership, tasks: TaskRunner, launch: Launch) -> bool:
     """See `WorkerGang.participate`."""
-    _report_end(seat)
-    if (call := seat.called()) is None:
+    _report_end(membership)
+    if (call := membership.called()) is None:
         return False
-    seat.had = call.round_id
+    membership.last_round_id = call.round_id
     with logs.about({"trainer": call.task["trainer_id"]}), ExitStack() as stack:
-        seat.owed = _Participation(context, tasks, seat, call).run(stack, launch)
+        membership.unreported_end = _Participation(context, tasks, membership, call).run(stack, launch)
         with suppress(LorryError):
-            _report_end(seat)  # if it fails, the next call of `participate` repeats it
+            _report_end(membership)  # if it fails, the next call of `participate` repeats it
     return True
 
 
-def _report_end(seat: Seat) -> None:
+def _report_end(membership: GangMembership) -> None:
     """Record how this member's last part ended, unless it is recorded: the leader waits for it. Raises Unavailable,
     OutOfSpace."""
-    if seat.owed is not None and seat.had is not None:
-        gangs.leave(seat.place, seat.had, end=seat.owed)
-        seat.owed = None
+    if membership.unreported_end is not None and membership.last_round_id is not None:
+        gangs.leave(membership.member, membership.last_round_id, end=membership.unreported_end)
+        membership.unreported_end = None
 
 
 class _Participation:
     """One member's part in one round."""
 
-    def __init__(self, context: WorkerContext, tasks: TaskRunner, seat: Seat, call: Call) -> None:
+    def __init__(self, context: WorkerContext, tasks: TaskRunner, membership: GangMembership, call: Call) -> None:
         self._context = context
         self._tasks = tasks
-        self._seat = seat
+        self._membership = membership
         self._call = call
 
     def run(self, stack: ExitStack, launch: Launch) -> Json | None:
@@ -90,7 +90,7 @@ class _Participation:
         """Report that this member is ready, and repeat it in an outage. Raises NotGathered."""
         while self._is_called():
             try:
-                return gangs.join(self._seat.place, self._call.round_id)
+                return gangs.join(self._membership.member, self._call.round_id)
             except OUTAGES as error:
                 log.warning("%s The worker will retry to join its gang.", error)
                 self._tasks.advance()
@@ -98,11 +98,11 @@ class _Participation:
         return None
 
     def _is_called(self) -> bool:
-        return self._seat.still_called(self._call.round_id) is not None
+        return self._membership.still_called(self._call.round_id) is not None
 
     def _wait_for_start(self) -> int | None:
         """Wait until all have joined. Returns the port of the leader's trainer, or None if the round is over."""
-        while (found := self._seat.still_called(self._call.round_id)) is not None:
+        while (found := self._membership.still_called(self._call.round_id)) is not None:
             if found.port is not None:
                 return found.port
             if self._context.draining:
@@ -114,22 +114,22 @@ class _Participation:
     def _settings(self, port: int, base_dir: Path) -> Json:
         """Return the settings of the leader's trainer, adapted to this node."""
         call, task = self._call, self._call.task
-        met = meeting_settings(
+        rendezvous = meeting_settings(
             address=task["address"],
-            interface=self._seat.interface,
+            interface=self._membership.interface,
             port=port,
             name=call.round_id,
             first_rank=call.first_rank,
             num_ranks=task["num_ranks"],
         )
         own = {"base_dir": str(base_dir.absolute()), "device": self._context.device.torch_name()}
-        return {**task["settings"], **own, "meeting": met}
+        return {**task["settings"], **own, "meeting": rendezvous}
 
     def _train(self, stack: ExitStack, launch: Launch, settings: Json) -> Json | None:
         """Run the trainer until it exits. Its folder's name is unique even if the leader uses the same disk."""
         context, first_rank, trainer_id = self._context, self._call.first_rank, self._call.task["trainer_id"]
         trainer = launch(context, stack, f"{trainer_id}-from-{first_rank}", settings)
-        output = LentOutput(context, trainer, trainer_id=trainer_id, first_rank=first_rank)
+        output = MemberOutput(context, trainer, trainer_id=trainer_id, first_rank=first_rank)
         stack.callback(output.end)
         stack.callback(context.heartbeat.guard, on_beat=None, on_lost=None)
         context.heartbeat.guard(on_beat=trainer.send_heartbeat, on_lost=None)
@@ -137,30 +137,30 @@ class _Participation:
         end = self._attend(trainer, output)
         while trainer.is_killed and trainer.is_awaited:
             time.sleep(POLL_SECONDS)
-        self._set_aside(trainer)
+        self._cordon_if_unkillable(trainer)
         return _as_json(TrainerEnd.UNKILLABLE.value) if trainer.is_left_behind else end
 
-    def _set_aside(self, trainer: TrainerProcess) -> None:
+    def _cordon_if_unkillable(self, trainer: TrainerProcess) -> None:
         """Cordon the worker if its trainer could not be killed. Retried for the length of a lease, because this worker
         must not be called again."""
         deadline = boot_seconds() + self._context.settings.lease_seconds
         while True:
             try:
-                return set_aside(self._context, trainer)
+                return cordon_if_unkillable(self._context, trainer)
             except OUTAGES as error:
                 log.warning("%s Waiting to cordon the worker.", error)
                 if boot_seconds() >= deadline:
                     return None
             time.sleep(POLL_SECONDS)
 
-    def _attend(self, trainer: TrainerProcess, output: LentOutput) -> Json | None:
-        context, leaving_at, has_asked = self._context, None, False
+    def _attend(self, trainer: TrainerProcess, output: MemberOutput) -> Json | None:
+        context, draining_since, has_requested = self._context, None, False
         while trainer.returncode is None:
             self._tasks.advance()
             if context.draining:
-                leaving_at = leaving_at or time.monotonic()
-                has_asked = has_asked or self._ask_to_leave()
-            if leaving_at is not None and time.monotonic() - leaving_at > context.drain_seconds + POLL_SECONDS:
+                draining_since = draining_since or time.monotonic()
+                has_requested = has_requested or self._request_shutdown()
+            if draining_since is not None and time.monotonic() - draining_since > context.drain_seconds + POLL_SECONDS:
                 trainer.kill()
                 return _as_json(TrainerEnd.WORKER_SHUTDOWN.value)
             if not self._is_called():
@@ -175,11 +175,11 @@ class _Participation:
         local = local_exit(context, trainer, ranks=range(first, first + context.num_processes))
         return _as_json(local, is_echo=local.is_echo or local.is_of_any)
 
-    def _ask_to_leave(self) -> bool:
+    def _request_shutdown(self) -> bool:
         """Record that this worker wants to shut down. Returns whether it is recorded, so that the leader will see
         it."""
         try:
-            gangs.ask_to_leave(self._seat.place)
+            gangs.ask_to_leave(self._membership.member)
         except OUTAGES:
             return False
         return True

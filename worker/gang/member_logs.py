@@ -22,10 +22,10 @@ from worker.session.job_logs import Output
 from worker.session.trainer_session import OUTAGES
 
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 10.0
+POLL_SECONDS = 10.0
 
 
-class LentOutput:
+class MemberOutput:
     """The output of one member's part in one round."""
 
     def __init__(self, context: WorkerContext, trainer: TrainerProcess, *, trainer_id: str, first_rank: int) -> None:
@@ -42,28 +42,28 @@ class LentOutput:
         """Claims whose last output is stored, and which the database query still returns."""
         self._ended_after = 0.0
         """Attempts that ended before this time, by the database's clock, have been handled."""
-        self._look_at = 0.0
+        self._next_poll_at = 0.0
 
     def push_due(self) -> None:
         """At intervals, find the jobs that have joined or left, store the new output, and truncate long files."""
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + LOOK_SECONDS
-            self._look()
+        if time.monotonic() >= self._next_poll_at:
+            self._next_poll_at = time.monotonic() + POLL_SECONDS
+            self._poll()
         self._output.push_due()
 
     def end(self) -> None:
         """Store the last output at the end of the part."""
-        self._look()
+        self._poll()
         for claim_id in self._begun:
             self._output.end(claim_id)
 
     def ask_stacks(self) -> None:
         """Dump the stacks of this trainer if the leader's trainer was killed because it hung."""
-        hung = [attempt for attempt, _ in self._attempts() or () if attempt.reason == EndReason.TIMEOUT]
-        if hung:
-            exit_status.dump_stacks(self._trainer, f"On the leader's node: {hung[0].detail}")
+        timed_out = [attempt for attempt, _ in self._attempts() or () if attempt.reason == EndReason.TIMEOUT]
+        if timed_out:
+            exit_status.dump_stacks(self._trainer, f"On the leader's node: {timed_out[0].detail}")
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         now, found = self._output.ends(), self._attempts()
         if found is None:
             return

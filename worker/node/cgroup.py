@@ -84,11 +84,11 @@ def _groups() -> list[Path]:
 
 def _found() -> tuple[Path, Names]:
     """Return the group's folder and the names of its files. If the group is unknown, those of version 2's root."""
-    return _looked_up(ROOT, OWN)
+    return _find(ROOT, OWN)
 
 
 @cache
-def _looked_up(root: Path, own: Path) -> tuple[Path, Names]:
+def _find(root: Path, own: Path) -> tuple[Path, Names]:
     paths = _paths(own)
     for names in VERSIONS:
         of_version = root / names.folder

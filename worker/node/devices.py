@@ -37,7 +37,7 @@ LEAST_BYTES = 64 * 2**10
 """Free disk space below which a trainer can't even write a message."""
 
 
-class SilentGpu(Exception):
+class UnresponsiveGpu(Exception):
     """The driver does not report the free memory of a GPU. The error's text is the reason."""
 
 
@@ -103,10 +103,10 @@ def choose_device(wanted: str | None) -> Device:
     if wanted is None or wanted == "auto":
         return found[0]
     gpus = {device.indices[0]: device for device in found if device.kind == "cuda"}
-    return _together([gpus[index] for index in _numbers(wanted, wanted, gpus, "GPU")])
+    return _combined([gpus[index] for index in _numbers(wanted, wanted, gpus, "GPU")])
 
 
-def settle_on(device: Device) -> None:
+def pin_to(device: Device) -> None:
     """Pin this process and its child processes to the cores of its device. Call it before starting threads."""
     if device.cores:
         os.sched_setaffinity(0, device.cores)
@@ -130,7 +130,7 @@ def create_uvm_node() -> None:
         log.info("nvidia-modprobe was run, because %s did not exist.", UVM_NODE)
 
 
-def _together(gpus: Sequence[Device]) -> Device:
+def _combined(gpus: Sequence[Device]) -> Device:
     if len(gpus) == 1:
         return gpus[0]
     names = list(dict.fromkeys(gpu.name for gpu in gpus))
@@ -299,9 +299,9 @@ def silence(device: Device) -> str | None:
     """Return the GPU whose free memory the driver does not report now, and the reason. None if it reports all."""
     for index in device.indices:
         try:
-            _told_free_bytes(index)
-        except SilentGpu as silent:
-            return f"GPU {index} ({silent})"
+            _reported_free_bytes(index)
+        except UnresponsiveGpu as error:
+            return f"GPU {index} ({error})"
     return None
 
 
@@ -309,26 +309,26 @@ def _gpu_free_bytes(index: int) -> int:
     """Return a GPU's free memory. 0 if the driver does not report it now: no job is admitted, and running jobs
     continue."""
     try:
-        return _told_free_bytes(index)
-    except SilentGpu as silent:
-        _tell_once(index, str(silent))
+        return _reported_free_bytes(index)
+    except UnresponsiveGpu as error:
+        _log_once(index, str(error))
         return 0
 
 
-def _told_free_bytes(index: int) -> int:
-    """Return the free memory that NVML reports. Raises SilentGpu."""
+def _reported_free_bytes(index: int) -> int:
+    """Return the free memory that NVML reports. Raises UnresponsiveGpu."""
     nvml = open_nvml()
     if nvml is None:
-        raise SilentGpu("NVML can't be opened")
+        raise UnresponsiveGpu("NVML can't be opened")
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).free)
     except nvml.NVMLError as error:
-        raise SilentGpu(str(error)) from error
+        raise UnresponsiveGpu(str(error)) from error
 
 
 @cache
-def _tell_once(index: int, why: str) -> None:
-    log.error("The driver does not report the free memory of GPU %d, so no job is admitted: %s", index, why)
+def _log_once(index: int, reason: str) -> None:
+    log.error("The driver does not report the free memory of GPU %d, so no job is admitted: %s", index, reason)
 
 
 def open_nvml() -> Any:

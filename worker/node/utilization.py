@@ -27,7 +27,7 @@ JOINED: dict[str, Callable[[list[float]], float]] = {
     "temperature_celsius": max,
     "power_watts": sum,
 }
-STALE_LOOKS = 3
+STALE_INTERVALS = 3
 """After this many intervals, a measurement is no longer reported: the driver may hang."""
 NVML_TEMPERATURE_GPU = 0
 
@@ -40,10 +40,10 @@ def measure(device: devices.Device) -> Use:
         busy = psutil.cpu_percent() / 100
         return {"utilization_ratio": busy, "memory_used_bytes": float(memory.total - memory.available)}
     nvml = devices.open_nvml()
-    return {} if nvml is None else _together([_of_gpu(nvml, index) for index in device.indices])
+    return {} if nvml is None else _combined([_of_gpu(nvml, index) for index in device.indices])
 
 
-def _together(each: list[Use]) -> Use:
+def _combined(each: list[Use]) -> Use:
     """Combine the values that all GPUs of a group report: mean utilization, highest temperature, sums of the rest."""
     known = [name for name in JOINED if all(name in use for use in each)]
     return {name: JOINED[name]([use[name] for use in each]) for name in known}
@@ -55,16 +55,16 @@ def _of_gpu(nvml: Any, index: int) -> Use:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
     except nvml.NVMLError:
         return {}
-    asked: dict[str, Callable[[], float]] = {
+    queries: dict[str, Callable[[], float]] = {
         "utilization_ratio": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
         "memory_used_bytes": lambda: float(nvml.nvmlDeviceGetMemoryInfo(handle).used),
         "temperature_celsius": lambda: float(nvml.nvmlDeviceGetTemperature(handle, NVML_TEMPERATURE_GPU)),
         "power_watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
     }
     found: Use = {}
-    for name, ask in asked.items():
+    for name, query in queries.items():
         try:
-            found[name] = ask()
+            found[name] = query()
         except nvml.NVMLError:
             continue
     return found
@@ -73,32 +73,32 @@ def _of_gpu(nvml: Any, index: int) -> Use:
 class DeviceWatch:
     """Measures periodically on its own thread. `latest` never waits."""
 
-    def __init__(self, look: Callable[[], Use], *, seconds: float) -> None:
-        """look: measures the device. seconds: the interval between two measurements."""
-        self._look = look
+    def __init__(self, measure: Callable[[], Use], *, seconds: float) -> None:
+        """measure: measures the device. seconds: the interval between two measurements."""
+        self._measure = measure
         self._seconds = seconds
-        self._seen: tuple[float, Use] | None = None
+        self._last: tuple[float, Use] | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="device-watch", daemon=True)
 
     def latest(self) -> Use | None:
         """Return the last measurement. None if there is no recent one."""
-        seen = self._seen
-        if seen is None or time.monotonic() - seen[0] > STALE_LOOKS * self._seconds:
+        last = self._last
+        if last is None or time.monotonic() - last[0] > STALE_INTERVALS * self._seconds:
             return None
-        return seen[1]
+        return last[1]
 
-    def look_once(self) -> None:
+    def measure_once(self) -> None:
         """Measure once. Never raises, because a failed measurement must not fail a job."""
         try:
-            self._seen = (time.monotonic(), self._look())
+            self._last = (time.monotonic(), self._measure())
         except Exception:  # the next measurement may succeed, whatever the driver's error is
             log.exception("The device can't be measured")
 
     def _watch(self) -> None:
-        self.look_once()
+        self.measure_once()
         while not self._closed.wait(self._seconds):
-            self.look_once()
+            self.measure_once()
 
     @contextmanager
     def watching(self) -> Generator[None]:

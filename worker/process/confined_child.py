@@ -32,7 +32,7 @@ def confined(argv: Sequence[str], sandbox: Sandbox) -> list[str]:
     return [sys.executable, "-m", "worker.process.confined_child", str(os.getpid()), sandbox.as_argument(), *argv]
 
 
-def hold_on(argv: Sequence[str]) -> None:
+def exit_without_parent(argv: Sequence[str]) -> None:
     """Tie this process to its parent if `argv` contains `--tethered=SECONDS`: exit after SECONDS without a heartbeat.
 
     If one launcher has started several processes, only the first reads the pipe, because each heartbeat goes to one
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     parent, sandbox, *argv = arguments
     die_with_parent(int(parent))
     try:
-        apply(Sandbox.of_argument(sandbox))
+        apply(Sandbox.from_argument(sandbox))
     except OSError as error:
         sys.stderr.write(f"{REFUSAL}{error}\n")
         sys.exit(REFUSED)

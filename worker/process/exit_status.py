@@ -23,26 +23,26 @@ from worker.process.sandbox import REFUSAL, REFUSED
 from worker.protocol.errors import ASKED_BY
 from worker.protocol.trainer_paths import open_file
 
-FELLOW = re.compile(r"^(?:\[rank\d+\]: )?[\w.]*FellowFailure: Rank (\d+) failed: (.*)$", re.MULTILINE)
+PEER = re.compile(r"^(?:\[rank\d+\]: )?[\w.]*FellowFailure: Rank (\d+) failed: (.*)$", re.MULTILINE)
 ERROR = re.compile(
     r"^(?:\[rank\d+\]: )?((?:[\w.]*(?:Error|Exception|Failure)|  what\(\)):.*|[\w.]*Error)$", re.MULTILINE
 )
 """A line that names an exception, of Python or of C++."""
-ECHO = re.compile(
+CONNECTION_LOST = re.compile(
     r"gloo|Dist(?:Backend|Network|Store)Error|NCCL error|nccl(?:Remote|System|Internal)Error|Watchdog caught collective"
     r"|Connection (?:closed|reset)|Broken pipe|(?:Socket|[Ww]ait) timeout|does not listen",
     re.IGNORECASE,
 )
 """Matches the errors of a process that has lost the connection to another one."""
-SICK = re.compile(r"CUDA error|unhandled cuda error|ncclUnhandledCudaError|out of memory", re.IGNORECASE)
-"""Matches the failure of a process's own device, even if the same line matches ECHO."""
+DEVICE_FAILED = re.compile(r"CUDA error|unhandled cuda error|ncclUnhandledCudaError|out of memory", re.IGNORECASE)
+"""Matches the failure of a process's own device, even if the same line matches CONNECTION_LOST."""
 SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID|died with <Signals\.SIG\w+: (\d+)>|exitcode +: (-?\d+)")
 """Matches the lines in which launchers report how their child processes exited."""
 CRASHED = re.compile(r"^Fatal Python error: (?!Aborted)", re.MULTILINE)
 NEUTRAL = frozenset({0, 1, 2, 6, 15})
 """Signals and exit statuses that can also follow from the exit of another process: libraries abort, and launchers
 terminate their child processes."""
-OF_LAUNCHERS = ("CalledProcessError", "ChildFailedError")
+LAUNCHER_ERRORS = ("CalledProcessError", "ChildFailedError")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +53,13 @@ class PeerFailure:
     """The failure began on this node."""
     is_echo: bool
     """The failure began on another node. Both flags are False if the logs don't show where it began."""
-    said: str = ""
+    error: str = ""
     """The error that the processes report, if it began on another node."""
     is_reported: bool = False
     """The process that failed first reported the failure, so the processes of all nodes had connected by then."""
 
 
-def heard(logs: Sequence[str], *, ranks: range, returncode: int | None) -> PeerFailure:
+def peer_failure(logs: Sequence[str], *, ranks: range, returncode: int | None) -> PeerFailure:
     """Return where a failure began, from the logs of one node.
 
     logs: the last lines of each of the node's processes. ranks: their numbers in the trainer. returncode: the exit
@@ -67,17 +67,17 @@ def heard(logs: Sequence[str], *, ranks: range, returncode: int | None) -> PeerF
     """
     if _crashed(logs, returncode):
         return PeerFailure(is_own=True, is_echo=False)
-    fellows = [match for log in logs for match in FELLOW.finditer(log)]
-    if fellows:
-        rank, said = int(fellows[-1][1]), fellows[-1][2]
-        is_own = rank in ranks and not _is_of_another(said)
-        detail = "" if is_own else f"Rank {rank} failed: {said}"
-        return PeerFailure(is_own=is_own, is_echo=not is_own, said=detail, is_reported=True)
+    peers = [match for log in logs for match in PEER.finditer(log)]
+    if peers:
+        rank, message = int(peers[-1][1]), peers[-1][2]
+        is_own = rank in ranks and not _is_lost_connection(message)
+        detail = "" if is_own else f"Rank {rank} failed: {message}"
+        return PeerFailure(is_own=is_own, is_echo=not is_own, error=detail, is_reported=True)
     errors = [error for log in logs if (error := last_error(log)) is not None]
-    own = [error for error in errors if not _is_of_another(error)]
+    own = [error for error in errors if not _is_lost_connection(error)]
     if own or not errors:
         return PeerFailure(is_own=bool(own) or returncode is not None, is_echo=False)
-    return PeerFailure(is_own=False, is_echo=True, said=errors[-1])
+    return PeerFailure(is_own=False, is_echo=True, error=errors[-1])
 
 
 def last_error(log: str) -> str | None:
@@ -89,18 +89,18 @@ def last_error(log: str) -> str | None:
 def own_error(log: str) -> str | None:
     """Return the last line that names an exception of this node, or else the last one about a lost process."""
     found = _errors(log)
-    own = [error for error in found if not _is_of_another(error)]
+    own = [error for error in found if not _is_lost_connection(error)]
     return (own or found)[-1] if found else None
 
 
-def without_others(log: str, ranks: range) -> str:
+def without_peer_failures(log: str, ranks: range) -> str:
     """Return the log without its reports of failures on other nodes."""
-    return FELLOW.sub(lambda match: match[0] if int(match[1]) in ranks else "", log)
+    return PEER.sub(lambda match: match[0] if int(match[1]) in ranks else "", log)
 
 
 def _errors(log: str) -> list[str]:
     named = [line.strip()[:500] for line in ERROR.findall(log)]
-    return [line for line in named if not any(name in line for name in OF_LAUNCHERS)]
+    return [line for line in named if not any(name in line for name in LAUNCHER_ERRORS)]
 
 
 def _crashed(logs: Sequence[str], returncode: int | None) -> bool:
@@ -115,8 +115,8 @@ def _statuses(log: str) -> Iterator[int]:
         yield abs(int(next(found for found in match.groups() if found is not None)))
 
 
-def _is_of_another(error: str) -> bool:
-    return ECHO.search(error) is not None and SICK.search(error) is None
+def _is_lost_connection(error: str) -> bool:
+    return CONNECTION_LOST.search(error) is not None and DEVICE_FAILED.search(error) is None
 
 
 CUDA_OOM = re.compile(
@@ -158,7 +158,7 @@ def classify_exit(
         return EndReason.TRAINER_CRASHED, WAS_KILLED
     if returncode == LOST_PARENT or LOST.search(log_tail) is not None:
         return EndReason.INFRA_LOST, "The trainer received no heartbeat from its worker for a whole lease."
-    return _of_node(returncode, log_tail, is_disk_full=is_disk_full) or _by_itself(returncode, log_tail)
+    return _of_node(returncode, log_tail, is_disk_full=is_disk_full) or _own_exit(returncode, log_tail)
 
 
 def _of_node(returncode: int, log_tail: str, *, is_disk_full: bool) -> tuple[EndReason, str] | None:
@@ -171,7 +171,7 @@ def _of_node(returncode: int, log_tail: str, *, is_disk_full: bool) -> tuple[End
     return None
 
 
-def _by_itself(returncode: int, log_tail: str) -> tuple[EndReason, str]:
+def _own_exit(returncode: int, log_tail: str) -> tuple[EndReason, str]:
     if (differ := DIFFER.search(log_tail)) is not None:
         return EndReason.NODE_FAILED, differ[1]
     if returncode == 0:
@@ -195,19 +195,19 @@ DUMP_SECONDS = 3.0
 POLL_SECONDS = 0.1
 
 
-def dump_stacks(trainer: TrainerProcess, why: str) -> None:
-    """Append `why` and the stacks of every thread to the logs of all processes. Waits at most DUMP_SECONDS."""
-    asked = [pid for pid in trainer.pids() if _handles_signal(pid)]
-    if not asked:
+def dump_stacks(trainer: TrainerProcess, reason: str) -> None:
+    """Append `reason` and the stacks of every thread to the logs of all processes. Waits at most DUMP_SECONDS."""
+    signaled = [pid for pid in trainer.pids() if _handles_signal(pid)]
+    if not signaled:
         return
     paths = list(trainer.directory.logs().values())
     for path in paths:
-        _append_text(path, f"{why} Stacks of its threads:\n")
+        _append_text(path, f"{reason} Stacks of its threads:\n")
     before = _log_sizes(paths)
-    for pid in asked:
+    for pid in signaled:
         with suppress(ProcessLookupError):
             os.kill(pid, ASKED_BY)
-    _wait_for_growth(paths, before, num_answers=len(asked))
+    _wait_for_growth(paths, before, num_answers=len(signaled))
 
 
 def _handles_signal(pid: int) -> bool:
@@ -217,8 +217,8 @@ def _handles_signal(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:  # the process has exited, or this is not Linux
         return False
-    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
-    return bool(int(caught.split()[1], 16) >> (ASKED_BY - 1) & 1)
+    mask_line = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return bool(int(mask_line.split()[1], 16) >> (ASKED_BY - 1) & 1)
 
 
 def _wait_for_growth(paths: list[Path], before: dict[Path, int], *, num_answers: int) -> None:

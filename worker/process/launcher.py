@@ -86,17 +86,17 @@ class TrainerProcess:
     @property
     def is_awaited(self) -> bool:
         """Whether it runs, or was killed and may still exit."""
-        return self._is_there() and not self.is_left_behind
+        return self._is_running() and not self.is_left_behind
 
     @property
     def is_left_behind(self) -> bool:
         """Whether it was killed long ago and still exists. It then waits in the kernel, for a driver or a disk, where
         no signal reaches it."""
         killed_at = self._killed_at
-        return killed_at is not None and time.monotonic() - killed_at > UNKILLABLE_SECONDS and self._is_there()
+        return killed_at is not None and time.monotonic() - killed_at > UNKILLABLE_SECONDS and self._is_running()
 
-    def _is_there(self) -> bool:
-        return self.returncode is None or any(map(_lives, self._killed))
+    def _is_running(self) -> bool:
+        return self.returncode is None or any(map(_is_alive, self._killed))
 
     @property
     def pid(self) -> int:
@@ -164,7 +164,7 @@ class TrainerProcess:
                 self._process.stdin.close()
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     """Return whether the process runs. A zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -208,13 +208,13 @@ def launch(
             start_new_session=True,
         )
     if device.kind == "cpu":
-        give_way(process.pid)
+        lower_priority(process.pid)
     assert process.stdin is not None
     os.set_blocking(process.stdin.fileno(), False)
     return TrainerProcess(process, directory)
 
 
-def give_way(pid: int) -> None:
+def lower_priority(pid: int) -> None:
     """Lower the priority of a process that has just started, and of all that it starts.
 
     The API server, the database and the worker's heartbeats on this machine then stay as fast as without training.
@@ -307,5 +307,5 @@ def run_child(module: str, *arguments: str, log_path: Path, box: Sandbox) -> sub
             env=child_environment(with_hub=box.tcp) | {"TMPDIR": str(temporary)} | offline,
             start_new_session=True,
         )
-    give_way(child.pid)
+    lower_priority(child.pid)
     return child

@@ -115,7 +115,7 @@ class Sandbox:
         return json.dumps(asdict(self))
 
     @classmethod
-    def of_argument(cls, text: str) -> Sandbox:
+    def from_argument(cls, text: str) -> Sandbox:
         fields = json.loads(text)
         paths = {name: tuple(fields[name]) for name in ("reads", "writes", "links")}
         return cls(kind=fields["kind"], tcp=fields["tcp"], gpu=fields["gpu"], limits=fields["limits"], **paths)

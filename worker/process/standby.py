@@ -24,7 +24,7 @@ from worker.protocol.errors import print_handled
 from worker.protocol.mailbox import EventWriter, TrainerDirectory
 
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,4 +132,4 @@ def stand_by(directory: TrainerDirectory, warm_up: Callable[[Path], None]) -> No
         events.write({"type": "standing_by"})
         events.close()
     while not directory.has_begun():
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)

@@ -26,14 +26,14 @@ RETRYABLE_CODES = {
     "disk_error": EndReason.NODE_FAILED,
 }
 
-RUINED = "training from its weights diverged."
+DIVERGED_DETAIL = "training from its weights diverged."
 NONE_IS_GOOD = "The job has no checkpoint with good weights."
 
 
 class Next(Enum):
     """The next step if the attempt does not fail."""
 
-    GO_ON = "keep training"
+    CONTINUE = "keep training"
     HAND_OVER = "hand over again"
     COMPLETED = "completed"
 
@@ -75,15 +75,15 @@ class EventHandlers:
             assert ready is not None, "a trainer is ready before it trains"
             return publisher(held, event, ready)
         follower = self._followers.get(event["type"])
-        return follower(held, event) if follower else Next.GO_ON
+        return follower(held, event) if follower else Next.CONTINUE
 
     def refusal(self, error: Json) -> End:
         """Return how the attempt of a job ends that the trainer has refused. error: code, message, remedy."""
         reason = RETRYABLE_CODES.get(error["code"], EndReason.USER_ERROR)
         if reason is EndReason.CUDA_OOM and self._context.device.kind == "cpu":
             reason = EndReason.HOST_OOM
-        wire = {"code": error["code"], "message": f"{error['message']} {error['remedy']}", "param": None}
-        return End(reason=reason, detail=error["message"], error=wire)
+        error_body = {"code": error["code"], "message": f"{error['message']} {error['remedy']}", "param": None}
+        return End(reason=reason, detail=error["message"], error=error_body)
 
     def load_refusal(self, error: Json, ranks: Sequence[int]) -> End:
         """Return how the attempts end when the trainer can't load its base model.
@@ -95,11 +95,11 @@ class EventHandlers:
         reason = self.refusal(error).reason
         led = self._context.led_round
         workers = [] if led is None else sorted({led.worker_of(rank) for rank in ranks})
-        where = f", on {' and '.join(workers)} of the gang" if workers else ""
-        said = f"Process {' and '.join(map(str, ranks))}{where}: " if ranks else ""
+        location = f", on {' and '.join(workers)} of the gang" if workers else ""
+        origin = f"Process {' and '.join(map(str, ranks))}{location}: " if ranks else ""
         return End(
             reason=EndReason.TRAINER_CRASHED if reason is EndReason.USER_ERROR else reason,
-            detail=f"{said}{error['message']} {error['remedy']}",
+            detail=f"{origin}{error['message']} {error['remedy']}",
             blamed_worker_id=workers[0] if len(workers) == 1 else None,
         )
 
@@ -115,7 +115,7 @@ class EventHandlers:
         )
         held.is_admitted = True
         self._context.spans.admitted(held.claim.claim_id, step=step)
-        return Next.GO_ON
+        return Next.CONTINUE
 
     def _strategy(self, held: SessionJob) -> tuple[str, Json]:
         """Return how the devices hold the job's base model, and the reason: a sentence and its data."""
@@ -131,16 +131,16 @@ class EventHandlers:
             held.recorded_step = event["step"]
         for folder in folders_of(event):
             self._directory.delete(held.claim.claim_id, folder)
-        return Next.GO_ON
+        return Next.CONTINUE
 
     def _checkpoint_failed(self, held: SessionJob, event: Json) -> Next:
         message = f"{event['error']['message']} No checkpoint was written."
         recording.record_event(self._context.db, held.claim.claim_id, "warn", message)
-        return Next.GO_ON
+        return Next.CONTINUE
 
     def _checkpoint_unexported(self, held: SessionJob, event: Json) -> Next:
         publishing.no_model(self._context, held.claim, step=event["step"], reason=event["error"]["message"])
-        return Next.GO_ON
+        return Next.CONTINUE
 
     def _finished(self, held: SessionJob, event: Json) -> Next:
         """Record the end of training. The progress shows an early stop while the adapter is verified."""
@@ -148,10 +148,10 @@ class EventHandlers:
         progress = held.curve.progress() | {"stopped_early": event["stopped_early"]}
         recording.record_progress(self._context.db, held.claim.claim_id, progress)
         if event["kept_step"] == event["step"]:  # else better weights of an earlier step were kept
-            self._warn_of_a_loss_that_rose(held)
-        return Next.GO_ON
+            self._warn_if_loss_rose(held)
+        return Next.CONTINUE
 
-    def _warn_of_a_loss_that_rose(self, held: SessionJob) -> None:
+    def _warn_if_loss_rose(self, held: SessionJob) -> None:
         job = held.claim.job
         risen = held.curve.risen(queries.first_step(self._context.db, project_id=job.project_id, job_id=job.id))
         if risen is not None:
@@ -165,12 +165,12 @@ class EventHandlers:
         data = {"step": event["step"], "samples": samples}
         message = f"Step {event['step']}: {number} to the job's prompts"
         recording.record_event(self._context.db, held.claim.claim_id, "info", message, data)
-        return Next.GO_ON
+        return Next.CONTINUE
 
     def _unsampled(self, held: SessionJob, event: Json) -> Next:
         message = f"Step {event['step']}: the job's prompts were not answered. {event['error']['message']}"
         recording.record_event(self._context.db, held.claim.claim_id, "warn", message)
-        return Next.GO_ON
+        return Next.CONTINUE
 
     def _paused(self, held: SessionJob, event: Json, ready: Json) -> End:
         publishing.model_of_checkpoint(self._context, held.claim, self._directory, event, trainer=ready)
@@ -184,11 +184,11 @@ class EventHandlers:
         return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
     def _diverged(self, held: SessionJob, event: Json) -> End:
-        remedy = f"Lower the learning rate, or check the data around that step. {self._left_of(held, event)}"
+        remedy = f"Lower the learning rate, or check the data around that step. {self._usable_checkpoint(held, event)}"
         error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "optimizer.learning_rate"}
         return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
 
-    def _left_of(self, held: SessionJob, event: Json) -> str:
+    def _usable_checkpoint(self, held: SessionJob, event: Json) -> str:
         """Return a sentence about the newest checkpoint with good weights. Newer ones, whose weights were ruined before
         they were written, are marked as unusable."""
         job = held.claim.job
@@ -198,7 +198,10 @@ class EventHandlers:
         for row in kept:
             if row.step > good_step:
                 recording.distrust_checkpoint(
-                    self._context.db, held.claim.claim_id, checkpoint_id=row.id, problem=f"{RUINED} {event['message']}"
+                    self._context.db,
+                    held.claim.claim_id,
+                    checkpoint_id=row.id,
+                    problem=f"{DIVERGED_DETAIL} {event['message']}",
                 )
         steps = [row.step for row in kept if row.step <= good_step]
         return f"The checkpoint of step {max(steps)} is kept." if steps else NONE_IS_GOOD

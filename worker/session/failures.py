@@ -17,7 +17,7 @@ from worker.background.base_models import Abandoned, ImportRefused
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.node import cgroup, devices
-from worker.process.exit_status import DIFFER, classify_exit, heard, without_others
+from worker.process.exit_status import DIFFER, classify_exit, peer_failure, without_peer_failures
 from worker.process.launcher import TrainerProcess
 from worker.protocol.errors import without_handled
 from worker.protocol.trainer_paths import UnsafePath
@@ -58,7 +58,7 @@ class LocalExit:
     """A failure on another node caused it, or this can't be ruled out."""
     is_of_any: bool = False
     """Any node may have caused it, because the trainers of all nodes exit in this way."""
-    had_met: bool = True
+    had_connected: bool = True
     """If `is_echo`: as far as is known, the processes of all nodes had connected before."""
 
 
@@ -83,13 +83,13 @@ def _diagnosed(
     returncode = trainer.returncode or 0
     if ranks is not None:
         tails = [without_handled(tail) for tail in trainer.directory.log_tails(LOG_BYTES)]
-        peer = heard(tails, ranks=ranks, returncode=None if was_killed else returncode)
+        peer = peer_failure(tails, ranks=ranks, returncode=None if was_killed else returncode)
         if peer.is_echo or not (peer.is_own or is_disk_full):
-            detail = f"The trainer exited together with others of its gang. {peer.said}".strip()
-            return LocalExit(reason=EndReason.INFRA_LOST, detail=detail, is_echo=True, had_met=peer.is_reported)
+            detail = f"The trainer exited together with others of its gang. {peer.error}".strip()
+            return LocalExit(reason=EndReason.INFRA_LOST, detail=detail, is_echo=True, had_connected=peer.is_reported)
     reason, detail = classify_exit(
         1 if was_killed else returncode,
-        log_tail if ranks is None else without_others(log_tail, ranks),
+        log_tail if ranks is None else without_peer_failures(log_tail, ranks),
         num_oom_kills=cgroup.oom_kills() - trainer.oom_kills_before,
         device_kind=context.device.kind,
         is_disk_full=is_disk_full,
@@ -133,6 +133,6 @@ def job_failure(error: LorryError | OSError) -> End:
 
 def inbox_failure(error: OutOfSpace | OSError, *, worker_id: str) -> End:
     """Return how all attempts of a trainer end when the worker could not send it the message to stop a job."""
-    why = error.sentence() if isinstance(error, OutOfSpace) else f"{error}."
-    detail = f"The worker could not send the trainer the message to stop a job: {why}"
+    reason = error.sentence() if isinstance(error, OutOfSpace) else f"{error}."
+    detail = f"The worker could not send the trainer the message to stop a job: {reason}"
     return End(reason=EndReason.NODE_FAILED, detail=detail, blamed_worker_id=worker_id)

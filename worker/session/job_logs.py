@@ -192,8 +192,8 @@ def publishable(file: LogFile, start: int, claim: Claim, data_dir: Path) -> byte
         return _bounded("\n".join(_clean(file.read(start, end), claim, data_dir)))
     head = file.read(start, start + HEAD_BYTES).rpartition(b"\n")[0]
     tail = file.read(end - tail_bytes, end).partition(b"\n")[2]
-    left_out = f"[{end - start - len(head) - len(tail)} bytes are omitted here]"
-    return _bounded("\n".join([*_clean(head, claim, data_dir), left_out, *_clean(tail, claim, data_dir)]))
+    omission = f"[{end - start - len(head) - len(tail)} bytes are omitted here]"
+    return _bounded("\n".join([*_clean(head, claim, data_dir), omission, *_clean(tail, claim, data_dir)]))
 
 
 def cleaned(end: End, claim: Claim, data_dir: Path) -> End:

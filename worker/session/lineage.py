@@ -52,7 +52,7 @@ def record(
         results={
             **results,
             **({"loss_log": _loss_log_digest(context, job)} if is_final else {}),
-            "determinism": weakest([trainer["invariance"], *words_of_earlier_steps(attempts)]),
+            "determinism": weakest([trainer["invariance"], *earlier_guarantees(attempts)]),
         },
         code=trainer["versions"],
         parents=[parent["lineage"]] if (parent := job.spec.get("parent")) else [],
@@ -61,11 +61,11 @@ def record(
     return built, lineage.lineage_id(built)
 
 
-def weakest(words: Sequence[str]) -> str:
-    return "bitwise" if set(words) == {"bitwise"} else "allclose"
+def weakest(guarantees: Sequence[str]) -> str:
+    return "bitwise" if set(guarantees) == {"bitwise"} else "allclose"
 
 
-def words_of_earlier_steps(attempts: Sequence[AttemptRecord]) -> list[str]:
+def earlier_guarantees(attempts: Sequence[AttemptRecord]) -> list[str]:
     """Return the determinism guarantees of the earlier trainers whose steps the last attempt continues.
 
     Backwards from the last attempt, these are the attempts that began below the step from which the next one of them
@@ -73,15 +73,15 @@ def words_of_earlier_steps(attempts: Sequence[AttemptRecord]) -> list[str]:
     show which, so it counts if its trainer has reported a guarantee.
     """
     *earlier, last = attempts
-    words: list[str] = []
+    guarantees: list[str] = []
     needed = last.attempt.resumed_from_step or 0
     for entry in reversed(earlier):
         began = entry.attempt.resumed_from_step
-        word = entry.trainer.get("invariance")
-        if (began or 0) < needed and (word is not None or began is not None):
-            words.append(word or "allclose")
+        guarantee = entry.trainer.get("invariance")
+        if (began or 0) < needed and (guarantee is not None or began is not None):
+            guarantees.append(guarantee or "allclose")
         needed = needed if began is None else min(needed, began)
-    return words
+    return guarantees
 
 
 def _data(context: WorkerContext, job: Job) -> list[DataSource]:

@@ -14,7 +14,7 @@ WINDOW_STEPS = 50
 LAST_STEPS = 5
 """Number of steps whose mean loss is the final loss, because a single batch may be a hard one."""
 RISEN = 1.2
-LEAPT = 1.5
+JUMPED = 1.5
 """Threshold for trainings that are too short for a meaningful mean, because batches differ."""
 TRAIN_FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens", "rewards")
 
@@ -70,7 +70,7 @@ class Curve:
         """Return the first loss and the mean of the last ones, if the mean is clearly higher; else None.
 
         began: step and loss of the job's first recorded step, which may belong to an earlier attempt. A loss that rose
-        by the factor LEAPT is reported for any number of steps.
+        by the factor JUMPED is reported for any number of steps.
         """
         if began is None or self.step <= began[0]:
             return None
@@ -79,7 +79,7 @@ class Curve:
             return None
         first, last = began[1], sum(losses) / len(losses)
         is_long = self.step - began[0] >= 2 * LAST_STEPS and len(losses) == LAST_STEPS
-        return (first, last) if last > (RISEN if is_long else LEAPT) * first else None
+        return (first, last) if last > (RISEN if is_long else JUMPED) * first else None
 
     def progress(self) -> Json:
         """Return the progress for the job's row, with its own speed over the last steps and the remaining time."""

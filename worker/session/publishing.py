@@ -40,7 +40,7 @@ def checkpoint(
     step = saved["step"]
     try:
         manifest = _stored(context, claim, directory, saved["folder"], kind="checkpoint")
-        exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
+        exported = _try_export(context, claim, directory, saved, trainer)
         recording.record_checkpoint(context.db, claim.claim_id, step=step, artifact=manifest, exported=exported)
     except OutOfSpace as error:
         message = f"The checkpoint of step {step} was not stored. {error.sentence()}"
@@ -54,7 +54,7 @@ def model_of_checkpoint(
 
     saved: the trainer's event. trainer: its `ready` event.
     """
-    exported = _exported_if_it_can_be(context, claim, directory, saved, trainer)
+    exported = _try_export(context, claim, directory, saved, trainer)
     if exported is not None:
         recording.record_checkpoint_model(context.db, claim.claim_id, step=saved["step"], exported=exported)
 
@@ -65,7 +65,7 @@ def no_model(context: WorkerContext, claim: Claim, *, step: int, reason: str) ->
     recording.record_event(context.db, claim.claim_id, "warn", message)
 
 
-def _exported_if_it_can_be(
+def _try_export(
     context: WorkerContext, claim: Claim, directory: TrainerDirectory, saved: Json, trainer: Json
 ) -> recording.Exported | None:
     """Return the checkpoint's adapter. None if the trainer wrote none, or it can't be published; then the checkpoint
@@ -78,8 +78,8 @@ def _exported_if_it_can_be(
         raise
     except Exception as error:  # the job continues without the model, whatever the error is
         log.exception("%s", claim.job.id)
-        unforeseen = f"{type(error).__name__}; see the worker's log."  # its text may contain paths of the server
-        reason = error.sentence() if isinstance(error, LorryError) else unforeseen
+        unexpected = f"{type(error).__name__}; see the worker's log."  # its text may contain paths of the server
+        reason = error.sentence() if isinstance(error, LorryError) else unexpected
         no_model(context, claim, step=saved["step"], reason=reason)
         return None
 

@@ -62,7 +62,7 @@ class SessionJob:
     """Its sweep has pruned this trial because of its metrics."""
     sent: set[Verb] = field(default_factory=set[Verb])
     """Messages that were sent since the job was handed over."""
-    news: deque[Json] = field(default_factory=deque[Json])
+    pending_events: deque[Json] = field(default_factory=deque[Json])
     """Events of the trainer about the job that are not recorded yet. Empty except in an outage."""
     superseded: list[str] = field(default_factory=list[str])
     """Folders to be deleted: newer checkpoints superseded them before they were recorded."""
@@ -82,9 +82,9 @@ class SessionJob:
 
     def drop_outdated(self) -> None:
         """Remove the unrecorded checkpoints that newer ones have superseded."""
-        saved = [event for event in self.news if event["type"] == "checkpointed"]
+        saved = [event for event in self.pending_events if event["type"] == "checkpointed"]
         for event in saved[:-KEPT_CHECKPOINTS]:
-            self.news.remove(event)
+            self.pending_events.remove(event)
             self.superseded += folders_of(event)
 
 

@@ -17,7 +17,7 @@ from worker.context.context import WorkerContext
 from worker.protocol.mailbox import AdmitBody, TrainerDirectory
 
 
-def bring_files(
+def stage_files(
     context: WorkerContext, directory: TrainerDirectory, claim: Claim, checkpoints: list[Checkpoint]
 ) -> AdmitBody:
     """Copy the files of a job, and return the body of its `admit` message. Damaged checkpoints are removed from the
@@ -30,10 +30,10 @@ def bring_files(
     assert job.num_steps is not None
     assert job.train_prepared is not None
     folder = directory.job_path(claim.claim_id)
-    train = _bring_tokens(context, claim, job.training_file, job.train_prepared, folder / "train")
-    valid = _bring_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid")
+    train = _stage_tokens(context, claim, job.training_file, job.train_prepared, folder / "train")
+    valid = _stage_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid")
     resume = _fetch_newest(context, claim, checkpoints, folder / "resume")
-    parent = _bring_parent(context, spec, folder / "parent")
+    parent = _stage_parent(context, spec, folder / "parent")
     assert train is not None
     return {
         "claim_id": claim.claim_id,
@@ -41,7 +41,7 @@ def bring_files(
         "base_name": job.base_model,
         "spec": job.spec,
         "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
-        "asks_as_chat": _went_through_template(context, job.train_prepared),
+        "asks_as_chat": _uses_template(context, job.train_prepared),
         "shortages": failures.memory_rung(context.db, job),
         "num_steps": job.num_steps,
         "evaluate_every_steps": _evaluate_every(spec, job.num_steps),
@@ -62,20 +62,22 @@ def _evaluate_every(spec: JobSpec, num_steps: int) -> int:
     return min(spec.evaluate_every_steps or math.ceil(num_steps / 10), num_steps)
 
 
-def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], why: str) -> None:
+def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], problem: str) -> None:
     """Remove the newest checkpoint from the list, and never use it again. Events explain the lost steps to users.
 
     The list changes last, so that a repetition after an outage does not remove a second checkpoint.
     """
-    bad, *left = checkpoints
-    recording.distrust_checkpoint(context.db, claim.claim_id, checkpoint_id=bad.id, problem=why)
-    onwards = f"continues from the checkpoint of step {left[0].step}" if left else "starts again from step 0"
-    data = {"step": bad.step, "resumes_from": left[0].step if left else 0}
-    recording.record_event(context.db, claim.claim_id, "warn", f"The job {onwards}.", data)
+    bad, *remaining = checkpoints
+    recording.distrust_checkpoint(context.db, claim.claim_id, checkpoint_id=bad.id, problem=problem)
+    resumption = (
+        f"continues from the checkpoint of step {remaining[0].step}" if remaining else "starts again from step 0"
+    )
+    data = {"step": bad.step, "resumes_from": remaining[0].step if remaining else 0}
+    recording.record_event(context.db, claim.claim_id, "warn", f"The job {resumption}.", data)
     del checkpoints[0]
 
 
-def _bring_tokens(
+def _stage_tokens(
     context: WorkerContext, claim: Claim, file_id: str | None, key: str | None, into: Path
 ) -> Path | None:
     if file_id is None or key is None:
@@ -85,7 +87,7 @@ def _bring_tokens(
     except DamagedArtifact as error:
         message = f"The tokens of {file_id} can't be used and are recreated: {error.message}"
         recording.record_event(context.db, claim.claim_id, "warn", message)
-    tokenization.make_again(context, claim.job, file_id, key)
+    tokenization.recreate(context, claim.job, file_id, key)
     return _fetch_tokens(context, key, into)
 
 
@@ -98,7 +100,7 @@ def _fetch_tokens(context: WorkerContext, key: str, into: Path) -> Path:
     return next(into.glob("*.safetensors"))
 
 
-def _bring_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | None:
+def _stage_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | None:
     """Fetch the adapter that the job continues, and verify its digests. A job that resumes needs it too: preference
     losses use it as the reference, and the checkpoint refers to it."""
     if spec.parent is None:
@@ -111,7 +113,7 @@ def _bring_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | N
     return into
 
 
-def _went_through_template(context: WorkerContext, key: str) -> bool:
+def _uses_template(context: WorkerContext, key: str) -> bool:
     """Return whether the training rows use the chat template. If they do, prompts use it as well."""
     row = token_cache.get(context.db, key)
     return row is not None and "chat_template" in row.report

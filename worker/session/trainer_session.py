@@ -44,7 +44,7 @@ from worker.session.sharding import strategy_for
 log = logging.getLogger(__name__)
 OUTAGES = (Unavailable, OutOfSpace)
 """Temporary failures of the database, the store or the disk: wait, then retry."""
-NOBODY = ""
+NO_WORKER = ""
 """No worker is at fault; see Attempt."""
 
 
@@ -68,11 +68,11 @@ class TrainerSession:
         self.strategy: Strategy = strategy
         self.ready: Json | None = None
         """The trainer's `ready` event, which it sends once it has loaded its base. None before."""
-        self.heard_at = self.idle_since = time.monotonic()
+        self.last_event_at = self.idle_since = time.monotonic()
         self.longest_silence = 0.0
         """The longest pause in seconds between two events of the busy trainer. By the trainer's own clock, because the
         worker may be slow to read."""
-        self._said_at: float | None = None
+        self._last_event_seconds: float | None = None
         """The time of the last event by that clock. None if none arrived since the trainer was last empty."""
         self.is_verifying = False
         """The last event came from the verification of an adapter, which sends an event for every linear layer."""
@@ -131,21 +131,21 @@ class TrainerSession:
         Until it has admitted its first job, this includes the base model and the first tick. For each further job, it
         includes the slice by which the tick grows.
         """
-        to_come = [held for held in self._held.values() if not held.is_admitted]
-        num_admitted = len(self._held) - len(to_come)
-        return self._bytes_of(to_come, beside=num_admitted) + (0 if num_admitted else self._trainer_bytes_to_come())
+        pending = [held for held in self._held.values() if not held.is_admitted]
+        num_admitted = len(self._held) - len(pending)
+        return self._bytes_of(pending, num_others=num_admitted) + (0 if num_admitted else self._trainer_bytes_to_come())
 
     def predicted_bytes(self) -> int:
         """Return the estimated memory of the trainer with all its jobs, as estimated for their admission."""
-        return self._bytes_of(list(self._held.values()), beside=0) + self._whole_trainer_bytes()
+        return self._bytes_of(list(self._held.values()), num_others=0) + self._whole_trainer_bytes()
 
-    def _bytes_of(self, jobs: list[SessionJob], *, beside: int) -> int:
+    def _bytes_of(self, jobs: list[SessionJob], *, num_others: int) -> int:
         """Return the memory of these jobs and of the slices by which they widen the tick, given the number of other
         jobs in the trainer."""
         slice_bytes = memory.slice_bytes(self._description, packing.precision_of(self.pack_key))
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
         total = 0
-        for number, held in enumerate(jobs, start=beside):
+        for number, held in enumerate(jobs, start=num_others):
             total += held.own_bytes(self._description, recomputes=self._context.device.recomputes)
             total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
         return total
@@ -180,8 +180,8 @@ class TrainerSession:
         """Add a claimed job. `hand_over` copies its files, or ends the attempt if they are not available."""
         failpoints.pass_by("after_claim")
         if not self._held:
-            self.heard_at = time.monotonic()  # an empty trainer sends no events
-            self._said_at = None
+            self.last_event_at = time.monotonic()  # an empty trainer sends no events
+            self._last_event_seconds = None
         curve = Curve(num_steps=claim.job.num_steps or 0)
         self._held[claim.claim_id] = SessionJob(claim=claim, curve=curve, checkpoints=list(claim.resume_candidates))
         self._output.begin(claim, is_loading=self.ready is None)
@@ -196,17 +196,17 @@ class TrainerSession:
 
     def _hand_over(self, held: SessionJob) -> None:
         try:
-            body = staging.bring_files(self._context, self.directory, held.claim, held.checkpoints)
+            body = staging.stage_files(self._context, self.directory, held.claim, held.checkpoints)
             body["trace"] = self._context.spans.of(held.claim.claim_id)
         except Abandoned:
             self._end(held, TrainerEnd.WORKER_SHUTDOWN.value)
         except (DamagedArtifact, FileRefused) as error:
             self._end(held, job_failure(error))
         except OutOfSpace as error:
-            wire = error.as_job_error()
+            job_error = error.as_job_error()
             own = self._context.worker_id
             self._end(
-                held, End(reason=EndReason.NODE_FAILED, detail=error.sentence(), error=wire, blamed_worker_id=own)
+                held, End(reason=EndReason.NODE_FAILED, detail=error.sentence(), error=job_error, blamed_worker_id=own)
             )
         else:
             self._inbox.send("admit", **body)
@@ -231,7 +231,7 @@ class TrainerSession:
     def _stop(self, held: SessionJob, verb: Verb) -> None:
         """Have the trainer stop the job. End the attempt here if the trainer does not have the job yet, or if a
         cancelled job's events can't be recorded now."""
-        is_stuck = verb == "cancel" and bool(held.news)
+        is_stuck = verb == "cancel" and bool(held.pending_events)
         if self.ready is None or not held.is_handed_over or is_stuck:
             self._end(held, STOPPED[verb])
             self._discard(held)
@@ -268,17 +268,17 @@ class TrainerSession:
     def silent_seconds(self) -> float:
         """Return the seconds since the trainer's last event, recorded or not."""
         self._receive()
-        return time.monotonic() - self.heard_at
+        return time.monotonic() - self.last_event_at
 
     def _receive(self) -> None:
         for event in self._read():
-            self.heard_at, self.is_verifying = time.monotonic(), bool(event.get("verifying"))
-            if self._said_at is not None and self._held and self.ready is not None:
-                self.longest_silence = max(self.longest_silence, event["seconds"] - self._said_at)
-            self._said_at = event["seconds"] if event["type"] != "idle" else None
+            self.last_event_at, self.is_verifying = time.monotonic(), bool(event.get("verifying"))
+            if self._last_event_seconds is not None and self._held and self.ready is not None:
+                self.longest_silence = max(self.longest_silence, event["seconds"] - self._last_event_seconds)
+            self._last_event_seconds = event["seconds"] if event["type"] != "idle" else None
             held = self._held.get(event.get("claim_id", ""))
             if held is not None:
-                held.news.append(event)
+                held.pending_events.append(event)
                 held.drop_outdated()
             elif event["type"] == "ready":
                 self.ready, self._memory = _without(event, "spans"), event["memory"]
@@ -304,10 +304,10 @@ class TrainerSession:
         while held.superseded:
             self.directory.delete(held.claim.claim_id, held.superseded[0])
             del held.superseded[0]
-        while held.news:
-            self._handle(held, held.news[0])
-            if held.news:  # the end of an attempt clears them
-                held.news.popleft()
+        while held.pending_events:
+            self._handle(held, held.pending_events[0])
+            if held.pending_events:  # the end of an attempt clears them
+                held.pending_events.popleft()
         if self._holds(held) and held.curve.is_due(time.monotonic()):
             self._flush(held)
         if self._holds(held) and held.is_to_stop:
@@ -404,7 +404,7 @@ class TrainerSession:
         """Return the worker at fault. In a round of several nodes, any node may have caused the failure of the trainer,
         so no worker is."""
         if end.blamed_worker_id is None and self._context.led_round is not None:
-            return NOBODY
+            return NO_WORKER
         return end.blamed_worker_id
 
     def _drop(self, held: SessionJob) -> None:
@@ -429,7 +429,7 @@ class TrainerSession:
         if self._held.pop(claim_id, None) is None:
             return
         self._context.spans.ended(claim_id, None)
-        held.news.clear()
+        held.pending_events.clear()
         self._context.heartbeat.release(claim_id)
         self._output.end(claim_id)
         self.idle_since = time.monotonic()

@@ -22,7 +22,7 @@ from worker.session.session_job import End
 from worker.session.trainer_session import TrainerSession
 
 log = logging.getLogger(__name__)
-TIMES_ITS_PACE = 4
+PACE_FACTOR = 4
 """A slow trainer may be silent for this multiple of its longest silence so far."""
 SILENT_GPU_SECONDS = 300.0
 """A driver may report nothing for this time, for example during its own restart. After that, an operator must check the
@@ -44,7 +44,7 @@ def watch_clock(
     trainer.kill()
 
 
-def set_aside(context: WorkerContext, trainer: TrainerProcess) -> None:
+def cordon_if_unkillable(context: WorkerContext, trainer: TrainerProcess) -> None:
     """Cordon the worker if its trainer could not be killed, because that trainer still holds the device. Raises
     Unavailable."""
     if trainer.is_left_behind:
@@ -59,8 +59,8 @@ def cordon_silent(context: WorkerContext) -> None:
     While the driver does not report a GPU's memory, the worker claims no job, so no failing job would reveal the fault.
     If an operator uncordons the node without a fix, it is cordoned again. Raises Unavailable.
     """
-    why = devices.silence(context.device)
-    if why is None:
+    silent_gpu = devices.silence(context.device)
+    if silent_gpu is None:
         context.silent_since = None
         return
     now = time.monotonic()
@@ -68,7 +68,7 @@ def cordon_silent(context: WorkerContext) -> None:
         context.silent_since = now
     if now - context.silent_since < SILENT_GPU_SECONDS:
         return
-    reason = f"For {SILENT_GPU_SECONDS / 60:.0f} minutes the driver has not reported the free memory of {why}."
+    reason = f"For {SILENT_GPU_SECONDS / 60:.0f} minutes the driver has not reported the free memory of {silent_gpu}."
     cordons.cordon_own(context.db, context.worker_id, reason=reason)
     log.error("%s The worker is cordoned.", reason)
     context.silent_since = now
@@ -100,4 +100,4 @@ def _allowed_seconds(context: WorkerContext, session: TrainerSession) -> float:
     least = (
         min(context.verifying_seconds, context.progress_seconds) if session.is_verifying else context.progress_seconds
     )
-    return max(least, TIMES_ITS_PACE * session.longest_silence)
+    return max(least, PACE_FACTOR * session.longest_silence)

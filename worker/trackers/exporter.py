@@ -22,8 +22,8 @@ from catalog.settings import Settings
 from worker.trackers.session import ExportFailed, ExportSession, available, places
 
 log = logging.getLogger(__name__)
-TURN_SECONDS = 0.25
-LOOK_SECONDS = 2.0
+TICK_SECONDS = 0.25
+POLL_SECONDS = 2.0
 """Interval between two polls for due exports, and between two writes of one export."""
 MAX_OPEN = 8
 LAST_SECONDS = 10.0
@@ -59,8 +59,8 @@ class Exports:
     def __init__(self, db: Database, settings: Settings, types: tuple[str, ...]) -> None:
         self._db, self._settings, self._types = db, settings, types
         self._open: list[_Open] = []
-        self._looked_at = 0.0
-        self._leaving = threading.Event()
+        self._polled_at = 0.0
+        self._stopping = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=MAX_OPEN, thread_name_prefix="exports")
         self._thread = threading.Thread(target=self._run, name="exports", daemon=True)
 
@@ -68,35 +68,35 @@ class Exports:
         self._thread.start()
 
     def close(self) -> None:
-        self._leaving.set()
+        self._stopping.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._leaving.wait(TURN_SECONDS):
+        while not self._stopping.wait(TICK_SECONDS):
             try:
-                self._turn()
+                self._tick()
             except LorryError as error:
                 log.warning("exports code=%s", error.code)
-                self._leaving.wait(LOOK_SECONDS)
+                self._stopping.wait(POLL_SECONDS)
             except Exception:
                 log.exception("crash in the exports")
-                self._leaving.wait(LOOK_SECONDS)
+                self._stopping.wait(POLL_SECONDS)
         self._end()
 
-    def _turn(self) -> None:
+    def _tick(self) -> None:
         now = time.monotonic()
         for one in list(self._open):
             if one.round is not None and one.round.done():
-                self._go_on(one)
-        if now - self._looked_at >= LOOK_SECONDS:
-            self._looked_at = now
+                self._finish_round(one)
+        if now - self._polled_at >= POLL_SECONDS:
+            self._polled_at = now
             found = tracker_exports.claim(self._db, types=self._types, limit=MAX_OPEN - len(self._open))
             self._open += [_Open(export=export) for export in found]
         for one in self._open:
             if one.round is None and one.due_at <= now:
                 one.round = self._pool.submit(self._round, one)
 
-    def _go_on(self, one: _Open) -> None:
+    def _finish_round(self, one: _Open) -> None:
         assert one.round is not None
         finished, one.round = one.round, None
         error = finished.exception()
@@ -117,7 +117,7 @@ class Exports:
                 one.session = self._begin(one.export, news.run)
             one.session.write(news.points, news.end)
             one.export, follows = tracker_exports.record(self._db, one.export, news, run_id=one.session.run_id)
-            one.due_at = 0.0 if news.has_more else time.monotonic() + LOOK_SECONDS
+            one.due_at = 0.0 if news.has_more else time.monotonic() + POLL_SECONDS
         except ExportFailed as failure:
             tracker_exports.fail(self._db, one.export, str(failure))
         finally:
@@ -126,14 +126,14 @@ class Exports:
         return follows
 
     def _begin(self, export: Export, run: dict[str, object]) -> ExportSession:
-        begun = {
+        opening = {
             "type": export.type,
             "run": run,
             "run_id": export.run_id,
             "next_step": max(export.train_step, export.valid_step) + 1,
             "places": {export.type: places(self._settings)[export.type]},
         }
-        return ExportSession(begun)
+        return ExportSession(opening)
 
     def _end(self) -> None:
         """Write the remaining points, within the time limit. The next worker writes the rest."""

@@ -58,10 +58,10 @@ def places(settings: Settings) -> dict[str, str]:
 class ExportSession:
     """An open run. Not thread-safe."""
 
-    def __init__(self, begun: Json, *, answer_seconds: float = ANSWER_SECONDS) -> None:
+    def __init__(self, opening: Json, *, answer_seconds: float = ANSWER_SECONDS) -> None:
         """Open the run. Raises ExportFailed."""
         self._answer_seconds = answer_seconds
-        self._environment = _environment(begun["type"])
+        self._environment = _environment(opening["type"])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.children.tracker.main"],
             cwd=ROOT,
@@ -74,7 +74,7 @@ class ExportSession:
             start_new_session=True,
         )
         try:
-            self.run_id = str(self._ask(begun)["run_id"])
+            self.run_id = str(self._ask(opening)["run_id"])
         except ExportFailed:
             self.kill()
             raise

@@ -23,7 +23,7 @@ UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sight:
+class Visibility:
     """Length of each sequence, scale of scores, and which tokens a token sees."""
 
     lengths: tuple[int, ...]
@@ -53,9 +53,9 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return all(runs_on(tensor) and tensor.dtype == query.dtype for tensor in (query, key, value))
 
 
-def attend_by_matrices(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+def attend_by_matrices(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility) -> Tensor:
     """Attend within each of the consecutive sequences: query [H, T, E], key and value [K, T, E] to [T, H, E]."""
-    return MatrixAttention.apply(query, key, value, sight)
+    return MatrixAttention.apply(query, key, value, visibility)
 
 
 class MatrixAttention(torch.autograd.Function):
@@ -65,16 +65,16 @@ class MatrixAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, sight: Sight):
-        ctx.sight = sight
+    def forward(ctx, q_HTE: Tensor, k_KTE: Tensor, v_KTE: Tensor, visibility: Visibility):
+        ctx.visibility = visibility
         out_THE = q_HTE.new_empty(q_HTE.shape[1], q_HTE.shape[0], v_KTE.shape[2])
         queries, keys, values = _rows_of(q_HTE), _rows_of(k_KTE), _rows_of(v_KTE)
         num_groups, start, saved = q_HTE.shape[0] // k_KTE.shape[0], 0, []
-        for length in sight.lengths:
+        for length in visibility.lengths:
             at, columns = {"start": start, "length": length}, -(-length // COLUMNS) * COLUMNS
             q_KRE = queries.by_head(**at, num_rows=length * num_groups, num_groups=num_groups)
             k_KCE, v_KCE = keys.by_head(**at, num_rows=columns), values.by_head(**at, num_rows=columns)
-            weights_KRC = _weights(q_KRE, k_KCE, num_groups, sight, length)
+            weights_KRC = _weights(q_KRE, k_KCE, num_groups, visibility, length)
             _put(torch.bmm(weights_KRC, v_KCE), num_groups, out_THE[start : start + length])
             saved += [q_KRE, k_KCE, v_KCE, weights_KRC if length <= LONGEST_KEPT else None]
             start += length
@@ -92,15 +92,15 @@ class MatrixAttention(torch.autograd.Function):
             for part, heads in zip(saved[:3], (num_heads, len(saved[1]), len(saved[1])), strict=True)
         ]
         received = _rows_of(grad_THE.transpose(0, 1))
-        for index, length in enumerate(ctx.sight.lengths):
+        for index, length in enumerate(ctx.visibility.lengths):
             q_KRE, k_KCE, v_KCE, weights_KRC = saved[4 * index : 4 * index + 4]
             if weights_KRC is None:
-                weights_KRC = _weights(q_KRE, k_KCE, num_groups, ctx.sight, length)
+                weights_KRC = _weights(q_KRE, k_KCE, num_groups, ctx.visibility, length)
             num_rows = length * num_groups
             do_KRE = received.by_head(start=start, length=length, num_rows=num_rows, num_groups=num_groups)
             ds_KRC = torch.bmm(do_KRE, v_KCE.transpose(1, 2))
             weights = _flat(weights_KRC)
-            score_gradient(weights, weights, _flat(ds_KRC), *_shape(ds_KRC), num_groups, *_seen(ctx.sight, length))
+            score_gradient(weights, weights, _flat(ds_KRC), *_shape(ds_KRC), num_groups, *_seen(ctx.visibility, length))
             dq_SHE, dk_SKE, dv_SKE = (grad[start : start + length] for grad in grads)
             _put(torch.bmm(ds_KRC, k_KCE), num_groups, dq_SHE)
             _put(torch.bmm(ds_KRC.transpose(1, 2), q_KRE), 1, dk_SKE)
@@ -109,11 +109,11 @@ class MatrixAttention(torch.autograd.Function):
         return *(grad.transpose(0, 1) for grad in grads), None
 
 
-def _weights(q_KRE: Tensor, k_KCE: Tensor, num_groups: int, sight: Sight, length: int) -> Tensor:
+def _weights(q_KRE: Tensor, k_KCE: Tensor, num_groups: int, visibility: Visibility, length: int) -> Tensor:
     """Return the softmax of scale · q kᵀ, [K, R, C], over the keys that each row sees."""
     weights_KRC = torch.bmm(q_KRE, k_KCE.transpose(1, 2))
     scores = _flat(weights_KRC)
-    visible_softmax(scores, scores, *_shape(weights_KRC), num_groups, *_seen(sight, length))
+    visible_softmax(scores, scores, *_shape(weights_KRC), num_groups, *_seen(visibility, length))
     return weights_KRC
 
 
@@ -130,8 +130,8 @@ def _shape(scores_KRC: Tensor) -> tuple[int, int]:
     return scores_KRC.shape[1], scores_KRC.shape[2]
 
 
-def _seen(sight: Sight, length: int) -> tuple[tuple[int, int, int], float, float, bool, int]:
-    return (0, 0, length), sight.scale, 0.0, sight.causal, sight.window
+def _seen(visibility: Visibility, length: int) -> tuple[tuple[int, int, int], float, float, bool, int]:
+    return (0, 0, length), visibility.scale, 0.0, visibility.causal, visibility.window
 
 
 def _put(heads_KRE: Tensor, num_groups: int, rows_SHE: Tensor) -> None:

@@ -28,7 +28,7 @@ def attend_together(
     """Attend within each sequence: query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E]."""
     q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query, key, value))
     longest = max(pack.sequence_lengths)
-    together = kernel()(
+    attended = kernel()(
         q_THE,
         k_TKE,
         v_TKE,
@@ -40,7 +40,7 @@ def attend_together(
         window_size=window_size(causal=causal, window=window, longest=longest),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return together[None]
+    return attended[None]
 
 
 def kernel() -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lora_core.errors import UnsupportedModel
-from lora_core.layers.attention.dense_cpu import UNLIMITED, Sight, attend_by_matrices, serves
+from lora_core.layers.attention.dense_cpu import UNLIMITED, Visibility, attend_by_matrices, serves
 from lora_core.layers.attention.flash import attend_together, fits
 from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips
 from lora_core.packing.packed_batch import PackedBatch, attend_last, current_kernels, current_pack
@@ -72,8 +72,10 @@ def packed_attention(
     lengths = list(pack.sequence_lengths)
     if _by_matrices(query, key, value, softcap, max(lengths)):
         heads = query.squeeze(0), key.squeeze(0), value.squeeze(0)
-        sight = Sight(lengths=pack.sequence_lengths, scale=scale, causal=causal, window=sliding_window or UNLIMITED)
-        return attend_by_matrices(*heads, sight)[None], None
+        visibility = Visibility(
+            lengths=pack.sequence_lengths, scale=scale, causal=causal, window=sliding_window or UNLIMITED
+        )
+        return attend_by_matrices(*heads, visibility)[None], None
     parts = zip(query[0].split(lengths, 1), key[0].split(lengths, 1), value[0].split(lengths, 1), strict=True)
     outputs = [attend(q, k, v, **options) for q, k, v in parts]
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
@@ -91,8 +93,10 @@ def _attend_growing(
             outputs.append(attend(q, k, v, causal=causal, **options))
             continue
         is_whole = kept.num_tokens == 0
-        seen = kept.extended(k, v)
-        outputs.append(attend(q, *seen, causal=causal, **options) if is_whole else attend_last(q, *seen, **options))
+        keys_values = kept.extended(k, v)
+        outputs.append(
+            attend(q, *keys_values, causal=causal, **options) if is_whole else attend_last(q, *keys_values, **options)
+        )
     return torch.cat(outputs, dim=1).transpose(0, 1)[None]
 
 
@@ -108,13 +112,15 @@ def attend(
 ) -> Tensor:
     """Attend within one sequence: softmax(softcap · tanh(scale · q kᵀ / softcap)) v. Returns [H, S, E]."""
     num_tokens = q_HSE.shape[1]
-    seen = UNLIMITED if window is None or window >= num_tokens else window
+    effective_window = UNLIMITED if window is None or window >= num_tokens else window
     if _by_matrices(q_HSE, k_KSE, v_KSE, softcap, num_tokens):
-        sight = Sight(lengths=(num_tokens,), scale=scale, causal=causal, window=seen)
-        return attend_by_matrices(q_HSE, k_KSE, v_KSE, sight).transpose(0, 1)
-    if seen == UNLIMITED and _is_fused(q_HSE, k_KSE, v_KSE, softcap):
+        visibility = Visibility(lengths=(num_tokens,), scale=scale, causal=causal, window=effective_window)
+        return attend_by_matrices(q_HSE, k_KSE, v_KSE, visibility).transpose(0, 1)
+    if effective_window == UNLIMITED and _is_fused(q_HSE, k_KSE, v_KSE, softcap):
         return _attend_fused(q_HSE, k_KSE, v_KSE, scale=scale, causal=causal)
-    return attend_in_strips(q_HSE, k_KSE, v_KSE, Scoring(scale=scale, causal=causal, window=seen, softcap=softcap))
+    return attend_in_strips(
+        q_HSE, k_KSE, v_KSE, Scoring(scale=scale, causal=causal, window=effective_window, softcap=softcap)
+    )
 
 
 def _by_matrices(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, longest: int) -> bool:

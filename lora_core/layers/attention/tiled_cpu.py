@@ -49,7 +49,7 @@ class Strip:
     scoring: Scoring
 
     @property
-    def seen(self) -> slice:
+    def visible(self) -> slice:
         return slice(self.first, self.last)
 
     def rows(self, num_groups: int) -> slice:
@@ -93,10 +93,10 @@ class StripAttention(torch.autograd.Function):
         ctx.save_for_backward(q_KRE, k_KCE, v_KCE)
         out_SHE = q_HSE.new_empty(num_tokens, num_heads, v_KSE.shape[2])
         for strip in strips(num_tokens, num_heads, scoring, q_HSE.device):
-            rows, seen = strip.rows(num_heads // num_key_heads), strip.seen
-            scores_KRN = torch.bmm(q_KRE[:, rows], k_KCE[:, seen].transpose(1, 2))
+            rows, visible = strip.rows(num_heads // num_key_heads), strip.visible
+            scores_KRN = torch.bmm(q_KRE[:, rows], k_KCE[:, visible].transpose(1, 2))
             weights_KRN = _softmax(scores_KRN, scores_KRN, strip)
-            _put(torch.bmm(weights_KRN, v_KCE[:, seen]), out_SHE[strip.start : strip.stop])
+            _write(torch.bmm(weights_KRN, v_KCE[:, visible]), out_SHE[strip.start : strip.stop])
         return out_SHE
 
     @staticmethod
@@ -111,16 +111,16 @@ class StripAttention(torch.autograd.Function):
         dq_SHE = q_KRE.new_empty(num_tokens, num_heads, q_KRE.shape[2])
         dk_KCE, dv_KCE = (torch.zeros_like(part, dtype=_wide(part)) for part in (k_KCE, v_KCE))
         for strip in strips(num_tokens, num_heads, ctx.scoring, grad_SHE.device):
-            seen, tokens = strip.seen, slice(strip.start, strip.stop)
-            q, k_KNE = q_KRE[:, strip.rows(num_heads // num_key_heads)], k_KCE[:, seen]
+            visible, tokens = strip.visible, slice(strip.start, strip.stop)
+            q, k_KNE = q_KRE[:, strip.rows(num_heads // num_key_heads)], k_KCE[:, visible]
             do_KRE = _by_token(grad_SHE[tokens].transpose(0, 1), num_key_heads, len(grad_SHE[tokens]))
             scores_KRN = torch.bmm(q, k_KNE.transpose(1, 2))
             weights_KRN = _softmax(scores_KRN, torch.empty_like(scores_KRN), strip)
-            received_KRN = torch.bmm(do_KRE, v_KCE[:, seen].transpose(1, 2))
+            received_KRN = torch.bmm(do_KRE, v_KCE[:, visible].transpose(1, 2))
             ds_KRN = _gradient(scores_KRN, weights_KRN, received_KRN, strip)
-            _put(torch.bmm(ds_KRN, k_KNE), dq_SHE[tokens])
-            dk_KCE[:, seen] += torch.bmm(ds_KRN.transpose(1, 2), q)
-            dv_KCE[:, seen] += torch.bmm(weights_KRN.transpose(1, 2), do_KRE)
+            _write(torch.bmm(ds_KRN, k_KNE), dq_SHE[tokens])
+            dk_KCE[:, visible] += torch.bmm(ds_KRN.transpose(1, 2), q)
+            dv_KCE[:, visible] += torch.bmm(weights_KRN.transpose(1, 2), do_KRE)
         dk_KSE, dv_KSE = (part[:, :num_tokens].to(q_KRE.dtype) for part in (dk_KCE, dv_KCE))
         return dq_SHE.transpose(0, 1), dk_KSE, dv_KSE, None
 
@@ -160,8 +160,8 @@ def _for_kernels(scores_KRN: Tensor, strip: Strip) -> tuple[Any, ...]:
     _, num_rows, num_columns = scores_KRN.shape
     num_groups, scoring = num_rows // (strip.stop - strip.start), strip.scoring
     place = strip.start, strip.first, strip.num_tokens
-    sees = scoring.scale, scoring.softcap or 0.0, scoring.causal, scoring.window
-    return num_rows, num_columns, num_groups, place, *sees
+    options = scoring.scale, scoring.softcap or 0.0, scoring.causal, scoring.window
+    return num_rows, num_columns, num_groups, place, *options
 
 
 def _flat(tensor: Tensor) -> Any:
@@ -186,7 +186,7 @@ def _by_token(heads_HSE: Tensor, num_key_heads: int, num_tokens: int) -> Tensor:
     return rows_KSGE.flatten(1, 2)
 
 
-def _put(heads_KRE: Tensor, rows_BHE: Tensor) -> None:
+def _write(heads_KRE: Tensor, rows_BHE: Tensor) -> None:
     """Write rows grouped by key head to `rows_BHE`, grouped by token."""
     (num_key_heads, _, size), num_tokens = heads_KRE.shape, len(rows_BHE)
     by_token_BKGE = heads_KRE.view(num_key_heads, num_tokens, -1, size).transpose(0, 1)

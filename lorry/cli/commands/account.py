@@ -41,7 +41,7 @@ def login(
     # As if LORRY_URL named it: a local service must prove its identity before it gets the key.
     found = connection.find(environ={**os.environ, "LORRY_URL": url, "LORRY_API_KEY": key})
     if urlsplit(url).scheme == "http" and not connection.is_loopback(url):
-        output.say(f"Warning: the connection to {url} is not encrypted. Anyone on the network can read the API key.")
+        output.echo(f"Warning: the connection to {url} is not encrypted. Anyone on the network can read the API key.")
     transport = Transport(found)
     try:
         identity = SignInLinks(transport).identity()
@@ -53,15 +53,15 @@ def login(
     if as_json:
         output.print_json({**identity, "url": url, "path": str(path)})
     else:
-        output.say(f"Logged in to {url} as {identity.get('key_name')} (project {identity.get('project')}).")
-        output.say(f"Stored the key in {path}.")
+        output.echo(f"Logged in to {url} as {identity.get('key_name')} (project {identity.get('project')}).")
+        output.echo(f"Stored the key in {path}.")
     for name in ("LORRY_URL", "LORRY_API_KEY", "LORRY_DATA_DIR"):
         if os.environ.get(name):
-            output.say(f"{name} is set and takes precedence. Unset it to use this login.")
+            output.echo(f"{name} is set and takes precedence. Unset it to use this login.")
 
 
 def _read_key() -> str:
-    key = typer.prompt("API key", hide_input=True, err=True) if output.is_attended() else sys.stdin.readline()
+    key = typer.prompt("API key", hide_input=True, err=True) if output.is_interactive() else sys.stdin.readline()
     if not key.strip():
         raise LorryError(
             "No API key was entered.", code="missing_api_key", remedy="Enter it at the prompt, or pipe it to stdin."
@@ -98,6 +98,6 @@ def sign_in_link(
         output.print_json(link)
     else:
         output.console().print(link["url"], soft_wrap=True)
-        output.say(f"The link is valid once, until {output.when(link['expires_at'])}. Keep it secret.")
+        output.echo(f"The link is valid once, until {output.when(link['expires_at'])}. Keep it secret.")
     if open_browser and not webbrowser.open(link["url"]):
-        output.say("No browser is available on this machine. Open the link manually.")
+        output.echo("No browser is available on this machine. Open the link manually.")

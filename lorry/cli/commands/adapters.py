@@ -148,7 +148,7 @@ def verify(
             "--keys applies only to a folder; the service verifies its own adapters.", param_hint="--keys"
         )
     else:
-        with _mentioning_folder(adapter):
+        with _adding_folder_hint(adapter):
             lorry = client()
             result = lorry.adapters.verify(lookup.adapter(lorry, adapter))
     if as_json:
@@ -171,10 +171,10 @@ def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
         from lorry.verification.adapter_folder import read_lineage, verify_folder
 
         record = read_lineage(folder)
-        output.say(f"Read from {folder / 'lineage.json'}, without the service.")
+        output.echo(f"Read from {folder / 'lineage.json'}, without the service.")
         result = verify_folder(folder)
     else:
-        with _mentioning_folder(adapter):
+        with _adding_folder_hint(adapter):
             lorry = client()
             record, result = lorry.adapters.lineage(lookup.adapter(lorry, adapter)), None
     if as_json:
@@ -215,7 +215,7 @@ def share(
     given = lorry.adapters.share(name, [lookup.project(lorry, project) for project in projects])
     if as_json:
         return output.print_json([permission.raw for permission in given])
-    return output.say(f"Shared {name} with {', '.join(projects)}. Undo it with: lorry adapters unshare {name} PROJECT")
+    return output.echo(f"Shared {name} with {', '.join(projects)}. Undo it with: lorry adapters unshare {name} PROJECT")
 
 
 @app.verb("shares", "lorry adapters shares support", "lorry adapters shares support --json")
@@ -244,7 +244,7 @@ def unshare(
     name = lookup.adapter(lorry, adapter)
     permission = lookup.permission(lorry, name, project)
     lorry.adapters.unshare(name, permission)
-    output.say(f"{name} is no longer shared with {project}.")
+    output.echo(f"{name} is no longer shared with {project}.")
 
 
 def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
@@ -315,7 +315,7 @@ def _folder(adapter: str) -> Path | None:
 
 
 @contextmanager
-def _mentioning_folder(adapter: str) -> Generator[None]:
+def _adding_folder_hint(adapter: str) -> Generator[None]:
     """Add to the service's error that no such folder exists either."""
     try:
         yield
@@ -342,8 +342,8 @@ def _verify_folder(folder: Path, keys: Path | None) -> tuple[dict[str, Any], str
         lorry = client()
         found = lorry.adapters.signing_keys()
     except LorryError as error:
-        output.say(f"The signature was not checked: the service returned no public keys. {error.message}")
-        output.say("To verify it offline, pass --keys FILE with the response of GET /v1/keys.json.")
+        output.echo(f"The signature was not checked: the service returned no public keys. {error.message}")
+        output.echo("To verify it offline, pass --keys FILE with the response of GET /v1/keys.json.")
         return result, None
     return verify_folder(folder, keys=found), lorry.url
 
@@ -355,13 +355,13 @@ def _report_verdict(adapter: str, result: dict[str, Any], *, owner: str | None =
     problems: list[str] = result.get("problems") or []
     if not as_json:
         for problem in problems:
-            output.say(problem)
+            output.echo(problem)
         if result.get("signature") == "valid":
-            output.say(f"The signature is valid: it was made with a key of {owner} for this lineage record.")
+            output.echo(f"The signature is valid: it was made with a key of {owner} for this lineage record.")
         if (retired_at := result.get("key_retired_at")) is not None:
             day = datetime.fromtimestamp(retired_at, UTC).date().isoformat()
-            output.say(f"This key was retired on {day}. If its secret has leaked, pull the adapter again.")
-        output.say(f"{adapter}: {_verdict(result, problems, is_unknown=problems == [UNKNOWN_KEY], owner=owner)}.")
+            output.echo(f"This key was retired on {day}. If its secret has leaked, pull the adapter again.")
+        output.echo(f"{adapter}: {_verdict(result, problems, is_unknown=problems == [UNKNOWN_KEY], owner=owner)}.")
     if not result.get("passed"):
         raise typer.Exit(EXIT_REFUSED)
 
@@ -399,14 +399,14 @@ def _source_of(lorry: Lorry, base_model: str) -> str | None:
 
 def _print_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
     """The base_model_name_or_path of adapter_config.json is Lorry's own name: Transformers can't load that."""
-    output.say(f"Load it with PEFT: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
+    output.echo(f"Load it with PEFT: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
     held = _sharding_text(adapter)
     if source is None:
         given = f", with {held}" if held else ""
-        output.say(f"base is {adapter.base_model}, loaded with Transformers from its folder or Hub ID{given}.")
+        output.echo(f"base is {adapter.base_model}, loaded with Transformers from its folder or Hub ID{given}.")
     else:
         given = f", {held}" if held else ""
-        output.say(f"base is {adapter.base_model}: AutoModelForCausalLM.from_pretrained({source}{given})")
+        output.echo(f"base is {adapter.base_model}: AutoModelForCausalLM.from_pretrained({source}{given})")
 
 
 def _sharding_text(adapter: Adapter) -> str | None:

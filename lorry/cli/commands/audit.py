@@ -86,9 +86,9 @@ def verify(*, as_json: AsJson = False) -> None:
     if as_json:
         output.print_json({**found.raw, "is_sound": found.is_sound, "num_events": found.num_events})
     elif found.misfit is None:
-        output.say(f"OK: {found.num_events} sealed events are unchanged; {found.num_unsealed} are not sealed yet.")
+        output.echo(f"OK: {found.num_events} sealed events are unchanged; {found.num_unsealed} are not sealed yet.")
     else:
-        output.say(_misfit_sentence(found))
+        output.echo(_misfit_sentence(found))
     if not found.is_sound:
         raise typer.Exit(EXIT_REFUSED)
 
@@ -113,15 +113,15 @@ def _suggesting_types(typed: Sequence[str]) -> Generator[None]:
         known = re.findall(r"'([a-z_]+\.[a-z_]+)'", error.message)
         if field == "event_types[]" and index.isdecimal() and int(index) < len(typed) and known:
             error.message = f"Unknown event type {typed[int(index)]!r}."
-            error.remedy = _near(typed[int(index)], known)
+            error.remedy = _suggestion(typed[int(index)], known)
             error.param = "--type"
         raise
 
 
-def _near(typed: str, known: Sequence[str]) -> str:
+def _suggestion(typed: str, known: Sequence[str]) -> str:
     group = typed.partition(".")[0]
-    if typed not in (group, f"{group}.*") and (near := get_close_matches(typed, known, n=1)):
-        return f"Did you mean {near[0]}?"
+    if typed not in (group, f"{group}.*") and (matches := get_close_matches(typed, known, n=1)):
+        return f"Did you mean {matches[0]}?"
     of_group = [name for name in known if name.partition(".")[0] == group]
     if of_group:
         return f"Event types of {group}: {', '.join(of_group)}."
@@ -137,13 +137,13 @@ def _misfit_sentence(found: AuditVerification) -> str:
             f"FAILED: anchor {found.misfit.id} is not what the server wrote. "
             f"All {found.num_events} events match the chain."
         )
-    what = {
+    fault_texts = {
         "changed": "was changed after it was sealed",
         "missing": "is missing",
         "misplaced": "does not follow the previous event: events were swapped, or the end was cut off",
     }
     named = f" ({found.misfit.id})" if found.misfit.id else ""
-    fault = what.get(found.misfit.fault, found.misfit.fault)
+    fault = fault_texts.get(found.misfit.fault, found.misfit.fault)
     return f"FAILED: event {found.misfit.link}{named} {fault}. The {found.num_events} events before it match the chain."
 
 

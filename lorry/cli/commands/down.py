@@ -34,16 +34,16 @@ def down(
     pid = lock.holder(folder)
     if pid is not None:
         if not as_json:
-            output.say(f"Stopping the service in {folder} (process {pid}). Jobs are being saved …")
+            output.echo(f"Stopping the service in {folder} (process {pid}). Jobs are being saved …")
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while lock.holder(folder) == pid:
             if time.monotonic() > deadline:
-                output.say(f"Error: process {pid} is still running after {PATIENCE_SECONDS:g} s.")
-                output.say("Run `lorry down` again to stop it at once.")
+                output.echo(f"Error: process {pid} is still running after {PATIENCE_SECONDS:g} s.")
+                output.echo("Run `lorry down` again to stop it at once.")
                 raise typer.Exit(EXIT_REFUSED)
             time.sleep(POLL_SECONDS)
     if as_json:
         output.print_json({"data_dir": str(folder), "stopped_pid": pid})
     else:
-        output.say("Stopped." if pid is not None else f"No service is running in {folder}.")
+        output.echo("Stopped." if pid is not None else f"No service is running in {folder}.")

@@ -161,7 +161,7 @@ def report(
     if as_json:
         output.print_json(found)
     elif not found.get("report"):
-        output.say(NOT_PREPARED.format(file=file_id, model=model))
+        output.echo(NOT_PREPARED.format(file=file_id, model=model))
     else:
         from lorry.cli.render.lineage import prepared
 
@@ -208,7 +208,9 @@ def upload_with_bar(
             path, purpose=purpose, expires_after_seconds=expires_after_seconds, on_progress=on_progress
         )
     if file.same_content_as is not None and not reuses:
-        output.say(f"{path.name} has the same content as {file.same_content_as}; a second copy is stored as {file.id}.")
+        output.echo(
+            f"{path.name} has the same content as {file.same_content_as}; a second copy is stored as {file.id}."
+        )
     return file
 
 

@@ -100,7 +100,7 @@ def list_(
     none = "No jobs yet. Submit one with `lorry jobs submit MODEL TRAIN`."
     table(columns, rows, empty="No jobs match." if tag or pairs else none)
     if any(job.status == "paused" for job in jobs):
-        output.say("Resume a paused job with: lorry jobs resume ID")
+        output.echo("Resume a paused job with: lorry jobs resume ID")
 
 
 @app.verb("show", "lorry jobs show ftjob-3f2b", "lorry jobs show ftjob-3f2b -o json")
@@ -142,7 +142,7 @@ def watch(
 ) -> None:
     """Show live progress until all jobs are finished. Exits with 1 if a job did not succeed."""
     lorry = client()
-    progress_bars.stay(lorry, [lookup.job(lorry, typed) for typed in job_ids], as_json=as_json)
+    progress_bars.watch_until_final(lorry, [lookup.job(lorry, typed) for typed in job_ids], as_json=as_json)
 
 
 @app.verb(
@@ -178,7 +178,7 @@ def logs(
     place = _print_lines(list(found)[-(limit or 0) :], as_json=as_json)
     if not follow:
         if not found and not as_json:
-            output.say(f"No logs for job {job_id}. For what happened to it, run: lorry jobs events {job_id}")
+            output.echo(f"No logs for job {job_id}. For what happened to it, run: lorry jobs events {job_id}")
         return
     seen = {line.id for line in found}  # the last id is no cursor: lines of several processes arrive interleaved
 
@@ -267,8 +267,10 @@ def samples(job_id: JobId, as_json: AsJson = False) -> None:
     if as_json:
         return output.print_json([sample.raw for sample in found])
     if not found:
-        output.say(f"No samples for job {job_id} yet. A job generates samples if it has a validation file and prompts:")
-        output.say("""lorry jobs submit ... --valid FILE --set 'evaluation.samples.prompts=["..."]'""")
+        output.echo(
+            f"No samples for job {job_id} yet. A job generates samples if it has a validation file and prompts:"
+        )
+        output.echo("""lorry jobs submit ... --valid FILE --set 'evaluation.samples.prompts=["..."]'""")
     for step in sorted({sample.step for sample in found}):
         output.heading(f"step {step}")
         for sample in found:
@@ -375,7 +377,7 @@ def _print_result(job: Job, *, as_json: bool) -> None:
         output.print_json(job.raw)
     else:
         end = "" if job.status == "paused" or job.is_held else "."  # a period would look like part of the command
-        output.say(f"Job {job.id} is {job_view.status(job)}{end}")
+        output.echo(f"Job {job.id} is {job_view.status(job)}{end}")
 
 
 def _print_event(event: JobEvent, *, as_json: bool) -> None:

@@ -156,15 +156,15 @@ def revoke(
         return output.print_json(key.raw)
     others = len(key.revoked_keys) - 1
     descendants = "1 key that descends" if others == 1 else f"{others} keys that descend"
-    output.say(f"Revoked {key.id} ({key.name}){f' and {descendants} from it' if others > 0 else ''}.")
+    output.echo(f"Revoked {key.id} ({key.name}){f' and {descendants} from it' if others > 0 else ''}.")
     if cancel:
-        output.say("Its unfinished jobs and sweeps are being cancelled.")
+        output.echo("Its unfinished jobs and sweeps are being cancelled.")
     elif key.unfinished_jobs or key.unfinished_sweeps:
         left = f"{key.unfinished_jobs} jobs and {key.unfinished_sweeps} sweeps"
-        output.say(f"Unfinished work that it created: {left}. Cancel them: lorry keys revoke {key.id} --cancel")
+        output.echo(f"Unfinished work that it created: {left}. Cancel them: lorry keys revoke {key.id} --cancel")
     if key.valid_descendants:
         command = f"lorry keys revoke {key.id} --with-descendants"
-        output.say(f"Valid keys that descend from it: {key.valid_descendants}. Revoke them: {command}")
+        output.echo(f"Valid keys that descend from it: {key.valid_descendants}. Revoke them: {command}")
     return None
 
 
@@ -186,8 +186,8 @@ def rotate(
     _show_once(key, as_json=as_json)
     _store_own(lorry, key_id, key)
     if not as_json:
-        still = "1 day" if overlap is None else f"{overlap} s"
-        output.say(f"The old key {key_id} remains valid for at most {still}.")
+        overlap_text = "1 day" if overlap is None else f"{overlap} s"
+        output.echo(f"The old key {key_id} remains valid for at most {overlap_text}.")
 
 
 @app.verb("limit", hidden=True)
@@ -223,7 +223,7 @@ def update(
         return output.print_json(key.raw)
     limits = [_limit_text(key.requests_per_minute, "requests/minute"), _limit_text(key.jobs_per_day, "jobs/day")]
     limits += [f"highest priority {key.highest_priority}"] if key.highest_priority else []
-    return output.say(f"Updated {key.id} ({key.name}): {', '.join(limits)}.")
+    return output.echo(f"Updated {key.id} ({key.name}): {', '.join(limits)}.")
 
 
 def _show_once(key: ApiKey, *, as_json: bool) -> None:
@@ -231,7 +231,7 @@ def _show_once(key: ApiKey, *, as_json: bool) -> None:
         return output.print_json(key.raw)
     output.console().print(key.value, soft_wrap=True)
     until = f" It expires at {output.when(key.expires_at)}." if key.expires_at else ""
-    return output.say(f"Created {key.id} ({key.name}). The secret is not shown again: store it now.{until}")
+    return output.echo(f"Created {key.id} ({key.name}). The secret is not shown again: store it now.{until}")
 
 
 def _store_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
@@ -246,8 +246,8 @@ def _store_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:
         known = connection.read(folder)
         if known is not None and known.api_key == lorry.api_key:
             path = connection.write(folder, replace(known, api_key=key.value))
-            return output.say(f"Stored the new key in {path}.")
-    return output.say("You rotated the key that you use. Set LORRY_API_KEY to the new one.")
+            return output.echo(f"Stored the new key in {path}.")
+    return output.echo("You rotated the key that you use. Set LORRY_API_KEY to the new one.")
 
 
 def _facts(key: ApiKey) -> Iterator[tuple[str, object]]:

@@ -60,9 +60,9 @@ def add(
     elif quiet:
         output.print_ids([model.id or name])
     elif model.state == "ready":
-        output.say(f"Model {name} is ready, digest {model.digest}.")
+        output.echo(f"Model {name} is ready, digest {model.digest}.")
     else:
-        output.say(f"Importing model {name}. Check its state with: lorry models show {name}")
+        output.echo(f"Importing model {name}. Check its state with: lorry models show {name}")
 
 
 @app.verb("list", "lorry models list", "lorry models list -q", "lorry models list --json")
@@ -86,9 +86,9 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     )
     for model in models:
         if model.error:
-            output.say(f"{model.id} {model.state}: {output.brief(model.error.message)}")
+            output.echo(f"{model.id} {model.state}: {output.brief(model.error.message)}")
     if any(model.error for model in models):
-        output.say("Show the whole error and its fix with: lorry models show NAME")
+        output.echo("Show the whole error and its fix with: lorry models show NAME")
 
 
 @app.verb("show", "lorry models show smollm2-135m", "lorry models show smollm2-135m --json")

@@ -86,4 +86,4 @@ def _print_result(organization: Organization, sentence: str, as_json: bool) -> N
     if as_json:
         output.print_json(organization.raw)
     else:
-        output.say(sentence)
+        output.echo(sentence)

@@ -33,13 +33,13 @@ EXAMPLES = (
 def create(ctx: typer.Context, **options: Any) -> None:
     """Dry run: check the data and estimate memory, time and cost of a job without training."""
     as_json, quiet = options["as_json"], options["quiet"]
-    asked = read(ctx)
+    request = read(ctx)
     lorry = client()
-    planned = asked.send(lorry, lorry.plans.create, kept_seconds=KEPT_SECONDS, quiet=quiet)
+    planned = request.send(lorry, lorry.plans.create, kept_seconds=KEPT_SECONDS, quiet=quiet)
     if quiet:
         return output.print_ids([planned.id])
     if planned.status == "computing":
-        planned = _waited(lorry, planned)
+        planned = _wait(lorry, planned)
     _print(planned, as_json=as_json)
     if planned.status == "failed":
         raise typer.Exit(EXIT_REFUSED)
@@ -102,22 +102,22 @@ def _print(planned: Plan, *, as_json: bool) -> None:
         return output.print_json(planned.raw)
     plan_view.draw(planned)
     if planned.status == "ready":
-        output.say(f"\nSubmit this job until {output.when(planned.expires_at)} with:")
-        output.say(f"lorry jobs submit --plan {planned.id}")
+        output.echo(f"\nSubmit this job until {output.when(planned.expires_at)} with:")
+        output.echo(f"lorry jobs submit --plan {planned.id}")
     return None
 
 
-def _waited(lorry: Lorry, planned: Plan) -> Plan:
+def _wait(lorry: Lorry, planned: Plan) -> Plan:
     """Wait for a plan. If the user interrupts, it is still computed."""
-    output.say(f"Preparing files for {planned.id} (longer if the base model must be downloaded first) …")
+    output.echo(f"Preparing files for {planned.id} (longer if the base model must be downloaded first) …")
     try:
         return lorry.plans.wait(planned.id)
     except KeyboardInterrupt:
-        output.say(f"Stopped waiting; the plan is still computed. Show it with: lorry plans show {planned.id}")
+        output.echo(f"Stopped waiting; the plan is still computed. Show it with: lorry plans show {planned.id}")
         raise
 
 
-def _with_the_options_of_a_job() -> None:
+def _copy_signature_of_submit() -> None:
     """Give `create` the parameters of `submit`: typer reads a function's signature and annotations."""
     hints = get_type_hints(submit, include_extras=True)
     signature = inspect.signature(submit)
@@ -131,5 +131,5 @@ def _with_the_options_of_a_job() -> None:
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
 
 
-_with_the_options_of_a_job()
+_copy_signature_of_submit()
 app.verb("create", *EXAMPLES)(create)

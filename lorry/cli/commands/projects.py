@@ -172,8 +172,8 @@ def weigh(
 ) -> None:
     """Set a project's fair-share weight. Use `lorry projects update --weight` instead."""
     lorry = client()
-    weighed = lorry.projects.weigh(lookup.project(lorry, project), weight)
-    _print_result(weighed, f"Project {weighed.name} has weight {weighed.weight:g}.", as_json)
+    updated = lorry.projects.weigh(lookup.project(lorry, project), weight)
+    _print_result(updated, f"Project {updated.name} has weight {updated.weight:g}.", as_json)
 
 
 @app.verb("archive", "lorry projects archive search", "lorry projects archive search --yes")
@@ -209,7 +209,7 @@ def limit(
     as_json: AsJson = False,
 ) -> None:
     """Set or show a project's limits. Use `lorry projects update` and `lorry projects show` instead."""
-    asked = _limits(
+    requested = _limits(
         concurrent_jobs=concurrent_jobs,
         queued_jobs=queued_jobs,
         jobs_per_day=jobs_per_day,
@@ -220,7 +220,7 @@ def limit(
     )
     lorry = client()
     name = lookup.project(lorry, project)
-    found = lorry.projects.limit(name, **asked) if asked else lorry.projects.limits(name)
+    found = lorry.projects.limit(name, **requested) if requested else lorry.projects.limits(name)
     if as_json:
         return output.print_json([limit.raw for limit in found.values()])
     return _print_limits(found, highest_priority=lorry.projects.get(name).highest_priority)
@@ -270,7 +270,7 @@ def _print_result(project: Project, sentence: str, as_json: bool) -> None:
     if as_json:
         output.print_json(project.raw)
     else:
-        output.say(sentence)
+        output.echo(sentence)
 
 
 def _row(limit: ProjectLimit) -> tuple[object, ...]:

@@ -67,7 +67,7 @@ from lorry.cli.parsing.job_options import (
     Warmup,
     WeightDecay,
 )
-from lorry.cli.parsing.option_names import FIELDS, NAMES, in_typed_words
+from lorry.cli.parsing.option_names import FIELDS, NAMES, use_option_names
 from lorry.cli.parsing.option_values import (
     Method,
     json_or_text,
@@ -146,11 +146,11 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a fine-tuning job. Local files are uploaded first. Omitted options use the service defaults."""
-    lorry, job = _submitted(ctx, plan, quiet=quiet)
+    lorry, job = _submit_request(ctx, plan, quiet=quiet)
     _report(lorry, job, watch=watch, as_json=as_json)
 
 
-def _submitted(ctx: typer.Context, plan: str | None, *, quiet: bool) -> tuple[Lorry, Job]:
+def _submit_request(ctx: typer.Context, plan: str | None, *, quiet: bool) -> tuple[Lorry, Job]:
     if plan is not None:
         _check_alone(ctx)
         lorry = client()
@@ -216,9 +216,9 @@ def _argument(ctx: typer.Context, name: str, metavar: str, option_name: str) -> 
 
 def _check_alone(ctx: typer.Context) -> None:
     """A plan is the whole configuration of a job."""
-    passed = [name for name, value in ctx.params.items() if name not in OUTPUT_OPTIONS and _is_given(value)]
-    if passed:
-        options = ", ".join(sorted(_typed_name(name) for name in passed))
+    given = [name for name, value in ctx.params.items() if name not in OUTPUT_OPTIONS and _is_given(value)]
+    if given:
+        options = ", ".join(sorted(_typed_name(name) for name in given))
         ctx.fail(f"--plan can't be combined with {options}. Create a new plan with these options instead.")
 
 
@@ -240,8 +240,8 @@ def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
 
 def _report(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:
     if watch:
-        output.say(f"Created job {job.id}.")  # first: watching needs another scope
-        progress_bars.stay(lorry, [job.id], as_json=as_json)
+        output.echo(f"Created job {job.id}.")  # first: watching needs another scope
+        progress_bars.watch_until_final(lorry, [job.id], as_json=as_json)
     elif as_json:
         output.print_json(job.raw)
     else:
@@ -318,5 +318,5 @@ def _create(
     try:
         return create(model=model, training_file=ids["TRAIN"], validation_file=ids.get("--valid"), extra_body=body)
     except APIError as error:
-        in_typed_words(error, typed)
+        use_option_names(error, typed)
         raise

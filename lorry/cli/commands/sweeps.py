@@ -9,7 +9,7 @@ import typer
 from lorry.cli import lookup
 from lorry.cli.app import client, group
 from lorry.cli.commands.with_files import send_with_files
-from lorry.cli.parsing.option_names import in_typed_words
+from lorry.cli.parsing.option_names import use_option_names
 from lorry.cli.parsing.option_values import Method, Priority, json_or_text, nested, pair
 from lorry.cli.parsing.sweep_syntax import Metric, check_space, parameter, search_of
 from lorry.cli.render import output, sweep_leaderboard
@@ -135,7 +135,7 @@ def run(
     if len(varied) < len(over):
         raise typer.BadParameter("a field was passed twice. Pass it only once.", param_hint="--over")
     check_space(varied, kind=search["type"], method=method or Method.supervised)
-    fields = _fields(ctx.params, method or Method.supervised) | _others(other)
+    fields = _fields(ctx.params, method or Method.supervised) | _parse_pairs(other)
     body = {**nested(list(fields.items())), "parameters": varied, "search": search}
     body |= {"keep_adapters": "best"} if keep_best else {}
     body |= {"objective": {"metric": metric}} if metric else {}
@@ -202,7 +202,7 @@ def show(
 def watch(sweep_id: SweepId, as_json: AsJson = False) -> None:
     """Show the live leaderboard until all trials are finished. Exits with 1 if no trial succeeded."""
     lorry = client()
-    sweep_leaderboard.stay(lorry, lookup.sweep(lorry, sweep_id), as_json=as_json)
+    sweep_leaderboard.watch_until_final(lorry, lookup.sweep(lorry, sweep_id), as_json=as_json)
 
 
 @app.verb("close", "lorry sweeps close sweep-3f2b", "lorry sweeps close sweep-3f2b --yes")
@@ -214,7 +214,7 @@ def close(sweep_id: SweepId, yes: Yes = False, as_json: AsJson = False) -> None:
     sweep = lorry.sweeps.close(sweep_id)
     if as_json:
         return output.print_json(sweep.raw)
-    return output.say(f"Closed sweep {sweep.id}. Its existing trials continue.")
+    return output.echo(f"Closed sweep {sweep.id}. Its existing trials continue.")
 
 
 @app.verb("cancel", "lorry sweeps cancel sweep-3f2b", "lorry sweeps cancel sweep-3f2b --yes")
@@ -226,7 +226,7 @@ def cancel(sweep_id: SweepId, yes: Yes = False, as_json: AsJson = False) -> None
     sweep = lorry.sweeps.cancel(sweep_id)
     if as_json:
         return output.print_json(sweep.raw)
-    return output.say(f"Sweep {sweep.id} is {'cancelled' if sweep.is_final else 'being cancelled'}.")
+    return output.echo(f"Sweep {sweep.id} is {'cancelled' if sweep.is_final else 'being cancelled'}.")
 
 
 def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
     return given | ({"method.type": method} if numbers else {})
 
 
-def _others(given: list[str] | None) -> dict[str, Any]:
+def _parse_pairs(given: list[str] | None) -> dict[str, Any]:
     pairs = (pair(each, "--set", "PATH=VALUE") for each in given or [])
     return {path: json_or_text(text) for path, text in pairs}
 
@@ -254,16 +254,16 @@ def _send(lorry: Lorry, model: str, training: str, valid: str | None, body: Mapp
             )
         except APIError as error:
             typed = {f"parameters.{path}": f"--over {path}" for path in body["parameters"]}
-            in_typed_words(error, {**typed, "search.trials": "--trials", "search.min_steps": "--min-steps"})
+            use_option_names(error, {**typed, "search.trials": "--trials", "search.min_steps": "--min-steps"})
             raise
 
 
 def _report(lorry: Lorry, sweep: Sweep, *, watch: bool, quiet: bool, as_json: bool) -> None:
     if watch:
-        sweep_leaderboard.stay(lorry, sweep.id, as_json=as_json)
+        sweep_leaderboard.watch_until_final(lorry, sweep.id, as_json=as_json)
     elif as_json:
         output.print_json(sweep.raw)
     else:
         output.print_ids([sweep.id])
         if not quiet:
-            output.say(f"{sweep.num_trials} trials. Show them with: lorry sweeps show {sweep.id}")
+            output.echo(f"{sweep.num_trials} trials. Show them with: lorry sweeps show {sweep.id}")

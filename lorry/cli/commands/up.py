@@ -59,16 +59,16 @@ def up(
     os.umask(0o077)  # all processes of the service inherit it
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (message := privacy.make_private(folder)) is not None:
-        output.say(message)
+        output.echo(message)
     if detach:
         listening_at = ["--host", host, *(["--port", str(port)] if port is not None else [])]
         return _detach(folder, [*listening_at, "--devices", ",".join(chosen)], chosen, as_json=as_json)
-    with DataLock(folder), ports.listen(host, port) as listening:
-        if (message := ports.moved(listening, port)) is not None:
-            output.say(message)
-        running = service.LocalService(folder, host=host, listening=listening)
+    with DataLock(folder), ports.listen(host, port) as listener:
+        if (message := ports.moved(listener, port)) is not None:
+            output.echo(message)
+        running = service.LocalService(folder, host=host, listener=listener)
         running.logs.mkdir(mode=0o700, exist_ok=True)
-        known = _bootstrap(running, ports.url(host, listening))
+        known = _bootstrap(running, ports.url(host, listener))
         num_signals = _supervise(running, known, chosen, as_json=as_json)
     if num_signals > 1:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -106,7 +106,7 @@ def _detach(folder: Path, arguments: list[str], devices: list[str], *, as_json: 
         raise
     if not line:
         process.wait()
-        output.say(log.read_bytes()[start:].decode("utf-8", "replace").rstrip())
+        output.echo(log.read_bytes()[start:].decode("utf-8", "replace").rstrip())
         raise typer.Exit(EXIT_REFUSED)
     ready: dict[str, str] = json.loads(line)
     if as_json:
@@ -128,12 +128,12 @@ def _bootstrap(running: LocalService, url: str) -> Connection:
     try:
         before = connection.read(running.data_dir)
     except NotConfigured as error:
-        output.say(error.message)
+        output.echo(error.message)
         before = None
     api_key = made.api_key or (before.api_key if before else None)
     if api_key is None:
         api_key = running.new_key()
-        output.say(f"{running.data_dir / connection.FILE_NAME} had no API key. A new key was created and saved there.")
+        output.echo(f"{running.data_dir / connection.FILE_NAME} had no API key. A new key was created and saved there.")
     known = connection.Connection(url=url, api_key=api_key, identity_secret=made.identity_secret)
     connection.write(running.data_dir, known)
     return known
@@ -143,7 +143,7 @@ def _supervise(running: LocalService, known: Connection, devices: list[str], *, 
     from lorry.local.supervisor import ServiceSupervisor
 
     def announce() -> None:
-        keep_key_good(running, known)
+        replace_invalid_key(running, known)
         link, command = running.sign_in_link(), _next_command(running.data_dir, known)
         if as_json:
             announcement = {"url": known.url, "sign_in_url": link, "data_dir": str(running.data_dir), "next": command}
@@ -156,11 +156,11 @@ def _supervise(running: LocalService, known: Connection, devices: list[str], *, 
         running.workers(devices),
         is_ready=lambda: is_ready(known),
         on_ready=announce,
-        say=output.say,
+        report=output.echo,
     ).run()
 
 
-def keep_key_good(running: LocalService, known: Connection) -> None:
+def replace_invalid_key(running: LocalService, known: Connection) -> None:
     """Replaces a key in the connection file that is no longer valid: it was revoked, or rotated elsewhere.
 
     Raises ServiceNotVerified, and then the key was not sent.
@@ -177,7 +177,7 @@ def keep_key_good(running: LocalService, known: Connection) -> None:
     if answer.status_code == 401:
         connection.write(running.data_dir, replace(known, api_key=running.new_key()))
         path = running.data_dir / connection.FILE_NAME
-        output.say(f"The API key in {path} is no longer valid. A new key was created and saved there.")
+        output.echo(f"The API key in {path} is no longer valid. A new key was created and saved there.")
 
 
 def _next_command(data_dir: Path, known: Connection) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorry.models.accounts import UsageBucket, UsageResult
 
 
-class By(StrEnum):
+class Grouping(StrEnum):
     """The groupings of usage."""
 
     project = "project"
@@ -29,11 +29,11 @@ class By(StrEnum):
     organization = "organization"
 
 
-GROUPS: dict[By, tuple[Literal["organization_id", "project_id", "model"], ...]] = {
-    By.project: ("project_id",),
-    By.model: ("model",),
-    By.both: ("project_id", "model"),
-    By.organization: ("organization_id",),
+GROUPS: dict[Grouping, tuple[Literal["organization_id", "project_id", "model"], ...]] = {
+    Grouping.project: ("project_id",),
+    Grouping.model: ("model",),
+    Grouping.both: ("project_id", "model"),
+    Grouping.organization: ("organization_id",),
 }
 
 
@@ -43,7 +43,7 @@ EXAMPLES = ("lorry usage", "lorry usage --since 30d --by model", "lorry usage --
 def usage(
     *,
     since: Annotated[int, duration("Show usage of this last time, such as 7d or 30d.")] = "7d",  # pyright: ignore
-    by: Annotated[By, typer.Option(help="Grouping of the usage of a day.")] = By.project,
+    by: Annotated[Grouping, typer.Option(help="Grouping of the usage of a day.")] = Grouping.project,
     project: Annotated[
         list[str] | None, typer.Option(help="Show only this project, by name or ID (repeatable).")
     ] = None,
@@ -66,7 +66,7 @@ def usage(
     found = list(days)
     if as_json:
         return output.print_json([bucket.raw for bucket in found])
-    is_by_organization = by is By.organization
+    is_by_organization = by is Grouping.organization
     owners = lorry.organizations.list() if is_by_organization else lorry.projects.list(archived=True)
     names = {one.id: one.name for one in owners}
     columns = (

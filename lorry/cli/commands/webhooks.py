@@ -59,7 +59,7 @@ def create(
     endpoint = client().webhooks.create(url, name=name or urlsplit(url).hostname or "webhook", **given)
     _show_once(endpoint, as_json=as_json)
     if not as_json:
-        output.say(f"Test it with: lorry webhooks test {endpoint.id}")
+        output.echo(f"Test it with: lorry webhooks test {endpoint.id}")
 
 
 @app.verb("list", "lorry webhooks list", "lorry webhooks list --json")
@@ -108,7 +108,7 @@ def try_(
     if as_json:
         output.print_json(answer.raw)
     else:
-        output.say(f"{endpoint_id} responded with {answer.status_code}{_quoted(answer.reply)}.")
+        output.echo(f"{endpoint_id} responded with {answer.status_code}{_quoted(answer.reply)}.")
     if not 200 <= answer.status_code < 300:
         raise typer.Exit(1)
 
@@ -166,12 +166,12 @@ def replay(
     lorry = client()
     if failed_since is None:
         delivery = lorry.webhooks.replay(ident)
-        return output.print_json(delivery.raw) if as_json else output.say(f"Replaying {delivery.id}.")
+        return output.print_json(delivery.raw) if as_json else output.echo(f"Replaying {delivery.id}.")
     ident = lookup.webhook(lorry, ident)
     number = lorry.webhooks.replay_failed(ident, since=int(time.time()) - failed_since)
     if as_json:
         return output.print_json({"webhook_endpoint_id": ident, "replayed": number})
-    return output.say(f"Replaying {number} deliver{'y' if number == 1 else 'ies'}.")
+    return output.echo(f"Replaying {number} deliver{'y' if number == 1 else 'ies'}.")
 
 
 @app.verb("rotate", hidden=True)
@@ -193,7 +193,7 @@ def rotate_secret(
     endpoint = lorry.webhooks.rotate_secret(lookup.webhook(lorry, endpoint_id), overlap_seconds=overlap)
     _show_once(endpoint, as_json=as_json)
     if not as_json and endpoint.old_secret_until:
-        output.say(f"Events are also signed with the old secret until {output.when(endpoint.old_secret_until)}.")
+        output.echo(f"Events are also signed with the old secret until {output.when(endpoint.old_secret_until)}.")
 
 
 @app.verb(
@@ -251,7 +251,7 @@ def _show_once(endpoint: WebhookEndpoint, *, as_json: bool) -> None:
     if as_json:
         return output.print_json(endpoint.raw)
     output.console().print(endpoint.signing_secret, soft_wrap=True)
-    return output.say(
+    return output.echo(
         f"This is the signing secret of {endpoint.id} ({endpoint.name}). It is not shown again: store it now."
     )
 
@@ -260,7 +260,7 @@ def _print_result(endpoint: WebhookEndpoint, sentence: str, as_json: bool) -> No
     if as_json:
         output.print_json(endpoint.raw)
     else:
-        output.say(sentence)
+        output.echo(sentence)
 
 
 def _facts(endpoint: WebhookEndpoint) -> Iterator[tuple[str, object]]:
@@ -277,9 +277,9 @@ def _facts(endpoint: WebhookEndpoint) -> Iterator[tuple[str, object]]:
 
 
 def _status(endpoint: WebhookEndpoint) -> str:
-    why = f" ({endpoint.disabled_reason})" if endpoint.disabled_reason else ""
+    reason = f" ({endpoint.disabled_reason})" if endpoint.disabled_reason else ""
     failing = " (failing)" if endpoint.failing_since and not endpoint.disabled_at else ""
-    return f"{endpoint.status}{why}{failing}"
+    return f"{endpoint.status}{reason}{failing}"
 
 
 def _row(endpoint: WebhookEndpoint) -> tuple[object, ...]:

@@ -109,7 +109,7 @@ def _earlier(lorry: Lorry, file: File, path: Path, uploaded: list[str], *, quiet
         return None
     uploaded.remove(file.id)
     if not quiet:
-        output.say(f"{path.name} is already uploaded as {earlier.id}; using that file.")
+        output.echo(f"{path.name} is already uploaded as {earlier.id}; using that file.")
     return earlier.id
 
 
@@ -117,6 +117,6 @@ def _delete_again(lorry: Lorry, file_id: str) -> None:
     try:
         lorry.files.delete(file_id)
     except LorryError as error:
-        output.say(f"File {file_id} was uploaded for this job and could not be deleted: {error.message}")
+        output.echo(f"File {file_id} was uploaded for this job and could not be deleted: {error.message}")
     else:
-        output.say(f"Deleted file {file_id}, which was uploaded for this job.")
+        output.echo(f"Deleted file {file_id}, which was uploaded for this job.")

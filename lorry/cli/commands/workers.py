@@ -56,7 +56,7 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     )
     for worker in found:
         if worker.cordon is not None and worker.state != "ended":
-            output.say(_cordon_sentence(worker.id, worker.cordon))
+            output.echo(_cordon_sentence(worker.id, worker.cordon))
 
 
 @app.verb("show", "lorry workers show worker-3f2b", "lorry workers show worker-3f2b --json")
@@ -123,7 +123,7 @@ def _print_result(worker: Worker, sentence: str, *, as_json: bool) -> None:
     if as_json:
         output.print_json(worker.raw)
     else:
-        output.say(sentence)
+        output.echo(sentence)
 
 
 def _cordon_sentence(worker_id: str, cordon: Cordon) -> str:

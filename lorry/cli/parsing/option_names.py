@@ -71,13 +71,13 @@ NAMES = {
 """The argument or option that sets each field."""
 
 
-def in_typed_words(error: APIError, typed: Mapping[str, str]) -> None:
+def use_option_names(error: APIError, typed: Mapping[str, str]) -> None:
     """Make an error name the option instead of the field. typed: the option that set each field, by dotted path."""
-    words = {"validation_file": NAMES["validation_file"], "method.type": NAMES["method.type"]}
+    names = {"validation_file": NAMES["validation_file"], "method.type": NAMES["method.type"]}
     if error.param:
         name = _name_of(error.param, typed)
-        words[error.param], error.param = name, name
-    error.message, error.remedy = _with_option_names(error.message, words), _with_option_names(error.remedy, words)
+        names[error.param], error.param = name, name
+    error.message, error.remedy = _with_option_names(error.message, names), _with_option_names(error.remedy, names)
 
 
 def _name_of(param: str, typed: Mapping[str, str]) -> str:
@@ -89,18 +89,18 @@ def _name_of(param: str, typed: Mapping[str, str]) -> str:
     return ", ".join(inside) or param
 
 
-def _with_option_names(text: str, words: Mapping[str, str]) -> str:
+def _with_option_names(text: str, names: Mapping[str, str]) -> str:
     """Replace field names that are in quotes or that can't be ordinary words.
 
     One pass replaces all, because the name of an option may contain the name of its field.
     """
-    if not words:
+    if not names:
         return text
-    patterns = [_pattern(field) for field in sorted(words, key=len, reverse=True)]
-    return re.sub("|".join(patterns), lambda found: words[found[0].strip("'")], text)
+    patterns = [_pattern(field) for field in sorted(names, key=len, reverse=True)]
+    return re.sub("|".join(patterns), lambda found: names[found[0].strip("'")], text)
 
 
 def _pattern(field: str) -> str:
     name = re.escape(field)
-    is_no_word = "_" in field or "." in field
-    return f"'{name}'" + (rf"|(?<![\w.'-]){name}(?![\w'-]|\.\w)" if is_no_word else "")
+    is_identifier = "_" in field or "." in field
+    return f"'{name}'" + (rf"|(?<![\w.'-]){name}(?![\w'-]|\.\w)" if is_identifier else "")

@@ -49,8 +49,8 @@ def _range(given: str, text: str) -> dict[str, Any]:
     low, _, high = limits.partition("..")
     try:
         space: dict[str, Any] = {"min": _number(low), "max": _number(high)}
-        for word in more:
-            space |= {"scale": word} if word in ("log", "linear") else {"points": int(word)}
+        for option in more:
+            space |= {"scale": option} if option in ("log", "linear") else {"points": int(option)}
     except ValueError:
         raise typer.BadParameter(f"{given!r} does not have the form {FORM}.", param_hint="--over") from None
     return space

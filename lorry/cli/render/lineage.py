@@ -113,10 +113,10 @@ def _configuration(spec: Json) -> Pairs:
 
 def _attempt(attempt: Json) -> Pairs:
     machine = _part(attempt, "machine")
-    begun, ended = _moment(attempt.get("started_at")), _moment(attempt.get("ended_at"))
+    started, ended = _moment(attempt.get("started_at")), _moment(attempt.get("ended_at"))
     yield "end", attempt.get("end")
-    yield "started", begun and output.when(int(begun.timestamp()))
-    yield "took", output.duration((ended - begun).total_seconds()) if begun and ended else None
+    yield "started", started and output.when(int(started.timestamp()))
+    yield "took", output.duration((ended - started).total_seconds()) if started and ended else None
     yield "from step", attempt.get("resumed_from_step")
     yield "worker", attempt.get("worker")
     yield "trainer", attempt.get("trainer")

@@ -45,7 +45,8 @@ def messages() -> Console:
     return Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
 
 
-def say(message: str) -> None:
+def echo(message: str) -> None:
+    """Print a message on stderr."""
     messages().print(clean(message), soft_wrap=True)
 
 
@@ -77,27 +78,27 @@ def print_deleted(kind: str, name: str, *, as_json: bool, note: str = "") -> Non
     if as_json:
         print_json({"id": name, "deleted": True})
     else:
-        say(f"Deleted {kind} {name}.{note}")
+        echo(f"Deleted {kind} {name}.{note}")
 
 
 def confirm(question: str, *, yes: bool) -> None:
     """Ask the user to confirm, unless `yes`. Exits if the answer is no, or if there is no terminal to ask at."""
     if yes:
         return
-    if not is_attended():
+    if not is_interactive():
         raise Unattended("Confirmation required. Pass --yes to run non-interactively.")
     messages().print(f"{clean(question)} [y/N] ", end="", soft_wrap=True)
     try:
         answer = sys.stdin.readline()
     except KeyboardInterrupt:
-        say("")  # the cursor is behind the question
+        echo("")  # the cursor is behind the question
         raise
     if answer.strip().lower() not in {"y", "yes"}:
-        say("Aborted.")
+        echo("Aborted.")
         raise typer.Exit(1)
 
 
-def is_attended() -> bool:
+def is_interactive() -> bool:
     """Whether a user can answer."""
     return sys.stdin.isatty()
 

@@ -114,8 +114,8 @@ def _draw_memory(plan: Plan) -> None:
     """Print the parts of the memory of each kind of device that fits."""
     output.heading("memory per device")
     fitting = plan.devices.get("workers_that_fit", [])
-    wanted = {_way(worker) for worker in fitting} or {_way({"kind": "cuda"})}
-    for memory in (memory for memory in plan.memory if _way(memory) in wanted):
+    wanted = {_placement(worker) for worker in fitting} or {_placement({"kind": "cuda"})}
+    for memory in (memory for memory in plan.memory if _placement(memory) in wanted):
         total = max(1, memory["total_bytes"])
         out = output.console()
         for part in sorted(memory["parts"], key=lambda part: -part["bytes"]):
@@ -126,18 +126,18 @@ def _draw_memory(plan: Plan) -> None:
             )
         host_bytes: int = memory.get("host_bytes") or 0
         on_host = f", and {output.size(host_bytes)} of host memory" if host_bytes else ""
-        output.pairs([("total", f"{output.size(total)} on {_where(memory)}{on_host}")])
+        output.pairs([("total", f"{output.size(total)} on {_placement_text(memory)}{on_host}")])
     output.pairs(_devices(plan.devices), label_width=_LABEL_CELLS)
 
 
-def _way(memory: Json) -> tuple[str, int, str]:
+def _placement(memory: Json) -> tuple[str, int, str]:
     """Return the kind of device; for a sharded base model also the number of devices and the strategy."""
     strategy: str = memory.get("strategy", "replicated")
     return memory["kind"], memory.get("num_devices", 1) if strategy != "replicated" else 1, strategy
 
 
-def _where(memory: Json) -> str:
-    kind, number, strategy = _way(memory)
+def _placement_text(memory: Json) -> str:
+    kind, number, strategy = _placement(memory)
     if number == 1:
         return "a GPU" if kind == "cuda" else "a CPU"
     return f"each of {number} {'GPUs' if kind == 'cuda' else 'processes'} that shard the base model ({strategy})"
@@ -210,16 +210,16 @@ def _draw_row(row: Json) -> None:
     part = f"{row['part']}: " if row["part"] else ""
     out.print(Text(f"{part}{row['num_tokens']} tokens{cut}, {row['trained_tokens']} trained on", style="dim"))
     text = Text()
-    upto = 0
+    shown_end = 0
     for segment in row["segments"]:
-        if segment["start"] > upto:
-            text.append(f" [... {segment['start'] - upto} tokens ...] ", style="dim")
+        if segment["start"] > shown_end:
+            text.append(f" [... {segment['start'] - shown_end} tokens ...] ", style="dim")
         for is_trained, run in _runs(segment["tokens"]):
             marked = f">{run}<" if is_trained and not has_color else run
             text.append(output.clean(marked), style="bold green" if is_trained else "")
-        upto = segment["start"] + len(segment["tokens"])
-    if upto < row["num_tokens"]:
-        text.append(f" [... {row['num_tokens'] - upto} tokens ...]", style="dim")
+        shown_end = segment["start"] + len(segment["tokens"])
+    if shown_end < row["num_tokens"]:
+        text.append(f" [... {row['num_tokens'] - shown_end} tokens ...]", style="dim")
     out.print(text, soft_wrap=True)
 
 

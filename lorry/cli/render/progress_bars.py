@@ -27,12 +27,12 @@ _CELLS_OF_ALL_FACTS = 106
 Message = tuple[str, "Job | LorryError"]
 
 
-def stay(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
+def watch_until_final(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> None:
     """Watch jobs, and exit with 1 if one did not succeed. Ctrl-C stops only the watching."""
     try:
         jobs = watch(lorry, job_ids, as_json=as_json)
     except KeyboardInterrupt:
-        output.say(f"Stopped watching; training continues. Watch again with: lorry jobs watch {' '.join(job_ids)}")
+        output.echo(f"Stopped watching; training continues. Watch again with: lorry jobs watch {' '.join(job_ids)}")
         raise
     if any(job.status != "succeeded" for job in jobs):
         raise typer.Exit(EXIT_REFUSED)
@@ -44,7 +44,7 @@ def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:
     if as_json:
         return _drain(lorry, unique, lambda job: output.print_json_line(job.raw))
     if not sys.stderr.isatty():
-        return _drain(lorry, unique, _reporting_pauses(_Lines().show, output.say))
+        return _drain(lorry, unique, _reporting_pauses(_Lines().show, output.echo))
     with _bars() as progress:
         bars = {job_id: progress.add_task(job_id, total=None, facts="") for job_id in unique}
         above = progress.console
@@ -54,7 +54,7 @@ def watch(lorry: Lorry, job_ids: list[str], *, as_json: bool) -> list[Job]:
         )
         jobs = _drain(lorry, unique, show)
     for job in jobs:
-        output.say(ending(job))
+        output.echo(ending(job))
     return jobs
 
 
@@ -62,8 +62,8 @@ def ending(job: Job) -> str:
     """Return a sentence about a final job."""
     if job.status == "succeeded":
         return f"Job {job.id} succeeded: {job.fine_tuned_model}"
-    why = f": {job.error.message} {job.error.remedy}".rstrip() if job.error else "."
-    return f"Job {job.id} {job.status}{why}"
+    reason = f": {job.error.message} {job.error.remedy}".rstrip() if job.error else "."
+    return f"Job {job.id} {job.status}{reason}"
 
 
 def how_to_resume(job: Job) -> str:
@@ -100,7 +100,7 @@ def _joined(parts: list[tuple[int, str]]) -> str:
     return "  ".join(text for _, text in parts)
 
 
-def _reporting_pauses(show: Callable[[Job], None], say: Callable[[str], None]) -> Callable[[Job], None]:
+def _reporting_pauses(show: Callable[[Job], None], echo: Callable[[str], None]) -> Callable[[Job], None]:
     """Call `show`, and print once per pause how to resume the job."""
     paused: set[str] = set()
 
@@ -110,7 +110,7 @@ def _reporting_pauses(show: Callable[[Job], None], say: Callable[[str], None]) -
             paused.discard(job.id)
         elif job.id not in paused:
             paused.add(job.id)
-            say(f"Job {job.id} is {how_to_resume(job)}")
+            echo(f"Job {job.id} is {how_to_resume(job)}")
 
     return shown
 
@@ -126,19 +126,19 @@ class _Lines:
         key = f"{job.status} {job.progress.step}"
         if self._last.get(job.id) != key:
             self._last[job.id] = key
-            output.say(line)
+            output.echo(line)
 
 
 def _drain(lorry: Lorry, job_ids: list[str], show: Callable[[Job], None]) -> list[Job]:
     """Show each new state of each job in the main thread, so that Ctrl-C works at once."""
     final: dict[str, Job] = {}
     for message in _messages(lorry, job_ids):
-        job_id, seen = message
-        if isinstance(seen, LorryError):
-            raise seen
-        show(seen)
-        if seen.is_final:
-            final[job_id] = seen
+        job_id, state = message
+        if isinstance(state, LorryError):
+            raise state
+        show(state)
+        if state.is_final:
+            final[job_id] = state
         if len(final) == len(job_ids):
             break
     return [final[job_id] for job_id in job_ids]
@@ -168,17 +168,17 @@ def _bars() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = output.messages()
-    bar = [BarColumn(bar_width=_BAR_CELLS)] if _has_room_for_bars(console.width) else []
-    label, words = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[facts]}", markup=False)
-    return Progress(label, *bar, words, console=console)
+    bar = [BarColumn(bar_width=_BAR_CELLS)] if _fits_bars(console.width) else []
+    label, detail = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[facts]}", markup=False)
+    return Progress(label, *bar, detail, console=console)
 
 
 def _draw(progress: Progress, bar: TaskID, job: Job) -> None:
     steps, width = job.progress, progress.console.width
     total = steps.num_steps or (1 if job.is_final else None)
-    max_width = width - len(job.id) - 1 - (_BAR_CELLS + 1 if _has_room_for_bars(width) else 0)
+    max_width = width - len(job.id) - 1 - (_BAR_CELLS + 1 if _fits_bars(width) else 0)
     progress.update(bar, completed=steps.step, total=total, facts=output.clean(facts(job, max_width=max_width)))
 
 
-def _has_room_for_bars(width: int) -> bool:
+def _fits_bars(width: int) -> bool:
     return width >= _CELLS_OF_ALL_FACTS + _BAR_CELLS

@@ -68,12 +68,12 @@ def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
     table(columns, rows, empty="No trials yet.")
 
 
-def stay(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
+def watch_until_final(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
     """Watch until all trials are finished; exits with 1 if none succeeded. Ctrl-C stops only the watching."""
     try:
         sweep = _watch(lorry, sweep_id, as_json=as_json)
     except KeyboardInterrupt:
-        output.say(f"Stopped watching; the sweep continues. Watch again with: lorry sweeps watch {sweep_id}")
+        output.echo(f"Stopped watching; the sweep continues. Watch again with: lorry sweeps watch {sweep_id}")
         raise
     if sweep.status != "succeeded":
         raise typer.Exit(EXIT_REFUSED)
@@ -85,9 +85,9 @@ def _watch(lorry: Lorry, sweep_id: str, *, as_json: bool) -> Sweep:
     sweep = _drawn(lorry, sweep_id) if sys.stderr.isatty() else _print_progress(lorry, sweep_id)
     print_board(sweep, list(lorry.sweeps.trials(sweep_id)))
     if sweep.fine_tuned_model:
-        output.say(f"The best adapter is {sweep.fine_tuned_model}. Pull it with: lorry adapters pull {sweep.id}")
+        output.echo(f"The best adapter is {sweep.fine_tuned_model}. Pull it with: lorry adapters pull {sweep.id}")
     else:
-        output.say(f"Sweep {sweep.id} {sweep.status} and has no adapter.")
+        output.echo(f"Sweep {sweep.id} {sweep.status} and has no adapter.")
     return sweep
 
 
@@ -111,7 +111,7 @@ def _print_progress(lorry: Lorry, sweep_id: str) -> Sweep:
         line = f"{sweep.id}  {_trials(sweep)}" + (f"  best: {_best(sweep.best_trial)}" if sweep.best_trial else "")
         if printed != [line]:
             printed[:] = [line]
-            output.say(line)
+            output.echo(line)
 
     return lorry.sweeps.wait(sweep_id, on_progress=show, poll_seconds=POLL_SECONDS)
 

@@ -27,7 +27,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, empty:
 
     cells = [[" ".join(output.clean(output.cell(value)).split()) for value in row] for row in rows]
     if not cells:
-        return output.say(empty)
+        return output.echo(empty)
     out = output.console()
     widths = _widths(columns, cells, out.width)
     out.print(Text(_line([column.title for column in columns], widths), style="bold"), soft_wrap=True)
@@ -45,9 +45,9 @@ def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], max_width
         for index, column in enumerate(columns)
     }
     least = {index: min(width, columns[index].min_width or width) for index, width in widths.items()}
-    going = sorted((i for i in widths if i and columns[i].priority), key=lambda i: columns[i].priority, reverse=True)
-    while going and _total(least) > max_width:
-        dropped = going.pop(0)
+    optional = sorted((i for i in widths if i and columns[i].priority), key=lambda i: columns[i].priority, reverse=True)
+    while optional and _total(least) > max_width:
+        dropped = optional.pop(0)
         del widths[dropped], least[dropped]
     for index in sorted(widths, key=lambda i: widths[i] - least[i], reverse=True):
         excess = _total(widths) - max_width

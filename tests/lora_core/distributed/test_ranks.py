@@ -138,7 +138,7 @@ def test_every_pair_of_ranks_has_communicated_before_training(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(distributed.dist, "send", lambda _, dst, rank=rank: messages.append(("sent", rank, dst)))
         monkeypatch.setattr(distributed.dist, "recv", lambda _, src, rank=rank: messages.append(("heard", src, rank)))
-        distributed.greet(Ranks(rank=rank, size=3), "cpu")
+        distributed.connect_all(Ranks(rank=rank, size=3), "cpu")
 
     pairs = {(0, 1), (0, 2), (1, 2)}
     assert {(low, high) for how, low, high in messages if how == "sent"} == pairs
@@ -175,7 +175,7 @@ def test_each_rank_learns_which_ranks_failed(monkeypatch: pytest.MonkeyPatch, ow
     monkeypatch.setattr(Ranks, "gathered", lambda _, summary: [None, other, summary])
 
     def act() -> None:
-        with Ranks(rank=2, size=3).together():
+        with Ranks(rank=2, size=3).sharing_errors():
             if own is not None:
                 raise own
 

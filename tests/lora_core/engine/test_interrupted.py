@@ -82,14 +82,14 @@ def test_tick_interrupted_between_lanes_and_bookkeeping_changes_no_byte(load, mo
     alone = run_alone(load("llama"), LONG)
     engine = Engine(load("llama"), EngineConfig(token_budget=64))
     admit(engine, "long", LONG)
-    learn, calls = engine._throughput.learn, itertools.count()
+    record, calls = engine._throughput.record, itertools.count()
 
     def interrupted(**measured):
         if next(calls) in (1, 5):
             raise KeyboardInterrupt
-        learn(**measured)
+        record(**measured)
 
-    monkeypatch.setattr(engine._throughput, "learn", interrupted)
+    monkeypatch.setattr(engine._throughput, "record", interrupted)
     events, num_interrupted = run_to_the_end(engine, KeyboardInterrupt)
 
     assert num_interrupted == 2
@@ -191,7 +191,7 @@ def test_lanes_abandoned_by_two_interrupts_can_still_be_awaited(monkeypatch):
     assert ended == []
 
     may_end.set()
-    lanes_of_two.settle()
+    lanes_of_two.wait()
 
     assert ended == [1]
 
@@ -208,7 +208,7 @@ def test_failed_submission_of_a_part_leaves_no_other_part_unawaited(monkeypatch)
     monkeypatch.setattr(ThreadPoolExecutor, "submit", limited)
     with pytest.raises(RuntimeError, match="thread"):
         lanes_of_three.run(ended.append, [0, 1, 2])
-    lanes_of_three.settle()
+    lanes_of_three.wait()
 
     assert ended == [1]
 

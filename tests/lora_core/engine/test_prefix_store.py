@@ -112,7 +112,7 @@ def test_failed_copy_leaves_no_entry_without_its_states(states, monkeypatch, rai
     store = PrefixStore(memory_bytes=2 * states[0].nbytes, disk_bytes=0, folder=None)
     store.keep(KEYS[0], states[0], "gone")
     store.keep(KEYS[1], states[1], "gone")
-    store.leave("gone")
+    store.disown("gone")
 
     def fail(*_arguments, **_options):
         raise raised
@@ -138,7 +138,7 @@ def test_partly_written_file_is_removed(tmp_path, states, monkeypatch, raised, h
     if has_victims:
         store.keep(KEYS[0], states[0], "gone")
         store.keep(KEYS[1], states[1], "gone")
-        store.leave("gone")
+        store.disown("gone")
 
     def fail(path, *_arguments):
         path.write_bytes(b"half")
@@ -180,7 +180,7 @@ def test_disk_usage_never_exceeds_its_budget(tmp_path, states) -> None:
         store.keep(key, state, "job")
     assert sum(path.stat().st_size for path in files(tmp_path)) == 2 * states[0].nbytes
 
-    store.leave("job")
+    store.disown("job")
     store.keep(KEYS[3], states[3], "other")
 
     assert KEYS[3] in store

@@ -25,7 +25,7 @@ def test_budget_is_never_exceeded_and_evicted_keys_are_reported(
             held |= {} if victims is None else {key: size}
             held = {key: size for key, size in held.items() if key not in (victims or {})}
         if leaves:
-            cache.leave(job)
+            cache.disown(job)
 
         assert {key for key in KEYS if key in cache} == set(held)
         assert cache.num_bytes == sum(held.values()) <= 100
@@ -62,7 +62,7 @@ def test_entries_of_a_departed_job_are_evicted_first_unless_used() -> None:
     cache = CacheBudget(3)
     for key in KEYS[:3]:
         cache.place(key, 1, "gone")
-    cache.leave("gone")
+    cache.disown("gone")
     cache.use(KEYS[0], "other")
 
     assert cache.place(KEYS[5], 2, "other") == {KEYS[1]: "", KEYS[2]: ""}

@@ -12,16 +12,16 @@ from tests.lora_core.scenarios import config, dataset
 def test_first_tick_of_a_size_is_ignored_and_later_ones_are_averaged() -> None:
     speeds = Throughput()
     for seconds in (10.0, 1.0, 2.0):
-        speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=seconds)
+        speeds.record(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=seconds)
 
     assert speeds.table() == {"alone": [(100, 90.0)], "together": []}
 
 
 def test_size_with_only_a_first_tick_is_not_reported() -> None:
     speeds = Throughput()
-    speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=2, seconds=1)
-    speeds.learn(num_tokens=300, cost=300, fullest_lane=300, num_jobs=2, seconds=1)
-    speeds.learn(num_tokens=310, cost=310, fullest_lane=310, num_jobs=2, seconds=1)
+    speeds.record(num_tokens=100, cost=100, fullest_lane=100, num_jobs=2, seconds=1)
+    speeds.record(num_tokens=300, cost=300, fullest_lane=300, num_jobs=2, seconds=1)
+    speeds.record(num_tokens=310, cost=310, fullest_lane=310, num_jobs=2, seconds=1)
 
     assert speeds.table()["together"] == [(310, 310.0)]
 
@@ -41,9 +41,9 @@ def test_each_size_gets_the_configured_number_of_solo_ticks(load) -> None:
 
 def test_cached_prefixes_do_not_count_as_higher_speed() -> None:
     speeds = Throughput()
-    speeds.learn(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=10)
+    speeds.record(num_tokens=100, cost=100, fullest_lane=100, num_jobs=1, seconds=10)
     for cost in (100, 50, 25):
-        speeds.learn(num_tokens=100, cost=cost, fullest_lane=cost, num_jobs=1, seconds=cost / 200)
+        speeds.record(num_tokens=100, cost=cost, fullest_lane=cost, num_jobs=1, seconds=cost / 200)
 
     assert speeds.table()["alone"] == [(100, 200.0)]
 
@@ -90,7 +90,9 @@ def test_tick_on_cached_rows_is_measured_by_tokens_and_by_actual_work(load, monk
     engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=3600, **AMPLE))
     engine.admit("a", top(config(num_steps=4, batch_size=2)), ROWS)
     measured: list[tuple[int, int]] = []
-    monkeypatch.setattr(engine._throughput, "learn", lambda **tick: measured.append((tick["num_tokens"], tick["cost"])))
+    monkeypatch.setattr(
+        engine._throughput, "record", lambda **tick: measured.append((tick["num_tokens"], tick["cost"]))
+    )
 
     steps_of_ticks(engine, 4)
 

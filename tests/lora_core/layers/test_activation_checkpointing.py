@@ -201,16 +201,16 @@ def test_rank_with_the_least_memory_decides_for_all(monkeypatch) -> None:
     assert own == (4 * GIB, int(memory.bytes_per_token))
     assert not memory.checkpoints(1_000_000)
 
-    memory.heed(own, [own, (GIB, own[1])])
+    memory.adopt_ranks(own, [own, (GIB, own[1])])
     assert memory.checkpoints(1_000_000)
     assert not memory.checkpoints(300_000)
-    memory.heed(own, [own, (4 * GIB, 100 * own[1])])
+    memory.adopt_ranks(own, [own, (4 * GIB, 100 * own[1])])
     assert memory.checkpoints(300_000)
-    memory.heed(own, [own, own])
+    memory.adopt_ranks(own, [own, own])
     assert not memory.checkpoints(1_000_000)
 
     card.free = 2 * GIB
-    memory.heed((4 * GIB, own[1]), [(4 * GIB, own[1]), (3 * GIB, own[1])])
+    memory.adopt_ranks((4 * GIB, own[1]), [(4 * GIB, own[1]), (3 * GIB, own[1])])
     assert not memory.checkpoints(360_000), "the other rank's shortfall is subtracted from the memory that is free now"
     assert memory.checkpoints(450_000)
 
@@ -221,7 +221,7 @@ def test_out_of_memory_makes_later_ticks_of_that_size_checkpointed(monkeypatch) 
     assert not memory.checkpoints(1000)
 
     card.free = 0  # the error keeps the tick's memory alive
-    assert memory.gives_way(1000)
+    assert memory.force_checkpointing(1000)
     card.free = GIB
 
     assert memory.checkpoints(1000)
@@ -236,7 +236,7 @@ def test_measurements_are_discarded_when_a_job_leaves(load: Callable[..., BaseMo
     for name in ("dear", "other"):
         engine.admit(name, config(num_steps=1), dataset(1, [9, 14]))
     card.tick(memory, 1024, taken=2**25)
-    memory.gives_way(1000)
+    memory.force_checkpointing(1000)
     assert memory.checkpoints(1000)
 
     engine.evict("dear")
@@ -253,10 +253,10 @@ def test_cpu_never_checkpoints_in_auto_mode_and_other_modes_are_fixed() -> None:
     on_a_cpu = ActivationMemory(linears, device="cpu", item_bytes=2, mode="auto")
 
     assert not on_a_cpu.checkpoints(10**12)
-    assert not on_a_cpu.gives_way(1)
+    assert not on_a_cpu.force_checkpointing(1)
     assert on_a_gpu("always").checkpoints(1)
     assert not on_a_gpu("never").checkpoints(10**12)
-    assert not on_a_gpu("never").gives_way(1)
+    assert not on_a_gpu("never").force_checkpointing(1)
 
 
 def test_out_of_memory_tick_is_retried_checkpointed_before_it_is_split(
@@ -265,7 +265,7 @@ def test_out_of_memory_tick_is_retried_checkpointed_before_it_is_split(
     base = load("llama")
     engine = Engine(base, EngineConfig())
     engine.admit("job", config(num_steps=1), dataset(1, [9, 14]))
-    monkeypatch.setattr(engine.activations, "gives_way", lambda *_, **__: True)
+    monkeypatch.setattr(engine.activations, "force_checkpointing", lambda *_, **__: True)
     monkeypatch.setattr(engine.activations, "checkpoints", lambda *_, **__: len(forwards) > 0)
     attempts: list[bool] = []
     original = engine._passes._run_lanes

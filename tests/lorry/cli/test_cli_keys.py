@@ -14,7 +14,7 @@ from typer.testing import Result
 
 from catalog.tenancy.scopes import granted
 from lorry import connection
-from lorry.cli.commands.up import keep_key_good
+from lorry.cli.commands.up import replace_invalid_key
 from lorry.cli.parsing.durations import seconds
 from lorry.connection import Connection
 from tests.lorry.scripted_server import Reply, Script
@@ -98,7 +98,7 @@ def test_start_replaces_an_invalid_key_in_the_connection_file(
     connection.write(tmp_path, known)
     running: Any = SimpleNamespace(data_dir=tmp_path, new_key=lambda: "new")
 
-    keep_key_good(running, known)
+    replace_invalid_key(running, known)
 
     assert connection.read(tmp_path) == replace(known, api_key=kept)
 

@@ -294,7 +294,7 @@ def test_models_delete_requires_confirmation(
 ) -> None:
     service.on("DELETE", "/v1/models/tiny", {})
 
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
 
     result = CliRunner().invoke(app, ["models", "delete", "tiny"], input=answer)
 
@@ -308,7 +308,7 @@ def test_ctrl_c_at_the_prompt_exits_with_130(service: Script, monkeypatch: pytes
         def readline(self) -> str:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
     monkeypatch.setattr(output, "sys", SimpleNamespace(stdin=Interrupted(), stderr=sys.stderr))
 
     result = CliRunner().invoke(app, ["models", "delete", "tiny"])

@@ -74,7 +74,7 @@ def test_yes_skips_the_prompt(service: Script, run: Run, name: str, flag: str) -
 def test_prompt_accepts_only_yes(
     service: Script, monkeypatch: pytest.MonkeyPatch, name: str, answer: str, code: int
 ) -> None:
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
 
     result = CliRunner().invoke(app, [*name.split(), IRREVERSIBLE[name][0]], input=answer)
 
@@ -87,7 +87,7 @@ def test_prompt_accepts_only_yes(
 def test_prompt_shows_the_full_id(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = "ftjob-3f2b8c9d0a1e4f5a6b7c8d9e"
     service.on("GET", "/v1/fine_tuning/jobs", {"data": [{"id": job_id}], "has_more": False})
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
 
     result = CliRunner().invoke(app, ["jobs", "cancel", "ftjob-3f"], input="n\n")
 

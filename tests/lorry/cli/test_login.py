@@ -91,7 +91,7 @@ def test_key_argument_and_empty_key_are_rejected(service: Script, config: Path) 
 def test_key_prompt_does_not_echo_in_a_terminal(service: Script, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service.on("GET", "/v1/browser_session", IDENTITY)
     prompts: list[dict[str, object]] = []
-    monkeypatch.setattr(output, "is_attended", lambda: True)
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
     monkeypatch.setattr("typer.prompt", lambda _text, **options: prompts.append(options) or SECRET)  # pyright: ignore
 
     assert login(service).exit_code == 0

@@ -108,16 +108,16 @@ def test_requested_port_in_use_fails_and_default_uses_the_next(
         with pytest.raises(LorryError, match=f"Port {number} on 127.0.0.1 is in use") as refused:
             ports.listen("127.0.0.1", number)
         assert "--port" in refused.value.remedy
-        with ports.listen("127.0.0.1", None) as listening:
-            assert number < listening.getsockname()[1] < number + 50
+        with ports.listen("127.0.0.1", None) as listener:
+            assert number < listener.getsockname()[1] < number + 50
 
 
 def test_chosen_port_cannot_be_taken_by_another_process() -> None:
-    with ports.listen("127.0.0.1", free_port()) as listening, socket.socket() as other:
+    with ports.listen("127.0.0.1", free_port()) as listener, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
         with pytest.raises(OSError, match="in use"):
-            other.bind(listening.getsockname())
+            other.bind(listener.getsockname())
 
 
 def test_change_of_the_default_port_is_reported() -> None:
@@ -148,9 +148,9 @@ def test_host_of_another_machine_is_a_clear_error(host: str) -> None:
     ],
 )
 def test_url_reaches_exactly_this_socket_from_the_same_machine(host: str, bound: str, url: str) -> None:
-    listening = cast("Any", SimpleNamespace(getsockname=lambda: (bound, 1)))
+    listener = cast("Any", SimpleNamespace(getsockname=lambda: (bound, 1)))
 
-    assert ports.url(host, listening) == url
+    assert ports.url(host, listener) == url
 
 
 @pytest.mark.parametrize("wanted", ["cpu", "CPU", " cpu "])
@@ -276,8 +276,8 @@ def test_ctrl_c_does_not_reach_the_services_commands(tmp_path: Path, monkeypatch
     )
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", code])
 
-    with socket.socket() as listening:
-        made = service.LocalService(tmp_path, host="127.0.0.1", listening=listening).bootstrap()
+    with socket.socket() as listener:
+        made = service.LocalService(tmp_path, host="127.0.0.1", listener=listener).bootstrap()
 
     assert made.api_key == "alone: True"
 
@@ -287,8 +287,8 @@ def test_missing_fields_in_command_output_are_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str
 ) -> None:
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", f"print({printed!r})"])
-    with socket.socket() as listening:
-        made = service.LocalService(tmp_path, host="127.0.0.1", listening=listening)
+    with socket.socket() as listener:
+        made = service.LocalService(tmp_path, host="127.0.0.1", listener=listener)
 
     with pytest.raises(LorryError, match="new-key` succeeded but printed no api_key"):
         made.new_key()
@@ -303,8 +303,8 @@ def test_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -
         database.execute("create table alembic_version (version_num text)")
         database.execute("insert into alembic_version values (?)", [UNRELEASED])
 
-    with socket.socket() as listening, pytest.raises(LorryError, match="create a new database") as refused:
-        service.LocalService(tmp_path, host="127.0.0.1", listening=listening).bootstrap()
+    with socket.socket() as listener, pytest.raises(LorryError, match="create a new database") as refused:
+        service.LocalService(tmp_path, host="127.0.0.1", listener=listener).bootstrap()
 
     assert f"at revision {UNRELEASED}" in refused.value.message
     assert "Traceback" not in refused.value.message

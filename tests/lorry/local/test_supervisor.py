@@ -63,7 +63,7 @@ class World:
             [self.worker],
             is_ready=lambda: self.now >= self.ready_at,
             on_ready=lambda: self.journal.append("ready"),
-            say=self.messages.append,
+            report=self.messages.append,
             patience=Patience(ready_seconds=20, drain_seconds=30, api_stop_seconds=5),
             clock=lambda: self.now,
             sleep=self._sleep,

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import Result
 
 from lorry import ConnectionFailed, Lorry, ServiceNotVerified, connection
-from lorry.cli.commands.up import is_ready, keep_key_good
+from lorry.cli.commands.up import is_ready, replace_invalid_key
 from lorry.connection import Connection
 from lorry.transport.retries import RetryPolicy
 from lorry.transport.service_identity import VerifiedTransport
@@ -89,7 +89,7 @@ def test_start_up_checks_do_not_trust_a_foreign_listener(service: Script) -> Non
     with pytest.raises(ServiceNotVerified):
         is_ready(known)
     with pytest.raises(ServiceNotVerified):
-        keep_key_good(None, known)  # pyright: ignore[reportArgumentType] - it is not reached
+        replace_invalid_key(None, known)  # pyright: ignore[reportArgumentType] - it is not reached
     assert not saw_the_key(service)
 
 

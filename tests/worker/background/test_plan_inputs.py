@@ -104,7 +104,7 @@ def test_a_store_outage_delays_the_plan_until_a_retry(
     def fail(*_: object, **__: object) -> None:
         raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Wait.")
 
-    monkeypatch.setattr(plan_inputs, "both_files", fail)
+    monkeypatch.setattr(plan_inputs, "prepare_files", fail)
     row = plan(site.world)
 
     assert plan_inputs.compute_next(site.context)
@@ -129,7 +129,7 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
 
     for number in range(1, MAX_LOST_PREPARATIONS + 1):
         assert get_plan(site, row).state == "computing"
-        with pytest.raises(tokenization.Hindered):
+        with pytest.raises(tokenization.PreparationDelayed):
             plan_inputs.compute_next(site.context)
         site.world.clock.advance(longer(tokenization.RETRY_SECONDS, number) - 1)
         assert not plan_inputs.compute_next(site.context), "not yet"
@@ -148,7 +148,7 @@ def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(
     row = plan(site.world, validation_file=site.world.file())
     with monkeypatch.context() as patch:
         patch.setattr(ArtifactStore, "fetch", damaged)
-        with pytest.raises(tokenization.Hindered):
+        with pytest.raises(tokenization.PreparationDelayed):
             plan_inputs.compute_next(site.context)
     assert token_cache.get(site.db, row.train_prepared) is None
     site.world.clock.advance(tokenization.RETRY_SECONDS + 1)

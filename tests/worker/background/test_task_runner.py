@@ -66,7 +66,7 @@ def test_repeated_preparation_failures_back_off_exponentially(
     site: PackSite, results: list[bool | Unavailable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hindered(_context: WorkerContext) -> bool:
-        raise tokenization.Hindered
+        raise tokenization.PreparationDelayed
 
     mine = TaskRunner(site.context)
     sound = tokenization.prepare_next

@@ -17,7 +17,7 @@ from catalog.storage.store import ArtifactStore
 from tests.catalog.world import sha
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, tokenization
-from worker.background.tokenization import Hindered
+from worker.background.tokenization import PreparationDelayed
 from worker.protocol.errors import disk_error
 
 REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
@@ -121,7 +121,7 @@ def test_a_file_that_one_machine_cannot_prepare_waits_for_another(
 ) -> None:
     job_id = site.world.submit().id
 
-    with pytest.raises(Hindered):
+    with pytest.raises(PreparationDelayed):
         tokenization.prepare_next(site.context)
 
     assert site.world.job(job_id).state == "validating_files"
@@ -138,7 +138,7 @@ def test_a_file_that_no_machine_can_prepare_fails_after_backed_off_retries(site:
     waits: list[float] = []
     for _ in range(MAX_LOST_PREPARATIONS):
         assert site.world.job(job_id).state == "validating_files"
-        with pytest.raises(Hindered):
+        with pytest.raises(PreparationDelayed):
             tokenization.prepare_next(site.context)
         waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
         site.world.clock.advance(longer(tokenization.RETRY_SECONDS, MAX_LOST_PREPARATIONS))
@@ -182,7 +182,7 @@ def test_a_full_disk_counts_against_no_job(
     job_id = site.world.submit().id
 
     for _ in range(MAX_LOST_PREPARATIONS + 1):
-        with pytest.raises(Hindered):
+        with pytest.raises(PreparationDelayed):
             tokenization.prepare_next(site.context)
         site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
 

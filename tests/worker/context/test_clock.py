@@ -50,11 +50,11 @@ def test_a_worker_gives_up_overdue_claims_after_a_suspension(site: PackSite, sus
     site.context.heartbeat.release(claim.claim_id)
     site.context.heartbeat.guard(on_beat=None, on_lost=lambda: killed.append(True))
     site.context.heartbeat.hold([claim.claim_id], since=boot_seconds())
-    site.context.heartbeat.give_up_overdue()
+    site.context.heartbeat.abandon_overdue()
     before = list(killed)
 
     suspend.append(site.settings.lease_seconds)
-    site.context.heartbeat.give_up_overdue()
+    site.context.heartbeat.abandon_overdue()
 
     assert (before, killed) == ([], [True])
     assert site.context.heartbeat.take_directives([claim.claim_id])[claim.claim_id].stale

@@ -21,7 +21,7 @@ from worker import supervisor
 from worker.background import base_models
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
-from worker.context.gang_membership import Seat, alike
+from worker.context.gang_membership import GangMembership, matching_members
 from worker.gang.gang import gang_of
 from worker.node import devices
 from worker.protocol.mailbox import Json, TrainerDirectory
@@ -61,9 +61,9 @@ class GangSite:
         """Return the worker's context as a member of the gang."""
         given = {"gang": "pair", "advertise_address": LOCAL, **settings}
         member_settings = self.site.settings.model_copy(update=given)
-        seat = Seat(member_settings, self.site.db, worker_id, kind="cpu", own_free_bytes=lambda: 10**12)
-        seat.enter(num_processes=1)
-        return replace(self.site.context, settings=member_settings, worker_id=worker_id, seat=seat)
+        membership = GangMembership(member_settings, self.site.db, worker_id, kind="cpu", own_free_bytes=lambda: 10**12)
+        membership.enter(num_processes=1)
+        return replace(self.site.context, settings=member_settings, worker_id=worker_id, membership=membership)
 
     def place(self, worker_id: str) -> GangMember:
         return GangMember(db=self.site.db, worker_id=worker_id, gang="pair", silent_seconds=60.0)
@@ -82,9 +82,9 @@ def never(trainer: FakeTrainer) -> Generator[None]:
     yield
 
 
-def seat_of(context: WorkerContext) -> Seat:
-    assert context.seat is not None
-    return context.seat
+def membership_of(context: WorkerContext) -> GangMembership:
+    assert context.membership is not None
+    return context.membership
 
 
 def loads(trainer: FakeTrainer) -> None:
@@ -106,8 +106,8 @@ def test_a_smaller_gang_starts_after_the_wait_if_the_minimum_allows_it(gang: Gan
     patient = gang.seated("w1", gang_min_size=1, gang_wait_seconds=3600)
     hasty = gang.seated("w1", gang_min_size=1, gang_wait_seconds=0)
 
-    assert not seat_of(patient).may_claim()
-    assert seat_of(hasty).may_claim()
+    assert not membership_of(patient).may_claim()
+    assert membership_of(hasty).may_claim()
 
 
 def test_a_member_starts_with_the_leaders_settings_and_stops_with_the_round(gang: GangSite) -> None:
@@ -165,7 +165,7 @@ def test_an_attempt_has_the_end_reason_that_a_member_reports(gang: GangSite) -> 
     met: list[Json] = []
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        led = seat_of(context).round
+        led = membership_of(context).round
         assert led is not None
         met.append(trainer.directory.settings()["meeting"])
         report_port(trainer.directory, 4711)
@@ -212,7 +212,7 @@ def test_all_nodes_use_one_strategy_even_if_the_description_changes(
 
 def test_a_member_that_cannot_participate_is_at_fault_and_not_the_job(gang: GangSite) -> None:
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        led = seat_of(context).round
+        led = membership_of(context).round
         assert led is not None
         gangs.leave(
             gang.place("w2"), led.round_id, end=KILLED | {"reason": "node_failed", "detail": "Its disk is full."}
@@ -247,7 +247,7 @@ def test_a_member_that_is_lost_before_it_joins_releases_the_job(gang: GangSite) 
 
 def meets(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Generator[None, None, Round]:
     """Let the other member join, start the round, and load the base model in the leader's trainer."""
-    led = seat_of(context).round
+    led = membership_of(context).round
     assert led is not None
     report_port(trainer.directory, 4711)
     gangs.join(gang.place("w2"), led.round_id)
@@ -273,7 +273,7 @@ def test_a_leader_whose_round_is_over_stops_its_trainer(gang: GangSite) -> None:
 def test_an_incomplete_gang_does_not_train_a_job_claimed_before(gang: GangSite) -> None:
     job = gang.site.queued()
     context = gang.seated("w1")
-    seat_of(context).look()
+    membership_of(context).poll()
 
     with ExitStack() as stack, pytest.raises(NotGathered, match="1 of the 2 workers"):
         gang_of(context).gather(stack, job, {})
@@ -302,9 +302,9 @@ def test_only_open_members_with_the_leaders_device_kind_are_called() -> None:
 
     members = [member("cordoned", is_open=False), member("a"), member("cpu", "cpu"), member("leads"), member("b")]
 
-    assert [one.worker_id for one in alike(members, "leads", size=2)] == ["leads", "a"]
-    assert [one.worker_id for one in alike(members, "leads", size=9)] == ["leads", "a", "b"]
-    assert alike(members, "cordoned", size=2) == []
+    assert [one.worker_id for one in matching_members(members, "leads", size=2)] == ["leads", "a"]
+    assert [one.worker_id for one in matching_members(members, "leads", size=9)] == ["leads", "a", "b"]
+    assert matching_members(members, "cordoned", size=2) == []
 
 
 @pytest.mark.parametrize("address", [None, "203.0.113.7"])

@@ -61,8 +61,8 @@ def test_a_claim_that_was_given_up_is_stale_only_for_its_holder() -> None:
     heartbeat.hold(["mine", "anothers"], since=-float("inf"))
     heartbeat.hold(["renewed"], since=float("inf"))
 
-    heartbeat.give_up_overdue()
-    heartbeat.give_up_overdue()
+    heartbeat.abandon_overdue()
+    heartbeat.abandon_overdue()
     heartbeat.guard(on_beat=None, on_lost=None)
 
     assert lost == ["lost"]

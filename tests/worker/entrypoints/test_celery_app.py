@@ -39,7 +39,7 @@ WORKER = [
 NOTIFIED_ONLY = [
     sys.executable,
     "-c",
-    "from worker.entrypoints import celery_app; celery_app.turns.seconds = 3600.0; "
+    "from worker.entrypoints import celery_app; celery_app.poller.seconds = 3600.0; "
     "celery_app.app.worker_main('worker -c 1 -Q lorry -l warning --without-gossip --without-mingle'.split())",
 ]
 """A worker that doesn't poll on its own, to test the effect of notifications."""
@@ -138,8 +138,8 @@ def test_a_pool_process_signals_the_main_process_once() -> None:
 import os
 from worker.entrypoints import celery_app
 os.kill = lambda *sent: print(*sent)
-celery_app._end_main()
-celery_app._end_main()
+celery_app._terminate_main()
+celery_app._terminate_main()
 """
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
 

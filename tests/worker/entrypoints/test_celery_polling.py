@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from catalog.errors import Unavailable
-from worker.entrypoints.celery_polling import Turns
+from worker.entrypoints.celery_polling import QueuePoller
 
 pytestmark = pytest.mark.timeout(60)
 NEVER = 3600.0
@@ -50,23 +50,23 @@ def on_a_thread(act: Callable[[], None]) -> threading.Thread:
 def test_polls_repeat_without_notifications_whatever_their_outcome(error: Exception | None) -> None:
     work = Work(raises=error)
     work.may_continue.set()
-    turns = Turns(work, seconds=SOON)
+    poller = QueuePoller(work, seconds=SOON)
 
-    turns.begin()
+    poller.begin()
 
     for _ in range(3):
         work.begun.acquire()
-    turns.end()
+    poller.end()
 
 
 def test_a_notification_during_a_poll_waits_for_its_end_and_is_handled() -> None:
     work = Work()
-    turns = Turns(work, seconds=SOON)
-    turns.begin()
+    poller = QueuePoller(work, seconds=SOON)
+    poller.begin()
     work.begun.acquire()
 
-    notified = on_a_thread(turns.take)
-    turns_end = on_a_thread(turns.end)
+    notified = on_a_thread(poller.work)
+    turns_end = on_a_thread(poller.end)
 
     assert work.num_at_once == 1
     work.may_continue.set()
@@ -78,27 +78,27 @@ def test_a_notification_during_a_poll_waits_for_its_end_and_is_handled() -> None
 
 def test_no_timed_poll_runs_during_a_notified_poll() -> None:
     work = Work()
-    turns = Turns(work, seconds=SOON)
-    notified = on_a_thread(turns.take)
+    poller = QueuePoller(work, seconds=SOON)
+    notified = on_a_thread(poller.work)
     work.begun.acquire()
-    turns.begin()
+    poller.begin()
 
     assert not work.begun.acquire(timeout=20 * SOON)
 
     work.may_continue.set()
     work.begun.acquire()
     notified.join()
-    turns.end()
+    poller.end()
     assert work.most_at_once == 1
 
 
 def test_end_waits_for_the_running_poll() -> None:
     work = Work()
-    turns = Turns(work, seconds=SOON)
-    turns.begin()
+    poller = QueuePoller(work, seconds=SOON)
+    poller.begin()
     work.begun.acquire()
 
-    ending = on_a_thread(turns.end)
+    ending = on_a_thread(poller.end)
 
     ending.join(10 * SOON)
     assert ending.is_alive()
@@ -108,4 +108,4 @@ def test_end_waits_for_the_running_poll() -> None:
 
 
 def test_end_returns_if_polling_never_began() -> None:
-    Turns(Work(), seconds=NEVER).end()
+    QueuePoller(Work(), seconds=NEVER).end()

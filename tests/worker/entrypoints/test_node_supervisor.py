@@ -107,7 +107,7 @@ def test_the_longest_restart_delay_is_half_a_minute() -> None:
     on = Node("0")
     for second in range(1, 400):
         on.at(second, on.ends("0", 1))
-    on.at(400, lambda: on.supervisor.hear(signal.SIGTERM))
+    on.at(400, lambda: on.supervisor.handle_signal(signal.SIGTERM))
 
     on.supervisor.run()
 
@@ -118,7 +118,7 @@ def test_the_longest_restart_delay_is_half_a_minute() -> None:
 def test_a_signal_is_forwarded_to_every_worker_and_none_restarts() -> None:
     on = Node("0", "1")
     on.at(1, on.ends("0", 1))
-    on.at(1.5, lambda: on.supervisor.hear(signal.SIGTERM))
+    on.at(1.5, lambda: on.supervisor.handle_signal(signal.SIGTERM))
 
     assert on.supervisor.run() == 0
 
@@ -128,8 +128,8 @@ def test_a_signal_is_forwarded_to_every_worker_and_none_restarts() -> None:
 
 def test_a_second_signal_is_forwarded_too_and_survivors_are_killed() -> None:
     on = Node("0", "1", handles_sigterm=False)
-    on.at(1, lambda: on.supervisor.hear(signal.SIGTERM))
-    on.at(20, lambda: on.supervisor.hear(signal.SIGTERM))
+    on.at(1, lambda: on.supervisor.handle_signal(signal.SIGTERM))
+    on.at(20, lambda: on.supervisor.handle_signal(signal.SIGTERM))
     on.at(21, on.ends("1", 143))
 
     assert on.supervisor.run() == 128 + signal.SIGTERM
@@ -198,5 +198,5 @@ def test_a_node_with_a_broker_runs_celery_and_one_without_the_loop() -> None:
 def test_gang_workers_poll_even_with_a_broker() -> None:
     without_broker, with_broker = Settings(redis_url=None), Settings(redis_url=SecretStr("redis://broker"))
 
-    assert [node_supervisor.is_rung_for(settings) for settings in (without_broker, with_broker)] == [False, True]
-    assert not node_supervisor.is_rung_for(with_broker.model_copy(update={"gang": "hall"}))
+    assert [node_supervisor.uses_broker(settings) for settings in (without_broker, with_broker)] == [False, True]
+    assert not node_supervisor.uses_broker(with_broker.model_copy(update={"gang": "hall"}))

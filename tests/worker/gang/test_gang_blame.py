@@ -16,14 +16,14 @@ from catalog.settings import Settings
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Gang
 from catalog.tables.history import Attempt
-from tests.worker.context.test_gang_membership import KILLED, LOCAL, GangSite, leads, loads, seat_of
+from tests.worker.context.test_gang_membership import KILLED, LOCAL, GangSite, leads, loads, membership_of
 from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.process.test_exit_status import GLOO, fellow
 from tests.worker.scripted_trainer import FakeTrainer, load_forever, reasons
 from worker import supervisor
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
-from worker.context.gang_membership import alike
+from worker.context.gang_membership import matching_members
 from worker.gang.gang import gang_of
 from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import report_port
@@ -39,7 +39,7 @@ def gang(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> GangSite:
 
 def begun(gang: GangSite, trainer: FakeTrainer, context: WorkerContext, *, is_ready: bool = True) -> Generator[None]:
     """Let all join, and load the base model if `is_ready`."""
-    led = seat_of(context).round
+    led = membership_of(context).round
     assert led is not None
     report_port(trainer.directory, 4711)
     gangs.join(gang.place("w2"), led.round_id)
@@ -49,7 +49,7 @@ def begun(gang: GangSite, trainer: FakeTrainer, context: WorkerContext, *, is_re
 
 
 def report_end(gang: GangSite, context: WorkerContext, end: Json) -> None:
-    led = seat_of(context).round
+    led = membership_of(context).round
     assert led is not None
     gangs.leave(gang.place("w2"), led.round_id, end=end)
 
@@ -219,7 +219,7 @@ def test_a_member_that_leaves_before_a_job_is_handed_over_costs_nothing(
         raise OUTAGE
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        monkeypatch.setattr(staging, "bring_files", outage)
+        monkeypatch.setattr(staging, "stage_files", outage)
         yield from begun(gang, trainer, context)
         gangs.ask_to_leave(gang.place("w2"))
         yield from trainer.listen("drain")
@@ -251,7 +251,7 @@ def test_a_database_outage_while_the_gang_gathers_is_no_workers_fault(gang: Gang
 
     def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
         context.heartbeat.hold(gang.site.held(), since=-float("inf"))
-        context.heartbeat.give_up_overdue()
+        context.heartbeat.abandon_overdue()
         yield
 
     attempt = attempt_of(gang, leads(gang, script))
@@ -311,8 +311,8 @@ def test_members_that_missed_rounds_are_called_last_and_other_versions_never() -
 
     members = [member("missed", num_missed=1), member("old", versions="torch 2.12"), member("leads"), member("new")]
 
-    assert [one.worker_id for one in alike(members, "leads", size=2)] == ["leads", "new"]
-    assert [one.worker_id for one in alike(members, "leads", size=9)] == ["leads", "new", "missed"]
+    assert [one.worker_id for one in matching_members(members, "leads", size=2)] == ["leads", "new"]
+    assert [one.worker_id for one in matching_members(members, "leads", size=9)] == ["leads", "new", "missed"]
 
 
 def failing_once(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
@@ -378,7 +378,7 @@ def test_a_call_of_a_member_is_retried_after_an_outage(
 
     gang.script = script
     monkeypatch.setattr(gangs, "standing", start_once_joined)
-    member = replace(member, has_asked_to_leave=lambda: bool(wants_to_leave))
+    member = replace(member, is_shutdown_requested=lambda: bool(wants_to_leave))
     with TaskRunner(member) as tasks:
         for _ in range(2):
             gang_of(member).participate(tasks, supervisor._launch_trainer)  # pyright: ignore[reportPrivateUsage]

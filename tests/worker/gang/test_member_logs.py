@@ -25,7 +25,7 @@ from worker.background.task_runner import TaskRunner
 from worker.gang import member as lending
 from worker.gang import member_logs
 from worker.gang.gang import gang_of
-from worker.gang.member_logs import LentOutput
+from worker.gang.member_logs import MemberOutput
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.session import job_logs as session_job_logs
@@ -41,7 +41,7 @@ class MemberSite:
         self.gang = GangSite(site, monkeypatch)
         self.leader = self.gang.place("w1")
         self.round_id = ""
-        monkeypatch.setattr(member_logs, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(member_logs, "POLL_SECONDS", 0.0)
         monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 0.0)
         self._standing = gangs.standing
         monkeypatch.setattr(gangs, "standing", self._start_once_joined)
@@ -119,7 +119,7 @@ def test_a_job_logs_only_the_output_of_its_period_and_no_foreign_ids(
 def test_attempts_that_ended_long_ago_are_neither_queried_nor_remembered(
     member: MemberSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, attempts_of, kept = member.site.claim(seed=1), history_job_logs.attempts_of, list[LentOutput]()
+    first, attempts_of, kept = member.site.claim(seed=1), history_job_logs.attempts_of, list[MemberOutput]()
     found: list[list[str]] = []
 
     def seen(db: Database, trainer_id: str, *, ended_after: float) -> tuple[list[tuple[Attempt, Job]], float]:
@@ -127,14 +127,14 @@ def test_attempts_that_ended_long_ago_are_neither_queried_nor_remembered(
         found.append([attempt.claim_id for attempt, _ in attempts])
         return attempts, now
 
-    class Kept(LentOutput):
+    class Kept(MemberOutput):
         def end(self) -> None:
             kept.append(self)
             super().end()
 
     monkeypatch.setattr(history_job_logs, "attempts_of", seen)
     monkeypatch.setattr(history_job_logs, "LATE_SECONDS", 0.0)
-    monkeypatch.setattr(lending, "LentOutput", Kept)
+    monkeypatch.setattr(lending, "MemberOutput", Kept)
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         printed(trainer.directory, "first\n")

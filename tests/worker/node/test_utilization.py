@@ -128,9 +128,9 @@ def test_a_hanging_measurement_does_not_block_and_a_failed_one_is_repeated() -> 
         return answer
 
     failing = DeviceWatch(sample, seconds=60)
-    failing.look_once()
+    failing.measure_once()
     assert failing.latest() is None
-    failing.look_once()
+    failing.measure_once()
     assert failing.latest() == {"utilization_ratio": 0.25}
 
 
@@ -138,7 +138,7 @@ def test_an_outdated_measurement_is_not_reported(monkeypatch: pytest.MonkeyPatch
     now = [100.0]
     monkeypatch.setattr(utilization.time, "monotonic", lambda: now[0])
     watch = DeviceWatch(lambda: {"power_watts": 9.0}, seconds=10)
-    watch.look_once()
+    watch.measure_once()
 
     now[0] += 29
     assert watch.latest() == {"power_watts": 9.0}

@@ -11,7 +11,7 @@ import pytest
 from catalog.states import EndReason
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, load_forever
-from worker.process.exit_status import heard
+from worker.process.exit_status import peer_failure
 from worker.protocol.errors import print_handled, rank_log
 from worker.protocol.mailbox import TrainerDirectory
 from worker.session.failures import LocalExit, local_exit
@@ -72,18 +72,18 @@ def fellow(rank: int, error: str) -> str:
     ],
 )
 def test_a_node_whose_processes_only_followed_a_peer_is_not_the_cause(logs: list[str], is_echo: bool) -> None:
-    failure = heard(logs, ranks=range(2, 4), returncode=1)
+    failure = peer_failure(logs, ranks=range(2, 4), returncode=1)
 
     assert (failure.is_echo, failure.is_own) == (is_echo, not is_echo)
 
 
 @pytest.mark.parametrize(("returncode", "is_own"), [(-9, True), (-11, True), (114, True), (1, False), (-6, False)])
 def test_a_node_whose_trainer_was_killed_is_the_cause(returncode: int, is_own: bool) -> None:
-    assert heard([GLOO], ranks=range(1), returncode=returncode).is_own == is_own
+    assert peer_failure([GLOO], ranks=range(1), returncode=returncode).is_own == is_own
 
 
 def test_a_trainer_that_its_worker_killed_is_judged_by_its_log_alone() -> None:
-    failures = [heard([log], ranks=range(1), returncode=None) for log in ("", GLOO, KEY)]
+    failures = [peer_failure([log], ranks=range(1), returncode=None) for log in ("", GLOO, KEY)]
 
     assert [one.is_own for one in failures] == [False, False, True]
 

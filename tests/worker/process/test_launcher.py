@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[3]
 GPU = devices.Device(kind="cuda", indices=(0,), name="GPU", memory_bytes=1)
 HOLDER = (
     "import sys, threading; from worker.process import confined_child; "
-    "confined_child.hold_on(sys.argv); threading.Event().wait()"
+    "confined_child.exit_without_parent(sys.argv); threading.Event().wait()"
 )
 
 

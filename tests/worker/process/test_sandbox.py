@@ -303,7 +303,7 @@ def test_no_rule_allows_writing_executables_or_links_outside_an_import(data: st.
 def test_a_sandbox_round_trips_through_its_argument() -> None:
     box = Sandbox(kind="import", reads=("/a b",), links=("/ä",), tcp=True, limits={"cpu": 5})
 
-    assert Sandbox.of_argument(box.as_argument()) == box
+    assert Sandbox.from_argument(box.as_argument()) == box
 
 
 def test_the_confinement_of_each_kind_of_child_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -168,7 +168,7 @@ def test_launch_failures_map_to_end_reasons(error: LorryError | OSError, reason:
 def test_a_full_disk_at_the_hand_over_costs_the_job_no_attempt(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     session, late = site.session(), site.claim()
     session.admit(late)
-    monkeypatch.setattr(staging, "bring_files", raising(FULL))
+    monkeypatch.setattr(staging, "stage_files", raising(FULL))
 
     session.hand_over()
 

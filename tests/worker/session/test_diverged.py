@@ -9,7 +9,7 @@ from catalog.lifecycle import recording
 from catalog.registry.adapters import list_checkpoint_models
 from catalog.states import EndReason
 from tests.worker.pack_site import PackSite, emit, emit_for, step
-from worker.session.event_handlers import NONE_IS_GOOD, RUINED
+from worker.session.event_handlers import DIVERGED_DETAIL, NONE_IS_GOOD
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,9 @@ def test_a_revoked_checkpoint_is_explained_in_the_jobs_events(site: PackSite) ->
 
     events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
     (warning,) = [event.message for event in events if event.level == "warn"]
-    assert warning == f"The checkpoint of step 6 can't be used: {RUINED} The loss of train slice 1 is not finite."
+    assert (
+        warning == f"The checkpoint of step 6 can't be used: {DIVERGED_DETAIL} The loss of train slice 1 is not finite."
+    )
     assert list_checkpoint_models(site.db, project_id=claim.job.project_id).items == []
 
 

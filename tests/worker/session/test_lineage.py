@@ -14,7 +14,7 @@ from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
 from catalog.tables.history import Attempt
 from tests.worker.pack_site import PASSED, PackSite, emit_for
-from worker.session.lineage import words_of_earlier_steps
+from worker.session.lineage import earlier_guarantees
 
 
 def attempt(site: PackSite, number: int, level: str, *, from_step: int = 0, saves: int | None = None) -> Claim:
@@ -108,7 +108,7 @@ def test_only_attempts_whose_steps_the_last_attempt_contains_count(
         for step, level in attempts
     ]
 
-    assert words_of_earlier_steps(records) == counted
+    assert earlier_guarantees(records) == counted
 
 
 def test_a_checkpoint_is_a_model_with_its_own_lineage_record(site: PackSite) -> None:

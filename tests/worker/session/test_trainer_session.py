@@ -141,7 +141,7 @@ def test_only_the_newest_two_checkpoints_wait_for_the_store(site: PackSite, monk
 
 def test_unread_events_count_as_a_sign_of_life(site: PackSite) -> None:
     session = site.session(site.claim())
-    session.heard_at -= 1000
+    session.last_event_at -= 1000
     emit(session, {"type": "memory", "base_bytes": 1})
 
     assert session.silent_seconds() < 1000

@@ -21,7 +21,7 @@ class Process:
 
     def __init__(self, session: TrainerSession) -> None:
         self.directory = session.directory
-        self.started_at = session.heard_at
+        self.started_at = session.last_event_at
         self.is_killed = False
 
     def pids(self) -> list[int]:
@@ -48,10 +48,10 @@ def busy_pack(site: PackSite) -> TrainerSession:
 
 def test_a_busy_trainer_without_events_is_killed(site: PackSite) -> None:
     session = busy_pack(site)
-    session.heard_at -= site.context.progress_seconds - 60
+    session.last_event_at -= site.context.progress_seconds - 60
     assert not is_killed_by_watchdog(site, session)
 
-    session.heard_at -= 61
+    session.last_event_at -= 61
 
     assert is_killed_by_watchdog(site, session)
     assert session.outcome is not None
@@ -61,7 +61,7 @@ def test_a_busy_trainer_without_events_is_killed(site: PackSite) -> None:
 def test_a_trainer_whose_stacks_are_unavailable_is_killed(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exit_status, "dump_stacks", raising(OSError("Input/output error")))
     session = busy_pack(site)
-    session.heard_at -= site.context.progress_seconds + 1
+    session.last_event_at -= site.context.progress_seconds + 1
 
     assert is_killed_by_watchdog(site, session)
 
@@ -75,29 +75,29 @@ def emit_at(session: TrainerSession, *moments: float, kind: str = "memory", veri
 
 def test_a_trainer_with_long_ticks_may_be_silent_for_longer(site: PackSite) -> None:
     session = busy_pack(site)
-    session._said_at = None  # pyright: ignore[reportPrivateUsage]
+    session._last_event_seconds = None  # pyright: ignore[reportPrivateUsage]
     emit_at(session, 1000, 1200)
     session.read_events()
     assert session.longest_silence == 200
 
-    session.heard_at -= 700
+    session.last_event_at -= 700
     assert not is_killed_by_watchdog(site, session)
-    session.heard_at -= 400
+    session.last_event_at -= 400
     assert is_killed_by_watchdog(site, session)
 
 
 def test_during_a_verification_the_silence_limit_is_shorter(site: PackSite) -> None:
     site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
     session = busy_pack(site)
-    session.heard_at -= 2100
+    session.last_event_at -= 2100
     assert not is_killed_by_watchdog(site, session)
-    session.heard_at += 2100
+    session.last_event_at += 2100
 
     emit(session, {"type": "memory", "verifying": True})
     session.read_events()
-    session.heard_at -= 1900
+    session.last_event_at -= 1900
     assert not is_killed_by_watchdog(site, session)
-    session.heard_at -= 200
+    session.last_event_at -= 200
 
     assert is_killed_by_watchdog(site, session)
     assert session.outcome is not None
@@ -114,7 +114,7 @@ def test_after_a_verification_the_usual_silence_limit_applies(site: PackSite) ->
         emit(session, {"type": "memory", "verifying": verifying})
         session.read_events()
 
-    session.heard_at -= 2100
+    session.last_event_at -= 2100
 
     assert not is_killed_by_watchdog(site, session)
 
@@ -122,20 +122,20 @@ def test_after_a_verification_the_usual_silence_limit_applies(site: PackSite) ->
 def test_a_slow_trainer_has_a_longer_limit_during_a_verification(site: PackSite) -> None:
     site.context.verifying_seconds, site.context.progress_seconds = 2000, 10_000
     session = busy_pack(site)
-    session._said_at = None  # pyright: ignore[reportPrivateUsage]
+    session._last_event_seconds = None  # pyright: ignore[reportPrivateUsage]
     emit_at(session, 1000, 2000, verifying=True)
     session.read_events()
 
-    session.heard_at -= 3900
+    session.last_event_at -= 3900
     assert not is_killed_by_watchdog(site, session)
-    session.heard_at -= 200
+    session.last_event_at -= 200
     assert is_killed_by_watchdog(site, session)
 
 
 def test_a_worker_that_reads_late_does_not_extend_the_trainers_silence(site: PackSite) -> None:
     session = busy_pack(site)
-    session._said_at = None  # pyright: ignore[reportPrivateUsage]
-    session.heard_at -= 200
+    session._last_event_seconds = None  # pyright: ignore[reportPrivateUsage]
+    session.last_event_at -= 200
     emit_at(session, 1000, 1005)
     session.read_events()
     emit_at(session, 1006, kind="idle")
@@ -150,7 +150,7 @@ def test_the_silence_of_an_idle_trainer_does_not_count(site: PackSite) -> None:
     session.apply_directives({})
     for held in list(session._held.values()):  # pyright: ignore[reportPrivateUsage]
         session._drop(held)  # pyright: ignore[reportPrivateUsage]
-    session.heard_at -= 10_000
+    session.last_event_at -= 10_000
     assert not is_killed_by_watchdog(site, session)
 
     session.admit(site.claim(seed=2))

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(exporter, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(exporter, "POLL_SECONDS", 0.2)
     return Settings(data_dir=tmp_path)
 
 

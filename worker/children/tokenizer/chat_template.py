@@ -138,10 +138,10 @@ class ChatTemplate:
             if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
             before = self._prompt(messages, index)
-            upto = text if index == len(messages) - 1 else self.render(messages[: index + 1])
-            if not (upto.startswith(before) and text.startswith(upto)):
+            text_to_end = text if index == len(messages) - 1 else self.render(messages[: index + 1])
+            if not (text_to_end.startswith(before) and text.startswith(text_to_end)):
                 raise _not_prefix_stable(index, is_last=index == len(messages) - 1)
-            spans.append((len(before), len(upto)))
+            spans.append((len(before), len(text_to_end)))
         return Rendered(text=text, spans=tuple(spans))
 
     def _prompt(self, messages: Sequence[ChatMessage], index: int) -> str:
@@ -196,14 +196,14 @@ def _take_marks(marked: str, start: str, stop: str) -> tuple[list[tuple[int, int
     spans: list[tuple[int, int]] = []
     parts: list[str] = []
     length = 0
-    begun: int | None = None
+    span_start: int | None = None
     for piece in re.split(f"([{start}{stop}])", marked):
         if piece == start:
-            begun = length
+            span_start = length
         elif piece == stop:
-            if begun is not None and begun < length:
-                spans.append((begun, length))
-            begun = None
+            if span_start is not None and span_start < length:
+                spans.append((span_start, length))
+            span_start = None
         else:
             parts.append(piece)
             length += len(piece)

@@ -170,16 +170,16 @@ def _fill(
         flaws = counts.count(example, max_length=max_length)
         fitting = [fit_tokens((row.ids, row.mask), max_length=max_length, overflow=data.overflow) for row in example]
         for rows in zip(*fitting, strict=False):  # the pieces of a row, one by one; a pair is never split
-            if all(learnt.any() for _, learnt in rows) and not are_equal(rows):
-                for ids, learnt in rows:
-                    tokens.add_row(ids.astype(np.int32), learnt, example[0].label)
+            if all(mask.any() for _, mask in rows) and not are_equal(rows):
+                for ids, mask in rows:
+                    tokens.add_row(ids.astype(np.int32), mask, example[0].label)
                 counts.keep(sum(len(ids) for ids, _ in rows), label=example[0].label)
             else:
                 counts.empty += 1
                 flaws.add("empty")
         shown.see(base, example, fitting, flaws)
     if tokens.num_rows == 0:
-        raise _nothing_to_learn(counts, max_length, data)
+        raise _no_trainable_tokens(counts, max_length, data)
     if counts.kind is UNPAIRED:
         refuse_one_label(tokens.num_rows, counts.desirable)
 
@@ -237,7 +237,7 @@ def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
         yield batch
 
 
-def _nothing_to_learn(counts: Counts, max_length: int, data: DataSpec) -> Refused:
+def _no_trainable_tokens(counts: Counts, max_length: int, data: DataSpec) -> Refused:
     num_rows, longest = len(counts.lengths), max(counts.lengths, default=0)
     if data.overflow == "drop" and counts.too_long:
         return Refused(

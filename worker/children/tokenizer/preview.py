@@ -77,7 +77,7 @@ MAX_LINES = 20
 """Maximum number of lines that are listed for each flaw."""
 MAX_SHOWN = 240
 """Maximum number of tokens that are shown of one row."""
-HEAD, BEFORE_LEARNT = 60, 30
+HEAD, BEFORE_TRAINED = 60, 30
 """For a longer row: the number of its first tokens that are shown, and the number of tokens that are shown before the
 first trained token."""
 MAX_PIECE_CHARS = 200
@@ -154,8 +154,8 @@ def _shown(base: BaseText, row: EncodedRow, kept: list[Tokens], part: str | None
     ids, mask = kept[0] if kept else (row.ids, np.zeros_like(row.mask))
     texts = base.pieces(row.rendered, num_tokens=len(row.ids))
     tokens = [
-        ShownToken(text=text[:MAX_PIECE_CHARS], id=int(ident), is_trained=bool(learnt))
-        for text, ident, learnt in zip(texts, ids, mask, strict=False)
+        ShownToken(text=text[:MAX_PIECE_CHARS], id=int(ident), is_trained=bool(is_trained))
+        for text, ident, is_trained in zip(texts, ids, mask, strict=False)
     ]
     return ShownRow(
         part=part,
@@ -171,8 +171,8 @@ def _spans(mask: Sequence[int]) -> list[tuple[int, int]]:
     length = len(mask)
     if length <= MAX_SHOWN:
         return [(0, length)]
-    first = next((place for place, learnt in enumerate(mask) if learnt), HEAD)
-    start = min(max(HEAD, first - BEFORE_LEARNT), length - (MAX_SHOWN - HEAD))
+    first = next((place for place, is_trained in enumerate(mask) if is_trained), HEAD)
+    start = min(max(HEAD, first - BEFORE_TRAINED), length - (MAX_SHOWN - HEAD))
     if start == HEAD:
         return [(0, MAX_SHOWN)]
     return [(0, HEAD), (start, start + MAX_SHOWN - HEAD)]

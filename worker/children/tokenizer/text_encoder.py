@@ -78,9 +78,9 @@ class BaseText:
         model lacks."""
         found: list[tuple[NDArray[np.int64], NDArray[np.uint8]]] = []
         for is_plain, group in groupby(rows, key=lambda row: row.is_plain):
-            alike = list(group)
-            encodings = self._tokenizer.encode_batch([row.text for row in alike], add_special_tokens=is_plain)
-            for row, encoding in zip(alike, encodings, strict=True):
+            batch = list(group)
+            encodings = self._tokenizer.encode_batch([row.text for row in batch], add_special_tokens=is_plain)
+            for row, encoding in zip(batch, encodings, strict=True):
                 found.append(self._plain(row, encoding) if is_plain else self._turns(row, encoding))
         for ids, _ in found:
             self._check(ids)
@@ -114,11 +114,11 @@ class BaseText:
         that the tokenizer has added. A character of several tokens belongs to the first of them."""
         encoding = self._tokenizer.encode(row.text, add_special_tokens=row.is_plain)
         found: list[str] = []
-        upto = 0
+        position = 0
         for ident, (_, end), is_added in zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True):
-            added = self._tokenizer.id_to_token(ident) or "" if is_added and end <= upto else ""
-            found.append(row.text[upto:end] if end > upto else added)
-            upto = max(upto, end)
+            added = self._tokenizer.id_to_token(ident) or "" if is_added and end <= position else ""
+            found.append(row.text[position:end] if end > position else added)
+            position = max(position, end)
         if len(found) < num_tokens and self.eos is not None:
             found.append(self.eos[1])
         return found

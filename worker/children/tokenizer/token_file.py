@@ -61,7 +61,7 @@ class TokenFile:
         """Add a row: ids int32 [T], mask uint8 [T]. Either all rows have a label, or none has."""
         if label is not None:
             self._labels.append(label)
-        self._ids.write(_little(ids).tobytes())
+        self._ids.write(_little_endian(ids).tobytes())
         self._mask.write(mask.tobytes())
         self._offsets.append(self._offsets[-1] + len(ids))
         self.num_supervised += int(mask.sum())
@@ -69,8 +69,8 @@ class TokenFile:
     def finish(self) -> None:
         """Write header and tensors to a temporary file, then rename it."""
         assert len(self._labels) in (0, self.num_rows)
-        offsets = _little(np.array(self._offsets, dtype=np.int64)).tobytes()
-        labels = _little(np.array(self._labels, dtype=np.float32)).tobytes()
+        offsets = _little_endian(np.array(self._offsets, dtype=np.int64)).tobytes()
+        labels = _little_endian(np.array(self._labels, dtype=np.float32)).tobytes()
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as out:
@@ -107,7 +107,7 @@ def _header(num_rows: int, num_tokens: int, *, has_labels: bool) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _little(values: NDArray[np.generic]) -> NDArray[np.generic]:
+def _little_endian(values: NDArray[np.generic]) -> NDArray[np.generic]:
     return values.byteswap() if sys.byteorder == "big" else values
 
 
@@ -155,13 +155,13 @@ class Counts:
         self.lengths.append(length)
         is_too_long = length > max_length
         self.too_long += is_too_long
-        said = [row.text if row.label is None else f"{row.text}\0{row.label}" for row in rows]
-        digest = blake2b("\0".join(said).encode(), digest_size=16).digest()
+        texts = [row.text if row.label is None else f"{row.text}\0{row.label}" for row in rows]
+        digest = blake2b("\0".join(texts).encode(), digest_size=16).digest()
         is_duplicate = digest in self.seen
         self.duplicates += is_duplicate
         self.seen.add(digest)
         flaws: dict[Flaw, bool] = {"too_long": is_too_long, "duplicate": is_duplicate}
-        return {flaw for flaw, is_there in flaws.items() if is_there}
+        return {flaw for flaw, is_present in flaws.items() if is_present}
 
     def keep(self, num_tokens: int, *, label: float | None = None) -> None:
         """Count a row, or a pair, of `num_tokens` tokens that is trained on."""
@@ -191,6 +191,6 @@ def fit_tokens(row: Tokens, *, max_length: int, overflow: Overflow) -> list[Toke
 
 
 def _piece(ids: NDArray[np.int64], mask: NDArray[np.uint8]) -> Tokens:
-    learnt = mask.copy()
-    learnt[0] = 0
-    return ids, learnt
+    piece_mask = mask.copy()
+    piece_mask[0] = 0
+    return ids, piece_mask

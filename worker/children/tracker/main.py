@@ -32,27 +32,27 @@ def main() -> int:
     try:
         _serve(sys.stdin, answers)
     except Exception as error:  # noqa: BLE001  (any error of a library is reported, and ends the process)
-        _say(answers, {"error": f"{type(error).__name__}: {error}"})
+        _send(answers, {"error": f"{type(error).__name__}: {error}"})
         return 1
     return 0
 
 
 def _serve(lines: TextIO, answers: TextIO) -> None:
-    begun: Json = json.loads(next(lines))
-    run: TrackerRun = OPENERS[begun["type"]](begun)
-    _say(answers, {"run_id": run.run_id})
+    opening: Json = json.loads(next(lines))
+    run: TrackerRun = OPENERS[opening["type"]](opening)
+    _send(answers, {"run_id": run.run_id})
     for line in lines:
         request: Json = json.loads(line)
         run.write(request["points"])
         if request["end"] is not None:
             run.end(request["end"])
-            _say(answers, {"written": len(request["points"])})
+            _send(answers, {"written": len(request["points"])})
             return
-        _say(answers, {"written": len(request["points"])})
+        _send(answers, {"written": len(request["points"])})
     run.close()
 
 
-def _say(answers: TextIO, answer: Json) -> None:
+def _send(answers: TextIO, answer: Json) -> None:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from worker.children.tracker.run import Json, said
+from worker.children.tracker.run import Json, text_fields
 
 BATCH = 1000
 """Maximum number of metrics in one request to MLflow."""
@@ -17,11 +17,11 @@ ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 
 
 class MlflowRun:
-    def __init__(self, begun: Json) -> None:
+    def __init__(self, opening: Json) -> None:
         """Open the run. Raises ImportError and errors of MLflow."""
         self._entities: Any = import_module("mlflow.entities")
-        self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=begun["places"]["mlflow"])
-        self.run_id: str = begun["run_id"] or self._create(begun["run"])
+        self._client: Any = import_module("mlflow").MlflowClient(tracking_uri=opening["places"]["mlflow"])
+        self.run_id: str = opening["run_id"] or self._create(opening["run"])
 
     def _create(self, run: Json) -> str:
         options, job_id = run["options"], run["job_id"]
@@ -48,7 +48,7 @@ class MlflowRun:
             self._client.log_batch(self.run_id, metrics=metrics[start : start + BATCH])
 
     def end(self, ending: Json) -> None:
-        for name, value in said(ending).items():
+        for name, value in text_fields(ending).items():
             self._client.set_tag(self.run_id, f"lorry.{name}", value[:VALUE_CHARACTERS])
         for name, value in ending["numbers"].items():
             self._client.log_metric(self.run_id, name, value)

@@ -29,7 +29,7 @@ class TrackerRun(Protocol):
         ...
 
 
-def said(ending: Json) -> dict[str, str]:
+def text_fields(ending: Json) -> dict[str, str]:
     """Return the text fields of an ending."""
     names = ("status", "reason", "adapter", "lineage_id", "error")
     return {name: str(ending[name]) for name in names if ending.get(name) is not None}

@@ -9,21 +9,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from worker.children.tracker.run import Json, said
+from worker.children.tracker.run import Json, text_fields
 
 
 class TensorBoardRun:
-    def __init__(self, begun: Json) -> None:
+    def __init__(self, opening: Json) -> None:
         """Open the run. Raises ImportError, OSError."""
         absent: dict[str, Any] = {"torch": None}  # tensorboardX would import it, which takes seconds and half a GB
         sys.modules.update(absent)
         library: Any = import_module("tensorboardX")
-        run = begun["run"]
+        run = opening["run"]
         name = "-".join(part for part in (run["options"].get("name"), run["job_id"]) if part)
-        folder = Path(begun["places"]["tensorboard"]) / run["project"] / name
-        is_new = begun["run_id"] is None
+        folder = Path(opening["places"]["tensorboard"]) / run["project"] / name
+        is_new = opening["run_id"] is None
         # Points that a process wrote but did not record before it died are written again: the newer file hides them.
-        purge_step = None if is_new else begun["next_step"]
+        purge_step = None if is_new else opening["next_step"]
         self.run_id = f"{run['project']}/{name}"
         self._writer = library.SummaryWriter(str(folder), purge_step=purge_step)
         if is_new:
@@ -36,7 +36,7 @@ class TensorBoardRun:
         self._writer.flush()
 
     def end(self, ending: Json) -> None:
-        self._writer.add_text("end", _table(said(ending)), 0)
+        self._writer.add_text("end", _table(text_fields(ending)), 0)
         for name, value in ending["numbers"].items():
             self._writer.add_scalar(name.replace(".", "/"), value, 0)
         self.close()

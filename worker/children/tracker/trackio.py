@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from worker.children.tracker.run import Json, said
+from worker.children.tracker.run import Json, text_fields
 
 
 class TrackioRun:
-    def __init__(self, begun: Json) -> None:
+    def __init__(self, opening: Json) -> None:
         """Open the run. Raises ImportError and errors of Trackio."""
-        os.environ["TRACKIO_DIR"] = begun["places"]["trackio"]  # Trackio reads it when it is imported
+        os.environ["TRACKIO_DIR"] = opening["places"]["trackio"]  # Trackio reads it when it is imported
         library: Any = import_module("trackio")
-        run, options = begun["run"], begun["run"]["options"]
+        run, options = opening["run"], opening["run"]["options"]
         self.run_id = "-".join(part for part in (options.get("name"), run["job_id"]) if part)
         self._run = library.init(
             project=f"{run['project']}-{options['project']}",
@@ -32,7 +32,7 @@ class TrackioRun:
             self._run.log(dict(point["values"]), step=point["step"])
 
     def end(self, ending: Json) -> None:
-        self._run.log({**said(ending), **ending["numbers"]})
+        self._run.log({**text_fields(ending), **ending["numbers"]})
         self.close()
 
     def close(self) -> None:

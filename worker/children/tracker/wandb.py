@@ -10,19 +10,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from worker.children.tracker.run import Json, said
+from worker.children.tracker.run import Json, text_fields
 
 MAX_PROJECT_CHARS = 128
 """Limit of W&B. Lorry's project names contain no space, so that names with the separator " - " are unambiguous."""
 
 
 class WandbRun:
-    def __init__(self, begun: Json) -> None:
+    def __init__(self, opening: Json) -> None:
         """Open the run. Raises ImportError and errors of wandb."""
         library: Any = import_module("wandb")
-        run, options = begun["run"], begun["run"]["options"]
-        self.run_id: str = begun["run_id"] or run["job_id"]
-        Path(begun["places"]["wandb"]).mkdir(parents=True, exist_ok=True)
+        run, options = opening["run"], opening["run"]["options"]
+        self.run_id: str = opening["run_id"] or run["job_id"]
+        Path(opening["places"]["wandb"]).mkdir(parents=True, exist_ok=True)
         quiet = library.Settings(
             silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True
         )
@@ -32,7 +32,7 @@ class WandbRun:
             tags=options.get("tags"),
             id=self.run_id,
             resume="allow",
-            dir=begun["places"]["wandb"],
+            dir=opening["places"]["wandb"],
             config={**run["config"], "lorry": {"job_id": run["job_id"], "project": run["project"]}},
             settings=quiet,
         )
@@ -45,7 +45,7 @@ class WandbRun:
             self._run.log({f"{point['kind']}/step": point["step"], **point["values"]})
 
     def end(self, ending: Json) -> None:
-        self._run.summary.update({f"lorry.{name}": value for name, value in said(ending).items()})
+        self._run.summary.update({f"lorry.{name}": value for name, value in text_fields(ending).items()})
         self._run.summary.update(ending["numbers"])
         self._run.finish(exit_code=0 if ending["status"] == "succeeded" else 1)
 

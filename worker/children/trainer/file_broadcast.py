@@ -14,7 +14,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from lora_core.distributed.ranks import Meeting, Ranks
+from lora_core.distributed.ranks import Ranks, Rendezvous
 from worker.protocol.mailbox import AdmitBody, TrainerDirectory
 from worker.protocol.rendezvous import report_port, reported_port
 from worker.protocol.trainer_paths import UnsafePath, confined
@@ -24,32 +24,32 @@ NAMES: tuple[Literal["train", "valid", "resume", "parent"], ...] = ("train", "va
 CHUNK_BYTES = 16 * 2**20
 RENDEZVOUS_SECONDS = 300.0
 """Time limit for the trainers to connect to each other."""
-LOOK_SECONDS = 0.05
+POLL_SECONDS = 0.05
 T = TypeVar("T")
 
 
-def meeting_of(directory: TrainerDirectory) -> Meeting | None:
+def rendezvous_of(directory: TrainerDirectory) -> Rendezvous | None:
     """Return how this trainer connects to those of other machines. None if there are none."""
-    meeting = directory.settings().get("meeting")
-    if meeting is None:
+    settings = directory.settings().get("meeting")
+    if settings is None:
         return None
 
     def port() -> int:
         deadline = time.monotonic() + RENDEZVOUS_SECONDS
-        while (found := meeting["port"] or reported_port(directory)) is None:
+        while (found := settings["port"] or reported_port(directory)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError("The first process of this trainer does not listen.")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         return int(found)
 
-    return Meeting(
-        address=meeting["address"],
-        interface=meeting["interface"],
+    return Rendezvous(
+        address=settings["address"],
+        interface=settings["interface"],
         port=port,
-        tell_port=lambda port: report_port(directory, port),
-        name=meeting["name"],
-        first_rank=meeting["first_rank"],
-        num_ranks=meeting["num_ranks"],
+        report_port=lambda port: report_port(directory, port),
+        name=settings["name"],
+        first_rank=settings["first_rank"],
+        num_ranks=settings["num_ranks"],
         seconds=RENDEZVOUS_SECONDS,
     )
 
@@ -61,7 +61,7 @@ class _End:
     def __init__(self) -> None:
         self.problem: OSError | None = None
 
-    def does(self, act: Callable[[], T]) -> T | None:
+    def attempt(self, act: Callable[[], T]) -> T | None:
         if self.problem is None:
             try:
                 return act()
@@ -70,11 +70,11 @@ class _End:
         return None
 
 
-def brought(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> list[Path | None]:
+def receive_files(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> list[Path | None]:
     """Return, on every rank, the paths of NAMES in a job's admission, after the files have been copied. Raises OSError
     and LoraCoreError, on all ranks."""
-    if ranks.is_apart:
-        _bring(directory, body, ranks)
+    if ranks.is_multi_node:
+        _broadcast_all(directory, body, ranks)
     return [directory.inside(body[name]) for name in NAMES]
 
 
@@ -84,12 +84,12 @@ def forget(directory: TrainerDirectory, claim_id: str, ranks: Ranks) -> None:
         shutil.rmtree(directory.job_path(claim_id), ignore_errors=True)
 
 
-def _bring(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> None:
+def _broadcast_all(directory: TrainerDirectory, body: AdmitBody, ranks: Ranks) -> None:
     found = ranks.broadcast(ranks.by_leader(lambda: _files(directory, body)))
     end = _End()
     for name, num_bytes in found:
-        _hand_on(directory.path, name, num_bytes, ranks, end)
-    with ranks.together():
+        _broadcast_file(directory.path, name, num_bytes, ranks, end)
+    with ranks.sharing_errors():
         if end.problem is not None:
             raise end.problem
 
@@ -101,18 +101,18 @@ def _files(directory: TrainerDirectory, body: AdmitBody) -> list[tuple[str, int]
     return [(directory.named(path), path.stat().st_size) for path in paths if path.is_file()]
 
 
-def _hand_on(folder: Path, name: str, num_bytes: int, ranks: Ranks, end: _End) -> None:
+def _broadcast_file(folder: Path, name: str, num_bytes: int, ranks: Ranks, end: _End) -> None:
     is_end = ranks.leads or ranks.is_first_elsewhere
-    file = end.does(lambda: _opened(folder, name, is_source=ranks.leads)) if is_end else None
+    file = end.attempt(lambda: _opened(folder, name, is_source=ranks.leads)) if is_end else None
     for start in range(0, num_bytes, CHUNK_BYTES):
         content = bytearray(min(CHUNK_BYTES, num_bytes - start))
         if file is not None and ranks.leads:
-            end.does(partial(file.readinto, content))
+            end.attempt(partial(file.readinto, content))
         ranks.broadcast_bytes(content)
         if file is not None and not ranks.leads:
-            end.does(partial(file.write, content))
+            end.attempt(partial(file.write, content))
     if file is not None:
-        end.does(file.close)
+        end.attempt(file.close)
 
 
 def _opened(folder: Path, name: str, *, is_source: bool) -> BufferedIOBase:

@@ -16,7 +16,7 @@ from worker.process import confined_child
 from worker.protocol import errors
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
-    confined_child.hold_on(sys.argv)
+    confined_child.exit_without_parent(sys.argv)
     errors.begin_rank_log(sys.argv[1])
     gc.disable()  # the imports allocate much and free nothing: collections take a quarter of their time
 
@@ -32,7 +32,7 @@ from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.engine import Engine
 from lora_core.engine.warm_up import warm_up
 from lora_core.errors import LoraCoreError
-from worker.children.trainer.file_broadcast import meeting_of
+from worker.children.trainer.file_broadcast import rendezvous_of
 from worker.children.trainer.job_config import engine_config
 from worker.children.trainer.message_handlers import MessageHandlers
 from worker.children.trainer.outputs import open_log
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)
-    with joined(directory.device(), meeting=meeting_of(directory), file=ranks_file()) as ranks:
+    with joined(directory.device(), rendezvous=rendezvous_of(directory), file=ranks_file()) as ranks:
         run(directory, ranks)
     return 0
 
@@ -79,7 +79,7 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
     failpoints.pass_by("loading")
     quantization = cast(Quantization, settings["quantization"])
     strategy = cast(Strategy, settings.get("strategy", "replicated"))
-    with ranks.together():
+    with ranks.sharing_errors():
         base = load_base(
             Path(settings["base_dir"]),
             dtype=cast(Literal["bfloat16", "float32"], settings["dtype"]),
@@ -114,7 +114,7 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
 def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | None) -> None:
     """`busy_at`: when the trainer last had something to do, on its monotonic clock."""
     engine, is_idle = handlers.engine, False
-    while not handlers.is_leaving:
+    while not handlers.is_exiting:
         handlers.read_inbox()
         if not engine.idle:
             busy_at, is_idle = time.monotonic(), False
@@ -124,7 +124,7 @@ def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | No
                 handlers.events.write({"type": "idle"})
                 is_idle = True
             if idle_seconds is not None and engine.ranks.broadcast(time.monotonic() - busy_at >= idle_seconds):
-                handlers.is_leaving = True
+                handlers.is_exiting = True
             else:
                 time.sleep(POLL_SECONDS)
         handlers.report()

@@ -20,7 +20,7 @@ from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
 from lora_core.forward.generation import Generation, check_prompts
 from worker.children.tokenizer.chat_template import Refused
 from worker.children.tokenizer.text_encoder import BaseText
-from worker.children.trainer.file_broadcast import brought, forget
+from worker.children.trainer.file_broadcast import forget, receive_files
 from worker.children.trainer.job_config import job_config
 from worker.children.trainer.outputs import (
     AdmittedJob,
@@ -52,7 +52,7 @@ NO_ADAPTER: Json = {"adapter": None}
 
 
 class MessageHandlers:
-    """One engine with its jobs, on this rank. `is_leaving`: the process ends before the next tick.
+    """One engine with its jobs, on this rank. `is_exiting`: the process ends before the next tick.
 
     All ranks do the same in the same order. The leader reads the inbox, and alone writes events and files.
     """
@@ -60,12 +60,12 @@ class MessageHandlers:
     def __init__(self, directory: TrainerDirectory, engine: Engine, events: EventWriter) -> None:
         self.engine = engine
         self.events = events
-        self.is_leaving = False
+        self.is_exiting = False
         self._directory = directory
         self._settings = directory.settings()
         self._ranks = engine.ranks
         self._inbox = InboxReader(directory)
-        self._log = TrainerLog(self._settings, speaks=engine.ranks.leads)
+        self._log = TrainerLog(self._settings, logs_events=engine.ranks.leads)
         self._jobs: dict[str, AdmittedJob] = {}
         self._text: BaseText | None = None
         self._reported_at = time.monotonic()
@@ -89,36 +89,36 @@ class MessageHandlers:
             self._evict(message.body["claim_id"])
             self.events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
         elif message.verb == "unload":
-            self.is_leaving = not self._jobs
+            self.is_exiting = not self._jobs
 
     def _release(self, messages: Iterable[TrainerMessage]) -> None:
         # The time to leave may be short. A checkpoint loses no work, so all are written and reported before the first
         # adapter, whose export takes longer.
         messages = list(messages)
-        self.is_leaving |= any(message.verb == "drain" for message in messages)
+        self.is_exiting |= any(message.verb == "drain" for message in messages)
         named = {message.body.get("claim_id") for message in messages}
-        leaving = [claim_id for claim_id in self._jobs if self.is_leaving or claim_id in named]
+        releasing = [claim_id for claim_id in self._jobs if self.is_exiting or claim_id in named]
         saved: set[str] = set()
-        for claim_id in leaving:
+        for claim_id in releasing:
             if (checkpoint := self._save(claim_id)) is not None:
                 self._report_event(claim_id, "checkpointed", **checkpoint, **NO_ADAPTER)
                 saved.add(claim_id)
-        for claim_id in leaving:
+        for claim_id in releasing:
             step, _ = self.engine.progress(claim_id)
             adapter = self._export_checkpoint(claim_id) if claim_id in saved else NO_ADAPTER
             self._evict(claim_id)
             self._report_event(claim_id, "paused", step=step, **adapter)
 
     def _admit(self, body: AdmitBody) -> None:
-        claim_id, spec = self._log.knows(body), JobSpec.model_validate(body["spec"])
+        claim_id, spec = self._log.register(body), JobSpec.model_validate(body["spec"])
         try:
             config = job_config(spec, num_steps=body["num_steps"], evaluate_every_steps=body["evaluate_every_steps"])
-            train_path, valid_path, resume, parent = brought(self._directory, body, self._ranks)
+            train_path, valid_path, resume, parent = receive_files(self._directory, body, self._ranks)
             train, valid = datasets_of(claim_id, train_path, valid_path, self._ranks)
             shortages = body.get("shortages", 0)
             self.engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent, shortages=shortages)
         except (LoraCoreError, OSError) as error:
-            # The code and not the class, because `Ranks.together` raises another rank's error as a LoraCoreError.
+            # The code and not the class, because `Ranks.sharing_errors` raises another rank's error as a LoraCoreError.
             is_checkpoint = not isinstance(error, OSError) and error.code == BadCheckpoint.code
             self._refuse(claim_id, error, is_checkpoint=is_checkpoint)
             return
@@ -277,7 +277,7 @@ class MessageHandlers:
                 folder,
                 base_name=self._jobs[claim_id].base_name,
                 between=self.report,
-                amid=partial(self.report, verifying=True),
+                on_verified_linear=partial(self.report, verifying=True),
                 spans=spans,
             )
         except (LoraCoreError, OSError) as error:

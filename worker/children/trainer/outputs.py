@@ -41,17 +41,24 @@ def datasets_of(
 ) -> tuple[TokenDataset, TokenDataset | None]:
     """Return a job's training and validation data. Raises LoraCoreError, on every rank."""
     assert train is not None
-    with ranks.together(), shortage_of(job, part="data"):
+    with ranks.sharing_errors(), shortage_of(job, part="data"):
         return TokenDataset.load(train), TokenDataset.load(valid) if valid else None
 
 
 def exported(
-    engine: Engine, job: str, folder: Path, *, base_name: str, between: Between, amid: Between, spans: list[Json]
+    engine: Engine,
+    job: str,
+    folder: Path,
+    *,
+    base_name: str,
+    between: Between,
+    on_verified_linear: Between,
+    spans: list[Json],
 ) -> Json | None:
     """Export a job's adapter to `folder`, and verify it with PEFT. Returns the report; None on ranks other than the
     leader.
 
-    `between` is called after each linear layer of the export, and the next parameter after each one of the
+    `between` is called after each linear layer of the export, `on_verified_linear` after each one of the
     verification. Spans for traces are added to `spans`. A sharded base model computes only on all ranks together, so
     each rank exports, to its own folder, and all ranks begin each part together. Raises LoraCoreError and OSError, on
     every rank; BrokenPass on a rank that ran out of memory while the others wait for it.
@@ -67,27 +74,27 @@ def exported(
     def verified(place: Path) -> Json:
         from lora_core.peft_format.verify import verify_export  # imports PEFT, which takes a second
 
-        def tell() -> None:
-            amid()
+        def report_progress() -> None:
+            on_verified_linear()
             failpoints.pass_by("verifying")
 
         began_at = time.time()
-        report = asdict(verify_export(engine.base, place, between=tell))
+        report = asdict(verify_export(engine.base, place, between=report_progress))
         spans.append(timed("verify", began_at))
         return report
 
     if not engine.base.is_sharded:
-        with ranks.together(), _blamed_on_adapter():
+        with ranks.sharing_errors(), _blamed_on_adapter():
             if not ranks.leads:
                 return None
             written(folder)
             return verified(folder)
     with ExitStack() as stack:
-        with ranks.together():
+        with ranks.sharing_errors():
             place = folder if ranks.leads else Path(stack.enter_context(TemporaryDirectory())) / "adapter"
-        with ranks.together(), _blamed_on_adapter():
+        with ranks.sharing_errors(), _blamed_on_adapter():
             written(place)
-        with ranks.together(), _blamed_on_adapter():
+        with ranks.sharing_errors(), _blamed_on_adapter():
             report = verified(place)
         return report if ranks.leads else None
 
@@ -192,13 +199,13 @@ def open_log() -> None:
 class TrainerLog:
     """Writes log lines about the events of jobs, with the subjects of their claims."""
 
-    def __init__(self, settings: Json, *, speaks: bool) -> None:
-        """settings: the trainer's. speaks: False for ranks other than the leader, which log no events."""
+    def __init__(self, settings: Json, *, logs_events: bool) -> None:
+        """settings: the trainer's. logs_events: False for ranks other than the leader, which log no events."""
         self._trainer_id = str(settings.get("trainer_id", ""))
-        self._speaks = speaks
+        self._logs_events = logs_events
         self._subjects: dict[str, Subjects] = {}
 
-    def knows(self, admit: Mapping[str, Any]) -> str:
+    def register(self, admit: Mapping[str, Any]) -> str:
         """Register the job of an `admit` message, so that lines may refer to it. Returns its claim."""
         claim_id = str(admit["claim_id"])
         trace = tracing.trace_id(admit.get("trace"))
@@ -209,7 +216,7 @@ class TrainerLog:
 
     def record_event(self, claim_id: str, event_type: str, body: Mapping[str, Any]) -> None:
         """Log an event of a job."""
-        if not self._speaks:
+        if not self._logs_events:
             return
         error: Json | None = body.get("error")
         numbers = [f"{name}={body[name]}" for name in NUMBERS if name in body]

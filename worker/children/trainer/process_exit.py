@@ -15,7 +15,7 @@ from pathlib import Path
 from catalog.disk import is_full
 from lora_core.distributed import ranks as distributed
 from lora_core.distributed.failure_broadcast import broadcast_failures
-from lora_core.distributed.ranks import Meeting, Ranks
+from lora_core.distributed.ranks import Ranks, Rendezvous
 from worker.process.exit_status import DISK_FULL
 
 SILENCE_SECONDS = 3600.0
@@ -24,14 +24,14 @@ earlier."""
 
 
 @contextmanager
-def joined(device: str, *, meeting: Meeting | None = None, file: Path | None = None) -> Generator[Ranks]:
+def joined(device: str, *, rendezvous: Rendezvous | None = None, file: Path | None = None) -> Generator[Ranks]:
     """Yield the ranks of this process's launch, joined with those of other machines if there are any, for the duration
     of the block. file: see `distributed.join`.
 
     If one of several ranks fails, it exits without waiting for threads and devices that may themselves wait for other
     ranks. The exit status reports a full disk, because there may be no space for a message.
     """
-    ranks = distributed.join(device, silence_seconds=SILENCE_SECONDS, meeting=meeting, file=file)
+    ranks = distributed.join(device, silence_seconds=SILENCE_SECONDS, rendezvous=rendezvous, file=file)
     try:
         with broadcast_failures(ranks):
             yield ranks
@@ -43,7 +43,7 @@ def joined(device: str, *, meeting: Meeting | None = None, file: Path | None = N
         if ranks.size == 1:
             raise SystemExit(status) from error
         os._exit(status)
-    distributed.leave()
+    distributed.shut_down()
 
 
 def _is_of_full_disk(error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from tests import tiny_base
 from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, launched
-from worker.process.exit_status import heard
+from worker.process.exit_status import peer_failure
 from worker.protocol.rendezvous import meeting_settings, place_of, reported_port
 
 pytestmark = pytest.mark.timeout(600)
@@ -106,5 +106,5 @@ def test_trainers_listen_only_at_the_leaders_address_and_exit_together(tmp_path:
 
         assert listening == {LOCAL}
         wait_for_end(leader)
-        failure = heard(leader.directory.log_tails(16_000), ranks=range(1), returncode=leader.process.returncode)
+        failure = peer_failure(leader.directory.log_tails(16_000), ranks=range(1), returncode=leader.process.returncode)
         assert failure.is_echo, leader.directory.log_tail()

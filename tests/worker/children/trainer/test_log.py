@@ -38,9 +38,9 @@ def lines(out: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_log_lines_of_a_trainer_name_job_claim_trainer_and_trace(out: io.StringIO) -> None:
-    log = TrainerLog({"trainer_id": "trainer-1"}, speaks=True)
+    log = TrainerLog({"trainer_id": "trainer-1"}, logs_events=True)
 
-    assert log.knows(ADMIT) == "claim-1"
+    assert log.register(ADMIT) == "claim-1"
     log.record_event("claim-1", "checkpointed", {"step": 5, "folder": "/a/path"})
     log.record_event("claim-1", "refused", {"error": {"code": "out_of_memory", "message": "words"}})
 
@@ -52,9 +52,9 @@ def test_log_lines_of_a_trainer_name_job_claim_trainer_and_trace(out: io.StringI
 
 
 def test_only_the_leading_rank_logs(out: io.StringIO) -> None:
-    log = TrainerLog({"trainer_id": "trainer-1"}, speaks=False)
+    log = TrainerLog({"trainer_id": "trainer-1"}, logs_events=False)
 
-    log.record_event(log.knows(ADMIT), "admitted", {"step": 0})
+    log.record_event(log.register(ADMIT), "admitted", {"step": 0})
 
     assert lines(out) == []
 

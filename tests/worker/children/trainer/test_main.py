@@ -332,7 +332,7 @@ def test_all_leaving_jobs_are_saved_before_the_first_is_exported(
     assert all((directory.path / event["folder"]).is_dir() and event["adapter"] is None for event in events[:2])
     assert all((directory.path / event["adapter"]).is_dir() for event in events[2:])
     assert not trainer._jobs
-    assert trainer.is_leaving == (verbs == [("drain", None)])
+    assert trainer.is_exiting == (verbs == [("drain", None)])
 
 
 def test_messages_after_a_pause_are_applied_after_it(trainer: MessageHandlers, directory: TrainerDirectory) -> None:
