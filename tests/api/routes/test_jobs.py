@@ -315,6 +315,9 @@ def test_job_shows_validation_losses_and_running_time(client: TestClient, world:
 
 
 def test_job_list_uses_a_constant_number_of_queries(client: TestClient, world: World, services: Services) -> None:
+    def fewest() -> int:
+        return min(count() for _ in range(8))  # the background loops query the database at times
+
     def count() -> int:
         statements: list[str] = []
 
@@ -330,11 +333,11 @@ def test_job_list_uses_a_constant_number_of_queries(client: TestClient, world: W
 
     world.worker()
     world.complete(world.running().claim_id)
-    few = count()
+    few = fewest()
     for number in range(5):
         world.complete(world.running(seed=number).claim_id, content=f"adapter {number}")
 
-    assert count() == few
+    assert fewest() == few
 
 
 def test_job_shows_tags_and_resources_and_is_found_by_tags(client: TestClient, world: World) -> None:
