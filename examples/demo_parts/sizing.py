@@ -19,6 +19,7 @@ MEASURED_BATCH = 4
 _MEASURED_SECONDS = 3.0
 _MOST_MEASURED_STEPS = 200
 _POLL_SECONDS = 0.1
+_FINAL = frozenset({"succeeded", "failed", "cancelled"})
 _EVALUATIONS = 2
 """The base model before the first step, and the adapter after the last."""
 _FORWARD_PART = 1 / 3
@@ -67,6 +68,10 @@ def measure(client: OpenAI, base: str, training_file: str, job: dict[str, Any]) 
     with waiting("Loading the base model and measuring this machine"):
         row_seconds, loss = _timed(client, job_id)
     client.fine_tuning.jobs.cancel(job_id)
+    while (
+        client.fine_tuning.jobs.retrieve(job_id).to_dict()["status"] not in _FINAL
+    ):  # it shares the trainer until then
+        time.sleep(_POLL_SECONDS)
     console.print(f"First loss {loss:.3f}; {1 / row_seconds:.1f} rows a second")
     return row_seconds
 
@@ -82,7 +87,7 @@ def _timed(client: OpenAI, job_id: str) -> tuple[float, float]:
             began, first_step, loss = now, step, float(progress["loss"])
         if step > first_step and now - began >= _MEASURED_SECONDS:
             return (now - began) / (step - first_step) / MEASURED_BATCH, loss
-        if job["status"] in {"succeeded", "failed", "cancelled"}:
+        if job["status"] in _FINAL:
             raise DemoFailed(f"The job that measures the machine {job['status']} at step {step}: {job.get('error')}")
         time.sleep(_POLL_SECONDS)
 

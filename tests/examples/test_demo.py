@@ -208,7 +208,9 @@ def progress(step: int, status: str = "running") -> SimpleNamespace:
 
 def test_the_measurement_counts_from_the_first_step_and_cancels_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 120.0, 121.0, 122.0, 124.0])
-    polls = iter([progress(0), progress(1), progress(2), progress(2), progress(3)])
+    polls = iter(
+        [progress(0), progress(1), progress(2), progress(2), progress(3), progress(3), progress(3, "cancelled")]
+    )
     cancelled: list[str] = []
     jobs = SimpleNamespace(
         create=lambda **_options: progress(0), retrieve=lambda _id: next(polls), cancel=cancelled.append
