@@ -46,6 +46,7 @@ up: .venv/.installed-demo
 
 .PHONY: docs
 docs: .venv/.installed
+	$(BIN)/python -m tools.generate_docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/.installed
