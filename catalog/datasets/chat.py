@@ -76,7 +76,9 @@ def _parse_json(line: bytes) -> Any:
         raise BadRow("lone_surrogate", reason, remedy) from error
     except json.JSONDecodeError as error:
         reason = f"the JSON is invalid at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
-        raise BadRow("invalid_json", reason, "Put each row on one line, and generate it with a JSON library.") from error
+        raise BadRow(
+            "invalid_json", reason, "Put each row on one line, and generate it with a JSON library."
+        ) from error
     except RecursionError as error:
         remedy = "Flatten the row: a valid row has at most six levels of objects and lists."
         raise BadRow("json_too_deep", "the JSON is nested too deeply", remedy) from error
@@ -120,7 +122,9 @@ def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
     messages = row["messages"]
     if not isinstance(messages, list):
         reason = f"messages is {kind_of(messages)}, not a list"
-        raise BadRow("messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].')
+        raise BadRow(
+            "messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
+        )
     for index, message in enumerate(cast(list[Any], messages)):
         check_message(f"messages[{index}]", message)
     checked = cast(list[ChatMessage], messages)
@@ -133,7 +137,9 @@ def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
 def _check_row_keys(row: dict[str, Any]) -> None:
     for key in row:
         if key in UNSUPPORTED:
-            raise BadRow("tools_unsupported", f"{key!r} is not supported", "Remove it: only text messages are supported.")
+            raise BadRow(
+                "tools_unsupported", f"{key!r} is not supported", "Remove it: only text messages are supported."
+            )
         if key != "messages":
             remedy = 'Remove the key, or correct its spelling. A chat row has only the key "messages".'
             raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", remedy)
@@ -178,7 +184,9 @@ def _joined(place: str, parts: list[Any]) -> str:
         kind = fields.get("type")
         if kind != "text":
             shown_type = quoted(kind) if isinstance(kind, str) else kind_of(kind)
-            reason = f"{position}.type is {shown_type}, not 'text'" if "type" in fields else f"{position}.type is missing"
+            reason = (
+                f"{position}.type is {shown_type}, not 'text'" if "type" in fields else f"{position}.type is missing"
+            )
             remedy = f"Remove images, audio and files: only text is supported. {PART_FORM}"
             raise BadRow("content_not_text", reason, remedy)
         if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
@@ -189,7 +197,9 @@ def _joined(place: str, parts: list[Any]) -> str:
 
 def _refuse_key(place: str, key: str) -> None:
     if key in UNSUPPORTED:
-        raise BadRow("tools_unsupported", f"{place}.{key} is not supported", "Remove it: only text messages are supported.")
+        raise BadRow(
+            "tools_unsupported", f"{place}.{key} is not supported", "Remove it: only text messages are supported."
+        )
     remedy = f"Remove it, or correct its spelling. A message can have these keys: {', '.join(sorted(MESSAGE_KEYS))}."
     raise BadRow("unknown_key", f"{place} has the unknown key {quoted(key)}", remedy)
 
@@ -208,7 +218,9 @@ def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
             raise BadRow("invalid_weight", reason, "Use 0 to exclude the message from training, or omit the weight.")
     for key in ("name", "tool_call_id"):
         if key in fields and not isinstance(fields[key], str):
-            raise BadRow("invalid_name", f"{place}.{key} is {kind_of(fields[key])}, not a string", "Use a string, or omit it.")
+            raise BadRow(
+                "invalid_name", f"{place}.{key} is {kind_of(fields[key])}, not a string", "Use a string, or omit it."
+            )
 
 
 def quoted(text: str) -> str:

@@ -167,7 +167,9 @@ def _check_output(key: str, given: Any) -> ChatMessage:
 def _check_pair_messages(place: str, given: Any, *, empty: str) -> list[ChatMessage]:
     if not isinstance(given, list):
         reason = f"{place} is {kind_of(given)}, not a list"
-        raise BadRow("messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].')
+        raise BadRow(
+            "messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
+        )
     messages = cast(list[Any], given)
     if not messages:
         raise BadRow("messages_empty", f"{place} is an empty list", empty)
@@ -196,7 +198,9 @@ def check_unpaired(row: dict[str, Any]) -> LabeledAnswer:
     """Validate an answer with a label. Raises BadRow."""
     for key in row:
         if key != LABEL and key not in COMPLETION_KEYS:
-            raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {UNPAIRED_FORM}.")
+            raise BadRow(
+                "unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {UNPAIRED_FORM}."
+            )
     if LABEL not in row:
         raise BadRow("label_missing", 'the key "label" is missing', LABEL_REMEDY)
     if not isinstance(row[LABEL], bool):

@@ -51,8 +51,10 @@ def check_data(data: DataRequest, kind: DataKind, *, file_id: str) -> None:
         )
     if data.overflow == "split" and kind != "text":
         raise InvalidRequest(
-            f"data.overflow is 'split', which requires plain text, but file {file_id} contains {row_kind(kind).plural}.",
+            f"data.overflow is 'split', which requires plain text, but file {file_id} contains "
+            f"{row_kind(kind).plural}.",
             code="split_needs_text",
-            remedy="Set data.overflow to 'truncate' or 'drop'. To keep all tokens, raise max_length or shorten the rows.",
+            remedy="Set data.overflow to 'truncate' or 'drop'. To keep all tokens, raise max_length or shorten "
+            "the rows.",
             param="data.overflow",
         )

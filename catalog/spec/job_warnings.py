@@ -79,8 +79,8 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
     if tokens and trained < LOW_TRAINED_FRACTION * tokens:
         yield Caution(
             code="low_trained_fraction",
-            message=f"Only {trained:,} of the {tokens:,} tokens in the {role} file ({trained / tokens:.1%}) are trained "
-            "on, so most of the time is spent on prompts.",
+            message=f"Only {trained:,} of the {tokens:,} tokens in the {role} file ({trained / tokens:.1%}) are "
+            "trained on, so most of the time is spent on prompts.",
             remedy="Check in the sample rows that the right tokens are trained on. Shorter prompts reduce the cost.",
         )
     yield from _cut(spec, report, rows=rows, role=role)
@@ -125,14 +125,14 @@ def of_rank(spec: JobSpec, targets: list[Adapted], *, num_parameters: int, super
             code="rank_above_layer",
             message=f"Rank {above[0].rank} exceeds the smaller dimension of {linear.path} "
             f"({linear.out_features} by {linear.in_features}), so the extra rank has no effect.",
-            remedy=f"Lower lora.rank to at most {min(linear.out_features, linear.in_features)}, or set a lower rank for "
-            "this layer in lora.rank_pattern.",
+            remedy=f"Lower lora.rank to at most {min(linear.out_features, linear.in_features)}, or set a lower rank "
+            "for this layer in lora.rank_pattern.",
         )
     if spec.lora.rank > USUAL_RANK and num_parameters > PARAMETERS_PER_TOKEN * supervised_tokens:
         yield Caution(
             code="rank_beyond_need",
-            message=f"With rank {spec.lora.rank}, the adapter has {num_parameters:,} parameters, but is trained on only "
-            f"{supervised_tokens:,} tokens.",
+            message=f"With rank {spec.lora.rank}, the adapter has {num_parameters:,} parameters, but is trained on "
+            f"only {supervised_tokens:,} tokens.",
             remedy=f"Set lora.rank to {USUAL_RANK} or lower, which is enough for this data and needs less memory.",
         )
 
@@ -166,8 +166,8 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
     yield Caution(
         code="unusual_learning_rate",
         message=f"The learning rate ({rate:g}) is {far} the usual value for {spec.method} ({usual:g}): {follows}.",
-        remedy="Omit optimizer.learning_rate and learning_rate_multiplier to use the default, or try a short job at each "
-        "rate first.",
+        remedy="Omit optimizer.learning_rate and learning_rate_multiplier to use the default, or try a short job at "
+        "each rate first.",
     )
 
 

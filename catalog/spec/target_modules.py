@@ -145,8 +145,8 @@ def _check_known(description: Description, lora: LoraSpec, linears: list[Linear]
             f"Base model {base_name!r} was imported by an older version that did not record layer paths, so patterns "
             "and block numbers can't be used.",
             code="model_without_layer_paths",
-            remedy="Select layers only by name, in lora.target_modules, or ask an operator to add the model again under "
-            "another name.",
+            remedy="Select layers only by name, in lora.target_modules, or ask an operator to add the model again "
+            "under another name.",
             param="lora",
         )
 
@@ -159,7 +159,9 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
         found = [linear for linear in linears if matcher.matches(expression, linear.path, "lora.target_modules")]
         if not found:
             sentence = f"The regular expression {expression!r} does not match any linear layer of {base_name}."
-            raise _unknown(sentence, f"It must match a whole layer path, such as {linears[-1].path}. {_existing(linears)}")
+            raise _unknown(
+                sentence, f"It must match a whole layer path, such as {linears[-1].path}. {_existing(linears)}"
+            )
         return found
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
@@ -205,8 +207,8 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
             raise InvalidRequest(
                 f"The key {key!r} in {param} does not match any targeted layer.",
                 code="unknown_pattern_key",
-                remedy=f"{_nearest([key], names)}Use a layer name ({', '.join(names)}) or a layer path such as {paths[-1]} as "
-                "the key.",
+                remedy=f"{_nearest([key], names)}Use a layer name ({', '.join(names)}) or a layer path such as "
+                f"{paths[-1]} as the key.",
                 param=param,
             )
     return values
@@ -219,8 +221,8 @@ def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str
                 f"lora.init_lora_weights is {init_lora_weights!r}, which can't initialize rank {rank} on {linear.path} "
                 f"({linear.out_features} by {linear.in_features}).",
                 code="rank_too_high",
-                remedy=f"Lower lora.rank to at most {min(linear.out_features, linear.in_features)}, or set a lower rank for "
-                "this layer in lora.rank_pattern.",
+                remedy=f"Lower lora.rank to at most {min(linear.out_features, linear.in_features)}, or set a lower "
+                "rank for this layer in lora.rank_pattern.",
                 param="lora.rank",
             )
 
