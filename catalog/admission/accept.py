@@ -200,8 +200,11 @@ def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation
         yield Caution(code="max_length_lowered", message=message, remedy=remedy)
     num_steps = evaluation_schedule.most_steps(spec, training.num_rows or 0)
     if num_steps is not None and evaluation_schedule.interval_is_too_long(spec, num_steps):
-        message = evaluation_schedule.too_late(spec, num_steps)
-        yield Caution(code="evaluations_too_late", message=message, remedy=evaluation_schedule.EVALUATE_OFTEN)
+        yield Caution(
+            code="evaluations_too_late",
+            message=evaluation_schedule.too_late(spec, num_steps),
+            remedy=evaluation_schedule.EVALUATE_OFTEN,
+        )
 
 
 def _base_name(request: JobRequest, parent: Adapter | None) -> str:
@@ -361,9 +364,10 @@ def _check_rates(request: JobRequest) -> None:
         )
     if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
         return
+    multiplied = multiplier * BASE_LEARNING_RATE
     raise InvalidRequest(
         f"optimizer.learning_rate is {rate:g}, but learning_rate_multiplier ({multiplier:g}) sets the learning rate to "
-        f"{multiplier * BASE_LEARNING_RATE:g}.",
+        f"{multiplied:g}.",
         code="conflicting_learning_rates",
         remedy="Set only one of them. Omit the other, or set it to 'auto'.",
         param="optimizer.learning_rate",

@@ -159,8 +159,10 @@ def check_message(place: str, message: Any) -> None:
         _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
     role = fields.get("role")
     if role not in ROLES:
-        shown_role = f"the unknown role {quoted(role)}" if isinstance(role, str) else f"{kind_of(role)}, not a string"
-        reason = f"{place}.role is {shown_role if 'role' in fields else 'missing'}"
+        shown_role = quoted(role) if isinstance(role, str) else kind_of(role)
+        reason = (
+            f"{place}.role is {shown_role}, which is not a role" if "role" in fields else f"{place}.role is missing"
+        )
         raise BadRow("invalid_role", reason, f"Use one of these roles: {', '.join(ROLES)}.")
     if isinstance(fields.get("content"), list):
         fields["content"] = _joined(f"{place}.content", fields["content"])
@@ -211,9 +213,8 @@ def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
             reason = f"{place}.weight is allowed only on assistant messages"
             raise BadRow("invalid_weight", reason, "Remove it.")
         if type(weight) is not int or weight not in (0, 1):
-            shown_weight = str(weight) if isinstance(weight, int | float) else kind_of(weight)
-            if isinstance(weight, bool):
-                shown_weight = "a boolean"
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            shown_weight = weight if is_number else kind_of(weight)
             reason = f"{place}.weight is {shown_weight}, but must be 0 or 1"
             raise BadRow("invalid_weight", reason, "Use 0 to exclude the message from training, or omit the weight.")
     for key in ("name", "tool_call_id"):

@@ -147,7 +147,9 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
             raise Conflict(
                 f"Job {job.id} can't be resumed, because it is not paused. Its state is {job.state}.",
                 code="job_not_paused",
-                remedy="No action is needed: the job continues without being resumed.",
+                remedy="To train again, create a new job."
+                if job.cancel_requested
+                else "No action is needed: the job continues without being resumed.",
             )
         quotas.check_resumption(session, job.project_id, now=now)
         _note(session, "job.resumed", job, now=now)

@@ -113,8 +113,12 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
     if checkpoints.is_named(name):
         checkpoint = checkpoints.row(session, true(), name, locked=locked)
         if checkpoint is None:
-            remedy = "Check the name. GET /v1/fine_tuning/jobs/ID/checkpoints lists the checkpoints of a job."
-            raise NotFound("checkpoint", name, param="fine_tuned_model_checkpoint", remedy=remedy)
+            raise NotFound(
+                "checkpoint",
+                name,
+                param="fine_tuned_model_checkpoint",
+                remedy="Check the name. GET /v1/fine_tuning/jobs/ID/checkpoints lists the checkpoints of a job.",
+            )
         return checkpoints.as_adapter(session, checkpoint, param="fine_tuned_model_checkpoint")
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
     adapter = session.scalar(named.with_for_update() if locked else named)

@@ -143,8 +143,8 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
         )
     if fewest is not None and first >= fewest:
         raise InvalidRequest(
-            f"The first rung is at step {first}, but the shortest trial has only {fewest} "
-            f"{'step' if fewest == 1 else 'steps'}, so it would never be stopped early.",
+            f"The first rung is at step {first}, but the shortest trial ends at step {fewest}, so it would never be "
+            "stopped early.",
             code="no_rung_in_time",
             remedy="Lower search.min_steps, train for more steps, or set search.type to 'random'."
             if search.min_steps is not None or every == 1

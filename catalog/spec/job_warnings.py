@@ -70,10 +70,11 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
     rows, usable, tokens = int(report["rows"]), int(report["usable_rows"]), int(report["tokens"])
     trained = int(report["supervised_tokens"])
     if role == "training" and spec.batch_size > usable:
+        usable_rows = "1 usable row" if usable == 1 else f"{usable:,} usable rows"
         yield Caution(
             code="batch_exceeds_data",
-            message=f"batch_size is {spec.batch_size}, but the training file has only {usable} usable "
-            f"{'row' if usable == 1 else 'rows'}, so every step uses some rows more than once.",
+            message=f"batch_size is {spec.batch_size}, but the training file has only {usable_rows}, so "
+            "every step uses some rows more than once.",
             remedy=f"Lower batch_size to about {max(1, usable // 8)}, or add rows.",
         )
     if tokens and trained < LOW_TRAINED_FRACTION * tokens:
@@ -121,12 +122,12 @@ def of_rank(spec: JobSpec, targets: list[Adapted], *, num_parameters: int, super
     above = [target for target in targets if target.rank > min(target.linear.out_features, target.linear.in_features)]
     if above:
         linear = above[0].linear
+        limit = min(linear.out_features, linear.in_features)
         yield Caution(
             code="rank_above_layer",
             message=f"Rank {above[0].rank} exceeds the smaller dimension of {linear.path} "
             f"({linear.out_features} by {linear.in_features}), so the extra rank has no effect.",
-            remedy=f"Lower lora.rank to at most {min(linear.out_features, linear.in_features)}, or set a lower rank "
-            "for this layer in lora.rank_pattern.",
+            remedy=f"Lower the rank of this layer to {limit} or less, in lora.rank or lora.rank_pattern.",
         )
     if spec.lora.rank > USUAL_RANK and num_parameters > PARAMETERS_PER_TOKEN * supervised_tokens:
         yield Caution(

@@ -179,9 +179,9 @@ def _in_layers(linears: list[Linear], layers: list[int] | None, base_name: str) 
     existing = sorted({linear.layer for linear in linears if linear.layer is not None})
     missing = [layer for layer in layers if layer not in existing]
     if missing:
+        noun = "block" if len(missing) == 1 else "blocks"
         raise InvalidRequest(
-            f"{base_name} has no targeted linear layers in {'block' if len(missing) == 1 else 'blocks'} "
-            f"{', '.join(map(str, missing))}.",
+            f"{base_name} has no targeted linear layers in {noun} {', '.join(map(str, missing))}.",
             code="unknown_layers",
             remedy=f"Use block numbers {_span(existing)}, or omit lora.layers_to_transform."
             if existing
@@ -216,13 +216,13 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
 
 def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str) -> None:
     for linear, rank in zip(linears, ranks, strict=True):
-        if rank > min(linear.out_features, linear.in_features):
+        limit = min(linear.out_features, linear.in_features)
+        if rank > limit:
             raise InvalidRequest(
-                f"lora.init_lora_weights is {init_lora_weights!r}, which can't initialize rank {rank} on {linear.path} "
-                f"({linear.out_features} by {linear.in_features}).",
+                f"lora.init_lora_weights {init_lora_weights!r} supports rank {limit} or less on {linear.path} "
+                f"({linear.out_features} by {linear.in_features}), but the layer's rank is {rank}.",
                 code="rank_too_high",
-                remedy=f"Lower lora.rank to at most {min(linear.out_features, linear.in_features)}, or set a lower "
-                "rank for this layer in lora.rank_pattern.",
+                remedy=f"Lower the rank of this layer to {limit} or less, in lora.rank or lora.rank_pattern.",
                 param="lora.rank",
             )
 

@@ -286,8 +286,9 @@ def _check_ask_tell(sweep: Sweep) -> None:
 
 def _check_open(sweep: Sweep) -> None:
     if sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None:
+        why = _why_closed(sweep)
         raise Conflict(
-            f"No more trials can be added to sweep {sweep.id}, because {_why_closed(sweep)}.",
+            f"No more trials can be added to sweep {sweep.id}, because {why}.",
             code="sweep_closed",
             remedy="To run more trials, create a new sweep.",
         )
