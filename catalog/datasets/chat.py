@@ -186,11 +186,10 @@ def _joined(place: str, parts: list[Any]) -> str:
         kind = fields.get("type")
         if kind != "text":
             shown_type = quoted(kind) if isinstance(kind, str) else kind_of(kind)
-            reason = (
-                f"{position}.type is {shown_type}, not 'text'" if "type" in fields else f"{position}.type is missing"
-            )
+            if "type" not in fields:
+                raise BadRow("content_not_text", f"{position}.type is missing", PART_FORM)
             remedy = f"Remove images, audio and files: only text is supported. {PART_FORM}"
-            raise BadRow("content_not_text", reason, remedy)
+            raise BadRow("content_not_text", f"{position}.type is {shown_type}, not 'text'", remedy)
         if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
             reason = f'{position} must have only the keys "type" and "text", and "text" must be a string'
             raise BadRow("content_not_text", reason, PART_FORM)

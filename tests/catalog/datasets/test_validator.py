@@ -157,7 +157,7 @@ def test_one_bad_line_in_ten_thousand_is_found() -> None:
 
     problem = refusal(content)
 
-    assert problem.message == "Line 6173: not valid JSON at column 15: expecting value."
+    assert problem.message == "Line 6173: the JSON is invalid at column 15: expecting value."
 
 
 def test_first_five_bad_lines_are_listed_and_reading_stops() -> None:
@@ -172,8 +172,8 @@ def test_different_problems_have_their_own_remedies() -> None:
 
     assert problem.code == "messages_missing"
     assert problem.message == (
-        'Line 2: the key "messages" is missing. Write {"messages": [...]}. '
-        "Line 3: messages is a number, not a list. Write a list of {role, content} objects."
+        'Line 2: the key "messages" is missing. Use {"messages": [...]}. '
+        'Line 3: messages is a number, not a list. Use a list of messages, such as [{"role": "user", "content": "..."}].'
     )
     assert problem.remedy == "Correct these lines, then upload the file again."
 
@@ -182,7 +182,7 @@ def test_remedy_shared_by_all_bad_lines_appears_once() -> None:
     problem = refusal(row() + b"{}\n" + row() + b"{}\n")
 
     assert problem.message == 'Line 2: the key "messages" is missing. Line 4: the key "messages" is missing.'
-    assert problem.remedy == 'Write {"messages": [...]}.'
+    assert problem.remedy == 'Use {"messages": [...]}.'
 
 
 def test_blank_line_runs_are_reported_with_their_extent() -> None:
@@ -191,15 +191,18 @@ def test_blank_line_runs_are_reported_with_their_extent() -> None:
 
     assert problem.code == "blank_line"
     assert problem.message == "Line 2: the line is blank, as are all lines up to line 4. Line 6: the line is blank."
-    assert problem.remedy == "Delete blank lines between rows."
+    assert problem.remedy == "Delete the blank lines between rows."
     many = refusal((row() + b"\n\n") * 3 + b"{}\n")
     assert many.message.startswith(
-        "Line 2: the line is blank, as are all lines up to line 3. Delete blank lines between rows. Line 5: "
+        "Line 2: the line is blank, as are all lines up to line 3. Delete the blank lines between rows. Line 5: "
     )
 
 
 def test_file_with_only_masked_rows_is_rejected() -> None:
-    assert refusal(row(weight=0) * 3).code == "only_masked_rows"
+    problem = refusal(row(weight=0) * 3)
+
+    assert problem.code == "only_masked_rows"
+    assert problem.message.startswith("Every assistant message in the file has weight 0")
     assert check(row(weight=0) + row()).num_rows == 2
 
 

@@ -44,7 +44,7 @@ def test_operator_sees_why_a_model_import_failed(world: World) -> None:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
 
     assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a snapshot.")
-    assert failed.value.remedy == "Give a language model. Or choose another model."
+    assert failed.value.remedy == "Give a language model. Or choose another base model."
 
 
 def test_retry_advice_for_a_failed_model_appears_once(world: World) -> None:
@@ -55,7 +55,7 @@ def test_retry_advice_for_a_failed_model_appears_once(world: World) -> None:
     with pytest.raises(InvalidRequest) as failed:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
 
-    assert failed.value.remedy == f"{remedy} Or choose another model."
+    assert failed.value.remedy == f"{remedy} Or choose another base model."
 
 
 def test_failed_models_are_not_listed_and_importing_ones_are_marked(world: World) -> None:
@@ -155,7 +155,7 @@ def test_max_length_beyond_the_model_causes_a_warning(world: World) -> None:
 
     (warning,) = _warnings(world, max_length=longest + 1)
 
-    assert f"max_length is lowered to {longest} tokens" in warning
+    assert f"to {longest} tokens, the base model's maximum" in warning
     assert _warnings(world, max_length=longest) == []
 
 

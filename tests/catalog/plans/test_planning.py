@@ -36,8 +36,8 @@ def test_few_steps_cause_a_warning_with_a_remedy() -> None:
     assert "12 epochs" in few.remedy, "3 epochs give 8 steps"
     assert job_warnings.few_steps(spec(max_steps=8), 8) == Caution(
         code="few_steps",
-        message="The job has only 8 optimizer steps: fewer than 30 rarely change a model much.",
-        remedy="Raise max_steps, or remove it.",
+        message="The job has only 8 optimizer steps. Fewer than 30 rarely change a model noticeably.",
+        remedy="Raise max_steps, or omit it.",
     )
     hopeless = job_warnings.few_steps(spec(), 1)
     assert hopeless is not None

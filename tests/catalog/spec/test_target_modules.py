@@ -50,23 +50,28 @@ def test_names_layers_and_patterns_select_as_in_peft() -> None:
     ("fields", "code", "param", "remedy"),
     [
         ({"target_modules": ["up_prj"]}, "unknown_target_modules", "target_modules", "Did you mean up_proj?"),
-        ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "for example model.project_in"),
+        ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "such as model.project_in"),
         ({"layers_to_transform": [0, 2]}, "unknown_layers", "layers_to_transform", "from 0 to 1"),
         (
             {"layers_to_transform": [0], "target_modules": ["project_in"]},
             "unknown_layers",
             "layers_to_transform",
-            "Remove the field",
+            "Omit lora.layers_to_transform",
         ),
         ({"rank_pattern": {"q_prj": 8}}, "unknown_pattern_key", "rank_pattern", "Did you mean q_proj?"),
         (
             {"target_modules": ["q_proj"], "alpha_pattern": {"up_proj": 8}},
             "unknown_pattern_key",
             "alpha_pattern",
-            "named q_proj",
+            "name (q_proj)",
         ),
-        ({"rank_pattern": {"q_proj": 8, "0.self_attn.q_proj": 2}}, "ambiguous_pattern", "rank_pattern", "no order"),
-        ({"alpha_pattern": {"q_proj": 8, ".*": 2.5}}, "ambiguous_pattern", "alpha_pattern", "no order"),
+        (
+            {"rank_pattern": {"q_proj": 8, "0.self_attn.q_proj": 2}},
+            "ambiguous_pattern",
+            "rank_pattern",
+            "only one matches",
+        ),
+        ({"alpha_pattern": {"q_proj": 8, ".*": 2.5}}, "ambiguous_pattern", "alpha_pattern", "only one matches"),
         (
             {"init_lora_weights": "pissa", "rank_pattern": {"project_in": 33}},
             "rank_too_high",
