@@ -106,7 +106,8 @@ def test_rejected_file_lists_its_lines_and_focuses_the_field(
     alert = visitor.page.get_by_role("alert")
     expect(alert.get_by_role("listitem")).to_have_text(
         [
-            'Line 2: messages is a string, not a list. Use a list of messages, such as [{"role": "user", "content": "..."}].',
+            "Line 2: messages is a string, not a list. "
+            'Use a list of messages, such as [{"role": "user", "content": "..."}].',
             re.compile(r"Line 3: the row has the unknown key 'prompt'\. Remove the key, or correct .*"),
         ]
     )

@@ -87,8 +87,9 @@ def test_file_of_another_format_is_reported_once(content: bytes, code: str) -> N
     problem = refusal(content)
 
     assert problem.code == code
-    assert problem.message.startswith("Line 1: ")
-    assert problem.message.count("Line ") == 1
+    is_empty = code == "file_empty"
+    assert problem.message.startswith("The file has no rows." if is_empty else "Line 1: ")
+    assert problem.message.count("Line ") == (0 if is_empty else 1)
 
 
 BAD_ROWS: dict[str, tuple[bytes, str]] = {
@@ -173,7 +174,8 @@ def test_different_problems_have_their_own_remedies() -> None:
     assert problem.code == "messages_missing"
     assert problem.message == (
         'Line 2: the key "messages" is missing. Use {"messages": [...]}. '
-        'Line 3: messages is a number, not a list. Use a list of messages, such as [{"role": "user", "content": "..."}].'
+        "Line 3: messages is a number, not a list. "
+        'Use a list of messages, such as [{"role": "user", "content": "..."}].'
     )
     assert problem.remedy == "Correct these lines, then upload the file again."
 
@@ -254,7 +256,7 @@ def test_line_of_300_mb_is_rejected_in_bounded_memory() -> None:
 
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert caught.value.code == "line_too_long"
-    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes. Split ")
+    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes, the maximum. Shorten ")
     assert " Line 3: " in caught.value.message
     assert grown_bytes < 64 * MIB
 
@@ -306,5 +308,22 @@ def test_non_text_content_is_reported_with_its_position() -> None:
     with pytest.raises(BadRow) as raised:
         check_chat({"messages": [{"role": "user", "content": image}]})
 
-    assert raised.value.reason == "messages[0].content[1].type is 'image_url'"
+    assert raised.value.reason == "messages[0].content[1].type is 'image_url', not 'text'"
     assert "Remove images" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user", "weight": 1}, "messages[0].weight is allowed only on assistant messages"),
+        ({"role": "assistant", "weight": 2}, "messages[0].weight is 2, but must be 0 or 1"),
+        ({"role": "assistant", "weight": True}, "messages[0].weight is a boolean, but must be 0 or 1"),
+        ({"role": "bot"}, "messages[0].role is 'bot', which is not a role"),
+        ({}, "messages[0].role is missing"),
+    ],
+)
+def test_invalid_field_of_a_message_is_reported_with_its_value(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as raised:
+        check_chat({"messages": [{**message, "content": "a"}]})
+
+    assert raised.value.reason == reason

@@ -146,7 +146,7 @@ def _warnings(world: World, **fields: Any) -> list[str]:
 def test_validation_rows_equal_to_training_rows_cause_a_warning(world: World) -> None:
     (warning,) = _warnings(world, validation_file=world.file_id)
 
-    assert "the same rows" in warning
+    assert "the same content" in warning
     assert _warnings(world, validation_file=world.file()) == []
 
 
@@ -176,7 +176,7 @@ def test_evaluation_options_without_a_timely_evaluation_are_rejected(world: Worl
 
     ten: dict[str, Any] = {"max_steps": 10}
     for requested in (every(26, fields), every(11, fields) | ten):
-        with pytest.raises(InvalidRequest, match="has no effect") as refusal:
+        with pytest.raises(InvalidRequest, match="requires evaluations during training") as refusal:
             world.submit(**usual, **requested)
         assert (refusal.value.code, refusal.value.param) == ("no_evaluation_in_time", "evaluation.every_steps")
 
@@ -190,7 +190,7 @@ def test_split_texts_may_have_more_steps_than_rows(world: World, fields: dict[st
     split: dict[str, Any] = texts | {"data": {"overflow": "split"}} | every(100_000, fields)
 
     assert world.submit(**split).id
-    with pytest.raises(InvalidRequest, match="has no effect"):
+    with pytest.raises(InvalidRequest, match="requires evaluations during training"):
         world.submit(**split, max_steps=99_999)
 
 
@@ -229,7 +229,7 @@ def test_unusable_files_are_rejected_by_field(world: World, param: str) -> None:
 
 
 def test_unknown_target_modules_are_rejected_with_the_available_names(world: World) -> None:
-    with pytest.raises(InvalidRequest, match="no linear layers named wq") as refusal:
+    with pytest.raises(InvalidRequest, match="no linear layer named wq") as refusal:
         world.submit(lora={"target_modules": ["q_proj", "wq"]})
 
     assert refusal.value.code == "unknown_target_modules"

@@ -134,5 +134,5 @@ def test_old_file_without_a_kind_is_a_chat_file(world: World) -> None:
     old = world.file(kind=None)
 
     assert world.submit(training_file=old).id
-    with pytest.raises(InvalidRequest, match="is a chat"):
+    with pytest.raises(InvalidRequest, match="contains chats"):
         world.send(request(training_file=old, method=method("simpo")))

@@ -76,7 +76,7 @@ def test_names_layers_and_patterns_select_as_in_peft() -> None:
             {"init_lora_weights": "pissa", "rank_pattern": {"project_in": 33}},
             "rank_too_high",
             "rank",
-            "smaller side",
+            "to 32 or less",
         ),
         ({"rank_pattern": {r"((\w|\w\w|\.)+)+[XY]": 8}}, "pattern_too_slow", "rank_pattern", "nested"),
     ],
@@ -102,7 +102,7 @@ def test_old_base_without_layer_paths_supports_names_only() -> None:
     named = linears.adapted(OLD, spec(target_modules=["v_proj"]), base_name="old", matcher=linears.Matcher())
 
     assert memory.adapter_parameters(named, use_dora=False) == 4 * 80 * 2
-    with pytest.raises(InvalidRequest, match="imported before") as refusal:
+    with pytest.raises(InvalidRequest, match="imported by an older version") as refusal:
         linears.adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old", matcher=linears.Matcher())
     assert refusal.value.code == "model_without_layer_paths"
 
