@@ -36,20 +36,20 @@ from catalog.tenancy.authentication import Caller
 
 PURPOSE = "fine-tune"
 NO_USUAL_RATE = {
-    "sgd": ("SGD", "10 to 1,000 times the rate for AdamW is common"),
+    "sgd": ("SGD", "typically 10 to 1,000 times the learning rate for AdamW"),
     "adafactor": (
         "Adafactor",
-        "it is the maximum change of a matrix per step, relative to the matrix itself: 0.1 to 1 suits adapters",
+        "typically 0.1 to 1. It limits the change of a matrix per step, relative to the matrix itself",
     ),
 }
-"""Optimizers without a default learning rate, by type: name, and a hint for choosing the rate."""
-_READS: dict[DataKind | None, tuple[str, str]] = {
-    None: ("does not train on these", "a file without pairs or labeled answers"),
-    "preference": ("requires pairs of answers", f"a file of pairs, one per line: {PREFERENCE.form}"),
-    "unpaired": ("requires answers with labels", f"a file of labeled answers, one per line: {UNPAIRED.form}"),
+"""Optimizers without a default learning rate, by type: name, and usual learning rates."""
+_MATCHING: dict[DataKind | None, str] = {
+    None: "a file of chats, prompts with completions, or plain text",
+    "preference": f"a file of preference pairs, one on each line: {PREFERENCE.form}",
+    "unpaired": f"a file of labeled answers, one on each line: {UNPAIRED.form}",
 }
-"""By the kind of answers that a method compares: what it requires, and the matching kind of file."""
-INSTALL_QUANT = "Install bitsandbytes on a worker (pip install 'lorry-server[quant]'), then restart that worker."
+"""The files that a method trains on, by the kind of answers that it compares."""
+INSTALL_QUANT = "Install bitsandbytes on a worker (`pip install 'lorry-server[quant]'`), then restart the worker."
 """Remedy if no worker has bitsandbytes."""
 
 
@@ -187,19 +187,24 @@ def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation
     """Yield warnings about settings that are valid but probably unintended."""
     if validation is not None and validation.digest == training.digest:
         message = (
-            "The validation file and the training file contain the same rows: the validation loss does not measure "
+            "The validation file and the training file have the same content, so the validation loss does not measure "
             "performance on unseen data."
         )
-        yield Caution(code="validation_is_training", message=message)
+        remedy = "Use a validation file with rows that are not in the training file."
+        yield Caution(code="validation_is_training", message=message, remedy=remedy)
     if request.max_length != "auto" and spec.max_length < request.max_length:
         message = (
-            f"max_length is lowered to {spec.max_length} tokens, the maximum of the base model, from the requested "
-            f"{request.max_length}."
+            f"max_length was lowered from {request.max_length} to {spec.max_length} tokens, the base model's maximum."
         )
-        yield Caution(code="max_length_lowered", message=message)
+        remedy = "To train on longer rows, choose a base model with a longer context."
+        yield Caution(code="max_length_lowered", message=message, remedy=remedy)
     num_steps = evaluation_schedule.most_steps(spec, training.num_rows or 0)
     if num_steps is not None and evaluation_schedule.interval_is_too_long(spec, num_steps):
-        yield Caution(code="evaluations_too_late", message=evaluation_schedule.too_late(spec, num_steps))
+        yield Caution(
+            code="evaluations_too_late",
+            message=evaluation_schedule.too_late(spec, num_steps),
+            remedy=evaluation_schedule.EVALUATE_OFTEN,
+        )
 
 
 def _base_name(request: JobRequest, parent: Adapter | None) -> str:
@@ -212,9 +217,9 @@ def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
     base = base_models.find(session, name, lock="share")
     if base.state == "importing":
         raise InvalidRequest(
-            f"The base model {name!r} is still being imported.",
+            f"Base model {name!r} is still being imported.",
             code="model_not_ready",
-            remedy="Submit the job again when the model's state is ready; GET /v1/models shows it.",
+            remedy="Submit the job again once GET /v1/models shows the model's state as 'ready'.",
             param="model",
         )
     if base.state != "ready":
@@ -226,14 +231,16 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
     """Build the error. Only operators see the import's own message and remedy, which may quote folders and logs."""
     error = base.error or {}
     reason = error.get("code", "import_failed")
-    remedy = "Ask an operator to check its error in GET /v1/models and import it again, or choose another model."
+    remedy = "Choose another base model, or ask an operator to check the error in GET /v1/models and import it again."
     if is_operator:
         reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
         remedy = (
-            f"{own_hint} Or choose another model." if (own_hint := error.get("remedy")) else "Choose another model."
+            f"{own_hint} Or choose another base model."
+            if (own_hint := error.get("remedy"))
+            else "Choose another base model."
         )
     return InvalidRequest(
-        f"The import of the base model {base.name!r} failed: {reason}.",
+        f"The import of base model {base.name!r} failed: {reason}.",
         code="model_import_failed",
         remedy=remedy,
         param="model",
@@ -244,21 +251,21 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, 
     """Return the file, locked against deletion until the job that uses it exists."""
     file = get_once(session, File, file_id, lock="share")
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
-        remedy = "Upload it with this project's key, and use the id that the upload returned."
+        remedy = "Check the id. If the file belongs to another project, upload it again with this project's API key."
         raise NotFound("file", file_id, param=param, remedy=remedy)
     if files.has_expired(file, now=now):
-        remedy = "The file has expired (expires_after). Upload it again."
+        remedy = "Upload the file again: it has expired, as set by 'expires_after'."
         raise NotFound("file", file_id, param=param, remedy=remedy)
     if file.purpose != PURPOSE:
         raise InvalidRequest(
-            f"The file {file_id} was uploaded with the purpose {file.purpose!r}.",
+            f"File {file_id} has the purpose {file.purpose!r}, but {param} must have the purpose {PURPOSE!r}.",
             code="wrong_file_purpose",
-            remedy=f"Upload the data with purpose {PURPOSE!r} and use that file as {param}.",
+            remedy=f"Upload the data again with the purpose {PURPOSE!r}, and use the new file's id as {param}.",
             param=param,
         )
     if not file.num_rows:
         raise InvalidRequest(
-            f"The file {file_id} has no rows.",
+            f"File {file_id} has no rows.",
             code="empty_file",
             remedy="Upload a file with at least one row.",
             param=param,
@@ -271,12 +278,11 @@ def _check_kind(file: File, method: MethodType, param: str) -> None:
     kind, wanted = row_kind(known_kind(file.kind)), compared_kind(method)
     if wanted == _compared(kind):
         return
-    reads, instead = _READS[wanted]
     methods = [name for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
     raise InvalidRequest(
-        f"Each row of the file {file.id} is {kind.noun}, but the method {method} {reads}.",
+        f"File {file.id} contains {kind.plural}, which method '{method}' can't train on.",
         code="wrong_file_kind",
-        remedy=f"Use method {' or '.join(', '.join(methods).rsplit(', ', 1))}, or {instead}.",
+        remedy=f"Use method {' or '.join(', '.join(methods).rsplit(', ', 1))}, or provide {_MATCHING[wanted]}.",
         param=param,
     )
 
@@ -291,14 +297,15 @@ def _check_quantization(session: Session, request: JobRequest, *, now: float) ->
         return
     if request.lora.use_dora:
         raise InvalidRequest(
-            "DoRA needs the unquantized weights of the base model.",
+            f"lora.use_dora requires an unquantized base model, but quantization is {request.quantization!r}.",
             code="dora_unsupported_with_quantization",
             remedy="Omit lora.use_dora or quantization.",
             param="lora.use_dora",
         )
     if begins_with_the_base(request.lora.init_lora_weights):
         raise InvalidRequest(
-            f"{request.lora.init_lora_weights} needs the unquantized weights of the base model.",
+            f"lora.init_lora_weights {request.lora.init_lora_weights!r} requires an unquantized base model, but "
+            f"quantization is {request.quantization!r}.",
             code="init_unsupported_with_quantization",
             remedy="Omit lora.init_lora_weights or quantization.",
             param="lora.init_lora_weights",
@@ -307,7 +314,7 @@ def _check_quantization(session: Session, request: JobRequest, *, now: float) ->
     if found is None or request.quantization in found:
         return
     raise InvalidRequest(
-        f"No worker can load a base model in {request.quantization}: none has bitsandbytes.",
+        f"quantization is {request.quantization!r}, but no running worker has bitsandbytes.",
         code="quantization_unavailable",
         remedy=f"{INSTALL_QUANT} Or omit quantization.",
         param="quantization",
@@ -325,17 +332,17 @@ def _check_integrations(session: Session, request: JobRequest, *, now: float) ->
     for number, one in enumerate(request.integrations):
         if found is not None and one.type not in found:
             raise InvalidRequest(
-                f"No worker can write to {one.type}.",
+                f"No running worker can write to {one.type}.",
                 code="integration_unavailable",
                 remedy=f"{INSTALL} Or omit this integration.",
                 param=f"integrations.{number}.type",
             )
         if one.wandb is not None and one.wandb.entity is not None:
             raise InvalidRequest(
-                "A job can't set the Weights & Biases entity: it would give every project access to all entities of "
-                "the service's account.",
+                "A job can't set 'wandb.entity', because every project could then write to all entities of the "
+                "service's Weights & Biases account.",
                 code="integration_entity_not_allowed",
-                remedy="Omit wandb.entity. The operator sets it with WANDB_ENTITY on the workers.",
+                remedy="Omit 'wandb.entity'. The operator sets the entity with WANDB_ENTITY on the workers.",
                 param=f"integrations.{number}.wandb.entity",
             )
 
@@ -350,17 +357,19 @@ def _check_rates(request: JobRequest) -> None:
     if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
         name, hint = NO_USUAL_RATE[optimizer]
         raise InvalidRequest(
-            f"{name} has no default learning rate.",
+            f"optimizer.learning_rate is required for {name}, which has no default.",
             code="learning_rate_required",
-            remedy=f"Set optimizer.learning_rate; {hint}.",
+            remedy=f"Set optimizer.learning_rate, {hint}.",
             param="optimizer.learning_rate",
         )
     if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
         return
+    multiplied = multiplier * BASE_LEARNING_RATE
     raise InvalidRequest(
-        f"The learning rate is set twice: {rate:g}, and {multiplier:g} times {BASE_LEARNING_RATE:g}.",
+        f"optimizer.learning_rate is {rate:g}, but learning_rate_multiplier ({multiplier:g}) sets the learning rate to "
+        f"{multiplied:g}.",
         code="conflicting_learning_rates",
-        remedy="Set either optimizer.learning_rate or learning_rate_multiplier; omit the other, or set it to 'auto'.",
+        remedy="Set only one of them. Omit the other, or set it to 'auto'.",
         param="optimizer.learning_rate",
     )
 
@@ -377,7 +386,7 @@ def _check_held_out(request: JobRequest) -> None:
     ):
         if is_asked:
             raise InvalidRequest(
-                f"{field} needs a validation file, but the job has none.",
+                f"{field} requires a validation file, but the job has none.",
                 code="validation_file_required",
                 remedy=f"Set validation_file, or omit {field}.",
                 param=field,
@@ -405,9 +414,10 @@ def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adap
     parent = adapters.find(session, project_id, request.parent_adapter, locked=True, param="parent_adapter")
     if named is not None and named.id != parent.id:
         raise InvalidRequest(
-            f"model is the adapter {named.name!r}, but parent_adapter is {parent.name!r}: a job can continue only one.",
+            f"'model' is adapter {named.name!r}, but 'parent_adapter' is {parent.name!r}. A job can continue only one "
+            "adapter.",
             code="two_parents",
-            remedy="Set only one of them to an adapter; model may also be the name of the base model.",
+            remedy="Omit 'parent_adapter', or set 'model' to the name of the base model.",
             param="parent_adapter",
         )
     return parent
@@ -417,10 +427,19 @@ def check_parent_base(parent: Adapter, base: BaseModelRow) -> None:
     """Raise InvalidRequest if the digests differ. Two names with the same digest are the same base model."""
     if parent.base_digest == base.digest:
         return
+    if parent.base_model != base.name:
+        raise InvalidRequest(
+            f"Adapter {parent.name!r} was trained on base model {parent.base_model!r}, not on {base.name!r}.",
+            code="parent_of_another_base",
+            remedy=f"Set 'model' to {parent.base_model!r}, or to the adapter's name.",
+            param="parent_adapter",
+        )
     raise InvalidRequest(
-        f"The adapter {parent.name!r} was not trained on the current base model {base.name!r}.",
+        f"Adapter {parent.name!r} was trained on an earlier import of base model {base.name!r}, with the digest "
+        f"{parent.base_digest}.",
         code="parent_of_another_base",
-        remedy=f"Use the adapter's own base model, {parent.base_model!r} with the digest {parent.base_digest}.",
+        remedy="Ask an operator to add the earlier model under another name and set 'model' to that name, or train "
+        "without a parent.",
         param="parent_adapter",
     )
 
@@ -473,11 +492,11 @@ def _check_lora(request: JobRequest, parent_lora: LoraSpec) -> None:
 def _differs(field: str, given: object, parent_value: object) -> InvalidRequest:
     reason = f"{field} is {given!r}, but the parent adapter has {parent_value!r}."
     if field == "lora.init_lora_weights":
-        reason = f"{field} is {given!r}, but a job that continues an adapter starts with the adapter's weights."
+        reason = f"{field} is {given!r}, but a job with a parent adapter starts from that adapter's weights."
     return InvalidRequest(
         reason,
         code="differs_from_parent",
-        remedy=f"Omit {field} to inherit the parent's value, or train without a parent.",
+        remedy=f"Omit {field} to inherit the parent's value, or train without a parent adapter.",
         param=field,
     )
 

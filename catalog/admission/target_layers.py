@@ -26,7 +26,7 @@ class TargetsOutdated(Conflict):
 
     def __init__(self, base_name: str) -> None:
         super().__init__(
-            f"The base model {base_name!r} changed while the request was being checked.",
+            f"Base model {base_name!r} changed while the request was being checked.",
             code="model_changed",
             remedy="Send the request again.",
             param="model",

@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict, cast
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id"})
 UNSUPPORTED = frozenset({"tools", "parallel_tool_calls", "functions", "tool_calls", "function_call", "audio"})
-PART_FORM = 'Write {"type": "text", "text": "..."}.'
+PART_FORM = 'Use {"type": "text", "text": "..."}.'
 MAX_DIGITS = 19
 """Number of decimal digits of the largest 64-bit integer."""
 MAX_NAMED_CHARS = 40
@@ -45,7 +45,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     row = _parse_json(line)
     if not isinstance(row, dict):
         reason = f"the row is {kind_of(row)}, not an object"
-        raise BadRow("row_not_object", reason, 'Write an object, such as {"messages": [...]}.')
+        raise BadRow("row_not_object", reason, 'Use an object, such as {"messages": [...]}.')
     return cast(dict[str, Any], row)
 
 
@@ -71,13 +71,16 @@ def _parse_json(line: bytes) -> Any:
         reason = f"byte {error.start + 1} is not valid UTF-8"
         raise BadRow("invalid_utf8", reason, "Save the file as UTF-8.") from error
     except UnicodeEncodeError as error:
-        remedy = "Write characters outside the Basic Multilingual Plane directly, or as a pair of \\u escapes."
-        raise BadRow("lone_surrogate", "unpaired surrogate escape \\ud…", remedy) from error
+        reason = "the line contains an unpaired surrogate escape (\\ud…)"
+        remedy = "Use the character itself, such as an emoji, or a complete pair of \\u escapes."
+        raise BadRow("lone_surrogate", reason, remedy) from error
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
-        raise BadRow("invalid_json", reason, "Write each row on one line, with a JSON library.") from error
+        reason = f"the JSON is invalid at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
+        raise BadRow(
+            "invalid_json", reason, "Put each row on one line, and generate it with a JSON library."
+        ) from error
     except RecursionError as error:
-        remedy = "Use at most five levels: object, list of messages, message, list of parts, part."
+        remedy = "Flatten the row: a valid row has at most six levels of objects and lists."
         raise BadRow("json_too_deep", "the JSON is nested too deeply", remedy) from error
 
 
@@ -86,25 +89,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         seen: set[str] = set()
         duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise BadRow("duplicate_key", f"the key {quoted(duplicate)} occurs twice in one object", "Keep one of them.")
+        reason = f"the key {quoted(duplicate)} appears more than once in the same object"
+        raise BadRow("duplicate_key", reason, "Keep only one of them.")
     return row
 
 
 def _constant(name: str) -> Any:
-    raise BadRow("number_not_finite", f"{name} is not a JSON number", "Omit the value, or write a number.")
+    raise BadRow("number_not_finite", f"{name} is not valid JSON", "Omit the value, or use a finite number.")
 
 
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise BadRow("number_not_finite", "a number is too large", "Write a number below 1e308.")
+        raise BadRow("number_not_finite", "a number is out of range", "Use a number between -1.79e308 and 1.79e308.")
     return value
 
 
 def _int(text: str) -> int:
     if len(text.lstrip("-")) > MAX_DIGITS:
         reason = f"an integer has more than {MAX_DIGITS} digits"
-        raise BadRow("number_too_large", reason, "Write long numbers as strings.")
+        raise BadRow("number_too_large", reason, "Use a string for a longer number.")
     return int(text)
 
 
@@ -118,24 +122,28 @@ def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
     messages = row["messages"]
     if not isinstance(messages, list):
         reason = f"messages is {kind_of(messages)}, not a list"
-        raise BadRow("messages_not_list", reason, "Write a list of {role, content} objects.")
+        raise BadRow(
+            "messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
+        )
     for index, message in enumerate(cast(list[Any], messages)):
         check_message(f"messages[{index}]", message)
     checked = cast(list[ChatMessage], messages)
     if not any(m["role"] == "assistant" and m["content"].strip() for m in checked):
         reason = "the chat has no assistant message with text"
-        raise BadRow("no_assistant_turn", reason, "Add the answer to train on, or remove the row.")
+        raise BadRow("no_assistant_turn", reason, "Add the assistant message to train on, or remove the row.")
     return checked
 
 
 def _check_row_keys(row: dict[str, Any]) -> None:
     for key in row:
         if key in UNSUPPORTED:
-            raise BadRow("tools_unsupported", f"{key!r} is not supported", "Remove it: only text is supported.")
+            raise BadRow(
+                "tools_unsupported", f"{key!r} is not supported", "Remove it: only text messages are supported."
+            )
         if key != "messages":
-            remedy = 'Remove the key, or correct its spelling: "messages" is the only key of a row.'
-            raise BadRow("unknown_key", f"the key {quoted(key)} is unknown", remedy)
-    raise BadRow("messages_missing", 'the key "messages" is missing', 'Write {"messages": [...]}.')
+            remedy = 'Remove the key, or correct its spelling. A chat row has only the key "messages".'
+            raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", remedy)
+    raise BadRow("messages_missing", 'the key "messages" is missing', 'Use {"messages": [...]}.')
 
 
 def check_message(place: str, message: Any) -> None:
@@ -145,19 +153,22 @@ def check_message(place: str, message: Any) -> None:
     """
     if not isinstance(message, dict):
         reason = f"{place} is {kind_of(message)}, not an object"
-        raise BadRow("message_not_object", reason, 'Write {"role": ..., "content": ...}.')
+        raise BadRow("message_not_object", reason, 'Use {"role": "user", "content": "..."}.')
     fields = cast(dict[str, Any], message)
     if not fields.keys() <= MESSAGE_KEYS:
         _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
     role = fields.get("role")
     if role not in ROLES:
-        reason = f"{place}.role is {quoted(role) if isinstance(role, str) else kind_of(role)}"
-        raise BadRow("invalid_role", reason, f"Use one of {', '.join(ROLES)}.")
+        shown_role = quoted(role) if isinstance(role, str) else kind_of(role)
+        reason = (
+            f"{place}.role is {shown_role}, which is not a role" if "role" in fields else f"{place}.role is missing"
+        )
+        raise BadRow("invalid_role", reason, f"Use one of these roles: {', '.join(ROLES)}.")
     if isinstance(fields.get("content"), list):
         fields["content"] = _joined(f"{place}.content", fields["content"])
     if not isinstance(fields.get("content"), str):
-        given = kind_of(fields["content"]) if "content" in fields else "missing"
-        remedy = 'Write text as one string, or as parts: [{"type": "text", "text": "..."}].'
+        given = f"{kind_of(fields['content'])}, not text" if "content" in fields else "missing"
+        remedy = 'Use a string, or a list of text parts: [{"type": "text", "text": "..."}].'
         raise BadRow("content_not_text", f"{place}.content is {given}", remedy)
     if len(fields) > 2:
         _check_extras(place, role, fields)
@@ -166,7 +177,7 @@ def check_message(place: str, message: Any) -> None:
 def _joined(place: str, parts: list[Any]) -> str:
     """Join parts of text without a separator, as a chat template does. Raises BadRow."""
     if not parts:
-        raise BadRow("content_not_text", f"{place} is an empty list", "Write a string, or at least one part of text.")
+        raise BadRow("content_not_text", f"{place} is an empty list", "Use a string, or at least one text part.")
     for index, part in enumerate(parts):
         position = f"{place}[{index}]"
         if not isinstance(part, dict):
@@ -174,32 +185,42 @@ def _joined(place: str, parts: list[Any]) -> str:
         fields = cast(dict[str, Any], part)
         kind = fields.get("type")
         if kind != "text":
-            shown_type = quoted(kind) if isinstance(kind, str) else "missing" if kind is None else kind_of(kind)
+            shown_type = quoted(kind) if isinstance(kind, str) else kind_of(kind)
+            if "type" not in fields:
+                raise BadRow("content_not_text", f"{position}.type is missing", PART_FORM)
             remedy = f"Remove images, audio and files: only text is supported. {PART_FORM}"
-            raise BadRow("content_not_text", f"{position}.type is {shown_type}", remedy)
+            raise BadRow("content_not_text", f"{position}.type is {shown_type}, not 'text'", remedy)
         if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
-            raise BadRow("content_not_text", f"{position} is not a part of text", PART_FORM)
+            reason = f'{position} must have only the keys "type" and "text", and "text" must be a string'
+            raise BadRow("content_not_text", reason, PART_FORM)
     return "".join(part["text"] for part in parts)
 
 
 def _refuse_key(place: str, key: str) -> None:
     if key in UNSUPPORTED:
-        raise BadRow("tools_unsupported", f"{place}.{key} is not supported", "Remove it: only text is supported.")
-    remedy = f"Use only the keys {', '.join(sorted(MESSAGE_KEYS))}."
+        raise BadRow(
+            "tools_unsupported", f"{place}.{key} is not supported", "Remove it: only text messages are supported."
+        )
+    remedy = f"Remove it, or correct its spelling. A message can have these keys: {', '.join(sorted(MESSAGE_KEYS))}."
     raise BadRow("unknown_key", f"{place} has the unknown key {quoted(key)}", remedy)
 
 
 def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
     if "weight" in fields:
         weight = fields["weight"]
-        if role != "assistant" or type(weight) is not int or weight not in (0, 1):
-            reason = f"{place}.weight must be 0 or 1, on an assistant message"
-            raise BadRow(
-                "invalid_weight", reason, "Use 0 for an answer that is not trained on, and omit other weights."
-            )
+        if role != "assistant":
+            reason = f"{place}.weight is allowed only on assistant messages"
+            raise BadRow("invalid_weight", reason, "Remove it.")
+        if type(weight) is not int or weight not in (0, 1):
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            shown_weight = weight if is_number else kind_of(weight)
+            reason = f"{place}.weight is {shown_weight}, but must be 0 or 1"
+            raise BadRow("invalid_weight", reason, "Use 0 to exclude the message from training, or omit the weight.")
     for key in ("name", "tool_call_id"):
         if key in fields and not isinstance(fields[key], str):
-            raise BadRow("invalid_name", f"{place}.{key} is {kind_of(fields[key])}", "Write a string, or omit it.")
+            raise BadRow(
+                "invalid_name", f"{place}.{key} is {kind_of(fields[key])}, not a string", "Use a string, or omit it."
+            )
 
 
 def quoted(text: str) -> str:

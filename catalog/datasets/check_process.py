@@ -78,7 +78,7 @@ def _wait(process: subprocess.Popen[bytes], is_abandoned: Callable[[], bool]) ->
     while True:
         if is_abandoned():
             raise CheckStopped(
-                "The check of the file was stopped: the client disconnected, or the API server is shutting down.",
+                "The file check was stopped because the client disconnected or the API server is shutting down.",
                 code="check_stopped",
                 remedy="Send the request again.",
             )
@@ -93,9 +93,9 @@ def _crashed(status: int, errors: bytes) -> CheckCrashed:
     lines = errors.decode("utf-8", "replace").splitlines() or ["no output"]
     log.error("the check of a data set failed: status=%d %s", status, lines[-1][:300])
     return CheckCrashed(
-        f"The process that checks the file failed with exit status {status}.",
+        f"The file could not be checked: the process that checks it failed with exit status {status}.",
         code="dataset_check_failed",
-        remedy="Try again. If it fails again, ask the operator whether the API server's machine has enough memory.",
+        remedy="Try again. If the error recurs, ask the operator to check the API server's log and memory.",
     )
 
 

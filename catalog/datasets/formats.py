@@ -34,6 +34,7 @@ class RowKind:
     keys: tuple[str, ...]
     """A row with any of these keys is of this kind. `_is_labeled` detects answers with a label."""
     noun: str
+    plural: str
     form: str
     check: Callable[[dict[str, Any]], Any]
     """Return the validated row. Raises BadRow."""
@@ -44,7 +45,8 @@ class RowKind:
 PREFERENCE = RowKind(
     name="preference",
     keys=("input", "preferred_output", "non_preferred_output"),
-    noun="a pair of answers",
+    noun="a preference pair",
+    plural="preference pairs",
     form=PAIR_FORM,
     check=check_pair,
     is_supervised=lambda _: True,
@@ -52,7 +54,8 @@ PREFERENCE = RowKind(
 UNPAIRED = RowKind(
     name="unpaired",
     keys=(),
-    noun="an answer with a label",
+    noun="a labeled answer",
+    plural="labeled answers",
     form=UNPAIRED_FORM,
     check=check_unpaired,
     is_supervised=lambda _: True,
@@ -61,6 +64,7 @@ COMPLETION = RowKind(
     name="completion",
     keys=("prompt", "completion"),
     noun="a prompt with its completion",
+    plural="prompts with completions",
     form=COMPLETION_FORM,
     check=check_completion,
     is_supervised=is_completion_supervised,
@@ -70,6 +74,7 @@ KINDS = (
         name="chat",
         keys=("messages",),
         noun="a chat",
+        plural="chats",
         form='{"messages": [...]}',
         check=check_chat,
         is_supervised=is_supervised,
@@ -78,7 +83,8 @@ KINDS = (
     RowKind(
         name="text",
         keys=("text",),
-        noun="a plain text",
+        noun="plain text",
+        plural="plain text",
         form=TEXT_FORM,
         check=check_text,
         is_supervised=lambda _: True,
@@ -109,8 +115,8 @@ def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
     if found is COMPLETION and _is_labeled(row, before):
         found = UNPAIRED
     if before is not None and found is not before:
-        reason = f"the row is {found.noun}, but each previous row is {before.noun}"
-        raise BadRow("mixed_kinds", reason, "Put rows of each kind into a separate file.")
+        reason = f"the row is {found.noun}, but the first row is {before.noun}"
+        raise BadRow("mixed_kinds", reason, "Use one kind of row in each file.")
     return found
 
 
@@ -121,9 +127,9 @@ def _is_labeled(row: dict[str, Any], before: RowKind | None) -> bool:
 
 def _unknown(row: dict[str, Any]) -> BadRow:
     if row:
-        reason = f"the key {quoted(next(iter(row)))} belongs to no kind of row"
-        return BadRow("unknown_key", reason, f"Write {FORMS}, or correct the key's spelling.")
-    return BadRow("row_empty", "the object is empty", f"Write {FORMS}.")
+        reason = f"the key {quoted(next(iter(row)))} does not belong to any row format"
+        return BadRow("unknown_key", reason, f"Use {FORMS}, or correct the key's spelling.")
+    return BadRow("row_empty", "the row is an empty object", f"Use {FORMS}, or remove the row.")
 
 
 PAIR = (
@@ -131,23 +137,24 @@ PAIR = (
     '"preferred_output": [{"role": "assistant", "content": CHOSEN}], '
     '"non_preferred_output": [{"role": "assistant", "content": REJECTED}]}'
 )
-PAIR_REMEDY = f"Write each pair in OpenAI's format: {PAIR}."
+PAIR_REMEDY = f"Convert each pair to OpenAI's format: {PAIR}."
 SHARED_PROMPT_REMEDY = (
-    f"{PAIR_REMEDY} If there is no prompt key, the prompt is the common beginning of chosen and rejected."
+    f'{PAIR_REMEDY} Without a "prompt" key, the prompt is the text with which chosen and rejected both begin.'
 )
 ALPACA_REMEDY = (
-    'Write {"prompt": INSTRUCTION, "completion": OUTPUT}. If input has text, append it to the instruction '
-    "in the prompt."
+    'Use {"prompt": INSTRUCTION, "completion": OUTPUT}. If "input" is not empty, append it to the instruction.'
 )
-SHAREGPT_REMEDY = 'Write {"messages": [...]}: rename from to role (human: user, gpt: assistant), and value to content.'
+SHAREGPT_REMEDY = (
+    'Use {"messages": [...]}. Rename "from" to "role" (and human to user, gpt to assistant), and "value" to "content".'
+)
 
 
 def refuse_foreign(row: dict[str, Any]) -> None:
     """Raises BadRow for preference pairs in TRL's format, and for rows in the formats of Alpaca and ShareGPT."""
     if "chosen" in row or "rejected" in row:
         remedy = PAIR_REMEDY if "prompt" in row else SHARED_PROMPT_REMEDY
-        raise BadRow("trl_pair", "the row is a pair of answers in TRL's format (chosen, rejected)", remedy)
+        raise BadRow("trl_pair", "the row is a preference pair in TRL format (chosen, rejected)", remedy)
     if "instruction" in row and "output" in row:
-        raise BadRow("alpaca_row", "the row is in Alpaca's format (instruction, input, output)", ALPACA_REMEDY)
+        raise BadRow("alpaca_row", "the row is in Alpaca format (instruction, input, output)", ALPACA_REMEDY)
     if "conversations" in row and "messages" not in row:
-        raise BadRow("sharegpt_row", "the row is in ShareGPT's format (conversations)", SHAREGPT_REMEDY)
+        raise BadRow("sharegpt_row", "the row is in ShareGPT format (conversations)", SHAREGPT_REMEDY)

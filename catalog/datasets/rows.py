@@ -13,7 +13,7 @@ from catalog.datasets.chat import UNSUPPORTED, BadRow, ChatMessage, check_messag
 COMPLETION_KEYS = ("prompt", "completion")
 COMPLETION_FORM = '{"prompt": ..., "completion": ...}'
 TEXT_FORM = '{"text": "..."}'
-FORMS = "Write both as text, or both as lists of messages."
+FORMS = "Use a string for both prompt and completion, or a list of messages for both."
 
 
 class Completion(TypedDict):
@@ -28,14 +28,14 @@ def check_completion(row: dict[str, Any]) -> Completion:
     _check_keys(row, COMPLETION_KEYS, form=COMPLETION_FORM)
     for key in COMPLETION_KEYS:
         if not isinstance(row[key], str | list):
-            raise BadRow(f"{key}_not_text", f"{key} is {kind_of(row[key])}", FORMS)
+            raise BadRow(f"{key}_not_text", f"{key} is {kind_of(row[key])}, not a string or a list", FORMS)
     if type(row["prompt"]) is not type(row["completion"]):
-        reason = f"prompt is {kind_of(row['prompt'])} and completion is {kind_of(row['completion'])}"
+        reason = f"prompt is {kind_of(row['prompt'])} but completion is {kind_of(row['completion'])}"
         raise BadRow("prompt_unlike_completion", reason, FORMS)
     if isinstance(row["completion"], list):
         _check_completion_messages(row)
     elif not row["completion"].strip():
-        raise BadRow("completion_empty", "the completion is empty", "Write the text to train on, or remove the row.")
+        raise BadRow("completion_empty", "the completion is empty", "Add the text to train on, or remove the row.")
     return cast(Completion, row)
 
 
@@ -57,9 +57,9 @@ def check_text(row: dict[str, Any]) -> str:
     _check_keys(row, ("text",), form=TEXT_FORM)
     text = row["text"]
     if not isinstance(text, str):
-        raise BadRow("text_not_text", f"text is {kind_of(text)}, not a string", f"Write {TEXT_FORM}.")
+        raise BadRow("text_not_text", f"text is {kind_of(text)}, not a string", f"Use {TEXT_FORM}.")
     if not text.strip():
-        raise BadRow("text_empty", "the text is empty", "Write the text to train on, or remove the row.")
+        raise BadRow("text_empty", "the text is empty", "Add the text to train on, or remove the row.")
     return text
 
 
@@ -68,32 +68,32 @@ def _check_keys(row: dict[str, Any], keys: tuple[str, ...], *, form: str) -> Non
         if key in UNSUPPORTED:
             raise BadRow("tools_unsupported", f"{key!r} is not supported", "Remove it: only text is supported.")
         if key not in keys:
-            raise BadRow("unknown_key", f"the key {quoted(key)} is unknown", f"Write only {form}.")
+            raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {form}.")
     for key in keys:
         if key not in row:
-            raise BadRow(f"{key}_missing", f'the key "{key}" is missing', f"Write {form}.")
+            raise BadRow(f"{key}_missing", f'the key "{key}" is missing', f"Use {form}.")
 
 
 def _check_completion_messages(row: dict[str, Any]) -> None:
     for key in COMPLETION_KEYS:
         messages = cast(list[Any], row[key])
         if not messages:
-            remedy = "Write a list of {role, content} objects."
+            remedy = 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
             raise BadRow("messages_empty", f"{key} is an empty list", remedy)
         for index, message in enumerate(messages):
             check_message(f"{key}[{index}]", message)
     answers = cast(list[ChatMessage], row["completion"])
     if not any(m["role"] == "assistant" and m["content"].strip() for m in answers):
         reason = "the completion has no assistant message with text"
-        raise BadRow("no_assistant_turn", reason, "Add the answer to train on, or remove the row.")
+        raise BadRow("no_assistant_turn", reason, "Add the assistant message to train on, or remove the row.")
 
 
 OUTPUTS = ("preferred_output", "non_preferred_output")
 ROW_KEYS = ("input", *OUTPUTS)
 INPUT_KEYS = ("messages", "tools", "parallel_tool_calls")
 PAIR_FORM = '{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}'
-ONE_ANSWER_PER_OUTPUT = 'Write [{"role": "assistant", "content": "..."}].'
-NO_TOOLS = "Remove it, or leave the list empty: only text is supported."
+ONE_ANSWER_PER_OUTPUT = 'Use [{"role": "assistant", "content": "..."}].'
+NO_TOOLS = "Remove it, or use an empty list: tools are not supported."
 
 
 class PreferencePair(TypedDict):
@@ -108,32 +108,32 @@ def check_pair(row: dict[str, Any]) -> PreferencePair:
     """Validate a pair of answers. Raises BadRow."""
     for key in row:
         if key not in ROW_KEYS:
-            raise BadRow("unknown_key", f"the key {quoted(key)} is unknown", f"Write {PAIR_FORM}.")
+            raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {PAIR_FORM}.")
     for key in ROW_KEYS:
         if key not in row:
-            raise BadRow(f"{key}_missing", f'the key "{key}" is missing', f"Write {PAIR_FORM}.")
+            raise BadRow(f"{key}_missing", f'the key "{key}" is missing', f"Use {PAIR_FORM}.")
     prompt = _check_input(row["input"])
     preferred, rejected = (_check_output(key, row[key]) for key in OUTPUTS)
     if preferred["content"] == rejected["content"]:
-        remedy = "Remove the row: identical answers express no preference."
+        remedy = "Make the answers different, or remove the row."
         raise BadRow("equal_outputs", "preferred_output and non_preferred_output are identical", remedy)
     return PreferencePair(prompt=prompt, preferred=preferred, rejected=rejected)
 
 
 def _check_input(given: Any) -> list[ChatMessage]:
     if not isinstance(given, dict):
-        raise BadRow("input_not_object", f"input is {kind_of(given)}, not an object", 'Write {"messages": [...]}.')
+        raise BadRow("input_not_object", f"input is {kind_of(given)}, not an object", 'Use {"messages": [...]}.')
     fields = cast(dict[str, Any], given)
     for key in fields:
         if key not in INPUT_KEYS:
-            remedy = f"Use only the keys {', '.join(INPUT_KEYS)}."
-            raise BadRow("unknown_key", f"input has the unknown key {quoted(key)}", remedy)
+            reason = f"input has the unknown key {quoted(key)}"
+            raise BadRow("unknown_key", reason, 'Remove it, or correct its spelling. "input" needs only "messages".')
     _check_tools(fields)
     if "messages" not in fields:
-        raise BadRow("messages_missing", 'input lacks the key "messages"', 'Write {"messages": [...]}.')
-    messages = _check_pair_messages("input.messages", fields["messages"], empty="Write the prompt of the two answers.")
+        raise BadRow("messages_missing", 'input has no key "messages"', 'Use {"messages": [...]}.')
+    messages = _check_pair_messages("input.messages", fields["messages"], empty="Add the prompt for the two answers.")
     if messages[-1]["role"] == "assistant":
-        remedy = "Move the answer to preferred_output or non_preferred_output, and end the input with the question."
+        remedy = "Move that message to preferred_output or non_preferred_output, so that the input ends with the user."
         raise BadRow("prompt_ends_with_answer", "input.messages ends with an assistant message", remedy)
     return messages
 
@@ -145,20 +145,21 @@ def _check_tools(fields: dict[str, Any]) -> None:
         raise BadRow("tools_unsupported", "input.tools is not supported", NO_TOOLS)
     parallel = fields.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
-        reason = f"input.parallel_tool_calls is {kind_of(parallel)}"
-        raise BadRow("invalid_parallel_tool_calls", reason, "Write true or false, or omit it.")
+        reason = f"input.parallel_tool_calls is {kind_of(parallel)}, not true or false"
+        raise BadRow("invalid_parallel_tool_calls", reason, "Omit it: tools are not supported.")
 
 
 def _check_output(key: str, given: Any) -> ChatMessage:
     messages = _check_pair_messages(key, given, empty=ONE_ANSWER_PER_OUTPUT)
     if len(messages) > 1:
-        remedy = "Move earlier messages to input.messages: an answer is the one assistant message that follows them."
-        raise BadRow("several_answers", f"{key} has {len(messages)} messages, not one", remedy)
+        remedy = "Keep only the last assistant message, and move the messages before it to input.messages."
+        raise BadRow("several_answers", f"{key} has {len(messages)} messages, but must have exactly one", remedy)
     (answer,) = messages
     if answer["role"] != "assistant":
-        raise BadRow("answer_not_assistant", f"{key}[0].role is {quoted(answer['role'])}", ONE_ANSWER_PER_OUTPUT)
+        reason = f"{key}[0].role is {quoted(answer['role'])}, not 'assistant'"
+        raise BadRow("answer_not_assistant", reason, ONE_ANSWER_PER_OUTPUT)
     if not answer["content"].strip():
-        remedy = "Write the answer, or remove the row."
+        remedy = "Add the answer, or remove the row."
         raise BadRow("answer_empty", f"{key}[0].content is empty", remedy)
     return answer
 
@@ -166,22 +167,24 @@ def _check_output(key: str, given: Any) -> ChatMessage:
 def _check_pair_messages(place: str, given: Any, *, empty: str) -> list[ChatMessage]:
     if not isinstance(given, list):
         reason = f"{place} is {kind_of(given)}, not a list"
-        raise BadRow("messages_not_list", reason, "Write a list of {role, content} objects.")
+        raise BadRow(
+            "messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
+        )
     messages = cast(list[Any], given)
     if not messages:
         raise BadRow("messages_empty", f"{place} is an empty list", empty)
     for index, message in enumerate(messages):
         check_message(f"{place}[{index}]", message)
         if "weight" in message:
-            remedy = "Remove it: in a pair, only the two answers are trained on."
-            raise BadRow("invalid_weight", f"{place}[{index}].weight is not supported in a pair", remedy)
+            reason = f"{place}[{index}].weight is not allowed in a preference pair"
+            raise BadRow("invalid_weight", reason, "Remove it: only the two answers are trained on.")
     return cast(list[ChatMessage], messages)
 
 
 LABEL = "label"
 UNPAIRED_FORM = '{"prompt": ..., "completion": ..., "label": true}'
-LABEL_REMEDY = f"Write true for a desirable answer, false for an undesirable one: {UNPAIRED_FORM}."
-ONE_ANSWER = 'Write [{"role": "assistant", "content": "..."}].'
+LABEL_REMEDY = f"Use true for a desirable answer or false for an undesirable one: {UNPAIRED_FORM}."
+ONE_ANSWER = 'Use [{"role": "assistant", "content": "..."}].'
 
 
 class LabeledAnswer(TypedDict):
@@ -195,7 +198,9 @@ def check_unpaired(row: dict[str, Any]) -> LabeledAnswer:
     """Validate an answer with a label. Raises BadRow."""
     for key in row:
         if key != LABEL and key not in COMPLETION_KEYS:
-            raise BadRow("unknown_key", f"the key {quoted(key)} is unknown", f"Write {UNPAIRED_FORM}.")
+            raise BadRow(
+                "unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {UNPAIRED_FORM}."
+            )
     if LABEL not in row:
         raise BadRow("label_missing", 'the key "label" is missing', LABEL_REMEDY)
     if not isinstance(row[LABEL], bool):
@@ -215,13 +220,16 @@ def turns_of(answer: Completion) -> list[ChatMessage] | None:
 
 def _check_turns(prompt: list[ChatMessage], answer: list[ChatMessage]) -> None:
     if len(answer) > 1:
-        remedy = "Move earlier messages to the prompt: the answer is the one assistant message that follows them."
-        raise BadRow("several_answers", f"the completion has {len(answer)} messages, not one", remedy)
+        remedy = "Keep only the last assistant message, and move the messages before it to the prompt."
+        raise BadRow("several_answers", f"the completion has {len(answer)} messages, but must have exactly one", remedy)
     if answer[0]["role"] != "assistant":
-        raise BadRow("answer_not_assistant", f"completion[0].role is {quoted(answer[0]['role'])}", ONE_ANSWER)
+        reason = f"completion[0].role is {quoted(answer[0]['role'])}, not 'assistant'"
+        raise BadRow("answer_not_assistant", reason, ONE_ANSWER)
     if prompt[-1]["role"] == "assistant":
-        remedy = "Move the answer to the completion, and end the prompt with the question."
+        remedy = "Move that message to the completion, and end the prompt with the user's message."
         raise BadRow("prompt_ends_with_answer", "the prompt ends with an assistant message", remedy)
-    if any("weight" in message for message in (*prompt, *answer)):
-        remedy = "Remove it: only the labeled answer is trained on."
-        raise BadRow("invalid_weight", "weight is not supported in a labeled answer", remedy)
+    for key, messages in zip(COMPLETION_KEYS, (prompt, answer), strict=True):
+        for index, message in enumerate(messages):
+            if "weight" in message:
+                reason = f"{key}[{index}].weight is not allowed in a labeled row"
+                raise BadRow("invalid_weight", reason, "Remove it: only the labeled answer is trained on.")

@@ -19,8 +19,6 @@ MAX_LISTED = 5
 SKIP_BYTES = 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Some editors write it before UTF-8. It has no meaning there and is skipped."""
-MASKED = "every assistant message has weight 0, so there are no tokens to train on"
-NOTHING_TO_LEARN = "Set the weight of at least one assistant message to 1, or omit it."
 
 MAGICS = {
     b"PK\x03\x04": "a ZIP archive or a spreadsheet",
@@ -44,10 +42,10 @@ class DatasetCheck:
 def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetCheck:
     """Validate a file from its current position to its end. Raises InvalidRequest with up to MAX_LISTED bad lines."""
     problems: list[tuple[int, BadRow]] = []
-    num_rows = num_supervised = last = 0
+    num_rows = num_supervised = 0
     kind: RowKind | None = None
     for number, line in _read_lines(lines, max_line_bytes=max_line_bytes):
-        num_rows, last = num_rows + 1, number
+        num_rows += 1
         if num_rows > max_rows:
             raise _refuse([(number, _too_many(max_rows))])
         if num_rows == 1 and isinstance(line, bytes):
@@ -63,10 +61,15 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
     if problems:
         raise _refuse(problems)
     if num_rows == 0:
-        raise _refuse([(1, BadRow("file_empty", "the file has no rows", "Write one JSON object on each line."))])
+        raise InvalidRequest(
+            "The file has no rows.", code="file_empty", remedy="Upload a file with at least one row.", param="file"
+        )
     if num_supervised == 0:
-        raise _refuse(
-            [(last, BadRow("only_masked_rows", "on this line and all before it, " + MASKED, NOTHING_TO_LEARN))]
+        raise InvalidRequest(
+            "Every assistant message in the file has weight 0, so there are no tokens to train on.",
+            code="only_masked_rows",
+            remedy="Set the weight of at least one assistant message to 1, or omit it.",
+            param="file",
         )
     assert kind is not None
     return DatasetCheck(num_rows=num_rows, kind=kind.name)
@@ -115,7 +118,7 @@ def _check_first(number: int, line: bytes) -> None:
     """Detect a file in another format, to report one error instead of one for each line."""
     kind = next((name for magic, name in MAGICS.items() if line.startswith(magic)), None)
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _refuse([(number, BadRow("invalid_utf8", "the text is UTF-16", "Save the file as UTF-8."))])
+        raise _refuse([(number, BadRow("invalid_utf8", "the file is encoded as UTF-16", "Save it as UTF-8."))])
     start = line.lstrip()[:1]
     if kind is None and start == b"[":
         kind = "a JSON array"
@@ -124,8 +127,8 @@ def _check_first(number: int, line: bytes) -> None:
     elif kind is None and start != b"{":
         kind = "CSV or plain text"
     if kind is not None:
-        remedy = f"Write JSON Lines, with one object per line: {FORMS}."
-        raise _refuse([(number, BadRow("not_jsonl", f"this looks like {kind}, not JSON Lines", remedy))])
+        remedy = f"Use JSON Lines, with one object on each line: {FORMS}."
+        raise _refuse([(number, BadRow("not_jsonl", f"the file looks like {kind}, not JSON Lines", remedy))])
 
 
 def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
@@ -145,13 +148,14 @@ def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
 def _blank(first: int, last: int) -> BadRow:
     """Return the error for the blank lines `first` to `last` between two rows."""
     reason = "the line is blank" if first == last else f"the line is blank, as are all lines up to line {last}"
-    return BadRow("blank_line", reason, "Delete blank lines between rows.")
+    return BadRow("blank_line", reason, "Delete the blank lines between rows.")
 
 
 def _too_long(max_line_bytes: int) -> BadRow:
-    remedy = "Split the row, or shorten it."
-    return BadRow("line_too_long", f"the line is longer than {max_line_bytes:,} bytes", remedy)
+    remedy = "Shorten the row, or split it into several rows."
+    return BadRow("line_too_long", f"the line is longer than {max_line_bytes:,} bytes, the maximum", remedy)
 
 
 def _too_many(max_rows: int) -> BadRow:
-    return BadRow("too_many_rows", f"the file has more than {max_rows:,} rows", "Split it into several files.")
+    reason = f"the file has more than {max_rows:,} rows, the maximum"
+    return BadRow("too_many_rows", reason, "Split it into several files.")

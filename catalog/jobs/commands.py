@@ -117,9 +117,9 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
         job = find(session, project_id, job_id, locked=True)
         if job.cancel_requested:
             raise Conflict(
-                f"Job {job.id} is being cancelled and can't be paused.",
+                f"Job {job.id} can't be paused, because it is being cancelled.",
                 code="job_canceling",
-                remedy="Create a new job to train again.",
+                remedy="To train again, create a new job.",
             )
         if job.state != JobState.PAUSED:
             stop(session, job, PAUSE, now=read_clock(session))
@@ -145,9 +145,11 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
             if is_client_retry and not job.cancel_requested:
                 return job
             raise Conflict(
-                f"Job {job.id} is {job.state}, not paused.",
+                f"Job {job.id} can't be resumed, because it is not paused. Its state is {job.state}.",
                 code="job_not_paused",
-                remedy="Pause the job first: only a paused job can be resumed.",
+                remedy="To train again, create a new job."
+                if job.cancel_requested
+                else "No action is needed: the job continues without being resumed.",
             )
         quotas.check_resumption(session, job.project_id, now=now)
         _note(session, "job.resumed", job, now=now)
@@ -190,9 +192,9 @@ def _is_prepared(session: Session, job: Job) -> bool:
 
 def _already_final(job: Job) -> Conflict:
     return Conflict(
-        f"Job {job.id} is already {job.state}.",
+        f"Job {job.id} has already finished. Its state is {job.state}.",
         code="job_already_final",
-        remedy="Create a new job to train again: a finished job can't be changed.",
+        remedy="To train again, create a new job: a finished job can't be changed.",
     )
 
 

@@ -94,18 +94,18 @@ def made_before(
 def check_idempotency_key(key: str | None) -> None:
     if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
         raise InvalidRequest(
-            f"The Idempotency-Key has {len(key)} characters.",
+            f"The Idempotency-Key header has {len(key)} characters, but must have 1 to {MAX_KEY_CHARS}.",
             code="invalid_idempotency_key",
-            remedy=f"Use 1 to {MAX_KEY_CHARS} characters, for example a UUID.",
+            remedy="Use a shorter unique value, such as a UUID." if key else "Use a unique value, such as a UUID.",
             param="Idempotency-Key",
         )
 
 
 def key_reused(key: str, made: str) -> Conflict:
     return Conflict(
-        f"The Idempotency-Key {key!r} was already used for another request.",
+        f"The Idempotency-Key {key!r} was already used for a request with a different body, which created {made}.",
         code="idempotency_key_reused",
-        remedy=f"Use a new key: this one created {made}.",
+        remedy="Use a new key, or send the same body again.",
     )
 
 

@@ -243,11 +243,14 @@ def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> Caution:
     found = [(group, sizes.demand(group.kind)) for group in groups.values()]
     message = sharding.explain_misfit(found, sizes.hindrance)
     assert message is not None, "the caller has checked that no worker fits"
-    fits = sharding.would_fit_sentence(sharding.would_fit(sizes.demand("cuda")))
+    would_fit = sharding.would_fit(sizes.demand("cuda"))
+    fits = sharding.would_fit_sentence(would_fit)
     return Caution(
         code="fits_no_worker",
         message=message,
-        remedy=f"{fits} Add such a worker, or use a lower rank or a quantized or smaller base model.",
+        remedy=f"{fits} Add such a worker, lower lora.rank, or use a quantized or smaller base model."
+        if would_fit
+        else f"{fits} Lower lora.rank, or use a quantized or smaller base model.",
     )
 
 

@@ -18,7 +18,7 @@ from catalog.tenancy.authentication import Caller
 
 WHOLE = frozenset({"metadata", "lora.rank_pattern", "lora.alpha_pattern", "evaluation.samples"})
 """Fields whose value is an object and is compared as a whole."""
-PLAN_AGAIN = "Create a new plan and check its results. POST /v1/plans accepts a job's body."
+PLAN_AGAIN = "Create a new plan with POST /v1/plans, and check its results before you create the job."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
         raise Conflict(
             f"Plan {plan.id} failed: {(plan.error or {}).get('message', '')}".strip(),
             code="plan_failed",
-            remedy="Fix the problem and create a new plan. A job would fail in the same way.",
+            remedy="Correct the problem, then create a new plan. A job would fail for the same reason.",
             param="plan",
         )
     accepted = accept(session, caller, request, now=now, seed=spec.seed, auto_precision=spec.precision)
@@ -71,9 +71,9 @@ def _check_agrees(body: PlannedJob, plan: Plan, request: JobRequest, spec: JobSp
             continue
         if path not in planned or planned[path] != value:
             raise Conflict(
-                f"{path} is {value!r}, but plan {plan.id} has {planned.get(path)!r}.",
+                f"{path} is {value!r}, but {planned.get(path)!r} in plan {plan.id}.",
                 code="differs_from_plan",
-                remedy=f"Omit {path}, or create a new plan with it. A job can't differ from its plan.",
+                remedy=f"Omit {path}, or create a new plan with this value. A job can't differ from its plan.",
                 param=path,
             )
 

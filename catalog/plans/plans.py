@@ -110,7 +110,8 @@ def find(session: Session, *, project_id: str, plan_id: str, lock: bool = False)
     owned = select(Plan).where(Plan.id == plan_id, Plan.project_id == project_id)
     plan = session.scalar(owned.with_for_update(of=Plan) if lock else owned)
     if plan is None or plan.expires_at <= read_clock(session):
-        remedy = f"Create a new plan with POST /v1/plans. Plans expire after {PLAN_SECONDS / 86400:.0f} days."
+        days = f"{PLAN_SECONDS / 86400:.0f} days"
+        remedy = f"Check the id, or create a new plan with POST /v1/plans: plans expire after {days}."
         raise NotFound("plan", plan_id, param="plan", remedy=remedy)
     return plan
 
@@ -197,10 +198,11 @@ def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
 def _check_scope(caller: Caller) -> None:
     if "jobs:write" not in caller.scopes:
         raise Forbidden(
-            f"The API key {caller.name!r} lacks the scope jobs:write, which is required because a worker must prepare "
-            "the plan's files.",
+            f"API key {caller.name!r} lacks the scope jobs:write, which this plan requires because a worker must "
+            "prepare its files.",
             code="missing_scope",
-            remedy="Use a key that has jobs:write. A key with jobs:read can only plan with files that are prepared.",
+            remedy="Use a key with the scope jobs:write, or files that are already prepared, for which "
+            "jobs:read is enough.",
         )
 
 
@@ -208,9 +210,9 @@ def _check_num_plans(session: Session, project_id: str) -> None:
     waiting = select(func.count()).where(Plan.state == "computing", Plan.project_id == project_id)
     if (session.scalar(waiting) or 0) >= MAX_COMPUTING:
         raise Conflict(
-            f"The project already has {MAX_COMPUTING} plans that are being computed.",
+            f"The project already has {MAX_COMPUTING} plans that are being computed, which is the maximum.",
             code="too_many_plans",
-            remedy="Wait until one is ready, or delete one. GET /v1/plans lists them.",
+            remedy="Wait until one is ready, or delete one with DELETE /v1/plans/ID. GET /v1/plans lists them.",
         )
 
 

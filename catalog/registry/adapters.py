@@ -35,9 +35,9 @@ MODEL_COLUMNS = (
     Adapter.base_model,
     Adapter.artifact,
 )
-LIST_THEM = "List the adapters of the key's project with `lorry adapters list` or GET /v1/adapters."
+LIST_THEM = "List the project's adapters with `lorry adapters list` or GET /v1/adapters."
 LIST_CHECKPOINTS = (
-    "List the checkpoints of a job with `lorry jobs checkpoints ID` or GET /v1/fine_tuning/jobs/ID/checkpoints."
+    "List a job's checkpoints with `lorry jobs checkpoints ID` or GET /v1/fine_tuning/jobs/ID/checkpoints."
 )
 
 
@@ -124,15 +124,14 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
             select(Job).where(Job.parent_adapter == adapter.id).where(Job.state.in_(UNFINISHED_STATES)).limit(1)
         )
         if child is not None:
-            by = (
-                f"the job {child.id}"
-                if child.project_id == project_id
-                else "a job of a project with which it is shared"
-            )
+            is_own = child.project_id == project_id
+            by = f"job {child.id}" if is_own else "a job in another project"
             raise Conflict(
-                f"The adapter {adapter.name!r} is in use by {by}, which has not finished.",
+                f"Adapter {adapter.name!r} is in use by {by}, which has not finished.",
                 code="adapter_in_use",
-                remedy="Wait until the job has finished, or cancel it. Then delete the adapter.",
+                remedy=f"Wait until job {child.id} finishes, or cancel it, then delete the adapter."
+                if is_own
+                else "Wait until that job finishes, then delete the adapter.",
                 param="adapter",
             )
         adapter.deleted_at = now = read_clock(session)
@@ -207,9 +206,23 @@ def _named(session: Session, project_id: str, name: str) -> str:
         own_adapters.where(Sweep.id == name, Sweep.project_id == project_id, Adapter.deleted_at.is_(None))
     )
     if found is None:
-        remedy = "Wait until all trials of the sweep have finished and one has succeeded: see GET /v1/sweeps/{id}."
-        raise NotFound("adapter", name, remedy=remedy)
+        raise _no_best_adapter(
+            session.scalar(select(Sweep).where(Sweep.id == name, Sweep.project_id == project_id)), name
+        )
     return found
+
+
+def _no_best_adapter(sweep: Sweep | None, name: str) -> NotFound:
+    """Return the error for a sweep without a best adapter. `sweep`: None if the project has no such sweep."""
+    if sweep is None:
+        remedy = "Check the sweep's id, and that the API key belongs to the project that owns the sweep."
+    elif sweep.finished_at is None:
+        remedy = f"Wait until sweep {sweep.id} finishes. GET /v1/sweeps/{sweep.id} shows its state."
+    elif sweep.best_job is None:
+        remedy = f"Use an adapter of another sweep: sweep {sweep.id} finished without a successful trial."
+    else:
+        remedy = f"Use another adapter: the best adapter of sweep {sweep.id} was deleted. {LIST_THEM}"
+    return NotFound("adapter", name, remedy=remedy)
 
 
 def _own(session: Session, project_id: str, name: str, *, include_deleted: bool = False) -> Adapter:

@@ -47,10 +47,11 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             row.error = None
             _begin(session, row, kind=kind, source=source, revision=revision)
         elif is_another:
+            existing = f"{row.source} (revision {row.revision})" if row.revision else row.source
             raise Conflict(
-                f"The base model {name!r} already exists, from {row.source}.",
+                f"A base model named {name!r} already exists, with the source {existing}.",
                 code="model_exists",
-                remedy=f"Add this one under another name, or delete the other first: lorry models delete {name}.",
+                remedy=f"Choose another name, or delete the existing model first: `lorry models delete {name}`",
                 param="name",
             )
         elif row.state == "failed":
@@ -80,9 +81,9 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
         user = session.scalar(select(Job.id).where(Job.base_model == name, Job.state.in_(UNFINISHED_STATES)).limit(1))
         if user is not None:
             raise Conflict(
-                f"The base model {name!r} is in use by the job {user}, which has not finished.",
+                f"Base model {name!r} is in use by job {user}, which has not finished.",
                 code="model_in_use",
-                remedy="Wait until all jobs on it have finished, or cancel them. Then delete the model.",
+                remedy="Wait until all jobs that use the model finish, or cancel them, then delete the model.",
                 param="model",
             )
         _note(session, "model.deleted", name, details={"digest": row.digest})
@@ -139,9 +140,9 @@ def _known(session: Session, wanted: str) -> str:
     available = f"Available base models: {', '.join(known)}." if known else ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted):
         short = wanted.rpartition("/")[2].lower()[:64]
-        command = f"Ask an operator to add the hub's model: lorry models add {short} {wanted}."
+        command = f"Ask an operator to add it from the Hugging Face Hub (`lorry models add {short} {wanted}`)."
         return f"{command} {available}".rstrip()
-    return available or "Add a base model first: lorry models add NAME SOURCE."
+    return available or "Ask an operator to add a base model first (`lorry models add NAME SOURCE`)."
 
 
 def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, str] | None:
@@ -214,22 +215,23 @@ def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revis
 def _check(name: str, kind: str, source: str) -> None:
     if not LABEL.match(name):
         raise InvalidRequest(
-            f"{name!r} is not a valid model name.",
+            f"{name!r} is not a valid base model name.",
             code="invalid_name",
-            remedy="Use at most 64 letters, digits, dots, underscores and hyphens. Start with a letter or digit.",
+            remedy="Use up to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
             param="name",
         )
     if kind not in KINDS:
         raise InvalidRequest(
-            f"{kind!r} is not a kind of source.",
+            f"'kind' is {kind!r}, but must be hub, folder or gguf.",
             code="invalid_kind",
-            remedy="Use hub (a Hugging Face id), folder (of safetensors) or gguf (one file).",
+            remedy="Use hub for a Hugging Face id, folder for a folder of safetensors files, or gguf for a single "
+            "GGUF file.",
             param="kind",
         )
     if not re.fullmatch(SOURCE_PATTERN, source):
         raise InvalidRequest(
-            "The source of the base model is blank or contains a control character.",
+            "'source' is blank or contains a control character.",
             code="invalid_source",
-            remedy="Set it to a hub id such as org/name, a folder, or a GGUF file.",
+            remedy="Set 'source' to a Hugging Face id such as org/name, or to the path of a model folder or GGUF file.",
             param="source",
         )

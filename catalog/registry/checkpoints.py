@@ -66,8 +66,9 @@ def as_adapter(session: Session, checkpoint: Checkpoint, *, param: str | None = 
         raise NoLongerKept(
             "checkpoint",
             checkpoint.name or checkpoint.id,
-            remedy="Use the job's adapter, or another checkpoint of GET /v1/fine_tuning/jobs/ID/checkpoints. A job's "
-            "newest two checkpoints are kept until seven days after it has finished, or until a user deletes them.",
+            remedy="Use the job's final adapter, or choose another checkpoint from GET "
+            "/v1/fine_tuning/jobs/ID/checkpoints. A job's two newest checkpoints are kept until seven days after it "
+            "finishes, unless a user deletes them.",
             param=param,
         )
     job = session.get_one(Job, checkpoint.job_id)
@@ -147,10 +148,17 @@ def delete(session: Session, checkpoint: Checkpoint) -> None:
     Raises Conflict while an unfinished job continues it.
     """
     if checkpoint.adapter is not None and remove_model(session, checkpoint) is None:
+        child = session.scalars(
+            select(Job).where(Job.parent_adapter == checkpoint.id, Job.state.in_(UNFINISHED_STATES)).limit(1)
+        ).one()
+        is_own = child.project_id == session.get_one(Job, checkpoint.job_id).project_id
+        by = f"job {child.id}" if is_own else "a job in another project"
         raise Conflict(
-            f"The checkpoint {checkpoint.name!r} is in use by a job that has not finished.",
+            f"Checkpoint {checkpoint.name!r} is in use by {by}, which has not finished.",
             code="checkpoint_in_use",
-            remedy="Wait until the job has finished, or cancel it. Then delete the checkpoint.",
+            remedy=f"Wait until job {child.id} finishes, or cancel it, then delete the checkpoint."
+            if is_own
+            else "Wait until that job finishes, then delete the checkpoint.",
             param="model",
         )
     session.flush()

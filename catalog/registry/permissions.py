@@ -52,9 +52,9 @@ def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[
         for reader in readers:
             if reader.id == shared.project_id:
                 raise InvalidRequest(
-                    f"The project {reader.name!r} owns the model and needs no permission.",
+                    f"Project {reader.name!r} owns the model, so it doesn't need permission.",
                     code="own_model",
-                    remedy="Name only other projects.",
+                    remedy=f"Remove {reader.name!r} from 'project_ids'.",
                     param="project_ids",
                 )
         now = read_clock(session)
@@ -88,7 +88,7 @@ def revoke(db: Database, *, model: str, permission_id: str, is_client_retry: boo
             session.delete(row)
             _note(session, "permission.deleted", row, shared, now=read_clock(session))
         elif not is_client_retry:
-            remedy = "List the permissions with GET /v1/fine_tuning/checkpoints/MODEL/permissions."
+            remedy = f"List the permissions with GET /v1/fine_tuning/checkpoints/{model}/permissions."
             raise NotFound("permission", permission_id, param="permission_id", remedy=remedy)
 
 
@@ -113,12 +113,17 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
     if checkpoints.is_named(name):
         checkpoint = checkpoints.row(session, true(), name, locked=locked)
         if checkpoint is None:
-            raise NotFound("checkpoint", name, param="fine_tuned_model_checkpoint")
+            raise NotFound(
+                "checkpoint",
+                name,
+                param="fine_tuned_model_checkpoint",
+                remedy="Check the name. GET /v1/fine_tuning/jobs/ID/checkpoints lists the checkpoints of a job.",
+            )
         return checkpoints.as_adapter(session, checkpoint, param="fine_tuned_model_checkpoint")
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
     adapter = session.scalar(named.with_for_update() if locked else named)
     if adapter is None:
-        remedy = "Use the name of an adapter, as in a job's fine_tuned_model, or of a checkpoint."
+        remedy = "Use the name of an adapter (a job's 'fine_tuned_model') or of a checkpoint."
         raise NotFound("adapter", name, param="fine_tuned_model_checkpoint", remedy=remedy)
     return adapter
 

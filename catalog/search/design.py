@@ -127,7 +127,8 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
     every = interval if isinstance(interval, int) and not isinstance(interval, bool) else 1
     if search.min_steps is None and fewest is None:
         raise InvalidRequest(
-            "The number of steps of the trials is unknown until their texts are split.",
+            "search.min_steps is required, because the trials' number of steps is not known until their texts "
+            "are split.",
             code="min_steps_required",
             remedy="Set search.min_steps or max_steps.",
             param="search.min_steps",
@@ -135,16 +136,19 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
     first = search.min_steps or usual_min_steps(fewest or 1, reduction_factor=factor, multiple_of=every)
     if first % every:
         raise InvalidRequest(
-            f"The first rung is at step {first}, but trials are evaluated every {every} steps.",
+            f"search.min_steps is {first}, which is not a multiple of {EVERY_STEPS} ({every}).",
             code="rung_without_evaluation",
-            remedy=f"Remove {EVERY_STEPS}, or set search.min_steps to a multiple of it.",
+            remedy=f"Set search.min_steps to a multiple of {every}, or omit {EVERY_STEPS}.",
             param="search.min_steps",
         )
     if fewest is not None and first >= fewest:
         raise InvalidRequest(
-            f"The first rung is at step {first}, but a trial has at most {fewest} steps, so it would never be stopped.",
+            f"The first rung is at step {first}, but the shortest trial ends at step {fewest}, so it would never be "
+            "stopped early.",
             code="no_rung_in_time",
-            remedy="Lower search.min_steps, train for more steps, or set search.type to random.",
+            remedy="Lower search.min_steps, train for more steps, or set search.type to 'random'."
+            if search.min_steps is not None or every == 1
+            else f"Lower {EVERY_STEPS}, train for more steps, or set search.type to 'random'.",
             param="search.min_steps",
         )
     return Rungs(min_steps=first, reduction_factor=factor, max_rungs=search.max_rungs)
@@ -159,16 +163,16 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
 def _check_objective(request: SweepRequest) -> None:
     if request.objective.metric.startswith("valid") and request.validation_file is None:
         raise InvalidRequest(
-            f"The metric {request.objective.metric} requires a validation file.",
+            f"objective.metric is '{request.objective.metric}', which requires a validation file.",
             code="validation_file_required",
-            remedy="Set validation_file, or set objective.metric to train_loss.",
+            remedy="Set validation_file, or set objective.metric to 'train_loss'.",
             param="validation_file",
         )
     if "reward" in request.objective.metric and request.method_type == "supervised":
         raise InvalidRequest(
-            f"The metric {request.objective.metric} is not available for the method supervised.",
+            f"objective.metric is '{request.objective.metric}', which is not available for method 'supervised'.",
             code="metric_of_another_method",
-            remedy="Set objective.metric to valid_loss, or choose another method.",
+            remedy="Set objective.metric to 'valid_loss', or choose another method.",
             param="objective.metric",
         )
 
@@ -178,25 +182,30 @@ def _check_range(path: str, parameter: Parameter, search: SearchType) -> None:
     param = f"parameters.{path}"
     if search == "asha" and path == EVERY_STEPS:
         raise InvalidRequest(
-            "In an asha sweep, the rungs determine the evaluation interval.",
+            f"An asha sweep can't vary {EVERY_STEPS}, because the rungs determine when trials are evaluated.",
             code="fixed_in_a_sweep",
-            remedy=f"Remove {EVERY_STEPS} from parameters.",
+            remedy=f"Remove {EVERY_STEPS} from 'parameters'.",
             param=param,
         )
     if parameter.values is not None:
         return
     each = dimension(path, parameter)
     if each.kind == "other":
-        problem, remedy = f"{path!r} can't be a range, because it is not a number", "List its values in `values`."
+        problem = f"'parameters' has a range for {path!r}, which is not a number."
+        refused = problem, "List the values in 'values'.", "invalid_value"
     elif each.kind == "integer" and not (each.low.is_integer() and each.high.is_integer()):
-        problem, remedy = f"{path!r} must be a whole number", "Set min and max to whole numbers."
+        problem = f"The range of {path!r} is {each.low:g} to {each.high:g}, but must have whole numbers as limits."
+        refused = problem, "Set 'min' and 'max' to whole numbers.", "invalid_value"
     elif search == "grid" and parameter.points is None:
-        problem, remedy = f"the range of {path!r} requires points", "Set `points`, or list its `values`."
+        problem = f"In a grid sweep, the range of {path!r} requires 'points'."
+        refused = problem, "Set 'points' to the number of values, or list the values in 'values'.", "invalid_value"
     elif search != "grid" and parameter.points is not None:
-        problem, remedy = f"the range of {path!r} can't have points", "Remove `points`."
+        problem = f"The range of {path!r} has 'points', which only grid sweeps support."
+        refused = problem, "Remove 'points', or set search.type to 'grid'.", "invalid_value"
     else:
         return
-    raise InvalidRequest(f"In a sweep of type {search}, {problem}.", code="invalid_value", remedy=remedy, param=param)
+    message, remedy, code = refused
+    raise InvalidRequest(message, code=code, remedy=remedy, param=param)
 
 
 def _check_overlap(paths: Sequence[str]) -> None:
@@ -204,9 +213,9 @@ def _check_overlap(paths: Sequence[str]) -> None:
         outer = next((other for other in paths if path.startswith(f"{other}.")), None)
         if outer is not None:
             raise InvalidRequest(
-                f"Parameters {outer!r} and {path!r} overlap.",
+                f"Parameter {outer!r} includes parameter {path!r}, so a sweep can't vary both.",
                 code="overlapping_parameters",
-                remedy="Vary only one of them.",
+                remedy=f"Remove {outer!r} or {path!r} from 'parameters'.",
                 param=f"parameters.{path}",
             )
 
@@ -218,9 +227,10 @@ def _num_trials(search: Search, dimensions: Sequence[Dimension]) -> int:
     size = grid_size(dimensions)
     if size > MAX_TRIALS:
         raise InvalidRequest(
-            f"The grid has {size:,} combinations; at most {MAX_TRIALS:,} are allowed.",
+            f"The grid has {size:,} combinations, but a sweep can have at most {MAX_TRIALS:,} trials.",
             code="grid_too_large",
-            remedy="Set fewer values or points, or set search.type to random and search.trials to the number you want.",
+            remedy="Use fewer values or points, or set search.type to 'random' and search.trials to the "
+            "number of trials.",
             param="parameters",
         )
     return size
@@ -243,10 +253,10 @@ def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) 
         for path, value in parameters.items()
         if f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}." if place else "")
     }
-    label = f"With {parameters_text(about)}" if about else "As submitted"
-    reason, remedy = _reason(place, group)
+    label = f" in the trial with {parameters_text(about)}" if about else ""
+    reason, remedy = _reason(place, group, is_varied=bool(about))
     return InvalidRequest(
-        f"{label}, a trial is invalid: {reason}.",
+        f"Invalid value{label}: {reason}.",
         code="invalid_value" if group[0]["type"] != "extra_forbidden" else "unknown_parameter",
         remedy=remedy,
         param=f"parameters.{next(iter(about))}" if about else place or None,
@@ -257,16 +267,18 @@ def _place(problem: Problem, body: Json) -> str:
     return field_path(problem["loc"], body, is_missing=problem["type"] == "missing")
 
 
-def _reason(place: str, group: Sequence[Problem]) -> tuple[str, str]:
-    """Return what is wrong at `place`, and the remedy."""
+def _reason(place: str, group: Sequence[Problem], *, is_varied: bool) -> tuple[str, str]:
+    """Return what is wrong at `place`, and the remedy. `is_varied`: a parameter of the trial is at fault."""
     kind = group[0]["type"]
-    usual = "Remove that value, or change the fields that all trials share."
+    usual = "Correct the fields that all trials share."
+    if is_varied:
+        usual = "Change the parameter's values, or the fields that all trials share."
     if kind in GROUP_WANTED and (inner := fields_in(place)):
-        return f"{place!r} is a group of fields", f"Vary fields in it, such as {', '.join(map(repr, inner[:3]))}."
+        return f"{place!r} is a group of fields", f"Vary the fields in it, such as {', '.join(map(repr, inner[:3]))}."
     if kind == "missing":
-        return f"{place!r} is missing", usual
+        return f"{place!r} is missing", f"Set {place!r}."
     if kind == "extra_forbidden":
-        return f"there is no field {place!r}", usual
+        return f"there is no job field {place!r}", f"Remove {place!r}, or correct its spelling."
     text = expectation(group)
     whole = text.removeprefix("is invalid: ")
     return f"{place!r} {text}" if place and whole == text else whole, usual

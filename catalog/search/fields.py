@@ -38,18 +38,16 @@ def check_path(path: str, *, param: str) -> None:
         return
     if reason is not None:
         raise InvalidRequest(
-            f"A sweep can't vary {shown!a}: {reason}.",
+            f"A sweep can't vary {shown!a}, because {reason}.",
             code="fixed_in_a_sweep",
-            remedy="Set it once, outside `parameters`, or create one sweep for each value.",
+            remedy="Remove it from 'parameters' and set it once for the sweep, or create one sweep for each value.",
             param=param,
         )
     similar = _nearest(shown, VARIABLE)
     raise InvalidRequest(
-        f"A job has no field {shown!a}.",
+        f"There is no job field {shown!a}.",
         code="unknown_parameter",
-        remedy=f"Did you mean {similar!r}?"
-        if similar
-        else "Use the dotted path of a job field, for example 'lora.rank'.",
+        remedy=f"Did you mean {similar!r}?" if similar else "Use the dotted path of a job field, such as 'lora.rank'.",
         param=param,
     )
 

@@ -151,9 +151,9 @@ def design_of(sweep: Sweep) -> Design:
         request = SweepRequest.model_validate(sweep.requested)
     except ValidationError as error:
         raise Conflict(
-            f"Sweep {sweep.id} was created by an older version and can't create further trials: {_first(error)}.",
+            f"Sweep {sweep.id} can't create more trials, because this version of Lorry rejects it: {_first(error)}.",
             code="sweep_outdated",
-            remedy="Create a new sweep for the missing trials.",
+            remedy="Create a new sweep for the remaining trials.",
         ) from error
     return replace(designed(request, seed=sweep.seed), rungs=rungs_of(sweep))
 
@@ -184,5 +184,8 @@ def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
     own = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number)
     trial = session.scalar(own) if 0 <= number < sweep.num_created else None
     if trial is None:
-        raise NotFound("trial", str(number), remedy=f"The sweep has {sweep.num_created} trials, numbered from 0.")
+        remedy = f"Sweep {sweep.id} has no trials yet."
+        if sweep.num_created:
+            remedy = f"Use a number from 0 to {sweep.num_created - 1}, the last trial of sweep {sweep.id}."
+        raise NotFound("trial", str(number), remedy=remedy)
     return trial

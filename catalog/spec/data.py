@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from catalog.datasets.formats import DataKind
+from catalog.datasets.formats import DataKind, row_kind
 from catalog.errors import InvalidRequest
 from catalog.spec.strict import Strict
 
@@ -44,16 +44,17 @@ def check_data(data: DataRequest, kind: DataKind, *, file_id: str) -> None:
     """Raises InvalidRequest if the options do not apply to this kind of rows."""
     if data.loss == "last_turn" and kind != "chat":
         raise InvalidRequest(
-            f"The loss 'last_turn' requires chats, but the rows of {file_id} are of kind {kind!r}.",
+            f"data.loss is 'last_turn', which requires chats, but file {file_id} contains {row_kind(kind).plural}.",
             code="loss_needs_chat",
-            remedy="Remove data.loss. For other rows, their kind determines the trained tokens.",
+            remedy="Omit data.loss. For other rows, the row format determines which tokens are trained on.",
             param="data.loss",
         )
     if data.overflow == "split" and kind != "text":
         raise InvalidRequest(
-            f"The overflow 'split' requires plain texts, but the rows of {file_id} are of kind {kind!r}.",
+            f"data.overflow is 'split', which requires plain text, but file {file_id} contains "
+            f"{row_kind(kind).plural}.",
             code="split_needs_text",
-            remedy="Set data.overflow to 'truncate' or 'drop', raise max_length, or shorten the rows. Later pieces of "
-            "a conversation would lack their context.",
+            remedy="Set data.overflow to 'truncate' or 'drop'. To keep all tokens, raise max_length or shorten "
+            "the rows.",
             param="data.overflow",
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobSpec
 
+EVALUATE_OFTEN = "Lower evaluation.every_steps, or omit it to evaluate ten times during the job."
+
 
 def most_steps(spec: JobSpec, num_rows: int) -> int | None:
     """Return the maximum steps of a job over a file of `num_rows`, before the number of usable rows is known.
@@ -34,10 +36,10 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
         return
     field = "evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping"
     raise InvalidRequest(
-        f"{field} has no effect: evaluation.every_steps is {spec.evaluate_every_steps}, but the job has at most "
-        f"{num_steps} steps.",
+        f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluate_every_steps} and "
+        f"the job has at most {_steps(num_steps)}.",
         code="no_evaluation_in_time",
-        remedy="Lower evaluation.every_steps, or remove it to evaluate ten times during the job.",
+        remedy=EVALUATE_OFTEN,
         param="evaluation.every_steps",
     )
 
@@ -45,7 +47,12 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
 def too_late(spec: JobSpec, num_steps: int) -> str:
     """Return the warning for a job whose evaluation interval is longer than the job."""
     sentence = (
-        f"evaluation.every_steps is {spec.evaluate_every_steps}, but the job has at most {num_steps} steps: the "
-        "validation loss is measured only at the start and at the end"
+        f"evaluation.every_steps is {spec.evaluate_every_steps}, but the job has at most {_steps(num_steps)}, so "
+        "the validation loss is measured only at the start and at the end"
     )
-    return f"{sentence}, so the job does not stop early and keeps its last weights" if decide(spec) else sentence
+    effect = ". The job will not stop early and will keep its last weights" if decide(spec) else ""
+    return f"{sentence}{effect}."
+
+
+def _steps(number: int | None) -> str:
+    return "1 step" if number == 1 else f"{number} steps"

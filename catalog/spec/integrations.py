@@ -14,7 +14,7 @@ from catalog.spec.strict import Label, Strict
 IntegrationType = Literal["wandb", "mlflow", "tensorboard", "trackio"]
 INTEGRATION_TYPES: tuple[IntegrationType, ...] = get_args(IntegrationType)
 INSTALL = (
-    "On a worker, run: pip install 'lorry-server[integrations]'. docs/how-to/trackers.md lists further requirements."
+    "Run `pip install 'lorry-server[integrations]'` on a worker. docs/how-to/trackers.md lists further requirements."
 )
 NAME_PATTERN = r"^[^\x00-\x1f\x7f/\\#?%:]+$"
 """Pattern of project names that Weights & Biases accepts."""

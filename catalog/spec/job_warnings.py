@@ -48,7 +48,7 @@ def few_steps(spec: JobSpec, num_steps: int) -> Caution | None:
     if num_steps >= FEW_STEPS:
         return None
     steps = "1 optimizer step" if num_steps == 1 else f"{num_steps} optimizer steps"
-    message = f"The job has only {steps}: fewer than {FEW_STEPS} rarely change a model much."
+    message = f"The job has only {steps}. Fewer than {FEW_STEPS} rarely change a model noticeably."
     return Caution(code="few_steps", message=message, remedy=_more_steps(spec, num_steps))
 
 
@@ -60,8 +60,8 @@ def of_course(spec: JobSpec, *, num_steps: int, has_held_out: bool) -> Iterator[
     if not has_held_out:
         yield Caution(
             code="no_validation_file",
-            message="There is no validation file, so overfitting will not be visible.",
-            remedy="Move some rows to a separate file, and set it as validation_file.",
+            message="The job has no validation file, so overfitting will not be visible.",
+            remedy="Move some rows to a separate file, and use it as the validation_file.",
         )
 
 
@@ -70,33 +70,34 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
     rows, usable, tokens = int(report["rows"]), int(report["usable_rows"]), int(report["tokens"])
     trained = int(report["supervised_tokens"])
     if role == "training" and spec.batch_size > usable:
+        usable_rows = "1 usable row" if usable == 1 else f"{usable:,} usable rows"
         yield Caution(
             code="batch_exceeds_data",
-            message=f"The batch size is {spec.batch_size}, but the training file has only {usable} usable rows: every "
-            "step trains on some rows more than once.",
-            remedy=f"Set batch_size to about {max(1, usable // 8)}.",
+            message=f"batch_size is {spec.batch_size}, but the training file has only {usable_rows}, so "
+            "every step uses some rows more than once.",
+            remedy=f"Lower batch_size to about {max(1, usable // 8)}, or add rows.",
         )
     if tokens and trained < LOW_TRAINED_FRACTION * tokens:
         yield Caution(
             code="low_trained_fraction",
-            message=f"The {role} file has {tokens:,} tokens, of which {trained:,} are trained on "
-            f"({trained / tokens:.1%}): most of the time is spent on prompts.",
-            remedy="Check the sample rows: are the trained tokens the ones you want? Shorter prompts cost less.",
+            message=f"Only {trained:,} of the {tokens:,} tokens in the {role} file ({trained / tokens:.1%}) are "
+            "trained on, so most of the time is spent on prompts.",
+            remedy="Check in the sample rows that the right tokens are trained on. Shorter prompts reduce the cost.",
         )
     yield from _cut(spec, report, rows=rows, role=role)
     if empty := int(report["empty_rows"]):
         yield Caution(
             code="empty_rows",
-            message=f"{_rows(empty)} of the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
-            remedy="Check these lines for answers with weight 0, and for answers that start after max_length tokens.",
+            message=f"{_rows(empty)} in the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
+            remedy="Check whether their answers have weight 0, or start after max_length tokens.",
         )
     duplicates = int(report["duplicate_rows"])
     if duplicates and duplicates >= MANY_DUPLICATES * rows:
         yield Caution(
             code="duplicate_rows",
-            message=f"{_rows(duplicates)} of the {role} file {_are(duplicates)} equal to an earlier row "
-            f"({duplicates / rows:.1%}). Every copy is used.",
-            remedy="Remove the copies, unless these rows should have a higher weight.",
+            message=f"{_rows(duplicates)} ({duplicates / rows:.1%}) in the {role} file "
+            f"{'duplicates' if duplicates == 1 else 'duplicate'} an earlier row. All copies are used.",
+            remedy="Remove the duplicates, unless you want these rows to count more.",
         )
 
 
@@ -110,9 +111,9 @@ def of_overlap(num_rows: int, *, of_rows: int) -> Caution | None:
         return None
     return Caution(
         code="overlap",
-        message=f"{_rows(num_rows)} of {of_rows} in the validation file {_are(num_rows)} also in the training file, so "
-        "the validation loss will look better than it is.",
-        remedy="Remove them from one of the two files.",
+        message=f"{num_rows:,} of {_rows(of_rows)} in the validation file {_are(num_rows)} also in the training file, "
+        "so the validation loss will look better than it is.",
+        remedy="Remove these rows from one of the two files.",
     )
 
 
@@ -121,28 +122,29 @@ def of_rank(spec: JobSpec, targets: list[Adapted], *, num_parameters: int, super
     above = [target for target in targets if target.rank > min(target.linear.out_features, target.linear.in_features)]
     if above:
         linear = above[0].linear
+        limit = min(linear.out_features, linear.in_features)
         yield Caution(
             code="rank_above_layer",
-            message=f"Rank {above[0].rank} is higher than the smaller side of {linear.path}, which is "
-            f"{linear.out_features} by {linear.in_features}: the additional rank has no effect.",
-            remedy="Lower lora.rank, or set a lower rank for this layer in lora.rank_pattern.",
+            message=f"Rank {above[0].rank} exceeds the smaller dimension of {linear.path} "
+            f"({linear.out_features} by {linear.in_features}), so the extra rank has no effect.",
+            remedy=f"Lower the rank of this layer to {limit} or less, in lora.rank or lora.rank_pattern.",
         )
     if spec.lora.rank > USUAL_RANK and num_parameters > PARAMETERS_PER_TOKEN * supervised_tokens:
         yield Caution(
             code="rank_beyond_need",
-            message=f"Rank {spec.lora.rank} has {num_parameters:,} parameters, but only {supervised_tokens:,} tokens "
-            "are trained on.",
-            remedy=f"Use rank {USUAL_RANK} or lower, which is sufficient and needs less memory.",
+            message=f"With rank {spec.lora.rank}, the adapter has {num_parameters:,} parameters, but is trained on "
+            f"only {supervised_tokens:,} tokens.",
+            remedy=f"Set lora.rank to {USUAL_RANK} or lower, which is enough for this data and needs less memory.",
         )
 
 
 def _more_steps(spec: JobSpec, num_steps: int) -> str:
     if spec.max_steps is not None and num_steps >= spec.max_steps:
-        return "Raise max_steps, or remove it."
+        return "Raise max_steps, or omit it."
     n_epochs = math.ceil(spec.n_epochs * FEW_STEPS / num_steps)
     if n_epochs <= MOST_EPOCHS:
-        return f"Use {n_epochs} epochs, a smaller batch_size, or more rows."
-    return "Use a smaller batch_size or more rows."
+        return f"Set n_epochs to {n_epochs}, lower batch_size, or add rows."
+    return "Lower batch_size, or add rows."
 
 
 def _rate(spec: JobSpec) -> Iterator[Caution]:
@@ -151,9 +153,9 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
     if kind == "adafactor" and rate < LOWEST_ADAFACTOR:
         yield Caution(
             code="unusual_learning_rate",
-            message=f"The learning rate {rate:g} is low for Adafactor, which scales updates by the size of the matrix: "
-            "the adapter will barely change.",
-            remedy="Set a learning rate from 0.1 to 1.",
+            message=f"The learning rate ({rate:g}) is too low for Adafactor, which scales updates by the size of each "
+            "matrix: the adapter will barely change.",
+            remedy="Set optimizer.learning_rate to a value from 0.1 to 1.",
         )
     if kind != "adamw":
         return
@@ -164,20 +166,21 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
     follows = "training will probably diverge" if rate > usual else "the adapter will learn little"
     yield Caution(
         code="unusual_learning_rate",
-        message=f"The learning rate {rate:g} is {far} the usual value for {spec.method} ({usual:g}): {follows}.",
-        remedy="Remove it to use the default, or compare two short jobs first.",
+        message=f"The learning rate ({rate:g}) is {far} the usual value for {spec.method} ({usual:g}): {follows}.",
+        remedy="Omit optimizer.learning_rate and learning_rate_multiplier to use the default, or try a short job at "
+        "each rate first.",
     )
 
 
 def _cut(spec: JobSpec, report: Report, *, rows: int, role: str) -> Iterator[Caution]:
     longest = f"Raise max_length (the longest row has {int(report['longest_row']):,} tokens), or shorten the rows."
-    for field, effect in (("truncated_rows", "longer rows are truncated"), ("dropped_rows", "longer rows are dropped")):
+    for field, effect in (("truncated_rows", "truncated"), ("dropped_rows", "dropped")):
         number = int(report.get(field, 0))
         if number and number >= MUCH_CUT * rows:
             yield Caution(
                 code=field,
-                message=f"{_rows(number)} of {rows} of the {role} file {_have(number)} more than {spec.max_length} "
-                f"tokens: {effect}.",
+                message=f"{number:,} of {_rows(rows)} in the {role} file {_have(number)} more than {spec.max_length} "
+                f"tokens and {_are(number)} {effect}.",
                 remedy=longest,
             )
 

@@ -96,9 +96,9 @@ class Matcher:
             return self._compiled[expression].fullmatch(path, timeout=self._left) is not None
         except TimeoutError as error:
             raise InvalidRequest(
-                f"The patterns of {param} take too long to match.",
+                f"Matching the patterns in {param} takes longer than {MATCH_SECONDS:g} s, the maximum.",
                 code="pattern_too_slow",
-                remedy="Remove nested repetitions, such as (a+)+, or use layer names.",
+                remedy="Remove nested repetitions such as (a+)+, or use layer names.",
                 param=param,
             ) from error
         finally:
@@ -134,7 +134,7 @@ def _paths(group: Mapping[str, Any]) -> list[str]:
 def _check_known(description: Description, lora: LoraSpec, linears: list[Linear], base_name: str) -> None:
     if not linears:
         raise InvalidRequest(
-            f"{base_name} has no linear layers that an adapter can target.",
+            f"Base model {base_name!r} has no linear layers that an adapter can target.",
             code="no_target_modules",
             remedy="Choose another base model.",
             param="model",
@@ -142,9 +142,11 @@ def _check_known(description: Description, lora: LoraSpec, linears: list[Linear]
     by_path = lora.target_expression is not None or lora.layers_to_transform is not None
     if not _has_paths(description) and (by_path or lora.rank_pattern or lora.alpha_pattern):
         raise InvalidRequest(
-            f"{base_name} was imported before Lorry stored the paths of layers, so patterns can't be checked.",
+            f"Base model {base_name!r} was imported by an older version that did not record layer paths, so patterns "
+            "and block numbers can't be used.",
             code="model_without_layer_paths",
-            remedy="Ask an operator to add it again under another name, or set only target_modules, to layer names.",
+            remedy="Select layers only by name, in lora.target_modules, or ask an operator to add the model again "
+            "under another name.",
             param="lora",
         )
 
@@ -156,14 +158,18 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
     if expression is not None:
         found = [linear for linear in linears if matcher.matches(expression, linear.path, "lora.target_modules")]
         if not found:
-            sentence = f"The regular expression {expression!r} matches no linear layer of {base_name}."
-            raise _unknown(sentence, f"Match a whole path, for example {linears[-1].path}. {_existing(linears)}")
+            sentence = f"The regular expression {expression!r} does not match any linear layer of {base_name}."
+            raise _unknown(
+                sentence, f"It must match a whole layer path, such as {linears[-1].path}. {_existing(linears)}"
+            )
         return found
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
     if missing:
         similar = _nearest(missing, sorted({linear.name for linear in linears}))
-        raise _unknown(f"{base_name} has no linear layers named {', '.join(missing)}.", similar + _existing(linears))
+        noun = "layer" if len(missing) == 1 else "layers"
+        sentence = f"{base_name} has no linear {noun} named {', '.join(missing)}."
+        raise _unknown(sentence, similar + _existing(linears))
     return [linear for linear in linears if any(_ends(linear.path, name) for name in names)]
 
 
@@ -173,10 +179,13 @@ def _in_layers(linears: list[Linear], layers: list[int] | None, base_name: str) 
     existing = sorted({linear.layer for linear in linears if linear.layer is not None})
     missing = [layer for layer in layers if layer not in existing]
     if missing:
+        noun = "block" if len(missing) == 1 else "blocks"
         raise InvalidRequest(
-            f"{base_name} has no targeted linear layers in blocks {', '.join(map(str, missing))}.",
+            f"{base_name} has no targeted linear layers in {noun} {', '.join(map(str, missing))}.",
             code="unknown_layers",
-            remedy=f"Use numbers {_span(existing)}, or remove the field." if existing else "Remove the field.",
+            remedy=f"Use block numbers {_span(existing)}, or omit lora.layers_to_transform."
+            if existing
+            else "Omit lora.layers_to_transform.",
             param="lora.layers_to_transform",
         )
     return [linear for linear in linears if linear.layer in layers]
@@ -196,9 +205,10 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
         if key not in matched:
             names = sorted({path.rpartition(".")[2] for path in paths})
             raise InvalidRequest(
-                f"The key {key!r} of {param} matches none of the targeted layers.",
+                f"The key {key!r} in {param} does not match any targeted layer.",
                 code="unknown_pattern_key",
-                remedy=f"{_nearest([key], names)}Use layers named {', '.join(names)}, or a path such as {paths[-1]}.",
+                remedy=f"{_nearest([key], names)}Use a layer name ({', '.join(names)}) or a layer path such as "
+                f"{paths[-1]} as the key.",
                 param=param,
             )
     return values
@@ -206,12 +216,13 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
 
 def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str) -> None:
     for linear, rank in zip(linears, ranks, strict=True):
-        if rank > min(linear.out_features, linear.in_features):
+        limit = min(linear.out_features, linear.in_features)
+        if rank > limit:
             raise InvalidRequest(
-                f"{init_lora_weights} can't initialize rank {rank} on {linear.path}, which is "
-                f"{linear.out_features} by {linear.in_features}.",
+                f"lora.init_lora_weights {init_lora_weights!r} supports rank {limit} or less on {linear.path} "
+                f"({linear.out_features} by {linear.in_features}), but the layer's rank is {rank}.",
                 code="rank_too_high",
-                remedy="Lower lora.rank to the smaller side, or set a lower rank for this layer in lora.rank_pattern.",
+                remedy=f"Lower the rank of this layer to {limit} or less, in lora.rank or lora.rank_pattern.",
                 param="lora.rank",
             )
 
@@ -225,11 +236,11 @@ def _unknown(sentence: str, remedy: str) -> InvalidRequest:
 
 
 def _ambiguous(path: str, values: Mapping[str, float], param: str) -> InvalidRequest:
-    settings = " and ".join(f"{value:g} by {key!r}" for key, value in sorted(values.items()))
+    settings = " and ".join(f"{value:g} (key {key!r})" for key, value in sorted(values.items()))
     return InvalidRequest(
-        f"{param} sets different values for {path}: {settings}.",
+        f"{param} sets conflicting values for {path}: {settings}.",
         code="ambiguous_pattern",
-        remedy="Change the keys so that only one matches each layer: the keys of a JSON object have no order.",
+        remedy="Change the keys so that only one matches each layer.",
         param=param,
     )
 
@@ -242,11 +253,11 @@ def _nearest(wanted: list[str], names: Sequence[str]) -> str:
 def _existing(linears: list[Linear]) -> str:
     names = sorted({linear.name for linear in linears})
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"Existing names: {', '.join(names[:MAX_LISTED])}{more}. To target all layers, use 'all-linear'."
+    return f"Available layer names: {', '.join(names[:MAX_LISTED])}{more}. To target all layers, use 'all-linear'."
 
 
 def _span(numbers: list[int]) -> str:
     """Return 'from 0 to 31', or a list of all numbers if there are gaps."""
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"from {numbers[0]} to {numbers[-1]}"
-    return f"among {', '.join(map(str, numbers))}"
+    return f"from this list: {', '.join(map(str, numbers))}"

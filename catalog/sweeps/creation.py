@@ -275,19 +275,28 @@ def _same_submission(
 
 
 def _check_ask_tell(sweep: Sweep) -> None:
-    if sweep.requested["search"]["type"] != "ask_tell":
+    search_type = sweep.requested["search"]["type"]
+    if search_type != "ask_tell":
         raise Conflict(
-            f"Sweep {sweep.id} chooses the parameters of its trials.",
+            f"Sweep {sweep.id} has the search type {search_type!r}, so it creates its own trials.",
             code="not_an_ask_tell_sweep",
-            remedy="Create a sweep with the search.type ask_tell to add your own trials.",
+            remedy="To add trials yourself, create a sweep with search.type 'ask_tell'.",
         )
 
 
 def _check_open(sweep: Sweep) -> None:
     if sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None:
-        limit = f" All {sweep.num_trials} trials exist." if sweep.num_created == sweep.num_trials else ""
+        why = _why_closed(sweep)
         raise Conflict(
-            f"Sweep {sweep.id} accepts no more trials.{limit}",
+            f"No more trials can be added to sweep {sweep.id}, because {why}.",
             code="sweep_closed",
-            remedy="Create another sweep.",
+            remedy="To run more trials, create a new sweep.",
         )
+
+
+def _why_closed(sweep: Sweep) -> str:
+    if sweep.cancel_requested:
+        return "it was cancelled"
+    if sweep.num_created == sweep.num_trials:
+        return f"it already has all of its trials (search.trials is {sweep.num_trials})"
+    return "it has finished" if sweep.finished_at is not None else "it was closed"

@@ -65,9 +65,9 @@ def revoke(
     """
     if cancel and "jobs:write" not in caller.scopes:
         raise Forbidden(
-            "Your API key can't cancel jobs: it lacks the scope jobs:write.",
+            "Your API key can't cancel jobs, because it lacks the scope jobs:write.",
             code="missing_scope",
-            remedy="Omit cancel, or use a key with jobs:write.",
+            remedy="Omit 'cancel', or use a key with the scope jobs:write.",
             param="cancel",
         )
     with db.write() as session:
@@ -95,9 +95,9 @@ def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancel
     ids = {key.id for key in to_revoke}
     if caller.api_key_id in ids - {ended[0].id}:
         raise Conflict(
-            f"Your own key, {caller.api_key_id}, is a descendant of {ended[0].id}.",
+            f"This would also revoke your own key, {caller.api_key_id}, which is a descendant of {ended[0].id}.",
             code="revokes_own_key",
-            remedy="Use a key that is not among its descendants, or omit with_descendants.",
+            remedy=f"Omit 'with_descendants', or use a key that is not a descendant of {ended[0].id}.",
             param="with_descendants",
         )
     for key in to_revoke:

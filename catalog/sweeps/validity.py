@@ -14,7 +14,7 @@ from catalog.tables.table import Json
 from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy.authentication import is_live
 
-REMEDY = "The sweep creates no more trials, and those that exist continue. Create a new sweep for the rest."
+REMEDY = "No more trials are created, but existing trials continue. To run the remaining trials, create a new sweep."
 
 
 def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
@@ -29,8 +29,9 @@ def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
     if key is not None and is_live(key, now):
         return None
     if key is not None and key.revoked_at is None:
-        return _error("api_key_expired", f"API key {key.id} of this sweep has expired.")
-    return _error("api_key_revoked", f"API key {key.id if key else sweep.created_by} of this sweep was revoked.")
+        return _error("api_key_expired", f"API key {key.id}, which created this sweep, has expired.")
+    key_id = key.id if key else sweep.created_by
+    return _error("api_key_revoked", f"API key {key_id}, which created this sweep, was revoked.")
 
 
 def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:

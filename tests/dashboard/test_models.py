@@ -92,8 +92,8 @@ def test_base_model_in_use_is_kept_with_an_explanation(fresh: Service, visit: Vi
     visitor.page.get_by_role("button", name="Delete the model").click()
 
     alert = visitor.page.get_by_role("alert")
-    expect(alert).to_contain_text(f"in use by the job {job.id}")
-    expect(alert).to_contain_text("Wait until all jobs on it have finished")
+    expect(alert).to_contain_text(f"in use by job {job.id}")
+    expect(alert).to_contain_text("Wait until all jobs that use the model finish")
     assert [base.name for base in base_models.list_all(fresh.seeded.db)] == [seed.BASE]
 
 

@@ -80,7 +80,7 @@ def test_model_may_name_an_adapter_as_in_the_openai_api(world: World, parent: Ad
 def test_two_different_parents_are_rejected(world: World, parent: Adapter) -> None:
     other = trained(world, "other", model=BASE, seed=9)
 
-    with pytest.raises(InvalidRequest, match="a job can continue only one") as refused:
+    with pytest.raises(InvalidRequest, match="A job can continue only one") as refused:
         submitted(world, model=parent.name, parent_adapter=other.id)
 
     assert refused.value.code == "two_parents"
@@ -94,7 +94,7 @@ def test_repeated_parent_settings_must_match_the_parent(world: World, parent: Ad
         with pytest.raises(InvalidRequest, match="but the parent adapter has") as refused:
             submitted(world, parent_adapter=parent.id, lora={name: value})
         assert (refused.value.code, refused.value.param) == ("differs_from_parent", f"lora.{name}")
-    with pytest.raises(InvalidRequest, match="starts with the adapter's weights"):
+    with pytest.raises(InvalidRequest, match="starts from that adapter's weights"):
         submitted(world, parent_adapter=parent.id, lora={"init_lora_weights": "pissa"})
     with pytest.raises(InvalidRequest, match="quantization is 'nf4', but the parent adapter has 'none'"):
         submitted(world, parent_adapter=parent.id, quantization="nf4")
@@ -124,7 +124,7 @@ def test_adapter_of_another_project_is_not_found(world: World, parent: Adapter) 
 def test_child_must_use_the_base_model_of_its_parent(world: World, parent: Adapter) -> None:
     world.base("other")
 
-    with pytest.raises(InvalidRequest, match="not trained on the current base model 'other'") as refused:
+    with pytest.raises(InvalidRequest, match="trained on base model 'smol', not on 'other'") as refused:
         submitted(world, model="other", parent_adapter=parent.id)
 
     assert refused.value.code == "parent_of_another_base"

@@ -87,8 +87,9 @@ def test_file_of_another_format_is_reported_once(content: bytes, code: str) -> N
     problem = refusal(content)
 
     assert problem.code == code
-    assert problem.message.startswith("Line 1: ")
-    assert problem.message.count("Line ") == 1
+    is_empty = code == "file_empty"
+    assert problem.message.startswith("The file has no rows." if is_empty else "Line 1: ")
+    assert problem.message.count("Line ") == (0 if is_empty else 1)
 
 
 BAD_ROWS: dict[str, tuple[bytes, str]] = {
@@ -157,7 +158,7 @@ def test_one_bad_line_in_ten_thousand_is_found() -> None:
 
     problem = refusal(content)
 
-    assert problem.message == "Line 6173: not valid JSON at column 15: expecting value."
+    assert problem.message == "Line 6173: the JSON is invalid at column 15: expecting value."
 
 
 def test_first_five_bad_lines_are_listed_and_reading_stops() -> None:
@@ -172,8 +173,9 @@ def test_different_problems_have_their_own_remedies() -> None:
 
     assert problem.code == "messages_missing"
     assert problem.message == (
-        'Line 2: the key "messages" is missing. Write {"messages": [...]}. '
-        "Line 3: messages is a number, not a list. Write a list of {role, content} objects."
+        'Line 2: the key "messages" is missing. Use {"messages": [...]}. '
+        "Line 3: messages is a number, not a list. "
+        'Use a list of messages, such as [{"role": "user", "content": "..."}].'
     )
     assert problem.remedy == "Correct these lines, then upload the file again."
 
@@ -182,7 +184,7 @@ def test_remedy_shared_by_all_bad_lines_appears_once() -> None:
     problem = refusal(row() + b"{}\n" + row() + b"{}\n")
 
     assert problem.message == 'Line 2: the key "messages" is missing. Line 4: the key "messages" is missing.'
-    assert problem.remedy == 'Write {"messages": [...]}.'
+    assert problem.remedy == 'Use {"messages": [...]}.'
 
 
 def test_blank_line_runs_are_reported_with_their_extent() -> None:
@@ -191,15 +193,18 @@ def test_blank_line_runs_are_reported_with_their_extent() -> None:
 
     assert problem.code == "blank_line"
     assert problem.message == "Line 2: the line is blank, as are all lines up to line 4. Line 6: the line is blank."
-    assert problem.remedy == "Delete blank lines between rows."
+    assert problem.remedy == "Delete the blank lines between rows."
     many = refusal((row() + b"\n\n") * 3 + b"{}\n")
     assert many.message.startswith(
-        "Line 2: the line is blank, as are all lines up to line 3. Delete blank lines between rows. Line 5: "
+        "Line 2: the line is blank, as are all lines up to line 3. Delete the blank lines between rows. Line 5: "
     )
 
 
 def test_file_with_only_masked_rows_is_rejected() -> None:
-    assert refusal(row(weight=0) * 3).code == "only_masked_rows"
+    problem = refusal(row(weight=0) * 3)
+
+    assert problem.code == "only_masked_rows"
+    assert problem.message.startswith("Every assistant message in the file has weight 0")
     assert check(row(weight=0) + row()).num_rows == 2
 
 
@@ -251,7 +256,7 @@ def test_line_of_300_mb_is_rejected_in_bounded_memory() -> None:
 
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert caught.value.code == "line_too_long"
-    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes. Split ")
+    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes, the maximum. Shorten ")
     assert " Line 3: " in caught.value.message
     assert grown_bytes < 64 * MIB
 
@@ -303,5 +308,22 @@ def test_non_text_content_is_reported_with_its_position() -> None:
     with pytest.raises(BadRow) as raised:
         check_chat({"messages": [{"role": "user", "content": image}]})
 
-    assert raised.value.reason == "messages[0].content[1].type is 'image_url'"
+    assert raised.value.reason == "messages[0].content[1].type is 'image_url', not 'text'"
     assert "Remove images" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user", "weight": 1}, "messages[0].weight is allowed only on assistant messages"),
+        ({"role": "assistant", "weight": 2}, "messages[0].weight is 2, but must be 0 or 1"),
+        ({"role": "assistant", "weight": True}, "messages[0].weight is a boolean, but must be 0 or 1"),
+        ({"role": "bot"}, "messages[0].role is 'bot', which is not a role"),
+        ({}, "messages[0].role is missing"),
+    ],
+)
+def test_invalid_field_of_a_message_is_reported_with_its_value(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as raised:
+        check_chat({"messages": [{**message, "content": "a"}]})
+
+    assert raised.value.reason == reason

@@ -164,7 +164,7 @@ def test_unavailable_tracker_is_rejected_only_if_workers_are_running(world: Worl
     awaited = world.submit(integrations=BOTH)
     world.worker(integrations=("tensorboard",))
 
-    with pytest.raises(InvalidRequest, match="No worker can write to wandb") as refused:
+    with pytest.raises(InvalidRequest, match="No running worker can write to wandb") as refused:
         world.submit(integrations=BOTH)
 
     assert (refused.value.code, refused.value.param) == ("integration_unavailable", "integrations.0.type")

@@ -44,7 +44,7 @@ def test_operator_sees_why_a_model_import_failed(world: World) -> None:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
 
     assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a snapshot.")
-    assert failed.value.remedy == "Give a language model. Or choose another model."
+    assert failed.value.remedy == "Give a language model. Or choose another base model."
 
 
 def test_retry_advice_for_a_failed_model_appears_once(world: World) -> None:
@@ -55,7 +55,7 @@ def test_retry_advice_for_a_failed_model_appears_once(world: World) -> None:
     with pytest.raises(InvalidRequest) as failed:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
 
-    assert failed.value.remedy == f"{remedy} Or choose another model."
+    assert failed.value.remedy == f"{remedy} Or choose another base model."
 
 
 def test_failed_models_are_not_listed_and_importing_ones_are_marked(world: World) -> None:
@@ -146,7 +146,7 @@ def _warnings(world: World, **fields: Any) -> list[str]:
 def test_validation_rows_equal_to_training_rows_cause_a_warning(world: World) -> None:
     (warning,) = _warnings(world, validation_file=world.file_id)
 
-    assert "the same rows" in warning
+    assert "the same content" in warning
     assert _warnings(world, validation_file=world.file()) == []
 
 
@@ -155,7 +155,7 @@ def test_max_length_beyond_the_model_causes_a_warning(world: World) -> None:
 
     (warning,) = _warnings(world, max_length=longest + 1)
 
-    assert f"max_length is lowered to {longest} tokens" in warning
+    assert f"to {longest} tokens, the base model's maximum" in warning
     assert _warnings(world, max_length=longest) == []
 
 
@@ -176,7 +176,7 @@ def test_evaluation_options_without_a_timely_evaluation_are_rejected(world: Worl
 
     ten: dict[str, Any] = {"max_steps": 10}
     for requested in (every(26, fields), every(11, fields) | ten):
-        with pytest.raises(InvalidRequest, match="has no effect") as refusal:
+        with pytest.raises(InvalidRequest, match="requires evaluations during training") as refusal:
             world.submit(**usual, **requested)
         assert (refusal.value.code, refusal.value.param) == ("no_evaluation_in_time", "evaluation.every_steps")
 
@@ -190,7 +190,7 @@ def test_split_texts_may_have_more_steps_than_rows(world: World, fields: dict[st
     split: dict[str, Any] = texts | {"data": {"overflow": "split"}} | every(100_000, fields)
 
     assert world.submit(**split).id
-    with pytest.raises(InvalidRequest, match="has no effect"):
+    with pytest.raises(InvalidRequest, match="requires evaluations during training"):
         world.submit(**split, max_steps=99_999)
 
 
@@ -229,7 +229,7 @@ def test_unusable_files_are_rejected_by_field(world: World, param: str) -> None:
 
 
 def test_unknown_target_modules_are_rejected_with_the_available_names(world: World) -> None:
-    with pytest.raises(InvalidRequest, match="no linear layers named wq") as refusal:
+    with pytest.raises(InvalidRequest, match="no linear layer named wq") as refusal:
         world.submit(lora={"target_modules": ["q_proj", "wq"]})
 
     assert refusal.value.code == "unknown_target_modules"

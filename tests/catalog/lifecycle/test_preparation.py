@@ -57,7 +57,7 @@ def test_job_without_a_timely_evaluation_trains_with_a_warning(world: World, num
         event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"
     ]
     assert [f"the job has at most {num_steps} steps" in message for message in warnings] == [True] * num_warnings
-    assert all("keeps its last weights" in message for message in warnings)
+    assert all("keep its last weights" in message for message in warnings)
     assert world.job(job.id).state == JobState.QUEUED
 
 

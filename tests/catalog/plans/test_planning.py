@@ -33,11 +33,11 @@ def test_few_steps_cause_a_warning_with_a_remedy() -> None:
     few = job_warnings.few_steps(spec(), 8)
     assert few is not None
     assert "8 optimizer steps" in few.sentence()
-    assert "12 epochs" in few.remedy, "3 epochs give 8 steps"
+    assert "n_epochs to 12" in few.remedy, "3 epochs give 8 steps"
     assert job_warnings.few_steps(spec(max_steps=8), 8) == Caution(
         code="few_steps",
-        message="The job has only 8 optimizer steps: fewer than 30 rarely change a model much.",
-        remedy="Raise max_steps, or remove it.",
+        message="The job has only 8 optimizer steps. Fewer than 30 rarely change a model noticeably.",
+        remedy="Raise max_steps, or omit it.",
     )
     hopeless = job_warnings.few_steps(spec(), 1)
     assert hopeless is not None
@@ -89,7 +89,7 @@ def test_data_problems_cause_warnings(found: dict[str, int], code: str | None) -
 
 def test_rows_in_both_files_cause_a_warning() -> None:
     assert job_warnings.of_overlap(0, of_rows=10) is None
-    assert "1 row of 10" in (job_warnings.of_overlap(1, of_rows=10) or Caution(code="", message="")).message
+    assert "1 of 10 rows" in (job_warnings.of_overlap(1, of_rows=10) or Caution(code="", message="")).message
 
 
 def test_rank_above_layer_size_or_data_causes_a_warning() -> None:

@@ -328,7 +328,7 @@ def test_explanation_of_a_job_that_needs_quantization_support(world: World) -> N
     assert why["quantization"] == "nf4"
     assert why["explanation"] == (
         "It needs its base model in nf4, but no running worker has bitsandbytes. Install bitsandbytes on a worker "
-        "(pip install 'lorry-server[quant]'), then restart that worker."
+        "(`pip install 'lorry-server[quant]'`), then restart the worker."
     )
 
     world.worker("able", quantizations=("nf4", "int8"))

@@ -132,7 +132,7 @@ def test_job_that_starts_from_a_checkpoint_keeps_it_until_it_ends(world: World) 
     assert (child.base_model, child.spec["parent"]["name"], child.spec["parent"]["artifact"]) == ("smol", first, digest)
     assert child.spec["parent"]["lineage"] == sha(f"{claim.job.id} 1")
     assert digest in garbage_collection.live_digests(world.db)
-    with pytest.raises(Conflict, match="in use by a job"):
+    with pytest.raises(Conflict, match=f"in use by job {child.id}, "):
         adapters.delete(world.db, project_id=world.caller.project_id, name=first)
     commands.cancel(world.db, **world.of(child.id))
     garbage_collection.drop_references(world.db)

@@ -123,17 +123,21 @@ def test_method_hyperparameters_can_vary() -> None:
         ({"model": {"values": ["a", "b"]}}, "parameters.model", "the same base model"),
         ({"lora.rank": {"values": [8, 1000]}}, "parameters.lora.rank", "lora.rank = 1000"),
         ({"lora.rank": {"values": [8, "many"]}}, "parameters.lora.rank", "lora.rank = 'many'"),
-        ({"lora.rank": {"values": [0, 8]}}, "parameters.lora.rank", "invalid: 'lora.rank' must be at least 1."),
+        (
+            {"lora.rank": {"values": [0, 8]}},
+            "parameters.lora.rank",
+            "in the trial with lora.rank = 0: 'lora.rank' must be at least 1.",
+        ),
         (
             {"lora": {"values": [1, 2]}},
             "parameters.lora",
-            "'lora' is a group of fields. Vary fields in it, such as 'lora.",
+            "'lora' is a group of fields. Vary the fields in it, such as 'lora.",
         ),
-        ({"lora": {"values": [{"rnk": 2}]}}, "parameters.lora", "there is no field 'lora.rnk'"),
+        ({"lora": {"values": [{"rnk": 2}]}}, "parameters.lora", "there is no job field 'lora.rnk'. Remove 'lora.rnk'"),
         (
             {"optimizer.learning_rate": {"values": [1e-3, "x"]}},
             "parameters.optimizer.learning_rate",
-            "invalid: 'optimizer.learning_rate' must be a number or 'auto'.",
+            "= 'x': 'optimizer.learning_rate' must be a number or 'auto'.",
         ),
         ({"lr": RATE}, "parameters.lr", "Did you mean 'optimizer.learning_rate'?"),
         ({"dropuot": RATE}, "parameters.dropuot", "Did you mean 'lora.dropout'?"),
@@ -141,7 +145,11 @@ def test_method_hyperparameters_can_vary() -> None:
         ({"optimizer.type": {"min": 0, "max": 1, "points": 2}}, "parameters.optimizer.type", "not a number"),
         ({"lora.rank": {"min": 1.5, "max": 4, "points": 2}}, "parameters.lora.rank", "whole number"),
         ({"optimizer.learning_rate": RATE}, "parameters.optimizer.learning_rate", "points"),
-        ({"lora": {"values": [{}]}, "lora.rank": RANK}, "parameters.lora.rank", "'lora' and 'lora.rank' overlap"),
+        (
+            {"lora": {"values": [{}]}, "lora.rank": RANK},
+            "parameters.lora.rank",
+            "'lora' includes parameter 'lora.rank'",
+        ),
         (
             {"lora.rank": {"min": 1, "max": 256, "points": 256}, "seed": {"values": list(range(5))}},
             "parameters",

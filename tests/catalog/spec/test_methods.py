@@ -107,11 +107,15 @@ def test_file_of_the_wrong_kind_is_rejected(world: World, param: str, name: str,
         (
             "kto",
             "completion",
-            'Use method supervised, or a file of labeled answers, one per line: {"prompt": ..., "com',
+            'Use method supervised, or provide a file of labeled answers, one on each line: {"prompt": ..., "com',
         ),
-        ("supervised", "unpaired", "Use method kto, or a file without pairs or labeled answers."),
-        ("supervised", "preference", "Use method dpo, orpo or simpo, or a file without"),
-        ("dpo", "unpaired", "Use method kto, or a file of pairs, one per line: "),
+        (
+            "supervised",
+            "unpaired",
+            "Use method kto, or provide a file of chats, prompts with completions, or plain text.",
+        ),
+        ("supervised", "preference", "Use method dpo, orpo or simpo, or provide a file of chats"),
+        ("dpo", "unpaired", "Use method kto, or provide a file of preference pairs, one on each line: "),
     ],
 )
 def test_remedy_names_a_fitting_method_and_a_fitting_file(world: World, name: str, kind: str, remedy: str) -> None:
@@ -130,5 +134,5 @@ def test_old_file_without_a_kind_is_a_chat_file(world: World) -> None:
     old = world.file(kind=None)
 
     assert world.submit(training_file=old).id
-    with pytest.raises(InvalidRequest, match="is a chat"):
+    with pytest.raises(InvalidRequest, match="contains chats"):
         world.send(request(training_file=old, method=method("simpo")))

@@ -50,28 +50,33 @@ def test_names_layers_and_patterns_select_as_in_peft() -> None:
     ("fields", "code", "param", "remedy"),
     [
         ({"target_modules": ["up_prj"]}, "unknown_target_modules", "target_modules", "Did you mean up_proj?"),
-        ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "for example model.project_in"),
+        ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "such as model.project_in"),
         ({"layers_to_transform": [0, 2]}, "unknown_layers", "layers_to_transform", "from 0 to 1"),
         (
             {"layers_to_transform": [0], "target_modules": ["project_in"]},
             "unknown_layers",
             "layers_to_transform",
-            "Remove the field",
+            "Omit lora.layers_to_transform",
         ),
         ({"rank_pattern": {"q_prj": 8}}, "unknown_pattern_key", "rank_pattern", "Did you mean q_proj?"),
         (
             {"target_modules": ["q_proj"], "alpha_pattern": {"up_proj": 8}},
             "unknown_pattern_key",
             "alpha_pattern",
-            "named q_proj",
+            "name (q_proj)",
         ),
-        ({"rank_pattern": {"q_proj": 8, "0.self_attn.q_proj": 2}}, "ambiguous_pattern", "rank_pattern", "no order"),
-        ({"alpha_pattern": {"q_proj": 8, ".*": 2.5}}, "ambiguous_pattern", "alpha_pattern", "no order"),
+        (
+            {"rank_pattern": {"q_proj": 8, "0.self_attn.q_proj": 2}},
+            "ambiguous_pattern",
+            "rank_pattern",
+            "only one matches",
+        ),
+        ({"alpha_pattern": {"q_proj": 8, ".*": 2.5}}, "ambiguous_pattern", "alpha_pattern", "only one matches"),
         (
             {"init_lora_weights": "pissa", "rank_pattern": {"project_in": 33}},
             "rank_too_high",
             "rank",
-            "smaller side",
+            "to 32 or less",
         ),
         ({"rank_pattern": {r"((\w|\w\w|\.)+)+[XY]": 8}}, "pattern_too_slow", "rank_pattern", "nested"),
     ],
@@ -97,7 +102,7 @@ def test_old_base_without_layer_paths_supports_names_only() -> None:
     named = linears.adapted(OLD, spec(target_modules=["v_proj"]), base_name="old", matcher=linears.Matcher())
 
     assert memory.adapter_parameters(named, use_dora=False) == 4 * 80 * 2
-    with pytest.raises(InvalidRequest, match="imported before") as refusal:
+    with pytest.raises(InvalidRequest, match="imported by an older version") as refusal:
         linears.adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old", matcher=linears.Matcher())
     assert refusal.value.code == "model_without_layer_paths"
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from catalog.errors import Conflict, LorryError
+from catalog.errors import Conflict, LorryError, NotFound
 from catalog.queue import claims
+from catalog.registry import adapters
 from catalog.states import EndReason, JobState
 from catalog.sweeps import commands, creation
 from catalog.tables.audit import AuditEvent
@@ -34,7 +35,7 @@ def test_client_adds_trials_and_stops_those_it_no_longer_needs(world: World) -> 
     commands.close(world.db, **of(world, sweep_id))
     advance(world)
     assert view(world, sweep_id).sweep.state == "succeeded"
-    with pytest.raises(Conflict, match="no more trials"):
+    with pytest.raises(Conflict, match="because it has finished"):
         add(world, sweep_id, 2)
 
 
@@ -80,6 +81,50 @@ def test_sweep_that_chooses_its_own_trials_rejects_added_ones(world: World) -> N
         add(world, sweep_id, 4)
 
     assert refused.value.code == "not_an_ask_tell_sweep"
+
+
+@ON_ONE_DATABASE
+def test_rejected_trial_names_the_reason(world: World) -> None:
+    def ask_tell(trials: int) -> str:
+        return make(world, search={"type": "ask_tell", "trials": trials}, parameters={})
+
+    full, closed, cancelled = ask_tell(1), ask_tell(2), ask_tell(2)
+    add(world, full, 4)
+    add(world, closed, 4)
+    commands.close(world.db, **of(world, closed))
+    commands.cancel(world.db, **of(world, cancelled))
+
+    reasons = {full: "search.trials is 1", closed: "because it was closed", cancelled: "because it was cancelled"}
+    for sweep_id, reason in reasons.items():
+        with pytest.raises(Conflict, match=reason):
+            add(world, sweep_id, 8)
+
+
+@ON_ONE_DATABASE
+def test_missing_best_adapter_of_a_sweep_is_explained(world: World) -> None:
+    def remedy(name: str) -> str:
+        with pytest.raises(NotFound) as refused:
+            adapters.get(world.db, project_id=world.caller.project_id, name=name)
+        assert refused.value.code == "adapter_not_found"
+        return refused.value.remedy
+
+    sweep_id = make(world, search={"type": "ask_tell", "trials": 1}, parameters={})
+    add(world, sweep_id, 4)
+
+    assert "Check the sweep's id" in remedy("sweep-unknown")
+    assert f"Wait until sweep {sweep_id} finishes" in remedy(sweep_id)
+
+    finish(world, train(world)[0], 1.0)
+    advance(world)
+    best = adapters.get(world.db, project_id=world.caller.project_id, name=sweep_id).adapter.name
+    adapters.delete(world.db, project_id=world.caller.project_id, name=best)
+    assert "was deleted" in remedy(sweep_id)
+
+    failed = make(world, search={"type": "ask_tell", "trials": 1}, parameters={})
+    add(world, failed, 4)
+    commands.stop_trial(world.db, **of(world, failed), number=0)
+    advance(world)
+    assert "without a successful trial" in remedy(failed)
 
 
 @ON_ONE_DATABASE

@@ -81,7 +81,7 @@ def test_run_sends_one_request(service: Script, run: Run, data: None) -> None:
 
 
 def test_rejected_sweep_names_the_option_and_deletes_its_uploads(service: Script, run: Run, data: None) -> None:
-    error = {"message": "With lora.rank = 8, a trial is invalid.", "type": "x", "param": "parameters.lora.rank"}
+    error = {"message": "Invalid value in the trial with lora.rank = 8.", "type": "x", "param": "parameters.lora.rank"}
     service.on("POST", "/v1/sweeps", Reply(status=400, body={"error": {**error, "code": "invalid_value"}}))
     service.on("DELETE", "/v1/files/file-1", {"deleted": True})
     service.on("DELETE", "/v1/files/file-2", {"deleted": True})
