@@ -62,9 +62,10 @@ def move(
     after = next_state(before, verb)
     if after is None:
         raise Conflict(
-            f"A job in the state {before} doesn't allow the action '{verb.value.replace('_', ' ')}'.",
+            f"Job {job.id} is {before.replace('_', ' ')}, which does not allow the action "
+            f"'{verb.value.replace('_', ' ')}'.",
             code="invalid_transition",
-            remedy="Check the job's state and its events.",
+            remedy=f"Check the job's state and events: `lorry events {job.id}`.",
         )
     job.state = after
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
