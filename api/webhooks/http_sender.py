@@ -126,7 +126,7 @@ class WebhookSender:
         found = [ip_address(text) for text in texts]
         for address in found:
             if why := block_reason(address, self.rules):
-                raise NotSent(f"The host {target.host} {why}, so nothing was sent. {OPENED}")
+                raise NotSent(f"The host {target.host} resolves to {why}, so nothing was sent. {OPENED}")
         return [str(address) for address in found[:MAX_ADDRESSES]]
 
     async def _ask(

@@ -65,7 +65,7 @@ def move(
             f"Job {job.id} is {before.replace('_', ' ')}, which does not allow the action "
             f"'{verb.value.replace('_', ' ')}'.",
             code="invalid_transition",
-            remedy=f"Check the job's state and events: `lorry events {job.id}`.",
+            remedy=f"Check the job's state and events: `lorry jobs events {job.id}`.",
         )
     job.state = after
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
