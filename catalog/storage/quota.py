@@ -96,5 +96,7 @@ def _too_many_leaving(
         f"still on the disk. It has {status.used:,.0f} stored bytes and {num_leaving:,} deleted bytes, and this "
         f"request needs {num_more:,} more."
     )
-    by_when = "" if status.resets_at is None else f", which will have freed enough space by {utc_time(status.resets_at)}"
+    by_when = (
+        "" if status.resets_at is None else f", which will have freed enough space by {utc_time(status.resets_at)}"
+    )
     return refusal(project, status, message, f"Wait for the daily garbage collection{by_when}.", now=now)

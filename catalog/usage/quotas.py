@@ -336,7 +336,9 @@ def exceeded(project: Project, status: QuotaStatus, *, now: float, num_more: int
     resets = f" The usage resets at {utc_time(status.resets_at)}." if status.resets_at is not None else ""
     message = f"Project {project.name!r} has reached its limit of {status.describe()} (current usage: {used}).{resets}"
     if num_more:
-        message = f"Project {project.name!r} is limited to {status.describe()}. It already uses {used}, and this request "
+        message = (
+            f"Project {project.name!r} is limited to {status.describe()}. It already uses {used}, and this request "
+        )
         message += f"needs {num_more:,} more.{resets}"
     return refusal(project, status, message, REMEDIES[status.name], now=now)
 

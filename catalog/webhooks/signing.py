@@ -32,8 +32,8 @@ class SecretLost(Conflict):
 
     def __init__(self, endpoint_id: str) -> None:
         super().__init__(
-            f"The signing secret for webhook endpoint {endpoint_id} can't be recovered, because the service's pepper has "
-            "changed.",
+            f"The signing secret for webhook endpoint {endpoint_id} can't be recovered, because the service's pepper "
+            "has changed.",
             code="webhook_secret_lost",
             remedy=f"Create a new secret: `lorry webhooks rotate-secret {endpoint_id}`.",
         )
@@ -63,7 +63,9 @@ def good(endpoint: WebhookEndpoint, pepper: Pepper, *, now: float) -> list[str]:
     """Return the valid secrets, with which messages are signed: the newest first. Raises SecretLost."""
     found = [current(endpoint, pepper)]
     if endpoint.previous_salt and endpoint.previous_until is not None and endpoint.previous_until > now:
-        found.append(_recreated(pepper, endpoint.previous_salt, endpoint.previous_ending or "", endpoint_id=endpoint.id))
+        found.append(
+            _recreated(pepper, endpoint.previous_salt, endpoint.previous_ending or "", endpoint_id=endpoint.id)
+        )
     return found
 
 

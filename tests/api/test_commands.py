@@ -165,7 +165,7 @@ def test_commands_on_unreleased_tables_fail_with_the_remedy(tmp_path: Path, argu
     failed = run(tmp_path, *arguments, check=False)
 
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert f"The database is at revision {UNRELEASED}" in failed.stderr
+    assert f"The database (revision {UNRELEASED})" in failed.stderr
     assert "create a new database" in failed.stderr
     assert "Traceback" not in failed.stderr
 
@@ -176,7 +176,7 @@ def test_bootstrap_on_newer_tables_fails_with_the_remedy(tmp_path: Path) -> None
     failed = run(tmp_path, "bootstrap", check=False)
 
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert f"The database is at revision {LATER}, which belongs to a later version" in failed.stderr
+    assert f"The database is at revision {LATER}, which belongs to a newer version" in failed.stderr
     assert "or with a later one" in failed.stderr
     assert "Traceback" not in failed.stderr
 

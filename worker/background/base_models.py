@@ -187,7 +187,9 @@ def _run_child(
     try:
         box = sandbox.base_import(work, source=source)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        remedy = f"Check that {source} exists on the worker's machine, that the worker's user can read it, and that its "
+        remedy = (
+            f"Check that {source} exists on the worker's machine, that the worker's user can read it, and that its "
+        )
         remedy += "links point to files. Then add the same model again."
         if source is None:
             remedy = "Check that the worker can write to its Hugging Face cache. Then add the same model again."

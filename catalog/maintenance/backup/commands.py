@@ -32,7 +32,6 @@ from catalog.tables.audit import AuditEvent
 from catalog.tables.storage import Adapter, Artifact, File
 from catalog.tables.table import Json
 
-
 PRODUCTS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
 

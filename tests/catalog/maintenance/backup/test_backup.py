@@ -287,7 +287,7 @@ def test_backup_without_its_record_does_not_exist(service: Service, elsewhere: S
     with pytest.raises(NotFound) as refused:
         restore(elsewhere, service.place)
 
-    assert refused.value.remedy == f"Use one of the backups at {service.place.url}: none."
+    assert refused.value.message == f"There are no backups at {service.place.url}."
 
 
 def test_changed_backup_is_rejected_and_nothing_is_created(service: Service, elsewhere: Settings) -> None:
