@@ -222,7 +222,7 @@ def test_a_trainer_that_reports_a_path_outside_its_job_is_killed(
     assert stored(site) == before
     assert trainer.is_killed
     assert found[0].reason == "trainer_crashed"
-    assert "The trainer reported the path" in found[0].detail
+    assert f"Trainer {found[0].trainer_id} on worker" in found[0].detail
     assert site.world.job(job.id).adapter_name is None
 
 
