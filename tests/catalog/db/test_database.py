@@ -15,6 +15,7 @@ from catalog.db.database import STUCK_SECONDS, Database, get_once, read_clock, s
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 from catalog.tables.fleet import DatabaseHeartbeat
 from catalog.tables.history import MetricBlock
+from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Organization
 from catalog.tenancy import projects
@@ -268,7 +269,6 @@ def test_unstorable_value_is_an_invalid_request(world: World) -> None:
     assert "unpaired surrogate" in refusal.value.message
 
 
-@pytest.mark.both_databases
 def test_number_that_is_too_large_to_store_is_an_invalid_request(world: World) -> None:
     with pytest.raises(InvalidRequest, match="number that is too large") as refusal, world.db.write() as session:
         session.execute(update(Job).values(num_steps=2**63))

@@ -144,7 +144,7 @@ def test_every_revision_except_the_newest_is_older(next_migration: Path) -> None
 def test_database_without_tables_is_unavailable(empty_url: str) -> None:
     database = Database(empty_url)
 
-    with pytest.raises(Unavailable, match="has not been set up"):
+    with pytest.raises(Unavailable, match="has no Lorry tables"):
         compatibility.check(database)
     database.close()
 

@@ -19,7 +19,7 @@ OUTSIDE = "8.8.8.8 1.1.1.1 172.32.0.1 192.0.1.1 223.255.255.255 2606:4700::1111 
 
 @pytest.mark.parametrize("address", INSIDE.split())
 def test_private_address_is_blocked(address: str) -> None:
-    assert "is not public" in (block_reason(ip_address(address), Rules()) or "")
+    assert "is not a public IP address" in (block_reason(ip_address(address), Rules()) or "")
 
 
 @pytest.mark.parametrize("address", OUTSIDE.split())
