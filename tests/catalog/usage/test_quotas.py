@@ -115,6 +115,11 @@ def test_jobs_per_day_of_a_key_use_a_rolling_window(world: World) -> None:
         world.submit(caller=caller)
 
     assert refusal.value.retry_after_seconds == pytest.approx(DAY_SECONDS - 3600, abs=1)
+    with (
+        pytest.raises(RateLimited, match="needs 3 jobs, but the API key is limited to 2"),
+        world.db.write() as session,
+    ):
+        quotas.check_key(session, caller, num_jobs=3, now=world.clock.now)
     world.submit(caller=replace(caller, jobs_per_day=3))
     world.submit(caller=replace(caller, jobs_per_day=0))
     world.clock.advance(DAY_SECONDS)
