@@ -126,7 +126,8 @@ class _Module:
 
     def _value(self, name: str, line: int) -> ast.expr | None:
         function = max((span for span in self._functions if line in span), key=lambda span: span.start, default=None)
-        before = [(number, value) for number, value in self._assigned.get(name, []) if number <= line]
+        assigned = sorted(self._assigned.get(name, []), key=lambda each: each[0])
+        before = [(number, value) for number, value in assigned if number <= line]
         inside = [value for number, value in before if function is not None and number in function]
         outside = [value for number, value in before if not any(number in span for span in self._functions)]
         return (inside or outside or [None])[-1]

@@ -54,13 +54,23 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
 
 
 def _unstorable(error: DBAPIError | UnicodeEncodeError | OverflowError) -> InvalidRequest:
-    message, remedy = "The request contains a NUL character, which can't be stored.", "Remove the NUL character."
     if isinstance(error, UnicodeEncodeError):
-        message = "The request contains an unpaired surrogate, which is not a valid character."
-        remedy = "Remove it, or send the complete character."
-    elif isinstance(error, OverflowError) or getattr(error.orig, "sqlstate", None) == TOO_LARGE:
-        message, remedy = "The request contains a number that is too large to store.", "Use a smaller number."
-    return InvalidRequest(message, code="unstorable_value", remedy=remedy)
+        return InvalidRequest(
+            "The request contains an unpaired surrogate, which is not a valid character.",
+            code="unstorable_value",
+            remedy="Remove it, or send the complete character.",
+        )
+    if isinstance(error, OverflowError) or getattr(error.orig, "sqlstate", None) == TOO_LARGE:
+        return InvalidRequest(
+            "The request contains a number that is too large to store.",
+            code="unstorable_value",
+            remedy="Use a smaller number.",
+        )
+    return InvalidRequest(
+        "The request contains a NUL character, which can't be stored.",
+        code="unstorable_value",
+        remedy="Remove the NUL character.",
+    )
 
 
 def disk_full() -> OutOfSpace:

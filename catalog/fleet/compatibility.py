@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
 from sqlalchemy.orm import Session
 
@@ -75,8 +74,9 @@ def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
     if revisions.is_unreleased(database_revision):
         raise revisions.not_upgradable(database_revision)
     if revisions.is_older(database_revision):
-        message = _needs(f"Lorry {lorry_version()}", database_revision, "older")
-        raise Conflict(message, code="database_too_old", remedy=remedy)
+        own, needed = lorry_version(), revisions.newest()
+        message = f"Lorry {own} requires database revision {needed}, but the database is at older revision "
+        raise Conflict(f"{message}{database_revision}.", code="database_too_old", remedy=remedy)
 
 
 def window_of(session: Session) -> Window:
@@ -99,16 +99,14 @@ def _of_another_revision(database_revision: str | None) -> UnfitWorker:
     if revisions.is_unreleased(database_revision):
         refusal = revisions.not_upgradable(database_revision)
         return UnfitWorker(refusal.message, code=refusal.code, remedy=refusal.remedy)
-    program = f"This worker (Lorry {lorry_version()})"
+    own, needed = lorry_version(), revisions.newest()
+    requirement = f"This worker (Lorry {own}) requires database revision {needed}, but the database is at"
     if revisions.is_older(database_revision):
-        return UnfitWorker(_needs(program, database_revision, "older"), code="database_too_old", remedy=MIGRATE)
+        message = f"{requirement} older revision {database_revision}."
+        return UnfitWorker(message, code="database_too_old", remedy=MIGRATE)
+    message = f"{requirement} newer revision {database_revision}."
     remedy = "Install the service's version of Lorry on this node, then restart the worker."
-    return UnfitWorker(_needs(program, database_revision, "newer"), code="worker_too_old", remedy=remedy)
-
-
-def _needs(program: str, database_revision: str | None, age: Literal["older", "newer"]) -> str:
-    actual = "has no revision" if database_revision is None else f"is at {age} revision {database_revision}"
-    return f"{program} requires database revision {revisions.newest()}, but the database {actual}."
+    return UnfitWorker(message, code="worker_too_old", remedy=remedy)
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:

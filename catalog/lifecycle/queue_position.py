@@ -162,19 +162,18 @@ def _check_waits(job: Job, done: str) -> None:
         remedy = "Resume the job first. A paused job is not scheduled."
     if job.state in FINAL_STATES:
         remedy = "This job has ended. To train again, create a new job."
-    message = f"Job {job.id} {_current(job)}, so it can't be {done}."
-    raise Conflict(message, code="job_not_waiting", remedy=remedy)
+    current = _current(job)
+    raise Conflict(f"Job {job.id} {current}, so it can't be {done}.", code="job_not_waiting", remedy=remedy)
 
 
 def _check_alike(job: Job, other: Job, *, param: str) -> None:
     if other.state in WAITING and other.priority == job.priority:
         return
-    message = f"Job {other.id} {_current(other)}, so other jobs can't be moved next to it."
-    if other.state in WAITING:
-        priority, own = PriorityClass(other.priority).name, PriorityClass(job.priority).name
-        message = f"Job {other.id} has priority {priority!r}, but job {job.id} has priority {own!r}."
+    current, priority, own = _current(other), PriorityClass(other.priority).name, PriorityClass(job.priority).name
     raise Conflict(
-        message,
+        f"Job {other.id} has priority {priority!r}, but job {job.id} has priority {own!r}."
+        if other.state in WAITING
+        else f"Job {other.id} {current}, so other jobs can't be moved next to it.",
         code="not_in_same_queue",
         remedy=f"Choose a waiting job in this project with the same priority as job {job.id}.",
         param=param,

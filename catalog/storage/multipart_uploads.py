@@ -373,11 +373,10 @@ def _too_many(
     counted = session.scalars(select(Upload).where(Upload.project_id == project_id, COUNTED))
     leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
     free_at = quotas.enough_at(leaving, used + more - maximum, now=now)
-    message = f"The project has {used:,} open uploads, which is the maximum."
-    if name == "open_upload_bytes":
-        message = f"This upload needs {more:,} bytes, but open uploads already use {used:,} of {maximum:,} bytes."
     return QuotaExceeded(
-        message,
+        f"The project has {used:,} open uploads, which is the maximum."
+        if name == "open_uploads"
+        else f"This upload needs {more:,} bytes, but open uploads already use {used:,} of {maximum:,} bytes.",
         code="too_many_open_uploads",
         remedy=f"Complete or cancel open uploads, or wait: uploads expire after an hour. {_KEPT_PARTS}",
         retry_after_seconds=math.inf if free_at is None else free_at - now,

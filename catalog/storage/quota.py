@@ -99,4 +99,5 @@ def _too_many_leaving(
     by_when = (
         "" if status.resets_at is None else f", which will have freed enough space by {utc_time(status.resets_at)}"
     )
-    return refusal(project, status, message, f"Wait for the daily garbage collection{by_when}.", now=now)
+    remedy = f"Wait for the daily garbage collection{by_when}."
+    return refusal(message, remedy=remedy, project=project, status=status, now=now)

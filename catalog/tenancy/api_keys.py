@@ -172,8 +172,8 @@ def limit(
         if key.id == caller.api_key_id and caller.is_limited:
             raise _exceeds(
                 "Your API key can't change its own limits, because it was created with limited scopes.",
-                "Use an operator key that was created without 'scopes'.",
-                "api_key_id",
+                remedy="Use an operator key that was created without 'scopes'.",
+                param="api_key_id",
             )
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
@@ -248,8 +248,8 @@ def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, 
     if is_operator and not caller.is_operator:
         raise _exceeds(
             f"Only an operator key can {action} an operator key.",
-            "Use an operator key.",
-            "is_operator" if changed is None else "api_key_id",
+            remedy="Use an operator key.",
+            param="is_operator" if changed is None else "api_key_id",
         )
     beyond = sorted(wanted - caller.scopes)
     if beyond:
@@ -257,8 +257,8 @@ def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, 
         raise _exceeds(
             f"Your API key can't {action} a key with {_scopes(beyond)}, because it lacks "
             f"{'that scope' if len(beyond) == 1 else 'those scopes'} itself.",
-            f"Omit {_scopes(beyond)}, or {holder}" if changed is None else holder.capitalize(),
-            "scopes" if changed is None else "api_key_id",
+            remedy=f"Omit {_scopes(beyond)}, or {holder}" if changed is None else holder.capitalize(),
+            param="scopes" if changed is None else "api_key_id",
         )
 
 
@@ -280,8 +280,8 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
     if key.scopes is None and caller.is_limited:
         raise _exceeds(
             "Your API key can't change a key that has every scope, because it does not have every scope itself.",
-            "Use a key that was created without 'scopes'.",
-            "api_key_id",
+            remedy="Use a key that was created without 'scopes'.",
+            param="api_key_id",
         )
 
 
@@ -327,8 +327,8 @@ def _check_limits(caller: Caller, limits: Collection[str]) -> None:
         )
 
 
-def _exceeds(message: str, remedy: str, param: str) -> Forbidden:
-    return Forbidden(message, code="exceeds_own_rights", remedy=remedy, param=param)
+def _exceeds(message: str, *, remedy: str, param: str, code: str = "exceeds_own_rights") -> Forbidden:
+    return Forbidden(message, code=code, remedy=remedy, param=param)
 
 
 def _scopes(scopes: Sequence[str]) -> str:
@@ -338,8 +338,9 @@ def _scopes(scopes: Sequence[str]) -> str:
 def _check_rotatable(key: ApiKey, now: float) -> None:
     if not is_live(key, now):
         raise Conflict(
-            f"API key {key.name!r} {'has expired' if key.revoked_at is None else 'was revoked'}, so it can't be "
-            "rotated.",
+            f"API key {key.name!r} has expired, so it can't be rotated."
+            if key.revoked_at is None
+            else f"API key {key.name!r} was revoked, so it can't be rotated.",
             code="key_not_live",
             remedy="Create a new key: `lorry keys create NAME`.",
         )
@@ -365,7 +366,7 @@ def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, no
     if caller.expires_at is not None and wanted > caller.expires_at:
         raise _exceeds(
             f"'expires_at' is {int(wanted)}, but your API key or session expires earlier, at {int(caller.expires_at)}.",
-            f"Set 'expires_at' to at most {int(caller.expires_at)}, or use a key that expires later.",
-            "expires_at",
+            remedy=f"Set 'expires_at' to at most {int(caller.expires_at)}, or use a key that expires later.",
+            param="expires_at",
         )
     return wanted

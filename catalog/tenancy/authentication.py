@@ -214,7 +214,7 @@ def authenticate_browser(db: Database, *, secret: str, pepper: Pepper) -> Caller
         found = session.execute(signed_in).one_or_none()
         if found is None or not is_live(found[0], now):
             remedy = "Open a new sign-in link, or sign in with an API key."
-            raise _refused("Your browser session has ended.", remedy, reason="session_ended")
+            raise _refused("Your browser session has ended.", remedy=remedy, reason="session_ended")
         key, project, organization, end = found
         return replace(_caller(key, project, organization), is_browser=True, expires_at=min(end, key.expires_at or end))
 
@@ -294,7 +294,7 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
 def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
     """Return the error, which is the same for every reason. The reason is only counted and logged."""
     remedy = "Check that you copied the whole key, or ask an operator for a new one."
-    return _refused("The API key is not valid.", remedy, reason=reason, api_key_id=api_key_id)
+    return _refused("The API key is not valid.", remedy=remedy, reason=reason, api_key_id=api_key_id)
 
 
 def _link_refused() -> Unauthorized:
@@ -306,5 +306,12 @@ def _link_refused() -> Unauthorized:
     )
 
 
-def _refused(message: str, remedy: str, *, reason: RejectionReason, api_key_id: str | None = None) -> Unauthorized:
-    return Unauthorized(message, code="invalid_api_key", remedy=remedy, reason=reason, api_key_id=api_key_id)
+def _refused(
+    message: str,
+    *,
+    remedy: str,
+    reason: RejectionReason,
+    api_key_id: str | None = None,
+    code: str = "invalid_api_key",
+) -> Unauthorized:
+    return Unauthorized(message, code=code, remedy=remedy, reason=reason, api_key_id=api_key_id)

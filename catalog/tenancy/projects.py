@@ -111,7 +111,7 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
         if row.archived_at is None:
             if all(key.project_id == row.id for key in lasting_operators(session, now=now)):
                 raise Conflict(
-                    f"Project {row.name!r} can't be archived: no other project has an operator key.",
+                    f"Project {row.name!r} can't be archived, because no other project has an operator key.",
                     code="last_operator_key",
                     remedy="Create an operator key in another project first: `lorry keys create NAME --operator "
                     "--project OTHER`.",
@@ -148,14 +148,19 @@ def find(
     remedy = "Choose one from `lorry projects list`."
     if same_organization_as is not None:
         named = named.where(Project.organization_id == same_organization_as.organization_id)
-        remedy = f"Choose a project in the same organization as {same_organization_as.name!r} from "
-        remedy += "`lorry projects list`."
+        name = same_organization_as.name
+        remedy = f"Choose a project in the same organization as {name!r} from `lorry projects list`."
     row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
     if row is None:
-        message = f"No project with the id or name {project!r}."
-        if same_organization_as is not None:
-            message = f"No project in this organization has the id or name {project!r}."
-        raise NotFound("project", project, message=message, param=param, remedy=remedy)
+        raise NotFound(
+            "project",
+            project,
+            message=f"No project with the id or name {project!r}."
+            if same_organization_as is None
+            else f"No project in this organization has the id or name {project!r}.",
+            param=param,
+            remedy=remedy,
+        )
     return row
 
 

@@ -334,19 +334,25 @@ def _count(session: Session, project_id: str, *states: JobState, maximum: float 
 def exceeded(project: Project, status: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
     used = f"{status.used:,.4g}" if status.name == "device_hours_per_month" else f"{status.used:,.0f}"
     resets = f" The usage resets at {utc_time(status.resets_at)}." if status.resets_at is not None else ""
-    message = f"Project {project.name!r} has reached its limit of {status.describe()} (current usage: {used}).{resets}"
-    if num_more:
-        message = (
-            f"Project {project.name!r} is limited to {status.describe()}. It already uses {used}, and this request "
-        )
-        message += f"needs {num_more:,} more.{resets}"
-    return refusal(project, status, message, REMEDIES[status.name], now=now)
+    limit = status.describe()
+    return refusal(
+        f"Project {project.name!r} is limited to {limit}. It already uses {used}, and this request needs {num_more:,} "
+        f"more.{resets}"
+        if num_more
+        else f"Project {project.name!r} has reached its limit of {limit} (current usage: {used}).{resets}",
+        remedy=REMEDIES[status.name],
+        project=project,
+        status=status,
+        now=now,
+    )
 
 
-def refusal(project: Project, status: QuotaStatus, message: str, remedy: str, *, now: float) -> QuotaExceeded:
+def refusal(
+    message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float, code: str = "quota_exceeded"
+) -> QuotaExceeded:
     return QuotaExceeded(
         message,
-        code="quota_exceeded",
+        code=code,
         remedy=f"{remedy} An operator can raise the limit: `lorry projects update {project.name}`.",
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={

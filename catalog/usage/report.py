@@ -74,11 +74,10 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
     with db.read() as session:
         end_time = read_clock(session) if query.end_time is None else query.end_time
         if end_time <= query.start_time:
-            message = f"start_time ({query.start_time:.0f}) must be earlier than end_time ({end_time:.0f})."
-            if query.end_time is None:
-                message = f"start_time ({query.start_time:.0f}) is in the future."
             raise InvalidRequest(
-                message,
+                f"start_time ({query.start_time:.0f}) is in the future."
+                if query.end_time is None
+                else f"start_time ({query.start_time:.0f}) must be earlier than end_time ({end_time:.0f}).",
                 code="invalid_value",
                 remedy="Set start_time to an earlier Unix timestamp, in seconds.",
                 param="start_time",

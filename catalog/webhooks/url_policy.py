@@ -67,6 +67,9 @@ class WebhookTarget:
         return shown if self.port == PORTS[self.scheme] else f"{shown}:{self.port}"
 
 
+OPENED = "Use a public address, or ask the operator to add its network to LORRY_WEBHOOK_ALLOWED_NETWORKS."
+
+
 def target_of(url: str, rules: Rules) -> WebhookTarget:
     """Return the target of a URL. Raises InvalidRequest for an invalid URL, and for one with a blocked IP address."""
     if len(url) > MAX_URL:
@@ -103,22 +106,24 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
     port = PORTS[parts.scheme] if port is None else port
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
         raise _bad(
-            f"'url' uses port {port}, which is not allowed", remedy=f"Use port 80, 443, or {LOWEST_FREE_PORT} or above."
+            f"'url' uses port {port}, which is not allowed",
+            remedy=f"Use port 80 or 443, or a port from {LOWEST_FREE_PORT}.",
         )
-    if literal is not None and (why := block_reason(literal, rules)):
-        raise _bad(f"'url' points to {why}", code="webhook_address_not_allowed", remedy=OPENED)
+    if literal is not None and (blocked := blocked_address(literal, rules)):
+        raise _bad(
+            f"'url' points to {blocked}, which is not a public IP address",
+            code="webhook_address_not_allowed",
+            remedy=OPENED,
+        )
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
 
 
-OPENED = "Use a public address, or ask the operator to add its network to LORRY_WEBHOOK_ALLOWED_NETWORKS."
-
-
-def block_reason(address: Address, rules: Rules) -> str | None:
-    """Return why an address is blocked, as an object of "points to", or None if it is allowed."""
+def blocked_address(address: Address, rules: Rules) -> Address | None:
+    """Return the address that requests to this address reach and that is blocked, or None if it is allowed."""
     inner = _carried(address)
     if inner is not None:
-        return block_reason(inner, rules)
+        return blocked_address(inner, rules)
     if any(address in network for network in rules.networks if network.version == address.version):
         return None
     is_public = address.is_global and not address.is_multicast and not address.is_reserved
@@ -126,7 +131,7 @@ def block_reason(address: Address, rules: Rules) -> str | None:
         is_public = is_public and address in GLOBAL_IPV6
     if is_public and not any(address in network for network in SHUT if network.version == address.version):
         return None
-    return f"{address}, which is not a public IP address"
+    return address
 
 
 def networks_of(text: str) -> tuple[Network, ...]:

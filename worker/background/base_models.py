@@ -187,16 +187,13 @@ def _run_child(
     try:
         box = sandbox.base_import(work, source=source)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        remedy = (
-            f"Check that {source} exists on the worker's machine, that the worker's user can read it, and that its "
-        )
-        remedy += "links point to files. Then add the same model again."
-        if source is None:
-            remedy = "Check that the worker can write to its Hugging Face cache. Then add the same model again."
         raise ImportRefused(
             f"The worker can't read the source of base model {row.name!r}: {error}.",
             code="source_unreachable",
-            remedy=remedy,
+            remedy="Check that the worker can write to its Hugging Face cache. Then add the same model again."
+            if source is None
+            else f"Check that {source} exists on the worker's machine, that the worker's user can read it, and that "
+            "its links point to files. Then add the same model again.",
         ) from error
     child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
     wait_for_child(child, context, is_unwanted, stuck=partial(_stuck, row.name))

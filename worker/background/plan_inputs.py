@@ -89,7 +89,8 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, COMPARISON))
         if not result.exists():
             remedy = "Create the plan again without a validation file, and report this problem."
-            raise crashed(COMPARISON, child.returncode, work / "log.txt", code="comparison_failed", remedy=remedy)
+            message = f"The comparison of the training and validation files failed with exit status {child.returncode}"
+            raise crashed(message, work / "log.txt", code="comparison_failed", remedy=remedy)
         return read_json(result)
 
 

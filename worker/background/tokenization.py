@@ -269,7 +269,8 @@ def _run(
         raise OutOfSpace(f"The disk of worker {context.worker_id} is full.", code="out_of_space", remedy=remedy)
     if child.returncode != 0 or not report.exists():
         remedy = "Check the file, the base model's chat template, and the free memory on the worker."
-        raise crashed(action, child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy)
+        message = f"The tokenization of file {file_id} failed with exit status {child.returncode}"
+        raise crashed(message, work / "log.txt", code="preparation_failed", remedy=remedy)
     return read_json(report)
 
 
@@ -279,10 +280,10 @@ def stuck(what: str, why: str) -> PreparationCrashed:
     return PreparationCrashed(f"{what} was stopped because {why}.", code="no_progress", remedy=remedy)
 
 
-def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
-    """Return the error for a child that exited without a result. what: the action."""
+def crashed(message: str, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
+    """Return the error for a child that exited without a result. message: without the last line of its log."""
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     if lines and tells_of_full(lines[-1]):
         return out_of_space()
     last = lines[-1][:300] if lines else "no output"
-    return PreparationCrashed(f"{what} failed with exit status {returncode}: {last}", code=code, remedy=remedy)
+    return PreparationCrashed(f"{message}: {last}.", code=code, remedy=remedy)
