@@ -136,8 +136,8 @@ def tables_of(data_dir: Path, revision: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        (["serve", "--port", "0"], "Migrate it with this version"),
-        (["new-key"], "Migrate it with this version"),
+        (["serve", "--port", "0"], "Run `python -m api bootstrap` from this version"),
+        (["new-key"], "Run `python -m api bootstrap` from this version"),
         (["backup", "copies"], "Run this command with the version that the service runs"),
         (["verify"], "Run this command with the version that the service runs"),
     ],
@@ -150,7 +150,7 @@ def test_commands_on_older_tables_fail_with_the_remedy(
     failed = run(tmp_path, *arguments, check=False, scripts=next_migration)
 
     assert failed.returncode == 1
-    assert f"it is at {OLDER}, which is older" in failed.stderr
+    assert f"is at older revision {OLDER}." in failed.stderr
     assert remedy in failed.stderr
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
@@ -177,7 +177,7 @@ def test_bootstrap_on_newer_tables_fails_with_the_remedy(tmp_path: Path) -> None
 
     assert (failed.returncode, failed.stdout) == (1, "")
     assert f"The database is at revision {LATER}, which belongs to a newer version" in failed.stderr
-    assert "or with a later one" in failed.stderr
+    assert "or a later one" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
