@@ -62,8 +62,7 @@ def move(
     after = next_state(before, verb)
     if after is None:
         raise Conflict(
-            f"Job {job.id} is {before.replace('_', ' ')}, which does not allow the action "
-            f"'{verb.value.replace('_', ' ')}'.",
+            f"The action '{verb.value.replace('_', ' ')}' is not allowed for job {job.id}, whose state is '{before}'.",
             code="invalid_transition",
             remedy=f"Check the job's state and events: `lorry jobs events {job.id}`.",
         )

@@ -286,4 +286,4 @@ def crashed(message: str, log_path: Path, *, code: str, remedy: str) -> Preparat
     if lines and tells_of_full(lines[-1]):
         return out_of_space()
     last = lines[-1][:300] if lines else "no output"
-    return PreparationCrashed(f"{message}: {last}.", code=code, remedy=remedy)
+    return PreparationCrashed(f"{message}: {last.rstrip('.')}.", code=code, remedy=remedy)
