@@ -36,7 +36,7 @@ def tells_of_full(text: str) -> bool:
 
 def out_of_space() -> OutOfSpace:
     return OutOfSpace(
-        "The disk or its quota is full.",
+        "The disk is full, or its quota is used up.",
         code="out_of_space",
-        remedy="Nothing was saved. Free space under the data folder, then try again.",
+        remedy="Nothing was saved. Free up space in the data folder, then try again.",
     )

@@ -39,9 +39,18 @@ class NotFound(LorryError):
 
     status = 404
 
-    def __init__(self, resource: str, ident: str, *, param: str | None = None, remedy: str | None = None) -> None:
+    def __init__(
+        self,
+        resource: str,
+        ident: str,
+        *,
+        message: str | None = None,
+        param: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        """message: None: that there is no such id."""
         super().__init__(
-            f"No {resource} with the id {ident!r}.",
+            message or f"No {resource} with the id {ident!r}.",
             code=f"{resource.replace(' ', '_')}_not_found",
             remedy=remedy or f"Check the id, and that the API key belongs to the project that owns the {resource}.",
             param=param,
@@ -54,7 +63,7 @@ class NoLongerKept(LorryError):
     status = 404
 
     def __init__(self, resource: str, ident: str, *, remedy: str, param: str | None = None) -> None:
-        message = f"The files of the {resource} {ident!r} are no longer kept."
+        message = f"The files for {resource} {ident!r} have been deleted."
         super().__init__(message, code=f"{resource}_expired", remedy=remedy, param=param)
 
 

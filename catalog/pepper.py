@@ -89,13 +89,13 @@ def _previous(settings: Settings) -> bytes | None:
 
 
 def _checked(text: str) -> bytes:
-    remedy = f"Set a random value: {NEW}. Existing API keys and webhook secrets stay valid if "
-    remedy += "LORRY_PREVIOUS_PEPPER is set to exactly the old value."
+    remedy = f"Set a random value: `{NEW}`. To keep existing API keys and webhook secrets valid, also set "
+    remedy += "LORRY_PREVIOUS_PEPPER to the exact old value."
     if text != text.strip():
-        raise InvalidRequest("LORRY_PEPPER begins or ends with white space.", code="weak_pepper", remedy=remedy)
+        raise InvalidRequest("LORRY_PEPPER begins or ends with whitespace.", code="weak_pepper", remedy=remedy)
     if (num_bytes := len(text.encode())) < MIN_BYTES:
         raise InvalidRequest(
-            f"LORRY_PEPPER is {num_bytes} bytes long: at least {MIN_BYTES} are required.",
+            f"LORRY_PEPPER has {num_bytes} bytes, but must have at least {MIN_BYTES}.",
             code="weak_pepper",
             remedy=remedy,
         )
@@ -106,7 +106,7 @@ def _read(path: Path) -> bytes:
     pepper = path.read_bytes()
     if len(pepper) < MIN_BYTES:
         raise InvalidRequest(
-            f"The pepper in {path} is damaged: it has {len(pepper)} bytes, and at least {MIN_BYTES} are required.",
+            f"The pepper file {path} is damaged: it has {len(pepper)} bytes, but must have at least {MIN_BYTES}.",
             code="pepper_damaged",
             remedy="Restore the file from a backup. Without it, no API key is valid.",
         )
@@ -118,11 +118,11 @@ def _check_no_keys(db: Database, path: Path) -> None:
         has_keys = session.scalar(select(ApiKey.id).limit(1)) is not None
     if has_keys and not path.exists():  # another process may have created both since: first the pepper, then the key
         raise Conflict(
-            f"The pepper of the existing API keys is missing: {path} does not exist, and LORRY_PEPPER is not set.",
+            f"The pepper for the existing API keys is missing: {path} does not exist, and LORRY_PEPPER is not set.",
             code="pepper_missing",
-            remedy="Restore the file, or set LORRY_PEPPER to the old value. If the value is lost, set a new one "
-            f"({NEW}). This invalidates every API key and webhook secret; `python -m api new-key` then creates the "
-            "first new key.",
+            remedy="Restore the file, or set LORRY_PEPPER to its previous value. If the value is lost, set a new one "
+            f"(`{NEW}`), which invalidates every API key and webhook secret. Then create a key with "
+            "`python -m api new-key`.",
         )
 
 

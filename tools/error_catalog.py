@@ -90,9 +90,11 @@ class _Module:
         match name, call.args:
             case "NotFound", [ast.Constant(value=str(noun)), _]:
                 remedy = remedy or NOT_FOUND_REMEDY.format(noun)
-                yield self._entry(f"{noun.replace(' ', '_')}_not_found", f"No {noun} with the id {{id}}.", remedy)
+                message = keywords.get("message")
+                text = f"No {noun} with the id {{id}}." if message is None else self._template(message)
+                yield self._entry(f"{noun.replace(' ', '_')}_not_found", text, remedy)
             case "NoLongerKept", [ast.Constant(value=str(noun)), _]:
-                yield self._entry(f"{noun}_expired", f"The files of the {noun} {{id}} are no longer kept.", remedy)
+                yield self._entry(f"{noun}_expired", f"The files for {noun} {{id}} have been deleted.", remedy)
             case "BadRow", [code, reason, fix]:
                 for each in self._codes(code):
                     yield self._entry(each, f"Line {{number}}: {self._template(reason)}.", self._template(fix))
@@ -124,7 +126,8 @@ class _Module:
 
     def _value(self, name: str, line: int) -> ast.expr | None:
         function = max((span for span in self._functions if line in span), key=lambda span: span.start, default=None)
-        before = [(number, value) for number, value in self._assigned.get(name, []) if number <= line]
+        assigned = sorted(self._assigned.get(name, []), key=lambda each: each[0])
+        before = [(number, value) for number, value in assigned if number <= line]
         inside = [value for number, value in before if function is not None and number in function]
         outside = [value for number, value in before if not any(number in span for span in self._functions)]
         return (inside or outside or [None])[-1]

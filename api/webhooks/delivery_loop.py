@@ -91,9 +91,11 @@ class WebhookDeliverer:
 
     async def _try(self, outgoing: Outgoing) -> DeliveryResult:
         if not outgoing.signed_with:
-            return DeliveryResult(started_at=time.time(), seconds=0.0, error=signing.SecretLost().sentence())
+            lost = signing.SecretLost(outgoing.endpoint_id)
+            return DeliveryResult(started_at=time.time(), seconds=0.0, error=lost.sentence())
         if outgoing.url is None:
-            return DeliveryResult(started_at=time.time(), seconds=0.0, error=sealed_urls.UrlLost().sentence())
+            lost = sealed_urls.UrlLost(outgoing.endpoint_id)
+            return DeliveryResult(started_at=time.time(), seconds=0.0, error=lost.sentence())
         headers = signing.headers(
             outgoing.body, message_id=outgoing.message_id, at=time.time(), signed_with=outgoing.signed_with
         )

@@ -22,7 +22,7 @@ from api.webhooks.name_resolver import Lookup, NameResolver, NoAddress, system_l
 from catalog.errors import InvalidRequest
 from catalog.fleet.compatibility import lorry_version
 from catalog.webhooks.delivery_queue import DeliveryResult
-from catalog.webhooks.url_policy import OPENED, Rules, WebhookTarget, block_reason, target_of
+from catalog.webhooks.url_policy import OPENED, Rules, WebhookTarget, blocked_address, target_of
 
 TRY_SECONDS = 15.0
 """Timeout of a whole attempt: name resolution, connection, request and reply."""
@@ -125,8 +125,11 @@ class WebhookSender:
             raise NotSent(f"The host {target.host} has no address.") from None
         found = [ip_address(text) for text in texts]
         for address in found:
-            if why := block_reason(address, self.rules):
-                raise NotSent(f"The host {target.host} {why}, so nothing was sent. {OPENED}")
+            if blocked := blocked_address(address, self.rules):
+                raise NotSent(
+                    f"Nothing was sent, because the host {target.host} resolves to {blocked}, which is not a public IP "
+                    f"address. {OPENED}"
+                )
         return [str(address) for address in found[:MAX_ADDRESSES]]
 
     async def _ask(

@@ -46,7 +46,7 @@ class PepperReplaced(Conflict):
 
     def __init__(self) -> None:
         super().__init__(
-            "This API server uses a replaced pepper, so it seals no audit events.",
+            "This API server uses a pepper that has been replaced, so it can't seal audit events.",
             code="pepper_replaced",
             remedy="Restart it with the new LORRY_PEPPER. To return to the old pepper instead, set LORRY_PEPPER to the "
             "old one and LORRY_PREVIOUS_PEPPER to the new one on every API server.",

@@ -22,10 +22,10 @@ SCRIPTS = Path(__file__).parents[2] / "migrations"
 VERSIONS = table("alembic_version", column("version_num"))
 UNRELEASED = re.compile(r"\d{4}|0001_initial")
 """Revisions of builds before the first release. If the newest script is edited before the release, add its revision."""
-TOO_NEW = "Run this command with the version of Lorry that migrated the database, or with a later one."
+TOO_NEW = "Use the version of Lorry that migrated the database, or a later one."
 NOT_UPGRADABLE = (
-    "Keep it for the build that created it. For this version, create a new database: set LORRY_DATABASE_URL to an "
-    "empty database and LORRY_DATA_DIR to an empty folder, then run: python -m api bootstrap."
+    "To use this version, create a new database: set LORRY_DATABASE_URL to an empty database and LORRY_DATA_DIR to an "
+    "empty folder, then run `python -m api bootstrap`."
 )
 
 
@@ -70,7 +70,7 @@ def check_known(connection: Connection) -> None:
         raise not_upgradable(database_revision)
     if database_revision is not None and database_revision not in known():
         raise Conflict(
-            f"The database is at revision {database_revision}, which belongs to a later version of Lorry.",
+            f"The database is at revision {database_revision}, which belongs to a newer version of Lorry.",
             code="database_too_new",
             remedy=TOO_NEW,
         )
@@ -78,7 +78,8 @@ def check_known(connection: Connection) -> None:
 
 def not_upgradable(database_revision: str | None) -> Conflict:
     return Conflict(
-        f"The database is at revision {database_revision} of a build before the first release and cannot be upgraded.",
+        f"The database (revision {database_revision}) was created by a pre-release build of Lorry and can't be "
+        "upgraded.",
         code="database_not_upgradable",
         remedy=NOT_UPGRADABLE,
     )

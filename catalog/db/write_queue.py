@@ -119,7 +119,7 @@ def _not_opened(path: Path, error: OSError) -> OutOfSpace | Unavailable:
     if "No space left" in str(error):
         return disk_full()
     return Unavailable(
-        f"The file {path.name!r} next to the database can't be opened: {error.strerror}.",
+        f"The lock file {path.name!r} in the database's folder can't be opened: {error.strerror}.",
         code="database_unavailable",
-        remedy="Run all processes of the service as the user that owns the database.",
+        remedy="Check the folder's permissions, and run all of Lorry's processes as the user who owns the database.",
     )

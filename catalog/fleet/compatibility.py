@@ -23,7 +23,7 @@ PROTOCOL = 1
 """Protocol of this code's workers. Increment it if data or files that workers read and write change their meaning."""
 OLDEST_PROTOCOL = 1
 """Oldest protocol that a service of this code supports. Workers with an older one are drained."""
-MIGRATE = "Migrate it with this version, while running services continue: python -m api bootstrap."
+MIGRATE = "Run `python -m api bootstrap` from this version to migrate the database. Running services can stay up."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +74,9 @@ def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
     if revisions.is_unreleased(database_revision):
         raise revisions.not_upgradable(database_revision)
     if revisions.is_older(database_revision):
-        raise Conflict(
-            f"{_needs('This program', database_revision)}, which is older.", code="database_too_old", remedy=remedy
-        )
+        own, needed = lorry_version(), revisions.newest()
+        message = f"Lorry {own} requires database revision {needed}, but the database is at older revision "
+        raise Conflict(f"{message}{database_revision}.", code="database_too_old", remedy=remedy)
 
 
 def window_of(session: Session) -> Window:
@@ -99,26 +99,24 @@ def _of_another_revision(database_revision: str | None) -> UnfitWorker:
     if revisions.is_unreleased(database_revision):
         refusal = revisions.not_upgradable(database_revision)
         return UnfitWorker(refusal.message, code=refusal.code, remedy=refusal.remedy)
-    requirement = _needs("This worker", database_revision)
+    own, needed = lorry_version(), revisions.newest()
+    requirement = f"This worker (Lorry {own}) requires database revision {needed}, but the database is at"
     if revisions.is_older(database_revision):
-        return UnfitWorker(f"{requirement}, which is older.", code="database_too_old", remedy=MIGRATE)
+        message = f"{requirement} older revision {database_revision}."
+        return UnfitWorker(message, code="database_too_old", remedy=MIGRATE)
+    message = f"{requirement} newer revision {database_revision}."
     remedy = "Install the service's version of Lorry on this node, then restart the worker."
-    return UnfitWorker(f"{requirement}, which is newer.", code="worker_too_old", remedy=remedy)
-
-
-def _needs(program: str, database_revision: str | None) -> str:
-    needed = f"{program} (Lorry {lorry_version()}) needs the database at revision {revisions.newest()}"
-    return f"{needed}, but it is at {database_revision}"
+    return UnfitWorker(message, code="worker_too_old", remedy=remedy)
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:
-    supported = f"{window.oldest}" if window.oldest == window.newest else f"{window.oldest} to {window.newest}"
+    supported = f" {window.oldest}" if window.oldest == window.newest else f"s {window.oldest} to {window.newest}"
     message = (
         f"This worker (Lorry {lorry_version()}) uses protocol {protocol}, but the service (Lorry {window.version}) "
-        f"supports protocol {supported}."
+        f"supports protocol{supported}."
     )
     if protocol < window.oldest:
-        remedy = "Install the service's version of Lorry on this node, then restart the worker."
+        remedy = f"Install Lorry {window.version} on this node, then restart the worker."
         return UnfitWorker(message, code="worker_too_old", remedy=remedy)
-    remedy = "Upgrade the service first: run `python -m api bootstrap` of this version, then upgrade the API servers."
+    remedy = "Upgrade the service first: run `python -m api bootstrap` from this version, then upgrade the API servers."
     return UnfitWorker(message, code="worker_too_new", remedy=remedy)

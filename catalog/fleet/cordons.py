@@ -127,9 +127,9 @@ def retire(session: Session, worker: Worker, version: str, *, now: float) -> Non
 
 def ended(worker_id: str, verb: str) -> Conflict:
     return Conflict(
-        f"Worker {worker_id} has stopped.",
+        f"Worker {worker_id} has stopped, so it can't be {verb}ed.",
         code="worker_ended",
-        remedy=f"Choose a running worker to {verb}: `lorry workers list` lists them.",
+        remedy="Choose a running worker from `lorry workers list`.",
     )
 
 
@@ -409,7 +409,7 @@ def _set_cordon(worker: Worker, *, by: By, reason: str | None, now: float, evide
 def _locked_worker(session: Session, worker_id: str) -> Worker:
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is None:
-        raise NotFound("worker", worker_id, remedy="Run `lorry workers list` to list the workers.")
+        raise NotFound("worker", worker_id, remedy="Choose a worker from `lorry workers list`.")
     return worker
 
 

@@ -26,7 +26,7 @@ MAX_FAILED = 3
 """A member is cordoned after this many rounds that it failed to join through its own fault, with no started round in
 between."""
 OF_FAILED = f"It failed to join its gang's trainer {MAX_FAILED} times in a row."
-SINGLE = "No action is needed: the gang tries again with the available workers."
+SINGLE = "No action is needed: the gang will retry with the available workers."
 
 
 class NotGathered(Conflict):
@@ -180,7 +180,7 @@ def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds
         live = {seat.worker_id: seat for seat, worker in _live(session, place) if not _is_closed(seat, worker)}
         missing = [member for member in members if member not in live]
         if missing:
-            raise NotGathered(f"{_named(missing)} can't join a trainer now.")
+            raise NotGathered(f"Gang {place.gang}: {_named(missing)} can't join a trainer now.")
         round_id, first_rank, first_ranks = new_id("round"), 0, list[int]()
         in_order = [place.worker_id, *(member for member in members if member != place.worker_id)]
         for member in in_order:
@@ -199,7 +199,7 @@ def join(place: GangMember, round_id: str) -> None:
         row, seat = _of_round(session, place, round_id)
         now = read_clock(session)
         if row.expires_at is not None and now >= row.expires_at:
-            raise NotGathered(f"{_named([place.worker_id])} joined too late.")
+            raise NotGathered(f"Gang {row.name}: {_named([place.worker_id])} joined too late.")
         seat.joined_at = now
 
 
@@ -212,9 +212,9 @@ def start(place: GangMember, round_id: str, *, port: int) -> None:
     with place.db.write() as session:
         row = _led(session, place)
         if row.round_id != round_id:
-            raise _is_over()
+            raise _is_over(place.gang)
         if (hindrance := hindrance_of(_progress(session, place, row))) is not None:
-            raise NotGathered(hindrance)
+            raise NotGathered(f"Gang {row.name}: {hindrance}")
         row.port, row.expires_at = port, None
         session.execute(update(GangSeat).where(GangSeat.round_id == round_id).values(num_missed=0, num_failed=0))
 
@@ -224,7 +224,7 @@ def progress(place: GangMember, round_id: str) -> RoundState:
     with place.db.read() as session:
         row = session.get_one(Gang, place.gang)
         if row.round_id != round_id or row.leader_id != place.worker_id:
-            raise _is_over()
+            raise _is_over(place.gang)
         return _progress(session, place, row)
 
 
@@ -236,10 +236,10 @@ def hindrance_of(found: RoundState) -> str | None:
     if found.lost:
         return f"{_named(found.lost)} stopped sending heartbeats."
     if found.not_joined:
-        return f"{_named(found.not_joined)} had not joined."
+        return f"{_named(found.not_joined)} did not join in time."
     if found.is_late:
-        return "The gang did not start within its time limit."
-    return "A worker of the gang is draining." if found.is_anyone_leaving else None
+        return "the trainer did not start in time."
+    return "a worker is draining." if found.is_anyone_leaving else None
 
 
 def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
@@ -308,7 +308,7 @@ def _locked(session: Session, gang: str) -> Gang:
 def _led(session: Session, place: GangMember) -> Gang:
     row = _locked(session, place.gang)
     if row.leader_id != place.worker_id:
-        raise NotGathered(f"The gang {row.name} is now led by {row.leader_id}.")
+        raise NotGathered(f"Gang {row.name} is now led by worker {row.leader_id}.")
     return row
 
 
@@ -316,7 +316,7 @@ def _of_round(session: Session, place: GangMember, round_id: str) -> tuple[Gang,
     row = _locked(session, place.gang)
     seat = session.get(GangSeat, place.worker_id, with_for_update=True, populate_existing=True)
     if seat is None or row.round_id != round_id or seat.round_id != round_id:
-        raise _is_over()
+        raise _is_over(place.gang)
     return row, seat
 
 
@@ -375,11 +375,11 @@ def _call(row: Gang, seat: GangSeat | None) -> Call | None:
 
 
 def _named(worker_ids: Sequence[str]) -> str:
-    return f"Worker {worker_ids[0]} of the gang" if len(worker_ids) == 1 else f"Workers {', '.join(worker_ids)}"
+    return f"worker {worker_ids[0]}" if len(worker_ids) == 1 else f"workers {', '.join(worker_ids)}"
 
 
-def _is_over() -> NotGathered:
-    return NotGathered("That trainer of the gang has already ended.")
+def _is_over(gang: str) -> NotGathered:
+    return NotGathered(f"Gang {gang}: this training round has already ended.")
 
 
 class LivenessTracker:

@@ -18,7 +18,7 @@ from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, InvalidRequest
 from catalog.history import events
 from catalog.history.queries import find
-from catalog.states import FINAL_STATES, JobState
+from catalog.states import FINAL_STATES, JobState, PriorityClass
 from catalog.tables.jobs import Job
 
 BEFORE_ALL = 1e10
@@ -83,18 +83,26 @@ def release(db: Database, *, project_id: str, job_id: str) -> Job:
 def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -> Job:
     """Move the job among its project's waiting jobs of the same class. Other projects' jobs are not affected."""
     neighbor_id = target.before or target.after
-    if sum(value is not None for value in (target.before, target.after, target.to)) != 1 or neighbor_id == job_id:
+    num_set = sum(value is not None for value in (target.before, target.after, target.to))
+    if num_set != 1:
         raise InvalidRequest(
-            "The move needs exactly one of `before`, `after` and `to`, and can't refer to the moved job itself.",
+            f"A move requires exactly one of 'before', 'after' and 'to', but {num_set} of them are set.",
             code="invalid_place",
-            remedy="Set `before` or `after` to the id of another job of the project, or `to` to first or last.",
+            remedy="Set 'before' or 'after' to the id of another waiting job, or set 'to' to 'first' or 'last'.",
+        )
+    if neighbor_id == job_id:
+        raise InvalidRequest(
+            f"Job {job_id} can't be moved next to itself.",
+            code="invalid_place",
+            remedy=f"Set {_field(target)!r} to the id of another waiting job.",
+            param=_field(target),
         )
     with db.write() as session:
         serialize(session, f"places of {project_id}")
         job = find(session, project_id, job_id, locked=True)
         _check_waits(job, "moved")
         if neighbor_id is not None:
-            _check_alike(job, find(session, project_id, neighbor_id))
+            _check_alike(job, find(session, project_id, neighbor_id), param=_field(target))
         job.place = _place(session, job, target)
         _note(session, "job.moved", job, now=read_clock(session), message=_move_message(target))
         return job
@@ -149,23 +157,35 @@ def _others(job: Job) -> tuple[ColumnElement[bool], ...]:
 def _check_waits(job: Job, done: str) -> None:
     if job.state in WAITING:
         return
-    remedy = "Pause the running job instead." if job.state == JobState.RUNNING else "Check the job's state."
+    remedy = "Pause the running job instead."
     if job.state == JobState.PAUSED:
-        remedy = "Resume the job first. A paused job is not scheduled either."
+        remedy = "Resume the job first. A paused job is not scheduled."
     if job.state in FINAL_STATES:
-        remedy = "Create a new job to train again. This one has finished."
-    raise Conflict(f"Job {job.id} is {job.state} and can't be {done}.", code="job_not_waiting", remedy=remedy)
+        remedy = "This job has ended. To train again, create a new job."
+    current = _current(job)
+    raise Conflict(f"Job {job.id} {current}, so it can't be {done}.", code="job_not_waiting", remedy=remedy)
 
 
-def _check_alike(job: Job, other: Job) -> None:
+def _check_alike(job: Job, other: Job, *, param: str) -> None:
     if other.state in WAITING and other.priority == job.priority:
         return
+    current, priority, own = _current(other), PriorityClass(other.priority).name, PriorityClass(job.priority).name
     raise Conflict(
-        f"Job {other.id} is not queued with the same priority as job {job.id}.",
+        f"Job {other.id} has priority {priority!r}, but job {job.id} has priority {own!r}."
+        if other.state in WAITING
+        else f"Job {other.id} {current}, so other jobs can't be moved next to it.",
         code="not_in_same_queue",
-        remedy="Use the id of a waiting job of the project that has the same `priority`.",
-        param="before",
+        remedy=f"Choose a waiting job in this project with the same priority as job {job.id}.",
+        param=param,
     )
+
+
+def _current(job: Job) -> str:
+    return f"{'has' if job.state in (JobState.SUCCEEDED, JobState.FAILED) else 'is'} {job.state}"
+
+
+def _field(target: MoveTarget) -> Literal["before", "after"]:
+    return "before" if target.before is not None else "after"
 
 
 def _move_message(target: MoveTarget) -> str:

@@ -62,9 +62,9 @@ def move(
     after = next_state(before, verb)
     if after is None:
         raise Conflict(
-            f"A job in the state {before} doesn't allow the action '{verb.value.replace('_', ' ')}'.",
+            f"The action '{verb.value.replace('_', ' ')}' is not allowed for job {job.id}, whose state is '{before}'.",
             code="invalid_transition",
-            remedy="Check the job's state and its events.",
+            remedy=f"Check the job's state and events: `lorry jobs events {job.id}`.",
         )
     job.state = after
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)

@@ -32,7 +32,8 @@ from catalog.usage import ledger
 
 DATASET = "fine-tune"
 """Purpose of training and validation files. Only these are checked, and jobs can use only these."""
-PURPOSES = (DATASET, "user_data")
+USER_DATA = "user_data"
+PURPOSES = (DATASET, USER_DATA)
 """Purposes that can be uploaded, a subset of those that OpenAI's client knows in responses."""
 SHORT_BYTES = 2**16
 """Data sets up to this size are checked in this process, which takes some hundredths of a second."""
@@ -112,7 +113,7 @@ def stored(
 def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
     """Store the bytes in `spooled`, which must match `content`. Raises Unavailable, OutOfSpace."""
     if store.put_file(spooled) != content:
-        raise Unavailable("The upload was damaged in transit.", code="upload_damaged", remedy="Send it again.")
+        raise Unavailable("The upload was damaged in transit.", code="upload_damaged", remedy="Upload it again.")
 
 
 def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
@@ -225,11 +226,10 @@ def _of_sweep(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
 
 
 def _in_use(file_id: str, user: str) -> Conflict:
-    resource = user.partition(" ")[0]
     return Conflict(
         f"File {file_id} is in use by {user}, which has not finished.",
         code="file_in_use",
-        remedy=f"Wait until the {resource} finishes or cancel it, then delete the file.",
+        remedy=f"Wait until {user} finishes, or cancel it, then delete the file.",
         param="file_id",
     )
 
@@ -249,9 +249,9 @@ def label(filename: str) -> str:
 def check_purpose(purpose: str) -> None:
     if purpose not in PURPOSES:
         raise InvalidRequest(
-            f"Files with the purpose {purpose[:40]!a} can't be uploaded.",
+            f"Files can't be uploaded with the purpose {purpose[:40]!a}.",
             code="invalid_purpose",
-            remedy=f"Use one of: {', '.join(PURPOSES)}. Training data has the purpose {DATASET!r}.",
+            remedy=f"Use {DATASET!r} for training and validation data, or {USER_DATA!r} for other files.",
             param="purpose",
         )
 
@@ -259,13 +259,14 @@ def check_purpose(purpose: str) -> None:
 def check_size(num_bytes: int, settings: Settings, *, param: str = "file") -> None:
     if num_bytes > settings.max_file_bytes:
         raise TooLarge(
-            f"The file has {num_bytes:,} bytes; the maximum is {settings.max_file_bytes:,}.",
+            f"The file has {num_bytes:,} bytes, but the maximum is {settings.max_file_bytes:,} bytes.",
             code="file_too_large",
             remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
             param=param,
         )
     if num_bytes == 0:
-        raise InvalidRequest("The file is empty.", code="file_empty", remedy="Send a file with rows.", param=param)
+        remedy = "Upload a file with at least one row."
+        raise InvalidRequest("The file is empty.", code="file_empty", remedy=remedy, param=param)
 
 
 def _note(session: Session, type: AuditType, file: File, *, now: float, details: Json) -> None:  # noqa: A002

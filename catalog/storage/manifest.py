@@ -49,7 +49,7 @@ class ManifestFile:
         check_path(self.path)
         check_digest(self.digest)
         if not 0 <= self.num_bytes < 2**53:
-            raise DamagedArtifact(f"A manifest has an invalid size for {self.path!r}: {self.num_bytes} bytes.")
+            raise DamagedArtifact(f"A manifest gives {self.path!r} an invalid size: {self.num_bytes} bytes.")
 
     def as_row(self) -> dict[str, Any]:
         return {"path": self.path, "digest": self.digest, "num_bytes": self.num_bytes}
@@ -64,13 +64,15 @@ class Manifest:
 
     def __post_init__(self) -> None:
         paths = [file.path for file in self.files]
-        if not KIND.fullmatch(self.kind) or len(paths) > MAX_FILES:
-            raise DamagedArtifact(f"A manifest of kind {self.kind!r} with {len(paths)} files is not valid.")
+        if not KIND.fullmatch(self.kind):
+            raise DamagedArtifact(f"A manifest has the invalid kind {self.kind!r}.")
+        if len(paths) > MAX_FILES:
+            raise DamagedArtifact(f"A manifest lists {len(paths):,} files, but the maximum is {MAX_FILES:,}.")
         if paths != sorted(set(paths)):
-            raise DamagedArtifact("The files of a manifest are not sorted, or one is listed twice.")
+            raise DamagedArtifact("A manifest's files are not in sorted order, or a file is listed twice.")
         used = set(paths)
         if inside := next((p for p in paths if any(parent in used for parent in _parents(p))), None):
-            raise DamagedArtifact(f"A manifest lists {inside!r}, whose folder is itself a file of the manifest.")
+            raise DamagedArtifact(f"A manifest lists {inside!r}, but also lists its folder as a file.")
 
     @classmethod
     def of(cls, kind: str, files: Iterable[ManifestFile]) -> Manifest:
@@ -83,7 +85,7 @@ class Manifest:
         try:
             return cls(kind=kind, files=tuple(_file(row) for row in rows))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedArtifact("A manifest has an entry without a valid path, digest and size.") from error
+            raise DamagedArtifact("A manifest has an entry without a valid path, digest or size.") from error
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
@@ -92,7 +94,7 @@ class Manifest:
             record = cast(dict[str, Any], json.loads(content))
             return cls.from_rows(record["kind"], record["files"])
         except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise DamagedArtifact("A manifest is not valid JSON with a kind and files.") from error
+            raise DamagedArtifact("A manifest is not a JSON object with a kind and a list of files.") from error
 
     def as_rows(self) -> list[dict[str, Any]]:
         """Return the files as stored in an Artifact row."""
@@ -124,12 +126,12 @@ def check_path(path: str) -> None:
     parts = path.split("/")
     odd = any(part in ("", ".", "..") for part in parts) or "\\" in path or (len(path) > 1 and path[1] == ":")
     if odd or len(path) > MAX_PATH_CHARS or any(unicodedata.category(c)[0] == "C" for c in path):
-        raise DamagedArtifact(f"A manifest names the path {path[:MAX_PATH_CHARS]!r}, which is not allowed.")
+        raise DamagedArtifact(f"A manifest contains the unsafe path {path[:MAX_PATH_CHARS]!r}.")
 
 
 def check_digest(digest: str) -> None:
     if not DIGEST.fullmatch(digest):
-        raise DamagedArtifact(f"{digest[:80]!r} is not a hexadecimal sha256.")
+        raise DamagedArtifact(f"{digest[:80]!r} is not a hexadecimal SHA-256 digest.")
 
 
 def _file(row: Mapping[str, Any]) -> ManifestFile:

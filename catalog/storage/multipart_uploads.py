@@ -58,7 +58,7 @@ MAX_COMPLETIONS = 10
 """Maximum number of failed completions of one upload."""
 Status = Literal["pending", "completed", "cancelled", "expired"]
 OpenLimit = Literal["open_uploads", "open_upload_bytes"]
-_KEPT_PARTS = "Uploaded parts count until they are deleted from the disk, within two days."
+_KEPT_PARTS = "Uploaded parts count toward the limit until they are deleted, within two days."
 _START_AGAIN = "Create a new upload and send its parts again."
 
 
@@ -149,7 +149,8 @@ def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob,
 def _check_addable(session: Session, upload: Upload, content: Blob, settings: Settings) -> UploadPart | None:
     """Return the upload's part with these bytes, or None. Raises InvalidRequest and TooLarge if they can't be added."""
     if content.num_bytes == 0:
-        raise InvalidRequest("The part is empty.", code="part_empty", remedy="Send at least one byte.", param="data")
+        remedy = "Send at least one byte in 'data'."
+        raise InvalidRequest("The part is empty.", code="part_empty", remedy=remedy, param="data")
     of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
     existing = session.scalar(of_upload.where(UploadPart.digest == content.digest))
     if existing is None:
@@ -233,9 +234,9 @@ def _check_completions(upload: Upload) -> None:
     """Raises Conflict after too many completions, each of which joins and checks the whole file again."""
     if upload.num_completions >= MAX_COMPLETIONS:
         raise Conflict(
-            f"Upload {upload.id} failed to complete {upload.num_completions} times.",
+            f"Upload {upload.id} can't be completed, because {upload.num_completions} attempts have failed.",
             code="too_many_completions",
-            remedy=f"{_START_AGAIN} The response to each completion explains why it failed.",
+            remedy=f"{_START_AGAIN} The response to each attempt explains why it failed.",
         )
 
 
@@ -251,7 +252,8 @@ def _lease(upload: Upload, *, now: float) -> None:
         raise Unavailable(
             f"Upload {upload.id} is being completed by another request.",
             code="upload_completing",
-            remedy="Try again in a few seconds; the response then contains the file.",
+            remedy="Try again in a few seconds. If the other request has succeeded by then, the response names the "
+            "file.",
         )
     upload.completing_until = now + JOIN_LEASE_SECONDS
     upload.num_completions += 1
@@ -328,14 +330,14 @@ def _completed(session: Session, upload: Upload) -> UploadView:
 def _check_open(upload: Upload, *, now: float) -> None:
     _check_not_over(upload)
     if status(upload, now=now) == "expired":
-        message = f"Upload {upload.id} has expired: an upload accepts parts for one hour."
+        message = f"Upload {upload.id} has expired, because uploads accept parts for only one hour."
         raise Conflict(message, code="upload_expired", remedy=_START_AGAIN, param="upload_id")
 
 
 def _check_not_over(upload: Upload) -> None:
     if upload.file_id is not None:
-        message = f"Upload {upload.id} is already completed as {upload.file_id}."
-        remedy = "Use that file, or create a new upload."
+        message = f"Upload {upload.id} has already been completed as file {upload.file_id}."
+        remedy = f"Use file {upload.file_id}, or create a new upload."
         raise Conflict(message, code="upload_completed", remedy=remedy, param="upload_id")
     if upload.cancelled_at is not None:
         message = f"Upload {upload.id} was cancelled."
@@ -372,9 +374,11 @@ def _too_many(
     leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
     free_at = quotas.enough_at(leaving, used + more - maximum, now=now)
     return QuotaExceeded(
-        f"The project has {used:,} {name.replace('_', ' ')}; the maximum is {maximum:,}.",
+        f"The project has {used:,} open uploads, which is the maximum."
+        if name == "open_uploads"
+        else f"This upload needs {more:,} bytes, but open uploads already use {used:,} of {maximum:,} bytes.",
         code="too_many_open_uploads",
-        remedy=f"Complete or cancel some uploads, or wait: an upload expires after an hour. {_KEPT_PARTS}",
+        remedy=f"Complete or cancel open uploads, or wait: uploads expire after an hour. {_KEPT_PARTS}",
         retry_after_seconds=math.inf if free_at is None else free_at - now,
         quota={"name": name, "limit": maximum, "used": used, "resets_at": None if free_at is None else int(free_at)},
     )
@@ -395,14 +399,25 @@ def _check_size(session: Session, upload: Upload, content: Blob, settings: Setti
     name."""
     num_parts = session.scalar(select(func.count()).where(UploadPart.upload_id == upload.id)) or 0
     if num_parts >= MAX_PARTS:
-        message = f"The upload has {MAX_PARTS:,} parts, which is the maximum."
-        raise TooLarge(message, code="too_many_parts", remedy=f"{_START_AGAIN} Make the parts larger.", param="data")
-    maximum = min(settings.max_file_bytes, max(2 * upload.num_bytes, SPARE_BYTES))
-    if upload.part_bytes + content.num_bytes > maximum:
+        message = f"Upload {upload.id} has {MAX_PARTS:,} parts, which is the maximum."
+        remedy = f"Create a new upload and send larger parts, of up to {MAX_PART_BYTES:,} bytes each."
+        raise TooLarge(message, code="too_many_parts", remedy=remedy, param="data")
+    maximum = max(2 * upload.num_bytes, SPARE_BYTES)
+    num_bytes = upload.part_bytes + content.num_bytes
+    if num_bytes > settings.max_file_bytes:
         raise TooLarge(
-            f"With this part the upload would exceed {maximum:,} bytes; {upload.num_bytes:,} were announced.",
+            f"With this part, upload {upload.id} would have {num_bytes:,} bytes, but the maximum is "
+            f"{settings.max_file_bytes:,} bytes.",
             code="upload_too_large",
-            remedy=f"{_START_AGAIN} The maximum file size is LORRY_MAX_FILE_BYTES, which an operator can raise.",
+            remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+            param="data",
+        )
+    if num_bytes > maximum:
+        raise TooLarge(
+            f"With this part, upload {upload.id} would have {num_bytes:,} bytes, but it was created for "
+            f"{upload.num_bytes:,} bytes and accepts at most {maximum:,} bytes.",
+            code="upload_too_large",
+            remedy="Create a new upload with the correct value of 'bytes', and send its parts again.",
             param="data",
         )
 
@@ -415,17 +430,19 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
     unknown = next((part_id for part_id in part_ids if part_id not in known), None)
     if unknown is not None:
         raise InvalidRequest(
-            f"Upload {upload.id} has no part {unknown[:64]!a}.",
+            f"Upload {upload.id} has no part with the id {unknown[:64]!a}.",
             code="part_not_found",
-            remedy="List the ids from the responses to its parts, in the order of the file.",
+            remedy="Use the ids that were returned when the parts were added, in file order.",
             param="part_ids",
         )
     num_bytes = sum(known[part_id].num_bytes for part_id in part_ids)
     if num_bytes != upload.num_bytes:
         raise InvalidRequest(
-            f"The parts have {num_bytes:,} bytes in total; {upload.num_bytes:,} were announced.",
+            f"The parts have {num_bytes:,} bytes in total, but upload {upload.id} was created for "
+            f"{upload.num_bytes:,} bytes.",
             code="upload_incomplete",
-            remedy="List every part in the order of the file, or create a new upload with the right number of bytes.",
+            remedy="List every part in 'part_ids', in file order, or create a new upload with the correct value of "
+            "'bytes'.",
             param="part_ids",
         )
     return [known[part_id] for part_id in part_ids]
@@ -434,9 +451,9 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
 def _check_md5(joined: str, sent: str | None) -> None:
     if sent is not None and joined != sent.lower():
         raise InvalidRequest(
-            "The md5 of the joined parts differs from the md5 of the request.",
+            "The MD5 checksum of the joined parts does not match 'md5'.",
             code="md5_mismatch",
-            remedy="List the parts in the order of the file. If they are, create a new upload and send them again.",
+            remedy="Check that 'part_ids' is in file order. If it is, create a new upload and send the parts again.",
             param="md5",
         )
 

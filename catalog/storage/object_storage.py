@@ -161,9 +161,9 @@ def translated(key: str = "") -> Generator[None]:
         if is_full(error):
             raise out_of_space() from error
         raise Unavailable(
-            "The artifact store does not answer.",
+            "The artifact store is not responding.",
             code="store_unavailable",
-            remedy="Nothing was changed. Try again in a few seconds; if the error persists, check LORRY_STORE_URL.",
+            remedy="Nothing was changed. Try again in a few seconds. If the error persists, check LORRY_STORE_URL.",
         ) from error
 
 

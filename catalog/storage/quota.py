@@ -92,10 +92,12 @@ def _too_many_leaving(
 ) -> QuotaExceeded:
     """Return the error for deleted bytes that are still on the disk. Deleting more would not help."""
     message = (
-        f"Project {project.name!r} is limited to "
-        f"{status.describe()}, and to twice that including deleted bytes that are still on the disk. "
-        f"It has {status.used:,.0f} stored bytes and {num_leaving:,} bytes of deleted files and evicted token "
-        f"caches; this would add {num_more:,}."
+        f"Project {project.name!r} is limited to {status.describe()}, and to twice that with deleted bytes that are "
+        f"still on the disk. It has {status.used:,.0f} stored bytes and {num_leaving:,} deleted bytes, and this "
+        f"request needs {num_more:,} more."
     )
-    by_when = "" if status.resets_at is None else f", which will have freed enough by {utc_time(status.resets_at)}"
-    return refusal(project, status, message, f"Wait for the daily garbage collection{by_when}.", now=now)
+    by_when = (
+        "" if status.resets_at is None else f", which will have freed enough space by {utc_time(status.resets_at)}"
+    )
+    remedy = f"Wait for the daily garbage collection{by_when}."
+    return refusal(message, remedy=remedy, project=project, status=status, now=now)

@@ -94,7 +94,7 @@ class ArtifactStore:
         targets. Replacing a file or a folder by a link while this runs has no effect.
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
-            raise DamagedArtifact(f"The folder {folder.name!r} is missing.")
+            raise DamagedArtifact(f"The folder {folder.name!r} does not exist.")
         files: list[ManifestFile] = []
         walk = os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False, onerror=_raise)
         for parent, folders, names, descriptor in walk:
@@ -123,7 +123,7 @@ class ArtifactStore:
         except NoSuchObject as error:
             raise DamagedArtifact(f"The manifest {digest} is missing from the store.") from error
         if sha256(content).hexdigest() != digest:
-            raise DamagedArtifact(f"The manifest {digest} has changed in the store.")
+            raise DamagedArtifact(f"The manifest {digest} in the store does not match its digest.")
         return Manifest.parse(content)
 
     def open_blob(self, digest: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -331,7 +331,7 @@ def _opened_plain(name: str, dir_fd: int) -> BinaryIO:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         file.close()
-        raise DamagedArtifact(f"{name!r} is not a regular file with a single hard link.")
+        raise DamagedArtifact(f"{name!r} must be a regular file with a single hard link.")
     return file
 
 
@@ -363,6 +363,6 @@ def verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
             yield last
         last = chunk
     if seen.hexdigest() != digest:
-        raise DamagedArtifact(f"The content of {digest} has changed.")
+        raise DamagedArtifact(f"The content of {digest} in the store does not match its digest.")
     if last is not None:
         yield last

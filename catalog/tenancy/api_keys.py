@@ -170,7 +170,11 @@ def limit(
         _check_limits(caller, given)
         check_may_change(session, caller, key)
         if key.id == caller.api_key_id and caller.is_limited:
-            raise _exceeds("change its own limits", "api_key_id")
+            raise _exceeds(
+                "Your API key can't change its own limits, because it was created with limited scopes.",
+                remedy="Use an operator key that was created without 'scopes'.",
+                param="api_key_id",
+            )
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
         if highest_priority is not None:
@@ -196,8 +200,8 @@ def _check_num_keys(session: Session, project_id: str, *, now: float) -> None:
         raise Conflict(
             f"The project has {MAX_VALID_KEYS} valid keys, which is the maximum.",
             code="too_many_keys",
-            remedy="Revoke an unused key: `lorry keys list` shows when each key was last used. A rotation with an "
-            "overlap of 0 seconds adds no valid key.",
+            remedy="Revoke an unused key: `lorry keys list` shows when each key was last used. To rotate a key at this "
+            "limit, use an overlap of 0 seconds.",
         )
 
 
@@ -208,10 +212,10 @@ def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> Non
     key_id = session.scalar(select(ApiKey.id).where(*used).limit(1))
     if key_id is not None:
         raise Conflict(
-            f"API key {key_id} was already created by a request with the Idempotency-Key {idempotency_key!r}. Its "
-            "secret was in the first response only, and is not stored.",
+            f"API key {key_id} was already created with the Idempotency-Key {idempotency_key!r}. Its secret was "
+            "returned only in the first response.",
             code="idempotency_key_reused",
-            remedy=f"Revoke {key_id} if its secret was lost, and create another key with a new Idempotency-Key.",
+            remedy=f"If you lost the secret, revoke {key_id} and create another key with a new Idempotency-Key.",
             param="Idempotency-Key",
         )
 
@@ -221,7 +225,9 @@ def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
     own = select(ApiKey).where(ApiKey.id == api_key_id)
     key = session.scalar(own if caller.is_operator else own.where(ApiKey.project_id == caller.project_id))
     if key is None:
-        raise NotFound("key", api_key_id, remedy="`lorry keys list` shows the keys of your project.")
+        message = f"No API key with the id {api_key_id!r}."
+        remedy = "List your project's keys with `lorry keys list`."
+        raise NotFound("key", api_key_id, message=message, remedy=remedy)
     return key
 
 
@@ -229,19 +235,31 @@ def _check_kind(wanted: frozenset[str], *, is_operator: bool) -> None:
     beyond = sorted(wanted & OPERATORS)
     if beyond and not is_operator:
         raise InvalidRequest(
-            f"Only an operator key can have the scope {' and '.join(beyond)}.",
+            f"Only an operator key can have {_scopes(beyond)}.",
             code="operator_scope",
-            remedy="Set is_operator to true, or omit the scope.",
+            remedy=f"Set 'is_operator' to true, or omit {_scopes(beyond)}.",
             param="scopes",
         )
 
 
-def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool) -> None:
+def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, changed: ApiKey | None = None) -> None:
+    """changed: the key to change; None for a new one. Raises Forbidden."""
+    action = "create" if changed is None else "change"
     if is_operator and not caller.is_operator:
-        raise _exceeds("create or change an operator key", "is_operator")
+        raise _exceeds(
+            f"Only an operator key can {action} an operator key.",
+            remedy="Use an operator key.",
+            param="is_operator" if changed is None else "api_key_id",
+        )
     beyond = sorted(wanted - caller.scopes)
     if beyond:
-        raise _exceeds(f"create or change a key with {', '.join(beyond)}", "scopes")
+        holder = f"use a key that has {'it' if len(beyond) == 1 else 'them'}."
+        raise _exceeds(
+            f"Your API key can't {action} a key with {_scopes(beyond)}, because it lacks "
+            f"{'that scope' if len(beyond) == 1 else 'those scopes'} itself.",
+            remedy=f"Omit {_scopes(beyond)}, or {holder}" if changed is None else holder.capitalize(),
+            param="scopes" if changed is None else "api_key_id",
+        )
 
 
 def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
@@ -251,15 +269,20 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
     """
     if key.id == caller.api_key_id:
         return
-    if session.get_one(ApiKey, caller.api_key_id).replaced_by is not None:
+    replaced_by = session.get_one(ApiKey, caller.api_key_id).replaced_by
+    if replaced_by is not None:
         raise Forbidden(
-            "Your API key was rotated, so it can no longer change other keys.",
+            "Your API key has been rotated, so it can no longer change other keys.",
             code="key_superseded",
-            remedy="Use the key that replaced it.",
+            remedy=f"Use its replacement, {replaced_by}.",
         )
-    _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator)
+    _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator, changed=key)
     if key.scopes is None and caller.is_limited:
-        raise _exceeds("create or change a key with every scope", "scopes")
+        raise _exceeds(
+            "Your API key can't change a key that has every scope, because it does not have every scope itself.",
+            remedy="Use a key that was created without 'scopes'.",
+            param="api_key_id",
+        )
 
 
 def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
@@ -268,9 +291,11 @@ def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
 
 def last_operator(key: ApiKey) -> Conflict:
     return Conflict(
-        f"API key {key.name!r} is the last operator key that has every scope and does not expire.",
+        f"API key {key.name!r} can't be revoked or given an expiration, because it is the last operator key with every "
+        "scope and no expiration.",
         code="last_operator_key",
-        remedy="Create another one first (lorry keys create NAME --operator), or rotate this one without expiration.",
+        remedy="Create another one first: `lorry keys create NAME --operator`. To replace this key, rotate it without "
+        "an expiration.",
     )
 
 
@@ -278,9 +303,10 @@ def refuse_browsers(caller: Caller) -> None:
     """Raises Forbidden in a browser session, for actions whose result would outlive it."""
     if caller.is_browser:
         raise Forbidden(
-            "This action is not available in a browser session, because its result would outlive the session.",
+            "A browser session can't create or rotate API keys or create sign-in links, because they would remain "
+            "valid after the session ends.",
             code="api_key_required",
-            remedy="Use an API key, for example with the `lorry` CLI.",
+            remedy="Use an API key instead, for example with the `lorry` CLI.",
         )
 
 
@@ -294,34 +320,35 @@ def _check_limits(caller: Caller, limits: Collection[str]) -> None:
     """Raises Forbidden if a caller that is no operator sets limits. limits: names of the limits that are set."""
     if limits and not caller.is_operator:
         raise Forbidden(
-            "Only an operator can set the limits of an API key.",
+            "Only an operator can set an API key's limits.",
             code="operator_required",
-            remedy="Omit the limits, or ask an operator to set them with `lorry keys update`.",
+            remedy=f"Omit {' and '.join(map(repr, limits))}, or ask an operator to run `lorry keys update`.",
             param=next(iter(limits)),
         )
 
 
-def _exceeds(subject: str, param: str) -> Forbidden:
-    return Forbidden(
-        f"Your API key can't {subject}: a key can't grant more rights than it has.",
-        code="exceeds_own_rights",
-        remedy="Request fewer rights, or use a key that has them.",
-        param=param,
-    )
+def _exceeds(message: str, *, remedy: str, param: str, code: str = "exceeds_own_rights") -> Forbidden:
+    return Forbidden(message, code=code, remedy=remedy, param=param)
+
+
+def _scopes(scopes: Sequence[str]) -> str:
+    return f"the scope{'s' if len(scopes) > 1 else ''} {' and '.join(scopes)}"
 
 
 def _check_rotatable(key: ApiKey, now: float) -> None:
     if not is_live(key, now):
         raise Conflict(
-            f"API key {key.name!r} was revoked or has expired.",
+            f"API key {key.name!r} has expired, so it can't be rotated."
+            if key.revoked_at is None
+            else f"API key {key.name!r} was revoked, so it can't be rotated.",
             code="key_not_live",
-            remedy="Create a new key: lorry keys create NAME.",
+            remedy="Create a new key: `lorry keys create NAME`.",
         )
     if key.replaced_by is not None:
         raise Conflict(
-            f"API key {key.name!r} was already rotated to {key.replaced_by}.",
+            f"API key {key.name!r} has already been rotated: its replacement is {key.replaced_by}.",
             code="key_already_rotated",
-            remedy=f"Rotate {key.replaced_by}. If its secret was lost, revoke it and create another key.",
+            remedy=f"Rotate {key.replaced_by} instead. If you lost its secret, revoke it and create another key.",
         )
 
 
@@ -331,11 +358,15 @@ def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, no
         return otherwise
     if wanted <= now:
         raise InvalidRequest(
-            f"'expires_at' is in the past: the current time of the database is {int(now)}.",
+            f"'expires_at' is in the past. The server's current time is {int(now)}.",
             code="expires_in_the_past",
-            remedy="Set a later time in seconds since 1970, or omit it.",
+            remedy="Set a later Unix timestamp, in seconds, or omit the field.",
             param="expires_at",
         )
     if caller.expires_at is not None and wanted > caller.expires_at:
-        raise _exceeds(f"create a key that expires after {int(caller.expires_at)}", "expires_at")
+        raise _exceeds(
+            f"'expires_at' is {int(wanted)}, but your API key or session expires earlier, at {int(caller.expires_at)}.",
+            remedy=f"Set 'expires_at' to at most {int(caller.expires_at)}, or use a key that expires later.",
+            param="expires_at",
+        )
     return wanted

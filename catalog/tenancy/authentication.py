@@ -98,7 +98,8 @@ def an_operator(db: Database) -> str:
         live = [key for key in session.scalars(_operators()) if is_live(key, now)]
     if live:
         return min(live, key=lambda key: (key.scopes is not None, key.replaced_by is not None)).id
-    raise NotFound("operator key", "any", remedy="Create the first one: python -m api bootstrap.")
+    message = "The service has no valid operator key."
+    raise NotFound("operator key", "any", message=message, remedy="Create one: `python -m api bootstrap`.")
 
 
 def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
@@ -213,7 +214,7 @@ def authenticate_browser(db: Database, *, secret: str, pepper: Pepper) -> Caller
         found = session.execute(signed_in).one_or_none()
         if found is None or not is_live(found[0], now):
             remedy = "Open a new sign-in link, or sign in with an API key."
-            raise _refused("You are signed out.", remedy, reason="session_ended")
+            raise _refused("Your browser session has ended.", remedy=remedy, reason="session_ended")
         key, project, organization, end = found
         return replace(_caller(key, project, organization), is_browser=True, expires_at=min(end, key.expires_at or end))
 
@@ -266,10 +267,10 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
     """Return the caller with this key. Raises Unauthorized if the project is archived."""
     if project.archived_at is not None:
         raise Unauthorized(
-            f"Project {project.name!r} of this API key is archived.",
+            f"This API key belongs to project {project.name!r}, which is archived.",
             code="project_archived",
-            remedy="Use a key of another project, or ask an operator to restore this one: lorry projects restore "
-            f"{project.name}.",
+            remedy="Use another project's key, or ask an operator to restore this project: `lorry projects restore "
+            f"{project.name}`.",
             reason="project_archived",
             api_key_id=key.id,
         )
@@ -292,18 +293,25 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
 
 def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
     """Return the error, which is the same for every reason. The reason is only counted and logged."""
-    remedy = "Check the key for missing characters, or ask for a new one."
-    return _refused("The API key is not valid.", remedy, reason=reason, api_key_id=api_key_id)
+    remedy = "Check that you copied the whole key, or ask an operator for a new one."
+    return _refused("The API key is not valid.", remedy=remedy, reason=reason, api_key_id=api_key_id)
 
 
 def _link_refused() -> Unauthorized:
     return Unauthorized(
         "This sign-in link has already been used or has expired.",
         code="invalid_sign_in_link",
-        remedy="Create a new link: lorry sign-in-link, or python -m api sign-in-link on the server.",
+        remedy="Create a new link: `lorry sign-in-link`, or `python -m api sign-in-link` on the server.",
         reason="sign_in_link",
     )
 
 
-def _refused(message: str, remedy: str, *, reason: RejectionReason, api_key_id: str | None = None) -> Unauthorized:
-    return Unauthorized(message, code="invalid_api_key", remedy=remedy, reason=reason, api_key_id=api_key_id)
+def _refused(
+    message: str,
+    *,
+    remedy: str,
+    reason: RejectionReason,
+    api_key_id: str | None = None,
+    code: str = "invalid_api_key",
+) -> Unauthorized:
+    return Unauthorized(message, code=code, remedy=remedy, reason=reason, api_key_id=api_key_id)

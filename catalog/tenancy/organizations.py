@@ -83,8 +83,9 @@ def find(
         named = named.where(Organization.id == caller.organization_id)
     row = session.scalar(named)
     if row is None:
-        remedy = "`lorry organizations list` shows the organizations that you can see."
-        raise NotFound("organization", organization, param=param, remedy=remedy)
+        message = f"No organization with the id or name {organization!r}."
+        remedy = "Choose one from `lorry organizations list`."
+        raise NotFound("organization", organization, message=message, param=param, remedy=remedy)
     return row
 
 
@@ -107,12 +108,18 @@ def check_name(name: str, thing: str, *, id_prefix: str) -> None:
 
     thing: the noun with its article, for the message. Raises InvalidRequest.
     """
-    if not LABEL.match(name) or name.startswith(f"{id_prefix}-"):
+    if not LABEL.match(name):
         raise InvalidRequest(
             f"{name!r} is not a valid name for {thing}.",
             code="invalid_name",
-            remedy="Use at most 64 letters, digits, dots, underscores and hyphens. Start with a letter or digit, but "
-            f"not with {id_prefix}-, which ids start with.",
+            remedy="Use at most 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
+            param="name",
+        )
+    if name.startswith(f"{id_prefix}-"):
+        raise InvalidRequest(
+            f"{name!r} is not a valid name for {thing}, because it looks like an id.",
+            code="invalid_name",
+            remedy=f"Choose a name that does not start with '{id_prefix}-'.",
             param="name",
         )
 

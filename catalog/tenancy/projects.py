@@ -111,10 +111,10 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
         if row.archived_at is None:
             if all(key.project_id == row.id for key in lasting_operators(session, now=now)):
                 raise Conflict(
-                    f"Project {row.name!r} can't be archived: no other project has an operator key.",
+                    f"Project {row.name!r} can't be archived, because no other project has an operator key.",
                     code="last_operator_key",
-                    remedy="Create an operator key in another project first: lorry keys create NAME --operator "
-                    "--project OTHER.",
+                    remedy="Create an operator key in another project first: `lorry keys create NAME --operator "
+                    "--project OTHER`.",
                 )
             row.archived_at = now
             _note(session, "project.archived", row, now=now)
@@ -145,13 +145,22 @@ def find(
     """
     by_id = Project.id == project
     named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
-    remedy = "`lorry projects list` shows the projects that you can see."
+    remedy = "Choose one from `lorry projects list`."
     if same_organization_as is not None:
         named = named.where(Project.organization_id == same_organization_as.organization_id)
-        remedy = f"Use a project of the organization of {same_organization_as.name!r}: see `lorry projects list`."
+        name = same_organization_as.name
+        remedy = f"Choose a project in the same organization as {name!r} from `lorry projects list`."
     row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
     if row is None:
-        raise NotFound("project", project, param=param, remedy=remedy)
+        raise NotFound(
+            "project",
+            project,
+            message=f"No project with the id or name {project!r}."
+            if same_organization_as is None
+            else f"No project in this organization has the id or name {project!r}.",
+            param=param,
+            remedy=remedy,
+        )
     return row
 
 
@@ -189,9 +198,9 @@ def set_weight(db: Database, *, caller: Caller, project: str, weight: float) -> 
     """Set the project's fair-share weight. Raises NotFound, and InvalidRequest for an invalid weight."""
     if not (math.isfinite(weight) and weight > 0):
         raise InvalidRequest(
-            f"{weight} is not a valid fair-share weight for a project.",
+            f"'weight' is {weight}, but must be a finite number greater than 0.",
             code="invalid_weight",
-            remedy="Use a number above 0; the default is 1.",
+            remedy="Use a number greater than 0, such as 1, the default.",
             param="weight",
         )
     with db.write() as session:

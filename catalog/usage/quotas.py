@@ -53,12 +53,12 @@ SAID: dict[Limit, str] = {
     "plans_per_day": "{limit:,.0f} plans per day",
 }
 REMEDIES: dict[Limit, str] = {
-    "concurrent_jobs": "Wait until one of the running jobs finishes.",
-    "queued_jobs": "Wait until some of the queued jobs start, or cancel some.",
-    "jobs_per_day": "Submit the job after that time.",
-    "device_hours_per_month": "Submit the job after that time.",
-    "stored_bytes": "Delete unneeded files or adapters.",
-    "plans_per_day": "Create the plan after that time.",
+    "concurrent_jobs": "Wait until a running job finishes.",
+    "queued_jobs": "Wait until a queued job starts, or cancel one.",
+    "jobs_per_day": "Submit the job after the usage resets.",
+    "device_hours_per_month": "Submit the job after the usage resets.",
+    "stored_bytes": "Delete files or adapters that you no longer need.",
+    "plans_per_day": "Create the plan after the usage resets.",
 }
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
 CAN_HOLD = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hours_per_month.is_not(None))
@@ -190,9 +190,9 @@ def project_of(session: Session, project_id: str) -> Project:
 def _too_high(owner: str, highest: int, priority: Priority, command: str) -> Forbidden:
     allowed = PriorityClass(highest).name
     return Forbidden(
-        f"Priority {priority!r} is above {allowed!r}, the highest priority of {owner}.",
+        f"Priority {priority!r} is higher than {allowed!r}, the maximum for {owner}.",
         code="priority_too_high",
-        remedy=f"Use {allowed!r} or a lower priority, or ask an operator to raise the maximum: {command}.",
+        remedy=f"Use {allowed!r} or a lower priority, or ask an operator to raise the maximum: `{command}`.",
         param="priority",
     )
 
@@ -266,13 +266,15 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     serialize(session, f"jobs a day {caller.api_key_id}")
     promised = 0 if is_promised else _promised(session, caller.api_key_id)  # before jobs: trials become jobs
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
-    raised = "An operator can raise the limit of the key: lorry keys update."
-    message, code = f"The API key has reached its limit of {maximum} jobs per day.", "rate_limit_exceeded"
+    raised = f"An operator can raise the key's limit: `lorry keys update {caller.api_key_id}`."
+    message, code = f"The API key has reached its limit of {maximum:,} jobs per day.", "rate_limit_exceeded"
     message += f" This includes {promised:,} trials that its sweeps have not created yet." if promised else ""
     num_more = num_jobs + promised
     if num_more > maximum:
+        if not promised:
+            message = f"This request needs {num_jobs:,} jobs, but the API key is limited to {maximum:,} jobs per day."
         fewer = "Close or cancel one of those sweeps, or request fewer jobs" if promised else "Request fewer jobs"
-        remedy = f"{fewer} at once. {raised}"
+        remedy = f"{fewer}. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=math.inf, headers={})
     latest = select(Job.created_at).where(*since).order_by(Job.created_at.desc())
     earliest = session.scalar(latest.offset(maximum - num_more).limit(1))
@@ -331,17 +333,27 @@ def _count(session: Session, project_id: str, *states: JobState, maximum: float 
 
 def exceeded(project: Project, status: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
     used = f"{status.used:,.4g}" if status.name == "device_hours_per_month" else f"{status.used:,.0f}"
-    more = f"; this would add {num_more:,}" if num_more else ""
     resets = f" The usage resets at {utc_time(status.resets_at)}." if status.resets_at is not None else ""
-    message = f"Project {project.name!r} is limited to {status.describe()}. Current usage: {used}{more}.{resets}"
-    return refusal(project, status, message, REMEDIES[status.name], now=now)
+    limit = status.describe()
+    return refusal(
+        f"Project {project.name!r} is limited to {limit}. It already uses {used}, and this request needs {num_more:,} "
+        f"more.{resets}"
+        if num_more
+        else f"Project {project.name!r} has reached its limit of {limit} (current usage: {used}).{resets}",
+        remedy=REMEDIES[status.name],
+        project=project,
+        status=status,
+        now=now,
+    )
 
 
-def refusal(project: Project, status: QuotaStatus, message: str, remedy: str, *, now: float) -> QuotaExceeded:
+def refusal(
+    message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float, code: str = "quota_exceeded"
+) -> QuotaExceeded:
     return QuotaExceeded(
         message,
-        code="quota_exceeded",
-        remedy=f"{remedy} An operator can raise the limit: lorry projects update {project.name}.",
+        code=code,
+        remedy=f"{remedy} An operator can raise the limit: `lorry projects update {project.name}`.",
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={
             "name": status.name,

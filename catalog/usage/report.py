@@ -75,9 +75,11 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
         end_time = read_clock(session) if query.end_time is None else query.end_time
         if end_time <= query.start_time:
             raise InvalidRequest(
-                f"The period ends at {end_time:.0f}, which is not after its start.",
+                f"start_time ({query.start_time:.0f}) is in the future."
+                if query.end_time is None
+                else f"start_time ({query.start_time:.0f}) must be earlier than end_time ({end_time:.0f}).",
                 code="invalid_value",
-                remedy="Set a start_time, in seconds since 1970, that is earlier than end_time.",
+                remedy="Set start_time to an earlier Unix timestamp, in seconds.",
                 param="start_time",
             )
         first, last = ledger.day_of(query.start_time), ledger.day_of(end_time - 1e-6)

@@ -133,7 +133,7 @@ def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[Webho
         )
     ).first()
     if found is None:
-        remedy = "`lorry webhooks deliveries ENDPOINT` lists the deliveries of an endpoint, for 30 days."
+        remedy = "List an endpoint's deliveries from the last 30 days with `lorry webhooks deliveries ENDPOINT`."
         raise NotFound("webhook delivery", delivery_id, remedy=remedy)
     return found[0], found[1]
 
@@ -141,7 +141,7 @@ def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[Webho
 def _check_open(endpoint: WebhookEndpoint) -> None:
     if endpoint.disabled_at is not None:
         raise Conflict(
-            f"Webhook endpoint {endpoint.name!r} is disabled.",
+            f"Webhook endpoint {endpoint.name!r} is disabled, so no messages can be sent to it.",
             code="webhook_endpoint_disabled",
-            remedy=f"Enable it first: lorry webhooks enable {endpoint.id}.",
+            remedy=f"Enable it first: `lorry webhooks enable {endpoint.id}`.",
         )

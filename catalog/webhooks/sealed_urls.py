@@ -34,11 +34,11 @@ log = logging.getLogger("lorry.catalog")
 class UrlLost(Conflict):
     """The endpoint's URL can't be decrypted."""
 
-    def __init__(self) -> None:
+    def __init__(self, endpoint_id: str) -> None:
         super().__init__(
-            "The URL of the webhook endpoint can't be decrypted, because the pepper of the service has changed.",
+            f"The URL of webhook endpoint {endpoint_id} can't be decrypted, because the service's pepper has changed.",
             code="webhook_url_lost",
-            remedy="Set the URL again: lorry webhooks update ID --url URL.",
+            remedy=f"Set the URL again: `lorry webhooks update {endpoint_id} --url URL`.",
         )
 
 
@@ -57,7 +57,7 @@ def get(endpoint: WebhookEndpoint, *, peppers: Sequence[bytes]) -> str:
     for pepper in peppers:
         if (url := _opened(endpoint, endpoint.sealed_url, pepper)) is not None:
             return url
-    raise UrlLost
+    raise UrlLost(endpoint.id)
 
 
 def shown(url: str) -> str:

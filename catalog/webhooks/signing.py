@@ -30,11 +30,12 @@ ENDING_CHARACTERS = 4
 class SecretLost(Conflict):
     """The secret that the endpoint's owner has can't be recreated any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, endpoint_id: str) -> None:
         super().__init__(
-            "The secret of the webhook endpoint can't be recreated, because the pepper of the service has changed.",
+            f"The signing secret for webhook endpoint {endpoint_id} can't be recovered, because the service's pepper "
+            "has changed.",
             code="webhook_secret_lost",
-            remedy="Create a new secret: lorry webhooks rotate-secret ID.",
+            remedy=f"Create a new secret: `lorry webhooks rotate-secret {endpoint_id}`.",
         )
 
 
@@ -55,14 +56,16 @@ def new(pepper: Pepper) -> Secret:
 
 def current(endpoint: WebhookEndpoint, pepper: Pepper) -> str:
     """Return the endpoint's current secret. Raises SecretLost."""
-    return _recreated(pepper, endpoint.salt, endpoint.ending)
+    return _recreated(pepper, endpoint.salt, endpoint.ending, endpoint_id=endpoint.id)
 
 
 def good(endpoint: WebhookEndpoint, pepper: Pepper, *, now: float) -> list[str]:
     """Return the valid secrets, with which messages are signed: the newest first. Raises SecretLost."""
     found = [current(endpoint, pepper)]
     if endpoint.previous_salt and endpoint.previous_until is not None and endpoint.previous_until > now:
-        found.append(_recreated(pepper, endpoint.previous_salt, endpoint.previous_ending or ""))
+        found.append(
+            _recreated(pepper, endpoint.previous_salt, endpoint.previous_ending or "", endpoint_id=endpoint.id)
+        )
     return found
 
 
@@ -95,7 +98,7 @@ def _text(pepper: bytes, salt: str) -> str:
     return f"whsec_{base64.b64encode(hmac.digest(key, salt.encode(), hashlib.sha256)[:SECRET_BYTES]).decode()}"
 
 
-def _recreated(pepper: Pepper, salt: str, ending: str) -> str:
+def _recreated(pepper: Pepper, salt: str, ending: str, *, endpoint_id: str) -> str:
     """Return the secret, derived with the pepper that results in the stored ending. Raises SecretLost.
 
     During a rotation of the pepper, that is the previous one for secrets created before the rotation.
@@ -104,4 +107,4 @@ def _recreated(pepper: Pepper, salt: str, ending: str) -> str:
         text = _text(key, salt)
         if text[-ENDING_CHARACTERS:] == ending:
             return text
-    raise SecretLost
+    raise SecretLost(endpoint_id)

@@ -67,10 +67,18 @@ class WebhookTarget:
         return shown if self.port == PORTS[self.scheme] else f"{shown}:{self.port}"
 
 
+OPENED = "Use a public address, or ask the operator to add its network to LORRY_WEBHOOK_ALLOWED_NETWORKS."
+
+
 def target_of(url: str, rules: Rules) -> WebhookTarget:
     """Return the target of a URL. Raises InvalidRequest for an invalid URL, and for one with a blocked IP address."""
-    if len(url) > MAX_URL or not PRINTABLE.fullmatch(url) or "\\" in url:
-        raise _bad(f"'url' must be a URL of at most {MAX_URL} printable ASCII characters without spaces")
+    if len(url) > MAX_URL:
+        raise _bad(f"'url' has {len(url):,} characters, but the maximum is {MAX_URL:,}", remedy="Use a shorter URL.")
+    if not PRINTABLE.fullmatch(url) or "\\" in url:
+        raise _bad(
+            "'url' is empty, or contains a space, a backslash or a character that is not printable ASCII",
+            remedy="Percent-encode such characters, as in https://example.com/my%20hook.",
+        )
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
@@ -79,33 +87,43 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
         raise _bad("'url' is not a valid URL") from None
     if parts.scheme not in PORTS or (parts.scheme == "http" and not rules.allow_http):
         raise _bad(
-            "'url' must start with https://", remedy="An operator can allow http: LORRY_WEBHOOK_ALLOW_HTTP=true."
+            "'url' must start with https://",
+            remedy="Use an https:// URL, or ask the operator to allow HTTP with LORRY_WEBHOOK_ALLOW_HTTP=true.",
         )
-    if "@" in parts.netloc or "#" in url:
+    if "@" in parts.netloc:
         raise _bad(
-            "'url' can't have a user, a password or a fragment", remedy="Authenticate with the webhook signature."
+            "'url' can't contain a user name or a password",
+            remedy="Remove it. To authenticate messages, verify their webhook signature instead.",
         )
+    if "#" in url:
+        raise _bad("'url' can't contain a fragment", remedy="Remove the '#' and the text after it.")
     if literal is None and not HOST.fullmatch(host):
         raise _bad(
-            "'url' must have a valid host", remedy="Write a host name with non-ASCII characters in Punycode (xn--…)."
+            "'url' does not have a valid host name",
+            remedy="Use a host name such as hooks.example.com. If it has non-ASCII characters, use its Punycode form "
+            "(xn--…).",
         )
     port = PORTS[parts.scheme] if port is None else port
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
-        raise _bad(f"'url' must have the port 80 or 443, or a port from {LOWEST_FREE_PORT}")
-    if literal is not None and (why := block_reason(literal, rules)):
-        raise _bad(f"'url' {why}", code="webhook_address_not_allowed", remedy=OPENED)
+        raise _bad(
+            f"'url' uses port {port}, which is not allowed",
+            remedy=f"Use port 80 or 443, or a port from {LOWEST_FREE_PORT}.",
+        )
+    if literal is not None and (blocked := blocked_address(literal, rules)):
+        raise _bad(
+            f"'url' points to {blocked}, which is not a public IP address",
+            code="webhook_address_not_allowed",
+            remedy=OPENED,
+        )
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
 
 
-OPENED = "An operator can allow private networks: LORRY_WEBHOOK_ALLOWED_NETWORKS."
-
-
-def block_reason(address: Address, rules: Rules) -> str | None:
-    """Return why an address is blocked, as a predicate for a message, or None if it is allowed."""
+def blocked_address(address: Address, rules: Rules) -> Address | None:
+    """Return the address that requests to this address reach and that is blocked, or None if it is allowed."""
     inner = _carried(address)
     if inner is not None:
-        return block_reason(inner, rules)
+        return blocked_address(inner, rules)
     if any(address in network for network in rules.networks if network.version == address.version):
         return None
     is_public = address.is_global and not address.is_multicast and not address.is_reserved
@@ -113,7 +131,7 @@ def block_reason(address: Address, rules: Rules) -> str | None:
         is_public = is_public and address in GLOBAL_IPV6
     if is_public and not any(address in network for network in SHUT if network.version == address.version):
         return None
-    return f"has the IP address {address}, which is not public"
+    return address
 
 
 def networks_of(text: str) -> tuple[Network, ...]:

@@ -136,8 +136,8 @@ def tables_of(data_dir: Path, revision: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        (["serve", "--port", "0"], "Migrate it with this version"),
-        (["new-key"], "Migrate it with this version"),
+        (["serve", "--port", "0"], "Run `python -m api bootstrap` from this version"),
+        (["new-key"], "Run `python -m api bootstrap` from this version"),
         (["backup", "copies"], "Run this command with the version that the service runs"),
         (["verify"], "Run this command with the version that the service runs"),
     ],
@@ -150,7 +150,7 @@ def test_commands_on_older_tables_fail_with_the_remedy(
     failed = run(tmp_path, *arguments, check=False, scripts=next_migration)
 
     assert failed.returncode == 1
-    assert f"it is at {OLDER}, which is older" in failed.stderr
+    assert f"is at older revision {OLDER}." in failed.stderr
     assert remedy in failed.stderr
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
@@ -165,7 +165,7 @@ def test_commands_on_unreleased_tables_fail_with_the_remedy(tmp_path: Path, argu
     failed = run(tmp_path, *arguments, check=False)
 
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert f"The database is at revision {UNRELEASED}" in failed.stderr
+    assert f"The database (revision {UNRELEASED})" in failed.stderr
     assert "create a new database" in failed.stderr
     assert "Traceback" not in failed.stderr
 
@@ -176,8 +176,8 @@ def test_bootstrap_on_newer_tables_fails_with_the_remedy(tmp_path: Path) -> None
     failed = run(tmp_path, "bootstrap", check=False)
 
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert f"The database is at revision {LATER}, which belongs to a later version" in failed.stderr
-    assert "or with a later one" in failed.stderr
+    assert f"The database is at revision {LATER}, which belongs to a newer version" in failed.stderr
+    assert "or a later one" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 

@@ -94,9 +94,10 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
     found = files_digest(manifest)
     if found != digest:
         raise ImportRefused(
-            f"The files at the source of the base model {name!r} have changed since its first import.",
+            f"The source files for base model {name!r} have changed since it was imported: their digest is {found} "
+            f"instead of {digest}.",
             code="base_changed",
-            remedy=f"Restore the source. Expected digest {digest}, found {found}.",
+            remedy=f"Restore the original files at {row.source}.",
         )
     return folder
 
@@ -153,9 +154,10 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
         links = [path.name for path in target.rglob("*") if path.is_symlink()]
         if links:
             raise ImportRefused(
-                f"The import of {row.name!r} created the link {links[0]!r}, but only files are allowed.",
+                f"The import of {row.name!r} created the link {links[0]!r}, but only regular files are allowed.",
                 code="import_failed",
-                remedy="Check the source, and the versions of the worker's libraries.",
+                remedy="Check the source for links, then add the same model again. If this recurs, reinstall Lorry's "
+                "dependencies on the worker.",
             )
         files = [_digest_file(target, path, check=check) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
@@ -186,19 +188,21 @@ def _run_child(
         box = sandbox.base_import(work, source=source)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise ImportRefused(
-            f"The worker can't read the source of {row.name!r}: {error}",
+            f"The worker can't read the source of base model {row.name!r}: {error}.",
             code="source_unreachable",
-            remedy="Check that the source exists on the worker's machine, that the worker's user can read it, and that "
-            "its links lead to files. For the hub, check that the worker can write to the hub's cache. Then add the "
-            "same model again to retry.",
+            remedy="Check that the worker can write to its Hugging Face cache. Then add the same model again."
+            if source is None
+            else f"Check that {source} exists on the worker's machine, that the worker's user can read it, and that "
+            "its links point to files. Then add the same model again.",
         ) from error
     child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
-    wait_for_child(child, context, is_unwanted)
+    wait_for_child(child, context, is_unwanted, stuck=partial(_stuck, row.name))
     if child.returncode == -signal.SIGXCPU:
         raise ImportRefused(
-            f"The import of {row.name!r} took more than {box.limits['cpu']} s of processor time, its limit by size.",
+            f"The import of {row.name!r} was stopped after {box.limits['cpu']:,} s of processor time, the limit for a "
+            "model of its size.",
             code="import_limit",
-            remedy="Check the source, then add the same model again to retry.",
+            remedy="Check the source for damaged or unneeded files, then add the same model again.",
         )
     if not result.exists():
         raise _crashed(row, child.returncode, work / "log.txt")
@@ -209,9 +213,9 @@ def _run_child(
     return answer["description"], answer["commit"]
 
 
-def _stuck(message: str) -> LorryError:
-    remedy = "Check that the worker can reach the source, and retry."
-    return ImportRefused(message, code="no_progress", remedy=remedy)
+def _stuck(name: str, why: str) -> LorryError:
+    remedy = "Check that the worker can reach the source, then add the same model again."
+    return ImportRefused(f"The import of {name!r} was stopped because {why}.", code="no_progress", remedy=remedy)
 
 
 def lost_lease(context: WorkerContext, table: type[Leased], claim_id: str) -> Callable[[], bool]:
@@ -247,7 +251,7 @@ def wait_for_child(
     context: WorkerContext,
     is_unwanted: Callable[[], bool] = lambda: False,
     *,
-    stuck: Callable[[str], LorryError] = _stuck,
+    stuck: Callable[[str], LorryError],
 ) -> None:
     """Wait until the child exits. On any exception, it is killed. `is_unwanted` is called several times a second.
 
@@ -286,11 +290,10 @@ class _Progress:
         now, seconds = time.monotonic(), self._seconds_used()
         if seconds > self._seconds:
             self._seconds, self._moved_at = seconds, now
-        if now - self._moved_at > STALL_SECONDS or now - self._started_at > LIMIT_SECONDS:
-            raise self._stuck(
-                f"The process was stopped after {now - self._started_at:.0f} s; it was inactive for the last "
-                f"{now - self._moved_at:.0f} s."
-            )
+        if now - self._moved_at > STALL_SECONDS:
+            raise self._stuck(f"it used no processor time for {now - self._moved_at:,.0f} s")
+        if now - self._started_at > LIMIT_SECONDS:
+            raise self._stuck(f"it did not finish within {LIMIT_SECONDS / 3600:.0f} hours")
 
     def _seconds_used(self) -> float:
         try:
@@ -307,7 +310,7 @@ def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefuse
     return ImportRefused(
         f"The import of {row.name!r} failed with exit status {returncode}: {lines[-1][:500] if lines else 'no output'}",
         code="import_failed",
-        remedy="Check the source, then add the same model again to retry.",
+        remedy="Check the source, then add the same model again.",
     )
 
 

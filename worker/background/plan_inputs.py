@@ -35,6 +35,7 @@ from worker.process.launcher import run_child
 from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
+COMPARISON = "The comparison of the training and validation files"
 
 
 def compute_next(context: WorkerContext) -> bool:
@@ -85,12 +86,11 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         num_bytes = sum(path.stat().st_size for path in paths.values())
         box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
         child = run_child("worker.children.data_overlap", str(arguments), log_path=work / "log.txt", box=box)
-        base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, "Comparing the files"))
+        base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, COMPARISON))
         if not result.exists():
-            remedy = "Create the plan again without the validation file, and report this problem."
-            raise crashed(
-                "Comparing the files", child.returncode, work / "log.txt", code="comparison_failed", remedy=remedy
-            )
+            remedy = "Create the plan again without a validation file, and report this problem."
+            message = f"The comparison of the training and validation files failed with exit status {child.returncode}"
+            raise crashed(message, work / "log.txt", code="comparison_failed", remedy=remedy)
         return read_json(result)
 
 

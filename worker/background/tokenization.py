@@ -218,7 +218,7 @@ def _make(
         with source.open("wb") as target:
             for chunk in context.store.open_blob(file.digest):
                 target.write(chunk)
-        report = _run(context, work, source, base_dir, spec, is_unwanted=is_unwanted)
+        report = _run(context, work, source, base_dir, spec, file_id=file.id, is_unwanted=is_unwanted)
         artifact = None
         if "refusal" not in report:
             artifact = context.store.put_folder(work / "tokens", kind="tokens")
@@ -235,7 +235,14 @@ def _make(
 
 
 def _run(
-    context: WorkerContext, work: Path, source: Path, base_dir: Path, spec: JobSpec, *, is_unwanted: Callable[[], bool]
+    context: WorkerContext,
+    work: Path,
+    source: Path,
+    base_dir: Path,
+    spec: JobSpec,
+    *,
+    file_id: str,
+    is_unwanted: Callable[[], bool],
 ) -> Json:
     """Run the child that tokenizes a file. Returns its report."""
     arguments, tokens, report = work / "arguments.json", work / "tokens", work / "report.json"
@@ -254,29 +261,29 @@ def _run(
     )
     box = sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size)
     child = run_child("worker.children.tokenizer.main", str(arguments), log_path=work / "log.txt", box=box)
+    action = f"The tokenization of file {file_id}"
     # the heartbeat renews a job's claim
-    base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, "Tokenizing the file"))
+    base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, action))
     if child.returncode == EXIT_DISK_FULL:
-        remedy = "Free space in the worker's data folder; the preparation is retried automatically."
-        raise OutOfSpace("The worker's disk is full.", code="out_of_space", remedy=remedy)
+        remedy = "Free up space in the worker's data folder. The preparation is retried automatically."
+        raise OutOfSpace(f"The disk of worker {context.worker_id} is full.", code="out_of_space", remedy=remedy)
     if child.returncode != 0 or not report.exists():
-        remedy = "Check the file, the base model's chat template, and the free memory of the worker."
-        raise crashed(
-            "Tokenizing the file", child.returncode, work / "log.txt", code="preparation_failed", remedy=remedy
-        )
+        remedy = "Check the file, the base model's chat template, and the free memory on the worker."
+        message = f"The tokenization of file {file_id} failed with exit status {child.returncode}"
+        raise crashed(message, work / "log.txt", code="preparation_failed", remedy=remedy)
     return read_json(report)
 
 
-def stuck(what: str, message: str) -> PreparationCrashed:
+def stuck(what: str, why: str) -> PreparationCrashed:
     """Return the error for a child that makes no progress. what: the action."""
-    remedy = "Check the file, and the free processor time and memory of the worker."
-    return PreparationCrashed(f"{what}: {message}", code="no_progress", remedy=remedy)
+    remedy = "Check the file, and the worker's free processor time and memory."
+    return PreparationCrashed(f"{what} was stopped because {why}.", code="no_progress", remedy=remedy)
 
 
-def crashed(what: str, returncode: int, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
-    """Return the error for a child that exited without a result. what: the action."""
+def crashed(message: str, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
+    """Return the error for a child that exited without a result. message: without the last line of its log."""
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     if lines and tells_of_full(lines[-1]):
         return out_of_space()
     last = lines[-1][:300] if lines else "no output"
-    return PreparationCrashed(f"{what} failed with exit status {returncode}: {last}", code=code, remedy=remedy)
+    return PreparationCrashed(f"{message}: {last.rstrip('.')}.", code=code, remedy=remedy)

@@ -127,7 +127,8 @@ class NodeGang(WorkerGang):
         with _waiting_after_failure(membership):
             called = membership.to_call()
             if len(called) < membership.fewest:
-                raise NotGathered(f"The gang has only {len(called)} of the {membership.fewest} workers that it needs.")
+                gang, fewest = membership.member.gang, membership.fewest
+                raise NotGathered(f"Gang {gang}: only {len(called)} of the required {fewest} workers are available.")
             if len(called) < 2:
                 return
             task: Json = {
@@ -166,7 +167,7 @@ class NodeGang(WorkerGang):
                         break
                     trainer.wait(POLL_SECONDS)
             if heartbeat.lost.is_set():
-                remedy = "No action is needed: the job is retried."
+                remedy = "No action is needed: the job will be retried."
                 message = TrainerEnd.DATABASE_UNREACHABLE.value.detail
                 raise Unavailable(message, code="database_unavailable", remedy=remedy)
         finally:
@@ -187,7 +188,7 @@ class NodeGang(WorkerGang):
             if problem is not None and (found.is_late or found.ended or found.lost or found.is_anyone_leaving):
                 if found.is_late:
                     gangs.missed(membership.member, led.round_id, found.not_joined)
-                raise NotGathered(problem)
+                raise NotGathered(f"Gang {membership.member.gang}: {problem}")
             if problem is not None or port is None:
                 return False
             gangs.start(membership.member, led.round_id, port=port)

@@ -16,7 +16,7 @@ OUT_OF_SPACE = "out_of_space"
 FULL_DISK = {
     "code": OUT_OF_SPACE,
     "message": "The worker's disk is full.",
-    "remedy": "Free space in the worker's data folder; waiting work continues automatically.",
+    "remedy": "Free up space in the worker's data folder. Waiting work continues automatically.",
 }
 
 
@@ -35,7 +35,7 @@ def described(error: ReportedError) -> dict[str, str]:
 def disk_error(error: OSError) -> dict[str, str]:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return dict(FULL_DISK)
-    remedy = "Check the worker's disk; waiting work continues automatically."
+    remedy = "Check the worker's disk. Waiting work continues automatically."
     return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
 
 

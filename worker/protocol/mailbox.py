@@ -95,12 +95,15 @@ class AdmitBody(TypedDict):
 class MalformedEvent(LorryError):
     """A trainer wrote a line that is not an event."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, writer: str = "The trainer") -> None:
+        """reason: a predicate about the line."""
         super().__init__(
-            f"The trainer's events can't be read: a line {reason}.",
+            f"{writer} wrote an event that can't be read: the line {reason}.",
             code="malformed_event",
-            remedy="Check the worker's machine and the versions of its libraries; the job restarts in a new trainer.",
+            remedy="No action is needed: the job restarts in a new trainer. If this recurs, reinstall Lorry's "
+            "dependencies on the worker and check its disk and memory.",
         )
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +178,7 @@ class TrainerDirectory:
 
     def _of_job(self, claim_id: str, name: object) -> str:
         if not str(name).startswith(f"{self.named(self.job_path(claim_id))}/"):
-            raise UnsafePath(name, "is not in the folder of its job")
+            raise UnsafePath(name, "is outside the job's folder")
         return str(name)
 
     def named(self, path: Path) -> str:
@@ -336,10 +339,10 @@ def _event(line: bytes) -> Json:
     try:
         parsed: object = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise MalformedEvent("is not JSON") from error
+        raise MalformedEvent("is not valid JSON") from error
     event = cast(Json, parsed) if isinstance(parsed, dict) else {}
     kind, seconds = event.get("type"), event.get("seconds")
     is_moment = isinstance(seconds, int | float) and abs(seconds) < LATEST_SECONDS  # not NaN either
     if not isinstance(kind, str) or not is_moment:
-        raise MalformedEvent("is not an object with a type and a time")
+        raise MalformedEvent("is not a JSON object with a type and a time")
     return event

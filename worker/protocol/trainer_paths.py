@@ -31,13 +31,15 @@ NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
 class UnsafePath(LorryError):
     """A trainer reported a path that does not lead to one of its own files or folders."""
 
-    def __init__(self, name: object, reason: str) -> None:
+    def __init__(self, name: object, reason: str, *, writer: str = "The trainer") -> None:
+        """reason: a predicate about the path."""
         super().__init__(
-            f"The trainer reported the path {str(name)[:200]!r}, which {reason}.",
+            f"{writer} reported the path {str(name)[:200]!r}, which {reason}.",
             code="unsafe_path",
-            remedy="Nothing outside the trainer's directory was read or changed. Check the worker's machine and the "
-            "versions of its libraries; the job restarts in a new trainer.",
+            remedy="No action is needed: nothing outside the trainer's folder was changed, and the job restarts in a "
+            "new trainer. If this recurs, reinstall Lorry's dependencies on the worker.",
         )
+        self.path_name, self.reason = name, reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,7 @@ def opened(root: Path, name: object) -> Generator[FolderEntry]:
             except OSError as error:
                 if error.errno not in OF_TRAINER:
                     raise
-                raise UnsafePath(name, "leads through a link, a file or a closed folder") from error
+                raise UnsafePath(name, "leads through a link, a file or an unreadable folder") from error
             os.close(descriptor)
             descriptor = inner
         if stat.S_ISLNK(os.stat(last, dir_fd=descriptor, follow_symlinks=False).st_mode):
@@ -110,10 +112,10 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
 
 def _parts(name: object) -> tuple[str, ...]:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or "\0" in name or SURROGATE.search(name):
-        raise UnsafePath(name, "is not a name of 1 to 1,024 characters")
+        raise UnsafePath(name, "is not a valid name of 1 to 1,024 characters")
     parts = name.split("/")
     if PurePosixPath(name).is_absolute() or not all(parts) or {".", ".."} & set(parts):
-        raise UnsafePath(name, "is not relative to the trainer's directory, or has '.' or '..' in it")
+        raise UnsafePath(name, "is not a relative path without '.' and '..'")
     if any(len(os.fsencode(part)) > MAX_COMPONENT_BYTES for part in parts):
-        raise UnsafePath(name, "has a component that is longer than any file's name")
+        raise UnsafePath(name, "has a component that is too long for a file name")
     return tuple(parts)

@@ -108,7 +108,7 @@ def _stored(context: WorkerContext, claim: Claim, directory: TrainerDirectory, n
         with directory.opened(claim.claim_id, name) as entry:
             return context.store.put_folder(Path(entry.name), dir_fd=entry.dir_fd, kind=kind)
     except FileNotFoundError as error:
-        raise DamagedArtifact(f"The trainer reported the folder {name!r}, which is missing.") from error
+        raise DamagedArtifact(f"The trainer reported the folder {name!r}, which does not exist.") from error
 
 
 def adapter(

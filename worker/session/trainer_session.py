@@ -295,10 +295,14 @@ class TrainerSession:
         try:
             return self._reader.read()
         except MalformedEvent as error:
-            log.error("%s %s", self.trainer_id, error.message)
-            self.fault = End(reason=EndReason.TRAINER_CRASHED, detail=error.message)
+            named = MalformedEvent(error.reason, writer=self._named())
+            log.error("%s", named.message)
+            self.fault = End(reason=EndReason.TRAINER_CRASHED, detail=named.sentence())
             self._reader.has_more = False
             return []
+
+    def _named(self) -> str:
+        return f"Trainer {self.trainer_id} on worker {self._context.worker_id}"
 
     def _catch_up(self, held: SessionJob) -> None:
         while held.superseded:
@@ -359,8 +363,9 @@ class TrainerSession:
                 self._held[held.claim.claim_id] = self._held.pop(held.claim.claim_id)
             raise
         except UnsafePath as error:
-            log.error("%s %s", held.claim.job.id, error.message)
-            end = job_failure(error)
+            named = UnsafePath(error.path_name, error.reason, writer=self._named())
+            log.error("%s %s", held.claim.job.id, named.message)
+            end = job_failure(named)
             self._end(held, end)
             self.fault = end
         except (LorryError, OSError) as error:

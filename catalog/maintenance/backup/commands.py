@@ -32,6 +32,8 @@ from catalog.tables.audit import AuditEvent
 from catalog.tables.storage import Adapter, Artifact, File
 from catalog.tables.table import Json
 
+PRODUCTS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backup:
@@ -232,11 +234,12 @@ def _check_same(db: Database, record: BackupRecord) -> None:
         *_differences_of_chain(db, record),
     ]
     if problems:
+        remedy = "Move its file, with the -wal and -shm files, to another folder." if db.is_sqlite else "Drop it."
         raise Conflict(
-            f"The restored database differs from the backup {record.name}. {' '.join(problems)}",
+            f"The restored database does not match backup {record.name}. {' '.join(problems)}",
             code="restored_database_differs",
-            remedy="Do not start the service on it. Drop the database, or move its file away together with its -wal "
-            "and -shm files. Then restore this backup again, or an earlier one with --backup NAME.",
+            remedy=f"Do not start the service with this database. {remedy} Then restore this backup again, or an "
+            "earlier one with `--backup NAME`.",
         )
 
 
@@ -272,23 +275,23 @@ def _record_restore(db: Database, record: BackupRecord, superseded: Sequence[Sup
 
 
 def _check_fits(record: BackupRecord, url: str) -> None:
-    if database_dump.kind_of(url) != record.database:
+    kind, wanted = PRODUCTS[database_dump.kind_of(url)], PRODUCTS[record.database]
+    if kind != wanted:
         raise Conflict(
-            f"Backup {record.name} is of a {record.database} database, but LORRY_DATABASE_URL names another kind.",
+            f"Backup {record.name} was made from a {wanted} database, but LORRY_DATABASE_URL points to {kind}.",
             code="backup_of_another_database",
-            remedy=f"Set LORRY_DATABASE_URL to an empty {record.database} database.",
+            remedy=f"Set LORRY_DATABASE_URL to an empty {wanted} database.",
         )
     if revisions.is_unreleased(record.revision):
         raise InvalidRequest(
-            f"Backup {record.name} was made by a build before the first release ({record.revision}) and can't be "
+            f"Backup {record.name} (revision {record.revision}) was made by a pre-release build of Lorry and can't be "
             "upgraded.",
             code="backup_not_upgradable",
-            remedy="Restore it with the build that made it. For this version, create a new database: python -m api "
-            "bootstrap.",
+            remedy="Restore it with that build. To use this version, create a new database: `python -m api bootstrap`.",
         )
     if record.revision not in revisions.known():
         raise InvalidRequest(
-            f"Backup {record.name} was made by a newer version of Lorry (revision {record.revision}).",
+            f"Backup {record.name} has database revision {record.revision}, which belongs to a newer version of Lorry.",
             code="backup_of_a_newer_version",
-            remedy="Restore it with that version of Lorry or a later one.",
+            remedy="Restore it with that version or a later one.",
         )

@@ -85,9 +85,9 @@ def check_empty(url: str) -> None:
         db.close()
     if has_tables:
         raise Conflict(
-            f"The database {parsed.render_as_string()} already has tables.",
+            f"The database {parsed.render_as_string()} already has tables, and a restore never overwrites data.",
             code="database_not_empty",
-            remedy="Set LORRY_DATABASE_URL to an empty database. A restore never overwrites a database.",
+            remedy="Set LORRY_DATABASE_URL to an empty database.",
         )
 
 
@@ -96,10 +96,9 @@ def _check_no_files(path: Path) -> None:
     names = [str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)]
     if found := [name for name in names if os.path.lexists(name)]:
         raise Conflict(
-            f"Files of another database already exist at the path of the restored one: {', '.join(found)}.",
+            f"These database files already exist, and a restore never overwrites data: {', '.join(found)}.",
             code="database_not_empty",
-            remedy="Move all of them together to another folder and restore again, or set LORRY_DATA_DIR to an empty "
-            "folder. A restore never overwrites a database, and SQLite would replay a leftover log into it.",
+            remedy="Move all of them to another folder, or set LORRY_DATA_DIR to an empty folder. Then restore again.",
         )
 
 
@@ -204,19 +203,20 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
     found = program(name)
     if found is None:
         raise InvalidRequest(
-            f"{name} is not installed, but is required to back up or restore a PostgreSQL database.",
+            f"{name} is not installed. It is required to back up or restore a PostgreSQL database.",
             code="pg_dump_missing",
-            remedy="Install PostgreSQL's client programs of the server's version or later (Debian: postgresql-client), "
-            "or copy the database manually as described in docs/how-to/back-up-and-restore.md.",
+            remedy="Install the PostgreSQL client programs (Debian package: postgresql-client) in the server's version "
+            "or later, or copy the database manually as described in docs/how-to/back-up-and-restore.md.",
         )
     query = dict(url.query)
     password = query.pop("password", url.password)
     if "sslpassword" in query:
         raise InvalidRequest(
-            f"{name} would expose the database URL's sslpassword to all users of this machine on its command line.",
+            f"LORRY_DATABASE_URL contains 'sslpassword', which all users on this machine could read on {name}'s "
+            "command line.",
             code="secret_on_command_line",
-            remedy="Use a client key without a password, in a file that only this user can read, and remove "
-            "sslpassword from LORRY_DATABASE_URL.",
+            remedy="Remove 'sslpassword', and use a client key file that has no password and that only this user can "
+            "read.",
         )
     address = URL.create(
         "postgresql", username=url.username, host=url.host, port=url.port, database=url.database, query=query
@@ -227,9 +227,10 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
     argv = [str(found), f"--dbname={address}", "--no-owner", "--no-privileges", "--no-password", *options]
     done = subprocess.run(argv, env=passed, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        kept = "No backup was created." if name == "pg_dump" else "The database was not changed."
         last_line = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         raise InvalidRequest(
             f"{name} failed: {last_line}",
             code="pg_dump_failed",
-            remedy="Fix the reported problem and try again. Nothing was kept.",
+            remedy=f"Fix the reported problem, then try again. {kept}",
         )

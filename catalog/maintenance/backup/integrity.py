@@ -94,8 +94,8 @@ def refusal(problem: str) -> Conflict:
     return Conflict(
         f"The database is damaged: {problem}.",
         code="database_damaged",
-        remedy="Stop the service, move the database with its -wal and -shm files to another folder, and then restore "
-        "a backup: python -m api restore.",
+        remedy="Stop the service and move the database file, with its -wal and -shm files, to another folder. Then "
+        "restore a backup: `python -m api restore`.",
     )
 
 

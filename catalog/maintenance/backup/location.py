@@ -75,8 +75,16 @@ class BackupPlace:
         for record in reversed(records):
             if name in (None, record.name):
                 return record
-        names = ", ".join(record.name for record in records) or "none"
-        raise NotFound("backup", name or "any", remedy=f"Use one of the backups at {self.url}: {names}.")
+        if not records:
+            raise NotFound(
+                "backup",
+                str(name),
+                message=f"There are no backups at {self.url}.",
+                remedy="Check the location, or create a backup first: `python -m api backup LOCATION`.",
+            )
+        names = ", ".join(record.name for record in records)
+        message = f"There is no backup named {name!r} at {self.url}."
+        raise NotFound("backup", str(name), message=message, remedy=f"Choose one of: {names}.")
 
     def put(self, name: str, dump: Path, keys: Keys) -> dict[str, Any]:
         """Store a dump and the keys of its objects. Returns their fields of the backup's record."""
@@ -142,7 +150,10 @@ def open_place(location: str, *, is_new: bool = False) -> BackupPlace:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not folder.is_dir():
         raise NotFound(
-            "backup", location, remedy="Pass the folder or the s3://… URL that `python -m api backup` wrote to."
+            "backup",
+            location,
+            message=f"The backup folder {str(folder)!r} does not exist.",
+            remedy="Use the folder or s3://… URL that you passed to `python -m api backup`.",
         )
     return BackupPlace(folder.as_uri())
 
@@ -151,10 +162,10 @@ def _record(content: bytes) -> BackupRecord:
     fields = cast("dict[str, Any]", json.loads(content))
     if fields.get("format") not in READABLE:
         raise InvalidRequest(
-            f"Backup {fields.get('name')} has format {fields.get('format')}, but this version reads the formats "
-            f"{READABLE[0]} to {FORMAT}.",
+            f"Backup {fields.get('name')} has format {fields.get('format')}, but this version of Lorry reads only "
+            f"formats {READABLE[0]} and {FORMAT}.",
             code="backup_of_another_version",
-            remedy="Restore it with the version that made it, and then migrate.",
+            remedy="Use the version of Lorry that made it, or a later one.",
         )
     fields.setdefault("row_counts", None)
     return BackupRecord(**fields)

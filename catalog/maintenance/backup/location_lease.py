@@ -60,10 +60,10 @@ class LocationLease:
         """Raise Conflict if another backup has taken over."""
         if not self._is_own():
             raise Conflict(
-                f"Another backup to {self._location} has taken over, because this one did not renew its lease for "
+                f"Another backup to {self._location} took over, because this backup did not renew its lease for "
                 f"{LEASE_SECONDS:.0f} s.",
                 code="backup_lease_lost",
-                remedy="Start the backup again after the other one has finished. This one was not finished and deleted "
+                remedy="Start it again when the other backup has finished. This backup is incomplete and deleted "
                 "nothing.",
             )
 
@@ -77,11 +77,11 @@ class LocationLease:
         with suppress(NoSuchObject, ValueError):
             holder = cast("dict[str, Any]", json.loads(self._read()))
         return Conflict(
-            f"Another backup to {self._location} is running: process {holder.get('pid', '?')} on "
+            f"Another backup to {self._location} is already running: process {holder.get('pid', '?')} on "
             f"{holder.get('host', '?')}.",
             code="backup_running",
-            remedy=f"Wait until it has finished. If it was killed, its lease expires {LEASE_SECONDS:.0f} s after the "
-            "last renewal.",
+            remedy=f"Wait until it finishes. If it was killed, its lease expires {LEASE_SECONDS:.0f} s after the last "
+            "renewal.",
         )
 
     def _renew(self) -> None:

@@ -9,12 +9,13 @@ from typing import cast
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, QueuePool, event, select, text
+from sqlalchemy import Connection, QueuePool, event, select, text, update
 
 from catalog.db.database import STUCK_SECONDS, Database, get_once, read_clock, serialize, serialized_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 from catalog.tables.fleet import DatabaseHeartbeat
 from catalog.tables.history import MetricBlock
+from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Organization
 from catalog.tenancy import projects
@@ -263,6 +264,14 @@ def test_full_disk_is_reported(tmp_path: Path, migrated_database: Path) -> None:
 def test_unstorable_value_is_an_invalid_request(world: World) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.send(request(training_file=world.file_id), idempotency_key="half a \ud800 character")
+
+    assert refusal.value.code == "unstorable_value"
+    assert "unpaired surrogate" in refusal.value.message
+
+
+def test_number_that_is_too_large_to_store_is_an_invalid_request(world: World) -> None:
+    with pytest.raises(InvalidRequest, match="number that is too large") as refusal, world.db.write() as session:
+        session.execute(update(Job).values(num_steps=2**63))
 
     assert refusal.value.code == "unstorable_value"
 

@@ -59,7 +59,7 @@ def beat(world: World, worker_id: str) -> bool:
 @pytest.mark.parametrize(
     ("revision", "code", "remedy"),
     [
-        (OLDER, "database_too_old", "Migrate it with this version"),
+        (OLDER, "database_too_old", "Run `python -m api bootstrap` from this version"),
         (LATER, "worker_too_old", "Install the service's version"),
         (UNRELEASED, "database_not_upgradable", "create a new database"),
     ],
@@ -86,14 +86,14 @@ def test_worker_at_another_revision_is_rejected_with_a_remedy(
 
 @pytest.mark.parametrize(
     ("protocol", "code", "remedy"),
-    [(3, "worker_too_old", "Install the service's version"), (6, "worker_too_new", "Upgrade the service first")],
+    [(3, "worker_too_old", "Install Lorry "), (6, "worker_too_new", "Upgrade the service first")],
 )
 def test_worker_outside_the_protocol_range_is_rejected_with_a_remedy(
     world: World, monkeypatch: pytest.MonkeyPatch, protocol: int, code: str, remedy: str
 ) -> None:
     announced(world, 4, 5, monkeypatch)
 
-    with pytest.raises(UnfitWorker, match="supports protocol 4 to 5") as refused:
+    with pytest.raises(UnfitWorker, match="supports protocols 4 to 5") as refused:
         register(world, "w1", protocol)
 
     assert (refused.value.code, remedy in refused.value.remedy) == (code, True)
@@ -144,7 +144,7 @@ def test_every_revision_except_the_newest_is_older(next_migration: Path) -> None
 def test_database_without_tables_is_unavailable(empty_url: str) -> None:
     database = Database(empty_url)
 
-    with pytest.raises(Unavailable, match="has not been set up"):
+    with pytest.raises(Unavailable, match="has no Lorry tables"):
         compatibility.check(database)
     database.close()
 

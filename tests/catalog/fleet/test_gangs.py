@@ -87,7 +87,7 @@ def test_round_starts_once_all_members_have_joined(gang: Gang) -> None:
     gang.start("w1", led)
 
     call = gang.called("w2")
-    assert refused == "Worker w2 of the gang had not joined."
+    assert refused.endswith(": worker w2 did not join in time.")
     assert call is not None
     assert (call.round_id, call.first_rank, call.port, call.has_joined) == (led.round_id, 1, 4711, True)
     assert call.task == {**TASK, "num_ranks": 2}

@@ -66,12 +66,16 @@ def test_move_target_must_wait_in_the_same_class_and_project(world: World) -> No
     foreign = world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger))
     world.prepare_all()
 
-    for target in ({}, {"before": urgent.id, "to": "first"}, {"before": job.id}):
-        with pytest.raises(InvalidRequest):
+    for target, message in (
+        ({}, "but 0 of them are set"),
+        ({"before": urgent.id, "to": "first"}, "but 2 of them are set"),
+        ({"before": job.id}, "next to itself"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
             move(world, job, **target)
-    with pytest.raises(Conflict) as refusal:
+    with pytest.raises(Conflict, match=f"Job {urgent.id} has priority 'urgent', but job {job.id} has") as refusal:
         move(world, job, after=urgent.id)
-    assert refusal.value.code == "not_in_same_queue"
+    assert (refusal.value.code, refusal.value.param) == ("not_in_same_queue", "after")
     with pytest.raises(NotFound):
         move(world, job, before=foreign.id)
     with pytest.raises(NotFound):

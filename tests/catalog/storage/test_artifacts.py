@@ -176,7 +176,9 @@ def test_changed_blob_is_detected_by_every_reader(store: ArtifactStore, folder: 
         store.fetch(manifest, tmp_path / "copy")
 
     assert [p.name for p in tmp_path.iterdir() if "copy" in p.name] == []
-    assert store.verify(manifest) == [f"deep/er/model.safetensors: The content of {digest} has changed."]
+    assert store.verify(manifest) == [
+        f"deep/er/model.safetensors: The content of {digest} in the store does not match its digest."
+    ]
 
 
 def test_missing_blob_or_manifest_is_reported_before_reading(store: ArtifactStore, folder: Path) -> None:

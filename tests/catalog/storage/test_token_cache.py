@@ -133,7 +133,7 @@ def test_upload_evicts_unused_caches_within_the_deleted_file_limit(world: World)
     assert refusal.value.quota["used"] == 800
     for content in ("a", "b"):
         files.delete(world.db, project_id=world.caller.project_id, file_id=upload(world, 150, content=content))
-    with pytest.raises(QuotaExceeded, match="800 stored bytes and 1,100 bytes of deleted files"):
+    with pytest.raises(QuotaExceeded, match="800 stored bytes and 1,100 deleted bytes"):
         upload(world, 101)
     upload(world, 100)
 

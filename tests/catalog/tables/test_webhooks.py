@@ -117,7 +117,7 @@ def test_another_pepper_signs_nothing(hooks: Hooks, world: World) -> None:
     (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), limit=9, in_flight=[])
 
     assert claimed.signed_with == []
-    with pytest.raises(Conflict, match="can't be recreated"):
+    with pytest.raises(Conflict, match="can't be recovered"):
         signing.current(hooks.row, Pepper(current=b"another" * 5))
 
 

@@ -83,7 +83,7 @@ def test_priority_above_the_limit_is_rejected_on_every_path(
 
     error = refusal.value
     assert (error.status, error.code, error.param) == (403, "priority_too_high", "priority")
-    assert error.message == f"Priority 'urgent' is above 'normal', the highest priority of {owner}."
+    assert error.message == f"Priority 'urgent' is higher than 'normal', the maximum for {owner}."
     assert error.remedy.startswith("Use 'normal' or a lower priority, or ask an operator to raise the maximum: ")
     assert command in error.remedy
     assert "--highest-priority urgent" in error.remedy

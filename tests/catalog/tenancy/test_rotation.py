@@ -82,3 +82,4 @@ def test_lesser_operator_key_cannot_change_limits(world: World) -> None:
         with pytest.raises(Forbidden) as refusal:
             api_keys.limit(world.db, caller=lesser, api_key_id=key_id, limits={"requests_per_minute": 0})
         assert refusal.value.code == "exceeds_own_rights"
+        assert refusal.value.param == "api_key_id"

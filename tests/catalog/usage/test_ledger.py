@@ -196,6 +196,8 @@ def test_days_are_paged(world: World) -> None:
     assert (last.days[-1].day, last.next_day) == (first + 9, None)
     with pytest.raises(InvalidRequest):
         usage_report.report(world.db, caller=world.caller, query=UsageQuery(start_time=5, end_time=5))
+    with pytest.raises(InvalidRequest, match="is in the future"):
+        usage_report.report(world.db, caller=world.caller, query=UsageQuery(start_time=world.clock.now + 5))
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

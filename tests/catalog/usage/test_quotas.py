@@ -65,7 +65,7 @@ def test_queued_jobs_are_limited_until_one_starts(world: World) -> None:
     error = refused(world)
 
     assert error.quota == {"name": "queued_jobs", "limit": 2, "used": 2, "resets_at": None}
-    assert error.message == "Project 'ours' is limited to 2 queued jobs. Current usage: 2."
+    assert error.message == "Project 'ours' has reached its limit of 2 queued jobs (current usage: 2)."
     assert "lorry projects update ours" in error.remedy
     assert error.retry_after_seconds == math.inf
     world.claim()
@@ -115,6 +115,11 @@ def test_jobs_per_day_of_a_key_use_a_rolling_window(world: World) -> None:
         world.submit(caller=caller)
 
     assert refusal.value.retry_after_seconds == pytest.approx(DAY_SECONDS - 3600, abs=1)
+    with (
+        pytest.raises(RateLimited, match="needs 3 jobs, but the API key is limited to 2"),
+        world.db.write() as session,
+    ):
+        quotas.check_key(session, caller, num_jobs=3, now=world.clock.now)
     world.submit(caller=replace(caller, jobs_per_day=3))
     world.submit(caller=replace(caller, jobs_per_day=0))
     world.clock.advance(DAY_SECONDS)
@@ -192,7 +197,7 @@ def test_stored_bytes_are_limited_and_deletion_frees_them(world: World) -> None:
     upload(world, 300)
 
     assert refusal.value.quota == {"name": "stored_bytes", "limit": 1000, "used": 700, "resets_at": None}
-    assert "Current usage: 700; this would add 301." in refusal.value.message
+    assert "It already uses 700, and this request needs 301 more." in refusal.value.message
     files.delete(world.db, project_id=world.caller.project_id, file_id=first)
     upload(world, 700)
 
@@ -207,10 +212,7 @@ def test_deleted_bytes_may_use_the_disk_once_more_until_cleanup(world: World) ->
         upload(world, 601)
     upload(world, 600)
 
-    assert (
-        "It has 0 stored bytes and 1,400 bytes of deleted files and evicted token caches; this would add 601."
-        in refusal.value.message
-    )
+    assert "It has 0 stored bytes and 1,400 deleted bytes, and this request needs 601 more." in refusal.value.message
     assert "resets at" not in refusal.value.message
     assert refusal.value.remedy.startswith("Wait for the daily garbage collection, which will have freed enough by ")
     assert 0 < refusal.value.retry_after_seconds <= stored_quota.LEAVING_SECONDS

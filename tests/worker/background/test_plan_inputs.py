@@ -121,7 +121,7 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
     def crash(_context: object, work: Path, *_: object, **__: object) -> None:
         (work / "log.txt").touch()
         raise tokenization.crashed(
-            "Tokenizing the file", -9, work / "log.txt", code="preparation_failed", remedy="Look."
+            "The tokenization failed", work / "log.txt", code="preparation_failed", remedy="Look."
         )
 
     monkeypatch.setattr(tokenization, "_run", crash)

@@ -74,7 +74,7 @@ def no_base(*_: object, **__: object) -> Path:
 
 def no_tokens(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
     (work / "log.txt").write_text("Killed\n")
-    raise tokenization.crashed("Tokenizing the file", -9, work / "log.txt", code="preparation_failed", remedy="Look.")
+    raise tokenization.crashed("The tokenization failed", work / "log.txt", code="preparation_failed", remedy="Look.")
 
 
 def no_disk(*_: object, **__: object) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def full_for_a_base(*_: object, **__: object) -> Any:
 
 def full_for_a_child(_context: object, work: Path, *_: object, **__: object) -> Any:
     (work / "log.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
-    raise tokenization.crashed("Tokenizing the file", 1, work / "log.txt", code="preparation_failed", remedy="Look.")
+    raise tokenization.crashed("The tokenization failed", work / "log.txt", code="preparation_failed", remedy="Look.")
 
 
 @pytest.mark.parametrize(

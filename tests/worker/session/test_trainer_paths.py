@@ -222,7 +222,7 @@ def test_a_trainer_that_reports_a_path_outside_its_job_is_killed(
     assert stored(site) == before
     assert trainer.is_killed
     assert found[0].reason == "trainer_crashed"
-    assert "The trainer reported the path" in found[0].detail
+    assert f"Trainer {found[0].trainer_id} on worker" in found[0].detail
     assert site.world.job(job.id).adapter_name is None
 
 
@@ -270,7 +270,8 @@ def test_a_trainer_with_unreadable_events_is_killed_and_its_job_requeued(
     found: list[Any] = attempts(site.db, **site.world.of(job.id))
     assert trainer.is_killed
     assert found[0].reason == "trainer_crashed"
-    assert "events" in found[0].detail
+    assert f"Trainer {found[0].trainer_id} on worker" in found[0].detail
+    assert "is not valid JSON. No action is needed" in found[0].detail
 
 
 def test_the_last_events_of_a_trainer_are_read_even_if_there_are_many(

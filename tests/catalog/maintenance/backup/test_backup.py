@@ -282,12 +282,15 @@ def test_lease_is_renewed_while_it_is_held(service: Service, monkeypatch: pytest
 
 def test_backup_without_its_record_does_not_exist(service: Service, elsewhere: Settings) -> None:
     record = service.backup()
+    with pytest.raises(NotFound, match=f"no backup named 'other' at {service.place.url}") as unknown:
+        restore(elsewhere, service.place, name="other")
     (service.folder / "backups" / "backups" / record.name / "backup.json").unlink()
 
     with pytest.raises(NotFound) as refused:
         restore(elsewhere, service.place)
 
-    assert refused.value.remedy == f"Use one of the backups at {service.place.url}: none."
+    assert unknown.value.remedy == f"Choose one of: {record.name}."
+    assert refused.value.message == f"There are no backups at {service.place.url}."
 
 
 def test_changed_backup_is_rejected_and_nothing_is_created(service: Service, elsewhere: Settings) -> None:
