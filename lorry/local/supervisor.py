@@ -222,9 +222,9 @@ def _kill(processes: Sequence[Process]) -> None:
 
 def _failed(process: Process, what: str) -> LorryError:
     return LorryError(
-        f"The {process.name} {what}. Its last lines:\n{_indented(process.log_tail())}",
+        f"The {process.name} {what}. Its log ends with:\n{_indented(process.log_tail())}",
         code="service_failed",
-        remedy="Fix the reported problem, then start again.",
+        remedy="Fix the reported problem, then run `lorry up` again.",
     )
 
 

@@ -54,9 +54,9 @@ class Models:
                 raise LorryError(message, code=error.code if error else "import_failed", remedy=_remedy(model))
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"The import of {name} is not finished after {timeout_seconds:g} s. It continues.",
+                    f"The import of {name} did not finish within {timeout_seconds:g} s. It is still running.",
                     code="wait_timeout",
-                    remedy="Check its state with `lorry models list`.",
+                    remedy="Check its status with `lorry models list`.",
                 )
             self._transport.sleep(poll_seconds)
 
@@ -80,4 +80,4 @@ def guess_kind(source: str) -> Kind:
 
 
 def _remedy(model: Model) -> str:
-    return (model.error.remedy if model.error else "") or "Fix the source and add the model again."
+    return (model.error.remedy if model.error else "") or "Fix the source, then add the model again."

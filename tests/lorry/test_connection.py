@@ -63,12 +63,12 @@ def test_origin_names_the_source_of_the_address(tmp_path: Path) -> None:
     by_variable = connection.find(environ=remote).origin
     path = connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
 
-    assert by_variable == "The address is from the variable LORRY_URL."
-    assert connection.find(environ=local).origin == f"The address is from {path}."
+    assert by_variable == "The address comes from the variable LORRY_URL."
+    assert connection.find(environ=local).origin == f"The address comes from {path}."
     assert connection.find(url="http://a:1", environ=remote).origin == ""
     assert connection.find(environ={**local, "LORRY_URL": "http://127.0.0.1:8472/"}).origin == by_variable
     assert connection.find(environ=remote).origin == (
-        f"The address is from the variable LORRY_URL; without it, the address is http://127.0.0.1:8472, from {path}."
+        f"The address comes from the variable LORRY_URL; without it, the address would be http://127.0.0.1:8472, from {path}."
     )
 
 
@@ -122,7 +122,7 @@ def test_file_is_private_even_if_it_replaces_a_readable_one(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8472", "ftp://a", "http://", "http://a:99999", "http://[::1"])
 def test_invalid_address_is_rejected(url: str) -> None:
-    with pytest.raises(NotConfigured, match="not a valid address"):
+    with pytest.raises(NotConfigured, match="not a valid service address"):
         connection.normalize_url(url)
 
 
@@ -187,7 +187,7 @@ def test_login_overrides_the_data_folder_and_the_environment_overrides_both(
     found = connection.find(environ={})
     assert found == Connection(url="https://lorry.example", api_key="login")
     assert found.origin == (
-        f"The address is from {path}, which `lorry login` wrote; without it, the address is http://127.0.0.1:1, "
+        f"The address comes from {path}, which `lorry login` wrote; without it, the address would be http://127.0.0.1:1, "
         f"from {tmp_path / '.lorry' / 'connection.json'}."
     )
     assert connection.find(environ={"LORRY_API_KEY": "mine"}) == Connection(url="https://lorry.example", api_key="mine")

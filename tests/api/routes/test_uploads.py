@@ -149,9 +149,9 @@ def test_file_size_limit_is_exact(client: TestClient, services: Services) -> Non
         (part("expires_after", b"created_at") + END, "expires_after", "Did you mean 'expires_after[anchor]'?"),
         (part("purpose", b"a") + part("purpose", b"b") + END, "purpose", "twice"),
         (part("file", b"", filename="x") + part("file", b"", filename="y") + END, "file", "twice"),
-        (part("purpose", b"x" * 5000) + END, "purpose", "too long"),
-        (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "final boundary"),
-        (b"no form at all", "file", "malformed"),
+        (part("purpose", b"x" * 5000) + END, "purpose", "longer than 4,096 bytes"),
+        (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "closing boundary"),
+        (b"no form at all", "file", "not a valid multipart form"),
     ],
 )
 def test_invalid_upload_form_is_rejected(

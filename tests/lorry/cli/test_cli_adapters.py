@@ -90,8 +90,8 @@ def test_pull_of_a_job_without_an_adapter_reports_its_status(service: Script, ru
 
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        "Error: Job ftjob-1 has no adapter: it is running.",
-        "Wait until it succeeds, or pull a checkpoint: lorry jobs checkpoints ftjob-1",
+        "Error: Job ftjob-1 has no final adapter, because it is running.",
+        "Wait until it succeeds, or use one of its checkpoints: `lorry jobs checkpoints ftjob-1`",
     ]
 
 
