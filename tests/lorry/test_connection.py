@@ -68,7 +68,8 @@ def test_origin_names_the_source_of_the_address(tmp_path: Path) -> None:
     assert connection.find(url="http://a:1", environ=remote).origin == ""
     assert connection.find(environ={**local, "LORRY_URL": "http://127.0.0.1:8472/"}).origin == by_variable
     assert connection.find(environ=remote).origin == (
-        f"The address comes from the variable LORRY_URL; without it, the address would be http://127.0.0.1:8472, from {path}."
+        "The address comes from the variable LORRY_URL; without it, the address would be http://127.0.0.1:8472, "
+        f"from {path}."
     )
 
 
@@ -187,8 +188,8 @@ def test_login_overrides_the_data_folder_and_the_environment_overrides_both(
     found = connection.find(environ={})
     assert found == Connection(url="https://lorry.example", api_key="login")
     assert found.origin == (
-        f"The address comes from {path}, which `lorry login` wrote; without it, the address would be http://127.0.0.1:1, "
-        f"from {tmp_path / '.lorry' / 'connection.json'}."
+        f"The address comes from {path}, which `lorry login` wrote; without it, the address would be "
+        f"http://127.0.0.1:1, from {tmp_path / '.lorry' / 'connection.json'}."
     )
     assert connection.find(environ={"LORRY_API_KEY": "mine"}) == Connection(url="https://lorry.example", api_key="mine")
     assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path / "named")}).api_key == "named"

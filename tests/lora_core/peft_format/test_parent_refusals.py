@@ -75,7 +75,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "names classes": (lambda f: edit_config(f, auto_mapping={"parent_library": "evil"}), "auto_mapping"),
     "has a huge header": (
         lambda f: (f / WEIGHTS).write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}"),
-        f"header of {MAX_HEADER_BYTES + 1}",
+        f"header of {MAX_HEADER_BYTES + 1:,}",
     ),
     "has too many tensors": (
         lambda f: edit_weights(f, lambda _: {f"t{index}": torch.zeros(1) for index in range(MAX_TENSORS + 1)}),
@@ -214,7 +214,7 @@ def test_values_that_overflow_the_dtype_of_training_are_rejected(load, child):
     edit_weights(child.parent, plus(**{f"{Q}.lora_B.weight": torch.full((64, 4), 3.4e38)}))
 
     admit(Engine(load("llama"), EngineConfig()), "job", child)
-    with pytest.raises(BadParent, match="not finite in the dtype of training"):
+    with pytest.raises(BadParent, match="infinite or NaN in the training dtype"):
         admit(Engine(load("llama", "bfloat16"), EngineConfig()), "job", child)
 
 
