@@ -132,7 +132,7 @@ def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
     wrong_method = f"{_quoted(request.url.path)} does not accept {request.method} requests."
     known: dict[int, tuple[str, str, str]] = {
         400: ("The request body is not valid JSON.", "Send one JSON object, encoded as UTF-8.", "invalid_json"),
-        405: (wrong_method, f"Use {allowed}.", "method_not_allowed"),
+        405: (wrong_method, f"Use {allowed} instead.", "method_not_allowed"),
         413: (
             str(error.detail),
             "Send a smaller body, or upload the data as a file with POST /v1/files.",
@@ -149,9 +149,12 @@ def _unknown_route(request: Request) -> Response:
         return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_supported")
     templates: list[str] = list(request.app.methods)
     similar = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
-    remedy = f"Did you mean {similar[0]}?" if similar else "See /openapi.json for a list of all routes."
-    message = f"There is no route {request.method} {_quoted(path)}."
-    return error_response(404, message=message, remedy=remedy, code="unknown_route")
+    return error_response(
+        404,
+        message=f"There is no route {request.method} {_quoted(path)}.",
+        remedy=f"Did you mean {similar[0]}?" if similar else "See /openapi.json for a list of all routes.",
+        code="unknown_route",
+    )
 
 
 def _allowed(request: Request) -> str:

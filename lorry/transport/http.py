@@ -141,8 +141,9 @@ class Transport:
 
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
         reason = str(error) or type(error).__name__
+        origin = f" {self.connection.origin}" if self.connection.origin else ""
         return ConnectionFailed(
-            f"Could not connect to the service at {self.connection.url}: {reason}. {self.connection.origin}".rstrip(),
+            f"Could not connect to the service at {self.connection.url}: {reason}.{origin}",
             code="connection_failed",
             remedy="Check the address, and that the service is running (it takes a few seconds to start). To start one "
             "on this machine, run `lorry up`.",
@@ -189,6 +190,6 @@ def _parsed(response: httpx.Response, origin: str) -> object:
         raise APIError(
             f"{response.url} returned a response that is not JSON, so it is probably not a Lorry server.",
             code="not_lorry",
-            remedy=f"Check the address. {origin}".rstrip(),
+            remedy=f"Check the address. {origin}" if origin else "Check the address.",
             status=response.status_code,
         ) from error

@@ -194,7 +194,9 @@ def _entry(entry: Mapping[str, Any], number: int) -> FileEntry:
         )
     if not is_safe(path) or path in {MANIFEST, LINEAGE}:
         raise BadDownload(
-            f"The manifest lists the file path {path!r}, which is not allowed.", code="unsafe_path", remedy=_AGAIN
+            f"The manifest lists {path!r}, which is not a portable file path inside the adapter's folder.",
+            code="unsafe_path",
+            remedy=_AGAIN,
         )
     return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
 

@@ -123,7 +123,7 @@ def test_killed_api_server_stops_the_service_and_its_log_is_printed(data_dir: Pa
 
         assert process.wait(60) == 1
         assert not is_alive(children["worker.entrypoints.loop"])
-    assert "The api ended (status -9). Its log ends with:" in (data_dir.parent / "stderr.txt").read_text()
+    assert "The API server ended (exit status -9). Its log ends with:" in (data_dir.parent / "stderr.txt").read_text()
 
 
 @pytest.mark.slow
