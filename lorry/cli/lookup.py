@@ -99,7 +99,7 @@ def _adapter_of_job(lorry: Lorry, typed: str) -> str:
     if found.fine_tuned_model is None:
         listing = f"`lorry jobs checkpoints {found.id}`"
         raise LorryError(
-            f"Job {found.id} has no final adapter, because it is {found.status}.",
+            f"Job {found.id} has no final adapter. Its status is {found.status}.",
             code="adapter_not_found",
             remedy=f"Use one of its checkpoints, if there are any: {listing}"
             if found.is_final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -134,6 +135,17 @@ def test_host_of_another_machine_is_a_clear_error(host: str) -> None:
     with pytest.raises(LorryError, match="Can't listen") as refused:
         ports.listen(host, None)
     assert "--host" in refused.value.remedy
+
+
+def test_port_that_needs_root_has_its_own_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ports.socket.socket, "bind", refuse)
+
+    with pytest.raises(LorryError, match="port 80: Permission denied") as refused:
+        ports.listen("127.0.0.1", 80)
+    assert refused.value.remedy == "Use a port above 1023, or run the command as root."
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ def test_existing_empty_directory_is_used(service: Script, client: Lorry, tmp_pa
 BAD: dict[str, tuple[Any, str]] = {
     "a changed byte": (tar({**FILES, BIG: b"x" + FILES[BIG][1:]}), "digest"),
     "another length": (tar({**FILES, BIG: FILES[BIG] + b"x"}), "bytes, but the manifest lists"),
-    "a path outside the directory": (tar({**FILES, "../x": b"x"}), "not in the manifest"),
-    "an absolute path": (tar({**FILES, "/tmp/x": b"x"}), "not in the manifest"),
+    "a path outside the directory": (tar({**FILES, "../x": b"x"}), "not listed in the manifest"),
+    "an absolute path": (tar({**FILES, "/tmp/x": b"x"}), "not listed in the manifest"),
     "a non-canonical path": (tar({f"./{name}": content for name, content in FILES.items()}), "manifest"),
-    "an extra file": (tar({**FILES, "setup.py": b"x"}), "not in the manifest"),
+    "an extra file": (tar({**FILES, "setup.py": b"x"}), "not listed in the manifest"),
     "a symbolic link": (tar(FILES, link("evil", "/etc/passwd", tarfile.SYMTYPE)), "not a regular file"),
     "a link instead of a file": (
         tar({"sub/extra.txt": b""}, link(BIG, "/etc/passwd", tarfile.SYMTYPE)),
