@@ -148,7 +148,7 @@ def test_file_without_an_identity_secret_gives_no_key(tmp_path: Path) -> None:
     for environ in (local, {**local, "LORRY_URL": "http://127.0.0.1:8472"}):
         with pytest.raises(NotConfigured, match="no identity_secret") as refused:
             connection.find(environ=environ)
-        assert "Restart `lorry up`" in refused.value.remedy
+        assert "running `lorry up`" in refused.value.remedy
     elsewhere = {**local, "LORRY_URL": "http://127.0.0.1:9", "LORRY_API_KEY": "mine"}
     assert connection.find(environ=elsewhere).api_key == "mine"
 

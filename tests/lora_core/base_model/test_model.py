@@ -50,7 +50,6 @@ def test_unknown_dtype_quantization_or_task_is_rejected(base_dirs, name, value):
     given = {"dtype": "float32", name: value}
     with pytest.raises(ConfigError, match=f"{name} is '{value}'") as refusal:
         load_base(base_dirs["llama"], device="cpu", **given)
-    assert f"{name} is " in refusal.value.message
     assert "Use one of: " in refusal.value.remedy
 
 

@@ -87,14 +87,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_weights(f, plus(**{f"{Q}.x": torch.zeros(3, dtype=torch.int64)})),
         "dtype I64",
     ),
-    "contains no tensors": (lambda f: edit_weights(f, lambda _: {}), "no linear layer"),
+    "contains no tensors": (lambda f: edit_weights(f, lambda _: {}), "does not adapt any linear layer"),
     "lacks a matrix": (lambda f: edit_weights(f, without(f"{Q}.lora_B.weight")), "q_proj.lora_B.weight is missing"),
     "has another shape": (
         lambda f: edit_weights(f, plus(**{f"{Q}.lora_B.weight": torch.zeros(32, 4)})),
         r"\[32, 4\], but this base model or job needs \[64, 4\]",
     ),
     "has another rank": (lambda f: edit_weights(f, plus(**{f"{Q}.lora_A.weight": torch.zeros(5, 64)})), "the rank 4"),
-    "isn't finite": (lambda f: edit_weights(f, plus(**NOT_FINITE)), "not finite"),
+    "isn't finite": (lambda f: edit_weights(f, plus(**NOT_FINITE)), "infinite or NaN"),
     "adapts an embedding": (
         lambda f: edit_weights(f, plus(base_model__model__embed_tokens__lora_embedding_A=torch.zeros(4, 320))),
         "embed_tokens.lora_embedding_A",
@@ -124,7 +124,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "takes too long",
     ),
     "has a pattern that doesn't compile": (lambda f: edit_config(f, rank_pattern={"(": 3}), "rank_pattern={'\\('"),
-    "contradicts itself on dora": (lambda f: edit_config(f, use_dora=True), "about use_dora"),
+    "contradicts itself on dora": (lambda f: edit_config(f, use_dora=True), "use_dora in its adapter_config.json"),
     "has tokens of several tables": (
         lambda f: edit_config(f, trainable_token_indices={"a": [1], "b": [2]}),
         "one list",

@@ -150,7 +150,7 @@ def test_error_of_unknown_shape_has_a_message_and_remedy(service: Script, client
 def test_response_without_json_is_reported_as_not_lorry(service: Script, client: Lorry) -> None:
     service.on("GET", "/v1/queue", Reply(body=b"<html>"))
 
-    with pytest.raises(APIError, match="not Lorry"):
+    with pytest.raises(APIError, match="probably not a Lorry server"):
         client.queue.get()
 
 
