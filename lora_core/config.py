@@ -403,4 +403,4 @@ def is_positive(value: float) -> bool:
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{field} is {value!r}.", remedy=f"{field} must be {expected}.")
+        raise ConfigError(f"{field} is {value!r}, but must be {expected}.", remedy=f"Correct {field}.")

@@ -98,7 +98,7 @@ class OutOfMemory(LoraCoreError):
     def __init__(self, job: str, *, part: Part = "adapter", num_tokens: int = 0) -> None:
         if part == "data":
             sentence = f"Job {job!r} is out of memory: its training data does not fit in the worker's free memory."
-            remedy = "Use smaller files, lower max_length, or use a machine with more memory."
+            remedy = "Use smaller files, lower max_length, or use a worker with more memory."
         elif part == "start":
             sentence = f"Job {job!r} is out of memory: its PiSSA or OLoRA decomposition does not fit on the device."
             remedy = "Set init_lora_weights to 'pissa_niter_4' or 'default', or use a larger device."
@@ -116,7 +116,7 @@ class BrokenPass(RuntimeError):
     """A rank ran out of memory during a pass through a sharded base model.
 
     The other ranks block in an all-gather that needs this rank's shard of the next block. They can't be notified
-        super().__init__("Memory ran out during a pass through a sharded base model, in which the other ranks wait.")
+    during the pass, so the trainer must exit.
     """
 
     def __init__(self) -> None:

@@ -65,7 +65,8 @@ def find(
         raise NotConfigured(
             f"No service is configured: LORRY_URL is not set, and {folder / FILE_NAME} does not exist.",
             code="not_configured",
-            remedy="Start one with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and LORRY_API_KEY.",
+            remedy="Start a service with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and "
+            "LORRY_API_KEY.",
         )
     local = _verifiable(local, folder)
     given = _key_of_environment(environ, local.url)
@@ -93,11 +94,11 @@ def read(data_dir: Path) -> Connection | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unreadable(path, str(error)) from error
+        raise _unreadable(path, error.strerror or str(error)) from error
     try:
         parsed: object = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _unreadable(path, "it is not JSON") from error
+        raise _unreadable(path, "it is not valid JSON") from error
     fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
     url, key, secret = fields.get("url"), fields.get("api_key"), fields.get("identity_secret")
     if not isinstance(url, str) or not all(text is None or isinstance(text, str) for text in (key, secret)):
@@ -105,7 +106,7 @@ def read(data_dir: Path) -> Connection | None:
     if secret is not None and not re.fullmatch(r"[0-9a-f]{64}", secret):
         raise _unreadable(path, "its identity_secret is not 64 hexadecimal digits")
     return Connection(
-        url=normalize_url(url), api_key=key, identity_secret=secret, origin=f"The address is from {path}."
+        url=normalize_url(url), api_key=key, identity_secret=secret, origin=f"The address comes from {path}."
     )
 
 
@@ -138,7 +139,7 @@ def normalize_url(url: str) -> str:
         valid = False
     if not valid:
         raise NotConfigured(
-            f"{url!r} is not a valid address of a service.",
+            f"{url!r} is not a valid service address: it must be an http:// or https:// URL with a host.",
             code="bad_url",
             remedy="Use an address such as http://127.0.0.1:8472.",
         )
@@ -178,7 +179,7 @@ def _named(environ: Mapping[str, str], api_key: str | None) -> Connection | None
     else:
         return None
     key = api_key or environ.get("LORRY_API_KEY") or (login.api_key if login is not None and login.url == url else None)
-    secret, origin = None, f"The address is from {source}."
+    secret, origin = None, f"The address comes from {source}."
     folder = default_data_dir(environ)
     local = None
     with contextlib.suppress(NotConfigured):
@@ -187,7 +188,7 @@ def _named(environ: Mapping[str, str], api_key: str | None) -> Connection | None
         local = local if key else _verifiable(local, folder)
         key, secret = key or local.api_key, local.identity_secret
     elif local is not None:
-        origin = f"{origin[:-1]}; without it, the address is {local.url}, from {folder / FILE_NAME}."
+        origin = f"{origin[:-1]}; without it, the address would be {local.url}, from {folder / FILE_NAME}."
     return Connection(url=url, api_key=key, identity_secret=secret, origin=origin)
 
 
@@ -201,7 +202,7 @@ def _verifiable(local: Connection, folder: Path) -> Connection:
 
 def _unreadable(path: Path, reason: str) -> NotConfigured:
     return NotConfigured(
-        f"{path} cannot be used: {reason}.",
+        f"{path} can't be used: {reason}.",
         code="bad_connection_file",
-        remedy="Restart `lorry up` or run `lorry login` again, which rewrites it, or set LORRY_URL and LORRY_API_KEY.",
+        remedy="Replace the file by running `lorry up` or `lorry login` again, or set LORRY_URL and LORRY_API_KEY.",
     )

@@ -135,12 +135,12 @@ def _error_object(body: bytes) -> dict[str, Any]:
 
 def _plain(status: int, body: bytes) -> str:
     text = " ".join(body[:200].decode("utf-8", "replace").split())
-    return f"The service answered with status {status}: {text}" if text else f"The service answered {status}."
+    return f"The service returned status {status}: {text}" if text else f"The service returned status {status}."
 
 
 def _remedy(status: int) -> str:
     if status == 401:
-        return "Check LORRY_API_KEY, or the api_key in connection.json."
+        return "Check LORRY_API_KEY, or 'api_key' in connection.json."
     if status >= 500:
         return "Try again in a moment. If the error persists, check the service's log."
-    return "Check that LORRY_URL is the address of Lorry, and not of another service in front of it."
+    return "Check that the configured address is that of a Lorry server, and not of another service in front of it."

@@ -130,9 +130,9 @@ def require_same_origin(request: Request) -> None:
     alien = (origin is not None and not from_us) or (site is not None and site != "same-origin")
     if request.headers.get(CSRF_HEADER) != "1" or alien or (origin is None and site is None):
         raise Forbidden(
-            "A change with the dashboard's cookie must come from the dashboard itself.",
+            "A request that changes data with the dashboard's sign-in cookie must come from the dashboard.",
             code="cross_site_request",
-            remedy="Send the header X-Lorry-Csrf: 1 from a page of this service, or use an API key.",
+            remedy="Use an API key instead, or send the header `X-Lorry-Csrf: 1` from a page on this service.",
         )
 
 
@@ -149,8 +149,8 @@ def _identify(
     raise Unauthorized(
         "The request contains no API key.",
         code="missing_api_key",
-        remedy="Send Authorization: Bearer YOUR_KEY. `lorry up` writes the first key to connection.json in its data "
-        "folder.",
+        remedy="Send the header `Authorization: Bearer YOUR_KEY`. `lorry up` saves the first key in connection.json in "
+        "its data folder.",
         reason="missing",
     )
 
@@ -166,8 +166,9 @@ def _check_owners(request: Request, caller: Caller) -> None:
         if named and named not in names:
             variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
             raise Unauthorized(
-                f"The API key does not belong to the {kind} in the OpenAI-{kind.title()} header.",
+                f"The OpenAI-{kind.title()} header is {named[:80]!a}, but the API key belongs to the {kind} "
+                f"{names[1]!r}.",
                 code={"organization": "mismatched_organization", "project": "mismatched_project"}[kind],
-                remedy=f"Remove the header (the openai client sends it for `{kind}` and for {variable}), or use a "
-                f"key of that {kind}.",
+                remedy=f"Use a key from that {kind}, or remove the header. The OpenAI SDK sends it if its `{kind}` "
+                f"argument or {variable} is set.",
             )

@@ -130,16 +130,17 @@ def operator_required() -> Forbidden:
     return Forbidden(
         "This action requires an operator key.",
         code="operator_required",
-        remedy="Use an operator key, or ask an operator to perform the action.",
+        remedy="Use an operator key, or ask an operator to do this for you.",
     )
 
 
 def _missing(scope: Scope, caller: Caller) -> Forbidden:
     if scope in OPERATORS and not caller.is_operator:
         return operator_required()
-    others = "" if scope == "keys:write" else f", and so can any key that has keys:write and {scope}"
+    others = "" if scope == "keys:write" else f", or anyone whose key has the scopes keys:write and {scope},"
     return Forbidden(
         f"The API key {caller.name!r} does not have the scope {scope}.",
         code="missing_scope",
-        remedy=f"Use a key that has {scope}. An operator can make one{others}: lorry keys create NAME --scope {scope}.",
+        remedy=f"Use a key that has this scope. An operator{others} can create one: "
+        f"`lorry keys create NAME --scope {scope}`",
     )

@@ -26,6 +26,7 @@ BY_ITS_OWN = (
     "Run this command with the version that the service runs, and migrate after the backup: python -m api bootstrap."
 )
 """A user who makes a backup before an upgrade must not be asked to migrate first."""
+USE_AN_EXPORT = "Use a file created by `lorry audit export` or GET /v1/audit_events/export."
 NO_PEPPER = "Verifying the audit chain requires the service's pepper, which this machine does not have."
 SHOWN = 20
 """Maximum number of problems printed in full; of the others, only the number is printed."""
@@ -130,7 +131,8 @@ def _peppers(settings: Settings) -> list[bytes]:
     raise InvalidRequest(
         NO_PEPPER,
         code="pepper_missing",
-        remedy=f"Set LORRY_PEPPER as for the API server, or copy its pepper file to {settings.data_dir / 'pepper'}.",
+        remedy="Set LORRY_PEPPER to the same value as on the API server, or copy the API server's pepper file to "
+        f"{settings.data_dir / 'pepper'}.",
     )
 
 
@@ -141,18 +143,20 @@ def _events(path: Path) -> Iterator[Json]:
             for number, line in enumerate(lines, 1):
                 event: Any = json.loads(line)
                 if not isinstance(event, dict):
-                    raise _no_export(f"Line {number} of {path} is not an audit event.")
+                    raise InvalidRequest(
+                        f"Line {number} of {path} is not an audit event.", code="invalid_export", remedy=USE_AN_EXPORT
+                    )
                 yield cast(Json, event)
-    except (OSError, ValueError) as error:
-        raise _no_export(f"{path} can't be read as an exported audit log: {error}") from error
-
-
-def _no_export(sentence: str) -> InvalidRequest:
-    return InvalidRequest(
-        sentence,
-        code="invalid_export",
-        remedy="Pass a file written by `lorry audit export` or by GET /v1/audit_events/export.",
-    )
+    except OSError as error:
+        raise InvalidRequest(
+            f"{path} can't be read: {error.strerror or error}.",
+            code="invalid_export",
+            remedy="Check the path and the file's permissions.",
+        ) from error
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{path} is not an exported audit log: {error}.", code="invalid_export", remedy=USE_AN_EXPORT
+        ) from error
 
 
 def _found(checked: BackupCheck) -> str:

@@ -89,9 +89,9 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
 
 def _missing_database(url: URL) -> InvalidRequest:
     return InvalidRequest(
-        f"The database {url.render_as_string()} is not set up.",
+        f"There is no Lorry database at {url.render_as_string()}.",
         code="database_not_set_up",
-        remedy=f"Set LORRY_DATA_DIR to the data folder of an existing service, or create the database: {COMMAND}.",
+        remedy=f"Set LORRY_DATA_DIR to an existing service's data folder, or create the database: `{COMMAND}`",
     )
 
 

@@ -80,8 +80,8 @@ def internal_error(request_id: str) -> Response:
     """Return the response to a crash. It contains only the request id, with which an operator finds the log lines."""
     return error_response(
         500,
-        message="The service failed with an internal error.",
-        remedy=f"Try again. If the error persists, report the request id {request_id} to the operator.",
+        message="The request failed because of an internal error in the service.",
+        remedy=f"Try again. If the error persists, report request ID {request_id} to the operator.",
         type="server_error",
         code="internal_error",
     )
@@ -129,11 +129,15 @@ async def _on_http(request: Request, error: Exception) -> Response:
 def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
     """(message, remedy, code)"""
     allowed = (error.headers or {}).get("allow", "another method")
-    wrong_method = f"The method {request.method} is not allowed for {_quoted(request.url.path)}."
+    wrong_method = f"{_quoted(request.url.path)} does not accept {request.method} requests."
     known: dict[int, tuple[str, str, str]] = {
-        400: ("The body is not valid JSON.", "Send one JSON object, encoded as UTF-8.", "invalid_json"),
-        405: (wrong_method, f"Use {allowed}.", "method_not_allowed"),
-        413: ("The body is larger than this operation allows.", "Send a smaller body.", "request_too_large"),
+        400: ("The request body is not valid JSON.", "Send one JSON object, encoded as UTF-8.", "invalid_json"),
+        405: (wrong_method, f"Use {allowed} instead.", "method_not_allowed"),
+        413: (
+            str(error.detail),
+            "Send a smaller body, or upload the data as a file with POST /v1/files.",
+            "request_too_large",
+        ),
     }
     return known.get(error.status_code, (str(error.detail), AGAIN, f"http_{error.status_code}"))
 
@@ -145,9 +149,12 @@ def _unknown_route(request: Request) -> Response:
         return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_supported")
     templates: list[str] = list(request.app.methods)
     similar = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
-    remedy = f"Did you mean {similar[0]}?" if similar else "The routes are listed in /openapi.json."
-    message = f"There is no route {request.method} {_quoted(path)}."
-    return error_response(404, message=message, remedy=remedy, code="unknown_route")
+    return error_response(
+        404,
+        message=f"There is no route {request.method} {_quoted(path)}.",
+        remedy=f"Did you mean {similar[0]}?" if similar else "See /openapi.json for a list of all routes.",
+        code="unknown_route",
+    )
 
 
 def _allowed(request: Request) -> str:

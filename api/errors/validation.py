@@ -58,7 +58,7 @@ def _explain(path: str, group: list[Problem], model: type[BaseModel] | None) -> 
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "unexpected end")
         return (
-            f"The body is not valid JSON: {reason} at character {first['loc'][-1]}.",
+            f"The request body is not valid JSON: {reason} at character {first['loc'][-1]}.",
             "Send one JSON object, encoded as UTF-8, with Content-Type: application/json.",
             _code(kind),
         )

@@ -111,8 +111,8 @@ class HttpConnection(H11Protocol):
         self._close("headers", is_abrupt=False)
 
     def _send_408(self) -> None:
-        remedy = "Send the whole request."
-        message = f"The headers of the request did not arrive within {self.timeouts.header_seconds:g} seconds. {remedy}"
+        remedy = "Send the request again. If this recurs, check the network between the client and the service."
+        message = f"The request headers did not arrive within {self.timeouts.header_seconds:g} seconds. {remedy}"
         error = {"message": message, "remedy": remedy, "type": "invalid_request_error", "param": None}
         body = json.dumps({"error": {**error, "code": "request_timeout"}}).encode("ascii")
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]

@@ -129,16 +129,18 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        if not self._hosts.admits(headers.get("host", "")):
+        host = headers.get("host", "")
+        if not self._hosts.admits(host):
             return error_response(
                 421,
-                message="The name in the Host header is not a name of this service.",
-                remedy="Use the address on which the service was started, or add the name to LORRY_ALLOWED_HOSTS.",
+                message=f"The Host header is {host[:80]!a}, which is not a hostname of this service.",
+                remedy="Use the service's own address, or ask the operator to add this hostname to "
+                "LORRY_ALLOWED_HOSTS.",
                 code="unknown_host",
             )
         if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
-            message = "The URL contains a NUL character."
-            return error_response(400, message=message, remedy="Remove it.", code="invalid_path")
+            message = "The URL contains a NUL character (%00)."
+            return error_response(400, message=message, remedy="Remove `%00` from the URL.", code="invalid_path")
         declared = headers.get("content-length", "0")
         if _is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
             return self._too_large()
@@ -147,8 +149,8 @@ class Gate:
     def _too_large(self) -> Response:
         return error_response(
             413,
-            message=f"The body is larger than {self._max_body_bytes} bytes.",
-            remedy="Send a smaller body, or upload the data as a file.",
+            message=f"The request body is larger than {self._max_body_bytes:,} bytes, which is the maximum.",
+            remedy="Send a smaller body, or upload the data as a file with POST /v1/files.",
             code="request_too_large",
         )
 
@@ -185,9 +187,10 @@ def _limited(scope: Scope, headers: Headers) -> Response | None:
 
 def _shutting_down() -> Unavailable:
     return Unavailable(
-        "The API server is shutting down, and the request was not finished in time.",
+        "The API server shut down before it could finish the request.",
         code="shutting_down",
-        remedy="Send the request again. A submission with the same Idempotency-Key creates no second job.",
+        remedy="Send the request again. If it submits a job, use the same Idempotency-Key, so that the job is not "
+        "created twice.",
     )
 
 

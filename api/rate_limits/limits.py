@@ -199,11 +199,11 @@ def retry_headers(error: RateLimited) -> Mapping[str, str]:
 
 def _rate_limited(bucket_state: BucketState) -> RateLimited:
     after = bucket_state.retry_after_seconds
-    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Send fewer requests at a time."
+    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Send fewer requests at once."
     return RateLimited(
         f"The API key has reached its limit of {bucket_state.rate.limit} requests per minute.",
         code="rate_limit_exceeded",
-        remedy=f"{remedy} An operator can raise the key's limit: lorry keys update.",
+        remedy=f"{remedy} An operator can raise the limit: `lorry keys update KEY --requests-per-minute NUMBER`",
         retry_after_seconds=after,
         headers=headers(bucket_state),
     )
@@ -223,9 +223,10 @@ def _network(address: str | None) -> str:
 def _too_many_failures(bucket_state: BucketState) -> RateLimited:
     after = bucket_state.retry_after_seconds
     return RateLimited(
-        f"Your address has sent {FAILURES.limit} requests without a valid API key within one minute.",
+        f"Your IP address sent {FAILURES.limit} requests without a valid API key within one minute, which is the "
+        "maximum.",
         code="too_many_failed_authentications",
-        remedy=f"Check the API key, and try again in {duration(after)}.",
+        remedy=f"Check the API key, then try again in {duration(after)}.",
         retry_after_seconds=after,
         headers={},
     )

@@ -93,10 +93,10 @@ class SlowWork:
                             await held.enter_async_context(limiter)
                 except TimeoutError as error:
                     raise Unavailable(
-                        "The API server is busy with file transfers and verifications.",
+                        "The API server is busy with other uploads and verifications.",
                         code="files_busy",
-                        remedy="Try again in a few seconds. A project may run "
-                        f"{self.per_project} uploads and verifications at once.",
+                        remedy="Try again in a few seconds. Each project can run at most "
+                        f"{self.per_project} uploads and verifications at the same time.",
                     ) from error
                 yield
         finally:

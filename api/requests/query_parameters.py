@@ -41,11 +41,18 @@ def metadata_filter(query: QueryParams) -> dict[str, str] | None:
     plain = query.get("metadata")
     if plain is None:
         return pairs or None
-    if plain != "null" or pairs:
+    if plain != "null":
         raise InvalidRequest(
-            "The metadata filter is invalid.",
+            f"The query parameter 'metadata' is {plain[:80]!a}, but must be null.",
             code="invalid_value",
-            remedy="Use metadata[KEY]=VALUE for each pair, or metadata=null alone.",
+            remedy="To filter by metadata, use metadata[KEY]=VALUE. To find jobs without metadata, use metadata=null.",
+            param="metadata",
+        )
+    if pairs:
+        raise InvalidRequest(
+            "The query parameter metadata=null can't be combined with metadata[KEY]=VALUE.",
+            code="invalid_value",
+            remedy="Send only one of the two.",
             param="metadata",
         )
     return {}
@@ -59,8 +66,10 @@ def query_parameters(dependant: Dependant) -> set[str]:
 
 def _unknown(name: str, known: set[str]) -> InvalidRequest:
     similar = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    listed = f"Remove it. Known parameters: {', '.join(sorted(known)) or 'none'}."
-    remedy = f"Did you mean {similar[0]!r}?" if similar else listed
+    listed = f"Remove it. This operation accepts {', '.join(sorted(known)) or 'no query parameters'}."
     return InvalidRequest(
-        f"Unknown query parameter {name[:80]!a}.", code="unknown_parameter", remedy=remedy, param=name[:80]
+        f"Unknown query parameter {name[:80]!a}.",
+        code="unknown_parameter",
+        remedy=f"Did you mean {similar[0]!r}?" if similar else listed,
+        param=name[:80],
     )

@@ -32,9 +32,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()  # a body may have a hundred thousand names: counting each would take minutes
         duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))[:80]
         raise InvalidRequest(
-            f"The field {duplicate!a} occurs twice in one object.",
+            f"The field {duplicate!a} appears more than once in the same JSON object.",
             code="duplicate_field",
-            remedy="Keep only one of them.",
+            remedy="Send the field only once.",
             param=duplicate,
         )
     return found
@@ -42,9 +42,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _constant(name: str) -> float:
     raise InvalidRequest(
-        f"The body contains {name}, which is not a JSON number.",
+        f"The request body contains {name}, which is not valid in JSON.",
         code="number_not_finite",
-        remedy="Remove the value, or send a finite number.",
+        remedy="Use a finite number, or remove the value.",
     )
 
 
@@ -52,8 +52,8 @@ def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise InvalidRequest(
-            f"The body contains the number {text[:40]}, which is out of range.",
+            f"The request body contains the number {text[:40]}, which is not between -1.8e308 and 1.8e308.",
             code="number_not_finite",
-            remedy="Send a number below 1e308.",
+            remedy="Use a number within this range.",
         )
     return value

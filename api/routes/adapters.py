@@ -29,7 +29,7 @@ from api.transfers.adapter_archive import ArchiveMember, inline, tar_chunks, tar
 from api.transfers.attachment import READ_BYTES, Download
 from catalog.audit import lineage_signatures
 from catalog.caller import Caller
-from catalog.errors import NotFound
+from catalog.errors import LorryError
 from catalog.registry import adapters, lineage
 from catalog.registry.adapters import AdapterView
 from catalog.storage.manifest import Manifest
@@ -40,6 +40,12 @@ Shared = Annotated[
 ]
 BYTES = binary("application/octet-stream", "The file, as an attachment.")
 TAR = binary("application/x-tar", "A tar archive, as an attachment.")
+
+
+class AdapterFileNotFound(LorryError):
+    """The adapter exists, but has no file with this path."""
+
+    status = 404
 
 
 @router.get("", operation_id="list_adapters")
@@ -88,7 +94,12 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
     file = _manifest(view).file(path)
     if file is None:
         names = ", ".join(item.path for item in _manifest(view).files)
-        raise NotFound("adapter file", path, param="path", remedy=f"Use one of: {names}.")
+        raise AdapterFileNotFound(
+            f"The adapter {adapter!r} does not contain the file {path!r}.",
+            code="adapter_file_not_found",
+            remedy=f"Use one of: {names}.",
+            param="path",
+        )
     return Download(
         use.downloads,
         partial(use.store.open_blob, file.digest, chunk_bytes=READ_BYTES),

@@ -91,9 +91,9 @@ def get_prometheus_metrics(
         require_operator(authentication.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper))
     elif use.api_settings.public_url or not _is_from_this_machine(request):
         raise Unauthorized(
-            "/metrics is available without an API key only from the API server's own machine.",
+            "/metrics requires an operator key, because this request does not come from the API server's own machine.",
             code="missing_api_key",
-            remedy="Send an operator key: Authorization: Bearer YOUR_KEY.",
+            remedy="Send the header `Authorization: Bearer YOUR_KEY` with an operator key.",
         )
     return Response(use.telemetry.expose(metrics.read(use.db)), media_type=CONTENT_TYPE_LATEST)
 

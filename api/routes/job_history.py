@@ -211,9 +211,9 @@ def event_seq(after: str | None) -> int | None:
     number = after.removeprefix(EVENT_PREFIX)
     if not (number.isascii() and number.isdecimal() and len(number) < 19):
         raise InvalidRequest(
-            "'after' is not the id of an event.",
+            f"'after' is {after[:80]!a}, which is not an event ID.",
             code="unknown_cursor",
-            remedy=f"Use the id of the last event of the previous page, such as {EVENT_PREFIX}417.",
+            remedy=f"Use the ID of the last event on the previous page, for example {EVENT_PREFIX}417.",
             param="after",
         )
     return int(number)

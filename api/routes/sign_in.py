@@ -75,9 +75,9 @@ async def open_sign_in_link(
     current = await run_in_threadpool(_signed_in, use, session)
     if current is not None and current.api_key_id != caller.api_key_id and not body.replaces_session:
         raise Conflict(
-            f"This browser is signed in to the project {current.project_name!r} with the key {current.name!r}.",
+            f"This browser is already signed in to the project {current.project_name!r} with the key {current.name!r}.",
             code="session_exists",
-            remedy="Sign out first, or send replaces_session: true.",
+            remedy="Sign out first, or set 'replaces_session' to true.",
         )
     secret = await run_in_threadpool(_exchange, use, token=body.token, replaced=session)
     _set_cookie(request, response, use, secret)

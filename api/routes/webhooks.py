@@ -152,9 +152,9 @@ async def test_webhook_endpoint(
     await run_route(project_id, partial(delivery_queue.record_test, use.db, endpoint, delivery, outcome))
     if outcome.status_code is None:
         raise Conflict(
-            f"The endpoint did not answer. {outcome.error}",
+            f"The test request to webhook endpoint {endpoint.id} failed. {outcome.error}",
             code="webhook_endpoint_unreachable",
-            remedy="Check its URL, and check that this service can reach it.",
+            remedy="Check the endpoint's URL, and that the service can connect to it.",
         )
     return WebhookTestResult(
         webhook_endpoint_id=endpoint.id,

@@ -94,17 +94,17 @@ def base_object(row: BaseModelRow, *, local_path: str | None, shows_paths: bool)
             "source": row.source if shows_paths or row.kind == "hub" else None,
             "revision": row.revision,
             "local_path": local_path if shows_paths else None,
-            "error": row.error if shows_paths or row.error is None else _without_paths(row.error),
+            "error": row.error if shows_paths or row.error is None else _without_paths(row.name, row.error),
         }
     )
 
 
-def _without_paths(error: dict[str, Any]) -> dict[str, Any]:
+def _without_paths(name: str, error: dict[str, Any]) -> dict[str, Any]:
     """Return a generic error, because the import's own message may quote paths and logs of the service's machine."""
     return {
         "code": error.get("code", "import_failed"),
-        "message": "The import failed.",
-        "remedy": "Ask an operator, who can see the reason and add the model again.",
+        "message": f"The import of {name!r} failed.",
+        "remedy": f"Ask an operator to find the reason with `lorry models show {name}`, and to add the model again.",
     }
 
 

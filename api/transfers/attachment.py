@@ -143,7 +143,7 @@ def _too_many(owner: str, limit: int) -> RateLimited:
     return RateLimited(
         f"The {owner} has reached its maximum of {limit} concurrent downloads.",
         code="too_many_downloads",
-        remedy="Try again when one of them has finished.",
+        remedy="Wait until one of them finishes, then try again.",
         retry_after_seconds=BUSY_SECONDS,
         headers={},
     )

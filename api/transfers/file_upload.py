@@ -114,7 +114,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def _too_large(max_bytes: int, shape: FormShape) -> TooLarge:
-    message = f"The {shape.noun} is larger than {max_bytes} bytes."
+    message = f"The {shape.noun} is larger than {max_bytes:,} bytes, which is the maximum."
     return TooLarge(message, code=shape.too_large, remedy=shape.smaller, param=shape.content)
 
 
@@ -133,9 +133,19 @@ async def _parse(
                 await run_in_threadpool(spool.write, form.take())
         parser.finalize()
     except FormParserError as error:
-        raise _not_a_form("The multipart form is incomplete or malformed.", form.shape) from error
+        raise InvalidRequest(
+            "The request body is not a valid multipart form.",
+            code="invalid_multipart",
+            remedy=form.shape.remedy,
+            param=form.shape.content,
+        ) from error
     except ClientDisconnect as error:
-        raise _not_a_form("The client disconnected before it had sent the whole file.", form.shape) from error
+        raise InvalidRequest(
+            f"The client disconnected before the upload of the {form.shape.noun} finished.",
+            code="invalid_multipart",
+            remedy=f"Upload the {form.shape.noun} again.",
+            param=form.shape.content,
+        ) from error
     if form.pending:
         await run_in_threadpool(spool.write, form.take())
     form.check_complete()
@@ -145,7 +155,12 @@ def _boundary(request: Request, shape: FormShape) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
-        raise _not_a_form("The request is not multipart/form-data.", shape)
+        raise InvalidRequest(
+            "The request does not have the content type multipart/form-data with a boundary.",
+            code="invalid_multipart",
+            remedy=shape.remedy,
+            param=shape.content,
+        )
     return boundary
 
 
@@ -153,7 +168,3 @@ def _check_declared_size(request: Request, max_bytes: int, shape: FormShape) -> 
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes + FORM_OVERHEAD_BYTES:
         raise _too_large(max_bytes, shape)
-
-
-def _not_a_form(message: str, shape: FormShape) -> InvalidRequest:
-    return InvalidRequest(message, code="invalid_multipart", remedy=shape.remedy, param=shape.content)

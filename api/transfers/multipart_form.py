@@ -43,14 +43,16 @@ FILE = FormShape(
     content="file",
     needed=("purpose",),
     optional=("expires_after[anchor]", "expires_after[seconds]"),
-    remedy="Send a form with one 'purpose' and one 'file', like files.create of the openai client.",
+    remedy="Send a multipart/form-data request with a 'purpose' field and a 'file' field, as `client.files.create()` "
+    "in the OpenAI SDK does.",
     too_large="file_too_large",
     smaller="Split it into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
 )
 PART = FormShape(
     noun="part",
     content="data",
-    remedy="Send a form with one 'data', like uploads.parts.create of the openai client.",
+    remedy="Send a multipart/form-data request with a 'data' field, as `client.uploads.parts.create()` in the OpenAI "
+    "SDK does.",
     too_large="part_too_large",
     smaller="Split the file into smaller parts.",
 )
@@ -86,13 +88,21 @@ class UploadForm:
 
     def check_complete(self) -> None:
         if not self._ended:
-            raise self._refused(
-                "The form ends before its final boundary.", code="invalid_multipart", param=self.shape.content
+            raise InvalidRequest(
+                "The form ends before its closing boundary, so the upload is incomplete.",
+                code="invalid_multipart",
+                remedy=f"Upload the {self.shape.noun} again.",
+                param=self.shape.content,
             )
         sent = self._fields if self._filename is None else {*self._fields, self.shape.content}
         for name in (self.shape.content, *self.shape.needed):
             if name not in sent:
-                raise self._refused(f"'{name}' is missing.", code="missing_required_parameter", param=name)
+                raise InvalidRequest(
+                    f"The form field '{name}' is missing.",
+                    code="missing_required_parameter",
+                    remedy=self.shape.remedy,
+                    param=name,
+                )
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -128,8 +138,12 @@ class UploadForm:
         self._check_name()
         if self._name == self.shape.content:
             if b"filename" not in options:
-                raise self._refused(
-                    f"The part '{self._name}' has no filename.", code="invalid_multipart", param=self._name
+                raise InvalidRequest(
+                    f"The form field '{self._name}' has no filename.",
+                    code="invalid_multipart",
+                    remedy=f'Add a filename to the field\'s Content-Disposition header: name="{self._name}"; '
+                    'filename="data.jsonl"',
+                    param=self._name,
                 )
             self._filename = options[b"filename"].decode("utf-8", "replace")
         else:
@@ -141,15 +155,20 @@ class UploadForm:
         known = self.shape.fields()
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1)
-            listed = f"Send only {', '.join(map(repr, known))}."
+            listed = f"Remove it. The form accepts only {', '.join(map(repr, known))}."
             raise InvalidRequest(
-                f"Unknown field '{shown}'.",
+                f"Unknown form field '{shown}'.",
                 code="unknown_parameter",
                 remedy=f"Did you mean '{similar[0]}'?" if similar else listed,
                 param=shown,
             )
         if name in self._fields or (name == self.shape.content and self._filename is not None):
-            raise self._refused(f"The field '{name}' occurs twice.", code="repeated_parameter", param=name)
+            raise InvalidRequest(
+                f"The form field '{name}' appears more than once.",
+                code="repeated_parameter",
+                remedy=f"Send '{name}' only once.",
+                param=name,
+            )
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self.shape.content:
@@ -157,11 +176,13 @@ class UploadForm:
             return
         field = self._fields[self._name]
         if len(field) + end - start > MAX_FIELD_BYTES:
-            raise self._refused(f"'{self._name}' is too long.", code="invalid_value", param=self._name)
+            raise InvalidRequest(
+                f"'{self._name}' is longer than {MAX_FIELD_BYTES:,} bytes.",
+                code="invalid_value",
+                remedy=f"Shorten '{self._name}' to at most {MAX_FIELD_BYTES:,} bytes.",
+                param=self._name,
+            )
         field += data[start:end]
 
     def _end(self) -> None:
         self._ended = True
-
-    def _refused(self, message: str, *, code: str, param: str) -> InvalidRequest:
-        return InvalidRequest(message, code=code, remedy=self.shape.remedy, param=param)

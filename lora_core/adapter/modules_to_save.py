@@ -117,7 +117,7 @@ def _modules_to_save(model: PreTrainedModel, lora: LoraConfig, head_path: str) -
             existing = any(matches(other, name) for other, _ in model.named_modules())
             reason = "which can't be trained in full" if existing else "which this base model doesn't have"
             raise NoTargets(
-                f"lora.modules_to_save names {name!r}, {reason}.",
+                f"lora.modules_to_save contains {name!r}, {reason}.",
                 remedy=f"Name only the head, {path!r}. For embeddings of single tokens use "
                 "lora.trainable_token_indices, and for linear layers lora.rank_pattern.",
             )
@@ -128,12 +128,13 @@ def _refuse_tokens(lora: LoraConfig, *, num_tokens: int, tied_head_is_saved: boo
     largest = max(lora.trainable_token_indices)
     if largest >= num_tokens:
         raise NoTargets(
-            f"lora.trainable_token_indices names token {largest}, but the base model has {num_tokens} tokens.",
+            f"lora.trainable_token_indices contains the token ID {largest}, but the maximum for this base model is "
+            f"{num_tokens - 1}.",
             remedy=f"Use token ids from 0 to {num_tokens - 1}.",
         )
     if tied_head_is_saved:
         raise NoTargets(
             "lora.modules_to_save names the output head, whose weight this base model shares with the embeddings in "
             "lora.trainable_token_indices: the trained tokens would have two embeddings.",
-            remedy="Remove one of the two fields.",
+            remedy="Remove lora.modules_to_save or lora.trainable_token_indices.",
         )

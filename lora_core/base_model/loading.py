@@ -28,6 +28,9 @@ NAMES_OF_ORIGIN = re.compile(r"name_or_path$|^(base_)?model(_name)?$")
 """Keys that record the origin of a model. Nothing is loaded through them."""
 LABELS = ("id2label", "label2id")
 """Objects with a classifier's labels, such as "N/A", which are plain text."""
+OTHER_MODEL = "Use a causal language model that transformers supports, as safetensors or GGUF."
+COMPLETE = "Download all files of the model again, and use the new folder."
+TO_SAFETENSORS = "Convert the weights to safetensors, for example with save_pretrained of transformers."
 
 
 AUTO_MODELS: dict[Task, Any] = {
@@ -42,11 +45,11 @@ def read_config(folder: Path, task: Task = "causal-lm") -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise refused(f"config.json of {folder.name!r} can't be read: {error}") from error
+        raise refused(f"the config.json in {folder.name!r} can't be read: {error}", remedy=COMPLETE) from error
     refuse_towers(config)
     if type(config) not in AUTO_MODELS[task]._model_mapping:
         kind = {"causal-lm": "causal language model", "sequence-classification": "classifier of sequences"}[task]
-        raise refused(f"{config.model_type!r} has no {kind}")
+        raise refused(f"transformers has no {kind} for models of type {config.model_type!r}")
     if task == "sequence-classification":
         config.num_labels = NUM_PLACEHOLDER_CLASSES
     refuse_unpackable(config)
@@ -65,10 +68,15 @@ def weight_names(folder: Path) -> list[str]:
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise refused(f"{INDEX} can't be read") from error
+        raise refused(f"{INDEX} can't be read ({type(error).__name__})", remedy=COMPLETE) from error
     foreign = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", str(name))]
     if foreign or not names:
-        raise refused(f"{INDEX} names {foreign[0]!r}" if foreign else f"{INDEX} names no file")
+        raise refused(
+            f"{INDEX} lists {foreign[0]!r}, which is not a safetensors file in this folder"
+            if foreign
+            else f"{INDEX} does not list any files",
+            remedy=COMPLETE,
+        )
     return names
 
 
@@ -80,7 +88,7 @@ def refuse_code(folder: Path) -> None:
         try:
             content = json.loads(path.read_text())
         except (ValueError, RecursionError) as error:
-            raise refused(f"{path.name} is not valid JSON") from error
+            raise refused(f"{path.name} is not valid JSON", remedy=COMPLETE) from error
         for parent, key, value in _entries(content):
             may_refer = path.name == "config.json" and parent not in LABELS
             if (reason := _code_reason(key, value, may_refer=may_refer)) is not None:
@@ -123,7 +131,7 @@ def built_in_attention(config: Any, task: Task = "causal-lm") -> str:
 def refuse_quantized(config: Any) -> None:
     """Raise UnsupportedModel for weights in the quantized format of another library, whose code would read them."""
     if getattr(config, "quantization_config", None) is not None:
-        raise refused("its weights are quantized")
+        raise refused("its weights are quantized", remedy="Use the original weights, and set quantization instead.")
 
 
 def refuse_towers(config: Any) -> None:
@@ -150,7 +158,7 @@ def refuse_unpackable(config: Any) -> None:
     allowed = {"full_attention", "sliding_attention", "attention"}
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - allowed)
     if foreign:
-        raise unpackable(config, f"has layers of kind {foreign}")
+        raise unpackable(config, f"has layers of the type {', '.join(map(repr, foreign))}")
     dynamic = [kind for kind in _rotary_kinds(config) if "dynamic" in kind]
     if dynamic:
         raise UnsupportedModel(
@@ -191,7 +199,7 @@ def load_with_transformers(
         refuse_quantized(config)
         options["attn_implementation"] = built_in_attention(config, task)
         if not weight_names(folder):
-            raise refused("its folder contains no safetensors weights")
+            raise refused("its folder contains no safetensors weights", remedy=TO_SAFETENSORS)
         options["use_safetensors"] = True
     try:
         loaded: Any = AUTO_MODELS[task].from_pretrained(
@@ -212,13 +220,10 @@ def load_with_transformers(
 
 def mismatch(reason: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"The weights don't match config.json: {reason}.",
+        f"The base model's weights don't match its config.json: {reason}.",
         remedy="Import the base model again from a complete source.",
     )
 
 
-def refused(reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"The base model is not supported: {reason}.",
-        remedy="Use a causal language model that transformers supports, as safetensors or GGUF.",
-    )
+def refused(reason: str, *, remedy: str = OTHER_MODEL) -> UnsupportedModel:
+    return UnsupportedModel(f"The base model is not supported: {reason}.", remedy=remedy)

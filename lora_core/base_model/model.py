@@ -190,17 +190,20 @@ def load_base(
         _require_known(name, value, get_args(known))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
-            f"device is {device!r}, but this torch ({torch.__version__}) finds no GPU.",
-            remedy="Install a build of torch with CUDA, or use device 'cpu'.",
+            f"device is {device!r}, but PyTorch {torch.__version__} finds no GPU.",
+            remedy="Install a build of PyTorch with CUDA, or set device to 'cpu'.",
         )
     base_dir = Path(base_dir)
     _require_folder(base_dir)
     config = read_config(base_dir, task)
     if quantization != "none" and task != "causal-lm":
-        raise refused("a quantized base model can't be trained for classification yet")
+        raise refused("quantized base models can't be trained for classification", remedy="Set quantization to 'none'.")
     is_sharded = strategy != "replicated"
     if is_sharded and (quantization != "none" or task != "causal-lm"):
-        raise refused(f"the strategy {strategy!r} only supports causal language models without quantization yet")
+        raise refused(
+            f"the strategy {strategy!r} supports only causal language models without quantization",
+            remedy="Use the strategy 'replicated'.",
+        )
     torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     paths = sorted(base_dir.glob("*.safetensors"))
     for path in paths:
@@ -226,15 +229,15 @@ def load_base(
 
 def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{name} is {value!r}.", remedy=f"{name} must be one of {', '.join(known)}.")
+        raise ConfigError(f"{name} is {value!r}, which is not supported.", remedy=f"Use one of: {', '.join(known)}.")
 
 
 def _require_folder(base_dir: Path) -> None:
     if base_dir.is_file():
-        remedy = "Convert it to a folder with lora_core.model_files.import_base.import_base, and pass that."
+        remedy = "Convert it to a folder with lora_core.model_files.import_base.import_base, and use that folder."
         raise UnreachableSource(f"The base model {str(base_dir)!r} is a file, not a folder.", remedy=remedy)
     if not base_dir.is_dir():
-        remedy = "Pass a folder with config.json and safetensors. import_base creates one from a Hub repository."
+        remedy = "Use a folder with config.json and safetensors files. import_base creates one from a Hub repository."
         raise UnreachableSource(f"The folder {str(base_dir)!r} does not exist.", remedy=remedy)
 
 

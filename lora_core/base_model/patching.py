@@ -72,11 +72,11 @@ def choose_targets(linears: dict[str, nn.Module], lora: LoraConfig) -> tuple[Ada
         for field, pairs in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
             for key, _ in pairs:
                 if not any(matches_pattern(path, end_pattern(key)) for path in wanted):
-                    raise _unmatched(f"lora.{field} names {key!r}, which matches no adapted layer.", linears)
+                    raise _unmatched(f"The key {key!r} in lora.{field} does not match any targeted layer.", linears)
     except PatternTooSlow as error:
         raise NoTargets(
             f"The regular expression {str(error)!r} takes too long to match a module path.",
-            remedy="Remove nested repetitions such as (a+)+, or use module names.",
+            remedy="Remove nested repetitions such as (a+)+, or use module names instead.",
         ) from error
     return tuple(target_of(path, linears[path]) for path in wanted)
 
@@ -88,12 +88,15 @@ def _wanted(linears: dict[str, nn.Module], lora: LoraConfig) -> list[str]:
     if pattern is not None:
         found = [path for path in linears if matches_pattern(path, pattern)]
         if not found:
-            raise _unmatched(f"The regular expression {pattern!r} matches no linear layer of this base model.", linears)
+            raise _unmatched(
+                f"The pattern {pattern!r} in lora.target_modules does not match any linear layer of this base model.",
+                linears,
+            )
         return found
     suffixes = (wanted,) if isinstance(wanted, str) else wanted
     for suffix in suffixes:
         if not any(matches(path, suffix) for path in linears):
-            sentence = f"lora.target_modules names {suffix!r}, which matches no linear layer of this base model."
+            sentence = f"{suffix!r} in lora.target_modules does not match any linear layer of this base model."
             raise _unmatched(sentence, linears)
     return [path for path in linears if any(matches(path, suffix) for suffix in suffixes)]
 
@@ -106,15 +109,17 @@ def _in_layers(paths: list[str], layers: tuple[int, ...] | None) -> list[str]:
         if layer not in existing:
             numbers = sorted(layer for layer in existing if layer is not None)
             raise NoTargets(
-                f"lora.layers_to_transform names {layer}, but no targeted linear layer is in a block with that number.",
-                remedy=f"Use block numbers among: {', '.join(map(str, numbers)) or 'none'}; or omit the field.",
+                f"lora.layers_to_transform contains {layer}, but block {layer} has no targeted linear layer.",
+                remedy=f"Use these block numbers: {', '.join(map(str, numbers))}. Or omit lora.layers_to_transform."
+                if numbers
+                else "Omit lora.layers_to_transform: the targeted layers are not in numbered blocks.",
             )
     return [path for path in paths if layer_of(path) in layers]
 
 
 def _unmatched(sentence: str, linears: dict[str, nn.Module]) -> NoTargets:
     existing = ", ".join(sorted({path.rpartition(".")[2] for path in linears}))
-    return NoTargets(sentence, remedy=f"Use 'all-linear' or names among: {existing}.")
+    return NoTargets(sentence, remedy=f"Use 'all-linear', or names from this list: {existing}.")
 
 
 class Attachment:
@@ -256,7 +261,7 @@ def frozen_weights(
         if lora.subtracts_start and lora.rank_of(target.name) > min(plain.weight_OD.shape):
             raise NoTargets(
                 f"lora.{field} does not support rank {lora.rank_of(target.name)} for {target.name} "
-                f"({target.out_features} by {target.in_features}): it exceeds the smaller dimension.",
+                f"({target.out_features} by {target.in_features}): the maximum is the smaller dimension.",
                 remedy="Lower lora.rank, or set a lower rank for this layer in lora.rank_pattern.",
             )
         weights[target.name] = plain.weight_OD

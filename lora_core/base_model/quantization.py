@@ -52,7 +52,7 @@ def quantization_in_training(weights: Path) -> Quantization:
     except (SafetensorError, ValueError, RecursionError, AttributeError) as error:
         raise UnsafeFile(
             f"{weights.name} can't be read as safetensors, or its base_quantization_config is invalid.",
-            remedy="Use a safetensors file written by a trusted tool.",
+            remedy="Export the adapter again, for example with PEFT's save_pretrained.",
         ) from error
 
 
@@ -83,8 +83,8 @@ def _require_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise UnsupportedModel(
-            "A quantized base model needs bitsandbytes, which is not installed on the worker.",
-            remedy="Install the extra 'quant' there, or train without quantization.",
+            "Quantized base models need the package bitsandbytes, which is not installed on the worker.",
+            remedy="Install `lorry-server[quant]` on the worker, or train without quantization.",
         ) from error
 
 

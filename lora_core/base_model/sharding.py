@@ -47,8 +47,8 @@ def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: s
         )
     if ranks.size == 1:
         raise ConfigError(
-            f"The strategy {strategy!r} shards a base model over several processes, but there is only one.",
-            remedy="Give the trainer more devices, or use 'replicated'.",
+            f"The strategy {strategy!r} needs at least two processes, but the trainer has only one.",
+            remedy="Give the trainer more devices, or use the strategy 'replicated'.",
         )
     rest = set(model.parameters()) - {parameter for block in blocks for parameter in block.parameters()}
     for parameter in rest:

@@ -98,7 +98,7 @@ def load_checkpoint(
 def _check_state(state: dict[str, Any], expected: Fingerprint, targets: list[str]) -> None:
     if state["format"] != FORMAT:
         remedy = "Resume with the version of lora_core that wrote it, or start again."
-        raise _bad(f"has format {state['format']}: expected {FORMAT}", remedy)
+        raise _bad(f"has format {state['format']}, but this version reads only format {FORMAT}", remedy)
     for name, value in expected.items():
         if state[name] != value:
             raise _mismatch(name, was=state[name], value=value)

@@ -362,12 +362,13 @@ class Engine:
         """Return an initialized job. Raises ConfigError if it is not loaded, and BadCheckpoint if its update failed."""
         if name not in self._jobs:
             raise ConfigError(
-                f"Job {name!r} is not loaded.", remedy=f"Loaded jobs are: {', '.join(self._jobs) or 'none at all'}."
+                f"Job {name!r} is not loaded.",
+                remedy=f"Use one of: {', '.join(self._jobs)}." if self._jobs else "Load it first: no job is loaded.",
             )
         job = self._jobs[name]
         if job.is_torn:
             raise BadCheckpoint(
-                f"Job {name!r} has undefined weights because an optimizer update failed halfway.",
+                f"Job {name!r} has undefined weights, because an optimizer update failed before it was complete.",
                 remedy="Evict the job, and resume it from an earlier checkpoint.",
             )
         with shortage_of(name, part="start"):

@@ -58,7 +58,7 @@ def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
         return "bitwise"
     if all(_is_close(one, other) for one, other in pairs):
         return "allclose"
-    raise _unpackable(base, "its gradients change with the packmates")
+    raise _unpackable(base, "its gradients depend on the other jobs in the same pass")
 
 
 def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -114,14 +114,14 @@ def _check_fits(dataset: TokenDataset, base: BaseModel) -> None:
     largest, longest = int(dataset.input_ids.max()), int(dataset.row_lengths().max())
     if largest >= base.vocab_size:
         raise BadDataset(
-            f"The data contains token {largest}, but the base model has {base.vocab_size} tokens.",
+            f"The data contains the token ID {largest}, but the base model's largest ID is {base.vocab_size - 1}.",
             remedy="Tokenize the data with this base model's tokenizer.",
         )
     _check_types(dataset, base)
     if base.max_positions is not None and longest > base.max_positions:
         raise BadDataset(
             f"A row has {longest} tokens, but the base model supports at most {base.max_positions}.",
-            remedy="Shorten or split long rows.",
+            remedy="Shorten or split the long rows, or lower max_length.",
         )
 
 
@@ -132,6 +132,6 @@ def _check_types(dataset: TokenDataset, base: BaseModel) -> None:
     largest, num_types = int(dataset.token_types.max()), getattr(base.model.config, "type_vocab_size", None) or 0
     if num_types and largest >= num_types:
         raise BadDataset(
-            f"The data contains token type {largest}, but the base model has {num_types}.",
+            f"The data contains the token type {largest}, but the base model's largest token type is {num_types - 1}.",
             remedy="Tokenize the data with this base model's tokenizer, or omit the token types.",
         )

@@ -22,7 +22,7 @@ SENTENCES = (
 def refuse_taken(out_dir: Path) -> None:
     """Raise ConfigError before training if the output folder isn't empty."""
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        remedy = "Choose another folder with --out, or remove this one."
+        remedy = "Choose another folder with --out, or delete this one."
         raise ConfigError(f"The output folder {str(out_dir)!r} is not empty.", remedy=remedy)
 
 

@@ -202,19 +202,22 @@ def check_prompts(prompts: Prompts, base: BaseModel) -> None:
     if base.task != "causal-lm":
         raise ConfigError("A sequence classifier can't answer prompts.", remedy="Use a job on a causal language model.")
     if not prompts.prompts or prompts.max_tokens < 1:
-        raise ConfigError("There is nothing to answer.", remedy="Pass at least one prompt and max_tokens of 1.")
+        raise ConfigError(
+            "Sampling needs at least one prompt, and max_tokens must be at least 1.",
+            remedy="Add a prompt, or raise max_tokens.",
+        )
     for number, prompt in enumerate(prompts.prompts, start=1):
         if not prompt:
-            raise ConfigError(f"Prompt {number} is empty.", remedy="Write a prompt, or remove it.")
+            raise ConfigError(f"Prompt {number} is empty.", remedy="Fill in the prompt, or remove it.")
         if not 0 <= min(prompt) <= max(prompt) < base.vocab_size:
             raise ConfigError(
-                f"Prompt {number} has a token outside the base model's vocabulary of {base.vocab_size}.",
+                f"Prompt {number} contains a token ID that is not between 0 and {base.vocab_size - 1}.",
                 remedy="Tokenize prompts with this base model's tokenizer.",
             )
         longest = len(prompt) + prompts.max_tokens
         if base.max_positions is not None and longest > base.max_positions:
             raise ConfigError(
-                f"Prompt {number} has {len(prompt)} tokens. With an answer of {prompts.max_tokens} it exceeds the base "
-                f"model's maximum of {base.max_positions}.",
+                f"Prompt {number} has {len(prompt)} tokens. With an answer of max_tokens={prompts.max_tokens}, it "
+                f"exceeds the base model's maximum of {base.max_positions} tokens.",
                 remedy="Shorten the prompt, or lower max_tokens.",
             )

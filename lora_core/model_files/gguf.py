@@ -23,7 +23,8 @@ def refuse_scaled_rotation(path: Path) -> None:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise UnsupportedModel(
-            f"{path.name} can't be read as a GGUF file ({error}).", remedy="Download it again: it may be truncated."
+            f"{path.name} can't be read as a GGUF file ({error}).",
+            remedy="Download the file again: it may be incomplete.",
         ) from error
     found = [tensor.name for tensor in reader.tensors if tensor.name in FACTORS]
     metadata = {name: field.contents() for name, field in reader.fields.items() if name.endswith((KIND, *AMOUNTS))}

@@ -15,7 +15,16 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer
 
-from lora_core.base_model.loading import INDEX, SINGLE, load_with_transformers, read_config, refused, weight_names
+from lora_core.base_model.loading import (
+    COMPLETE,
+    INDEX,
+    SINGLE,
+    TO_SAFETENSORS,
+    load_with_transformers,
+    read_config,
+    refused,
+    weight_names,
+)
 from lora_core.base_model.model import build_model, load_base
 from lora_core.base_model.patching import Attachment
 from lora_core.engine.invariance_probe import refuse_mixing
@@ -112,7 +121,7 @@ def _unreachable(repository: str, revision: str | None, error: Exception) -> Unr
 def _refuse_by_config(folder: Path) -> None:
     """Reject a model by its config, before weights are downloaded or read."""
     if not (folder / "config.json").is_file():
-        raise refused(f"{folder.name!r} has no config.json")
+        raise refused(f"the folder {folder.name!r} does not contain config.json", remedy=COMPLETE)
     config = read_config(folder)
     with torch.device("meta"):
         build_model(config)
@@ -122,16 +131,17 @@ def _write_folder(folder: Path, directory: Path) -> None:
     if not folder.is_dir():
         raise UnreachableSource(
             f"The folder {str(folder)!r} does not exist on the worker.",
-            remedy="Pass the absolute path of a safetensors folder. The name of a GGUF file must end in .gguf.",
+            remedy="Use the absolute path of a folder with safetensors files. Names of GGUF files must end in .gguf.",
         )
     _refuse_by_config(folder)
     names = weight_names(folder)
     if not names:
         pickles = [path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]]
         raise refused(
-            f"its weights are pickles ({pickles[0]})"
+            f"its weights are pickle files ({pickles[0]}), which can run code when they are read"
             if pickles
-            else f"it has no safetensors weights ({SINGLE} or {INDEX})"
+            else f"it has no safetensors weights ({SINGLE} or {INDEX})",
+            remedy=TO_SAFETENSORS,
         )
     dtypes = {dtype for name in names for dtype, _ in read_header(folder / name).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
@@ -144,11 +154,13 @@ def _write_gguf(path: Path, directory: Path) -> None:
     """Convert a GGUF file. It is read through a folder without other files, so that none of them is loaded."""
     if not path.is_file():
         raise UnreachableSource(
-            f"The file {str(path)!r} does not exist on the worker.", remedy="Pass the absolute path of a GGUF file."
+            f"The file {str(path)!r} does not exist on the worker.", remedy="Use the absolute path of a GGUF file."
         )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise refused(f"{path.name} is not a GGUF file")
+            raise refused(
+                f"{path.name} is not a GGUF file", remedy="Use a GGUF file, or a folder with safetensors files."
+            )
     refuse_scaled_rotation(path)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
@@ -177,7 +189,7 @@ def _save_tokenizer(folder: Path, directory: Path, **source: str) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
     except (OSError, ValueError, KeyError) as error:
-        raise refused("its tokenizer can't be read") from error
+        raise refused(f"its tokenizer can't be read ({type(error).__name__})", remedy=COMPLETE) from error
     tokenizer.save_pretrained(directory)
 
 

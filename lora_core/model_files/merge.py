@@ -40,6 +40,7 @@ DEQUANTIZE_HELP = "store 16 bits if the GGUF file, or the base model in training
 MEASURE_HELP = "time a pass of the base and of the merged model; reads a GGUF file twice"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
+PULL_AGAIN = "Pull the adapter again into a new folder with `lorry adapters pull`."
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
 SHARD = "5GB"
 
@@ -93,8 +94,8 @@ def merge_adapter(
     trained_on = quantization_in_training(adapter_dir / WEIGHTS)
     if trained_on != "none" and not dequantize:
         raise UnsupportedModel(
-            f"The adapter was trained on a base model with {trained_on} quantization. Merged into plain weights, it "
-            "gives other logits than in training and verification.",
+            f"The adapter was trained on a base model with {trained_on} quantization, so merging it into weights "
+            "without quantization changes its output.",
             remedy=f"Serve it on the base model in {trained_on}, or pass --dequantize, which measures the difference.",
         )
     with _base_folder(base_source, dequantize=dequantize) as (base_dir, was_quantized):
@@ -137,7 +138,7 @@ def refuse_foreign_adapter(adapter_dir: Path) -> None:
     """Raise BadAdapter for a folder that isn't a plain LoRA adapter in PEFT's layout, or that would run code."""
     for name in ("adapter_config.json", WEIGHTS):
         if not (adapter_dir / name).is_file():
-            raise _bad(f"{name} is missing")
+            raise _bad(f"{name} is missing", remedy="Use the folder of a pulled adapter or of PEFT's save_pretrained.")
     refuse_foreign_code(adapter_dir)
     _refuse_changed(adapter_dir)
     if json.loads((adapter_dir / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
@@ -156,10 +157,10 @@ def _refuse_changed(adapter_dir: Path) -> None:
     try:
         digests = {str(entry["path"]): entry["digest"] for entry in json.loads(manifest.read_text("utf-8"))["files"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise _bad("its manifest.json can't be read") from error
+        raise _bad("its manifest.json can't be read", remedy=PULL_AGAIN) from error
     for name in ("adapter_config.json", WEIGHTS):
         if name in digests and hashlib.sha256((adapter_dir / name).read_bytes()).hexdigest() != digests[name]:
-            raise _bad(f"{name} does not match its manifest.json")
+            raise _bad(f"{name} does not match its digest in manifest.json", remedy=PULL_AGAIN)
 
 
 @contextmanager
@@ -339,10 +340,8 @@ def _largest(logits: Tensor) -> float:
     return float(logits.abs().max())
 
 
-def _bad(reason: str) -> BadAdapter:
-    return BadAdapter(
-        f"The adapter can't be merged: {reason}.", remedy="Use a LoRA adapter that was trained on this base model."
-    )
+def _bad(reason: str, *, remedy: str = "Use a LoRA adapter that was trained on this base model.") -> BadAdapter:
+    return BadAdapter(f"The adapter can't be merged: {reason}.", remedy=remedy)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -65,7 +65,7 @@ def refuse_other_start(lora: LoraConfig) -> None:
     if lora.init_lora_weights != "default":
         raise ConfigError(
             f"lora.init_lora_weights is {lora.init_lora_weights!r}, but the job starts with its parent's weights.",
-            remedy="Remove either lora.init_lora_weights or the parent.",
+            remedy="Remove either lora.init_lora_weights or the parent adapter.",
         )
 
 
@@ -86,7 +86,9 @@ def begin_from(adapter: FlatAdapter, directory: Path, base: BaseModel) -> str:
         masters[name.removeprefix(PREFIX)].copy_(tensor)
     adapter.refresh_compute()
     if not (torch.isfinite(adapter.p).all() and torch.isfinite(adapter.compute).all()):
-        raise _bad("it has values that are not finite in the dtype of training", remedy="Use another adapter.")
+        raise _bad(
+            "some of its weights are infinite or NaN in the training dtype", remedy="Use another parent adapter."
+        )
     return digest
 
 
@@ -106,7 +108,7 @@ def _read(directory: Path) -> Parent:
     shapes = {name.removeprefix(PREFIX): shape for name, (_, shape) in header.items()}
     paths = tuple(name.removesuffix(SUFFIX_A) for name in shapes if name.endswith(SUFFIX_A))
     if not paths:
-        raise _bad("it adapts no linear layer")
+        raise _bad("it does not adapt any linear layer")
     try:
         lora = _lora_config(content, paths, shapes)
     except PatternTooSlow as error:
@@ -156,7 +158,7 @@ def _refuse_unsupported(content: dict[str, Any]) -> None:
     for name in sorted(content.keys() - known):
         value = content[name]
         if value and (name not in REFUSED or value != defaults.get(name)):
-            raise _bad(f"its adapter_config.json has {name[:80]}={value!r:.80}, which the engine does not support")
+            raise _bad(f"its adapter_config.json has {name[:80]}={value!r:.80}, which is not supported")
 
 
 def _lora_config(content: dict[str, Any], paths: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> LoraConfig:
@@ -166,10 +168,10 @@ def _lora_config(content: dict[str, Any], paths: tuple[str, ...], shapes: Mappin
     ranks = {path: _of_pattern(content, "rank_pattern", path, rank, whole=True) for path in paths}
     for path, expected in ranks.items():
         if shapes[f"{path}{SUFFIX_A}"][:1] != (expected,):
-            raise _bad(f"its files contradict each other: adapter_config.json gives {path} the rank {expected}")
+            raise _bad(f"its adapter_config.json gives {path} the rank {expected}, but its weights have another rank")
     dora = {name.removesuffix(SUFFIX_MAGNITUDE) for name in shapes if name.endswith(SUFFIX_MAGNITUDE)}
     if bool(content.get("use_dora")) != bool(dora):
-        raise _bad("its files contradict each other about use_dora")
+        raise _bad("use_dora in its adapter_config.json does not match the tensors in its weights file")
     return LoraConfig(
         rank=int(rank),
         alpha=alpha,
@@ -207,7 +209,7 @@ def _modules(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
         if name.endswith((SUFFIX_A, SUFFIX_B, SUFFIX_MAGNITUDE, TOKENS_SUFFIX)):
             continue
         if ".lora_" in name or ".base_layer." in name or "token_adapter" in name:
-            raise _bad(f"it has {name[:200]}, which the engine does not support")
+            raise _bad(f"it contains the tensor {name[:200]}, which is not supported")
         modules.add(name.rpartition(".")[0])
     return tuple(sorted(modules))
 

@@ -363,12 +363,12 @@ def refuse_foreign_code(directory: Path) -> None:
 
 
 def _bad(reason: str) -> BadAdapter:
-    return BadAdapter(f"The exported adapter is invalid: {reason}.", remedy="Export the job again.")
+    return BadAdapter(f"The exported adapter is invalid: {reason}.", remedy="Export the job's adapter again.")
 
 
 def unverifiable(error: Exception) -> BadAdapter:
     """Return the error for an adapter whose verification failed with an exception."""
     return BadAdapter(
         f"The adapter could not be exported and verified ({type(error).__name__}: {error}).",
-        remedy="Lower the learning rate if the loss looks wrong. Otherwise check the worker's log.",
+        remedy="If the loss diverged, lower the learning rate. Otherwise check the worker's log.",
     )

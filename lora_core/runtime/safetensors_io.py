@@ -60,16 +60,18 @@ def _parse_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     with path.open("rb") as file:
         num_bytes = int.from_bytes(file.read(8), "little")
         if num_bytes > MAX_HEADER_BYTES:
-            raise _unsafe(path, f"has a header of {num_bytes} bytes: the maximum is {MAX_HEADER_BYTES}")
+            raise _unsafe(path, f"has a header of {num_bytes:,} bytes, but the maximum is {MAX_HEADER_BYTES:,}")
         header = cast(dict[str, dict[str, Any]], json.loads(file.read(num_bytes)))
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
-        raise _unsafe(path, f"contains {len(header)} tensors: the maximum is {MAX_TENSORS}")
+        raise _unsafe(path, f"contains {len(header):,} tensors, but the maximum is {MAX_TENSORS:,}")
     return header, num_bytes
 
 
 def _unsafe(path: Path, reason: str) -> UnsafeFile:
-    return UnsafeFile(f"{path.name} {reason}.", remedy="Use a safetensors file written by a trusted tool.")
+    return UnsafeFile(
+        f"{path.name} {reason}.", remedy="Save the file again with a current version of the safetensors library."
+    )
 
 
 def write_directory(directory: Path, fill: Callable[[Path], None]) -> None:

@@ -97,10 +97,13 @@ def permission(lorry: Lorry, adapter_name: str, typed: str) -> str:
 def _adapter_of_job(lorry: Lorry, typed: str) -> str:
     found = lorry.jobs.get(job(lorry, typed))
     if found.fine_tuned_model is None:
+        listing = f"`lorry jobs checkpoints {found.id}`"
         raise LorryError(
-            f"Job {found.id} has no adapter: it is {found.status}.",
+            f"Job {found.id} has no final adapter. Its status is {found.status}.",
             code="adapter_not_found",
-            remedy=f"Wait until it succeeds, or pull a checkpoint: lorry jobs checkpoints {found.id}",
+            remedy=f"Use one of its checkpoints, if there are any: {listing}"
+            if found.is_final
+            else f"Wait until it succeeds, or use one of its checkpoints: {listing}",
         )
     return found.fine_tuned_model
 
@@ -138,7 +141,7 @@ def _only(
         message = f"{typed!r} may match more than one {kind}: only the newest {SEARCHED} were searched, with{shown}"
     else:
         message = f"{typed!r} matches {len(matches)} {kind}s:{shown}{more}"
-    raise LorryError(message, code="ambiguous_id", remedy="Pass more characters or the full ID.")
+    raise LorryError(message, code="ambiguous_id", remedy="Use more characters, or the full ID.")
 
 
 def _name(one: Adapter) -> str:

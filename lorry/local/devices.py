@@ -21,9 +21,9 @@ def choose(wanted: str | None) -> list[str]:
         all(re.fullmatch(r"\d{1,3}", part) for part in chosen) and len(set(chosen)) == len(chosen)
     ):
         raise LorryError(
-            f"{wanted!r} is not a valid list of devices.",
+            f"--devices is {wanted!r}, but must be 'cpu' or a list of different GPU numbers.",
             code="bad_devices",
-            remedy="Use --devices cpu, or GPU numbers as in --devices 0,1.",
+            remedy="Use `--devices cpu`, or for example `--devices 0,1`.",
         )
     return chosen
 

@@ -73,7 +73,7 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 def _held(data_dir: Path, holder: str) -> LorryError:
     return LorryError(
-        f"Lorry is already running on {data_dir}{f' (process {holder})' if holder else ''}.",
+        f"Lorry is already running in the data folder {data_dir}{f' (process {holder})' if holder else ''}.",
         code="already_running",
-        remedy="Use that one, stop it with `lorry down`, or pass another folder with --data-dir.",
+        remedy="Use the running service, stop it with `lorry down`, or choose another folder with --data-dir.",
     )

@@ -23,9 +23,9 @@ def listen(host: str, port: int | None) -> socket.socket:
         listener = _open(host, port)
         if listener is None:
             raise LorryError(
-                f"Port {port} on {host} is in use.",
+                f"Port {port} on {host} is already in use.",
                 code="port_in_use",
-                remedy="Pass another port with --port, or omit --port to use the next free one.",
+                remedy="Choose another port with --port, or omit --port to use the next free one.",
             )
         return listener
     for candidate in range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
@@ -35,7 +35,7 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise LorryError(
         f"All ports from {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} on {host} are in use.",
         code="port_in_use",
-        remedy="Pass a free port with --port.",
+        remedy="Choose a free port with --port.",
     )
 
 
@@ -78,9 +78,12 @@ def _open(host: str, port: int) -> socket.socket | None:
             listener.close()
         if error.errno == errno.EADDRINUSE:
             return None
+        needs_root = error.errno == errno.EACCES
         raise LorryError(
             f"Can't listen on {host} port {port}: {error.strerror or error}.",
             code="bad_host",
-            remedy="Set --host to an address of this machine, e.g. 127.0.0.1 or 0.0.0.0; ports below 1024 need root.",
+            remedy="Use a port above 1023, or run the command as root."
+            if needs_root
+            else "Set --host to an address of this machine, such as 127.0.0.1 or 0.0.0.0.",
         ) from error
     return listener

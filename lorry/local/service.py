@@ -29,9 +29,9 @@ def check_installed() -> None:
     missing = [name for name in _NEEDED if not _is_installed(name)]
     if missing:
         raise LorryError(
-            f"This environment lacks packages that a service needs: {', '.join(missing)}.",
+            f"This Python environment lacks packages that the service needs: {', '.join(missing)}.",
             code="server_not_installed",
-            remedy=f'Run: {sys.executable} -m pip install "lorry-server[worker]"',
+            remedy=f'Install them: `{sys.executable} -m pip install "lorry-server[worker]"`',
         )
 
 
@@ -119,9 +119,9 @@ class LocalService:
         if done.returncode or not isinstance(parsed, dict):
             last = "\n".join(f"    {line}" for line in (done.stderr or done.stdout).splitlines()[-15:])
             raise LorryError(
-                f"`python -m api {arguments[0]}` failed (status {done.returncode}). Its last lines:\n{last}",
+                f"`python -m api {arguments[0]}` failed (exit status {done.returncode}). Its output ends with:\n{last}",
                 code="service_failed",
-                remedy="Fix the reported problem, then start again.",
+                remedy="Fix the reported problem, then run `lorry up` again.",
             )
         return cast("dict[str, Any]", parsed)
 
@@ -146,9 +146,9 @@ def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
     value = answer.get(name)
     if not isinstance(value, str):
         raise LorryError(
-            f"`python -m api {command}` succeeded but printed no {name}.",
+            f"The output of `python -m api {command}` does not contain the field '{name}'.",
             code="service_failed",
-            remedy="Check that the packages lorry and lorry-server have the same version.",
+            remedy="Install the same version of the packages lorry and lorry-server.",
         )
     return value
 

@@ -165,7 +165,7 @@ class ServiceSupervisor:
             if self._is_ready():
                 return
             if self._clock() > deadline:
-                raise _failed(self._api, "did not become ready in time")
+                raise _failed(self._api, f"did not become ready within {self._patience.ready_seconds:g} s")
             self._sleep(TICK_SECONDS)
 
     def _keep_running(self) -> None:
@@ -197,7 +197,7 @@ class ServiceSupervisor:
 
     def _check_api(self, what: str) -> None:
         if not self._api.is_alive():
-            raise _failed(self._api, f"{what} (status {self._api.exit_status()})")
+            raise _failed(self._api, f"{what} (exit status {self._api.exit_status()})")
 
     @contextmanager
     def _signals(self) -> Generator[None]:
@@ -220,11 +220,11 @@ def _kill(processes: Sequence[Process]) -> None:
         process.wait()
 
 
-def _failed(process: Process, what: str) -> LorryError:
+def _failed(api: Process, what: str) -> LorryError:
     return LorryError(
-        f"The {process.name} {what}. Its last lines:\n{_indented(process.log_tail())}",
+        f"The API server {what}. Its log ends with:\n{_indented(api.log_tail())}",
         code="service_failed",
-        remedy="Fix the reported problem, then start again.",
+        remedy="Fix the reported problem, then run `lorry up` again.",
     )
 
 

@@ -83,8 +83,8 @@ class Files:
             out.write(piece)
             digest.update(piece)
         if digest.hexdigest() != file.digest:
-            message = f"The download of {file.id} does not match its digest."
-            raise BadDownload(message, code="bad_download", remedy="Download it again.")
+            message = f"The downloaded content of {file.id} does not match the file's SHA-256 digest."
+            raise BadDownload(message, code="bad_download", remedy="Download the file again.")
 
     def report(self, file_id: str, *, model: str) -> dict[str, Any]:
         """Return the data report of the file as tokenized for `model`: rows, tokens, truncated rows and so on."""

@@ -145,7 +145,7 @@ class Jobs:
                 return job
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"Job {job_id} is still {job.status} after {timeout_seconds:g} s. The job is not affected.",
+                    f"Job {job_id} did not finish within {timeout_seconds:g} s. It is still {job.status}.",
                     code="wait_timeout",
                     remedy="Wait again, or cancel the job.",
                 )

@@ -50,13 +50,16 @@ class Models:
                 return model
             if model.state == "failed":
                 error = model.error
-                message = error.message if error else f"The import of {name} failed."
-                raise LorryError(message, code=error.code if error else "import_failed", remedy=_remedy(model))
+                raise LorryError(
+                    error.message if error else f"The import of {name} failed.",
+                    code=error.code if error else "import_failed",
+                    remedy=(error.remedy if error else "") or "Fix the source, then add the model again.",
+                )
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"The import of {name} is not finished after {timeout_seconds:g} s. It continues.",
+                    f"The import of {name} did not finish within {timeout_seconds:g} s. It is still running.",
                     code="wait_timeout",
-                    remedy="Check its state with `lorry models list`.",
+                    remedy="Check its status with `lorry models list`.",
                 )
             self._transport.sleep(poll_seconds)
 
@@ -77,7 +80,3 @@ def guess_kind(source: str) -> Kind:
     if path.suffix.lower() == ".gguf" or path.is_file():
         return "gguf"
     return "folder" if path.is_dir() or source.startswith(("/", "./", "../", "~")) else "hub"
-
-
-def _remedy(model: Model) -> str:
-    return (model.error.remedy if model.error else "") or "Fix the source and add the model again."

@@ -49,9 +49,9 @@ class Plans:
                 return plan
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"Plan {plan_id} is not computed after {timeout_seconds:g} s. Computation continues.",
+                    f"Plan {plan_id} was not ready within {timeout_seconds:g} s. It is still being computed.",
                     code="wait_timeout",
-                    remedy="Wait again. If no worker is running, start one.",
+                    remedy="Wait again. If `lorry workers list` shows no running worker, start one.",
                 )
             self._transport.sleep(poll_seconds)
 

@@ -110,7 +110,7 @@ class Sweeps:
                 return sweep
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"Sweep {sweep_id} is still {sweep.status} after {timeout_seconds:g} s. The sweep is not affected.",
+                    f"Sweep {sweep_id} did not finish within {timeout_seconds:g} s. It is still {sweep.status}.",
                     code="wait_timeout",
                     remedy="Wait again, or cancel the sweep.",
                 )

@@ -93,7 +93,7 @@ class Transport:
     def _repeat(self, build: Callable[[], httpx.Request]) -> dict[str, Any]:
         response = self._send(build)
         try:
-            parsed: object = None if response.status_code == 204 else _parsed(response)
+            parsed: object = None if response.status_code == 204 else _parsed(response, self.connection.origin)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         finally:
@@ -141,11 +141,12 @@ class Transport:
 
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
         reason = str(error) or type(error).__name__
+        origin = f" {self.connection.origin}" if self.connection.origin else ""
         return ConnectionFailed(
-            f"The service at {self.connection.url} does not answer: {reason}. {self.connection.origin}".rstrip(),
+            f"Could not connect to the service at {self.connection.url}: {reason}.{origin}",
             code="connection_failed",
-            remedy="Check the address and that the service is running. A service needs a few seconds to start. "
-            "`lorry up` starts one on this machine.",
+            remedy="Check the address, and that the service is running (it takes a few seconds to start). To start one "
+            "on this machine, run `lorry up`.",
         )
 
 
@@ -181,14 +182,14 @@ def _bounded(response: httpx.Response) -> bytes:
     return body
 
 
-def _parsed(response: httpx.Response) -> object:
+def _parsed(response: httpx.Response, origin: str) -> object:
     response.read()
     try:
         return response.json()
     except ValueError as error:
         raise APIError(
-            f"The server at {response.url} is not Lorry: the response is not JSON.",
+            f"{response.url} returned a response that is not JSON, so it is probably not a Lorry server.",
             code="not_lorry",
-            remedy="Check LORRY_URL.",
+            remedy=f"Check the address. {origin}" if origin else "Check the address.",
             status=response.status_code,
         ) from error

@@ -129,7 +129,7 @@ class _VerifyingBackend(httpcore.NetworkBackend):
         ) as response:
             body = _bounded(response)
         if response.status in _BUSY:
-            raise httpcore.ConnectError(f"it answered {response.status} to the identity check")
+            raise httpcore.ConnectError(f"it returned status {response.status} for the identity check")
         expected = expected_proof(self._secret, nonce=nonce, host=peer_host, port=peer_port)
         if response.status != 200 or not hmac.compare_digest(_parse_proof(body), expected.encode("ascii")):
             raise _not_verified(authority)
@@ -167,11 +167,10 @@ def _canonical(host: str) -> str:
 
 def _not_verified(authority: str) -> ServiceNotVerified:
     return ServiceNotVerified(
-        f"The program that listens on {authority} did not prove that it is your Lorry service. "
-        "No API key was sent to it.",
+        f"The program that listens on {authority} did not prove that it is your Lorry service, so no API key was sent "
+        "to it. It may be another program, or an older version of Lorry.",
         code="service_not_verified",
-        remedy="Another program may have taken the port, or an older version of Lorry may still be running there. "
-        "Start `lorry up` again: it chooses a free port and updates connection.json.",
+        remedy="Run `lorry up` again: it chooses a free port and updates connection.json.",
     )
 
 

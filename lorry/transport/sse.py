@@ -57,7 +57,8 @@ def lines(chunks: Iterable[bytes]) -> Iterator[str]:
         yield from ended
         if len(buffered) > MAX_EVENT_CHARS:
             raise ConnectionFailed(
-                "A line of the event stream is too long.",
+                f"A line in the event stream is longer than {MAX_EVENT_CHARS:,} characters, so it probably does not "
+                "come from a Lorry server.",
                 code="bad_stream",
-                remedy="Check that LORRY_URL is the address of Lorry, and not of another service in front of it.",
+                remedy="Check that the configured address is that of a Lorry server.",
             )

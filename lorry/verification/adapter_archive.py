@@ -22,6 +22,8 @@ _PIECE_BYTES = 2**20
 _SLACK_BYTES = 2**20
 _SLACK_PER_FILE_BYTES = 4096
 
+_AGAIN = "Nothing was saved. Pull the adapter again. If this recurs, check it with `lorry adapters verify`."
+
 
 def unpack(
     chunks: Iterable[bytes], contents: Contents, target: Path, *, on_progress: Callable[[int, int], None] | None = None
@@ -45,7 +47,7 @@ def _unpack_into(folder: Path, body: _Body, contents: Contents) -> None:
     try:
         with tarfile.open(fileobj=cast("IO[bytes]", body), mode="r|") as tar:
             for member in tar:
-                entry = _checked(member, missing)
+                entry = _checked(member, missing, contents)
                 if entry is not None:
                     source = tar.extractfile(member)
                     if source is None:
@@ -57,18 +59,23 @@ def _unpack_into(folder: Path, body: _Body, contents: Contents) -> None:
             f"The download is not a complete tar archive: {error}.", code="bad_archive", remedy=_AGAIN
         ) from error
     if missing:
-        raise BadDownload(f"The archive lacks {', '.join(sorted(missing))}.", code="bad_archive", remedy=_AGAIN)
+        raise BadDownload(
+            f"The archive does not contain these files: {', '.join(sorted(missing))}.",
+            code="bad_archive",
+            remedy=_AGAIN,
+        )
 
 
-def _checked(member: tarfile.TarInfo, missing: dict[str, FileEntry]) -> FileEntry | None:
+def _checked(member: tarfile.TarInfo, missing: dict[str, FileEntry], contents: Contents) -> FileEntry | None:
     """Return the file of a member; None for skipped members: folders, and the two records, which are written later."""
     if member.name in {MANIFEST, LINEAGE} or member.isdir():
         return None
     if not member.isreg():
-        raise _refused(member, "is not a plain file")
+        raise _refused(member, "is not a regular file")
     entry = missing.get(member.name)
     if entry is None:
-        raise _refused(member, "is not in the manifest, or occurs twice")
+        is_repeated = member.name in contents.files
+        raise _refused(member, "appears twice" if is_repeated else "is not listed in the manifest")
     if member.size != entry.num_bytes:
         raise _refused(member, f"has {member.size} bytes, but the manifest lists {entry.num_bytes}")
     return entry
@@ -120,12 +127,13 @@ class _Body(io.RawIOBase):
     def _count(self, num_bytes: int) -> None:
         self._num_read += num_bytes
         if self._num_read > self._most_bytes:
-            raise BadDownload("The archive is larger than its manifest allows.", code="bad_archive", remedy=_AGAIN)
+            raise BadDownload(
+                f"The archive is larger than {self._most_bytes:,} bytes, the maximum for the files in its manifest.",
+                code="bad_archive",
+                remedy=_AGAIN,
+            )
         if self._on_progress is not None:
             self._on_progress(self._num_read, self._most_bytes)
-
-
-_AGAIN = "Nothing was kept. Pull it again. If the error persists, check the adapter with `lorry adapters verify`."
 
 
 def _most_bytes(contents: Contents) -> int:
@@ -135,4 +143,4 @@ def _most_bytes(contents: Contents) -> int:
 
 
 def _refused(member: tarfile.TarInfo, reason: str) -> BadDownload:
-    return BadDownload(f"The archive's member {member.name[:200]!r} {reason}.", code="bad_archive", remedy=_AGAIN)
+    return BadDownload(f"The file {member.name[:200]!r} in the archive {reason}.", code="bad_archive", remedy=_AGAIN)

@@ -49,9 +49,9 @@ class Contents:
         contents = cls(files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
         if canonical_json.sha256(contents.manifest()) != artifact:
             raise BadDownload(
-                "The adapter's list of files does not match its digest.",
+                f"The service's list of files for adapter {artifact[:16]}… does not match the adapter's digest.",
                 code="bad_manifest",
-                remedy="Check the adapter with `lorry adapters verify`.",
+                remedy="Try again. If this recurs, check the adapter with `lorry adapters verify`.",
             )
         return contents
 
@@ -87,7 +87,7 @@ def check_free(target: Path) -> None:
         raise LorryError(
             f"{target} already exists and does not contain this adapter.",
             code="target_exists",
-            remedy="Choose another folder, or remove this one.",
+            remedy="Choose another folder, or delete this one.",
         )
 
 
@@ -110,9 +110,9 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     """
     if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
         raise LorryError(
-            f"{folder} contains no pulled adapter: it has neither {MANIFEST} nor {LINEAGE}.",
+            f"{folder} is not the folder of a pulled adapter: it contains neither {MANIFEST} nor {LINEAGE}.",
             code="no_adapter",
-            remedy="Pass a folder that `lorry adapters pull` wrote.",
+            remedy="Use a folder created by `lorry adapters pull`.",
         )
     try:
         manifest = _object(folder / MANIFEST)
@@ -179,17 +179,25 @@ def is_safe(path: str) -> bool:
 
 def _entries(entries: object) -> list[FileEntry]:
     if not isinstance(entries, list) or not all(isinstance(row, dict) for row in cast("list[object]", entries)):
-        raise BadDownload("The manifest has no list of files.", code="bad_manifest", remedy=_AGAIN)
-    return [_entry(row) for row in cast("list[dict[str, Any]]", entries)]
+        raise BadDownload("The manifest does not contain a list of files.", code="bad_manifest", remedy=_AGAIN)
+    return [_entry(row, number) for number, row in enumerate(cast("list[dict[str, Any]]", entries), 1)]
 
 
-def _entry(entry: Mapping[str, Any]) -> FileEntry:
+def _entry(entry: Mapping[str, Any], number: int) -> FileEntry:
     path, digest = entry.get("path"), entry.get("digest")
     num_bytes = entry.get("num_bytes", entry.get("bytes"))
     if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
-        raise BadDownload("A file of the manifest lacks a path, digest or size.", code="bad_manifest", remedy=_AGAIN)
+        raise BadDownload(
+            f"File {number} in the manifest does not have a valid path, digest and size.",
+            code="bad_manifest",
+            remedy=_AGAIN,
+        )
     if not is_safe(path) or path in {MANIFEST, LINEAGE}:
-        raise BadDownload(f"The manifest contains the invalid path {path!r}.", code="unsafe_path", remedy=_AGAIN)
+        raise BadDownload(
+            f"The manifest lists {path!r}, which is not a portable file path inside the adapter's folder.",
+            code="unsafe_path",
+            remedy=_AGAIN,
+        )
     return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
 
 
@@ -199,7 +207,7 @@ def _object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise LorryError(f"{path.name} can't be read: {error.strerror}.", code="unreadable", remedy=_AGAIN) from error
     except (ValueError, RecursionError) as error:
-        raise LorryError(f"{path.name} is not JSON.", code="unreadable", remedy=_AGAIN) from error
+        raise LorryError(f"{path.name} is not valid JSON.", code="unreadable", remedy=_AGAIN) from error
     if not isinstance(parsed, dict):
         raise LorryError(f"{path.name} is not a JSON object.", code="unreadable", remedy=_AGAIN)
     return cast("dict[str, Any]", parsed)

@@ -109,7 +109,7 @@ def _decoded(text: Any) -> bytes:
 
 def _not_a_key_set() -> LorryError:
     return LorryError(
-        "The input is not a JSON Web Key Set with an Ed25519 key.",
+        "The file with the public keys is not a JSON Web Key Set that contains an Ed25519 key.",
         code="bad_key_set",
-        remedy="Save the response of GET /v1/keys.json of the service that trained the adapter, and pass that file.",
+        remedy="Save the response to GET /v1/keys.json from the service that trained the adapter, and use that file.",
     )

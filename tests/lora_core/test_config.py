@@ -69,7 +69,7 @@ def test_schedule_shorter_than_the_job_is_rejected():
     schedule = ScheduleConfig(kind="linear", num_steps=5)
     with pytest.raises(ConfigError, match=r"schedule\.num_steps is 5") as caught:
         replace(config(num_steps=5), schedule=schedule, num_steps=10)
-    assert "num_steps (10)" in caught.value.remedy
+    assert "num_steps (10)" in caught.value.message
     assert replace(config(num_steps=5), schedule=schedule, num_steps=4).schedule == schedule
 
 
@@ -78,7 +78,7 @@ def test_options_that_need_an_evaluation_are_rejected_without_one(fields):
     for every in (None, 5):
         with pytest.raises(ConfigError, match=f"evaluate_every_steps is {every}") as caught:
             replace(config(num_steps=4, evaluate_every_steps=every), **fields)
-        assert "between 1 and num_steps (4)" in caught.value.remedy
+        assert "between 1 and num_steps (4)" in caught.value.message
         assert replace(config(num_steps=4, evaluate_every_steps=every)).keep == "last"
     for every in (1, 4):
         assert replace(config(num_steps=4, evaluate_every_steps=every), **fields).needs_evaluation

@@ -63,12 +63,13 @@ def test_origin_names_the_source_of_the_address(tmp_path: Path) -> None:
     by_variable = connection.find(environ=remote).origin
     path = connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
 
-    assert by_variable == "The address is from the variable LORRY_URL."
-    assert connection.find(environ=local).origin == f"The address is from {path}."
+    assert by_variable == "The address comes from the variable LORRY_URL."
+    assert connection.find(environ=local).origin == f"The address comes from {path}."
     assert connection.find(url="http://a:1", environ=remote).origin == ""
     assert connection.find(environ={**local, "LORRY_URL": "http://127.0.0.1:8472/"}).origin == by_variable
     assert connection.find(environ=remote).origin == (
-        f"The address is from the variable LORRY_URL; without it, the address is http://127.0.0.1:8472, from {path}."
+        "The address comes from the variable LORRY_URL; without it, the address would be http://127.0.0.1:8472, "
+        f"from {path}."
     )
 
 
@@ -122,7 +123,7 @@ def test_file_is_private_even_if_it_replaces_a_readable_one(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8472", "ftp://a", "http://", "http://a:99999", "http://[::1"])
 def test_invalid_address_is_rejected(url: str) -> None:
-    with pytest.raises(NotConfigured, match="not a valid address"):
+    with pytest.raises(NotConfigured, match="not a valid service address"):
         connection.normalize_url(url)
 
 
@@ -147,7 +148,7 @@ def test_file_without_an_identity_secret_gives_no_key(tmp_path: Path) -> None:
     for environ in (local, {**local, "LORRY_URL": "http://127.0.0.1:8472"}):
         with pytest.raises(NotConfigured, match="no identity_secret") as refused:
             connection.find(environ=environ)
-        assert "Restart `lorry up`" in refused.value.remedy
+        assert "running `lorry up`" in refused.value.remedy
     elsewhere = {**local, "LORRY_URL": "http://127.0.0.1:9", "LORRY_API_KEY": "mine"}
     assert connection.find(environ=elsewhere).api_key == "mine"
 
@@ -187,8 +188,8 @@ def test_login_overrides_the_data_folder_and_the_environment_overrides_both(
     found = connection.find(environ={})
     assert found == Connection(url="https://lorry.example", api_key="login")
     assert found.origin == (
-        f"The address is from {path}, which `lorry login` wrote; without it, the address is http://127.0.0.1:1, "
-        f"from {tmp_path / '.lorry' / 'connection.json'}."
+        f"The address comes from {path}, which `lorry login` wrote; without it, the address would be "
+        f"http://127.0.0.1:1, from {tmp_path / '.lorry' / 'connection.json'}."
     )
     assert connection.find(environ={"LORRY_API_KEY": "mine"}) == Connection(url="https://lorry.example", api_key="mine")
     assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path / "named")}).api_key == "named"

@@ -64,7 +64,9 @@ def _read_key() -> str:
     key = typer.prompt("API key", hide_input=True, err=True) if output.is_interactive() else sys.stdin.readline()
     if not key.strip():
         raise LorryError(
-            "No API key was entered.", code="missing_api_key", remedy="Enter it at the prompt, or pipe it to stdin."
+            "No API key was entered.",
+            code="missing_api_key",
+            remedy="Enter the key at the prompt, or pipe it to stdin.",
         )
     return key.strip()
 

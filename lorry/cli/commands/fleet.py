@@ -60,7 +60,7 @@ def status(as_json: AsJson = False) -> None:
     pid = lock.holder(folder)
     if as_json:
         return output.print_json({"url": lorry.url, "jobs": jobs, "workers": workers, "data_dir_pid": pid})
-    origin = connection.find().origin.removeprefix("The address is from ").rstrip(".")
+    origin = connection.find().origin.removeprefix("The address comes from ").rstrip(".")
     output.pairs(
         (
             ("service", lorry.url),

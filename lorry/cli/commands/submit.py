@@ -291,7 +291,7 @@ def _entry(given: str, option: str) -> tuple[str, Any]:
     """Split at the last "=", because a key may contain "=" itself, as (?=…) does."""
     key, equals, value = given.rpartition("=")
     if not (key and equals):
-        raise typer.BadParameter(f"{given!r} does not have the form KEY=NUMBER.", param_hint=option)
+        raise typer.BadParameter(f"{given!r} is not in the form KEY=NUMBER.", param_hint=option)
     return key, json_or_text(value)
 
 

@@ -68,7 +68,7 @@ def show(worker_id: WorkerId, as_json: AsJson = False) -> None:
     worker = next((one for one in lorry.workers.list() if one.id == worker_id), None)
     if worker is None:
         raise LorryError(
-            f"Worker {typed} does not exist.", code="worker_not_found", remedy="List the workers: lorry workers list"
+            f"There is no worker {typed!r}.", code="worker_not_found", remedy="List the workers: `lorry workers list`"
         )
     if as_json:
         return output.print_json(worker.raw)

@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 def pair(given: str, option: str, form: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not (name and equals):
-        raise typer.BadParameter(f"{given!r} does not have the form {form}.", param_hint=option)
+        raise typer.BadParameter(f"{given!r} is not in the form {form}.", param_hint=option)
     return name, value
 
 

@@ -52,7 +52,7 @@ def _range(given: str, text: str) -> dict[str, Any]:
         for option in more:
             space |= {"scale": option} if option in ("log", "linear") else {"points": int(option)}
     except ValueError:
-        raise typer.BadParameter(f"{given!r} does not have the form {FORM}.", param_hint="--over") from None
+        raise typer.BadParameter(f"{given!r} is not in the form {FORM}.", param_hint="--over") from None
     return space
 
 

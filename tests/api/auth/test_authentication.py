@@ -114,6 +114,8 @@ def test_openai_headers_must_name_the_keys_project_and_organization(
     response = client.get("/v1/files", headers={f"openai-{kind}": "other"})
 
     assert (response.status_code, error_of(response)["code"]) == (401, f"mismatched_{kind}")
+    own_name = getattr(world.caller, f"{kind}_name")
+    assert f"header is 'other', but the API key belongs to the {kind} {own_name!r}" in error_of(response)["message"]
     assert "openai-organization" not in response.headers
 
 

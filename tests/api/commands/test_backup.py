@@ -160,3 +160,5 @@ def test_exported_audit_log_is_verified_with_only_the_pepper(service: Path, tmp_
     assert (good.returncode, f"{len(lines)} audit events, no problems" in good.stdout) == (0, True), good.stderr
     assert (bad.returncode, "changed" in bad.stdout) == (1, True)
     assert (no_export.returncode, "is not an audit event" in no_export.stderr) == (1, True)
+    missing = run(there, "verify-export", str(tmp_path / "none"))
+    assert (missing.returncode, "can't be read: No such file or directory." in missing.stderr) == (1, True)

@@ -38,6 +38,7 @@ def test_an_unknown_host_name_does_not_appear_in_the_link(client: TestClient) ->
     error = error_of(client.get("/v1/models", headers={"host": "attacker.example"}))
 
     assert error["doc_url"] == "/dashboard/errors.html#unknown_host"
+    assert "'attacker.example'" in error["message"]
 
 
 def test_the_error_of_a_failed_job_has_a_link(world: World, client: TestClient) -> None:

@@ -61,6 +61,14 @@ def test_unknown_and_traversal_paths_are_not_found(client: TestClient, adapter: 
     error_of(response)
 
 
+def test_unknown_file_error_names_the_adapter_and_its_files(client: TestClient, adapter: Adapter) -> None:
+    error = error_of(client.get(f"/v1/adapters/{adapter.id}/files/none.bin"))
+
+    assert (error["code"], error["param"]) == ("adapter_file_not_found", "path")
+    assert f"{adapter.id!r} does not contain the file 'none.bin'" in error["message"]
+    assert "adapter_config.json" in error["remedy"]
+
+
 def test_archive_is_a_reproducible_tar_that_verifies_offline(
     client: TestClient, adapter: Adapter, tmp_path: Path
 ) -> None:

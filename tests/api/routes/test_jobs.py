@@ -267,7 +267,11 @@ def test_jobs_are_paginated_and_filtered_by_metadata(client: TestClient, world: 
     assert [job["id"] for job in labeled["data"]] == [ids[3]]
     assert [job["id"] for job in plain["data"]] == [ids[0]]
     assert client.get(JOBS, params={"after": "ftjob-none"}).status_code == 400
-    assert client.get(JOBS, params={"metadata": "x"}).status_code == 400
+    unknown = error_of(client.get(JOBS, params={"metadata": "x"}))
+    both = error_of(client.get(JOBS, params={"metadata": "null", "metadata[n]": "3"}))
+    assert (unknown["code"], unknown["param"]) == (both["code"], both["param"]) == ("invalid_value", "metadata")
+    assert "'metadata' is 'x', but must be null" in unknown["message"]
+    assert "can't be combined" in both["message"]
 
 
 def test_succeeded_job_names_its_adapter(client: TestClient, world: World, services: Services) -> None:

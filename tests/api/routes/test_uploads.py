@@ -147,11 +147,11 @@ def test_file_size_limit_is_exact(client: TestClient, services: Services) -> Non
         (part("purpose", b"fine-tune") + part("file", b"x") + END, "file", "filename"),
         (part("purposes", b"fine-tune") + END, "purposes", "Did you mean 'purpose'?"),
         (part("expires_after", b"created_at") + END, "expires_after", "Did you mean 'expires_after[anchor]'?"),
-        (part("purpose", b"a") + part("purpose", b"b") + END, "purpose", "twice"),
-        (part("file", b"", filename="x") + part("file", b"", filename="y") + END, "file", "twice"),
-        (part("purpose", b"x" * 5000) + END, "purpose", "too long"),
-        (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "final boundary"),
-        (b"no form at all", "file", "malformed"),
+        (part("purpose", b"a") + part("purpose", b"b") + END, "purpose", "more than once"),
+        (part("file", b"", filename="x") + part("file", b"", filename="y") + END, "file", "more than once"),
+        (part("purpose", b"x" * 5000) + END, "purpose", "longer than 4,096 bytes"),
+        (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "closing boundary"),
+        (b"no form at all", "file", "not a valid multipart form"),
     ],
 )
 def test_invalid_upload_form_is_rejected(
@@ -164,6 +164,20 @@ def test_invalid_upload_form_is_rejected(
     assert error["param"] == param
     assert fragment in error["message"]
     assert nothing_is_left(services, client)
+
+
+@pytest.mark.parametrize(
+    ("body", "remedy"),
+    [
+        (part("purpose", b"x" * 5000) + END, "Shorten 'purpose' to at most 4,096 bytes."),
+        (part("purpose", b"a") + part("purpose", b"b") + END, "Send 'purpose' only once."),
+        (part("purpose", b"fine-tune") + part("file", b"x", filename="x"), "Upload the file again."),
+    ],
+)
+def test_remedy_fits_the_problem_of_the_form(client: TestClient, body: bytes, remedy: str) -> None:
+    response = client.post("/v1/files", content=body, headers=MULTIPART)
+
+    assert error_of(response)["remedy"] == remedy
 
 
 def test_json_upload_error_names_multipart_form_data(client: TestClient) -> None:

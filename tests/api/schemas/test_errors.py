@@ -65,7 +65,7 @@ def test_malformed_body_is_rejected(client: TestClient, body: bytes) -> None:
 @pytest.mark.parametrize(
     ("body", "code", "fragment"),
     [
-        (b'{"model": "smol", "training_file": "%s", "seed": 1, "seed": 2}', "duplicate_field", "'seed' occurs twice"),
+        (b'{"model": "smol", "training_file": "%s", "seed": 1, "seed": 2}', "duplicate_field", "'seed' appears more"),
         (b'{"model": "smol", "training_file": "%s", "lora": {"rank": 1, "rank": 2}}', "duplicate_field", "'rank'"),
         (b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": NaN}}', "number_not_finite", "NaN"),
         (

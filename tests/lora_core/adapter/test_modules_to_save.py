@@ -210,7 +210,7 @@ def _configuration(folder: Path) -> dict:
         ("llama", {"modules_to_save": ("score",)}, "'score', which this base model doesn't have"),
         ("llama", {"modules_to_save": ("embed_tokens",)}, "'embed_tokens', which can't be trained in full"),
         ("llama", {"modules_to_save": ("q_proj",)}, "'q_proj', which can't be trained in full"),
-        ("llama", {"trainable_token_indices": (320,)}, "token 320, but the base model has 320 tokens"),
+        ("llama", {"trainable_token_indices": (320,)}, "token ID 320, but the maximum for this base model is 319"),
         ("gpt2", HEAD | EMBEDDINGS, "two embeddings"),
     ],
 )

@@ -50,7 +50,7 @@ def test_unknown_dtype_quantization_or_task_is_rejected(base_dirs, name, value):
     given = {"dtype": "float32", name: value}
     with pytest.raises(ConfigError, match=f"{name} is '{value}'") as refusal:
         load_base(base_dirs["llama"], device="cpu", **given)
-    assert f"{name} must be one of" in refusal.value.remedy
+    assert "Use one of: " in refusal.value.remedy
 
 
 def test_folder_can_be_a_string_and_must_exist(base_dirs, tmp_path):

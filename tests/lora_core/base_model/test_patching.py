@@ -63,9 +63,9 @@ def test_layers_and_regular_expressions_select_the_modules_of_peft(load, family,
     [
         ({"targets": "re:.*w_proj"}, "w_proj"),
         ({"targets": r"re:((\w|\w\w|\.)+)+[XY]"}, "too long"),
-        ({"targets": "all-linear", "layers_to_transform": (0, 2)}, "names 2"),
-        ({"targets": ("q_proj",), "rank_pattern": (("k_proj", 4),)}, "rank_pattern names 'k_proj'"),
-        ({"targets": ("q_proj",), "alpha_pattern": ((".*k_proj", 4.0),)}, "alpha_pattern names '.*k_proj'"),
+        ({"targets": "all-linear", "layers_to_transform": (0, 2)}, "layers_to_transform contains 2"),
+        ({"targets": ("q_proj",), "rank_pattern": (("k_proj", 4),)}, "'k_proj' in lora.rank_pattern"),
+        ({"targets": ("q_proj",), "alpha_pattern": ((".*k_proj", 4.0),)}, "'.*k_proj' in lora.alpha_pattern"),
     ],
 )
 def test_patterns_without_a_match_or_with_excessive_runtime_are_rejected(load, fields, reason):
@@ -120,7 +120,7 @@ def test_data_that_does_not_fit_the_base_model_is_rejected(load):
         admit(engine, "job", Submission(config=config(), train=dataset(1, [300])))
     foreign = dataset(1, [10])
     foreign.input_ids[3] = VOCAB
-    with pytest.raises(BadDataset, match=f"token {VOCAB}"):
+    with pytest.raises(BadDataset, match=f"token ID {VOCAB}"):
         admit(engine, "job", Submission(config=config(), train=foreign))
 
 

@@ -127,7 +127,7 @@ def test_checkpoint_of_an_older_format_is_rejected_by_its_number(engine, saved):
     state = json.loads((saved / "state.json").read_text())
     del state["progress"]["selection"]
     (saved / "state.json").write_text(json.dumps(state | {"format": 2}))
-    with pytest.raises(BadCheckpoint, match="format 2: expected 4") as caught:
+    with pytest.raises(BadCheckpoint, match="format 2, but this version reads only format 4") as caught:
         admit(engine, "job", JOB, resume_from=saved)
     assert "the version of lora_core that wrote it" in caught.value.remedy
 

@@ -71,7 +71,7 @@ def test_several_threads_per_lane_are_reported_as_allclose(load):
 @pytest.mark.parametrize(("gradients", "losses"), [(0.5, 0.5), (0.2, 0), (0, 0.2), (-2, 0)])
 def test_large_differences_are_rejected(load, monkeypatch, gradients, losses):
     disturbed(monkeypatch, size=gradients, losses=losses)
-    with pytest.raises(UnsupportedModel, match="change with the packmates"):
+    with pytest.raises(UnsupportedModel, match="depend on the other jobs"):
         Engine(load("llama"), EngineConfig())
 
 

@@ -322,4 +322,4 @@ def test_token_types_are_part_of_the_cache_key(tmp_path):
 def test_invalid_cache_budget_is_rejected(options):
     with pytest.raises(ConfigError, match="prefix_") as caught:
         EngineConfig(**options)
-    assert "must be" in caught.value.remedy or "or prefix_disk_bytes" in caught.value.remedy
+    assert "must be" in caught.value.message

@@ -231,11 +231,11 @@ def test_out_of_memory_reduces_the_number_of_jobs_answered_at_once(load, monkeyp
 @pytest.mark.parametrize(
     ("prompts", "max_tokens", "reason"),
     [
-        ((), 1, "nothing to answer"),
-        (((1,),), 0, "nothing to answer"),
+        ((), 1, "at least one prompt"),
+        (((1,),), 0, "at least one prompt"),
         (((1,), ()), 1, "Prompt 2 is empty"),
-        (((VOCAB,),), 1, "outside the base model's vocabulary"),
-        (((-1,),), 1, "outside the base model's vocabulary"),
+        (((VOCAB,),), 1, "not between 0 and"),
+        (((-1,),), 1, "not between 0 and"),
         (((1,) * 200,), 57, "exceeds the base model's maximum of 256"),
     ],
 )

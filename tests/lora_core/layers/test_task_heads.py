@@ -279,7 +279,7 @@ def test_token_types_unknown_to_the_base_are_rejected(tmp_path):
     untyped = replace(typed, token_types=typed.loss_mask * 0)
     engine = Engine(classifier("roberta", tmp_path / "roberta"), EngineConfig())
 
-    with pytest.raises(BadDataset, match="token type 1, but the base model has 1") as refused:
+    with pytest.raises(BadDataset, match="token type 1, but the base model's largest token type is 0") as refused:
         engine.admit("job", config(objective=THREE), typed)
     with pytest.raises(BadDataset, match="token type 1"):
         engine.admit("job", config(objective=THREE, evaluate_every_steps=2), untyped, typed)

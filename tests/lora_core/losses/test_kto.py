@@ -346,7 +346,7 @@ def test_rows_that_are_not_labeled_answers_are_rejected(load, wrong, message):
 def test_batch_of_one_answer_is_rejected():
     with pytest.raises(ConfigError, match="batch_size is 1") as caught:
         config(batch_size=1, objective=KTO)
-    assert "at least 2" in caught.value.remedy
+    assert "at least 2" in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["desirable_weight", "undesirable_weight"])

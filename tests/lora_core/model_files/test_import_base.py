@@ -250,7 +250,7 @@ def test_folder_without_config_or_weights_is_rejected(source, tmp_path):
     with pytest.raises(UnsupportedModel, match="no safetensors"):
         import_folder(source, tmp_path / "base")
     (source / "config.json").unlink()
-    with pytest.raises(UnsupportedModel, match=r"no config\.json"):
+    with pytest.raises(UnsupportedModel, match=r"does not contain config\.json"):
         import_folder(source, tmp_path / "base")
 
 
@@ -263,7 +263,7 @@ def test_folder_without_a_tokenizer_is_rejected(source, tmp_path):
 
 def test_safetensors_bomb_is_rejected_on_import_and_on_load(source, base_dirs, tmp_path):
     (source / "model.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{")
-    with pytest.raises(UnsafeFile, match="header of 1073741824 bytes"):
+    with pytest.raises(UnsafeFile, match="header of 1,073,741,824 bytes"):
         import_folder(source, tmp_path / "base")
     with pytest.raises(UnsafeFile):
         load_base(source, dtype="float32", device="cpu")

@@ -180,7 +180,7 @@ def test_file_that_does_not_match_the_manifest_is_rejected(tied_dir, adapter_of,
 
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
-    with pytest.raises(BadAdapter, match=r"adapter_model.safetensors does not match its manifest.json"):
+    with pytest.raises(BadAdapter, match=r"adapter_model.safetensors does not match its digest in manifest.json"):
         merge_adapter(adapter_dir, tied_dir, tmp_path / "merged")
     (adapter_dir / "manifest.json").write_text("{")
     with pytest.raises(BadAdapter, match=r"manifest.json can't be read"):

@@ -75,7 +75,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "names classes": (lambda f: edit_config(f, auto_mapping={"parent_library": "evil"}), "auto_mapping"),
     "has a huge header": (
         lambda f: (f / WEIGHTS).write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}"),
-        f"header of {MAX_HEADER_BYTES + 1}",
+        f"header of {MAX_HEADER_BYTES + 1:,}",
     ),
     "has too many tensors": (
         lambda f: edit_weights(f, lambda _: {f"t{index}": torch.zeros(1) for index in range(MAX_TENSORS + 1)}),
@@ -87,14 +87,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_weights(f, plus(**{f"{Q}.x": torch.zeros(3, dtype=torch.int64)})),
         "dtype I64",
     ),
-    "contains no tensors": (lambda f: edit_weights(f, lambda _: {}), "no linear layer"),
+    "contains no tensors": (lambda f: edit_weights(f, lambda _: {}), "does not adapt any linear layer"),
     "lacks a matrix": (lambda f: edit_weights(f, without(f"{Q}.lora_B.weight")), "q_proj.lora_B.weight is missing"),
     "has another shape": (
         lambda f: edit_weights(f, plus(**{f"{Q}.lora_B.weight": torch.zeros(32, 4)})),
         r"\[32, 4\], but this base model or job needs \[64, 4\]",
     ),
     "has another rank": (lambda f: edit_weights(f, plus(**{f"{Q}.lora_A.weight": torch.zeros(5, 64)})), "the rank 4"),
-    "isn't finite": (lambda f: edit_weights(f, plus(**NOT_FINITE)), "not finite"),
+    "isn't finite": (lambda f: edit_weights(f, plus(**NOT_FINITE)), "infinite or NaN"),
     "adapts an embedding": (
         lambda f: edit_weights(f, plus(base_model__model__embed_tokens__lora_embedding_A=torch.zeros(4, 320))),
         "embed_tokens.lora_embedding_A",
@@ -124,7 +124,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "takes too long",
     ),
     "has a pattern that doesn't compile": (lambda f: edit_config(f, rank_pattern={"(": 3}), "rank_pattern={'\\('"),
-    "contradicts itself on dora": (lambda f: edit_config(f, use_dora=True), "about use_dora"),
+    "contradicts itself on dora": (lambda f: edit_config(f, use_dora=True), "use_dora in its adapter_config.json"),
     "has tokens of several tables": (
         lambda f: edit_config(f, trainable_token_indices={"a": [1], "b": [2]}),
         "one list",
@@ -214,7 +214,7 @@ def test_values_that_overflow_the_dtype_of_training_are_rejected(load, child):
     edit_weights(child.parent, plus(**{f"{Q}.lora_B.weight": torch.full((64, 4), 3.4e38)}))
 
     admit(Engine(load("llama"), EngineConfig()), "job", child)
-    with pytest.raises(BadParent, match="not finite in the dtype of training"):
+    with pytest.raises(BadParent, match="infinite or NaN in the training dtype"):
         admit(Engine(load("llama", "bfloat16"), EngineConfig()), "job", child)
 
 

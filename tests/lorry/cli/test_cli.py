@@ -130,8 +130,8 @@ def test_unreachable_service_error_names_the_source_of_its_address(
 
     message = run("jobs", "list").stderr
 
-    assert "The service at http://127.0.0.1:1 does not answer" in message
-    assert f"from the variable LORRY_URL; without it, the address is http://127.0.0.1:8472, from {path}" in message
+    assert "Could not connect to the service at http://127.0.0.1:1" in message
+    assert f"variable LORRY_URL; without it, the address would be http://127.0.0.1:8472, from {path}" in message
 
 
 def test_submit_uploads_paths_and_sends_only_the_given_options(service: Script, run: Run, tmp_path: Path) -> None:

@@ -90,8 +90,19 @@ def test_pull_of_a_job_without_an_adapter_reports_its_status(service: Script, ru
 
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        "Error: Job ftjob-1 has no adapter: it is running.",
-        "Wait until it succeeds, or pull a checkpoint: lorry jobs checkpoints ftjob-1",
+        "Error: Job ftjob-1 has no final adapter. Its status is running.",
+        "Wait until it succeeds, or use one of its checkpoints: `lorry jobs checkpoints ftjob-1`",
+    ]
+
+
+def test_pull_of_a_failed_job_does_not_advise_waiting(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "failed", "fine_tuned_model": None})
+
+    result = run("adapters", "pull", "ftjob-1")
+
+    assert result.stderr.splitlines() == [
+        "Error: Job ftjob-1 has no final adapter. Its status is failed.",
+        "Use one of its checkpoints, if there are any: `lorry jobs checkpoints ftjob-1`",
     ]
 
 

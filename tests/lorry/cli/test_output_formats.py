@@ -132,7 +132,7 @@ def test_workers_show_searches_the_list(service: Script, run: Run) -> None:
 
     assert "host   box\n" in run("workers", "show", "box").stdout
     missing = run("workers", "show", "gone")
-    assert (missing.exit_code, missing.stderr.splitlines()[0]) == (1, "Error: Worker gone does not exist.")
+    assert (missing.exit_code, missing.stderr.splitlines()[0]) == (1, "Error: There is no worker 'gone'.")
 
 
 def test_project_is_shown_with_limits_and_updated_in_one_command(service: Script, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -136,6 +137,17 @@ def test_host_of_another_machine_is_a_clear_error(host: str) -> None:
     assert "--host" in refused.value.remedy
 
 
+def test_port_that_needs_root_has_its_own_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ports.socket.socket, "bind", refuse)
+
+    with pytest.raises(LorryError, match="port 80: Permission denied") as refused:
+        ports.listen("127.0.0.1", 80)
+    assert refused.value.remedy == "Use a port above 1023, or run the command as root."
+
+
 @pytest.mark.parametrize(
     ("host", "bound", "url"),
     [
@@ -164,7 +176,7 @@ def test_gpus_are_named_by_their_numbers() -> None:
 
 @pytest.mark.parametrize("wanted", ["", "gpu", "0,cpu", "0,0", "-1", "0;1", "0,"])
 def test_invalid_device_list_is_rejected(wanted: str) -> None:
-    with pytest.raises(LorryError, match="not a valid list of devices"):
+    with pytest.raises(LorryError, match="must be 'cpu' or a list"):
         devices.choose(wanted)
 
 
@@ -290,11 +302,11 @@ def test_missing_fields_in_command_output_are_errors(
     with socket.socket() as listener:
         made = service.LocalService(tmp_path, host="127.0.0.1", listener=listener)
 
-    with pytest.raises(LorryError, match="new-key` succeeded but printed no api_key"):
+    with pytest.raises(LorryError, match="new-key` does not contain the field 'api_key'"):
         made.new_key()
-    with pytest.raises(LorryError, match="sign-in-link` succeeded but printed no url"):
+    with pytest.raises(LorryError, match="sign-in-link` does not contain the field 'url'"):
         made.sign_in_link()
-    with pytest.raises(LorryError, match="bootstrap` succeeded but printed no identity_secret"):
+    with pytest.raises(LorryError, match="bootstrap` does not contain the field 'identity_secret'"):
         made.bootstrap()
 
 

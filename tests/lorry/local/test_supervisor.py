@@ -172,7 +172,7 @@ def test_api_server_that_never_becomes_ready_is_killed() -> None:
     world = World()
     world.ready_at = 1e9
 
-    with pytest.raises(LorryError, match="did not become ready in time"):
+    with pytest.raises(LorryError, match="The API server did not become ready within"):
         world.supervisor.run()
 
     assert world.journal == ["start api", "kill api"]

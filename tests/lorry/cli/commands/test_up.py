@@ -123,7 +123,7 @@ def test_killed_api_server_stops_the_service_and_its_log_is_printed(data_dir: Pa
 
         assert process.wait(60) == 1
         assert not is_alive(children["worker.entrypoints.loop"])
-    assert "The api ended (status -9). Its last lines:" in (data_dir.parent / "stderr.txt").read_text()
+    assert "The API server ended (exit status -9). Its log ends with:" in (data_dir.parent / "stderr.txt").read_text()
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_detached_service_runs_until_lorry_down(data_dir: Path) -> None:
     assert started.returncode == 0, started.stderr
     assert "Next: lorry models add smollm2-135m" in started.stdout
     assert started.stdout.endswith("Stop the service with: lorry down\n")
-    assert (refused.returncode, "Lorry is already running on" in refused.stderr) == (1, True)
+    assert (refused.returncode, "Lorry is already running in the data folder" in refused.stderr) == (1, True)
     assert json.loads(stopped.stdout)["stopped_pid"] == status["data_dir_pid"]
     until(lambda: not is_alive(status["data_dir_pid"]))
     log = (data_dir / "logs" / "up.log").read_text()
@@ -269,4 +269,4 @@ def _check_second_is_refused(data_dir: Path, holder: int) -> None:
     done = subprocess.run([*UP, "--data-dir", str(data_dir)], capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 1
-    assert f"Lorry is already running on {data_dir} (process {holder})." in done.stderr
+    assert f"Lorry is already running in the data folder {data_dir} (process {holder})." in done.stderr

@@ -184,8 +184,8 @@ def test_verify_of_a_folder_without_an_adapter_has_its_own_error(run: Run, tmp_p
 
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        f"Error: {tmp_path} contains no pulled adapter: it has neither manifest.json nor lineage.json.",
-        "Pass a folder that `lorry adapters pull` wrote.",
+        f"Error: {tmp_path} is not the folder of a pulled adapter: it contains neither manifest.json nor lineage.json.",
+        "Use a folder created by `lorry adapters pull`.",
     ]
 
 
