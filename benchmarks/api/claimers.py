@@ -13,7 +13,7 @@ from benchmarks.api.service import place, servers
 from benchmarks.results import Result, rates
 from catalog.db.database import Database
 from catalog.queue import claiming
-from tests.catalog.world import LEASE, WIDE
+from tests.catalog.world import LEASE, WIDE, World
 
 GOAL_CLAIMS = 500.0
 ONE = replace(WIDE, max_jobs=1)
@@ -26,7 +26,9 @@ def run(plan: ApiPlan) -> Result:
             reports: list[dict[str, Any]] = []
             for entry in range(plan.repeats):
                 with place(kind, server, plan.folder, f"claims{entry}") as where:
-                    reports.append(_empty_the_queue(plan, where.url, where.world()))
+                    with where.world() as world:
+                        _fill_the_queue(plan, world)
+                    reports.append(_empty_the_queue(plan, where.url))
             result.repeats[kind] = reports
             figure = sorted(rates(reports, amount="claims"))[len(reports) // 2]
             goal = GOAL_CLAIMS if kind == "postgresql" else None
@@ -34,12 +36,14 @@ def run(plan: ApiPlan) -> Result:
     return result
 
 
-def _empty_the_queue(plan: ApiPlan, url: str, world: Any) -> dict[str, Any]:
+def _fill_the_queue(plan: ApiPlan, world: World) -> None:
     job = world.queued()
     world.flood(job, plan.waiting - 1)
     for number in range(plan.workers):
         world.worker(f"w{number}")
-    world.db.close()
+
+
+def _empty_the_queue(plan: ApiPlan, url: str) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")  # starting fifty interpreters would take longer than the claims
     go, claimed = context.Event(), context.SimpleQueue()
     processes = [context.Process(target=_claim, args=(url, f"w{i}", go, claimed)) for i in range(plan.workers)]

@@ -23,7 +23,7 @@ from catalog.spec import target_modules
 from catalog.spec.lora import LoraRequest, resolve_lora
 from catalog.sweeps import controller, creation
 from catalog.tenancy.authentication import Caller
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import LEASE
 
 THREADS = 4
 TRIALS = 60
@@ -41,7 +41,11 @@ DESCRIPTION = {
 def run(plan: ApiPlan) -> Result:
     result = Result(theme="api_heartbeats", settings=plan.settings() | {"threads": THREADS, "trials": TRIALS})
     with servers(("sqlite",)) as server, place("sqlite", server, plan.folder, "heartbeats") as where:
-        report = _flood_and_beat(where.url, where.world(), seconds=plan.flood_seconds)
+        with where.world() as world:
+            world.base("wide", **DESCRIPTION)
+            claim_id = world.running().claim_id
+        given = {"caller": world.caller, "file_id": world.file_id}
+        report = _flood_and_beat(where.url, claim_id, given, seconds=plan.flood_seconds)
     result.repeats["sqlite"] = [report]
     for what in ("longest_gap", "longest_heartbeat"):
         name = what.replace("_", " ")
@@ -50,21 +54,17 @@ def run(plan: ApiPlan) -> Result:
     return result
 
 
-def _flood_and_beat(url: str, world: World, *, seconds: float) -> dict[str, Any]:
-    world.base("wide", **DESCRIPTION)
-    claim = world.running()
+def _flood_and_beat(url: str, claim_id: str, given: dict[str, Any], *, seconds: float) -> dict[str, Any]:
     patterns = _patterns()
     context = multiprocessing.get_context("fork")
     counts = context.Array("l", 3)
     ready, stop = context.Event(), context.Event()
-    given = {"caller": world.caller, "file_id": world.file_id, "patterns": patterns}
-    given |= {"counts": counts, "ready": ready, "stop": stop}
+    given = given | {"patterns": patterns, "counts": counts, "ready": ready, "stop": stop}
     flooder = context.Process(target=_flood, args=(url,), kwargs=given, daemon=True)
-    world.db.close()
     flooder.start()
     ready.wait(60)
     try:
-        report = _beat(url, claim.claim_id, seconds=seconds)
+        report = _beat(url, claim_id, seconds=seconds)
     finally:
         stop.set()
         flooder.join(60)

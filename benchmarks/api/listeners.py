@@ -34,8 +34,7 @@ def run(plan: ApiPlan) -> Result:
     result = Result(theme="api_listeners", settings=plan.settings())
     with servers(plan.databases) as server:
         for kind in plan.databases:
-            with place(kind, server, plan.folder, "listeners") as where:
-                world = where.world()
+            with place(kind, server, plan.folder, "listeners") as where, where.world() as world:
                 world.worker()
                 world.queued()
                 (running,) = world.claim(lease=HOURS)  # long, because the API server ends expired leases
@@ -81,6 +80,7 @@ def _listen(plan: ApiPlan, served: Served, world: World, claim_id: str, jobs: li
     finally:
         process.stdin.close()
         process.wait(PATIENCE_SECONDS)
+        answers.close()
 
 
 def _memory(pid: int) -> int:
@@ -89,30 +89,30 @@ def _memory(pid: int) -> int:
     return psutil.Process(pid).memory_info().rss
 
 
-class _Ear(asyncio.Protocol):
+class _Listener(asyncio.Protocol):
     """One connection, which records when it receives a mark."""
 
-    def __init__(self, hall: _Hall, path: str) -> None:
-        self.hall, self.path = hall, path
+    def __init__(self, listeners: _Listeners, path: str) -> None:
+        self.listeners, self.path = listeners, path
         self.last = b""
         self.is_open = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        head = f"GET {self.path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {self.hall.key}\r\n\r\n"
+        head = f"GET {self.path} HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {self.listeners.key}\r\n\r\n"
         transport.write(head.encode())
-        self.hall.transports.append(transport)
+        self.listeners.transports.append(transport)
 
     def data_received(self, data: bytes) -> None:
         if not self.is_open and b"event: job" in data:
             self.is_open = True
-            self.hall.opened.release()
+            self.listeners.opened.release()
         if b"mark" in data:
-            self.hall.heard.append((time.time(), data))
-            self.hall.news.set()
+            self.listeners.heard.append((time.time(), data))
+            self.listeners.news.set()
 
 
-class _Hall:
+class _Listeners:
     def __init__(self, told: dict[str, Any]) -> None:
         self.key: str = told["key"]
         self.told = told
@@ -128,7 +128,7 @@ class _Hall:
             numbers = range(first, min(first + TOGETHER, self.told["listeners"]))
             for number in numbers:
                 path = f"/v1/fine_tuning/jobs/{jobs[number % len(jobs)]}/stream"
-                await loop.create_connection(lambda path=path: _Ear(self, path), address.hostname, address.port)
+                await loop.create_connection(lambda path=path: _Listener(self, path), address.hostname, address.port)
             for _ in numbers:
                 await asyncio.wait_for(self.opened.acquire(), PATIENCE_SECONDS)
         return {"listeners": len(self.transports), "seconds": time.time() - began}
@@ -154,11 +154,11 @@ class _Hall:
 
 async def main() -> None:
     loop = asyncio.get_running_loop()
-    hall = _Hall(json.loads(await loop.run_in_executor(None, sys.stdin.readline)))
-    print(json.dumps(await hall.open()), flush=True)
+    listeners = _Listeners(json.loads(await loop.run_in_executor(None, sys.stdin.readline)))
+    print(json.dumps(await listeners.open()), flush=True)
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        print(json.dumps(await hall.hear(**json.loads(line))), flush=True)
-    for transport in hall.transports:
+        print(json.dumps(await listeners.hear(**json.loads(line))), flush=True)
+    for transport in listeners.transports:
         transport.abort()
 
 

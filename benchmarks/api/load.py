@@ -71,6 +71,7 @@ async def measure(load: Load) -> dict[str, Any]:
             else:
                 await ask(reader, writer, time.perf_counter())
         writer.close()
+        await writer.wait_closed()
 
     await asyncio.gather(*(connection(number) for number in range(load.connections)))
     seconds = time.perf_counter() - began

@@ -74,8 +74,7 @@ def _run(plan: ApiPlan, result: Result, server: str | None, kinds: Sequence[str]
     if not kinds:
         return
     kind, *others = kinds
-    with place(kind, server, plan.folder, "rates") as where:
-        world = where.world()
+    with place(kind, server, plan.folder, "rates") as where, where.world() as world:
         job = world.submit()
         with api(where, world, core=plan.core) as served, peer(where, core=plan.core) as bare:
             for _ in range(plan.repeats):

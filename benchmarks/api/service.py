@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,11 @@ class Place:
     url: str
     folder: Path
 
-    def world(self) -> World:
+    @contextmanager
+    def world(self) -> Generator[World]:
         """Create two projects, a base model and a file with the catalog's own functions, in real time."""
-        return World(Database(self.url), Clock())
+        with closing(Database(self.url)) as db:
+            yield World(db, Clock())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +68,18 @@ def place(kind: str, server: str | None, folder: Path, name: str) -> Generator[P
     own.mkdir(parents=True)
     if kind == "sqlite":
         made = Place(kind=kind, url=f"sqlite:///{own}/lorry.db", folder=own)
-        Database(made.url).migrate()
+        _migrate(made.url)
         yield made
         return
     assert server is not None
     with empty_database(server, name) as url:
-        Database(url).migrate()
+        _migrate(url)
         yield Place(kind=kind, url=url, folder=own)
+
+
+def _migrate(url: str) -> None:
+    with closing(Database(url)) as db:
+        db.migrate()
 
 
 @contextmanager
@@ -108,8 +115,9 @@ def _serving(
         process = subprocess.Popen(
             [sys.executable, *argv], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
         )
+    assert process.stdout is not None
     try:
-        line = process.stdout.readline() if process.stdout else ""
+        line = process.stdout.readline()
         if not line:
             raise RuntimeError(f"the service did not start:\n{log_file.read_text('utf-8', 'replace')}")
         if core is not None:
@@ -122,3 +130,4 @@ def _serving(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        process.stdout.close()

@@ -6,7 +6,7 @@ import http.client
 import json
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from statistics import median
 from urllib.parse import urlsplit
@@ -34,10 +34,13 @@ def run(plan: ApiPlan) -> Result:
         for kind in plan.databases:
             with ExitStack() as stack:
                 places = {name: stack.enter_context(place(kind, server, plan.folder, name)) for name in sizes}
-                worlds = {name: where.world() for name, where in places.items()}
+                worlds = {name: stack.enter_context(where.world()) for name, where in places.items()}
                 ids = {name: _filled(plan, result, kind, worlds[name], number) for name, number in sizes.items()}
                 served = {name: stack.enter_context(api(places[name], worlds[name], core=plan.core)) for name in sizes}
-                _compare(plan, result, kind, {name: Side(worlds[name], served[name], ids[name]) for name in sizes})
+                sides = {
+                    name: stack.enter_context(closing(Side(worlds[name], served[name], ids[name]))) for name in sizes
+                }
+                _compare(plan, result, kind, sides)
     return result
 
 
@@ -49,6 +52,9 @@ class Side:
         address = urlsplit(served.url)
         self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=120)
         self._headers = {"authorization": f"Bearer {served.key}"}
+
+    def close(self) -> None:
+        self._connection.close()
 
     def ask(self, path: str) -> None:
         self._connection.request("GET", path.format(**self._ids), headers=self._headers)

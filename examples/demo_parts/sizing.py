@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ MEASURED_BATCH = 4
 _MEASURED_SECONDS = 3.0
 _MOST_MEASURED_STEPS = 200
 _POLL_SECONDS = 0.1
+_LIMIT_SECONDS = 600.0
 _FINAL = frozenset({"succeeded", "failed", "cancelled"})
 _EVALUATIONS = 2
 """The base model before the first step, and the adapter after the last."""
@@ -68,19 +70,19 @@ def measure(client: OpenAI, base: str, training_file: str, job: dict[str, Any]) 
     with waiting("Loading the base model and measuring this machine"):
         row_seconds, loss = _timed(client, job_id)
     client.fine_tuning.jobs.cancel(job_id)
-    while (
-        client.fine_tuning.jobs.retrieve(job_id).to_dict()["status"] not in _FINAL
-    ):  # it shares the trainer until then
-        time.sleep(_POLL_SECONDS)
+    for polled in _polled(client, job_id):  # it shares the trainer until it ends
+        if polled["status"] in _FINAL:
+            break
     console.print(f"First loss {loss:.3f}; {1 / row_seconds:.1f} rows a second")
     return row_seconds
 
 
 def _timed(client: OpenAI, job_id: str) -> tuple[float, float]:
     """Return seconds per row, from the first finished step on, and the first loss."""
-    began, first_step, loss = 0.0, 0, 0.0
+    began, first_step, step, loss = 0.0, 0, 0, 0.0
+    polls = _polled(client, job_id)
     while True:
-        job: dict[str, Any] = client.fine_tuning.jobs.retrieve(job_id).to_dict()
+        job = next(polls)
         progress = job.get("progress") or {}
         step, now = int(progress.get("step") or 0), time.monotonic()
         if step and not first_step:
@@ -89,7 +91,18 @@ def _timed(client: OpenAI, job_id: str) -> tuple[float, float]:
             return (now - began) / (step - first_step) / MEASURED_BATCH, loss
         if job["status"] in _FINAL:
             raise DemoFailed(f"The job that measures the machine {job['status']} at step {step}: {job.get('error')}")
+
+
+def _polled(client: OpenAI, job_id: str) -> Iterator[dict[str, Any]]:
+    """Yield the state of the job again and again. Raises DemoFailed after `_LIMIT_SECONDS`."""
+    ends = time.monotonic() + _LIMIT_SECONDS
+    while time.monotonic() < ends:
+        yield client.fine_tuning.jobs.retrieve(job_id).to_dict()
         time.sleep(_POLL_SECONDS)
+    raise DemoFailed(
+        f"The job that measures the machine, {job_id}, did not finish within {_LIMIT_SECONDS:.0f} s. "
+        "Look for the cause in the log of the service, .cache/demo/lorry-up.log, then run `make demo` again."
+    )
 
 
 def _clamp(value: float, allowed: range) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -206,20 +207,30 @@ def progress(step: int, status: str = "running") -> SimpleNamespace:
     return SimpleNamespace(id="job", to_dict=lambda: job)
 
 
+class Clock:
+    """A clock that stands still, except while something sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, _seconds: float) -> None:
+        self.now += 1.0
+
+
 def test_the_measurement_counts_from_the_first_step_and_cancels_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 120.0, 121.0, 122.0, 124.0])
-    polls = iter(
-        [progress(0), progress(1), progress(2), progress(2), progress(3), progress(3), progress(3, "cancelled")]
-    )
+    polls = iter([progress(step) for step in (0, 1, 2, 2, 3, 3)] + [progress(3, "cancelled")])
     cancelled: list[str] = []
     jobs = SimpleNamespace(
         create=lambda **_options: progress(0), retrieve=lambda _id: next(polls), cancel=cancelled.append
     )
     client: Any = SimpleNamespace(fine_tuning=SimpleNamespace(jobs=jobs))
-    monkeypatch.setattr(sizing, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _seconds: None))
+    monkeypatch.setattr(sizing, "time", Clock())
     monkeypatch.setattr(sizing, "waiting", lambda _what: nullcontext())
 
-    assert sizing.measure(client, "base", "file-1", {}) == (124 - 120) / 2 / sizing.MEASURED_BATCH
+    assert sizing.measure(client, "base", "file-1", {}) == (104 - 101) / 2 / sizing.MEASURED_BATCH
     assert cancelled == ["job"]
 
 
@@ -229,6 +240,21 @@ def test_a_measurement_whose_job_fails_ends_the_demo(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sizing, "waiting", lambda _what: nullcontext())
 
     with pytest.raises(report.DemoFailed, match="failed at step 1"):
+        sizing.measure(client, "base", "file-1", {})
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_measurement_that_does_not_finish_ends_the_demo(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """At step 0 the job does not start; at step 3 the cancelled job does not end."""
+    polls = itertools.chain([progress(at) for at in (1, 2, 2, 3, 3)] if step else [], itertools.repeat(progress(step)))
+    jobs = SimpleNamespace(
+        create=lambda **_options: progress(0), retrieve=lambda _id: next(polls), cancel=lambda _id: None
+    )
+    client: Any = SimpleNamespace(fine_tuning=SimpleNamespace(jobs=jobs))
+    monkeypatch.setattr(sizing, "time", Clock())
+    monkeypatch.setattr(sizing, "waiting", lambda _what: nullcontext())
+
+    with pytest.raises(report.DemoFailed, match="job, did not finish within 600 s"):
         sizing.measure(client, "base", "file-1", {})
 
 

@@ -196,7 +196,7 @@ def _run_child(
             "its links point to files. Then add the same model again.",
         ) from error
     child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
-    wait_for_child(child, context, is_unwanted, stuck=partial(_stuck, row.name))
+    wait_for_child(child, context, is_unwanted, stuck=partial(no_progress, row.name))
     if child.returncode == -signal.SIGXCPU:
         raise ImportRefused(
             f"The import of {row.name!r} was stopped after {box.limits['cpu']:,} s of processor time, the limit for a "
@@ -213,7 +213,8 @@ def _run_child(
     return answer["description"], answer["commit"]
 
 
-def _stuck(name: str, why: str) -> LorryError:
+def no_progress(name: str, why: str) -> LorryError:
+    """Return the error of an import that was stopped because of `why`."""
     remedy = "Check that the worker can reach the source, then add the same model again."
     return ImportRefused(f"The import of {name!r} was stopped because {why}.", code="no_progress", remedy=remedy)
 

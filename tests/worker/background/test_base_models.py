@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from tests import tiny_base
 from tests.catalog.world import claim_import_of
 from worker.background import base_models
 
+NO_PROGRESS = partial(base_models.no_progress, "tiny")
 SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
 
 
@@ -178,7 +180,7 @@ def test_a_child_without_progress_is_terminated(
     monkeypatch.setattr(base_models._Progress, "_seconds_used", lambda _self: 0.0)  # pyright: ignore[reportPrivateUsage]
 
     with pytest.raises(base_models.ImportRefused) as caught:
-        base_models.wait_for_child(sleeper, context)
+        base_models.wait_for_child(sleeper, context, stuck=NO_PROGRESS)
 
     assert caught.value.code == "no_progress"
     assert sleeper.returncode is not None
@@ -189,7 +191,7 @@ def test_no_child_is_left_running_after_an_unexpected_error(context: Any, sleepe
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        base_models.wait_for_child(sleeper, context, fail)
+        base_models.wait_for_child(sleeper, context, fail, stuck=NO_PROGRESS)
 
     assert sleeper.returncode is not None
 
@@ -207,7 +209,8 @@ def test_a_database_outage_does_not_stop_an_import(
 
     monkeypatch.setattr(lease, "renew", renew)
 
-    base_models.wait_for_child(sleeper, context, base_models.lost_lease(context, BaseModelRow, "claim-1"))
+    is_unwanted = base_models.lost_lease(context, BaseModelRow, "claim-1")
+    base_models.wait_for_child(sleeper, context, is_unwanted, stuck=NO_PROGRESS)
 
     assert was_called.is_set()
 
