@@ -4,17 +4,12 @@ Each job of the engine's tests is trained alone, and again with all others of it
 its first step and resumed from its checkpoint. A digest covers the values of the job's events and the bytes of the
 exported adapter. Digests depend on the processor and on torch, so compare only those of one machine. The exit status is
 1 if a packed run differs from the run alone.
-
-`python -m tools.fingerprint interfaces DIR` writes /openapi.json and the --help output of every command to DIR.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,19 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer.main
-from pydantic import SecretStr
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from api.app import create_app
-from api.settings import ApiSettings
-from catalog.db.database import Database
-from catalog.settings import Settings
 from lora_core.base_model.model import BaseModel, load_base
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
-from lorry.cli.main import app
 from tests.lora_core.classifiers import classification_jobs, classifier
 from tests.lora_core.drawn_jobs import ABSURD, NAN_AT_ONCE, drawn_job
 from tests.lora_core.scenarios import VOCAB, Submission, admit, submissions
@@ -43,7 +31,6 @@ from tests.lora_core.scenarios import VOCAB, Submission, admit, submissions
 DRAWN = [number for number in range(12) if number % 8 not in (NAN_AT_ONCE, ABSURD)]
 TOKEN_BUDGET = 96
 """Small, so that most steps take several forward passes."""
-MODULES = ("api", "worker.entrypoints.loop", "benchmarks")
 
 
 def digests(folder: Path) -> Iterator[tuple[str, str, str]]:
@@ -125,53 +112,8 @@ def _digest(engine: Engine, job: str, events: list[Event], folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_interfaces(folder: Path) -> None:
-    """Write openapi.json, and the --help output of each command to a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as data:
-        settings = Settings(
-            data_dir=Path(data), database_url=SecretStr(f"sqlite:///{data}/lorry.db"), pepper=SecretStr("0" * 64)
-        )
-        Database(f"sqlite:///{data}/lorry.db").migrate()
-        described = create_app(settings, ApiSettings()).openapi()
-    (folder / "openapi.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", "utf-8")
-    for words, told in [*_click_helps(), *_argparse_helps()]:
-        (folder / f"{'-'.join(words)}.txt").write_text(told, "utf-8")
-
-
-def _click_helps() -> Iterator[tuple[list[str], str]]:
-    def walk(command: Any, parent: Any, name: str) -> Iterator[tuple[list[str], str]]:
-        context = command.context_class(command, parent=parent, info_name=name, terminal_width=100)
-        yield context.command_path.split(), command.get_help(context)
-        for each, inner in getattr(command, "commands", {}).items():
-            yield from walk(inner, context, each)
-
-    yield from walk(typer.main.get_command(app), None, "lorry")
-
-
-def _argparse_helps() -> Iterator[tuple[list[str], str]]:
-    for module in MODULES:
-        whole = _help(module)
-        yield [module], whole
-        for verb in re.findall(r"^    ([a-z][a-z-]+)(?: |$)", whole, re.MULTILINE):
-            yield [module, verb], _help(module, verb)
-
-
-def _help(module: str, *verbs: str) -> str:
-    command = [sys.executable, "-m", module, *verbs, "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.fingerprint", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("adapters", "interfaces"), default="adapters")
-    parser.add_argument("folder", nargs="?", type=Path)
-    options = parser.parse_args()
-    if options.what == "interfaces":
-        if options.folder is None:
-            parser.error("interfaces needs a folder to write to")
-        write_interfaces(options.folder)
-        return 0
+    argparse.ArgumentParser(prog="python -m tools.fingerprint", description=__doc__).parse_args()
     torch.set_num_threads(1)
     has_difference = False
     with tempfile.TemporaryDirectory() as folder:

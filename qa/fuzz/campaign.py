@@ -19,7 +19,7 @@ from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
 from catalog.tenancy import authentication
-from qa.fuzz.planted import (
+from qa.fuzz.sample_objects import (
     ID,
     Key,
     data_file,

@@ -19,7 +19,7 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Organization
 from catalog.tenancy import projects
-from tests.catalog.reading import statements_of
+from tests.catalog.read_costs import statements_of
 from tests.catalog.world import World, request
 
 pytestmark = pytest.mark.both_databases

@@ -41,7 +41,7 @@ from catalog.tenancy import api_keys, authentication
 from catalog.usage import quotas
 from catalog.usage import report as usage_report
 from catalog.webhooks import delivery_log, delivery_queue
-from tests.catalog.lived_in import FAR, GROWING, add_parts, export, lived_in, of_sweep, owner, send
+from tests.catalog.aged_database import FAR, GROWING, add_parts, export, fill_with_history, of_sweep, owner, send
 from tests.catalog.plan_data import plan
 from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest
@@ -296,7 +296,7 @@ def _hide(world: World) -> None:
 
 
 def test_frequent_statements_never_scan_growing_tables(world: World) -> None:
-    ids = lived_in(world)
+    ids = fill_with_history(world)
     whole: dict[str, dict[str, list[str]]] = {}
 
     for what, act in ACTS.items():
@@ -310,7 +310,7 @@ def test_frequent_statements_never_scan_growing_tables(world: World) -> None:
 
 
 def test_full_scan_of_a_growing_table_is_detected(world: World) -> None:
-    lived_in(world)
+    fill_with_history(world)
 
     with listening(world.db) as sent, world.db.read() as session:
         session.connection().exec_driver_sql("select id from jobs where suffix = 'none'")
@@ -319,7 +319,7 @@ def test_full_scan_of_a_growing_table_is_detected(world: World) -> None:
 
 
 def test_attempts_of_a_trainer_are_searched_by_end_time(world: World) -> None:
-    lived_in(world)
+    fill_with_history(world)
 
     with listening(world.db) as sent:
         job_logs.attempts_of(world.db, "t-00007", ended_after=world.clock.now)

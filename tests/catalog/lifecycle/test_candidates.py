@@ -17,7 +17,7 @@ from catalog.resources import requirements
 from catalog.scheduling.snapshot import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Capacity
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
-from tests.catalog.reading import rows_read, rows_scanned
+from tests.catalog.read_costs import rows_read, rows_scanned
 from tests.catalog.world import LEASE, Clock, World
 
 ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)

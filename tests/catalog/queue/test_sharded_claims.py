@@ -18,7 +18,7 @@ from catalog.states import EndReason
 from catalog.tables.jobs import Job
 from tests.catalog.plan_data import ready
 from tests.catalog.plans.test_plans import codes, found
-from tests.catalog.reading import rows_read
+from tests.catalog.read_costs import rows_read
 from tests.catalog.world import World, sha
 
 BLOCKS = {"count": 10, "num_parameters": 9 * 10**9, "largest_parameters": 9 * 10**8}

@@ -19,7 +19,7 @@ from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import creation
 from catalog.sweeps import queries as sweep_queries
 from catalog.tables.sweeps import Sweep
-from tests.catalog.reading import statements_of
+from tests.catalog.read_costs import statements_of
 from tests.catalog.sweeping import (
     ON_ONE_DATABASE,
     add,

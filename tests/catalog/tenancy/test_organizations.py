@@ -13,7 +13,7 @@ from catalog.registry import permissions
 from catalog.tables.tenancy import Organization, Project
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
-from tests.catalog.reading import statements_of
+from tests.catalog.read_costs import statements_of
 from tests.catalog.world import PEPPER, World
 
 

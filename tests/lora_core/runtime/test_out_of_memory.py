@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, which only Linux enforces")
 def test_out_of_memory_halves_ticks_and_fails_only_the_large_job(base_dirs):
     child = subprocess.run(
-        [sys.executable, "-m", "tests.lora_core.starved", str(base_dirs["llama"])],
+        [sys.executable, "-m", "tests.lora_core.limited_memory", str(base_dirs["llama"])],
         check=False,
         cwd=ROOT,
         capture_output=True,

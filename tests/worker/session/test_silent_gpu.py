@@ -12,7 +12,7 @@ import pytest
 from catalog.fleet import cordons
 from catalog.states import JobState
 from tests.worker.pack_site import PackSite
-from tests.worker.session.test_blame import cordon_of
+from tests.worker.session.test_failure_attribution import cordon_of
 from worker import supervisor
 from worker.gang.gang import gang_of
 from worker.node import devices

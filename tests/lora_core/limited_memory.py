@@ -1,4 +1,4 @@
-"""An engine in a process with limited memory: `python -m tests.lora_core.starved BASE_DIR` prints the jobs' outcomes.
+"""An engine in a process with limited memory: `python -m tests.lora_core.limited_memory BASE_DIR` prints the outcomes.
 
 The limit is the kernel's, on this process's address space, so the allocators fail as they do on a full machine.
 """

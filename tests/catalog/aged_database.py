@@ -81,7 +81,7 @@ COPIED: dict[type[Table], Changes] = {
 GROWING = {table.__tablename__ for table in COPIED}
 
 
-def lived_in(world: World) -> dict[str, str]:
+def fill_with_history(world: World) -> dict[str, str]:
     """Fill the database with many ended jobs, one running and four queued. Returns the ids that the tests query."""
     world.worker(integrations=("tensorboard",))
     world.worker("w2")
