@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -78,6 +79,9 @@ OPERATORS_PATHS = (
 )
 """Paths where an operator key may do more than other keys."""
 
+CRASH = re.compile(r" crash (request_id=|in a stream)")
+"""The service's log lines about exceptions that nothing has handled."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Campaign:
@@ -144,7 +148,7 @@ def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) ->
                 site = _Site(folder=folder, url=url, db=services.db, hooks=receiver.url)
                 _ask(campaign, site, me, other, echo=echo, outcome=outcome)
     services.db.close()
-    if "crash" in log.read_text():
+    if CRASH.search(log.read_text()):
         outcome.is_well = False
         echo.write(log.read_text()[-20_000:])
     return outcome
