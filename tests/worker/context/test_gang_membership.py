@@ -275,7 +275,7 @@ def test_an_incomplete_gang_does_not_train_a_job_claimed_before(gang: GangSite) 
     context = gang.seated("w1")
     membership_of(context).poll()
 
-    with ExitStack() as stack, pytest.raises(NotGathered, match="1 of the 2 workers"):
+    with ExitStack() as stack, pytest.raises(NotGathered, match="needs 2 workers, but only 1 is available"):
         gang_of(context).gather(stack, job, {})
 
     assert gangs.standing(gang.place("w1")).call is None
