@@ -15,8 +15,9 @@ MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id"})
 UNSUPPORTED = frozenset({"tools", "parallel_tool_calls", "functions", "tool_calls", "function_call", "audio"})
 MESSAGE_FORM = '{"role": "user", "content": "..."}'
 CHAT_FORM = f'[{MESSAGE_FORM}, {{"role": "assistant", "content": "..."}}]'
-PART_FORM = 'Use {"type": "text", "text": "..."}.'
-TEXT_OR_PARTS = 'Use a string, or a list of one or more text parts: [{"type": "text", "text": "..."}].'
+TEXT_PART = '{"type": "text", "text": "..."}'
+PART_FORM = f"Use {TEXT_PART}."
+TEXT_OR_PARTS = f"Use a string, or a list of one or more text parts: [{TEXT_PART}]."
 MAX_DIGITS = 19
 """Number of decimal digits of the largest 64-bit integer."""
 MAX_NAMED_CHARS = 40
@@ -194,7 +195,7 @@ def _check_part(position: str, part: dict[str, Any]) -> None:
         shown_type = quoted(kind) if isinstance(kind, str) else kind_of(kind)
         if "type" not in part:
             raise BadRow("content_not_text", f"{position}.type is missing", PART_FORM)
-        remedy = f"Remove images, audio and files: only text is supported. For text: {PART_FORM}"
+        remedy = f"Remove images, audio and files: only text is supported. For text, use {TEXT_PART}."
         raise BadRow("content_not_text", f"{position}.type is {shown_type}, not 'text'", remedy)
     if not isinstance(part.get("text"), str):
         given = f"{kind_of(part['text'])}, not a string" if "text" in part else "missing"

@@ -133,7 +133,7 @@ def _unknown(row: dict[str, Any]) -> BadRow:
         keys = [quoted(key) for key in islice(row, MAX_NAMED_KEYS)]
         shown = f"its only key is {keys[0]}" if len(row) == 1 else f"its keys are {', '.join(keys)}"
         more = f" and {len(row) - len(keys)} more" if len(row) > len(keys) else ""
-        reason = f"the row has none of the supported formats: {shown}{more}"
+        reason = f"the row is not in a supported format: {shown}{more}"
         return BadRow("unknown_key", reason, f"Use {FORMS}.")
     return BadRow("row_empty", "the row is an empty object", f"Use {FORMS}, or remove the row.")
 
@@ -148,7 +148,8 @@ SHARED_PROMPT_REMEDY = (
     f'{PAIR_REMEDY} Without a "prompt" key, the prompt is the text with which chosen and rejected both begin.'
 )
 ALPACA_REMEDY = (
-    'Use {"prompt": INSTRUCTION, "completion": OUTPUT}. If "input" is not empty, append it to the instruction.'
+    'Use {"prompt": INSTRUCTION, "completion": OUTPUT}, without other keys. If "input" is not empty, append its text '
+    "to the instruction."
 )
 SHAREGPT_REMEDY = (
     'Use {"messages": [...]}, without other keys. In each message, rename "from" to "role" (and human to user, gpt to '
@@ -162,6 +163,6 @@ def refuse_foreign(row: dict[str, Any]) -> None:
         remedy = PAIR_REMEDY if "prompt" in row else SHARED_PROMPT_REMEDY
         raise BadRow("trl_pair", "the row is a preference pair in TRL format (chosen, rejected)", remedy)
     if "instruction" in row and "output" in row:
-        raise BadRow("alpaca_row", "the row is in Alpaca format (instruction, input, output)", ALPACA_REMEDY)
+        raise BadRow("alpaca_row", "the row is in Alpaca format (instruction, output)", ALPACA_REMEDY)
     if "conversations" in row and "messages" not in row:
         raise BadRow("sharegpt_row", "the row is in ShareGPT format (conversations)", SHAREGPT_REMEDY)

@@ -242,7 +242,7 @@ def turns_of(answer: Completion) -> list[ChatMessage] | None:
 def _check_turns(prompt: list[ChatMessage], answer: list[ChatMessage]) -> None:
     if len(answer) > 1:
         remedy = (
-            "Keep only the labeled assistant message. Move others to prompt, which can't end with an assistant message."
+            "Keep only the labeled assistant message. Move the others to prompt, which must not end with an answer."
         )
         raise BadRow("several_answers", f"completion has {len(answer)} messages, but must have exactly one", remedy)
     if answer[0]["role"] != "assistant":

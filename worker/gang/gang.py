@@ -169,9 +169,9 @@ class NodeGang(WorkerGang):
             if heartbeat.lost.is_set():
                 worker_id = self._context.worker_id
                 raise Unavailable(
-                    f"Worker {worker_id} could not reach the database, so its claims on the jobs have expired.",
+                    f"Worker {worker_id} could not reach the database, so its claim on the job has expired.",
                     code="database_unavailable",
-                    remedy="No action is needed while the jobs are retried. If this recurs, check that worker's "
+                    remedy="No action is needed while the job is retried. If this recurs, check that worker's "
                     "connection to the database.",
                 )
         finally:

@@ -70,8 +70,8 @@ def test_row_of_another_kind_is_compared_with_the_first_row_that_has_a_kind() ->
 
 
 def test_row_without_a_known_format_is_reported_with_its_keys() -> None:
-    assert "formats: its only key is 'label'." in refusal({"label": True}).message
-    assert "formats: its keys are 'question', 'answer'." in refusal({"question": 1, "answer": 2}).message
+    assert "format: its only key is 'label'." in refusal({"label": True}).message
+    assert "format: its keys are 'question', 'answer'." in refusal({"question": 1, "answer": 2}).message
     assert "'k0', 'k1', 'k2', 'k3', 'k4' and 2 more." in refusal({f"k{number}": 1 for number in range(7)}).message
 
 
