@@ -288,14 +288,25 @@ def test_a_claim_that_expires_before_the_trainer_starts_is_reported_with_the_wor
     context = gang.seated("w1")
     gang.seated("w2")
     membership_of(context).poll()
-    exited: Any = SimpleNamespace(returncode=-9, send_heartbeat=lambda: None, kill=lambda: None)
+    trainer: Any = SimpleNamespace(
+        returncode=None,
+        is_killed=False,
+        directory=TrainerDirectory(context.scratch_dir()),
+        send_heartbeat=lambda: None,
+        kill=lambda: None,
+        wait=lambda _: None,
+    )
     member = gang_of(context)
+
+    def lose_claim() -> bool:
+        context.heartbeat.lost.set()
+        trainer.returncode = -9
+        return False
 
     with ExitStack() as stack:
         member.gather(stack, job, {})
-        context.heartbeat.lost.set()
         with pytest.raises(Unavailable, match="Worker w1 could not reach the database") as caught:
-            member.start(exited, is_unwanted=lambda: False)
+            member.start(trainer, is_unwanted=lose_claim)
 
     assert caught.value.code == "database_unavailable"
 
