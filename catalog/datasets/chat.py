@@ -13,7 +13,11 @@ from typing import Any, NotRequired, TypedDict, cast
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id"})
 UNSUPPORTED = frozenset({"tools", "parallel_tool_calls", "functions", "tool_calls", "function_call", "audio"})
-PART_FORM = 'Use {"type": "text", "text": "..."}.'
+MESSAGE_FORM = '{"role": "user", "content": "..."}'
+CHAT_FORM = f'[{MESSAGE_FORM}, {{"role": "assistant", "content": "..."}}]'
+TEXT_PART = '{"type": "text", "text": "..."}'
+PART_FORM = f"Use {TEXT_PART}."
+TEXT_OR_PARTS = f"Use a string, or a list of one or more text parts: [{TEXT_PART}]."
 MAX_DIGITS = 19
 """Number of decimal digits of the largest 64-bit integer."""
 MAX_NAMED_CHARS = 40
@@ -71,14 +75,13 @@ def _parse_json(line: bytes) -> Any:
         reason = f"byte {error.start + 1} is not valid UTF-8"
         raise BadRow("invalid_utf8", reason, "Save the file as UTF-8.") from error
     except UnicodeEncodeError as error:
-        reason = "the line contains an unpaired surrogate escape (\\ud…)"
-        remedy = "Use the character itself, such as an emoji, or a complete pair of \\u escapes."
+        reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
+        remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
         raise BadRow("lone_surrogate", reason, remedy) from error
     except json.JSONDecodeError as error:
         reason = f"the JSON is invalid at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
-        raise BadRow(
-            "invalid_json", reason, "Put each row on one line, and generate it with a JSON library."
-        ) from error
+        remedy = "Write each row as one JSON object on a single line, for example with Python's json.dumps()."
+        raise BadRow("invalid_json", reason, remedy) from error
     except RecursionError as error:
         remedy = "Flatten the row: a valid row has at most six levels of objects and lists."
         raise BadRow("json_too_deep", "the JSON is nested too deeply", remedy) from error
@@ -90,7 +93,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
         reason = f"the key {quoted(duplicate)} appears more than once in the same object"
-        raise BadRow("duplicate_key", reason, "Keep only one of them.")
+        raise BadRow("duplicate_key", reason, "Keep only one occurrence of the key.")
     return row
 
 
@@ -101,13 +104,15 @@ def _constant(name: str) -> Any:
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise BadRow("number_not_finite", "a number is out of range", "Use a number between -1.79e308 and 1.79e308.")
+        reason = f"the number {_shortened(text)} is out of range"
+        raise BadRow("number_not_finite", reason, "Use a number between -1.79e308 and 1.79e308.")
     return value
 
 
 def _int(text: str) -> int:
-    if len(text.lstrip("-")) > MAX_DIGITS:
-        reason = f"an integer has more than {MAX_DIGITS} digits"
+    num_digits = len(text.lstrip("-"))
+    if num_digits > MAX_DIGITS:
+        reason = f"the integer {_shortened(text)} has {num_digits:,} digits, but the maximum is {MAX_DIGITS}"
         raise BadRow("number_too_large", reason, "Use a string for a longer number.")
     return int(text)
 
@@ -122,9 +127,7 @@ def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
     messages = row["messages"]
     if not isinstance(messages, list):
         reason = f"messages is {kind_of(messages)}, not a list"
-        raise BadRow(
-            "messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
-        )
+        raise BadRow("messages_not_list", reason, f"Use a list of messages, such as {CHAT_FORM}.")
     for index, message in enumerate(cast(list[Any], messages)):
         check_message(f"messages[{index}]", message)
     checked = cast(list[ChatMessage], messages)
@@ -137,12 +140,11 @@ def check_chat(row: dict[str, Any]) -> list[ChatMessage]:
 def _check_row_keys(row: dict[str, Any]) -> None:
     for key in row:
         if key in UNSUPPORTED:
-            raise BadRow(
-                "tools_unsupported", f"{key!r} is not supported", "Remove it: only text messages are supported."
-            )
+            remedy = "Remove this key: only text messages are supported."
+            raise BadRow("tools_unsupported", f"the key {quoted(key)} is not supported", remedy)
         if key != "messages":
             remedy = 'Remove the key, or correct its spelling. A chat row has only the key "messages".'
-            raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", remedy)
+            raise BadRow("unknown_key", f"the row has an unknown key, {quoted(key)}", remedy)
     raise BadRow("messages_missing", 'the key "messages" is missing', 'Use {"messages": [...]}.')
 
 
@@ -153,7 +155,7 @@ def check_message(place: str, message: Any) -> None:
     """
     if not isinstance(message, dict):
         reason = f"{place} is {kind_of(message)}, not an object"
-        raise BadRow("message_not_object", reason, 'Use {"role": "user", "content": "..."}.')
+        raise BadRow("message_not_object", reason, f"Use an object for each message, such as {MESSAGE_FORM}.")
     fields = cast(dict[str, Any], message)
     if not fields.keys() <= MESSAGE_KEYS:
         _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
@@ -161,15 +163,16 @@ def check_message(place: str, message: Any) -> None:
     if role not in ROLES:
         shown_role = quoted(role) if isinstance(role, str) else kind_of(role)
         reason = (
-            f"{place}.role is {shown_role}, which is not a role" if "role" in fields else f"{place}.role is missing"
+            f"{place}.role is {shown_role}, which is not a valid role"
+            if "role" in fields
+            else f"{place}.role is missing"
         )
         raise BadRow("invalid_role", reason, f"Use one of these roles: {', '.join(ROLES)}.")
     if isinstance(fields.get("content"), list):
         fields["content"] = _joined(f"{place}.content", fields["content"])
     if not isinstance(fields.get("content"), str):
         given = f"{kind_of(fields['content'])}, not text" if "content" in fields else "missing"
-        remedy = 'Use a string, or a list of text parts: [{"type": "text", "text": "..."}].'
-        raise BadRow("content_not_text", f"{place}.content is {given}", remedy)
+        raise BadRow("content_not_text", f"{place}.content is {given}", TEXT_OR_PARTS)
     if len(fields) > 2:
         _check_extras(place, role, fields)
 
@@ -177,55 +180,66 @@ def check_message(place: str, message: Any) -> None:
 def _joined(place: str, parts: list[Any]) -> str:
     """Join parts of text without a separator, as a chat template does. Raises BadRow."""
     if not parts:
-        raise BadRow("content_not_text", f"{place} is an empty list", "Use a string, or at least one text part.")
+        raise BadRow("content_not_text", f"{place} is an empty list", TEXT_OR_PARTS)
     for index, part in enumerate(parts):
         position = f"{place}[{index}]"
         if not isinstance(part, dict):
             raise BadRow("content_not_text", f"{position} is {kind_of(part)}, not an object", PART_FORM)
-        fields = cast(dict[str, Any], part)
-        kind = fields.get("type")
-        if kind != "text":
-            shown_type = quoted(kind) if isinstance(kind, str) else kind_of(kind)
-            if "type" not in fields:
-                raise BadRow("content_not_text", f"{position}.type is missing", PART_FORM)
-            remedy = f"Remove images, audio and files: only text is supported. {PART_FORM}"
-            raise BadRow("content_not_text", f"{position}.type is {shown_type}, not 'text'", remedy)
-        if fields.keys() != {"type", "text"} or not isinstance(fields["text"], str):
-            reason = f'{position} must have only the keys "type" and "text", and "text" must be a string'
-            raise BadRow("content_not_text", reason, PART_FORM)
+        _check_part(position, cast(dict[str, Any], part))
     return "".join(part["text"] for part in parts)
+
+
+def _check_part(position: str, part: dict[str, Any]) -> None:
+    kind = part.get("type")
+    if kind != "text":
+        shown_type = quoted(kind) if isinstance(kind, str) else kind_of(kind)
+        if "type" not in part:
+            raise BadRow("content_not_text", f"{position}.type is missing", PART_FORM)
+        remedy = f"Remove images, audio and files: only text is supported. For text, use {TEXT_PART}."
+        raise BadRow("content_not_text", f"{position}.type is {shown_type}, not 'text'", remedy)
+    if not isinstance(part.get("text"), str):
+        given = f"{kind_of(part['text'])}, not a string" if "text" in part else "missing"
+        raise BadRow("content_not_text", f"{position}.text is {given}", PART_FORM)
+    if len(part) > 2:
+        unknown = next(key for key in part if key not in ("type", "text"))
+        remedy = f"Remove this key. {PART_FORM}"
+        raise BadRow("content_not_text", f"{position} has an unknown key, {quoted(unknown)}", remedy)
 
 
 def _refuse_key(place: str, key: str) -> None:
     if key in UNSUPPORTED:
-        raise BadRow(
-            "tools_unsupported", f"{place}.{key} is not supported", "Remove it: only text messages are supported."
-        )
-    remedy = f"Remove it, or correct its spelling. A message can have these keys: {', '.join(sorted(MESSAGE_KEYS))}."
-    raise BadRow("unknown_key", f"{place} has the unknown key {quoted(key)}", remedy)
+        remedy = "Remove this key: only text messages are supported."
+        raise BadRow("tools_unsupported", f"{place}.{key} is not supported", remedy)
+    allowed = ", ".join(sorted(MESSAGE_KEYS))
+    remedy = f"Remove the key, or correct its spelling. A message can have these keys: {allowed}."
+    raise BadRow("unknown_key", f"{place} has an unknown key, {quoted(key)}", remedy)
 
 
 def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
     if "weight" in fields:
         weight = fields["weight"]
         if role != "assistant":
-            reason = f"{place}.weight is allowed only on assistant messages"
-            raise BadRow("invalid_weight", reason, "Remove it.")
+            reason = f"{place}.weight is allowed only on assistant messages, but the message's role is '{role}'"
+            raise BadRow("invalid_weight", reason, "Remove 'weight' from this message.")
         if type(weight) is not int or weight not in (0, 1):
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             shown_weight = weight if is_number else kind_of(weight)
             reason = f"{place}.weight is {shown_weight}, but must be 0 or 1"
-            raise BadRow("invalid_weight", reason, "Use 0 to exclude the message from training, or omit the weight.")
+            remedy = "Use 0 to exclude the message from training. Otherwise, use 1 or omit 'weight'."
+            raise BadRow("invalid_weight", reason, remedy)
     for key in ("name", "tool_call_id"):
         if key in fields and not isinstance(fields[key], str):
-            raise BadRow(
-                "invalid_name", f"{place}.{key} is {kind_of(fields[key])}, not a string", "Use a string, or omit it."
-            )
+            reason = f"{place}.{key} is {kind_of(fields[key])}, not a string"
+            raise BadRow("invalid_name", reason, f"Use a string, or omit '{key}'.")
 
 
 def quoted(text: str) -> str:
     """Return a key or role for an error message: shortened, quoted, and without control characters."""
-    return ascii(text if len(text) <= MAX_NAMED_CHARS else text[:MAX_NAMED_CHARS] + "...")
+    return ascii(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_NAMED_CHARS else text[:MAX_NAMED_CHARS] + "..."
 
 
 def kind_of(value: Any) -> str:

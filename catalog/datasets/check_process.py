@@ -20,6 +20,7 @@ from pathlib import Path
 from catalog.datasets import validator
 from catalog.datasets.validator import DatasetCheck
 from catalog.errors import InvalidRequest, Unavailable
+from catalog.process_exit import how_it_exited, is_killed
 
 POLL_SECONDS = 0.1
 """Interval at which the parent checks whether the result is still needed."""
@@ -92,10 +93,12 @@ def _wait(process: subprocess.Popen[bytes], is_abandoned: Callable[[], bool]) ->
 def _crashed(status: int, errors: bytes) -> CheckCrashed:
     lines = errors.decode("utf-8", "replace").splitlines() or ["no output"]
     log.error("the check of a data set failed: status=%d %s", status, lines[-1][:300])
+    exited = how_it_exited(status)
+    to_check = "the memory of the API server's machine" if is_killed(status) else "the API server's log"
     return CheckCrashed(
-        f"The file could not be checked: the process that checks it failed with exit status {status}.",
+        f"The file could not be checked: the process that checks it {exited}.",
         code="dataset_check_failed",
-        remedy="Try again. If the error recurs, ask the operator to check the API server's log and memory.",
+        remedy=f"Try again. If the error recurs, ask the operator to check {to_check}.",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from catalog.datasets.chat import BadRow, check_chat, is_supervised, quoted
@@ -94,6 +95,7 @@ KINDS = (
 )
 _BY_NAME: dict[str, DataKind] = {kind.name: kind.name for kind in KINDS}
 KIND_NAMES = tuple(kind.name for kind in KINDS)
+MAX_NAMED_KEYS = 5
 FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
 
 
@@ -106,8 +108,9 @@ def row_kind(name: DataKind) -> RowKind:
     return next(kind for kind in KINDS if kind.name == name)
 
 
-def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
-    """Return the row's kind. before: kind of the previous rows, None for the first row. Raises BadRow."""
+def kind_of_row(row: dict[str, Any], *, before: RowKind | None, first_line: int = 1) -> RowKind:
+    """Return the row's kind. before: kind of the previous rows, the first of which is in line `first_line`. None for
+    the first row. Raises BadRow."""
     refuse_foreign(row)
     found = next((kind for kind in KINDS if any(key in row for key in kind.keys)), before)
     if found is None:
@@ -115,8 +118,8 @@ def kind_of_row(row: dict[str, Any], *, before: RowKind | None) -> RowKind:
     if found is COMPLETION and _is_labeled(row, before):
         found = UNPAIRED
     if before is not None and found is not before:
-        reason = f"the row is {found.noun}, but the first row is {before.noun}"
-        raise BadRow("mixed_kinds", reason, "Use one kind of row in each file.")
+        reason = f"the row is {found.noun}, but the row on line {first_line} is {before.noun}"
+        raise BadRow("mixed_kinds", reason, "Convert this row, or move it to a separate file.")
     return found
 
 
@@ -127,8 +130,11 @@ def _is_labeled(row: dict[str, Any], before: RowKind | None) -> bool:
 
 def _unknown(row: dict[str, Any]) -> BadRow:
     if row:
-        reason = f"the key {quoted(next(iter(row)))} does not belong to any row format"
-        return BadRow("unknown_key", reason, f"Use {FORMS}, or correct the key's spelling.")
+        keys = [quoted(key) for key in islice(row, MAX_NAMED_KEYS)]
+        shown = f"its only key is {keys[0]}" if len(row) == 1 else f"its keys are {', '.join(keys)}"
+        more = f" and {len(row) - len(keys)} more" if len(row) > len(keys) else ""
+        reason = f"the row is not in a supported format: {shown}{more}"
+        return BadRow("unknown_key", reason, f"Use {FORMS}.")
     return BadRow("row_empty", "the row is an empty object", f"Use {FORMS}, or remove the row.")
 
 
@@ -142,10 +148,12 @@ SHARED_PROMPT_REMEDY = (
     f'{PAIR_REMEDY} Without a "prompt" key, the prompt is the text with which chosen and rejected both begin.'
 )
 ALPACA_REMEDY = (
-    'Use {"prompt": INSTRUCTION, "completion": OUTPUT}. If "input" is not empty, append it to the instruction.'
+    'Use {"prompt": INSTRUCTION, "completion": OUTPUT}, without other keys. If "input" is not empty, append its text '
+    "to the instruction."
 )
 SHAREGPT_REMEDY = (
-    'Use {"messages": [...]}. Rename "from" to "role" (and human to user, gpt to assistant), and "value" to "content".'
+    'Use {"messages": [...]}, without other keys. In each message, rename "from" to "role" (and human to user, gpt to '
+    'assistant), and "value" to "content".'
 )
 
 
@@ -155,6 +163,6 @@ def refuse_foreign(row: dict[str, Any]) -> None:
         remedy = PAIR_REMEDY if "prompt" in row else SHARED_PROMPT_REMEDY
         raise BadRow("trl_pair", "the row is a preference pair in TRL format (chosen, rejected)", remedy)
     if "instruction" in row and "output" in row:
-        raise BadRow("alpaca_row", "the row is in Alpaca format (instruction, input, output)", ALPACA_REMEDY)
+        raise BadRow("alpaca_row", "the row is in Alpaca format (instruction, output)", ALPACA_REMEDY)
     if "conversations" in row and "messages" not in row:
         raise BadRow("sharegpt_row", "the row is in ShareGPT format (conversations)", SHAREGPT_REMEDY)

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from typing import Any, TypedDict, cast
 
-from catalog.datasets.chat import UNSUPPORTED, BadRow, ChatMessage, check_message, is_supervised, kind_of, quoted
+from catalog.datasets.chat import (
+    MESSAGE_FORM,
+    UNSUPPORTED,
+    BadRow,
+    ChatMessage,
+    check_message,
+    is_supervised,
+    kind_of,
+    quoted,
+)
 
 COMPLETION_KEYS = ("prompt", "completion")
 COMPLETION_FORM = '{"prompt": ..., "completion": ...}'
 TEXT_FORM = '{"text": "..."}'
 FORMS = "Use a string for both prompt and completion, or a list of messages for both."
+ONE_ANSWER = 'Use [{"role": "assistant", "content": "..."}].'
+PROMPT_MESSAGES = f"Use a list of one or more messages, such as [{MESSAGE_FORM}]."
 
 
 class Completion(TypedDict):
@@ -35,7 +46,7 @@ def check_completion(row: dict[str, Any]) -> Completion:
     if isinstance(row["completion"], list):
         _check_completion_messages(row)
     elif not row["completion"].strip():
-        raise BadRow("completion_empty", "the completion is empty", "Add the text to train on, or remove the row.")
+        raise BadRow("completion_empty", "completion is blank", "Add the text to train on, or remove the row.")
     return cast(Completion, row)
 
 
@@ -59,32 +70,38 @@ def check_text(row: dict[str, Any]) -> str:
     if not isinstance(text, str):
         raise BadRow("text_not_text", f"text is {kind_of(text)}, not a string", f"Use {TEXT_FORM}.")
     if not text.strip():
-        raise BadRow("text_empty", "the text is empty", "Add the text to train on, or remove the row.")
+        raise BadRow("text_empty", "text is blank", "Add the text to train on, or remove the row.")
     return text
 
 
 def _check_keys(row: dict[str, Any], keys: tuple[str, ...], *, form: str) -> None:
     for key in row:
         if key in UNSUPPORTED:
-            raise BadRow("tools_unsupported", f"{key!r} is not supported", "Remove it: only text is supported.")
+            reason = f"the key {quoted(key)} is not supported"
+            raise BadRow("tools_unsupported", reason, "Remove this key: only text is supported.")
         if key not in keys:
-            raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {form}.")
+            raise _unknown_key(key, form)
     for key in keys:
         if key not in row:
             raise BadRow(f"{key}_missing", f'the key "{key}" is missing', f"Use {form}.")
+
+
+def _unknown_key(key: str, form: str) -> BadRow:
+    remedy = f"Remove the key, or correct its spelling. Use {form}."
+    return BadRow("unknown_key", f"the row has an unknown key, {quoted(key)}", remedy)
 
 
 def _check_completion_messages(row: dict[str, Any]) -> None:
     for key in COMPLETION_KEYS:
         messages = cast(list[Any], row[key])
         if not messages:
-            remedy = 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
+            remedy = PROMPT_MESSAGES if key == "prompt" else ONE_ANSWER
             raise BadRow("messages_empty", f"{key} is an empty list", remedy)
         for index, message in enumerate(messages):
             check_message(f"{key}[{index}]", message)
     answers = cast(list[ChatMessage], row["completion"])
     if not any(m["role"] == "assistant" and m["content"].strip() for m in answers):
-        reason = "the completion has no assistant message with text"
+        reason = "completion has no assistant message with text"
         raise BadRow("no_assistant_turn", reason, "Add the assistant message to train on, or remove the row.")
 
 
@@ -92,8 +109,7 @@ OUTPUTS = ("preferred_output", "non_preferred_output")
 ROW_KEYS = ("input", *OUTPUTS)
 INPUT_KEYS = ("messages", "tools", "parallel_tool_calls")
 PAIR_FORM = '{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}'
-ONE_ANSWER_PER_OUTPUT = 'Use [{"role": "assistant", "content": "..."}].'
-NO_TOOLS = "Remove it, or use an empty list: tools are not supported."
+NO_TOOLS = "Remove input.tools: tools are not supported."
 
 
 class PreferencePair(TypedDict):
@@ -108,7 +124,7 @@ def check_pair(row: dict[str, Any]) -> PreferencePair:
     """Validate a pair of answers. Raises BadRow."""
     for key in row:
         if key not in ROW_KEYS:
-            raise BadRow("unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {PAIR_FORM}.")
+            raise _unknown_key(key, PAIR_FORM)
     for key in ROW_KEYS:
         if key not in row:
             raise BadRow(f"{key}_missing", f'the key "{key}" is missing', f"Use {PAIR_FORM}.")
@@ -122,18 +138,24 @@ def check_pair(row: dict[str, Any]) -> PreferencePair:
 
 def _check_input(given: Any) -> list[ChatMessage]:
     if not isinstance(given, dict):
-        raise BadRow("input_not_object", f"input is {kind_of(given)}, not an object", 'Use {"messages": [...]}.')
+        raise BadRow(
+            "input_not_object", f"input is {kind_of(given)}, not an object", 'Use "input": {"messages": [...]}.'
+        )
     fields = cast(dict[str, Any], given)
     for key in fields:
         if key not in INPUT_KEYS:
-            reason = f"input has the unknown key {quoted(key)}"
-            raise BadRow("unknown_key", reason, 'Remove it, or correct its spelling. "input" needs only "messages".')
+            reason = f"input has an unknown key, {quoted(key)}"
+            remedy = 'Remove the key, or correct its spelling. "input" needs only "messages".'
+            raise BadRow("unknown_key", reason, remedy)
     _check_tools(fields)
     if "messages" not in fields:
-        raise BadRow("messages_missing", 'input has no key "messages"', 'Use {"messages": [...]}.')
-    messages = _check_pair_messages("input.messages", fields["messages"], empty="Add the prompt for the two answers.")
+        raise BadRow("messages_missing", 'input has no key "messages"', 'Use "input": {"messages": [...]}.')
+    messages = _check_pair_messages("input.messages", fields["messages"], remedy=PROMPT_MESSAGES)
     if messages[-1]["role"] == "assistant":
-        remedy = "Move that message to preferred_output or non_preferred_output, so that the input ends with the user."
+        remedy = (
+            "End input.messages with the message to answer, usually the user's. Put the answers only into "
+            "preferred_output and non_preferred_output."
+        )
         raise BadRow("prompt_ends_with_answer", "input.messages ends with an assistant message", remedy)
     return messages
 
@@ -146,45 +168,46 @@ def _check_tools(fields: dict[str, Any]) -> None:
     parallel = fields.get("parallel_tool_calls")
     if parallel is not None and not isinstance(parallel, bool):
         reason = f"input.parallel_tool_calls is {kind_of(parallel)}, not true or false"
-        raise BadRow("invalid_parallel_tool_calls", reason, "Omit it: tools are not supported.")
+        raise BadRow(
+            "invalid_parallel_tool_calls", reason, "Remove input.parallel_tool_calls: tools are not supported."
+        )
 
 
 def _check_output(key: str, given: Any) -> ChatMessage:
-    messages = _check_pair_messages(key, given, empty=ONE_ANSWER_PER_OUTPUT)
+    messages = _check_pair_messages(key, given, remedy=ONE_ANSWER)
     if len(messages) > 1:
-        remedy = "Keep only the last assistant message, and move the messages before it to input.messages."
+        remedy = (
+            "Keep only the assistant message to compare. Messages that precede both answers belong in input.messages."
+        )
         raise BadRow("several_answers", f"{key} has {len(messages)} messages, but must have exactly one", remedy)
     (answer,) = messages
     if answer["role"] != "assistant":
         reason = f"{key}[0].role is {quoted(answer['role'])}, not 'assistant'"
-        raise BadRow("answer_not_assistant", reason, ONE_ANSWER_PER_OUTPUT)
+        raise BadRow("answer_not_assistant", reason, ONE_ANSWER)
     if not answer["content"].strip():
         remedy = "Add the answer, or remove the row."
-        raise BadRow("answer_empty", f"{key}[0].content is empty", remedy)
+        raise BadRow("answer_empty", f"{key}[0].content is blank", remedy)
     return answer
 
 
-def _check_pair_messages(place: str, given: Any, *, empty: str) -> list[ChatMessage]:
+def _check_pair_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
+    """Validate messages. remedy: how to write them in this place. Raises BadRow."""
     if not isinstance(given, list):
-        reason = f"{place} is {kind_of(given)}, not a list"
-        raise BadRow(
-            "messages_not_list", reason, 'Use a list of messages, such as [{"role": "user", "content": "..."}].'
-        )
+        raise BadRow("messages_not_list", f"{place} is {kind_of(given)}, not a list", remedy)
     messages = cast(list[Any], given)
     if not messages:
-        raise BadRow("messages_empty", f"{place} is an empty list", empty)
+        raise BadRow("messages_empty", f"{place} is an empty list", remedy)
     for index, message in enumerate(messages):
         check_message(f"{place}[{index}]", message)
         if "weight" in message:
             reason = f"{place}[{index}].weight is not allowed in a preference pair"
-            raise BadRow("invalid_weight", reason, "Remove it: only the two answers are trained on.")
+            raise BadRow("invalid_weight", reason, "Remove 'weight': only the two answers are trained on.")
     return cast(list[ChatMessage], messages)
 
 
 LABEL = "label"
 UNPAIRED_FORM = '{"prompt": ..., "completion": ..., "label": true}'
 LABEL_REMEDY = f"Use true for a desirable answer or false for an undesirable one: {UNPAIRED_FORM}."
-ONE_ANSWER = 'Use [{"role": "assistant", "content": "..."}].'
 
 
 class LabeledAnswer(TypedDict):
@@ -198,9 +221,7 @@ def check_unpaired(row: dict[str, Any]) -> LabeledAnswer:
     """Validate an answer with a label. Raises BadRow."""
     for key in row:
         if key != LABEL and key not in COMPLETION_KEYS:
-            raise BadRow(
-                "unknown_key", f"the row has the unknown key {quoted(key)}", f"Remove it. Use {UNPAIRED_FORM}."
-            )
+            raise _unknown_key(key, UNPAIRED_FORM)
     if LABEL not in row:
         raise BadRow("label_missing", 'the key "label" is missing', LABEL_REMEDY)
     if not isinstance(row[LABEL], bool):
@@ -220,16 +241,20 @@ def turns_of(answer: Completion) -> list[ChatMessage] | None:
 
 def _check_turns(prompt: list[ChatMessage], answer: list[ChatMessage]) -> None:
     if len(answer) > 1:
-        remedy = "Keep only the last assistant message, and move the messages before it to the prompt."
-        raise BadRow("several_answers", f"the completion has {len(answer)} messages, but must have exactly one", remedy)
+        remedy = (
+            "Keep only the labeled assistant message. Move the others to prompt, which must not end with an answer."
+        )
+        raise BadRow("several_answers", f"completion has {len(answer)} messages, but must have exactly one", remedy)
     if answer[0]["role"] != "assistant":
         reason = f"completion[0].role is {quoted(answer[0]['role'])}, not 'assistant'"
         raise BadRow("answer_not_assistant", reason, ONE_ANSWER)
     if prompt[-1]["role"] == "assistant":
-        remedy = "Move that message to the completion, and end the prompt with the user's message."
-        raise BadRow("prompt_ends_with_answer", "the prompt ends with an assistant message", remedy)
+        remedy = (
+            "End prompt with the message to answer, usually the user's. Put only the labeled answer into completion."
+        )
+        raise BadRow("prompt_ends_with_answer", "prompt ends with an assistant message", remedy)
     for key, messages in zip(COMPLETION_KEYS, (prompt, answer), strict=True):
         for index, message in enumerate(messages):
             if "weight" in message:
                 reason = f"{key}[{index}].weight is not allowed in a labeled row"
-                raise BadRow("invalid_weight", reason, "Remove it: only the labeled answer is trained on.")
+                raise BadRow("invalid_weight", reason, "Remove 'weight': only the labeled answer is trained on.")

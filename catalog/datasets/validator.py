@@ -44,6 +44,7 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
     problems: list[tuple[int, BadRow]] = []
     num_rows = num_supervised = 0
     kind: RowKind | None = None
+    first_line = 1
     for number, line in _read_lines(lines, max_line_bytes=max_line_bytes):
         num_rows += 1
         if num_rows > max_rows:
@@ -52,7 +53,8 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
             _check_first(number, line)
         try:
             row = _parse_line(line)
-            kind = kind_of_row(row, before=kind)
+            first_line = first_line if kind is not None else number
+            kind = kind_of_row(row, before=kind, first_line=first_line)
             num_supervised += kind.is_supervised(kind.check(row))
         except BadRow as problem:
             problems.append((number, problem))
@@ -66,9 +68,9 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
         )
     if num_supervised == 0:
         raise InvalidRequest(
-            "Every assistant message in the file has weight 0, so there are no tokens to train on.",
+            "Every assistant message that has text has weight 0, so the file has no tokens to train on.",
             code="only_masked_rows",
-            remedy="Set the weight of at least one assistant message to 1, or omit it.",
+            remedy="Set weight to 1, or omit it, in each assistant message to train on.",
             param="file",
         )
     assert kind is not None
@@ -92,8 +94,8 @@ def _read_lines(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int,
             line = line.removeprefix(BYTE_ORDER_MARK)
         content = line.rstrip(b"\r\n")
         if len(content) > max_line_bytes:
-            _skip_rest(lines, line)
-            yield number, _too_long(max_line_bytes)
+            num_bytes = _skip_rest(lines, line)
+            yield number, _too_long(num_bytes, max_line_bytes)
         elif not content.strip():
             blank = blank or number
         else:
@@ -103,9 +105,15 @@ def _read_lines(lines: IO[bytes], *, max_line_bytes: int) -> Iterator[tuple[int,
             yield number, content
 
 
-def _skip_rest(lines: IO[bytes], line: bytes) -> None:
-    while line and not line.endswith(b"\n"):
-        line = lines.readline(SKIP_BYTES)
+def _skip_rest(lines: IO[bytes], line: bytes) -> int:
+    """Skip the rest of a line that begins with `line`. Returns the number of bytes in the whole line, without its
+    newline."""
+    num_bytes = 0
+    while not line.endswith(b"\n"):
+        num_bytes += len(line)
+        if not (line := lines.readline(SKIP_BYTES)):
+            return num_bytes
+    return num_bytes + len(line.rstrip(b"\r\n"))
 
 
 def _parse_line(line: bytes | BadRow) -> dict[str, Any]:
@@ -118,7 +126,7 @@ def _check_first(number: int, line: bytes) -> None:
     """Detect a file in another format, to report one error instead of one for each line."""
     kind = next((name for magic, name in MAGICS.items() if line.startswith(magic)), None)
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _refuse([(number, BadRow("invalid_utf8", "the file is encoded as UTF-16", "Save it as UTF-8."))])
+        raise _refuse([(number, BadRow("invalid_utf8", "the file is encoded as UTF-16", "Save the file as UTF-8."))])
     start = line.lstrip()[:1]
     if kind is None and start == b"[":
         kind = "a JSON array"
@@ -147,15 +155,15 @@ def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
 
 def _blank(first: int, last: int) -> BadRow:
     """Return the error for the blank lines `first` to `last` between two rows."""
-    reason = "the line is blank" if first == last else f"the line is blank, as are all lines up to line {last}"
-    return BadRow("blank_line", reason, "Delete the blank lines between rows.")
+    reason = "the line is blank" if first == last else f"lines {first} to {last} are blank"
+    return BadRow("blank_line", reason, "Delete all blank lines before the last row.")
 
 
-def _too_long(max_line_bytes: int) -> BadRow:
-    remedy = "Shorten the row, or split it into several rows."
-    return BadRow("line_too_long", f"the line is longer than {max_line_bytes:,} bytes, the maximum", remedy)
+def _too_long(num_bytes: int, max_line_bytes: int) -> BadRow:
+    reason = f"the line has {num_bytes:,} bytes, but the maximum is {max_line_bytes:,}"
+    return BadRow("line_too_long", reason, "Shorten the row, or split it into several rows.")
 
 
 def _too_many(max_rows: int) -> BadRow:
     reason = f"the file has more than {max_rows:,} rows, the maximum"
-    return BadRow("too_many_rows", reason, "Split it into several files.")
+    return BadRow("too_many_rows", reason, "Remove rows, or split the file and train on each part in a separate job.")

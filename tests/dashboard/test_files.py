@@ -107,8 +107,9 @@ def test_rejected_file_lists_its_lines_and_focuses_the_field(
     expect(alert.get_by_role("listitem")).to_have_text(
         [
             "Line 2: messages is a string, not a list. "
-            'Use a list of messages, such as [{"role": "user", "content": "..."}].',
-            re.compile(r"Line 3: the row has the unknown key 'prompt'\. Remove the key, or correct .*"),
+            'Use a list of messages, such as [{"role": "user", "content": "..."}, '
+            '{"role": "assistant", "content": "..."}].',
+            re.compile(r"Line 3: the row has an unknown key, 'prompt'\. Remove the key, or correct .*"),
         ]
     )
     expect(alert.get_by_role("paragraph").last).to_have_text("Correct these lines, then upload the file again.")

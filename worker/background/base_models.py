@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import psutil
 from catalog.db import lease
 from catalog.disk import tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
+from catalog.process_exit import how_it_exited, is_killed
 from catalog.registry import base_models
 from catalog.storage.manifest import ManifestFile, files_digest
 from catalog.tables.storage import BaseModelRow
@@ -32,7 +34,7 @@ from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
 from worker.process.launcher import run_child
-from worker.protocol.errors import FULL_DISK, OUT_OF_SPACE
+from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
 from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -93,13 +95,26 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
         raise
     found = files_digest(manifest)
     if found != digest:
-        raise ImportRefused(
-            f"The source files for base model {name!r} have changed since it was imported: their digest is {found} "
-            f"instead of {digest}.",
-            code="base_changed",
-            remedy=f"Restore the original files at {row.source}.",
-        )
+        raise _changed(context.worker_id, row, found=found, expected=digest)
     return folder
+
+
+def _changed(worker_id: str, row: BaseModelRow, *, found: str, expected: str) -> ImportRefused:
+    add = f"`lorry models add NAME {shlex.quote(row.source)}`"
+    return ImportRefused(
+        f"On worker {worker_id}, the source files for base model {row.name!r} differ from the imported ones: their "
+        f"digest is {found} instead of {expected}.",
+        code="base_changed",
+        remedy=(
+            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. If this "
+            f"recurs, add the model under another name ({add}) and use that name."
+        )
+        if row.kind == "hub"
+        else (
+            f"Restore the original files at {row.source} on that worker's machine, or add the current files under "
+            f"another name ({add}) and use that name."
+        ),
+    )
 
 
 def count_blocks(context: WorkerContext) -> list[str]:
@@ -151,13 +166,14 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
             "target_dir": str(target),
         }
         description, commit = _run_child(context, row, work, request, is_unwanted=is_unwanted)
-        links = [path.name for path in target.rglob("*") if path.is_symlink()]
-        if links:
+        if links := [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink()]:
+            then = _then(row)
             raise ImportRefused(
-                f"The import of {row.name!r} created the link {links[0]!r}, but only regular files are allowed.",
+                f"The import of base model {row.name!r} on worker {context.worker_id} created the link {links[0]!r}, "
+                "but only regular files are allowed.",
                 code="import_failed",
-                remedy="Check the source for links, then add the same model again. If this recurs, reinstall Lorry's "
-                "dependencies on the worker.",
+                remedy=f"Make sure that you trust {row.source}, and reinstall Lorry's dependencies on that worker. "
+                f"{then}",
             )
         files = [_digest_file(target, path, check=check) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
@@ -187,36 +203,84 @@ def _run_child(
     try:
         box = sandbox.base_import(work, source=source)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise ImportRefused(
-            f"The worker can't read the source of base model {row.name!r}: {error}.",
-            code="source_unreachable",
-            remedy="Check that the worker can write to its Hugging Face cache. Then add the same model again."
-            if source is None
-            else f"Check that {source} exists on the worker's machine, that the worker's user can read it, and that "
-            "its links point to files. Then add the same model again.",
-        ) from error
+        raise _unreachable(context.worker_id, row, source, error) from error
     child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
-    wait_for_child(child, context, is_unwanted, stuck=partial(no_progress, row.name))
+    wait_for_child(child, context, is_unwanted, stuck=partial(no_progress, context.worker_id, row))
     if child.returncode == -signal.SIGXCPU:
+        then = _then(row)
+        limited = "a model from the Hub" if source is None else "a source of this size"
         raise ImportRefused(
-            f"The import of {row.name!r} was stopped after {box.limits['cpu']:,} s of processor time, the limit for a "
-            "model of its size.",
+            f"The import of base model {row.name!r} on worker {context.worker_id} was stopped after "
+            f"{box.limits['cpu']:,} s of processor time, the limit for {limited}.",
             code="import_limit",
-            remedy="Check the source for damaged or unneeded files, then add the same model again.",
+            remedy=f"Check {row.source} for damaged or unneeded files. {then}",
         )
     if not result.exists():
-        raise _crashed(row, child.returncode, work / "log.txt")
+        raise _crashed(context.worker_id, row, child.returncode, work / "log.txt")
     answer = read_json(result)
     if "error" in answer:
-        error = answer["error"]
-        raise ImportRefused(error["message"], code=error["code"], remedy=error["remedy"])
+        raise _reported(context.worker_id, row, answer["error"])
     return answer["description"], answer["commit"]
 
 
-def no_progress(name: str, why: str) -> LorryError:
+def _then(row: BaseModelRow) -> str:
+    """Return how to continue after the cause of a failed import is removed."""
+    if row.state == "importing":
+        return "Then add the same model again."
+    return "If the job or plan has failed, create it again."
+
+
+def _unreachable(
+    worker_id: str, row: BaseModelRow, source: Path | None, error: OSError | RuntimeError
+) -> ImportRefused:
+    """Return the error for a source that can't be read. source: None: the folders for downloads from the hub can't be
+    created."""
+    then = _then(row)
+    cause = getattr(error, "strerror", None) or error
+    path = getattr(error, "filename", None) or source or ""
+    if source is None:
+        return ImportRefused(
+            f"Worker {worker_id} can't create its Hugging Face cache folder {path} to import base model {row.name!r}: "
+            f"{cause}.",
+            code="source_unreachable",
+            remedy="Make the folder writable for the worker's user, or set HF_HOME (and HF_HUB_CACHE, if it is set) to "
+            f"a writable folder and restart the worker. {then}",
+        )
+    return ImportRefused(
+        f"Worker {worker_id} can't read {path}, the source of base model {row.name!r}: {cause}.",
+        code="source_unreachable",
+        remedy=f"Check that {source} exists on that worker's machine, that the worker's user can read it, and that "
+        f"its links point to files. {then}",
+    )
+
+
+def _reported(worker_id: str, row: BaseModelRow, error: dict[str, str]) -> ImportRefused:
+    """Return the error that the child reported. The worker is named for a problem with its disk."""
+    if error["code"] == OUT_OF_SPACE:
+        return _full_disk(worker_id, row)
+    message, remedy = error["message"], error["remedy"]
+    if error["code"] == DISK_ERROR:
+        message = f"{message.removesuffix('.')} (worker {worker_id})."
+        remedy = f"Check that worker's disk. {_then(row)}"
+    return ImportRefused(message, code=error["code"], remedy=remedy)
+
+
+def _full_disk(worker_id: str, row: BaseModelRow) -> ImportRefused:
+    folders = "data folder or Hugging Face cache" if row.kind == "hub" else "data folder"
+    then = _then(row) if row.state == "importing" else "Waiting work continues automatically."
+    remedy = f"Free up space in that worker's {folders}. {then}"
+    return ImportRefused(f"The disk on worker {worker_id} is full.", code="out_of_space", remedy=remedy)
+
+
+def no_progress(worker_id: str, row: BaseModelRow, why: str) -> LorryError:
     """Return the error of an import that was stopped because of `why`."""
-    remedy = "Check that the worker can reach the source, then add the same model again."
-    return ImportRefused(f"The import of {name!r} was stopped because {why}.", code="no_progress", remedy=remedy)
+    to_check = "can reach the Hugging Face Hub" if row.kind == "hub" else f"can read {row.source} without delay"
+    then = _then(row)
+    return ImportRefused(
+        f"The import of base model {row.name!r} on worker {worker_id} was stopped because {why}.",
+        code="no_progress",
+        remedy=f"Check that the worker {to_check}, and that it has enough memory and processor time. {then}",
+    )
 
 
 def lost_lease(context: WorkerContext, table: type[Leased], claim_id: str) -> Callable[[], bool]:
@@ -294,7 +358,7 @@ class _Progress:
         if now - self._moved_at > STALL_SECONDS:
             raise self._stuck(f"it used no processor time for {now - self._moved_at:,.0f} s")
         if now - self._started_at > LIMIT_SECONDS:
-            raise self._stuck(f"it did not finish within {LIMIT_SECONDS / 3600:.0f} hours")
+            raise self._stuck(f"it did not finish within {LIMIT_SECONDS / 3600:.0f} hours, the maximum")
 
     def _seconds_used(self) -> float:
         try:
@@ -304,14 +368,23 @@ class _Progress:
         return times.user + times.system
 
 
-def _crashed(row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefused:
+def _crashed(worker_id: str, row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefused:
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     if lines and tells_of_full(lines[-1]):
-        return ImportRefused(**FULL_DISK)
+        return _full_disk(worker_id, row)
+    last = lines[-1][:500].rstrip(".") if lines else "no output"
+    exited, then = how_it_exited(returncode), _then(row)
+    if is_killed(returncode):
+        return ImportRefused(
+            f"The import of base model {row.name!r} on worker {worker_id} {exited}: {last}.",
+            code="import_failed",
+            remedy=f"Free up memory on that worker's machine, or use a machine with more memory. {then}",
+        )
     return ImportRefused(
-        f"The import of {row.name!r} failed with exit status {returncode}: {lines[-1][:500] if lines else 'no output'}",
+        f"The import of base model {row.name!r} on worker {worker_id} {exited}: {last}.",
         code="import_failed",
-        remedy="Check the source, then add the same model again.",
+        remedy=f"If {row.source} causes this error, correct it. Otherwise, reinstall Lorry's dependencies on that "
+        f"worker. {then}",
     )
 
 

@@ -12,6 +12,7 @@ from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.plans import claims
 from catalog.plans.claims import PlanClaim
+from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.plans import Plan
@@ -35,7 +36,6 @@ from worker.process.launcher import run_child
 from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
-COMPARISON = "The comparison of the training and validation files"
 
 
 def compute_next(context: WorkerContext) -> bool:
@@ -70,12 +70,19 @@ def _prepare(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[],
         return
     keys = {"train_key": train.key, "valid_key": valid.key}
     if claims.find_overlap(context.db, **keys) is None:
-        found = _compare(context, train, valid, is_unwanted)
+        assert claim.files.validation is not None
+        compared = f"files {claim.files.training.id} and {claim.files.validation.id}"
+        found = _compare(context, train, valid, is_unwanted, compared=compared)
         claims.record_overlap(context.db, **keys, num_rows=int(found["rows"]), of_rows=int(found["of_rows"]))
 
 
-def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwanted: Callable[[], bool]) -> Json:
-    """Count the rows of the validation file that are also in the training file. Returns the child's result."""
+def _compare(
+    context: WorkerContext, train: Prepared, valid: Prepared, is_unwanted: Callable[[], bool], *, compared: str
+) -> Json:
+    """Count the rows of the validation file that are also in the training file. Returns the child's result.
+
+    compared: names both files.
+    """
     with scratch_dirs.owned(context.scratch_dir() / f"overlap-{token_hex(8)}") as work:
         work.mkdir()
         paths = {"train": _fetched(context, train, work / "train"), "valid": _fetched(context, valid, work / "valid")}
@@ -86,11 +93,22 @@ def _compare(context: WorkerContext, train: Prepared, valid: Prepared, is_unwant
         num_bytes = sum(path.stat().st_size for path in paths.values())
         box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
         child = run_child("worker.children.data_overlap", str(arguments), log_path=work / "log.txt", box=box)
-        base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, COMPARISON))
+        action = f"The comparison of {compared} on worker {context.worker_id}"
+        base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, action))
         if not result.exists():
-            remedy = "Create the plan again without a validation file, and report this problem."
-            message = f"The comparison of the training and validation files failed with exit status {child.returncode}"
-            raise crashed(message, work / "log.txt", code="comparison_failed", remedy=remedy)
+            exited = how_it_exited(child.returncode)
+            remedy = (
+                "Create the plan again without validation_file. If the comparison of other files fails too, reinstall "
+                "Lorry's dependencies on that worker."
+            )
+            raise crashed(
+                f"The comparison of {compared} on worker {context.worker_id} {exited}",
+                work / "log.txt",
+                worker_id=context.worker_id,
+                was_killed=is_killed(child.returncode),
+                code="comparison_failed",
+                remedy=remedy,
+            )
         return read_json(result)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from secrets import token_hex
 
 from catalog import logs, tracing
-from catalog.disk import full_disk_named, out_of_space, tells_of_full
+from catalog.disk import full_disk_named, tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation as record
 from catalog.lifecycle.preparation import FilesToPrepare, TokenizationClaim
 from catalog.logs import Subjects
+from catalog.process_exit import how_it_exited, is_killed
 from catalog.spec.job import JobSpec
 from catalog.storage import files, token_cache
 from catalog.storage.manifest import DamagedArtifact
@@ -31,6 +32,7 @@ from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 10.0
+AGAIN = "If the job or plan has failed, create it again."
 EXIT_DISK_FULL = 75
 """Exit status of worker.children.tokenizer.main if the disk is full, which is not the file's fault."""
 
@@ -261,29 +263,54 @@ def _run(
     )
     box = sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size)
     child = run_child("worker.children.tokenizer.main", str(arguments), log_path=work / "log.txt", box=box)
-    action = f"The tokenization of file {file_id}"
+    action = f"The tokenization of file {file_id} on worker {context.worker_id}"
     # the heartbeat renews a job's claim
     base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, action))
     if child.returncode == EXIT_DISK_FULL:
-        remedy = "Free up space in the worker's data folder. The preparation is retried automatically."
-        raise OutOfSpace(f"The disk of worker {context.worker_id} is full.", code="out_of_space", remedy=remedy)
+        raise full_disk(context.worker_id)
     if child.returncode != 0 or not report.exists():
-        remedy = "Check the file, the base model's chat template, and the free memory on the worker."
-        message = f"The tokenization of file {file_id} failed with exit status {child.returncode}"
-        raise crashed(message, work / "log.txt", code="preparation_failed", remedy=remedy)
+        exited = how_it_exited(child.returncode)
+        remedy = (
+            "If the file or the base model's chat template causes this error, correct it. Otherwise, reinstall Lorry's "
+            f"dependencies on that worker. {AGAIN}"
+        )
+        raise crashed(
+            f"The tokenization of file {file_id} on worker {context.worker_id} {exited}",
+            work / "log.txt",
+            worker_id=context.worker_id,
+            was_killed=is_killed(child.returncode),
+            code="preparation_failed",
+            remedy=remedy,
+        )
     return read_json(report)
 
 
 def stuck(what: str, why: str) -> PreparationCrashed:
-    """Return the error for a child that makes no progress. what: the action."""
-    remedy = "Check the file, and the worker's free processor time and memory."
+    """Return the error for a child that makes no progress. what: the action, with its worker."""
+    remedy = (
+        "Check that worker's disk, and its free memory and processor time. If these are not the cause, use smaller "
+        f"files. {AGAIN}"
+    )
     return PreparationCrashed(f"{what} was stopped because {why}.", code="no_progress", remedy=remedy)
 
 
-def crashed(message: str, log_path: Path, *, code: str, remedy: str) -> PreparationCrashed | OutOfSpace:
-    """Return the error for a child that exited without a result. message: without the last line of its log."""
+def full_disk(worker_id: str) -> OutOfSpace:
+    remedy = "Free up space in that worker's data folder. The preparation is retried automatically."
+    return OutOfSpace(f"The disk on worker {worker_id} is full.", code="out_of_space", remedy=remedy)
+
+
+def crashed(
+    message: str, log_path: Path, *, worker_id: str, was_killed: bool, code: str, remedy: str
+) -> PreparationCrashed | OutOfSpace:
+    """Return the error for a child that exited without a result.
+
+    message: without the last line of its log. was_killed: by SIGKILL, usually for lack of memory. remedy: for all other
+    exits.
+    """
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     if lines and tells_of_full(lines[-1]):
-        return out_of_space()
+        return full_disk(worker_id)
     last = lines[-1][:300] if lines else "no output"
+    if was_killed:
+        remedy = f"Free up memory on that worker's machine, or use smaller files. {AGAIN}"
     return PreparationCrashed(f"{message}: {last.rstrip('.')}.", code=code, remedy=remedy)

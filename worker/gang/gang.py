@@ -127,8 +127,8 @@ class NodeGang(WorkerGang):
         with _waiting_after_failure(membership):
             called = membership.to_call()
             if len(called) < membership.fewest:
-                gang, fewest = membership.member.gang, membership.fewest
-                raise NotGathered(f"Gang {gang}: only {len(called)} of the required {fewest} workers are available.")
+                gang, fewest, are = membership.member.gang, membership.fewest, "is" if len(called) == 1 else "are"
+                raise NotGathered(f"Gang {gang} needs {fewest} workers, but only {len(called)} {are} available.")
             if len(called) < 2:
                 return
             task: Json = {
@@ -167,9 +167,13 @@ class NodeGang(WorkerGang):
                         break
                     trainer.wait(POLL_SECONDS)
             if heartbeat.lost.is_set():
-                remedy = "No action is needed: the job will be retried."
-                message = TrainerEnd.DATABASE_UNREACHABLE.value.detail
-                raise Unavailable(message, code="database_unavailable", remedy=remedy)
+                worker_id = self._context.worker_id
+                raise Unavailable(
+                    f"Worker {worker_id} could not reach the database, so its claim on the job has expired.",
+                    code="database_unavailable",
+                    remedy="No action is needed while the job is retried. If this recurs, check that worker's "
+                    "connection to the database.",
+                )
         finally:
             heartbeat.guard(on_beat=None, on_lost=None)
 

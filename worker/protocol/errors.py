@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 OUT_OF_SPACE = "out_of_space"
+DISK_ERROR = "disk_error"
 FULL_DISK = {
     "code": OUT_OF_SPACE,
     "message": "The worker's disk is full.",
@@ -36,7 +37,7 @@ def disk_error(error: OSError) -> dict[str, str]:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return dict(FULL_DISK)
     remedy = "Check the worker's disk. Waiting work continues automatically."
-    return {"code": "disk_error", "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
+    return {"code": DISK_ERROR, "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
 
 
 def error_report(error: OSError | ReportedError) -> dict[str, str]:

@@ -100,8 +100,8 @@ class MalformedEvent(LorryError):
         super().__init__(
             f"{writer} wrote an event that can't be read: the line {reason}.",
             code="malformed_event",
-            remedy="No action is needed: the job restarts in a new trainer. If this recurs, reinstall Lorry's "
-            "dependencies on the worker and check its disk and memory.",
+            remedy="No action is needed while the job is retried. If this recurs, reinstall Lorry's dependencies on "
+            "that worker, and check its disk and memory.",
         )
         self.reason = reason
 
@@ -338,11 +338,17 @@ def _event(line: bytes) -> Json:
     """Parse an event. Raises MalformedEvent unless it is an object with a type and a time, which all events have."""
     try:
         parsed: object = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise MalformedEvent(f"is not valid JSON at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise MalformedEvent("is not valid JSON") from error
-    event = cast(Json, parsed) if isinstance(parsed, dict) else {}
+    if not isinstance(parsed, dict):
+        raise MalformedEvent("is not a JSON object")
+    event = cast(Json, parsed)
     kind, seconds = event.get("type"), event.get("seconds")
     is_moment = isinstance(seconds, int | float) and abs(seconds) < LATEST_SECONDS  # not NaN either
-    if not isinstance(kind, str) or not is_moment:
-        raise MalformedEvent("is not a JSON object with a type and a time")
+    if not isinstance(kind, str):
+        raise MalformedEvent("has no 'type', or one that is not a string")
+    if not is_moment:
+        raise MalformedEvent("has no valid time in 'seconds'")
     return event

@@ -36,8 +36,8 @@ class UnsafePath(LorryError):
         super().__init__(
             f"{writer} reported the path {str(name)[:200]!r}, which {reason}.",
             code="unsafe_path",
-            remedy="No action is needed: nothing outside the trainer's folder was changed, and the job restarts in a "
-            "new trainer. If this recurs, reinstall Lorry's dependencies on the worker.",
+            remedy="No action is needed while the job is retried: nothing outside the trainer's folder was changed. If "
+            "this recurs, reinstall Lorry's dependencies on that worker.",
         )
         self.path_name, self.reason = name, reason
 
@@ -112,10 +112,10 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
 
 def _parts(name: object) -> tuple[str, ...]:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS or "\0" in name or SURROGATE.search(name):
-        raise UnsafePath(name, "is not a valid name of 1 to 1,024 characters")
+        raise UnsafePath(name, f"is not a valid path of 1 to {MAX_NAME_CHARS:,} characters")
     parts = name.split("/")
     if PurePosixPath(name).is_absolute() or not all(parts) or {".", ".."} & set(parts):
-        raise UnsafePath(name, "is not a relative path without '.' and '..'")
+        raise UnsafePath(name, "is absolute, or has an empty component, '.' or '..'")
     if any(len(os.fsencode(part)) > MAX_COMPONENT_BYTES for part in parts):
-        raise UnsafePath(name, "has a component that is too long for a file name")
+        raise UnsafePath(name, f"has a component that is longer than {MAX_COMPONENT_BYTES} bytes")
     return tuple(parts)

@@ -219,7 +219,7 @@ def _clean(content: bytes, claim: Claim, data_dir: Path) -> Iterator[str]:
     for secret in _secrets():
         text = text.replace(secret, "…")
     text = logs.redact(text.replace(str(data_dir.absolute()), "$LORRY_DATA_DIR"))
-    own = (claim.claim_id, claim.job.id)
+    own = tuple(ident for ident in (claim.claim_id, claim.job.id, claim.job.trainer_id) if ident)
     text = ANY_ID.sub(lambda found: found[0] if found[0].endswith(own) else "…", text)
     parent = JobSpec.model_validate(claim.job.spec).parent
     own_names = (claim.job.id[-8:],) if parent is None else (claim.job.id[-8:], parent.name)

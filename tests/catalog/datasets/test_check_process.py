@@ -72,6 +72,15 @@ def test_failed_process_is_reported_with_its_exit_status(tmp_path: Path, monkeyp
     assert failed.value.code == "dataset_check_failed"
 
 
+def test_killed_process_is_reported_with_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
+
+    with pytest.raises(Unavailable, match=r"was killed by signal 9 \(SIGKILL\)") as failed:
+        in_a_process(written(tmp_path, CHAT))
+
+    assert "memory" in failed.value.remedy
+
+
 def test_process_inherits_no_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_PEPPER", "a secret")
     counts = "import json, os; print(json.dumps({'num_rows': sum(name.startswith('LORRY_') for name in os.environ)}))"

@@ -60,6 +60,24 @@ def test_kinds_cannot_be_mixed(first: str, second: str) -> None:
         return
     assert problem.code == "mixed_kinds"
     assert problem.message.startswith("Line 2: the row is ")
+    assert ", but the row on line 1 is " in problem.message
+
+
+def test_row_of_another_kind_is_compared_with_the_first_row_that_has_a_kind() -> None:
+    problem = refusal({}, SAMPLES["chat"], SAMPLES["text"])
+
+    assert "Line 3: the row is plain text, but the row on line 2 is a chat." in problem.message
+
+
+def test_row_without_a_known_format_is_reported_with_its_keys() -> None:
+    assert "format: its only key is 'label'." in refusal({"label": True}).message
+    assert "format: its keys are 'question', 'answer'." in refusal({"question": 1, "answer": 2}).message
+    assert "'k0', 'k1', 'k2', 'k3', 'k4' and 2 more." in refusal({f"k{number}": 1 for number in range(7)}).message
+
+
+def test_empty_messages_are_reported_with_the_messages_to_use() -> None:
+    assert '"user"' in refusal({"prompt": [], "completion": [ANSWER]}).remedy
+    assert '"assistant"' in refusal({"prompt": [USER], "completion": []}).remedy
 
 
 @pytest.mark.parametrize(

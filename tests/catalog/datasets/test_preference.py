@@ -61,6 +61,11 @@ def test_invalid_pair_is_reported_with_its_line(code: str, change: dict[str, Any
     assert problem.message.startswith("Line 2: ")
 
 
+@pytest.mark.parametrize("output", ["x", []])
+def test_output_without_messages_is_reported_with_the_answer_to_use(output: Any) -> None:
+    assert '"assistant"' in refusal({**GOOD, "preferred_output": output}).remedy
+
+
 @pytest.mark.parametrize("key", GOOD)
 def test_missing_part_of_a_pair_is_rejected(key: str) -> None:
     lacking = {name: value for name, value in GOOD.items() if name != key}

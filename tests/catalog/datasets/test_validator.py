@@ -175,7 +175,7 @@ def test_different_problems_have_their_own_remedies() -> None:
     assert problem.message == (
         'Line 2: the key "messages" is missing. Use {"messages": [...]}. '
         "Line 3: messages is a number, not a list. "
-        'Use a list of messages, such as [{"role": "user", "content": "..."}].'
+        'Use a list of messages, such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
     )
     assert problem.remedy == "Correct these lines, then upload the file again."
 
@@ -192,11 +192,11 @@ def test_blank_line_runs_are_reported_with_their_extent() -> None:
     problem = refusal(row() + b"\n \n\n" + row() + b"\n" + row())
 
     assert problem.code == "blank_line"
-    assert problem.message == "Line 2: the line is blank, as are all lines up to line 4. Line 6: the line is blank."
-    assert problem.remedy == "Delete the blank lines between rows."
+    assert problem.message == "Line 2: lines 2 to 4 are blank. Line 6: the line is blank."
+    assert problem.remedy == "Delete all blank lines before the last row."
     many = refusal((row() + b"\n\n") * 3 + b"{}\n")
     assert many.message.startswith(
-        "Line 2: the line is blank, as are all lines up to line 3. Delete the blank lines between rows. Line 5: "
+        "Line 2: lines 2 to 3 are blank. Delete all blank lines before the last row. Line 5: "
     )
 
 
@@ -204,7 +204,7 @@ def test_file_with_only_masked_rows_is_rejected() -> None:
     problem = refusal(row(weight=0) * 3)
 
     assert problem.code == "only_masked_rows"
-    assert problem.message.startswith("Every assistant message in the file has weight 0")
+    assert problem.message.startswith("Every assistant message that has text has weight 0")
     assert check(row(weight=0) + row()).num_rows == 2
 
 
@@ -219,7 +219,10 @@ def test_line_length_limit_is_exact() -> None:
     line = row().rstrip(b"\n")
 
     assert check(line + b"\r\n" + line, max_line_bytes=len(line)).num_rows == 2
-    assert refusal(line + b"\n" + line + b" \n", max_line_bytes=len(line)).code == "line_too_long"
+    for tail in (b"", b"\n", b"\r\n"):
+        problem = refusal(line + b"\n" + line + b"   " + tail, max_line_bytes=len(line))
+        assert problem.code == "line_too_long"
+        assert f"has {len(line) + 3:,} bytes, but the maximum is {len(line):,}." in problem.message
 
 
 class Endless(io.RawIOBase):
@@ -256,7 +259,10 @@ def test_line_of_300_mb_is_rejected_in_bounded_memory() -> None:
 
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert caught.value.code == "line_too_long"
-    assert caught.value.message.startswith("Line 2: the line is longer than 8,388,608 bytes, the maximum. Shorten ")
+    num_bytes = len(head) - len(row()) + 300 * MIB + len('"}]}')
+    assert caught.value.message.startswith(
+        f"Line 2: the line has {num_bytes:,} bytes, but the maximum is 8,388,608. Shorten the row"
+    )
     assert " Line 3: " in caught.value.message
     assert grown_bytes < 64 * MIB
 
@@ -313,12 +319,49 @@ def test_non_text_content_is_reported_with_its_position() -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("a", "is a string, not an object"),
+        ({"text": "a"}, ".type is missing"),
+        ({"type": "text"}, ".text is missing"),
+        ({"type": "text", "text": None}, ".text is null, not a string"),
+        ({"type": "text", "text": "a", "id": 1}, " has an unknown key, 'id'"),
+    ],
+    ids=str,
+)
+def test_invalid_text_part_is_reported_with_what_is_wrong(part: Any, reason: str) -> None:
+    with pytest.raises(BadRow) as raised:
+        check_chat({"messages": [{"role": "user", "content": [part]}]})
+
+    assert raised.value.reason.startswith("messages[0].content[0]")
+    assert raised.value.reason.endswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("1e999", "the number 1e999 is out of range"),
+        ("1" * 45, f"the integer {'1' * 40}... has 45 digits, but the maximum is 19"),
+        ('"\\ud83d"', r"\ud83d is half of a surrogate pair"),
+    ],
+)
+def test_unusable_value_is_shown(value: str, reason: str) -> None:
+    with pytest.raises(BadRow) as raised:
+        parse_object(f'{{"text": {value}}}'.encode())
+
+    assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"role": "user", "weight": 1}, "messages[0].weight is allowed only on assistant messages"),
+        (
+            {"role": "user", "weight": 1},
+            "messages[0].weight is allowed only on assistant messages, but the message's role is 'user'",
+        ),
         ({"role": "assistant", "weight": 2}, "messages[0].weight is 2, but must be 0 or 1"),
         ({"role": "assistant", "weight": True}, "messages[0].weight is a boolean, but must be 0 or 1"),
-        ({"role": "bot"}, "messages[0].role is 'bot', which is not a role"),
+        ({"role": "bot"}, "messages[0].role is 'bot', which is not a valid role"),
         ({}, "messages[0].role is missing"),
     ],
 )

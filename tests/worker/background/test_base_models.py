@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 import threading
@@ -23,8 +24,11 @@ from catalog.tables.storage import BaseModelRow
 from tests import tiny_base
 from tests.catalog.world import claim_import_of
 from worker.background import base_models
+from worker.protocol.errors import disk_error
+from worker.protocol.mailbox import read_json, write_json
 
-NO_PROGRESS = partial(base_models.no_progress, "tiny")
+HUB_ROW = BaseModelRow(name="tiny", kind="hub", source="org/tiny", state="importing")
+NO_PROGRESS = partial(base_models.no_progress, "w1", HUB_ROW)
 SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
 
 
@@ -35,7 +39,7 @@ def context(tmp_path: Path) -> Iterator[Any]:
     settings.bases_dir().mkdir(parents=True)
     db = Database(settings.resolved_database_url())
     db.migrate()
-    yield SimpleNamespace(settings=settings, db=db, draining=False)
+    yield SimpleNamespace(settings=settings, db=db, draining=False, worker_id="w1")
     db.close()
 
 
@@ -171,6 +175,94 @@ def test_an_unreadable_source_fails_the_import(
     assert row.state == "failed"
     assert row.error is not None
     assert row.error["code"] == "source_unreachable"
+    assert row.error["message"].startswith(f"Worker w1 can't read {source}")
+    assert "[Errno" not in row.error["message"]
+    assert row.error["remedy"].endswith("Then add the same model again.")
+
+
+def test_a_hub_cache_that_cannot_be_created_is_named(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setenv("HF_HOME", str(folder))
+    record.add(context.db, name="remote", kind="hub", source="org/remote")
+
+    assert base_models.import_next(context) is True
+
+    error = record.get(context.db, "remote").error or {}
+    assert error["message"] == (
+        f"Worker w1 can't create its Hugging Face cache folder {folder} to import base model 'remote': Not a directory."
+    )
+    assert "HF_HOME" in error["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "remedy"),
+    [
+        ("import __main__; raise SystemExit(3)", "w1 failed with exit status 3: no output.", "reinstall Lorry's"),
+        ("import os; os.kill(os.getpid(), 9)", "w1 was killed by signal 9 (SIGKILL): no output.", "Free up memory"),
+        ("raise OSError(28, 'full')", "The disk on worker w1 is full.", "that worker's data folder."),
+    ],
+)
+def test_a_failed_import_names_the_worker_and_the_cause(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str, remedy: str
+) -> None:
+    def run_child(*_arguments: Any, log_path: Path, **_options: Any) -> subprocess.Popen[bytes]:
+        with log_path.open("wb") as log:
+            return subprocess.Popen([sys.executable, "-c", code], stderr=log, start_new_session=True)
+
+    monkeypatch.setattr(base_models, "run_child", run_child)
+    record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
+
+    assert base_models.import_next(context) is True
+
+    error = record.get(context.db, "broken").error or {}
+    assert error["message"].endswith(message)
+    assert remedy in error["remedy"]
+    assert error["remedy"].endswith("Then add the same model again.")
+
+
+@pytest.mark.parametrize("code", ["out_of_space", "disk_error"])
+def test_a_disk_problem_that_the_import_reports_names_the_worker(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    def run_child(_module: str, arguments: str, **_options: Any) -> subprocess.Popen[bytes]:
+        number = errno.ENOSPC if code == "out_of_space" else errno.EIO
+        write_json(Path(read_json(Path(arguments))["result"]), {"error": disk_error(OSError(number, "Bad disk"))})
+        return subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+
+    monkeypatch.setattr(base_models, "run_child", run_child)
+    record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
+
+    assert base_models.import_next(context) is True
+
+    error = record.get(context.db, "broken").error or {}
+    assert error["code"] == code
+    assert "worker w1" in error["message"]
+    assert error["remedy"].endswith("Then add the same model again.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "remedy"),
+    [
+        ("folder", "/my models/tiny", "Restore the original files at /my models/tiny on that"),
+        ("hub", "o/n", "Delete o/n"),
+    ],
+)
+def test_a_changed_base_is_reported_with_the_worker(
+    context: Any, monkeypatch: pytest.MonkeyPatch, kind: str, source: str, remedy: str
+) -> None:
+    record.add(context.db, name="tiny", kind=kind, source=source)
+    monkeypatch.setattr(base_models, "_import", lambda *_: ({"files": []}, {}))
+
+    with pytest.raises(base_models.ImportRefused) as caught:
+        base_models.ensure(context, "tiny", "0" * 64)
+
+    assert caught.value.message.startswith("On worker w1, the source files for base model 'tiny' differ")
+    assert f" instead of {'0' * 64}." in caught.value.message
+    assert caught.value.remedy.startswith(remedy)
+    assert f"`lorry models add NAME {shlex.quote(source)}`" in caught.value.remedy
 
 
 def test_a_child_without_progress_is_terminated(
@@ -183,6 +275,8 @@ def test_a_child_without_progress_is_terminated(
         base_models.wait_for_child(sleeper, context, stuck=NO_PROGRESS)
 
     assert caught.value.code == "no_progress"
+    assert caught.value.message.startswith("The import of base model 'tiny' on worker w1 was stopped because it used")
+    assert "Hugging Face Hub" in caught.value.remedy
     assert sleeper.returncode is not None
 
 

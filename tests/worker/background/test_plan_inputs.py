@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,12 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
     def crash(_context: object, work: Path, *_: object, **__: object) -> None:
         (work / "log.txt").touch()
         raise tokenization.crashed(
-            "The tokenization failed", work / "log.txt", code="preparation_failed", remedy="Look."
+            "The tokenization failed",
+            work / "log.txt",
+            worker_id="w1",
+            was_killed=False,
+            code="preparation_failed",
+            remedy="Look.",
         )
 
     monkeypatch.setattr(tokenization, "_run", crash)
@@ -137,6 +144,29 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
 
     assert get_plan(site, row).state == "failed"
     assert (get_plan(site, row).error or {})["code"] == "preparation_failed"
+
+
+def test_a_failed_comparison_is_reported_with_both_files_and_the_worker(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_module: str, *_: object, log_path: Path, **__: object) -> subprocess.Popen[bytes]:
+        log_path.write_text("KeyError\n")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True)
+
+    monkeypatch.setattr(plan_inputs, "run_child", crash)
+    row = plan(site.world, validation_file=site.world.file())
+
+    for _ in range(MAX_LOST_PREPARATIONS):
+        with pytest.raises(tokenization.PreparationDelayed):
+            plan_inputs.compute_next(site.context)
+        site.world.clock.advance(3600)
+
+    error = get_plan(site, row).error or {}
+    assert error["code"] == "comparison_failed"
+    assert error["message"].startswith(
+        f"The comparison of files {row.training_file} and {row.validation_file} on worker {site.context.worker_id} "
+        "failed with exit status 7: KeyError. "
+    )
 
 
 def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(

@@ -74,7 +74,18 @@ def no_base(*_: object, **__: object) -> Path:
 
 def no_tokens(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
     (work / "log.txt").write_text("Killed\n")
-    raise tokenization.crashed("The tokenization failed", work / "log.txt", code="preparation_failed", remedy="Look.")
+    raise _crash(work)
+
+
+def _crash(work: Path, *, was_killed: bool = False) -> Exception:
+    return tokenization.crashed(
+        "The tokenization failed",
+        work / "log.txt",
+        worker_id="w1",
+        was_killed=was_killed,
+        code="preparation_failed",
+        remedy="Look.",
+    )
 
 
 def no_disk(*_: object, **__: object) -> dict[str, Any]:
@@ -162,7 +173,19 @@ def full_for_a_base(*_: object, **__: object) -> Any:
 
 def full_for_a_child(_context: object, work: Path, *_: object, **__: object) -> Any:
     (work / "log.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
-    raise tokenization.crashed("The tokenization failed", work / "log.txt", code="preparation_failed", remedy="Look.")
+    raise _crash(work)
+
+
+def test_a_crash_is_reported_with_the_worker_and_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("Traceback\nKeyError: 'a'.\n")
+    failed, killed = _crash(tmp_path), _crash(tmp_path, was_killed=True)
+    (tmp_path / "log.txt").write_text("OSError: [Errno 28] No space left on device\n")
+
+    assert isinstance(failed, tokenization.PreparationCrashed)
+    assert failed.sentence() == "The tokenization failed: KeyError: 'a'. Look."
+    assert isinstance(killed, tokenization.PreparationCrashed)
+    assert killed.remedy.startswith("Free up memory on that worker's machine")
+    assert str(_crash(tmp_path)) == "The disk on worker w1 is full."
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from catalog.errors import Unavailable
 from catalog.fleet import gangs, workers
 from catalog.fleet.gangs import GangMember, LiveMember, NotGathered, Round
 from catalog.history import queries
@@ -275,10 +277,38 @@ def test_an_incomplete_gang_does_not_train_a_job_claimed_before(gang: GangSite) 
     context = gang.seated("w1")
     membership_of(context).poll()
 
-    with ExitStack() as stack, pytest.raises(NotGathered, match="1 of the 2 workers"):
+    with ExitStack() as stack, pytest.raises(NotGathered, match="needs 2 workers, but only 1 is available"):
         gang_of(context).gather(stack, job, {})
 
     assert gangs.standing(gang.place("w1")).call is None
+
+
+def test_a_claim_that_expires_before_the_trainer_starts_is_reported_with_the_worker(gang: GangSite) -> None:
+    job = gang.site.queued()
+    context = gang.seated("w1")
+    gang.seated("w2")
+    membership_of(context).poll()
+    trainer: Any = SimpleNamespace(
+        returncode=None,
+        is_killed=False,
+        directory=TrainerDirectory(context.scratch_dir()),
+        send_heartbeat=lambda: None,
+        kill=lambda: None,
+        wait=lambda _: None,
+    )
+    member = gang_of(context)
+
+    def lose_claim() -> bool:
+        context.heartbeat.lost.set()
+        trainer.returncode = -9
+        return False
+
+    with ExitStack() as stack:
+        member.gather(stack, job, {})
+        with pytest.raises(Unavailable, match="Worker w1 could not reach the database") as caught:
+            member.start(trainer, is_unwanted=lose_claim)
+
+    assert caught.value.code == "database_unavailable"
 
 
 def test_jobs_are_saved_before_a_member_leaves(gang: GangSite) -> None:

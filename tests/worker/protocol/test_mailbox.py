@@ -85,23 +85,23 @@ def test_unreadable_events_are_treated_as_none(directory: TrainerDirectory) -> N
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "reason"),
     [
-        "no json",
-        "[1]",
-        "{}",
-        '{"type": "ready"}',
-        '{"type": 1, "seconds": 1}',
-        "[" * 100_000,
-        '{"type": "a", "seconds": NaN}',
-        "\xff",
+        ("no json", "is not valid JSON at column 1"),
+        ("[1]", "is not a JSON object"),
+        ("{}", "has no 'type'"),
+        ('{"type": "ready"}', "has no valid time"),
+        ('{"type": 1, "seconds": 1}', "one that is not a string"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"type": "a", "seconds": NaN}', "has no valid time"),
+        ("\xff", "is not valid JSON"),
     ],
 )
-def test_an_invalid_line_is_a_malformed_event(directory: TrainerDirectory, line: str) -> None:
+def test_an_invalid_line_is_a_malformed_event(directory: TrainerDirectory, line: str, reason: str) -> None:
     reader = EventReader(directory)
     directory.events_path.write_bytes(line.encode("latin-1") + b"\n")
 
-    with pytest.raises(MalformedEvent):
+    with pytest.raises(MalformedEvent, match=reason):
         reader.read()
 
 

@@ -244,7 +244,10 @@ def test_a_token_outside_the_base_vocabulary_is_rejected(make_base: Any) -> None
 def test_an_invalid_row_is_rejected_with_its_line(make_base: Any) -> None:
     found = refusal(make_base(SMOLLM2), turns("a", "b"), [{"role": "bot", "content": "x"}])
 
-    assert (found["code"], found["message"]) == ("invalid_role", "Line 2: messages[0].role is 'bot'.")
+    assert (found["code"], found["message"]) == (
+        "invalid_role",
+        "Line 2: messages[0].role is 'bot', which is not a valid role.",
+    )
 
 
 def test_the_template_may_be_in_the_tokenizer_configuration(make_base: Any) -> None:
