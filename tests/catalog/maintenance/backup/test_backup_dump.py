@@ -27,8 +27,26 @@ def test_pg_dump_errors_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
 
-    with pytest.raises(InvalidRequest, match="server version mismatch"):
+    with pytest.raises(InvalidRequest, match="server version mismatch") as refused:
         database_dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])
+    assert refused.value.remedy.startswith("Install a later version")
+
+
+def test_errors_of_pg_restore_are_reported_without_the_failed_sql(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "pg_restore"
+    report = ["pg_restore: error: could not execute query: ERROR:  permission denied for schema public"]
+    report += ["Command was: CREATE TABLE public.jobs (", ");"]
+    script.write_text("#!/bin/sh\ncat >&2 <<'END'\n" + "\n".join(report) + "\nEND\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    with pytest.raises(InvalidRequest) as refused:
+        database_dump._run("pg_restore", URL.create("postgresql", host="127.0.0.1"), [])
+
+    reported = "could not execute query: ERROR:  permission denied for schema public"
+    assert refused.value.message == f"{script} failed: {reported}. The database was not changed."
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
