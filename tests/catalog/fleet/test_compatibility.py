@@ -144,7 +144,7 @@ def test_every_revision_except_the_newest_is_older(next_migration: Path) -> None
 def test_database_without_tables_is_unavailable(empty_url: str) -> None:
     database = Database(empty_url)
 
-    with pytest.raises(Unavailable, match="has no Lorry tables"):
+    with pytest.raises(Unavailable, match="lacks Lorry's table alembic_version"):
         compatibility.check(database)
     database.close()
 
