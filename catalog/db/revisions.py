@@ -70,7 +70,8 @@ def check_known(connection: Connection) -> None:
         raise not_upgradable(database_revision)
     if database_revision is not None and database_revision not in known():
         raise Conflict(
-            f"The database is at revision {database_revision}, which belongs to a newer version of Lorry.",
+            f"The database is at revision {database_revision}, which belongs to a newer version of Lorry. This version "
+            f"supports revisions only up to {newest()}.",
             code="database_too_new",
             remedy=TOO_NEW,
         )

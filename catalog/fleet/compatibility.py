@@ -75,8 +75,11 @@ def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
         raise revisions.not_upgradable(database_revision)
     if revisions.is_older(database_revision):
         own, needed = lorry_version(), revisions.newest()
-        message = f"Lorry {own} requires database revision {needed}, but the database is at older revision "
-        raise Conflict(f"{message}{database_revision}.", code="database_too_old", remedy=remedy)
+        raise Conflict(
+            f"Lorry {own} requires database revision {needed}, but the database is at {_older(database_revision)}.",
+            code="database_too_old",
+            remedy=remedy,
+        )
 
 
 def window_of(session: Session) -> Window:
@@ -102,11 +105,15 @@ def _of_another_revision(database_revision: str | None) -> UnfitWorker:
     own, needed = lorry_version(), revisions.newest()
     requirement = f"This worker (Lorry {own}) requires database revision {needed}, but the database is at"
     if revisions.is_older(database_revision):
-        message = f"{requirement} older revision {database_revision}."
+        message = f"{requirement} {_older(database_revision)}."
         return UnfitWorker(message, code="database_too_old", remedy=MIGRATE)
     message = f"{requirement} newer revision {database_revision}."
     remedy = "Install the service's version of Lorry on this node, then restart the worker."
     return UnfitWorker(message, code="worker_too_old", remedy=remedy)
+
+
+def _older(database_revision: str | None) -> str:
+    return "no revision" if database_revision is None else f"older revision {database_revision}"
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:

@@ -86,7 +86,7 @@ def test_a_worker_that_starts_before_its_database_waits_for_it(
 @pytest.mark.parametrize(
     ("revision", "remedy"),
     [
-        (revisions.newest(), "Migrate it with this version"),
+        (revisions.newest(), "Run `python -m api bootstrap` from this version"),
         (UNRELEASED, "create a new database"),
     ],
 )
