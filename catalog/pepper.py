@@ -120,7 +120,7 @@ def _read(path: Path) -> bytes:
             f"at least {MIN_BYTES}.",
             code="pepper_damaged",
             remedy="Restore your copy of the file (backups do not contain it), or delete the file, which invalidates "
-            "API keys and webhook secrets from before the pepper's rotation."
+            "API keys and webhook secrets older than the pepper's rotation."
             if is_previous
             else f"Restore your copy of the file (backups do not contain it). {NO_COPY}",
         )

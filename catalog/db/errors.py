@@ -135,7 +135,7 @@ def _unstorable(error: DBAPIError | UnicodeEncodeError | OverflowError, sqlstate
             if number is None
             else f"The number {number} in the request is too large to store.",
             code="unstorable_value",
-            remedy="Use a number from -2,147,483,648 to 2,147,483,647.",
+            remedy="Use a smaller number. Numbers from -2,147,483,648 to 2,147,483,647 always fit.",
         )
     if sqlstate in NUL:
         excerpt = _nul(error)

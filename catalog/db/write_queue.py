@@ -120,13 +120,12 @@ def _try_lock(descriptor: int) -> bool:
 def _not_opened(path: Path, error: OSError) -> OutOfSpace | Unavailable:
     if is_full(error):
         return disk_full()
-    remedy = "Check the folder's permissions, and run all of Lorry's processes as the user who owns the database."
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        remedy = "Try again in a few seconds. If this recurs, raise the limit on open files (`ulimit -n`)."
-    if error.errno == errno.ENOENT:
-        remedy = "Restore the folder, or correct LORRY_DATABASE_URL or LORRY_DATA_DIR, and restart Lorry's processes."
     return Unavailable(
         f"The lock file {path.name!r} in the database's folder can't be opened: {error.strerror}.",
         code="database_unavailable",
-        remedy=remedy,
+        remedy="Try again in a few seconds. If this recurs, raise the limit on open files (`ulimit -n`)."
+        if error.errno in (errno.EMFILE, errno.ENFILE)
+        else "Restore the folder, or correct LORRY_DATABASE_URL or LORRY_DATA_DIR. Then restart Lorry's processes."
+        if error.errno == errno.ENOENT
+        else "Check the folder's permissions, and run all of Lorry's processes as the user who owns the database.",
     )

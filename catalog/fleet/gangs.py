@@ -186,7 +186,9 @@ def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds
         missing = [member for member in members if member not in live]
         if missing:
             verb = "is" if len(missing) == 1 else "are"
-            raise NotGathered(f"Gang {place.gang}: {_named(missing)} {verb} silent, stopped, cordoned or draining.")
+            raise NotGathered(
+                f"Gang {place.gang}: {_named(missing)} {verb} unreachable, stopped, cordoned or draining."
+            )
         round_id, first_rank, first_ranks = new_id("round"), 0, list[int]()
         in_order = [place.worker_id, *(member for member in members if member != place.worker_id)]
         for member in in_order:

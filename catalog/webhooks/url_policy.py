@@ -150,7 +150,8 @@ def _port_of(parts: SplitResult) -> int:
     try:
         port = PORTS[parts.scheme] if parts.port is None else parts.port
     except ValueError:
-        raise _bad("The port in 'url' is not a number from 0 to 65535", remedy=remedy) from None
+        named = parts.netloc.rpartition(":")[2]
+        raise _bad(f"The port in 'url' is {named!r}, which is not a number from 0 to 65535", remedy=remedy) from None
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
         raise _bad(f"'url' uses port {port}, which is not allowed", remedy=remedy)
     return port

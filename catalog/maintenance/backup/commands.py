@@ -292,10 +292,11 @@ def _check_fits(record: BackupRecord, url: str) -> None:
             code="backup_not_upgradable",
             remedy=f"Restore the backup with that build. {revisions.NOT_UPGRADABLE}",
         )
+    newest = revisions.newest()
     if record.revision not in revisions.known():
         raise InvalidRequest(
             f"Backup {record.name} was made by a newer version of Lorry: its database revision is {record.revision}, "
-            f"but this version supports revisions only up to {revisions.newest()}.",
+            f"but this version supports revisions only up to {newest}.",
             code="backup_of_a_newer_version",
             remedy="Restore the backup with the version of Lorry that made it, or a later one.",
         )

@@ -100,12 +100,13 @@ def _check_no_files(path: Path) -> None:
     names = [str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)]
     if found := [name for name in names if os.path.lexists(name)]:
         is_one, files = len(found) == 1, ", ".join(found)
+        moved = "the file" if is_one else "all of the files"
         raise Conflict(
             f"The database file {files} already exists, and a restore never overwrites data."
             if is_one
             else f"These database files already exist, and a restore never overwrites data: {files}.",
             code="database_not_empty",
-            remedy=f"If a service uses this database, stop it. Move {'the file' if is_one else 'all of the files'} to "
+            remedy=f"If a service uses this database, stop it. Move {moved} to "
             "another folder, or set LORRY_DATABASE_URL to a new path (sqlite:////PATH). Then restore again.",
         )
 

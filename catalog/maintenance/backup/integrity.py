@@ -19,6 +19,7 @@ from catalog.errors import Conflict
 
 NO_DATABASE = "file is not a database"
 """SQLite reports it for a damaged first page, and for a file that never was a database."""
+RESTORE = "Then restore a backup: `python -m api restore LOCATION`."
 INVALID_INDEXES = """
     select cls.relname from pg_index idx join pg_class cls on cls.oid = idx.indexrelid
     where cls.relnamespace = current_schema()::regnamespace and not idx.indisvalid
@@ -93,16 +94,15 @@ def means_damage(error: DatabaseError) -> bool:
 
 def refusal(problem: str, url: URL) -> Conflict:
     """Return the error of a command that can't work with a damaged database."""
-    if url.get_backend_name() == "sqlite":
-        remedy = f"Stop the service, and move {url.database}, with its -wal and -shm files, to another folder."
-    else:
-        remedy = f"Stop the service, then drop the database {url.database} and create it again, without tables."
-    if NO_DATABASE in problem:
-        remedy = f"If {url.database} is the wrong file, correct LORRY_DATABASE_URL. Otherwise: {remedy}"
+    name, location = url.database, url.render_as_string()
+    reason = " ".join(problem.split()).rstrip(".")
+    wrong = f" If {name} is the wrong file, correct LORRY_DATABASE_URL instead." if NO_DATABASE in problem else ""
     return Conflict(
-        f"The database {url.render_as_string()} is damaged: {' '.join(problem.split()).rstrip('.')}.",
+        f"The database {location} is damaged: {reason}.",
         code="database_damaged",
-        remedy=f"{remedy} Then restore a backup: `python -m api restore LOCATION`.",
+        remedy=f"Stop the service and move {name}, with its -wal and -shm files, to another folder. {RESTORE}{wrong}"
+        if url.get_backend_name() == "sqlite"
+        else f"Stop the service, drop the database {name}, and create it again without tables. {RESTORE}",
     )
 
 

@@ -81,12 +81,12 @@ class BackupPlace:
             if name in (None, record.name):
                 return record
         if not records:
+            url = shlex.quote(self.url)
             raise NotFound(
                 "backup",
                 str(name),
                 message=f"There are no backups at {self.url}.",
-                remedy="Check the location, or first create a backup there: "
-                f"`python -m api backup {shlex.quote(self.url)}`.",
+                remedy=f"Check the location, or first create a backup there: `python -m api backup {url}`.",
             )
         names = ", ".join(record.name for record in records[::-1][:MAX_NAMED])
         message = f"There is no backup named {name!r} at {self.url}."

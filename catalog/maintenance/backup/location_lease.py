@@ -60,8 +60,9 @@ class LocationLease:
     def check(self, outcome: str) -> None:
         """Raise Conflict if another backup has taken over. outcome: a sentence about what this backup has done."""
         if not self._is_own():
+            holder = self._holder()
             raise Conflict(
-                f"Another backup{self._holder()} took over {self._location}, because this backup did not renew its "
+                f"Another backup{holder} took over {self._location}, because this backup did not renew its "
                 f"lease for {LEASE_SECONDS:.0f} s. {outcome}",
                 code="backup_lease_lost",
                 remedy="Wait until the other backup has finished, then create a new backup.",
@@ -74,11 +75,12 @@ class LocationLease:
                 raise self._running(expires_in=LEASE_SECONDS - age)
 
     def _running(self, *, expires_in: float) -> Conflict:
+        holder, seconds = self._holder(), math.ceil(expires_in)
         return Conflict(
-            f"Another backup to {self._location} is already running{self._holder()}.",
+            f"Another backup to {self._location} is already running{holder}.",
             code="backup_running",
             remedy="Wait until the other backup finishes. If its process was killed, try again in "
-            f"{math.ceil(expires_in)} s, when its lease has expired.",
+            f"{seconds} s, when its lease has expired.",
         )
 
     def _holder(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from catalog.db import revisions
 from catalog.db.database import Database
@@ -82,6 +82,26 @@ def test_worker_at_another_revision_is_rejected_with_a_remedy(
     compatibility.check(world.db)
     with world.db.read() as session:
         assert session.get(Worker, "w1") is None
+
+
+def test_worker_at_an_older_revision_learns_the_version_to_install(
+    restored: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced(restored, 1, 1, monkeypatch)
+    at_revision(restored, LATER)
+
+    with pytest.raises(UnfitWorker) as refused:
+        compatibility.check(restored.db)
+
+    assert refused.value.remedy == "Install Lorry 9.9.9 on this node, then restart the worker."
+
+
+def test_database_without_a_revision_is_too_old(restored: World) -> None:
+    with restored.db.write() as session:
+        session.execute(delete(revisions.VERSIONS))
+
+    with pytest.raises(UnfitWorker, match="but the database has no revision"):
+        compatibility.check(restored.db)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_round_is_not_opened_with_an_unavailable_member(gang: Gang, clock: Clock
 
     refused = refuses(lambda: gang.open("w1", "w3" if why == "no member" else "w2"))
 
-    assert f"worker {'w3' if why == 'no member' else 'w2'} is silent, stopped, cordoned or draining." in refused
+    assert f"worker {'w3' if why == 'no member' else 'w2'} is unreachable, stopped, cordoned or draining." in refused
     assert gang.called("w2") is None
 
 

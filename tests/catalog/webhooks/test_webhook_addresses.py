@@ -59,7 +59,7 @@ def test_operator_can_allow_a_network_in_each_of_its_forms() -> None:
         ("https://example.com:22/", "uses port 22"),
         ("https://example.com:0/", "uses port 0"),
         ("https://example.com:99999/", "is not a number from 0 to 65535"),
-        ("https://example.com:word/", "is not a number from 0 to 65535"),
+        ("https://example.com:http/", "is 'http', which is not a number from 0 to 65535"),
         ("https://[::1/", "not a valid IPv6 address"),
         ("https://127.0.0.1/", "127.0.0.1, which is not a public"),
         ("https://[::ffff:127.0.0.1]/", "127.0.0.1, which is not a public"),

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from catalog.errors import InvalidRequest
-from catalog.maintenance.backup import database_dump
+from catalog.maintenance.backup import database_dump, integrity
 
 
 def test_missing_pg_dump_is_reported_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -47,6 +47,21 @@ def test_errors_of_pg_restore_are_reported_without_the_failed_sql(
 
     reported = "could not execute query: ERROR:  permission denied for schema public"
     assert refused.value.message == f"{script} failed: {reported}. The database was not changed."
+
+
+@pytest.mark.parametrize(
+    ("url", "problem", "remedy"),
+    [
+        ("sqlite:////srv/lorry.db", "Tree 7\npage 3: bad.", "Stop the service and move /srv/lorry.db, with its -wal"),
+        ("sqlite:////srv/lorry.db", "file is not a database", "If /srv/lorry.db is the wrong file, correct LORRY"),
+        ("postgresql://lorry:canary-7@db/lorry", "invalid page", "drop the database lorry, and create it again"),
+    ],
+)
+def test_damaged_database_is_named_with_the_steps_for_its_kind(url: str, problem: str, remedy: str) -> None:
+    refused = integrity.refusal(problem, make_url(url))
+
+    assert f"{url.replace('canary-7', '***')} is damaged: {' '.join(problem.split()).rstrip('.')}." in refused.message
+    assert remedy in refused.remedy
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
