@@ -21,7 +21,7 @@ def full_disk_named() -> Generator[None]:
         yield
     except OSError as error:
         if is_full(error):
-            raise out_of_space() from error
+            raise out_of_space("the data folder") from error
         raise
 
 
@@ -34,9 +34,9 @@ def tells_of_full(text: str) -> bool:
     return _IN_TEXT.search(text) is not None
 
 
-def out_of_space() -> OutOfSpace:
+def out_of_space(place: str = "the data folder or the artifact store") -> OutOfSpace:
     return OutOfSpace(
-        "The disk is full, or its quota is used up.",
+        f"The disk that holds {place} is full, or its quota is used up.",
         code="out_of_space",
-        remedy="Nothing was saved. Free up space in the data folder, then try again.",
+        remedy="Nothing was saved. Free up space on that disk or raise the quota, then try again.",
     )

@@ -27,6 +27,10 @@ MIN_BYTES = 32
 FILE_NAME = "pepper"
 PREVIOUS_FILE_NAME = "pepper.previous"
 NEW = "LORRY_PEPPER=$(openssl rand -hex 32)"
+NO_COPY = (
+    f"If the pepper is lost, set a new one (`{NEW}`), which invalidates every API key and webhook secret. Then create "
+    "a key: `python -m api new-key`."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,26 +93,36 @@ def _previous(settings: Settings) -> bytes | None:
 
 
 def _checked(text: str) -> bytes:
-    remedy = f"Set a random value: `{NEW}`. To keep existing API keys and webhook secrets valid, also set "
-    remedy += "LORRY_PREVIOUS_PEPPER to the exact old value."
     if text != text.strip():
-        raise InvalidRequest("LORRY_PEPPER begins or ends with whitespace.", code="weak_pepper", remedy=remedy)
+        place = "begins" if text != text.lstrip() else "ends"
+        raise InvalidRequest(
+            f"LORRY_PEPPER {place} with whitespace.",
+            code="weak_pepper",
+            remedy="Remove the whitespace. If API keys were created with this exact value, also set "
+            "LORRY_PREVIOUS_PEPPER to it, including the whitespace, so that they stay valid.",
+        )
     if (num_bytes := len(text.encode())) < MIN_BYTES:
         raise InvalidRequest(
-            f"LORRY_PEPPER has {num_bytes} bytes, but must have at least {MIN_BYTES}.",
+            f"LORRY_PEPPER has {num_bytes} byte{'' if num_bytes == 1 else 's'}, but must have at least {MIN_BYTES}.",
             code="weak_pepper",
-            remedy=remedy,
+            remedy=f"Set a random value: `{NEW}`. To keep existing API keys and webhook secrets valid, also set "
+            "LORRY_PREVIOUS_PEPPER to the exact old value.",
         )
     return text.encode()
 
 
 def _read(path: Path) -> bytes:
     pepper = path.read_bytes()
-    if len(pepper) < MIN_BYTES:
+    if (num_bytes := len(pepper)) < MIN_BYTES:
+        is_previous = path.name == PREVIOUS_FILE_NAME
         raise InvalidRequest(
-            f"The pepper file {path} is damaged: it has {len(pepper)} bytes, but must have at least {MIN_BYTES}.",
+            f"The pepper file {path} is damaged: it has {num_bytes} byte{'' if num_bytes == 1 else 's'}, but must have "
+            f"at least {MIN_BYTES}.",
             code="pepper_damaged",
-            remedy="Restore the file from a backup. Without it, no API key is valid.",
+            remedy="Restore your copy of the file (backups do not contain it), or delete the file, which invalidates "
+            "API keys and webhook secrets older than the pepper's rotation."
+            if is_previous
+            else f"Restore your copy of the file (backups do not contain it). {NO_COPY}",
         )
     return pepper
 
@@ -120,9 +134,7 @@ def _check_no_keys(db: Database, path: Path) -> None:
         raise Conflict(
             f"The pepper for the existing API keys is missing: {path} does not exist, and LORRY_PEPPER is not set.",
             code="pepper_missing",
-            remedy="Restore the file, or set LORRY_PEPPER to its previous value. If the value is lost, set a new one "
-            f"(`{NEW}`), which invalidates every API key and webhook secret. Then create a key with "
-            "`python -m api new-key`.",
+            remedy=f"Restore the file, correct LORRY_DATA_DIR, or set LORRY_PEPPER to its previous value. {NO_COPY}",
         )
 
 

@@ -83,7 +83,7 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
     except DatabaseError as error:
         if not integrity.means_damage(error):
             raise
-        raise integrity.refusal(str(error.orig)) from error
+        raise integrity.refusal(str(error.orig), url) from error
     return db
 
 

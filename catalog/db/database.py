@@ -50,7 +50,7 @@ from sqlalchemy.sql.functions import GenericFunction
 
 from catalog import write_guard
 from catalog.db import revisions
-from catalog.db.errors import silent, translated
+from catalog.db.errors import busy, translated
 from catalog.db.write_queue import FairLock, Turnstile, wait_until_next_poll
 
 log = logging.getLogger("lorry.database")
@@ -176,7 +176,7 @@ class Database:
             yield
             return
         if not self._write_lock.acquire(seconds):
-            raise silent()
+            raise busy()
         try:
             yield
         finally:

@@ -65,12 +65,13 @@ def check_known(connection: Connection) -> None:
     """Call it before a migration. Raises Conflict if no script leads from the database's revision to this code's."""
     if not inspect(connection).has_table(VERSIONS.name):
         return
-    database_revision = read(connection)
+    database_revision, supported = read(connection), newest()
     if is_unreleased(database_revision):
         raise not_upgradable(database_revision)
     if database_revision is not None and database_revision not in known():
         raise Conflict(
-            f"The database is at revision {database_revision}, which belongs to a newer version of Lorry.",
+            f"The database is at revision {database_revision}, which belongs to a newer version of Lorry. This version "
+            f"supports revisions only up to {supported}.",
             code="database_too_new",
             remedy=TOO_NEW,
         )

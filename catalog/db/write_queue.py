@@ -8,6 +8,7 @@ if a process dies.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -17,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
-from catalog.db.errors import disk_full, silent
+from catalog.db.errors import busy, disk_full
+from catalog.disk import is_full
 from catalog.errors import OutOfSpace, Unavailable
 
 POLL_SECONDS = 0.001
@@ -103,7 +105,7 @@ class Turnstile:
 def wait_until_next_poll(deadline: float) -> None:
     """Sleep for POLL_SECONDS. Raises Unavailable after the deadline, in monotonic seconds."""
     if time.monotonic() >= deadline:
-        raise silent()
+        raise busy()
     time.sleep(POLL_SECONDS)
 
 
@@ -116,10 +118,14 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _not_opened(path: Path, error: OSError) -> OutOfSpace | Unavailable:
-    if "No space left" in str(error):
+    if is_full(error):
         return disk_full()
     return Unavailable(
         f"The lock file {path.name!r} in the database's folder can't be opened: {error.strerror}.",
         code="database_unavailable",
-        remedy="Check the folder's permissions, and run all of Lorry's processes as the user who owns the database.",
+        remedy="Try again in a few seconds. If this recurs, raise the limit on open files (`ulimit -n`)."
+        if error.errno in (errno.EMFILE, errno.ENFILE)
+        else "Restore the folder, or correct LORRY_DATABASE_URL or LORRY_DATA_DIR. Then restart Lorry's processes."
+        if error.errno == errno.ENOENT
+        else "Check the folder's permissions, and run all of Lorry's processes as the user who owns the database.",
     )

@@ -59,7 +59,7 @@ def check(db: Database, *, protocol: int | None = None) -> None:
 def check_in(session: Session, *, protocol: int) -> None:
     database_revision = revisions.read(session)
     if database_revision != revisions.newest():
-        raise _of_another_revision(database_revision)
+        raise _of_another_revision(session, database_revision)
     window = window_of(session)
     if not window.has(protocol):
         raise _of_another_protocol(protocol, window)
@@ -75,8 +75,11 @@ def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
         raise revisions.not_upgradable(database_revision)
     if revisions.is_older(database_revision):
         own, needed = lorry_version(), revisions.newest()
-        message = f"Lorry {own} requires database revision {needed}, but the database is at older revision "
-        raise Conflict(f"{message}{database_revision}.", code="database_too_old", remedy=remedy)
+        raise Conflict(
+            f"Lorry {own} requires database revision {needed}, but the database {_older(database_revision)}.",
+            code="database_too_old",
+            remedy=remedy,
+        )
 
 
 def window_of(session: Session) -> Window:
@@ -95,18 +98,26 @@ def lorry_version() -> str:
         return "unknown"
 
 
-def _of_another_revision(database_revision: str | None) -> UnfitWorker:
+def _of_another_revision(session: Session, database_revision: str | None) -> UnfitWorker:
     if revisions.is_unreleased(database_revision):
         refusal = revisions.not_upgradable(database_revision)
         return UnfitWorker(refusal.message, code=refusal.code, remedy=refusal.remedy)
     own, needed = lorry_version(), revisions.newest()
-    requirement = f"This worker (Lorry {own}) requires database revision {needed}, but the database is at"
+    requirement = f"This worker (Lorry {own}) requires database revision {needed}, but the database"
     if revisions.is_older(database_revision):
-        message = f"{requirement} older revision {database_revision}."
+        message = f"{requirement} {_older(database_revision)}."
         return UnfitWorker(message, code="database_too_old", remedy=MIGRATE)
-    message = f"{requirement} newer revision {database_revision}."
-    remedy = "Install the service's version of Lorry on this node, then restart the worker."
+    message = f"{requirement} is at newer revision {database_revision}."
+    announced = session.get(Service, 1)  # newer tables keep what this version reads
+    version = (
+        f"Lorry {announced.version}" if announced and announced.version != own else "the service's version of Lorry"
+    )
+    remedy = f"Install {version} on this node, then restart the worker."
     return UnfitWorker(message, code="worker_too_old", remedy=remedy)
+
+
+def _older(database_revision: str | None) -> str:
+    return "has no revision" if database_revision is None else f"is at older revision {database_revision}"
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:

@@ -114,9 +114,14 @@ class RoundState:
     """Members that have stopped, or have missed heartbeats for too long."""
     ended: dict[str, Json]
     """Results of members whose part has ended, by worker; see GangSeat."""
-    is_anyone_leaving: bool
+    leaving: tuple[str, ...]
+    """Members that are draining."""
     is_late: bool
     """The time limit for joining has passed."""
+
+    @property
+    def is_anyone_leaving(self) -> bool:
+        return bool(self.leaving)
 
 
 def enter(
@@ -180,7 +185,10 @@ def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds
         live = {seat.worker_id: seat for seat, worker in _live(session, place) if not _is_closed(seat, worker)}
         missing = [member for member in members if member not in live]
         if missing:
-            raise NotGathered(f"Gang {place.gang}: {_named(missing)} can't join a trainer now.")
+            verb = "is" if len(missing) == 1 else "are"
+            raise NotGathered(
+                f"Gang {place.gang}: {_named(missing)} {verb} unreachable, stopped, cordoned or draining."
+            )
         round_id, first_rank, first_ranks = new_id("round"), 0, list[int]()
         in_order = [place.worker_id, *(member for member in members if member != place.worker_id)]
         for member in in_order:
@@ -199,7 +207,8 @@ def join(place: GangMember, round_id: str) -> None:
         row, seat = _of_round(session, place, round_id)
         now = read_clock(session)
         if row.expires_at is not None and now >= row.expires_at:
-            raise NotGathered(f"Gang {row.name}: {_named([place.worker_id])} joined too late.")
+            late = now - row.expires_at
+            raise NotGathered(f"Gang {row.name}: worker {place.worker_id} joined {late:.1f} s after the time limit.")
         seat.joined_at = now
 
 
@@ -212,7 +221,7 @@ def start(place: GangMember, round_id: str, *, port: int) -> None:
     with place.db.write() as session:
         row = _led(session, place)
         if row.round_id != round_id:
-            raise _is_over(place.gang)
+            raise _is_over(place.gang, round_id)
         if (hindrance := hindrance_of(_progress(session, place, row))) is not None:
             raise NotGathered(f"Gang {row.name}: {hindrance}")
         row.port, row.expires_at = port, None
@@ -223,8 +232,10 @@ def progress(place: GangMember, round_id: str) -> RoundState:
     """Return the round's progress for its leader. Raises NotGathered if the round has ended or another member leads."""
     with place.db.read() as session:
         row = session.get_one(Gang, place.gang)
-        if row.round_id != round_id or row.leader_id != place.worker_id:
-            raise _is_over(place.gang)
+        if row.leader_id != place.worker_id:
+            raise _is_led_by_another(row)
+        if row.round_id != round_id:
+            raise _is_over(place.gang, round_id)
         return _progress(session, place, row)
 
 
@@ -239,7 +250,9 @@ def hindrance_of(found: RoundState) -> str | None:
         return f"{_named(found.not_joined)} did not join in time."
     if found.is_late:
         return "the trainer did not start in time."
-    return "a worker is draining." if found.is_anyone_leaving else None
+    if found.leaving:
+        return f"{_named(found.leaving)} {'is' if len(found.leaving) == 1 else 'are'} draining."
+    return None
 
 
 def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
@@ -296,7 +309,7 @@ def _progress(session: Session, place: GangMember, row: Gang) -> RoundState:
         not_joined=tuple(sorted(seat.worker_id for seat in others if seat.joined_at is None)),
         lost=tuple(sorted(seat.worker_id for seat in others if seat.worker_id not in live)),
         ended={seat.worker_id: seat.ended for seat in others if seat.ended is not None},
-        is_anyone_leaving=any(seat.is_leaving for seat in others),
+        leaving=tuple(sorted(seat.worker_id for seat in others if seat.is_leaving)),
         is_late=row.expires_at is not None and read_clock(session) >= row.expires_at,
     )
 
@@ -308,7 +321,7 @@ def _locked(session: Session, gang: str) -> Gang:
 def _led(session: Session, place: GangMember) -> Gang:
     row = _locked(session, place.gang)
     if row.leader_id != place.worker_id:
-        raise NotGathered(f"Gang {row.name} is now led by worker {row.leader_id}.")
+        raise _is_led_by_another(row)
     return row
 
 
@@ -316,7 +329,7 @@ def _of_round(session: Session, place: GangMember, round_id: str) -> tuple[Gang,
     row = _locked(session, place.gang)
     seat = session.get(GangSeat, place.worker_id, with_for_update=True, populate_existing=True)
     if seat is None or row.round_id != round_id or seat.round_id != round_id:
-        raise _is_over(place.gang)
+        raise _is_over(place.gang, round_id)
     return row, seat
 
 
@@ -378,8 +391,13 @@ def _named(worker_ids: Sequence[str]) -> str:
     return f"worker {worker_ids[0]}" if len(worker_ids) == 1 else f"workers {', '.join(worker_ids)}"
 
 
-def _is_over(gang: str) -> NotGathered:
-    return NotGathered(f"Gang {gang}: this training round has already ended.")
+def _is_over(gang: str, round_id: str) -> NotGathered:
+    return NotGathered(f"Gang {gang}: training round {round_id} has already ended.")
+
+
+def _is_led_by_another(row: Gang) -> NotGathered:
+    leader = "has no leader now" if row.leader_id is None else f"is now led by worker {row.leader_id}"
+    return NotGathered(f"Gang {row.name} {leader}.")
 
 
 class LivenessTracker:

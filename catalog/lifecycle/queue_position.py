@@ -83,20 +83,7 @@ def release(db: Database, *, project_id: str, job_id: str) -> Job:
 def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -> Job:
     """Move the job among its project's waiting jobs of the same class. Other projects' jobs are not affected."""
     neighbor_id = target.before or target.after
-    num_set = sum(value is not None for value in (target.before, target.after, target.to))
-    if num_set != 1:
-        raise InvalidRequest(
-            f"A move requires exactly one of 'before', 'after' and 'to', but {num_set} of them are set.",
-            code="invalid_place",
-            remedy="Set 'before' or 'after' to the id of another waiting job, or set 'to' to 'first' or 'last'.",
-        )
-    if neighbor_id == job_id:
-        raise InvalidRequest(
-            f"Job {job_id} can't be moved next to itself.",
-            code="invalid_place",
-            remedy=f"Set {_field(target)!r} to the id of another waiting job.",
-            param=_field(target),
-        )
+    _check_target(job_id, target)
     with db.write() as session:
         serialize(session, f"places of {project_id}")
         job = find(session, project_id, job_id, locked=True)
@@ -106,6 +93,28 @@ def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -
         job.place = _place(session, job, target)
         _note(session, "job.moved", job, now=read_clock(session), message=_move_message(target))
         return job
+
+
+def _check_target(job_id: str, target: MoveTarget) -> None:
+    names = [name for name in ("before", "after", "to") if getattr(target, name) is not None]
+    if len(names) != 1:
+        found = " and ".join(map(repr, names)) if len(names) < 3 else "all of them"
+        raise InvalidRequest(
+            f"A move requires exactly one of 'before', 'after' and 'to', but {found} are set."
+            if names
+            else "A move requires exactly one of 'before', 'after' and 'to', but none of them is set.",
+            code="invalid_place",
+            remedy="Set either 'before' or 'after' to the id of another waiting job, or 'to' to 'first' or 'last', and "
+            "omit the other fields.",
+            param=names[-1] if names else None,
+        )
+    if job_id in (target.before, target.after):
+        raise InvalidRequest(
+            f"Job {job_id} can't be moved next to itself.",
+            code="invalid_place",
+            remedy=f"Set {_field(target)!r} to the id of another waiting job.",
+            param=_field(target),
+        )
 
 
 def _note(session: Session, type: AuditType, job: Job, *, now: float, message: str) -> None:  # noqa: A002
@@ -154,16 +163,27 @@ def _others(job: Job) -> tuple[ColumnElement[bool], ...]:
     return (Job.state.in_(WAITING), Job.project_id == job.project_id, Job.priority == job.priority)
 
 
-def _check_waits(job: Job, done: str) -> None:
+def _check_waits(job: Job, done: Literal["held", "released", "moved"]) -> None:
     if job.state in WAITING:
         return
-    remedy = "Pause the running job instead."
-    if job.state == JobState.PAUSED:
-        remedy = "Resume the job first. A paused job is not scheduled."
-    if job.state in FINAL_STATES:
-        remedy = "This job has ended. To train again, create a new job."
     current = _current(job)
-    raise Conflict(f"Job {job.id} {current}, so it can't be {done}.", code="job_not_waiting", remedy=remedy)
+    raise Conflict(
+        f"Job {job.id} {current}, so it can't be {done}.",
+        code="job_not_waiting",
+        remedy="To train again, create a new job." if job.state in FINAL_STATES else _instead(job, done),
+    )
+
+
+def _instead(job: Job, done: Literal["held", "released", "moved"]) -> str:
+    """Return what to do with a running or paused job instead of an action for waiting jobs."""
+    if job.state == JobState.PAUSED:
+        if done == "held":
+            return "No action is needed: a paused job does not start until it is resumed."
+        then = "" if done == "released" else ", then move it"
+        return f"Resume the job{then}: `lorry jobs resume {job.id}`."
+    if done == "held":
+        return f"Pause the job instead: `lorry jobs pause {job.id}`."
+    return "No action is needed: the job is already training."
 
 
 def _check_alike(job: Job, other: Job, *, param: str) -> None:
@@ -175,13 +195,14 @@ def _check_alike(job: Job, other: Job, *, param: str) -> None:
         if other.state in WAITING
         else f"Job {other.id} {current}, so other jobs can't be moved next to it.",
         code="not_in_same_queue",
-        remedy=f"Choose a waiting job in this project with the same priority as job {job.id}.",
+        remedy=f"Choose a waiting job in this project with priority {own!r}, the priority of job {job.id}.",
         param=param,
     )
 
 
 def _current(job: Job) -> str:
-    return f"{'has' if job.state in (JobState.SUCCEEDED, JobState.FAILED) else 'is'} {job.state}"
+    verbs = {JobState.SUCCEEDED: "has", JobState.FAILED: "has", JobState.CANCELLED: "was"}
+    return f"{verbs.get(JobState(job.state), 'is')} {job.state}"
 
 
 def _field(target: MoveTarget) -> Literal["before", "after"]:

@@ -64,7 +64,9 @@ def move(
         raise Conflict(
             f"The action '{verb.value.replace('_', ' ')}' is not allowed for job {job.id}, whose state is '{before}'.",
             code="invalid_transition",
-            remedy=f"Check the job's state and events: `lorry jobs events {job.id}`.",
+            remedy="To train again, create a new job: a finished job can't be changed."
+            if before in FINAL_STATES
+            else f"Use an action that is allowed in this state: {_allowed(before)}.",
         )
     job.state = after
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)
@@ -78,6 +80,11 @@ def move(
         job.finished_at = now
     _record(session, job, verb, before=before, reason=reason, now=now, message=message, level=level)
     return after
+
+
+def _allowed(state: JobState) -> str:
+    """Return the actions that a user may request for an unfinished job."""
+    return "resume or cancel" if state is JobState.PAUSED else "pause or cancel"
 
 
 def _record(

@@ -141,7 +141,7 @@ def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[Webho
 def _check_open(endpoint: WebhookEndpoint) -> None:
     if endpoint.disabled_at is not None:
         raise Conflict(
-            f"Webhook endpoint {endpoint.name!r} is disabled, so no messages can be sent to it.",
+            f"Webhook endpoint {endpoint.name!r} is disabled, so no deliveries can be replayed to it.",
             code="webhook_endpoint_disabled",
-            remedy=f"Enable it first: `lorry webhooks enable {endpoint.id}`.",
+            remedy=f"Enable the endpoint first: `lorry webhooks enable {endpoint.id}`.",
         )

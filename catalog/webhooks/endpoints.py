@@ -193,7 +193,7 @@ def find(
     wanted = select(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.project_id == project_id)
     row = session.scalar(wanted.with_for_update(key_share=True) if lock else wanted)
     if row is None or (row.deleted_at is not None and not include_deleted):
-        raise NotFound("webhook endpoint", endpoint_id, remedy="Choose one from `lorry webhooks list`.")
+        raise NotFound("webhook endpoint", endpoint_id, remedy="Choose an endpoint from `lorry webhooks list`.")
     return row
 
 
@@ -212,5 +212,5 @@ def _too_many() -> Conflict:
     return Conflict(
         f"The project has {MAX_ENDPOINTS} webhook endpoints, which is the maximum.",
         code="too_many_webhook_endpoints",
-        remedy="Delete an endpoint that you no longer need: `lorry webhooks delete ID`.",
+        remedy="Delete an endpoint that you no longer need: `lorry webhooks delete WEBHOOK`.",
     )

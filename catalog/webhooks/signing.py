@@ -35,7 +35,7 @@ class SecretLost(Conflict):
             f"The signing secret for webhook endpoint {endpoint_id} can't be recovered, because the service's pepper "
             "has changed.",
             code="webhook_secret_lost",
-            remedy=f"Create a new secret: `lorry webhooks rotate-secret {endpoint_id}`.",
+            remedy=f"Create a new secret: `lorry webhooks rotate-secret {endpoint_id} --overlap 0s`.",
         )
 
 

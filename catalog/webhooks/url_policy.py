@@ -15,7 +15,7 @@ from ipaddress import (
     ip_address,
     ip_network,
 )
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from catalog.errors import InvalidRequest
 
@@ -38,7 +38,7 @@ SHUT = tuple(
 GLOBAL_IPV6 = IPv6Network("2000::/3")
 NAT64 = IPv6Network("64:ff9b::/96")
 HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252})")
-PRINTABLE = re.compile(r"[\x21-\x7e]+")
+FORBIDDEN = re.compile(r"[^\x21-\x7e]|\\")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,43 +72,23 @@ OPENED = "Use a public address, or ask the operator to add its network to LORRY_
 
 def target_of(url: str, rules: Rules) -> WebhookTarget:
     """Return the target of a URL. Raises InvalidRequest for an invalid URL, and for one with a blocked IP address."""
-    if len(url) > MAX_URL:
-        raise _bad(f"'url' has {len(url):,} characters, but the maximum is {MAX_URL:,}", remedy="Use a shorter URL.")
-    if not PRINTABLE.fullmatch(url) or "\\" in url:
-        raise _bad(
-            "'url' is empty, or contains a space, a backslash or a character that is not printable ASCII",
-            remedy="Percent-encode such characters, as in https://example.com/my%20hook.",
-        )
+    _check_characters(url)
     try:
         parts = urlsplit(url)
-        port, host = parts.port, parts.hostname or ""
+        host = parts.hostname or ""
         literal = ip_address(host) if ":" in host else _ipv4(host)
     except ValueError:
-        raise _bad("'url' is not a valid URL") from None
-    if parts.scheme not in PORTS or (parts.scheme == "http" and not rules.allow_http):
         raise _bad(
-            "'url' must start with https://",
-            remedy="Use an https:// URL, or ask the operator to allow HTTP with LORRY_WEBHOOK_ALLOW_HTTP=true.",
-        )
-    if "@" in parts.netloc:
-        raise _bad(
-            "'url' can't contain a user name or a password",
-            remedy="Remove it. To authenticate messages, verify their webhook signature instead.",
-        )
-    if "#" in url:
-        raise _bad("'url' can't contain a fragment", remedy="Remove the '#' and the text after it.")
+            "The host in 'url' has brackets, but is not a valid IPv6 address",
+            remedy="Use a valid address such as https://[2606:4700::1111]/hooks, or a host name without brackets.",
+        ) from None
+    _check_parts(url, parts, rules)
     if literal is None and not HOST.fullmatch(host):
         raise _bad(
-            "'url' does not have a valid host name",
-            remedy="Use a host name such as hooks.example.com. If it has non-ASCII characters, use its Punycode form "
-            "(xn--…).",
+            f"The host name in 'url' is {host!r}, which is not valid" if host else "'url' has no host name",
+            remedy="Use a host name of letters, digits, '.', '-' and '_', as in https://hooks.example.com/.",
         )
-    port = PORTS[parts.scheme] if port is None else port
-    if port not in PORTS.values() and port < LOWEST_FREE_PORT:
-        raise _bad(
-            f"'url' uses port {port}, which is not allowed",
-            remedy=f"Use port 80 or 443, or a port from {LOWEST_FREE_PORT}.",
-        )
+    port = _port_of(parts)
     if literal is not None and (blocked := blocked_address(literal, rules)):
         raise _bad(
             f"'url' points to {blocked}, which is not a public IP address",
@@ -117,6 +97,64 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
         )
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
+
+
+def _check_characters(url: str) -> None:
+    if not url:
+        raise _bad("'url' is empty")
+    if len(url) > MAX_URL:
+        raise _bad(
+            f"'url' has {len(url):,} characters, but the maximum is {MAX_URL:,}",
+            remedy=f"Shorten the URL to at most {MAX_URL:,} characters.",
+        )
+    if (found := FORBIDDEN.search(url)) is None:
+        return
+    is_in_host = not any(mark in url[: found.start()].partition("://")[2] for mark in "/?#")
+    raise _bad(
+        f"'url' contains {found[0]!r} at character {found.start() + 1}, but only printable ASCII characters other than "
+        "the backslash are allowed",
+        remedy="Remove the character. In an international host name, use Punycode instead (xn--…)."
+        if is_in_host
+        else "Remove the character, or percent-encode it (a space is %20).",
+    )
+
+
+def _check_parts(url: str, parts: SplitResult, rules: Rules) -> None:
+    if parts.scheme == "http" and not rules.allow_http:
+        raise _bad(
+            "'url' starts with http://, but must start with https://",
+            remedy="Use an https:// URL, or ask the operator to allow HTTP with LORRY_WEBHOOK_ALLOW_HTTP=true.",
+        )
+    if parts.scheme not in PORTS:
+        required = "https:// or http://" if rules.allow_http else "https://"
+        has_scheme = url.lower().startswith(f"{parts.scheme}://")
+        raise _bad(
+            f"'url' starts with {parts.scheme}://, but must start with {required}"
+            if has_scheme
+            else f"'url' must start with {required}"
+        )
+    if "@" in parts.netloc:
+        raise _bad(
+            "'url' contains a user name or a password (the text before '@'), which is not allowed",
+            remedy="Remove the text up to the '@'. To authenticate messages, verify their webhook signature instead.",
+        )
+    if "#" in url:
+        raise _bad(
+            f"'url' contains a fragment ('#' at character {url.index('#') + 1}), which is not allowed",
+            remedy="Remove the '#' and the text after it.",
+        )
+
+
+def _port_of(parts: SplitResult) -> int:
+    remedy = f"Use port 80 or 443, or a port from {LOWEST_FREE_PORT} to 65535."
+    try:
+        port = PORTS[parts.scheme] if parts.port is None else parts.port
+    except ValueError:
+        named = parts.netloc.rpartition(":")[2]
+        raise _bad(f"The port in 'url' is {named!r}, which is not a number from 0 to 65535", remedy=remedy) from None
+    if port not in PORTS.values() and port < LOWEST_FREE_PORT:
+        raise _bad(f"'url' uses port {port}, which is not allowed", remedy=remedy)
+    return port
 
 
 def blocked_address(address: Address, rules: Rules) -> Address | None:

@@ -177,6 +177,7 @@ def test_bootstrap_on_newer_tables_fails_with_the_remedy(tmp_path: Path) -> None
 
     assert (failed.returncode, failed.stdout) == (1, "")
     assert f"The database is at revision {LATER}, which belongs to a newer version" in failed.stderr
+    assert "supports revisions only up to 0001_first_release." in failed.stderr
     assert "or a later one" in failed.stderr
     assert "Traceback" not in failed.stderr
 
@@ -219,15 +220,21 @@ def test_server_prints_its_address_and_stops_cleanly_with_open_streams(tmp_path:
 
 @pytest.mark.parametrize(
     ("pepper", "problem"),
-    [("", "0 bytes long"), ("x" * 31, "31 bytes long"), (f"{'x' * 40}\n", "white space")],
-    ids=["empty", "short", "with a newline"],
+    [
+        ("", "has 0 bytes"),
+        ("x", "has 1 byte, but"),
+        ("x" * 31, "has 31 bytes"),
+        (f"{'x' * 40}\n", "ends with whitespace"),
+        (f" {'x' * 40}", "begins with whitespace"),
+    ],
+    ids=["empty", "one", "short", "with a newline", "with a space"],
 )
 def test_weak_pepper_is_rejected(tmp_path: Path, pepper: str, problem: str) -> None:
     done = run(tmp_path, "bootstrap", check=False, LORRY_PEPPER=pepper)
 
     assert done.returncode == 1
-    assert f"LORRY_PEPPER {'is ' if 'long' in problem else 'begins or ends with '}{problem}" in done.stderr
-    assert "openssl rand -hex 32" in done.stderr
+    assert f"LORRY_PEPPER {problem}" in done.stderr
+    assert ("Remove the whitespace" if "whitespace" in problem else "openssl rand -hex 32") in done.stderr
     assert "Traceback" not in done.stderr
     assert "xxx" not in done.stderr
 

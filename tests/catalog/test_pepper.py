@@ -87,6 +87,17 @@ def test_settings_override_the_file_and_a_damaged_file_is_reported(world: World,
     with pytest.raises(InvalidRequest, match="damaged") as refused:
         pepper.load(settings(tmp_path), world.db)
     assert str(tmp_path / "pepper") in refused.value.message
+    assert "it has 5 bytes" in refused.value.message
+    assert "openssl rand" in refused.value.remedy
+
+
+def test_damaged_previous_pepper_may_be_deleted(world: World, tmp_path: Path) -> None:
+    (tmp_path / "pepper.previous").write_bytes(b"x")
+
+    with pytest.raises(InvalidRequest, match=r"pepper\.previous is damaged: it has 1 byte, but") as refused:
+        pepper.load(settings(tmp_path, pepper="g" * 32), world.db)
+
+    assert "or delete the file" in refused.value.remedy
 
 
 @pytest.mark.parametrize("weak", ["", "x" * 31, "é" * 15, f"{'x' * 32}\n", f" {'x' * 32}"])

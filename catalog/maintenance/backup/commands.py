@@ -59,11 +59,11 @@ def create(
     """
     with place.lease() as lease:
         made = _copy(db, store, place, work_dir=work_dir)
-        lease.check()
+        lease.check("This backup is incomplete, and it deleted nothing.")
         place.finish(made.record)
         if keep is None:
             return made
-        lease.check()
+        lease.check(f"Backup {made.record.name} is complete, but no old backups were deleted.")
         return replace(made, forgotten=place.forget_all_but(keep))
 
 
@@ -234,12 +234,15 @@ def _check_same(db: Database, record: BackupRecord) -> None:
         *_differences_of_chain(db, record),
     ]
     if problems:
-        remedy = "Move its file, with the -wal and -shm files, to another folder." if db.is_sqlite else "Drop it."
+        name = db.engine.url.database or ""
+        aside = f"Drop {name}, and create it again without tables."
+        if db.is_sqlite:
+            aside = f"Move {name}, with its -wal and -shm files, to another folder."
         raise Conflict(
-            f"The restored database does not match backup {record.name}. {' '.join(problems)}",
+            f"The restored database {name} does not match backup {record.name}. {' '.join(problems)}",
             code="restored_database_differs",
-            remedy=f"Do not start the service with this database. {remedy} Then restore this backup again, or an "
-            "earlier one with `--backup NAME`.",
+            remedy=f"Do not start the service with this database. {aside} Then restore this backup again, "
+            "or an earlier one with `--backup NAME`.",
         )
 
 
@@ -278,20 +281,22 @@ def _check_fits(record: BackupRecord, url: str) -> None:
     kind, wanted = PRODUCTS[database_dump.kind_of(url)], PRODUCTS[record.database]
     if kind != wanted:
         raise Conflict(
-            f"Backup {record.name} was made from a {wanted} database, but LORRY_DATABASE_URL points to {kind}.",
+            f"Backup {record.name} was made from a {wanted} database, but the configured database is {kind}.",
             code="backup_of_another_database",
-            remedy=f"Set LORRY_DATABASE_URL to an empty {wanted} database.",
+            remedy=f"Set LORRY_DATABASE_URL to an empty {wanted} database, then restore again.",
         )
     if revisions.is_unreleased(record.revision):
         raise InvalidRequest(
             f"Backup {record.name} (revision {record.revision}) was made by a pre-release build of Lorry and can't be "
             "upgraded.",
             code="backup_not_upgradable",
-            remedy="Restore it with that build. To use this version, create a new database: `python -m api bootstrap`.",
+            remedy=f"Restore the backup with that build. {revisions.NOT_UPGRADABLE}",
         )
+    newest = revisions.newest()
     if record.revision not in revisions.known():
         raise InvalidRequest(
-            f"Backup {record.name} has database revision {record.revision}, which belongs to a newer version of Lorry.",
+            f"Backup {record.name} was made by a newer version of Lorry: its database revision is {record.revision}, "
+            f"but this version supports revisions only up to {newest}.",
             code="backup_of_a_newer_version",
-            remedy="Restore it with that version or a later one.",
+            remedy="Restore the backup with the version of Lorry that made it, or a later one.",
         )

@@ -28,6 +28,9 @@ from catalog.maintenance.backup.references import Keys
 from catalog.tables.audit import AuditHead
 
 DEBIAN = Path("/usr/lib/postgresql")
+INSTALL_NEWER = (
+    "Install a later version of PostgreSQL's client programs, at least the server's version, then try again."
+)
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
 """Environment variables that are passed to PostgreSQL's programs, in addition to its own (PG…)."""
 SIDE_FILES = ("-wal", "-shm", "-journal")
@@ -80,14 +83,15 @@ def check_empty(url: str) -> None:
     db = Database(url)
     try:
         with translated(), db.engine.connect() as connection:
-            has_tables = bool(inspect(connection).get_table_names())
+            names = inspect(connection).get_table_names()
     finally:
         db.close()
-    if has_tables:
+    if names:
+        tables = f"table {names[0]}" if len(names) == 1 else f"{len(names)} tables, such as {names[0]}"
         raise Conflict(
-            f"The database {parsed.render_as_string()} already has tables, and a restore never overwrites data.",
+            f"The database {parsed.render_as_string()} already contains {tables}, and a restore never overwrites data.",
             code="database_not_empty",
-            remedy="Set LORRY_DATABASE_URL to an empty database.",
+            remedy="Set LORRY_DATABASE_URL to an empty database, then restore again.",
         )
 
 
@@ -95,10 +99,15 @@ def _check_no_files(path: Path) -> None:
     """Raise Conflict if the database file or one of its side files exists. The message lists them."""
     names = [str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)]
     if found := [name for name in names if os.path.lexists(name)]:
+        is_one, files = len(found) == 1, ", ".join(found)
+        moved = "the file" if is_one else "all of the files"
         raise Conflict(
-            f"These database files already exist, and a restore never overwrites data: {', '.join(found)}.",
+            f"The database file {files} already exists, and a restore never overwrites data."
+            if is_one
+            else f"These database files already exist, and a restore never overwrites data: {files}.",
             code="database_not_empty",
-            remedy="Move all of them to another folder, or set LORRY_DATA_DIR to an empty folder. Then restore again.",
+            remedy=f"If a service uses this database, stop it. Move {moved} to "
+            "another folder, or set LORRY_DATABASE_URL to a new path (sqlite:////PATH). Then restore again.",
         )
 
 
@@ -120,7 +129,7 @@ def _sqlite_take(db: Database, into: Path) -> Snapshot:
         copy.execute("PRAGMA journal_mode=DELETE")  # a single file without a log file
         found = copy.execute("PRAGMA integrity_check").fetchone()
     if found != ("ok",):
-        raise integrity.refusal(str(found[0]))
+        raise integrity.refusal(str(found[0]), db.engine.url)
     return snapshot
 
 
@@ -228,9 +237,18 @@ def _run(name: str, url: URL, options: Sequence[str]) -> None:
     done = subprocess.run(argv, env=passed, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         kept = "No backup was created." if name == "pg_dump" else "The database was not changed."
-        last_line = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        is_mismatch = "server version mismatch" in done.stderr or "unsupported version" in done.stderr
+        reported = _reported(name, done)
         raise InvalidRequest(
-            f"{name} failed: {last_line}",
+            f"{found} failed: {reported}. {kept}",
             code="pg_dump_failed",
-            remedy=f"Fix the reported problem, then try again. {kept}",
+            remedy=INSTALL_NEWER if is_mismatch else "Correct the reported problem, then try again.",
         )
+
+
+def _reported(name: str, done: subprocess.CompletedProcess[str]) -> str:
+    """Return the errors that a PostgreSQL program reported, without the SQL and the hints after them."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    prefix = f"{name}: error: "
+    errors = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)] or lines[-1:]
+    return "; ".join(errors).rstrip(".") or f"exit status {done.returncode}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlalchemy import Connection, column, func, inspect, quoted_name, select, table, text
+from sqlalchemy import URL, Connection, column, func, inspect, quoted_name, select, table, text
 from sqlalchemy.exc import DatabaseError, InternalError
 from sqlalchemy.orm import Session
 
@@ -17,6 +17,9 @@ from catalog.db.database import Database
 from catalog.db.errors import translated
 from catalog.errors import Conflict
 
+NO_DATABASE = "file is not a database"
+"""SQLite reports it for a damaged first page, and for a file that never was a database."""
+RESTORE = "Then restore a backup: `python -m api restore LOCATION`."
 INVALID_INDEXES = """
     select cls.relname from pg_index idx join pg_class cls on cls.oid = idx.indexrelid
     where cls.relnamespace = current_schema()::regnamespace and not idx.indisvalid
@@ -89,13 +92,17 @@ def means_damage(error: DatabaseError) -> bool:
     return type(error) is DatabaseError or isinstance(error, InternalError)
 
 
-def refusal(problem: str) -> Conflict:
+def refusal(problem: str, url: URL) -> Conflict:
     """Return the error of a command that can't work with a damaged database."""
+    name, location = url.database, url.render_as_string()
+    reason = " ".join(problem.split()).rstrip(".")
+    wrong = f" If {name} is the wrong file, correct LORRY_DATABASE_URL instead." if NO_DATABASE in problem else ""
     return Conflict(
-        f"The database is damaged: {problem}.",
+        f"The database {location} is damaged: {reason}.",
         code="database_damaged",
-        remedy="Stop the service and move the database file, with its -wal and -shm files, to another folder. Then "
-        "restore a backup: `python -m api restore`.",
+        remedy=f"Stop the service and move {name}, with its -wal and -shm files, to another folder. {RESTORE}{wrong}"
+        if url.get_backend_name() == "sqlite"
+        else f"Stop the service, drop the database {name}, and create it again without tables. {RESTORE}",
     )
 
 

@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +27,8 @@ from catalog.storage.store import verified
 FORMAT = 2
 READABLE = (1, FORMAT)
 """Backups of format 1 have no row counts."""
+MAX_NAMED = 10
+"""Maximum number of backups that a message names."""
 RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
 
 
@@ -67,7 +71,8 @@ class BackupPlace:
     def records(self) -> list[BackupRecord]:
         """Return the records of complete backups, oldest first. Raises InvalidRequest if a newer version wrote one."""
         keys = [entry.key for entry in self._backups.list_all("") if entry.key.endswith(f"/{RECORD}")]
-        return sorted((_record(b"".join(self._backups.read(key))) for key in keys), key=lambda record: record.taken_at)
+        found = (_record(b"".join(self._backups.read(key)), name=key.rpartition("/")[0]) for key in keys)
+        return sorted(found, key=lambda record: record.taken_at)
 
     def find(self, name: str | None) -> BackupRecord:
         """Return the record with this name, or the newest one if `name` is None. Raises NotFound."""
@@ -76,15 +81,21 @@ class BackupPlace:
             if name in (None, record.name):
                 return record
         if not records:
+            url = shlex.quote(self.url)
             raise NotFound(
                 "backup",
                 str(name),
                 message=f"There are no backups at {self.url}.",
-                remedy="Check the location, or create a backup first: `python -m api backup LOCATION`.",
+                remedy=f"Check the location, or first create a backup there: `python -m api backup {url}`.",
             )
-        names = ", ".join(record.name for record in records)
+        names = ", ".join(record.name for record in records[::-1][:MAX_NAMED])
         message = f"There is no backup named {name!r} at {self.url}."
-        raise NotFound("backup", str(name), message=message, remedy=f"Choose one of: {names}.")
+        remedy = f"Omit --backup to restore the newest backup, or choose one of: {names}."
+        if len(records) == 1:
+            remedy = f"Omit --backup to restore the only backup there: {names}."
+        elif len(records) > MAX_NAMED:
+            remedy = f"Omit --backup to restore the newest backup, or choose one of {len(records)}, such as: {names}."
+        raise NotFound("backup", str(name), message=message, remedy=remedy)
 
     def put(self, name: str, dump: Path, keys: Keys) -> dict[str, Any]:
         """Store a dump and the keys of its objects. Returns their fields of the backup's record."""
@@ -147,25 +158,31 @@ def open_place(location: str, *, is_new: bool = False) -> BackupPlace:
         return BackupPlace(location.rstrip("/"))
     folder = Path(location).expanduser().absolute()
     if is_new:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file, which is reported below
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not folder.is_dir():
+        is_file = folder.exists()
         raise NotFound(
             "backup",
             location,
-            message=f"The backup folder {str(folder)!r} does not exist.",
-            remedy="Use the folder or s3://… URL that you passed to `python -m api backup`.",
+            message=f"{str(folder)!r} is not a folder."
+            if is_file
+            else f"The backup folder {str(folder)!r} does not exist.",
+            remedy="Use a folder, or a URL such as s3://bucket/prefix."
+            if is_file
+            else "Use the folder or s3://… URL that you passed to `python -m api backup`.",
         )
     return BackupPlace(folder.as_uri())
 
 
-def _record(content: bytes) -> BackupRecord:
+def _record(content: bytes, *, name: str) -> BackupRecord:
     fields = cast("dict[str, Any]", json.loads(content))
-    if fields.get("format") not in READABLE:
+    if (found := fields.get("format")) not in READABLE:
         raise InvalidRequest(
-            f"Backup {fields.get('name')} has format {fields.get('format')}, but this version of Lorry reads only "
-            f"formats {READABLE[0]} and {FORMAT}.",
+            f"Backup {name} has format {found}, but this version of Lorry reads only formats {READABLE[0]} and "
+            f"{FORMAT}.",
             code="backup_of_another_version",
-            remedy="Use the version of Lorry that made it, or a later one.",
+            remedy="Use the version of Lorry that made the backup, or a later one.",
         )
     fields.setdefault("row_counts", None)
     return BackupRecord(**fields)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -45,7 +46,7 @@ class LocationLease:
             with suppress(NoSuchObject):
                 self.objects.delete(KEY)
             if not self.objects.create(KEY, self._content):
-                raise self._running()
+                raise self._running(expires_in=LEASE_SECONDS)
         self._renewing.start()
         return self
 
@@ -56,33 +57,38 @@ class LocationLease:
             if self._is_own():
                 self.objects.delete(KEY)
 
-    def check(self) -> None:
-        """Raise Conflict if another backup has taken over."""
+    def check(self, outcome: str) -> None:
+        """Raise Conflict if another backup has taken over. outcome: a sentence about what this backup has done."""
         if not self._is_own():
+            holder = self._holder()
             raise Conflict(
-                f"Another backup to {self._location} took over, because this backup did not renew its lease for "
-                f"{LEASE_SECONDS:.0f} s.",
+                f"Another backup{holder} took over {self._location}, because this backup did not renew its "
+                f"lease for {LEASE_SECONDS:.0f} s. {outcome}",
                 code="backup_lease_lost",
-                remedy="Start it again when the other backup has finished. This backup is incomplete and deleted "
-                "nothing.",
+                remedy="Wait until the other backup has finished, then create a new backup.",
             )
 
     def _refuse_if_held(self) -> None:
         with suppress(NoSuchObject):  # the other backup has finished in the meantime
-            if self.objects.now() - self.objects.head(KEY).written_at < LEASE_SECONDS:
-                raise self._running()
+            age = self.objects.now() - self.objects.head(KEY).written_at
+            if age < LEASE_SECONDS:
+                raise self._running(expires_in=LEASE_SECONDS - age)
 
-    def _running(self) -> Conflict:
-        holder: dict[str, Any] = {}
-        with suppress(NoSuchObject, ValueError):
-            holder = cast("dict[str, Any]", json.loads(self._read()))
+    def _running(self, *, expires_in: float) -> Conflict:
+        holder, seconds = self._holder(), math.ceil(expires_in)
         return Conflict(
-            f"Another backup to {self._location} is already running: process {holder.get('pid', '?')} on "
-            f"{holder.get('host', '?')}.",
+            f"Another backup to {self._location} is already running{holder}.",
             code="backup_running",
-            remedy=f"Wait until it finishes. If it was killed, its lease expires {LEASE_SECONDS:.0f} s after the last "
-            "renewal.",
+            remedy="Wait until the other backup finishes. If its process was killed, try again in "
+            f"{seconds} s, when its lease has expired.",
         )
+
+    def _holder(self) -> str:
+        """Return the process that holds the lease, in parentheses; "" if it can't be read."""
+        with suppress(NoSuchObject, ValueError, KeyError, TypeError):
+            holder = cast("dict[str, Any]", json.loads(self._read()))
+            return f" (process {holder['pid']} on host {holder['host']})"
+        return ""
 
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):

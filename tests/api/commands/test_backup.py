@@ -115,7 +115,7 @@ def test_corrupt_database_file_is_reported_with_the_remedy(service: Path, comman
     done = run(service, *command)
 
     assert done.returncode == 1
-    assert "The database is damaged: file is not a database." in done.stderr
+    assert f"{service / 'lorry.db'} is damaged: file is not a database." in done.stderr
     assert "python -m api restore" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -270,7 +270,7 @@ def test_unstorable_value_is_an_invalid_request(world: World) -> None:
 
 
 def test_number_that_is_too_large_to_store_is_an_invalid_request(world: World) -> None:
-    with pytest.raises(InvalidRequest, match="number that is too large") as refusal, world.db.write() as session:
+    with pytest.raises(InvalidRequest, match="is too large to store") as refusal, world.db.write() as session:
         session.execute(update(Job).values(num_steps=2**63))
 
     assert refusal.value.code == "unstorable_value"
@@ -296,7 +296,7 @@ def test_database_without_tables_is_reported_as_not_set_up(
         f"sqlite:///{tmp_path / 'new.db'}" if is_sqlite else request.getfixturevalue("new_postgres_url")
     )
 
-    with pytest.raises(Unavailable, match="not been set up") as refusal:
+    with pytest.raises(Unavailable, match="lacks Lorry's table") as refusal:
         projects.ensure(database, "new")
 
     database.close()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from catalog.db import revisions
 from catalog.db.database import Database
@@ -84,6 +84,26 @@ def test_worker_at_another_revision_is_rejected_with_a_remedy(
         assert session.get(Worker, "w1") is None
 
 
+def test_worker_at_an_older_revision_learns_the_version_to_install(
+    restored: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced(restored, 1, 1, monkeypatch)
+    at_revision(restored, LATER)
+
+    with pytest.raises(UnfitWorker) as refused:
+        compatibility.check(restored.db)
+
+    assert refused.value.remedy == "Install Lorry 9.9.9 on this node, then restart the worker."
+
+
+def test_database_without_a_revision_is_too_old(restored: World) -> None:
+    with restored.db.write() as session:
+        session.execute(delete(revisions.VERSIONS))
+
+    with pytest.raises(UnfitWorker, match="but the database has no revision"):
+        compatibility.check(restored.db)
+
+
 @pytest.mark.parametrize(
     ("protocol", "code", "remedy"),
     [(3, "worker_too_old", "Install Lorry "), (6, "worker_too_new", "Upgrade the service first")],
@@ -119,7 +139,7 @@ def test_service_accepts_newer_tables_and_rejects_older_ones(restored: World, ne
 
     at_revision(world, OLDER)
 
-    with pytest.raises(Conflict, match=f"it is at {OLDER}, which is older") as refused, world.db.read() as session:
+    with pytest.raises(Conflict, match=f"is at older revision {OLDER}") as refused, world.db.read() as session:
         compatibility.check_tables(session)
     assert refused.value.code == "database_too_old"
     assert "python -m api bootstrap" in refused.value.remedy
@@ -144,7 +164,7 @@ def test_every_revision_except_the_newest_is_older(next_migration: Path) -> None
 def test_database_without_tables_is_unavailable(empty_url: str) -> None:
     database = Database(empty_url)
 
-    with pytest.raises(Unavailable, match="has no Lorry tables"):
+    with pytest.raises(Unavailable, match="lacks Lorry's table alembic_version"):
         compatibility.check(database)
     database.close()
 

@@ -122,7 +122,7 @@ def test_round_is_not_opened_with_an_unavailable_member(gang: Gang, clock: Clock
 
     refused = refuses(lambda: gang.open("w1", "w3" if why == "no member" else "w2"))
 
-    assert "can't join a trainer now" in refused
+    assert f"worker {'w3' if why == 'no member' else 'w2'} is unreachable, stopped, cordoned or draining." in refused
     assert gang.called("w2") is None
 
 
@@ -142,8 +142,9 @@ def test_round_does_not_start_if_a_member_is_lost_after_joining(gang: Gang, cloc
     if why == "over":
         gangs.end_round(gang.place("w1"), led.round_id)
 
-    refuses(lambda: gang.start("w1", led))
+    refused = refuses(lambda: gang.start("w1", led))
 
+    assert (led.round_id if why == "over" else "trainer" if why == "late" else "w2") in refused
     assert not gang.has_started()
 
 
@@ -156,7 +157,7 @@ def test_joining_too_late_or_an_ended_round_is_rejected(gang: Gang, clock: Clock
 
     second = gang.open("w1", "w2")
 
-    assert "too late" in late
+    assert "worker w2 joined 1.0 s after the time limit" in late
     assert "already ended" in refuses(lambda: gangs.join(gang.place("w2"), first.round_id))
     assert not gangs.leave(gang.place("w2"), first.round_id, end=KILLED)
     assert gangs.progress(gang.place("w1"), second.round_id).ended == {}
@@ -174,8 +175,8 @@ def test_lead_passes_on_when_the_leader_is_lost(gang: Gang, clock: Clock) -> Non
     gang.beat("w1")  # the former leader was only suspended
     assert not gang.lead("w1")
     for act in (lambda: gang.start("w1", led), lambda: gang.open("w1", "w2")):
-        assert "led by w2" in refuses(act)
-    refuses(lambda: gangs.progress(gang.place("w1"), led.round_id))
+        assert "led by worker w2" in refuses(act)
+    assert "led by worker w2" in refuses(lambda: gangs.progress(gang.place("w1"), led.round_id))
     gangs.end_round(gang.place("w1"), led.round_id)
     assert gang.open("w2", "w1").workers == ["w2", "w1"]
 

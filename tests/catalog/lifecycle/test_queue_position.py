@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,12 +68,14 @@ def test_move_target_must_wait_in_the_same_class_and_project(world: World) -> No
     world.prepare_all()
 
     for target, message in (
-        ({}, "but 0 of them are set"),
-        ({"before": urgent.id, "to": "first"}, "but 2 of them are set"),
+        ({}, "but none of them is set"),
+        ({"before": urgent.id, "to": "first"}, "but 'before' and 'to' are set"),
+        ({"before": urgent.id, "after": urgent.id, "to": "first"}, "but all of them are set"),
         ({"before": job.id}, "next to itself"),
     ):
-        with pytest.raises(InvalidRequest, match=message):
+        with pytest.raises(InvalidRequest, match=message) as invalid:
             move(world, job, **target)
+        assert invalid.value.param == next(reversed(target), None)
     with pytest.raises(Conflict, match=f"Job {urgent.id} has priority 'urgent', but job {job.id} has") as refusal:
         move(world, job, after=urgent.id)
     assert (refusal.value.code, refusal.value.param) == ("not_in_same_queue", "after")
@@ -83,7 +86,8 @@ def test_move_target_must_wait_in_the_same_class_and_project(world: World) -> No
     (claim,) = world.claim(capacity=ONE)
     with pytest.raises(Conflict) as refusal:
         move(world, claim.job, to="last")
-    assert (refusal.value.code, refusal.value.remedy) == ("job_not_waiting", "Pause the running job instead.")
+    assert refusal.value.code == "job_not_waiting"
+    assert refusal.value.remedy == "No action is needed: the job is already training."
 
 
 def test_moves_do_not_change_the_positions_of_other_projects(world: World) -> None:
@@ -129,9 +133,18 @@ def test_only_waiting_jobs_can_be_held_and_a_pause_ends_the_hold(world: World) -
     with pytest.raises(Conflict) as refusal:
         queue_position.hold(world.db, **world.of(claim.job.id))
     assert refusal.value.code == "job_not_waiting"
+    assert f"`lorry jobs pause {claim.job.id}`" in refusal.value.remedy
     held = world.queued()
     queue_position.hold(world.db, **world.of(held.id))
     commands.pause(world.db, **world.of(held.id))
+    for act, remedy in (
+        (queue_position.hold, "No action is needed"),
+        (queue_position.release, f"Resume the job: `lorry jobs resume {held.id}`."),
+        (partial(queue_position.move_to, target=MoveTarget(to="first")), "Resume the job, then move it: "),
+    ):
+        with pytest.raises(Conflict, match=f"Job {held.id} is paused, so it can't be") as refusal:
+            act(world.db, **world.of(held.id))
+        assert refusal.value.remedy.startswith(remedy)
     commands.resume(world.db, **world.of(held.id))
 
     assert not world.job(held.id).is_held

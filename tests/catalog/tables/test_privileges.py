@@ -108,6 +108,7 @@ def test_process_with_the_wrong_role_gets_a_clear_error(postgresql: World) -> No
 
     as_worker.close()
     assert refusal.value.code == "database_permission_denied"
+    assert "permission denied for table " in refusal.value.message
     assert "LORRY_DATABASE_URL" in refusal.value.sentence()
 
 

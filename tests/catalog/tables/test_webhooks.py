@@ -117,8 +117,20 @@ def test_another_pepper_signs_nothing(hooks: Hooks, world: World) -> None:
     (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), limit=9, in_flight=[])
 
     assert claimed.signed_with == []
-    with pytest.raises(Conflict, match="can't be recovered"):
+    with pytest.raises(Conflict, match="can't be recovered") as refused:
         signing.current(hooks.row, Pepper(current=b"another" * 5))
+    assert f"`lorry webhooks rotate-secret {hooks.row.id} --overlap 0s`" in refused.value.remedy
+
+
+def test_lost_secret_is_replaced_by_a_rotation_without_overlap(hooks: Hooks, world: World) -> None:
+    another = Pepper(current=b"another" * 5)
+    endpoints.rotate(world.db, **hooks.ident, overlap_seconds=60, pepper=another)
+    with pytest.raises(Conflict, match="can't be recovered"):
+        signing.good(hooks.endpoint(), another, now=world.clock.now)
+
+    _, new = endpoints.rotate(world.db, **hooks.ident, overlap_seconds=0, pepper=another)
+
+    assert signing.good(hooks.endpoint(), another, now=world.clock.now) == [new]
 
 
 def test_rotation_signs_with_both_secrets_during_the_overlap(hooks: Hooks, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 
 import pytest
@@ -40,34 +41,59 @@ def test_operator_can_allow_a_network_in_each_of_its_forms() -> None:
 @pytest.mark.parametrize(
     ("url", "what"),
     [
-        ("ftp://example.com/", "https://"),
-        ("http://example.com/", "https://"),
-        ("file:///etc/passwd", "https://"),
-        ("example.com/hooks", "https://"),
-        ("https://user:word@example.com/", "a password"),
-        ("https://example.com@10.0.0.1/", "a user"),
-        ("https://example.com/#part", "a fragment"),
-        ("https:///hooks", "a valid host"),
-        ("https://exa mple.com/", "without spaces"),
-        ("https://example.com/\r\nHost: inside", "without spaces"),
-        ("https://ex\u00e4mple.com/", "ASCII"),
-        ("https://example.com\\@10.0.0.1/", "printable"),
-        ("https://example.com:22/", "port"),
-        ("https://example.com:0/", "port"),
-        ("https://example.com:99999/", "valid URL"),
-        ("https://[::1/", "valid URL"),
-        ("https://127.0.0.1/", "not public"),
-        ("https://[::ffff:127.0.0.1]/", "not public"),
-        ("https://" + "a" * 3000, "at most"),
+        ("", "'url' is empty"),
+        ("ftp://example.com/", "starts with ftp://, but must start with https://"),
+        ("http://example.com/", "starts with http://, but must start with https://"),
+        ("file:///etc/passwd", "must start with https://"),
+        ("example.com/hooks", "'url' must start with https://"),
+        ("localhost:8000/hooks", "'url' must start with https://"),
+        ("https://user:word@example.com/", "a user name or a password"),
+        ("https://example.com@10.0.0.1/", "a user name or a password"),
+        ("https://example.com/#part", "contains a fragment ('#' at character 21)"),
+        ("https:///hooks", "no host name"),
+        ("https://example$.com/", "is 'example$.com', which is not valid"),
+        ("https://exa mple.com/", "contains ' ' at character 12"),
+        ("https://example.com/\r\nHost: inside", r"contains '\r' at character 21"),
+        ("https://ex\u00e4mple.com/", "contains '\u00e4' at character 11"),
+        ("https://example.com\\@10.0.0.1/", "at character 20"),
+        ("https://example.com:22/", "uses port 22"),
+        ("https://example.com:0/", "uses port 0"),
+        ("https://example.com:99999/", "is not a number from 0 to 65535"),
+        ("https://example.com:http/", "is 'http', which is not a number from 0 to 65535"),
+        ("https://[::1/", "not a valid IPv6 address"),
+        ("https://127.0.0.1/", "127.0.0.1, which is not a public"),
+        ("https://[::ffff:127.0.0.1]/", "127.0.0.1, which is not a public"),
+        ("https://" + "a" * 3000, "the maximum is 2,048"),
     ],
 )
 def test_invalid_webhook_url_is_rejected_with_the_reason(url: str, what: str) -> None:
-    with pytest.raises(InvalidRequest, match=what) as refused:
+    with pytest.raises(InvalidRequest, match=re.escape(what)) as refused:
         target_of(url, Rules())
 
     assert refused.value.remedy
     assert refused.value.param == "url"
     assert "word" not in refused.value.sentence().replace("password", "")
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("https://ex\u00e4mple.com/", "Punycode"),
+        ("https://example.com/my hook", "percent-encode"),
+        ("http://example.com/", "LORRY_WEBHOOK_ALLOW_HTTP"),
+        ("ftp://example.com/", "Use a URL such as https://"),
+    ],
+)
+def test_remedy_for_a_url_fits_its_problem(url: str, remedy: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        target_of(url, Rules())
+
+    assert remedy in refused.value.remedy
+
+
+def test_both_schemes_are_named_where_http_is_allowed() -> None:
+    with pytest.raises(InvalidRequest, match="must start with https:// or http://"):
+        target_of("ftp://example.com/", Rules(allow_http=True))
 
 
 def test_url_is_parsed_as_it_will_be_requested() -> None:

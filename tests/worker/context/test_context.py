@@ -79,14 +79,14 @@ def test_a_worker_that_starts_before_its_database_waits_for_it(
 
     assert len(waited) == 3
     assert [record.message for record in caplog.records if "retrying" in record.message] == [
-        "The database has no Lorry tables. The worker keeps retrying."
+        "The database lacks Lorry's table alembic_version. The worker keeps retrying."
     ]
 
 
 @pytest.mark.parametrize(
     ("revision", "remedy"),
     [
-        (revisions.newest(), "Migrate it with this version"),
+        (revisions.newest(), "Run `python -m api bootstrap` from this version"),
         (UNRELEASED, "create a new database"),
     ],
 )

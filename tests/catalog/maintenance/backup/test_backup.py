@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,13 @@ import pytest
 from sqlalchemy import URL, event, func, select
 
 from catalog.audit import chain
+from catalog.db import revisions
 from catalog.db.database import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.fleet import workers
 from catalog.lifecycle import recording, recovery
 from catalog.maintenance import garbage_collection
-from catalog.maintenance.backup import database_dump
+from catalog.maintenance.backup import database_dump, location
 from catalog.maintenance.backup.commands import create, restore, verify
 from catalog.maintenance.backup.location import BackupPlace, BackupRecord, open_place
 from catalog.maintenance.backup.location_lease import LEASE_SECONDS
@@ -229,7 +231,8 @@ def test_concurrent_backup_to_the_same_location_is_rejected(service: Service) ->
 
     (error,) = refused
     assert error.code == "backup_running"
-    assert str(os.getpid()) in error.message
+    assert f"(process {os.getpid()} on host " in error.message
+    assert re.search("try again in (600|59[0-9]) s", error.remedy)
     assert [found.name for found in service.place.records()] == [record.name]
     assert service.backup().problems == [], "the first backup must have released the location"
 
@@ -263,8 +266,31 @@ def test_backup_that_lost_its_lease_neither_finishes_nor_deletes(
         service.backup(keep=1)
 
     assert refused.value.code == "backup_lease_lost"
+    assert "Another backup (process 1 on host h) took over" in refused.value.message
+    assert "incomplete" in refused.value.message
     assert [record.name for record in service.place.records()] == [first.name]
     assert (service.folder / "backups" / "lease.json").exists(), "the lease of the other backup must remain"
+
+
+def test_backup_that_lost_its_lease_once_complete_keeps_the_old_ones(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.backup()
+    finish = service.place.finish
+
+    def finish_before_another_takes_over(record: BackupRecord) -> None:
+        finish(record)
+        (service.folder / "backups" / "lease.json").write_text("unreadable")
+
+    monkeypatch.setattr(service.place, "finish", finish_before_another_takes_over)
+
+    with pytest.raises(Conflict) as refused:
+        service.backup(keep=1)
+
+    newest = service.place.records()[-1].name
+    assert refused.value.message.startswith(f"Another backup took over {service.place.url}")
+    assert refused.value.message.endswith(f"Backup {newest} is complete, but no old backups were deleted.")
+    assert len(service.place.records()) == 2
 
 
 def test_lease_is_renewed_while_it_is_held(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,8 +315,34 @@ def test_backup_without_its_record_does_not_exist(service: Service, elsewhere: S
     with pytest.raises(NotFound) as refused:
         restore(elsewhere, service.place)
 
-    assert unknown.value.remedy == f"Choose one of: {record.name}."
+    assert unknown.value.remedy == f"Omit --backup to restore the only backup there: {record.name}."
     assert refused.value.message == f"There are no backups at {service.place.url}."
+    assert f"`python -m api backup {service.place.url}`" in refused.value.remedy
+
+
+def test_unknown_backup_names_the_newest_backups(
+    service: Service, elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = service.backup(), service.backup()
+    with pytest.raises(NotFound) as few:
+        restore(elsewhere, service.place, name="other")
+    monkeypatch.setattr(location, "MAX_NAMED", 1)
+    with pytest.raises(NotFound) as many:
+        restore(elsewhere, service.place, name="other")
+
+    names = [record.name for record in service.place.records()]
+    assert {first.name, second.name} == set(names)
+    assert few.value.remedy.endswith(f"or choose one of: {names[1]}, {names[0]}.")
+    assert many.value.remedy.endswith(f"or choose one of 2, such as: {names[1]}.")
+
+
+def test_backup_location_that_is_a_file_is_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "backups"
+    path.write_text("")
+
+    for is_new in (True, False):
+        with pytest.raises(NotFound, match="is not a folder"):
+            open_place(str(path), is_new=is_new)
 
 
 def test_changed_backup_is_rejected_and_nothing_is_created(service: Service, elsewhere: Settings) -> None:
@@ -298,7 +350,7 @@ def test_changed_backup_is_rejected_and_nothing_is_created(service: Service, els
     dumped = service.folder / "backups" / "backups" / record.name / "database"
     dumped.write_bytes(dumped.read_bytes() + b"x")
 
-    with pytest.raises(Exception, match="has changed"):
+    with pytest.raises(Exception, match="does not match its digest"):
         restore(elsewhere, service.place)
 
     database_dump.check_empty(elsewhere.resolved_database_url())
@@ -318,21 +370,21 @@ def test_backup_of_newer_unreleased_or_foreign_tables_is_rejected(service: Servi
     text = path.read_text()
 
     path.write_text(json.dumps({**json.loads(text), "revision": LATER}))
-    with pytest.raises(InvalidRequest, match="newer version") as refused:
+    with pytest.raises(InvalidRequest, match=f"newer version.* {LATER}.*only up to {revisions.newest()}") as refused:
         restore(elsewhere, service.place)
     assert refused.value.code == "backup_of_a_newer_version"
     path.write_text(json.dumps({**json.loads(text), "revision": UNRELEASED}))
-    with pytest.raises(InvalidRequest, match="before the first release") as refused:
+    with pytest.raises(InvalidRequest, match="pre-release build") as refused:
         restore(elsewhere, service.place)
     assert refused.value.code == "backup_not_upgradable"
     path.write_text(text.replace('"format": 2', '"format": 3'))
-    with pytest.raises(InvalidRequest, match="reads the formats 1 to 2"):
+    with pytest.raises(InvalidRequest, match=f"Backup {path.parent.name} has format 3.* 1 and 2"):
         restore(elsewhere, service.place)
     other = {"sqlite": "postgresql", "postgresql": "sqlite"}[database_dump.kind_of(service.world.db.url)]
     path.write_text(
         text.replace(f'"database": "{database_dump.kind_of(service.world.db.url)}"', f'"database": "{other}"')
     )
-    with pytest.raises(Conflict, match="another kind"):
+    with pytest.raises(Conflict, match="but the configured database is "):
         restore(elsewhere, service.place)
 
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import URL, make_url
 
 from catalog.errors import InvalidRequest
-from catalog.maintenance.backup import database_dump
+from catalog.maintenance.backup import database_dump, integrity
 
 
 def test_missing_pg_dump_is_reported_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -27,8 +27,41 @@ def test_pg_dump_errors_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
 
-    with pytest.raises(InvalidRequest, match="server version mismatch"):
+    with pytest.raises(InvalidRequest, match="server version mismatch") as refused:
         database_dump._run("pg_dump", URL.create("postgresql", host="127.0.0.1"), [])
+    assert refused.value.remedy.startswith("Install a later version")
+
+
+def test_errors_of_pg_restore_are_reported_without_the_failed_sql(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "pg_restore"
+    report = ["pg_restore: error: could not execute query: ERROR:  permission denied for schema public"]
+    report += ["Command was: CREATE TABLE public.jobs (", ");"]
+    script.write_text("#!/bin/sh\ncat >&2 <<'END'\n" + "\n".join(report) + "\nEND\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    with pytest.raises(InvalidRequest) as refused:
+        database_dump._run("pg_restore", URL.create("postgresql", host="127.0.0.1"), [])
+
+    reported = "could not execute query: ERROR:  permission denied for schema public"
+    assert refused.value.message == f"{script} failed: {reported}. The database was not changed."
+
+
+@pytest.mark.parametrize(
+    ("url", "problem", "remedy"),
+    [
+        ("sqlite:////srv/lorry.db", "Tree 7\npage 3: bad.", "Stop the service and move /srv/lorry.db, with its -wal"),
+        ("sqlite:////srv/lorry.db", "file is not a database", "If /srv/lorry.db is the wrong file, correct LORRY"),
+        ("postgresql://lorry:canary-7@db/lorry", "invalid page", "drop the database lorry, and create it again"),
+    ],
+)
+def test_damaged_database_is_named_with_the_steps_for_its_kind(url: str, problem: str, remedy: str) -> None:
+    refused = integrity.refusal(problem, make_url(url))
+
+    assert f"{url.replace('canary-7', '***')} is damaged: {' '.join(problem.split()).rstrip('.')}." in refused.message
+    assert remedy in refused.remedy
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -60,8 +60,8 @@ def test_restore_rejects_a_leftover_sqlite_file_and_names_it(
         restore(elsewhere, service.place)
 
     assert refused.value.code == "database_not_empty"
-    assert str(leftover) in refused.value.message
-    assert "Move" in refused.value.remedy
+    assert refused.value.message.startswith(f"The database file {leftover} already exists, ")
+    assert "Move the file to another folder" in refused.value.remedy
     assert leftover.read_bytes() == b"pages of an earlier database"
     assert not sqlite_path(elsewhere).exists()
 
@@ -245,6 +245,9 @@ def test_restore_reports_differences_from_the_recorded_backup(service: Service, 
         restore(elsewhere, service.place)
 
     assert refused.value.code == "restored_database_differs"
+    name = make_url(elsewhere.resolved_database_url()).database
+    assert refused.value.message.startswith(f"The restored database {name} does not match backup ")
+    assert f" {name}" in refused.value.remedy
     assert "projects has 2 rows, but the backup recorded 3." in refused.value.message
     assert "Do not start the service" in refused.value.remedy
 
