@@ -126,13 +126,22 @@ def require_same_origin(request: Request) -> None:
     """Reject requests of other origins. A page of another origin can neither set our header nor hide its origin."""
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site")
-    from_us = origin is not None and urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
-    alien = (origin is not None and not from_us) or (site is not None and site != "same-origin")
-    if request.headers.get(CSRF_HEADER) != "1" or alien or (origin is None and site is None):
+    host = request.headers.get("host", "")
+    reason = None
+    if request.headers.get(CSRF_HEADER) != "1":
+        reason = "it does not contain the header `X-Lorry-Csrf: 1`"
+    elif origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        reason = f"the Origin header is {origin[:80]!a}, but the Host header is {host[:80]!a}"
+    elif site is not None and site != "same-origin":
+        reason = f"the Sec-Fetch-Site header is {site[:80]!a}, not 'same-origin'"
+    elif origin is None and site is None:
+        reason = "it contains neither an Origin header nor a Sec-Fetch-Site header"
+    if reason is not None:
         raise Forbidden(
-            "A request that changes data with the dashboard's sign-in cookie must come from the dashboard.",
+            f"The request does not come from the dashboard: {reason}.",
             code="cross_site_request",
-            remedy="Use an API key instead, or send the header `X-Lorry-Csrf: 1` from a page on this service.",
+            remedy="Use the dashboard, or send an API key in the Authorization header instead of signing in. If a "
+            "reverse proxy is in front of the service, make it pass on these headers unchanged.",
         )
 
 
@@ -146,8 +155,11 @@ def _identify(
         if request.method not in SAFE_METHODS:
             require_same_origin(request)
         return caller
+    problem = "contains no API key"
+    if request.headers.get("authorization"):
+        problem = "has an Authorization header that is not in the form `Bearer YOUR_KEY`"
     raise Unauthorized(
-        "The request contains no API key.",
+        f"The request {problem}.",
         code="missing_api_key",
         remedy="Send the header `Authorization: Bearer YOUR_KEY`. `lorry up` saves the first key in connection.json in "
         "its data folder.",
@@ -167,8 +179,8 @@ def _check_owners(request: Request, caller: Caller) -> None:
             variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
             raise Unauthorized(
                 f"The OpenAI-{kind.title()} header is {named[:80]!a}, but the API key belongs to the {kind} "
-                f"{names[1]!r}.",
+                f"{names[1]!r} ({names[0]}).",
                 code={"organization": "mismatched_organization", "project": "mismatched_project"}[kind],
-                remedy=f"Use a key from that {kind}, or remove the header. The OpenAI SDK sends it if its `{kind}` "
-                f"argument or {variable} is set.",
+                remedy=f"Remove the header, set it to {names[0]}, or use an API key that belongs to the other {kind}. "
+                f"The OpenAI SDK sends the header if its `{kind}` argument or {variable} is set.",
             )
