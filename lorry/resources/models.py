@@ -53,13 +53,14 @@ class Models:
                 raise LorryError(
                     error.message if error else f"The import of {name} failed.",
                     code=error.code if error else "import_failed",
-                    remedy=(error.remedy if error else "") or "Fix the source, then add the model again.",
+                    remedy=(error.remedy if error else "")
+                    or f"Check the source, then add the model again: `lorry models add {name} SOURCE`",
                 )
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
                     f"The import of {name} did not finish within {timeout_seconds:g} s. It is still running.",
                     code="wait_timeout",
-                    remedy="Check its status with `lorry models list`.",
+                    remedy=f"Wait again, or check its status with `lorry models show {name}`.",
                 )
             self._transport.sleep(poll_seconds)
 
