@@ -98,8 +98,13 @@ def read(data_dir: Path, *, is_login: bool = False) -> Connection | None:
         raise _unreadable(path, "it is not valid JSON", is_login=is_login) from error
     fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
     url, key, secret = fields.get("url"), fields.get("api_key"), fields.get("identity_secret")
-    if not isinstance(url, str) or not all(text is None or isinstance(text, str) for text in (key, secret)):
-        raise _unreadable(path, "its url, api_key or identity_secret is missing or is not text", is_login=is_login)
+    if not isinstance(parsed, dict):
+        raise _unreadable(path, "it is not a JSON object", is_login=is_login)
+    if not isinstance(url, str):
+        raise _unreadable(path, "its url is missing or is not text", is_login=is_login)
+    if not isinstance(key, str | None) or not isinstance(secret, str | None):
+        name = "identity_secret" if isinstance(key, str | None) else "api_key"
+        raise _unreadable(path, f"its {name} is not text", is_login=is_login)
     if secret is not None and not re.fullmatch(r"[0-9a-f]{64}", secret):
         raise _unreadable(path, "its identity_secret is not 64 hexadecimal digits", is_login=is_login)
     try:
@@ -207,7 +212,7 @@ def _verifiable(local: Connection, folder: Path) -> Connection:
 
 
 def _unreadable(path: Path, reason: str, *, is_login: bool = False) -> NotConfigured:
-    replacing = "Replace the file by running `lorry login` again"
+    replacing = "Replace the file by running `lorry login URL` again"
     if not is_login:
         at = f"--data-dir {shlex.quote(str(path.parent))}"
         replacing = f"Replace the file by restarting the service: `lorry down {at}`, then `lorry up {at}`"
@@ -219,15 +224,18 @@ def _unreadable(path: Path, reason: str, *, is_login: bool = False) -> NotConfig
 
 
 def _not_configured(folder: Path, *, is_explicit: bool, environ: Mapping[str, str]) -> NotConfigured:
-    start = f"`lorry up --data-dir {shlex.quote(str(folder))}`"
+    path, at = folder / FILE_NAME, f"--data-dir {shlex.quote(str(folder))}"
     if is_explicit:
-        message = f"There is no service in the data folder {folder}: {folder / FILE_NAME} does not exist."
-        remedy = f"Start a service with {start}, or use another data folder."
-    elif environ.get("LORRY_DATA_DIR"):
-        message = f"No service is configured: LORRY_URL is not set, and {folder / FILE_NAME} does not exist."
-        remedy = f"Start a service with {start}, correct or unset LORRY_DATA_DIR, or set LORRY_URL and LORRY_API_KEY."
-    else:
-        message = f"No service is configured: LORRY_URL is not set, and {folder / FILE_NAME} does not exist."
-        remedy = "Start a service with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and "
-        remedy += "LORRY_API_KEY."
-    return NotConfigured(message, code="not_configured", remedy=remedy)
+        return NotConfigured(
+            f"There is no service in the data folder {folder}: {path} does not exist.",
+            code="not_configured",
+            remedy=f"Start a service with `lorry up {at}`, or use another data folder.",
+        )
+    return NotConfigured(
+        f"No service is configured: LORRY_URL is not set, and {path} does not exist.",
+        code="not_configured",
+        remedy=f"Start a service with `lorry up {at}`, correct or unset LORRY_DATA_DIR, or set LORRY_URL and "
+        "LORRY_API_KEY."
+        if environ.get("LORRY_DATA_DIR")
+        else "Start a service with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and LORRY_API_KEY.",
+    )

@@ -136,13 +136,13 @@ def operator_required() -> Forbidden:
 
 def _missing(scopes: tuple[Scope, ...], caller: Caller) -> Forbidden:
     """Return the error for a key with none of the scopes."""
-    scope = scopes[0]
+    scope, needed = scopes[0], " or ".join(scopes)
     if scope in OPERATORS and not caller.is_operator:
         return operator_required()
     others = "" if scope == "keys:write" else f", or anyone whose key has the scopes keys:write and {scope},"
     return Forbidden(
-        f"The API key {caller.name!r} does not have the scope {' or '.join(scopes)}.",
+        f"The API key {caller.name!r} does not have the scope {needed}.",
         code="missing_scope",
-        remedy=f"Use a key that has this scope. An operator{others} can create one: "
+        remedy=f"Use a key that has the scope {needed}. An operator{others} can create one: "
         f"`lorry keys create NAME --scope {scope}`",
     )

@@ -88,13 +88,12 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
 
 
 def _missing_database(settings: Settings, url: URL) -> InvalidRequest:
-    existing = "LORRY_DATA_DIR to an existing service's data folder"
-    if settings.database_url is not None:
-        existing = "LORRY_DATABASE_URL to an existing service's database"
     return InvalidRequest(
         f"There is no Lorry database at {url.render_as_string()}.",
         code="database_not_set_up",
-        remedy=f"Set {existing}, or create the database: `{COMMAND}`",
+        remedy=f"Set LORRY_DATA_DIR to an existing service's data folder, or create the database: `{COMMAND}`"
+        if settings.database_url is None
+        else f"Set LORRY_DATABASE_URL to an existing service's database, or create the database: `{COMMAND}`",
     )
 
 

@@ -48,9 +48,9 @@ def metadata_filter(query: QueryParams) -> dict[str, str] | None:
             remedy="To filter by metadata, use metadata[KEY]=VALUE. To find jobs without metadata, use metadata=null.",
             param="metadata",
         )
-    if pairs:
+    for key in pairs:
         raise InvalidRequest(
-            f"The query parameter metadata=null can't be combined with metadata[{next(iter(pairs))[:80]}].",
+            f"The query parameter metadata=null can't be combined with {f'metadata[{key[:80]}]'!a}.",
             code="invalid_value",
             remedy="Remove metadata=null to filter by metadata, or metadata[KEY] to find jobs without metadata.",
             param="metadata",

@@ -114,10 +114,14 @@ def remove_stale(folder: Path) -> None:
 
 
 def _too_large(max_bytes: int, shape: FormShape, *, declared_bytes: int | None = None) -> TooLarge:
-    message = f"The {shape.noun} is larger than {max_bytes:,} bytes, which is the maximum."
-    if declared_bytes is not None:
-        message = f"The request has {declared_bytes:,} bytes, but a {shape.noun} can have at most {max_bytes:,} bytes."
-    return TooLarge(message, code=shape.too_large, remedy=shape.smaller, param=shape.content)
+    return TooLarge(
+        f"The {shape.noun} is larger than {max_bytes:,} bytes, which is the maximum."
+        if declared_bytes is None
+        else f"The request has {declared_bytes:,} bytes, but a {shape.noun} can have at most {max_bytes:,} bytes.",
+        code=shape.too_large,
+        remedy=shape.smaller,
+        param=shape.content,
+    )
 
 
 async def _parse(
@@ -136,8 +140,9 @@ async def _parse(
                 await run_in_threadpool(spool.write, form.take())
         parser.finalize()
     except FormParserError as error:
+        fault = _fault(error, num_parsed)
         raise InvalidRequest(
-            f"The request body is not a valid multipart form: {_fault(error, num_parsed)}.",
+            f"The request body is not a valid multipart form: {fault}.",
             code="invalid_multipart",
             remedy=form.shape.remedy,
             param=form.shape.content,

@@ -46,7 +46,7 @@ FILE = FormShape(
     remedy="Send a multipart/form-data request with a 'purpose' field and a 'file' field, as `client.files.create()` "
     "in the OpenAI SDK does. Let the HTTP library set Content-Type.",
     too_large="file_too_large",
-    smaller="Split it into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+    smaller="Split the file into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
 )
 PART = FormShape(
     noun="part",

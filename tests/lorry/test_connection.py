@@ -233,4 +233,4 @@ def test_a_broken_login_is_refused_by_name_with_the_fix(tmp_path: Path) -> None:
 
     with pytest.raises(NotConfigured, match=r"lorry/connection\.json") as refused:
         connection.find(environ={"XDG_CONFIG_HOME": str(tmp_path)})
-    assert "`lorry login`" in refused.value.remedy
+    assert "`lorry login URL`" in refused.value.remedy
