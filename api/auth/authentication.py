@@ -95,7 +95,7 @@ async def recheck_of(
 
 def require_operator(caller: Caller) -> None:
     if not caller.is_operator:
-        raise operator_required()
+        raise operator_required(caller)
 
 
 def public_address(request: HTTPConnection, use: Services) -> str:

@@ -126,9 +126,9 @@ def require_scope(caller: Caller, scope: Scope) -> None:
         raise _missing((scope,), caller)
 
 
-def operator_required() -> Forbidden:
+def operator_required(caller: Caller) -> Forbidden:
     return Forbidden(
-        "This action requires an operator key.",
+        f"This action requires an operator key, but the API key {caller.name!r} is not one.",
         code="operator_required",
         remedy="Use an operator key, or ask an operator to do this for you.",
     )
@@ -138,7 +138,7 @@ def _missing(scopes: tuple[Scope, ...], caller: Caller) -> Forbidden:
     """Return the error for a key with none of the scopes."""
     scope, needed = scopes[0], " or ".join(scopes)
     if scope in OPERATORS and not caller.is_operator:
-        return operator_required()
+        return operator_required(caller)
     others = "" if scope == "keys:write" else f", or anyone whose key has the scopes keys:write and {scope},"
     return Forbidden(
         f"The API key {caller.name!r} does not have the scope {needed}.",

@@ -161,7 +161,12 @@ def _unknown_route(request: Request) -> Response:
     path = request.url.path
     known_elsewhere = unsupported.find(path)
     if known_elsewhere is not None:
-        return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_supported")
+        return error_response(
+            404,
+            message=f"There is no route {request.method} {_quoted(path)}. {known_elsewhere.message}",
+            remedy=known_elsewhere.remedy,
+            code="not_supported",
+        )
     templates: list[str] = list(request.app.methods)
     similar = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
     return error_response(

@@ -187,4 +187,5 @@ def test_openai_administration_routes_suggest_lorrys_routes(client: TestClient, 
     answer = client.get(f"/v1/{path}")
 
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_supported")
+    assert f"There is no route GET /v1/{path}. OpenAI's administration API" in error_of(answer)["message"]
     assert "/v1/audit_events" in error_of(answer)["remedy"]
