@@ -116,9 +116,9 @@ def _inherited(listen_fd: int) -> socket.socket:
         return socket.socket(fileno=listen_fd)
     except OSError as error:
         raise InvalidRequest(
-            f"File descriptor {listen_fd} is not an open socket: {error.strerror}.",
+            f"--listen-fd is {listen_fd}, which is not an open socket: {error.strerror or error}.",
             code="invalid_listen_fd",
-            remedy="Pass a listening socket from the parent process, or use --port instead of --listen-fd.",
+            remedy="Pass the file descriptor of a listening socket from the parent process, or use --port instead.",
         ) from error
 
 

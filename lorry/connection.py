@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -62,12 +63,7 @@ def find(
     folder = data_dir or default_data_dir(environ)
     local = read(folder)
     if local is None:
-        raise NotConfigured(
-            f"No service is configured: LORRY_URL is not set, and {folder / FILE_NAME} does not exist.",
-            code="not_configured",
-            remedy="Start a service with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and "
-            "LORRY_API_KEY.",
-        )
+        raise _not_configured(folder, is_explicit=data_dir is not None, environ=environ)
     local = _verifiable(local, folder)
     given = _key_of_environment(environ, local.url)
     own = given or local.api_key if data_dir is None else local.api_key or given
@@ -86,28 +82,36 @@ def login_dir(environ: Mapping[str, str] | None = None) -> Path:
     return (Path(given) if given else Path.home() / ".config") / "lorry"
 
 
-def read(data_dir: Path) -> Connection | None:
-    """Return the connection that `lorry up` or `lorry login` wrote to the folder; None if there is no file."""
+def read(data_dir: Path, *, is_login: bool = False) -> Connection | None:
+    """Return the connection that `lorry up` wrote to the folder, or `lorry login` if `is_login`; None if there is no
+    file."""
     path = data_dir / FILE_NAME
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
+        raise _unreadable(path, error.strerror or str(error), is_login=is_login) from error
     try:
         parsed: object = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise _unreadable(path, "it is not valid JSON") from error
+        raise _unreadable(path, "it is not valid JSON", is_login=is_login) from error
     fields = cast("dict[str, Any]", parsed) if isinstance(parsed, dict) else {}
     url, key, secret = fields.get("url"), fields.get("api_key"), fields.get("identity_secret")
-    if not isinstance(url, str) or not all(text is None or isinstance(text, str) for text in (key, secret)):
-        raise _unreadable(path, "it does not contain a url, an api_key and an identity_secret")
+    if not isinstance(parsed, dict):
+        raise _unreadable(path, "it is not a JSON object", is_login=is_login)
+    if not isinstance(url, str):
+        raise _unreadable(path, "its url is missing or is not text", is_login=is_login)
+    if not isinstance(key, str | None) or not isinstance(secret, str | None):
+        name = "identity_secret" if isinstance(key, str | None) else "api_key"
+        raise _unreadable(path, f"its {name} is not text", is_login=is_login)
     if secret is not None and not re.fullmatch(r"[0-9a-f]{64}", secret):
-        raise _unreadable(path, "its identity_secret is not 64 hexadecimal digits")
-    return Connection(
-        url=normalize_url(url), api_key=key, identity_secret=secret, origin=f"The address comes from {path}."
-    )
+        raise _unreadable(path, "its identity_secret is not 64 hexadecimal digits", is_login=is_login)
+    try:
+        url = normalize_url(url)
+    except NotConfigured as error:
+        raise _unreadable(path, f"its url {url!r} is not a valid service address", is_login=is_login) from error
+    return Connection(url=url, api_key=key, identity_secret=secret, origin=f"The address comes from {path}.")
 
 
 def write(data_dir: Path, connection: Connection) -> Path:
@@ -129,8 +133,9 @@ def write(data_dir: Path, connection: Connection) -> Path:
     return path
 
 
-def normalize_url(url: str) -> str:
-    """Return the address without trailing slash and `/v1`. It may have a path prefix. Raises NotConfigured."""
+def normalize_url(url: str, *, variable: str | None = None) -> str:
+    """Return the address without trailing slash and `/v1`. It may have a path prefix. `variable`: the environment
+    variable that contains it. Raises NotConfigured."""
     trimmed = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
     try:
         parts = urlsplit(trimmed)
@@ -138,10 +143,12 @@ def normalize_url(url: str) -> str:
     except ValueError:
         valid = False
     if not valid:
+        place, fix = (f"{variable} is {url!r}, which", f"Set {variable} to") if variable else (f"{url!r}", "Use")
         raise NotConfigured(
-            f"{url!r} is not a valid service address: it must be an http:// or https:// URL with a host.",
+            f"{place} is not a valid service address: it must be an http:// or https:// URL with a host and, "
+            "optionally, a port from 1 to 65535.",
             code="bad_url",
-            remedy="Use an address such as http://127.0.0.1:8472.",
+            remedy=f"{fix} an address such as http://127.0.0.1:8472.",
         )
     return trimmed
 
@@ -157,7 +164,11 @@ def is_loopback(url: str) -> bool:
 
 def _key_of_environment(environ: Mapping[str, str], url: str) -> str | None:
     named = environ.get("LORRY_URL")
-    return (environ.get("LORRY_API_KEY") or None) if not named or normalize_url(named) == url else None
+    return (
+        (environ.get("LORRY_API_KEY") or None)
+        if not named or normalize_url(named, variable="LORRY_URL") == url
+        else None
+    )
 
 
 def _named(environ: Mapping[str, str], api_key: str | None) -> Connection | None:
@@ -171,9 +182,9 @@ def _named(environ: Mapping[str, str], api_key: str | None) -> Connection | None
         return None
     login = None
     with contextlib.nullcontext() if not has_url else contextlib.suppress(NotConfigured):
-        login = read(login_dir(environ))
+        login = read(login_dir(environ), is_login=True)
     if has_url:
-        url, source = normalize_url(environ["LORRY_URL"]), "the variable LORRY_URL"
+        url, source = normalize_url(environ["LORRY_URL"], variable="LORRY_URL"), "the variable LORRY_URL"
     elif login is not None:
         url, source = login.url, f"{login_dir(environ) / FILE_NAME}, which `lorry login` wrote"
     else:
@@ -200,9 +211,31 @@ def _verifiable(local: Connection, folder: Path) -> Connection:
     return local
 
 
-def _unreadable(path: Path, reason: str) -> NotConfigured:
+def _unreadable(path: Path, reason: str, *, is_login: bool = False) -> NotConfigured:
+    replacing = "Replace the file by running `lorry login URL` again"
+    if not is_login:
+        at = f"--data-dir {shlex.quote(str(path.parent))}"
+        replacing = f"Replace the file by restarting the service: `lorry down {at}`, then `lorry up {at}`"
     return NotConfigured(
         f"{path} can't be used: {reason}.",
         code="bad_connection_file",
-        remedy="Replace the file by running `lorry up` or `lorry login` again, or set LORRY_URL and LORRY_API_KEY.",
+        remedy=f"{replacing}. Or set LORRY_URL and LORRY_API_KEY.",
+    )
+
+
+def _not_configured(folder: Path, *, is_explicit: bool, environ: Mapping[str, str]) -> NotConfigured:
+    path, at = folder / FILE_NAME, f"--data-dir {shlex.quote(str(folder))}"
+    if is_explicit:
+        return NotConfigured(
+            f"There is no service in the data folder {folder}: {path} does not exist.",
+            code="not_configured",
+            remedy=f"Start a service with `lorry up {at}`, or use another data folder.",
+        )
+    return NotConfigured(
+        f"No service is configured: LORRY_URL is not set, and {path} does not exist.",
+        code="not_configured",
+        remedy=f"Start a service with `lorry up {at}`, correct or unset LORRY_DATA_DIR, or set LORRY_URL and "
+        "LORRY_API_KEY."
+        if environ.get("LORRY_DATA_DIR")
+        else "Start a service with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and LORRY_API_KEY.",
     )

@@ -95,7 +95,7 @@ async def recheck_of(
 
 def require_operator(caller: Caller) -> None:
     if not caller.is_operator:
-        raise operator_required()
+        raise operator_required(caller)
 
 
 def public_address(request: HTTPConnection, use: Services) -> str:
@@ -124,16 +124,28 @@ Recheck = Annotated[Identity, Depends(recheck_of)]
 
 def require_same_origin(request: Request) -> None:
     """Reject requests of other origins. A page of another origin can neither set our header nor hide its origin."""
-    origin = request.headers.get("origin")
-    site = request.headers.get("sec-fetch-site")
-    from_us = origin is not None and urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
-    alien = (origin is not None and not from_us) or (site is not None and site != "same-origin")
-    if request.headers.get(CSRF_HEADER) != "1" or alien or (origin is None and site is None):
+    if (reason := _foreign(request)) is not None:
         raise Forbidden(
-            "A request that changes data with the dashboard's sign-in cookie must come from the dashboard.",
+            f"The request does not come from the dashboard: {reason}.",
             code="cross_site_request",
-            remedy="Use an API key instead, or send the header `X-Lorry-Csrf: 1` from a page on this service.",
+            remedy="Use the dashboard, or send an API key in the Authorization header instead of signing in. If a "
+            "reverse proxy is in front of the service, make it pass on these headers unchanged.",
         )
+
+
+def _foreign(request: Request) -> str | None:
+    """Return why the request may come from another origin; None if it comes from the dashboard."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+    host = request.headers.get("host", "")
+    if request.headers.get(CSRF_HEADER) != "1":
+        return "it does not contain the header `X-Lorry-Csrf: 1`"
+    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        return f"the Origin header is {origin[:80]!a}, but the Host header is {host[:80]!a}"
+    if site is not None and site != "same-origin":
+        return f"the Sec-Fetch-Site header is {site[:80]!a}, not 'same-origin'"
+    if origin is None and site is None:
+        return "it contains neither an Origin header nor a Sec-Fetch-Site header"
+    return None
 
 
 def _identify(
@@ -147,7 +159,9 @@ def _identify(
             require_same_origin(request)
         return caller
     raise Unauthorized(
-        "The request contains no API key.",
+        "The Authorization header is not in the form `Bearer YOUR_KEY`."
+        if request.headers.get("authorization")
+        else "The request contains no API key.",
         code="missing_api_key",
         remedy="Send the header `Authorization: Bearer YOUR_KEY`. `lorry up` saves the first key in connection.json in "
         "its data folder.",
@@ -161,14 +175,14 @@ def _check_owners(request: Request, caller: Caller) -> None:
         "organization": (caller.organization_id, caller.organization_name),
         "project": (caller.project_id, caller.project_name),
     }
-    for kind, names in own.items():
+    for kind, (own_id, own_name) in own.items():
         named = request.headers.get(f"openai-{kind}")
-        if named and named not in names:
+        if named and named not in (own_id, own_name):
             variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
             raise Unauthorized(
                 f"The OpenAI-{kind.title()} header is {named[:80]!a}, but the API key belongs to the {kind} "
-                f"{names[1]!r}.",
+                f"{own_name!r} ({own_id}).",
                 code={"organization": "mismatched_organization", "project": "mismatched_project"}[kind],
-                remedy=f"Use a key from that {kind}, or remove the header. The OpenAI SDK sends it if its `{kind}` "
-                f"argument or {variable} is set.",
+                remedy=f"Remove the header, set it to {own_id}, or use an API key that belongs to the other {kind}. "
+                f"The OpenAI SDK sends the header if its `{kind}` argument or {variable} is set.",
             )

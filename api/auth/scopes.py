@@ -117,30 +117,32 @@ def check_operation(caller: Caller, operation_id: str | None) -> None:
     assert operation_id in NEEDED, f"add the scopes of {operation_id} to api/auth/scopes.py"
     needed = NEEDED[operation_id]
     if needed and not caller.scopes.intersection(needed):
-        raise _missing(needed[0], caller)
+        raise _missing(needed, caller)
 
 
 def require_scope(caller: Caller, scope: Scope) -> None:
     """Raises Forbidden."""
     if scope not in caller.scopes:
-        raise _missing(scope, caller)
+        raise _missing((scope,), caller)
 
 
-def operator_required() -> Forbidden:
+def operator_required(caller: Caller) -> Forbidden:
     return Forbidden(
-        "This action requires an operator key.",
+        f"This action requires an operator key, but the API key {caller.name!r} is not one.",
         code="operator_required",
         remedy="Use an operator key, or ask an operator to do this for you.",
     )
 
 
-def _missing(scope: Scope, caller: Caller) -> Forbidden:
+def _missing(scopes: tuple[Scope, ...], caller: Caller) -> Forbidden:
+    """Return the error for a key with none of the scopes."""
+    scope, needed = scopes[0], " or ".join(scopes)
     if scope in OPERATORS and not caller.is_operator:
-        return operator_required()
+        return operator_required(caller)
     others = "" if scope == "keys:write" else f", or anyone whose key has the scopes keys:write and {scope},"
     return Forbidden(
-        f"The API key {caller.name!r} does not have the scope {scope}.",
+        f"The API key {caller.name!r} does not have the scope {needed}.",
         code="missing_scope",
-        remedy=f"Use a key that has this scope. An operator{others} can create one: "
+        remedy=f"Use a key that has the scope {needed}. An operator{others} can create one: "
         f"`lorry keys create NAME --scope {scope}`",
     )

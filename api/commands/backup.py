@@ -26,7 +26,7 @@ BY_ITS_OWN = (
     "Run this command with the version that the service runs, and migrate after the backup: python -m api bootstrap."
 )
 """A user who makes a backup before an upgrade must not be asked to migrate first."""
-USE_AN_EXPORT = "Use a file created by `lorry audit export` or GET /v1/audit_events/export."
+USE_AN_EXPORT = "Use a complete, unchanged file created by `lorry audit export` or GET /v1/audit_events/export."
 NO_PEPPER = "Verifying the audit chain requires the service's pepper, which this machine does not have."
 SHOWN = 20
 """Maximum number of problems printed in full; of the others, only the number is printed."""
@@ -128,11 +128,13 @@ def _peppers(settings: Settings) -> list[bytes]:
     """Return the known peppers. Raises InvalidRequest if there is none."""
     if peppers := pepper.known(settings):
         return peppers
+    path = settings.data_dir / pepper.FILE_NAME
     raise InvalidRequest(
-        NO_PEPPER,
+        "Verifying the audit chain requires the service's pepper, but LORRY_PEPPER is not set and "
+        f"{path} does not exist.",
         code="pepper_missing",
-        remedy="Set LORRY_PEPPER to the same value as on the API server, or copy the API server's pepper file to "
-        f"{settings.data_dir / 'pepper'}.",
+        remedy=f"Set LORRY_PEPPER to the same value as on the API server, or copy the API server's pepper file to "
+        f"{path}.",
     )
 
 
@@ -141,22 +143,42 @@ def _events(path: Path) -> Iterator[Json]:
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                event: Any = json.loads(line)
-                if not isinstance(event, dict):
-                    raise InvalidRequest(
-                        f"Line {number} of {path} is not an audit event.", code="invalid_export", remedy=USE_AN_EXPORT
-                    )
-                yield cast(Json, event)
+                yield _event(line, number, path)
     except OSError as error:
         raise InvalidRequest(
             f"{path} can't be read: {error.strerror or error}.",
             code="invalid_export",
             remedy="Check the path and the file's permissions.",
         ) from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise InvalidRequest(
-            f"{path} is not an exported audit log: {error}.", code="invalid_export", remedy=USE_AN_EXPORT
+            f"{path} is not a UTF-8 text file.", code="invalid_export", remedy=USE_AN_EXPORT
         ) from error
+
+
+def _event(line: str, number: int, path: Path) -> Json:
+    try:
+        event: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"Line {number} of {path} is not valid JSON (column {error.colno}: {error.msg}).",
+            code="invalid_export",
+            remedy=USE_AN_EXPORT,
+        ) from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "it contains an overlong number"
+        raise InvalidRequest(
+            f"Line {number} of {path} is not an audit event: {reason}.",
+            code="invalid_export",
+            remedy=USE_AN_EXPORT,
+        ) from error
+    if not isinstance(event, dict):
+        raise InvalidRequest(
+            f"Line {number} of {path} is not an audit event, because it is not a JSON object.",
+            code="invalid_export",
+            remedy=USE_AN_EXPORT,
+        )
+    return cast(Json, event)
 
 
 def _found(checked: BackupCheck) -> str:

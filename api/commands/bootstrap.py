@@ -73,12 +73,12 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
     """
     url = make_url(settings.resolved_database_url())
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-        raise _missing_database(url)
+        raise _missing_database(settings, url)
     db = Database(settings.resolved_database_url())
     try:
         with db.read() as session:
             if not inspect(session.connection()).has_table(ApiKey.__tablename__):
-                raise _missing_database(url)
+                raise _missing_database(settings, url)
             compatibility.check_tables(session, remedy=if_older)
     except DatabaseError as error:
         if not integrity.means_damage(error):
@@ -87,11 +87,13 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
     return db
 
 
-def _missing_database(url: URL) -> InvalidRequest:
+def _missing_database(settings: Settings, url: URL) -> InvalidRequest:
     return InvalidRequest(
         f"There is no Lorry database at {url.render_as_string()}.",
         code="database_not_set_up",
-        remedy=f"Set LORRY_DATA_DIR to an existing service's data folder, or create the database: `{COMMAND}`",
+        remedy=f"Set LORRY_DATA_DIR to an existing service's data folder, or create the database: `{COMMAND}`"
+        if settings.database_url is None
+        else f"Set LORRY_DATABASE_URL to an existing service's database, or create the database: `{COMMAND}`",
     )
 
 

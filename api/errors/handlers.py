@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,10 +129,10 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
     """(message, remedy, code)"""
-    allowed = (error.headers or {}).get("allow", "another method")
+    allowed = " or ".join((error.headers or {}).get("allow", "another method").split(", "))
     wrong_method = f"{_quoted(request.url.path)} does not accept {request.method} requests."
     known: dict[int, tuple[str, str, str]] = {
-        400: ("The request body is not valid JSON.", "Send one JSON object, encoded as UTF-8.", "invalid_json"),
+        400: (*_unreadable_body(error.__cause__), "invalid_json"),
         405: (wrong_method, f"Use {allowed} instead.", "method_not_allowed"),
         413: (
             str(error.detail),
@@ -142,11 +143,30 @@ def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
     return known.get(error.status_code, (str(error.detail), AGAIN, f"http_{error.status_code}"))
 
 
+def _unreadable_body(cause: BaseException | None) -> tuple[str, str]:
+    """Return (message, remedy) for a body that FastAPI could not parse. It reports JSON's syntax errors itself."""
+    match cause:
+        case UnicodeDecodeError():
+            return f"The request body is not UTF-8 text: byte {cause.start:,} is invalid.", "Encode the JSON as UTF-8."
+        case RecursionError():
+            return "The request body is nested too deeply.", "Send JSON with fewer levels of lists and objects."
+        case ValueError():
+            digits = sys.get_int_max_str_digits()
+            return f"The request body contains an integer with more than {digits:,} digits.", "Send a smaller number."
+        case _:
+            return "The request body can't be read.", "Send one complete JSON object, encoded as UTF-8."
+
+
 def _unknown_route(request: Request) -> Response:
     path = request.url.path
     known_elsewhere = unsupported.find(path)
     if known_elsewhere is not None:
-        return error_response(404, message=known_elsewhere.message, remedy=known_elsewhere.remedy, code="not_supported")
+        return error_response(
+            404,
+            message=f"There is no route {request.method} {_quoted(path)}. {known_elsewhere.message}",
+            remedy=known_elsewhere.remedy,
+            code="not_supported",
+        )
     templates: list[str] = list(request.app.methods)
     similar = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
     return error_response(

@@ -134,22 +134,24 @@ class Gate:
             return error_response(
                 421,
                 message=f"The Host header is {host[:80]!a}, which is not a hostname of this service.",
-                remedy="Use the service's own address, or ask the operator to add this hostname to "
+                remedy="Use the service's own address, or ask the operator to add this hostname, without the port, to "
                 "LORRY_ALLOWED_HOSTS.",
                 code="unknown_host",
             )
         if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
-            message = "The URL contains a NUL character (%00)."
-            return error_response(400, message=message, remedy="Remove `%00` from the URL.", code="invalid_path")
+            place = "path" if "\0" in scope["path"] else "query string"
+            message = f"The URL's {place} contains a NUL character (%00)."
+            return error_response(400, message=message, remedy=f"Remove `%00` from the {place}.", code="invalid_path")
         declared = headers.get("content-length", "0")
         if _is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
-            return self._too_large()
+            return self._too_large(int(declared))
         return _limited(scope, headers)
 
-    def _too_large(self) -> Response:
+    def _too_large(self, declared_bytes: int) -> Response:
+        maximum = self._max_body_bytes
         return error_response(
             413,
-            message=f"The request body is larger than {self._max_body_bytes:,} bytes, which is the maximum.",
+            message=f"The request body has {declared_bytes:,} bytes, but the maximum is {maximum:,} bytes.",
             remedy="Send a smaller body, or upload the data as a file with POST /v1/files.",
             code="request_too_large",
         )
@@ -189,8 +191,8 @@ def _shutting_down() -> Unavailable:
     return Unavailable(
         "The API server shut down before it could finish the request.",
         code="shutting_down",
-        remedy="Send the request again. If it submits a job, use the same Idempotency-Key, so that the job is not "
-        "created twice.",
+        remedy="Send the request again. If it creates a job or a sweep, use the same Idempotency-Key, so that nothing "
+        "is created twice.",
     )
 
 

@@ -30,6 +30,8 @@ IPV6_PREFIX = 64
 MAX_BUCKETS = 10_000
 """Above this number, full buckets are dropped, which has no effect. If none is full, the least recently used one is."""
 MAX_RECOGNIZED = 10_000
+REQUESTS = "requests:"
+"""Prefix of the names of the keys' buckets, before the key's id."""
 
 
 class Limits:
@@ -51,7 +53,7 @@ class Limits:
             return {}
         bucket_state = self._buckets.take(*counted)
         if not bucket_state.is_allowed:
-            raise _rate_limited(bucket_state)
+            raise _rate_limited(bucket_state, caller.api_key_id)
         return headers(bucket_state)
 
     def charge(self, caller: Caller, num_requests: int) -> dict[str, str]:
@@ -66,7 +68,7 @@ class Limits:
         counted = self._recognized.get(self._digest(credential))
         if counted is None or (remaining := self._buckets.take(*counted, cost=0)).tokens >= 1:
             return None
-        return _rate_limited(remaining.of_one())
+        return _rate_limited(remaining.of_one(), counted[0].removeprefix(REQUESTS))
 
     @asynccontextmanager
     async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
@@ -93,11 +95,11 @@ class Limits:
                 async with self._checks_beyond:
                     yield
             else:
-                raise _too_many_failures(bucket_state)
+                raise _too_many_failures(bucket_state, address)
         except Unauthorized as error:
             self._recognized.pop(digest, None)
             if not is_reserved and not (bucket_state := self._buckets.take(name, FAILURES)).is_allowed and not is_known:
-                raise _too_many_failures(bucket_state) from error
+                raise _too_many_failures(bucket_state, address) from error
             raise
         except BaseException:  # the check did not complete: the credential is neither valid nor invalid
             self._return_reserved(name, is_reserved=is_reserved)
@@ -114,7 +116,7 @@ class Limits:
         """Return the key's bucket; None for a key without a limit."""
         own = caller.requests_per_minute
         limit = self._settings.requests_per_minute if own is None else own
-        return (f"requests:{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE)) if limit else None
+        return (f"{REQUESTS}{caller.api_key_id}", Rate(limit=limit, period_seconds=MINUTE)) if limit else None
 
     def _return_reserved(self, name: str, *, is_reserved: bool) -> None:
         if is_reserved:
@@ -197,13 +199,16 @@ def retry_headers(error: RateLimited) -> Mapping[str, str]:
     return found
 
 
-def _rate_limited(bucket_state: BucketState) -> RateLimited:
+def _rate_limited(bucket_state: BucketState, api_key_id: str) -> RateLimited:
     after = bucket_state.retry_after_seconds
+    limit = bucket_state.rate.limit
+    requests = "1 request" if limit == 1 else f"{limit:,} requests"
     remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Send fewer requests at once."
     return RateLimited(
-        f"The API key has reached its limit of {bucket_state.rate.limit} requests per minute.",
+        f"API key {api_key_id} has reached its limit of {requests} per minute.",
         code="rate_limit_exceeded",
-        remedy=f"{remedy} An operator can raise the limit: `lorry keys update KEY --requests-per-minute NUMBER`",
+        remedy=f"{remedy} An operator can raise the limit: "
+        f"`lorry keys update {api_key_id} --requests-per-minute NUMBER`",
         retry_after_seconds=after,
         headers=headers(bucket_state),
     )
@@ -220,13 +225,16 @@ def _network(address: str | None) -> str:
     return str(parsed)
 
 
-def _too_many_failures(bucket_state: BucketState) -> RateLimited:
+def _too_many_failures(bucket_state: BucketState, address: str | None) -> RateLimited:
     after = bucket_state.retry_after_seconds
+    network = _network(address)
+    client = f"The {'network' if '/' in network else 'address'} {network}" if address else "This client"
     return RateLimited(
-        f"Your IP address sent {FAILURES.limit} requests without a valid API key within one minute, which is the "
-        "maximum.",
+        f"{client} has sent {FAILURES.limit} requests without a valid API key, session or sign-in link within one "
+        "minute, which is the maximum.",
         code="too_many_failed_authentications",
-        remedy=f"Check the API key, then try again in {duration(after)}.",
+        remedy=f"Check the API key or sign-in link, then try again in {duration(after)}. If this is the address of a "
+        "reverse proxy, ask the operator to add it to LORRY_TRUSTED_PROXIES.",
         retry_after_seconds=after,
         headers={},
     )

@@ -87,16 +87,18 @@ class SlowWork:
         project.num_users += 1
         try:
             async with AsyncExitStack() as held:
+                owner, maximum = f"project {project_id}", self.per_project
                 try:
                     with anyio.fail_after(self.wait_seconds):
-                        for limiter in (project.limiter, self._places):
-                            await held.enter_async_context(limiter)
+                        await held.enter_async_context(project.limiter)
+                        owner, maximum = "the API server", self.num_threads
+                        await held.enter_async_context(self._places)
                 except TimeoutError as error:
                     raise Unavailable(
-                        "The API server is busy with other uploads and verifications.",
+                        f"This request waited {self.wait_seconds:g} s for other uploads and verifications: {owner} can "
+                        f"run at most {maximum} at the same time.",
                         code="files_busy",
-                        remedy="Try again in a few seconds. Each project can run at most "
-                        f"{self.per_project} uploads and verifications at the same time.",
+                        remedy="Wait until other uploads and verifications have finished, then try again.",
                     ) from error
                 yield
         finally:

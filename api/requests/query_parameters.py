@@ -29,7 +29,7 @@ async def refuse_unknown_query(request: Request) -> None:
     has_metadata = route.operation_id in FILTERED_BY_METADATA
     for name in request.query_params:
         if name not in known and not (has_metadata and METADATA.fullmatch(name)):
-            raise _unknown(name, known | {"metadata"} if has_metadata else known)
+            raise _unknown(name, known | {"metadata[KEY]"} if has_metadata else known)
 
 
 def metadata_filter(query: QueryParams) -> dict[str, str] | None:
@@ -48,11 +48,11 @@ def metadata_filter(query: QueryParams) -> dict[str, str] | None:
             remedy="To filter by metadata, use metadata[KEY]=VALUE. To find jobs without metadata, use metadata=null.",
             param="metadata",
         )
-    if pairs:
+    for key in pairs:
         raise InvalidRequest(
-            "The query parameter metadata=null can't be combined with metadata[KEY]=VALUE.",
+            f"The query parameter metadata=null can't be combined with {f'metadata[{key[:80]}]'!a}.",
             code="invalid_value",
-            remedy="Send only one of the two.",
+            remedy="Remove metadata=null to filter by metadata, or metadata[KEY] to find jobs without metadata.",
             param="metadata",
         )
     return {}
@@ -66,7 +66,7 @@ def query_parameters(dependant: Dependant) -> set[str]:
 
 def _unknown(name: str, known: set[str]) -> InvalidRequest:
     similar = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    listed = f"Remove it. This operation accepts {', '.join(sorted(known)) or 'no query parameters'}."
+    listed = f"Remove it. This operation accepts {', '.join(map(repr, sorted(known))) or 'no query parameters'}."
     return InvalidRequest(
         f"Unknown query parameter {name[:80]!a}.",
         code="unknown_parameter",

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 
 from catalog.errors import InvalidRequest
+
+
+class _Rejected:
+    """Takes the place of a rejected value, so that its path is known once the body is parsed."""
+
+    def __init__(self, error: Callable[[str], InvalidRequest]) -> None:
+        self.error = error
 
 
 async def refuse_loose_json(request: Request) -> None:
@@ -23,37 +31,94 @@ async def refuse_loose_json(request: Request) -> None:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower().endswith("json"):
         body = await request.body()
         if body:
-            json.loads(body, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+            check(body)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def check(body: bytes) -> None:
+    """Raises InvalidRequest for the first rejected value. Its path, such as 'seeds.0', is `param`."""
+    rejected: list[_Rejected] = []
+
+    def noted(error: Callable[[str], InvalidRequest]) -> _Rejected:
+        rejected.append(_Rejected(error))
+        return rejected[-1]
+
+    def of_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Rejected:
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
         seen: set[str] = set()  # a body may have a hundred thousand names: counting each would take minutes
-        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))[:80]
-        raise InvalidRequest(
-            f"The field {duplicate!a} appears more than once in the same JSON object.",
-            code="duplicate_field",
-            remedy="Send the field only once.",
-            param=duplicate,
-        )
-    return found
+        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))
+        return noted(lambda path: _repeated(f"{path}.{duplicate}" if path else duplicate))
+
+    def of_float(text: str) -> float | _Rejected:
+        value = float(text)
+        return value if math.isfinite(value) else noted(lambda path: _out_of_range(path, text))
+
+    parsed: Any = json.loads(
+        body,
+        object_pairs_hook=of_object,
+        parse_constant=lambda name: noted(lambda path: _not_json(path, name)),
+        parse_float=of_float,
+    )
+    if rejected:
+        raise _first(parsed)
 
 
-def _constant(name: str) -> float:
-    raise InvalidRequest(
-        f"The request body contains {name}, which is not valid in JSON.",
-        code="number_not_finite",
-        remedy="Use a finite number, or remove the value.",
+_Place = tuple["_Place", str] | None
+"""Place of a value in a body: that of its container, and its name in it. None: the whole body. The path is built for
+one place only, because the paths of all values may be much larger than the body."""
+
+
+def _first(parsed: Any) -> InvalidRequest:
+    """Return the error of the first rejected value. Not recursive: a body may be deeply nested."""
+    pending: list[tuple[_Place, Any]] = [(None, parsed)]
+    while True:
+        place, value = pending.pop()
+        if isinstance(value, _Rejected):
+            return value.error(_path(place))
+        named: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            named = [*cast("dict[str, Any]", value).items()]
+        elif isinstance(value, list):
+            named = [(str(number), each) for number, each in enumerate(cast("list[Any]", value))]
+        pending += [((place, name), inner) for name, inner in reversed(named)]
+
+
+def _path(place: _Place) -> str:
+    names: list[str] = []
+    while place is not None:
+        place, name = place
+        names.append(name)
+    return ".".join(reversed(names))
+
+
+def _repeated(path: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The field {path[:200]!a} appears more than once in the same JSON object.",
+        code="duplicate_field",
+        remedy="Send the field only once.",
+        param=path[:200],
     )
 
 
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise InvalidRequest(
-            f"The request body contains the number {text[:40]}, which is not between -1.8e308 and 1.8e308.",
-            code="number_not_finite",
-            remedy="Use a number within this range.",
-        )
-    return value
+def _not_json(path: str, name: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{_named(path)} is {name}, which is not valid in JSON.",
+        code="number_not_finite",
+        remedy="Use a finite number, or remove the value.",
+        param=path[:200] or None,
+    )
+
+
+def _out_of_range(path: str, text: str) -> InvalidRequest:
+    shown = text if len(text) <= 40 else f"{text[:40]}…"
+    return InvalidRequest(
+        f"{_named(path)} is {shown}, which is not between -1.8e308 and 1.8e308.",
+        code="number_not_finite",
+        remedy="Use a number within this range.",
+        param=path[:200] or None,
+    )
+
+
+def _named(path: str) -> str:
+    return f"{path[:200]!a}" if path else "The request body"

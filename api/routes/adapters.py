@@ -97,7 +97,7 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
         raise AdapterFileNotFound(
             f"The adapter {adapter!r} does not contain the file {path!r}.",
             code="adapter_file_not_found",
-            remedy=f"Use one of: {names}.",
+            remedy=f"Use one of these paths: {names}.",
             param="path",
         )
     return Download(

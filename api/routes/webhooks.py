@@ -152,9 +152,11 @@ async def test_webhook_endpoint(
     await run_route(project_id, partial(delivery_queue.record_test, use.db, endpoint, delivery, outcome))
     if outcome.status_code is None:
         raise Conflict(
-            f"The test request to webhook endpoint {endpoint.id} failed. {outcome.error}",
+            f"Webhook endpoint {endpoint.id} did not answer the test request. {outcome.error}",
             code="webhook_endpoint_unreachable",
-            remedy="Check the endpoint's URL, and that the service can connect to it.",
+            remedy="Check that the endpoint's URL is correct, and that the endpoint accepts and answers requests from "
+            "the service. If its address is not public, ask the operator to add its network to "
+            "LORRY_WEBHOOK_ALLOWED_NETWORKS.",
         )
     return WebhookTestResult(
         webhook_endpoint_id=endpoint.id,

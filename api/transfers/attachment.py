@@ -60,14 +60,14 @@ class Downloads:
         has too many."""
         with self._lock:
             if self._of_keys[api_key_id] >= self._per_key:
-                raise _too_many("API key", self._per_key)
+                raise _too_many(f"API key {api_key_id}", self._per_key)
             if self._of_projects[project_id] >= self._per_project:
-                raise _too_many("project", self._per_project)
+                raise _too_many(f"Project {project_id}", self._per_project)
             if self._of_keys.total() >= self._per_process:
                 raise Unavailable(
-                    f"The API server has reached its maximum of {self._per_process} concurrent downloads.",
+                    f"The API server is sending {self._per_process} files or adapters, which is the maximum.",
                     code="downloads_busy",
-                    remedy="Try again in a few seconds.",
+                    remedy="Wait until other downloads have finished, then try again.",
                 )
             self._of_keys[api_key_id] += 1
             self._of_projects[project_id] += 1
@@ -140,10 +140,11 @@ class Download(Response):
 
 
 def _too_many(owner: str, limit: int) -> RateLimited:
+    downloads = "1 concurrent download" if limit == 1 else f"{limit} concurrent downloads"
     return RateLimited(
-        f"The {owner} has reached its maximum of {limit} concurrent downloads.",
+        f"{owner} has reached its maximum of {downloads}.",
         code="too_many_downloads",
-        remedy="Wait until one of them finishes, then try again.",
+        remedy="Wait until a running download has finished, then try again.",
         retry_after_seconds=BUSY_SECONDS,
         headers={},
     )

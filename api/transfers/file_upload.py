@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from python_multipart.exceptions import FormParserError
+from python_multipart.exceptions import FormParserError, ParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -113,35 +113,43 @@ def remove_stale(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _too_large(max_bytes: int, shape: FormShape) -> TooLarge:
-    message = f"The {shape.noun} is larger than {max_bytes:,} bytes, which is the maximum."
-    return TooLarge(message, code=shape.too_large, remedy=shape.smaller, param=shape.content)
+def _too_large(max_bytes: int, shape: FormShape, *, declared_bytes: int | None = None) -> TooLarge:
+    return TooLarge(
+        f"The {shape.noun} is larger than {max_bytes:,} bytes, which is the maximum."
+        if declared_bytes is None
+        else f"The request has {declared_bytes:,} bytes, but a {shape.noun} can have at most {max_bytes:,} bytes.",
+        code=shape.too_large,
+        remedy=shape.smaller,
+        param=shape.content,
+    )
 
 
 async def _parse(
     body: AsyncIterator[bytes], boundary: bytes, form: UploadForm, spool: Spool, *, max_body_bytes: int
 ) -> None:
+    total = num_parsed = 0
     try:
         parser = MultipartParser(boundary, form.callbacks())
-        total = 0
         async for chunk in body:
             total += len(chunk)
             if total > max_body_bytes:
                 raise _too_large(max_body_bytes - FORM_OVERHEAD_BYTES, form.shape)
             parser.write(chunk)
+            num_parsed = total
             if len(form.pending) >= WRITE_BYTES:
                 await run_in_threadpool(spool.write, form.take())
         parser.finalize()
     except FormParserError as error:
+        fault = _fault(error, num_parsed)
         raise InvalidRequest(
-            "The request body is not a valid multipart form.",
+            f"The request body is not a valid multipart form: {fault}.",
             code="invalid_multipart",
             remedy=form.shape.remedy,
             param=form.shape.content,
         ) from error
     except ClientDisconnect as error:
         raise InvalidRequest(
-            f"The client disconnected before the upload of the {form.shape.noun} finished.",
+            f"The client disconnected after {total:,} bytes, before the upload of the {form.shape.noun} finished.",
             code="invalid_multipart",
             remedy=f"Upload the {form.shape.noun} again.",
             param=form.shape.content,
@@ -151,12 +159,21 @@ async def _parse(
     form.check_complete()
 
 
+def _fault(error: FormParserError, num_parsed: int) -> str:
+    """Return the parser's message with the position in the body. Its own offset counts from the current chunk."""
+    if isinstance(error, ParseError) and error.offset >= 0:
+        return f"the error is near byte {num_parsed + error.offset:,}"
+    return f"{str(error)[:1].lower()}{str(error)[1:].rstrip('.')}"
+
+
 def _boundary(request: Request, shape: FormShape) -> bytes:
-    kind, options = parse_options_header(request.headers.get("content-type"))
+    given = request.headers.get("content-type")
+    kind, options = parse_options_header(given)
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
+        found = f"The Content-Type header is {given[:80]!a}" if given else "The request has no Content-Type header"
         raise InvalidRequest(
-            "The request does not have the content type multipart/form-data with a boundary.",
+            f"{found}, but uploads require multipart/form-data with a boundary.",
             code="invalid_multipart",
             remedy=shape.remedy,
             param=shape.content,
@@ -167,4 +184,4 @@ def _boundary(request: Request, shape: FormShape) -> bytes:
 def _check_declared_size(request: Request, max_bytes: int, shape: FormShape) -> None:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes + FORM_OVERHEAD_BYTES:
-        raise _too_large(max_bytes, shape)
+        raise _too_large(max_bytes, shape, declared_bytes=int(declared))

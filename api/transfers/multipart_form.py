@@ -44,15 +44,15 @@ FILE = FormShape(
     needed=("purpose",),
     optional=("expires_after[anchor]", "expires_after[seconds]"),
     remedy="Send a multipart/form-data request with a 'purpose' field and a 'file' field, as `client.files.create()` "
-    "in the OpenAI SDK does.",
+    "in the OpenAI SDK does. Let the HTTP library set Content-Type.",
     too_large="file_too_large",
-    smaller="Split it into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
+    smaller="Split the file into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
 )
 PART = FormShape(
     noun="part",
     content="data",
     remedy="Send a multipart/form-data request with a 'data' field, as `client.uploads.parts.create()` in the OpenAI "
-    "SDK does.",
+    "SDK does. Let the HTTP library set Content-Type.",
     too_large="part_too_large",
     smaller="Split the file into smaller parts.",
 )
@@ -91,7 +91,8 @@ class UploadForm:
             raise InvalidRequest(
                 "The form ends before its closing boundary, so the upload is incomplete.",
                 code="invalid_multipart",
-                remedy=f"Upload the {self.shape.noun} again.",
+                remedy=f"Upload the {self.shape.noun} again. If this recurs, make the client end the form with "
+                "`--BOUNDARY--`.",
                 param=self.shape.content,
             )
         sent = self._fields if self._filename is None else {*self._fields, self.shape.content}
@@ -177,7 +178,7 @@ class UploadForm:
         field = self._fields[self._name]
         if len(field) + end - start > MAX_FIELD_BYTES:
             raise InvalidRequest(
-                f"'{self._name}' is longer than {MAX_FIELD_BYTES:,} bytes.",
+                f"The form field '{self._name}' is longer than {MAX_FIELD_BYTES:,} bytes, which is the maximum.",
                 code="invalid_value",
                 remedy=f"Shorten '{self._name}' to at most {MAX_FIELD_BYTES:,} bytes.",
                 param=self._name,

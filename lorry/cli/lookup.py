@@ -103,7 +103,7 @@ def _adapter_of_job(lorry: Lorry, typed: str) -> str:
             code="adapter_not_found",
             remedy=f"Use one of its checkpoints, if there are any: {listing}"
             if found.is_final
-            else f"Wait until it succeeds, or use one of its checkpoints: {listing}",
+            else f"Wait until the job succeeds, or use one of its checkpoints: {listing}",
         )
     return found.fine_tuned_model
 
@@ -137,11 +137,14 @@ def _only(
     names = [name_of(one) for one in matches]
     shown = "".join(f"\n  {name}" for name in names[:SHOWN])
     more = f"\n  and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    full = "full name or ID" if kind == "adapter" else "full ID"
     if len(matches) == 1:
-        message = f"{typed!r} may match more than one {kind}: only the newest {SEARCHED} were searched, with{shown}"
+        message = f"{typed!r} may match more than one {kind}: only the newest {SEARCHED:,} were searched, with{shown}"
+        remedy = f"Use the {full}."
     else:
         message = f"{typed!r} matches {len(matches)} {kind}s:{shown}{more}"
-    raise LorryError(message, code="ambiguous_id", remedy="Use more characters, or the full ID.")
+        remedy = f"Use a longer text that matches only one of them, or the {full}."
+    raise LorryError(message, code="ambiguous_id", remedy=remedy)
 
 
 def _name(one: Adapter) -> str:

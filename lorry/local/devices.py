@@ -17,11 +17,13 @@ def choose(wanted: str | None) -> list[str]:
     if wanted is None:
         return _gpus() or [CPU]
     chosen = [part.strip().lower() for part in wanted.split(",")]
-    if chosen != [CPU] and not (
-        all(re.fullmatch(r"\d{1,3}", part) for part in chosen) and len(set(chosen)) == len(chosen)
-    ):
+    if chosen == [CPU]:
+        return chosen
+    wrong = [f"{part!r} is not a GPU number" for part in chosen if not re.fullmatch(r"\d{1,3}", part)]
+    wrong = wrong or [f"GPU {part} is listed more than once" for part in chosen if chosen.count(part) > 1]
+    if wrong:
         raise LorryError(
-            f"--devices is {wanted!r}, but must be 'cpu' or a list of different GPU numbers.",
+            f"--devices is {wanted!r}, but must be 'cpu' or a list of different GPU numbers: {wrong[0]}.",
             code="bad_devices",
             remedy="Use `--devices cpu`, or for example `--devices 0,1`.",
         )

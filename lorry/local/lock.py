@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -75,5 +76,6 @@ def _held(data_dir: Path, holder: str) -> LorryError:
     return LorryError(
         f"Lorry is already running in the data folder {data_dir}{f' (process {holder})' if holder else ''}.",
         code="already_running",
-        remedy="Use the running service, stop it with `lorry down`, or choose another folder with --data-dir.",
+        remedy=f"Use the running service, stop it with `lorry down --data-dir {shlex.quote(str(data_dir))}`, or choose "
+        "another folder with --data-dir.",
     )

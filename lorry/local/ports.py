@@ -35,7 +35,7 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise LorryError(
         f"All ports from {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} on {host} are in use.",
         code="port_in_use",
-        remedy="Choose a free port with --port.",
+        remedy="Choose a free port outside this range with --port.",
     )
 
 
@@ -82,7 +82,7 @@ def _open(host: str, port: int) -> socket.socket | None:
         raise LorryError(
             f"Can't listen on {host} port {port}: {error.strerror or error}.",
             code="bad_host",
-            remedy="Use a port above 1023, or run the command as root."
+            remedy="Choose a port above 1023 with --port, or run the command as root."
             if needs_root
             else "Set --host to an address of this machine, such as 127.0.0.1 or 0.0.0.0.",
         ) from error

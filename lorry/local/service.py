@@ -118,8 +118,10 @@ class LocalService:
             parsed = None
         if done.returncode or not isinstance(parsed, dict):
             last = "\n".join(f"    {line}" for line in (done.stderr or done.stdout).splitlines()[-15:])
+            result = f"failed (exit status {done.returncode})" if done.returncode else "printed no JSON object"
+            output = f"Its output ends with:\n{last}" if last else "It printed nothing else."
             raise LorryError(
-                f"`python -m api {arguments[0]}` failed (exit status {done.returncode}). Its output ends with:\n{last}",
+                f"`python -m api {arguments[0]}` {result}. {output}",
                 code="service_failed",
                 remedy="Fix the reported problem, then run `lorry up` again.",
             )
@@ -148,7 +150,8 @@ def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
         raise LorryError(
             f"The output of `python -m api {command}` does not contain the field '{name}'.",
             code="service_failed",
-            remedy="Install the same version of the packages lorry and lorry-server.",
+            remedy="Update both packages to the same version: "
+            f"`{sys.executable} -m pip install --upgrade lorry lorry-server`",
         )
     return value
 

@@ -221,10 +221,12 @@ def _kill(processes: Sequence[Process]) -> None:
 
 
 def _failed(api: Process, what: str) -> LorryError:
+    tail = _indented(api.log_tail())
+    log = f"Its log ends with:\n{tail}" if tail else "Its log is empty."
     return LorryError(
-        f"The API server {what}. Its log ends with:\n{_indented(api.log_tail())}",
+        f"The API server {what}. {log}",
         code="service_failed",
-        remedy="Fix the reported problem, then run `lorry up` again.",
+        remedy=f"Find the cause in logs/{api.name}.log in the data folder, fix it, then run `lorry up` again.",
     )
 
 

@@ -74,13 +74,16 @@ class Adapters:
         adapter = self.get(name)
         lineage = {key: value for key, value in self.lineage(adapter.id).items() if key != "children"}
         contents = adapter_folder.Contents.of(
-            manifest=self.manifest(adapter.id), artifact=adapter.artifact, lineage=lineage
+            name=adapter.name or adapter.id,
+            manifest=self.manifest(adapter.id),
+            artifact=adapter.artifact,
+            lineage=lineage,
         )
         target = Path(directory).expanduser()
         if adapter_folder.holds(target, contents):
             contents.update_lineage(target)
             return target
-        adapter_folder.check_free(target)
+        adapter_folder.check_free(target, name=contents.name)
         with self._transport.stream(_of(adapter.id, "archive"), headers={"accept": "application/x-tar"}) as response:
             return adapter_archive.unpack(response.iter_bytes(), contents, target, on_progress=on_progress)
 

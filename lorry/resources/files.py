@@ -83,8 +83,13 @@ class Files:
             out.write(piece)
             digest.update(piece)
         if digest.hexdigest() != file.digest:
-            message = f"The downloaded content of {file.id} does not match the file's SHA-256 digest."
-            raise BadDownload(message, code="bad_download", remedy="Download the file again.")
+            raise BadDownload(
+                f"The downloaded content of {file.id} has the SHA-256 digest {digest.hexdigest()[:16]}…, but the "
+                f"file's digest is {str(file.digest)[:16]}….",
+                code="bad_download",
+                remedy="Nothing was saved. Download the file again. If this recurs, ask the operator to check the "
+                "service's files with `python -m api verify`.",
+            )
 
     def report(self, file_id: str, *, model: str) -> dict[str, Any]:
         """Return the data report of the file as tokenized for `model`: rows, tokens, truncated rows and so on."""

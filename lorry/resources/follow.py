@@ -18,7 +18,7 @@ def stream(transport: Transport, path: str, last_event_id: str | None) -> Iterat
     if last_event_id:
         headers["last-event-id"] = last_event_id
     with transport.stream(path, headers=headers) as response:
-        for event in sse.parse(response.iter_bytes()):
+        for event in sse.parse(response.iter_bytes(), url=str(response.url)):
             update = _update(event)
             if update is not None:
                 yield update

@@ -145,9 +145,10 @@ class Jobs:
                 return job
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"Job {job_id} did not finish within {timeout_seconds:g} s. It is still {job.status}.",
+                    f"Job {job_id} did not finish within {timeout_seconds:g} s. Its status is {job.status!r}.",
                     code="wait_timeout",
-                    remedy="Wait again, or cancel the job.",
+                    remedy=f"Wait again, check the job with `lorry jobs why {job_id}`, or cancel it with "
+                    f"`lorry jobs cancel {job_id}`.",
                 )
             self._transport.sleep(poll_seconds)
 

@@ -53,13 +53,16 @@ class Models:
                 raise LorryError(
                     error.message if error else f"The import of {name} failed.",
                     code=error.code if error else "import_failed",
-                    remedy=(error.remedy if error else "") or "Fix the source, then add the model again.",
+                    remedy=error.remedy
+                    if error and error.remedy
+                    else f"Check the source, then add the model again: `lorry models add {name} SOURCE`",
                 )
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"The import of {name} did not finish within {timeout_seconds:g} s. It is still running.",
+                    f"The import of {name} did not finish within {timeout_seconds:g} s. Its state is {model.state!r}.",
                     code="wait_timeout",
-                    remedy="Check its status with `lorry models list`.",
+                    remedy=f"Wait again, or check the import with `lorry models show {name}`. If `lorry workers list` "
+                    "shows no running worker, start one with `lorry worker`.",
                 )
             self._transport.sleep(poll_seconds)
 

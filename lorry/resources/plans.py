@@ -51,7 +51,8 @@ class Plans:
                 raise WaitTimeout(
                     f"Plan {plan_id} was not ready within {timeout_seconds:g} s. It is still being computed.",
                     code="wait_timeout",
-                    remedy="Wait again. If `lorry workers list` shows no running worker, start one.",
+                    remedy="Wait again. If `lorry workers list` shows no running worker, start one with "
+                    "`lorry worker`.",
                 )
             self._transport.sleep(poll_seconds)
 

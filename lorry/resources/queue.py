@@ -24,7 +24,7 @@ class Queue:
     def stream(self) -> Iterator[dict[str, Any]]:
         """Yield a snapshot after each change, until the service ends the stream."""
         with self._transport.stream("queue/stream", headers={"accept": "text/event-stream"}) as response:
-            for event in sse.parse(response.iter_bytes()):
+            for event in sse.parse(response.iter_bytes(), url=str(response.url)):
                 yield json.loads(event.data)
 
 

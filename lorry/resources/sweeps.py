@@ -110,9 +110,10 @@ class Sweeps:
                 return sweep
             if deadline is not None and self._clock() >= deadline:
                 raise WaitTimeout(
-                    f"Sweep {sweep_id} did not finish within {timeout_seconds:g} s. It is still {sweep.status}.",
+                    f"Sweep {sweep_id} did not finish within {timeout_seconds:g} s. Its status is {sweep.status!r}.",
                     code="wait_timeout",
-                    remedy="Wait again, or cancel the sweep.",
+                    remedy=f"Wait again, check the sweep with `lorry sweeps show {sweep_id}`, or cancel it with "
+                    f"`lorry sweeps cancel {sweep_id}`.",
                 )
             self._transport.sleep(poll_seconds)
 

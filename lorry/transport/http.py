@@ -142,6 +142,19 @@ class Transport:
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
         reason = str(error) or type(error).__name__
         origin = f" {self.connection.origin}" if self.connection.origin else ""
+        if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
+            return ConnectionFailed(
+                f"The connection to the service at {self.connection.url} was interrupted: {reason}.{origin}",
+                code="connection_failed",
+                remedy="Try again. If this recurs, check the service's log and the network.",
+            )
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            return ConnectionFailed(
+                f"Could not connect to the service at {self.connection.url}: {reason}.{origin}",
+                code="connection_failed",
+                remedy="Check that the certificate is valid for this address. If a private authority issued it, set "
+                "SSL_CERT_FILE to that authority's certificate.",
+            )
         return ConnectionFailed(
             f"Could not connect to the service at {self.connection.url}: {reason}.{origin}",
             code="connection_failed",

@@ -170,7 +170,8 @@ def _not_verified(authority: str) -> ServiceNotVerified:
         f"The program that listens on {authority} did not prove that it is your Lorry service, so no API key was sent "
         "to it. It may be another program, or an older version of Lorry.",
         code="service_not_verified",
-        remedy="Run `lorry up` again: it chooses a free port and updates connection.json.",
+        remedy="If your Lorry service is running, stop it with `lorry down`. Then run `lorry up`: it chooses a free "
+        "port and updates connection.json.",
     )
 
 

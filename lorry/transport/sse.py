@@ -23,10 +23,11 @@ class ServerEvent:
     id: str
 
 
-def parse(chunks: Iterable[bytes]) -> Iterator[ServerEvent]:
-    """Yield the events of a body. As the standard requires, an event without its final blank line is dropped."""
+def parse(chunks: Iterable[bytes], *, url: str) -> Iterator[ServerEvent]:
+    """Yield the events of the body that `url` returned. As the standard requires, an event without its final blank line
+    is dropped."""
     name, data, last_id = "", list[str](), ""
-    for line in lines(chunks):
+    for line in lines(chunks, url=url):
         if line == "":
             if data:
                 yield ServerEvent(event=name or "message", data="\n".join(data), id=last_id)
@@ -42,7 +43,7 @@ def parse(chunks: Iterable[bytes]) -> Iterator[ServerEvent]:
             last_id = value
 
 
-def lines(chunks: Iterable[bytes]) -> Iterator[str]:
+def lines(chunks: Iterable[bytes], *, url: str) -> Iterator[str]:
     """Yield lines without line ends. A CRLF split across chunks is one line end. An incomplete last line is dropped."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     buffered, at_start, after_cr = "", True, False
@@ -57,8 +58,8 @@ def lines(chunks: Iterable[bytes]) -> Iterator[str]:
         yield from ended
         if len(buffered) > MAX_EVENT_CHARS:
             raise ConnectionFailed(
-                f"A line in the event stream is longer than {MAX_EVENT_CHARS:,} characters, so it probably does not "
-                "come from a Lorry server.",
+                f"{url} returned an event stream with a line of more than {MAX_EVENT_CHARS:,} characters, so it is "
+                "probably not a Lorry server.",
                 code="bad_stream",
                 remedy="Check that the configured address is that of a Lorry server.",
             )

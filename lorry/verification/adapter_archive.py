@@ -22,7 +22,7 @@ _PIECE_BYTES = 2**20
 _SLACK_BYTES = 2**20
 _SLACK_PER_FILE_BYTES = 4096
 
-_AGAIN = "Nothing was saved. Pull the adapter again. If this recurs, check it with `lorry adapters verify`."
+_AGAIN = "Nothing was saved. Pull the adapter again. If this recurs, check the service's copy with"
 
 
 def unpack(
@@ -32,7 +32,7 @@ def unpack(
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        _unpack_into(temporary, _Body(chunks, _most_bytes(contents), on_progress), contents)
+        _unpack_into(temporary, _Body(chunks, contents, on_progress), contents)
         contents.write_records(temporary)
         temporary.chmod(0o755)
         temporary.rename(target)
@@ -51,18 +51,20 @@ def _unpack_into(folder: Path, body: _Body, contents: Contents) -> None:
                 if entry is not None:
                     source = tar.extractfile(member)
                     if source is None:
-                        raise _refused(member, "has no content")
-                    _copy(source, folder / entry.path, entry)
+                        raise _refused(member, "has no content", contents)
+                    _copy(source, folder / entry.path, entry, contents)
                     del missing[entry.path]
     except tarfile.TarError as error:
         raise BadDownload(
-            f"The download is not a complete tar archive: {error}.", code="bad_archive", remedy=_AGAIN
+            f"The archive for adapter {contents.name} is not a complete tar archive: {error}.",
+            code="bad_archive",
+            remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
         ) from error
     if missing:
         raise BadDownload(
-            f"The archive does not contain these files: {', '.join(sorted(missing))}.",
+            f"The archive for adapter {contents.name} does not contain {', '.join(sorted(missing))}.",
             code="bad_archive",
-            remedy=_AGAIN,
+            remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
         )
 
 
@@ -71,17 +73,17 @@ def _checked(member: tarfile.TarInfo, missing: dict[str, FileEntry], contents: C
     if member.name in {MANIFEST, LINEAGE} or member.isdir():
         return None
     if not member.isreg():
-        raise _refused(member, "is not a regular file")
+        raise _refused(member, "is not a regular file", contents)
     entry = missing.get(member.name)
     if entry is None:
         is_repeated = member.name in contents.files
-        raise _refused(member, "appears twice" if is_repeated else "is not listed in the manifest")
+        raise _refused(member, "appears twice" if is_repeated else "is not listed in the manifest", contents)
     if member.size != entry.num_bytes:
-        raise _refused(member, f"has {member.size} bytes, but the manifest lists {entry.num_bytes}")
+        raise _refused(member, f"has {member.size:,} bytes, but the manifest lists {entry.num_bytes:,} bytes", contents)
     return entry
 
 
-def _copy(source: IO[bytes], path: Path, entry: FileEntry) -> None:
+def _copy(source: IO[bytes], path: Path, entry: FileEntry, contents: Contents) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with path.open("xb") as out:
@@ -92,9 +94,10 @@ def _copy(source: IO[bytes], path: Path, entry: FileEntry) -> None:
         os.fsync(out.fileno())
     if digest.hexdigest() != entry.digest:
         raise BadDownload(
-            f"The digest of {entry.path} is {digest.hexdigest()[:16]}…, but the manifest lists {entry.digest[:16]}….",
+            f"{entry.path} in the archive for adapter {contents.name} has the digest {digest.hexdigest()[:16]}…, but "
+            f"the manifest lists {entry.digest[:16]}….",
             code="digest_mismatch",
-            remedy=_AGAIN,
+            remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
         )
 
 
@@ -102,13 +105,14 @@ class _Body(io.RawIOBase):
     """The chunks of a response as a file of bounded size for tarfile."""
 
     def __init__(
-        self, chunks: Iterable[bytes], most_bytes: int, on_progress: Callable[[int, int], None] | None
+        self, chunks: Iterable[bytes], contents: Contents, on_progress: Callable[[int, int], None] | None
     ) -> None:
         super().__init__()
         self._chunks: Iterator[bytes] = iter(chunks)
         self._rest = b""
         self._num_read = 0
-        self._most_bytes = most_bytes
+        self._contents = contents
+        self._most_bytes = _most_bytes(contents)
         self._on_progress = on_progress
 
     def readable(self) -> bool:
@@ -128,9 +132,10 @@ class _Body(io.RawIOBase):
         self._num_read += num_bytes
         if self._num_read > self._most_bytes:
             raise BadDownload(
-                f"The archive is larger than {self._most_bytes:,} bytes, the maximum for the files in its manifest.",
+                f"The archive for adapter {self._contents.name} is larger than {self._most_bytes:,} bytes, which is "
+                "the maximum for the files in its manifest.",
                 code="bad_archive",
-                remedy=_AGAIN,
+                remedy=f"{_AGAIN} `lorry adapters verify {self._contents.name}`.",
             )
         if self._on_progress is not None:
             self._on_progress(self._num_read, self._most_bytes)
@@ -142,5 +147,9 @@ def _most_bytes(contents: Contents) -> int:
     return sum(entry.num_bytes + _SLACK_PER_FILE_BYTES for entry in files) + _SLACK_BYTES
 
 
-def _refused(member: tarfile.TarInfo, reason: str) -> BadDownload:
-    return BadDownload(f"The file {member.name[:200]!r} in the archive {reason}.", code="bad_archive", remedy=_AGAIN)
+def _refused(member: tarfile.TarInfo, reason: str, contents: Contents) -> BadDownload:
+    return BadDownload(
+        f"The file {member.name[:200]!r} in the archive for adapter {contents.name} {reason}.",
+        code="bad_archive",
+        remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
+    )

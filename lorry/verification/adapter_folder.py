@@ -20,7 +20,11 @@ from lorry.verification import canonical_json, signatures
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
 _PIECE_BYTES = 2**20
-_AGAIN = "Pull the adapter again into a new folder. If the error persists, check it with `lorry adapters verify`."
+_AGAIN = (
+    "Pull the adapter again into a new folder. If this recurs, check the service's copy with "
+    "`lorry adapters verify NAME`."
+)
+_READABLE = "Check the file's permissions, or pull the adapter again into a new folder."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,22 +40,24 @@ class FileEntry:
 class Contents:
     """The service's description of an adapter. Its manifest has been checked against the artifact's digest."""
 
+    name: str
     files: Mapping[str, FileEntry]
     kind: str
     artifact: str
     lineage: Mapping[str, Any]
 
     @classmethod
-    def of(cls, *, manifest: Mapping[str, Any], artifact: str, lineage: Mapping[str, Any]) -> Self:
+    def of(cls, *, name: str, manifest: Mapping[str, Any], artifact: str, lineage: Mapping[str, Any]) -> Self:
         """Parse the service's responses. Raises BadDownload for a path outside the folder, or a wrong digest."""
-        entries = _entries(manifest.get("data"))
+        entries = _entries(manifest.get("data"), where=f"The service's manifest for adapter {name}")
         files = {entry.path: entry for entry in entries}
-        contents = cls(files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
-        if canonical_json.sha256(contents.manifest()) != artifact:
+        contents = cls(name=name, files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
+        if (found := canonical_json.sha256(contents.manifest())) != artifact:
             raise BadDownload(
-                f"The service's list of files for adapter {artifact[:16]}… does not match the adapter's digest.",
+                f"The service's manifest for adapter {name} has the digest {found[:16]}…, but the adapter's digest is "
+                f"{artifact[:16]}….",
                 code="bad_manifest",
-                remedy="Try again. If this recurs, check the adapter with `lorry adapters verify`.",
+                remedy=f"Try again. If this recurs, check the adapter with `lorry adapters verify {name}`.",
             )
         return contents
 
@@ -79,15 +85,15 @@ class Contents:
         return json.dumps(self.lineage, indent=2, ensure_ascii=False) + "\n"
 
 
-def check_free(target: Path) -> None:
+def check_free(target: Path, *, name: str) -> None:
     """Raises LorryError if the target exists and is not an empty folder."""
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():
         raise LorryError(
-            f"{target} already exists and does not contain this adapter.",
+            f"{target} already exists and is not an unchanged copy of adapter {name}.",
             code="target_exists",
-            remedy="Choose another folder, or delete this one.",
+            remedy=f"Choose another folder, or move or delete {target}.",
         )
 
 
@@ -117,7 +123,7 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     try:
         manifest = _object(folder / MANIFEST)
         lineage = _object(folder / LINEAGE)
-        entries = _entries(manifest.get("files"))
+        entries = _entries(manifest.get("files"), where=MANIFEST)
         artifact = canonical_json.sha256(manifest)
     except LorryError as error:
         return _result([error.message], signature="not_checked")
@@ -177,26 +183,29 @@ def is_safe(path: str) -> bool:
     )
 
 
-def _entries(entries: object) -> list[FileEntry]:
+def _entries(entries: object, *, where: str) -> list[FileEntry]:
     if not isinstance(entries, list) or not all(isinstance(row, dict) for row in cast("list[object]", entries)):
-        raise BadDownload("The manifest does not contain a list of files.", code="bad_manifest", remedy=_AGAIN)
-    return [_entry(row, number) for number, row in enumerate(cast("list[dict[str, Any]]", entries), 1)]
+        raise BadDownload(f"{where} does not contain a list of files.", code="bad_manifest", remedy=_AGAIN)
+    return [_entry(row, number, where) for number, row in enumerate(cast("list[dict[str, Any]]", entries), 1)]
 
 
-def _entry(entry: Mapping[str, Any], number: int) -> FileEntry:
+def _entry(entry: Mapping[str, Any], number: int, where: str) -> FileEntry:
     path, digest = entry.get("path"), entry.get("digest")
     num_bytes = entry.get("num_bytes", entry.get("bytes"))
     if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
         raise BadDownload(
-            f"File {number} in the manifest does not have a valid path, digest and size.",
+            f"{where} lists file number {number} without a valid path, digest and size.",
             code="bad_manifest",
             remedy=_AGAIN,
         )
-    if not is_safe(path) or path in {MANIFEST, LINEAGE}:
+    is_reserved = path in {MANIFEST, LINEAGE}
+    if is_reserved or not is_safe(path):
+        reason = "a reserved file name" if is_reserved else "not a portable file path inside the adapter's folder"
         raise BadDownload(
-            f"The manifest lists {path!r}, which is not a portable file path inside the adapter's folder.",
+            f"{where} lists {path!r}, which is {reason}.",
             code="unsafe_path",
-            remedy=_AGAIN,
+            remedy="Don't use this adapter. Check that the configured address is that of your Lorry server, and ask "
+            "the operator to check the adapter with `lorry adapters verify NAME`.",
         )
     return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
 
@@ -205,11 +214,13 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         parsed: object = json.loads(path.read_bytes())
     except OSError as error:
-        raise LorryError(f"{path.name} can't be read: {error.strerror}.", code="unreadable", remedy=_AGAIN) from error
+        reason = error.strerror or error
+        raise LorryError(f"{path} can't be read: {reason}.", code="unreadable", remedy=_READABLE) from error
     except (ValueError, RecursionError) as error:
-        raise LorryError(f"{path.name} is not valid JSON.", code="unreadable", remedy=_AGAIN) from error
+        place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise LorryError(f"{path} is not valid JSON{place}.", code="unreadable", remedy=_AGAIN) from error
     if not isinstance(parsed, dict):
-        raise LorryError(f"{path.name} is not a JSON object.", code="unreadable", remedy=_AGAIN)
+        raise LorryError(f"{path} is not a JSON object.", code="unreadable", remedy=_AGAIN)
     return cast("dict[str, Any]", parsed)
 
 

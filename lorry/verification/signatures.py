@@ -24,18 +24,21 @@ Status = Literal["valid", "invalid", "unknown_key"]
 _MAX_PAYLOAD_CHARACTERS = 2**16
 
 
-def read_keys(text: str | bytes) -> list[Mapping[str, Any]]:
-    """Return the Ed25519 keys of a JSON Web Key Set. Raises LorryError if the text is not one or contains none."""
+def read_keys(text: str | bytes, *, source: str = "The text") -> list[Mapping[str, Any]]:
+    """Return the Ed25519 keys of a JSON Web Key Set. Raises LorryError if the text from `source` is not one or contains
+    none."""
     try:
         parsed: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _not_a_key_set() from error
+        raise _not_a_key_set(source, "it is not valid JSON") from error
     found = cast("dict[str, object]", parsed).get("keys") if isinstance(parsed, dict) else None
-    keys = cast("list[object]", found) if isinstance(found, list) else []
+    if not isinstance(found, list):
+        raise _not_a_key_set(source, "it has no list 'keys'")
+    keys = cast("list[object]", found)
     signing_keys = [cast("dict[str, Any]", key) for key in keys if isinstance(key, dict)]
     signing_keys = [key for key in signing_keys if key.get("kty") == "OKP" and key.get("crv") == "Ed25519"]
     if not signing_keys:
-        raise _not_a_key_set()
+        raise _not_a_key_set(source, "its list 'keys' contains no Ed25519 key")
     return [*signing_keys]
 
 
@@ -107,9 +110,9 @@ def _decoded(text: Any) -> bytes:
         raise ValueError("invalid base64") from error
 
 
-def _not_a_key_set() -> LorryError:
+def _not_a_key_set(source: str, reason: str) -> LorryError:
     return LorryError(
-        "The file with the public keys is not a JSON Web Key Set that contains an Ed25519 key.",
+        f"{source} is not a JSON Web Key Set with an Ed25519 key: {reason}.",
         code="bad_key_set",
         remedy="Save the response to GET /v1/keys.json from the service that trained the adapter, and use that file.",
     )

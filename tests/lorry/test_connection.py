@@ -100,15 +100,16 @@ def test_missing_connection_error_names_lorry_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "[]", "{", '{"url": 3}', '{"url": "http://a", "api_key": 3}', "\udcff"),
+        *('{"url": "a"}', "", "[]", "{", '{"url": 3}', '{"url": "http://a", "api_key": 3}', "\udcff"),
         *('{"url": "http://a", "identity_secret": 3}', '{"url": "http://a", "identity_secret": "short"}'),
     ],
 )
 def test_invalid_connection_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "connection.json").write_bytes(content.encode("utf-8", "surrogateescape"))
 
-    with pytest.raises(NotConfigured, match=r"connection\.json"):
+    with pytest.raises(NotConfigured, match=r"connection\.json") as refused:
         connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})
+    assert f"`lorry down --data-dir {tmp_path}`" in refused.value.remedy
 
 
 def test_file_is_private_even_if_it_replaces_a_readable_one(tmp_path: Path) -> None:
@@ -125,6 +126,23 @@ def test_file_is_private_even_if_it_replaces_a_readable_one(tmp_path: Path) -> N
 def test_invalid_address_is_rejected(url: str) -> None:
     with pytest.raises(NotConfigured, match="not a valid service address"):
         connection.normalize_url(url)
+
+
+def test_invalid_address_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(NotConfigured, match=r"LORRY_URL is '127\.0\.0\.1', which is not a valid") as refused:
+        connection.find(environ={"LORRY_URL": "127.0.0.1"})
+    assert refused.value.remedy.startswith("Set LORRY_URL to")
+
+
+def test_missing_connection_error_fits_the_source_of_the_folder(tmp_path: Path) -> None:
+    remedies = list[str]()
+    for explicit, environ in ((tmp_path, {}), (None, {"LORRY_DATA_DIR": str(tmp_path)})):
+        with pytest.raises(NotConfigured, match=r"connection\.json does not exist") as refused:
+            connection.find(data_dir=explicit, environ=environ)
+        remedies.append(refused.value.remedy)
+
+    assert all(f"`lorry up --data-dir {tmp_path}`" in remedy for remedy in remedies)
+    assert ["LORRY_DATA_DIR" in remedy for remedy in remedies] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +166,7 @@ def test_file_without_an_identity_secret_gives_no_key(tmp_path: Path) -> None:
     for environ in (local, {**local, "LORRY_URL": "http://127.0.0.1:8472"}):
         with pytest.raises(NotConfigured, match="no identity_secret") as refused:
             connection.find(environ=environ)
-        assert "running `lorry up`" in refused.value.remedy
+        assert f"`lorry up --data-dir {tmp_path}`" in refused.value.remedy
     elsewhere = {**local, "LORRY_URL": "http://127.0.0.1:9", "LORRY_API_KEY": "mine"}
     assert connection.find(environ=elsewhere).api_key == "mine"
 
@@ -215,4 +233,4 @@ def test_a_broken_login_is_refused_by_name_with_the_fix(tmp_path: Path) -> None:
 
     with pytest.raises(NotConfigured, match=r"lorry/connection\.json") as refused:
         connection.find(environ={"XDG_CONFIG_HOME": str(tmp_path)})
-    assert "`lorry login`" in refused.value.remedy
+    assert "`lorry login URL`" in refused.value.remedy

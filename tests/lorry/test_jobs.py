@@ -76,8 +76,9 @@ def test_wait_returns_the_final_job_and_reports_each_poll(service: Script, clien
 def test_wait_raises_after_its_timeout(service: Script, client: Lorry) -> None:
     service.on("GET", f"{JOBS}/j", wire("running"))
 
-    with pytest.raises(WaitTimeout, match="is not affected"):
+    with pytest.raises(WaitTimeout, match=r"Job j did not finish within 0 s\. Its status is 'running'\.") as expired:
         client.jobs.wait("j", timeout_seconds=0)
+    assert "`lorry jobs why j`" in expired.value.remedy
 
 
 def test_follow_polls_when_the_stream_breaks_and_then_resumes_it(

@@ -61,12 +61,13 @@ def login(
 
 
 def _read_key() -> str:
-    key = typer.prompt("API key", hide_input=True, err=True) if output.is_interactive() else sys.stdin.readline()
+    is_prompted = output.is_interactive()
+    key = typer.prompt("API key", hide_input=True, err=True) if is_prompted else sys.stdin.readline()
     if not key.strip():
         raise LorryError(
-            "No API key was entered.",
+            "No API key was entered." if is_prompted else "No API key was entered: the first line of stdin is empty.",
             code="missing_api_key",
-            remedy="Enter the key at the prompt, or pipe it to stdin.",
+            remedy="Enter the key at the prompt, or pipe it to stdin: `lorry login URL < key.txt`",
         )
     return key.strip()
 

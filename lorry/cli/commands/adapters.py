@@ -334,7 +334,7 @@ def _verify_folder(folder: Path, keys: Path | None) -> tuple[dict[str, Any], str
     from lorry.verification.signatures import read_keys
 
     if keys is not None:
-        return verify_folder(folder, keys=read_keys(keys.read_bytes())), str(keys)
+        return verify_folder(folder, keys=read_keys(keys.read_bytes(), source=str(keys))), str(keys)
     result = verify_folder(folder)
     if not result["passed"]:
         return result, None

@@ -104,6 +104,24 @@ def test_rejection_reason_is_logged_and_counted_but_hidden_from_client(
         assert registry.get_sample_value("lorry_http_rejected_keys_total", {"reason": reason}) == 1, reason
 
 
+@pytest.mark.parametrize(
+    ("headers", "problem"),
+    [
+        ({}, "The request contains no API key."),
+        ({"authorization": "lorry_key-1_secret"}, "not in the form `Bearer YOUR_KEY`"),
+        ({"authorization": "Basic bG9ycnk="}, "not in the form `Bearer YOUR_KEY`"),
+    ],
+)
+def test_missing_key_is_distinguished_from_a_header_without_bearer(
+    anonymous: TestClient, headers: dict[str, str], problem: str
+) -> None:
+    response = anonymous.get("/v1/files", headers=headers)
+
+    assert (response.status_code, error_of(response)["code"]) == (401, "missing_api_key")
+    assert problem in error_of(response)["message"]
+    assert "secret" not in response.text
+
+
 @pytest.mark.parametrize("kind", ["organization", "project"])
 def test_openai_headers_must_name_the_keys_project_and_organization(
     client: TestClient, world: World, kind: str
@@ -114,8 +132,10 @@ def test_openai_headers_must_name_the_keys_project_and_organization(
     response = client.get("/v1/files", headers={f"openai-{kind}": "other"})
 
     assert (response.status_code, error_of(response)["code"]) == (401, f"mismatched_{kind}")
-    own_name = getattr(world.caller, f"{kind}_name")
-    assert f"header is 'other', but the API key belongs to the {kind} {own_name!r}" in error_of(response)["message"]
+    own_name, own_id = (getattr(world.caller, f"{kind}_{what}") for what in ("name", "id"))
+    error = error_of(response)
+    assert f"header is 'other', but the API key belongs to the {kind} {own_name!r} ({own_id})." in error["message"]
+    assert f"set it to {own_id}" in error["remedy"]
     assert "openai-organization" not in response.headers
 
 
@@ -249,20 +269,26 @@ def test_browser_signs_in_with_a_key_and_signs_out(anonymous: TestClient, key: s
 
 
 @pytest.mark.parametrize(
-    "headers",
+    ("headers", "reason"),
     [
-        {},
-        {"x-lorry-csrf": "1"},
-        {"origin": "http://127.0.0.1"},
-        {"x-lorry-csrf": "1", "origin": "http://evil.example"},
-        {"x-lorry-csrf": "1", "origin": "http://127.0.0.1:9999"},
-        {"x-lorry-csrf": "1", "sec-fetch-site": "cross-site"},
-        {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-site"},
-        {"x-lorry-csrf": "1", "origin": "null"},
+        ({}, "does not contain the header `X-Lorry-Csrf: 1`"),
+        ({"x-lorry-csrf": "1"}, "neither an Origin header nor a Sec-Fetch-Site header"),
+        ({"origin": "http://127.0.0.1"}, "does not contain the header `X-Lorry-Csrf: 1`"),
+        (
+            {"x-lorry-csrf": "1", "origin": "http://evil.example"},
+            "the Origin header is 'http://evil.example', but the Host header is '127.0.0.1'",
+        ),
+        ({"x-lorry-csrf": "1", "origin": "http://127.0.0.1:9999"}, "Origin header is 'http://127.0.0.1:9999'"),
+        ({"x-lorry-csrf": "1", "sec-fetch-site": "cross-site"}, "Sec-Fetch-Site header is 'cross-site'"),
+        (
+            {"x-lorry-csrf": "1", "origin": "http://127.0.0.1", "sec-fetch-site": "same-site"},
+            "Sec-Fetch-Site header is 'same-site'",
+        ),
+        ({"x-lorry-csrf": "1", "origin": "null"}, "Origin header is 'null'"),
     ],
 )
 def test_cookie_authenticated_change_requires_csrf_proof(
-    anonymous: TestClient, key: str, world: World, headers: dict[str, Any]
+    anonymous: TestClient, key: str, world: World, headers: dict[str, Any], reason: str
 ) -> None:
     job = world.submit()
     anonymous.post("/v1/browser_session", json={"api_key": key}, headers=SAME_ORIGIN)
@@ -273,6 +299,7 @@ def test_cookie_authenticated_change_requires_csrf_proof(
     for response in (forged, also):
         assert response.status_code == 403
         assert error_of(response)["code"] == "cross_site_request"
+        assert reason in error_of(response)["message"]
     own = anonymous.post(f"/v1/fine_tuning/jobs/{job.id}/cancel", headers=SAME_ORIGIN)
     assert own.json()["status"] == "cancelled"
 

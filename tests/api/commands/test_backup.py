@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from api.commands.bootstrap import open_existing
 from catalog.audit import chain
 from catalog.db.database import Database
+from catalog.errors import InvalidRequest
+from catalog.settings import Settings
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,6 +38,17 @@ def run(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def service(tmp_path: Path) -> Path:
     assert run(tmp_path / "service", "bootstrap").returncode == 0
     return tmp_path / "service"
+
+
+@pytest.mark.parametrize("has_url", [False, True])
+def test_missing_database_error_names_the_setting_of_its_place(tmp_path: Path, *, has_url: bool) -> None:
+    url = SecretStr(f"sqlite:///{tmp_path / 'lorry.db'}") if has_url else None
+
+    with pytest.raises(InvalidRequest) as refusal:
+        open_existing(Settings(data_dir=tmp_path, database_url=url))
+
+    assert str(tmp_path / "lorry.db") in refusal.value.message
+    assert refusal.value.remedy.startswith("Set LORRY_DATABASE_URL to" if has_url else "Set LORRY_DATA_DIR to")
 
 
 def test_service_is_backed_up_restored_and_verified(service: Path, tmp_path: Path) -> None:
@@ -145,20 +160,28 @@ def test_exported_audit_log_is_verified_with_only_the_pepper(service: Path, tmp_
     chain.seal(db, pepper=pepper)
     lines = [json.dumps(event) for event in chain.lines(db)]
     db.close()
-    whole, edited, odd = (tmp_path / name for name in ("whole.jsonl", "edited.jsonl", "odd.jsonl"))
+    whole, edited, odd, cut, binary = (
+        tmp_path / f"{name}.jsonl" for name in ("whole", "edited", "odd", "cut", "binary")
+    )
     whole.write_text("\n".join(lines))
     edited.write_text("\n".join(lines).replace("first operator key", "mine"))
     odd.write_text("[]\n")
+    cut.write_text(f"{lines[0]}\n{lines[1][:-5]}")
+    binary.write_bytes(b"\xff\n")
     there = tmp_path / "there"
 
     without = run(there, "verify-export", str(whole))
     there.mkdir()
     (there / "pepper").write_bytes(pepper)
-    good, bad, no_export = (run(there, "verify-export", str(path)) for path in (whole, edited, odd))
+    good, bad, no_export, cut_off, no_text = (
+        run(there, "verify-export", str(path)) for path in (whole, edited, odd, cut, binary)
+    )
 
-    assert (without.returncode, "requires the service's pepper" in without.stderr) == (1, True)
+    assert (without.returncode, f"{there / 'pepper'} does not exist" in without.stderr) == (1, True)
     assert (good.returncode, f"{len(lines)} audit events, no problems" in good.stdout) == (0, True), good.stderr
     assert (bad.returncode, "changed" in bad.stdout) == (1, True)
     assert (no_export.returncode, "is not an audit event" in no_export.stderr) == (1, True)
+    assert (cut_off.returncode, f"Line 2 of {cut} is not valid JSON (column " in cut_off.stderr) == (1, True)
+    assert (no_text.returncode, f"{binary} is not a UTF-8 text file." in no_text.stderr) == (1, True)
     missing = run(there, "verify-export", str(tmp_path / "none"))
     assert (missing.returncode, "can't be read: No such file or directory." in missing.stderr) == (1, True)

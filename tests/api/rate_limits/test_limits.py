@@ -64,7 +64,7 @@ def app(app: FastAPI, manual_clock: ManualClock) -> FastAPI:
 
 
 def test_responses_report_remaining_requests_and_excess_is_rejected(
-    client: TestClient, manual_clock: ManualClock
+    client: TestClient, manual_clock: ManualClock, key: str
 ) -> None:
     answers = [client.get(path) for path in ("/v1/files", "/v1/files/none", "/v1/queue", "/v1/files")]
 
@@ -76,7 +76,9 @@ def test_responses_report_remaining_requests_and_excess_is_rejected(
     assert [answer.status_code for answer in answers] == [200, 404, 200, 429]
     error = error_of(answers[3])
     assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
-    assert "3 requests per minute" in error["message"]
+    key_id = key.split("_")[1]
+    assert f"API key {key_id} has reached its limit of 3 requests per minute." in error["message"]
+    assert f"`lorry keys update {key_id} --requests-per-minute NUMBER`" in error["remedy"]
     assert "Try again in 20s" in error["message"]
     assert (answers[3].headers["retry-after"], answers[3].headers["retry-after-ms"]) == ("20", "20000")
     manual_clock.advance(20)
@@ -249,6 +251,7 @@ def test_address_with_many_wrong_keys_is_rejected_before_the_check(
 
     assert [answer.status_code for answer in refused] == [429, 429]
     assert error_of(refused[0])["code"] == "too_many_failed_authentications"
+    assert "The address 192.0.2.1 has sent 60 requests" in error_of(refused[0])["message"]
     assert refused[0].headers["retry-after"] == "1"
     monkeypatch.undo()
     guesser.manual_clock.advance(1)
@@ -368,7 +371,9 @@ def test_addresses_of_one_ipv6_network_share_a_limit(
 ) -> None:
     guesser.use_up(address=one)
 
-    assert guesser.get("wrong", address=other).status_code == (429 if is_same else 401)
+    answer = guesser.get("wrong", address=other)
+    assert answer.status_code == (429 if is_same else 401)
+    assert ("The network 2001:db8:0:1::/64 has sent" in answer.text) == is_same or ":" not in one
 
 
 @pytest.mark.parametrize("way", ["preview", "open", "session"])

@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import anyio
 import psutil
 import pytest
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from api.rate_limits import threads
 from api.rate_limits.threads import KEY_CHECK_THREADS, ROUTE_THREADS, SLOW_THREADS, SlowWork
 from catalog.datasets import check_process, validator
 from catalog.db.database import POOL
+from catalog.errors import Unavailable
 from catalog.storage import files
 from catalog.storage.store import ArtifactStore
 from catalog.tables.storage import Adapter
@@ -141,7 +143,7 @@ def test_request_unfinished_at_shutdown_gets_a_retryable_503(
 
 
 def test_request_without_a_thread_in_time_gets_a_retryable_503(
-    site: Site, app: FastAPI, services: Services, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+    site: Site, app: FastAPI, services: Services, world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify = Gatekeeper()
     monkeypatch.setattr(ArtifactStore, "verify", verify)
@@ -157,6 +159,29 @@ def test_request_without_a_thread_in_time_gets_a_retryable_503(
 
     assert (refused.status_code, error_of(refused)["code"]) == (503, "files_busy")
     assert refused.headers["retry-after"] == "5"
+    expected = (
+        f"waited 0.05 s for other uploads and verifications: project {world.caller.project_id} can run at most 2 "
+    )
+    assert expected in error_of(refused)["message"]
+
+
+def test_busy_server_is_distinguished_from_a_busy_project() -> None:
+    slow_work = SlowWork(num_threads=1, per_project=2, wait_seconds=0.05)
+    release = threading.Event()
+
+    async def refused() -> str:
+        async with anyio.create_task_group() as group:
+            group.start_soon(slow_work.run, "ours", lambda: release.wait(60))
+            await anyio.wait_all_tasks_blocked()
+            try:
+                await slow_work.run("theirs", lambda: None)
+            except Unavailable as error:
+                return error.message
+            finally:
+                release.set()
+        return ""
+
+    assert "the API server can run at most 1 at the same time" in anyio.run(refused)
 
 
 def test_busy_project_leaves_slow_threads_to_other_projects(

@@ -262,7 +262,9 @@ def test_metrics_with_a_public_url_require_a_key_even_on_loopback(
     public = services.api_settings.model_copy(update={"public_url": "https://lorry.example"})
     app.state.services = dataclasses.replace(services, api_settings=public)
 
-    assert anonymous.get("/metrics").status_code == 401
+    refused = anonymous.get("/metrics")
+    assert (refused.status_code, error_of(refused)["code"]) == (401, "missing_api_key")
+    assert "because LORRY_PUBLIC_URL is set" in error_of(refused)["message"]
     assert operator.get("/metrics").status_code == 200
 
 

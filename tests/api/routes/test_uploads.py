@@ -122,7 +122,7 @@ def test_oversized_file_is_rejected_during_the_upload(client: TestClient, servic
     for response in (undeclared, lying):
         assert response.status_code == 413
         error = error_of(response)
-        assert str(limit) in error["message"]
+        assert f"{limit:,} bytes" in error["message"]
         assert error["code"] == "file_too_large"
     assert nothing_is_left(services, client)
 
@@ -151,7 +151,8 @@ def test_file_size_limit_is_exact(client: TestClient, services: Services) -> Non
         (part("file", b"", filename="x") + part("file", b"", filename="y") + END, "file", "more than once"),
         (part("purpose", b"x" * 5000) + END, "purpose", "longer than 4,096 bytes"),
         (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "closing boundary"),
-        (b"no form at all", "file", "not a valid multipart form"),
+        (b"no form at all", "file", "not a valid multipart form: the error is near byte 0"),
+        (part("purpose", b"a") + b"--b0undary\r\nan invalid header: x", "file", "the error is near byte 79"),
     ],
 )
 def test_invalid_upload_form_is_rejected(
@@ -171,20 +172,33 @@ def test_invalid_upload_form_is_rejected(
     [
         (part("purpose", b"x" * 5000) + END, "Shorten 'purpose' to at most 4,096 bytes."),
         (part("purpose", b"a") + part("purpose", b"b") + END, "Send 'purpose' only once."),
-        (part("purpose", b"fine-tune") + part("file", b"x", filename="x"), "Upload the file again."),
+        (part("purpose", b"fine-tune") + part("file", b"x", filename="x"), "Upload the file again. If this recurs,"),
     ],
 )
 def test_remedy_fits_the_problem_of_the_form(client: TestClient, body: bytes, remedy: str) -> None:
     response = client.post("/v1/files", content=body, headers=MULTIPART)
 
-    assert error_of(response)["remedy"] == remedy
+    assert error_of(response)["remedy"].startswith(remedy)
 
 
 def test_json_upload_error_names_multipart_form_data(client: TestClient) -> None:
     response = client.post("/v1/files", json={"purpose": "fine-tune"})
 
     assert response.status_code == 400
-    assert "multipart/form-data" in error_of(response)["message"]
+    expected = "The Content-Type header is 'application/json', but uploads require multipart/form-data"
+    assert expected in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("num_extra", [0, 2**17])
+def test_too_large_upload_is_rejected_with_the_size_of_the_request(
+    client: TestClient, services: Services, num_extra: int
+) -> None:
+    maximum = services.settings.max_file_bytes
+
+    error = error_of(upload(client, b"x" * (maximum + 1 + num_extra)))
+
+    shown = "is larger than" if num_extra == 0 else "a file can have at most"
+    assert f"{shown} {maximum:,} bytes" in error["message"]
 
 
 def test_unknown_purpose_is_rejected(client: TestClient, services: Services) -> None:

@@ -190,7 +190,7 @@ def test_unanswered_test_event_returns_the_reason(client: TestClient) -> None:
     refused = client.post(f"{HOOKS}/{hook['id']}/test", json={"event_type": "fine_tuning.job.failed"})
 
     assert error_of(refused)["code"] == "webhook_endpoint_unreachable"
-    assert f"webhook endpoint {hook['id']} failed." in error_of(refused)["message"]
+    assert f"Webhook endpoint {hook['id']} did not answer the test request. " in error_of(refused)["message"]
     (reported,) = client.get(f"{HOOKS}/{hook['id']}/deliveries?status=failed").json()["data"]
     assert reported["tries"][0]["status_code"] is None
 

@@ -30,7 +30,7 @@ def test_wrong_method_error_lists_the_allowed_methods(client: TestClient, path: 
 
     assert response.status_code == 405
     assert response.headers["allow"] == allowed
-    assert allowed in error_of(response)["message"]
+    assert f"Use {allowed.replace(', ', ' or ')} instead." in error_of(response)["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/files/../../etc/passwd", "/%2e%2e/secret", "/v1/files/a%00b", "/\ud7ff"])
@@ -42,47 +42,47 @@ def test_invalid_path_returns_the_standard_error(client: TestClient, path: str) 
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "fragment"),
     [
-        b'{"model":',
-        b"\xff\xfe",
-        b"[" * 100_000,
-        b'{"seed": ' + b"9" * 5000 + b"}",
-        b'{"model": "\\ud800", "training_file": "x"}',
-        b'{"\\ud800": 1}',
-        b"null",
-        b"",
+        (b'{"model":', "not valid JSON"),
+        (b"{\xff\xfe}", "is not UTF-8 text: byte 1 is invalid"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "integer with more than 4,300 digits"),
+        (b'{"model": "\\ud800", "training_file": "x"}', ""),
+        (b'{"\\ud800": 1}', ""),
+        (b"null", ""),
+        (b"", ""),
     ],
     ids=["cut off", "not UTF-8", "100,000 deep", "huge number", "lone surrogate", "odd name", "null", "empty"],
 )
-def test_malformed_body_is_rejected(client: TestClient, body: bytes) -> None:
+def test_malformed_body_is_rejected(client: TestClient, body: bytes, fragment: str) -> None:
     response = client.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
 
     assert response.status_code == 400
-    error_of(response)
+    assert fragment in error_of(response)["message"]
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "fragment"),
+    ("fields", "code", "param", "fragment"),
     [
-        (b'{"model": "smol", "training_file": "%s", "seed": 1, "seed": 2}', "duplicate_field", "'seed' appears more"),
-        (b'{"model": "smol", "training_file": "%s", "lora": {"rank": 1, "rank": 2}}', "duplicate_field", "'rank'"),
-        (b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": NaN}}', "number_not_finite", "NaN"),
-        (
-            b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": -Infinity}}',
-            "number_not_finite",
-            "-Infinity",
-        ),
-        (b'{"model": "smol", "training_file": "%s", "optimizer": {"eps": 1e999}}', "number_not_finite", "1e999"),
+        (b'"seed": 1, "seed": 2', "duplicate_field", "seed", "'seed' appears more"),
+        (b'"lora": {"rank": 1, "rank": 2}', "duplicate_field", "lora.rank", "'lora.rank' appears more"),
+        (b'"optimizer": {"eps": NaN}', "number_not_finite", "optimizer.eps", "'optimizer.eps' is NaN"),
+        (b'"optimizer": {"eps": -Infinity}', "number_not_finite", "optimizer.eps", "is -Infinity"),
+        (b'"optimizer": {"eps": 1e999}', "number_not_finite", "optimizer.eps", "'optimizer.eps' is 1e999"),
+        (b'"seed": [[1, 1e999], NaN]', "number_not_finite", "seed.0.1", "'seed.0.1' is 1e999"),
     ],
 )
-def test_ambiguous_json_is_rejected(client: TestClient, world: World, body: bytes, code: str, fragment: str) -> None:
-    content = body.replace(b"%s", world.file_id.encode())
+def test_ambiguous_json_is_rejected(
+    client: TestClient, world: World, fields: bytes, code: str, param: str, fragment: str
+) -> None:
+    content = b'{"model": "smol", "training_file": "%s", %s}' % (world.file_id.encode(), fields)
 
     response = client.post("/v1/fine_tuning/jobs", content=content, headers={"content-type": "application/json"})
 
-    assert (response.status_code, error_of(response)["code"]) == (400, code)
-    assert fragment in error_of(response)["message"]
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (400, code, param)
+    assert fragment in error["message"]
 
 
 def test_oversized_body_is_rejected_with_or_without_content_length(client: TestClient) -> None:
@@ -96,6 +96,7 @@ def test_oversized_body_is_rejected_with_or_without_content_length(client: TestC
     for response in (declared, undeclared):
         assert response.status_code == 413
         assert error_of(response)["code"] == "request_too_large"
+    assert "has 1,048,577 bytes, but the maximum is 1,048,576 bytes" in error_of(declared)["message"]
 
 
 def test_crash_response_has_only_a_request_id(
@@ -186,4 +187,5 @@ def test_openai_administration_routes_suggest_lorrys_routes(client: TestClient, 
     answer = client.get(f"/v1/{path}")
 
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_supported")
+    assert f"There is no route GET /v1/{path}. OpenAI's administration API" in error_of(answer)["message"]
     assert "/v1/audit_events" in error_of(answer)["remedy"]

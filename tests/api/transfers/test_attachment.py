@@ -207,7 +207,7 @@ def test_concurrent_downloads_are_limited_per_project() -> None:
     with ExitStack() as stack:
         for number in range(3):
             stack.enter_context(downloads.admitted(api_key_id=f"key {number}", project_id="ours"))
-        with pytest.raises(RateLimited, match="The project has reached its maximum of 3") as refusal:
+        with pytest.raises(RateLimited, match="Project ours has reached its maximum of 3") as refusal:
             stack.enter_context(downloads.admitted(api_key_id="key 4", project_id="ours"))
         stack.enter_context(downloads.admitted(api_key_id="key 5", project_id="theirs"))
     with downloads.admitted(api_key_id="key 4", project_id="ours"):

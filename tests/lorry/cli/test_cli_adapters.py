@@ -91,7 +91,7 @@ def test_pull_of_a_job_without_an_adapter_reports_its_status(service: Script, ru
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         "Error: Job ftjob-1 has no final adapter. Its status is running.",
-        "Wait until it succeeds, or use one of its checkpoints: `lorry jobs checkpoints ftjob-1`",
+        "Wait until the job succeeds, or use one of its checkpoints: `lorry jobs checkpoints ftjob-1`",
     ]
 
 

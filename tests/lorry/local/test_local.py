@@ -69,10 +69,11 @@ def test_shared_directory_is_reported_and_stays_unchanged(tmp_path: Path, mode: 
 def test_lock_has_one_holder_which_the_error_names(tmp_path: Path) -> None:
     with (
         DataLock(tmp_path),
-        pytest.raises(LorryError, match=rf"already running .*process {os.getpid()}"),
+        pytest.raises(LorryError, match=rf"already running .*process {os.getpid()}") as refused,
         DataLock(tmp_path),
     ):
         pass
+    assert f"`lorry down --data-dir {tmp_path}`" in refused.value.remedy
 
     with DataLock(tmp_path):
         pass
@@ -106,7 +107,7 @@ def test_requested_port_in_use_fails_and_default_uses_the_next(
         number = taken.getsockname()[1]
         monkeypatch.setattr(ports, "DEFAULT_PORT", number)
 
-        with pytest.raises(LorryError, match=f"Port {number} on 127.0.0.1 is in use") as refused:
+        with pytest.raises(LorryError, match=f"Port {number} on 127.0.0.1 is already in use") as refused:
             ports.listen("127.0.0.1", number)
         assert "--port" in refused.value.remedy
         with ports.listen("127.0.0.1", None) as listener:
@@ -145,7 +146,7 @@ def test_port_that_needs_root_has_its_own_remedy(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(LorryError, match="port 80: Permission denied") as refused:
         ports.listen("127.0.0.1", 80)
-    assert refused.value.remedy == "Use a port above 1023, or run the command as root."
+    assert refused.value.remedy == "Choose a port above 1023 with --port, or run the command as root."
 
 
 @pytest.mark.parametrize(
@@ -174,9 +175,20 @@ def test_gpus_are_named_by_their_numbers() -> None:
     assert devices.choose("0, 1,10") == ["0", "1", "10"]
 
 
-@pytest.mark.parametrize("wanted", ["", "gpu", "0,cpu", "0,0", "-1", "0;1", "0,"])
-def test_invalid_device_list_is_rejected(wanted: str) -> None:
-    with pytest.raises(LorryError, match="must be 'cpu' or a list"):
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ("", "'' is not a GPU number"),
+        ("gpu", "'gpu' is not a GPU number"),
+        ("0,cpu", "'cpu' is not a GPU number"),
+        ("0,0", "GPU 0 is listed more than once"),
+        ("-1", "'-1' is not a GPU number"),
+        ("0;1", "'0;1' is not a GPU number"),
+        ("0,", "'' is not a GPU number"),
+    ],
+)
+def test_invalid_device_list_is_rejected(wanted: str, reason: str) -> None:
+    with pytest.raises(LorryError, match=f"must be 'cpu' or a list of different GPU numbers: {reason}"):
         devices.choose(wanted)
 
 
@@ -278,7 +290,7 @@ def test_client_only_environment_gets_the_install_command(
         service.check_installed()
 
     assert refused.value.code == "server_not_installed"
-    assert refused.value.remedy == f'Run: {sys.executable} -m pip install "lorry-server[worker]"'
+    assert refused.value.remedy == f'Install them: `{sys.executable} -m pip install "lorry-server[worker]"`'
 
 
 def test_ctrl_c_does_not_reach_the_services_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +322,20 @@ def test_missing_fields_in_command_output_are_errors(
         made.bootstrap()
 
 
+def test_command_that_prints_no_json_is_distinguished_from_a_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = iter(("", "raise SystemExit(3)"))
+    monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", next(code)])
+    with socket.socket() as listener:
+        made = service.LocalService(tmp_path, host="127.0.0.1", listener=listener)
+
+    with pytest.raises(LorryError, match=r"`python -m api new-key` printed no JSON object\. It printed nothing else\."):
+        made.new_key()
+    with pytest.raises(LorryError, match=r"`python -m api new-key` failed \(exit status 3\)\. "):
+        made.new_key()
+
+
 def test_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "lorry.db")) as database, database:
         database.execute("create table alembic_version (version_num text)")
@@ -318,7 +344,7 @@ def test_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -
     with socket.socket() as listener, pytest.raises(LorryError, match="create a new database") as refused:
         service.LocalService(tmp_path, host="127.0.0.1", listener=listener).bootstrap()
 
-    assert f"at revision {UNRELEASED}" in refused.value.message
+    assert f"(revision {UNRELEASED})" in refused.value.message
     assert "Traceback" not in refused.value.message
 
 

@@ -59,6 +59,29 @@ def test_unreachable_service_is_a_clear_error(slept: list[float]) -> None:
     assert slept == []
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "remedy"),
+    [
+        (httpx.ReadTimeout("late"), "The connection to the service at http://lorry.test was interrupted: late", "log"),
+        (httpx.ReadError("reset"), "The connection to the service at http://lorry.test was interrupted: reset", "log"),
+        (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] x"), "Could not connect to the service", "SSL_CERT_FILE"),
+    ],
+)
+def test_interrupted_and_untrusted_connections_have_their_own_remedy(
+    error: httpx.TransportError, message: str, remedy: str
+) -> None:
+    def fail(_request: httpx.Request) -> httpx.Response:
+        raise error
+
+    with (
+        Lorry("http://lorry.test", "k", sleep=lambda _: None, transport=httpx.MockTransport(fail)) as lorry,
+        pytest.raises(ConnectionFailed, match=message) as failed,
+    ):
+        lorry.queue.get()
+
+    assert remedy in failed.value.remedy
+
+
 def refused(_request: httpx.Request) -> httpx.Response:
     raise httpx.ConnectError("refused") from ConnectionRefusedError()
 

@@ -22,8 +22,11 @@ PARSED = [
 ]
 
 
+URL = "http://127.0.0.1:8472/v1/queue/stream"
+
+
 def events(*chunks: bytes) -> list[ServerEvent]:
-    return list(sse.parse(chunks))
+    return list(sse.parse(chunks, url=URL))
 
 
 def test_only_cr_lf_and_crlf_end_a_line() -> None:
@@ -67,5 +70,5 @@ def test_invalid_utf8_does_not_end_the_stream() -> None:
 
 
 def test_endless_line_is_rejected_before_it_fills_memory() -> None:
-    with pytest.raises(ConnectionFailed, match="is longer than"):
-        list(sse.parse(b"x" * 2**20 for _ in range(10**6)))
+    with pytest.raises(ConnectionFailed, match=f"{URL} returned an event stream with a line of more than"):
+        list(sse.parse((b"x" * 2**20 for _ in range(10**6)), url=URL))

@@ -176,7 +176,7 @@ def test_folder_without_a_record_has_a_clear_error(run: Run, tmp_path: Path) -> 
     result = run("lineage", tmp_path)
 
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: lineage.json can't be read")
+    assert result.stderr.startswith(f"Error: {tmp_path / 'lineage.json'} can't be read: No such file")
 
 
 def test_verify_of_a_folder_without_an_adapter_has_its_own_error(run: Run, tmp_path: Path) -> None:
