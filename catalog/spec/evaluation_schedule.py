@@ -8,8 +8,6 @@ from __future__ import annotations
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobSpec
 
-EVALUATE_OFTEN = "Lower evaluation.every_steps, or omit it to evaluate ten times during the job."
-
 
 def most_steps(spec: JobSpec, num_rows: int) -> int | None:
     """Return the maximum steps of a job over a file of `num_rows`, before the number of usable rows is known.
@@ -34,14 +32,20 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
     """Raises InvalidRequest if the result depends on evaluations and none comes in time. `num_steps`: the maximum."""
     if not decide(spec) or not interval_is_too_long(spec, num_steps):
         return
+    assert num_steps is not None
     field = "evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping"
     raise InvalidRequest(
         f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluate_every_steps} and "
         f"the job has at most {_steps(num_steps)}.",
         code="no_evaluation_in_time",
-        remedy=EVALUATE_OFTEN,
+        remedy=evaluate_often(num_steps),
         param="evaluation.every_steps",
     )
+
+
+def evaluate_often(num_steps: int) -> str:
+    """Return the remedy for an evaluation interval that is longer than the job."""
+    return f"Set evaluation.every_steps to {num_steps} or less, or omit it to use an interval that suits the job."
 
 
 def too_late(spec: JobSpec, num_steps: int) -> str:
@@ -54,5 +58,5 @@ def too_late(spec: JobSpec, num_steps: int) -> str:
     return f"{sentence}{effect}."
 
 
-def _steps(number: int | None) -> str:
+def _steps(number: int) -> str:
     return "1 step" if number == 1 else f"{number} steps"
