@@ -10,13 +10,14 @@ import pytest
 from catalog.admission.accept import exported_shape
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
-from catalog.registry import adapters
+from catalog.registry import adapters, base_models
 from catalog.resources import memory
 from catalog.spec.job import JobSpec
 from catalog.spec.lora import LoraRequest, resolve_lora
+from catalog.tables.fleet import SILENT_SECONDS
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
-from tests.catalog.world import DESCRIPTION, World
+from tests.catalog.world import DESCRIPTION, World, sha
 
 SHAPE = {"rank": 4, "alpha": 12, "dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {"v_proj": 2}}
 
@@ -148,9 +149,9 @@ def test_error_for_another_import_of_the_base_model_names_the_digests_and_the_fi
 
 
 def test_remedy_for_an_unavailable_inherited_quantization_names_the_parent(world: World) -> None:
-    world.worker("able", quantizations=("nf4",))
-    made = world.complete(world.running("able", quantization="nf4").claim_id, "quantized")
-    world.lose("able")
+    world.worker(quantizations=("nf4",))
+    made = world.complete(world.running(quantization="nf4").claim_id, "quantized")
+    world.clock.advance(SILENT_SECONDS + 1)
     world.worker("plain")
 
     with pytest.raises(InvalidRequest) as refused:

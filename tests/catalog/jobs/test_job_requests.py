@@ -146,7 +146,7 @@ def _warnings(world: World, **fields: Any) -> list[str]:
 def test_validation_rows_equal_to_training_rows_cause_a_warning(world: World) -> None:
     (warning,) = _warnings(world, validation_file=world.file_id)
 
-    assert "the same content" in warning
+    assert f"validation_file ({world.file_id}) and training_file ({world.file_id}) are the same file" in warning
     assert _warnings(world, validation_file=world.file()) == []
 
 
