@@ -202,7 +202,7 @@ def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation
         yield Caution(
             code="evaluations_too_late",
             message=evaluation_schedule.too_late(spec, num_steps),
-            remedy=evaluation_schedule.evaluate_often(num_steps),
+            remedy=evaluation_schedule.EVALUATE_OFTEN,
         )
 
 
@@ -218,7 +218,7 @@ def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
         raise InvalidRequest(
             f"Base model {name!r} is still being imported.",
             code="model_not_ready",
-            remedy="Submit the job again once GET /v1/models shows the model's state as 'ready'.",
+            remedy="Send the request again once GET /v1/models shows the model's state as 'ready'.",
             param="model",
         )
     if base.state != "ready":

@@ -16,7 +16,6 @@ from catalog.search.fields import value_at
 from catalog.spec.job import JobRequest, JobSpec, PlannedJob
 from catalog.spec.validation_messages import value_text
 from catalog.tables.plans import Plan
-from catalog.tables.table import Json
 from catalog.tenancy.authentication import Caller
 
 WHOLE = frozenset({"metadata", "lora.rank_pattern", "lora.alpha_pattern", "evaluation.samples"})
@@ -51,12 +50,7 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
     plan = plans.find(session, project_id=caller.project_id, plan_id=agreed.plan)
     request, spec = agreed.request, agreed.spec
     if plan.state == "failed":
-        raise Conflict(
-            f"Plan {plan.id} failed: {(plan.error or {}).get('message', '')}".strip(),
-            code="plan_failed",
-            remedy=_after_failure(plan.error or {}),
-            param="plan",
-        )
+        raise _failed(plan)
     accepted = accept(session, caller, request, now=now, seed=spec.seed, auto_precision=spec.precision)
     if accepted.base.digest != plan.base_digest:
         raise _outdated(plan, f"base model {plan.base_model!r} has changed since the plan was created")
@@ -65,16 +59,21 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
     return accepted
 
 
-def _after_failure(error: Json) -> str:
-    """Return the remedy for a job of a plan that failed with this error."""
-    code = error.get("code")
-    if code == "base_changed":
-        return "Create a new plan, with another base model if this one was deleted."
-    if code == "file_not_found":
-        return "Upload the file again, then create a new plan with the new file's id."
-    if code == "preparation_lost" or error.get("param") not in ("training_file", "validation_file"):
-        return "Once the workers run normally, create a new plan."
-    return "Correct the problem, then create a new plan. A job would fail for the same reason."
+def _failed(plan: Plan) -> Conflict:
+    error = plan.error or {}
+    code, is_refusal = error.get("code"), error.get("param") in ("training_file", "validation_file")
+    return Conflict(
+        f"Plan {plan.id} failed: {error.get('message', '')}".strip(),
+        code="plan_failed",
+        remedy="Create a new plan, with another base model if this one was deleted."
+        if code == "base_changed"
+        else "Upload the file again, then create a new plan with the new file's id."
+        if code == "file_not_found"
+        else "Correct the problem, then create a new plan. A job would fail for the same reason."
+        if is_refusal and code != "preparation_lost"
+        else "Once the workers run normally, create a new plan.",
+        param="plan",
+    )
 
 
 def _difference(now: JobSpec, planned: JobSpec) -> str:

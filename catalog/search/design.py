@@ -193,7 +193,7 @@ def _check_objective(request: SweepRequest) -> None:
         raise InvalidRequest(
             f"objective.metric is '{request.objective.metric}', which is not available for method 'supervised'.",
             code="metric_of_another_method",
-            remedy="Set objective.metric to 'valid_loss', or set method.type to a preference method, such as 'dpo'.",
+            remedy="Set objective.metric to 'valid_loss'. Only preference methods, such as 'dpo', have reward metrics.",
             param="objective.metric",
         )
 
@@ -216,7 +216,7 @@ def _check_range(path: str, parameter: Parameter, search: SearchType) -> None:
         refused = problem, "Replace the range with a list of values in 'values'.", "invalid_value"
     elif each.kind == "integer" and not (each.low.is_integer() and each.high.is_integer()):
         problem = (
-            f"The range of {path!r} is from {each.low:.15g} to {each.high:.15g}, but this field is a whole number."
+            f"The range of {path!r} is from {each.low:.15g} to {each.high:.15g}, but this field must be a whole number."
         )
         refused = problem, "Set 'min' and 'max' to whole numbers.", "invalid_value"
     elif search == "grid" and parameter.points is None:

@@ -8,6 +8,11 @@ from __future__ import annotations
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobSpec
 
+EVALUATE_OFTEN = (
+    "Lower evaluation.every_steps to the number of steps or less, or omit it to use an interval that suits the job."
+)
+"""Remedy for an evaluation interval that is longer than the job."""
+
 
 def most_steps(spec: JobSpec, num_rows: int) -> int | None:
     """Return the maximum steps of a job over a file of `num_rows`, before the number of usable rows is known.
@@ -38,14 +43,9 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
         f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluate_every_steps} and "
         f"the job has at most {_steps(num_steps)}.",
         code="no_evaluation_in_time",
-        remedy=evaluate_often(num_steps),
+        remedy=EVALUATE_OFTEN,
         param="evaluation.every_steps",
     )
-
-
-def evaluate_often(num_steps: int) -> str:
-    """Return the remedy for an evaluation interval that is longer than the job."""
-    return f"Set evaluation.every_steps to {num_steps} or less, or omit it to use an interval that suits the job."
 
 
 def too_late(spec: JobSpec, num_steps: int) -> str:

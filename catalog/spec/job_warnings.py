@@ -75,12 +75,13 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
     rows, usable, tokens = int(report["rows"]), int(report["usable_rows"]), int(report["tokens"])
     trained = int(report["supervised_tokens"])
     if role == "training" and spec.batch_size > usable:
+        lower = max(_smallest_batch(spec), usable // 8)
         usable_rows = "1 usable row" if usable == 1 else f"{usable:,} usable rows"
         yield Caution(
             code="batch_exceeds_data",
             message=f"batch_size is {spec.batch_size}, but the training file has only {usable_rows}, so "
             "every step uses some rows more than once.",
-            remedy=_more_rows(spec, usable),
+            remedy=f"Lower batch_size to about {lower}, or add rows." if lower < spec.batch_size else "Add rows.",
         )
     if tokens and trained < LOW_TRAINED_FRACTION * tokens:
         yield Caution(
@@ -91,12 +92,7 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
             "needed, but shorter prompts reduce the cost.",
         )
     yield from _cut(spec, report, rows=rows, role=role)
-    if empty := int(report["empty_rows"]):
-        yield Caution(
-            code="empty_rows",
-            message=f"{_rows(empty)} in the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
-            remedy=_non_empty(spec, report),
-        )
+    yield from _empty(spec, report, role=role)
     duplicates = int(report["duplicate_rows"])
     if duplicates and duplicates >= MANY_DUPLICATES * rows:
         yield Caution(
@@ -134,39 +130,23 @@ def of_rank(spec: JobSpec, targets: list[Adapted], *, num_parameters: int, super
             code="rank_above_layer",
             message=f"Rank {above[0].rank} exceeds the smaller dimension of {linear.path} "
             f"({linear.out_features} by {linear.in_features}), so the extra rank has no effect.{also}",
-            remedy=_lower_rank(
-                spec, f"Lower the rank of {linear.path} to {limit} or less, in lora.rank or lora.rank_pattern."
-            ),
+            remedy=f"Lower the rank of {linear.path} to {limit} or less, in lora.rank or lora.rank_pattern."
+            if spec.parent is None
+            else f"To use a lower rank, train without parent adapter {spec.parent.name!r}.",
         )
     if spec.lora.rank > USUAL_RANK and num_parameters > PARAMETERS_PER_TOKEN * supervised_tokens:
         yield Caution(
             code="rank_beyond_need",
             message=f"With rank {spec.lora.rank}, the adapter has {num_parameters:,} parameters, but is trained on "
             f"only {supervised_tokens:,} {'token' if supervised_tokens == 1 else 'tokens'}.",
-            remedy=_lower_rank(
-                spec,
-                f"Set lora.rank to {USUAL_RANK} or lower, which is enough for this data and needs less memory.",
-            ),
+            remedy=f"Set lora.rank to {USUAL_RANK} or lower, which is enough for this data and needs less memory."
+            if spec.parent is None
+            else f"To use a lower rank, train without parent adapter {spec.parent.name!r}.",
         )
-
-
-def _lower_rank(spec: JobSpec, usual: str) -> str:
-    """Return the remedy for a high rank, which a job inherits from its parent adapter."""
-    if spec.parent is None:
-        return usual
-    return (
-        f"No action is needed. The rank is that of parent adapter {spec.parent.name!r}; to lower it, omit the parent."
-    )
 
 
 def _smallest_batch(spec: JobSpec) -> int:
     return 2 if spec.method == "kto" else 1
-
-
-def _more_rows(spec: JobSpec, usable: int) -> str:
-    """Return the remedy for a batch_size of more than all usable rows."""
-    batch_size = max(_smallest_batch(spec), usable // 8)
-    return f"Lower batch_size to about {batch_size}, or add rows." if batch_size < spec.batch_size else "Add rows."
 
 
 def _more_steps(spec: JobSpec, num_steps: int, usable_rows: int | None) -> str:
@@ -189,23 +169,6 @@ def _more_epochs(spec: JobSpec, num_steps: int, usable_rows: int | None) -> str:
     ways = [f"set n_epochs to {n_epochs}"] if n_epochs <= MOST_EPOCHS else []
     ways += ["lower batch_size"] if spec.batch_size > _smallest_batch(spec) else []
     return f"{', '.join(ways)}, or " if ways else ""
-
-
-def _non_empty(spec: JobSpec, report: Report) -> str:
-    """Return the remedy for rows without trainable tokens. Each kind of row has other causes."""
-    shorter = f"raise max_length (now {spec.max_length} tokens) or shorten the prompts"
-    match report.get("kind"):
-        case "text":
-            return "Use longer texts, or remove these rows: the first token of a text is never trained on."
-        case "preference":
-            return f"To train on them, {shorter}: both answers must start, and differ, within max_length."
-        case "chat":
-            return (
-                f"If the answers start after max_length, {shorter}. If they have weight 0, omit the weight to train "
-                "on them."
-            )
-        case _:
-            return f"To train on them, {shorter}: the answers must start within max_length."
 
 
 def _rate(spec: JobSpec) -> Iterator[Caution]:
@@ -245,6 +208,25 @@ def _cut(spec: JobSpec, report: Report, *, rows: int, role: str) -> Iterator[Cau
                 f"tokens and {_are(number)} {effect}.",
                 remedy=longest,
             )
+
+
+def _empty(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
+    """Yield a warning if rows have no trainable tokens. Each kind of row has its own causes."""
+    empty, kind = int(report["empty_rows"]), report.get("kind")
+    raised = f"Raise max_length (now {spec.max_length} tokens), or shorten the prompts"
+    if empty:
+        yield Caution(
+            code="empty_rows",
+            message=f"{_rows(empty)} in the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
+            remedy="Use longer texts, or remove these rows: the first token of a text is never trained on."
+            if kind == "text"
+            else f"{raised}: answers that start later are "
+            "not trained on. Set the weight of answers with weight 0 to 1, or remove these rows."
+            if kind == "chat"
+            else f"{raised}: both answers must start, and differ, within this length."
+            if kind == "preference"
+            else f"{raised}: answers that start later are not trained on.",
+        )
 
 
 def _rows(number: int) -> str:

@@ -83,14 +83,14 @@ def test_remedies_suit_the_job_and_its_rows() -> None:
     assert "both answers" in remedy({"empty_rows": 1, "kind": "preference"})
 
 
-def test_rank_of_a_parent_adapter_needs_no_action() -> None:
+def test_rank_of_a_parent_adapter_is_lowered_without_the_parent() -> None:
     parent = ParentSpec(adapter="adapter-1", name="ft:one", artifact="a", lineage="l")
     child = spec(lora={"rank": 64}).model_copy(update={"parent": parent})
 
     (caution,) = job_warnings.of_rank(child, [], num_parameters=10_000, supervised_tokens=1)
 
     assert caution.message.endswith("only 1 token.")
-    assert caution.remedy.startswith("No action is needed. The rank is that of parent adapter 'ft:one'")
+    assert caution.remedy == "To use a lower rank, train without parent adapter 'ft:one'."
 
 
 def test_warning_about_the_rank_counts_the_other_layers() -> None:
