@@ -220,8 +220,8 @@ def _empty(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
             message=f"{_rows(empty)} in the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
             remedy="Use longer texts, or remove these rows: the first token of a text is never trained on."
             if kind == "text"
-            else f"{raised}: answers that start later are "
-            "not trained on. Set the weight of answers with weight 0 to 1, or remove these rows."
+            else f"{raised}: answers that start later are not trained on. "
+            "To train on answers with weight 0, omit 'weight'."
             if kind == "chat"
             else f"{raised}: both answers must start, and differ, within this length."
             if kind == "preference"

@@ -316,6 +316,11 @@ def test_job_that_fits_no_worker_causes_a_warning(world: World) -> None:
     assert "fits_no_worker" in codes(row)
     assert found(row)["devices"]["smallest_gpu"]["gigabytes"] == 8
     assert found(row)["training_time"]["seconds"] is None
+    (remedy,) = [each["remedy"] for each in found(row)["warnings"] if each["code"] == "fits_no_worker"]
+    assert remedy.endswith("Or lower lora.rank, set quantization to 'nf4', or use a smaller base model.")
+    dora = found(ready(world, lora={"use_dora": True}))["warnings"]
+    (remedy,) = [each["remedy"] for each in dora if each["code"] == "fits_no_worker"]
+    assert remedy.endswith("Or lower lora.rank, or use a smaller base model."), "DoRA needs an unquantized base model"
 
 
 def test_planned_memory_equals_the_scheduling_requirements(world: World) -> None:
