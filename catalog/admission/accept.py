@@ -21,12 +21,13 @@ from catalog.resources import memory
 from catalog.resources.pack_key import pack_key
 from catalog.spec import evaluation_schedule
 from catalog.spec.data import check_data
-from catalog.spec.integrations import INSTALL
+from catalog.spec.integrations import install_hint
 from catalog.spec.job import JobRequest, JobSpec, ParentSpec, Precision, resolve
 from catalog.spec.job_warnings import Caution
 from catalog.spec.lora import LoraSpec, begins_with_the_base, resolve_lora
 from catalog.spec.methods import MethodType, compared_kind
 from catalog.spec.training import BASE_LEARNING_RATE
+from catalog.spec.validation_messages import value_text
 from catalog.states import PriorityClass
 from catalog.storage import files, token_cache
 from catalog.tables.jobs import Job
@@ -36,13 +37,10 @@ from catalog.tenancy.authentication import Caller
 
 PURPOSE = "fine-tune"
 NO_USUAL_RATE = {
-    "sgd": ("SGD", "typically 10 to 1,000 times the learning rate for AdamW"),
-    "adafactor": (
-        "Adafactor",
-        "typically 0.1 to 1. It limits the change of a matrix per step, relative to the matrix itself",
-    ),
+    "sgd": ("SGD", BASE_LEARNING_RATE * 10, BASE_LEARNING_RATE * 1000),
+    "adafactor": ("Adafactor", 0.1, 1.0),
 }
-"""Optimizers without a default learning rate, by type: name, and usual learning rates."""
+"""Optimizers without a default learning rate, by type: name, and usual learning rates from lowest to highest."""
 _MATCHING: dict[DataKind | None, str] = {
     None: "a file of chats, prompts with completions, or plain text",
     "preference": f"a file of preference pairs, one on each line: {PREFERENCE.form}",
@@ -88,7 +86,7 @@ def accept(
     asked, parent = request, parent_of(session, request, project_id=caller.project_id)
     base = _usable_base(session, caller, _base_name(request, parent))
     if parent is not None:
-        check_parent_base(parent, base)
+        check_parent_base(parent, base, param="model" if request.parent_adapter is None else "parent_adapter")
         request = complete_from_parent(session, request, parent)
     training = _usable_file(session, caller, request.training_file, "training_file", now=now)
     validation = None
@@ -98,7 +96,7 @@ def accept(
         if file is not None:
             _check_kind(file, request.method_type, param)
     _check_rates(request)
-    _check_quantization(session, request, now=now)
+    _check_quantization(session, request, parent, now=now)
     _check_integrations(session, request, now=now)
     for file in (training, validation):
         if file is not None:
@@ -150,7 +148,7 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
     """
     request, spec, base, validation = accepted.request, accepted.spec, accepted.base, accepted.validation
     assert base.digest is not None
-    layers = targets.of(base, spec.lora)
+    layers = targets.of(base, spec.lora, parent=spec.parent)
     return Job(
         id=new_id("ftjob"),
         project_id=project_id,
@@ -186,11 +184,12 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
 def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[Caution]:
     """Yield warnings about settings that are valid but probably unintended."""
     if validation is not None and validation.digest == training.digest:
+        same = "the same file" if validation.id == training.id else "files with the same content"
         message = (
-            "The validation file and the training file have the same content, so the validation loss does not measure "
-            "performance on unseen data."
+            f"validation_file ({validation.id}) and training_file ({training.id}) are {same}, so the validation loss "
+            "does not measure performance on unseen data."
         )
-        remedy = "Use a validation file with rows that are not in the training file."
+        remedy = "Set validation_file to a file with rows that are not in the training file."
         yield Caution(code="validation_is_training", message=message, remedy=remedy)
     if request.max_length != "auto" and spec.max_length < request.max_length:
         message = (
@@ -219,7 +218,7 @@ def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
         raise InvalidRequest(
             f"Base model {name!r} is still being imported.",
             code="model_not_ready",
-            remedy="Submit the job again once GET /v1/models shows the model's state as 'ready'.",
+            remedy="Send the request again once GET /v1/models shows the model's state as 'ready'.",
             param="model",
         )
     if base.state != "ready":
@@ -231,14 +230,14 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
     """Build the error. Only operators see the import's own message and remedy, which may quote folders and logs."""
     error = base.error or {}
     reason = error.get("code", "import_failed")
-    remedy = "Choose another base model, or ask an operator to check the error in GET /v1/models and import it again."
+    remedy = (
+        "Choose another base model, or ask an operator to correct the problem that GET /v1/models shows and to import "
+        "the model again."
+    )
     if is_operator:
         reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
-        remedy = (
-            f"{own_hint} Or choose another base model."
-            if (own_hint := error.get("remedy"))
-            else "Choose another base model."
-        )
+        own_hint = error.get("remedy") or "Add the model again with `lorry models add`."
+        remedy = f"{own_hint} Or choose another base model."
     return InvalidRequest(
         f"The import of base model {base.name!r} failed: {reason}.",
         code="model_import_failed",
@@ -251,14 +250,18 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, 
     """Return the file, locked against deletion until the job that uses it exists."""
     file = get_once(session, File, file_id, lock="share")
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
-        remedy = "Check the id. If the file belongs to another project, upload it again with this project's API key."
+        remedy = (
+            "Check the id. If the file was deleted or belongs to another project, upload it again with this project's "
+            "API key."
+        )
         raise NotFound("file", file_id, param=param, remedy=remedy)
     if files.has_expired(file, now=now):
-        remedy = "Upload the file again: it has expired, as set by 'expires_after'."
-        raise NotFound("file", file_id, param=param, remedy=remedy)
+        message = f"File {file_id!r} has expired, as set by 'expires_after' when it was uploaded."
+        remedy = f"Upload the file again, and use the new file's id as {param}."
+        raise NotFound("file", file_id, message=message, param=param, remedy=remedy)
     if file.purpose != PURPOSE:
         raise InvalidRequest(
-            f"File {file_id} has the purpose {file.purpose!r}, but {param} must have the purpose {PURPOSE!r}.",
+            f"File {file_id} has the purpose {file.purpose!r}, but {param} requires the purpose {PURPOSE!r}.",
             code="wrong_file_purpose",
             remedy=f"Upload the data again with the purpose {PURPOSE!r}, and use the new file's id as {param}.",
             param=param,
@@ -267,7 +270,7 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, 
         raise InvalidRequest(
             f"File {file_id} has no rows.",
             code="empty_file",
-            remedy="Upload a file with at least one row.",
+            remedy=f"Upload a file with at least one row, and use its id as {param}.",
             param=param,
         )
     return file
@@ -278,11 +281,11 @@ def _check_kind(file: File, method: MethodType, param: str) -> None:
     kind, wanted = row_kind(known_kind(file.kind)), compared_kind(method)
     if wanted == _compared(kind):
         return
-    methods = [name for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
+    methods = [repr(name) for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
     raise InvalidRequest(
         f"File {file.id} contains {kind.plural}, which method '{method}' can't train on.",
         code="wrong_file_kind",
-        remedy=f"Use method {' or '.join(', '.join(methods).rsplit(', ', 1))}, or provide {_MATCHING[wanted]}.",
+        remedy=f"Set method.type to {' or '.join(', '.join(methods).rsplit(', ', 1))}, or use {_MATCHING[wanted]}.",
         param=param,
     )
 
@@ -291,8 +294,11 @@ def _compared(kind: RowKind) -> DataKind | None:
     return kind.name if kind in (PREFERENCE, UNPAIRED) else None
 
 
-def _check_quantization(session: Session, request: JobRequest, *, now: float) -> None:
-    """Raise InvalidRequest if no live worker can load the base model so. Without live workers, the job is accepted."""
+def _check_quantization(session: Session, request: JobRequest, parent: Adapter | None, *, now: float) -> None:
+    """Raise InvalidRequest if no live worker can load the base model so. Without live workers, the job is accepted.
+
+    parent: the adapter from which the request inherits the quantization.
+    """
     if request.quantization == "none":
         return
     if request.lora.use_dora:
@@ -316,7 +322,9 @@ def _check_quantization(session: Session, request: JobRequest, *, now: float) ->
     raise InvalidRequest(
         f"quantization is {request.quantization!r}, but no running worker has bitsandbytes.",
         code="quantization_unavailable",
-        remedy=f"{INSTALL_QUANT} Or omit quantization.",
+        remedy=f"{INSTALL_QUANT} Or omit quantization."
+        if parent is None
+        else f"{INSTALL_QUANT} Or train without parent adapter {parent.name!r}, from which the job inherits it.",
         param="quantization",
     )
 
@@ -334,13 +342,13 @@ def _check_integrations(session: Session, request: JobRequest, *, now: float) ->
             raise InvalidRequest(
                 f"No running worker can write to {one.type}.",
                 code="integration_unavailable",
-                remedy=f"{INSTALL} Or omit this integration.",
+                remedy=f"{install_hint(one.type)} Or remove {one.type} from 'integrations'.",
                 param=f"integrations.{number}.type",
             )
         if one.wandb is not None and one.wandb.entity is not None:
             raise InvalidRequest(
-                "A job can't set 'wandb.entity', because every project could then write to all entities of the "
-                "service's Weights & Biases account.",
+                f"A job can't set 'wandb.entity' ({one.wandb.entity!r}), because every project could then write to all "
+                "entities that the service's Weights & Biases account can access.",
                 code="integration_entity_not_allowed",
                 remedy="Omit 'wandb.entity'. The operator sets the entity with WANDB_ENTITY on the workers.",
                 param=f"integrations.{number}.wandb.entity",
@@ -355,19 +363,19 @@ def _check_rates(request: JobRequest) -> None:
     multiplier, rate = request.method_hyperparameters().learning_rate_multiplier, request.optimizer.learning_rate
     optimizer = request.optimizer.type
     if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
-        name, hint = NO_USUAL_RATE[optimizer]
+        name, lowest, highest = NO_USUAL_RATE[optimizer]
         raise InvalidRequest(
             f"optimizer.learning_rate is required for {name}, which has no default.",
             code="learning_rate_required",
-            remedy=f"Set optimizer.learning_rate, {hint}.",
+            remedy=f"Set optimizer.learning_rate, typically to a value from {lowest:g} to {highest:g}.",
             param="optimizer.learning_rate",
         )
     if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
         return
     multiplied = multiplier * BASE_LEARNING_RATE
     raise InvalidRequest(
-        f"optimizer.learning_rate is {rate:g}, but learning_rate_multiplier ({multiplier:g}) sets the learning rate to "
-        f"{multiplied:g}.",
+        f"optimizer.learning_rate is {rate:.9g}, but learning_rate_multiplier ({multiplier:.9g}) sets the learning "
+        f"rate to {multiplied:.9g}.",
         code="conflicting_learning_rates",
         remedy="Set only one of them. Omit the other, or set it to 'auto'.",
         param="optimizer.learning_rate",
@@ -378,15 +386,16 @@ def _check_held_out(request: JobRequest) -> None:
     """Raise InvalidRequest if a field depends on evaluations and the job has no validation file."""
     if request.validation_file is not None:
         return
-    for field, is_asked in (
-        ("early_stopping", request.early_stopping is not None),
-        ("evaluation.keep", request.evaluation.keep == "best"),
-        ("evaluation.every_steps", request.evaluation.every_steps != "auto"),
-        ("evaluation.samples", request.evaluation.samples is not None),
+    keep, every = request.evaluation.keep, request.evaluation.every_steps
+    for field, value, is_asked in (
+        ("early_stopping", "", request.early_stopping is not None),
+        ("evaluation.keep", f" {keep!r}", keep == "best"),
+        ("evaluation.every_steps", f" ({every})", every != "auto"),
+        ("evaluation.samples", "", request.evaluation.samples is not None),
     ):
         if is_asked:
             raise InvalidRequest(
-                f"{field} requires a validation file, but the job has none.",
+                f"{field}{value} requires a validation file, but the job has none.",
                 code="validation_file_required",
                 remedy=f"Set validation_file, or omit {field}.",
                 param=field,
@@ -423,24 +432,28 @@ def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adap
     return parent
 
 
-def check_parent_base(parent: Adapter, base: BaseModelRow) -> None:
-    """Raise InvalidRequest if the digests differ. Two names with the same digest are the same base model."""
+def check_parent_base(parent: Adapter, base: BaseModelRow, *, param: str) -> None:
+    """Raise InvalidRequest if the digests differ. Two names with the same digest are the same base model.
+
+    param: the field that names the parent.
+    """
     if parent.base_digest == base.digest:
         return
     if parent.base_model != base.name:
         raise InvalidRequest(
             f"Adapter {parent.name!r} was trained on base model {parent.base_model!r}, not on {base.name!r}.",
             code="parent_of_another_base",
-            remedy=f"Set 'model' to {parent.base_model!r}, or to the adapter's name.",
-            param="parent_adapter",
+            remedy=f"Set 'model' to {parent.base_model!r}, or 'parent_adapter' to an adapter that was trained on "
+            f"{base.name!r}.",
+            param=param,
         )
     raise InvalidRequest(
-        f"Adapter {parent.name!r} was trained on an earlier import of base model {base.name!r}, with the digest "
-        f"{parent.base_digest}.",
+        f"Adapter {parent.name!r} was trained on an earlier import of base model {base.name!r}, whose digest was "
+        f"{parent.base_digest}. The current digest is {base.digest}.",
         code="parent_of_another_base",
-        remedy="Ask an operator to add the earlier model under another name and set 'model' to that name, or train "
-        "without a parent.",
-        param="parent_adapter",
+        remedy="Ask an operator to add the earlier model under another name, then set 'model' to that name and "
+        f"'parent_adapter' to {parent.name!r}. Or train without a parent adapter.",
+        param=param,
     )
 
 
@@ -452,9 +465,9 @@ def complete_from_parent(session: Session, request: JobRequest, parent: Adapter)
     """Fill in the settings that the request inherits from the parent. Raises InvalidRequest for conflicting values."""
     trained = JobSpec.model_validate(session.get_one(Job, parent.job_id).spec)
     lora = exported_shape(trained.lora)
-    _check_lora(request, lora)
+    _check_lora(request, lora, parent)
     if "quantization" in request.model_fields_set and request.quantization != trained.quantization:
-        raise _differs("quantization", request.quantization, trained.quantization)
+        raise _differs("quantization", request.quantization, trained.quantization, parent)
     parent_lora = lora.model_dump(exclude=set(OF_TRAINING & request.lora.model_fields_set))
     return request.model_copy(
         update={"lora": request.lora.model_copy(update=parent_lora), "quantization": trained.quantization}
@@ -481,22 +494,22 @@ def exported_shape(lora: LoraSpec) -> LoraSpec:
     )
 
 
-def _check_lora(request: JobRequest, parent_lora: LoraSpec) -> None:
+def _check_lora(request: JobRequest, parent_lora: LoraSpec, parent: Adapter) -> None:
     asked = request.lora
     for name in sorted(asked.model_fields_set - OF_TRAINING):
         given = getattr(asked, name)
         if given != "auto" and _plain(given) != _plain(getattr(parent_lora, name)):
-            raise _differs(f"lora.{name}", given, getattr(parent_lora, name))
+            raise _differs(f"lora.{name}", given, getattr(parent_lora, name), parent)
 
 
-def _differs(field: str, given: object, parent_value: object) -> InvalidRequest:
-    reason = f"{field} is {given!r}, but the parent adapter has {parent_value!r}."
+def _differs(field: str, given: object, parent_value: object, parent: Adapter) -> InvalidRequest:
+    reason = f"parent adapter {parent.name!r} has {value_text(parent_value)}"
     if field == "lora.init_lora_weights":
-        reason = f"{field} is {given!r}, but a job with a parent adapter starts from that adapter's weights."
+        reason = f"the job starts from the weights of parent adapter {parent.name!r}"
     return InvalidRequest(
-        reason,
+        f"{field} is {value_text(given)}, but {reason}.",
         code="differs_from_parent",
-        remedy=f"Omit {field} to inherit the parent's value, or train without a parent adapter.",
+        remedy=f"Omit {field}, or train without a parent adapter.",
         param=field,
     )
 

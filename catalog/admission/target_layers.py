@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from catalog.errors import Conflict, InvalidRequest
+from catalog.spec.job import ParentSpec
 from catalog.spec.lora import LoraSpec
 from catalog.spec.target_modules import Adapted, Matcher, adapted
 from catalog.tables.storage import BaseModelRow
@@ -24,9 +25,10 @@ Result = TypeVar("Result")
 class TargetsOutdated(Conflict):
     """The base model, or the adapter that the job continues, changed after the layers had been resolved."""
 
-    def __init__(self, base_name: str) -> None:
+    def __init__(self, base_name: str, parent: str | None) -> None:
+        changed = f"Base model {base_name!r}" + (f" or parent adapter {parent!r}" if parent else "")
         super().__init__(
-            f"Base model {base_name!r} changed while the request was being checked.",
+            f"{changed} changed while the request was being checked.",
             code="model_changed",
             remedy="Send the request again.",
             param="model",
@@ -50,11 +52,14 @@ class Targets:
         except InvalidRequest as error:
             self._found[key] = error
 
-    def of(self, base: BaseModelRow, lora: LoraSpec) -> list[Adapted]:
-        """Return the resolved layers. Raises InvalidRequest if the shape is invalid, TargetsOutdated if unresolved."""
+    def of(self, base: BaseModelRow, lora: LoraSpec, *, parent: ParentSpec | None = None) -> list[Adapted]:
+        """Return the resolved layers. Raises InvalidRequest if the shape is invalid, TargetsOutdated if unresolved.
+
+        parent: the adapter that the job continues.
+        """
         found = self._found.get(_key(base, lora))
         if found is None:
-            raise TargetsOutdated(base.name)
+            raise TargetsOutdated(base.name, parent.name if parent else None)
         if isinstance(found, InvalidRequest):
             raise found
         return found

@@ -145,7 +145,9 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
             if is_client_retry and not job.cancel_requested:
                 return job
             raise Conflict(
-                f"Job {job.id} can't be resumed, because it is not paused. Its state is {job.state}.",
+                f"Job {job.id} can't be resumed, because it is being cancelled."
+                if job.cancel_requested
+                else f"Job {job.id} can't be resumed, because it is not paused. Its state is {job.state}.",
                 code="job_not_paused",
                 remedy="To train again, create a new job."
                 if job.cancel_requested

@@ -102,10 +102,12 @@ def check_idempotency_key(key: str | None) -> None:
 
 
 def key_reused(key: str, made: str) -> Conflict:
+    """Return the error. `made`: what the earlier request created, for example "job ftjob-1"."""
     return Conflict(
         f"The Idempotency-Key {key!r} was already used for a request with a different body, which created {made}.",
         code="idempotency_key_reused",
         remedy="Use a new key, or send the same body again.",
+        param="Idempotency-Key",
     )
 
 
@@ -123,7 +125,7 @@ def _same_submission(
         if used is None:
             return None
         if used.body_digest != body_digest:
-            raise key_reused(idempotency_key, used.job_id)
+            raise key_reused(idempotency_key, f"job {used.job_id}")
         return session.get_one(Job, used.job_id)
     if not is_client_retry:
         return None

@@ -22,7 +22,7 @@ from catalog.states import EndReason, JobState, Verb
 from catalog.storage import token_cache as caches
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
-from catalog.tables.storage import BaseModelRow, File
+from catalog.tables.storage import BaseModelRow, File, Prepared
 from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
 
@@ -145,7 +145,9 @@ def prepared(
         if evaluation_schedule.decide(spec) and evaluation_schedule.interval_is_too_long(spec, num_steps):
             # Fewer rows are usable than estimated at submission, which would have rejected the job otherwise.
             events.add(session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps))
-        if (few := job_warnings.few_steps(spec, num_steps)) is not None:
+        cache = session.get(Prepared, train_key)
+        usable_rows = cache.report.get("usable_rows") if cache else None
+        if (few := job_warnings.few_steps(spec, num_steps, usable_rows=usable_rows)) is not None:
             events.add(session, job.id, now=now, level="warn", message=few.sentence())
 
 

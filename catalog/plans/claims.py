@@ -125,7 +125,8 @@ def _hindrance(session: Session, plan: Plan) -> Json | None:
         return {"code": "preparation_lost", "message": lost(plan.num_lost), "param": "training_file"}
     base = session.get_one(BaseModelRow, plan.base_model)
     if base.state != "ready" or base.digest != plan.base_digest:
-        message = f"Base model {base.name!r} was changed or deleted after the plan was created. Create a new plan."
+        change = "deleted" if base.state == "deleted" else "changed"
+        message = f"Base model {base.name!r} was {change} after the plan was created."
         return {"code": "base_changed", "message": message, "param": "model"}
     for file_id, param in ((plan.training_file, "training_file"), (plan.validation_file, "validation_file")):
         if file_id is not None and session.get_one(File, file_id).deleted_at is not None:

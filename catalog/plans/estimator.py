@@ -27,6 +27,7 @@ from catalog.scheduling.ordering import order
 from catalog.scheduling.snapshot import Candidate, Policy, Share
 from catalog.settings import Settings
 from catalog.spec import job_warnings
+from catalog.spec.job import JobSpec
 from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted
 from catalog.states import JobState, PriorityClass
@@ -106,7 +107,7 @@ def estimate_plan(
     servable = serving.of_job(spec, [target.rank for target in targets])
     cautions = [*accepted.cautions, *_cautions(accepted, data, targets, job=job, num_steps=num_steps)]
     if live and not fitting:
-        cautions.append(_fits_nowhere(groups, sizes))
+        cautions.append(_fits_nowhere(groups, sizes, spec))
     return {
         "computed_at": now,
         "data": {
@@ -130,7 +131,12 @@ def _cautions(
     accepted: Accepted, data: TokenizedData, targets: list[Adapted], *, job: Job, num_steps: int
 ) -> Iterator[Caution]:
     spec = accepted.spec
-    yield from job_warnings.of_course(spec, num_steps=num_steps, has_held_out=data.validation is not None)
+    yield from job_warnings.of_course(
+        spec,
+        num_steps=num_steps,
+        has_held_out=data.validation is not None,
+        usable_rows=int(data.training["usable_rows"]),
+    )
     yield from job_warnings.of_data(spec, data.training, role="training")
     if data.validation is not None:
         yield from job_warnings.of_data(spec, data.validation, role="validation")
@@ -239,18 +245,23 @@ def _device(row: Worker) -> str:
     return str(next((device.get("name") for device in row.devices if device.get("name")), "a device"))
 
 
-def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> Caution:
+def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes, spec: JobSpec) -> Caution:
     found = [(group, sizes.demand(group.kind)) for group in groups.values()]
     message = sharding.explain_misfit(found, sizes.hindrance)
     assert message is not None, "the caller has checked that no worker fits"
     would_fit = sharding.would_fit(sizes.demand("cuda"))
     fits = sharding.would_fit_sentence(would_fit)
+    needs_less = "lower lora.rank, set quantization to 'nf4', or use a smaller base model"
+    if spec.parent is not None:  # the job inherits its rank and its quantization
+        needs_less = "train without a parent adapter, on a smaller base model"
+    elif spec.quantization != "none" or spec.lora.use_dora or spec.lora.begins_with_the_base:
+        needs_less = "lower lora.rank, or use a smaller base model"
     return Caution(
         code="fits_no_worker",
         message=message,
-        remedy=f"{fits} Add such a worker, lower lora.rank, or use a quantized or smaller base model."
+        remedy=f"{fits} Add such a worker. Or {needs_less}."
         if would_fit
-        else f"{fits} Lower lora.rank, or use a quantized or smaller base model.",
+        else f"{fits} {needs_less[0].upper()}{needs_less[1:]}.",
     )
 
 

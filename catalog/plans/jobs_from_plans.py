@@ -12,7 +12,9 @@ from catalog.admission.accept import Accepted, accept
 from catalog.db.database import Database
 from catalog.errors import Conflict
 from catalog.plans import plans
+from catalog.search.fields import value_at
 from catalog.spec.job import JobRequest, JobSpec, PlannedJob
+from catalog.spec.validation_messages import value_text
 from catalog.tables.plans import Plan
 from catalog.tenancy.authentication import Caller
 
@@ -48,30 +50,51 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
     plan = plans.find(session, project_id=caller.project_id, plan_id=agreed.plan)
     request, spec = agreed.request, agreed.spec
     if plan.state == "failed":
-        raise Conflict(
-            f"Plan {plan.id} failed: {(plan.error or {}).get('message', '')}".strip(),
-            code="plan_failed",
-            remedy="Correct the problem, then create a new plan. A job would fail for the same reason.",
-            param="plan",
-        )
+        raise _failed(plan)
     accepted = accept(session, caller, request, now=now, seed=spec.seed, auto_precision=spec.precision)
     if accepted.base.digest != plan.base_digest:
-        raise _outdated(plan, f"the base model {plan.base_model!r} has changed since it was created")
+        raise _outdated(plan, f"base model {plan.base_model!r} has changed since the plan was created")
     if accepted.spec != spec:
-        raise _outdated(plan, "the same request now resolves to a different job configuration")
+        raise _outdated(plan, _difference(accepted.spec, spec))
     return accepted
+
+
+def _failed(plan: Plan) -> Conflict:
+    error = plan.error or {}
+    code, is_refusal = error.get("code"), error.get("param") in ("training_file", "validation_file")
+    return Conflict(
+        f"Plan {plan.id} failed: {error.get('message', '')}".strip(),
+        code="plan_failed",
+        remedy="Create a new plan, with another base model if this one was deleted."
+        if code == "base_changed"
+        else "Upload the file again, then create a new plan with the new file's id."
+        if code == "file_not_found"
+        else "Correct the problem, then create a new plan. A job would fail for the same reason."
+        if is_refusal and code != "preparation_lost"
+        else "Once the workers run normally, create a new plan.",
+        param="plan",
+    )
+
+
+def _difference(now: JobSpec, planned: JobSpec) -> str:
+    """Return how the configuration of a job now differs from the plan's."""
+    before = dict(_leaves(planned.model_dump(mode="json")))
+    for path, value in _leaves(now.model_dump(mode="json")):
+        if path in before and before[path] != value:
+            return f"its request now resolves to {path} {value_text(value)} instead of {value_text(before[path])}"
+    return "its request now resolves to another job configuration"
 
 
 def _check_agrees(body: PlannedJob, plan: Plan, request: JobRequest, spec: JobSpec) -> None:
     given = body.model_extra or {}
     JobRequest.model_validate({**plan.requested, **given})
-    planned = dict(_leaves(request.model_dump(mode="json")))
+    whole = request.model_dump(mode="json") | {"seed": spec.seed}
+    planned = dict(_leaves(whole))
     for path, value in _leaves(given):
-        if path == "seed" and value == spec.seed:
-            continue
-        if path not in planned or planned[path] != value:
+        is_unset = path == "seed" and value is None and request.seed is None
+        if not is_unset and (path not in planned or planned[path] != value):
             raise Conflict(
-                f"{path} is {value!r}, but {planned.get(path)!r} in plan {plan.id}.",
+                f"{path} is {value_text(value)}, but {value_text(value_at(whole, path))} in plan {plan.id}.",
                 code="differs_from_plan",
                 remedy=f"Omit {path}, or create a new plan with this value. A job can't differ from its plan.",
                 param=path,

@@ -111,7 +111,10 @@ def find(session: Session, *, project_id: str, plan_id: str, lock: bool = False)
     plan = session.scalar(owned.with_for_update(of=Plan) if lock else owned)
     if plan is None or plan.expires_at <= read_clock(session):
         days = f"{PLAN_SECONDS / 86400:.0f} days"
-        remedy = f"Check the id, or create a new plan with POST /v1/plans: plans expire after {days}."
+        remedy = (
+            "Check the id, and that the API key belongs to the project that owns the plan. Plans expire after "
+            f"{days}: then create a new one with POST /v1/plans."
+        )
         raise NotFound("plan", plan_id, param="plan", remedy=remedy)
     return plan
 
@@ -145,7 +148,7 @@ def conclude(
     if data is not None:
         accepted = _recall(session, plan, request)
         job = job_row(accepted, targets, project_id=plan.project_id, created_by=plan.created_by, now=now)
-        layers = targets.of(accepted.base, accepted.spec.lora)
+        layers = targets.of(accepted.base, accepted.spec.lora, parent=accepted.spec.parent)
         plan.found = estimate_plan(session, job, accepted, data, targets=layers, now=now, settings=settings)
     return True
 
@@ -201,8 +204,8 @@ def _check_scope(caller: Caller) -> None:
             f"API key {caller.name!r} lacks the scope jobs:write, which this plan requires because a worker must "
             "prepare its files.",
             code="missing_scope",
-            remedy="Use a key with the scope jobs:write, or files that are already prepared, for which "
-            "jobs:read is enough.",
+            remedy="Use an API key with the scope jobs:write. With jobs:read, you can plan only with files that are "
+            "already prepared.",
         )
 
 

@@ -19,9 +19,11 @@ from catalog.search.space import Dimension, dimension, grid_point, grid_size, ra
 from catalog.search.spec import MAX_TRIALS, Goal, Metric, Parameter, Search, SearchType, SweepRequest
 from catalog.spec import evaluation_schedule
 from catalog.spec.job import JobRequest, resolve
-from catalog.spec.validation_messages import Problem, by_field, expectation, field_path
+from catalog.spec.validation_messages import Problem, by_field, expectation, field_path, value_text
 
 EVERY_STEPS = "evaluation.every_steps"
+ASHA_ONLY = ("reduction_factor", "min_steps", "max_rungs")
+"""Fields of `search` that other search methods reject."""
 MAX_SHOWN = 160
 GROUP_WANTED = frozenset({"dict_type", "model_type", "model_attributes_type"})
 """pydantic's error types for a value in place of an object."""
@@ -130,7 +132,7 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
             "search.min_steps is required, because the trials' number of steps is not known until their texts "
             "are split.",
             code="min_steps_required",
-            remedy="Set search.min_steps or max_steps.",
+            remedy="Set search.min_steps, or set max_steps for all trials.",
             param="search.min_steps",
         )
     first = search.min_steps or usual_min_steps(fewest or 1, reduction_factor=factor, multiple_of=every)
@@ -142,21 +144,40 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
             param="search.min_steps",
         )
     if fewest is not None and first >= fewest:
-        raise InvalidRequest(
-            f"The first rung is at step {first}, but the shortest trial ends at step {fewest}, so it would never be "
-            "stopped early.",
-            code="no_rung_in_time",
-            remedy="Lower search.min_steps, train for more steps, or set search.type to 'random'."
-            if search.min_steps is not None or every == 1
-            else f"Lower {EVERY_STEPS}, train for more steps, or set search.type to 'random'.",
-            param="search.min_steps",
-        )
+        raise _no_rung(search, first, fewest=fewest, every=every)
     return Rungs(min_steps=first, reduction_factor=factor, max_rungs=search.max_rungs)
+
+
+def _no_rung(search: Search, first: int, *, fewest: int, every: int) -> InvalidRequest:
+    """Return the error for a first rung that the shortest trial does not reach. `every`: the evaluation interval."""
+    used = [f"search.{name}" for name in ASHA_ONLY if getattr(search, name) is not None]
+    others = f"train for more steps (max_steps or n_epochs), or set search.type to 'random'{_and_remove(used)}."
+    param = "search.min_steps"
+    if fewest == 1:
+        remedy, param = f"{others[0].upper()}{others[1:]}", "search.type"
+    elif search.min_steps is None:
+        remedy, param = f"Set {EVERY_STEPS} to less than {fewest}, {others}", EVERY_STEPS
+    elif every >= fewest:
+        remedy = f"Set {EVERY_STEPS} and search.min_steps to less than {fewest}, {others}"
+    else:
+        multiple = f" and to a multiple of {every}" if every > 1 else ""
+        remedy = f"Set search.min_steps to less than {fewest}{multiple}, {others}"
+    return InvalidRequest(
+        f"The first rung is at step {first}, but the shortest trial ends at step {fewest}, so that trial can't be "
+        "stopped early.",
+        code="no_rung_in_time",
+        remedy=remedy,
+        param=param,
+    )
+
+
+def _and_remove(fields: Sequence[str]) -> str:
+    return f" and remove {' and '.join(fields)}" if fields else ""
 
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """Return the parameters for a sentence: `lora.rank = 8, optimizer.learning_rate = 0.001`."""
-    text = ", ".join(f"{path} = {value!r}" for path, value in parameters.items())
+    text = ", ".join(f"{path} = {value_text(value)}" for path, value in parameters.items())
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
@@ -172,7 +193,7 @@ def _check_objective(request: SweepRequest) -> None:
         raise InvalidRequest(
             f"objective.metric is '{request.objective.metric}', which is not available for method 'supervised'.",
             code="metric_of_another_method",
-            remedy="Set objective.metric to 'valid_loss', or choose another method.",
+            remedy="Set objective.metric to 'valid_loss'. Only preference methods, such as 'dpo', have reward metrics.",
             param="objective.metric",
         )
 
@@ -191,17 +212,20 @@ def _check_range(path: str, parameter: Parameter, search: SearchType) -> None:
         return
     each = dimension(path, parameter)
     if each.kind == "other":
-        problem = f"'parameters' has a range for {path!r}, which is not a number."
-        refused = problem, "List the values in 'values'.", "invalid_value"
+        problem = f"'parameters' sets a range for {path!r}, but this field is not a number."
+        refused = problem, "Replace the range with a list of values in 'values'.", "invalid_value"
     elif each.kind == "integer" and not (each.low.is_integer() and each.high.is_integer()):
-        problem = f"The range of {path!r} is {each.low:g} to {each.high:g}, but must have whole numbers as limits."
+        problem = (
+            f"The range of {path!r} is from {each.low:.15g} to {each.high:.15g}, but this field must be a whole number."
+        )
         refused = problem, "Set 'min' and 'max' to whole numbers.", "invalid_value"
     elif search == "grid" and parameter.points is None:
         problem = f"In a grid sweep, the range of {path!r} requires 'points'."
-        refused = problem, "Set 'points' to the number of values, or list the values in 'values'.", "invalid_value"
+        remedy = "Set 'points' to the number of values, or replace the range with a list of values in 'values'."
+        refused = problem, remedy, "invalid_value"
     elif search != "grid" and parameter.points is not None:
-        problem = f"The range of {path!r} has 'points', which only grid sweeps support."
-        refused = problem, "Remove 'points', or set search.type to 'grid'.", "invalid_value"
+        problem = f"The range of {path!r} has 'points', which only grid sweeps support, but search.type is {search!r}."
+        refused = problem, "Remove 'points'.", "invalid_value"
     else:
         return
     message, remedy, code = refused
@@ -226,11 +250,13 @@ def _num_trials(search: Search, dimensions: Sequence[Dimension]) -> int:
         return search.trials
     size = grid_size(dimensions)
     if size > MAX_TRIALS:
+        sizes = " by ".join(str(grid_size([each])) for each in dimensions)
+        without_points = ", and remove 'points' from the ranges" if any(each.points for each in dimensions) else ""
         raise InvalidRequest(
-            f"The grid has {size:,} combinations, but a sweep can have at most {MAX_TRIALS:,} trials.",
+            f"The grid has {size:,} combinations ({sizes}), but a sweep can have at most {MAX_TRIALS:,} trials.",
             code="grid_too_large",
-            remedy="Use fewer values or points, or set search.type to 'random' and search.trials to the "
-            "number of trials.",
+            remedy="Use fewer values or points. Or set search.type to 'random' and search.trials to the number of "
+            f"trials{without_points}.",
             param="parameters",
         )
     return size
@@ -254,7 +280,7 @@ def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) 
         if f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}." if place else "")
     }
     label = f" in the trial with {parameters_text(about)}" if about else ""
-    reason, remedy = _reason(place, group, is_varied=bool(about))
+    reason, remedy = _reason(place, group, list(about))
     return InvalidRequest(
         f"Invalid value{label}: {reason}.",
         code="invalid_value" if group[0]["type"] != "extra_forbidden" else "unknown_parameter",
@@ -267,12 +293,14 @@ def _place(problem: Problem, body: Json) -> str:
     return field_path(problem["loc"], body, is_missing=problem["type"] == "missing")
 
 
-def _reason(place: str, group: Sequence[Problem], *, is_varied: bool) -> tuple[str, str]:
-    """Return what is wrong at `place`, and the remedy. `is_varied`: a parameter of the trial is at fault."""
+def _reason(place: str, group: Sequence[Problem], varied: Sequence[str]) -> tuple[str, str]:
+    """Return what is wrong at `place`, and the remedy. `varied`: the parameters at fault."""
     kind = group[0]["type"]
-    usual = "Correct the fields that all trials share."
-    if is_varied:
-        usual = "Change the parameter's values, or the fields that all trials share."
+    usual = f"Correct {place!r}, which all trials share." if place else "Correct the fields that all trials share."
+    if varied:
+        usual = f"Change {' or '.join(map(repr, varied))} in 'parameters'"
+        is_inside = any(f"{place}.".startswith(f"{path}.") for path in varied)
+        usual += "." if is_inside else ", or the related fields that all trials share."
     if kind in GROUP_WANTED and (inner := fields_in(place)):
         return f"{place!r} is a group of fields", f"Vary the fields in it, such as {', '.join(map(repr, inner[:3]))}."
     if kind == "missing":

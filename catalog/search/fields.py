@@ -40,14 +40,16 @@ def check_path(path: str, *, param: str) -> None:
         raise InvalidRequest(
             f"A sweep can't vary {shown!a}, because {reason}.",
             code="fixed_in_a_sweep",
-            remedy="Remove it from 'parameters' and set it once for the sweep, or create one sweep for each value.",
+            remedy=f"Remove {shown!a} from 'parameters'. To use several values, create one sweep for each.",
             param=param,
         )
     similar = _nearest(shown, VARIABLE)
     raise InvalidRequest(
         f"There is no job field {shown!a}.",
         code="unknown_parameter",
-        remedy=f"Did you mean {similar!r}?" if similar else "Use the dotted path of a job field, such as 'lora.rank'.",
+        remedy=f"Did you mean {similar!r}? Use the dotted path of a job field."
+        if similar
+        else "Use the dotted path of a job field, such as 'lora.rank'.",
         param=param,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 from sqlalchemy import func, select
@@ -21,6 +21,7 @@ from catalog.history import events
 from catalog.search.asha import Rungs
 from catalog.search.design import Design, designed
 from catalog.search.spec import Objective, SweepRequest
+from catalog.spec.validation_messages import Problem, expectation, field_path
 from catalog.states import FINAL_STATES, EndReason, JobState
 from catalog.tables.jobs import Job
 from catalog.tables.sweeps import RungValue, Sweep, Trial
@@ -151,16 +152,26 @@ def design_of(sweep: Sweep) -> Design:
         request = SweepRequest.model_validate(sweep.requested)
     except ValidationError as error:
         raise Conflict(
-            f"Sweep {sweep.id} can't create more trials, because this version of Lorry rejects it: {_first(error)}.",
+            f"Sweep {sweep.id} can't create more trials, because this version of Lorry rejects its request: "
+            f"{_first(error, sweep.requested)}.",
             code="sweep_outdated",
             remedy="Create a new sweep for the remaining trials.",
         ) from error
     return replace(designed(request, seed=sweep.seed), rungs=rungs_of(sweep))
 
 
-def _first(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+def _first(error: ValidationError, requested: Mapping[str, Any]) -> str:
+    """Return the first problem, as `'lora.rank' must be at least 1`."""
+    problem = cast(Problem, error.errors(include_url=False)[0])
+    place = field_path(problem["loc"], requested, is_missing=problem["type"] == "missing")
+    match problem["type"]:
+        case "missing":
+            return f"{place!r} is missing"
+        case "extra_forbidden":
+            return f"there is no field {place!r}"
+        case _:
+            text = expectation([problem])
+            return f"{place!r} {text}" if place else text.removeprefix("is invalid: ")
 
 
 def rungs_of(sweep: Sweep) -> Rungs | None:
@@ -184,8 +195,11 @@ def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
     own = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number)
     trial = session.scalar(own) if 0 <= number < sweep.num_created else None
     if trial is None:
-        remedy = f"Sweep {sweep.id} has no trials yet."
-        if sweep.num_created:
-            remedy = f"Use a number from 0 to {sweep.num_created - 1}, the last trial of sweep {sweep.id}."
-        raise NotFound("trial", str(number), remedy=remedy)
+        last, path = sweep.num_created - 1, f"/v1/sweeps/{sweep.id}/trials"
+        remedy = (
+            f"Use a number from 0 to {last}: GET {path} lists the trials." if last > 0 else "Use 0, the only trial."
+        )
+        if sweep.num_created == 0:
+            remedy = "Create a new sweep." if sweep.is_closed else f"Create the first trial with POST {path}."
+        raise NotFound("trial", str(number), message=f"Sweep {sweep.id} has no trial {number}.", remedy=remedy)
     return trial

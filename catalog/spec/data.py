@@ -46,7 +46,8 @@ def check_data(data: DataRequest, kind: DataKind, *, file_id: str) -> None:
         raise InvalidRequest(
             f"data.loss is 'last_turn', which requires chats, but file {file_id} contains {row_kind(kind).plural}.",
             code="loss_needs_chat",
-            remedy="Omit data.loss. For other rows, the row format determines which tokens are trained on.",
+            remedy="Use a file of chats, or omit data.loss: for other rows, the row format determines which tokens "
+            "are trained on.",
             param="data.loss",
         )
     if data.overflow == "split" and kind != "text":

@@ -8,7 +8,10 @@ from __future__ import annotations
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobSpec
 
-EVALUATE_OFTEN = "Lower evaluation.every_steps, or omit it to evaluate ten times during the job."
+EVALUATE_OFTEN = (
+    "Lower evaluation.every_steps to the number of steps or less, or omit it to use an interval that suits the job."
+)
+"""Remedy for an evaluation interval that is longer than the job."""
 
 
 def most_steps(spec: JobSpec, num_rows: int) -> int | None:
@@ -34,6 +37,7 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
     """Raises InvalidRequest if the result depends on evaluations and none comes in time. `num_steps`: the maximum."""
     if not decide(spec) or not interval_is_too_long(spec, num_steps):
         return
+    assert num_steps is not None
     field = "evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping"
     raise InvalidRequest(
         f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluate_every_steps} and "
@@ -54,5 +58,5 @@ def too_late(spec: JobSpec, num_steps: int) -> str:
     return f"{sentence}{effect}."
 
 
-def _steps(number: int | None) -> str:
+def _steps(number: int) -> str:
     return "1 step" if number == 1 else f"{number} steps"

@@ -13,14 +13,20 @@ from catalog.spec.strict import Label, Strict
 
 IntegrationType = Literal["wandb", "mlflow", "tensorboard", "trackio"]
 INTEGRATION_TYPES: tuple[IntegrationType, ...] = get_args(IntegrationType)
-INSTALL = (
-    "Run `pip install 'lorry-server[integrations]'` on a worker. docs/how-to/trackers.md lists further requirements."
-)
 NAME_PATTERN = r"^[^\x00-\x1f\x7f/\\#?%:]+$"
 """Pattern of project names that Weights & Biases accepts."""
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NAME_PATTERN)]
 Tags = Annotated[dict[Name, Name], Field(max_length=16, json_schema_extra={"additionalProperties": False})]
 """Values by name. `additionalProperties` is false because a JSON schema otherwise allows names that do not match."""
+
+
+def install_hint(tracker: IntegrationType) -> str:
+    """Return what an operator must do so that a worker can write to the tracker."""
+    account = ", set WANDB_API_KEY or WANDB_MODE=offline," if tracker == "wandb" else ""
+    return (
+        f"On a worker, run `pip install 'lorry-server[integrations]'`{account} and include {tracker} in "
+        "LORRY_INTEGRATIONS if that is set. Then restart the worker."
+    )
 
 
 class Wandb(Strict):

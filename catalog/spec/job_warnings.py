@@ -43,25 +43,30 @@ class Caution:
         return f"{self.message} {self.remedy}".strip()
 
 
-def few_steps(spec: JobSpec, num_steps: int) -> Caution | None:
-    """Return a warning if the job has few steps. `num_steps`: the final number, once the files are prepared."""
+def few_steps(spec: JobSpec, num_steps: int, *, usable_rows: int | None = None) -> Caution | None:
+    """Return a warning if the job has few steps. `num_steps`: the final number, once the files are prepared.
+
+    `usable_rows`: of the training file; None if unknown.
+    """
     if num_steps >= FEW_STEPS:
         return None
     steps = "1 optimizer step" if num_steps == 1 else f"{num_steps} optimizer steps"
     message = f"The job has only {steps}. Fewer than {FEW_STEPS} rarely change a model noticeably."
-    return Caution(code="few_steps", message=message, remedy=_more_steps(spec, num_steps))
+    return Caution(code="few_steps", message=message, remedy=_more_steps(spec, num_steps, usable_rows))
 
 
-def of_course(spec: JobSpec, *, num_steps: int, has_held_out: bool) -> Iterator[Caution]:
-    """Yield the warnings that do not depend on the rows."""
-    if (few := few_steps(spec, num_steps)) is not None:
+def of_course(
+    spec: JobSpec, *, num_steps: int, has_held_out: bool, usable_rows: int | None = None
+) -> Iterator[Caution]:
+    """Yield the warnings that do not depend on the rows, except on their number."""
+    if (few := few_steps(spec, num_steps, usable_rows=usable_rows)) is not None:
         yield few
     yield from _rate(spec)
     if not has_held_out:
         yield Caution(
             code="no_validation_file",
             message="The job has no validation file, so overfitting will not be visible.",
-            remedy="Move some rows to a separate file, and use it as the validation_file.",
+            remedy="Move some rows to another file, upload it, and set validation_file to its id.",
         )
 
 
@@ -70,27 +75,24 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
     rows, usable, tokens = int(report["rows"]), int(report["usable_rows"]), int(report["tokens"])
     trained = int(report["supervised_tokens"])
     if role == "training" and spec.batch_size > usable:
+        lower = max(_smallest_batch(spec), usable // 8)
         usable_rows = "1 usable row" if usable == 1 else f"{usable:,} usable rows"
         yield Caution(
             code="batch_exceeds_data",
             message=f"batch_size is {spec.batch_size}, but the training file has only {usable_rows}, so "
             "every step uses some rows more than once.",
-            remedy=f"Lower batch_size to about {max(1, usable // 8)}, or add rows.",
+            remedy=f"Lower batch_size to about {lower}, or add rows." if lower < spec.batch_size else "Add rows.",
         )
     if tokens and trained < LOW_TRAINED_FRACTION * tokens:
         yield Caution(
             code="low_trained_fraction",
-            message=f"Only {trained:,} of the {tokens:,} tokens in the {role} file ({trained / tokens:.1%}) are "
-            "trained on, so most of the time is spent on prompts.",
-            remedy="Check in the sample rows that the right tokens are trained on. Shorter prompts reduce the cost.",
+            message=f"Only {trained:,} of the {tokens:,} tokens in the {role} file ({trained / tokens:.1%}) "
+            f"{_are(trained)} trained on, so most of the time is spent on prompts.",
+            remedy="Check in the plan's sample rows that the right tokens are trained on. If they are, no action is "
+            "needed, but shorter prompts reduce the cost.",
         )
     yield from _cut(spec, report, rows=rows, role=role)
-    if empty := int(report["empty_rows"]):
-        yield Caution(
-            code="empty_rows",
-            message=f"{_rows(empty)} in the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
-            remedy="Check whether their answers have weight 0, or start after max_length tokens.",
-        )
+    yield from _empty(spec, report, role=role)
     duplicates = int(report["duplicate_rows"])
     if duplicates and duplicates >= MANY_DUPLICATES * rows:
         yield Caution(
@@ -121,30 +123,52 @@ def of_rank(spec: JobSpec, targets: list[Adapted], *, num_parameters: int, super
     """Yield the warnings about the rank. `supervised_tokens`: trained tokens in one epoch."""
     above = [target for target in targets if target.rank > min(target.linear.out_features, target.linear.in_features)]
     if above:
-        linear = above[0].linear
+        linear, others = above[0].linear, len(above) - 1
         limit = min(linear.out_features, linear.in_features)
+        also = f" This is also the case for {others} other layer{'' if others == 1 else 's'}." if others else ""
         yield Caution(
             code="rank_above_layer",
             message=f"Rank {above[0].rank} exceeds the smaller dimension of {linear.path} "
-            f"({linear.out_features} by {linear.in_features}), so the extra rank has no effect.",
-            remedy=f"Lower the rank of this layer to {limit} or less, in lora.rank or lora.rank_pattern.",
+            f"({linear.out_features} by {linear.in_features}), so the extra rank has no effect.{also}",
+            remedy=f"Lower the rank of {linear.path} to {limit} or less, in lora.rank or lora.rank_pattern."
+            if spec.parent is None
+            else f"To use a lower rank, train without parent adapter {spec.parent.name!r}.",
         )
     if spec.lora.rank > USUAL_RANK and num_parameters > PARAMETERS_PER_TOKEN * supervised_tokens:
         yield Caution(
             code="rank_beyond_need",
             message=f"With rank {spec.lora.rank}, the adapter has {num_parameters:,} parameters, but is trained on "
-            f"only {supervised_tokens:,} tokens.",
-            remedy=f"Set lora.rank to {USUAL_RANK} or lower, which is enough for this data and needs less memory.",
+            f"only {supervised_tokens:,} {'token' if supervised_tokens == 1 else 'tokens'}.",
+            remedy=f"Set lora.rank to {USUAL_RANK} or lower, which is enough for this data and needs less memory."
+            if spec.parent is None
+            else f"To use a lower rank, train without parent adapter {spec.parent.name!r}.",
         )
 
 
-def _more_steps(spec: JobSpec, num_steps: int) -> str:
-    if spec.max_steps is not None and num_steps >= spec.max_steps:
-        return "Raise max_steps, or omit it."
+def _smallest_batch(spec: JobSpec) -> int:
+    return 2 if spec.method == "kto" else 1
+
+
+def _more_steps(spec: JobSpec, num_steps: int, usable_rows: int | None) -> str:
+    ways = f"{_more_epochs(spec, num_steps, usable_rows)}add rows."
+    if spec.max_steps is None or spec.max_steps >= FEW_STEPS:
+        return f"{ways[0].upper()}{ways[1:]}"
+    raised = f"Raise max_steps to {FEW_STEPS} or more, or omit it."
+    if usable_rows is None and num_steps >= spec.max_steps:
+        return f"{raised} If the job then still has too few steps, raise n_epochs."
+    if usable_rows is not None and spec.n_epochs * usable_rows > (FEW_STEPS - 1) * spec.batch_size:
+        return raised
+    return f"{raised} Also {ways}"
+
+
+def _more_epochs(spec: JobSpec, num_steps: int, usable_rows: int | None) -> str:
+    """Return the ways to more steps with the same rows, as the start of a list; empty if there is none."""
     n_epochs = math.ceil(spec.n_epochs * FEW_STEPS / num_steps)
-    if n_epochs <= MOST_EPOCHS:
-        return f"Set n_epochs to {n_epochs}, lower batch_size, or add rows."
-    return "Lower batch_size, or add rows."
+    if usable_rows:
+        n_epochs = (FEW_STEPS - 1) * spec.batch_size // usable_rows + 1
+    ways = [f"set n_epochs to {n_epochs}"] if n_epochs <= MOST_EPOCHS else []
+    ways += ["lower batch_size"] if spec.batch_size > _smallest_batch(spec) else []
+    return f"{', '.join(ways)}, or " if ways else ""
 
 
 def _rate(spec: JobSpec) -> Iterator[Caution]:
@@ -155,7 +179,7 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
             code="unusual_learning_rate",
             message=f"The learning rate ({rate:g}) is too low for Adafactor, which scales updates by the size of each "
             "matrix: the adapter will barely change.",
-            remedy="Set optimizer.learning_rate to a value from 0.1 to 1.",
+            remedy="Set optimizer.learning_rate to a value from 0.1 to 1, and omit learning_rate_multiplier.",
         )
     if kind != "adamw":
         return
@@ -166,7 +190,8 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
     follows = "training will probably diverge" if rate > usual else "the adapter will learn little"
     yield Caution(
         code="unusual_learning_rate",
-        message=f"The learning rate ({rate:g}) is {far} the usual value for {spec.method} ({usual:g}): {follows}.",
+        message=f"The learning rate ({rate:g}) is {far} the usual value for method {spec.method!r} ({usual:g}): "
+        f"{follows}.",
         remedy="Omit optimizer.learning_rate and learning_rate_multiplier to use the default, or try a short job at "
         "each rate first.",
     )
@@ -183,6 +208,25 @@ def _cut(spec: JobSpec, report: Report, *, rows: int, role: str) -> Iterator[Cau
                 f"tokens and {_are(number)} {effect}.",
                 remedy=longest,
             )
+
+
+def _empty(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
+    """Yield a warning if rows have no trainable tokens. Each kind of row has its own causes."""
+    empty, kind = int(report["empty_rows"]), report.get("kind")
+    raised = f"Raise max_length (now {spec.max_length} tokens), or shorten the prompts"
+    if empty:
+        yield Caution(
+            code="empty_rows",
+            message=f"{_rows(empty)} in the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
+            remedy="Use longer texts, or remove these rows: the first token of a text is never trained on."
+            if kind == "text"
+            else f"{raised}: answers that start later are not trained on. "
+            "To train on answers with weight 0, omit 'weight'."
+            if kind == "chat"
+            else f"{raised}: both answers must start, and differ, within this length."
+            if kind == "preference"
+            else f"{raised}: answers that start later are not trained on.",
+        )
 
 
 def _rows(number: int) -> str:

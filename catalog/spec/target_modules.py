@@ -118,7 +118,7 @@ def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher
     ranks = _values(paths, lora.rank_pattern, lora.rank, matcher, "lora.rank_pattern")
     _values(paths, lora.alpha_pattern, lora.alpha, matcher, "lora.alpha_pattern")
     if lora.begins_with_the_base:
-        _check_ranks(chosen, ranks, lora.init_lora_weights)
+        _check_ranks(chosen, ranks, lora)
     return [Adapted(linear=linear, rank=rank) for linear, rank in zip(chosen, ranks, strict=True)]
 
 
@@ -139,15 +139,25 @@ def _check_known(description: Description, lora: LoraSpec, linears: list[Linear]
             remedy="Choose another base model.",
             param="model",
         )
-    by_path = lora.target_expression is not None or lora.layers_to_transform is not None
-    if not _has_paths(description) and (by_path or lora.rank_pattern or lora.alpha_pattern):
+    needs_paths = [
+        name
+        for name, is_set in (
+            ("a regular expression in lora.target_modules", lora.target_expression is not None),
+            ("lora.layers_to_transform", lora.layers_to_transform is not None),
+            ("lora.rank_pattern", bool(lora.rank_pattern)),
+            ("lora.alpha_pattern", bool(lora.alpha_pattern)),
+        )
+        if is_set
+    ]
+    if needs_paths and not _has_paths(description):
+        field = needs_paths[0].rpartition(" ")[2]
+        omit = f"Omit {field}" if field == needs_paths[0] else f"Set {field} to layer names"
         raise InvalidRequest(
-            f"Base model {base_name!r} was imported by an older version that did not record layer paths, so patterns "
-            "and block numbers can't be used.",
+            f"Base model {base_name!r} was imported by an older version that did not record layer paths, so "
+            f"{needs_paths[0]} can't be used.",
             code="model_without_layer_paths",
-            remedy="Select layers only by name, in lora.target_modules, or ask an operator to add the model again "
-            "under another name.",
-            param="lora",
+            remedy=f"{omit}, or ask an operator to add the model again under another name, and use that name.",
+            param=field,
         )
 
 
@@ -158,17 +168,18 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
     if expression is not None:
         found = [linear for linear in linears if matcher.matches(expression, linear.path, "lora.target_modules")]
         if not found:
-            sentence = f"The regular expression {expression!r} does not match any linear layer of {base_name}."
-            raise _unknown(
-                sentence, f"It must match a whole layer path, such as {linears[-1].path}. {_existing(linears)}"
+            sentence = (
+                f"The regular expression {expression!r} does not match any linear layer of base model {base_name!r}."
             )
+            remedy = f"Use an expression that matches whole layer paths, such as {linears[-1].path}."
+            raise _unknown(sentence, f"{remedy} {_existing(linears)}")
         return found
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
     if missing:
         similar = _nearest(missing, sorted({linear.name for linear in linears}))
         noun = "layer" if len(missing) == 1 else "layers"
-        sentence = f"{base_name} has no linear {noun} named {', '.join(missing)}."
+        sentence = f"Base model {base_name!r} has no linear {noun} named {_shortened(missing)}."
         raise _unknown(sentence, similar + _existing(linears))
     return [linear for linear in linears if any(_ends(linear.path, name) for name in names)]
 
@@ -181,9 +192,9 @@ def _in_layers(linears: list[Linear], layers: list[int] | None, base_name: str) 
     if missing:
         noun = "block" if len(missing) == 1 else "blocks"
         raise InvalidRequest(
-            f"{base_name} has no targeted linear layers in {noun} {', '.join(map(str, missing))}.",
+            f"Base model {base_name!r} has no targeted linear layers in {noun} {_shortened(missing)}.",
             code="unknown_layers",
-            remedy=f"Use block numbers {_span(existing)}, or omit lora.layers_to_transform."
+            remedy=f"Use only {_span(existing)}, or omit lora.layers_to_transform."
             if existing
             else "Omit lora.layers_to_transform.",
             param="lora.layers_to_transform",
@@ -214,16 +225,17 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
     return values
 
 
-def _check_ranks(linears: list[Linear], ranks: list[int], init_lora_weights: str) -> None:
+def _check_ranks(linears: list[Linear], ranks: list[int], lora: LoraSpec) -> None:
     for linear, rank in zip(linears, ranks, strict=True):
         limit = min(linear.out_features, linear.in_features)
         if rank > limit:
             raise InvalidRequest(
-                f"lora.init_lora_weights {init_lora_weights!r} supports rank {limit} or less on {linear.path} "
+                f"lora.init_lora_weights {lora.init_lora_weights!r} supports rank {limit} or less on {linear.path} "
                 f"({linear.out_features} by {linear.in_features}), but the layer's rank is {rank}.",
                 code="rank_too_high",
-                remedy=f"Lower the rank of this layer to {limit} or less, in lora.rank or lora.rank_pattern.",
-                param="lora.rank",
+                remedy=f"Lower the layer's rank to {limit} or less, in lora.rank or lora.rank_pattern, or omit "
+                "lora.init_lora_weights.",
+                param="lora.rank" if rank == lora.rank else "lora.rank_pattern",
             )
 
 
@@ -236,11 +248,12 @@ def _unknown(sentence: str, remedy: str) -> InvalidRequest:
 
 
 def _ambiguous(path: str, values: Mapping[str, float], param: str) -> InvalidRequest:
-    settings = " and ".join(f"{value:g} (key {key!r})" for key, value in sorted(values.items()))
+    shown = [f"{value:g} (key {key!r})" for key, value in sorted(values.items())]
+    settings = f"{', '.join(shown[:-1])} and {shown[-1]}"
     return InvalidRequest(
         f"{param} sets conflicting values for {path}: {settings}.",
         code="ambiguous_pattern",
-        remedy="Change the keys so that only one matches each layer.",
+        remedy="Change the keys so that only one matches each layer, or give them the same value.",
         param=param,
     )
 
@@ -252,12 +265,19 @@ def _nearest(wanted: list[str], names: Sequence[str]) -> str:
 
 def _existing(linears: list[Linear]) -> str:
     names = sorted({linear.name for linear in linears})
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"Available layer names: {', '.join(names[:MAX_LISTED])}{more}. To target all layers, use 'all-linear'."
+    available = f"Available layer names: {_shortened(names)}."
+    return f"{available} To target all layers, set lora.target_modules to 'all-linear'."
+
+
+def _shortened(items: Sequence[object]) -> str:
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return f"{', '.join(map(str, items[:MAX_LISTED]))}{more}"
 
 
 def _span(numbers: list[int]) -> str:
-    """Return 'from 0 to 31', or a list of all numbers if there are gaps."""
+    """Return 'block numbers from 0 to 31', or a list of all numbers if there are gaps."""
+    if len(numbers) == 1:
+        return f"block number {numbers[0]}"
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"from {numbers[0]} to {numbers[-1]}"
-    return f"from this list: {', '.join(map(str, numbers))}"
+        return f"block numbers from {numbers[0]} to {numbers[-1]}"
+    return f"block numbers from this list: {', '.join(map(str, numbers))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -9,6 +10,8 @@ from catalog.spec.integrations import NAME_PATTERN
 from catalog.spec.lora import INITIAL_PATTERN, MODULE_PATTERN, TARGET_PATTERN
 from catalog.spec.strict import LABEL_PATTERN
 
+MAX_SHOWN = 80
+"""Maximum number of characters of a value in a message."""
 Problem = dict[str, Any]
 Location = tuple[int | str, ...]
 
@@ -84,6 +87,12 @@ def _leads_on(body: Any, step: int | str) -> bool:
     if isinstance(body, list):
         return isinstance(step, int) and step < len(cast(list[Any], body))
     return isinstance(body, dict) and step in body
+
+
+def value_text(value: Any) -> str:
+    """Return a value for a message: a string in single quotes, any other value as JSON, shortened to MAX_SHOWN."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def expectation(group: Sequence[Problem]) -> str:

@@ -266,7 +266,7 @@ def _same_submission(
     if idempotency_key is not None:
         used = session.scalar(own.where(Sweep.idempotency_key == idempotency_key))
         if used is not None and used.body_digest != body_digest:
-            raise key_reused(idempotency_key, used.id)
+            raise key_reused(idempotency_key, f"sweep {used.id}")
         return used
     if not is_client_retry:
         return None
@@ -298,5 +298,7 @@ def _why_closed(sweep: Sweep) -> str:
     if sweep.cancel_requested:
         return "it was cancelled"
     if sweep.num_created == sweep.num_trials:
-        return f"it already has all of its trials (search.trials is {sweep.num_trials})"
+        return f"it already has as many trials as search.trials allows ({sweep.num_trials})"
+    if sweep.error is not None:
+        return f"it was closed with the error {sweep.error['code']}"
     return "it has finished" if sweep.finished_at is not None else "it was closed"

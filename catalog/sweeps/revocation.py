@@ -65,9 +65,9 @@ def revoke(
     """
     if cancel and "jobs:write" not in caller.scopes:
         raise Forbidden(
-            "Your API key can't cancel jobs, because it lacks the scope jobs:write.",
+            f"API key {caller.name!r} can't cancel jobs, because it lacks the scope jobs:write.",
             code="missing_scope",
-            remedy="Omit 'cancel', or use a key with the scope jobs:write.",
+            remedy="Omit 'cancel', or use an API key with the scope jobs:write.",
             param="cancel",
         )
     with db.write() as session:
@@ -95,7 +95,7 @@ def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancel
     ids = {key.id for key in to_revoke}
     if caller.api_key_id in ids - {ended[0].id}:
         raise Conflict(
-            f"This would also revoke your own key, {caller.api_key_id}, which is a descendant of {ended[0].id}.",
+            f"Revoking {ended[0].id} with its descendants would also revoke your own key, {caller.api_key_id}.",
             code="revokes_own_key",
             remedy=f"Omit 'with_descendants', or use a key that is not a descendant of {ended[0].id}.",
             param="with_descendants",

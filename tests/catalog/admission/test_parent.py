@@ -10,13 +10,14 @@ import pytest
 from catalog.admission.accept import exported_shape
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
-from catalog.registry import adapters
+from catalog.registry import adapters, base_models
 from catalog.resources import memory
 from catalog.spec.job import JobSpec
 from catalog.spec.lora import LoraRequest, resolve_lora
+from catalog.tables.fleet import SILENT_SECONDS
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
-from tests.catalog.world import DESCRIPTION, World
+from tests.catalog.world import DESCRIPTION, World, sha
 
 SHAPE = {"rank": 4, "alpha": 12, "dropout": 0.1, "target_modules": ["v_proj", "q_proj"], "rank_pattern": {"v_proj": 2}}
 
@@ -91,12 +92,12 @@ def test_repeated_parent_settings_must_match_the_parent(world: World, parent: Ad
     assert spec_of(submitted(world, parent_adapter=parent.id, lora=again)).lora.alpha == 12
 
     for name, value in {"rank": 8, "alpha": 8, "use_dora": True, "target_modules": "all-linear"}.items():
-        with pytest.raises(InvalidRequest, match="but the parent adapter has") as refused:
+        with pytest.raises(InvalidRequest, match=f"but parent adapter '{parent.name}' has") as refused:
             submitted(world, parent_adapter=parent.id, lora={name: value})
         assert (refused.value.code, refused.value.param) == ("differs_from_parent", f"lora.{name}")
-    with pytest.raises(InvalidRequest, match="starts from that adapter's weights"):
+    with pytest.raises(InvalidRequest, match=f"starts from the weights of parent adapter '{parent.name}'"):
         submitted(world, parent_adapter=parent.id, lora={"init_lora_weights": "pissa"})
-    with pytest.raises(InvalidRequest, match="quantization is 'nf4', but the parent adapter has 'none'"):
+    with pytest.raises(InvalidRequest, match=f"quantization is 'nf4', but parent adapter '{parent.name}' has 'none'"):
         submitted(world, parent_adapter=parent.id, quantization="nf4")
 
 
@@ -124,10 +125,42 @@ def test_adapter_of_another_project_is_not_found(world: World, parent: Adapter) 
 def test_child_must_use_the_base_model_of_its_parent(world: World, parent: Adapter) -> None:
     world.base("other")
 
-    with pytest.raises(InvalidRequest, match="trained on base model 'smol', not on 'other'") as refused:
+    with pytest.raises(InvalidRequest, match="trained on base model 'pathed', not on 'other'") as refused:
         submitted(world, model="other", parent_adapter=parent.id)
 
-    assert refused.value.code == "parent_of_another_base"
+    assert (refused.value.code, refused.value.param) == ("parent_of_another_base", "parent_adapter")
+    assert refused.value.remedy == (
+        "Set 'model' to 'pathed', or 'parent_adapter' to an adapter that was trained on 'other'."
+    )
+
+
+def test_error_for_another_import_of_the_base_model_names_the_digests_and_the_field(
+    world: World, parent: Adapter
+) -> None:
+    base_models.delete(world.db, BASE)
+    base_models.add(world.db, name=BASE, kind="folder", source="/models/new", revision=None)
+    world.finish_import(BASE, digest=sha("another"), description=DESCRIPTION)
+
+    for field, fields in (("model", {"model": parent.name}), ("parent_adapter", {"parent_adapter": parent.id})):
+        with pytest.raises(InvalidRequest) as refused:
+            submitted(world, **fields)
+        assert (refused.value.code, refused.value.param) == ("parent_of_another_base", field)
+        assert f"was {parent.base_digest}. The current digest is {sha('another')}." in refused.value.message
+
+
+def test_remedy_for_an_unavailable_inherited_quantization_names_the_parent(world: World) -> None:
+    world.worker(quantizations=("nf4",))
+    made = world.complete(world.running(quantization="nf4").claim_id, "quantized")
+    world.clock.advance(SILENT_SECONDS + 1)
+    world.worker("plain")
+
+    with pytest.raises(InvalidRequest) as refused:
+        world.submit(parent_adapter=made.name)
+
+    assert refused.value.code == "quantization_unavailable"
+    assert refused.value.remedy.endswith(
+        f"Or train without parent adapter '{made.name}', from which the job inherits it."
+    )
 
 
 def test_adapter_with_an_unfinished_child_job_cannot_be_deleted(world: World, parent: Adapter) -> None:

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from catalog.admission.target_layers import MAX_ATTEMPTS
+from catalog.admission.target_layers import MAX_ATTEMPTS, Targets
 from catalog.errors import Conflict, InvalidRequest
 from catalog.jobs import submission
 from catalog.plans import claims
 from catalog.registry import base_models
 from catalog.spec import target_modules
-from catalog.spec.job import PlannedJob
+from catalog.spec.job import ParentSpec, PlannedJob
 from catalog.spec.lora import LoraRequest, resolve_lora
+from catalog.tables.storage import BaseModelRow
 from catalog.write_guard import WithinTransaction
 from tests.catalog.plan_data import SETTINGS, know, plan
 from tests.catalog.sweeping import ON_ONE_DATABASE, add, advance, finish, make, train, view
@@ -117,6 +118,17 @@ def test_base_model_that_changes_on_every_attempt_is_a_conflict(wide: World, mon
         wide.submit(model="wide", lora=LORA)
 
     assert (refusal.value.code, len(digests)) == ("model_changed", MAX_ATTEMPTS)
+
+
+def test_error_for_a_change_during_admission_names_the_parent_adapter(wide: World) -> None:
+    parent = ParentSpec(adapter="adapter-1", name="ft:one", artifact="a", lineage="l")
+    with wide.db.read() as session:
+        base = session.get_one(BaseModelRow, "wide")
+
+    for given, changed in ((parent, "Base model 'wide' or parent adapter 'ft:one'"), (None, "Base model 'wide'")):
+        with pytest.raises(Conflict, match=f"^{changed} changed while the request was being checked") as refused:
+            Targets().of(base, resolve_lora(LoraRequest()), parent=given)
+        assert refused.value.code == "model_changed"
 
 
 def test_all_patterns_of_a_round_of_trials_share_one_time_limit(wide: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.history import queries
 from catalog.registry import base_models
+from catalog.tables.storage import File
 from tests.catalog.world import World, request
 
 
@@ -111,6 +112,8 @@ def test_sgd_and_adafactor_need_an_explicit_learning_rate(world: World, optimize
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(optimizer={"type": optimizer})
     assert (refusal.value.code, refusal.value.param) == ("learning_rate_required", "optimizer.learning_rate")
+    usual = {"sgd": "from 0.002 to 0.2", "adafactor": "from 0.1 to 1"}[optimizer]
+    assert refusal.value.remedy == f"Set optimizer.learning_rate, typically to a value {usual}."
     assert world.submit(optimizer={"type": optimizer, "learning_rate": 0.1}).id
 
     spec = world.submit(optimizer={"type": "sgd", "momentum": 0.9}, hyperparameters={"learning_rate_multiplier": 500.0})
@@ -146,7 +149,7 @@ def _warnings(world: World, **fields: Any) -> list[str]:
 def test_validation_rows_equal_to_training_rows_cause_a_warning(world: World) -> None:
     (warning,) = _warnings(world, validation_file=world.file_id)
 
-    assert "the same content" in warning
+    assert f"validation_file ({world.file_id}) and training_file ({world.file_id}) are the same file" in warning
     assert _warnings(world, validation_file=world.file()) == []
 
 
@@ -204,6 +207,16 @@ def test_evaluation_interval_beyond_the_last_step_causes_a_warning(
     assert "every_steps is 11, but the job has at most 10 steps" in warning
     assert "only at the start and at the end" in warning
     assert _warnings(world, validation_file=held_out, max_steps=10, evaluation={"every_steps": 10}) == []
+
+
+def test_expired_file_is_rejected_as_expired(world: World) -> None:
+    with world.db.write() as session:
+        session.get_one(File, world.file_id).expires_at = world.clock.now
+
+    with pytest.raises(NotFound, match=f"^File '{world.file_id}' has expired") as refusal:
+        world.submit()
+
+    assert refusal.value.remedy == "Upload the file again, and use the new file's id as training_file."
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])

@@ -106,6 +106,6 @@ def test_job_being_canceled_cannot_be_paused_or_resumed(world: World) -> None:
     commands.cancel(world.db, **verb)
 
     for ask, code in ((commands.pause, "job_canceling"), (commands.resume, "job_not_paused")):
-        with pytest.raises(Conflict) as refusal:
+        with pytest.raises(Conflict, match="because it is being cancelled") as refusal:
             ask(world.db, **verb)
-        assert refusal.value.code == code
+        assert (refusal.value.code, refusal.value.remedy) == (code, "To train again, create a new job.")

@@ -45,7 +45,8 @@ def test_idempotency_key_creates_one_job(world: World) -> None:
     assert first.id == again.id != other_project.id
     with pytest.raises(Conflict) as refusal:
         world.send(request(training_file=world.file_id, seed=3), idempotency_key="k")
-    assert refusal.value.code == "idempotency_key_reused"
+    assert (refusal.value.code, refusal.value.param) == ("idempotency_key_reused", "Idempotency-Key")
+    assert refusal.value.message.endswith(f"which created job {first.id}.")
 
 
 @pytest.mark.both_databases

@@ -11,7 +11,7 @@ from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
 from catalog.registry import base_models
 from catalog.states import EndReason, JobState
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import LEASE, World, manifest
 
 
 def test_unusable_files_fail_the_job_with_the_reported_error(world: World) -> None:
@@ -99,3 +99,17 @@ def test_poll_without_work_does_not_wait_for_a_writer(world: World) -> None:
     with world.db.write():
         assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
         assert base_models.claim_import(world.db, lease_seconds=LEASE) is None
+
+
+def test_warning_about_few_steps_uses_the_number_of_usable_rows(world: World) -> None:
+    job = world.submit(hyperparameters={"batch_size": 4})
+    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    assert unprepared is not None
+    key, digest = unprepared.files.train_key, unprepared.training_file.digest
+    world.put_tokens(key, file_digest=digest, artifact=manifest("tokens", kind="tokens"), report={"usable_rows": 2})
+
+    preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, num_steps=2)
+
+    events = queries.events_since(world.db, **world.of(job.id), seq=0)
+    (warning,) = [event.message for event in events if event.level == "warn"]
+    assert "Set n_epochs to 59, " in warning, "59 epochs of 2 rows are 30 batches of 4 rows"

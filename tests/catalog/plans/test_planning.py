@@ -13,7 +13,7 @@ from catalog.resources import gpus
 from catalog.resources.gpus import CARDS, MIB
 from catalog.resources.throughput import Speeds
 from catalog.spec import job_warnings
-from catalog.spec.job import JobSpec, resolve
+from catalog.spec.job import JobSpec, ParentSpec, resolve
 from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted, Linear
 from tests.catalog.plan_data import REPORT
@@ -37,12 +37,71 @@ def test_few_steps_cause_a_warning_with_a_remedy() -> None:
     assert job_warnings.few_steps(spec(max_steps=8), 8) == Caution(
         code="few_steps",
         message="The job has only 8 optimizer steps. Fewer than 30 rarely change a model noticeably.",
-        remedy="Raise max_steps, or omit it.",
+        remedy="Raise max_steps to 30 or more, or omit it. If the job then still has too few steps, raise n_epochs.",
     )
     hopeless = job_warnings.few_steps(spec(), 1)
     assert hopeless is not None
-    assert "90 epochs" in hopeless.remedy
+    assert "n_epochs to 90" in hopeless.remedy
     assert "epochs" not in (job_warnings.few_steps(spec(hyperparameters={"n_epochs": 50}), 1) or few).remedy
+
+
+@pytest.mark.parametrize(
+    ("fields", "usable_rows", "remedy"),
+    [
+        ({}, 1, "Lower batch_size, or add rows."),  # even 100 epochs have only 25 steps
+        ({}, 2, "Set n_epochs to 59, lower batch_size, or add rows."),
+        ({"max_steps": 8}, 100, "Raise max_steps to 30 or more, or omit it."),
+        (
+            {"max_steps": 8},
+            16,
+            "Raise max_steps to 30 or more, or omit it. Also set n_epochs to 8, lower batch_size, or add rows.",
+        ),
+        ({"hyperparameters": {"batch_size": 1}}, 2, "Set n_epochs to 15, or add rows."),
+        ({"hyperparameters": {"batch_size": 1, "n_epochs": 100}, "max_steps": 29}, 29, "Raise max_steps to 30 or"),
+    ],
+)
+def test_remedy_for_few_steps_leads_to_enough_steps(fields: dict[str, Any], usable_rows: int, remedy: str) -> None:
+    found = spec(**fields)
+
+    few = job_warnings.few_steps(found, found.num_steps(usable_rows), usable_rows=usable_rows)
+
+    assert few is not None
+    assert few.remedy.startswith(remedy)
+
+
+def test_remedies_suit_the_job_and_its_rows() -> None:
+    def remedy(found: dict[str, Any], **fields: Any) -> str:
+        (caution,) = job_warnings.of_data(spec(**fields), REPORT | found, role="training")
+        return caution.remedy
+
+    kto: dict[str, Any] = {"method": {"type": "kto", "kto": {"hyperparameters": {"batch_size": 2}}}}
+    assert remedy({"usable_rows": 1, "rows": 1}, **kto) == "Add rows."
+    assert remedy({"usable_rows": 3, "rows": 3}) == "Lower batch_size to about 1, or add rows."
+    assert "weight" in remedy({"empty_rows": 1})
+    assert "weight" not in remedy({"empty_rows": 1, "kind": "completion"})
+    assert "first token" in remedy({"empty_rows": 1, "kind": "text"})
+    assert "both answers" in remedy({"empty_rows": 1, "kind": "preference"})
+
+
+def test_rank_of_a_parent_adapter_is_lowered_without_the_parent() -> None:
+    parent = ParentSpec(adapter="adapter-1", name="ft:one", artifact="a", lineage="l")
+    child = spec(lora={"rank": 64}).model_copy(update={"parent": parent})
+
+    (caution,) = job_warnings.of_rank(child, [], num_parameters=10_000, supervised_tokens=1)
+
+    assert caution.message.endswith("only 1 token.")
+    assert caution.remedy == "To use a lower rank, train without parent adapter 'ft:one'."
+
+
+def test_warning_about_the_rank_counts_the_other_layers() -> None:
+    narrow = Adapted(linear=Linear(path="a.b", out_features=8, in_features=64), rank=16)
+    counts = {"num_parameters": 10_000, "supervised_tokens": 1000}
+
+    (two,) = job_warnings.of_rank(spec(), [narrow, narrow], **counts)
+    (three,) = job_warnings.of_rank(spec(), [narrow] * 3, **counts)
+
+    assert two.message.endswith("This is also the case for 1 other layer.")
+    assert three.message.endswith("This is also the case for 2 other layers.")
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,9 @@ def test_unusable_file_fails_the_plan_with_the_error_of_a_job(world: World) -> N
         "message": "There is nothing. Give more.",
         "param": "training_file",
     }
-    with pytest.raises(Conflict, match="failed: There is nothing"):
+    with pytest.raises(Conflict, match="failed: There is nothing") as refused:
         submit(world, row)
+    assert refused.value.remedy.startswith("Correct the problem, then create a new plan.")
 
 
 def test_plan_is_computed_by_one_worker_at_a_time(world: World) -> None:
@@ -128,6 +129,12 @@ def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World
     assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
     assert look(world, row).state == "failed"
     assert (look(world, row).error or {})["code"] == "preparation_lost"
+    with pytest.raises(Conflict) as refused:
+        submit(world, row)
+    assert (refused.value.code, refused.value.remedy) == (
+        "plan_failed",
+        "Once the workers run normally, create a new plan.",
+    )
 
 
 def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> None:
@@ -144,8 +151,14 @@ def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> 
     assert not lease.renew(world.db, Plan, claim.claim_id, lease_seconds=LEASE)
 
 
-@pytest.mark.parametrize("gone", ["file", "base"])
-def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: World, gone: str) -> None:
+@pytest.mark.parametrize(
+    ("gone", "remedy"),
+    [
+        ("file", "Upload the file again, then create a new plan with the new file's id."),
+        ("base", "Create a new plan, with another base model if this one was deleted."),
+    ],
+)
+def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: World, gone: str, remedy: str) -> None:
     row = plan(world)
     if gone == "file":
         files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
@@ -155,6 +168,9 @@ def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: Wor
     assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
 
     assert (look(world, row).error or {})["code"] == {"file": "file_not_found", "base": "base_changed"}[gone]
+    with pytest.raises(Conflict, match="was deleted") as refused:
+        submit(world, row)
+    assert (refused.value.code, refused.value.remedy) == ("plan_failed", remedy)
 
 
 def test_missing_token_details_are_recomputed(world: World) -> None:
@@ -189,12 +205,38 @@ def test_fields_given_with_a_plan_must_match_it(world: World) -> None:
     same = {"model": "smol", "training_file": world.file_id, "lora": {"rank": 4}, "seed": row.spec["seed"]}
     assert submit(world, row, **same, metadata={"team": "a"}).spec == row.spec
 
-    for other in ({"lora": {"rank": 8}}, {"seed": row.spec["seed"] + 1}, {"suffix": "x"}, {"metadata": {}}):
+    seed = row.spec["seed"]
+    for other, message in (
+        ({"lora": {"rank": 8}}, f"lora.rank is 8, but 4 in plan {row.id}."),
+        ({"seed": seed + 1}, f"seed is {seed + 1}, but {seed} in plan {row.id}."),
+        ({"suffix": "x"}, f"suffix is 'x', but null in plan {row.id}."),
+        ({"metadata": {}}, f'metadata is {{}}, but {{"team": "a"}} in plan {row.id}.'),
+    ):
         with pytest.raises(Conflict) as refused:
             submit(world, row, **other)
-        assert refused.value.code == "differs_from_plan"
+        assert (refused.value.code, refused.value.message) == ("differs_from_plan", message)
     with pytest.raises(ValidationError):
         submit(world, row, unheard_of=1)
+
+
+def test_null_that_differs_from_a_plan_is_named_with_the_planned_value(world: World) -> None:
+    row = ready(world, early_stopping={"patience": 2}, validation_file=world.file())
+
+    with pytest.raises(Conflict, match=r'^early_stopping is null, but \{"patience": 2, ') as refused:
+        submit(world, row, early_stopping=None)
+
+    assert refused.value.param == "early_stopping"
+
+
+def test_error_of_an_outdated_plan_names_the_field_that_changed(world: World) -> None:
+    row = ready(world)
+    with world.db.write() as session:
+        session.get_one(Plan, row.id).spec = {**row.spec, "max_length": 100}
+
+    with pytest.raises(Conflict, match=r"now resolves to max_length \d+ instead of 100\.$") as refused:
+        submit(world, row)
+
+    assert refused.value.code == "plan_outdated"
 
 
 def test_plan_is_outdated_after_its_base_model_changed(world: World) -> None:
@@ -274,6 +316,11 @@ def test_job_that_fits_no_worker_causes_a_warning(world: World) -> None:
     assert "fits_no_worker" in codes(row)
     assert found(row)["devices"]["smallest_gpu"]["gigabytes"] == 8
     assert found(row)["training_time"]["seconds"] is None
+    (remedy,) = [each["remedy"] for each in found(row)["warnings"] if each["code"] == "fits_no_worker"]
+    assert remedy.endswith("Or lower lora.rank, set quantization to 'nf4', or use a smaller base model.")
+    dora = found(ready(world, lora={"use_dora": True}))["warnings"]
+    (remedy,) = [each["remedy"] for each in dora if each["code"] == "fits_no_worker"]
+    assert remedy.endswith("Or lower lora.rank, or use a smaller base model."), "DoRA needs an unquantized base model"
 
 
 def test_planned_memory_equals_the_scheduling_requirements(world: World) -> None:

@@ -143,7 +143,7 @@ def test_method_hyperparameters_can_vary() -> None:
         ({"dropuot": RATE}, "parameters.dropuot", "Did you mean 'lora.dropout'?"),
         ({"batch-size": RATE}, "parameters.batch-size", "hyperparameters.batch_size'?"),
         ({"optimizer.type": {"min": 0, "max": 1, "points": 2}}, "parameters.optimizer.type", "not a number"),
-        ({"lora.rank": {"min": 1.5, "max": 4, "points": 2}}, "parameters.lora.rank", "whole number"),
+        ({"lora.rank": {"min": 1.5, "max": 4, "points": 2}}, "parameters.lora.rank", "from 1.5 to 4, but"),
         ({"optimizer.learning_rate": RATE}, "parameters.optimizer.learning_rate", "points"),
         (
             {"lora": {"values": [{}]}, "lora.rank": RANK},
@@ -153,13 +153,25 @@ def test_method_hyperparameters_can_vary() -> None:
         (
             {"lora.rank": {"min": 1, "max": 256, "points": 256}, "seed": {"values": list(range(5))}},
             "parameters",
-            "1,280",
+            "1,280 combinations (256 by 5), but a sweep can have at most 1,000 trials",
+        ),
+        (
+            {"lora.rank": {"min": 1, "max": 256, "points": 256}, "seed": {"values": list(range(5))}},
+            "parameters",
+            "trials, and remove 'points' from the ranges.",
         ),
         (
             {"optimizer.type": {"values": ["adamw", "sgd"]}, "optimizer.beta1": {"values": [0.5]}},
             "parameters.optimizer.type",
             "sgd has no beta1",
         ),
+        (
+            {"optimizer.type": {"values": ["adamw", "sgd"]}, "optimizer.beta1": {"values": [0.5]}},
+            "parameters.optimizer.type",
+            "Change 'optimizer.type' or 'optimizer.beta1' in 'parameters', or the related fields",
+        ),
+        ({"lora.rank": {"values": [0, 8]}}, "parameters.lora.rank", "Change 'lora.rank' in 'parameters'."),
+        ({"lora.use_dora": {"values": [True, 1]}}, "parameters.lora.use_dora", "lora.use_dora = 1: "),
     ],
 )
 def test_invalid_parameters_are_rejected_by_name(parameters: Any, param: str, words: str) -> None:
@@ -239,7 +251,6 @@ def test_trials_are_evaluated_at_every_rung() -> None:
 
 def test_unreachable_rungs_are_rejected() -> None:
     for fewest, search, fields, code in (
-        (20, {"min_steps": 20}, {}, "no_rung_in_time"),
         (None, {}, {}, "min_steps_required"),
         (1000, {"min_steps": 15}, {"evaluation": {"every_steps": 10}}, "rung_without_evaluation"),
     ):
@@ -248,6 +259,56 @@ def test_unreachable_rungs_are_rejected() -> None:
         assert error.value.code == code
     assert rungs_of(1000, evaluation={"every_steps": 10}).min_steps == 40
     assert fewest_steps(checked(asha()), num_rows=100) == 75
+
+
+TRAIN_LONGER = "train for more steps (max_steps or n_epochs), or set search.type to 'random'"
+
+
+@pytest.mark.parametrize(
+    ("fewest", "search", "every_steps", "param", "remedy"),
+    [
+        (
+            20,
+            {"min_steps": 20},
+            "auto",
+            "search.min_steps",
+            f"Set search.min_steps to less than 20, {TRAIN_LONGER} and remove search.min_steps.",
+        ),
+        (
+            20,
+            {"min_steps": 20, "max_rungs": 2},
+            5,
+            "search.min_steps",
+            f"Set search.min_steps to less than 20 and to a multiple of 5, {TRAIN_LONGER} and remove search.min_steps "
+            "and search.max_rungs.",
+        ),
+        (
+            20,
+            {"min_steps": 30},
+            30,
+            "search.min_steps",
+            f"Set evaluation.every_steps and search.min_steps to less than 20, {TRAIN_LONGER} and remove "
+            "search.min_steps.",
+        ),
+        (
+            20,
+            {},
+            30,
+            "evaluation.every_steps",
+            f"Set evaluation.every_steps to less than 20, {TRAIN_LONGER}.",
+        ),
+        (1, {}, "auto", "search.type", f"T{TRAIN_LONGER[1:]}."),
+        (1, {"min_steps": 2}, 2, "search.type", f"T{TRAIN_LONGER[1:]} and remove search.min_steps."),
+    ],
+)
+def test_remedy_for_an_unreachable_rung_names_the_field_at_fault(
+    fewest: int, search: dict[str, Any], every_steps: Any, param: str, remedy: str
+) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        rungs_of(fewest, search=search, evaluation={"every_steps": every_steps})
+
+    assert (error.value.code, error.value.param) == ("no_rung_in_time", param)
+    assert error.value.remedy == remedy
 
 
 @settings(max_examples=40)

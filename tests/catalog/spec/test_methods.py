@@ -107,15 +107,15 @@ def test_file_of_the_wrong_kind_is_rejected(world: World, param: str, name: str,
         (
             "kto",
             "completion",
-            'Use method supervised, or provide a file of labeled answers, one on each line: {"prompt": ..., "com',
+            "Set method.type to 'supervised', or use a file of labeled answers, one on each line: {",
         ),
         (
             "supervised",
             "unpaired",
-            "Use method kto, or provide a file of chats, prompts with completions, or plain text.",
+            "Set method.type to 'kto', or use a file of chats, prompts with completions, or plain text.",
         ),
-        ("supervised", "preference", "Use method dpo, orpo or simpo, or provide a file of chats"),
-        ("dpo", "unpaired", "Use method kto, or provide a file of preference pairs, one on each line: "),
+        ("supervised", "preference", "Set method.type to 'dpo', 'orpo' or 'simpo', or use a file of chats"),
+        ("dpo", "unpaired", "Set method.type to 'kto', or use a file of preference pairs, one on each line: "),
     ],
 )
 def test_remedy_names_a_fitting_method_and_a_fitting_file(world: World, name: str, kind: str, remedy: str) -> None:

@@ -51,7 +51,7 @@ def test_names_layers_and_patterns_select_as_in_peft() -> None:
     [
         ({"target_modules": ["up_prj"]}, "unknown_target_modules", "target_modules", "Did you mean up_proj?"),
         ({"target_modules": "re:q_proj"}, "unknown_target_modules", "target_modules", "such as model.project_in"),
-        ({"layers_to_transform": [0, 2]}, "unknown_layers", "layers_to_transform", "from 0 to 1"),
+        ({"layers_to_transform": [0, 2]}, "unknown_layers", "layers_to_transform", "block numbers from 0 to 1"),
         (
             {"layers_to_transform": [0], "target_modules": ["project_in"]},
             "unknown_layers",
@@ -75,9 +75,10 @@ def test_names_layers_and_patterns_select_as_in_peft() -> None:
         (
             {"init_lora_weights": "pissa", "rank_pattern": {"project_in": 33}},
             "rank_too_high",
-            "rank",
+            "rank_pattern",
             "to 32 or less",
         ),
+        ({"init_lora_weights": "pissa", "rank": 33}, "rank_too_high", "rank", "omit lora.init_lora_weights"),
         ({"rank_pattern": {r"((\w|\w\w|\.)+)+[XY]": 8}}, "pattern_too_slow", "rank_pattern", "nested"),
     ],
 )
@@ -104,7 +105,12 @@ def test_old_base_without_layer_paths_supports_names_only() -> None:
     assert memory.adapter_parameters(named, use_dora=False) == 4 * 80 * 2
     with pytest.raises(InvalidRequest, match="imported by an older version") as refusal:
         linears.adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old", matcher=linears.Matcher())
-    assert refusal.value.code == "model_without_layer_paths"
+    assert (refusal.value.code, refusal.value.param) == ("model_without_layer_paths", "lora.rank_pattern")
+    assert refusal.value.remedy.startswith("Omit lora.rank_pattern, or ")
+    with pytest.raises(InvalidRequest) as refusal:
+        linears.adapted(OLD, spec(target_modules="re:.*"), base_name="old", matcher=linears.Matcher())
+    assert refusal.value.param == "lora.target_modules"
+    assert refusal.value.remedy.startswith("Set lora.target_modules to layer names, or ")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from catalog.registry import adapters
 from catalog.states import EndReason, JobState
 from catalog.sweeps import commands, creation
 from catalog.tables.audit import AuditEvent
+from catalog.tables.sweeps import Sweep
 from tests.catalog.sweeping import ON_ONE_DATABASE, add, advance, finish, make, of, train, view
 from tests.catalog.world import World
 
@@ -88,16 +89,46 @@ def test_rejected_trial_names_the_reason(world: World) -> None:
     def ask_tell(trials: int) -> str:
         return make(world, search={"type": "ask_tell", "trials": trials}, parameters={})
 
-    full, closed, cancelled = ask_tell(1), ask_tell(2), ask_tell(2)
+    full, closed, cancelled, failed = ask_tell(1), ask_tell(2), ask_tell(2), ask_tell(2)
     add(world, full, 4)
     add(world, closed, 4)
     commands.close(world.db, **of(world, closed))
     commands.cancel(world.db, **of(world, cancelled))
 
-    reasons = {full: "search.trials is 1", closed: "because it was closed", cancelled: "because it was cancelled"}
+    with world.db.write() as session:
+        failing = session.get_one(Sweep, failed)
+        failing.is_closed, failing.error = True, {"code": "api_key_revoked", "message": "Revoked.", "param": None}
+
+    reasons = {
+        full: "as search.trials allows \\(1\\)",
+        closed: "because it was closed",
+        cancelled: "because it was cancelled",
+    }
+    reasons |= {failed: "because it was closed with the error api_key_revoked"}
     for sweep_id, reason in reasons.items():
         with pytest.raises(Conflict, match=reason):
             add(world, sweep_id, 8)
+
+
+@ON_ONE_DATABASE
+def test_unknown_trial_is_named_with_the_existing_numbers(world: World) -> None:
+    sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={})
+
+    def remedy(number: int) -> str:
+        with pytest.raises(NotFound, match=f"^Sweep {sweep_id} has no trial {number}") as refused:
+            commands.stop_trial(world.db, **of(world, sweep_id), number=number)
+        assert refused.value.code == "trial_not_found"
+        return refused.value.remedy
+
+    assert remedy(0) == f"Create the first trial with POST /v1/sweeps/{sweep_id}/trials."
+    add(world, sweep_id, 4)
+    assert remedy(1) == "Use 0, the only trial."
+    add(world, sweep_id, 8)
+    assert remedy(2).startswith("Use a number from 0 to 1: ")
+
+    empty = sweep_id = make(world, search={"type": "ask_tell", "trials": 3}, parameters={}, seed=1)
+    commands.close(world.db, **of(world, empty))
+    assert remedy(0) == "Create a new sweep."
 
 
 @ON_ONE_DATABASE
