@@ -87,6 +87,10 @@ def test_priority_above_the_limit_is_rejected_on_every_path(
     assert error.remedy.startswith("Use 'normal' or a lower priority, or ask an operator to raise the maximum: ")
     assert command in error.remedy
     assert "--highest-priority urgent" in error.remedy
+    limit(world, "batch")
+    with pytest.raises(Forbidden) as lowest:
+        submit(world, "normal")
+    assert lowest.value.remedy.startswith("Use 'batch', or ask an operator")
     limit(world, "urgent")
     submit(world, "urgent")
 
