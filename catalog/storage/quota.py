@@ -15,7 +15,17 @@ from catalog.tables.plans import Plan
 from catalog.tables.storage import File, Prepared
 from catalog.tables.tenancy import Project
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.quotas import NEEDING, QuotaStatus, enough_at, exceeded, project_of, refusal, status_of, utc_time
+from catalog.usage.quotas import (
+    NEEDING,
+    QuotaStatus,
+    counted,
+    enough_at,
+    exceeded,
+    project_of,
+    refusal,
+    status_of,
+    utc_time,
+)
 
 LEAVING_SECONDS = 2 * DAY_SECONDS
 """How long after a deletion bytes may stay in the store: garbage collection runs daily and skips younger objects."""
@@ -97,8 +107,8 @@ def _too_many_leaving(
     """Return the error for deleted bytes that are still on the disk. Deleting more would not help."""
     message = (
         f"Project {project.name!r} is limited to {status.describe()}, and to twice that with deleted bytes that are "
-        f"still on the disk. Its stored bytes are {status.used:,.0f}, its deleted bytes {num_leaving:,}, and {needing} "
-        f"{num_more:,} more."
+        f"still on the disk. It has {counted(int(status.used), 'stored byte')} and "
+        f"{counted(num_leaving, 'deleted byte')}, and {needing} {num_more:,} more."
     )
     by_when = (
         "" if status.resets_at is None else f", which will have freed enough space by {utc_time(status.resets_at)}"

@@ -282,14 +282,14 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
     raised = f"An operator can raise the key's limit: `lorry keys update {caller.api_key_id} --jobs-per-day N`."
     key = f"API key {caller.name!r} ({caller.api_key_id})"
-    message, code = f"{key} has reached its limit of {_counted(maximum, 'job')} per day.", "rate_limit_exceeded"
+    message, code = f"{key} has reached its limit of {counted(maximum, 'job')} per day.", "rate_limit_exceeded"
     if promised:
-        message += f" This includes {_counted(promised, 'trial')} that its sweeps have not created yet."
+        message += f" This includes {counted(promised, 'trial')} that its sweeps have not created yet."
     num_more = num_jobs + promised
     if num_more > maximum:
         if not promised:
             message = (
-                f"This request needs {num_jobs:,} jobs, but {key} is limited to {_counted(maximum, 'job')} per day."
+                f"This request needs {num_jobs:,} jobs, but {key} is limited to {counted(maximum, 'job')} per day."
             )
         fewer = (
             "Request fewer jobs, or close or cancel sweeps" if promised and num_jobs > 1 else "Close or cancel sweeps"
@@ -410,7 +410,7 @@ def _number(value: float) -> str:
     return f"{value:,.4f}".rstrip("0").rstrip(".")
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

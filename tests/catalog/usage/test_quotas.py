@@ -231,7 +231,7 @@ def test_deleted_bytes_may_use_the_disk_once_more_until_cleanup(world: World) ->
         upload(world, 601)
     upload(world, 600)
 
-    assert "are 0, its deleted bytes 1,400, and this request needs 601 more." in refusal.value.message
+    assert "It has 0 stored bytes and 1,400 deleted bytes, and this request needs 601 more." in refusal.value.message
     assert "resets at" not in refusal.value.message
     assert refusal.value.remedy.startswith(
         "Wait for the daily garbage collection, which will have freed enough space by "
