@@ -220,8 +220,9 @@ def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revis
 
 def _check(name: str, kind: str, source: str) -> None:
     if not LABEL.match(name):
+        fault = label_fault(name)
         raise InvalidRequest(
-            f"{name[:80]!r} is not a valid base model name: {label_fault(name)}.",
+            f"{name[:80]!r} is not a valid base model name: {fault}.",
             code="invalid_name",
             remedy="Use up to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
             param="name",

@@ -112,9 +112,11 @@ def stored(
 
 def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
     """Store the bytes in `spooled`, which must match `content`. Raises Unavailable, OutOfSpace."""
-    if store.put_file(spooled) != content:
+    stored_content = store.put_file(spooled)
+    if stored_content != content:
         raise Unavailable(
-            f"The {content.num_bytes:,} received bytes changed on the server's disk before they were stored.",
+            "The received content changed on the server's disk before it was stored: its SHA-256 digest is "
+            f"{stored_content.digest} instead of {content.digest}.",
             code="upload_damaged",
             remedy="Send the same request again. If this recurs, ask the operator to check the server's disk and "
             "memory.",
@@ -279,7 +281,9 @@ def check_size(num_bytes: int, settings: Settings, *, filename: str, purpose: st
         raise InvalidRequest(
             f"File {name!r} is empty.",
             code="file_empty",
-            remedy=f"Upload a file with at least one {'row' if purpose == DATASET else 'byte'}.",
+            remedy="Upload a file with at least one row."
+            if purpose == DATASET
+            else "Upload a file with at least one byte.",
             param=param,
         )
 

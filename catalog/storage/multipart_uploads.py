@@ -259,7 +259,7 @@ def _lease(upload: Upload, *, now: float) -> None:
             f"Upload {upload.id} is being completed by another request.",
             code="upload_completing",
             remedy="Try again in a few seconds. If the other request has succeeded by then, the response names the "
-            "file.",
+            "file. If the server was restarted meanwhile, this error may last for 15 minutes.",
         )
     upload.completing_until = now + JOIN_LEASE_SECONDS
     upload.num_completions += 1
@@ -384,9 +384,9 @@ def _too_many(
     counted = session.scalars(select(Upload).where(Upload.project_id == project_id, COUNTED))
     leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
     free_at = quotas.enough_at(leaving, used + more - maximum, now=now)
-    project = quotas.project_of(session, project_id).name
+    project, noun = quotas.project_of(session, project_id).name, "upload" if used == 1 else "uploads"
     return QuotaExceeded(
-        f"Project {project!r} has {used:,} open upload{'' if used == 1 else 's'}, but the maximum is {maximum:,}."
+        f"Project {project!r} has {used:,} open {noun}, but the maximum is {maximum:,}."
         if name == "open_uploads"
         else f"This upload needs {more:,} bytes, but uploads of project {project!r} already use {used:,} of the "
         f"{maximum:,} bytes available to them.",
@@ -438,17 +438,19 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
     known = {part.id: part for part in of_upload}
     index = next((index for index, part_id in enumerate(part_ids) if part_id not in known), None)
     if index is not None:
+        part_id = part_ids[index][:64]
         raise InvalidRequest(
-            f"'part_ids[{index}]' is {part_ids[index][:64]!a}, but upload {upload.id} has no such part.",
+            f"'part_ids[{index}]' is {part_id!a}, but upload {upload.id} has no such part.",
             code="part_not_found",
             remedy="Use the ids that were returned when the parts were added to this upload, in file order.",
             param="part_ids",
         )
     num_bytes = sum(known[part_id].num_bytes for part_id in part_ids)
     if num_bytes != upload.num_bytes:
+        unit = "byte" if num_bytes == 1 else "bytes"
         raise InvalidRequest(
-            f"The parts in 'part_ids' have a total size of {num_bytes:,} byte{'' if num_bytes == 1 else 's'}, but "
-            f"upload {upload.id} was created with {upload.num_bytes:,} as 'bytes'.",
+            f"The parts in 'part_ids' have a total size of {num_bytes:,} {unit}, but upload {upload.id} was created "
+            f"with {upload.num_bytes:,} as 'bytes'.",
             code="upload_incomplete",
             remedy="List every part in 'part_ids', in file order, or create a new upload with the correct value of "
             "'bytes'.",

@@ -270,6 +270,7 @@ def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, 
         )
     beyond = sorted(wanted - caller.scopes)
     if beyond:
+        holder = "an operator key" if is_operator else "a key"
         raise _exceeds(
             f"Your API key can't create a key with {_scopes(beyond)}, because yours lacks "
             f"{'that scope' if len(beyond) == 1 else 'those scopes'}."
@@ -277,7 +278,7 @@ def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, 
             else f"Your API key can't change API key {_said(changed)}, because yours lacks {_scopes(beyond)}.",
             remedy=f"Omit {_scopes(beyond)}, or use a key that has {'it' if len(beyond) == 1 else 'them'}."
             if changed is None
-            else f"Use {'an operator' if is_operator else 'a'} key that has {_scopes(beyond)}.",
+            else f"Use {holder} that has {_scopes(beyond)}.",
             param="scopes" if changed is None else "api_key_id",
         )
 
@@ -298,10 +299,11 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
         )
     _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator, changed=key)
     if key.scopes is None and caller.is_limited:
+        holder = "an operator key" if key.is_operator else "a key"
         raise _exceeds(
             f"API key {_said(key)} was created without 'scopes', so a key that was created with 'scopes', like yours, "
             "can't change it.",
-            remedy=f"Use {'an operator' if key.is_operator else 'a'} key that was created without 'scopes'.",
+            remedy=f"Use {holder} that was created without 'scopes'.",
             param="api_key_id",
         )
 
@@ -312,8 +314,9 @@ def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
 
 def last_operator(key: ApiKey) -> Conflict:
     """Return the error for the revocation of the last operator key, perhaps together with other ones."""
+    kept = _kept(key)
     return Conflict(
-        f"API key {_said(key)} can't be revoked, because no other operator key {_kept(key)} would be left.",
+        f"API key {_said(key)} can't be revoked, because no other operator key {kept} would be left.",
         code="last_operator_key",
         remedy=f"First create another operator key on the server: {_NEW_KEY}. To replace this key, rotate it without "
         "an expiration."
@@ -325,9 +328,9 @@ def last_operator(key: ApiKey) -> Conflict:
 
 def _expires_last_operator(key: ApiKey, *, can_omit: bool) -> Conflict:
     """can_omit: without 'expires_at', the new key would not expire."""
+    kept = _kept(key)
     return Conflict(
-        f"API key {_said(key)} can't be replaced by a key that expires, because no other operator key {_kept(key)} "
-        "exists.",
+        f"API key {_said(key)} can't be replaced by a key that expires, because no other operator key {kept} exists.",
         code="last_operator_key",
         remedy=f"Omit 'expires_at', or first create another operator key on the server: {_NEW_KEY}."
         if can_omit
@@ -417,15 +420,15 @@ def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, no
         return otherwise
     if wanted <= now:
         raise InvalidRequest(
-            f"'expires_at' is {int(wanted)}, which is in the past: the server's current time is {int(now)}.",
+            f"'expires_at' is {int(wanted)}, which is not in the future: the server's current time is {int(now)}.",
             code="expires_in_the_past",
             remedy="Set a later Unix timestamp, in seconds, or omit the field.",
             param="expires_at",
         )
     if caller.expires_at is not None and wanted > caller.expires_at:
+        own = "browser session" if caller.is_browser else "API key"
         raise _exceeds(
-            f"'expires_at' is {int(wanted)}, but your {'session' if caller.is_browser else 'API key'} expires earlier, "
-            f"at {int(caller.expires_at)}.",
+            f"'expires_at' is {int(wanted)}, but your {own} expires earlier, at {int(caller.expires_at)}.",
             remedy=f"Set 'expires_at' to at most {int(caller.expires_at)}, or use a key that expires later.",
             param="expires_at",
         )

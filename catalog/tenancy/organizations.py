@@ -109,8 +109,9 @@ def check_name(name: str, thing: str, *, id_prefix: str) -> None:
     thing: the noun with its article, for the message. Raises InvalidRequest.
     """
     if not LABEL.match(name):
+        fault = label_fault(name)
         raise InvalidRequest(
-            f"{name[:80]!r} is not a valid name for {thing}: {label_fault(name)}.",
+            f"{name[:80]!r} is not a valid name for {thing}: {fault}.",
             code="invalid_name",
             remedy="Use at most 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
             param="name",

@@ -191,8 +191,9 @@ def _note(session: Session, type: AuditType, row: Project, *, now: float, detail
 
 def _name_taken(existing: Project) -> Conflict:
     return Conflict(
-        f"{'Project' if existing.archived_at is None else 'Archived project'} {existing.name!r} already exists, with "
-        f"the id {existing.id}.",
+        f"Project {existing.name!r} already exists, with the id {existing.id}."
+        if existing.archived_at is None
+        else f"Archived project {existing.name!r} already exists, with the id {existing.id}.",
         code="project_exists",
         remedy="Choose another name: `lorry projects list --archived` shows those in use.",
         param="name",

@@ -367,25 +367,28 @@ def exceeded(
     used = _number(status.used)
     resets = f" The usage resets at {utc_time(status.resets_at)}." if status.resets_at is not None else ""
     limit = status.describe()
-    remedy = REMEDIES[status.name]
-    if num_more > (status.limit or 0):
-        remedy = "Use smaller files." if needing == NEEDING else PREPARE_LESS
-        remedy = remedy if status.limit else ""
-    elif not status.limit:
-        remedy = ""
     return refusal(
         f"Project {project.name!r} is limited to {limit}. It already uses {used}, and {needing} {num_more:,} more."
         f"{resets}"
         if num_more
         else f"Project {project.name!r} has reached its limit of {limit} (current usage: {used}).{resets}"
         if key_id is None
-        else f"API key {key_id} has reached the limit of {limit} that applies to each key in project {project.name!r} "
-        f"(current usage: {used}).{resets}",
-        remedy=remedy,
+        else f"API key {key_id} has reached its limit of {limit} in project {project.name!r} (current usage: {used})."
+        f"{resets}",
+        remedy=_remedy(status, num_more, needing),
         project=project,
         status=status,
         now=now,
     )
+
+
+def _remedy(status: QuotaStatus, num_more: int, needing: str) -> str:
+    """Return what helps other than a higher limit; empty if nothing does."""
+    if not status.limit:
+        return ""
+    if num_more > status.limit:
+        return "Use smaller files." if needing == NEEDING else PREPARE_LESS
+    return REMEDIES[status.name]
 
 
 def refusal(

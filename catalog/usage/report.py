@@ -93,13 +93,13 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
         return Report(days=days, next_day=past if past <= last else None)
 
 
-def _check_period(query: UsageQuery, end_time: float) -> None:
-    """end_time: of the query, or the current time. Raises InvalidRequest if the period ends before it begins."""
-    if end_time <= query.start_time:
+def _check_period(query: UsageQuery, until: float) -> None:
+    """until: of the query, or the current time. Raises InvalidRequest if the period ends before it begins."""
+    if until <= query.start_time:
         raise InvalidRequest(
-            f"'start_time' ({query.start_time:.0f}) is in the future: the server's current time is {end_time:.0f}."
+            f"'start_time' ({query.start_time:.0f}) is in the future: the server's current time is {until:.0f}."
             if query.end_time is None
-            else f"'start_time' ({query.start_time:.0f}) must be earlier than 'end_time' ({end_time:.0f}).",
+            else f"'start_time' ({query.start_time:.0f}) must be earlier than 'end_time' ({until:.0f}).",
             code="invalid_value",
             remedy="Set 'start_time' to an earlier Unix timestamp, in seconds."
             if query.end_time is None

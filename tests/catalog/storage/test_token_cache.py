@@ -173,7 +173,7 @@ def test_read_only_key_does_not_use_up_the_plans_of_others(world: World) -> None
 
     assert plan(world, max_length=256).state == "computing"
     assert (refusal.value.quota["name"], refusal.value.quota["used"]) == ("plans_per_day", 2)
-    key = f"API key {holder.api_key_id} has reached the limit of 2 plans per day that applies to each key"
+    key = f"API key {holder.api_key_id} has reached its limit of 2 plans per day in project 'ours'"
     assert key in refusal.value.message
 
 

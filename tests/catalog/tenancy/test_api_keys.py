@@ -81,7 +81,9 @@ def test_expiring_key_creates_keys_that_expire_with_it(world: World) -> None:
 
     assert row.expires_at == ending.expires_at
     past = int(world.clock.now - 1)
-    with pytest.raises(InvalidRequest, match=f"{past}, which is in the past: the server's current time is {past + 1}"):
+    with pytest.raises(
+        InvalidRequest, match=f"{past}, which is not in the future: the server's current time is {past + 1}"
+    ):
         make(world, world.caller, expires_at=past)
 
 
