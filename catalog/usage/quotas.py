@@ -52,7 +52,7 @@ SAID: dict[Limit, tuple[str, str]] = {
     "stored_bytes": ("stored byte", "stored bytes"),
     "plans_per_day": ("plan per day", "plans per day"),
 }
-"""What each quota limits, in the singular and the plural."""
+"""Names of the limited amounts, in the singular and the plural."""
 OPTIONS: dict[Limit, str] = {
     "concurrent_jobs": "--limit-concurrent-jobs",
     "queued_jobs": "--limit-queued-jobs",
