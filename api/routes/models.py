@@ -48,7 +48,7 @@ def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
     """Return a base model, an adapter or a checkpoint by name. Requires the scope `adapters:read`."""
     if not model.startswith("ft:"):
         return _base(use, caller, base_models.get(use.db, model))
-    return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model).adapter)
+    return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model, param="model").adapter)
 
 
 @router.delete("/{model:path}", operation_id="delete_model", responses=errors(403, 404, 409))
@@ -62,7 +62,7 @@ def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> Mod
     """
     require_scope(caller, "adapters:write" if model.startswith("ft:") else "models:write")
     if model.startswith("ft:"):
-        adapters.delete(use.db, project_id=caller.project_id, name=model, is_client_retry=is_retry)
+        adapters.delete(use.db, project_id=caller.project_id, name=model, is_client_retry=is_retry, param="model")
     else:
         base_models.delete(use.db, model, is_client_retry=is_retry)
     return ModelDeleted(id=model)

@@ -45,14 +45,16 @@ def get_usage(
     """
     if start_time is None:
         with use.db.read() as session:
-            start_time = max(0, int(end_time or read_clock(session)) - (USUAL_DAYS - 1) * DAY_SECONDS)
+            until = int(read_clock(session)) if end_time is None else end_time
+            start_time = max(0, until - (USUAL_DAYS - 1) * DAY_SECONDS)
     query = UsageQuery(
-        start_time=start_time if page is None else max(start_time, int(page) * DAY_SECONDS),
+        start_time=start_time,
         end_time=end_time,
         group_by=group_by or ("project_id",),
         project_ids=project_ids or (),
         organization_ids=organization_ids or (),
         models=models or (),
         num_days=limit,
+        page=None if page is None else int(page),
     )
     return usage_page(usage_report.report(use.db, caller=caller, query=query))

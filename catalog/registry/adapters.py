@@ -35,10 +35,11 @@ MODEL_COLUMNS = (
     Adapter.base_model,
     Adapter.artifact,
 )
-LIST_THEM = "List the project's adapters with `lorry adapters list` or GET /v1/adapters."
-LIST_CHECKPOINTS = (
-    "List a job's checkpoints with `lorry jobs checkpoints ID` or GET /v1/fine_tuning/jobs/ID/checkpoints."
+LIST_THEM = (
+    "Choose an adapter from `lorry adapters list` or, if another project shares it with yours, from `lorry adapters "
+    "list --shared`."
 )
+LIST_CHECKPOINTS = "Choose a checkpoint from `lorry jobs checkpoints JOB`."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,27 +98,29 @@ def list_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Pa
     return Page(items=found[:limit], has_more=len(found) > limit)
 
 
-def get(db: Database, *, project_id: str, name: str) -> AdapterView:
+def get(db: Database, *, project_id: str, name: str, param: str = "adapter") -> AdapterView:
     """Return the adapter with this id or name, or the best adapter of the finished sweep with this id.
 
-    Raises NotFound, and NoLongerKept for a checkpoint.
+    param: for errors. Raises NotFound, and NoLongerKept for a checkpoint.
     """
     with db.read() as session:
-        return _view(session, find(session, project_id, _named(session, project_id, name)))
+        return _view(session, find(session, project_id, _named(session, project_id, name, param), param=param))
 
 
-def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = False) -> Adapter:
+def delete(
+    db: Database, *, project_id: str, name: str, is_client_retry: bool = False, param: str = "adapter"
+) -> Adapter:
     """Delete an adapter of the project, or the model of a checkpoint.
 
     An adapter is only hidden: its row stays for the lineage of adapters that continue it. Raises NotFound, also for a
     model that another project shares with this one. Raises Conflict while an unfinished job continues the adapter,
     because each attempt reads its files. is_client_retry: the client repeats a request without a reply, so a deleted
-    adapter is returned.
+    adapter is returned. param: for errors.
     """
     with db.write() as session:
         if checkpoints.is_named(name):
-            return _delete_checkpoint(session, project_id, name, is_client_retry=is_client_retry)
-        adapter = _own(session, project_id, name, include_deleted=is_client_retry)
+            return _delete_checkpoint(session, project_id, name, is_client_retry=is_client_retry, param=param)
+        adapter = _own(session, project_id, name, param=param, include_deleted=is_client_retry)
         if adapter.deleted_at is not None:
             return adapter
         child = session.scalar(
@@ -125,14 +128,15 @@ def delete(db: Database, *, project_id: str, name: str, is_client_retry: bool = 
         )
         if child is not None:
             is_own = child.project_id == project_id
-            by = f"job {child.id}" if is_own else "a job in another project"
             raise Conflict(
-                f"Adapter {adapter.name!r} is in use by {by}, which has not finished.",
+                f"Adapter {adapter.name!r} is in use by job {child.id}, which has not finished."
+                if is_own
+                else f"Adapter {adapter.name!r} is in use by an unfinished job in another project.",
                 code="adapter_in_use",
                 remedy=f"Wait until job {child.id} finishes, or cancel it, then delete the adapter."
                 if is_own
                 else "Wait until that job finishes, then delete the adapter.",
-                param="adapter",
+                param=param,
             )
         adapter.deleted_at = now = read_clock(session)
         ledger.count(session, "adapters", number=-1)
@@ -178,13 +182,21 @@ def find(session: Session, project_id: str, name: str, *, locked: bool = False, 
         is_visible = permissions.may_read_checkpoint(project_id)
         checkpoint = checkpoints.row(session, is_visible, name, locked=locked)
         if checkpoint is None:
-            raise NotFound("checkpoint", name, param=param, remedy=LIST_CHECKPOINTS)
-        return checkpoints.as_adapter(session, checkpoint, param=param)
+            raise NotFound(
+                "checkpoint",
+                name,
+                message=f"No checkpoint with the name or id {name!r}.",
+                param=param,
+                remedy=LIST_CHECKPOINTS,
+            )
+        return checkpoints.as_adapter(session, checkpoint, reader=project_id, param=param)
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
     readable = named.where(permissions.may_read_adapter(project_id))
     adapter = session.scalar(readable.with_for_update(read=True) if locked else readable)
     if adapter is None:
-        raise NotFound("adapter", name, param=param, remedy=LIST_THEM)
+        raise NotFound(
+            "adapter", name, message=f"No adapter with the name or id {name!r}.", param=param, remedy=LIST_THEM
+        )
     return adapter
 
 
@@ -197,7 +209,7 @@ def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:
         return list(session.scalars(kept.order_by(Adapter.created_at, Adapter.id)))
 
 
-def _named(session: Session, project_id: str, name: str) -> str:
+def _named(session: Session, project_id: str, name: str, param: str) -> str:
     """Resolve the id of a sweep to the id of its best adapter. Other names are returned unchanged."""
     if not name.startswith("sweep-"):
         return name
@@ -206,26 +218,30 @@ def _named(session: Session, project_id: str, name: str) -> str:
         own_adapters.where(Sweep.id == name, Sweep.project_id == project_id, Adapter.deleted_at.is_(None))
     )
     if found is None:
-        raise _no_best_adapter(
-            session.scalar(select(Sweep).where(Sweep.id == name, Sweep.project_id == project_id)), name
-        )
+        sweep = session.scalar(select(Sweep).where(Sweep.id == name, Sweep.project_id == project_id))
+        raise _no_best_adapter(sweep, name, param)
     return found
 
 
-def _no_best_adapter(sweep: Sweep | None, name: str) -> NotFound:
+def _no_best_adapter(sweep: Sweep | None, name: str, param: str) -> NotFound:
     """Return the error for a sweep without a best adapter. `sweep`: None if the project has no such sweep."""
     if sweep is None:
+        message = f"No sweep with the id {name!r}."
         remedy = "Check the sweep's id, and that the API key belongs to the project that owns the sweep."
-    elif sweep.finished_at is None:
-        remedy = f"Wait until sweep {sweep.id} finishes. GET /v1/sweeps/{sweep.id} shows its state."
-    elif sweep.best_job is None:
-        remedy = f"Use an adapter of another sweep: sweep {sweep.id} finished without a successful trial."
-    else:
-        remedy = f"Use another adapter: the best adapter of sweep {sweep.id} was deleted. {LIST_THEM}"
-    return NotFound("adapter", name, remedy=remedy)
+        return NotFound("adapter", name, message=message, remedy=remedy, param=param)
+    if sweep.finished_at is None:
+        message = f"Sweep {sweep.id} has not finished, so it has no best adapter yet."
+        remedy = f"Wait until the sweep finishes: `lorry sweeps show {sweep.id}` shows its state."
+        return NotFound("adapter", name, message=message, remedy=remedy, param=param)
+    if sweep.best_job is None:
+        message = f"Sweep {sweep.id} finished without a successful trial, so it has no best adapter."
+        remedy = f"Use another adapter, or find out with `lorry sweeps show {sweep.id}` how its trials ended."
+        return NotFound("adapter", name, message=message, remedy=remedy, param=param)
+    message = f"The best adapter of sweep {sweep.id} was deleted."
+    return NotFound("adapter", name, message=message, remedy=LIST_THEM, param=param)
 
 
-def _own(session: Session, project_id: str, name: str, *, include_deleted: bool = False) -> Adapter:
+def _own(session: Session, project_id: str, name: str, *, param: str, include_deleted: bool = False) -> Adapter:
     """Return the project's adapter, locked. The lock prevents new jobs from continuing it."""
     named = or_(Adapter.id == name, Adapter.name == name)
     own_adapters = select(Adapter).where(named, Adapter.project_id == project_id)
@@ -233,21 +249,27 @@ def _own(session: Session, project_id: str, name: str, *, include_deleted: bool 
         own_adapters = own_adapters.where(Adapter.deleted_at.is_(None))
     adapter = session.scalar(own_adapters.with_for_update())
     if adapter is None:
-        raise NotFound("adapter", name, remedy=LIST_THEM)
+        remedy = (
+            "Choose an adapter from `lorry adapters list`. A shared adapter can be deleted only by its own project."
+        )
+        raise NotFound("adapter", name, message=f"No adapter with the name or id {name!r}.", param=param, remedy=remedy)
     return adapter
 
 
-def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_client_retry: bool) -> Adapter:
+def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_client_retry: bool, param: str) -> Adapter:
     checkpoint = checkpoints.row(session, Job.project_id == project_id, name, locked=True)
     if checkpoint is None:
-        raise NotFound("checkpoint", name, remedy=LIST_CHECKPOINTS)
+        remedy = f"{LIST_CHECKPOINTS} A shared checkpoint can be deleted only by its own project."
+        raise NotFound(
+            "checkpoint", name, message=f"No checkpoint with the name or id {name!r}.", param=param, remedy=remedy
+        )
     try:
-        adapter = checkpoints.as_adapter(session, checkpoint)
-    except NoLongerKept:
+        adapter = checkpoints.as_adapter(session, checkpoint, reader=project_id)
+    except NoLongerKept as error:
         if is_client_retry:
             return Adapter(id=checkpoint.id, name=checkpoint.name)
-        raise
-    checkpoints.delete(session, checkpoint)
+        raise NoLongerKept("checkpoint", name, remedy="No action is needed.", param=param) from error
+    checkpoints.delete(session, checkpoint, param=param)
     return _note_deleted(session, adapter)
 
 

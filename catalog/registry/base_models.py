@@ -15,11 +15,12 @@ from catalog.db import lease
 from catalog.db.database import Database, get_once, read_clock, serialize, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.resources import requirements
-from catalog.spec.strict import LABEL
+from catalog.spec.strict import LABEL, label_fault
 from catalog.states import UNFINISHED_STATES
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
+from catalog.tables.tenancy import Project
 
 KINDS = ("hub", "folder", "gguf")
 SOURCE_PATTERN = r"^[^\x00-\x1f\x7f\S]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$"
@@ -47,11 +48,12 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             row.error = None
             _begin(session, row, kind=kind, source=source, revision=revision)
         elif is_another:
-            existing = f"{row.source} (revision {row.revision})" if row.revision else row.source
+            revision_text = f" and the revision {row.revision!r}" if row.revision else " and no revision"
             raise Conflict(
-                f"A base model named {name!r} already exists, with the source {existing}.",
+                f"Base model {name!r} already exists, with the kind {row.kind!r}, the source {row.source!r}"
+                f"{revision_text}.",
                 code="model_exists",
-                remedy=f"Choose another name, or delete the existing model first: `lorry models delete {name}`",
+                remedy=f"Choose another name, or delete the existing model first: `lorry models delete {name}`.",
                 param="name",
             )
         elif row.state == "failed":
@@ -78,12 +80,15 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
         if is_client_retry and row is not None and row.state == "deleted":
             return
         row = find(session, name)
-        user = session.scalar(select(Job.id).where(Job.base_model == name, Job.state.in_(UNFINISHED_STATES)).limit(1))
+        users = select(Job.id, Project.name).join(Project, Project.id == Job.project_id)
+        users = users.where(Job.base_model == name, Job.state.in_(UNFINISHED_STATES))
+        user = session.execute(users.limit(1)).first()
         if user is not None:
             raise Conflict(
-                f"Base model {name!r} is in use by job {user}, which has not finished.",
+                f"Base model {name!r} is in use by job {user[0]} (project {user[1]!r}), which has not finished.",
                 code="model_in_use",
-                remedy="Wait until all jobs that use the model finish, or cancel them, then delete the model.",
+                remedy="Wait until all jobs that use the model finish, or cancel them with a key from their project, "
+                "then delete the model.",
                 param="model",
             )
         _note(session, "model.deleted", name, details={"digest": row.digest})
@@ -129,7 +134,8 @@ def find(session: Session, name: str, *, lock: Literal["share", "update"] | None
     """Like `get`, within a transaction. lock: "share" prevents its deletion until the transaction ends."""
     row = get_once(session, BaseModelRow, name, lock=lock)
     if row is None or row.state == "deleted":
-        raise NotFound("model", name, param="model", remedy=_known(session, name))
+        message = f"No base model with the name {name!r}."
+        raise NotFound("model", name, message=message, param="model", remedy=_known(session, name))
     return row
 
 
@@ -137,12 +143,12 @@ def _known(session: Session, wanted: str) -> str:
     """The remedy for an unknown name. Lists the usable base models. A name with a slash is taken for a hub id."""
     usable = select(BaseModelRow).where(BaseModelRow.state.in_(("ready", "importing"))).order_by(BaseModelRow.name)
     known = [row.name if row.state == "ready" else f"{row.name} (importing)" for row in session.scalars(usable)]
-    available = f"Available base models: {', '.join(known)}." if known else ""
+    available = f"Use one of the available base models: {', '.join(known)}." if known else ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted):
         short = wanted.rpartition("/")[2].lower()[:64]
-        command = f"Ask an operator to add it from the Hugging Face Hub (`lorry models add {short} {wanted}`)."
+        command = f"Ask an operator to add it from the Hugging Face Hub: `lorry models add {short} {wanted}`."
         return f"{command} {available}".rstrip()
-    return available or "Ask an operator to add a base model first (`lorry models add NAME SOURCE`)."
+    return available or "Ask an operator to add a base model first: `lorry models add NAME SOURCE`."
 
 
 def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, str] | None:
@@ -214,23 +220,27 @@ def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revis
 
 def _check(name: str, kind: str, source: str) -> None:
     if not LABEL.match(name):
+        fault = label_fault(name)
         raise InvalidRequest(
-            f"{name!r} is not a valid base model name.",
+            f"{name[:80]!r} is not a valid base model name: {fault}.",
             code="invalid_name",
             remedy="Use up to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
             param="name",
         )
     if kind not in KINDS:
         raise InvalidRequest(
-            f"'kind' is {kind!r}, but must be hub, folder or gguf.",
+            f"'kind' is {kind!r}, but must be 'hub', 'folder' or 'gguf'.",
             code="invalid_kind",
-            remedy="Use hub for a Hugging Face id, folder for a folder of safetensors files, or gguf for a single "
-            "GGUF file.",
+            remedy="Use 'hub' for a Hugging Face id, 'folder' for a folder with safetensors files, or 'gguf' for a "
+            "single GGUF file.",
             param="kind",
         )
     if not re.fullmatch(SOURCE_PATTERN, source):
+        control = re.search(r"[\x00-\x1f\x7f]", source)
         raise InvalidRequest(
-            "'source' is blank or contains a control character.",
+            "'source' is blank."
+            if control is None
+            else f"'source' contains the control character {control[0]!a} at position {control.start() + 1}.",
             code="invalid_source",
             remedy="Set 'source' to a Hugging Face id such as org/name, or to the path of a model folder or GGUF file.",
             param="source",

@@ -22,6 +22,7 @@ from catalog.usage import ledger
 
 MARK = ":ckpt-step-"
 ID_PREFIX = "ftckpt-"
+_KEPT = "A job's two newest checkpoints are kept until seven days after it finishes, unless a user deletes them."
 NOT_VERIFIED: dict[str, Any] = {
     "passed": None,
     "explanation": "Not verified with PEFT: only the final adapter of a job is verified.",
@@ -60,18 +61,22 @@ def row(session: Session, is_visible: ColumnElement[bool], name: str, *, locked:
     return session.scalar(found.with_for_update(of=Checkpoint) if locked else found)
 
 
-def as_adapter(session: Session, checkpoint: Checkpoint, *, param: str | None = None) -> Adapter:
-    """Represent the checkpoint as an Adapter, which is not stored. Raises NoLongerKept."""
+def as_adapter(
+    session: Session, checkpoint: Checkpoint, *, reader: str | None = None, param: str | None = None
+) -> Adapter:
+    """Represent the checkpoint as an Adapter, which is not stored. reader: id of the project that reads it; None: an
+    operator. Raises NoLongerKept."""
+    job = session.get_one(Job, checkpoint.job_id)
     if checkpoint.adapter is None or checkpoint.lineage is None or checkpoint.name is None:
         raise NoLongerKept(
             "checkpoint",
             checkpoint.name or checkpoint.id,
-            remedy="Use the job's final adapter, or choose another checkpoint from GET "
-            "/v1/fine_tuning/jobs/ID/checkpoints. A job's two newest checkpoints are kept until seven days after it "
-            "finishes, unless a user deletes them.",
+            remedy=f"Use job {job.id}'s final adapter, if it has one, or a checkpoint that is still kept: `lorry jobs "
+            f"checkpoints {job.id}`. {_KEPT}"
+            if reader in (None, job.project_id)
+            else f"Ask the project that owns the checkpoint to share another model. {_KEPT}",
             param=param,
         )
-    job = session.get_one(Job, checkpoint.job_id)
     return Adapter(
         id=checkpoint.id,
         name=checkpoint.name,
@@ -142,24 +147,25 @@ def remove_model(session: Session, checkpoint: Checkpoint) -> str | None:
     return digest
 
 
-def delete(session: Session, checkpoint: Checkpoint) -> None:
+def delete(session: Session, checkpoint: Checkpoint, *, param: str = "model") -> None:
     """Delete the checkpoint's model. The files from which its job resumes stay.
 
-    Raises Conflict while an unfinished job continues it.
+    param: for errors. Raises Conflict while an unfinished job continues it.
     """
     if checkpoint.adapter is not None and remove_model(session, checkpoint) is None:
         child = session.scalars(
             select(Job).where(Job.parent_adapter == checkpoint.id, Job.state.in_(UNFINISHED_STATES)).limit(1)
         ).one()
         is_own = child.project_id == session.get_one(Job, checkpoint.job_id).project_id
-        by = f"job {child.id}" if is_own else "a job in another project"
         raise Conflict(
-            f"Checkpoint {checkpoint.name!r} is in use by {by}, which has not finished.",
+            f"Checkpoint {checkpoint.name!r} is in use by job {child.id}, which has not finished."
+            if is_own
+            else f"Checkpoint {checkpoint.name!r} is in use by an unfinished job in another project.",
             code="checkpoint_in_use",
             remedy=f"Wait until job {child.id} finishes, or cancel it, then delete the checkpoint."
             if is_own
             else "Wait until that job finishes, then delete the checkpoint.",
-            param="model",
+            param=param,
         )
     session.flush()
 

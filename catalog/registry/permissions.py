@@ -49,12 +49,12 @@ def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[
             projects.find(session, caller=caller, project=one, param="project_ids", same_organization_as=owner)
             for one in projects_named
         ]
-        for reader in readers:
+        for named, reader in zip(projects_named, readers, strict=True):
             if reader.id == shared.project_id:
                 raise InvalidRequest(
-                    f"Project {reader.name!r} owns the model, so it doesn't need permission.",
+                    f"Project {reader.name!r} owns model {shared.name!r}, so it doesn't need permission.",
                     code="own_model",
-                    remedy=f"Remove {reader.name!r} from 'project_ids'.",
+                    remedy=f"Remove {named!r} from 'project_ids'.",
                     param="project_ids",
                 )
         now = read_clock(session)
@@ -88,8 +88,13 @@ def revoke(db: Database, *, model: str, permission_id: str, is_client_retry: boo
             session.delete(row)
             _note(session, "permission.deleted", row, shared, now=read_clock(session))
         elif not is_client_retry:
-            remedy = f"List the permissions with GET /v1/fine_tuning/checkpoints/{model}/permissions."
-            raise NotFound("permission", permission_id, param="permission_id", remedy=remedy)
+            raise NotFound(
+                "permission",
+                permission_id,
+                message=f"Model {shared.name!r} has no permission with the id {permission_id!r}.",
+                param="permission_id",
+                remedy=f"List the model's permissions with `lorry adapters shares {shared.name}`.",
+            )
 
 
 def shared_with(project_id: str) -> Select[Adapter]:
@@ -113,18 +118,27 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
     if checkpoints.is_named(name):
         checkpoint = checkpoints.row(session, true(), name, locked=locked)
         if checkpoint is None:
+            remedy = (
+                "Choose a checkpoint from `lorry jobs checkpoints JOB`, with a key from the project that owns the job."
+            )
             raise NotFound(
                 "checkpoint",
                 name,
-                param="fine_tuned_model_checkpoint",
-                remedy="Check the name. GET /v1/fine_tuning/jobs/ID/checkpoints lists the checkpoints of a job.",
+                message=f"No checkpoint with the name or id {name!r}.",
+                param="fine_tuned_model",
+                remedy=remedy,
             )
-        return checkpoints.as_adapter(session, checkpoint, param="fine_tuned_model_checkpoint")
+        return checkpoints.as_adapter(session, checkpoint, param="fine_tuned_model")
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
     adapter = session.scalar(named.with_for_update() if locked else named)
     if adapter is None:
-        remedy = "Use the name of an adapter (a job's 'fine_tuned_model') or of a checkpoint."
-        raise NotFound("adapter", name, param="fine_tuned_model_checkpoint", remedy=remedy)
+        raise NotFound(
+            "adapter",
+            name,
+            message=f"No adapter with the name or id {name!r}.",
+            param="fine_tuned_model",
+            remedy="Choose an adapter from `lorry adapters list`, with a key from the project that owns the adapter.",
+        )
     return adapter
 
 

@@ -14,9 +14,20 @@ WITHOUT_NUL: dict[str, Any] = {"pattern": r"^[^\x00]*$"}
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """Pattern of user-defined names: base models, projects, organizations, and part of an adapter's name."""
 LABEL = re.compile(LABEL_PATTERN.replace("$", r"\Z"))
+MAX_LABEL_CHARS = 64
 Label = Annotated[str, StringConstraints(pattern=LABEL_PATTERN)]
 EXACT = 2**53
 """Floats represent all whole numbers up to this value exactly."""
+
+
+def label_fault(name: str) -> str:
+    """Return why `name` does not match LABEL, to end a sentence."""
+    if not name:
+        return "it is empty"
+    if len(name) > MAX_LABEL_CHARS:
+        return f"it has {len(name):,} characters, but the maximum is {MAX_LABEL_CHARS}"
+    unfit = next((char for char in name if not re.match(r"[A-Za-z0-9._-]", char)), None)
+    return f"it starts with {name[0]!r}" if unfit is None else f"it contains {unfit!a}"
 
 
 class Strict(BaseModel):

@@ -95,7 +95,7 @@ def stored(
     content: digest and size of the uploaded bytes. Raises the same errors as `create`, except QuotaExceeded.
     """
     check_purpose(purpose)
-    check_size(content.num_bytes, settings)
+    check_size(content.num_bytes, settings, filename=filename, purpose=purpose)
     check = _inspect(spooled, content.num_bytes, settings, is_abandoned) if purpose == DATASET else None
     put(store, spooled, content)
     return File(
@@ -112,8 +112,15 @@ def stored(
 
 def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
     """Store the bytes in `spooled`, which must match `content`. Raises Unavailable, OutOfSpace."""
-    if store.put_file(spooled) != content:
-        raise Unavailable("The upload was damaged in transit.", code="upload_damaged", remedy="Upload it again.")
+    stored_content = store.put_file(spooled)
+    if stored_content != content:
+        raise Unavailable(
+            "The received content changed on the server's disk before it was stored: its SHA-256 digest is "
+            f"{stored_content.digest} instead of {content.digest}.",
+            code="upload_damaged",
+            remedy="Send the same request again. If this recurs, ask the operator to check the server's disk and "
+            "memory.",
+        )
 
 
 def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
@@ -201,7 +208,12 @@ def find(session: Session, *, project_id: str, file_id: str, lock: bool = False,
         statement = statement.where(is_visible(read_clock(session)))
     file = session.scalar(statement.with_for_update() if lock else statement)
     if file is None:
-        raise NotFound("file", file_id, param="file_id")
+        raise NotFound(
+            "file",
+            file_id,
+            param="file_id",
+            remedy="Choose a file from `lorry files list`. Files that were deleted or have expired can't be used.",
+        )
     return file
 
 
@@ -251,22 +263,29 @@ def check_purpose(purpose: str) -> None:
         raise InvalidRequest(
             f"Files can't be uploaded with the purpose {purpose[:40]!a}.",
             code="invalid_purpose",
-            remedy=f"Use {DATASET!r} for training and validation data, or {USER_DATA!r} for other files.",
+            remedy=f"Set 'purpose' to {DATASET!r} for training and validation data, or {USER_DATA!r} for other files.",
             param="purpose",
         )
 
 
-def check_size(num_bytes: int, settings: Settings, *, param: str = "file") -> None:
+def check_size(num_bytes: int, settings: Settings, *, filename: str, purpose: str, param: str = "file") -> None:
+    name = label(filename)
     if num_bytes > settings.max_file_bytes:
         raise TooLarge(
-            f"The file has {num_bytes:,} bytes, but the maximum is {settings.max_file_bytes:,} bytes.",
+            f"File {name!r} has {num_bytes:,} bytes, but the maximum is {settings.max_file_bytes:,} bytes.",
             code="file_too_large",
             remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
             param=param,
         )
     if num_bytes == 0:
-        remedy = "Upload a file with at least one row."
-        raise InvalidRequest("The file is empty.", code="file_empty", remedy=remedy, param=param)
+        raise InvalidRequest(
+            f"File {name!r} is empty.",
+            code="file_empty",
+            remedy="Upload a file with at least one row."
+            if purpose == DATASET
+            else "Upload a file with at least one byte.",
+            param=param,
+        )
 
 
 def _note(session: Session, type: AuditType, file: File, *, now: float, details: Json) -> None:  # noqa: A002

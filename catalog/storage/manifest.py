@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import rfc8785
@@ -26,14 +27,19 @@ KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 DAMAGED = "artifact_damaged"
 
 
+RESTORE = (
+    "Restore the store from a backup, or recreate the damaged object: upload the file again, or train the adapter "
+    "again. On the server, `python -m api verify` lists all damaged objects."
+)
+
+
 class DamagedArtifact(LorryError):
     """A stored file is missing, or its content does not match its digest."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
 
-    def __init__(self, message: str) -> None:
-        remedy = "Restore the store from a backup, or run the job again."
+    def __init__(self, message: str, *, remedy: str = RESTORE) -> None:
         super().__init__(message, code=DAMAGED, remedy=remedy)
 
 
@@ -49,7 +55,7 @@ class ManifestFile:
         check_path(self.path)
         check_digest(self.digest)
         if not 0 <= self.num_bytes < 2**53:
-            raise DamagedArtifact(f"A manifest gives {self.path!r} an invalid size: {self.num_bytes} bytes.")
+            raise DamagedArtifact(f"A manifest contains the invalid size {self.num_bytes} for {self.path!r}.")
 
     def as_row(self) -> dict[str, Any]:
         return {"path": self.path, "digest": self.digest, "num_bytes": self.num_bytes}
@@ -69,10 +75,12 @@ class Manifest:
         if len(paths) > MAX_FILES:
             raise DamagedArtifact(f"A manifest lists {len(paths):,} files, but the maximum is {MAX_FILES:,}.")
         if paths != sorted(set(paths)):
-            raise DamagedArtifact("A manifest's files are not in sorted order, or a file is listed twice.")
+            twice = next((path for path, following in pairwise(sorted(paths)) if path == following), None)
+            reason = "are not sorted by path" if twice is None else f"include {twice!r} twice"
+            raise DamagedArtifact(f"The files in a manifest {reason}.")
         used = set(paths)
         if inside := next((p for p in paths if any(parent in used for parent in _parents(p))), None):
-            raise DamagedArtifact(f"A manifest lists {inside!r}, but also lists its folder as a file.")
+            raise DamagedArtifact(f"A manifest contains {inside!r}, but a folder of this path is itself a file in it.")
 
     @classmethod
     def of(cls, kind: str, files: Iterable[ManifestFile]) -> Manifest:

@@ -84,7 +84,7 @@ def create(
     """Create an upload for a file of `num_bytes`. Raises InvalidRequest and TooLarge where completing it would, and
     QuotaExceeded."""
     files.check_purpose(purpose)
-    files.check_size(num_bytes, settings, param="bytes")
+    files.check_size(num_bytes, settings, filename=filename, purpose=purpose, param="bytes")
     with db.write() as session:
         now = read_clock(session)
         _check_open_ones(session, project_id, num_bytes, settings, now=now)
@@ -149,8 +149,12 @@ def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob,
 def _check_addable(session: Session, upload: Upload, content: Blob, settings: Settings) -> UploadPart | None:
     """Return the upload's part with these bytes, or None. Raises InvalidRequest and TooLarge if they can't be added."""
     if content.num_bytes == 0:
-        remedy = "Send at least one byte in 'data'."
-        raise InvalidRequest("The part is empty.", code="part_empty", remedy=remedy, param="data")
+        raise InvalidRequest(
+            f"The part for upload {upload.id} is empty.",
+            code="part_empty",
+            remedy="Send at least one byte in 'data', or complete the upload if you have sent all parts.",
+            param="data",
+        )
     of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
     existing = session.scalar(of_upload.where(UploadPart.digest == content.digest))
     if existing is None:
@@ -217,7 +221,7 @@ def _whole_file(
 ) -> File:
     """Join, check and store the parts. Returns the file's row, which is not visible yet."""
     with assembled(store, parts, folder) as whole:
-        _check_md5(whole.md5, md5)
+        _check_md5(upload.id, whole.md5, md5)
         return files.stored(
             store,
             project_id=upload.project_id,
@@ -234,9 +238,11 @@ def _check_completions(upload: Upload) -> None:
     """Raises Conflict after too many completions, each of which joins and checks the whole file again."""
     if upload.num_completions >= MAX_COMPLETIONS:
         raise Conflict(
-            f"Upload {upload.id} can't be completed, because {upload.num_completions} attempts have failed.",
+            f"Upload {upload.id} can't be completed, because {upload.num_completions} attempts have failed, which is "
+            "the maximum.",
             code="too_many_completions",
-            remedy=f"{_START_AGAIN} The response to each attempt explains why it failed.",
+            remedy="Correct the problem that the responses to these attempts name, then create a new upload and send "
+            "the parts again.",
         )
 
 
@@ -253,7 +259,7 @@ def _lease(upload: Upload, *, now: float) -> None:
             f"Upload {upload.id} is being completed by another request.",
             code="upload_completing",
             remedy="Try again in a few seconds. If the other request has succeeded by then, the response names the "
-            "file.",
+            "file. If the server was restarted meanwhile, this error may last for 15 minutes.",
         )
     upload.completing_until = now + JOIN_LEASE_SECONDS
     upload.num_completions += 1
@@ -319,7 +325,13 @@ def _find(session: Session, project_id: str, upload_id: str, *, lock: bool = Fal
     owned = select(Upload).where(Upload.id == upload_id, Upload.project_id == project_id)
     upload = session.scalar(owned.with_for_update() if lock else owned)
     if upload is None:
-        raise NotFound("upload", upload_id, param="upload_id")
+        raise NotFound(
+            "upload",
+            upload_id,
+            param="upload_id",
+            remedy="Check the id, and that the API key belongs to the project that owns the upload. An upload is "
+            "deleted a day after it expires: then create a new one.",
+        )
     return upload
 
 
@@ -356,10 +368,9 @@ def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings
     )
     sums = select(func.count().filter(is_open), func.coalesce(func.sum(num_bytes_of), 0))
     count, total_bytes = session.execute(sums.where(Upload.project_id == project_id, COUNTED)).one()
-    if count + 1 > settings.max_open_uploads:
-        raise _too_many(
-            session, project_id, "open_uploads", used=count, more=1, maximum=settings.max_open_uploads, now=now
-        )
+    maximum = settings.max_open_uploads
+    if count + 1 > maximum:
+        raise _too_many(session, project_id, "open_uploads", used=count, more=1, maximum=maximum, now=now)
     maximum = settings.max_open_upload_bytes
     if total_bytes + num_bytes > maximum:
         raise _too_many(
@@ -373,12 +384,18 @@ def _too_many(
     counted = session.scalars(select(Upload).where(Upload.project_id == project_id, COUNTED))
     leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
     free_at = quotas.enough_at(leaving, used + more - maximum, now=now)
+    project, noun = quotas.project_of(session, project_id).name, "upload" if used == 1 else "uploads"
     return QuotaExceeded(
-        f"The project has {used:,} open uploads, which is the maximum."
+        f"Project {project!r} has {used:,} open {noun}, but the maximum is {maximum:,}."
         if name == "open_uploads"
-        else f"This upload needs {more:,} bytes, but open uploads already use {used:,} of {maximum:,} bytes.",
+        else f"This upload needs {more:,} bytes, but uploads of project {project!r} already use {used:,} of the "
+        f"{maximum:,} bytes available to them.",
         code="too_many_open_uploads",
-        remedy=f"Complete or cancel open uploads, or wait: uploads expire after an hour. {_KEPT_PARTS}",
+        remedy="Complete or cancel an open upload, or wait: uploads expire after an hour."
+        if name == "open_uploads"
+        else "Split the file, or ask the operator to raise LORRY_MAX_OPEN_UPLOAD_BYTES."
+        if more > maximum
+        else f"Complete or cancel open uploads, or wait: uploads expire after an hour. {_KEPT_PARTS}",
         retry_after_seconds=math.inf if free_at is None else free_at - now,
         quota={"name": name, "limit": maximum, "used": used, "resets_at": None if free_at is None else int(free_at)},
     )
@@ -402,22 +419,14 @@ def _check_size(session: Session, upload: Upload, content: Blob, settings: Setti
         message = f"Upload {upload.id} has {MAX_PARTS:,} parts, which is the maximum."
         remedy = f"Create a new upload and send larger parts, of up to {MAX_PART_BYTES:,} bytes each."
         raise TooLarge(message, code="too_many_parts", remedy=remedy, param="data")
-    maximum = max(2 * upload.num_bytes, SPARE_BYTES)
+    maximum = min(max(2 * upload.num_bytes, SPARE_BYTES), settings.max_file_bytes)
     num_bytes = upload.part_bytes + content.num_bytes
-    if num_bytes > settings.max_file_bytes:
-        raise TooLarge(
-            f"With this part, upload {upload.id} would have {num_bytes:,} bytes, but the maximum is "
-            f"{settings.max_file_bytes:,} bytes.",
-            code="upload_too_large",
-            remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
-            param="data",
-        )
     if num_bytes > maximum:
         raise TooLarge(
-            f"With this part, upload {upload.id} would have {num_bytes:,} bytes, but it was created for "
-            f"{upload.num_bytes:,} bytes and accepts at most {maximum:,} bytes.",
+            f"With this part, upload {upload.id} would have {num_bytes:,} bytes, but it accepts at most {maximum:,}, "
+            f"because it was created with {upload.num_bytes:,} as 'bytes'.",
             code="upload_too_large",
-            remedy="Create a new upload with the correct value of 'bytes', and send its parts again.",
+            remedy="Create a new upload with the size of the whole file in 'bytes', and send each part only once.",
             param="data",
         )
 
@@ -427,19 +436,21 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
     InvalidRequest for an unknown part or a total size that differs from the announced one."""
     of_upload = session.scalars(select(UploadPart).where(UploadPart.upload_id == upload.id))
     known = {part.id: part for part in of_upload}
-    unknown = next((part_id for part_id in part_ids if part_id not in known), None)
-    if unknown is not None:
+    index = next((index for index, part_id in enumerate(part_ids) if part_id not in known), None)
+    if index is not None:
+        part_id = part_ids[index][:64]
         raise InvalidRequest(
-            f"Upload {upload.id} has no part with the id {unknown[:64]!a}.",
+            f"'part_ids[{index}]' is {part_id!a}, but upload {upload.id} has no such part.",
             code="part_not_found",
-            remedy="Use the ids that were returned when the parts were added, in file order.",
+            remedy="Use the ids that were returned when the parts were added to this upload, in file order.",
             param="part_ids",
         )
     num_bytes = sum(known[part_id].num_bytes for part_id in part_ids)
     if num_bytes != upload.num_bytes:
+        unit = "byte" if num_bytes == 1 else "bytes"
         raise InvalidRequest(
-            f"The parts have {num_bytes:,} bytes in total, but upload {upload.id} was created for "
-            f"{upload.num_bytes:,} bytes.",
+            f"The parts in 'part_ids' have a total size of {num_bytes:,} {unit}, but upload {upload.id} was created "
+            f"with {upload.num_bytes:,} as 'bytes'.",
             code="upload_incomplete",
             remedy="List every part in 'part_ids', in file order, or create a new upload with the correct value of "
             "'bytes'.",
@@ -448,12 +459,13 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
     return [known[part_id] for part_id in part_ids]
 
 
-def _check_md5(joined: str, sent: str | None) -> None:
+def _check_md5(upload_id: str, joined: str, sent: str | None) -> None:
     if sent is not None and joined != sent.lower():
         raise InvalidRequest(
-            "The MD5 checksum of the joined parts does not match 'md5'.",
+            f"The joined parts of upload {upload_id} have the MD5 checksum {joined}, but 'md5' is {sent}.",
             code="md5_mismatch",
-            remedy="Check that 'part_ids' is in file order. If it is, create a new upload and send the parts again.",
+            remedy="Check that 'md5' is the checksum of the whole file and that 'part_ids' is in file order. If both "
+            "are correct, create a new upload and send the parts again.",
             param="md5",
         )
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 from catalog import durable
@@ -31,6 +31,8 @@ CHUNK_BYTES = 8 * 2**20
 RETRY: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=30)}
 PROBE = "clock"
 """Key of the object that is written to read a bucket's clock."""
+STORE_SETTING = "the location in LORRY_STORE_URL (default: the folder `store` in the data folder)"
+DENIED = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 STAGED = re.compile(r".*#\d+")
 """Name pattern of local files that obstore has not finished writing."""
 
@@ -49,25 +51,29 @@ class StoredObject:
 
 
 class Objects:
-    """Bytes by key. `url`: file:///folder, or s3://bucket/prefix with AWS_… from the environment."""
+    """Bytes by key. `url`: file:///folder, or s3://bucket/prefix with AWS_… from the environment.
 
-    def __init__(self, url: str) -> None:
+    name, checked: for errors, what can't be accessed, and what to check then.
+    """
+
+    def __init__(self, url: str, *, name: str = "The artifact store", checked: str = STORE_SETTING) -> None:
+        self._name, self._checked = name, checked
         self.folder = _folder(url)
         self._synced: set[Path] = set()
-        with translated():
+        with self._translated():
             if self.folder is not None:
                 durable.make_folder(self.folder)
             self._store = _open(url, self.folder)
 
     def put(self, key: str, chunks: bytes | Iterable[bytes]) -> None:
         """Write the object atomically. If `chunks` raises, nothing is written."""
-        with translated():
+        with self._translated():
             obstore.put(self._store, key, chunks, chunk_size=CHUNK_BYTES, max_concurrency=2)
             self._sync(key)
 
     def create(self, key: str, content: bytes) -> bool:
         """Write the object unless the key exists. Returns whether it was written; of concurrent calls, one succeeds."""
-        with translated():
+        with self._translated():
             try:
                 obstore.put(self._store, key, content, mode="create")
             except AlreadyExistsError:
@@ -84,7 +90,7 @@ class Objects:
         Unavailable.
         """
         if self.folder is not None:
-            with translated():
+            with self._translated():
                 os.utime(self.folder)
                 return self.folder.stat().st_mtime
         try:
@@ -98,7 +104,7 @@ class Objects:
 
     def head(self, key: str) -> StoredObject:
         """Return the object's metadata. Raises NoSuchObject."""
-        with translated(key):
+        with self._translated(key):
             return _entry(obstore.head(self._store, key))
 
     def read(self, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -107,22 +113,22 @@ class Objects:
 
     def _ranges(self, key: str, num_bytes: int, chunk_bytes: int) -> Iterator[bytes]:
         for start in range(0, num_bytes, chunk_bytes):
-            with translated(key):
+            with self._translated(key):
                 chunk = obstore.get_range(self._store, key, start=start, end=min(start + chunk_bytes, num_bytes))
             yield bytes(chunk)
 
     def list_all(self, prefix: str) -> Iterator[StoredObject]:
-        with translated():
+        with self._translated():
             for batch in cast(Any, obstore).list(self._store, prefix):
                 yield from map(_entry, batch)
 
     def delete(self, key: str) -> None:
-        with translated(key):
+        with self._translated(key):
             obstore.delete(self._store, key)
 
     def move(self, key: str, target: str) -> None:
         """Rename the object, replacing `target` if it exists. A bucket copies, then deletes. Raises NoSuchObject."""
-        with translated(key):
+        with self._translated(key):
             obstore.rename(self._store, key, target)
             self._sync(target)
 
@@ -138,6 +144,27 @@ class Objects:
             durable.sync(folder)
         self._synced.add(path.parent)
 
+    @contextmanager
+    def _translated(self, key: str = "") -> Generator[None]:
+        """Translate errors of obstore and of the system to NoSuchObject, OutOfSpace and Unavailable."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NoSuchObject(key) from error
+        except (BaseError, OSError) as error:
+            if is_full(error):
+                raise out_of_space() from error
+            reason = getattr(error, "strerror", None)
+            raise Unavailable(
+                f"{self._name} denied access."
+                if isinstance(error, DENIED)
+                else f"{self._name} can't be accessed{f': {reason}' if reason else ''}.",
+                code="store_unavailable",
+                remedy=f"Correct the permissions or the credentials for {self._checked}."
+                if isinstance(error, DENIED)
+                else f"Try again in a few seconds. If the error persists, check {self._checked}.",
+            ) from error
+
     def delete_staged(self, *, older_than: float) -> None:
         """Delete unfinished files that killed writers have left in a local folder.
 
@@ -148,23 +175,6 @@ class Objects:
         for path in self.folder.rglob("*#*"):
             if STAGED.fullmatch(path.name) and path.stat().st_mtime < older_than:
                 path.unlink(missing_ok=True)
-
-
-@contextmanager
-def translated(key: str = "") -> Generator[None]:
-    """Translate errors of obstore and of the system to NoSuchObject, OutOfSpace and Unavailable."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NoSuchObject(key) from error
-    except (BaseError, OSError) as error:
-        if is_full(error):
-            raise out_of_space() from error
-        raise Unavailable(
-            "The artifact store is not responding.",
-            code="store_unavailable",
-            remedy="Nothing was changed. Try again in a few seconds. If the error persists, check LORRY_STORE_URL.",
-        ) from error
 
 
 def _folder(url: str) -> Path | None:

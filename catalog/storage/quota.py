@@ -15,7 +15,17 @@ from catalog.tables.plans import Plan
 from catalog.tables.storage import File, Prepared
 from catalog.tables.tenancy import Project
 from catalog.usage.ledger import DAY_SECONDS
-from catalog.usage.quotas import QuotaStatus, enough_at, exceeded, project_of, refusal, status_of, utc_time
+from catalog.usage.quotas import (
+    NEEDING,
+    QuotaStatus,
+    counted,
+    enough_at,
+    exceeded,
+    project_of,
+    refusal,
+    status_of,
+    utc_time,
+)
 
 LEAVING_SECONDS = 2 * DAY_SECONDS
 """How long after a deletion bytes may stay in the store: garbage collection runs daily and skips younger objects."""
@@ -31,7 +41,8 @@ def check_preparation(session: Session, work: Job | Plan, *, now: float) -> None
     session.flush()
     if token_cache.is_any_missing(session, (work.train_prepared, work.valid_prepared)):
         serialize(session, f"quota {work.project_id}")
-        check_stored(session, work.project_id, token_cache.promised_bytes(session, work.project_id), now=now)
+        needed = token_cache.promised_bytes(session, work.project_id)
+        check_stored(session, work.project_id, needed, now=now, needing="files that have to be prepared need")
 
 
 def precheck_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
@@ -42,21 +53,24 @@ def precheck_stored(session: Session, project_id: str, num_bytes: int, *, now: f
         _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
 
 
-def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:
+def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float, needing: str = NEEDING) -> None:
     """Check the quota for `num_bytes` more, in the transaction that stores them. Raises QuotaExceeded.
 
-    Unused token caches are evicted if they are in the way. Deleted and evicted bytes stop counting at once, although
-    they leave the disk later. Counted bytes and those that have not left the disk yet are limited to twice the quota.
+    needing: for the message, what needs them. Unused token caches are evicted if they are in the way. Deleted and
+    evicted bytes stop counting at once, although they leave the disk later. Counted bytes and those that have not left
+    the disk yet are limited to twice the quota.
     """
     project = project_of(session, project_id)
     if project.max_stored_bytes is not None:
         serialize(session, f"quota {project.id}")
-        num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
+        num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now, needing=needing)
         if num_beyond > 0:
             token_cache.evict(session, project.id, num_beyond, now=now)
 
 
-def _num_beyond(session: Session, project: Project, maximum: int, num_bytes: int, *, now: float) -> int:
+def _num_beyond(
+    session: Session, project: Project, maximum: int, num_bytes: int, *, now: float, needing: str = NEEDING
+) -> int:
     """Return how many bytes of unused token caches must be evicted to store `num_bytes` more; none if not positive.
 
     Raises QuotaExceeded.
@@ -64,14 +78,14 @@ def _num_beyond(session: Session, project: Project, maximum: int, num_bytes: int
     status = status_of(session, project, "stored_bytes", now=now)
     num_over = int(status.used) + num_bytes - maximum
     if num_over > 0 and num_over > token_cache.evictable_bytes(session, project.id):
-        raise exceeded(project, status, now=now, num_more=num_bytes)
+        raise exceeded(project, status, now=now, num_more=num_bytes, needing=needing)
     each = _leaving(project.id, now=now).subquery()
     num_leaving = int(session.scalar(select(func.sum(each.c.num_bytes))) or 0)
     num_beyond = int(status.used) + num_leaving + num_bytes - 2 * maximum
     if num_beyond > 0:
         leaving = [(row.num_bytes, row.at) for row in session.execute(_leaving(project.id, now=now))]
         limited = replace(status, resets_at=enough_at(leaving, num_beyond, now=now))
-        raise _too_many_leaving(project, limited, now=now, num_more=num_bytes, num_leaving=num_leaving)
+        raise _too_many_leaving(project, limited, now=now, num_more=num_bytes, num_leaving=num_leaving, needing=needing)
     return num_over
 
 
@@ -88,13 +102,13 @@ def _leaving(project_id: str, *, now: float) -> Select[int, float]:
 
 
 def _too_many_leaving(
-    project: Project, status: QuotaStatus, *, now: float, num_more: int, num_leaving: int
+    project: Project, status: QuotaStatus, *, now: float, num_more: int, num_leaving: int, needing: str
 ) -> QuotaExceeded:
     """Return the error for deleted bytes that are still on the disk. Deleting more would not help."""
     message = (
         f"Project {project.name!r} is limited to {status.describe()}, and to twice that with deleted bytes that are "
-        f"still on the disk. It has {status.used:,.0f} stored bytes and {num_leaving:,} deleted bytes, and this "
-        f"request needs {num_more:,} more."
+        f"still on the disk. It has {counted(int(status.used), 'stored byte')} and "
+        f"{counted(num_leaving, 'deleted byte')}, and {needing} {num_more:,} more."
     )
     by_when = (
         "" if status.resets_at is None else f", which will have freed enough space by {utc_time(status.resets_at)}"

@@ -23,7 +23,7 @@ from typing import BinaryIO, NoReturn
 from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace
 from catalog.settings import Settings
-from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
+from catalog.storage.manifest import RESTORE, DamagedArtifact, Manifest, ManifestFile, check_digest
 from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
 
 log = logging.getLogger("lorry.catalog")
@@ -38,6 +38,8 @@ MAX_COPIED_BYTES = 5 * 2**30
 """S3 can't copy a larger object in one request, so larger ones are deleted without the trash."""
 REFRESH_SECONDS = GRACE_SECONDS / 4
 """Putting a blob that is older than this writes it again, which restarts its grace period."""
+REINSTALL = "If this recurs, reinstall Lorry on the worker that wrote the folder, then run the job again."
+"""Remedy for a folder that a worker can't store. Its job is retried automatically."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,15 +70,21 @@ class ArtifactStore:
     def put_file(self, path: Path) -> Blob:
         """Store the content of one file. Idempotent. Raises DamagedArtifact if a large file changes meanwhile."""
         with path.open("rb") as file:
-            return self._put_opened(file)
+            return self._put_opened(file, path.name)
 
-    def _put_opened(self, file: BinaryIO) -> Blob:
+    def _put_opened(self, file: BinaryIO, name: str) -> Blob:
         content = file.read(CHUNK_BYTES + 1)
         if len(content) <= CHUNK_BYTES:
             return self.put_bytes(content)
         blob = _digest_of(file)
         if not self._has(blob_key(blob.digest), blob.num_bytes):
-            self.objects.put(blob_key(blob.digest), verified(_chunks(file), blob.digest))
+            unchanged = verified(
+                _chunks(file),
+                blob.digest,
+                message=f"The file {name!r} changed while it was being stored.",
+                remedy="Make sure that no other program writes the file, then try again.",
+            )
+            self.objects.put(blob_key(blob.digest), unchanged)
         return blob
 
     def put_bytes(self, content: bytes) -> Blob:
@@ -94,17 +102,17 @@ class ArtifactStore:
         targets. Replacing a file or a folder by a link while this runs has no effect.
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
-            raise DamagedArtifact(f"The folder {folder.name!r} does not exist.")
+            raise DamagedArtifact(f"{folder.name!r} is not an existing folder.", remedy=REINSTALL)
         files: list[ManifestFile] = []
         walk = os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False, onerror=_raise)
         for parent, folders, names, descriptor in walk:
             for name in folders:
                 if not stat.S_ISDIR(_mode_of(Path(name), descriptor)):
-                    raise DamagedArtifact(f"{name!r} is not a folder.")
+                    raise DamagedArtifact(f"{Path(parent, name).as_posix()!r} is not a folder.", remedy=REINSTALL)
             for name in names:
-                with _opened_plain(name, descriptor) as file:
-                    blob = self._put_opened(file)
-                path = (Path(parent) / name).relative_to(folder).as_posix()
+                path = Path(parent, name).relative_to(folder).as_posix()
+                with _opened_plain(name, descriptor, path) as file:
+                    blob = self._put_opened(file, path)
                 files.append(ManifestFile(path=path, digest=blob.digest, num_bytes=blob.num_bytes))
         manifest = Manifest.of(kind, files)
         self.put_manifest(manifest)
@@ -121,10 +129,13 @@ class ArtifactStore:
         try:
             content = b"".join(read_stored(self.objects, manifest_key(digest)))
         except NoSuchObject as error:
-            raise DamagedArtifact(f"The manifest {digest} is missing from the store.") from error
+            raise DamagedArtifact(f"Manifest {digest} is missing from the store.") from error
         if sha256(content).hexdigest() != digest:
-            raise DamagedArtifact(f"The manifest {digest} in the store does not match its digest.")
-        return Manifest.parse(content)
+            raise DamagedArtifact(f"Manifest {digest} has changed: its content does not match its digest.")
+        try:
+            return Manifest.parse(content)
+        except DamagedArtifact as error:
+            raise DamagedArtifact(f"Manifest {digest} is not valid. {error.message}") from error
 
     def open_blob(self, digest: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the content in chunks of at most `chunk_bytes`.
@@ -135,7 +146,7 @@ class ArtifactStore:
         try:
             chunks = read_stored(self.objects, blob_key(digest), chunk_bytes=chunk_bytes)
         except NoSuchObject as error:
-            raise DamagedArtifact(f"The blob {digest} is missing from the store.") from error
+            raise DamagedArtifact(f"Object {digest} is missing from the store.") from error
         return verified(chunks, digest)
 
     def fetch(self, manifest: Manifest, into: Path) -> None:
@@ -319,19 +330,20 @@ def _mode_of(path: Path, dir_fd: int | None) -> int:
         return 0
 
 
-def _opened_plain(name: str, dir_fd: int) -> BinaryIO:
-    """Open a regular file without following links and without blocking on a pipe. Raises DamagedArtifact."""
+def _opened_plain(name: str, dir_fd: int, path: str) -> BinaryIO:
+    """Open a regular file without following links and without blocking on a pipe. path: for errors. Raises
+    DamagedArtifact."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise DamagedArtifact(f"{name!r} is not a regular file.") from error
+        raise DamagedArtifact(f"{path!r} is not a regular file.", remedy=REINSTALL) from error
     file = os.fdopen(descriptor, "rb")
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         file.close()
-        raise DamagedArtifact(f"{name!r} must be a regular file with a single hard link.")
+        raise DamagedArtifact(f"{path!r} is not a regular file with a single hard link.", remedy=REINSTALL)
     return file
 
 
@@ -350,10 +362,13 @@ def _digest_of(file: BinaryIO) -> Blob:
     return Blob(digest=digest.hexdigest(), num_bytes=num_bytes)
 
 
-def verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
+def verified(
+    chunks: Iterator[bytes], digest: str, *, message: str | None = None, remedy: str = RESTORE
+) -> Iterator[bytes]:
     """Yield the chunks, the last one only if the content matches `digest`.
 
-    A reader therefore never receives all of a damaged content. Raises DamagedArtifact in place of the last chunk.
+    A reader therefore never receives all of a damaged content. Raises DamagedArtifact in place of the last chunk, with
+    `message` (None: that the object has changed) and `remedy`.
     """
     seen = sha256()
     last: bytes | None = None
@@ -363,6 +378,7 @@ def verified(chunks: Iterator[bytes], digest: str) -> Iterator[bytes]:
             yield last
         last = chunk
     if seen.hexdigest() != digest:
-        raise DamagedArtifact(f"The content of {digest} in the store does not match its digest.")
+        changed = f"Object {digest} has changed: its content does not match its digest."
+        raise DamagedArtifact(message or changed, remedy=remedy)
     if last is not None:
         yield last

@@ -18,13 +18,14 @@ from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from catalog.pepper import Pepper
 from catalog.states import Priority, PriorityClass
 from catalog.tables.table import Json
-from catalog.tables.tenancy import ApiKey
+from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import authentication, projects
 from catalog.tenancy.authentication import Caller, is_live, lasting_operators, new_key
 from catalog.tenancy.scopes import OPERATORS, granted
 
 MAX_VALID_KEYS = 100
 """Maximum per project. Each key has its own limits of requests and downloads, so their number must be limited."""
+_NEW_KEY = "`python -m api new-key`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,7 @@ def create(
     """
     able = granted(None, is_operator=request.is_operator)
     wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
-    _check_kind(wanted, is_operator=request.is_operator)
+    _check_kind(caller, wanted, is_operator=request.is_operator)
     _check_rights(caller, wanted, is_operator=request.is_operator)
     limits = {"requests_per_minute": request.requests_per_minute, "jobs_per_day": request.jobs_per_day}
     given = {name: value for name, value in limits.items() if value is not None}
@@ -127,14 +128,14 @@ def rotate(
     with db.write() as session:
         now = _begin(session, caller)
         old = find(session, caller, api_key_id)
-        refuse_browsers(caller)
+        refuse_browsers(caller, "rotate API keys", f"lorry keys rotate {old.id}")
         check_may_change(session, caller, old)
-        _check_rotatable(old, now)
+        _check_rotatable(caller, old, now)
         key, secret = new_key(old.project_id, old.name, pepper)
         key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
         key.expires_at = _end(caller, old) if expires_at is None else _expiry(caller, expires_at, None, now=now)
         if key.expires_at is not None and _is_last_operator(session, old, now=now):
-            raise last_operator(old)
+            raise _expires_last_operator(old, can_omit=expires_at is not None and _end(caller, old) is None)
         key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
         key.highest_priority = old.highest_priority
         if old.id != caller.api_key_id and not caller.is_operator:
@@ -142,7 +143,7 @@ def rotate(
             key.highest_priority = max(old.highest_priority, caller.highest_priority)
         old.expires_at = min(now + overlap_seconds, old.expires_at or float("inf"))
         session.flush()
-        _check_num_keys(session, old.project_id, now=now)
+        _check_num_keys(session, old.project_id, now=now, is_rotation=True)
         authentication.add(session, key, created_by=caller.api_key_id)
         old.replaced_by = key.id
         authentication.note(
@@ -167,11 +168,11 @@ def limit(
     with db.write() as session:
         key = find(session, caller, api_key_id)
         given: Json = {**limits, **({} if highest_priority is None else {"highest_priority": highest_priority})}
-        _check_limits(caller, given)
+        _check_limits(caller, given, key=key)
         check_may_change(session, caller, key)
         if key.id == caller.api_key_id and caller.is_limited:
             raise _exceeds(
-                "Your API key can't change its own limits, because it was created with limited scopes.",
+                "Your API key can't change its own limits, because it was created with 'scopes'.",
                 remedy="Use an operator key that was created without 'scopes'.",
                 param="api_key_id",
             )
@@ -192,16 +193,20 @@ def _begin(session: Session, caller: Caller) -> float:
     return now
 
 
-def _check_num_keys(session: Session, project_id: str, *, now: float) -> None:
+def _check_num_keys(session: Session, project_id: str, *, now: float, is_rotation: bool = False) -> None:
     """Raises Conflict if the project has MAX_VALID_KEYS."""
     valid = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now))
     count = select(func.count()).select_from(ApiKey).where(ApiKey.project_id == project_id, *valid)
-    if (session.scalar(count) or 0) >= MAX_VALID_KEYS:
+    number = session.scalar(count) or 0
+    if number >= MAX_VALID_KEYS:
+        name = session.get_one(Project, project_id).name
         raise Conflict(
-            f"The project has {MAX_VALID_KEYS} valid keys, which is the maximum.",
+            f"Project {name!r} has {number} valid keys, but the maximum is {MAX_VALID_KEYS}.",
             code="too_many_keys",
-            remedy="Revoke an unused key: `lorry keys list` shows when each key was last used. To rotate a key at this "
-            "limit, use an overlap of 0 seconds.",
+            remedy="Rotate with `--overlap 0s` (an 'overlap_seconds' of 0), or first revoke an unused key: `lorry keys "
+            f"list --project {name}` shows when each key was last used."
+            if is_rotation
+            else f"Revoke an unused key: `lorry keys list --project {name}` shows when each key was last used.",
         )
 
 
@@ -215,7 +220,8 @@ def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> Non
             f"API key {key_id} was already created with the Idempotency-Key {idempotency_key!r}. Its secret was "
             "returned only in the first response.",
             code="idempotency_key_reused",
-            remedy=f"If you lost the secret, revoke {key_id} and create another key with a new Idempotency-Key.",
+            remedy=f"If you lost the secret, revoke the key (`lorry keys revoke {key_id}`) and create another one with "
+            "a new Idempotency-Key.",
             param="Idempotency-Key",
         )
 
@@ -225,39 +231,54 @@ def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
     own = select(ApiKey).where(ApiKey.id == api_key_id)
     key = session.scalar(own if caller.is_operator else own.where(ApiKey.project_id == caller.project_id))
     if key is None:
-        message = f"No API key with the id {api_key_id!r}."
-        remedy = "List your project's keys with `lorry keys list`."
-        raise NotFound("key", api_key_id, message=message, remedy=remedy)
+        raise NotFound(
+            "key",
+            api_key_id,
+            message=f"No API key with the id {api_key_id!r}."
+            if caller.is_operator
+            else f"No API key in project {caller.project_name!r} has the id {api_key_id!r}.",
+            remedy="List a project's keys with `lorry keys list --all --project NAME`."
+            if caller.is_operator
+            else "List your project's keys with `lorry keys list --all`. Other projects' keys require an operator key.",
+            param="api_key_id",
+        )
     return key
 
 
-def _check_kind(wanted: frozenset[str], *, is_operator: bool) -> None:
+def _check_kind(caller: Caller, wanted: frozenset[str], *, is_operator: bool) -> None:
     beyond = sorted(wanted & OPERATORS)
     if beyond and not is_operator:
         raise InvalidRequest(
             f"Only an operator key can have {_scopes(beyond)}.",
             code="operator_scope",
-            remedy=f"Set 'is_operator' to true, or omit {_scopes(beyond)}.",
+            remedy=f"Omit {_scopes(beyond)}, or set 'is_operator' to true."
+            if caller.is_operator
+            else f"Omit {_scopes(beyond)}, or ask an operator to create an operator key for you.",
             param="scopes",
         )
 
 
 def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, changed: ApiKey | None = None) -> None:
     """changed: the key to change; None for a new one. Raises Forbidden."""
-    action = "create" if changed is None else "change"
     if is_operator and not caller.is_operator:
         raise _exceeds(
-            f"Only an operator key can {action} an operator key.",
-            remedy="Use an operator key.",
+            "Only an operator key can create an operator key."
+            if changed is None
+            else f"API key {_said(changed)} is an operator key, so only an operator key can change it.",
+            remedy="Set 'is_operator' to false, or use an operator key." if changed is None else "Use an operator key.",
             param="is_operator" if changed is None else "api_key_id",
         )
     beyond = sorted(wanted - caller.scopes)
     if beyond:
-        holder = f"use a key that has {'it' if len(beyond) == 1 else 'them'}."
+        holder = "an operator key" if is_operator else "a key"
         raise _exceeds(
-            f"Your API key can't {action} a key with {_scopes(beyond)}, because it lacks "
-            f"{'that scope' if len(beyond) == 1 else 'those scopes'} itself.",
-            remedy=f"Omit {_scopes(beyond)}, or {holder}" if changed is None else holder.capitalize(),
+            f"Your API key can't create a key with {_scopes(beyond)}, because yours lacks "
+            f"{'that scope' if len(beyond) == 1 else 'those scopes'}."
+            if changed is None
+            else f"Your API key can't change API key {_said(changed)}, because yours lacks {_scopes(beyond)}.",
+            remedy=f"Omit {_scopes(beyond)}, or use a key that has {'it' if len(beyond) == 1 else 'them'}."
+            if changed is None
+            else f"Use {holder} that has {_scopes(beyond)}.",
             param="scopes" if changed is None else "api_key_id",
         )
 
@@ -272,15 +293,17 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
     replaced_by = session.get_one(ApiKey, caller.api_key_id).replaced_by
     if replaced_by is not None:
         raise Forbidden(
-            "Your API key has been rotated, so it can no longer change other keys.",
+            f"Your API key {caller.api_key_id} has been rotated, so it can no longer change other keys.",
             code="key_superseded",
             remedy=f"Use its replacement, {replaced_by}.",
         )
     _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator, changed=key)
     if key.scopes is None and caller.is_limited:
+        holder = "an operator key" if key.is_operator else "a key"
         raise _exceeds(
-            "Your API key can't change a key that has every scope, because it does not have every scope itself.",
-            remedy="Use a key that was created without 'scopes'.",
+            f"API key {_said(key)} was created without 'scopes', so a key that was created with 'scopes', like yours, "
+            "can't change it.",
+            remedy=f"Use {holder} that was created without 'scopes'.",
             param="api_key_id",
         )
 
@@ -290,23 +313,48 @@ def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
 
 
 def last_operator(key: ApiKey) -> Conflict:
+    """Return the error for the revocation of the last operator key, perhaps together with other ones."""
+    kept = _kept(key)
     return Conflict(
-        f"API key {key.name!r} can't be revoked or given an expiration, because it is the last operator key with every "
-        "scope and no expiration.",
+        f"API key {_said(key)} can't be revoked, because no other operator key {kept} would be left.",
         code="last_operator_key",
-        remedy="Create another one first: `lorry keys create NAME --operator`. To replace this key, rotate it without "
-        "an expiration.",
+        remedy=f"First create another operator key on the server: {_NEW_KEY}. To replace this key, rotate it without "
+        "an expiration."
+        if key.expires_at is None
+        else f"First create another operator key on the server: {_NEW_KEY}.",
+        param="api_key_id",
     )
 
 
-def refuse_browsers(caller: Caller) -> None:
-    """Raises Forbidden in a browser session, for actions whose result would outlive it."""
+def _expires_last_operator(key: ApiKey, *, can_omit: bool) -> Conflict:
+    """can_omit: without 'expires_at', the new key would not expire."""
+    kept = _kept(key)
+    return Conflict(
+        f"API key {_said(key)} can't be replaced by a key that expires, because no other operator key {kept} exists.",
+        code="last_operator_key",
+        remedy=f"Omit 'expires_at', or first create another operator key on the server: {_NEW_KEY}."
+        if can_omit
+        else f"First create another operator key on the server: {_NEW_KEY}.",
+        param="expires_at" if can_omit else "api_key_id",
+    )
+
+
+def _kept(key: ApiKey) -> str:
+    """Return what makes the last operator key the last one."""
+    return "with every scope and no expiration" if authentication.is_lasting(key) else "that can create keys"
+
+
+def _said(key: ApiKey) -> str:
+    return f"{key.name!r} ({key.id})"
+
+
+def refuse_browsers(caller: Caller, action: str, command: str) -> None:
+    """Raises Forbidden in a browser session, for actions whose result would outlive it. command: does the same."""
     if caller.is_browser:
         raise Forbidden(
-            "A browser session can't create or rotate API keys or create sign-in links, because they would remain "
-            "valid after the session ends.",
+            f"A browser session can't {action}, because they would remain valid after the session ends.",
             code="api_key_required",
-            remedy="Use an API key instead, for example with the `lorry` CLI.",
+            remedy=f"Use an API key instead, for example with `{command}`.",
         )
 
 
@@ -316,13 +364,18 @@ def _end(caller: Caller, old: ApiKey) -> float | None:
     return min((end for end in ends if end is not None), default=None)
 
 
-def _check_limits(caller: Caller, limits: Collection[str]) -> None:
-    """Raises Forbidden if a caller that is no operator sets limits. limits: names of the limits that are set."""
+def _check_limits(caller: Caller, limits: Collection[str], *, key: ApiKey | None = None) -> None:
+    """Raises Forbidden if a caller that is no operator sets limits. limits: names of the limits that are set. key: the
+    key to change; None for a new one."""
     if limits and not caller.is_operator:
+        names = _listed([repr(name) for name in limits])
+        options = " ".join(f"--{name.replace('_', '-')} VALUE" for name in limits)
         raise Forbidden(
-            "Only an operator can set an API key's limits.",
+            f"Only an operator key can set {names}.",
             code="operator_required",
-            remedy=f"Omit {' and '.join(map(repr, limits))}, or ask an operator to run `lorry keys update`.",
+            remedy=f"Omit {names}, or use an operator key."
+            if key is None
+            else f"Ask an operator to run `lorry keys update {key.id} {options}`.",
             param=next(iter(limits)),
         )
 
@@ -332,23 +385,32 @@ def _exceeds(message: str, *, remedy: str, param: str, code: str = "exceeds_own_
 
 
 def _scopes(scopes: Sequence[str]) -> str:
-    return f"the scope{'s' if len(scopes) > 1 else ''} {' and '.join(scopes)}"
+    return f"the scope{'s' if len(scopes) > 1 else ''} {_listed(scopes)}"
 
 
-def _check_rotatable(key: ApiKey, now: float) -> None:
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(items[:-1]), items[-1]) if part)
+
+
+def _check_rotatable(caller: Caller, key: ApiKey, now: float) -> None:
     if not is_live(key, now):
+        options = " --operator" if key.is_operator else ""
+        options += f" --project {key.project_id}" if key.project_id != caller.project_id else ""
         raise Conflict(
-            f"API key {key.name!r} has expired, so it can't be rotated."
+            f"API key {_said(key)} has expired, so it can't be rotated."
             if key.revoked_at is None
-            else f"API key {key.name!r} was revoked, so it can't be rotated.",
+            else f"API key {_said(key)} was revoked, so it can't be rotated.",
             code="key_not_live",
-            remedy="Create a new key: `lorry keys create NAME`.",
+            remedy=f"Create a new key: `lorry keys create NAME{options}`.",
+            param="api_key_id",
         )
     if key.replaced_by is not None:
         raise Conflict(
-            f"API key {key.name!r} has already been rotated: its replacement is {key.replaced_by}.",
+            f"API key {_said(key)} has already been rotated: its replacement is {key.replaced_by}.",
             code="key_already_rotated",
-            remedy=f"Rotate {key.replaced_by} instead. If you lost its secret, revoke it and create another key.",
+            remedy=f"Rotate the replacement instead: `lorry keys rotate {key.replaced_by}`. If you lost its secret, "
+            "revoke it and create another key.",
+            param="api_key_id",
         )
 
 
@@ -358,14 +420,15 @@ def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, no
         return otherwise
     if wanted <= now:
         raise InvalidRequest(
-            f"'expires_at' is in the past. The server's current time is {int(now)}.",
+            f"'expires_at' is {int(wanted)}, which is not in the future: the server's current time is {int(now)}.",
             code="expires_in_the_past",
             remedy="Set a later Unix timestamp, in seconds, or omit the field.",
             param="expires_at",
         )
     if caller.expires_at is not None and wanted > caller.expires_at:
+        own = "browser session" if caller.is_browser else "API key"
         raise _exceeds(
-            f"'expires_at' is {int(wanted)}, but your API key or session expires earlier, at {int(caller.expires_at)}.",
+            f"'expires_at' is {int(wanted)}, but your {own} expires earlier, at {int(caller.expires_at)}.",
             remedy=f"Set 'expires_at' to at most {int(caller.expires_at)}, or use a key that expires later.",
             param="expires_at",
         )

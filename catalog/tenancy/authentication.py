@@ -99,16 +99,20 @@ def an_operator(db: Database) -> str:
     if live:
         return min(live, key=lambda key: (key.scopes is not None, key.replaced_by is not None)).id
     message = "The service has no valid operator key."
-    raise NotFound("operator key", "any", message=message, remedy="Create one: `python -m api bootstrap`.")
+    raise NotFound("operator key", "any", message=message, remedy="Create one: `python -m api new-key`.")
 
 
 def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
     """Return the operator keys that keep the service manageable: valid, with every scope, without an expiration, and
     not rotated. If there is none, return valid operator keys that can create further keys."""
     keys = [key for key in session.scalars(_operators()) if is_live(key, now) and key.replaced_by is None]
-    every = granted(None, is_operator=True)
-    lasting = [key for key in keys if key.expires_at is None and granted(key.scopes, is_operator=True) == every]
+    lasting = [key for key in keys if is_lasting(key)]
     return lasting or [key for key in keys if "keys:write" in granted(key.scopes, is_operator=True)]
+
+
+def is_lasting(key: ApiKey) -> bool:
+    """Return whether an operator key has every scope and no expiration."""
+    return key.expires_at is None and granted(key.scopes, is_operator=True) == granted(None, is_operator=True)
 
 
 def authenticate(db: Database, *, secret: str, pepper: Pepper) -> Caller:
@@ -213,7 +217,7 @@ def authenticate_browser(db: Database, *, secret: str, pepper: Pepper) -> Caller
         signed_in = _owned().add_columns(SignIn.expires_at).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live)
         found = session.execute(signed_in).one_or_none()
         if found is None or not is_live(found[0], now):
-            remedy = "Open a new sign-in link, or sign in with an API key."
+            remedy = "Sign in again, with an API key or with a new link from `lorry sign-in-link`."
             raise _refused("Your browser session has ended.", remedy=remedy, reason="session_ended")
         key, project, organization, end = found
         return replace(_caller(key, project, organization), is_browser=True, expires_at=min(end, key.expires_at or end))
@@ -293,13 +297,14 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
 
 def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
     """Return the error, which is the same for every reason. The reason is only counted and logged."""
-    remedy = "Check that you copied the whole key, or ask an operator for a new one."
+    remedy = "Check that you copied the whole key. If it has expired or was revoked, ask an operator for a new one."
     return _refused("The API key is not valid.", remedy=remedy, reason=reason, api_key_id=api_key_id)
 
 
 def _link_refused() -> Unauthorized:
     return Unauthorized(
-        "This sign-in link has already been used or has expired.",
+        "This sign-in link was already used, has expired, is incomplete, or belongs to an API key that is no longer "
+        "valid.",
         code="invalid_sign_in_link",
         remedy="Create a new link: `lorry sign-in-link`, or `python -m api sign-in-link` on the server.",
         reason="sign_in_link",

@@ -16,7 +16,7 @@ from catalog.caller import Caller
 from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.spec.strict import LABEL
+from catalog.spec.strict import LABEL, label_fault
 from catalog.tables.table import Json, new_id
 from catalog.tables.tenancy import Organization, Project
 
@@ -34,7 +34,7 @@ def create(db: Database, name: str, *, is_client_retry: bool = False) -> Organiz
         serialize(session, "organizations")
         found = _named(session, name)
         if found is not None and not is_client_retry:
-            raise _name_taken(name)
+            raise _name_taken(found)
         return found or _add(session, name)
 
 
@@ -63,7 +63,7 @@ def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Org
         row = find(session, caller=caller, organization=organization)
         other = _named(session, name)
         if other is not None and other.id != row.id:
-            raise _name_taken(name)
+            raise _name_taken(other)
         now, details = read_clock(session), {"name": name, "was": row.name}
         _note(session, "organization.updated", row, now=now, details=details)
         row.name = name
@@ -84,7 +84,7 @@ def find(
     row = session.scalar(named)
     if row is None:
         message = f"No organization with the id or name {organization!r}."
-        remedy = "Choose one from `lorry organizations list`."
+        remedy = "Choose an organization from `lorry organizations list`."
         raise NotFound("organization", organization, message=message, param=param, remedy=remedy)
     return row
 
@@ -109,8 +109,9 @@ def check_name(name: str, thing: str, *, id_prefix: str) -> None:
     thing: the noun with its article, for the message. Raises InvalidRequest.
     """
     if not LABEL.match(name):
+        fault = label_fault(name)
         raise InvalidRequest(
-            f"{name!r} is not a valid name for {thing}.",
+            f"{name[:80]!r} is not a valid name for {thing}: {fault}.",
             code="invalid_name",
             remedy="Use at most 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
             param="name",
@@ -140,10 +141,10 @@ def _note(session: Session, type: AuditType, row: Organization, *, now: float, d
     log.note(session, type, now=now, object_id=row.id, project_id=None, details=details)
 
 
-def _name_taken(name: str) -> Conflict:
+def _name_taken(existing: Organization) -> Conflict:
     return Conflict(
-        f"Organization {name!r} already exists.",
+        f"Organization {existing.name!r} already exists, with the id {existing.id}.",
         code="organization_exists",
-        remedy="Choose another name. `lorry organizations list` shows all organizations.",
+        remedy="Choose another name: `lorry organizations list` shows those in use.",
         param="name",
     )

@@ -59,7 +59,7 @@ def create(db: Database, name: str, *, organization: str | None = None, is_clien
         else:
             owner = organizations.find(session, organization=organization, param="organization")
         if found is not None and not (is_client_retry and found.organization_id == owner.id):
-            raise _name_taken(name)
+            raise _name_taken(found)
         return found or _add(session, name, owner)
 
 
@@ -93,7 +93,7 @@ def rename(db: Database, *, caller: Caller, project: str, name: str) -> Project:
         row = find(session, caller=caller, project=project)
         other = _named(session, name)
         if other is not None and other.id != row.id:
-            raise _name_taken(name)
+            raise _name_taken(other)
         _note(session, "project.updated", row, now=read_clock(session), details={"name": name, "was": row.name})
         row.name = name
         return row
@@ -111,10 +111,12 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
         if row.archived_at is None:
             if all(key.project_id == row.id for key in lasting_operators(session, now=now)):
                 raise Conflict(
-                    f"Project {row.name!r} can't be archived, because no other project has an operator key.",
+                    f"Project {row.name!r} can't be archived, because no other project has an operator key with every "
+                    "scope and no expiration.",
                     code="last_operator_key",
-                    remedy="Create an operator key in another project first: `lorry keys create NAME --operator "
-                    "--project OTHER`.",
+                    remedy="First create one in another project: `lorry keys create NAME --operator --project OTHER` "
+                    "with such a key, or `python -m api new-key --project OTHER` on the server.",
+                    param="project",
                 )
             row.archived_at = now
             _note(session, "project.archived", row, now=now)
@@ -145,21 +147,23 @@ def find(
     """
     by_id = Project.id == project
     named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
-    remedy = "Choose one from `lorry projects list`."
+    shared_in: Organization | None = None
     if same_organization_as is not None:
-        named = named.where(Project.organization_id == same_organization_as.organization_id)
-        name = same_organization_as.name
-        remedy = f"Choose a project in the same organization as {name!r} from `lorry projects list`."
+        shared_in = session.get_one(Organization, same_organization_as.organization_id)
+        named = named.where(Project.organization_id == shared_in.id)
     row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
     if row is None:
         raise NotFound(
             "project",
             project,
             message=f"No project with the id or name {project!r}."
-            if same_organization_as is None
-            else f"No project in this organization has the id or name {project!r}.",
+            if shared_in is None
+            else f"No project in organization {shared_in.name!r} has the id or name {project!r}.",
             param=param,
-            remedy=remedy,
+            remedy="Choose a project from `lorry projects list`."
+            if shared_in is None
+            else f"Choose a project in organization {shared_in.name!r} from `lorry projects list`: a model can be "
+            "shared only within its organization.",
         )
     return row
 
@@ -185,11 +189,13 @@ def _note(session: Session, type: AuditType, row: Project, *, now: float, detail
     log.note(session, type, now=now, object_id=row.id, project_id=row.id, details=details)
 
 
-def _name_taken(name: str) -> Conflict:
+def _name_taken(existing: Project) -> Conflict:
     return Conflict(
-        f"Project {name!r} already exists.",
+        f"Project {existing.name!r} already exists, with the id {existing.id}."
+        if existing.archived_at is None
+        else f"Archived project {existing.name!r} already exists, with the id {existing.id}.",
         code="project_exists",
-        remedy="Choose another name. `lorry projects list --archived` shows all projects.",
+        remedy="Choose another name: `lorry projects list --archived` shows those in use.",
         param="name",
     )
 
@@ -200,7 +206,7 @@ def set_weight(db: Database, *, caller: Caller, project: str, weight: float) -> 
         raise InvalidRequest(
             f"'weight' is {weight}, but must be a finite number greater than 0.",
             code="invalid_weight",
-            remedy="Use a number greater than 0, such as 1, the default.",
+            remedy="Use a number greater than 0. The default is 1.",
             param="weight",
         )
     with db.write() as session:

@@ -44,14 +44,24 @@ COLUMNS: dict[Limit, str] = {
     "stored_bytes": "max_stored_bytes",
     "plans_per_day": "max_plans_per_day",
 }
-SAID: dict[Limit, str] = {
-    "concurrent_jobs": "{limit:,.0f} concurrent jobs",
-    "queued_jobs": "{limit:,.0f} queued jobs",
-    "jobs_per_day": "{limit:,.0f} jobs per day",
-    "device_hours_per_month": "{limit:,.4g} device-hours per month",
-    "stored_bytes": "{limit:,.0f} stored bytes",
-    "plans_per_day": "{limit:,.0f} plans per day",
+SAID: dict[Limit, tuple[str, str]] = {
+    "concurrent_jobs": ("concurrent job", "concurrent jobs"),
+    "queued_jobs": ("queued job", "queued jobs"),
+    "jobs_per_day": ("job per day", "jobs per day"),
+    "device_hours_per_month": ("device-hour per month", "device-hours per month"),
+    "stored_bytes": ("stored byte", "stored bytes"),
+    "plans_per_day": ("plan per day", "plans per day"),
 }
+"""Names of the limited amounts, in the singular and the plural."""
+OPTIONS: dict[Limit, str] = {
+    "concurrent_jobs": "--limit-concurrent-jobs",
+    "queued_jobs": "--limit-queued-jobs",
+    "jobs_per_day": "--limit-jobs-per-day",
+    "device_hours_per_month": "--limit-device-hours",
+    "stored_bytes": "--limit-stored-bytes",
+    "plans_per_day": "--limit-plans-per-day",
+}
+"""Options of `lorry projects update`."""
 REMEDIES: dict[Limit, str] = {
     "concurrent_jobs": "Wait until a running job finishes.",
     "queued_jobs": "Wait until a queued job starts, or cancel one.",
@@ -60,6 +70,8 @@ REMEDIES: dict[Limit, str] = {
     "stored_bytes": "Delete files or adapters that you no longer need.",
     "plans_per_day": "Create the plan after the usage resets.",
 }
+NEEDING = "this request needs"
+PREPARE_LESS = "Use smaller files, or cancel jobs and delete plans whose files still have to be prepared."
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
 CAN_HOLD = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hours_per_month.is_not(None))
 """In a query: the project has a quota that can keep its jobs in the queue."""
@@ -80,7 +92,8 @@ class QuotaStatus:
         return self.limit is not None and self.used >= self.limit
 
     def describe(self) -> str:
-        return SAID[self.name].format(limit=self.limit or 0)
+        singular, plural = SAID[self.name]
+        return f"{_number(self.limit or 0)} {singular if self.limit == 1 else plural}"
 
 
 def statuses(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[QuotaStatus]]:
@@ -149,7 +162,7 @@ def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: floa
         of_key = (Plan.project_id == project.id, Plan.created_at >= today, Plan.created_by == caller.api_key_id)
         status = replace(status, used=session.scalar(select(func.count()).where(*of_key)) or 0)
     if status.is_reached:
-        raise exceeded(project, status, now=now)
+        raise exceeded(project, status, now=now, key_id=None if is_computed else caller.api_key_id)
 
 
 def check_resumption(session: Session, project_id: str, *, now: float) -> None:
@@ -189,10 +202,11 @@ def project_of(session: Session, project_id: str) -> Project:
 
 def _too_high(owner: str, highest: int, priority: Priority, command: str) -> Forbidden:
     allowed = PriorityClass(highest).name
+    lower = "" if highest == max(PriorityClass) else " or a lower priority"
     return Forbidden(
         f"Priority {priority!r} is higher than {allowed!r}, the maximum for {owner}.",
         code="priority_too_high",
-        remedy=f"Use {allowed!r} or a lower priority, or ask an operator to raise the maximum: `{command}`.",
+        remedy=f"Use {allowed!r}{lower}, or ask an operator to raise the maximum: `{command}`.",
         param="priority",
     )
 
@@ -266,15 +280,21 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     serialize(session, f"jobs a day {caller.api_key_id}")
     promised = 0 if is_promised else _promised(session, caller.api_key_id)  # before jobs: trials become jobs
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
-    raised = f"An operator can raise the key's limit: `lorry keys update {caller.api_key_id}`."
-    message, code = f"The API key has reached its limit of {maximum:,} jobs per day.", "rate_limit_exceeded"
-    message += f" This includes {promised:,} trials that its sweeps have not created yet." if promised else ""
+    raised = f"An operator can raise the key's limit: `lorry keys update {caller.api_key_id} --jobs-per-day N`."
+    key = f"API key {caller.name!r} ({caller.api_key_id})"
+    message, code = f"{key} has reached its limit of {counted(maximum, 'job')} per day.", "rate_limit_exceeded"
+    if promised:
+        message += f" This includes {counted(promised, 'trial')} that its sweeps have not created yet."
     num_more = num_jobs + promised
     if num_more > maximum:
         if not promised:
-            message = f"This request needs {num_jobs:,} jobs, but the API key is limited to {maximum:,} jobs per day."
-        fewer = "Close or cancel one of those sweeps, or request fewer jobs" if promised else "Request fewer jobs"
-        remedy = f"{fewer}. {raised}"
+            message = (
+                f"This request needs {num_jobs:,} jobs, but {key} is limited to {counted(maximum, 'job')} per day."
+            )
+        fewer = (
+            "Request fewer jobs, or close or cancel sweeps" if promised and num_jobs > 1 else "Close or cancel sweeps"
+        )
+        remedy = f"{fewer if promised else 'Request fewer jobs'}. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=math.inf, headers={})
     latest = select(Job.created_at).where(*since).order_by(Job.created_at.desc())
     earliest = session.scalar(latest.offset(maximum - num_more).limit(1))
@@ -331,29 +351,54 @@ def _count(session: Session, project_id: str, *states: JobState, maximum: float 
     return found
 
 
-def exceeded(project: Project, status: QuotaStatus, *, now: float, num_more: int = 0) -> QuotaExceeded:
-    used = f"{status.used:,.4g}" if status.name == "device_hours_per_month" else f"{status.used:,.0f}"
+def exceeded(
+    project: Project,
+    status: QuotaStatus,
+    *,
+    now: float,
+    num_more: int = 0,
+    needing: str = NEEDING,
+    key_id: str | None = None,
+) -> QuotaExceeded:
+    """Return the error for a quota that is reached, or that `num_more` would exceed.
+
+    needing: for the message, what needs them. key_id: the key that has reached the quota, if the quota counts by key.
+    """
+    used = _number(status.used)
     resets = f" The usage resets at {utc_time(status.resets_at)}." if status.resets_at is not None else ""
     limit = status.describe()
     return refusal(
-        f"Project {project.name!r} is limited to {limit}. It already uses {used}, and this request needs {num_more:,} "
-        f"more.{resets}"
+        f"Project {project.name!r} is limited to {limit}. It already uses {used}, and {needing} {num_more:,} more."
+        f"{resets}"
         if num_more
-        else f"Project {project.name!r} has reached its limit of {limit} (current usage: {used}).{resets}",
-        remedy=REMEDIES[status.name],
+        else f"Project {project.name!r} has reached its limit of {limit} (current usage: {used}).{resets}"
+        if key_id is None
+        else f"API key {key_id} has reached its limit of {limit} in project {project.name!r} (current usage: {used})."
+        f"{resets}",
+        remedy=_remedy(status, num_more, needing),
         project=project,
         status=status,
         now=now,
     )
 
 
+def _remedy(status: QuotaStatus, num_more: int, needing: str) -> str:
+    """Return what helps other than a higher limit; empty if nothing does."""
+    if not status.limit:
+        return ""
+    if num_more > status.limit:
+        return "Use smaller files." if needing == NEEDING else PREPARE_LESS
+    return REMEDIES[status.name]
+
+
 def refusal(
     message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float, code: str = "quota_exceeded"
 ) -> QuotaExceeded:
+    raised = f"An operator can raise the limit: `lorry projects update {project.name} {OPTIONS[status.name]} N`."
     return QuotaExceeded(
         message,
         code=code,
-        remedy=f"{remedy} An operator can raise the limit: `lorry projects update {project.name}`.",
+        remedy=f"{remedy} {raised}" if remedy else raised,
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={
             "name": status.name,
@@ -362,6 +407,14 @@ def refusal(
             "resets_at": None if status.resets_at is None else int(status.resets_at),
         },
     )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.4f}".rstrip("0").rstrip(".")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def utc_time(seconds: float) -> str:

@@ -42,6 +42,8 @@ class UsageQuery:
     organization_ids: Sequence[str] = ()
     models: Sequence[str] = ()
     num_days: int = 7
+    page: int | None = None
+    """First day of the page; None: the first page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,20 +75,37 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
     """Return a page of days, the earliest first. Raises InvalidRequest if the period ends before it begins."""
     with db.read() as session:
         end_time = read_clock(session) if query.end_time is None else query.end_time
-        if end_time <= query.start_time:
-            raise InvalidRequest(
-                f"start_time ({query.start_time:.0f}) is in the future."
-                if query.end_time is None
-                else f"start_time ({query.start_time:.0f}) must be earlier than end_time ({end_time:.0f}).",
-                code="invalid_value",
-                remedy="Set start_time to an earlier Unix timestamp, in seconds.",
-                param="start_time",
-            )
+        _check_period(query, end_time)
         first, last = ledger.day_of(query.start_time), ledger.day_of(end_time - 1e-6)
+        if query.page is not None:
+            if query.page > last:
+                raise InvalidRequest(
+                    f"'page' is {query.page}, but the last day of this report is {last}.",
+                    code="invalid_value",
+                    remedy="Set 'page' to the 'next_page' of the previous response, and leave 'start_time' and "
+                    "'end_time' unchanged. Omit 'page' for the first page.",
+                    param="page",
+                )
+            first = max(first, query.page)
         past = min(last + 1, first + query.num_days)
         seen = _seen(session, caller, query)
         days = _days(session, query, seen, first, past)
         return Report(days=days, next_day=past if past <= last else None)
+
+
+def _check_period(query: UsageQuery, until: float) -> None:
+    """until: of the query, or the current time. Raises InvalidRequest if the period ends before it begins."""
+    if until <= query.start_time:
+        raise InvalidRequest(
+            f"'start_time' ({query.start_time:.0f}) is in the future: the server's current time is {until:.0f}."
+            if query.end_time is None
+            else f"'start_time' ({query.start_time:.0f}) must be earlier than 'end_time' ({until:.0f}).",
+            code="invalid_value",
+            remedy="Set 'start_time' to an earlier Unix timestamp, in seconds."
+            if query.end_time is None
+            else "Set an earlier 'start_time' or a later 'end_time', as Unix timestamps in seconds.",
+            param="start_time",
+        )
 
 
 def _seen(session: Session, caller: Caller, query: UsageQuery) -> dict[str, str]:

@@ -48,7 +48,7 @@ def test_used_link_is_explained_and_offers_the_key_form(filled: Service, visit: 
 
     visitor.page.goto(link)
 
-    visitor.page.get_by_text("This sign-in link has already been used or has expired.").wait_for()
+    visitor.page.get_by_text("This sign-in link was already used, has expired").wait_for()
     visitor.page.get_by_role("link", name="Sign in with an API key").click()
     visitor.page.get_by_label("API key").wait_for()
 
@@ -77,7 +77,7 @@ def test_used_link_keeps_the_current_session(filled: Service, visit: Visit) -> N
 
     visitor.page.goto(f"{filled.url}/dashboard/#/sign-in/used-already")
 
-    visitor.page.get_by_text("This sign-in link has already been used or has expired.").wait_for()
+    visitor.page.get_by_text("This sign-in link was already used, has expired").wait_for()
     visitor.page.get_by_role("link", name="Stay in default").click()
     visitor.page.get_by_role("heading", name="Jobs", exact=True).wait_for()
 

@@ -30,6 +30,7 @@ READABLE = (1, FORMAT)
 MAX_NAMED = 10
 """Maximum number of backups that a message names."""
 RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
+ANOTHER = "Use another backup: select it with `--backup NAME`, or create a new one."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +61,10 @@ class BackupPlace:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.store = Objects(f"{url}/store")
-        self._root = Objects(url)
-        self._backups = Objects(f"{url}/backups")
+        named = {"name": f"The backup location {url}", "checked": "that location"}
+        self.store = Objects(f"{url}/store", **named)
+        self._root = Objects(url, **named)
+        self._backups = Objects(f"{url}/backups", **named)
 
     def lease(self, *, renew_seconds: float = RENEW_SECONDS) -> LocationLease:
         """Return a context manager that excludes other backups to this location."""
@@ -144,9 +146,15 @@ class BackupPlace:
 
     def _read(self, record: BackupRecord, part: str, digest: str) -> Iterator[bytes]:
         try:
-            return verified(self._backups.read(f"{record.name}/{part}"), digest)
+            read = self._backups.read(f"{record.name}/{part}")
         except NoSuchObject as error:
-            raise DamagedArtifact(f"Backup {record.name} is incomplete: {part} is missing.") from error
+            raise DamagedArtifact(
+                f"{record.name}/{part} is missing from the backups at {self.url}.", remedy=ANOTHER
+            ) from error
+        changed = (
+            f"{record.name}/{part} in the backups at {self.url} has changed: its content does not match its digest."
+        )
+        return verified(read, digest, message=changed, remedy=ANOTHER)
 
 
 def open_place(location: str, *, is_new: bool = False) -> BackupPlace:

@@ -84,6 +84,7 @@ def test_operator_deletes_a_base_model_that_no_job_waits_for(
 
     assert [response.status_code for response in refused] == [403, 409]
     assert [error_of(response)["code"] for response in refused] == ["operator_required", "model_in_use"]
+    assert f"in use by job {job.id} (project 'ours')" in error_of(refused[1])["message"]
     assert deleted.json() == {"id": "smol", "object": "model", "deleted": True}
     assert [response.status_code for response in afterwards] == [404, 404]
     assert client.get("/v1/models").json()["data"] == []
@@ -111,6 +112,9 @@ def test_checkpoint_is_a_model_with_files_until_deleted(
     assert client.get("/v1/adapters").json()["data"] == []
     assert deleted == {"id": name, "object": "model", "deleted": True}
     assert {error["code"] for error in gone} == {"checkpoint_expired"}
+    assert [error["param"] for error in gone] == ["model", "adapter"]
+    again = error_of(client.delete(f"/v1/models/{name}"))
+    assert (again["remedy"], again["param"]) == ("No action is needed.", "model")
     (shown,) = client.get(f"/v1/fine_tuning/jobs/{claim.job.id}/checkpoints").json()["data"]
     assert (shown["fine_tuned_model_checkpoint"], shown["available"]) == (name, False)
 
@@ -280,5 +284,5 @@ def test_hub_id_as_a_model_name_suggests_models_add(operator: TestClient, world:
 
     for error in refused:
         assert error["code"] == "model_not_found"
-        assert "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M." in error["remedy"]
-        assert "Available base models: smol." in error["remedy"]
+        assert "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M`." in error["remedy"]
+        assert "available base models: smol." in error["remedy"]

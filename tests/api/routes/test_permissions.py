@@ -121,13 +121,26 @@ def test_one_invalid_project_rejects_all_permissions(operator: TestClient, model
     refused = operator.post(path(model), json={"project_ids": ["theirs", named]})
 
     assert (error_of(refused)["code"], error_of(refused)["param"]) == (code, "project_ids")
+    assert code == "own_model" or "in organization 'default'" in error_of(refused)["message"]
     assert operator.get(path(model)).json()["data"] == []
 
 
 def test_unknown_model_or_permission_is_not_found(operator: TestClient, model: str) -> None:
     assert error_of(operator.get(path("ft:none:ours::00000000")))["code"] == "adapter_not_found"
     assert error_of(operator.get(path("ft:none:ours::00000000:ckpt-step-1")))["code"] == "checkpoint_not_found"
-    assert error_of(operator.delete(f"{path(model)}/cp-none"))["code"] == "permission_not_found"
+    assert error_of(operator.get(path("ft:none:ours::00000000")))["param"] == "fine_tuned_model"
+    unknown = error_of(operator.delete(f"{path(model)}/cp-none"))
+    assert unknown["code"] == "permission_not_found"
+    assert unknown["remedy"] == f"List the model's permissions with `lorry adapters shares {model}`."
+
+
+def test_owner_is_named_as_in_the_request(operator: TestClient, world: World, model: str) -> None:
+    owner = world.caller.project_id
+
+    refused = error_of(operator.post(path(model), json={"project_ids": ["theirs", owner]}))
+
+    assert f"Project 'ours' owns model '{model}'" in refused["message"]
+    assert refused["remedy"] == f"Remove '{owner}' from 'project_ids'."
 
 
 def test_shared_adapters_are_listed_separately(

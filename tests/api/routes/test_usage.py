@@ -69,6 +69,15 @@ def test_inverted_time_range_is_rejected(client: TestClient) -> None:
     refused = client.get("/v1/usage", params={"start_time": 500, "end_time": 400})
 
     assert (refused.status_code, error_of(refused)["param"]) == (400, "start_time")
+    assert "'start_time' (500) must be earlier than 'end_time' (400)" in error_of(refused)["message"]
+    none = error_of(client.get("/v1/usage", params={"end_time": 0}))
+    assert "'start_time' (0) must be earlier than 'end_time' (0)" in none["message"]
+
+
+def test_page_after_the_report_is_rejected(client: TestClient) -> None:
+    refused = error_of(client.get("/v1/usage", params={"page": "9999999"}))
+
+    assert (refused["param"], "'next_page' of the previous response" in refused["remedy"]) == ("page", True)
 
 
 @pytest.mark.parametrize("group_by", [("project_id",), ("model",)])

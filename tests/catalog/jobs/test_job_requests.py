@@ -67,7 +67,7 @@ def test_failed_models_are_not_listed_and_importing_ones_are_marked(world: World
     with pytest.raises(NotFound) as refusal:
         world.submit(model="gpt-9")
 
-    assert refusal.value.remedy == "Available base models: coming (importing), smol."
+    assert refusal.value.remedy == "Use one of the available base models: coming (importing), smol."
 
 
 def with_rates(multiplier: float | str | None, rate: float | str | None) -> dict[str, Any]:

@@ -32,23 +32,24 @@ def test_adding_the_same_base_is_idempotent_and_another_is_rejected(world: World
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "source", "code"),
+    ("name", "kind", "source", "code", "fragment"),
     [
-        ("a/b", "hub", "org/b", "invalid_name"),
-        ("b\n", "hub", "org/b", "invalid_name"),
-        ("b", "pickle", "org/b", "invalid_kind"),
-        ("b", "hub", " ", "invalid_source"),
-        ("b", "folder", "\x19", "invalid_source"),
-        ("b", "folder", "/models/a\n", "invalid_source"),
+        ("a/b", "hub", "org/b", "invalid_name", "it contains '/'"),
+        ("b\n", "hub", "org/b", "invalid_name", r"it contains '\n'"),
+        ("b", "pickle", "org/b", "invalid_kind", "must be 'hub', 'folder' or 'gguf'"),
+        ("b", "hub", " ", "invalid_source", "is blank"),
+        ("b", "folder", "\x19", "invalid_source", r"'\x19' at position 1."),
+        ("b", "folder", "/models/a\n", "invalid_source", r"'\n' at position 10."),
     ],
 )
 def test_base_with_an_invalid_name_kind_or_source_is_rejected(
-    world: World, name: str, kind: str, source: str, code: str
+    world: World, name: str, kind: str, source: str, code: str, fragment: str
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         base_models.add(world.db, name=name, kind=kind, source=source, revision=None)
 
     assert refusal.value.code == code
+    assert fragment in refusal.value.message
 
 
 EDGES = [chr(code) for code in (*range(0x100), 0x1680, 0x2003, 0x2028, 0x2029, 0x202F, 0x3000, 0xFEFF, 0xD800, 0x1F600)]
@@ -112,7 +113,7 @@ def test_base_that_was_never_ready_can_get_another_source(world: World) -> None:
 
     assert (fixed.state, fixed.source, fixed.error) == ("importing", "/models/b", None)
     world.finish_import("b", digest=sha("b"), description={})
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="the kind 'folder', the source '/models/b' and no revision"):
         base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
 
 

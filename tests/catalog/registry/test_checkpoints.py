@@ -88,11 +88,12 @@ def test_only_the_newest_two_checkpoints_are_kept_and_others_expire(world: World
     claim = world.running()
     first, *newest = save(world, claim, 1, 2, 3)
 
-    with pytest.raises(NoLongerKept, match="no longer kept") as gone:
+    with pytest.raises(NoLongerKept, match=f"{first}' have been deleted") as gone:
         get(world, first)
 
     assert gone.value.code == "checkpoint_expired"
     assert "seven days" in gone.value.remedy
+    assert f"`lorry jobs checkpoints {claim.job.id}`" in gone.value.remedy
     assert [get(world, name).adapter.name for name in newest] == newest
     garbage_collection.drop_references(world.db)
     live = garbage_collection.live_digests(world.db)
@@ -132,7 +133,7 @@ def test_job_that_starts_from_a_checkpoint_keeps_it_until_it_ends(world: World) 
     assert (child.base_model, child.spec["parent"]["name"], child.spec["parent"]["artifact"]) == ("smol", first, digest)
     assert child.spec["parent"]["lineage"] == sha(f"{claim.job.id} 1")
     assert digest in garbage_collection.live_digests(world.db)
-    with pytest.raises(Conflict, match=f"in use by job {child.id}, "):
+    with pytest.raises(Conflict, match=f"in use by job {child.id}, which"):
         adapters.delete(world.db, project_id=world.caller.project_id, name=first)
     commands.cancel(world.db, **world.of(child.id))
     garbage_collection.drop_references(world.db)

@@ -1,5 +1,6 @@
 """One suite for every kind of store: a local folder, and a bucket behind an S3 server."""
 
+import errno
 import os
 import re
 import time
@@ -9,9 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from obstore.exceptions import GenericError, PermissionDeniedError
 
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.maintenance.backup import references
@@ -159,9 +162,10 @@ def test_file_that_changes_during_storage_is_not_stored(
         put(key, chunks)
 
     monkeypatch.setattr(store.objects, "put", put_after_a_change)
-    with pytest.raises(DamagedArtifact):
+    with pytest.raises(DamagedArtifact, match=f"{path.name!r} changed while") as caught:
         store.put_file(path)
 
+    assert "no other program writes the file" in caught.value.remedy
     assert keys(store) == set()
 
 
@@ -177,7 +181,7 @@ def test_changed_blob_is_detected_by_every_reader(store: ArtifactStore, folder: 
 
     assert [p.name for p in tmp_path.iterdir() if "copy" in p.name] == []
     assert store.verify(manifest) == [
-        f"deep/er/model.safetensors: The content of {digest} in the store does not match its digest."
+        f"deep/er/model.safetensors: Object {digest} has changed: its content does not match its digest."
     ]
 
 
@@ -434,6 +438,39 @@ def test_unreachable_bucket_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> N
         ArtifactStore(Objects("s3://nowhere")).check_reachable()
 
     assert caught.value.code == "store_unavailable"
+    assert "LORRY_STORE_URL" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("failure", "message", "remedy"),
+    [
+        (PermissionDeniedError("secret"), "The artifact store denied access.", "Correct the permissions"),
+        (PermissionError(errno.EACCES, "no"), "The artifact store denied access.", "Correct the permissions"),
+        (OSError(errno.EIO, "Input/output error"), "can't be accessed: Input/output error.", "Try again"),
+        (GenericError("secret"), "The artifact store can't be accessed.", "Try again"),
+    ],
+)
+def test_error_of_the_store_has_a_matching_remedy(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, failure: Exception, message: str, remedy: str
+) -> None:
+    def head(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(obstore, "head", head)
+    with pytest.raises(Unavailable) as caught:
+        store.check_reachable()
+
+    assert caught.value.message.endswith(message)
+    assert caught.value.remedy.startswith(remedy)
+
+
+def test_error_of_another_location_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(Unavailable, match="The backup location can't be accessed") as caught:
+        Objects((tmp_path / "file" / "store").as_uri(), name="The backup location", checked="the disk")
+
+    assert caught.value.remedy.endswith("check the disk.")
 
 
 @pytest.mark.parametrize("num_bytes", [100_000, len(LARGE)])

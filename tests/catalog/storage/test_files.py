@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from catalog.db.database import Database
-from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, TooLarge, Unavailable
+from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, OutOfSpace, TooLarge, Unavailable
 from catalog.maintenance import garbage_collection
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
@@ -122,6 +122,7 @@ def test_identical_uploads_are_two_files_and_one_blob(upload: Uploader, store: A
 REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a bad row": ({"content": ROW + b"\n{}"}, InvalidRequest, "messages_missing"),
     "an empty file": ({"content": b""}, InvalidRequest, "file_empty"),
+    "an empty file of user data": ({"content": b"", "purpose": "user_data"}, InvalidRequest, "file_empty"),
     "an unknown purpose": ({"purpose": "vision\x1b"}, InvalidRequest, "invalid_purpose"),
     "a result's purpose": ({"purpose": "fine-tune-results"}, InvalidRequest, "invalid_purpose"),
     "too many bytes": ({"content": ROW + b" " * 10_000}, TooLarge, "file_too_large"),
@@ -139,6 +140,17 @@ def test_rejected_upload_leaves_no_file(
     assert getattr(caught.value, "code", None) == code
     assert files.list_page(db, project_id="ours").items == []
     assert code == "upload_damaged" or upload.nothing_was_kept()
+
+
+def test_rejected_upload_is_named(upload: Uploader) -> None:
+    for content, purpose, problem, remedy in (
+        (b"", "fine-tune", "is empty", "at least one row"),
+        (b"", "user_data", "is empty", "at least one byte"),
+        (ROW + b" " * 10_000, "user_data", "bytes, but the maximum is", "LORRY_MAX_FILE_BYTES"),
+    ):
+        with pytest.raises(LorryError, match=f"'notes.txt' .*{problem}") as caught:
+            upload(content, purpose=purpose, filename="some/notes.txt")
+        assert remedy in caught.value.remedy
 
 
 def test_disk_that_fills_during_an_upload_keeps_nothing(db: Database, tmp_path: Path) -> None:

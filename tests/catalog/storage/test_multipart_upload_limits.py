@@ -37,12 +37,24 @@ def test_open_uploads_and_their_bytes_are_limited_per_project(sender: Sender) ->
             sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
 
     assert [error.quota["name"] for error in refused] == ["open_uploads", "open_upload_bytes"]
+    assert refused[0].message == "Project 'ours' has 2 open uploads, but the maximum is 2."
+    assert "project 'ours' already use 400 of the 500 bytes" in refused[1].message
+    assert ["deleted, within two days" in error.remedy for error in refused] == [False, True]
     assert refused[0].retry_after_seconds == pytest.approx(3600, abs=1)
     sender.project_id = sender.world.stranger.project_id
     sender.begin(200)
     sender.project_id = sender.world.caller.project_id
     sender.world.clock.advance(3601)
     sender.begin(500)
+
+
+def test_upload_beyond_the_limit_of_all_open_uploads_suggests_a_smaller_file(sender: Sender) -> None:
+    sender.settings = Settings(data_dir=sender.folder, max_open_upload_bytes=500)
+
+    with pytest.raises(QuotaExceeded) as refused:
+        sender.begin(501)
+
+    assert refused.value.remedy == "Split the file, or ask the operator to raise LORRY_MAX_OPEN_UPLOAD_BYTES."
 
 
 def test_parts_count_until_they_are_cleaned_up(sender: Sender) -> None:
@@ -136,7 +148,7 @@ def test_upload_holds_at_most_twice_its_announced_size(sender: Sender, monkeypat
     with pytest.raises(TooLarge) as refused:
         sender.part(upload_id, b"y" * 9)
 
-    assert "created for 10 bytes and accepts at most 20 bytes" in refused.value.message
+    assert "accepts at most 20, because it was created with 10 as 'bytes'" in refused.value.message
     sender.part(upload_id, b"y" * 8)
 
 
@@ -155,6 +167,7 @@ def test_total_size_and_number_of_parts_are_limited(sender: Sender, monkeypatch:
             sender.part(upload_id, content)
         assert refused.value.code == code
         assert upload_id in refused.value.message
+        assert "Create a new upload" in refused.value.remedy
     with pytest.raises(InvalidRequest, match="empty"):
         sender.part(large_id, b"")
     assert sender.part(many_id, b"a"), "a part that already exists takes no space"

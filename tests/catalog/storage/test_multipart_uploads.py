@@ -60,19 +60,21 @@ def test_rejected_completion_makes_no_file_and_leaves_the_upload_open(sender: Se
     upload_id, other_id = sender.begin(), sender.begin(len(b"not JSON"))
     one, two, three = (sender.part(upload_id, content) for content in (ONE, TWO, THREE))
     bad = sender.part(other_id, b"not JSON")
-    refusals: list[tuple[str, str, tuple[str, ...], str | None]] = [
-        ("upload_incomplete", upload_id, (one, two), None),
-        ("upload_incomplete", upload_id, (one, two, three, three), None),
-        ("part_not_found", upload_id, (one, two, bad), None),
-        ("part_not_found", upload_id, (one, two, "part-x"), None),
-        ("md5_mismatch", upload_id, (one, three, two), hashlib.md5(WHOLE).hexdigest()),
-        ("not_jsonl", other_id, (bad,), None),
+    right, wrong = (hashlib.md5(content).hexdigest() for content in (WHOLE, ONE + THREE + TWO))
+    refusals: list[tuple[str, str, tuple[str, ...], str | None, str]] = [
+        ("upload_incomplete", upload_id, (one, two), None, f"upload {upload_id} was created with {len(WHOLE)} as"),
+        ("upload_incomplete", upload_id, (one, two, three, three), None, f"total size of {len(WHOLE + THREE)} bytes"),
+        ("part_not_found", upload_id, (one, two, bad), None, f"'part_ids[2]' is '{bad}', but upload {upload_id}"),
+        ("part_not_found", upload_id, (one, "part-x", two), None, "'part_ids[1]' is 'part-x'"),
+        ("md5_mismatch", upload_id, (one, three, two), right, f"{upload_id} have the MD5 checksum {wrong}"),
+        ("not_jsonl", other_id, (bad,), None, "Line 1"),
     ]
 
-    for code, refused_id, part_ids, md5 in refusals:
+    for code, refused_id, part_ids, md5, fragment in refusals:
         with pytest.raises(InvalidRequest) as refused:
             sender.complete(refused_id, *part_ids, md5=md5)
         assert refused.value.code == code
+        assert fragment in refused.value.message
 
     assert sender.made() == []
     assert list((sender.folder / "spool").iterdir()) == []
@@ -239,7 +241,7 @@ def test_upload_of_another_project_is_not_found(sender: Sender) -> None:
     ):
         with pytest.raises(NotFound):
             verb()
-    with pytest.raises(InvalidRequest, match="has no part"):
+    with pytest.raises(InvalidRequest, match="has no such part"):
         sender.complete(own_id, part)
 
 

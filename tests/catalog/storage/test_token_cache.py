@@ -104,6 +104,8 @@ def test_plan_is_rejected_if_its_tokens_exceed_the_storage_quota(world: World) -
 
     for refusal in (of_plan, of_job):
         assert refusal.value.quota["name"] == "stored_bytes"
+        assert "files that have to be prepared need 30 more" in refusal.value.message
+        assert refusal.value.remedy.startswith("Use smaller files, or cancel jobs and delete plans")
     plans.delete(world.db, project_id=world.caller.project_id, plan_id=first.id)
     world.submit(max_length=10)
 
@@ -171,6 +173,8 @@ def test_read_only_key_does_not_use_up_the_plans_of_others(world: World) -> None
 
     assert plan(world, max_length=256).state == "computing"
     assert (refusal.value.quota["name"], refusal.value.quota["used"]) == ("plans_per_day", 2)
+    key = f"API key {holder.api_key_id} has reached its limit of 2 plans per day in project 'ours'"
+    assert key in refusal.value.message
 
 
 def test_cache_without_a_project_is_kept_while_needed_and_never_charged(

@@ -137,13 +137,14 @@ def test_missing_best_adapter_of_a_sweep_is_explained(world: World) -> None:
         with pytest.raises(NotFound) as refused:
             adapters.get(world.db, project_id=world.caller.project_id, name=name)
         assert refused.value.code == "adapter_not_found"
-        return refused.value.remedy
+        assert refused.value.param == "adapter"
+        return refused.value.sentence()
 
     sweep_id = make(world, search={"type": "ask_tell", "trials": 1}, parameters={})
     add(world, sweep_id, 4)
 
     assert "Check the sweep's id" in remedy("sweep-unknown")
-    assert f"Wait until sweep {sweep_id} finishes" in remedy(sweep_id)
+    assert f"Sweep {sweep_id} has not finished" in remedy(sweep_id)
 
     finish(world, train(world)[0], 1.0)
     advance(world)

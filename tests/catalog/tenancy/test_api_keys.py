@@ -80,8 +80,11 @@ def test_expiring_key_creates_keys_that_expire_with_it(world: World) -> None:
     row, _ = make(world, ending)
 
     assert row.expires_at == ending.expires_at
-    with pytest.raises(InvalidRequest, match="in the past"):
-        make(world, world.caller, expires_at=world.clock.now - 1)
+    past = int(world.clock.now - 1)
+    with pytest.raises(
+        InvalidRequest, match=f"{past}, which is not in the future: the server's current time is {past + 1}"
+    ):
+        make(world, world.caller, expires_at=past)
 
 
 def test_cross_project_scopes_require_an_operator_key(world: World) -> None:
@@ -92,6 +95,11 @@ def test_cross_project_scopes_require_an_operator_key(world: World) -> None:
     row, _ = make(world, operator, scopes=["models:write"], is_operator=True, project="theirs")
 
     assert refusal.value.code == "operator_scope"
+    assert "set 'is_operator' to true" in refusal.value.remedy
+    with pytest.raises(InvalidRequest) as refusal:
+        make(world, world.caller, scopes=["models:write", "projects:write", "jobs:read", "workers:write"])
+    assert refusal.value.message.endswith("the scopes models:write, projects:write and workers:write.")
+    assert "ask an operator to create" in refusal.value.remedy
     assert row.project_id == world.stranger.project_id
 
 
@@ -114,6 +122,19 @@ def test_both_keys_are_valid_during_the_rotation_overlap(world: World) -> None:
     with pytest.raises(Conflict) as late:
         rotate(world, world.caller, old.id)
     assert [again.value.code, late.value.code] == ["key_already_rotated", "key_not_live"]
+    assert all(old.id in error.value.message for error in (again, late))
+    assert f"`lorry keys rotate {new.id}`" in again.value.remedy
+
+
+def test_replacement_of_an_expired_operator_key_is_an_operator_key(world: World) -> None:
+    operator = caller(world, is_operator=True)
+    old, _ = make(world, operator, is_operator=True, project="theirs", expires_at=world.clock.now + 1)
+    world.clock.advance(1)
+
+    with pytest.raises(Conflict) as refusal:
+        rotate(world, operator, old.id)
+
+    assert f"`lorry keys create NAME --operator --project {old.project_id}`" in refusal.value.remedy
 
 
 def test_rotation_does_not_extend_the_expiry(world: World) -> None:
@@ -141,12 +162,13 @@ def test_lesser_key_cannot_rotate_or_revoke_a_greater_one(world: World, holds: d
         with pytest.raises(Forbidden) as refusal:
             attempt()
         assert refusal.value.code == "exceeds_own_rights"
+        assert target.api_key_id in refusal.value.message
 
 
 def test_key_with_named_scopes_cannot_rotate_one_with_all_scopes(world: World) -> None:
     named = caller(world, scopes=sorted(granted(None, is_operator=False)))
 
-    with pytest.raises(Forbidden, match="every scope"):
+    with pytest.raises(Forbidden, match="was created without 'scopes'"):
         rotate(world, named, world.caller.api_key_id)
     own, _ = rotate(world, named, named.api_key_id)
 
@@ -184,6 +206,8 @@ def test_last_operator_key_cannot_be_revoked(world: World) -> None:
     with pytest.raises(Conflict) as refusal:
         revoke(operator.api_key_id)
     assert refusal.value.code == "last_operator_key"
+    assert "no other operator key with every scope and no expiration would be left" in refusal.value.message
+    assert "rotate it without" in refusal.value.remedy
     new, secret = rotate(world, operator, operator.api_key_id)
     successor = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
     with pytest.raises(Conflict):
@@ -231,7 +255,7 @@ def test_project_of_the_last_operator_key_cannot_be_archived(world: World) -> No
         projects.archive(world.db, caller=operator, project="ours")
     make(world, operator, is_operator=True, project="theirs")
 
-    assert refusal.value.code == "last_operator_key"
+    assert (refusal.value.code, refusal.value.param) == ("last_operator_key", "project")
     assert projects.archive(world.db, caller=operator, project="ours").archived_at is not None
     assert authentication.an_operator(world.db) != operator.api_key_id
 
@@ -249,9 +273,12 @@ def test_project_names_are_unique_and_valid(world: World) -> None:
     assert taken.value.code == "project_exists"
     assert projects.create(world.db, "find", is_client_retry=True).id == renamed.id == made.id
     assert projects.rename(world.db, caller=operator, project="find", name="find").name == "find"
-    for name in ("", "a/b", "x" * 65):
-        with pytest.raises(InvalidRequest):
+    for name, fault in (("", "empty"), ("a/b", "contains '/'"), ("x" * 65, "65 characters"), ("-a", "starts with '-'")):
+        with pytest.raises(InvalidRequest, match=f"not a valid name for a project: it .*{fault}"):
             projects.create(world.db, name)
+    projects.archive(world.db, caller=caller(world, "offices", is_operator=True), project="find")
+    with pytest.raises(Conflict, match=f"Archived project 'find' already exists, with the id {made.id}"):
+        projects.create(world.db, "find")
 
 
 def test_renamed_first_project_is_not_created_again_at_start(world: World) -> None:
@@ -302,11 +329,15 @@ def test_valid_keys_per_project_are_limited(world: World, monkeypatch: pytest.Mo
         given: dict[str, Any] = {"overlap_seconds": seconds, "pepper": PEPPER}
         return api_keys.rotate(world.db, caller=world.caller, api_key_id=key.id, **given)[0]
 
+    remedies: list[str] = []
     expiring, kept = create(expires_at=world.clock.now + 100), create()
     for beyond in (create, lambda: rotate(kept, 10)):
         with pytest.raises(Conflict) as refusal:
             beyond()
         assert refusal.value.code == "too_many_keys"
+        remedies.append(refusal.value.remedy)
+    assert ["--overlap 0s" in remedy for remedy in remedies] == [False, True]
+    assert all("`lorry keys list --project ours`" in remedy for remedy in remedies)
     kept = rotate(kept, 0)
     world.clock.advance(200)
     create()

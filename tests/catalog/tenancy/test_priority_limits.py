@@ -87,6 +87,10 @@ def test_priority_above_the_limit_is_rejected_on_every_path(
     assert error.remedy.startswith("Use 'normal' or a lower priority, or ask an operator to raise the maximum: ")
     assert command in error.remedy
     assert "--highest-priority urgent" in error.remedy
+    limit(world, "batch")
+    with pytest.raises(Forbidden) as lowest:
+        submit(world, "normal")
+    assert lowest.value.remedy.startswith("Use 'batch', or ask an operator")
     limit(world, "urgent")
     submit(world, "urgent")
 
@@ -141,6 +145,7 @@ def test_queued_jobs_keep_their_class_when_the_limit_is_lowered(world: World) ->
 
 def test_only_operators_set_key_limits_and_rotation_keeps_them(world: World) -> None:
     limit_key(world, "urgent")
+    remedies: list[str] = []
     for attempt in (
         lambda: api_keys.limit(
             world.db, caller=world.caller, api_key_id=world.caller.api_key_id, limits={}, highest_priority="urgent"
@@ -155,6 +160,11 @@ def test_only_operators_set_key_limits_and_rotation_keeps_them(world: World) -> 
         with pytest.raises(Forbidden) as refusal:
             attempt()
         assert (refusal.value.code, refusal.value.param) == ("operator_required", "highest_priority")
+        remedies.append(refusal.value.remedy)
+    assert remedies == [
+        f"Ask an operator to run `lorry keys update {world.caller.api_key_id} --highest-priority VALUE`.",
+        "Omit 'highest_priority', or use an operator key.",
+    ]
 
     child, _ = api_keys.create(world.db, caller=world.caller, request=api_keys.KeyRequest(name="k"), pepper=PEPPER)
     heir, _ = rotate(world, world.caller, world.caller.api_key_id)

@@ -57,6 +57,7 @@ def test_browser_session_leaves_nothing_that_outlives_it(world: World) -> None:
     made, _ = make(world, visitor)
 
     assert refusal.value.code == "api_key_required"
+    assert f"`lorry keys rotate {world.caller.api_key_id}`" in refusal.value.remedy
     assert made.expires_at == visitor.expires_at is not None
 
 
@@ -73,6 +74,21 @@ def test_restricted_operator_key_does_not_count_as_second_operator(world: World,
         projects.archive(world.db, caller=operator, project=operator.project_id)
 
     assert revoked.value.code == rotated.value.code == "last_operator_key"
+    assert (rotated.value.param, "Omit 'expires_at'" in rotated.value.remedy) == ("expires_at", True)
+
+
+def test_last_operator_key_that_expires_has_a_matching_remedy(world: World) -> None:
+    """Its replacement would expire as well."""
+    operator = caller(world, is_operator=True, expires_at=world.clock.now + HOUR)
+
+    with pytest.raises(Conflict, match="that can create keys would be left") as revoked:
+        revocation.revoke(world.db, caller=operator, api_key_id=operator.api_key_id)
+    with pytest.raises(Conflict, match="that can create keys exists") as rotated:
+        rotate(world, operator, operator.api_key_id)
+
+    assert [error.value.param for error in (revoked, rotated)] == ["api_key_id", "api_key_id"]
+    for error in (revoked, rotated):
+        assert error.value.remedy.endswith("on the server: `python -m api new-key`.")
 
 
 def test_lesser_operator_key_cannot_change_limits(world: World) -> None:

@@ -196,8 +196,11 @@ def test_days_are_paged(world: World) -> None:
     assert (last.days[-1].day, last.next_day) == (first + 9, None)
     with pytest.raises(InvalidRequest):
         usage_report.report(world.db, caller=world.caller, query=UsageQuery(start_time=5, end_time=5))
-    with pytest.raises(InvalidRequest, match="is in the future"):
+    with pytest.raises(InvalidRequest, match=f"is in the future: the server's current time is {world.clock.now:.0f}"):
         usage_report.report(world.db, caller=world.caller, query=UsageQuery(start_time=world.clock.now + 5))
+    with pytest.raises(InvalidRequest, match=f"'page' is {first + 10}, but .* is {first + 9}") as beyond:
+        usage_report.report(world.db, caller=world.caller, query=replace(filters, page=first + 10))
+    assert beyond.value.param == "page"
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

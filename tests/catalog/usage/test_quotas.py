@@ -66,10 +66,25 @@ def test_queued_jobs_are_limited_until_one_starts(world: World) -> None:
 
     assert error.quota == {"name": "queued_jobs", "limit": 2, "used": 2, "resets_at": None}
     assert error.message == "Project 'ours' has reached its limit of 2 queued jobs (current usage: 2)."
-    assert "lorry projects update ours" in error.remedy
+    assert error.remedy.startswith("Wait until a queued job starts")
+    assert "`lorry projects update ours --limit-queued-jobs N`" in error.remedy
     assert error.retry_after_seconds == math.inf
     world.claim()
     world.submit()
+
+
+def test_limits_of_zero_and_one_are_described_correctly(world: World) -> None:
+    limit(world, queued_jobs=1)
+    world.submit()
+    one = refused(world)
+    limit(world, queued_jobs=0)
+
+    none = refused(world)
+
+    assert "its limit of 1 queued job (current usage: 1)" in one.message
+    assert none.remedy.startswith("An operator can raise the limit"), "no wait helps"
+    limit(world, queued_jobs=None, device_hours_per_month=12_345.5)
+    assert standing(world, "device_hours_per_month").describe() == "12,345.5 device-hours per month"
 
 
 def test_resume_is_limited_by_queued_jobs_but_not_by_jobs_per_day(world: World) -> None:
@@ -116,7 +131,7 @@ def test_jobs_per_day_of_a_key_use_a_rolling_window(world: World) -> None:
 
     assert refusal.value.retry_after_seconds == pytest.approx(DAY_SECONDS - 3600, abs=1)
     with (
-        pytest.raises(RateLimited, match="needs 3 jobs, but the API key is limited to 2"),
+        pytest.raises(RateLimited, match=rf"needs 3 jobs, but API key 'key' \({caller.api_key_id}\) is limited to 2"),
         world.db.write() as session,
     ):
         quotas.check_key(session, caller, num_jobs=3, now=world.clock.now)
@@ -171,7 +186,7 @@ def test_project_at_its_concurrency_limit_is_skipped(world: World) -> None:
     why = explanation.explain(world.db, **world.of(waiting.id))
     place = {entry["job_id"]: entry["position"] for entry in listing.snapshot(world.db, project_id=None)["jobs"]}
     assert [claim.job.id for claim in claimed] == [theirs]
-    assert "1 concurrent jobs" in why["explanation"]
+    assert "1 concurrent job." in why["explanation"]
     assert why["quota"] == {"name": "concurrent_jobs", "limit": 1, "used": 1, "resets_at": None}
     assert place[waiting.id] is None
     world.complete(first.claim_id)
@@ -198,6 +213,10 @@ def test_stored_bytes_are_limited_and_deletion_frees_them(world: World) -> None:
 
     assert refusal.value.quota == {"name": "stored_bytes", "limit": 1000, "used": 700, "resets_at": None}
     assert "It already uses 700, and this request needs 301 more." in refusal.value.message
+    assert refusal.value.remedy.startswith("Delete files")
+    with pytest.raises(QuotaExceeded) as refusal:
+        upload(world, 1001)
+    assert refusal.value.remedy.startswith("Use smaller files. "), "no deletion helps"
     files.delete(world.db, project_id=world.caller.project_id, file_id=first)
     upload(world, 700)
 
@@ -214,7 +233,9 @@ def test_deleted_bytes_may_use_the_disk_once_more_until_cleanup(world: World) ->
 
     assert "It has 0 stored bytes and 1,400 deleted bytes, and this request needs 601 more." in refusal.value.message
     assert "resets at" not in refusal.value.message
-    assert refusal.value.remedy.startswith("Wait for the daily garbage collection, which will have freed enough by ")
+    assert refusal.value.remedy.startswith(
+        "Wait for the daily garbage collection, which will have freed enough space by "
+    )
     assert 0 < refusal.value.retry_after_seconds <= stored_quota.LEAVING_SECONDS
     world.clock.advance(stored_quota.LEAVING_SECONDS)
     upload(world, 400)
