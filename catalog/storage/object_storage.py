@@ -153,7 +153,7 @@ class Objects:
             raise NoSuchObject(key) from error
         except (BaseError, OSError) as error:
             if is_full(error):
-                raise out_of_space() from error
+                raise out_of_space(self._name[0].lower() + self._name[1:]) from error
             reason = getattr(error, "strerror", None)
             raise Unavailable(
                 f"{self._name} denied access."

@@ -89,7 +89,7 @@ def test_fp32_stays_fp32_and_other_dtypes_become_bf16(source, tmp_path, given, s
 
 def test_pickles_are_rejected(source, tmp_path):
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(UnsupportedModel, match=r"pickles \(pytorch_model.bin\)"):
+    with pytest.raises(UnsupportedModel, match=r"pickle files \(pytorch_model.bin\)"):
         import_folder(source, tmp_path / "base")
     assert not (tmp_path / "base").exists()
 

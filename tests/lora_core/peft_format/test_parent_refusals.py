@@ -79,7 +79,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "has too many tensors": (
         lambda f: edit_weights(f, lambda _: {f"t{index}": torch.zeros(1) for index in range(MAX_TENSORS + 1)}),
-        f"{MAX_TENSORS + 1} tensors",
+        f"{MAX_TENSORS + 1:,} tensors",
     ),
     "is truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "safetensors"),
     "has foreign names": (lambda f: edit_weights(f, plus(lm_head=torch.zeros(3))), "'lm_head'"),

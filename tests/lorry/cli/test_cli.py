@@ -116,7 +116,7 @@ def test_missing_service_suggests_lorry_up(run: Run, monkeypatch: pytest.MonkeyP
     result = run("jobs", "list")
 
     assert result.exit_code == 1
-    assert "`lorry up`" in result.stderr
+    assert f"`lorry up --data-dir {tmp_path}`" in result.stderr
     assert "Traceback" not in result.stderr
 
 
