@@ -12,7 +12,7 @@ from catalog.states import EndReason, JobState
 from qa.chaos.scenario import Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 
-STANDS = re.compile(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _follow")
+STANDS = re.compile(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _handle_event")
 """Matches the failpoint of a step in a stack."""
 CRASHED_ONCE = [EndReason.TRAINER_CRASHED, EndReason.COMPLETED]
 
