@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from catalog.datasets.chat import BadRow, parse_object
 from catalog.datasets.formats import FORMS, DataKind, RowKind, kind_of_row
+from catalog.datasets.row_json import BadRow, parse_object
 from catalog.errors import InvalidRequest
 
 MAX_LISTED = 5

@@ -190,7 +190,11 @@ def test_wrong_query_parameter_is_named(client: TestClient) -> None:
     ("path", "name", "fragment"),
     [
         ("/v1/fine_tuning/jobs?limt=2", "limt", "Did you mean 'limit'?"),
-        ("/v1/fine_tuning/jobs?status=failed", "status", "This operation accepts 'after', 'limit', 'metadata[KEY]', 'tag'."),
+        (
+            "/v1/fine_tuning/jobs?status=failed",
+            "status",
+            "This operation accepts 'after', 'limit', 'metadata[KEY]', 'tag'.",
+        ),
         ("/v1/models?metadata[team]=search", "metadata[team]", "This operation accepts no query parameters."),
         ("/v1/fine_tuning/jobs?metadata[]=search", "metadata[]", "Did you mean 'metadata[KEY]'?"),
         ("/v1/adapters/adapter-1/files/a/b.bin?part=2", "part", "This operation accepts no query parameters."),

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.datasets.chat import BadRow, check_chat, parse_object
+from catalog.datasets.chat import check_chat
 from catalog.datasets.formats import kind_of_row
+from catalog.datasets.row_json import BadRow, parse_object
 from catalog.datasets.rows import check_pair
 from catalog.datasets.validator import DatasetCheck, inspect, read_rows
 from catalog.errors import InvalidRequest
