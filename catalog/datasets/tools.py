@@ -106,6 +106,8 @@ def _parsed(place: str, arguments: str) -> dict[str, Any]:
         return {}
     try:
         value = parse_json(arguments)
+    except BadRow as error:
+        raise BadRow(error.code, f"in {place}, {error.reason}", error.remedy) from error
     except json.JSONDecodeError as error:
         reason = f"{place} is not valid JSON: {error.msg.lower().removesuffix(' at')} at character {error.pos + 1}"
         raise BadRow("invalid_arguments", reason, remedy) from error

@@ -67,7 +67,7 @@ def test_all_roles_weights_and_names_are_accepted() -> None:
         {"role": "assistant", "content": "42", "weight": 1},
     ]
 
-    assert check_chat(parse_object(json.dumps({"messages": messages}).encode())) == messages
+    assert check_chat(parse_object(json.dumps({"messages": messages}).encode())).messages == messages
 
 
 WHOLE_FILES = {
@@ -116,8 +116,6 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "a completion": (b'{"prompt": "a", "completion": "b"}', "mixed_kinds"),
     "a text": (b'{"text": "a"}', "mixed_kinds"),
     "an unknown key": (b'{"messages": [], "id": 1}', "unknown_key"),
-    "tools": (b'{"messages": [], "tools": []}', "tools_unsupported"),
-    "parallel tool calls": (b'{"messages": [], "parallel_tool_calls": false}', "tools_unsupported"),
     "messages as a string": (b'{"messages": "hi"}', "messages_not_list"),
     "no message": (b'{"messages": []}', "no_assistant_turn"),
     "a message as a string": (b'{"messages": ["hi"]}', "message_not_object"),
@@ -133,7 +131,7 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
         "content_not_text",
     ),
     "a bare part": (b'{"messages": [{"role": "user", "content": ["a"]}]}', "content_not_text"),
-    "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "tools_unsupported"),
+    "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "invalid_tool_calls"),
     "a misspelled key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "unknown_key"),
     "weight 0.5": (row(weight=0.5), "invalid_weight"),
     "weight true": (row(weight=True), "invalid_weight"),
@@ -304,9 +302,9 @@ def test_text_parts_of_content_are_joined() -> None:
         "non_preferred_output": [{"role": "assistant", "content": "3"}],
     }
 
-    assert [message["content"] for message in check_chat(chat)] == ["What is 1+1?", "What is "]
+    assert [message["content"] for message in check_chat(chat).messages] == ["What is 1+1?", "What is "]
     checked = check_pair(pair)
-    assert (checked["prompt"][0]["content"], checked["preferred"]["content"]) == ("What is 1+1?", "2")
+    assert (checked["prompt"].messages[0]["content"], checked["preferred"]["content"]) == ("What is 1+1?", "2")
 
 
 def test_non_text_content_is_reported_with_its_position() -> None:
