@@ -8,6 +8,7 @@ from catalog.datasets.row_json import BadRow, kind_of, quoted
 from catalog.datasets.tools import ToolCall, check_function_call, check_tool_calls
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES_REMEDY = f"Use one of these roles: {', '.join(ROLES)}."
 CALLS = ("tool_calls", "function_call")
 """`function_call` and the role `function` are OpenAI's deprecated format."""
 MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id", *CALLS})
@@ -76,15 +77,12 @@ def _check_message(place: str, message: Any) -> None:
             del fields[key]
     if not fields.keys() <= MESSAGE_KEYS:
         _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
-    role = fields.get("role")
+    if "role" not in fields:
+        raise BadRow("invalid_role", f"{place}.role is missing", ROLES_REMEDY)
+    role = fields["role"]
     if role not in ROLES:
         shown_role = quoted(role) if isinstance(role, str) else kind_of(role)
-        reason = (
-            f"{place}.role is {shown_role}, which is not a valid role"
-            if "role" in fields
-            else f"{place}.role is missing"
-        )
-        raise BadRow("invalid_role", reason, f"Use one of these roles: {', '.join(ROLES)}.")
+        raise BadRow("invalid_role", f"{place}.role is {shown_role}, which is not a valid role", ROLES_REMEDY)
     _check_calls(place, role, fields)
     if isinstance(fields.get("content"), list):
         fields["content"] = _joined(f"{place}.content", fields["content"])
@@ -112,8 +110,10 @@ def _check_calls(place: str, role: str, fields: dict[str, Any]) -> None:
 def _as_tool_message(place: str, message: dict[str, Any], call_ids: list[str]) -> None:
     """Turn the result of a deprecated function call into a tool message. It answers the last call."""
     if not call_ids:
-        reason = f"{place}.role is 'function', but no earlier message has a function call"
-        raise BadRow("invalid_tool_call_id", reason, "Add the assistant message with 'function_call' before it.")
+        given = place.partition("[")[0]
+        reason = f"{place}.role is 'function', but no earlier message in '{given}' has a function call"
+        remedy = f"Put the assistant message with 'function_call' before it in '{given}'."
+        raise BadRow("invalid_tool_call_id", reason, remedy)
     message["role"], message["tool_call_id"] = "tool", call_ids[-1]
 
 

@@ -35,19 +35,12 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 def _parse_line(line: bytes) -> Any:
     try:
-        row = parse_json(line.decode("utf-8"))
-        if b"\\ud" in line or b"\\uD" in line:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        return row
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} is not valid UTF-8"
         raise BadRow("invalid_utf8", reason, "Save the file as UTF-8.") from error
-    except UnicodeEncodeError as error:
-        reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
-        remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
-        raise BadRow("lone_surrogate", reason, remedy) from error
     except json.JSONDecodeError as error:
-        reason = f"the JSON is invalid at column {error.colno}: {error.msg.lower().removesuffix(' at')}"
+        reason = f"the JSON is invalid at column {error.colno}: {problem_of(error)}"
         remedy = "Write each row as one JSON object on a single line, for example with Python's json.dumps()."
         raise BadRow("invalid_json", reason, remedy) from error
     except RecursionError as error:
@@ -90,7 +83,21 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant,
 
 def parse_json(text: str) -> Any:
     """Parse strict JSON. Raises BadRow, json.JSONDecodeError or RecursionError."""
-    return _DECODER.decode(text)
+    value = _DECODER.decode(text)
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
+            remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
+            raise BadRow("lone_surrogate", reason, remedy) from error
+    return value
+
+
+def problem_of(error: json.JSONDecodeError) -> str:
+    """Return what is wrong with invalid JSON, without its place: `unterminated string` for `Unterminated string
+    starting at`."""
+    return error.msg[:1].lower() + error.msg[1:].removesuffix(" at").removesuffix(" starting")
 
 
 def quoted(text: str) -> str:

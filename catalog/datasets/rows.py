@@ -29,18 +29,21 @@ class Completion(TypedDict):
     """Only with messages."""
 
 
-def check_completion(row: dict[str, Any]) -> Completion:
-    """Validate a prompt with its completion. Raises BadRow."""
-    has_messages = isinstance(row.get("completion"), list)
-    _check_keys(row, COMPLETION_KEYS, form=COMPLETION_FORM, optional=TOOL_KEYS if has_messages else ())
+def check_completion(row: dict[str, Any], *, form: str = COMPLETION_FORM) -> Completion:
+    """Validate a prompt with its completion. form: how to write the whole row. Raises BadRow."""
+    _check_keys(row, COMPLETION_KEYS, form=form, optional=TOOL_KEYS)
     for key in COMPLETION_KEYS:
         if not isinstance(row[key], str | list):
             raise BadRow(f"{key}_not_text", f"{key} is {kind_of(row[key])}, not a string or a list", FORMS)
     if type(row["prompt"]) is not type(row["completion"]):
         reason = f"prompt is {kind_of(row['prompt'])} but completion is {kind_of(row['completion'])}"
         raise BadRow("prompt_unlike_completion", reason, FORMS)
-    if has_messages:
+    if isinstance(row["completion"], list):
         return _checked_messages(row)
+    if (unread := next((key for key in row if key in TOOL_KEYS), None)) is not None:
+        reason = f"'{unread}' is allowed only with lists of messages, but prompt and completion are strings"
+        remedy = "Remove the key, or use a list of messages for both prompt and completion."
+        raise BadRow("unknown_key", reason, remedy)
     if not row["completion"].strip():
         raise BadRow("completion_empty", "completion is blank", "Add the text to train on, or remove the row.")
     return cast(Completion, row)
@@ -119,6 +122,9 @@ class PreferencePair(TypedDict):
 def check_pair(row: dict[str, Any]) -> PreferencePair:
     """Validate a pair of answers. Raises BadRow."""
     for key in row:
+        if key in TOOL_KEYS:
+            reason = f"'{key}' is in the row itself instead of in 'input'"
+            raise BadRow("unknown_key", reason, f"Move '{key}' into 'input', next to 'messages'.")
         if key not in ROW_KEYS:
             raise _unknown_key(key, PAIR_FORM)
     for key in ROW_KEYS:
@@ -204,7 +210,7 @@ def check_unpaired(row: dict[str, Any]) -> LabeledAnswer:
         raise BadRow("label_missing", 'the key "label" is missing', LABEL_REMEDY)
     if not isinstance(row[LABEL], bool):
         raise BadRow("label_not_boolean", f"label is {kind_of(row[LABEL])}, not true or false", LABEL_REMEDY)
-    answer = check_completion({key: value for key, value in row.items() if key != LABEL})
+    answer = check_completion({key: value for key, value in row.items() if key != LABEL}, form=UNPAIRED_FORM)
     if isinstance(answer["completion"], list):
         _check_turns(cast(list[ChatMessage], answer["prompt"]), answer["completion"])
     return LabeledAnswer(answer=answer, is_desirable=row[LABEL])

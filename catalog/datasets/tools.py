@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any, TypedDict, cast
 
-from catalog.datasets.row_json import BadRow, kind_of, parse_json, quoted
+from catalog.datasets.row_json import BadRow, kind_of, parse_json, problem_of, quoted
 
 MAX_TOOLS = 128
 """OpenAI's maximum for one row."""
@@ -44,7 +44,8 @@ def check_tools(place: str, given: Any) -> list[dict[str, Any]]:
         fields = _object(position, tool, form=TOOL_FORM)
         _only_keys(position, fields, frozenset({"type", "function"}), form=TOOL_FORM)
         _check_type(position, fields, form=TOOL_FORM)
-        _check_function(f"{position}.function", fields.get("function"))
+        _check_present(position, fields, "function", form=TOOL_FORM)
+        _check_function(f"{position}.function", fields["function"])
     _check_unique(place, [tool["function"]["name"] for tool in tools])
     return cast(list[dict[str, Any]], tools)
 
@@ -73,7 +74,8 @@ def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
         if not isinstance(fields.get("id"), str) or not fields["id"]:
             remedy = "Use a string that is unique in the row, such as 'call_1'."
             raise BadRow("invalid_tool_calls", f"{position}.id {_described(fields, 'id', 'a string')}", remedy)
-        function = _checked_call(f"{position}.function", fields.get("function"), form=CALL_FORM)
+        _check_present(position, fields, "function", form=CALL_FORM)
+        function = _checked_call(f"{position}.function", fields["function"], form=FUNCTION_CALL_FORM)
         calls.append(ToolCall(id=fields["id"], type="function", function=function))
     ids = [call["id"] for call in calls]
     if len(set(ids)) < len(ids):
@@ -109,7 +111,7 @@ def _parsed(place: str, arguments: str) -> dict[str, Any]:
     except BadRow as error:
         raise BadRow(error.code, f"in {place}, {error.reason}", error.remedy) from error
     except json.JSONDecodeError as error:
-        reason = f"{place} is not valid JSON: {error.msg.lower().removesuffix(' at')} at character {error.pos + 1}"
+        reason = f"{place} is not valid JSON: {problem_of(error)} at character {error.pos + 1}"
         raise BadRow("invalid_arguments", reason, remedy) from error
     except RecursionError as error:
         raise BadRow("invalid_arguments", f"{place} is nested too deeply", "Flatten the arguments.") from error
@@ -138,17 +140,17 @@ def _checked_name(place: str, fields: dict[str, Any]) -> str:
     name = fields.get("name")
     if not isinstance(name, str):
         reason = f"{place}.name {_described(fields, 'name', 'a string')}"
-        raise BadRow("invalid_function_name", reason, "Use the name of a function.")
+        raise BadRow("invalid_function_name", reason, "Use the function's name, such as 'get_weather'.")
     if NAME.fullmatch(name) is None:
         remedy = "Use 1 to 64 letters, digits, dots, underscores and hyphens."
-        raise BadRow("invalid_function_name", f"{place}.name is {quoted(name)}", remedy)
+        raise BadRow("invalid_function_name", f"{place}.name is {quoted(name)}, which is not a valid name", remedy)
     return name
 
 
 def _check_unique(place: str, names: list[str]) -> None:
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
-        remedy = "Keep one of them, or rename the other."
+        remedy = "Keep only one definition, or rename the others."
         raise BadRow("invalid_tools", f"{place} defines the function {quoted(repeated)} more than once", remedy)
 
 
@@ -180,7 +182,13 @@ def _object(place: str, given: Any, *, form: str) -> dict[str, Any]:
 def _only_keys(place: str, fields: dict[str, Any], known: frozenset[str], *, form: str) -> None:
     for key in fields:
         if key not in known:
-            raise BadRow("unknown_key", f"{place} has the unknown key {quoted(key)}", f"Remove it. Use {form}.")
+            remedy = f"Remove the key, or correct its spelling or position. Use {form}."
+            raise BadRow("unknown_key", f"{place} has an unknown key, {quoted(key)}", remedy)
+
+
+def _check_present(place: str, fields: dict[str, Any], key: str, *, form: str) -> None:
+    if key not in fields:
+        raise BadRow("invalid_tools", f"{place}.{key} is missing", f"Use {form}.")
 
 
 def _described(fields: dict[str, Any], key: str, wanted: str) -> str:

@@ -148,12 +148,12 @@ def with_tool(**changed: Any) -> dict[str, Any]:
         (with_tool(function={"name": "a", "parameters": []}), "invalid_tools", "parameters is a list, not an object"),
         (with_tool(function={"name": "a", "description": 1}), "invalid_tools", "description is a number, not a string"),
         (with_tool(function={"name": "a", "strict": 1}), "invalid_tools", "strict is a number, not true or false"),
-        (with_tool(function={"name": "a", "params": {}}), "unknown_key", "unknown key 'params'"),
+        (with_tool(function={"name": "a", "params": {}}), "unknown_key", "unknown key, 'params'"),
         ({"messages": [USER, ANSWER], "parallel_tool_calls": 1}, "invalid_parallel_tool_calls", "is a number"),
         (with_call(id=""), "invalid_tool_calls", "messages[1].tool_calls[0].id is empty"),
         (with_call(id=4), "invalid_tool_calls", "tool_calls[0].id is a number, not a string"),
         (with_call(type=None), "invalid_tool_type", "tool_calls[0].type is null, not a string"),
-        (with_call(index=0), "unknown_key", "tool_calls[0] has the unknown key 'index'"),
+        (with_call(index=0), "unknown_key", "tool_calls[0] has an unknown key, 'index'"),
         (with_function(arguments={}), "invalid_arguments", "arguments is an object, not a string"),
         (with_function(arguments="[1]"), "invalid_arguments", "arguments contains a list, not an object"),
         (with_function(arguments='{"a": 1'), "invalid_arguments", "arguments is not valid JSON"),
@@ -177,7 +177,7 @@ def with_tool(**changed: Any) -> dict[str, Any]:
         (
             {"messages": [USER, {"role": "function", "name": "f", "content": ""}, ANSWER]},
             "invalid_tool_call_id",
-            "no earlier message has a function call",
+            "no earlier message in 'messages' has a function call",
         ),
         (
             {"messages": [USER, {**CALLING, "function_call": {"name": "f", "arguments": "{}"}}]},

@@ -203,7 +203,7 @@ def test_file_with_only_masked_rows_is_rejected() -> None:
     problem = refusal(row(weight=0) * 3)
 
     assert problem.code == "only_masked_rows"
-    assert problem.message.startswith("Every assistant message that has text has weight 0")
+    assert problem.message.startswith("Every assistant message with text or tool calls has weight 0")
     assert check(row(weight=0) + row()).num_rows == 2
 
 
