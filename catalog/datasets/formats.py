@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from catalog.datasets.chat import BadRow, check_chat, is_supervised, quoted
+from catalog.datasets.chat import check_chat, is_supervised
+from catalog.datasets.row_json import BadRow, quoted
 from catalog.datasets.rows import (
     COMPLETION_FORM,
     LABEL,

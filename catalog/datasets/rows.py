@@ -6,18 +6,11 @@ checks are as strict as those of chats.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
-from catalog.datasets.chat import (
-    MESSAGE_FORM,
-    UNSUPPORTED,
-    BadRow,
-    ChatMessage,
-    check_message,
-    is_supervised,
-    kind_of,
-    quoted,
-)
+from catalog.datasets.chat import TOOL_KEYS, Chat, checked_tools, is_supervised
+from catalog.datasets.messages import MESSAGE_FORM, ChatMessage, check_messages, is_answer
+from catalog.datasets.row_json import BadRow, kind_of, quoted
 
 COMPLETION_KEYS = ("prompt", "completion")
 COMPLETION_FORM = '{"prompt": ..., "completion": ...}'
@@ -32,11 +25,13 @@ class Completion(TypedDict):
 
     prompt: str | list[ChatMessage]
     completion: str | list[ChatMessage]
+    tools: NotRequired[list[dict[str, Any]] | None]
+    """Only with messages."""
 
 
-def check_completion(row: dict[str, Any]) -> Completion:
-    """Validate a prompt with its completion. Raises BadRow."""
-    _check_keys(row, COMPLETION_KEYS, form=COMPLETION_FORM)
+def check_completion(row: dict[str, Any], *, form: str = COMPLETION_FORM) -> Completion:
+    """Validate a prompt with its completion. form: how to write the whole row. Raises BadRow."""
+    _check_keys(row, COMPLETION_KEYS, form=form, optional=TOOL_KEYS)
     for key in COMPLETION_KEYS:
         if not isinstance(row[key], str | list):
             raise BadRow(f"{key}_not_text", f"{key} is {kind_of(row[key])}, not a string or a list", FORMS)
@@ -44,8 +39,12 @@ def check_completion(row: dict[str, Any]) -> Completion:
         reason = f"prompt is {kind_of(row['prompt'])} but completion is {kind_of(row['completion'])}"
         raise BadRow("prompt_unlike_completion", reason, FORMS)
     if isinstance(row["completion"], list):
-        _check_completion_messages(row)
-    elif not row["completion"].strip():
+        return _checked_messages(row)
+    if (unread := next((key for key in row if key in TOOL_KEYS), None)) is not None:
+        reason = f"'{unread}' is allowed only with lists of messages, but prompt and completion are strings"
+        remedy = "Remove the key, or use a list of messages for both prompt and completion."
+        raise BadRow("unknown_key", reason, remedy)
+    if not row["completion"].strip():
         raise BadRow("completion_empty", "completion is blank", "Add the text to train on, or remove the row.")
     return cast(Completion, row)
 
@@ -53,14 +52,14 @@ def check_completion(row: dict[str, Any]) -> Completion:
 def is_completion_supervised(row: Completion) -> bool:
     """Return whether the row has tokens to train on."""
     completion = row["completion"]
-    return isinstance(completion, str) or is_supervised(completion)
+    return isinstance(completion, str) or is_supervised(Chat(completion))
 
 
-def as_chat(row: Completion) -> list[ChatMessage]:
+def as_chat(row: Completion) -> Chat:
     """Return the conversation of a row of messages. Answers within the prompt get weight 0."""
     prompt, completion = cast(list[ChatMessage], row["prompt"]), cast(list[ChatMessage], row["completion"])
     masked = [ChatMessage({**turn, "weight": 0}) if turn["role"] == "assistant" else turn for turn in prompt]
-    return masked + completion
+    return Chat(masked + completion, row.get("tools"))
 
 
 def check_text(row: dict[str, Any]) -> str:
@@ -74,12 +73,9 @@ def check_text(row: dict[str, Any]) -> str:
     return text
 
 
-def _check_keys(row: dict[str, Any], keys: tuple[str, ...], *, form: str) -> None:
+def _check_keys(row: dict[str, Any], keys: tuple[str, ...], *, form: str, optional: tuple[str, ...] = ()) -> None:
     for key in row:
-        if key in UNSUPPORTED:
-            reason = f"the key {quoted(key)} is not supported"
-            raise BadRow("tools_unsupported", reason, "Remove this key: only text is supported.")
-        if key not in keys:
+        if key not in keys and key not in optional:
             raise _unknown_key(key, form)
     for key in keys:
         if key not in row:
@@ -91,31 +87,34 @@ def _unknown_key(key: str, form: str) -> BadRow:
     return BadRow("unknown_key", f"the row has an unknown key, {quoted(key)}", remedy)
 
 
-def _check_completion_messages(row: dict[str, Any]) -> None:
-    for key in COMPLETION_KEYS:
-        messages = cast(list[Any], row[key])
-        if not messages:
-            remedy = PROMPT_MESSAGES if key == "prompt" else ONE_ANSWER
-            raise BadRow("messages_empty", f"{key} is an empty list", remedy)
-        for index, message in enumerate(messages):
-            check_message(f"{key}[{index}]", message)
-    answers = cast(list[ChatMessage], row["completion"])
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in answers):
-        reason = "completion has no assistant message with text"
+def _checked_messages(row: dict[str, Any]) -> Completion:
+    tools = checked_tools("", row)
+    prompt = _some_messages("prompt", row["prompt"], remedy=PROMPT_MESSAGES)
+    completion = _some_messages("completion", row["completion"], remedy=ONE_ANSWER)
+    if not any(is_answer(message) for message in completion):
+        reason = "completion has no assistant message with text or tool calls"
         raise BadRow("no_assistant_turn", reason, "Add the assistant message to train on, or remove the row.")
+    return Completion(prompt=prompt, completion=completion, tools=tools)
+
+
+def _some_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
+    """Return one or more messages. remedy: how to write them in this place. Raises BadRow."""
+    messages = check_messages(place, given, remedy=remedy)
+    if not messages:
+        raise BadRow("messages_empty", f"{place} is an empty list", remedy)
+    return messages
 
 
 OUTPUTS = ("preferred_output", "non_preferred_output")
 ROW_KEYS = ("input", *OUTPUTS)
-INPUT_KEYS = ("messages", "tools", "parallel_tool_calls")
+INPUT_KEYS = ("messages", *TOOL_KEYS)
 PAIR_FORM = '{"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}'
-NO_TOOLS = "Remove input.tools: tools are not supported."
 
 
 class PreferencePair(TypedDict):
     """Two answers to one prompt."""
 
-    prompt: list[ChatMessage]
+    prompt: Chat
     preferred: ChatMessage
     rejected: ChatMessage
 
@@ -123,6 +122,9 @@ class PreferencePair(TypedDict):
 def check_pair(row: dict[str, Any]) -> PreferencePair:
     """Validate a pair of answers. Raises BadRow."""
     for key in row:
+        if key in TOOL_KEYS:
+            reason = f"'{key}' is in the row itself instead of in 'input'"
+            raise BadRow("unknown_key", reason, f"Move '{key}' into 'input', next to 'messages'.")
         if key not in ROW_KEYS:
             raise _unknown_key(key, PAIR_FORM)
     for key in ROW_KEYS:
@@ -130,13 +132,13 @@ def check_pair(row: dict[str, Any]) -> PreferencePair:
             raise BadRow(f"{key}_missing", f'the key "{key}" is missing', f"Use {PAIR_FORM}.")
     prompt = _check_input(row["input"])
     preferred, rejected = (_check_output(key, row[key]) for key in OUTPUTS)
-    if preferred["content"] == rejected["content"]:
+    if all(preferred.get(key) == rejected.get(key) for key in ("content", "tool_calls")):
         remedy = "Make the answers different, or remove the row."
         raise BadRow("equal_outputs", "preferred_output and non_preferred_output are identical", remedy)
     return PreferencePair(prompt=prompt, preferred=preferred, rejected=rejected)
 
 
-def _check_input(given: Any) -> list[ChatMessage]:
+def _check_input(given: Any) -> Chat:
     if not isinstance(given, dict):
         raise BadRow(
             "input_not_object", f"input is {kind_of(given)}, not an object", 'Use "input": {"messages": [...]}.'
@@ -145,9 +147,9 @@ def _check_input(given: Any) -> list[ChatMessage]:
     for key in fields:
         if key not in INPUT_KEYS:
             reason = f"input has an unknown key, {quoted(key)}"
-            remedy = 'Remove the key, or correct its spelling. "input" needs only "messages".'
+            remedy = f"Remove the key, or correct its spelling. input can have these keys: {', '.join(INPUT_KEYS)}."
             raise BadRow("unknown_key", reason, remedy)
-    _check_tools(fields)
+    tools = checked_tools("input.", fields)
     if "messages" not in fields:
         raise BadRow("messages_missing", 'input has no key "messages"', 'Use "input": {"messages": [...]}.')
     messages = _check_pair_messages("input.messages", fields["messages"], remedy=PROMPT_MESSAGES)
@@ -157,20 +159,7 @@ def _check_input(given: Any) -> list[ChatMessage]:
             "preferred_output and non_preferred_output."
         )
         raise BadRow("prompt_ends_with_answer", "input.messages ends with an assistant message", remedy)
-    return messages
-
-
-def _check_tools(fields: dict[str, Any]) -> None:
-    """Reject tools. An empty list, as in OpenAI's own example, and `parallel_tool_calls` are accepted and ignored."""
-    tools = fields.get("tools")
-    if tools is not None and tools != []:
-        raise BadRow("tools_unsupported", "input.tools is not supported", NO_TOOLS)
-    parallel = fields.get("parallel_tool_calls")
-    if parallel is not None and not isinstance(parallel, bool):
-        reason = f"input.parallel_tool_calls is {kind_of(parallel)}, not true or false"
-        raise BadRow(
-            "invalid_parallel_tool_calls", reason, "Remove input.parallel_tool_calls: tools are not supported."
-        )
+    return Chat(messages, tools)
 
 
 def _check_output(key: str, given: Any) -> ChatMessage:
@@ -184,7 +173,7 @@ def _check_output(key: str, given: Any) -> ChatMessage:
     if answer["role"] != "assistant":
         reason = f"{key}[0].role is {quoted(answer['role'])}, not 'assistant'"
         raise BadRow("answer_not_assistant", reason, ONE_ANSWER)
-    if not answer["content"].strip():
+    if not is_answer(answer):
         remedy = "Add the answer, or remove the row."
         raise BadRow("answer_empty", f"{key}[0].content is blank", remedy)
     return answer
@@ -192,17 +181,12 @@ def _check_output(key: str, given: Any) -> ChatMessage:
 
 def _check_pair_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
     """Validate messages. remedy: how to write them in this place. Raises BadRow."""
-    if not isinstance(given, list):
-        raise BadRow("messages_not_list", f"{place} is {kind_of(given)}, not a list", remedy)
-    messages = cast(list[Any], given)
-    if not messages:
-        raise BadRow("messages_empty", f"{place} is an empty list", remedy)
+    messages = _some_messages(place, given, remedy=remedy)
     for index, message in enumerate(messages):
-        check_message(f"{place}[{index}]", message)
         if "weight" in message:
             reason = f"{place}[{index}].weight is not allowed in a preference pair"
             raise BadRow("invalid_weight", reason, "Remove 'weight': only the two answers are trained on.")
-    return cast(list[ChatMessage], messages)
+    return messages
 
 
 LABEL = "label"
@@ -220,23 +204,23 @@ class LabeledAnswer(TypedDict):
 def check_unpaired(row: dict[str, Any]) -> LabeledAnswer:
     """Validate an answer with a label. Raises BadRow."""
     for key in row:
-        if key != LABEL and key not in COMPLETION_KEYS:
+        if key != LABEL and key not in (*COMPLETION_KEYS, *TOOL_KEYS):
             raise _unknown_key(key, UNPAIRED_FORM)
     if LABEL not in row:
         raise BadRow("label_missing", 'the key "label" is missing', LABEL_REMEDY)
     if not isinstance(row[LABEL], bool):
         raise BadRow("label_not_boolean", f"label is {kind_of(row[LABEL])}, not true or false", LABEL_REMEDY)
-    answer = check_completion({key: value for key, value in row.items() if key != LABEL})
+    answer = check_completion({key: value for key, value in row.items() if key != LABEL}, form=UNPAIRED_FORM)
     if isinstance(answer["completion"], list):
         _check_turns(cast(list[ChatMessage], answer["prompt"]), answer["completion"])
     return LabeledAnswer(answer=answer, is_desirable=row[LABEL])
 
 
-def turns_of(answer: Completion) -> list[ChatMessage] | None:
+def conversation_of(answer: Completion) -> Chat | None:
     """Return the conversation that ends with the answer; None if prompt and answer are text."""
     if isinstance(answer["completion"], str):
         return None
-    return [*cast(list[ChatMessage], answer["prompt"]), *answer["completion"]]
+    return Chat([*cast(list[ChatMessage], answer["prompt"]), *answer["completion"]], answer.get("tools"))
 
 
 def _check_turns(prompt: list[ChatMessage], answer: list[ChatMessage]) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from catalog.datasets.chat import BadRow, parse_object
 from catalog.datasets.formats import FORMS, DataKind, RowKind, kind_of_row
+from catalog.datasets.row_json import BadRow, parse_object
 from catalog.errors import InvalidRequest
 
 MAX_LISTED = 5
@@ -66,14 +66,16 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
         raise InvalidRequest(
             "The file has no rows.", code="file_empty", remedy="Upload a file with at least one row.", param="file"
         )
+    assert kind is not None
     if num_supervised == 0:
+        place = " in a completion" if kind.name == "completion" else ""
         raise InvalidRequest(
-            "Every assistant message that has text has weight 0, so the file has no tokens to train on.",
+            f"Every assistant message with text or tool calls{place} has weight 0, so the file has no tokens to train "
+            "on.",
             code="only_masked_rows",
             remedy="Set weight to 1, or omit it, in each assistant message to train on.",
             param="file",
         )
-    assert kind is not None
     return DatasetCheck(num_rows=num_rows, kind=kind.name)
 
 

@@ -23,7 +23,7 @@ from secrets import token_hex
 import psutil
 
 from catalog.db import lease
-from catalog.disk import tells_of_full
+from catalog.disk import is_full, tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.registry import base_models
@@ -213,7 +213,12 @@ def _run_child(
             f"The import of base model {row.name!r} on worker {context.worker_id} was stopped after "
             f"{box.limits['cpu']:,} s of processor time, the limit for {limited}.",
             code="import_limit",
-            remedy=f"Check {row.source} for damaged or unneeded files. {then}",
+            remedy=(
+                f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. {then} If "
+                "this recurs, use another model."
+            )
+            if source is None
+            else f"Check {row.source} for damaged or unneeded files. {then}",
         )
     if not result.exists():
         raise _crashed(context.worker_id, row, child.returncode, work / "log.txt")
@@ -235,6 +240,8 @@ def _unreachable(
 ) -> ImportRefused:
     """Return the error for a source that can't be read. source: None: the folders for downloads from the hub can't be
     created."""
+    if is_full(error):
+        return _full_disk(worker_id, row)
     then = _then(row)
     cause = getattr(error, "strerror", None) or error
     path = getattr(error, "filename", None) or source or ""
@@ -383,8 +390,15 @@ def _crashed(worker_id: str, row: BaseModelRow, returncode: int, log_path: Path)
     return ImportRefused(
         f"The import of base model {row.name!r} on worker {worker_id} {exited}: {last}.",
         code="import_failed",
-        remedy=f"If {row.source} causes this error, correct it. Otherwise, reinstall Lorry's dependencies on that "
-        f"worker. {then}",
+        remedy=(
+            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. If the error "
+            f"recurs, reinstall Lorry's dependencies on that worker. {then}"
+        )
+        if row.kind == "hub"
+        else (
+            f"Check that the files at {row.source} on that worker's machine are complete and undamaged, or copy them "
+            f"again. If they are, reinstall Lorry's dependencies on that worker. {then}"
+        ),
     )
 
 

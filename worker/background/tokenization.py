@@ -271,8 +271,9 @@ def _run(
     if child.returncode != 0 or not report.exists():
         exited = how_it_exited(child.returncode)
         remedy = (
-            "If the file or the base model's chat template causes this error, correct it. Otherwise, reinstall Lorry's "
-            f"dependencies on that worker. {AGAIN}"
+            "Try another file with this base model. If that fails too, reinstall Lorry's dependencies on that worker, "
+            "or use another base model. Otherwise, split the file to find the row that causes this error, and correct "
+            f"or remove that row. {AGAIN}"
         )
         raise crashed(
             f"The tokenization of file {file_id} on worker {context.worker_id} {exited}",

@@ -88,7 +88,7 @@ def test_empty_messages_are_reported_with_the_messages_to_use() -> None:
         ({"prompt": "a"}, "completion_missing"),
         ({"completion": "a"}, "prompt_missing"),
         ({"prompt": "a", "completion": "b", "id": 1}, "unknown_key"),
-        ({"prompt": "a", "completion": "b", "tools": []}, "tools_unsupported"),
+        ({"prompt": "a", "completion": "b", "tools": []}, "unknown_key"),
         ({"prompt": None, "completion": "b"}, "prompt_not_text"),
         ({"prompt": "a", "completion": 4}, "completion_not_text"),
         ({"prompt": "a", "completion": " \n"}, "completion_empty"),
@@ -117,7 +117,7 @@ def test_prompt_may_be_empty() -> None:
 def test_only_answers_in_the_completion_are_trained_on() -> None:
     row = check_completion({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
 
-    assert as_chat(row) == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
+    assert as_chat(row).messages == [USER, {**ANSWER, "weight": 0}, USER, ANSWER]
 
 
 def test_file_with_only_masked_completions_is_rejected() -> None:

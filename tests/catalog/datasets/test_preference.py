@@ -41,7 +41,7 @@ WRONG = {
     "messages_missing": {"input": {}},
     "messages_empty": {"input": {"messages": []}},
     "prompt_ends_with_answer": {"input": {"messages": [ANSWER]}},
-    "tools_unsupported": {"input": {**GOOD["input"], "tools": [{"type": "function"}]}},
+    "invalid_tools": {"input": {**GOOD["input"], "tools": [{"type": "function"}]}},
     "invalid_parallel_tool_calls": {"input": {**GOOD["input"], "parallel_tool_calls": 1}},
     "messages_not_list": {"preferred_output": "x"},
     "several_answers": {"preferred_output": [ANSWER, ANSWER]},

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from catalog.datasets.chat import BadRow, check_chat, parse_object
+from catalog.datasets.chat import check_chat
 from catalog.datasets.formats import kind_of_row
+from catalog.datasets.row_json import BadRow, parse_object
 from catalog.datasets.rows import check_pair
 from catalog.datasets.validator import DatasetCheck, inspect, read_rows
 from catalog.errors import InvalidRequest
@@ -66,7 +67,7 @@ def test_all_roles_weights_and_names_are_accepted() -> None:
         {"role": "assistant", "content": "42", "weight": 1},
     ]
 
-    assert check_chat(parse_object(json.dumps({"messages": messages}).encode())) == messages
+    assert check_chat(parse_object(json.dumps({"messages": messages}).encode())).messages == messages
 
 
 WHOLE_FILES = {
@@ -115,8 +116,6 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "a completion": (b'{"prompt": "a", "completion": "b"}', "mixed_kinds"),
     "a text": (b'{"text": "a"}', "mixed_kinds"),
     "an unknown key": (b'{"messages": [], "id": 1}', "unknown_key"),
-    "tools": (b'{"messages": [], "tools": []}', "tools_unsupported"),
-    "parallel tool calls": (b'{"messages": [], "parallel_tool_calls": false}', "tools_unsupported"),
     "messages as a string": (b'{"messages": "hi"}', "messages_not_list"),
     "no message": (b'{"messages": []}', "no_assistant_turn"),
     "a message as a string": (b'{"messages": ["hi"]}', "message_not_object"),
@@ -132,7 +131,7 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
         "content_not_text",
     ),
     "a bare part": (b'{"messages": [{"role": "user", "content": ["a"]}]}', "content_not_text"),
-    "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "tools_unsupported"),
+    "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "invalid_tool_calls"),
     "a misspelled key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "unknown_key"),
     "weight 0.5": (row(weight=0.5), "invalid_weight"),
     "weight true": (row(weight=True), "invalid_weight"),
@@ -204,7 +203,7 @@ def test_file_with_only_masked_rows_is_rejected() -> None:
     problem = refusal(row(weight=0) * 3)
 
     assert problem.code == "only_masked_rows"
-    assert problem.message.startswith("Every assistant message that has text has weight 0")
+    assert problem.message.startswith("Every assistant message with text or tool calls has weight 0")
     assert check(row(weight=0) + row()).num_rows == 2
 
 
@@ -303,9 +302,9 @@ def test_text_parts_of_content_are_joined() -> None:
         "non_preferred_output": [{"role": "assistant", "content": "3"}],
     }
 
-    assert [message["content"] for message in check_chat(chat)] == ["What is 1+1?", "What is "]
+    assert [message["content"] for message in check_chat(chat).messages] == ["What is 1+1?", "What is "]
     checked = check_pair(pair)
-    assert (checked["prompt"][0]["content"], checked["preferred"]["content"]) == ("What is 1+1?", "2")
+    assert (checked["prompt"].messages[0]["content"], checked["preferred"]["content"]) == ("What is 1+1?", "2")
 
 
 def test_non_text_content_is_reported_with_its_position() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -197,6 +198,20 @@ def test_a_hub_cache_that_cannot_be_created_is_named(
     assert "HF_HOME" in error["remedy"]
 
 
+def test_a_full_disk_under_the_hub_cache_is_reported_as_such(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def base_import(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache")
+
+    monkeypatch.setattr(base_models.sandbox, "base_import", base_import)
+    record.add(context.db, name="remote", kind="hub", source="org/remote")
+
+    assert base_models.import_next(context) is True
+
+    error = record.get(context.db, "remote").error or {}
+    assert error["code"] == "out_of_space"
+    assert "data folder or Hugging Face cache" in error["remedy"]
+
+
 @pytest.mark.parametrize(
     ("code", "message", "remedy"),
     [
@@ -221,6 +236,35 @@ def test_a_failed_import_names_the_worker_and_the_cause(
     assert error["message"].endswith(message)
     assert remedy in error["remedy"]
     assert error["remedy"].endswith("Then add the same model again.")
+
+
+@pytest.mark.parametrize("kill_signal", [0, signal.SIGXCPU])
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        ("hub", "Delete {source} from that worker's Hugging Face cache"),
+        ("folder", "Check "),
+    ],
+)
+def test_the_remedy_of_a_failed_import_fits_the_kind_of_source(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, remedy: str, kill_signal: int
+) -> None:
+    def run_child(*_arguments: Any, log_path: Path, **_options: Any) -> subprocess.Popen[bytes]:
+        log_path.touch()
+        code = f"import os; os.kill(os.getpid(), {int(kill_signal)}); raise SystemExit(3)"
+        return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(base_models, "run_child", run_child)
+    source = "org/name" if kind == "hub" else str(tmp_path)
+    record.add(context.db, name="broken", kind=kind, source=source)
+
+    assert base_models.import_next(context) is True
+
+    error = record.get(context.db, "broken").error or {}
+    assert error["code"] == ("import_limit" if kill_signal else "import_failed")
+    assert error["remedy"].startswith(remedy.format(source=source))
+    assert source in error["remedy"]
 
 
 @pytest.mark.parametrize("code", ["out_of_space", "disk_error"])

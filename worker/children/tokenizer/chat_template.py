@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +22,8 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from catalog.datasets.chat import ChatMessage, only_last_learnt
+from catalog.datasets.chat import Chat, only_last_trained
+from catalog.datasets.messages import ChatMessage
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that common templates use if there is no clock."""
@@ -30,6 +31,7 @@ NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE_USE = range(0xF0002, 0xF0100)
 MAX_MESSAGE_CHARS = 200
+TOOL_MODELS = "Qwen2.5, Qwen3, Llama 3.1 or later, Mistral 7B v0.3 or SmolLM2-1.7B"
 
 
 class Refused(Exception):
@@ -67,6 +69,8 @@ class ChatTemplate:
         self.asks_for_date = "strftime_now" in source
         self._special_tokens = dict(special_tokens)
         self._marks: tuple[str, str] = ("", "")
+        self._shows: dict[str, bool] = {}
+        """Whether the template renders `tools` and `tool calls`, once a row has had them."""
         try:
             self._compiled = _environment(lambda: self._marks).from_string(source)
         except jinja2.TemplateError as error:
@@ -87,13 +91,13 @@ class ChatTemplate:
             )
         return cls(source, special_tokens(base_dir))
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
+    def render(self, chat: Chat, *, add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation. Raises Refused if the template rejects it."""
-        turns = [_turn(message) for message in messages]
+        turns = [_turn(message) for message in chat.messages]
         try:
             return self._compiled.render(
                 messages=turns,
-                tools=None,
+                tools=chat.tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
@@ -105,52 +109,79 @@ class ChatTemplate:
                 "Write the turns as the base model expects them, or train another base model.",
             ) from error
 
-    def render_supervised(self, messages: Sequence[ChatMessage]) -> Rendered:
+    def render_supervised(self, chat: Chat) -> Rendered:
         """Return the text and its assistant turns, except those of weight 0."""
-        return self._by_marks(messages) if self.marks_spans else self._by_prefixes(messages)
+        rendered = self._by_marks(chat) if self.marks_spans else self._by_prefixes(chat)
+        self._check_tools(chat, rendered.text)
+        return rendered
 
-    def render_last(self, messages: Sequence[ChatMessage]) -> Rendered:
+    def render_last(self, chat: Chat) -> Rendered:
         """Return the text and only its last turn, which is an assistant turn."""
         if self.marks_spans:
-            rendered = self._by_marks(messages)
+            rendered = self.render_supervised(chat)
             return Rendered(text=rendered.text, spans=rendered.spans[-1:])
-        return self._by_prefixes(only_last_learnt(list(messages)))
+        return self.render_supervised(only_last_trained(chat))
 
-    def _by_marks(self, messages: Sequence[ChatMessage]) -> Rendered:
+    def _check_tools(self, chat: Chat, text: str) -> None:
+        """Raise Refused if the template does not render the tools or the tool calls of a conversation.
+
+        Most templates ignore variables and keys that they don't know. Training would then teach empty answers.
+        """
+        if chat.tools:
+            self._check_shown("tools", text, Chat(chat.messages))
+        if any("tool_calls" in message for message in chat.messages):
+            self._check_shown("tool calls", text, Chat([_without_calls(turn) for turn in chat.messages], chat.tools))
+
+    def _check_shown(self, what: str, text: str, without: Chat) -> None:
+        if what not in self._shows:
+            try:
+                self._shows[what] = self.render(without) != text
+            except Refused:
+                self._shows[what] = True  # it requires them
+        if not self._shows[what]:
+            raise Refused(
+                "template_without_tools",
+                f"The base model's chat template does not render {what}, which the file contains.",
+                f"Use a base model whose template supports tools, such as {TOOL_MODELS}, or add the base model again "
+                "with a chat_template.jinja that renders 'tools' and 'tool_calls'.",
+            )
+
+    def _by_marks(self, chat: Chat) -> Rendered:
         """Find the {% generation %} blocks by rendering them between two characters that occur nowhere else."""
-        plain = self.render(messages)
+        plain = self.render(chat)
         self._marks = _unused_characters(plain)
         try:
-            marked = self.render(messages)
+            marked = self.render(chat)
         finally:
             start, stop = self._marks
             self._marks = ("", "")
         spans, text = _take_marks(marked, start, stop)
         if text != plain:
             raise _unusable("changes the text of its generation blocks, so their positions can't be determined")
-        return Rendered(text=plain, spans=_weighted(spans, messages))
+        return Rendered(text=plain, spans=_weighted(spans, chat.messages))
 
-    def _by_prefixes(self, messages: Sequence[ChatMessage]) -> Rendered:
+    def _by_prefixes(self, chat: Chat) -> Rendered:
         """Find each turn by rendering the text up to its start, with the generation prompt, and up to its end."""
-        text = self.render(messages)
+        text, messages = self.render(chat), chat.messages
         spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
-            before = self._prompt(messages, index)
-            text_to_end = text if index == len(messages) - 1 else self.render(messages[: index + 1])
+            before = self._prompt(chat, index)
+            is_last = index == len(messages) - 1
+            text_to_end = text if is_last else self.render(replace(chat, messages=messages[: index + 1]))
             if not (text_to_end.startswith(before) and text.startswith(text_to_end)):
-                raise _not_prefix_stable(index, is_last=index == len(messages) - 1)
+                raise _not_prefix_stable(index, is_last=is_last)
             spans.append((len(before), len(text_to_end)))
         return Rendered(text=text, spans=tuple(spans))
 
-    def _prompt(self, messages: Sequence[ChatMessage], index: int) -> str:
+    def _prompt(self, chat: Chat, index: int) -> str:
         """Return the text before the answer. A conversation that begins with the answer has no messages to render, so
         this text is found by rendering a mark as the answer."""
         if index > 0:
-            return self.render(messages[:index], add_generation_prompt=True)
-        mark, _ = _unused_characters(messages[0]["content"])
-        text = self.render([ChatMessage(role="assistant", content=mark)])
+            return self.render(replace(chat, messages=chat.messages[:index]), add_generation_prompt=True)
+        mark, _ = _unused_characters(chat.messages[0]["content"])
+        text = self.render(replace(chat, messages=[ChatMessage(role="assistant", content=mark)]))
         return text[: text.find(mark)] if mark in text else text
 
 
@@ -170,10 +201,16 @@ def _not_prefix_stable(index: int, *, is_last: bool) -> Refused:
     )
 
 
-def _turn(message: ChatMessage) -> dict[str, str]:
+def _without_calls(message: ChatMessage) -> ChatMessage:
+    kept = message.copy()
+    kept.pop("tool_calls", None)
+    return kept
+
+
+def _turn(message: ChatMessage) -> dict[str, Any]:
     """Return a message for a template: without its weight, and with `system` for `developer`, because templates know
     only the older name."""
-    turn = {key: value for key, value in message.items() if isinstance(value, str)}
+    turn = {key: value for key, value in message.items() if key != "weight"}
     return {**turn, "role": "system"} if message["role"] == "developer" else turn
 
 

@@ -20,8 +20,8 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from catalog.datasets.chat import BadRow, parse_object
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, kind_of_row
+from catalog.datasets.row_json import BadRow, parse_object
 from catalog.datasets.rows import check_pair, check_unpaired
 from catalog.datasets.validator import read_rows
 from catalog.disk import full_disk_named

@@ -8,7 +8,8 @@ from typing import TypedDict, get_args
 
 import numpy as np
 
-from catalog.datasets.rows import LabeledAnswer, PreferencePair, turns_of
+from catalog.datasets.chat import Chat
+from catalog.datasets.rows import LabeledAnswer, PreferencePair, conversation_of
 from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rendered
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.tokenizer.token_file import EncodedRow, Flaw, Tokens
@@ -16,11 +17,11 @@ from worker.children.tokenizer.token_file import EncodedRow, Flaw, Tokens
 
 def render_labeled(base: BaseText, row: LabeledAnswer) -> Rendered:
     """Render an answer with a label after its prompt. Only the answer is trained on. Raises Refused."""
-    turns = turns_of(row["answer"])
-    if turns is None:
+    chat = conversation_of(row["answer"])
+    if chat is None:
         rendered = base.render("completion", row["answer"], loss="assistant")
     else:
-        rendered = base.template.render_last(turns)
+        rendered = base.template.render_last(chat)
     return replace(rendered, is_desirable=row["is_desirable"])
 
 
@@ -40,8 +41,10 @@ def refuse_one_label(num_rows: int, num_desirable: int) -> None:
 
 def render_pair(template: ChatTemplate, pair: PreferencePair) -> tuple[Rendered, Rendered]:
     """Render a pair. Returns (chosen, rejected). Raises Refused."""
+    prompt = pair["prompt"]
     chosen, rejected = (
-        template.render_last([*pair["prompt"], answer]) for answer in (pair["preferred"], pair["rejected"])
+        template.render_last(Chat([*prompt.messages, answer], prompt.tools))
+        for answer in (pair["preferred"], pair["rejected"])
     )
     if _prompt(chosen) != _prompt(rejected):
         raise Refused(

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from catalog.datasets.chat import ChatMessage, only_last_learnt
+from catalog.datasets.chat import Chat, only_last_trained
 from catalog.datasets.formats import DataKind
+from catalog.datasets.messages import ChatMessage
 from catalog.datasets.rows import Completion, as_chat
 from catalog.spec.data import Loss
 from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rendered, special_tokens
@@ -63,7 +64,7 @@ class BaseText:
     def render(self, kind: DataKind, row: Any, *, loss: Loss) -> Rendered:
         """Render a row that its kind's `check` has returned. Raises Refused."""
         if kind == "chat":
-            return self.template.render_supervised(only_last_learnt(row) if loss == "last_turn" else row)
+            return self.template.render_supervised(only_last_trained(row) if loss == "last_turn" else row)
         if kind == "text":
             return Rendered(text=row, spans=((0, len(row)),), is_plain=True)
         completion = cast(Completion, row)
@@ -89,7 +90,7 @@ class BaseText:
     def prompt_ids(self, prompt: str, *, as_chat: bool) -> tuple[int, ...]:
         """Return the tokens of a prompt up to the start of the answer. Raises Refused."""
         if as_chat:
-            text = self.template.render([ChatMessage(role="user", content=prompt)], add_generation_prompt=True)
+            text = self.template.render(Chat([ChatMessage(role="user", content=prompt)]), add_generation_prompt=True)
             return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
         ids = self._tokenizer.encode(prompt).ids
         return tuple(ids[:-1] if self.eos is not None and ids and ids[-1] == self.eos[0] else ids)
@@ -99,7 +100,7 @@ class BaseText:
         ends = {self.eos[0]} if self.eos is not None else set[int]()
         if as_chat:
             turns = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
-            rendered = self.template.render_supervised(turns)
+            rendered = self.template.render_supervised(Chat(turns))
             ids, mask = self._turns(rendered, self._tokenizer.encode(rendered.text, add_special_tokens=False))
             last = ids[np.flatnonzero(mask)[-1:]]
             ends |= {int(ident) for ident in last if ident in self.special}

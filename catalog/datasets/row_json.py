@@ -1,0 +1,117 @@
+"""Strict parsing of one line of a data set as JSON, and the error of an invalid row.
+
+JSON parsers disagree on duplicate keys, NaN and very long numbers, so these are rejected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, cast
+
+MAX_DIGITS = 19
+"""Number of decimal digits of the largest 64-bit integer."""
+MAX_NAMED_CHARS = 40
+
+
+class BadRow(Exception):
+    """An invalid row. `reason` begins in lower case, `remedy` is a sentence."""
+
+    def __init__(self, code: str, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.remedy = remedy
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Parse one line of any kind of data set. Raises BadRow, and nothing else, for arbitrary bytes."""
+    row = _parse_line(line)
+    if not isinstance(row, dict):
+        reason = f"the row is {kind_of(row)}, not an object"
+        raise BadRow("row_not_object", reason, 'Use an object, such as {"messages": [...]}.')
+    return cast(dict[str, Any], row)
+
+
+def _parse_line(line: bytes) -> Any:
+    try:
+        return parse_json(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} is not valid UTF-8"
+        raise BadRow("invalid_utf8", reason, "Save the file as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        reason = f"the JSON is invalid at column {error.colno}: {problem_of(error)}"
+        remedy = "Write each row as one JSON object on a single line, for example with Python's json.dumps()."
+        raise BadRow("invalid_json", reason, remedy) from error
+    except RecursionError as error:
+        remedy = "Reduce the nesting of its objects and lists."
+        raise BadRow("json_too_deep", "the JSON is nested too deeply", remedy) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        seen: set[str] = set()
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
+        reason = f"the key {quoted(duplicate)} appears more than once in the same object"
+        raise BadRow("duplicate_key", reason, "Keep only one occurrence of the key.")
+    return row
+
+
+def _constant(name: str) -> Any:
+    raise BadRow("number_not_finite", f"{name} is not valid JSON", "Omit the value, or use a finite number.")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        reason = f"the number {_shortened(text)} is out of range"
+        raise BadRow("number_not_finite", reason, "Use a number between -1.79e308 and 1.79e308.")
+    return value
+
+
+def _int(text: str) -> int:
+    num_digits = len(text.lstrip("-"))
+    if num_digits > MAX_DIGITS:
+        reason = f"the integer {_shortened(text)} has {num_digits:,} digits, but the maximum is {MAX_DIGITS}"
+        raise BadRow("number_too_large", reason, "Use a string for a longer number.")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int)
+
+
+def parse_json(text: str) -> Any:
+    """Parse strict JSON. Raises BadRow, json.JSONDecodeError or RecursionError."""
+    value = _DECODER.decode(text)
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
+            remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
+            raise BadRow("lone_surrogate", reason, remedy) from error
+    return value
+
+
+def problem_of(error: json.JSONDecodeError) -> str:
+    """Return what is wrong with invalid JSON, without its place: `unterminated string` for `Unterminated string
+    starting at`."""
+    return error.msg[:1].lower() + error.msg[1:].removesuffix(" at").removesuffix(" starting")
+
+
+def quoted(text: str) -> str:
+    """Return a key or role for an error message: shortened, quoted, and without control characters."""
+    return ascii(_shortened(text))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_NAMED_CHARS else text[:MAX_NAMED_CHARS] + "..."
+
+
+def kind_of(value: Any) -> str:
+    """Return the name of a JSON value's type for an error message."""
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names[type(value)]

@@ -1,0 +1,134 @@
+"""Rows with tool calls: the template renders tools and calls as in transformers, and the calls are trained on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lora_core.data.token_dataset import TokenDataset
+from tests.worker.chat_bases import MARKED, SMOLLM2, Base
+
+HERMES = """{%- if tools %}
+    {{- '<|im_start|>system\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\n</tools><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {{- '<|im_start|>assistant' }}
+        {%- if message.content %}{{- '\n' + message.content }}{%- endif %}
+        {%- for call in message.tool_calls %}
+            {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+"""The format of Hermes and Qwen."""
+MARKED_CALLS = MARKED.replace(
+    "{{- message.content + '<|im_end|>' }}{%- endgeneration %}",
+    "{{- message.content }}{%- for call in message.tool_calls or [] %}{{- '[' + call.function.name + ' ' }}"
+    "{{- call.function.arguments | tojson }}{{- ']' }}{%- endfor %}{{- '<|im_end|>' }}{%- endgeneration %}",
+).replace("{%- for message in messages %}", "{{- tools | tojson }}{%- for message in messages %}", 1)
+ONE_CALL = (
+    "{% for m in messages %}{% if m.tool_calls and m.tool_calls | length != 1 %}"
+    "{{ raise_exception('Only one tool call is supported') }}{% endif %}{{ m.role + m.content }}"
+    "{{ m.tool_calls[0].function.name if m.tool_calls else '' }}{% endfor %}{{ tools | tojson }}"
+)
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+USER = {"role": "user", "content": "a"}
+
+
+def call(number: int, **arguments: Any) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": json.dumps(arguments)}
+    return {"id": f"call_{number}", "type": "function", "function": function}
+
+
+CHAT: list[dict[str, Any]] = [
+    USER,
+    {"role": "assistant", "content": "b", "tool_calls": [call(1, city="c"), call(2, city="é")]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "d"},
+    {"role": "tool", "tool_call_id": "call_2", "content": "e"},
+    {"role": "assistant", "content": "f"},
+]
+
+
+def parsed(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages as transformers expects them: with arguments as objects."""
+    found = json.loads(json.dumps(messages))
+    for each in (one for message in found for one in message.get("tool_calls", ())):
+        each["function"]["arguments"] = json.loads(each["function"]["arguments"])
+    return found
+
+
+@pytest.mark.parametrize("template", [HERMES, MARKED_CALLS], ids=["prefixes", "marks"])
+def test_tokens_equal_those_of_transformers(make_base: Any, template: str) -> None:
+    base: Base = make_base(template)
+
+    ((ids, _),) = base.rows({"messages": CHAT, "tools": TOOLS})
+
+    assert ids == base.reference().apply_chat_template(parsed(CHAT), tools=TOOLS, return_dict=False)
+
+
+def test_tool_calls_are_trained_on_like_text(make_base: Any) -> None:
+    base: Base = make_base(HERMES)
+    row = {"messages": CHAT, "tools": TOOLS}
+
+    assert base.trained_text(row) == (
+        'b\n<tool_call>\n{"name": "weather", "arguments": {"city": "c"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "é"}}\n</tool_call><|im_end|>|f<|im_end|>'
+    )
+    assert base.trained_text(row, loss="last_turn") == "f<|im_end|>"
+
+
+def test_preference_pair_compares_tool_calls(make_base: Any) -> None:
+    base: Base = make_base(HERMES)
+    chosen, rejected = ({"role": "assistant", "tool_calls": [call(1, city=city)]} for city in "bc")
+    outputs = {"preferred_output": [chosen], "non_preferred_output": [rejected]}
+
+    _, out = base.prepare({"input": {"messages": [USER], "tools": TOOLS}, **outputs})
+
+    tokens = TokenDataset.load(out)
+    assert tokens.num_rows == 2
+    for index, answer in enumerate((chosen, rejected)):
+        ids, mask = tokens.row(index)
+        messages = parsed([USER, {**answer, "content": ""}])
+        assert ids.tolist() == base.reference().apply_chat_template(messages, tools=TOOLS, return_dict=False)
+        assert "<tool_call>" in str(base.reference().decode(ids[mask.astype(bool)].tolist()))
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"messages": [USER, {"role": "assistant", "content": "b"}], "tools": TOOLS}, "does not render tools"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [call(1)]}]}, "does not render tool calls"),
+    ],
+)
+@pytest.mark.parametrize("template", [SMOLLM2, MARKED], ids=["prefixes", "marks"])
+def test_base_model_whose_template_ignores_tools_is_rejected(
+    make_base: Any, template: str, row: dict[str, Any], part: str
+) -> None:
+    base: Base = make_base(template)
+
+    refusal: Any = base.prepare(row)[0].get("refusal")
+
+    assert refusal["code"] == "template_without_tools"
+    assert part in refusal["message"]
+    assert "Qwen2.5" in refusal["remedy"]
+
+
+def test_restriction_of_a_template_is_reported_with_its_own_reason(make_base: Any) -> None:
+    base: Base = make_base(ONE_CALL)
+
+    refusal: Any = base.prepare({"messages": CHAT, "tools": TOOLS})[0].get("refusal")
+
+    assert refusal["code"] == "template_refused_row"
+    assert "Only one tool call is supported" in refusal["message"]
