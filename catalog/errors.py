@@ -5,7 +5,16 @@ The API server converts them to OpenAI's error format; the CLI prints them. Bugs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
+
+NUM_NAMED = 3
+"""How many of several objects an error names."""
+
+
+def listed(items: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return " and ".join(part for part in (", ".join(items[:-1]), items[-1]) if part)
 
 
 class LorryError(Exception):

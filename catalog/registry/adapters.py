@@ -15,9 +15,8 @@ from sqlalchemy.orm import Session, load_only
 from catalog.audit import log
 from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Page, paginate
-from catalog.errors import Conflict, NoLongerKept, NotFound
+from catalog.errors import NoLongerKept, NotFound
 from catalog.registry import checkpoints, permissions
-from catalog.states import UNFINISHED_STATES
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
@@ -123,21 +122,8 @@ def delete(
         adapter = _own(session, project_id, name, param=param, include_deleted=is_client_retry)
         if adapter.deleted_at is not None:
             return adapter
-        child = session.scalar(
-            select(Job).where(Job.parent_adapter == adapter.id).where(Job.state.in_(UNFINISHED_STATES)).limit(1)
-        )
-        if child is not None:
-            is_own = child.project_id == project_id
-            raise Conflict(
-                f"Adapter {adapter.name!r} is in use by job {child.id}, which has not finished."
-                if is_own
-                else f"Adapter {adapter.name!r} is in use by an unfinished job in another project.",
-                code="adapter_in_use",
-                remedy=f"Wait until job {child.id} finishes, or cancel it, then delete the adapter."
-                if is_own
-                else "Wait until that job finishes, then delete the adapter.",
-                param=param,
-            )
+        if children := checkpoints.unfinished_children(session, adapter.id, project_id):
+            raise checkpoints.in_use("adapter", adapter.name, children, project_id, param=param)
         adapter.deleted_at = now = read_clock(session)
         ledger.count(session, "adapters", number=-1)
         ledger.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
@@ -187,7 +173,8 @@ def find(session: Session, project_id: str, name: str, *, locked: bool = False, 
                 name,
                 message=f"No checkpoint with the name or id {name!r}.",
                 param=param,
-                remedy=LIST_CHECKPOINTS,
+                remedy="Choose a checkpoint from `lorry jobs checkpoints JOB` or, if another project shares it with "
+                "yours, from GET /v1/models.",
             )
         return checkpoints.as_adapter(session, checkpoint, reader=project_id, param=param)
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))

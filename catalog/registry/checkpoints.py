@@ -5,13 +5,14 @@ These weights are in PEFT's layout, but are not verified with PEFT: only a job's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, exists, select
+from sqlalchemy import ColumnElement, Select, case, exists, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import read_clock
-from catalog.errors import Conflict, NoLongerKept
+from catalog.errors import NUM_NAMED, Conflict, NoLongerKept, listed
 from catalog.states import UNFINISHED_STATES
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
@@ -153,21 +154,41 @@ def delete(session: Session, checkpoint: Checkpoint, *, param: str = "model") ->
     param: for errors. Raises Conflict while an unfinished job continues it.
     """
     if checkpoint.adapter is not None and remove_model(session, checkpoint) is None:
-        child = session.scalars(
-            select(Job).where(Job.parent_adapter == checkpoint.id, Job.state.in_(UNFINISHED_STATES)).limit(1)
-        ).one()
-        is_own = child.project_id == session.get_one(Job, checkpoint.job_id).project_id
-        raise Conflict(
-            f"Checkpoint {checkpoint.name!r} is in use by job {child.id}, which has not finished."
-            if is_own
-            else f"Checkpoint {checkpoint.name!r} is in use by an unfinished job in another project.",
-            code="checkpoint_in_use",
-            remedy=f"Wait until job {child.id} finishes, or cancel it, then delete the checkpoint."
-            if is_own
-            else "Wait until that job finishes, then delete the checkpoint.",
-            param=param,
-        )
+        project_id = session.get_one(Job, checkpoint.job_id).project_id
+        children = unfinished_children(session, checkpoint.id, project_id)
+        raise in_use("checkpoint", checkpoint.name or checkpoint.id, children, project_id, param=param)
     session.flush()
+
+
+def unfinished_children(session: Session, model_id: str, project_id: str) -> Sequence[Job]:
+    """Return the first unfinished jobs that continue the adapter or checkpoint, the project's before those of others:
+    at most one more than an error names."""
+    found = select(Job).where(Job.parent_adapter == model_id, Job.state.in_(UNFINISHED_STATES))
+    own_first = case((Job.project_id == project_id, 0), else_=1)
+    return session.scalars(found.order_by(own_first, Job.created_at, Job.id).limit(NUM_NAMED + 1)).all()
+
+
+def in_use(
+    kind: Literal["adapter", "checkpoint"], name: str, children: Sequence[Job], project_id: str, *, param: str
+) -> Conflict:
+    """Return the error for the deletion of a model that these unfinished jobs continue. Ids of jobs of other projects
+    are not named."""
+    own = [f"job {child.id}" for child in children if child.project_id == project_id]
+    is_one, num_others = len(children) == 1, len(children) - len(own)
+    others = ["a job in another project" if num_others == 1 else "jobs in other projects"] if num_others else []
+    named = listed([*own[:NUM_NAMED], *(["others"] if len(children) > NUM_NAMED and own else others)])
+    return Conflict(
+        f"{kind.capitalize()} {name!r} is in use by {named}, which {'has' if is_one else 'have'} not finished.",
+        code="adapter_in_use" if kind == "adapter" else "checkpoint_in_use",
+        remedy=f"Wait until {'that job finishes' if is_one else 'those jobs finish'}, then delete the {kind}."
+        if not own
+        else f"Wait until {named} finishes, or cancel it, then delete the {kind}."
+        if is_one
+        else f"Wait until all of them finish, or cancel them, then delete the {kind}."
+        if not num_others
+        else f"Wait until all of them finish, then delete the {kind}. You can cancel those of your own project.",
+        param=param,
+    )
 
 
 def expire(session: Session) -> None:

@@ -7,7 +7,7 @@ It is not deleted here, because another upload of the same bytes may already rel
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from sqlalchemy import ColumnElement, and_, or_, select
@@ -19,7 +19,7 @@ from catalog.datasets import check_process, validator
 from catalog.datasets.validator import DatasetCheck
 from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Order, Page, paginate
-from catalog.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unavailable
+from catalog.errors import NUM_NAMED, Conflict, InvalidRequest, NotFound, TooLarge, Unavailable, listed
 from catalog.settings import Settings
 from catalog.states import UNFINISHED_STATES
 from catalog.storage import quota
@@ -184,17 +184,8 @@ def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool
         file = find(session, project_id=project_id, file_id=file_id, lock=True, include_deleted=is_client_retry)
         if file.deleted_at is not None:
             return file
-        user = session.scalar(
-            select(Job.id)
-            .where(or_(Job.training_file == file_id, Job.validation_file == file_id))
-            .where(Job.state.in_(UNFINISHED_STATES))
-            .limit(1)
-        )
-        if user is not None:
-            raise _in_use(file_id, f"job {user}")
-        sweep = session.scalar(select(Sweep.id).where(_makes_trials(), _of_sweep(file_id)).limit(1))
-        if sweep is not None:
-            raise _in_use(file_id, f"sweep {sweep}")
+        if users := _users(session, file_id):
+            raise _in_use(file_id, users)
         file.deleted_at = now = read_clock(session)
         ledger.store(session, file.project_id, -file.num_bytes, now=now)
         _note(session, "file.deleted", file, now=now, details={"filename": file.filename})
@@ -237,11 +228,26 @@ def _of_sweep(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
     return or_(Sweep.training_file == file_id, Sweep.validation_file == file_id)
 
 
-def _in_use(file_id: str, user: str) -> Conflict:
+def _users(session: Session, file_id: str) -> list[str]:
+    """Return what uses the file: the first unfinished sweeps and jobs, at most one more than an error names."""
+    of_file = or_(Job.training_file == file_id, Job.validation_file == file_id)
+    jobs = select(Job.id).where(of_file, Job.state.in_(UNFINISHED_STATES)).order_by(Job.created_at, Job.id)
+    sweeps = select(Sweep.id).where(_makes_trials(), _of_sweep(file_id)).order_by(Sweep.created_at, Sweep.id)
+    found = [f"sweep {ident}" for ident in session.scalars(sweeps.limit(NUM_NAMED + 1))]
+    return found + [f"job {ident}" for ident in session.scalars(jobs.limit(NUM_NAMED + 1))]
+
+
+def _in_use(file_id: str, users: Sequence[str]) -> Conflict:
+    is_one, user = len(users) == 1, users[0]
+    named = listed([*users[:NUM_NAMED], *(["others"] if len(users) > NUM_NAMED else [])])
     return Conflict(
-        f"File {file_id} is in use by {user}, which has not finished.",
+        f"File {file_id} is in use by {user}, which has not finished."
+        if is_one
+        else f"File {file_id} is in use by {named}, which have not finished.",
         code="file_in_use",
-        remedy=f"Wait until {user} finishes, or cancel it, then delete the file.",
+        remedy=f"Wait until {user} finishes, or cancel it, then delete the file."
+        if is_one
+        else "Wait until all of them finish, or cancel them, then delete the file.",
         param="file_id",
     )
 

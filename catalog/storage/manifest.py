@@ -55,7 +55,7 @@ class ManifestFile:
         check_path(self.path)
         check_digest(self.digest)
         if not 0 <= self.num_bytes < 2**53:
-            raise DamagedArtifact(f"A manifest contains the invalid size {self.num_bytes} for {self.path!r}.")
+            raise DamagedArtifact(f"The manifest contains the invalid size {self.num_bytes} for {self.path!r}.")
 
     def as_row(self) -> dict[str, Any]:
         return {"path": self.path, "digest": self.digest, "num_bytes": self.num_bytes}
@@ -71,16 +71,16 @@ class Manifest:
     def __post_init__(self) -> None:
         paths = [file.path for file in self.files]
         if not KIND.fullmatch(self.kind):
-            raise DamagedArtifact(f"A manifest has the invalid kind {self.kind!r}.")
+            raise DamagedArtifact(f"The manifest has the invalid kind {self.kind!r}.")
         if len(paths) > MAX_FILES:
-            raise DamagedArtifact(f"A manifest lists {len(paths):,} files, but the maximum is {MAX_FILES:,}.")
+            raise DamagedArtifact(f"The manifest lists {len(paths):,} files, but the maximum is {MAX_FILES:,}.")
         if paths != sorted(set(paths)):
             twice = next((path for path, following in pairwise(sorted(paths)) if path == following), None)
             reason = "are not sorted by path" if twice is None else f"include {twice!r} twice"
-            raise DamagedArtifact(f"The files in a manifest {reason}.")
+            raise DamagedArtifact(f"The files in the manifest {reason}.")
         used = set(paths)
         if inside := next((p for p in paths if any(parent in used for parent in _parents(p))), None):
-            raise DamagedArtifact(f"A manifest contains {inside!r}, but a folder of this path is itself a file in it.")
+            raise DamagedArtifact(f"The manifest contains {inside!r}, but a folder of this path is also a file in it.")
 
     @classmethod
     def of(cls, kind: str, files: Iterable[ManifestFile]) -> Manifest:
@@ -93,7 +93,7 @@ class Manifest:
         try:
             return cls(kind=kind, files=tuple(_file(row) for row in rows))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedArtifact("A manifest has an entry without a valid path, digest or size.") from error
+            raise DamagedArtifact("The manifest has an entry without a valid path, digest or size.") from error
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
@@ -102,7 +102,7 @@ class Manifest:
             record = cast(dict[str, Any], json.loads(content))
             return cls.from_rows(record["kind"], record["files"])
         except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise DamagedArtifact("A manifest is not a JSON object with a kind and a list of files.") from error
+            raise DamagedArtifact("The manifest is not a JSON object with a kind and a list of files.") from error
 
     def as_rows(self) -> list[dict[str, Any]]:
         """Return the files as stored in an Artifact row."""
@@ -134,7 +134,7 @@ def check_path(path: str) -> None:
     parts = path.split("/")
     odd = any(part in ("", ".", "..") for part in parts) or "\\" in path or (len(path) > 1 and path[1] == ":")
     if odd or len(path) > MAX_PATH_CHARS or any(unicodedata.category(c)[0] == "C" for c in path):
-        raise DamagedArtifact(f"A manifest contains the unsafe path {path[:MAX_PATH_CHARS]!r}.")
+        raise DamagedArtifact(f"The manifest contains the unsafe path {path[:MAX_PATH_CHARS]!r}.")
 
 
 def check_digest(digest: str) -> None:

@@ -388,8 +388,8 @@ def _too_many(
     return QuotaExceeded(
         f"Project {project!r} has {used:,} open {noun}, but the maximum is {maximum:,}."
         if name == "open_uploads"
-        else f"This upload needs {more:,} bytes, but uploads of project {project!r} already use {used:,} of the "
-        f"{maximum:,} bytes available to them.",
+        else f"This upload needs {quotas.counted(more, 'byte')}, but uploads of project {project!r} already use "
+        f"{used:,} of the {maximum:,} bytes available to them.",
         code="too_many_open_uploads",
         remedy="Complete or cancel an open upload, or wait: uploads expire after an hour."
         if name == "open_uploads"

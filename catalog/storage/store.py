@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -103,7 +103,7 @@ class ArtifactStore:
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
             raise DamagedArtifact(f"{folder.name!r} is not an existing folder.", remedy=REINSTALL)
-        files: list[ManifestFile] = []
+        files: list[tuple[str, Blob]] = []
         walk = os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False, onerror=_raise)
         for parent, folders, names, descriptor in walk:
             for name in folders:
@@ -113,8 +113,8 @@ class ArtifactStore:
                 path = Path(parent, name).relative_to(folder).as_posix()
                 with _opened_plain(name, descriptor, path) as file:
                     blob = self._put_opened(file, path)
-                files.append(ManifestFile(path=path, digest=blob.digest, num_bytes=blob.num_bytes))
-        manifest = Manifest.of(kind, files)
+                files.append((path, blob))
+        manifest = _manifest_of(folder, kind, files)
         self.put_manifest(manifest)
         return manifest
 
@@ -299,6 +299,15 @@ class ArtifactStore:
         except NoSuchObject:
             return False
         return True
+
+
+def _manifest_of(folder: Path, kind: str, files: Iterable[tuple[str, Blob]]) -> Manifest:
+    """Return the manifest of a folder that is stored now. Raises DamagedArtifact with the remedy for such a folder."""
+    try:
+        rows = (ManifestFile(path=path, digest=blob.digest, num_bytes=blob.num_bytes) for path, blob in files)
+        return Manifest.of(kind, rows)
+    except DamagedArtifact as error:
+        raise DamagedArtifact(f"Folder {folder.name!r} can't be stored. {error.message}", remedy=REINSTALL) from error
 
 
 def read_stored(objects: Objects, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:

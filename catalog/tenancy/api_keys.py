@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
-from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound
+from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound, listed
 from catalog.pepper import Pepper
 from catalog.states import Priority, PriorityClass
 from catalog.tables.table import Json
@@ -368,7 +368,7 @@ def _check_limits(caller: Caller, limits: Collection[str], *, key: ApiKey | None
     """Raises Forbidden if a caller that is no operator sets limits. limits: names of the limits that are set. key: the
     key to change; None for a new one."""
     if limits and not caller.is_operator:
-        names = _listed([repr(name) for name in limits])
+        names = listed([repr(name) for name in limits])
         options = " ".join(f"--{name.replace('_', '-')} VALUE" for name in limits)
         raise Forbidden(
             f"Only an operator key can set {names}.",
@@ -385,11 +385,7 @@ def _exceeds(message: str, *, remedy: str, param: str, code: str = "exceeds_own_
 
 
 def _scopes(scopes: Sequence[str]) -> str:
-    return f"the scope{'s' if len(scopes) > 1 else ''} {_listed(scopes)}"
-
-
-def _listed(items: Sequence[str]) -> str:
-    return " and ".join(part for part in (", ".join(items[:-1]), items[-1]) if part)
+    return f"the scope{'s' if len(scopes) > 1 else ''} {listed(scopes)}"
 
 
 def _check_rotatable(caller: Caller, key: ApiKey, now: float) -> None:

@@ -126,7 +126,7 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
 def restore(db: Database, *, caller: Caller, project: str) -> Project:
     """Restore an archived project: its keys work again. Raises NotFound."""
     with db.write() as session:
-        row = find(session, caller=caller, project=project)
+        row = find(session, caller=caller, project=project, listed_by="lorry projects list --archived")
         if row.archived_at is not None:
             row.archived_at = None
             _note(session, "project.restored", row, now=read_clock(session))
@@ -140,10 +140,12 @@ def find(
     project: str,
     param: str | None = None,
     same_organization_as: Project | None = None,
+    listed_by: str = "lorry projects list",
 ) -> Project:
     """Return the project as `get` does, inside a transaction. An id takes precedence over a name.
 
-    If another project is passed, the project must be in the organization of that one, even for an operator.
+    If another project is passed, the project must be in the organization of that one, even for an operator. listed_by:
+    the command that shows the possible projects, for errors.
     """
     by_id = Project.id == project
     named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
@@ -160,7 +162,7 @@ def find(
             if shared_in is None
             else f"No project in organization {shared_in.name!r} has the id or name {project!r}.",
             param=param,
-            remedy="Choose a project from `lorry projects list`."
+            remedy=f"Choose a project from `{listed_by}`."
             if shared_in is None
             else f"Choose a project in organization {shared_in.name!r} from `lorry projects list`: a model can be "
             "shared only within its organization.",

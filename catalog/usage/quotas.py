@@ -11,7 +11,7 @@ Where each quota applies:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from catalog.audit import log
 from catalog.caller import Caller
 from catalog.db.database import Database, get_once, read_clock, serialize
-from catalog.errors import Forbidden, QuotaExceeded, RateLimited
+from catalog.errors import Forbidden, QuotaExceeded, RateLimited, listed
 from catalog.states import JobState, Priority, PriorityClass
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
@@ -182,16 +182,13 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
     The key is read here, because the code that creates the trials of a sweep has only its id.
     """
     project, key = project_of(session, caller.project_id), get_once(session, ApiKey, caller.api_key_id, lock="share")
-    raised = f"--highest-priority {priority}"
-    if PriorityClass[priority] < project.highest_priority:
-        raise _too_high(
-            f"project {project.name!r}",
-            project.highest_priority,
-            priority,
-            f"lorry projects update {project.name} {raised}",
-        )
-    if key is not None and PriorityClass[priority] < key.highest_priority:
-        raise _too_high(f"API key {key.name!r}", key.highest_priority, priority, f"lorry keys update {key.id} {raised}")
+    limits = [(project.highest_priority, f"project {project.name!r}", f"lorry projects update {project.name}")]
+    if key is not None:
+        limits.append((key.highest_priority, f"API key {key.name!r}", f"lorry keys update {key.id}"))
+    below = [limit for limit in limits if PriorityClass[priority] < limit[0]]
+    if below:
+        highest, owner, _ = max(below, key=lambda limit: limit[0])
+        raise _too_high(owner, highest, priority, [command for _, _, command in below])
 
 
 def project_of(session: Session, project_id: str) -> Project:
@@ -200,13 +197,15 @@ def project_of(session: Session, project_id: str) -> Project:
     return project
 
 
-def _too_high(owner: str, highest: int, priority: Priority, command: str) -> Forbidden:
+def _too_high(owner: str, highest: int, priority: Priority, commands: Sequence[str]) -> Forbidden:
+    """owner: who has the lowest maximum, `highest`. commands: raise each maximum that is below the priority."""
     allowed = PriorityClass(highest).name
+    raising = listed([f"`{command} --highest-priority {priority}`" for command in commands])
     lower = "" if highest == max(PriorityClass) else " or a lower priority"
     return Forbidden(
         f"Priority {priority!r} is higher than {allowed!r}, the maximum for {owner}.",
         code="priority_too_high",
-        remedy=f"Use {allowed!r}{lower}, or ask an operator to raise the maximum: `{command}`.",
+        remedy=f"Use {allowed!r}{lower}, or ask an operator to raise the maximum: {raising}.",
         param="priority",
     )
 
@@ -282,9 +281,15 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
     raised = f"An operator can raise the key's limit: `lorry keys update {caller.api_key_id} --jobs-per-day N`."
     key = f"API key {caller.name!r} ({caller.api_key_id})"
-    message, code = f"{key} has reached its limit of {counted(maximum, 'job')} per day.", "rate_limit_exceeded"
+    message, code = (
+        f"{key} has reached its limit of {counted(maximum, 'job')} per day."
+        if num_jobs == 1
+        else f"With the {num_jobs:,} jobs of this request, {key} would exceed its limit of {counted(maximum, 'job')} "
+        "per day.",
+        "rate_limit_exceeded",
+    )
     if promised:
-        message += f" This includes {counted(promised, 'trial')} that its sweeps have not created yet."
+        message += f" The limit also counts {counted(promised, 'trial')} that its sweeps have not created yet."
     num_more = num_jobs + promised
     if num_more > maximum:
         if not promised:
@@ -300,7 +305,8 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     earliest = session.scalar(latest.offset(maximum - num_more).limit(1))
     if earliest is not None:
         again = earliest + DAY_SECONDS
-        remedy = f"Try again at {utc_time(again)}. {raised}"
+        fewer = " or request fewer jobs" if num_jobs > 1 else ""
+        remedy = f"Try again at {utc_time(again)}{',' if fewer else ''}{fewer}. {raised}"
         raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=again - now, headers={})
 
 

@@ -80,7 +80,7 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
         if query.page is not None:
             if query.page > last:
                 raise InvalidRequest(
-                    f"'page' is {query.page}, but the last day of this report is {last}.",
+                    f"'page' is '{query.page}', which is beyond the last page of this report.",
                     code="invalid_value",
                     remedy="Set 'page' to the 'next_page' of the previous response, and leave 'start_time' and "
                     "'end_time' unchanged. Omit 'page' for the first page.",

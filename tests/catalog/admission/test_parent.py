@@ -171,7 +171,13 @@ def test_adapter_with_an_unfinished_child_job_cannot_be_deleted(world: World, pa
         adapters.delete(world.db, **named)
     assert refused.value.code == "adapter_in_use"
 
-    commands.cancel(world.db, project_id=world.caller.project_id, job_id=child.id)
+    other = submitted(world, parent_adapter=parent.id)
+    with pytest.raises(Conflict, match=f"job {child.id} and job {other.id}, which have not finished") as refused:
+        adapters.delete(world.db, **named)
+    assert refused.value.remedy == "Wait until all of them finish, or cancel them, then delete the adapter."
+
+    for job in (child, other):
+        commands.cancel(world.db, project_id=world.caller.project_id, job_id=job.id)
     adapters.delete(world.db, **named)
     with pytest.raises(NotFound):
         submitted(world, parent_adapter=parent.id)

@@ -14,8 +14,9 @@ from catalog.jobs import commands
 from catalog.lifecycle import recording
 from catalog.maintenance import garbage_collection
 from catalog.queue.claiming import Claim
-from catalog.registry import adapters
+from catalog.registry import adapters, checkpoints
 from catalog.tables.history import Checkpoint
+from catalog.tables.jobs import Job
 from catalog.tenancy import projects
 from tests.catalog.world import World, manifest, sha
 
@@ -50,8 +51,9 @@ def test_checkpoint_is_readable_as_an_adapter_by_name_and_id(world: World) -> No
     assert view.artifact.digest == manifest(f"weights {claim.job.id} 5").digest
     assert get(world, view.adapter.id).adapter.name == name
     assert view.adapter.verification["passed"] is None
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound) as unknown:
         adapters.get(world.db, project_id=world.stranger.project_id, name=name)
+    assert unknown.value.remedy.endswith("if another project shares it with yours, from GET /v1/models.")
 
 
 def test_checkpoint_becomes_a_model_when_its_weights_arrive(
@@ -138,6 +140,32 @@ def test_job_that_starts_from_a_checkpoint_keeps_it_until_it_ends(world: World) 
     commands.cancel(world.db, **world.of(child.id))
     garbage_collection.drop_references(world.db)
     assert digest not in garbage_collection.live_digests(world.db)
+
+
+@pytest.mark.parametrize(
+    ("owners", "users", "remedy"),
+    [
+        ("o", "job a, which has not", "Wait until job a finishes, or cancel it, then delete the adapter."),
+        ("x", "a job in another project, which has not", "Wait until that job finishes, then delete the adapter."),
+        ("xx", "jobs in other projects, which have not", "Wait until those jobs finish, then delete the adapter."),
+        (
+            "ox",
+            "job a and a job in another project, which have not",
+            "Wait until all of them finish, then delete the adapter. You can cancel those of your own project.",
+        ),
+        (
+            "oooo",
+            "job a, job b, job c and others, which have not",
+            "Wait until all of them finish, or cancel them, then delete the adapter.",
+        ),
+    ],
+)
+def test_refused_deletion_of_a_model_names_only_jobs_of_its_project(owners: str, users: str, remedy: str) -> None:
+    children = [Job(id=ident, project_id=owner) for ident, owner in zip("abcd", owners, strict=False)]
+
+    error = checkpoints.in_use("adapter", "m", children, "o", param="adapter")
+
+    assert (error.message, error.remedy) == (f"Adapter 'm' is in use by {users} finished.", remedy)
 
 
 def test_deleted_checkpoint_model_is_gone_but_its_job_still_resumes(world: World) -> None:

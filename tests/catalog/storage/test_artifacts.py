@@ -125,6 +125,16 @@ def test_unreadable_subfolder_publishes_nothing(
         store.put_folder(root, kind="adapter")
 
 
+def test_folder_with_an_unsafe_name_blames_the_worker_that_wrote_it(store: ArtifactStore, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    root.mkdir()
+    (root / "a\nb").write_bytes(b"a")
+
+    with pytest.raises(DamagedArtifact, match=r"Folder 'out' can't be stored\. The manifest ") as refusal:
+        store.put_folder(root, kind="adapter")
+    assert refusal.value.remedy.startswith("If this recurs, reinstall Lorry on the worker")
+
+
 def test_storing_the_same_folder_again_writes_nothing(
     store: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,7 +562,7 @@ def test_accepted_paths_stay_inside_the_folder(path: str) -> None:
 
 def test_manifest_with_conflicting_or_duplicate_paths_is_rejected() -> None:
     files = [ManifestFile(path=path, digest="0" * 64, num_bytes=1) for path in ("a", "a/b", "c")]
-    with pytest.raises(DamagedArtifact, match="itself a file"):
+    with pytest.raises(DamagedArtifact, match="also a file"):
         Manifest.of("adapter", files)
     with pytest.raises(DamagedArtifact, match="twice"):
         Manifest.of("adapter", [files[0], files[0]])

@@ -73,7 +73,9 @@ def upload(db: Database, store: ArtifactStore, settings: Settings, tmp_path: Pat
     return Uploader(db, store, settings, tmp_path / "spool")
 
 
-def add_job(db: Database, *, training_file: str, validation_file: str | None, state: JobState) -> str:
+def add_job(
+    db: Database, *, training_file: str, validation_file: str | None, state: JobState, ident: str = "ftjob-1"
+) -> str:
     base = BaseModelRow(name="base", kind="hub", source="a/b", state="ready", created_at=0)
     required: dict[str, Any] = {
         "project_id": "ours",
@@ -94,11 +96,11 @@ def add_job(db: Database, *, training_file: str, validation_file: str | None, st
     required |= {name: 0 for name in ("lost_preparations",) if name in columns}
     required |= {name: False for name in ("lease_extended",) if name in columns}
     with db.write() as session:
-        session.add(base)
+        session.merge(base)
         session.flush()
         files_used = {"training_file": training_file, "validation_file": validation_file}
-        session.add(Job(id="ftjob-1", state=state.value, **files_used, **required))
-    return "ftjob-1"
+        session.add(Job(id=ident, state=state.value, **files_used, **required))
+    return ident
 
 
 def test_upload_can_be_found_and_read(upload: Uploader, db: Database, store: ArtifactStore) -> None:
@@ -233,6 +235,23 @@ def test_file_of_an_unfinished_job_cannot_be_deleted(
     with pytest.raises(Conflict, match=job) as caught:
         files.delete(db, project_id="ours", file_id=file.id)
     assert caught.value.code == "file_in_use"
+
+
+def test_refused_deletion_of_a_file_names_up_to_three_of_its_jobs(upload: Uploader, db: Database) -> None:
+    file = upload()
+
+    def refused(*jobs: str) -> Conflict:
+        for job in jobs:
+            add_job(db, training_file=file.id, validation_file=None, state=JobState.QUEUED, ident=job)
+        with pytest.raises(Conflict) as caught:
+            files.delete(db, project_id="ours", file_id=file.id)
+        return caught.value
+
+    both, all_four = refused("a", "b"), refused("c", "d")
+
+    assert both.message == f"File {file.id} is in use by job a and job b, which have not finished."
+    assert both.remedy == "Wait until all of them finish, or cancel them, then delete the file."
+    assert "by job a, job b, job c and others, which have not" in all_four.message
 
 
 def test_cleanup_keeps_referenced_blobs(upload: Uploader, db: Database, store: ArtifactStore) -> None:

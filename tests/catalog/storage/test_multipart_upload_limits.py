@@ -55,6 +55,9 @@ def test_upload_beyond_the_limit_of_all_open_uploads_suggests_a_smaller_file(sen
         sender.begin(501)
 
     assert refused.value.remedy == "Split the file, or ask the operator to raise LORRY_MAX_OPEN_UPLOAD_BYTES."
+    sender.begin(500)
+    with pytest.raises(QuotaExceeded, match=r"This upload needs 1 byte, but uploads of project 'ours' already use 500"):
+        sender.begin(1)
 
 
 def test_parts_count_until_they_are_cleaned_up(sender: Sender) -> None:

@@ -244,6 +244,9 @@ def test_keys_of_an_archived_project_are_rejected_until_it_is_restored(world: Wo
     assert (refusal.value.code, "lorry projects restore ours" in refusal.value.remedy) == ("project_archived", True)
     shown = [projects.list_page(world.db, caller=operator, archived=archived).items for archived in (False, True)]
     assert [[row.name for row in rows] for rows in shown] == [["offices", "theirs"], ["offices", "theirs", "ours"]]
+    with pytest.raises(NotFound) as unknown:
+        projects.restore(world.db, caller=operator, project="our")
+    assert unknown.value.remedy == "Choose a project from `lorry projects list --archived`."
     projects.restore(world.db, caller=operator, project="ours")
     assert opens(world, secret)
 

@@ -95,6 +95,20 @@ def test_priority_above_the_limit_is_rejected_on_every_path(
     submit(world, "urgent")
 
 
+def test_priority_above_the_limits_of_project_and_key_names_the_lower_one(world: World) -> None:
+    limit_project(world, "normal")
+    limit_key(world, "batch")
+
+    with pytest.raises(Forbidden) as refusal:
+        submitted(world, "urgent")
+
+    assert refusal.value.message == "Priority 'urgent' is higher than 'batch', the maximum for API key 'key'."
+    assert refusal.value.remedy == (
+        "Use 'batch', or ask an operator to raise the maximum: `lorry projects update ours --highest-priority urgent` "
+        f"and `lorry keys update {world.caller.api_key_id} --highest-priority urgent`."
+    )
+
+
 def test_new_projects_and_keys_are_limited_to_normal_priority(world: World) -> None:
     with world.db.write() as session:
         project = Project(id="proj-new", organization_id=world.caller.organization_id, name="new", created_at=0.0)

@@ -120,6 +120,11 @@ def test_jobs_per_day_reset_at_midnight_utc(world: World) -> None:
     world.submit()
 
 
+def check_two(world: World, caller: Caller) -> None:
+    with world.db.write() as session:
+        quotas.check_key(session, caller, num_jobs=2, now=world.clock.now)
+
+
 def test_jobs_per_day_of_a_key_use_a_rolling_window(world: World) -> None:
     caller = replace(world.caller, service_jobs_per_day=2)
     world.submit(caller=caller)
@@ -135,6 +140,9 @@ def test_jobs_per_day_of_a_key_use_a_rolling_window(world: World) -> None:
         world.db.write() as session,
     ):
         quotas.check_key(session, caller, num_jobs=3, now=world.clock.now)
+    with pytest.raises(RateLimited, match="With the 2 jobs of this request, API key") as several:
+        check_two(world, replace(caller, jobs_per_day=3))
+    assert ", or request fewer jobs. An operator can raise" in several.value.remedy
     world.submit(caller=replace(caller, jobs_per_day=3))
     world.submit(caller=replace(caller, jobs_per_day=0))
     world.clock.advance(DAY_SECONDS)
