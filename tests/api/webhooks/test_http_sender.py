@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import re
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
@@ -123,6 +125,16 @@ def test_reply_that_takes_too_long_is_a_failure(receiver: Receiver) -> None:
 
     assert outcome.status_code is None
     assert "within 0.3 seconds" in (outcome.error or "")
+
+
+def test_reason_of_a_failed_request_ends_with_one_period() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closing = threading.Thread(target=lambda: server.accept()[0].close(), daemon=True)
+        closing.start()
+        outcome = send(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        closing.join(5)
+
+    assert re.fullmatch(r"The request failed: .*[^.]\.", outcome.error or "")
 
 
 def test_refused_connection_is_reported_and_next_address_is_tried(receiver: Receiver) -> None:
