@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import re
 import socket
 import ssl
 import threading
@@ -128,13 +127,17 @@ def test_reply_that_takes_too_long_is_a_failure(receiver: Receiver) -> None:
 
 
 def test_reason_of_a_failed_request_ends_with_one_period() -> None:
+    def close_after_reading() -> None:
+        with server.accept()[0] as accepted:
+            accepted.recv(65536)
+
     with socket.create_server(("127.0.0.1", 0)) as server:
-        closing = threading.Thread(target=lambda: server.accept()[0].close(), daemon=True)
+        closing = threading.Thread(target=close_after_reading, daemon=True)
         closing.start()
         outcome = send(f"http://127.0.0.1:{server.getsockname()[1]}/")
         closing.join(5)
 
-    assert re.fullmatch(r"The request failed: .*[^.]\.", outcome.error or "")
+    assert (outcome.error or "").rstrip(".") + "." == outcome.error
 
 
 def test_refused_connection_is_reported_and_next_address_is_tried(receiver: Receiver) -> None:
