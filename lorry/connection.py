@@ -91,7 +91,11 @@ def read(data_dir: Path, *, is_login: bool = False) -> Connection | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error), is_login=is_login) from error
+        raise NotConfigured(
+            f"{path} can't be read: {error.strerror or error}.",
+            code="bad_connection_file",
+            remedy="Make the file readable for this user, or set LORRY_URL and LORRY_API_KEY.",
+        ) from error
     try:
         parsed: object = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -237,5 +241,6 @@ def _not_configured(folder: Path, *, is_explicit: bool, environ: Mapping[str, st
         remedy=f"Start a service with `lorry up {at}`, correct or unset LORRY_DATA_DIR, or set LORRY_URL and "
         "LORRY_API_KEY."
         if environ.get("LORRY_DATA_DIR")
-        else "Start a service with `lorry up`, connect to one with `lorry login`, or set LORRY_URL and LORRY_API_KEY.",
+        else "Start a service with `lorry up`, connect to one with `lorry login URL`, or set LORRY_URL and "
+        "LORRY_API_KEY.",
     )

@@ -31,7 +31,9 @@ def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> Inv
     first_path, (message, remedy, code) = next(iter(grouped)), explained[0]
     if len(explained) > 1:
         message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in explained[:MAX_LISTED])
-        message += f" {len(explained) - MAX_LISTED} more problems were found." if len(explained) > MAX_LISTED else ""
+        num_more = len(explained) - MAX_LISTED
+        message += " 1 more problem was found." if num_more == 1 else ""
+        message += f" {num_more} more problems were found." if num_more > 1 else ""
         remedy = ""
     return InvalidRequest(message, code=code, param=first_path or None, remedy=remedy or AGAIN)
 

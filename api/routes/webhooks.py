@@ -38,7 +38,7 @@ from catalog.webhooks import delivery_log, delivery_queue, endpoints, sealed_url
 from catalog.webhooks.delivery_log import Status
 from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.outbox import EVENT_TYPES, SAMPLE_IDS
-from catalog.webhooks.url_policy import target_of
+from catalog.webhooks.url_policy import OPENED, target_of
 
 router = Router(prefix="/v1", tags=["webhooks"], responses=SIGNED)
 ENDPOINT = "/webhook_endpoints/{webhook_endpoint_id}"
@@ -151,12 +151,18 @@ async def test_webhook_endpoint(
     outcome = await _sent(use, project_id, url, delivery, secrets)
     await run_route(project_id, partial(delivery_queue.record_test, use.db, endpoint, delivery, outcome))
     if outcome.status_code is None:
+        error = outcome.error or ""
+        reason = error.removesuffix(OPENED).rstrip()
         raise Conflict(
-            f"Webhook endpoint {endpoint.id} did not answer the test request. {outcome.error}",
+            f"The test of webhook endpoint {endpoint.id} failed. {reason}",
             code="webhook_endpoint_unreachable",
-            remedy="Check that the endpoint's URL is correct, and that the endpoint accepts and answers requests from "
-            "the service. If its address is not public, ask the operator to add its network to "
-            "LORRY_WEBHOOK_ALLOWED_NETWORKS.",
+            remedy=OPENED
+            if error.endswith(OPENED)
+            else "Check that the endpoint's certificate is valid for its hostname, and that a public authority issued "
+            "it."
+            if "CERTIFICATE_VERIFY_FAILED" in error
+            else "Check that the endpoint's URL is correct, and that the endpoint accepts and answers requests from "
+            "the service.",
         )
     return WebhookTestResult(
         webhook_endpoint_id=endpoint.id,

@@ -91,7 +91,7 @@ class WebhookSender:
         except InvalidRequest as refusal:
             error = refusal.sentence()
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as failure:
-            error = f"The request failed: {str(failure) or type(failure).__name__}."
+            error = f"The request failed: {(str(failure) or type(failure).__name__).rstrip('.')}."
         is_saturated = was_saturated or self.resolver.is_saturated(project_id)
         return DeliveryResult(
             started_at=started_at,

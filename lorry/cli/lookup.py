@@ -103,6 +103,8 @@ def _adapter_of_job(lorry: Lorry, typed: str) -> str:
             code="adapter_not_found",
             remedy=f"Use one of its checkpoints, if there are any: {listing}"
             if found.is_final
+            else f"Resume the job with `lorry jobs resume {found.id}`, or use one of its checkpoints: {listing}"
+            if found.status == "paused"
             else f"Wait until the job succeeds, or use one of its checkpoints: {listing}",
         )
     return found.fine_tuned_model
@@ -143,7 +145,8 @@ def _only(
         remedy = f"Use the {full}."
     else:
         message = f"{typed!r} matches {len(matches)} {kind}s:{shown}{more}"
-        remedy = f"Use a longer text that matches only one of them, or the {full}."
+        start = "name or ID" if kind == "adapter" else "ID"
+        remedy = f"Type more of the {start}, from its beginning, or use the {full}."
     raise LorryError(message, code="ambiguous_id", remedy=remedy)
 
 

@@ -22,6 +22,8 @@ from lorry.local.child import Child
 _NEEDED = ("lorry-server", "torch", "transformers", "peft")
 """Names of distributions, because a package named `api` or `worker` may be the user's own."""
 _COMMAND_SECONDS = 300
+_FROM_SOURCE = f'In Lorry\'s source folder, run `{sys.executable} -m pip install ./client ".[worker]"`'
+"""Installs both packages: no package index has them."""
 
 
 def check_installed() -> None:
@@ -31,7 +33,9 @@ def check_installed() -> None:
         raise LorryError(
             f"This Python environment lacks packages that the service needs: {', '.join(missing)}.",
             code="server_not_installed",
-            remedy=f'Install them: `{sys.executable} -m pip install "lorry-server[worker]"`',
+            remedy=_FROM_SOURCE
+            if "lorry-server" in missing
+            else f'Install them: `{sys.executable} -m pip install "lorry-server[worker]"`',
         )
 
 
@@ -119,11 +123,13 @@ class LocalService:
         if done.returncode or not isinstance(parsed, dict):
             last = "\n".join(f"    {line}" for line in (done.stderr or done.stdout).splitlines()[-15:])
             result = f"failed (exit status {done.returncode})" if done.returncode else "printed no JSON object"
-            output = f"Its output ends with:\n{last}" if last else "It printed nothing else."
+            output = f"Its output ends with:\n{last}" if last else "It printed nothing."
             raise LorryError(
                 f"`python -m api {arguments[0]}` {result}. {output}",
                 code="service_failed",
-                remedy="Fix the reported problem, then run `lorry up` again.",
+                remedy="Fix the reported problem, then run `lorry up` again."
+                if last
+                else "Run `lorry up` again. If this recurs, check the system's log, for example for too little memory.",
             )
         return cast("dict[str, Any]", parsed)
 
@@ -150,8 +156,7 @@ def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
         raise LorryError(
             f"The output of `python -m api {command}` does not contain the field '{name}'.",
             code="service_failed",
-            remedy="Update both packages to the same version: "
-            f"`{sys.executable} -m pip install --upgrade lorry lorry-server`",
+            remedy=f"Update both packages to the same version. {_FROM_SOURCE}",
         )
     return value
 

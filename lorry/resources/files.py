@@ -84,8 +84,7 @@ class Files:
             digest.update(piece)
         if digest.hexdigest() != file.digest:
             raise BadDownload(
-                f"The downloaded content of {file.id} has the SHA-256 digest {digest.hexdigest()[:16]}…, but the "
-                f"file's digest is {str(file.digest)[:16]}….",
+                f"The downloaded content of {file.id} does not match the file's SHA-256 digest.",
                 code="bad_download",
                 remedy="Nothing was saved. Download the file again. If this recurs, ask the operator to check the "
                 "service's files with `python -m api verify`.",

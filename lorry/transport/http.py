@@ -140,7 +140,7 @@ class Transport:
         return not self._has_answered and is_loopback(self.connection.url) and _is_refusal(error)
 
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
-        reason = str(error) or type(error).__name__
+        reason = (str(error) or type(error).__name__).rstrip(".")
         origin = f" {self.connection.origin}" if self.connection.origin else ""
         if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
             return ConnectionFailed(
@@ -154,6 +154,13 @@ class Transport:
                 code="connection_failed",
                 remedy="Check that the certificate is valid for this address. If a private authority issued it, set "
                 "SSL_CERT_FILE to that authority's certificate.",
+            )
+        if isinstance(error, httpx.ProxyError):
+            return ConnectionFailed(
+                f"The proxy did not connect to the service at {self.connection.url}: {reason}.{origin}",
+                code="connection_failed",
+                remedy="Check the proxy that HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names, or add the service's host to "
+                "NO_PROXY.",
             )
         return ConnectionFailed(
             f"Could not connect to the service at {self.connection.url}: {reason}.{origin}",

@@ -94,8 +94,8 @@ def _copy(source: IO[bytes], path: Path, entry: FileEntry, contents: Contents) -
         os.fsync(out.fileno())
     if digest.hexdigest() != entry.digest:
         raise BadDownload(
-            f"{entry.path} in the archive for adapter {contents.name} has the digest {digest.hexdigest()[:16]}…, but "
-            f"the manifest lists {entry.digest[:16]}….",
+            f"The file {entry.path} in the archive for adapter {contents.name} does not match its digest in the "
+            "manifest.",
             code="digest_mismatch",
             remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
         )

@@ -20,10 +20,7 @@ from lorry.verification import canonical_json, signatures
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
 _PIECE_BYTES = 2**20
-_AGAIN = (
-    "Pull the adapter again into a new folder. If this recurs, check the service's copy with "
-    "`lorry adapters verify NAME`."
-)
+_AGAIN = "Pull the adapter again into a new folder. If this recurs, check the service's copy with"
 _READABLE = "Check the file's permissions, or pull the adapter again into a new folder."
 
 
@@ -49,13 +46,12 @@ class Contents:
     @classmethod
     def of(cls, *, name: str, manifest: Mapping[str, Any], artifact: str, lineage: Mapping[str, Any]) -> Self:
         """Parse the service's responses. Raises BadDownload for a path outside the folder, or a wrong digest."""
-        entries = _entries(manifest.get("data"), where=f"The service's manifest for adapter {name}")
+        entries = _entries(manifest.get("data"), where=f"The service's manifest for adapter {name}", name=name)
         files = {entry.path: entry for entry in entries}
         contents = cls(name=name, files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
-        if (found := canonical_json.sha256(contents.manifest())) != artifact:
+        if canonical_json.sha256(contents.manifest()) != artifact:
             raise BadDownload(
-                f"The service's manifest for adapter {name} has the digest {found[:16]}…, but the adapter's digest is "
-                f"{artifact[:16]}….",
+                f"The service's manifest for adapter {name} does not match the adapter's digest.",
                 code="bad_manifest",
                 remedy=f"Try again. If this recurs, check the adapter with `lorry adapters verify {name}`.",
             )
@@ -126,7 +122,7 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
         entries = _entries(manifest.get("files"), where=MANIFEST)
         artifact = canonical_json.sha256(manifest)
     except LorryError as error:
-        return _result([error.message], signature="not_checked")
+        return _result([error.sentence()], signature="not_checked")
     except ValueError as error:
         return _result([f"{MANIFEST} has no canonical form: {error}."], signature="not_checked")
     problems = [problem for entry in entries if (problem := _file_problem(folder, entry))]
@@ -183,20 +179,24 @@ def is_safe(path: str) -> bool:
     )
 
 
-def _entries(entries: object, *, where: str) -> list[FileEntry]:
+def _entries(entries: object, *, where: str, name: str = "NAME") -> list[FileEntry]:
     if not isinstance(entries, list) or not all(isinstance(row, dict) for row in cast("list[object]", entries)):
-        raise BadDownload(f"{where} does not contain a list of files.", code="bad_manifest", remedy=_AGAIN)
-    return [_entry(row, number, where) for number, row in enumerate(cast("list[dict[str, Any]]", entries), 1)]
+        raise BadDownload(
+            f"{where} does not contain a list of files.",
+            code="bad_manifest",
+            remedy=f"{_AGAIN} `lorry adapters verify {name}`.",
+        )
+    return [_entry(row, number, where, name) for number, row in enumerate(cast("list[dict[str, Any]]", entries), 1)]
 
 
-def _entry(entry: Mapping[str, Any], number: int, where: str) -> FileEntry:
+def _entry(entry: Mapping[str, Any], number: int, where: str, name: str) -> FileEntry:
     path, digest = entry.get("path"), entry.get("digest")
     num_bytes = entry.get("num_bytes", entry.get("bytes"))
     if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
         raise BadDownload(
             f"{where} lists file number {number} without a valid path, digest and size.",
             code="bad_manifest",
-            remedy=_AGAIN,
+            remedy=f"{_AGAIN} `lorry adapters verify {name}`.",
         )
     is_reserved = path in {MANIFEST, LINEAGE}
     if is_reserved or not is_safe(path):
@@ -205,12 +205,13 @@ def _entry(entry: Mapping[str, Any], number: int, where: str) -> FileEntry:
             f"{where} lists {path!r}, which is {reason}.",
             code="unsafe_path",
             remedy="Don't use this adapter. Check that the configured address is that of your Lorry server, and ask "
-            "the operator to check the adapter with `lorry adapters verify NAME`.",
+            f"the operator to check the adapter with `lorry adapters verify {name}`.",
         )
     return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
 
 
 def _object(path: Path) -> dict[str, Any]:
+    remedy = f"{_AGAIN} `lorry adapters verify NAME`."
     try:
         parsed: object = json.loads(path.read_bytes())
     except OSError as error:
@@ -218,9 +219,9 @@ def _object(path: Path) -> dict[str, Any]:
         raise LorryError(f"{path} can't be read: {reason}.", code="unreadable", remedy=_READABLE) from error
     except (ValueError, RecursionError) as error:
         place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise LorryError(f"{path} is not valid JSON{place}.", code="unreadable", remedy=_AGAIN) from error
+        raise LorryError(f"{path} is not valid JSON{place}.", code="unreadable", remedy=remedy) from error
     if not isinstance(parsed, dict):
-        raise LorryError(f"{path} is not a JSON object.", code="unreadable", remedy=_AGAIN)
+        raise LorryError(f"{path} is not a JSON object.", code="unreadable", remedy=remedy)
     return cast("dict[str, Any]", parsed)
 
 

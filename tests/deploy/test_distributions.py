@@ -184,7 +184,7 @@ def test_commands_that_need_the_server_name_the_missing_packages(command: str, c
 
     assert done.returncode == 1
     assert "lorry-server, torch" in done.stderr
-    assert '-m pip install "lorry-server[worker]"' in done.stderr
+    assert '-m pip install ./client ".[worker]"' in done.stderr
 
 
 @pytest.mark.slow

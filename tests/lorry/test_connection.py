@@ -112,6 +112,14 @@ def test_invalid_connection_file_is_named(tmp_path: Path, content: str) -> None:
     assert f"`lorry down --data-dir {tmp_path}`" in refused.value.remedy
 
 
+def test_unreadable_connection_file_is_not_replaced_by_a_restart(tmp_path: Path) -> None:
+    (tmp_path / "connection.json").mkdir()
+
+    with pytest.raises(NotConfigured, match=r"connection\.json can't be read: Is a directory\.") as refused:
+        connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)})
+    assert "lorry down" not in refused.value.remedy
+
+
 def test_file_is_private_even_if_it_replaces_a_readable_one(tmp_path: Path) -> None:
     (tmp_path / "connection.json").write_text("{}")
     (tmp_path / "connection.json").chmod(0o644)

@@ -126,7 +126,7 @@ def test_download_that_does_not_match_its_digest_is_not_kept(service: Script, cl
     service.on("GET", "/v1/files/file-r", CURVES_FILE)
     service.on("GET", "/v1/files/file-r/content", Reply(body=CURVES[:-1]))
 
-    with pytest.raises(BadDownload, match=r"content of file-r has the SHA-256 digest [0-9a-f]{16}…, but"):
+    with pytest.raises(BadDownload, match="content of file-r does not match the file's SHA-256 digest"):
         client.files.download("file-r", tmp_path / "curves.csv")
 
     assert list(tmp_path.iterdir()) == []

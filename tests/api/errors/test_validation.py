@@ -102,6 +102,13 @@ def test_integers_are_accepted_for_number_fields(client: TestClient, world: Worl
     assert (job["lora"]["alpha"], job["lora"]["dropout"], job["optimizer"]["learning_rate"]) == (16.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize(("number", "rest"), [(6, "1 more problem was found."), (7, "2 more problems were found.")])
+def test_problems_beyond_the_listed_ones_are_counted(client: TestClient, number: int, rest: str) -> None:
+    error = refused(client, {**LEAST, **{f"unknown_{i}": 1 for i in range(number)}})
+
+    assert f" {rest} " in error["message"]
+
+
 @pytest.mark.parametrize("field", ["model", "training_file"])
 def test_missing_field_is_named(client: TestClient, field: str) -> None:
     error = refused(client, {name: value for name, value in LEAST.items() if name != field})

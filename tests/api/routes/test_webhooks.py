@@ -17,10 +17,13 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from api.deps import Services
 from api.settings import ApiSettings
+from api.webhooks.http_sender import WebhookSender
 from catalog.jobs import commands
 from catalog.settings import Settings
 from catalog.webhooks import delivery_queue
+from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.outbox import EVENT_TYPES
+from catalog.webhooks.url_policy import OPENED
 from tests.api.hook_receiver import WAIT_SECONDS, Answer, Received, Receiver, receiving
 from tests.api.site import error_of
 from tests.catalog.world import World
@@ -190,9 +193,30 @@ def test_unanswered_test_event_returns_the_reason(client: TestClient) -> None:
     refused = client.post(f"{HOOKS}/{hook['id']}/test", json={"event_type": "fine_tuning.job.failed"})
 
     assert error_of(refused)["code"] == "webhook_endpoint_unreachable"
-    assert f"Webhook endpoint {hook['id']} did not answer the test request. " in error_of(refused)["message"]
+    assert f"The test of webhook endpoint {hook['id']} failed. " in error_of(refused)["message"]
     (reported,) = client.get(f"{HOOKS}/{hook['id']}/deliveries?status=failed").json()["data"]
     assert reported["tries"][0]["status_code"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (f"Nothing was sent. {OPENED}", OPENED),
+        ("The request failed: [SSL: CERTIFICATE_VERIFY_FAILED] x.", "certificate"),
+        ("The host x has no address.", "URL is correct"),
+    ],
+)
+def test_failed_test_event_has_the_remedy_of_its_cause(
+    client: TestClient, hook: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: str, remedy: str
+) -> None:
+    async def send(*_: Any, **__: Any) -> DeliveryResult:
+        return DeliveryResult(started_at=time.time(), seconds=0.1, error=error)
+
+    monkeypatch.setattr(WebhookSender, "send", send)
+    refused = error_of(client.post(f"{HOOKS}/{hook['id']}/test", json={"event_type": "fine_tuning.job.failed"}))
+
+    assert remedy in refused["remedy"]
+    assert refused["message"].count(OPENED) == (remedy == OPENED)
 
 
 def test_rotated_secret_overlaps_with_the_old_one_only_on_request(

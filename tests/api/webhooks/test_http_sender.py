@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
@@ -123,6 +124,20 @@ def test_reply_that_takes_too_long_is_a_failure(receiver: Receiver) -> None:
 
     assert outcome.status_code is None
     assert "within 0.3 seconds" in (outcome.error or "")
+
+
+def test_reason_of_a_failed_request_ends_with_one_period() -> None:
+    def close_after_reading() -> None:
+        with server.accept()[0] as accepted:
+            accepted.recv(65536)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closing = threading.Thread(target=close_after_reading, daemon=True)
+        closing.start()
+        outcome = send(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        closing.join(5)
+
+    assert (outcome.error or "").rstrip(".") + "." == outcome.error
 
 
 def test_refused_connection_is_reported_and_next_address_is_tried(receiver: Receiver) -> None:

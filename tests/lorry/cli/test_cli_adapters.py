@@ -95,6 +95,12 @@ def test_pull_of_a_job_without_an_adapter_reports_its_status(service: Script, ru
     ]
 
 
+def test_pull_of_a_paused_job_advises_to_resume_it(service: Script, run: Run) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "paused", "fine_tuned_model": None})
+
+    assert "Resume the job with `lorry jobs resume ftjob-1`" in run("adapters", "pull", "ftjob-1").stderr
+
+
 def test_pull_of_a_failed_job_does_not_advise_waiting(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "failed", "fine_tuned_model": None})
 

@@ -43,7 +43,7 @@ def test_ambiguous_id_prefix_lists_the_candidates_and_changes_nothing(service: S
         "Error: 'ftjob-3f' matches 2 jobs:",
         f"  {FULL}",
         f"  {OTHER}",
-        "Use a longer text that matches only one of them, or the full ID.",
+        "Type more of the ID, from its beginning, or use the full ID.",
     ]
     assert service.requests("POST", f"{JOBS}/{FULL}/pause") == []
 

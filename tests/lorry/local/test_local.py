@@ -276,21 +276,31 @@ def test_long_log_is_rotated_and_one_old_log_is_kept(tmp_path: Path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["x.log.1"]
 
 
-def test_client_only_environment_gets_the_install_command(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        (
+            ["lorry-server", "torch"],
+            f'In Lorry\'s source folder, run `{sys.executable} -m pip install ./client ".[worker]"`',
+        ),
+        (["torch", "peft"], f'Install them: `{sys.executable} -m pip install "lorry-server[worker]"`'),
+    ],
+)
+def test_environment_without_the_server_or_its_libraries_gets_the_install_command(
+    monkeypatch: pytest.MonkeyPatch, missing: list[str], remedy: str
 ) -> None:
     def distribution(name: str) -> object:
-        if name in {"lorry-server", "torch"}:
+        if name in missing:
             raise PackageNotFoundError(name)
         return object()
 
     monkeypatch.setattr(service, "distribution", distribution)
 
-    with pytest.raises(LorryError, match="needs: lorry-server, torch") as refused:
+    with pytest.raises(LorryError, match=f"needs: {', '.join(missing)}") as refused:
         service.check_installed()
 
     assert refused.value.code == "server_not_installed"
-    assert refused.value.remedy == f'Install them: `{sys.executable} -m pip install "lorry-server[worker]"`'
+    assert refused.value.remedy == remedy
 
 
 def test_ctrl_c_does_not_reach_the_services_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,15 +335,20 @@ def test_missing_fields_in_command_output_are_errors(
 def test_command_that_prints_no_json_is_distinguished_from_a_failed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = iter(("", "raise SystemExit(3)"))
+    code = iter(("", "raise SystemExit(3)", "raise SystemExit('no space')"))
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", next(code)])
     with socket.socket() as listener:
         made = service.LocalService(tmp_path, host="127.0.0.1", listener=listener)
 
-    with pytest.raises(LorryError, match=r"`python -m api new-key` printed no JSON object\. It printed nothing else\."):
+    with pytest.raises(LorryError, match=r"`python -m api new-key` printed no JSON object\. It printed nothing\."):
         made.new_key()
-    with pytest.raises(LorryError, match=r"`python -m api new-key` failed \(exit status 3\)\. "):
+    with pytest.raises(LorryError, match=r"`python -m api new-key` failed \(exit status 3\)\. ") as silent:
         made.new_key()
+    with pytest.raises(LorryError, match="no space") as reported:
+        made.new_key()
+
+    assert "system's log" in silent.value.remedy
+    assert "Fix the reported problem" in reported.value.remedy
 
 
 def test_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -> None:

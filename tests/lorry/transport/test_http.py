@@ -64,6 +64,8 @@ def test_unreachable_service_is_a_clear_error(slept: list[float]) -> None:
     [
         (httpx.ReadTimeout("late"), "The connection to the service at http://lorry.test was interrupted: late", "log"),
         (httpx.ReadError("reset"), "The connection to the service at http://lorry.test was interrupted: reset", "log"),
+        (httpx.RemoteProtocolError("No response."), r"was interrupted: No response\.$", "log"),
+        (httpx.ProxyError("407 Unauthorized"), "The proxy did not connect .*: 407 Unauthorized", "NO_PROXY"),
         (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] x"), "Could not connect to the service", "SSL_CERT_FILE"),
     ],
 )
