@@ -235,11 +235,12 @@ def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
         "the model again."
     )
     if is_operator:
-        reason = f"{reason}: {error.get('message', '')}".rstrip(": .")
+        reason = str(error.get("message") or reason).rstrip(" .")
         own_hint = error.get("remedy") or "Add the model again with `lorry models add`."
         remedy = f"{own_hint} Or choose another base model."
+    is_whole = reason.startswith(f"The import of base model {base.name!r} ")
     return InvalidRequest(
-        f"The import of base model {base.name!r} failed: {reason}.",
+        f"{reason}." if is_whole else f"The import of base model {base.name!r} failed: {reason}.",
         code="model_import_failed",
         remedy=remedy,
         param="model",
@@ -285,7 +286,9 @@ def _check_kind(file: File, method: MethodType, param: str) -> None:
     raise InvalidRequest(
         f"File {file.id} contains {kind.plural}, which method '{method}' can't train on.",
         code="wrong_file_kind",
-        remedy=f"Set method.type to {' or '.join(', '.join(methods).rsplit(', ', 1))}, or use {_MATCHING[wanted]}.",
+        remedy=f"Set method.type to {' or '.join(', '.join(methods).rsplit(', ', 1))}, or use {_MATCHING[wanted]}."
+        if param == "training_file"
+        else f"Set validation_file to {_MATCHING[wanted]}.",  # the method suits the training file
         param=param,
     )
 

@@ -151,6 +151,8 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
                 code="job_not_paused",
                 remedy="To train again, create a new job."
                 if job.cancel_requested
+                else f"The job is held. To let it start, release it with `lorry jobs release {job.id}`."
+                if job.is_held
                 else "No action is needed: the job continues without being resumed.",
             )
         quotas.check_resumption(session, job.project_id, now=now)

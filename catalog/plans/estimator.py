@@ -27,7 +27,7 @@ from catalog.scheduling.ordering import order
 from catalog.scheduling.snapshot import Candidate, Policy, Share
 from catalog.settings import Settings
 from catalog.spec import job_warnings
-from catalog.spec.job import JobSpec
+from catalog.spec.job import AUTO_LENGTH, MAX_LENGTH, JobSpec
 from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted
 from catalog.states import JobState, PriorityClass
@@ -131,15 +131,16 @@ def _cautions(
     accepted: Accepted, data: TokenizedData, targets: list[Adapted], *, job: Job, num_steps: int
 ) -> Iterator[Caution]:
     spec = accepted.spec
+    most_tokens = min((accepted.base.description or {}).get("max_positions") or AUTO_LENGTH, MAX_LENGTH)
     yield from job_warnings.of_course(
         spec,
         num_steps=num_steps,
         has_held_out=data.validation is not None,
         usable_rows=int(data.training["usable_rows"]),
     )
-    yield from job_warnings.of_data(spec, data.training, role="training")
+    yield from job_warnings.of_data(spec, data.training, role="training", most_tokens=most_tokens)
     if data.validation is not None:
-        yield from job_warnings.of_data(spec, data.validation, role="validation")
+        yield from job_warnings.of_data(spec, data.validation, role="validation", most_tokens=most_tokens)
     is_one_file = any(each.code == "validation_is_training" for each in accepted.cautions)
     if data.overlap is not None and not is_one_file:
         overlap = job_warnings.of_overlap(data.overlap[0], of_rows=data.overlap[1])

@@ -129,8 +129,8 @@ def rungs(search: Search, design: Design, fewest: int | None) -> Rungs:
     every = interval if isinstance(interval, int) and not isinstance(interval, bool) else 1
     if search.min_steps is None and fewest is None:
         raise InvalidRequest(
-            "search.min_steps is required, because the trials' number of steps is not known until their texts "
-            "are split.",
+            "search.min_steps is required: data.overflow is 'split', so the number of steps in each trial is unknown "
+            "until the training texts have been split.",
             code="min_steps_required",
             remedy="Set search.min_steps, or set max_steps for all trials.",
             param="search.min_steps",

@@ -201,5 +201,16 @@ def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
         )
         if sweep.num_created == 0:
             remedy = "Create a new sweep." if sweep.is_closed else f"Create the first trial with POST {path}."
-        raise NotFound("trial", str(number), message=f"Sweep {sweep.id} has no trial {number}.", remedy=remedy)
+        makes_more = not sweep.is_closed and sweep.requested["search"]["type"] != "ask_tell"
+        is_coming = makes_more and sweep.num_created <= number < sweep.num_trials
+        if is_coming:
+            remedy = f"Send the request again once GET {path} lists the trial."
+        raise NotFound(
+            "trial",
+            str(number),
+            message=f"Trial {number} of sweep {sweep.id} has not been created yet."
+            if is_coming
+            else f"Sweep {sweep.id} has no trial {number}.",
+            remedy=remedy,
+        )
     return trial

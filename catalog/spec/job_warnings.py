@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from catalog.spec.job import JobSpec
+from catalog.spec.job import MAX_LENGTH, JobSpec
 from catalog.spec.methods import PREFERENCE_MULTIPLIER
-from catalog.spec.target_modules import Adapted
+from catalog.spec.target_modules import Adapted, above_limit, lowest_limit, names_of, other_layers
 from catalog.spec.training import BASE_LEARNING_RATE
 
 FEW_STEPS = 30
@@ -70,8 +70,11 @@ def of_course(
         )
 
 
-def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
-    """Yield the warnings about a file. `role`: training or validation. `report`: DatasetReport of a usable file."""
+def of_data(spec: JobSpec, report: Report, *, role: str, most_tokens: int | None = None) -> Iterator[Caution]:
+    """Yield the warnings about a file. `role`: training or validation. `report`: DatasetReport of a usable file.
+
+    `most_tokens`: the maximum of max_length for the base model; None if unknown.
+    """
     rows, usable, tokens = int(report["rows"]), int(report["usable_rows"]), int(report["tokens"])
     trained = int(report["supervised_tokens"])
     if role == "training" and spec.batch_size > usable:
@@ -81,25 +84,31 @@ def of_data(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
             code="batch_exceeds_data",
             message=f"batch_size is {spec.batch_size}, but the training file has only {usable_rows}, so "
             "every step uses some rows more than once.",
-            remedy=f"Lower batch_size to about {lower}, or add rows." if lower < spec.batch_size else "Add rows.",
+            remedy="Add rows."
+            if lower >= spec.batch_size
+            else f"Lower batch_size to {lower}, or add rows."
+            if lower == _smallest_batch(spec)
+            else f"Lower batch_size to about {lower}, or add rows.",
         )
     if tokens and trained < LOW_TRAINED_FRACTION * tokens:
         yield Caution(
             code="low_trained_fraction",
             message=f"Only {trained:,} of the {tokens:,} tokens in the {role} file ({trained / tokens:.1%}) "
-            f"{_are(trained)} trained on, so most of the time is spent on prompts.",
-            remedy="Check in the plan's sample rows that the right tokens are trained on. If they are, no action is "
-            "needed, but shorter prompts reduce the cost.",
+            f"{'counts' if trained == 1 else 'count'} towards the loss, so most of the time is spent on prompts.",
+            remedy="Check in the plan's sample rows that the right tokens count towards the loss. If they do, no "
+            "action is needed, but shorter prompts reduce the cost.",
         )
-    yield from _cut(spec, report, rows=rows, role=role)
-    yield from _empty(spec, report, role=role)
+    yield from _cut(spec, report, rows=rows, role=role, most_tokens=most_tokens)
+    yield from _empty(spec, report, role=role, most_tokens=most_tokens)
     duplicates = int(report["duplicate_rows"])
     if duplicates and duplicates >= MANY_DUPLICATES * rows:
         yield Caution(
             code="duplicate_rows",
             message=f"{_rows(duplicates)} ({duplicates / rows:.1%}) in the {role} file "
             f"{'duplicates' if duplicates == 1 else 'duplicate'} an earlier row. All copies are used.",
-            remedy="Remove the duplicates, unless you want these rows to count more.",
+            remedy="Remove the duplicate, unless you want this row to count more."
+            if duplicates == 1
+            else "Remove the duplicates, unless you want these rows to count more.",
         )
 
 
@@ -115,24 +124,29 @@ def of_overlap(num_rows: int, *, of_rows: int) -> Caution | None:
         code="overlap",
         message=f"{num_rows:,} of {_rows(of_rows)} in the validation file {_are(num_rows)} also in the training file, "
         "so the validation loss will look better than it is.",
-        remedy="Remove these rows from one of the two files.",
+        remedy="Remove this row from one of the two files."
+        if num_rows == 1
+        else "Remove these rows from one of the two files.",
     )
 
 
 def of_rank(spec: JobSpec, targets: list[Adapted], *, num_parameters: int, supervised_tokens: int) -> Iterator[Caution]:
     """Yield the warnings about the rank. `supervised_tokens`: trained tokens in one epoch."""
-    above = [target for target in targets if target.rank > min(target.linear.out_features, target.linear.in_features)]
+    above = above_limit(targets)
     if above:
-        linear, others = above[0].linear, len(above) - 1
-        limit = min(linear.out_features, linear.in_features)
-        also = f" This is also the case for {others} other layer{'' if others == 1 else 's'}." if others else ""
+        linear, lowest, names = above[0].linear, lowest_limit(above), names_of(above)
+        also = other_layers(above)
         yield Caution(
             code="rank_above_layer",
             message=f"Rank {above[0].rank} exceeds the smaller dimension of {linear.path} "
             f"({linear.out_features} by {linear.in_features}), so the extra rank has no effect.{also}",
-            remedy=f"Lower the rank of {linear.path} to {limit} or less, in lora.rank or lora.rank_pattern."
-            if spec.parent is None
-            else f"To use a lower rank, train without parent adapter {spec.parent.name!r}.",
+            remedy=f"To use a lower rank, train without parent adapter {spec.parent.name!r}."
+            if spec.parent is not None
+            else f"Lower the rank of {linear.path} to {lowest} or less, in lora.rank or lora.rank_pattern."
+            if len(above) == 1
+            else f"Set the ranks of {names} to {lowest} or less in lora.rank_pattern."
+            if any(layer.rank != spec.lora.rank for layer in above)
+            else f"Lower lora.rank to {lowest} or less, or set lower ranks for {names} in lora.rank_pattern.",
         )
     if spec.lora.rank > USUAL_RANK and num_parameters > PARAMETERS_PER_TOKEN * supervised_tokens:
         yield Caution(
@@ -197,8 +211,13 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
     )
 
 
-def _cut(spec: JobSpec, report: Report, *, rows: int, role: str) -> Iterator[Caution]:
-    longest = f"Raise max_length (the longest row has {int(report['longest_row']):,} tokens), or shorten the rows."
+def _or_longer_context(spec: JobSpec) -> str:
+    """Return the way to a higher max_length for a job whose max_length is the maximum for its base model."""
+    return "" if spec.max_length >= MAX_LENGTH else ", or choose a base model with a longer context"
+
+
+def _cut(spec: JobSpec, report: Report, *, rows: int, role: str, most_tokens: int | None) -> Iterator[Caution]:
+    longest, most = f"{int(report['longest_row']):,} tokens", most_tokens or MAX_LENGTH
     for field, effect in (("truncated_rows", "truncated"), ("dropped_rows", "dropped")):
         number = int(report.get(field, 0))
         if number and number >= MUCH_CUT * rows:
@@ -206,26 +225,36 @@ def _cut(spec: JobSpec, report: Report, *, rows: int, role: str) -> Iterator[Cau
                 code=field,
                 message=f"{number:,} of {_rows(rows)} in the {role} file {_have(number)} more than {spec.max_length} "
                 f"tokens and {_are(number)} {effect}.",
-                remedy=longest,
+                remedy="max_length can't be raised, because it is already the maximum for this base model. "
+                f"Shorten the rows (the longest has {longest}){_or_longer_context(spec)}."
+                if spec.max_length >= most
+                else f"Raise max_length to {most}, the maximum for this base model, and shorten longer rows (the "
+                f"longest has {longest})."
+                if int(report["longest_row"]) > most
+                else f"Raise max_length (the longest row has {longest}), or shorten the rows.",
             )
 
 
-def _empty(spec: JobSpec, report: Report, *, role: str) -> Iterator[Caution]:
+def _empty(spec: JobSpec, report: Report, *, role: str, most_tokens: int | None) -> Iterator[Caution]:
     """Yield a warning if rows have no trainable tokens. Each kind of row has its own causes."""
     empty, kind = int(report["empty_rows"]), report.get("kind")
-    raised = f"Raise max_length (now {spec.max_length} tokens), or shorten the prompts"
+    longer = _or_longer_context(spec)
+    raised = f"max_length is already the maximum ({spec.max_length} tokens). Shorten the prompts{longer}"
+    if spec.max_length < (most_tokens or MAX_LENGTH):
+        raised = f"Raise max_length (now {spec.max_length} tokens), or shorten the prompts"
     if empty:
         yield Caution(
             code="empty_rows",
             message=f"{_rows(empty)} in the {role} file {_have(empty)} no trainable tokens and {_are(empty)} skipped.",
-            remedy="Use longer texts, or remove these rows: the first token of a text is never trained on."
+            remedy="Use a longer text, or remove this row: the first token of a text is not predicted."
+            if kind == "text" and empty == 1
+            else "Use longer texts, or remove these rows: the first token of a text is not predicted."
             if kind == "text"
-            else f"{raised}: answers that start later are not trained on. "
-            "To train on answers with weight 0, omit 'weight'."
+            else f"{raised}: answers that start later are ignored. To include answers with weight 0, omit 'weight'."
             if kind == "chat"
             else f"{raised}: both answers must start, and differ, within this length."
             if kind == "preference"
-            else f"{raised}: answers that start later are not trained on.",
+            else f"{raised}: answers that start later are ignored.",
         )
 
 

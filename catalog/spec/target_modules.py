@@ -42,6 +42,10 @@ class Linear:
         return self.path.rpartition(".")[2]
 
     @property
+    def smaller_size(self) -> int:
+        return min(self.out_features, self.in_features)
+
+    @property
     def layer(self) -> int | None:
         """The number of its block; None if it is in no block."""
         found = LAYER.match(self.path)
@@ -139,25 +143,28 @@ def _check_known(description: Description, lora: LoraSpec, linears: list[Linear]
             remedy="Choose another base model.",
             param="model",
         )
-    needs_paths = [
+    omitted = [
         name
         for name, is_set in (
-            ("a regular expression in lora.target_modules", lora.target_expression is not None),
             ("lora.layers_to_transform", lora.layers_to_transform is not None),
             ("lora.rank_pattern", bool(lora.rank_pattern)),
             ("lora.alpha_pattern", bool(lora.alpha_pattern)),
         )
         if is_set
     ]
-    if needs_paths and not _has_paths(description):
-        field = needs_paths[0].rpartition(" ")[2]
-        omit = f"Omit {field}" if field == needs_paths[0] else f"Set {field} to layer names"
+    has_expression = lora.target_expression is not None
+    if (has_expression or omitted) and not _has_paths(description):
+        needs_paths = ["a regular expression in lora.target_modules"] * has_expression + omitted
+        ways = ["set lora.target_modules to layer names"] * has_expression
+        ways += [f"omit {all_of(omitted)}"] if omitted else []
+        way = " and ".join(ways)
+        omit = f"{way[0].upper()}{way[1:]}"
         raise InvalidRequest(
-            f"Base model {base_name!r} was imported by an older version that did not record layer paths, so "
-            f"{needs_paths[0]} can't be used.",
+            f"Base model {base_name!r} was imported by an older version of Lorry that did not record layer paths, so "
+            f"{all_of(needs_paths)} can't be used.",
             code="model_without_layer_paths",
             remedy=f"{omit}, or ask an operator to add the model again under another name, and use that name.",
-            param=field,
+            param=needs_paths[0].rpartition(" ")[2],
         )
 
 
@@ -212,31 +219,63 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
         if len({pattern[key] for key in keys}) > 1:
             raise _ambiguous(path, {key: pattern[key] for key in keys}, param)
         values.append(pattern[keys[0]] if keys else usual)
-    for key in pattern:
-        if key not in matched:
-            names = sorted({path.rpartition(".")[2] for path in paths})
-            raise InvalidRequest(
-                f"The key {key!r} in {param} does not match any targeted layer.",
-                code="unknown_pattern_key",
-                remedy=f"{_nearest([key], names)}Use a layer name ({', '.join(names)}) or a layer path such as "
-                f"{paths[-1]} as the key.",
-                param=param,
-            )
+    unknown = [key for key in pattern if key not in matched]
+    if unknown:
+        names = sorted({path.rpartition(".")[2] for path in paths})
+        keys = all_of([repr(key) for key in unknown])
+        raise InvalidRequest(
+            f"The key {keys} in {param} does not match any targeted layer."
+            if len(unknown) == 1
+            else f"The keys {keys} in {param} do not match any targeted layer.",
+            code="unknown_pattern_key",
+            remedy=f"{_nearest(unknown, names)}Use a layer name ({', '.join(names)}) or a layer path such as "
+            f"{paths[-1]} as a key.",
+            param=param,
+        )
     return values
 
 
 def _check_ranks(linears: list[Linear], ranks: list[int], lora: LoraSpec) -> None:
-    for linear, rank in zip(linears, ranks, strict=True):
-        limit = min(linear.out_features, linear.in_features)
-        if rank > limit:
-            raise InvalidRequest(
-                f"lora.init_lora_weights {lora.init_lora_weights!r} supports rank {limit} or less on {linear.path} "
-                f"({linear.out_features} by {linear.in_features}), but the layer's rank is {rank}.",
-                code="rank_too_high",
-                remedy=f"Lower the layer's rank to {limit} or less, in lora.rank or lora.rank_pattern, or omit "
-                "lora.init_lora_weights.",
-                param="lora.rank" if rank == lora.rank else "lora.rank_pattern",
-            )
+    above = above_limit([Adapted(linear=linear, rank=rank) for linear, rank in zip(linears, ranks, strict=True)])
+    if not above:
+        return
+    linear, rank, also = above[0].linear, above[0].rank, other_layers(above)
+    lowest, names = lowest_limit(above), names_of(above)
+    raise InvalidRequest(
+        f"lora.init_lora_weights {lora.init_lora_weights!r} supports rank {linear.smaller_size} or less on "
+        f"{linear.path} ({linear.out_features} by {linear.in_features}), but the layer's rank is {rank}."
+        f"{also}",
+        code="rank_too_high",
+        remedy=f"Lower the layer's rank to {lowest} or less, in lora.rank or lora.rank_pattern, or omit "
+        "lora.init_lora_weights."
+        if len(above) == 1
+        else f"Set the ranks of {names} to {lowest} or less in lora.rank_pattern, or omit lora.init_lora_weights."
+        if any(layer.rank != lora.rank for layer in above)  # lora.rank alone does not determine them
+        else f"Lower lora.rank to {lowest} or less, set lower ranks for {names} in lora.rank_pattern, or omit "
+        "lora.init_lora_weights.",
+        param="lora.rank" if rank == lora.rank else "lora.rank_pattern",
+    )
+
+
+def above_limit(layers: Sequence[Adapted]) -> list[Adapted]:
+    """Return the layers whose rank exceeds their smaller dimension."""
+    return [layer for layer in layers if layer.rank > layer.linear.smaller_size]
+
+
+def other_layers(above: Sequence[Adapted]) -> str:
+    """Return a sentence about all layers but the first, which has been named; empty if there is no other."""
+    if len(above) == 1:
+        return ""
+    names = _shortened(sorted({layer.linear.name for layer in above[1:]}))
+    return f" This also applies to {len(above) - 1} other layer{'' if len(above) == 2 else 's'} ({names})."
+
+
+def lowest_limit(above: Sequence[Adapted]) -> int:
+    return min(layer.linear.smaller_size for layer in above)
+
+
+def names_of(layers: Sequence[Adapted]) -> str:
+    return all_of(sorted({layer.linear.name for layer in layers}))
 
 
 def _ends(path: str, name: str) -> bool:
@@ -267,6 +306,11 @@ def _existing(linears: list[Linear]) -> str:
     names = sorted({linear.name for linear in linears})
     available = f"Available layer names: {_shortened(names)}."
     return f"{available} To target all layers, set lora.target_modules to 'all-linear'."
+
+
+def all_of(names: Sequence[str]) -> str:
+    """Return the names as `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _shortened(items: Sequence[object]) -> str:

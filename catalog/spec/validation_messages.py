@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -111,8 +112,8 @@ def _phrase(problem: Problem) -> str:
     if kind in _EXPECTED:
         return _EXPECTED[kind]
     if kind in _BOUNDS:
-        shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
-        return _BOUNDS[kind].format(**shown)
+        shown = {name: f"{value:.15g}" if isinstance(value, float) else value for name, value in context.items()}
+        return re.sub(r"\b1 (character|item)s\b", r"1 \1", _BOUNDS[kind].format(**shown))
     if kind == "string_pattern_mismatch":
         return _PATTERNS.get(context["pattern"], f"a string that matches {context['pattern']}")
     return f"valid ({problem['msg']})"

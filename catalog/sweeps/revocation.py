@@ -67,7 +67,7 @@ def revoke(
         raise Forbidden(
             f"API key {caller.name!r} can't cancel jobs, because it lacks the scope jobs:write.",
             code="missing_scope",
-            remedy="Omit 'cancel', or use an API key with the scope jobs:write.",
+            remedy="Omit 'cancel', or use an API key that also has the scope jobs:write.",
             param="cancel",
         )
     with db.write() as session:

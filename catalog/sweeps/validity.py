@@ -14,7 +14,8 @@ from catalog.tables.table import Json
 from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy.authentication import is_live
 
-REMEDY = "No more trials are created, but existing trials continue. To run the remaining trials, create a new sweep."
+CONTINUES = "No more trials are created, but existing trials continue."
+NEW_SWEEP = "To run the remaining trials, create a new sweep."
 
 
 def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
@@ -24,7 +25,11 @@ def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
     """
     project = session.get_one(Project, sweep.project_id)
     if project.archived_at is not None:
-        return _error("project_archived", f"Project {project.name!r} was archived.")
+        restore = (
+            f"To run the remaining trials, ask an operator to run `lorry projects restore {project.name}`, then create "
+            "a new sweep."
+        )
+        return _error("project_archived", f"Project {project.name!r} was archived.", restore)
     key = _valid_or_last(session, sweep.created_by, now=now)
     if key is not None and is_live(key, now):
         return None
@@ -60,5 +65,5 @@ def _valid_or_last(session: Session, key_id: str, *, now: float) -> ApiKey | Non
     return key
 
 
-def _error(code: str, message: str) -> Json:
-    return {"code": code, "message": f"{message} {REMEDY}", "param": None}
+def _error(code: str, message: str, remedy: str = NEW_SWEEP) -> Json:
+    return {"code": code, "message": f"{message} {CONTINUES} {remedy}", "param": None}

@@ -36,6 +36,7 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"suffix": "a\nb"}, "suffix", "no control character"),
         ({"suffix": "a\u0007"}, "suffix", "no control character"),
         ({"suffix": "x" * 65}, "suffix", "at most 64"),
+        ({"lora": {"alpha": 1e7}}, "lora.alpha", "at most 1000000 or"),
         ({"metadata": {"k": 1}}, "metadata.k", "a string"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "at most 16 pairs"),
         ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "the name of a layer"),

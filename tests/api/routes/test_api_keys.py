@@ -56,7 +56,7 @@ def test_invalid_key_request_names_the_field(client: TestClient) -> None:
         ({"name": ""}, "name", "at least 1"),
         ({"name": "a\nb"}, "name", "without control characters"),
         ({"name": "x", "scopes": ["jobs"]}, "scopes.0", "'jobs:read'"),
-        ({"name": "x", "scopes": []}, "scopes", "at least 1 items"),
+        ({"name": "x", "scopes": []}, "scopes", "at least 1 item long"),
         ({"name": "x", "expires_at": 5}, "expires_at", "not in the future"),
         ({"name": "x", "expires_at": 10**15}, "expires_at", "at most"),
         ({"name": "x", "operator": True}, "operator", "Did you mean 'is_operator'?"),

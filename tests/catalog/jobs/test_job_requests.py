@@ -44,8 +44,19 @@ def test_operator_sees_why_a_model_import_failed(world: World) -> None:
     with pytest.raises(InvalidRequest) as failed:
         world.submit(model="new", caller=replace(world.caller, is_operator=True))
 
-    assert failed.value.message.endswith("failed: unsupported_model: /srv/new is a snapshot.")
+    assert failed.value.message.endswith("failed: /srv/new is a snapshot.")
     assert failed.value.remedy == "Give a language model. Or choose another base model."
+
+
+def test_failed_import_is_named_once(world: World) -> None:
+    base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
+    message = "The import of base model 'new' on worker w1 was stopped because it used too much memory."
+    world.fail_import("new", {"code": "import_failed", "message": message, "remedy": "Add memory."})
+
+    with pytest.raises(InvalidRequest) as failed:
+        world.submit(model="new", caller=replace(world.caller, is_operator=True))
+
+    assert failed.value.message == message
 
 
 def test_retry_advice_for_a_failed_model_appears_once(world: World) -> None:

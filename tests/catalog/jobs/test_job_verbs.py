@@ -8,7 +8,7 @@ import pytest
 
 from catalog.errors import Conflict
 from catalog.jobs import commands
-from catalog.lifecycle import preparation
+from catalog.lifecycle import preparation, queue_position
 from catalog.queue import claims
 from catalog.states import EndReason, JobState
 from tests.catalog.world import World
@@ -61,6 +61,19 @@ def test_paused_job_with_prepared_files_resumes_into_the_queue(world: World) -> 
     assert commands.resume(world.db, **verb).state == JobState.QUEUED
 
     assert world.transitions(job.id)[-2:] == [("paused", "validating_files"), ("validating_files", "queued")]
+
+
+def test_remedy_for_resuming_a_held_job_is_to_release_it(world: World) -> None:
+    job = world.queued()
+
+    def remedy() -> str:
+        with pytest.raises(Conflict) as refused:
+            commands.resume(world.db, **world.of(job.id))
+        return refused.value.remedy
+
+    assert remedy() == "No action is needed: the job continues without being resumed."
+    queue_position.hold(world.db, **world.of(job.id))
+    assert remedy() == f"The job is held. To let it start, release it with `lorry jobs release {job.id}`."
 
 
 def test_job_paused_before_preparation_is_prepared_after_resuming(world: World) -> None:

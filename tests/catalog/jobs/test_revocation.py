@@ -182,6 +182,7 @@ def test_cancel_requires_the_scope_to_cancel_jobs(world: World) -> None:
         revoke(world, key, by=by, cancel=True)
 
     assert (refusal.value.code, refusal.value.param) == ("missing_scope", "cancel")
+    assert refusal.value.remedy.endswith("use an API key that also has the scope jobs:write.")
     assert refusal.value.message.startswith(f"API key '{by.name}' can't cancel jobs")
     assert opens(world, secret)
 

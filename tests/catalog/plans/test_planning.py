@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from catalog.resources import gpus
 from catalog.resources.gpus import CARDS, MIB
 from catalog.resources.throughput import Speeds
 from catalog.spec import job_warnings
-from catalog.spec.job import JobSpec, ParentSpec, resolve
+from catalog.spec.job import MAX_LENGTH, JobSpec, ParentSpec, resolve
 from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted, Linear
 from tests.catalog.plan_data import REPORT
@@ -76,11 +77,82 @@ def test_remedies_suit_the_job_and_its_rows() -> None:
 
     kto: dict[str, Any] = {"method": {"type": "kto", "kto": {"hyperparameters": {"batch_size": 2}}}}
     assert remedy({"usable_rows": 1, "rows": 1}, **kto) == "Add rows."
-    assert remedy({"usable_rows": 3, "rows": 3}) == "Lower batch_size to about 1, or add rows."
+    assert remedy({"usable_rows": 3, "rows": 3}) == "Lower batch_size to 1, or add rows."
+    assert (
+        remedy({"usable_rows": 24, "rows": 24}, hyperparameters={"batch_size": 32})
+        == "Lower batch_size to about 3, or add rows."
+    )
     assert "weight" in remedy({"empty_rows": 1})
     assert "weight" not in remedy({"empty_rows": 1, "kind": "completion"})
     assert "first token" in remedy({"empty_rows": 1, "kind": "text"})
     assert "both answers" in remedy({"empty_rows": 1, "kind": "preference"})
+
+
+@pytest.mark.parametrize(
+    ("number", "duplicates", "texts", "overlap"),
+    [
+        (1, "Remove the duplicate, unless you want this row", "Use a longer text, or remove this row:", "this row"),
+        (2, "Remove the duplicates, unless you want these rows", "Use longer texts, or remove these", "these rows"),
+    ],
+)
+def test_remedies_for_rows_agree_with_their_number(number: int, duplicates: str, texts: str, overlap: str) -> None:
+    report = REPORT | {"duplicate_rows": number, "empty_rows": number, "kind": "text"}
+
+    empty, equal = job_warnings.of_data(spec(), report, role="training")
+    both = job_warnings.of_overlap(number, of_rows=10)
+
+    assert equal.remedy.startswith(duplicates)
+    assert empty.remedy.startswith(texts)
+    assert both is not None
+    assert both.remedy == f"Remove {overlap} from one of the two files."
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "longer", "later"),
+    [
+        (
+            None,
+            "Raise max_length (the longest row has 2,000 tokens), or shorten the rows.",
+            "Raise max_length (now 512",
+        ),
+        (
+            4096,
+            "Raise max_length (the longest row has 2,000 tokens), or shorten the rows.",
+            "Raise max_length (now 512",
+        ),
+        (
+            1024,
+            "Raise max_length to 1024, the maximum for this base model, and shorten longer",
+            "Raise max_length (now",
+        ),
+        (512, "max_length can't be raised, because", "max_length is already the maximum (512 tokens). Shorten the"),
+    ],
+)
+def test_remedy_for_long_rows_does_not_raise_max_length_above_its_maximum(
+    most_tokens: int | None, longer: str, later: str
+) -> None:
+    report = REPORT | {"truncated_rows": 9, "empty_rows": 9, "longest_row": 2000}
+
+    cut, empty = job_warnings.of_data(spec(max_length=512), report, role="training", most_tokens=most_tokens)
+
+    assert cut.remedy.startswith(longer)
+    assert empty.remedy.startswith(later)
+    assert ("choose a base model with a longer context" in cut.remedy) == (most_tokens == 512)
+
+
+def test_longer_context_is_not_advised_at_the_maximum_of_all_models() -> None:
+    found = spec().model_copy(update={"max_length": MAX_LENGTH})
+
+    (cut,) = job_warnings.of_data(found, REPORT | {"truncated_rows": 9, "longest_row": 200_000}, role="training")
+
+    assert cut.remedy.endswith("Shorten the rows (the longest has 200,000 tokens).")
+
+
+def test_few_validation_tokens_are_not_said_to_be_trained_on() -> None:
+    (caution,) = job_warnings.of_data(spec(), REPORT | {"supervised_tokens": 1}, role="validation")
+
+    assert "in the validation file (0.0%) counts towards the loss, so" in caution.message
+    assert "trained on" not in caution.sentence()
 
 
 def test_rank_of_a_parent_adapter_is_lowered_without_the_parent() -> None:
@@ -93,15 +165,23 @@ def test_rank_of_a_parent_adapter_is_lowered_without_the_parent() -> None:
     assert caution.remedy == "To use a lower rank, train without parent adapter 'ft:one'."
 
 
-def test_warning_about_the_rank_counts_the_other_layers() -> None:
-    narrow = Adapted(linear=Linear(path="a.b", out_features=8, in_features=64), rank=16)
+def test_warning_about_the_rank_covers_all_layers() -> None:
+    key, value = (Adapted(linear=Linear(path=f"a.{name}", out_features=8, in_features=64), rank=16) for name in "kv")
+    narrower = replace(value, linear=replace(value.linear, out_features=4))
+    of_pattern = replace(value, rank=32)
     counts = {"num_parameters": 10_000, "supervised_tokens": 1000}
 
-    (two,) = job_warnings.of_rank(spec(), [narrow, narrow], **counts)
-    (three,) = job_warnings.of_rank(spec(), [narrow] * 3, **counts)
+    def warned(*layers: Adapted) -> Caution:
+        (caution,) = job_warnings.of_rank(spec(), list(layers), **counts)
+        return caution
 
-    assert two.message.endswith("This is also the case for 1 other layer.")
-    assert three.message.endswith("This is also the case for 2 other layers.")
+    assert warned(key).remedy == "Lower the rank of a.k to 8 or less, in lora.rank or lora.rank_pattern."
+    assert warned(key, key).message.endswith("This also applies to 1 other layer (k).")
+    assert warned(key, narrower, key).message.endswith("This also applies to 2 other layers (k, v).")
+    assert warned(key, narrower).remedy == (
+        "Lower lora.rank to 4 or less, or set lower ranks for k and v in lora.rank_pattern."
+    )
+    assert warned(key, of_pattern).remedy == "Set the ranks of k and v to 8 or less in lora.rank_pattern."
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,13 @@ def test_remedy_names_a_fitting_method_and_a_fitting_file(world: World, name: st
     assert caught.value.remedy.startswith(remedy)
 
 
+def test_remedy_for_a_validation_file_keeps_the_method_of_the_training_file(world: World) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        world.submit(validation_file=world.file(kind="preference"))
+
+    assert caught.value.remedy == "Set validation_file to a file of chats, prompts with completions, or plain text."
+
+
 def test_kto_batch_of_one_is_rejected() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         request(method=method("kto", batch_size=1))

@@ -79,6 +79,18 @@ def test_names_layers_and_patterns_select_as_in_peft() -> None:
             "to 32 or less",
         ),
         ({"init_lora_weights": "pissa", "rank": 33}, "rank_too_high", "rank", "omit lora.init_lora_weights"),
+        (
+            {"init_lora_weights": "pissa", "rank": 65},
+            "rank_too_high",
+            "rank",
+            "Lower lora.rank to 32 or less, set lower ranks for project_in, q_proj and up_proj in lora.rank_pattern,",
+        ),
+        (
+            {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 65}},
+            "rank_too_high",
+            "rank_pattern",
+            "Set the ranks of q_proj to 64 or less in lora.rank_pattern, or omit",
+        ),
         ({"rank_pattern": {r"((\w|\w\w|\.)+)+[XY]": 8}}, "pattern_too_slow", "rank_pattern", "nested"),
     ],
 )
@@ -90,6 +102,16 @@ def test_impossible_selection_is_rejected_with_a_remedy(
 
     assert (refusal.value.code, refusal.value.param) == (code, f"lora.{param}")
     assert remedy in refusal.value.remedy
+
+
+def test_all_layers_and_keys_at_fault_are_named() -> None:
+    with pytest.raises(InvalidRequest) as too_high:
+        ranks(init_lora_weights="pissa", rank=65)
+    with pytest.raises(InvalidRequest) as unknown:
+        ranks(rank_pattern={"q_proj": 8, "one": 8, "two": 8})
+
+    assert too_high.value.message.endswith(" This also applies to 4 other layers (project_in, q_proj, up_proj).")
+    assert unknown.value.message == "The keys 'one' and 'two' in lora.rank_pattern do not match any targeted layer."
 
 
 def test_agreeing_keys_on_one_layer_are_accepted() -> None:
@@ -111,6 +133,14 @@ def test_old_base_without_layer_paths_supports_names_only() -> None:
         linears.adapted(OLD, spec(target_modules="re:.*"), base_name="old", matcher=linears.Matcher())
     assert refusal.value.param == "lora.target_modules"
     assert refusal.value.remedy.startswith("Set lora.target_modules to layer names, or ")
+    both = spec(target_modules="re:.*", rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 8})
+    with pytest.raises(
+        InvalidRequest, match=r"target_modules, lora\.rank_pattern and lora\.alpha_pattern can't"
+    ) as refusal:
+        linears.adapted(OLD, both, base_name="old", matcher=linears.Matcher())
+    assert refusal.value.remedy.startswith(
+        "Set lora.target_modules to layer names and omit lora.rank_pattern and lora.alpha_pattern, or ask"
+    )
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,23 @@ def test_unknown_trial_is_named_with_the_existing_numbers(world: World) -> None:
 
 
 @ON_ONE_DATABASE
+def test_trial_that_a_sweep_has_yet_to_create_is_awaited(world: World) -> None:
+    ranks = {"lora.rank": {"min": 1, "max": 64}}
+    sweep_id = make(world, search={"type": "random", "trials": 30, "seed": 0}, parameters=ranks)
+
+    def refusal(number: int) -> NotFound:
+        with pytest.raises(NotFound) as refused:
+            commands.stop_trial(world.db, **of(world, sweep_id), number=number)
+        return refused.value
+
+    assert refusal(29).message == f"Trial 29 of sweep {sweep_id} has not been created yet."
+    assert refusal(29).remedy == f"Send the request again once GET /v1/sweeps/{sweep_id}/trials lists the trial."
+    assert refusal(30).message == f"Sweep {sweep_id} has no trial 30."
+    commands.close(world.db, **of(world, sweep_id))
+    assert refusal(29).message == f"Sweep {sweep_id} has no trial 29."
+
+
+@ON_ONE_DATABASE
 def test_missing_best_adapter_of_a_sweep_is_explained(world: World) -> None:
     def remedy(name: str) -> str:
         with pytest.raises(NotFound) as refused:

@@ -79,6 +79,7 @@ def test_sweep_of_an_archived_project_is_closed(world: World) -> None:
 
     sweep = found(world, sweep_id)
     assert (sweep.num_created, error_code(sweep)) == (creation.AT_ONCE, "project_archived")
+    assert "ask an operator to run `lorry projects restore ours`" in (sweep.error or {})["message"]
 
 
 @pytest.mark.parametrize("num_rotations", [1, 2])
