@@ -35,8 +35,8 @@ app = group(
     "Exit codes: 0 success; 1 the service or a check failed; 2 wrong usage; 3 a signature was not checked; "
     "130 interrupted.",
     "lorry up",
-    "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct",
-    "lorry jobs submit smollm2-135m chats.jsonl --suffix support --watch",
+    "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct",
+    "lorry jobs submit smollm2 chats.jsonl --suffix support --watch",
     "lorry adapters pull support",
 )
 app.verb("up", *up.EXAMPLES)(up.up)

@@ -7,6 +7,7 @@ starting and stopping. Neither knows what the processes do.
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -183,7 +184,8 @@ class ServiceSupervisor:
         """Stop workers first, so that they can still record their progress."""
         workers = self._workers.running()
         if workers:
-            self._report("Stopping: jobs are saving checkpoints. Press Ctrl-C again to stop immediately.")
+            hint = " Press Ctrl-C again to stop immediately." if sys.stdin.isatty() else ""
+            self._report(f"Stopping: jobs are saving checkpoints.{hint}")
         self._end(workers, self._patience.drain_seconds)
         self._end([self._api], self._patience.api_stop_seconds)
 

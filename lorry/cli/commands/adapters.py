@@ -96,7 +96,7 @@ def show(adapter: Name, as_json: AsJson = False) -> None:
 @app.verb(
     "pull",
     "lorry adapters pull support",
-    "lorry adapters pull ft:smollm2-135m:default:support:1a2b3c4d ./support",
+    "lorry adapters pull ft:smollm2:default:support:1a2b3c4d ./support",
     "lorry adapters pull sweep-3f2b ./best",
 )
 def pull(
@@ -185,9 +185,7 @@ def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
         _report_verdict(adapter, result)
 
 
-@app.verb(
-    "delete", "lorry adapters delete support", "lorry adapters delete ft:smollm2-135m:default:support:1a2b3c4d --yes"
-)
+@app.verb("delete", "lorry adapters delete support", "lorry adapters delete ft:smollm2:default:support:1a2b3c4d --yes")
 def delete(adapter: Name, yes: Yes = False, as_json: AsJson = False) -> None:
     """Delete an adapter. This can't be undone.
 

@@ -146,8 +146,8 @@ def download(
 
 @app.verb(
     "report",
-    "lorry files report file-3f2b --model smollm2-135m",
-    "lorry files report file-3f2b --model smollm2-135m --json",
+    "lorry files report file-3f2b --model smollm2",
+    "lorry files report file-3f2b --model smollm2 --json",
 )
 def report(
     file_id: FileId,

@@ -56,9 +56,9 @@ class Curve(StrEnum):
 
 app.verb(
     "submit",
-    "lorry jobs submit smollm2-135m chats.jsonl --suffix support",
-    "lorry jobs submit smollm2-135m chats.jsonl --valid valid.jsonl --rank 32 --epochs 3 --watch",
-    "lorry jobs submit -m smollm2-135m -F file-3f2b --method dpo --beta 0.2",
+    "lorry jobs submit smollm2 chats.jsonl --suffix support",
+    "lorry jobs submit smollm2 chats.jsonl --valid valid.jsonl --rank 32 --epochs 3 --watch",
+    "lorry jobs submit -m smollm2 -F file-3f2b --method dpo --beta 0.2",
 )(submit)
 
 

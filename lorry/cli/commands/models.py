@@ -31,8 +31,8 @@ class Kind(StrEnum):
 
 @app.verb(
     "add",
-    "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct",
-    "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct --revision main --no-wait",
+    "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct",
+    "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct --revision main --no-wait",
     "lorry models add tiny ./models/tiny.gguf",
 )
 def add(
@@ -53,8 +53,8 @@ def add(
     lorry = client()
     model = lorry.models.add(name, source, kind=None if kind is None else kind.value, revision=revision)
     if wait:
-        with output.messages().status(f"Importing {output.clean(name)}"):
-            model = lorry.models.wait(name)
+        with output.waiting(f"Importing {name}") as report:
+            model = lorry.models.wait(name, on_progress=report)
     if as_json:
         output.print_json(model.raw)
     elif quiet:
@@ -91,7 +91,7 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
         output.echo("Show the whole error and its fix with: lorry models show NAME")
 
 
-@app.verb("show", "lorry models show smollm2-135m", "lorry models show smollm2-135m --json")
+@app.verb("show", "lorry models show smollm2", "lorry models show smollm2 --json")
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show a model's details, and why its import failed."""
     model = client().models.get(name)
@@ -101,7 +101,7 @@ def show(name: Name, as_json: AsJson = False) -> None:
         output.pairs(_facts(model))
 
 
-@app.verb("delete", "lorry models delete smollm2-135m", "lorry models delete smollm2-135m --yes")
+@app.verb("delete", "lorry models delete smollm2", "lorry models delete smollm2 --yes")
 def delete(name: Name, yes: Yes = False, as_json: AsJson = False) -> None:
     """Delete a base model or an adapter. This can't be undone.
 

@@ -24,9 +24,9 @@ NOT_OF_A_PLAN = ("plan", "watch")
 app = group("Dry run jobs: check data and estimate memory, time and cost.")
 PlanId = Annotated[str, typer.Argument(metavar="PLAN", help="ID of the plan, or a unique prefix of it.")]
 EXAMPLES = (
-    "lorry plans create smollm2-135m chats.jsonl --rank 32",
-    "lorry plans create smollm2-135m chats.jsonl --valid valid.jsonl --epochs 3 -o json",
-    "lorry plans create -m smollm2-135m -F file-3f2b -q",
+    "lorry plans create smollm2 chats.jsonl --rank 32",
+    "lorry plans create smollm2 chats.jsonl --valid valid.jsonl --epochs 3 -o json",
+    "lorry plans create -m smollm2 -F file-3f2b -q",
 )
 
 

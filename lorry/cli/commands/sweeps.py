@@ -96,8 +96,8 @@ NUMBERS = {"epochs": "n_epochs", "batch_size": "batch_size"}
 
 @app.verb(
     "run",
-    "lorry sweeps run smollm2-135m chats.jsonl --valid valid.jsonl --over lora.rank=4,8,16",
-    "lorry sweeps run smollm2-135m chats.jsonl --valid valid.jsonl "
+    "lorry sweeps run smollm2 chats.jsonl --valid valid.jsonl --over lora.rank=4,8,16",
+    "lorry sweeps run smollm2 chats.jsonl --valid valid.jsonl "
     "--over optimizer.learning_rate=1e-5..1e-3:log --asha --trials 20 --watch",
 )
 def run(

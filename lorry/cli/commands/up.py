@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = ("lorry up", "lorry up --devices 0,1", "lorry up --detach --data-dir /srv/lorry")
-FIRST_MODEL = "lorry models add smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct"
+FIRST_MODEL = "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def up(

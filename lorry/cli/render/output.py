@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _WIDTH_OF_A_PIPE = 10_000
+WAITING_SECONDS = 30.0
+"""Interval of the lines about a wait without a terminal."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only IDs, one per line.")]
@@ -43,6 +47,30 @@ def messages() -> Console:
     from rich.console import Console
 
     return Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def waiting(what: str) -> Generator[Callable[[object], None]]:
+    """Show that something takes time: a spinner on a terminal, else a line with the elapsed time twice a minute.
+
+    Yields a function to call at each poll.
+    """
+    console, started = messages(), time.monotonic()
+    if console.is_terminal:
+        with console.status(clean(what)):
+            yield lambda _: None
+        return
+    echo(f"{what}…")
+    num_lines = 0
+
+    def report(_: object) -> None:
+        nonlocal num_lines
+        elapsed = time.monotonic() - started
+        if elapsed >= (num_lines + 1) * WAITING_SECONDS:
+            num_lines += 1
+            echo(f"{what}… {elapsed:.0f} s")
+
+    yield report
 
 
 def echo(message: str) -> None:

@@ -301,6 +301,18 @@ def test_models_add_waits_until_the_model_is_ready(service: Script, run: Run) ->
     assert "Importing model m" in run("models", "add", "m", "org/name", "--no-wait").stderr
 
 
+def test_wait_without_a_terminal_prints_the_elapsed_time(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorry.cli.render.output.WAITING_SECONDS", 0.0)
+    service.on("POST", "/v1/models", {"id": "m", "state": "importing"})
+    service.on("GET", "/v1/models/m", {"id": "m", "state": "ready", "digest": "d1"})
+
+    lines = run("models", "add", "m", "org/name").stderr.splitlines()
+
+    assert lines[:2] == ["Importing m…", "Importing m… 0 s"]
+
+
 def test_queue_report_and_show_print_the_response(service: Script, run: Run) -> None:
     service.on("GET", "/v1/queue", {"jobs": [{"job_id": "ftjob-1", "state": "queued", "position": 1}], "workers": 0})
     service.on("GET", "/v1/files/f/report", {"report": {"rows": 3000, "longest_row": 9}})

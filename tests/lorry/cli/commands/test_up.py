@@ -168,7 +168,7 @@ def test_detached_service_runs_until_lorry_down(data_dir: Path) -> None:
         stopped = lorry("down", "--json")
 
     assert started.returncode == 0, started.stderr
-    assert "Next: lorry models add smollm2-135m" in started.stdout
+    assert "Next: lorry models add smollm2" in started.stdout
     assert started.stdout.endswith("Stop the service with: lorry down\n")
     assert (refused.returncode, "Lorry is already running in the data folder" in refused.stderr) == (1, True)
     assert json.loads(stopped.stdout)["stopped_pid"] == status["data_dir_pid"]
@@ -184,7 +184,7 @@ def test_port_in_use_has_a_clear_error(tmp_path: Path) -> None:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 1
-    assert "is in use" in done.stderr
+    assert "is already in use" in done.stderr
     assert "Traceback" not in done.stderr
 
 
