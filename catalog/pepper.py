@@ -93,6 +93,13 @@ def _previous(settings: Settings) -> bytes | None:
 
 
 def _checked(text: str) -> bytes:
+    if not text:
+        raise InvalidRequest(
+            "LORRY_PEPPER is empty.",
+            code="weak_pepper",
+            remedy=f"Set it to the service's pepper. If the service has no pepper yet, set a new one (`{NEW}`). If the "
+            f"file {FILE_NAME!r} in LORRY_DATA_DIR is the pepper, unset LORRY_PEPPER.",
+        )
     if text != text.strip():
         place = "begins" if text != text.lstrip() else "ends"
         raise InvalidRequest(

@@ -27,6 +27,9 @@ LOGIN_REJECTED = re.compile(
     'permission denied for database|(role|database) "[^"]*" does not exist'
 )
 """Texts of PostgreSQL, whose connection errors have no SQLSTATE."""
+TOO_MANY_CONNECTIONS = re.compile(
+    "too many clients|too many connections|remaining connection slots|no more connections allowed"
+)
 EXCERPT = 20
 """Number of characters on each side of an invalid character that a message shows."""
 
@@ -81,8 +84,9 @@ def _denied(detail: str) -> Unavailable:
     return Unavailable(
         f"The database role in LORRY_DATABASE_URL lacks a required privilege: {detail}.",
         code="database_permission_denied",
-        remedy="Check that the role is correct. To grant each role its privileges, run `python -m api bootstrap` as "
-        f"the owner of the {owned}.",
+        remedy=f"Set LORRY_DATABASE_URL to use the owner of the {owned}, or the role lorry_api (API server) or "
+        "lorry_worker (worker). To grant these two roles their privileges, run `python -m api bootstrap` as the owner "
+        f"of the {owned}.",
     )
 
 
@@ -94,8 +98,9 @@ def _outage(error: DBAPIError, sqlstate: str) -> Unavailable:
         return Unavailable(
             f"SQLite can't open or write the database: {_detail(error)}.",
             code="database_unavailable",
-            remedy="Check that the database's folder exists, and that the user who runs Lorry's processes owns the "
-            "folder and its files. If the limit on open files (`ulimit -n`) is reached, raise it.",
+            remedy="Check that the database's folder exists on a writable file system, and that the user who runs "
+            "Lorry's processes owns the folder and its files. If the limit on open files (`ulimit -n`) is reached, "
+            "raise it.",
         )
     if sqlite_code == sqlite3.SQLITE_IOERR:
         return Unavailable(
@@ -117,7 +122,16 @@ def _outage(error: DBAPIError, sqlstate: str) -> Unavailable:
             remedy="Check the role, password and database name in LORRY_DATABASE_URL, and pg_hba.conf on the server. "
             "The server's log states the reason.",
         )
-    return silent()
+    return _crowded() if TOO_MANY_CONNECTIONS.search(str(error.orig)) else silent()
+
+
+def _crowded() -> Unavailable:
+    return Unavailable(
+        "PostgreSQL has reached its maximum number of connections.",
+        code="database_unavailable",
+        remedy="Try again in a few seconds. If this recurs, increase max_connections on the PostgreSQL server (or the "
+        "limit of the role, database or connection pooler), or run fewer of Lorry's processes.",
+    )
 
 
 def _unstorable(error: DBAPIError | UnicodeEncodeError | OverflowError, sqlstate: str) -> InvalidRequest:

@@ -127,5 +127,7 @@ def _not_opened(path: Path, error: OSError) -> OutOfSpace | Unavailable:
         if error.errno in (errno.EMFILE, errno.ENFILE)
         else "Restore the folder, or correct LORRY_DATABASE_URL or LORRY_DATA_DIR. Then restart Lorry's processes."
         if error.errno == errno.ENOENT
+        else "Mount the folder's file system as writable. Then restart Lorry's processes."
+        if error.errno == errno.EROFS
         else "Check the folder's permissions, and run all of Lorry's processes as the user who owns the database.",
     )

@@ -107,7 +107,7 @@ def _of_another_revision(session: Session, database_revision: str | None) -> Unf
     if revisions.is_older(database_revision):
         message = f"{requirement} {_older(database_revision)}."
         return UnfitWorker(message, code="database_too_old", remedy=MIGRATE)
-    message = f"{requirement} is at newer revision {database_revision}."
+    message = f"{requirement} is at revision {database_revision}, which is newer."
     announced = session.get(Service, 1)  # newer tables keep what this version reads
     version = (
         f"Lorry {announced.version}" if announced and announced.version != own else "the service's version of Lorry"
@@ -117,7 +117,7 @@ def _of_another_revision(session: Session, database_revision: str | None) -> Unf
 
 
 def _older(database_revision: str | None) -> str:
-    return "has no revision" if database_revision is None else f"is at older revision {database_revision}"
+    return "has no revision" if database_revision is None else f"is at revision {database_revision}, which is older"
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:

@@ -26,14 +26,27 @@ MAX_FAILED = 3
 """A member is cordoned after this many rounds that it failed to join through its own fault, with no started round in
 between."""
 OF_FAILED = f"It failed to join its gang's trainer {MAX_FAILED} times in a row."
-SINGLE = "No action is needed: the gang will retry with the available workers."
+RETRIED = (
+    "The gang retries automatically. If this recurs, check that its workers are running and not cordoned "
+    "(`lorry workers list`), and read their logs."
+)
+LATE = (
+    "The gang retries automatically. If this recurs, read the logs of its workers. If they are still importing the "
+    "base model, increase LORRY_GANG_JOIN_SECONDS."
+)
+TOO_FEW = (
+    "Start or uncordon more workers of this gang, with the same versions and kind of device as its leader. The gang "
+    "then retries automatically."
+)
+WITH_OTHERS = "No action is needed: the gang will retry with the available workers."
 
 
 class NotGathered(Conflict):
     """A round lacks one of its members, or has ended."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="gang_incomplete", remedy=SINGLE)
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        """remedy: None: RETRIED."""
+        super().__init__(message, code="gang_incomplete", remedy=RETRIED if remedy is None else remedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +221,8 @@ def join(place: GangMember, round_id: str) -> None:
         now = read_clock(session)
         if row.expires_at is not None and now >= row.expires_at:
             late = now - row.expires_at
-            raise NotGathered(f"Gang {row.name}: worker {place.worker_id} joined {late:.1f} s after the time limit.")
+            message = f"Gang {row.name}: worker {place.worker_id} joined {late:.1f} s after the time limit."
+            raise NotGathered(message, remedy=LATE)
         seat.joined_at = now
 
 
@@ -222,8 +236,9 @@ def start(place: GangMember, round_id: str, *, port: int) -> None:
         row = _led(session, place)
         if row.round_id != round_id:
             raise _is_over(place.gang, round_id)
-        if (hindrance := hindrance_of(_progress(session, place, row))) is not None:
-            raise NotGathered(f"Gang {row.name}: {hindrance}")
+        found = _progress(session, place, row)
+        if (hindrance := hindrance_of(found)) is not None:
+            raise hindered(row.name, hindrance, found)
         row.port, row.expires_at = port, None
         session.execute(update(GangSeat).where(GangSeat.round_id == round_id).values(num_missed=0, num_failed=0))
 
@@ -253,6 +268,12 @@ def hindrance_of(found: RoundState) -> str | None:
     if found.leaving:
         return f"{_named(found.leaving)} {'is' if len(found.leaving) == 1 else 'are'} draining."
     return None
+
+
+def hindered(gang: str, hindrance: str, found: RoundState) -> NotGathered:
+    """Return the error of a round that can't start for the reason `hindrance_of`."""
+    is_slow = not found.ended and not found.lost and found.is_late
+    return NotGathered(f"Gang {gang}: {hindrance}", remedy=LATE if is_slow else RETRIED)
 
 
 def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
@@ -392,12 +413,12 @@ def _named(worker_ids: Sequence[str]) -> str:
 
 
 def _is_over(gang: str, round_id: str) -> NotGathered:
-    return NotGathered(f"Gang {gang}: training round {round_id} has already ended.")
+    return NotGathered(f"Gang {gang}: training round {round_id} has already ended.", remedy=WITH_OTHERS)
 
 
 def _is_led_by_another(row: Gang) -> NotGathered:
     leader = "has no leader now" if row.leader_id is None else f"is now led by worker {row.leader_id}"
-    return NotGathered(f"Gang {row.name} {leader}.")
+    return NotGathered(f"Gang {row.name} {leader}.", remedy=WITH_OTHERS)
 
 
 class LivenessTracker:

@@ -67,7 +67,9 @@ class WebhookTarget:
         return shown if self.port == PORTS[self.scheme] else f"{shown}:{self.port}"
 
 
-OPENED = "Use a public address, or ask the operator to add its network to LORRY_WEBHOOK_ALLOWED_NETWORKS."
+OPENED = (
+    "Use a public address, or ask the operator to add the network of this address to LORRY_WEBHOOK_ALLOWED_NETWORKS."
+)
 
 
 def target_of(url: str, rules: Rules) -> WebhookTarget:

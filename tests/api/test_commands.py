@@ -150,7 +150,7 @@ def test_commands_on_older_tables_fail_with_the_remedy(
     failed = run(tmp_path, *arguments, check=False, scripts=next_migration)
 
     assert failed.returncode == 1
-    assert f"is at older revision {OLDER}." in failed.stderr
+    assert f"is at revision {OLDER}, which is older." in failed.stderr
     assert remedy in failed.stderr
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
@@ -221,7 +221,7 @@ def test_server_prints_its_address_and_stops_cleanly_with_open_streams(tmp_path:
 @pytest.mark.parametrize(
     ("pepper", "problem"),
     [
-        ("", "has 0 bytes"),
+        ("", "is empty"),
         ("x", "has 1 byte, but"),
         ("x" * 31, "has 31 bytes"),
         (f"{'x' * 40}\n", "ends with whitespace"),

@@ -127,8 +127,10 @@ class NodeGang(WorkerGang):
         with _waiting_after_failure(membership):
             called = membership.to_call()
             if len(called) < membership.fewest:
-                gang, fewest, are = membership.member.gang, membership.fewest, "is" if len(called) == 1 else "are"
-                raise NotGathered(f"Gang {gang} needs {fewest} workers, but only {len(called)} {are} available.")
+                gang, fewest = membership.member.gang, membership.fewest
+                present = ("none is", "only 1 is")[len(called)] if len(called) < 2 else f"only {len(called)} are"
+                message = f"Gang {gang} needs {fewest} workers, but {present} available."
+                raise NotGathered(message, remedy=gangs.TOO_FEW)
             if len(called) < 2:
                 return
             task: Json = {
@@ -192,7 +194,7 @@ class NodeGang(WorkerGang):
             if problem is not None and (found.is_late or found.ended or found.lost or found.is_anyone_leaving):
                 if found.is_late:
                     gangs.missed(membership.member, led.round_id, found.not_joined)
-                raise NotGathered(f"Gang {membership.member.gang}: {problem}")
+                raise gangs.hindered(membership.member.gang, problem, found)
             if problem is not None or port is None:
                 return False
             gangs.start(membership.member, led.round_id, port=port)

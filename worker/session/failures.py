@@ -109,7 +109,7 @@ def launch_failure(error: LorryError | OSError | Abandoned) -> End:
     if isinstance(error, OSError):
         return End(reason=EndReason.NODE_FAILED, detail=f"The worker could not start a trainer: {error}.")
     if isinstance(error, NotGathered):
-        return End(reason=EndReason.GANG_INCOMPLETE, detail=error.message)
+        return End(reason=EndReason.GANG_INCOMPLETE, detail=error.sentence())
     if isinstance(error, Unavailable):
         return End(reason=EndReason.INFRA_LOST, detail=error.sentence())
     is_of_base = isinstance(error, ImportRefused | NotFound)

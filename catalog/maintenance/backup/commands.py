@@ -59,11 +59,12 @@ def create(
     """
     with place.lease() as lease:
         made = _copy(db, store, place, work_dir=work_dir)
-        lease.check("This backup is incomplete, and it deleted nothing.")
+        lease.check("This backup is incomplete, and it deleted nothing.", then="create a new backup")
         place.finish(made.record)
         if keep is None:
             return made
-        lease.check(f"Backup {made.record.name} is complete, but no old backups were deleted.")
+        outcome = f"Backup {made.record.name} is complete, but no old backups were deleted."
+        lease.check(outcome, then="create a backup with --keep, which deletes the old ones")
         return replace(made, forgotten=place.forget_all_but(keep))
 
 

@@ -60,7 +60,7 @@ def damage(db: Database) -> list[str]:
         if not means_damage(error):
             raise
         found = [str(error.orig)]
-    return [f"The database is damaged: {problem}." for problem in found]
+    return [f"The database is damaged: {_one_line(problem)}." for problem in found]
 
 
 def orphans(db: Database) -> list[str]:
@@ -79,8 +79,9 @@ def differences(db: Database, *, recorded_revision: str, recorded_counts: Mappin
         problems.append(f"The tables have revision {found_revision}, but the backup recorded {recorded_revision}.")
     for name in sorted({*found, *recorded_counts} if recorded_counts is not None else ()):
         expected = (recorded_counts or {}).get(name, 0)
-        if found.get(name, 0) != expected:
-            problems.append(f"Table {name} has {found.get(name, 0)} rows, but the backup recorded {expected}.")
+        if (count := found.get(name, 0)) != expected:
+            rows = "1 row" if count == 1 else f"{count:,} rows"
+            problems.append(f"Table {name} has {rows}, but the backup recorded {expected:,}.")
     return problems
 
 
@@ -95,7 +96,7 @@ def means_damage(error: DatabaseError) -> bool:
 def refusal(problem: str, url: URL) -> Conflict:
     """Return the error of a command that can't work with a damaged database."""
     name, location = url.database, url.render_as_string()
-    reason = " ".join(problem.split()).rstrip(".")
+    reason = _one_line(problem)
     wrong = f" If {name} is the wrong file, correct LORRY_DATABASE_URL instead." if NO_DATABASE in problem else ""
     return Conflict(
         f"The database {location} is damaged: {reason}.",
@@ -104,6 +105,11 @@ def refusal(problem: str, url: URL) -> Conflict:
         if url.get_backend_name() == "sqlite"
         else f"Stop the service, drop the database {name}, and create it again without tables. {RESTORE}",
     )
+
+
+def _one_line(problem: str) -> str:
+    """Return a database's text on one line, without the period at its end."""
+    return " ".join(problem.split()).rstrip(".")
 
 
 def _table_names(connection: Connection) -> list[str]:
@@ -151,5 +157,5 @@ def _postgresql_orphans(connection: Connection) -> dict[tuple[str, str], int]:
 
 
 def _orphan_sentence(child: str, parent: str, number: int) -> str:
-    rows = "1 row that refers" if number == 1 else f"{number} rows that refer"
+    rows = "1 row that refers" if number == 1 else f"{number:,} rows that refer"
     return f"Table {child} has {rows} to a missing row of {parent}."

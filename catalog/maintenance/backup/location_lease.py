@@ -57,15 +57,18 @@ class LocationLease:
             if self._is_own():
                 self.objects.delete(KEY)
 
-    def check(self, outcome: str) -> None:
-        """Raise Conflict if another backup has taken over. outcome: a sentence about what this backup has done."""
+    def check(self, outcome: str, *, then: str) -> None:
+        """Raise Conflict if another backup has taken over.
+
+        outcome: a sentence about what this backup has done. then: what the user does after the other backup.
+        """
         if not self._is_own():
             holder = self._holder()
             raise Conflict(
                 f"Another backup{holder} took over {self._location}, because this backup did not renew its "
                 f"lease for {LEASE_SECONDS:.0f} s. {outcome}",
                 code="backup_lease_lost",
-                remedy="Wait until the other backup has finished, then create a new backup.",
+                remedy=f"Wait until the other backup has finished, then {then}.",
             )
 
     def _refuse_if_held(self) -> None:

@@ -51,16 +51,17 @@ def reported(error: BaseException) -> LorryError:
     [
         (sqlite("database is locked", sqlite3.SQLITE_BUSY), "database is busy", "long write transaction"),
         (postgresql(OperationalError, "deadlock detected", "40P01"), "database is busy", "Nothing was changed"),
-        (sqlite("unable to open database file", sqlite3.SQLITE_CANTOPEN), "unable to open database file.", "folder"),
+        (sqlite("unable to open database file", sqlite3.SQLITE_CANTOPEN), "unable to open database file.", "writable"),
         (sqlite("disk I/O error", sqlite3.SQLITE_IOERR | 1 << 8), "disk I/O error.", "Check the disk"),
         (postgresql(DBAPIError, "read-only transaction", "25006"), "is read-only", "primary server"),
         (postgresql(OperationalError, 'FATAL:  role "x" does not exist', None), "rejected the login", "pg_hba.conf"),
+        (postgresql(OperationalError, "FATAL:  sorry, too many clients already", None), "maximum", "max_connections"),
         (postgresql(OperationalError, "Connection refused", None), "not responding", "LORRY_DATABASE_URL is correct"),
         (PoolTimeout("QueuePool limit"), "connections are in use", "Try again"),
         (
             postgresql(ProgrammingError, "permission denied for table jobs", "42501"),
             "lacks a required privilege: permission denied for table jobs.",
-            "as the owner of the tables",
+            "use the owner of the tables, or the role lorry_api (API server) or lorry_worker (worker).",
         ),
         (
             postgresql(ProgrammingError, "permission denied for schema public", "42501"),
@@ -105,6 +106,7 @@ def test_unstorable_value_is_named(error: BaseException, message: str) -> None:
     ("number", "remedy"),
     [
         (errno.EACCES, "permissions"),
+        (errno.EROFS, "as writable"),
         (errno.EMFILE, "ulimit -n"),
         (errno.ENOENT, "Restore the folder"),
         (errno.EDQUOT, "Free up space"),

@@ -139,7 +139,10 @@ def test_service_accepts_newer_tables_and_rejects_older_ones(restored: World, ne
 
     at_revision(world, OLDER)
 
-    with pytest.raises(Conflict, match=f"is at older revision {OLDER}") as refused, world.db.read() as session:
+    with (
+        pytest.raises(Conflict, match=f"is at revision {OLDER}, which is older") as refused,
+        world.db.read() as session,
+    ):
         compatibility.check_tables(session)
     assert refused.value.code == "database_too_old"
     assert "python -m api bootstrap" in refused.value.remedy

@@ -142,8 +142,11 @@ def test_round_does_not_start_if_a_member_is_lost_after_joining(gang: Gang, cloc
     if why == "over":
         gangs.end_round(gang.place("w1"), led.round_id)
 
-    refused = refuses(lambda: gang.start("w1", led))
+    with pytest.raises(NotGathered) as caught:
+        gang.start("w1", led)
 
+    refused, remedies = caught.value.message, {"late": gangs.LATE, "over": gangs.WITH_OTHERS}
+    assert caught.value.remedy == remedies.get(why, gangs.RETRIED)
     assert (led.round_id if why == "over" else "trainer" if why == "late" else "w2") in refused
     assert not gang.has_started()
 

@@ -71,6 +71,7 @@ def test_invalid_webhook_url_is_rejected_with_the_reason(url: str, what: str) ->
         target_of(url, Rules())
 
     assert refused.value.remedy
+    assert ("the network of this address" in refused.value.remedy) == ("not a public" in what)
     assert refused.value.param == "url"
     assert "word" not in refused.value.sentence().replace("password", "")
 

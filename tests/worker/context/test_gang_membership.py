@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from catalog.errors import Unavailable
-from catalog.fleet import gangs, workers
+from catalog.fleet import cordons, gangs, workers
 from catalog.fleet.gangs import GangMember, LiveMember, NotGathered, Round
 from catalog.history import queries
 from catalog.states import EndReason, JobState
@@ -244,7 +244,9 @@ def test_a_member_that_is_lost_before_it_joins_releases_the_job(gang: GangSite) 
 
     job_id = leads(gang, script)
 
-    assert reasons(gang.site, job_id) == [EndReason.GANG_INCOMPLETE]
+    (attempt,) = queries.attempts(gang.site.db, **gang.site.world.of(job_id))
+    assert attempt.reason == EndReason.GANG_INCOMPLETE
+    assert str(attempt.detail).endswith(f"stopped sending heartbeats. {gangs.RETRIED}")
 
 
 def meets(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Generator[None, None, Round]:
@@ -277,10 +279,21 @@ def test_an_incomplete_gang_does_not_train_a_job_claimed_before(gang: GangSite) 
     context = gang.seated("w1")
     membership_of(context).poll()
 
-    with ExitStack() as stack, pytest.raises(NotGathered, match="needs 2 workers, but only 1 is available"):
+    with ExitStack() as stack, pytest.raises(NotGathered, match="needs 2 workers, but only 1 is available") as refused:
         gang_of(context).gather(stack, job, {})
 
+    assert refused.value.remedy == gangs.TOO_FEW
     assert gangs.standing(gang.place("w1")).call is None
+
+
+def test_a_cordoned_leader_is_not_counted_as_available(gang: GangSite) -> None:
+    job = gang.site.queued()
+    context = gang.seated("w1")
+    cordons.cordon(gang.site.db, "w1")
+    membership_of(context).poll()
+
+    with ExitStack() as stack, pytest.raises(NotGathered, match="needs 2 workers, but none is available"):
+        gang_of(context).gather(stack, job, {})
 
 
 def test_a_claim_that_expires_before_the_trainer_starts_is_reported_with_the_worker(gang: GangSite) -> None:

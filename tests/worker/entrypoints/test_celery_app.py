@@ -277,7 +277,7 @@ def test_an_incompatible_celery_worker_exits_before_it_takes_a_message(tmp_path:
         worker = site.start([*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"])
 
         assert worker.wait(WAIT_SECONDS) == UNFIT, site.log()
-        assert f"is at newer revision {LATER}. Install the service's version" in site.log()
+        assert f"is at revision {LATER}, which is newer. Install the service's version" in site.log()
         assert workers.list_workers(site.db, ended_within_seconds=0) == []
 
 

@@ -268,6 +268,7 @@ def test_backup_that_lost_its_lease_neither_finishes_nor_deletes(
     assert refused.value.code == "backup_lease_lost"
     assert "Another backup (process 1 on host h) took over" in refused.value.message
     assert "incomplete" in refused.value.message
+    assert refused.value.remedy.endswith("then create a new backup.")
     assert [record.name for record in service.place.records()] == [first.name]
     assert (service.folder / "backups" / "lease.json").exists(), "the lease of the other backup must remain"
 
@@ -290,6 +291,7 @@ def test_backup_that_lost_its_lease_once_complete_keeps_the_old_ones(
     newest = service.place.records()[-1].name
     assert refused.value.message.startswith(f"Another backup took over {service.place.url}")
     assert refused.value.message.endswith(f"Backup {newest} is complete, but no old backups were deleted.")
+    assert refused.value.remedy.endswith("then create a backup with --keep, which deletes the old ones.")
     assert len(service.place.records()) == 2
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL, make_url
 
+from catalog.db.database import Database
 from catalog.errors import InvalidRequest
 from catalog.maintenance.backup import database_dump, integrity
 
@@ -62,6 +63,16 @@ def test_damaged_database_is_named_with_the_steps_for_its_kind(url: str, problem
 
     assert f"{url.replace('canary-7', '***')} is damaged: {' '.join(problem.split()).rstrip('.')}." in refused.message
     assert remedy in refused.remedy
+
+
+def test_reported_damage_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "_sqlite_damage", lambda _: ["*** in database main ***\nTree 7 page 3: bad."])
+    db = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+
+    found = integrity.damage(db)
+
+    db.close()
+    assert found == ["The database is damaged: *** in database main *** Tree 7 page 3: bad."]
 
 
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

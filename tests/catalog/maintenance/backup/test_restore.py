@@ -238,7 +238,7 @@ def test_restore_reports_differences_from_the_recorded_backup(service: Service, 
     service.backup()
     (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
     changed = json.loads(path.read_text())
-    changed["row_counts"]["projects"] += 1
+    changed["row_counts"] = {**changed["row_counts"], "projects": 12_345, "alembic_version": 0}
     path.write_text(json.dumps(changed))
 
     with pytest.raises(Conflict) as refused:
@@ -248,7 +248,8 @@ def test_restore_reports_differences_from_the_recorded_backup(service: Service, 
     name = make_url(elsewhere.resolved_database_url()).database
     assert refused.value.message.startswith(f"The restored database {name} does not match backup ")
     assert f" {name}" in refused.value.remedy
-    assert "projects has 2 rows, but the backup recorded 3." in refused.value.message
+    assert "projects has 2 rows, but the backup recorded 12,345." in refused.value.message
+    assert "alembic_version has 1 row, but the backup recorded 0." in refused.value.message
     assert "Do not start the service" in refused.value.remedy
 
 
