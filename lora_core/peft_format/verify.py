@@ -172,9 +172,7 @@ def _compare(
         num_linears=linears.num_linears if linears else 0,
         worst_linear=linears.worst_linear if linears else None,
         worst_linear_error=_finite(linears.worst_error) if linears else None,
-        explanation=_explained(linears, tolerance, factor=factor, magnified=tolerance / (factor * least), dtype=dtype)
-        if largest > 0
-        else ALL_ZERO,
+        explanation=_explained(linears, tolerance, factor=factor, dtype=dtype) if largest > 0 else ALL_ZERO,
     )
 
 
@@ -186,23 +184,21 @@ def _finite(number: float) -> float:
     return number if math.isfinite(number) else sys.float_info.max
 
 
-def _explained(
-    linears: LinearsReport | None, tolerance: float, *, factor: int, magnified: float, dtype: torch.dtype
-) -> str:
-    """Return the explanation. `magnified`: largest rounding error in half last-place units of the largest logit."""
+def _explained(linears: LinearsReport | None, tolerance: float, *, factor: int, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     logits = (
-        f"Logits may differ by {tolerance:.2g}: {factor} times the rounding error in {name}, measured on this base "
-        f"model with this adapter, which magnifies the smallest rounding error {magnified:.2g} times."
+        f"Rounding in {name} alone changes the logits of this adapter by up to {tolerance / factor:.2g}. The logits "
+        f"pass if they differ by at most {factor} times that, {tolerance:.2g}."
     )
     if not math.isfinite(tolerance):
         logits = "With this adapter, logits or their rounding errors are not finite, so they can't be compared."
     if linears is None:
         return f"{logits} The adapter was exported by a version that did not compare linears separately."
     if linears.worst_error <= 1:
-        share = f"the largest error is {linears.worst_error:.0%} of the tolerance"
+        share = f"{linears.worst_error:.0%} of what rounding explains"
         return (
-            f"All {linears.num_linears} adapted linears add the same output in PEFT as in training; {share}. {logits}"
+            f"In each of the {linears.num_linears} LoRA layers, PEFT adds the same output as training did. The largest "
+            f"difference is {share}. {logits}"
         )
     times = f"{linears.worst_error:.2g} times what" if math.isfinite(linears.worst_error) else "more than"
     return f"The output of {linears.worst_linear} in PEFT differs by {times} rounding explains. {logits}"

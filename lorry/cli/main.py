@@ -29,7 +29,7 @@ from lorry.cli.commands import (
 )
 
 app = group(
-    "Fine-tune many LoRA adapters at once on your own GPUs.\n\n"
+    "Fine-tune many LoRA adapters at once on your own machines.\n\n"
     "Commands use the service that LORRY_URL and LORRY_API_KEY name, else the one of `lorry login`, else the local "
     "one of `lorry up`.\n\n"
     "Exit codes: 0 success; 1 the service or a check failed; 2 wrong usage; 3 a signature was not checked; "

@@ -396,26 +396,25 @@ def _source_of(lorry: Lorry, base_model: str) -> str | None:
 
 
 def _print_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
-    """The base_model_name_or_path of adapter_config.json is Lorry's own name: Transformers can't load that."""
-    output.echo(f"Load it with PEFT: PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
-    held = _sharding_text(adapter)
+    """Print how to load the folder. Transformers can't load base_model_name_or_path of adapter_config.json, which is
+    Lorry's own name."""
+    where = "BASE" if source is None else source
+    output.echo("Load it with PEFT:")
+    output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {_loading_options(adapter)})")
+    output.echo(f"  model = PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
     if source is None:
-        given = f", with {held}" if held else ""
-        output.echo(f"base is {adapter.base_model}, loaded with Transformers from its folder or Hub ID{given}.")
-    else:
-        given = f", {held}" if held else ""
-        output.echo(f"base is {adapter.base_model}: AutoModelForCausalLM.from_pretrained({source}{given})")
+        output.echo(f"BASE is the folder or Hub ID of {adapter.base_model}.")
 
 
-def _sharding_text(adapter: Adapter) -> str | None:
-    """Return the arguments with which Transformers loads the base as in training; None if it was not quantized."""
+def _loading_options(adapter: Adapter) -> str:
+    """Return the arguments with which Transformers loads the base model as in training."""
     dtype = f"torch.{adapter.precision or 'bfloat16'}"
     how = {
         "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
         f"bnb_4bit_compute_dtype={dtype}",
         "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
     }.get(adapter.quantization or "none")
-    return how and f"dtype={dtype}, quantization_config=BitsAndBytesConfig({how})"
+    return f"dtype={dtype}" + (f", quantization_config=BitsAndBytesConfig({how})" if how else "")
 
 
 def folder_name(name: str) -> str:
