@@ -139,10 +139,13 @@ def _missing(scopes: tuple[Scope, ...], caller: Caller) -> Forbidden:
     scope, needed = scopes[0], " or ".join(scopes)
     if scope in OPERATORS and not caller.is_operator:
         return operator_required(caller)
-    others = "" if scope == "keys:write" else f", or anyone whose key has the scopes keys:write and {scope},"
+    is_for_operators = scope in OPERATORS
+    alone = is_for_operators or scope == "keys:write"
+    others = "" if alone else f", or anyone whose key has the scopes keys:write and {scope},"
+    option = " --operator" if is_for_operators else ""
     return Forbidden(
         f"The API key {caller.name!r} does not have the scope {needed}.",
         code="missing_scope",
         remedy=f"Use a key that has the scope {needed}. An operator{others} can create one: "
-        f"`lorry keys create NAME --scope {scope}`",
+        f"`lorry keys create NAME{option} --scope {scope}`.",
     )

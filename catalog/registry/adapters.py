@@ -219,10 +219,15 @@ def _no_best_adapter(sweep: Sweep | None, name: str, param: str) -> NotFound:
     if sweep.finished_at is None:
         message = f"Sweep {sweep.id} has not finished, so it has no best adapter yet."
         remedy = f"Wait until the sweep finishes: `lorry sweeps show {sweep.id}` shows its state."
+        is_open = sweep.requested["search"]["type"] == "ask_tell" and not sweep.is_closed
+        if is_open and sweep.num_created < sweep.num_trials:
+            remedy = (
+                f"Close the sweep to new trials: `lorry sweeps close {sweep.id}`. Then wait until its trials finish."
+            )
         return NotFound("adapter", name, message=message, remedy=remedy, param=param)
     if sweep.best_job is None:
         message = f"Sweep {sweep.id} finished without a successful trial, so it has no best adapter."
-        remedy = f"Use another adapter, or find out with `lorry sweeps show {sweep.id}` how its trials ended."
+        remedy = f"Use another adapter. To see how the trials ended, run `lorry sweeps show {sweep.id}`."
         return NotFound("adapter", name, message=message, remedy=remedy, param=param)
     message = f"The best adapter of sweep {sweep.id} was deleted."
     return NotFound("adapter", name, message=message, remedy=LIST_THEM, param=param)

@@ -386,7 +386,7 @@ def _too_many(
     free_at = quotas.enough_at(leaving, used + more - maximum, now=now)
     project, noun = quotas.project_of(session, project_id).name, "upload" if used == 1 else "uploads"
     return QuotaExceeded(
-        f"Project {project!r} has {used:,} open {noun}, but the maximum is {maximum:,}."
+        f"Project {project!r} already has {used:,} open {noun}, and the maximum is {maximum:,}."
         if name == "open_uploads"
         else f"This upload needs {quotas.counted(more, 'byte')}, but uploads of project {project!r} already use "
         f"{used:,} of the {maximum:,} bytes available to them.",

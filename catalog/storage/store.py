@@ -102,7 +102,7 @@ class ArtifactStore:
         targets. Replacing a file or a folder by a link while this runs has no effect.
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
-            raise DamagedArtifact(f"{folder.name!r} is not an existing folder.", remedy=REINSTALL)
+            raise DamagedArtifact(f"{folder.name!r} does not exist or is not a folder.", remedy=REINSTALL)
         files: list[tuple[str, Blob]] = []
         walk = os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False, onerror=_raise)
         for parent, folders, names, descriptor in walk:

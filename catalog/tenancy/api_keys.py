@@ -201,7 +201,7 @@ def _check_num_keys(session: Session, project_id: str, *, now: float, is_rotatio
     if number >= MAX_VALID_KEYS:
         name = session.get_one(Project, project_id).name
         raise Conflict(
-            f"Project {name!r} has {number} valid keys, but the maximum is {MAX_VALID_KEYS}.",
+            f"Project {name!r} already has {number} valid keys, and the maximum is {MAX_VALID_KEYS}.",
             code="too_many_keys",
             remedy="Rotate with `--overlap 0s` (an 'overlap_seconds' of 0), or first revoke an unused key: `lorry keys "
             f"list --project {name}` shows when each key was last used."

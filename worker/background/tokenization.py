@@ -18,7 +18,7 @@ from catalog.logs import Subjects
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.spec.job import JobSpec
 from catalog.storage import files, token_cache
-from catalog.storage.manifest import DamagedArtifact
+from catalog.storage.manifest import DamagedArtifact, Manifest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File, Prepared
 from catalog.tables.table import Json
@@ -223,7 +223,7 @@ def _make(
         report = _run(context, work, source, base_dir, spec, file_id=file.id, is_unwanted=is_unwanted)
         artifact = None
         if "refusal" not in report:
-            artifact = context.store.put_folder(work / "tokens", kind="tokens")
+            artifact = _stored(context, work / "tokens", file)
         details = read_json(path) if (path := work / "details.json").exists() else None
         return token_cache.put(
             context.db,
@@ -234,6 +234,17 @@ def _make(
             report=report,
             details=details,
         )
+
+
+def _stored(context: WorkerContext, folder: Path, file: File) -> Manifest:
+    try:
+        return context.store.put_folder(folder, kind="tokens")
+    except DamagedArtifact as error:
+        raise DamagedArtifact(
+            f"Worker {context.worker_id} can't store the tokens of file {file.id}: {error.message}",
+            remedy="No action is needed while the preparation is retried. If this recurs, reinstall Lorry's "
+            f"dependencies on that worker. {AGAIN}",
+        ) from error
 
 
 def _run(

@@ -67,7 +67,8 @@ def test_every_operation_requires_exactly_its_scope(app: FastAPI, services: Serv
         error = error_of(rejected)
         assert (rejected.status_code, error["code"]) == (403, "missing_scope"), (path, method)
         assert f"does not have the scope {' or '.join(needed)}." in error["message"]
-        assert f"lorry keys create NAME --scope {needed[0]}" in error["remedy"]
+        option = " --operator" if needed[0] in OPERATORS else ""
+        assert f"`lorry keys create NAME{option} --scope {needed[0]}`." in error["remedy"]
         assert opened.status_code != 403, (path, method, opened.text)
 
 

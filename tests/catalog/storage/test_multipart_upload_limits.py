@@ -37,7 +37,7 @@ def test_open_uploads_and_their_bytes_are_limited_per_project(sender: Sender) ->
             sender.settings = sender.settings.model_copy(update={"max_open_uploads": 9})
 
     assert [error.quota["name"] for error in refused] == ["open_uploads", "open_upload_bytes"]
-    assert refused[0].message == "Project 'ours' has 2 open uploads, but the maximum is 2."
+    assert refused[0].message == "Project 'ours' already has 2 open uploads, and the maximum is 2."
     assert "project 'ours' already use 400 of the 500 bytes" in refused[1].message
     assert ["deleted, within two days" in error.remedy for error in refused] == [False, True]
     assert refused[0].retry_after_seconds == pytest.approx(3600, abs=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -18,8 +19,26 @@ from worker.session import lineage, publishing
 
 
 def test_a_missing_folder_is_not_stored_as_an_empty_artifact(site: PackSite) -> None:
-    with pytest.raises(DamagedArtifact, match="missing"):
+    with pytest.raises(DamagedArtifact, match="does not exist"):
         site.store.put_folder(site.folder / "none", kind="checkpoint")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("none", "which does not exist"), ("pipe", "not a regular file")])
+def test_an_unusable_folder_of_a_trainer_is_reported_with_its_worker(site: PackSite, name: str, reason: str) -> None:
+    claim = site.claim()
+    directory = site.session(claim).directory
+    folder = directory.job_path(claim.claim_id) / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if name == "pipe":
+        folder.mkdir()
+        os.mkfifo(folder / "adapter_model.safetensors")
+    exported = {"folder": directory.named(folder), "step": 1, "kept_step": 1, "stopped_early": None}
+
+    with pytest.raises(DamagedArtifact, match=reason) as caught:
+        publishing.adapter(site.context, claim, directory, exported, trainer={})
+
+    assert f"orker {site.context.worker_id} " in caught.value.message
+    assert "reinstall Lorry's dependencies on that worker" in caught.value.remedy
 
 
 def test_a_very_large_loss_has_a_finite_perplexity(site: PackSite) -> None:
