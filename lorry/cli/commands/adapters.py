@@ -270,7 +270,7 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
         title, unit = ("answers match label", "answers") if by_label else ("preferred answer wins", "pairs")
         yield title, f"{measured.rewards['accuracy'] or 0:.1%} of the validation {unit}"
     yield "verified with PEFT", check.passed
-    yield "largest difference", check.max_abs_diff
+    yield "largest logit difference", check.max_abs_diff
     yield "allowed", check.tolerance
     yield "why", check.explanation
     yield "base digest", adapter.base_digest

@@ -111,8 +111,8 @@ def _configuration(job: Job, usable_rows: int | None) -> Iterator[tuple[str, obj
     yield "checkpoint every", job.checkpoint_every_steps and f"{job.checkpoint_every_steps} steps"
     if job.evaluation and job.validation_file:
         every = job.evaluation.get("every_steps")
-        yield "evaluation every", f"{every} steps" if every else "tenth of the job"
-        yield "keeps", job.evaluation.get("keep") and f"the {job.evaluation['keep']} weights"
+        yield "evaluation", f"every {every} steps" if every else "every tenth of the job"
+        yield "kept weights", job.evaluation.get("keep")
         samples: dict[str, Any] = job.evaluation.get("samples") or {}
         yield "sample prompts", "\n".join(samples.get("prompts", ()))
         yield "sample max tokens", samples.get("max_tokens")

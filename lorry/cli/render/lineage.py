@@ -138,7 +138,7 @@ def _results(results: Json) -> Pairs:
     yield "perplexity", _change(evaluation, "perplexity")
     yield "token accuracy", _change(evaluation, "token_accuracy")
     yield "verified with PEFT", check.get("passed")
-    yield "largest difference", check.get("max_abs_diff")
+    yield "largest logit difference", check.get("max_abs_diff")
     yield "allowed", check.get("tolerance")
     yield "why", check.get("explanation")
     yield "losses' digest", _short(results.get("loss_log"))

@@ -355,7 +355,7 @@ def test_adapters_show_prints_units_and_the_loss_of_the_base(service: Script, ru
         "size 9.78 MB",
         "validation loss 2.91 for the base, 1.87 with the adapter",
         "verified with PEFT yes",
-        "largest difference 0",
+        "largest logit difference 0",
         "allowed 0.01",
         "why Three roundings.",
     ]
