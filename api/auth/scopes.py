@@ -147,5 +147,5 @@ def _missing(scopes: tuple[Scope, ...], caller: Caller) -> Forbidden:
         f"The API key {caller.name!r} does not have the scope {needed}.",
         code="missing_scope",
         remedy=f"Use a key that has the scope {needed}. An operator{others} can create one: "
-        f"`lorry keys create NAME{option} --scope {scope}`.",
+        f"`lorry keys create NAME{option} --project {caller.project_name} --scope {scope}`.",
     )

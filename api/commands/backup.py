@@ -22,10 +22,10 @@ from catalog.storage.store import open_store
 from catalog.tables.table import Json
 
 WHERE = "Folder, or a URL such as s3://bucket/prefix."
-BY_ITS_OWN = (
-    "Run this command with the version that the service runs, and migrate after the backup: python -m api bootstrap."
-)
+SAME_VERSION = "Run this command with the Lorry version that the service runs"
+BACKUP_FIRST = f"{SAME_VERSION}. After the backup, migrate the database with this version: `python -m api bootstrap`."
 """A user who makes a backup before an upgrade must not be asked to migrate first."""
+OR_MIGRATE = f"{SAME_VERSION}, or first migrate the database with this version: `python -m api bootstrap`."
 USE_AN_EXPORT = "Use a complete, unchanged file created by `lorry audit export` or GET /v1/audit_events/export."
 NO_PEPPER = "Verifying the audit chain requires the service's pepper, which this machine does not have."
 SHOWN = 20
@@ -51,7 +51,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
-    db = open_existing(settings, if_older=BY_ITS_OWN)
+    db = open_existing(settings, if_older=BACKUP_FIRST)
     try:
         place = open_place(arguments.place, is_new=True)
         made = create(db, open_store(settings), place, work_dir=settings.work_dir(), keep=arguments.keep)
@@ -96,7 +96,7 @@ def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _verify(arguments: argparse.Namespace, settings: Settings) -> int:
-    db = open_existing(settings, if_older=BY_ITS_OWN)
+    db = open_existing(settings, if_older=OR_MIGRATE)
     try:
         peppers = pepper.known(settings)
         checked = check(db, open_store(settings), peppers=peppers)

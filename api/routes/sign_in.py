@@ -47,7 +47,8 @@ def create_sign_in_link(request: Request, use: Use, caller: Signed) -> SignInLin
 
     Not available in a browser session, which could otherwise renew itself forever. Requires any API key.
     """
-    api_keys.refuse_browsers(caller, "create sign-in links", "lorry sign-in-link")
+    reason = "such a link could start a new session that outlasts this one"
+    api_keys.refuse_browsers(caller, "create sign-in links", reason, "lorry sign-in-link")
     token = authentication.create_sign_in_link(
         use.db, api_key_id=caller.api_key_id, pepper=use.pepper, seconds=LINK_SECONDS
     )

@@ -104,9 +104,10 @@ def _outage(error: DBAPIError, sqlstate: str) -> Unavailable:
         )
     if sqlite_code == sqlite3.SQLITE_IOERR:
         return Unavailable(
-            f"The disk that holds the database has failed: {_detail(error)}.",
+            f"The system reported an I/O error for the SQLite database: {_detail(error)}.",
             code="database_unavailable",
-            remedy="Check the disk and its file system, for example with `dmesg`. Then try again.",
+            remedy="Check the disk and the file system that hold the database, for example with `dmesg`. SQLite needs "
+            "a local file system. Then try again.",
         )
     if sqlstate == READ_ONLY:
         return Unavailable(

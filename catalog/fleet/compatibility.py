@@ -129,5 +129,8 @@ def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:
     if protocol < window.oldest:
         remedy = f"Install Lorry {window.version} on this node, then restart the worker."
         return UnfitWorker(message, code="worker_too_old", remedy=remedy)
-    remedy = "Upgrade the service first: run `python -m api bootstrap` from this version, then upgrade the API servers."
+    remedy = (
+        "Upgrade the service first: run `python -m api bootstrap` from this version, then upgrade the API servers. "
+        "Then restart this worker."
+    )
     return UnfitWorker(message, code="worker_too_new", remedy=remedy)

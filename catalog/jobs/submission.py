@@ -104,7 +104,7 @@ def check_idempotency_key(key: str | None) -> None:
 def key_reused(key: str, made: str) -> Conflict:
     """Return the error. `made`: what the earlier request created, for example "job ftjob-1"."""
     return Conflict(
-        f"The Idempotency-Key {key!r} was already used for a request with a different body, which created {made}.",
+        f"The Idempotency-Key {key!r} was already used to create {made}, with a different request body.",
         code="idempotency_key_reused",
         remedy="Use a new key, or send the same body again.",
         param="Idempotency-Key",

@@ -186,7 +186,7 @@ def in_use(
         if is_one
         else f"Wait until all of them finish, or cancel them, then delete the {kind}."
         if not num_others
-        else f"Wait until all of them finish, then delete the {kind}. You can cancel those of your own project.",
+        else f"Wait until all of them finish, then delete the {kind}. You can cancel only jobs of your own project.",
         param=param,
     )
 

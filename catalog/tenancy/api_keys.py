@@ -128,7 +128,8 @@ def rotate(
     with db.write() as session:
         now = _begin(session, caller)
         old = find(session, caller, api_key_id)
-        refuse_browsers(caller, "rotate API keys", f"lorry keys rotate {old.id}")
+        reason = "the new keys would remain valid after the session ends"
+        refuse_browsers(caller, "rotate API keys", reason, f"lorry keys rotate {old.id}")
         check_may_change(session, caller, old)
         _check_rotatable(caller, old, now)
         key, secret = new_key(old.project_id, old.name, pepper)
@@ -348,11 +349,11 @@ def _said(key: ApiKey) -> str:
     return f"{key.name!r} ({key.id})"
 
 
-def refuse_browsers(caller: Caller, action: str, command: str) -> None:
+def refuse_browsers(caller: Caller, action: str, reason: str, command: str) -> None:
     """Raises Forbidden in a browser session, for actions whose result would outlive it. command: does the same."""
     if caller.is_browser:
         raise Forbidden(
-            f"A browser session can't {action}, because they would remain valid after the session ends.",
+            f"A browser session can't {action}, because {reason}.",
             code="api_key_required",
             remedy=f"Use an API key instead, for example with `{command}`.",
         )

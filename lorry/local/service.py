@@ -33,9 +33,7 @@ def check_installed() -> None:
         raise LorryError(
             f"This Python environment lacks packages that the service needs: {', '.join(missing)}.",
             code="server_not_installed",
-            remedy=_FROM_SOURCE
-            if "lorry-server" in missing
-            else f'Install them: `{sys.executable} -m pip install "lorry-server[worker]"`',
+            remedy=f"{_FROM_SOURCE}.",
         )
 
 
@@ -156,7 +154,7 @@ def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
         raise LorryError(
             f"The output of `python -m api {command}` does not contain the field '{name}'.",
             code="service_failed",
-            remedy=f"Update both packages to the same version. {_FROM_SOURCE}",
+            remedy=f"Install the same version of the packages lorry and lorry-server. {_FROM_SOURCE}.",
         )
     return value
 

@@ -254,7 +254,7 @@ def _unreachable(
             f"a writable folder and restart the worker. {then}",
         )
     return ImportRefused(
-        f"Worker {worker_id} can't read {path}, the source of base model {row.name!r}: {cause}.",
+        f"Worker {worker_id} can't read {path}, from which base model {row.name!r} is imported: {cause}.",
         code="source_unreachable",
         remedy=f"Check that {source} exists on that worker's machine, that the worker's user can read it, and that "
         f"its links point to files. {then}",

@@ -68,7 +68,7 @@ def test_every_operation_requires_exactly_its_scope(app: FastAPI, services: Serv
         assert (rejected.status_code, error["code"]) == (403, "missing_scope"), (path, method)
         assert f"does not have the scope {' or '.join(needed)}." in error["message"]
         option = " --operator" if needed[0] in OPERATORS else ""
-        assert f"`lorry keys create NAME{option} --scope {needed[0]}`." in error["remedy"]
+        assert f"`lorry keys create NAME{option} --project ours --scope {needed[0]}`." in error["remedy"]
         assert opened.status_code != 403, (path, method, opened.text)
 
 

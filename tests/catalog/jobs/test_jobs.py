@@ -46,7 +46,7 @@ def test_idempotency_key_creates_one_job(world: World) -> None:
     with pytest.raises(Conflict) as refusal:
         world.send(request(training_file=world.file_id, seed=3), idempotency_key="k")
     assert (refusal.value.code, refusal.value.param) == ("idempotency_key_reused", "Idempotency-Key")
-    assert refusal.value.message.endswith(f"which created job {first.id}.")
+    assert refusal.value.message.endswith(f"to create job {first.id}, with a different request body.")
 
 
 @pytest.mark.both_databases

@@ -151,7 +151,7 @@ def test_job_that_starts_from_a_checkpoint_keeps_it_until_it_ends(world: World) 
         (
             "ox",
             "job a and a job in another project, which have not",
-            "Wait until all of them finish, then delete the adapter. You can cancel those of your own project.",
+            "Wait until all of them finish, then delete the adapter. You can cancel only jobs of your own project.",
         ),
         (
             "oooo",
