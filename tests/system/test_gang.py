@@ -138,7 +138,7 @@ def test_a_job_of_two_nodes_waits_for_a_disconnected_one(make_nodes: Any, net: N
     try:
         site.gate("cut").touch()
         site.wait_until(lambda: site.job(job).state == JobState.QUEUED)
-        site.wait_until(lambda: "1 of the 2 workers" in nodes.why(job))
+        site.wait_until(lambda: "1 of 2 workers" in nodes.why(job))
     finally:
         cut.connect()
     site.wait_for_end(job)

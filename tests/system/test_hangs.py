@@ -69,7 +69,7 @@ def test_a_process_that_hangs_leaves_the_stacks_of_its_threads(tmp_path: Path) -
 
         (text,) = stacks_by_rank(site, job_id).values()
 
-    assert re.search(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _follow", text), text
+    assert re.search(r"Current thread .*\n.* in _fail\n.* in pass_by\n.* in _handle_event", text), text
     assert "in _watch" in text, "the thread that watches the worker is missing"
     assert SECRET not in text
 
