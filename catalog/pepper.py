@@ -105,7 +105,7 @@ def _checked(text: str) -> bytes:
         raise InvalidRequest(
             f"LORRY_PEPPER {place} with whitespace.",
             code="weak_pepper",
-            remedy="Remove the whitespace. If API keys were created with this exact value, also set "
+            remedy="Remove the whitespace. If API keys or webhook secrets were created with this exact value, also set "
             "LORRY_PREVIOUS_PEPPER to it, including the whitespace, so that they stay valid.",
         )
     if (num_bytes := len(text.encode())) < MIN_BYTES:

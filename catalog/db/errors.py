@@ -96,11 +96,11 @@ def _outage(error: DBAPIError, sqlstate: str) -> Unavailable:
         return busy()
     if sqlite_code in NOT_ACCESSIBLE:
         return Unavailable(
-            f"SQLite can't open or write the database: {_detail(error)}.",
+            f"SQLite can't open or write to the database: {_detail(error)}.",
             code="database_unavailable",
-            remedy="Check that the database's folder exists on a writable file system, and that the user who runs "
-            "Lorry's processes owns the folder and its files. If the limit on open files (`ulimit -n`) is reached, "
-            "raise it.",
+            remedy="Check that the folder of the database (in LORRY_DATABASE_URL, or in LORRY_DATA_DIR if that is not "
+            "set) exists on a writable file system, and that the user who runs Lorry's processes owns the folder and "
+            "its files. If the limit on open files (`ulimit -n`) is reached, raise it.",
         )
     if sqlite_code == sqlite3.SQLITE_IOERR:
         return Unavailable(
@@ -150,7 +150,7 @@ def _unstorable(error: DBAPIError | UnicodeEncodeError | OverflowError, sqlstate
             if number is None
             else f"The number {number} in the request is too large to store.",
             code="unstorable_value",
-            remedy="Use a smaller number. Numbers from -2,147,483,648 to 2,147,483,647 always fit.",
+            remedy="Use a number from -2,147,483,648 to 2,147,483,647, which always fits.",
         )
     if sqlstate in NUL:
         excerpt = _nul(error)

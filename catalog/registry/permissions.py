@@ -52,9 +52,10 @@ def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[
         for named, reader in zip(projects_named, readers, strict=True):
             if reader.id == shared.project_id:
                 raise InvalidRequest(
-                    f"Project {reader.name!r} owns model {shared.name!r}, so it doesn't need permission.",
+                    f"Project {reader.name!r} owns model {shared.name!r}, so it already has access.",
                     code="own_model",
-                    remedy=f"Remove {named!r} from 'project_ids'.",
+                    remedy="No action is needed for this project. To share the model with other projects, omit "
+                    f"{named!r} from 'project_ids'.",
                     param="project_ids",
                 )
         now = read_clock(session)

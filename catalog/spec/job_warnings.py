@@ -250,11 +250,12 @@ def _empty(spec: JobSpec, report: Report, *, role: str, most_tokens: int | None)
             if kind == "text" and empty == 1
             else "Use longer texts, or remove these rows: the first token of a text is not predicted."
             if kind == "text"
-            else f"{raised}: answers that start later are ignored. To include answers with weight 0, omit 'weight'."
+            else f"{raised}: answers that start beyond this length are ignored. To include answers with weight 0, omit "
+            "'weight'."
             if kind == "chat"
             else f"{raised}: both answers must start, and differ, within this length."
             if kind == "preference"
-            else f"{raised}: answers that start later are ignored.",
+            else f"{raised}: answers that start beyond this length are ignored.",
         )
 
 

@@ -452,8 +452,8 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
             f"The parts in 'part_ids' have a total size of {num_bytes:,} {unit}, but upload {upload.id} was created "
             f"with {upload.num_bytes:,} as 'bytes'.",
             code="upload_incomplete",
-            remedy="List every part in 'part_ids', in file order, or create a new upload with the correct value of "
-            "'bytes'.",
+            remedy="List each part of the file in 'part_ids', in file order, or create a new upload with the correct "
+            "value of 'bytes'.",
             param="part_ids",
         )
     return [known[part_id] for part_id in part_ids]

@@ -96,7 +96,10 @@ class BackupPlace:
         if len(records) == 1:
             remedy = f"Omit --backup to restore the only backup there: {names}."
         elif len(records) > MAX_NAMED:
-            remedy = f"Omit --backup to restore the newest backup, or choose one of {len(records)}, such as: {names}."
+            remedy = (
+                f"Omit --backup to restore the newest backup, or choose one of the {len(records)} backups there. The "
+                f"newest are {names}."
+            )
         raise NotFound("backup", str(name), message=message, remedy=remedy)
 
     def put(self, name: str, dump: Path, keys: Keys) -> dict[str, Any]:

@@ -335,7 +335,7 @@ def test_unknown_backup_names_the_newest_backups(
     names = [record.name for record in service.place.records()]
     assert {first.name, second.name} == set(names)
     assert few.value.remedy.endswith(f"or choose one of: {names[1]}, {names[0]}.")
-    assert many.value.remedy.endswith(f"or choose one of 2, such as: {names[1]}.")
+    assert many.value.remedy.endswith(f"or choose one of the 2 backups there. The newest are {names[1]}.")
 
 
 def test_backup_location_that_is_a_file_is_rejected(tmp_path: Path) -> None:
