@@ -16,6 +16,8 @@ from benchmarks.trainer import Trainer
 GOAL_OVER_SCRIPTS = 6.0
 GOAL_OF_PEAK = 1.3
 ONE_BY_ONE, IN_PAIRS = "scripts one after another", "scripts two at a time"
+TITLES = {"lorry": "Lorry, all jobs", "lorry, one job": "Lorry, one job"}
+TITLES |= {name: name.capitalize() for name in (ONE_BY_ONE, IN_PAIRS)}
 
 
 def run(plan: Plan) -> Result:
@@ -79,22 +81,22 @@ def _scripts(plan: Plan, *, side_by_side: int, threads: int) -> dict[str, float]
 
 def _conclude(result: Result) -> None:
     for name, reports in result.repeats.items():
-        result.find(f"{_told(name, result)}, seconds", median_of(reports, "seconds"), "s")
-        result.find(f"{name}, peak of a process", median_of(reports, "peak_bytes") / 1e6, "MB")
+        result.find(f"{TITLES[name]}{_extrapolated(name, result)}: wall-clock time", median_of(reports, "seconds"), "s")
+        result.find(f"{TITLES[name]}: peak memory of a process", median_of(reports, "peak_bytes") / 1e6, "MB")
     ours, alone = result.repeats["lorry"][0], result.repeats["lorry, one job"][0]
     for name, goal in ((ONE_BY_ONE, GOAL_OVER_SCRIPTS), (IN_PAIRS, None)):
-        result.find(
-            f"{_told(name, result)}, over lorry", result.repeats[name][0]["seconds"] / ours["seconds"], "x", goal=goal
-        )
+        ratio = result.repeats[name][0]["seconds"] / ours["seconds"]
+        result.find(f"Speedup over {name}{_extrapolated(name, result)}", ratio, "x", goal=goal)
     script = result.repeats[ONE_BY_ONE][0]
-    result.find("peak over one script's", ours["peak_bytes"] / script["peak_bytes"], "x", at_most=GOAL_OF_PEAK)
-    result.find("peak over one job's of ours", ours["peak_bytes"] / alone["peak_bytes"], "x", at_most=GOAL_OF_PEAK)
+    for peer, other in (("one script", script), ("with one job", alone)):
+        ratio = ours["peak_bytes"] / other["peak_bytes"]
+        result.find(f"Peak memory: Lorry with all jobs / {peer}", ratio, "x", at_most=GOAL_OF_PEAK)
 
 
-def _told(name: str, result: Result) -> str:
-    """Return the name, for extrapolated results with the number of scripts that were run."""
+def _extrapolated(name: str, result: Result) -> str:
+    """Return the part of a label that names the number of scripts that were run, if it is not that of the jobs."""
     num_run = result.repeats[name][0].get("scripts_run", result.settings["jobs"])
-    return name if num_run == result.settings["jobs"] else f"{name}, from {num_run} of them"
+    return "" if num_run == result.settings["jobs"] else f", extrapolated from {num_run}"
 
 
 def explain(_plan: Plan, result: Result) -> None:

@@ -20,6 +20,7 @@ SHARE_OF_ARITHMETIC = 0.85
 ALIKE = ("head and loss", "LoRA", "optimizer")
 """Parts that cost the same with and without the cache."""
 CLOCKS = ("seconds", "cpu_seconds")
+FLOPS_RATIO = "FLOPs of blocks and head, without / with cache"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +71,7 @@ def run(plan: Plan) -> Result:
 def explain(plan: Plan, result: Result) -> None:
     """Profile an epoch with the cache and one without."""
     sizes = {name: result.settings[name] for name in ("upper", "rows")}
-    for name, keeps in (("a later epoch, prefixes kept", True), ("an epoch, nothing kept", False)):
+    for name, keeps in (("later epoch, with cache", True), ("epoch, without cache", False)):
         log = plan.folder / "prefix-profile.log"
         options = {**plan.options(), **sizes, "keeps": keeps}
         with closing(Contender("upper_blocks_profiled", threads=1, log=log, **options)) as contender:
@@ -82,7 +83,7 @@ def explain(plan: Plan, result: Result) -> None:
         for name in dict.fromkeys(share.of for share in result.profile)
     )
     spared = 1 - sum(kept.values()) / sum(computed.values())
-    by_flops = 1 - 1 / result.figure("the same with the head's")
+    by_flops = 1 - 1 / result.figure(FLOPS_RATIO)
     result.why.append(
         "Head, LoRA and optimizer, which the cache does not speed up, take "
         f"{sum(kept.get(part, 0.0) for part in ALIKE):.2f} s of the {sum(kept.values()):.2f} s with the cache and "
@@ -105,16 +106,16 @@ def _conclude(result: Result, shape: Shape, upper: int) -> None:
     (first,) = result.repeats["kept_first"]
     assert [report["loss"] for report in kept] == [report["loss"] for report in computed], "the cache changes no bit"
     assert kept[-1]["computed_tokens"] == first["tokens"], "lower blocks run in the first epoch only"
-    result.find("first epoch, prefixes kept", first["seconds"], "s")
-    result.find("later epoch, prefixes kept", median_of(kept, "seconds"), "s")
-    result.find("epoch, nothing kept", median_of(computed, "seconds"), "s")
+    result.find("First epoch, with cache", first["seconds"], "s")
+    result.find("Later epoch, with cache", median_of(kept, "seconds"), "s")
+    result.find("Epoch, without cache", median_of(computed, "seconds"), "s")
     promised = shape.promised(upper=upper, label_share=first["labels"] / first["tokens"])
     without_head = shape.promised(upper=upper, label_share=0)
-    result.find("FLOPs of blocks, nothing kept over kept: (2P + 2Pk/L) / (4Pk/L)", without_head, "x")
-    result.find("the same with the head's", promised, "x")
+    result.find("FLOPs of the blocks, without / with cache: (2P + 2Pk/L) / (4Pk/L)", without_head, "x")
+    result.find(FLOPS_RATIO, promised, "x")
     seconds, cpu = ([[report[clock] for report in side] for side in (computed, kept)] for clock in CLOCKS)
     result.find(
-        "nothing kept over kept", median_ratio(*seconds), "x", goal=float(f"{SHARE_OF_ARITHMETIC * promised:.3g}")
+        "Speedup of a later epoch", median_ratio(*seconds), "x", goal=float(f"{SHARE_OF_ARITHMETIC * promised:.3g}")
     )
-    result.find("  by processor time", median_ratio(*cpu), "x")
-    result.find("kept, a token", kept[-1]["kept_bytes"] / first["tokens"], "bytes")
+    result.find("Speedup of a later epoch, by CPU time", median_ratio(*cpu), "x")
+    result.find("Cache size per token", kept[-1]["kept_bytes"] / first["tokens"], "bytes")

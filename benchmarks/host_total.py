@@ -27,13 +27,17 @@ def run(plan: Plan) -> Result:
             ]
 
         setups = {
-            f"{plan.host_jobs} jobs, {cores} lanes": hosts(1, jobs=plan.host_jobs, lanes=cores, slice_tokens=middle),
-            f"{plan.host_jobs} jobs, {cores} processes": hosts(
+            f"{plan.host_jobs} jobs, one process with {cores} lane{'s' * (cores > 1)}": hosts(
+                1, jobs=plan.host_jobs, lanes=cores, slice_tokens=middle
+            ),
+            f"{plan.host_jobs} jobs, {cores} processes with 1 lane": hosts(
                 cores, jobs=max(1, plan.host_jobs // cores), lanes=1, slice_tokens=middle
             ),
-            "1 job, 1 lane": hosts(1, jobs=1, lanes=1, slice_tokens=plan.slices[0]),
+            "1 job, one process with 1 lane": hosts(1, jobs=1, lanes=1, slice_tokens=plan.slices[0]),
             **{
-                f"1 job, {cores} lanes, slices of {size}": hosts(1, jobs=1, lanes=cores, slice_tokens=size)
+                f"1 job, one process with {cores} lanes, slices of {size} tokens": hosts(
+                    1, jobs=1, lanes=cores, slice_tokens=size
+                )
                 for size in plan.slices
             },
         }
@@ -63,8 +67,8 @@ def _conclude(result: Result) -> None:
     for name, reports in result.repeats.items():
         found = rates(reports)
         result.find(name, sorted(found)[len(found) // 2], "tokens/s")
-        result.find("  memory", median_of(reports, "bytes") / 1e6, "MB")
+        result.find(f"{name}: memory", median_of(reports, "bytes") / 1e6, "MB")
     lanes, processes = list(result.repeats.values())[:2]
-    result.find("lanes over processes", median_ratio(rates(lanes), rates(processes)), "x")
+    result.find("Throughput ratio, lanes / processes", median_ratio(rates(lanes), rates(processes)), "x")
     by_cpu = [rates(reports, clock="cpu_seconds") for reports in (lanes, processes)]
-    result.find("  by processor time", median_ratio(*by_cpu), "x")
+    result.find("Throughput ratio, lanes / processes, by CPU time", median_ratio(*by_cpu), "x")

@@ -8,7 +8,7 @@ from benchmarks.gate import Contender
 from benchmarks.plan import Plan
 from benchmarks.results import Result, median_of, median_ratio
 
-HEADS = ("chunked_head", "plain_head")
+HEADS = {"chunked_head": "Lorry's chunked head", "plain_head": "Plain head"}
 
 
 def run(plan: Plan) -> Result:
@@ -30,8 +30,8 @@ def run(plan: Plan) -> Result:
 
 def _conclude(result: Result) -> None:
     ours, theirs = (result.repeats[name] for name in HEADS)
-    for name in HEADS:
-        result.find(f"{name}, peak", median_of(result.repeats[name], "peak_bytes") / 1e6, "MB")
-        result.find(f"{name}, time", median_of(result.repeats[name], "seconds"), "s")
+    for name, title in HEADS.items():
+        result.find(f"{title}: peak memory", median_of(result.repeats[name], "peak_bytes") / 1e6, "MB")
+        result.find(f"{title}: time", median_of(result.repeats[name], "seconds"), "s")
     seconds = [[report["seconds"] for report in reports] for reports in (theirs, ours)]
-    result.find("plain over chunked, time", median_ratio(*seconds), "x")
+    result.find("Speedup over the plain head", median_ratio(*seconds), "x")

@@ -52,12 +52,13 @@ def _conclude(plan: Plan, lanes: int, result: Result, reports: dict[int, list[Js
     where = _where(lanes)
     alone = reports[plan.pack_sizes[0]]
     for jobs, together in reports.items():
-        result.find(f"{jobs} jobs, {where}", _median_rate(together), "tokens/s")
+        name = f"{jobs} job{'s' * (jobs > 1)}, {where}"
+        result.find(name, _median_rate(together), "tokens/s")
         if jobs > plan.pack_sizes[0]:
-            result.find(f"  each slower than alone, {where}", _slowdown(jobs, together, alone), "x")
+            result.find(f"{name}: slowdown of each job", _slowdown(jobs, together, alone), "x")
     most = plan.pack_sizes[-1]
     grown = (median_of(reports[most], "bytes") - median_of(alone, "bytes")) / (most - plan.pack_sizes[0])
-    result.find(f"memory of a further job, {where}", grown / 1e6, "MB")
+    result.find(f"Memory of each additional job, {where}", grown / 1e6, "MB")
 
 
 def _hold_to_promise(
@@ -81,9 +82,9 @@ def _hold_to_promise(
         seen = tuple(point for jobs, point in points.items() if one < jobs <= num_jobs)
         speeds = Speeds(alone=(points[one],), together=seen)
     where = _where(lanes)
-    result.find(f"jobs let in, {where}", num_jobs, "")
+    result.find(f"Jobs that Lorry admits, {where}", num_jobs, "")
     measured = _slowdown(num_jobs, known[num_jobs], alone[num_jobs])
-    result.find(f"  each slower than alone, measured with {num_jobs}, {where}", measured, "x", at_most=bound)
+    result.find(f"{num_jobs} admitted jobs, {where}: slowdown of each job", measured, "x", at_most=bound)
 
 
 def _where(lanes: int) -> str:

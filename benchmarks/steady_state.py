@@ -10,6 +10,7 @@ from benchmarks.results import Result, median_of, median_ratio, rates, shares
 
 GOAL_OVER_TRAINER = 4.0
 GOAL_OF_MATRIX_RATE = 0.6
+TITLES = {"peft_loop": "a plain PEFT loop", "peft_trainer": "PEFT + Trainer", "trl_sft": "TRL SFTTrainer"}
 
 
 def run(plan: Plan) -> Result:
@@ -50,18 +51,21 @@ def _conclude(plan: Plan, threads: int, result: Result) -> None:
     where = f"{threads} thread{'s' * (threads > 1)}"
     ours = result.repeats[f"lorry_{threads}"]
     matrix = result.repeats[f"matrix_{threads}"]
-    result.find(f"lorry, {where}", _median_rate(ours), "tokens/s")
+    result.find(f"Lorry, {where}", _median_rate(ours), "tokens/s")
     for name in plan.rivals:
         if theirs := result.repeats.get(f"{name}_{threads}"):
-            result.find(f"{name}, {where}", _median_rate(theirs), "tokens/s")
+            title = TITLES[name]
+            result.find(f"{title[0].upper()}{title[1:]}, {where}", _median_rate(theirs), "tokens/s")
             goal = GOAL_OVER_TRAINER if name == "peft_trainer" and threads == 1 else None
-            result.find(f"lorry over {name}, {where}", median_ratio(rates(ours), rates(theirs)), "x", goal=goal)
+            result.find(f"Speedup over {title}, {where}", median_ratio(rates(ours), rates(theirs)), "x", goal=goal)
             by_cpu = [rates(reports, clock="cpu_seconds") for reports in (ours, theirs)]
-            result.find(f"  by processor time, {where}", median_ratio(*by_cpu), "x")
+            result.find(f"Speedup over {title}, {where}, by CPU time", median_ratio(*by_cpu), "x")
     needed = [4 * matrix[0]["parameters"] * rate for rate in rates(ours)]
-    result.find(f"matrix rate, {where}", median_of(matrix, "flops") / median_of(matrix, "seconds") / 1e9, "GFLOP/s")
+    result.find(f"Matmul rate, {where}", median_of(matrix, "flops") / median_of(matrix, "seconds") / 1e9, "GFLOP/s")
     share = median_ratio(needed, rates(matrix, amount="flops"))
-    result.find(f"lorry's share of it (4P a token), {where}", share, "", goal=GOAL_OF_MATRIX_RATE)
+    result.find(
+        f"Lorry's fraction of the matmul rate (4P FLOPs per token), {where}", share, "", goal=GOAL_OF_MATRIX_RATE
+    )
 
 
 def explain(plan: Plan, result: Result) -> None:

@@ -39,12 +39,11 @@ def run(plan: Plan) -> Result:
         for turn in range(plan.repeats):
             result.repeats["known file"].append(_first_step(plan, lorry, known))
             result.repeats["new file"].append(_first_step(plan, lorry, _upload(plan, lorry, turn + 1)))
-    result.find("submission to first step, base not loaded", result.repeats["first job"][0]["seconds"], "s")
-    known_seconds = median_of(result.repeats["known file"], "seconds")
-    result.find("submission to first step, known file", known_seconds, "s", at_most=GOAL_SECONDS)
-    result.find("  of which until it trains", median_of(result.repeats["known file"], "running_seconds"), "s")
-    result.find("submission to first step, new file", median_of(result.repeats["new file"], "seconds"), "s")
-    result.find("  of which until it trains", median_of(result.repeats["new file"], "running_seconds"), "s")
+    result.find("Submission to first step, base model not loaded", result.repeats["first job"][0]["seconds"], "s")
+    for kind, at_most in (("known", GOAL_SECONDS), ("new", None)):
+        what, reports = f"Submission to first step, {kind} training file", result.repeats[f"{kind} file"]
+        result.find(what, median_of(reports, "seconds"), "s", at_most=at_most)
+        result.find(f"{what}: until the job is running", median_of(reports, "running_seconds"), "s")
     return result
 
 

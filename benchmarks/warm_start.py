@@ -100,24 +100,23 @@ def _run_script(plan: Plan, index: int) -> dict[str, float]:
 
 def _conclude(result: Result) -> None:
     warm, script, cold, ready = (result.repeats[name] for name in ("warm_start", "script", "cold_load", "standing_by"))
-    result.find("message to admission, warm", median_of(warm, "admitted_seconds"), "s")
-    result.find(
-        "message to the end of the first step, warm", median_of(warm, "seconds"), "s", at_most=GOAL_WARM_SECONDS
-    )
-    result.find("  of which the step", median_of(warm, "first_step_seconds"), "s")
-    result.find("  the second step, of another row", median_of(warm, "second_step_seconds"), "s")
-    result.find("base model request to ready, warm standby", median_of(ready, "seconds"), "s")
-    result.find("  of which the model's load", median_of(ready, "load_seconds"), "s")
-    result.find("  beyond the load", _beyond_load(ready), "s", at_most=GOAL_COLD_SECONDS)
-    result.find("launch to ready, no standby", median_of(cold, "seconds"), "s")
-    result.find("  beyond the load", _beyond_load(cold), "s")
-    result.find("idle trainer, share of a core", result.repeats["idle"][0]["share"], "", at_most=GOAL_IDLE_SHARE)
+    result.find("Running trainer: request to admission", median_of(warm, "admitted_seconds"), "s")
+    to_first_step = median_of(warm, "seconds")
+    result.find("Running trainer: request to end of first step", to_first_step, "s", at_most=GOAL_WARM_SECONDS)
+    result.find("Running trainer: first step", median_of(warm, "first_step_seconds"), "s")
+    result.find("Running trainer: second step, with another row", median_of(warm, "second_step_seconds"), "s")
+    result.find("Warm standby trainer: base model request to ready", median_of(ready, "seconds"), "s")
+    result.find("Warm standby trainer: loading the model", median_of(ready, "load_seconds"), "s")
+    result.find("Warm standby trainer: without loading the model", _beyond_load(ready), "s", at_most=GOAL_COLD_SECONDS)
+    result.find("New trainer: launch to ready", median_of(cold, "seconds"), "s")
+    result.find("New trainer: without loading the model", _beyond_load(cold), "s")
+    result.find("Idle trainer: fraction of a core", result.repeats["idle"][0]["share"], "", at_most=GOAL_IDLE_SHARE)
     waits = result.repeats["standby_idle"][0]
-    result.find("warm standby, share of a core", waits["share"], "", at_most=GOAL_IDLE_SHARE)
-    result.find("warm standby, memory", waits["bytes"] / 1e6, "MB")
-    result.find("script's start to first step", median_of(script, "seconds"), "s")
+    result.find("Idle warm standby trainer: fraction of a core", waits["share"], "", at_most=GOAL_IDLE_SHARE)
+    result.find("Idle warm standby trainer: memory", waits["bytes"] / 1e6, "MB")
+    result.find("PEFT + Trainer script: start to first step", median_of(script, "seconds"), "s")
     seconds = [[report["seconds"] for report in reports] for reports in (script, warm)]
-    result.find("script over warm", median_ratio(*seconds), "x")
+    result.find("Time to first step: script / running trainer", median_ratio(*seconds), "x")
 
 
 def _beyond_load(reports: list[dict[str, float]]) -> float:

@@ -21,7 +21,7 @@ from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
 from lorry.cli.main import app
-from tools import reference_fields, reference_memory, reference_sdk
+from tools import benchmark_page, reference_fields, reference_memory, reference_sdk
 from tools.error_catalog import error_messages
 
 ROOT = Path(__file__).parents[1]
@@ -34,15 +34,6 @@ LIMITS = {
     "maxLength": "length ≤",
 }
 METHODS = ("get", "post", "put", "patch", "delete")
-BENCHMARK_INTRODUCTION = """\
-# Benchmarks
-
-Each table is one file in `benchmarks/results/`. The file has every repeat, all package versions and the machine.
-Contenders run in turns in one run, so that other load on the machine affects all of them. A ratio is the median of the
-ratios within a turn.
-
-All results are from CPUs with two cores. No result is from a GPU yet.
-"""
 
 
 def cli() -> str:
@@ -178,37 +169,6 @@ def _type(schema: dict[str, Any]) -> str:
     return " ".join([schema.get("type", "any"), f"({', '.join(limits)})" if limits else ""]).strip()
 
 
-def benchmarks() -> str:
-    parts = [BENCHMARK_INTRODUCTION]
-    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        machine = result["machine"]
-        parts += [
-            f"## {result['theme'].replace('_', ' ').capitalize()}",
-            "",
-            f"Command: `{result['command']}`. Date: {result['date']}. File: `{path.name}`. "
-            f"Machine: {machine['cpu']}, {machine['cores']} cores.",
-            "",
-        ]
-        if result["note"]:
-            parts += [result["note"], ""]
-        parts += ["| Measurement | Result | Goal |", "|---|---|---|"]
-        parts += [_finding(finding) for finding in result["findings"]]
-        parts.append("")
-        for subject, reason in result["left_out"].items():
-            parts += [f"Not measured: {subject}. {reason}", ""]
-    return "\n".join(parts)
-
-
-def _finding(finding: dict[str, Any]) -> str:
-    goal = ""
-    if finding["goal"] is not None:
-        figure, limit = finding["figure"], finding["goal"]
-        is_met = figure <= limit if finding["is_limit"] else figure >= limit
-        goal = f"{'at most' if finding['is_limit'] else 'at least'} {limit:g}: {'met' if is_met else 'missed'}"
-    return f"| {_cell(finding['what'].strip())} | {finding['figure']:,g} {_cell(finding['unit'])} | {goal} |"
-
-
 def _cell(text: str) -> str:
     return _line(text).replace("|", "\\|")
 
@@ -226,7 +186,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/errors.md": errors,
     "dashboard/errors.html": errors_page,
     "docs/reference/api.md": api,
-    "docs/benchmarks.md": benchmarks,
+    "docs/benchmarks.md": benchmark_page.page,
 }
 JOB_FIELD_BLOCKS = {name: partial(reference_fields.job_fields, name) for name in reference_fields.JOB_FIELDS}
 SETTING_BLOCKS = {name: partial(reference_fields.settings, name) for name in reference_fields.SETTINGS}

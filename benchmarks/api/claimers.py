@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.api.plan import ApiPlan
+from benchmarks.api.plan import TITLES, ApiPlan
 from benchmarks.api.service import place, servers
 from benchmarks.results import Result, rates
 from catalog.db.database import Database
@@ -32,7 +32,7 @@ def run(plan: ApiPlan) -> Result:
             result.repeats[kind] = reports
             figure = sorted(rates(reports, amount="claims"))[len(reports) // 2]
             goal = GOAL_CLAIMS if kind == "postgresql" else None
-            result.find(f"{kind}, claims a second of {plan.workers} workers at once", figure, "/s", goal=goal)
+            result.find(f"{TITLES[kind]}: claims per second, {plan.workers} workers", figure, "/s", goal=goal)
     return result
 
 

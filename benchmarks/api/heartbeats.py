@@ -47,10 +47,9 @@ def run(plan: ApiPlan) -> Result:
         given = {"caller": world.caller, "file_id": world.file_id}
         report = _flood_and_beat(where.url, claim_id, given, seconds=plan.flood_seconds)
     result.repeats["sqlite"] = [report]
-    for what in ("longest_gap", "longest_heartbeat"):
-        name = what.replace("_", " ")
-        result.find(f"{name} of a worker during a flood of sweeps", report[what], "s", at_most=LEASE / 3)
-    result.find("heartbeats that failed", report["failed"], "", at_most=0)
+    result.find("Longest gap between heartbeats, minus the interval", report["longest_gap"], "s", at_most=LEASE / 3)
+    result.find("Longest heartbeat", report["longest_heartbeat"], "s", at_most=LEASE / 3)
+    result.find("Failed heartbeats", report["failed"], "", at_most=0)
     return result
 
 

@@ -15,7 +15,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.api.plan import ApiPlan
+from benchmarks.api.plan import TITLES, ApiPlan
 from benchmarks.api.service import Served, api, place, servers
 from benchmarks.results import Result, median_of
 from benchmarks.workload import ROOT
@@ -45,8 +45,8 @@ def run(plan: ApiPlan) -> Result:
                         result.repeats[f"{kind}, {name}"] = report["marks"]
                         result.repeats[f"{kind}, {name}, opening"] = [report["opening"]]
                         last = median_of(report["marks"], "last_seconds")
-                        what = f"{kind}, {plan.listeners} listeners of {name}: the last one has it after"
-                        result.find(what, last, "s", at_most=GOAL_SECONDS)
+                        clients = f"event to the last of {plan.listeners:,} clients, streams of {name}"
+                        result.find(f"{TITLES[kind]}: {clients}", last, "s", at_most=GOAL_SECONDS)
     return result
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks.api.service import DATABASES
 
+TITLES = {"postgresql": "PostgreSQL", "sqlite": "SQLite"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiPlan:

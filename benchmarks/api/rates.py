@@ -9,13 +9,15 @@ from collections.abc import Sequence
 
 from benchmarks.api import load
 from benchmarks.api.bare import A_ROW, CONSTANT, IN_A_THREAD
-from benchmarks.api.plan import ApiPlan
+from benchmarks.api.plan import TITLES, ApiPlan
 from benchmarks.api.service import Place, Served, api, peer, place, servers
 from benchmarks.api.wakeups import round_trip_seconds
 from benchmarks.results import Result, median_of, rates, shares
 
 GOAL_CREATIONS, GOAL_READS, GOAL_P99_SECONDS = 1000.0, 3000.0, 0.05
 CREATION = "/v1/fine_tuning/jobs"
+RATES = {"creations": "jobs created per second", "reads": "jobs read per second", "lists": "job lists per second"}
+GOALS = {"creations": GOAL_CREATIONS, "reads": GOAL_READS}
 PEERS = {"a constant": CONSTANT, "a constant from a thread": IN_A_THREAD, "a row from a thread": A_ROW}
 
 
@@ -29,26 +31,26 @@ def run(plan: ApiPlan) -> Result:
     if plan.core is not None:
         for what, cores in {"one core": (plan.core, plan.core), "two cores": (plan.core - 1, plan.core)}.items():
             seconds = round_trip_seconds(cores)
-            result.find(f"a message between processes on {what} and back", seconds * 1e6, "µs")
+            result.find(f"Round trip of a message between processes on {what}", seconds * 1e6, "µs")
     return result
 
 
 def _find(result: Result, kind: str) -> None:
     is_goal = kind == "postgresql"
-    for what, goal in (("creations", GOAL_CREATIONS), ("reads", GOAL_READS), ("lists", None)):
+    for what, title in RATES.items():
+        name, goal = f"{TITLES[kind]}: {title}", GOALS.get(what)
         reports = result.repeats[f"{kind} {what}"]
         figure = sorted(rates(reports, amount="requests"))[len(reports) // 2]
-        result.find(f"{kind}, {what} a second", figure, "/s", goal=goal if is_goal or what == "reads" else None)
+        result.find(name, figure, "/s", goal=goal if is_goal or what == "reads" else None)
         busy = median_of(reports, "api_cpu_seconds") / median_of(reports, "seconds")
-        result.find("  share of its core that the API server used", busy, "of a core")
+        result.find(f"{name}, fraction of a core used by the API server", busy, "of a core")
     late = median_of(result.repeats[f"{kind} creations at half"], "p99_seconds")
-    result.find(
-        f"{kind}, p99 of a creation at half that rate", late, "s", at_most=GOAL_P99_SECONDS if is_goal else None
-    )
+    name = f"{TITLES[kind]}: p99 latency of a job creation, at half of the measured rate"
+    result.find(name, late, "s", at_most=GOAL_P99_SECONDS if is_goal else None)
     for what in PEERS:
         reports = result.repeats[f"{kind} FastAPI alone, {what}"]
         figure = sorted(rates(reports, amount="requests"))[len(reports) // 2]
-        result.find(f"{kind}, FastAPI alone, {what}, a second", figure, "/s")
+        result.find(f"{TITLES[kind]}: FastAPI alone, {what}, requests per second", figure, "/s")
     _profile(result, kind)
 
 

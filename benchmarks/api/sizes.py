@@ -11,7 +11,7 @@ from dataclasses import replace
 from statistics import median
 from urllib.parse import urlsplit
 
-from benchmarks.api.plan import ApiPlan
+from benchmarks.api.plan import TITLES, ApiPlan
 from benchmarks.api.seeding import fill
 from benchmarks.api.service import Served, api, place, servers
 from benchmarks.results import Result
@@ -22,7 +22,7 @@ from tests.catalog.world import WIDE, World
 GOAL_RATIO = 2.0
 ONE = replace(WIDE, max_jobs=1)
 WAITING = 300
-NO_GOAL = ("the counts that are exposed",)
+NO_GOAL = ("job counts for the metrics",)
 """Counts of waiting and running jobs, for monitoring, which reads them a few times per minute."""
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -89,20 +89,20 @@ def _acts(side: Side) -> dict[str, Callable[[], object]]:
         return lambda: side.ask(path)
 
     return {
-        "jobs, first page": page(f"{JOBS}?limit=20"),
-        "jobs, a page in the middle": page(f"{JOBS}?limit=20&after={{job}}"),
-        "files": page("/v1/files?limit=20"),
-        "adapters": page("/v1/adapters?limit=20"),
-        "a job": page(f"{JOBS}/{{job}}"),
-        "its events": page(f"{JOBS}/{{job}}/events"),
-        "its checkpoints": page(f"{JOBS}/{{job}}/checkpoints"),
-        "its curve": page(f"{JOBS}/{{job}}/metrics"),
-        "a long curve": page(f"{JOBS}/{{long}}/metrics?max_points=2000"),
-        "why a job waits": page(f"{JOBS}/{{long}}/why"),
-        "the queue": page("/v1/queue"),
-        "the workers": page("/v1/workers"),
-        "a claim": lambda: side.world.claim("w1", ONE),
-        "the counts that are exposed": lambda: metrics.read(side.world.db),
+        "first page of jobs": page(f"{JOBS}?limit=20"),
+        "middle page of jobs": page(f"{JOBS}?limit=20&after={{job}}"),
+        "page of files": page("/v1/files?limit=20"),
+        "page of adapters": page("/v1/adapters?limit=20"),
+        "one job": page(f"{JOBS}/{{job}}"),
+        "events of a job": page(f"{JOBS}/{{job}}/events"),
+        "checkpoints of a job": page(f"{JOBS}/{{job}}/checkpoints"),
+        "loss curve of a job": page(f"{JOBS}/{{job}}/metrics"),
+        "long loss curve": page(f"{JOBS}/{{long}}/metrics?max_points=2000"),
+        "reason why a job waits": page(f"{JOBS}/{{long}}/why"),
+        "queue": page("/v1/queue"),
+        "workers": page("/v1/workers"),
+        "claim of a job": lambda: side.world.claim("w1", ONE),
+        "job counts for the metrics": lambda: metrics.read(side.world.db),
     }
 
 
@@ -122,4 +122,4 @@ def _compare(plan: ApiPlan, result: Result, kind: str, sides: dict[str, Side]) -
         ]
         few, many = median(seconds["few"]), median(seconds["many"])
         at_most = None if what in NO_GOAL else GOAL_RATIO
-        result.find(f"{kind}, {what}: many over few", many / few, f"x of {few * 1000:.1f} ms", at_most=at_most)
+        result.find(f"{TITLES[kind]}: {what}", many / few, f"x of {few * 1000:.1f} ms", at_most=at_most)

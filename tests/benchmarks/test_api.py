@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.api.__main__ import main
+from benchmarks.api.plan import TITLES
 
 
 @pytest.mark.slow
@@ -21,4 +22,4 @@ def test_every_api_measurement_is_reported(tmp_path: Path, database: str, capsys
     themes = {"api_rates", "api_listeners", "api_claims", "api_size", "api_heartbeats"}
     assert {report["theme"] for report in reports} == themes
     assert all(report["findings"] and report["repeats"] for report in reports)
-    assert f"{database}, creations a second" in capsys.readouterr().out
+    assert f"{TITLES[database]}: jobs created per second" in capsys.readouterr().out

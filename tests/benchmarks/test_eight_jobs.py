@@ -37,13 +37,13 @@ def test_extrapolated_script_times_name_the_number_of_measured_scripts(tmp_path,
     table = table_of(8, tmp_path, monkeypatch, capsys)
 
     for name in ("scripts one after another", "scripts two at a time"):
-        assert f"eight_jobs: {name}, from 2 of them, seconds" in table
-        assert f"eight_jobs: {name}, from 2 of them, over lorry" in table
-    assert "lorry, from" not in table
+        assert f"eight_jobs: {name.capitalize()}, extrapolated from 2: wall-clock time" in table
+        assert f"eight_jobs: Speedup over {name}, extrapolated from 2" in table
+    assert "jobs, extrapolated" not in table
 
 
 def test_measured_script_times_have_no_extrapolation_note(tmp_path, monkeypatch, capsys) -> None:
     table = table_of(2, tmp_path, monkeypatch, capsys)
 
-    assert "eight_jobs: scripts one after another, seconds" in table
-    assert "of them" not in table
+    assert "eight_jobs: Scripts one after another: wall-clock time" in table
+    assert "extrapolated" not in table

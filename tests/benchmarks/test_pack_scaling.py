@@ -42,8 +42,8 @@ def test_unplanned_pack_size_is_measured_together_with_one_job(tmp_path, monkeyp
     result = measured_on(machine, tmp_path, monkeypatch)
 
     assert machine.requested == [8, 1, 2, 4, 8, 1, 7]
-    assert result.figure("jobs let in, 1 lane") == 7
-    assert result.figure("  each slower than alone, measured with 7, 1 lane") == pytest.approx(3.9)
+    assert result.figure("Jobs that Lorry admits, 1 lane") == 7
+    assert result.figure("7 admitted jobs, 1 lane: slowdown of each job") == pytest.approx(3.9)
     assert not result.misses_a_goal
     assert result.repeats["7_jobs_1_lanes_for_7"] == [{"tokens": 112, "seconds": 3.9, "bytes": 1007}]
 
@@ -54,7 +54,7 @@ def test_slowdown_above_the_promise_is_reported_as_missed(tmp_path, monkeypatch)
     result = measured_on(machine, tmp_path, monkeypatch)
 
     (promise,) = [finding for finding in result.findings if finding.goal is not None]
-    assert promise.what == "  each slower than alone, measured with 7, 1 lane"
+    assert promise.what == "7 admitted jobs, 1 lane: slowdown of each job"
     assert promise.verdict() == "at most 4: missed"
 
 
@@ -64,4 +64,4 @@ def test_admitted_pack_of_a_planned_size_is_measured_once(tmp_path, monkeypatch)
     result = measured_on(machine, tmp_path, monkeypatch)
 
     assert machine.requested == [8, 1, 2, 4, 8]
-    assert result.figure("  each slower than alone, measured with 8, 1 lane") == pytest.approx(2.5)
+    assert result.figure("8 admitted jobs, 1 lane: slowdown of each job") == pytest.approx(2.5)

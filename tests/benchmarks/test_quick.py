@@ -40,7 +40,7 @@ def test_contenders_get_the_same_rows_and_compute_the_same_loss(
     (ours,), (theirs,) = repeats["lorry_1"], repeats["peft_loop_1"]
     assert (ours["tokens"], ours["labels"]) == (theirs["tokens"], theirs["labels"])
     assert abs(ours["loss"] - theirs["loss"]) < 0.01
-    assert "lorry over peft_loop, 1 thread" in capsys.readouterr().out
+    assert "Speedup over a plain PEFT loop, 1 thread" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_cached_prefixes_give_the_losses_of_recomputed_prefixes(tmp_path: Path) 
         repeats["computed"][0][name] for name in ("loss", "tokens")
     ]
     assert repeats["kept"][0]["computed_tokens"] == repeats["kept_first"][0]["tokens"]
-    assert "nothing kept over kept" in table
+    assert "Speedup of a later epoch" in table
 
 
 @pytest.mark.slow
@@ -64,16 +64,16 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
     found = {json.loads(path.read_text())["theme"] for path in (tmp_path / "out").iterdir()}
     assert found == set(THEMES)
     for text in (
-        "message to admission",
-        "submission to first step, new file",
-        "jobs let in",
-        "chunked_head, peak",
-        "scripts one after another, over lorry",
-        "lanes over processes",
+        "request to admission",
+        "Submission to first step, new training file",
+        "Jobs that Lorry admits",
+        "chunked head: peak memory",
+        "Speedup over scripts one after another",
+        "lanes / processes",
     ):
         assert text in table
     shares = json.loads(next((tmp_path / "out").glob("steady_state_*.json")).read_text())["profile"]
-    assert "lorry over peft_loop, 1 thread" in table
+    assert "Speedup over a plain PEFT loop, 1 thread" in table
     assert sum(share["share"] for share in shares) == pytest.approx(1, abs=0.01)
     assert {"base matmuls", "LoRA", "attention", "head and loss"} <= {share["part"] for share in shares}
     for theme in ("warm_start", "submission", "frozen_prefix", "eight_jobs"):

@@ -16,6 +16,7 @@ from qa.chaos.soak.job_kinds import Undisturbed
 from qa.chaos.soak.run import Plan, Soaked
 from tests.worker_site import ROOT
 
+REQUESTS = {"get": "Read a job", "list": "List jobs", "submit": "Submit a job"}
 SHOWN_PROBLEMS = 60
 
 
@@ -65,22 +66,21 @@ def write(
     succeeded = sum(job.state == "succeeded" for job in seen.jobs.values())
     aside = sum(assessment.is_put_aside_by_kills(job) for job in seen.jobs.values())
     digests = [digest for job in seen.jobs.values() for digest in job.digests]
-    result.find("jobs submitted", len(seen.submitted), "")
-    result.find("jobs that succeeded", succeeded, "", goal=len(seen.submitted) - aside)
-    result.find("jobs quarantined after repeated kills of their trainers, and submitted again", aside, "")
-    result.find("adapters", len(digests), "", at_most=len(seen.submitted))
-    result.find("problems found", len(seen.problems), "", at_most=0)
-    result.find("findings of the auditor", len(seen.findings), "", at_most=0)
-    result.find("faults", seen.done.total(), "")
-    for name in ("database", "api"):
+    result.find("Jobs submitted", len(seen.submitted), "")
+    result.find("Jobs that succeeded", succeeded, "", goal=len(seen.submitted) - aside)
+    result.find("Jobs quarantined after repeated kills of their trainers, and submitted again", aside, "")
+    result.find("Adapters", len(digests), "", at_most=len(seen.submitted))
+    result.find("Problems found by the soak", len(seen.problems), "", at_most=0)
+    result.find("Problems found by the auditor", len(seen.findings), "", at_most=0)
+    result.find("Injected faults", seen.done.total(), "")
+    for name, title in (("database", "Database"), ("api", "API server")):
         seconds = [(window.until or seen.storm[1]) - window.since for window in seen.windows if window.what == name]
-        result.find(f"the {name} was unavailable", sum(seconds), "s")
-    result.find("from the last fault until every job had finished", seen.seconds_after, "s")
+        result.find(f"{title} unavailable", sum(seconds), "s")
+    result.find("From the last fault until all jobs had finished", seen.seconds_after, "s")
     for each in _compared(seen):
         for part in ("median", "p95"):
-            result.find(
-                f"{each.what}, {part} during faults / undisturbed", each.ratio(part), "x", at_most=assessment.MAX_RATIO
-            )
+            name = f"{REQUESTS[each.what]}: {part} latency, during faults / undisturbed"
+            result.find(name, each.ratio(part), "x", at_most=assessment.MAX_RATIO)
     if seen.isolated is not None:
         _add_isolation(result, seen, seen.isolated)
     return write_result(result, folder, note=note, load_before=load_before, module="qa.chaos.soak")
@@ -94,20 +94,27 @@ def _add_isolation(result: Result, seen: Soaked, isolated: Isolated) -> None:
     for each in seen.compare_isolated():
         is_enough = min(each.calm.num, each.storm.num) >= isolation.MIN_SAMPLES
         limit = {"at_most": isolation.MAX_RATIO} if is_enough else {}
-        result.find(f"{each.what}, p99 next to the neighbor / alone", each.ratio("p99"), "x", **limit)
-        result.find(f"{each.what}, p99 alone", each.calm.p99, "ms")
+        result.find(
+            f"{REQUESTS[each.what]}: p99 latency, next to the noisy neighbor / alone", each.ratio("p99"), "x", **limit
+        )
+        result.find(f"{REQUESTS[each.what]}: p99 latency, alone", each.calm.p99, "ms")
     renewal = isolated.lease_seconds * isolation.MAX_RENEWAL
-    result.find("longest time between two heartbeats, alone", isolated.alone.longest_gap, "s")
+    result.find("Longest time between two heartbeats, alone", isolated.alone.longest_gap, "s")
     result.find(
-        "longest time between two heartbeats, next to the neighbor",
+        "Longest time between two heartbeats, next to the noisy neighbor",
         isolated.disturbed.longest_gap,
         "s",
         at_most=renewal,
     )
-    result.find("cordons next to the neighbor", isolated.num_cordons, "", at_most=0)
-    result.find("trainers that crashed because of the neighbor's jobs", isolated.num_crashes, "")
+    result.find("Cordoned workers, next to the noisy neighbor", isolated.num_cordons, "", at_most=0)
+    result.find("Trainers that crashed because of the neighbor's jobs", isolated.num_crashes, "")
     share = isolated.disturbed.share(isolated.project_id)
-    result.find("share of device-seconds next to the neighbor", share, "", goal=0.5 * isolation.MIN_SHARE)
+    result.find(
+        "Ordinary project's fraction of device-seconds, next to the noisy neighbor",
+        share,
+        "",
+        goal=0.5 * isolation.MIN_SHARE,
+    )
 
 
 def _isolation_table(seen: Soaked) -> str:
