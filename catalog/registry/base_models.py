@@ -224,7 +224,7 @@ def _check(name: str, kind: str, source: str) -> None:
         raise InvalidRequest(
             f"{name[:80]!r} is not a valid base model name: {fault}.",
             code="invalid_name",
-            remedy="Use up to 64 ASCII letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
+            remedy="Use up to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
             param="name",
         )
     if kind not in KINDS:

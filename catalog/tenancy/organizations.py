@@ -113,7 +113,7 @@ def check_name(name: str, thing: str, *, id_prefix: str) -> None:
         raise InvalidRequest(
             f"{name[:80]!r} is not a valid name for {thing}: {fault}.",
             code="invalid_name",
-            remedy="Use at most 64 ASCII letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
+            remedy="Use at most 64 letters (A-Z), digits, dots, underscores and hyphens. Start with a letter or digit.",
             param="name",
         )
     if name.startswith(f"{id_prefix}-"):
