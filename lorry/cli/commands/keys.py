@@ -186,7 +186,7 @@ def rotate(
     _show_once(key, as_json=as_json)
     _store_own(lorry, key_id, key)
     if not as_json:
-        overlap_text = "1 day" if overlap is None else f"{overlap} s"
+        overlap_text = output.duration_in_words(86_400 if overlap is None else overlap)
         output.echo(f"The old key {key_id} remains valid for at most {overlap_text}.")
 
 

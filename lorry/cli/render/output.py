@@ -216,6 +216,14 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def duration_in_words(seconds: int) -> str:
+    """Return a duration in its largest whole unit, such as 90 seconds, 15 minutes, 12 hours or 1 day."""
+    units = {"day": 86_400, "hour": 3600, "minute": 60}
+    unit, length = next(((u, n) for u, n in units.items() if seconds and seconds % n == 0), ("second", 1))
+    count = seconds // length
+    return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
 def cell(value: object) -> str:
     """Return a value as text for a user."""
     if value is None:

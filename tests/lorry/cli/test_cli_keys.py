@@ -58,15 +58,21 @@ def test_list_omits_revoked_keys_by_default(service: Script, run: Run) -> None:
     assert "key-0" in every
 
 
-def test_rotate_prints_how_long_the_old_key_remains_valid(service: Script, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("overlap", "seconds", "words"),
+    [("12h", 43_200, "12 hours"), ("0s", 0, "0 seconds"), ("90s", 90, "90 seconds"), ("1d", 86_400, "1 day")],
+)
+def test_rotate_prints_how_long_the_old_key_remains_valid(
+    service: Script, run: Run, overlap: str, seconds: int, words: str
+) -> None:
     service.on("POST", "/v1/api_keys/key-1/rotate", {**KEY, "id": "key-2", "value": "lorry_key-2_secret"})
     service.on("GET", "/v1/api_keys/key-1", {**KEY, "expires_at": 1790043200})
 
-    result = run("keys", "rotate", "key-1", "--overlap", "12h")
+    result = run("keys", "rotate", "key-1", "--overlap", overlap)
 
-    assert json.loads(service.requests("POST", "/v1/api_keys/key-1/rotate")[0].body) == {"overlap_seconds": 43200}
+    assert json.loads(service.requests("POST", "/v1/api_keys/key-1/rotate")[0].body) == {"overlap_seconds": seconds}
     assert result.stdout == "lorry_key-2_secret\n"
-    assert "The old key key-1 remains valid for at most 43200 s." in result.stderr
+    assert f"The old key key-1 remains valid for at most {words}." in result.stderr
 
 
 def test_rotating_the_key_in_use_updates_the_connection_file(
