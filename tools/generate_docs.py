@@ -1,4 +1,4 @@
-"""Writes the reference pages that are generated from the code: `make docs-generate`. `--check` compares instead."""
+"""Writes the reference pages that are generated from the code: `make docs`. `--check` compares instead."""
 
 import argparse
 import html
