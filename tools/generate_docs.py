@@ -12,16 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import typer.main
 from pydantic import SecretStr
-from typer.cli import get_docs_for_click
 
 from api.app import create_app
 from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
-from lorry.cli.main import app
-from tools import reference_fields, reference_memory, reference_sdk
+from tools import reference_cli, reference_fields, reference_memory, reference_sdk
 from tools.error_catalog import error_messages
 
 ROOT = Path(__file__).parents[1]
@@ -43,12 +40,6 @@ ratios within a turn.
 
 All results are from CPUs with two cores. No result is from a GPU yet.
 """
-
-
-def cli() -> str:
-    command = typer.main.get_command(app)
-    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="lorry", title="Command line")
-    return text.rstrip() + "\n"
 
 
 def errors() -> str:
@@ -222,7 +213,7 @@ def _line(text: str) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "docs/reference/cli.md": cli,
+    "docs/reference/cli.md": reference_cli.page,
     "docs/reference/errors.md": errors,
     "dashboard/errors.html": errors_page,
     "docs/reference/api.md": api,
