@@ -19,7 +19,7 @@ from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
 from tools import reference_cli, reference_fields, reference_memory, reference_sdk
-from tools.error_catalog import error_messages
+from tools.error_catalog import error_messages, is_bare
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {
@@ -268,7 +268,10 @@ def main() -> int:
             path.write_text(text, encoding="utf-8")
     for name in outdated:
         print(f"{name} does not match the code. Run: make docs" if is_check else f"wrote {name}")
-    return 1 if is_check and outdated else 0
+    bare = sorted({each.code for each in error_messages() if is_bare(each.message) or is_bare(each.remedy)})
+    for code in bare:
+        print(f"{code}: a message or fix is only a placeholder. Add its text to EXPLANATIONS in tools/error_catalog.py")
+    return 1 if bare or (is_check and outdated) else 0
 
 
 if __name__ == "__main__":
