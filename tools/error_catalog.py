@@ -238,7 +238,10 @@ class _Module:
                 text if parameter is None else own.argument(call, parameter) or text
                 for parameter, text in zip(sent, texts, strict=True)
             ]
-            given = [self._template(each) if each in own.defaults.values() else each for each in given]
+            given = [
+                self._template(each) if isinstance(each, ast.expr) and each in own.defaults.values() else each
+                for each in given
+            ]
             yield from caller._expanded(*given, levels=levels - 1)
         if not callers:
             yield texts[0], texts[1], self._path
