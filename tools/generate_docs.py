@@ -1,4 +1,4 @@
-"""Writes the reference pages that are generated from the code: `make docs-generate`. `--check` compares instead."""
+"""Writes the reference pages that are generated from the code: `make docs`. `--check` compares instead."""
 
 import argparse
 import html
@@ -12,17 +12,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import typer.main
 from pydantic import SecretStr
-from typer.cli import get_docs_for_click
 
 from api.app import create_app
 from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
-from lorry.cli.main import app
-from tools import benchmark_page, reference_fields, reference_memory, reference_sdk
-from tools.error_catalog import error_messages
+from tools import benchmark_page, reference_cli, reference_fields, reference_memory, reference_sdk
+from tools.error_catalog import error_messages, is_bare
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {
@@ -34,12 +31,6 @@ LIMITS = {
     "maxLength": "length ≤",
 }
 METHODS = ("get", "post", "put", "patch", "delete")
-
-
-def cli() -> str:
-    command = typer.main.get_command(app)
-    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="lorry", title="Command line")
-    return text.rstrip() + "\n"
 
 
 def errors() -> str:
@@ -182,7 +173,7 @@ def _line(text: str) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
-    "docs/reference/cli.md": cli,
+    "docs/reference/cli.md": reference_cli.page,
     "docs/reference/errors.md": errors,
     "dashboard/errors.html": errors_page,
     "docs/reference/api.md": api,
@@ -237,7 +228,10 @@ def main() -> int:
             path.write_text(text, encoding="utf-8")
     for name in outdated:
         print(f"{name} does not match the code. Run: make docs" if is_check else f"wrote {name}")
-    return 1 if is_check and outdated else 0
+    bare = sorted({each.code for each in error_messages() if is_bare(each.message) or is_bare(each.remedy)})
+    for code in bare:
+        print(f"{code}: a message or fix is only a placeholder. Add its text to EXPLANATIONS in tools/error_catalog.py")
+    return 1 if bare or (is_check and outdated) else 0
 
 
 if __name__ == "__main__":

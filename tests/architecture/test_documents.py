@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,6 +80,29 @@ def test_every_lorry_command_exists(document: Path) -> None:
     ]
 
     assert [" ".join(words) for words in commands if not _is_command(words)] == []
+
+
+@EACH
+def test_documents_have_no_control_characters(document: Path) -> None:
+    assert re.findall(r"[^\n]*[\x00-\x09\x0b-\x1f\x7f][^\n]*", document.read_bytes().decode()) == []
+
+
+def test_command_line_reference_lists_all_commands_but_hidden_ones() -> None:
+    page = _read("docs/reference/cli.md")
+
+    shown = {path for path, is_hidden in _all_commands(typer.main.get_command(app), "lorry") if not is_hidden}
+    assert len(shown) > 50
+    assert set(re.findall(r"^#+ `(.+)`$", page, re.MULTILINE)) == shown
+    linked = set(re.findall(r"^\* \[`[^`]+`\]\(#(.+?)\)", page, re.MULTILINE))
+    assert linked == {path.replace(" ", "-") for path in shown}
+
+
+def _all_commands(group: Any, path: str, *, is_hidden: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield each command below a group, and whether it or a group above it is hidden."""
+    for name, command in getattr(group, "commands", {}).items():
+        hidden = is_hidden or command.hidden
+        yield f"{path} {name}", hidden
+        yield from _all_commands(command, f"{path} {name}", is_hidden=hidden)
 
 
 def _read(name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.check_words import WORDS, Config, findings, prose
-from tools.error_catalog import error_messages
+from tools.error_catalog import error_messages, is_bare
 from tools.sentence_lengths import sentence_lengths
 
 CONFIG = """
@@ -42,6 +42,19 @@ def find(job_id):
 
 def choose(is_new):
     raise Conflict("It exists.", code="exists" if is_new else "already_there", remedy="")
+
+def too_many(rows, number):
+    message = f"{_counted(number, 'row')} and {len(rows)} file{'' if rows == 1 else 's'}."
+    raise Conflict(message, code="too_many", remedy="Wait.")
+
+def _counted(number, noun):
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+def _unknown(sentence, remedy):
+    return InvalidRequest(sentence, code="unknown_name", remedy=remedy)
+
+def look_up(name):
+    raise _unknown(f"There is no {name}.", "Use another.")
 
 TABLE = {400: ("The body is not JSON.", "Send JSON.", "invalid_json")}
 """
@@ -121,5 +134,21 @@ def test_errors_of_each_form_are_cataloged(tmp_path: Path) -> None:
         ),
         ("exists", "It exists.", ""),
         ("already_there", "It exists.", ""),
+        ("too_many", "{number} rows and {rows} files.", "Wait."),
+        ("unknown_name", "There is no {name}.", "Use another."),
         ("invalid_json", "The body is not JSON.", "Send JSON."),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "is_only_placeholders"),
+    [
+        ("{message}", True),
+        ("{fits} {needs_less}.", True),
+        ("Wait. / {remedy}", True),
+        ("Wait for {name}.", False),
+        ("", False),
+    ],
+)
+def test_texts_of_only_placeholders_are_recognized(text: str, is_only_placeholders: bool) -> None:
+    assert is_bare(text) == is_only_placeholders
