@@ -97,8 +97,8 @@ def _checked(text: str) -> bytes:
         raise InvalidRequest(
             "LORRY_PEPPER is empty.",
             code="weak_pepper",
-            remedy=f"Set it to the service's pepper. If the service has no pepper yet, set a new one (`{NEW}`). If the "
-            f"file {FILE_NAME!r} in LORRY_DATA_DIR is the pepper, unset LORRY_PEPPER.",
+            remedy=f"Set it to the service's pepper. If the pepper is stored in the file {FILE_NAME!r} in "
+            f"LORRY_DATA_DIR, unset LORRY_PEPPER instead. If the service has no pepper yet, set a new one (`{NEW}`).",
         )
     if text != text.strip():
         place = "begins" if text != text.lstrip() else "ends"

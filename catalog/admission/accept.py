@@ -203,7 +203,7 @@ def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation
         yield Caution(
             code="evaluations_too_late",
             message=evaluation_schedule.too_late(spec, num_steps),
-            remedy=evaluation_schedule.EVALUATE_OFTEN,
+            remedy=evaluation_schedule.evaluate_often(num_steps),
         )
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobSpec
 
-EVALUATE_OFTEN = (
-    "Lower evaluation.every_steps to the number of steps or less, or omit it to use an interval that suits the job."
-)
-"""Remedy for an evaluation interval that is longer than the job."""
+
+def evaluate_often(num_steps: int) -> str:
+    """Return the remedy for an evaluation interval that is longer than the job."""
+    if num_steps <= 1:
+        return "Omit evaluation.every_steps, or train for more steps (max_steps or n_epochs)."
+    return f"Set evaluation.every_steps to less than {num_steps:,}, or omit it to use an interval that suits the job."
 
 
 def most_steps(spec: JobSpec, num_rows: int) -> int | None:
@@ -43,7 +45,7 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
         f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluate_every_steps} and "
         f"the job has at most {_steps(num_steps)}.",
         code="no_evaluation_in_time",
-        remedy=EVALUATE_OFTEN,
+        remedy=evaluate_often(num_steps),
         param="evaluation.every_steps",
     )
 

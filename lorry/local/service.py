@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -120,14 +121,18 @@ class LocalService:
             parsed = None
         if done.returncode or not isinstance(parsed, dict):
             last = "\n".join(f"    {line}" for line in (done.stderr or done.stdout).splitlines()[-15:])
-            result = f"failed (exit status {done.returncode})" if done.returncode else "printed no JSON object"
+            result = "printed no JSON object"
+            if done.returncode < 0:
+                result = f"was killed by {signal.Signals(-done.returncode).name}"
+            elif done.returncode > 0:
+                result = f"failed (exit status {done.returncode})"
             output = f"Its output ends with:\n{last}" if last else "It printed nothing."
             raise LorryError(
                 f"`python -m api {arguments[0]}` {result}. {output}",
                 code="service_failed",
                 remedy="Fix the reported problem, then run `lorry up` again."
                 if last
-                else "Run `lorry up` again. If this recurs, check the system's log, for example for too little memory.",
+                else "Run `lorry up` again. If this recurs, check whether the machine runs out of memory.",
             )
         return cast("dict[str, Any]", parsed)
 

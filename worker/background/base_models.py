@@ -383,7 +383,8 @@ def _crashed(worker_id: str, row: BaseModelRow, returncode: int, log_path: Path)
     exited, then = how_it_exited(returncode), _then(row)
     if is_killed(returncode):
         return ImportRefused(
-            f"The import of base model {row.name!r} on worker {worker_id} {exited}: {last}.",
+            f"The import of base model {row.name!r} on worker {worker_id} {exited}, probably because the machine "
+            "ran out of memory.",
             code="import_failed",
             remedy=f"Free up memory on that worker's machine, or use a machine with more memory. {then}",
         )

@@ -325,4 +325,6 @@ def crashed(
     last = lines[-1][:300] if lines else "no output"
     if was_killed:
         remedy = f"Free up memory on that worker's machine, or use smaller files. {AGAIN}"
+        message = f"{message}, probably because the machine ran out of memory."
+        return PreparationCrashed(message, code=code, remedy=remedy)
     return PreparationCrashed(f"{message}: {last.rstrip('.')}.", code=code, remedy=remedy)

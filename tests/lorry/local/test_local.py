@@ -339,7 +339,7 @@ def test_command_that_prints_no_json_is_distinguished_from_a_failed_one(
     with pytest.raises(LorryError, match="no space") as reported:
         made.new_key()
 
-    assert "system's log" in silent.value.remedy
+    assert "runs out of memory" in silent.value.remedy
     assert "Fix the reported problem" in reported.value.remedy
 
 
