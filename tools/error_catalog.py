@@ -27,7 +27,11 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
     "evaluations_too_late": (
         "evaluation.every_steps is {every_steps}, but the job has at most {num_steps} steps, so the validation loss is "
         "measured only at the start and at the end.",
+        "Set evaluation.every_steps to less than {num_steps}, or omit it to use an interval that suits the job.",
+    ),
+    "no_evaluation_in_time": (
         "",
+        "Set evaluation.every_steps to less than {num_steps}, or omit it to use an interval that suits the job.",
     ),
     "few_steps": ("", "Raise n_epochs or max_steps, lower batch_size, or add rows."),
     "file_too_large": ("", "Split the file into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES."),
