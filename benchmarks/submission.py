@@ -96,8 +96,10 @@ def _first_step(plan: Plan, lorry: Lorry, file: str) -> dict[str, float]:
     while not lorry.jobs.metrics(job.id):
         shown = lorry.jobs.get(job.id)
         now = time.monotonic()
-        running = now if running is None and shown.status == "running" else running
-        if shown.is_final or now - started > PATIENCE_SECONDS:
+        has_started = shown.status == "running" or shown.is_final
+        running = now if running is None and has_started else running
+        has_no_step = shown.is_final and not lorry.jobs.metrics(job.id)  # the steps may have come since the last look
+        if has_no_step or now - started > PATIENCE_SECONDS:
             raise RuntimeError(f"the job made no step: {shown}")
         time.sleep(LOOK_SECONDS)
     seconds = time.monotonic() - started

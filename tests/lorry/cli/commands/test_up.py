@@ -128,6 +128,9 @@ def test_killed_api_server_stops_the_service_and_its_log_is_printed(data_dir: Pa
 
 @pytest.mark.slow
 def test_lost_connection_file_is_replaced_with_a_new_valid_key(data_dir: Path) -> None:
+    with up(data_dir) as (process, _):
+        process.terminate()
+        assert process.wait(60) == 0
     (data_dir / connection.FILE_NAME).unlink()
 
     with up(data_dir) as (process, printed):
