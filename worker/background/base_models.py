@@ -392,13 +392,13 @@ def _crashed(worker_id: str, row: BaseModelRow, returncode: int, log_path: Path)
         f"The import of base model {row.name!r} on worker {worker_id} {exited}: {last}.",
         code="import_failed",
         remedy=(
-            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. If the error "
-            f"recurs, reinstall Lorry's dependencies on that worker. {then}"
+            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. {then} If the "
+            "error recurs, reinstall Lorry's dependencies on that worker."
         )
         if row.kind == "hub"
         else (
-            f"Check that the files at {row.source} on that worker's machine are complete and undamaged, or copy them "
-            f"again. If they are, reinstall Lorry's dependencies on that worker. {then}"
+            f"If the files at {row.source} on that worker's machine are incomplete or damaged, copy them again. "
+            f"Otherwise, reinstall Lorry's dependencies on that worker. {then}"
         ),
     )
 
