@@ -138,8 +138,8 @@ def tables_of(data_dir: Path, revision: str) -> None:
     [
         (["serve", "--port", "0"], "Run `python -m api bootstrap` from this version"),
         (["new-key"], "Run `python -m api bootstrap` from this version"),
-        (["backup", "copies"], "Run this command with the version that the service runs"),
-        (["verify"], "Run this command with the version that the service runs"),
+        (["backup", "copies"], "Run this command with the Lorry version that the service runs"),
+        (["verify"], "Run this command with the Lorry version that the service runs"),
     ],
 )
 def test_commands_on_older_tables_fail_with_the_remedy(

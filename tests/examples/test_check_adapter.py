@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from catalog.datasets.chat import Chat
 from tests import tiny_base
 from worker.children.tokenizer.chat_template import ChatTemplate
 
@@ -51,7 +52,7 @@ def test_prompt_is_a_prefix_of_the_training_text(
 
     template = ChatTemplate.load(base_dir)
     for ids, row in zip(seen[: len(ROWS)], ROWS, strict=True):
-        trained = template.render_supervised(row)
+        trained = template.render_supervised(Chat(row))
         ((start, end),) = trained.spans
         assert tokenizer.decode(ids) == trained.text[:start]
         assert trained.text[start:end].startswith(f"{row[1]['content']}{tokenizer.eos_token}")

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from catalog.datasets.chat import check_chat, is_supervised
+from catalog.datasets.messages import ChatMessage
 from catalog.datasets.row_json import BadRow, parse_object
 from catalog.datasets.rows import as_chat, check_completion, check_pair, check_unpaired, conversation_of
+from catalog.datasets.tools import ToolCall
 
 FUNCTION = {
     "name": "get_current_weather",
@@ -46,12 +48,16 @@ def refusal(row: Any) -> BadRow:
     return caught.value
 
 
+def calls_of(message: ChatMessage) -> list[ToolCall]:
+    return message.get("tool_calls", [])
+
+
 def test_openais_example_of_tool_calls_is_accepted() -> None:
     chat = check_chat(parsed({"messages": [USER, CALLING], "parallel_tool_calls": False, "tools": [TOOL]}))
 
     assert chat.tools == [TOOL]
     assert chat.messages[1]["content"] == ""
-    (call,) = chat.messages[1]["tool_calls"]
+    (call,) = calls_of(chat.messages[1])
     assert call == {
         "id": "call_id",
         "type": "function",
@@ -71,7 +77,7 @@ def test_openais_deprecated_functions_are_read_as_tools() -> None:
     chat = check_chat(parsed({"messages": messages, "functions": [FUNCTION]}))
 
     assert chat.tools == [TOOL]
-    (call,) = chat.messages[1]["tool_calls"]
+    (call,) = calls_of(chat.messages[1])
     assert call["function"]["arguments"] == ARGUMENTS
     assert chat.messages[2] == {
         "role": "tool",
@@ -107,7 +113,7 @@ def test_pair_may_compare_tool_calls() -> None:
     pair = check_pair(parsed(row))
 
     assert pair["prompt"].tools == [TOOL]
-    assert pair["preferred"]["tool_calls"] != pair["rejected"]["tool_calls"]
+    assert calls_of(pair["preferred"]) != calls_of(pair["rejected"])
     with pytest.raises(BadRow, match="identical"):
         check_pair(parsed({**row, "non_preferred_output": [CALLING]}))
 
@@ -199,7 +205,7 @@ def test_invalid_tools_are_reported_with_their_place(row: Any, code: str, part: 
 def test_arguments_of_a_function_without_parameters_may_be_empty() -> None:
     chat = check_chat(parsed(with_function(arguments="")))
 
-    assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+    assert calls_of(chat.messages[1])[0]["function"]["arguments"] == {}
 
 
 def test_arguments_nested_too_deeply_are_rejected() -> None:

@@ -108,9 +108,9 @@ def test_expired_file_is_treated_as_deleted(world: World) -> None:
         files.get(world.db, project_id=world.caller.project_id, file_id=file_id)
     with pytest.raises(NotFound):
         files.delete(world.db, project_id=world.caller.project_id, file_id=file_id)
-    with pytest.raises(NotFound, match="id") as refused:
+    with pytest.raises(NotFound, match="has expired") as refused:
         world.submit(training_file=file_id)
-    assert "expired" in refused.value.remedy
+    assert refused.value.param == "training_file"
     assert sha(file_id) not in live(world)
 
 

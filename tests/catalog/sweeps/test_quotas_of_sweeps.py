@@ -70,7 +70,7 @@ def test_future_trials_of_a_sweep_count_from_its_creation(world: World) -> None:
     _grid_of_three(world, world.caller, search={"type": "ask_tell", "trials": 9}, parameters={})
     world.submit(caller=caller)
 
-    with pytest.raises(RateLimited, match="includes 2 trials") as refusal:
+    with pytest.raises(RateLimited, match="also counts 2 trials") as refusal:
         world.submit(caller=caller)
     for _ in range(2):
         world.prepare_all()

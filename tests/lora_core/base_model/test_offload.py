@@ -33,7 +33,7 @@ def test_exact_pinning_keeps_other_allocator_settings():
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", "zero3_offload"])
 def test_sharding_on_one_rank_is_rejected(load, strategy):
-    with pytest.raises(ConfigError, match="there is only one"):
+    with pytest.raises(ConfigError, match="has only one"):
         shard(load("llama").model, strategy, Ranks(), device="cpu", dtype=torch.float32)
 
 

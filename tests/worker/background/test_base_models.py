@@ -216,7 +216,11 @@ def test_a_full_disk_under_the_hub_cache_is_reported_as_such(context: Any, monke
     ("code", "message", "remedy"),
     [
         ("import __main__; raise SystemExit(3)", "w1 failed with exit status 3: no output.", "reinstall Lorry's"),
-        ("import os; os.kill(os.getpid(), 9)", "w1 was killed by signal 9 (SIGKILL): no output.", "Free up memory"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "w1 was killed by signal 9 (SIGKILL), probably because the machine ran out of memory.",
+            "Free up memory",
+        ),
         ("raise OSError(28, 'full')", "The disk on worker w1 is full.", "that worker's data folder."),
     ],
 )
@@ -243,7 +247,7 @@ def test_a_failed_import_names_the_worker_and_the_cause(
     ("kind", "remedy"),
     [
         ("hub", "Delete {source} from that worker's Hugging Face cache"),
-        ("folder", "Check "),
+        ("folder", "damaged"),
     ],
 )
 def test_the_remedy_of_a_failed_import_fits_the_kind_of_source(
@@ -263,7 +267,7 @@ def test_the_remedy_of_a_failed_import_fits_the_kind_of_source(
 
     error = record.get(context.db, "broken").error or {}
     assert error["code"] == ("import_limit" if kill_signal else "import_failed")
-    assert error["remedy"].startswith(remedy.format(source=source))
+    assert remedy.format(source=source) in error["remedy"]
     assert source in error["remedy"]
 
 

@@ -43,7 +43,9 @@ ONE_CALL = (
     "{{ raise_exception('Only one tool call is supported') }}{% endif %}{{ m.role + m.content }}"
     "{{ m.tool_calls[0].function.name if m.tool_calls else '' }}{% endfor %}{{ tools | tojson }}"
 )
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+]
 USER = {"role": "user", "content": "a"}
 
 
