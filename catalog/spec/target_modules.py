@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import regex
 
 from catalog import write_guard
-from catalog.errors import InvalidRequest
+from catalog.errors import InvalidRequest, listed
 from catalog.spec.lora import LoraSpec
 
 MATCH_SECONDS = 0.1
@@ -156,12 +156,12 @@ def _check_known(description: Description, lora: LoraSpec, linears: list[Linear]
     if (has_expression or omitted) and not _has_paths(description):
         needs_paths = ["a regular expression in lora.target_modules"] * has_expression + omitted
         ways = ["set lora.target_modules to layer names"] * has_expression
-        ways += [f"omit {all_of(omitted)}"] if omitted else []
+        ways += [f"omit {listed(omitted)}"] if omitted else []
         way = " and ".join(ways)
         omit = f"{way[0].upper()}{way[1:]}"
         raise InvalidRequest(
             f"Base model {base_name!r} was imported by an older version of Lorry that did not record layer paths, so "
-            f"{all_of(needs_paths)} can't be used.",
+            f"{listed(needs_paths)} can't be used.",
             code="model_without_layer_paths",
             remedy=f"{omit}, or ask an operator to add the model again under another name, and use that name.",
             param=needs_paths[0].rpartition(" ")[2],
@@ -222,7 +222,7 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
     unknown = [key for key in pattern if key not in matched]
     if unknown:
         names = sorted({path.rpartition(".")[2] for path in paths})
-        keys = all_of([repr(key) for key in unknown])
+        keys = listed([repr(key) for key in unknown])
         raise InvalidRequest(
             f"The key {keys} in {param} does not match any targeted layer."
             if len(unknown) == 1
@@ -275,7 +275,7 @@ def lowest_limit(above: Sequence[Adapted]) -> int:
 
 
 def names_of(layers: Sequence[Adapted]) -> str:
-    return all_of(sorted({layer.linear.name for layer in layers}))
+    return listed(sorted({layer.linear.name for layer in layers}))
 
 
 def _ends(path: str, name: str) -> bool:
@@ -306,11 +306,6 @@ def _existing(linears: list[Linear]) -> str:
     names = sorted({linear.name for linear in linears})
     available = f"Available layer names: {_shortened(names)}."
     return f"{available} To target all layers, set lora.target_modules to 'all-linear'."
-
-
-def all_of(names: Sequence[str]) -> str:
-    """Return the names as `a, b and c`."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _shortened(items: Sequence[object]) -> str:

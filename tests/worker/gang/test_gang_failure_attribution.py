@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -148,15 +149,17 @@ def test_without_evidence_no_worker_is_at_fault(gang: GangSite) -> None:
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.INFRA_LOST, "")
 
 
-def test_unreachable_trainers_cost_no_attempt_and_name_the_address(gang: GangSite) -> None:
-    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        yield from begun(gang, trainer, context, is_ready=False)
-        write_log(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
-        trainer.returncode = 1
-        report_end(gang, context, ECHOED)
-        yield
+def failed_rendezvous(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
+    """The script of a trainer that can't reach the other one."""
+    yield from begun(gang, trainer, context, is_ready=False)
+    write_log(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
+    trainer.returncode = 1
+    report_end(gang, context, ECHOED)
+    yield
 
-    job_id = leads(gang, script)
+
+def test_unreachable_trainers_cost_no_attempt_and_name_the_address(gang: GangSite) -> None:
+    job_id = leads(gang, partial(failed_rendezvous, gang))
 
     attempt, job = attempt_of(gang, job_id), gang.site.world.job(job_id)
     assert attempt.reason == EndReason.GANG_INCOMPLETE
@@ -177,14 +180,7 @@ def test_a_leader_that_loses_the_lead_ends_its_attempts(gang: GangSite, monkeypa
 
     monkeypatch.setattr(gangs, "missed", loses_the_lead)
 
-    def script(trainer: FakeTrainer, context: WorkerContext) -> Generator[None]:
-        yield from begun(gang, trainer, context, is_ready=False)
-        write_log(trainer, "torch.distributed.DistStoreError: wait timeout after 300000ms, keys: /default_pg/0//0//1\n")
-        trainer.returncode = 1
-        report_end(gang, context, ECHOED)
-        yield
-
-    attempt = attempt_of(gang, leads(gang, script))
+    attempt = attempt_of(gang, leads(gang, partial(failed_rendezvous, gang)))
 
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.INFRA_LOST, "")
     assert "another worker leads the gang now" in str(attempt.detail)
