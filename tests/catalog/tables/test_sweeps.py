@@ -364,7 +364,7 @@ def test_repeated_submission_creates_one_sweep(world: World) -> None:
     assert send(world, request, idempotency_key="one").id == sweep.id
     assert send(world, request, is_client_retry=True).id == sweep.id
     assert send(world, request).id != sweep.id
-    with pytest.raises(Conflict, match="which created sweep"):
+    with pytest.raises(Conflict, match="already used to create sweep"):
         send(world, sweep_request(world, seed=3), idempotency_key="one")
     assert len(job_commands.list_page(world.db, project_id=world.caller.project_id).items) == 8
 
