@@ -17,7 +17,7 @@ class EngineConfig:
         max_tick_seconds: Expected duration beyond which no further slices join a tick, so that cancellation and
             admission stay responsive.
         job_tokens: Maximum tokens of one job in a tick, if it has more than one slice in it.
-        num_lanes: CPU threads that compute parts of a tick concurrently (lora_core/engine/cpu_lanes.py).
+        num_lanes: CPU threads that compute parts of a tick concurrently (lora_core/runtime/cpu_lanes.py).
         checkpoint_blocks: Activation checkpointing per block: "always", "never", or "auto", which enables it when
             memory is scarce.
         prefix_memory_bytes, prefix_disk_bytes: Limits, in host memory and on disk, of the cache of activations below

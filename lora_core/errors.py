@@ -110,6 +110,7 @@ class OutOfMemory(LoraCoreError):
             remedy = "Lower the rank, target fewer modules, or use a larger device."
         super().__init__(sentence, remedy=remedy)
         self.job = job
+        self.num_tokens = num_tokens
 
 
 class BrokenPass(RuntimeError):

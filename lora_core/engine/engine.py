@@ -26,16 +26,16 @@ from pathlib import Path
 
 import torch
 
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.config import JobConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine import checkpoint
-from lora_core.engine.cpu_lanes import Lanes
 from lora_core.engine.fair_queue import ReadySlice, select_slices, widen
 from lora_core.engine.invariance_probe import Invariance, measure_invariance
 from lora_core.engine.job import TrainingJob
-from lora_core.engine.job_start import job_on
+from lora_core.engine.job_start import empty_adapter, job_on, load_adapter
 from lora_core.engine.memory_recovery import MemoryRecovery
 from lora_core.engine.prefix_cache import PrefixCounts, Prefixes
 from lora_core.engine.rank_agreement import StepOutcome, agree, require_equal_weights
@@ -44,11 +44,13 @@ from lora_core.engine.throughput import PackSize, Throughput
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory
 from lora_core.events import Event
+from lora_core.forward.continuous_batch import ContinuousBatch, Prompt
 from lora_core.forward.generation import Generation, Prompts
 from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
 from lora_core.layers.activation_checkpointing import ActivationMemory
 from lora_core.losses.preference import SliceScores
 from lora_core.peft_format.export import ExportReport, export_adapter
+from lora_core.runtime.cpu_lanes import Lanes
 from lora_core.runtime.device_errors import interrupts_wait, shortage_in_pass, shortage_of
 
 START_WORK = 2**30
@@ -348,8 +350,44 @@ class Engine:
         None of these jobs may be ticked before the answers are complete. Training is not affected. Raises ConfigError,
         BadCheckpoint and OutOfMemory.
         """
-        rows = {job: (self._started(job).adapter, own) for job, own in prompts.items()}
-        return Generation(self.base, rows, token_budget=self.config.token_budget)
+        rows = {job: (self.adapter(job), own) for job, own in prompts.items()}
+        return Generation(self.base, rows, lanes=self._lanes, token_budget=self.config.token_budget)
+
+    def adapter(self, job: str) -> FlatAdapter:
+        """Return the adapter with the job's current weights. The job must not be ticked while answers use it.
+
+        Raises ConfigError, BadCheckpoint and OutOfMemory.
+        """
+        return self._started(job).adapter
+
+    def load_adapter(self, directory: Path) -> FlatAdapter:
+        """Load an adapter in PEFT's layout for inference. It belongs to no job.
+
+        Raises BadParent, NoTargets and ConfigError if it does not fit the base model, and OutOfMemory.
+        """
+        with shortage_of(directory.name):
+            return load_adapter(self.base, directory)
+
+    def continuous_batch(self, *, cache_bytes: int) -> ContinuousBatch:
+        """Return an empty batch for inference, whose key-value cache takes at most `cache_bytes`.
+
+        Jobs may be ticked between two of its passes. A sharded base model needs the same calls on all ranks. Raises
+        OutOfMemory.
+        """
+        sized = {"lanes": self._lanes, "prompt_tokens": self.config.token_budget}
+        trial = ContinuousBatch(self.base, cache_tokens=1, **sized)
+        trial.add(Prompt(name="trial", adapter=self.no_adapter(), ids=(0,), max_tokens=2))
+        trial.advance()
+        return ContinuousBatch(self.base, cache_tokens=max(1, cache_bytes // trial.cache_bytes_per_token), **sized)
+
+    def free_bytes(self, *, host_bytes: int) -> int:
+        """Return the free memory of the device. For a CPU that is `host_bytes`, which only the caller can determine."""
+        device = self.base.device
+        return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else host_bytes
+
+    def no_adapter(self) -> FlatAdapter:
+        """Return an adapter without layers, with which the base model answers unchanged."""
+        return empty_adapter(self.base)
 
     def compare_ranks(self, job: str) -> None:
         """Raise RanksDiffer on all ranks if their weights of the job differ.

@@ -18,7 +18,6 @@ from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment, choose_targets
 from lora_core.config import LoraConfig, ObjectiveConfig
-from lora_core.engine.cpu_lanes import Lanes, split
 from lora_core.errors import ANY_FAILURE, UnsupportedModel
 from lora_core.forward.classification import placeholder_head
 from lora_core.forward.language_model import run_training
@@ -28,6 +27,7 @@ from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import SliceInput, build_pack
 from lora_core.peft_format.export import PROBE_POSITIONS, packed_logits
 from lora_core.runtime.counter_rng import random_words, uniform
+from lora_core.runtime.cpu_lanes import Lanes, split
 from lora_core.runtime.device_errors import is_device_fault, shortage_named
 
 Invariance = Literal["bitwise", "allclose"]

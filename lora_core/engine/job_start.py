@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from lora_core.adapter.flat_adapter import FlatAdapter
+from lora_core.adapter.modules_to_save import TrainedTensors
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import choose_targets, frozen_weights
-from lora_core.config import JobConfig
+from lora_core.config import JobConfig, LoraConfig, ObjectiveConfig, OptimizerKind
 from lora_core.data.kto_pairs import check_unpaired
 from lora_core.data.token_dataset import TokenDataset, check_examples, check_labels, data_digest
 from lora_core.distributed.ranks import Ranks
@@ -16,7 +17,7 @@ from lora_core.engine import checkpoint
 from lora_core.engine.job import TrainingJob, TrainingProgress
 from lora_core.errors import BadDataset, ConfigError
 from lora_core.forward.classification import refuse_other_task, trained_tensors
-from lora_core.peft_format.load_parent import begin_from, refuse_other_start
+from lora_core.peft_format.load_parent import begin_from, lora_config_of, refuse_other_start
 from lora_core.runtime.device_errors import shortage_of
 
 
@@ -62,19 +63,38 @@ def job_on(
 
 
 def _new_adapter(base: BaseModel, config: JobConfig, *, is_trained: bool = True) -> FlatAdapter:
+    trained, optimizer = trained_tensors(base, config.lora, config.objective), config.optimizer.kind
+    return _adapter_on(base, config.lora, trained, optimizer=optimizer, is_trained=is_trained)
+
+
+def _adapter_on(
+    base: BaseModel, lora: LoraConfig, trained: TrainedTensors, *, optimizer: OptimizerKind, is_trained: bool
+) -> FlatAdapter:
     assert base.attachment is not None
     linears = base.attachment.linears
-    targets = choose_targets(linears, config.lora)
+    targets = choose_targets(linears, lora)
     return FlatAdapter(
         targets,
-        config.lora,
+        lora,
         dtype=base.dtype,
         device=base.device,
-        frozen=frozen_weights(linears, targets, config.lora),
-        trained=trained_tensors(base, config),
-        optimizer=config.optimizer.kind,
+        frozen=frozen_weights(linears, targets, lora),
+        trained=trained,
+        optimizer=optimizer,
         is_trained=is_trained,
     )
+
+
+def load_adapter(base: BaseModel, directory: Path) -> FlatAdapter:
+    """Load an adapter of a causal language model in PEFT's layout, for inference.
+
+    Raises BadParent, NoTargets and ConfigError if it does not belong to the base model.
+    """
+    lora = lora_config_of(directory)
+    trained = trained_tensors(base, lora, ObjectiveConfig())
+    adapter = _adapter_on(base, lora, trained, optimizer="adamw", is_trained=False)
+    begin_from(adapter, directory, base)
+    return adapter
 
 
 def _reference(base: BaseModel, adapter: FlatAdapter, config: JobConfig, *, has_parent: bool) -> FlatAdapter | None:
@@ -82,11 +102,16 @@ def _reference(base: BaseModel, adapter: FlatAdapter, config: JobConfig, *, has_
     if not config.objective.needs_reference:
         return None
     if not has_parent:
-        return FlatAdapter((), config.lora, dtype=base.dtype, device=base.device, is_trained=False)
+        return empty_adapter(base)
     reference = _new_adapter(base, config, is_trained=False)
     reference.p.copy_(adapter.p)
     reference.refresh_compute()
     return reference
+
+
+def empty_adapter(base: BaseModel) -> FlatAdapter:
+    """Return an adapter without layers, which stands for the base model."""
+    return FlatAdapter((), LoraConfig(rank=1, alpha=1), dtype=base.dtype, device=base.device, is_trained=False)
 
 
 def check_job(base: BaseModel, config: JobConfig, train: TokenDataset, valid: TokenDataset | None) -> None:

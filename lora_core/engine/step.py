@@ -13,12 +13,12 @@ from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.config import Kind, LoraConfig
 from lora_core.distributed.ranks import Ranks
-from lora_core.engine.cpu_lanes import Lanes, split
 from lora_core.engine.job import TrainingJob
 from lora_core.engine.prefix_cache import Prefixes, by_entry, slices_of
 from lora_core.forward.language_model import run_evaluation, run_training
 from lora_core.losses.preference import RewardSums, SliceScores
 from lora_core.packing.packed_batch import ROW_MULTIPLE, SliceInput, build_pack
+from lora_core.runtime.cpu_lanes import Lanes, split
 from lora_core.runtime.device_errors import shortage_in_pass
 
 EMPTY_LORA = LoraConfig(rank=1, alpha=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TrainedTensors, choose_trained, module_tensors
 from lora_core.base_model.model import BaseModel
-from lora_core.config import JobConfig, ObjectiveConfig
+from lora_core.config import LoraConfig, ObjectiveConfig
 from lora_core.errors import ConfigError
 from lora_core.layers.task_heads import between, class_logits, head_tensors, own_head, pooled_hidden, task_head_of
 from lora_core.losses.preference import RewardSums, SliceScores
@@ -31,13 +31,13 @@ def refuse_other_task(base: BaseModel, objective: ObjectiveConfig) -> None:
         )
 
 
-def trained_tensors(base: BaseModel, config: JobConfig) -> TrainedTensors:
+def trained_tensors(base: BaseModel, lora: LoraConfig, objective: ObjectiveConfig) -> TrainedTensors:
     """Return the tensors that a job trains in addition to A and B. Raises NoTargets."""
     head = task_head_of(base.model)
     if head is None:
-        return choose_trained(base.model, config.lora)
-    tensors = head_tensors(base.model, config.objective.num_labels)
-    return choose_trained(base.model, config.lora, head_path=head.path, head=tensors)
+        return choose_trained(base.model, lora)
+    tensors = head_tensors(base.model, objective.num_labels)
+    return choose_trained(base.model, lora, head_path=head.path, head=tensors)
 
 
 def head_alone(base: BaseModel, adapter: FlatAdapter) -> TrainedTensors:

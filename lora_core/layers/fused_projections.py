@@ -105,7 +105,8 @@ def shares_of(pack: PackedBatch, modules: tuple[str, ...]) -> Shares:
     joint: list[JointPiece] = []
     alone: list[BatchSegment] = []
     for segment in pack.segments:
-        views = segment.adapter.joint(modules) if segment.dropout is None else None
+        is_plain = segment.dropout is None and not segment.is_by_row
+        views = segment.adapter.joint(modules) if is_plain else None
         if views is None:
             alone.append(segment)
         else:

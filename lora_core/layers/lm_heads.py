@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TensorViews
-from lora_core.losses.chunked_cross_entropy import Head, TokenScores, score_labels, weighted_loss
+from lora_core.losses.chunked_cross_entropy import LABEL_MULTIPLE, Head, TokenScores, score_labels, weighted_loss
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch
 
 
@@ -99,6 +99,34 @@ def loss_by_head(h_LD: Tensor, head: Head, pack: PackedBatch, weights_L: Tensor)
     ]
     losses = torch.stack([loss for loss, _ in results])
     return losses.sum(), _in_order([scores for _, scores in results], groups, pack)
+
+
+def logits_by_head(h_SD: Tensor, head: Head, pack: PackedBatch) -> Tensor:
+    """Return the logits [S, V] of one token of each sequence, whose last hidden states are h. `head` is the base's.
+
+    Heads are computed on padded rows, so that the bits of a row don't depend on the number of others.
+    """
+    heads = [head_of(head, segment.adapter) for segment in pack.segments]
+    logits_SV: Tensor | None = None
+    for own in {id(own): own for own in heads}.values():
+        rows = [
+            torch.arange(segment.graded.first, segment.graded.last)
+            for segment, of_segment in zip(pack.segments, heads, strict=True)
+            if of_segment is own
+        ]
+        places_l = torch.cat(rows).to(h_SD.device)
+        h_lD = h_SD[places_l]
+        padded_lD = F.pad(h_lD, (0, 0, 0, -len(h_lD) % LABEL_MULTIPLE))
+        # Only the base's head is batch-invariant for any number of rows.
+        parts = [padded_lD] if own is head else padded_lD.split(LABEL_MULTIPLE)
+        logits_lV = torch.cat([own.logits(part) for part in parts])[: len(h_lD)]
+        if len(places_l) == len(h_SD):
+            return logits_lV
+        if logits_SV is None:
+            logits_SV = logits_lV.new_empty(len(h_SD), logits_lV.shape[1])
+        logits_SV[places_l] = logits_lV
+    assert logits_SV is not None
+    return logits_SV
 
 
 def _groups(head: Head, pack: PackedBatch) -> list[HeadGroup]:

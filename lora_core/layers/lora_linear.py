@@ -8,13 +8,15 @@ written directly to each job's adapter, not through autograd. The gradient of th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_core.adapter.dora import MagnitudeBranch, add_magnitude, add_magnitude_gradient
 from lora_core.adapter.flat_adapter import SiteViews
-from lora_core.kernels import batch_invariant
+from lora_core.kernels import batch_invariant, generation
 from lora_core.kernels.batch_invariant import ExactProducts
+from lora_core.kernels.numba_jit import array_of, runs_on
 from lora_core.layers.grouped_lora import BucketRun
 from lora_core.packing.packed_batch import BatchSegment, DropoutKey, current_kernels
 
@@ -28,6 +30,7 @@ class Piece:
     views: SiteViews
     module: str
     dropout: DropoutKey | None
+    is_by_row: bool = False
 
     def keep_tD(self, x_tD: Tensor) -> Tensor | None:
         """Return the dropout mask of the elements to keep. None without dropout."""
@@ -58,6 +61,7 @@ def pieces_of(segments: Sequence[BatchSegment], module: str) -> tuple[Piece, ...
             views=segment.adapter.sites[module],
             module=module,
             dropout=segment.dropout,
+            is_by_row=segment.is_by_row,
         )
         for segment in segments
         if module in segment.adapter.sites
@@ -73,10 +77,16 @@ class PlainWeight:
 
 
 def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: PlainWeight | None) -> list[Branch]:
-    """Add h Bᵀ to y in place by segment, or apply DoRA, which needs `linear`. Returns the branch of each piece."""
+    """Add h Bᵀ to y in place by segment, or apply DoRA, which needs `linear`.
+
+    Returns the branch of each piece, except of those that are computed row by row, which have no backward.
+    """
     branches: list[Branch] = []
     for piece in pieces:
         views, x_tD, y_tO = piece.views, x_TD[piece.start : piece.stop], y_TO[piece.start : piece.stop]
+        if piece.is_by_row and runs_on(x_tD):
+            _add_rows(y_tO, x_tD, views, None if linear is None else linear.bias_O)
+            continue
         keep_tD = piece.keep_tD(x_tD)
         d_tD = piece.dropped(x_tD, keep_tD)
         h_tR = (d_tD @ views.a_RD.T).mul_(views.scale)
@@ -96,6 +106,21 @@ def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: Plai
             )
         branches.append(Branch(h_tR=h_tR, keep_tD=keep_tD, magnitude=magnitude))
     return branches
+
+
+def _add_rows(y_tO: Tensor, x_tD: Tensor, views: SiteViews, bias_O: Tensor | None) -> None:
+    none = np.empty(0, np.float32)
+    magnitude = views.magnitude
+    generation.add_lora_rows(
+        array_of(x_tD.contiguous()).reshape(-1),
+        array_of(y_tO).reshape(-1),
+        array_of(views.a_RD).reshape(-1),
+        array_of(views.b_OR).reshape(-1),
+        views.scale,
+        len(views.a_RD),
+        none if bias_O is None or magnitude is None else array_of(bias_O),
+        none if magnitude is None else array_of(magnitude.factor_O),
+    )
 
 
 def add_lora_gradients(

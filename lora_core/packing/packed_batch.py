@@ -76,47 +76,57 @@ def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
     return noisy_1TD
 
 
+KEPT_TOKENS = 256
+"""Tokens by which a key-value cache grows at a time."""
+
+
 @dataclass(kw_only=True, slots=True)
 class KeptKeys:
     """Key-value cache of one sequence: for each attention call of a pass, in order, keys and values [K, capacity, E].
 
-    A pass writes after the first `num_tokens` tokens. The caller raises `num_tokens` only after the pass succeeded, so
-    a failed pass can be repeated.
+    The capacity grows with the sequence, up to `max_tokens`. A pass writes after the first `num_tokens` tokens. The
+    caller raises `num_tokens` only after the pass succeeded, so a failed pass can be repeated.
     """
 
-    capacity: int
+    max_tokens: int
     num_tokens: int = 0
     _of_calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _next_call: int = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one token in all attention calls. 0 before the first pass."""
+        return sum(buffer[:, :1].nbytes for buffers in self._of_calls for buffer in buffers)
 
     def begin_pass(self) -> None:
         self._next_call = 0
 
     def extended(self, k_KnE: Tensor, v_KnE: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values [K, n, E] of new tokens. Return those of all tokens, as views."""
-        if self._next_call == len(self._of_calls):
-            buffers = (part.new_empty(len(part), self.capacity, part.shape[2]) for part in (k_KnE, v_KnE))
-            self._of_calls.append((next(buffers), next(buffers)))
-        kept = self._of_calls[self._next_call]
-        self._next_call += 1
         stop = self.num_tokens + k_KnE.shape[1]
+        kept = self.reserved(k_KnE, v_KnE)
         for buffer, new in zip(kept, (k_KnE, v_KnE), strict=True):
             buffer[:, self.num_tokens : stop] = new
         return kept[0][:, :stop], kept[1][:, :stop]
 
+    def reserved(self, k_KnE: Tensor, v_KnE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the buffers of the next attention call, with space for these new keys and values [K, n, E]."""
+        call, stop = self._next_call, self.num_tokens + k_KnE.shape[1]
+        self._next_call += 1
+        if call == len(self._of_calls):
+            self._of_calls.append((self._grown(k_KnE, None, stop), self._grown(v_KnE, None, stop)))
+        elif stop > self._of_calls[call][0].shape[1]:
+            keys, values = self._of_calls[call]
+            self._of_calls[call] = self._grown(k_KnE, keys, stop), self._grown(v_KnE, values, stop)
+        return self._of_calls[call]
 
-def attend_last(
-    q_H1E: Tensor, k_KSE: Tensor, v_KSE: Tensor, *, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """Return the attention output [H, 1, E] of the last token over the last `window` tokens, or all if it is None."""
-    if window is not None:
-        k_KSE, v_KSE = k_KSE[:, -window:], v_KSE[:, -window:]
-    q_KGE = q_H1E.reshape(len(k_KSE), -1, q_H1E.shape[2])
-    scores_KGS = torch.bmm(q_KGE, k_KSE.transpose(1, 2)).float() * scale
-    if softcap is not None:
-        scores_KGS = torch.tanh(scores_KGS / softcap) * softcap
-    weights_KGS = torch.softmax(scores_KGS, dim=-1).to(v_KSE.dtype)
-    return torch.bmm(weights_KGS, v_KSE).reshape(len(q_H1E), 1, -1)
+    def _grown(self, like_KnE: Tensor, old: Tensor | None, num_tokens: int) -> Tensor:
+        """Return a buffer for at least `num_tokens` tokens that begins with those of the old one."""
+        capacity = min(-(-num_tokens // KEPT_TOKENS) * KEPT_TOKENS, self.max_tokens)
+        buffer = like_KnE.new_empty(len(like_KnE), capacity, like_KnE.shape[2])
+        if old is not None:
+            buffer[:, : self.num_tokens] = old[:, : self.num_tokens]
+        return buffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +172,8 @@ class SliceInput:
     token_types: tuple[np.ndarray | None, ...] = ()
     noise: NoiseKey | None = None
     entry: EntryBlock | None = None
+    is_by_row: bool = False
+    """Compute LoRA row by row, so that the bits of a row don't depend on the number of rows (kernels/generation.py)."""
     reference: FlatAdapter | None = None
     """The reference model of the objective: no adapter on the base model, or the parent adapter."""
 
@@ -206,6 +218,7 @@ class BatchSegment:
     compared: Compared | None
     graded: Graded
     noise: NoiseKey | None
+    is_by_row: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -330,6 +343,7 @@ def _segments(slices: Sequence[SliceInput]) -> tuple[BatchSegment, ...]:
                     labels=part.labels,
                 ),
                 noise=part.noise,
+                is_by_row=part.is_by_row,
             )
         )
         first += len(part.sequences)

@@ -10,9 +10,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lora_core.base_model.model import BaseModel, load_base
-from lora_core.engine.cpu_lanes import Lanes
 from lora_core.engine.invariance_probe import Invariance, measure_invariance
 from lora_core.model_files.import_base import import_base
+from lora_core.runtime.cpu_lanes import Lanes
 from tests.lora_core.exports import trained
 from tests.lora_core.scenarios import VOCAB
 

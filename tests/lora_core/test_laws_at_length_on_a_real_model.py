@@ -9,10 +9,10 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 
 from lora_core.base_model.model import BaseModel, load_base
 from lora_core.config import JobConfig, LoraConfig, ScheduleConfig
-from lora_core.engine import cpu_lanes
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobDiverged
+from lora_core.runtime import cpu_lanes
 from tests.lora_core.drawn_jobs import drawn_job
 from tests.lora_core.engine.test_engine_state_machine import BOUNDED, FEW_KINDS, SoloRuns, Trainers, engine_configs
 from tests.lora_core.engine.test_ruined_methods import at_an_absurd_rate, spoil

@@ -19,13 +19,13 @@ from lora_core.base_model.model import BaseModel, load_base
 from lora_core.base_model.sharding import Strategy
 from lora_core.distributed import ranks as distributed
 from lora_core.distributed.ranks import Ranks
-from lora_core.engine import cpu_lanes as lanes_module
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import LoraCoreError
 from lora_core.events import JobEvaluated, JobStepped
 from lora_core.forward.generation import Prompts
 from lora_core.peft_format.verify import verify_export
+from lora_core.runtime import cpu_lanes as lanes_module
 from tests.lora_core.scenarios import Outcome, Submission, admit, config, dataset, run_elastically, submissions
 from tests.lora_core.test_laws_on_a_real_model import mixed_jobs
 

@@ -16,8 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lora_core.errors import UnsupportedModel
 from lora_core.layers.attention.dense_cpu import UNLIMITED, Visibility, attend_by_matrices, serves
 from lora_core.layers.attention.flash import attend_together, fits
+from lora_core.layers.attention.growing import attend_newest
 from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips
-from lora_core.packing.packed_batch import PackedBatch, attend_last, current_kernels, current_pack
+from lora_core.packing.packed_batch import PackedBatch, current_kernels, current_pack
 
 NAME = "lora_core_packed"
 LONGEST_MATRIX = 1024  # longer sequences: scores [H, S, S] would cost too much memory for the time they save
@@ -84,20 +85,29 @@ def packed_attention(
 def _attend_growing(
     query: Tensor, key: Tensor, value: Tensor, pack: PackedBatch, *, causal: bool, **options: Any
 ) -> Tensor:
-    """Return [1, T, H, E] in generation: for all tokens of a sequence without cached keys, else for the last token."""
+    """Return [1, T, H, E] in generation: within each sequence that has no cached keys yet, and for the newest token of
+    the others."""
     lengths = list(pack.sequence_lengths)
-    parts = zip(query.split(lengths, 1), key.split(lengths, 1), value.split(lengths, 1), strict=True)
-    outputs: list[Tensor] = []
-    for (q, k, v), kept in zip_longest(parts, pack.kept):
-        if kept is None:  # the padding sequence
-            outputs.append(attend(q, k, v, causal=causal, **options))
+    is_growing = [kept is not None and kept.num_tokens > 0 for kept, _ in zip_longest(pack.kept, lengths)]
+    heads = (query, key, value)
+    output_THE = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+    start, newest = 0, []
+    for length, kept, grows in zip_longest(lengths, pack.kept, is_growing):
+        rows = slice(start, start + length)
+        start += length
+        if grows:
+            newest.append(rows.start)
             continue
-        is_whole = kept.num_tokens == 0
-        keys_values = kept.extended(k, v)
-        outputs.append(
-            attend(q, *keys_values, causal=causal, **options) if is_whole else attend_last(q, *keys_values, **options)
-        )
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None]
+        q, k, v = (part[:, rows] for part in heads)
+        if kept is not None:  # else the padding sequence
+            k, v = kept.extended(k, v)
+        output_THE[rows] = attend(q, k, v, causal=causal, **options).transpose(0, 1)
+    if newest:
+        rows_n = torch.tensor(newest, device=query.device)
+        grown = [kept for kept, grows in zip(pack.kept, is_growing, strict=False) if grows]
+        q, k, v = (part[:, rows_n] for part in heads)
+        output_THE[rows_n] = attend_newest(q, k, v, grown, **options)
+    return output_THE[None]
 
 
 def attend(

@@ -8,11 +8,11 @@ import torch
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.gradients import SliceGradients
 from lora_core.config import LoraConfig
-from lora_core.engine import cpu_lanes as lanes_module
 from lora_core.engine.engine import Engine
 from lora_core.engine.fair_queue import ReadySlice, widen
 from lora_core.engine_config import EngineConfig
-from tests.lora_core.engine.test_cpu_lanes import spy_on_lanes
+from lora_core.runtime import cpu_lanes as lanes_module
+from tests.lora_core.runtime.test_cpu_lanes import spy_on_lanes
 from tests.lora_core.scenarios import Submission, admit, config, dataset
 
 PLAIN = config(rank=4, dropout=0.2, batch_size=6, num_steps=2, seed=3, slice_tokens=24)

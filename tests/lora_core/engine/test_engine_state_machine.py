@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from lora_core.base_model.model import BaseModel
-from lora_core.engine import cpu_lanes
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobDiverged, JobFinished
+from lora_core.runtime import cpu_lanes
 from tests.lora_core.drawn_jobs import drawn_job
 from tests.lora_core.scenarios import Submission, admit, rename, state_bytes
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from lora_core.adapter import initialization, optimizer
-from lora_core.engine import cpu_lanes
 from lora_core.engine import engine as engine_module
 from lora_core.engine import job as job_module
 from lora_core.engine import step as passes_module
-from lora_core.engine.cpu_lanes import Lanes
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint
 from lora_core.events import Event
 from lora_core.forward.generation import Prompts
+from lora_core.runtime import cpu_lanes
+from lora_core.runtime.cpu_lanes import Lanes
 from lora_core.runtime.device_errors import interrupts_wait
 from tests.lora_core.scenarios import Submission, admit, config, dataset, rename, run_alone, state_bytes
 

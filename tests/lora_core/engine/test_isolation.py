@@ -7,12 +7,13 @@ import torch
 
 from lora_core.base_model.model import load_base
 from lora_core.config import LoraConfig, OptimizerConfig
-from lora_core.engine import cpu_lanes, job_start
 from lora_core.engine import job as job_module
+from lora_core.engine import job_start
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory
 from lora_core.events import JobDiverged, JobFinished, JobStepped
+from lora_core.runtime import cpu_lanes
 from tests.lora_core.scenarios import (
     Outcome,
     Submission,

@@ -11,10 +11,10 @@ import pytest
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
 from lora_core.config import OptimizerConfig
-from lora_core.engine import cpu_lanes
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobDiverged
+from lora_core.runtime import cpu_lanes
 from tests.lora_core.classifiers import classification_jobs, classifier
 from tests.lora_core.scenarios import (
     Outcome,

@@ -10,10 +10,10 @@ from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.events import JobEvaluated
-from lora_core.forward import generation as generate
+from lora_core.forward import continuous_batch
 from lora_core.forward.generation import Prompts
+from lora_core.layers.attention.growing import attend_last
 from lora_core.layers.attention.packed import attend
-from lora_core.packing.packed_batch import attend_last
 from tests.lora_core.scenarios import VOCAB, admit, rename, run_alone, state_bytes, submissions
 from tests.lora_core.test_families import FAMILIES, save
 
@@ -104,25 +104,25 @@ def test_each_token_after_the_first_takes_a_one_token_pass_per_answer(load, monk
     assert passes == [(5, 1, 35, 7), *[(1, 1, 1, 13)] * 8]
 
 
-def test_jobs_whose_answers_do_not_fit_together_are_answered_in_sequence(load, monkeypatch):
+def test_prompts_whose_answers_do_not_fit_together_wait_in_order(load, monkeypatch):
     engine = trained(load("llama"), ["plain", "tiny"], token_budget=100)
     passes = spy_on_passes(monkeypatch)
 
     answered(engine, {"plain": PROMPTS, "tiny": PROMPTS})
 
-    assert [lengths[:-1] for lengths in passes] == [(5, 1, 35), *[(1, 1, 1)] * 8] * 2
+    assert [lengths[:-1] for lengths in passes] == [(5, 1, 35, 5, 1), *[(1,) * 5] * 8, (35,), *[(1,)] * 8]
 
 
 def spy_on_passes(monkeypatch) -> list[tuple[int, ...]]:
     """Return a list that collects the sequence lengths of each pass, with the padding last."""
     passes: list[tuple[int, ...]] = []
-    original = generate.hidden_states
+    original = continuous_batch.hidden_states
 
     def spied(base, pack):
         passes.append(pack.sequence_lengths)
         return original(base, pack)
 
-    monkeypatch.setattr(generate, "hidden_states", spied)
+    monkeypatch.setattr(continuous_batch, "hidden_states", spied)
     return passes
 
 
@@ -131,7 +131,7 @@ def test_out_of_memory_at_any_token_does_not_change_an_answer(load, monkeypatch,
     engine = trained(load("llama", "bfloat16"), ["plain", "tiny", "dora"])
     requests: dict[str, Prompts] = dict.fromkeys(["plain", "tiny", "dora"], PROMPTS)
     expected, calls = answered(engine, requests), []
-    original = generate.hidden_states
+    original = continuous_batch.hidden_states
 
     def starved(base, pack):
         h_TD = original(base, pack)  # the pass fails after the keys are written
@@ -140,7 +140,7 @@ def test_out_of_memory_at_any_token_does_not_change_an_answer(load, monkeypatch,
             raise torch.OutOfMemoryError("no memory")
         return h_TD
 
-    monkeypatch.setattr(generate, "hidden_states", starved)
+    monkeypatch.setattr(continuous_batch, "hidden_states", starved)
 
     assert answered(engine, requests) == expected
     assert calls[failing][:3] == (5, 1, 35), "the answers start again"
@@ -218,8 +218,8 @@ def test_out_of_memory_reduces_the_number_of_jobs_answered_at_once(load, monkeyp
             raise torch.OutOfMemoryError("no memory")
         return whole(base, pack)
 
-    whole, limit = generate.hidden_states, 64
-    monkeypatch.setattr(generate, "hidden_states", starved)
+    whole, limit = continuous_batch.hidden_states, 64
+    monkeypatch.setattr(continuous_batch, "hidden_states", starved)
 
     assert answered(engine, {"plain": PROMPTS, "tiny": PROMPTS}) == expected
     limit = 16
@@ -232,7 +232,7 @@ def test_out_of_memory_reduces_the_number_of_jobs_answered_at_once(load, monkeyp
     ("prompts", "max_tokens", "reason"),
     [
         ((), 1, "at least one prompt"),
-        (((1,),), 0, "at least one prompt"),
+        (((1,),), 0, "max_tokens of at least 1"),
         (((1,), ()), 1, "Prompt 2 is empty"),
         (((VOCAB,),), 1, "not between 0 and"),
         (((-1,),), 1, "not between 0 and"),

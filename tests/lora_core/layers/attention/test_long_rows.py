@@ -13,7 +13,6 @@ import torch
 from lora_core.base_model.model import BaseModel, load_base
 from lora_core.config import ObjectiveConfig
 from lora_core.data.token_dataset import TokenDataset
-from lora_core.engine import cpu_lanes
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event
@@ -22,6 +21,7 @@ from lora_core.layers.attention import tiled_cpu
 from lora_core.layers.attention.packed import LONGEST_MATRIX
 from lora_core.losses.chunked_cross_entropy import CHUNK_LABELS
 from lora_core.packing.packed_batch import current_pack
+from lora_core.runtime import cpu_lanes
 from tests.lora_core.scenarios import (
     Outcome,
     Submission,

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_core.engine import cpu_lanes as lanes_module
-from lora_core.engine.cpu_lanes import MIN_LANE_TOKENS, Lanes, split
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
+from lora_core.runtime import cpu_lanes as lanes_module
+from lora_core.runtime.cpu_lanes import MIN_LANE_TOKENS, Lanes, split
 from tests.lora_core.scenarios import (
     DTYPES,
     Submission,

@@ -1,0 +1,302 @@
+# pyright: basic
+"""Continuous batching: answers to many prompts, with many adapters, grow in the same forward passes.
+
+A prompt joins and an answer leaves between two passes. Keys and values are cached while an answer grows
+(lora_core/packing/packed_batch.py), so n tokens after a prompt of m tokens take m + n tokens of forward passes. The
+bits of an answer, and therefore its tokens, depend on its own prompt, adapter and sampling alone, and not on the other
+answers in the passes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lora_core.adapter.flat_adapter import FlatAdapter
+from lora_core.base_model.model import BaseModel
+from lora_core.errors import ConfigError, OutOfMemory
+from lora_core.forward.language_model import hidden_states
+from lora_core.forward.sampling import ChosenToken, Sampling, choose_tokens
+from lora_core.layers.lm_heads import logits_by_head
+from lora_core.layers.longrope import bounds_in
+from lora_core.packing.packed_batch import KEPT_TOKENS, KeptKeys, PackedBatch, SliceInput, build_pack
+from lora_core.runtime.cpu_lanes import Lanes, split
+from lora_core.runtime.device_errors import shortage_in_pass
+
+Finish = Literal["stop", "length", "not_finite"]
+"""Why an answer is complete: an end token, the maximum number of tokens, or logits that are infinite or NaN."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A prompt as token ids, the adapter that answers it, and the limits of the answer."""
+
+    name: str
+    """Identifies the prompt and its answer in a batch."""
+    adapter: FlatAdapter
+    """It must not be trained while its answer grows. An adapter without layers stands for the base model."""
+    ids: tuple[int, ...]
+    max_tokens: int
+    """Maximum number of tokens of the answer."""
+    end_ids: frozenset[int] = frozenset()
+    """Token ids that end the answer. The end token is part of the answer."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewToken:
+    """The next token of one answer. If `finish` is set, the answer is complete and has left the batch.
+
+    `chosen` is None if `finish` is "not_finite".
+    """
+
+    name: str
+    chosen: ChosenToken | None
+    finish: Finish | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class _Answer:
+    prompt: Prompt
+    ids: list[int] = field(default_factory=list)
+    num_reported: int = 0
+    """Tokens that `advance` has returned. More than `ids` has if the answer restarted from its prompt."""
+    kept: KeptKeys | None = None
+    """None before the first pass, and after a restart."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.ids) + len(self.ids)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens for which the answer needs memory in the key-value cache, which grows in steps. An answer that
+        restarted needs as much as before, or it would have to restart again."""
+        num_tokens = len(self.prompt.ids) + max(len(self.ids), self.num_reported)
+        return min(-(-num_tokens // KEPT_TOKENS) * KEPT_TOKENS, self.max_tokens)
+
+    @property
+    def max_tokens(self) -> int:
+        return len(self.prompt.ids) + self.prompt.max_tokens
+
+    def restart(self) -> None:
+        """Discard the answer and its cache: it gets the same tokens again, because it gets the same bits."""
+        self.ids.clear()
+        self.kept = None
+
+    def new_ids(self) -> np.ndarray:
+        """Return the tokens that are not in the cache."""
+        kept = 0 if self.kept is None else self.kept.num_tokens
+        return np.array([*self.prompt.ids, *self.ids][kept:], dtype=np.int32)
+
+
+class ContinuousBatch:
+    """Answers that grow by one token per `advance`. Prompts wait, in order, until the key-value cache has space.
+
+    If the cache becomes full, the newest answer restarts from its prompt later. If memory runs out in a pass, the
+    answers restart and the cache is halved.
+    """
+
+    def __init__(self, base: BaseModel, *, lanes: Lanes, cache_tokens: int, prompt_tokens: int) -> None:
+        """
+        Args:
+            lanes: CPU threads, each of which computes some of the answers.
+            cache_tokens: Maximum number of tokens in the key-value cache. One answer alone may exceed it.
+            prompt_tokens: Maximum number of prompt tokens of one pass. One prompt alone may exceed it.
+        """
+        self._base = base
+        self._lanes = lanes
+        self._cache_tokens = cache_tokens
+        self._prompt_tokens = prompt_tokens
+        self._bounds = bounds_in(base.model)
+        self._waiting: list[_Answer] = []
+        self._growing: list[_Answer] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._growing)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens in the key-value cache."""
+        return sum(answer.kept.num_tokens for answer in self._growing if answer.kept is not None)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Memory of one token in the key-value cache. 0 while nothing is cached."""
+        return max((answer.kept.bytes_per_token for answer in self._growing if answer.kept is not None), default=0)
+
+    def add(self, prompt: Prompt) -> None:
+        """Add a prompt. Raises ConfigError if it can't be answered."""
+        check_prompt(prompt.ids, prompt.max_tokens, self._base)
+        self._waiting.append(_Answer(prompt=prompt))
+
+    def remove(self, name: str) -> None:
+        """Remove a prompt with its answer, if it is in the batch."""
+        self._waiting = [answer for answer in self._waiting if answer.prompt.name != name]
+        self._growing = [answer for answer in self._growing if answer.prompt.name != name]
+
+    def advance(self) -> list[NewToken]:
+        """Compute one pass, and return the next token of each answer in it.
+
+        Raises OutOfMemory for one prompt, which is then removed. Raises BrokenPass if the base model is sharded.
+        """
+        while len(self):
+            self._schedule()
+            try:
+                with shortage_in_pass(is_sharded=self._base.is_sharded):
+                    chosen = self._compute()
+            except torch.OutOfMemoryError as error:
+                self._recover(error)
+                continue
+            return self._recorded(chosen)
+        return []
+
+    def _schedule(self) -> None:
+        """Choose the answers of the next pass: those that grow, and waiting prompts in their order while they fit."""
+        num_tokens = sum(answer.cache_tokens for answer in self._growing)
+        while num_tokens > self._cache_tokens and len(self._growing) > 1:
+            newest = self._growing.pop()
+            num_tokens -= newest.cache_tokens
+            newest.restart()
+            self._waiting.insert(0, newest)
+        num_prompt_tokens = 0
+        while self._waiting:
+            first = self._waiting[0]
+            num_tokens += first.cache_tokens
+            num_prompt_tokens += len(first.prompt.ids)
+            is_too_much = num_tokens > self._cache_tokens or num_prompt_tokens > self._prompt_tokens
+            if is_too_much and (self._growing or num_prompt_tokens > len(first.prompt.ids)):
+                break
+            self._growing.append(self._waiting.pop(0))
+
+    def _recover(self, error: torch.OutOfMemoryError) -> None:
+        """Prepare for another pass after one that ran out of memory. Raises OutOfMemory if it had a single answer."""
+        if len(self._growing) == 1:
+            (answer,) = self._growing
+            self._growing = []
+            raise OutOfMemory(answer.prompt.name, num_tokens=answer.num_tokens) from error
+        self._cache_tokens = sum(answer.cache_tokens for answer in self._growing) // 2
+        for answer in self._growing:
+            answer.restart()
+        self._waiting, self._growing = self._growing + self._waiting, []
+
+    def _compute(self) -> list[tuple[_Answer, ChosenToken | None]]:
+        """Return the next token of each growing answer."""
+        for answer in self._growing:
+            self._prepare_cache(answer)
+        costs = [len(answer.new_ids()) for answer in self._growing]
+        parts = split(costs, num_tokens=sum(costs), num_lanes=self._lanes.count)
+        found = self._lanes.run(self._compute_lane, [[self._growing[index] for index in part] for part in parts])
+        return [pair for of_lane in found for pair in of_lane]
+
+    @torch.no_grad()
+    def _compute_lane(self, growing: Sequence[_Answer]) -> list[tuple[_Answer, ChosenToken | None]]:
+        groups = _groups(growing)
+        answers = [answer for group in groups for answer in group]
+        pack = self._pack(groups)
+        h_SD = hidden_states(self._base, pack)[pack.sequence_bounds_S[1 : len(answers) + 1] - 1]
+        chosen = choose_tokens(
+            logits_by_head(h_SD, self._base.head(), pack),
+            [answer.prompt.sampling for answer in answers],
+            [answer.ids for answer in answers],
+        )
+        return list(zip(answers, chosen, strict=True))
+
+    def _prepare_cache(self, answer: _Answer) -> None:
+        """Prepare the key-value cache of an answer for a pass.
+
+        The pass recomputes all tokens if there is no cache yet, or if the answer has reached a length from which on
+        all positions are encoded differently (longrope.py).
+        """
+        if answer.kept is None or answer.kept.num_tokens in self._bounds:
+            answer.kept = KeptKeys(max_tokens=answer.max_tokens)
+        answer.kept.begin_pass()
+
+    def _pack(self, groups: Sequence[Sequence[_Answer]]) -> PackedBatch:
+        """Build a pack of the tokens that are not in the key-value cache, at their positions in the answer.
+
+        Each of the `groups` becomes a segment.
+        """
+        slices = [
+            SliceInput(
+                adapter=answers[0].prompt.adapter,
+                sequences=tuple(_unlabelled(answer.new_ids()) for answer in answers),
+                label_weight=0.0,
+                dropout=None,
+                is_by_row=len(answers[0].new_ids()) == 1,
+            )
+            for answers in groups
+        ]
+        pack = build_pack(slices, device=self._base.device)
+        kept = tuple(answer.kept for answers in groups for answer in answers if answer.kept is not None)
+        offsets = [keys.num_tokens for keys in kept]
+        offsets += [0] * (len(pack.sequence_lengths) - len(kept))  # the padding sequence
+        by_token = torch.tensor(offsets).repeat_interleave(torch.tensor(pack.sequence_lengths))
+        return replace(pack, kept=kept, position_ids=pack.position_ids + by_token.to(pack.position_ids.device))
+
+    def _recorded(self, chosen: Sequence[tuple[_Answer, ChosenToken | None]]) -> list[NewToken]:
+        """Append the tokens to their answers, and return those that were not returned before a restart."""
+        news: list[NewToken] = []
+        for answer, token in chosen:
+            assert answer.kept is not None
+            answer.kept.num_tokens = answer.num_tokens
+            new = _appended(answer, token)
+            if new.finish is not None or len(answer.ids) > answer.num_reported:
+                answer.num_reported = len(answer.ids)
+                news.append(new)
+        complete = {new.name for new in news if new.finish is not None}
+        self._growing = [answer for answer in self._growing if answer.prompt.name not in complete]
+        return news
+
+
+def _groups(answers: Sequence[_Answer]) -> list[list[_Answer]]:
+    """Return the segments of a pass: each prompt alone, and the answers that grow by one token, by adapter.
+
+    LoRA's matmuls run by segment. Their bits may depend on the number of rows, so a prompt shares them with no other,
+    and single rows are computed one by one (`SliceInput.is_by_row`).
+    """
+    groups: dict[tuple[int, int], list[_Answer]] = {}
+    for number, answer in enumerate(answers):
+        is_single = len(answer.new_ids()) == 1
+        groups.setdefault((id(answer.prompt.adapter), -1 if is_single else number), []).append(answer)
+    return list(groups.values())
+
+
+def _appended(answer: _Answer, chosen: ChosenToken | None) -> NewToken:
+    prompt, finish = answer.prompt, None
+    if chosen is None:
+        return NewToken(name=prompt.name, chosen=None, finish="not_finite")
+    answer.ids.append(chosen.token)
+    if chosen.token in prompt.end_ids:
+        finish: Finish | None = "stop"
+    elif len(answer.ids) == prompt.max_tokens:
+        finish = "length"
+    return NewToken(name=prompt.name, chosen=chosen, finish=finish)
+
+
+def _unlabelled(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """There is no padding, because rotary factors may depend on the length."""
+    return ids, np.zeros(len(ids), dtype=np.uint8)
+
+
+def check_prompt(ids: Sequence[int], max_tokens: int, base: BaseModel, *, name: str = "The prompt") -> None:
+    """Raise ConfigError if the base model can't answer the prompt. `name`: begins the message."""
+    if base.task != "causal-lm":
+        raise ConfigError("A sequence classifier can't answer prompts.", remedy="Use a job on a causal language model.")
+    if max_tokens < 1:
+        raise ConfigError("An answer needs max_tokens of at least 1.", remedy="Raise max_tokens.")
+    if not ids:
+        raise ConfigError(f"{name} is empty.", remedy="Fill in the prompt, or remove it.")
+    if not 0 <= min(ids) <= max(ids) < base.vocab_size:
+        raise ConfigError(
+            f"{name} contains a token ID that is not between 0 and {base.vocab_size - 1}.",
+            remedy="Tokenize prompts with this base model's tokenizer.",
+        )
+    if base.max_positions is not None and len(ids) + max_tokens > base.max_positions:
+        raise ConfigError(
+            f"{name} has {len(ids)} tokens. With an answer of max_tokens={max_tokens}, it exceeds the base model's "
+            f"maximum of {base.max_positions} tokens.",
+            remedy="Shorten the prompt, or lower max_tokens.",
+        )
