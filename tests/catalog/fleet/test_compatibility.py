@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import delete, insert
 
 from catalog.db import revisions
 from catalog.db.database import Database
@@ -34,7 +34,8 @@ def restored(world: World) -> Iterator[World]:
 
 def at_revision(world: World, revision: str) -> None:
     with world.db.write() as session:
-        session.execute(update(revisions.VERSIONS).values(version_num=revision))
+        session.execute(delete(revisions.VERSIONS))  # a test may have deleted the row
+        session.execute(insert(revisions.VERSIONS).values(version_num=revision))
 
 
 def announced(world: World, oldest: int, newest: int, monkeypatch: pytest.MonkeyPatch) -> None:
