@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.errors import handlers
+from api.inference.replies import Replies
 from api.maintenance_loop import LOOPS, PERIODIC_TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
 from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
@@ -27,6 +28,7 @@ from api.routes import (
     files,
     fleet,
     health,
+    inference,
     job_history,
     jobs,
     models,
@@ -80,6 +82,7 @@ TAGS = [
     {"name": "sweeps", "description": "Groups of jobs that differ in chosen fields, ranked by an objective."},
     {"name": "plans", "description": "Dry runs: data, memory, time and warnings of a job before it is submitted."},
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
+    {"name": "inference", "description": "Answers of base models, adapters and checkpoints."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
     {"name": "permissions", "description": "Adapters and checkpoints that other projects may read."},
     {"name": "queue and workers", "description": "Queued and running jobs, and the workers that train them."},
@@ -132,6 +135,7 @@ def create_app(
         models,
         adapters,
         permissions,
+        inference,
         fleet,
         organizations,
         projects,
@@ -175,6 +179,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         telemetry=telemetry,
         webhooks=sender,
         deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),
+        replies=Replies(db, settings, address=api_settings.reply_address),
     )
 
 
@@ -195,6 +200,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         partial(keep_clean, services),
         services.deliverer.run,
     )
+    await services.replies.start()
     named = zip(LOOPS, runs, strict=True)
     tasks = [asyncio.create_task(keep_running(name, run, services.telemetry)) for name, run in named]
     try:
@@ -202,6 +208,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     finally:
         services.feed.close()
         services.slow_work.close()
+        await services.replies.stop()
         for task in tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):

@@ -19,6 +19,7 @@ from catalog.settings import Settings
 from catalog.storage.store import ArtifactStore
 
 if TYPE_CHECKING:
+    from api.inference.replies import Replies
     from api.rate_limits.limits import Limits
     from api.streaming.hub import Feed
     from api.streaming.job_stream import JobSource
@@ -48,6 +49,7 @@ class Services:
     telemetry: Telemetry
     webhooks: WebhookSender
     deliverer: WebhookDeliverer
+    replies: Replies
 
 
 async def services_of(request: Request) -> Services:

@@ -14,6 +14,7 @@ from api.telemetry import Telemetry
 from catalog.audit import chain
 from catalog.audit.derived_keys import PepperReplaced
 from catalog.errors import LorryError, Unavailable
+from catalog.inference import requests
 from catalog.lifecycle import deadlines, recovery
 from catalog.maintenance import audit_anchors
 from catalog.maintenance.garbage_collection import clean
@@ -36,6 +37,7 @@ LOOPS = ("streams", "periodic_tasks", "sweeps", "anchors", "garbage_collection",
 Run = Callable[[], Awaitable[None]]
 PERIODIC_TASKS = (
     "recover",
+    "expire_inference_requests",
     "advance_sweeps",
     "seal_audit_log",
     "anchor",
@@ -95,7 +97,7 @@ async def keep_clean(services: Services) -> None:
 
 def run_once(services: Services) -> None:
     """Run each action. A failing action does not prevent the others."""
-    for act in (_recover, _seal_audit_log, _notify_missed_deadlines, _wake_workers):
+    for act in (_recover, _expire_inference_requests, _seal_audit_log, _notify_missed_deadlines, _wake_workers):
         _run(act, services)
 
 
@@ -123,6 +125,12 @@ def _recover(services: Services) -> None:
     num_ended = recovery.expire(services.db, lease_seconds=services.settings.lease_seconds)
     if num_ended:
         log.warning("recovered jobs=%d", num_ended)
+
+
+def _expire_inference_requests(services: Services) -> None:
+    num_expired = requests.remove_expired(services.db)
+    if num_expired:
+        log.warning("expired inference_requests=%d", num_expired)
 
 
 def _advance_sweeps(services: Services) -> None:

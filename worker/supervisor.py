@@ -1,8 +1,10 @@
 """Start reading here: `supervise` is the main loop of a worker. For one trainer after another, it does four things:
 
 1. Claim jobs that can train together (`_claim`), unless a trainer of another node needs this one (`gang.participate`).
+   Without jobs, find a base model that inference requests wait for (`base_to_load`).
 2. Launch a trainer for them (`_train`), together with the other nodes of the gang if there are any.
-3. Attend to it (`_attend`): record its events, apply what users ask for, admit more jobs, kill it if it hangs.
+3. Attend to it (`_attend`): record its events, apply what users ask for, admit more jobs, pass on answers to inference
+   requests, kill it if it hangs.
 4. Conclude (`_conclude`): record how the attempts end that it left unfinished.
 """
 
@@ -35,11 +37,12 @@ from worker.node import scratch_dirs
 from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory
-from worker.session.capacity import announced, capacity_report, free_capacity
-from worker.session.failures import TrainerEnd, job_failure, launch_failure
+from worker.session.capacity import announced, base_to_load, capacity_report, free_capacity
+from worker.session.failures import TrainerEnd, job_failure, launch_failure, load_error
+from worker.session.inference import InferenceSession
 from worker.session.job_logs import cleaned
 from worker.session.session_job import STOPPED, End, requested_verb
-from worker.session.sharding import strategy_for
+from worker.session.sharding import BaseToLoad, strategy_for
 from worker.session.trainer_session import OUTAGES, TrainerSession
 from worker.session.watchdog import cordon_if_unkillable, cordon_silent, watch_clock
 
@@ -73,7 +76,9 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
         context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
         claimed = claimed or _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed:
-            claimed = _train(context, gang, tasks, claimed)
+            claimed = _train(context, gang, tasks, claimed[0].job, claimed)
+        elif (base := base_to_load(context, capacity)) is not None:
+            claimed = _train(context, gang, tasks, base, [])
         elif had_task:
             tasks.wait(TICK_SECONDS)
         else:
@@ -104,29 +109,37 @@ def _claim(
     return claimed
 
 
-def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, claimed: Sequence[Claim]) -> list[Claim]:
+def _train(
+    context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, first: Job | BaseToLoad, claimed: Sequence[Claim]
+) -> list[Claim]:
     """Run one trainer from launch to exit. Returns claims for another base, for which it was unloaded."""
-    first = claimed[0].job
     waiting = list(claimed)
 
     def is_unwanted() -> bool:
-        return _are_all_stopped(context, waiting)
+        return _are_all_stopped(context, waiting) and isinstance(first, Job)
 
     with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
+        inference = InferenceSession(context, first.pack_key)
+        stack.callback(inference.release_all)
         try:
+            if isinstance(first, BaseToLoad):
+                inference.claim()
             settings: Json = _trainer_settings(context, first)
-            gang.gather(stack, first, settings)
+            if isinstance(first, Job):
+                gang.gather(stack, first, settings)
             base_dir = base_models.ensure(context, first.base_model, first.base_digest, is_unwanted=is_unwanted)
             settings = {**settings, "base_dir": str(base_dir.absolute()), **gang.rendezvous()}
             trainer = _launch_trainer(context, stack, str(first.trainer_id), settings)
             gang.start(trainer, is_unwanted=is_unwanted)
-            session = _open_session(context, stack, first, trainer.directory, strategy=settings["strategy"])
+            strategy: Strategy = settings["strategy"]
+            session = _open_session(context, stack, first, trainer.directory, inference, strategy=strategy)
             stack.enter_context(announced(context, trainer, session, first.base_digest))
             for claim in waiting:
                 session.admit(claim)
         except (LorryError, OSError, base_models.Abandoned) as error:
             if isinstance(error, base_models.ImportRefused):
                 _best_effort(partial(_record_load_failure, context, first))
+            inference.fail_all(load_error(error))
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
             return []
         remaining = _attend(context, gang, tasks, trainer, session)
@@ -147,7 +160,7 @@ def _are_all_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
     return not waiting
 
 
-def _record_load_failure(context: WorkerContext, first: Job) -> None:
+def _record_load_failure(context: WorkerContext, first: Job | BaseToLoad) -> None:
     """Record a trainer that never became ready. Such records show that a base can't be loaded on this worker."""
     trainer_id, key, digest = str(first.trainer_id), first.pack_key, first.base_digest
     workers.register_trainer(
@@ -156,7 +169,7 @@ def _record_load_failure(context: WorkerContext, first: Job) -> None:
     workers.end_trainer(context.db, trainer_id)
 
 
-def _trainer_settings(context: WorkerContext, first: Job) -> Json:
+def _trainer_settings(context: WorkerContext, first: Job | BaseToLoad) -> Json:
     """Return the settings of a trainer for jobs like `first`, except the folder of its base model, which differs
     between nodes."""
     return {
@@ -193,13 +206,25 @@ def _launch_trainer(context: WorkerContext, stack: ExitStack, trainer_id: str, s
 
 
 def _open_session(
-    context: WorkerContext, stack: ExitStack, first: Job, directory: TrainerDirectory, *, strategy: Strategy
+    context: WorkerContext,
+    stack: ExitStack,
+    first: Job | BaseToLoad,
+    directory: TrainerDirectory,
+    inference: InferenceSession,
+    *,
+    strategy: Strategy,
 ) -> TrainerSession:
     """Return an empty session for jobs like `first`. The stack releases the claims that are left in it."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
     session = TrainerSession(
-        context, first.trainer_id, directory, first.pack_key, description=description, strategy=strategy
+        context,
+        first.trainer_id,
+        directory,
+        first.pack_key,
+        description=description,
+        strategy=strategy,
+        inference=inference,
     )
     stack.callback(session.release_all)
     return session
@@ -228,7 +253,8 @@ def _attend(
         _tolerating_outages(trainer, lambda: session.apply_directives(take_directives(session.claim_ids)))
         if session.fault is not None:
             session.outcome = session.fault
-        if session.fault is not None or (session.ready is None and not len(session)):
+        is_unneeded = session.ready is None and not len(session) and session.inference.is_idle
+        if session.fault is not None or is_unneeded:
             trainer.kill()  # in the second case, all its jobs were stopped before it was ready
             continue
         is_to_shut_down = _tolerating_outages(trainer, lambda: gang.monitor(trainer)) or context.draining
@@ -240,12 +266,15 @@ def _attend(
         tasks.advance(was_notified=was_notified)
         if closing_at is None:
             _tolerating_outages(trainer, session.hand_over)
+        if not is_to_shut_down:
+            _tolerating_outages(trainer, partial(session.answer_requests, was_notified=was_notified))
         is_due = was_notified or time.monotonic() - polled_at >= context.settings.poll_seconds
         if closing_at is None and is_due:
             polled_at = time.monotonic()
             remaining = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
             if remaining or _is_idle(context, gang, session):
-                closing_at, shutdown = time.monotonic(), partial(session.send, "unload")
+                session.inference.stop_claiming()
+                closing_at, shutdown = time.monotonic(), session.unload
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
             shutdown = None
         watch_clock(context, trainer, session, closing_at)
@@ -295,8 +324,9 @@ def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSessio
 
 def _is_idle(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> bool:
     """Whether the trainer is empty, and has been for too long or can get no new job."""
-    is_overdue = time.monotonic() - session.idle_since >= context.settings.idle_seconds
-    return not len(session) and (is_overdue or not gang.is_open)
+    idle_since = max(session.idle_since, session.inference.last_answer_at)
+    is_overdue = time.monotonic() - idle_since >= context.settings.idle_seconds
+    return not len(session) and session.inference.is_idle and (is_overdue or not gang.is_open)
 
 
 def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> None:

@@ -67,6 +67,8 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "list_model_permissions": ("permissions:read",),
     "create_model_permissions": ("permissions:write",),
     "delete_model_permission": ("permissions:write",),
+    "create_chat_completion": ("models:answer",),
+    "create_completion": ("models:answer",),
     "delete_model": ("adapters:write", "models:write"),
     "add_model": ("models:write",),
     "list_api_keys": ("keys:read",),

@@ -25,9 +25,9 @@ ALL = (
         remedy=INSTEAD_OF_REINFORCEMENT,
     ),
     NotOffered(
-        paths=re.compile(r"/v1/(chat/completions|completions|responses|embeddings)(/.*)?"),
-        message="Inference is not supported: this service only trains models.",
-        remedy="Download the adapter with `lorry adapters pull NAME`, and load it with PEFT or a server such as vLLM.",
+        paths=re.compile(r"/v1/(responses|embeddings|assistants|threads|moderations|images|audio)(/.*)?"),
+        message="This OpenAI endpoint is not supported.",
+        remedy="Use /v1/chat/completions or /v1/completions.",
     ),
     NotOffered(
         paths=re.compile(r"/v1/organization(/.*)?"),

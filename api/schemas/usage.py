@@ -17,6 +17,7 @@ _RESULT: dict[str, Any] = {
     "device_seconds": 5400.5,
     "trained_tokens": 1_200_000,
     "num_jobs": {"created": 5, "succeeded": 3, "failed": 1, "cancelled": 0},
+    "completions": {"requests": 40, "prompt_tokens": 5200, "completion_tokens": 1900},
     "stored_bytes": 81_788_928,
 }
 _BUCKET: dict[str, Any] = {
@@ -36,6 +37,14 @@ class JobCounts(BaseModel):
     cancelled: int
 
 
+class CompletionCounts(BaseModel):
+    """Inference requests answered on the day, and their tokens."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class UsageResult(BaseModel):
     """Usage of one day."""
 
@@ -47,6 +56,7 @@ class UsageResult(BaseModel):
     device_seconds: float = Field(description="Seconds of device time, split among the jobs that train on the device.")
     trained_tokens: int = Field(description="Trained tokens of the jobs that succeeded on the day.")
     num_jobs: JobCounts
+    completions: CompletionCounts
     stored_bytes: int | None = Field(
         description="Everything that the project stores, at the end of the day or now. Null if grouped by model, and "
         "on future days."
@@ -98,5 +108,10 @@ def _result(used: Used) -> UsageResult:
         device_seconds=amounts["device_seconds"],
         trained_tokens=int(amounts["trained_tokens"]),
         num_jobs=JobCounts(**ended),
+        completions=CompletionCounts(
+            requests=int(amounts["num_completions"]),
+            prompt_tokens=int(amounts["prompt_tokens"]),
+            completion_tokens=int(amounts["completion_tokens"]),
+        ),
         stored_bytes=used.stored_bytes,
     )

@@ -1,4 +1,4 @@
-"""Checks for waiting work: base models to import, files to tokenize, plans to compute, jobs to train."""
+"""Checks for waiting work: base models to import, files to tokenize, plans, jobs to train, and inference requests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.registry import base_models
 from catalog.states import JobState
+from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
 
@@ -19,7 +20,7 @@ def has_work(db: Database) -> bool:
         is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
         is_unclaimed = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
         jobs = select(Job.id).where(is_unclaimed, is_due, or_(~Job.is_held, Job.state != JobState.QUEUED)).limit(1)
-        others = (base_models.first_to_import(now=now), first_plan(now=now))
+        others = (base_models.first_to_import(now=now), first_plan(now=now), first_request(now=now))
         return any(session.scalar(some) is not None for some in (jobs, *others))
 
 
@@ -28,3 +29,9 @@ def first_plan(*, now: float) -> Select[Plan]:
     is_due = or_(Plan.run_after.is_(None), Plan.run_after <= now)
     waiting = (Plan.state == "computing", lease.is_free(Plan, now=now), is_due)
     return select(Plan).where(*waiting).order_by(Plan.created_at).limit(1)
+
+
+def first_request(*, now: float) -> Select[InferenceRequest]:
+    """An inference request that a worker may claim now."""
+    waiting = (lease.is_free(InferenceRequest, now=now), InferenceRequest.expires_at > now)
+    return select(InferenceRequest).where(*waiting).limit(1)

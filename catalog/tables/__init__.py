@@ -3,6 +3,18 @@
 The imports register all tables, whichever of them a caller imports. `alembic check` compares them with migrations/.
 """
 
-from catalog.tables import audit, fleet, history, jobs, plans, storage, sweeps, tenancy, usage, webhooks
+from catalog.tables import audit, fleet, history, inference, jobs, plans, storage, sweeps, tenancy, usage, webhooks
 
-__all__ = ["audit", "fleet", "history", "jobs", "plans", "storage", "sweeps", "tenancy", "usage", "webhooks"]
+__all__ = [
+    "audit",
+    "fleet",
+    "history",
+    "inference",
+    "jobs",
+    "plans",
+    "storage",
+    "sweeps",
+    "tenancy",
+    "usage",
+    "webhooks",
+]

@@ -75,6 +75,8 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "gang_seats": EVERYTHING,
     "gangs": EVERYTHING,
     "idempotency_keys": NONE,
+    # Without the request itself and the address to which the answer is sent.
+    "inference_requests": Rights(select=True, update=("num_claims", *LEASE)),
     "job_exports": Rights(
         select=True,
         update=("run_id", "train_step", "valid_step", "next_at", "num_failures", "error", "finished_at", *LEASE),

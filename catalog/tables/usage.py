@@ -26,6 +26,10 @@ class UsageDay(Table):
     num_failed: Mapped[int] = mapped_column(default=0)
     num_cancelled: Mapped[int] = mapped_column(default=0)
     num_plans: Mapped[int] = mapped_column(default=0, server_default="0")
+    num_completions: Mapped[int] = mapped_column(default=0, server_default="0")
+    """This and the next two: inference requests that were answered on this day, and their tokens."""
+    prompt_tokens: Mapped[int] = mapped_column(default=0, server_default="0")
+    completion_tokens: Mapped[int] = mapped_column(default=0, server_default="0")
     __table_args__ = (Index(None, "day"),)
 
 

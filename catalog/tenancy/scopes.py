@@ -21,6 +21,7 @@ Scope = Literal[
     "webhooks:read",
     "webhooks:write",
     "usage:read",
+    "models:answer",
     "models:write",
     "projects:write",
     "organizations:write",

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from catalog.db.database import add_all_to, add_to, at_the_end, upsert
 from catalog.states import JobState, PriorityClass
+from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
 from catalog.tables.usage import ServiceCounter, StoredBytes, StoredDay, UsageDay, UsageMonth
@@ -27,7 +28,16 @@ from catalog.tables.usage import ServiceCounter, StoredBytes, StoredDay, UsageDa
 DAY_SECONDS = 86_400
 SLOTS = 16
 Amount = Literal[
-    "device_seconds", "trained_tokens", "num_created", "num_succeeded", "num_failed", "num_cancelled", "num_plans"
+    "device_seconds",
+    "trained_tokens",
+    "num_created",
+    "num_succeeded",
+    "num_failed",
+    "num_cancelled",
+    "num_plans",
+    "num_completions",
+    "prompt_tokens",
+    "completion_tokens",
 ]
 ENDED: dict[JobState, Amount] = {
     JobState.SUCCEEDED: "num_succeeded",
@@ -42,6 +52,9 @@ AMOUNTS: tuple[Amount, ...] = (
     "num_failed",
     "num_cancelled",
     "num_plans",
+    "num_completions",
+    "prompt_tokens",
+    "completion_tokens",
 )
 GATHERED = ("used", "tallies")
 """Keys of a session's `info` under which a transaction collects what it writes at its end."""
@@ -73,6 +86,17 @@ def add_plan(session: Session, plan: Plan, *, now: float) -> None:
     """Count one more plan today that a worker has to compute for the project."""
     slot = zlib.crc32(plan.id.encode()) % SLOTS
     _pending(session).used[plan.project_id, day_of(now), plan.base_model, slot]["num_plans"] += 1
+
+
+def add_completion(
+    session: Session, request: InferenceRequest, *, prompt_tokens: int, completion_tokens: int, now: float
+) -> None:
+    """Add an answered inference request to today's usage of its project for its base model."""
+    slot = zlib.crc32(request.id.encode()) % SLOTS
+    amounts = _pending(session).used[request.project_id, day_of(now), request.base_model, slot]
+    amounts["num_completions"] += 1
+    amounts["prompt_tokens"] += prompt_tokens
+    amounts["completion_tokens"] += completion_tokens
 
 
 def store(session: Session, project_id: str, num_bytes: int, *, now: float) -> None:

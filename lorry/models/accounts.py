@@ -137,6 +137,8 @@ class UsageResult(View):
     trained_tokens: int = 0
     num_jobs: dict[str, int] = field(default_factory=dict[str, int])
     """Keys: created, and of the finished jobs succeeded, failed and cancelled."""
+    completions: dict[str, int] = field(default_factory=dict[str, int])
+    """Keys: requests, prompt_tokens and completion_tokens of answered inference requests."""
     stored_bytes: int | None = None
     """Bytes stored at the end of the day; None if grouped by base model."""
 

@@ -109,7 +109,7 @@ def test_background_runs_are_counted_by_outcome(
     clean_once(services)
 
     counted = {key: number for key, number in runs().items() if number}
-    acts = ("seal_audit_log", "notify_missed_deadlines", "wake_workers")
+    acts = ("expire_inference_requests", "seal_audit_log", "notify_missed_deadlines", "wake_workers")
     assert counted == {("recover", "failed"): 1, ("collect_garbage", "failed"): 1, **{(act, "done"): 1 for act in acts}}
     after = done_at()
     assert {task for task in PERIODIC_TASKS if after[task] > began[task]} == set(acts)

@@ -365,10 +365,10 @@ def test_raw_and_streaming_responses_work(site: Site, have: Have) -> None:
     assert b"".join(pieces) == DATA
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses", "embeddings", "responses/x/cancel"])
-def test_inference_routes_return_not_supported_and_suggest_vllm(site: Site, path: str) -> None:
+@pytest.mark.parametrize("path", ["responses", "embeddings", "responses/x/cancel", "images/generations"])
+def test_other_inference_routes_are_not_supported_and_name_those_that_are(site: Site, path: str) -> None:
     with site.http() as http:
         refused = http.post(f"/v1/{path}", json={}).json()["error"]
 
     assert refused["code"] == "not_supported"
-    assert "vLLM" in refused["remedy"]
+    assert "/v1/chat/completions" in refused["remedy"]

@@ -218,9 +218,9 @@ def test_the_first_machine_is_reachable_only_at_its_private_address() -> None:
     head = yaml.safe_load((DEPLOY / "compose" / "head.yml").read_text("utf-8"))
     here = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 
-    assert head["services"].keys() == {"postgres", "redis", "store"}
+    assert head["services"].keys() == {"postgres", "redis", "store", "api"}
     for name, service in head["services"].items():
-        assert service.keys() == {"ports", "networks"}
+        assert service.keys() - {"environment"} == {"ports", "networks"}
         assert all(port.startswith("${PRIVATE_ADDRESS:?") for port in service["ports"])
         assert set(service["networks"]) <= here["networks"].keys() | head["networks"].keys(), name
 
@@ -297,7 +297,12 @@ def test_the_api_is_alive_without_a_database_and_ready_only_with_one() -> None:
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     port = dict(pairwise(container["command"]))["--port"]
-    assert container["ports"] == [{"name": "http", "containerPort": int(port)}]
+    (replies,) = container["env"]
+    assert replies["name"] == "LORRY_REPLY_ADDRESS"
+    assert container["ports"] == [
+        {"name": "http", "containerPort": int(port)},
+        {"name": "replies", "containerPort": int(replies["value"].removeprefix(":"))},
+    ]
 
 
 def test_selectors_match_their_pods_and_only_the_api_is_reachable() -> None:
@@ -318,15 +323,16 @@ def test_selectors_match_their_pods_and_only_the_api_is_reachable() -> None:
 def test_prometheus_reaches_the_api_and_optional_policies_exist() -> None:
     path = DEPLOY / "kubernetes" / "network.yaml"
     (api,) = [policy for policy in optional(path) if policy["metadata"]["name"] == "api"]
+    workers = {"podSelector": {"matchLabels": {"app": "lorry", "part": "worker"}}}
+    *clients, answers = api["spec"]["ingress"]
+    assert answers == {"from": [workers], "ports": [{"protocol": "TCP", "port": "replies"}]}
     namespaces = [
-        rule["from"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
-        for rule in api["spec"]["ingress"]
+        rule["from"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for rule in clients
     ]
     assert namespaces == ["ingress-nginx", "monitoring"]
     opened = {policy["metadata"]["name"]: policy["spec"] for policy in optional(path)}
     ports = [port["port"] for rule in opened["out"]["egress"] for port in rule["ports"]]
-    assert ports == [53, 53, 5432, 6379, 443, 4318]
-    workers = {"podSelector": {"matchLabels": {"app": "lorry", "part": "worker"}}}
+    assert ports == [53, 53, 5432, 6379, 8001, 443, 4318]
     assert opened["gang"]["podSelector"] == workers["podSelector"]
     assert (opened["gang"]["ingress"], opened["gang"]["egress"]) == ([{"from": [workers]}], [{"to": [workers]}])
     as_it_stands = {policy["metadata"]["name"] for policy in yaml.safe_load_all(path.read_text("utf-8"))}

@@ -220,10 +220,13 @@ def free_bytes(device: Device) -> int:
     """
     if device.kind == "cuda":
         return min(map(_gpu_free_bytes, device.indices))
-    available = psutil.virtual_memory().available
-    if device.cores:
-        available = min(available, device.memory_bytes)
-    of_group = cgroup.free_bytes()
+    available = free_host_bytes()
+    return min(available, device.memory_bytes) if device.cores else available
+
+
+def free_host_bytes() -> int:
+    """Return the free memory of this machine and this process's cgroup."""
+    available, of_group = psutil.virtual_memory().available, cgroup.free_bytes()
     return available if of_group is None else min(available, of_group)
 
 

@@ -14,6 +14,8 @@ span has name, began_at and ended_at, in seconds since 1970.
     cancel                  claim_id: str
     drain                   -
     unload                  -
+    answer                  AnswerBody
+    stop_answering          request_id: str
 
     From the trainer        Body, in addition to type: str and seconds: float (the trainer's monotonic clock)
     ready                   pid: int, device: str, dtype: str, quantization: str, invariance: str, num_threads: int,
@@ -38,6 +40,10 @@ span has name, began_at and ended_at, in seconds since 1970.
     checkpoint_unexported   claim_id: str, step: int, error: error
     paused                  claim_id: str, step: int, adapter: str | None, num_parameters?: int
     cancelled               claim_id: str
+    answering               request_id: str, prompt_tokens: int
+    generated               request_id: str, deltas: list[delta]; a delta has index, text, logprobs? and finish?
+    answered                request_id: str, completion_tokens: int
+    unanswered              request_id: str, error: error
     diverged                claim_id: str, step: int, good_step: int | None, message: str
     finished                claim_id: str, step: int, kept_step: int, stopped_early: str | None
     exported                claim_id: str, step: int, kept_step: int, stopped_early: str | None, folder: str,
@@ -54,6 +60,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
+from catalog.datasets.messages import ChatMessage
 from catalog.disk import full_disk_named
 from catalog.errors import LorryError
 from worker.protocol.errors import rank_log
@@ -63,9 +70,9 @@ Json = dict[str, Any]
 LONGEST_LINE_BYTES = 2**22
 """Limit for one event, and for what one call reads from a trainer's events."""
 LATEST_SECONDS = 1e12
-Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
+Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload", "answer", "stop_answering"]
 """admit: train a job. cancel: discard it. pause, preempt: save its checkpoint, then discard it. drain: pause all jobs,
-then exit. unload: exit if no job is admitted."""
+then exit. unload: exit if no job is admitted. answer: answer an inference request. stop_answering: discard it."""
 
 
 class AdmitBody(TypedDict):
@@ -90,6 +97,39 @@ class AdmitBody(TypedDict):
     parent: str | None
     trace: NotRequired[str | None]
     """The W3C traceparent of the claim."""
+
+
+class StagedAdapter(TypedDict):
+    """An adapter in the trainer's directory. `digest` identifies its files."""
+
+    digest: str
+    folder: str
+
+
+class AnswerBody(TypedDict):
+    """The body of `answer`: an inference request with all defaults filled in, except max_tokens.
+
+    It has either `messages` or `prompts`. There are `n` answers to each prompt; the one with number i in the request
+    has the seed `seed` + i.
+    """
+
+    request_id: str
+    model: str
+    adapter: StagedAdapter | None
+    messages: NotRequired[list[ChatMessage]]
+    tools: NotRequired[list[Json]]
+    prompts: NotRequired[list[str]]
+    max_tokens: int | None
+    """None: up to the maximum length of the base model."""
+    n: int
+    stop: list[str]
+    seed: int
+    temperature: float
+    top_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    num_logprobs: int | None
+    """Number of most likely tokens that are reported with each token. None: no log-probabilities."""
 
 
 class MalformedEvent(LorryError):

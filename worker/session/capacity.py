@@ -8,12 +8,15 @@ from contextlib import contextmanager
 
 from catalog.errors import LorryError
 from catalog.fleet import workers
+from catalog.inference import claims
 from catalog.resources import memory, throughput
 from catalog.scheduling.snapshot import Capacity
+from catalog.tables.table import new_id
 from worker.context.context import WorkerContext
 from worker.node import devices
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
+from worker.session.sharding import BaseToLoad, base_demand
 from worker.session.trainer_session import TrainerSession
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,22 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
         group=group,
         holding=session.holding,
     )
+
+
+def base_to_load(context: WorkerContext, capacity: Capacity) -> BaseToLoad | None:
+    """Return the base model of a request that no trainer can answer, if it fits on this worker. Raises Unavailable."""
+    if context.settings.gang is not None:
+        return None  # its trainers serve jobs, for which the whole gang meets
+    wanted = claims.first_unloaded(context.db, worker_id=context.worker_id)
+    if wanted is None:
+        return None
+    base = BaseToLoad(
+        trainer_id=new_id("trainer"),
+        base_model=wanted.base_model,
+        base_digest=wanted.base_digest,
+        pack_key=wanted.pack_key,
+    )
+    return base if context.group.needed_bytes(base_demand(context, base)) <= capacity.memory_bytes_free else None
 
 
 def capacity_report(capacity: Capacity) -> Json:

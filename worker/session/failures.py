@@ -13,6 +13,7 @@ from enum import Enum
 from catalog.errors import LorryError, NotFound, OutOfSpace, Unavailable
 from catalog.fleet.gangs import NotGathered
 from catalog.states import EndReason
+from catalog.tables.table import Json
 from worker.background.base_models import Abandoned, ImportRefused
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
@@ -60,6 +61,14 @@ class LocalExit:
     """Any node may have caused it, because the trainers of all nodes exit in this way."""
     had_connected: bool = True
     """If `is_echo`: as far as is known, the processes of all nodes had connected before."""
+
+
+def load_error(error: LorryError | OSError | Abandoned) -> Json:
+    """Return the error for inference requests whose base model could not be loaded."""
+    message = error.message if isinstance(error, LorryError) else "The base model could not be loaded on the worker."
+    remedy = error.remedy if isinstance(error, LorryError) else "Send the request again."
+    code = error.code if isinstance(error, LorryError) else "base_not_loaded"
+    return {"code": code, "message": message, "remedy": remedy}
 
 
 def local_exit(

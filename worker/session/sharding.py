@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from catalog.registry import base_models
-from catalog.resources import requirements
-from catalog.resources.sharding import Demand, Strategy, reason
+from catalog.resources import memory, requirements
+from catalog.resources import pack_key as packing
+from catalog.resources.sharding import Demand, Strategy, block_bytes, reason
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 
 
-def strategy_for(context: WorkerContext, job: Job, *, description: Json | None = None) -> Strategy:
-    """Return how a trainer on this worker holds the base model for such a job and all its packmates. description: of
-    the base model; read from the database if None."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseToLoad:
+    """A base model that is loaded because requests wait for it. A trainer for jobs has these attributes of its first
+    job."""
+
+    trainer_id: str
+    base_model: str
+    base_digest: str
+    pack_key: str
+
+
+def strategy_for(context: WorkerContext, job: Job | BaseToLoad, *, description: Json | None = None) -> Strategy:
+    """Return how a trainer on this worker holds the base model for such a job and all its packmates, or for inference
+    requests. description: of the base model; read from the database if None."""
+    if not isinstance(job, Job):
+        return context.group.strategy(base_demand(context, job))
     return context.group.strategy(_demand(context, job, description))
 
 
 def reason_for(context: WorkerContext, job: Job) -> str:
     """Return the reason for this strategy, for users."""
     return reason(context.group, _demand(context, job, None))
+
+
+def base_demand(context: WorkerContext, base: BaseToLoad) -> Demand:
+    """Return the memory that a trainer without jobs needs."""
+    description = base_models.get(context.db, base.base_model).description or {}
+    precision, quantization = packing.precision_of(base.pack_key), packing.quantization_of(base.pack_key)
+    shardable_bytes, gathered_bytes = block_bytes(description, precision)
+    return Demand(
+        whole_bytes=memory.trainer_bytes(description, precision, quantization),
+        shardable_bytes=shardable_bytes,
+        gathered_bytes=gathered_bytes,
+    )
 
 
 def _demand(context: WorkerContext, job: Job, description: Json | None) -> Demand:

@@ -36,6 +36,7 @@ from worker.protocol.trainer_paths import UnsafePath
 from worker.session import staging
 from worker.session.event_handlers import EventHandlers, Next
 from worker.session.failures import TrainerEnd, inbox_failure, job_failure
+from worker.session.inference import InferenceSession
 from worker.session.job_logs import Output, cleaned
 from worker.session.metrics_buffer import Curve
 from worker.session.session_job import STOPPED, End, SessionJob, requested_verb
@@ -44,6 +45,8 @@ from worker.session.sharding import strategy_for
 log = logging.getLogger(__name__)
 OUTAGES = (Unavailable, OutOfSpace)
 """Temporary failures of the database, the store or the disk: wait, then retry."""
+UNLOAD_SECONDS = 10.0
+"""How long a trainer may still answer inference requests after it was to unload."""
 NO_WORKER = ""
 """No worker is at fault; see Attempt."""
 
@@ -60,8 +63,10 @@ class TrainerSession:
         *,
         description: Json,
         strategy: Strategy = "replicated",
+        inference: InferenceSession | None = None,
     ) -> None:
-        """description: of the base model, from which memory is estimated. strategy: how the devices hold the base."""
+        """description: of the base model, from which memory is estimated. strategy: how the devices hold the base.
+        inference: the requests that the trainer answers. None: it has no requests yet."""
         self.trainer_id = trainer_id
         self.directory = directory
         self.pack_key = pack_key
@@ -87,12 +92,14 @@ class TrainerSession:
         """The trainer's measured throughput."""
         self._context = context
         self._description = description
+        self.inference = inference or InferenceSession(context, pack_key)
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
         self._handlers = EventHandlers(context, directory, trainer_id)
         self._output = Output(context, directory)
         self._held: dict[str, SessionJob] = {}
         self._is_ready_recorded = False
+        self._unloading_since: float | None = None
         self._memory: Json = {}
 
     def __len__(self) -> int:
@@ -244,6 +251,22 @@ class TrainerSession:
         self._inbox.send(verb)
         return True
 
+    def answer_requests(self, *, was_notified: bool) -> None:
+        """Give new inference requests to the trainer once it is ready. Raises OutOfSpace, Unavailable, OSError."""
+        if self.ready is not None:
+            self.inference.advance(self.directory, self._inbox, was_notified=was_notified)
+
+    def unload(self) -> bool:
+        """Unload the trainer once it has answered its requests, or after UNLOAD_SECONDS.
+
+        Returns whether the message was sent. Raises OutOfSpace, OSError.
+        """
+        if self._unloading_since is None:
+            self._unloading_since = time.monotonic()
+        if not self.inference.is_idle and time.monotonic() - self._unloading_since < UNLOAD_SECONDS:
+            return False
+        return self.send("unload")
+
     # From the trainer
 
     def read_events(self) -> None:
@@ -277,7 +300,9 @@ class TrainerSession:
                 self.longest_silence = max(self.longest_silence, event["seconds"] - self._last_event_seconds)
             self._last_event_seconds = event["seconds"] if event["type"] != "idle" else None
             held = self._held.get(event.get("claim_id", ""))
-            if held is not None:
+            if "request_id" in event:
+                self.inference.receive(event)
+            elif held is not None:
                 held.pending_events.append(event)
                 held.drop_outdated()
             elif event["type"] == "ready":

@@ -40,12 +40,13 @@ def test_openapi_documents_the_scopes_of_authenticated_operations(app: FastAPI) 
     }
     read_only = {"verify_adapter"}  # reads every byte again, and changes nothing
     by_work = {"create_plan"}  # needs jobs:write where a worker has to prepare files
+    inference = {"create_chat_completion", "create_completion"}
 
     assert {name for name, (path, _, _) in documented.items() if path not in OPEN_PATHS} - NEEDED.keys() == set()
     assert {scope for needed in NEEDED.values() for scope in needed} == set(SCOPES)
     for name, needed in NEEDED.items():
         _, method, shown = documented[name]
-        verb = "read" if method == "get" or name in read_only else "write"
+        verb = "read" if method == "get" or name in read_only else "answer" if name in inference else "write"
         assert shown == list(needed), name
         assert name in by_work or all(scope.endswith(f":{verb}") for scope in needed), name
 

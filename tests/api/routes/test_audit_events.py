@@ -28,6 +28,8 @@ CHANGES_NOTHING = {
     "verify_adapter",
     "create_plan",  # a dry run
     "delete_plan",  # plans expire within a week
+    "create_chat_completion",  # answers are not stored
+    "create_completion",
     "add_upload_part",  # the log records the creation and the end of the upload
 }
 """Operations other than GET that the audit log does not record."""

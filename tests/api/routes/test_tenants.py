@@ -271,6 +271,10 @@ def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]
         ],
         "create_plan": [(field, job, ours.pairs[kind]) for field, kind in named.items()],
         "create_sweep": [(field, sweep, ours.pairs[kind]) for field, kind in named.items()],
+        "create_chat_completion": [
+            ("model", {"messages": [{"role": "user", "content": "Hi"}]}, ours.pairs["model"]),
+        ],
+        "create_completion": [("model", {"prompt": "Hi"}, ours.pairs["model"])],
         "create_api_key": [("project", {"name": "x"}, ours.pairs["project"])],
     }
 

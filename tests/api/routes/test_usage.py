@@ -33,6 +33,7 @@ def test_last_bucket_has_todays_usage(client: TestClient, world: World) -> None:
         "device_seconds": 0.0,
         "trained_tokens": 0,
         "num_jobs": {"created": 1, "succeeded": 0, "failed": 0, "cancelled": 1},
+        "completions": {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0},
         "stored_bytes": len(chat_lines(3)),
     }
 

@@ -109,6 +109,12 @@ class ChatTemplate:
                 "Write the turns as the base model expects them, or train another base model.",
             ) from error
 
+    def render_prompt(self, chat: Chat) -> str:
+        """Return the text up to the start of the next answer. Raises Refused, also for tools that are not rendered."""
+        text = self.render(chat, add_generation_prompt=True)
+        self._check_tools(chat, text, add_generation_prompt=True)
+        return text
+
     def render_supervised(self, chat: Chat) -> Rendered:
         """Return the text and its assistant turns, except those of weight 0."""
         rendered = self._by_marks(chat) if self.marks_spans else self._by_prefixes(chat)
@@ -122,26 +128,27 @@ class ChatTemplate:
             return Rendered(text=rendered.text, spans=rendered.spans[-1:])
         return self.render_supervised(only_last_trained(chat))
 
-    def _check_tools(self, chat: Chat, text: str) -> None:
+    def _check_tools(self, chat: Chat, text: str, *, add_generation_prompt: bool = False) -> None:
         """Raise Refused if the template does not render the tools or the tool calls of a conversation.
 
         Most templates ignore variables and keys that they don't know. Training would then teach empty answers.
         """
         if chat.tools:
-            self._check_shown("tools", text, Chat(chat.messages))
+            self._check_shown("tools", text, Chat(chat.messages), add_generation_prompt)
         if any("tool_calls" in message for message in chat.messages):
-            self._check_shown("tool calls", text, Chat([_without_calls(turn) for turn in chat.messages], chat.tools))
+            without = Chat([_without_calls(turn) for turn in chat.messages], chat.tools)
+            self._check_shown("tool calls", text, without, add_generation_prompt)
 
-    def _check_shown(self, what: str, text: str, without: Chat) -> None:
+    def _check_shown(self, what: str, text: str, without: Chat, add_generation_prompt: bool) -> None:
         if what not in self._shows:
             try:
-                self._shows[what] = self.render(without) != text
+                self._shows[what] = self.render(without, add_generation_prompt=add_generation_prompt) != text
             except Refused:
                 self._shows[what] = True  # it requires them
         if not self._shows[what]:
             raise Refused(
                 "template_without_tools",
-                f"The base model's chat template does not render {what}, which the file contains.",
+                f"The base model's chat template does not render {what}, which this conversation has.",
                 f"Use a base model whose template supports tools, such as {TOOL_MODELS}, or add the base model again "
                 "with a chat_template.jinja that renders 'tools' and 'tool_calls'.",
             )

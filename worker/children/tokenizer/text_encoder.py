@@ -90,10 +90,13 @@ class BaseText:
     def prompt_ids(self, prompt: str, *, as_chat: bool) -> tuple[int, ...]:
         """Return the tokens of a prompt up to the start of the answer. Raises Refused."""
         if as_chat:
-            text = self.template.render(Chat([ChatMessage(role="user", content=prompt)]), add_generation_prompt=True)
-            return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return self.chat_ids(Chat([ChatMessage(role="user", content=prompt)]))
         ids = self._tokenizer.encode(prompt).ids
         return tuple(ids[:-1] if self.eos is not None and ids and ids[-1] == self.eos[0] else ids)
+
+    def chat_ids(self, chat: Chat) -> tuple[int, ...]:
+        """Return the tokens of a conversation up to the start of the next answer. Raises Refused."""
+        return tuple(self._tokenizer.encode(self.template.render_prompt(chat), add_special_tokens=False).ids)
 
     def end_ids(self, *, as_chat: bool) -> frozenset[int]:
         """Return the tokens that end an answer: the end of a text, and the end of an assistant turn."""
@@ -106,9 +109,9 @@ class BaseText:
             ends |= {int(ident) for ident in last if ident in self.special}
         return frozenset(ends)
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """Decode tokens to text, without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def text_of(self, ids: Sequence[int], *, with_special: bool = False) -> str:
+        """Decode tokens to text. with_special: with special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=not with_special)
 
     def pieces(self, row: Rendered, *, num_tokens: int) -> list[str]:
         """Return the text of each token that `encode` returns. Joined, they are the row's text and the special tokens

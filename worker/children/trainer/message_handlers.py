@@ -21,6 +21,7 @@ from lora_core.forward.generation import Generation, check_prompts
 from worker.children.tokenizer.chat_template import Refused
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer.file_broadcast import forget, receive_files
+from worker.children.trainer.inference import InferenceRequests
 from worker.children.trainer.job_config import job_config
 from worker.children.trainer.outputs import (
     AdmittedJob,
@@ -34,9 +35,11 @@ from worker.children.trainer.outputs import (
     steps_to_sample,
     taken,
 )
+from worker.node.devices import free_host_bytes
 from worker.protocol.errors import described, error_report
 from worker.protocol.mailbox import (
     AdmitBody,
+    AnswerBody,
     EventWriter,
     InboxReader,
     Json,
@@ -68,6 +71,9 @@ class MessageHandlers:
         self._log = TrainerLog(self._settings, logs_events=engine.ranks.leads)
         self._jobs: dict[str, AdmittedJob] = {}
         self._text: BaseText | None = None
+        self.inference = InferenceRequests(
+            engine, directory, events, text=self._base_text, free_host_bytes=free_host_bytes
+        )
         self._reported_at = time.monotonic()
         self._reported_verifying = False
 
@@ -88,6 +94,10 @@ class MessageHandlers:
         elif message.verb == "cancel":
             self._evict(message.body["claim_id"])
             self.events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
+        elif message.verb == "answer":
+            self.inference.add(cast(AnswerBody, message.body))
+        elif message.verb == "stop_answering":
+            self.inference.remove(message.body["request_id"])
         elif message.verb == "unload":
             self.is_exiting = not self._jobs
 
@@ -150,10 +160,14 @@ class MessageHandlers:
     def _prepare_prompts(self, claim_id: str, spec: JobSpec, body: AdmitBody) -> None:
         """Raises Refused and LoraCoreError if the base model can't answer the job's prompts."""
         if spec.samples is not None:
-            self._text = self._text or BaseText(Path(self._settings["base_dir"]))
-            request = sample_request(self._text, spec.samples, as_chat=body["asks_as_chat"])
+            request = sample_request(self._base_text(), spec.samples, as_chat=body["asks_as_chat"])
             check_prompts(prompts_of(request), self.engine.base)
             self._jobs[claim_id].sample_request = request
+
+    def _base_text(self) -> BaseText:
+        """Return the tokenizer and chat template. Raises Refused and OSError if they can't be read."""
+        self._text = self._text or BaseText(Path(self._settings["base_dir"]))
+        return self._text
 
     def _evict(self, claim_id: str) -> None:
         if self._jobs.pop(claim_id, None) is not None:
@@ -179,6 +193,11 @@ class MessageHandlers:
         for event in events:
             if event.job in self._jobs:  # else a message evicted it while `_sample` ran
                 self._handle_event(event)
+
+    def answer(self) -> None:
+        """Compute one pass of the inference requests, and report its tokens."""
+        if self.inference.computes:
+            self.inference.advance()
 
     def _handle_event(self, event: Event) -> None:
         if isinstance(event, JobStepped):
@@ -209,8 +228,7 @@ class MessageHandlers:
             self.report()
         for job, answers in generation.answers().items() if generation is not None else ():
             if job in self._jobs:
-                assert self._text is not None
-                records = sample_records(self._text, requests[job], answers)
+                records = sample_records(self._base_text(), requests[job], answers)
                 self._report_event(job, "sampled", step=step_of[job], samples=records)
 
     def _advance(self, generation: Generation, step_of: dict[str, int]) -> None:

@@ -1,0 +1,206 @@
+"""Receives the answers to this process's inference requests from workers, on a port of its own.
+
+A worker connects to the address in the request's row, and sends one JSON object per line: {"request_id", "claim_id",
+"event"}. The database decides whether the claim may answer the request. This process replies {"request_id"} for a
+request that its client has abandoned, so that the worker stops answering it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, cast
+
+from anyio import to_thread
+from sqlalchemy import make_url
+
+from catalog.db.database import Database
+from catalog.errors import LorryError
+from catalog.inference import requests
+from catalog.settings import Settings
+
+MAX_LINE_BYTES = 2**22
+MAX_PENDING_BYTES = 2**20
+"""Maximum size of the events that a client has not read yet. Beyond it, the request is abandoned."""
+DATABASE_PORT = 5432
+Event = dict[str, Any]
+log = logging.getLogger("lorry.api")
+
+
+class TooSlow(Exception):
+    """The client does not read its answer."""
+
+
+class Reply:
+    """The events of one request, in order, from the worker that holds it now."""
+
+    def __init__(self, request_id: str, close: Callable[[Reply], None]) -> None:
+        self.request_id = request_id
+        self.claim_id: str | None = None
+        """The claim whose events are accepted."""
+        self.connection: asyncio.StreamWriter | None = None
+        self._events: deque[tuple[int, Event]] = deque()
+        self._num_bytes = 0
+        self._changed = asyncio.Event()
+        self._is_too_slow = False
+        self._close = close
+
+    def put(self, event: Event, num_bytes: int) -> None:
+        self._events.append((num_bytes, event))
+        self._num_bytes += num_bytes
+        if self._num_bytes > MAX_PENDING_BYTES:
+            self._is_too_slow = True
+            self._events.clear()
+            self.close()
+        self._changed.set()
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield the events, without end. Raises TooSlow. Yields {"type": "restarted"} if another worker begins."""
+        while True:
+            while self._events:
+                num_bytes, event = self._events.popleft()
+                self._num_bytes -= num_bytes
+                yield event
+            if self._is_too_slow:
+                raise TooSlow
+            self._changed.clear()
+            await self._changed.wait()
+
+    def restart(self) -> None:
+        """Forget the claim: its worker is lost, and another one may begin again."""
+        self.claim_id = self.connection = None
+        self.put({"type": "restarted"}, 0)
+
+    def close(self) -> None:
+        """Stop waiting for events: the worker stops answering."""
+        self._close(self)
+
+
+class Replies:
+    """The requests of this process that wait for an answer, and the server to which workers send it."""
+
+    def __init__(self, db: Database, settings: Settings, *, address: str = "") -> None:
+        """address: LORRY_REPLY_ADDRESS."""
+        self.address = ""
+        """HOST:PORT for the rows of requests, once the server runs."""
+        host, _, port = address.rpartition(":")
+        self._db = db
+        self._port = int(port or 0)
+        self._host = host or _own_host(settings)
+        self._listens_at = "" if host else self._host
+        """Empty: all addresses. A given host may be that of a proxy or of a published port."""
+        self._open: dict[str, Reply] = {}
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        """Begin to listen."""
+        receive, host = self._receive, self._host
+        self._server = await asyncio.start_server(receive, self._listens_at or None, self._port, limit=MAX_LINE_BYTES)
+        port = self._server.sockets[0].getsockname()[1]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    async def stop(self) -> None:
+        """Close all connections. The workers release the requests."""
+        if self._server is not None:
+            self._server.close()
+            for connection in list(self._connections):
+                connection.close()
+            await self._server.wait_closed()
+
+    def open(self, request_id: str) -> Reply:
+        """Begin to wait for the answer to a request. Close the result in every case."""
+        reply = self._open[request_id] = Reply(request_id, self._forget)
+        return reply
+
+    def _forget(self, reply: Reply) -> None:
+        if self._open.get(reply.request_id) is reply:
+            del self._open[reply.request_id]
+        connection, reply.connection = reply.connection, None
+        if connection is not None:
+            _send_stop(connection, reply.request_id)
+
+    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
+        try:
+            while line := await reader.readline():
+                if not await self._take(line, writer):
+                    log.warning("A connection for answers sent a line that is not an answer, and was closed.")
+                    return
+        except (ConnectionError, ValueError, asyncio.LimitOverrunError):
+            log.warning("A worker's connection for answers failed.")
+        finally:
+            self._connections.discard(writer)
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+            await self._lose(writer)
+
+    async def _take(self, line: bytes, writer: asyncio.StreamWriter) -> bool:
+        """Pass an event to its request. Returns False for a line that is no answer."""
+        try:
+            sent = cast(Event, json.loads(line))
+            request_id, claim_id, event = str(sent["request_id"]), str(sent["claim_id"]), cast(Event, sent["event"])
+            event["type"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+        reply = self._open.get(request_id)
+        if reply is None:
+            _send_stop(writer, request_id)
+            return True
+        if reply.claim_id != claim_id:
+            if not await to_thread.run_sync(self._holds, request_id, claim_id):
+                _send_stop(writer, request_id)
+                return True
+            if reply.claim_id is not None:
+                reply.restart()
+            reply.claim_id, reply.connection = claim_id, writer
+        reply.put(event, len(line))
+        return True
+
+    def _holds(self, request_id: str, claim_id: str) -> bool:
+        try:
+            return requests.is_held(self._db, request_id, claim_id)
+        except LorryError as error:
+            log.warning("The claim of an answer could not be checked: %s", error)
+            return False
+
+    async def _lose(self, connection: asyncio.StreamWriter) -> None:
+        """Release the requests that the worker of a closed connection was answering."""
+        lost = [reply for reply in self._open.values() if reply.connection is connection]
+        for reply in lost:
+            claim_id, reply.connection = reply.claim_id, None
+            assert claim_id is not None
+            try:
+                await to_thread.run_sync(requests.release, self._db, reply.request_id, claim_id)
+            except LorryError as error:  # its lease expires
+                log.warning("Request %s was not released: %s", reply.request_id, error)
+            if reply.claim_id == claim_id:
+                reply.restart()
+
+
+def _send_stop(connection: asyncio.StreamWriter, request_id: str) -> None:
+    if not connection.is_closing():
+        connection.write(json.dumps({"request_id": request_id}).encode() + b"\n")
+
+
+def _own_host(settings: Settings) -> str:
+    """Return the address of this machine from which it reaches the database. Workers use the same database, so they
+    reach this machine there. For SQLite and a local database it is the loopback address."""
+    url = make_url(settings.resolved_database_url())
+    if url.get_backend_name() == "sqlite" or not url.host:
+        return "127.0.0.1"
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(url.host, url.port or DATABASE_PORT, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # a datagram socket sends nothing here
+            host = str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+    return host if not ipaddress.ip_address(host.partition("%")[0]).is_unspecified else "127.0.0.1"

@@ -1,0 +1,238 @@
+"""/v1/chat/completions and /v1/completions: answers of base models, adapters and checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.auth.authentication import Signed
+from api.deps import Services, Use
+from api.errors.handlers import refusal
+from api.inference.answer import ClientGone, Delta, PartialAnswer, deltas_of
+from api.inference.replies import Reply
+from api.inference.responses import DONE, ChatFormat, TextFormat, chunks, error_message, head_of, whole
+from api.rate_limits.threads import run_route
+from api.routes import SIGNED, errors
+from api.routing import Router
+from api.schemas.inference import (
+    ChatCompletion,
+    ChatCompletionRequest,
+    Completion,
+    CompletionRequest,
+    SamplingRequest,
+)
+from api.streaming.sse import HEADERS
+from catalog.datasets.messages import check_messages
+from catalog.datasets.row_json import BadRow
+from catalog.datasets.tools import check_tools
+from catalog.errors import InvalidRequest, LorryError
+from catalog.inference import requests
+from catalog.tenancy.authentication import Caller
+
+router = Router(prefix="/v1", tags=["inference"], responses=SIGNED)
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for /v1/completions."""
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its chunks."}
+}
+
+
+@router.post(
+    "/chat/completions",
+    operation_id="create_chat_completion",
+    response_model=ChatCompletion,
+    response_model_exclude_none=False,
+    responses=errors(404, 409) | STREAM,
+)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request, use: Use, caller: Signed) -> Response:
+    """Answer a conversation with a base model, an adapter or a checkpoint.
+
+    With tools, a streamed answer is sent once it is complete, because only then its calls are known. Requires the scope
+    `models:answer`.
+    """
+    offers_tools = bool(body.tools) and body.tool_choice != "none"
+    prompt: dict[str, Any] = {"messages": _messages(body)}
+    if offers_tools:
+        prompt["tools"] = _tools(body)
+    names = frozenset(tool["function"]["name"] for tool in prompt.get("tools", ()))
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest(
+            "top_logprobs is set, but logprobs is not true.",
+            code="invalid_value",
+            remedy="Set logprobs to true, or omit top_logprobs.",
+            param="top_logprobs",
+        )
+    limit = body.max_completion_tokens or body.max_tokens
+    model = await run_route(caller.project_id, partial(requests.resolve, use.db, caller=caller, name=body.model))
+    head = head_of("chatcmpl", model=model.name, base_digest=model.base_digest)
+    form = ChatFormat(head, tools=names, with_logprobs=bool(body.logprobs))
+    parameters = _parameters(body, prompt, max_tokens=limit, num_logprobs=num_logprobs)
+    exchange = _Exchange(use, caller, request, model, parameters)
+    return await _respond(exchange, form, body, n=body.n)
+
+
+@router.post(
+    "/completions",
+    operation_id="create_completion",
+    response_model=Completion,
+    responses=errors(404, 409) | STREAM,
+)
+async def create_completion(body: CompletionRequest, request: Request, use: Use, caller: Signed) -> Response:
+    """Continue a text, or up to 16 texts, without a chat template. Requires the scope `models:answer`."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    model = await run_route(caller.project_id, partial(requests.resolve, use.db, caller=caller, name=body.model))
+    head = head_of("cmpl", model=model.name, base_digest=model.base_digest)
+    form = TextFormat(head, with_logprobs=body.logprobs is not None)
+    limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+    parameters = _parameters(body, {"prompts": prompts}, max_tokens=limit, num_logprobs=body.logprobs)
+    exchange = _Exchange(use, caller, request, model, parameters)
+    return await _respond(exchange, form, body, n=body.n * len(prompts))
+
+
+def _messages(body: ChatCompletionRequest) -> list[Any]:
+    try:
+        return list(check_messages("messages", json.loads(json.dumps(body.messages)), remedy="Use a list of messages."))
+    except BadRow as error:
+        raise _bad_field(error, "messages") from error
+
+
+def _tools(body: ChatCompletionRequest) -> list[dict[str, Any]]:
+    try:
+        return check_tools("tools", body.tools)
+    except BadRow as error:
+        raise _bad_field(error, "tools") from error
+
+
+def _bad_field(error: BadRow, param: str) -> InvalidRequest:
+    reason = error.reason[:1].upper() + error.reason[1:]
+    return InvalidRequest(f"{reason}.", code=error.code, remedy=error.remedy, param=param)
+
+
+def _parameters(
+    body: SamplingRequest, prompt: dict[str, Any], *, max_tokens: int | None, num_logprobs: int | None
+) -> dict[str, Any]:
+    """Return the request for a worker, with all defaults."""
+    stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
+    return {
+        **prompt,
+        "model": body.model,
+        "max_tokens": max_tokens,
+        "n": body.n,
+        "stop": stops,
+        "seed": secrets.randbelow(2**62) if body.seed is None else body.seed,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "num_logprobs": num_logprobs,
+    }
+
+
+class _Exchange:
+    """One request with its row in the database, which exists while the client waits."""
+
+    def __init__(
+        self, use: Services, caller: Caller, request: Request, model: requests.Model, parameters: dict[str, Any]
+    ) -> None:
+        self._use = use
+        self._caller = caller
+        self._receive = request.receive
+        self._model = model
+        self._parameters = parameters
+
+    @asynccontextmanager
+    async def answering(self, answer: PartialAnswer) -> AsyncGenerator[AsyncGenerator[Delta]]:
+        """Yield what the worker adds to the answer. Afterwards the row is deleted, and the worker stops."""
+        use, project_id = self._use, self._caller.project_id
+        submit = partial(
+            requests.submit,
+            use.db,
+            caller=self._caller,
+            model=self._model,
+            body=self._parameters,
+            reply_to=use.replies.address,
+        )
+        gone = asyncio.Event()
+        reply: Reply | None = None
+        row = await run_route(project_id, submit)
+        watch = asyncio.create_task(_watch(self._receive, gone))
+        try:
+            reply = use.replies.open(row.id)
+            use.notifier.wake_workers()
+            why = partial(requests.why_unanswered, use.db, row.id)
+            yield deltas_of(reply, answer, gone=gone, why_unanswered=why)
+        finally:
+            watch.cancel()
+            if reply is not None:
+                reply.close()
+            counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+            with suppress(LorryError):  # recovery deletes it
+                await asyncio.shield(run_route(project_id, partial(requests.finish, use.db, row.id, **counts)))
+
+
+async def _watch(receive: Receive, gone: asyncio.Event) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
+
+
+async def _respond(exchange: _Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int) -> Response:
+    if body.stream:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return CompletionStream(exchange, form, n=n, with_usage=with_usage)
+    answer = PartialAnswer()
+    try:
+        async with exchange.answering(answer) as deltas:
+            found = await whole(deltas, answer, form, n=n)
+    except ClientGone:
+        return Response(status_code=499)
+    return Response(found.model_dump_json(exclude_none=False), media_type="application/json")
+
+
+class CompletionStream(Response):
+    """The chunks of an answer as server-sent events, in OpenAI's format. An error before the first chunk is an ordinary
+    error response."""
+
+    def __init__(self, exchange: _Exchange, form: ChatFormat | TextFormat, *, n: int, with_usage: bool) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._exchange = exchange
+        self._form = form
+        self._n = n
+        self._with_usage = with_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer, has_begun = PartialAnswer(), False
+        try:
+            async with self._exchange.answering(answer) as deltas:
+                parts = chunks(deltas, answer, self._form, n=self._n, with_usage=self._with_usage)
+                async for part in parts:
+                    if not has_begun:
+                        await send(
+                            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+                        )
+                        has_begun = True
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+        except ClientGone:
+            if not has_begun:
+                await Response(status_code=499)(scope, receive, send)
+                return
+        except LorryError as error:
+            if not has_begun:
+                await refusal(error)(scope, receive, send)
+                return
+            told = {"message": error.sentence(), "type": error.type, "param": error.param, "code": error.code}
+            await send({"type": "http.response.body", "body": error_message(told), "more_body": True})
+        else:
+            await send({"type": "http.response.body", "body": DONE, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

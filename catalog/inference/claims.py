@@ -1,0 +1,136 @@
+"""A worker's operations on inference requests: claim, renew and release them, and find a base model to load."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, select, update
+from sqlalchemy.orm import Session, aliased
+
+from catalog.db import lease
+from catalog.db.database import Database, read_clock, skip_locked
+from catalog.fleet import views
+from catalog.tables.fleet import Worker
+from catalog.tables.inference import InferenceRequest
+from catalog.tables.table import Json
+
+MAX_CLAIMS = 3
+"""Workers that may fail to answer a request before it fails: it may be the cause."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceClaim:
+    """A request that this worker answers."""
+
+    claim_id: str
+    request_id: str
+    adapter: str | None
+    """Digest of the adapter's manifest."""
+    body: Json
+    reply_to: str
+    is_last: bool
+    """If this worker can't answer either, the request fails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WantedBase:
+    """A base model that requests wait for."""
+
+    base_model: str
+    base_digest: str
+    pack_key: str
+
+
+def claim(db: Database, *, worker_id: str, pack_key: str, limit: int, lease_seconds: float) -> list[InferenceClaim]:
+    """Claim up to `limit` requests that a trainer with this pack key can answer.
+
+    The projects take turns, so that no project's requests wait behind all those of another.
+    """
+    with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
+        if session.scalar(_free(now=read_clock(session)).where(InferenceRequest.pack_key == pack_key).limit(1)) is None:
+            return []
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id)
+        if worker is not None and worker.takes_nothing_new:
+            return []
+        ids = _in_turns(session, pack_key, limit, now=now)
+        rows = {row.id: row for row in session.scalars(skip_locked(_rows(ids, now=now)))}
+        return [_claim(rows[ident], now=now, lease_seconds=lease_seconds) for ident in ids if ident in rows]
+
+
+def renew(db: Database, claim_ids: Collection[str], *, lease_seconds: float) -> set[str]:
+    """Extend the leases. Returns the claims that are stale: their requests were deleted, or released."""
+    if not claim_ids:
+        return set()
+    with db.write() as session:
+        until = read_clock(session) + lease_seconds
+        own = InferenceRequest.claim_id.in_(claim_ids)
+        session.execute(update(InferenceRequest).where(own).values(lease_expires_at=until))
+        held = set(session.scalars(select(InferenceRequest.claim_id).where(own)))
+    return set(claim_ids) - held
+
+
+def release(db: Database, claim_ids: Sequence[str]) -> None:
+    """Release requests that this worker does not answer, so that another one can."""
+    if not claim_ids:
+        return
+    with db.write() as session:
+        own = InferenceRequest.claim_id.in_(claim_ids)
+        session.execute(update(InferenceRequest).where(own).values(claim_id=None, lease_expires_at=None))
+
+
+def first_unloaded(db: Database, *, worker_id: str) -> WantedBase | None:
+    """Return the base model of the oldest request that no trainer can answer and no worker is loading one for."""
+    with db.read() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id)
+        if worker is not None and worker.takes_nothing_new:
+            return None
+        loaded = {each.pack_key for each in views.residents(session, now=now) if each.pack_key is not None}
+        other = aliased(InferenceRequest)
+        claimed = select(other.id).where(other.pack_key == InferenceRequest.pack_key, other.lease_expires_at > now)
+        waiting = (
+            _free(now=now)
+            .where(InferenceRequest.pack_key.not_in(loaded), ~claimed.exists())
+            .order_by(InferenceRequest.created_at)
+        )
+        row = session.scalar(waiting.limit(1))
+        if row is None:
+            return None
+        return WantedBase(base_model=row.base_model, base_digest=row.base_digest, pack_key=row.pack_key)
+
+
+def _free(*, now: float) -> Select[InferenceRequest]:
+    return select(InferenceRequest).where(lease.is_free(InferenceRequest, now=now), InferenceRequest.expires_at > now)
+
+
+def _rows(ids: Sequence[str], *, now: float) -> Select[InferenceRequest]:
+    return _free(now=now).where(InferenceRequest.id.in_(ids))
+
+
+def _in_turns(session: Session, pack_key: str, limit: int, *, now: float) -> list[str]:
+    """Return the ids of the first requests: the oldest of each project, then the second of each, and so on."""
+    turn = func.row_number().over(
+        partition_by=InferenceRequest.project_id, order_by=(InferenceRequest.created_at, InferenceRequest.id)
+    )
+    ranked = (
+        _free(now=now)
+        .where(InferenceRequest.pack_key == pack_key)
+        .with_only_columns(InferenceRequest.id, InferenceRequest.created_at, turn.label("turn"))
+        .subquery()
+    )
+    return list(session.scalars(select(ranked.c.id).order_by(ranked.c.turn, ranked.c.created_at).limit(limit)))
+
+
+def _claim(row: InferenceRequest, *, now: float, lease_seconds: float) -> InferenceClaim:
+    row.num_claims += 1
+    return InferenceClaim(
+        claim_id=lease.acquire(row, now=now, lease_seconds=lease_seconds, prefix="answer"),
+        request_id=row.id,
+        adapter=row.adapter,
+        body=row.body,
+        reply_to=row.reply_to,
+        is_last=row.num_claims >= MAX_CLAIMS,
+    )

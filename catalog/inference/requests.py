@@ -1,0 +1,184 @@
+"""An API process's operations on inference requests: submit one, verify who answers it, and delete it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from catalog.caller import Caller
+from catalog.db import lease
+from catalog.db.database import Database, read_clock
+from catalog.errors import Conflict, LorryError, RateLimited
+from catalog.fleet import views
+from catalog.registry import adapters, base_models
+from catalog.resources.pack_key import pack_key
+from catalog.tables.inference import InferenceRequest
+from catalog.tables.jobs import Job
+from catalog.tables.storage import BaseModelRow
+from catalog.tables.table import Json, new_id
+from catalog.usage import ledger
+
+MAX_SECONDS = 600.0
+"""How long a request may wait for a worker. OpenAI's clients wait as long for a response."""
+MAX_OPEN = 1000
+"""Maximum number of open requests of a project."""
+
+
+class NoWorker(LorryError):
+    """No worker can answer now. Retry after a worker has started."""
+
+    status = 503
+    type = "server_error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The model that answers a request: a base model, and an adapter on it or None."""
+
+    name: str
+    base_model: str
+    base_digest: str
+    pack_key: str
+    adapter: str | None
+
+
+def resolve(db: Database, *, caller: Caller, name: str) -> Model:
+    """Return the model with this name: a base model, or an adapter or checkpoint that the project may read.
+
+    Raises NotFound, NoLongerKept, and Conflict for a base model that is not ready or has changed.
+    """
+    with db.read() as session:
+        if name.startswith("ft:"):
+            return _adapter(session, caller, name)
+        return _base(session, name)
+
+
+def _adapter(session: Session, caller: Caller, name: str) -> Model:
+    adapter = adapters.find(session, caller.project_id, name, param="model")
+    job = session.get_one(Job, adapter.job_id)
+    base = session.get(BaseModelRow, adapter.base_model)
+    if base is None or base.state == "deleted" or base.digest != adapter.base_digest:
+        raise Conflict(
+            f"Model {name!r} can't answer, because its base model {adapter.base_model!r} was deleted or replaced.",
+            code="base_changed",
+            remedy=f"Ask an operator to add the base model again: `lorry models add {adapter.base_model}`.",
+            param="model",
+        )
+    return Model(
+        name=adapter.name,
+        base_model=adapter.base_model,
+        base_digest=adapter.base_digest,
+        pack_key=job.pack_key,
+        adapter=adapter.artifact,
+    )
+
+
+def _base(session: Session, name: str) -> Model:
+    base = base_models.find(session, name)
+    if base.state != "ready" or base.digest is None:
+        is_failed = base.state == "failed"
+        raise Conflict(
+            f"Base model {name!r} can't answer yet: its import {'failed' if is_failed else 'has not finished'}.",
+            code="base_not_ready",
+            remedy=f"See the error with `lorry models show {name}`, and add the model again."
+            if is_failed
+            else f"Wait until `lorry models show {name}` shows the state 'ready'.",
+            param="model",
+        )
+    now = read_clock(session)
+    loaded = (each.pack_key for each in views.residents(session, now=now) if each.base_digest == base.digest)
+    key = next(filter(None, loaded), None) or pack_key(base.digest, views.auto_precision(session, now=now))
+    return Model(name=base.name, base_model=base.name, base_digest=base.digest, pack_key=key, adapter=None)
+
+
+def submit(
+    db: Database, *, caller: Caller, model: Model, body: Json, reply_to: str, max_open: int = MAX_OPEN
+) -> InferenceRequest:
+    """Create a request. Raises NoWorker if no worker is running, and RateLimited if the project has too many."""
+    with db.write() as session:
+        now = read_clock(session)
+        if not views.count_live(session, now=now):
+            raise NoWorker(
+                "No worker is running, so the request can't be answered.",
+                code="no_worker",
+                remedy="Ask an operator to start a worker, for example with `lorry worker`. Then retry.",
+            )
+        own = select(func.count()).where(InferenceRequest.project_id == caller.project_id)
+        if (session.scalar(own) or 0) >= max_open:
+            raise RateLimited(
+                f"The project has {max_open} open inference requests, which is the maximum.",
+                code="too_many_inference_requests",
+                remedy="Wait until some of them are answered.",
+                retry_after_seconds=1,
+                headers={},
+            )
+        request = InferenceRequest(
+            id=new_id("infer"),
+            project_id=caller.project_id,
+            created_at=now,
+            expires_at=now + MAX_SECONDS,
+            base_model=model.base_model,
+            base_digest=model.base_digest,
+            pack_key=model.pack_key,
+            adapter=model.adapter,
+            body=body,
+            reply_to=reply_to,
+        )
+        session.add(request)
+        return request
+
+
+def is_held(db: Database, request_id: str, claim_id: str) -> bool:
+    """Return whether the claim holds the request, so that its holder may answer it."""
+    with db.read() as session:
+        claimed = select(InferenceRequest.id).where(
+            InferenceRequest.id == request_id, InferenceRequest.claim_id == claim_id
+        )
+        return session.scalar(claimed) is not None
+
+
+def release(db: Database, request_id: str, claim_id: str) -> None:
+    """Release a request whose worker has disconnected, so that another one can answer it."""
+    with db.write() as session:
+        row = lease.held(session, InferenceRequest, claim_id)
+        if row is not None and row.id == request_id:
+            lease.release(row)
+
+
+def finish(db: Database, request_id: str, *, prompt_tokens: int, completion_tokens: int) -> None:
+    """Delete a request, and count its tokens. Both are 0 if no worker has begun to answer it."""
+    with db.write() as session:
+        row = session.get(InferenceRequest, request_id, with_for_update=True)
+        if row is None:
+            return
+        if prompt_tokens:
+            counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+            ledger.add_completion(session, row, **counts, now=read_clock(session))
+        session.delete(row)
+
+
+def remove_expired(db: Database) -> int:
+    """Delete the requests that their API process did not delete, for example because it was killed. Returns their
+    number."""
+    with db.write() as session:
+        now = read_clock(session)
+        is_over = (InferenceRequest.expires_at <= now, lease.is_free(InferenceRequest, now=now))
+        found = list(session.scalars(select(InferenceRequest.id).where(*is_over).limit(1000)))
+        if found:
+            session.execute(delete(InferenceRequest).where(InferenceRequest.id.in_(found)))
+        return len(found)
+
+
+def why_unanswered(db: Database, request_id: str) -> NoWorker:
+    """Return the error for a request that no worker has begun to answer in time."""
+    with db.read() as session:
+        row = session.get(InferenceRequest, request_id)
+        base = "its base model" if row is None else repr(row.base_model)
+    return NoWorker(
+        f"No worker has answered the request within {MAX_SECONDS:.0f} seconds: none has {base} loaded, and none was "
+        "free to load it.",
+        code="inference_timeout",
+        remedy="Check with `lorry workers list` what the workers do. Then retry.",
+    )

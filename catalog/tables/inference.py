@@ -1,0 +1,37 @@
+"""Inference requests that a client waits for."""
+
+from __future__ import annotations
+
+from sqlalchemy import ForeignKey, Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from catalog.tables.table import Json, Leased, Table
+
+
+class InferenceRequest(Leased, Table):
+    """A request for completions. It is leased to the worker that answers it. The generated tokens are not stored: the
+    worker sends them to the API process that holds the client's connection, and that process deletes the row."""
+
+    __tablename__ = "inference_requests"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    """After this time no worker begins to answer it, and cleaning deletes it."""
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    base_digest: Mapped[str]
+    pack_key: Mapped[str]
+    """The trainers that can answer it."""
+    adapter: Mapped[str | None]
+    """Digest of the adapter's manifest. None: the base model answers."""
+    body: Mapped[Json]
+    """The parameters, with all defaults."""
+    reply_to: Mapped[str]
+    """HOST:PORT on which the API process receives the answer."""
+    num_claims: Mapped[int] = mapped_column(default=0)
+    """Workers that have begun to answer it."""
+    __table_args__ = (
+        Index(None, "pack_key", "created_at"),
+        Index(None, "project_id", "created_at"),
+        Index(None, "expires_at"),
+    )

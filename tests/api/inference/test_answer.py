@@ -1,0 +1,131 @@
+"""An answer is collected from its events. Repetitions of a second worker are skipped; a contradiction is an error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from api.inference.answer import ClientGone, Delta, PartialAnswer, deltas_of
+from api.inference.replies import Reply, TooSlow
+from catalog.errors import InvalidRequest
+from catalog.inference.requests import NoWorker
+
+BEGUN = {"type": "answering", "prompt_tokens": 4}
+ENDED = {"type": "answered", "completion_tokens": 3}
+RESTARTED = {"type": "restarted"}
+
+
+def generated(text: str, *, index: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"type": "generated", "deltas": [{"index": index, "text": text, **fields}]}
+
+
+def token(text: str) -> dict[str, Any]:
+    return {"token": text, "logprob": -1.0, "bytes": list(text.encode()), "top_logprobs": []}
+
+
+def collect(events: Sequence[dict[str, Any]], *, is_gone: bool = False) -> tuple[PartialAnswer, list[Delta]]:
+    async def run() -> tuple[PartialAnswer, list[Delta]]:
+        reply, answer, gone = Reply("infer-1", lambda _: None), PartialAnswer(), asyncio.Event()
+        for event in events:
+            reply.put(event, 10)
+        if is_gone:
+            gone.set()
+        found = deltas_of(reply, answer, gone=gone, why_unanswered=lambda: NoWorker("No.", code="c", remedy="r"))
+        return answer, [delta async for delta in found]
+
+    return asyncio.run(run())
+
+
+def text_of(deltas: Sequence[Delta], index: int = 0) -> str:
+    return "".join(delta.text for delta in deltas if delta.index == index)
+
+
+def test_answer_is_collected_until_it_is_complete() -> None:
+    answer, deltas = collect([BEGUN, generated("a"), generated("b", index=1), generated("c", finish="stop"), ENDED])
+
+    assert (text_of(deltas), text_of(deltas, 1)) == ("ac", "b")
+    assert [delta.finish for delta in deltas] == [None, None, "stop"]
+    assert (answer.prompt_tokens, answer.completion_tokens) == (4, 3)
+
+
+@pytest.mark.parametrize("pieces", [("ab", "cd", "ef"), ("abcdef",), ("a", "b", "c", "d", "e", "f"), ("abc", "def")])
+def test_second_worker_repeats_what_the_client_has_and_continues(pieces: tuple[str, ...]) -> None:
+    first = [BEGUN, generated("ab", logprobs=[token("a"), token("b")]), generated("c", logprobs=[token("c")])]
+    again = [generated(piece, logprobs=[token(character) for character in piece]) for piece in pieces]
+
+    _, deltas = collect([*first, RESTARTED, BEGUN, *again, generated("", finish="length"), ENDED])
+
+    assert text_of(deltas) == "abcdef"
+    assert [each["token"] for delta in deltas for each in delta.logprobs] == list("abcdef")
+    assert [delta.finish for delta in deltas if delta.finish] == ["length"]
+
+
+def test_choice_that_was_complete_is_not_completed_twice() -> None:
+    first = [BEGUN, generated("ab", finish="stop"), generated("x", index=1)]
+
+    _, deltas = collect(
+        [*first, RESTARTED, BEGUN, generated("ab", finish="stop"), generated("xy", index=1, finish="stop"), ENDED]
+    )
+
+    assert (text_of(deltas), text_of(deltas, 1)) == ("ab", "xy")
+    assert [(delta.index, delta.finish) for delta in deltas if delta.finish] == [(0, "stop"), (1, "stop")]
+
+
+def test_second_worker_that_answers_differently_fails_the_request() -> None:
+    with pytest.raises(NoWorker) as raised:
+        collect([BEGUN, generated("ab"), RESTARTED, BEGUN, generated("ax")])
+
+    assert raised.value.code == "answer_interrupted"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "param"),
+    [
+        ("context_length_exceeded", InvalidRequest, "messages"),
+        ("template_without_tools", InvalidRequest, "tools"),
+        ("out_of_memory", NoWorker, None),
+    ],
+)
+def test_error_of_the_trainer_reaches_the_client(code: str, kind: type[Exception], param: str | None) -> None:
+    error = {"code": code, "message": "It is wrong.", "remedy": "Do better."}
+
+    with pytest.raises(kind, match="It is wrong") as raised:
+        collect([{"type": "unanswered", "error": error}])
+
+    assert getattr(raised.value, "param") == param  # noqa: B009  (pytest's type has no such attribute)
+
+
+def test_client_that_is_gone_ends_the_waiting() -> None:
+    with pytest.raises(ClientGone):
+        collect([], is_gone=True)
+
+
+def test_request_without_a_worker_fails_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.inference.answer.MAX_SECONDS", 0.05)
+
+    with pytest.raises(NoWorker) as raised:
+        collect([])
+
+    assert raised.value.code == "c"
+
+
+def test_worker_that_falls_silent_fails_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.inference.answer.SILENT_SECONDS", 0.05)
+
+    with pytest.raises(NoWorker, match="sent nothing"):
+        collect([BEGUN])
+
+
+def test_events_that_a_client_does_not_read_are_limited() -> None:
+    async def run() -> None:
+        reply = Reply("infer-1", lambda _: None)
+        for _ in range(3):
+            reply.put(generated("a"), 2**19)
+        async for _ in reply.events():
+            pass
+
+    with pytest.raises(TooSlow):
+        asyncio.run(run())

@@ -1,0 +1,259 @@
+"""Inference requests: which model answers, who may claim one, and what happens if a worker or a client is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from catalog.caller import Caller
+from catalog.errors import Conflict, NotFound, RateLimited
+from catalog.fleet import workers
+from catalog.inference import claims, requests
+from catalog.inference.claims import MAX_CLAIMS, InferenceClaim
+from catalog.inference.requests import MAX_SECONDS, NoWorker
+from catalog.queue import pending
+from catalog.registry import base_models
+from catalog.resources.pack_key import pack_key
+from catalog.tables.inference import InferenceRequest
+from catalog.usage import report
+from tests.catalog.world import LEASE, World, sha
+
+KEY = pack_key(sha("smol"), "bfloat16")
+
+
+@pytest.fixture
+def world(world: World) -> World:
+    world.worker()
+    return world
+
+
+def submit(world: World, *, caller: Caller | None = None, model: str = "smol", **given: Any) -> InferenceRequest:
+    caller = caller or world.caller
+    found = requests.resolve(world.db, caller=caller, name=model)
+    return requests.submit(
+        world.db, caller=caller, model=found, body={"prompts": ["a"]}, reply_to="127.0.0.1:1", **given
+    )
+
+
+def claim(world: World, *, limit: int = 10, worker_id: str = "w1", key: str = KEY) -> list[InferenceClaim]:
+    return claims.claim(world.db, worker_id=worker_id, pack_key=key, limit=limit, lease_seconds=LEASE)
+
+
+def register_trainer(world: World, key: str) -> None:
+    workers.register_trainer(world.db, trainer_id="trainer-1", worker_id="w1", base_digest=sha("smol"), pack_key=key)
+
+
+def load(world: World) -> None:
+    """Let worker w1 report that its trainer has loaded the base model."""
+    workers.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="trainer-1", report={})
+
+
+def test_base_model_answers_in_the_precision_of_the_workers(world: World) -> None:
+    found = requests.resolve(world.db, caller=world.caller, name="smol")
+
+    assert (found.base_model, found.base_digest, found.adapter, found.pack_key) == ("smol", sha("smol"), None, KEY)
+
+
+def test_base_model_that_is_loaded_answers_as_it_is_loaded(world: World) -> None:
+    key = pack_key(sha("smol"), "float32", "nf4")
+    register_trainer(world, key)
+    load(world)
+
+    assert requests.resolve(world.db, caller=world.caller, name="smol").pack_key == key
+
+
+def test_adapter_answers_as_it_was_trained(world: World) -> None:
+    job = world.running(precision="float32")
+    world.complete(job.claim_id)
+    name = world.job(job.job.id).adapter_name
+    assert name is not None
+
+    found = requests.resolve(world.db, caller=world.caller, name=name)
+
+    assert found.adapter is not None
+    assert found.pack_key == pack_key(sha("smol"), "float32")
+    with pytest.raises(NotFound):
+        requests.resolve(world.db, caller=world.stranger, name=name)
+    base_models.delete(world.db, "smol")
+    with pytest.raises(Conflict, match="deleted or replaced") as refused:
+        requests.resolve(world.db, caller=world.caller, name=name)
+    assert refused.value.code == "base_changed"
+
+
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_base_model_that_is_not_ready_is_a_conflict(world: World, has_failed: bool) -> None:
+    base_models.add(world.db, name="new", kind="folder", source="/models/new")
+    if has_failed:
+        world.fail_import("new", {"code": "x", "message": "y", "param": None})
+
+    with pytest.raises(Conflict, match="import failed" if has_failed else "has not finished"):
+        requests.resolve(world.db, caller=world.caller, name="new")
+    with pytest.raises(NotFound):
+        requests.resolve(world.db, caller=world.caller, name="unknown")
+
+
+def test_without_a_live_worker_a_request_is_rejected(world: World) -> None:
+    world.clock.advance(3600)
+
+    with pytest.raises(NoWorker) as refused:
+        submit(world)
+
+    assert (refused.value.status, refused.value.code) == (503, "no_worker")
+
+
+def test_number_of_open_requests_of_a_project_is_limited(world: World) -> None:
+    submit(world, max_open=1)
+
+    with pytest.raises(RateLimited, match="1 open"):
+        submit(world, max_open=1)
+    submit(world, caller=world.stranger, max_open=1)
+
+
+def test_request_is_work_until_it_is_claimed(world: World) -> None:
+    assert not pending.has_work(world.db)
+    row = submit(world)
+    assert pending.has_work(world.db)
+
+    (claimed,) = claim(world)
+
+    assert claimed.request_id == row.id
+    assert claimed.body == {"prompts": ["a"]}
+    assert claimed.reply_to == "127.0.0.1:1"
+    assert not pending.has_work(world.db)
+    assert claim(world) == []
+    assert requests.is_held(world.db, row.id, claimed.claim_id)
+    assert not requests.is_held(world.db, row.id, "answer-other")
+    assert not requests.is_held(world.db, "infer-other", claimed.claim_id)
+
+
+def test_requests_for_another_trainer_are_not_claimed(world: World) -> None:
+    submit(world)
+
+    assert claim(world, key=pack_key(sha("smol"), "float32")) == []
+    assert len(claim(world)) == 1
+
+
+def test_projects_take_turns(world: World) -> None:
+    ours = [submit(world).id for _ in range(5)]
+    theirs = [submit(world, caller=world.stranger).id for _ in range(2)]
+
+    found = [claimed.request_id for claimed in claim(world, limit=5)]
+
+    assert found == [ours[0], theirs[0], ours[1], theirs[1], ours[2]]
+
+
+def test_expired_lease_lets_another_worker_answer(world: World) -> None:
+    submit(world)
+    (first,) = claim(world)
+    world.clock.advance(LEASE + 1)
+    world.worker("w2")
+
+    (second,) = claim(world, worker_id="w2")
+
+    assert second.request_id == first.request_id
+    assert claims.renew(world.db, [first.claim_id, second.claim_id], lease_seconds=LEASE) == {first.claim_id}
+    assert not requests.is_held(world.db, first.request_id, first.claim_id)
+
+
+def test_renewed_lease_does_not_expire(world: World) -> None:
+    submit(world)
+    (claimed,) = claim(world)
+    for _ in range(3):
+        world.clock.advance(LEASE - 1)
+        assert claims.renew(world.db, [claimed.claim_id], lease_seconds=LEASE) == set()
+
+    world.worker("w2")
+    assert claim(world, worker_id="w2") == []
+    assert claims.renew(world.db, [], lease_seconds=LEASE) == set()
+
+
+@pytest.mark.parametrize("by_worker", [False, True])
+def test_released_request_is_free_at_once(world: World, by_worker: bool) -> None:
+    row = submit(world)
+    (claimed,) = claim(world)
+
+    if by_worker:
+        claims.release(world.db, [claimed.claim_id])
+    else:
+        requests.release(world.db, "infer-other", claimed.claim_id)
+        assert claim(world) == []
+        requests.release(world.db, row.id, claimed.claim_id)
+
+    assert len(claim(world)) == 1
+
+
+def test_last_claim_of_a_request_is_marked(world: World) -> None:
+    submit(world)
+
+    for number in range(1, MAX_CLAIMS + 1):
+        (claimed,) = claim(world)
+        assert claimed.is_last == (number == MAX_CLAIMS)
+        claims.release(world.db, [claimed.claim_id])
+
+
+def test_answered_request_is_deleted_and_counted(world: World) -> None:
+    row = submit(world)
+    (claimed,) = claim(world)
+
+    requests.finish(world.db, row.id, prompt_tokens=7, completion_tokens=3)
+    requests.finish(world.db, row.id, prompt_tokens=7, completion_tokens=3)
+
+    assert claims.renew(world.db, [claimed.claim_id], lease_seconds=LEASE) == {claimed.claim_id}
+    query = report.UsageQuery(start_time=world.clock.now - 86400, group_by=("project_id", "model"))
+    (used,) = [used for day in report.report(world.db, caller=world.caller, query=query).days for used in day.used]
+    assert used.model == "smol"
+    names = ("num_completions", "prompt_tokens", "completion_tokens")
+    assert [used.amounts[name] for name in names] == [1, 7, 3]
+
+
+def test_request_that_no_worker_began_is_not_counted(world: World) -> None:
+    row = submit(world)
+
+    requests.finish(world.db, row.id, prompt_tokens=0, completion_tokens=0)
+
+    query = report.UsageQuery(start_time=world.clock.now - 86400)
+    assert [used for day in report.report(world.db, caller=world.caller, query=query).days for used in day.used] == []
+
+
+def test_old_request_is_neither_claimed_nor_kept(world: World) -> None:
+    row = submit(world)
+    world.clock.advance(MAX_SECONDS + 1)
+    world.worker("w2")
+
+    assert claim(world, worker_id="w2") == []
+    assert claims.first_unloaded(world.db, worker_id="w2") is None
+    assert not pending.has_work(world.db)
+    error = requests.why_unanswered(world.db, row.id)
+    assert (error.code, error.status) == ("inference_timeout", 503)
+    assert "'smol'" in error.message
+    assert requests.remove_expired(world.db) == 1
+    assert requests.remove_expired(world.db) == 0
+    assert "its base model" in requests.why_unanswered(world.db, row.id).message
+
+
+def test_base_model_is_loaded_for_the_oldest_request_that_no_trainer_can_answer(world: World) -> None:
+    world.base("other")
+    assert claims.first_unloaded(world.db, worker_id="w1") is None
+    submit(world, model="other")
+    submit(world)
+
+    wanted = claims.first_unloaded(world.db, worker_id="w1")
+
+    assert wanted is not None
+    assert (wanted.base_model, wanted.base_digest) == ("other", sha("other"))
+    claim(world, key=wanted.pack_key)  # this worker loads it now
+    following = claims.first_unloaded(world.db, worker_id="w1")
+    assert following is not None
+    assert following.base_model == "smol"
+
+
+def test_no_base_model_is_loaded_twice_or_on_a_cordoned_worker(world: World) -> None:
+    submit(world)
+    register_trainer(world, KEY)
+    world.worker("w2")
+    assert claims.first_unloaded(world.db, worker_id="w2") is not None
+
+    load(world)
+
+    assert claims.first_unloaded(world.db, worker_id="w2") is None

@@ -1,0 +1,305 @@
+"""A trainer answers requests with its base model and with adapters, and reports text, log-probabilities and errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_core.base_model.model import load_base
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from tests import tiny_base
+from tests.worker.pack_site import events_in
+from worker.children.tokenizer.text_encoder import BaseText
+from worker.children.trainer import main
+from worker.children.trainer.inference import InferenceRequests, TimeShare
+from worker.children.trainer.text_stream import TextStream
+from worker.protocol.mailbox import AnswerBody, EventWriter, InboxWriter, Json, TrainerDirectory
+
+QUESTION = [{"role": "user", "content": "What color is the lorry?"}]
+TOOL = {"type": "function", "function": {"name": "paint", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base.make(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that PEFT has written, with random weights."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(3)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base_dir),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def directory(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> TrainerDirectory:
+    settings = {"base_dir": str(base_dir), "dtype": "float32", "quantization": "none", "device": "cpu"}
+    made = TrainerDirectory.create(tmp_path / "trainer", settings)
+    shutil.copytree(adapter_dir, made.path / "adapters" / "one")
+    return made
+
+
+@pytest.fixture
+def make_requests(base_dir: Path, directory: TrainerDirectory) -> Iterator[Callable[[], InferenceRequests]]:
+    events = EventWriter(directory)
+
+    def make() -> InferenceRequests:
+        engine = Engine(load_base(base_dir, dtype="float32", device="cpu"), EngineConfig())
+        text = BaseText(base_dir)
+        return InferenceRequests(engine, directory, events, text=lambda: text, free_host_bytes=lambda: 2**26)
+
+    yield make
+    events.close()
+
+
+def body(request_id: str = "req-1", *, adapter: bool = False, **fields: Any) -> AnswerBody:
+    """Return a greedy request of one answer of up to 12 tokens."""
+    given: dict[str, Any] = {
+        "request_id": request_id,
+        "model": "tiny",
+        "adapter": {"digest": "one", "folder": "adapters/one"} if adapter else None,
+        "max_tokens": 12,
+        "n": 1,
+        "stop": [],
+        "seed": 0,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "num_logprobs": None,
+    }
+    if "prompts" not in fields:
+        given["messages"] = QUESTION
+    return given | fields  # pyright: ignore[reportReturnType]
+
+
+def drained(requests: InferenceRequests, directory: TrainerDirectory) -> list[Json]:
+    while not requests.is_idle:
+        requests.advance()
+    return events_in(directory)
+
+
+def text_of(events: list[Json], request_id: str = "req-1", index: int = 0) -> str:
+    deltas = [delta for event in events if event["type"] == "generated" for delta in event["deltas"]
+              if event["request_id"] == request_id]  # fmt: skip
+    return "".join(delta["text"] for delta in deltas if delta["index"] == index)
+
+
+def reference(base_dir: Path, adapter: Path | None, messages: list[dict[str, str]]) -> str:
+    """Return the answer of transformers, with PEFT for the adapter."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base_dir)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    end = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
+    whole = model.generate(**ids, do_sample=False, max_new_tokens=12, eos_token_id=end, pad_token_id=0)
+    return str(tokenizer.decode(whole[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_chat_answer_is_that_of_transformers_and_peft(
+    make_requests: Any, directory: TrainerDirectory, base_dir: Path, adapter_dir: Path, with_adapter: bool
+) -> None:
+    requests = make_requests()
+    requests.add(body(adapter=with_adapter))
+
+    events = drained(requests, directory)
+
+    assert text_of(events) == reference(base_dir, adapter_dir if with_adapter else None, QUESTION)
+    assert events[0]["type"] == "answering"
+    assert events[-1]["type"] == "answered"
+    assert events[-1]["completion_tokens"] <= 12
+
+
+def test_adapter_changes_the_answer_and_requests_do_not_mix(make_requests: Any, directory: TrainerDirectory) -> None:
+    requests = make_requests()
+    requests.add(body("base"))
+    requests.add(body("adapted", adapter=True))
+    requests.add(body("sampled", adapter=True, temperature=1.0, seed=5, n=2))
+    together = drained(requests, directory)
+
+    for name, fields in (("base", {}), ("adapted", {"adapter": True})):
+        before = len(events_in(directory))
+        requests.add(body(name, **fields))
+        assert text_of(drained(requests, directory)[before:], name) == text_of(together, name)
+    assert text_of(together, "base") != text_of(together, "adapted")
+    assert text_of(together, "sampled", 0) != text_of(together, "sampled", 1)
+
+
+def test_plain_prompts_have_an_answer_each(make_requests: Any, directory: TrainerDirectory, base_dir: Path) -> None:
+    requests = make_requests()
+    requests.add(body(prompts=["The lorry", "A bridge"], n=2, temperature=0.7, max_tokens=5))
+
+    events = drained(requests, directory)
+
+    text = BaseText(base_dir)
+    num_tokens = sum(len(text.prompt_ids(prompt, as_chat=False)) for prompt in ("The lorry", "A bridge"))
+    assert events[0]["prompt_tokens"] == num_tokens
+    assert {delta["index"] for event in events[1:-1] for delta in event["deltas"]} == {0, 1, 2, 3}
+    finishes = [delta["finish"] for event in events[1:-1] for delta in event["deltas"] if "finish" in delta]
+    assert len(finishes) == 4
+    assert events[-1]["completion_tokens"] <= 20
+
+
+def test_stop_sequence_ends_an_answer_before_it(make_requests: Any, directory: TrainerDirectory) -> None:
+    requests = make_requests()
+    requests.add(body("whole", temperature=1.0, seed=3, max_tokens=40))
+    whole = text_of(drained(requests, directory), "whole")
+    stop = whole[6:9]
+    assert len(stop) == 3
+
+    requests.add(body("stopped", temperature=1.0, seed=3, max_tokens=40, stop=["never there", stop]))
+    events = drained(requests, directory)
+
+    assert text_of(events, "stopped") == whole[: whole.index(stop)]
+    (finish,) = [
+        delta["finish"]
+        for event in events
+        if event["type"] == "generated" and event["request_id"] == "stopped"
+        for delta in event["deltas"]
+        if "finish" in delta
+    ]
+    assert finish == "stop"
+
+
+def test_each_token_has_its_log_probability_and_the_most_likely_ones(
+    make_requests: Any, directory: TrainerDirectory
+) -> None:
+    requests = make_requests()
+    requests.add(body(num_logprobs=2, max_tokens=4))
+
+    events = drained(requests, directory)
+
+    tokens = [token for event in events[1:-1] for delta in event["deltas"] for token in delta.get("logprobs", ())]
+    assert "".join(token["token"] for token in tokens) == text_of(events)
+    for token in tokens:
+        assert token["logprob"] < 0
+        assert token["bytes"] == list(token["token"].encode())
+        assert len(token["top_logprobs"]) == 2
+        assert token["top_logprobs"][0]["token"] == token["token"], "greedy: the token is the most likely one"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"max_tokens": 10_000}, "context_length_exceeded"),
+        ({"prompts": ["word " * 500], "max_tokens": None}, "context_length_exceeded"),
+        ({"prompts": [""]}, "invalid_config"),
+        ({"tools": [TOOL]}, "template_without_tools"),
+        ({"adapter": True, "folder": "adapters/gone"}, "bad_parent"),
+        ({"temperature": 3.0}, "invalid_config"),
+    ],
+)
+def test_request_that_can_not_be_answered_is_reported(
+    make_requests: Any, directory: TrainerDirectory, fields: dict[str, Any], code: str
+) -> None:
+    requests = make_requests()
+    given = body(**{key: value for key, value in fields.items() if key != "folder"})
+    if "folder" in fields:
+        given["adapter"] = {"digest": "gone", "folder": fields["folder"]}
+
+    requests.add(given)
+
+    (event,) = events_in(directory)
+    assert event["type"] == "unanswered"
+    assert event["error"]["code"] == code
+    assert event["error"]["remedy"]
+    assert requests.is_idle
+
+
+def test_answer_without_a_limit_may_fill_the_context(make_requests: Any, directory: TrainerDirectory) -> None:
+    requests = make_requests()
+    requests.add(body(max_tokens=None, temperature=1.5, seed=1))
+
+    events = drained(requests, directory)
+
+    total = events[0]["prompt_tokens"] + events[-1]["completion_tokens"]
+    assert total <= tiny_base.MAX_POSITIONS
+    assert events[-1]["completion_tokens"] > 12
+
+
+def test_removed_request_reports_nothing_more(make_requests: Any, directory: TrainerDirectory) -> None:
+    requests = make_requests()
+    requests.add(body("gone", n=3))
+    requests.add(body("kept"))
+    requests.advance()
+    before = len(events_in(directory))
+
+    requests.remove("gone")
+    requests.remove("unknown")
+    events = drained(requests, directory)[before:]
+
+    assert {event["request_id"] for event in events} == {"kept"}
+
+
+def test_ruined_adapter_fails_only_its_own_request(
+    make_requests: Any, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_requests()
+    requests.add(body("good"))
+    requests.add(body("bad", adapter=True))
+    ruined = requests._adapters["one"]
+    ruined.p.fill_(float("nan"))
+    ruined.refresh_compute()
+
+    events = drained(requests, directory)
+
+    failures = [event for event in events if event["type"] == "unanswered"]
+    assert [(event["request_id"], event["error"]["code"]) for event in failures] == [("bad", "logits_not_finite")]
+    assert text_of(events, "good")
+
+
+def test_trainer_answers_messages_and_then_unloads(directory: TrainerDirectory) -> None:
+    inbox = InboxWriter(directory)
+    inbox.send("answer", **body())
+    inbox.send("answer", **body("gone"))
+    inbox.send("stop_answering", request_id="gone")
+    settings = directory.settings()
+    directory.settings_path.write_text(json.dumps({**settings, "idle_seconds": 0.0}))
+
+    main.run(directory)
+
+    types = [event["type"] for event in events_in(directory) if event.get("request_id") != "gone"]
+    assert types[:2] == ["ready", "answering"]
+    assert types[-3:] == ["answered", "idle", "unloaded"]
+
+
+def test_time_is_shared_equally_while_both_have_work() -> None:
+    share, spent = TimeShare(), {"training": 0.0, "inference": 0.0}
+    for _ in range(1000):
+        kind, seconds = ("training", 0.7) if share.is_training_next() else ("inference", 0.04)
+        share.spent(**{kind: seconds})
+        spent[kind] += seconds
+
+    assert spent["training"] == pytest.approx(spent["inference"], rel=0.1)
+
+
+def test_training_that_was_alone_for_long_owes_inference_one_turn_only() -> None:
+    share = TimeShare()
+    for _ in range(100):
+        share.spent(training=1.0)
+
+    share.spent(inference=1.0)
+
+    assert share.is_training_next()
+
+
+def test_stream_of_an_answer_begins_after_its_prompt() -> None:
+    assert TextStream(lambda ids: "x" * len(ids), prompt=(1, 2)).push(3) == "x"

@@ -1,0 +1,282 @@
+"""Answers inference requests with the loaded base model, between the ticks that train its jobs."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from catalog.datasets.chat import Chat
+from lora_core.adapter.flat_adapter import FlatAdapter
+from lora_core.engine.engine import Engine
+from lora_core.errors import ConfigError, LoraCoreError, OutOfMemory
+from lora_core.forward.continuous_batch import ContinuousBatch, NewToken, Prompt
+from lora_core.forward.sampling import ChosenToken, Sampling
+from worker.children.tokenizer.chat_template import Refused
+from worker.children.tokenizer.text_encoder import BaseText
+from worker.children.trainer.text_stream import INCOMPLETE, TextStream
+from worker.protocol.errors import error_report
+from worker.protocol.mailbox import AnswerBody, EventWriter, Json, TrainerDirectory
+
+CACHE_SHARE = 0.25
+"""Part of the device's free memory that the key-value cache may take. Jobs that are admitted later need the rest."""
+CACHED_ADAPTERS = 64
+"""Maximum number of adapters that are kept for later requests."""
+CONTEXT_TOKENS = 5
+"""Last tokens of a prompt, after which its answer is decoded."""
+UNLIMITED_TOKENS = 4096
+"""Maximum number of tokens of an answer without max_tokens, if the base model has no maximum length."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Choice:
+    """One answer of a request."""
+
+    stream: TextStream
+    num_tokens: int = 0
+    is_complete: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class _Request:
+    body: AnswerBody
+    prompt_tokens: int
+    choices: list[_Choice] = field(default_factory=list[_Choice])
+
+    @property
+    def is_complete(self) -> bool:
+        return all(choice.is_complete for choice in self.choices)
+
+
+class InferenceRequests:
+    """The requests that a trainer answers now. All calls are made on every rank; `computes` is False on a rank whose
+    leader computes alone."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: TrainerDirectory,
+        events: EventWriter,
+        *,
+        text: Callable[[], BaseText],
+        free_host_bytes: Callable[[], int],
+    ) -> None:
+        """free_host_bytes: returns the free memory of this machine, of which a CPU's key-value cache takes a part."""
+        self.computes = engine.ranks.leads or engine.base.is_sharded
+        self._engine = engine
+        self._directory = directory
+        self._events = events
+        self._text = text
+        self._free_host_bytes = free_host_bytes
+        self._batch: ContinuousBatch | None = None
+        self._requests: dict[str, _Request] = {}
+        self._adapters: OrderedDict[str, FlatAdapter] = OrderedDict()
+        self._end_ids: dict[bool, frozenset[int]] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._requests
+
+    def add(self, body: AnswerBody) -> None:
+        """Begin to answer a request, or report why that is impossible."""
+        if not self.computes:
+            return
+        try:
+            self._add(body)
+        except (LoraCoreError, Refused, OSError) as error:
+            self._fail(body["request_id"], error)
+
+    def remove(self, request_id: str) -> None:
+        """Stop answering a request. Nothing more is reported for it."""
+        request = self._requests.pop(request_id, None)
+        if request is not None and self._batch is not None:
+            for index in range(len(request.choices)):
+                self._batch.remove(_name(request_id, index))
+        if not self._requests:
+            self._batch = None  # frees the key-value cache
+
+    def advance(self) -> None:
+        """Compute the next token of each answer, and report the new text."""
+        assert self._batch is not None
+        try:
+            tokens = self._batch.advance()
+        except OutOfMemory as error:
+            self._fail(error.job.rpartition("/")[0], error)
+            return
+        deltas: dict[str, list[Json]] = {}
+        for new in tokens:
+            request_id, _, index = new.name.rpartition("/")
+            if request_id in self._requests:
+                deltas.setdefault(request_id, []).extend(self._received(request_id, int(index), new))
+        for request_id, of_request in deltas.items():
+            self._report(request_id, of_request)
+
+    def _add(self, body: AnswerBody) -> None:
+        request_id, text = body["request_id"], self._text()
+        prompts = _encoded(text, body)
+        adapter = self._adapter_of(body)
+        max_tokens = [self._max_tokens(ids, body["max_tokens"]) for ids in prompts]
+        if self._batch is None:
+            free_bytes = self._engine.free_bytes(host_bytes=self._free_host_bytes())
+            self._batch = self._engine.continuous_batch(cache_bytes=int(free_bytes * CACHE_SHARE))
+        request = _Request(body=body, prompt_tokens=sum(len(ids) for ids in prompts))
+        self._requests[request_id] = request
+        decode = partial(text.text_of, with_special=bool(body.get("tools")))
+        for place, ids in enumerate(prompts):
+            for _ in range(body["n"]):
+                index = len(request.choices)
+                context = () if "messages" in body else ids[-CONTEXT_TOKENS:]
+                stream = TextStream(decode, prompt=context, stops=body["stop"])
+                request.choices.append(_Choice(stream=stream))
+                self._batch.add(
+                    Prompt(
+                        name=_name(request_id, index),
+                        adapter=adapter,
+                        ids=ids,
+                        max_tokens=max_tokens[place],
+                        end_ids=self._ends(text, is_chat="messages" in body),
+                        sampling=_sampling(body, index),
+                    )
+                )
+        self._events.write({"type": "answering", "request_id": request_id, "prompt_tokens": request.prompt_tokens})
+
+    def _adapter_of(self, body: AnswerBody) -> FlatAdapter:
+        named = body["adapter"]
+        if named is None:
+            return self._adapters.setdefault("", self._engine.no_adapter())
+        digest = named["digest"]
+        if digest not in self._adapters:
+            folder = self._directory.inside(named["folder"])
+            assert folder is not None
+            self._adapters[digest] = self._engine.load_adapter(folder)
+            while len(self._adapters) > CACHED_ADAPTERS:
+                self._adapters.popitem(last=False)  # requests that use it keep it
+        self._adapters.move_to_end(digest)
+        return self._adapters[digest]
+
+    def _max_tokens(self, ids: Sequence[int], wanted: int | None) -> int:
+        """Return the maximum number of tokens of an answer. Raises ConfigError if the prompt leaves no space."""
+        longest = self._engine.base.max_positions
+        if longest is None:
+            return wanted or UNLIMITED_TOKENS
+        if len(ids) + (wanted or 1) > longest:
+            answer = f" and max_tokens is {wanted}" if wanted else ""
+            raise ConfigError(
+                f"The prompt has {len(ids)} tokens{answer}, but the base model supports at most {longest} tokens for "
+                "prompt and answer together.",
+                remedy="Shorten the prompt, or lower max_tokens." if wanted else "Shorten the prompt.",
+                code="context_length_exceeded",
+            )
+        return wanted or longest - len(ids)
+
+    def _ends(self, text: BaseText, *, is_chat: bool) -> frozenset[int]:
+        if is_chat not in self._end_ids:
+            self._end_ids[is_chat] = text.end_ids(as_chat=is_chat)
+        return self._end_ids[is_chat]
+
+    def _received(self, request_id: str, index: int, new: NewToken) -> list[Json]:
+        """Return what the token adds to the answer: nothing, or one delta."""
+        request = self._requests[request_id]
+        choice = request.choices[index]
+        if new.chosen is None:
+            self._fail(request_id, _not_finite(request.body["model"]))
+            return []
+        choice.num_tokens += 1
+        is_end = new.finish == "stop"
+        piece = "" if is_end else choice.stream.push(new.chosen.token)
+        if new.finish is not None:
+            piece += choice.stream.finish()
+        finish = "stop" if choice.stream.is_stopped else new.finish
+        if finish is not None:
+            choice.is_complete = True
+            if new.finish is None and self._batch is not None:
+                self._batch.remove(new.name)
+        delta: Json = {"index": index, "text": piece}
+        if new.chosen.logprob is not None and not is_end:
+            delta["logprobs"] = [self._logprob(new.chosen)]
+        if finish is not None:
+            delta["finish"] = finish
+        return [delta] if len(delta) > 2 or piece else []
+
+    def _logprob(self, chosen: ChosenToken) -> Json:
+        assert chosen.logprob is not None
+        top = [self._token(token, logprob) for token, logprob in chosen.alternatives]
+        return {**self._token(chosen.token, chosen.logprob), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> Json:
+        text = self._text().text_of([token], with_special=True)
+        is_whole = INCOMPLETE not in text
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if is_whole else None}
+
+    def _report(self, request_id: str, deltas: list[Json]) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return  # it has failed
+        if deltas:
+            self._events.write({"type": "generated", "request_id": request_id, "deltas": deltas})
+        if request.is_complete:
+            num_tokens = sum(choice.num_tokens for choice in request.choices)
+            self._events.write({"type": "answered", "request_id": request_id, "completion_tokens": num_tokens})
+            self.remove(request_id)
+
+    def _fail(self, request_id: str, error: LoraCoreError | Refused | OSError) -> None:
+        self.remove(request_id)
+        self._events.write({"type": "unanswered", "request_id": request_id, "error": error_report(error)})
+
+
+class TimeShare:
+    """Divides the time of a trainer between training and inference while both have work."""
+
+    TRAINING_SHARE = 0.5
+
+    def __init__(self) -> None:
+        self._owed = 0.0
+        """Seconds by which training is behind its share."""
+
+    def is_training_next(self) -> bool:
+        return self._owed >= 0
+
+    def spent(self, *, training: float = 0.0, inference: float = 0.0) -> None:
+        """Record seconds. A debt is limited to the last turn, so that neither side waits for long."""
+        if training:
+            self._owed = -training * (1 - self.TRAINING_SHARE) / self.TRAINING_SHARE
+        self._owed += inference
+
+    def measure(self, act: Callable[[], None], *, is_training: bool) -> None:
+        """Do something, and record its duration."""
+        began_at = time.monotonic()
+        act()
+        seconds = time.monotonic() - began_at
+        self.spent(training=seconds if is_training else 0.0, inference=0.0 if is_training else seconds)
+
+
+def _encoded(text: BaseText, body: AnswerBody) -> list[tuple[int, ...]]:
+    """Return the tokens of each prompt. Raises Refused."""
+    if "messages" in body:
+        return [text.chat_ids(Chat(body["messages"], body.get("tools")))]
+    return [text.prompt_ids(prompt, as_chat=False) for prompt in body.get("prompts", ())]
+
+
+def _sampling(body: AnswerBody, index: int) -> Sampling:
+    return Sampling(
+        temperature=body["temperature"],
+        top_p=body["top_p"],
+        seed=body["seed"] + index,
+        presence_penalty=body["presence_penalty"],
+        frequency_penalty=body["frequency_penalty"],
+        num_alternatives=body["num_logprobs"],
+    )
+
+
+def _name(request_id: str, index: int) -> str:
+    return f"{request_id}/{index}"
+
+
+def _not_finite(model: str) -> ConfigError:
+    return ConfigError(
+        f"Model {model!r} computed a logit that is infinite or NaN for this prompt.",
+        remedy="Use another adapter or checkpoint: the weights of this one are unusable.",
+        code="logits_not_finite",
+    )

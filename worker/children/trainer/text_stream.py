@@ -1,0 +1,69 @@
+"""Decodes an answer while its tokens arrive. A piece of text is returned once no later token can change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""Text that a tokenizer returns for the first bytes of a character."""
+
+
+class TextStream:
+    """Decodes the tokens of one answer, and ends the text before the first stop sequence.
+
+    Some tokenizers decode a token differently at the start of a text. Therefore the answer is decoded after the last
+    tokens of its prompt.
+    """
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], *, prompt: Sequence[int] = (), stops: Sequence[str] = ()
+    ) -> None:
+        self.is_stopped = False
+        """A stop sequence has ended the text. Later tokens are ignored."""
+        self._decode = decode
+        self._ids = list(prompt)
+        self._first = 0
+        """Start of the tokens that are decoded together with new ones."""
+        self._num_decoded = len(self._ids)
+        self._stops = [stop for stop in stops if stop]
+        self._held: str = ""
+        """Text that may be the start of a stop sequence."""
+
+    def push(self, token: int) -> str:
+        """Add a token. Returns the text that is now final."""
+        if self.is_stopped:
+            return ""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._first : self._num_decoded])
+        text = self._decode(self._ids[self._first :])
+        if len(text) <= len(before) or text.endswith(INCOMPLETE):
+            return ""
+        self._first, self._num_decoded = self._num_decoded, len(self._ids)
+        return self._final(text[len(before) :])
+
+    def finish(self) -> str:
+        """Return the rest of the text, after the last token."""
+        if self.is_stopped:
+            return ""
+        before = self._decode(self._ids[self._first : self._num_decoded])
+        text = self._final(self._decode(self._ids[self._first :])[len(before) :])
+        held, self._held = self._held, ""
+        return text if self.is_stopped else text + held
+
+    def _final(self, text: str) -> str:
+        """Append text. Returns what can't belong to a stop sequence any more."""
+        text = self._held + text
+        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(found)]
+        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a start of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

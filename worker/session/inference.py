@@ -1,0 +1,161 @@
+"""The inference requests that a trainer of this worker answers: it claims them, hands them over, and sends the answers
+to the API processes that wait."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import OrderedDict
+
+from catalog.errors import LorryError
+from catalog.inference import claims
+from catalog.inference.claims import InferenceClaim
+from catalog.storage.manifest import DamagedArtifact
+from catalog.tables.table import Json
+from worker.context.context import WorkerContext
+from worker.protocol.mailbox import InboxWriter, StagedAdapter, TrainerDirectory
+from worker.session.reply_connections import ReplyConnections
+
+MAX_OPEN = 256
+"""Maximum number of requests that one trainer answers at the same time."""
+POLL_SECONDS = 0.25
+"""Interval at which a loaded trainer polls for requests, if nothing notifies it."""
+STAGED_ADAPTERS = 128
+"""Maximum number of adapters in a trainer's directory."""
+log = logging.getLogger(__name__)
+
+
+class InferenceSession:
+    """The requests of one trainer."""
+
+    def __init__(self, context: WorkerContext, pack_key: str) -> None:
+        self._context = context
+        self._pack_key = pack_key
+        self._connections = ReplyConnections()
+        self._open: dict[str, InferenceClaim] = {}
+        self._unsent: list[InferenceClaim] = []
+        """Claimed, but not yet given to the trainer."""
+        self._staged: OrderedDict[str, str] = OrderedDict()
+        self._polled_at = self._renewed_at = time.monotonic()
+        self._is_closing = False
+        self.last_answer_at = -1.0
+        """When the trainer last had a request, by the monotonic clock."""
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._open
+
+    def claim(self, *, limit: int = MAX_OPEN) -> None:
+        """Claim requests that wait for this trainer's base model. Raises Unavailable."""
+        if self._is_closing or len(self._open) >= limit:
+            return
+        found = claims.claim(
+            self._context.db,
+            worker_id=self._context.worker_id,
+            pack_key=self._pack_key,
+            limit=limit - len(self._open),
+            lease_seconds=self._context.settings.lease_seconds,
+        )
+        for claimed in found:
+            self._open[claimed.request_id] = claimed
+            self._unsent.append(claimed)
+
+    def advance(self, directory: TrainerDirectory, inbox: InboxWriter, *, was_notified: bool) -> None:
+        """Claim new requests, give them to the loaded trainer, renew leases, and stop abandoned ones. Raises
+        Unavailable and OutOfSpace."""
+        now = time.monotonic()
+        if was_notified or now - self._polled_at >= POLL_SECONDS:
+            self._polled_at = now
+            self.claim()
+        if self._open:
+            self.last_answer_at = now
+        while self._unsent:
+            self._hand_over(self._unsent[0], directory, inbox)
+            del self._unsent[0]
+        if now - self._renewed_at >= self._context.settings.lease_seconds / 4:
+            self._renewed_at = now
+            self._renew(inbox)
+        self._stop(self._connections.stopped(), inbox)
+        failed = self._connections.failed()
+        self._stop({ident for ident, claimed in self._open.items() if claimed.reply_to in failed}, inbox)
+
+    def receive(self, event: Json) -> None:
+        """Send an event of the trainer to the API process that waits for it."""
+        claimed = self._open.get(event["request_id"])
+        if claimed is None:
+            return
+        self._send(claimed, event)
+        if event["type"] in ("answered", "unanswered"):
+            del self._open[claimed.request_id]
+
+    def fail_all(self, error: Json) -> None:
+        """Answer all requests with an error: the base model can't be loaded."""
+        for claimed in list(self._open.values()):
+            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": error})
+        self._unsent.clear()
+
+    def stop_claiming(self) -> None:
+        """Claim no more requests, because the trainer is to be unloaded."""
+        self._is_closing = True
+
+    def release_all(self) -> None:
+        """Let other workers answer what this trainer has not answered, and close the connections.
+
+        A request that MAX_CLAIMS workers could not answer fails.
+        """
+        for claimed in [claimed for claimed in self._open.values() if claimed.is_last]:
+            message = "The request could not be answered: every worker that began to answer it failed."
+            remedy = "Send a shorter request, or ask an operator to check the logs of the workers."
+            error = {"code": "inference_failed", "message": message, "remedy": remedy}
+            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": error})
+        left = [claimed.claim_id for claimed in self._open.values()]
+        self._open.clear()
+        self._unsent.clear()
+        try:
+            claims.release(self._context.db, left)
+        except LorryError as error:  # their leases expire
+            log.warning("Inference requests were not released: %s", error)
+        self._connections.close()
+
+    def _hand_over(self, claimed: InferenceClaim, directory: TrainerDirectory, inbox: InboxWriter) -> None:
+        if claimed.request_id not in self._open:
+            return
+        try:
+            adapter = self._stage(claimed.adapter, directory)
+        except DamagedArtifact as error:
+            body = {"code": error.code, "message": error.message, "remedy": error.remedy}
+            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": body})
+            return
+        inbox.send("answer", request_id=claimed.request_id, adapter=adapter, **claimed.body)
+
+    def _stage(self, digest: str | None, directory: TrainerDirectory) -> StagedAdapter | None:
+        """Copy an adapter to the trainer's directory, unless it is there. Raises DamagedArtifact, OutOfSpace,
+        Unavailable."""
+        if digest is None:
+            return None
+        folder = directory.path / "adapters" / digest
+        if digest not in self._staged:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._context.store.fetch(self._context.store.get_manifest(digest), folder)
+            self._staged[digest] = directory.named(folder)
+            while len(self._staged) > STAGED_ADAPTERS:
+                oldest, _ = self._staged.popitem(last=False)
+                shutil.rmtree(directory.path / "adapters" / oldest, ignore_errors=True)
+        self._staged.move_to_end(digest)
+        return {"digest": digest, "folder": self._staged[digest]}
+
+    def _renew(self, inbox: InboxWriter) -> None:
+        held = {claimed.claim_id: ident for ident, claimed in self._open.items()}
+        stale = claims.renew(self._context.db, held, lease_seconds=self._context.settings.lease_seconds)
+        self._stop({held[claim_id] for claim_id in stale}, inbox)
+
+    def _stop(self, request_ids: set[str], inbox: InboxWriter) -> None:
+        """Stop answering requests that were answered elsewhere, or abandoned by their client."""
+        for request_id in request_ids & self._open.keys():
+            del self._open[request_id]
+            inbox.send("stop_answering", request_id=request_id)
+
+    def _send(self, claimed: InferenceClaim, event: Json) -> None:
+        sent = {name: value for name, value in event.items() if name not in ("request_id", "seconds")}
+        self._connections.send(claimed.reply_to, request_id=claimed.request_id, claim_id=claimed.claim_id, event=sent)

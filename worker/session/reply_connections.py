@@ -1,0 +1,108 @@
+"""Sends the answers of this worker to the API processes that wait for them; api/inference/replies.py receives them.
+
+Each API process has one connection. Threads read and write, so that a slow API process delays nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import socket
+import threading
+from contextlib import suppress
+
+from worker.protocol.mailbox import Json
+
+CONNECT_SECONDS = 5.0
+SEND_SECONDS = 30.0
+MAX_QUEUED = 100_000
+"""Maximum number of events that wait to be sent to one API process."""
+MAX_LINE_BYTES = 2**16
+log = logging.getLogger(__name__)
+
+
+class _Connection:
+    """One API process. After a failure it only drops what it is given."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.has_failed = False
+        self._queue: queue.Queue[bytes | None] = queue.Queue(maxsize=MAX_QUEUED)
+        self._stopped: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._socket: socket.socket | None = None
+        self._thread = threading.Thread(target=self._write, name="replies", daemon=True)
+        self._thread.start()
+
+    def send(self, line: bytes) -> None:
+        try:
+            self._queue.put_nowait(line)
+        except queue.Full:
+            self.has_failed = True
+
+    def stopped(self) -> list[str]:
+        """Return the requests that their clients have abandoned, once each."""
+        found: list[str] = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self._stopped.get_nowait())
+        return found
+
+    def close(self) -> None:
+        """Send what is queued, then close. Waits at most CONNECT_SECONDS."""
+        with suppress(queue.Full):
+            self._queue.put_nowait(None)
+        self._thread.join(CONNECT_SECONDS)
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.close()
+
+    def _write(self) -> None:
+        try:
+            host, _, port = self.address.rpartition(":")
+            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
+            self._socket = connection
+            connection.settimeout(SEND_SECONDS)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._read, args=(connection.dup(),), name="stopped-requests", daemon=True).start()
+            while (line := self._queue.get()) is not None:
+                connection.sendall(line)
+            connection.shutdown(socket.SHUT_WR)
+        except (OSError, ValueError) as error:
+            log.warning("The API server at %s does not receive answers: %s", self.address, error)
+            self.has_failed = True
+
+    def _read(self, connection: socket.socket) -> None:
+        with suppress(OSError, ValueError, KeyError, TypeError), connection, connection.makefile("rb") as lines:
+            connection.settimeout(None)
+            while line := lines.readline(MAX_LINE_BYTES):
+                self._stopped.put(str(json.loads(line)["request_id"]))
+        self.has_failed = True
+
+
+class ReplyConnections:
+    """The connections to all API processes whose requests this worker answers."""
+
+    def __init__(self) -> None:
+        self._connections: dict[str, _Connection] = {}
+
+    def send(self, address: str, *, request_id: str, claim_id: str, event: Json) -> None:
+        """Queue an event for the process at `address`."""
+        line = json.dumps({"request_id": request_id, "claim_id": claim_id, "event": event}).encode() + b"\n"
+        connection = self._connections.get(address)
+        if connection is None or connection.has_failed:
+            connection = self._connections[address] = _Connection(address)
+        connection.send(line)
+
+    def stopped(self) -> set[str]:
+        """Return the requests that their clients have abandoned, once each."""
+        return {request_id for connection in self._connections.values() for request_id in connection.stopped()}
+
+    def failed(self) -> set[str]:
+        """Return the addresses of the processes that do not receive answers."""
+        return {address for address, connection in self._connections.items() if connection.has_failed}
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
