@@ -14,6 +14,7 @@ from catalog.errors import Conflict, LorryError, RateLimited
 from catalog.fleet import views
 from catalog.registry import adapters, base_models
 from catalog.resources.pack_key import pack_key
+from catalog.tables.fleet import Worker
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
@@ -22,6 +23,8 @@ from catalog.usage import ledger
 
 MAX_SECONDS = 600.0
 """How long a request may wait for a worker. OpenAI's clients wait as long for a response."""
+RESTART_SECONDS = 120.0
+"""Requests are accepted for this time after the last worker was seen."""
 MAX_OPEN = 1000
 """Maximum number of open requests of a project."""
 
@@ -99,7 +102,7 @@ def submit(
     """Create a request. Raises NoWorker if no worker is running, and RateLimited if the project has too many."""
     with db.write() as session:
         now = read_clock(session)
-        if not views.count_live(session, now=now):
+        if not _has_worker(session, now=now):
             raise NoWorker(
                 "No worker is running, so the request can't be answered.",
                 code="no_worker",
@@ -128,6 +131,12 @@ def submit(
         )
         session.add(request)
         return request
+
+
+def _has_worker(session: Session, *, now: float) -> bool:
+    """Return whether a worker is live, or was a short time ago and may be restarting."""
+    recent = select(Worker.id).where(Worker.heartbeat_at > now - RESTART_SECONDS).limit(1)
+    return session.scalar(recent) is not None
 
 
 def is_held(db: Database, request_id: str, claim_id: str) -> bool:

@@ -27,9 +27,8 @@ class Service:
 
     def client(self, **given: Any) -> openai.OpenAI:
         """Return a strict client: a response that violates the schema raises an error."""
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=self.key, _strict_response_validation=True, max_retries=2, **given
-        )
+        options: dict[str, Any] = {"_strict_response_validation": True, "max_retries": 2, **given}
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, **options)
 
 
 @contextmanager

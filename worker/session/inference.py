@@ -58,24 +58,28 @@ class InferenceSession:
             lease_seconds=self._context.settings.lease_seconds,
         )
         for claimed in found:
+            # A request whose lease expired, because the base model was loading, may be claimed again.
+            self._unsent = [other for other in self._unsent if other.request_id != claimed.request_id]
             self._open[claimed.request_id] = claimed
             self._unsent.append(claimed)
 
-    def advance(self, directory: TrainerDirectory, inbox: InboxWriter, *, was_notified: bool) -> None:
-        """Claim new requests, give them to the loaded trainer, renew leases, and stop abandoned ones. Raises
-        Unavailable and OutOfSpace."""
+    def advance(self, directory: TrainerDirectory, inbox: InboxWriter, *, is_ready: bool, was_notified: bool) -> None:
+        """Renew leases, and stop abandoned requests. If the trainer is ready, claim new ones and give them to it.
+
+        Raises Unavailable and OutOfSpace.
+        """
         now = time.monotonic()
-        if was_notified or now - self._polled_at >= POLL_SECONDS:
+        if now - self._renewed_at >= self._context.settings.lease_seconds / 4:
+            self._renewed_at = now
+            self._renew(inbox)
+        if is_ready and (was_notified or now - self._polled_at >= POLL_SECONDS):
             self._polled_at = now
             self.claim()
         if self._open:
             self.last_answer_at = now
-        while self._unsent:
+        while self._unsent and is_ready:
             self._hand_over(self._unsent[0], directory, inbox)
             del self._unsent[0]
-        if now - self._renewed_at >= self._context.settings.lease_seconds / 4:
-            self._renewed_at = now
-            self._renew(inbox)
         self._stop(self._connections.stopped(), inbox)
         failed = self._connections.failed()
         self._stop({ident for ident, claimed in self._open.items() if claimed.reply_to in failed}, inbox)

@@ -253,8 +253,8 @@ class TrainerSession:
 
     def answer_requests(self, *, was_notified: bool) -> None:
         """Give new inference requests to the trainer once it is ready. Raises OutOfSpace, Unavailable, OSError."""
-        if self.ready is not None:
-            self.inference.advance(self.directory, self._inbox, was_notified=was_notified)
+        is_ready = self.ready is not None
+        self.inference.advance(self.directory, self._inbox, is_ready=is_ready, was_notified=was_notified)
 
     def unload(self) -> bool:
         """Unload the trainer once it has answered its requests, or after UNLOAD_SECONDS.

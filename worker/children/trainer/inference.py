@@ -83,6 +83,7 @@ class InferenceRequests:
         """Begin to answer a request, or report why that is impossible."""
         if not self.computes:
             return
+        self.remove(body["request_id"])  # its worker has claimed it again, and expects the answer from the beginning
         try:
             self._add(body)
         except (LoraCoreError, Refused, OSError) as error:

@@ -249,6 +249,22 @@ def test_removed_request_reports_nothing_more(make_requests: Any, directory: Tra
     assert {event["request_id"] for event in events} == {"kept"}
 
 
+def test_request_that_is_sent_again_is_answered_from_the_beginning(
+    make_requests: Any, directory: TrainerDirectory
+) -> None:
+    requests = make_requests()
+    requests.add(body())
+    requests.advance()
+    before = len(events_in(directory))
+
+    requests.add(body())
+    events = drained(requests, directory)[before:]
+
+    assert [event["type"] for event in events if event["type"] != "generated"] == ["answering", "answered"]
+    requests.add(body("other"))
+    assert text_of(events) == text_of(drained(requests, directory), "other")
+
+
 def test_ruined_adapter_fails_only_its_own_request(
     make_requests: Any, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

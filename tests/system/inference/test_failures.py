@@ -1,0 +1,111 @@
+"""Each request is answered once: if a worker is lost, the API server restarts, or a job needs another base model."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.tables.inference import InferenceRequest
+from tests.system.api_process import Service, api_process
+from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
+
+pytestmark = pytest.mark.timeout(600)
+OPTIONS: dict[str, Any] = {
+    "model": BASE,
+    "messages": [{"role": "user", "content": "What color is the lorry?"}],
+    "temperature": 1.8,
+    "seed": 4,
+    "max_tokens": 180,
+}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[WorkerSite]:
+    with worker_site(tmp_path, LORRY_IDLE_SECONDS="60") as site:
+        yield site
+
+
+@pytest.fixture
+def service(site: WorkerSite) -> Iterator[Service]:
+    with api_process(site.settings.data_dir, pepper=PEPPER) as service:
+        yield service
+
+
+def num_open(site: WorkerSite) -> int:
+    with site.db.read() as session:
+        return session.query(InferenceRequest).count()
+
+
+def text_of(stream: Any) -> str:
+    return "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+
+
+def test_worker_killed_in_the_middle_of_an_answer_is_replaced_by_another(site: WorkerSite, service: Service) -> None:
+    with service.client() as client:
+        first = site.start_worker()
+        whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
+        stream = client.chat.completions.create(stream=True, **OPTIONS)
+        begun = [next(iter(stream)) for _ in range(3)]
+
+        first.send_signal(signal.SIGKILL)
+        site.start_worker()
+
+        assert text_of(begun) + text_of(stream) == whole
+        site.wait_until(lambda: num_open(site) == 0)
+
+
+def test_worker_that_drains_hands_its_requests_to_another(site: WorkerSite, service: Service) -> None:
+    with service.client() as client:
+        first = site.start_worker()
+        whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
+        stream = client.chat.completions.create(stream=True, **OPTIONS)
+        begun = [next(iter(stream)) for _ in range(3)]
+
+        first.send_signal(signal.SIGTERM)
+        site.start_worker()
+
+        assert text_of(begun) + text_of(stream) == whole
+        assert first.wait(30) == 0
+
+
+def test_api_server_that_stops_finishes_its_streams_and_its_successor_answers(site: WorkerSite) -> None:
+    site.start_worker()
+    with ExitStack() as stack:
+        with api_process(site.settings.data_dir, pepper=PEPPER) as service:
+            client = stack.enter_context(service.client())
+            whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
+            stream = client.chat.completions.create(stream=True, **OPTIONS)
+            begun = [next(iter(stream))]
+        assert text_of(begun) + text_of(stream) == whole
+
+    with api_process(site.settings.data_dir, pepper=PEPPER) as service, service.client() as client:
+        assert client.chat.completions.create(**OPTIONS).choices[0].message.content == whole
+
+
+def test_jobs_and_requests_for_different_base_models_alternate_on_one_worker(
+    site: WorkerSite, service: Service
+) -> None:
+    site.start_worker()
+    with service.client() as client:
+        whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
+        job = site.submit(site.upload(20), max_steps=3, precision="bfloat16")
+        found: list[str | None] = []
+
+        def ask() -> None:
+            while not site.job(job).finished_at:
+                found.append(client.chat.completions.create(**OPTIONS).choices[0].message.content)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        site.wait_for_end(job)
+        asking.join(120)
+
+        assert not asking.is_alive()
+        assert site.job(job).state == "succeeded", site.log()
+        assert set(found) <= {whole}

@@ -1,0 +1,341 @@
+"""A trainer's inference requests: they are claimed, handed over with their adapters, answered, stopped and released."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.inference import claims, requests
+from catalog.inference.claims import MAX_CLAIMS
+from catalog.resources.pack_key import pack_key
+from catalog.tables.inference import InferenceRequest
+from tests.catalog.world import sha
+from tests.worker.pack_site import READY, PackSite, emit
+from tests.worker_site import wait_until
+from worker.protocol.mailbox import InboxReader
+from worker.session import inference
+from worker.session.capacity import base_to_load, free_capacity
+from worker.session.inference import InferenceSession
+from worker.session.reply_connections import ReplyConnections
+from worker.session.trainer_session import TrainerSession
+
+KEY = pack_key(sha("smol"), "bfloat16")
+
+
+class ApiProcess:
+    """The receiving end of answers, as in an API process."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.lines: list[dict[str, Any]] = []
+        self._connection: socket.socket | None = None
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with suppress(OSError):  # closed before a connection arrived
+            self._connection, _ = self._server.accept()
+            with self._connection, self._connection.makefile("rb") as lines:
+                for line in lines:
+                    self.lines.append(json.loads(line))
+
+    def stop(self, request_id: str) -> None:
+        assert self._connection is not None
+        self._connection.sendall(json.dumps({"request_id": request_id}).encode() + b"\n")
+
+    def types(self) -> list[str]:
+        return [line["event"]["type"] for line in self.lines]
+
+    def close(self) -> None:
+        with suppress(OSError):  # a test has closed it
+            self._server.shutdown(socket.SHUT_RDWR)
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._server.close()
+
+
+@pytest.fixture
+def api() -> Iterator[ApiProcess]:
+    process = ApiProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def session(site: PackSite) -> Iterator[TrainerSession]:
+    """A session without jobs, whose trainer is ready."""
+    session = site.loading_session()
+    session.inference = InferenceSession(site.context, KEY)
+    emit(session, READY)
+    session.read_events()
+    yield session
+    session.inference.release_all()
+
+
+def submit(site: PackSite, api: ApiProcess, *, adapter: str | None = None) -> InferenceRequest:
+    model = requests.resolve(site.db, caller=site.world.caller, name="smol")
+    body = {"messages": [], "model": "smol"}
+    row = requests.submit(site.db, caller=site.world.caller, model=model, body=body, reply_to=api.address)
+    if adapter is not None:
+        with site.db.write() as session:
+            session.get_one(InferenceRequest, row.id).adapter = adapter
+    return row
+
+
+def received(session: TrainerSession) -> list[tuple[str, dict[str, Any]]]:
+    """Return the new messages for the trainer."""
+    return [(message.verb, message.body) for message in InboxReader(session.directory).take()]
+
+
+def answer(session: TrainerSession, *, was_notified: bool = True) -> list[tuple[str, dict[str, Any]]]:
+    """Let the worker pass on requests. Returns the new messages for the trainer."""
+    session.answer_requests(was_notified=was_notified)
+    return received(session)
+
+
+def test_request_is_handed_over_and_its_answer_sent(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
+    row = submit(site, api)
+
+    ((verb, body),) = answer(session)
+
+    assert verb == "answer"
+    assert body == {"request_id": row.id, "adapter": None, "messages": [], "model": "smol"}
+    assert not session.inference.is_idle
+    emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
+    emit(session, {"type": "generated", "request_id": row.id, "deltas": [{"index": 0, "text": "a"}]})
+    emit(session, {"type": "answered", "request_id": row.id, "completion_tokens": 1})
+    session.read_events()
+    wait_until(lambda: len(api.lines) == 3)
+    assert api.types() == ["answering", "generated", "answered"]
+    assert {line["request_id"] for line in api.lines} == {row.id}
+    assert all(requests.is_held(site.db, row.id, line["claim_id"]) for line in api.lines)
+    assert api.lines[0]["event"] == {"type": "answering", "prompt_tokens": 3}
+    assert session.inference.is_idle
+
+
+def test_adapter_is_copied_once_and_kept_for_later_requests(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
+    fetched: list[Path] = []
+    fetch = site.store.fetch
+    monkeypatch.setattr(site.store, "fetch", lambda manifest, folder: (fetched.append(folder), fetch(manifest, folder)))
+    submit(site, api, adapter=digest)
+    submit(site, api, adapter=digest)
+
+    messages = answer(session)
+
+    folders = [body["adapter"] for _, body in messages]
+    assert folders == [{"digest": digest, "folder": f"adapters/{digest}"}] * 2
+    assert (session.directory.path / folders[0]["folder"] / "adapter_config.json").read_text() == "{}"
+    assert len(fetched) == 1
+
+
+def test_adapters_that_are_not_used_any_more_are_deleted(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "STAGED_ADAPTERS", 2)
+    for number in range(3):
+        folder = site.files(f"adapter-{number}", "adapter_config.json", f"{number}")
+        submit(site, api, adapter=site.store.put_folder(folder, kind="adapter").digest)
+
+    messages = answer(session)
+
+    exists = [(session.directory.path / body["adapter"]["folder"]).is_dir() for _, body in messages]
+    assert exists == [False, True, True]
+
+
+def test_damaged_adapter_fails_its_request_only(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
+    broken = submit(site, api, adapter=sha("no such artifact"))
+    healthy = submit(site, api)
+
+    messages = answer(session)
+
+    assert [body["request_id"] for _, body in messages] == [healthy.id]
+    wait_until(lambda: api.lines)
+    assert (api.lines[0]["request_id"], api.types()) == (broken.id, ["unanswered"])
+
+
+def test_request_that_its_client_abandoned_is_stopped(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
+    row = submit(site, api)
+    answer(session)
+    emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
+    session.read_events()
+    wait_until(lambda: api.lines)
+    api.stop(row.id)
+
+    found: list[tuple[str, dict[str, Any]]] = []
+    wait_until(lambda: found.extend(answer(session)) or found)
+
+    assert found == [("stop_answering", {"request_id": row.id})]
+    assert session.inference.is_idle
+
+
+def test_requests_of_an_api_process_that_is_gone_are_stopped(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    row = submit(site, api)
+    answer(session)
+    emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
+    session.read_events()
+    wait_until(lambda: api.lines)
+    api.close()
+
+    found: list[tuple[str, dict[str, Any]]] = []
+    wait_until(lambda: found.extend(answer(session)) or found)
+
+    assert found == [("stop_answering", {"request_id": row.id})]
+
+
+def test_stale_claim_is_stopped_at_the_next_renewal(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = submit(site, api)
+    answer(session)
+    requests.finish(site.db, row.id, prompt_tokens=0, completion_tokens=0)
+    assert answer(session) == [], "the lease is not renewed at every poll"
+
+    session.inference._renewed_at = -1000.0
+
+    assert answer(session) == [("stop_answering", {"request_id": row.id})]
+
+
+def test_leases_are_renewed_while_the_base_model_loads(site: PackSite, api: ApiProcess) -> None:
+    submit(site, api)
+    session = site.loading_session()
+    session.inference = InferenceSession(site.context, KEY)
+    session.inference.claim()
+    for _ in range(3):
+        site.world.clock.advance(site.settings.lease_seconds - 1)
+        session.inference._renewed_at = -1000.0
+        assert answer(session) == [], "the trainer is not ready"
+
+    emit(session, READY)
+    session.read_events()
+
+    assert [verb for verb, _ in answer(session)] == ["answer"]
+    session.inference.release_all()
+
+
+def test_request_whose_lease_expired_while_the_base_model_loaded_is_handed_over_once(
+    site: PackSite, api: ApiProcess
+) -> None:
+    row = submit(site, api)
+    session = site.loading_session()
+    session.inference = InferenceSession(site.context, KEY)
+    session.inference.claim()
+    site.world.clock.advance(site.settings.lease_seconds + 1)
+    site.world.worker("w1")
+    emit(session, READY)
+    session.read_events()
+
+    assert [body["request_id"] for _, body in answer(session)] == [row.id]
+    session.inference.release_all()
+
+
+def test_claimed_requests_are_released_when_the_trainer_ends(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    submit(site, api)
+    answer(session)
+
+    session.inference.release_all()
+
+    assert len(claims.claim(site.db, worker_id="w1", pack_key=KEY, limit=5, lease_seconds=60)) == 1
+    assert session.inference.is_idle
+    assert api.lines == []
+
+
+def test_request_that_too_many_workers_could_not_answer_fails(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    row = submit(site, api)
+    for _ in range(MAX_CLAIMS - 1):
+        (claimed,) = claims.claim(site.db, worker_id="w1", pack_key=KEY, limit=1, lease_seconds=60)
+        claims.release(site.db, [claimed.claim_id])
+    answer(session)
+
+    session.inference.release_all()
+
+    wait_until(lambda: api.lines)
+    (line,) = api.lines
+    assert (line["request_id"], line["event"]["error"]["code"]) == (row.id, "inference_failed")
+
+
+def test_trainer_that_is_to_unload_answers_what_it_has_and_claims_nothing(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = submit(site, api)
+    answer(session)
+    session.inference.stop_claiming()
+    submit(site, api)
+
+    assert not session.unload()
+    assert answer(session) == []
+    emit(session, {"type": "answered", "request_id": first.id, "completion_tokens": 1})
+    session.read_events()
+
+    assert session.unload()
+    assert received(session) == [("unload", {})]
+
+
+def test_unload_does_not_wait_for_a_long_answer(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.session.trainer_session.UNLOAD_SECONDS", 0.0)
+    submit(site, api)
+    answer(session)
+
+    assert session.unload()
+
+
+def test_base_model_that_does_not_fit_is_not_loaded(site: PackSite, api: ApiProcess) -> None:
+    capacity = free_capacity(site.context)
+    assert base_to_load(site.context, capacity) is None
+    submit(site, api)
+
+    wanted = base_to_load(site.context, capacity)
+
+    assert wanted is not None
+    assert (wanted.base_model, wanted.base_digest, wanted.pack_key) == ("smol", sha("smol"), KEY)
+    site.world.base("huge", num_parameters=10**14)
+    with site.db.write() as session:
+        session.query(InferenceRequest).delete()
+    model = requests.resolve(site.db, caller=site.world.caller, name="huge")
+    requests.submit(site.db, caller=site.world.caller, model=model, body={}, reply_to=api.address)
+    assert base_to_load(site.context, capacity) is None
+
+
+def test_base_model_that_can_not_be_loaded_fails_its_requests(site: PackSite, api: ApiProcess) -> None:
+    submit(site, api)
+    waiting = InferenceSession(site.context, KEY)
+    waiting.claim()
+
+    waiting.fail_all({"code": "unsupported_model", "message": "It can't be loaded.", "remedy": "Use another."})
+
+    wait_until(lambda: api.lines)
+    assert api.lines[0]["event"]["error"]["code"] == "unsupported_model"
+    assert waiting.is_idle
+    waiting.release_all()
+
+
+def test_unreachable_api_process_delays_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    connections = ReplyConnections()
+
+    connections.send(address, request_id="infer-1", claim_id="answer-1", event={"type": "answering"})
+
+    wait_until(lambda: connections.failed() == {address})
+    assert "does not receive answers" in caplog.text
+    connections.close()
