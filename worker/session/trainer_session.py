@@ -300,7 +300,7 @@ class TrainerSession:
                 self.longest_silence = max(self.longest_silence, event["seconds"] - self._last_event_seconds)
             self._last_event_seconds = event["seconds"] if event["type"] != "idle" else None
             held = self._held.get(event.get("claim_id", ""))
-            if "request_id" in event:
+            if event["type"] in ("answering", "generated", "answered", "unanswered"):
                 self.inference.receive(event)
             elif held is not None:
                 held.pending_events.append(event)
