@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionToolParam
 
 MODEL = "gpt-4o-mini-2024-07-18"
-TOOLS = [
+TOOLS: list[ChatCompletionToolParam] = [
     {
         "type": "function",
         "function": {
@@ -80,7 +81,8 @@ def main() -> None:
         max_tokens=60,
     )
     for call in completion.choices[0].message.tool_calls or []:
-        print(call.function.name, call.function.arguments)
+        if call.type == "function":
+            print(call.function.name, call.function.arguments)
 
 
 if __name__ == "__main__":

@@ -253,8 +253,7 @@ def _attend(
         _tolerating_outages(trainer, lambda: session.apply_directives(take_directives(session.claim_ids)))
         if session.fault is not None:
             session.outcome = session.fault
-        is_unneeded = session.ready is None and not len(session) and session.inference.is_idle
-        if session.fault is not None or is_unneeded:
+        if session.fault is not None or (session.ready is None and session.is_empty):
             trainer.kill()  # in the second case, all its jobs were stopped before it was ready
             continue
         is_to_shut_down = _tolerating_outages(trainer, lambda: gang.monitor(trainer)) or context.draining
@@ -273,8 +272,7 @@ def _attend(
             polled_at = time.monotonic()
             remaining = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
             if remaining or _is_idle(context, gang, session):
-                session.inference.stop_claiming()
-                closing_at, shutdown = time.monotonic(), session.unload
+                closing_at, shutdown = time.monotonic(), partial(session.unload)
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
             shutdown = None
         watch_clock(context, trainer, session, closing_at)

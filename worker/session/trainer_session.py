@@ -92,7 +92,7 @@ class TrainerSession:
         """The trainer's measured throughput."""
         self._context = context
         self._description = description
-        self.inference = inference or InferenceSession(context, pack_key)
+        self.inference: InferenceSession = inference or InferenceSession(context, pack_key)
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
         self._handlers = EventHandlers(context, directory, trainer_id)
@@ -104,6 +104,11 @@ class TrainerSession:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds neither a job nor an inference request."""
+        return not self._held and self.inference.is_idle
 
     @property
     def claim_ids(self) -> list[str]:
@@ -257,10 +262,11 @@ class TrainerSession:
         self.inference.advance(self.directory, self._inbox, is_ready=is_ready, was_notified=was_notified)
 
     def unload(self) -> bool:
-        """Unload the trainer once it has answered its requests, or after UNLOAD_SECONDS.
+        """Unload the trainer once it has answered its requests, or after UNLOAD_SECONDS. It gets no new requests.
 
         Returns whether the message was sent. Raises OutOfSpace, OSError.
         """
+        self.inference.stop_claiming()
         if self._unloading_since is None:
             self._unloading_since = time.monotonic()
         if not self.inference.is_idle and time.monotonic() - self._unloading_since < UNLOAD_SECONDS:
