@@ -19,7 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from catalog import logs
-from catalog.errors import LorryError, StaleClaim
+from catalog.errors import LorryError, NotFound, StaleClaim
 from catalog.fleet import workers
 from catalog.queue import claiming, claims
 from catalog.queue.claiming import Claim
@@ -124,6 +124,8 @@ def _train(
         try:
             if isinstance(first, BaseToLoad):
                 inference.claim()
+                if inference.is_idle:  # another worker was faster
+                    return []
             settings: Json = _trainer_settings(context, first)
             if isinstance(first, Job):
                 gang.gather(stack, first, settings)
@@ -139,7 +141,8 @@ def _train(
         except (LorryError, OSError, base_models.Abandoned) as error:
             if isinstance(error, base_models.ImportRefused):
                 _best_effort(partial(_record_load_failure, context, first))
-            inference.fail_all(load_error(error))
+            if isinstance(error, base_models.ImportRefused | NotFound):
+                inference.fail_all(load_error(error))
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
             return []
         remaining = _attend(context, gang, tasks, trainer, session)
@@ -293,6 +296,7 @@ def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | No
 def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> bool:
     """Have the trainer save its jobs and exit. Returns True: the request was made. A trainer that still loads has
     nothing to save, so it is killed."""
+    session.inference.release_all()
     if session.ready is not None:
         session.is_shutting_down = True
         return session.send("drain")

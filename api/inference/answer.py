@@ -15,8 +15,8 @@ from api.inference.replies import Event, Reply, TooSlow
 from catalog.errors import InvalidRequest, LorryError
 from catalog.inference.requests import MAX_SECONDS, NoWorker
 
-SILENT_SECONDS = 120.0
-"""How long a worker that has begun to answer may send nothing."""
+SILENT_SECONDS = 600.0
+"""How long a worker that has begun to answer may send nothing. A request may wait for others in the trainer."""
 CLIENT_ERRORS = frozenset(
     {"context_length_exceeded", "invalid_config", "template_refused_row", "template_without_tools",
      "base_has_no_chat_template", "unusable_chat_template"}
@@ -58,6 +58,7 @@ class PartialAnswer:
     _choices: dict[int, _Received] = field(default_factory=dict[int, _Received])
 
     def restart(self) -> None:
+        self.has_begun = False
         for choice in self._choices.values():
             choice.replayed, choice.num_replayed = "", 0
 
@@ -103,6 +104,7 @@ async def deltas_of(
             raise await asyncio.to_thread(why_unanswered) if not answer.has_begun else _silent()
         if event["type"] == "restarted":
             answer.restart()
+            expires_at = loop.time() + MAX_SECONDS
         elif event["type"] == "answering":
             answer.has_begun, answer.prompt_tokens = True, int(event["prompt_tokens"])
         elif event["type"] == "generated":

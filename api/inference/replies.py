@@ -25,7 +25,13 @@ from catalog.errors import LorryError
 from catalog.inference import requests
 from catalog.settings import Settings
 
-MAX_LINE_BYTES = 2**22
+MAX_LINE_BYTES = 2**20
+MAX_CONNECTIONS = 256
+"""Maximum number of connections of workers. Each worker has one."""
+FIRST_LINE_SECONDS = 30.0
+MAX_ID_CHARS = 64
+MAX_UNREAD_BYTES = 2**16
+"""Maximum size of the replies that a worker has not read. Beyond it, the connection is closed."""
 MAX_PENDING_BYTES = 2**20
 """Maximum size of the events that a client has not read yet. Beyond it, the request is abandoned."""
 DATABASE_PORT = 5432
@@ -127,13 +133,19 @@ class Replies:
             _send_stop(connection, reply.request_id)
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= MAX_CONNECTIONS:
+            log.warning("A connection for answers was rejected: %d are open.", MAX_CONNECTIONS)
+            writer.close()
+            return
         self._connections.add(writer)
         try:
-            while line := await reader.readline():
+            line = await asyncio.wait_for(reader.readline(), FIRST_LINE_SECONDS)
+            while line:
                 if not await self._take(line, writer):
                     log.warning("A connection for answers sent a line that is not an answer, and was closed.")
                     return
-        except (ConnectionError, ValueError, asyncio.LimitOverrunError):
+                line = await reader.readline()
+        except (ConnectionError, TimeoutError, ValueError, asyncio.LimitOverrunError):
             log.warning("A worker's connection for answers failed.")
         finally:
             self._connections.discard(writer)
@@ -150,9 +162,11 @@ class Replies:
             event["type"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
+        if len(request_id) > MAX_ID_CHARS:
+            return False
         reply = self._open.get(request_id)
-        if reply is None:
-            _send_stop(writer, request_id)
+        if reply is None or (reply.claim_id == claim_id and reply.connection is not writer):
+            _send_stop(writer, request_id)  # in the second case, another connection has lost lines of this claim
             return True
         if reply.claim_id != claim_id:
             if not await to_thread.run_sync(self._holds, request_id, claim_id):
@@ -173,9 +187,10 @@ class Replies:
 
     async def _lose(self, connection: asyncio.StreamWriter) -> None:
         """Release the requests that the worker of a closed connection was answering."""
-        lost = [reply for reply in self._open.values() if reply.connection is connection]
-        for reply in lost:
-            claim_id, reply.connection = reply.claim_id, None
+        lost = [(reply, reply.claim_id) for reply in self._open.values() if reply.connection is connection]
+        for reply, _ in lost:
+            reply.connection = None
+        for reply, claim_id in lost:
             assert claim_id is not None
             try:
                 await to_thread.run_sync(requests.release, self._db, reply.request_id, claim_id)
@@ -186,6 +201,8 @@ class Replies:
 
 
 def _send_stop(connection: asyncio.StreamWriter, request_id: str) -> None:
+    if connection.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+        connection.close()
     if not connection.is_closing():
         connection.write(json.dumps({"request_id": request_id}).encode() + b"\n")
 

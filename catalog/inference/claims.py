@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, case, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from catalog.db import lease
@@ -15,6 +16,8 @@ from catalog.tables.fleet import Worker
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.table import Json
 
+MAX_BASES = 16
+"""Maximum number of base models that a worker considers for loading at once."""
 MAX_CLAIMS = 3
 """Workers that may fail to answer a request before it fails: it may be the cause."""
 
@@ -72,34 +75,45 @@ def renew(db: Database, claim_ids: Collection[str], *, lease_seconds: float) -> 
     return set(claim_ids) - held
 
 
-def release(db: Database, claim_ids: Sequence[str]) -> None:
-    """Release requests that this worker does not answer, so that another one can."""
+def release(db: Database, claim_ids: Sequence[str], *, counts: bool = True) -> None:
+    """Release requests that this worker does not answer, so that another one can.
+
+    counts: the request may be the cause. False for a worker that shuts down or unloads the base model.
+    """
     if not claim_ids:
         return
     with db.write() as session:
         own = InferenceRequest.claim_id.in_(claim_ids)
-        session.execute(update(InferenceRequest).where(own).values(claim_id=None, lease_expires_at=None))
+        free: dict[str, Any] = {"claim_id": None, "lease_expires_at": None}
+        if not counts:
+            free["num_claims"] = InferenceRequest.num_claims - 1
+        session.execute(update(InferenceRequest).where(own).values(**free))
 
 
-def first_unloaded(db: Database, *, worker_id: str) -> WantedBase | None:
-    """Return the base model of the oldest request that no trainer can answer and no worker is loading one for."""
+def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
+    """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first."""
     with db.read() as session:
         now = read_clock(session)
         worker = session.get(Worker, worker_id)
         if worker is not None and worker.takes_nothing_new:
-            return None
-        loaded = {each.pack_key for each in views.residents(session, now=now) if each.pack_key is not None}
+            return []
+        residents = views.residents(session, now=now)
+        loaded = {each.pack_key for each in residents if each.pack_key is not None and not each.takes_nothing_new}
         other = aliased(InferenceRequest)
         claimed = select(other.id).where(other.pack_key == InferenceRequest.pack_key, other.lease_expires_at > now)
         waiting = (
             _free(now=now)
             .where(InferenceRequest.pack_key.not_in(loaded), ~claimed.exists())
-            .order_by(InferenceRequest.created_at)
+            .with_only_columns(
+                InferenceRequest.pack_key, func.min(InferenceRequest.base_model), func.min(InferenceRequest.base_digest)
+            )
+            .group_by(InferenceRequest.pack_key)
+            .order_by(func.min(InferenceRequest.created_at))
         )
-        row = session.scalar(waiting.limit(1))
-        if row is None:
-            return None
-        return WantedBase(base_model=row.base_model, base_digest=row.base_digest, pack_key=row.pack_key)
+        return [
+            WantedBase(base_model=name, base_digest=digest, pack_key=key)
+            for key, name, digest in session.execute(waiting.limit(MAX_BASES))
+        ]
 
 
 def _free(*, now: float) -> Select[InferenceRequest]:
@@ -111,17 +125,19 @@ def _rows(ids: Sequence[str], *, now: float) -> Select[InferenceRequest]:
 
 
 def _in_turns(session: Session, pack_key: str, limit: int, *, now: float) -> list[str]:
-    """Return the ids of the first requests: the oldest of each project, then the second of each, and so on."""
+    """Return the ids of the first requests: the oldest of each project, then the second of each, and so on. Requests
+    that are being answered count as the first ones of their project."""
+    is_free = case((lease.is_free(InferenceRequest, now=now), 1), else_=0)
     turn = func.row_number().over(
-        partition_by=InferenceRequest.project_id, order_by=(InferenceRequest.created_at, InferenceRequest.id)
+        partition_by=InferenceRequest.project_id, order_by=(is_free, InferenceRequest.created_at, InferenceRequest.id)
     )
     ranked = (
-        _free(now=now)
-        .where(InferenceRequest.pack_key == pack_key)
-        .with_only_columns(InferenceRequest.id, InferenceRequest.created_at, turn.label("turn"))
+        select(InferenceRequest.id, InferenceRequest.created_at, is_free.label("is_free"), turn.label("turn"))
+        .where(InferenceRequest.pack_key == pack_key, InferenceRequest.expires_at > now)
         .subquery()
     )
-    return list(session.scalars(select(ranked.c.id).order_by(ranked.c.turn, ranked.c.created_at).limit(limit)))
+    first = select(ranked.c.id).where(ranked.c.is_free == 1).order_by(ranked.c.turn, ranked.c.created_at)
+    return list(session.scalars(first.limit(limit)))
 
 
 def _claim(row: InferenceRequest, *, now: float, lease_seconds: float) -> InferenceClaim:

@@ -91,8 +91,10 @@ def _base(session: Session, name: str) -> Model:
             param="model",
         )
     now = read_clock(session)
-    loaded = (each.pack_key for each in views.residents(session, now=now) if each.base_digest == base.digest)
-    key = next(filter(None, loaded), None) or pack_key(base.digest, views.auto_precision(session, now=now))
+    plain = [pack_key(base.digest, precision) for precision in ("float32", "bfloat16")]
+    residents = views.residents(session, now=now)
+    loaded = (each.pack_key for each in residents if each.pack_key in plain and not each.takes_nothing_new)
+    key = next(loaded, None) or pack_key(base.digest, views.auto_precision(session, now=now))
     return Model(name=base.name, base_model=base.name, base_digest=base.digest, pack_key=key, adapter=None)
 
 

@@ -374,16 +374,27 @@ class Engine:
         Jobs may be ticked between two of its passes. A sharded base model needs the same calls on all ranks. Raises
         OutOfMemory.
         """
-        sized = {"lanes": self._lanes, "prompt_tokens": self.config.token_budget}
-        trial = ContinuousBatch(self.base, cache_tokens=1, **sized)
+        trial = self._batch(cache_tokens=1)
         trial.add(Prompt(name="trial", adapter=self.no_adapter(), ids=(0,), max_tokens=2))
         trial.advance()
-        return ContinuousBatch(self.base, cache_tokens=max(1, cache_bytes // trial.cache_bytes_per_token), **sized)
+        return self._batch(cache_tokens=max(1, cache_bytes // max(1, trial.cache_bytes_per_token)))
+
+    def _batch(self, *, cache_tokens: int) -> ContinuousBatch:
+        return ContinuousBatch(
+            self.base,
+            lanes=self._lanes,
+            cache_tokens=cache_tokens,
+            prompt_tokens=self.config.token_budget,
+            is_exact=self.invariance == "bitwise",
+        )
 
     def free_bytes(self, *, host_bytes: int) -> int:
         """Return the free memory of the device. For a CPU that is `host_bytes`, which only the caller can determine."""
         device = self.base.device
-        return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else host_bytes
+        if not device.startswith("cuda"):
+            return host_bytes
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
 
     def no_adapter(self) -> FlatAdapter:
         """Return an adapter without layers, with which the base model answers unchanged."""

@@ -4,7 +4,7 @@
 A prompt joins and an answer leaves between two passes. Keys and values are cached while an answer grows
 (lora_core/packing/packed_batch.py), so n tokens after a prompt of m tokens take m + n tokens of forward passes. The
 bits of an answer, and therefore its tokens, depend on its own prompt, adapter and sampling alone, and not on the other
-answers in the passes.
+answers in the passes. On a GPU, and wherever the determinism level is `allclose`, that holds up to rounding.
 """
 
 from collections.abc import Sequence
@@ -81,9 +81,11 @@ class _Answer:
     def max_tokens(self) -> int:
         return len(self.prompt.ids) + self.prompt.max_tokens
 
-    def restart(self) -> None:
-        """Discard the answer and its cache: it gets the same tokens again, because it gets the same bits."""
-        self.ids.clear()
+    def restart(self, *, is_exact: bool) -> None:
+        """Discard the cache. If bits depend on nothing else, also the answer: it gets the same tokens again. Otherwise
+        its tokens are kept, and the next pass computes their keys and values."""
+        if is_exact:
+            self.ids.clear()
         self.kept = None
 
     def new_ids(self) -> np.ndarray:
@@ -99,15 +101,19 @@ class ContinuousBatch:
     answers restart and the cache is halved.
     """
 
-    def __init__(self, base: BaseModel, *, lanes: Lanes, cache_tokens: int, prompt_tokens: int) -> None:
+    def __init__(
+        self, base: BaseModel, *, lanes: Lanes, cache_tokens: int, prompt_tokens: int, is_exact: bool = True
+    ) -> None:
         """
         Args:
+            is_exact: The bits of an answer don't depend on other answers (invariance "bitwise").
             lanes: CPU threads, each of which computes some of the answers.
             cache_tokens: Maximum number of tokens in the key-value cache. One answer alone may exceed it.
             prompt_tokens: Maximum number of prompt tokens of one pass. One prompt alone may exceed it.
         """
         self._base = base
         self._lanes = lanes
+        self._is_exact = is_exact
         self._cache_tokens = cache_tokens
         self._prompt_tokens = prompt_tokens
         self._bounds = bounds_in(base.model)
@@ -159,15 +165,15 @@ class ContinuousBatch:
         while num_tokens > self._cache_tokens and len(self._growing) > 1:
             newest = self._growing.pop()
             num_tokens -= newest.cache_tokens
-            newest.restart()
+            newest.restart(is_exact=self._is_exact)
             self._waiting.insert(0, newest)
         num_prompt_tokens = 0
         while self._waiting:
             first = self._waiting[0]
             num_tokens += first.cache_tokens
-            num_prompt_tokens += len(first.prompt.ids)
+            num_prompt_tokens += first.num_tokens
             is_too_much = num_tokens > self._cache_tokens or num_prompt_tokens > self._prompt_tokens
-            if is_too_much and (self._growing or num_prompt_tokens > len(first.prompt.ids)):
+            if is_too_much and (self._growing or num_prompt_tokens > first.num_tokens):
                 break
             self._growing.append(self._waiting.pop(0))
 
@@ -179,7 +185,7 @@ class ContinuousBatch:
             raise OutOfMemory(answer.prompt.name, num_tokens=answer.num_tokens) from error
         self._cache_tokens = sum(answer.cache_tokens for answer in self._growing) // 2
         for answer in self._growing:
-            answer.restart()
+            answer.restart(is_exact=self._is_exact)
         self._waiting, self._growing = self._growing + self._waiting, []
 
     def _compute(self) -> list[tuple[_Answer, ChosenToken | None]]:

@@ -69,6 +69,10 @@ from worker.protocol.trainer_paths import FolderEntry, UnsafePath, confined, del
 Json = dict[str, Any]
 LONGEST_LINE_BYTES = 2**22
 """Limit for one event, and for what one call reads from a trainer's events."""
+ROTATED_BYTES = 2**26
+"""Size at which the trainer continues its events in another file. Each generated token is an event."""
+CONTINUED = "continued"
+"""Type of the last line of such a file, which only EventReader sees."""
 LATEST_SECONDS = 1e12
 Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload", "answer", "stop_answering"]
 """admit: train a job. cancel: discard it. pause, preempt: save its checkpoint, then discard it. drain: pause all jobs,
@@ -294,13 +298,20 @@ class EventWriter:
     """The trainer's end of events.jsonl. `seconds` is the trainer's monotonic clock."""
 
     def __init__(self, directory: TrainerDirectory) -> None:
+        self._directory = directory
+        self._number = 0
         self._file = directory.events_path.open("a", encoding="utf-8")
 
     def write(self, *events: Json) -> None:
-        """Append events and flush once."""
+        """Append events and flush once. A large file is continued in another one, so that the reader can delete it."""
         stamp = {"seconds": round(time.monotonic(), 4)}
         self._file.write("".join(json.dumps(event | stamp) + "\n" for event in events))
         self._file.flush()
+        if self._file.tell() >= ROTATED_BYTES:
+            self._number += 1
+            with self._file:
+                self._file.write(json.dumps({"type": CONTINUED} | stamp) + "\n")
+            self._file = continued(self._directory.events_path, self._number).open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
@@ -323,7 +334,8 @@ class EventReader:
     """The worker's end of events.jsonl. Each complete line is read once."""
 
     def __init__(self, directory: TrainerDirectory) -> None:
-        self._path = directory.events_path
+        self._first = self._path = directory.events_path
+        self._number = 0
         self._offset = 0
         self.has_more = False
         """Whether the last `read` left whole lines unread."""
@@ -345,7 +357,18 @@ class EventReader:
         if not whole and len(content) == LONGEST_LINE_BYTES:
             raise MalformedEvent(f"is longer than {LONGEST_LINE_BYTES:,} bytes")
         self._offset += len(whole)
-        return [_event(line) for line in whole.removesuffix(b"\n").split(b"\n")] if whole else []
+        events = [_event(line) for line in whole.removesuffix(b"\n").split(b"\n")] if whole else []
+        if events and events[-1]["type"] == CONTINUED:
+            del events[-1]
+            self._path.unlink(missing_ok=True)
+            self._number += 1
+            self._path, self._offset, self.has_more = continued(self._first, self._number), 0, True
+        return events
+
+
+def continued(path: Path, number: int) -> Path:
+    """Return the file that continues events.jsonl after `number` rotations."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def write_json(path: Path, content: Json) -> None:

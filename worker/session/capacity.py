@@ -63,16 +63,16 @@ def base_to_load(context: WorkerContext, capacity: Capacity) -> BaseToLoad | Non
     """Return the base model of a request that no trainer can answer, if it fits on this worker. Raises Unavailable."""
     if context.settings.gang is not None:
         return None  # its trainers serve jobs, for which the whole gang meets
-    wanted = claims.first_unloaded(context.db, worker_id=context.worker_id)
-    if wanted is None:
-        return None
-    base = BaseToLoad(
-        trainer_id=new_id("trainer"),
-        base_model=wanted.base_model,
-        base_digest=wanted.base_digest,
-        pack_key=wanted.pack_key,
-    )
-    return base if context.group.needed_bytes(base_demand(context, base)) <= capacity.memory_bytes_free else None
+    for wanted in claims.unloaded(context.db, worker_id=context.worker_id):
+        base = BaseToLoad(
+            trainer_id=new_id("trainer"),
+            base_model=wanted.base_model,
+            base_digest=wanted.base_digest,
+            pack_key=wanted.pack_key,
+        )
+        if context.group.needed_bytes(base_demand(context, base)) <= capacity.memory_bytes_free:
+            return base
+    return None
 
 
 def capacity_report(capacity: Capacity) -> Json:

@@ -36,6 +36,8 @@ class InferenceSession:
         self._open: dict[str, InferenceClaim] = {}
         self._unsent: list[InferenceClaim] = []
         """Claimed, but not yet given to the trainer."""
+        self._restarting: set[str] = set()
+        """Requests that were claimed again: events of the earlier claim are ignored."""
         self._staged: OrderedDict[str, str] = OrderedDict()
         self._polled_at = self._renewed_at = time.monotonic()
         self._is_closing = False
@@ -58,8 +60,9 @@ class InferenceSession:
             lease_seconds=self._context.settings.lease_seconds,
         )
         for claimed in found:
-            # A request whose lease expired, because the base model was loading, may be claimed again.
-            self._unsent = [other for other in self._unsent if other.request_id != claimed.request_id]
+            if claimed.request_id in self._open:  # its lease had expired
+                self._unsent = [other for other in self._unsent if other.request_id != claimed.request_id]
+                self._restarting.add(claimed.request_id)
             self._open[claimed.request_id] = claimed
             self._unsent.append(claimed)
 
@@ -69,9 +72,11 @@ class InferenceSession:
         Raises Unavailable and OutOfSpace.
         """
         now = time.monotonic()
+        self._stop(self._connections.stopped(), inbox)
+        self._drop(self._connections.failed(), inbox)
         if now - self._renewed_at >= self._context.settings.lease_seconds / 4:
-            self._renewed_at = now
             self._renew(inbox)
+            self._renewed_at = now
         if is_ready and (was_notified or now - self._polled_at >= POLL_SECONDS):
             self._polled_at = now
             self.claim()
@@ -80,14 +85,13 @@ class InferenceSession:
         while self._unsent and is_ready:
             self._hand_over(self._unsent[0], directory, inbox)
             del self._unsent[0]
-        self._stop(self._connections.stopped(), inbox)
-        failed = self._connections.failed()
-        self._stop({ident for ident, claimed in self._open.items() if claimed.reply_to in failed}, inbox)
 
     def receive(self, event: Json) -> None:
         """Send an event of the trainer to the API process that waits for it."""
         claimed = self._open.get(event["request_id"])
-        if claimed is None:
+        if event["type"] in ("answering", "unanswered"):
+            self._restarting.discard(event["request_id"])
+        if claimed is None or claimed.request_id in self._restarting:
             return
         self._send(claimed, event)
         if event["type"] in ("answered", "unanswered"):
@@ -108,18 +112,15 @@ class InferenceSession:
 
         A request that MAX_CLAIMS workers could not answer fails.
         """
-        for claimed in [claimed for claimed in self._open.values() if claimed.is_last]:
+        is_failure = not (self._is_closing or self._context.draining)
+        for claimed in [claimed for claimed in self._open.values() if claimed.is_last and is_failure]:
             message = "The request could not be answered: every worker that began to answer it failed."
             remedy = "Send a shorter request, or ask an operator to check the logs of the workers."
             error = {"code": "inference_failed", "message": message, "remedy": remedy}
             self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": error})
-        left = [claimed.claim_id for claimed in self._open.values()]
+        self._release(list(self._open.values()), counts=is_failure)
         self._open.clear()
         self._unsent.clear()
-        try:
-            claims.release(self._context.db, left)
-        except LorryError as error:  # their leases expire
-            log.warning("Inference requests were not released: %s", error)
         self._connections.close()
 
     def _hand_over(self, claimed: InferenceClaim, directory: TrainerDirectory, inbox: InboxWriter) -> None:
@@ -143,8 +144,10 @@ class InferenceSession:
             shutil.rmtree(folder, ignore_errors=True)
             self._context.store.fetch(self._context.store.get_manifest(digest), folder)
             self._staged[digest] = directory.named(folder)
-            while len(self._staged) > STAGED_ADAPTERS:
-                oldest, _ = self._staged.popitem(last=False)
+            in_use = {claimed.adapter for claimed in self._open.values()}
+            unused = [staged for staged in self._staged if staged not in in_use]
+            for oldest in unused[: max(0, len(self._staged) - STAGED_ADAPTERS)]:
+                del self._staged[oldest]
                 shutil.rmtree(directory.path / "adapters" / oldest, ignore_errors=True)
         self._staged.move_to_end(digest)
         return {"digest": digest, "folder": self._staged[digest]}
@@ -159,6 +162,18 @@ class InferenceSession:
         for request_id in request_ids & self._open.keys():
             del self._open[request_id]
             inbox.send("stop_answering", request_id=request_id)
+
+    def _drop(self, addresses: set[str], inbox: InboxWriter) -> None:
+        """Stop and release the requests of API processes that no longer receive answers."""
+        dropped = [claimed for claimed in self._open.values() if claimed.reply_to in addresses]
+        self._stop({claimed.request_id for claimed in dropped}, inbox)
+        self._release(dropped, counts=True)
+
+    def _release(self, claimed: list[InferenceClaim], *, counts: bool) -> None:
+        try:
+            claims.release(self._context.db, [each.claim_id for each in claimed], counts=counts)
+        except LorryError as error:  # their leases expire
+            log.warning("Inference requests were not released: %s", error)
 
     def _send(self, claimed: InferenceClaim, event: Json) -> None:
         sent = {name: value for name, value in event.items() if name not in ("request_id", "seconds")}

@@ -1,6 +1,7 @@
 """Sends the answers of this worker to the API processes that wait for them; api/inference/replies.py receives them.
 
-Each API process has one connection. Threads read and write, so that a slow API process delays nothing else.
+Each API process has one connection. Threads read and write, so that a slow API process delays nothing else. A failed
+connection is reported once, and loses its lines: the requests that it carried must be answered again.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import json
 import logging
 import queue
 import socket
+import struct
 import threading
 from contextlib import suppress
 
 from worker.protocol.mailbox import Json
 
 CONNECT_SECONDS = 5.0
-SEND_SECONDS = 30.0
+SEND_SECONDS = 30
 MAX_QUEUED = 100_000
 """Maximum number of events that wait to be sent to one API process."""
 MAX_LINE_BYTES = 2**16
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class _Connection:
-    """One API process. After a failure it only drops what it is given."""
+    """One API process. After a failure it drops what it is given."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -36,9 +38,10 @@ class _Connection:
 
     def send(self, line: bytes) -> None:
         try:
-            self._queue.put_nowait(line)
+            if not self.has_failed:
+                self._queue.put_nowait(line)
         except queue.Full:
-            self.has_failed = True
+            self.abandon()
 
     def stopped(self) -> list[str]:
         """Return the requests that their clients have abandoned, once each."""
@@ -48,36 +51,48 @@ class _Connection:
                 found.append(self._stopped.get_nowait())
         return found
 
+    def abandon(self) -> None:
+        """End the connection at once."""
+        self.has_failed = True
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        with suppress(queue.Full):
+            self._queue.put_nowait(None)
+
     def close(self) -> None:
         """Send what is queued, then close. Waits at most CONNECT_SECONDS."""
         with suppress(queue.Full):
             self._queue.put_nowait(None)
         self._thread.join(CONNECT_SECONDS)
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.close()
+        self.abandon()
 
     def _write(self) -> None:
         try:
             host, _, port = self.address.rpartition(":")
-            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS)
-            self._socket = connection
-            connection.settimeout(SEND_SECONDS)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._read, args=(connection.dup(),), name="stopped-requests", daemon=True).start()
-            while (line := self._queue.get()) is not None:
-                connection.sendall(line)
-            connection.shutdown(socket.SHUT_WR)
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+                self._socket = connection
+                connection.settimeout(None)  # a timeout of the socket would also apply to the thread that reads
+                limit = struct.pack("ll", SEND_SECONDS, 0)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._read, args=(connection.dup(),), name="stops", daemon=True).start()
+                try:
+                    while (line := self._queue.get()) is not None:
+                        connection.sendall(line)
+                finally:
+                    with suppress(OSError):  # also ends the thread that reads, which has a duplicate of the socket
+                        connection.shutdown(socket.SHUT_RDWR)
         except (OSError, ValueError) as error:
-            log.warning("The API server at %s does not receive answers: %s", self.address, error)
-            self.has_failed = True
+            if not self.has_failed:
+                log.warning("The API server at %s does not receive answers: %s", self.address, error)
+        self.abandon()
 
     def _read(self, connection: socket.socket) -> None:
         with suppress(OSError, ValueError, KeyError, TypeError), connection, connection.makefile("rb") as lines:
-            connection.settimeout(None)
             while line := lines.readline(MAX_LINE_BYTES):
                 self._stopped.put(str(json.loads(line)["request_id"]))
-        self.has_failed = True
+        self.abandon()
 
 
 class ReplyConnections:
@@ -87,20 +102,22 @@ class ReplyConnections:
         self._connections: dict[str, _Connection] = {}
 
     def send(self, address: str, *, request_id: str, claim_id: str, event: Json) -> None:
-        """Queue an event for the process at `address`."""
+        """Queue an event for the process at `address`. It is dropped if the connection has failed."""
         line = json.dumps({"request_id": request_id, "claim_id": claim_id, "event": event}).encode() + b"\n"
-        connection = self._connections.get(address)
-        if connection is None or connection.has_failed:
-            connection = self._connections[address] = _Connection(address)
-        connection.send(line)
+        if address not in self._connections:
+            self._connections[address] = _Connection(address)
+        self._connections[address].send(line)
 
     def stopped(self) -> set[str]:
         """Return the requests that their clients have abandoned, once each."""
         return {request_id for connection in self._connections.values() for request_id in connection.stopped()}
 
     def failed(self) -> set[str]:
-        """Return the addresses of the processes that do not receive answers."""
-        return {address for address, connection in self._connections.items() if connection.has_failed}
+        """Return the addresses whose connection has failed, once each. Later events open another connection."""
+        found = {address for address, connection in self._connections.items() if connection.has_failed}
+        for address in found:
+            del self._connections[address]
+        return found
 
     def close(self) -> None:
         for connection in self._connections.values():

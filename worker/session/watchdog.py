@@ -85,7 +85,7 @@ def _timeout(
     if session.ready is None and now - trainer.started_at > context.load_seconds:
         detail = f"The base model was not loaded within {context.load_seconds:.0f} s."
         return End(reason=EndReason.TIMEOUT, detail=detail)
-    if session.ready is None or not len(session):
+    if session.ready is None or session.is_empty:
         return None
     silent_seconds, allowed = session.silent_seconds(), _allowed_seconds(context, session)
     if silent_seconds <= allowed:

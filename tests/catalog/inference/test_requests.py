@@ -55,12 +55,15 @@ def test_base_model_answers_in_the_precision_of_the_workers(world: World) -> Non
     assert (found.base_model, found.base_digest, found.adapter, found.pack_key) == ("smol", sha("smol"), None, KEY)
 
 
-def test_base_model_that_is_loaded_answers_as_it_is_loaded(world: World) -> None:
-    key = pack_key(sha("smol"), "float32", "nf4")
+@pytest.mark.parametrize(("quantization", "is_used"), [("none", True), ("nf4", False)])
+def test_base_model_that_is_loaded_without_quantization_answers_as_it_is_loaded(
+    world: World, quantization: str, is_used: bool
+) -> None:
+    key = pack_key(sha("smol"), "float32", quantization)
     register_trainer(world, key)
     load(world)
 
-    assert requests.resolve(world.db, caller=world.caller, name="smol").pack_key == key
+    assert requests.resolve(world.db, caller=world.caller, name="smol").pack_key == (key if is_used else KEY)
 
 
 def test_adapter_answers_as_it_was_trained(world: World) -> None:
@@ -143,6 +146,25 @@ def test_projects_take_turns(world: World) -> None:
     assert found == [ours[0], theirs[0], ours[1], theirs[1], ours[2]]
 
 
+def test_requests_that_are_answered_count_for_their_project(world: World) -> None:
+    for _ in range(4):
+        submit(world)
+    assert len(claim(world, limit=2)) == 2
+    theirs = [submit(world, caller=world.stranger).id for _ in range(2)]
+
+    found = [claimed.request_id for claimed in claim(world, limit=2)]
+
+    assert found == theirs
+
+
+def test_release_by_a_worker_that_shuts_down_does_not_count(world: World) -> None:
+    submit(world)
+    for _ in range(2 * MAX_CLAIMS):
+        (claimed,) = claim(world)
+        assert not claimed.is_last
+        claims.release(world.db, [claimed.claim_id], counts=False)
+
+
 def test_expired_lease_lets_another_worker_answer(world: World) -> None:
     submit(world)
     (first,) = claim(world)
@@ -222,7 +244,7 @@ def test_old_request_is_neither_claimed_nor_kept(world: World) -> None:
     world.worker("w2")
 
     assert claim(world, worker_id="w2") == []
-    assert claims.first_unloaded(world.db, worker_id="w2") is None
+    assert claims.unloaded(world.db, worker_id="w2") == []
     assert not pending.has_work(world.db)
     error = requests.why_unanswered(world.db, row.id)
     assert (error.code, error.status) == ("inference_timeout", 503)
@@ -234,26 +256,24 @@ def test_old_request_is_neither_claimed_nor_kept(world: World) -> None:
 
 def test_base_model_is_loaded_for_the_oldest_request_that_no_trainer_can_answer(world: World) -> None:
     world.base("other")
-    assert claims.first_unloaded(world.db, worker_id="w1") is None
+    assert claims.unloaded(world.db, worker_id="w1") == []
     submit(world, model="other")
     submit(world)
 
-    wanted = claims.first_unloaded(world.db, worker_id="w1")
+    wanted, after = claims.unloaded(world.db, worker_id="w1")
 
-    assert wanted is not None
     assert (wanted.base_model, wanted.base_digest) == ("other", sha("other"))
+    assert after.base_model == "smol"
     claim(world, key=wanted.pack_key)  # this worker loads it now
-    following = claims.first_unloaded(world.db, worker_id="w1")
-    assert following is not None
-    assert following.base_model == "smol"
+    assert claims.unloaded(world.db, worker_id="w1") == [after]
 
 
 def test_no_base_model_is_loaded_twice_or_on_a_cordoned_worker(world: World) -> None:
     submit(world)
     register_trainer(world, KEY)
     world.worker("w2")
-    assert claims.first_unloaded(world.db, worker_id="w2") is not None
+    assert len(claims.unloaded(world.db, worker_id="w2")) == 1
 
     load(world)
 
-    assert claims.first_unloaded(world.db, worker_id="w2") is None
+    assert claims.unloaded(world.db, worker_id="w2") == []

@@ -137,3 +137,21 @@ def test_events_that_become_unreadable_have_no_more_to_read(
     directory.events_path.symlink_to(tmp_path / "elsewhere")
 
     assert (reader.read(), reader.has_more) == ([], False)
+
+
+def test_large_file_of_events_is_continued_in_another_and_deleted(
+    directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mailbox, "ROTATED_BYTES", 200)
+    writer, reader, found = EventWriter(directory), EventReader(directory), []
+
+    for number in range(50):
+        writer.write({"type": "stepped", "step": number})
+        if number % 7 == 0:
+            found += reader.read()
+    writer.close()
+    while (events := reader.read()) or reader.has_more:
+        found += events
+
+    assert [event["step"] for event in found] == list(range(50))
+    assert len(list(directory.path.glob("events*.jsonl"))) == 1

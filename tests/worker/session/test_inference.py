@@ -145,14 +145,21 @@ def test_adapters_that_are_not_used_any_more_are_deleted(
     site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "STAGED_ADAPTERS", 2)
-    for number in range(3):
-        folder = site.files(f"adapter-{number}", "adapter_config.json", f"{number}")
-        submit(site, api, adapter=site.store.put_folder(folder, kind="adapter").digest)
+    digests = [
+        site.store.put_folder(site.files(f"adapter-{number}", "config.json", f"{number}"), kind="adapter").digest
+        for number in range(4)
+    ]
+    _, *others = [submit(site, api, adapter=digest) for digest in digests[:3]]
+    answer(session)
+    for row in others:
+        emit(session, {"type": "answered", "request_id": row.id, "completion_tokens": 1})
+    session.read_events()
 
-    messages = answer(session)
+    submit(site, api, adapter=digests[3])
+    answer(session)
 
-    exists = [(session.directory.path / body["adapter"]["folder"]).is_dir() for _, body in messages]
-    assert exists == [False, True, True]
+    exists = [(session.directory.path / "adapters" / digest).is_dir() for digest in digests]
+    assert exists == [True, False, False, True], "the first is still in use"
 
 
 def test_damaged_adapter_fails_its_request_only(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
@@ -194,7 +201,29 @@ def test_requests_of_an_api_process_that_is_gone_are_stopped(
     found: list[tuple[str, dict[str, Any]]] = []
     wait_until(lambda: found.extend(answer(session)) or found)
 
-    assert found == [("stop_answering", {"request_id": row.id})]
+    assert found[0] == ("stop_answering", {"request_id": row.id})
+
+
+def test_requests_after_a_lost_connection_use_another_one(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        unreachable = f"127.0.0.1:{server.getsockname()[1]}"
+    session.inference._connections.send(unreachable, request_id="x", claim_id="y", event={})
+    wait_until(lambda: session.inference._connections._connections[unreachable].has_failed)
+    with socket.create_server(("127.0.0.1", int(unreachable.rpartition(":")[2]))) as server:
+        row = submit(site, api)
+        with site.db.write() as database:
+            database.get_one(InferenceRequest, row.id).reply_to = unreachable
+
+        messages = answer(session)
+        emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
+        session.read_events()
+
+        assert [verb for verb, _ in messages] == ["answer"]
+        connection, _ = server.accept()
+        with connection, connection.makefile("rb") as lines:
+            assert json.loads(lines.readline())["event"]["type"] == "answering"
 
 
 def test_stale_claim_is_stopped_at_the_next_renewal(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from catalog.datasets.chat import Chat
 from lora_core.adapter.flat_adapter import FlatAdapter
@@ -14,10 +16,11 @@ from lora_core.engine.engine import Engine
 from lora_core.errors import ConfigError, LoraCoreError, OutOfMemory
 from lora_core.forward.continuous_batch import ContinuousBatch, NewToken, Prompt
 from lora_core.forward.sampling import ChosenToken, Sampling
+from lora_core.runtime.device_errors import is_device_fault
 from worker.children.tokenizer.chat_template import Refused
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer.text_stream import INCOMPLETE, TextStream
-from worker.protocol.errors import error_report
+from worker.protocol.errors import error_report, print_handled
 from worker.protocol.mailbox import AnswerBody, EventWriter, Json, TrainerDirectory
 
 CACHE_SHARE = 0.25
@@ -88,6 +91,11 @@ class InferenceRequests:
             self._add(body)
         except (LoraCoreError, Refused, OSError) as error:
             self._fail(body["request_id"], error)
+        except Exception as error:
+            if is_device_fault(error):
+                raise
+            print_handled(error)
+            self._fail(body["request_id"], _unexpected(body["model"]))
 
     def remove(self, request_id: str) -> None:
         """Stop answering a request. Nothing more is reported for it."""
@@ -120,8 +128,7 @@ class InferenceRequests:
         adapter = self._adapter_of(body)
         max_tokens = [self._max_tokens(ids, body["max_tokens"]) for ids in prompts]
         if self._batch is None:
-            free_bytes = self._engine.free_bytes(host_bytes=self._free_host_bytes())
-            self._batch = self._engine.continuous_batch(cache_bytes=int(free_bytes * CACHE_SHARE))
+            self._batch = self._engine.continuous_batch(cache_bytes=self._cache_bytes())
         request = _Request(body=body, prompt_tokens=sum(len(ids) for ids in prompts))
         self._requests[request_id] = request
         decode = partial(text.text_of, with_special=bool(body.get("tools")))
@@ -143,6 +150,11 @@ class InferenceRequests:
                 )
         self._events.write({"type": "answering", "request_id": request_id, "prompt_tokens": request.prompt_tokens})
 
+    def _cache_bytes(self) -> int:
+        """Return the size of the key-value cache. Ranks of a sharded base model need the same size."""
+        free_bytes = int(self._engine.free_bytes(host_bytes=self._free_host_bytes()) * CACHE_SHARE)
+        return min(self._engine.ranks.gathered(free_bytes)) if self._engine.base.is_sharded else free_bytes
+
     def _adapter_of(self, body: AnswerBody) -> FlatAdapter:
         named = body["adapter"]
         if named is None:
@@ -151,11 +163,21 @@ class InferenceRequests:
         if digest not in self._adapters:
             folder = self._directory.inside(named["folder"])
             assert folder is not None
-            self._adapters[digest] = self._engine.load_adapter(folder)
+            self._adapters[digest] = self._loaded(folder)
             while len(self._adapters) > CACHED_ADAPTERS:
                 self._adapters.popitem(last=False)  # requests that use it keep it
         self._adapters.move_to_end(digest)
         return self._adapters[digest]
+
+    def _loaded(self, folder: Path) -> FlatAdapter:
+        """Load an adapter, on all ranks of a sharded base model or on none. If memory runs out, the adapters that are
+        kept for later requests make room."""
+        with self._engine.ranks.sharing_errors() if self._engine.base.is_sharded else nullcontext():
+            try:
+                return self._engine.load_adapter(folder)
+            except OutOfMemory:
+                self._adapters.clear()
+                return self._engine.load_adapter(folder)
 
     def _max_tokens(self, ids: Sequence[int], wanted: int | None) -> int:
         """Return the maximum number of tokens of an answer. Raises ConfigError if the prompt leaves no space."""
@@ -273,6 +295,14 @@ def _sampling(body: AnswerBody, index: int) -> Sampling:
 
 def _name(request_id: str, index: int) -> str:
     return f"{request_id}/{index}"
+
+
+def _unexpected(model: str) -> ConfigError:
+    return ConfigError(
+        f"The request to {model!r} failed because of an internal error of the trainer.",
+        remedy="Ask the operator to report the error in the log of the worker.",
+        code="inference_failed",
+    )
 
 
 def _not_finite(model: str) -> ConfigError:
