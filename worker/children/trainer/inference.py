@@ -171,7 +171,7 @@ class InferenceRequests:
 
     def _loaded(self, folder: Path) -> FlatAdapter:
         """Load an adapter, on all ranks of a sharded base model or on none. If memory runs out, the adapters that are
-        kept for later requests make room."""
+        kept for later requests are freed."""
         with self._engine.ranks.sharing_errors() if self._engine.base.is_sharded else nullcontext():
             try:
                 return self._engine.load_adapter(folder)
