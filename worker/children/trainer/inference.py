@@ -184,22 +184,22 @@ class InferenceRequests:
         longest = self._engine.base.max_positions
         if longest is None:
             return wanted or UNLIMITED_TOKENS
-        num_tokens = len(ids)
-        if wanted is not None and num_tokens + wanted > longest:
+        prompt_tokens = len(ids)
+        if wanted is not None and prompt_tokens + wanted > longest:
             raise ConfigError(
-                f"The prompt has {num_tokens} tokens and max_tokens is {wanted}, but the base model supports at most "
+                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but the base model supports at most "
                 f"{longest} tokens for prompt and answer together.",
                 remedy="Shorten the prompt, or lower max_tokens.",
                 code="context_length_exceeded",
             )
-        if num_tokens >= longest:
+        if prompt_tokens >= longest:
             raise ConfigError(
-                f"The prompt has {num_tokens} tokens, but the base model supports at most {longest} tokens for prompt "
+                f"The prompt has {prompt_tokens} tokens, but the base model supports at most {longest} tokens for prompt "
                 "and answer together.",
                 remedy="Shorten the prompt.",
                 code="context_length_exceeded",
             )
-        return wanted or longest - num_tokens
+        return wanted or longest - prompt_tokens
 
     def _ends(self, text: BaseText, *, is_chat: bool) -> frozenset[int]:
         if is_chat not in self._end_ids:
