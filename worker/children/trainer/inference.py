@@ -187,15 +187,15 @@ class InferenceRequests:
         prompt_tokens = len(ids)
         if wanted is not None and prompt_tokens + wanted > longest:
             raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but the base model supports at most "
-                f"{longest} tokens for prompt and answer together.",
+                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but the base model supports at "
+                f"most {longest} tokens for prompt and answer together.",
                 remedy="Shorten the prompt, or lower max_tokens.",
                 code="context_length_exceeded",
             )
         if prompt_tokens >= longest:
             raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens, but the base model supports at most {longest} tokens for prompt "
-                "and answer together.",
+                f"The prompt has {prompt_tokens} tokens, but the base model supports at most {longest} tokens for "
+                "prompt and answer together.",
                 remedy="Shorten the prompt.",
                 code="context_length_exceeded",
             )

@@ -24,6 +24,7 @@ from worker.children.trainer.inference import InferenceRequests, TimeShare
 from worker.children.trainer.text_stream import TextStream
 from worker.protocol.mailbox import AnswerBody, EventWriter, InboxWriter, Json, TrainerDirectory
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 QUESTION = [{"role": "user", "content": "What color is the lorry?"}]
 TOOL = {"type": "function", "function": {"name": "paint", "parameters": {"type": "object", "properties": {}}}}
 
