@@ -296,10 +296,11 @@ def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | No
 def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> bool:
     """Have the trainer save its jobs and exit. Returns True: the request was made. A trainer that still loads has
     nothing to save, so it is killed."""
-    session.inference.release_all()
     if session.ready is not None:
         session.is_shutting_down = True
-        return session.send("drain")
+        session.send("drain")
+        session.inference.release_all()  # afterwards: it may wait for slow API processes
+        return True
     session.outcome = gang.shutdown_end.value
     trainer.kill()
     return True

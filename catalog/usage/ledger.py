@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, get_args
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, SessionTransaction
@@ -44,18 +44,7 @@ ENDED: dict[JobState, Amount] = {
     JobState.FAILED: "num_failed",
     JobState.CANCELLED: "num_cancelled",
 }
-AMOUNTS: tuple[Amount, ...] = (
-    "device_seconds",
-    "trained_tokens",
-    "num_created",
-    "num_succeeded",
-    "num_failed",
-    "num_cancelled",
-    "num_plans",
-    "num_completions",
-    "prompt_tokens",
-    "completion_tokens",
-)
+AMOUNTS: tuple[Amount, ...] = get_args(Amount)
 GATHERED = ("used", "tallies")
 """Keys of a session's `info` under which a transaction collects what it writes at its end."""
 _Key = tuple[str, int, str, int]
