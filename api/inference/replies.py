@@ -139,7 +139,8 @@ class Replies:
             return
         self._connections.add(writer)
         try:
-            line = await asyncio.wait_for(reader.readline(), FIRST_LINE_SECONDS)
+            async with asyncio.timeout(FIRST_LINE_SECONDS):
+                line = await reader.readline()
             while line:
                 if not await self._take(line, writer):
                     log.warning("A connection for answers sent a line that is not an answer, and was closed.")

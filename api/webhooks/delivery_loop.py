@@ -47,7 +47,8 @@ class WebhookDeliverer:
             while True:
                 await self._poll()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake_up.wait(), LOOK_SECONDS)
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._wake_up.wait()
                 self._wake_up.clear()
         finally:
             await self._end()

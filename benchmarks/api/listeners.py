@@ -130,7 +130,8 @@ class _Listeners:
                 path = f"/v1/fine_tuning/jobs/{jobs[number % len(jobs)]}/stream"
                 await loop.create_connection(lambda path=path: _Listener(self, path), address.hostname, address.port)
             for _ in numbers:
-                await asyncio.wait_for(self.opened.acquire(), PATIENCE_SECONDS)
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await self.opened.acquire()
         return {"listeners": len(self.transports), "seconds": time.time() - began}
 
     async def hear(self, mark: str, committed: float) -> dict[str, Any]:
@@ -138,7 +139,8 @@ class _Listeners:
         wanted = len(range(0, self.told["listeners"], len(self.told["jobs"])))
         times: list[float] = []
         while len(times) < wanted:
-            await asyncio.wait_for(self.news.wait(), PATIENCE_SECONDS)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await self.news.wait()
             await asyncio.sleep(0)
             self.news.clear()
             heard, self.heard = self.heard, []

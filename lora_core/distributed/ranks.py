@@ -9,13 +9,14 @@ on all ranks, an adapter therefore doesn't depend on their number. Messages are 
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -270,10 +271,16 @@ def _rendezvous_options(rendezvous: Rendezvous, own_rank: int) -> dict[str, Any]
     return {"store": named, "rank": rank, "world_size": rendezvous.num_ranks}
 
 
-def shut_down() -> None:
-    """Destroy the process group, if there is one. Call it on every rank at the end."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def end_process() -> NoReturn:
+    """Destroy the process group and exit with status 0. Call it on every rank at the end.
+
+    The interpreter is not finalized: a thread of gloo that releases its last tensor during finalization would abort
+    the process (pytorch/pytorch#190489).
+    """
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _problem_fields(problem: LoraCoreError | OSError | None) -> dict[str, str] | None:

@@ -66,7 +66,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy, jobs_name: str) -> None:
     found |= exported(base, ranks, out / f"adapter-{ranks.rank}")
     found |= refused(base, ranks) | {"num_ticks": ticks_of_two_small_jobs(base, ranks)}
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
-    distributed.shut_down()
+    distributed.end_process()
 
 
 def is_offloaded(base: BaseModel) -> bool:

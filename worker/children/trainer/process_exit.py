@@ -26,7 +26,7 @@ earlier."""
 @contextmanager
 def joined(device: str, *, rendezvous: Rendezvous | None = None, file: Path | None = None) -> Generator[Ranks]:
     """Yield the ranks of this process's launch, joined with those of other machines if there are any, for the duration
-    of the block. file: see `distributed.join`.
+    of the block. file: see `distributed.join`. One of several ranks exits at the end of the block.
 
     If one of several ranks fails, it exits without waiting for threads and devices that may themselves wait for other
     ranks. The exit status reports a full disk, because there may be no space for a message.
@@ -43,7 +43,8 @@ def joined(device: str, *, rendezvous: Rendezvous | None = None, file: Path | No
         if ranks.size == 1:
             raise SystemExit(status) from error
         os._exit(status)
-    distributed.shut_down()
+    if ranks.size > 1:
+        distributed.end_process()
 
 
 def _is_of_full_disk(error: BaseException | None) -> bool:
