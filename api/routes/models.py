@@ -9,6 +9,7 @@ from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
 from api.schemas.pagination import ListPage, page_of
+from catalog.inference.availability import inference_states
 from catalog.registry import adapters, base_models
 from catalog.registry.adapters import CheckpointModel
 from catalog.tables.storage import BaseModelRow
@@ -21,6 +22,8 @@ router = Router(prefix="/v1/models", tags=["models"], responses=SIGNED)
 def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
     """List every base model with its `state`, then the project's own and shared adapters and stored checkpoints.
 
+    `inference` tells which models can be called now.
+
     Contains the newest 1,000 adapters and the newest 1,000 checkpoints. If there are more, `has_more` is true, and
     `/v1/adapters` lists all adapters in pages. Requires the scope `adapters:read`.
     """
@@ -29,7 +32,7 @@ def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
     checkpoints = adapters.list_checkpoint_models(use.db, project_id=caller.project_id)
     shown += [adapter_model(row) for row in own.items]
     shown += [_checkpoint(model) for model in checkpoints.items]
-    return page_of(shown, has_more=own.has_more or checkpoints.has_more)
+    return page_of(_with_inference(use, shown), has_more=own.has_more or checkpoints.has_more)
 
 
 @router.post("", operation_id="add_model", responses=errors(403, 409))
@@ -40,15 +43,17 @@ def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
     """
     row = base_models.add(use.db, name=body.name, kind=body.kind, source=body.source, revision=body.revision)
     use.notifier.wake_workers()
-    return _base(use, caller, row)
+    return _with_inference(use, [_base(use, caller, row)])[0]
 
 
 @router.get("/{model:path}", operation_id="get_model", responses=errors(404))
 def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
     """Return a base model, an adapter or a checkpoint by name. Requires the scope `adapters:read`."""
     if not model.startswith("ft:"):
-        return _base(use, caller, base_models.get(use.db, model))
-    return adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model, param="model").adapter)
+        found = _base(use, caller, base_models.get(use.db, model))
+    else:
+        found = adapter_model(adapters.get(use.db, project_id=caller.project_id, name=model, param="model").adapter)
+    return _with_inference(use, [found])[0]
 
 
 @router.delete("/{model:path}", operation_id="delete_model", responses=errors(403, 404, 409))
@@ -66,6 +71,13 @@ def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> Mod
     else:
         base_models.delete(use.db, model, is_client_retry=is_retry)
     return ModelDeleted(id=model)
+
+
+def _with_inference(use: Services, models: list[ModelObject]) -> list[ModelObject]:
+    states = inference_states(use.db, [model.id for model in models])
+    for model in models:
+        model.inference = states[model.id]
+    return models
 
 
 def _base(use: Services, caller: Caller, row: BaseModelRow) -> ModelObject:

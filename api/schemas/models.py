@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.errors import StoredError
+from catalog.inference.availability import InferenceState
 from catalog.registry import checkpoints
 from catalog.registry.base_models import SOURCE_PATTERN
 from catalog.spec.strict import LABEL_PATTERN, Strict
@@ -51,6 +52,7 @@ class ModelObject(BaseModel):
                 "owned_by": "lorry",
                 "kind": "base",
                 "state": "ready",
+                "inference": "loaded",
                 "base": None,
                 "digest": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
             }
@@ -62,6 +64,11 @@ class ModelObject(BaseModel):
     owned_by: str
     kind: Literal["base", "adapter", "checkpoint"]
     state: Literal["importing", "ready", "failed"] = "ready"
+    inference: InferenceState = Field(
+        default="unavailable",
+        description="`loaded`: a worker answers requests to the model at once. `loadable`: a worker must load the base "
+        "model first. `unavailable`: the base model is not ready or was replaced, or no worker accepts requests.",
+    )
     base: str | None = Field(default=None, description="Base model of an adapter.")
     digest: str | None = Field(default=None, description="Digest of the manifest; equal digests mean equal bytes.")
     description: dict[str, Any] | None = Field(

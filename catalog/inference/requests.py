@@ -12,6 +12,7 @@ from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, LorryError, RateLimited
 from catalog.fleet import views
+from catalog.inference.availability import plain_keys
 from catalog.registry import adapters, base_models
 from catalog.resources.pack_key import pack_key
 from catalog.tables.fleet import Worker
@@ -91,7 +92,7 @@ def _base(session: Session, name: str) -> Model:
             param="model",
         )
     now = read_clock(session)
-    plain = [pack_key(base.digest, precision) for precision in ("float32", "bfloat16")]
+    plain = plain_keys(base.digest)
     residents = views.residents(session, now=now)
     loaded = (each.pack_key for each in residents if each.pack_key in plain and not each.takes_nothing_new)
     key = next(loaded, None) or pack_key(base.digest, views.auto_precision(session, now=now))

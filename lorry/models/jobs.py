@@ -238,6 +238,7 @@ class Model(View):
     owned_by: str = ""
     kind: str = ""
     state: str = ""
+    inference: str = ""
     base: str | None = None
     digest: str | None = None
     source: str | None = None

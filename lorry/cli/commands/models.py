@@ -71,12 +71,15 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     models = list(client().models.list())
     if output.is_printed(models, as_json=as_json, quiet=quiet):
         return
-    rows = [(m.id, m.kind, m.state, m.base, output.short(m.digest), output.briefly(m.created)) for m in models]
+    rows = [
+        (m.id, m.kind, m.state, m.inference, m.base, output.short(m.digest), output.briefly(m.created)) for m in models
+    ]
     table(
         (
             Column(title="NAME"),
             Column(title="KIND", priority=1),
             Column(title="STATE"),
+            Column(title="INFERENCE", priority=5),
             Column(title="BASE", priority=3, min_width=12),
             Column(title="DIGEST", priority=2),
             Column(title="CREATED", priority=4),
@@ -118,6 +121,7 @@ def _facts(model: Model) -> Iterator[tuple[str, object]]:
     yield "name", model.id
     yield "kind", model.kind
     yield "state", model.state
+    yield "inference", model.inference
     yield "error", model.error and model.error.message
     yield "fix", model.error and model.error.remedy
     yield "base", model.base

@@ -1,0 +1,86 @@
+"""The inference state of a model: loaded, loadable or unavailable."""
+
+from __future__ import annotations
+
+import pytest
+
+from catalog.fleet import cordons, workers
+from catalog.inference.availability import inference_states
+from catalog.lifecycle import recording
+from catalog.registry import adapters, base_models
+from catalog.resources.pack_key import pack_key
+from catalog.tables.storage import BaseModelRow
+from tests.catalog.world import World, manifest, sha
+
+
+@pytest.fixture
+def names(world: World) -> list[str]:
+    """A base model, an adapter trained in float32, and a checkpoint of a running job in bfloat16. Worker w1 runs."""
+    world.worker()
+    done = world.running(precision="float32")
+    world.complete(done.claim_id)
+    running = world.running(precision="bfloat16")
+    files = manifest("c1", kind="checkpoint")
+    weights = recording.Exported(artifact=manifest("weights"), lineage={}, lineage_id=sha("lineage"))
+    recording.record_checkpoint(world.db, running.claim_id, step=1, artifact=files, exported=weights)
+    (checkpoint,) = adapters.list_checkpoint_models(world.db, project_id=world.caller.project_id).items
+    adapter = world.job(done.job.id).adapter_name
+    assert adapter is not None
+    return ["smol", adapter, checkpoint.name]
+
+
+def states(world: World, names: list[str]) -> list[str]:
+    found = inference_states(world.db, names)
+    return [found[name] for name in names]
+
+
+def load(world: World, key: str) -> None:
+    workers.register_trainer(world.db, trainer_id="trainer-1", worker_id="w1", base_digest=sha("smol"), pack_key=key)
+    workers.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="trainer-1", report={})
+
+
+def test_models_are_loadable_while_a_worker_runs(world: World, names: list[str]) -> None:
+    assert states(world, names) == ["loadable"] * 3
+    assert states(world, ["unknown"]) == ["unavailable"]
+
+    world.clock.advance(3600)
+
+    assert states(world, names) == ["unavailable"] * 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantization", "expected"),
+    [
+        ("float32", "none", ["loaded", "loaded", "loadable"]),
+        ("bfloat16", "none", ["loaded", "loadable", "loaded"]),
+        ("bfloat16", "nf4", ["loadable", "loadable", "loadable"]),
+    ],
+)
+def test_model_is_loaded_if_a_trainer_has_its_base_model_in_its_precision(
+    world: World, names: list[str], precision: str, quantization: str, expected: list[str]
+) -> None:
+    load(world, pack_key(sha("smol"), precision, quantization))
+
+    assert states(world, names) == expected
+
+
+def test_cordoned_worker_does_not_count(world: World, names: list[str]) -> None:
+    load(world, pack_key(sha("smol"), "float32"))
+
+    cordons.cordon(world.db, "w1")
+
+    assert states(world, names) == ["unavailable"] * 3
+
+
+def test_model_on_a_deleted_or_replaced_base_model_is_unavailable(world: World, names: list[str]) -> None:
+    with world.db.write() as session:
+        session.get_one(BaseModelRow, "smol").digest = sha("other")
+
+    assert states(world, names) == ["loadable", "unavailable", "unavailable"]
+
+
+def test_base_model_that_is_being_imported_is_unavailable(world: World) -> None:
+    world.worker()
+    base_models.add(world.db, name="new", kind="folder", source="/models/new")
+
+    assert states(world, ["new"]) == ["unavailable"]
