@@ -13,6 +13,7 @@ import httpx
 from lorry import connection
 from lorry.resources.adapters import Adapters
 from lorry.resources.audit import Audit
+from lorry.resources.chat import Chat
 from lorry.resources.files import Files
 from lorry.resources.jobs import Jobs
 from lorry.resources.keys import Keys, Projects
@@ -53,6 +54,7 @@ class Lorry:
         self.sweeps = Sweeps(self._transport)
         self.adapters = Adapters(self._transport)
         self.models = Models(self._transport)
+        self.chat = Chat(self._transport)
         self.queue = Queue(self._transport)
         self.workers = Workers(self._transport)
         self.keys = Keys(self._transport)

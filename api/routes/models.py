@@ -22,7 +22,7 @@ router = Router(prefix="/v1/models", tags=["models"], responses=SIGNED)
 def list_models(use: Use, caller: Signed) -> ListPage[ModelObject]:
     """List every base model with its `state`, then the project's own and shared adapters and stored checkpoints.
 
-    `inference` tells which models can be called now.
+    `inference` shows which models can be called now.
 
     Contains the newest 1,000 adapters and the newest 1,000 checkpoints. If there are more, `has_more` is true, and
     `/v1/adapters` lists all adapters in pages. Requires the scope `adapters:read`.

@@ -27,6 +27,7 @@ from lorry.cli.commands import (
     worker,
     workers,
 )
+from lorry.cli.commands.inference import chat
 
 app = group(
     "Fine-tune many LoRA adapters at once on your own machines.\n\n"
@@ -37,6 +38,7 @@ app = group(
     "lorry up",
     "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct",
     "lorry jobs submit smollm2 chats.jsonl --suffix support --watch",
+    "lorry chat support",
     "lorry adapters pull support",
 )
 app.verb("up", *up.EXAMPLES)(up.up)
@@ -52,6 +54,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(sweeps.app, name="sweeps")
 app.add_typer(sweeps.app, name="sweep", hidden=True)
 app.add_typer(adapters.app, name="adapters")
+app.verb("chat", *chat.EXAMPLES)(chat.chat)
 app.verb("queue", *fleet.QUEUE_EXAMPLES)(fleet.queue)
 app.verb("usage", *usage.EXAMPLES)(usage.usage)
 app.add_typer(keys.app, name="keys")

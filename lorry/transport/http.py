@@ -77,11 +77,25 @@ class Transport:
 
     @contextmanager
     def stream(
-        self, path: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        *,
+        params: Params | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        read_seconds: float = READ_SECONDS,
     ) -> Generator[httpx.Response]:
-        """Yield an open response, whose body the caller reads. Only opening it is retried."""
+        """Yield an open response, whose body the caller reads. Only opening it is retried. body: JSON to post; None
+        sends a GET request. read_seconds: timeout of each read."""
         response = self._send(
-            lambda: self._http.build_request("GET", path, params=_given(params), headers=_plain(headers))
+            lambda: self._http.build_request(
+                "GET" if body is None else "POST",
+                path,
+                params=_given(params),
+                headers=_plain(headers),
+                json=body,
+                timeout=httpx.Timeout(read_seconds, connect=CONNECT_SECONDS),
+            )
         )
         try:
             yield response

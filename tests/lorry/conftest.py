@@ -34,11 +34,11 @@ def client(service: Script, slept: list[float]) -> Iterator[Lorry]:
 
 @pytest.fixture
 def run(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """Return `run("jobs", "list", …)`: the command line with the scripted service, in an empty directory."""
+    """Return `run("jobs", "list", …, input="…")`: the command line with the scripted service, in an empty directory."""
     monkeypatch.setenv("LORRY_URL", service.url)
     monkeypatch.setenv("LORRY_API_KEY", "k")
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return lambda *arguments, **given: CliRunner().invoke(app, [str(argument) for argument in arguments], **given)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from lora_core.events import JobEvaluated, JobStepped
 from tests.lora_core.scenarios import Submission, run_alone, submissions
 from tests.lora_core.train_in_ranks import jobs_called, summary
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[3]
 
 
@@ -55,7 +55,11 @@ def run_processes(module: str, *arguments: str, size: int, port: int) -> tuple[l
         )
         for rank in range(size)
     ]
-    printed = [process.communicate(timeout=400)[0] for process in processes]
+    try:
+        printed = [process.communicate(timeout=1200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [process.returncode for process in processes], "\n".join(printed)
 
 

@@ -16,7 +16,7 @@ from lorry.cli.main import app
 
 ROOT: Any = typer.main.get_command(app)
 VERBS = {
-    "": "up down status login whoami queue usage worker sign-in-link",
+    "": "up down status login whoami chat queue usage worker sign-in-link",
     "jobs": "submit list show why watch logs events metrics samples checkpoints cancel pause resume hold release move",
     "plans": "create list show delete",
     "sweeps": "run list show watch close cancel",

@@ -1,0 +1,102 @@
+"""`lorry chat`: streams answers, keeps a conversation, and resolves short names of models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from typer.testing import Result
+
+from lorry.cli.commands.inference import chat
+from lorry.cli.render import output
+from tests.lorry.scripted_server import Reply, Script
+
+Run = Callable[..., Result]
+PATH = "/v1/chat/completions"
+ADAPTER = "ft:smollm2:default:support:1a2b"
+
+
+def stream(*pieces: str, end: str = "data: [DONE]\n\n") -> Reply:
+    chunks = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
+    chunks += [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+    chunks.append({"choices": [{"delta": {}}]})
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + end
+    return Reply(body=body.encode(), headers={"content-type": "text/event-stream"})
+
+
+@pytest.fixture(autouse=True)
+def models(service: Script) -> None:
+    models = [{"id": "smollm2", "object": "model"}, {"id": ADAPTER, "object": "model"}]
+    service.on("GET", "/v1/models", {"data": models, "has_more": False})
+    service.on("GET", f"/v1/adapters/{quote(ADAPTER, safe='')}", {"id": "ad-1", "name": ADAPTER})
+    service.on("GET", "/v1/adapters", {"data": [{"id": "ad-1", "name": ADAPTER}], "has_more": False})
+
+
+def sent(service: Script) -> list[dict[str, Any]]:
+    return [json.loads(request.body) for request in service.requests("POST", PATH)]
+
+
+def test_message_is_answered_in_pieces(service: Script, run: Run) -> None:
+    service.on("POST", PATH, stream("On its ", "way.\x1b[2J"))
+
+    done = run("chat", "smollm2", "Where?", "--system", "Be brief.", "--temperature", "0", "--seed", "7")
+
+    assert (done.exit_code, done.stdout) == (0, "On its way.\ufffd[2J\n")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}]
+    assert sent(service) == [
+        {"model": "smollm2", "messages": messages, "stream": True, "temperature": 0.0, "seed": 7},
+    ]
+
+
+def test_suffix_of_an_adapter_is_enough_and_standard_input_is_a_message(service: Script, run: Run) -> None:
+    service.on("POST", PATH, stream("Yes."))
+
+    done = run("chat", "support", "--max-tokens", "5", input="Is it\nhere?\n")
+
+    assert (done.stdout, done.stderr) == ("Yes.\n", "")
+    (body,) = sent(service)
+    assert (body["model"], body["max_completion_tokens"]) == (ADAPTER, 5)
+    assert body["messages"] == [{"role": "user", "content": "Is it\nhere?"}]
+
+
+def test_empty_message_is_refused(run: Run) -> None:
+    done = run("chat", "smollm2", input=" \n")
+
+    assert done.exit_code == 2
+    assert "The message is empty." in done.stderr
+
+
+def test_conversation_keeps_its_history_without_failed_messages(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = {"message": "Too long. Shorten it.", "type": "x", "param": None, "code": "x", "remedy": "Shorten it."}
+    service.on("POST", PATH, stream("Hi."), Reply(status=400, body={"error": error}), stream("Bye."))
+    typed = iter(["Hello", "", "Too long", "Goodbye"])
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
+    monkeypatch.setattr(chat, "_read_line", lambda: next(typed, None))
+
+    done = run("chat", "smollm2")
+
+    assert done.stdout == "Hi.\nBye.\n"
+    assert done.stderr.splitlines()[1:] == ["Error: Too long. Shorten it."]
+    assert [message["content"] for message in sent(service)[-1]["messages"]] == ["Hello", "Hi.", "Goodbye"]
+
+
+@pytest.mark.parametrize(
+    ("end", "printed"),
+    [
+        ('data: {"error": {"message": "The worker was lost.", "code": "x"}}\n\n', "Error: The worker was lost."),
+        ("", "Error: The service ended the answer early."),
+    ],
+)
+def test_answer_that_breaks_off_is_an_error(service: Script, run: Run, end: str, printed: str) -> None:
+    service.on("POST", PATH, stream("On", end=end))
+
+    done = run("chat", "smollm2", "Where?")
+
+    assert done.exit_code == 1
+    assert done.stdout == "On"
+    assert printed in done.stderr
