@@ -17,6 +17,7 @@ from benchmarks import (
     submission,
     warm_start,
 )
+from benchmarks.inference import comparison
 from benchmarks.plan import Plan, quick
 from benchmarks.results import Result, print_table, write
 from benchmarks.workload import ROOT, prepare
@@ -30,6 +31,7 @@ COMPARISONS = {
     "frozen_prefix": frozen_prefix.run,
     "host_total": host_total.run,
     "eight_jobs": eight_jobs.run,
+    "inference": comparison.run,
 }
 EXPLANATIONS = {
     "steady_state": steady_state.explain,

@@ -39,6 +39,17 @@ class Plan:
     idle_seconds: float = 20.0
     host_jobs: int = 4
     slices: tuple[int, ...] = (1024, 512, 256)
+    inference: dict[str, int] = field(
+        default_factory=lambda: {
+            "adapters": 20,
+            "adapter_steps": 4,
+            "requests": 200,
+            "peer_requests": 40,
+            "max_tokens": 32,
+            "job_steps": 80,
+        }
+    )
+    """`job_steps` must suffice for the two jobs to train until the last request is answered."""
 
     def options(self) -> dict[str, object]:
         """Return the options of every contender that trains."""
@@ -81,4 +92,12 @@ def quick(workload: Workload, folder: Path) -> Plan:
         idle_seconds=0.5,
         host_jobs=2,
         slices=(512,),
+        inference={
+            "adapters": 2,
+            "adapter_steps": 2,
+            "requests": 4,
+            "peer_requests": 2,
+            "max_tokens": 4,
+            "job_steps": 200,
+        },
     )

@@ -31,7 +31,7 @@ def run(plan: Plan) -> Result:
     """The first job loads the base model. Then jobs alternate between its file and new files."""
     result = Result(theme="submission", settings=plan.settings() | {"batch_size": 1, "rows": len(plan.workload.texts)})
     result.repeats = {"known file": [], "new file": []}
-    with _service(plan.folder) as lorry:
+    with service(plan.folder) as lorry:
         lorry.models.add(NAME, str(plan.workload.base), kind="folder")
         lorry.models.wait(NAME, timeout_seconds=PATIENCE_SECONDS)
         known = _upload(plan, lorry, 0)
@@ -48,7 +48,7 @@ def run(plan: Plan) -> Result:
 
 
 @contextmanager
-def _service(folder: Path) -> Generator[Lorry]:
+def service(folder: Path) -> Generator[Lorry]:
     """Run `lorry up` in its own data folder, and stop it at the end."""
     data_dir, log = folder / "service", folder / "service.log"
     data_dir.mkdir()

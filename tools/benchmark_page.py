@@ -64,6 +64,15 @@ THEMES = {
         command=_bench("eight_jobs"),
         patterns=labels.EIGHT_JOBS,
     ),
+    "inference": Theme(
+        title="Inference: many streams and adapters",
+        question="How many tokens per second do 200 concurrent requests to 20 adapters get, also while jobs train?",
+        method="`lorry up` with one CPU worker, in float32. The `openai` client streams 200 greedy answers of at most "
+        "32 tokens: all at once, all at once while two jobs train, and one after another. PEFT answers the first 40 "
+        "requests one after another with `generate`, with all adapters loaded. The answers are compared.",
+        caveat="One run of each. A trainer with requests and jobs gives each half of its time.",
+        command=_bench("inference"),
+    ),
     "loss_head": Theme(
         title="Loss head: memory and time",
         question="How much memory does the output head save when it computes the loss in chunks?",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.datasets.messages import ROLES
 from catalog.spec.strict import WITHOUT_NUL, Strict
 
 MAX_CHOICES = 16
@@ -18,6 +19,9 @@ ModelName = Annotated[
 ]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Message = Annotated[
+    dict[str, Any], Field(json_schema_extra={"required": ["role"], "properties": {"role": {"enum": list(ROLES)}}})
+]
 Text = Annotated[str, Field(json_schema_extra=WITHOUT_NUL)]
 
 
@@ -58,7 +62,7 @@ class SamplingRequest(Strict):
 class ChatCompletionRequest(SamplingRequest):
     """A conversation to which the model answers."""
 
-    messages: list[dict[str, Any]] = Field(
+    messages: list[Message] = Field(
         min_length=1, max_length=2048, description="The conversation, in the format of chat rows."
     )
     max_completion_tokens: int | None = Field(

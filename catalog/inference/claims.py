@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, case, func, select, update
+from sqlalchemy import Select, case, delete, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from catalog.db import lease
@@ -88,6 +88,13 @@ def release(db: Database, claim_ids: Sequence[str], *, counts: bool = True) -> N
         if not counts:
             free["num_claims"] = InferenceRequest.num_claims - 1
         session.execute(update(InferenceRequest).where(own).values(**free))
+
+
+def discard(db: Database, claim_ids: Sequence[str]) -> None:
+    """Delete requests for which no API process waits."""
+    if claim_ids:
+        with db.write() as session:
+            session.execute(delete(InferenceRequest).where(InferenceRequest.claim_id.in_(claim_ids)))
 
 
 def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qa.chaos.faults import api, clock, database, disk, job, memory, redis, restore, store, trainer, worker
+from qa.chaos.faults import api, clock, database, disk, inference, job, memory, redis, restore, store, trainer, worker
 from qa.chaos.scenario import NotHere, Row
 
 ROWS: tuple[Row, ...] = (
@@ -10,6 +10,7 @@ ROWS: tuple[Row, ...] = (
     *trainer.ROWS,
     *api.ROWS,
     *job.ROWS,
+    *inference.ROWS,
     *database.ROWS,
     *redis.ROWS,
     *store.ROWS,

@@ -20,6 +20,7 @@ from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
 from catalog.tenancy import authentication
+from qa.fuzz.answering import answering
 from qa.fuzz.sample_objects import (
     ID,
     Key,
@@ -143,7 +144,7 @@ def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) ->
         planted = plant(services, folder, hooks=receiver.url)
         first, second = planted.keys
         pairs = ((first, second), (second, first), (planted.operator, second))
-        with serving(settings, log) as url:
+        with answering(services.db), serving(settings, log) as url:
             for me, other in pairs[:1] if campaign.is_short else pairs:
                 site = _Site(folder=folder, url=url, db=services.db, hooks=receiver.url)
                 _ask(campaign, site, me, other, echo=echo, outcome=outcome)

@@ -51,6 +51,7 @@ RULES_BETWEEN_FIELDS = frozenset(
     {
         *("optimizer", "schedule", "method", "lora", "method.dpo.hyperparameters", "search", None),
         "start_time",  # before the end
+        "top_logprobs",  # only with logprobs
         "lora.target_modules",  # a regular expression after `re:`
         *("integrations", *(f"integrations.{number}" for number in range(4))),
     }
@@ -122,11 +123,14 @@ def before_call(_context: Any, case: Any, _kwargs: dict[str, Any]) -> None:
 
 def _make_fit(case: Any, named: dict[str, Any]) -> None:
     """Complete an upload with its own parts, use a permission with its own model, and create a planned job unchanged.
-    Webhooks go only to the local receiver, and the dashboard signs in with a valid key."""
+    Conversations are valid. Webhooks go only to the local receiver, and the dashboard signs in with a valid key."""
     if case.operation.path.endswith("/complete"):
         case.body = {"part_ids": BRIEF["parts"].get(named.get("upload_id"), case.body["part_ids"])}
     if named.get("permission_id") in BRIEF["shared"]:
         case.path_parameters = {**named, "fine_tuned_model": BRIEF["shared"][named["permission_id"]]}
+    if case.operation.label == "POST /v1/chat/completions":
+        rest = {name: value for name, value in case.body.items() if name != "tools"}
+        case.body = {**rest, "messages": [{"role": "user", "content": "Who are you?"}]}
     if isinstance(case.body, dict) and (fitting := _ours(case.body)) != case.body:
         case.body = fitting
     if case.operation.label == "POST /v1/browser_session":

@@ -24,6 +24,7 @@ THEMES = (
     "frozen_prefix",
     "host_total",
     "eight_jobs",
+    "inference",
 )
 
 
@@ -70,6 +71,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
         "chunked head: peak memory",
         "Speedup over scripts one after another",
         "lanes / processes",
+        "Speedup over PEFT, two jobs training",
     ):
         assert text in table
     shares = json.loads(next((tmp_path / "out").glob("steady_state_*.json")).read_text())["profile"]
@@ -79,6 +81,14 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
     for theme in ("warm_start", "submission", "frozen_prefix", "eight_jobs"):
         (path,) = (tmp_path / "out").glob(f"{theme}_*.json")
         assert json.loads(path.read_text())["profile"], theme
+    (inference,) = (tmp_path / "out").glob("inference_*.json")
+    found = {finding["what"]: finding["figure"] for finding in json.loads(inference.read_text())["findings"]}
+    for what in (
+        "Answers that differ from the answer alone",
+        "Answers that differ from PEFT",
+        "Jobs that inference changed",
+    ):
+        assert found[what] == 0
     heads = json.loads(next((tmp_path / "out").glob("loss_head_*.json")).read_text())["repeats"]
     assert abs(heads["chunked_head"][0]["loss"] - heads["plain_head"][0]["loss"]) < 1e-3
 

@@ -164,10 +164,14 @@ class InferenceSession:
             inbox.send("stop_answering", request_id=request_id)
 
     def _drop(self, addresses: set[str], inbox: InboxWriter) -> None:
-        """Stop and release the requests of API processes that no longer receive answers."""
+        """Stop answering the requests of API processes that no longer receive answers.
+
+        An API process that still runs releases them when it loses the connection. Otherwise their leases expire, and
+        after MAX_CLAIMS they are deleted, because nobody waits for them.
+        """
         dropped = [claimed for claimed in self._open.values() if claimed.reply_to in addresses]
         self._stop({claimed.request_id for claimed in dropped}, inbox)
-        self._release(dropped, counts=True)
+        claims.discard(self._context.db, [claimed.claim_id for claimed in dropped if claimed.is_last])
 
     def _release(self, claimed: list[InferenceClaim], *, counts: bool) -> None:
         try:

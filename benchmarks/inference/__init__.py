@@ -1,0 +1,1 @@
+"""Benchmark of inference: many adapters and streams, compared with PEFT."""

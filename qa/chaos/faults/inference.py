@@ -1,0 +1,185 @@
+"""Faults while a trainer answers inference requests: a killed worker, trainer or API server, and a client that does not
+read.
+
+In most rows a job trains at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import httpx
+
+from catalog.tables.inference import InferenceRequest
+from qa.chaos.scenario import POSTGRESQL, Row
+from qa.chaos.service import PATIENCE_SECONDS, FaultSite
+from tests.worker_site import BASE
+
+PATH = "/v1/chat/completions"
+QUESTION: dict[str, Any] = {
+    "model": BASE,
+    "messages": [{"role": "user", "content": "What color is the lorry?"}],
+    "temperature": 1.8,
+    "seed": 4,
+    "max_tokens": 180,
+}
+LARGE = {"n": 16, "logprobs": True, "top_logprobs": 20, "max_tokens": 200}
+"""An answer of many megabytes, more than sockets buffer."""
+NUM_BEFORE_FAULT = 3
+"""Chunks that the client has read when the fault is injected."""
+
+
+@contextmanager
+def _streaming(site: FaultSite, **changes: Any) -> Generator[Iterator[str]]:
+    """Open a stream, and yield the pieces of its answer."""
+    headers = {"authorization": f"Bearer {site.key}"}
+    body = {**QUESTION, "stream": True, **changes}
+    with (
+        httpx.Client(base_url=site.url, trust_env=False, timeout=PATIENCE_SECONDS) as client,
+        client.stream("POST", PATH, json=body, headers=headers) as response,
+    ):
+        if response.status_code != 200:
+            raise AssertionError(f"status {response.status_code}: {response.read().decode()}\n{site.log()}")
+        yield _pieces(response)
+
+
+def _pieces(response: httpx.Response) -> Iterator[str]:
+    for line in response.iter_lines():
+        data = line.removeprefix("data: ")
+        if data and data != "[DONE]":
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise AssertionError(chunk["error"])
+            yield "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def _answer(site: FaultSite) -> str:
+    response = site.ask("POST", PATH, json=QUESTION, timeout=PATIENCE_SECONDS)
+    assert response.status_code == 200, f"{response.text}\n{site.log()}"
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def _begin(site: FaultSite) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    """Start an API server and a worker. Returns them when the worker is live."""
+    api, worker = site.start_api(), site.start_worker()
+    site.wait_until(lambda: any(one["state"] == "idle" for one in site.ask("GET", "/v1/workers").json()["data"]))
+    return api, worker
+
+
+def _num_open(site: FaultSite) -> int:
+    with site.db.read() as session:
+        return session.query(InferenceRequest).count()
+
+
+def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Signals) -> str:
+    """Send a signal to the worker or its trainer during an answer. The client reads the same answer to its end."""
+    _, worker = _begin(site)
+    job_id = site.submit_small(max_steps=60)
+    site.wait_for_step(1, job_id)
+    whole = _answer(site)  # in the precision of the job, which has loaded the base model
+    with _streaming(site) as pieces:
+        begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
+        (site.trainer_of(worker) if of_trainer else worker).send_signal(number)
+        if not of_trainer:
+            site.start_worker()
+        text = "".join([*begun, *pieces])
+
+    assert text == whole, "the answer changed"
+    site.wait_for_success(job_id, is_small=False)
+    site.wait_until(lambda: _num_open(site) == 0)
+    if number == signal.SIGSTOP:
+        worker.send_signal(signal.SIGCONT)
+    return f"the client read the whole answer; the job: {site.attempts_text(job_id)}"
+
+
+def _api_killed(site: FaultSite) -> str:
+    """kill -9 of the API server during an answer."""
+    api, _ = _begin(site)
+    whole = _answer(site)
+    lost = ""
+    try:
+        with _streaming(site) as pieces:
+            for _ in range(NUM_BEFORE_FAULT):
+                next(pieces)
+            api.kill()
+            api.wait()
+            for _ in pieces:
+                pass
+    except httpx.TransportError as error:
+        lost = type(error).__name__
+    assert lost, "the client was not told that the answer is incomplete"
+
+    site.start_api()
+    assert _answer(site) == whole
+    site.wait_until(lambda: _num_open(site) == 0)
+    return f"{lost}; the next API server answers; no request is left"
+
+
+def _never_read(site: FaultSite) -> str:
+    """A client opens a stream of many megabytes, and reads nothing."""
+    _begin(site)
+    whole = _answer(site)
+    with _streaming(site, **LARGE):
+        answers = [_answer(site) for _ in range(3)]
+    assert answers == [whole] * 3
+    site.wait_until(lambda: _num_open(site) == 0)
+    return "3 other answers meanwhile; its request is gone after it disconnects"
+
+
+def _database_restarted(site: FaultSite) -> str:
+    """Stop PostgreSQL during an answer, and start it again."""
+    assert site.under.postgres is not None
+    _begin(site)
+    whole = _answer(site)
+    with _streaming(site) as pieces:
+        begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
+        site.under.postgres.kill()
+        site.under.postgres.start()
+        text = "".join([*begun, *pieces])
+
+    assert text == whole, "the answer changed"
+    site.wait_until(lambda: _num_open(site) == 0)
+    assert _answer(site) == whole
+    return "the client read the whole answer, and the next one"
+
+
+ROWS = (
+    *(
+        Row(
+            name=f"inference-{name}",
+            fault=f"{words} during an answer, while a job trains",
+            also="the client reads the same answer to its end; the job succeeds; no request is left",
+            act=partial(_lost_in_an_answer, of_trainer=of_trainer, number=number),
+        )
+        for name, words, of_trainer, number in (
+            ("worker-killed", "kill -9 of the worker", False, signal.SIGKILL),
+            ("worker-stopped", "SIGSTOP of the worker", False, signal.SIGSTOP),
+            ("trainer-killed", "kill -9 of the trainer", True, signal.SIGKILL),
+        )
+    ),
+    Row(
+        name="inference-api-killed",
+        fault="kill -9 of the API server during an answer",
+        also="the client gets an error; the next API server answers; no request is left",
+        act=_api_killed,
+    ),
+    Row(
+        name="inference-client-never-reads",
+        fault="a client that never reads its answer",
+        also="other clients get theirs; its request is gone after it disconnects",
+        act=_never_read,
+    ),
+    Row(
+        name="inference-database-restarted",
+        fault="PostgreSQL is killed and restarted during an answer",
+        also="the client reads the same answer to its end",
+        act=_database_restarted,
+        databases=POSTGRESQL,
+    ),
+)
