@@ -29,21 +29,49 @@ export function query(entries) {
   return pairs.length ? `?${new URLSearchParams(pairs)}` : "";
 }
 
+/** Streams a chat completion, and calls `onText` with each piece of the answer. `signal` ends it. */
+export async function streamAnswer(body, onText, signal) {
+  const response = await begin("POST", "/v1/chat/completions", { ...body, stream: true }, signal);
+  if (!response.ok) throw failure(response, await response.json().catch(() => null));
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    const lines = (rest + (value || "")).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      if (!line.startsWith("data: ")) continue;
+      const { error, choices } = JSON.parse(line.slice(6));
+      if (error) throw new ApiError(response.status, error);
+      for (const { delta } of choices) if (delta.content) onText(delta.content);
+    }
+    if (done) throw new ApiError(0, { message: "The service ended the answer early.", remedy: "Send the question again." });
+  }
+}
+
 /** `body` is an object to send as JSON, or a FormData with a file, whose content type the browser sets. */
 async function request(method, path, body) {
+  const response = await begin(method, path, body);
+  const parsed = await response.json().catch(() => null);
+  if (!response.ok) throw failure(response, parsed);
+  if (method === "GET") signedIn.set(true);
+  return parsed;
+}
+
+function begin(method, path, body, signal) {
   const headers = { Accept: "application/json" };
   if (method !== "GET") headers["X-Lorry-Csrf"] = "1";
   const isJson = body !== undefined && !(body instanceof FormData);
   if (isJson) headers["Content-Type"] = "application/json";
-  const response = await reach(path, { method, headers, body: isJson ? JSON.stringify(body) : body });
-  const parsed = await response.json().catch(() => null);
-  if (response.ok) {
-    if (method === "GET") signedIn.set(true);
-    return parsed;
-  }
+  return reach(path, { method, headers, body: isJson ? JSON.stringify(body) : body, signal });
+}
+
+/** The error of a response that is not ok. */
+function failure(response, parsed) {
   // An invalid sign-in link does not mean that the session has ended.
   if (response.status === 401 && parsed?.error?.code !== "invalid_sign_in_link") signedIn.set(false);
-  throw new ApiError(response.status, parsed?.error ?? unreadable(response));
+  return new ApiError(response.status, parsed?.error ?? unreadable(response));
 }
 
 async function reach(path, options) {

@@ -167,7 +167,7 @@ class InferenceSession:
         """Stop answering the requests of API processes that no longer receive answers.
 
         An API process that still runs releases them when it loses the connection. Otherwise their leases expire, and
-        after MAX_CLAIMS they are deleted, because nobody waits for them.
+        after MAX_CLAIMS they are deleted, because no client waits for them.
         """
         dropped = [claimed for claimed in self._open.values() if claimed.reply_to in addresses]
         self._stop({claimed.request_id for claimed in dropped}, inbox)
