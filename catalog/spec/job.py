@@ -26,7 +26,7 @@ from catalog.spec.methods import (
     resolve_preference,
     resolve_supervised,
 )
-from catalog.spec.strict import WITHOUT_NUL, Auto, Label, Strict
+from catalog.spec.strict import WITHOUT_NUL, Auto, Strict, Suffix
 from catalog.spec.training import (
     BASE_LEARNING_RATE,
     EarlyStopping,
@@ -91,7 +91,10 @@ class JobRequest(Strict):
     hyperparameters: Hyperparameters | None = Field(
         default=None, description="Deprecated by OpenAI. Use the hyperparameters of `method` instead."
     )
-    suffix: Label | None = Field(default=None, description="Part of the adapter's name.")
+    suffix: Suffix | None = Field(
+        default=None,
+        description="Part of the adapter's name. Characters other than letters, digits, `.`, `_` and `-` become `-`.",
+    )
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(
         default=None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Auto = Literal["auto"]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
@@ -16,8 +17,23 @@ LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 LABEL = re.compile(LABEL_PATTERN.replace("$", r"\Z"))
 MAX_LABEL_CHARS = 64
 Label = Annotated[str, StringConstraints(pattern=LABEL_PATTERN)]
+Suffix = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=MAX_LABEL_CHARS),
+    AfterValidator(lambda text: as_label(text) or None),
+]
+"""Any text, as at OpenAI. None if no character of it can be part of a name."""
 EXACT = 2**53
 """Floats represent all whole numbers up to this value exactly."""
+
+
+def as_label(text: str) -> str:
+    """Return the text as part of a name: without accents, and with `-` for other characters that a name can't have.
+
+    Returns "" if no letter or digit is left.
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-").rstrip("-")
 
 
 def label_fault(name: str) -> str:

@@ -85,7 +85,10 @@ def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Sign
     whole = _answer(site)  # in the precision of the job, which has loaded the base model
     with _streaming(site) as pieces:
         begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
-        (site.trainer_of(worker) if of_trainer else worker).send_signal(number)
+        if number == signal.SIGSTOP:
+            site.stop_between_writes(worker)
+        else:
+            (site.trainer_of(worker) if of_trainer else worker).send_signal(number)
         if not of_trainer:
             site.start_worker()
         text = "".join([*begun, *pieces])
