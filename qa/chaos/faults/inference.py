@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from catalog.states import JobState
 from catalog.tables.inference import InferenceRequest
 from qa.chaos.scenario import POSTGRESQL, Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
@@ -80,11 +81,12 @@ def _num_open(site: FaultSite) -> int:
 def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Signals) -> str:
     """Send a signal to the worker or its trainer during an answer. The client reads the same answer to its end."""
     _, worker = _begin(site)
-    job_id = site.submit_small(max_steps=300)
+    job_id = site.submit_small(max_steps=800, checkpoint_every_steps=100)
     site.wait_for_step(1, job_id)
     whole = _answer(site)  # in the precision of the job, which has loaded the base model
     with _streaming(site) as pieces:
         begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
+        assert site.job(job_id).state == JobState.RUNNING, "the job ended before the fault"
         if number == signal.SIGSTOP:
             site.stop_between_writes(worker)
         else:
