@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.errors import handlers
+from api.inference.batch_loop import BatchRunner
 from api.inference.replies import Replies
 from api.maintenance_loop import LOOPS, PERIODIC_TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
 from api.middleware.http import HostPolicy, host_policy
@@ -25,6 +26,7 @@ from api.routes import (
     adapters,
     api_keys,
     audit_events,
+    batches,
     files,
     fleet,
     health,
@@ -136,6 +138,7 @@ def create_app(
         adapters,
         permissions,
         inference,
+        batches,
         fleet,
         organizations,
         projects,
@@ -161,14 +164,16 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     derived_keys.retire(db, pepper)
     telemetry.count_long_writes(lambda: db.num_long_writes)
     sender = WebhookSender(api_settings.webhook_rules())
+    store, notifier = open_store(settings), open_notifier(settings)
+    replies = Replies(db, settings, address=api_settings.reply_address)
     return Services(
         settings=settings,
         api_settings=api_settings,
         db=db,
-        store=open_store(settings),
+        store=store,
         read_audit=ReadAudit(db),
         downloads=Downloads(),
-        notifier=open_notifier(settings),
+        notifier=notifier,
         key_checks=KeyChecks(),
         slow_work=SlowWork(),
         pepper=pepper,
@@ -179,7 +184,8 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         telemetry=telemetry,
         webhooks=sender,
         deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),
-        replies=Replies(db, settings, address=api_settings.reply_address),
+        replies=replies,
+        batches=BatchRunner(db, store, settings, replies=replies, notifier=notifier),
     )
 
 
@@ -199,6 +205,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         partial(keep_anchored, services),
         partial(keep_clean, services),
         services.deliverer.run,
+        services.batches.run,
     )
     await services.replies.start()
     named = zip(LOOPS, runs, strict=True)

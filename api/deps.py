@@ -19,6 +19,7 @@ from catalog.settings import Settings
 from catalog.storage.store import ArtifactStore
 
 if TYPE_CHECKING:
+    from api.inference.batch_loop import BatchRunner
     from api.inference.replies import Replies
     from api.rate_limits.limits import Limits
     from api.streaming.hub import Feed
@@ -50,6 +51,7 @@ class Services:
     webhooks: WebhookSender
     deliverer: WebhookDeliverer
     replies: Replies
+    batches: BatchRunner
 
 
 async def services_of(request: Request) -> Services:

@@ -32,7 +32,7 @@ ANCHOR_SECONDS = 3600.0
 """Interval of the checks that today's anchor of the audit chain exists."""
 SEALED_AT_MOST = 10_000
 """Maximum number of events sealed in one run, so that an upgrade that clears all seals does not delay other tasks."""
-LOOPS = ("streams", "periodic_tasks", "sweeps", "anchors", "garbage_collection", "webhooks")
+LOOPS = ("streams", "periodic_tasks", "sweeps", "anchors", "garbage_collection", "webhooks", "batches")
 """Names of the long-running background tasks, under which their restarts are counted."""
 Run = Callable[[], Awaitable[None]]
 PERIODIC_TASKS = (

@@ -88,23 +88,31 @@ class PartialAnswer:
 
 
 async def deltas_of(
-    reply: Reply, answer: PartialAnswer, *, gone: asyncio.Event, why_unanswered: Callable[[], LorryError]
+    reply: Reply,
+    answer: PartialAnswer,
+    *,
+    gone: asyncio.Event,
+    why_unanswered: Callable[[], LorryError],
+    wait_seconds: float | None = None,
 ) -> AsyncGenerator[Delta]:
     """Yield what each event adds, until the answer is complete.
 
-    Raises LorryError if the request can't be answered, and ClientGone if the client is gone.
+    wait_seconds: how long the request may wait for a worker and for further events; None: MAX_SECONDS and
+    SILENT_SECONDS. Raises LorryError if the request can't be answered, and ClientGone if the client is gone.
     """
     events = reply.events()
     loop = asyncio.get_running_loop()
-    expires_at = loop.time() + MAX_SECONDS
+    silent_seconds = SILENT_SECONDS if wait_seconds is None else wait_seconds
+    wait_seconds = MAX_SECONDS if wait_seconds is None else wait_seconds
+    expires_at = loop.time() + wait_seconds
     while True:
-        seconds = SILENT_SECONDS if answer.has_begun else expires_at - loop.time()
+        seconds = silent_seconds if answer.has_begun else expires_at - loop.time()
         event = await _next(events, gone, seconds)
         if event is None:
             raise await asyncio.to_thread(why_unanswered) if not answer.has_begun else _silent()
         if event["type"] == "restarted":
             answer.restart()
-            expires_at = loop.time() + MAX_SECONDS
+            expires_at = loop.time() + wait_seconds
         elif event["type"] == "answering":
             answer.has_begun, answer.prompt_tokens = True, int(event["prompt_tokens"])
         elif event["type"] == "generated":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -18,8 +16,9 @@ from api.auth.authentication import Signed
 from api.deps import Services, Use
 from api.errors.handlers import refusal
 from api.inference.answer import ClientGone, Delta, PartialAnswer, deltas_of
+from api.inference.calls import chat_call, text_call
 from api.inference.replies import Reply
-from api.inference.responses import DONE, ChatFormat, TextFormat, chunks, error_message, head_of, whole
+from api.inference.responses import DONE, ChatFormat, TextFormat, chunks, error_message, whole
 from api.rate_limits.threads import run_route
 from api.routes import SIGNED, errors
 from api.routing import Router
@@ -31,16 +30,11 @@ from api.schemas.inference import (
     SamplingRequest,
 )
 from api.streaming.sse import HEADERS
-from catalog.datasets.messages import check_messages
-from catalog.datasets.row_json import BadRow
-from catalog.datasets.tools import check_tools
-from catalog.errors import InvalidRequest, LorryError
+from catalog.errors import LorryError
 from catalog.inference import requests
 from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1", tags=["inference"], responses=SIGNED)
-DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's default for /v1/completions."""
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its chunks."}
 }
@@ -59,26 +53,10 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     With tools, a streamed answer is sent once it is complete, because only then its calls are known. Requires the scope
     `models:answer`.
     """
-    offers_tools = bool(body.tools) and body.tool_choice != "none"
-    prompt: dict[str, Any] = {"messages": _messages(body)}
-    if offers_tools:
-        prompt["tools"] = _tools(body)
-    names = frozenset(tool["function"]["name"] for tool in prompt.get("tools", ()))
-    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    if body.top_logprobs and not body.logprobs:
-        raise InvalidRequest(
-            "top_logprobs is set, but logprobs is not true.",
-            code="invalid_value",
-            remedy="Set logprobs to true, or omit top_logprobs.",
-            param="top_logprobs",
-        )
-    limit = body.max_completion_tokens or body.max_tokens
+    call = chat_call(body)
     model = await run_route(caller.project_id, partial(requests.resolve, use.db, caller=caller, name=body.model))
-    head = head_of("chatcmpl", model=model.name, base_digest=model.base_digest)
-    form = ChatFormat(head, tools=names, with_logprobs=bool(body.logprobs))
-    parameters = _parameters(body, prompt, max_tokens=limit, num_logprobs=num_logprobs)
-    exchange = _Exchange(use, caller, request, model, parameters)
-    return await _respond(exchange, form, body, n=body.n)
+    exchange = _Exchange(use, caller, request, model, call.parameters)
+    return await _respond(exchange, call.form(model), body, n=call.num_choices)
 
 
 @router.post(
@@ -89,53 +67,10 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 )
 async def create_completion(body: CompletionRequest, request: Request, use: Use, caller: Signed) -> Response:
     """Continue a text, or up to 16 texts, without a chat template. Requires the scope `models:answer`."""
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    call = text_call(body)
     model = await run_route(caller.project_id, partial(requests.resolve, use.db, caller=caller, name=body.model))
-    head = head_of("cmpl", model=model.name, base_digest=model.base_digest)
-    form = TextFormat(head, with_logprobs=body.logprobs is not None)
-    limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-    parameters = _parameters(body, {"prompts": prompts}, max_tokens=limit, num_logprobs=body.logprobs)
-    exchange = _Exchange(use, caller, request, model, parameters)
-    return await _respond(exchange, form, body, n=body.n * len(prompts))
-
-
-def _messages(body: ChatCompletionRequest) -> list[Any]:
-    try:
-        return list(check_messages("messages", json.loads(json.dumps(body.messages)), remedy="Use a list of messages."))
-    except BadRow as error:
-        raise _bad_field(error, "messages") from error
-
-
-def _tools(body: ChatCompletionRequest) -> list[dict[str, Any]]:
-    try:
-        return check_tools("tools", body.tools)
-    except BadRow as error:
-        raise _bad_field(error, "tools") from error
-
-
-def _bad_field(error: BadRow, param: str) -> InvalidRequest:
-    reason = error.reason[:1].upper() + error.reason[1:]
-    return InvalidRequest(f"{reason}.", code=error.code, remedy=error.remedy, param=param)
-
-
-def _parameters(
-    body: SamplingRequest, prompt: dict[str, Any], *, max_tokens: int | None, num_logprobs: int | None
-) -> dict[str, Any]:
-    """Return the request for a worker, with all defaults."""
-    stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
-    return {
-        **prompt,
-        "model": body.model,
-        "max_tokens": max_tokens,
-        "n": body.n,
-        "stop": stops,
-        "seed": secrets.randbelow(2**62) if body.seed is None else body.seed,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "presence_penalty": body.presence_penalty or 0.0,
-        "frequency_penalty": body.frequency_penalty or 0.0,
-        "num_logprobs": num_logprobs,
-    }
+    exchange = _Exchange(use, caller, request, model, call.parameters)
+    return await _respond(exchange, call.form(model), body, n=call.num_choices)
 
 
 class _Exchange:

@@ -126,6 +126,9 @@ class ProjectLimits(Strict):
     plans_per_day: int | None = Field(
         default=None, ge=0, le=MOST, description="Plans created per day (UTC). 500 for a new project."
     )
+    tokens_per_day: int | None = Field(
+        default=None, ge=0, le=MOST, description="Tokens of prompts and answers of inference requests per day (UTC)."
+    )
     highest_priority: Priority = Field(
         default="normal",
         description="Highest priority of the project's jobs. The limits of its keys apply too.",

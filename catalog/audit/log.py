@@ -53,6 +53,8 @@ AuditType = Literal[
     "job.held",
     "job.released",
     "job.moved",
+    "batch.created",
+    "batch.cancelled",
     "adapter.deleted",
     "adapter.downloaded",
     "webhook_endpoint.created",

@@ -20,6 +20,8 @@ MAX_BASES = 16
 """Maximum number of base models that a worker considers for loading at once."""
 MAX_CLAIMS = 3
 """Workers that may fail to answer a request before it fails: it may be the cause."""
+IS_BATCH = case((InferenceRequest.batch_id.is_(None), 0), else_=1)
+"""In a query: 1 for a request of a batch, else 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,8 @@ class InferenceClaim:
     reply_to: str
     is_last: bool
     """If this worker can't answer either, the request fails."""
+    is_batch: bool
+    """It belongs to a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,20 +49,26 @@ class WantedBase:
     pack_key: str
 
 
-def claim(db: Database, *, worker_id: str, pack_key: str, limit: int, lease_seconds: float) -> list[InferenceClaim]:
+def claim(
+    db: Database, *, worker_id: str, pack_key: str, limit: int, batch_limit: int | None = None, lease_seconds: float
+) -> list[InferenceClaim]:
     """Claim up to `limit` requests that a trainer with this pack key can answer.
 
-    The projects take turns, so that no project's requests wait behind all those of another.
+    batch_limit: how many of them may belong to batches. Those are claimed after all others. Among the others, and among
+    those of batches, the projects take turns, so that no project's requests wait behind all those of another.
     """
+    batch_limit = limit if batch_limit is None else min(batch_limit, limit)
     with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
-        if session.scalar(_free(now=read_clock(session)).where(InferenceRequest.pack_key == pack_key).limit(1)) is None:
+        waiting = _free(now=read_clock(session)).where(InferenceRequest.pack_key == pack_key)
+        waiting = waiting.where(InferenceRequest.batch_id.is_(None)) if batch_limit <= 0 else waiting
+        if session.scalar(waiting.limit(1)) is None:
             return []
     with db.write() as session:
         now = read_clock(session)
         worker = session.get(Worker, worker_id)
         if worker is not None and worker.takes_nothing_new:
             return []
-        ids = _in_turns(session, pack_key, limit, now=now)
+        ids = _in_turns(session, pack_key, limit, batch_limit, now=now)
         rows = {row.id: row for row in session.scalars(skip_locked(_rows(ids, now=now)))}
         return [_claim(rows[ident], now=now, lease_seconds=lease_seconds) for ident in ids if ident in rows]
 
@@ -98,7 +108,10 @@ def discard(db: Database, claim_ids: Sequence[str]) -> None:
 
 
 def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
-    """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first."""
+    """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first.
+
+    Base models that only batches wait for are last.
+    """
     with db.read() as session:
         now = read_clock(session)
         worker = session.get(Worker, worker_id)
@@ -115,7 +128,7 @@ def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
                 InferenceRequest.pack_key, func.min(InferenceRequest.base_model), func.min(InferenceRequest.base_digest)
             )
             .group_by(InferenceRequest.pack_key)
-            .order_by(func.min(InferenceRequest.created_at))
+            .order_by(func.min(IS_BATCH), func.min(InferenceRequest.created_at))
         )
         return [
             WantedBase(base_model=name, base_digest=digest, pack_key=key)
@@ -131,20 +144,23 @@ def _rows(ids: Sequence[str], *, now: float) -> Select[InferenceRequest]:
     return _free(now=now).where(InferenceRequest.id.in_(ids))
 
 
-def _in_turns(session: Session, pack_key: str, limit: int, *, now: float) -> list[str]:
+def _in_turns(session: Session, pack_key: str, limit: int, batch_limit: int, *, now: float) -> list[str]:
     """Return the ids of the first requests: the oldest of each project, then the second of each, and so on. Requests
-    that are being answered count as the first ones of their project."""
+    that are being answered count as the first ones of their project. Requests of batches are last."""
     is_free = case((lease.is_free(InferenceRequest, now=now), 1), else_=0)
     turn = func.row_number().over(
-        partition_by=InferenceRequest.project_id, order_by=(is_free, InferenceRequest.created_at, InferenceRequest.id)
+        partition_by=(InferenceRequest.project_id, IS_BATCH),
+        order_by=(is_free, InferenceRequest.created_at, InferenceRequest.id),
     )
-    ranked = (
-        select(InferenceRequest.id, InferenceRequest.created_at, is_free.label("is_free"), turn.label("turn"))
-        .where(InferenceRequest.pack_key == pack_key, InferenceRequest.expires_at > now)
-        .subquery()
-    )
+    columns = (InferenceRequest.id, InferenceRequest.created_at, is_free.label("is_free"), IS_BATCH.label("is_batch"))
+    of_trainer = (InferenceRequest.pack_key == pack_key, InferenceRequest.expires_at > now)
+    ranked = select(*columns, turn.label("turn")).where(*of_trainer).subquery()
     first = select(ranked.c.id).where(ranked.c.is_free == 1).order_by(ranked.c.turn, ranked.c.created_at)
-    return list(session.scalars(first.limit(limit)))
+    interactive = list(session.scalars(first.where(ranked.c.is_batch == 0).limit(limit)))
+    num_of_batches = min(batch_limit, limit - len(interactive))
+    if num_of_batches <= 0:
+        return interactive
+    return interactive + list(session.scalars(first.where(ranked.c.is_batch == 1).limit(num_of_batches)))
 
 
 def _claim(row: InferenceRequest, *, now: float, lease_seconds: float) -> InferenceClaim:
@@ -156,4 +172,5 @@ def _claim(row: InferenceRequest, *, now: float, lease_seconds: float) -> Infere
         body=row.body,
         reply_to=row.reply_to,
         is_last=row.num_claims >= MAX_CLAIMS,
+        is_batch=row.batch_id is not None,
     )

@@ -20,7 +20,7 @@ from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json, new_id
-from catalog.usage import ledger
+from catalog.usage import ledger, quotas
 
 MAX_SECONDS = 600.0
 """How long a request may wait for a worker. OpenAI's clients wait as long for a response."""
@@ -53,14 +53,19 @@ def resolve(db: Database, *, caller: Caller, name: str) -> Model:
 
     Raises NotFound, NoLongerKept, and Conflict for a base model that is not ready or has changed.
     """
+    return resolve_for(db, project_id=caller.project_id, name=name)
+
+
+def resolve_for(db: Database, *, project_id: str, name: str) -> Model:
+    """Return the model that `resolve` returns for a caller of this project."""
     with db.read() as session:
         if name.startswith("ft:"):
-            return _adapter(session, caller, name)
+            return _adapter(session, project_id, name)
         return _base(session, name)
 
 
-def _adapter(session: Session, caller: Caller, name: str) -> Model:
-    adapter = adapters.find(session, caller.project_id, name, param="model")
+def _adapter(session: Session, project_id: str, name: str) -> Model:
+    adapter = adapters.find(session, project_id, name, param="model")
     job = session.get_one(Job, adapter.job_id)
     base = session.get(BaseModelRow, adapter.base_model)
     if base is None or base.state == "deleted" or base.digest != adapter.base_digest:
@@ -102,7 +107,8 @@ def _base(session: Session, name: str) -> Model:
 def submit(
     db: Database, *, caller: Caller, model: Model, body: Json, reply_to: str, max_open: int = MAX_OPEN
 ) -> InferenceRequest:
-    """Create a request. Raises NoWorker if no worker is running, and RateLimited if the project has too many."""
+    """Create a request. Raises NoWorker if no worker is running, RateLimited if the project has too many, and
+    QuotaExceeded."""
     with db.write() as session:
         now = read_clock(session)
         if not _has_worker(session, now=now):
@@ -111,8 +117,8 @@ def submit(
                 code="no_worker",
                 remedy="Ask an operator to start a worker, for example with `lorry worker`. Then retry.",
             )
-        own = select(func.count()).where(InferenceRequest.project_id == caller.project_id)
-        if (session.scalar(own) or 0) >= max_open:
+        own = (InferenceRequest.project_id == caller.project_id, InferenceRequest.batch_id.is_(None))
+        if (session.scalar(select(func.count()).where(*own)) or 0) >= max_open:
             raise RateLimited(
                 f"The project has {max_open} open inference requests, which is the maximum.",
                 code="too_many_inference_requests",
@@ -120,20 +126,28 @@ def submit(
                 retry_after_seconds=1,
                 headers={},
             )
-        request = InferenceRequest(
-            id=new_id("infer"),
-            project_id=caller.project_id,
-            created_at=now,
-            expires_at=now + MAX_SECONDS,
-            base_model=model.base_model,
-            base_digest=model.base_digest,
-            pack_key=model.pack_key,
-            adapter=model.adapter,
-            body=body,
-            reply_to=reply_to,
-        )
+        quotas.check_tokens(session, caller.project_id, now=now)
+        request = new_request(caller.project_id, model, body, reply_to, now=now, expires_at=now + MAX_SECONDS)
         session.add(request)
         return request
+
+
+def new_request(
+    project_id: str, model: Model, body: Json, reply_to: str, *, now: float, expires_at: float
+) -> InferenceRequest:
+    """Return the row of a request, which is not stored yet."""
+    return InferenceRequest(
+        id=new_id("infer"),
+        project_id=project_id,
+        created_at=now,
+        expires_at=expires_at,
+        base_model=model.base_model,
+        base_digest=model.base_digest,
+        pack_key=model.pack_key,
+        adapter=model.adapter,
+        body=body,
+        reply_to=reply_to,
+    )
 
 
 def _has_worker(session: Session, *, now: float) -> bool:
@@ -162,13 +176,18 @@ def release(db: Database, request_id: str, claim_id: str) -> None:
 def finish(db: Database, request_id: str, *, prompt_tokens: int, completion_tokens: int) -> None:
     """Delete a request, and count its tokens. Both are 0 if no worker has begun to answer it."""
     with db.write() as session:
-        row = session.get(InferenceRequest, request_id, with_for_update=True)
-        if row is None:
-            return
-        if prompt_tokens:
-            counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-            ledger.add_completion(session, row, **counts, now=read_clock(session))
-        session.delete(row)
+        finish_in(session, request_id, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+
+def finish_in(session: Session, request_id: str, *, prompt_tokens: int, completion_tokens: int) -> None:
+    """Do what `finish` does in the caller's transaction."""
+    row = session.get(InferenceRequest, request_id, with_for_update=True)
+    if row is None:
+        return
+    if prompt_tokens:
+        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        ledger.add_completion(session, row, **counts, now=read_clock(session))
+    session.delete(row)
 
 
 def remove_expired(db: Database) -> int:

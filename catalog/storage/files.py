@@ -24,6 +24,7 @@ from catalog.settings import Settings
 from catalog.states import UNFINISHED_STATES
 from catalog.storage import quota
 from catalog.storage.store import ArtifactStore, Blob
+from catalog.tables.batches import Batch
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.sweeps import Sweep
@@ -33,7 +34,11 @@ from catalog.usage import ledger
 DATASET = "fine-tune"
 """Purpose of training and validation files. Only these are checked, and jobs can use only these."""
 USER_DATA = "user_data"
-PURPOSES = (DATASET, USER_DATA)
+BATCH = "batch"
+"""Purpose of the input files of batches, which are checked when a batch begins."""
+BATCH_OUTPUT = "batch_output"
+"""Purpose of the output files of batches, which only the service creates."""
+PURPOSES = (DATASET, USER_DATA, BATCH)
 """Purposes that can be uploaded, a subset of those that OpenAI's client knows in responses."""
 SHORT_BYTES = 2**16
 """Data sets up to this size are checked in this process, which takes some hundredths of a second."""
@@ -175,7 +180,7 @@ def list_page(
 
 
 def delete(db: Database, *, project_id: str, file_id: str, is_client_retry: bool = False) -> File:
-    """Hide the file. Raises Conflict while an unfinished job or sweep uses it.
+    """Hide the file. Raises Conflict while an unfinished job, sweep or batch uses it.
 
     Its row stays, because records of the jobs that used it refer to it. is_client_retry: the client repeats a request
     that had no reply; a file that is deleted already is then returned.
@@ -209,15 +214,17 @@ def find(session: Session, *, project_id: str, file_id: str, lock: bool = False,
 
 
 def is_visible(now: float) -> ColumnElement[bool]:
-    """In a query: the file is not deleted, and it has not expired or an unfinished job or sweep uses it."""
+    """In a query: the file is not deleted, and it has not expired or unfinished work uses it (`is_read`)."""
     return and_(File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > now, is_read()))
 
 
 def is_read() -> ColumnElement[bool]:
-    """In a query: an unfinished job uses the file, or a sweep uses it that has trials left to create."""
+    """In a query: an unfinished job or batch uses the file, or a sweep uses it that has trials left to create."""
     unfinished = select(Job.id).where(Job.state.in_(UNFINISHED_STATES))  # few, found by an index
     trains, checks = unfinished.where(Job.training_file == File.id), unfinished.where(Job.validation_file == File.id)
-    return or_(trains.exists(), checks.exists(), select(Sweep.id).where(_makes_trials(), _of_sweep(File.id)).exists())
+    batches = select(Batch.id).where(Batch.finished_at.is_(None), Batch.input_file == File.id)
+    sweeps = select(Sweep.id).where(_makes_trials(), _of_sweep(File.id))
+    return or_(trains.exists(), checks.exists(), sweeps.exists(), batches.exists())
 
 
 def _makes_trials() -> ColumnElement[bool]:
@@ -229,12 +236,15 @@ def _of_sweep(file_id: str | InstrumentedAttribute[str]) -> ColumnElement[bool]:
 
 
 def _users(session: Session, file_id: str) -> list[str]:
-    """Return what uses the file: the first unfinished sweeps and jobs, at most one more than an error names."""
+    """Return what uses the file: the first unfinished sweeps, jobs and batches of an error, and one more of each."""
     of_file = or_(Job.training_file == file_id, Job.validation_file == file_id)
     jobs = select(Job.id).where(of_file, Job.state.in_(UNFINISHED_STATES)).order_by(Job.created_at, Job.id)
     sweeps = select(Sweep.id).where(_makes_trials(), _of_sweep(file_id)).order_by(Sweep.created_at, Sweep.id)
+    of_batches = (Batch.input_file == file_id, Batch.finished_at.is_(None))
+    batches = select(Batch.id).where(*of_batches).order_by(Batch.created_at, Batch.id)
     found = [f"sweep {ident}" for ident in session.scalars(sweeps.limit(NUM_NAMED + 1))]
-    return found + [f"job {ident}" for ident in session.scalars(jobs.limit(NUM_NAMED + 1))]
+    found += [f"job {ident}" for ident in session.scalars(jobs.limit(NUM_NAMED + 1))]
+    return found + [f"batch {ident}" for ident in session.scalars(batches.limit(NUM_NAMED + 1))]
 
 
 def _in_use(file_id: str, users: Sequence[str]) -> Conflict:
@@ -269,7 +279,8 @@ def check_purpose(purpose: str) -> None:
         raise InvalidRequest(
             f"Files can't be uploaded with the purpose {purpose[:40]!a}.",
             code="invalid_purpose",
-            remedy=f"Set 'purpose' to {DATASET!r} for training and validation data, or {USER_DATA!r} for other files.",
+            remedy=f"Set 'purpose' to {DATASET!r} for training and validation data, {BATCH!r} for the requests of a "
+            f"batch, or {USER_DATA!r} for other files.",
             param="purpose",
         )
 

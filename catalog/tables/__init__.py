@@ -3,10 +3,24 @@
 The imports register all tables, whichever of them a caller imports. `alembic check` compares them with migrations/.
 """
 
-from catalog.tables import audit, fleet, history, inference, jobs, plans, storage, sweeps, tenancy, usage, webhooks
+from catalog.tables import (
+    audit,
+    batches,
+    fleet,
+    history,
+    inference,
+    jobs,
+    plans,
+    storage,
+    sweeps,
+    tenancy,
+    usage,
+    webhooks,
+)
 
 __all__ = [
     "audit",
+    "batches",
     "fleet",
     "history",
     "inference",

@@ -1,4 +1,4 @@
-"""Inference requests that a client waits for."""
+"""Inference requests that wait for an answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from catalog.tables.table import Json, Leased, Table
 
 class InferenceRequest(Leased, Table):
     """A request for completions. It is leased to the worker that answers it. The generated tokens are not stored: the
-    worker sends them to the API process that holds the client's connection, and that process deletes the row."""
+    worker sends them to the API process that holds the client's connection, and that process deletes the row. For a
+    batch, the API process that works on it takes the place of the client."""
 
     __tablename__ = "inference_requests"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -28,10 +29,13 @@ class InferenceRequest(Leased, Table):
     """The parameters, with all defaults."""
     reply_to: Mapped[str]
     """HOST:PORT on which the API process receives the answer."""
+    batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"))
+    """The batch that it belongs to. Requests of batches have a lower priority. None: a client waits for the answer."""
     num_claims: Mapped[int] = mapped_column(default=0)
     """Workers that have begun to answer it."""
     __table_args__ = (
         Index(None, "pack_key", "created_at"),
         Index(None, "project_id", "created_at"),
+        Index(None, "batch_id"),
         Index(None, "expires_at"),
     )

@@ -68,6 +68,8 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "audit_events": Rights(insert=AUDIT_CONTENT),
     "audit_head": NONE,
     "base_models": Rights(select=True, update=("state", "digest", "manifest", "description", "error", *LEASE)),
+    "batch_lines": NONE,
+    "batches": NONE,
     "checkpoints": KEEP,
     "events": APPEND,
     "file_overlaps": KEEP,

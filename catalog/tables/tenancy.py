@@ -38,12 +38,13 @@ class Project(Table):
     highest_priority: Mapped[int] = mapped_column(Integer, default=1, server_default="1")
     """Number of the highest `PriorityClass` that its jobs may have; 0 is the highest class."""
     max_concurrent_jobs: Mapped[int | None]
-    """This and the next five: quotas, see catalog/usage/quotas.py. None: no limit."""
+    """This and the next six: quotas, see catalog/usage/quotas.py. None: no limit."""
     max_queued_jobs: Mapped[int | None]
     max_jobs_per_day: Mapped[int | None]
     max_device_hours_per_month: Mapped[float | None]
     max_stored_bytes: Mapped[int | None]
     max_plans_per_day: Mapped[int | None] = mapped_column(default=PLANS_PER_DAY, server_default=str(PLANS_PER_DAY))
+    max_tokens_per_day: Mapped[int | None]
     preparing_at: Mapped[float | None]
     """When a worker last claimed files of one of its jobs to prepare them. The project that waited longest is next."""
     class_prepared_at: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))

@@ -6,6 +6,7 @@ Where each quota applies:
 - Jobs stay in the queue while their project has too many running jobs or no device-hours left this month.
 - An upload, and a job or plan whose files a worker has to prepare, is rejected for too many stored bytes.
 - A plan is rejected for too many plans per day.
+- An inference request is rejected for too many tokens per day. Requests of batches wait until the next day.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ from catalog.usage import ledger
 from catalog.usage.ledger import DAY_SECONDS
 
 Limit = Literal[
-    "concurrent_jobs", "queued_jobs", "jobs_per_day", "device_hours_per_month", "stored_bytes", "plans_per_day"
+    "concurrent_jobs",
+    "queued_jobs",
+    "jobs_per_day",
+    "device_hours_per_month",
+    "stored_bytes",
+    "plans_per_day",
+    "tokens_per_day",
 ]
 COLUMNS: dict[Limit, str] = {
     "concurrent_jobs": "max_concurrent_jobs",
@@ -43,6 +50,7 @@ COLUMNS: dict[Limit, str] = {
     "device_hours_per_month": "max_device_hours_per_month",
     "stored_bytes": "max_stored_bytes",
     "plans_per_day": "max_plans_per_day",
+    "tokens_per_day": "max_tokens_per_day",
 }
 SAID: dict[Limit, tuple[str, str]] = {
     "concurrent_jobs": ("concurrent job", "concurrent jobs"),
@@ -51,6 +59,7 @@ SAID: dict[Limit, tuple[str, str]] = {
     "device_hours_per_month": ("device-hour per month", "device-hours per month"),
     "stored_bytes": ("stored byte", "stored bytes"),
     "plans_per_day": ("plan per day", "plans per day"),
+    "tokens_per_day": ("inference token per day", "inference tokens per day"),
 }
 """Names of the limited amounts, in the singular and the plural."""
 OPTIONS: dict[Limit, str] = {
@@ -60,6 +69,7 @@ OPTIONS: dict[Limit, str] = {
     "device_hours_per_month": "--limit-device-hours",
     "stored_bytes": "--limit-stored-bytes",
     "plans_per_day": "--limit-plans-per-day",
+    "tokens_per_day": "--limit-tokens-per-day",
 }
 """Options of `lorry projects update`."""
 REMEDIES: dict[Limit, str] = {
@@ -69,6 +79,7 @@ REMEDIES: dict[Limit, str] = {
     "device_hours_per_month": "Submit the job after the usage resets.",
     "stored_bytes": "Delete files or adapters that you no longer need.",
     "plans_per_day": "Create the plan after the usage resets.",
+    "tokens_per_day": "Send the request after the usage resets.",
 }
 NEEDING = "this request needs"
 PREPARE_LESS = "Use smaller files, or cancel jobs and delete plans whose files still have to be prepared."
@@ -163,6 +174,18 @@ def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: floa
         status = replace(status, used=session.scalar(select(func.count()).where(*of_key)) or 0)
     if status.is_reached:
         raise exceeded(project, status, now=now, key_id=None if is_computed else caller.api_key_id)
+
+
+def check_tokens(session: Session, project_id: str, *, now: float) -> None:
+    """Check that the project may send an inference request. Raises QuotaExceeded.
+
+    Tokens count when a request has been answered, so requests that run at the same time may exceed the quota.
+    """
+    project = project_of(session, project_id)
+    if project.max_tokens_per_day is not None:
+        status = status_of(session, project, "tokens_per_day", now=now)
+        if status.is_reached:
+            raise exceeded(project, status, now=now)
 
 
 def check_resumption(session: Session, project_id: str, *, now: float) -> None:
@@ -339,6 +362,13 @@ def status_of(session: Session, project: Project, name: Limit, *, now: float) ->
                 ledger.total(session, project.id, "num_plans", first_day=today),
                 (today + 1) * DAY_SECONDS,
             )
+        case "tokens_per_day":
+            today = ledger.day_of(now)
+            read, written = (
+                ledger.total(session, project.id, name, first_day=today)
+                for name in ("prompt_tokens", "completion_tokens")
+            )
+            used, resets_at = read + written, (today + 1) * DAY_SECONDS
         case "device_hours_per_month":
             used, resets_at = ledger.month_seconds(session, project.id, now=now) / 3600, ledger.next_month(now)
         case "stored_bytes":

@@ -124,6 +124,7 @@ class Projects:
         device_hours_per_month: float | Literal["none"] | None = None,
         stored_bytes: int | Literal["none"] | None = None,
         plans_per_day: int | Literal["none"] | None = None,
+        tokens_per_day: int | Literal["none"] | None = None,
         highest_priority: Priority | None = None,
     ) -> dict[str, ProjectLimit]:
         """Set quotas. None: unchanged; "none": no limit. `highest_priority`: of its jobs, shown by `get`. Requires an
@@ -135,6 +136,7 @@ class Projects:
             "device_hours_per_month": device_hours_per_month,
             "stored_bytes": stored_bytes,
             "plans_per_day": plans_per_day,
+            "tokens_per_day": tokens_per_day,
             "highest_priority": highest_priority,
         }
         body = {name: None if value == "none" else value for name, value in limits.items() if value is not None}

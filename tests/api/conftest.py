@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from api.dashboard import FOLDER
 from api.deps import Services
+from api.inference import batch_loop
 from api.settings import ApiSettings
 from api.webhooks import delivery_loop
 from catalog.settings import Settings
@@ -54,6 +55,13 @@ def no_webhook_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """Disable webhook polls, which execute additional statements, except in tests that use `receiver`."""
     if "receiver" not in request.fixturenames:
         monkeypatch.setattr(delivery_loop, "LOOK_SECONDS", 3600.0)
+
+
+@pytest.fixture(autouse=True)
+def no_batch_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable polls for batches, which execute additional statements, except in tests that use `batch_worker`."""
+    if "batch_worker" not in request.fixturenames:
+        monkeypatch.setattr(batch_loop, "LOOK_SECONDS", 3600.0)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from worker.session.reply_connections import ReplyConnections
 
 MAX_OPEN = 256
 """Maximum number of requests that one trainer answers at the same time."""
+MAX_BATCH_OPEN = MAX_OPEN // 2
+"""Maximum number of them that belong to batches."""
 POLL_SECONDS = 0.25
 """Interval at which a loaded trainer polls for requests, if nothing notifies it."""
 STAGED_ADAPTERS = 128
@@ -57,6 +59,7 @@ class InferenceSession:
             worker_id=self._context.worker_id,
             pack_key=self._pack_key,
             limit=limit - len(self._open),
+            batch_limit=MAX_BATCH_OPEN - sum(claimed.is_batch for claimed in self._open.values()),
             lease_seconds=self._context.settings.lease_seconds,
         )
         for claimed in found:

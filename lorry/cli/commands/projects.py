@@ -31,6 +31,7 @@ NAMES = {
     "device_hours_per_month": "device-hours per month",
     "stored_bytes": "stored bytes",
     "plans_per_day": "plans per day",
+    "tokens_per_day": "inference tokens per day",
 }
 
 
@@ -125,6 +126,9 @@ def update(
     limit_plans_per_day: Annotated[
         str | None, _limit("Maximum number of plans created per UTC day", "plans-per-day")
     ] = None,
+    limit_tokens_per_day: Annotated[
+        str | None, _limit("Maximum number of tokens of inference requests per UTC day", "tokens-per-day")
+    ] = None,
     highest_priority: Annotated[Priority | None, typer.Option(help="Highest priority of the project's jobs.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -136,6 +140,7 @@ def update(
         device_hours=limit_device_hours,
         stored_bytes=limit_stored_bytes,
         plans_per_day=limit_plans_per_day,
+        tokens_per_day=limit_tokens_per_day,
         highest_priority=highest_priority,
     )
     if name is None and weight is None and not limits:
@@ -234,6 +239,7 @@ def _limits(
     device_hours: str | None,
     stored_bytes: str | None,
     plans_per_day: str | None,
+    tokens_per_day: str | None = None,
     highest_priority: Priority | None,
 ) -> dict[str, Any]:
     """Return the limits that were passed, as `lorry.projects.limit` takes them."""
@@ -244,6 +250,7 @@ def _limits(
         "device_hours_per_month": _hours(device_hours),
         "stored_bytes": _bytes(stored_bytes),
         "plans_per_day": _whole(plans_per_day),
+        "tokens_per_day": _whole(tokens_per_day),
         "highest_priority": None if highest_priority is None else highest_priority.value,
     }
     return {name: value for name, value in given.items() if value is not None}

@@ -49,6 +49,7 @@ def test_operators_set_limits_and_projects_see_their_usage(
         "device_hours_per_month": (1.5, 0),
         "stored_bytes": (100, 0),
         "plans_per_day": (500, 0),
+        "tokens_per_day": (None, 0),
     }
     assert "Did you mean 'queued_jobs'?" in error_of(wrong)["message"]
 

@@ -1,0 +1,399 @@
+"""Works on batches: claims one after the other, submits their requests, a limited number at a time, and stores the
+results.
+
+Every API server runs this loop; they share the batches by leases. The result of each line is stored when it is
+complete. After a crash or a lost lease, another process continues with the lines that have no result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from api.inference.answer import ClientGone, PartialAnswer, deltas_of
+from api.inference.batch_input import BatchEntry, InputCheck, lines_of, parse
+from api.inference.batch_output import OutputFiles, failure_result, success_result
+from api.inference.replies import Replies
+from api.inference.responses import whole
+from catalog.batches import execution
+from catalog.batches.execution import BatchClaim, Directive, Outcome
+from catalog.db.database import Database
+from catalog.errors import LorryError, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
+from catalog.inference import requests
+from catalog.queue.notifier import Notifier
+from catalog.settings import Settings
+from catalog.storage.manifest import DamagedArtifact
+from catalog.storage.store import ArtifactStore
+from catalog.tables.table import new_id
+
+LOOK_SECONDS = 1.0
+"""Interval at which an idle loop looks for batches."""
+KEEP_SECONDS = 5.0
+"""Interval at which a lease is renewed, and a cancellation is noticed."""
+PAUSE_SECONDS = 30.0
+"""Wait of a batch whose project has used up its tokens."""
+RETRY_SECONDS = 1.0
+TURN_SECONDS = 60.0
+"""After this time, a batch lets others continue that wait."""
+MAX_BATCHES = 4
+"""Batches that one process works on at the same time."""
+MAX_IN_FLIGHT = 32
+"""Requests of one batch that wait for an answer at the same time."""
+MAX_ATTEMPTS = 3
+"""How often a line is tried whose answer is interrupted by the loss of its worker."""
+LINES_AT_ONCE = 50
+THREADS = 2
+"""Together with the other threads of an API server, as many as the database's connections."""
+CLOSE_SECONDS = 5.0
+log = logging.getLogger("lorry.api")
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """A batch that this process works on."""
+
+    claimed: BatchClaim
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """No more lines are answered: the batch is cancelled, has expired, is lost or has crashed."""
+    is_lost: bool = False
+    """Another process may have taken over. Nothing more is written."""
+    has_crashed: bool = False
+    directive: Directive
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_IN_FLIGHT))
+    answers: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+
+
+class BatchRunner:
+    def __init__(
+        self, db: Database, store: ArtifactStore, settings: Settings, *, replies: Replies, notifier: Notifier
+    ) -> None:
+        self._db, self._store, self._settings = db, store, settings
+        self._replies, self._notifier = replies, notifier
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake_up = asyncio.Event()
+        self._threads: anyio.CapacityLimiter | None = None
+
+    def wake(self) -> None:
+        """Signal that there is a new batch or a cancellation. May be called from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake_up.set)
+
+    async def run(self) -> None:
+        self._loop, self._threads = asyncio.get_running_loop(), anyio.CapacityLimiter(THREADS)
+        try:
+            while True:
+                await self._poll()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._wake_up.wait()
+                self._wake_up.clear()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+
+    async def _poll(self) -> None:
+        """Claim batches as long as this process can work on more."""
+        try:
+            while len(self._tasks) < MAX_BATCHES:
+                claimed = await self._in_thread(partial(execution.claim, self._db))
+                if claimed is None:
+                    return
+                task = asyncio.create_task(self._work(claimed))
+                self._tasks.add(task)
+                task.add_done_callback(self._forget)
+        except LorryError as error:
+            log.warning("batches code=%s", error.code)
+        except Exception:  # the loop must survive any failure of one poll
+            log.exception("crash in batches")
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._wake_up.set()
+
+    async def _in_thread(self, act: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(act, limiter=self._threads)
+
+    # One batch
+
+    async def _work(self, claimed: BatchClaim) -> None:
+        """Work on a batch until it has ended, its turn is over or its lease is lost. A batch whose processing crashes
+        keeps its lease, so that it is tried again only after some time."""
+        run: _Run | None = None
+        keeper: asyncio.Task[None] | None = None
+        is_to_release = True
+        try:
+            directive = await self._in_thread(partial(execution.renew, self._db, claimed))
+            run = _Run(claimed=claimed, directive=directive)
+            self._follow(run, directive)
+            keeper = asyncio.create_task(self._keep(run))
+            await self._advance(run)
+            is_to_release = not run.has_crashed
+        except StaleClaim:
+            is_to_release = False
+        except LorryError as error:
+            log.warning("batch=%s code=%s: %s", claimed.batch_id, error.code, error)
+        except Exception:
+            log.exception("crash in the batch %s", claimed.batch_id)
+            is_to_release = False
+        finally:
+            await self._leave(run, keeper)
+            if is_to_release:
+                with suppress(LorryError):  # its lease expires
+                    await self._in_thread(partial(execution.release, self._db, claimed))
+
+    async def _leave(self, run: _Run | None, keeper: asyncio.Task[None] | None) -> None:
+        """Stop the tasks of a batch."""
+        if run is None:
+            return
+        run.stopping.set()
+        answers = list(run.answers)
+        for task in (keeper, *answers):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*answers, return_exceptions=True)
+
+    async def _advance(self, run: _Run) -> None:
+        """Do what the batch needs next: validate its input, answer its lines, write its files."""
+        try:
+            if run.directive.status == "validating" and not await self._validate(run):
+                return
+            if not run.stopping.is_set() and not await self._answer_all(run):
+                return  # others continue
+        except DamagedArtifact as error:
+            failed = {"code": error.code, "message": error.sentence(), "param": "input_file_id", "line": None}
+            await self._persist(run, partial(execution.fail, self._db, run.claimed, [failed]))
+            return
+        if run.is_lost or run.has_crashed:
+            return
+        await self._persist(run, partial(execution.finalize, self._db, run.claimed))
+        await self._persist(run, partial(self._end, run))
+        with suppress(LorryError):  # garbage collection deletes the rest
+            while await self._in_thread(partial(execution.delete_results, self._db)):
+                pass
+
+    async def _keep(self, run: _Run) -> None:
+        """Renew the lease periodically, and notice a cancellation, an expiry or the loss of the lease."""
+        loop = asyncio.get_running_loop()
+        renewed_at = loop.time()
+        while True:
+            await asyncio.sleep(KEEP_SECONDS)
+            try:
+                self._follow(run, await self._in_thread(partial(execution.renew, self._db, run.claimed)))
+                renewed_at = loop.time()
+            except StaleClaim:
+                run.is_lost = True
+            except LorryError as error:
+                log.warning("batch=%s code=%s", run.claimed.batch_id, error.code)
+                run.is_lost = loop.time() - renewed_at > execution.LEASE_SECONDS
+            if run.is_lost:
+                run.stopping.set()
+                return
+
+    def _follow(self, run: _Run, directive: Directive) -> None:
+        run.directive = directive
+        if directive.is_expired or directive.status == "cancelling":
+            run.stopping.set()
+
+    async def _persist(self, run: _Run, act: Callable[[], T]) -> T:
+        """Run `act`, again and again while the database or the store is unavailable or full. Raises StaleClaim."""
+        while True:
+            if run.is_lost:
+                raise StaleClaim
+            try:
+                return await self._in_thread(act)
+            except (Unavailable, OutOfSpace) as error:
+                log.warning("batch=%s code=%s", run.claimed.batch_id, error.code)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    # Its lines
+
+    def _lines(self, run: _Run) -> Callable[[], list[tuple[int, bytes]]]:
+        """Return a function that returns the next lines of the input; none at its end. It raises DamagedArtifact."""
+        chunks = self._store.open_blob(run.claimed.input_digest)
+        lines = lines_of(chunks, max_line_bytes=self._settings.max_line_bytes)
+        return lambda: list(islice(lines, LINES_AT_ONCE))
+
+    async def _validate(self, run: _Run) -> bool:
+        """Validate all lines. Returns False if the batch has failed."""
+        check = InputCheck(
+            db=self._db,
+            project_id=run.claimed.project_id,
+            endpoint=run.claimed.endpoint,
+            max_line_bytes=self._settings.max_line_bytes,
+        )
+
+        def check_some() -> bool:
+            some = following()
+            for number, line in some:
+                if not check.is_over:
+                    check.add(number, line)
+            return bool(some) and not check.is_over
+
+        following = await self._in_thread(partial(self._lines, run))
+        while not run.stopping.is_set() and await self._in_thread(check_some):
+            pass
+        if run.stopping.is_set():
+            return True
+        check.end()
+        given = {"num_lines": check.num_lines}
+        if check.errors:
+            await self._persist(run, partial(execution.fail, self._db, run.claimed, check.errors, **given))
+            return False
+        await self._persist(run, partial(execution.begin, self._db, run.claimed, **given))
+        self._follow(run, await self._persist(run, partial(execution.renew, self._db, run.claimed)))
+        return True
+
+    async def _answer_all(self, run: _Run) -> bool:
+        """Answer the lines that have no result. Returns False if the turn of the batch is over before the end."""
+        loop = asyncio.get_running_loop()
+        turn_ends_at = loop.time() + TURN_SECONDS
+        finished = await self._persist(run, partial(execution.finished_lines, self._db, run.claimed.batch_id))
+        following = await self._in_thread(partial(self._lines, run))
+        is_complete = has_started = False
+        while not (run.stopping.is_set() or is_complete):
+            some = await self._in_thread(following)
+            is_complete = not some
+            for number, line in some:
+                if number not in finished and not run.stopping.is_set():
+                    await self._start(run, number, line)
+                    has_started = True
+            is_over = has_started and loop.time() >= turn_ends_at
+            if is_over and not is_complete and await self._in_thread(partial(execution.is_any_waiting, self._db)):
+                break
+        await asyncio.gather(*run.answers)
+        return is_complete or run.stopping.is_set()
+
+    async def _start(self, run: _Run, number: int, line: bytes) -> None:
+        """Submit the request of a line once there is a free slot, and wait for its answer in a task."""
+        await _first_of(run.slots.acquire(), run.stopping.wait())
+        if run.stopping.is_set():
+            return
+        entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint))
+        task = asyncio.create_task(self._answer(run, number, entry))
+        run.answers.add(task)
+        task.add_done_callback(partial(self._answered, run))
+
+    def _answered(self, run: _Run, task: asyncio.Task[None]) -> None:
+        run.answers.discard(task)
+        run.slots.release()
+        if task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, StaleClaim):
+            run.is_lost = True
+        elif error is not None:
+            log.error("crash in the batch %s", run.claimed.batch_id, exc_info=error)
+            run.has_crashed = True
+        if error is not None:
+            run.stopping.set()
+
+    async def _answer(self, run: _Run, number: int, entry: BatchEntry) -> None:
+        """Answer one line, and store the result. Does neither once the batch is to stop."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            answer, request_id = PartialAnswer(), new_id("infer")
+            try:
+                body = await self._body_of(run, request_id, entry, answer)
+                result, is_failed = success_result(entry.custom_id, request_id, body), False
+            except ClientGone:
+                return
+            except LorryError as error:
+                if error.code == "answer_interrupted" and attempt < MAX_ATTEMPTS:
+                    await self._persist(run, partial(execution.discard, self._db, request_id))
+                    continue
+                result, is_failed = failure_result(entry.custom_id, error, request_id), True
+            store = partial(
+                execution.store_result,
+                self._db,
+                run.claimed,
+                number=number,
+                result=result,
+                is_failed=is_failed,
+                request_id=request_id,
+                prompt_tokens=answer.prompt_tokens,
+                completion_tokens=answer.completion_tokens,
+            )
+            await self._persist(run, store)
+            return
+
+    async def _body_of(self, run: _Run, request_id: str, entry: BatchEntry, answer: PartialAnswer) -> str:
+        """Return the response as JSON. Raises ClientGone if the batch is to stop, StaleClaim and LorryError."""
+        find = partial(requests.resolve_for, self._db, project_id=run.claimed.project_id, name=entry.model)
+        model = await self._persist(run, find)
+        reply = self._replies.open(request_id)
+        try:
+            await self._submit(run, request_id, entry, model)
+            self._notifier.wake_workers()
+            deltas = deltas_of(
+                reply,
+                answer,
+                gone=run.stopping,
+                why_unanswered=partial(requests.why_unanswered, self._db, request_id),
+                wait_seconds=max(run.directive.seconds_left, 0) + execution.LEASE_SECONDS,
+            )
+            found = await whole(deltas, answer, entry.call.form(model), n=entry.call.num_choices)
+            return found.model_dump_json(exclude_none=False)
+        finally:
+            reply.close()
+
+    async def _submit(self, run: _Run, request_id: str, entry: BatchEntry, model: requests.Model) -> None:
+        """Create the request, as soon as the project has tokens left. Raises ClientGone if the batch is to stop."""
+        submit = partial(
+            execution.submit,
+            self._db,
+            run.claimed,
+            request_id=request_id,
+            model=model,
+            body=entry.call.parameters,
+            reply_to=self._replies.address,
+        )
+        while not run.stopping.is_set():
+            try:
+                if await self._persist(run, submit):
+                    return
+                break
+            except QuotaExceeded:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(PAUSE_SECONDS):
+                        await run.stopping.wait()
+        raise ClientGone
+
+    # Its end
+
+    def _end(self, run: _Run) -> None:
+        """Write and store the files, and end the batch. Raises StaleClaim, Unavailable, OutOfSpace."""
+        directive = execution.renew(self._db, run.claimed)
+        num_finished = len(execution.finished_lines(self._db, run.claimed.batch_id))
+        outcome: Outcome = "completed" if 0 < num_finished == directive.num_lines else "expired"
+        if directive.status == "cancelling":
+            outcome = "cancelled"
+        with OutputFiles(self._settings.data_dir / "spool", run.claimed.claim_id) as files:
+            if directive.num_lines:
+                inputs = lines_of(
+                    self._store.open_blob(run.claimed.input_digest), max_line_bytes=self._settings.max_line_bytes
+                )
+                files.write(self._db, run.claimed.batch_id, inputs, outcome=outcome)
+            output, failures = files.stored(self._store)
+        execution.end(self._db, run.claimed, outcome, output=output, failures=failures)
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of the coroutines has returned, and cancel the others."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,106 @@
+"""The output file and the error file of a batch, in OpenAI's format and in the order of the input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from catalog.batches import execution
+from catalog.batches.execution import Outcome
+from catalog.datasets.row_json import parse_object
+from catalog.db.database import Database
+from catalog.disk import full_disk_named
+from catalog.errors import LorryError
+from catalog.storage.store import ArtifactStore, Blob
+from catalog.tables.batches import BatchLine
+from catalog.tables.table import Json, new_id
+
+RESULTS_AT_ONCE = 100
+UNANSWERED: dict[Outcome, Json] = {
+    "cancelled": {"code": "batch_cancelled", "message": "The batch was cancelled before this request was answered."},
+    "expired": {
+        "code": "batch_expired",
+        "message": "This request could not be executed before the completion window expired.",
+    },
+}
+"""Errors of lines without a result."""
+
+
+def success_result(custom_id: str, request_id: str, body: str) -> Json:
+    """body: the response as JSON."""
+    return _result(custom_id, {"status_code": 200, "request_id": request_id, "body": json.loads(body)}, None)
+
+
+def failure_result(custom_id: str, error: LorryError, request_id: str) -> Json:
+    """Return the result of a request that was rejected or failed, with the error as its response."""
+    told = {"message": error.sentence(), "type": error.type, "param": error.param, "code": error.code}
+    response = {"status_code": error.status, "request_id": request_id, "body": {"error": told}}
+    return _result(custom_id, response, None)
+
+
+def _result(custom_id: str, response: Json | None, error: Json | None) -> Json:
+    return {"id": new_id("batch_req"), "custom_id": custom_id, "response": response, "error": error}
+
+
+class OutputFiles:
+    """The two files, in a folder for temporary files until they are stored."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._paths = (folder / f"{name}.output", folder / f"{name}.error")
+        self._folder = folder
+
+    def __enter__(self) -> Self:
+        with full_disk_named():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._paths:
+                path.write_bytes(b"")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+
+    def write(self, db: Database, batch_id: str, lines: Iterable[tuple[int, bytes]], *, outcome: Outcome) -> None:
+        """Write one line for each line of the input. Raises Unavailable, OutOfSpace."""
+        results = _Results(db, batch_id)
+        with full_disk_named(), self._paths[0].open("wb") as output, self._paths[1].open("wb") as failures:
+            for number, line in lines:
+                found = results.find(number)
+                if found is not None:
+                    _write(failures if found.is_failed else output, found.result)
+                else:
+                    custom_id = str(parse_object(line)["custom_id"])
+                    _write(failures, _result(custom_id, None, UNANSWERED[outcome]))
+
+    def stored(self, store: ArtifactStore) -> tuple[Blob | None, Blob | None]:
+        """Store the files, and return their blobs; None for an empty one. Raises Unavailable, OutOfSpace."""
+        output, failures = (store.put_file(path) if path.stat().st_size else None for path in self._paths)
+        return output, failures
+
+
+class _Results:
+    """The stored results of a batch, read in the order of the lines."""
+
+    def __init__(self, db: Database, batch_id: str) -> None:
+        self._db, self._batch_id = db, batch_id
+        self._read: dict[int, BatchLine] = {}
+        self._last = 0
+        self._is_over = False
+
+    def find(self, number: int) -> BatchLine | None:
+        """Return the result of a line. Numbers must increase."""
+        while self._last < number and not self._is_over:
+            some = execution.results(self._db, self._batch_id, after=self._last, limit=RESULTS_AT_ONCE)
+            self._read = {line.number: line for line in some}
+            self._is_over = len(some) < RESULTS_AT_ONCE
+            self._last = some[-1].number if some else self._last
+        return self._read.get(number)
+
+
+def _write(file: IO[bytes], result: Json) -> None:
+    file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")

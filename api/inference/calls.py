@@ -1,0 +1,107 @@
+"""Turns the body of a completion request into the parameters for a worker, and the format of the answer."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from api.inference.responses import ChatFormat, TextFormat, head_of
+from api.schemas.inference import ChatCompletionRequest, CompletionRequest, SamplingRequest
+from catalog.datasets.messages import check_messages
+from catalog.datasets.row_json import BadRow
+from catalog.datasets.tools import check_tools
+from catalog.errors import InvalidRequest
+from catalog.inference.requests import Model
+from catalog.tables.table import Json
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for /v1/completions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionCall:
+    """A valid request for completions."""
+
+    parameters: Json
+    """The request for a worker, with all defaults."""
+    num_choices: int
+    form: Callable[[Model], ChatFormat | TextFormat]
+    """Returns the format of a new answer of this model."""
+
+
+def chat_call(body: ChatCompletionRequest) -> CompletionCall:
+    """Raises InvalidRequest."""
+    offers_tools = bool(body.tools) and body.tool_choice != "none"
+    prompt: dict[str, Any] = {"messages": _messages(body)}
+    if offers_tools:
+        prompt["tools"] = _tools(body)
+    names = frozenset(tool["function"]["name"] for tool in prompt.get("tools", ()))
+    num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest(
+            "top_logprobs is set, but logprobs is not true.",
+            code="invalid_value",
+            remedy="Set logprobs to true, or omit top_logprobs.",
+            param="top_logprobs",
+        )
+    limit = body.max_completion_tokens or body.max_tokens
+
+    def form(model: Model) -> ChatFormat:
+        head = head_of("chatcmpl", model=model.name, base_digest=model.base_digest)
+        return ChatFormat(head, tools=names, with_logprobs=bool(body.logprobs))
+
+    parameters = _parameters(body, prompt, max_tokens=limit, num_logprobs=num_logprobs)
+    return CompletionCall(parameters=parameters, num_choices=body.n, form=form)
+
+
+def text_call(body: CompletionRequest) -> CompletionCall:
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+    def form(model: Model) -> TextFormat:
+        head = head_of("cmpl", model=model.name, base_digest=model.base_digest)
+        return TextFormat(head, with_logprobs=body.logprobs is not None)
+
+    parameters = _parameters(body, {"prompts": prompts}, max_tokens=limit, num_logprobs=body.logprobs)
+    return CompletionCall(parameters=parameters, num_choices=body.n * len(prompts), form=form)
+
+
+def _messages(body: ChatCompletionRequest) -> list[Any]:
+    try:
+        return list(check_messages("messages", json.loads(json.dumps(body.messages)), remedy="Use a list of messages."))
+    except BadRow as error:
+        raise _bad_field(error, "messages") from error
+
+
+def _tools(body: ChatCompletionRequest) -> list[dict[str, Any]]:
+    try:
+        return check_tools("tools", body.tools)
+    except BadRow as error:
+        raise _bad_field(error, "tools") from error
+
+
+def _bad_field(error: BadRow, param: str) -> InvalidRequest:
+    reason = error.reason[:1].upper() + error.reason[1:]
+    return InvalidRequest(f"{reason}.", code=error.code, remedy=error.remedy, param=param)
+
+
+def _parameters(
+    body: SamplingRequest, prompt: dict[str, Any], *, max_tokens: int | None, num_logprobs: int | None
+) -> dict[str, Any]:
+    stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
+    return {
+        **prompt,
+        "model": body.model,
+        "max_tokens": max_tokens,
+        "n": body.n,
+        "stop": stops,
+        "seed": secrets.randbelow(2**62) if body.seed is None else body.seed,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "num_logprobs": num_logprobs,
+    }

@@ -1,0 +1,164 @@
+"""User commands on batches: create, list, show and cancel. Batches of other projects raise NotFound."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.caller import Caller
+from catalog.db.database import Database, read_clock, serialize
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict, InvalidRequest, NotFound, RateLimited
+from catalog.storage import files
+from catalog.tables.batches import Batch
+from catalog.tables.storage import File
+from catalog.tables.table import new_id
+from catalog.tenancy import authentication
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
+BatchStatus = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+WINDOW_SECONDS = 24 * 3600.0
+"""Time within which a batch must be completed. After it, the batch expires."""
+MAX_OPEN_BATCHES = 100
+"""Maximum number of unfinished batches of a project."""
+RETRY_SECONDS = 600.0
+"""A client's retry returns an equal batch that is at most this old, instead of creating another one."""
+
+
+def create(
+    db: Database,
+    *,
+    caller: Caller,
+    input_file: str,
+    endpoint: Endpoint,
+    labels: dict[str, str] | None = None,
+    lifetime_seconds: int | None = None,
+    is_client_retry: bool = False,
+) -> Batch:
+    """Create a batch. Its lines are checked later: if one is invalid, the batch fails.
+
+    lifetime_seconds: of its output files. is_client_retry: the client repeats a request that had no reply. Raises
+    NotFound, InvalidRequest for a file with another purpose, and RateLimited.
+    """
+    with db.write() as session:
+        serialize(session, f"batches {caller.project_id}")
+        now = read_clock(session)
+        authentication.check_valid(session, caller.api_key_id, now=now)
+        if is_client_retry and (earlier := _earlier(session, caller, input_file, endpoint, labels, now=now)):
+            return earlier
+        file = files.find(session, project_id=caller.project_id, file_id=input_file, lock=True)
+        _check_input(file, now=now)
+        _check_open(session, caller)
+        batch = Batch(
+            id=new_id("batch"),
+            project_id=caller.project_id,
+            created_at=now,
+            created_by=caller.api_key_id,
+            endpoint=endpoint,
+            input_file=file.id,
+            labels=labels,
+            lifetime_seconds=lifetime_seconds,
+            status="validating",
+            expires_at=now + WINDOW_SECONDS,
+            turn_at=now,
+        )
+        session.add(batch)
+        _note(session, "batch.created", batch, now=now)
+        return batch
+
+
+def get(db: Database, *, project_id: str, batch_id: str) -> Batch:
+    """Return the batch. Raises NotFound."""
+    with db.read() as session:
+        return _find(session, project_id, batch_id)
+
+
+def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[Batch]:
+    """Return a page of the project's batches, newest first."""
+    scope = select(Batch).where(Batch.project_id == project_id)
+    with db.read() as session:
+        return paginate(session, scope, created=Batch.created_at, ident=Batch.id, after=after, limit=limit)
+
+
+def cancel(db: Database, *, project_id: str, batch_id: str) -> Batch:
+    """Cancel the batch: the API process that works on it stops soon, and stores the answers so far.
+
+    A batch that is cancelled already is returned unchanged. Raises NotFound, and Conflict if the batch has ended.
+    """
+    with db.write() as session:
+        batch = _find(session, project_id, batch_id, locked=True)
+        if batch.status in ("cancelling", "cancelled"):
+            return batch
+        if batch.status not in ("validating", "in_progress"):
+            raise Conflict(
+                f"Batch {batch.id} can't be cancelled, because its status is {batch.status!r}.",
+                code="batch_finished",
+                remedy="Only a batch with the status 'validating' or 'in_progress' can be cancelled.",
+                param="batch_id",
+            )
+        batch.status, batch.cancelling_at = "cancelling", (now := read_clock(session))
+        _note(session, "batch.cancelled", batch, now=now)
+        return batch
+
+
+def _find(session: Session, project_id: str, batch_id: str, *, locked: bool = False) -> Batch:
+    own: Select[Batch] = select(Batch).where(Batch.id == batch_id, Batch.project_id == project_id)
+    batch = session.scalar(own.with_for_update() if locked else own)
+    if batch is None:
+        raise NotFound("batch", batch_id, param="batch_id")
+    return batch
+
+
+def _earlier(
+    session: Session, caller: Caller, input_file: str, endpoint: str, labels: dict[str, str] | None, *, now: float
+) -> Batch | None:
+    """Return the batch that the first attempt of this request created, if there is one."""
+    same = (
+        Batch.project_id == caller.project_id,
+        Batch.created_by == caller.api_key_id,
+        Batch.input_file == input_file,
+        Batch.endpoint == endpoint,
+        Batch.created_at > now - RETRY_SECONDS,
+    )
+    found = session.scalar(select(Batch).where(*same).order_by(Batch.created_at.desc()).limit(1))
+    return found if found is not None and found.labels == labels else None
+
+
+def _check_input(file: File, *, now: float) -> None:
+    if file.purpose != files.BATCH:
+        raise InvalidRequest(
+            f"File {file.id} has the purpose {file.purpose!r}, but the input of a batch needs {files.BATCH!r}.",
+            code="invalid_purpose",
+            remedy=f"Upload the requests with the purpose {files.BATCH!r}, and use the id of that file.",
+            param="input_file_id",
+        )
+    if files.has_expired(file, now=now):
+        raise InvalidRequest(
+            f"File {file.id} has expired.",
+            code="file_expired",
+            remedy="Upload the requests again.",
+            param="input_file_id",
+        )
+
+
+def _check_open(session: Session, caller: Caller) -> None:
+    own = (Batch.project_id == caller.project_id, Batch.finished_at.is_(None))
+    if (session.scalar(select(func.count()).where(*own)) or 0) >= MAX_OPEN_BATCHES:
+        raise RateLimited(
+            f"The project has {MAX_OPEN_BATCHES} unfinished batches, which is the maximum.",
+            code="too_many_batches",
+            remedy="Wait until some of them finish, or cancel them.",
+            retry_after_seconds=60,
+            headers={},
+        )
+
+
+def _note(session: Session, type: AuditType, batch: Batch, *, now: float) -> None:  # noqa: A002
+    details = {"endpoint": batch.endpoint, "input_file_id": batch.input_file}
+    log.note(session, type, now=now, object_id=batch.id, project_id=batch.project_id, details=details)

@@ -1,0 +1,399 @@
+"""Batches: their input is validated, each line is answered once, and the results are files in the order of the input.
+
+The worker is replaced by a thread; tests/system has the same with a real one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from sqlalchemy import select
+
+from api.app import create_app
+from api.deps import Services
+from api.inference import batch_loop
+from api.settings import ApiSettings
+from catalog.db.database import read_clock
+from catalog.settings import Settings
+from catalog.tables.batches import Batch, BatchLine
+from catalog.tables.inference import InferenceRequest
+from catalog.tables.storage import File
+from catalog.tables.tenancy import Project
+from catalog.usage import report
+from tests.api.inference.batch_service import CHAT_URL, BatchWorker, answering, input_line, jsonl
+from tests.api.site import Site, error_of, running, until
+from tests.catalog.world import World
+
+ENDED = {"completed", "failed", "cancelled", "expired"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"LOOK_SECONDS": 0.05, "KEEP_SECONDS": 0.05, "PAUSE_SECONDS": 0.05}.items():
+        monkeypatch.setattr(batch_loop, name, seconds)
+
+
+@pytest.fixture
+def batch_worker(world: World, services: Services) -> Iterator[BatchWorker]:
+    world.worker()
+    with answering(services.db) as worker:
+        yield worker
+
+
+@pytest.fixture
+def client(site: Site, batch_worker: BatchWorker) -> Iterator[openai.OpenAI]:
+    with strict_client(site, site.key) as client:
+        yield client
+
+
+def strict_client(site: Site, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{site.url}/v1", api_key=key, max_retries=0, _strict_response_validation=True)
+
+
+def create(client: openai.OpenAI, *rows: Any, endpoint: Any = CHAT_URL, **given: Any) -> openai.types.Batch:
+    file = client.files.create(file=("requests.jsonl", jsonl(*rows)), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **given)
+
+
+def wait(client: openai.OpenAI, batch_id: str, statuses: set[str] = ENDED) -> openai.types.Batch:
+    until(lambda: client.batches.retrieve(batch_id).status in statuses)
+    return client.batches.retrieve(batch_id)
+
+
+def rows_of(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    return [] if file_id is None else [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+
+
+def counts(batch: openai.types.Batch) -> tuple[int, int, int]:
+    assert batch.request_counts is not None
+    return (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed)
+
+
+def text_of(row: dict[str, Any]) -> str:
+    return row["response"]["body"]["choices"][0]["message"]["content"]
+
+
+def used_tokens(services: Services, world: World) -> tuple[float, float, float]:
+    with services.db.read() as session:
+        query = report.UsageQuery(start_time=read_clock(session) - 86400, group_by=("project_id",))
+    found = report.report(services.db, caller=world.caller, query=query)
+    used = [used.amounts for day in found.days for used in day.used]
+    names = ("num_completions", "prompt_tokens", "completion_tokens")
+    first, second, third = (sum(amounts[name] for amounts in used) for name in names)
+    return first, second, third
+
+
+def test_batch_is_answered_in_the_order_of_the_input(
+    client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker
+) -> None:
+    made = create(client, *(input_line(f"id-{n}", f"text {n}") for n in range(100)), metadata={"run": "a"})
+    batch = wait(client, made.id)
+
+    assert (made.status, batch.status, batch.metadata) == ("validating", "completed", {"run": "a"})
+    assert counts(batch) == (100, 100, 0)
+    assert batch.error_file_id is None
+    rows = rows_of(client, batch.output_file_id)
+    assert [row["custom_id"] for row in rows] == [f"id-{n}" for n in range(100)]
+    assert [text_of(row) for row in rows] == [f"TEXT {n}" for n in range(100)]
+    assert {row["response"]["status_code"] for row in rows} == {200}
+    assert len({row["id"] for row in rows}) == 100
+    assert batch.usage is not None
+    assert (batch.usage.input_tokens, batch.usage.output_tokens) == (200, 300)
+    assert used_tokens(services, world) == (100, 200, 300)
+    assert batch.output_file_id is not None
+    file = client.files.retrieve(batch.output_file_id)
+    assert (file.purpose, file.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+    assert [one.id for one in client.batches.list()] == [batch.id]
+    until(lambda: not any_left(services))
+
+
+def any_left(services: Services) -> bool:
+    with services.db.read() as session:
+        return any(session.scalar(select(table).limit(1)) is not None for table in (BatchLine, InferenceRequest))
+
+
+def test_texts_are_completed_too(client: openai.OpenAI) -> None:
+    url = "/v1/completions"
+    batch = wait(client, create(client, input_line("a", "one", url=url), endpoint=url).id)
+
+    (row,) = rows_of(client, batch.output_file_id)
+    assert row["response"]["body"]["object"] == "text_completion"
+    assert row["response"]["body"]["choices"][0]["text"] == "ONE"
+
+
+def test_requests_that_fail_are_in_the_error_file(client: openai.OpenAI, batch_worker: BatchWorker) -> None:
+    error = {"code": "context_length_exceeded", "message": "Too long.", "remedy": "Shorten it."}
+    batch_worker.error = lambda prompt: error if prompt == "bad" else None
+    batch = wait(client, create(client, input_line("a"), input_line("b", "bad"), input_line("c")).id)
+
+    assert (batch.status, *counts(batch)) == ("completed", 3, 2, 1)
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "c"]
+    (row,) = rows_of(client, batch.error_file_id)
+    assert (row["custom_id"], row["response"]["status_code"], row["error"]) == ("b", 400, None)
+    assert row["response"]["body"]["error"]["code"] == "context_length_exceeded"
+
+
+INVALID: list[tuple[Any, str, str | None]] = [
+    (b"{", "invalid_json", None),
+    (b"[1]", "row_not_object", None),
+    (b"\xff", "invalid_utf8", None),
+    ({**input_line("x"), "method": "GET"}, "invalid_value", "method"),
+    ({**input_line("x"), "url": "/v1/completions"}, "mismatched_endpoint", "url"),
+    ({**input_line("x"), "extra": 1}, "unknown_parameter", "extra"),
+    ({"method": "POST", "url": CHAT_URL, "body": {}}, "missing_required_parameter", "custom_id"),
+    (input_line(""), "invalid_value", "custom_id"),
+    (input_line("first"), "duplicate_custom_id", "custom_id"),
+    (input_line("x", model="unknown"), "model_not_found", "body.model"),
+    (input_line("z", model="ft:unknown"), "adapter_not_found", "body.model"),
+    (input_line("x", temperature=3), "invalid_value", "body.temperature"),
+    (input_line("x", messages=[{"role": "robot", "content": "a"}]), "invalid_role", "body.messages"),
+    (input_line("x", top_logprobs=2), "invalid_value", "body.top_logprobs"),
+    (input_line("x", stream=True), "invalid_value", "body.stream"),
+    (input_line("x", "y" * 70_000), "line_too_long", None),
+]
+
+
+def test_each_invalid_line_is_named_and_nothing_is_answered(client: openai.OpenAI, batch_worker: BatchWorker) -> None:
+    batch = wait(client, create(client, input_line("first"), b"", *(row for row, _, _ in INVALID)).id)
+
+    assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
+    assert batch.errors is not None
+    assert batch.errors.data is not None
+    assert [(error.code, error.param, error.line) for error in batch.errors.data] == [
+        (code, param, number) for number, (_, code, param) in enumerate(INVALID, 3)
+    ]
+    assert all(error.message for error in batch.errors.data)
+    assert batch_worker.prompts == []
+
+
+def test_number_of_lines_and_of_errors_is_limited(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.inference.batch_input.MAX_LINES", 3)
+    monkeypatch.setattr("api.inference.batch_input.MAX_ERRORS", 2)
+    long = wait(client, create(client, *(input_line(str(n)) for n in range(5))).id)
+    bad = wait(client, create(client, *[b"{"] * 3).id)
+    blank = wait(client, create(client, b" ").id)
+
+    errors = [batch.errors.data for batch in (long, bad, blank) if batch.errors is not None and batch.errors.data]
+    assert [[(error.code, error.line) for error in data] for data in errors] == [
+        [("too_many_lines", 4)],
+        [("invalid_json", 1), ("invalid_json", 2)],
+        [("file_empty", None)],
+    ]
+
+
+def test_cancelled_batch_keeps_the_answers_that_it_has(
+    client: openai.OpenAI, batch_worker: BatchWorker, services: Services, world: World
+) -> None:
+    batch_worker.holds = lambda prompt: prompt == "held"
+    made = create(client, input_line("a"), input_line("b", "held"), input_line("c"))
+    until(lambda: counts(client.batches.retrieve(made.id)) == (3, 2, 0))
+
+    cancelling = client.batches.cancel(made.id)
+    batch = wait(client, made.id)
+
+    assert cancelling.status == "cancelling"
+    assert (batch.status, *counts(batch)) == ("cancelled", 3, 2, 0)
+    assert batch.cancelled_at is not None
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "c"]
+    (row,) = rows_of(client, batch.error_file_id)
+    assert (row["custom_id"], row["response"], row["error"]["code"]) == ("b", None, "batch_cancelled")
+    assert used_tokens(services, world) == (2, 4, 6)
+    assert client.batches.cancel(made.id) == batch
+    until(lambda: not any_left(services))
+
+
+@pytest.mark.parametrize("is_validated", [False, True])
+def test_batch_that_expires_keeps_the_answers_that_it_has(
+    client: openai.OpenAI,
+    batch_worker: BatchWorker,
+    services: Services,
+    monkeypatch: pytest.MonkeyPatch,
+    is_validated: bool,
+) -> None:
+    batch_worker.holds = lambda prompt: prompt == "held"
+    if not is_validated:
+        monkeypatch.setattr("catalog.batches.commands.WINDOW_SECONDS", -1.0)
+    made = create(client, input_line("a"), input_line("b", "held"))
+    if is_validated:
+        until(lambda: counts(client.batches.retrieve(made.id)) == (2, 1, 0))
+        with services.db.write() as session:
+            session.get_one(Batch, made.id).expires_at = 1.0
+
+    batch = wait(client, made.id)
+
+    assert (batch.status, batch.cancelled_at) == ("expired", None)
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a"] * is_validated
+    assert [row["error"]["code"] for row in rows_of(client, batch.error_file_id)] == ["batch_expired"] * is_validated
+
+
+def test_another_process_continues_without_repeating_finished_lines(
+    services: Services, client: openai.OpenAI, batch_worker: BatchWorker, world: World
+) -> None:
+    batch_worker.holds = lambda prompt: prompt == "held"
+    made = create(client, input_line("a", "one"), input_line("b", "held"), input_line("c", "two"))
+    until(lambda: counts(client.batches.retrieve(made.id)) == (3, 2, 0))
+    batch_worker.holds = lambda _: False
+
+    with services.db.write() as session:  # as if another process had taken over, and was lost
+        row = session.get_one(Batch, made.id)
+        row.claim_id, row.lease_expires_at = "batchclaim-other", 1.0
+    batch = wait(client, made.id)
+
+    assert (batch.status, *counts(batch)) == ("completed", 3, 3, 0)
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "b", "c"]
+    assert sorted(batch_worker.prompts) == ["held", "held", "one", "two"]
+    assert used_tokens(services, world) == (3, 6, 9)
+
+
+def test_restarted_server_continues(settings: Settings, key: str, world: World, services: Services) -> None:
+    world.worker()
+    with answering(services.db) as worker:
+        worker.holds = lambda prompt: prompt == "held"
+        app = create_app(settings, ApiSettings(requests_per_minute=0))
+        with running(app, key) as first, strict_client(first, key) as client:
+            made = create(client, input_line("a", "one"), input_line("b", "held"))
+            until(lambda: counts(client.batches.retrieve(made.id)) == (2, 1, 0))
+        worker.holds = lambda _: False
+        again = create_app(settings, ApiSettings(requests_per_minute=0))
+        with running(again, key) as second, strict_client(second, key) as client:
+            batch = wait(client, made.id)
+            texts = [text_of(row) for row in rows_of(client, batch.output_file_id)]
+
+    assert (batch.status, texts) == ("completed", ["ONE", "HELD"])
+    assert sorted(worker.prompts) == ["held", "held", "one"]
+
+
+def test_batches_take_turns(client: openai.OpenAI, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
+    monkeypatch.setattr(batch_loop, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(batch_loop, "LINES_AT_ONCE", 2)
+    batch_worker.gate.clear()
+    first = create(client, *(input_line(str(n), f"first {n}") for n in range(20)))
+    second = create(client, *(input_line(str(n), f"second {n}") for n in range(2)))
+    batch_worker.gate.set()
+
+    wait(client, first.id)
+    wait(client, second.id)
+
+    order = [prompt.partition(" ")[0] for prompt in batch_worker.prompts]
+    assert order[:20] != ["first"] * 20
+    assert (order.count("first"), order.count("second")) == (20, 2)
+
+
+def test_batch_waits_for_tokens(
+    client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker
+) -> None:
+    def limit(tokens: int | None) -> None:
+        with services.db.write() as session:
+            session.get_one(Project, world.caller.project_id).max_tokens_per_day = tokens
+
+    limit(0)
+    made = create(client, input_line("a"))
+    with pytest.raises(openai.RateLimitError) as refused:
+        client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "Hi"}])
+    wait(client, made.id, {"in_progress"})
+    assert batch_worker.prompts == []
+    limit(None)
+
+    assert refused.value.code == "quota_exceeded"
+    assert wait(client, made.id).status == "completed"
+
+
+def test_projects_do_not_see_each_others_batches(site: Site, client: openai.OpenAI, stranger_key: str) -> None:
+    made = create(client, input_line("a"))
+    with strict_client(site, stranger_key) as other:
+        for call in (other.batches.retrieve, other.batches.cancel):
+            with pytest.raises(openai.NotFoundError) as refused:
+                call(made.id)
+            assert refused.value.code == "batch_not_found"
+        with pytest.raises(openai.NotFoundError):
+            other.batches.create(input_file_id=made.input_file_id, endpoint=CHAT_URL, completion_window="24h")
+        assert list(other.batches.list()) == []
+    assert wait(client, made.id).status == "completed"
+
+
+def test_input_file_can_not_be_deleted_while_it_is_read(client: openai.OpenAI, batch_worker: BatchWorker) -> None:
+    batch_worker.gate.clear()
+    made = create(client, input_line("a"))
+    with pytest.raises(openai.ConflictError) as refused:
+        client.files.delete(made.input_file_id)
+    batch_worker.gate.set()
+    wait(client, made.id)
+
+    assert refused.value.code == "file_in_use"
+    assert made.id in refused.value.message
+    assert client.files.delete(made.input_file_id).deleted
+
+
+def test_damaged_input_file_fails_the_batch(client: openai.OpenAI, services: Services) -> None:
+    with services.db.write() as session:
+        project_id = session.scalars(select(Project.id).where(Project.name == "ours")).one()
+        session.add(
+            File(
+                id="file-lost", project_id=project_id, purpose="batch", filename="a", num_bytes=1, digest="0" * 64,
+                created_at=1.0,
+            )
+        )  # fmt: skip
+    made = client.batches.create(input_file_id="file-lost", endpoint=CHAT_URL, completion_window="24h")
+
+    batch = wait(client, made.id)
+
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert batch.errors.data is not None
+    assert batch.errors.data[0].param == "input_file_id"
+
+
+def test_output_files_expire_as_requested(client: openai.OpenAI) -> None:
+    lifetime: Any = {"anchor": "created_at", "seconds": 3600}
+    batch = wait(client, create(client, input_line("a"), output_expires_after=lifetime).id)
+
+    assert batch.output_file_id is not None
+    file = client.files.retrieve(batch.output_file_id)
+    assert file.expires_at == file.created_at + 3600
+
+
+def test_retried_creation_returns_the_batch_that_exists(site: Site, client: openai.OpenAI) -> None:
+    made = create(client, input_line("a"), metadata={"run": "a"})
+    body = {
+        "input_file_id": made.input_file_id,
+        "endpoint": CHAT_URL,
+        "completion_window": "24h",
+        "metadata": {"run": "a"},
+    }
+    with site.http() as http:
+        retry = {"x-stainless-retry-count": "1"}
+        same = http.post("/v1/batches", json=body, headers=retry).json()["id"]
+        other = http.post("/v1/batches", json={**body, "metadata": {"run": "b"}}, headers=retry).json()["id"]
+        new = http.post("/v1/batches", json=body).json()["id"]
+
+    assert same == made.id
+    assert len({made.id, other, new}) == 3
+
+
+def test_creation_is_checked(site: Site, client: openai.OpenAI) -> None:
+    file = client.files.create(file=("a.jsonl", jsonl(input_line("a"))), purpose="user_data")
+    body = {"input_file_id": file.id, "endpoint": CHAT_URL, "completion_window": "24h"}
+    with site.http() as http:
+        purpose = error_of(http.post("/v1/batches", json=body))
+        endpoint = error_of(http.post("/v1/batches", json={**body, "endpoint": "/v1/embeddings"}))
+        window = error_of(http.post("/v1/batches", json={**body, "completion_window": "1h"}))
+        metadata = error_of(http.post("/v1/batches", json={**body, "metadata": {"a": "b" * 513}}))
+        missing = error_of(http.post("/v1/batches", json={**body, "input_file_id": "file-x"}))
+
+    assert (purpose["code"], purpose["param"]) == ("invalid_purpose", "input_file_id")
+    assert [error["param"] for error in (endpoint, window, metadata)] == ["endpoint", "completion_window", "metadata"]
+    assert missing["code"] == "file_not_found"
+
+
+def test_number_of_open_batches_is_limited(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("catalog.batches.commands.MAX_OPEN_BATCHES", 0)
+
+    with pytest.raises(openai.RateLimitError) as refused:
+        create(client, input_line("a"))
+
+    assert refused.value.code == "too_many_batches"
