@@ -36,7 +36,7 @@ from catalog.storage.store import ArtifactStore
 from catalog.tables.table import new_id
 
 LOOK_SECONDS = 1.0
-"""Interval at which an idle loop looks for batches."""
+"""Interval at which the loop polls for batches."""
 KEEP_SECONDS = 5.0
 """Interval at which a lease is renewed, and a cancellation is noticed."""
 PAUSE_SECONDS = 30.0
