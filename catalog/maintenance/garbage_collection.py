@@ -8,6 +8,7 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from catalog.batches import execution
 from catalog.db.database import Database, read_clock, serialize, skip_locked
 from catalog.history import job_logs
 from catalog.registry import checkpoints
@@ -36,7 +37,7 @@ def drop_references(db: Database) -> None:
     """Remove references to objects that are no longer needed, so that `clean` can delete them.
 
     These are expired files, parts of finished uploads, checkpoints of jobs that finished a week ago, logs of jobs that
-    finished a month ago, token caches of deleted files, expired plans and deleted adapters.
+    finished a month ago, token caches of deleted files, expired plans, deleted adapters and results of ended batches.
     """
     with db.write() as session:
         serialize(session, "clean")  # two concurrent runs would lock the same rows in different orders
@@ -51,6 +52,8 @@ def drop_references(db: Database) -> None:
         existing = select(Prepared.key)
         is_dangling = or_(FileOverlap.train_key.not_in(existing), FileOverlap.valid_key.not_in(existing))
         session.execute(delete(FileOverlap).where(is_dangling))
+    while execution.delete_results(db):
+        pass
     with db.read() as session:
         unused = artifact_index.unused(session)
     for digest in unused:

@@ -43,6 +43,8 @@ class Prompt:
     end_ids: frozenset[int] = frozenset()
     """Token ids that end the answer. The end token is part of the answer."""
     sampling: Sampling = field(default_factory=Sampling)
+    has_low_priority: bool = False
+    """The prompt waits for all prompts without low priority. If those need its cache, its answer restarts later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +99,8 @@ class _Answer:
 class ContinuousBatch:
     """Answers that grow by one token per `advance`. Prompts wait, in order, until the key-value cache has space.
 
-    If the cache becomes full, the newest answer restarts from its prompt later. If memory runs out in a pass, the
-    answers restart and the cache is halved.
+    If the cache becomes full, the newest answer restarts from its prompt later, one with low priority first. If memory
+    runs out in a pass, the answers restart and the cache is halved.
     """
 
     def __init__(
@@ -136,7 +138,8 @@ class ContinuousBatch:
     def add(self, prompt: Prompt) -> None:
         """Add a prompt. Raises ConfigError if it can't be answered."""
         check_prompt(prompt.ids, prompt.max_tokens, self._base)
-        self._waiting.append(_Answer(prompt=prompt))
+        place = len(self._waiting) if prompt.has_low_priority else self._num_urgent()
+        self._waiting.insert(place, _Answer(prompt=prompt))
 
     def remove(self, name: str) -> None:
         """Remove a prompt with its answer, if it is in the batch."""
@@ -163,19 +166,35 @@ class ContinuousBatch:
         """Choose the answers of the next pass: those that grow, and waiting prompts in their order while they fit."""
         num_tokens = sum(answer.cache_tokens for answer in self._growing)
         while num_tokens > self._cache_tokens and len(self._growing) > 1:
-            newest = self._growing.pop()
-            num_tokens -= newest.cache_tokens
-            newest.restart(is_exact=self._is_exact)
-            self._waiting.insert(0, newest)
+            num_tokens -= self._restart_newest().cache_tokens
         num_prompt_tokens = 0
         while self._waiting:
             first = self._waiting[0]
+            while num_tokens + first.cache_tokens > self._cache_tokens and self._can_replace(first):
+                num_tokens -= self._restart_newest().cache_tokens
             num_tokens += first.cache_tokens
             num_prompt_tokens += first.num_tokens
             is_too_much = num_tokens > self._cache_tokens or num_prompt_tokens > self._prompt_tokens
             if is_too_much and (self._growing or num_prompt_tokens > first.num_tokens):
                 break
             self._growing.append(self._waiting.pop(0))
+
+    def _num_urgent(self) -> int:
+        """Return the number of waiting prompts without low priority. They are the first ones."""
+        return sum(not answer.prompt.has_low_priority for answer in self._waiting)
+
+    def _can_replace(self, waiting: _Answer) -> bool:
+        """Return whether an answer with low priority grows, and the waiting prompt has none."""
+        is_any_low = any(answer.prompt.has_low_priority for answer in self._growing)
+        return is_any_low and not waiting.prompt.has_low_priority
+
+    def _restart_newest(self) -> _Answer:
+        """Let the newest growing answer wait again: the newest one with low priority, if there is any."""
+        low = [index for index, answer in enumerate(self._growing) if answer.prompt.has_low_priority]
+        newest = self._growing.pop(low[-1] if low else -1)
+        newest.restart(is_exact=self._is_exact)
+        self._waiting.insert(self._num_urgent() if low else 0, newest)
+        return newest
 
     def _recover(self, error: torch.OutOfMemoryError) -> None:
         """Prepare for another pass after one that ran out of memory. Raises OutOfMemory if it had a single answer."""
@@ -186,7 +205,8 @@ class ContinuousBatch:
         self._cache_tokens = sum(answer.cache_tokens for answer in self._growing) // 2
         for answer in self._growing:
             answer.restart(is_exact=self._is_exact)
-        self._waiting, self._growing = self._growing + self._waiting, []
+        waiting = sorted(self._growing + self._waiting, key=lambda answer: answer.prompt.has_low_priority)
+        self._waiting, self._growing = waiting, []
 
     def _compute(self) -> list[tuple[_Answer, ChosenToken | None]]:
         """Return the next token of each growing answer."""

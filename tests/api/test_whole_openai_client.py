@@ -34,7 +34,7 @@ from tests.api.site import Site, chat_lines
 from tests.api.trained import stored_weights
 from tests.catalog.world import World, manifest
 
-RESOURCES = ("files", "uploads", "fine_tuning", "models", "webhooks")
+RESOURCES = ("files", "uploads", "batches", "fine_tuning", "models", "webhooks")
 DATA = chat_lines(3)
 UPLOAD = {"bytes": len(DATA), "filename": "u.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
 
@@ -50,6 +50,8 @@ class Have:
     """The URL of the webhook receiver."""
     upload: str
     """An open upload, to be cancelled."""
+    requests: str
+    """An input file of a batch."""
     other: str
     """Another project."""
     answers: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -128,6 +130,27 @@ CALLS: dict[str, Call] = {
     "uploads.upload_file_chunked": Call(
         given=lambda _: {"file": DATA, **UPLOAD, "part_size": 100},
         holds=lambda upload, _: (upload.status, upload.file.bytes) == ("completed", len(DATA)),
+    ),
+    "batches.create": Call(
+        given=lambda have: {
+            "input_file_id": have.requests,
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+            "metadata": {"team": "search"},
+            "output_expires_after": {"anchor": "created_at", "seconds": 3600},
+        },
+        holds=lambda batch, _: (batch.status, batch.metadata) == ("validating", {"team": "search"}),
+    ),
+    "batches.retrieve": Call(
+        given=lambda have: {"batch_id": have.id("batches.create")},
+        holds=lambda batch, have: batch.input_file_id == have.requests,
+    ),
+    "batches.list": Call(
+        given=lambda _: {"limit": 1}, holds=lambda found, have: found[0].id == have.id("batches.create")
+    ),
+    "batches.cancel": Call(
+        given=lambda have: {"batch_id": have.id("batches.create")},
+        holds=lambda batch, _: batch.status == "cancelling",
     ),
     "fine_tuning.jobs.create": Call(
         given=lambda have: {
@@ -327,6 +350,7 @@ def have(world: World, services: Services, receiver: Receiver, tmp_path: Path) -
         model=model,
         checkpoint=f"{model}:ckpt-step-1",
         upload=upload.upload.id,
+        requests=world.file(purpose="batch", num_rows=None),
         other="theirs",
         hook=f"{receiver.url}/",
     )

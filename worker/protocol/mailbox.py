@@ -134,6 +134,8 @@ class AnswerBody(TypedDict):
     frequency_penalty: float
     num_logprobs: int | None
     """Number of most likely tokens that are reported with each token. None: no log-probabilities."""
+    is_batch: NotRequired[bool]
+    """It belongs to a batch, so it waits for the others."""
 
 
 class MalformedEvent(LorryError):

@@ -135,7 +135,8 @@ class InferenceSession:
             body = {"code": error.code, "message": error.message, "remedy": error.remedy}
             self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": body})
             return
-        inbox.send("answer", request_id=claimed.request_id, adapter=adapter, **claimed.body)
+        body = {**claimed.body, "is_batch": True} if claimed.is_batch else claimed.body
+        inbox.send("answer", request_id=claimed.request_id, adapter=adapter, **body)
 
     def _stage(self, digest: str | None, directory: TrainerDirectory) -> StagedAdapter | None:
         """Copy an adapter to the trainer's directory, unless it is there. Raises DamagedArtifact, OutOfSpace,

@@ -40,7 +40,14 @@ def test_openapi_documents_the_scopes_of_authenticated_operations(app: FastAPI) 
     }
     read_only = {"verify_adapter"}  # reads every byte again, and changes nothing
     by_work = {"create_plan"}  # needs jobs:write where a worker has to prepare files
-    inference = {"create_chat_completion", "create_completion"}
+    inference = {
+        "create_chat_completion",
+        "create_completion",
+        "create_batch",
+        "list_batches",
+        "get_batch",
+        "cancel_batch",
+    }
 
     assert {name for name, (path, _, _) in documented.items() if path not in OPEN_PATHS} - NEEDED.keys() == set()
     assert {scope for needed in NEEDED.values() for scope in needed} == set(SCOPES)

@@ -267,3 +267,39 @@ def test_prompt_that_can_not_be_answered_is_rejected(engine):
     with pytest.raises(ConfigError, match="The prompt has 200 tokens"):
         batch.add(Prompt(name="long", adapter=engine.no_adapter(), ids=(1,) * 200, max_tokens=57))
     assert len(batch) == 0
+
+
+def test_prompts_with_low_priority_wait_for_all_others(engine, expected):
+    prompts = prompts_of(engine)
+    batch, order = batch_on(engine, prompt_tokens=1), []
+    for prompt in prompts[:4]:
+        batch.add(replace(prompt, has_low_priority=True))
+    for prompt in prompts[4:8]:
+        batch.add(prompt)
+    found = {}
+    while len(batch):
+        for new in batch.advance():
+            if new.name not in found:
+                order.append(new.name)
+            found.setdefault(new.name, []).append(new)
+
+    assert order == ["4", "5", "6", "7", "0", "1", "2", "3"]
+    assert found == {prompt.name: expected[prompt.name] for prompt in prompts[:8]}
+
+
+def test_answers_with_low_priority_give_their_cache_to_others_and_restart(engine, expected):
+    low, urgent = prompts_of(engine)[:3], prompts_of(engine)[9]
+    cache_tokens = sum(len(prompt.ids) + prompt.max_tokens for prompt in low)
+    batch, found = batch_on(engine, cache_tokens=cache_tokens), {}
+    for prompt in low:
+        batch.add(replace(prompt, has_low_priority=True))
+    for new in batch.advance():
+        found.setdefault(new.name, []).append(new)
+    assert found.keys() == {"0", "1", "2"}
+    batch.add(urgent)
+
+    (first,) = batch.advance()
+
+    assert first.name == urgent.name
+    found[first.name] = [first]
+    assert drained(batch, found) == {prompt.name: expected[prompt.name] for prompt in (*low, urgent)}

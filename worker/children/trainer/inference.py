@@ -146,6 +146,7 @@ class InferenceRequests:
                         max_tokens=max_tokens[place],
                         end_ids=self._ends(text, is_chat="messages" in body),
                         sampling=_sampling(body, index),
+                        has_low_priority=body.get("is_batch", False),
                     )
                 )
         self._events.write({"type": "answering", "request_id": request_id, "prompt_tokens": request.prompt_tokens})
