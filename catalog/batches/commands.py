@@ -52,8 +52,7 @@ def create(
         authentication.check_valid(session, caller.api_key_id, now=now)
         if is_client_retry and (earlier := _earlier(session, caller, input_file, endpoint, labels, now=now)):
             return earlier
-        file = files.find(session, project_id=caller.project_id, file_id=input_file, lock=True)
-        _check_input(file, now=now)
+        file = _input(session, caller.project_id, input_file, now=now)
         _check_open(session, caller)
         batch = Batch(
             id=new_id("batch"),
@@ -130,7 +129,13 @@ def _earlier(
     return found if found is not None and found.labels == labels else None
 
 
-def _check_input(file: File, *, now: float) -> None:
+def _input(session: Session, project_id: str, file_id: str, *, now: float) -> File:
+    """Return the input file, locked. Raises NotFound, and InvalidRequest if a batch can't read it."""
+    try:
+        file = files.find(session, project_id=project_id, file_id=file_id, lock=True)
+    except NotFound as error:
+        error.param = "input_file_id"
+        raise
     if file.purpose != files.BATCH:
         raise InvalidRequest(
             f"File {file.id} has the purpose {file.purpose!r}, but the input of a batch needs {files.BATCH!r}.",
@@ -145,6 +150,7 @@ def _check_input(file: File, *, now: float) -> None:
             remedy="Upload the requests again.",
             param="input_file_id",
         )
+    return file
 
 
 def _check_open(session: Session, caller: Caller) -> None:

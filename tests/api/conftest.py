@@ -62,6 +62,7 @@ def no_batch_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Disable polls for batches, which execute additional statements, except in tests that use `batch_worker`."""
     if "batch_worker" not in request.fixturenames:
         monkeypatch.setattr(batch_loop, "LOOK_SECONDS", 3600.0)
+        monkeypatch.setattr(batch_loop.BatchRunner, "wake", lambda _: None)
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_openapi_documents_the_scopes_of_authenticated_operations(app: FastAPI) 
     assert {scope for needed in NEEDED.values() for scope in needed} == set(SCOPES)
     for name, needed in NEEDED.items():
         _, method, shown = documented[name]
-        verb = "read" if method == "get" or name in read_only else "answer" if name in inference else "write"
+        verb = "answer" if name in inference else "read" if method == "get" or name in read_only else "write"
         assert shown == list(needed), name
         assert name in by_work or all(scope.endswith(f":{verb}") for scope in needed), name
 

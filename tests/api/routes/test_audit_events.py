@@ -39,6 +39,8 @@ EVENT_TYPES: dict[str, str] = {
     "create_upload": "upload.created",
     "complete_upload": "file.created",
     "cancel_upload": "upload.cancelled",
+    "create_batch": "batch.created",
+    "cancel_batch": "batch.cancelled",
     "create_job": "job.created",
     "cancel_job": "job.cancelled",
     "pause_job": "job.paused",

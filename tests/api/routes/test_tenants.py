@@ -137,6 +137,9 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     client.post(f"/v1/uploads/{upload_id}/parts", files={"data": ("a", b"x")})
     with world.db.write() as session:
         session.execute(update(UploadPart).values(id=PART))
+    requests_id = world.file(purpose="batch", num_rows=None)
+    batch = {"input_file_id": requests_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch_id = client.post("/v1/batches", json=batch).json()["id"]
     sweep_body = {"model": BASE, "training_file": world.file_id, "search": {"type": "ask_tell", "trials": 9}}
     measured = {"objective": {"metric": "train_loss"}}
     sweep_id = client.post("/v1/sweeps", json={**sweep_body, **measured}).json()["id"]
@@ -160,6 +163,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "webhook_delivery_id": [_pair(delivery["id"])],
             "upload_id": [_pair(upload_id)],
             "sweep_id": [_pair(sweep_id)],
+            "batch_id": [_pair(batch_id)],
             "plan_id": [_pair(planned.id)],
             "worker_id": [_pair(world.worker("worker-1"))],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
@@ -275,6 +279,9 @@ def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]
             ("model", {"messages": [{"role": "user", "content": "Hi"}]}, ours.pairs["model"]),
         ],
         "create_completion": [("model", {"prompt": "Hi"}, ours.pairs["model"])],
+        "create_batch": [
+            ("input_file_id", {"endpoint": "/v1/completions", "completion_window": "24h"}, ours.pairs["file_id"]),
+        ],
         "create_api_key": [("project", {"name": "x"}, ours.pairs["project"])],
     }
 
