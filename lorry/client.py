@@ -14,6 +14,7 @@ from lorry import connection
 from lorry.resources.adapters import Adapters
 from lorry.resources.audit import Audit
 from lorry.resources.chat import Chat
+from lorry.resources.batches import Batches
 from lorry.resources.files import Files
 from lorry.resources.jobs import Jobs
 from lorry.resources.keys import Keys, Projects
@@ -49,6 +50,7 @@ class Lorry:
         found = connection.find(url=url, api_key=api_key, data_dir=None if data_dir is None else Path(data_dir))
         self._transport = Transport(found, retries=retries, sleep=sleep, transport=transport)
         self.files = Files(self._transport)
+        self.batches = Batches(self._transport)
         self.jobs = Jobs(self._transport)
         self.plans = Plans(self._transport)
         self.sweeps = Sweeps(self._transport)

@@ -31,6 +31,10 @@ def file(lorry: Lorry, typed: str) -> str:
     return _full_id("file", typed, lorry.files.list)
 
 
+def batch(lorry: Lorry, typed: str) -> str:
+    return _full_id("batch", typed, lorry.batches.list)
+
+
 def key(lorry: Lorry, typed: str) -> str:
     return _full_id("key", typed, lorry.keys.list)
 

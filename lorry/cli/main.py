@@ -11,6 +11,7 @@ from lorry.cli.commands import (
     account,
     adapters,
     audit,
+    batches,
     down,
     files,
     fleet,
@@ -55,6 +56,7 @@ app.add_typer(sweeps.app, name="sweeps")
 app.add_typer(sweeps.app, name="sweep", hidden=True)
 app.add_typer(adapters.app, name="adapters")
 app.verb("chat", *chat.EXAMPLES)(chat.chat)
+app.add_typer(batches.app, name="batches")
 app.verb("queue", *fleet.QUEUE_EXAMPLES)(fleet.queue)
 app.verb("usage", *usage.EXAMPLES)(usage.usage)
 app.add_typer(keys.app, name="keys")

@@ -33,6 +33,7 @@ class Purpose(StrEnum):
     """The purposes of an upload."""
 
     fine_tune = "fine-tune"
+    batch = "batch"
     user_data = "user_data"
 
 
@@ -41,6 +42,8 @@ class ListedPurpose(StrEnum):
 
     fine_tune = "fine-tune"
     results = "fine-tune-results"
+    batch = "batch"
+    batch_output = "batch_output"
     user_data = "user_data"
 
 

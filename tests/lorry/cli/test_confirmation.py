@@ -21,6 +21,7 @@ IRREVERSIBLE = {
     "plans delete": ("p", ("DELETE", "/v1/plans/p")),
     "sweeps cancel": ("s", ("POST", "/v1/sweeps/s/cancel")),
     "sweeps close": ("s", ("POST", "/v1/sweeps/s/close")),
+    "batches cancel": ("b", ("POST", "/v1/batches/b/cancel")),
     "keys revoke": ("k", ("POST", "/v1/api_keys/k/revoke")),
     "projects archive": ("p", ("POST", "/v1/projects/p/archive")),
     "webhooks delete": ("w", ("DELETE", "/v1/webhook_endpoints/w")),

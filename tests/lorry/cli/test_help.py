@@ -20,6 +20,7 @@ VERBS = {
     "jobs": "submit list show why watch logs events metrics samples checkpoints cancel pause resume hold release move",
     "plans": "create list show delete",
     "sweeps": "run list show watch close cancel",
+    "batches": "create list show cancel",
     "models": "add list show delete",
     "adapters": "list show pull verify lineage delete share shares unshare",
     "files": "upload list show download report delete",
@@ -31,7 +32,7 @@ VERBS = {
     "audit": "list verify export",
 }
 """All visible commands, by group."""
-FILES = ("chats.jsonl", "valid.jsonl", "notes.pdf")
+FILES = ("chats.jsonl", "valid.jsonl", "notes.pdf", "requests.jsonl")
 """Files that examples name."""
 
 

@@ -97,6 +97,7 @@ def test_prefix_is_ambiguous_if_not_all_objects_were_searched(
         ("files delete file-3 -y", "/v1/files", "file-3f2b", ("DELETE", "/v1/files/file-3f2b")),
         ("keys show key-3", "/v1/api_keys", "key-3f2b", ("GET", "/v1/api_keys/key-3f2b")),
         ("keys revoke key-3 -y", "/v1/api_keys", "key-3f2b", ("POST", "/v1/api_keys/key-3f2b/revoke")),
+        ("batches show batch-3", "/v1/batches", "batch-3f2b", ("GET", "/v1/batches/batch-3f2b")),
         ("plans show plan-3", "/v1/plans", "plan-3f2b", ("GET", "/v1/plans/plan-3f2b")),
         ("plans delete plan-3 -y", "/v1/plans", "plan-3f2b", ("DELETE", "/v1/plans/plan-3f2b")),
         ("sweeps close sweep-3 -y", "/v1/sweeps", "sweep-3f2b", ("POST", "/v1/sweeps/sweep-3f2b/close")),
