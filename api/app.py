@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.errors import handlers
+from api.inference import batch_routes
 from api.inference.batch_loop import BatchRunner
 from api.inference.replies import Replies
 from api.maintenance_loop import LOOPS, PERIODIC_TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
@@ -26,7 +27,6 @@ from api.routes import (
     adapters,
     api_keys,
     audit_events,
-    batches,
     files,
     fleet,
     health,
@@ -138,7 +138,7 @@ def create_app(
         adapters,
         permissions,
         inference,
-        batches,
+        batch_routes,
         fleet,
         organizations,
         projects,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from api.errors.validation import explain
+from api.inference.batch_schemas import BatchInputLine
 from api.inference.calls import CompletionCall, chat_call, text_call
-from api.schemas.batches import BatchInputLine
 from api.schemas.inference import ChatCompletionRequest, CompletionRequest
 from catalog.datasets.row_json import BadRow, parse_object
 from catalog.db.database import Database

@@ -11,7 +11,6 @@ from lorry.cli.commands import (
     account,
     adapters,
     audit,
-    batches,
     down,
     files,
     fleet,
@@ -28,7 +27,7 @@ from lorry.cli.commands import (
     worker,
     workers,
 )
-from lorry.cli.commands.inference import chat
+from lorry.cli.commands.inference import batches, chat
 
 app = group(
     "Fine-tune many LoRA adapters at once on your own machines.\n\n"

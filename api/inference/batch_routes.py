@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
+from api.inference.batch_schemas import BatchObject, BatchRequest, batch_object
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.batches import BatchObject, BatchRequest, batch_object
 from api.schemas.pagination import ListPage, page_of
 from catalog.batches import commands
 
