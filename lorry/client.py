@@ -13,8 +13,8 @@ import httpx
 from lorry import connection
 from lorry.resources.adapters import Adapters
 from lorry.resources.audit import Audit
-from lorry.resources.chat import Chat
 from lorry.resources.batches import Batches
+from lorry.resources.chat import Chat
 from lorry.resources.files import Files
 from lorry.resources.jobs import Jobs
 from lorry.resources.keys import Keys, Projects
