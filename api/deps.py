@@ -77,4 +77,13 @@ IdempotencyKey = Annotated[
 Use = Annotated[Services, Depends(services_of)]
 IsRetry = Annotated[bool, Depends(is_client_retry)]
 After = Annotated[str | None, Query(description="Return items after the item with this id.", max_length=128)]
+JobKey = Annotated[
+    str | None,
+    Header(
+        alias="idempotency-key",
+        max_length=255,
+        pattern=r"^[\x21-\x7e]+$",
+        description="Identifies the submission. A repeated request with the same key returns the same job.",
+    ),
+]
 Limit = Annotated[int, Query(description="Maximum number of items to return, 1 to 100.", ge=1, le=100)]

@@ -63,6 +63,7 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "get_adapter_archive": ("adapters:read",),
     "get_adapter_lineage": ("adapters:read",),
     "verify_adapter": ("adapters:read",),
+    "reproduce_adapter": ("jobs:write",),
     "delete_adapter": ("adapters:write",),
     "list_model_permissions": ("permissions:read",),
     "create_model_permissions": ("permissions:write",),

@@ -10,7 +10,9 @@ from fastapi import Query
 from starlette.responses import StreamingResponse
 
 from api.auth.authentication import Signed
-from api.deps import After, IsRetry, Limit, Services, Use
+from api.deps import After, IsRetry, JobKey, Limit, Services, Use
+from api.job_objects import job_objects
+from api.requests.idempotency import identity_of_text
 from api.routes import SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.adapters import (
@@ -24,12 +26,14 @@ from api.schemas.adapters import (
     adapter_object,
     files_object,
 )
+from api.schemas.jobs import FineTuningJob
 from api.schemas.pagination import ListPage, page_of
 from api.transfers.adapter_archive import ArchiveMember, inline, tar_chunks, tar_size
 from api.transfers.attachment import READ_BYTES, Download
 from catalog.audit import lineage_signatures
 from catalog.caller import Caller
 from catalog.errors import LorryError
+from catalog.jobs import reproduction, submission
 from catalog.registry import adapters, lineage
 from catalog.registry.adapters import AdapterView
 from catalog.storage.manifest import Manifest
@@ -157,6 +161,25 @@ async def verify_adapter(adapter: str, use: Use, caller: Signed) -> AdapterVerif
     Reads every stored byte, so it can take seconds. Requires the scope `adapters:read`.
     """
     return await use.slow_work.run(caller.project_id, partial(_verified, use, caller.project_id, adapter))
+
+
+@router.post("/{adapter}/reproduce", operation_id="reproduce_adapter", responses=errors(404, 409))
+def reproduce_adapter(
+    adapter: str, use: Use, caller: Signed, idempotency_key: JobKey = None, *, is_retry: IsRetry
+) -> FineTuningJob:
+    """Create a job that trains the adapter again from its lineage record, and compares the digests.
+
+    `reproduces` of the job contains the recorded digests, and the verdict once the job has succeeded. The base model
+    and the data files are found by digest. Returns 409 with a list of all inputs that are missing. The quotas of jobs
+    apply. Requires the scope `jobs:write`.
+    """
+    identity = identity_of_text(f"reproduce {adapter}", idempotency_key=idempotency_key, is_client_retry=is_retry)
+    job = submission.made_before(use.db, caller=caller, **identity)
+    if job is None:
+        prepared = reproduction.prepare(use.db, caller, adapter)
+        job = submission.create(use.db, caller=caller, request=prepared, **identity)
+    use.notifier.wake_workers()
+    return job_objects(use.db, [job], caller=caller)[0]
 
 
 def _verified(use: Services, project_id: str, adapter: str) -> AdapterVerification:

@@ -6,12 +6,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Annotated
 
-from fastapi import Body, Header, Query, Request
+from fastapi import Body, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 
 from api.auth.authentication import Signed
-from api.deps import After, IsRetry, Limit, Services, Use
+from api.deps import After, IsRetry, JobKey, Limit, Services, Use
 from api.job_objects import job_objects
 from api.requests.idempotency import identity_of
 from api.requests.query_parameters import metadata_filter
@@ -35,14 +35,7 @@ def create_job(
     body: Annotated[JobBody, Body(openapi_examples=JOB_REQUEST_EXAMPLES)],
     use: Use,
     caller: Signed,
-    idempotency_key: Annotated[
-        str | None,
-        Header(
-            max_length=255,
-            pattern=r"^[\x21-\x7e]+$",
-            description="Identifies the submission. A repeated request with the same key returns the same job.",
-        ),
-    ] = None,
+    idempotency_key: JobKey = None,
     *,
     is_retry: IsRetry,
 ) -> FineTuningJob:

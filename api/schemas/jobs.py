@@ -178,6 +178,42 @@ class TrialOf(BaseModel):
     parameters: dict[str, Any]
 
 
+class ReproductionDigests(BaseModel):
+    """Digests that equal bits have. Null: the lineage record does not contain the digest."""
+
+    weights: str | None = Field(description="SHA-256 of `adapter_model.safetensors`.")
+    loss_log: str | None = Field(description="SHA-256 of all points of both loss curves.")
+
+
+class ReproductionDifference(BaseModel):
+    """A condition on which the bits of an adapter depend, and that differs between the two trainings."""
+
+    field: str
+    recorded: Any
+    reproduced: Any
+
+
+class ReproductionObject(BaseModel):
+    """The adapter that a job trains again from its lineage record, and the comparison of the two.
+
+    The fields after `expected` are null until the job has succeeded.
+    """
+
+    adapter: str = Field(description="Id of the adapter.")
+    name: str
+    lineage_id: str
+    expected: ReproductionDigests = Field(description="The recorded digests.")
+    reproduced: ReproductionDigests | None = Field(default=None, description="The digests of the job's own adapter.")
+    identical: bool | None = Field(default=None, description="Whether the digests are equal.")
+    differences: list[ReproductionDifference] | None = None
+    is_difference_expected: bool | None = Field(
+        default=None,
+        description="Whether the adapter differs, and equal bits were not promised: a condition differs, or a "
+        "determinism level is not `bitwise`.",
+    )
+    message: str | None = Field(default=None, description="The verdict in sentences.")
+
+
 class JobMove(Strict):
     """New position among the project's waiting jobs of the same priority. Exactly one field must be set."""
 
@@ -213,6 +249,9 @@ class FineTuningJob(BaseModel):
     base_digest: str
     sweep: TrialOf | None = Field(description="The sweep and trial; null if the job is not a trial.")
     parent_adapter: str | None = Field(description="Name of the adapter from which the job continues.")
+    reproduces: ReproductionObject | None = Field(
+        description="The adapter that the job trains again; null if it was not created by `reproduce`."
+    )
     fine_tuned_model: str | None
     adapter_id: str | None
     organization_id: str = Field(description="Organization of the project.")
@@ -318,6 +357,7 @@ def _identity(row: Job) -> dict[str, Any]:
         "integrations": row.requested.get("integrations") or [],
         "priority": PriorityClass(row.priority).name,
         "deadline": _seconds(row.deadline),
+        "reproduces": row.reproduces,
     }
 
 

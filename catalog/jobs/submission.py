@@ -15,7 +15,8 @@ from catalog.audit import log
 from catalog.db.database import Database, read_clock, serialized_at
 from catalog.errors import Conflict, InvalidRequest
 from catalog.history import events, tracker_exports
-from catalog.jobs import commands
+from catalog.jobs import commands, reproduction
+from catalog.jobs.reproduction import Reproduction
 from catalog.lifecycle.transitions import begin
 from catalog.plans.jobs_from_plans import AgreedPlan, accept_planned, agree
 from catalog.spec.job import JobRequest, PlannedJob, Precision
@@ -42,7 +43,7 @@ def create(
     db: Database,
     *,
     caller: Caller,
-    request: JobRequest | PlannedJob,
+    request: JobRequest | PlannedJob | Reproduction,
     idempotency_key: str | None = None,
     body_digest: str,
     is_client_retry: bool = False,
@@ -58,10 +59,10 @@ def create(
     return retried(lambda: _create(db, caller, agreed, sent))
 
 
-def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan, sent: _Sent) -> Job:
+def _create(db: Database, caller: Caller, request: JobRequest | AgreedPlan | Reproduction, sent: _Sent) -> Job:
     """Create a job in one transaction. Raises TargetsOutdated."""
     idempotency_key, body_digest = sent.idempotency_key, sent.body_digest
-    targets = resolve_targets(db, caller, [request.request if isinstance(request, AgreedPlan) else request])
+    targets = resolve_targets(db, caller, [request if isinstance(request, JobRequest) else request.request])
     with db.write() as session:
         name = f"submit {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}"
         now = serialized_at(session, name)
@@ -141,7 +142,7 @@ def _same_submission(
 def submit(
     session: Session,
     caller: Caller,
-    request: JobRequest | AgreedPlan,
+    request: JobRequest | AgreedPlan | Reproduction,
     targets: Targets,
     *,
     body_digest: str | None,
@@ -159,12 +160,15 @@ def submit(
     quotas.check_submission(session, caller, now=now, is_promised=is_promised)
     if isinstance(request, AgreedPlan):
         accepted = accept_planned(session, caller, request, now=now)
+    elif isinstance(request, Reproduction):
+        accepted = reproduction.accept_reproduction(session, caller, request, now=now)
     else:
         seed = secrets.randbelow(2**31)
         accepted = accept(session, caller, request, now=now, seed=seed, auto_precision=auto_precision)
     quotas.check_priority(session, caller, accepted.request.priority)
     job = job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()
+    job.reproduces = request.as_column() if isinstance(request, Reproduction) else None
     begin(session, job, now=now, message=f"Created fine-tuning job: {job.id}")
     quota.check_preparation(session, job, now=now)
     commands.index_labels(session, job)
@@ -172,10 +176,13 @@ def submit(
     details = {"model": job.base_model, "training_file": job.training_file, "method": accepted.spec.method}
     details |= {"plan": request.plan} if isinstance(request, AgreedPlan) else {}
     details |= {"sweep": sweep_id} if sweep_id else {}
+    details |= {"reproduces": request.adapter} if isinstance(request, Reproduction) else {}
     log.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=details)
     tracker_exports.add(session, job, accepted.request.integrations or ())
     if isinstance(request, AgreedPlan):
         events.add(session, job.id, now=now, message=f"The job was created from {request.plan} without changes.")
+    if isinstance(request, Reproduction):
+        events.add(session, job.id, now=now, message=f"The job reproduces {request.name} from its lineage record.")
     for caution in accepted.cautions:
         events.add(session, job.id, now=now, level="warn", message=caution.sentence())
     return job

@@ -55,7 +55,7 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
     if accepted.base.digest != plan.base_digest:
         raise _outdated(plan, f"base model {plan.base_model!r} has changed since the plan was created")
     if accepted.spec != spec:
-        raise _outdated(plan, _difference(accepted.spec, spec))
+        raise _outdated(plan, difference(accepted.spec, spec))
     return accepted
 
 
@@ -76,7 +76,7 @@ def _failed(plan: Plan) -> Conflict:
     )
 
 
-def _difference(now: JobSpec, planned: JobSpec) -> str:
+def difference(now: JobSpec, planned: JobSpec) -> str:
     """Return how the configuration of a job now differs from the plan's."""
     before = dict(_leaves(planned.model_dump(mode="json")))
     for path, value in _leaves(now.model_dump(mode="json")):

@@ -29,6 +29,7 @@ from catalog.lifecycle.recording import (
 )
 from catalog.lifecycle.transitions import move
 from catalog.queue import charging, preemption
+from catalog.registry import lineage_comparison
 from catalog.scheduling.snapshot import USUAL, Policy
 from catalog.search import trials
 from catalog.states import ENDINGS, EndReason, JobState, Verb
@@ -180,6 +181,7 @@ def complete(
         job.adapter_name, job.trained_tokens, job.error = adapter.name, trained_tokens, None
         message = f"New fine-tuned model created: {adapter.name}"
         events.add(session, job.id, now=now, message=message, data={"adapter_id": adapter.id})
+        _compare_reproduction(session, job, lineage, now=now)
         ledger.add(session, job, "trained_tokens", trained_tokens, now=now)
         ledger.count(session, "trained_tokens", number=trained_tokens)
         ledger.count(session, "adapters")
@@ -189,6 +191,17 @@ def complete(
         session.flush()
         failpoints.pass_by("in_complete")
         return adapter
+
+
+def _compare_reproduction(session: Session, job: Job, lineage: Json, *, now: float) -> None:
+    """Record whether the adapter is identical to the one that the job reproduces, if it reproduces one."""
+    if job.reproduces is None:
+        return
+    recorded = session.get_one(Adapter, job.reproduces["adapter"]).lineage
+    verdict = lineage_comparison.compare(job.reproduces["expected"], recorded=recorded, reproduced=lineage)
+    job.reproduces = {**job.reproduces, **verdict}
+    level = "info" if verdict["identical"] else "warn"
+    events.add(session, job.id, now=now, level=level, message=verdict["message"], data={"reproduction": verdict})
 
 
 def end(

@@ -85,6 +85,11 @@ class BaseModel:
         return sum(allocated_bytes(weight, kind) for weight in self.model.parameters()) + scale_bytes(self.model)
 
     @property
+    def gpu_name(self) -> str | None:
+        """Return the model of the GPU that holds it; None on a CPU."""
+        return None if torch.device(self.device).type == "cpu" else torch.cuda.get_device_name(self.device)
+
+    @property
     def vocab_size(self) -> int:
         if self.task == "causal-lm":
             return self.head().weight_VD.shape[0]

@@ -85,6 +85,26 @@ class JobFailure(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reproduction(View):
+    """The adapter that a job trains again from its lineage record, and the comparison of the two.
+
+    `identical`, `message` and the fields after them are None until the job has succeeded.
+    """
+
+    adapter: str = ""
+    name: str = ""
+    lineage_id: str = ""
+    expected: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
+    """The recorded SHA-256 digests: `weights` and `loss_log`."""
+    reproduced: dict[str, str | None] | None = None
+    identical: bool | None = None
+    differences: list[dict[str, Any]] | None = None
+    """`field`, `recorded` and `reproduced` of each condition that differs between the two trainings."""
+    is_difference_expected: bool | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job(View):
     """A fine-tuning job with its resolved configuration."""
 
@@ -95,6 +115,8 @@ class Job(View):
     model: str = ""
     parent_adapter: str | None = None
     """Name of the adapter from which the job continues."""
+    reproduces: Reproduction | None = field(default=None, metadata={"view": Reproduction})
+    """None if the job was not created by `adapters.reproduce`."""
     training_file: str = ""
     validation_file: str | None = None
     fine_tuned_model: str | None = None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lorry.models.jobs import Adapter, Permission
+from lorry.models.jobs import Adapter, Job, Permission
 from lorry.resources import pages
 from lorry.resources.files import OnBytes
 from lorry.transport.http import Transport
@@ -42,6 +43,15 @@ class Adapters:
     def verify(self, name: str) -> dict[str, Any]:
         """Make the service verify every stored byte. Return `passed` and `problems`."""
         return self._transport.request("POST", _of(name, "verify"))
+
+    def reproduce(self, name: str, *, idempotency_key: str | None = None) -> Job:
+        """Create a job that trains the adapter again from its lineage record. Wait for it with `lorry.jobs.wait`.
+
+        `reproduces` of the finished job contains the comparison: `identical` and `message`. Raises Conflict with a list
+        of the inputs that are missing. Retries after a lost response create no second job.
+        """
+        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
+        return Job.of(self._transport.request("POST", _of(name, "reproduce"), headers=headers))
 
     def signing_keys(self) -> builtins.list[dict[str, Any]]:
         """Return the public keys of lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""

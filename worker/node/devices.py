@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -197,6 +198,15 @@ def _cpu_has_bfloat16() -> bool:
     return found is None or not BFLOAT16_FLAGS.isdisjoint(found[1].split())
 
 
+def processor() -> str:
+    """Return the model name of the CPU: the first one that the kernel lists, else the name of the architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(_own_cores())
@@ -232,7 +242,7 @@ def free_host_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that affect results, without importing them."""
-    names = ("lorry", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+    names = ("lorry", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numba")
     optional = ("bitsandbytes",) if find_spec("bitsandbytes") else ()
     return {name: _version(name) for name in (*names, *optional)}
 

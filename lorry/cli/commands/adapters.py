@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Adapter
+    from lorry.models.jobs import Adapter, Job
 
 app = group("Manage trained adapters.")
 
@@ -183,6 +183,36 @@ def lineage(adapter: NameOrFolder, as_json: AsJson = False) -> None:
         render(record)
     if result is not None:
         _report_verdict(adapter, result)
+
+
+@app.verb(
+    "reproduce",
+    "lorry adapters reproduce support",
+    "lorry adapters reproduce support --detach",
+    "lorry adapters reproduce support --json",
+)
+def reproduce(
+    adapter: Name,
+    detach: Annotated[bool, typer.Option("--detach", help="Create the job without waiting for it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter again from its lineage record, and compare the digests. Exits with 1 if they differ.
+
+    Needs the same base model and data files, which are found by digest.
+    """
+    from lorry.cli.render.progress_bars import watch_until_final
+
+    lorry = client()
+    job = lorry.adapters.reproduce(lookup.adapter(lorry, adapter))
+    if detach:
+        if as_json:
+            output.print_json(job.raw)
+        else:
+            output.echo(f"Created job {job.id}. When it has succeeded, see the result with: lorry jobs show {job.id}")
+        return
+    output.echo(f"Created job {job.id}.")
+    watch_until_final(lorry, [job.id], as_json=as_json)
+    _report_reproduction(lorry.jobs.get(job.id), as_json=as_json)
 
 
 @app.verb("delete", "lorry adapters delete support", "lorry adapters delete ft:smollm2:default:support:1a2b3c4d --yes")
@@ -361,6 +391,27 @@ def _report_verdict(adapter: str, result: dict[str, Any], *, owner: str | None =
             output.echo(f"This key was retired on {day}. If its secret has leaked, pull the adapter again.")
         output.echo(f"{adapter}: {_verdict(result, problems, is_unknown=problems == [UNKNOWN_KEY], owner=owner)}.")
     if not result.get("passed"):
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _report_reproduction(job: Job, *, as_json: bool) -> None:
+    """Print the verdict of a job that has succeeded, and exit with 1 if the adapters differ."""
+    verdict = job.reproduces
+    if verdict is None or verdict.identical is None:
+        raise LorryError(
+            f"Job {job.id} has succeeded, but the service returned no comparison.",
+            code="no_comparison",
+            remedy="Update the service to the version of this client.",
+        )
+    if not as_json:
+        output.echo(f"{job.fine_tuned_model} reproduces {verdict.name}.")
+        for each in verdict.differences or ():
+            output.echo(f"{each.get('field')}: {each.get('recorded')} recorded, {each.get('reproduced')} now.")
+        for name, digest in verdict.expected.items():
+            found = (verdict.reproduced or {}).get(name)
+            output.echo(f"{name.replace('_', ' ')}: {digest} recorded, {found} now.")
+        output.echo(f"{'OK' if verdict.identical else 'FAILED'}: {verdict.message}")
+    if not verdict.identical:
         raise typer.Exit(EXIT_REFUSED)
 
 

@@ -59,6 +59,8 @@ def _run(job: Job) -> Iterator[tuple[str, object]]:
     yield "error", job.error and f"{job.error.message} {job.error.remedy}".strip()
     yield "model", job.model
     yield "continues", job.parent_adapter
+    yield "reproduces", job.reproduces and job.reproduces.name
+    yield "reproduction", job.reproduces and job.reproduces.message
     yield "adapter", job.fine_tuned_model
     yield "curves", ", ".join(job.result_files)
     yield "step", steps(job)

@@ -42,6 +42,7 @@ EVENT_TYPES: dict[str, str] = {
     "create_batch": "batch.created",
     "cancel_batch": "batch.cancelled",
     "create_job": "job.created",
+    "reproduce_adapter": "job.created",
     "cancel_job": "job.cancelled",
     "pause_job": "job.paused",
     "resume_job": "job.resumed",

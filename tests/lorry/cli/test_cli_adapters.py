@@ -213,3 +213,71 @@ def test_adapter_is_shared_and_unshared(service: Script, run: Run) -> None:
     assert json.loads(sent.body) == {"project_ids": ["search", "proj-3"]}
     assert "cp-1" in shown
     assert len(service.requests("DELETE", f"{path}/cp-1")) == 1
+
+
+REPRODUCTION: dict[str, Any] = {
+    "adapter": "adapter-1",
+    "name": "ft:m:p:docs:1",
+    "expected": {"weights": "a" * 64, "loss_log": "b" * 64},
+}
+
+
+def _serve_reproduction(service: Script, **verdict: Any) -> None:
+    service.on("GET", "/v1/adapters/docs", {"id": "adapter-1", "name": "ft:m:p:docs:1"})
+    service.on("POST", "/v1/adapters/docs/reproduce", {"id": "ftjob-1", "status": "queued", "reproduces": REPRODUCTION})
+    done = {"id": "ftjob-1", "status": "succeeded", "fine_tuned_model": "ft:m:p:reproduced:2"}
+    service.on("GET", f"{JOBS}/ftjob-1", done | {"reproduces": {**REPRODUCTION, **verdict}})
+
+
+def test_reproduce_prints_the_verdict_of_an_identical_adapter(service: Script, run: Run) -> None:
+    same = {"identical": True, "reproduced": REPRODUCTION["expected"], "differences": [], "message": "Identical."}
+    _serve_reproduction(service, **same)
+
+    result = run("adapters", "reproduce", "docs")
+
+    assert result.exit_code == 0, result.stderr
+    assert f"weights: {'a' * 64} recorded, {'a' * 64} now." in result.stderr
+    assert "OK: Identical." in result.stderr
+    (sent,) = service.requests("POST", "/v1/adapters/docs/reproduce")
+    assert sent.headers["idempotency-key"]
+
+
+def test_reproduce_exits_with_1_and_names_what_differs(service: Script, run: Run) -> None:
+    other = {"weights": "c" * 64, "loss_log": "b" * 64}
+    torch = {"field": "version of torch", "recorded": "2.9.0", "reproduced": "2.10.0"}
+    _serve_reproduction(service, identical=False, reproduced=other, differences=[torch], message="It differs.")
+
+    result = run("adapters", "reproduce", "docs")
+
+    assert result.exit_code == 1
+    assert f"weights: {'a' * 64} recorded, {'c' * 64} now." in result.stderr
+    assert "version of torch: 2.9.0 recorded, 2.10.0 now." in result.stderr
+    assert "FAILED: It differs." in result.stderr
+
+
+def test_reproduce_as_json_prints_the_job_and_exits_with_1(service: Script, run: Run) -> None:
+    _serve_reproduction(service, identical=False, reproduced={}, differences=[], message="It differs.")
+
+    result = run("adapters", "reproduce", "docs", "--json")
+
+    assert result.exit_code == 1
+    assert json.loads(result.stdout.splitlines()[-1])["reproduces"]["identical"] is False
+
+
+def test_reproduce_detached_creates_the_job_and_does_not_wait(service: Script, run: Run) -> None:
+    _serve_reproduction(service)
+
+    result = run("adapters", "reproduce", "docs", "--detach")
+
+    assert result.exit_code == 0
+    assert "lorry jobs show ftjob-1" in result.stderr
+    assert service.requests("GET", f"{JOBS}/ftjob-1") == []
+
+
+def test_reproduce_without_a_comparison_is_an_error(service: Script, run: Run) -> None:
+    _serve_reproduction(service)
+
+    result = run("adapters", "reproduce", "docs")
+
+    assert result.exit_code == 1
+    assert "returned no comparison" in result.stderr

@@ -96,6 +96,7 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
             "type": "ready",
             "pid": os.getpid(),
             "device": device,
+            "processor": base.gpu_name or devices.processor(),
             "dtype": settings["dtype"],
             "quantization": quantization,
             "invariance": engine.invariance,
