@@ -72,8 +72,13 @@ def _answer(server: Server, made: ServingTarget) -> Answer:
 
 
 def _vllm_rank(made: ServingTarget) -> str:
-    wanted = next((rank for rank in VLLM_RANKS if rank >= made.highest_rank), VLLM_RANKS[-1])
+    wanted = vllm_rank(made.highest_rank)
     return f"The adapter has rank {made.highest_rank}: start vLLM with --max-lora-rank {wanted} (default: 16)."
+
+
+def vllm_rank(highest_rank: int) -> int:
+    """Return the smallest value of --max-lora-rank that suffices, or the greatest one."""
+    return next((rank for rank in VLLM_RANKS if rank >= highest_rank), VLLM_RANKS[-1])
 
 
 def _ranks_differ(made: ServingTarget) -> bool:

@@ -90,6 +90,11 @@ def build(
     return record
 
 
+def describing(record: Json, adapter: Manifest) -> Json:
+    """Return the record of the same training with other files of the adapter."""
+    return {**record, "outputs": _outputs(adapter, record["outputs"]["num_parameters"])}
+
+
 def canonical(record: Json) -> bytes:
     """Return the record's RFC 8785 form. Raises ValueError with the path of a value that has none."""
     _check(record, "record")

@@ -325,7 +325,14 @@ class Engine:
         checkpoint.save_checkpoint(self._started(job), self.base, directory)
 
     def export(
-        self, job: str, directory: Path, *, base_name: str, between: Between = silent, has_evidence: bool = True
+        self,
+        job: str,
+        directory: Path,
+        *,
+        base_name: str,
+        base_revision: str | None = None,
+        between: Between = silent,
+        has_evidence: bool = True,
     ) -> ExportReport:
         """Write the adapter in PEFT's layout into a new directory.
 
@@ -333,6 +340,7 @@ class Engine:
 
         Args:
             base_name: Value of `base_model_name_or_path` in adapter_config.json.
+            base_revision: Value of `revision` there: the commit of a base model on the Hub.
             between: Called after each linear of the evidence passes, for example to send a heartbeat.
             has_evidence: Compute two more passes for logits that verify.py compares with PEFT's.
 
@@ -342,7 +350,14 @@ class Engine:
         in_passes = shortage_in_pass(is_sharded=self.base.is_sharded and has_evidence)
         with in_passes, shortage_of(job), calling_at_linears(self.base, between):
             adapter = self._started(job).adapter
-            return export_adapter(self.base, adapter, directory, base_name=base_name, has_evidence=has_evidence)
+            return export_adapter(
+                self.base,
+                adapter,
+                directory,
+                base_name=base_name,
+                base_revision=base_revision,
+                has_evidence=has_evidence,
+            )
 
     def generation(self, prompts: Mapping[str, Prompts]) -> Generation:
         """Return a generator of greedy answers to each job's prompts with its current weights.

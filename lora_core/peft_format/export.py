@@ -50,15 +50,25 @@ class ExportReport:
 
 
 def export_adapter(
-    base: BaseModel, adapter: FlatAdapter, directory: Path, *, base_name: str, has_evidence: bool = True
+    base: BaseModel,
+    adapter: FlatAdapter,
+    directory: Path,
+    *,
+    base_name: str,
+    base_revision: str | None = None,
+    has_evidence: bool = True,
 ) -> ExportReport:
     """Write adapter_config.json, adapter_model.safetensors and probe.safetensors. `directory` must not exist.
+
+    `base_name` and `base_revision` are `base_model_name_or_path` and `revision` in adapter_config.json, from which
+    PEFT's AutoPeftModel classes load the base model: an id on the Hub and its commit, or a folder.
 
     Without `has_evidence` there is no probe, which takes several passes. Checkpoints don't need it, since they aren't
     verified. Raises OSError.
     """
     probe = _probe(base, adapter) if has_evidence else None  # before writing, which may fail on a single rank
-    write_directory(directory, lambda temporary: _write(base, adapter, temporary, base_name, probe))
+    config = peft_config(base, adapter, base_name, base_revision)
+    write_directory(directory, lambda temporary: _write(base, adapter, temporary, config, probe))
     content = (directory / "adapter_model.safetensors").read_bytes()
     return ExportReport(
         num_parameters=adapter.num_parameters,
@@ -70,10 +80,14 @@ def export_adapter(
 
 
 def _write(
-    base: BaseModel, adapter: FlatAdapter, directory: Path, base_name: str, probe: dict[str, Tensor] | None
+    base: BaseModel,
+    adapter: FlatAdapter,
+    directory: Path,
+    config: dict[str, object],
+    probe: dict[str, Tensor] | None,
 ) -> None:
     save_file(adapter_tensors(adapter), directory / "adapter_model.safetensors", metadata=_metadata(base))
-    write_json(directory / "adapter_config.json", peft_config(base, adapter, base_name))
+    write_json(directory / "adapter_config.json", config)
     if probe is not None:
         save_file(probe, directory / "probe.safetensors")
 
@@ -103,7 +117,9 @@ def adapter_tensors(adapter: FlatAdapter) -> dict[str, Tensor]:
     return tensors
 
 
-def peft_config(base: BaseModel, adapter: FlatAdapter, base_name: str) -> dict[str, object]:
+def peft_config(
+    base: BaseModel, adapter: FlatAdapter, base_name: str, base_revision: str | None = None
+) -> dict[str, object]:
     conv1d = any(type(module).__name__ == "Conv1D" for module in base.model.modules())
     names, layers = target_names(base, adapter)
     lora = adapter.lora
@@ -114,6 +130,7 @@ def peft_config(base: BaseModel, adapter: FlatAdapter, base_name: str) -> dict[s
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if base.task == "causal-lm" else "SEQ_CLS",
         "base_model_name_or_path": base_name,
+        **({} if base_revision is None else {"revision": base_revision}),
         "r": times * lora.rank,
         "lora_alpha": alpha_times * lora.alpha,
         "lora_dropout": lora.dropout,

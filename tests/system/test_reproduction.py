@@ -44,7 +44,7 @@ def test_reproduced_equals_recorded_alone_and_next_to_a_packmate(tmp_path: Path)
 
         alone = reproduce(site, made)
         site.work_until_done()
-        packed, mate = reproduce(site, made), site.submit(rows, **FIELDS | {"seed": 9})
+        packed, mate = reproduce(site, made), site.submit(rows, seed=9, **FIELDS)
         site.work_until_done()
 
         (mates,) = queries.packmates(site.db, project_id=site.caller.project_id, job_id=packed).values()

@@ -52,6 +52,7 @@ def body(*, resume: str | None = None, answered_steps: Sequence[int] = ()) -> Ad
     return {
         "claim_id": CLAIM,
         "base_name": "tiny",
+        "base_revision": None,
         "spec": spec.model_dump(mode="json"),
         "num_steps": 3,
         "evaluate_every_steps": 1,

@@ -74,6 +74,7 @@ class Launched:
             "admit",
             claim_id=job,
             base_name="tiny",
+            base_revision=None,
             spec=spec.model_dump(mode="json"),
             answered_steps=[],
             asks_as_chat=False,

@@ -6,10 +6,10 @@ Paths are relative to the directory. An `error` has code, message and remedy. `r
 span has name, began_at and ended_at, in seconds since 1970.
 
     To the trainer          Body
-    admit                   claim_id: str, job_id?: str, base_name: str, spec: JobSpec, num_steps: int,
-                            evaluate_every_steps: int, checkpoint_every_steps: int, answered_steps: list[int],
-                            asks_as_chat: bool, shortages?: int, train: str, valid: str | None, resume: str | None,
-                            parent: str | None, trace?: str | None
+    admit                   claim_id: str, job_id?: str, base_name: str, base_revision: str | None, spec: JobSpec,
+                            num_steps: int, evaluate_every_steps: int, checkpoint_every_steps: int,
+                            answered_steps: list[int], asks_as_chat: bool, shortages?: int, train: str,
+                            valid: str | None, resume: str | None, parent: str | None, trace?: str | None
     pause, preempt          claim_id: str
     cancel                  claim_id: str
     drain                   -
@@ -47,7 +47,8 @@ span has name, began_at and ended_at, in seconds since 1970.
     diverged                claim_id: str, step: int, good_step: int | None, message: str
     finished                claim_id: str, step: int, kept_step: int, stopped_early: str | None
     exported                claim_id: str, step: int, kept_step: int, stopped_early: str | None, folder: str,
-                            num_parameters: int, trained_tokens: int, report: dict, spans: list[span]
+                            num_parameters: int, trained_tokens: int, report: dict, memory?: dict[str, int],
+                            spans: list[span]
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class AdmitBody(TypedDict):
     claim_id: str
     job_id: NotRequired[str]
     base_name: str
+    base_revision: str | None
+    """This and `base_name`: the reference to the base model in adapter_config.json."""
     spec: Json
     num_steps: int
     evaluate_every_steps: int

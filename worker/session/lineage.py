@@ -31,8 +31,8 @@ def record(
     trainer: Json,
     results: Json,
     is_final: bool = True,
-) -> tuple[Json, str]:
-    """Return the lineage record and its id.
+) -> Json:
+    """Return the lineage record.
 
     trainer: the `ready` event of the trainer that wrote the adapter. is_final: False for a checkpoint, whose job
     continues. Such a record has no finish time and no digest of the curves. Its `determinism` holds for all steps: it
@@ -42,7 +42,7 @@ def record(
     with context.db.read() as session:
         finished_at = read_clock(session) if is_final else None
     attempts = _attempts(context, job)
-    built = lineage.build(
+    return lineage.build(
         job=job,
         base=base_models.get(context.db, job.base_model),
         adapter=adapter,
@@ -58,7 +58,6 @@ def record(
         parents=[parent["lineage"]] if (parent := job.spec.get("parent")) else [],
         finished_at=finished_at,
     )
-    return built, lineage.lineage_id(built)
 
 
 def weakest(guarantees: Sequence[str]) -> str:

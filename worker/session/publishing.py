@@ -16,13 +16,15 @@ from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
-from catalog.storage.manifest import DamagedArtifact, Manifest
+from catalog.registry import lineage
+from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile
 from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.protocol.mailbox import TrainerDirectory
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import lineage as provenance
+from worker.session import model_card
 
 log = logging.getLogger(__name__)
 UNUSABLE_FOLDER = (
@@ -94,7 +96,7 @@ def _exported(
     """Store the checkpoint's weights as an adapter. Returns it with its lineage record, which covers the steps so
     far."""
     manifest = _stored(context, claim, directory, saved["adapter"], kind="adapter")
-    lineage, lineage_id = provenance.record(
+    draft = provenance.record(
         context,
         claim,
         manifest,
@@ -103,7 +105,22 @@ def _exported(
         results={"steps": saved["step"], "kept_step": saved["step"], "stopped_early": None, "is_checkpoint": True},
         is_final=False,
     )
-    return recording.Exported(artifact=manifest, lineage=lineage, lineage_id=lineage_id)
+    manifest, record = _with_card(context, manifest, draft)
+    return recording.Exported(artifact=manifest, lineage=record, lineage_id=lineage.lineage_id(record))
+
+
+def _with_card(context: WorkerContext, manifest: Manifest, record: Json) -> tuple[Manifest, Json]:
+    """Add the model card to an adapter. Returns the new manifest, and the lineage record of its files.
+
+    The card is part of the manifest, so the digests cover it. It therefore omits what is known only later: the name of
+    the adapter, the id of the record, and the latency of an export.
+    """
+    card = context.store.put_bytes(model_card.render(record))
+    entry = ManifestFile(path=model_card.NAME, digest=card.digest, num_bytes=card.num_bytes)
+    others = [file for file in manifest.files if file.path != model_card.NAME]
+    carded = Manifest.of(manifest.kind, [*others, entry])
+    context.store.put_manifest(carded)
+    return carded, lineage.describing(record, carded)
 
 
 def _stored(context: WorkerContext, claim: Claim, directory: TrainerDirectory, name: object, *, kind: str) -> Manifest:
@@ -134,7 +151,7 @@ def adapter(
         folder.mkdir()
         path = folder / result_files.NAME
         curves = result_files.store_curves(context.db, context.store, job_id=claim.job.id, path=path)
-    lineage, lineage_id = provenance.record(
+    draft = provenance.record(
         context,
         claim,
         manifest,
@@ -145,8 +162,10 @@ def adapter(
             "trained_tokens": exported["trained_tokens"],
             "evaluation": evaluation,
             "verification": exported["report"],
+            "memory": exported.get("memory"),
         },
     )
+    manifest, record = _with_card(context, manifest, draft)
     failpoints.pass_by("before_complete")
     claims.complete(
         context.db,
@@ -158,8 +177,8 @@ def adapter(
         trained_tokens=exported["trained_tokens"],
         course=course,
         curves=curves,
-        lineage=lineage,
-        lineage_id=lineage_id,
+        lineage=record,
+        lineage_id=lineage.lineage_id(record),
         policy=context.policy,
     )
     failpoints.pass_by("after_complete")

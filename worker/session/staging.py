@@ -8,10 +8,12 @@ from pathlib import Path
 from catalog.history import events
 from catalog.lifecycle import failures, recording
 from catalog.queue.claiming import Claim
+from catalog.registry import base_models
 from catalog.spec.job import JobSpec
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.history import Checkpoint
+from catalog.tables.storage import BaseModelRow
 from worker.background import tokenization
 from worker.context.context import WorkerContext
 from worker.protocol.mailbox import AdmitBody, TrainerDirectory
@@ -35,10 +37,12 @@ def stage_files(
     resume = _fetch_newest(context, claim, checkpoints, folder / "resume")
     parent = _stage_parent(context, spec, folder / "parent")
     assert train is not None
+    base_name, base_revision = _base_reference(base_models.get(context.db, job.base_model))
     return {
         "claim_id": claim.claim_id,
         "job_id": job.id,
-        "base_name": job.base_model,
+        "base_name": base_name,
+        "base_revision": base_revision,
         "spec": job.spec,
         "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
         "asks_as_chat": _uses_template(context, job.train_prepared),
@@ -51,6 +55,14 @@ def stage_files(
         "resume": _named(directory, resume),
         "parent": _named(directory, parent),
     }
+
+
+def _base_reference(base: BaseModelRow) -> tuple[str, str | None]:
+    """Return `base_model_name_or_path` and `revision` of adapter_config.json: the id on the Hub and its commit. A
+    model of another source has its name in Lorry, because its path is meaningless on other hosts."""
+    if base.kind != "hub":
+        return base.name, None
+    return base.source, (base.manifest or {}).get("revision") or base.revision
 
 
 def _named(directory: TrainerDirectory, path: Path | None) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from lora_core.peft_format.verify import verify_export
@@ -251,6 +252,17 @@ def test_configuration_is_minimal_and_has_the_fields_that_servers_expect(exporte
     assert set(content["target_modules"]) == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
+
+
+def test_a_base_model_on_the_hub_is_named_with_its_revision(load, tmp_path):
+    engine = trained(load("llama"), JOB)
+    for name, revision in (("hub", "12fd25f"), ("local", None)):
+        engine.export("job", tmp_path / name, base_name="org/model", base_revision=revision)
+
+    configs = [PeftConfig.from_pretrained(str(tmp_path / name)) for name in ("hub", "local")]
+    assert [(each.base_model_name_or_path, each.revision) for each in configs] == [
+        ("org/model", "12fd25f"), ("org/model", None),
+    ]  # fmt: skip
 
 
 def test_targets_without_a_common_short_name_are_written_in_full(load, tmp_path):

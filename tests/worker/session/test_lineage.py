@@ -124,7 +124,7 @@ def test_a_checkpoint_is_a_model_with_its_own_lineage_record(site: PackSite) -> 
     view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
     manifest = site.store.get_manifest(view.adapter.artifact)
     record = view.adapter.lineage
-    assert [file.path for file in manifest.files] == ["adapter_model.safetensors"]
+    assert [file.path for file in manifest.files] == ["README.md", "adapter_model.safetensors"]
     assert (view.adapter.num_parameters, record["results"]["is_checkpoint"], record["results"]["steps"]) == (
         24,
         True,

@@ -12,9 +12,10 @@ from catalog.errors import OutOfSpace, StaleClaim
 from catalog.history import queries
 from catalog.lifecycle import recording
 from catalog.registry import adapters
+from catalog.registry import lineage as registry
 from catalog.storage import files
-from catalog.storage.manifest import DamagedArtifact
-from tests.worker.pack_site import OUTAGE, PackSite, emit_for
+from catalog.storage.manifest import DamagedArtifact, Manifest
+from tests.worker.pack_site import OUTAGE, READY, PackSite, emit_for
 from worker.session import lineage, publishing
 
 
@@ -81,8 +82,7 @@ def test_a_child_is_compared_with_its_parent_by_the_loss_of_step_0(site: PackSit
     assert not [name for name in evaluation if name.startswith("base_")]
 
 
-def test_a_jobs_curves_are_stored_with_its_adapter(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lineage, "record", lambda *_, **__: ({}, "0" * 64))
+def test_curves_and_a_model_card_are_stored_with_the_adapter(site: PackSite) -> None:
     claim = site.claim()
     recording.record_metrics(
         site.db, claim.claim_id, [{"kind": "train", "step": 1, "loss": 2.5, "token_accuracy": 0.5}]
@@ -96,14 +96,20 @@ def test_a_jobs_curves_are_stored_with_its_adapter(site: PackSite, monkeypatch: 
     exported = {**course, "num_parameters": 1, "report": {"passed": True}, "trained_tokens": 9}
     exported["folder"] = session.directory.named(folder)
 
-    publishing.adapter(site.context, claim, session.directory, exported, trainer={})
+    publishing.adapter(site.context, claim, session.directory, exported, trainer=READY)
 
     job = site.world.job(claim.job.id)
     assert job.result_file is not None
     result = files.get(site.db, project_id=job.project_id, file_id=job.result_file)
     assert b"".join(site.store.open_blob(result.digest)).splitlines()[1:] == [b"1,2.5,0.5,,"]
     adapter = adapters.get(site.db, project_id=job.project_id, name=job.adapter_name or "")
-    assert [file["path"] for file in adapter.artifact.files] == ["adapter_model.safetensors"]
+    manifest = Manifest.from_rows(adapter.artifact.kind, adapter.artifact.files)
+    assert [file.path for file in manifest.files] == ["README.md", "adapter_model.safetensors"]
+    assert b"# LoRA adapter for smol" in b"".join(site.store.open_blob(manifest.files[0].digest))
+    assert site.store.get_manifest(manifest.digest) == manifest
+    row = adapter.adapter
+    assert row.lineage["outputs"]["artifact"] == manifest.digest
+    assert registry.lineage_id(row.lineage) == row.lineage_id
 
 
 @pytest.mark.parametrize(

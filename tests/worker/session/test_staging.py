@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.storage import token_cache
 from catalog.storage.store import blob_key
 from catalog.tables.jobs import Job
-from catalog.tables.storage import Adapter, File
+from catalog.tables.storage import Adapter, BaseModelRow, File
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, tokenization
 from worker.children.trainer.job_config import job_config
@@ -164,7 +165,7 @@ def test_the_lineage_record_of_a_child_names_that_of_its_parent(
     monkeypatch.setattr(provenance, "_data", lambda *_: [])
     manifest = site.store.get_manifest(parent.artifact)
 
-    built, _ = provenance.record(
+    built = provenance.record(
         site.context, claim, manifest, num_parameters=1, trainer={"invariance": "bitwise", "versions": {}}, results={}
     )
 
@@ -186,3 +187,23 @@ def test_a_trainer_receives_the_number_of_out_of_memory_ends_of_a_job(site: Pack
 
     assert counts == [0, 1, 2]
     assert commands.get(site.db, project_id=claim.job.project_id, job_id=claim.job.id).state == JobState.FAILED
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "manifest", "reference"),
+    [
+        ("hub", "org/smol", {"files": [], "revision": "12fd25f"}, ("org/smol", "12fd25f")),
+        ("hub", "org/smol", {"files": []}, ("org/smol", "main")),
+        ("folder", "/models/smol", {"files": []}, ("smol", None)),
+    ],
+)
+def test_the_trainer_writes_the_hub_id_of_the_base_model_but_no_path(
+    site: PackSite, kind: str, source: str, manifest: dict[str, Any], reference: tuple[str, str | None]
+) -> None:
+    with site.db.write() as session:
+        row = session.get_one(BaseModelRow, "smol")
+        row.kind, row.source, row.revision, row.manifest = kind, source, "main", manifest
+
+    (message,) = InboxReader(site.loading_session(site.claim()).directory).take()
+
+    assert (message.body["base_name"], message.body["base_revision"]) == reference

@@ -25,6 +25,7 @@ from worker.children.trainer.inference import InferenceRequests
 from worker.children.trainer.job_config import job_config
 from worker.children.trainer.outputs import (
     AdmittedJob,
+    BaseReference,
     TrainerLog,
     as_json,
     datasets_of,
@@ -135,7 +136,7 @@ class MessageHandlers:
         step, num_steps = self.engine.progress(claim_id)
         self._jobs[claim_id] = AdmittedJob(
             checkpoint_every_steps=body["checkpoint_every_steps"],
-            base_name=body["base_name"],
+            base=BaseReference(name=body["base_name"], revision=body["base_revision"]),
             num_steps=num_steps,
             saved_step=step,
         )
@@ -275,10 +276,12 @@ class MessageHandlers:
             return NO_ADAPTER
         folder = self._directory.checkpoint_path(claim_id, step)
         adapter = folder.with_name(f"{folder.name}-adapter")
-        base_name = self._jobs[claim_id].base_name
+        base = self._jobs[claim_id].base
         try:
             self._ranks.by_leader(
-                lambda: self.engine.export(claim_id, adapter, base_name=base_name, has_evidence=False)
+                lambda: self.engine.export(
+                    claim_id, adapter, base_name=base.name, base_revision=base.revision, has_evidence=False
+                )
             )
         except (OSError, LoraCoreError) as error:
             self._report_event(claim_id, "checkpoint_unexported", step=step, error=error_report(error))
@@ -288,12 +291,13 @@ class MessageHandlers:
     def _export(self, finished: JobFinished) -> None:
         claim_id, folder = finished.job, self._directory.job_path(finished.job) / "adapter"
         spans: list[Json] = []
+        memory = self.engine.memory()  # before the export, whose passes are not training
         try:
             report = exported(
                 self.engine,
                 claim_id,
                 folder,
-                base_name=self._jobs[claim_id].base_name,
+                base=self._jobs[claim_id].base,
                 between=self.report,
                 on_verified_linear=partial(self.report, verifying=True),
                 spans=spans,
@@ -309,6 +313,7 @@ class MessageHandlers:
             "num_parameters": self.engine.num_parameters(claim_id),
             "trained_tokens": self.engine.trained_tokens(claim_id),
             "report": report,
+            "memory": memory,
         }
         self._evict(claim_id)
         self._report_event(claim_id, "exported", **body, spans=spans)

@@ -45,12 +45,20 @@ def datasets_of(
         return TokenDataset.load(train), TokenDataset.load(valid) if valid else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseReference:
+    """The base model in adapter_config.json: its id on the Hub with the commit, or else its name in Lorry."""
+
+    name: str
+    revision: str | None
+
+
 def exported(
     engine: Engine,
     job: str,
     folder: Path,
     *,
-    base_name: str,
+    base: BaseReference,
     between: Between,
     on_verified_linear: Between,
     spans: list[Json],
@@ -68,7 +76,7 @@ def exported(
 
     def written(place: Path) -> None:
         began_at = time.time()
-        engine.export(job, place, base_name=base_name, between=between)
+        engine.export(job, place, base_name=base.name, base_revision=base.revision, between=between)
         spans.append(timed("export", began_at))
 
     def verified(place: Path) -> Json:
@@ -140,7 +148,7 @@ class AdmittedJob:
     """One job that the trainer has admitted."""
 
     checkpoint_every_steps: int
-    base_name: str
+    base: BaseReference
     num_steps: int
     sample_request: SampleRequest | None = None
     """The prompts that it answers at each evaluation."""

@@ -22,7 +22,7 @@ from tests.worker.pack_site import events_in
 from worker.children import base_importer
 from worker.children.trainer import main, message_handlers, outputs
 from worker.children.trainer.message_handlers import MessageHandlers
-from worker.children.trainer.outputs import AdmittedJob
+from worker.children.trainer.outputs import AdmittedJob, BaseReference
 from worker.protocol.errors import without_handled
 from worker.protocol.mailbox import AdmitBody, EventWriter, InboxWriter, TrainerDirectory, Verb, read_json, write_json
 
@@ -39,6 +39,9 @@ class FullEngine:
 
     def compare_ranks(self, job: str) -> None:
         self._compared.add(job)
+
+    def memory(self) -> dict[str, int]:
+        return {"base_bytes": 0, "adapter_bytes": 0, "peak_bytes": 0}
 
     def admit(self, job: str, *_: object, **__: object) -> None:
         raise OutOfMemory(job, num_tokens=0)
@@ -61,6 +64,7 @@ def body(claim_id: str = "claim-1") -> AdmitBody:
     return {
         "claim_id": claim_id,
         "base_name": "tiny",
+        "base_revision": None,
         "spec": spec,
         "num_steps": 1,
         "evaluate_every_steps": 1,
@@ -85,7 +89,9 @@ def trainer(directory: TrainerDirectory) -> Iterator[MessageHandlers]:
     """Yield message handlers with a full engine and two jobs in it."""
     trainer = MessageHandlers(directory, cast(Engine, FullEngine()), EventWriter(directory))
     trainer._jobs = {
-        name: AdmittedJob(checkpoint_every_steps=1, base_name="tiny", num_steps=1, saved_step=0)
+        name: AdmittedJob(
+            checkpoint_every_steps=1, base=BaseReference(name="tiny", revision=None), num_steps=1, saved_step=0
+        )
         for name in ("claim-0", "claim-1")
     }
     yield trainer

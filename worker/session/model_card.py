@@ -1,0 +1,211 @@
+"""The model card of an adapter: a README.md with the metadata of the Hugging Face Hub.
+
+The card is a function of the lineage record, which contains no training data, no secrets and no host paths. It omits
+times, ids and measured memory, so equal trainings have equal cards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from catalog.plans import serving
+from catalog.registry import efficiency
+from catalog.resources.memory import readable
+from catalog.spec.job import JobSpec
+from catalog.tables.table import Json
+
+NAME = "README.md"
+SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~!&])")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+FOLDER = "ADAPTER_FOLDER"
+BASE = "BASE_MODEL"
+LICENSES = frozenset(
+    {
+        *("apache-2.0", "mit", "openrail", "bigscience-openrail-m", "bigscience-bloom-rail-1.0", "gpl-3.0", "unknown"),
+        *("bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc0-1.0"),
+        *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "gemma"),
+    }
+)
+"""Licenses that the Hub knows and that base models have. For any other, the Hub requires `other` and a name."""
+METHODS = {
+    "supervised": "supervised fine-tuning",
+    "dpo": "DPO",
+    "orpo": "ORPO",
+    "simpo": "SimPO",
+    "kto": "KTO",
+}
+
+
+def render(record: Mapping[str, Any]) -> bytes:
+    """Return the card of the adapter that the lineage record describes, in UTF-8."""
+    spec = JobSpec.model_validate(record["config"]["resolved"])
+    base: Json = record["base"]
+    title = f"# LoRA adapter for {_escaped(hub_id(base) or base['name'])}"
+    introduction = (
+        f"Lorry trained this adapter with {METHODS.get(spec.method, spec.method)}. The folder has the layout of PEFT. "
+        "`lineage.json` in a pulled folder is the signed record of its origin, and names the base model, the data and "
+        "the configuration by SHA-256 digest."
+    )
+    parts = [
+        *("---", *_metadata(base), "---", "", title, "", introduction, ""),
+        *_table("Training", _training(record, spec)),
+        *_table("Results", _results(record["results"])),
+        *_table("Compared with full fine-tuning", _efficiency(record)),
+        *_usage(base, spec),
+    ]
+    return ("\n".join(parts).rstrip("\n") + "\n").encode()
+
+
+def hub_id(base: Mapping[str, Any]) -> str | None:
+    """Return the base model's id on the Hub, from its part of a lineage record. None if it has another source."""
+    source = base.get("source") if base["kind"] == "hub" else None
+    return None if source is None else CONTROL.sub(" ", source)
+
+
+def _metadata(base: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the front matter. A JSON string is a YAML string."""
+    if (source := hub_id(base)) is not None:
+        yield f"base_model: {_quoted(source)}"
+        yield "base_model_relation: adapter"
+    yield "library_name: peft"
+    if license_name := base.get("license"):
+        known = license_name.lower()
+        yield f"license: {known}" if known in LICENSES else f"license: other\nlicense_name: {_quoted(license_name)}"
+    yield "pipeline_tag: text-generation"
+    yield "tags:\n- lora\n- lorry"
+
+
+def _training(record: Mapping[str, Any], spec: JobSpec) -> Iterator[tuple[str, object]]:
+    base, lora, results = record["base"], spec.lora, record["results"]
+    yield "Base model", hub_id(base) or f"{base['name']} (its name in Lorry)"
+    yield "Revision of the base model", base.get("revision") if hub_id(base) else None
+    yield "SHA-256 digest of the base model's manifest", base.get("digest")
+    yield "Precision", spec.precision
+    yield "Quantization of the base model", None if spec.quantization == "none" else spec.quantization
+    yield "Method", METHODS.get(spec.method, spec.method)
+    yield "Rank, alpha, dropout", f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}"
+    variants = {"DoRA": lora.use_dora, "rsLoRA": lora.use_rslora}
+    yield "Variants", ", ".join(name for name, is_used in variants.items() if is_used)
+    yield "Initialization", None if lora.init_lora_weights == "default" else lora.init_lora_weights
+    yield (
+        "Adapted layers",
+        lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules),
+    )
+    yield "Optimizer steps", results.get("steps")
+    yield "Weights of step", results.get("kept_step")
+    yield "Batch size", spec.batch_size
+    yield "Optimizer", spec.optimizer.type
+    yield "Peak learning rate", f"{spec.optimizer.learning_rate:g}"
+    yield "Learning rate schedule", spec.schedule.type
+    yield "Maximum tokens of a row", f"{spec.max_length:,}"
+    yield "Trained tokens", f"{results['trained_tokens']:,}" if results.get("trained_tokens") is not None else None
+    yield "Seed", spec.seed
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in sorted((record.get("code") or {}).items()))
+
+
+def _results(results: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    evaluation, check = results.get("evaluation") or {}, results.get("verification") or {}
+    began = "parent" if "parent_loss" in evaluation else "base"
+    before = "parent adapter" if began == "parent" else "base model"
+    for label, name in (
+        ("Validation loss", "loss"),
+        ("Perplexity", "perplexity"),
+        ("Token accuracy", "token_accuracy"),
+    ):
+        if evaluation.get(name) is not None:
+            first = evaluation.get(f"{began}_{name}")
+            yield label, f"{evaluation[name]:.4g}" + (f" ({before}: {first:.4g})" if first is not None else "")
+    if check.get("passed") is not None:
+        yield "PEFT reproduces the logits of training", "yes" if check["passed"] else "no"
+        yield "Largest difference of a logit", _number(check.get("max_abs_diff"))
+        yield "Allowed difference", _number(check.get("tolerance"))
+    yield "Determinism level", results.get("determinism")
+
+
+def _efficiency(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    found = efficiency.of_adapter(record)
+    if found is None:
+        return
+    parameters, size, usage = found["parameters"], found["size"], found["training_memory"]
+    yield (
+        "Trained parameters",
+        f"{parameters['trainable']:,} of {parameters['base']:,} ({percent(parameters['share'])})",
+    )
+    if size["share"] is not None:
+        whole = readable(size["base_bytes"])
+        yield "Size of the weights", f"{readable(size['bytes'])} of {whole} ({percent(size['share'])})"
+    if usage is not None:
+        lora, full = usage["lora"], usage["full_fine_tuning"]
+        yield "Training memory, computed", f"{_of(lora, full, 'total')} ({percent(usage['share'])})"
+        for name in ("weights", "gradients", "optimizer_state", "activations"):
+            yield f"— {name.replace('_', ' ')}", _of(lora, full, name)
+    yield "Inference, merged", "the layers and operations of the base model"
+
+
+def _of(lora: Mapping[str, int], full: Mapping[str, int], name: str) -> str:
+    return f"{readable(lora[name])} instead of {readable(full[name])}"
+
+
+def percent(share: float) -> str:
+    """Return a share with two significant digits."""
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+
+
+def _usage(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
+    source, revision = hub_id(base), base.get("revision")
+    is_at = source is not None and revision is not None
+    how = f", revision={_quoted(revision)}" if is_at else ""
+    yield from ("## How to load it", "")
+    if source is None:
+        yield from (f"`{BASE}` is the folder or the Hub ID of the base model.", "")
+    if spec.quantization != "none":
+        yield from (f"Load the base model with the quantization {spec.quantization}, as in training.", "")
+    yield from (
+        "```python",
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({_quoted(source or BASE)}{how}, dtype=torch.{spec.precision})",
+        f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
+        "```",
+        "",
+    )
+    answer = serving.of_job(spec, [spec.lora.rank, *spec.lora.rank_pattern.values()])["vllm"]
+    yield from ("With vLLM:" if answer.verdict != "no" else "vLLM can't load it:", "")
+    yield from (f"- {_escaped(reason)}" for reason in answer.reasons)
+    if answer.reasons:
+        yield ""
+    if answer.verdict != "no":
+        rank = spec.lora.rank * (2 if spec.lora.begins_with_the_base else 1)
+        highest = serving.vllm_rank(rank)
+        at = f" --revision {shlex.quote(str(revision))}" if is_at else ""
+        flags = f"--enable-lora --max-lora-rank {highest} --lora-modules NAME={FOLDER}"
+        yield from ("```sh", f"vllm serve {shlex.quote(source or BASE)}{at} {flags}", "```")
+
+
+def _table(title: str, rows: Iterator[tuple[str, object]]) -> Iterator[str]:
+    """Yield a section with a table of the rows that have a value."""
+    shown = [(name, value) for name, value in rows if value not in (None, "")]
+    if shown:
+        yield from (f"## {title}", "", "| | |", "|---|---|")
+        yield from (f"| {name} | {_escaped(str(value))} |" for name, value in shown)
+        yield ""
+
+
+def _escaped(text: str) -> str:
+    """Return the text so that Markdown shows it unchanged, on one line."""
+    return SPECIAL.sub(r"\\\1", CONTROL.sub(" ", text))
+
+
+def _quoted(text: str) -> str:
+    """Return the text as a string of JSON, which is also one of YAML and of Python."""
+    return json.dumps(CONTROL.sub(" ", text), ensure_ascii=False)
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3g}"
