@@ -206,7 +206,7 @@ def _record(view: AdapterView, use: Services, caller: Caller, *, file: str | Non
 
 
 def _shown(view: AdapterView) -> AdapterObject:
-    return adapter_object(view.adapter, num_bytes=view.artifact.num_bytes, rank=view.rank)
+    return adapter_object(view.adapter, num_bytes=view.artifact.num_bytes, rank=view.rank, cost=view.cost)
 
 
 def _manifest(view: AdapterView) -> Manifest:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.job_history import Rewards
-from catalog.registry import checkpoints
+from catalog.registry import checkpoints, efficiency
 from catalog.tables.storage import Adapter, Artifact
+from catalog.tables.table import Json
 
 
 class VerificationObject(BaseModel):
@@ -42,6 +43,71 @@ class AdapterEvaluation(BaseModel):
     rewards: Rewards | None = None
 
 
+class ParameterShare(BaseModel):
+    """Trained parameters of the adapter, and parameters of the base model."""
+
+    trainable: int
+    base: int
+    share: float = Field(description="trainable / base.")
+
+
+class SizeShare(BaseModel):
+    """Size of the adapter's weights file, and of the base model's weight files. Null: the base's files are unknown."""
+
+    bytes: int
+    base_bytes: int | None
+    share: float | None = Field(description="bytes / base_bytes.")
+
+
+class MemoryComponents(BaseModel):
+    """Computed memory of training, in bytes."""
+
+    weights: int = Field(description="Model weights as they are in training; for LoRA also the adapter's.")
+    gradients: int = Field(description="Gradients of the trained parameters.")
+    optimizer_state: int = Field(description="Moments and, in bfloat16, fp32 master weights.")
+    activations: int = Field(description="Activations and logits of 1,024 tokens.")
+    total: int
+
+
+class MeasuredMemory(BaseModel):
+    """Memory that the trainer reported before the export, in bytes."""
+
+    base_bytes: int = Field(description="Base model on the device.")
+    adapter_bytes: int = Field(description="State of all adapters that the trainer held.")
+    peak_bytes: int = Field(description="Peak of the device; of the process on a CPU.")
+
+
+class TrainingMemory(BaseModel):
+    """Memory of training the adapter, and of full fine-tuning with AdamW in the same precision.
+
+    Full fine-tuning takes 16 bytes per parameter without activations (arXiv 1910.02054, section 3.1).
+    """
+
+    lora: MemoryComponents
+    full_fine_tuning: MemoryComponents
+    share: float = Field(description="Total of lora / total of full_fine_tuning.")
+    measured: MeasuredMemory | None = Field(description="Null if the trainer did not report it.")
+
+
+class InferenceLatency(BaseModel):
+    """Duration of a pass of the merged model and of the base model, measured at an export."""
+
+    base_seconds: float
+    merged_seconds: float
+    ratio: float = Field(description="merged_seconds / base_seconds.")
+
+
+class AdapterEfficiency(BaseModel):
+    """The adapter compared with full fine-tuning of its base model (arXiv 2106.09685)."""
+
+    parameters: ParameterShare
+    size: SizeShare
+    training_memory: TrainingMemory | None = Field(
+        description="Null if the lineage record lacks the shapes of the base model."
+    )
+    inference_latency: InferenceLatency | None = Field(description="Null until an export measures it.")
+
+
 class AdapterObject(BaseModel):
     model_config = ConfigDict(
         json_schema_extra={
@@ -61,6 +127,11 @@ class AdapterObject(BaseModel):
                 "num_parameters": 4884480,
                 "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01},
                 "evaluation": {"base_loss": 2.91, "loss": 1.87, "base_perplexity": 18.4, "perplexity": 6.5},
+                "efficiency": {
+                    "parameters": {"trainable": 4884480, "base": 134515008, "share": 0.0363},
+                    "size": {"bytes": 9793440, "base_bytes": 269060552, "share": 0.0364},
+                    "inference_latency": None,
+                },
             }
         }
     )
@@ -87,6 +158,10 @@ class AdapterObject(BaseModel):
     lineage_id: str
     verification: VerificationObject
     evaluation: AdapterEvaluation | None
+    efficiency: AdapterEfficiency | None = Field(
+        description="Parameters, size, training memory and latency compared with full fine-tuning. Null if the lineage "
+        "record lacks the description of the base model."
+    )
 
 
 class ArtifactFile(BaseModel):
@@ -209,7 +284,7 @@ class AdapterDeleted(BaseModel):
     deleted: bool = True
 
 
-def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> AdapterObject:
+def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None, cost: Json | None = None) -> AdapterObject:
     resolved: dict[str, Any] = row.lineage.get("config", {}).get("resolved", {})
     return AdapterObject.model_validate(
         {
@@ -231,6 +306,7 @@ def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None) -> Adapter
             "lineage_id": row.lineage_id,
             "verification": row.verification,
             "evaluation": row.evaluation,
+            "efficiency": efficiency.of_adapter(row.lineage, cost=cost),
         }
     )
 

@@ -21,6 +21,7 @@ from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.sweeps import Sweep
+from catalog.tables.table import Json
 from catalog.tables.tenancy import ModelPermission
 from catalog.usage import ledger
 
@@ -48,6 +49,8 @@ class AdapterView:
     adapter: Adapter
     artifact: Artifact
     rank: int | None
+    cost: Json | None = None
+    """The measured cost of its newest export: `base_seconds` and `merged_seconds`. None: not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
-"""What LoRA saves for one adapter, compared with full fine-tuning of the same base model. Pure.
+"""Compares an adapter with full fine-tuning of its base model. Pure.
 
 The four numbers are those of the LoRA paper (arXiv 2106.09685, sections 1 and 4.2): trained parameters, size, memory in
-training, and latency in inference. All but the latency follow from the adapter's lineage record.
+training, and latency in inference. Except for the latency, they follow from the adapter's lineage record.
 """
 
 from __future__ import annotations

@@ -36,6 +36,12 @@ export function loss(value) {
 
 export const percent = (part, digits = 0) => (known(part) ? `${(part * 100).toFixed(digits)} %` : UNKNOWN);
 
+/** A share with two significant digits, without an exponent: 0.0363 → 3.6 %. */
+export const share = (part) => (known(part) ? `${part < 0.995 ? Number((part * 100).toPrecision(2)) : (part * 100).toFixed(0)} %` : UNKNOWN);
+
+/** A measured short time: 0.0123 → 12.3 ms. */
+export const seconds = (value) => (known(value) ? (value < 1 ? `${Number((value * 1000).toPrecision(3))} ms` : `${Number(value.toPrecision(3))} s`) : UNKNOWN);
+
 /** A relative change with its sign: −12.3 %. */
 export function change(from, to) {
   if (!known(from) || !known(to) || from === 0) return UNKNOWN;

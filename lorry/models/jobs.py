@@ -298,6 +298,20 @@ class Evaluation(View):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Efficiency(View):
+    """The adapter compared with full fine-tuning of its base model."""
+
+    parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    """`trainable`, `base` and their ratio, `share`."""
+    size: dict[str, Any] = field(default_factory=dict[str, Any])
+    """`bytes`, `base_bytes` and their ratio, `share`."""
+    training_memory: dict[str, Any] | None = None
+    """`lora` and `full_fine_tuning`, computed in bytes by component; `share` of the totals; `measured`."""
+    inference_latency: dict[str, Any] | None = None
+    """`base_seconds`, `merged_seconds` and `ratio`. None until an export measures it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter(View):
     """A trained adapter. `artifact` is the digest of its manifest."""
 
@@ -321,6 +335,7 @@ class Adapter(View):
     """Precision of the base model in training and verification. Serve the adapter with it and with `quantization`."""
     quantization: str | None = None
     lineage_id: str = ""
+    efficiency: Efficiency | None = field(default=None, metadata={"view": Efficiency})
     verification: Verification = field(default_factory=Verification, metadata={"view": Verification})
     evaluation: Evaluation = field(default_factory=Evaluation, metadata={"view": Evaluation})
 

@@ -36,3 +36,25 @@ def test_lineage_shows_how_several_devices_held_the_base_model(fresh: Service, v
 
     lineage = visitor.page.get_by_role("region", name="Lineage")
     lineage.get_by_text("sharded across 4 GPUs (FSDP2)", exact=True).wait_for()
+
+
+def test_adapter_is_compared_with_full_fine_tuning_by_component(fresh: Service, visit: Visit) -> None:
+    job = seed.submit(fresh.seeded, "compared")
+    seed.prepare(fresh.seeded)
+    adapter_id = seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
+    visitor = visit(fresh)
+
+    visitor.open(f"#/adapters/{adapter_id}")
+
+    panel = visitor.page.get_by_role("region", name="Compared with full fine-tuning")
+    table = panel.get_by_role("table")
+    table.wait_for()
+    rows = {cells[0]: cells[1:] for line in table.inner_text().split("\n") if (cells := line.split("\t"))}
+    assert list(rows)[2:] == [
+        *("Trained parameters", "Weights file", "Training memory"),
+        *("Memory: weights", "Memory: gradients", "Memory: optimizer state", "Memory: activations"),
+    ]
+    assert rows["Trained parameters"] == ["2.95 M", "135 M", "2.2 %"]
+    assert rows["Weights file"][0] == "300 kB"
+    assert rows["Training memory"][2].endswith(" %")
+    panel.get_by_text("Latency: not measured yet.", exact=False).wait_for()

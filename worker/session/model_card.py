@@ -142,7 +142,7 @@ def _efficiency(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         lora, full = usage["lora"], usage["full_fine_tuning"]
         yield "Training memory, computed", f"{_of(lora, full, 'total')} ({percent(usage['share'])})"
         for name in ("weights", "gradients", "optimizer_state", "activations"):
-            yield f"— {name.replace('_', ' ')}", _of(lora, full, name)
+            yield f"Memory: {name.replace('_', ' ')}", _of(lora, full, name)
     yield "Inference, merged", "the layers and operations of the base model"
 
 

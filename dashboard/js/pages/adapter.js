@@ -23,7 +23,7 @@ export function AdapterPage({ id }) {
     <p class="under"><${Id} id=${adapter.name} what="adapter name" /><span>created <${Ago} at=${adapter.created_at} /></span>
       <span>by job <a href=${link.job(adapter.job_id)}>${format.short(adapter.job_id, 18)}</a></span></p>
     <div class="columns">
-      <div class="column"><${TryIt} adapter=${adapter} /><${Evaluation} evaluation=${adapter.evaluation} /><${Verification} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
+      <div class="column"><${TryIt} adapter=${adapter} /><${Evaluation} evaluation=${adapter.evaluation} /><${Efficiency} efficiency=${adapter.efficiency} /><${Verification} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
       <div class="column"><${Panel} title="Details" id="what"><${Facts} rows=${[
           ["Base model", adapter.base_model], ["Continues", adapter.parent && html`<a href=${link.adapter(adapter.parent)}>${adapter.parent}</a>`], ["Rank", adapter.rank], ["Base model precision", basePrecision(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
           ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],
@@ -49,6 +49,25 @@ function Evaluation({ evaluation }) {
       <thead><tr><th scope="col">Validation data</th><td></td><th scope="col" class="num">Loss</th>${rewards ? null : html`<th scope="col" class="num">Perplexity</th>`}</tr></thead>
       <tbody>${row(origin, first.loss, "base")}${row("this adapter", loss, "adapter")}</tbody></table>
     ${rewards ? html`<p class="pad soft">${Number.isFinite(rewards.kl) ? "Rewards match the labels" : "The preferred answer has the higher reward"} in ${format.percent(rewards.accuracy, 1)} of the validation ${Number.isFinite(rewards.kl) ? "answers" : "pairs"}. Average reward margin: ${format.power(rewards.margin)}.</p>` : null}
+  <//>`;
+}
+
+const COMPONENTS = [["weights", "weights"], ["gradients", "gradients"], ["optimizer_state", "optimizer state"], ["activations", "activations"]];
+
+/** The comparison with full fine-tuning: parameters, size, training memory by component, and latency. */
+function Efficiency({ efficiency }) {
+  if (!efficiency) return null;
+  const { parameters, size, training_memory: memory, inference_latency: latency } = efficiency;
+  const row = (name, lora, full, share) => html`<tr key=${name}><th scope="row">${name}</th><td class="num">${lora}</td><td class="num">${full}</td><td class="num">${share === undefined ? "" : format.share(share)}</td></tr>`;
+  return html`<${Panel} title="Compared with full fine-tuning" id="efficiency">
+    <table class="table table-tight"><caption class="unseen">The adapter compared with full fine-tuning of the base model</caption>
+      <thead><tr><th scope="col">Quantity</th><th scope="col" class="num">LoRA</th><th scope="col" class="num">Full</th><th scope="col" class="num">Share</th></tr></thead>
+      <tbody>${row("Trained parameters", format.compact(parameters.trainable), format.compact(parameters.base), parameters.share)}
+        ${row("Weights file", format.bytes(size.bytes), format.bytes(size.base_bytes), size.share)}
+        ${memory && row("Training memory", format.bytes(memory.lora.total), format.bytes(memory.full_fine_tuning.total), memory.share)}
+        ${memory && COMPONENTS.map(([key, name]) => row(`Memory: ${name}`, format.bytes(memory.lora[key]), format.bytes(memory.full_fine_tuning[key])))}
+        ${latency && row("Time of a merged pass", format.seconds(latency.merged_seconds), format.seconds(latency.base_seconds), latency.ratio)}</tbody></table>
+    <p class="pad soft">${memory ? "Training memory is computed: AdamW in the same precision." : ""}${memory?.measured ? ` Measured peak of the trainer: ${format.bytes(memory.measured.peak_bytes)}.` : ""}${latency ? " The latency was measured at the last export." : " Latency: not measured yet."}</p>
   <//>`;
 }
 

@@ -15,6 +15,7 @@ from lorry.cli import lookup
 from lorry.cli.app import EXIT_NOT_CHECKED, EXIT_REFUSED, client, group
 from lorry.cli.commands.files import byte_bar
 from lorry.cli.render import output
+from lorry.cli.render.efficiency import efficiency_pairs
 from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted
 from lorry.cli.render.tables import Column, table
 from lorry.errors import LorryError, NotFound
@@ -286,6 +287,7 @@ def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:
     yield "quantization", adapter.quantization
     yield "parameters", f"{adapter.num_parameters:,}"
     yield "size", output.size(adapter.bytes)
+    yield from efficiency_pairs(adapter.efficiency)
     yield "created", output.when(adapter.created_at or None)
     began = "base" if adapter.parent is None else "parent"
     for label, base, parent, after in (
@@ -447,8 +449,8 @@ def _source_of(lorry: Lorry, base_model: str) -> str | None:
 
 
 def _print_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
-    """Print how to load the folder. Transformers can't load base_model_name_or_path of adapter_config.json, which is
-    Lorry's own name."""
+    """Print how to load the folder. For a base model that is not on the Hub, adapter_config.json contains Lorry's own
+    name, which Transformers can't load."""
     where = "BASE" if source is None else source
     output.echo("Load it with PEFT:")
     output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {_loading_options(adapter)})")

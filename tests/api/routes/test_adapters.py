@@ -202,3 +202,24 @@ def test_model_list_reads_no_lineage_records_and_has_a_limit(
     assert (models.has_more, none.items, none.has_more) == (False, [], True)
     assert not [statement for statement in statements if "lineage," in statement or "spec" in statement]
     assert all("LIMIT" in statement for statement in statements if "FROM" in statement and "JOIN" not in statement)
+
+
+def test_adapter_is_compared_with_full_fine_tuning(client: TestClient, adapter: Adapter) -> None:
+    found = client.get(f"/v1/adapters/{adapter.id}").json()["efficiency"]
+
+    assert found["parameters"] == {"trainable": 10, "base": 10_000, "share": 0.001}
+    assert found["size"] == {"bytes": len(CONTENT["adapter_model.safetensors"]), "base_bytes": None, "share": None}
+    memory = found["training_memory"]
+    assert memory["full_fine_tuning"]["weights"] == 20_000
+    assert memory["lora"]["weights"] == 20_020
+    assert memory["share"] == memory["lora"]["total"] / memory["full_fine_tuning"]["total"]
+    assert (memory["measured"], found["inference_latency"]) == (None, None)
+
+
+def test_adapter_without_a_described_base_model_is_not_compared(
+    client: TestClient, adapter: Adapter, services: Services
+) -> None:
+    with services.db.write() as session:
+        session.get_one(Adapter, adapter.id).lineage = {}
+
+    assert client.get(f"/v1/adapters/{adapter.id}").json()["efficiency"] is None

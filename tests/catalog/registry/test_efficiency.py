@@ -1,4 +1,4 @@
-"""What LoRA saves: parameters, size, memory in training by component, and latency."""
+"""The comparison with full fine-tuning: parameters, size, memory in training by component, and latency."""
 
 from __future__ import annotations
 

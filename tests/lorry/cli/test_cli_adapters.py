@@ -281,3 +281,54 @@ def test_reproduce_without_a_comparison_is_an_error(service: Script, run: Run) -
 
     assert result.exit_code == 1
     assert "returned no comparison" in result.stderr
+
+
+def _memory(*components: int) -> dict[str, int]:
+    names = ("weights", "gradients", "optimizer_state", "activations")
+    return dict(zip(names, components, strict=True)) | {"total": sum(components)}
+
+
+def test_show_compares_the_adapter_with_full_fine_tuning(service: Script, run: Run) -> None:
+    efficiency = {
+        "parameters": {"trainable": 4_884_480, "base": 134_515_008, "share": 0.0363},
+        "size": {"bytes": 9_793_440, "base_bytes": 269_060_552, "share": 0.0364},
+        "training_memory": {
+            "lora": _memory(279_000_000, 19_500_000, 58_600_000, 900_000_000),
+            "full_fine_tuning": _memory(269_000_000, 269_000_000, 1_610_000_000, 900_000_000),
+            "share": 0.41,
+            "measured": {"base_bytes": 1, "adapter_bytes": 1, "peak_bytes": 1_500_000_000},
+        },
+        "inference_latency": {"base_seconds": 0.5, "merged_seconds": 0.505, "ratio": 1.01},
+    }
+    service.on("GET", "/v1/adapters/a", {"id": "adapter-1", "name": "a", "efficiency": efficiency})
+
+    lines = run("adapters", "show", "a").stdout.splitlines()
+
+    shown = {label.strip(): value for label, _, value in (line.partition("  ") for line in map(str.lstrip, lines))}
+    assert {label: value.strip() for label, value in shown.items() if label in LABELS} == {
+        "share of parameters": "3.6% of the base model's 134,515,008",
+        "share of size": "3.6% of the base model's 269 MB",
+        "training memory": "1.26 GB instead of 3.05 GB for full fine-tuning (computed)",
+        "weights": "279 MB instead of 269 MB",
+        "gradients": "19.5 MB instead of 269 MB",
+        "optimizer state": "58.6 MB instead of 1.61 GB",
+        "activations": "900 MB instead of 900 MB",
+        "peak of the trainer": "1.50 GB (measured)",
+        "latency when merged": "1.01 times that of the base model (measured)",
+    }
+
+
+LABELS = {
+    *("share of parameters", "share of size", "training memory", "weights", "gradients", "optimizer state"),
+    *("activations", "peak of the trainer", "latency when merged"),
+}
+
+
+def test_show_omits_a_comparison_that_the_service_does_not_have(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/adapters/a", {"id": "adapter-1", "name": "a", "num_parameters": 7, "efficiency": None})
+
+    lines = run("adapters", "show", "a").stdout
+
+    assert "parameters" in lines
+    assert "share of" not in lines
+    assert "training memory" not in lines

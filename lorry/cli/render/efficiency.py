@@ -1,0 +1,43 @@
+"""An adapter compared with full fine-tuning of its base model, in short lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorry.cli.render import output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lorry.models.jobs import Efficiency
+
+_COMPONENTS = ("weights", "gradients", "optimizer_state", "activations")
+
+
+def efficiency_pairs(found: Efficiency | None) -> Iterator[tuple[str, object]]:
+    """Yield labels and values: trained parameters, size, training memory by component, and latency."""
+    if found is None:
+        return
+    parameters, size, memory = found.parameters, found.size, found.training_memory
+    if parameters.get("share") is not None:
+        yield "share of parameters", f"{percent(parameters['share'])} of the base model's {parameters['base']:,}"
+    if size.get("share") is not None:
+        yield "share of size", f"{percent(size['share'])} of the base model's {output.size(size['base_bytes'])}"
+    if memory is not None:
+        lora, full = memory["lora"], memory["full_fine_tuning"]
+        yield "training memory", f"{_both(lora, full, 'total')} for full fine-tuning (computed)"
+        for name in _COMPONENTS:
+            yield f"  {name.replace('_', ' ')}", _both(lora, full, name)
+        if memory.get("measured"):
+            yield "  peak of the trainer", f"{output.size(memory['measured']['peak_bytes'])} (measured)"
+    if (latency := found.inference_latency) is not None:
+        yield "latency when merged", f"{latency['ratio']:.2f} times that of the base model (measured)"
+
+
+def percent(share: float) -> str:
+    """Return a share with two significant digits, without an exponent."""
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+
+
+def _both(lora: Mapping[str, Any], full: Mapping[str, Any], name: str) -> str:
+    return f"{output.size(lora[name])} instead of {output.size(full[name])}"
