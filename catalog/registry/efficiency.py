@@ -28,7 +28,8 @@ def of_adapter(record: Mapping[str, Any], *, cost: Mapping[str, Any] | None = No
 
     record: the adapter's lineage record. cost: of the adapter's newest export, if it was measured.
     """
-    base, outputs = record.get("base") or {}, record.get("outputs") or {}
+    base: Json = record.get("base") or {}
+    outputs: Json = record.get("outputs") or {}
     description: Json = base.get("description") or {}
     num_base, num_trained = description.get("num_parameters"), outputs.get("num_parameters")
     if not num_base or num_trained is None:
@@ -42,7 +43,9 @@ def of_adapter(record: Mapping[str, Any], *, cost: Mapping[str, Any] | None = No
             "base_bytes": base_bytes or None,
             "share": num_bytes / base_bytes if base_bytes else None,
         },
-        "training_memory": training_memory(record) if description.get("linear_shapes") else None,
+        "training_memory": training_memory(record)
+        if description.get("linear_shapes") and record.get("config")
+        else None,
         "inference_latency": inference_latency(cost),
     }
 

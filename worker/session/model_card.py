@@ -104,11 +104,13 @@ def _training(record: Mapping[str, Any], spec: JobSpec) -> Iterator[tuple[str, o
     yield "Maximum tokens of a row", f"{spec.max_length:,}"
     yield "Trained tokens", f"{results['trained_tokens']:,}" if results.get("trained_tokens") is not None else None
     yield "Seed", spec.seed
-    yield "Versions", ", ".join(f"{name} {version}" for name, version in sorted((record.get("code") or {}).items()))
+    code: Json = record.get("code") or {}
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in sorted(code.items()))
 
 
 def _results(results: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    evaluation, check = results.get("evaluation") or {}, results.get("verification") or {}
+    evaluation: Json = results.get("evaluation") or {}
+    check: Json = results.get("verification") or {}
     began = "parent" if "parent_loss" in evaluation else "base"
     before = "parent adapter" if began == "parent" else "base model"
     for label, name in (
@@ -156,9 +158,9 @@ def percent(share: float) -> str:
 
 
 def _usage(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
-    source, revision = hub_id(base), base.get("revision")
-    is_at = source is not None and revision is not None
-    how = f", revision={_quoted(revision)}" if is_at else ""
+    source = hub_id(base)
+    revision: str | None = base.get("revision") if source is not None else None
+    how = f", revision={_quoted(revision)}" if revision else ""
     yield from ("## How to load it", "")
     if source is None:
         yield from (f"`{BASE}` is the folder or the Hub ID of the base model.", "")
@@ -183,7 +185,7 @@ def _usage(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
     if answer.verdict != "no":
         rank = spec.lora.rank * (2 if spec.lora.begins_with_the_base else 1)
         highest = serving.vllm_rank(rank)
-        at = f" --revision {shlex.quote(str(revision))}" if is_at else ""
+        at = f" --revision {shlex.quote(revision)}" if revision else ""
         flags = f"--enable-lora --max-lora-rank {highest} --lora-modules NAME={FOLDER}"
         yield from ("```sh", f"vllm serve {shlex.quote(source or BASE)}{at} {flags}", "```")
 
