@@ -357,7 +357,7 @@ def _identity(row: Job) -> dict[str, Any]:
         "integrations": row.requested.get("integrations") or [],
         "priority": PriorityClass(row.priority).name,
         "deadline": _seconds(row.deadline),
-        "reproduces": row.reproduces,
+        "reproduces": row.reproduces and {**row.reproduces, **(row.reproduction or {})},
     }
 
 

@@ -54,7 +54,7 @@ class Reproduction:
     """The recorded configuration."""
 
     def as_column(self) -> Json:
-        """Return the value of Job.reproduces until the job has succeeded."""
+        """Return the value of Job.reproduces."""
         return {"adapter": self.adapter, "name": self.name, "lineage_id": self.lineage_id, "expected": self.expected}
 
 

@@ -199,7 +199,7 @@ def _compare_reproduction(session: Session, job: Job, lineage: Json, *, now: flo
         return
     recorded = session.get_one(Adapter, job.reproduces["adapter"]).lineage
     verdict = lineage_comparison.compare(job.reproduces["expected"], recorded=recorded, reproduced=lineage)
-    job.reproduces = {**job.reproduces, **verdict}
+    job.reproduction = verdict
     level = "info" if verdict["identical"] else "warn"
     events.add(session, job.id, now=now, level=level, message=verdict["message"], data={"reproduction": verdict})
 

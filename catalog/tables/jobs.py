@@ -46,8 +46,10 @@ class Job(Leased, Table):
     adapter_parameters: Mapped[int] = mapped_column(default=0)
     """Number of trained parameters: the input of the memory estimates."""
     reproduces: Mapped[Json | None]
-    """For a job that trains an adapter again: its id, name, lineage id and digests. Once the job has succeeded, also
-    the comparison. See catalog/registry/lineage_comparison.py."""
+    """For a job that trains an adapter again: the id, name, lineage id and digests of that adapter. Workers can't
+    change it."""
+    reproduction: Mapped[Json | None]
+    """The comparison with that adapter, once the job has succeeded. See catalog/registry/lineage_comparison.py."""
     sweep_id: Mapped[str | None]
     """The sweep of which the job is a trial. The `trials` table has its number and parameters."""
     suffix: Mapped[str | None]

@@ -117,6 +117,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
             "progress",
             "queued_at",
             "reason",
+            "reproduction",
             "result_file",
             "resumed_at",
             "preemption_requested_at",

@@ -15,7 +15,9 @@ down_revision = "0003_batches"
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("reproduces", sa.JSON(), nullable=True))
+    op.add_column("jobs", sa.Column("reproduction", sa.JSON(), nullable=True))
 
 
 def downgrade() -> None:
+    op.drop_column("jobs", "reproduction")
     op.drop_column("jobs", "reproduces")

@@ -7,6 +7,7 @@ import re
 from playwright.sync_api import expect
 from sqlalchemy import select
 
+from catalog.jobs import reproduction, submission
 from catalog.lifecycle import recording
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
@@ -154,3 +155,21 @@ def _done_after_waiting(service: Service, *, waited: float, ran: float) -> str:
         attempt.started_at = attempt.ended_at - ran
         row.created_at = attempt.started_at - waited
     return job.id
+
+
+def test_job_page_shows_the_result_of_a_reproduction(fresh: Service, visit: Visit) -> None:
+    seeded, job = fresh.seeded, seed.submit(fresh.seeded, "audited")
+    seed.prepare(seeded)
+    adapter_id = seed.succeed(seeded, seed.claim(seeded)[job.id])
+    prepared = reproduction.prepare(seeded.db, seeded.caller, adapter_id)
+    again = submission.create(seeded.db, caller=seeded.caller, request=prepared, body_digest="b" * 64)
+    seed.prepare(seeded)
+    visitor = visit(fresh)
+
+    visitor.open(f"#/jobs/{again.id}")
+    panel = visitor.page.get_by_role("region", name="Configuration")
+    panel.get_by_text("after the job has succeeded", exact=True).wait_for()
+    panel.get_by_role("link", name=prepared.name).wait_for()
+    seed.succeed(seeded, seed.claim(seeded)[again.id])
+
+    panel.get_by_text("The reproduction is identical", exact=False).wait_for()

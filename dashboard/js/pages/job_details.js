@@ -15,6 +15,7 @@ export function Configuration({ job, rows }) {
     <${Facts} rows=${[
       ["Training file", html`<${FileName} id=${job.training_file} />`],
       ["Validation file", job.validation_file ? html`<${FileName} id=${job.validation_file} />` : "none"],
+      ...(job.reproduces ? [["Reproduces", html`<a href=${link.adapter(job.reproduces.name)}>${job.reproduces.name}</a>`], ["Comparison", job.reproduces.message || "after the job has succeeded"]] : []),
       ...Object.entries(job.metadata || {}),
     ]} />
   <//>`;

@@ -22,7 +22,7 @@ VERBS = {
     "sweeps": "run list show watch close cancel",
     "batches": "create list show cancel",
     "models": "add list show delete",
-    "adapters": "list show pull verify lineage delete share shares unshare",
+    "adapters": "list show pull verify lineage reproduce delete share shares unshare",
     "files": "upload list show download report delete",
     "keys": "create list show rotate revoke update",
     "projects": "create list show update archive restore",
