@@ -38,6 +38,7 @@ from api.routes import (
     permissions,
     plans,
     projects,
+    serving,
     sign_in,
     signing_keys,
     sweeps,
@@ -45,6 +46,9 @@ from api.routes import (
     webhooks,
 )
 from api.routes import uploads as part_uploads
+from api.serving.keeper import EndpointKeepers, KeeperTools
+from api.serving.reference_answers import ReferenceAnswers
+from api.serving.vllm_client import VllmClient
 from api.settings import ApiSettings
 from api.streaming.hub import Feed
 from api.streaming.job_stream import JobSource
@@ -86,6 +90,7 @@ TAGS = [
     {"name": "models", "description": "Base models, adapters and checkpoints by name."},
     {"name": "inference", "description": "Answers of base models, adapters and checkpoints."},
     {"name": "adapters", "description": "Trained adapters, their files and their lineage."},
+    {"name": "serving", "description": "Inference servers that load adapters at run time, and deployments on them."},
     {"name": "permissions", "description": "Adapters and checkpoints that other projects may read."},
     {"name": "queue and workers", "description": "Queued and running jobs, and the workers that train them."},
     {"name": "projects and keys", "description": "Organizations, projects, quotas, API keys and scopes."},
@@ -146,6 +151,7 @@ def create_app(
         usage,
         audit_events,
         webhooks,
+        serving,
     )
     for module in (*resources, signing_keys, sign_in, health):
         app.include_router(module.router)
@@ -164,8 +170,9 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     derived_keys.retire(db, pepper)
     telemetry.count_long_writes(lambda: db.num_long_writes)
     sender = WebhookSender(api_settings.webhook_rules())
-    store, notifier = open_store(settings), open_notifier(settings)
+    store, notifier, vllm = open_store(settings), open_notifier(settings), VllmClient()
     replies = Replies(db, settings, address=api_settings.reply_address)
+    references = ReferenceAnswers(db, replies, notifier)
     return Services(
         settings=settings,
         api_settings=api_settings,
@@ -186,6 +193,8 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),
         replies=replies,
         batches=BatchRunner(db, store, settings, replies=replies, notifier=notifier),
+        vllm=vllm,
+        keepers=EndpointKeepers(KeeperTools(db=db, store=store, client=vllm, references=references, pepper=pepper)),
     )
 
 
@@ -206,6 +215,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
         partial(keep_clean, services),
         services.deliverer.run,
         services.batches.run,
+        services.keepers.run,
     )
     await services.replies.start()
     named = zip(LOOPS, runs, strict=True)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from api.inference.batch_loop import BatchRunner
     from api.inference.replies import Replies
     from api.rate_limits.limits import Limits
+    from api.serving.keeper import EndpointKeepers
+    from api.serving.vllm_client import VllmClient
     from api.streaming.hub import Feed
     from api.streaming.job_stream import JobSource
     from api.streaming.queue_stream import QueueSource
@@ -52,6 +54,8 @@ class Services:
     deliverer: WebhookDeliverer
     replies: Replies
     batches: BatchRunner
+    vllm: VllmClient
+    keepers: EndpointKeepers
 
 
 async def services_of(request: Request) -> Services:

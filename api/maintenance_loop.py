@@ -19,6 +19,7 @@ from catalog.lifecycle import deadlines, recovery
 from catalog.maintenance import audit_anchors
 from catalog.maintenance.garbage_collection import clean
 from catalog.queue import pending
+from catalog.serving import endpoints
 from catalog.sweeps import controller
 from catalog.webhooks import delivery_log, sealed_urls
 
@@ -32,7 +33,10 @@ ANCHOR_SECONDS = 3600.0
 """Interval of the checks that today's anchor of the audit chain exists."""
 SEALED_AT_MOST = 10_000
 """Maximum number of events sealed in one run, so that an upgrade that clears all seals does not delay other tasks."""
-LOOPS = ("streams", "periodic_tasks", "sweeps", "anchors", "garbage_collection", "webhooks", "batches")
+LOOPS = (
+    *("streams", "periodic_tasks", "sweeps", "anchors", "garbage_collection"),
+    *("webhooks", "batches", "serving"),
+)
 """Names of the long-running background tasks, under which their restarts are counted."""
 Run = Callable[[], Awaitable[None]]
 PERIODIC_TASKS = (
@@ -159,6 +163,7 @@ def clean_once(services: Services) -> None:
     succeeded = False
     try:
         sealed_urls.seal_all(services.db, peppers=services.pepper.all())
+        endpoints.seal_all(services.db, peppers=services.pepper.all())
         num_deleted = clean(services.db, services.store)
         delivery_log.forget(services.db)
         log.info("cleaned objects=%d", num_deleted)

@@ -176,7 +176,7 @@ class InputCheck:
     def _why_not(self, name: str) -> LorryError | None:
         if name not in self._models:
             try:
-                requests.resolve_for(self.db, project_id=self.project_id, name=name)
+                requests.resolve(self.db, project_id=self.project_id, name=name)
                 self._models[name] = None
             except LorryError as error:
                 if error.status >= 500:

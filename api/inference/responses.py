@@ -101,6 +101,7 @@ class ChatFormat:
 
     def __init__(self, head: ResponseHead, *, tools: frozenset[str], with_logprobs: bool) -> None:
         self._head = head
+        self.response_id = head.id
         self._tools = tools
         self._with_logprobs = with_logprobs
         self._held: dict[int, str] = {}
@@ -185,6 +186,7 @@ class TextFormat:
 
     def __init__(self, head: ResponseHead, *, with_logprobs: bool) -> None:
         self._head = head
+        self.response_id = head.id
         self._with_logprobs = with_logprobs
         self._lengths: dict[int, int] = {}
 

@@ -29,9 +29,12 @@ from api.schemas.inference import (
     CompletionRequest,
     SamplingRequest,
 )
+from api.serving.exchange import Exchange, RoutedExchange
 from api.streaming.sse import HEADERS
 from catalog.errors import LorryError
 from catalog.inference import requests
+from catalog.serving import routes
+from catalog.serving.routes import ServingRoute
 from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1", tags=["inference"], responses=SIGNED)
@@ -54,9 +57,11 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     `models:answer`.
     """
     call = chat_call(body)
-    model = await run_route(caller.project_id, partial(requests.resolve, use.db, caller=caller, name=body.model))
+    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model))
+    form = call.form(model)
     exchange = _Exchange(use, caller, request, model, call.parameters)
-    return await _respond(exchange, call.form(model), body, n=call.num_choices)
+    routed = exchange if _uses_tools(call.parameters) else exchange.routed(route, form.response_id)
+    return await _respond(routed, form, body, n=call.num_choices)
 
 
 @router.post(
@@ -68,13 +73,25 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
 async def create_completion(body: CompletionRequest, request: Request, use: Use, caller: Signed) -> Response:
     """Continue a text, or up to 16 texts, without a chat template. Requires the scope `models:answer`."""
     call = text_call(body)
-    model = await run_route(caller.project_id, partial(requests.resolve, use.db, caller=caller, name=body.model))
-    exchange = _Exchange(use, caller, request, model, call.parameters)
-    return await _respond(exchange, call.form(model), body, n=call.num_choices)
+    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model))
+    form = call.form(model)
+    exchange = _Exchange(use, caller, request, model, call.parameters).routed(route, form.response_id)
+    return await _respond(exchange, form, body, n=call.num_choices)
+
+
+def _resolve(use: Services, caller: Caller, name: str) -> tuple[requests.Model, ServingRoute | None]:
+    """Return the model and, if one is ready for it, the serving endpoint that answers."""
+    model = requests.resolve(use.db, project_id=caller.project_id, name=name)
+    return model, routes.route_of(use.db, model=model.name, base_digest=model.base_digest, pepper=use.pepper)
+
+
+def _uses_tools(prompt: dict[str, Any]) -> bool:
+    """Return whether the prompt depends on how tools are rendered, which servers do in their own ways."""
+    return "tools" in prompt or any(row.get("tool_calls") or row["role"] == "tool" for row in prompt["messages"])
 
 
 class _Exchange:
-    """One request with its row in the database, which exists while the client waits."""
+    """A request for the built-in engine, with its row in the database, which exists while the client waits."""
 
     def __init__(
         self, use: Services, caller: Caller, request: Request, model: requests.Model, parameters: dict[str, Any]
@@ -85,6 +102,21 @@ class _Exchange:
         self._model = model
         self._parameters = parameters
 
+    def routed(self, route: ServingRoute | None, response_id: str) -> Exchange:
+        """Return the same request for a serving endpoint, or this one if there is none."""
+        if route is None:
+            return self
+        return RoutedExchange(
+            self._use,
+            self._caller,
+            self._receive,
+            model=self._model,
+            route=route,
+            parameters=self._parameters,
+            response_id=response_id,
+            own=self,
+        )
+
     @asynccontextmanager
     async def answering(self, answer: PartialAnswer) -> AsyncGenerator[AsyncGenerator[Delta]]:
         """Yield what the worker adds to the answer. Afterwards the row is deleted, and the worker stops."""
@@ -92,7 +124,7 @@ class _Exchange:
         submit = partial(
             requests.submit,
             use.db,
-            caller=self._caller,
+            project_id=project_id,
             model=self._model,
             body=self._parameters,
             reply_to=use.replies.address,
@@ -121,7 +153,7 @@ async def _watch(receive: Receive, gone: asyncio.Event) -> None:
     gone.set()
 
 
-async def _respond(exchange: _Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int) -> Response:
+async def _respond(exchange: Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int) -> Response:
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return CompletionStream(exchange, form, n=n, with_usage=with_usage)
@@ -138,7 +170,7 @@ class CompletionStream(Response):
     """The chunks of an answer as server-sent events, in OpenAI's format. An error before the first chunk is an ordinary
     error response."""
 
-    def __init__(self, exchange: _Exchange, form: ChatFormat | TextFormat, *, n: int, with_usage: bool) -> None:
+    def __init__(self, exchange: Exchange, form: ChatFormat | TextFormat, *, n: int, with_usage: bool) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._exchange = exchange

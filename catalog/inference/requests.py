@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from catalog.caller import Caller
 from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, LorryError, RateLimited
@@ -48,16 +47,11 @@ class Model:
     adapter: str | None
 
 
-def resolve(db: Database, *, caller: Caller, name: str) -> Model:
+def resolve(db: Database, *, project_id: str, name: str) -> Model:
     """Return the model with this name: a base model, or an adapter or checkpoint that the project may read.
 
     Raises NotFound, NoLongerKept, and Conflict for a base model that is not ready or has changed.
     """
-    return resolve_for(db, project_id=caller.project_id, name=name)
-
-
-def resolve_for(db: Database, *, project_id: str, name: str) -> Model:
-    """Return the model that `resolve` returns for a caller of this project."""
     with db.read() as session:
         if name.startswith("ft:"):
             return _adapter(session, project_id, name)
@@ -105,7 +99,7 @@ def _base(session: Session, name: str) -> Model:
 
 
 def submit(
-    db: Database, *, caller: Caller, model: Model, body: Json, reply_to: str, max_open: int = MAX_OPEN
+    db: Database, *, project_id: str, model: Model, body: Json, reply_to: str, max_open: int = MAX_OPEN
 ) -> InferenceRequest:
     """Create a request. Raises NoWorker if no worker is running, RateLimited if the project has too many, and
     QuotaExceeded."""
@@ -117,7 +111,7 @@ def submit(
                 code="no_worker",
                 remedy="Ask an operator to start a worker, for example with `lorry worker`. Then retry.",
             )
-        own = (InferenceRequest.project_id == caller.project_id, InferenceRequest.batch_id.is_(None))
+        own = (InferenceRequest.project_id == project_id, InferenceRequest.batch_id.is_(None))
         if (session.scalar(select(func.count()).where(*own)) or 0) >= max_open:
             raise RateLimited(
                 f"The project has {max_open} open inference requests, which is the maximum.",
@@ -126,8 +120,8 @@ def submit(
                 retry_after_seconds=1,
                 headers={},
             )
-        quotas.check_tokens(session, caller.project_id, now=now)
-        request = new_request(caller.project_id, model, body, reply_to, now=now, expires_at=now + MAX_SECONDS)
+        quotas.check_tokens(session, project_id, now=now)
+        request = new_request(project_id, model, body, reply_to, now=now, expires_at=now + MAX_SECONDS)
         session.add(request)
         return request
 
@@ -186,8 +180,21 @@ def finish_in(session: Session, request_id: str, *, prompt_tokens: int, completi
         return
     if prompt_tokens:
         counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-        ledger.add_completion(session, row, **counts, now=read_clock(session))
+        answered = {"project_id": row.project_id, "base_model": row.base_model, "request_id": row.id}
+        ledger.add_completion(session, **answered, **counts, now=read_clock(session))
     session.delete(row)
+
+
+def count(
+    db: Database, *, project_id: str, model: Model, response_id: str, prompt_tokens: int, completion_tokens: int
+) -> None:
+    """Count the tokens of a request that a serving endpoint has answered. 0: it has not begun to answer."""
+    if not prompt_tokens:
+        return
+    with db.write() as session:
+        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        answered = {"project_id": project_id, "base_model": model.base_model, "request_id": response_id}
+        ledger.add_completion(session, **answered, **counts, now=read_clock(session))
 
 
 def remove_expired(db: Database) -> int:

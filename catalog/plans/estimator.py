@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.accept import Accepted
 from catalog.fleet import gangs, views
-from catalog.plans import duration, serving
+from catalog.plans import duration
 from catalog.plans.duration import ExpectedStart, Measured, Occupied, Runner
 from catalog.queue import charging, listing
 from catalog.resources import gpus, memory, requirements, sharding
@@ -25,6 +25,7 @@ from catalog.resources.sharding import NEVER, Demand, DeviceGroup
 from catalog.resources.throughput import Speeds
 from catalog.scheduling.ordering import order
 from catalog.scheduling.snapshot import Candidate, Policy, Share
+from catalog.serving import servability
 from catalog.settings import Settings
 from catalog.spec import job_warnings
 from catalog.spec.job import AUTO_LENGTH, MAX_LENGTH, JobSpec
@@ -104,7 +105,7 @@ def estimate_plan(
     sizes, live = _sizes(job, description), _live(session, job, now=now)
     groups = _groups(session, live, now=now)
     fitting = _fitting(live, groups, sizes)
-    servable = serving.of_job(spec, [target.rank for target in targets])
+    servable = servability.of_job(spec, [target.rank for target in targets])
     cautions = [*accepted.cautions, *_cautions(accepted, data, targets, job=job, num_steps=num_steps)]
     if live and not fitting:
         cautions.append(_fits_nowhere(groups, sizes, spec))

@@ -20,7 +20,6 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from catalog.db.database import add_all_to, add_to, at_the_end, upsert
 from catalog.states import JobState, PriorityClass
-from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
 from catalog.tables.usage import ServiceCounter, StoredBytes, StoredDay, UsageDay, UsageMonth
@@ -78,11 +77,18 @@ def add_plan(session: Session, plan: Plan, *, now: float) -> None:
 
 
 def add_completion(
-    session: Session, request: InferenceRequest, *, prompt_tokens: int, completion_tokens: int, now: float
+    session: Session,
+    *,
+    project_id: str,
+    base_model: str,
+    request_id: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+    now: float,
 ) -> None:
     """Add an answered inference request to today's usage of its project for its base model."""
-    slot = zlib.crc32(request.id.encode()) % SLOTS
-    amounts = _pending(session).used[request.project_id, day_of(now), request.base_model, slot]
+    slot = zlib.crc32(request_id.encode()) % SLOTS
+    amounts = _pending(session).used[project_id, day_of(now), base_model, slot]
     amounts["num_completions"] += 1
     amounts["prompt_tokens"] += prompt_tokens
     amounts["completion_tokens"] += completion_tokens

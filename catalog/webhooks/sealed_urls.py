@@ -1,30 +1,23 @@
 """Encryption of stored webhook URLs with the pepper, because the path of a webhook URL is often a secret.
 
-A row's `url` shows the host and the last characters. `sealed_url` is the encrypted URL: AES-256-GCM, bound to the
-endpoint's id, so that a copy in another row can't be decrypted. Older rows have the plain URL in `url` until `seal_all`
-encrypts it.
+A row's `url` shows the host and the last characters. `sealed_url` is the encrypted URL; see catalog/sealing.py. Older
+rows have the plain URL in `url` until `seal_all` encrypts it.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import logging
-import os
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import select
 
+from catalog import sealing
 from catalog.db.database import Database
 from catalog.errors import Conflict
 from catalog.tables.webhooks import WebhookEndpoint
 
 PURPOSE = b"lorry: urls of webhooks"
-NONCE_BYTES = 12
 ENDING_CHARACTERS = 4
 SHORTEST_PATH = 12
 """No character of a shorter path is shown."""
@@ -44,9 +37,7 @@ class UrlLost(Conflict):
 
 def put(endpoint: WebhookEndpoint, url: str, *, peppers: Sequence[bytes]) -> None:
     """Set the URL of a row, whose id must be set. peppers: the current one first."""
-    nonce = os.urandom(NONCE_BYTES)
-    sealed = _cipher(peppers[0]).encrypt(nonce, url.encode(), endpoint.id.encode())
-    endpoint.sealed_url = base64.b64encode(nonce + sealed).decode()
+    endpoint.sealed_url = sealing.seal(url, purpose=PURPOSE, row_id=endpoint.id, pepper=peppers[0])
     endpoint.url = shown(url)
 
 
@@ -54,10 +45,10 @@ def get(endpoint: WebhookEndpoint, *, peppers: Sequence[bytes]) -> str:
     """Return the decrypted URL. Raises UrlLost."""
     if endpoint.sealed_url is None:
         return endpoint.url
-    for pepper in peppers:
-        if (url := _opened(endpoint, endpoint.sealed_url, pepper)) is not None:
-            return url
-    raise UrlLost(endpoint.id)
+    url = sealing.unseal(endpoint.sealed_url, purpose=PURPOSE, row_id=endpoint.id, peppers=peppers)
+    if url is None:
+        raise UrlLost(endpoint.id)
+    return url
 
 
 def shown(url: str) -> str:
@@ -90,17 +81,5 @@ def _seal_again(db: Database, endpoint_id: str, peppers: Sequence[bytes]) -> boo
 
 
 def _is_current(row: WebhookEndpoint, pepper: bytes) -> bool:
-    return row.sealed_url is not None and _opened(row, row.sealed_url, pepper) is not None
-
-
-def _opened(endpoint: WebhookEndpoint, sealed: str, pepper: bytes) -> str | None:
-    content = base64.b64decode(sealed)
-    try:
-        opened = _cipher(pepper).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], endpoint.id.encode())
-    except InvalidTag:
-        return None
-    return opened.decode()
-
-
-def _cipher(pepper: bytes) -> AESGCM:
-    return AESGCM(hmac.digest(pepper, PURPOSE, hashlib.sha256))
+    sealed = row.sealed_url
+    return sealed is not None and sealing.unseal(sealed, purpose=PURPOSE, row_id=row.id, peppers=[pepper]) is not None

@@ -17,6 +17,7 @@ from api.app import create_app
 from api.dashboard import FOLDER
 from api.deps import Services
 from api.inference import batch_loop
+from api.serving import keeper
 from api.settings import ApiSettings
 from api.webhooks import delivery_loop
 from catalog.settings import Settings
@@ -51,10 +52,13 @@ def settings(tmp_path: Path, database: str, request: pytest.FixtureRequest) -> S
 
 
 @pytest.fixture(autouse=True)
-def no_webhook_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disable webhook polls, which execute additional statements, except in tests that use `receiver`."""
+def no_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable polls of webhooks and serving endpoints, which execute additional statements, except in tests that use
+    `receiver` or `vllm`."""
     if "receiver" not in request.fixturenames:
         monkeypatch.setattr(delivery_loop, "LOOK_SECONDS", 3600.0)
+    seconds = 0.05 if "vllm" in request.fixturenames else 3600.0
+    monkeypatch.setattr(keeper, "LOOK_SECONDS", seconds)
 
 
 @pytest.fixture(autouse=True)

@@ -128,6 +128,7 @@ def test_every_object_schema_has_an_example(app: FastAPI) -> None:
     schemas = app.openapi()["components"]["schemas"]
     objects = {name: schema for name, schema in schemas.items() if "object" in schema.get("properties", {})}
     small = {"FileDeleted", "ModelDeleted", "AdapterDeleted", "PlanDeleted", "SignedOut", "BatchErrors"}
+    small |= {"ServingEndpointDeleted", "DeploymentDeleted"}
 
     without = [
         name

@@ -30,9 +30,9 @@ def world(world: World) -> World:
 
 def submit(world: World, *, caller: Caller | None = None, model: str = "smol", **given: Any) -> InferenceRequest:
     caller = caller or world.caller
-    found = requests.resolve(world.db, caller=caller, name=model)
+    found = requests.resolve(world.db, project_id=caller.project_id, name=model)
     return requests.submit(
-        world.db, caller=caller, model=found, body={"prompts": ["a"]}, reply_to="127.0.0.1:1", **given
+        world.db, project_id=caller.project_id, model=found, body={"prompts": ["a"]}, reply_to="127.0.0.1:1", **given
     )
 
 
@@ -50,7 +50,7 @@ def load(world: World) -> None:
 
 
 def test_base_model_answers_in_the_precision_of_the_workers(world: World) -> None:
-    found = requests.resolve(world.db, caller=world.caller, name="smol")
+    found = requests.resolve(world.db, project_id=world.caller.project_id, name="smol")
 
     assert (found.base_model, found.base_digest, found.adapter, found.pack_key) == ("smol", sha("smol"), None, KEY)
 
@@ -63,7 +63,9 @@ def test_base_model_that_is_loaded_without_quantization_answers_as_it_is_loaded(
     register_trainer(world, key)
     load(world)
 
-    assert requests.resolve(world.db, caller=world.caller, name="smol").pack_key == (key if is_used else KEY)
+    assert requests.resolve(world.db, project_id=world.caller.project_id, name="smol").pack_key == (
+        key if is_used else KEY
+    )
 
 
 def test_adapter_answers_as_it_was_trained(world: World) -> None:
@@ -72,15 +74,15 @@ def test_adapter_answers_as_it_was_trained(world: World) -> None:
     name = world.job(job.job.id).adapter_name
     assert name is not None
 
-    found = requests.resolve(world.db, caller=world.caller, name=name)
+    found = requests.resolve(world.db, project_id=world.caller.project_id, name=name)
 
     assert found.adapter is not None
     assert found.pack_key == pack_key(sha("smol"), "float32")
     with pytest.raises(NotFound):
-        requests.resolve(world.db, caller=world.stranger, name=name)
+        requests.resolve(world.db, project_id=world.stranger.project_id, name=name)
     base_models.delete(world.db, "smol")
     with pytest.raises(Conflict, match="deleted or replaced") as refused:
-        requests.resolve(world.db, caller=world.caller, name=name)
+        requests.resolve(world.db, project_id=world.caller.project_id, name=name)
     assert refused.value.code == "base_changed"
 
 
@@ -91,9 +93,9 @@ def test_base_model_that_is_not_ready_is_a_conflict(world: World, has_failed: bo
         world.fail_import("new", {"code": "x", "message": "y", "param": None})
 
     with pytest.raises(Conflict, match="import failed" if has_failed else "has not finished"):
-        requests.resolve(world.db, caller=world.caller, name="new")
+        requests.resolve(world.db, project_id=world.caller.project_id, name="new")
     with pytest.raises(NotFound):
-        requests.resolve(world.db, caller=world.caller, name="unknown")
+        requests.resolve(world.db, project_id=world.caller.project_id, name="unknown")
 
 
 def test_without_a_live_worker_a_request_is_rejected(world: World) -> None:

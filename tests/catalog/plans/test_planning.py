@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from catalog.plans import duration, serving
+from catalog.plans import duration
 from catalog.plans.duration import ExpectedStart, Measured, Occupied, Runner, TrainingWork
-from catalog.plans.serving import ServingTarget
 from catalog.resources import gpus
 from catalog.resources.gpus import CARDS, MIB
 from catalog.resources.throughput import Speeds
+from catalog.serving import servability
+from catalog.serving.servability import ServingTarget
 from catalog.spec import job_warnings
 from catalog.spec.job import MAX_LENGTH, JobSpec, ParentSpec, resolve
 from catalog.spec.job_warnings import Caution
@@ -260,21 +261,21 @@ def test_rank_above_layer_size_or_data_causes_a_warning() -> None:
 def test_serving_compatibility_follows_from_shape_and_base(
     fields: dict[str, Any], ranks: tuple[int, ...], vllm: str, merge: str
 ) -> None:
-    found = serving.of_job(spec(**fields), ranks)
+    found = servability.of_job(spec(**fields), ranks)
 
     assert (found["vllm"].verdict, found["merge"].verdict) == (vllm, merge)
     assert all(answer.reasons for answer in found.values())
 
 
 def test_vllm_reason_names_the_required_max_lora_rank() -> None:
-    assert "--max-lora-rank 128" in " ".join(serving.of_job(spec(lora={"rank": 100}), [100])["vllm"].reasons)
+    assert "--max-lora-rank 128" in " ".join(servability.of_job(spec(lora={"rank": 100}), [100])["vllm"].reasons)
     assert "--max-lora-rank 64" in " ".join(
-        serving.of_job(spec(lora={"rank": 32, "init_lora_weights": "pissa"}), [32])["vllm"].reasons
+        servability.of_job(spec(lora={"rank": 32, "init_lora_weights": "pissa"}), [32])["vllm"].reasons
     ), "a PiSSA adapter is exported with twice the rank"
 
 
 def test_adapter_with_its_own_head_is_unsupported_by_vllm() -> None:
-    assert serving.judge(ServingTarget(spec=spec(), ranks=(16,), trains_head=True))["vllm"].verdict == "no"
+    assert servability.judge(ServingTarget(spec=spec(), ranks=(16,), trains_head=True))["vllm"].verdict == "no"
 
 
 def test_smallest_gpu_is_the_first_that_fits() -> None:

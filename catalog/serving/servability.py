@@ -54,8 +54,16 @@ class Answer:
 
 def of_job(spec: JobSpec, ranks: Collection[int]) -> dict[Server, Answer]:
     """Return the answers for a job. ranks: the rank of each adapted layer during training."""
-    times = 2 if spec.lora.begins_with_the_base else 1
-    return judge(ServingTarget(spec=spec, ranks=tuple(times * rank for rank in ranks)))
+    return judge(ServingTarget(spec=spec, ranks=tuple(_times(spec) * rank for rank in ranks)))
+
+
+def exported_rank(spec: JobSpec) -> int:
+    """Return the highest rank of the exported adapter."""
+    return _times(spec) * max([spec.lora.rank, *(spec.lora.rank_pattern or {}).values()])
+
+
+def _times(spec: JobSpec) -> int:
+    return 2 if spec.lora.begins_with_the_base else 1
 
 
 def judge(made: ServingTarget) -> dict[Server, Answer]:

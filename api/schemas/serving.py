@@ -1,0 +1,227 @@
+"""Schemas of serving endpoints, and of deployments of adapters on them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.serving.deployments import DeploymentView
+from catalog.serving.endpoints import DEFAULT_MAX_RANK, MAX_FOLDER, MAX_KEY, MAX_URL, EngineKind, NewEndpoint
+from catalog.serving.servability import VLLM_RANKS
+from catalog.spec.strict import LABEL_PATTERN, WITHOUT_NUL, Strict
+from catalog.tables.serving import ServingEndpoint
+
+ENDPOINT_ID = "endpoint-3f2b8c9d0a1e4f5a6b7c8d9e"
+VERIFIED: dict[str, Any] = {
+    "passed": True,
+    "max_diff": 0.004,
+    "tolerance": 0.5,
+    "num_compared": 16,
+    "prompt_tokens": 38,
+    "expected_prompt_tokens": 38,
+}
+ENDPOINT: dict[str, Any] = {
+    "object": "serving_endpoint",
+    "id": ENDPOINT_ID,
+    "name": "vllm-1",
+    "kind": "vllm",
+    "base_model": "smollm2",
+    "base_digest": "9f86d081884c7d65",
+    "url": "http://127.0.0.1:8001",
+    "adapter_folder": "/srv/adapters",
+    "has_api_key": False,
+    "max_rank": 16,
+    "state": "ready",
+    "last_error": None,
+    "served_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "verification": VERIFIED,
+    "checked_at": 1790000100,
+    "created_at": 1790000000,
+}
+DEPLOYMENT: dict[str, Any] = {
+    "object": "adapter.deployment",
+    "id": "deployment-7d0c2f51a9b84e63c1d2e3f4",
+    "adapter_id": "adapter-0a1b2c3d4e5f60718293a4b5",
+    "adapter": "ft:smollm2:default:support:1c0ffee0",
+    "endpoint_id": ENDPOINT_ID,
+    "endpoint": "vllm-1",
+    "state": "ready",
+    "last_error": None,
+    "verification": {**VERIFIED, "tolerance": 0.2, "distance_to_base": 0.9, "distinguishes": True},
+    "created_at": 1790000200,
+    "updated_at": 1790000203,
+}
+EndpointState = Literal["pending", "ready", "unreachable", "rejected"]
+DeploymentState = Literal["pending", "ready", "failed", "removing"]
+EndpointName = Annotated[
+    str, Field(min_length=1, max_length=64, description="Name or id of an endpoint.", json_schema_extra=WITHOUT_NUL)
+]
+
+
+class ServingEndpointRequest(Strict):
+    """A running inference server."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "name": "vllm-1",
+                "base_model": "smollm2",
+                "url": "http://127.0.0.1:8001",
+                "adapter_folder": "/srv/adapters",
+            }
+        }
+    )
+    name: Annotated[str, Field(max_length=64, description="Name.", json_schema_extra={"pattern": LABEL_PATTERN})]
+    base_model: Annotated[
+        str,
+        Field(min_length=1, max_length=256, description="The base model it serves.", json_schema_extra=WITHOUT_NUL),
+    ]
+    kind: EngineKind = Field(default="vllm", description="The server's software.")
+    url: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=MAX_URL,
+            description="Address, with or without /v1, such as http://127.0.0.1:8001.",
+            json_schema_extra={"pattern": r"^https?://[\x21-\x7e]+$"},
+        ),
+    ]
+    adapter_folder: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=MAX_FOLDER,
+            description="Absolute path of a folder that the API servers and the inference server see at the same path.",
+            json_schema_extra=WITHOUT_NUL,
+        ),
+    ]
+    max_rank: int = Field(
+        default=DEFAULT_MAX_RANK,
+        ge=1,
+        le=VLLM_RANKS[-1],
+        description="Highest rank that the server loads: the value of vLLM's --max-lora-rank.",
+    )
+    api_key: (
+        Annotated[str, Field(min_length=1, max_length=MAX_KEY, json_schema_extra={"pattern": r"^[\x21-\x7e]+$"})] | None
+    ) = Field(default=None, description="The server's own API key. It is stored encrypted and never shown.")
+
+    def new_endpoint(self) -> NewEndpoint:
+        return NewEndpoint(**self.model_dump())
+
+
+class ProbeVerification(BaseModel):
+    """Comparison of the server's greedy answer to a probe prompt with that of the built-in engine.
+
+    `max_diff`: largest difference of the tokens' log-probabilities. `num_compared`: tokens until the answers differ or
+    end. For adapters, `distance_to_base` is that of the base model's answer, and `distinguishes` is whether the
+    comparison can tell them apart.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    passed: bool
+    max_diff: float
+    tolerance: float
+    num_compared: int
+    prompt_tokens: int
+    expected_prompt_tokens: int
+    distance_to_base: float | None = None
+    distinguishes: bool | None = None
+
+
+class ServingEndpointObject(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": ENDPOINT})
+    object: Literal["serving_endpoint"] = "serving_endpoint"
+    id: str
+    name: str
+    kind: EngineKind
+    base_model: str
+    base_digest: str
+    url: str | None = Field(description="Shown only to operators.")
+    adapter_folder: str | None = Field(description="Shown only to operators.")
+    has_api_key: bool
+    max_rank: int
+    state: EndpointState = Field(
+        description="ready: answers requests. unreachable: does not respond. rejected: responds, but not as required. "
+        "pending: not verified yet."
+    )
+    last_error: str | None = Field(description="Why it is not ready. Shown only to operators.")
+    served_model: str | None = Field(description="The server's name of the base model. Shown only to operators.")
+    verification: ProbeVerification | None
+    checked_at: int | None
+    created_at: int
+
+
+class ServingEndpointDeleted(BaseModel):
+    id: str
+    object: Literal["serving_endpoint"] = "serving_endpoint"
+    deleted: bool = True
+
+
+class DeploymentRequest(Strict):
+    model_config = ConfigDict(json_schema_extra={"example": {"endpoint": "vllm-1"}})
+    endpoint: EndpointName
+
+
+class DeploymentObject(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": DEPLOYMENT})
+    object: Literal["adapter.deployment"] = "adapter.deployment"
+    id: str
+    adapter_id: str
+    adapter: str
+    endpoint_id: str
+    endpoint: str
+    state: DeploymentState = Field(
+        description="pending: being loaded. ready: verified, and answers requests. failed: see last_error; it is tried "
+        "again. removing: being unloaded."
+    )
+    last_error: str | None
+    verification: ProbeVerification | None
+    created_at: int
+    updated_at: int
+
+
+class DeploymentDeleted(BaseModel):
+    id: str
+    object: Literal["adapter.deployment"] = "adapter.deployment"
+    deleted: bool = True
+
+
+def serving_endpoint_object(row: ServingEndpoint, *, shows_address: bool) -> ServingEndpointObject:
+    return ServingEndpointObject.model_validate(
+        {
+            "id": row.id,
+            "name": row.name,
+            "kind": row.kind,
+            "base_model": row.base_model,
+            "base_digest": row.base_digest,
+            "url": row.url if shows_address else None,
+            "adapter_folder": row.adapter_folder if shows_address else None,
+            "has_api_key": row.sealed_key is not None,
+            "max_rank": row.max_rank,
+            "state": row.state,
+            "last_error": row.last_error if shows_address else None,
+            "served_model": row.served_model if shows_address else None,
+            "verification": row.verification,
+            "checked_at": None if row.checked_at is None else int(row.checked_at),
+            "created_at": int(row.created_at),
+        }
+    )
+
+
+def deployment_object(view: DeploymentView) -> DeploymentObject:
+    row = view.deployment
+    return DeploymentObject.model_validate(
+        {
+            "id": row.id,
+            "adapter_id": row.adapter_id,
+            "adapter": view.adapter,
+            "endpoint_id": row.endpoint_id,
+            "endpoint": view.endpoint,
+            "state": row.state,
+            "last_error": row.last_error,
+            "verification": row.verification,
+            "created_at": int(row.created_at),
+            "updated_at": int(row.updated_at),
+        }
+    )

@@ -1,0 +1,1 @@
+"""Serving endpoints: keeps their adapters loaded, and sends them requests."""

@@ -1,0 +1,369 @@
+"""Keeps serving endpoints in step with their deployments: loads, verifies and unloads adapters.
+
+One API process at a time holds an endpoint's lease. It compares the models that the server lists with the deployments
+every few seconds, so it makes no difference whether Lorry or the server was restarted. Adapters are loaded and verified
+in tasks of their own, because the built-in engine may need minutes for a reference answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+from api.serving import adapter_files
+from api.serving.reference_answers import ReferenceAnswers
+from api.serving.vllm_client import EndpointFailure, ServedModel, ServerAddress, VllmClient
+from catalog.db.database import Database
+from catalog.errors import LorryError
+from catalog.pepper import Pepper
+from catalog.serving import endpoints, keeping, probes
+from catalog.serving.keeping import EndpointClaim, EndpointWork, WantedAdapter
+from catalog.storage.store import ArtifactStore
+from catalog.tables.serving import ServingEndpoint
+from catalog.tables.table import Json
+
+LOOK_SECONDS = 5.0
+"""Interval between two checks of a server."""
+NOTE_SECONDS = 20.0
+"""Interval at which an unchanged state and the lease are written."""
+REJECTED_SECONDS = 30.0
+"""Wait after a failed verification of the base model."""
+MAX_KEPT = 100
+"""Maximum number of endpoints that one process keeps."""
+MAX_LOADING = 4
+"""Maximum number of adapters of one endpoint that are loaded and verified at the same time."""
+T = TypeVar("T")
+log = logging.getLogger("lorry.api")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeeperTools:
+    """What the tasks of an endpoint use."""
+
+    db: Database
+    store: ArtifactStore
+    client: VllmClient
+    references: ReferenceAnswers
+    pepper: Pepper
+
+
+class EndpointKeepers:
+    """The endpoints that this process keeps."""
+
+    def __init__(self, tools: KeeperTools) -> None:
+        self._tools = tools
+        self._kept: dict[str, EndpointKeeper] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake_up = asyncio.Event()
+
+    def wake(self) -> None:
+        """Signal that a deployment or an endpoint has changed. May be called from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._wake_all)
+
+    async def run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            while True:
+                await self._claim()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._wake_up.wait()
+                self._wake_up.clear()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._tools.client.close()
+
+    def _wake_all(self) -> None:
+        self._wake_up.set()
+        for keeper in self._kept.values():
+            keeper.wake()
+
+    async def _claim(self) -> None:
+        try:
+            limit = MAX_KEPT - len(self._kept)
+            found = await run_in_threadpool(keeping.claim_free, self._tools.db, limit=limit) if limit > 0 else []
+        except LorryError as error:
+            log.warning("serving code=%s", error.code)
+            return
+        for claim in found:
+            keeper = self._kept[claim.claim_id] = EndpointKeeper(self._tools, claim)
+            task = asyncio.create_task(self._keep(keeper))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _keep(self, keeper: EndpointKeeper) -> None:
+        try:
+            await keeper.run()
+        except Exception:  # another process, or this one, claims the endpoint again when its lease has expired
+            log.exception("crash in serving endpoint=%s", keeper.claim.endpoint_id)
+        finally:
+            del self._kept[keeper.claim.claim_id]
+
+
+class EndpointKeeper:
+    """One endpoint while this process holds its lease."""
+
+    def __init__(self, tools: KeeperTools, claim: EndpointClaim) -> None:
+        self.claim = claim
+        self._tools = tools
+        self._wake_up = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        """Running tasks: by deployment, and the verification of the base model by the endpoint's id."""
+        self._loading = asyncio.Semaphore(MAX_LOADING)
+        self._renewed_at = self._noted_at = -math.inf
+        self._verify_at = -math.inf
+        """When the base model may be verified again. All three by the monotonic clock."""
+
+    def wake(self) -> None:
+        self._wake_up.set()
+
+    async def run(self) -> None:
+        """Keep the endpoint until its lease is lost or it is removed."""
+        try:
+            while await self._check():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._wake_up.wait()
+                self._wake_up.clear()
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            with suppress(LorryError):
+                await asyncio.shield(run_in_threadpool(keeping.release, self._tools.db, self.claim))
+
+    async def _check(self) -> bool:
+        """Compare the server with its deployments once. Returns False if the endpoint is not to be kept any more."""
+        try:
+            if time.monotonic() - self._renewed_at > NOTE_SECONDS:
+                if not await self._do(keeping.renew):
+                    return False
+                self._renewed_at = time.monotonic()
+            work = await self._do(keeping.read)
+            if work is None:
+                return False
+            if work.is_removed:
+                await self._remove(work)
+                return False
+            await self._compare(work)
+        except LorryError as error:
+            log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
+        return True
+
+    async def _compare(self, work: EndpointWork) -> None:
+        row = work.endpoint
+        try:
+            server = self._address(row)
+            models = await self._tools.client.models(server)
+            base = _base_of(models)
+        except EndpointFailure as failure:
+            state = "unreachable" if failure.kind == "unreachable" else "rejected"
+            self._verify_at = -math.inf
+            await self._unusable(row, state=state, error=failure.message)
+            await self._clear(work, {})
+            return
+        except LorryError as error:
+            await self._unusable(row, state="rejected", error=error.sentence())
+            return
+        loaded = {model.name: model for model in models if model.parent is not None}
+        await self._unload_unwanted(server, work, loaded)
+        await self._clear(work, loaded)
+        if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
+            if time.monotonic() >= self._verify_at:
+                self._begin(row.id, self._verify_base(work, server, base))
+            return
+        if time.monotonic() - self._noted_at > NOTE_SECONDS:
+            await self._do(keeping.note_reachable, served_model=base.name, served_root=base.root)
+            self._noted_at = time.monotonic()
+        missing = [one for one in work.adapters if one.state == "ready" and one.name not in loaded]
+        if missing:
+            await self._do(keeping.note_missing, [one.deployment_id for one in missing])
+        for one in work.adapters:
+            if one.is_wanted and (one in missing or (one.state != "ready" and one.is_due)):
+                self._begin(one.deployment_id, self._deploy(work, server, one, loaded.get(one.name)))
+
+    async def _unload_unwanted(self, server: ServerAddress, work: EndpointWork, loaded: dict[str, ServedModel]) -> None:
+        """Unload the adapters that were loaded from the endpoint's folder and are not deployed any more."""
+        own = f"{adapter_files.endpoint_folder(work.endpoint.adapter_folder, work.endpoint.id)}/"
+        wanted = {one.name for one in work.adapters if one.is_wanted}
+        for name in [name for name, model in loaded.items() if (model.root or "").startswith(own)]:
+            if name not in wanted:
+                try:
+                    await self._tools.client.unload(server, name=name)
+                except EndpointFailure as failure:  # tried again at the next check
+                    log.warning("serving endpoint=%s unload: %s", self.claim.endpoint_id, failure.message)
+                else:
+                    del loaded[name]
+
+    async def _clear(self, work: EndpointWork, loaded: dict[str, ServedModel]) -> None:
+        """Delete deployments that are not wanted and not loaded any more, and files that none needs."""
+        folder = adapter_files.endpoint_folder(work.endpoint.adapter_folder, work.endpoint.id)
+        gone = [one for one in work.adapters if not one.is_wanted and one.name not in loaded]
+        for one in gone:
+            task = self._tasks.pop(one.deployment_id, None)
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        kept = {_path(folder, one).name for one in work.adapters if one not in gone and one.manifest is not None}
+        kept |= {Path(model.root or "").name for model in loaded.values()}
+        if gone or not work.adapters:
+            await run_in_threadpool(adapter_files.remove_others, folder, kept)
+        if gone:
+            await self._do(keeping.forget, [one.deployment_id for one in gone])
+
+    async def _remove(self, work: EndpointWork) -> None:
+        """Unload all adapters of a removed endpoint, if its server answers, and delete the endpoint."""
+        row = work.endpoint
+        try:
+            server = self._address(row)
+            models = await self._tools.client.models(server)
+            loaded = {model.name: model for model in models if model.parent is not None}
+            await self._unload_unwanted(server, work, loaded)
+        except (EndpointFailure, LorryError):
+            log.warning("serving endpoint=%s was removed without unloading its adapters", row.id)
+        folder = adapter_files.endpoint_folder(row.adapter_folder, row.id)
+        await run_in_threadpool(adapter_files.remove_others, folder, set[str]())
+        await self._do(keeping.forget_endpoint)
+
+    async def _verify_base(self, work: EndpointWork, server: ServerAddress, base: ServedModel) -> None:
+        """Compare the server's answer of the base model with the reference, which is computed first if necessary."""
+        row = work.endpoint
+        try:
+            reference = row.reference
+            if reference is None:
+                reference = await self._tools.references.of_base(row.base_model, project_id=row.project_id)
+                await self._do(keeping.store_reference, deployment_id=None, reference=reference)
+            found = await self._tools.client.probe(server, model=base.name, kind=reference["kind"])
+        except EndpointFailure as failure:
+            state = "unreachable" if failure.kind == "unreachable" else "rejected"
+            return await self._unusable(row, state=state, error=failure.message)
+        except LorryError as error:
+            reason = f"The built-in engine can't compute the reference answer. {error.sentence()}"
+            return await self._unusable(row, state="pending", error=reason)
+        verdict = probes.judge_base(probes.answer_of(reference), found)
+        if not verdict["passed"]:
+            error = probes.why_failed(verdict, subject=f"base model {row.base_model!r}")
+            self._verify_at = time.monotonic() + REJECTED_SECONDS
+            return await self._unusable(row, state="rejected", error=error, verification=verdict)
+        await self._do(keeping.note_reachable, served_model=base.name, served_root=base.root, verification=verdict)
+        return self.wake()
+
+    async def _deploy(
+        self, work: EndpointWork, server: ServerAddress, one: WantedAdapter, loaded: ServedModel | None
+    ) -> None:
+        """Load an adapter and verify it. Each failure is recorded with the deployment, and tried again later."""
+        async with self._loading:
+            try:
+                verdict = await self._load(work, server, one, loaded)
+            except EndpointFailure as failure:
+                state = "pending" if failure.kind == "unreachable" else "failed"
+                return await self._failed(one, state=state, error=failure.message)
+            except LorryError as error:
+                return await self._failed(one, state="pending", error=error.sentence())
+            except OSError as error:
+                reason = f"The adapter's files can't be written to {work.endpoint.adapter_folder!r}: {error}."
+                return await self._failed(one, state="failed", error=reason)
+            if not verdict["passed"]:
+                error = probes.why_failed(verdict, subject=f"adapter {one.name!r}")
+                await self._failed(one, state="failed", error=error, verification=verdict)
+                return await self._unload(server, one)
+            if not await self._do(keeping.note_loaded, one.deployment_id, verification=verdict):
+                await self._unload(server, one)
+            return None
+
+    async def _load(
+        self, work: EndpointWork, server: ServerAddress, one: WantedAdapter, loaded: ServedModel | None
+    ) -> Json:
+        """Return the verification of the adapter, which is loaded then."""
+        assert one.manifest is not None, "only adapters with files are loaded"
+        row, kind = work.endpoint, (work.endpoint.reference or {})["kind"]
+        reference = one.reference
+        if reference is None:
+            reference = await self._tools.references.of(one.name, kind, project_id=one.project_id)
+            await self._do(keeping.store_reference, deployment_id=one.deployment_id, reference=reference)
+        path = _path(adapter_files.endpoint_folder(row.adapter_folder, row.id), one)
+        if loaded is not None and loaded.root != str(path):
+            raise EndpointFailure(
+                f"The server has loaded another adapter under the name {one.name!r}, from {loaded.root!r}. Unload it, "
+                "or remove it from --lora-modules.",
+                kind="refused",
+            )
+        if loaded is None:
+            await run_in_threadpool(adapter_files.put, self._tools.store, path, one.manifest)
+            await self._tools.client.load(server, name=one.name, path=str(path))
+        found = await self._tools.client.probe(server, model=one.name, kind=kind)
+        return probes.judge_adapter(
+            probes.answer_of(reference),
+            found,
+            of_base=probes.answer_of(row.reference or {}),
+            base_diff=(row.verification or {})["max_diff"],
+        )
+
+    async def _unload(self, server: ServerAddress, one: WantedAdapter) -> None:
+        with suppress(EndpointFailure):  # the next check unloads it
+            await self._tools.client.unload(server, name=one.name)
+
+    async def _failed(self, one: WantedAdapter, *, state: str, error: str, verification: Json | None = None) -> None:
+        log.warning("serving deployment=%s state=%s: %s", one.deployment_id, state, error)
+        found = {"state": state, "error": error, "verification": verification}
+        await self._do(keeping.note_failed, one.deployment_id, **found)
+
+    async def _unusable(
+        self, row: ServingEndpoint, *, state: str, error: str, verification: Json | None = None
+    ) -> None:
+        if (row.state, row.last_error) != (state, error):
+            log.warning("serving endpoint=%s state=%s: %s", row.id, state, error)
+        elif time.monotonic() - self._noted_at < NOTE_SECONDS:
+            return
+        self._noted_at = time.monotonic()
+        await self._do(keeping.note_unusable, state=state, error=error, verification=verification)
+
+    def _address(self, row: ServingEndpoint) -> ServerAddress:
+        return ServerAddress(url=row.url, api_key=endpoints.api_key(row, peppers=self._tools.pepper.all()))
+
+    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` as a task, unless one of this name is running."""
+        if name in self._tasks:
+            work.close()
+            return
+        task = self._tasks[name] = asyncio.create_task(self._guarded(name, work))
+        task.add_done_callback(lambda _: self._tasks.pop(name, None) if self._tasks.get(name) is task else None)
+
+    async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except LorryError as error:  # such as a database that does not answer; the next check begins again
+            log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
+        except Exception:
+            log.exception("crash in serving endpoint=%s task=%s", self.claim.endpoint_id, name)
+
+    async def _do(self, act: Callable[..., T], *args: Any, **given: Any) -> T:
+        """Run a function of catalog.serving.keeping in a thread, in the name of the claim."""
+        return await run_in_threadpool(partial(act, self._tools.db, self.claim, *args, **given))
+
+
+def _path(folder: Path, one: WantedAdapter) -> Path:
+    assert one.manifest is not None, "only adapters with files have a path"
+    return adapter_files.adapter_path(folder, adapter_id=one.adapter_id, manifest=one.manifest)
+
+
+def _base_of(models: list[ServedModel]) -> ServedModel:
+    """Return the base model that the server lists. Raises EndpointFailure."""
+    base = next((model for model in models if model.parent is None), None)
+    if base is None:
+        raise EndpointFailure("GET /v1/models lists no base model.", kind="refused")
+    return base

@@ -1,0 +1,1 @@
+"""Serving endpoints, deployments of adapters on them, and the requests that they answer."""

@@ -1,0 +1,188 @@
+"""Deployments: a project's adapter on a serving endpoint. Requests are recorded here; the API process that holds the
+endpoint's lease carries them out (catalog/serving/keeping.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.db.database import Database, read_clock, serialize
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.registry import adapters, checkpoints
+from catalog.serving import endpoints, servability
+from catalog.spec.job import JobSpec
+from catalog.tables.jobs import Job
+from catalog.tables.serving import Deployment, ServingEndpoint
+from catalog.tables.storage import Adapter
+from catalog.tables.table import new_id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeploymentView:
+    """A deployment with the names of its endpoint and adapter."""
+
+    deployment: Deployment
+    endpoint: str
+    adapter: str
+
+
+def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> DeploymentView:
+    """Deploy an adapter of the project. A repeated request is no error: it retries a failed deployment at once.
+
+    Raises NotFound, InvalidRequest for a checkpoint, and Conflict if the endpoint can't serve the adapter.
+    """
+    with db.write() as session:
+        found = _own(session, project_id, adapter)
+        target = endpoints.find(session, endpoint, lock=True)
+        serialize(session, f"deployments of {found.id}")
+        job = session.get_one(Job, found.job_id)
+        if (found.base_model, found.base_digest) != (target.base_model, target.base_digest):
+            raise Conflict(
+                f"Adapter {found.name!r} belongs to the base model {found.base_model!r} ({found.base_digest[:12]}…), "
+                f"but endpoint {target.name!r} serves {target.base_model!r} ({target.base_digest[:12]}…).",
+                code="other_base_model",
+                remedy="Choose an endpoint of the adapter's base model from `lorry serving list`.",
+                param="endpoint",
+            )
+        check_servable(JobSpec.model_validate(job.spec), target, subject=f"Adapter {found.name!r}")
+        now = read_clock(session)
+        row = _row(session, target.id, found.id)
+        if row is None:
+            row = Deployment(
+                id=new_id("deployment"),
+                endpoint_id=target.id,
+                adapter_id=found.id,
+                project_id=project_id,
+                state="pending",
+                num_failures=0,
+                next_try_at=now,
+                created_at=now,
+                updated_at=now,
+            )
+            session.add(row)
+            _note(session, row, found, target, "adapter.deployed", now=now)
+        elif row.state != "ready":
+            row.state, row.num_failures, row.next_try_at, row.updated_at = "pending", 0, now, now
+            _note(session, row, found, target, "adapter.deployed", now=now)
+        return DeploymentView(deployment=row, endpoint=target.name, adapter=found.name)
+
+
+def undeploy(db: Database, *, project_id: str, adapter: str, endpoint: str, is_client_retry: bool = False) -> str:
+    """Request that an adapter is unloaded. Requests are answered by the built-in engine from now on. Returns its id.
+
+    is_client_retry: the client repeats a request that had no reply, so a missing deployment is no error. Raises
+    NotFound.
+    """
+    with db.write() as session:
+        found = _own(session, project_id, adapter)
+        target = endpoints.find(session, endpoint, lock=True)
+        row = _row(session, target.id, found.id)
+        if row is None or row.state == "removing":
+            if is_client_retry:
+                return "" if row is None else row.id
+            raise NotFound(
+                "deployment",
+                endpoint,
+                message=f"Adapter {found.name!r} is not deployed on endpoint {target.name!r}.",
+                remedy=f"See where it is deployed with `lorry adapters show {found.id}`.",
+                param="endpoint",
+            )
+        row.state = "removing"
+        row.updated_at = now = read_clock(session)
+        _note(session, row, found, target, "adapter.undeployed", now=now)
+        return row.id
+
+
+def of_adapter(db: Database, *, project_id: str, adapter: str) -> list[DeploymentView]:
+    """Return the deployments of an adapter that the project may read, by the endpoint's name. Raises NotFound."""
+    with db.read() as session:
+        found = adapters.find(session, project_id, adapter)
+        rows = select(Deployment, ServingEndpoint.name).join(ServingEndpoint).where(Deployment.adapter_id == found.id)
+        return [
+            DeploymentView(deployment=row, endpoint=name, adapter=found.name)
+            for row, name in session.execute(rows.order_by(ServingEndpoint.name))
+        ]
+
+
+def on_endpoint(db: Database, endpoint_id: str) -> list[DeploymentView]:
+    """Return all deployments on an endpoint, of every project, oldest first."""
+    with db.read() as session:
+        rows = (
+            select(Deployment, ServingEndpoint.name, Adapter.name)
+            .join(ServingEndpoint, ServingEndpoint.id == Deployment.endpoint_id)
+            .join(Adapter, Adapter.id == Deployment.adapter_id)
+            .where(Deployment.endpoint_id == endpoint_id)
+        )
+        return [
+            DeploymentView(deployment=row, endpoint=endpoint, adapter=adapter)
+            for row, endpoint, adapter in session.execute(rows.order_by(Deployment.created_at, Deployment.id))
+        ]
+
+
+def check_servable(spec: JobSpec, target: ServingEndpoint, *, subject: str, param: str = "endpoint") -> None:
+    """Raises Conflict if the endpoint can't serve the adapter of such a job."""
+    check_engine(spec, subject=subject, param=param)
+    rank = servability.exported_rank(spec)
+    if rank > target.max_rank:
+        raise Conflict(
+            f"{subject} has rank {rank}, but endpoint {target.name!r} loads at most rank {target.max_rank}.",
+            code="not_servable",
+            remedy=f"Use a lower rank, or ask an operator to start vLLM with --max-lora-rank {rank} or higher, and to "
+            "register the endpoint again with that --max-rank.",
+            param=param,
+        )
+
+
+def check_engine(spec: JobSpec, *, subject: str, param: str) -> None:
+    """Raises Conflict if vLLM can't serve the adapter of such a job."""
+    answer = servability.of_job(spec, [spec.lora.rank])["vllm"]
+    if answer.verdict == "no":
+        reasons: Sequence[str] = [rule for rule in answer.reasons if not rule.startswith("Start vLLM")]
+        raise Conflict(
+            f"{subject} can't be served by vLLM. {' '.join(reasons)}",
+            code="not_servable",
+            remedy="See which settings which server supports in the guide on serving.",
+            param=param,
+        )
+
+
+def _own(session: Session, project_id: str, name: str) -> Adapter:
+    if checkpoints.is_named(name):
+        raise InvalidRequest(
+            f"{name!r} is a checkpoint, which can't be deployed: its files are deleted after some days.",
+            code="checkpoint_not_deployable",
+            remedy="Deploy the adapter of a finished job.",
+            param="adapter",
+        )
+    found = adapters.find(session, project_id, name, param="adapter")
+    if found.project_id != project_id:
+        raise Conflict(
+            f"Adapter {found.name!r} belongs to another project, which shares it with this one.",
+            code="shared_adapter",
+            remedy="Ask that project to deploy it.",
+            param="adapter",
+        )
+    return found
+
+
+def _row(session: Session, endpoint_id: str, adapter_id: str) -> Deployment | None:
+    own = (Deployment.endpoint_id == endpoint_id, Deployment.adapter_id == adapter_id)
+    return session.scalar(select(Deployment).where(*own).with_for_update())
+
+
+def _note(
+    session: Session,
+    row: Deployment,
+    adapter: Adapter,
+    endpoint: ServingEndpoint,
+    type: AuditType,  # noqa: A002
+    *,
+    now: float,
+) -> None:
+    details = {"name": adapter.name, "endpoint": endpoint.name}
+    log.note(session, type, now=now, object_id=row.adapter_id, project_id=row.project_id, details=details)

@@ -1,0 +1,221 @@
+"""Serving endpoints: register, list and remove them. Operators do this; projects see the names and states."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from sqlalchemy import or_, select, update
+from sqlalchemy.orm import Session
+
+from catalog import sealing
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.db.database import Database, read_clock, serialize
+from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.pepper import Pepper
+from catalog.registry import base_models
+from catalog.spec.strict import LABEL, label_fault
+from catalog.tables.serving import Deployment, ServingEndpoint
+from catalog.tables.table import Json, new_id
+
+EngineKind = Literal["vllm"]
+ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
+MAX_ENDPOINTS = 100
+MAX_URL, MAX_FOLDER, MAX_KEY = 2048, 1024, 512
+"""Maximum lengths in characters."""
+DEFAULT_MAX_RANK = 16
+"""vLLM's default of --max-lora-rank."""
+PURPOSE = b"lorry: api keys of serving endpoints"
+URL = re.compile(
+    r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}))(?::\d{1,5})?(?:/[\x21-\x7e]*)?"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewEndpoint:
+    """What an operator says about an endpoint. api_key: None if the server requires none."""
+
+    name: str
+    base_model: str
+    kind: EngineKind
+    url: str
+    adapter_folder: str
+    max_rank: int
+    api_key: str | None
+
+
+def register(
+    db: Database, *, project_id: str, new: NewEndpoint, pepper: Pepper, is_client_retry: bool = False
+) -> ServingEndpoint:
+    """Register an endpoint. Raises InvalidRequest, NotFound for the base model, and Conflict.
+
+    is_client_retry: the client repeats a request that had no reply; an equal endpoint is then returned.
+    """
+    url = _checked(new)
+    with db.write() as session:
+        serialize(session, "serving endpoints")
+        base = base_models.find(session, new.base_model, lock="share")
+        if base.state != "ready" or base.digest is None:
+            raise Conflict(
+                f"Base model {base.name!r} is not ready: its state is {base.state!r}.",
+                code="base_not_ready",
+                remedy=f"Wait until `lorry models show {base.name}` shows the state 'ready', then try again.",
+                param="base_model",
+            )
+        found = session.scalar(select(ServingEndpoint).where(ServingEndpoint.name == new.name))
+        if found is not None:
+            if is_client_retry and (found.url, found.adapter_folder) == (url, new.adapter_folder):
+                return found
+            raise _name_taken(found)
+        if len(session.scalars(select(ServingEndpoint.id)).all()) >= MAX_ENDPOINTS:
+            raise Conflict(
+                f"The service has {MAX_ENDPOINTS} serving endpoints, which is the maximum.",
+                code="too_many_serving_endpoints",
+                remedy="Remove an endpoint that you no longer need: `lorry serving remove ENDPOINT`.",
+            )
+        now = read_clock(session)
+        row = ServingEndpoint(
+            id=new_id("endpoint"),
+            name=new.name,
+            kind=new.kind,
+            project_id=project_id,
+            base_model=base.name,
+            base_digest=base.digest,
+            url=url,
+            adapter_folder=new.adapter_folder,
+            max_rank=new.max_rank,
+            state="pending",
+            created_at=now,
+        )
+        if new.api_key is not None:
+            row.sealed_key = sealing.seal(new.api_key, purpose=PURPOSE, row_id=row.id, pepper=pepper.current)
+        session.add(row)
+        _note(session, row, "serving_endpoint.created", now=now)
+        return row
+
+
+def list_all(db: Database) -> list[ServingEndpoint]:
+    """Return all endpoints sorted by name."""
+    with db.read() as session:
+        existing = select(ServingEndpoint).where(ServingEndpoint.deleted_at.is_(None))
+        return list(session.scalars(existing.order_by(ServingEndpoint.name)))
+
+
+def get(db: Database, name: str) -> ServingEndpoint:
+    """Return the endpoint with this name or id. Raises NotFound."""
+    with db.read() as session:
+        return find(session, name)
+
+
+def remove(db: Database, name: str, *, is_client_retry: bool = False) -> str:
+    """Remove an endpoint: its adapters are unloaded, then its row is deleted. Returns its id. Raises NotFound.
+
+    is_client_retry: the client repeats a request that had no reply, so an endpoint that is removed already is no error.
+    """
+    with db.write() as session:
+        row = _row(session, name, lock=True)
+        if row is None and is_client_retry:
+            return name
+        if row is None or (row.deleted_at is not None and not is_client_retry):
+            raise _missing(session, name, param="endpoint")
+        if row.deleted_at is None:
+            now = read_clock(session)
+            row.deleted_at = now
+            gone = {"state": "removing", "updated_at": now}
+            session.execute(update(Deployment).where(Deployment.endpoint_id == row.id).values(gone))
+            _note(session, row, "serving_endpoint.deleted", now=now)
+        return row.id
+
+
+def find(session: Session, name: str, *, lock: bool = False, param: str = "endpoint") -> ServingEndpoint:
+    """Like `get`, within a transaction. lock: prevents changes until the transaction ends."""
+    row = _row(session, name, lock=lock)
+    if row is None or row.deleted_at is not None:
+        raise _missing(session, name, param=param)
+    return row
+
+
+def api_key(row: ServingEndpoint, *, peppers: list[bytes]) -> str | None:
+    """Return the server's API key, or None if it requires none. Raises Conflict if it can't be decrypted any more."""
+    if row.sealed_key is None:
+        return None
+    key = sealing.unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
+    if key is None:
+        raise Conflict(
+            f"The API key of serving endpoint {row.name!r} can't be decrypted, because the service's pepper has "
+            "changed.",
+            code="serving_key_lost",
+            remedy="Remove the endpoint and register it again with its API key.",
+        )
+    return key
+
+
+def seal_all(db: Database, *, peppers: list[bytes]) -> int:
+    """Encrypt with the current pepper all API keys that are encrypted with the previous one. Returns how many."""
+    number = 0
+    with db.write() as session:
+        for row in session.scalars(select(ServingEndpoint).where(ServingEndpoint.sealed_key.is_not(None))):
+            assert row.sealed_key is not None, "only rows with a key are selected"
+            known = {"purpose": PURPOSE, "row_id": row.id}
+            if sealing.unseal(row.sealed_key, **known, peppers=peppers[:1]) is not None:
+                continue
+            key = sealing.unseal(row.sealed_key, **known, peppers=peppers)
+            if key is not None:
+                row.sealed_key = sealing.seal(key, **known, pepper=peppers[0])
+                number += 1
+    return number
+
+
+def _row(session: Session, name: str, *, lock: bool) -> ServingEndpoint | None:
+    by_id = ServingEndpoint.id == name
+    named = select(ServingEndpoint).where(or_(by_id, ServingEndpoint.name == name)).order_by(by_id.desc()).limit(1)
+    return session.scalar(named.with_for_update() if lock else named)
+
+
+def _missing(session: Session, name: str, *, param: str) -> NotFound:
+    existing = select(ServingEndpoint.name).where(ServingEndpoint.deleted_at.is_(None)).order_by(ServingEndpoint.name)
+    names = list(session.scalars(existing.limit(10)))
+    remedy = (
+        f"Choose one of the endpoints: {', '.join(names)}."
+        if names
+        else "Ask an operator to register one: `lorry serving add`."
+    )
+    message = f"No serving endpoint with the id or name {name!r}."
+    return NotFound("serving endpoint", name, message=message, remedy=remedy, param=param)
+
+
+def _name_taken(row: ServingEndpoint) -> Conflict:
+    is_going = row.deleted_at is not None
+    return Conflict(
+        f"A serving endpoint named {row.name!r} already exists{' and is being removed' if is_going else ''}.",
+        code="serving_endpoint_exists",
+        remedy="Wait until its adapters are unloaded, or choose another name." if is_going else "Choose another name.",
+        param="name",
+    )
+
+
+def _checked(new: NewEndpoint) -> str:
+    """Return the address without a trailing slash and /v1. Raises InvalidRequest."""
+    if not LABEL.fullmatch(new.name) or new.name in ENGINES or new.name.startswith("endpoint-"):
+        fault = label_fault(new.name) if not LABEL.fullmatch(new.name) else "it has another meaning"
+        raise InvalidRequest(
+            f"{new.name[:80]!r} can't name a serving endpoint, because {fault}.",
+            code="invalid_name",
+            remedy="Use 1 to 64 letters, digits, '.', '_' and '-', such as vllm-1.",
+            param="name",
+        )
+    if not URL.fullmatch(new.url) or any(mark in new.url for mark in "?#@"):
+        raise InvalidRequest(
+            "'url' is not the address of a server.",
+            code="invalid_serving_url",
+            remedy="Use an address such as http://127.0.0.1:8001, without a user name, a query and a fragment.",
+            param="url",
+        )
+    return new.url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _note(session: Session, row: ServingEndpoint, type: AuditType, *, now: float) -> None:  # noqa: A002
+    details: Json = {"name": row.name, "base_model": row.base_model, "kind": row.kind, "url": row.url}
+    log.note(session, type, now=now, object_id=row.id, project_id=None, details=details)

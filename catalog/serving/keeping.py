@@ -1,0 +1,241 @@
+"""The work of the API process that holds an endpoint's lease: what should be loaded there, and what was found.
+
+Each write names the claim, so a process that has lost the lease writes nothing. A transaction locks the endpoint first,
+then its deployments. No transaction is open while the server is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, delete, or_, select, update
+from sqlalchemy.orm import Session
+
+from catalog.db import lease
+from catalog.db.database import Database, read_clock, skip_locked
+from catalog.storage.manifest import Manifest
+from catalog.tables.serving import Deployment, ServingEndpoint
+from catalog.tables.storage import Adapter, Artifact
+from catalog.tables.table import Json
+
+LEASE_SECONDS = 60.0
+WAITS_SECONDS = (5.0, 15.0, 60.0, 300.0)
+"""Waits after the first failed attempt to load an adapter, the second, …; the last one repeats."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndpointClaim:
+    """An endpoint that this process keeps."""
+
+    endpoint_id: str
+    claim_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WantedAdapter:
+    """A deployment. manifest: None if its adapter was deleted, so that it has to be unloaded."""
+
+    deployment_id: str
+    adapter_id: str
+    name: str
+    project_id: str
+    manifest: Manifest | None
+    state: str
+    reference: Json | None
+    is_due: bool
+    """Another attempt to load it is due."""
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.state != "removing" and self.manifest is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EndpointWork:
+    """An endpoint with its deployments, as of now."""
+
+    endpoint: ServingEndpoint
+    adapters: tuple[WantedAdapter, ...]
+
+    @property
+    def is_removed(self) -> bool:
+        return self.endpoint.deleted_at is not None
+
+
+def claim_free(db: Database, *, limit: int) -> list[EndpointClaim]:
+    """Lease up to `limit` endpoints that no process keeps."""
+    with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
+        free = select(ServingEndpoint.id).where(lease.is_free(ServingEndpoint, now=read_clock(session)))
+        if session.scalar(free.limit(1)) is None:
+            return []
+    with db.write() as session:
+        now = read_clock(session)
+        free = select(ServingEndpoint).where(lease.is_free(ServingEndpoint, now=now)).order_by(ServingEndpoint.id)
+        return [
+            EndpointClaim(
+                endpoint_id=row.id, claim_id=lease.acquire(row, now=now, lease_seconds=LEASE_SECONDS, prefix="keep")
+            )
+            for row in session.scalars(skip_locked(free.limit(limit)))
+        ]
+
+
+def renew(db: Database, claim: EndpointClaim) -> bool:
+    """Extend the lease. Returns False if another process keeps the endpoint, or it is gone."""
+    return lease.renew(db, ServingEndpoint, claim.claim_id, lease_seconds=LEASE_SECONDS)
+
+
+def release(db: Database, claim: EndpointClaim) -> None:
+    """Release the endpoint, so that another process keeps it at once."""
+    with db.write() as session:
+        row = _held(session, claim)
+        if row is not None:
+            lease.release(row)
+
+
+def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
+    """Return the endpoint with its deployments, oldest first, or None if the claim is stale."""
+    with db.read() as session:
+        now = read_clock(session)
+        row = session.scalar(select(ServingEndpoint).where(ServingEndpoint.claim_id == claim.claim_id))
+        if row is None:
+            return None
+        joined = (
+            select(Deployment, Adapter, Artifact)
+            .join(Adapter, Adapter.id == Deployment.adapter_id)
+            .outerjoin(Artifact, Artifact.digest == Adapter.artifact)
+            .where(Deployment.endpoint_id == row.id)
+        )
+        wanted: list[WantedAdapter] = []
+        for one, adapter, artifact in session.execute(joined.order_by(Deployment.created_at, Deployment.id)):
+            is_there = adapter.deleted_at is None and artifact is not None
+            wanted.append(
+                WantedAdapter(
+                    deployment_id=one.id,
+                    adapter_id=adapter.id,
+                    name=adapter.name,
+                    project_id=one.project_id,
+                    manifest=Manifest.from_rows(artifact.kind, artifact.files) if is_there else None,
+                    state=one.state,
+                    reference=one.reference,
+                    is_due=one.next_try_at <= now,
+                )
+            )
+        return EndpointWork(endpoint=row, adapters=tuple(wanted))
+
+
+def store_reference(db: Database, claim: EndpointClaim, *, deployment_id: str | None, reference: Json) -> None:
+    """Store the built-in engine's answer to the probe. deployment_id: None: that of the base model."""
+    with db.write() as session:
+        row = _held(session, claim)
+        target = row if row is None or deployment_id is None else session.get(Deployment, deployment_id)
+        if row is not None and target is not None:
+            target.reference = reference
+
+
+def note_reachable(
+    db: Database, claim: EndpointClaim, *, served_model: str, served_root: str | None, verification: Json | None = None
+) -> None:
+    """Record that the server answers as expected. verification: None: that of an earlier check still applies."""
+    with db.write() as session:
+        row = _held(session, claim)
+        if row is None:
+            return
+        row.state, row.last_error, row.checked_at = "ready", None, read_clock(session)
+        row.served_model, row.served_root = served_model, served_root
+        row.verification = verification or row.verification
+
+
+def note_unusable(
+    db: Database, claim: EndpointClaim, *, state: str, error: str, verification: Json | None = None
+) -> None:
+    """Record why requests can't be sent to the server. Its adapters are loaded and verified again afterwards.
+
+    state: pending, unreachable or rejected.
+    """
+    with db.write() as session:
+        row = _held(session, claim)
+        if row is None:
+            return
+        now = read_clock(session)
+        row.state, row.last_error, row.checked_at = state, error, now
+        row.verification = verification or row.verification
+        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "next_try_at": now}
+        usable = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
+        session.execute(update(Deployment).where(*usable).values(**waiting, updated_at=now))
+
+
+def note_missing(db: Database, claim: EndpointClaim, deployment_ids: Collection[str]) -> None:
+    """Record that adapters which were ready are not loaded any more, because the server was restarted."""
+    with db.write() as session:
+        row = _held(session, claim)
+        if row is not None and deployment_ids:
+            now = read_clock(session)
+            lost = {"state": "pending", "next_try_at": now, "num_failures": 0, "updated_at": now}
+            ready = (Deployment.id.in_(deployment_ids), Deployment.state == "ready")
+            session.execute(update(Deployment).where(*ready).values(lost))
+
+
+def note_loaded(db: Database, claim: EndpointClaim, deployment_id: str, *, verification: Json) -> bool:
+    """Record that an adapter is loaded and verified, so that its requests go to the endpoint. Returns False if it must
+    be unloaded instead, because it was undeployed meanwhile."""
+    with db.write() as session:
+        one = _deployment(session, claim, deployment_id)
+        if one is None or one.state == "removing":
+            return False
+        one.state, one.last_error, one.verification, one.num_failures = "ready", None, verification, 0
+        one.updated_at = read_clock(session)
+        return True
+
+
+def note_failed(
+    db: Database,
+    claim: EndpointClaim,
+    deployment_id: str,
+    *,
+    state: str,
+    error: str,
+    verification: Json | None = None,
+) -> None:
+    """Record why an adapter is not loaded, and when it is tried again. state: pending if that may succeed without a
+    change, else failed."""
+    with db.write() as session:
+        one = _deployment(session, claim, deployment_id)
+        if one is None or one.state == "removing":
+            return
+        now = read_clock(session)
+        wait = WAITS_SECONDS[min(one.num_failures, len(WAITS_SECONDS) - 1)]
+        one.state, one.last_error, one.verification = state, error, verification
+        one.num_failures, one.next_try_at, one.updated_at = one.num_failures + 1, now + wait, now
+
+
+def forget(db: Database, claim: EndpointClaim, deployment_ids: Sequence[str]) -> None:
+    """Delete deployments whose adapters are not loaded and whose files are removed."""
+    with db.write() as session:
+        if _held(session, claim) is not None and deployment_ids:
+            gone = (Deployment.id.in_(deployment_ids), _is_unwanted())
+            session.execute(delete(Deployment).where(*gone))
+
+
+def forget_endpoint(db: Database, claim: EndpointClaim) -> None:
+    """Delete a removed endpoint with its deployments."""
+    with db.write() as session:
+        row = _held(session, claim)
+        if row is not None and row.deleted_at is not None:
+            session.execute(delete(Deployment).where(Deployment.endpoint_id == row.id))
+            session.delete(row)
+
+
+def _is_unwanted() -> ColumnElement[bool]:
+    deleted = select(Adapter.id).where(Adapter.id == Deployment.adapter_id, Adapter.deleted_at.is_not(None))
+    return or_(Deployment.state == "removing", deleted.exists())
+
+
+def _held(session: Session, claim: EndpointClaim) -> ServingEndpoint | None:
+    return lease.held(session, ServingEndpoint, claim.claim_id)
+
+
+def _deployment(session: Session, claim: EndpointClaim, deployment_id: str) -> Deployment | None:
+    if _held(session, claim) is None:
+        return None
+    return session.scalar(select(Deployment).where(Deployment.id == deployment_id).with_for_update())

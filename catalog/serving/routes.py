@@ -1,0 +1,76 @@
+"""Which serving endpoint answers a request: one that is ready, and on which the adapter is verified."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from sqlalchemy import select, update
+
+from catalog.db.database import Database, read_clock
+from catalog.errors import Conflict
+from catalog.pepper import Pepper
+from catalog.serving import endpoints
+from catalog.tables.serving import Deployment, ServingEndpoint
+from catalog.tables.storage import Adapter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingRoute:
+    """An endpoint and the server's name of the model. deployment_id: None: the base model answers."""
+
+    endpoint_id: str
+    deployment_id: str | None
+    url: str
+    api_key: str | None
+    served_model: str
+
+
+def route_of(db: Database, *, model: str, base_digest: str, pepper: Pepper) -> ServingRoute | None:
+    """Return the endpoint for a model that the caller may use, or None. Several endpoints share the requests."""
+    usable = (
+        ServingEndpoint.state == "ready",
+        ServingEndpoint.deleted_at.is_(None),
+        ServingEndpoint.base_digest == base_digest,
+    )
+    with db.read() as session:
+        found: list[tuple[ServingEndpoint, str | None]] = []
+        if model.startswith("ft:"):
+            loaded = (
+                select(ServingEndpoint, Deployment.id)
+                .join(Deployment, Deployment.endpoint_id == ServingEndpoint.id)
+                .join(Adapter, Adapter.id == Deployment.adapter_id)
+                .where(*usable, Adapter.name == model, Deployment.state == "ready")
+            )
+            found = [(row, deployment_id) for row, deployment_id in session.execute(loaded)]
+        else:
+            found = [(row, None) for row in session.scalars(select(ServingEndpoint).where(*usable))]
+        if not found:
+            return None
+        row, deployment_id = random.choice(found)  # noqa: S311  (no secret)
+    try:
+        api_key = endpoints.api_key(row, peppers=pepper.all())
+    except Conflict:  # the endpoint's keeper reports it
+        return None
+    return ServingRoute(
+        endpoint_id=row.id,
+        deployment_id=deployment_id,
+        url=row.url,
+        api_key=api_key,
+        served_model=model if deployment_id is not None else row.served_model or model,
+    )
+
+
+def note_lost(db: Database, route: ServingRoute, *, error: str, concerns_adapter: bool) -> None:
+    """Record that the endpoint does not answer or, if `concerns_adapter`, that it does not know the adapter. No such
+    request is sent there until the endpoint has been checked again."""
+    with db.write() as session:
+        now = read_clock(session)
+        if concerns_adapter:
+            lost = {"state": "pending", "last_error": error, "next_try_at": now, "updated_at": now}
+            one = (Deployment.id == route.deployment_id, Deployment.state == "ready")
+            session.execute(update(Deployment).where(*one).values(lost))
+            return
+        gone = {"state": "unreachable", "last_error": error, "checked_at": now}
+        own = (ServingEndpoint.id == route.endpoint_id, ServingEndpoint.state == "ready")
+        session.execute(update(ServingEndpoint).where(*own).values(gone))

@@ -1,0 +1,220 @@
+"""An endpoint's adapters follow its deployments: they are loaded, verified, loaded again after restarts and unloaded."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+import pytest
+
+from api.deps import Services
+from catalog.serving import keeping
+from tests.api.serving_engines import FakeTrainer, FakeVllm, serving
+from tests.api.serving_site import ServingSite
+from tests.api.site import until
+
+
+def test_deployed_adapter_is_loaded_from_the_folder_and_verified(place: ServingSite, trainer: FakeTrainer) -> None:
+    deployment = place.deployed()
+
+    (folder,) = place.folders()
+    assert place.vllm.adapters == {place.adapter.name: str(folder)}
+    assert json.loads((folder / "adapter_config.json").read_text()) == {"r": 16}
+    assert (folder / "adapter_config.json").stat().st_mode & 0o444 == 0o444
+    verified = deployment["verification"]
+    assert verified["passed"]
+    assert verified["distinguishes"]
+    assert verified["max_diff"] == 0
+    assert verified["num_compared"] == 6
+    assert sorted(trainer.answered) == ["base", place.adapter.name]
+    assert place.endpoint()["verification"]["passed"]
+
+
+def test_base_model_without_a_chat_template_is_probed_with_a_text(place: ServingSite, trainer: FakeTrainer) -> None:
+    trainer.has_template = False
+
+    place.deployed()
+
+    assert {path for path, _ in place.vllm.requests if "completions" in path} == {"/v1/completions"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"ignores_adapters": True}, "differs from the record"), ({"max_rank": 8}, "greater than max_lora_rank 8")],
+)
+def test_adapter_that_the_server_does_not_serve_as_recorded_fails_and_is_not_used(
+    place: ServingSite, trainer: FakeTrainer, change: dict[str, object], reason: str
+) -> None:
+    for name, value in change.items():
+        setattr(place.vllm, name, value)
+    place.register()
+    place.deploy()
+
+    deployment = place.wait_for("failed")
+
+    assert reason in deployment["last_error"]
+    until(lambda: place.vllm.adapters == {})
+    place.ask()
+    assert place.vllm.completions() == []
+
+
+def test_failed_adapter_is_tried_again(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.vllm.max_rank = 8
+    place.register()
+    place.deploy()
+    place.wait_for("failed")
+
+    place.vllm.max_rank = 16
+
+    assert place.wait_for("ready")["last_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"drift": -2.0}, "differs from the record"),
+        ({"prompt_tokens": 99}, "as 99 tokens, but Lorry as 12: tokenizers or chat templates differ"),
+        ({"api_key": "secret"}, "--api-key-file"),
+        ({"fails_with": 500}, "It failed."),
+    ],
+)
+def test_endpoint_whose_base_model_does_not_answer_as_recorded_is_rejected(
+    place: ServingSite, trainer: FakeTrainer, change: dict[str, object], reason: str
+) -> None:
+    for name, value in change.items():
+        setattr(place.vllm, name, value)
+    place.register()
+    place.deploy()
+
+    until(lambda: place.endpoint()["state"] == "rejected")
+
+    assert reason in place.endpoint()["last_error"]
+    assert place.vllm.adapters == {}
+    place.ask(place.adapter.base_model)
+    assert place.vllm.completions() == []
+
+
+def test_missing_route_names_the_setting_of_vllm(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.vllm.allows_updates = False
+    place.register()
+    place.deploy()
+
+    error = place.wait_for("failed")["last_error"]
+
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in error
+    assert "--enable-lora" in error
+
+
+def test_api_key_is_sent_and_never_shown(place: ServingSite, trainer: FakeTrainer, services: Services) -> None:
+    place.vllm.api_key = "very-secret"
+    shown = place.register(api_key="very-secret")
+    place.deploy()
+    place.wait_for("ready")
+
+    assert shown["has_api_key"]
+    assert "very-secret" not in json.dumps([shown, place.endpoint()])
+    assert services.db.engine.connect().exec_driver_sql("select sealed_key from serving_endpoints").scalar()
+
+
+def test_adapter_is_loaded_again_after_a_restart_of_the_server(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.deployed()
+
+    place.vllm.adapters.clear()
+
+    until(lambda: place.adapter.name in place.vllm.adapters)
+    place.wait_for("ready")
+    assert len(trainer.answered) == 2  # references are computed once
+
+
+def test_endpoint_that_stops_is_unreachable_until_it_returns(
+    place: ServingSite, trainer: FakeTrainer, services: Services
+) -> None:
+    with ExitStack() as stack:
+        fake = stack.enter_context(serving(FakeVllm()))
+        place.vllm = fake
+        place.deployed()
+        port = urlsplit(fake.url).port
+        stack.close()
+        fake.adapters.clear()
+        place.wait_for("pending", endpoint_state="unreachable")
+        assert "failed" in place.endpoint()["last_error"]
+
+        with serving(fake, port=port or 0):
+            place.wait_for("ready")
+            assert place.adapter.name in fake.adapters
+
+
+def test_undeployed_adapter_is_unloaded_and_its_files_are_removed(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.deployed()
+
+    deleted = place.client.delete(f"/v1/adapters/{place.adapter.id}/deployments/vllm-1")
+
+    assert deleted.json()["deleted"]
+    until(lambda: place.deployments() == [])
+    assert place.vllm.adapters == {}
+    assert place.folders() == []
+
+
+def test_deleted_adapter_is_unloaded(place: ServingSite, trainer: FakeTrainer, services: Services) -> None:
+    place.deployed()
+
+    place.client.delete(f"/v1/adapters/{place.adapter.id}")
+
+    until(lambda: place.vllm.adapters == {})
+    until(lambda: place.operator.get("/v1/serving/endpoints/vllm-1/deployments").json()["data"] == [])
+    assert place.folders() == []
+
+
+def test_adapter_that_lorry_loaded_and_forgot_is_unloaded_but_others_stay(
+    place: ServingSite, trainer: FakeTrainer
+) -> None:
+    place.deployed()
+    own = place.folder / f"lorry-{place.endpoint()['id']}" / "adapter-old-123"
+
+    place.vllm.adapters |= {"ft:old": str(own), "by-hand": "/models/by-hand"}
+
+    until(lambda: set(place.vllm.adapters) == {place.adapter.name, "by-hand"})
+
+
+def test_removed_endpoint_unloads_its_adapters_and_frees_its_name(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.deployed()
+
+    assert place.operator.delete("/v1/serving/endpoints/vllm-1").status_code == 200
+
+    until(lambda: place.operator.get("/v1/serving/endpoints").json()["data"] == [])
+    until(lambda: place.deployments() == [])
+    assert place.vllm.adapters == {}
+    until(lambda: not place.folders())
+    place.register()
+
+
+def test_damaged_files_in_the_folder_are_replaced_before_a_load(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.deployed()
+    (folder,) = place.folders()
+    weights = folder / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(b"x" * len(content))
+
+    place.vllm.adapters.clear()
+
+    until(lambda: place.adapter.name in place.vllm.adapters)
+    assert weights.read_bytes() == content
+
+
+def test_endpoint_waits_for_a_worker_that_computes_the_reference(
+    place: ServingSite, world: object, services: Services
+) -> None:
+    with services.db.engine.begin() as connection:
+        connection.exec_driver_sql("delete from workers")
+    place.register()
+
+    until(lambda: "No worker is running" in (place.endpoint()["last_error"] or ""))
+
+    assert place.endpoint()["state"] == "pending"
+
+
+def test_one_process_at_a_time_keeps_an_endpoint(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.deployed()
+
+    assert keeping.claim_free(place.services.db, limit=10) == []
