@@ -22,6 +22,7 @@ from lorry.resources.models import Models
 from lorry.resources.organizations import Organizations
 from lorry.resources.plans import Plans
 from lorry.resources.queue import Queue, Workers
+from lorry.resources.serving import Serving
 from lorry.resources.sign_in import SignInLinks
 from lorry.resources.sweeps import Sweeps
 from lorry.resources.usage import Usage
@@ -65,6 +66,7 @@ class Lorry:
         self.usage = Usage(self._transport)
         self.audit = Audit(self._transport)
         self.webhooks = Webhooks(self._transport)
+        self.serving = Serving(self._transport)
         self.sign_in_links = SignInLinks(self._transport)
 
     @property

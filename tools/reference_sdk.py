@@ -8,7 +8,7 @@ from textwrap import dedent
 ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "lorry" / "resources"
 MODELS = ROOT / "lorry" / "models"
-MODULES = ("jobs", "plans", "sweeps", "batches", "accounts", "webhooks")
+MODULES = ("jobs", "plans", "sweeps", "batches", "accounts", "webhooks", "serving")
 MAX_WIDTH = 100
 """Maximum length of a signature on one line."""
 

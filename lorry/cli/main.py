@@ -11,6 +11,7 @@ from lorry.cli.commands import (
     account,
     adapters,
     audit,
+    deployments,
     down,
     files,
     fleet,
@@ -20,6 +21,7 @@ from lorry.cli.commands import (
     organizations,
     plans,
     projects,
+    serving,
     sweeps,
     up,
     usage,
@@ -53,9 +55,12 @@ app.verb("plan", *plans.EXAMPLES, hidden=True)(plans.create)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(sweeps.app, name="sweeps")
 app.add_typer(sweeps.app, name="sweep", hidden=True)
+adapters.app.verb("deploy", *deployments.DEPLOY_EXAMPLES)(deployments.deploy)
+adapters.app.verb("undeploy", *deployments.UNDEPLOY_EXAMPLES)(deployments.undeploy)
 app.add_typer(adapters.app, name="adapters")
 app.verb("chat", *chat.EXAMPLES)(chat.chat)
 app.add_typer(batches.app, name="batches")
+app.add_typer(serving.app, name="serving")
 app.verb("queue", *fleet.QUEUE_EXAMPLES)(fleet.queue)
 app.verb("usage", *usage.EXAMPLES)(usage.usage)
 app.add_typer(keys.app, name="keys")

@@ -36,6 +36,10 @@ from lorry.models.plans import (
     Estimate,
     Plan,
 )
+from lorry.models.serving import (
+    Deployment,
+    ServingEndpoint,
+)
 from lorry.models.sweeps import (
     Sweep,
     Trial,
@@ -55,6 +59,7 @@ __all__ = [
     "AuditVerification",
     "Checkpoint",
     "Cordon",
+    "Deployment",
     "Estimate",
     "Evaluation",
     "File",
@@ -72,6 +77,7 @@ __all__ = [
     "ProjectLimit",
     "RevokedKey",
     "Sample",
+    "ServingEndpoint",
     "Sweep",
     "Trial",
     "UsageBucket",

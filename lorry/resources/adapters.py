@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 import itertools
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from lorry.errors import LorryError
 from lorry.models.jobs import Adapter, Job, Permission
+from lorry.models.serving import Deployment
 from lorry.resources import pages
 from lorry.resources.files import OnBytes
 from lorry.transport.http import Transport
@@ -73,6 +75,44 @@ class Adapters:
     def unshare(self, name: str, permission_id: str) -> None:
         """Revoke a permission. Running jobs of the other project continue. Requires an operator key."""
         self._transport.request("DELETE", _permissions(name, permission_id))
+
+    def deploy(self, name: str, endpoint: str) -> Deployment:
+        """Deploy an adapter on a serving endpoint, by its name or id. Returns immediately, in state `pending`."""
+        return Deployment.of(self._transport.request("POST", _of(name, "deployments"), body={"endpoint": endpoint}))
+
+    def deployments(self, name: str) -> Iterator[Deployment]:
+        """Yield the deployments of an adapter, by the endpoint's name."""
+        return (Deployment.of(item) for item in pages.items(self._transport, _of(name, "deployments")))
+
+    def wait_deployed(
+        self,
+        name: str,
+        endpoint_id: str,
+        *,
+        on_progress: Callable[[Deployment], None] | None = None,
+        poll_seconds: float = 0.5,
+    ) -> Deployment:
+        """Wait until a deployment is `ready` or `failed`. Raises LorryError if it was removed meanwhile.
+
+        It stays `pending` while the endpoint or a worker is not available: `last_error` has the reason.
+        """
+        while True:
+            found = next((one for one in self.deployments(name) if one.endpoint_id == endpoint_id), None)
+            if found is None or found.state == "removing":
+                raise LorryError(
+                    f"The deployment of {name} was removed.",
+                    code="deployment_not_found",
+                    remedy="Deploy the adapter again.",
+                )
+            if on_progress is not None:
+                on_progress(found)
+            if found.state in ("ready", "failed"):
+                return found
+            self._transport.sleep(poll_seconds)
+
+    def undeploy(self, name: str, endpoint: str) -> None:
+        """Unload an adapter from a serving endpoint, by its name or id."""
+        self._transport.request("DELETE", _of(name, "deployments", quote(endpoint, safe="")))
 
     def pull(self, name: str, directory: Path | str, *, on_progress: OnBytes | None = None) -> Path:
         """Download the adapter to `directory`, which must not exist, be empty, or contain this adapter. If it contains

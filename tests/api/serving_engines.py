@@ -25,6 +25,7 @@ from worker.session.reply_connections import ReplyConnections
 Json = dict[str, Any]
 PROMPT_TOKENS = 12
 SERVED = "org/base"
+NO_ROUTE: tuple[int, Json] = (404, {"detail": "Not Found"})
 
 
 def tokens_of(model: str, number: int = 6) -> list[Json]:
@@ -167,30 +168,36 @@ class _VllmServer(ThreadingHTTPServer):
         """Ignore clients that disconnect."""
 
 
+def _response(fake: FakeVllm, path: str, body: Json) -> tuple[int, Any] | None:
+    """Return status and content, or None for a stream."""
+    if path.endswith("_lora_adapter") and fake.allows_updates:
+        return (_unload if "unload" in path else _load)(fake, body)
+    if path not in ("/v1/chat/completions", "/v1/completions"):
+        return NO_ROUTE
+    if fake.fails_with is not None:
+        return error(fake.fails_with, "It failed.", "InternalServerError")
+    if body["model"] != SERVED and body["model"] not in fake.adapters:
+        return error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
+    return None if body.get("stream") else (200, _whole(fake, body, is_chat="chat" in path))
+
+
 def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.0"  # one request per connection, so that a stopped server answers no more
 
         def do_GET(self) -> None:
-            self._answer(200, _models(fake)) if self.path == "/v1/models" else self._answer(404, {"detail": "Not Found"})
+            found = (200, _models(fake)) if self.path == "/v1/models" else NO_ROUTE
+            self._answer(*found)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             fake.requests.append((self.path, body))
-            if fake.api_key is not None and self.headers.get("authorization") != f"Bearer {fake.api_key}":
-                return self._answer(401, {"error": "Unauthorized"})
-            if self.path.endswith("_lora_adapter") and fake.allows_updates:
-                return self._answer(*(_unload if "unload" in self.path else _load)(fake, body))
-            if self.path not in ("/v1/chat/completions", "/v1/completions"):
-                return self._answer(404, {"detail": "Not Found"})
-            if fake.fails_with is not None:
-                return self._answer(*error(fake.fails_with, "It failed.", "InternalServerError"))
-            if body["model"] != SERVED and body["model"] not in fake.adapters:
-                return self._answer(*error(404, f"The model `{body['model']}` does not exist.", "NotFoundError"))
-            is_chat = "chat" in self.path
-            if body.get("stream"):
-                return self._stream(_chunks(fake, body, is_chat=is_chat))
-            return self._answer(200, _whole(fake, body, is_chat=is_chat))
+            is_known = fake.api_key is None or self.headers.get("authorization") == f"Bearer {fake.api_key}"
+            found = _response(fake, self.path, body) if is_known else (401, {"error": "Unauthorized"})
+            if found is None:
+                self._stream(_chunks(fake, body, is_chat="chat" in self.path))
+            else:
+                self._answer(*found)
 
         def _answer(self, status: int, content: Any) -> None:
             body = content.encode() if isinstance(content, str) else json.dumps(content).encode()

@@ -14,6 +14,7 @@ import typer
 from lorry.cli import lookup
 from lorry.cli.app import EXIT_NOT_CHECKED, EXIT_REFUSED, client, group
 from lorry.cli.commands.files import byte_bar
+from lorry.cli.commands.serving import state_of
 from lorry.cli.render import output
 from lorry.cli.render.efficiency import efficiency_pairs
 from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted
@@ -91,7 +92,9 @@ def show(adapter: Name, as_json: AsJson = False) -> None:
     if as_json:
         output.print_json(found.raw)
     else:
-        output.pairs(_facts(found))
+        output.pairs(
+            [*_facts(found), *(("deployed on", state_of(one)) for one in lorry.adapters.deployments(found.id))]
+        )
 
 
 @app.verb(

@@ -1,4 +1,4 @@
-"""An endpoint's adapters follow its deployments: they are loaded, verified, loaded again after restarts and unloaded."""
+"""An endpoint's adapters follow its deployments: loaded, verified, loaded again after restarts, and unloaded."""
 
 from __future__ import annotations
 

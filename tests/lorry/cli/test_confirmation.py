@@ -25,6 +25,7 @@ IRREVERSIBLE = {
     "keys revoke": ("k", ("POST", "/v1/api_keys/k/revoke")),
     "projects archive": ("p", ("POST", "/v1/projects/p/archive")),
     "webhooks delete": ("w", ("DELETE", "/v1/webhook_endpoints/w")),
+    "serving remove": ("e", ("DELETE", "/v1/serving/endpoints/e")),
 }
 EACH = pytest.mark.parametrize("name", IRREVERSIBLE)
 

@@ -47,6 +47,7 @@ def test_quiet_and_json_are_mutually_exclusive(service: Script, run: Run) -> Non
         ("projects list", "/v1/projects"),
         ("organizations list", "/v1/organizations"),
         ("webhooks list", "/v1/webhook_endpoints"),
+        ("serving list", "/v1/serving/endpoints"),
         ("workers list", "/v1/workers"),
         ("audit list", "/v1/audit_events"),
     ],

@@ -1,0 +1,85 @@
+"""`lorry adapters deploy` and `undeploy`: adapters on serving endpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorry.cli import lookup
+from lorry.cli.app import EXIT_REFUSED, client
+from lorry.cli.commands.serving import state_of
+from lorry.cli.render import output
+from lorry.cli.render.output import AsJson, YesAccepted
+from lorry.errors import LorryError
+
+if TYPE_CHECKING:
+    from lorry.client import Lorry
+
+DEPLOY_EXAMPLES = (
+    "lorry adapters deploy support --to vllm-1",
+    "lorry adapters deploy ftjob-3f2b --to vllm-1 --no-wait",
+)
+UNDEPLOY_EXAMPLES = ("lorry adapters undeploy support", "lorry adapters undeploy support --from vllm-1")
+Adapter = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="Name or ID of the adapter, or a unique part of the name such as its suffix. Also the ID of its job.",
+    ),
+]
+
+
+def deploy(
+    adapter: Adapter,
+    *,
+    to: Annotated[str, typer.Option("--to", metavar="ENDPOINT", help="Name or ID of the serving endpoint.")],
+    wait: Annotated[bool, typer.Option(help="Wait until the adapter is loaded and verified.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Load an adapter on a serving endpoint, which answers its requests from then on. Exits with 1 if that fails."""
+    lorry = client()
+    found = lorry.adapters.deploy(lookup.adapter(lorry, adapter), to)
+    if wait:
+        with output.waiting(f"Deploying {found.adapter}") as report:
+            found = lorry.adapters.wait_deployed(found.adapter, found.endpoint_id, on_progress=report)
+    if as_json:
+        output.print_json(found.raw)
+    else:
+        output.echo(f"{found.adapter} on {state_of(found)}")
+    if found.state == "failed":
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def undeploy(
+    adapter: Adapter,
+    *,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--from", metavar="ENDPOINT", help="Name or ID of the endpoint (default: the only one)."),
+    ] = None,
+    _yes: YesAccepted = False,
+    as_json: AsJson = False,
+) -> None:
+    """Unload an adapter from a serving endpoint. The built-in engine answers its requests from then on."""
+    lorry = client()
+    name = lookup.adapter(lorry, adapter)
+    endpoint = endpoint or _only_endpoint(lorry, name)
+    lorry.adapters.undeploy(name, endpoint)
+    if as_json:
+        output.print_json({"object": "adapter.deployment", "adapter": name, "endpoint": endpoint, "deleted": True})
+    else:
+        output.echo(f"Unloading {name} from {endpoint}.")
+
+
+def _only_endpoint(lorry: Lorry, name: str) -> str:
+    found = [one.endpoint for one in lorry.adapters.deployments(name) if one.state != "removing"]
+    if len(found) == 1:
+        return found[0]
+    raise LorryError(
+        f"{name} is deployed on {', '.join(found)}." if found else f"{name} is not deployed.",
+        code="ambiguous_endpoint" if found else "deployment_not_found",
+        remedy="Choose one with --from ENDPOINT."
+        if found
+        else "Deploy it with: lorry adapters deploy ADAPTER --to ENDPOINT",
+    )

@@ -1,0 +1,153 @@
+"""Requests go to a serving endpoint that has the model ready, and otherwise to the built-in engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from api.deps import Services
+from catalog.tables.inference import InferenceRequest
+from tests.api.serving_engines import PROMPT_TOKENS, SERVED, FakeTrainer, tokens_of
+from tests.api.serving_site import ServingSite
+from tests.api.site import until
+
+
+@pytest.fixture
+def ready(place: ServingSite, trainer: FakeTrainer) -> ServingSite:
+    place.deployed()
+    trainer.answered.clear()
+    return place
+
+
+def text_of(model: str, number: int = 4) -> str:
+    return "".join(token["token"] for token in tokens_of(model, number))
+
+
+def client_of(place: ServingSite) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{place.site.url}/v1", api_key=place.site.key, max_retries=0)
+
+
+def usage(place: ServingSite) -> dict[str, int]:
+    (used,) = place.client.get("/v1/usage").json()["data"][-1]["results"]
+    return used["completions"]
+
+
+COUNTED = {"requests": 1, "prompt_tokens": PROMPT_TOKENS, "completion_tokens": 4}
+
+
+def test_adapter_is_answered_by_its_endpoint_in_the_form_of_the_built_in_engine(
+    ready: ServingSite, trainer: FakeTrainer, services: Services
+) -> None:
+    found = ready.ask(logprobs=True, top_logprobs=2).json()
+
+    assert trainer.answered == []
+    (sent,) = ready.vllm.completions()
+    assert sent["model"] == ready.adapter.name
+    assert (sent["top_k"], sent["repetition_penalty"], sent["min_p"]) == (-1, 1.0, 0.0)
+    assert found["model"] == ready.adapter.name
+    assert found["choices"][0]["message"]["content"] == text_of(ready.adapter.name)
+    assert found["choices"][0]["finish_reason"] == "length"
+    assert len(found["choices"][0]["logprobs"]["content"]) == 4
+    assert found["usage"] == {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 4, "total_tokens": 16}
+    with services.db.read() as session:
+        assert session.query(InferenceRequest).count() == 0
+    until(lambda: usage(ready) == COUNTED)
+
+
+def test_base_model_is_answered_under_the_servers_name_for_it(ready: ServingSite, trainer: FakeTrainer) -> None:
+    found = ready.ask(ready.adapter.base_model).json()
+
+    assert trainer.answered == []
+    assert ready.vllm.completions()[0]["model"] == SERVED
+    assert (found["model"], found["choices"][0]["message"]["content"]) == (ready.adapter.base_model, text_of("base"))
+
+
+def test_streamed_answers_of_both_routes_are_complete(ready: ServingSite, trainer: FakeTrainer) -> None:
+    with client_of(ready) as client:
+        chat = list(
+            client.chat.completions.create(
+                model=ready.adapter.name,
+                messages=[{"role": "user", "content": "Hi"}],
+                max_tokens=4,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        texts = list(
+            client.completions.create(model=ready.adapter.name, prompt="Hi", max_tokens=4, logprobs=2, stream=True)
+        )
+
+    assert trainer.answered == []
+    assert "".join(part.choices[0].delta.content or "" for part in chat if part.choices) == text_of(ready.adapter.name)
+    assert chat[-1].usage is not None
+    assert chat[-1].usage.total_tokens == PROMPT_TOKENS + 4
+    assert "".join(part.choices[0].text for part in texts) == text_of(ready.adapter.name)
+    assert ready.vllm.completions()[-1]["prompt"] == ["Hi"]
+
+
+def test_requests_with_tools_are_answered_by_the_built_in_engine(ready: ServingSite, trainer: FakeTrainer) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+    assert ready.ask(tools=[tool]).status_code == 200
+
+    assert trainer.answered == [ready.adapter.name]
+    assert ready.vllm.completions() == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("change", [{"fails_with": 400}, {"fails_with": 503}, {"breaks_after": 0}])
+def test_failure_before_the_first_token_is_answered_by_the_built_in_engine(
+    ready: ServingSite, trainer: FakeTrainer, change: dict[str, Any], stream: bool
+) -> None:
+    for name, value in change.items():
+        setattr(ready.vllm, name, value)
+
+    response = ready.ask(stream=stream)
+
+    assert response.status_code == 200
+    assert trainer.answered == [ready.adapter.name]
+    assert '"error"' not in response.text
+    until(lambda: usage(ready) == COUNTED)
+
+
+def test_server_that_has_lost_the_adapter_gets_it_again_while_the_built_in_engine_answers(
+    ready: ServingSite, trainer: FakeTrainer
+) -> None:
+    ready.vllm.adapters.clear()
+
+    assert ready.ask().status_code == 200
+
+    ready.wait_for("ready")
+    ready.vllm.requests.clear()
+    ready.ask()
+    assert len(ready.vllm.completions()) == 1
+
+
+def test_failure_after_the_first_token_ends_the_stream_with_an_error(ready: ServingSite, trainer: FakeTrainer) -> None:
+    ready.vllm.breaks_after = 2
+
+    whole, streamed = ready.ask(), ready.ask(stream=True)
+
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "answer_interrupted")
+    *_, last = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert last["error"]["code"] == "answer_interrupted"
+    assert trainer.answered == []
+
+
+def test_parameters_are_validated_before_a_request_is_sent(ready: ServingSite) -> None:
+    assert ready.ask(temperature=3).status_code == 400
+    assert ready.ask("ft:unknown").status_code == 404
+
+    assert ready.vllm.completions() == []
+
+
+def test_other_project_can_not_use_a_deployed_adapter(ready: ServingSite) -> None:
+    body = {"model": ready.adapter.name, "messages": [{"role": "user", "content": "Hi"}]}
+
+    refused = ready.stranger.post("/v1/chat/completions", json=body)
+
+    assert refused.json()["error"]["code"] == "adapter_not_found"
+    assert ready.vllm.completions() == []
