@@ -218,6 +218,8 @@ class JobFields(TypedDict, total=False):
     """Hyperparameters of the method; of "supervised" if no method is set."""
     parent_adapter: str | None
     """Id or name of an adapter to continue from."""
+    must_serve_on: str | None
+    """"vllm", or a serving endpoint. The job is rejected unless its adapter can run there."""
     lora: Lora | None
     optimizer: Optimizer | None
     schedule: Schedule | None

@@ -26,7 +26,7 @@ JOB_FIELDS: Mapping[str, Sequence[str]] = {
     "steps": ("max_steps", "checkpoint_every_steps", "evaluation", "early_stopping"),
     "base-model": ("precision", "quantization", "resources"),
     "queue": ("priority", "deadline"),
-    "labels": ("suffix", "seed", "metadata", "tags"),
+    "labels": ("suffix", "seed", "metadata", "tags", "must_serve_on"),
     "trackers": ("integrations",),
 }  # fmt: skip
 """Top-level fields of a job request, by the table of the page that they are in."""

@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 
 from sqlalchemy.orm import Session
 
+from catalog.admission.serving_target import check_serving_target
 from catalog.admission.target_layers import Targets
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
 from catalog.db.database import Database, get_once
@@ -111,6 +112,7 @@ def accept(
         auto_precision=auto_precision or views.auto_precision(session, now=now),
         parent=parent and parent_spec(parent),
     )
+    check_serving_target(session, request, spec, base)
     evaluation_schedule.check_in_time(spec, evaluation_schedule.most_steps(spec, training.num_rows or 0))
     cautions = tuple(find_cautions(request, spec, training, validation))
     return Accepted(request=asked, spec=spec, base=base, training=training, validation=validation, cautions=cautions)

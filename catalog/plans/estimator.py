@@ -105,7 +105,9 @@ def estimate_plan(
     sizes, live = _sizes(job, description), _live(session, job, now=now)
     groups = _groups(session, live, now=now)
     fitting = _fitting(live, groups, sizes)
-    servable = servability.of_job(spec, [target.rank for target in targets])
+    servable = servability.of_job(
+        spec, [target.rank for target in targets], architecture=description.get("architecture")
+    )
     cautions = [*accepted.cautions, *_cautions(accepted, data, targets, job=job, num_steps=num_steps)]
     if live and not fitting:
         cautions.append(_fits_nowhere(groups, sizes, spec))

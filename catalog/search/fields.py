@@ -20,6 +20,7 @@ FIXED: dict[str, str] = {
     "suffix": "it only names adapters",
     "metadata": "it only labels jobs",
     "integrations": "they do not affect the adapter",
+    "must_serve_on": "it only restricts the other fields",
     "priority": "it only affects when a job trains",
 }
 """Fields that a sweep can't vary, and the reasons."""

@@ -3,7 +3,6 @@ endpoint's lease carries them out (catalog/serving/keeping.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -18,7 +17,7 @@ from catalog.serving import endpoints, servability
 from catalog.spec.job import JobSpec
 from catalog.tables.jobs import Job
 from catalog.tables.serving import Deployment, ServingEndpoint
-from catalog.tables.storage import Adapter
+from catalog.tables.storage import Adapter, BaseModelRow
 from catalog.tables.table import new_id
 
 
@@ -49,7 +48,7 @@ def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> Dep
                 remedy="Choose an endpoint of the adapter's base model from `lorry serving list`.",
                 param="endpoint",
             )
-        check_servable(JobSpec.model_validate(job.spec), target, subject=f"Adapter {found.name!r}")
+        _check_servable(session, job, found, target)
         now = read_clock(session)
         row = _row(session, target.id, found.id)
         if row is None:
@@ -124,33 +123,6 @@ def on_endpoint(db: Database, endpoint_id: str) -> list[DeploymentView]:
         ]
 
 
-def check_servable(spec: JobSpec, target: ServingEndpoint, *, subject: str, param: str = "endpoint") -> None:
-    """Raises Conflict if the endpoint can't serve the adapter of such a job."""
-    check_engine(spec, subject=subject, param=param)
-    rank = servability.exported_rank(spec)
-    if rank > target.max_rank:
-        raise Conflict(
-            f"{subject} has rank {rank}, but endpoint {target.name!r} loads at most rank {target.max_rank}.",
-            code="not_servable",
-            remedy=f"Use a lower rank, or ask an operator to start vLLM with --max-lora-rank {rank} or higher, and to "
-            "register the endpoint again with that --max-rank.",
-            param=param,
-        )
-
-
-def check_engine(spec: JobSpec, *, subject: str, param: str) -> None:
-    """Raises Conflict if vLLM can't serve the adapter of such a job."""
-    answer = servability.of_job(spec, [spec.lora.rank])["vllm"]
-    if answer.verdict == "no":
-        reasons: Sequence[str] = [rule for rule in answer.reasons if not rule.startswith("Start vLLM")]
-        raise Conflict(
-            f"{subject} can't be served by vLLM. {' '.join(reasons)}",
-            code="not_servable",
-            remedy="See which settings which server supports in the guide on serving.",
-            param=param,
-        )
-
-
 def _own(session: Session, project_id: str, name: str) -> Adapter:
     if checkpoints.is_named(name):
         raise InvalidRequest(
@@ -168,6 +140,20 @@ def _own(session: Session, project_id: str, name: str) -> Adapter:
             param="adapter",
         )
     return found
+
+
+def _check_servable(session: Session, job: Job, adapter: Adapter, target: ServingEndpoint) -> None:
+    base = session.get_one(BaseModelRow, target.base_model)
+    architecture = (base.description or {}).get("architecture")
+    spec = JobSpec.model_validate(job.spec)
+    reason = servability.why_not_vllm(spec, architecture=architecture, max_rank=target.max_rank)
+    if reason is not None:
+        raise Conflict(
+            f"Endpoint {target.name!r} can't serve adapter {adapter.name!r}.",
+            code="not_servable",
+            remedy=reason,
+            param="endpoint",
+        )
 
 
 def _row(session: Session, endpoint_id: str, adapter_id: str) -> Deployment | None:

@@ -19,6 +19,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Allowed values of --max-lora-rank: MaxLoRARanks in vllm/config/lora.py (v0.10 to v0.27)."""
 VLLM_USUAL_RANK = 16
 """Default of --max-lora-rank."""
+VLLM_WITHOUT_LORA = frozenset(
+    {"BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "StableLmForCausalLM"}
+)
+"""Architectures of dense decoders that vLLM serves by a class without SupportsLoRA (v0.32)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,8 @@ class ServingTarget:
     spec: JobSpec
     ranks: tuple[int, ...]
     """Ranks of the adapted layers as exported. A PiSSA or OLoRA initialization doubles the exported rank."""
+    architecture: str | None = None
+    """Class of the base model in transformers. None: unknown."""
     trains_head: bool = False
     """The job trains a head or embeddings (PEFT's modules_to_save). Jobs can't request that yet."""
 
@@ -52,9 +58,29 @@ class Answer:
     reasons: tuple[str, ...]
 
 
-def of_job(spec: JobSpec, ranks: Collection[int]) -> dict[Server, Answer]:
-    """Return the answers for a job. ranks: the rank of each adapted layer during training."""
-    return judge(ServingTarget(spec=spec, ranks=tuple(_times(spec) * rank for rank in ranks)))
+def of_job(spec: JobSpec, ranks: Collection[int], *, architecture: str | None = None) -> dict[Server, Answer]:
+    """Return the answers for a job. ranks: the rank of each adapted layer during training. architecture: of the base
+    model."""
+    exported = tuple(_times(spec) * rank for rank in ranks)
+    return judge(ServingTarget(spec=spec, ranks=exported, architecture=architecture))
+
+
+def why_not_vllm(spec: JobSpec, *, architecture: str | None, max_rank: int | None = None) -> str | None:
+    """Return why vLLM can't serve the adapter of a job, as sentences, or None if it can.
+
+    max_rank: --max-lora-rank of the server. None: the server can be started with any.
+    """
+    answer = of_job(spec, [spec.lora.rank], architecture=architecture)["vllm"]
+    if answer.verdict == "no":
+        return " ".join(reason for reason in answer.reasons if not reason.startswith("Start vLLM"))
+    rank = exported_rank(spec)
+    if max_rank is not None and rank > max_rank:
+        return (
+            f"The adapter has rank {rank}, but the server loads at most rank {max_rank}. Use a lower rank, or ask an "
+            f"operator to start vLLM with --max-lora-rank {rank} or higher, and to register the endpoint again with "
+            "that --max-rank."
+        )
+    return None
 
 
 def exported_rank(spec: JobSpec) -> int:
@@ -124,6 +150,15 @@ RULES: tuple[Rule, ...] = (
         applies=lambda made: made.trains_head,
         reason=lambda made: (
             "vLLM does not load adapters that contain whole modules (PEFT's modules_to_save). Merge the adapter."
+        ),
+    ),
+    Rule(
+        server="vllm",
+        verdict="no",
+        applies=lambda made: made.architecture in VLLM_WITHOUT_LORA,
+        reason=lambda made: (
+            f"vLLM does not support LoRA for the architecture {made.architecture}. Serve the merged model, or choose "
+            "another base model."
         ),
     ),
     # PEFTHelper reads r, lora_alpha and use_rslora, but neither pattern: all layers get the same scale.

@@ -119,6 +119,13 @@ class JobRequest(Strict):
             "`quantization` are inherited; a different value is an error, except lora.dropout, which is not inherited."
         ),
     )
+    must_serve_on: Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=WITHOUT_NUL)] | None = Field(
+        default=None,
+        description=(
+            "Reject the job unless its adapter can run there: vllm, or the name or id of a serving endpoint. Depends "
+            "on rank, DoRA, patterns and the base model's architecture. null: not checked."
+        ),
+    )
     lora: LoraRequest = LoraRequest()
     optimizer: OptimizerRequest = OptimizerRequest()
     schedule: ScheduleRequest = ScheduleRequest()

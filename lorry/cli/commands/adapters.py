@@ -93,7 +93,7 @@ def show(adapter: Name, as_json: AsJson = False) -> None:
         output.print_json(found.raw)
     else:
         output.pairs(
-            [*_facts(found), *(("deployed on", state_of(one)) for one in lorry.adapters.deployments(found.id))]
+            [*_facts(found), *(("deployed on", state_of(one)) for one in lorry.adapters.deployments(found.name))]
         )
 
 

@@ -189,4 +189,12 @@ CheckpointEvery = Annotated[int | None, option(WATCHING, "Write a checkpoint eve
 Suffix = Annotated[
     str | None, option(RUN, "Suffix of the adapter's name: up to 64 letters, digits, dots, underscores, hyphens.")
 ]
+MustServeOn = Annotated[
+    str | None,
+    option(
+        RUN,
+        "Reject the job unless its adapter can run there: vllm, or a serving endpoint (default: not checked).",
+        metavar="ENDPOINT",
+    ),
+]
 PriorityOption = Annotated[Priority | None, option(RUN, "Priority in the queue (default: normal).")]

@@ -52,6 +52,7 @@ FIELDS = {
     "patience": "early_stopping.patience",
     "checkpoint_every": "checkpoint_every_steps",
     "suffix": "suffix",
+    "must_serve_on": "must_serve_on",
     "priority": "priority",
     "deadline": "deadline",
 }

@@ -93,7 +93,8 @@ def test_deploy_prints_the_error_and_exits_with_1(service: Script, run: Run) -> 
 
 
 def test_adapters_show_lists_the_deployments(service: Script, run: Run) -> None:
-    service.on("GET", f"{ADAPTER}/deployments", {"data": [deployment("pending", last_error="No worker.")]})
+    found = deployment("pending", last_error="No worker.")
+    service.on("GET", "/v1/adapters/ft%3Am%3Ap%3As%3A1/deployments", {"data": [found]})
 
     assert "deployed on  gpu: pending. No worker." in run("adapters", "show", "a").stdout
 

@@ -346,7 +346,7 @@ def test_adapters_show_prints_units_and_the_loss_of_the_base(service: Script, ru
         "verification": {"passed": True, "max_abs_diff": 0.0, "tolerance": 0.01, "explanation": "Three roundings."},
     }
     service.on("GET", "/v1/adapters/ft%3Ax", wire)
-    service.on("GET", f"/v1/adapters/{wire['id']}/deployments", {"data": []})
+    service.on("GET", "/v1/adapters/ft%3Ax/deployments", {"data": []})
 
     lines = [" ".join(line.split()) for line in run("adapters", "show", "ft:x").stdout.splitlines()]
 

@@ -133,7 +133,7 @@ def test_unique_adapter_suffix_is_resolved(service: Script, run: Run) -> None:
     service.on("GET", "/v1/adapters/t", Reply(status=404, body={}))
     service.on("GET", "/v1/adapters", {"data": [{"id": "a", "name": "ft:m:p:s:1"}, {"id": "b", "name": "ft:m:p:t:2"}]})
     service.on("GET", "/v1/adapters/ft%3Am%3Ap%3At%3A2", {"id": "b", "name": "ft:m:p:t:2", "rank": 4})
-    service.on("GET", "/v1/adapters/b/deployments", {"data": []})
+    service.on("GET", "/v1/adapters/ft%3Am%3Ap%3At%3A2/deployments", {"data": []})
 
     assert "ft:m:p:t:2" in run("adapters", "show", "t").stdout
 

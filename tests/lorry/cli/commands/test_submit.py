@@ -37,7 +37,7 @@ EVERY_OPTION = (
     "--valid valid.jsonl --rank 4 --alpha 8 --rslora --dropout 0 --target q_proj --learning-rate 0.001 "
     "--layer 0 --layer 3 --rank-pattern q_proj=8 --alpha-pattern (?=q).*=2.5 --dora --lora-plus-ratio 16 "
     "--precision float32 --quantization nf4 --seed 0 --evaluate-every 5 --checkpoint-every 7 --suffix s "
-    "--priority batch --deadline 2026-12-01T08:00+00:00 --init pissa --parent adapter-1 "
+    "--must-serve-on vllm --priority batch --deadline 2026-12-01T08:00+00:00 --init pissa --parent adapter-1 "
     "--schedule wsd --warmup 0 --weight-decay 0.1 --epochs 2 --max-steps 9 --batch-size 8 --max-length 128 "
     "--optimizer sgd --set optimizer.momentum=0.9 --decay 0.3 --keep last --patience 3 "
     "--set early_stopping.min_delta=0.5 --label-smoothing 0.1 --neftune-alpha 5 --loss last_turn --overflow drop "
@@ -92,6 +92,7 @@ EXPECTED_REQUEST: dict[str, Any] = {
     "early_stopping": {"patience": 3, "min_delta": 0.5},
     "checkpoint_every_steps": 7,
     "suffix": "s",
+    "must_serve_on": "vllm",
     "priority": "batch",
     "deadline": 1_796_112_000,
     "metadata": {"team": "a=b", "note": ""},

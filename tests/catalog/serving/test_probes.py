@@ -1,0 +1,90 @@
+"""The comparison of two engines' answers tells rounding, another model and a missing adapter apart."""
+
+from __future__ import annotations
+
+from catalog.serving import probes
+from catalog.serving.probes import LIMIT, ProbeAnswer, ProbeToken
+
+
+def answer(*tokens: tuple[str, float], prompt_tokens: int = 9, others: dict[str, float] | None = None) -> ProbeAnswer:
+    return ProbeAnswer(
+        prompt_tokens=prompt_tokens,
+        tokens=tuple(
+            ProbeToken(text=text, logprob=logprob, alternatives={text: logprob, **(others or {"z": -9.0})})
+            for text, logprob in tokens
+        ),
+    )
+
+
+EXPECTED = answer(("a", -0.5), ("b", -1.0), ("c", -0.2))
+
+
+def test_equal_tokens_are_compared_by_their_log_probabilities() -> None:
+    found = probes.judge_base(EXPECTED, answer(("a", -0.6), ("b", -0.97), ("c", -0.2)))
+
+    assert found["passed"]
+    assert abs(found["max_diff"] - 0.1) < 1e-9
+    assert found["num_compared"] == 3
+
+
+def test_near_tie_at_the_first_different_token_passes_and_ends_the_comparison() -> None:
+    tie = answer(("a", -0.5), ("x", -0.99), ("y", -3.0), others={"b": -1.01})
+
+    found = probes.judge_base(EXPECTED, tie)
+
+    assert found["passed"]
+    assert found["num_compared"] == 2
+
+
+def test_other_token_that_was_unlikely_fails() -> None:
+    found = probes.judge_base(EXPECTED, answer(("a", -0.5), ("x", -0.1)))
+
+    assert not found["passed"]
+    assert found["max_diff"] == 8.0  # the lowest alternative bounds the expected token's log-probability
+
+
+def test_other_number_of_prompt_tokens_fails_and_names_the_template() -> None:
+    found = probes.judge_base(EXPECTED, answer(("a", -0.5), prompt_tokens=4))
+
+    assert not found["passed"]
+    assert "chat templates differ" in probes.why_failed(found, subject="base model 'm'")
+
+
+def test_answer_without_tokens_passes_only_against_one_without_tokens() -> None:
+    assert not probes.judge_base(EXPECTED, answer())["passed"]
+    assert probes.judge_base(answer(), answer())["passed"]
+
+
+def test_server_that_answers_like_the_base_model_fails_even_within_the_limit() -> None:
+    of_base = answer(("a", -0.7), ("b", -1.2), ("c", -0.3))
+
+    ignored = probes.judge_adapter(EXPECTED, of_base, of_base=of_base, base_diff=0.001)
+    served = probes.judge_adapter(EXPECTED, EXPECTED, of_base=of_base, base_diff=0.001)
+
+    assert not ignored["passed"]
+    assert served["passed"]
+    assert served["distinguishes"]
+    assert abs(served["tolerance"] - 0.1) < 1e-9
+
+
+def test_adapter_too_close_to_the_base_model_passes_but_is_not_distinguished() -> None:
+    of_base = answer(("a", -0.505), ("b", -1.0), ("c", -0.2))
+
+    found = probes.judge_adapter(EXPECTED, of_base, of_base=of_base, base_diff=0.001)
+
+    assert found["passed"]
+    assert not found["distinguishes"]
+
+
+def test_tolerance_grows_with_the_difference_of_the_engines_up_to_the_limit() -> None:
+    far = answer(("a", -5.0), ("b", -1.0), ("c", -0.2))
+
+    noisy = probes.judge_adapter(EXPECTED, EXPECTED, of_base=EXPECTED, base_diff=0.1)
+    distant = probes.judge_adapter(EXPECTED, EXPECTED, of_base=far, base_diff=0.1)
+
+    assert noisy["tolerance"] == 0.2
+    assert distant["tolerance"] == LIMIT
+
+
+def test_stored_answer_is_read_back_unchanged() -> None:
+    assert probes.answer_of(probes.as_row("chat", EXPECTED)) == EXPECTED
