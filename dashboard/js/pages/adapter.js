@@ -7,6 +7,7 @@ import { announce } from "../parts/announce.js";
 import { Ago, Command, Copy, Facts, Failure, Id, Loading, Panel } from "../parts/basics.js";
 import { adapterLabel, archivePath, before } from "../parts/adapter_facts.js";
 import { TryIt } from "../parts/try_it.js";
+import { Deployments } from "../parts/deployments.js";
 import { Lineage } from "./adapter_lineage.js";
 import * as format from "../format.js";
 
@@ -23,7 +24,7 @@ export function AdapterPage({ id }) {
     <p class="under"><${Id} id=${adapter.name} what="adapter name" /><span>created <${Ago} at=${adapter.created_at} /></span>
       <span>by job <a href=${link.job(adapter.job_id)}>${format.short(adapter.job_id, 18)}</a></span></p>
     <div class="columns">
-      <div class="column"><${TryIt} adapter=${adapter} /><${Evaluation} evaluation=${adapter.evaluation} /><${Efficiency} efficiency=${adapter.efficiency} /><${Verification} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
+      <div class="column"><${TryIt} adapter=${adapter} /><${Evaluation} evaluation=${adapter.evaluation} /><${Efficiency} efficiency=${adapter.efficiency} /><${Verification} adapter=${adapter} path=${path} /><${Deployments} adapter=${adapter} path=${path} /><${Files} files=${files} path=${path} /></div>
       <div class="column"><${Panel} title="Details" id="what"><${Facts} rows=${[
           ["Base model", adapter.base_model], ["Continues", adapter.parent && html`<a href=${link.adapter(adapter.parent)}>${adapter.parent}</a>`], ["Rank", adapter.rank], ["Base model precision", basePrecision(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
           ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],

@@ -19,7 +19,7 @@ import pytest
 
 from catalog.registry import base_models
 from tests.services.programs import Missing
-from tests.services.vllm import vllm_program
+from tests.services.vllm import vllm_python
 from tests.system.api_process import Service, api_process
 from tests.worker_site import PEPPER, WorkerSite, bare_site
 
@@ -51,7 +51,7 @@ print(json.dumps(found))
 class VllmSite:
     site: WorkerSite
     service: Service
-    program: Path
+    python: Path
     base_folder: Path
     adapter_folder: Path
     port: int
@@ -60,7 +60,8 @@ class VllmSite:
     @contextmanager
     def vllm(self) -> Iterator[None]:
         """Run vLLM until the end of the block."""
-        command = [str(self.program), "serve", str(self.base_folder), "--served-model-name", "smol"]
+        command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.base_folder)]
+        command += ["--served-model-name", "smol"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "512"]
         command += ["--enable-lora", "--max-lora-rank", "16", "--enforce-eager", "--max-num-seqs", "4"]
         environment = {
@@ -112,7 +113,7 @@ class VllmSite:
 @pytest.fixture
 def place(tmp_path: Path, real_gguf: Path) -> Iterator[VllmSite]:
     try:
-        program = vllm_program()
+        python = vllm_python()
     except Missing as missing:
         pytest.skip(f"needs vLLM: {missing}")
     with socket.socket() as free:
@@ -136,7 +137,7 @@ def place(tmp_path: Path, real_gguf: Path) -> Iterator[VllmSite]:
         folder.mkdir()
         digest = base_models.get(site.db, BASE).digest
         yield VllmSite(
-            site=site, service=service, program=program, base_folder=site.settings.bases_dir() / str(digest),
+            site=site, service=service, python=python, base_folder=site.settings.bases_dir() / str(digest),
             adapter_folder=folder, port=port, model=site.adapter(job).name,
         )  # fmt: skip
 
