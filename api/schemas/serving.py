@@ -115,7 +115,7 @@ class ProbeVerification(BaseModel):
 
     `max_diff`: largest difference of the tokens' log-probabilities. `num_compared`: tokens until the answers differ or
     end. For adapters, `distance_to_base` is that of the base model's answer, and `distinguishes` is whether the
-    comparison can tell them apart.
+    comparison can distinguish them.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -48,7 +48,7 @@ log = logging.getLogger("lorry.api")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeeperTools:
-    """What the tasks of an endpoint use."""
+    """The services that the tasks of an endpoint use."""
 
     db: Database
     store: ArtifactStore

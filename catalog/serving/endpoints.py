@@ -35,7 +35,7 @@ URL = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewEndpoint:
-    """What an operator says about an endpoint. api_key: None if the server requires none."""
+    """An endpoint as an operator describes it. api_key: None if the server requires none."""
 
     name: str
     base_model: str

@@ -1,4 +1,4 @@
-"""The comparison of two engines' answers tells rounding, another model and a missing adapter apart."""
+"""The comparison of two engines' answers distinguishes rounding, another model and a missing adapter."""
 
 from __future__ import annotations
 
