@@ -68,6 +68,11 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
     ),
     "model_import_failed": ("The import of base model {name} failed: {reason}.", ""),
     "model_not_found": ("", "Choose a base model from `lorry models list`."),
+    "not_servable": (
+        "The server can't serve the adapter, because of the job's settings or of the base model's architecture.",
+        "The message names the setting: change it for a new job, choose another endpoint, or merge the adapter. The "
+        "guide on serving lists the settings that each server supports.",
+    ),
     "not_supported": ("", "Use what Lorry offers instead: the fix in the response names it."),
     "part_too_large": ("", "Split the file into smaller parts."),
     "plan_failed": ("Plan {id} failed: {error}", ""),
