@@ -38,7 +38,6 @@ from api.routes import (
     permissions,
     plans,
     projects,
-    serving,
     sign_in,
     signing_keys,
     sweeps,
@@ -46,6 +45,8 @@ from api.routes import (
     webhooks,
 )
 from api.routes import uploads as part_uploads
+from api.routes.serving import deployments
+from api.routes.serving import endpoints as serving_endpoints
 from api.serving.keeper import EndpointKeepers, KeeperTools
 from api.serving.reference_answers import ReferenceAnswers
 from api.serving.vllm_client import VllmClient
@@ -151,7 +152,8 @@ def create_app(
         usage,
         audit_events,
         webhooks,
-        serving,
+        serving_endpoints,
+        deployments,
     )
     for module in (*resources, signing_keys, sign_in, health):
         app.include_router(module.router)

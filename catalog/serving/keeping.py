@@ -158,8 +158,9 @@ def note_unusable(
         if row is None:
             return
         now = read_clock(session)
-        row.state, row.last_error, row.checked_at = state, error, now
-        row.verification = verification or row.verification
+        found = {"state": state, "last_error": error, "checked_at": now}
+        found |= {"verification": verification} if verification is not None else {}
+        session.execute(update(ServingEndpoint).where(ServingEndpoint.id == row.id).values(found))
         waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "next_try_at": now}
         usable = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
         session.execute(update(Deployment).where(*usable).values(**waiting, updated_at=now))
@@ -205,8 +206,9 @@ def note_failed(
             return
         now = read_clock(session)
         wait = WAITS_SECONDS[min(one.num_failures, len(WAITS_SECONDS) - 1)]
-        one.state, one.last_error, one.verification = state, error, verification
-        one.num_failures, one.next_try_at, one.updated_at = one.num_failures + 1, now + wait, now
+        found = {"state": state, "last_error": error, "verification": verification, "updated_at": now}
+        found |= {"num_failures": one.num_failures + 1, "next_try_at": now + wait}
+        session.execute(update(Deployment).where(Deployment.id == one.id).values(found))
 
 
 def forget(db: Database, claim: EndpointClaim, deployment_ids: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ from lorry.cli.commands import (
     account,
     adapters,
     audit,
-    deployments,
     down,
     files,
     fleet,
@@ -21,7 +20,6 @@ from lorry.cli.commands import (
     organizations,
     plans,
     projects,
-    serving,
     sweeps,
     up,
     usage,
@@ -30,6 +28,8 @@ from lorry.cli.commands import (
     workers,
 )
 from lorry.cli.commands.inference import batches, chat
+from lorry.cli.commands.serving import deployments
+from lorry.cli.commands.serving import endpoints as serving
 
 app = group(
     "Fine-tune many LoRA adapters at once on your own machines.\n\n"

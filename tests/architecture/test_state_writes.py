@@ -18,7 +18,7 @@ WORKER_OPERATIONS = {
     "catalog/lifecycle/outcomes.py",
     "catalog/lifecycle/recovery.py",
 }
-BASE_STATES = {"importing", "ready", "failed", "deleted"}
+OTHER_STATES = {"importing", "ready", "failed", "deleted", "pending", "removing"}
 RAW_SQL = re.compile(r"\bupdate\s+jobs\b|\binsert\s+into\s+jobs\b", re.IGNORECASE)
 
 
@@ -82,9 +82,9 @@ def _assigns_state(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> bool:
     stored = {part.attr for target in targets for part in ast.walk(target) if _is_stored_attribute(part)}
     if "state" not in stored:
         return False
-    # Base models have states of their own, with different names.
+    # Base models, serving endpoints and deployments have states of their own, with different names.
     values = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
-    return not values & BASE_STATES
+    return not values & OTHER_STATES
 
 
 def _is_stored_attribute(node: ast.AST) -> TypeGuard[ast.Attribute]:

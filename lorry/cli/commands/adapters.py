@@ -14,7 +14,7 @@ import typer
 from lorry.cli import lookup
 from lorry.cli.app import EXIT_NOT_CHECKED, EXIT_REFUSED, client, group
 from lorry.cli.commands.files import byte_bar
-from lorry.cli.commands.serving import state_of
+from lorry.cli.commands.serving.endpoints import state_of
 from lorry.cli.render import output
 from lorry.cli.render.efficiency import efficiency_pairs
 from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted

@@ -8,7 +8,7 @@ import typer
 
 from lorry.cli import lookup
 from lorry.cli.app import EXIT_REFUSED, client
-from lorry.cli.commands.serving import state_of
+from lorry.cli.commands.serving.endpoints import state_of
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, YesAccepted
 from lorry.errors import LorryError

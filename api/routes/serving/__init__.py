@@ -1,0 +1,1 @@
+"""Routes of serving endpoints, and of deployments on them."""

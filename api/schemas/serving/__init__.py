@@ -1,0 +1,1 @@
+"""Schemas of serving endpoints, and of deployments on them."""

@@ -1,0 +1,76 @@
+"""Schemas of deployments of adapters on serving endpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.schemas.serving.endpoints import ENDPOINT_ID, VERIFIED, ProbeVerification
+from catalog.serving.deployments import DeploymentView
+from catalog.spec.strict import WITHOUT_NUL, Strict
+
+DEPLOYMENT: dict[str, Any] = {
+    "object": "adapter.deployment",
+    "id": "deployment-7d0c2f51a9b84e63c1d2e3f4",
+    "adapter_id": "adapter-0a1b2c3d4e5f60718293a4b5",
+    "adapter": "ft:smollm2:default:support:1c0ffee0",
+    "endpoint_id": ENDPOINT_ID,
+    "endpoint": "vllm-1",
+    "state": "ready",
+    "last_error": None,
+    "verification": {**VERIFIED, "tolerance": 0.2, "distance_to_base": 0.9, "distinguishes": True},
+    "created_at": 1790000200,
+    "updated_at": 1790000203,
+}
+DeploymentState = Literal["pending", "ready", "failed", "removing"]
+EndpointName = Annotated[
+    str, Field(min_length=1, max_length=64, description="Name or id of an endpoint.", json_schema_extra=WITHOUT_NUL)
+]
+
+
+class DeploymentRequest(Strict):
+    model_config = ConfigDict(json_schema_extra={"example": {"endpoint": "vllm-1"}})
+    endpoint: EndpointName
+
+
+class DeploymentObject(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"example": DEPLOYMENT})
+    object: Literal["adapter.deployment"] = "adapter.deployment"
+    id: str
+    adapter_id: str
+    adapter: str
+    endpoint_id: str
+    endpoint: str
+    state: DeploymentState = Field(
+        description="pending: being loaded. ready: verified, and answers requests. failed: see last_error; it is tried "
+        "again. removing: being unloaded."
+    )
+    last_error: str | None
+    verification: ProbeVerification | None
+    created_at: int
+    updated_at: int
+
+
+class DeploymentDeleted(BaseModel):
+    id: str
+    object: Literal["adapter.deployment"] = "adapter.deployment"
+    deleted: bool = True
+
+
+def deployment_object(view: DeploymentView) -> DeploymentObject:
+    row = view.deployment
+    return DeploymentObject.model_validate(
+        {
+            "id": row.id,
+            "adapter_id": row.adapter_id,
+            "adapter": view.adapter,
+            "endpoint_id": row.endpoint_id,
+            "endpoint": view.endpoint,
+            "state": row.state,
+            "last_error": row.last_error,
+            "verification": row.verification,
+            "created_at": int(row.created_at),
+            "updated_at": int(row.updated_at),
+        }
+    )

@@ -1,0 +1,1 @@
+"""Commands for serving endpoints, and for deployments on them."""
