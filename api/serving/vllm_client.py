@@ -29,6 +29,7 @@ ANSWER_SECONDS = 600.0
 MAX_CONNECTIONS = 512
 FIXED: Json = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """vLLM takes these from the model's generation_config.json otherwise. Lorry's API does not have them."""
+NOT_FOUND = 404
 RUNTIME_UPDATES = "Start vLLM with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
 
 
@@ -157,7 +158,7 @@ class VllmClient:
             )
             response = await client.send(request, stream=True)
             try:
-                if response.status_code != httpx.codes.OK:
+                if not response.is_success:
                     raise await _error(response, method, path)
                 yield response
             finally:
@@ -216,7 +217,7 @@ def logprob_events(logprobs: Any, *, is_chat: bool) -> list[Json]:
             }
             for item in logprobs.get("content") or ()
         ]
-    tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
+    tops: list[dict[str, float] | None] = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
     return [
         {
             "token": token,
@@ -282,7 +283,7 @@ async def _error(response: httpx.Response, method: str, path: str) -> EndpointFa
         text += " Register the endpoint with the server's API key: --api-key-file."
     if status in (502, 503, 504):
         return EndpointFailure(text, kind="unreachable")
-    return EndpointFailure(text, kind="missing" if status == httpx.codes.NOT_FOUND else "refused")
+    return EndpointFailure(text, kind="missing" if status == NOT_FOUND else "refused")
 
 
 def _message_of(found: Json) -> str:

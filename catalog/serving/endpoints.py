@@ -158,12 +158,11 @@ def seal_all(db: Database, *, peppers: list[bytes]) -> int:
     with db.write() as session:
         for row in session.scalars(select(ServingEndpoint).where(ServingEndpoint.sealed_key.is_not(None))):
             assert row.sealed_key is not None, "only rows with a key are selected"
-            known = {"purpose": PURPOSE, "row_id": row.id}
-            if sealing.unseal(row.sealed_key, **known, peppers=peppers[:1]) is not None:
+            if sealing.unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers[:1]) is not None:
                 continue
-            key = sealing.unseal(row.sealed_key, **known, peppers=peppers)
+            key = sealing.unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
             if key is not None:
-                row.sealed_key = sealing.seal(key, **known, pepper=peppers[0])
+                row.sealed_key = sealing.seal(key, purpose=PURPOSE, row_id=row.id, pepper=peppers[0])
                 number += 1
     return number
 

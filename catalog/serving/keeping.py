@@ -107,15 +107,18 @@ def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
             .where(Deployment.endpoint_id == row.id)
         )
         wanted: list[WantedAdapter] = []
-        for one, adapter, artifact in session.execute(joined.order_by(Deployment.created_at, Deployment.id)):
-            is_there = adapter.deleted_at is None and artifact is not None
+        for one, adapter, found in session.execute(joined.order_by(Deployment.created_at, Deployment.id)):
+            artifact: Artifact | None = found
+            manifest = None
+            if adapter.deleted_at is None and artifact is not None:
+                manifest = Manifest.from_rows(artifact.kind, artifact.files)
             wanted.append(
                 WantedAdapter(
                     deployment_id=one.id,
                     adapter_id=adapter.id,
                     name=adapter.name,
                     project_id=one.project_id,
-                    manifest=Manifest.from_rows(artifact.kind, artifact.files) if is_there else None,
+                    manifest=manifest,
                     state=one.state,
                     reference=one.reference,
                     is_due=one.next_try_at <= now,
