@@ -109,6 +109,9 @@ def test_claim_ids_are_unique_in_every_table_that_has_leases() -> None:
         table for table in Table.metadata.sorted_tables if {"claim_id", "lease_expires_at"} <= set(table.c.keys())
     ]
 
-    names = ["base_models", "batches", "inference_requests", "job_exports", "jobs", "plans", "webhook_deliveries"]
+    names = [
+        *("base_models", "batches", "inference_requests", "job_exports", "jobs", "plans"),
+        *("serving_endpoints", "webhook_deliveries"),
+    ]
     assert sorted(table.name for table in leased) == names
     assert all(table.c.claim_id.unique for table in leased)
