@@ -78,8 +78,13 @@ def undeploy(db: Database, *, project_id: str, adapter: str, endpoint: str, is_c
     NotFound.
     """
     with db.write() as session:
-        found = _own(session, project_id, adapter)
-        target = endpoints.find(session, endpoint, lock=True)
+        try:
+            found = _own(session, project_id, adapter)
+            target = endpoints.find(session, endpoint, lock=True)
+        except NotFound:
+            if is_client_retry:
+                return ""
+            raise
         row = _row(session, target.id, found.id)
         if row is None or row.state == "removing":
             if is_client_retry:

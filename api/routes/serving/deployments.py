@@ -40,5 +40,6 @@ def delete_deployment(adapter: str, endpoint: str, use: Use, caller: Signed, is_
     ident = deployments.undeploy(
         use.db, project_id=caller.project_id, adapter=adapter, endpoint=endpoint, is_client_retry=is_retry
     )
-    use.keepers.wake()
+    if ident:
+        use.keepers.wake()
     return DeploymentDeleted(id=ident)

@@ -6,6 +6,7 @@ A route with a path parameter that is unknown here fails the tests, so that no r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from catalog.db.database import Database
 from catalog.jobs import commands
 from catalog.lifecycle import recording
 from catalog.registry import permissions
+from catalog.serving import deployments, endpoints
+from catalog.serving.endpoints import NewEndpoint
 from catalog.tables.storage import UploadPart
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ModelPermission
@@ -38,20 +41,22 @@ SHARED = frozenset(
     {
         *("get_health", "get_readiness", "get_prometheus_metrics", "list_workers", "verify_audit_events"),
         *("list_webhook_event_types", "get_service_identity", "get_signing_keys"),
+        *("list_serving_endpoints", "get_serving_endpoint"),
     }
 )
 """Operations whose responses do not belong to a project."""
 NAMELESS = frozenset(
     {
         *("upload_file", "create_upload", "add_model", "create_project", "create_organization"),
-        "create_webhook_endpoint",
+        *("create_webhook_endpoint", "create_serving_endpoint"),
         *("create_sign_in_link", "preview_sign_in_link", "open_sign_in_link"),
         *("create_browser_session", "delete_browser_session"),
     }
 )
 """Changes that name no resource of a project in their path or body."""
 PERMISSION = "cp-of-the-checkpoint"
-GIVEN = {"model": BASE, "path": "README.md", "number": "0", "permission_id": PERMISSION}
+ENDPOINT = "vllm-1"
+GIVEN = {"model": BASE, "path": "README.md", "number": "0", "permission_id": PERMISSION, "endpoint": ENDPOINT}
 """Values of the parameters that do not name the subject of a request."""
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
@@ -67,6 +72,7 @@ SENT: dict[str, dict[str, Any]] = {
     "test_webhook_endpoint": {"json": {"event_type": "fine_tuning.job.succeeded"}},
     "replay_webhook_endpoint": {"json": {"since": 0}},
     "complete_upload": {"json": {"part_ids": [PART]}},
+    "create_deployment": {"json": {"endpoint": ENDPOINT}},
     "add_trial": {"json": {"parameters": {"lora.rank": 4}}},
 }
 """The body of each operation that requires one."""
@@ -107,8 +113,8 @@ class Ours:
     """A file of the other project."""
 
     def all(self) -> list[Pair]:
-        """Return all pairs except workers, which belong to no project and are visible to all."""
-        own = (pairs for kind, pairs in self.pairs.items() if kind != "worker_id")
+        """Return all pairs except workers and serving endpoints, which belong to no project and are visible to all."""
+        own = (pairs for kind, pairs in self.pairs.items() if kind not in ("worker_id", "endpoint"))
         return list(dict.fromkeys(pair for pairs in own for pair in pairs))
 
     def marks(self) -> list[str]:
@@ -120,6 +126,11 @@ class Ours:
 def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -> Ours:
     """Create one of each resource, with a succeeded job, a running job that has a checkpoint, and a waiting job."""
     adapter = trained(services, world, tmp_path / "made")
+    server = NewEndpoint(
+        name=ENDPOINT, base_model=BASE, kind="vllm", url="http://h", adapter_folder="/f", max_rank=16, api_key=None
+    )
+    endpoints.register(world.db, project_id=world.caller.project_id, new=server, pepper=PEPPER)
+    deployments.deploy(world.db, project_id=world.caller.project_id, adapter=adapter.id, endpoint=ENDPOINT)
     hook = {"name": "secret-label", "url": "https://hooks.invalid/", "event_types": list(EVENT_TYPES)}
     hook_id = client.post("/v1/webhook_endpoints", json=hook).json()["id"]
     client.post(
@@ -166,6 +177,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "batch_id": [_pair(batch_id)],
             "plan_id": [_pair(planned.id)],
             "worker_id": [_pair(world.worker("worker-1"))],
+            "endpoint": [Pair(ours=ENDPOINT, absent="vllm-0")],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named, checkpoint],
             "api_key_id": [_pair(world.caller.api_key_id)],
@@ -291,7 +303,7 @@ def _operations(app: FastAPI) -> list[Operation]:
 
 
 def _naming(app: FastAPI) -> list[Operation]:
-    return [operation for operation in _operations(app) if "{" in operation.path]
+    return [one for one in _operations(app) if "{" in one.path and one.id not in SHARED]
 
 
 def _nameless(app: FastAPI, *methods: str) -> list[Operation]:
@@ -305,7 +317,9 @@ def _pairs(operation: Operation, ours: Ours) -> list[Pair]:
 def _subject(operation: Operation) -> str:
     """Return the path parameter that names the subject of the request."""
     named = [
-        name for name in operation.parameters("path") if name not in GIVEN or f"models/{{{name}}}" in operation.path
+        name
+        for name in operation.parameters("path")
+        if name not in GIVEN or re.search(rf"/(models|endpoints)/{{{name}}}", operation.path)
     ]
     assert len(named) == 1, f"{operation.id}: add its other path parameters to GIVEN: {named}"
     return named[0]
