@@ -156,7 +156,8 @@ class _EndpointAnswer:
 
     def _delta(self, choice: Json) -> Delta:
         finish = choice.get("finish_reason")
-        text = (choice.get("delta") or {}).get("content") if self._is_chat else choice.get("text")
+        part: Json = (choice.get("delta") or {}) if self._is_chat else choice
+        text: str | None = part.get("content" if self._is_chat else "text")
         return Delta(
             index=int(choice["index"]),
             text=text or "",

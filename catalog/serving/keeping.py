@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
@@ -108,7 +109,7 @@ def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
         )
         wanted: list[WantedAdapter] = []
         for one, adapter, found in session.execute(joined.order_by(Deployment.created_at, Deployment.id)):
-            artifact: Artifact | None = found
+            artifact = cast("Artifact | None", found)  # an outer join
             manifest = None
             if adapter.deleted_at is None and artifact is not None:
                 manifest = Manifest.from_rows(artifact.kind, artifact.files)
