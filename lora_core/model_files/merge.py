@@ -99,7 +99,7 @@ def merge_adapter(
             remedy=f"Serve it on the base model in {trained_on}, or pass --dequantize, which measures the difference.",
         )
     with _base_folder(base_source, dequantize=dequantize) as (base_dir, was_quantized):
-        stored: Dtype = "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
+        stored = stored_dtype(base_dir)
         base = load_base(base_dir, dtype=dtype or stored, device="cpu")
         _refuse_other_base(base if trained_on == "none" else _loaded_as(base_dir, trained_on, base), adapter_dir)
         to_trained = None if trained_on == "none" else _diff_to_trained(base, adapter_dir)
@@ -132,6 +132,11 @@ def merge_adapter(
             )
         write_directory(out_dir, lambda directory: _write(merged, base_dir, directory, report))
     return report
+
+
+def stored_dtype(base_dir: Path) -> Dtype:
+    """Return the dtype in which the weights of a base folder are stored."""
+    return "float32" if read_config(base_dir).dtype == torch.float32 else "bfloat16"
 
 
 def refuse_foreign_adapter(adapter_dir: Path) -> None:
