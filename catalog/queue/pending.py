@@ -1,4 +1,5 @@
-"""Checks for waiting work: base models to import, files to tokenize, plans, jobs to train, and inference requests."""
+"""Checks for waiting work: base models to import, files to tokenize, plans, jobs to train, inference requests, and
+exports."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from sqlalchemy import Select, and_, or_, select
 
 from catalog.db import lease
 from catalog.db.database import Database, read_clock
-from catalog.registry import base_models
+from catalog.registry import base_models, export_rows
 from catalog.states import JobState
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
@@ -20,7 +21,12 @@ def has_work(db: Database) -> bool:
         is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
         is_unclaimed = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
         jobs = select(Job.id).where(is_unclaimed, is_due, or_(~Job.is_held, Job.state != JobState.QUEUED)).limit(1)
-        others = (base_models.first_to_import(now=now), first_plan(now=now), first_request(now=now))
+        others = (
+            base_models.first_to_import(now=now),
+            first_plan(now=now),
+            first_request(now=now),
+            export_rows.first(now=now),
+        )
         return any(session.scalar(some) is not None for some in (jobs, *others))
 
 

@@ -16,7 +16,7 @@ from catalog.audit import log
 from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Page, paginate
 from catalog.errors import NoLongerKept, NotFound
-from catalog.registry import checkpoints, permissions
+from catalog.registry import checkpoints, export_rows, permissions
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
@@ -114,7 +114,8 @@ def delete(
 ) -> Adapter:
     """Delete an adapter of the project, or the model of a checkpoint.
 
-    An adapter is only hidden: its row stays for the lineage of adapters that continue it. Raises NotFound, also for a
+    Its exports are deleted with it. An adapter is only hidden: its row stays for the lineage of adapters that continue
+    it. Raises NotFound, also for a
     model that another project shares with this one. Raises Conflict while an unfinished job continues the adapter,
     because each attempt reads its files. is_client_retry: the client repeats a request without a reply, so a deleted
     adapter is returned. param: for errors.
@@ -128,6 +129,7 @@ def delete(
         if children := checkpoints.unfinished_children(session, adapter.id, project_id):
             raise checkpoints.in_use("adapter", adapter.name, children, project_id, param=param)
         adapter.deleted_at = now = read_clock(session)
+        export_rows.remove_all(session, adapter.id, now=now)
         ledger.count(session, "adapters", number=-1)
         ledger.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
         return _note_deleted(session, adapter)
@@ -265,6 +267,7 @@ def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_clien
             return Adapter(id=checkpoint.id, name=checkpoint.name)
         raise NoLongerKept("checkpoint", name, remedy="No action is needed.", param=param) from error
     checkpoints.delete(session, checkpoint, param=param)
+    export_rows.remove_all(session, checkpoint.id, now=read_clock(session))
     return _note_deleted(session, adapter)
 
 

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import get_once, upsert
 from catalog.storage.manifest import Manifest
+from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.history import Checkpoint
 from catalog.tables.storage import Adapter, Artifact, Prepared
 
@@ -47,8 +48,10 @@ def _is_used() -> ColumnElement[bool]:
     """In a query: a row refers to the artifact. A deleted adapter keeps the digest but does not need the files."""
     of_adapter = exists().where(Adapter.artifact == Artifact.digest, Adapter.deleted_at.is_(None))
     of_checkpoint = exists().where(Checkpoint.adapter == Artifact.digest)
+    is_exported = AdapterExport.status.in_(UNFINISHED_EXPORTS)
     return or_(
         of_adapter,
         of_checkpoint,
-        *(exists().where(owner.artifact == Artifact.digest) for owner in (Checkpoint, Prepared)),
+        exists().where(AdapterExport.adapter_artifact == Artifact.digest, is_exported),
+        *(exists().where(owner.artifact == Artifact.digest) for owner in (Checkpoint, Prepared, AdapterExport)),
     )

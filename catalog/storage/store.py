@@ -72,14 +72,14 @@ class ArtifactStore:
         with path.open("rb") as file:
             return self._put_opened(file, path.name)
 
-    def _put_opened(self, file: BinaryIO, name: str) -> Blob:
+    def _put_opened(self, file: BinaryIO, name: str, *, check: Callable[[], None] = lambda: None) -> Blob:
         content = file.read(CHUNK_BYTES + 1)
         if len(content) <= CHUNK_BYTES:
             return self.put_bytes(content)
-        blob = _digest_of(file)
+        blob = _digest_of(file, check=check)
         if not self._has(blob_key(blob.digest), blob.num_bytes):
             unchanged = verified(
-                _chunks(file),
+                _chunks(file, check=check),
                 blob.digest,
                 message=f"The file {name!r} changed while it was being stored.",
                 remedy="Make sure that no other program writes the file, then try again.",
@@ -94,12 +94,15 @@ class ArtifactStore:
             self.objects.put(blob_key(blob.digest), content)
         return blob
 
-    def put_folder(self, folder: Path, *, kind: str, dir_fd: int | None = None) -> Manifest:
+    def put_folder(
+        self, folder: Path, *, kind: str, dir_fd: int | None = None, check: Callable[[], None] = lambda: None
+    ) -> Manifest:
         """Store every file under `folder`, then the manifest that lists them.
 
-        dir_fd: descriptor of an open folder to which `folder` is relative. Raises DamagedArtifact for symbolic links
-        and for files with several hard links: the process that wrote the folder might not be allowed to read their
-        targets. Replacing a file or a folder by a link while this runs has no effect.
+        dir_fd: descriptor of an open folder to which `folder` is relative. check: called for each chunk of a large
+        file, whose storage takes longer than a lease. If it raises, the file is not stored. Raises DamagedArtifact for
+        symbolic links and for files with several hard links: the process that wrote the folder might not be allowed to
+        read their targets. Replacing a file or a folder by a link while this runs has no effect.
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
             raise DamagedArtifact(f"{folder.name!r} does not exist or is not a folder.", remedy=REINSTALL)
@@ -112,7 +115,7 @@ class ArtifactStore:
             for name in names:
                 path = Path(parent, name).relative_to(folder).as_posix()
                 with _opened_plain(name, descriptor, path) as file:
-                    blob = self._put_opened(file, path)
+                    blob = self._put_opened(file, path, check=check)
                 files.append((path, blob))
         manifest = _manifest_of(folder, kind, files)
         self.put_manifest(manifest)
@@ -356,16 +359,17 @@ def _opened_plain(name: str, dir_fd: int, path: str) -> BinaryIO:
     return file
 
 
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the chunks of the whole file, from its first byte."""
+def _chunks(file: BinaryIO, *, check: Callable[[], None]) -> Iterator[bytes]:
+    """Yield the chunks of the whole file, from its first byte. check: called for each chunk."""
     file.seek(0)
     while chunk := file.read(CHUNK_BYTES):
+        check()
         yield chunk
 
 
-def _digest_of(file: BinaryIO) -> Blob:
+def _digest_of(file: BinaryIO, *, check: Callable[[], None]) -> Blob:
     digest, num_bytes = sha256(), 0
-    for chunk in _chunks(file):
+    for chunk in _chunks(file, check=check):
         digest.update(chunk)
         num_bytes += len(chunk)
     return Blob(digest=digest.hexdigest(), num_bytes=num_bytes)

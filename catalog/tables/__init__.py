@@ -6,6 +6,7 @@ The imports register all tables, whichever of them a caller imports. `alembic ch
 from catalog.tables import (
     audit,
     batches,
+    exports,
     fleet,
     history,
     inference,
@@ -22,6 +23,7 @@ from catalog.tables import (
 __all__ = [
     "audit",
     "batches",
+    "exports",
     "fleet",
     "history",
     "inference",

@@ -61,6 +61,24 @@ LEASE: Final = ("claim_id", "lease_expires_at")
 """Columns of every `Leased` table."""
 
 WORKER_RIGHTS: Mapping[str, Rights] = {
+    # Without the columns of the request: adapter, format, repository, project.
+    "adapter_exports": Rights(
+        select=True,
+        update=(
+            "status",
+            "num_attempts",
+            "run_after",
+            "started_at",
+            "finished_at",
+            "error",
+            "artifact",
+            "num_bytes",
+            "verification",
+            "cost",
+            "hub_url",
+            *LEASE,
+        ),
+    ),
     "adapters": APPEND,
     "api_keys": NONE,
     "artifacts": EVERYTHING,  # a worker deletes the rows of checkpoints that newer ones replace

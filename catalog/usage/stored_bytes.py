@@ -13,6 +13,7 @@ from sqlalchemy import Select, func, select, union_all
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, add_if_missing, read_clock
+from catalog.tables.exports import AdapterExport
 from catalog.tables.history import Checkpoint, JobOutput
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact, File, Prepared
@@ -60,7 +61,8 @@ def _correct(db: Database, project_id: str) -> bool:
 
 
 def _parts() -> tuple[Select[str, int], ...]:
-    """Select the stored bytes: files, adapters, token caches, checkpoints, adapters of checkpoints, trainer logs."""
+    """Select the stored bytes: files, adapters, token caches, checkpoints, adapters of checkpoints, trainer logs,
+    exports."""
     adapters = select(Adapter.project_id, Artifact.num_bytes).join(Artifact, Artifact.digest == Adapter.artifact)
     checkpoints = select(Job.project_id, Artifact.num_bytes).select_from(Checkpoint)
     checkpoints = checkpoints.join(Job, Job.id == Checkpoint.job_id)
@@ -72,4 +74,5 @@ def _parts() -> tuple[Select[str, int], ...]:
         checkpoints.join(Artifact, Artifact.digest == Checkpoint.artifact),
         checkpoints.join(Artifact, Artifact.digest == Checkpoint.adapter),
         select(Job.project_id, JobOutput.num_bytes).join(JobOutput, JobOutput.job_id == Job.id),
+        select(AdapterExport.project_id, AdapterExport.num_bytes),
     )

@@ -1,15 +1,16 @@
 """The background tasks of a worker: it imports base models, prepares files and cleans up, one task at a time on a
-thread."""
+thread. A second thread makes exports, which may take hours and must not delay jobs."""
 
 from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
+from typing import Self
 
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
-from worker.background import base_models, plan_inputs, tokenization
+from worker.background import base_models, exports, plan_inputs, tokenization
 from worker.context.context import WorkerContext
 
 log = logging.getLogger(__name__)
@@ -20,22 +21,18 @@ BACK_OFF_SECONDS = 10.0
 MAX_DOUBLINGS = 5
 
 
-class TaskRunner:
-    """Runs the background tasks. The thread lives as long as the block, because a child dies with the thread that
+class _TaskThread:
+    """Runs one task after another. The thread lives as long as the block, because a child dies with the thread that
     started it."""
 
-    def __init__(self, context: WorkerContext) -> None:
+    def __init__(self, context: WorkerContext, *, name: str) -> None:
         self._context = context
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tasks")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._current: Future[bool] | None = None
         self._next_poll_at = 0.0
         self._has_failed = False
-        self._num_delayed = 0
-        """Number of consecutive preparations that failed, perhaps because of this node."""
-        self._last_was_job = False
-        """The last preparation was for a job and not for a plan."""
 
-    def __enter__(self) -> TaskRunner:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -63,14 +60,12 @@ class TaskRunner:
         return found
 
     def _back_off(self) -> float:
-        """Return the pause after a failure. It doubles from the third consecutive failed preparation on, because the
-        first failures may be caused by the files."""
-        return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_delayed - 2), MAX_DOUBLINGS)
+        """Return the pause after a failure."""
+        return BACK_OFF_SECONDS
 
-    def wait(self, seconds: float) -> None:
-        """Wait until the current task is done, or `seconds` have passed."""
-        if self._current is not None:
-            wait([self._current], timeout=seconds)
+    def current(self) -> list[Future[bool]]:
+        """Return the current task, if there is one."""
+        return [] if self._current is None else [self._current]
 
     def _do_one(self) -> bool:
         """Run one task. Never raises, so that a failure does not affect training: the lease of the task expires."""
@@ -78,25 +73,72 @@ class TaskRunner:
         if self._context.draining:
             return False
         try:
-            found = self._next_task()
-            if found:
-                self._context.notifier.wake_workers()  # a prepared job may train now
-            else:
-                self._clean_when_due()
-            return found
+            return self._run_next()
         except StaleClaim:
-            log.info("Another worker has taken over the current preparation.")
+            log.info("Another worker has taken over the current task, or a user has cancelled it.")
             return True
-        except tokenization.PreparationDelayed:
-            self._num_delayed += 1
-            if self._num_delayed == 1:
-                return True
         except (Unavailable, OutOfSpace) as error:
-            log.warning("%s Imports and preparations are delayed.", error)
+            log.warning("%s Background tasks are delayed.", error)
         except Exception:
-            log.exception("An import or a preparation failed.")
+            log.exception("A background task failed.")
         self._has_failed = True
         return False
+
+    def _run_next(self) -> bool:
+        """Run the next task. Returns False if there is none."""
+        raise NotImplementedError
+
+
+class _ExportThread(_TaskThread):
+    """Makes exports."""
+
+    def _run_next(self) -> bool:
+        return exports.export_next(self._context)
+
+
+class TaskRunner(_TaskThread):
+    """Runs the background tasks."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        super().__init__(context, name="tasks")
+        self._exports = _ExportThread(context, name="exports")
+        self._num_delayed = 0
+        """Number of consecutive preparations that failed, perhaps because of this node."""
+        self._last_was_job = False
+        """The last preparation was for a job and not for a plan."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._exports:
+            super().__exit__(kind, error, trace)
+
+    def advance(self, *, was_notified: bool = False) -> bool:
+        is_exporting = self._exports.advance(was_notified=was_notified)
+        return super().advance(was_notified=was_notified) or is_exporting
+
+    def _back_off(self) -> float:
+        """Return the pause after a failure. It doubles from the third consecutive failed preparation on, because the
+        first failures may be caused by the files."""
+        return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_delayed - 2), MAX_DOUBLINGS)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a current task is done, or `seconds` have passed."""
+        if running := [*self.current(), *self._exports.current()]:
+            wait(running, timeout=seconds, return_when=FIRST_COMPLETED)
+
+    def _run_next(self) -> bool:
+        try:
+            found = self._next_task()
+        except tokenization.PreparationDelayed:
+            self._num_delayed += 1
+            self._has_failed = self._num_delayed > 1
+            return not self._has_failed
+        if found:
+            self._context.notifier.wake_workers()  # a prepared job may train now
+        else:
+            self._clean_when_due()
+        return found
 
     def _next_task(self) -> bool:
         return base_models.import_next(self._context) or self._prepare_one()

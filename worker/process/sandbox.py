@@ -26,7 +26,7 @@ from catalog import failpoints
 from worker.process import seccomp
 
 log = logging.getLogger(__name__)
-Kind = Literal["trainer", "tokenization", "import"]
+Kind = Literal["trainer", "tokenization", "import", "export", "upload"]
 Limit = Literal["data", "cpu", "fsize"]
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
@@ -168,6 +168,27 @@ def base_import(folder: Path, *, source: Path | None) -> Sandbox:
         entries = sorted(source.iterdir()) if source.is_dir() else []  # a snapshot of the hub consists of links
         reads = tuple(str(path.resolve()) for path in (source, *entries))
     return Sandbox(kind="import", reads=reads, links=links, tcp=source is None, limits=limits)
+
+
+def export(folder: Path, *, base_dir: Path) -> Sandbox:
+    """Return the sandbox of a child that exports an adapter: it reads the base model, and writes the folder of this
+    export.
+
+    A model of 16 bits is held in 32 bits while it is merged and verified, with copies of some weights.
+    """
+    num_bytes = _size_of(base_dir)
+    limits: dict[Limit, int] = {
+        "data": 8 * 2**30 + 20 * num_bytes,
+        "cpu": 3600 + 3600 * (num_bytes // 2**30),
+        "fsize": 2**30 + 4 * num_bytes,
+    }
+    reads = (str(base_dir.absolute()),)
+    return Sandbox(kind="export", reads=reads, writes=(str(folder.absolute()),), limits=limits)
+
+
+def hub_upload(folder: Path) -> Sandbox:
+    """Return the sandbox of a child that uploads files in `folder` to the hub. Raises OSError."""
+    return Sandbox(kind="upload", links=(str(folder.absolute()), *hub_folders()), tcp=True)
 
 
 def environment() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 `python -m worker.children.trainer.main DIR` can also be run manually on a trainer directory. This module starts the
 process, loads the base model, waits and exits; message_handlers.py handles the messages. The process has no access to
-the database, the store or the internet. Only it and worker.children.base_importer import lora_core.
+the database, the store or the internet. Only it, worker.children.base_importer and worker.children.exporter import
+lora_core.
 """
 
 from __future__ import annotations

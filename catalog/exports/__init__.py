@@ -1,0 +1,1 @@
+"""Exports of adapters in the formats of serving engines: requests of users, and the operations of workers."""

@@ -1,0 +1,147 @@
+"""A worker's operations on exports: claim one, record its result, and fail or release it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from catalog.db import lease
+from catalog.db.database import Database, read_clock, skip_locked
+from catalog.errors import LorryError, StaleClaim
+from catalog.registry import export_rows
+from catalog.storage import artifact_index, quota
+from catalog.storage.manifest import Manifest
+from catalog.tables.exports import AdapterExport
+from catalog.tables.fleet import Worker
+from catalog.tables.table import Json
+from catalog.usage import ledger
+
+MAX_ATTEMPTS = 3
+"""Workers that may fail to make an export before it fails: it may be the cause."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportClaim:
+    """An export that this worker makes."""
+
+    claim_id: str
+    export_id: str
+    adapter_name: str
+    adapter_artifact: str
+    base_model: str
+    base_digest: str
+    format: str
+    quantization: str | None
+    hub_repository: str | None
+    is_last: bool
+    """If this worker can't make it either, the export fails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exported:
+    """The result of an export. manifest: None for the format adapter."""
+
+    manifest: Manifest | None
+    verification: Json | None
+    cost: Json | None
+    hub_url: str | None
+
+
+def claim(db: Database, *, worker_id: str, lease_seconds: float) -> ExportClaim | None:
+    """Lease a waiting export to this worker. Returns None if none waits.
+
+    An export whose workers were lost MAX_ATTEMPTS times fails.
+    """
+    with db.read() as session:  # most polls find no export, and a read transaction blocks no writer
+        if session.scalar(export_rows.first(now=read_clock(session))) is None:
+            return None
+    with db.write() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id)
+        if worker is not None and worker.takes_nothing_new:
+            return None
+        while (row := session.scalar(skip_locked(export_rows.first(now=now)))) is not None:
+            if row.num_attempts < MAX_ATTEMPTS:
+                return _claim(row, now=now, lease_seconds=lease_seconds)
+            _fail(row, _lost(row), now=now)
+            session.flush()
+        return None
+
+
+def finish(db: Database, claim_id: str, exported: Exported) -> None:
+    """Record the result, and charge its bytes to the project. Raises StaleClaim, QuotaExceeded."""
+    with db.write() as session:
+        row, now = _hold(session, claim_id), read_clock(session)
+        if exported.manifest is not None:
+            quota.check_stored(session, row.project_id, exported.manifest.num_bytes, now=now)
+            row.artifact = artifact_index.show(session, exported.manifest, now=now)
+            row.num_bytes = exported.manifest.num_bytes
+            ledger.store(session, row.project_id, row.num_bytes, now=now)
+        row.verification, row.cost, row.hub_url = exported.verification, exported.cost, exported.hub_url
+        row.status, row.finished_at, row.error = "succeeded", now, None
+        lease.release(row)
+
+
+def fail(db: Database, claim_id: str, error: LorryError) -> None:
+    """Mark the export as failed: the same attempt would fail again. Raises StaleClaim."""
+    with db.write() as session:
+        _fail(_hold(session, claim_id), _described(error), now=read_clock(session))
+
+
+def release(db: Database, claim_id: str, *, error: LorryError | None = None, wait_seconds: float = 0) -> None:
+    """Release the export, so that this or another worker makes it. Raises StaleClaim.
+
+    error: the export may be the cause, so the attempt counts, and the last one fails with it. None: it does not count,
+    because the worker exits, the store does not answer or the disk is full.
+    """
+    with db.write() as session:
+        row, now = _hold(session, claim_id), read_clock(session)
+        if error is not None and row.num_attempts >= MAX_ATTEMPTS:
+            _fail(row, _described(error), now=now)
+            return
+        row.num_attempts -= error is None
+        row.status, row.run_after = "queued", now + wait_seconds
+        lease.release(row)
+
+
+def _claim(row: AdapterExport, *, now: float, lease_seconds: float) -> ExportClaim:
+    row.num_attempts += 1
+    row.status, row.started_at, row.run_after = "running", row.started_at or now, None
+    return ExportClaim(
+        claim_id=lease.acquire(row, now=now, lease_seconds=lease_seconds, prefix="exporting"),
+        export_id=row.id,
+        adapter_name=row.adapter_name,
+        adapter_artifact=row.adapter_artifact,
+        base_model=row.base_model,
+        base_digest=row.base_digest,
+        format=row.format,
+        quantization=row.quantization,
+        hub_repository=row.hub_repository,
+        is_last=row.num_attempts >= MAX_ATTEMPTS,
+    )
+
+
+def _hold(session: Session, claim_id: str) -> AdapterExport:
+    row = lease.held(session, AdapterExport, claim_id)
+    if row is None:
+        raise StaleClaim(claim_id)
+    return row
+
+
+def _fail(row: AdapterExport, error: Json, *, now: float) -> None:
+    row.status, row.error, row.finished_at = "failed", error, now
+    lease.release(row)
+
+
+def _described(error: LorryError) -> Json:
+    return {"code": error.code, "message": error.message, "remedy": error.remedy}
+
+
+def _lost(row: AdapterExport) -> Json:
+    return {
+        "code": "export_lost",
+        "message": f"The export failed: {row.num_attempts} workers were lost while they made it.",
+        "remedy": "Check the logs of the workers. They may run out of memory: a worker needs memory for the merged "
+        "model in 32 bits. Then create the export again.",
+    }

@@ -1,0 +1,232 @@
+"""Users' operations on exports: create, list, show, cancel and delete them.
+
+A project may export its own adapters and those that are shared with it. An export belongs to the project that requested
+it, and counts toward its stored bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy.orm import Session
+
+from catalog.audit import log
+from catalog.audit.log import AuditType
+from catalog.caller import Caller
+from catalog.db import lease
+from catalog.db.database import Database, read_clock, serialize
+from catalog.db.pagination import Page, paginate
+from catalog.errors import Conflict, NotFound, RateLimited
+from catalog.exports import formats
+from catalog.exports.formats import Format, Quantization
+from catalog.registry import adapters, export_rows
+from catalog.storage import quota
+from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
+from catalog.tables.jobs import Job
+from catalog.tables.storage import Adapter, Artifact, BaseModelRow
+from catalog.tables.table import new_id
+
+MAX_OPEN = 20
+"""Maximum number of unfinished exports of a project."""
+RETRY_SECONDS = 30.0
+REPLACED = ("failed", "cancelled")
+"""States of an export that a new one with the same options replaces."""
+
+
+def create(
+    db: Database,
+    *,
+    caller: Caller,
+    adapter: str,
+    format: Format,  # noqa: A002
+    quantization: Quantization | None = None,
+    hub_repository: str | None = None,
+    max_open: int = MAX_OPEN,
+) -> AdapterExport:
+    """Create an export, or return the unfinished or succeeded one with the same options.
+
+    Raises InvalidRequest if the format can't contain the adapter, NotFound, Conflict if the base model is missing,
+    QuotaExceeded, and RateLimited if the project has too many unfinished exports.
+    """
+    quantization = formats.resolve(format, quantization, hub_repository=hub_repository)
+    with db.write() as session:
+        serialize(session, f"exports {caller.project_id}")
+        model = adapters.find(session, caller.project_id, adapter, locked=True, param="adapter")
+        base = _base(session, model, format)
+        lora: dict[str, Any] = session.get_one(Job, model.job_id).spec.get("lora") or {}
+        description: dict[str, Any] = base.description or {}
+        formats.check_model(format, description=description, lora=lora)
+        same = (
+            AdapterExport.project_id == caller.project_id,
+            AdapterExport.adapter_id == model.id,
+            AdapterExport.adapter_artifact == model.artifact,
+            AdapterExport.format == format,
+            AdapterExport.quantization == quantization,
+            AdapterExport.hub_repository == hub_repository,
+        )
+        now = read_clock(session)
+        for found in session.scalars(select(AdapterExport).where(*same).with_for_update()).all():
+            if found.status not in REPLACED:
+                return found
+            export_rows.remove(session, found, now=now)
+        _refuse_too_many(session, caller.project_id, max_open)
+        needed = formats.estimated_bytes(
+            format, quantization, description=description, adapter_parameters=model.num_parameters
+        )
+        quota.precheck_stored(session, caller.project_id, needed, now=now)
+        row = AdapterExport(
+            id=new_id("export"),
+            project_id=caller.project_id,
+            created_at=now,
+            created_by=caller.api_key_id,
+            adapter_id=model.id,
+            adapter_name=model.name,
+            adapter_artifact=model.artifact,
+            base_model=model.base_model,
+            base_digest=model.base_digest,
+            format=format,
+            quantization=quantization,
+            hub_repository=hub_repository,
+            status="queued",
+            num_attempts=0,
+            num_bytes=0,
+        )
+        session.add(row)
+        _note(session, "adapter_export.created", row, now=now)
+        return row
+
+
+def list_page(
+    db: Database, *, project_id: str, adapter: str, after: str | None = None, limit: int = 20
+) -> Page[AdapterExport]:
+    """Return a page of the project's exports of the adapter, newest first. Raises NotFound if the project has none and
+    can't read the adapter."""
+    with db.read() as session:
+        scope = select(AdapterExport).where(AdapterExport.project_id == project_id, _is_of(adapter))
+        if session.scalar(scope.limit(1)) is None:
+            adapters.find(session, project_id, adapter, param="adapter")
+        created, ident = AdapterExport.created_at, AdapterExport.id
+        return paginate(session, scope, created=created, ident=ident, after=after, limit=limit)
+
+
+def get(db: Database, *, project_id: str, adapter: str, export: str) -> AdapterExport:
+    """Return an export of the project. Raises NotFound."""
+    with db.read() as session:
+        return _find(session, project_id, adapter, export)
+
+
+def files_of(db: Database, *, project_id: str, adapter: str, export: str) -> tuple[AdapterExport, Artifact]:
+    """Return an export and its files. Raises NotFound, and Conflict if it has none."""
+    with db.read() as session:
+        row = _find(session, project_id, adapter, export)
+        if row.artifact is not None:
+            return row, session.get_one(Artifact, row.artifact)
+        if row.format == "adapter":
+            raise Conflict(
+                f"Export {row.id} stores no files: it uploads those of the adapter.",
+                code="export_has_no_files",
+                remedy=f"Download them with `lorry adapters pull {row.adapter_name}`.",
+                param="export",
+            )
+        raise Conflict(
+            f"Export {row.id} has no files, because its status is {row.status!r}.",
+            code="export_not_ready",
+            remedy=f"Wait until its status is 'succeeded': `lorry adapters exports {row.adapter_name}`."
+            if row.status in UNFINISHED_EXPORTS
+            else "Create the export again.",
+            param="export",
+        )
+
+
+def cancel(db: Database, *, project_id: str, adapter: str, export: str) -> AdapterExport:
+    """Cancel an unfinished export. A worker that makes it stops soon. A cancelled one is returned unchanged.
+
+    Raises NotFound, and Conflict if it has finished.
+    """
+    with db.write() as session:
+        row = _find(session, project_id, adapter, export, locked=True)
+        if row.status == "cancelled":
+            return row
+        if row.status not in UNFINISHED_EXPORTS:
+            raise Conflict(
+                f"Export {row.id} can't be cancelled, because its status is {row.status!r}.",
+                code="export_finished",
+                remedy="To delete its files, delete the export.",
+                param="export",
+            )
+        now = read_clock(session)
+        row.status, row.finished_at = "cancelled", now
+        lease.release(row)
+        _note(session, "adapter_export.cancelled", row, now=now)
+        return row
+
+
+def delete(db: Database, *, project_id: str, adapter: str, export: str, is_client_retry: bool = False) -> str:
+    """Delete an export in any state, with its files. Returns its id. Raises NotFound, unless is_client_retry: the
+    client repeats a request without a reply. An upload to the Hub is not deleted."""
+    with db.write() as session:
+        try:
+            row = _find(session, project_id, adapter, export, locked=True)
+        except NotFound:
+            if is_client_retry:
+                return export
+            raise
+        now = read_clock(session)
+        export_rows.remove(session, row, now=now)
+        _note(session, "adapter_export.deleted", row, now=now)
+        return row.id
+
+
+def _base(session: Session, model: Adapter, format: Format) -> BaseModelRow:  # noqa: A002
+    """Return the base model of the adapter. Raises Conflict if it was deleted or replaced, and the format needs it."""
+    base = session.get_one(BaseModelRow, model.base_model)
+    if format != "adapter" and (base.state != "ready" or base.digest != model.base_digest):
+        raise Conflict(
+            f"Adapter {model.name!r} can't be exported as {format!r}, because its base model {model.base_model!r} was "
+            "deleted or replaced.",
+            code="base_changed",
+            remedy="Ask an operator to add the same base model again under this name: `lorry models add "
+            f"{model.base_model} SOURCE`.",
+            param="adapter",
+        )
+    return base
+
+
+def _refuse_too_many(session: Session, project_id: str, max_open: int) -> None:
+    unfinished = (AdapterExport.project_id == project_id, AdapterExport.status.in_(UNFINISHED_EXPORTS))
+    if (session.scalar(select(func.count()).where(*unfinished)) or 0) >= max_open:
+        raise RateLimited(
+            f"The project has {max_open} unfinished exports, which is the maximum.",
+            code="too_many_exports",
+            remedy="Wait until some of them finish, or cancel them.",
+            retry_after_seconds=RETRY_SECONDS,
+            headers={},
+        )
+
+
+def _is_of(adapter: str) -> ColumnElement[bool]:
+    return or_(AdapterExport.adapter_id == adapter, AdapterExport.adapter_name == adapter)
+
+
+def _find(session: Session, project_id: str, adapter: str, export: str, *, locked: bool = False) -> AdapterExport:
+    own = select(AdapterExport).where(
+        AdapterExport.id == export, AdapterExport.project_id == project_id, _is_of(adapter)
+    )
+    row = session.scalar(own.with_for_update() if locked else own)
+    if row is None:
+        raise NotFound(
+            "export",
+            export,
+            message=f"Your project has no export of adapter {adapter!r} with the id {export!r}.",
+            param="export",
+            remedy=f"List the exports with `lorry adapters exports {adapter}`.",
+        )
+    return row
+
+
+def _note(session: Session, type: AuditType, row: AdapterExport, *, now: float) -> None:  # noqa: A002
+    optional = {"quantization": row.quantization, "hub_repository": row.hub_repository}
+    details = {"adapter": row.adapter_name, "format": row.format}
+    details |= {name: value for name, value in optional.items() if value is not None}
+    log.note(session, type, now=now, object_id=row.id, project_id=row.project_id, details=details)

@@ -1,0 +1,81 @@
+"""The formats of exports, and which models each can contain. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from catalog.errors import InvalidRequest
+
+Format = Literal["adapter", "merged", "gguf", "gguf-lora"]
+Quantization = Literal["f16", "q8_0"]
+DEFAULT_QUANTIZATION: Quantization = "q8_0"
+HUB_REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+GGUF_ARCHITECTURES = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"},
+)
+"""Classes of base models that can be written as GGUF. A test compares them with lora_core.gguf_format.architecture."""
+BYTES_OF_VALUE = {"f16": 2.0, "q8_0": 34 / 32}
+
+
+def resolve(format: Format, quantization: Quantization | None, *, hub_repository: str | None) -> Quantization | None:  # noqa: A002
+    """Return the quantization, with its default. Raises InvalidRequest for options that don't belong together."""
+    if format == "gguf":
+        return quantization or DEFAULT_QUANTIZATION
+    if quantization is not None:
+        raise InvalidRequest(
+            f"The format {format!r} has no quantization.",
+            code="invalid_export",
+            remedy="Omit 'quantization', or use the format 'gguf'.",
+            param="quantization",
+        )
+    if format == "adapter" and hub_repository is None:
+        raise InvalidRequest(
+            "The format 'adapter' consists of the adapter's own files, so there is nothing to export.",
+            code="invalid_export",
+            remedy="Set 'hub_repository' to upload them to the Hugging Face Hub, or download them with "
+            "`lorry adapters pull`.",
+            param="format",
+        )
+    return None
+
+
+def check_model(format: Format, *, description: dict[str, Any], lora: dict[str, Any]) -> None:  # noqa: A002
+    """Raises InvalidRequest if the format can't contain the adapter.
+
+    description: of the base model. lora: of the adapter's job. A worker checks the rest, such as the tokenizer.
+    """
+    if format not in ("gguf", "gguf-lora"):
+        return
+    architecture = description.get("architecture")
+    if architecture is not None and architecture not in GGUF_ARCHITECTURES:
+        raise InvalidRequest(
+            f"A base model of the architecture {architecture!r} can't be exported as {format!r}.",
+            code="unsupported_export",
+            remedy=f"Use the format 'merged'. GGUF is supported for {', '.join(sorted(GGUF_ARCHITECTURES))}.",
+            param="format",
+        )
+    if format == "gguf-lora" and lora.get("use_dora"):
+        raise InvalidRequest(
+            "An adapter that uses DoRA can't be exported as 'gguf-lora', which contains only the matrices A and B.",
+            code="unsupported_export",
+            remedy="Use the format 'gguf' or 'merged', which contain the merged weights.",
+            param="format",
+        )
+
+
+def estimated_bytes(
+    format: Format,  # noqa: A002
+    quantization: str | None,
+    *,
+    description: dict[str, Any],
+    adapter_parameters: int,
+) -> int:
+    """Return the approximate size of the files that an export stores."""
+    if format == "adapter":
+        return 0
+    if format == "gguf-lora":
+        return 4 * adapter_parameters
+    values = int(description.get("num_parameters") or 0)
+    if quantization is not None:
+        return int(values * BYTES_OF_VALUE[quantization])
+    return values * (4 if description.get("dtype") == "float32" else 2)

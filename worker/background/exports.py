@@ -1,0 +1,199 @@
+"""Makes exports of adapters in child processes, stores their files, and uploads them to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+
+from catalog import failpoints
+from catalog.disk import full_disk_named, tells_of_full
+from catalog.errors import LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
+from catalog.exports import claims
+from catalog.exports.claims import ExportClaim, Exported
+from catalog.process_exit import how_it_exited, is_killed
+from catalog.storage.manifest import DamagedArtifact
+from catalog.tables.exports import AdapterExport
+from catalog.tables.table import Json
+from worker.background import base_models
+from worker.context.context import WorkerContext
+from worker.node import scratch_dirs
+from worker.process import sandbox
+from worker.process.launcher import run_child
+from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
+from worker.protocol.mailbox import read_json, write_json
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 30.0
+"""Wait after an attempt that failed, perhaps because of this node."""
+AGAIN = "Then create the export again."
+
+
+class ExportRefused(LorryError):
+    """The export fails on every worker."""
+
+
+class ExportCrashed(LorryError):
+    """The attempt failed, perhaps because of this node."""
+
+
+def export_next(context: WorkerContext) -> bool:
+    """Make one waiting export. Returns False if none waits. Raises StaleClaim, OutOfSpace, Unavailable."""
+    claim = claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
+    if claim is None:
+        return False
+    is_unwanted = base_models.lost_lease(context, AdapterExport, claim.claim_id)
+    try:
+        with full_disk_named(), scratch_dirs.owned(context.scratch_dir() / f"export-{token_hex(8)}") as work:
+            work.mkdir(parents=True)
+            exported = _Attempt(context=context, claim=claim, work=work, is_unwanted=is_unwanted).run()
+        failpoints.pass_by("before_export_finishes")
+        claims.finish(context.db, claim.claim_id, exported)
+    except (ExportRefused, QuotaExceeded, NotFound) as error:
+        claims.fail(context.db, claim.claim_id, error)
+    except (ExportCrashed, base_models.ImportRefused, DamagedArtifact) as error:
+        log.warning("%s", error)
+        claims.release(context.db, claim.claim_id, error=error, wait_seconds=RETRY_SECONDS)
+    except base_models.Abandoned:
+        with suppress(StaleClaim):  # a user has cancelled it, or another worker has taken over
+            claims.release(context.db, claim.claim_id)
+    except (OutOfSpace, Unavailable):
+        with suppress(Unavailable):
+            claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
+        raise
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Attempt:
+    """One attempt at an export, in the folder `work`. Its methods raise ExportRefused, ExportCrashed, OutOfSpace and,
+    once the worker exits or the export is unwanted, Abandoned."""
+
+    context: WorkerContext
+    claim: ExportClaim
+    work: Path
+    is_unwanted: Callable[[], bool]
+
+    def run(self) -> Exported:
+        store, claim = self.context.store, self.claim
+        adapter, files = self.work / "adapter", self.work / "files"
+        store.fetch(store.get_manifest(claim.adapter_artifact), adapter)
+        if claim.format == "adapter":
+            return Exported(manifest=None, verification=None, cost=None, hub_url=self._upload(adapter))
+        result = self._write_files(adapter, files)
+        failpoints.pass_by("uploading")
+        manifest = store.put_folder(files, kind="export", check=self._check)
+        hub_url = None if claim.hub_repository is None else self._upload(files)
+        return Exported(manifest=manifest, verification=result["verification"], cost=result["cost"], hub_url=hub_url)
+
+    def _write_files(self, adapter: Path, files: Path) -> Json:
+        """Run the child that writes and verifies the files. Returns what it measured."""
+        claim = self.claim
+        base_dir = base_models.ensure(
+            self.context, claim.base_model, claim.base_digest, is_unwanted=self.is_unwanted
+        ).absolute()
+        request: Json = {
+            "adapter_dir": str(adapter),
+            "base_dir": str(base_dir),
+            "out_dir": str(files),
+            "format": claim.format,
+            "quantization": claim.quantization,
+            "name": claim.adapter_name,
+            "file_stem": file_stem(claim),
+        }
+        return self._run_child("worker.children.exporter", request, sandbox.export(self.work, base_dir=base_dir))
+
+    def _upload(self, folder: Path) -> str:
+        """Upload a folder in a child, which has the hub's token and reads no model. Returns the address of the
+        commit."""
+        claim = self.claim
+        message = f"Upload {claim.adapter_name} ({claim.format}) with Lorry"
+        request: Json = {"folder": str(folder), "repository": claim.hub_repository, "message": message}
+        try:
+            box = sandbox.hub_upload(self.work)
+        except OSError as error:
+            raise ExportCrashed(
+                f"Worker {self.context.worker_id} can't create its Hugging Face cache folder {error.filename}: "
+                f"{error.strerror}.",
+                code="hub_unreachable",
+                remedy=f"Make the folder writable for the worker's user, or set HF_HOME to a writable folder. {AGAIN}",
+            ) from error
+        return str(self._run_child("worker.children.hub_uploader", request, box)["url"])
+
+    def _run_child(self, module: str, request: Json, box: sandbox.Sandbox) -> Json:
+        """Run a child to its end. Returns its result."""
+        worker_id = self.context.worker_id
+        arguments, result, log_path = (self.work / name for name in ("arguments.json", "result.json", "log.txt"))
+        result.unlink(missing_ok=True)
+        write_json(arguments, {**request, "result": str(result)})
+        child = run_child(module, str(arguments), log_path=log_path, box=box)
+        base_models.wait_for_child(child, self.context, self.is_unwanted, stuck=partial(_stuck, worker_id))
+        if not result.exists():
+            raise _crashed(worker_id, child.returncode, log_path)
+        answer = read_json(result)
+        if "error" in answer:
+            raise _reported(worker_id, answer["error"])
+        return answer
+
+    def _check(self) -> None:
+        """Raises Abandoned. Called while files are stored, it also renews the lease."""
+        if self.context.draining or self.is_unwanted():
+            raise base_models.Abandoned
+
+
+def file_stem(claim: ExportClaim) -> str:
+    """Return the name of the GGUF file without its suffix: the adapter's name, and the quantization."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", claim.adapter_name).strip(".-")[:120] or "adapter"
+    return f"{name}-{claim.quantization or 'lora'}"
+
+
+def _reported(worker_id: str, error: dict[str, str]) -> LorryError:
+    """Return the error that the child reported."""
+    code, message, remedy = error["code"], error["message"], error["remedy"]
+    if code == OUT_OF_SPACE:
+        return _full_disk(worker_id)
+    if code in (DISK_ERROR, "export_limit", "hub_unreachable"):
+        return ExportCrashed(
+            f"{message.removesuffix('.')} (worker {worker_id}).", code=code, remedy=f"{remedy} {AGAIN}"
+        )
+    return ExportRefused(message, code=code, remedy=remedy)
+
+
+def _full_disk(worker_id: str) -> OutOfSpace:
+    return OutOfSpace(
+        f"The disk on worker {worker_id} is full.",
+        code=OUT_OF_SPACE,
+        remedy="Free up space in that worker's data folder. Waiting work continues automatically.",
+    )
+
+
+def _stuck(worker_id: str, why: str) -> ExportCrashed:
+    return ExportCrashed(
+        f"The export on worker {worker_id} was stopped because {why}.",
+        code="no_progress",
+        remedy=f"Check that the worker has enough memory and processor time. {AGAIN}",
+    )
+
+
+def _crashed(worker_id: str, returncode: int, log_path: Path) -> LorryError:
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    if lines and tells_of_full(lines[-1]):
+        return _full_disk(worker_id)
+    exited = how_it_exited(returncode)
+    if is_killed(returncode):
+        return ExportCrashed(
+            f"The export on worker {worker_id} {exited}, probably because the machine ran out of memory.",
+            code="export_crashed",
+            remedy=f"Use a worker with memory for the merged model in 32 bits, twice. {AGAIN}",
+        )
+    last = lines[-1][:300].rstrip(".") if lines else "no output"
+    return ExportCrashed(
+        f"The export on worker {worker_id} {exited}: {last}.",
+        code="export_crashed",
+        remedy=f"If this recurs, reinstall Lorry's dependencies on that worker. {AGAIN}",
+    )

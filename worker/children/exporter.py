@@ -1,0 +1,57 @@
+"""Exports an adapter: a child process that writes and verifies the files of an export, and exits.
+
+`python -m worker.children.exporter ARGS.json`. It may access no database, no store and no network.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import sys
+
+if __name__ == "__main__":
+    gc.disable()  # the imports free nothing, so collections would waste a quarter of their time
+
+from pathlib import Path
+
+from lora_core.errors import LoraCoreError
+from lora_core.model_files.export import export_model
+from worker.protocol.errors import described, disk_error
+from worker.protocol.mailbox import Json, read_json, write_json
+
+
+def export(arguments_path: Path) -> None:
+    """Export as specified by the file with `{adapter_dir, base_dir, out_dir, format, quantization, name, file_stem,
+    result}`. Writes `{verification, cost}` or an error to the result file."""
+    arguments = read_json(arguments_path)
+    try:
+        result: Json = export_model(
+            Path(arguments["adapter_dir"]),
+            Path(arguments["base_dir"]),
+            Path(arguments["out_dir"]),
+            format=arguments["format"],
+            quantization=arguments["quantization"],
+            name=arguments["name"],
+            file_stem=arguments["file_stem"],
+        )
+    except LoraCoreError as error:
+        result = {"error": described(error)}
+    except MemoryError:
+        result = {"error": _limit_error("needs more memory than the limit for its size, or than this machine has.")}
+    except OSError as error:
+        is_limit = error.errno == errno.EFBIG
+        too_large = "writes a file that is larger than the limit for its size."
+        result = {"error": _limit_error(too_large) if is_limit else disk_error(error)}
+    write_json(Path(arguments["result"]), result)
+
+
+def _limit_error(what: str) -> dict[str, str]:
+    """Return the error for an exceeded resource limit of this process; see worker.process.sandbox."""
+    remedy = "Use a worker with more memory, or a smaller base model."
+    return {"code": "export_limit", "message": f"The export {what}", "remedy": remedy}
+
+
+if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
+    export(Path(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""Uploads a folder to the Hugging Face Hub: a child process with the hub's token, which reads no model.
+
+`python -m worker.children.hub_uploader ARGS.json`. It may access no database and no store.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from catalog.process_inspection import deny_inspection
+from worker.protocol.errors import disk_error
+from worker.protocol.mailbox import Json, read_json, write_json
+
+REMEDY = "Set HF_TOKEN on the worker to a token that may write to the repository, and restart the worker."
+
+
+def upload(arguments_path: Path) -> None:
+    """Upload as specified by the file with `{folder, repository, message, result}`. Writes `{url}` or an error to the
+    result file. A repository that does not exist is created as a private one."""
+    arguments = read_json(arguments_path)
+    write_json(
+        Path(arguments["result"]),
+        _uploaded(Path(arguments["folder"]), arguments["repository"], arguments["message"]),
+    )
+
+
+def _uploaded(folder: Path, repository: str, message: str) -> Json:
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.is_offline_mode() or get_token() is None:
+        return _unable(is_offline=constants.is_offline_mode())
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except HfHubHTTPError as error:
+        return _refused(repository, error.response.status_code)
+    except ValueError as error:  # an invalid name, or a file that the hub rejects
+        return _error("hub_rejected", f"The Hugging Face Hub rejected the upload: {str(error)[:300]}", "Correct this.")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            return {"error": disk_error(error)}
+        if not _is_of_connection(error):
+            raise
+        return _unreachable(repository, str(error)[:200] or type(error).__name__)
+    return {"url": str(commit.commit_url)}
+
+
+def _unable(*, is_offline: bool) -> Json:
+    """Return the error of a worker that is offline by its settings, or has no token."""
+    if is_offline:
+        return _error("hub_offline", "The worker must not use the Hugging Face Hub.", "Unset HF_HUB_OFFLINE on it.")
+    return _error("hub_no_token", "The worker has no token for the Hugging Face Hub.", REMEDY)
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Return whether the hub's client can't reach the hub. Its HTTP library has error classes of its own."""
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    return isinstance(error, HTTPError | OSError)
+
+
+def _refused(repository: str, status: int) -> Json:
+    """Return the error for a response of the hub."""
+    if status == 401:
+        return _error("hub_no_token", "The Hugging Face Hub does not accept the worker's token.", REMEDY)
+    if status in (403, 404):
+        message = f"The worker's token may not write to the repository {repository!r} on the Hugging Face Hub."
+        return _error("hub_forbidden", message, f"Check the repository's name. {REMEDY}")
+    if status == 429 or status >= 500:
+        return _unreachable(repository, f"it answers with the status {status}")
+    message = f"The Hugging Face Hub rejected the upload to {repository!r} with the status {status}."
+    return _error("hub_rejected", message, "Check the repository's name, type and storage limit on the Hub.")
+
+
+def _unreachable(repository: str, reason: str) -> Json:
+    return _error(
+        "hub_unreachable",
+        f"The upload to {repository!r} on the Hugging Face Hub was interrupted: {reason}.",
+        "Check that the worker can reach the Hub, and HF_ENDPOINT if it is set.",
+    )
+
+
+def _error(code: str, message: str, remedy: str) -> Json:
+    return {"error": {"code": code, "message": message, "remedy": remedy}}
+
+
+if __name__ == "__main__":
+    deny_inspection()  # its environment holds the hub's token
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    upload(Path(sys.argv[1]))
