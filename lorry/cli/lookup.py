@@ -98,6 +98,10 @@ def permission(lorry: Lorry, adapter_name: str, typed: str) -> str:
     return _only("permission", typed, matches, given, lambda one: one.id) or typed
 
 
+def export(lorry: Lorry, adapter_name: str, typed: str) -> str:
+    return _full_id("export", typed, lambda: lorry.adapters.exports.list(adapter_name))
+
+
 def _adapter_of_job(lorry: Lorry, typed: str) -> str:
     found = lorry.jobs.get(job(lorry, typed))
     if found.fine_tuned_model is None:

@@ -9,9 +9,9 @@ import typer
 from lorry.cli.app import group, run
 from lorry.cli.commands import (
     account,
-    adapters,
     audit,
     down,
+    exports,
     files,
     fleet,
     jobs,
@@ -57,7 +57,7 @@ app.add_typer(sweeps.app, name="sweeps")
 app.add_typer(sweeps.app, name="sweep", hidden=True)
 adapters.app.verb("deploy", *deployments.DEPLOY_EXAMPLES)(deployments.deploy)
 adapters.app.verb("undeploy", *deployments.UNDEPLOY_EXAMPLES)(deployments.undeploy)
-app.add_typer(adapters.app, name="adapters")
+app.add_typer(exports.app, name="adapters")
 app.verb("chat", *chat.EXAMPLES)(chat.chat)
 app.add_typer(batches.app, name="batches")
 app.add_typer(serving.app, name="serving")

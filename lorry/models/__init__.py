@@ -12,6 +12,10 @@ from lorry.models.accounts import (
     UsageBucket,
     UsageResult,
 )
+from lorry.models.exports import (
+    AdapterExport,
+    ExportCost,
+)
 from lorry.models.jobs import (
     Adapter,
     Attempt,
@@ -52,6 +56,7 @@ from lorry.models.webhooks import (
 
 __all__ = [
     "Adapter",
+    "AdapterExport",
     "ApiKey",
     "Attempt",
     "AuditEvent",
@@ -62,6 +67,7 @@ __all__ = [
     "Deployment",
     "Estimate",
     "Evaluation",
+    "ExportCost",
     "File",
     "Job",
     "JobEvent",

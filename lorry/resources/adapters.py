@@ -11,9 +11,11 @@ from typing import Any
 from urllib.parse import quote
 
 from lorry.errors import LorryError
+from lorry.models.exports import AdapterExport
 from lorry.models.jobs import Adapter, Job, Permission
 from lorry.models.serving import Deployment
 from lorry.resources import pages
+from lorry.resources.exports import AdapterExports, Format, Quantization
 from lorry.resources.files import OnBytes
 from lorry.transport.http import Transport
 from lorry.verification import adapter_archive, adapter_folder
@@ -24,6 +26,7 @@ class Adapters:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        self.exports = AdapterExports(transport)
 
     def list(self, *, limit: int | None = None, shared: bool = False) -> Iterator[Adapter]:
         """Yield adapters, newest first. `shared`: those that other projects share, instead of the project's own."""
@@ -59,8 +62,22 @@ class Adapters:
         """Return the public keys of lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""
         return self._transport.get("keys.json")["keys"]
 
+    def export(
+        self,
+        name: str,
+        format: Format,  # noqa: A002
+        *,
+        quantization: Quantization | None = None,
+        hub_repository: str | None = None,
+    ) -> AdapterExport:
+        """Make a worker export the adapter in the format of a serving engine; see `exports.create`.
+
+        Wait for it with `exports.wait`, then download it with `exports.pull`.
+        """
+        return self.exports.create(name, format, quantization=quantization, hub_repository=hub_repository)
+
     def delete(self, name: str) -> None:
-        """Delete an adapter with its files."""
+        """Delete an adapter with its files and exports."""
         self._transport.request("DELETE", _of(name))
 
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:

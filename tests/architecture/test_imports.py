@@ -11,7 +11,12 @@ import pytest
 from tests.architecture.source_files import ROOT, source_files
 
 TENSORS = {"torch", "transformers", "peft", "accelerate", "lora_core"}
-LOAD_TENSORS = ("worker.children.trainer", "worker.children.base_importer", "worker.children.exporter", "migrations.env")
+LOAD_TENSORS = (
+    "worker.children.trainer",
+    "worker.children.base_importer",
+    "worker.children.exporter",
+    "migrations.env",
+)
 """The only modules that import lora_core (see .importlinter), and one that runs a migration on import."""
 SERVER = {"catalog", "api", "worker", "sqlalchemy", "celery", "fastapi", "alembic", "pydantic"}
 IMPORT_ALL = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
@@ -123,9 +123,9 @@ class TaskRunner(_TaskThread):
         return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_delayed - 2), MAX_DOUBLINGS)
 
     def wait(self, seconds: float) -> None:
-        """Wait until a current task is done, or `seconds` have passed."""
-        if running := [*self.current(), *self._exports.current()]:
-            wait(running, timeout=seconds, return_when=FIRST_COMPLETED)
+        """Wait until the current task is done, or else the current export, or `seconds` have passed."""
+        if running := self.current() or self._exports.current():
+            wait(running, timeout=seconds)
 
     def _run_next(self) -> bool:
         try:

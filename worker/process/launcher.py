@@ -32,7 +32,7 @@ ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_",
 CREDENTIAL_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PEPPER|CREDENTIAL", re.IGNORECASE)
 """A variable with such a name may hold a credential, for example NVIDIA_API_KEY. It is passed on only if ALLOWED or
 HUB names it. NCCL_IB_PKEY is allowed because it is the index of an InfiniBand partition."""
-HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "XDG_CACHE_HOME")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
 CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """CUDA numbers GPUs as NVML does. A fixed workspace makes the sums of cuBLAS reproducible. No other setting for

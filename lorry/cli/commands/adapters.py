@@ -1,4 +1,7 @@
-"""`lorry adapters`: list, download, verify, trace, share and delete trained adapters."""
+"""`lorry adapters`: list, download, verify, trace, share and delete trained adapters.
+
+lorry/cli/commands/exports.py adds the commands for exports.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from lorry.cli.commands.serving.endpoints import state_of
 from lorry.cli.render import output
 from lorry.cli.render.efficiency import efficiency_pairs
 from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted
+from lorry.cli.render.serving import print_adapter_usage
 from lorry.cli.render.tables import Column, table
 from lorry.errors import LorryError, NotFound
 
@@ -121,7 +125,7 @@ def pull(
         output.print_json({"object": "adapter.folder", "path": str(path.resolve())})
     else:
         output.console().print(str(path), soft_wrap=True)
-        _print_usage(path, found, _source_of(lorry, found.base_model))
+        print_adapter_usage(path, found, _source_of(lorry, found.base_model))
 
 
 @app.verb(
@@ -449,28 +453,6 @@ def _source_of(lorry: Lorry, base_model: str) -> str | None:
         return None
     revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
     return json.dumps(base.source) + revision
-
-
-def _print_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
-    """Print how to load the folder. For a base model that is not on the Hub, adapter_config.json contains Lorry's own
-    name, which Transformers can't load."""
-    where = "BASE" if source is None else source
-    output.echo("Load it with PEFT:")
-    output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {_loading_options(adapter)})")
-    output.echo(f"  model = PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
-    if source is None:
-        output.echo(f"BASE is the folder or Hub ID of {adapter.base_model}.")
-
-
-def _loading_options(adapter: Adapter) -> str:
-    """Return the arguments with which Transformers loads the base model as in training."""
-    dtype = f"torch.{adapter.precision or 'bfloat16'}"
-    how = {
-        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
-        f"bnb_4bit_compute_dtype={dtype}",
-        "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
-    }.get(adapter.quantization or "none")
-    return f"dtype={dtype}" + (f", quantization_config=BitsAndBytesConfig({how})" if how else "")
 
 
 def folder_name(name: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 
 from catalog.errors import Unavailable
 from tests.worker.pack_site import OUTAGE, PackSite
-from worker.background import base_models, tokenization
-from worker.background.task_runner import TaskRunner
+from worker.background import base_models, exports, tokenization
+from worker.background.task_runner import TaskRunner, _ExportThread  # pyright: ignore[reportPrivateUsage]
 from worker.context.context import WorkerContext
 
 
@@ -24,6 +25,7 @@ def results(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> list[bool | Unav
             raise answer
         return answer
 
+    monkeypatch.setattr(_ExportThread, "advance", lambda _self, **_options: False)
     monkeypatch.setattr(base_models, "import_next", lambda _context: False)
     monkeypatch.setattr(base_models, "clean", lambda _context: None)
     monkeypatch.setattr(tokenization, "prepare_next", poll)
@@ -91,3 +93,27 @@ def test_a_finished_preparation_notifies_the_workers(site: PackSite, results: li
         assert finished(tasks, tasks.advance)
 
     assert site.context.notifier.was_notified()
+
+
+def test_a_long_export_does_not_delay_the_preparation_of_jobs(
+    site: PackSite, results: list[bool | Unavailable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def export(_context: WorkerContext) -> bool:
+        begun.set()
+        return ended.wait(30)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(exports, "export_next", export)
+    monkeypatch.setattr(base_models, "import_next", lambda _context: False)
+    monkeypatch.setattr(tokenization, "prepare_next", lambda _context: bool(results.pop()))
+    results += [True]
+    with TaskRunner(site.context) as tasks:
+        assert tasks.advance()
+        assert begun.wait(30)
+        tasks.wait(30)
+
+        assert results == []
+        assert tasks.advance(), "the export is still running"
+        ended.set()

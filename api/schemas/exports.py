@@ -1,0 +1,141 @@
+"""Schemas of exports of adapters."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from catalog.exports.formats import HUB_REPOSITORY, Format, Quantization
+from catalog.spec.strict import Strict
+from catalog.tables.exports import AdapterExport
+
+ExportStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class ExportRequest(Strict):
+    """An export in the format of a serving engine."""
+
+    format: Format = Field(
+        description="merged: a folder of safetensors with the merged weights. gguf: a GGUF file of the merged model "
+        "for llama.cpp, and a Modelfile for Ollama. gguf-lora: a GGUF file of the adapter alone, which llama.cpp "
+        "applies to a GGUF file of the base model. adapter: the adapter's own files, for an upload to the Hub."
+    )
+    quantization: Quantization | None = Field(
+        default=None, description="Storage of the matrices for the format gguf, by default q8_0."
+    )
+    hub_repository: str | None = Field(
+        default=None,
+        pattern=HUB_REPOSITORY,
+        description="ORG/NAME of a repository on the Hugging Face Hub, to which a worker uploads the files. A "
+        "repository that does not exist is created as a private one.",
+    )
+
+
+class ExportError(BaseModel):
+    code: str
+    message: str
+    remedy: str
+
+
+class ExportVerification(BaseModel):
+    """Largest difference between the logits of the exported files and those of the adapted model, on pseudo-random
+    sequences. `tolerance` is the part that the rounding of the format explains."""
+
+    model_config = ConfigDict(extra="allow")
+    max_abs_diff: float
+    tolerance: float
+    max_abs_diff_to_trained: float | None = Field(
+        default=None,
+        description="For an adapter trained on a quantized base model: difference between the merged model without "
+        "quantization and the logits in training.",
+    )
+
+
+class ExportCost(BaseModel):
+    """Median time of a forward pass of the base model and of the merged model, on a CPU of the worker.
+
+    `same_operations` is whether both run the same operations on tensors of the same shapes and dtypes.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    base_seconds: float
+    merged_seconds: float
+    num_tokens: int
+    same_operations: bool
+
+
+class ExportObject(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "export-0a1b2c3d4e5f60718293a4b5",
+                "object": "adapter.export",
+                "adapter": "adapter-0a1b2c3d4e5f60718293a4b5",
+                "adapter_name": "ft:smollm2-135m:default:docs:1c0ffee0",
+                "format": "gguf",
+                "quantization": "q8_0",
+                "hub_repository": None,
+                "status": "succeeded",
+                "created_at": 1790000200,
+                "started_at": 1790000201,
+                "finished_at": 1790000290,
+                "error": None,
+                "artifact": "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
+                "bytes": 144812123,
+                "verification": {"max_abs_diff": 0.91, "tolerance": 3.74},
+                "cost": {"base_seconds": 0.42, "merged_seconds": 0.42, "num_tokens": 128, "same_operations": True},
+                "hub_url": None,
+            }
+        }
+    )
+    id: str
+    object: Literal["adapter.export"] = "adapter.export"
+    adapter: str = Field(description="Id of the adapter or checkpoint.")
+    adapter_name: str
+    format: Format
+    quantization: Quantization | None
+    hub_repository: str | None
+    status: ExportStatus
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    error: ExportError | None
+    artifact: str | None = Field(description="Digest of the manifest of its files.")
+    bytes: int
+    verification: ExportVerification | None
+    cost: ExportCost | None
+    hub_url: str | None = Field(description="Address of the commit on the Hugging Face Hub.")
+
+
+class ExportDeleted(BaseModel):
+    id: str
+    object: Literal["adapter.export"] = "adapter.export"
+    deleted: bool = True
+
+
+def export_object(row: AdapterExport) -> ExportObject:
+    verification: dict[str, Any] | None = row.verification
+    if verification is not None and (merge := verification.get("merge")) is not None:
+        to_trained = merge.get("max_abs_diff_to_trained")
+        verification = {**verification, "max_abs_diff_to_trained": to_trained}
+    return ExportObject.model_validate(
+        {
+            "id": row.id,
+            "adapter": row.adapter_id,
+            "adapter_name": row.adapter_name,
+            "format": row.format,
+            "quantization": row.quantization,
+            "hub_repository": row.hub_repository,
+            "status": row.status,
+            "created_at": int(row.created_at),
+            "started_at": None if row.started_at is None else int(row.started_at),
+            "finished_at": None if row.finished_at is None else int(row.finished_at),
+            "error": row.error,
+            "artifact": row.artifact,
+            "bytes": row.num_bytes,
+            "verification": verification,
+            "cost": row.cost,
+            "hub_url": row.hub_url,
+        }
+    )

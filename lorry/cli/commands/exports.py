@@ -1,0 +1,198 @@
+"""`lorry adapters export` and the other commands for exports of an adapter. They belong to the group `adapters`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorry.cli import lookup
+from lorry.cli.app import client
+from lorry.cli.commands.adapters import Name, app, folder_name
+from lorry.cli.commands.files import byte_bar
+from lorry.cli.render import output
+from lorry.cli.render.output import AsJson, Quiet, Yes
+from lorry.cli.render.serving import print_export_usage
+from lorry.cli.render.tables import Column, table
+
+if TYPE_CHECKING:
+    from lorry.client import Lorry
+    from lorry.models.exports import AdapterExport
+
+INTERRUPTED = 130
+Export = Annotated[str, typer.Argument(metavar="EXPORT", help="ID of the export.")]
+
+
+class ExportFormat(StrEnum):
+    """The formats of an export."""
+
+    merged = "merged"
+    gguf = "gguf"
+    gguf_lora = "gguf-lora"
+    adapter = "adapter"
+
+
+class Quantization(StrEnum):
+    """How a GGUF model stores its matrices."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
+@app.verb(
+    "export",
+    "lorry adapters export support --format gguf",
+    "lorry adapters export support --format gguf --quantization f16 --to ./support-gguf",
+    "lorry adapters export support --format merged --hub-repository my-org/support",
+)
+def export(
+    adapter: Name,
+    *,
+    format: Annotated[  # noqa: A002
+        ExportFormat,
+        typer.Option(
+            help="merged: safetensors with the merged weights; gguf: a merged model for llama.cpp and Ollama; "
+            "gguf-lora: the adapter alone for llama.cpp; adapter: the adapter's files, for the Hub."
+        ),
+    ],
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="Storage of the matrices for gguf (default: q8_0).")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="New folder to download into (default: ./NAME-FORMAT).")
+    ] = None,
+    hub_repository: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Upload the files to the Hugging Face Hub instead of downloading them."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export an adapter for a serving engine, verify it, and download it.
+
+    A worker writes the files and compares their logits with those of the adapted model. Ctrl-C does not stop it: the
+    same command continues.
+    """
+    if to is not None and hub_repository is not None:
+        raise typer.BadParameter("--to can't be combined with --hub-repository.", param_hint="--to")
+    lorry = client()
+    found = lorry.adapters.get(lookup.adapter(lorry, adapter))
+    made = lorry.adapters.export(
+        found.id,
+        format.value,
+        quantization=None if quantization is None else quantization.value,
+        hub_repository=hub_repository,
+    )
+    done = _waited(lorry, made)
+    if hub_repository is not None:
+        path = None
+    else:
+        kind = "-".join(part for part in (done.format, done.quantization) if part)
+        target = to or Path(f"{folder_name(found.name)}-{kind}")
+        with byte_bar(f"Downloading {done.id}") as on_progress:
+            path = lorry.adapters.exports.pull(found.id, done.id, target, on_progress=on_progress)
+    if as_json:
+        output.print_json({**done.raw, "path": None if path is None else str(path.resolve())})
+        return
+    if path is None:
+        output.console().print(done.hub_url or "", soft_wrap=True)
+    else:
+        output.console().print(str(path), soft_wrap=True)
+    for line in _measured(done):
+        output.echo(line)
+    if path is not None:
+        print_export_usage(path, done)
+
+
+@app.verb("exports", "lorry adapters exports support", "lorry adapters exports support --json")
+def exports(adapter: Name, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List the exports of an adapter, newest first."""
+    lorry = client()
+    name = lookup.adapter(lorry, adapter)
+    found = list(lorry.adapters.exports.list(name))
+    if output.is_printed(found, as_json=as_json, quiet=quiet):
+        return
+    rows = [
+        (
+            one.id,
+            one.format,
+            one.quantization,
+            one.status,
+            output.size(one.bytes) if one.bytes else None,
+            one.verification.max_abs_diff,
+            one.hub_repository,
+            output.briefly(one.created_at),
+        )
+        for one in found
+    ]
+    columns = (
+        Column(title="EXPORT"),
+        Column(title="FORMAT"),
+        Column(title="QUANTIZATION", priority=3),
+        Column(title="STATUS"),
+        Column(title="SIZE", priority=1),
+        Column(title="LOGIT DIFFERENCE", priority=2),
+        Column(title="HUB", priority=4),
+        Column(title="CREATED", priority=5),
+    )
+    table(columns, rows, empty=f"No exports yet. Create one with `lorry adapters export {name} --format gguf`.")
+    for one in found:
+        if one.error is not None:
+            output.echo(f"{one.id} {one.status}: {one.error.message} {one.error.remedy}")
+
+
+@app.verb("cancel-export", "lorry adapters cancel-export support export-3f2b")
+def cancel_export(adapter: Name, export_id: Export, as_json: AsJson = False) -> None:
+    """Cancel an unfinished export."""
+    lorry = client()
+    name = lookup.adapter(lorry, adapter)
+    cancelled = lorry.adapters.exports.cancel(name, lookup.export(lorry, name, export_id))
+    if as_json:
+        output.print_json(cancelled.raw)
+    else:
+        output.echo(f"Cancelled export {cancelled.id}.")
+
+
+@app.verb("delete-export", "lorry adapters delete-export support export-3f2b --yes")
+def delete_export(adapter: Name, export_id: Export, yes: Yes = False, as_json: AsJson = False) -> None:
+    """Delete an export with its files. An upload to the Hub is not deleted."""
+    lorry = client()
+    name = lookup.adapter(lorry, adapter)
+    full_id = lookup.export(lorry, name, export_id)
+    output.confirm(f"Delete export {full_id}? This can't be undone.", yes=yes)
+    lorry.adapters.exports.delete(name, full_id)
+    output.print_deleted("export", full_id, as_json=as_json)
+
+
+def _waited(lorry: Lorry, made: AdapterExport) -> AdapterExport:
+    try:
+        with output.waiting(f"Exporting {made.adapter_name} as {made.format}") as report:
+            return lorry.adapters.exports.wait(made.adapter, made.id, on_progress=report)
+    except KeyboardInterrupt:
+        name = made.adapter_name
+        output.echo(f"The export {made.id} continues. To wait for it again, repeat the command.")
+        output.echo(f"To cancel it: lorry adapters cancel-export {name} {made.id}")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _measured(export: AdapterExport) -> Iterator[str]:
+    """Yield what was measured, as sentences."""
+    check, cost = export.verification, export.cost
+    if check.max_abs_diff is not None:
+        yield (
+            f"Its logits differ from those of the adapted model by at most {output.cell(check.max_abs_diff)} (allowed: "
+            f"{output.cell(check.tolerance)})."
+        )
+    to_trained = check.raw.get("max_abs_diff_to_trained")
+    if to_trained is not None:
+        yield (
+            "The base model was quantized in training. Merged without quantization, the logits differ from those of "
+            f"training by {output.cell(to_trained)}."
+        )
+    if cost is not None:
+        yield (
+            f"A pass over {cost.num_tokens} tokens takes {1000 * cost.merged_seconds:.0f} ms with the merged model and "
+            f"{1000 * cost.base_seconds:.0f} ms with the base model, on the worker's CPU."
+        )

@@ -1,0 +1,104 @@
+"""Prints the commands that load or serve a downloaded adapter or export."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from lorry.cli.render import output
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorry.models.exports import AdapterExport
+    from lorry.models.jobs import Adapter
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's option --max-lora-rank."""
+
+
+def print_adapter_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
+    """Print how to use a pulled adapter. source: the arguments with which Transformers loads the base model, or None.
+
+    Transformers can't load base_model_name_or_path of adapter_config.json, which is Lorry's own name.
+    """
+    where = "BASE" if source is None else source
+    output.echo("Load it with PEFT:")
+    output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {_loading_options(adapter)})")
+    output.echo(f"  model = PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
+    output.echo("Serve it with vLLM:")
+    output.echo(f"  {_vllm_command(folder, adapter, source)}")
+    gguf = f"{folder}-gguf"
+    export = f"lorry adapters export {shlex.quote(adapter.name)} --format gguf --to {shlex.quote(gguf)}"
+    output.echo("Run it with llama.cpp or Ollama:")
+    output.echo(f"  {export}")
+    if source is None:
+        output.echo(f"BASE is the folder or Hub ID of {adapter.base_model}.")
+
+
+def print_export_usage(folder: Path, export: AdapterExport) -> None:
+    """Print how to use a downloaded export."""
+    where = shlex.quote(str(folder))
+    gguf = next((shlex.quote(str(path)) for path in sorted(folder.glob("*.gguf"))), "")
+    name = _model_name(export)
+    if export.format == "merged":
+        loaded = json.dumps(str(folder), ensure_ascii=False)
+        output.echo("Load it with Transformers:")
+        output.echo(f'  model = AutoModelForCausalLM.from_pretrained({loaded}, dtype="auto")')
+        output.echo("Serve it with vLLM:")
+        output.echo(f"  vllm serve {where} --served-model-name {name}")
+    elif export.format == "gguf":
+        output.echo("Run it with llama.cpp:")
+        output.echo(f"  llama-cli --model {gguf}")
+        output.echo(f"  llama-server --model {gguf} --port 8080")
+        output.echo("Run it with Ollama:")
+        output.echo(f"  ollama create {name} --file {shlex.quote(str(folder / 'Modelfile'))}")
+        output.echo(f"  ollama run {name}")
+    else:
+        output.echo("Run it with llama.cpp. BASE.gguf is a GGUF file of the base model:")
+        output.echo(f"  llama-cli --model BASE.gguf --lora {gguf}")
+        output.echo(f"  llama-server --model BASE.gguf --lora {gguf} --port 8080")
+
+
+def _vllm_command(folder: Path, adapter: Adapter, source: str | None) -> str:
+    """Return the command, or the reason why vLLM can't load the adapter and what to do instead."""
+    merged = f"lorry adapters export {shlex.quote(adapter.name)} --format merged"
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_bytes())
+    if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        return f"{merged}   # vLLM can't load this kind of adapter, but the merged model"
+    if adapter.quantization == "int8":
+        return f"{merged}   # vLLM has no int8 format like that of the training"
+    rank = next((limit for limit in VLLM_RANKS if limit >= int(config.get("r") or 1)), None)
+    if rank is None:
+        return f"{merged}   # vLLM loads no adapter of a rank above {VLLM_RANKS[-1]}"
+    base = "BASE" if source is None else _shell_words(source)
+    quantized = " --quantization bitsandbytes" if adapter.quantization == "nf4" else ""
+    module = f"adapter={folder}"
+    return f"vllm serve {base}{quantized} --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(module)}"
+
+
+def _shell_words(source: str) -> str:
+    """Return the Python arguments `"SOURCE"` or `"SOURCE", revision="REVISION"` as words of a command."""
+    name, _, revision = source.partition(", revision=")
+    words = [shlex.quote(json.loads(name))]
+    if revision:
+        words += ["--revision", shlex.quote(json.loads(revision))]
+    return " ".join(words)
+
+
+def _model_name(export: AdapterExport) -> str:
+    """Return the suffix of the adapter's name, or else the id of its job in it, as a name for a server."""
+    parts = [part for part in export.adapter_name.split(":")[3:5] if part]
+    return shlex.quote(parts[0].lower()) if parts else "adapter"
+
+
+def _loading_options(adapter: Adapter) -> str:
+    """Return the arguments with which Transformers loads the base model as in training."""
+    dtype = f"torch.{adapter.precision or 'bfloat16'}"
+    how = {
+        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+        f"bnb_4bit_compute_dtype={dtype}",
+        "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
+    }.get(adapter.quantization or "none")
+    return f"dtype={dtype}" + (f", quantization_config=BitsAndBytesConfig({how})" if how else "")

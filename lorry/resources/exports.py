@@ -1,0 +1,175 @@
+"""Exports of adapters: create, wait for, list, cancel, delete and download them."""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+from lorry.errors import BadDownload, LorryError, WaitTimeout
+from lorry.models.exports import AdapterExport
+from lorry.resources import pages
+from lorry.resources.files import OnBytes
+from lorry.transport.http import Transport
+from lorry.verification import adapter_folder
+from lorry.verification.adapter_folder import FileEntry
+
+Format = Literal["adapter", "merged", "gguf", "gguf-lora"]
+Quantization = Literal["f16", "q8_0"]
+
+
+class AdapterExports:
+    """The project's exports of adapters and checkpoints, by the adapter's id or name."""
+
+    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._transport = transport
+        self._clock = clock
+
+    def create(
+        self,
+        adapter: str,
+        format: Format,  # noqa: A002
+        *,
+        quantization: Quantization | None = None,
+        hub_repository: str | None = None,
+    ) -> AdapterExport:
+        """Make a worker export the adapter. Returns immediately. If the project has an unfinished or succeeded export
+        with the same options, it is returned.
+
+        quantization: for `gguf`, by default q8_0. hub_repository: ORG/NAME, to which the worker uploads the files.
+        """
+        body = {"format": format, "quantization": quantization, "hub_repository": hub_repository}
+        return AdapterExport.of(self._transport.request("POST", _of(adapter), body=body))
+
+    def get(self, adapter: str, export_id: str) -> AdapterExport:
+        return AdapterExport.of(self._transport.get(_of(adapter, export_id)))
+
+    def list(self, adapter: str) -> Iterator[AdapterExport]:
+        """Yield the project's exports of the adapter, newest first."""
+        return (AdapterExport.of(item) for item in pages.follow(self._transport, _of(adapter)))
+
+    def cancel(self, adapter: str, export_id: str) -> AdapterExport:
+        """Cancel an unfinished export."""
+        return AdapterExport.of(self._transport.request("POST", _of(adapter, export_id, "cancel")))
+
+    def delete(self, adapter: str, export_id: str) -> None:
+        """Delete an export with its files. An upload to the Hub is not deleted."""
+        self._transport.request("DELETE", _of(adapter, export_id))
+
+    def wait(
+        self,
+        adapter: str,
+        export_id: str,
+        *,
+        on_progress: Callable[[AdapterExport], None] | None = None,
+        timeout_seconds: float | None = None,
+        poll_seconds: float = 1.0,
+    ) -> AdapterExport:
+        """Wait until the export has succeeded. Raises LorryError with its error if it failed or was cancelled."""
+        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
+        while True:
+            export = self.get(adapter, export_id)
+            if on_progress is not None:
+                on_progress(export)
+            if export.status == "succeeded":
+                return export
+            if export.is_final:
+                raise _failure(export)
+            if deadline is not None and self._clock() >= deadline:
+                raise WaitTimeout(
+                    f"Export {export_id} did not finish within {timeout_seconds:g} s. Its status is {export.status!r}.",
+                    code="wait_timeout",
+                    remedy="Wait again. If `lorry workers list` shows no running worker, start one with "
+                    "`lorry worker`.",
+                )
+            self._transport.sleep(poll_seconds)
+
+    def pull(self, adapter: str, export_id: str, directory: Path | str, *, on_progress: OnBytes | None = None) -> Path:
+        """Download the files of an export to `directory`, which must not exist, be empty, or contain this export.
+
+        Every digest is checked before the folder appears under its name. After an interruption, files that are already
+        complete are not downloaded again. Raises BadDownload.
+        """
+        manifest = self._transport.get(_of(adapter, export_id, "files"))
+        contents = adapter_folder.Contents.of(
+            name=export_id, manifest=manifest, artifact=str(manifest.get("artifact")), lineage={}
+        )
+        target, files = Path(directory).expanduser(), [*contents.files.values()]
+        if target.is_dir() and _holds(target, files):
+            return target
+        adapter_folder.check_free(target, name=export_id)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{export_id}")
+        num_done, num_bytes = 0, sum(file.num_bytes for file in files)
+        for file in files:
+            path = partial / file.path
+            if not _is_complete(path, file):
+                self._download(adapter, export_id, file, path, _shifted(on_progress, num_done, num_bytes))
+            num_done += file.num_bytes
+        if target.is_dir():
+            target.rmdir()
+        return partial.rename(target)
+
+    def _download(
+        self, adapter: str, export_id: str, file: FileEntry, path: Path, on_progress: Callable[[int], None]
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft, digest, num_read = path.with_name(f"{path.name}.part"), hashlib.sha256(), 0
+        url = _of(adapter, export_id, "files", *file.path.split("/"))
+        with self._transport.stream(url) as response, draft.open("wb") as out:
+            for piece in response.iter_bytes():
+                num_read += len(piece)
+                if num_read > file.num_bytes:
+                    break
+                out.write(piece)
+                digest.update(piece)
+                on_progress(num_read)
+        if digest.hexdigest() != file.digest or num_read != file.num_bytes:
+            draft.unlink()
+            raise BadDownload(
+                f"The downloaded file {file.path} of export {export_id} does not match its SHA-256 digest.",
+                code="digest_mismatch",
+                remedy="Try again. If this recurs, delete the export and create it again.",
+            )
+        draft.rename(path)
+
+
+def _of(adapter: str, *rest: str) -> str:
+    return "/".join(("adapters", quote(adapter, safe=""), "exports", *(quote(part, safe="") for part in rest)))
+
+
+def _failure(export: AdapterExport) -> LorryError:
+    error = export.error
+    if error is None:
+        return LorryError(
+            f"Export {export.id} was {export.status}.",
+            code=f"export_{export.status}",
+            remedy="Create the export again.",
+        )
+    return LorryError(error.message, code=error.code or "export_failed", remedy=error.remedy)
+
+
+def _is_complete(path: Path, file: FileEntry) -> bool:
+    if not path.is_file() or path.stat().st_size != file.num_bytes:
+        return False
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == file.digest
+
+
+def _holds(folder: Path, files: builtins.list[FileEntry]) -> bool:
+    """Return whether the folder contains these files."""
+    return bool(files) and all(_is_complete(folder / file.path, file) for file in files)
+
+
+def _shifted(on_progress: OnBytes | None, num_before: int, num_bytes: int) -> Callable[[int], None]:
+    """Return a function of the bytes of one file that reports those of all files."""
+
+    def report(num_read: int) -> None:
+        if on_progress is not None:
+            on_progress(num_before + num_read, num_bytes)
+
+    return report
