@@ -109,6 +109,11 @@ class ExportObject(BaseModel):
 
 
 class ExportDeleted(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"id": "export-0a1b2c3d4e5f60718293a4b5", "object": "adapter.export", "deleted": True}
+        }
+    )
     id: str
     object: Literal["adapter.export"] = "adapter.export"
     deleted: bool = True

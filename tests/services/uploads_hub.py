@@ -85,10 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
         if name in self.received.repositories:
-            self._answer(409, {"error": "You already created this model repo"})
+            self._answer(409, {"error": "You already created this model repo", "url": f"{self.received.url}/{name}"})
             return
         self.received.repositories[name] = {}
-        self.received.private[name] = bool(wanted.get("private"))
+        self.received.private[name] = bool(wanted.get("private")) or wanted.get("visibility") == "private"
         self._answer(200, {"url": f"{self.received.url}/{name}"})
 
     def _object(self, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def print_adapter_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
     """Print how to use a pulled adapter. source: the arguments with which Transformers loads the base model, or None.
 
-    Transformers can't load base_model_name_or_path of adapter_config.json, which is Lorry's own name.
+    For a base model that is not on the Hub, adapter_config.json contains Lorry's own name, which Transformers can't
+    load.
     """
     where = "BASE" if source is None else source
     output.echo("Load it with PEFT:")

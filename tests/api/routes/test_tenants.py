@@ -25,6 +25,7 @@ from catalog.lifecycle import recording
 from catalog.registry import permissions
 from catalog.serving import deployments, endpoints
 from catalog.serving.endpoints import NewEndpoint
+from catalog.tables.exports import AdapterExport
 from catalog.tables.storage import UploadPart
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ModelPermission
@@ -55,8 +56,16 @@ NAMELESS = frozenset(
 )
 """Changes that name no resource of a project in their path or body."""
 PERMISSION = "cp-of-the-checkpoint"
+ADAPTER = "ft:of-the-export"
 ENDPOINT = "vllm-1"
-GIVEN = {"model": BASE, "path": "README.md", "number": "0", "permission_id": PERMISSION, "endpoint": ENDPOINT}
+GIVEN = {
+    "model": BASE,
+    "adapter": ADAPTER,
+    "path": "README.md",
+    "number": "0",
+    "permission_id": PERMISSION,
+    "endpoint": ENDPOINT,
+}
 """Values of the parameters that do not name the subject of a request."""
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
@@ -73,6 +82,7 @@ SENT: dict[str, dict[str, Any]] = {
     "replay_webhook_endpoint": {"json": {"since": 0}},
     "complete_upload": {"json": {"part_ids": [PART]}},
     "create_deployment": {"json": {"endpoint": ENDPOINT}},
+    "create_adapter_export": {"json": {"format": "merged"}},
     "add_trial": {"json": {"parameters": {"lora.rank": 4}}},
 }
 """The body of each operation that requires one."""
@@ -156,6 +166,9 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     sweep_id = client.post("/v1/sweeps", json={**sweep_body, **measured}).json()["id"]
     client.post(f"/v1/sweeps/{sweep_id}/trials", json={"parameters": {"lora.rank": 8}})
     commands.cancel(world.db, **world.of(world.submit().id))
+    export_id = client.post(f"/v1/adapters/{adapter.id}/exports", json={"format": "merged"}).json()["id"]
+    with world.db.write() as session:
+        session.execute(update(AdapterExport).values(adapter_name=ADAPTER))
     (delivery,) = client.get(f"/v1/webhook_endpoints/{hook_id}/deliveries").json()["data"]
     chain.seal(world.db, pepper=PEPPER.current)
     name = f"ft:{BASE}:ours:two:{claim.job.id[-8:]}:ckpt-step-5"
@@ -180,6 +193,7 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
             "endpoint": [Pair(ours=ENDPOINT, absent="vllm-0")],
             "job_id": [_pair(adapter.job_id), _pair(claim.job.id), _pair(waiting.id)],
             "adapter": [_pair(adapter.id), named, checkpoint],
+            "export": [_pair(export_id)],
             "api_key_id": [_pair(world.caller.api_key_id)],
             "organization": [_pair(organizations.create(world.db, "another").id)],
             "project": [_pair(world.caller.project_id)],
@@ -316,11 +330,13 @@ def _pairs(operation: Operation, ours: Ours) -> list[Pair]:
 
 def _subject(operation: Operation) -> str:
     """Return the path parameter that names the subject of the request."""
+    subjects = ("models/{model}", "adapters/{adapter}", "endpoints/{endpoint}")
     named = [
         name
         for name in operation.parameters("path")
-        if name not in GIVEN or re.search(rf"/(models|endpoints)/{{{name}}}", operation.path)
+        if name not in GIVEN or any(f"/{{{name}}}" in subject and subject in operation.path for subject in subjects)
     ]
+    named = ["export"] if "export" in named else named
     assert len(named) == 1, f"{operation.id}: add its other path parameters to GIVEN: {named}"
     return named[0]
 

@@ -1,0 +1,307 @@
+"""Exports of adapters: who may request them, how workers make them, what they store, and when they end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from catalog.caller import Caller
+from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, QuotaExceeded, RateLimited, StaleClaim
+from catalog.exports import claims, commands, formats
+from catalog.exports.claims import MAX_ATTEMPTS, Exported
+from catalog.maintenance import garbage_collection
+from catalog.queue import pending
+from catalog.registry import adapters, base_models, permissions
+from catalog.tables.exports import AdapterExport
+from catalog.tables.storage import Adapter
+from catalog.tables.tenancy import Project
+from catalog.usage import ledger, stored_bytes
+from tests.catalog.world import LEASE, World, manifest
+
+FAULT = OutOfSpace("It failed.", code="some_code", remedy="Do this.")
+LLAMA: dict[str, Any] = {"architecture": "LlamaForCausalLM"}
+
+
+@pytest.fixture
+def adapter(world: World) -> Adapter:
+    world.base("llama", **LLAMA)
+    adapter = world.complete(world.running(model="llama").claim_id)
+    stored_bytes.reconcile(world.db)  # the world's files are not charged
+    return adapter
+
+
+def share(world: World, adapter: Adapter) -> None:
+    operator = replace(world.caller, is_operator=True)
+    permissions.grant(world.db, caller=operator, model=adapter.name, projects_named=[world.stranger.project_id])
+
+
+def create(world: World, adapter: Adapter, format: Any = "merged", **fields: Any) -> AdapterExport:  # noqa: A002
+    caller: Caller = fields.pop("caller", world.caller)
+    return commands.create(world.db, caller=caller, adapter=adapter.name, format=format, **fields)
+
+
+def shown(world: World, row: AdapterExport) -> AdapterExport:
+    return commands.get(world.db, project_id=row.project_id, adapter=row.adapter_name, export=row.id)
+
+
+def claim(world: World, worker_id: str = "w1") -> claims.ExportClaim:
+    found = claims.claim(world.db, worker_id=worker_id, lease_seconds=LEASE)
+    assert found is not None
+    return found
+
+
+def finish(world: World, content: str = "export", claim_id: str | None = None) -> None:
+    files = manifest(content, "export")
+    result = Exported(manifest=files, verification={"max_abs_diff": 0.1, "tolerance": 0.2}, cost=None, hub_url=None)
+    claims.finish(world.db, claim_id or claim(world).claim_id, result)
+
+
+def charged(world: World, project_id: str) -> int:
+    with world.db.read() as session:
+        stored = ledger.stored_bytes(session, project_id)
+        assert stored == stored_bytes.recount(session, project_id).get(project_id, 0)
+        return stored
+
+
+def test_export_is_claimed_once_and_its_result_recorded(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter, "gguf")
+    before = charged(world, row.project_id)
+
+    assert pending.has_work(world.db)
+    held = claim(world)
+    assert claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
+    assert not pending.has_work(world.db)
+    assert (held.format, held.quantization, held.adapter_artifact) == ("gguf", "q8_0", adapter.artifact)
+    assert shown(world, row).status == "running"
+    finish(world, claim_id=held.claim_id)
+
+    done, artifact = commands.files_of(world.db, project_id=row.project_id, adapter=adapter.id, export=row.id)
+    assert (done.status, done.num_bytes, done.error) == ("succeeded", 6, None)
+    assert artifact.digest == manifest("export", "export").digest
+    assert charged(world, row.project_id) == before + 6
+
+
+def test_identical_export_is_returned_and_a_failed_one_replaced(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    assert create(world, adapter).id == row.id
+    claims.fail(world.db, claim(world).claim_id, FAULT)
+    assert shown(world, row).error == {"code": "some_code", "message": "It failed.", "remedy": "Do this."}
+
+    again = create(world, adapter)
+
+    assert again.id != row.id
+    finish(world)
+    assert create(world, adapter).id == again.id
+    others = [create(world, adapter, "gguf-lora"), create(world, adapter, hub_repository="org/x")]
+    page = commands.list_page(world.db, project_id=row.project_id, adapter=adapter.id)
+    assert [one.id for one in page.items] == [others[1].id, others[0].id, again.id]
+
+
+def test_export_fails_after_several_lost_workers(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    for number in range(MAX_ATTEMPTS):
+        held = claim(world)
+        assert held.is_last == (number == MAX_ATTEMPTS - 1)
+        world.clock.advance(LEASE + 1)
+
+    assert claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+
+    error = shown(world, row).error
+    assert error is not None
+    assert error["code"] == "export_lost"
+    with pytest.raises(StaleClaim):
+        finish(world, claim_id=held.claim_id)
+
+
+def test_attempt_that_may_be_the_node_s_fault_is_repeated_a_few_times(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    for _ in range(MAX_ATTEMPTS - 1):
+        claims.release(world.db, claim(world).claim_id, error=FAULT, wait_seconds=30)
+        assert claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+        assert shown(world, row).status == "queued"
+        world.clock.advance(31)
+
+    claims.release(world.db, claim(world).claim_id, error=FAULT, wait_seconds=30)
+
+    assert shown(world, row).status == "failed"
+
+
+def test_release_by_a_worker_that_exits_or_has_a_full_disk_does_not_count(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    for _ in range(2 * MAX_ATTEMPTS):
+        claims.release(world.db, claim(world).claim_id)
+
+    assert (shown(world, row).status, shown(world, row).num_attempts) == ("queued", 0)
+
+
+def test_cancelled_export_is_not_recorded_and_can_be_requested_again(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    held = claim(world)
+    where = {"project_id": row.project_id, "adapter": adapter.id, "export": row.id}
+
+    assert commands.cancel(world.db, **where).status == "cancelled"
+
+    assert commands.cancel(world.db, **where).status == "cancelled"
+    with pytest.raises(StaleClaim):
+        finish(world, claim_id=held.claim_id)
+    assert create(world, adapter).status == "queued"
+    finish(world)
+    done = commands.list_page(world.db, project_id=row.project_id, adapter=adapter.id).items[0]
+    with pytest.raises(Conflict, match="can't be cancelled, because its status is 'succeeded'"):
+        commands.cancel(world.db, project_id=row.project_id, adapter=adapter.id, export=done.id)
+
+
+def test_deleted_adapter_takes_its_exports_with_it_and_their_files_are_collected(
+    world: World, adapter: Adapter
+) -> None:
+    row, digest = create(world, adapter), manifest("export", "export").digest
+    before = charged(world, row.project_id) - len("adapter")
+    finish(world)
+    create(world, adapter, "gguf")
+    held = claim(world)
+    garbage_collection.drop_references(world.db)
+    assert digest in garbage_collection.live_digests(world.db)
+
+    adapters.delete(world.db, project_id=row.project_id, name=adapter.name)
+
+    with pytest.raises(StaleClaim):
+        finish(world, claim_id=held.claim_id)
+    with pytest.raises(NotFound):
+        shown(world, row)
+    garbage_collection.drop_references(world.db)
+    assert digest not in garbage_collection.live_digests(world.db)
+    assert charged(world, row.project_id) == before
+
+
+def test_deleted_export_is_no_longer_charged(world: World, adapter: Adapter) -> None:
+    before = charged(world, adapter.project_id)
+    row = create(world, adapter)
+    finish(world)
+    where = {"project_id": row.project_id, "adapter": adapter.name, "export": row.id}
+
+    assert commands.delete(world.db, **where) == row.id
+
+    assert charged(world, row.project_id) == before
+    with pytest.raises(NotFound):
+        commands.delete(world.db, **where)
+    assert commands.delete(world.db, **where, is_client_retry=True) == row.id
+
+
+def test_stored_bytes_are_limited_when_an_export_is_requested_and_when_it_is_stored(
+    world: World, adapter: Adapter
+) -> None:
+    limit(world, adapter.project_id, charged(world, adapter.project_id) + 5)
+    with pytest.raises(QuotaExceeded):
+        create(world, adapter)  # the base model has 10,000 parameters
+    limit(world, adapter.project_id, None)
+    row = create(world, adapter)
+    held = claim(world)
+    limit(world, adapter.project_id, 1)
+
+    with pytest.raises(QuotaExceeded):
+        finish(world, claim_id=held.claim_id)
+
+    assert shown(world, row).status == "running"
+    assert shown(world, row).artifact is None
+
+
+def limit(world: World, project_id: str, stored: int | None) -> None:
+    with world.db.write() as session:
+        session.get_one(Project, project_id).max_stored_bytes = stored
+
+
+def test_shared_adapter_is_exported_into_the_reader_s_project(world: World, adapter: Adapter) -> None:
+    with pytest.raises(NotFound):
+        create(world, adapter, caller=world.stranger)
+    share(world, adapter)
+
+    row = create(world, adapter, caller=world.stranger)
+    finish(world)
+
+    assert row.project_id == world.stranger.project_id
+    assert charged(world, world.stranger.project_id) == len("export")
+    assert commands.list_page(world.db, project_id=world.caller.project_id, adapter=adapter.id).items == []
+    with pytest.raises(NotFound, match="Your project has no export"):
+        commands.get(world.db, project_id=world.caller.project_id, adapter=adapter.id, export=row.id)
+
+
+def test_projects_take_turns(world: World, adapter: Adapter) -> None:
+    first = create(world, adapter, "merged")
+    second = create(world, adapter, "gguf")
+    share(world, adapter)
+    of_another = create(world, adapter, "merged", caller=world.stranger)
+
+    order = [claim(world, f"w{number}").export_id for number in range(3)]
+
+    assert order == [first.id, of_another.id, second.id]
+
+
+def test_unfinished_exports_of_a_project_are_limited(world: World, adapter: Adapter) -> None:
+    create(world, adapter, max_open=1)
+
+    with pytest.raises(RateLimited, match="1 unfinished exports"):
+        create(world, adapter, "gguf", max_open=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"format": "merged", "quantization": "f16"}, "quantization"),
+        ({"format": "gguf-lora", "quantization": "q8_0"}, "quantization"),
+        ({"format": "adapter"}, "format"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_rejected(
+    world: World, adapter: Adapter, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        create(world, adapter, **fields)
+
+    assert (caught.value.code, caught.value.param) == ("invalid_export", param)
+
+
+@pytest.mark.parametrize("format", ["gguf", "gguf-lora"])
+def test_architecture_without_gguf_is_rejected_by_name(world: World, format: str) -> None:  # noqa: A002
+    world.base("gpt", architecture="GPT2LMHeadModel")
+    adapter = world.complete(world.running(model="gpt").claim_id)
+
+    with pytest.raises(InvalidRequest, match="architecture 'GPT2LMHeadModel' can't be exported") as caught:
+        create(world, adapter, format)
+
+    assert "LlamaForCausalLM" in caught.value.remedy
+    assert create(world, adapter, "merged").status == "queued"
+
+
+def test_dora_adapter_is_no_lora_file(world: World) -> None:
+    world.base("llama", **LLAMA)
+    adapter = world.complete(world.running(model="llama", lora={"use_dora": True}).claim_id)
+
+    with pytest.raises(InvalidRequest, match="uses DoRA can't be exported as 'gguf-lora'"):
+        create(world, adapter, "gguf-lora")
+    assert create(world, adapter, "gguf").status == "queued"
+
+
+def test_deleted_base_model_prevents_all_exports_but_uploads_of_the_adapter(world: World, adapter: Adapter) -> None:
+    base_models.delete(world.db, adapter.base_model)
+
+    with pytest.raises(Conflict, match="was deleted or replaced"):
+        create(world, adapter, "merged")
+    row = create(world, adapter, "adapter", hub_repository="org/x")
+    claims.finish(world.db, claim(world).claim_id, Exported(manifest=None, verification=None, cost=None, hub_url="u"))
+    assert (shown(world, row).status, shown(world, row).hub_url) == ("succeeded", "u")
+    with pytest.raises(Conflict, match="stores no files"):
+        commands.files_of(world.db, project_id=row.project_id, adapter=adapter.id, export=row.id)
+
+
+@pytest.mark.parametrize(
+    ("format", "quantization", "expected"),
+    [("merged", None, 2_000), ("gguf", "f16", 2_000), ("gguf", "q8_0", 1_062), ("gguf-lora", None, 40)],
+)
+def test_size_is_estimated_before_an_export(format: Any, quantization: str | None, expected: int) -> None:  # noqa: A002
+    description = {"num_parameters": 1_000, "dtype": "bfloat16"}
+
+    found = formats.estimated_bytes(format, quantization, description=description, adapter_parameters=10)
+
+    assert found == expected
