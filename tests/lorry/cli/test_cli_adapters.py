@@ -13,7 +13,7 @@ from typer.testing import Result
 from catalog.audit import lineage_signatures
 from lorry.cli.app import EXIT_NOT_CHECKED
 from lorry.cli.commands.adapters import folder_name
-from tests.lorry.adapter_fixture import lineage, manifest, serve, tar
+from tests.lorry.adapter_fixture import FILES, lineage, manifest, serve, tar
 from tests.lorry.scripted_server import Reply, Script
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -59,7 +59,39 @@ def test_pull_prints_how_to_load_the_folder_with_peft(service: Script, run: Run,
         f"  base = AutoModelForCausalLM.from_pretrained({printed}, dtype=torch.bfloat16)",
         '  model = PeftModel.from_pretrained(base, "mine")',
     ]
-    assert lines[3:] == (["BASE is the folder or Hub ID of m."] if printed == "BASE" else [])
+    assert lines[3] == "Serve it with vLLM:"
+    assert lines[4].startswith("  vllm serve ")
+    assert lines[5:7] == [
+        "Run it with llama.cpp or Ollama:",
+        "  lorry adapters export ft:m:p:s/../x:1 --format gguf --to mine-gguf",
+    ]
+    assert lines[7:] == (["BASE is the folder or Hub ID of m."] if printed == "BASE" else [])
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "command"),
+    [
+        ({"r": 16}, {}, "vllm serve org/tiny --revision abc --enable-lora --max-lora-rank 16 "),
+        ({"r": 17}, {}, "vllm serve org/tiny --revision abc --enable-lora --max-lora-rank 32 "),
+        ({"r": 1}, {"quantization": "nf4"}, "vllm serve org/tiny --revision abc --quantization bitsandbytes --enable-"),
+        ({"r": 513}, {}, "lorry adapters export ft:m:p:s/../x:1 --format merged   # vLLM loads no adapter of a rank"),
+        ({"r": 8, "use_dora": True}, {}, "lorry adapters export ft:m:p:s/../x:1 --format merged   # vLLM can't load"),
+        ({"r": 8, "rank_pattern": {"q": 4}}, {}, "lorry adapters export ft:m:p:s/../x:1 --format merged   # vLLM can"),
+        ({"r": 8}, {"quantization": "int8"}, "lorry adapters export ft:m:p:s/../x:1 --format merged   # vLLM has no"),
+    ],
+)
+def test_pull_prints_a_command_of_vllm_that_can_load_the_adapter(
+    service: Script, run: Run, config: dict[str, Any], fields: dict[str, str], command: str
+) -> None:
+    files = {**FILES, "adapter_config.json": json.dumps(config).encode()}
+    serve(service, tar(files), listing=manifest(files), **fields)
+    service.on("GET", "/v1/models/m", {"source": "org/tiny", "revision": "abc"})
+
+    lines = run("adapters", "pull", "a", "mine").stderr.splitlines()
+
+    assert lines[4].startswith(f"  {command}"), lines[4]
+    if command.startswith("vllm"):
+        assert lines[4].endswith(" --lora-modules adapter=mine")
 
 
 def test_pull_prints_the_local_folder_of_the_base_model(service: Script, run: Run, tmp_path: Path) -> None:

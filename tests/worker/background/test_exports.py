@@ -1,0 +1,281 @@
+"""Exports on a worker: refusals, crashes, a full disk, cancellation and lost leases. The children are replaced."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.db.database import read_clock
+from catalog.errors import OutOfSpace
+from catalog.exports import claims, commands
+from catalog.storage import artifact_index
+from catalog.storage import store as store_module
+from catalog.tables.exports import AdapterExport
+from catalog.tables.tenancy import Project
+from tests.worker.pack_site import PackSite
+from worker.background import base_models, exports
+from worker.protocol.errors import FULL_DISK
+from worker.protocol.mailbox import read_json, write_json
+
+MEASURED = {"verification": {"max_abs_diff": 0.1, "tolerance": 0.2}, "cost": None}
+Answer = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def row(site: PackSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AdapterExport:
+    """Return an export of an adapter that waits for a worker."""
+    base_dir = tmp_path / "base"
+    base_dir.mkdir()
+    monkeypatch.setattr(base_models, "ensure", lambda *_, **__: base_dir)
+    site.settings = site.settings.model_copy(update={"heartbeat_seconds": 1e-6})
+    site.context.settings = site.settings
+    adapter = site.world.complete(site.claim().claim_id)
+    files = site.store.put_folder(site.files("made", "adapter_config.json", "{}"), kind="adapter")
+    with site.db.write() as session:
+        adapter = session.merge(adapter)
+        adapter.artifact = artifact_index.show(session, files, now=read_clock(session))
+    return commands.create(site.db, caller=site.world.caller, adapter=adapter.name, format="merged")
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Answer | None], None]]:
+    """Return child(program, answer): each child runs the program, and `answer` has written its result before."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def install(program: str, answer: Answer | None = None) -> None:
+        def run_child(_module: str, arguments: str, *, log_path: Path, box: Any) -> subprocess.Popen[bytes]:
+            assert box.kind in ("export", "upload")
+            if answer is not None:
+                answer(read_json(Path(arguments)))
+            with log_path.open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", program], stdout=log, stderr=log, start_new_session=True
+                )
+            started.append(process)
+            return process
+
+        monkeypatch.setattr(exports, "run_child", run_child)
+
+    yield install
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def writes(content: bytes = b"weights") -> Answer:
+    def answer(request: dict[str, Any]) -> None:
+        folder = Path(request["out_dir"])
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(content)
+        write_json(Path(request["result"]), MEASURED)
+
+    return answer
+
+
+def reports(error: dict[str, str]) -> Answer:
+    return lambda request: write_json(Path(request["result"]), {"error": error})
+
+
+def shown(site: PackSite, row: AdapterExport) -> AdapterExport:
+    return commands.get(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
+
+
+def test_result_of_the_child_is_stored(site: PackSite, row: AdapterExport, child: Any) -> None:
+    requests: list[dict[str, Any]] = []
+
+    def answer(request: dict[str, Any]) -> None:
+        requests.append(request)
+        assert (Path(request["adapter_dir"]) / "adapter_config.json").read_text() == "{}"
+        writes()(request)
+
+    child("pass", answer)
+
+    assert exports.export_next(site.context)
+    assert not exports.export_next(site.context)
+
+    done = shown(site, row)
+    assert (done.status, done.verification, done.num_bytes) == ("succeeded", MEASURED["verification"], 7)
+    assert (requests[0]["format"], requests[0]["name"]) == ("merged", row.adapter_name)
+    assert list(site.context.scratch_dir().iterdir()) == []
+
+
+def test_refusal_of_the_child_fails_the_export_with_its_numbers(site: PackSite, row: AdapterExport, child: Any) -> None:
+    error = {"code": "bad_adapter", "message": "Its logits differ by 3 of 1.", "remedy": "Use 'merged'."}
+    child("pass", reports(error))
+
+    assert exports.export_next(site.context)
+
+    assert (shown(site, row).status, shown(site, row).error) == ("failed", error)
+
+
+def test_crash_of_the_child_is_retried_and_names_its_last_line(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports, "RETRY_SECONDS", 0)
+    child("import sys; sys.exit('it broke')")
+
+    for _ in range(claims.MAX_ATTEMPTS):
+        assert shown(site, row).status == "queued"
+        assert exports.export_next(site.context)
+
+    error = shown(site, row).error
+    assert error is not None
+    assert error["code"] == "export_crashed"
+    assert "it broke" in error["message"]
+
+
+def test_killed_child_points_at_the_memory(site: PackSite, row: AdapterExport, child: Any) -> None:
+    child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+
+    assert exports.export_next(site.context)
+
+    with site.db.read() as session:
+        assert session.get_one(AdapterExport, row.id).num_attempts == 1
+    assert "ran out of memory" in str(exports._crashed("w1", -9, Path("/dev/null")))
+
+
+@pytest.mark.parametrize("where", ["reported", "last line"])
+def test_full_disk_delays_the_export_without_a_counted_attempt(
+    site: PackSite, row: AdapterExport, child: Any, where: str
+) -> None:
+    if where == "reported":
+        child("pass", reports(FULL_DISK))
+    else:
+        child("import sys; sys.exit('OSError: [Errno 28] No space left on device')")
+
+    with pytest.raises(OutOfSpace, match="The disk on worker w1 is full"):
+        exports.export_next(site.context)
+
+    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
+    assert list(site.context.scratch_dir().iterdir()) == []
+
+
+def test_full_store_delays_the_export(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child("pass", writes())
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(site.store, "put_folder", full)
+
+    with pytest.raises(OutOfSpace):
+        exports.export_next(site.context)
+
+    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
+
+
+def test_cancelled_export_stops_its_child(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancel(_request: dict[str, Any]) -> None:
+        commands.cancel(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
+
+    monkeypatch.setattr(base_models, "POLL_SECONDS", 0.01)
+    child("import threading; threading.Event().wait()", cancel)
+
+    assert exports.export_next(site.context)
+
+    assert (shown(site, row).status, shown(site, row).artifact) == ("cancelled", None)
+    assert list(site.context.scratch_dir().iterdir()) == []
+
+
+def test_worker_that_shuts_down_releases_the_export(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base_models, "POLL_SECONDS", 0.01)
+    child("import threading; threading.Event().wait()", lambda _request: site.context.shutdown.set())
+
+    assert exports.export_next(site.context)
+
+    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
+
+
+def test_lease_is_renewed_while_a_large_file_is_stored(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 1000)
+    renewed: list[str] = []
+    renew = base_models.lease.renew
+
+    def counted(*arguments: Any, **options: Any) -> bool:
+        renewed.append("")
+        return renew(*arguments, **options)
+
+    child("pass", writes(bytes(10_000)))
+    monkeypatch.setattr(base_models.lease, "renew", counted)
+
+    assert exports.export_next(site.context)
+
+    assert shown(site, row).status == "succeeded"
+    assert len(renewed) >= 20, "once for each chunk, which is read twice"
+
+
+def test_export_that_is_lost_while_it_is_stored_is_not_recorded(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 1000)
+
+    def lose(request: dict[str, Any]) -> None:
+        writes(bytes(10_000))(request)
+        commands.cancel(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
+
+    child("pass", lose)
+
+    assert exports.export_next(site.context)
+
+    assert (shown(site, row).status, shown(site, row).artifact) == ("cancelled", None)
+
+
+def test_export_beyond_the_quota_fails(site: PackSite, row: AdapterExport, child: Any) -> None:
+    child("pass", writes())
+    with site.db.write() as session:
+        session.get_one(Project, row.project_id).max_stored_bytes = 1
+
+    assert exports.export_next(site.context)
+
+    error = shown(site, row).error
+    assert error is not None
+    assert error["code"] == "quota_exceeded"
+
+
+@pytest.mark.parametrize(("code", "status"), [("hub_forbidden", "failed"), ("hub_unreachable", "queued")])
+def test_refused_upload_fails_and_an_interrupted_one_is_retried(
+    site: PackSite,
+    row: AdapterExport,
+    child: Any,
+    code: str,
+    status: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    commands.cancel(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
+    upload = commands.create(
+        site.db, caller=site.world.caller, adapter=row.adapter_id, format="adapter", hub_repository="org/x"
+    )
+    child("pass", reports({"code": code, "message": "The Hub said no.", "remedy": "Do this."}))
+
+    assert exports.export_next(site.context)
+
+    assert shown(site, upload).status == status
+
+
+def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
+    given = {"claim_id": "c", "export_id": "e", "adapter_artifact": "a", "base_model": "b", "base_digest": "d"}
+    claim = claims.ExportClaim(
+        **given,
+        adapter_name="ft:tiny:our project:../x:1",
+        format="gguf",
+        quantization="f16",
+        hub_repository=None,
+        is_last=False,
+    )
+
+    assert exports.file_stem(claim) == "ft-tiny-our-project-..-x-1-f16"
