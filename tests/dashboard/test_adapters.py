@@ -1,7 +1,12 @@
-"""The lineage and the serving endpoints on the page of an adapter."""
+"""The lineage, the exports and the serving endpoints on the page of an adapter."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from catalog.exports import claims, commands
 from catalog.pepper import Pepper
 from catalog.serving import deployments, endpoints
 from catalog.serving.endpoints import NewEndpoint
@@ -89,3 +94,44 @@ def test_serving_shows_the_state_and_the_last_error_of_each_endpoint(fresh: Serv
     serving.get_by_role("row", name="gpu-1").get_by_text("The server refused it.").wait_for()
     assert "failed" in serving.get_by_role("row", name="gpu-1").inner_text()
     assert "gpu-2" in serving.inner_text()
+
+
+def test_export_is_requested_shown_downloaded_and_deleted(fresh: Service, visit: Visit, tmp_path: Path) -> None:
+    job = seed.submit(fresh.seeded, "exported")
+    seed.prepare(fresh.seeded)
+    adapter_id = seed.succeed(fresh.seeded, seed.claim(fresh.seeded)[job.id])
+    visitor = visit(fresh)
+    visitor.open(f"#/adapters/{adapter_id}")
+    panel = visitor.page.get_by_role("region", name="Exports")
+
+    panel.get_by_label("Format").select_option("merged")
+    panel.get_by_role("button", name="Export", exact=True).click()
+    panel.get_by_text("queued").wait_for()
+    _make_export(fresh, tmp_path / "files")
+
+    panel.get_by_text("succeeded").wait_for()
+    expect(panel).to_contain_text("A pass takes 110 ms merged and 100 ms without the adapter.")
+    visitor.assert_accessible()
+    with visitor.page.expect_download() as download:
+        panel.get_by_role("link", name="model.safetensors").click()
+    assert download.value.path().read_bytes() == b"weights"
+    panel.get_by_role("button", name="Delete the export merged").click()
+    visitor.page.get_by_role("button", name="Delete the export", exact=True).click()
+    panel.get_by_role("link", name="model.safetensors").wait_for(state="detached")
+    page = commands.list_page(fresh.seeded.db, project_id=job.project_id, adapter=adapter_id)
+    assert page.items == []
+
+
+def _make_export(service: Service, folder: Path) -> None:
+    """Make the waiting export, as a worker does."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    claim = claims.claim(service.seeded.db, worker_id=seed.WORKER, lease_seconds=60)
+    assert claim is not None
+    done = claims.Exported(
+        manifest=service.seeded.store.put_folder(folder, kind="export"),
+        verification={"max_abs_diff": 0.5, "tolerance": 2.0},
+        cost={"base_seconds": 0.1, "merged_seconds": 0.11, "num_tokens": 128, "same_operations": True},
+        hub_url=None,
+    )
+    claims.finish(service.seeded.db, claim.claim_id, done)

@@ -20,7 +20,7 @@ SECONDS = 300.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computed:
-    """What llama.cpp computed: the ids of each text, and the logits of each position of the given ids."""
+    """Results of llama.cpp: the ids of each text, and the logits of each position of the given ids."""
 
     tokens: list[list[int]]
     logits: list[list[float]]

@@ -19,7 +19,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class UploadHub:
-    """What the hub has received. `repositories`: contents by path, by repository."""
+    """The uploads that the hub has received. `repositories`: contents by path, by repository."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_worker_exports_in_every_format_and_uploads_to_the_hub(site: WorkerSite,
         assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.repositories["org/adapter"])
         assert hub.private == {"org/merged": True, "org/adapter": True}
         assert plain.hub_url == f"{hub.url}/org/adapter/commit/{COMMIT}"
-    stem = adapter.replace(":", "-")
+    stem = re.sub(":+", "-", adapter)
     assert {"config.json", "model.safetensors", "tokenizer.json", "merge.json"} < names(site, merged)
     assert names(site, gguf) == {f"{stem}-q8_0.gguf", "Modelfile", "export.json"}
     assert names(site, lora) == {f"{stem}-lora.gguf", "export.json"}

@@ -1,4 +1,4 @@
-// The page of an adapter: download, evaluation, verification, files and lineage.
+// The page of an adapter: download, evaluation, verification, exports, files and lineage.
 import { html, useState } from "../html.js";
 import { send } from "../api.js";
 import { link } from "../router.js";
@@ -8,6 +8,7 @@ import { Ago, Command, Copy, Facts, Failure, Id, Loading, Panel } from "../parts
 import { adapterLabel, archivePath, before } from "../parts/adapter_facts.js";
 import { TryIt } from "../parts/try_it.js";
 import { Deployments } from "../parts/deployments.js";
+import { Exports } from "./adapter_exports.js";
 import { Lineage } from "./adapter_lineage.js";
 import * as format from "../format.js";
 
@@ -29,7 +30,7 @@ export function AdapterPage({ id }) {
           ["Base model", adapter.base_model], ["Continues", adapter.parent && html`<a href=${link.adapter(adapter.parent)}>${adapter.parent}</a>`], ["Rank", adapter.rank], ["Base model precision", basePrecision(adapter)], ["Trained parameters", format.count(adapter.num_parameters)],
           ["Size", format.bytes(adapter.bytes)], ["Base digest", html`<${Id} id=${adapter.base_digest} what="base digest" length=${16} />`],
           ["Artifact", html`<${Id} id=${adapter.artifact} what="artifact digest" length=${16} />`],
-        ]} /><p class="pad soft">Download it in a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//></div>
+        ]} /><p class="pad soft">Download it in a terminal:</p><${Command} text=${`lorry adapters pull ${adapter.id}`} /><//><${Exports} adapter=${adapter} path=${path} /></div>
     </div>
     <${Lineage} record=${lineage.data} error=${lineage.error} adapter=${adapter} />`;
 }

@@ -260,7 +260,7 @@ def test_refused_upload_fails_and_an_interrupted_one_is_retried(
     upload = commands.create(
         site.db, caller=site.world.caller, adapter=row.adapter_id, format="adapter", hub_repository="org/x"
     )
-    child("pass", reports({"code": code, "message": "The Hub said no.", "remedy": "Do this."}))
+    child("pass", reports({"code": code, "message": "The Hub refused.", "remedy": "Do this."}))
 
     assert exports.export_next(site.context)
 
