@@ -27,7 +27,6 @@ from api.routes import (
     adapters,
     api_keys,
     audit_events,
-    exports,
     files,
     fleet,
     health,
@@ -46,7 +45,7 @@ from api.routes import (
     webhooks,
 )
 from api.routes import uploads as part_uploads
-from api.routes.serving import deployments
+from api.routes.serving import deployments, exports
 from api.routes.serving import endpoints as serving_endpoints
 from api.serving.keeper import EndpointKeepers, KeeperTools
 from api.serving.reference_answers import ReferenceAnswers

@@ -39,7 +39,7 @@ class ExportClaim:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Exported:
+class ExportResult:
     """The result of an export. manifest: None for the format adapter."""
 
     manifest: Manifest | None
@@ -69,7 +69,7 @@ def claim(db: Database, *, worker_id: str, lease_seconds: float) -> ExportClaim 
         return None
 
 
-def finish(db: Database, claim_id: str, exported: Exported) -> None:
+def finish(db: Database, claim_id: str, exported: ExportResult) -> None:
     """Record the result, and charge its bytes to the project. Raises StaleClaim, QuotaExceeded."""
     with db.write() as session:
         row, now = _hold(session, claim_id), read_clock(session)

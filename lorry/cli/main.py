@@ -9,9 +9,9 @@ import typer
 from lorry.cli.app import group, run
 from lorry.cli.commands import (
     account,
+    adapters,
     audit,
     down,
-    exports,
     files,
     fleet,
     jobs,
@@ -28,7 +28,7 @@ from lorry.cli.commands import (
     workers,
 )
 from lorry.cli.commands.inference import batches, chat
-from lorry.cli.commands.serving import deployments
+from lorry.cli.commands.serving import deployments, exports
 from lorry.cli.commands.serving import endpoints as serving
 
 app = group(

@@ -128,7 +128,7 @@ def _make_export(service: Service, folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"weights")
     claim = claims.claim(service.seeded.db, worker_id=seed.WORKER, lease_seconds=60)
     assert claim is not None
-    done = claims.Exported(
+    done = claims.ExportResult(
         manifest=service.seeded.store.put_folder(folder, kind="export"),
         verification={"max_abs_diff": 0.5, "tolerance": 2.0},
         cost={"base_seconds": 0.1, "merged_seconds": 0.11, "num_tokens": 128, "same_operations": True},

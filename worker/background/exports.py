@@ -15,7 +15,7 @@ from catalog import failpoints
 from catalog.disk import full_disk_named, tells_of_full
 from catalog.errors import LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
 from catalog.exports import claims
-from catalog.exports.claims import ExportClaim, Exported
+from catalog.exports.claims import ExportClaim, ExportResult
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.exports import AdapterExport
@@ -79,17 +79,19 @@ class _Attempt:
     work: Path
     is_unwanted: Callable[[], bool]
 
-    def run(self) -> Exported:
+    def run(self) -> ExportResult:
         store, claim = self.context.store, self.claim
         adapter, files = self.work / "adapter", self.work / "files"
         store.fetch(store.get_manifest(claim.adapter_artifact), adapter)
         if claim.format == "adapter":
-            return Exported(manifest=None, verification=None, cost=None, hub_url=self._upload(adapter))
+            return ExportResult(manifest=None, verification=None, cost=None, hub_url=self._upload(adapter))
         result = self._write_files(adapter, files)
         failpoints.pass_by("uploading")
         manifest = store.put_folder(files, kind="export", check=self._check)
         hub_url = None if claim.hub_repository is None else self._upload(files)
-        return Exported(manifest=manifest, verification=result["verification"], cost=result["cost"], hub_url=hub_url)
+        return ExportResult(
+            manifest=manifest, verification=result["verification"], cost=result["cost"], hub_url=hub_url
+        )
 
     def _write_files(self, adapter: Path, files: Path) -> Json:
         """Run the child that writes and verifies the files. Returns what it measured."""

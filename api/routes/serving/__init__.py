@@ -1,1 +1,1 @@
-"""Routes of serving endpoints, and of deployments on them."""
+"""Routes of exports, serving endpoints, and deployments on them."""

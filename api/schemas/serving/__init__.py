@@ -1,1 +1,1 @@
-"""Schemas of serving endpoints, and of deployments on them."""
+"""Schemas of exports, serving endpoints, and deployments on them."""

@@ -1,6 +1,6 @@
 """`lorry adapters`: list, download, verify, trace, share and delete trained adapters.
 
-lorry/cli/commands/exports.py adds the commands for exports.
+lorry/cli/commands/serving/exports.py adds the commands for exports.
 """
 
 from __future__ import annotations

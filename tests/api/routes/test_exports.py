@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from api.deps import Services
 from catalog.exports import claims
-from catalog.exports.claims import Exported
+from catalog.exports.claims import ExportResult
 from catalog.tables.storage import Adapter
 from tests.api.site import error_of
 from tests.api.trained import trained
@@ -36,7 +36,7 @@ def finish(services: Services, folder: Path) -> None:
     cost = {"base_seconds": 0.2, "merged_seconds": 0.2, "num_tokens": 128, "same_operations": True}
     verification = {"max_abs_diff": 0.25, "tolerance": 1.0, "max_abs_logit": 9.0, "merge": MERGE}
     manifest = services.store.put_folder(folder, kind="export")
-    done = Exported(manifest=manifest, verification=verification, cost=cost, hub_url=None)
+    done = ExportResult(manifest=manifest, verification=verification, cost=cost, hub_url=None)
     claims.finish(services.db, claim.claim_id, done)
 
 

@@ -10,7 +10,7 @@ import pytest
 from catalog.caller import Caller
 from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, QuotaExceeded, RateLimited, StaleClaim
 from catalog.exports import claims, commands, formats
-from catalog.exports.claims import MAX_ATTEMPTS, Exported
+from catalog.exports.claims import MAX_ATTEMPTS, ExportResult
 from catalog.maintenance import garbage_collection
 from catalog.queue import pending
 from catalog.registry import adapters, base_models, permissions
@@ -54,7 +54,7 @@ def claim(world: World, worker_id: str = "w1") -> claims.ExportClaim:
 
 def finish(world: World, content: str = "export", claim_id: str | None = None) -> None:
     files = manifest(content, "export")
-    result = Exported(manifest=files, verification={"max_abs_diff": 0.1, "tolerance": 0.2}, cost=None, hub_url=None)
+    result = ExportResult(manifest=files, verification={"max_abs_diff": 0.1, "tolerance": 0.2}, cost=None, hub_url=None)
     claims.finish(world.db, claim_id or claim(world).claim_id, result)
 
 
@@ -289,7 +289,9 @@ def test_deleted_base_model_prevents_all_exports_but_uploads_of_the_adapter(worl
     with pytest.raises(Conflict, match="was deleted or replaced"):
         create(world, adapter, "merged")
     row = create(world, adapter, "adapter", hub_repository="org/x")
-    claims.finish(world.db, claim(world).claim_id, Exported(manifest=None, verification=None, cost=None, hub_url="u"))
+    claims.finish(
+        world.db, claim(world).claim_id, ExportResult(manifest=None, verification=None, cost=None, hub_url="u")
+    )
     assert (shown(world, row).status, shown(world, row).hub_url) == ("succeeded", "u")
     with pytest.raises(Conflict, match="stores no files"):
         commands.files_of(world.db, project_id=row.project_id, adapter=adapter.id, export=row.id)

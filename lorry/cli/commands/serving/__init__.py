@@ -1,1 +1,1 @@
-"""Commands for serving endpoints, and for deployments on them."""
+"""Commands for exports, serving endpoints, and deployments on them."""

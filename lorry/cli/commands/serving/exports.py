@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorry.cli import lookup
-from lorry.cli.app import client
+from lorry.cli.app import EXIT_INTERRUPTED, client
 from lorry.cli.commands.adapters import Name, app, folder_name
 from lorry.cli.commands.files import byte_bar
 from lorry.cli.render import output
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
     from lorry.models.exports import AdapterExport
 
-INTERRUPTED = 130
 Export = Annotated[str, typer.Argument(metavar="EXPORT", help="ID of the export.")]
 
 
@@ -174,7 +173,7 @@ def _waited(lorry: Lorry, made: AdapterExport) -> AdapterExport:
         name = made.adapter_name
         output.echo(f"The export {made.id} continues. To wait for it again, repeat the command.")
         output.echo(f"To cancel it: lorry adapters cancel-export {name} {made.id}")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _measured(export: AdapterExport) -> Iterator[str]:
