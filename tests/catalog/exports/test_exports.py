@@ -100,7 +100,7 @@ def test_identical_export_is_returned_and_a_failed_one_replaced(world: World, ad
 
 
 def test_export_fails_after_several_lost_workers(world: World, adapter: Adapter) -> None:
-    row = create(world, adapter)
+    row, held = create(world, adapter), None
     for number in range(MAX_ATTEMPTS):
         held = claim(world)
         assert held.is_last == (number == MAX_ATTEMPTS - 1)
@@ -111,6 +111,7 @@ def test_export_fails_after_several_lost_workers(world: World, adapter: Adapter)
     error = shown(world, row).error
     assert error is not None
     assert error["code"] == "export_lost"
+    assert held is not None
     with pytest.raises(StaleClaim):
         finish(world, claim_id=held.claim_id)
 
@@ -179,7 +180,7 @@ def test_deleted_export_is_no_longer_charged(world: World, adapter: Adapter) -> 
     before = charged(world, adapter.project_id)
     row = create(world, adapter)
     finish(world)
-    where = {"project_id": row.project_id, "adapter": adapter.name, "export": row.id}
+    where: dict[str, Any] = {"project_id": row.project_id, "adapter": adapter.name, "export": row.id}
 
     assert commands.delete(world.db, **where) == row.id
 
