@@ -11,13 +11,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from catalog.exports import formats
 from lora_core.base_model.model import load_base
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadAdapter, UnsupportedModel
 from lora_core.gguf_format import tokenizer as tokenizer_module
+from lora_core.gguf_format.architecture import ARCHITECTURES
 from lora_core.gguf_format.modelfile import write_modelfile
 from lora_core.gguf_format.tokenizer import QWEN_2
 from lora_core.gguf_format.verify import verify_gguf, verify_gguf_lora
@@ -365,3 +367,9 @@ def test_stored_q8_0_error_stays_below_the_bound_of_the_tolerance():
     )
 
     assert (np.abs(stored - weight.numpy()) <= 1.01 * largest_error(weight, "q8_0").numpy()).all()
+
+
+def test_service_accepts_the_architectures_that_can_be_written():
+    classes = {AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))].__name__ for kind in ARCHITECTURES}
+
+    assert classes == formats.GGUF_ARCHITECTURES
