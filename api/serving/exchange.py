@@ -61,7 +61,9 @@ class RoutedExchange:
 
     @asynccontextmanager
     async def answering(self, answer: PartialAnswer) -> AsyncGenerator[AsyncGenerator[Delta]]:
-        """Yield what is added to the answer. Afterwards its tokens are counted. Raises ClientGone."""
+        """Yield what is added to the answer. Afterwards its tokens are counted. Raises ClientGone and QuotaExceeded."""
+        project_id = self._caller.project_id
+        await run_route(project_id, partial(requests.check_quota, self._use.db, project_id=project_id))
         async with _EndpointAnswer(self._use, self._route, self._parameters, self._receive) as stream:
             failure = await stream.begin()
             if failure is None:

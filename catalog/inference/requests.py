@@ -185,6 +185,12 @@ def finish_in(session: Session, request_id: str, *, prompt_tokens: int, completi
     session.delete(row)
 
 
+def check_quota(db: Database, *, project_id: str) -> None:
+    """Raise QuotaExceeded if the project has used its tokens of today."""
+    with db.read() as session:
+        quotas.check_tokens(session, project_id, now=read_clock(session))
+
+
 def count(
     db: Database, *, project_id: str, model: Model, response_id: str, prompt_tokens: int, completion_tokens: int
 ) -> None:

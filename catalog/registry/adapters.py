@@ -281,4 +281,9 @@ def _note_deleted(session: Session, adapter: Adapter) -> Adapter:
 def _view(session: Session, adapter: Adapter) -> AdapterView:
     job = session.get_one(Job, adapter.job_id)
     lora: dict[str, Any] = job.spec.get("lora") or {}
-    return AdapterView(adapter=adapter, artifact=session.get_one(Artifact, adapter.artifact), rank=lora.get("rank"))
+    return AdapterView(
+        adapter=adapter,
+        artifact=session.get_one(Artifact, adapter.artifact),
+        rank=lora.get("rank"),
+        cost=export_rows.newest_cost(session, adapter),
+    )

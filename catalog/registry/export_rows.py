@@ -7,6 +7,8 @@ from sqlalchemy.orm import Session
 
 from catalog.db import lease
 from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
+from catalog.tables.storage import Adapter
+from catalog.tables.table import Json
 from catalog.usage import ledger
 
 
@@ -22,6 +24,13 @@ def first(*, now: float) -> Select[AdapterExport]:
     )
     order = (has_running, AdapterExport.created_at, AdapterExport.id)
     return select(AdapterExport).where(*waiting).order_by(*order).limit(1)
+
+
+def newest_cost(session: Session, adapter: Adapter) -> Json | None:
+    """Return the cost that the newest measured export of the adapter's project has."""
+    own = (AdapterExport.adapter_id == adapter.id, AdapterExport.project_id == adapter.project_id)
+    measured = select(AdapterExport.cost).where(*own, AdapterExport.cost.is_not(None))
+    return session.scalar(measured.order_by(AdapterExport.created_at.desc(), AdapterExport.id).limit(1))
 
 
 def remove_all(session: Session, adapter_id: str, *, now: float) -> None:

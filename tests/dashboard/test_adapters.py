@@ -1,4 +1,4 @@
-"""The lineage, the exports and the serving endpoints on the page of an adapter."""
+"""The page of an adapter: lineage, questions, exports and serving endpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from catalog.serving import deployments, endpoints
 from catalog.serving.endpoints import NewEndpoint
 from catalog.storage import files
 from catalog.tables.serving import Deployment
+from qa.fuzz.answering import answering
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
@@ -135,3 +136,37 @@ def _make_export(service: Service, folder: Path) -> None:
         hub_url=None,
     )
     claims.finish(service.seeded.db, claim.claim_id, done)
+
+
+def trained(service: Service) -> str:
+    job = seed.submit(service.seeded, "support")
+    seed.prepare(service.seeded)
+    return seed.succeed(service.seeded, seed.claim(service.seeded)[job.id])
+
+
+def test_both_models_answer_a_question(fresh: Service, visit: Visit) -> None:
+    adapter_id = trained(fresh)
+    visitor = visit(fresh)
+    visitor.open(f"#/adapters/{adapter_id}")
+    panel = visitor.page.get_by_role("region", name="Try it")
+
+    with answering(fresh.seeded.db):
+        panel.get_by_label("Message").fill("Where is my parcel?")
+        panel.get_by_role("button", name="Send").click()
+        for model in ("This adapter", "Base model"):
+            panel.locator("section", has_text=model).get_by_text("Yes", exact=True).wait_for()
+
+    panel.get_by_role("button", name="Send").wait_for()
+    visitor.assert_accessible()
+
+
+def test_empty_question_is_not_sent(fresh: Service, visit: Visit) -> None:
+    adapter_id = trained(fresh)
+    visitor = visit(fresh)
+    visitor.open(f"#/adapters/{adapter_id}")
+    panel = visitor.page.get_by_role("region", name="Try it")
+
+    panel.get_by_role("button", name="Send").click()
+
+    assert panel.get_by_label("Message").evaluate("element => element === document.activeElement")
+    assert panel.locator("section").count() == 0

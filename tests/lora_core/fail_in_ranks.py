@@ -30,14 +30,13 @@ from lora_core.engine.step import TickPlan
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
-from lora_core.forward import generation as generate
-from lora_core.forward import language_model
+from lora_core.forward import continuous_batch, language_model
 from lora_core.forward.generation import Prompts
 from lora_core.forward.progress_hooks import silent
 from lora_core.packing.packed_batch import PackedBatch
 from lora_core.peft_format import verify
 from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
-from worker.children.trainer.outputs import exported
+from worker.children.trainer.outputs import BaseReference, exported
 
 STEPS = 4
 JOBS = {
@@ -205,7 +204,7 @@ def end(base: BaseModel, ranks: Ranks, way: str) -> str:
         "memory at the start": (language_model, "loss_by_head", 3, short),
         "memory in a tick": (passes, "run_training", 2, short),
         "memory in verification": (verify, "_last_logits", 2, short),
-        "memory in answers": (generate, "hidden_states", 2, short),
+        "memory in answers": (continuous_batch, "hidden_states", 2, short),
     }
     try:
         with broadcast_failures(ranks), failing(ranks, *failures[way]):
@@ -230,7 +229,8 @@ def run_to_its_end(base: BaseModel, ranks: Ranks, way: str) -> None:
         engine.tick()
     with TemporaryDirectory() as folder:
         place = Path(folder) / "adapter"
-        exported(engine, "one", place, base_name="tiny", between=silent, on_verified_linear=silent, spans=[])
+        base_reference = BaseReference(name="tiny", revision=None)
+        exported(engine, "one", place, base=base_reference, between=silent, on_verified_linear=silent, spans=[])
 
 
 def main(base_dir: Path, out: Path, strategy: Strategy, way: str) -> None:

@@ -12,9 +12,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from catalog.plans import serving
 from catalog.registry import efficiency
 from catalog.resources.memory import readable
+from catalog.serving import servability
 from catalog.spec.job import JobSpec
 from catalog.tables.table import Json
 
@@ -177,14 +177,14 @@ def _usage(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
         "```",
         "",
     )
-    answer = serving.of_job(spec, [spec.lora.rank, *spec.lora.rank_pattern.values()])["vllm"]
+    answer = servability.of_job(spec, [spec.lora.rank, *spec.lora.rank_pattern.values()])["vllm"]
     yield from ("With vLLM:" if answer.verdict != "no" else "vLLM can't load it:", "")
     yield from (f"- {_escaped(reason)}" for reason in answer.reasons)
     if answer.reasons:
         yield ""
     if answer.verdict != "no":
         rank = spec.lora.rank * (2 if spec.lora.begins_with_the_base else 1)
-        highest = serving.vllm_rank(rank)
+        highest = servability.vllm_rank(rank)
         at = f" --revision {shlex.quote(revision)}" if revision else ""
         flags = f"--enable-lora --max-lora-rank {highest} --lora-modules NAME={FOLDER}"
         yield from ("```sh", f"vllm serve {shlex.quote(source or BASE)}{at} {flags}", "```")

@@ -11,8 +11,8 @@ from api.deps import After, IsRetry, Limit, Use
 from api.routes import SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.adapters import ArtifactFiles, files_object
-from api.schemas.serving.exports import ExportDeleted, ExportObject, ExportRequest, export_object
 from api.schemas.pagination import ListPage, page_of
+from api.schemas.serving.exports import ExportDeleted, ExportObject, ExportRequest, export_object
 from api.transfers.attachment import READ_BYTES, Download
 from catalog.errors import LorryError
 from catalog.exports import commands

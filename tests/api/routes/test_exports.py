@@ -12,6 +12,8 @@ from starlette.testclient import TestClient
 from api.deps import Services
 from catalog.exports import claims
 from catalog.exports.claims import ExportResult
+from catalog.registry import adapters
+from catalog.registry.efficiency import inference_latency
 from catalog.tables.storage import Adapter
 from tests.api.site import error_of
 from tests.api.trained import trained
@@ -60,6 +62,8 @@ def test_export_is_created_once_shown_and_downloaded(
     assert shown["verification"]["max_abs_diff"] == 0.25
     assert shown["verification"]["max_abs_diff_to_trained"] == 0.5
     assert shown["cost"]["same_operations"] is True
+    measured = adapters.get(services.db, project_id=adapter.project_id, name=adapter.id).cost
+    assert inference_latency(measured) == {"base_seconds": 0.2, "merged_seconds": 0.2, "ratio": 1.0}
     listed = client.get(f"{url}/{created['id']}/files").json()
     assert (listed["kind"], listed["artifact"]) == ("export", shown["artifact"])
     for row in listed["data"]:

@@ -6,7 +6,6 @@ A route with a path parameter that is unknown here fails the tests, so that no r
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -10,6 +10,7 @@ import pytest
 
 from api.deps import Services
 from catalog.tables.inference import InferenceRequest
+from catalog.tables.tenancy import Project
 from tests.api.serving_engines import PROMPT_TOKENS, SERVED, FakeTrainer, tokens_of
 from tests.api.serving_site import ServingSite
 from tests.api.site import until
@@ -135,6 +136,18 @@ def test_failure_after_the_first_token_ends_the_stream_with_an_error(ready: Serv
     *_, last = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
     assert last["error"]["code"] == "answer_interrupted"
     assert trainer.answered == []
+
+
+def test_used_up_quota_of_tokens_also_applies_to_an_endpoint(ready: ServingSite, services: Services) -> None:
+    with services.db.write() as session:
+        session.get_one(Project, ready.adapter.project_id).max_tokens_per_day = 1
+    assert ready.ask().status_code == 200
+    until(lambda: usage(ready) == COUNTED)
+
+    refused = ready.ask()
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "quota_exceeded")
+    assert len(ready.vllm.completions()) == 1
 
 
 def test_parameters_are_validated_before_a_request_is_sent(ready: ServingSite) -> None:

@@ -52,7 +52,7 @@ def begun(world: World, *, num_lines: int = 3) -> BatchClaim:
 
 
 def submit(world: World, claimed: BatchClaim, request_id: str = "infer-1") -> bool:
-    model = requests.resolve(world.db, caller=world.caller, name="smol")
+    model = requests.resolve(world.db, project_id=world.caller.project_id, name="smol")
     return execution.submit(
         world.db, claimed, request_id=request_id, model=model, body={"prompts": ["a"]}, reply_to="127.0.0.1:1"
     )
@@ -215,9 +215,14 @@ def test_input_file_stays_until_the_batch_has_ended(world: World) -> None:
 
 
 def interactive(world: World) -> str:
-    model = requests.resolve(world.db, caller=world.caller, name="smol")
+    model = requests.resolve(world.db, project_id=world.caller.project_id, name="smol")
     return requests.submit(
-        world.db, caller=world.caller, model=model, body={"prompts": ["a"]}, reply_to="127.0.0.1:1", max_open=2
+        world.db,
+        project_id=world.caller.project_id,
+        model=model,
+        body={"prompts": ["a"]},
+        reply_to="127.0.0.1:1",
+        max_open=2,
     ).id
 
 
@@ -244,8 +249,8 @@ def test_base_models_of_clients_are_loaded_before_those_of_batches(world: World)
     claimed = begun(world)
     submit(world, claimed)
     world.base("other")
-    model = requests.resolve(world.db, caller=world.caller, name="other")
-    requests.submit(world.db, caller=world.caller, model=model, body={}, reply_to="127.0.0.1:1")
+    model = requests.resolve(world.db, project_id=world.caller.project_id, name="other")
+    requests.submit(world.db, project_id=world.caller.project_id, model=model, body={}, reply_to="127.0.0.1:1")
 
     assert [wanted.base_model for wanted in claims.unloaded(world.db, worker_id="w1")] == ["other", "smol"]
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -370,6 +371,7 @@ def test_stored_q8_0_error_stays_below_the_bound_of_the_tolerance():
 
 
 def test_service_accepts_the_architectures_that_can_be_written():
-    classes = {AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(kind))].__name__ for kind in ARCHITECTURES}
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    classes = {mapping[type(AutoConfig.for_model(kind))].__name__ for kind in ARCHITECTURES}
 
     assert classes == formats.GGUF_ARCHITECTURES

@@ -22,8 +22,8 @@ VERBS = {
     "sweeps": "run list show watch close cancel",
     "batches": "create list show cancel",
     "models": "add list show delete",
-    "adapters": "list show pull verify lineage reproduce export exports cancel-export delete-export delete share shares "
-    "unshare deploy undeploy",
+    "adapters": "list show pull verify lineage reproduce export exports cancel-export delete-export delete share "
+    "shares unshare deploy undeploy",
     "serving": "add list show deployments remove",
     "files": "upload list show download report delete",
     "keys": "create list show rotate revoke update",

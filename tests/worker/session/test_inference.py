@@ -83,9 +83,11 @@ def session(site: PackSite) -> Iterator[TrainerSession]:
 
 
 def submit(site: PackSite, api: ApiProcess, *, adapter: str | None = None) -> InferenceRequest:
-    model = requests.resolve(site.db, caller=site.world.caller, name="smol")
+    model = requests.resolve(site.db, project_id=site.world.caller.project_id, name="smol")
     body = {"messages": [], "model": "smol"}
-    row = requests.submit(site.db, caller=site.world.caller, model=model, body=body, reply_to=api.address)
+    row = requests.submit(
+        site.db, project_id=site.world.caller.project_id, model=model, body=body, reply_to=api.address
+    )
     if adapter is not None:
         with site.db.write() as session:
             session.get_one(InferenceRequest, row.id).adapter = adapter
@@ -345,8 +347,8 @@ def test_base_model_that_does_not_fit_is_not_loaded(site: PackSite, api: ApiProc
     site.world.base("huge", num_parameters=10**14)
     with site.db.write() as session:
         session.query(InferenceRequest).delete()
-    model = requests.resolve(site.db, caller=site.world.caller, name="huge")
-    requests.submit(site.db, caller=site.world.caller, model=model, body={}, reply_to=api.address)
+    model = requests.resolve(site.db, project_id=site.world.caller.project_id, name="huge")
+    requests.submit(site.db, project_id=site.world.caller.project_id, model=model, body={}, reply_to=api.address)
     assert base_to_load(site.context, capacity) is None
 
 

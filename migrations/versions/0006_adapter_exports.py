@@ -1,7 +1,7 @@
 """Exports of adapters.
 
-Revision ID: 0003_adapter_exports
-Revises: 0002_inference
+Revision ID: 0006_adapter_exports
+Revises: 0005_serving
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003_adapter_exports"
-down_revision = "0002_inference"
+revision = "0006_adapter_exports"
+down_revision = "0005_serving"
 
 INDEXES = (
     ("adapter_artifact",),

@@ -1,7 +1,7 @@
 """Serving endpoints, and deployments of adapters on them.
 
-Revision ID: 0003_serving
-Revises: 0002_inference
+Revision ID: 0005_serving
+Revises: 0004_reproduction
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003_serving"
-down_revision = "0002_inference"
+revision = "0005_serving"
+down_revision = "0004_reproduction"
 
 
 def upgrade() -> None:
