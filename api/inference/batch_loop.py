@@ -330,7 +330,7 @@ class BatchRunner:
 
     async def _body_of(self, run: _Run, request_id: str, entry: BatchEntry, answer: PartialAnswer) -> str:
         """Return the response as JSON. Raises ClientGone if the batch is to stop, StaleClaim and LorryError."""
-        find = partial(requests.resolve_for, self._db, project_id=run.claimed.project_id, name=entry.model)
+        find = partial(requests.resolve, self._db, project_id=run.claimed.project_id, name=entry.model)
         model = await self._persist(run, find)
         reply = self._replies.open(request_id)
         try:

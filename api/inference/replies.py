@@ -22,7 +22,7 @@ from sqlalchemy import make_url
 
 from catalog.db.database import Database
 from catalog.errors import LorryError
-from catalog.inference import requests
+from catalog.inference import claims, requests
 from catalog.settings import Settings
 
 MAX_LINE_BYTES = 2**20
@@ -193,12 +193,15 @@ class Replies:
             reply.connection = None
         for reply, claim_id in lost:
             assert claim_id is not None
+            may_continue = True
             try:
-                await to_thread.run_sync(requests.release, self._db, reply.request_id, claim_id)
+                may_continue = await to_thread.run_sync(requests.release, self._db, reply.request_id, claim_id)
             except LorryError as error:  # its lease expires
                 log.warning("Request %s was not released: %s", reply.request_id, error)
             if reply.claim_id == claim_id:
                 reply.restart()
+                if not may_continue:
+                    reply.put({"type": "unanswered", "error": claims.FAILED}, 0)
 
 
 def _send_stop(connection: asyncio.StreamWriter, request_id: str) -> None:

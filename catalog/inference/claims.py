@@ -6,20 +6,24 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, case, delete, func, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, func, select, update
 from sqlalchemy.orm import Session, aliased
 
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
 from catalog.fleet import views
 from catalog.tables.fleet import Worker
-from catalog.tables.inference import InferenceRequest
+from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from catalog.tables.table import Json
 
 MAX_BASES = 16
 """Maximum number of base models that a worker considers for loading at once."""
-MAX_CLAIMS = 3
-"""Workers that may fail to answer a request before it fails: it may be the cause."""
+FAILED = {
+    "code": "inference_failed",
+    "message": "The request could not be answered: every worker that began to answer it failed.",
+    "remedy": "Send a shorter request, or ask an operator to check the logs of the workers.",
+}
+"""The error of a request that MAX_CLAIMS workers could not answer."""
 IS_BATCH = case((InferenceRequest.batch_id.is_(None), 0), else_=1)
 """In a query: 1 for a request of a batch, else 0."""
 
@@ -100,13 +104,6 @@ def release(db: Database, claim_ids: Sequence[str], *, counts: bool = True) -> N
         session.execute(update(InferenceRequest).where(own).values(**free))
 
 
-def discard(db: Database, claim_ids: Sequence[str]) -> None:
-    """Delete requests for which no API process waits."""
-    if claim_ids:
-        with db.write() as session:
-            session.execute(delete(InferenceRequest).where(InferenceRequest.claim_id.in_(claim_ids)))
-
-
 def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
     """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first.
 
@@ -137,7 +134,11 @@ def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
 
 
 def _free(*, now: float) -> Select[InferenceRequest]:
-    return select(InferenceRequest).where(lease.is_free(InferenceRequest, now=now), InferenceRequest.expires_at > now)
+    return select(InferenceRequest).where(_is_claimable(now=now), InferenceRequest.expires_at > now)
+
+
+def _is_claimable(*, now: float) -> ColumnElement[bool]:
+    return and_(lease.is_free(InferenceRequest, now=now), InferenceRequest.num_claims < MAX_CLAIMS)
 
 
 def _rows(ids: Sequence[str], *, now: float) -> Select[InferenceRequest]:
@@ -147,7 +148,7 @@ def _rows(ids: Sequence[str], *, now: float) -> Select[InferenceRequest]:
 def _in_turns(session: Session, pack_key: str, limit: int, batch_limit: int, *, now: float) -> list[str]:
     """Return the ids of the first requests: the oldest of each project, then the second of each, and so on. Requests
     that are being answered count as the first ones of their project. Requests of batches are last."""
-    is_free = case((lease.is_free(InferenceRequest, now=now), 1), else_=0)
+    is_free = case((_is_claimable(now=now), 1), else_=0)
     turn = func.row_number().over(
         partition_by=(InferenceRequest.project_id, IS_BATCH),
         order_by=(is_free, InferenceRequest.created_at, InferenceRequest.id),

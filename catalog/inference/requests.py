@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import lease
@@ -15,7 +16,7 @@ from catalog.inference.availability import plain_keys
 from catalog.registry import adapters, base_models
 from catalog.resources.pack_key import pack_key
 from catalog.tables.fleet import Worker
-from catalog.tables.inference import InferenceRequest
+from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json, new_id
@@ -159,12 +160,15 @@ def is_held(db: Database, request_id: str, claim_id: str) -> bool:
         return session.scalar(claimed) is not None
 
 
-def release(db: Database, request_id: str, claim_id: str) -> None:
-    """Release a request whose worker has disconnected, so that another one can answer it."""
+def release(db: Database, request_id: str, claim_id: str) -> bool:
+    """Release a request whose worker has disconnected, so that another one can answer it. Returns False if too many
+    workers have failed to answer it."""
     with db.write() as session:
         row = lease.held(session, InferenceRequest, claim_id)
-        if row is not None and row.id == request_id:
-            lease.release(row)
+        if row is None or row.id != request_id:
+            return True
+        lease.release(row)
+        return row.num_claims < MAX_CLAIMS
 
 
 def finish(db: Database, request_id: str, *, prompt_tokens: int, completion_tokens: int) -> None:
@@ -179,7 +183,7 @@ def finish_in(session: Session, request_id: str, *, prompt_tokens: int, completi
     if row is None:
         return
     if prompt_tokens:
-        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        counts: dict[str, Any] = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         answered = {"project_id": row.project_id, "base_model": row.base_model, "request_id": row.id}
         ledger.add_completion(session, **answered, **counts, now=read_clock(session))
     session.delete(row)
@@ -198,7 +202,7 @@ def count(
     if not prompt_tokens:
         return
     with db.write() as session:
-        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        counts: dict[str, Any] = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
         answered = {"project_id": project_id, "base_model": model.base_model, "request_id": response_id}
         ledger.add_completion(session, **answered, **counts, now=read_clock(session))
 
@@ -208,8 +212,9 @@ def remove_expired(db: Database) -> int:
     number."""
     with db.write() as session:
         now = read_clock(session)
-        is_over = (InferenceRequest.expires_at <= now, lease.is_free(InferenceRequest, now=now))
-        found = list(session.scalars(select(InferenceRequest.id).where(*is_over).limit(1000)))
+        is_over = or_(InferenceRequest.expires_at <= now, InferenceRequest.num_claims >= MAX_CLAIMS)
+        over = select(InferenceRequest.id).where(is_over, lease.is_free(InferenceRequest, now=now))
+        found = list(session.scalars(over.limit(1000)))
         if found:
             session.execute(delete(InferenceRequest).where(InferenceRequest.id.in_(found)))
         return len(found)

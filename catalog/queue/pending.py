@@ -9,7 +9,7 @@ from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.registry import base_models, export_rows
 from catalog.states import JobState
-from catalog.tables.inference import InferenceRequest
+from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
 
@@ -39,5 +39,5 @@ def first_plan(*, now: float) -> Select[Plan]:
 
 def first_request(*, now: float) -> Select[InferenceRequest]:
     """An inference request that a worker may claim now."""
-    waiting = (lease.is_free(InferenceRequest, now=now), InferenceRequest.expires_at > now)
-    return select(InferenceRequest).where(*waiting).limit(1)
+    is_free = (lease.is_free(InferenceRequest, now=now), InferenceRequest.num_claims < MAX_CLAIMS)
+    return select(InferenceRequest).where(*is_free, InferenceRequest.expires_at > now).limit(1)

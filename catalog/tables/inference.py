@@ -7,6 +7,9 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Leased, Table
 
+MAX_CLAIMS = 3
+"""Workers that may fail to answer a request before it fails: it may be the cause."""
+
 
 class InferenceRequest(Leased, Table):
     """A request for completions. It is leased to the worker that answers it. The generated tokens are not stored: the

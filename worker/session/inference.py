@@ -117,10 +117,7 @@ class InferenceSession:
         """
         is_failure = not (self._is_closing or self._context.draining)
         for claimed in [claimed for claimed in self._open.values() if claimed.is_last and is_failure]:
-            message = "The request could not be answered: every worker that began to answer it failed."
-            remedy = "Send a shorter request, or ask an operator to check the logs of the workers."
-            error = {"code": "inference_failed", "message": message, "remedy": remedy}
-            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": error})
+            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": claims.FAILED})
         self._release(list(self._open.values()), counts=is_failure)
         self._open.clear()
         self._unsent.clear()
@@ -170,12 +167,11 @@ class InferenceSession:
     def _drop(self, addresses: set[str], inbox: InboxWriter) -> None:
         """Stop answering the requests of API processes that no longer receive answers.
 
-        An API process that still runs releases them when it loses the connection. Otherwise their leases expire, and
-        after MAX_CLAIMS they are deleted, because no client waits for them.
+        An API process that still runs releases them when it loses the connection. Otherwise their leases expire. An API
+        process deletes them after MAX_CLAIMS.
         """
         dropped = [claimed for claimed in self._open.values() if claimed.reply_to in addresses]
         self._stop({claimed.request_id for claimed in dropped}, inbox)
-        claims.discard(self._context.db, [claimed.claim_id for claimed in dropped if claimed.is_last])
 
     def _release(self, claimed: list[InferenceClaim], *, counts: bool) -> None:
         try:

@@ -15,7 +15,7 @@ from api.deps import Services
 from catalog.inference import claims
 from catalog.inference.claims import InferenceClaim
 from catalog.resources.pack_key import pack_key
-from catalog.tables.inference import InferenceRequest
+from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from tests.api.site import Site, connect, read_to_end, until
 from tests.catalog.world import LEASE, World, sha
 from worker.session.reply_connections import ReplyConnections
@@ -131,6 +131,19 @@ def test_request_of_a_lost_worker_is_released_and_answered_by_another(site: Site
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "Hello"
     assert text.endswith("data: [DONE]\n\n")
     other.close()
+
+
+def test_request_fails_if_too_many_workers_are_lost(site: Site, services: Services) -> None:
+    response = background(lambda: post(site, CHAT))
+    for _ in range(MAX_CLAIMS):
+        lost = ReplyConnections()
+        send(lost, claimed(services), *texts("a", "b")[:2])
+        lost.close()
+
+    found = response.result(30)
+
+    assert found.status_code == 503
+    assert found.json()["error"]["code"] == "inference_failed"
 
 
 def test_error_after_the_first_chunk_is_sent_in_the_stream(

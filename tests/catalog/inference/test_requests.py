@@ -10,12 +10,12 @@ from catalog.caller import Caller
 from catalog.errors import Conflict, NotFound, RateLimited
 from catalog.fleet import workers
 from catalog.inference import claims, requests
-from catalog.inference.claims import MAX_CLAIMS, InferenceClaim
+from catalog.inference.claims import InferenceClaim
 from catalog.inference.requests import MAX_SECONDS, NoWorker
 from catalog.queue import pending
 from catalog.registry import base_models
 from catalog.resources.pack_key import pack_key
-from catalog.tables.inference import InferenceRequest
+from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from catalog.usage import report
 from tests.catalog.world import LEASE, World, sha
 
@@ -207,13 +207,19 @@ def test_released_request_is_free_at_once(world: World, by_worker: bool) -> None
     assert len(claim(world)) == 1
 
 
-def test_last_claim_of_a_request_is_marked(world: World) -> None:
-    submit(world)
+def test_request_that_too_many_workers_could_not_answer_is_claimed_no_more_and_deleted(world: World) -> None:
+    row = submit(world)
 
     for number in range(1, MAX_CLAIMS + 1):
         (claimed,) = claim(world)
         assert claimed.is_last == (number == MAX_CLAIMS)
-        claims.release(world.db, [claimed.claim_id])
+        assert requests.remove_expired(world.db) == 0
+        assert requests.release(world.db, row.id, claimed.claim_id) == (number < MAX_CLAIMS)
+
+    assert claim(world) == []
+    assert not pending.has_work(world.db)
+    assert claims.unloaded(world.db, worker_id="w1") == []
+    assert requests.remove_expired(world.db) == 1
 
 
 def test_answered_request_is_deleted_and_counted(world: World) -> None:

@@ -19,8 +19,8 @@ import pytest
 
 from catalog.registry import base_models
 from tests.services.programs import Missing
-from tests.services.vllm import vllm_python
 from tests.system.api_process import Service, api_process
+from tests.system.serving.vllm_server import vllm_python
 from tests.worker_site import PEPPER, WorkerSite, bare_site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -34,7 +34,7 @@ class ExportFormat(StrEnum):
     adapter = "adapter"
 
 
-class Quantization(StrEnum):
+class GgufQuantization(StrEnum):
     """How a GGUF model stores its matrices."""
 
     f16 = "f16"
@@ -58,7 +58,7 @@ def export(
         ),
     ],
     quantization: Annotated[
-        Quantization | None, typer.Option(help="Storage of the matrices for gguf (default: q8_0).")
+        GgufQuantization | None, typer.Option(help="Storage of the matrices for gguf (default: q8_0).")
     ] = None,
     to: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="New folder to download into (default: ./NAME-FORMAT).")
