@@ -196,7 +196,7 @@ def test_openai_client_raises_its_own_errors_with_all_fields(client: openai.Open
     ):
         alien.models.list()
     with pytest.raises(openai.NotFoundError) as no_route:
-        client.batches.list()
+        client.vector_stores.list()
 
     assert (bad_file.value.param, "Line 1" in bad_file.value.message) == ("file", True)
     assert (bad_rank.value.param, bad_rank.value.code) == ("lora.rank", "invalid_value")

@@ -62,7 +62,7 @@ function Efficiency({ efficiency }) {
   const { parameters, size, training_memory: memory, inference_latency: latency } = efficiency;
   const row = (name, lora, full, share) => html`<tr key=${name}><th scope="row">${name}</th><td class="num">${lora}</td><td class="num">${full}</td><td class="num">${share === undefined ? "" : format.share(share)}</td></tr>`;
   return html`<${Panel} title="Compared with full fine-tuning" id="efficiency">
-    <table class="table table-tight"><caption class="unseen">The adapter compared with full fine-tuning of the base model</caption>
+    <table class="table table-tight efficiency"><caption class="unseen">The adapter compared with full fine-tuning of the base model</caption>
       <thead><tr><th scope="col">Quantity</th><th scope="col" class="num">LoRA</th><th scope="col" class="num">Full</th><th scope="col" class="num">Share</th></tr></thead>
       <tbody>${row("Trained parameters", format.compact(parameters.trainable), format.compact(parameters.base), parameters.share)}
         ${row("Weights file", format.bytes(size.bytes), format.bytes(size.base_bytes), size.share)}

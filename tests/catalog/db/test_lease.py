@@ -110,7 +110,7 @@ def test_claim_ids_are_unique_in_every_table_that_has_leases() -> None:
     ]
 
     names = [
-        *("base_models", "batches", "inference_requests", "job_exports", "jobs", "plans"),
+        *("adapter_exports", "base_models", "batches", "inference_requests", "job_exports", "jobs", "plans"),
         *("serving_endpoints", "webhook_deliveries"),
     ]
     assert sorted(table.name for table in leased) == names

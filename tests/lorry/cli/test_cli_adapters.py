@@ -333,6 +333,7 @@ def test_show_compares_the_adapter_with_full_fine_tuning(service: Script, run: R
         "inference_latency": {"base_seconds": 0.5, "merged_seconds": 0.505, "ratio": 1.01},
     }
     service.on("GET", "/v1/adapters/a", {"id": "adapter-1", "name": "a", "efficiency": efficiency})
+    service.on("GET", "/v1/adapters/a/deployments", {"data": []})
 
     lines = run("adapters", "show", "a").stdout.splitlines()
 
@@ -358,6 +359,7 @@ LABELS = {
 
 def test_show_omits_a_comparison_that_the_service_does_not_have(service: Script, run: Run) -> None:
     service.on("GET", "/v1/adapters/a", {"id": "adapter-1", "name": "a", "num_parameters": 7, "efficiency": None})
+    service.on("GET", "/v1/adapters/a/deployments", {"data": []})
 
     lines = run("adapters", "show", "a").stdout
 

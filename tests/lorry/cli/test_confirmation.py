@@ -18,6 +18,7 @@ IRREVERSIBLE = {
     "files delete": ("f", ("DELETE", "/v1/files/f")),
     "models delete": ("m", ("DELETE", "/v1/models/m")),
     "adapters delete": ("a", ("DELETE", "/v1/adapters/a")),
+    "adapters delete-export": ("a e", ("DELETE", "/v1/adapters/a/exports/e")),
     "plans delete": ("p", ("DELETE", "/v1/plans/p")),
     "sweeps cancel": ("s", ("POST", "/v1/sweeps/s/cancel")),
     "sweeps close": ("s", ("POST", "/v1/sweeps/s/close")),
@@ -53,7 +54,7 @@ def test_exactly_the_irreversible_commands_ask_for_confirmation() -> None:
 
 @EACH
 def test_without_a_terminal_yes_is_required(service: Script, run: Run, name: str) -> None:
-    result = run(*name.split(), IRREVERSIBLE[name][0])
+    result = run(*name.split(), *IRREVERSIBLE[name][0].split())
 
     assert result.exit_code == 2
     assert "Confirmation required. Pass --yes to run non-interactively." in result.stderr
@@ -63,7 +64,7 @@ def test_without_a_terminal_yes_is_required(service: Script, run: Run, name: str
 @EACH
 @pytest.mark.parametrize("flag", ["--yes", "-y"])
 def test_yes_skips_the_prompt(service: Script, run: Run, name: str, flag: str) -> None:
-    result = run(*name.split(), IRREVERSIBLE[name][0], flag)
+    result = run(*name.split(), *IRREVERSIBLE[name][0].split(), flag)
 
     assert result.exit_code == 0, result.stderr
     assert "[y/N]" not in result.stderr
@@ -78,7 +79,7 @@ def test_prompt_accepts_only_yes(
 ) -> None:
     monkeypatch.setattr(output, "is_interactive", lambda: True)
 
-    result = CliRunner().invoke(app, [*name.split(), IRREVERSIBLE[name][0]], input=answer)
+    result = CliRunner().invoke(app, [*name.split(), *IRREVERSIBLE[name][0].split()], input=answer)
 
     assert result.exit_code == code
     assert "? " in result.stderr or "." in result.stderr

@@ -53,7 +53,7 @@ def export(
     format: Annotated[  # noqa: A002
         ExportFormat,
         typer.Option(
-            help="merged: safetensors with the merged weights; gguf: a merged model for llama.cpp and Ollama; "
+            help="Format. merged: safetensors with the merged weights; gguf: a merged model for llama.cpp and Ollama; "
             "gguf-lora: the adapter alone for llama.cpp; adapter: the adapter's files, for the Hub."
         ),
     ],
@@ -142,7 +142,11 @@ def exports(adapter: Name, quiet: Quiet = False, as_json: AsJson = False) -> Non
             output.echo(f"{one.id} {one.status}: {one.error.message} {one.error.remedy}")
 
 
-@app.verb("cancel-export", "lorry adapters cancel-export support export-3f2b")
+@app.verb(
+    "cancel-export",
+    "lorry adapters cancel-export support export-3f2b",
+    "lorry adapters cancel-export support export-3f2b --json",
+)
 def cancel_export(adapter: Name, export_id: Export, as_json: AsJson = False) -> None:
     """Cancel an unfinished export."""
     lorry = client()
@@ -154,7 +158,11 @@ def cancel_export(adapter: Name, export_id: Export, as_json: AsJson = False) -> 
         output.echo(f"Cancelled export {cancelled.id}.")
 
 
-@app.verb("delete-export", "lorry adapters delete-export support export-3f2b --yes")
+@app.verb(
+    "delete-export",
+    "lorry adapters delete-export support export-3f2b",
+    "lorry adapters delete-export support export-3f2b --yes",
+)
 def delete_export(adapter: Name, export_id: Export, yes: Yes = False, as_json: AsJson = False) -> None:
     """Delete an export with its files. An upload to the Hub is not deleted."""
     lorry = client()
