@@ -53,7 +53,7 @@ test: .venv/.installed
 	$(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS)
 
 test-slow: .venv/.installed
-	$(PYTEST) -m slow $(SHARED_OUT) $(PYTEST_ARGS)
+	$(PYTEST) -m slow --timeout 1800 $(SHARED_OUT) $(PYTEST_ARGS)
 
 test-postgres: .venv/.installed
 	LORRY_TEST_DATABASE=postgresql $(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS) \

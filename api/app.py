@@ -173,7 +173,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     derived_keys.retire(db, pepper)
     telemetry.count_long_writes(lambda: db.num_long_writes)
     sender = WebhookSender(api_settings.webhook_rules())
-    store, notifier, vllm = open_store(settings), open_notifier(settings), VllmClient()
+    store, notifier = open_store(settings), open_notifier(settings)
     replies = Replies(db, settings, address=api_settings.reply_address)
     references = ReferenceAnswers(db, replies, notifier)
     return Services(
@@ -196,8 +196,11 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),
         replies=replies,
         batches=BatchRunner(db, store, settings, replies=replies, notifier=notifier),
-        vllm=vllm,
-        keepers=EndpointKeepers(KeeperTools(db=db, store=store, client=vllm, references=references, pepper=pepper)),
+        vllm=VllmClient(),
+        keepers=EndpointKeepers(
+            # with its own client: requests of clients must not delay the checks
+            KeeperTools(db=db, store=store, client=VllmClient(), references=references, pepper=pepper)
+        ),
     )
 
 
@@ -233,5 +236,6 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+        await services.vllm.close()
         services.notifier.close()
         services.db.close()

@@ -46,7 +46,7 @@ class Plan:
             "requests": 200,
             "peer_requests": 40,
             "max_tokens": 32,
-            "job_steps": 80,
+            "job_steps": 60,
         }
     )
     """`job_steps` must suffice for the two jobs to train until the last request is answered."""

@@ -55,7 +55,13 @@ def service(folder: Path) -> Generator[Lorry]:
     argv = [sys.executable, "-m", "lorry", "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
     with log.open("wb") as errors:
         process = subprocess.Popen(
-            argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            argv,
+            cwd=ROOT,
+            env={**os.environ, "LORRY_REQUESTS_PER_MINUTE": "0"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
         )
     try:
         ready = process.stdout.readline() if process.stdout else ""

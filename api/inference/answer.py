@@ -62,6 +62,10 @@ class PartialAnswer:
         for choice in self._choices.values():
             choice.replayed, choice.num_replayed = "", 0
 
+    def count(self, event: Event) -> None:
+        """Count the tokens that the event reports. An interrupted answer is charged, too."""
+        self.completion_tokens = max(self.completion_tokens, int(event.get("completion_tokens", 0)))
+
     def add(self, delta: Event) -> Delta | None:
         """Return what is new in a delta. Raises NoWorker if it contradicts what was received before."""
         choice = self._choices.setdefault(int(delta["index"]), _Received())
@@ -116,12 +120,13 @@ async def deltas_of(
         elif event["type"] == "answering":
             answer.has_begun, answer.prompt_tokens = True, int(event["prompt_tokens"])
         elif event["type"] == "generated":
+            answer.count(event)
             for given in event["deltas"]:
                 delta = answer.add(given)
                 if delta is not None:
                     yield delta
         elif event["type"] == "answered":
-            answer.completion_tokens = int(event["completion_tokens"])
+            answer.count(event)
             return
         elif event["type"] == "unanswered":
             raise _failure(event["error"])

@@ -44,6 +44,8 @@ PAUSE_SECONDS = 30.0
 RETRY_SECONDS = 1.0
 TURN_SECONDS = 60.0
 """After this time, a batch lets others continue that wait."""
+GRACE_SECONDS = 60.0
+"""Time after the turn in which its open requests may finish. Then they are stopped, and sent again in the next turn."""
 MAX_BATCHES = 4
 """Batches that one process works on at the same time."""
 MAX_IN_FLIGHT = 32
@@ -267,24 +269,42 @@ class BatchRunner:
             some = await self._in_thread(following)
             is_complete = not some
             for number, line in some:
-                if number not in finished and not run.stopping.is_set():
-                    await self._start(run, number, line)
-                    has_started = True
+                if number in finished or run.stopping.is_set():
+                    continue
+                if not await self._start(run, number, line, stuck_at=turn_ends_at + GRACE_SECONDS):
+                    return run.stopping.is_set()  # `_leave` cancels the open requests; they are sent again
+                has_started = True
             is_over = has_started and loop.time() >= turn_ends_at
-            if is_over and not is_complete and await self._in_thread(partial(execution.is_any_waiting, self._db)):
+            if is_over and not is_complete and await self._is_any_waiting():
                 break
-        await asyncio.gather(*run.answers)
+        while run.answers and not run.stopping.is_set():
+            await asyncio.wait(run.answers, timeout=KEEP_SECONDS)
+            if run.answers and loop.time() >= turn_ends_at + GRACE_SECONDS and await self._is_any_waiting():
+                return False
+        await asyncio.gather(*run.answers, return_exceptions=True)  # if the batch is to stop, they end at once
         return is_complete or run.stopping.is_set()
 
-    async def _start(self, run: _Run, number: int, line: bytes) -> None:
-        """Submit the request of a line once there is a free slot, and wait for its answer in a task."""
-        await _first_of(run.slots.acquire(), run.stopping.wait())
+    async def _is_any_waiting(self) -> bool:
+        return await self._in_thread(partial(execution.is_any_waiting, self._db))
+
+    async def _start(self, run: _Run, number: int, line: bytes, *, stuck_at: float) -> bool:
+        """Submit the request of a line once there is a free slot, and wait for its answer in a task.
+
+        Returns False if the batch is to stop, or if no slot becomes free before `stuck_at` and other batches wait: its
+        requests may wait for tokens of a quota or for a base model.
+        """
+        loop = asyncio.get_running_loop()
+        while not (run.stopping.is_set() or await _in_time(run.slots.acquire(), run.stopping, until=stuck_at)):
+            if await self._is_any_waiting():
+                return False
+            stuck_at = loop.time() + KEEP_SECONDS
         if run.stopping.is_set():
-            return
+            return False
         entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint))
         task = asyncio.create_task(self._answer(run, number, entry))
         run.answers.add(task)
         task.add_done_callback(partial(self._answered, run))
+        return True
 
     def _answered(self, run: _Run, task: asyncio.Task[None]) -> None:
         run.answers.discard(task)
@@ -335,6 +355,7 @@ class BatchRunner:
         reply = self._replies.open(request_id)
         try:
             await self._submit(run, request_id, entry, model)
+            reply.is_submitted = True
             self._notifier.wake_workers()
             deltas = deltas_of(
                 reply,
@@ -389,11 +410,13 @@ class BatchRunner:
         execution.end(self._db, run.claimed, outcome, output=output, failures=failures)
 
 
-async def _first_of(*waits: Coroutine[Any, Any, object]) -> None:
-    """Wait until one of the coroutines has returned, and cancel the others."""
-    tasks = [asyncio.create_task(wait) for wait in waits]
+async def _in_time(acquiring: Coroutine[Any, Any, object], stopping: asyncio.Event, *, until: float) -> bool:
+    """Return whether `acquiring` has returned before the time `until` of the event loop, and before `stopping`."""
+    tasks = [asyncio.create_task(acquiring), asyncio.create_task(stopping.wait())]
+    seconds = until - asyncio.get_running_loop().time()
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=max(0.0, seconds))
+        return tasks[0].done()
     finally:
         for task in tasks:
             task.cancel()

@@ -29,6 +29,8 @@ MAX_LINE_BYTES = 2**20
 MAX_CONNECTIONS = 256
 """Maximum number of connections of workers. Each worker has one."""
 FIRST_LINE_SECONDS = 30.0
+CHECK_SECONDS = 15.0
+"""Interval of the checks that the open requests still have rows."""
 MAX_ID_CHARS = 64
 MAX_UNREAD_BYTES = 2**16
 """Maximum size of the replies that a worker has not read. Beyond it, the connection is closed."""
@@ -50,6 +52,8 @@ class Reply:
         self.request_id = request_id
         self.claim_id: str | None = None
         """The claim whose events are accepted."""
+        self.is_submitted = False
+        """The request has a row. If the row is deleted, the request fails."""
         self.connection: asyncio.StreamWriter | None = None
         self._events: deque[tuple[int, Event]] = deque()
         self._num_bytes = 0
@@ -104,6 +108,7 @@ class Replies:
         self._open: dict[str, Reply] = {}
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Begin to listen."""
@@ -111,9 +116,12 @@ class Replies:
         self._server = await asyncio.start_server(receive, self._listens_at or None, self._port, limit=MAX_LINE_BYTES)
         port = self._server.sockets[0].getsockname()[1]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._watching = asyncio.create_task(self._watch_rows())
 
     async def stop(self) -> None:
         """Close all connections. The workers release the requests."""
+        if self._watching is not None:
+            self._watching.cancel()
         if self._server is not None:
             self._server.close()
             for connection in list(self._connections):
@@ -124,6 +132,23 @@ class Replies:
         """Begin to wait for the answer to a request. Close the result in every case."""
         reply = self._open[request_id] = Reply(request_id, self._forget)
         return reply
+
+    async def _watch_rows(self) -> None:
+        """Fail the requests whose rows were deleted, because too many workers could not answer them."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            waiting = [reply for reply in self._open.values() if reply.is_submitted]
+            if not waiting:
+                continue
+            try:
+                ids = [reply.request_id for reply in waiting]
+                existing = await to_thread.run_sync(requests.existing, self._db, ids)
+            except LorryError as error:
+                log.warning("The open inference requests could not be checked: %s", error)
+                continue
+            for reply in waiting:
+                if reply.request_id not in existing:
+                    reply.put({"type": "unanswered", "error": claims.FAILED}, 0)
 
     def _forget(self, reply: Reply) -> None:
         if self._open.get(reply.request_id) is reply:

@@ -135,6 +135,7 @@ class _Exchange:
         watch = asyncio.create_task(_watch(self._receive, gone))
         try:
             reply = use.replies.open(row.id)
+            reply.is_submitted = True
             use.notifier.wake_workers()
             why = partial(requests.why_unanswered, use.db, row.id)
             yield deltas_of(reply, answer, gone=gone, why_unanswered=why)

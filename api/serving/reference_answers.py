@@ -46,6 +46,7 @@ class ReferenceAnswers:
         )
         row = await run_in_threadpool(submit)
         reply, answer, events = self._replies.open(row.id), PartialAnswer(), list[Json]()
+        reply.is_submitted = True
         try:
             self._notifier.wake_workers()
             why = partial(requests.why_unanswered, self._db, row.id)

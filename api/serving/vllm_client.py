@@ -163,6 +163,10 @@ class VllmClient:
                 yield response
             finally:
                 await response.aclose()
+        except httpx.PoolTimeout as failure:
+            raise EndpointFailure(f"{method} {path} failed: too many requests are open.", kind="refused") from failure
+        except (httpx.LocalProtocolError, UnicodeError):  # its text may contain the API key
+            raise EndpointFailure(f"{method} {path} failed: the API key is invalid.", kind="refused") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as failure:
             reason = (str(failure) or type(failure).__name__).rstrip(".")
             raise EndpointFailure(f"{method} {path} failed: {reason}.", kind="unreachable") from failure

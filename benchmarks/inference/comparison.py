@@ -28,7 +28,7 @@ from benchmarks.workload import ROOT
 from lorry import Lorry
 
 GOAL_SPEEDUP = 4.0
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.5
 CLIENT_SECONDS = 3600.0
 Value = TypeVar("Value")
 
@@ -135,7 +135,7 @@ def _submit(lorry: Lorry, file: str, plan: Plan, *, count: int, steps: int, firs
 
 def _wait(lorry: Lorry, jobs: Sequence[str]) -> list[str]:
     """Wait until the jobs have succeeded. Return the names of their adapters."""
-    ended = [lorry.jobs.wait(job, timeout_seconds=CLIENT_SECONDS, poll_seconds=0.2) for job in jobs]
+    ended = [lorry.jobs.wait(job, timeout_seconds=CLIENT_SECONDS, poll_seconds=POLL_SECONDS) for job in jobs]
     names = [job.fine_tuned_model for job in ended]
     if not all(names):
         raise RuntimeError(f"a job failed: {ended}")

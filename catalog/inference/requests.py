@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,12 @@ def is_held(db: Database, request_id: str, claim_id: str) -> bool:
             InferenceRequest.id == request_id, InferenceRequest.claim_id == claim_id
         )
         return session.scalar(claimed) is not None
+
+
+def existing(db: Database, request_ids: Sequence[str]) -> set[str]:
+    """Return those of the requests that have a row."""
+    with db.read() as session:
+        return set(session.scalars(select(InferenceRequest.id).where(InferenceRequest.id.in_(request_ids))))
 
 
 def release(db: Database, request_id: str, claim_id: str) -> bool:

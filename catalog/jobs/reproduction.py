@@ -29,7 +29,7 @@ from catalog.tenancy.authentication import Caller
 
 SUFFIX = "reproduced"
 """Suffix of every reproduction, so that the adapter's own suffix still names one adapter."""
-REPLACED = frozenset({"deadline", "parent_adapter", "training_file", "validation_file"})
+REPLACED = frozenset({"deadline", "must_serve_on", "parent_adapter", "training_file", "validation_file"})
 """Fields of the recorded request that do not apply again, or that get other ids."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog.audit import log
@@ -19,6 +19,9 @@ from catalog.tables.jobs import Job
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.storage import Adapter, BaseModelRow
 from catalog.tables.table import new_id
+
+MAX_DEPLOYMENTS = 1000
+"""Maximum number of a project's deployments on one endpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +55,7 @@ def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> Dep
         now = read_clock(session)
         row = _row(session, target.id, found.id)
         if row is None:
+            _check_number(session, project_id, target)
             row = Deployment(
                 id=new_id("deployment"),
                 endpoint_id=target.id,
@@ -69,6 +73,18 @@ def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> Dep
             row.state, row.num_failures, row.next_try_at, row.updated_at = "pending", 0, now, now
             _note(session, row, found, target, "adapter.deployed", now=now)
         return DeploymentView(deployment=row, endpoint=target.name, adapter=found.name)
+
+
+def _check_number(session: Session, project_id: str, endpoint: ServingEndpoint) -> None:
+    """Raise Conflict if the project has as many deployments on the endpoint as it may have."""
+    own = (Deployment.endpoint_id == endpoint.id, Deployment.project_id == project_id)
+    if (session.scalar(select(func.count()).select_from(Deployment).where(*own)) or 0) >= MAX_DEPLOYMENTS:
+        raise Conflict(
+            f"The project has {MAX_DEPLOYMENTS} deployments on endpoint {endpoint.name!r}, which is the maximum.",
+            code="too_many_deployments",
+            remedy=f"Remove one: `lorry adapters undeploy ADAPTER --from {endpoint.name}`.",
+            param="endpoint",
+        )
 
 
 def undeploy(db: Database, *, project_id: str, adapter: str, endpoint: str, is_client_retry: bool = False) -> str:

@@ -7,6 +7,7 @@ little; how much is measured with the base model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,8 @@ LIMIT = 0.5
 of another model does not."""
 FLOOR = 0.02
 """Lowest tolerance. Two float32 engines agree much better."""
+FAR = 1e6
+"""The difference if a log-probability is not a number, or if equal answers end at different places."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,12 +78,15 @@ def compare(expected: ProbeAnswer, found: ProbeAnswer) -> Comparison:
     for wanted, other in zip(expected.tokens, found.tokens, strict=False):
         number += 1
         if wanted.text == other.text:
-            worst = max(worst, abs(wanted.logprob - other.logprob))
+            difference = abs(wanted.logprob - other.logprob)
+            worst = max(worst, difference if math.isfinite(difference) else FAR)
             continue
         lowest = min(other.alternatives.values(), default=other.logprob)
         return Comparison(
             max_diff=max(worst, abs(wanted.logprob - other.alternatives.get(wanted.text, lowest))), num_compared=number
         )
+    if abs(len(expected.tokens) - len(found.tokens)) > 1:  # one of them may have a token for the end of the answer
+        worst = FAR
     return Comparison(max_diff=worst, num_compared=number)
 
 

@@ -23,6 +23,7 @@ _LABEL = (
 _PATTERNS = {
     LABEL_PATTERN: _LABEL,
     r"^[^\x00-\x1f\x7f]+$": "a string without control characters",
+    r"^[\x21-\x7e]+$": "one line of visible ASCII characters without spaces",
     NAME_PATTERN: "a name without control characters and without any of / \\ # ? % :",
     INITIAL_PATTERN: "'default', 'gaussian', 'pissa', 'pissa_niter_N' with N from 1 to 99, or 'olora'",
     MODULE_PATTERN: (

@@ -98,7 +98,7 @@ class AdapterExports:
         contents = adapter_folder.Contents.of(
             name=export_id, manifest=manifest, artifact=str(manifest.get("artifact")), lineage={}
         )
-        target, files = Path(directory).expanduser(), [*contents.files.values()]
+        target, files = Path(directory).expanduser().absolute(), [*contents.files.values()]
         if target.is_dir() and _holds(target, files):
             return target
         adapter_folder.check_free(target, name=export_id)

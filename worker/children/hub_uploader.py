@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from worker.protocol.errors import disk_error
 from worker.protocol.mailbox import Json, read_json, write_json
 
 REMEDY = "Set HF_TOKEN on the worker to a token that may write to the repository, and restart the worker."
+
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 
 def upload(arguments_path: Path) -> None:
@@ -40,13 +43,20 @@ def _uploaded(folder: Path, repository: str, message: str) -> Json:
         return _refused(repository, error.response.status_code)
     except ValueError as error:  # an invalid name, or a file that the hub rejects
         return _error("hub_rejected", f"The Hugging Face Hub rejected the upload: {str(error)[:300]}", "Correct this.")
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            return {"error": disk_error(error)}
-        if not _is_of_connection(error):
-            raise
-        return _unreachable(repository, str(error)[:200] or type(error).__name__)
+    except Exception as error:  # noqa: BLE001 - `_failure` raises what it does not know
+        return _failure(repository, error)
     return {"url": str(commit.commit_url)}
+
+
+def _failure(repository: str, error: Exception) -> Json:
+    """Return the error for an interrupted upload. Raises other errors again."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return {"error": disk_error(error)}
+    if isinstance(error, RuntimeError):  # the hub's client raises it for a part that was not stored
+        return _unreachable(repository, "a part of a file was not stored")
+    if not _is_of_connection(error):
+        raise error
+    return _unreachable(repository, str(error)[:200] or type(error).__name__)
 
 
 def _unable(*, is_offline: bool) -> Json:
@@ -70,7 +80,7 @@ def _refused(repository: str, status: int) -> Json:
     if status in (403, 404):
         message = f"The worker's token may not write to the repository {repository!r} on the Hugging Face Hub."
         return _error("hub_forbidden", message, f"Check the repository's name. {REMEDY}")
-    if status == 429 or status >= 500:
+    if status in (408, 409, 412, 423, 429) or status >= 500:
         return _unreachable(repository, f"it answers with the status {status}")
     message = f"The Hugging Face Hub rejected the upload to {repository!r} with the status {status}."
     return _error("hub_rejected", message, "Check the repository's name, type and storage limit on the Hub.")

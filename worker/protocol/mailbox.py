@@ -41,7 +41,8 @@ span has name, began_at and ended_at, in seconds since 1970.
     paused                  claim_id: str, step: int, adapter: str | None, num_parameters?: int
     cancelled               claim_id: str
     answering               request_id: str, prompt_tokens: int
-    generated               request_id: str, deltas: list[delta]; a delta has index, text, logprobs? and finish?
+    generated               request_id: str, deltas: list[delta], completion_tokens: int (so far); a delta has index,
+                            text, logprobs? and finish?
     answered                request_id: str, completion_tokens: int
     unanswered              request_id: str, error: error
     diverged                claim_id: str, step: int, good_step: int | None, message: str

@@ -185,7 +185,7 @@ def _usage(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
     if answer.verdict != "no":
         rank = spec.lora.rank * (2 if spec.lora.begins_with_the_base else 1)
         highest = servability.vllm_rank(rank)
-        at = f" --revision {shlex.quote(revision)}" if revision else ""
+        at = f" --revision {shlex.quote(CONTROL.sub(' ', revision))}" if revision else ""
         flags = f"--enable-lora --max-lora-rank {highest} --lora-modules NAME={FOLDER}"
         yield from ("```sh", f"vllm serve {shlex.quote(source or BASE)}{at} {flags}", "```")
 

@@ -40,6 +40,8 @@ ENDPOINT: dict[str, Any] = {
 }
 EndpointState = Literal["pending", "ready", "unreachable", "rejected"]
 
+API_KEY_PATTERN = r"^[\x21-\x7e]+$"
+
 
 class ServingEndpointRequest(Strict):
     """A running inference server."""
@@ -84,9 +86,9 @@ class ServingEndpointRequest(Strict):
         le=VLLM_RANKS[-1],
         description="Highest rank that the server loads: the value of vLLM's --max-lora-rank.",
     )
-    api_key: (
-        Annotated[str, Field(min_length=1, max_length=MAX_KEY, json_schema_extra={"pattern": r"^[\x21-\x7e]+$"})] | None
-    ) = Field(default=None, description="The server's own API key. It is stored encrypted and never shown.")
+    api_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY, pattern=API_KEY_PATTERN)] | None = Field(
+        default=None, description="The server's own API key. It is stored encrypted and never shown."
+    )
 
     def new_endpoint(self) -> NewEndpoint:
         return NewEndpoint(**self.model_dump())

@@ -20,7 +20,7 @@ export function TryIt({ adapter }) {
     if (busy) return;
     if (!content) return question.current.focus();
     await Promise.all([ask(adapter.name, content, setTuned, leaving.current.signal), ask(adapter.base_model, content, setBase, leaving.current.signal)]);
-    announce("Both models have answered");
+    if (!leaving.current.signal.aborted) announce("The models have finished");
   };
   return html`<${Panel} title="Try it" id="try-it">
     <form class="ask" onSubmit=${submit}>

@@ -51,6 +51,23 @@ def test_answer_is_collected_until_it_is_complete() -> None:
     assert (answer.prompt_tokens, answer.completion_tokens) == (4, 3)
 
 
+def test_interrupted_answer_counts_the_tokens_that_were_generated() -> None:
+    error = {"code": "inference_failed", "message": "No.", "remedy": "Retry."}
+    events = [BEGUN, {**generated("a"), "completion_tokens": 5}, RESTARTED, BEGUN]
+    events += [{**generated("a"), "completion_tokens": 2}, {"type": "unanswered", "error": error}]
+
+    async def run() -> PartialAnswer:
+        reply, answer = Reply("infer-1", lambda _: None), PartialAnswer()
+        for event in events:
+            reply.put(event, 10)
+        found = deltas_of(reply, answer, gone=asyncio.Event(), why_unanswered=lambda: NoWorker("", code="c", remedy=""))
+        with pytest.raises(NoWorker):
+            [delta async for delta in found]
+        return answer
+
+    assert asyncio.run(run()).completion_tokens == 5
+
+
 @pytest.mark.parametrize("pieces", [("ab", "cd", "ef"), ("abcdef",), ("a", "b", "c", "d", "e", "f"), ("abc", "def")])
 def test_second_worker_repeats_what_the_client_has_and_continues(pieces: tuple[str, ...]) -> None:
     first = [BEGUN, generated("ab", logprobs=[token("a"), token("b")]), generated("c", logprobs=[token("c")])]

@@ -284,6 +284,33 @@ def test_batches_take_turns(client: openai.OpenAI, batch_worker: BatchWorker, mo
     assert (order.count("first"), order.count("second")) == (20, 2)
 
 
+@pytest.mark.parametrize("num_lines", [1, 40])
+def test_batch_that_can_not_progress_lets_others_continue(
+    site: Site,
+    client: openai.OpenAI,
+    stranger_key: str,
+    services: Services,
+    world: World,
+    batch_worker: BatchWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    num_lines: int,
+) -> None:
+    monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
+    monkeypatch.setattr(batch_loop, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(batch_loop, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(batch_loop, "KEEP_SECONDS", 0.1)
+    with services.db.write() as session:
+        session.get_one(Project, world.caller.project_id).max_tokens_per_day = 0
+    stuck = create(client, *(input_line(str(number)) for number in range(num_lines)))
+    wait(client, stuck.id, {"in_progress"})
+
+    with strict_client(site, stranger_key) as other:
+        assert wait(other, create(other, input_line("a", "theirs")).id).status == "completed"
+
+    assert client.batches.retrieve(stuck.id).status == "in_progress"
+    assert batch_worker.prompts == ["theirs"]
+
+
 def test_batch_waits_for_tokens(
     client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker
 ) -> None:

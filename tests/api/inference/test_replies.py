@@ -146,6 +146,17 @@ def test_request_fails_if_too_many_workers_are_lost(site: Site, services: Servic
     assert found.json()["error"]["code"] == "inference_failed"
 
 
+def test_request_fails_if_its_row_was_deleted(site: Site, services: Services) -> None:
+    response = background(lambda: post(site, CHAT))
+    claimed(services)  # the check of open requests is due within 15 seconds
+
+    with services.db.write() as session:
+        session.query(InferenceRequest).delete()
+
+    found = response.result(60)
+    assert (found.status_code, found.json()["error"]["code"]) == (503, "inference_failed")
+
+
 def test_error_after_the_first_chunk_is_sent_in_the_stream(
     site: Site, services: Services, connections: ReplyConnections
 ) -> None:

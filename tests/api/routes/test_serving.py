@@ -78,6 +78,8 @@ def test_other_keys_see_neither_the_address_nor_errors_of_an_endpoint(
         ({"adapter_folder": "relative"}, "adapter_folder", "invalid_adapter_folder"),
         ({"adapter_folder": "/does/not/exist"}, "adapter_folder", "invalid_adapter_folder"),
         ({"max_rank": 0}, "max_rank", None),
+        ({"api_key": "two\nlines"}, "api_key", None),
+        ({"api_key": "schlüssel"}, "api_key", None),
         ({"kind": "other"}, "kind", None),
     ],
 )
@@ -88,6 +90,7 @@ def test_invalid_endpoint_is_rejected_with_the_field(
 
     assert error["param"] == param
     assert code is None or error["code"] == code
+    assert str(change.get("api_key")) not in error["message"]
 
 
 def test_deployment_is_requested_shown_and_removed(
@@ -106,6 +109,16 @@ def test_deployment_is_requested_shown_and_removed(
     again = client.delete(f"{deployments(adapter)}/vllm-1")
     assert again.json()["error"]["code"] == "deployment_not_found"
     assert client.delete(f"{deployments(adapter)}/vllm-1", headers={"x-stainless-retry-count": "1"}).status_code == 200
+
+
+def test_number_of_deployments_is_limited(
+    client: TestClient, endpoint: dict[str, Any], adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("catalog.serving.deployments.MAX_DEPLOYMENTS", 0)
+
+    refused = client.post(deployments(adapter), json={"endpoint": "vllm-1"})
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_deployments")
 
 
 def test_projects_see_no_deployments_of_each_other(

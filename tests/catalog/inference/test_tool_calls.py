@@ -80,3 +80,9 @@ def test_any_text_is_parsed_without_an_error(text: str) -> None:
     assert calls or content == text
     for call in calls:
         assert isinstance(json.loads(call.arguments), dict)
+
+
+def test_many_blanks_in_a_call_do_not_delay_the_parser() -> None:
+    text = "<tool_call>x" + " " * 500_000 + "y"
+
+    assert parse(text, names=NAMES) == (text, [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from catalog.serving import probes
 from catalog.serving.probes import LIMIT, ProbeAnswer, ProbeToken
 
@@ -41,6 +43,24 @@ def test_other_token_that_was_unlikely_fails() -> None:
 
     assert not found["passed"]
     assert found["max_diff"] == 8.0  # the lowest alternative bounds the expected token's log-probability
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        answer(("a", -0.5)),
+        answer(*[(token.text, token.logprob) for token in EXPECTED.tokens], ("d", -0.1), ("e", -0.1)),
+        answer(("a", -0.5), ("b", float("nan")), ("c", -0.2)),
+    ],
+)
+def test_answer_that_ends_elsewhere_or_is_not_a_number_fails(found: ProbeAnswer) -> None:
+    assert not probes.judge_base(EXPECTED, found)["passed"]
+
+
+def test_answer_may_have_one_more_token_for_its_end() -> None:
+    longer = answer(*[(token.text, token.logprob) for token in EXPECTED.tokens], ("<end>", -0.1))
+
+    assert probes.judge_base(EXPECTED, longer)["passed"]
 
 
 def test_other_number_of_prompt_tokens_fails_and_names_the_template() -> None:

@@ -245,11 +245,11 @@ class InferenceRequests:
         request = self._requests.get(request_id)
         if request is None:
             return  # it has failed
+        counted = {"request_id": request_id, "completion_tokens": sum(one.num_tokens for one in request.choices)}
         if deltas:
-            self._events.write({"type": "generated", "request_id": request_id, "deltas": deltas})
+            self._events.write({"type": "generated", "deltas": deltas, **counted})
         if request.is_complete:
-            num_tokens = sum(choice.num_tokens for choice in request.choices)
-            self._events.write({"type": "answered", "request_id": request_id, "completion_tokens": num_tokens})
+            self._events.write({"type": "answered", **counted})
             self.remove(request_id)
 
     def _fail(self, request_id: str, error: LoraCoreError | Refused | OSError) -> None:
