@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
@@ -21,7 +22,7 @@ BACK_OFF_SECONDS = 10.0
 MAX_DOUBLINGS = 5
 
 
-class _TaskThread:
+class _TaskThread(ABC):
     """Runs one task after another. The thread lives as long as the block, because a child dies with the thread that
     started it."""
 
@@ -84,9 +85,9 @@ class _TaskThread:
         self._has_failed = True
         return False
 
+    @abstractmethod
     def _run_next(self) -> bool:
         """Run the next task. Returns False if there is none."""
-        raise NotImplementedError
 
 
 class _ExportThread(_TaskThread):
