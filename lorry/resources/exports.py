@@ -98,9 +98,10 @@ class AdapterExports:
         contents = adapter_folder.Contents.of(
             name=export_id, manifest=manifest, artifact=str(manifest.get("artifact")), lineage={}
         )
-        target, files = Path(directory).expanduser().absolute(), [*contents.files.values()]
+        folder, files = Path(directory).expanduser(), [*contents.files.values()]
+        target = folder.absolute()  # "." has no name that a temporary folder could be derived from
         if target.is_dir() and _holds(target, files):
-            return target
+            return folder
         adapter_folder.check_free(target, name=export_id)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{export_id}")
@@ -112,7 +113,8 @@ class AdapterExports:
             num_done += file.num_bytes
         if target.is_dir():
             target.rmdir()
-        return partial.rename(target)
+        partial.rename(target)
+        return folder
 
     def _download(
         self, adapter: str, export_id: str, file: FileEntry, path: Path, on_progress: Callable[[int], None]
