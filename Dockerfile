@@ -34,6 +34,8 @@ EXPOSE 8000
 CMD ["python", "-m", "api", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
 FROM code AS worker
+# Triton compiles the launchers of GPU kernels at run time, with this C compiler.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 # torch (PyPI's build with CUDA) or torch-cpu.
 ARG TORCH=torch
 RUN pip install --require-hashes --no-deps -r requirements/worker.lock \

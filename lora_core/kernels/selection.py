@@ -20,8 +20,8 @@ GROUPING_MAJORS = (9, 10)
 """Major compute capabilities of Hopper and data-center Blackwell. On others, including 12.0, torch's grouped matmul is
 a loop that synchronizes with the device for every group."""
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-VARLEN_PARAMETERS = {"window_size", "enable_gqa", "scale"}
-"""Required parameters of torch's varlen_attn, which has all of them since torch 2.12."""
+VARLEN_PARAMETERS = {"window_size", "scale"}
+"""Required parameters of torch's varlen_attn, which has them since torch 2.11."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,17 +76,18 @@ def _why_no_varlen(capability: tuple[int, int], dtype: torch.dtype) -> str | Non
         return f"{attention}: the varlen kernel needs bfloat16, but the base model has {dtype}"
     if capability < AMPERE:
         return f"{attention}: the varlen kernel needs compute capability 8.0, not {_formatted(capability)}"
-    if not _torch_has_varlen():
-        return f"{attention}: the varlen kernel needs torch 2.12, not {torch.__version__}"
+    if not varlen_parameters() >= VARLEN_PARAMETERS:
+        return f"{attention}: the varlen kernel needs torch 2.11, not {torch.__version__}"
     return None
 
 
-def _torch_has_varlen() -> bool:
+def varlen_parameters() -> frozenset[str]:
+    """Return the names of the parameters of torch's varlen_attn. Empty before torch 2.10, which introduced it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # before torch 2.10
-        return False
-    return inspect.signature(varlen_attn).parameters.keys() >= VARLEN_PARAMETERS
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _formatted(capability: tuple[int, int]) -> str:

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
-LOCKED = {"api": "[telemetry]", "worker": "[worker,telemetry]", "demo": "[demo]", "dev": "[dev]"}
+LOCKED = {"api": "[telemetry]", "worker": "[worker,quant,telemetry]", "demo": "[demo]", "dev": "[dev]"}
 """The extras of lorry-server that each lock file installs."""
 ENTRY = re.compile(
     r"^(?P<requirement>[A-Za-z0-9].*?) \\\n(?P<hashes>(?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE

@@ -21,7 +21,7 @@ class StandIn:
         assert torch.equal(bounds_q, bounds_k)
         assert longest_q == longest_k
         assert all(part.stride(-1) == 1 for part in (q_THE, k_TKE, v_TKE)), "the kernel requires contiguous heads"
-        assert options["enable_gqa"] or q_THE.shape[1] == k_TKE.shape[1]
+        assert options.get("enable_gqa", True) or q_THE.shape[1] == k_TKE.shape[1]
         before, after = options["window_size"]
         outputs = []
         for start, stop in zip(call["bounds"], call["bounds"][1:], strict=False):

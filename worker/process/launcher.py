@@ -27,17 +27,28 @@ from worker.protocol.mailbox import Json, TrainerDirectory
 from worker.protocol.rendezvous import RANKS_FILE
 
 SYSTEM = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD")
-ALLOWED = frozenset({*SYSTEM, "SSL_CERT_FILE", "SSL_CERT_DIR", "NCCL_IB_PKEY", failpoints.VARIABLE, logs.FORMAT})
-ALLOWED_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_")
+ALLOWED = frozenset({*SYSTEM, "CC", "SSL_CERT_FILE", "SSL_CERT_DIR", "NCCL_IB_PKEY", failpoints.VARIABLE, logs.FORMAT})
+ALLOWED_PREFIXES = (
+    *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "MKL_", "OMP_", "GOMP_", "KMP_", "ATEN_", "TORCH_", "PYTORCH_"),
+    *("TORCHINDUCTOR_", "TRITON_"),
+)
 CREDENTIAL_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PEPPER|CREDENTIAL", re.IGNORECASE)
 """A variable with such a name may hold a credential, for example NVIDIA_API_KEY. It is passed on only if ALLOWED or
 HUB names it. NCCL_IB_PKEY is allowed because it is the index of an InfiniBand partition."""
 HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "XDG_CACHE_HOME")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
-CUDA = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+CUDA = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
 """CUDA numbers GPUs as NVML does. A fixed workspace makes the sums of cuBLAS reproducible. No other setting for
 determinism is needed: torch's own switch rejects or slows operations that no job's result depends on, and the engine's
-probe at start-up measures what this machine guarantees."""
+probe at start-up measures what this machine guarantees.
+
+cuDNN's attention builds a plan for each new length, which takes up to a second (torch prefers it on compute capability
+9 and 10). Ticks differ in their number of tokens, which fragments memory unless segments can grow."""
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 LAUNCHED = (
     "--multi_gpu",  # several processes, also on a CPU: accelerate's --cpu would start only one

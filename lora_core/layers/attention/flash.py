@@ -5,11 +5,12 @@ Each sequence attends to itself alone. packed.py computes the cases that this ke
 other head sizes, a CPU. Shape suffixes: H query heads, K key heads, T tokens of the pack, S sequences, E head features.
 """
 
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from lora_core.kernels.selection import VARLEN_DTYPES
+from lora_core.kernels.selection import VARLEN_DTYPES, varlen_parameters
 from lora_core.packing.packed_batch import PackedBatch
 
 WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
@@ -38,7 +39,7 @@ def attend_together(
         longest,
         scale=scale,
         window_size=window_size(causal=causal, window=window, longest=longest),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if _checks_heads() else {}),
     )
     return attended[None]
 
@@ -47,6 +48,12 @@ def kernel() -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
+
+
+@cache
+def _checks_heads() -> bool:
+    """Return whether torch asks callers to allow fewer key heads than query heads. torch 2.11 does so without asking."""
+    return "enable_gqa" in varlen_parameters()
 
 
 def window_size(*, causal: bool, window: int | None, longest: int) -> tuple[int, int]:

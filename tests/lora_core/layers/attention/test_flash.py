@@ -129,6 +129,19 @@ def test_pass_calls_the_kernel_once_per_layer_with_equal_states(
     torch.testing.assert_close(states["varlen"], states["sequences"], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("checks_heads", [True, False])
+def test_grouped_heads_are_allowed_where_torch_asks(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, checks_heads: bool
+) -> None:
+    monkeypatch.setattr(flash, "_checks_heads", lambda: checks_heads)
+    inputs = [torch.randn(1, heads, sum(LENGTHS), E).bfloat16() for heads in (H, K, K)]
+
+    attended(inputs, Kernels(attention="varlen"), is_causal=True)
+
+    (call,) = stand_in.calls
+    assert call.get("enable_gqa", "not passed") == (True if checks_heads else "not passed")
+
+
 def test_cpu_never_uses_the_varlen_kernel() -> None:
     assert choose_kernels(torch.device("cpu"), torch.bfloat16).attention == "sequences"
 
@@ -140,7 +153,7 @@ def test_cpu_never_uses_the_varlen_kernel() -> None:
         ((8, 0), torch.bfloat16, True, None),
         ((7, 5), torch.bfloat16, True, "compute capability 8.0, not 7.5"),
         ((9, 0), torch.float32, True, "bfloat16"),
-        ((9, 0), torch.bfloat16, False, "needs torch 2.12"),
+        ((9, 0), torch.bfloat16, False, "needs torch 2.11"),
     ],
 )
 def test_gpu_uses_the_varlen_kernel_or_reports_a_reason(
