@@ -24,7 +24,7 @@ from catalog.resources.pack_key import pack_key
 from catalog.spec import evaluation_schedule
 from catalog.spec.data import check_data
 from catalog.spec.integrations import install_hint
-from catalog.spec.job import JobRequest, JobSpec, ParentSpec, Precision, resolve
+from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, ParentSpec, resolve
 from catalog.spec.job_warnings import Caution
 from catalog.spec.lora import LoraSpec, begins_with_the_base, resolve_lora
 from catalog.spec.methods import MethodType, compared_kind
@@ -77,11 +77,11 @@ def accept(
     *,
     now: float,
     seed: int,
-    auto_precision: Precision | None = None,
+    fleet_defaults: FleetDefaults | None = None,
 ) -> Accepted:
     """Validate a request and resolve its configuration.
 
-    seed: used if the request sets none. auto_precision: None selects a precision that suits the live workers.
+    seed: used if the request sets none. fleet_defaults: None selects those of the live workers.
 
     Raises InvalidRequest and NotFound.
     """
@@ -109,7 +109,7 @@ def accept(
         num_rows=training.num_rows or 0,
         max_positions=(base.description or {}).get("max_positions"),
         seed=seed,
-        auto_precision=auto_precision or views.auto_precision(session, now=now),
+        fleet_defaults=fleet_defaults or views.fleet_defaults(session, now=now),
         parent=parent and parent_spec(parent),
     )
     check_serving_target(session, request, spec, base)

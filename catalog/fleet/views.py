@@ -13,9 +13,10 @@ from catalog.db.database import Database, read_clock
 from catalog.fleet import gangs
 from catalog.fleet.workers import list_workers
 from catalog.registry import base_models
+from catalog.resources.memory import SLICE_TOKENS
 from catalog.resources.sharding import reported_group
 from catalog.scheduling.snapshot import Capacity
-from catalog.spec.job import Precision
+from catalog.spec.job import FleetDefaults
 from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Trainer, Worker, has_gpu, is_live, quantizations_on
 from catalog.tables.history import Attempt
 from catalog.tables.storage import BaseModelRow
@@ -99,18 +100,22 @@ def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
     ]
 
 
-def auto_precision(session: Session, *, now: float) -> Precision:
-    """Return bfloat16, or float32 if no device of the live workers supports bfloat16 matmuls in hardware.
+def fleet_defaults(session: Session, *, now: float) -> FleetDefaults:
+    """Return the precision and the slice size that suit the live workers.
 
-    Without hardware support, bfloat16 is 25 times slower. If no worker is live, for example while the service starts,
-    the worker with the latest heartbeat decides.
+    The precision is bfloat16, or float32 if no device supports bfloat16 matmuls in hardware, because bfloat16 is then
+    25 times slower. Slices have the size for GPUs if there is one. If no worker is live, for example while the service
+    starts, the worker with the latest heartbeat decides.
     """
     live = select(Worker.devices).where(is_live(now=now))
     last = select(Worker.devices).order_by(Worker.heartbeat_at.desc()).limit(1)
     rows = session.scalars(live).all() or session.scalars(last).all()
     devices = [device for found in rows for device in found]
     is_slow_everywhere = bool(devices) and not any(device.get("has_bfloat16", True) for device in devices)
-    return "float32" if is_slow_everywhere else "bfloat16"
+    return FleetDefaults(
+        precision="float32" if is_slow_everywhere else "bfloat16",
+        slice_tokens=SLICE_TOKENS["cuda" if has_gpu(devices) else "cpu"],
+    )
 
 
 def quantizations(session: Session, *, now: float, only_open: bool = False) -> frozenset[str] | None:

@@ -96,7 +96,7 @@ def _base(session: Session, name: str) -> Model:
     plain = plain_keys(base.digest)
     residents = views.residents(session, now=now)
     loaded = (each.pack_key for each in residents if each.pack_key in plain and not each.takes_nothing_new)
-    key = next(loaded, None) or pack_key(base.digest, views.auto_precision(session, now=now))
+    key = next(loaded, None) or pack_key(base.digest, views.fleet_defaults(session, now=now).precision)
     return Model(name=base.name, base_model=base.name, base_digest=base.digest, pack_key=key, adapter=None)
 
 

@@ -20,7 +20,7 @@ from catalog.errors import Conflict, InvalidRequest, LorryError, listed
 from catalog.plans import jobs_from_plans
 from catalog.registry import adapters, checkpoints, lineage, lineage_comparison
 from catalog.registry.adapters import AdapterView
-from catalog.spec.job import JobRequest, JobSpec
+from catalog.spec.job import FleetDefaults, JobRequest, JobSpec
 from catalog.storage import files
 from catalog.storage.manifest import Manifest
 from catalog.tables.storage import Adapter, BaseModelRow, File
@@ -89,7 +89,9 @@ def prepare(db: Database, caller: Caller, name: str) -> Reproduction:
 def accept_reproduction(session: Session, caller: Caller, reproduction: Reproduction, *, now: float) -> Accepted:
     """Accept the job. Raises what `accept` raises, and Conflict if its configuration would differ from the record."""
     spec = reproduction.spec
-    accepted = accept(session, caller, reproduction.request, now=now, seed=spec.seed, auto_precision=spec.precision)
+    accepted = accept(
+        session, caller, reproduction.request, now=now, seed=spec.seed, fleet_defaults=FleetDefaults.of(spec)
+    )
     if accepted.base.digest != reproduction.base_digest:
         raise Conflict(
             f"Base model {accepted.base.name!r} changed while the request was being checked.",

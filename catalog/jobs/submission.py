@@ -19,7 +19,7 @@ from catalog.jobs import commands, reproduction
 from catalog.jobs.reproduction import Reproduction
 from catalog.lifecycle.transitions import begin
 from catalog.plans.jobs_from_plans import AgreedPlan, accept_planned, agree
-from catalog.spec.job import JobRequest, PlannedJob, Precision
+from catalog.spec.job import FleetDefaults, JobRequest, PlannedJob
 from catalog.storage import quota
 from catalog.tables.jobs import IdempotencyKey, Job
 from catalog.tenancy.authentication import Caller, check_valid
@@ -149,12 +149,12 @@ def submit(
     now: float,
     sweep_id: str | None = None,
     is_promised: bool = False,
-    auto_precision: Precision | None = None,
+    fleet_defaults: FleetDefaults | None = None,
 ) -> Job:
     """Create a job within a transaction.
 
     targets: the result of `resolve_targets`, called before the transaction. body_digest: None if clients do not retry
-    the submission on their own. is_promised: the quota already counts the job as part of its sweep. auto_precision: see
+    the submission on their own. is_promised: the quota already counts the job as part of its sweep. fleet_defaults: see
     `accept`. Raises the errors of `accept` and `job_row`.
     """
     quotas.check_submission(session, caller, now=now, is_promised=is_promised)
@@ -164,7 +164,7 @@ def submit(
         accepted = reproduction.accept_reproduction(session, caller, request, now=now)
     else:
         seed = secrets.randbelow(2**31)
-        accepted = accept(session, caller, request, now=now, seed=seed, auto_precision=auto_precision)
+        accepted = accept(session, caller, request, now=now, seed=seed, fleet_defaults=fleet_defaults)
     quotas.check_priority(session, caller, accepted.request.priority)
     job = job_row(accepted, targets, project_id=caller.project_id, created_by=caller.api_key_id, now=now)
     job.body_digest, job.sweep_id, job.trace = body_digest, sweep_id, tracing.current()

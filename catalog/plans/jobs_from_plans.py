@@ -13,7 +13,7 @@ from catalog.db.database import Database
 from catalog.errors import Conflict
 from catalog.plans import plans
 from catalog.search.fields import value_at
-from catalog.spec.job import JobRequest, JobSpec, PlannedJob
+from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, PlannedJob
 from catalog.spec.validation_messages import value_text
 from catalog.tables.plans import Plan
 from catalog.tenancy.authentication import Caller
@@ -51,7 +51,7 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
     request, spec = agreed.request, agreed.spec
     if plan.state == "failed":
         raise _failed(plan)
-    accepted = accept(session, caller, request, now=now, seed=spec.seed, auto_precision=spec.precision)
+    accepted = accept(session, caller, request, now=now, seed=spec.seed, fleet_defaults=FleetDefaults.of(spec))
     if accepted.base.digest != plan.base_digest:
         raise _outdated(plan, f"base model {plan.base_model!r} has changed since the plan was created")
     if accepted.spec != spec:

@@ -26,16 +26,19 @@ NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
 """The two code books of a matrix and the offset of its scales, as bitsandbytes stores them."""
 JOB_TOKENS = 1024
-"""Tokens of one job in a tick; more only if a single row is longer."""
-SLICE_TOKENS = 512
-"""Tokens of one slice: half of JOB_TOKENS, so that a job alone in a trainer uses two cores. The slices of a step affect
-the rounding of its gradients, so this value is in the digest of a job's configuration."""
+"""Tokens of one job in a tick for which memory is reserved, in addition to rows and slices that are longer."""
+MOST_JOB_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Maximum tokens of one job in a tick, by kind of device, unless a single slice is longer. On a GPU, a pass of 1,024
+tokens takes as long as its launches."""
+SLICE_TOKENS = {"cpu": 512, "cuda": 4096}
+"""Tokens of one slice, by kind of device: half of MOST_JOB_TOKENS, so that a job alone in a trainer uses two cores. The
+slices of a step affect the rounding of its gradients, so a job's value is fixed when the job is accepted."""
 TICK_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Maximum tokens of a tick, by kind of device; for a CPU per core. A larger tick gave no higher throughput in
 measurements (CPU), or is not expected to (GPU)."""
 FURTHER_SLICES = 2
-"""Additional slices of a job in one tick. Two consecutive slices are together longer than SLICE_TOKENS, so at most
-three fit into JOB_TOKENS."""
+"""Additional slices of a job in one tick. Two consecutive slices are together longer than one full slice, so at most
+three fit into MOST_JOB_TOKENS."""
 LOGIT_CHUNK_ROWS = 256
 """Number of positions whose logits exist at one time."""
 
@@ -88,6 +91,7 @@ def own_parts(
     samples: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     lowest_rank: int = 1,
+    slice_tokens: int = SLICE_TOKENS["cpu"],
     recomputes: bool = False,
 ) -> dict[str, int]:
     """Return the memory of a job itself on any device, without its part of a tick, by part (see `gpus.PARTS`).
@@ -104,18 +108,21 @@ def own_parts(
     `precision`: of the base model. `keeps_parent`: whether the loss compares with the parent adapter, whose weights are
     then in memory too. `longest_example`: tokens of its longest row or pair of rows, which is never split; None if
     unknown. The reference pass of a preference loss keeps nothing for a backward pass and is over before the job's own
-    pass begins. `recomputes`: whether the engine recomputes activations when memory is short, as it does on a GPU. A
-    long row then keeps the inputs of the blocks, one block at a time, and still the values of DoRA and dropout.
+    pass begins. `slice_tokens`: maximum tokens of a slice, unless a row is longer. `recomputes`: whether the engine
+    recomputes activations when memory is short, as it does on a GPU. A long slice then keeps the inputs of the blocks,
+    one block at a time, and still the values of DoRA and dropout.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     width, subtracts_start = BYTES_PER_NUMBER[precision], begins_with_the_base(init_lora_weights)
-    is_one_slice = bool(longest_example) and batch_size * (longest_example or 0) <= SLICE_TOKENS
-    slice_tokens, usual = max(JOB_TOKENS, longest_example or 0), slice_bytes(description, precision)
-    even_so = slice_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
-    even_so += slice_tokens * _output_features(shapes) * width if use_dora else 0
-    largest = slice_tokens * activation_bytes_per_token(shapes, precision) + even_so
-    if recomputes and slice_tokens > JOB_TOKENS:
-        recomputed = slice_tokens * _recomputed_bytes_per_token(description, precision)
+    step_tokens = batch_size * longest_example if longest_example else math.inf
+    is_one_slice = step_tokens <= slice_tokens
+    most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
+    usual = slice_bytes(description, precision)
+    even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
+    even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
+    largest = most_tokens * activation_bytes_per_token(shapes, precision) + even_so
+    if recomputes and most_tokens > JOB_TOKENS:
+        recomputed = most_tokens * _recomputed_bytes_per_token(description, precision)
         largest = max(usual + even_so, min(largest, recomputed + even_so))
     start = _start_bytes(description, precision) if subtracts_start else 0
     return {

@@ -8,6 +8,7 @@ too.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -260,6 +261,8 @@ class JobSpec(Strict):
     checkpoint_every_steps: int
     precision: Precision
     quantization: Quantization = "none"
+    slice_tokens: int = 512
+    """Maximum tokens of a slice (micro-batch), unless a row is longer. It affects the rounding of gradients."""
     seed: int
     data: DataSpec = DataSpec()
     samples: Samples | None = None
@@ -278,19 +281,35 @@ class JobSpec(Strict):
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetDefaults:
+    """What a job gets from the workers that are live when it is accepted, and keeps wherever it trains.
+
+    precision: The dtype that the workers support. slice_tokens: Maximum tokens of a slice (micro-batch).
+    """
+
+    precision: Precision = "bfloat16"
+    slice_tokens: int = 512
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> FleetDefaults:
+        """Return those of an accepted job."""
+        return cls(precision=spec.precision, slice_tokens=spec.slice_tokens)
+
+
 def resolve(
     request: JobRequest,
     *,
     num_rows: int,
     max_positions: int | None,
     seed: int,
-    auto_precision: Precision = "bfloat16",
+    fleet_defaults: FleetDefaults = FleetDefaults(),
     parent: ParentSpec | None = None,
 ) -> JobSpec:
     """Replace every `auto` and every default by a value.
 
     `num_rows`: rows of the training file, as counted at upload. `max_positions`: the longest sequence of the base
-    model, in tokens. `seed`: used if the request has none. `auto_precision`: the dtype that the workers support.
+    model, in tokens. `seed`: used if the request has none. `fleet_defaults`: what depends on the workers.
     `parent`: the adapter that the job continues; catalog/admission/parent.py has then completed the request.
     """
     hyperparameters = request.method_hyperparameters()
@@ -317,8 +336,9 @@ def resolve(
         keep=resolve_keep(request.evaluation, request.early_stopping),
         early_stopping=request.early_stopping,
         checkpoint_every_steps=_given(request.checkpoint_every_steps, auto=AUTO_CHECKPOINT_STEPS),
-        precision=auto_precision if request.precision == "auto" else request.precision,
+        precision=fleet_defaults.precision if request.precision == "auto" else request.precision,
         quantization=request.quantization,
+        slice_tokens=fleet_defaults.slice_tokens,
         seed=seed if request.seed is None else request.seed,
         data=DataSpec(**request.data.model_dump()),
         samples=request.evaluation.samples,

@@ -169,7 +169,7 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *
 
 def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *, now: float) -> int:
     """Create up to `max_trials` of the drafted trials that no other process has created. Returns how many."""
-    precision = views.auto_precision(session, now=now)
+    defaults = views.fleet_defaults(session, now=now)
     for num_made in range(min(max_trials, sweep.num_trials - sweep.num_created)):
         draft = next_round.drafts.of(sweep.num_created)
         if draft is None:
@@ -178,7 +178,7 @@ def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, max_trials
             return num_made
         with ledger.savepoint(session):
             targets = next_round.drafts.targets
-            make_trial(session, _caller(sweep), sweep, draft, targets, now=now, auto_precision=precision)
+            make_trial(session, _caller(sweep), sweep, draft, targets, now=now, fleet_defaults=defaults)
     return max_trials
 
 

@@ -26,7 +26,7 @@ from catalog.jobs.submission import CLIENT_RETRY_SECONDS, check_idempotency_key,
 from catalog.search.design import Design, check_given, checked, designed, fewest_steps, rungs
 from catalog.search.spec import SweepRequest
 from catalog.search.trials import design_of, find_sweep
-from catalog.spec.job import JobRequest, Precision
+from catalog.spec.job import FleetDefaults, JobRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.sweeps import Sweep, Trial
@@ -115,9 +115,9 @@ def _accept(session: Session, caller: Caller, sweep: Sweep, design: Design, draf
     details = {"model": sweep.requested["model"], "search": design.search, "trials": design.num_trials}
     note(session, "sweep.created", now=now, object_id=sweep.id, project_id=sweep.project_id, details=details)
     if is_chosen_here:
-        precision = views.auto_precision(session, now=now)
+        defaults = views.fleet_defaults(session, now=now)
         for draft in drafts.trials:
-            make_trial(session, caller, sweep, draft, drafts.targets, now=now, auto_precision=precision)
+            make_trial(session, caller, sweep, draft, drafts.targets, now=now, fleet_defaults=defaults)
     sweep.due_at = now if is_chosen_here and sweep.num_created < sweep.num_trials else None
 
 
@@ -150,11 +150,11 @@ def make_trial(
     targets: Targets,
     *,
     now: float,
-    auto_precision: Precision | None = None,
+    fleet_defaults: FleetDefaults | None = None,
 ) -> Trial:
     """Create the trial with the next number, as a job of the sweep's creator.
 
-    The caller has locked the sweep, or it is not visible to others yet. auto_precision: see `accept`. Raises the same
+    The caller has locked the sweep, or it is not visible to others yet. fleet_defaults: see `accept`. Raises the same
     errors as submission.
     """
     job = submission.submit(
@@ -166,7 +166,7 @@ def make_trial(
         now=now,
         sweep_id=sweep.id,
         is_promised=draft.is_promised,
-        auto_precision=auto_precision,
+        fleet_defaults=fleet_defaults,
     )
     trial = Trial(job_id=job.id, sweep_id=sweep.id, number=sweep.num_created, parameters=dict(draft.parameters))
     trial.score, trial.step, trial.recent, trial.rung, trial.stopped = float("inf"), None, None, None, None

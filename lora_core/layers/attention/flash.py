@@ -52,7 +52,7 @@ def kernel() -> Any:
 
 @cache
 def _checks_heads() -> bool:
-    """Return whether torch asks callers to allow fewer key heads than query heads. torch 2.11 does so without asking."""
+    """Return whether torch asks callers to allow fewer key heads than query heads. torch 2.11 does not ask."""
     return "enable_gqa" in varlen_parameters()
 
 

@@ -45,6 +45,19 @@ def test_possible_second_slice_adds_a_gradient() -> None:
     assert own_bytes({}, longest_example=None) == 24_000, "unknown lengths count as several slices"
 
 
+def test_long_slices_count_in_full_unless_a_step_is_shorter() -> None:
+    description = {"linear_shapes": SHAPES}
+    a_token = memory.activation_bytes_per_token(SHAPES, "bfloat16")
+    usual = own_bytes(description, "bfloat16")
+    long = memory.SLICE_TOKENS["cuda"]
+
+    assert own_bytes(description, "bfloat16", slice_tokens=long) == usual
+    step = own_bytes(description, "bfloat16", slice_tokens=long, batch_size=16, longest_example=128)
+    assert step == usual + (2048 - memory.JOB_TOKENS) * a_token
+    many = own_bytes(description, "bfloat16", slice_tokens=long, batch_size=64, longest_example=128)
+    assert many == usual + memory.FURTHER_SLICES * 4 * 1000 + (long - memory.JOB_TOKENS) * a_token
+
+
 def test_initialization_and_samples_add_memory_only_beyond_a_slice() -> None:
     few, many = {"prompts": ["a" * 100], "max_tokens": 28}, {"prompts": ["a" * 2000] * 8, "max_tokens": 128}
     tall = {"linear_shapes": {"q_proj": [[8192, 64], 1]}}

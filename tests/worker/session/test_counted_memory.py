@@ -62,7 +62,7 @@ def training(
         num_steps=2,
         seed=0,
         evaluate_every_steps=2,
-        slice_tokens=memory.SLICE_TOKENS,
+        slice_tokens=memory.SLICE_TOKENS["cpu"],
         keep=keep,
     )
     data = dataset(1, lengths)

@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from catalog.resources.memory import SLICE_TOKENS, tick_tokens
+from catalog.resources.memory import MOST_JOB_TOKENS, tick_tokens
 from catalog.spec.job import JobSpec
 from catalog.spec.lora import LoraSpec
 from catalog.spec.training import ScheduleSpec
@@ -36,12 +36,12 @@ def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineCo
     Cached prefix activations are stored in files in `folder`. They use the kernel's page cache, and no memory that
     placement doesn't account for. The processes of one machine share the budget.
     """
-    is_cpu = settings["device"] == "cpu"
-    num_lanes = num_threads if is_cpu else 1
+    kind = "cpu" if settings["device"] == "cpu" else "cuda"
+    num_lanes = num_threads if kind == "cpu" else 1
     num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return EngineConfig(
-        token_budget=tick_tokens("cpu" if is_cpu else "cuda", num_lanes=num_threads),
-        max_tick_seconds=1.0 if is_cpu else 0.3,
+        token_budget=tick_tokens(kind, num_lanes=num_threads),
+        job_tokens=MOST_JOB_TOKENS[kind],
         num_lanes=num_lanes,
         ticks_alone=TICKS_ALONE,
         prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)) // num_sharing,
@@ -60,7 +60,7 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
         num_steps=num_steps,
         seed=spec.seed,
         evaluate_every_steps=evaluate_every_steps,
-        slice_tokens=SLICE_TOKENS,
+        slice_tokens=spec.slice_tokens,
         early_stopping=EarlyStoppingConfig(**spec.early_stopping.model_dump()) if spec.early_stopping else None,
         keep=spec.keep,
         objective=objective_config(spec),

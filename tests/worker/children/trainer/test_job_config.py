@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from catalog.resources.memory import JOB_TOKENS, TICK_TOKENS
-from catalog.spec.job import JobRequest, JobSpec, resolve
+from catalog.resources.memory import MOST_JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS
+from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, resolve
 from catalog.spec.methods import MethodType, compares_with_start
 from lora_core.adapter.optimizer import learning_rate_at
 from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
@@ -179,13 +179,29 @@ def test_a_spec_stored_before_rank_patterns_loads_unchanged() -> None:
     assert JobSpec.model_validate(old) == spec
 
 
-def test_slices_and_ticks_have_the_sizes_of_the_memory_estimate() -> None:
-    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
+@pytest.mark.parametrize("slice_tokens", SLICE_TOKENS.values())
+def test_slices_have_the_size_of_the_accepted_job_on_every_device(slice_tokens: int) -> None:
+    given = FleetDefaults(slice_tokens=slice_tokens)
+    spec = resolve(request(), num_rows=100, max_positions=None, seed=1, fleet_defaults=given)
 
-    slice_tokens = job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens
+    assert job_config(spec, num_steps=1, evaluate_every_steps=None).slice_tokens == slice_tokens
+    assert FleetDefaults.of(spec) == FleetDefaults(precision=spec.precision, slice_tokens=slice_tokens)
+
+
+def test_specs_without_a_slice_size_have_that_of_cpus() -> None:
+    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
+    old = {name: value for name, value in spec.model_dump(mode="json").items() if name != "slice_tokens"}
+
+    assert JobSpec.model_validate(old) == spec
+    assert spec.slice_tokens == FleetDefaults().slice_tokens == SLICE_TOKENS["cpu"]
+
+
+def test_ticks_have_the_sizes_of_the_memory_estimate() -> None:
     cpu, gpu = engine_of("cpu", num_threads=2), engine_of("cuda:0", num_threads=2)
 
-    assert 2 * slice_tokens == cpu.job_tokens == gpu.job_tokens == JOB_TOKENS
+    assert {"cpu": cpu.job_tokens, "cuda": gpu.job_tokens} == MOST_JOB_TOKENS
+    assert {kind: 2 * tokens for kind, tokens in SLICE_TOKENS.items()} == MOST_JOB_TOKENS
+    assert gpu.job_tokens <= gpu.token_budget
     assert (cpu.token_budget, gpu.token_budget) == (2 * TICK_TOKENS["cpu"], TICK_TOKENS["cuda"])
 
 

@@ -1,4 +1,4 @@
-"""Automatic precision follows the capabilities of the workers."""
+"""Precision and slice size follow the workers that are live when a job is accepted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from catalog.fleet import workers
 from catalog.resources import pack_key as packing
+from catalog.resources.memory import SLICE_TOKENS
 from tests.catalog.world import World
 
 
@@ -43,3 +44,16 @@ def test_automatic_precision_follows_the_last_worker_if_none_is_live(
         world.clock.advance(3600)
 
     assert world.submit().spec["precision"] == expected
+
+
+@pytest.mark.parametrize(("kinds", "expected"), [([], "cpu"), (["cpu"], "cpu"), (["cpu", "cuda"], "cuda")])
+def test_slices_have_the_size_for_gpus_if_one_is_live_and_keep_it(
+    world: World, kinds: list[str], expected: str
+) -> None:
+    for index, kind in enumerate(kinds):
+        given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
+        workers.register_worker(world.db, worker_id=f"w{index}", devices=[{"kind": kind}], **given)
+
+    job = world.submit()
+
+    assert job.spec["slice_tokens"] == SLICE_TOKENS[expected]
