@@ -25,7 +25,7 @@ from lora_core.base_model.sharding import is_whole
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
 from lora_core.kernels.batch_invariant import ExactProducts, own_forward
-from lora_core.kernels.selection import Kernels, choose_kernels
+from lora_core.kernels.selection import Kernels, choose_kernels, prepare_device
 from lora_core.layers.activation_checkpointing import blocks_of, checkpointed
 from lora_core.layers.attention import packed
 from lora_core.layers.compiled_elementwise import fused_parts
@@ -142,6 +142,7 @@ class Attachment:
         self.is_sharded = is_sharded
         self.batch_invariant = batch_invariant
         self.linears = find_linears(model)
+        prepare_device(model.device)
         self.kernels = kernels or replace(
             choose_kernels(model.device, model.dtype),
             batch_invariant=ExactProducts() if batch_invariant and model.device.type == "cpu" else None,

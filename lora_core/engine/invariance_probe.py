@@ -6,6 +6,8 @@ gradients aren't even close does not keep packed sequences apart, and is rejecte
 ticks, batch_invariant.py checks each matmul at each number of rows.
 """
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -30,12 +32,13 @@ from lora_core.runtime.counter_rng import random_words, uniform
 from lora_core.runtime.cpu_lanes import Lanes, split
 from lora_core.runtime.device_errors import is_device_fault, shortage_named
 
+LOGGER = logging.getLogger(__name__)
 Invariance = Literal["bitwise", "allclose"]
 LENGTHS = ((19, 30), (9,), (41, 5, 7))  # sequences of three synthetic jobs, of odd sizes on purpose
 RANKS = (4, 8, 3)
-CLOSE = 0.1
+CLOSE = 0.3
 """Fraction of a norm by which `allclose` results may differ. Another summation order in bf16 changes a gradient of
-SmolLM2's 30 blocks by 0.013, and rounding errors grow with depth."""
+SmolLM2's 30 blocks by 0.013, and rounding errors grow with depth. Mixed sequences change it by about 1."""
 GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASSES)
 
 
@@ -56,15 +59,22 @@ def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
     is_exact = base.kernels.batch_invariant is not None and torch.get_num_threads() == 1
     if is_exact and all(torch.equal(one, other) for one, other in pairs):
         return "bitwise"
-    if all(_is_close(one, other) for one, other in pairs):
+    difference = max(_difference(one, other) for one, other in pairs)
+    LOGGER.info("Gradients of packed and solo jobs differ by up to %.2g of their norm.", difference)
+    if difference <= CLOSE:
         return "allclose"
     raise _unpackable(base, "its gradients depend on the other jobs in the same pass")
 
 
-def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare gradient and loss separately: the sum of losses is hundreds of times as large as a gradient's norm."""
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the difference as a fraction of the norm, the larger one of gradient and loss: the sum of losses is
+    hundreds of times as large as a gradient's norm. Infinite if it is not a number."""
     parts = zip(one.split([len(one) - 1, 1]), other.split([len(one) - 1, 1]), strict=True)
-    return all(torch.linalg.vector_norm(a - b) <= CLOSE * torch.linalg.vector_norm(a) for a, b in parts)
+    found = [
+        0.0 if torch.equal(a, b) else float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a))
+        for a, b in parts
+    ]
+    return max(math.inf if math.isnan(part) else part for part in found)
 
 
 def _train_each(

@@ -99,7 +99,7 @@ class Passes:
         rank alone if that happened in a sharded base model.
         """
         own = [index for index, rank in enumerate(plan.ranks) if rank == self._ranks.rank]
-        shortage: torch.OutOfMemoryError | None = None
+        shortage: str | None = None
         scores: list[SliceScores] = []
         costs: list[int] = []
         lanes: list[list[int]] = []
@@ -114,12 +114,12 @@ class Passes:
                     lanes = [list(range(len(slices)))]
                 scores = self._run_lanes(lanes, slices, plan.kind, checkpointed=plan.checkpointed)[: len(own)]
         except torch.OutOfMemoryError as error:
-            shortage = error
+            shortage = str(error)  # the error itself would keep the activations of its frames alive
         own_lanes = [sum(costs[index] for index in lane if index < len(own)) for lane in lanes]
         fields = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}
-        found = self._ranks.gathered(None if shortage else fields)
+        found = self._ranks.gathered(fields if shortage is None else None)
         if shortage is not None:
-            raise shortage
+            raise torch.OutOfMemoryError(shortage)
         if None in found:
             raise torch.OutOfMemoryError(f"The slices of rank {found.index(None)} do not fit on its device.")
         each = [iter(of_rank["scores"]) for of_rank in found]

@@ -31,6 +31,7 @@ class Throughput:
     bit length."""
 
     def __init__(self) -> None:
+        self._num_warm = 0
         self.tokens_per_second = 0.0
         """Tokens through the base model per second of tick time. 0 before the first tick."""
         self.lane_tokens_per_second = 0.0
@@ -43,10 +44,17 @@ class Throughput:
         `cost` is the number of tokens through all blocks that would take as long as these `num_tokens`, some of which
         the prefix cache may shorten. `fullest_lane` is the part of `cost` in the fullest lane.
         """
-        self.tokens_per_second = _averaged(self.tokens_per_second, num_tokens / seconds)
-        self.lane_tokens_per_second = _averaged(self.lane_tokens_per_second, fullest_lane / seconds)
-        by_size = self._by_size["alone" if num_jobs == 1 else "together"]
-        by_size.setdefault(num_tokens.bit_length(), SizeAverage()).add(num_tokens, cost / seconds)
+        of_size = self._by_size["alone" if num_jobs == 1 else "together"].setdefault(
+            num_tokens.bit_length(), SizeAverage()
+        )
+        is_cold = of_size.num_ticks < COLD_TICKS
+        of_size.add(num_tokens, cost / seconds)
+        if is_cold and self._num_warm:
+            return
+        share = NEWEST_SHARE if self._num_warm else 1.0
+        self._num_warm += not is_cold
+        self.tokens_per_second += share * (num_tokens / seconds - self.tokens_per_second)
+        self.lane_tokens_per_second += share * (fullest_lane / seconds - self.lane_tokens_per_second)
 
     def num_alone(self, num_tokens: int) -> int:
         """Return the number of ticks of about this size that one job had alone."""
@@ -62,7 +70,3 @@ class Throughput:
             ]
             for pack_size, by_size in self._by_size.items()
         }
-
-
-def _averaged(average: float, newest: float) -> float:
-    return (1 - NEWEST_SHARE) * average + NEWEST_SHARE * newest if average else newest

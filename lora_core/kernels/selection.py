@@ -47,6 +47,17 @@ class Kernels:
     reasons: tuple[str, ...] = ()
 
 
+def prepare_device(device: torch.device) -> None:
+    """Set this process's switches of torch for the device.
+
+    cuDNN's attention builds a plan for each new length, which takes up to a second. The sums of a bf16 matmul stay in
+    fp32, also where cuBLAS divides them among blocks.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type != "cuda":
         return Kernels()

@@ -1,5 +1,7 @@
 """A diverged job or one that runs out of memory has no effect on its packmates."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -216,6 +218,30 @@ def test_slice_that_does_not_fit_alone_fails_only_its_job(load, monkeypatch):
     assert [error.job for error in errors] == ["long"]
     assert "max_length" in errors[0].remedy
     assert state_bytes(engine, "good") == alone.vectors
+
+
+def test_failed_tick_releases_its_activations_at_once(load, monkeypatch):
+    from lora_core.engine import step as passes
+
+    kept: list[weakref.ref] = []
+
+    def failing(base, pack):
+        activations = torch.zeros(1000)
+        kept.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("simulated")
+
+    engine = Engine(load("llama"), EngineConfig())
+    admit(engine, "good", GOOD)
+    monkeypatch.setattr(passes, "run_training", failing)
+    gc.disable()  # a reference cycle would only be found by the collector
+    try:
+        with pytest.raises(OutOfMemory):
+            engine.tick()
+    finally:
+        gc.enable()
+
+    assert kept
+    assert all(reference() is None for reference in kept)
 
 
 def limit_token_memory(monkeypatch, *, num_tokens: int) -> None:

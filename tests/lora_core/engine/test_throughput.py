@@ -17,6 +17,16 @@ def test_first_tick_of_a_size_is_ignored_and_later_ones_are_averaged() -> None:
     assert speeds.table() == {"alone": [(100, 90.0)], "together": []}
 
 
+def test_rates_ignore_cold_ticks_once_a_warm_one_was_measured() -> None:
+    speeds = Throughput()
+    rates = []
+    for num_tokens, seconds in ((100, 10.0), (100, 1.0), (500, 50.0), (500, 10.0)):
+        speeds.record(num_tokens=num_tokens, cost=num_tokens, fullest_lane=num_tokens // 2, num_jobs=1, seconds=seconds)
+        rates.append((round(speeds.tokens_per_second, 3), round(speeds.lane_tokens_per_second, 3)))
+
+    assert rates == [(10, 5), (100, 50), (100, 50), (90, 45)]
+
+
 def test_size_with_only_a_first_tick_is_not_reported() -> None:
     speeds = Throughput()
     speeds.record(num_tokens=100, cost=100, fullest_lane=100, num_jobs=2, seconds=1)
