@@ -480,6 +480,10 @@ class Engine:
         """Return (tokens, tokens per second) for each tick size, for ticks of one job and of several."""
         return self._throughput.table()
 
+    def cached_bytes(self) -> int:
+        """Return the bytes that torch keeps on a GPU for later ticks. 0 on a CPU."""
+        return self.activations.cached_bytes()
+
     def memory(self) -> dict[str, int]:
         """Return the bytes of the base model and of all jobs, and the peak of the device (on a CPU, the process)."""
         return {

@@ -141,11 +141,18 @@ class ActivationMemory:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return max(self._peak_bytes, torch.cuda.max_memory_allocated(self._device))
 
+    def cached_bytes(self) -> int:
+        """Return the bytes that torch has freed and keeps for itself. 0 on a CPU."""
+        return _cached_bytes(self._device) if self._device.startswith("cuda") else 0
+
 
 def _free_bytes(device: str) -> int:
     """Return the bytes that the driver reports as free plus those that torch caches."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    return torch.cuda.mem_get_info(device)[0] + _cached_bytes(device)
+
+
+def _cached_bytes(device: str) -> int:
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _weight_shape(linear: nn.Module) -> tuple[int, ...]:

@@ -273,6 +273,24 @@ def test_two_polls_before_the_trainer_is_ready_promise_no_memory_twice(
     assert held == [3, 3]
 
 
+def test_memory_that_torch_caches_beyond_the_ticks_of_the_jobs_is_free_for_others(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.context.device = replace(site.context.device, kind="cuda")
+    monkeypatch.setattr(devices, "free_bytes", lambda _: 10**9)
+    claims = [site.claim(), site.claim()]
+    session = site.session(*claims)
+    ticks = memory.tick_bytes(DESCRIPTION, "bfloat16", num_tokens=memory.JOB_TOKENS)
+    ticks += memory.slice_bytes(DESCRIPTION, "bfloat16")
+
+    found = []
+    for cached_bytes in (0, ticks, ticks + 5000):
+        session._memory = {"cached_bytes": cached_bytes}
+        found.append(free_capacity(site.context, session).memory_bytes_free)
+
+    assert found == [10**9, 10**9, 10**9 + 5000]
+
+
 def test_the_base_of_an_empty_trainer_counts_as_free_memory(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     session = site.session()
     assert session.ready is not None

@@ -22,7 +22,7 @@ span has name, began_at and ended_at, in seconds since 1970.
                             num_threads: int, num_processes: int, strategy: str, load_seconds: float,
                             probe_seconds: float, versions: dict[str, str], memory: dict[str, int], spans: list[span]
     load_refused            error: error, ranks: list[int]
-    memory                  verifying: bool, base_bytes: int, adapter_bytes: int, peak_bytes: int,
+    memory                  verifying: bool, base_bytes: int, adapter_bytes: int, peak_bytes: int, cached_bytes: int,
                             tokens_per_second: float, tick_speeds: dict[str, list[tuple[int, float]]]
     idle                    -
     unloaded                -

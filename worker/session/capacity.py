@@ -46,6 +46,7 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
         when_empty += group.reserve_bytes
     if not len(session) and session.ready is not None:
         free_bytes += int(session.ready["memory"]["base_bytes"]) + group.reserve_bytes
+    free_bytes += session.spare_bytes()
     return Capacity(
         max_jobs=max_jobs,
         memory_bytes_free=max(0, free_bytes - session.bytes_to_come()),

@@ -169,6 +169,17 @@ class TrainerSession:
         whole = int(memory.get("base_bytes", 0)) + int(memory.get("adapter_bytes", 0))
         return max(whole, int(memory.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
 
+    def spare_bytes(self) -> int:
+        """Return the memory that torch keeps on the GPU beyond the ticks of the admitted jobs, as estimated for their
+        admission. Ticks use it while no other job needs it, and later activations are recomputed instead."""
+        admitted = sum(held.is_admitted for held in self._held.values())
+        tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
+        precision, quantization = packing.precision_of(self.pack_key), packing.quantization_of(self.pack_key)
+        counted = memory.tick_bytes(self._description, precision, quantization, num_tokens=memory.JOB_TOKENS)
+        num_slices = sum(memory.widens_tick(number, tick_tokens=tick_tokens) for number in range(admitted))
+        counted += num_slices * memory.slice_bytes(self._description, precision)
+        return max(0, int(self._memory.get("cached_bytes", 0)) - counted)
+
     def _trainer_bytes_to_come(self) -> int:
         """Return the memory that the base model and the first tick still need, before any job is admitted. A trainer
         that is ready and empty needs none."""

@@ -330,6 +330,7 @@ class MessageHandlers:
                     "type": "memory",
                     "verifying": verifying,
                     **self.engine.memory(),
+                    "cached_bytes": self.engine.cached_bytes(),
                     "tokens_per_second": round(self.engine.tokens_per_second(), 1),
                     "tick_speeds": self.engine.tick_speeds(),
                 }

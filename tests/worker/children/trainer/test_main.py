@@ -40,6 +40,9 @@ class FullEngine:
     def compare_ranks(self, job: str) -> None:
         self._compared.add(job)
 
+    def cached_bytes(self) -> int:
+        return 0
+
     def memory(self) -> dict[str, int]:
         return {"base_bytes": 0, "adapter_bytes": 0, "peak_bytes": 0}
 
