@@ -80,9 +80,9 @@ def _differences(recorded: Mapping[str, Any], reproduced: Mapping[str, Any]) -> 
 def _conditions(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of the trainers' conditions, of the versions, and of the tokenized files."""
     trained = _trained(record)
-    yield from _over_steps([(step, _facts(attempt.get("machine") or {})) for step, attempt in trained])
+    yield from _over_steps([(step, _facts(_machine(attempt))) for step, attempt in trained])
     code: Json = record.get("code") or {}
-    earlier = [(step, _versions((attempt.get("machine") or {}).get("versions") or {})) for step, attempt in trained]
+    earlier = [(step, _versions(_machine(attempt).get("versions") or {})) for step, attempt in trained]
     yield from _over_steps([*earlier[:-1], (trained[-1][0], _versions(code))])
     sources: list[Json] = record.get("data") or []
     yield from ((f"tokens of the {source['role']} file", source["tokens"]) for source in sources)
@@ -91,16 +91,21 @@ def _conditions(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _trained(record: Mapping[str, Any]) -> list[tuple[int, Json]]:
     """Return the attempts that computed steps of the adapter, each with the step from which it continued."""
     attempts: list[Json] = record.get("attempts") or [{}]
-    resumed = [(attempt.get("resumed_from_step"), attempt.get("machine") or {}) for attempt in attempts]
+    resumed = [(attempt.get("resumed_from_step"), _machine(attempt)) for attempt in attempts]
     return [(resumed[index][0] or 0, attempts[index]) for index in lineage.contributing(resumed)]
 
 
 def _machines(record: Mapping[str, Any]) -> list[Json]:
     return [
         {"attempt": attempt.get("number"), "worker": attempt.get("worker"), "from_step": step}
-        | _facts(attempt.get("machine") or {})
+        | _facts(_machine(attempt))
         for step, attempt in _trained(record)
     ]
+
+
+def _machine(attempt: Json) -> Json:
+    """Return the report of the attempt's trainer; empty if the trainer was never ready."""
+    return attempt.get("machine") or {}
 
 
 def _facts(machine: Json) -> Json:
