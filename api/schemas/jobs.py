@@ -193,6 +193,27 @@ class ReproductionDifference(BaseModel):
     reproduced: Any
 
 
+class ReproductionMachine(BaseModel):
+    """A machine that computed steps of an adapter. Null: the lineage record does not contain the condition."""
+
+    attempt: int | None = Field(description="Number of the job's attempt.")
+    worker: str | None
+    from_step: int = Field(description="The step from which this attempt continued.")
+    device: str | None = None
+    processor: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    num_processes: int | None = None
+    strategy: str | None = Field(default=None, description="How the devices hold the base model.")
+
+
+class ReproductionMachines(BaseModel):
+    """The machines of the two trainings. A job that was resumed may have several."""
+
+    recorded: list[ReproductionMachine]
+    reproduced: list[ReproductionMachine]
+
+
 class ReproductionObject(BaseModel):
     """The adapter that a job trains again from its lineage record, and the comparison of the two.
 
@@ -206,6 +227,7 @@ class ReproductionObject(BaseModel):
     reproduced: ReproductionDigests | None = Field(default=None, description="The digests of the job's own adapter.")
     identical: bool | None = Field(default=None, description="Whether the digests are equal.")
     differences: list[ReproductionDifference] | None = None
+    machines: ReproductionMachines | None = None
     is_difference_expected: bool | None = Field(
         default=None,
         description="Whether the adapter differs, and equal bits were not promised: a condition differs, or a "

@@ -14,6 +14,8 @@ from catalog.storage import artifact_index, quota
 from catalog.storage.manifest import Manifest
 from catalog.tables.exports import AdapterExport
 from catalog.tables.fleet import Worker
+from catalog.tables.history import Checkpoint
+from catalog.tables.storage import Adapter
 from catalog.tables.table import Json
 from catalog.usage import ledger
 
@@ -29,6 +31,8 @@ class ExportClaim:
     export_id: str
     adapter_name: str
     adapter_artifact: str
+    lineage: Json | None
+    """The adapter's lineage record. None for a checkpoint whose model was deleted since the request."""
     base_model: str
     base_digest: str
     format: str
@@ -63,7 +67,7 @@ def claim(db: Database, *, worker_id: str, lease_seconds: float) -> ExportClaim 
             return None
         while (row := session.scalar(skip_locked(export_rows.first(now=now)))) is not None:
             if row.num_attempts < MAX_ATTEMPTS:
-                return _claim(row, now=now, lease_seconds=lease_seconds)
+                return _claim(session, row, now=now, lease_seconds=lease_seconds)
             _fail(row, _lost(row), now=now)
             session.flush()
         return None
@@ -105,7 +109,8 @@ def release(db: Database, claim_id: str, *, error: LorryError | None = None, wai
         lease.release(row)
 
 
-def _claim(row: AdapterExport, *, now: float, lease_seconds: float) -> ExportClaim:
+def _claim(session: Session, row: AdapterExport, *, now: float, lease_seconds: float) -> ExportClaim:
+    model = session.get(Adapter, row.adapter_id) or session.get(Checkpoint, row.adapter_id)
     row.num_attempts += 1
     row.status, row.started_at, row.run_after = "running", row.started_at or now, None
     return ExportClaim(
@@ -113,6 +118,7 @@ def _claim(row: AdapterExport, *, now: float, lease_seconds: float) -> ExportCla
         export_id=row.id,
         adapter_name=row.adapter_name,
         adapter_artifact=row.adapter_artifact,
+        lineage=model.lineage if model is not None else None,
         base_model=row.base_model,
         base_digest=row.base_digest,
         format=row.format,

@@ -21,11 +21,13 @@ from catalog.plans import jobs_from_plans
 from catalog.registry import adapters, checkpoints, lineage, lineage_comparison
 from catalog.registry.adapters import AdapterView
 from catalog.spec.job import FleetDefaults, JobRequest, JobSpec
+from catalog.states import PriorityClass
 from catalog.storage import files
 from catalog.storage.manifest import Manifest
 from catalog.tables.storage import Adapter, BaseModelRow, File
 from catalog.tables.table import Json
 from catalog.tenancy.authentication import Caller
+from catalog.usage import quotas
 
 SUFFIX = "reproduced"
 """Suffix of every reproduction, so that the adapter's own suffix still names one adapter."""
@@ -87,11 +89,14 @@ def prepare(db: Database, caller: Caller, name: str) -> Reproduction:
 
 
 def accept_reproduction(session: Session, caller: Caller, reproduction: Reproduction, *, now: float) -> Accepted:
-    """Accept the job. Raises what `accept` raises, and Conflict if its configuration would differ from the record."""
+    """Accept the job, at a lower priority if the caller may not use that of the request.
+
+    Raises what `accept` raises, and Conflict if its configuration would differ from the record.
+    """
     spec = reproduction.spec
-    accepted = accept(
-        session, caller, reproduction.request, now=now, seed=spec.seed, fleet_defaults=FleetDefaults.of(spec)
-    )
+    priority = max(PriorityClass[reproduction.request.priority], quotas.highest_priority(session, caller))
+    request = reproduction.request.model_copy(update={"priority": priority.name})
+    accepted = accept(session, caller, request, now=now, seed=spec.seed, fleet_defaults=FleetDefaults.of(spec))
     if accepted.base.digest != reproduction.base_digest:
         raise Conflict(
             f"Base model {accepted.base.name!r} changed while the request was being checked.",

@@ -95,6 +95,24 @@ def describing(record: Json, adapter: Manifest) -> Json:
     return {**record, "outputs": _outputs(adapter, record["outputs"]["num_parameters"])}
 
 
+def contributing(attempts: Sequence[tuple[int | None, Json]]) -> list[int]:
+    """Return the indices of the attempts that computed steps of the adapter, in order. The last attempt is one of them.
+
+    attempts: for each, the step from which it resumed and the report of its trainer. Backwards from the last attempt,
+    those contribute that began below the step from which the next contributing one resumed. An attempt that resumed
+    from no step either began at 0 or ended before its job was admitted. It counts if its trainer has reported a
+    guarantee.
+    """
+    found = [len(attempts) - 1]
+    needed = attempts[-1][0] or 0
+    for index in reversed(range(len(attempts) - 1)):
+        began, report = attempts[index]
+        if (began or 0) < needed and (began is not None or report.get("invariance") is not None):
+            found.append(index)
+        needed = needed if began is None else min(needed, began)
+    return found[::-1]
+
+
 def canonical(record: Json) -> bytes:
     """Return the record's RFC 8785 form. Raises ValueError with the path of a value that has none."""
     _check(record, "record")

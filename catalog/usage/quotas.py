@@ -214,6 +214,13 @@ def check_priority(session: Session, caller: Caller, priority: Priority) -> None
         raise _too_high(owner, highest, priority, [command for _, _, command in below])
 
 
+def highest_priority(session: Session, caller: Caller) -> PriorityClass:
+    """Return the highest priority class that the caller's project and key allow."""
+    project, key = project_of(session, caller.project_id), get_once(session, ApiKey, caller.api_key_id, lock="share")
+    limits = [project.highest_priority, *([key.highest_priority] if key is not None else [])]
+    return PriorityClass(max(limits))
+
+
 def project_of(session: Session, project_id: str) -> Project:
     project = get_once(session, Project, project_id)
     assert project is not None, "no project is ever deleted"

@@ -45,6 +45,7 @@ def add_tokenizer(writer: GGUFWriter, model_dir: Path, *, vocab_size: int) -> No
     model = content["model"]
     if model.get("type") != "BPE":
         raise _unsupported(f"it is of the type {model.get('type')!r}, and only BPE is supported")
+    _check_normalizer(content)
     tokens, types = _tokens(content, vocab_size)
     if model.get("byte_fallback"):
         _add_sentencepiece(writer, content, tokens)
@@ -68,6 +69,31 @@ def adds(tokenizer: Any, name: Literal["bos", "eos"]) -> bool:
     """Return whether the tokenizer adds this token to every text. llama.cpp then adds it too."""
     ids = tokenizer("a")["input_ids"]
     return ids[0 if name == "bos" else -1] == getattr(tokenizer, f"{name}_token_id")
+
+
+def _check_normalizer(content: dict[str, Any]) -> None:
+    """Refuse a tokenizer that changes text before it splits it. llama.cpp has no such step for BPE.
+
+    NFC is accepted, because almost all text is in this form. A SentencePiece tokenizer must replace spaces, which
+    llama.cpp always does for its own.
+    """
+    is_sentencepiece = bool(content["model"].get("byte_fallback"))
+    normalizers = _steps(content.get("normalizer"), "normalizers")
+    for step in normalizers:
+        if step["type"] != "NFC" and not (is_sentencepiece and _marks_spaces(step)):
+            raise _unsupported(
+                f"its normalizer {step['type']!r} changes text before it is split, and llama.cpp has no such step"
+            )
+    metaspaces = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    if is_sentencepiece and not any(step["type"] in ("Replace", "Metaspace") for step in (*normalizers, *metaspaces)):
+        raise _unsupported(f"it does not replace spaces by {SPACE!r}, as llama.cpp does for BPE with byte fallback")
+
+
+def _marks_spaces(step: dict[str, Any]) -> bool:
+    """Return whether a normalizer puts SentencePiece's mark before the text or in the place of each space."""
+    if step["type"] == "Prepend":
+        return step["prepend"] == SPACE
+    return step["type"] == "Replace" and (step["pattern"], step["content"]) == ({"String": " "}, SPACE)
 
 
 def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -128,9 +154,10 @@ def _split_name(content: dict[str, Any]) -> str:
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer in order. key: where a sequence has them."""
     if part is None:
         return []
-    return list(part[key]) if part["type"] == "Sequence" else [part]
+    return [inner for step in part[key] for inner in _steps(step, key)] if part["type"] == "Sequence" else [part]
 
 
 def _described(step: dict[str, Any]) -> str:

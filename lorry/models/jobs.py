@@ -100,6 +100,8 @@ class Reproduction(View):
     identical: bool | None = None
     differences: list[dict[str, Any]] | None = None
     """`field`, `recorded` and `reproduced` of each condition that differs between the two trainings."""
+    machines: dict[str, list[dict[str, Any]]] | None = None
+    """`recorded` and `reproduced`: `attempt`, `worker`, `from_step` and conditions of each machine that trained."""
     is_difference_expected: bool | None = None
     message: str | None = None
 

@@ -14,7 +14,7 @@ from secrets import token_hex
 from catalog import failpoints
 from catalog.disk import full_disk_named, tells_of_full
 from catalog.errors import LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
-from catalog.exports import claims
+from catalog.exports import claims, model_card
 from catalog.exports.claims import ExportClaim, ExportResult
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
@@ -86,6 +86,7 @@ class _Attempt:
         if claim.format == "adapter":
             return ExportResult(manifest=None, verification=None, cost=None, hub_url=self._upload(adapter))
         result = self._write_files(adapter, files)
+        self._add_card(files, result)
         failpoints.pass_by("uploading")
         manifest = store.put_folder(files, kind="export", check=self._check)
         hub_url = None if claim.hub_repository is None else self._upload(files)
@@ -109,6 +110,20 @@ class _Attempt:
             "file_stem": file_stem(claim),
         }
         return self._run_child("worker.children.exporter", request, sandbox.export(self.work, base_dir=base_dir))
+
+    def _add_card(self, files: Path, result: Json) -> None:
+        """Add the model card, unless the lineage record was deleted."""
+        claim = self.claim
+        if claim.lineage is None:
+            return
+        card = model_card.render_export(
+            claim.lineage,
+            format=claim.format,
+            gguf_name=f"{file_stem(claim)}.gguf",
+            verification=result["verification"],
+            cost=result["cost"],
+        )
+        (files / model_card.NAME).write_bytes(card)
 
     def _upload(self, folder: Path) -> str:
         """Upload a folder in a child, which has the hub's token and reads no model. Returns the address of the

@@ -65,22 +65,9 @@ def weakest(guarantees: Sequence[str]) -> str:
 
 
 def earlier_guarantees(attempts: Sequence[AttemptRecord]) -> list[str]:
-    """Return the determinism guarantees of the earlier trainers whose steps the last attempt continues.
-
-    Backwards from the last attempt, these are the attempts that began below the step from which the next one of them
-    resumed. An attempt that resumed from no step either began at 0 or ended before it was admitted. Its row does not
-    show which, so it counts if its trainer has reported a guarantee.
-    """
-    *earlier, last = attempts
-    guarantees: list[str] = []
-    needed = last.attempt.resumed_from_step or 0
-    for entry in reversed(earlier):
-        began = entry.attempt.resumed_from_step
-        guarantee = entry.trainer.get("invariance")
-        if (began or 0) < needed and (guarantee is not None or began is not None):
-            guarantees.append(guarantee or "allclose")
-        needed = needed if began is None else min(needed, began)
-    return guarantees
+    """Return the determinism guarantees of the earlier trainers whose steps the last attempt continues."""
+    indices = lineage.contributing([(entry.attempt.resumed_from_step, entry.trainer) for entry in attempts])
+    return [attempts[index].trainer.get("invariance") or "allclose" for index in reversed(indices[:-1])]
 
 
 def _data(context: WorkerContext, job: Job) -> list[DataSource]:

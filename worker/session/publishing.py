@@ -10,6 +10,7 @@ from secrets import token_hex
 
 from catalog import failpoints
 from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
+from catalog.exports import model_card
 from catalog.history import queries, result_files
 from catalog.history.metric_points import Point
 from catalog.lifecycle import recording
@@ -24,7 +25,6 @@ from worker.node import scratch_dirs
 from worker.protocol.mailbox import TrainerDirectory
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import lineage as provenance
-from worker.session import model_card
 
 log = logging.getLogger(__name__)
 UNUSABLE_FOLDER = (

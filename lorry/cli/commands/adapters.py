@@ -414,6 +414,9 @@ def _report_reproduction(job: Job, *, as_json: bool) -> None:
         )
     if not as_json:
         output.echo(f"{job.fine_tuned_model} reproduces {verdict.name}.")
+        for training, machines in (verdict.machines or {}).items():
+            named = (f"{each.get('worker')} (from step {each.get('from_step')})" for each in machines)
+            output.echo(f"workers {training}: {', '.join(named)}.")
         for each in verdict.differences or ():
             output.echo(f"{each.get('field')}: {each.get('recorded')} recorded, {each.get('reproduced')} now.")
         for name, digest in verdict.expected.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from api.deps import Services
@@ -15,8 +16,10 @@ from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.registry import base_models, lineage
 from catalog.registry.lineage import AttemptRecord, DataSource
+from catalog.states import PriorityClass
 from catalog.storage import files as stored_files
 from catalog.tables.storage import Adapter, BaseModelRow, File
+from catalog.tables.tenancy import ApiKey, Project
 from tests.api.site import error_of
 from tests.api.trained import BASE, CONTENT, EVALUATION, VERIFICATION, solid_base
 from tests.catalog.world import World, request, sha
@@ -89,7 +92,7 @@ def test_the_job_has_the_recorded_configuration_and_no_private_data(
         "name": adapter.name,
         "lineage_id": adapter.lineage_id,
         "expected": {"weights": sha("w"), "loss_log": sha("losses")},
-        **dict.fromkeys(("reproduced", "identical", "differences", "is_difference_expected", "message")),
+        **dict.fromkeys(("reproduced", "identical", "differences", "machines", "is_difference_expected", "message")),
     }
     assert first["reproduces"] is None
 
@@ -107,6 +110,8 @@ def test_the_finished_job_shows_whether_the_digests_are_equal(
     found = client.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["reproduces"]
     assert found["identical"] is (weights == b"w")
     assert found["reproduced"]["weights"] == sha(weights.decode())
+    (machine,) = found["machines"]["reproduced"]
+    assert (machine["attempt"], machine["worker"], machine["from_step"], machine["device"]) == (1, "w1", 0, "cpu")
     events = client.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["data"]
     (event,) = [each for each in events if each["message"] == found["message"]]
     assert event["level"] == ("info" if weights == b"w" else "warn")
@@ -118,6 +123,20 @@ def test_a_repeated_request_with_the_same_key_creates_one_job(client: TestClient
     first, again, other = (client.post(path, headers=given).json() for given in (headers, headers, {}))
 
     assert first["id"] == again["id"] != other["id"]
+
+
+@pytest.mark.parametrize("limited", ["key", "project"])
+def test_a_key_that_is_limited_to_batch_priority_reproduces_at_that_priority(
+    client: TestClient, adapter: Adapter, world: World, limited: str
+) -> None:
+    assert reproduced(client, adapter)["priority"] == "normal"
+    with world.db.write() as session:
+        if limited == "key":
+            session.execute(update(ApiKey).values(highest_priority=PriorityClass.batch))
+        else:
+            session.get_one(Project, world.caller.project_id).highest_priority = PriorityClass.batch
+
+    assert reproduced(client, adapter)["priority"] == "batch"
 
 
 def test_a_deleted_file_is_found_again_by_its_digest(client: TestClient, adapter: Adapter, world: World) -> None:

@@ -88,3 +88,36 @@ def test_conditions_that_an_older_record_lacks_are_not_differences() -> None:
     found = compare(expected, recorded=original, reproduced=again)
 
     assert (found["identical"], found["differences"]) == (True, [])
+
+
+def test_machines_of_all_attempts_with_steps_of_the_adapter_are_compared() -> None:
+    original, again = recorded(), with_weights(recorded(), "other weights")
+    first, last = again["attempts"]
+    first["machine"] = {**last["machine"], "processor": "EPYC", "versions": {"torch": "2.8.0"}}
+    first["worker"], last["resumed_from_step"] = "w9", 40
+    original["attempts"][0]["machine"] = {**last["machine"], "versions": {"torch": "2.9.0"}}
+
+    found = compare(expectation(original), recorded=original, reproduced=again)
+
+    assert found["differences"] == [
+        {"field": "processor", "recorded": "Xeon", "reproduced": "EPYC from step 0, Xeon from step 40"},
+        {"field": "version of torch", "recorded": "2.9.0", "reproduced": "2.8.0 from step 0, 2.9.0 from step 40"},
+    ]
+    assert found["is_difference_expected"]
+    conditions = {"device": "cpu", "dtype": "bfloat16", "strategy": "replicated"}
+    assert found["machines"]["reproduced"] == [
+        {"attempt": 1, "worker": "w9", "from_step": 0, "processor": "EPYC", **conditions},
+        {"attempt": 2, "worker": "w2", "from_step": 40, "processor": "Xeon", **conditions},
+    ]
+    assert [machine["from_step"] for machine in found["machines"]["recorded"]] == [0, 50]
+
+
+def test_machine_whose_steps_were_discarded_is_not_compared() -> None:
+    again = recorded()
+    again["attempts"][0]["machine"] = {**again["attempts"][1]["machine"], "processor": "EPYC"}
+    again["attempts"][1]["resumed_from_step"] = 0
+
+    found = verdict(again)
+
+    assert found["differences"] == []
+    assert [machine["worker"] for machine in found["machines"]["reproduced"]] == ["w2"]

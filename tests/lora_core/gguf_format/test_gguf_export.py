@@ -180,6 +180,49 @@ def test_rule_that_splits_text_is_named_or_rejected(steps, name):
         tokenizer_module._split_name(content)
 
 
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "byte_fallback", "reason"),
+    [
+        (None, False, None),
+        ({"type": "NFC"}, False, None),
+        ({"type": "Sequence", "normalizers": []}, False, None),
+        ({"type": "Lowercase"}, False, "normalizer 'Lowercase'"),
+        ({"type": "NFKC"}, False, "normalizer 'NFKC'"),
+        (PREPEND, False, "normalizer 'Prepend'"),
+        (
+            {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Sequence", "normalizers": [REPLACE]}]},
+            False,
+            "normalizer 'Replace'",
+        ),
+        ({"type": "Sequence", "normalizers": [PREPEND, REPLACE]}, True, None),
+        (REPLACE, True, None),
+        (REPLACE | {"pattern": {"String": "\n"}}, True, "normalizer 'Replace'"),
+        (PREPEND | {"prepend": "x"}, True, "normalizer 'Prepend'"),
+        (PREPEND, True, "does not replace spaces"),
+    ],
+)
+def test_normalizer_that_llama_cpp_lacks_is_rejected(llama_dir, tmp_path, normalizer, byte_fallback, reason):
+    folder = tmp_path / "model"
+    shutil.copytree(llama_dir, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["byte_fallback"] = byte_fallback
+    content["normalizer"] = normalizer
+    if byte_fallback:
+        content["pre_tokenizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    if reason is None:
+        write_gguf(folder, tmp_path / "out.gguf", precision="f16", name="a model")
+        return
+    with pytest.raises(UnsupportedModel, match=reason) as caught:
+        write_gguf(folder, tmp_path / "out.gguf", precision="f16", name="a model")
+    assert "Use the format 'merged'" in caught.value.remedy
+
+
 def test_scores_of_a_sentencepiece_tokenizer_follow_its_merges(tmp_path):
     folder = families.save("llama", tmp_path / "model")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -196,7 +239,7 @@ def test_scores_of_a_sentencepiece_tokenizer_follow_its_merges(tmp_path):
         | {"lstrip": False, "rstrip": False, "normalized": False}
         for index in range(3)
     ]
-    content["normalizer"] = {"type": "Prepend", "prepend": "\u2581"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}
     content["pre_tokenizer"], content["decoder"] = None, None
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(

@@ -277,12 +277,16 @@ def test_reproduce_prints_the_verdict_of_an_identical_adapter(service: Script, r
 def test_reproduce_exits_with_1_and_names_what_differs(service: Script, run: Run) -> None:
     other = {"weights": "c" * 64, "loss_log": "b" * 64}
     torch = {"field": "version of torch", "recorded": "2.9.0", "reproduced": "2.10.0"}
-    _serve_reproduction(service, identical=False, reproduced=other, differences=[torch], message="It differs.")
+    machines = {"recorded": [{"worker": "w1", "from_step": 0}, {"worker": "w2", "from_step": 50}], "reproduced": []}
+    _serve_reproduction(
+        service, identical=False, reproduced=other, differences=[torch], machines=machines, message="It differs."
+    )
 
     result = run("adapters", "reproduce", "docs")
 
     assert result.exit_code == 1
     assert f"weights: {'a' * 64} recorded, {'c' * 64} now." in result.stderr
+    assert "workers recorded: w1 (from step 0), w2 (from step 50)." in result.stderr
     assert "version of torch: 2.9.0 recorded, 2.10.0 now." in result.stderr
     assert "FAILED: It differs." in result.stderr
 

@@ -60,13 +60,16 @@ def test_worker_exports_in_every_format_and_uploads_to_the_hub(site: WorkerSite,
         assert [(row.status, row.error) for row in done] == [("succeeded", None)] * 4, site.log()
         assert set(hub.repositories) == {"org/merged", "org/adapter"}
         assert names(site, merged) == set(hub.repositories["org/merged"])
+        card = hub.repositories["org/merged"]["README.md"].decode()
+        for name in ("Inference latency, merged", "Trained parameters", "Size of the weights", "Memory: activations"):
+            assert f"| {name} |" in card
         assert {"adapter_config.json", "adapter_model.safetensors"} < set(hub.repositories["org/adapter"])
         assert hub.private == {"org/merged": True, "org/adapter": True}
         assert plain.hub_url == f"{hub.url}/org/adapter/commit/{COMMIT}"
     stem = re.sub(":+", "-", adapter)
     assert {"config.json", "model.safetensors", "tokenizer.json", "merge.json"} < names(site, merged)
-    assert names(site, gguf) == {f"{stem}-q8_0.gguf", "Modelfile", "export.json"}
-    assert names(site, lora) == {f"{stem}-lora.gguf", "export.json"}
+    assert names(site, gguf) == {f"{stem}-q8_0.gguf", "Modelfile", "README.md", "export.json"}
+    assert names(site, lora) == {f"{stem}-lora.gguf", "README.md", "export.json"}
     for row in (gguf, lora, merged):
         assert row.verification is not None
         assert 0 <= row.verification["max_abs_diff"] <= row.verification["tolerance"]
@@ -85,7 +88,7 @@ def test_export_of_a_killed_worker_is_made_by_another_one(site: WorkerSite, adap
     site.wait_until(lambda: shown(site, row).status == "succeeded")
 
     assert shown(site, row).num_attempts == 2
-    assert len(names(site, row)) == 2
+    assert len(names(site, row)) == 3
 
 
 def test_worker_stops_a_cancelled_export_and_deletion_of_the_adapter_deletes_its_exports(

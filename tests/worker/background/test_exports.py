@@ -17,12 +17,17 @@ from catalog.storage import artifact_index
 from catalog.storage import store as store_module
 from catalog.tables.exports import AdapterExport
 from catalog.tables.tenancy import Project
+from tests.catalog.exports import test_model_card
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, exports
 from worker.protocol.errors import FULL_DISK
 from worker.protocol.mailbox import read_json, write_json
 
-MEASURED = {"verification": {"max_abs_diff": 0.1, "tolerance": 0.2}, "cost": None}
+MEASURED = {
+    "verification": {"max_abs_diff": 0.1, "tolerance": 0.2},
+    "cost": {"base_seconds": 0.1, "merged_seconds": 0.098, "num_tokens": 128},
+}
+CONTENTS = ["README.md", "model.safetensors"]
 Answer = Callable[[dict[str, Any]], None]
 
 
@@ -39,6 +44,7 @@ def row(site: PackSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Adap
     with site.db.write() as session:
         adapter = session.merge(adapter)
         adapter.artifact = artifact_index.show(session, files, now=read_clock(session))
+        adapter.lineage = test_model_card.record()
     return commands.create(site.db, caller=site.world.caller, adapter=adapter.name, format="merged")
 
 
@@ -99,7 +105,13 @@ def test_result_of_the_child_is_stored(site: PackSite, row: AdapterExport, child
     assert not exports.export_next(site.context)
 
     done = shown(site, row)
-    assert (done.status, done.verification, done.num_bytes) == ("succeeded", MEASURED["verification"], 7)
+    assert (done.status, done.verification) == ("succeeded", MEASURED["verification"])
+    assert done.artifact is not None
+    manifest = site.store.get_manifest(done.artifact)
+    assert ([file.path for file in manifest.files], manifest.num_bytes) == (CONTENTS, done.num_bytes)
+    card = b"".join(site.store.open_blob(manifest.files[0].digest)).decode()
+    assert "| Inference latency, merged | 98 ms instead of 100 ms (98%)" in card
+    assert "| Training memory, computed |" in card
     assert (requests[0]["format"], requests[0]["name"]) == ("merged", row.adapter_name)
     assert list(site.context.scratch_dir().iterdir()) == []
 
@@ -271,6 +283,7 @@ def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
     given = {"claim_id": "c", "export_id": "e", "adapter_artifact": "a", "base_model": "b", "base_digest": "d"}
     claim = claims.ExportClaim(
         **given,
+        lineage=None,
         adapter_name="ft:tiny:our project:../x:1",
         format="gguf",
         quantization="f16",

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
+from catalog.exports.model_card import render, render_export
 from catalog.spec.job import JobRequest, resolve
 from tests.catalog.registry import test_lineage
 from tests.catalog.registry.test_lineage import CANARY
 from tests.catalog.world import DESCRIPTION
-from worker.session.model_card import render
 
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 
@@ -129,3 +129,40 @@ def test_a_doubled_rank_and_a_quantized_base_are_stated() -> None:
 
     assert "--max-lora-rank 64" in card
     assert "Load the base model with the quantization nf4" in quantized
+
+
+COST = {"base_seconds": 0.1, "merged_seconds": 0.098, "num_tokens": 128}
+VERIFICATION = {"max_abs_diff": 0.0125, "tolerance": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("format", "library", "relation", "command"),
+    [
+        ("merged", "transformers", "finetune", "vllm serve MODEL_FOLDER"),
+        ("gguf", "gguf", "finetune", "llama-server --model a-q8_0.gguf"),
+        ("gguf-lora", "gguf", "adapter", "llama-server --model BASE_MODEL.gguf --lora a-q8_0.gguf"),
+    ],
+)
+def test_the_card_of_an_export_has_the_four_numbers_with_the_measured_latency(
+    format: str,  # noqa: A002
+    library: str,
+    relation: str,
+    command: str,
+) -> None:
+    cost = None if format == "gguf-lora" else COST
+    rendered = render_export(
+        record(), format=format, gguf_name="a-q8_0.gguf", verification=VERIFICATION, cost=cost
+    ).decode()
+
+    found = metadata(rendered)
+    assert (found["library_name"], found["base_model_relation"]) == (library, relation)
+    assert re.search(r"\| Trained parameters \| 4,884,480 of 10,000 \(.*%\) \|", rendered)
+    assert re.search(r"\| Size of the weights \| .* of .* \(.*%\) \|", rendered)
+    assert re.search(r"\| Training memory, computed \| .* instead of .* \(.*%\) \|", rendered)
+    for component in ("weights", "gradients", "optimizer state", "activations"):
+        assert re.search(rf"\| Memory: {component} \| .* instead of .* \|", rendered)
+    latency = "| Inference latency, merged | 98 ms instead of 100 ms (98%), for a pass over 128 tokens on a CPU |"
+    assert (latency in rendered) is (cost is not None)
+    assert "## Verification of this export\n\n| | |\n|---|---|\n| Largest difference of a logit | 0.0125 |" in rendered
+    assert command in rendered
+    assert CANARY not in rendered

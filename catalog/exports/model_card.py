@@ -1,7 +1,8 @@
-"""The model card of an adapter: a README.md with the metadata of the Hugging Face Hub.
+"""The model card of an adapter or of its export: a README.md with the metadata of the Hugging Face Hub.
 
-The card is a function of the lineage record, which contains no training data, no secrets and no host paths. It omits
-times, ids and measured memory, so equal trainings have equal cards.
+The card of an adapter is a function of the lineage record, which contains no training data, no secrets and no host
+paths. It omits times, ids and measured memory, so equal trainings have equal cards. The card of an export also has what
+the export measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,18 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~!&])")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 FOLDER = "ADAPTER_FOLDER"
 BASE = "BASE_MODEL"
+MERGED = "MODEL_FOLDER"
+EXPORTS = {
+    "merged": ("Merged model", "the base model with this adapter merged into its weights", "transformers", "finetune"),
+    "gguf": ("GGUF model", "the base model with this adapter merged into its weights", "gguf", "finetune"),
+    "gguf-lora": (
+        "GGUF LoRA file",
+        "the matrices of this adapter, for a GGUF file of the base model",
+        "gguf",
+        "adapter",
+    ),
+}
+"""For each format: the title, the contents, and library and relation in the Hub's metadata."""
 LICENSES = frozenset(
     {
         *("apache-2.0", "mit", "openrail", "bigscience-openrail-m", "bigscience-bloom-rail-1.0", "gpl-3.0", "unknown"),
@@ -51,12 +64,49 @@ def render(record: Mapping[str, Any]) -> bytes:
         "the configuration by SHA-256 digest."
     )
     parts = [
-        *("---", *_metadata(base), "---", "", title, "", introduction, ""),
-        *_table("Training", _training(record, spec)),
-        *_table("Results", _results(record["results"])),
-        *_table("Compared with full fine-tuning", _efficiency(record)),
+        *("---", *_metadata(base, library="peft", relation="adapter"), "---", "", title, "", introduction, ""),
+        *_facts(record, spec),
         *_usage(base, spec),
     ]
+    return _encoded(parts)
+
+
+def render_export(
+    record: Mapping[str, Any],
+    *,
+    format: str,  # noqa: A002
+    gguf_name: str,
+    verification: Mapping[str, Any],
+    cost: Mapping[str, Any] | None,
+) -> bytes:
+    """Return the card of an export, in UTF-8.
+
+    record: the adapter's lineage record. format: merged, gguf or gguf-lora. gguf_name: the name of the GGUF file.
+    verification, cost: what the export measured. cost: None for gguf-lora, which contains no model.
+    """
+    spec = JobSpec.model_validate(record["config"]["resolved"])
+    base: Json = record["base"]
+    name, contents, library, relation = EXPORTS[format]
+    title = f"# {name} of a LoRA adapter for {_escaped(hub_id(base) or base['name'])}"
+    introduction = (
+        f"Lorry trained an adapter with {METHODS.get(spec.method, spec.method)}. This export contains {contents}."
+    )
+    parts = [
+        *("---", *_metadata(base, library=library, relation=relation), "---", "", title, "", introduction, ""),
+        *_facts(record, spec, cost=cost),
+        *_table("Verification of this export", _verification(verification)),
+        *("## How to load it", "", *_usage_of_export(format, gguf_name, spec)),
+    ]
+    return _encoded(parts)
+
+
+def _facts(record: Mapping[str, Any], spec: JobSpec, *, cost: Mapping[str, Any] | None = None) -> Iterator[str]:
+    yield from _table("Training", _training(record, spec))
+    yield from _table("Results", _results(record["results"]))
+    yield from _table("Compared with full fine-tuning", _efficiency(record, cost))
+
+
+def _encoded(parts: list[str]) -> bytes:
     return ("\n".join(parts).rstrip("\n") + "\n").encode()
 
 
@@ -66,12 +116,12 @@ def hub_id(base: Mapping[str, Any]) -> str | None:
     return None if source is None else CONTROL.sub(" ", source)
 
 
-def _metadata(base: Mapping[str, Any]) -> Iterator[str]:
+def _metadata(base: Mapping[str, Any], *, library: str, relation: str) -> Iterator[str]:
     """Yield the lines of the front matter. A JSON string is a YAML string."""
     if (source := hub_id(base)) is not None:
         yield f"base_model: {_quoted(source)}"
-        yield "base_model_relation: adapter"
-    yield "library_name: peft"
+        yield f"base_model_relation: {relation}"
+    yield f"library_name: {library}"
     if license_name := base.get("license"):
         known = license_name.lower()
         yield f"license: {known}" if known in LICENSES else f"license: other\nlicense_name: {_quoted(license_name)}"
@@ -128,8 +178,12 @@ def _results(results: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     yield "Determinism level", results.get("determinism")
 
 
-def _efficiency(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    found = efficiency.of_adapter(record)
+def _efficiency(record: Mapping[str, Any], cost: Mapping[str, Any] | None) -> Iterator[tuple[str, object]]:
+    found, latency = efficiency.of_adapter(record, cost=cost), efficiency.inference_latency(cost)
+    if cost is not None and latency is not None:
+        merged, base = (f"{1000 * latency[f'{name}_seconds']:.3g} ms" for name in ("merged", "base"))
+        of_pass = f"for a pass over {cost['num_tokens']} tokens on a CPU"
+        yield "Inference latency, merged", f"{merged} instead of {base} ({percent(latency['ratio'])}), {of_pass}"
     if found is None:
         return
     parameters, size, usage = found["parameters"], found["size"], found["training_memory"]
@@ -145,7 +199,8 @@ def _efficiency(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
         yield "Training memory, computed", f"{_of(lora, full, 'total')} ({percent(usage['share'])})"
         for name in ("weights", "gradients", "optimizer_state", "activations"):
             yield f"Memory: {name.replace('_', ' ')}", _of(lora, full, name)
-    yield "Inference, merged", "the layers and operations of the base model"
+    if latency is None:
+        yield "Inference, merged", "the layers and operations of the base model"
 
 
 def _of(lora: Mapping[str, int], full: Mapping[str, int], name: str) -> str:
@@ -188,6 +243,22 @@ def _usage(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
         at = f" --revision {shlex.quote(CONTROL.sub(' ', revision))}" if revision else ""
         flags = f"--enable-lora --max-lora-rank {highest} --lora-modules NAME={FOLDER}"
         yield from ("```sh", f"vllm serve {shlex.quote(source or BASE)}{at} {flags}", "```")
+
+
+def _verification(verification: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    yield "Largest difference of a logit", _number(verification.get("max_abs_diff"))
+    yield "Allowed difference", _number(verification.get("tolerance"))
+
+
+def _usage_of_export(format: str, gguf_name: str, spec: JobSpec) -> Iterator[str]:  # noqa: A002
+    if format == "merged":
+        model = f'AutoModelForCausalLM.from_pretrained("{MERGED}", dtype=torch.{spec.precision})'
+        yield from ("```python", "import torch", "from transformers import AutoModelForCausalLM", "")
+        yield from (f"model = {model}", "```", "", "With vLLM:", "", "```sh", f"vllm serve {MERGED}", "```")
+        return
+    file = shlex.quote(gguf_name)
+    model = f"--model {file}" if format == "gguf" else f"--model BASE_MODEL.gguf --lora {file}"
+    yield from ("With llama.cpp:", "", "```sh", f"llama-server {model}", "```")
 
 
 def _table(title: str, rows: Iterator[tuple[str, object]]) -> Iterator[str]:
