@@ -62,18 +62,17 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name=op.f("fk_batch_lines_batch_id_batches")),
         sa.PrimaryKeyConstraint("batch_id", "number", name=op.f("pk_batch_lines")),
     )
-    with op.batch_alter_table("inference_requests") as table:
-        table.add_column(sa.Column("batch_id", sa.String(length=255), nullable=True))
-        table.create_foreign_key(op.f("fk_inference_requests_batch_id_batches"), "batches", ["batch_id"], ["id"])
-        table.create_index(op.f("ix_inference_requests_batch_id"), ["batch_id"])
+    batch = sa.ForeignKey("batches.id", name=op.f("fk_inference_requests_batch_id_batches"))
+    column = sa.Column("batch_id", sa.String(length=255), batch, nullable=True)
+    is_sqlite = op.get_context().dialect.name == "sqlite"  # it can't add a constraint to a table
+    op.add_column("inference_requests", column, inline_references=is_sqlite)
+    op.create_index(op.f("ix_inference_requests_batch_id"), "inference_requests", ["batch_id"])
     op.add_column("projects", sa.Column("max_tokens_per_day", sa.BigInteger(), nullable=True))
 
 
 def downgrade() -> None:
     op.drop_column("projects", "max_tokens_per_day")
-    with op.batch_alter_table("inference_requests") as table:
-        table.drop_index(op.f("ix_inference_requests_batch_id"))
-        table.drop_constraint(op.f("fk_inference_requests_batch_id_batches"), type_="foreignkey")
-        table.drop_column("batch_id")
+    op.drop_index(op.f("ix_inference_requests_batch_id"), "inference_requests")
+    op.drop_column("inference_requests", "batch_id")
     op.drop_table("batch_lines")
     op.drop_table("batches")
