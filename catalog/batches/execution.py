@@ -31,7 +31,7 @@ TURN_MEMORY_SECONDS = 2 * 24 * 3600.0
 """Turns of finished batches count for their project if the batch is not older."""
 DELETED_AT_ONCE = 1000
 """Number of results that one transaction deletes."""
-Outcome = Literal["completed", "cancelled", "expired"]
+Outcome = Literal["completed", "cancelled", "expired", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +117,7 @@ def begin(db: Database, claimed: BatchClaim, *, num_lines: int) -> None:
 
 
 def fail(db: Database, claimed: BatchClaim, errors: Sequence[Json], *, num_lines: int = 0) -> None:
-    """End the batch, because its input is invalid or can't be read. Raises StaleClaim."""
+    """End the batch, because its input is invalid. Raises StaleClaim."""
     with db.write() as session:
         batch = _held(session, claimed)
         batch.status, batch.finished_at = "failed", read_clock(session)
@@ -198,16 +198,27 @@ def finalize(db: Database, claimed: BatchClaim) -> None:
         batch.finalizing_at = batch.finalizing_at or read_clock(session)
 
 
-def end(db: Database, claimed: BatchClaim, outcome: Outcome, *, output: Blob | None, failures: Blob | None) -> None:
+def end(
+    db: Database,
+    claimed: BatchClaim,
+    outcome: Outcome,
+    *,
+    output: Blob | None,
+    failures: Blob | None,
+    error: Json | None = None,
+) -> None:
     """Create the rows of the output and the error file, and end the batch. Raises StaleClaim.
 
-    The quota of stored bytes is not checked, so that no answer is lost. The bytes count, as those of other files do.
+    error: why the batch has failed. Then the lines without a result count as failed. The quota of stored bytes is not
+    checked, so that no answer is lost. The bytes count, as those of other files do.
     """
     with db.write() as session:
         batch, now = _held(session, claimed), read_clock(session)
         batch.output_file = _add_file(session, batch, output, name="output", now=now)
         batch.error_file = _add_file(session, batch, failures, name="error", now=now)
         batch.status, batch.finished_at = outcome, now
+        if error is not None:
+            batch.errors, batch.num_failed = [error], batch.num_lines - batch.num_completed
         lease.release(batch)
 
 
