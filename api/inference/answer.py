@@ -44,7 +44,7 @@ class Delta:
 
 @dataclass(kw_only=True, slots=True)
 class _Received:
-    """What the client has of one choice."""
+    """The part of one choice that the client has."""
 
     text: StringIO = field(default_factory=StringIO)
     num_logprobs: int = 0
@@ -102,14 +102,12 @@ class PartialAnswer:
         self._num_kept_bytes += num_bytes
         if self._num_kept_bytes <= MAX_KEPT_BYTES:
             return
-        remedies = {
-            "text": "Reduce max_tokens, n or the number of prompts.",
-            "logprobs": "Reduce max_tokens, n or the number of log-probabilities. Or set stream to true.",
-        }
         raise InvalidRequest(
             f"The answer was stopped, because it has more than {MAX_KEPT_BYTES / 2**20:g} MiB, which is the maximum.",
             code="answer_too_large",
-            remedy=remedies[of],
+            remedy="Reduce max_tokens, n or the number of prompts."
+            if of == "text"
+            else "Reduce max_tokens, n or the number of log-probabilities. Or set stream to true.",
             param="max_tokens" if of == "text" else "logprobs",
         )
 

@@ -249,7 +249,7 @@ class Replies:
             return True
         if reply.claim_id != claim_id:
             if reply.stale_claim == claim_id:
-                return True  # it has been told to stop
+                return True  # the worker already has the order to stop
             if not await to_thread.run_sync(self._holds, request_id, claim_id):
                 reply.stale_claim = claim_id
                 _send_stop(writer, request_id)

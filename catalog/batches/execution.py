@@ -246,7 +246,7 @@ def _is_any_free(session: Session) -> bool:
 
 
 def _next(session: Session, *, now: float) -> Batch | None:
-    """Return the batch whose turn is next, locked; None if there is none, or if other processes have locked them."""
+    """Return the next batch, locked; None if there is none, or if other processes have locked them."""
     is_free = _is_free(now=now)
     waits_since = case((Batch.turn_at > Batch.created_at, Batch.turn_at), else_=Batch.created_at)
     waiting = select(Batch.project_id).where(is_free)
