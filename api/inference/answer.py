@@ -7,14 +7,18 @@ the client has already received is skipped. If the text differs, the request fai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from io import StringIO
+from typing import Any, Literal
 
 from api.inference.replies import Event, Reply, TooSlow
 from catalog.errors import InvalidRequest, LorryError
 from catalog.inference.requests import MAX_SECONDS, NoWorker
 
+MAX_KEPT_BYTES = 2**23
+"""Maximum size of what is kept of one answer until it is complete: its text, to compare it with that of another worker,
+and its log-probabilities unless they are streamed."""
 SILENT_SECONDS = 600.0
 """How long a worker that has begun to answer may send nothing. A request may wait for others in the trainer."""
 CLIENT_ERRORS = frozenset(
@@ -40,12 +44,38 @@ class Delta:
 
 @dataclass(kw_only=True, slots=True)
 class _Received:
-    text: str = ""
+    """The part of one choice that the client has."""
+
+    text: StringIO = field(default_factory=StringIO)
     num_logprobs: int = 0
-    replayed: str = ""
-    """The text of the current worker, while it repeats what another one has sent."""
-    num_replayed: int = 0
+    repeated: str = ""
+    """The text that another worker must repeat, after this one was lost."""
+    num_repeated: int = 0
+    num_repeated_logprobs: int = 0
+    """How much of the text and of the log-probabilities the current worker has sent."""
     finish: str | None = None
+
+    def restart(self) -> None:
+        self.repeated, self.num_repeated, self.num_repeated_logprobs = self.text.getvalue(), 0, 0
+
+    def new_text(self, text: str) -> str:
+        """Return the part of the text that the client does not have. Raises NoWorker if it differs from what it has."""
+        known = self.repeated[self.num_repeated : self.num_repeated + len(text)]
+        if not text.startswith(known):
+            raise NoWorker(
+                "The worker that answered was lost, and another one gives a different answer.",
+                code="answer_interrupted",
+                remedy="Send the request again.",
+            )
+        self.num_repeated += len(known)
+        self.text.write(text[len(known) :])
+        return text[len(known) :]
+
+    def new_logprobs(self, logprobs: list[Event]) -> list[Event]:
+        self.num_repeated_logprobs += len(logprobs)
+        num_new = max(0, self.num_repeated_logprobs - self.num_logprobs)
+        self.num_logprobs += num_new
+        return logprobs[len(logprobs) - num_new :]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,40 +85,51 @@ class PartialAnswer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     has_begun: bool = False
+    _num_kept_bytes: int = 0
     _choices: dict[int, _Received] = field(default_factory=dict[int, _Received])
 
     def restart(self) -> None:
         self.has_begun = False
         for choice in self._choices.values():
-            choice.replayed, choice.num_replayed = "", 0
+            choice.restart()
 
     def count(self, event: Event) -> None:
         """Count the tokens that the event reports. An interrupted answer is charged, too."""
         self.completion_tokens = max(self.completion_tokens, int(event.get("completion_tokens", 0)))
 
-    def add(self, delta: Event) -> Delta | None:
-        """Return what is new in a delta. Raises NoWorker if it contradicts what was received before."""
-        choice = self._choices.setdefault(int(delta["index"]), _Received())
-        choice.replayed += str(delta["text"])
-        logprobs: list[Event] = delta.get("logprobs") or []
-        choice.num_replayed += len(logprobs)
-        common = min(len(choice.text), len(choice.replayed))
-        if choice.text[:common] != choice.replayed[:common]:
-            raise NoWorker(
-                "The worker that answered was lost, and another one gives a different answer.",
-                code="answer_interrupted",
-                remedy="Send the request again.",
-            )
-        new_text = choice.replayed[len(choice.text) :]
-        num_new = max(0, choice.num_replayed - choice.num_logprobs)
-        choice.text += new_text
-        choice.num_logprobs += num_new
-        finish = delta.get("finish") if choice.finish is None else None
+    def keep(self, num_bytes: int, *, of: Literal["text", "logprobs"] = "text") -> None:
+        """Count what is kept until the answer is complete. Raises InvalidRequest beyond MAX_KEPT_BYTES."""
+        self._num_kept_bytes += num_bytes
+        if self._num_kept_bytes <= MAX_KEPT_BYTES:
+            return
+        raise InvalidRequest(
+            f"The answer was stopped, because it has more than {MAX_KEPT_BYTES / 2**20:g} MiB, which is the maximum.",
+            code="answer_too_large",
+            remedy="Reduce max_tokens, n or the number of prompts."
+            if of == "text"
+            else "Reduce max_tokens, n or the number of log-probabilities. Or set stream to true.",
+            param="max_tokens" if of == "text" else "logprobs",
+        )
+
+    def added(self, event: Event) -> Iterator[Delta]:
+        """Yield what an event of the type `generated` adds. Raises NoWorker if it contradicts an earlier one, and
+        InvalidRequest if the answer is too large."""
+        self.count(event)
+        for given in event["deltas"]:
+            delta = self._added(given)
+            if delta is not None:
+                yield delta
+
+    def _added(self, given: Event) -> Delta | None:
+        choice = self._choices.setdefault(int(given["index"]), _Received())
+        text = choice.new_text(str(given["text"]))
+        self.keep(len(text))
+        logprobs = choice.new_logprobs(given.get("logprobs") or [])
+        finish = given.get("finish") if choice.finish is None else None
         choice.finish = choice.finish or finish
-        if not (new_text or num_new or finish):
+        if not (text or logprobs or finish):
             return None
-        new_logprobs = logprobs[len(logprobs) - num_new :] if num_new else []
-        return Delta(index=int(delta["index"]), text=new_text, logprobs=new_logprobs, finish=finish)
+        return Delta(index=int(given["index"]), text=text, logprobs=logprobs, finish=finish)
 
 
 async def deltas_of(
@@ -104,53 +145,50 @@ async def deltas_of(
     wait_seconds: how long the request may wait for a worker and for further events; None: MAX_SECONDS and
     SILENT_SECONDS. Raises LorryError if the request can't be answered, and ClientGone if the client is gone.
     """
-    events = reply.events()
     loop = asyncio.get_running_loop()
     silent_seconds = SILENT_SECONDS if wait_seconds is None else wait_seconds
     wait_seconds = MAX_SECONDS if wait_seconds is None else wait_seconds
     expires_at = loop.time() + wait_seconds
-    while True:
-        seconds = silent_seconds if answer.has_begun else expires_at - loop.time()
-        event = await _next(events, gone, seconds)
-        if event is None:
-            raise await asyncio.to_thread(why_unanswered) if not answer.has_begun else _silent()
-        if event["type"] == "restarted":
-            answer.restart()
-            expires_at = loop.time() + wait_seconds
-        elif event["type"] == "answering":
-            answer.has_begun, answer.prompt_tokens = True, int(event["prompt_tokens"])
-        elif event["type"] == "generated":
-            answer.count(event)
-            for given in event["deltas"]:
-                delta = answer.add(given)
-                if delta is not None:
-                    yield delta
-        elif event["type"] == "answered":
-            answer.count(event)
-            return
-        elif event["type"] == "unanswered":
-            raise _failure(event["error"])
-
-
-async def _next(events: Any, gone: asyncio.Event, seconds: float) -> Event | None:
-    """Return the next event, or None after `seconds`. Raises ClientGone."""
-    following, leaving = asyncio.ensure_future(anext(events)), asyncio.ensure_future(gone.wait())
+    leaving = asyncio.ensure_future(gone.wait())
     try:
-        await asyncio.wait((following, leaving), timeout=max(0, seconds), return_when=asyncio.FIRST_COMPLETED)
-        if following.done():
-            return following.result()
-        if leaving.done():
-            raise ClientGone
-        return None
-    except TooSlow as error:
-        raise NoWorker(
-            "The client did not read the response, so the rest of the answer was discarded.",
-            code="response_not_read",
-            remedy="Read the stream without long pauses.",
-        ) from error
+        while True:
+            event = await _next(reply, leaving, silent_seconds if answer.has_begun else expires_at - loop.time())
+            if event is None:
+                raise await asyncio.to_thread(why_unanswered) if not answer.has_begun else _silent()
+            if event["type"] == "restarted":
+                answer.restart()
+                expires_at = loop.time() + wait_seconds
+            elif event["type"] == "answering":
+                answer.has_begun, answer.prompt_tokens = True, int(event["prompt_tokens"])
+            elif event["type"] == "generated":
+                for delta in answer.added(event):
+                    yield delta
+            elif event["type"] == "answered":
+                answer.count(event)
+                return
+            elif event["type"] == "unanswered":
+                raise _failure(event["error"])
     finally:
-        for task in (following, leaving):
-            task.cancel()
+        leaving.cancel()
+
+
+async def _next(reply: Reply, leaving: asyncio.Future[Any], seconds: float) -> Event | None:
+    """Return the next event, or None after `seconds`. Raises ClientGone once `leaving` is done."""
+    until = asyncio.get_running_loop().time() + seconds
+    while not leaving.done():
+        try:
+            event = reply.take()
+        except TooSlow as error:
+            raise NoWorker(
+                "The client did not read the response, so the rest of the answer was discarded.",
+                code="response_not_read",
+                remedy="Read the stream without long pauses.",
+            ) from error
+        seconds = until - asyncio.get_running_loop().time()
+        if event is not None or seconds <= 0:
+            return event
+        await asyncio.wait((reply.changed(), leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    raise ClientGone
 
 
 def _silent() -> NoWorker:

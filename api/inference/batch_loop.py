@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -21,19 +21,19 @@ import anyio.to_thread
 
 from api.inference.answer import ClientGone, PartialAnswer, deltas_of
 from api.inference.batch_input import BatchEntry, InputCheck, lines_of, parse
-from api.inference.batch_output import OutputFiles, failure_result, success_result
+from api.inference.batch_output import UNANSWERED, OutputFiles, failure_result, success_result
 from api.inference.replies import Replies
 from api.inference.responses import whole
 from catalog.batches import execution
 from catalog.batches.execution import BatchClaim, Directive, Outcome
 from catalog.db.database import Database
-from catalog.errors import LorryError, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
+from catalog.errors import InvalidRequest, LorryError, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
 from catalog.inference import requests
 from catalog.queue.notifier import Notifier
 from catalog.settings import Settings
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
-from catalog.tables.table import new_id
+from catalog.tables.table import Json, new_id
 
 LOOK_SECONDS = 1.0
 """Interval at which the loop polls for batches."""
@@ -54,7 +54,8 @@ MAX_ATTEMPTS = 3
 """How often a line is tried whose answer is interrupted by the loss of its worker."""
 LINES_AT_ONCE = 50
 THREADS = 2
-"""Together with the other threads of an API server, as many as the database's connections."""
+"""Together with the other threads of an API server and the thread that renews leases, fewer than the database's
+connections."""
 CLOSE_SECONDS = 5.0
 log = logging.getLogger("lorry.api")
 T = TypeVar("T")
@@ -85,6 +86,8 @@ class BatchRunner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake_up = asyncio.Event()
         self._threads: anyio.CapacityLimiter | None = None
+        self._renewal_thread: anyio.CapacityLimiter | None = None
+        """Renewals do not wait for the other threads, which may write large files."""
 
     def wake(self) -> None:
         """Signal that there is a new batch or a cancellation. May be called from any thread."""
@@ -92,7 +95,8 @@ class BatchRunner:
             self._loop.call_soon_threadsafe(self._wake_up.set)
 
     async def run(self) -> None:
-        self._loop, self._threads = asyncio.get_running_loop(), anyio.CapacityLimiter(THREADS)
+        self._loop = asyncio.get_running_loop()
+        self._threads, self._renewal_thread = anyio.CapacityLimiter(THREADS), anyio.CapacityLimiter(1)
         try:
             while True:
                 await self._poll()
@@ -174,17 +178,25 @@ class BatchRunner:
                 return
             if not run.stopping.is_set() and not await self._answer_all(run):
                 return  # others continue
+            if run.is_lost or run.has_crashed:
+                return
+            await self._persist(run, partial(execution.finalize, self._db, run.claimed))
+            await self._persist(run, partial(self._end, run))
         except DamagedArtifact as error:
-            failed = {"code": error.code, "message": error.sentence(), "param": "input_file_id", "line": None}
-            await self._persist(run, partial(execution.fail, self._db, run.claimed, [failed]))
-            return
-        if run.is_lost or run.has_crashed:
-            return
-        await self._persist(run, partial(execution.finalize, self._db, run.claimed))
-        await self._persist(run, partial(self._end, run))
+            await self._end_without_input(run, error)
         with suppress(LorryError):  # garbage collection deletes the rest
             while await self._in_thread(partial(execution.delete_results, self._db)):
                 pass
+
+    async def _end_without_input(self, run: _Run, error: DamagedArtifact) -> None:
+        """Fail the batch, because its input can't be read. The results so far are in its files."""
+        log.warning("batch=%s code=%s: %s", run.claimed.batch_id, error.code, error)
+        run.stopping.set()
+        await asyncio.gather(*run.answers, return_exceptions=True)
+        if run.is_lost or run.has_crashed:
+            return
+        await self._persist(run, partial(execution.finalize, self._db, run.claimed))
+        await self._persist(run, partial(self._end, run, damage=error))
 
     async def _keep(self, run: _Run) -> None:
         """Renew the lease periodically, and notice a cancellation, an expiry or the loss of the lease."""
@@ -193,13 +205,16 @@ class BatchRunner:
         while True:
             await asyncio.sleep(KEEP_SECONDS)
             try:
-                self._follow(run, await self._in_thread(partial(execution.renew, self._db, run.claimed)))
-                renewed_at = loop.time()
+                began_at, renew = loop.time(), partial(execution.renew, self._db, run.claimed)
+                self._follow(run, await anyio.to_thread.run_sync(renew, limiter=self._renewal_thread))
+                renewed_at = began_at
             except StaleClaim:
                 run.is_lost = True
             except LorryError as error:
                 log.warning("batch=%s code=%s", run.claimed.batch_id, error.code)
-                run.is_lost = loop.time() - renewed_at > execution.LEASE_SECONDS
+            except Exception:  # the renewals must survive any failure of one of them
+                log.exception("crash in the renewal of the batch %s", run.claimed.batch_id)
+            run.is_lost = run.is_lost or loop.time() - renewed_at > execution.LEASE_SECONDS
             if run.is_lost:
                 run.stopping.set()
                 return
@@ -263,6 +278,8 @@ class BatchRunner:
         loop = asyncio.get_running_loop()
         turn_ends_at = loop.time() + TURN_SECONDS
         finished = await self._persist(run, partial(execution.finished_lines, self._db, run.claimed.batch_id))
+        if len(finished) == run.directive.num_lines:
+            return True
         following = await self._in_thread(partial(self._lines, run))
         is_complete = has_started = False
         while not (run.stopping.is_set() or is_complete):
@@ -300,7 +317,10 @@ class BatchRunner:
             stuck_at = loop.time() + KEEP_SECONDS
         if run.stopping.is_set():
             return False
-        entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint))
+        try:
+            entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint))
+        except InvalidRequest as error:  # the line was valid
+            raise DamagedArtifact(f"Line {number} of the input file has changed.") from error
         task = asyncio.create_task(self._answer(run, number, entry))
         run.answers.add(task)
         task.add_done_callback(partial(self._answered, run))
@@ -364,8 +384,8 @@ class BatchRunner:
                 why_unanswered=partial(requests.why_unanswered, self._db, request_id),
                 wait_seconds=max(run.directive.seconds_left, 0) + execution.LEASE_SECONDS,
             )
-            found = await whole(deltas, answer, entry.call.form(model), n=entry.call.num_choices)
-            return found.model_dump_json(exclude_none=False)
+            async with aclosing(deltas):
+                return await whole(deltas, answer, entry.call.form(model), n=entry.call.num_choices)
         finally:
             reply.close()
 
@@ -393,21 +413,39 @@ class BatchRunner:
 
     # Its end
 
-    def _end(self, run: _Run) -> None:
-        """Write and store the files, and end the batch. Raises StaleClaim, Unavailable, OutOfSpace."""
+    def _end(self, run: _Run, *, damage: DamagedArtifact | None = None) -> None:
+        """Write and store the files, and end the batch.
+
+        damage: why the input can't be read. Then the lines without a result are in no file, because their ids are
+        unknown. Raises StaleClaim, DamagedArtifact, Unavailable, OutOfSpace.
+        """
         directive = execution.renew(self._db, run.claimed)
         num_finished = len(execution.finished_lines(self._db, run.claimed.batch_id))
-        outcome: Outcome = "completed" if 0 < num_finished == directive.num_lines else "expired"
+        is_complete = 0 < num_finished == directive.num_lines
+        outcome: Outcome = "completed" if is_complete else "expired"
         if directive.status == "cancelling":
             outcome = "cancelled"
+        error: Json | None = None
+        if damage is not None and not is_complete:
+            outcome, error = "failed", _damaged(damage, num_finished=num_finished, num_lines=directive.num_lines)
         with OutputFiles(self._settings.data_dir / "spool", run.claimed.claim_id) as files:
-            if directive.num_lines:
+            if is_complete or error is not None:
+                files.write_results(self._db, run.claimed.batch_id)
+            elif directive.num_lines:
                 inputs = lines_of(
                     self._store.open_blob(run.claimed.input_digest), max_line_bytes=self._settings.max_line_bytes
                 )
-                files.write(self._db, run.claimed.batch_id, inputs, outcome=outcome)
+                files.write(self._db, run.claimed.batch_id, inputs, unanswered=UNANSWERED[outcome])
             output, failures = files.stored(self._store)
-        execution.end(self._db, run.claimed, outcome, output=output, failures=failures)
+        execution.end(self._db, run.claimed, outcome, output=output, failures=failures, error=error)
+
+
+def _damaged(damage: DamagedArtifact, *, num_finished: int, num_lines: int) -> Json:
+    """Return the error of a batch whose input can't be read."""
+    message = damage.sentence()
+    if num_lines:
+        message = f"{message} {num_finished} of the {num_lines} requests were answered before."
+    return {"code": damage.code, "message": message, "param": "input_file_id", "line": None}
 
 
 async def _in_time(acquiring: Coroutine[Any, Any, object], stopping: asyncio.Event, *, until: float) -> bool:

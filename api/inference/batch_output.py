@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from catalog.batches import execution
 from catalog.batches.execution import Outcome
-from catalog.datasets.row_json import parse_object
+from catalog.datasets.row_json import BadRow, parse_object
 from catalog.db.database import Database
 from catalog.disk import full_disk_named
 from catalog.errors import LorryError
+from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore, Blob
 from catalog.tables.batches import BatchLine
 from catalog.tables.table import Json, new_id
 
-RESULTS_AT_ONCE = 100
+RESULTS_AT_ONCE = 10
+"""Results in memory at once. Each may have many megabytes (answer.MAX_KEPT_BYTES)."""
 UNANSWERED: dict[Outcome, Json] = {
     "cancelled": {"code": "batch_cancelled", "message": "The batch was cancelled before this request was answered."},
     "expired": {
@@ -65,8 +67,11 @@ class OutputFiles:
         for path in self._paths:
             path.unlink(missing_ok=True)
 
-    def write(self, db: Database, batch_id: str, lines: Iterable[tuple[int, bytes]], *, outcome: Outcome) -> None:
-        """Write one line for each line of the input. Raises Unavailable, OutOfSpace."""
+    def write(self, db: Database, batch_id: str, lines: Iterable[tuple[int, bytes]], *, unanswered: Json) -> None:
+        """Write one line for each line of the input. `unanswered`: the error of a line without a result.
+
+        Raises Unavailable, OutOfSpace, and DamagedArtifact if the input can't be read.
+        """
         results = _Results(db, batch_id)
         with full_disk_named(), self._paths[0].open("wb") as output, self._paths[1].open("wb") as failures:
             for number, line in lines:
@@ -74,8 +79,13 @@ class OutputFiles:
                 if found is not None:
                     _write(failures if found.is_failed else output, found.result)
                 else:
-                    custom_id = str(parse_object(line)["custom_id"])
-                    _write(failures, _result(custom_id, None, UNANSWERED[outcome]))
+                    _write(failures, _result(_custom_id(number, line), None, unanswered))
+
+    def write_results(self, db: Database, batch_id: str) -> None:
+        """Write the results, in the order of the input. Raises Unavailable, OutOfSpace."""
+        with full_disk_named(), self._paths[0].open("wb") as output, self._paths[1].open("wb") as failures:
+            for found in _Results(db, batch_id).all():
+                _write(failures if found.is_failed else output, found.result)
 
     def stored(self, store: ArtifactStore) -> tuple[Blob | None, Blob | None]:
         """Store the files, and return their blobs; None for an empty one. Raises Unavailable, OutOfSpace."""
@@ -95,11 +105,26 @@ class _Results:
     def find(self, number: int) -> BatchLine | None:
         """Return the result of a line. Numbers must increase."""
         while self._last < number and not self._is_over:
-            some = execution.results(self._db, self._batch_id, after=self._last, limit=RESULTS_AT_ONCE)
-            self._read = {line.number: line for line in some}
-            self._is_over = len(some) < RESULTS_AT_ONCE
-            self._last = some[-1].number if some else self._last
+            self._read = {line.number: line for line in self._some()}
         return self._read.get(number)
+
+    def all(self) -> Iterator[BatchLine]:
+        """Yield the results. Use it without `find`."""
+        while not self._is_over:
+            yield from self._some()
+
+    def _some(self) -> list[BatchLine]:
+        some = execution.results(self._db, self._batch_id, after=self._last, limit=RESULTS_AT_ONCE)
+        self._is_over = len(some) < RESULTS_AT_ONCE
+        self._last = some[-1].number if some else self._last
+        return some
+
+
+def _custom_id(number: int, line: bytes) -> str:
+    try:
+        return str(parse_object(line)["custom_id"])
+    except (BadRow, KeyError) as error:  # the line was valid
+        raise DamagedArtifact(f"Line {number} of the input file has changed.") from error
 
 
 def _write(file: IO[bytes], result: Json) -> None:

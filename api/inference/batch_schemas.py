@@ -133,7 +133,7 @@ class BatchObject(BaseModel):
     status: BatchStatus
     output_file_id: str | None = Field(description="File with the responses, once the batch has ended.")
     error_file_id: str | None = Field(description="File with the errors of the requests without a response.")
-    errors: BatchErrors | None = Field(description="Why the batch failed: its invalid lines.")
+    errors: BatchErrors | None = Field(description="Why the batch failed: its invalid lines, or its damaged file.")
     created_at: int
     in_progress_at: int | None
     expires_at: int

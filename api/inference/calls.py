@@ -19,6 +19,9 @@ from catalog.tables.table import Json
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions."""
+MAX_TEXT_CHOICES = 64
+"""Maximum number of answers to all prompts of a request together. A line of a worker has a token of each, with its
+log-probabilities, and must not exceed replies.MAX_LINE_BYTES."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +61,16 @@ def chat_call(body: ChatCompletionRequest) -> CompletionCall:
 
 
 def text_call(body: CompletionRequest) -> CompletionCall:
+    """Raises InvalidRequest."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if body.n * len(prompts) > MAX_TEXT_CHOICES:
+        raise InvalidRequest(
+            f"The request asks for {body.n * len(prompts)} answers: n is {body.n}, and there are {len(prompts)} "
+            f"prompts. The maximum is {MAX_TEXT_CHOICES}.",
+            code="too_many_answers",
+            remedy="Reduce n, or send fewer prompts in one request.",
+            param="n",
+        )
     limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
 
     def form(model: Model) -> TextFormat:

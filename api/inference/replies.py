@@ -1,8 +1,9 @@
 """Receives the answers to this process's inference requests from workers, on a port of its own.
 
-A worker connects to the address in the request's row, and sends one JSON object per line: {"request_id", "claim_id",
-"event"}. The database decides whether the claim may answer the request. This process replies {"request_id"} for a
-request that its client has abandoned, so that the worker stops answering it.
+The row of a request has TOKEN@HOST:PORT. A worker connects there and sends the token as the first line, which shows
+that it reads the same database. Each further line is a JSON object: {"request_id", "claim_id", "event"}. The database
+decides whether the claim may answer the request. This process replies {"request_id"} for a request that its client has
+abandoned, so that the worker stops answering it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import asyncio
 import ipaddress
 import json
 import logging
+import secrets
 import socket
+import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -28,14 +31,22 @@ from catalog.settings import Settings
 MAX_LINE_BYTES = 2**20
 MAX_CONNECTIONS = 256
 """Maximum number of connections of workers. Each worker has one."""
-FIRST_LINE_SECONDS = 30.0
+MAX_STRANGERS = 16
+"""Maximum number of connections that have not sent the token yet. One more closes the oldest of them: a worker sends
+the token at once, so others can't take its place."""
+TOKEN_SECONDS = 5.0
+"""Time in which a connection must send the token."""
 CHECK_SECONDS = 15.0
 """Interval of the checks that the open requests still have rows."""
 MAX_ID_CHARS = 64
+TOKEN_CHARS = 32
 MAX_UNREAD_BYTES = 2**16
 """Maximum size of the replies that a worker has not read. Beyond it, the connection is closed."""
 MAX_PENDING_BYTES = 2**20
 """Maximum size of the events that a client has not read yet. Beyond it, the request is abandoned."""
+SHARE_BYTES = 2**16
+"""After this many bytes of one connection, the clients' tasks run before the next line is read. Otherwise a client that
+had no chance to take its events would seem slow."""
 DATABASE_PORT = 5432
 Event = dict[str, Any]
 log = logging.getLogger("lorry.api")
@@ -52,12 +63,14 @@ class Reply:
         self.request_id = request_id
         self.claim_id: str | None = None
         """The claim whose events are accepted."""
+        self.stale_claim: str | None = None
+        """The claim that the database rejected last. It is not asked again for each line that is on its way."""
         self.is_submitted = False
         """The request has a row. If the row is deleted, the request fails."""
         self.connection: asyncio.StreamWriter | None = None
         self._events: deque[tuple[int, Event]] = deque()
         self._num_bytes = 0
-        self._changed = asyncio.Event()
+        self._change: asyncio.Future[None] | None = None
         self._is_too_slow = False
         self._close = close
 
@@ -68,19 +81,26 @@ class Reply:
             self._is_too_slow = True
             self._events.clear()
             self.close()
-        self._changed.set()
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Yield the events, without end. Raises TooSlow. Yields {"type": "restarted"} if another worker begins."""
-        while True:
-            while self._events:
-                num_bytes, event = self._events.popleft()
-                self._num_bytes -= num_bytes
-                yield event
-            if self._is_too_slow:
-                raise TooSlow
-            self._changed.clear()
-            await self._changed.wait()
+    def take(self) -> Event | None:
+        """Return the next event, or None if there is none yet. Raises TooSlow.
+
+        Returns {"type": "restarted"} if another worker begins.
+        """
+        if self._is_too_slow:
+            raise TooSlow
+        if not self._events:
+            return None
+        num_bytes, event = self._events.popleft()
+        self._num_bytes -= num_bytes
+        return event
+
+    def changed(self) -> asyncio.Future[None]:
+        """Return a future that is done after the next event. Call it when `take` has returned None."""
+        self._change = asyncio.get_running_loop().create_future()
+        return self._change
 
     def restart(self) -> None:
         """Forget the claim: its worker is lost, and another one may begin again."""
@@ -98,7 +118,7 @@ class Replies:
     def __init__(self, db: Database, settings: Settings, *, address: str = "") -> None:
         """address: LORRY_REPLY_ADDRESS."""
         self.address = ""
-        """HOST:PORT for the rows of requests, once the server runs."""
+        """TOKEN@HOST:PORT for the rows of requests, once the server runs."""
         host, _, port = address.rpartition(":")
         self._db = db
         self._port = int(port or 0)
@@ -107,7 +127,11 @@ class Replies:
         """Empty: all addresses. A given host may be that of a proxy or of a published port."""
         self._open: dict[str, Reply] = {}
         self._server: asyncio.Server | None = None
+        self._token = secrets.token_hex(TOKEN_CHARS // 2)
         self._connections: set[asyncio.StreamWriter] = set()
+        """Those of workers."""
+        self._strangers: dict[asyncio.StreamWriter, None] = {}
+        """Connections that have not sent the token, oldest first."""
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -115,7 +139,7 @@ class Replies:
         receive, host = self._receive, self._host
         self._server = await asyncio.start_server(receive, self._listens_at or None, self._port, limit=MAX_LINE_BYTES)
         port = self._server.sockets[0].getsockname()[1]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = f"{self._token}@" + (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         self._watching = asyncio.create_task(self._watch_rows())
 
     async def stop(self) -> None:
@@ -124,7 +148,7 @@ class Replies:
             self._watching.cancel()
         if self._server is not None:
             self._server.close()
-            for connection in list(self._connections):
+            for connection in (*self._connections, *self._strangers):
                 connection.close()
             await self._server.wait_closed()
 
@@ -146,6 +170,9 @@ class Replies:
             except LorryError as error:
                 log.warning("The open inference requests could not be checked: %s", error)
                 continue
+            except Exception:  # the loop must survive any failure of one check
+                log.exception("crash in the check of the open inference requests")
+                continue
             for reply in waiting:
                 if reply.request_id not in existing:
                     reply.put({"type": "unanswered", "error": claims.FAILED}, 0)
@@ -158,27 +185,53 @@ class Replies:
             _send_stop(connection, reply.request_id)
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS:
-            log.warning("A connection for answers was rejected: %d are open.", MAX_CONNECTIONS)
-            writer.close()
-            return
-        self._connections.add(writer)
         try:
-            async with asyncio.timeout(FIRST_LINE_SECONDS):
-                line = await reader.readline()
-            while line:
-                if not await self._take(line, writer):
-                    log.warning("A connection for answers sent a line that is not an answer, and was closed.")
-                    return
-                line = await reader.readline()
+            if await self._is_worker(reader, writer):
+                self._connections.add(writer)
+                await self._read(reader, writer)
         except (ConnectionError, TimeoutError, ValueError, asyncio.LimitOverrunError):
-            log.warning("A worker's connection for answers failed.")
+            log.warning("A connection for answers failed.")
         finally:
             self._connections.discard(writer)
             writer.close()
             with suppress(ConnectionError):
                 await writer.wait_closed()
             await self._lose(writer)
+
+    async def _is_worker(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Return whether the connection sends the token in time, and there is a place for it."""
+        if len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        self._strangers[writer] = None
+        try:
+            async with asyncio.timeout(TOKEN_SECONDS):
+                line = await reader.readexactly(TOKEN_CHARS + 1)
+        except asyncio.IncompleteReadError:  # a probe of the port
+            return False
+        finally:
+            self._strangers.pop(writer, None)
+        if not secrets.compare_digest(line, self._token.encode() + b"\n"):
+            log.warning("A connection for answers did not send the token of this server, and was closed.")
+            return False
+        if len(self._connections) >= MAX_CONNECTIONS:
+            log.warning("A worker's connection for answers was rejected: %d are open.", MAX_CONNECTIONS)
+            return False
+        _detect_loss(writer.get_extra_info("socket"))
+        return True
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on the lines of a worker until it closes the connection."""
+        num_bytes = 0
+        while line := await reader.readline():
+            if not await self._take(line, writer):
+                log.warning("A connection for answers sent a line that is not an answer, and was closed.")
+                return
+            num_bytes += len(line)
+            if num_bytes >= SHARE_BYTES:
+                num_bytes = 0
+                await asyncio.sleep(0)
 
     async def _take(self, line: bytes, writer: asyncio.StreamWriter) -> bool:
         """Pass an event to its request. Returns False for a line that is no answer."""
@@ -195,7 +248,10 @@ class Replies:
             _send_stop(writer, request_id)  # in the second case, another connection has lost lines of this claim
             return True
         if reply.claim_id != claim_id:
+            if reply.stale_claim == claim_id:
+                return True  # the worker already has the order to stop
             if not await to_thread.run_sync(self._holds, request_id, claim_id):
+                reply.stale_claim = claim_id
                 _send_stop(writer, request_id)
                 return True
             if reply.claim_id is not None:
@@ -234,6 +290,14 @@ def _send_stop(connection: asyncio.StreamWriter, request_id: str) -> None:
         connection.close()
     if not connection.is_closing():
         connection.write(json.dumps({"request_id": request_id}).encode() + b"\n")
+
+
+def _detect_loss(connected: socket.socket) -> None:
+    """Let the system close the connection if the worker's machine is lost: on Linux after two minutes."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _own_host(settings: Settings) -> str:

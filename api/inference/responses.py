@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any, Literal
 
 from api.inference.answer import Delta, PartialAnswer
@@ -48,22 +50,47 @@ def head_of(prefix: Literal["chatcmpl", "cmpl"], *, model: str, base_digest: str
     )
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Choice:
-    text: str = ""
-    logprobs: list[Event] = field(default_factory=list[Event])
+    text: str
+    logprobs: list[Event]
+    finish: str
+
+
+@dataclass(kw_only=True, slots=True)
+class _GrowingChoice:
+    """A choice that is not complete, in a compact form: as objects, log-probabilities need five times the memory."""
+
+    text: StringIO = field(default_factory=StringIO)
+    logprobs: bytearray = field(default_factory=bytearray)
+    """JSON objects, each followed by a comma."""
     finish: str = "stop"
 
+    def add(self, delta: Delta, answer: PartialAnswer) -> None:
+        answer.keep(len(delta.text))
+        self.text.write(delta.text)
+        if delta.logprobs:
+            encoded = json.dumps(delta.logprobs, separators=(",", ":")).encode()[1:-1] + b","
+            answer.keep(len(encoded), of="logprobs")
+            self.logprobs += encoded
+        self.finish = delta.finish or self.finish
 
-async def whole(deltas: AsyncIterable[Delta], answer: PartialAnswer, form: ChatFormat | TextFormat, *, n: int) -> Any:
-    """Return the completion once it is complete."""
-    choices = [_Choice() for _ in range(n)]
+    def complete(self) -> _Choice:
+        logprobs = json.loads(b"[" + self.logprobs[:-1] + b"]")
+        return _Choice(text=self.text.getvalue(), logprobs=logprobs, finish=self.finish)
+
+
+async def whole(deltas: AsyncIterable[Delta], answer: PartialAnswer, form: ChatFormat | TextFormat, *, n: int) -> str:
+    """Return the completion as JSON, once it is complete. Raises InvalidRequest if it is too large."""
+    choices = [_GrowingChoice() for _ in range(n)]
     async for delta in deltas:
-        choice = choices[delta.index]
-        choice.text += delta.text
-        choice.logprobs += delta.logprobs
-        choice.finish = delta.finish or choice.finish
-    return form.whole(choices, usage_of(answer))
+        choices[delta.index].add(delta, answer)
+
+    def serialize() -> str:
+        completion = form.whole([choice.complete() for choice in choices], usage_of(answer))
+        return completion.model_dump_json(exclude_none=False)
+
+    return await asyncio.to_thread(serialize)  # a large answer takes long enough to delay the streams of other clients
 
 
 def usage_of(answer: PartialAnswer) -> Usage:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from api.auth.authentication import Signed
 from api.deps import Services, Use
@@ -37,6 +37,8 @@ from catalog.serving import routes
 from catalog.serving.routes import ServingRoute
 from catalog.tenancy.authentication import Caller
 
+SEND_SECONDS = 60.0
+"""How long a client may take to read what was sent before the stream is abandoned."""
 router = Router(prefix="/v1", tags=["inference"], responses=SIGNED)
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its chunks."}
@@ -71,7 +73,10 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     responses=errors(404, 409) | STREAM,
 )
 async def create_completion(body: CompletionRequest, request: Request, use: Use, caller: Signed) -> Response:
-    """Continue a text, or up to 16 texts, without a chat template. Requires the scope `models:answer`."""
+    """Continue a text, or up to 16 texts, without a chat template. A request gets at most 64 answers.
+
+    Requires the scope `models:answer`.
+    """
     call = text_call(body)
     model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model))
     form = call.form(model)
@@ -138,7 +143,8 @@ class _Exchange:
             reply.is_submitted = True
             use.notifier.wake_workers()
             why = partial(requests.why_unanswered, use.db, row.id)
-            yield deltas_of(reply, answer, gone=gone, why_unanswered=why)
+            async with aclosing(deltas_of(reply, answer, gone=gone, why_unanswered=why)) as deltas:
+                yield deltas
         finally:
             watch.cancel()
             if reply is not None:
@@ -164,7 +170,11 @@ async def _respond(exchange: Exchange, form: ChatFormat | TextFormat, body: Samp
             found = await whole(deltas, answer, form, n=n)
     except ClientGone:
         return Response(status_code=499)
-    return Response(found.model_dump_json(exclude_none=False), media_type="application/json")
+    return Response(found, media_type="application/json")
+
+
+class _StalledClient(Exception):
+    """The client is connected, but reads nothing."""
 
 
 class CompletionStream(Response):
@@ -180,6 +190,10 @@ class CompletionStream(Response):
         self._with_usage = with_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(_StalledClient):  # the server closes the connection of an incomplete response
+            await self._send_all(scope, receive, partial(_send_in_time, send))
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer, has_begun = PartialAnswer(), False
         try:
             async with self._exchange.answering(answer) as deltas:
@@ -204,3 +218,12 @@ class CompletionStream(Response):
         else:
             await send({"type": "http.response.body", "body": DONE, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_in_time(send: Send, message: Message) -> None:
+    """Send a message. Raises _StalledClient if the client does not read the earlier ones in time."""
+    try:
+        async with asyncio.timeout(SEND_SECONDS):
+            await send(message)
+    except TimeoutError as error:
+        raise _StalledClient from error

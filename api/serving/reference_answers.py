@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from functools import partial
 
 from starlette.concurrency import run_in_threadpool
@@ -50,8 +51,9 @@ class ReferenceAnswers:
         try:
             self._notifier.wake_workers()
             why = partial(requests.why_unanswered, self._db, row.id)
-            async for delta in deltas_of(reply, answer, gone=asyncio.Event(), why_unanswered=why):
-                events += delta.logprobs
+            async with aclosing(deltas_of(reply, answer, gone=asyncio.Event(), why_unanswered=why)) as deltas:
+                async for delta in deltas:
+                    events += delta.logprobs
         finally:
             reply.close()
             finish = run_in_threadpool(requests.finish, self._db, row.id, prompt_tokens=0, completion_tokens=0)

@@ -65,7 +65,6 @@ def create(
             lifetime_seconds=lifetime_seconds,
             status="validating",
             expires_at=now + WINDOW_SECONDS,
-            turn_at=now,
         )
         session.add(batch)
         _note(session, "batch.created", batch, now=now)

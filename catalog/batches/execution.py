@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import delete, select
+from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import lease
@@ -27,9 +27,11 @@ from catalog.usage import ledger, quotas
 
 LEASE_SECONDS = 60.0
 """Lease of a batch, renewed by the process that works on it."""
+TURN_MEMORY_SECONDS = 2 * 24 * 3600.0
+"""Turns of finished batches count for their project if the batch is not older."""
 DELETED_AT_ONCE = 1000
 """Number of results that one transaction deletes."""
-Outcome = Literal["completed", "cancelled", "expired"]
+Outcome = Literal["completed", "cancelled", "expired", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,14 +57,17 @@ class Directive:
 
 
 def claim(db: Database) -> BatchClaim | None:
-    """Claim the unfinished batch that waits longest, and delete the requests that an earlier process left."""
+    """Claim the next batch, and delete the requests that an earlier process left.
+
+    The projects take turns: the project whose last turn is the oldest is next, with its batch that waits longest. So a
+    project gets no more turns by having more batches.
+    """
     with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
         if not _is_any_free(session):
             return None
     with db.write() as session:
         now = read_clock(session)
-        free = select(Batch).where(Batch.finished_at.is_(None), lease.is_free(Batch, now=now))
-        batch = session.scalar(skip_locked(free.order_by(Batch.turn_at, Batch.id).limit(1)))
+        batch = _next(session, now=now)
         if batch is None:
             return None
         batch.turn_at = now
@@ -112,7 +117,7 @@ def begin(db: Database, claimed: BatchClaim, *, num_lines: int) -> None:
 
 
 def fail(db: Database, claimed: BatchClaim, errors: Sequence[Json], *, num_lines: int = 0) -> None:
-    """End the batch, because its input is invalid or can't be read. Raises StaleClaim."""
+    """End the batch, because its input is invalid. Raises StaleClaim."""
     with db.write() as session:
         batch = _held(session, claimed)
         batch.status, batch.finished_at = "failed", read_clock(session)
@@ -193,16 +198,27 @@ def finalize(db: Database, claimed: BatchClaim) -> None:
         batch.finalizing_at = batch.finalizing_at or read_clock(session)
 
 
-def end(db: Database, claimed: BatchClaim, outcome: Outcome, *, output: Blob | None, failures: Blob | None) -> None:
+def end(
+    db: Database,
+    claimed: BatchClaim,
+    outcome: Outcome,
+    *,
+    output: Blob | None,
+    failures: Blob | None,
+    error: Json | None = None,
+) -> None:
     """Create the rows of the output and the error file, and end the batch. Raises StaleClaim.
 
-    The quota of stored bytes is not checked, so that no answer is lost. The bytes count, as those of other files do.
+    error: why the batch has failed. Then the lines without a result count as failed. The quota of stored bytes is not
+    checked, so that no answer is lost. The bytes count, as those of other files do.
     """
     with db.write() as session:
         batch, now = _held(session, claimed), read_clock(session)
         batch.output_file = _add_file(session, batch, output, name="output", now=now)
         batch.error_file = _add_file(session, batch, failures, name="error", now=now)
         batch.status, batch.finished_at = outcome, now
+        if error is not None:
+            batch.errors, batch.num_failed = [error], batch.num_lines - batch.num_completed
         lease.release(batch)
 
 
@@ -221,9 +237,28 @@ def delete_results(db: Database) -> int:
         return len(found)
 
 
+def _is_free(*, now: float) -> ColumnElement[bool]:
+    return and_(Batch.finished_at.is_(None), lease.is_free(Batch, now=now))
+
+
 def _is_any_free(session: Session) -> bool:
-    free = select(Batch.id).where(Batch.finished_at.is_(None), lease.is_free(Batch, now=read_clock(session)))
-    return session.scalar(free.limit(1)) is not None
+    return session.scalar(select(Batch.id).where(_is_free(now=read_clock(session))).limit(1)) is not None
+
+
+def _next(session: Session, *, now: float) -> Batch | None:
+    """Return the next batch, locked; None if there is none, or if other processes have locked them."""
+    is_free = _is_free(now=now)
+    waits_since = case((Batch.turn_at > Batch.created_at, Batch.turn_at), else_=Batch.created_at)
+    waiting = select(Batch.project_id).where(is_free)
+    counts = or_(Batch.finished_at.is_(None), Batch.created_at > now - TURN_MEMORY_SECONDS)
+    projects = select(Batch.project_id).where(Batch.project_id.in_(waiting), counts).group_by(Batch.project_id)
+    in_turn = projects.order_by(func.max(Batch.turn_at), func.min(case((is_free, waits_since))))
+    for project_id in session.scalars(in_turn).all():
+        own = select(Batch).where(Batch.project_id == project_id, is_free).order_by(waits_since, Batch.id)
+        batch = session.scalar(skip_locked(own.limit(1)))
+        if batch is not None:
+            return batch
+    return None
 
 
 def _held(session: Session, claimed: BatchClaim) -> Batch:

@@ -31,8 +31,8 @@ class Batch(Leased, Table):
     status: Mapped[str]
     """A `BatchStatus`."""
     expires_at: Mapped[float]
-    turn_at: Mapped[float]
-    """When an API process last began to work on it. The batch that waited longest is next."""
+    turn_at: Mapped[float] = mapped_column(default=0.0)
+    """When an API process last began to work on it; 0: never. The project whose last turn is the oldest is next."""
     errors: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
     """Why it failed: {code, message, param, line} for each invalid line, up to a maximum."""
     num_lines: Mapped[int] = mapped_column(default=0)

@@ -1,7 +1,8 @@
 """Sends the answers of this worker to the API processes that wait for them; api/inference/replies.py receives them.
 
-Each API process has one connection. Threads read and write, so that a slow API process delays nothing else. A failed
-connection is reported once, and loses its lines: the requests that it carried must be answered again.
+Each API process has one connection, which begins with the token of its address. Threads read and write, so that a slow
+API process delays nothing else. A failed connection is reported once, and loses its lines: the requests that it carried
+must be answered again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from worker.protocol.mailbox import Json
 
 CONNECT_SECONDS = 5.0
 SEND_SECONDS = 30
-MAX_QUEUED = 100_000
-"""Maximum number of events that wait to be sent to one API process."""
+MAX_QUEUED_BYTES = 2**26
+"""Maximum size of the events that wait to be sent to one API process. Beyond it, the connection is ended."""
 MAX_LINE_BYTES = 2**16
 log = logging.getLogger(__name__)
 
@@ -28,20 +29,29 @@ class _Connection:
     """One API process. After a failure it drops what it is given."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
+        """address: TOKEN@HOST:PORT."""
+        self._token, _, self._place = address.rpartition("@")
         self.has_failed = False
-        self._queue: queue.Queue[bytes | None] = queue.Queue(maxsize=MAX_QUEUED)
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._num_queued_bytes = 0
+        self._counting = threading.Lock()
         self._stopped: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._socket: socket.socket | None = None
         self._thread = threading.Thread(target=self._write, name="replies", daemon=True)
         self._thread.start()
 
     def send(self, line: bytes) -> None:
-        try:
-            if not self.has_failed:
-                self._queue.put_nowait(line)
-        except queue.Full:
+        if self.has_failed:
+            return
+        self._count(len(line))
+        self._queue.put(line)
+        if self._num_queued_bytes > MAX_QUEUED_BYTES:
+            log.warning("The API server at %s receives answers too slowly.", self._place)
             self.abandon()
+
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:
+            self._num_queued_bytes += num_bytes
 
     def stopped(self) -> list[str]:
         """Return the requests that their clients have abandoned, once each."""
@@ -57,19 +67,17 @@ class _Connection:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-        with suppress(queue.Full):
-            self._queue.put_nowait(None)
+        self._queue.put(None)
 
     def close(self) -> None:
         """Send what is queued, then close. Waits at most CONNECT_SECONDS."""
-        with suppress(queue.Full):
-            self._queue.put_nowait(None)
+        self._queue.put(None)
         self._thread.join(CONNECT_SECONDS)
         self.abandon()
 
     def _write(self) -> None:
         try:
-            host, _, port = self.address.rpartition(":")
+            host, _, port = self._place.rpartition(":")
             with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
                 self._socket = connection
                 connection.settimeout(None)  # a timeout of the socket would also apply to the thread that reads
@@ -78,14 +86,16 @@ class _Connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._read, args=(connection.dup(),), name="stops", daemon=True).start()
                 try:
-                    while (line := self._queue.get()) is not None:
+                    connection.sendall(self._token.encode() + b"\n")
+                    while (line := self._queue.get()) is not None and not self.has_failed:
                         connection.sendall(line)
+                        self._count(-len(line))
                 finally:
                     with suppress(OSError):  # also ends the thread that reads, which has a duplicate of the socket
                         connection.shutdown(socket.SHUT_RDWR)
         except (OSError, ValueError) as error:
             if not self.has_failed:
-                log.warning("The API server at %s does not receive answers: %s", self.address, error)
+                log.warning("The API server at %s does not receive answers: %s", self._place, error)
         self.abandon()
 
     def _read(self, connection: socket.socket) -> None:

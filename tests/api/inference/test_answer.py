@@ -141,8 +141,25 @@ def test_events_that_a_client_does_not_read_are_limited() -> None:
         reply = Reply("infer-1", lambda _: None)
         for _ in range(3):
             reply.put(generated("a"), 2**19)
-        async for _ in reply.events():
-            pass
+        reply.take()
 
     with pytest.raises(TooSlow):
         asyncio.run(run())
+
+
+def test_text_that_is_kept_for_another_worker_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.inference.answer.MAX_KEPT_BYTES", 10)
+    collect([BEGUN, *[generated("abcde", index=index) for index in range(2)], ENDED])
+
+    with pytest.raises(InvalidRequest, match="was stopped") as raised:
+        collect([BEGUN, *[generated("abcde", index=index) for index in range(3)], ENDED])
+
+    assert (raised.value.code, raised.value.param) == ("answer_too_large", "max_tokens")
+
+
+def test_text_is_repeated_by_each_worker_that_is_lost() -> None:
+    lost = [RESTARTED, BEGUN, generated("a"), RESTARTED, BEGUN, generated("abc"), generated("d")]
+
+    _, deltas = collect([BEGUN, generated("ab"), *lost, RESTARTED, BEGUN, generated("abcdef", finish="stop"), ENDED])
+
+    assert text_of(deltas) == "abcdef"

@@ -6,7 +6,9 @@ The worker is replaced by a thread; tests/system has the same with a real one.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,8 +18,9 @@ from sqlalchemy import select
 from api.app import create_app
 from api.deps import Services
 from api.inference import batch_loop
+from api.inference.batch_output import OutputFiles
 from api.settings import ApiSettings
-from catalog.db.database import read_clock
+from catalog.db.database import Database, read_clock
 from catalog.settings import Settings
 from catalog.tables.batches import Batch, BatchLine
 from catalog.tables.inference import InferenceRequest
@@ -373,6 +376,94 @@ def test_damaged_input_file_fails_the_batch(client: openai.OpenAI, services: Ser
     assert batch.errors is not None
     assert batch.errors.data is not None
     assert batch.errors.data[0].param == "input_file_id"
+
+
+@pytest.mark.parametrize("content", [None, "changed"])
+def test_batch_whose_input_is_damaged_delivers_what_was_answered(
+    client: openai.OpenAI, services: Services, batch_worker: BatchWorker, content: str | None
+) -> None:
+    """None: the file was removed."""
+    error = {"code": "context_length_exceeded", "message": "Too long.", "remedy": "Shorten it."}
+    batch_worker.error = lambda prompt: error if prompt == "bad" else None
+    batch_worker.holds = lambda prompt: prompt == "held"
+    rows = [input_line("a"), input_line("b", "held"), input_line("c", "bad"), input_line("d")]
+    made = create(client, *rows)
+    until(lambda: counts(client.batches.retrieve(made.id)) == (4, 2, 1))
+
+    path = input_path(services, made)
+    path.chmod(0o644)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(jsonl(rows[0], b"{", *rows[2:]))
+    with services.db.write() as session:  # as if the process had been lost
+        row = session.get_one(Batch, made.id)
+        row.claim_id, row.lease_expires_at = "batchclaim-other", 1.0
+    batch = wait(client, made.id)
+
+    assert (batch.status, *counts(batch)) == ("failed", 4, 2, 2)
+    assert batch.errors is not None
+    assert batch.errors.data is not None
+    (told,) = batch.errors.data
+    assert (told.code, told.param) == ("artifact_damaged", "input_file_id")
+    assert told.message is not None
+    assert "3 of the 4 requests were answered" in told.message
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "d"]
+    assert [row["custom_id"] for row in rows_of(client, batch.error_file_id)] == ["c"]
+    until(lambda: not any_left(services))
+
+
+def test_batch_whose_input_is_lost_after_its_last_line_is_completed(
+    client: openai.OpenAI, services: Services, batch_worker: BatchWorker
+) -> None:
+    batch_worker.gate.clear()
+    made = create(client, input_line("a"), input_line("b"))
+
+    def num_submitted() -> int:
+        with services.db.read() as session:
+            return session.query(InferenceRequest).count()
+
+    until(lambda: num_submitted() == 2)
+    input_path(services, made).unlink()
+    batch_worker.gate.set()
+    batch = wait(client, made.id)
+
+    assert (batch.status, *counts(batch)) == ("completed", 2, 2, 0)
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "b"]
+
+
+def input_path(services: Services, batch: openai.types.Batch) -> Path:
+    with services.db.read() as session:
+        digest = session.get_one(File, batch.input_file_id).digest
+    (path,) = (path for path in services.settings.data_dir.rglob(f"*{digest}*") if path.is_file())
+    return path
+
+
+def test_leases_are_renewed_while_files_are_written(
+    client: openai.OpenAI, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    writing: list[str] = []
+    write = OutputFiles.write_results
+
+    def slow(files: OutputFiles, db: Database, batch_id: str) -> None:
+        writing.append(batch_id)
+        assert released.wait(60)
+        write(files, db, batch_id)
+
+    monkeypatch.setattr(OutputFiles, "write_results", slow)
+    made = [create(client, input_line("a")).id for _ in range(batch_loop.THREADS)]
+    until(lambda: set(writing) == set(made))
+
+    def expiries() -> list[float]:
+        with services.db.read() as session:
+            return [session.get_one(Batch, batch_id).lease_expires_at or 0.0 for batch_id in made]
+
+    first = expiries()
+    until(lambda: all(later > earlier for earlier, later in zip(first, expiries(), strict=True)))
+    released.set()
+
+    assert {wait(client, batch_id).status for batch_id in made} == {"completed"}
+    assert sorted(writing) == sorted(made), "another process took over"
 
 
 def test_output_files_expire_as_requested(client: openai.OpenAI) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 
 from api.deps import Services
-from catalog.inference import claims
+from api.inference import replies
+from catalog.inference import claims, requests
 from catalog.inference.claims import InferenceClaim
 from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
@@ -188,17 +191,144 @@ def test_error_before_the_first_chunk_is_an_error_response(
 
 @pytest.mark.parametrize("line", [b"not JSON\n", b"[]\n", b'{"request_id": 1}\n', b"\xff\xfe\n", b"GET / HTTP/1.1\r\n"])
 def test_connection_that_sends_no_answers_is_closed(site: Site, services: Services, line: bytes) -> None:
-    host, _, port = services.replies.address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(line)
-        assert connection.recv(10) == b""
+    token, place = address_of(services)
+    with socket.create_connection(place, timeout=30) as connection:
+        connection.sendall(token + b"\n" + line)
+        assert is_closed(connection)
+
+
+def address_of(services: Services) -> tuple[bytes, tuple[str, int]]:
+    """Return the token, and the address of the port."""
+    token, _, place = services.replies.address.partition("@")
+    host, _, port = place.rpartition(":")
+    return token.encode(), (host, int(port))
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Wait until the peer closes the connection."""
+    try:
+        return connection.recv(10) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"x" * 10, b"0" * 32 + b"\n", b"GET / HTTP/1.1\r\n" * 4])
+def test_connection_without_the_token_is_closed_soon(
+    site: Site, services: Services, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(replies, "TOKEN_SECONDS", 0.2)
+    with socket.create_connection(address_of(services)[1], timeout=30) as connection:
+        connection.sendall(sent)
+        assert is_closed(connection)
+
+
+def test_connections_without_the_token_take_no_place_of_a_worker(
+    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(replies, "MAX_STRANGERS", 2)
+    monkeypatch.setattr(replies, "TOKEN_SECONDS", 600.0)
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address_of(services)[1], timeout=30)) for _ in range(3)]
+        assert is_closed(silent[0])
+        response = background(lambda: post(site, CHAT))
+
+        send(connections, claimed(services), *texts("Hi"))
+
+        assert response.result(30).status_code == 200
+        assert is_closed(silent[1])
+        silent[2].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent[2].recv(10)
+
+
+def test_number_of_workers_is_limited(site: Site, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "MAX_CONNECTIONS", 1)
+    token, place = address_of(services)
+    with socket.create_connection(place, timeout=30) as first, socket.create_connection(place, timeout=30) as second:
+        first.sendall(token + b"\n")
+        until(lambda: services.replies._connections)  # pyright: ignore[reportPrivateUsage]
+        second.sendall(token + b"\n")
+        assert is_closed(second)
+
+
+def test_burst_of_events_is_no_fault_of_the_client(
+    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the claim is checked, more events arrive than a client may leave unread."""
+    monkeypatch.setattr(replies, "SHARE_BYTES", 2**14)
+    is_held = requests.is_held
+    arrived = threading.Event()
+
+    def slow_check(*given: Any) -> bool:
+        arrived.wait(30)
+        return is_held(*given)
+
+    monkeypatch.setattr(requests, "is_held", slow_check)
+    response = background(lambda: post(site, CHAT))
+    claim = claimed(services)
+    pieces = ["x" * 10_000 for _ in range(160)]
+
+    send(connections, claim, *texts(*pieces))
+    queue = connections._connections[claim.reply_to]  # pyright: ignore[reportPrivateUsage]
+    until(lambda: queue._num_queued_bytes < 1000)  # pyright: ignore[reportPrivateUsage]
+    arrived.set()
+
+    found = response.result(60)
+    assert found.status_code == 200, found.text
+    assert found.json()["choices"][0]["message"]["content"] == "".join(pieces)
+
+
+def test_stale_claim_is_checked_once(
+    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    is_held = requests.is_held
+    monkeypatch.setattr(requests, "is_held", lambda db, *ids: checked.append(ids[1]) or is_held(db, *ids))
+    response = background(lambda: post(site, CHAT))
+    claim = claimed(services)
+
+    send(connections, claim, *texts("a", "b", "c"), claim_id="answer-stale")
+    send(connections, claim, *texts("a"))
+
+    assert response.result(30).status_code == 200
+    assert checked == ["answer-stale", claim.claim_id]
 
 
 def test_port_listens_on_the_loopback_address_only(site: Site, services: Services) -> None:
-    assert services.replies.address.startswith("127.0.0.1:")
+    assert address_of(services)[1][0] == "127.0.0.1"
 
 
-def test_client_that_never_reads_is_abandoned(site: Site, services: Services, connections: ReplyConnections) -> None:
+def test_answer_that_is_too_large_fails_and_is_stopped(
+    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.inference.answer.MAX_KEPT_BYTES", 2000)
+    token = {"token": "x", "logprob": -1.0, "bytes": [120]}
+    body = {**CHAT, "logprobs": True, "top_logprobs": 20}
+    response = background(lambda: post(site, body))
+    claim = claimed(services)
+    piece = {"index": 0, "text": "x", "logprobs": [{**token, "top_logprobs": [token] * 20}]}
+    stopped: set[str] = set()
+
+    def is_stopped() -> bool:
+        send(connections, claim, {"type": "generated", "deltas": [piece], "completion_tokens": 3})
+        stopped.update(connections.stopped())
+        return claim.request_id in stopped
+
+    send(connections, claim, {"type": "answering", "prompt_tokens": 1})
+    until(is_stopped)
+
+    error = response.result(30).json()["error"]
+    assert (response.result().status_code, error["code"], error["param"]) == (400, "answer_too_large", "logprobs")
+    assert "number of log-probabilities" in error["message"]
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_client_that_never_reads_is_abandoned(
+    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """Its request ends, even if the client stays connected."""
+    monkeypatch.setattr("api.routes.inference.SEND_SECONDS", 600.0 if leaves else 0.5)
     body = json.dumps({**CHAT, "stream": True}).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {site.key}\r\n"
@@ -217,6 +347,9 @@ def test_client_that_never_reads_is_abandoned(site: Site, services: Services, co
 
         send(connections, claim, {"type": "answering", "prompt_tokens": 1})
         until(is_stopped)
+        if not leaves:
+            until(lambda: open_requests(services) == 0)
+            return
         client.sendall(b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
         received = read_to_end(client)
     assert b"response_not_read" in received

@@ -110,6 +110,42 @@ def test_batch_that_waited_longest_is_next(world: World) -> None:
     assert order == [ids[1], ids[2], ids[0]]
 
 
+def test_projects_take_turns_however_many_batches_they_have(world: World) -> None:
+    many = [create(world).id for _ in range(4)]
+    one = create_of_another_project(world)
+
+    first, second = claim(world), claim(world)
+    execution.release(world.db, second)
+    turns = [first.batch_id, second.batch_id]
+    for _ in range(4):  # a process that works on one batch at a time
+        claimed = claim(world)
+        turns.append(claimed.batch_id)
+        execution.release(world.db, claimed)
+
+    assert turns == [many[0], one, many[1], one, many[2], one]
+
+
+def test_turn_of_a_finished_batch_counts(world: World) -> None:
+    """Otherwise a project with many small batches, each finished in one turn, would never have had a turn."""
+    many = [create(world).id for _ in range(3)]
+    one = create_of_another_project(world)
+
+    order: list[str] = []
+    for _ in range(4):
+        claimed = claim(world)
+        order.append(claimed.batch_id)
+        execution.fail(world.db, claimed, [])
+
+    assert order == [many[0], one, many[1], many[2]]
+
+
+def create_of_another_project(world: World) -> str:
+    """Create a batch in a second project, after the others. Returns its id."""
+    caller = world.stranger
+    file = world.file(caller=caller, purpose="batch", num_rows=None)
+    return commands.create(world.db, caller=caller, endpoint="/v1/completions", input_file=file).id
+
+
 def test_late_process_writes_nothing_and_its_requests_are_deleted(world: World) -> None:
     late = begun(world)
     assert submit(world, late)

@@ -19,7 +19,7 @@ from tests.catalog.world import sha
 from tests.worker.pack_site import READY, PackSite, emit
 from tests.worker_site import wait_until
 from worker.protocol.mailbox import InboxReader
-from worker.session import inference
+from worker.session import inference, reply_connections
 from worker.session.capacity import base_to_load, free_capacity
 from worker.session.inference import InferenceSession
 from worker.session.reply_connections import ReplyConnections
@@ -33,7 +33,8 @@ class ApiProcess:
 
     def __init__(self) -> None:
         self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.address = f"secret@127.0.0.1:{self._server.getsockname()[1]}"
+        self.token = b""
         self.lines: list[dict[str, Any]] = []
         self._connection: socket.socket | None = None
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -43,6 +44,7 @@ class ApiProcess:
         with suppress(OSError):  # closed before a connection arrived
             self._connection, _ = self._server.accept()
             with self._connection, self._connection.makefile("rb") as lines:
+                self.token = lines.readline()
                 for line in lines:
                     self.lines.append(json.loads(line))
 
@@ -118,6 +120,7 @@ def test_request_is_handed_over_and_its_answer_sent(site: PackSite, session: Tra
     session.read_events()
     wait_until(lambda: len(api.lines) == 3)
     assert api.types() == ["answering", "generated", "answered"]
+    assert api.token == b"secret\n"
     assert {line["request_id"] for line in api.lines} == {row.id}
     assert all(requests.is_held(site.db, row.id, line["claim_id"]) for line in api.lines)
     assert api.lines[0]["event"] == {"type": "answering", "prompt_tokens": 3}
@@ -209,7 +212,7 @@ def test_requests_after_a_lost_connection_use_another_one(
     site: PackSite, session: TrainerSession, api: ApiProcess
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        unreachable = f"127.0.0.1:{server.getsockname()[1]}"
+        unreachable = f"secret@127.0.0.1:{server.getsockname()[1]}"
     session.inference._connections.send(unreachable, request_id="x", claim_id="y", event={})
     wait_until(lambda: session.inference._connections._connections[unreachable].has_failed)
     with socket.create_server(("127.0.0.1", int(unreachable.rpartition(":")[2]))) as server:
@@ -224,6 +227,7 @@ def test_requests_after_a_lost_connection_use_another_one(
         assert [verb for verb, _ in messages] == ["answer"]
         connection, _ = server.accept()
         with connection, connection.makefile("rb") as lines:
+            assert lines.readline() == b"secret\n"
             assert json.loads(lines.readline())["event"]["type"] == "answering"
 
 
@@ -361,11 +365,26 @@ def test_base_model_that_can_not_be_loaded_fails_its_requests(site: PackSite, ap
 
 def test_unreachable_api_process_delays_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+        address = f"secret@127.0.0.1:{server.getsockname()[1]}"
     connections = ReplyConnections()
 
     connections.send(address, request_id="infer-1", claim_id="answer-1", event={"type": "answering"})
 
     wait_until(lambda: connections.failed() == {address})
     assert "does not receive answers" in caplog.text
+    assert "secret" not in caplog.text
+    connections.close()
+
+
+def test_events_that_an_api_process_does_not_read_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reply_connections, "MAX_QUEUED_BYTES", 2**20)
+    connections = ReplyConnections()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"secret@127.0.0.1:{server.getsockname()[1]}"
+        for _ in range(1000):  # 100 MB, more than sockets buffer
+            connections.send(address, request_id="infer-1", claim_id="answer-1", event={"text": "x" * 100_000})
+            if failed := connections.failed():
+                break
+
+    assert failed == {address}
     connections.close()
