@@ -58,6 +58,8 @@ class EndpointWork:
 
     endpoint: ServingEndpoint
     adapters: tuple[WantedAdapter, ...]
+    endpoint_ids: frozenset[str]
+    """All endpoints that exist, this one too."""
 
     @property
     def is_removed(self) -> bool:
@@ -125,7 +127,8 @@ def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
                     is_due=one.next_try_at <= now,
                 )
             )
-        return EndpointWork(endpoint=row, adapters=tuple(wanted))
+        existing = frozenset(session.scalars(select(ServingEndpoint.id)))
+        return EndpointWork(endpoint=row, adapters=tuple(wanted), endpoint_ids=existing)
 
 
 def store_reference(db: Database, claim: EndpointClaim, *, deployment_id: str | None, reference: Json) -> None:
@@ -166,6 +169,7 @@ def note_unusable(
         found |= {"verification": verification} if verification is not None else {}
         session.execute(update(ServingEndpoint).where(ServingEndpoint.id == row.id).values(found))
         waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "next_try_at": now}
+        waiting["operator_error"] = None
         usable = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
         session.execute(update(Deployment).where(*usable).values(**waiting, updated_at=now))
 
@@ -188,7 +192,8 @@ def note_loaded(db: Database, claim: EndpointClaim, deployment_id: str, *, verif
         one = _deployment(session, claim, deployment_id)
         if one is None or one.state == "removing":
             return False
-        one.state, one.last_error, one.verification, one.num_failures = "ready", None, verification, 0
+        one.state, one.last_error, one.operator_error = "ready", None, None
+        one.verification, one.num_failures = verification, 0
         one.updated_at = read_clock(session)
         return True
 
@@ -200,17 +205,22 @@ def note_failed(
     *,
     state: str,
     error: str,
+    operator_error: str | None = None,
     verification: Json | None = None,
 ) -> None:
-    """Record why an adapter is not loaded, and when it is tried again. state: pending if that may succeed without a
-    change, else failed."""
+    """Record why an adapter is not loaded, and when it is tried again.
+
+    state: pending if that may succeed without a change, else failed. error: shown to the project, so it contains no
+    text of the server. operator_error: shown to operators in its place.
+    """
     with db.write() as session:
         one = _deployment(session, claim, deployment_id)
         if one is None or one.state == "removing":
             return
         now = read_clock(session)
         wait = WAITS_SECONDS[min(one.num_failures, len(WAITS_SECONDS) - 1)]
-        found = {"state": state, "last_error": error, "verification": verification, "updated_at": now}
+        found = {"state": state, "last_error": error, "operator_error": operator_error, "updated_at": now}
+        found["verification"] = verification
         found |= {"num_failures": one.num_failures + 1, "next_try_at": now + wait}
         session.execute(update(Deployment).where(Deployment.id == one.id).values(found))
 
