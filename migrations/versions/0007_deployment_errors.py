@@ -15,7 +15,6 @@ down_revision = "0006_adapter_exports"
 
 def upgrade() -> None:
     op.add_column("deployments", sa.Column("operator_error", sa.Text(), nullable=True))
-    op.execute("UPDATE deployments SET operator_error = last_error, last_error = NULL WHERE last_error IS NOT NULL")
 
 
 def downgrade() -> None:

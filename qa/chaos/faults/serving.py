@@ -151,5 +151,6 @@ ROWS = (
         fault="kill -9 of a serving endpoint during answers; later it is back without adapters",
         also="streams end with a code; the built-in engine answers; the adapter is loaded, verified and used again",
         act=_down_and_back,
+        environment={"LORRY_IDLE_SECONDS": "60"},  # else each answer needs a new trainer
     ),
 )
