@@ -168,10 +168,9 @@ def note_unusable(
         found = {"state": state, "last_error": error, "checked_at": now}
         found |= {"verification": verification} if verification is not None else {}
         session.execute(update(ServingEndpoint).where(ServingEndpoint.id == row.id).values(found))
-        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "next_try_at": now}
-        waiting["operator_error"] = None
+        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "operator_error": None}
         usable = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
-        session.execute(update(Deployment).where(*usable).values(**waiting, updated_at=now))
+        session.execute(update(Deployment).where(*usable).values(**waiting, next_try_at=now, updated_at=now))
 
 
 def note_missing(db: Database, claim: EndpointClaim, deployment_ids: Collection[str]) -> None:
@@ -219,7 +218,7 @@ def note_failed(
             return
         now = read_clock(session)
         wait = WAITS_SECONDS[min(one.num_failures, len(WAITS_SECONDS) - 1)]
-        found = {"state": state, "last_error": error, "operator_error": operator_error, "updated_at": now}
+        found: Json = {"state": state, "last_error": error, "operator_error": operator_error, "updated_at": now}
         found["verification"] = verification
         found |= {"num_failures": one.num_failures + 1, "next_try_at": now + wait}
         session.execute(update(Deployment).where(Deployment.id == one.id).values(found))
