@@ -7,6 +7,7 @@ named by adapter and content, so a server that caches by path never mixes two co
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,9 @@ from catalog.errors import InvalidRequest
 from catalog.storage.manifest import Manifest, ManifestFile
 from catalog.storage.object_storage import CHUNK_BYTES
 from catalog.storage.store import ArtifactStore
+
+OWN_PATH = re.compile(r"/(?:.*/)?lorry-(endpoint-[0-9a-f]{24})/adapter-[0-9a-f]{24}-[0-9a-f]{12}")
+"""Paths that `endpoint_folder` and `adapter_path` return."""
 
 
 def check_folder(folder: str) -> None:
@@ -44,6 +48,12 @@ def endpoint_folder(adapter_folder: str, endpoint_id: str) -> Path:
 def adapter_path(folder: Path, *, adapter_id: str, manifest: Manifest) -> Path:
     """folder: of the endpoint."""
     return folder / f"{adapter_id}-{manifest.digest[:12]}"
+
+
+def endpoint_of(path: str) -> str | None:
+    """Return the id of the endpoint for which Lorry has written an adapter, or None if the path is not Lorry's."""
+    found = OWN_PATH.fullmatch(path)
+    return None if found is None else found[1]
 
 
 def put(store: ArtifactStore, path: Path, manifest: Manifest) -> None:

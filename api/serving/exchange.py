@@ -144,8 +144,9 @@ class _EndpointAnswer:
         chunk: Json | EndpointFailure | None = self._first
         while chunk is not None:
             if isinstance(chunk, EndpointFailure):
+                log.warning("serving interrupted answer: %s", chunk.message)  # clients must not see the server's text
                 raise NoWorker(
-                    f"The serving endpoint did not complete the answer. {chunk.message}",
+                    "The serving endpoint did not complete the answer.",
                     code="answer_interrupted",
                     remedy="Send the request again.",
                 )

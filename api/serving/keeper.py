@@ -2,7 +2,8 @@
 
 One API process at a time holds an endpoint's lease. It compares the models that the server lists with the deployments
 every few seconds, so it makes no difference whether Lorry or the server was restarted. Adapters are loaded and verified
-in tasks of their own, because the built-in engine may need minutes for a reference answer.
+in tasks of their own, because the built-in engine may need minutes for a reference answer. Another task renews the
+lease meanwhile. When the lease is lost, all of them end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 
 from api.serving import adapter_files
+from api.serving.held_lease import HeldLease, LeaseLost
 from api.serving.reference_answers import ReferenceAnswers
 from api.serving.vllm_client import EndpointFailure, ServedModel, ServerAddress, VllmClient
 from catalog.db.database import Database
@@ -28,6 +30,7 @@ from catalog.errors import LorryError
 from catalog.pepper import Pepper
 from catalog.serving import endpoints, keeping, probes
 from catalog.serving.keeping import EndpointClaim, EndpointWork, WantedAdapter
+from catalog.storage.manifest import Manifest
 from catalog.storage.store import ArtifactStore
 from catalog.tables.serving import ServingEndpoint
 from catalog.tables.table import Json
@@ -35,7 +38,7 @@ from catalog.tables.table import Json
 LOOK_SECONDS = 5.0
 """Interval between two checks of a server."""
 NOTE_SECONDS = 20.0
-"""Interval at which an unchanged state and the lease are written."""
+"""Interval at which an unchanged state is written."""
 REJECTED_SECONDS = 30.0
 """Wait after a failed verification of the base model."""
 MAX_KEPT = 100
@@ -124,35 +127,40 @@ class EndpointKeeper:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """Running tasks: by deployment, and the verification of the base model by the endpoint's id."""
         self._loading = asyncio.Semaphore(MAX_LOADING)
-        self._renewed_at = self._noted_at = -math.inf
-        self._verify_at = -math.inf
-        """When the base model may be verified again. All three by the monotonic clock."""
+        self._lease = HeldLease(partial(self._do, keeping.renew))
+        self._noted_at = self._verify_at = -math.inf
+        """When the state was written, and when the base model may be verified again, by the monotonic clock."""
 
     def wake(self) -> None:
         self._wake_up.set()
 
     async def run(self) -> None:
         """Keep the endpoint until its lease is lost or it is removed."""
+        checking, renewing = asyncio.create_task(self._check_often()), asyncio.create_task(self._lease.keep())
         try:
-            while await self._check():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS):
-                        await self._wake_up.wait()
-                self._wake_up.clear()
+            done, _ = await asyncio.wait((checking, renewing), return_when=asyncio.FIRST_COMPLETED)
+            if renewing in done:
+                log.warning("serving endpoint=%s the lease is lost", self.claim.endpoint_id)
+            for task in done:
+                task.result()
         finally:
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            for tasks in ([checking, *self._tasks.values()], [renewing]):  # the lease is renewed until the others end
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
             with suppress(LorryError):
                 await asyncio.shield(run_in_threadpool(keeping.release, self._tools.db, self.claim))
+
+    async def _check_often(self) -> None:
+        while await self._check():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._wake_up.wait()
+            self._wake_up.clear()
 
     async def _check(self) -> bool:
         """Compare the server with its deployments once. Returns False if the endpoint is not to be kept any more."""
         try:
-            if time.monotonic() - self._renewed_at > NOTE_SECONDS:
-                if not await self._do(keeping.renew):
-                    return False
-                self._renewed_at = time.monotonic()
             work = await self._do(keeping.read)
             if work is None:
                 return False
@@ -160,6 +168,8 @@ class EndpointKeeper:
                 await self._remove(work)
                 return False
             await self._compare(work)
+        except LeaseLost:
+            return False
         except LorryError as error:
             log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
         return True
@@ -197,17 +207,15 @@ class EndpointKeeper:
                 self._begin(one.deployment_id, self._deploy(work, server, one, loaded.get(one.name)))
 
     async def _unload_unwanted(self, server: ServerAddress, work: EndpointWork, loaded: dict[str, ServedModel]) -> None:
-        """Unload the adapters that were loaded from the endpoint's folder and are not deployed any more."""
-        own = f"{adapter_files.endpoint_folder(work.endpoint.adapter_folder, work.endpoint.id)}/"
-        wanted = {one.name for one in work.adapters if one.is_wanted}
-        for name in [name for name, model in loaded.items() if (model.root or "").startswith(own)]:
-            if name not in wanted:
-                try:
-                    await self._tools.client.unload(server, name=name)
-                except EndpointFailure as failure:  # tried again at the next check
-                    log.warning("serving endpoint=%s unload: %s", self.claim.endpoint_id, failure.message)
-                else:
-                    del loaded[name]
+        """Unload adapters that Lorry has loaded and that are not deployed with this content. Others stay."""
+        for name in [name for name, model in loaded.items() if _is_unwanted(work, model)]:
+            await self._lease.check()
+            try:
+                await self._tools.client.unload(server, name=name)
+            except EndpointFailure as failure:  # tried again at the next check
+                log.warning("serving endpoint=%s unload: %s", self.claim.endpoint_id, failure.message)
+            else:
+                del loaded[name]
 
     async def _clear(self, work: EndpointWork, loaded: dict[str, ServedModel]) -> None:
         """Delete deployments that are not wanted and not loaded any more, and files that none needs."""
@@ -221,6 +229,7 @@ class EndpointKeeper:
         kept = {_path(folder, one).name for one in work.adapters if one not in gone and one.manifest is not None}
         kept |= {Path(model.root or "").name for model in loaded.values()}
         if gone or not work.adapters:
+            await self._lease.check()
             await run_in_threadpool(adapter_files.remove_others, folder, kept)
         if gone:
             await self._do(keeping.forget, [one.deployment_id for one in gone])
@@ -235,6 +244,7 @@ class EndpointKeeper:
             await self._unload_unwanted(server, work, loaded)
         except (EndpointFailure, LorryError):
             log.warning("serving endpoint=%s was removed without unloading its adapters", row.id)
+        await self._lease.check()
         folder = adapter_files.endpoint_folder(row.adapter_folder, row.id)
         await run_in_threadpool(adapter_files.remove_others, folder, set[str]())
         await self._do(keeping.forget_endpoint)
@@ -271,12 +281,10 @@ class EndpointKeeper:
                 verdict = await self._load(work, server, one, loaded)
             except EndpointFailure as failure:
                 state = "pending" if failure.kind == "unreachable" else "failed"
-                return await self._failed(one, state=state, error=failure.message)
+                shown = _shown_to_projects(work.endpoint.name, failure)
+                return await self._failed(one, state=state, error=shown, operator_error=failure.message)
             except LorryError as error:
                 return await self._failed(one, state="pending", error=error.sentence())
-            except OSError as error:
-                reason = f"The adapter's files can't be written to {work.endpoint.adapter_folder!r}: {error}."
-                return await self._failed(one, state="failed", error=reason)
             if not verdict["passed"]:
                 error = probes.why_failed(verdict, subject=f"adapter {one.name!r}")
                 await self._failed(one, state="failed", error=error, verification=verdict)
@@ -303,7 +311,9 @@ class EndpointKeeper:
                 kind="refused",
             )
         if loaded is None:
-            await run_in_threadpool(adapter_files.put, self._tools.store, path, one.manifest)
+            await self._lease.check()
+            await self._put(path, one.manifest)
+            await self._lease.check()
             await self._tools.client.load(server, name=one.name, path=str(path))
         found = await self._tools.client.probe(server, model=one.name, kind=kind)
         return probes.judge_adapter(
@@ -313,13 +323,32 @@ class EndpointKeeper:
             base_diff=(row.verification or {})["max_diff"],
         )
 
+    async def _put(self, path: Path, manifest: Manifest) -> None:
+        """Write the adapter's files. Raises EndpointFailure."""
+        try:
+            await run_in_threadpool(adapter_files.put, self._tools.store, path, manifest)
+        except (OSError, LorryError) as error:
+            reason = error.sentence() if isinstance(error, LorryError) else f"{error}."
+            text = f"The adapter's files can't be written to {str(path)!r}. {reason}"
+            raise EndpointFailure(text, kind="refused") from error
+
     async def _unload(self, server: ServerAddress, one: WantedAdapter) -> None:
+        await self._lease.check()
         with suppress(EndpointFailure):  # the next check unloads it
             await self._tools.client.unload(server, name=one.name)
 
-    async def _failed(self, one: WantedAdapter, *, state: str, error: str, verification: Json | None = None) -> None:
-        log.warning("serving deployment=%s state=%s: %s", one.deployment_id, state, error)
-        found = {"state": state, "error": error, "verification": verification}
+    async def _failed(
+        self,
+        one: WantedAdapter,
+        *,
+        state: str,
+        error: str,
+        operator_error: str | None = None,
+        verification: Json | None = None,
+    ) -> None:
+        """Record a failure. error: shown to the project. operator_error: None: operators see the same."""
+        log.warning("serving deployment=%s state=%s: %s", one.deployment_id, state, operator_error or error)
+        found = {"state": state, "error": error, "operator_error": operator_error, "verification": verification}
         await self._do(keeping.note_failed, one.deployment_id, **found)
 
     async def _unusable(
@@ -346,6 +375,8 @@ class EndpointKeeper:
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
+        except LeaseLost:
+            self.wake()  # the next check ends
         except LorryError as error:  # such as a database that does not answer; the next check begins again
             log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
         except Exception:
@@ -359,6 +390,34 @@ class EndpointKeeper:
 def _path(folder: Path, one: WantedAdapter) -> Path:
     assert one.manifest is not None, "only adapters with files have a path"
     return adapter_files.adapter_path(folder, adapter_id=one.adapter_id, manifest=one.manifest)
+
+
+def _is_unwanted(work: EndpointWork, model: ServedModel) -> bool:
+    """Return whether Lorry has loaded the adapter, for this endpoint or for one that does not exist any more, and it is
+    not deployed with this content.
+
+    Another service may share the server. So an adapter in another adapter folder is unwanted only if its name is to be
+    loaded.
+    """
+    folder = adapter_files.endpoint_folder(work.endpoint.adapter_folder, work.endpoint.id)
+    paths = {one.name: str(_path(folder, one)) for one in work.adapters if one.is_wanted}
+    root = model.root or ""
+    if root.startswith(f"{folder}/"):
+        return paths.get(model.name) != root
+    origin = adapter_files.endpoint_of(root)
+    if origin is None or origin in work.endpoint_ids:
+        return False
+    return model.name in paths or Path(root).parent.parent == folder.parent
+
+
+def _shown_to_projects(endpoint: str, failure: EndpointFailure) -> str:
+    """Return the failure without the server's text, which may contain paths and addresses of the operator."""
+    if failure.kind == "unreachable":
+        return f"Endpoint {endpoint!r} does not respond. The adapter is loaded when the endpoint responds again."
+    return (
+        f"Endpoint {endpoint!r} did not load the adapter, or did not answer with it. Ask an operator for the reason, "
+        f"which `lorry serving deployments {endpoint}` shows."
+    )
 
 
 def _base_of(models: list[ServedModel]) -> ServedModel:

@@ -16,6 +16,7 @@ from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.pepper import Pepper
 from catalog.registry import base_models
+from catalog.serving import servability
 from catalog.spec.strict import LABEL, label_fault
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.table import Json, new_id
@@ -62,6 +63,16 @@ def register(
                 f"Base model {base.name!r} is not ready: its state is {base.state!r}.",
                 code="base_not_ready",
                 remedy=f"Wait until `lorry models show {base.name}` shows the state 'ready', then try again.",
+                param="base_model",
+            )
+        architecture = (base.description or {}).get("architecture")
+        if architecture in servability.VLLM_WITHOUT_LORA:
+            raise Conflict(
+                f"vLLM can't load adapters of {base.name!r}: it does not support LoRA for the architecture "
+                f"{architecture}.",
+                code="not_servable",
+                remedy="Register an endpoint for another base model. Adapters of this one can be merged: "
+                "`lorry adapters export ADAPTER --format merged`.",
                 param="base_model",
             )
         found = session.scalar(select(ServingEndpoint).where(ServingEndpoint.name == new.name))

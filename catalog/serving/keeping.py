@@ -58,6 +58,8 @@ class EndpointWork:
 
     endpoint: ServingEndpoint
     adapters: tuple[WantedAdapter, ...]
+    endpoint_ids: frozenset[str]
+    """All endpoints that exist, this one too."""
 
     @property
     def is_removed(self) -> bool:
@@ -125,7 +127,8 @@ def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
                     is_due=one.next_try_at <= now,
                 )
             )
-        return EndpointWork(endpoint=row, adapters=tuple(wanted))
+        existing = frozenset(session.scalars(select(ServingEndpoint.id)))
+        return EndpointWork(endpoint=row, adapters=tuple(wanted), endpoint_ids=existing)
 
 
 def store_reference(db: Database, claim: EndpointClaim, *, deployment_id: str | None, reference: Json) -> None:
@@ -165,9 +168,9 @@ def note_unusable(
         found = {"state": state, "last_error": error, "checked_at": now}
         found |= {"verification": verification} if verification is not None else {}
         session.execute(update(ServingEndpoint).where(ServingEndpoint.id == row.id).values(found))
-        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "next_try_at": now}
+        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "operator_error": None}
         usable = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
-        session.execute(update(Deployment).where(*usable).values(**waiting, updated_at=now))
+        session.execute(update(Deployment).where(*usable).values(**waiting, next_try_at=now, updated_at=now))
 
 
 def note_missing(db: Database, claim: EndpointClaim, deployment_ids: Collection[str]) -> None:
@@ -188,7 +191,8 @@ def note_loaded(db: Database, claim: EndpointClaim, deployment_id: str, *, verif
         one = _deployment(session, claim, deployment_id)
         if one is None or one.state == "removing":
             return False
-        one.state, one.last_error, one.verification, one.num_failures = "ready", None, verification, 0
+        one.state, one.last_error, one.operator_error = "ready", None, None
+        one.verification, one.num_failures = verification, 0
         one.updated_at = read_clock(session)
         return True
 
@@ -200,17 +204,22 @@ def note_failed(
     *,
     state: str,
     error: str,
+    operator_error: str | None = None,
     verification: Json | None = None,
 ) -> None:
-    """Record why an adapter is not loaded, and when it is tried again. state: pending if that may succeed without a
-    change, else failed."""
+    """Record why an adapter is not loaded, and when it is tried again.
+
+    state: pending if that may succeed without a change, else failed. error: shown to the project, so it contains no
+    text of the server. operator_error: shown to operators in its place.
+    """
     with db.write() as session:
         one = _deployment(session, claim, deployment_id)
         if one is None or one.state == "removing":
             return
         now = read_clock(session)
         wait = WAITS_SECONDS[min(one.num_failures, len(WAITS_SECONDS) - 1)]
-        found = {"state": state, "last_error": error, "verification": verification, "updated_at": now}
+        found: Json = {"state": state, "last_error": error, "operator_error": operator_error, "updated_at": now}
+        found["verification"] = verification
         found |= {"num_failures": one.num_failures + 1, "next_try_at": now + wait}
         session.execute(update(Deployment).where(Deployment.id == one.id).values(found))
 

@@ -67,7 +67,9 @@ def note_lost(db: Database, route: ServingRoute, *, error: str, concerns_adapter
     with db.write() as session:
         now = read_clock(session)
         if concerns_adapter:
-            lost = {"state": "pending", "last_error": error, "next_try_at": now, "updated_at": now}
+            shown = "The server has lost the adapter, which is being loaded again."
+            lost = {"state": "pending", "last_error": shown, "operator_error": error}
+            lost |= {"next_try_at": now, "updated_at": now}
             one = (Deployment.id == route.deployment_id, Deployment.state == "ready")
             session.execute(update(Deployment).where(*one).values(lost))
             return

@@ -61,6 +61,9 @@ class Deployment(Table):
     state: Mapped[str]
     """pending, ready, failed or removing."""
     last_error: Mapped[str | None] = mapped_column(Text)
+    """Shown to the project. It contains no text of the server, which may name paths and addresses."""
+    operator_error: Mapped[str | None] = mapped_column(Text)
+    """Shown to operators in place of `last_error`, unless None."""
     reference: Mapped[Json | None]
     """The built-in engine's answer of the adapter to the probe prompt. It is computed once."""
     verification: Mapped[Json | None]

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorry.local.parent_watch import dying_with_parent
+from lorry.local.parent_watch import dying_with_parent, group_dying_with_parent
 
 _LONGEST_LOG_BYTES = 16 * 2**20
 _TAIL_BYTES = 16 * 2**10
@@ -27,12 +27,14 @@ class Child:
         cwd: Path,
         log: Path | None = None,
         pass_fds: Sequence[int] = (),
+        kills_group: bool = False,
     ) -> None:
         """`log` None: the child inherits stdout and stderr. `pass_fds`: open descriptors that the child inherits under
-        the same numbers."""
+        the same numbers. `kills_group`: the child's own children, which do not watch it, end with it."""
         self.name = name
         self.log = log
         self._argv = list(argv)
+        self._tied = group_dying_with_parent if kills_group else dying_with_parent
         self._env = dict(env)
         self._cwd = cwd
         self._pass_fds = tuple(pass_fds)
@@ -44,7 +46,7 @@ class Child:
             keep_short(self.log)
         with contextlib.nullcontext() if self.log is None else self.log.open("ab") as out:
             self._process = subprocess.Popen(
-                dying_with_parent(self._argv),
+                self._tied(self._argv),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

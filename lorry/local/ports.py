@@ -39,6 +39,25 @@ def listen(host: str, port: int | None) -> socket.socket:
     )
 
 
+def free(host: str, first: int) -> int:
+    """Return the first port from `first` on that is free now. Raises LorryError."""
+    for candidate in range(first, first + _PORTS_TRIED):
+        if is_free(host, candidate):
+            return candidate
+    raise LorryError(
+        f"All ports from {first} to {first + _PORTS_TRIED - 1} on {host} are in use.",
+        code="port_in_use",
+        remedy="Stop a program that uses one of them.",
+    )
+
+
+def is_free(host: str, port: int) -> bool:
+    listener = _open(host, port)
+    if listener is not None:
+        listener.close()
+    return listener is not None
+
+
 def moved(listener: socket.socket, requested: int | None) -> str | None:
     """Return a message for the user if the service listens on an unusual port, else None."""
     port = listener.getsockname()[1]

@@ -69,6 +69,10 @@ class ProcessSupervisor:
         self._clock = clock
         self._is_stopping = False
 
+    def add(self, process: Process) -> None:
+        """Supervise another process, which the next check starts."""
+        self._supervised.append(_Supervised(process=process))
+
     def stop_restarts(self) -> None:
         """Restart no process from now on. May be called by a signal handler."""
         self._is_stopping = True
@@ -115,7 +119,7 @@ class Patience:
 
 class ServiceSupervisor:
     """Runs an API server, and workers alongside it. The first signal drains: workers stop, then the API server. A
-    second signal kills all processes.
+    second signal kills all processes. `on_ready` returns processes to run as the workers.
 
     `run` returns the number of signals received. Raises LorryError if the API server exits.
     """
@@ -126,7 +130,7 @@ class ServiceSupervisor:
         workers: Sequence[Process],
         *,
         is_ready: Callable[[], bool],
-        on_ready: Callable[[], None],
+        on_ready: Callable[[], Sequence[Process]],
         report: Callable[[str], None],
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -152,7 +156,8 @@ class ServiceSupervisor:
                 self._api.start()
                 self._wait_until_ready()
                 if self._num_signals == 0:
-                    self._on_ready()
+                    for process in self._on_ready():
+                        self._workers.add(process)
                     self._keep_running()
                 self._drain()
             finally:
@@ -176,7 +181,7 @@ class ServiceSupervisor:
             self._sleep(TICK_SECONDS)
 
     def _report_exit(self, worker: Process, status: int, wait: float | None) -> None:
-        assert wait is not None, "every worker that ends is restarted"
+        assert wait is not None, "every process that ends is restarted"
         self._report(f"The {worker.name} ended (status {status}). Restarting it in {wait:g} s.")
         self._report(_indented(worker.log_tail()))
 

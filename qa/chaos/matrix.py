@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from qa.chaos.faults import api, clock, database, disk, inference, job, memory, redis, restore, store, trainer, worker
+from qa.chaos.faults import (
+    api,
+    clock,
+    database,
+    disk,
+    inference,
+    job,
+    memory,
+    redis,
+    restore,
+    serving,
+    store,
+    trainer,
+    worker,
+)
 from qa.chaos.scenario import NotHere, Row
 
 ROWS: tuple[Row, ...] = (
@@ -11,6 +25,7 @@ ROWS: tuple[Row, ...] = (
     *api.ROWS,
     *job.ROWS,
     *inference.ROWS,
+    *serving.ROWS,
     *database.ROWS,
     *redis.ROWS,
     *store.ROWS,

@@ -67,7 +67,13 @@ class FakeVllm:
     """Status of answers to completions."""
     adapters: dict[str, str] = field(default_factory=dict[str, str])
     """Path by name."""
+    holds: str | None = None
+    """Path whose requests wait until `released` is set."""
+    released: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, Json]] = field(default_factory=list[tuple[str, Json]])
+
+    def has_received(self, path: str) -> bool:
+        return any(path == received for received, _ in self.requests)
 
     def completions(self) -> list[Json]:
         """Return the bodies of requests for completions other than probes."""
@@ -192,6 +198,8 @@ def _handler(fake: FakeVllm) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             fake.requests.append((self.path, body))
+            if self.path == fake.holds:
+                fake.released.wait()
             is_known = fake.api_key is None or self.headers.get("authorization") == f"Bearer {fake.api_key}"
             found = _response(fake, self.path, body) if is_known else (401, {"error": "Unauthorized"})
             if found is None:
@@ -235,6 +243,7 @@ def serving(fake: FakeVllm, *, port: int = 0) -> Iterator[FakeVllm]:
     try:
         yield fake
     finally:
+        fake.released.set()
         server.shutdown()
         thread.join()
         server.server_close()

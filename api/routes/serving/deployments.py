@@ -23,14 +23,14 @@ def create_deployment(adapter: str, body: DeploymentRequest, use: Use, caller: S
     """
     view = deployments.deploy(use.db, project_id=caller.project_id, adapter=adapter, endpoint=body.endpoint)
     use.keepers.wake()
-    return deployment_object(view)
+    return deployment_object(view, shows_server_text=caller.is_operator)
 
 
 @router.get(DEPLOYMENTS, operation_id="list_deployments", responses=errors(404))
 def list_deployments(adapter: str, use: Use, caller: Signed) -> ListPage[DeploymentObject]:
     """List the serving endpoints on which an adapter is deployed, by name. Requires the scope `adapters:read`."""
     found = deployments.of_adapter(use.db, project_id=caller.project_id, adapter=adapter)
-    return page_of([deployment_object(view) for view in found])
+    return page_of([deployment_object(view, shows_server_text=caller.is_operator) for view in found])
 
 
 @router.delete(f"{DEPLOYMENTS}/{{endpoint}}", operation_id="delete_deployment", responses=errors(404, 409))

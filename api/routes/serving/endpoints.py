@@ -69,4 +69,4 @@ def list_endpoint_deployments(endpoint: str, use: Use, _caller: Operator) -> Lis
     Requires an operator key with the scope `adapters:read`.
     """
     found = deployments.on_endpoint(use.db, endpoints.get(use.db, endpoint).id)
-    return page_of([deployment_object(view) for view in found])
+    return page_of([deployment_object(view, shows_server_text=True) for view in found])

@@ -46,7 +46,9 @@ class DeploymentObject(BaseModel):
         description="pending: being loaded. ready: verified, and answers requests. failed: see last_error; it is tried "
         "again. removing: being unloaded."
     )
-    last_error: str | None
+    last_error: str | None = Field(
+        description="Why it is not ready. Only operators see the server's own text, which may contain paths."
+    )
     verification: ProbeVerification | None
     created_at: int
     updated_at: int
@@ -58,7 +60,7 @@ class DeploymentDeleted(BaseModel):
     deleted: bool = True
 
 
-def deployment_object(view: DeploymentView) -> DeploymentObject:
+def deployment_object(view: DeploymentView, *, shows_server_text: bool) -> DeploymentObject:
     row = view.deployment
     return DeploymentObject.model_validate(
         {
@@ -68,7 +70,7 @@ def deployment_object(view: DeploymentView) -> DeploymentObject:
             "endpoint_id": row.endpoint_id,
             "endpoint": view.endpoint,
             "state": row.state,
-            "last_error": row.last_error,
+            "last_error": (row.operator_error if shows_server_text else None) or row.last_error,
             "verification": row.verification,
             "created_at": int(row.created_at),
             "updated_at": int(row.updated_at),

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
     import httpx
 
     from lorry.connection import Connection
+    from lorry.local.child import Child
     from lorry.local.service import LocalService
+    from lorry.local.vllm import LocalVllm
 
 
-EXAMPLES = ("lorry up", "lorry up --devices 0,1", "lorry up --detach --data-dir /srv/lorry")
+EXAMPLES = (
+    "lorry up",
+    "lorry up --devices 0,1",
+    "lorry up --serve vllm",
+    "lorry up --detach --data-dir /srv/lorry",
+)
 FIRST_MODEL = "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -42,6 +49,13 @@ def up(
         str | None,
         typer.Option(help="Devices to train on: cpu, or GPU numbers such as 0,1 (default: every GPU, else the CPU)."),
     ] = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vllm[:BASE]",
+            help="Also run vLLM for a base model (default: the only one), as the serving endpoint `local`.",
+        ),
+    ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Run in the background; `lorry down` stops the service.")
     ] = False,
@@ -50,26 +64,30 @@ def up(
     """Start a service on this machine: API server, database, store and a worker per device. Ctrl-C stops it."""
     from lorry import connection
     from lorry.local import devices as device_names
-    from lorry.local import ports, privacy, service
+    from lorry.local import ports, privacy, service, vllm
     from lorry.local.lock import DataLock
 
     service.check_installed()
     chosen = device_names.choose(devices)
+    served = None if serve is None else vllm.choose(serve)
     folder = (data_dir or connection.default_data_dir()).expanduser().resolve()
     os.umask(0o077)  # all processes of the service inherit it
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (message := privacy.make_private(folder)) is not None:
         output.echo(message)
     if detach:
-        listening_at = ["--host", host, *(["--port", str(port)] if port is not None else [])]
-        return _detach(folder, [*listening_at, "--devices", ",".join(chosen)], chosen, as_json=as_json)
+        same = ["--host", host, *(["--port", str(port)] if port is not None else []), "--devices", ",".join(chosen)]
+        return _detach(folder, [*same, *(["--serve", serve] if serve is not None else [])], chosen, as_json=as_json)
     with DataLock(folder), ports.listen(host, port) as listener:
         if (message := ports.moved(listener, port)) is not None:
             output.echo(message)
         running = service.LocalService(folder, host=host, listener=listener)
         running.logs.mkdir(mode=0o700, exist_ok=True)
         known = _bootstrap(running, ports.url(host, listener))
-        num_signals = _supervise(running, known, chosen, as_json=as_json)
+        server = None
+        if served is not None:
+            server = vllm.LocalVllm(folder, served, is_on_cpu=chosen == [device_names.CPU])
+        num_signals = _supervise(running, known, chosen, server, as_json=as_json)
     if num_signals > 1:
         raise typer.Exit(EXIT_INTERRUPTED)
     return None
@@ -112,7 +130,8 @@ def _detach(folder: Path, arguments: list[str], devices: list[str], *, as_json: 
     if as_json:
         output.print_json_line(ready)
     else:
-        _announce(folder, ready["url"], ready["sign_in_url"], devices, ready["next"], is_detached=True)
+        served = ready.get("served_base_model")
+        _announce(folder, ready["url"], ready["sign_in_url"], devices, ready["next"], served=served, is_detached=True)
 
 
 def _bootstrap(running: LocalService, url: str) -> Connection:
@@ -139,17 +158,23 @@ def _bootstrap(running: LocalService, url: str) -> Connection:
     return known
 
 
-def _supervise(running: LocalService, known: Connection, devices: list[str], *, as_json: bool) -> int:
+def _supervise(
+    running: LocalService, known: Connection, devices: list[str], server: LocalVllm | None, *, as_json: bool
+) -> int:
     from lorry.local.supervisor import ServiceSupervisor
 
-    def announce() -> None:
+    def announce() -> list[Child]:
+        """Returns vLLM's process, if it is to run."""
         replace_invalid_key(running, known)
+        others = [] if server is None else [_register(running, server)]
+        served = None if server is None else server.base
         link, command = running.sign_in_link(), _next_command(running.data_dir, known)
         if as_json:
             announcement = {"url": known.url, "sign_in_url": link, "data_dir": str(running.data_dir), "next": command}
-            output.print_json_line(announcement)
+            output.print_json_line(announcement | ({} if served is None else {"served_base_model": served}))
         else:
-            _announce(running.data_dir, known.url, link, devices, command)
+            _announce(running.data_dir, known.url, link, devices, command, served=served)
+        return others
 
     return ServiceSupervisor(
         running.api(),
@@ -158,6 +183,14 @@ def _supervise(running: LocalService, known: Connection, devices: list[str], *, 
         on_ready=announce,
         report=output.echo,
     ).run()
+
+
+def _register(running: LocalService, server: LocalVllm) -> Child:
+    """Register vLLM as a serving endpoint. Returns its process."""
+    from lorry.client import Lorry
+
+    with Lorry(data_dir=running.data_dir) as lorry:
+        return server.register(lorry)
 
 
 def replace_invalid_key(running: LocalService, known: Connection) -> None:
@@ -208,24 +241,33 @@ def _next_command(data_dir: Path, known: Connection) -> str:
 
 
 def _announce(
-    data_dir: Path, url: str, link: str, devices: list[str], command: str, *, is_detached: bool = False
+    data_dir: Path,
+    url: str,
+    link: str,
+    devices: list[str],
+    command: str,
+    *,
+    served: str | None,
+    is_detached: bool = False,
 ) -> None:
+    """served: the base model that vLLM serves, if it runs."""
     if is_detached:
         stopping = "Stop the service with: lorry down" + (
             "" if data_dir == _default_folder() else f" --data-dir {shlex.quote(str(data_dir))}"
         )
     else:
         stopping = "Press Ctrl-C to stop; jobs continue at the next start." if os.isatty(0) else "Send SIGTERM to stop."
-    lines = (
+    lines = [
         f"Lorry is running at {url}",
         f"  dashboard   {link}",
         "              (this link signs in once, within 15 minutes)",
         f"  data        {data_dir}",
         f"  devices     {', '.join(devices)}",
         f"  logs        {data_dir / 'logs'}",
+        *([] if served is None else [f"  vLLM        starts for {served}; its state: lorry serving show local"]),
         f"Next{'' if is_detached else ', in another terminal'}: {command}",
         stopping,
-    )
+    ]
     out = output.console()
     for line in lines:
         out.print(line, soft_wrap=True)

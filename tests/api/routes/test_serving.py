@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog.tables.storage import Adapter
+from catalog.tables.storage import Adapter, BaseModelRow
 from tests.api.trained import BASE, trained
 from tests.catalog.world import World
 
@@ -91,6 +91,18 @@ def test_invalid_endpoint_is_rejected_with_the_field(
     assert error["param"] == param
     assert code is None or error["code"] == code
     assert str(change.get("api_key")) not in error["message"]
+
+
+def test_base_model_for_which_vllm_has_no_lora_is_not_registered(
+    operator: TestClient, adapter: Adapter, services: Services, tmp_path: Path
+) -> None:
+    with services.db.write() as session:
+        session.get_one(BaseModelRow, BASE).description = {"architecture": "GPT2LMHeadModel"}
+
+    error = operator.post(ENDPOINTS, json=body(tmp_path)).json()["error"]
+
+    assert (error["code"], error["param"]) == ("not_servable", "base_model")
+    assert "GPT2LMHeadModel" in error["message"]
 
 
 def test_deployment_is_requested_shown_and_removed(

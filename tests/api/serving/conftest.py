@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from api.deps import Services
-from api.serving import keeper
+from api.serving import held_lease, keeper
 from catalog.serving import keeping
 from catalog.tables.storage import Adapter
 from tests.api.conftest import new_key
@@ -30,6 +30,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping, "WAITS_SECONDS", (0.05,))
     monkeypatch.setattr(keeper, "REJECTED_SECONDS", 0.05)
     monkeypatch.setattr(keeper, "NOTE_SECONDS", 0.1)
+    monkeypatch.setattr(held_lease, "RENEW_SECONDS", 0.05)
 
 
 @pytest.fixture

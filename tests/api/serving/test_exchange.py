@@ -135,6 +135,7 @@ def test_failure_after_the_first_token_ends_the_stream_with_an_error(ready: Serv
     assert (whole.status_code, whole.json()["error"]["code"]) == (503, "answer_interrupted")
     *_, last = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
     assert last["error"]["code"] == "answer_interrupted"
+    assert last["error"]["message"] == "The serving endpoint did not complete the answer. Send the request again."
     assert trainer.answered == []
 
 

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from api.deps import Services
 from catalog.serving import keeping
+from catalog.tables.serving import ServingEndpoint
+from catalog.tables.table import new_id
 from tests.api.serving_engines import FakeTrainer, FakeVllm, serving
 from tests.api.serving_site import ServingSite
 from tests.api.site import until
+
+
+def seen_by_operators(place: ServingSite) -> str | None:
+    """Return the last error of the only deployment, as operators see it."""
+    (found,) = place.operator.get("/v1/serving/endpoints/vllm-1/deployments").json()["data"]
+    return found["last_error"]
+
+
+def lease_expires_at(services: Services) -> float:
+    with services.db.read() as session:
+        return session.query(ServingEndpoint).one().lease_expires_at or 0.0
 
 
 def test_deployed_adapter_is_loaded_from_the_folder_and_verified(place: ServingSite, trainer: FakeTrainer) -> None:
@@ -53,7 +68,7 @@ def test_adapter_that_the_server_does_not_serve_as_recorded_fails_and_is_not_use
 
     deployment = place.wait_for("failed")
 
-    assert reason in deployment["last_error"]
+    assert reason in deployment["last_error"] + str(seen_by_operators(place))
     until(lambda: place.vllm.adapters == {})
     place.ask()
     assert place.vllm.completions() == []
@@ -100,7 +115,8 @@ def test_missing_route_names_the_setting_of_vllm(place: ServingSite, trainer: Fa
     place.register()
     place.deploy()
 
-    error = place.wait_for("failed")["last_error"]
+    place.wait_for("failed")
+    error = str(seen_by_operators(place))
 
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True" in error
     assert "--enable-lora" in error
@@ -218,3 +234,112 @@ def test_one_process_at_a_time_keeps_an_endpoint(place: ServingSite, trainer: Fa
     place.deployed()
 
     assert keeping.claim_free(place.services.db, limit=10) == []
+
+
+@pytest.mark.parametrize("is_same_folder", [True, False])
+def test_adapter_that_a_removed_endpoint_left_loaded_is_replaced(
+    place: ServingSite, trainer: FakeTrainer, tmp_path: Path, is_same_folder: bool
+) -> None:
+    gone = (place.folder if is_same_folder else tmp_path) / f"lorry-{new_id('endpoint')}"
+    place.vllm.adapters[place.adapter.name] = str(gone / f"{place.adapter.id}-{'0' * 12}")
+
+    place.deployed()
+
+    assert place.vllm.adapters == {place.adapter.name: str(place.folders()[0])}
+
+
+def test_adapter_with_other_content_in_the_endpoints_folder_is_replaced(
+    place: ServingSite, trainer: FakeTrainer
+) -> None:
+    place.deployed()
+    (folder,) = place.folders()
+
+    place.vllm.adapters[place.adapter.name] = str(folder.with_name(f"{place.adapter.id}-{'0' * 12}"))
+
+    until(lambda: place.vllm.adapters == {place.adapter.name: str(folder)})
+
+
+def test_left_over_adapters_are_unloaded_but_those_of_others_stay(
+    place: ServingSite, trainer: FakeTrainer, tmp_path: Path
+) -> None:
+    gone, adapter = f"lorry-{new_id('endpoint')}", f"{new_id('adapter')}-{'0' * 12}"
+    place.register("vllm-2", url="http://127.0.0.1:9")
+    others = {
+        "of-another-endpoint": str(place.folder / f"lorry-{place.endpoint('vllm-2')['id']}" / adapter),
+        "of-another-service": str(tmp_path / "other" / gone / adapter),
+        "by-hand": str(place.folder / "by-hand"),
+    }
+    place.vllm.adapters |= {"ft:old": str(place.folder / gone / adapter), **others}
+
+    place.deployed()
+
+    until(lambda: set(place.vllm.adapters) == {place.adapter.name, *others})
+
+
+def test_adapter_that_somebody_else_loaded_under_the_name_is_not_replaced(
+    place: ServingSite, trainer: FakeTrainer
+) -> None:
+    place.vllm.adapters[place.adapter.name] = "/models/by-hand"
+    place.register()
+    place.deploy()
+
+    deployment = place.wait_for("failed")
+
+    assert place.vllm.adapters == {place.adapter.name: "/models/by-hand"}
+    assert "/models/by-hand" in str(seen_by_operators(place))
+    assert "/models" not in deployment["last_error"]
+    assert "lorry serving deployments vllm-1" in deployment["last_error"]
+
+
+def test_projects_do_not_see_the_text_of_the_server(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.vllm.max_rank = 8
+    place.register()
+    place.deploy()
+    shown = place.wait_for("failed")["last_error"]
+
+    assert "/v1/load_lora_adapter" not in shown
+    assert "/v1/load_lora_adapter returned 500" in str(seen_by_operators(place))
+    place.vllm.max_rank = 16
+    place.wait_for("ready")
+    place.vllm.adapters.clear()
+    place.vllm.holds = "/v1/load_lora_adapter"
+    place.ask()
+    until(lambda: place.deployments()[0]["state"] == "pending")
+    assert "/v1" not in (place.deployments()[0]["last_error"] or "")
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+def test_lease_is_renewed_while_the_server_is_slow(
+    place: ServingSite, trainer: FakeTrainer, services: Services, path: str
+) -> None:
+    place.vllm.holds = path
+    place.register()
+    place.deploy()
+    if path.endswith("unload_lora_adapter"):
+        place.wait_for("ready")
+        place.client.delete(f"/v1/adapters/{place.adapter.id}/deployments/vllm-1")
+    until(lambda: place.vllm.has_received(path))
+
+    for _ in range(3):
+        before = lease_expires_at(services)
+        until(lambda before=before: lease_expires_at(services) > before)
+
+
+def test_keeper_that_has_lost_its_lease_stops(
+    place: ServingSite, trainer: FakeTrainer, services: Services, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.vllm.holds = "/v1/load_lora_adapter"
+    place.register()
+    place.deploy()
+    until(lambda: place.vllm.has_received("/v1/load_lora_adapter"))
+
+    with caplog.at_level(logging.WARNING, "lorry.api"), services.db.write() as session:
+        session.query(ServingEndpoint).one().claim_id = "keep-other"
+    until(lambda: "the lease is lost" in caplog.text)
+    place.vllm.requests.clear()
+    place.vllm.released.set()
+
+    until(lambda: place.adapter.name in place.vllm.adapters)
+    place.deploy()  # it wakes keepers
+    assert place.vllm.requests == []
+    assert place.deployments()[0]["state"] == "pending"

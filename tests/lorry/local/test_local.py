@@ -207,9 +207,10 @@ def test_every_visible_gpu_is_used_by_default(
     assert devices.choose(None) == chosen
 
 
-def make(tmp_path: Path, code: str) -> Child:
+def make(tmp_path: Path, code: str, *, kills_group: bool = False) -> Child:
     argv = [sys.executable, "-c", code]
-    return Child("thing", argv, env=dict(os.environ), cwd=tmp_path, log=tmp_path / "thing.log")
+    log = tmp_path / "thing.log"
+    return Child("thing", argv, env=dict(os.environ), cwd=tmp_path, log=log, kills_group=kills_group)
 
 
 def test_child_writes_its_log_and_reports_its_exit_status(tmp_path: Path) -> None:
@@ -263,6 +264,51 @@ def test_child_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
         parent.kill()
 
     until(lambda: not is_alive(pid))
+
+
+WITH_HELPER = (
+    "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep({})"
+)
+"""A program with a child that does not watch it."""
+
+
+def test_group_ends_with_its_program(tmp_path: Path) -> None:
+    thing = make(tmp_path, WITH_HELPER.format(0.1), kills_group=True)
+
+    thing.start()
+    thing.wait()
+
+    helper, *_, last = thing.log_tail().splitlines()
+    until(lambda: not is_alive(int(helper)))
+    assert last == "The process ended with status 0."
+
+
+def test_sigterm_reaches_the_program_of_a_group(tmp_path: Path) -> None:
+    thing = make(tmp_path, WITH_HELPER.format(60), kills_group=True)
+    thing.start()
+    until(thing.log_tail)
+
+    thing.terminate()
+    thing.wait()
+
+    assert thing.log_tail().splitlines()[-1] == "The process ended with status -15."
+
+
+def test_group_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from lorry.local.child import Child\n"
+        f"argv = [sys.executable, '-c', {WITH_HELPER.format(60)!r}]\n"
+        "at = Path(sys.argv[1]); c = Child('c', argv, env=dict(os.environ), cwd=at, log=at / 'log', kills_group=True)\n"
+        "c.start(); print(c.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    with parent:
+        assert parent.stdout is not None
+        pid, log = int(parent.stdout.readline()), tmp_path / "log"
+        until(lambda: log.exists() and log.read_text().endswith("\n"))
+        parent.kill()
+
+    until(lambda: not is_alive(pid) and not is_alive(int(log.read_text())))
 
 
 def test_long_log_is_rotated_and_one_old_log_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,11 +58,12 @@ class World:
         self.ready_at = 1.0
         self.api = FakeProcess("api", self.journal)
         self.worker = FakeProcess("worker", self.journal, ignores_sigterm=ignores_sigterm)
+        self.others: list[FakeProcess] = []
         self.supervisor = ServiceSupervisor(
             self.api,
             [self.worker],
             is_ready=lambda: self.now >= self.ready_at,
-            on_ready=lambda: self.journal.append("ready"),
+            on_ready=self._note_ready,
             report=self.messages.append,
             patience=Patience(ready_seconds=20, drain_seconds=30, api_stop_seconds=5),
             clock=lambda: self.now,
@@ -72,6 +73,10 @@ class World:
 
     def at(self, seconds: float, act: Callable[[], object]) -> None:
         self._plan.append((seconds, act))
+
+    def _note_ready(self) -> list[FakeProcess]:
+        self.journal.append("ready")
+        return self.others
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -196,3 +201,18 @@ def test_exited_api_server_is_not_ready_even_if_its_port_answers() -> None:
         world.supervisor.run()
 
     assert world.journal == ["start api"]
+
+
+def test_process_that_on_ready_returns_is_started_restarted_and_stopped() -> None:
+    world = World()
+    world.others = [FakeProcess("server", world.journal)]
+    world.at(5, lambda: setattr(world.others[0], "alive", False))
+    world.at(20, world.supervisor.stop)
+
+    world.supervisor.run()
+
+    assert world.journal == [
+        "start api", "ready", "start worker", "start server", "start server",
+        "terminate worker", "terminate server", "terminate api",
+    ]  # fmt: skip
+    assert world.messages[0] == "The server ended (status 1). Restarting it in 1 s."

@@ -1,0 +1,55 @@
+"""A lease on an endpoint that a task of its own renews, however long the other tasks wait for the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+
+from catalog.errors import LorryError
+from catalog.serving import keeping
+
+RENEW_SECONDS = keeping.LEASE_SECONDS / 3
+log = logging.getLogger("lorry.api")
+
+
+class LeaseLost(Exception):
+    """Another process keeps the endpoint, or the endpoint is gone."""
+
+
+class HeldLease:
+    """renew: extends the lease. Returns False if it is lost, and raises LorryError if the database does not answer."""
+
+    def __init__(self, renew: Callable[[], Awaitable[bool]]) -> None:
+        self._renew = renew
+        self._renewed_at = -math.inf
+        self._is_lost = False
+
+    async def keep(self) -> None:
+        """Renew the lease. Returns when it is lost."""
+        while not self._is_lost:
+            try:
+                await self._extend()
+            except LorryError as error:
+                log.warning("serving lease code=%s", error.code)
+            await asyncio.sleep(0 if self._is_lost else RENEW_SECONDS)
+
+    async def check(self) -> None:
+        """Make sure that no other process keeps the endpoint, before a change of the server or of its files.
+
+        Renews a lease that may have expired, for example because this process was suspended. Raises LeaseLost and
+        LorryError.
+        """
+        if time.monotonic() - self._renewed_at >= keeping.LEASE_SECONDS:
+            await self._extend()
+        if self._is_lost:
+            raise LeaseLost
+
+    async def _extend(self) -> None:
+        began = time.monotonic()
+        if await self._renew():
+            self._renewed_at = began
+        else:
+            self._is_lost = True

