@@ -11,6 +11,7 @@ from sqlalchemy import make_url, text
 from catalog.audit import chain
 from catalog.db.database import Database
 from catalog.errors import Unavailable
+from catalog.storage import files
 from catalog.tables import privileges
 from catalog.tables.privileges import API_ROLE, WORKER_ROLE
 from catalog.tables.table import Table
@@ -84,6 +85,18 @@ def test_worker_password_does_not_allow(postgresql: World, attack: str) -> None:
 @pytest.mark.parametrize("attack", OF_A_RUNNING_SERVICE)
 def test_api_server_password_does_not_allow(postgresql: World, attack: str) -> None:
     assert refused(postgresql, API_ROLE, ATTACKS[attack]) == "InsufficientPrivilege"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_worker_reads_the_files_of_its_job(postgresql: World) -> None:
+    job = postgresql.submit()
+    as_worker = Database(as_role(postgresql.db.url, WORKER_ROLE))
+
+    try:
+        found = files.get(as_worker, project_id=job.project_id, file_id=job.training_file)
+        assert found.id == job.training_file
+    finally:
+        as_worker.close()
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
