@@ -9,11 +9,14 @@ from sqlalchemy.orm import Session
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
 from catalog.errors import LorryError, StaleClaim
+from catalog.exports import formats
+from catalog.exports.formats import Needs
 from catalog.registry import export_rows
 from catalog.storage import artifact_index, quota
 from catalog.storage.manifest import Manifest
 from catalog.tables.exports import AdapterExport
 from catalog.tables.fleet import Worker
+from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
 from catalog.usage import ledger
 
@@ -34,6 +37,7 @@ class ExportClaim:
     format: str
     quantization: str | None
     hub_repository: str | None
+    needs: Needs
     is_last: bool
     """If this worker can't make it either, the export fails."""
 
@@ -63,7 +67,7 @@ def claim(db: Database, *, worker_id: str, lease_seconds: float) -> ExportClaim 
             return None
         while (row := session.scalar(skip_locked(export_rows.first(now=now)))) is not None:
             if row.num_attempts < MAX_ATTEMPTS:
-                return _claim(row, now=now, lease_seconds=lease_seconds)
+                return _claim(session, row, now=now, lease_seconds=lease_seconds)
             _fail(row, _lost(row), now=now)
             session.flush()
         return None
@@ -74,9 +78,10 @@ def finish(db: Database, claim_id: str, exported: ExportResult) -> None:
     with db.write() as session:
         row, now = _hold(session, claim_id), read_clock(session)
         if exported.manifest is not None:
-            quota.check_stored(session, row.project_id, exported.manifest.num_bytes, now=now)
+            num_bytes = exported.manifest.num_bytes
+            quota.check_stored(session, row.project_id, num_bytes, now=now, is_finished_export=True)
             row.artifact = artifact_index.show(session, exported.manifest, now=now)
-            row.num_bytes = exported.manifest.num_bytes
+            row.num_bytes = num_bytes
             ledger.store(session, row.project_id, row.num_bytes, now=now)
         row.verification, row.cost, row.hub_url = exported.verification, exported.cost, exported.hub_url
         row.status, row.finished_at, row.error = "succeeded", now, None
@@ -92,8 +97,8 @@ def fail(db: Database, claim_id: str, error: LorryError) -> None:
 def release(db: Database, claim_id: str, *, error: LorryError | None = None, wait_seconds: float = 0) -> None:
     """Release the export, so that this or another worker makes it. Raises StaleClaim.
 
-    error: the export may be the cause, so the attempt counts, and the last one fails with it. None: it does not count,
-    because the worker exits, the store does not answer or the disk is full.
+    error: the export may be the cause, or another worker may have more space and memory, so the attempt counts, and the
+    last one fails with it. None: it does not count, because the worker exits or the store does not answer.
     """
     with db.write() as session:
         row, now = _hold(session, claim_id), read_clock(session)
@@ -105,7 +110,8 @@ def release(db: Database, claim_id: str, *, error: LorryError | None = None, wai
         lease.release(row)
 
 
-def _claim(row: AdapterExport, *, now: float, lease_seconds: float) -> ExportClaim:
+def _claim(session: Session, row: AdapterExport, *, now: float, lease_seconds: float) -> ExportClaim:
+    description: Json = session.get_one(BaseModelRow, row.base_model).description or {}
     row.num_attempts += 1
     row.status, row.started_at, row.run_after = "running", row.started_at or now, None
     return ExportClaim(
@@ -118,6 +124,7 @@ def _claim(row: AdapterExport, *, now: float, lease_seconds: float) -> ExportCla
         format=row.format,
         quantization=row.quantization,
         hub_repository=row.hub_repository,
+        needs=formats.needs(row.format, row.quantization, description=description, stored_bytes=row.expected_bytes),
         is_last=row.num_attempts >= MAX_ATTEMPTS,
     )
 
