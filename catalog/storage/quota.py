@@ -74,9 +74,15 @@ def check_stored(
     project = project_of(session, project_id)
     if project.max_stored_bytes is not None:
         serialize(session, f"quota {project.id}")
-        expected = 0 if is_finished_export else _expected_bytes(session, project.id)
-        given = {"expected": expected, "now": now, "needing": needing}
-        num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, **given)
+        num_beyond = _num_beyond(
+            session,
+            project,
+            project.max_stored_bytes,
+            num_bytes,
+            expected=0 if is_finished_export else _expected_bytes(session, project.id),
+            now=now,
+            needing=needing,
+        )
         if num_beyond > 0:
             token_cache.evict(session, project.id, num_beyond, now=now)
 

@@ -6,7 +6,7 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from catalog.errors import LorryError
+from catalog.errors import LorryError, listed
 from catalog.exports.formats import Needs
 from catalog.resources.memory import readable
 from worker.node import devices
@@ -22,17 +22,16 @@ def check(needs: Needs, *, worker_id: str, scratch: Path, store: Path | None, ad
     scratch: an existing folder in which the export is written, next to a copy of the adapter. store: the folder of the
     artifact store; None if it is a bucket.
     """
-    needed: dict[int, int] = defaultdict(int)
-    folders: dict[int, list[Path]] = defaultdict(list)
-    for folder, num_bytes in ((scratch, adapter_bytes + needs.scratch_bytes), (store, needs.stored_bytes)):
-        if folder is not None and num_bytes:
-            device = folder.stat().st_dev
-            needed[device] += num_bytes
-            folders[device].append(folder)
-    for device, num_bytes in needed.items():
-        free = shutil.disk_usage(folders[device][0]).free
-        if free < num_bytes:
-            raise _too_little_space(worker_id, folders[device], needed=num_bytes, free=free)
+    uses = [("scratch files", scratch, adapter_bytes + needs.scratch_bytes)]
+    if store is not None:
+        uses.append(("the artifact store", store, needs.stored_bytes))
+    by_device: dict[int, list[tuple[str, Path, int]]] = defaultdict(list)
+    for use in uses:
+        by_device[use[1].stat().st_dev].append(use)
+    for on_device in by_device.values():
+        needed, free = sum(num_bytes for _, _, num_bytes in on_device), shutil.disk_usage(on_device[0][1]).free
+        if free < needed:
+            raise _too_little_space(worker_id, [name for name, _, _ in on_device], needed=needed, free=free)
     free = devices.free_host_bytes()
     if free < needs.memory_bytes:
         raise ScarceResources(
@@ -44,11 +43,12 @@ def check(needs: Needs, *, worker_id: str, scratch: Path, store: Path | None, ad
         )
 
 
-def _too_little_space(worker_id: str, folders: list[Path], *, needed: int, free: int) -> ScarceResources:
-    named = " and ".join(map(str, folders))
+def _too_little_space(worker_id: str, uses: list[str], *, needed: int, free: int) -> ScarceResources:
+    """The message names no path, because users of any project may read it."""
     return ScarceResources(
-        f"The export needs about {readable(needed)} of disk space in {named}, but worker {worker_id} has only "
+        f"The export needs about {readable(needed)} of disk space for {listed(uses)}, but worker {worker_id} has only "
         f"{readable(free)} free there.",
         code="out_of_space",
-        remedy="Free up space on that disk. Then create the export again.",
+        remedy="Free up space on the disk of that worker's data folder and, if it is a folder, the artifact store. "
+        "Then create the export again.",
     )

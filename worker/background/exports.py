@@ -110,9 +110,13 @@ class _Attempt:
         claim, context = self.claim, self.context
         if claim.hub_repository is not None:
             hub_repositories.check(claim.hub_repository, context.settings.named_hub_repositories())
-        store = context.store.objects.folder
-        given = {"worker_id": context.worker_id, "scratch": self.work, "store": store}
-        export_resources.check(claim.needs, **given, adapter_bytes=adapter_bytes)
+        export_resources.check(
+            claim.needs,
+            worker_id=context.worker_id,
+            scratch=self.work,
+            store=context.store.objects.folder,
+            adapter_bytes=adapter_bytes,
+        )
         if claim.hub_repository is not None:
             self._run_uploader(None)
 

@@ -190,7 +190,7 @@ def test_full_store_counts_as_an_attempt(
         (
             "disk",
             "out_of_space",
-            "needs about 40.0 kB of disk space in .*scratch.* and .*store, but worker w1 has only",
+            "needs about 40.0 kB of disk space for scratch files and the artifact store, but worker w1 has only",
         ),
         ("memory", "export_memory", "needs about 1.1 GB of memory, but worker w1 has only"),
     ],

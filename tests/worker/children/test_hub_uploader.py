@@ -24,8 +24,17 @@ def hub() -> Iterator[UploadHub]:
         yield hub
 
 
-def uploaded(tmp_path: Path, url: str, *, only_check: bool = False, **environment: str) -> dict[str, Any]:
+def uploaded(tmp_path: Path, url: str, **environment: str) -> dict[str, Any]:
     """Run the child. Returns its result."""
+    return result_of(tmp_path, url, environment, only_check=False)
+
+
+def checked(tmp_path: Path, url: str) -> dict[str, Any]:
+    """Run the child for its check alone. Returns its result."""
+    return result_of(tmp_path, url, {}, only_check=True)
+
+
+def result_of(tmp_path: Path, url: str, environment: dict[str, str], *, only_check: bool) -> dict[str, Any]:
     folder = tmp_path / "files"
     folder.mkdir()
     for name, content in FILES.items():
@@ -61,7 +70,7 @@ def test_folder_arrives_in_a_private_repository(hub: UploadHub, tmp_path: Path) 
 
 
 def test_check_creates_the_repository_and_uploads_nothing(hub: UploadHub, tmp_path: Path) -> None:
-    assert uploaded(tmp_path, hub.url, only_check=True) == {"url": None}
+    assert checked(tmp_path, hub.url) == {"url": None}
 
     assert (hub.repositories, hub.private) == ({"org/support": {}}, {"org/support": True})
 
@@ -70,7 +79,7 @@ def test_check_finds_a_token_that_may_not_write(hub: UploadHub, tmp_path: Path) 
     hub.repositories["org/support"] = {}
     hub.is_read_only = True
 
-    assert uploaded(tmp_path, hub.url, only_check=True)["error"]["code"] == "hub_forbidden"
+    assert checked(tmp_path, hub.url)["error"]["code"] == "hub_forbidden"
 
 
 def test_existing_repository_is_kept(hub: UploadHub, tmp_path: Path) -> None:
