@@ -19,7 +19,7 @@ BYTES_OF_VALUE = {"f16": 2.0, "q8_0": 34 / 32}
 PROCESS_BYTES = 2**30
 """Memory of an export's process without any weights, most of it for torch."""
 COPIES = 2
-"""Copies of the merged weights that are in memory at one time, while the result is compared with the adapted model."""
+"""Copies of the merged weights in memory, while the result is compared with the adapted model. Measured: 1.5 to 1.9."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
