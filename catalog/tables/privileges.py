@@ -87,7 +87,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "audit_head": NONE,
     "base_models": Rights(select=True, update=("state", "digest", "manifest", "description", "error", *LEASE)),
     "batch_lines": NONE,
-    "batches": NONE,
+    "batches": READ,  # an unfinished batch keeps its file visible
     "checkpoints": KEEP,
     "deployments": NONE,
     "events": APPEND,

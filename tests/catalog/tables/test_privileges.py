@@ -11,6 +11,7 @@ from sqlalchemy import make_url, text
 from catalog.audit import chain
 from catalog.db.database import Database
 from catalog.errors import Unavailable
+from catalog.storage import files
 from catalog.tables import privileges
 from catalog.tables.privileges import API_ROLE, WORKER_ROLE
 from catalog.tables.table import Table
@@ -110,6 +111,17 @@ def test_process_with_the_wrong_role_gets_a_clear_error(postgresql: World) -> No
     assert refusal.value.code == "database_permission_denied"
     assert "permission denied for table " in refusal.value.message
     assert "LORRY_DATABASE_URL" in refusal.value.sentence()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_worker_finds_the_file_of_a_job_for_its_lineage_record(postgresql: World) -> None:
+    file_id = postgresql.file()
+    as_worker = Database(as_role(postgresql.db.url, WORKER_ROLE))
+
+    found = files.get(as_worker, project_id=postgresql.caller.project_id, file_id=file_id)
+
+    as_worker.close()
+    assert found.id == file_id
 
 
 def test_rights_cover_every_table_and_name_existing_columns() -> None:
