@@ -20,7 +20,7 @@ from pathlib import Path
 VARIABLE = "FAILPOINT"
 """Failpoints in the API server: submit_before_commit, submit_after_commit. In a worker: before_claim, after_claim,
 uploading, before_complete, in_complete, after_complete, before_export_finishes. In its trainer: loading, step_K,
-in_checkpoint, verifying."""
+in_checkpoint, verifying. In the process that writes an export: exporting."""
 _reserved: list[bytes] = []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,8 @@ LEASE_SECONDS = 60.0
 PREEMPT_AFTER_SECONDS = 30.0
 SPARED_SECONDS = 300.0
 MAX_PREEMPTIONS = 3
+HUB_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]*/[A-Za-z0-9*][A-Za-z0-9._*-]*")
+"""ORG/NAME, where `*` stands for any characters."""
 
 
 class Settings(BaseSettings):
@@ -134,6 +137,12 @@ class Settings(BaseSettings):
         default=None, description="Folder for Trackio databases. Default: in the data folder."
     )
 
+    hub_repositories: str = Field(
+        default="",
+        description="Repositories of the Hugging Face Hub to which exports may be uploaded, such as my-org/name or "
+        "my-org/*; separated by commas.",
+    )
+
     batch_invariant: bool = Field(
         default=True,
         description="Batch-invariant bf16 matmuls on CPUs with AMX: packmates can't change bits. 10% slower.",
@@ -150,6 +159,14 @@ class Settings(BaseSettings):
             )
         return fewest
 
+    @field_validator("hub_repositories")
+    @classmethod
+    def _are_repositories(cls, text: str) -> str:
+        for pattern in _parts(text):
+            if not HUB_PATTERN.fullmatch(pattern):
+                raise ValueError(f"{pattern!r} is not a repository. Write ORG/NAME or ORG/*, separated by commas.")
+        return text
+
     def resolved_database_url(self) -> str:
         """The database URL in plain text. It may contain a password: never log it or put it in a message."""
         named = self.database_url
@@ -163,7 +180,11 @@ class Settings(BaseSettings):
         return self.store_url or (self.data_dir / "store").absolute().as_uri()
 
     def named_integrations(self) -> frozenset[str]:
-        return frozenset(part.strip() for part in self.integrations.split(",") if part.strip())
+        return frozenset(_parts(self.integrations))
+
+    def named_hub_repositories(self) -> tuple[str, ...]:
+        """Patterns of the repositories to which exports may be uploaded; catalog.exports.hub_repositories."""
+        return tuple(_parts(self.hub_repositories))
 
     def resolved_mlflow_tracking_uri(self) -> str:
         named = self.mlflow_tracking_uri
@@ -180,3 +201,8 @@ class Settings(BaseSettings):
     def notification_path(self) -> Path:
         """Wake-up file without a broker: API servers touch it, and workers on the same data folder watch it."""
         return self.work_dir() / "notification"
+
+
+def _parts(text: str) -> list[str]:
+    """Return the parts between commas that are not blank."""
+    return [part.strip() for part in text.split(",") if part.strip()]

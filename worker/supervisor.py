@@ -55,21 +55,38 @@ T = TypeVar("T")
 def supervise(context: WorkerContext) -> None:
     """Work until nothing is left to import, prepare or train, or the worker is asked to shut down.
 
-    Raises Unavailable or OutOfSpace if the database does not answer while the worker holds no claim. In every case, no
-    lease is renewed after the return.
+    Raises Unavailable or OutOfSpace if the database does not answer while the worker holds no claim and runs no
+    background task. A background task outlives an outage, because its children die with its thread. In every case, no
+    lease of a job is renewed after the return.
     """
     try:
         with TaskRunner(context) as tasks:
-            _work(context, gang_of(context), tasks)
+            while not _worked(context, tasks):
+                context.shutdown.wait(OUTAGE_SECONDS)
     finally:
         context.heartbeat.release_all()
+
+
+def _worked(context: WorkerContext, tasks: TaskRunner) -> bool:
+    """Work until nothing is left to do. Returns False in an outage during a background task, which continues."""
+    try:
+        _work(context, gang_of(context), tasks)
+    except OUTAGES as error:
+        if not tasks.is_busy:
+            raise
+        log.warning("%s The background tasks continue.", error)
+        context.heartbeat.release_all()
+        return False
+    return True
 
 
 def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
     """Run one trainer after another. A trainer that was unloaded for another base hands on the claims for that base."""
     claimed: list[Claim] = []
+    was_notified = False
     while not context.draining:
-        had_task = tasks.advance()
+        had_task = tasks.advance(was_notified=was_notified)
+        was_notified = False
         if not claimed and gang.participate(tasks, _launch_trainer):
             continue
         capacity = free_capacity(context)
@@ -80,10 +97,22 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
         elif (base := base_to_load(context, capacity)) is not None:
             claimed = _train(context, gang, tasks, base, [])
         elif had_task:
-            tasks.wait(TICK_SECONDS)
+            was_notified = _wait_for_work(context, tasks)
         else:
             return
     _release(context, claimed, TrainerEnd.NOT_LAUNCHED.value)
+
+
+def _wait_for_work(context: WorkerContext, tasks: TaskRunner) -> bool:
+    """Wait until a background task is done, the next poll is due or the worker shuts down, or for a notification.
+    Returns whether there was one."""
+    due_at = time.monotonic() + context.settings.poll_seconds
+    while (left := due_at - time.monotonic()) > 0 and not context.draining:
+        if context.notifier.was_notified():
+            return True
+        if tasks.wait(min(TICK_SECONDS, left)):
+            break
+    return False
 
 
 def _claim(

@@ -9,13 +9,15 @@ from sqlalchemy.orm import Session
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
 from catalog.errors import LorryError, StaleClaim
+from catalog.exports import formats
+from catalog.exports.formats import Needs
 from catalog.registry import export_rows
 from catalog.storage import artifact_index, quota
 from catalog.storage.manifest import Manifest
 from catalog.tables.exports import AdapterExport
 from catalog.tables.fleet import Worker
 from catalog.tables.history import Checkpoint
-from catalog.tables.storage import Adapter
+from catalog.tables.storage import Adapter, BaseModelRow
 from catalog.tables.table import Json
 from catalog.usage import ledger
 
@@ -38,6 +40,7 @@ class ExportClaim:
     format: str
     quantization: str | None
     hub_repository: str | None
+    needs: Needs
     is_last: bool
     """If this worker can't make it either, the export fails."""
 
@@ -78,9 +81,10 @@ def finish(db: Database, claim_id: str, exported: ExportResult) -> None:
     with db.write() as session:
         row, now = _hold(session, claim_id), read_clock(session)
         if exported.manifest is not None:
-            quota.check_stored(session, row.project_id, exported.manifest.num_bytes, now=now)
+            num_bytes = exported.manifest.num_bytes
+            quota.check_stored(session, row.project_id, num_bytes, now=now, is_finished_export=True)
             row.artifact = artifact_index.show(session, exported.manifest, now=now)
-            row.num_bytes = exported.manifest.num_bytes
+            row.num_bytes = num_bytes
             ledger.store(session, row.project_id, row.num_bytes, now=now)
         row.verification, row.cost, row.hub_url = exported.verification, exported.cost, exported.hub_url
         row.status, row.finished_at, row.error = "succeeded", now, None
@@ -96,8 +100,8 @@ def fail(db: Database, claim_id: str, error: LorryError) -> None:
 def release(db: Database, claim_id: str, *, error: LorryError | None = None, wait_seconds: float = 0) -> None:
     """Release the export, so that this or another worker makes it. Raises StaleClaim.
 
-    error: the export may be the cause, so the attempt counts, and the last one fails with it. None: it does not count,
-    because the worker exits, the store does not answer or the disk is full.
+    error: the export may be the cause, or another worker may have more space and memory, so the attempt counts, and the
+    last one fails with it. None: it does not count, because the worker exits or the store does not answer.
     """
     with db.write() as session:
         row, now = _hold(session, claim_id), read_clock(session)
@@ -111,6 +115,7 @@ def release(db: Database, claim_id: str, *, error: LorryError | None = None, wai
 
 def _claim(session: Session, row: AdapterExport, *, now: float, lease_seconds: float) -> ExportClaim:
     model = session.get(Adapter, row.adapter_id) or session.get(Checkpoint, row.adapter_id)
+    description: Json = session.get_one(BaseModelRow, row.base_model).description or {}
     row.num_attempts += 1
     row.status, row.started_at, row.run_after = "running", row.started_at or now, None
     return ExportClaim(
@@ -124,6 +129,7 @@ def _claim(session: Session, row: AdapterExport, *, now: float, lease_seconds: f
         format=row.format,
         quantization=row.quantization,
         hub_repository=row.hub_repository,
+        needs=formats.needs(row.format, row.quantization, description=description, stored_bytes=row.expected_bytes),
         is_last=row.num_attempts >= MAX_ATTEMPTS,
     )
 

@@ -6,6 +6,7 @@ it, and counts toward its stored bytes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, or_, select
@@ -15,10 +16,10 @@ from catalog.audit import log
 from catalog.audit.log import AuditType
 from catalog.caller import Caller
 from catalog.db import lease
-from catalog.db.database import Database, read_clock, serialize
+from catalog.db.database import Database, get_once, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound, RateLimited
-from catalog.exports import formats
+from catalog.exports import formats, hub_repositories
 from catalog.exports.formats import Format, Quantization
 from catalog.registry import adapters, export_rows
 from catalog.storage import quota
@@ -42,13 +43,17 @@ def create(
     format: Format,  # noqa: A002
     quantization: Quantization | None = None,
     hub_repository: str | None = None,
+    allowed_repositories: Collection[str] = (),
     max_open: int = MAX_OPEN,
 ) -> AdapterExport:
     """Create an export, or return the unfinished or succeeded one with the same options.
 
-    Raises InvalidRequest if the format can't contain the adapter, NotFound, Conflict if the base model is missing,
-    QuotaExceeded, and RateLimited if the project has too many unfinished exports.
+    allowed_repositories: see catalog.exports.hub_repositories. Raises InvalidRequest if the format can't contain the
+    adapter, NotFound, Conflict if the base model is missing, Forbidden if the repository is not allowed, QuotaExceeded,
+    and RateLimited if the project has too many unfinished exports.
     """
+    if hub_repository is not None:
+        hub_repositories.check(hub_repository, allowed_repositories)
     quantization = formats.resolve(format, quantization, hub_repository=hub_repository)
     with db.write() as session:
         serialize(session, f"exports {caller.project_id}")
@@ -74,7 +79,7 @@ def create(
         needed = formats.estimated_bytes(
             format, quantization, description=description, adapter_parameters=model.num_parameters
         )
-        quota.precheck_stored(session, caller.project_id, needed, now=now)
+        quota.check_stored(session, caller.project_id, needed, now=now)
         row = AdapterExport(
             id=new_id("export"),
             project_id=caller.project_id,
@@ -90,6 +95,7 @@ def create(
             hub_repository=hub_repository,
             status="queued",
             num_attempts=0,
+            expected_bytes=needed,
             num_bytes=0,
         )
         session.add(row)
@@ -179,8 +185,10 @@ def delete(db: Database, *, project_id: str, adapter: str, export: str, is_clien
 
 
 def _base(session: Session, model: Adapter, format: Format) -> BaseModelRow:  # noqa: A002
-    """Return the base model of the adapter. Raises Conflict if it was deleted or replaced, and the format needs it."""
-    base = session.get_one(BaseModelRow, model.base_model)
+    """Return the base model of the adapter, which can't be deleted until the transaction ends. Raises Conflict if it
+    was deleted or replaced, and the format needs it."""
+    base = get_once(session, BaseModelRow, model.base_model, lock="share")
+    assert base is not None, "the row of a base model is never deleted"
     if format != "adapter" and (base.state != "ready" or base.digest != model.base_digest):
         raise Conflict(
             f"Adapter {model.name!r} can't be exported as {format!r}, because its base model {model.base_model!r} was "

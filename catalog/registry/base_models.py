@@ -17,6 +17,7 @@ from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.resources import requirements
 from catalog.spec.strict import LABEL, label_fault
 from catalog.states import UNFINISHED_STATES
+from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
@@ -66,7 +67,8 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
 
 
 def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
-    """Delete the base model in any state and free its name. Raises NotFound, and Conflict if an unfinished job uses it.
+    """Delete the base model in any state and free its name. Raises NotFound, and Conflict if an unfinished job or an
+    unfinished export uses it.
 
     Adapters that were trained on it stay unchanged: they have their own files, and their lineage records refer to the
     base model by digest. The row also stays, because finished jobs refer to it, until another base model is added under
@@ -91,10 +93,26 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
                 "then delete the model.",
                 param="model",
             )
+        _refuse_exports(session, name)
         _note(session, "model.deleted", name, details={"digest": row.digest})
         row.state = "deleted"
         row.manifest = row.description = row.error = None
         lease.release(row)
+
+
+def _refuse_exports(session: Session, name: str) -> None:
+    """Raises Conflict if an unfinished export needs the base model. The format adapter does not."""
+    users = select(AdapterExport.id, Project.name).join(Project, Project.id == AdapterExport.project_id)
+    users = users.where(AdapterExport.base_model == name, AdapterExport.format != "adapter")
+    user = session.execute(users.where(AdapterExport.status.in_(UNFINISHED_EXPORTS)).limit(1)).first()
+    if user is not None:
+        raise Conflict(
+            f"Base model {name!r} is in use by export {user[0]} (project {user[1]!r}), which has not finished.",
+            code="model_in_use",
+            remedy="Wait until all exports that use the model finish, or cancel them with a key from their project, "
+            "then delete the model.",
+            param="model",
+        )
 
 
 def deleted(db: Database, digests: Collection[str]) -> set[str]:

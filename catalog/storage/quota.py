@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from catalog.db.database import serialize
 from catalog.errors import QuotaExceeded
 from catalog.storage import token_cache
+from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
 from catalog.tables.storage import File, Prepared
@@ -50,34 +51,67 @@ def precheck_stored(session: Session, project_id: str, num_bytes: int, *, now: f
     project's quota lock, is reliable."""
     project = project_of(session, project_id)
     if project.max_stored_bytes is not None:
-        _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now)
+        expected = _expected_bytes(session, project.id)
+        _num_beyond(session, project, project.max_stored_bytes, num_bytes, expected=expected, now=now)
 
 
-def check_stored(session: Session, project_id: str, num_bytes: int, *, now: float, needing: str = NEEDING) -> None:
+def check_stored(
+    session: Session,
+    project_id: str,
+    num_bytes: int,
+    *,
+    now: float,
+    needing: str = NEEDING,
+    is_finished_export: bool = False,
+) -> None:
     """Check the quota for `num_bytes` more, in the transaction that stores them. Raises QuotaExceeded.
 
-    needing: for the message, what needs them. Unused token caches are evicted if they are in the way. Deleted and
-    evicted bytes stop counting at once, although they leave the disk later. Counted bytes and those that have not left
-    the disk yet are limited to twice the quota.
+    needing: for the message, what needs them. is_finished_export: they were estimated when the export was created, so
+    the estimates of unfinished exports do not count this time. Unused token caches are evicted if they are in the way.
+    Deleted and evicted bytes stop counting at once, although they leave the disk later. Counted bytes and those that
+    have not left the disk yet are limited to twice the quota.
     """
     project = project_of(session, project_id)
     if project.max_stored_bytes is not None:
         serialize(session, f"quota {project.id}")
-        num_beyond = _num_beyond(session, project, project.max_stored_bytes, num_bytes, now=now, needing=needing)
+        num_beyond = _num_beyond(
+            session,
+            project,
+            project.max_stored_bytes,
+            num_bytes,
+            expected=0 if is_finished_export else _expected_bytes(session, project.id),
+            now=now,
+            needing=needing,
+        )
         if num_beyond > 0:
             token_cache.evict(session, project.id, num_beyond, now=now)
 
 
+def _expected_bytes(session: Session, project_id: str) -> int:
+    """Return the estimated size of the project's unfinished exports."""
+    unfinished = (AdapterExport.project_id == project_id, AdapterExport.status.in_(UNFINISHED_EXPORTS))
+    return int(session.scalar(select(func.sum(AdapterExport.expected_bytes)).where(*unfinished)) or 0)
+
+
 def _num_beyond(
-    session: Session, project: Project, maximum: int, num_bytes: int, *, now: float, needing: str = NEEDING
+    session: Session,
+    project: Project,
+    maximum: int,
+    num_bytes: int,
+    *,
+    expected: int,
+    now: float,
+    needing: str = NEEDING,
 ) -> int:
     """Return how many bytes of unused token caches must be evicted to store `num_bytes` more; none if not positive.
 
-    Raises QuotaExceeded.
+    expected: bytes of unfinished exports, which will be stored too. Raises QuotaExceeded.
     """
     status = status_of(session, project, "stored_bytes", now=now)
-    num_over = int(status.used) + num_bytes - maximum
+    num_over = int(status.used) + expected + num_bytes - maximum
     if num_over > 0 and num_over > token_cache.evictable_bytes(session, project.id):
+        if expected and num_bytes <= maximum:
+            needing = f"its unfinished exports need about {expected:,}, and {needing}"
         raise exceeded(project, status, now=now, num_more=num_bytes, needing=needing)
     each = _leaving(project.id, now=now).subquery()
     num_leaving = int(session.scalar(select(func.sum(each.c.num_bytes))) or 0)

@@ -152,26 +152,31 @@ class ArtifactStore:
             raise DamagedArtifact(f"Object {digest} is missing from the store.") from error
         return verified(chunks, digest)
 
-    def fetch(self, manifest: Manifest, into: Path) -> None:
-        """Download and verify the files into the folder `into`, all or none. `into` must be absent or empty."""
+    def fetch(self, manifest: Manifest, into: Path, *, check: Callable[[], None] = lambda: None) -> None:
+        """Download and verify the files into the folder `into`, all or none. `into` must be absent or empty.
+
+        check: called for each chunk, because fetching a large file takes longer than a lease. If it raises, nothing is
+        left.
+        """
         with full_disk_named():
             into.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{into.name}.", dir=into.parent))
         try:
             with full_disk_named():
                 for file in manifest.files:
-                    self._fetch_file(file, temporary / file.path)
+                    self._fetch_file(file, temporary / file.path, check=check)
                 temporary.chmod(0o755)
                 temporary.rename(into)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _fetch_file(self, file: ManifestFile, path: Path) -> None:
+    def _fetch_file(self, file: ManifestFile, path: Path, *, check: Callable[[], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as out:
             for chunk in self.open_blob(file.digest):
                 out.write(chunk)
+                check()
             out.flush()
             os.fsync(out.fileno())
 

@@ -46,6 +46,8 @@ class AdapterExport(Leased, Table):
     """code, message, remedy."""
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
     """Digest of the manifest of its files. None for the format adapter, whose files are those of the adapter."""
+    expected_bytes: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Estimated size of its files. Until it finishes, this counts toward the project's quota of stored bytes."""
     num_bytes: Mapped[int] = mapped_column(default=0)
     verification: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
     """Difference of the logits from those of the adapted model, in `max_abs_diff`, and `tolerance`; see

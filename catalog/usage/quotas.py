@@ -77,7 +77,7 @@ REMEDIES: dict[Limit, str] = {
     "queued_jobs": "Wait until a queued job starts, or cancel one.",
     "jobs_per_day": "Submit the job after the usage resets.",
     "device_hours_per_month": "Submit the job after the usage resets.",
-    "stored_bytes": "Delete files or adapters that you no longer need.",
+    "stored_bytes": "Delete files, adapters or exports that you no longer need.",
     "plans_per_day": "Create the plan after the usage resets.",
     "tokens_per_day": "Send the request after the usage resets.",
 }

@@ -28,6 +28,8 @@ class UploadHub:
         self.objects: dict[str, bytes] = {}
         self.refused_status: int | None = None
         """Status of every response, if it is not None."""
+        self.is_read_only = False
+        """Whether the token may not write to any repository."""
         self.url = ""
 
 
@@ -79,7 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {})
 
     def do_GET(self) -> None:
-        if not self._is_refused():
+        if self.received.is_read_only and self.path.endswith("/auth-check/write"):
+            self._answer(403, {"error": "no"})
+        elif not self._is_refused():
             self._answer(200, {"id": "x", "sha": COMMIT, "siblings": []})
 
     def _create(self, wanted: dict[str, Any]) -> None:

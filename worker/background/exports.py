@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,16 +14,17 @@ from secrets import token_hex
 
 from catalog import failpoints
 from catalog.disk import full_disk_named, tells_of_full
-from catalog.errors import LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
-from catalog.exports import claims, model_card
+from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
+from catalog.exports import claims, hub_repositories, model_card
 from catalog.exports.claims import ExportClaim, ExportResult
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.exports import AdapterExport
 from catalog.tables.table import Json
-from worker.background import base_models
+from worker.background import base_models, export_resources
+from worker.background.export_resources import ScarceResources
 from worker.context.context import WorkerContext
-from worker.node import scratch_dirs
+from worker.node import devices, scratch_dirs
 from worker.process import sandbox
 from worker.process.launcher import run_child
 from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
@@ -31,6 +33,8 @@ from worker.protocol.mailbox import read_json, write_json
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
 """Wait after an attempt that failed, perhaps because of this node."""
+UPLOAD_PAUSES = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+"""Waits between attempts to upload the finished files, in seconds."""
 AGAIN = "Then create the export again."
 
 
@@ -43,7 +47,11 @@ class ExportCrashed(LorryError):
 
 
 def export_next(context: WorkerContext) -> bool:
-    """Make one waiting export. Returns False if none waits. Raises StaleClaim, OutOfSpace, Unavailable."""
+    """Make one waiting export. Returns False if none waits. Raises StaleClaim, Unavailable, and OutOfSpace if the
+    database's disk is full.
+
+    An attempt that finds too little space or memory counts: no attempt may repeat forever.
+    """
     claim = claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
     if claim is None:
         return False
@@ -54,15 +62,16 @@ def export_next(context: WorkerContext) -> bool:
             exported = _Attempt(context=context, claim=claim, work=work, is_unwanted=is_unwanted).run()
         failpoints.pass_by("before_export_finishes")
         claims.finish(context.db, claim.claim_id, exported)
-    except (ExportRefused, QuotaExceeded, NotFound) as error:
+    except (ExportRefused, QuotaExceeded, NotFound, Forbidden) as error:
         claims.fail(context.db, claim.claim_id, error)
-    except (ExportCrashed, base_models.ImportRefused, DamagedArtifact) as error:
-        log.warning("%s", error)
-        claims.release(context.db, claim.claim_id, error=error, wait_seconds=RETRY_SECONDS)
+    except (ExportCrashed, ScarceResources, OutOfSpace, base_models.ImportRefused, DamagedArtifact) as error:
+        counted = _full_disk(context.worker_id, error) if isinstance(error, OutOfSpace) else error
+        log.warning("%s", counted)
+        claims.release(context.db, claim.claim_id, error=counted, wait_seconds=RETRY_SECONDS)
     except base_models.Abandoned:
         with suppress(StaleClaim):  # a user has cancelled it, or another worker has taken over
             claims.release(context.db, claim.claim_id)
-    except (OutOfSpace, Unavailable):
+    except Unavailable:
         with suppress(Unavailable):
             claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
         raise
@@ -71,8 +80,8 @@ def export_next(context: WorkerContext) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Attempt:
-    """One attempt at an export, in the folder `work`. Its methods raise ExportRefused, ExportCrashed, OutOfSpace and,
-    once the worker exits or the export is unwanted, Abandoned."""
+    """One attempt at an export, in the folder `work`. Its methods raise ExportRefused, ExportCrashed, ScarceResources,
+    OutOfSpace, Forbidden and, once the worker exits or the export is unwanted, Abandoned."""
 
     context: WorkerContext
     claim: ExportClaim
@@ -82,7 +91,9 @@ class _Attempt:
     def run(self) -> ExportResult:
         store, claim = self.context.store, self.claim
         adapter, files = self.work / "adapter", self.work / "files"
-        store.fetch(store.get_manifest(claim.adapter_artifact), adapter)
+        of_adapter = store.get_manifest(claim.adapter_artifact)
+        self._check_before_work(adapter_bytes=of_adapter.num_bytes)
+        store.fetch(of_adapter, adapter, check=self._check)
         if claim.format == "adapter":
             return ExportResult(manifest=None, verification=None, cost=None, hub_url=self._upload(adapter))
         result = self._write_files(adapter, files)
@@ -93,6 +104,22 @@ class _Attempt:
         return ExportResult(
             manifest=manifest, verification=result["verification"], cost=result["cost"], hub_url=hub_url
         )
+
+    def _check_before_work(self, *, adapter_bytes: int) -> None:
+        """Find what would make the attempt fail after hours: an upload that is not allowed, too little space or
+        memory."""
+        claim, context = self.claim, self.context
+        if claim.hub_repository is not None:
+            hub_repositories.check(claim.hub_repository, context.settings.named_hub_repositories())
+        export_resources.check(
+            claim.needs,
+            worker_id=context.worker_id,
+            scratch=self.work,
+            store=context.store.objects.folder,
+            adapter_bytes=adapter_bytes,
+        )
+        if claim.hub_repository is not None:
+            self._run_uploader(None)
 
     def _write_files(self, adapter: Path, files: Path) -> Json:
         """Run the child that writes and verifies the files. Returns what it measured."""
@@ -126,11 +153,37 @@ class _Attempt:
         (files / model_card.NAME).write_bytes(card)
 
     def _upload(self, folder: Path) -> str:
-        """Upload a folder in a child, which has the hub's token and reads no model. Returns the address of the
-        commit."""
+        """Upload a folder. Returns the address of the commit. After an interruption only the upload is repeated, a
+        limited number of times."""
+        for pause in UPLOAD_PAUSES:
+            try:
+                return str(self._run_uploader(folder)["url"])
+            except ExportCrashed as error:
+                if error.code != "hub_unreachable":
+                    raise
+                log.warning("%s The upload is repeated after %.0f s.", error.message, pause)
+            self._wait(pause)
+        try:
+            return str(self._run_uploader(folder)["url"])
+        except ExportCrashed as error:
+            if error.code != "hub_unreachable":
+                raise
+            raise ExportRefused(error.message, code=error.code, remedy=error.remedy) from error
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, and keep the lease. Raises Abandoned."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._check()
+            self.context.shutdown.wait(min(base_models.POLL_SECONDS, left))
+
+    def _run_uploader(self, folder: Path | None) -> Json:
+        """Upload a folder in a child, which has the hub's token and reads no model. None: create the repository if
+        needed, and check that the token may write to it."""
         claim = self.claim
         message = f"Upload {claim.adapter_name} ({claim.format}) with Lorry"
-        request: Json = {"folder": str(folder), "repository": claim.hub_repository, "message": message}
+        named = None if folder is None else str(folder)
+        request: Json = {"folder": named, "repository": claim.hub_repository, "message": message}
         try:
             box = sandbox.hub_upload(self.work)
         except OSError as error:
@@ -140,7 +193,7 @@ class _Attempt:
                 code="hub_unreachable",
                 remedy=f"Make the folder writable for the worker's user, or set HF_HOME to a writable folder. {AGAIN}",
             ) from error
-        return str(self._run_child("worker.children.hub_uploader", request, box)["url"])
+        return self._run_child("worker.children.hub_uploader", request, box)
 
     def _run_child(self, module: str, request: Json, box: sandbox.Sandbox) -> Json:
         """Run a child to its end. Returns its result."""
@@ -151,6 +204,8 @@ class _Attempt:
         child = run_child(module, str(arguments), log_path=log_path, box=box)
         base_models.wait_for_child(child, self.context, self.is_unwanted, stuck=partial(_stuck, worker_id))
         if not result.exists():
+            if devices.is_disk_full(self.work):  # it could write neither a result nor its log
+                raise _full_disk(worker_id)
             raise _crashed(worker_id, child.returncode, log_path)
         answer = read_json(result)
         if "error" in answer:
@@ -181,12 +236,13 @@ def _reported(worker_id: str, error: dict[str, str]) -> LorryError:
     return ExportRefused(message, code=code, remedy=remedy)
 
 
-def _full_disk(worker_id: str) -> OutOfSpace:
-    return OutOfSpace(
-        f"The disk on worker {worker_id} is full.",
-        code=OUT_OF_SPACE,
-        remedy="Free up space in that worker's data folder. Waiting work continues automatically.",
-    )
+def _full_disk(worker_id: str, error: OutOfSpace | None = None) -> ExportCrashed:
+    """error: of the store, or of a base model that was imported for the export."""
+    message = f"The disk on worker {worker_id} is full."
+    if error is not None and error.message != message:
+        message = f"{error.message.removesuffix('.')} (worker {worker_id})."
+    remedy = f"Free up space in that worker's data folder and in the artifact store. {AGAIN}"
+    return ExportCrashed(message, code="out_of_space", remedy=remedy)
 
 
 def _stuck(worker_id: str, why: str) -> ExportCrashed:

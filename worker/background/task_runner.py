@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Self
 
@@ -111,8 +111,14 @@ class TaskRunner(_TaskThread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._exports:
-            super().__exit__(kind, error, trace)
+        """Wait for the tasks. After an error they are stopped, because an export may take hours."""
+        if error is not None:
+            self._context.stopping_tasks.set()
+        try:
+            with self._exports:
+                super().__exit__(kind, error, trace)
+        finally:
+            self._context.stopping_tasks.clear()
 
     def advance(self, *, was_notified: bool = False) -> bool:
         is_exporting = self._exports.advance(was_notified=was_notified)
@@ -123,10 +129,18 @@ class TaskRunner(_TaskThread):
         first failures may be caused by the files."""
         return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_delayed - 2), MAX_DOUBLINGS)
 
-    def wait(self, seconds: float) -> None:
-        """Wait until the current task is done, or else the current export, or `seconds` have passed."""
-        if running := self.current() or self._exports.current():
-            wait(running, timeout=seconds)
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task or an export is running."""
+        return not all(task.done() for task in self._all_current())
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until a task or an export is done, or `seconds` have passed. Returns whether `advance` is due."""
+        running = self._all_current()
+        return not running or bool(wait(running, timeout=seconds, return_when=FIRST_COMPLETED).done)
+
+    def _all_current(self) -> list[Future[bool]]:
+        return [*self.current(), *self._exports.current()]
 
     def _run_next(self) -> bool:
         try:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from catalog import failpoints
 from lora_core.errors import LoraCoreError
 from lora_core.model_files.export import export_model
 from worker.protocol.errors import described, disk_error
@@ -24,6 +25,7 @@ def export(arguments_path: Path) -> None:
     """Export as specified by the file with `{adapter_dir, base_dir, out_dir, format, quantization, name, file_stem,
     result}`. Writes `{verification, cost}` or an error to the result file."""
     arguments = read_json(arguments_path)
+    failpoints.pass_by("exporting")
     try:
         result: Json = export_model(
             Path(arguments["adapter_dir"]),

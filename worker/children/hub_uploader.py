@@ -21,15 +21,17 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 def upload(arguments_path: Path) -> None:
     """Upload as specified by the file with `{folder, repository, message, result}`. Writes `{url}` or an error to the
-    result file. A repository that does not exist is created as a private one."""
+    result file. A repository that does not exist is created as a private one.
+
+    folder: None: only check that the token may write to the repository. `url` is then None.
+    """
     arguments = read_json(arguments_path)
-    write_json(
-        Path(arguments["result"]),
-        _uploaded(Path(arguments["folder"]), arguments["repository"], arguments["message"]),
-    )
+    folder = None if arguments["folder"] is None else Path(arguments["folder"])
+    answer = _uploaded(folder, arguments["repository"], arguments["message"])
+    write_json(Path(arguments["result"]), answer)
 
 
-def _uploaded(folder: Path, repository: str, message: str) -> Json:
+def _uploaded(folder: Path | None, repository: str, message: str) -> Json:
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -38,6 +40,9 @@ def _uploaded(folder: Path, repository: str, message: str) -> Json:
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
+        if folder is None:
+            api.auth_check(repository, write=True)
+            return {"url": None}
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except HfHubHTTPError as error:
         return _refused(repository, error.response.status_code)

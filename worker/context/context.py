@@ -60,6 +60,8 @@ class WorkerContext:
     is_shutdown_requested: Callable[[], bool] = lambda: False
     """Returns True once a signal or an operator has asked the worker to shut down: jobs are saved and released."""
     shutdown: threading.Event = field(default_factory=threading.Event)
+    stopping_tasks: threading.Event = field(default_factory=threading.Event)
+    """Set while a supervisor that has failed stops its background tasks."""
     load_seconds: float = 900
     """Time limit for a trainer to load its base model."""
     progress_seconds: float = 300
@@ -123,7 +125,8 @@ class WorkerContext:
 
     @property
     def draining(self) -> bool:
-        return self.shutdown.is_set() or self.heartbeat.drain or self.is_shutdown_requested()
+        is_stopping = self.shutdown.is_set() or self.stopping_tasks.is_set()
+        return is_stopping or self.heartbeat.drain or self.is_shutdown_requested()
 
     def stand_by(self) -> None:
         """Prepare the warm standby, because nothing is to be trained now. Call it from a thread that outlives the

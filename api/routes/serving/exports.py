@@ -42,6 +42,7 @@ def create_adapter_export(adapter: str, body: ExportRequest, use: Use, caller: S
         format=body.format,
         quantization=body.quantization,
         hub_repository=body.hub_repository,
+        allowed_repositories=use.settings.named_hub_repositories(),
     )
     use.notifier.wake_workers()
     return export_object(row)

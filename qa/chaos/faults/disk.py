@@ -1,4 +1,4 @@
-"""Faults of the disk: full for the trainers, for the store, for SQLite. Each of them has its own small disk."""
+"""Faults of the disk: full for the trainers, for an export, for the store, for SQLite. Each has its own small disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 
 import httpx
 
+from catalog.exports import commands as exports
+from catalog.exports.claims import MAX_ATTEMPTS
 from catalog.states import EndReason, JobState
+from catalog.storage.manifest import Manifest
+from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
+from catalog.tables.storage import Artifact
 from qa.chaos.scenario import SQLITE, Row
 from qa.chaos.service import NUM_ROWS, SMALL, FaultSite
 
@@ -56,6 +61,45 @@ def _under_trainers(site: FaultSite) -> str:
     assert set(site.reasons(job_id)) <= {EndReason.NODE_FAILED, EndReason.COMPLETED}, site.attempts_text(job_id)
     assert all((attempt.resumed_from_step or 0) >= 10 for attempt in attempts[1:]), site.attempts_text(job_id)
     return f"“{_warnings(site, job_id)[0]}” {site.attempts_text(job_id)}"
+
+
+def _under_export(site: FaultSite) -> str:
+    """Fill the disk of the folder in which an export is written, after its space was checked."""
+    job_id = site.submit_small()
+    worker = site.start_worker(FAILPOINT=f"exporting:wait={site.gate('go')}")
+    site.wait_for_success(job_id)
+    export = _create_export(site, job_id)
+    site.wait_until(lambda: any("worker.children.exporter" in one.cmdline() for one in site.children_of(worker)))
+    with _full(site.settings.work_dir()):
+        site.gate("go").touch()
+        site.wait_until(lambda: _shown(site, export).status not in UNFINISHED_EXPORTS)
+    failed = _shown(site, export)
+
+    assert (failed.status, (failed.error or {}).get("code")) == ("failed", "out_of_space"), f"{failed.error}"
+    assert failed.num_attempts == MAX_ATTEMPTS
+    assert list(site.settings.work_dir().glob("scratch/*")) == []
+    with site.db.read() as session:
+        assert session.query(Artifact).where(Artifact.kind == "export").count() == 0
+        files = session.get_one(Artifact, site.adapter(job_id).artifact).files
+    assert site.store.verify(Manifest.from_rows("adapter", files)) == []
+    assert (site.job(job_id).state, worker.poll()) == (JobState.SUCCEEDED, None)
+
+    again = _create_export(site, job_id)
+    site.wait_until(lambda: _shown(site, again).status not in UNFINISHED_EXPORTS)
+
+    done = _shown(site, again)
+    assert done.status == "succeeded", f"{done.error}"
+    assert list(site.settings.work_dir().glob("scratch/*")) == []
+    return f"“{(failed.error or {})['message']}” after {failed.num_attempts} attempts; the next export succeeded"
+
+
+def _create_export(site: FaultSite, job_id: str) -> AdapterExport:
+    adapter = site.adapter(job_id)
+    return exports.create(site.db, caller=site.caller, adapter=adapter.id, format="merged")
+
+
+def _shown(site: FaultSite, row: AdapterExport) -> AdapterExport:
+    return exports.get(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
 
 
 def _under_store(site: FaultSite) -> str:
@@ -118,6 +162,13 @@ ROWS = (
         act=_under_trainers,
         small_disk="data/work",
         environment=LONG_LEASE,
+    ),
+    Row(
+        name="disk-full-export",
+        fault="disk full while an export is written",
+        also="reported by name; job and adapter unharmed; no file left; the next export succeeds",
+        act=_under_export,
+        small_disk="data/work",
     ),
     Row(
         name="disk-full-store",

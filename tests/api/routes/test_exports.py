@@ -14,6 +14,7 @@ from catalog.exports import claims
 from catalog.exports.claims import ExportResult
 from catalog.registry import adapters
 from catalog.registry.efficiency import inference_latency
+from catalog.settings import Settings
 from catalog.tables.storage import Adapter
 from tests.api.site import error_of
 from tests.api.trained import trained
@@ -114,6 +115,19 @@ def test_invalid_export_names_the_field(client: TestClient, adapter: Adapter, bo
 
     assert response.status_code == 400
     assert error_of(response)["param"] == param
+
+
+def test_upload_needs_a_repository_that_the_operator_lists(
+    client: TestClient, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"format": "adapter", "hub_repository": "org/x"}
+
+    response = client.post(f"/v1/adapters/{adapter.id}/exports", json=body)
+
+    assert (response.status_code, error_of(response)["code"]) == (403, "hub_repository_not_allowed")
+    assert "LORRY_HUB_REPOSITORIES" in error_of(response)["message"]
+    monkeypatch.setattr(Settings, "named_hub_repositories", lambda _settings: ("org/*",))
+    assert client.post(f"/v1/adapters/{adapter.id}/exports", json=body).status_code == 200
 
 
 def test_export_of_another_project_is_not_found(client: TestClient, stranger: TestClient, adapter: Adapter) -> None:

@@ -6,14 +6,26 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from catalog.caller import Caller
-from catalog.errors import Conflict, InvalidRequest, NotFound, OutOfSpace, QuotaExceeded, RateLimited, StaleClaim
-from catalog.exports import claims, commands, formats
+from catalog.errors import (
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    OutOfSpace,
+    QuotaExceeded,
+    RateLimited,
+    StaleClaim,
+)
+from catalog.exports import claims, commands, formats, hub_repositories
 from catalog.exports.claims import MAX_ATTEMPTS, ExportResult
 from catalog.maintenance import garbage_collection
 from catalog.queue import pending
 from catalog.registry import adapters, base_models, permissions
+from catalog.settings import Settings
+from catalog.storage import quota
 from catalog.tables.exports import AdapterExport
 from catalog.tables.storage import Adapter
 from catalog.tables.tenancy import Project
@@ -22,6 +34,7 @@ from tests.catalog.world import LEASE, World, manifest
 
 FAULT = OutOfSpace("It failed.", code="some_code", remedy="Do this.")
 LLAMA: dict[str, Any] = {"architecture": "LlamaForCausalLM"}
+ALLOWED: dict[str, Any] = {"allowed_repositories": ["org/*"]}
 
 
 @pytest.fixture
@@ -94,7 +107,7 @@ def test_identical_export_is_returned_and_a_failed_one_replaced(world: World, ad
     assert again.id != row.id
     finish(world)
     assert create(world, adapter).id == again.id
-    others = [create(world, adapter, "gguf-lora"), create(world, adapter, hub_repository="org/x")]
+    others = [create(world, adapter, "gguf-lora"), create(world, adapter, hub_repository="org/x", **ALLOWED)]
     page = commands.list_page(world.db, project_id=row.project_id, adapter=adapter.id)
     assert [one.id for one in page.items] == [others[1].id, others[0].id, again.id]
 
@@ -208,6 +221,78 @@ def test_stored_bytes_are_limited_when_an_export_is_requested_and_when_it_is_sto
     assert shown(world, row).artifact is None
 
 
+def test_unfinished_exports_count_toward_the_stored_bytes(world: World, adapter: Adapter) -> None:
+    used = charged(world, adapter.project_id)
+    limit(world, adapter.project_id, used + 45_000)  # a merged model has 20,000 bytes, and a GGUF model 10,625
+    first = create(world, adapter, "merged")
+    second = create(world, adapter, "gguf", quantization="f16")
+
+    with pytest.raises(QuotaExceeded, match="its unfinished exports need about 40,000, and this request needs 10,625"):
+        create(world, adapter, "gguf")
+    with pytest.raises(QuotaExceeded, match="unfinished exports"), world.db.read() as session:
+        quota.precheck_stored(session, adapter.project_id, 10_000, now=0)
+
+    assert (first.expected_bytes, second.expected_bytes) == (20_000, 20_000)
+    commands.cancel(world.db, project_id=first.project_id, adapter=adapter.id, export=first.id)
+    create(world, adapter, "gguf")
+    limit(world, adapter.project_id, used + 6)
+    finish(world)  # an export that has room of its own does not fail because of the estimates of others
+
+
+def test_base_model_of_an_unfinished_export_cannot_be_deleted(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter, "gguf")
+
+    with pytest.raises(Conflict, match=f"in use by export {row.id}") as caught:
+        base_models.delete(world.db, adapter.base_model)
+
+    assert (caught.value.code, "cancel them" in caught.value.remedy) == ("model_in_use", True)
+    commands.cancel(world.db, project_id=row.project_id, adapter=adapter.id, export=row.id)
+    create(world, adapter, "adapter", hub_repository="org/x", **ALLOWED)
+    base_models.delete(world.db, adapter.base_model)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "reason"), [((), "LORRY_HUB_REPOSITORIES is empty"), (("org/y", "org/x-*", "*/z"), "does not contain")]
+)
+def test_upload_to_a_repository_that_the_operator_does_not_list_is_refused(
+    world: World, adapter: Adapter, allowed: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(Forbidden, match=reason) as caught:
+        create(world, adapter, hub_repository="org/x", allowed_repositories=allowed)
+
+    assert (caught.value.code, caught.value.param) == ("hub_repository_not_allowed", "hub_repository")
+    assert "org/x or org/*" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "repository", "is_allowed"),
+    [
+        ("org/x", "org/x", True),
+        (" other/y , org/* ", "org/x", True),
+        ("org/x-*", "org/x-1", True),
+        ("org/*", "organization/x", False),
+        ("org/*", "my-org/x", False),
+        ("org/x", "org/x-1", False),
+        ("Org/x", "org/x", False),
+        ("", "org/x", False),
+    ],
+)
+def test_setting_lists_repositories(text: str, repository: str, is_allowed: bool) -> None:
+    patterns = Settings(hub_repositories=text).named_hub_repositories()
+
+    if is_allowed:
+        hub_repositories.check(repository, patterns)
+    else:
+        with pytest.raises(Forbidden):
+            hub_repositories.check(repository, patterns)
+
+
+@pytest.mark.parametrize("text", ["org", "*", "org/x/y", "org/[a-z]", "org/x;other/y", "../x"])
+def test_setting_with_an_invalid_repository_is_rejected(text: str) -> None:
+    with pytest.raises(ValidationError, match="is not a repository"):
+        Settings(hub_repositories=text)
+
+
 def limit(world: World, project_id: str, stored: int | None) -> None:
     with world.db.write() as session:
         session.get_one(Project, project_id).max_stored_bytes = stored
@@ -289,7 +374,7 @@ def test_deleted_base_model_prevents_all_exports_but_uploads_of_the_adapter(worl
 
     with pytest.raises(Conflict, match="was deleted or replaced"):
         create(world, adapter, "merged")
-    row = create(world, adapter, "adapter", hub_repository="org/x")
+    row = create(world, adapter, "adapter", hub_repository="org/x", **ALLOWED)
     claims.finish(
         world.db, claim(world).claim_id, ExportResult(manifest=None, verification=None, cost=None, hub_url="u")
     )

@@ -88,18 +88,6 @@ def test_api_server_password_does_not_allow(postgresql: World, attack: str) -> N
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_worker_reads_the_files_of_its_job(postgresql: World) -> None:
-    job = postgresql.submit()
-    as_worker = Database(as_role(postgresql.db.url, WORKER_ROLE))
-
-    try:
-        found = files.get(as_worker, project_id=job.project_id, file_id=job.training_file)
-        assert found.id == job.training_file
-    finally:
-        as_worker.close()
-
-
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_manual_grants_are_revoked_by_the_next_migration(postgresql: World) -> None:
     with postgresql.db.engine.begin() as connection:
         connection.execute(text(f"grant all on api_keys to {WORKER_ROLE}"))
@@ -123,6 +111,17 @@ def test_process_with_the_wrong_role_gets_a_clear_error(postgresql: World) -> No
     assert refusal.value.code == "database_permission_denied"
     assert "permission denied for table " in refusal.value.message
     assert "LORRY_DATABASE_URL" in refusal.value.sentence()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_worker_finds_the_file_of_a_job_for_its_lineage_record(postgresql: World) -> None:
+    file_id = postgresql.file()
+    as_worker = Database(as_role(postgresql.db.url, WORKER_ROLE))
+
+    found = files.get(as_worker, project_id=postgresql.caller.project_id, file_id=file_id)
+
+    as_worker.close()
+    assert found.id == file_id
 
 
 def test_rights_cover_every_table_and_name_existing_columns() -> None:

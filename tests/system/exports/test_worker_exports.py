@@ -52,9 +52,12 @@ def test_worker_exports_in_every_format_and_uploads_to_the_hub(site: WorkerSite,
     site.patience_seconds = 500
     with upload_hub() as hub:
         gguf, lora = create(site, adapter, "gguf"), create(site, adapter, "gguf-lora")
-        merged, plain = (create(site, adapter, kind, hub_repository=f"org/{kind}") for kind in ("merged", "adapter"))
+        allowed = {"allowed_repositories": ["org/*"]}
+        merged, plain = (
+            create(site, adapter, kind, hub_repository=f"org/{kind}", **allowed) for kind in ("merged", "adapter")
+        )
         token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(site.folder / "hf")}
-        site.work_until_done(**token, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+        site.work_until_done(**token, LORRY_HUB_REPOSITORIES="org/*", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
 
         gguf, lora, merged, plain = done = [shown(site, row) for row in (gguf, lora, merged, plain)]
         assert [(row.status, row.error) for row in done] == [("succeeded", None)] * 4, site.log()

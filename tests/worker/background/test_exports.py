@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,15 +13,17 @@ from typing import Any
 import pytest
 
 from catalog.db.database import read_clock
-from catalog.errors import OutOfSpace
 from catalog.exports import claims, commands
+from catalog.exports.formats import Needs
 from catalog.storage import artifact_index
 from catalog.storage import store as store_module
 from catalog.tables.exports import AdapterExport
 from catalog.tables.tenancy import Project
 from tests.catalog.exports import test_model_card
 from tests.worker.pack_site import PackSite
-from worker.background import base_models, exports
+from worker.background import base_models, export_resources, exports
+from worker.background.export_resources import ScarceResources
+from worker.node import devices
 from worker.protocol.errors import FULL_DISK
 from worker.protocol.mailbox import read_json, write_json
 
@@ -91,6 +95,12 @@ def shown(site: PackSite, row: AdapterExport) -> AdapterExport:
     return commands.get(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
 
 
+def error_of(site: PackSite, row: AdapterExport) -> dict[str, Any]:
+    error = shown(site, row).error
+    assert error is not None
+    return error
+
+
 def test_result_of_the_child_is_stored(site: PackSite, row: AdapterExport, child: Any) -> None:
     requests: list[dict[str, Any]] = []
 
@@ -152,22 +162,25 @@ def test_killed_child_points_at_the_memory(site: PackSite, row: AdapterExport, c
 
 
 @pytest.mark.parametrize("where", ["reported", "last line"])
-def test_full_disk_delays_the_export_without_a_counted_attempt(
-    site: PackSite, row: AdapterExport, child: Any, where: str
+def test_full_disk_fails_the_export_after_counted_attempts(
+    site: PackSite, row: AdapterExport, child: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(exports, "RETRY_SECONDS", 0)
     if where == "reported":
         child("pass", reports(FULL_DISK))
     else:
         child("import sys; sys.exit('OSError: [Errno 28] No space left on device')")
 
-    with pytest.raises(OutOfSpace, match="The disk on worker w1 is full"):
-        exports.export_next(site.context)
+    for _ in range(claims.MAX_ATTEMPTS):
+        assert shown(site, row).status == "queued"
+        assert exports.export_next(site.context)
 
-    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
+    assert error_of(site, row)["code"] == "out_of_space"
+    assert error_of(site, row)["message"] == "The disk on worker w1 is full."
     assert list(site.context.scratch_dir().iterdir()) == []
 
 
-def test_full_store_delays_the_export(
+def test_full_store_counts_as_an_attempt(
     site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     child("pass", writes())
@@ -177,10 +190,56 @@ def test_full_store_delays_the_export(
 
     monkeypatch.setattr(site.store, "put_folder", full)
 
-    with pytest.raises(OutOfSpace):
-        exports.export_next(site.context)
+    assert exports.export_next(site.context)
 
-    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
+    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 1)
+    assert list(site.context.scratch_dir().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "message"),
+    [
+        (
+            "disk",
+            "out_of_space",
+            "needs about 40.0 kB of disk space for scratch files and the artifact store, but worker w1 has only",
+        ),
+        ("memory", "export_memory", "needs about 1.1 GB of memory, but worker w1 has only"),
+    ],
+)
+def test_too_few_resources_are_found_before_work_starts(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch, place: str, code: str, message: str
+) -> None:
+    monkeypatch.setattr(exports, "RETRY_SECONDS", 0)
+    started: list[dict[str, Any]] = []
+    child("pass", started.append)
+    if place == "disk":
+        free = shutil.disk_usage(site.folder)._replace(free=40_001)  # two bytes belong to the adapter
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    else:
+        monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**30)
+
+    for _ in range(claims.MAX_ATTEMPTS):
+        assert exports.export_next(site.context)
+
+    assert error_of(site, row)["code"] == code
+    assert re.search(message, error_of(site, row)["message"])
+    assert started == []
+    assert list(site.context.scratch_dir().iterdir()) == []
+
+
+def test_bucket_needs_no_disk_space(site: PackSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Needs(scratch_bytes=100, stored_bytes=1000, memory_bytes=0)
+    free = shutil.disk_usage(tmp_path)._replace(free=150)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    given: dict[str, Any] = {"needs": needs, "worker_id": "w1", "scratch": tmp_path}
+
+    export_resources.check(**given, store=None, adapter_bytes=50)
+
+    with pytest.raises(ScarceResources):
+        export_resources.check(**given, store=None, adapter_bytes=51)
+    with pytest.raises(ScarceResources):
+        export_resources.check(**given, store=tmp_path, adapter_bytes=0)
 
 
 def test_cancelled_export_stops_its_child(
@@ -257,26 +316,156 @@ def test_export_beyond_the_quota_fails(site: PackSite, row: AdapterExport, child
     assert error["code"] == "quota_exceeded"
 
 
-@pytest.mark.parametrize(("code", "status"), [("hub_forbidden", "failed"), ("hub_unreachable", "queued")])
-def test_refused_upload_fails_and_an_interrupted_one_is_retried(
-    site: PackSite,
-    row: AdapterExport,
-    child: Any,
-    code: str,
-    status: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def upload(site: PackSite, row: AdapterExport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AdapterExport:
+    """Return an export in the format merged that is uploaded."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     commands.cancel(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
-    upload = commands.create(
-        site.db, caller=site.world.caller, adapter=row.adapter_id, format="adapter", hub_repository="org/x"
-    )
-    child("pass", reports({"code": code, "message": "The Hub refused.", "remedy": "Do this."}))
+    given: dict[str, Any] = {"caller": site.world.caller, "adapter": row.adapter_id, "format": "merged"}
+    site.settings = site.settings.model_copy(update={"hub_repositories": "org/*"})
+    site.context.settings = site.settings
+    return commands.create(site.db, **given, hub_repository="org/x", allowed_repositories=["org/*"])
+
+
+class Children:
+    """The children of an export with an upload. Each upload takes the next answer; a check takes `of_check`."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.of_check: dict[str, Any] = {"url": None}
+        self.of_uploads: list[dict[str, Any]] = []
+
+    def answer(self, request: dict[str, Any]) -> None:
+        if "out_dir" in request:
+            self.started.append("merge")
+            writes()(request)
+            return
+        self.started.append("check" if request["folder"] is None else "upload")
+        answer = self.of_check if request["folder"] is None else self.of_uploads.pop(0)
+        write_json(Path(request["result"]), answer)
+
+
+def refusal(code: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": "The Hub refused.", "remedy": "Do this."}}
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("hub_no_token", "failed"), ("hub_forbidden", "failed"), ("hub_unreachable", "queued")]
+)
+def test_access_to_the_hub_is_checked_before_the_merge(
+    site: PackSite, upload: AdapterExport, child: Any, code: str, status: str
+) -> None:
+    children = Children()
+    children.of_check = refusal(code)
+    child("pass", children.answer)
 
     assert exports.export_next(site.context)
 
+    assert children.started == ["check"]
     assert shown(site, upload).status == status
+
+
+def test_interrupted_upload_alone_is_repeated_with_the_lease_renewed(
+    site: PackSite, upload: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children()
+    children.of_uploads = [refusal("hub_unreachable"), refusal("hub_unreachable"), {"url": "https://hub/1"}]
+    child("pass", children.answer)
+    monkeypatch.setattr(exports, "UPLOAD_PAUSES", (0.01, 0.01, 0.01))
+    renewed: list[str] = []
+    renew = base_models.lease.renew
+
+    def counted(*arguments: Any, **options: Any) -> bool:
+        renewed.append("")
+        return renew(*arguments, **options)
+
+    def pause(attempt: Any, seconds: float) -> None:
+        before = len(renewed)
+        wait(attempt, seconds)
+        assert len(renewed) > before
+
+    wait = exports._Attempt._wait  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(base_models.lease, "renew", counted)
+    monkeypatch.setattr(exports._Attempt, "_wait", pause)  # pyright: ignore[reportPrivateUsage]
+
+    assert exports.export_next(site.context)
+
+    assert children.started == ["check", "merge", "upload", "upload", "upload"]
+    done = shown(site, upload)
+    assert (done.status, done.num_attempts, done.hub_url) == ("succeeded", 1, "https://hub/1")
+
+
+def test_long_outage_of_the_hub_fails_the_export_without_another_merge(
+    site: PackSite, upload: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children()
+    children.of_uploads = [refusal("hub_unreachable")] * 3
+    child("pass", children.answer)
+    monkeypatch.setattr(exports, "UPLOAD_PAUSES", (0.01, 0.01))
+
+    assert exports.export_next(site.context)
+
+    assert children.started == ["check", "merge", *["upload"] * 3]
+    assert (shown(site, upload).status, error_of(site, upload)["code"]) == ("failed", "hub_unreachable")
+    assert not exports.export_next(site.context)
+
+
+def test_upload_that_waits_ends_when_the_export_is_cancelled(
+    site: PackSite, upload: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children()
+    children.of_uploads = [refusal("hub_unreachable")]
+
+    def answer(request: dict[str, Any]) -> None:
+        children.answer(request)
+        if children.started[-1] == "upload":
+            commands.cancel(site.db, project_id=upload.project_id, adapter=upload.adapter_id, export=upload.id)
+
+    child("pass", answer)
+    monkeypatch.setattr(exports, "UPLOAD_PAUSES", (3600.0,))
+
+    assert exports.export_next(site.context)
+
+    assert shown(site, upload).status == "cancelled"
+
+
+def test_worker_refuses_a_repository_that_its_own_settings_do_not_list(
+    site: PackSite, upload: AdapterExport, child: Any
+) -> None:
+    site.context.settings = site.settings.model_copy(update={"hub_repositories": "other/*"})
+    children = Children()
+    child("pass", children.answer)
+
+    assert exports.export_next(site.context)
+
+    assert children.started == []
+    assert (shown(site, upload).status, error_of(site, upload)["code"]) == ("failed", "hub_repository_not_allowed")
+
+
+def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
+    site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children()
+    child("pass", children.answer)
+    read = site.store.open_blob
+    renew, renewed = base_models.lease.renew, [""]
+
+    def open_blob(digest: str) -> Iterator[bytes]:
+        for byte in b"".join(read(digest)):
+            commands.cancel(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
+            yield bytes([byte])
+
+    def counted(*arguments: Any, **options: Any) -> bool:
+        renewed.append("")
+        return renew(*arguments, **options)
+
+    monkeypatch.setattr(site.store, "open_blob", open_blob)
+    monkeypatch.setattr(base_models.lease, "renew", counted)
+
+    assert exports.export_next(site.context)
+
+    assert (shown(site, row).status, len(renewed), children.started) == ("cancelled", 2, [])
+    assert list(site.context.scratch_dir().iterdir()) == []
 
 
 def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
@@ -288,6 +477,7 @@ def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
         format="gguf",
         quantization="f16",
         hub_repository=None,
+        needs=Needs(scratch_bytes=0, stored_bytes=0, memory_bytes=0),
         is_last=False,
     )
 

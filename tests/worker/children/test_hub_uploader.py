@@ -26,12 +26,22 @@ def hub() -> Iterator[UploadHub]:
 
 def uploaded(tmp_path: Path, url: str, **environment: str) -> dict[str, Any]:
     """Run the child. Returns its result."""
+    return result_of(tmp_path, url, environment, only_check=False)
+
+
+def checked(tmp_path: Path, url: str) -> dict[str, Any]:
+    """Run the child for its check alone. Returns its result."""
+    return result_of(tmp_path, url, {}, only_check=True)
+
+
+def result_of(tmp_path: Path, url: str, environment: dict[str, str], *, only_check: bool) -> dict[str, Any]:
     folder = tmp_path / "files"
     folder.mkdir()
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
     arguments, result = tmp_path / "arguments.json", tmp_path / "result.json"
-    request = {"folder": str(folder), "repository": "org/support", "message": "Upload ft:x", "result": str(result)}
+    named = None if only_check else str(folder)
+    request = {"folder": named, "repository": "org/support", "message": "Upload ft:x", "result": str(result)}
     arguments.write_text(json.dumps(request))
     given = {
         "HF_ENDPOINT": url,
@@ -57,6 +67,19 @@ def test_folder_arrives_in_a_private_repository(hub: UploadHub, tmp_path: Path) 
     assert hub.repositories == {"org/support": FILES}
     assert hub.private == {"org/support": True}
     assert hub.messages == ["Upload ft:x"]
+
+
+def test_check_creates_the_repository_and_uploads_nothing(hub: UploadHub, tmp_path: Path) -> None:
+    assert checked(tmp_path, hub.url) == {"url": None}
+
+    assert (hub.repositories, hub.private) == ({"org/support": {}}, {"org/support": True})
+
+
+def test_check_finds_a_token_that_may_not_write(hub: UploadHub, tmp_path: Path) -> None:
+    hub.repositories["org/support"] = {}
+    hub.is_read_only = True
+
+    assert checked(tmp_path, hub.url)["error"]["code"] == "hub_forbidden"
 
 
 def test_existing_repository_is_kept(hub: UploadHub, tmp_path: Path) -> None:

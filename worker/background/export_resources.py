@@ -1,0 +1,54 @@
+"""Whether a worker has the disk space and the memory that an export needs, checked before its work starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+from catalog.errors import LorryError, listed
+from catalog.exports.formats import Needs
+from catalog.resources.memory import readable
+from worker.node import devices
+
+
+class ScarceResources(LorryError):
+    """This worker has too little free disk space or memory for the export. Another one may have enough."""
+
+
+def check(needs: Needs, *, worker_id: str, scratch: Path, store: Path | None, adapter_bytes: int) -> None:
+    """Raises ScarceResources.
+
+    scratch: an existing folder in which the export is written, next to a copy of the adapter. store: the folder of the
+    artifact store; None if it is a bucket.
+    """
+    uses = [("scratch files", scratch, adapter_bytes + needs.scratch_bytes)]
+    if store is not None:
+        uses.append(("the artifact store", store, needs.stored_bytes))
+    by_device: dict[int, list[tuple[str, Path, int]]] = defaultdict(list)
+    for use in uses:
+        by_device[use[1].stat().st_dev].append(use)
+    for on_device in by_device.values():
+        needed, free = sum(num_bytes for _, _, num_bytes in on_device), shutil.disk_usage(on_device[0][1]).free
+        if free < needed:
+            raise _too_little_space(worker_id, [name for name, _, _ in on_device], needed=needed, free=free)
+    free = devices.free_host_bytes()
+    if free < needs.memory_bytes:
+        raise ScarceResources(
+            f"The export needs about {readable(needs.memory_bytes)} of memory, but worker {worker_id} has only "
+            f"{readable(free)} free.",
+            code="export_memory",
+            remedy="Wait until jobs on that machine finish, or use a worker with more memory. Then create the export "
+            "again.",
+        )
+
+
+def _too_little_space(worker_id: str, uses: list[str], *, needed: int, free: int) -> ScarceResources:
+    """The message names no path, because users of any project may read it."""
+    return ScarceResources(
+        f"The export needs about {readable(needed)} of disk space for {listed(uses)}, but worker {worker_id} has only "
+        f"{readable(free)} free there.",
+        code="out_of_space",
+        remedy="Free up space on the disk of that worker's data folder and, if it is a folder, the artifact store. "
+        "Then create the export again.",
+    )
