@@ -283,7 +283,7 @@ class JobSpec(Strict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FleetDefaults:
-    """What a job gets from the workers that are live when it is accepted, and keeps wherever it trains.
+    """Values of a job that depend on the workers that are live when it is accepted. The job keeps them.
 
     precision: The dtype that the workers support. slice_tokens: Maximum tokens of a slice (micro-batch).
     """

@@ -21,10 +21,10 @@ from lorry.cli.render.output import AsJson
 if TYPE_CHECKING:
     import httpx
 
+    from lorry.cli.vllm import LocalVllm
     from lorry.connection import Connection
     from lorry.local.child import Child
     from lorry.local.service import LocalService
-    from lorry.local.vllm import LocalVllm
 
 
 EXAMPLES = (

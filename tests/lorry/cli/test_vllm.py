@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import pytest
 
+from lorry.cli import vllm
+from lorry.cli.vllm import LocalVllm, Serve
 from lorry.client import Lorry
 from lorry.errors import LorryError, NotFound
-from lorry.local import vllm
-from lorry.local.vllm import LocalVllm, Serve
 from lorry.models.jobs import Model
 from lorry.models.serving import ServingEndpoint
 
