@@ -13,12 +13,13 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
 from lora_core.kernels.selection import Kernels
-from lora_core.runtime.counter_rng import coin_flips, uniform
+from lora_core.runtime.counter_rng import coin_flips, key_words, uniform
 
 ROW_MULTIPLE = 16
 
@@ -144,13 +145,23 @@ class DropoutKey:
 
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
         """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool."""
-        key = ("dropout", self.seed, self.step, self.slice_index, module)
-        flips = coin_flips(*key, count=like_TD.numel(), threshold=self.threshold)
+        flips = coin_flips(*self._key(module), count=like_TD.numel(), threshold=self.threshold)
         return torch.from_numpy(flips.view(np.uint8)).view(like_TD.shape).to(like_TD.device)
 
     def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
         """Return x / (fraction kept) where `keep_TD` is 1 and 0 elsewhere, as torch.nn.Dropout does."""
-        return x_TD * keep_TD.to(x_TD.dtype).mul_(65536 / self.threshold)
+        return x_TD * keep_TD.to(x_TD.dtype).mul_(self.keep_factor)
+
+    @property
+    def keep_factor(self) -> float:
+        return 65536 / self.threshold
+
+    def key_words(self, module: str) -> NDArray[np.uint64]:
+        """Return the key of the mask's random numbers, for kernels that generate the mask."""
+        return key_words(*self._key(module))
+
+    def _key(self, module: str) -> tuple[int | str, ...]:
+        return ("dropout", self.seed, self.step, self.slice_index, module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

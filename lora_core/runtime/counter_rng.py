@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 
 def random_words(*key: int | str, count: int) -> NDArray[np.uint64]:
     """Return `count` uniform 64-bit words that depend on `key` alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    words = np.random.Philox(key=np.frombuffer(digest, dtype="<u8")).random_raw(count)
+    words = np.random.Philox(key=key_words(*key)).random_raw(count)
     return np.asarray(words, dtype=np.uint64)
+
+
+def key_words(*key: int | str) -> NDArray[np.uint64]:
+    """Return the two words of Philox's key, for generators on a device."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.frombuffer(digest, dtype="<u8")
 
 
 def uniform(*key: int | str, count: int) -> NDArray[np.float64]:
