@@ -220,7 +220,7 @@ def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: Segme
     if ahead is not None:
         return ahead
     x_TD = x.reshape(-1, x.shape[-1])
-    share = segment_op.divide(name, pack.segments, x_TD.device)
+    share = segment_op.divide(name, pack, x_TD.device)
     plain = plain_weight(linear)
     if plain is not None:
         y_TO = PackedLinear.apply(x_TD, None if share.is_empty else leaf, plain, share.pieces, share.runs)

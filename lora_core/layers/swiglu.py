@@ -7,7 +7,7 @@ a pack. Shape suffixes: T tokens, D features, F features of the gate.
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Te
 
 
 def _is_replaceable(module: nn.Module) -> bool:
-    linears = [module.gate_proj, module.up_proj, module.down_proj] if is_gated_mlp(module) else []
+    linears: list[Any] = [module.gate_proj, module.up_proj, module.down_proj] if is_gated_mlp(module) else []
     return bool(linears) and all(_is_readable(linear) or has_gpu_kernels(linear.weight) for linear in linears)
 
 
-def _is_readable(linear: nn.Linear) -> bool:
+def _is_readable(linear: Any) -> bool:
     """Return whether a linear isn't quantized. On a CPU, only such MLPs are tested."""
     return type(linear) is nn.Linear and has_kernels(linear.weight)
 

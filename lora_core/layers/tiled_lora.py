@@ -29,7 +29,7 @@ from lora_core.kernels.gpu.tables import (
 )
 from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.layers.lora_linear import Piece, piece_of, pieces_of
-from lora_core.packing.packed_batch import BatchSegment
+from lora_core.packing.packed_batch import BatchSegment, PackedBatch
 
 LOAD_BYTES = 16
 """Alignment of the addresses of A and B, which the kernels load 16 bytes at a time."""
@@ -51,33 +51,27 @@ NO_SHARE = SiteShare()
 
 
 class SegmentedLora:
-    """Splits the segments of a linear into those for the loop and those for the kernels. Each attached model has one.
-
-    It keeps the plan of the last pass, whose tables the backward of the pass reads.
-    """
+    """Splits the segments of a linear into those for the loop and those for the kernels, for one attached model."""
 
     def __init__(self, kernel: Literal["loop", "tiled"], linears: Sequence[str]) -> None:
         """`linears` are the module paths that adapters may change."""
         self.kernel = kernel
         self._rows = {name: row for row, name in enumerate(linears)}
         self._layouts = WeakKeyDictionary[FlatAdapter, SiteLayout]()
-        self._segments: tuple[BatchSegment, ...] = ()
-        self._shares: dict[str, SiteShare] = {}
 
-    def divide(self, module: str, segments: tuple[BatchSegment, ...], device: torch.device) -> SiteShare:
-        """Return the share of `module` in a pass with these segments. Plans the pass at its first linear."""
+    def divide(self, module: str, pack: PackedBatch, device: torch.device) -> SiteShare:
+        """Return the share of `module` in a pass. Plans the pass at its first linear, for the life of the pack.
+
+        A copy of a pack shares its plans, but may have other segments.
+        """
+        segments = pack.segments
         if self.kernel == "loop":
             return SiteShare(pieces=pieces_of(segments, module))
         if not segments:
             return NO_SHARE
-        if segments is not self._segments:
-            self._shares = self.plan(segments, device)
-            self._segments = segments
-        return self._shares.get(module, NO_SHARE)
-
-    def forget(self) -> None:
-        """Free the plan of the last pass, which holds the adapters of its segments."""
-        self._segments, self._shares = (), {}
+        if id(segments) not in pack.plans:
+            pack.plans[id(segments)] = segments, self.plan(segments, device)
+        return pack.plans[id(segments)][1].get(module, NO_SHARE)
 
     def plan(self, segments: Sequence[BatchSegment], device: torch.device) -> dict[str, SiteShare]:
         """Return the share of each adapted linear, after one upload of all tables."""
@@ -95,7 +89,7 @@ class SegmentedLora:
         return {
             name: SiteShare(
                 pieces=tuple(
-                    piece_of(segments[i], name) for i in np.flatnonzero(entries["rank"][row] * ~is_tiled[row])
+                    piece_of(segments[i], name) for i in np.flatnonzero(entries["rank"][row] * ~is_tiled[row]).tolist()
                 ),
                 runs=tuple(TiledRun(entries=of_linears[row], group=group) for group in groups[pattern_of.flat[row]]),
             )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -262,6 +263,7 @@ class PackedBatch:
         False  # activation checkpointing: the backward recomputes each block (layers/activation_checkpointing.py)
     )
     passage: BlockRange | None = None
+    plans: dict[int, Any] = field(default_factory=dict)  # of layers/tiled_lora.py, by the identity of `segments`
     kept: tuple[KeptKeys, ...] = ()  # KV cache per sequence in generation (forward/generation.py): tokens are new ones
 
     @property

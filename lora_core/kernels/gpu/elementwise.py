@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportIndexIssue=false, reportMissingImports=false
 """Gated activation, RMSNorm, rotary embedding and cross-entropy as Triton kernels, with the signatures of a CPU's.
 
 lora_core/kernels/elementwise.py describes the functions. They round where a library rounds. A sum belongs to one row
@@ -6,8 +6,8 @@ and one program, so a row's bits don't depend on the number of rows. Shape suffi
 features of a head, B classes of a block.
 """
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024

@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportIndexIssue=false, reportMissingImports=false
 """AdamW over the flat vectors of many adapters in one launch, and the sizes of their steps in two, as Triton kernels.
 
 A table has one entry for each adapter. Sums run over blocks of fixed size in a fixed order, so their bits depend
@@ -11,11 +11,11 @@ from itertools import groupby
 
 import numpy as np
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.gpu.optimizer_table import ADDRESSES, NUM_WORDS, STEP, WORD, AdamwStep
+from lora_core.kernels.gpu.optimizer_table import ADDRESSES, NUM_WORDS, STEP, WORD, AdamwStep, are_aligned
 from lora_core.kernels.gpu.tables import upload
 
 BLOCK = 2048
@@ -39,16 +39,21 @@ def _kind(step: AdamwStep) -> tuple[bool, bool]:
 
 
 def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Return fp32 [J, 3] for (g, p, m) of each adapter: the norm of g, and the largest absolute values of p and m."""
+    """Return fp32 [J, 3] for (g, p, m) of each adapter: the norm of g, and the largest absolute values of p and m.
+
+    The three vectors of an adapter have the same length. There are two launches for each kind of alignment.
+    """
     device = vectors[0][0].device
-    counts = [gradient.numel() for gradient, _, _ in vectors]
-    entries = [[*(vector.data_ptr() for vector in of_one), of_one[0].numel()] for of_one in vectors]
-    (table,) = upload([np.array(entries, np.int64)], device)
-    most = -(-max(counts) // SIZED_BLOCK)
-    partial = torch.empty(len(vectors), most, 3, device=device)
     sizes = torch.empty(len(vectors), 3, device=device)
-    _partial_sizes[most, len(vectors)](table, partial, most, BLOCK=SIZED_BLOCK, **OPTIONS)
-    _whole_sizes[len(vectors),](table, partial, sizes, most, BLOCK=SIZED_BLOCK, MANY=1024, **OPTIONS)
+    rows = sorted(range(len(vectors)), key=lambda row: are_aligned(*vectors[row]))
+    for is_aligned, of_kind in groupby(rows, lambda row: are_aligned(*vectors[row])):
+        same = list(of_kind)
+        entries = [[*(part.data_ptr() for part in vectors[row]), vectors[row][0].numel(), row] for row in same]
+        (table,) = upload([np.array(entries, np.int64)], device)
+        most = -(-max(vectors[row][0].numel() for row in same) // SIZED_BLOCK)
+        partial = torch.empty(len(same), most, 3, device=device)
+        _partial_sizes[most, len(same)](table, partial, most, BLOCK=SIZED_BLOCK, ALIGNED=is_aligned, **OPTIONS)
+        _whole_sizes[len(same),](table, partial, sizes, most, BLOCK=SIZED_BLOCK, MANY=1024, **OPTIONS)
     return sizes
 
 
@@ -73,6 +78,22 @@ _NEWEST_V, _ROOT, _EPS = (tl.constexpr(WORD[name]) for name in ("newest_v", "roo
 _DECAY, _RATE = tl.constexpr(WORD["decay"]), tl.constexpr(WORD["rate"])
 _PLUS_DECAY, _PLUS_RATE = tl.constexpr(WORD["plus_decay"]), tl.constexpr(WORD["plus_rate"])
 _NUM_WORDS = tl.constexpr(NUM_WORDS)
+_SIZE_WORDS = tl.constexpr(5)  # (address of g, of p, of m, count, row of the result)
+
+
+@triton.jit
+def _within(place, BLOCK: tl.constexpr):
+    """Return a 64-bit place relative to a block as 32 bits, between the block's bounds."""
+    return tl.minimum(tl.maximum(place, 0), BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _left(count, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return how many of `count` elements belong to the block, with what the compiler can't know."""
+    left = _within(count, BLOCK)
+    if ALIGNED:
+        left = tl.multiple_of(left, 16)
+    return left
 
 
 @triton.jit
@@ -80,18 +101,19 @@ def _adamw(table, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, HAS_COPY: tl.const
     entry = table + tl.program_id(1) * _NUM_WORDS
     count, start = tl.load(entry + _COUNT), tl.program_id(0).to(tl.int64) * BLOCK
     if start < count:
-        places_E = start + tl.arange(0, BLOCK)
-        inside_E = places_E < count
-        p = _vector(entry, _P, tl.float32, ALIGNED) + places_E
-        g = _vector(entry, _G, tl.float32, ALIGNED) + places_E
-        m = _vector(entry, _M, tl.float32, ALIGNED) + places_E
-        v = _vector(entry, _V, tl.float32, ALIGNED) + places_E
+        places_E = tl.arange(0, BLOCK)  # relative to the block, because 64-bit numbers need twice the registers
+        inside_E = places_E < _left(count - start, BLOCK, ALIGNED)
+        p = _vector(entry, _P, tl.float32, ALIGNED) + start + places_E
+        g = _vector(entry, _G, tl.float32, ALIGNED) + start + places_E
+        m = _vector(entry, _M, tl.float32, ALIGNED) + start + places_E
+        v = _vector(entry, _V, tl.float32, ALIGNED) + start + places_E
         g_E = tl.load(g, mask=inside_E, other=0.0) * _number(entry, _CLIP)
         m_E = tl.load(m, mask=inside_E, other=0.0)
         m_E += _number(entry, _NEWEST_M) * (g_E - m_E)
         v_E = tl.load(v, mask=inside_E, other=0.0) * _number(entry, _KEPT_V)
         v_E += _number(entry, _NEWEST_V) * g_E * g_E
-        is_plus_E = (places_E >= tl.load(entry + _FIRST)) & (places_E < tl.load(entry + _LAST))
+        first, last = tl.load(entry + _FIRST) - start, tl.load(entry + _LAST) - start
+        is_plus_E = (places_E >= _within(first, BLOCK)) & (places_E < _within(last, BLOCK))
         decay_E = tl.where(is_plus_E, _number(entry, _PLUS_DECAY), _number(entry, _DECAY))
         rate_E = tl.where(is_plus_E, _number(entry, _PLUS_RATE), _number(entry, _RATE))
         root_E = tl.sqrt_rn(v_E) / _number(entry, _ROOT) + _number(entry, _EPS)
@@ -101,7 +123,7 @@ def _adamw(table, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, HAS_COPY: tl.const
         tl.store(v, v_E, mask=inside_E)
         tl.store(g, tl.zeros_like(g_E), mask=inside_E)
         if HAS_COPY:
-            copy = _vector(entry, _COMPUTE, tl.bfloat16, ALIGNED) + places_E
+            copy = _vector(entry, _COMPUTE, tl.bfloat16, ALIGNED) + start + places_E
             tl.store(copy, p_E.to(tl.bfloat16), mask=inside_E)
 
 
@@ -113,23 +135,23 @@ def _largest(vector, places_E, inside_E):
 
 
 @triton.jit
-def _partial_sizes(table, partial, num_blocks, BLOCK: tl.constexpr):
-    entry = table + tl.program_id(1) * 4
-    block, count = tl.program_id(0), tl.load(entry + 3)
-    places_E = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside_E = places_E < count
-    if block.to(tl.int64) * BLOCK < count:
-        g_E = tl.load(_vector(entry, 0, tl.float32, False) + places_E, mask=inside_E, other=0.0)
-        sizes = partial + (tl.program_id(1) * num_blocks + block) * 3
+def _partial_sizes(table, partial, num_blocks, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    entry = table + tl.program_id(1) * _SIZE_WORDS
+    count, start = tl.load(entry + 3), tl.program_id(0).to(tl.int64) * BLOCK
+    if start < count:
+        places_E = tl.arange(0, BLOCK)
+        inside_E = places_E < _left(count - start, BLOCK, ALIGNED)
+        g_E = tl.load(_vector(entry, 0, tl.float32, ALIGNED) + start + places_E, mask=inside_E, other=0.0)
+        sizes = partial + (tl.program_id(1) * num_blocks + tl.program_id(0)) * 3
         tl.store(sizes, tl.sum(g_E * g_E))
-        tl.store(sizes + 1, _largest(_vector(entry, 1, tl.float32, False), places_E, inside_E))
-        tl.store(sizes + 2, _largest(_vector(entry, 2, tl.float32, False), places_E, inside_E))
+        tl.store(sizes + 1, _largest(_vector(entry, 1, tl.float32, ALIGNED) + start, places_E, inside_E))
+        tl.store(sizes + 2, _largest(_vector(entry, 2, tl.float32, ALIGNED) + start, places_E, inside_E))
 
 
 @triton.jit
 def _whole_sizes(table, partial, sizes, num_blocks, BLOCK: tl.constexpr, MANY: tl.constexpr):
     adapter = tl.program_id(0)
-    count = tl.load(table + adapter * 4 + 3)
+    count, row = tl.load(table + adapter * _SIZE_WORDS + 3), tl.load(table + adapter * _SIZE_WORDS + 4)
     own_blocks = ((count + BLOCK - 1) // BLOCK).to(tl.int32)
     total, largest_p, largest_m = 0.0, 0.0, 0.0
     for start in range(0, own_blocks, MANY):
@@ -138,6 +160,6 @@ def _whole_sizes(table, partial, sizes, num_blocks, BLOCK: tl.constexpr, MANY: t
         total += tl.sum(tl.load(places, mask=blocks < own_blocks, other=0.0))
         largest_p = tl.maximum(largest_p, tl.max(tl.load(places + 1, mask=blocks < own_blocks, other=0.0)))
         largest_m = tl.maximum(largest_m, tl.max(tl.load(places + 2, mask=blocks < own_blocks, other=0.0)))
-    tl.store(sizes + adapter * 3, tl.sqrt_rn(total))
-    tl.store(sizes + adapter * 3 + 1, largest_p)
-    tl.store(sizes + adapter * 3 + 2, largest_m)
+    tl.store(sizes + row * 3, tl.sqrt_rn(total))
+    tl.store(sizes + row * 3 + 1, largest_p)
+    tl.store(sizes + row * 3 + 2, largest_m)

@@ -45,9 +45,7 @@ class AdamwStep:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether all vectors start at 16 bytes, so that one instruction loads four elements."""
-        vectors = (self.p, self.g, self.m, self.v, self.compute)
-        return all(vector is None or vector.data_ptr() % 16 == 0 for vector in vectors)
+        return are_aligned(self.p, self.g, self.m, self.v, self.compute)
 
     def entry(self) -> tuple[float, ...]:
         """Return the fields of STEP."""
@@ -67,3 +65,8 @@ class AdamwStep:
             *(1 - self.rate * self.weight_decay, self.rate / unbiased),
             *(1 - self.plus_rate * self.weight_decay, self.plus_rate / unbiased),
         )
+
+
+def are_aligned(*vectors: Tensor | None) -> bool:
+    """Return whether vectors start at 16 bytes and have a multiple of 16 elements, so that loads are of 16 bytes."""
+    return all(vector is None or (vector.data_ptr() % 16 == 0 and vector.numel() % 16 == 0) for vector in vectors)

@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportIndexIssue=false, reportMissingImports=false
 """LoRA over the segments of a pack as Triton kernels, forward and backward.
 
 h = scale·d(x) Aᵀ and dh = scale·dy B are `_shrink`, y += h Bᵀ and dx += d(dh A) are `_expand`, dB += dyᵀ h and
@@ -8,8 +8,8 @@ Shape suffixes: M rows of a tile, K or N features of a tile, W padded rank, T to
 """
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.gpu.tables import (

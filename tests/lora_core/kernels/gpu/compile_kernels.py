@@ -1,3 +1,4 @@
+# pyright: standard, reportMissingImports=false
 """`python -m tests.lora_core.kernels.gpu.compile_kernels 90`: compiles every configuration that ships for a device.
 
 It needs Triton and no GPU. Prints a line of JSON for each kernel: registers, shared memory, spills, and instructions.
@@ -18,23 +19,29 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import triton  # pyright: ignore[reportMissingImports]
-from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
-from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from lora_core.kernels.gpu import elementwise, optimizer, segmented_lora
 from lora_core.kernels.gpu.tables import WIDTHS, TileClass
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async|mma\.sync|cp\.async\.c[ag]|(?:ld|st)\.global[\w.:]*)")
 NARROW = re.compile(r"ld\.global(?:\.\w+)*\.[bu](?:8|16)\b|cp\.async\.ca")
 """Loads of less than four bytes, and asynchronous ones of less than 16."""
+WIDE = re.compile(r"ld\.global(?:\.\w+)*\.v(?:4\.[bf]32|2\.[bf]64)|cp\.async\.cg")
+NARROW_KERNELS = ("score logits", "whole sizes", "heads of 64")
+"""They load a label's logit, a number of each block, and half a head of 32 features in eight bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Configuration:
-    """A kernel with its compile-time constants. `types` are those of its other arguments, all multiples of 16."""
+    """A kernel with its compile-time constants. `types` are those of its other arguments, all multiples of 16.
+
+    `is_wide` is whether all of its vectors are loaded 16 bytes at a time.
+    """
 
     name: str
     kernel: Any
@@ -111,13 +118,15 @@ def of_steps() -> Iterator[Configuration]:
         constants = {"BLOCK": optimizer.BLOCK, "ALIGNED": aligned, "HAS_COPY": copied, **optimizer.OPTIONS}
         yield plain(f"AdamW, aligned {aligned}, copy {copied}", optimizer._adamw, types, **constants)
     constants = {"BLOCK": optimizer.SIZED_BLOCK, **optimizer.OPTIONS}
-    yield plain("partial sizes", optimizer._partial_sizes, types, **constants)
+    for aligned in (True, False):
+        yield plain(f"partial sizes, aligned {aligned}", optimizer._partial_sizes, types, ALIGNED=aligned, **constants)
     yield plain("whole sizes", optimizer._whole_sizes, types, MANY=1024, **constants)
 
 
 def plain(name: str, kernel: Any, types: dict[str, str], **constants: Any) -> Configuration:
     """Return the configuration of a kernel without matrix products."""
-    return Configuration(name=name, kernel=kernel, constants=constants, types=types, is_product=False, is_wide=False)
+    is_wide = constants.get("ALIGNED", True) and not any(part in name for part in NARROW_KERNELS)
+    return Configuration(name=name, kernel=kernel, constants=constants, types=types, is_product=False, is_wide=is_wide)
 
 
 def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
@@ -141,6 +150,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         "shared_bytes": binary.metadata.shared,
         "instructions": Counter(INSTRUCTIONS.findall(binary.asm["ptx"])),
         "narrow_loads": len(NARROW.findall(binary.asm["ptx"])),
+        "wide_loads": len(WIDE.findall(binary.asm["ptx"])),
         "is_product": configuration.is_product,
         "is_wide": configuration.is_wide,
     }

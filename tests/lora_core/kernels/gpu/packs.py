@@ -98,7 +98,7 @@ def computed(
         slices[ruined].adapter.p[1::2] = torch.nan
     x_TD.requires_grad_()
     leaf = torch.zeros((), requires_grad=True)
-    share = SegmentedLora(kernel, [MODULE]).divide(MODULE, pack.segments, x_TD.device)
+    share = SegmentedLora(kernel, [MODULE]).divide(MODULE, pack, x_TD.device)
     weight_OD = linear_weight() if with_base else torch.zeros(OUT, D)
     if fused:
         plain = PlainWeight(weight_OD=weight_OD, bias_O=None)

@@ -101,10 +101,11 @@ def test_sizes_are_those_of_each_adapter_and_do_not_depend_on_others() -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("vector", [0, 1, 2])
 def test_size_is_not_finite_if_an_element_is_not(number: float, vector: int) -> None:
-    parts = tuple(torch.ones(9000) for _ in range(3))
-    parts[vector][8500] = number
+    parts = torch.ones(3, 9000)
+    parts[vector, 8500] = number
+    other = torch.ones(100)
 
-    sizes = step_sizes([parts, tuple(torch.ones(100) for _ in range(3))])
+    sizes = step_sizes([(parts[0], parts[1], parts[2]), (other, other, other)])
 
     assert [math.isfinite(size) for size in sizes[0].tolist()] == [index != vector for index in range(3)]
     assert sizes[1].tolist() == [10.0, 1.0, 1.0]
