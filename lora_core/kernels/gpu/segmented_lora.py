@@ -119,17 +119,25 @@ def _number(entry, WORD_OF_FIELD: tl.constexpr):
 
 
 @triton.jit
-def _weights(entry, features_F, ranks_W, width, DTYPE: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr):
-    """Load A or B as [F, W]. The result is 0 outside. A is [rank, width] in memory, B is [width, rank]."""
-    rank = tl.load(entry + RANK)
+def _small(entry):
+    """Read a number of an entry as int32: addresses are computed from these, and 64 bits need twice the registers."""
+    return tl.load(entry).to(tl.int32)
+
+
+@triton.jit
+def _weights(entry, start, features_F, ranks_W, width, DTYPE: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load features start + F of A or B as [F, W], 0 outside. A is [rank, width] in memory, B is [width, rank]."""
+    rank = _small(entry + RANK)
     if ALIGNED and BY_B:
         rank = tl.multiple_of(rank, 8)
-    visible_FW = (features_F < width)[:, None] & (ranks_W < rank)[None, :]
+    visible_FW = (start + features_F < width)[:, None] & (ranks_W < rank)[None, :]
     address = tl.load(entry + (B if BY_B else A))
     matrix = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
     if BY_B:
-        return tl.load(matrix + features_F[:, None] * rank + ranks_W[None, :], mask=visible_FW, other=0.0)
-    return tl.load(matrix + features_F[:, None] + ranks_W[None, :] * width, mask=visible_FW, other=0.0)
+        places_FW = features_F[:, None] * rank + ranks_W[None, :]
+        return tl.load(matrix + start * rank + places_FW, mask=visible_FW, other=0.0)
+    places_FW = features_F[:, None] + ranks_W[None, :] * width
+    return tl.load(matrix + start + places_FW, mask=visible_FW, other=0.0)
 
 
 @triton.jit
@@ -165,20 +173,21 @@ def _shrink(
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * WORDS_OF_TILE
     entry = entries + tl.load(tile) * ENTRY_WORDS
-    first, rows, hidden = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     rows_M, features_K, ranks_W = tl.arange(0, M), tl.arange(0, K), tl.arange(0, W)
+    inside_M = rows_M < _small(tile + 2)
     tokens_M = tl.load(tile + 4) + rows_M
-    x_rows = x + first * width + rows_M[:, None] * width
+    x_tile, places_MK = x + tl.load(tile + 1) * width, rows_M[:, None] * width + features_K[None, :]
     sums_MW = tl.zeros((M, W), tl.float32)
     for start in range(0, width, K):
-        inside_K = start + features_K < width
-        x_MK = tl.load(x_rows + (start + features_K)[None, :], mask=(rows_M < rows)[:, None] & inside_K, other=0.0)
+        inside_MK = inside_M[:, None] & (start + features_K < width)[None, :]
+        x_MK = tl.load(x_tile + start + places_MK, mask=inside_MK, other=0.0)
         if DROPOUT:
             x_MK = _dropped(x_MK, entry, tokens_M, start, width, M, K)
-        weights_KW = _weights(entry, start + features_K, ranks_W, width, x.dtype.element_ty, BY_B, ALIGNED)
+        weights_KW = _weights(entry, start, features_K, ranks_W, width, x.dtype.element_ty, BY_B, ALIGNED)
         sums_MW = tl.dot(x_MK, weights_KW, sums_MW, input_precision="ieee")
     h_MW = (sums_MW * _number(entry, SCALE)).to(h.dtype.element_ty)
-    tl.store(h + (hidden + rows_M)[:, None] * W + ranks_W[None, :], h_MW, mask=(rows_M < rows)[:, None])
+    h_tile = h + tl.load(tile + 3) * W
+    tl.store(h_tile + rows_M[:, None] * W + ranks_W[None, :], h_MW, mask=inside_M[:, None])
 
 
 @triton.jit
@@ -188,17 +197,18 @@ def _expand(
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * WORDS_OF_TILE
     entry = entries + tl.load(tile) * ENTRY_WORDS
-    first, rows, hidden = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     start = tl.program_id(1) * N
-    rows_M, features_N, ranks_W = tl.arange(0, M), start + tl.arange(0, N), tl.arange(0, W)
-    h_MW = tl.load(h + (hidden + rows_M)[:, None] * W + ranks_W[None, :], mask=(rows_M < rows)[:, None], other=0.0)
-    weights_NW = _weights(entry, features_N, ranks_W, width, h.dtype.element_ty, BY_B, ALIGNED)
+    rows_M, features_N, ranks_W = tl.arange(0, M), tl.arange(0, N), tl.arange(0, W)
+    inside_M = rows_M < _small(tile + 2)
+    h_tile = h + tl.load(tile + 3) * W
+    h_MW = tl.load(h_tile + rows_M[:, None] * W + ranks_W[None, :], mask=inside_M[:, None], other=0.0)
+    weights_NW = _weights(entry, start, features_N, ranks_W, width, h.dtype.element_ty, BY_B, ALIGNED)
     added_MN = tl.dot(h_MW, tl.trans(weights_NW), input_precision="ieee")
     if DROPOUT:
         factors = _keep_factors(entry, tl.load(tile + 4) + rows_M, start, width, M, N).to(y.dtype.element_ty)
         added_MN *= factors.to(tl.float32)
-    places_MN = y + first * width + rows_M[:, None] * width + features_N[None, :]
-    inside_MN = (rows_M < rows)[:, None] & (features_N < width)[None, :]
+    places_MN = y + tl.load(tile + 1) * width + start + (rows_M[:, None] * width + features_N[None, :])
+    inside_MN = inside_M[:, None] & (start + features_N < width)[None, :]
     y_MN = tl.load(places_MN, mask=inside_MN, other=0.0).to(tl.float32) + added_MN
     tl.store(places_MN, y_MN.to(y.dtype.element_ty), mask=inside_MN)
 
@@ -210,23 +220,26 @@ def _accumulate(
 ):  # fmt: skip
     span = spans + tl.program_id(0) * WORDS_OF_SPAN
     entry = entries + tl.load(span) * ENTRY_WORDS
-    first, last, hidden = tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    first, num_tokens = tl.load(span + 1), _small(span + 2) - _small(span + 1)
     start = tl.program_id(1) * N
-    rows_T, features_N, ranks_W = tl.arange(0, T), start + tl.arange(0, N), tl.arange(0, W)
+    rows_T, features_N, ranks_W = tl.arange(0, T), tl.arange(0, N), tl.arange(0, W)
+    inside_N = start + features_N < width
+    places_TN, places_TW = rows_T[:, None] * width + features_N[None, :], rows_T[:, None] * W + ranks_W[None, :]
+    h_span = h + tl.load(span + 3) * W
     sums_NW = tl.zeros((N, W), tl.float32)
-    for token in range(0, last - first, T):
-        here_T = token + rows_T < last - first
-        x_rows = x + (first + token) * width + rows_T[:, None] * width
-        x_TN = tl.load(x_rows + features_N[None, :], mask=here_T[:, None] & (features_N < width)[None, :], other=0.0)
+    for token in range(0, num_tokens, T):
+        here_T = token + rows_T < num_tokens
+        x_tile = x + (first + token) * width + start
+        x_TN = tl.load(x_tile + places_TN, mask=here_T[:, None] & inside_N[None, :], other=0.0)
         if DROPOUT:
             x_TN = _dropped(x_TN, entry, token + rows_T.to(tl.int64), start, width, T, N)
-        h_TW = tl.load(h + (hidden + token + rows_T)[:, None] * W + ranks_W[None, :], mask=here_T[:, None], other=0.0)
+        h_TW = tl.load(h_span + token * W + places_TW, mask=here_T[:, None], other=0.0)
         sums_NW = tl.dot(tl.trans(x_TN), h_TW, sums_NW, input_precision="ieee")
-    trained = tl.load(entry + TRAINED)
+    trained = _small(entry + TRAINED)
     gradient = tl.load(entry + (GRAD_B if BY_B else GRAD_A)).to(tl.pointer_type(tl.float32))
     if BY_B:
-        places_NW = gradient + features_N[:, None] * trained + ranks_W[None, :]
+        places_NW = gradient + start * trained + (features_N[:, None] * trained + ranks_W[None, :])
     else:
-        places_NW = gradient + features_N[:, None] + ranks_W[None, :] * width
-    inside_NW = (features_N < width)[:, None] & (ranks_W < trained)[None, :]
+        places_NW = gradient + start + (features_N[:, None] + ranks_W[None, :] * width)
+    inside_NW = inside_N[:, None] & (ranks_W < trained)[None, :]
     tl.store(places_NW, tl.load(places_NW, mask=inside_NW, other=0.0) + sums_NW, mask=inside_NW)
