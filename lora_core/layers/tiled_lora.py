@@ -111,7 +111,7 @@ class SegmentedLora:
         entries_L["scale"][rows] = layout.scales
         if dropout is not None:
             entries_L["threshold"][rows], entries_L["keep_factor"][rows] = dropout.threshold, dropout.keep_factor
-            entries_L["key"][rows] = np.stack([dropout.key_words(module) for module in layout.modules])
+            entries_L["key"][rows] = dropout.key_words(layout.modules)
         is_even = (layout.shapes % FEATURE_MULTIPLE == 0).all(1) & (addresses[:, :2] % LOAD_BYTES == 0).all(1)
         is_tiled_L[rows] = is_even & (layout.ranks <= WIDTHS[-1]) & (not adapter.lora.use_dora)
 

@@ -146,7 +146,7 @@ class DropoutKey:
 
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
         """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool."""
-        flips = coin_flips(*self._key(module), count=like_TD.numel(), threshold=self.threshold)
+        flips = coin_flips(*self._key, module, count=like_TD.numel(), threshold=self.threshold)
         return torch.from_numpy(flips.view(np.uint8)).view(like_TD.shape).to(like_TD.device)
 
     def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
@@ -157,12 +157,14 @@ class DropoutKey:
     def keep_factor(self) -> float:
         return 65536 / self.threshold
 
-    def key_words(self, module: str) -> NDArray[np.uint64]:
-        """Return the key of the mask's random numbers, for kernels that generate the mask."""
-        return key_words(*self._key(module))
+    def key_words(self, modules: Sequence[str]) -> NDArray[np.uint64]:
+        """Return the key of each module's random numbers, uint64 [number, 2], for kernels that generate the mask."""
+        return key_words(*self._key, endings=modules)
 
-    def _key(self, module: str) -> tuple[int | str, ...]:
-        return ("dropout", self.seed, self.step, self.slice_index, module)
+    @property
+    def _key(self) -> tuple[int | str, ...]:
+        """The parts that the keys of all modules share."""
+        return ("dropout", self.seed, self.step, self.slice_index)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
