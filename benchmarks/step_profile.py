@@ -19,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lora_core.base_model.model import BaseModel
 from lora_core.layers.attention.dense_cpu import MatrixAttention
-from lora_core.layers.compiled_elementwise import FusedNorm, FusedSwiglu
 from lora_core.layers.rms_norm import AddRmsNorm, RmsNorm
 from lora_core.layers.rotary import Rotate
 from lora_core.layers.swiglu import SwiGlu
@@ -51,9 +50,7 @@ BY_FUNCTION = {
 BY_NODE = {
     RmsNorm.__name__: "norms",
     AddRmsNorm.__name__: "norms",
-    FusedNorm.__name__: "norms",
     SwiGlu.__name__: "gated activation",
-    FusedSwiglu.__name__: "gated activation",
     Rotate.__name__: "RoPE",
     MatrixAttention.__name__: "attention",
 }

@@ -71,12 +71,12 @@ def full(shape: str, repeats: int) -> Plan:
 
 
 def quick() -> Plan:
-    """Return toy sizes for one CPU core, with the GPU kernels that a CPU supports too."""
+    """Return toy sizes for one CPU core, with the kernels of a CPU."""
     torch.set_num_threads(1)
     return Plan(
         shape=TOY,
         device="cpu",
-        kernels=Kernels(lora="grouped_mm"),
+        kernels=Kernels(),
         repeats=1,
         load=Load(num_jobs=3, batch_size=2, shortest=8, longest=24, rank=4),
         tick_tokens=(32, 64),

@@ -237,6 +237,10 @@ class FlatAdapter:
         """Round p to the compute dtype and recompute DoRA's norms. Call it after every change of p."""
         if self.compute is not self.p:
             self.compute.copy_(self.p)
+        self.refresh_derived()
+
+    def refresh_derived(self) -> None:
+        """Recompute what follows from `compute`: the pairs with a subtracted start, and DoRA's norms."""
         if self.lora.subtracts_start:
             for name, spans in self.spans.items():
                 self._a_halves(name)[0].copy_(self.compute[spans.a].view(spans.rank, -1))

@@ -13,6 +13,8 @@ import torch
 from lora_core.adapter.adafactor import Block, adafactor_bounds, adafactor_step
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import OptimizerConfig, ScheduleConfig
+from lora_core.kernels.gpu.optimizer_table import AdamwStep
+from lora_core.kernels.on_device import has_gpu_kernels
 
 FLOAT32 = torch.finfo(torch.float32)
 
@@ -39,6 +41,11 @@ def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> flo
 
 def gradient_norm(adapter: FlatAdapter) -> float:
     """Return the Euclidean norm of the whole gradient. It is not finite if any element is not finite."""
+    if has_gpu_kernels(adapter.g):  # torch's sum there depends on the number of multiprocessors
+        from lora_core.kernels.gpu.optimizer import step_sizes
+
+        moments = adapter.m if len(adapter.m) else adapter.p  # Adafactor has no first moment
+        return float(step_sizes([(adapter.g, adapter.p, moments)])[0, 0])
     return float(torch.linalg.vector_norm(adapter.g))
 
 
@@ -90,8 +97,14 @@ def optimizer_step(
 
     `step` counts from 1. `norm` is the Euclidean norm of the gradient before clipping.
     """
+    if config.kind == "adamw" and has_gpu_kernels(adapter.p):
+        from lora_core.kernels.gpu.optimizer import adamw
+
+        adamw([adamw_step_of(adapter, config, step=step, learning_rate=learning_rate, norm=norm)])
+        adapter.refresh_derived()
+        return
     if config.max_grad_norm is not None:
-        adapter.g.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))
+        adapter.g.mul_(_clip_factor(config, norm))
     if config.kind == "sgd":
         _sgd_step(adapter, config, learning_rate=learning_rate)
     elif config.kind == "adafactor":
@@ -101,6 +114,33 @@ def optimizer_step(
         _adamw_step(adapter, config, step=step, learning_rate=learning_rate)
     adapter.g.zero_()
     adapter.refresh_compute()
+
+
+def _clip_factor(config: OptimizerConfig, norm: float) -> float:
+    return 1.0 if config.max_grad_norm is None else min(1.0, config.max_grad_norm / (norm + 1e-6))
+
+
+def adamw_step_of(
+    adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
+) -> AdamwStep:
+    """Return the step as kernels take it (lora_core/kernels/gpu/optimizer.py). Arguments as in `optimizer_step`."""
+    has_plus = config.lora_plus_ratio != 1
+    return AdamwStep(
+        p=adapter.p,
+        g=adapter.g,
+        m=adapter.m,
+        v=adapter.v,
+        compute=None if adapter.compute is adapter.p else adapter.compute,
+        clip=_clip_factor(config, norm),
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        step=step,
+        rate=learning_rate,
+        plus=slice(adapter.num_a, adapter.num_lora) if has_plus else slice(0, 0),
+        plus_rate=learning_rate * config.lora_plus_ratio,
+    )
 
 
 def _adamw_step(adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float) -> None:

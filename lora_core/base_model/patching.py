@@ -2,8 +2,8 @@
 """Patches the modules of a base model so that they compute packs, and removes the patches completely.
 
 Each linear and block gets its own `forward` on the instance. So does each module that rms_norm.py, rotary.py,
-longrope.py, swiglu.py, residual_block.py or compiled_elementwise.py (in lora_core/layers) recognizes. No module is
-replaced, and no name or parameter changes. Outside a running pack each computes exactly what it computed before.
+longrope.py, swiglu.py or residual_block.py (in lora_core/layers) recognizes. No module is replaced, and no name or
+parameter changes. Outside a running pack each computes exactly what it computed before.
 """
 
 import logging
@@ -28,17 +28,16 @@ from lora_core.kernels.batch_invariant import ExactProducts, own_forward
 from lora_core.kernels.selection import Kernels, choose_kernels, prepare_device
 from lora_core.layers.activation_checkpointing import blocks_of, checkpointed
 from lora_core.layers.attention import packed
-from lora_core.layers.compiled_elementwise import fused_parts
 from lora_core.layers.embeddings import forward_embedding, forward_embedding_watched
 from lora_core.layers.fused_projections import Siblings, find_siblings, forward_siblings, taken_from_ahead
-from lora_core.layers.grouped_lora import GroupedLora
 from lora_core.layers.longrope import rotations_by_length
-from lora_core.layers.lora_linear import PackedDelta, PackedLinear, PlainWeight, pieces_of
+from lora_core.layers.lora_linear import PackedDelta, PackedLinear, PlainWeight
 from lora_core.layers.residual_block import faster_blocks
 from lora_core.layers.rms_norm import faster_norms
 from lora_core.layers.rotary import faster_rotations
 from lora_core.layers.swiglu import faster_mlps
 from lora_core.layers.task_heads import task_head_of
+from lora_core.layers.tiled_lora import SegmentedLora
 from lora_core.module_paths import PatternTooSlow, end_pattern, layer_of, matches, matches_pattern
 from lora_core.packing.packed_batch import current_kernels, current_pack
 
@@ -149,12 +148,11 @@ class Attachment:
         )
         for reason in self.kernels.reasons:
             LOGGER.warning("%s", reason)
-        self.segment_op = GroupedLora(self.kernels.lora)
+        self.segment_op = SegmentedLora(self.kernels.lora, tuple(self.linears))
         self.blocks = find_blocks(model)
-        self._siblings = {} if is_sharded else find_siblings(self.linears)
+        self._siblings = {} if is_sharded or self.kernels.lora != "loop" else find_siblings(self.linears)
         self.leaf = torch.zeros((), device=model.device, requires_grad=True)
-        faster = [] if is_sharded else _faster_parts(model, self.kernels)
-        self._parts = [*faster, *faster_rotations(model), *rotations_by_length(model)]
+        self._parts = [*_faster_parts(model, self.kernels, is_sharded=is_sharded), *rotations_by_length(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
@@ -198,15 +196,23 @@ class Attachment:
             self._attach()
 
 
-def _faster_parts(model: PreTrainedModel, kernels: Kernels) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """Return faster forwards of norms, gated MLPs and whole blocks on this device. A block comes after its parts."""
-    if kernels.elementwise == "compiled":
-        return fused_parts(model)
+def _faster_parts(
+    model: PreTrainedModel, kernels: Kernels, *, is_sharded: bool
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Return faster forwards of norms, gated MLPs, whole blocks and rotations on this device.
+
+    A block comes after its parts. In a sharded model only rotations are replaced, because they read no weight.
+    """
+    if kernels.elementwise == "eager" and model.device.type != "cpu":
+        return []
+    rotations = faster_rotations(model)
+    if is_sharded:
+        return rotations
     norms = faster_norms(model)
-    return [*norms, *faster_mlps(model), *faster_blocks(model, [norm for norm, _ in norms])]
+    return [*norms, *faster_mlps(model), *faster_blocks(model, [norm for norm, _ in norms]), *rotations]
 
 
-def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: GroupedLora, x: Tensor) -> Tensor:
+def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: SegmentedLora, x: Tensor) -> Tensor:
     """Map x [..., D] to [..., O] with the plain linear, or inside a pack also with the adapters."""
     pack = current_pack()
     if pack is None:
@@ -215,14 +221,13 @@ def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: Group
     if ahead is not None:
         return ahead
     x_TD = x.reshape(-1, x.shape[-1])
-    every = pieces_of(pack.segments, name)
-    pieces, runs = segment_op.divide(name, every, x_TD)
+    share = segment_op.divide(name, pack, x_TD.device)
     plain = plain_weight(linear)
     if plain is not None:
-        y_TO = PackedLinear.apply(x_TD, leaf if every else None, plain, pieces, runs)
+        y_TO = PackedLinear.apply(x_TD, None if share.is_empty else leaf, plain, share.pieces, share.runs)
     else:
         y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().batch_invariant)
-        y_TO = PackedDelta.apply(y_TO, x_TD, leaf, pieces, runs) if every else y_TO
+        y_TO = y_TO if share.is_empty else PackedDelta.apply(y_TO, x_TD, leaf, share.pieces, share.runs)
     return y_TO.view(*x.shape[:-1], -1)
 
 

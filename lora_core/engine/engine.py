@@ -172,8 +172,6 @@ class Engine:
         del self._jobs[job]
         self._prefixes.disown(job)
         self._errors = [error for error in self._errors if error.job != job]
-        assert self.base.attachment is not None
-        self.base.attachment.segment_op.forget()
         self._memory.forget()
         if not self._jobs and self.base.device.startswith("cuda"):
             torch.cuda.empty_cache()  # the driver counts torch's cache as used, so no other process could allocate it

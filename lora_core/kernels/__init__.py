@@ -1,1 +1,1 @@
-"""Numba and torch.compile kernels, and the choice of kernels for a device."""
+"""Numba and Triton kernels, and the choice of kernels for a device."""

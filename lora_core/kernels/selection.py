@@ -12,13 +12,11 @@ from typing import Literal
 import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
-from lora_core.kernels.gpu_elementwise import why_not
+from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
+from lora_core.kernels.gpu.trials import why_not_tiled
 
 AMPERE = (8, 0)
 """Minimum compute capability for varlen attention."""
-GROUPING_MAJORS = (9, 10)
-"""Major compute capabilities of Hopper and data-center Blackwell. On others, including 12.0, torch's grouped matmul is
-a loop that synchronizes with the device for every group."""
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_PARAMETERS = {"window_size", "scale"}
 """Required parameters of torch's varlen_attn, which has them since torch 2.11."""
@@ -29,18 +27,18 @@ class Kernels:
     """The kernels of an engine.
 
     Attributes:
-        lora: Matmuls of adapters: "loop" over segments, or "grouped_mm" in one launch
-            (lora_core/layers/grouped_lora.py).
+        lora: Matmuls of adapters: "loop" over segments, or "tiled" for all segments in a few launches of Triton
+            kernels (lora_core/layers/tiled_lora.py).
         attention: Over "sequences" one by one, or "varlen" in one launch where that kernel fits
             (lora_core/layers/attention/flash.py).
-        elementwise: Norms and gated activations: "eager", as lora_core/base_model/patching.py replaces them on a CPU,
-            or "compiled" into one kernel each (lora_core/layers/compiled_elementwise.py).
+        elementwise: Norms, gated activations and rotations on a GPU: "eager" as in the library, or "compiled" into one
+            kernel each (lora_core/kernels/on_device.py). A CPU has compiled kernels in either case.
         batch_invariant: Matmuls over tokens of several jobs whose bits don't depend on the number of rows
             (batch_invariant.py). None on a GPU or if disabled. The determinism level is then `allclose`.
         reasons: Why the fastest GPU kernels can't be used on this device. Empty on a CPU.
     """
 
-    lora: Literal["loop", "grouped_mm"] = "loop"
+    lora: Literal["loop", "tiled"] = "loop"
     attention: Literal["sequences", "varlen"] = "sequences"
     elementwise: Literal["eager", "compiled"] = "eager"
     batch_invariant: ExactProducts | None = None
@@ -62,23 +60,14 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type != "cuda":
         return Kernels()
     capability = torch.cuda.get_device_capability(device)
-    why_no_groups, why_no_varlen = _why_no_groups(capability, dtype), _why_no_varlen(capability, dtype)
-    why_not_compiled = why_not(device)
+    why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
+    why_eager = why_not_elementwise(device)
     return Kernels(
-        lora="grouped_mm" if why_no_groups is None else "loop",
+        lora="tiled" if why_no_tiles is None else "loop",
         attention="varlen" if why_no_varlen is None else "sequences",
-        elementwise="compiled" if why_not_compiled is None else "eager",
-        reasons=tuple(filter(None, (why_no_groups, why_no_varlen, why_not_compiled))),
+        elementwise="compiled" if why_eager is None else "eager",
+        reasons=tuple(filter(None, (why_no_tiles, why_no_varlen, why_eager))),
     )
-
-
-def _why_no_groups(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    if dtype != torch.bfloat16:
-        return f"LoRA runs segment by segment: grouped matmuls need bfloat16, but the base model has {dtype}"
-    if capability[0] not in GROUPING_MAJORS:
-        needed = "compute capability 9 or 10"
-        return f"LoRA runs segment by segment: grouped matmuls need {needed}, not {_formatted(capability)}"
-    return None
 
 
 def _why_no_varlen(capability: tuple[int, int], dtype: torch.dtype) -> str | None:

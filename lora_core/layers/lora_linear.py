@@ -16,8 +16,8 @@ from lora_core.adapter.dora import MagnitudeBranch, add_magnitude, add_magnitude
 from lora_core.adapter.flat_adapter import SiteViews
 from lora_core.kernels import batch_invariant, generation
 from lora_core.kernels.batch_invariant import ExactProducts
+from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.kernels.numba_jit import array_of, runs_on
-from lora_core.layers.grouped_lora import BucketRun
 from lora_core.packing.packed_batch import BatchSegment, DropoutKey, current_kernels
 
 
@@ -54,17 +54,17 @@ class Branch:
 
 def pieces_of(segments: Sequence[BatchSegment], module: str) -> tuple[Piece, ...]:
     """Return the segments whose adapters change `module`."""
-    return tuple(
-        Piece(
-            start=segment.start,
-            stop=segment.stop,
-            views=segment.adapter.sites[module],
-            module=module,
-            dropout=segment.dropout,
-            is_by_row=segment.is_by_row,
-        )
-        for segment in segments
-        if module in segment.adapter.sites
+    return tuple(piece_of(segment, module) for segment in segments if module in segment.adapter.sites)
+
+
+def piece_of(segment: BatchSegment, module: str) -> Piece:
+    return Piece(
+        start=segment.start,
+        stop=segment.stop,
+        views=segment.adapter.sites[module],
+        module=module,
+        dropout=segment.dropout,
+        is_by_row=segment.is_by_row,
     )
 
 
@@ -211,7 +211,7 @@ class PackedLinear(torch.autograd.Function):
 
     `leaf` is a scalar that requires a gradient if an adapter is present. It makes autograd visit this node, which has
     no weight that autograd knows, and never gets a gradient. `runs` contains the segments that are not in `pieces`
-    because they are grouped (grouped_lora.py).
+    because kernels compute them (tiled_lora.py).
     """
 
     @staticmethod
@@ -221,7 +221,7 @@ class PackedLinear(torch.autograd.Function):
         leaf: Tensor | None,
         linear: PlainWeight,
         pieces: tuple[Piece, ...],
-        runs: tuple[BucketRun, ...] = (),
+        runs: tuple[TiledRun, ...] = (),
     ):
         ctx.exact = current_kernels().batch_invariant
         y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
@@ -252,7 +252,7 @@ class PackedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917  (autograd passes by position)
-        ctx, y_TO: Tensor, x_TD: Tensor, leaf: Tensor, pieces: tuple[Piece, ...], runs: tuple[BucketRun, ...] = ()
+        ctx, y_TO: Tensor, x_TD: Tensor, leaf: Tensor, pieces: tuple[Piece, ...], runs: tuple[TiledRun, ...] = ()
     ):
         out_TO = y_TO.clone()
         ctx.pieces, ctx.runs = pieces, runs

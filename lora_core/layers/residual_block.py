@@ -38,7 +38,7 @@ def _is_block(module: nn.Module, norms: set[int]) -> bool:
 @torch.no_grad()
 def _agrees(block: nn.Module) -> bool:
     weight = next(cast(nn.Module, block.input_layernorm).parameters())
-    numbers = torch.arange(CHECKED_TOKENS * weight.numel(), dtype=torch.float32)
+    numbers = torch.arange(CHECKED_TOKENS * weight.numel(), dtype=torch.float32, device=weight.device)
     x_TD = torch.sin(numbers * 0.7).view(1, CHECKED_TOKENS, -1).to(weight.dtype)
     with _stand_ins(block):
         expected = type(block).forward(block, x_TD)

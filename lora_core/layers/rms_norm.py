@@ -11,8 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lora_core.kernels.elementwise import add_rms_norm, rms_norm, rms_norm_backward
-from lora_core.kernels.numba_jit import array_of, runs_on
+from lora_core.kernels.on_device import has_kernels, kernels_of, memory_of
 from lora_core.layers.module_matching import eps_of
 from lora_core.packing.packed_batch import current_pack
 
@@ -31,7 +30,7 @@ Forward = Callable[..., Tensor]
 def faster_norms(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
     """Return the norms of `model` that can be patched, each with its new forward."""
     named = [(module, eps) for module in model.modules() if (eps := eps_of(module)) is not None]
-    found = [(module, eps) for module, eps in named if runs_on(next(module.parameters()))]
+    found = [(module, eps) for module, eps in named if has_kernels(next(module.parameters()))]
     return [(module, partial(forward_norm, module, eps)) for module, eps in found if _agrees(module, eps)]
 
 
@@ -39,7 +38,7 @@ def faster_norms(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
 def _agrees(module: nn.Module, eps: float) -> bool:
     """Return whether both give the same numbers, up to summation order, on values like those of hidden states."""
     weight = next(module.parameters())
-    numbers = torch.arange(CHECKED_TOKENS * weight.numel(), dtype=torch.float32)
+    numbers = torch.arange(CHECKED_TOKENS * weight.numel(), dtype=torch.float32, device=weight.device)
     x_TD = (torch.sin(numbers * 0.7) * 2).view(1, CHECKED_TOKENS, -1).to(weight.dtype)
     return same_numbers(type(module).forward(module, x_TD), RmsNorm.apply(x_TD, weight, eps))
 
@@ -67,8 +66,8 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float):
         x_TD = x_TD.contiguous()
-        y_TD, rate_T = torch.empty_like(x_TD), torch.empty(x_TD.numel() // len(weight_D))
-        rms_norm(_rows(x_TD), array_of(weight_D), eps, _rows(y_TD), array_of(rate_T))
+        y_TD, rate_T = torch.empty_like(x_TD), _rates(x_TD)
+        kernels_of(x_TD).rms_norm(_rows(x_TD), memory_of(weight_D), eps, _rows(y_TD), memory_of(rate_T))
         ctx.save_for_backward(x_TD, rate_T)
         ctx.weight_D = weight_D
         return y_TD
@@ -89,14 +88,15 @@ class AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float):
         x_TD = x_TD.contiguous()
-        y_TD, rate_T = torch.empty_like(x_TD), torch.empty(x_TD.numel() // len(weight_D))
-        weight, y, rate = array_of(weight_D), _rows(y_TD), array_of(rate_T)
+        y_TD, rate_T = torch.empty_like(x_TD), _rates(x_TD)
+        weight, y, rate = memory_of(weight_D), _rows(y_TD), memory_of(rate_T)
         if delta_TD is None:
             total_TD = x_TD.view_as(x_TD)
-            rms_norm(_rows(x_TD), weight, eps, y, rate)
+            kernels_of(x_TD).rms_norm(_rows(x_TD), weight, eps, y, rate)
         else:
             total_TD = torch.empty_like(x_TD)
-            add_rms_norm(_rows(x_TD), _rows(delta_TD.contiguous()), weight, eps, _rows(total_TD), y, rate)
+            parts = _rows(x_TD), _rows(delta_TD.contiguous()), weight, eps, _rows(total_TD), y, rate
+            kernels_of(x_TD).add_rms_norm(*parts)
         ctx.save_for_backward(total_TD, rate_T)
         ctx.weight_D, ctx.has_delta = weight_D, delta_TD is not None
         return total_TD, y_TD
@@ -113,11 +113,15 @@ def _gradient(x_TD: Tensor, rate_T: Tensor, weight_D: Tensor, dy_TD: Tensor, onw
     """Return rate · (g - x̂ · mean(g · x̂)) with g = w · dy and x̂ = rate · x, plus `onward_TD` if it is not None."""
     dx_TD = torch.empty_like(x_TD)
     onward = _rows(x_TD)[:0] if onward_TD is None else _rows(onward_TD.contiguous())
-    rows = _rows(x_TD), array_of(rate_T), array_of(weight_D), _rows(dy_TD.contiguous()), onward, _rows(dx_TD)
-    rms_norm_backward(*rows)
+    rows = _rows(x_TD), memory_of(rate_T), memory_of(weight_D), _rows(dy_TD.contiguous()), onward, _rows(dx_TD)
+    kernels_of(x_TD).rms_norm_backward(*rows)
     return dx_TD
 
 
 def _rows(x_TD: Tensor):
     """Return the memory of [..., D] as [T, D], for the kernels."""
-    return array_of(x_TD.view(-1, x_TD.shape[-1]))
+    return memory_of(x_TD.view(-1, x_TD.shape[-1]))
+
+
+def _rates(x_TD: Tensor) -> Tensor:
+    return torch.empty(x_TD.numel() // x_TD.shape[-1], device=x_TD.device)

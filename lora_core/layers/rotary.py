@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.errors import ANY_FAILURE
-from lora_core.kernels.elementwise import rotate
-from lora_core.kernels.numba_jit import array_of, flat_memory, runs_on
+from lora_core.kernels.on_device import flat_memory_of, has_kernels, kernels_of, memory_of
 from lora_core.packing.packed_batch import current_pack
 
 NAME = "apply_rotary_pos_emb"
@@ -74,7 +73,7 @@ def _forward(module: nn.Module, own: FunctionType, *args: Any, **kwargs: Any) ->
 
 
 def _check(original: Rotation, like: Tensor) -> RotaryCall:
-    whole, part = (runs_on(like) and _agrees(original, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
+    whole, part = (has_kernels(like) and _agrees(original, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
     return RotaryCall(original=original, whole=whole, part=part)
 
 
@@ -84,7 +83,7 @@ def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
 
     The test uses two query heads and one key head.
     """
-    numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32)
+    numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32, device=like.device)
     rows = torch.sin(numbers * 0.7).to(like.dtype).view(5, CHECKED_TOKENS, CHECKED_FEATURES)
     query, key = rows[:2][None], rows[2:3][None]
     cos, sin = (row[..., :num_rotated].contiguous() for row in (rows[3:4], rows[4:]))
@@ -110,10 +109,10 @@ def _rotated(
 
 
 def _fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Return whether there is one row of tokens on the CPU, in one dtype, with an even number of rotated features."""
+    """Return whether there is one row of tokens, in one dtype with kernels, with an even number of rotated features."""
     num_tokens, size = query.shape[-2:]
     return (
-        all(runs_on(tensor) and tensor.dtype == query.dtype for tensor in (query, key, cos, sin))
+        all(has_kernels(tensor) and tensor.dtype == query.dtype for tensor in (query, key, cos, sin))
         and (query.ndim, key.ndim, len(query), key.shape[-2:]) == (4, 4, 1, query.shape[-2:])
         and cos.shape == sin.shape == (1, num_tokens, cos.shape[-1])
         and cos.shape[-1] <= size
@@ -129,7 +128,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor):
-        ctx.angles = array_of(cos.reshape(-1)), array_of(sin.reshape(-1))
+        ctx.angles = memory_of(cos.reshape(-1)), memory_of(sin.reshape(-1))
         return _rotate_by(query, ctx.angles, backward=False), _rotate_by(key, ctx.angles, backward=False)
 
     @staticmethod
@@ -139,10 +138,10 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotate_by(heads: Tensor, angles: tuple[Any, Any], *, backward: bool) -> Tensor:
-    plain_HTE, numbers = flat_memory(heads.squeeze(0))
+    plain_HTE, numbers = flat_memory_of(heads.squeeze(0))
     num_heads, num_tokens, size = plain_HTE.shape
     head_stride, token_stride, _ = plain_HTE.stride()
     target_THE = heads.new_empty(num_tokens, num_heads, size)
-    into = array_of(target_THE.view(-1))
-    rotate(numbers, token_stride, head_stride, *angles, num_tokens, num_heads, size, backward, into)
+    into = memory_of(target_THE.view(-1))
+    kernels_of(heads).rotate(numbers, token_stride, head_stride, *angles, num_tokens, num_heads, size, backward, into)
     return target_THE.transpose(0, 1)[None]

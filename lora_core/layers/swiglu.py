@@ -7,13 +7,12 @@ a pack. Shape suffixes: T tokens, D features, F features of the gate.
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.kernels.elementwise import swiglu, swiglu_backward
-from lora_core.kernels.numba_jit import array_of, runs_on
+from lora_core.kernels.on_device import has_gpu_kernels, has_kernels, kernels_of, memory_of
 from lora_core.layers.module_matching import is_gated_mlp, kind_of
 from lora_core.layers.rms_norm import CHECKED_TOKENS, same_numbers
 from lora_core.packing.packed_batch import current_pack
@@ -33,15 +32,21 @@ def faster_mlps(model: nn.Module) -> list[tuple[nn.Module, Callable[[Tensor], Te
 
 
 def _is_replaceable(module: nn.Module) -> bool:
-    linears = [module.gate_proj, module.up_proj, module.down_proj] if is_gated_mlp(module) else []
-    return bool(linears) and all(type(linear) is nn.Linear and runs_on(linear.weight) for linear in linears)
+    linears: list[Any] = [module.gate_proj, module.up_proj, module.down_proj] if is_gated_mlp(module) else []
+    return bool(linears) and all(_is_readable(linear) or has_gpu_kernels(linear.weight) for linear in linears)
+
+
+def _is_readable(linear: Any) -> bool:
+    """Return whether a linear isn't quantized. On a CPU, only such MLPs are tested."""
+    return type(linear) is nn.Linear and has_kernels(linear.weight)
 
 
 @torch.no_grad()
 def _agrees(module: nn.Module) -> bool:
     gate = cast(nn.Linear, module.gate_proj)
-    numbers = torch.arange(CHECKED_TOKENS * gate.in_features, dtype=torch.float32)
-    x_TD = torch.sin(numbers * 0.7).view(1, CHECKED_TOKENS, -1).to(gate.weight.dtype)
+    numbers = torch.arange(CHECKED_TOKENS * gate.in_features, dtype=torch.float32, device=gate.weight.device)
+    dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.bfloat16
+    x_TD = torch.sin(numbers * 0.7).view(1, CHECKED_TOKENS, -1).to(dtype)
     return same_numbers(type(module).forward(module, x_TD), _forward(module, x_TD))
 
 
@@ -61,7 +66,7 @@ class SwiGlu(torch.autograd.Function):
     def forward(ctx, gate_TF: Tensor, up_TF: Tensor):
         gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
         y_TF = torch.empty_like(gate_TF)
-        swiglu(*(array_of(part.view(-1)) for part in (gate_TF, up_TF, y_TF)))
+        kernels_of(y_TF).swiglu(*(memory_of(part.view(-1)) for part in (gate_TF, up_TF, y_TF)))
         ctx.save_for_backward(gate_TF, up_TF)
         return y_TF
 
@@ -70,5 +75,5 @@ class SwiGlu(torch.autograd.Function):
         gate_TF, up_TF = ctx.saved_tensors
         dgate_TF, dup_TF = torch.empty_like(gate_TF), torch.empty_like(up_TF)
         parts = gate_TF, up_TF, grad_outputs[0].contiguous(), dgate_TF, dup_TF
-        swiglu_backward(*(array_of(part.view(-1)) for part in parts))
+        kernels_of(gate_TF).swiglu_backward(*(memory_of(part.view(-1)) for part in parts))
         return dgate_TF, dup_TF

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from lora_core.kernels import batch_invariant
 from lora_core.kernels.batch_invariant import ExactProducts
+from lora_core.kernels.on_device import has_kernels, on_gpu
 from lora_core.losses.cross_entropy import score_rows
 
 CHUNK_LABELS = 256
+GPU_CHUNK_LABELS = 1024
+"""Labels of a chunk where kernels overwrite plain bf16 logits, which take as many bytes as 256 labels otherwise."""
 LABEL_MULTIPLE = 32  # pads the last chunk so that exp and tanh use vector code for every element, whatever V is
 
 
@@ -115,8 +118,10 @@ def _score(
     weights_L = F.pad(weights_L, (0, filler)) if weights_L is not None else None
     smoothing_L = F.pad(smoothing_L, (0, filler)) if smoothing_L is not None else None
     losses, correct, gradients = [], [], []
-    for start in range(0, num_labels, CHUNK_LABELS):
-        chunk = slice(start, start + CHUNK_LABELS)
+    is_in_place = head.is_plain and on_gpu(h_LD) and has_kernels(h_LD)
+    step = GPU_CHUNK_LABELS if is_in_place else CHUNK_LABELS
+    for start in range(0, num_labels, step):
+        chunk = slice(start, start + step)
         smoothing_C = None if smoothing_L is None else smoothing_L[chunk]
         logits_CV = head.logits(h_LD[chunk]) if head.is_plain else head.logits(h_LD[chunk]).float()
         slope_CV = head.capping_slope(logits_CV) if weights_L is not None else None

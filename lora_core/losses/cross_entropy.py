@@ -1,8 +1,9 @@
 # pyright: basic
 """Cross-entropy of labels from their logits, and the gradient with respect to the logits.
 
-On a CPU compiled kernels read the logits in place. Elsewhere torch computes it with fp32 copies. It avoids
-log_softmax, which took ten times as long as exp and a sum on a CPU. Shape suffixes: C labels, V classes.
+Where the device has kernels (lora_core/kernels/on_device.py), they work in place. Elsewhere torch computes it with fp32
+copies. It avoids log_softmax, which took ten times as long as exp and a sum on a CPU. Shape suffixes: C labels, V
+classes.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_core.kernels.elementwise import logit_gradient, score_logits
-from lora_core.kernels.numba_jit import array_of, runs_on
+from lora_core.kernels.on_device import has_kernels, kernels_of, memory_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +31,17 @@ class ScoredRows:
 
     def gradient(self, weights_C: Tensor) -> Tensor:
         """Return weight · (softmax - (1 - ε) onehot - ε / V) in the logits' dtype. May overwrite the logits."""
-        if not runs_on(self.logits_CV):
+        if not has_kernels(self.logits_CV):
             return self._gradient_by_torch(weights_C)
-        logit_gradient(
-            array_of(self.logits_CV),
-            array_of(self.labels_C),
-            array_of(weights_C),
-            _smoothing(self.smoothing_C),
-            array_of(self.largest_C),
-            array_of(self.sums_C),
+        tensors = (
+            self.logits_CV,
+            self.labels_C,
+            weights_C,
+            _smoothing(self.smoothing_C, self.labels_C),
+            self.largest_C,
+            self.sums_C,
         )
+        kernels_of(self.logits_CV).logit_gradient(*map(memory_of, tensors))
         return self.logits_CV
 
     def _gradient_by_torch(self, weights_C: Tensor) -> Tensor:
@@ -57,12 +58,12 @@ class ScoredRows:
 
 def score_rows(logits_CV: Tensor, labels_C: Tensor, smoothing_C: Tensor | None) -> ScoredRows:
     """Score each label. `smoothing_C` is its ε (label smoothing). With ε = 0 the bits equal those without smoothing."""
-    if not runs_on(logits_CV):
+    if not has_kernels(logits_CV):
         return _score_by_torch(logits_CV, labels_C, smoothing_C)
-    losses_C, largest_C, sums_C = torch.empty(3, len(labels_C)).unbind()
-    correct_C = torch.empty(len(labels_C), dtype=torch.bool)
-    outputs = [array_of(of_labels) for of_labels in (losses_C, correct_C, largest_C, sums_C)]
-    score_logits(array_of(logits_CV), array_of(labels_C), _smoothing(smoothing_C), *outputs)
+    losses_C, largest_C, sums_C = torch.empty(3, len(labels_C), device=labels_C.device).unbind()
+    correct_C = torch.empty(len(labels_C), dtype=torch.bool, device=labels_C.device)
+    tensors = logits_CV, labels_C, _smoothing(smoothing_C, labels_C), losses_C, correct_C, largest_C, sums_C
+    kernels_of(logits_CV).score_logits(*map(memory_of, tensors))
     return ScoredRows(
         losses_C=losses_C,
         correct_C=correct_C,
@@ -94,5 +95,6 @@ def _score_by_torch(logits_CV: Tensor, labels_C: Tensor, smoothing_C: Tensor | N
     )
 
 
-def _smoothing(smoothing_C: Tensor | None):
-    return array_of(torch.empty(0) if smoothing_C is None else smoothing_C)
+def _smoothing(smoothing_C: Tensor | None, labels_C: Tensor) -> Tensor:
+    """Return the smoothing as the kernels take it: empty without any."""
+    return torch.empty(0, device=labels_C.device) if smoothing_C is None else smoothing_C

@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
 from lora_core.kernels.selection import Kernels
-from lora_core.runtime.counter_rng import coin_flips, uniform
+from lora_core.runtime.counter_rng import coin_flips, key_words, uniform
 
 ROW_MULTIPLE = 16
 
@@ -144,13 +146,25 @@ class DropoutKey:
 
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
         """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool."""
-        key = ("dropout", self.seed, self.step, self.slice_index, module)
-        flips = coin_flips(*key, count=like_TD.numel(), threshold=self.threshold)
+        flips = coin_flips(*self._key, module, count=like_TD.numel(), threshold=self.threshold)
         return torch.from_numpy(flips.view(np.uint8)).view(like_TD.shape).to(like_TD.device)
 
     def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
         """Return x / (fraction kept) where `keep_TD` is 1 and 0 elsewhere, as torch.nn.Dropout does."""
-        return x_TD * keep_TD.to(x_TD.dtype).mul_(65536 / self.threshold)
+        return x_TD * keep_TD.to(x_TD.dtype).mul_(self.keep_factor)
+
+    @property
+    def keep_factor(self) -> float:
+        return 65536 / self.threshold
+
+    def key_words(self, modules: Sequence[str]) -> NDArray[np.uint64]:
+        """Return the key of each module's random numbers, uint64 [number, 2], for kernels that generate the mask."""
+        return key_words(*self._key, endings=modules)
+
+    @property
+    def _key(self) -> tuple[int | str, ...]:
+        """The parts that the keys of all modules share."""
+        return ("dropout", self.seed, self.step, self.slice_index)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +265,7 @@ class PackedBatch:
         False  # activation checkpointing: the backward recomputes each block (layers/activation_checkpointing.py)
     )
     passage: BlockRange | None = None
+    plans: dict[int, Any] = field(default_factory=dict)  # of layers/tiled_lora.py, by the identity of `segments`
     kept: tuple[KeptKeys, ...] = ()  # KV cache per sequence in generation (forward/generation.py): tokens are new ones
 
     @property

@@ -36,7 +36,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path, capsys: pytest.
     }
     assert found.keys() == {"gpu_steady_state_toy", "gpu_kernels_toy", "gpu_tick_sizes_toy"}
     table = capsys.readouterr().out
-    for text in ("lorry over peft, 3 jobs", "MFU by the datasheet, 3 jobs", "recomputed blocks", "lora: loop"):
+    for text in ("lorry over peft, 3 jobs", "MFU by the datasheet, 3 jobs", "recomputed blocks"):
         assert text in table
     steady = found["gpu_steady_state_toy"]["repeats"]
     assert steady.keys() == {"lorry_1 job", "lorry_3 jobs", "peft", "matrix"}

@@ -1,7 +1,7 @@
 """A simulated device. Its tensors compute on the CPU and reject what tensors on a GPU reject.
 
 An operator rejects tensors of `pretend:0` mixed with CPU tensors, except where torch allows it: a tensor without
-dimensions, an index, and a copy. The backward runs in a separate thread. A grouped GEMM requires alignment as on a GPU.
+dimensions, an index, and a copy. The backward runs in a separate thread.
 Use it only in a dedicated process, because torch keeps the device registered.
 """
 
@@ -20,8 +20,6 @@ KIND = "pretend"
 DEVICE = f"{KIND}:0"
 MIXING = ("aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_to_copy")
 """Operators that accept a CPU tensor as one argument."""
-GROUPED = "aten::_grouped_mm"
-ALIGNMENT_BYTES = 16
 
 
 class OnDevice(Tensor):
@@ -106,8 +104,6 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         held_kwargs["device"] = torch.device("cpu")
     elif ours:
         _refuse_mixing(name, tensors)
-    if name == GROUPED:
-        _refuse_unaligned(args)
     held_args, held_kwargs = tree_map(_held, (args, held_kwargs))
     result = func(*held_args, **held_kwargs)
     if not is_ours:
@@ -127,10 +123,3 @@ def _refuse_mixing(name: str, tensors: list[Tensor]) -> None:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {name} got {shapes} on {DEVICE} and {others} on cpu"
         )
-
-
-def _refuse_unaligned(args: tuple[Any, ...]) -> None:
-    """CUTLASS reads 16 bytes at a time."""
-    for matrix in args[:2]:
-        if matrix.data_ptr() % ALIGNMENT_BYTES:
-            raise RuntimeError(f"a matrix {tuple(matrix.shape)} of a grouped GEMM starts at an unaligned address")

@@ -1,11 +1,92 @@
-"""The switches of torch that a device needs."""
+"""The kernels that a device gets, and the reason where it does not get the fastest."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from lora_core.kernels.selection import prepare_device
+from lora_core.base_model.model import BaseModel
+from lora_core.base_model.patching import Attachment
+from lora_core.kernels import selection
+from lora_core.kernels.gpu import elementwise_trial, trials
+from lora_core.kernels.selection import Kernels, choose_kernels, prepare_device
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose kernels agree with the references."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(trials, "why_lora_differs", lambda device, dtype: None)
+    monkeypatch.setattr(selection, "why_not_elementwise", lambda device: None)
+    monkeypatch.setattr(selection, "varlen_parameters", lambda: selection.VARLEN_PARAMETERS)
+
+
+def test_cpu_uses_the_loop_and_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "why_not_elementwise", lambda device: pytest.fail("a CPU was tried"))
+    monkeypatch.setattr(selection, "why_not_tiled", lambda device, dtype: pytest.fail("a CPU was tried"))
+
+    assert choose_kernels(torch.device("cpu"), torch.bfloat16) == Kernels(lora="loop", reasons=())
+
+
+def test_gpu_uses_the_fastest_kernels_if_they_agree(hopper: None) -> None:
+    assert choose_kernels(CUDA, torch.bfloat16) == Kernels(lora="tiled", attention="varlen", elementwise="compiled")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "disagreement", "lora", "reason"),
+    [
+        ((8, 0), torch.bfloat16, None, "tiled", None),
+        ((12, 0), torch.bfloat16, None, "tiled", None),
+        ((7, 5), torch.bfloat16, None, "loop", "compute capability 8.0, not 7.5"),
+        ((9, 0), torch.float32, None, "loop", "bfloat16"),
+        ((9, 0), torch.bfloat16, "dA differs", "loop", "dA differs"),
+    ],
+)
+def test_lora_is_tiled_if_the_kernels_agree_or_a_reason_is_reported(
+    hopper: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    disagreement: str | None,
+    lora: str,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(trials, "why_lora_differs", lambda device, dtype: disagreement)
+    monkeypatch.setattr(selection, "_why_no_varlen", lambda capability, dtype: None)
+
+    chosen = choose_kernels(CUDA, dtype)
+
+    assert chosen.lora == lora
+    assert [reason in given for given in chosen.reasons] == [True] if reason else not chosen.reasons
+
+
+def test_reason_for_slower_norms_is_logged_when_the_engine_attaches(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, load: Callable[..., BaseModel]
+) -> None:
+    monkeypatch.setattr(selection, "why_not_elementwise", lambda device: "RMSNorm differs")
+
+    chosen = choose_kernels(CUDA, torch.bfloat16)
+    Attachment(load("llama").model, Kernels(reasons=chosen.reasons)).detach()
+
+    assert chosen.elementwise == "eager"
+    assert "RMSNorm differs" in caplog.text
+
+
+def test_machine_without_triton_reports_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for module in ("segmented_lora", "elementwise", "optimizer"):
+        monkeypatch.delitem(sys.modules, f"lora_core.kernels.gpu.{module}", raising=False)
+    cpu = torch.device("cpu")
+
+    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_not_elementwise.__wrapped__(cpu)
+
+    assert all(reason is not None and "Triton is not installed" in reason for reason in reasons)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
 from lora_core.events import JobStepped
-from lora_core.kernels.selection import Kernels
 from lora_core.layers import activation_checkpointing
 from lora_core.layers.activation_checkpointing import ActivationMemory
 from tests.lora_core.scenarios import Submission, config, dataset
@@ -34,9 +33,9 @@ def jobs(family: str) -> dict[str, Submission]:
     }
 
 
-def trained(base: BaseModel, mode: str, kernels: Kernels | None = None) -> tuple[dict[str, Tensor], list[JobStepped]]:
+def trained(base: BaseModel, mode: str) -> tuple[dict[str, Tensor], list[JobStepped]]:
     """Return the final weights of each job and sorted steps, because timing affects which steps share a tick."""
-    base.attachment = Attachment(base.model, kernels)
+    base.attachment = Attachment(base.model)
     engine = Engine(base, EngineConfig(checkpoint_blocks=mode))  # pyright: ignore[reportArgumentType]
     for name, job in jobs(base.model.config.model_type).items():
         engine.admit(name, job.config, job.train)
@@ -79,15 +78,6 @@ def test_checkpointing_changes_no_bit(
     assert all(step.grad_norm > 0 for step in steps)
     for name, weights in kept.items():
         assert torch.equal(checkpointed[name], weights), name
-
-
-def test_grouped_segments_are_recomputed_with_the_same_bits(load: Callable[..., BaseModel]) -> None:
-    grouped = Kernels(lora="grouped_mm")
-
-    kept, _ = trained(load("llama", "bfloat16"), "never", grouped)
-    checkpointed, _ = trained(load("llama", "bfloat16"), "always", grouped)
-
-    assert all(torch.equal(checkpointed[name], weights) for name, weights in kept.items())
 
 
 def test_checkpointed_tick_saves_less_between_forward_and_backward(load: Callable[..., BaseModel]) -> None:

@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from lora_core.base_model.patching import Attachment
+from lora_core.kernels import elementwise
 from lora_core.kernels.selection import Kernels
 from lora_core.layers import rotary
 from lora_core.layers.rotary import Rotate, faster_rotations
@@ -107,7 +108,7 @@ def pack_of_one() -> PackedBatch:
 
 def test_only_a_running_pack_of_an_attached_model_uses_the_kernel(monkeypatch):
     calls: list[str] = []
-    monkeypatch.setattr(rotary, "rotate", lambda *_: calls.append("ours"))
+    monkeypatch.setattr(elementwise, "rotate", lambda *_: calls.append("ours"))
     original = modeling_llama.apply_rotary_pos_emb
     attached, neighbor = llama(), llama()
     monkeypatch.setattr(rotary, "_agrees", lambda *_: True)
@@ -152,7 +153,7 @@ def test_family_is_checked_with_its_rotated_part_of_a_head(monkeypatch, share, i
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES | {"rotary_pct": share})).requires_grad_(False).eval()
     Attachment(model)
     calls: list[str] = []
-    monkeypatch.setattr(rotary, "rotate", lambda *_: calls.append("ours"))
+    monkeypatch.setattr(elementwise, "rotate", lambda *_: calls.append("ours"))
 
     pass_of(model, pack_of_one())
 

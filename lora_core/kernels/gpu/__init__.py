@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices. Only tables.py can be imported without Triton."""

@@ -1,0 +1,146 @@
+# pyright: basic
+"""Trial of the elementwise, loss and optimizer kernels on a device, before they are used, against torch operations.
+
+Shape suffixes: T tokens, D features, C labels, V classes.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_core.kernels.gpu.optimizer_table import AdamwStep
+
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+"""Largest difference, as a fraction of the reference's largest number."""
+T, D, C, V = 5, 48, 3, 5000
+EAGER = "norms, gated activations, rotations, losses and optimizer steps run operation by operation"
+
+
+@cache
+def why_not_elementwise(device: torch.device) -> str | None:
+    """Return why the kernels of elementwise.py can't be used on this device, or None. Later calls read the result."""
+    try:
+        for dtype, tolerance in TOLERANCE.items():
+            for name, found, expected in _results(device, dtype):
+                difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+                if not difference <= tolerance:
+                    return f"{EAGER}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
+    except ImportError as error:
+        return f"{EAGER}: Triton is not installed ({error})"
+    except (RuntimeError, OSError, ValueError, TypeError, AssertionError, subprocess.SubprocessError) as error:
+        return f"{EAGER}: a Triton kernel failed ({str(error).strip().partition(chr(10))[0]})"
+    return None
+
+
+def _results(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the name of each result, what its kernel computes, and the reference."""
+    yield from _of_swiglu(device, dtype)
+    yield from _of_norm(device, dtype)
+    yield from _of_rotation(device, dtype)
+    yield from _of_loss(device, dtype)
+    yield from _of_step(device, dtype)
+
+
+def _of_swiglu(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lora_core.kernels.gpu import elementwise
+
+    gate, up, dy = (_numbers(T * D, seed, device).to(dtype) for seed in (1, 2, 3))
+    y, dgate, dup = (torch.empty_like(gate) for _ in range(3))
+    elementwise.swiglu(gate, up, y)
+    elementwise.swiglu_backward(gate, up, dy, dgate, dup)
+    wide = [_leaf(gate), _leaf(up)]
+    expected = F.silu(wide[0]) * wide[1]
+    expected.backward(dy.float())
+    yield "silu(gate) · up", y, expected.detach()
+    yield "the gradient of gate", dgate, _gradient(wide[0])
+    yield "the gradient of up", dup, _gradient(wide[1])
+
+
+def _of_norm(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lora_core.kernels.gpu import elementwise
+
+    x, delta, dy, onward = (_numbers(T * D, seed, device).view(T, D).to(dtype) for seed in (4, 5, 6, 7))
+    weight = _numbers(D, 8, device).to(dtype)
+    total, y, dx = (torch.empty_like(x) for _ in range(3))
+    rate = torch.empty(T, device=device)
+    elementwise.add_rms_norm(x, delta, weight, 1e-6, total, y, rate)
+    elementwise.rms_norm_backward(total, rate, weight, dy, onward, dx)
+    wide = _leaf(total)
+    expected = F.rms_norm(wide, (D,), weight.float(), 1e-6)
+    expected.backward(dy.float())
+    yield "the residual sum", total, x.float() + delta.float()
+    yield "RMSNorm", y, expected.detach()
+    yield "the gradient of RMSNorm", dx, _gradient(wide) + onward.float()
+
+
+def _of_rotation(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lora_core.kernels.gpu import elementwise
+
+    num_heads, size, rotated = 3, D // 3, 12
+    x = _numbers(T * D, 9, device).view(T, num_heads, size).to(dtype)
+    cos, sin = (_numbers(T * rotated, seed, device).to(dtype) for seed in (10, 11))
+    for backward in (False, True):
+        y = torch.empty_like(x)
+        elementwise.rotate(x, D, size, cos, sin, T, num_heads, size, backward, y)
+        low, high, rest = x.float().split([rotated // 2, rotated // 2, size - rotated], dim=-1)
+        c_low, c_high = cos.float().view(T, 1, rotated).chunk(2, dim=-1)
+        s_low, s_high = sin.float().view(T, 1, rotated).chunk(2, dim=-1)
+        if backward:
+            parts = low * c_low + high * s_high, high * c_high - low * s_low, rest
+        else:
+            parts = low * c_low - high * s_low, high * c_high + low * s_high, rest
+        yield f"the rotation, backward {backward},", y, torch.cat(parts, dim=-1)
+
+
+def _of_loss(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lora_core.kernels.gpu import elementwise
+
+    logits = 4 * _numbers(C * V, 12, device).view(C, V).to(dtype)
+    labels, weights = torch.arange(C, device=device) * 2000, _numbers(C, 13, device)
+    for epsilon in (0.0, 0.1):
+        smoothing = torch.full((C if epsilon else 0,), epsilon, device=device)
+        losses, largest, sums = (torch.empty(C, device=device) for _ in range(3))
+        correct = torch.empty(C, dtype=torch.bool, device=device)
+        wide = _leaf(logits)
+        expected = F.cross_entropy(wide, labels, reduction="none", label_smoothing=epsilon)
+        expected.backward(weights)
+        in_place = logits.clone()
+        elementwise.score_logits(in_place, labels, smoothing, losses, correct, largest, sums)
+        elementwise.logit_gradient(in_place, labels, weights, smoothing, largest, sums)
+        yield "cross-entropy", losses, expected.detach()
+        yield "the gradient of cross-entropy", in_place, _gradient(wide)
+
+
+def _of_step(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lora_core.kernels.gpu.optimizer import adamw, step_sizes
+
+    count, rate, decay, eps = 10_001, 1e-2, 0.1, 1e-8
+    p, g, m, v = (_numbers(count, seed, device) for seed in (14, 15, 16, 17))
+    v = v.square()
+    copy = None if dtype == torch.float32 else torch.empty(count, dtype=dtype, device=device)
+    yield "sizes of a step", step_sizes([(g, p, m)])[0], torch.stack([g.norm(), p.abs().max(), m.abs().max()])
+    new_m, new_v = 0.9 * m + 0.1 * (g / 2), 0.99 * v + 0.01 * (g / 2).square()
+    moved = (new_m / (1 - 0.9**3)) / ((new_v / (1 - 0.99**3)).sqrt() + eps)
+    expected = p * (1 - rate * decay) - rate * moved
+    options = {"beta1": 0.9, "beta2": 0.99, "eps": eps, "weight_decay": decay, "step": 3, "rate": rate}
+    adamw([AdamwStep(p=p, g=g, m=m, v=v, compute=copy, clip=0.5, plus=slice(0, 0), plus_rate=rate, **options)])
+    yield "a weight after a step", p if copy is None else copy, expected
+    yield "a moment after a step", torch.cat([m, v]), torch.cat([new_m, new_v])
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.float().clone().requires_grad_()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _numbers(count: int, seed: int, device: torch.device) -> Tensor:
+    """Return numbers between -1 and 1 that do not repeat."""
+    return torch.sin((torch.arange(count, dtype=torch.float64) + seed) ** 1.5 * 0.7).float().to(device)

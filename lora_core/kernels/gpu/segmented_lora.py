@@ -1,0 +1,245 @@
+# pyright: basic, reportIndexIssue=false, reportMissingImports=false
+"""LoRA over the segments of a pack as Triton kernels, forward and backward.
+
+h = scale·d(x) Aᵀ and dh = scale·dy B are `_shrink`, y += h Bᵀ and dx += d(dh A) are `_expand`, dB += dyᵀ h and
+dA += dhᵀ d(x) are `_accumulate`, with d for dropout. A program reads the rows of one segment in a fixed order, in tiles
+whose size doesn't depend on the pack. No sum uses atomic additions. So a job's bits don't depend on its packmates.
+Shape suffixes: M rows of a tile, K or N features of a tile, W padded rank, T tokens, D input and O output features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_core.kernels.gpu.tables import (
+    NUM_WORDS,
+    SPAN_WORDS,
+    TILE_ROWS,
+    TILE_WORDS,
+    WIDTHS,
+    WORD,
+    TileClass,
+    TileGroup,
+)
+
+ENTRY_WORDS = tl.constexpr(NUM_WORDS)
+WORDS_OF_TILE = tl.constexpr(TILE_WORDS)
+WORDS_OF_SPAN = tl.constexpr(SPAN_WORDS)
+A, B = tl.constexpr(WORD["a"]), tl.constexpr(WORD["b"])
+GRAD_A, GRAD_B = tl.constexpr(WORD["grad_a"]), tl.constexpr(WORD["grad_b"])
+RANK, TRAINED = tl.constexpr(WORD["rank"]), tl.constexpr(WORD["trained"])
+SCALE, FACTOR = tl.constexpr(WORD["scale"]), tl.constexpr(WORD["keep_factor"])
+THRESHOLD, KEY = tl.constexpr(WORD["threshold"]), tl.constexpr(WORD["key"])
+NUM_WARPS, NUM_STAGES = 4, 3
+
+
+def add_lora(y_TO: Tensor, x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
+    """Compute y += scale·d(x) Aᵀ Bᵀ in place for the group's rows. Returns h = scale·d(x) Aᵀ, [rows, W].
+
+    `entries` int64 [S · NUM_WORDS] are those of the linear. Rows of x and y must be contiguous.
+    """
+    h_tW = x_TD.new_empty(group.num_rows, group.kind.width)
+    shrink(h_tW, x_TD, entries, group, by_b=False)
+    expand(y_TO, h_tW, entries, group, by_b=True)
+    return h_tW
+
+
+def add_lora_gradients(
+    dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup
+) -> None:
+    """Accumulate dA and dB into the adapters, and the LoRA part of dx in place, unless `dx_TD` is None."""
+    dh_tW = torch.empty_like(h_tW)
+    shrink(dh_tW, dy_TO, entries, group, by_b=True)
+    accumulate(dy_TO, h_tW, entries, group, by_b=True)
+    accumulate(x_TD, dh_tW, entries, group, by_b=False)
+    if dx_TD is not None:
+        expand(dx_TD, dh_tW, entries, group, by_b=False)
+
+
+def shrink(h_tW: Tensor, x_TD: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
+    """Launch h = scale·d(x) Aᵀ, or h = scale·x B without dropout."""
+    constants = shrink_constants(group.kind, by_b=by_b)
+    _shrink[len(group.tiles),](x_TD, h_tW, entries, group.tiles, x_TD.shape[1], **constants)
+
+
+def expand(y_TO: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
+    """Launch y += h Bᵀ, or y += d(h A)."""
+    constants = expand_constants(group.kind, by_b=by_b)
+    grid = len(group.tiles), -(-y_TO.shape[1] // constants["N"])
+    _expand[grid](h_tW, y_TO, entries, group.tiles, y_TO.shape[1], **constants)
+
+
+def accumulate(x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
+    """Launch dB += xᵀ h, or dA += hᵀ d(x)."""
+    constants = accumulate_constants(group.kind, by_b=by_b)
+    grid = len(group.spans), -(-x_TD.shape[1] // constants["N"])
+    _accumulate[grid](x_TD, h_tW, entries, group.spans, x_TD.shape[1], **constants)
+
+
+def shrink_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
+    features = {"M": TILE_ROWS, "K": 128 if kind.width <= 32 else 64}
+    return features | _weight_constants(kind, by_b=by_b)
+
+
+def expand_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
+    features = {"M": TILE_ROWS, "N": 128 if kind.width <= 32 else 64}
+    return features | _weight_constants(kind, by_b=by_b)
+
+
+def accumulate_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
+    constants = {"T": TILE_ROWS, "N": 64, **_constants(kind, by_b=by_b)}
+    return constants | ({"num_warps": 2 * NUM_WARPS} if kind.width == WIDTHS[-1] else {})  # four would spill registers
+
+
+def _weight_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
+    """A is read along its features, and so in 16 bytes whatever its rank."""
+    return {"ALIGNED": kind.is_aligned or not by_b, **_constants(kind, by_b=by_b)}
+
+
+def _constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
+    """Return the constants of all kernels. B has no dropout.
+
+    Fusing a product and a sum is set here because its default depends on Triton's version.
+    """
+    return {
+        "W": kind.width,
+        "BY_B": by_b,
+        "DROPOUT": kind.has_dropout and not by_b,
+        "num_warps": NUM_WARPS,
+        "num_stages": NUM_STAGES,
+        "enable_fp_fusion": True,
+    }
+
+
+@triton.jit
+def _number(entry, WORD_OF_FIELD: tl.constexpr):
+    """Read a float64 of an entry as float32."""
+    return tl.load(entry + WORD_OF_FIELD).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _small(entry):
+    """Read a number of an entry as int32: addresses are computed from these, and 64 bits need twice the registers."""
+    return tl.load(entry).to(tl.int32)
+
+
+@triton.jit
+def _weights(entry, start, features_F, ranks_W, width, DTYPE: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load features start + F of A or B as [F, W], 0 outside. A is [rank, width] in memory, B is [width, rank]."""
+    rank = _small(entry + RANK)
+    if ALIGNED and BY_B:
+        rank = tl.multiple_of(rank, 8)
+    visible_FW = (start + features_F < width)[:, None] & (ranks_W < rank)[None, :]
+    address = tl.load(entry + (B if BY_B else A))
+    matrix = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    if BY_B:
+        places_FW = features_F[:, None] * rank + ranks_W[None, :]
+        return tl.load(matrix + start * rank + places_FW, mask=visible_FW, other=0.0)
+    places_FW = features_F[:, None] + ranks_W[None, :] * width
+    return tl.load(matrix + start + places_FW, mask=visible_FW, other=0.0)
+
+
+@triton.jit
+def _keep_factors(entry, tokens_M, start, width, M: tl.constexpr, K: tl.constexpr):
+    """Return the factors of dropout fp32 [M, K]: 0 for dropped elements, features start to start + K.
+
+    They are the numbers of lora_core/runtime/counter_rng.py: Philox-4x64 with 16 numbers in each block, in the order of
+    the elements of the segment.
+    """
+    first_M = ((tokens_M * width + start) >> 4) + 1  # NumPy increments the counter before the first block
+    blocks = (first_M[:, None] + tl.arange(0, K // 16)[None, :]).to(tl.uint64)
+    zeros = tl.zeros_like(blocks)
+    key, next_key = tl.load(entry + KEY).to(tl.uint64), tl.load(entry + KEY + 1).to(tl.uint64)
+    w0, w1, w2, w3 = tl.philox_impl(blocks, zeros, zeros, zeros, zeros + key, zeros + next_key)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (M, K // 4))
+    halves = tl.join((words & 0xFFFFFFFF).to(tl.uint32), (words >> 32).to(tl.uint32))
+    halves = tl.reshape(halves, (M, K // 2))
+    flips = tl.reshape(tl.join(halves & 0xFFFF, halves >> 16), (M, K)).to(tl.int32)
+    return tl.where(flips < tl.load(entry + THRESHOLD).to(tl.int32), _number(entry, FACTOR), 0.0)
+
+
+@triton.jit
+def _dropped(x_MK, entry, tokens_M, start, width, M: tl.constexpr, K: tl.constexpr):
+    """Return dropout(x) in the dtype of x, rounded as on a CPU: first the factor, then the product."""
+    factors = _keep_factors(entry, tokens_M, start, width, M, K).to(x_MK.dtype)
+    return (x_MK.to(tl.float32) * factors.to(tl.float32)).to(x_MK.dtype)
+
+
+@triton.jit
+def _shrink(
+    x, h, entries, tiles, width,
+    M: tl.constexpr, K: tl.constexpr, W: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * WORDS_OF_TILE
+    entry = entries + tl.load(tile) * ENTRY_WORDS
+    rows_M, features_K, ranks_W = tl.arange(0, M), tl.arange(0, K), tl.arange(0, W)
+    inside_M = rows_M < _small(tile + 2)
+    tokens_M = tl.load(tile + 4) + rows_M
+    x_tile, places_MK = x + tl.load(tile + 1) * width, rows_M[:, None] * width + features_K[None, :]
+    sums_MW = tl.zeros((M, W), tl.float32)
+    for start in range(0, width, K):
+        inside_MK = inside_M[:, None] & (start + features_K < width)[None, :]
+        x_MK = tl.load(x_tile + start + places_MK, mask=inside_MK, other=0.0)
+        if DROPOUT:
+            x_MK = _dropped(x_MK, entry, tokens_M, start, width, M, K)
+        weights_KW = _weights(entry, start, features_K, ranks_W, width, x.dtype.element_ty, BY_B, ALIGNED)
+        sums_MW = tl.dot(x_MK, weights_KW, sums_MW, input_precision="ieee")
+    h_MW = (sums_MW * _number(entry, SCALE)).to(h.dtype.element_ty)
+    h_tile = h + tl.load(tile + 3) * W
+    tl.store(h_tile + rows_M[:, None] * W + ranks_W[None, :], h_MW, mask=inside_M[:, None])
+
+
+@triton.jit
+def _expand(
+    h, y, entries, tiles, width,
+    M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * WORDS_OF_TILE
+    entry = entries + tl.load(tile) * ENTRY_WORDS
+    start = tl.program_id(1) * N
+    rows_M, features_N, ranks_W = tl.arange(0, M), tl.arange(0, N), tl.arange(0, W)
+    inside_M = rows_M < _small(tile + 2)
+    h_tile = h + tl.load(tile + 3) * W
+    h_MW = tl.load(h_tile + rows_M[:, None] * W + ranks_W[None, :], mask=inside_M[:, None], other=0.0)
+    weights_NW = _weights(entry, start, features_N, ranks_W, width, h.dtype.element_ty, BY_B, ALIGNED)
+    added_MN = tl.dot(h_MW, tl.trans(weights_NW), input_precision="ieee")
+    if DROPOUT:
+        factors = _keep_factors(entry, tl.load(tile + 4) + rows_M, start, width, M, N).to(y.dtype.element_ty)
+        added_MN *= factors.to(tl.float32)
+    places_MN = y + tl.load(tile + 1) * width + start + (rows_M[:, None] * width + features_N[None, :])
+    inside_MN = inside_M[:, None] & (start + features_N < width)[None, :]
+    y_MN = tl.load(places_MN, mask=inside_MN, other=0.0).to(tl.float32) + added_MN
+    tl.store(places_MN, y_MN.to(y.dtype.element_ty), mask=inside_MN)
+
+
+@triton.jit
+def _accumulate(
+    x, h, entries, spans, width,
+    T: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BY_B: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    span = spans + tl.program_id(0) * WORDS_OF_SPAN
+    entry = entries + tl.load(span) * ENTRY_WORDS
+    first, num_tokens = tl.load(span + 1), _small(span + 2) - _small(span + 1)
+    start = tl.program_id(1) * N
+    rows_T, features_N, ranks_W = tl.arange(0, T), tl.arange(0, N), tl.arange(0, W)
+    inside_N = start + features_N < width
+    places_TN, places_TW = rows_T[:, None] * width + features_N[None, :], rows_T[:, None] * W + ranks_W[None, :]
+    h_span = h + tl.load(span + 3) * W
+    sums_NW = tl.zeros((N, W), tl.float32)
+    for token in range(0, num_tokens, T):
+        here_T = token + rows_T < num_tokens
+        x_tile = x + (first + token) * width + start
+        x_TN = tl.load(x_tile + places_TN, mask=here_T[:, None] & inside_N[None, :], other=0.0)
+        if DROPOUT:
+            x_TN = _dropped(x_TN, entry, token + rows_T.to(tl.int64), start, width, T, N)
+        h_TW = tl.load(h_span + token * W + places_TW, mask=here_T[:, None], other=0.0)
+        sums_NW = tl.dot(tl.trans(x_TN), h_TW, sums_NW, input_precision="ieee")
+    trained = _small(entry + TRAINED)
+    gradient = tl.load(entry + (GRAD_B if BY_B else GRAD_A)).to(tl.pointer_type(tl.float32))
+    if BY_B:
+        places_NW = gradient + start * trained + (features_N[:, None] * trained + ranks_W[None, :])
+    else:
+        places_NW = gradient + start + (features_N[:, None] + ranks_W[None, :] * width)
+    inside_NW = inside_N[:, None] & (ranks_W < trained)[None, :]
+    tl.store(places_NW, tl.load(places_NW, mask=inside_NW, other=0.0) + sums_NW, mask=inside_NW)

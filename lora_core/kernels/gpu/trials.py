@@ -1,0 +1,150 @@
+# pyright: basic
+"""Trials of the Triton kernels on a device, before an engine uses them. A kernel must give the reference's results.
+
+Shape suffixes: T tokens, t tokens of a segment, D input features, O output features, R rank.
+"""
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_core.kernels.gpu.tables import ENTRY, TileGroup, class_of, tiles_and_spans, upload
+from lora_core.kernels.gpu.tiled_run import TiledRun
+
+AMPERE = (8, 0)
+"""Minimum compute capability: earlier ones do not multiply bfloat16."""
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+"""Largest difference, as a fraction of the reference's largest number."""
+D, O = 96, 80  # noqa: E741
+LOOP = "LoRA runs segment by segment"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialSegment:
+    """A segment with its random adapter. Without a threshold it has no dropout."""
+
+    start: int
+    stop: int
+    a_RD: Tensor
+    b_OR: Tensor
+    grad_a_RD: Tensor
+    grad_b_OR: Tensor
+    scale: float
+    threshold: int
+    key: tuple[int, int]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def keep_factor(self) -> float:
+        return 65536 / self.threshold if self.threshold else 1.0
+
+    def kept_tD(self) -> Tensor:
+        """Return the factors of dropout."""
+        like_tD = self.a_RD.new_ones(self.stop - self.start, D)
+        if not self.threshold:
+            return like_tD
+        words = np.random.Philox(key=np.array(self.key, np.uint64)).random_raw(-(-like_tD.numel() // 4))
+        flips = np.asarray(words, np.uint64).view(np.uint16)[: like_tD.numel()] < self.threshold
+        return like_tD * torch.from_numpy(flips).view(like_tD.shape).to(like_tD) * self.keep_factor
+
+
+def why_not_tiled(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels of segmented_lora.py can't be used on this CUDA device, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    if dtype != torch.bfloat16:
+        return f"{LOOP}: the kernels need bfloat16, but the base model has {dtype}"
+    if capability < AMPERE:
+        return f"{LOOP}: the kernels need compute capability 8.0, not {capability[0]}.{capability[1]}"
+    return why_lora_differs(device, dtype)
+
+
+def why_lora_differs(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return how the kernels differ from the reference on this device, or None if they agree."""
+    try:
+        for ranks, thresholds in (((16, 8), (0, 0)), ((12, 4), (60_000, 30_000))):
+            worst = _worst(_segments(ranks, thresholds, device, dtype), device, dtype)
+            for name, difference in worst.items():
+                if not difference <= TOLERANCE[dtype]:
+                    return f"{LOOP}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
+    except ImportError as error:
+        return f"{LOOP}: Triton is not installed ({error})"
+    except (RuntimeError, OSError, ValueError, TypeError, AssertionError, subprocess.SubprocessError) as error:
+        return f"{LOOP}: a Triton kernel failed ({str(error).strip().partition(chr(10))[0]})"
+    return None
+
+
+def _segments(
+    ranks: Sequence[int], thresholds: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> list[TrialSegment]:
+    """Return two segments, one of which has more rows than a tile."""
+    bounds = ((0, 7), (7, 80))
+    return [
+        TrialSegment(
+            start=start,
+            stop=stop,
+            a_RD=_numbers(rank, D, device).to(dtype),
+            b_OR=_numbers(O, rank, device).to(dtype),
+            grad_a_RD=torch.ones(rank, D, device=device),
+            grad_b_OR=torch.ones(O, rank, device=device),
+            scale=0.5 + index,
+            threshold=threshold,
+            key=(2**63 + index, 17),
+        )
+        for index, ((start, stop), rank, threshold) in enumerate(zip(bounds, ranks, thresholds, strict=True))
+    ]
+
+
+def _worst(segments: Sequence[TrialSegment], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Return the largest difference of each result."""
+    T = segments[-1].stop
+    x_TD, dy_TO = _numbers(T, D, device).to(dtype), _numbers(T, O, device).to(dtype)
+    expected = {"y": dy_TO.float().clone(), "dx": x_TD.float().clone()}
+    y_TO, dx_TD = dy_TO.clone(), x_TD.clone()
+    gradients: list[tuple[Tensor, Tensor]] = []
+    for part in segments:
+        a_RD, b_OR, kept_tD = part.a_RD.float(), part.b_OR.float(), part.kept_tD().float()
+        d_tD, dy_tO = x_TD[part.rows].float() * kept_tD, dy_TO[part.rows].float()
+        expected["y"][part.rows] += part.scale * d_tD @ a_RD.T @ b_OR.T
+        expected["dx"][part.rows] += part.scale * (dy_tO @ b_OR @ a_RD) * kept_tD
+        da_RD, db_OR = part.scale * (dy_tO @ b_OR).T @ d_tD, part.scale * dy_tO.T @ (d_tD @ a_RD.T)
+        gradients.append((part.grad_a_RD + da_RD, part.grad_b_OR + db_OR))
+    run = _run_of(segments, device)
+    h_tW = run.add(y_TO, x_TD)
+    run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
+    worst = {name: _difference(found, expected[name]) for name, found in (("y", y_TO), ("dx", dx_TD))}
+    for part, (da_RD, db_OR) in zip(segments, gradients, strict=True):
+        worst["dA"] = max(worst.get("dA", 0.0), _difference(part.grad_a_RD, da_RD))
+        worst["dB"] = max(worst.get("dB", 0.0), _difference(part.grad_b_OR, db_OR))
+    return worst
+
+
+def _run_of(segments: Sequence[TrialSegment], device: torch.device) -> TiledRun:
+    entries = np.zeros(len(segments), ENTRY)
+    for index, part in enumerate(segments):
+        matrices = (part.a_RD, part.b_OR, part.grad_a_RD, part.grad_b_OR)
+        addresses = tuple(matrix.data_ptr() for matrix in matrices)
+        rank = len(part.a_RD)
+        entries[index] = (*addresses, rank, rank, part.scale, part.threshold, part.keep_factor, 0, part.key)
+    spans = [(index, part.start, part.stop) for index, part in enumerate(segments)]
+    uploaded, tiles, rows = upload([entries.view(np.int64), *tiles_and_spans(spans)], device)
+    kind = class_of(max(len(part.a_RD) for part in segments), has_dropout=bool(segments[0].threshold))
+    group = TileGroup(kind=kind, tiles=tiles, spans=rows, num_rows=segments[-1].stop)
+    return TiledRun(entries=uploaded, group=group)
+
+
+def _numbers(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return numbers between -1 and 1 that do not repeat."""
+    return (
+        torch.sin(torch.arange(rows * columns, dtype=torch.float64) ** 1.5 * 0.7).view(rows, columns).float().to(device)
+    )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,131 @@
+"""The elementwise and loss kernels of a GPU give the results of a CPU's, and so does a model that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_core.base_model.model import BaseModel
+from lora_core.base_model.patching import Attachment
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.kernels import elementwise as on_cpu
+from lora_core.kernels.gpu import elementwise as on_cuda
+from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
+from lora_core.kernels.numba_jit import array_of
+from tests.lora_core.kernels.gpu.packs import numbers
+from tests.lora_core.scenarios import config, dataset
+
+T, D, C, V = 5, 80, 3, 5000
+
+
+def assert_equal_results(name: str, inputs: list[Any], outputs: list[Tensor]) -> None:
+    """Run a kernel of each device in fp32: the interpreter rounds to bf16 toward zero, other than a device."""
+    expected, found = ([output.clone() for output in outputs] for _ in range(2))
+
+    getattr(on_cpu, name)(*[array_of(part) if isinstance(part, Tensor) else part for part in [*inputs, *expected]])
+    getattr(on_cuda, name)(*inputs, *found)
+
+    for reference, output in zip(expected, found, strict=True):
+        torch.testing.assert_close(output, reference, rtol=2e-6, atol=1e-6)
+
+
+def test_gated_activation_and_its_gradient() -> None:
+    gate, up, dy = (3 * numbers(seed, 1, 1500)[0] for seed in (1, 2, 3))
+    empty = torch.empty_like(gate)
+
+    assert_equal_results("swiglu", [gate, up], [empty])
+    assert_equal_results("swiglu_backward", [gate, up, dy], [empty, empty])
+
+
+def test_norm_with_and_without_a_residual_sum_and_its_gradient() -> None:
+    x, delta, dy, onward = (numbers(seed, T, D) for seed in (1, 2, 3, 4))
+    weight, rate, empty = numbers(5, 1, D)[0], torch.rand(T) + 0.5, torch.empty_like(x)
+
+    assert_equal_results("rms_norm", [x, weight, 1e-5], [empty, rate])
+    assert_equal_results("add_rms_norm", [x, delta, weight, 1e-5], [empty, empty, rate])
+    assert_equal_results("rms_norm_backward", [x, rate, weight, dy, onward], [empty])
+    assert_equal_results("rms_norm_backward", [x, rate, weight, dy, onward[:0]], [empty])
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("rotated", [16, 6])
+def test_rotation_of_whole_heads_and_of_parts(backward: bool, rotated: int) -> None:
+    num_heads, size, gap = 3, 16, 4
+    source = numbers(1, T, num_heads * (size + gap)).flatten()  # heads are apart, as in a fused projection
+    cos, sin = (numbers(seed, 1, T * rotated)[0] for seed in (2, 3))
+    strides = num_heads * (size + gap), size + gap
+    empty = torch.empty(T * num_heads * size)
+
+    assert_equal_results("rotate", [source, *strides, cos, sin, T, num_heads, size, backward], [empty])
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_cross_entropy_and_its_gradient_in_place(smoothed: bool) -> None:
+    logits, weights = 5 * numbers(1, C, V), torch.tensor([0.5, 1.0, 2.0])
+    labels = torch.tensor([4999, 17, int(logits[2].argmax())])
+    smoothing = torch.tensor([0.0, 0.1, 0.2]) if smoothed else torch.empty(0)
+    outputs = [torch.empty(C), torch.empty(C, dtype=torch.bool), torch.empty(C), torch.empty(C)]
+
+    assert_equal_results("score_logits", [logits, labels, smoothing], outputs)
+    on_cpu.score_logits(*map(array_of, [logits, labels, smoothing, *outputs]))
+    in_place, expected = logits.clone(), logits.clone()
+    _, correct, largest, sums = outputs
+    on_cuda.logit_gradient(in_place, labels, weights, smoothing, largest, sums)
+    on_cpu.logit_gradient(*map(array_of, [expected, labels, weights, smoothing, largest, sums]))
+
+    assert correct.tolist() == [False, False, True]
+    torch.testing.assert_close(in_place, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_rows_do_not_depend_on_other_rows() -> None:
+    x, weight = numbers(1, T, D), numbers(2, 1, D)[0]
+    together, alone, rates = torch.empty_like(x), torch.empty_like(x), torch.empty(T)
+    on_cuda.rms_norm(x, weight, 1e-6, together, rates)
+
+    for row in range(T):
+        on_cuda.rms_norm(x[row : row + 1], weight, 1e-6, alone[row : row + 1], rates)
+
+    assert torch.equal(alone, together)
+
+
+def test_trial_accepts_the_kernels_and_names_the_one_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, cpu = why_not_elementwise.__wrapped__, torch.device("cpu")
+
+    assert trial(cpu) is None
+
+    monkeypatch.setattr(on_cuda, "logit_gradient", lambda *_: None)
+    reason = trial(cpu)
+    assert reason is not None
+    assert "the gradient of cross-entropy of the Triton kernels differs" in reason
+
+
+def test_model_with_these_kernels_trains_like_one_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., BaseModel]
+) -> None:
+    expected = trained(load("llama"))
+    ran: set[str] = set()
+    for name in ("swiglu", "add_rms_norm", "rms_norm_backward", "rotate", "score_logits", "logit_gradient"):
+        original = getattr(on_cuda, name)
+        monkeypatch.setattr(on_cuda, name, lambda *args, name=name, run=original: (ran.add(name), run(*args)))
+    monkeypatch.setattr("lora_core.engine.engine.measure_invariance", lambda base, lanes: "allclose")
+    monkeypatch.setattr("lora_core.kernels.on_device.on_gpu", lambda tensor: True)
+
+    found = trained(load("llama"))
+
+    assert len(ran) == 6
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def trained(base: BaseModel) -> Tensor:
+    """Return the weights of a job after two steps."""
+    base.attachment = Attachment(base.model)
+    engine = Engine(base, EngineConfig())
+    engine.admit("job", config(seed=1, num_steps=2), dataset(1, [7, 12]))
+    while not engine.idle:
+        engine.tick()
+    return engine._jobs["job"].adapter.p.clone()
