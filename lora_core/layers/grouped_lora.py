@@ -13,10 +13,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lora_core.adapter.flat_adapter import SiteViews
+from lora_core.runtime.transfers import upload
 
 if TYPE_CHECKING:
     from lora_core.layers.lora_linear import Piece
@@ -71,7 +73,8 @@ class BucketRun:
     def add(self, y_TO: Tensor, x_TD: Tensor) -> Tensor:
         """Compute y += scale·x Aᵀ Bᵀ in place. Returns h = scale·x Aᵀ, [t, W], for the backward."""
         h_tW = grouped(x_TD[self.rows], self.stacks.a_GWD.transpose(1, 2), self.layout).mul_(self.layout.scales_t1)
-        y_TO[self.rows] += grouped(h_tW, self.stacks.b_GOW.transpose(1, 2), self.layout)
+        # Not +=, which copies the slice onto itself afterwards.
+        y_TO[self.rows].add_(grouped(h_tW, self.stacks.b_GOW.transpose(1, 2), self.layout))
         return h_tW
 
     def add_gradients(self, dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor) -> None:
@@ -79,15 +82,17 @@ class BucketRun:
         x_tD, dy_tO = x_TD[self.rows], dy_TO[self.rows]
         dh_tW = grouped(dy_tO, self.stacks.b_GOW, self.layout).mul_(self.layout.scales_t1)
         _accumulate(
-            [(None if group.views is None else group.views.grad_b_OR.T) for group in self.groups],
-            grouped(dy_tO.T, h_tW, self.layout).transpose(1, 2),
+            [(None if group.views is None else group.views.grad_b_OR) for group in self.groups],
+            grouped(dy_tO.T, h_tW, self.layout),
+            rank_dim=1,
         )
         _accumulate(
             [(None if group.views is None else group.views.grad_a_RD) for group in self.groups],
             grouped(dh_tW.T, x_tD, self.layout),
+            rank_dim=0,
         )
         if dx_TD is not None:
-            dx_TD[self.rows] += grouped(dh_tW, self.stacks.a_GWD, self.layout)
+            dx_TD[self.rows].add_(grouped(dh_tW, self.stacks.a_GWD, self.layout))
 
 
 def grouped(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
@@ -99,15 +104,21 @@ def grouped(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
     return (product or torch._grouped_mm)(left, right, offs=layout.ends_G)  # pyright: ignore
 
 
-def _accumulate(gradients: list[Tensor | None], products_GRN: Tensor) -> None:
-    """Add to each gradient its group's product without padding, rounded to the compute dtype first, as in the loop."""
-    wide_GRN = products_GRN.to(torch.float32)
-    pairs = [
-        (gradient, wide_RN[: len(gradient)])
-        for gradient, wide_RN in zip(gradients, wide_GRN, strict=True)
+def _accumulate(gradients: list[Tensor | None], products_GMN: Tensor, *, rank_dim: int) -> None:
+    """Add to each gradient its group's product without padding, rounded to the compute dtype first, as in the loop.
+
+    The padding is cut off while the products are widened, as far as no gradient needs it: `_foreach_add_` takes one
+    launch for all gradients only if each has the strides of its product.
+    """
+    present = [gradient for gradient in gradients if gradient is not None]
+    rank = max(gradient.shape[rank_dim] for gradient in present)
+    wide_GMN = products_GMN.narrow(rank_dim + 1, 0, rank).to(torch.float32, memory_format=torch.contiguous_format)
+    products = [
+        wide_MN.narrow(rank_dim, 0, gradient.shape[rank_dim])
+        for gradient, wide_MN in zip(gradients, wide_GMN.unbind(), strict=True)
         if gradient is not None
     ]
-    torch._foreach_add_(*map(list, zip(*pairs, strict=True)))  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(present, products)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class GroupedLora:
@@ -184,9 +195,10 @@ def width_of(rank: int) -> int:
 
 
 def stack(groups: Sequence[RankBucket], width: int) -> Stacks:
-    """Return the padded weights of the groups. Takes two launches for any number of groups."""
+    """Return the padded weights of the groups. Takes two launches for any number of groups, and two for padding."""
     like = next(group.views for group in groups if group.views is not None)
-    zeros_WD, zeros_OW = like.a_RD.new_zeros(width, like.a_RD.shape[1]), like.b_OR.new_zeros(len(like.b_OR), width)
+    most = width - min(group.rank for group in groups)
+    zeros_WD, zeros_OW = like.a_RD.new_zeros(most, like.a_RD.shape[1]), like.b_OR.new_zeros(len(like.b_OR), most)
     a_parts: list[Tensor] = []
     b_parts: list[Tensor] = []
     for group in groups:
@@ -194,8 +206,9 @@ def stack(groups: Sequence[RankBucket], width: int) -> Stacks:
         if group.views is not None:
             a_parts.append(group.views.a_RD)
             b_parts.append(group.views.b_OR)
-        a_parts.append(zeros_WD[:padding])
-        b_parts.append(zeros_OW[:, :padding])
+        if padding:
+            a_parts.append(zeros_WD[:padding])
+            b_parts.append(zeros_OW[:, :padding])
     return Stacks(
         a_GWD=torch.cat(a_parts).view(len(groups), width, -1),
         b_GOW=torch.cat(b_parts, dim=1).view(-1, len(groups), width).transpose(0, 1),
@@ -206,12 +219,9 @@ def stack(groups: Sequence[RankBucket], width: int) -> Stacks:
 def layout_of(spans: tuple[tuple[int, float], ...], device: str) -> Layout:
     """Return the layout of groups with these (length, scale). Cached, since nearly all linears of a tick share one."""
     lengths, scales = zip(*spans, strict=True)
-    lengths_G = torch.tensor(lengths, device=device)
-    scales_G = torch.tensor(scales, dtype=torch.float32, device=device)
-    return Layout(
-        ends_G=lengths_G.cumsum(0).to(torch.int32),
-        scales_t1=scales_G.repeat_interleave(lengths_G, output_size=sum(lengths))[:, None],
-    )
+    scales_t = np.repeat(np.array(scales, np.float32), lengths)
+    ends_G, scales_t1 = upload([np.cumsum(lengths, dtype=np.int32), scales_t[:, None]], device)
+    return Layout(ends_G=ends_G, scales_t1=scales_t1)
 
 
 def _is_aligned(views: SiteViews) -> bool:
