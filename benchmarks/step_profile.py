@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lora_core.base_model.model import BaseModel
 from lora_core.layers.attention.dense_cpu import MatrixAttention
-from lora_core.layers.compiled_elementwise import FusedNorm, FusedSwiglu
+from lora_core.layers.compiled_elementwise import FusedNorm, FusedRotate, FusedSwiglu
 from lora_core.layers.rms_norm import AddRmsNorm, RmsNorm
 from lora_core.layers.rotary import Rotate
 from lora_core.layers.swiglu import SwiGlu
@@ -42,7 +42,7 @@ BY_FUNCTION = {
     "packed_attention": "attention",
     "apply_rotary_pos_emb": "RoPE",
     "loss_by_head": "head and loss",
-    "gradient_norm": "optimizer",
+    "step_sizes": "optimizer",
     "stays_finite": "optimizer",
     "optimizer_step": "optimizer",
     "build_pack": "data and bookkeeping",
@@ -55,6 +55,7 @@ BY_NODE = {
     SwiGlu.__name__: "gated activation",
     FusedSwiglu.__name__: "gated activation",
     Rotate.__name__: "RoPE",
+    FusedRotate.__name__: "RoPE",
     MatrixAttention.__name__: "attention",
 }
 """Autograd functions that Lorry's patched blocks call directly, so that no module or global name can get a range. The

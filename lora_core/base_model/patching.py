@@ -28,7 +28,7 @@ from lora_core.kernels.batch_invariant import ExactProducts, own_forward
 from lora_core.kernels.selection import Kernels, choose_kernels
 from lora_core.layers.activation_checkpointing import blocks_of, checkpointed
 from lora_core.layers.attention import packed
-from lora_core.layers.compiled_elementwise import fused_parts
+from lora_core.layers.compiled_elementwise import FusedRotate, fused_parts
 from lora_core.layers.embeddings import forward_embedding, forward_embedding_watched
 from lora_core.layers.fused_projections import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.layers.grouped_lora import GroupedLora
@@ -153,7 +153,8 @@ class Attachment:
         self._siblings = {} if is_sharded else find_siblings(self.linears)
         self.leaf = torch.zeros((), device=model.device, requires_grad=True)
         faster = [] if is_sharded else _faster_parts(model, self.kernels)
-        self._parts = [*faster, *faster_rotations(model), *rotations_by_length(model)]
+        rotation = FusedRotate if self.kernels.elementwise == "compiled" else None
+        self._parts = [*faster, *faster_rotations(model, rotation), *rotations_by_length(model)]
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()

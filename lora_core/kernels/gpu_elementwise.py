@@ -1,8 +1,8 @@
 # pyright: basic
-"""RMSNorm and gated activation with their gradients, which torch.compile turns into one GPU kernel each.
+"""RMSNorm, gated activation and rotation with their gradients, which torch.compile turns into one GPU kernel each.
 
 A compiled kernel keeps fp32 intermediates that eager operations would round, so the bits differ from eager mode.
-Shape suffixes: T tokens, D features, F features of the gate.
+Shape suffixes: T tokens, D features, F features of the gate, H heads, E features of a head.
 """
 
 from collections.abc import Callable
@@ -56,3 +56,36 @@ def swiglu_backward(dy_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tens
     sigmoid = torch.sigmoid(gate)
     dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
     return dgate.to(gate_TF.dtype), (dy * gate * sigmoid).to(up_TF.dtype)
+
+
+def rotate(x_1HTE: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+    """Return RoPE (arXiv 2104.09864) of the first D features x of each head: x · cos + (-x₂, x₁) · sin.
+
+    x₁ and x₂ are the halves of x. The result is stored token by token, as attention and the projections read it.
+    """
+    first, second, cos, sin = _by_token(x_1HTE, cos_1TD, sin_1TD)
+    half = first.shape[-1]
+    low = first * cos[..., :half] - second * sin[..., :half]
+    high = second * cos[..., half:] + first * sin[..., half:]
+    return _by_head(low, high, x_1HTE)
+
+
+def rotate_backward(dy_1HTE: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+    """Return dx of `rotate`, stored token by token."""
+    low, high, cos, sin = _by_token(dy_1HTE, cos_1TD, sin_1TD)
+    half = low.shape[-1]
+    first = low * cos[..., :half] + high * sin[..., half:]
+    second = high * cos[..., half:] - low * sin[..., :half]
+    return _by_head(first, second, dy_1HTE)
+
+
+def _by_token(x_1HTE: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return both halves of the rotated features, [1, T, H, D / 2], and the angles, [1, T, 1, D], all fp32."""
+    first, second = x_1HTE.transpose(1, 2)[..., : cos_1TD.shape[-1]].float().chunk(2, dim=-1)
+    return first, second, cos_1TD.float()[:, :, None], sin_1TD.float()[:, :, None]
+
+
+def _by_head(first: Tensor, second: Tensor, x_1HTE: Tensor) -> Tensor:
+    """Return both halves and the features that are not rotated."""
+    rest = x_1HTE.transpose(1, 2)[..., 2 * first.shape[-1] :]
+    return torch.cat([first.to(rest.dtype), second.to(rest.dtype), rest], dim=-1).transpose(1, 2)

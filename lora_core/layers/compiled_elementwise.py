@@ -1,5 +1,5 @@
 # pyright: basic
-"""RMSNorm and gated activation for a GPU, with a custom backward, each compiled by torch into one kernel.
+"""RMSNorm, gated activation and rotation for a GPU, with a custom backward, each compiled by torch into one kernel.
 
 A module is recognized by its class and children. Its `forward` is patched on the instance only if a trial gives the
 library's result up to rounding, as in rms_norm.py. Shape suffixes: T tokens, D features, F features of the gate.
@@ -17,6 +17,8 @@ from lora_core.kernels.gpu_elementwise import (
     compiled,
     rms_norm,
     rms_norm_backward,
+    rotate,
+    rotate_backward,
     swiglu,
     swiglu_backward,
 )
@@ -97,3 +99,18 @@ class FusedSwiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
         return compiled(swiglu_backward)(grad_outputs[0], *ctx.saved_tensors)
+
+
+class FusedRotate(torch.autograd.Function):
+    """Rotates query [1, H, T, E] and key [1, K, T, E] by cos and sin [1, T, D], which get no gradient (rotary.py)."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor):
+        ctx.save_for_backward(cos, sin)
+        return compiled(rotate)(query, cos, sin), compiled(rotate)(key, cos, sin)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        cos, sin = ctx.saved_tensors  # once: a checkpointed block recomputes them here
+        query, key = (compiled(rotate_backward)(gradient, cos, sin) for gradient in grad_outputs)
+        return query, key, None, None

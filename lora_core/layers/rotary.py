@@ -1,6 +1,8 @@
 # pyright: basic
 """Rotary position embedding in one memory pass forward and backward, where a library needs a dozen.
 
+On a CPU a compiled kernel rotates, and on a GPU one that torch compiles.
+
 An attention module finds `apply_rotary_pos_emb` in the globals of its file, which all models of the family in this
 process share and which are therefore not modified. Instead, an instance gets its class's own `forward` over a copy of
 the globals, in which this one name is replaced. The replacement is only used if a test gives the same numbers as the
@@ -30,22 +32,29 @@ Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RotaryCall:
-    """A family's function, and whether the kernel gives the same numbers for heads rotated completely or in part."""
+    """A family's function, the node that replaces it, and whether that gives the same numbers for heads rotated
+    completely or in part."""
 
     original: Rotation
+    node: type[torch.autograd.Function]
     whole: bool
     part: bool
 
 
-def faster_rotations(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
-    """Return the attention modules of `model` whose rotation can be replaced, each with its new forward."""
+def faster_rotations(
+    model: nn.Module, node: type[torch.autograd.Function] | None = None
+) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """Return the attention modules of `model` whose rotation can be replaced, each with its new forward.
+
+    `node` rotates. By default it is that of a CPU, and nothing is replaced elsewhere.
+    """
     found = [(module, own) for module in model.modules() if (own := _own_forward(module)) is not None]
     rotary_calls: dict[tuple[Rotation, torch.dtype], RotaryCall] = {}
     forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
     for module, own in found:
         original, like = own.__globals__[NAME], next(module.parameters())
         if (original, like.dtype) not in rotary_calls:
-            rotary_calls[original, like.dtype] = _check(original, like)
+            rotary_calls[original, like.dtype] = _check(original, node or Rotate, like)
         answer = rotary_calls[original, like.dtype]
         if answer.whole or answer.part:
             forwards.append((module, partial(_forward, module, _with_rotation(own, answer))))
@@ -73,18 +82,19 @@ def _forward(module: nn.Module, own: FunctionType, *args: Any, **kwargs: Any) ->
     return own(module, *args, **kwargs)
 
 
-def _check(original: Rotation, like: Tensor) -> RotaryCall:
-    whole, part = (runs_on(like) and _agrees(original, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
-    return RotaryCall(original=original, whole=whole, part=part)
+def _check(original: Rotation, node: type[torch.autograd.Function], like: Tensor) -> RotaryCall:
+    is_able = node is not Rotate or runs_on(like)
+    whole, part = (is_able and _agrees(original, node, like, size) for size in (CHECKED_FEATURES, CHECKED_PART))
+    return RotaryCall(original=original, node=node, whole=whole, part=part)
 
 
 @torch.no_grad()
-def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
+def _agrees(original: Rotation, node: type[torch.autograd.Function], like: Tensor, num_rotated: int) -> bool:
     """Return whether both functions rotate `num_rotated` features by the same numbers, up to the last bit or two.
 
     The test uses two query heads and one key head.
     """
-    numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32)
+    numbers = torch.arange(5 * CHECKED_TOKENS * CHECKED_FEATURES, dtype=torch.float32, device=like.device)
     rows = torch.sin(numbers * 0.7).to(like.dtype).view(5, CHECKED_TOKENS, CHECKED_FEATURES)
     query, key = rows[:2][None], rows[2:3][None]
     cos, sin = (row[..., :num_rotated].contiguous() for row in (rows[3:4], rows[4:]))
@@ -92,7 +102,7 @@ def _agrees(original: Rotation, like: Tensor, num_rotated: int) -> bool:
         expected = original(query, key, cos, sin)
     except ANY_FAILURE:
         return False  # a function with other parameters
-    ours = Rotate.apply(query, key, cos, sin)
+    ours = node.apply(query, key, cos, sin)
     bound = 2 * torch.finfo(like.dtype).eps
     return all(
         reference.shape == actual.shape and torch.allclose(actual.float(), reference.float(), rtol=bound, atol=bound)
@@ -106,14 +116,16 @@ def _rotated(
     agrees = rotary_call.whole if cos.shape[-1] == query.shape[-1] else rotary_call.part
     if not agrees or args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fits(query, key, cos, sin):
         return rotary_call.original(query, key, cos, sin, *args, **kwargs)
-    return Rotate.apply(query, key, cos, sin)
+    if rotary_call.node is Rotate and not all(map(runs_on, (query, key, cos, sin))):
+        return rotary_call.original(query, key, cos, sin)
+    return rotary_call.node.apply(query, key, cos, sin)  # pyright: ignore[reportReturnType]
 
 
 def _fits(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Return whether there is one row of tokens on the CPU, in one dtype, with an even number of rotated features."""
+    """Return whether there is one row of tokens, in one dtype, with an even number of rotated features."""
     num_tokens, size = query.shape[-2:]
     return (
-        all(runs_on(tensor) and tensor.dtype == query.dtype for tensor in (query, key, cos, sin))
+        all(tensor.dtype == query.dtype for tensor in (query, key, cos, sin))
         and (query.ndim, key.ndim, len(query), key.shape[-2:]) == (4, 4, 1, query.shape[-2:])
         and cos.shape == sin.shape == (1, num_tokens, cos.shape[-1])
         and cos.shape[-1] <= size

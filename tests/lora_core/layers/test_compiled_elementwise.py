@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import CohereConfig
+from transformers.models.cohere.modeling_cohere import CohereForCausalLM
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.base_model.model import BaseModel
@@ -17,7 +19,8 @@ from lora_core.kernels import selection
 from lora_core.kernels.gpu_elementwise import swiglu, why_not
 from lora_core.kernels.selection import Kernels, choose_kernels
 from lora_core.layers import compiled_elementwise as layer_compiled_elementwise
-from lora_core.layers.compiled_elementwise import FusedNorm, FusedSwiglu, fused_parts
+from lora_core.layers.compiled_elementwise import FusedNorm, FusedRotate, FusedSwiglu, fused_parts
+from lora_core.layers.rotary import faster_rotations
 from lora_core.packing.packed_batch import SliceInput, bare_pack, running
 
 
@@ -34,6 +37,39 @@ def test_gradients_pass_gradcheck_in_float64(uncompiled: None, monkeypatch: pyte
 
     assert torch.autograd.gradcheck(lambda x: FusedNorm.apply(x, weight, 1e-6), x)
     assert torch.autograd.gradcheck(FusedSwiglu.apply, (gate, up))
+
+
+@pytest.mark.parametrize("num_rotated", [6, 4])
+def test_rotation_passes_gradcheck_with_and_without_features_that_stay(
+    uncompiled: None, monkeypatch: pytest.MonkeyPatch, num_rotated: int
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # keeps float64
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, heads, 5, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
+    cos, sin = torch.randn(2, 1, 5, num_rotated, dtype=torch.float64)
+
+    assert torch.autograd.gradcheck(lambda query, key: FusedRotate.apply(query, key, cos, sin), (query, key))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_a_family_with_the_same_rotation_gets_the_compiled_one(
+    uncompiled: None, load: Callable[..., BaseModel], dtype: torch.dtype
+) -> None:
+    interleaved = CohereForCausalLM(
+        CohereConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+
+    assert len(faster_rotations(load("llama").model, FusedRotate)) == 2
+    assert faster_rotations(interleaved.to(dtype), FusedRotate) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
