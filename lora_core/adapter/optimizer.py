@@ -41,7 +41,7 @@ def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> flo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepSizes:
-    """What decides whether a step can be taken, and how it is clipped.
+    """Numbers that decide whether a step is possible, and by how much its gradient is clipped.
 
     Attributes:
         norm: Euclidean norm of the whole gradient. It is not finite if any element is not finite.

@@ -300,7 +300,7 @@ def _concatenated(slices: Sequence[SliceInput], segments: tuple[BatchSegment, ..
         "token_types": _token_types(slices, filler),
     }
     present = {name: array for name, array in arrays.items() if array is not None}
-    tensors = dict(zip(present, upload(list(present.values()), device), strict=True))
+    tensors: dict[str, Any] = dict(zip(present, upload(list(present.values()), device), strict=True))
     return PackedBatch(sequence_lengths=tuple(lengths), segments=segments, host_ids_T=ids, **tensors)
 
 

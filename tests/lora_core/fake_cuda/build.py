@@ -39,7 +39,7 @@ def built() -> Path:
 
 
 def load(library: Path) -> None:
-    """Load the device. Call it before the process imports torch, which looks for devices once."""
+    """Load the device. Call it before the process imports torch, which registers devices once."""
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(_torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

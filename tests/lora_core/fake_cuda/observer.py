@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -193,7 +194,7 @@ def _num_launches(name: str, args: tuple[Any, ...]) -> int:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return torch._prims_common.is_non_overlapping_and_dense_or_false(tensor)
+    return is_non_overlapping_and_dense_or_false(tensor)
 
 
 def _ones(name: str, given: list[Tensor], args: tuple[Any, ...], like: Tensor | None = None) -> Any:
