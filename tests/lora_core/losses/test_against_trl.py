@@ -284,7 +284,7 @@ def test_reward_step_uses_the_gradient_of_trl_through_peft(tmp_path, slice_token
         )
         return []
 
-    engine._jobs["job"]._finish_step = note  # pyright: ignore
+    engine._jobs["job"].finish_step = note  # pyright: ignore
     while not gradients:
         engine.tick()
 
