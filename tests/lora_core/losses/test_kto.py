@@ -174,7 +174,7 @@ def test_step_uses_the_gradient_of_autograd_through_peft(load, tmp_path, slice_t
     engine.export("job", tmp_path / "adapter", base_name="tiny")
     found: list[tuple[Tensor, Rewards | None, float]] = []
 
-    def note(_sizes: StepSizes) -> list[Event]:
+    def note(sizes: StepSizes) -> list[Event]:
         assert job.unit is not None
         found.append((job.adapter.g.clone(), job._rewards(job.unit), job.tally.loss_sum / job.unit.num_terms))
         return []
