@@ -41,7 +41,7 @@ BY_FUNCTION = {
     "packed_attention": "attention",
     "apply_rotary_pos_emb": "RoPE",
     "loss_by_head": "head and loss",
-    "gradient_norm": "optimizer",
+    "step_sizes": "optimizer",
     "stays_finite": "optimizer",
     "optimizer_step": "optimizer",
     "build_pack": "data and bookkeeping",

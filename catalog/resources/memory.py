@@ -12,9 +12,8 @@ from catalog.spec.target_modules import Adapted, linears_of
 
 VECTORS_PER_ROW = 4
 """Parameters, gradient and the two moments of AdamW, all fp32. SGD needs as much, and Adafactor about half of it."""
-ACTIVATIONS_PER_FEATURE = 2
-"""Values kept for the backward pass per input feature of a linear layer: its input, and what norms and activations
-keep. A job with dropout also needs MASK_BYTES_PER_FEATURE."""
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Linear layers that read the same input, which is kept once for the backward pass."""
 MASK_BYTES_PER_FEATURE = 1
 """Dropout mask per input feature of a linear layer and per token of the job, kept until the backward pass."""
 PASSING_NUMBERS_PER_FEATURE = 6
@@ -191,8 +190,16 @@ def _int8_bytes(out_features: int, in_features: int) -> int:
 
 
 def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
-    """Return the activations that one token of a tick keeps until its backward pass."""
-    return _input_features(shapes) * ACTIVATIONS_PER_FEATURE * BYTES_PER_NUMBER[precision]
+    """Return the activations that one token of a tick keeps until its backward pass.
+
+    Each linear layer's output is kept by what reads it: attention, the gated activation, or the next norm, after the
+    residual sum. Each input is kept for the gradient of A, once if several layers share it. A pass on a GPU whose norms
+    and activations run as single torch operations keeps a third more, and the engine then recomputes activations
+    earlier. A job with dropout also needs MASK_BYTES_PER_FEATURE.
+    """
+    others = {name for names in SHARED_INPUTS if names[0] in shapes for name in names[1:]}
+    inputs = _input_features({name: shape for name, shape in shapes.items() if name not in others})
+    return (_output_features(shapes) + inputs) * BYTES_PER_NUMBER[precision]
 
 
 def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) -> int:

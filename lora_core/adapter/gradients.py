@@ -99,5 +99,5 @@ def _rebased(views: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def _is_view_of(view: Tensor, vector: Tensor) -> bool:
-    same = view.untyped_storage().data_ptr() == vector.untyped_storage().data_ptr()
+    same = view.untyped_storage()._cdata == vector.untyped_storage()._cdata
     return same and 0 <= view.storage_offset() - vector.storage_offset() < vector.numel()

@@ -7,8 +7,10 @@ optimizer keeps its state in the adapter's m and v.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lora_core.adapter.adafactor import Block, adafactor_bounds, adafactor_step
 from lora_core.adapter.flat_adapter import FlatAdapter
@@ -39,55 +41,102 @@ def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> flo
     return peak * (1 - progress)
 
 
-def gradient_norm(adapter: FlatAdapter) -> float:
-    """Return the Euclidean norm of the whole gradient. It is not finite if any element is not finite."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSizes:
+    """Numbers that decide whether a step is possible, and by how much its gradient is clipped.
+
+    Attributes:
+        norm: Euclidean norm of the whole gradient. It is not finite if any element is not finite.
+        weight: Largest absolute weight.
+        moment: Largest absolute first moment; 0 if the step's bounds don't depend on it.
+    """
+
+    norm: float
+    weight: float
+    moment: float
+
+    @classmethod
+    def of(cls, sizes_3: Tensor) -> "StepSizes":
+        """Read the result of `step_sizes`, which is on the host now."""
+        norm, weight, moment = sizes_3.tolist()
+        return cls(norm=norm, weight=weight, moment=moment)
+
+
+def step_sizes(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float) -> Tensor:
+    """Return the sizes of the next step as fp32 [3] on the adapter's device, so that one copy reads those of all jobs.
+
+    Raises torch.OutOfMemoryError.
+    """
     if has_gpu_kernels(adapter.g):  # torch's sum there depends on the number of multiprocessors
-        from lora_core.kernels.gpu.optimizer import step_sizes
+        from lora_core.kernels.gpu import optimizer
 
         moments = adapter.m if len(adapter.m) else adapter.p  # Adafactor has no first moment
-        return float(step_sizes([(adapter.g, adapter.p, moments)])[0, 0])
-    return float(torch.linalg.vector_norm(adapter.g))
+        return optimizer.step_sizes([(adapter.g, adapter.p, moments)])[0]
+    weight = torch.linalg.vector_norm(adapter.p, math.inf)
+    moment = torch.linalg.vector_norm(adapter.m, math.inf) if _reads_moment(config, learning_rate) else weight * 0
+    return torch.stack([torch.linalg.vector_norm(adapter.g), weight, moment])
 
 
-def stays_finite(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float, norm: float) -> bool:
+def _reads_moment(config: OptimizerConfig, learning_rate: float) -> bool:
+    """Return whether `stays_finite` needs the first moment: always in SGD, and in AdamW if the clipping limit does not
+    rule out an overflow."""
+    if config.kind == "adafactor":
+        return False
+    limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+    return config.kind == "sgd" or not _momentum_rate(config, learning_rate) * limit < FLOAT32.max
+
+
+def _momentum_rate(config: OptimizerConfig, learning_rate: float) -> float:
+    return _highest_rate(config, learning_rate) / (1 - config.beta1)
+
+
+def _highest_rate(config: OptimizerConfig, learning_rate: float) -> float:
+    return learning_rate * max(1.0, config.lora_plus_ratio)
+
+
+def stays_finite(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: float, sizes: StepSizes) -> bool:
     """Return whether the next step provably overflows no weight, no intermediate value and no scalar factor in fp32."""
-    highest = learning_rate * max(1.0, config.lora_plus_ratio)
-    largest = float(adapter.p.abs().max())
     bounds = {"adamw": _adamw_bounds, "sgd": _sgd_bounds, "adafactor": _adafactor_bounds}[config.kind]
-    numbers = (norm, *bounds(adapter, config, largest=largest, highest=highest, norm=norm))
+    numbers = (sizes.norm, *bounds(adapter, config, learning_rate, sizes))
     return all(number < FLOAT32.max for number in numbers)  # also False for NaN
 
 
 def _adamw_bounds(
-    adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    _adapter: FlatAdapter, config: OptimizerConfig, learning_rate: float, sizes: StepSizes
 ) -> tuple[float, ...]:
     """Return bounds of a weight after the step, of the decay factor, and of rate · m̂, which is computed before it is
     divided by √v̂.
 
     |m̂| / √v̂ never exceeds 1 / √(1 - β2), unless √v̂ is 0 because the squares are below the smallest fp32 number.
     """
+    highest, rate = _highest_rate(config, learning_rate), _momentum_rate(config, learning_rate)
     kept = abs(1 - highest * config.weight_decay)
     divided = max(1.0, math.sqrt(FLOAT32.tiny) / config.eps) / math.sqrt(1 - config.beta2)
-    rate = highest / (1 - config.beta1)
     momentum = math.inf if config.max_grad_norm is None else config.max_grad_norm
-    if not rate * momentum < FLOAT32.max:  # the clipping limit doesn't rule out an overflow, so use actual values
-        momentum = max(norm, float(adapter.m.abs().max()))
-    return largest * max(1.0, kept) + highest * divided, kept, rate, rate * momentum
+    if _reads_moment(config, learning_rate):
+        momentum = max(sizes.norm, sizes.moment)
+    return sizes.weight * max(1.0, kept) + highest * divided, kept, rate, rate * momentum
 
 
 def _sgd_bounds(
-    adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    _adapter: FlatAdapter, config: OptimizerConfig, learning_rate: float, sizes: StepSizes
 ) -> tuple[float, ...]:
     """Return bounds of a velocity and of a weight after the step, and the factors. A norm bounds each element."""
-    velocity = config.momentum * float(adapter.m.abs().max()) + norm + config.weight_decay * largest
-    return velocity, largest + highest * velocity, highest, config.weight_decay
+    highest = _highest_rate(config, learning_rate)
+    velocity = config.momentum * sizes.moment + sizes.norm + config.weight_decay * sizes.weight
+    return velocity, sizes.weight + highest * velocity, highest, config.weight_decay
 
 
 def _adafactor_bounds(
-    adapter: FlatAdapter, config: OptimizerConfig, *, largest: float, highest: float, norm: float
+    adapter: FlatAdapter, config: OptimizerConfig, learning_rate: float, sizes: StepSizes
 ) -> tuple[float, ...]:
-    largest_block = max(math.prod(block.shape) for block in adapter.blocks)
-    return adafactor_bounds(config, largest_block=largest_block, largest=largest, highest=highest, norm=norm)
+    return adafactor_bounds(
+        config,
+        largest_block=max(math.prod(block.shape) for block in adapter.blocks),
+        largest=sizes.weight,
+        highest=_highest_rate(config, learning_rate),
+        norm=sizes.norm,
+    )
 
 
 def optimizer_step(

@@ -85,6 +85,14 @@ class Ranks:
         dist.all_gather(found, torch.tensor(own, dtype=torch.int64))
         return [part.tolist() for part in found]
 
+    def leader_numbers(self, own: Sequence[float]) -> list[float]:
+        """Return the leader's numbers, fp64, on every rank. All pass equally many."""
+        if self.size == 1:
+            return list(own)
+        numbers = torch.tensor(own, dtype=torch.float64)
+        dist.broadcast(numbers, src=0)
+        return numbers.tolist()
+
     @contextmanager
     def sharing_errors(self) -> Iterator[None]:
         """Raise an error of one rank on all of them, so that they stay in the same state."""

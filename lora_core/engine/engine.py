@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from lora_core.adapter.flat_adapter import FlatAdapter
+from lora_core.adapter.optimizer import StepSizes
 from lora_core.base_model.model import BaseModel
 from lora_core.config import JobConfig
 from lora_core.data.token_dataset import TokenDataset
@@ -38,7 +39,7 @@ from lora_core.engine.job import TrainingJob
 from lora_core.engine.job_start import empty_adapter, job_on, load_adapter
 from lora_core.engine.memory_recovery import MemoryRecovery
 from lora_core.engine.prefix_cache import PrefixCounts, Prefixes
-from lora_core.engine.rank_agreement import StepOutcome, agree, require_equal_weights
+from lora_core.engine.rank_agreement import StepOutcome, agree, read_sizes, require_equal_weights
 from lora_core.engine.step import Computed, Passes, TickPlan
 from lora_core.engine.throughput import PackSize, Throughput
 from lora_core.engine_config import EngineConfig
@@ -275,27 +276,42 @@ class Engine:
         return computed
 
     def _update(self, plan: TickPlan, computed: Computed) -> list[StepOutcome]:
+        """Pass gradients and scores to the jobs. The host reads the sizes of all steps that are due in one copy."""
         outcomes: list[StepOutcome] = []
         for job, numbers in zip(self._in_tick, plan.by_job().values(), strict=True):
             job.served += sum(plan.sizes[number] for number in numbers)
-            with interrupts_wait():  # a half-applied optimizer step can be neither undone nor completed
+            outcome = StepOutcome(job=job, step=job.step, num_pending=len(job.pending))
+            outcomes.append(outcome)
+            with interrupts_wait():  # the sum of the gradients would be incomplete
                 job.collect([plan.ranks[number] for number in numbers])
-                outcomes.append(self._update_job(job, [computed.scores[number] for number in numbers]))
+                self._receive(outcome, [computed.scores[number] for number in numbers])
+        if plan.kind == "train":
+            for outcome, sizes in zip(outcomes, read_sizes(self.ranks, outcomes), strict=True):
+                with interrupts_wait():  # a half-applied optimizer step can be neither undone nor completed
+                    self._step(outcome, sizes)
         return outcomes
 
-    def _update_job(self, job: TrainingJob, scores: list[SliceScores]) -> StepOutcome:
+    def _receive(self, outcome: StepOutcome, scores: list[SliceScores]) -> None:
         """Pass the scores of its slices to the job, in order. After divergence the remaining ones are dropped.
 
         Events stay with the job, so that none is lost if another job of the tick fails.
         """
-        outcome = StepOutcome(job=job, step=job.step, num_pending=len(job.pending))
+        job = outcome.job
         try:
             with shortage_of(job.name):
                 for score in scores:
                     job.pending += job.receive(score) if job.unit is not None else []
         except OutOfMemory as error:
             outcome.error = error
-        return outcome
+
+    def _step(self, outcome: StepOutcome, sizes: StepSizes | None) -> None:
+        if sizes is None:
+            return
+        try:
+            with shortage_of(outcome.job.name):
+                outcome.job.pending += outcome.job.finish_step(sizes)
+        except OutOfMemory as error:
+            outcome.error = error
 
     def _agree(self, outcomes: list[StepOutcome]) -> None:
         with interrupts_wait():  # a rank that left the exchange early would block the others

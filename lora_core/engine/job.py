@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.gradients import SliceGradients
-from lora_core.adapter.optimizer import gradient_norm, learning_rate_at, optimizer_step, stays_finite
+from lora_core.adapter.optimizer import StepSizes, learning_rate_at, optimizer_step, stays_finite, step_sizes
 from lora_core.config import JobConfig, Kind
 from lora_core.data.batching import Unit, make_unit
 from lora_core.data.kto_pairs import mismatched
@@ -64,6 +64,7 @@ class TrainingJob:
         entry_block: Block at which the job's sequences may enter the base model (prefix_cache.py). 0: no caching.
         shortages: Earlier attempts of the job that ran out of memory. Ticks are smaller while it is resident.
         is_torn: An update failed halfway, so the adapter must not be used.
+        sizes: Sizes of the step that is due (optimizer.py), fp32 [3] on the device. None unless its batch is complete.
         reference: Reference model of the objective, if it needs one.
         parent_sha256: Digest of the parent adapter's weights, if there is a parent.
     """
@@ -100,6 +101,7 @@ class TrainingJob:
         self._gradients = SliceGradients(adapter=adapter, ranks=ranks)
         self.unit: Unit | None = None
         self.tally = RunningMean()
+        self.sizes: Tensor | None = None
         self.reference_point: float | None = None
         self.pending: list[Event] = self._begin_unit()
 
@@ -201,7 +203,10 @@ class TrainingJob:
             self._gradients.collect(self.tally.next_slice, ranks_of_slices)
 
     def receive(self, scores: SliceScores) -> list[Event]:
-        """Add the scores of one slice whose gradient was collected. Call it for the slices of a tick in order."""
+        """Add the scores of one slice whose gradient was collected. Call it for the slices of a tick in order.
+
+        After the last slice of a training batch the step is due: `sizes` is set, and `finish_step` takes it.
+        """
         unit, tally = self.unit, self.tally
         assert unit is not None
         if not math.isfinite(scores.loss_sum):
@@ -218,25 +223,33 @@ class TrainingJob:
             return []
         if unit.measures_point:
             return self._begin_unit(reference_point=max(0.0, tally.loss_sum / unit.num_terms))
-        return self._finish_step(unit) if unit.kind == "train" else self._finish_evaluation(unit)
+        if unit.kind == "evaluate":
+            return self._finish_evaluation(unit)
+        self._gradients.complete()
+        self.sizes = step_sizes(self.adapter, self.config.optimizer, learning_rate=self._next_rate)
+        return []
 
     def replay_unit(self) -> None:
         """Discard the slices computed since the last completed step or evaluation."""
         self._gradients.drop()
-        self.tally = RunningMean()
+        self.tally, self.sizes = RunningMean(), None
 
-    def _finish_step(self, unit: Unit) -> list[Event]:
-        config, step = self.config.optimizer, self.step + 1
-        rate = learning_rate_at(step, peak=config.learning_rate, schedule=self.config.schedule)
-        self._gradients.complete()
-        norm = gradient_norm(self.adapter)
+    @property
+    def _next_rate(self) -> float:
+        return learning_rate_at(self.step + 1, peak=self.config.optimizer.learning_rate, schedule=self.config.schedule)
+
+    def finish_step(self, sizes: StepSizes) -> list[Event]:
+        """Take the step that is due. `sizes` are its sizes on the host, and its `norm` that of all ranks."""
+        unit, config, step, rate = self.unit, self.config.optimizer, self.step + 1, self._next_rate
+        assert unit is not None
+        norm, self.sizes = sizes.norm, None
         if not math.isfinite(norm):
             return self._diverge(f"The gradient of step {step} is not finite.")
         loss = self.tally.loss_sum / unit.num_terms
         if is_dead(self.adapter, self.config.objective, unit.dataset, unit.slices, norm=norm, loss=loss):
             stands = f"exactly zero at a loss of {loss:.4g}: no step from these weights can lower it"
             return self._diverge(f"The gradient of step {step} is {stands}.")
-        if not stays_finite(self.adapter, config, learning_rate=rate, norm=norm):
+        if not stays_finite(self.adapter, config, learning_rate=rate, sizes=sizes):
             return self._diverge(f"The update of step {step} is not finite.", is_good=True)
         try:
             optimizer_step(self.adapter, config, step=step, learning_rate=rate, norm=norm)
@@ -300,7 +313,7 @@ class TrainingJob:
 
     def quarantine(self) -> None:
         """Stop computing the job. The adapter holds the last completed step, unless an update failed halfway."""
-        self.unit = self.starting = None
+        self.unit = self.starting = self.sizes = None
         self._gradients.drop()
 
     def _diverge(self, message: str, *, is_good: bool = False) -> list[Event]:

@@ -5,16 +5,19 @@ All ranks have the same jobs and compute the same updates, so a job fails on all
 proves a fault of a device, its memory or the network.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
+from lora_core.adapter.optimizer import StepSizes
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.job import TrainingJob
 from lora_core.errors import OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
 from lora_core.layers.activation_checkpointing import ActivationMemory
+from lora_core.runtime.transfers import download
 
 
 class StepStatus(IntEnum):
@@ -44,6 +47,23 @@ class StepOutcome:
             if isinstance(event, JobDiverged):
                 return StepStatus.DIVERGED_AFTER_GOOD_STEP if event.good_step == event.step else StepStatus.DIVERGED
         return StepStatus.GOOD
+
+
+def read_sizes(ranks: Ranks, outcomes: Sequence[StepOutcome]) -> list[StepSizes | None]:
+    """Return the sizes of each job's step on the host; None for a job whose step is not due or that has failed here.
+
+    The norm is the leader's on all ranks. All have the same gradient, but a device adds up its squares in an order that
+    depends on its model, and the last bit of the norm would scale the gradient differently. Where a norm is not finite,
+    or is missing because the job has failed, a rank keeps its own, so that `agree` finds the difference.
+    """
+    due = [outcome.job.sizes if outcome.error is None else None for outcome in outcomes]
+    read = iter(download([sizes for sizes in due if sizes is not None]))
+    own = [None if sizes is None else StepSizes.of(next(read)) for sizes in due]
+    norms = ranks.leader_numbers([math.nan if sizes is None else sizes.norm for sizes in own])
+    return [
+        replace(sizes, norm=norm) if sizes is not None and math.isfinite(norm) and math.isfinite(sizes.norm) else sizes
+        for sizes, norm in zip(own, norms, strict=True)
+    ]
 
 
 def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: ActivationMemory) -> list[OutOfMemory]:

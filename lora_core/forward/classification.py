@@ -7,6 +7,7 @@ and head have sequences as rows, so they get a pack whose segments count sequenc
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,7 @@ from lora_core.errors import ConfigError
 from lora_core.layers.task_heads import between, class_logits, head_tensors, own_head, pooled_hidden, task_head_of
 from lora_core.losses.preference import RewardSums, SliceScores
 from lora_core.packing.packed_batch import ROW_MULTIPLE, BatchSegment, Graded, PackedBatch, running
+from lora_core.runtime.transfers import download, upload
 
 
 def refuse_other_task(base: BaseModel, objective: ObjectiveConfig) -> None:
@@ -65,11 +67,12 @@ def placeholder_head(base: BaseModel) -> TrainedTensors:
 def run_task_training(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> list[SliceScores]:
     """Compute losses and their backward for the pooled `h_TD`. Gradients are added to the adapters.
 
-    Call it with gradients enabled. Returns the scores of each segment.
+    Call it with gradients enabled. Returns the scores of each segment. They are read after the backward, so that the
+    caller measures the time of the whole pass.
     """
     h_PD = head_inputs(base, pack, h_TD)
     losses: list[Tensor] = []
-    scores: list[SliceScores] = []
+    scores: list[Tensor] = []
     heads: list[tuple[FlatAdapter, torch.nn.Module]] = []
     for segment in pack.segments:
         head = head_module(base, segment.adapter)
@@ -81,12 +84,13 @@ def run_task_training(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> list[
     torch.stack(losses).sum().backward()
     for adapter, head in heads:
         _accumulate(base, adapter, head)
-    return scores
+    return list(map(slice_scores, download(scores)))
 
 
 def run_task_evaluation(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> list[SliceScores]:
     h_PD = head_inputs(base, pack, h_TD)
-    return [score_segment(_logits(base, segment, h_PD), segment.graded)[1] for segment in pack.segments]
+    scores = [score_segment(_logits(base, segment, h_PD), segment.graded)[1] for segment in pack.segments]
+    return list(map(slice_scores, download(scores)))
 
 
 def _logits(base: BaseModel, segment: BatchSegment, h_PD: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ def _logits(base: BaseModel, segment: BatchSegment, h_PD: Tensor) -> Tensor:
 
 def head_inputs(base: BaseModel, pack: PackedBatch, h_TD: Tensor) -> Tensor:
     """Return the inputs of the heads, [P, D], with padding rows at the end."""
-    h_PD = pooled_hidden(base.model, h_TD, pack.input_ids[0], pack.sequence_lengths)
+    h_PD = pooled_hidden(base.model, h_TD, pack.host_ids_T, pack.sequence_lengths)
     h_PD = F.pad(h_PD, (0, 0, 0, -len(h_PD) % ROW_MULTIPLE))
     segments = tuple(
         replace(segment, start=segment.graded.first, stop=segment.graded.last) for segment in pack.segments
@@ -119,20 +123,32 @@ def _accumulate(base: BaseModel, adapter: FlatAdapter, head: torch.nn.Module) ->
             adapter.tensors[f"{found.path}.{name}"].grad.add_(parameter.grad)
 
 
-def score_segment(logits_nC: Tensor, graded: Graded) -> tuple[Tensor, SliceScores]:
-    """Return the sum of losses, which is differentiable, and the scores of a segment."""
+def score_segment(logits_nC: Tensor, graded: Graded) -> tuple[Tensor, Tensor]:
+    """Return the sum of losses, which is differentiable, and the scores of a segment on the device (`slice_scores`)."""
     if graded.objective.kind == "reward":
         return _reward_loss(logits_nC[:, 0], graded.objective)
-    labels_n = torch.tensor(graded.labels, dtype=torch.float32, device=logits_nC.device)
+    (labels_n,) = upload([np.array(graded.labels, np.float32)], logits_nC.device)
     if graded.objective.num_labels == 1:
         loss = (logits_nC[:, 0] - labels_n).square().sum()
-        return loss, SliceScores(loss_sum=float(loss.detach().double()), num_correct=0)
-    loss = F.cross_entropy(logits_nC, labels_n.long(), reduction="sum")
-    num_correct = int((logits_nC.argmax(-1) == labels_n.long()).sum())
-    return loss, SliceScores(loss_sum=float(loss.detach().double()), num_correct=num_correct)
+        num_correct = loss.new_zeros(())
+    else:
+        loss = F.cross_entropy(logits_nC, labels_n.long(), reduction="sum")
+        num_correct = (logits_nC.argmax(-1) == labels_n.long()).sum()
+    return loss, torch.stack([loss.detach().double(), num_correct.double()])
 
 
-def _reward_loss(rewards_n: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, SliceScores]:
+def slice_scores(scores: Tensor) -> SliceScores:
+    """Return the scores of `score_segment` that are on the host: fp64 (loss, number of correct answers) and for a
+    reward model (sum of chosen rewards, sum of rejected rewards)."""
+    loss_sum, num_correct, *rewards = scores.tolist()
+    if not rewards:
+        return SliceScores(loss_sum=loss_sum, num_correct=int(num_correct))
+    chosen, rejected = rewards
+    sums = RewardSums(chosen=chosen, rejected=rejected, num_ordered=int(num_correct))
+    return SliceScores(loss_sum=loss_sum, num_correct=int(num_correct), rewards=sums)
+
+
+def _reward_loss(rewards_n: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """Reward model loss: -log sigmoid(r_chosen - r_rejected) (Bradley and Terry; arXiv 2203.02155, equation 1).
 
     As in TRL, `center_rewards_coefficient` · (r_chosen + r_rejected)² keeps rewards near 0 (arXiv 2312.09244).
@@ -140,10 +156,5 @@ def _reward_loss(rewards_n: Tensor, objective: ObjectiveConfig) -> tuple[Tensor,
     chosen, rejected = rewards_n.view(-1, 2).unbind(1)
     loss = -F.logsigmoid(chosen - rejected).sum()
     loss = loss + objective.center_rewards_coefficient * (chosen + rejected).square().sum()
-    ordered = int((chosen > rejected).sum())
-    sums = RewardSums(
-        chosen=float(chosen.detach().double().sum()),
-        rejected=float(rejected.detach().double().sum()),
-        num_ordered=ordered,
-    )
-    return loss, SliceScores(loss_sum=float(loss.detach().double()), num_correct=ordered, rewards=sums)
+    sums = [part.detach().double().sum() for part in (chosen, rejected)]
+    return loss, torch.stack([loss.detach().double(), (chosen > rejected).sum().double(), *sums])

@@ -7,6 +7,7 @@ weight of a label depends on the whole answers, so the head is computed twice, c
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,15 +15,16 @@ from lora_core.base_model.model import BaseModel
 from lora_core.forward.classification import run_task_evaluation, run_task_training
 from lora_core.layers.lm_heads import head_of, labels_of, loss_by_head, score_by_head
 from lora_core.layers.task_heads import ENCODERS, positions_of
-from lora_core.losses.chunked_cross_entropy import TokenScores, score_labels
+from lora_core.losses.chunked_cross_entropy import score_labels
 from lora_core.losses.preference import AnswerScores, SliceScores, score_answers
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch, running
+from lora_core.runtime.transfers import download, upload
 
 
 def hidden_states(base: BaseModel, pack: PackedBatch) -> Tensor:
     """Return the last hidden states [T, D], with each segment's adapter applied."""
     options: dict[str, Any] = {} if pack.token_types is None else {"token_type_ids": pack.token_types}
-    positions = positions_of(base.model, pack.position_ids, pack.input_ids, pack.sequence_lengths)
+    positions = positions_of(base.model, pack.position_ids, pack.host_ids_T, pack.sequence_lengths)
     if base.model.config.model_type not in ENCODERS:
         options["use_cache"] = False
     with running(pack, base.kernels):
@@ -45,7 +47,8 @@ def run_training(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
         weights_L = _label_weights(pack, answers)
         loss, scores = loss_by_head(h_LD, base.head(), pack, weights_L)
         loss.backward()
-    return _by_segment(pack, scores, answers)
+    losses_L, correct_L = download([scores.losses_L, scores.correct_L])
+    return _by_segment(pack, losses_L, correct_L, answers)
 
 
 @torch.no_grad()
@@ -56,8 +59,10 @@ def run_evaluation(base: BaseModel, pack: PackedBatch) -> list[SliceScores]:
     reference_L = _reference_losses(base, pack)
     h_LD = hidden_states(base, pack)[pack.label_positions_L]
     scores = score_by_head(h_LD, base.head(), pack)
-    answers = [_score_segment(segment, scores.losses_L[labels_of(segment)], reference_L) for segment in pack.segments]
-    return _by_segment(pack, scores, answers)
+    losses_L, correct_L, *reference = download([scores.losses_L, scores.correct_L, *_present(reference_L)])
+    reference_L = reference[0] if reference else None
+    answers = [_score_segment(segment, losses_L[labels_of(segment)], reference_L) for segment in pack.segments]
+    return _by_segment(pack, losses_L, correct_L, answers)
 
 
 @torch.no_grad()
@@ -74,17 +79,29 @@ def _answers_of_segments(
     base: BaseModel, pack: PackedBatch, h_LD: Tensor, reference_L: Tensor | None
 ) -> list[AnswerScores | None]:
     """Run the head for segments with a preference objective, to get the slope of each answer."""
-    found: list[AnswerScores | None] = []
-    for segment in pack.segments:
+    losses: dict[int, Tensor] = {}
+    for index, segment in enumerate(pack.segments):
         labels = labels_of(segment)
-        losses_l = h_LD.new_zeros(0)
         if segment.compared is not None:
-            losses_l = score_labels(h_LD[labels], head_of(base.head(), segment.adapter), pack.labels_L[labels]).losses_L
-        found.append(_score_segment(segment, losses_l, reference_L))
-    return found
+            head = head_of(base.head(), segment.adapter)
+            losses[index] = score_labels(h_LD[labels], head, pack.labels_L[labels]).losses_L
+    if not losses:
+        return [None] * len(pack.segments)
+    read = download([*losses.values(), *_present(reference_L)])
+    of_segments = dict(zip(losses, read, strict=False))
+    reference_L = None if reference_L is None else read[-1]
+    return [
+        _score_segment(segment, of_segments[index], reference_L) if index in of_segments else None
+        for index, segment in enumerate(pack.segments)
+    ]
+
+
+def _present(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
 
 
 def _score_segment(segment: BatchSegment, losses_l: Tensor, reference_L: Tensor | None) -> AnswerScores | None:
+    """Return the scores of the segment's answers, or None. The losses are on the host."""
     compared = segment.compared
     if compared is None:
         return None
@@ -103,16 +120,21 @@ def _label_weights(pack: PackedBatch, answers: list[AnswerScores | None]) -> Ten
     if not any(answers):
         return pack.label_weights_L
     weights_L = pack.label_weights_L.clone()
+    places: list[slice] = []
+    arrays: list[np.ndarray[Any, Any]] = []
     for segment, scores in zip(pack.segments, answers, strict=True):
         if segment.compared is not None and scores is not None:
-            weights = -segment.compared.weight * scores.slopes_S
-            weights_l = weights.float().repeat_interleave(torch.tensor(segment.compared.num_labels))
-            weights_L[segment.label_start : segment.label_stop] = weights_l.to(weights_L.device)
+            weights_S = (-segment.compared.weight * scores.slopes_S).float().numpy()
+            places.append(labels_of(segment))
+            arrays.append(weights_S.repeat(segment.compared.num_labels))
+    for place, weights_l in zip(places, upload(arrays, weights_L.device), strict=True):
+        weights_L[place].copy_(weights_l)
     return weights_L
 
 
-def _by_segment(pack: PackedBatch, scores: TokenScores, answers: list[AnswerScores | None]) -> list[SliceScores]:
-    losses_L, correct_L = scores.losses_L.double().cpu(), scores.correct_L.cpu()
+def _by_segment(
+    pack: PackedBatch, losses_L: Tensor, correct_L: Tensor, answers: list[AnswerScores | None]
+) -> list[SliceScores]:
     return [
         _slice_scores(segment, losses_L, correct_L, of_answers)
         for segment, of_answers in zip(pack.segments, answers, strict=True)

@@ -7,11 +7,13 @@ Shape suffixes: T tokens of the pack, K trained tokens of a job, P their occurre
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lora_core.adapter.modules_to_save import TensorViews
 from lora_core.packing.packed_batch import PackedBatch, current_pack, with_noise
+from lora_core.runtime.transfers import upload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +37,17 @@ def forward_embedding(embedding: nn.Embedding, name: str, leaf: Tensor, input_id
         return y_1TD
     pieces = token_pieces(pack, name, padding=embedding.padding_idx)
     if pieces:
-        scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0))  # some families scale inside the embedding
-        y_1TD = TrainedRows.apply(y_1TD[0], leaf, scale.to(y_1TD), pieces)[None]
+        y_1TD = TrainedRows.apply(y_1TD[0], leaf, _scale_of(embedding, y_1TD), pieces)[None]
     noisy = [(slice(part.start, part.stop), part.noise) for part in pack.segments if part.noise is not None]
     return with_noise(y_1TD, noisy)
+
+
+def _scale_of(embedding: nn.Embedding, like: Tensor) -> Tensor:
+    """Return the number by which some families scale inside the embedding, [], with the dtype and device of `like`."""
+    scale: Any = getattr(embedding, "embed_scale", 1.0)
+    if not isinstance(scale, Tensor):
+        scale = like.new_full((), scale, dtype=torch.float32)  # a copy of a number from the host would wait
+    return scale.to(like)
 
 
 def forward_embedding_watched(
@@ -54,19 +63,19 @@ def forward_embedding_watched(
 
 
 def token_pieces(pack: PackedBatch, name: str, *, padding: int | None) -> tuple[TokenPiece, ...]:
+    """Return the trained tokens of each segment that trains rows of the table `name`. They are found on the host."""
     pieces: list[TokenPiece] = []
     for segment in pack.segments:
         trained = segment.adapter.trained
         if not trained.token_ids or trained.embedding != name:
             continue
-        ids_t = pack.input_ids[0, segment.start : segment.stop]
-        known_K = torch.tensor(trained.token_ids, device=ids_t.device)
-        places_P, rows_P = (ids_t[:, None] == known_K).nonzero(as_tuple=True)
-        views = segment.adapter.tensors[trained.tokens_name]
+        known_K = np.array(trained.token_ids)
+        places_P, rows_P = np.nonzero(pack.host_ids_T[segment.start : segment.stop, None] == known_K)
         is_trained_P = known_K[rows_P] != (-1 if padding is None else padding)
-        pieces.append(
-            TokenPiece(places_P=places_P + segment.start, rows_P=rows_P, is_trained_P=is_trained_P, views=views)
-        )
+        arrays = places_P + segment.start, rows_P.copy(), is_trained_P
+        places, rows, is_trained = upload(arrays, pack.input_ids.device)
+        views = segment.adapter.tensors[trained.tokens_name]
+        pieces.append(TokenPiece(places_P=places, rows_P=rows, is_trained_P=is_trained, views=views))
     return tuple(pieces)
 
 

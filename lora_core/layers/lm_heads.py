@@ -7,6 +7,7 @@ tokens. Jobs with the base model's head are computed together, each other job se
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +16,7 @@ from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TensorViews
 from lora_core.losses.chunked_cross_entropy import LABEL_MULTIPLE, Head, TokenScores, score_labels, weighted_loss
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch
+from lora_core.runtime.transfers import upload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ def head_of(head: Head, adapter: FlatAdapter) -> Head:
         options |= {"weight_VD": weight.value, "bias_V": None if bias is None else bias.value}
         return SavedHead(**options, weight=weight, bias=bias)
     if trained.is_tied:
-        ids_K = torch.tensor(trained.token_ids, device=head.weight_VD.device)
+        (ids_K,) = upload([np.array(trained.token_ids)], head.weight_VD.device)
         return TokenRowsHead(**options, ids_K=ids_K, rows=adapter.tensors[trained.tokens_name])
     return head
 
@@ -110,11 +112,11 @@ def logits_by_head(h_SD: Tensor, head: Head, pack: PackedBatch) -> Tensor:
     logits_SV: Tensor | None = None
     for own in {id(own): own for own in heads}.values():
         rows = [
-            torch.arange(segment.graded.first, segment.graded.last)
+            np.arange(segment.graded.first, segment.graded.last)
             for segment, of_segment in zip(pack.segments, heads, strict=True)
             if of_segment is own
         ]
-        places_l = torch.cat(rows).to(h_SD.device)
+        (places_l,) = upload([np.concatenate(rows)], h_SD.device)
         h_lD = h_SD[places_l]
         padded_lD = F.pad(h_lD, (0, 0, 0, -len(h_lD) % LABEL_MULTIPLE))
         # Only the base's head is batch-invariant for any number of rows.
@@ -142,8 +144,9 @@ def _groups(head: Head, pack: PackedBatch) -> list[HeadGroup]:
     ]
     if not shared:
         return others
-    ranges = [torch.arange(pack.segments[index].label_start, pack.segments[index].label_stop) for index in shared]
-    return [HeadGroup(head=head, places=torch.cat(ranges).to(pack.labels_L.device), segments=shared), *others]
+    ranges = [np.arange(pack.segments[index].label_start, pack.segments[index].label_stop) for index in shared]
+    (places_l,) = upload([np.concatenate(ranges)], pack.labels_L.device)
+    return [HeadGroup(head=head, places=places_l, segments=shared), *others]
 
 
 def labels_of(segment: BatchSegment) -> slice:

@@ -141,7 +141,7 @@ def add_lora_gradients(
         if piece.dropout is None:
             dx_TD[piece.start : piece.stop].addmm_(dh_tR, views.a_RD)
         else:
-            dx_TD[piece.start : piece.stop] += piece.dropped(dh_tR @ views.a_RD, branch.keep_tD)
+            dx_TD[piece.start : piece.stop].add_(piece.dropped(dh_tR @ views.a_RD, branch.keep_tD))
 
 
 def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece, ...]) -> list[Tensor]:
@@ -195,7 +195,7 @@ def add_through_dropout(  # noqa: PLR0917
     for piece, branch, dv_tO in zip(pieces, branches, received, strict=True):
         if branch.magnitude is not None and piece.dropout is not None:
             rows = slice(piece.start, piece.stop)
-            dx_TD[rows] += piece.dropped((dv_tO - dy_TO[rows]) @ weight_OD, branch.keep_tD)
+            dx_TD[rows].add_(piece.dropped((dv_tO - dy_TO[rows]) @ weight_OD, branch.keep_tD))
 
 
 def accumulate(gradient: Tensor, left: Tensor, right: Tensor) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lora_core.adapter.modules_to_save import TensorViews, TrainedTensor
 from lora_core.errors import UnsupportedModel
 from lora_core.runtime.counter_rng import normal
+from lora_core.runtime.transfers import upload
 
 Task = Literal["causal-lm", "sequence-classification"]
 NUM_PLACEHOLDER_CLASSES = 2
@@ -108,7 +109,9 @@ def own_head(model: nn.Module, tensors: Mapping[str, Tensor | TensorViews], *, p
     return head.requires_grad_(True)
 
 
-def pooled_hidden(model: PreTrainedModel, h_TD: Tensor, ids_T: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def pooled_hidden(
+    model: PreTrainedModel, h_TD: Tensor, ids_T: np.ndarray[Any, Any], lengths: tuple[int, ...]
+) -> Tensor:
     """Return [P, D]: the hidden state that the head reads of each sequence, or the mean over the sequence.
 
     As in transformers, "last" is the last token that isn't padding, because a padding token may end a sequence.
@@ -124,15 +127,15 @@ def pooled_hidden(model: PreTrainedModel, h_TD: Tensor, ids_T: Tensor, lengths: 
     else:
         padding = model.config.get_text_config().pad_token_id
         places = [
-            start + _last_place(ids, padding) for start, ids in zip(starts, ids_T.split(list(lengths)), strict=True)
+            start + _last_place(ids, padding) for start, ids in zip(starts, np.split(ids_T, starts[1:]), strict=True)
         ]
-    return h_TD[torch.as_tensor(np.asarray(places), device=h_TD.device)]
+    return h_TD[upload([np.asarray(places, np.int64)], h_TD.device)[0]]
 
 
-def _last_place(ids: Tensor, padding: int | None) -> int:
+def _last_place(ids: np.ndarray[Any, Any], padding: int | None) -> int:
     if padding is None:
         return len(ids) - 1
-    found = (ids != padding).nonzero()
+    found = np.flatnonzero(ids != padding)
     return int(found[-1]) if len(found) else 0
 
 
@@ -152,14 +155,16 @@ def class_logits(model: PreTrainedModel, head: nn.Module, h_nD: Tensor) -> Tenso
     return head(h_nD[:, None]).float()
 
 
-def positions_of(model: PreTrainedModel, position_ids: Tensor, input_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def positions_of(
+    model: PreTrainedModel, position_ids: Tensor, ids_T: np.ndarray[Any, Any], lengths: tuple[int, ...]
+) -> Tensor:
     """Return position ids [1, T]. RoBERTa counts from the padding id + 1 and skips padding tokens, others from 0."""
     if not counts_from_padding(model.config):
         return position_ids
     padding = cast(int, model.config.pad_token_id)
-    kept = (input_ids[0] != padding).long()
-    parts = [part.cumsum(0) * part + padding for part in kept.split(list(lengths))]
-    return torch.cat(parts)[None]
+    kept = (ids_T != padding).astype(np.int64)
+    parts = [part.cumsum() * part + padding for part in np.split(kept, np.cumsum(lengths)[:-1])]
+    return upload([np.concatenate(parts)[None]], position_ids.device)[0]
 
 
 def counts_from_padding(config: Any) -> bool:

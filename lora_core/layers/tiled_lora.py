@@ -25,11 +25,11 @@ from lora_core.kernels.gpu.tables import (
     TileGroup,
     class_of,
     tiles_and_spans,
-    upload,
 )
 from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.layers.lora_linear import Piece, piece_of, pieces_of
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch
+from lora_core.runtime.transfers import upload
 
 LOAD_BYTES = 16
 """Alignment of the addresses of A and B, which the kernels load 16 bytes at a time."""

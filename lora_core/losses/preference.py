@@ -190,7 +190,10 @@ class AnswerScores:
 
 
 def score_answers(compared: Compared, losses_l: Tensor, reference_l: Tensor | None) -> AnswerScores:
-    """Score the answers of a segment from the cross-entropy of each label. `reference_l`: under the reference model."""
+    """Score the answers of a segment from the cross-entropy of each label, fp64 [l] on the host.
+
+    `reference_l` is the same under the reference model.
+    """
     logps_S = _logps(losses_l, compared)
     reference_S = None if reference_l is None else _logps(reference_l, compared)
     if compared.objective.kind == "kto":
@@ -231,5 +234,5 @@ def _pairs(compared: Compared, logps_S: Tensor, reference_S: Tensor | None) -> A
 
 
 def _logps(losses_l: Tensor, compared: Compared) -> Tensor:
-    """Return the log-probability of each answer, fp64 [S] on the host."""
-    return -torch.stack([answer.sum() for answer in losses_l.double().cpu().split(compared.num_labels)])
+    """Return the log-probability of each answer, fp64 [S]."""
+    return -torch.stack([answer.sum() for answer in losses_l.split(compared.num_labels)])

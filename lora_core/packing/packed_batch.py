@@ -21,6 +21,7 @@ from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
 from lora_core.kernels.selection import Kernels
 from lora_core.runtime.counter_rng import coin_flips, key_words, uniform
+from lora_core.runtime.transfers import upload
 
 ROW_MULTIPLE = 16
 
@@ -74,7 +75,8 @@ def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
         return y_1TD
     noisy_1TD = y_1TD.clone()
     for place, key in places:
-        noisy_1TD[0, place] += key.noise_tD(y_1TD.shape[-1]).to(y_1TD.device)
+        (noise_tD,) = upload([key.noise_tD(y_1TD.shape[-1]).numpy()], y_1TD.device)
+        noisy_1TD[0, place] += noise_tD
     return noisy_1TD
 
 
@@ -147,7 +149,7 @@ class DropoutKey:
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
         """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool."""
         flips = coin_flips(*self._key, module, count=like_TD.numel(), threshold=self.threshold)
-        return torch.from_numpy(flips.view(np.uint8)).view(like_TD.shape).to(like_TD.device)
+        return upload([flips.view(np.uint8)], like_TD.device)[0].view(like_TD.shape)
 
     def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
         """Return x / (fraction kept) where `keep_TD` is 1 and 0 elsewhere, as torch.nn.Dropout does."""
@@ -245,6 +247,7 @@ class PackedBatch:
         label_positions_L: int64 [L]: the rows before the labels, from which they are predicted.
         label_weights_L: fp32 [L].
         label_smoothing_L: fp32 [L] (losses/chunked_cross_entropy.py), or None.
+        host_ids_T: input_ids on the host, so that reading them does not wait for a device.
         reference: The sequences of jobs that need a reference model, with that model's adapters. It has a pass of
             its own, because nothing in it is differentiated.
     """
@@ -257,6 +260,7 @@ class PackedBatch:
     label_positions_L: Tensor
     labels_L: Tensor
     label_weights_L: Tensor
+    host_ids_T: np.ndarray[Any, Any]
     label_smoothing_L: Tensor | None = None
     reference: "PackedBatch | None" = None
     token_types: Tensor | None = None
@@ -299,21 +303,22 @@ def _concatenated(slices: Sequence[SliceInput], segments: tuple[BatchSegment, ..
     mask = np.concatenate([*(mask for _, mask in sequences), np.zeros(filler, np.uint8)])
     label_rows = np.flatnonzero(mask)
     weights = [np.full(sum(_num_labels(part)), part.label_weight, np.float32) for part in slices]
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids.astype(np.int64)).to(device)[None],
-        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
-        sequence_lengths=tuple(lengths),
-        sequence_bounds_S=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-        segments=segments,
-        label_positions_L=torch.from_numpy(label_rows - 1).to(device),
-        labels_L=torch.from_numpy(ids[label_rows].astype(np.int64)).to(device),
-        label_weights_L=torch.from_numpy(np.concatenate(weights)).to(device),
-        label_smoothing_L=_label_smoothing(slices, device=device),
-        token_types=_token_types(slices, filler, device=device),
-    )
+    arrays = {
+        "input_ids": ids.astype(np.int64)[None],
+        "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
+        "sequence_bounds_S": np.array([0, *accumulate(lengths)], np.int32),
+        "label_positions_L": label_rows - 1,
+        "labels_L": ids[label_rows].astype(np.int64),
+        "label_weights_L": np.concatenate(weights),
+        "label_smoothing_L": _label_smoothing(slices),
+        "token_types": _token_types(slices, filler),
+    }
+    present = {name: array for name, array in arrays.items() if array is not None}
+    tensors: dict[str, Any] = dict(zip(present, upload(list(present.values()), device), strict=True))
+    return PackedBatch(sequence_lengths=tuple(lengths), segments=segments, host_ids_T=ids, **tensors)
 
 
-def _token_types(slices: Sequence[SliceInput], filler: int, *, device: str) -> Tensor | None:
+def _token_types(slices: Sequence[SliceInput], filler: int) -> np.ndarray[Any, Any] | None:
     """Return int64 [1, T], with 0 for jobs without token types. None if no job has any."""
     if not any(types is not None for part in slices for types in part.token_types):
         return None
@@ -322,16 +327,15 @@ def _token_types(slices: Sequence[SliceInput], filler: int, *, device: str) -> T
         given = part.token_types or (None,) * len(part.sequences)
         sequences = zip(part.sequences, given, strict=True)
         parts += [np.zeros(len(ids), np.uint8) if types is None else types for (ids, _), types in sequences]
-    types = np.concatenate([*parts, np.zeros(filler, np.uint8)])
-    return torch.from_numpy(types.astype(np.int64)).to(device)[None]
+    return np.concatenate([*parts, np.zeros(filler, np.uint8)]).astype(np.int64)[None]
 
 
-def _label_smoothing(slices: Sequence[SliceInput], *, device: str) -> Tensor | None:
+def _label_smoothing(slices: Sequence[SliceInput]) -> np.ndarray[Any, Any] | None:
     """Return fp32 [L], or None if no job uses label smoothing."""
     if not any(part.objective.token_smoothing for part in slices):
         return None
     parts = [np.full(sum(_num_labels(part)), part.objective.token_smoothing, np.float32) for part in slices]
-    return torch.from_numpy(np.concatenate(parts)).to(device)
+    return np.concatenate(parts)
 
 
 def _segments(slices: Sequence[SliceInput]) -> tuple[BatchSegment, ...]:

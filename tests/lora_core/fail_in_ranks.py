@@ -163,11 +163,12 @@ def differ(base: BaseModel, ranks: Ranks) -> list[str]:
 
 
 def diverge(base: BaseModel, ranks: Ranks) -> dict[str, str]:
-    """Return the outcome of a job that diverges in the weights or in a step of the second rank, or of both ranks."""
+    """Return the outcome of a job that diverges in the weights or in a step of the second rank, or of both
+    ranks, and of one whose norms have other last bits on the second rank."""
     own_steps = {
-        "norm of one": ("gradient_norm", math.nan, {1}),
+        "norm of one": ("step_sizes", torch.full((3,), math.nan), {1}),
         "update of one": ("stays_finite", False, {1}),
-        "norm of both": ("gradient_norm", math.nan, {0, 1}),
+        "norm of both": ("step_sizes", torch.full((3,), math.nan), {0, 1}),
     }
     messages = {"weights of one": _outcome_of_one(base, ranks, breaks={1})}
     for where, (name, value, breaks) in own_steps.items():
@@ -176,6 +177,11 @@ def diverge(base: BaseModel, ranks: Ranks) -> dict[str, str]:
             setattr(job_module, name, lambda *_, value=value, **__: value)
         messages[where] = _outcome_of_one(base, ranks)
         setattr(job_module, name, usual)
+    usual = job_module.step_sizes
+    if ranks.rank == 1:
+        job_module.step_sizes = lambda *args, **kwargs: usual(*args, **kwargs) * (1 + 2**-22)
+    messages["last bits of one"] = _outcome_of_one(base, ranks)
+    job_module.step_sizes = usual
     return messages
 
 
@@ -190,6 +196,7 @@ def _outcome_of_one(base: BaseModel, ranks: Ranks, *, breaks: Set[int] = frozens
                     return f"diverged: {event.message}"
             if ranks.rank in breaks:
                 engine._jobs["one"].adapter.p.fill_(math.nan)
+        engine.compare_ranks("one")
     except RanksDiffer as error:
         return str(error)
     return "well"
@@ -243,7 +250,7 @@ def main(base_dir: Path, out: Path, strategy: Strategy, way: str) -> None:
         found["undisturbed"] = trained(base, ALONE)
         for module, name, number in (
             (passes, "run_training", 3),
-            (job_module, "gradient_norm", 5),
+            (job_module, "step_sizes", 5),
             (job_module, "optimizer_step", 5),
         ):
             with failing(ranks, module, name, number, short):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.gpu.optimizer_table import ADDRESSES, NUM_WORDS, STEP, WORD, AdamwStep, are_aligned
-from lora_core.kernels.gpu.tables import upload
+from lora_core.runtime.transfers import upload
 
 BLOCK = 2048
 SIZED_BLOCK = 8192

@@ -7,10 +7,8 @@ suffixes: S segments of a pass, G tiles, P spans.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
-import torch
 from torch import Tensor
 
 TILE_ROWS = 64
@@ -83,13 +81,3 @@ def tiles_and_spans(segments: Sequence[tuple[int, int, int]]) -> tuple[np.ndarra
             tiles.append((segment, first, min(TILE_ROWS, stop - first), hidden + first - start, first - start))
         hidden += stop - start
     return np.array(tiles, np.int64).reshape(-1, TILE_WORDS), np.array(spans, np.int64).reshape(-1, SPAN_WORDS)
-
-
-def upload(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Return int64 arrays as tensors on the device, in one copy. Each starts at a multiple of 16 bytes."""
-    starts = [0, *accumulate(-(-table.size // 2) * 2 for table in tables)]
-    joined = torch.empty(starts[-1], dtype=torch.int64, pin_memory=device.type == "cuda")
-    for start, table in zip(starts, tables, strict=False):
-        joined.numpy()[start : start + table.size] = table.ravel()
-    there = joined.to(device, non_blocking=True)
-    return [there[start : start + table.size].view(table.shape) for start, table in zip(starts, tables, strict=False)]

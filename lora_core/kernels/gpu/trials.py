@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.kernels.gpu.tables import ENTRY, TileGroup, class_of, tiles_and_spans, upload
+from lora_core.kernels.gpu.tables import ENTRY, TileGroup, class_of, tiles_and_spans
 from lora_core.kernels.gpu.tiled_run import TiledRun
+from lora_core.runtime.transfers import upload
 
 AMPERE = (8, 0)
 """Minimum compute capability: earlier ones do not multiply bfloat16."""

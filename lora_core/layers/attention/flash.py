@@ -27,7 +27,8 @@ def attend_together(
     query: Tensor, key: Tensor, value: Tensor, pack: PackedBatch, *, scale: float, causal: bool, window: int | None
 ) -> Tensor:
     """Attend within each sequence: query [1, H, T, E], key and value [1, K, T, E] to [1, T, H, E]."""
-    q_THE, k_TKE, v_TKE = (part[0].transpose(0, 1) for part in (query, key, value))
+    # Not part[0], whose backward fills a tensor with zeros and copies the gradient into it.
+    q_THE, k_TKE, v_TKE = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     longest = max(pack.sequence_lengths)
     attended = kernel()(
         q_THE,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from lora_core.errors import UnsupportedModel
 from lora_core.layers.attention.dense_cpu import UNLIMITED, Visibility, attend_by_matrices, serves
@@ -25,13 +25,12 @@ LONGEST_MATRIX = 1024  # longer sequences: scores [H, S, S] would cost too much 
 
 
 def register() -> None:
-    """Register the attention function with transformers. Idempotent."""
+    """Register the attention function with transformers. Idempotent.
+
+    It has no mask function: transformers then returns no mask at once. With one, it would look for packed sequences in
+    the position ids first, which makes the host wait for the device in each pass.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*args, **kwargs) -> None:
-    return None
 
 
 def packed_attention(

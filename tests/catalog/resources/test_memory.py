@@ -60,7 +60,7 @@ def test_long_slices_count_in_full_unless_a_step_is_shorter() -> None:
 
 def test_initialization_and_samples_add_memory_only_beyond_a_slice() -> None:
     few, many = {"prompts": ["a" * 100], "max_tokens": 28}, {"prompts": ["a" * 2000] * 8, "max_tokens": 128}
-    tall = {"linear_shapes": {"q_proj": [[8192, 64], 1]}}
+    tall = {"linear_shapes": {"q_proj": [[8192, 512], 1]}}
     plain = own_bytes({"linear_shapes": SHAPES}, "bfloat16")
 
     assert own_bytes({"linear_shapes": SHAPES}, "bfloat16", samples=few) == plain
@@ -73,7 +73,7 @@ def test_initialization_and_samples_add_memory_only_beyond_a_slice() -> None:
     grouped = sized | {"linear_shapes": SHAPES | {"k_proj": [[16, 64], 3]}}
     fewer = own_bytes(grouped, "bfloat16", samples=many) - own_bytes(grouped, "bfloat16")
     assert fewer == answers + keys // 4 - memory.slice_bytes(grouped, "bfloat16")
-    start = 4 * (3 * 8192 * 64 + 64 * 64)
+    start = 4 * (3 * 8192 * 512 + 512 * 512)
     begun = own_bytes(tall, "bfloat16", init_lora_weights="pissa")
     assert begun == own_bytes(tall, "bfloat16") + 4 * 1000 + start - memory.slice_bytes(tall, "bfloat16")
 
@@ -102,10 +102,11 @@ def test_trainer_memory_is_its_base_and_one_tick(precision: str, width: int) -> 
     description = {"num_parameters": 500, "linear_shapes": SHAPES, "vocab_size": 10}
 
     assert memory.base_bytes(description, precision) == 500 * width
-    assert memory.activation_bytes_per_token(SHAPES, precision) == 32 * 4 * 2 * width
+    kept = 2 * (64 + 16 + 32)  # both outputs, and the input that they share
+    assert memory.activation_bytes_per_token(SHAPES, precision) == kept * width
     logits = 2 * 4 * 256 * 10
     need = memory.trainer_bytes(description, precision, num_tokens=100)
-    assert need == 500 * width + 100 * 32 * 4 * 2 * width + logits
+    assert need == 500 * width + 100 * kept * width + logits
 
 
 def test_quantized_base_has_quantized_linears_and_the_rest_in_its_dtype() -> None:

@@ -68,44 +68,45 @@ def gpus(number: int, gigabytes: int, wanted: Wanted = "auto", *, host: int = 0)
 def test_reference_models_have_the_expected_sizes() -> None:
     assert (SEVEN["num_parameters"], SEVEN["blocks"]["largest_parameters"]) == (6_738_415_616, 202_383_360)
     assert (SEVENTY["num_parameters"], SEVENTY["blocks"]["largest_parameters"]) == (70_553_706_496, 855_654_400)
-    # A tick of 1,024 tokens keeps 2 values of each input: for 70B 1024 · 2 · 80 · (6 · 8192 + 28672) values of 2 bytes.
-    # Its logits are 2 · 256 · 128256 values of 4 bytes. The weights add 141,107,412,992 bytes.
-    assert memory.trainer_bytes(SEVENTY, "bfloat16") == 141_107_412_992 + 25_501_368_320 + 262_668_288
-    # For 7B: 1024 · 2 · 32 · (6 · 4096 + 11008) values, and logits of 2 · 256 · 32000.
-    assert memory.trainer_bytes(SEVEN, "bfloat16") == 13_476_831_232 + 4_664_066_048 + 65_536_000
+    # A tick of 1,024 tokens keeps the outputs of all layers, and each input once: for 70B 1024 · 80 ·
+    # (6 · 8192 + 2 · 1024 + 3 · 28672) values of 2 bytes. Its logits are 2 · 256 · 128256 values of 4 bytes. The
+    # weights add 141,107,412,992 bytes.
+    assert memory.trainer_bytes(SEVENTY, "bfloat16") == 141_107_412_992 + 22_481_469_440 + 262_668_288
+    # For 7B: 1024 · 32 · (8 · 4096 + 3 · 11008) values, and logits of 2 · 256 · 32000.
+    assert memory.trainer_bytes(SEVEN, "bfloat16") == 13_476_831_232 + 4_311_744_512 + 65_536_000
     # Three full blocks exist at one time: the one that computes, and the next one twice.
     assert sharding.block_bytes(SEVENTY, "bfloat16") == (136_904_704_000, 3 * 1_711_308_800)
 
 
-SEVENTY_ON_EIGHT = 166_871_449_600 + 5 * GB - 136_904_704_000 + 17_113_088_000 + 5_133_926_400 + RESERVE
+SEVENTY_ON_EIGHT = 163_851_550_720 + 5 * GB - 136_904_704_000 + 17_113_088_000 + 5_133_926_400 + RESERVE
 # With shards in host memory: three full blocks, and half of the incoming block.
-SEVENTY_FROM_HOST = 166_871_449_600 + 5 * GB - 136_904_704_000 + 5_133_926_400 + 855_654_400 + RESERVE
-SEVEN_IN_FP32_ON_FOUR = 36_347_330_560 + GB - 25_905_070_080 + 6_476_267_520 + 2_428_600_320 + RESERVE
+SEVENTY_FROM_HOST = 163_851_550_720 + 5 * GB - 136_904_704_000 + 5_133_926_400 + 855_654_400 + RESERVE
+SEVEN_IN_FP32_ON_FOUR = 35_642_687_488 + GB - 25_905_070_080 + 6_476_267_520 + 2_428_600_320 + RESERVE
 
 
 @pytest.mark.parametrize(
     ("group", "needs", "strategy", "needed", "fits"),
     [
-        # One GPU cannot shard: the job needs 171.9 GB of 85.0 GB.
-        (gpus(1, 80), demand(SEVENTY, own=5 * GB), "replicated", 171_871_449_600, False),
-        # One eighth of the blocks, three full blocks, and everything outside the blocks: 58.9 GB of 85.0 GB.
+        # One GPU cannot shard: the job needs 168.9 GB of 85.0 GB.
+        (gpus(1, 80), demand(SEVENTY, own=5 * GB), "replicated", 168_851_550_720, False),
+        # One eighth of the blocks, three full blocks, and everything outside the blocks: 55.9 GB of 85.0 GB.
         (gpus(8, 80), demand(SEVENTY, own=5 * GB), "fsdp2", SEVENTY_ON_EIGHT, True),
-        # Half of the blocks is 68.5 GB: 110.3 GB of 85.0 GB.
+        # Half of the blocks is 68.5 GB: 107.2 GB of 85.0 GB.
         (gpus(2, 80), demand(SEVENTY, own=5 * GB), "fsdp2", SEVENTY_ON_EIGHT + 51_339_264_000, False),
-        # A full replica of 7B with everything else: 20.9 GB of 23.8 GB.
-        (gpus(2, 24), demand(SEVEN), "replicated", 19_206_433_280 + RESERVE, True),
-        # In fp32 a replica needs 37.3 GB. With a quarter of its blocks it needs 22.1 GB.
+        # A full replica of 7B with everything else: 20.6 GB of 23.8 GB.
+        (gpus(2, 24), demand(SEVEN), "replicated", 18_854_111_744 + RESERVE, True),
+        # In fp32 a replica needs 36.6 GB. With a quarter of its blocks it needs 21.3 GB.
         (gpus(4, 24), demand(SEVEN, "float32"), "fsdp2", SEVEN_IN_FP32_ON_FOUR, True),
         (gpus(2, 24), demand(SEVEN, "float32"), "fsdp2", SEVEN_IN_FP32_ON_FOUR + 6_476_267_520, False),
         # The operator's strategy shards a base model that fits, and replicates one that does not.
-        (gpus(2, 24, "zero3"), demand(SEVEN), "zero3", 19_206_433_280 - 6_476_267_520 + 1_214_300_160 + RESERVE, True),
-        (gpus(8, 80, "replicated"), demand(SEVENTY, own=5 * GB), "replicated", 171_871_449_600 + RESERVE, False),
+        (gpus(2, 24, "zero3"), demand(SEVEN), "zero3", 18_854_111_744 - 6_476_267_520 + 1_214_300_160 + RESERVE, True),
+        (gpus(8, 80, "replicated"), demand(SEVENTY, own=5 * GB), "replicated", 168_851_550_720 + RESERVE, False),
         # A job that needs full weights trains on replicas, and nowhere if the operator shards every base model.
-        (gpus(8, 80), replace(demand(SEVENTY), shardable_bytes=0), "replicated", 167_871_449_600 + RESERVE, False),
+        (gpus(8, 80), replace(demand(SEVENTY), shardable_bytes=0), "replicated", 164_851_550_720 + RESERVE, False),
         (gpus(2, 24, "fsdp2"), replace(demand(SEVEN), shardable_bytes=0), "fsdp2", NEVER, False),
-        # Where half of the blocks is too much, host memory holds them: 42.7 GB of 47.9 GB, and 136.9 GB on the host.
+        # Where half of the blocks is too much, host memory holds them: 39.6 GB of 47.9 GB, and 136.9 GB on the host.
         (gpus(2, 48, host=136_904_704_000), demand(SEVENTY, own=5 * GB), "fsdp2_offload", SEVENTY_FROM_HOST, True),
-        # The host lacks one byte, so the base model stays sharded, which does not fit: 110.3 GB of 47.9 GB.
+        # The host lacks one byte, so the base model stays sharded, which does not fit: 107.2 GB of 47.9 GB.
         (
             gpus(2, 48, host=136_904_703_999),
             demand(SEVENTY, own=5 * GB),
@@ -115,26 +116,26 @@ SEVEN_IN_FP32_ON_FOUR = 36_347_330_560 + GB - 25_905_070_080 + 6_476_267_520 + 2
         ),
         # A base model that fits sharded is not offloaded, however large the host is. A single GPU never offloads.
         (gpus(8, 80, host=10**12), demand(SEVENTY, own=5 * GB), "fsdp2", SEVENTY_ON_EIGHT, True),
-        (gpus(1, 80, host=10**12), demand(SEVENTY, own=5 * GB), "replicated", 171_871_449_600, False),
+        (gpus(1, 80, host=10**12), demand(SEVENTY, own=5 * GB), "replicated", 168_851_550_720, False),
         # If the operator requires it, everything is offloaded, and a job that exceeds the host memory trains nowhere.
         (
             gpus(2, 24, "zero3_offload", host=20 * GB),
             demand(SEVEN),
             "zero3_offload",
-            19_206_433_280 - 12_952_535_040 + 1_214_300_160 + 202_383_360 + RESERVE,
+            18_854_111_744 - 12_952_535_040 + 1_214_300_160 + 202_383_360 + RESERVE,
             True,
         ),
         (gpus(2, 24, "fsdp2_offload", host=12 * GB), demand(SEVEN), "fsdp2_offload", NEVER, False),
         # On a CPU the processes share the memory, and nothing is reserved.
-        (DeviceGroup(num_devices=2, bytes_of_each=20 * GB), demand(SEVEN), "replicated", 19_206_433_280, True),
+        (DeviceGroup(num_devices=2, bytes_of_each=20 * GB), demand(SEVEN), "replicated", 18_854_111_744, True),
         # There host memory is the same memory: nothing is offloaded automatically, and a required offload saves
         # nothing.
-        (DeviceGroup(num_devices=2, bytes_of_each=12 * GB), demand(SEVEN), "fsdp2", 13_944_465_920, False),
+        (DeviceGroup(num_devices=2, bytes_of_each=12 * GB), demand(SEVEN), "fsdp2", 13_592_144_384, False),
         (
             DeviceGroup(num_devices=2, bytes_of_each=15 * GB, wanted="fsdp2_offload"),
             demand(SEVEN),
             "fsdp2_offload",
-            13_944_465_920 + 202_383_360,
+            13_592_144_384 + 202_383_360,
             True,
         ),
     ],
@@ -175,19 +176,19 @@ def test_host_memory_for_a_base_excludes_the_trainers() -> None:
 
 def test_base_is_offloaded_as_soon_as_one_byte_does_not_fit_sharded() -> None:
     needs = demand(SEVEN)
-    just = DeviceGroup(num_devices=2, bytes_of_each=13_944_465_920, host_bytes=10**12)
+    just = DeviceGroup(num_devices=2, bytes_of_each=13_592_144_384, host_bytes=10**12)
     assert just.strategy(needs) == "fsdp2"
-    assert replace(just, bytes_of_each=13_944_465_919).strategy(needs) == "fsdp2_offload"
+    assert replace(just, bytes_of_each=13_592_144_383).strategy(needs) == "fsdp2_offload"
 
 
 def test_suggested_devices_have_number_and_size() -> None:
     found = sharding.would_fit(demand(SEVENTY, own=5 * GB))
     *reported, from_host = [(fit.num_devices, fit.card.gigabytes, fit.host_bytes) for fit in found]
-    assert reported == [(1, 180, 0), (2, 141, 0), (4, 80, 0)], "eight GPUs of 48 GB would need 58.9 GB of 47.8 GB each"
-    assert from_host == (2, 48, 136_904_704_000)
+    assert reported == [(1, 180, 0), (2, 141, 0), (4, 80, 0)], "eight GPUs of 48 GB would need 55.9 GB of 47.8 GB each"
+    assert from_host == (2, 40, 136_904_704_000)
     sentence = (
         "It would fit on one GPU with 180 GB, or on 2 GPUs with 141 GB each, or on 4 GPUs with 80 GB each, or on 2 "
-        "GPUs with 48 GB each and 136.9 GB of host memory for the base model."
+        "GPUs with 40 GB each and 136.9 GB of host memory for the base model."
     )
     assert sharding.would_fit_sentence(sharding.would_fit(demand(SEVENTY, own=5 * GB))) == sentence
     whole = replace(demand(SEVENTY, own=5 * GB), shardable_bytes=0)
@@ -201,7 +202,7 @@ def test_explanation_of_a_job_that_fits_nowhere() -> None:
 
     assert sharding.explain_misfit([(gpus(1, 80), large), (gpus(8, 80), large)], None) is None
     reported = sharding.explain_misfit([(gpus(1, 80), large)], None)
-    assert reported == "The job needs about 171.9 GB, but the largest worker has 85.0 GB."
+    assert reported == "The job needs about 168.9 GB, but the largest worker has 85.0 GB."
     assert "Sharding across the 2 devices" in str(sharding.explain_misfit([(gpus(2, 80), large)], None))
     assert str(sharding.explain_misfit([(gpus(8, 80), whole)], bar)).endswith(f"has 85.0 GB. {bar}.")
     assert bar not in str(sharding.explain_misfit([(gpus(1, 80), whole)], bar)), "one GPU does not shard"
@@ -216,8 +217,8 @@ def test_explanation_of_a_job_that_exceeds_the_host_memory() -> None:
 
     reported = sharding.explain_misfit([(gpus(2, 48, host=100 * GB), large)], None)
     assert reported == (
-        "Sharding across the 2 devices of the largest worker needs about 110.3 GB per device, but the smallest device "
-        "has 47.9 GB. With shards in host memory it would need about 42.7 GB per device and about 136.9 GB of host "
+        "Sharding across the 2 devices of the largest worker needs about 107.2 GB per device, but the smallest device "
+        "has 47.9 GB. With shards in host memory it would need about 39.6 GB per device and about 136.9 GB of host "
         "memory, of which a base model may use 100.0 GB."
     )
     small = str(sharding.explain_misfit([(gpus(2, 24, host=10 * GB), large)], None))
@@ -229,7 +230,7 @@ def test_explanation_of_a_job_that_exceeds_the_host_memory() -> None:
     )
     narrow = sharding.explain_misfit([(gpus(2, 24, host=200 * GB), large)], None)
     assert narrow == (
-        "Sharding across the 2 devices of the largest worker, with shards in host memory, needs about 42.7 GB per "
+        "Sharding across the 2 devices of the largest worker, with shards in host memory, needs about 39.6 GB per "
         "device, but the smallest device has 23.8 GB."
     )
 
@@ -257,17 +258,17 @@ def test_placement_reason_contains_the_numbers() -> None:
     small, large = demand(SEVEN), demand(SEVENTY, own=5 * GB)
     assert sharding.reason(gpus(1, 24), small) == "The worker has one device, which holds the full base model."
     assert sharding.reason(gpus(2, 24), small) == (
-        "Each device holds a full replica of the base model: the job needs about 20.9 GB per device, and the smallest "
+        "Each device holds a full replica of the base model: the job needs about 20.6 GB per device, and the smallest "
         "of 2 devices has 23.8 GB."
     )
     assert sharding.reason(gpus(8, 80), large) == (
-        "A full replica of the base model would need about 173.6 GB per device, and the smallest of 8 devices has "
-        "85.0 GB. Sharding across 8 devices needs about 58.9 GB per device."
+        "A full replica of the base model would need about 170.6 GB per device, and the smallest of 8 devices has "
+        "85.0 GB. Sharding across 8 devices needs about 55.9 GB per device."
     )
     assert sharding.reason(gpus(2, 48, host=200 * GB), large) == (
-        "Sharding the base model across the devices would need about 110.3 GB per device, and the smallest of 2 "
+        "Sharding the base model across the devices would need about 107.2 GB per device, and the smallest of 2 "
         "devices has 47.9 GB. Sharding across 2 devices with shards in host memory (about 136.9 GB in total) needs "
-        "about 42.7 GB per device."
+        "about 39.6 GB per device."
     )
     reported = sharding.reason(gpus(2, 24, "zero3_offload", host=200 * GB), small)
     assert reported.startswith(

@@ -7,7 +7,7 @@ import torch
 
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.modules_to_save import TrainedTensor, TrainedTensors
-from lora_core.adapter.optimizer import gradient_norm, optimizer_step, stays_finite
+from lora_core.adapter.optimizer import StepSizes, optimizer_step, stays_finite, step_sizes
 from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -79,9 +79,9 @@ def test_steps_equal_torch_adafactor_with_separate_learning_rates(options, gradi
         adapter.g.copy_(torch.randn(adapter.num_parameters) * gradient_size * step)
         for tensor, block in zip(tensors, adapter.blocks, strict=True):
             tensor.grad = adapter.g[block.numbers].view(block.shape).clone()
-        norm = gradient_norm(adapter)
-        assert stays_finite(adapter, numbers, learning_rate=numbers.learning_rate, norm=norm)
-        optimizer_step(adapter, numbers, step=step, learning_rate=numbers.learning_rate, norm=norm)
+        sizes = StepSizes.of(step_sizes(adapter, numbers, learning_rate=numbers.learning_rate))
+        assert stays_finite(adapter, numbers, learning_rate=numbers.learning_rate, sizes=sizes)
+        optimizer_step(adapter, numbers, step=step, learning_rate=numbers.learning_rate, norm=sizes.norm)
         if numbers.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(tensors, numbers.max_grad_norm)
         reference.step()
@@ -111,12 +111,12 @@ def test_adafactor_overflow_is_detected_before_the_step(options):
     adapter.p.fill_(1e36)
     adapter.g[::7] = -1.0  # part of each matrix, with updates above the mean
     numbers = replace(USUAL, clip_threshold=20.0, **options)
-    norm = gradient_norm(adapter)
+    sizes = StepSizes.of(step_sizes(adapter, numbers, learning_rate=numbers.learning_rate))
 
-    assert not stays_finite(adapter, numbers, learning_rate=numbers.learning_rate, norm=norm)
+    assert not stays_finite(adapter, numbers, learning_rate=numbers.learning_rate, sizes=sizes)
     for _ in range(3):
         adapter.g[::7] = -1.0
-        optimizer_step(adapter, numbers, step=1, learning_rate=numbers.learning_rate, norm=norm)
+        optimizer_step(adapter, numbers, step=1, learning_rate=numbers.learning_rate, norm=sizes.norm)
     assert not torch.isfinite(adapter.p).all()
 
 
@@ -127,10 +127,10 @@ def test_gradients_with_a_finite_norm_survive_intermediate_overflow(size):
     before = adapter.p.clone()
     adapter.g.copy_(torch.randn(adapter.num_parameters) * size)
     signs = adapter.g.sign()
-    norm = gradient_norm(adapter)
+    sizes = StepSizes.of(step_sizes(adapter, USUAL, learning_rate=0.05))
 
-    assert stays_finite(adapter, USUAL, learning_rate=0.05, norm=norm)
-    optimizer_step(adapter, USUAL, step=1, learning_rate=0.05, norm=norm)
+    assert stays_finite(adapter, USUAL, learning_rate=0.05, sizes=sizes)
+    optimizer_step(adapter, USUAL, step=1, learning_rate=0.05, norm=sizes.norm)
 
     assert torch.isfinite(adapter.p).all()
     assert torch.isfinite(adapter.v).all()

@@ -13,7 +13,7 @@ from transformers import (
 
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.modules_to_save import TrainedTensor, TrainedTensors
-from lora_core.adapter.optimizer import gradient_norm, learning_rate_at, optimizer_step, stays_finite
+from lora_core.adapter.optimizer import StepSizes, learning_rate_at, optimizer_step, stays_finite, step_sizes
 from lora_core.config import LoraConfig, OptimizerConfig, ScheduleConfig
 
 TARGETS = (
@@ -28,6 +28,10 @@ def new_adapter(dtype: torch.dtype = torch.float32) -> FlatAdapter:
     return adapter
 
 
+def sizes_of(adapter: FlatAdapter, config: OptimizerConfig) -> StepSizes:
+    return StepSizes.of(step_sizes(adapter, config, learning_rate=config.learning_rate))
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e6])
 def test_steps_equal_torch_adamw_with_clipping(max_grad_norm):
     torch.manual_seed(0)
@@ -38,7 +42,7 @@ def test_steps_equal_torch_adamw_with_clipping(max_grad_norm):
     for step in range(1, 6):
         gradient = torch.randn(adapter.num_parameters)
         adapter.g.copy_(gradient)
-        norm = gradient_norm(adapter)
+        norm = sizes_of(adapter, config).norm
         optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=norm)
 
         parameter.grad = gradient
@@ -59,7 +63,7 @@ def test_steps_of_lora_plus_equal_torch_adamw_with_two_groups():
     for step in range(1, 6):
         adapter.g.copy_(torch.randn(adapter.num_parameters))
         a.grad, b.grad = adapter.g[: adapter.num_a].clone(), adapter.g[adapter.num_a :].clone()
-        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=gradient_norm(adapter))
+        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=sizes_of(adapter, config).norm)
         reference.step()
     assert adapter.num_a == 3 * (12 + 4)
     torch.testing.assert_close(adapter.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
@@ -94,7 +98,7 @@ def test_lora_plus_rate_of_b_applies_to_magnitudes_but_not_full_modules():
         adapter.g.copy_(torch.randn(adapter.num_parameters))
         for parameter, gradient in zip((a, b, magnitudes, in_full), adapter.g.clone().split(sizes), strict=True):
             parameter.grad = gradient
-        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=gradient_norm(adapter))
+        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=sizes_of(adapter, config).norm)
         reference.step()
 
     torch.testing.assert_close(adapter.p, torch.cat([a, b, magnitudes, in_full]).detach(), rtol=1e-5, atol=1e-6)
@@ -120,7 +124,7 @@ def test_steps_equal_torch_sgd_with_separate_learning_rates(momentum, max_grad_n
     for step in range(1, 6):
         adapter.g.copy_(torch.randn(adapter.num_parameters))
         a.grad, b.grad = adapter.g[: adapter.num_a].clone(), adapter.g[adapter.num_a :].clone()
-        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=gradient_norm(adapter))
+        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=sizes_of(adapter, config).norm)
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_([a, b], max_grad_norm)
         reference.step()
@@ -142,10 +146,10 @@ def test_sgd_overflow_is_detected_before_the_step(options):
     adapter.p.fill_(100)
     adapter.g.fill_(1e18)
     config = OptimizerConfig(kind="sgd", max_grad_norm=None, **options)
-    norm = gradient_norm(adapter)
+    sizes = sizes_of(adapter, config)
 
-    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, norm=norm)
-    optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=norm)
+    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, sizes=sizes)
+    optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=sizes.norm)
     assert not (torch.isfinite(adapter.p).all() and torch.isfinite(adapter.m).all())
 
 
@@ -163,10 +167,10 @@ def test_adamw_overflow_is_detected_before_the_step(gradient, options):
     adapter = new_adapter()
     adapter.g.fill_(gradient)
     config = OptimizerConfig(**options)
-    norm = gradient_norm(adapter)
+    sizes = sizes_of(adapter, config)
 
-    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, norm=norm)
-    optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=norm)
+    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, sizes=sizes)
+    optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=sizes.norm)
     assert not torch.isfinite(adapter.p).all()
 
 
@@ -176,11 +180,11 @@ def test_sgd_factor_outside_fp32_is_detected_before_the_step(options):
     adapter.p.fill_(1e-20)
     adapter.g.fill_(1e-20)
     config = OptimizerConfig(kind="sgd", **options)
-    norm = gradient_norm(adapter)
+    sizes = sizes_of(adapter, config)
 
-    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, norm=norm)
+    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, sizes=sizes)
     with pytest.raises(RuntimeError, match="without overflow"):
-        optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=norm)
+        optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=sizes.norm)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e38])
@@ -188,20 +192,21 @@ def test_adamw_at_a_usual_rate_stays_finite_with_a_large_gradient(max_grad_norm)
     adapter = new_adapter()
     adapter.g.fill_(1e18)
     config = OptimizerConfig(learning_rate=1e-3, max_grad_norm=max_grad_norm)
-    assert stays_finite(adapter, config, learning_rate=1e-3, norm=gradient_norm(adapter))
+    assert stays_finite(adapter, config, learning_rate=1e-3, sizes=sizes_of(adapter, config))
 
 
 def test_sgd_at_a_usual_rate_stays_finite_with_a_large_gradient():
     adapter = new_adapter()
     adapter.g.fill_(1e18)
     config = OptimizerConfig(kind="sgd", learning_rate=0.1, momentum=0.9, max_grad_norm=None)
-    assert stays_finite(adapter, config, learning_rate=0.1, norm=gradient_norm(adapter))
+    assert stays_finite(adapter, config, learning_rate=0.1, sizes=sizes_of(adapter, config))
 
 
 def test_compute_copy_is_updated_with_the_master_weights():
     adapter = new_adapter(torch.bfloat16)
     adapter.g.fill_(1)
-    optimizer_step(adapter, OptimizerConfig(learning_rate=0.1), step=1, learning_rate=0.1, norm=gradient_norm(adapter))
+    config = OptimizerConfig(learning_rate=0.1)
+    optimizer_step(adapter, config, step=1, learning_rate=0.1, norm=sizes_of(adapter, config).norm)
     assert torch.equal(adapter.compute, adapter.p.bfloat16())
     assert adapter.sites["b"].a_RD.dtype == torch.bfloat16
 
@@ -210,7 +215,8 @@ def test_compute_copy_is_updated_with_the_master_weights():
 def test_non_finite_or_overflowing_gradient_is_detected_in_its_norm(value):
     adapter = new_adapter()
     adapter.g[7] = value
-    assert not stays_finite(adapter, OptimizerConfig(learning_rate=0.1), learning_rate=0.1, norm=gradient_norm(adapter))
+    config = OptimizerConfig(learning_rate=0.1)
+    assert not stays_finite(adapter, config, learning_rate=0.1, sizes=sizes_of(adapter, config))
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])

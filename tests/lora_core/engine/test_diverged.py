@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from lora_core.engine import job as job_module
 from lora_core.engine.engine import Engine
@@ -34,10 +36,13 @@ def a_rate_of(learning_rate: float) -> Callable[[Engine, pytest.MonkeyPatch], No
 
 def an_infinite_gradient(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """Make the gradient norm infinite in the fourth step only."""
-    usual = job_module.gradient_norm
-    patch.setattr(
-        job_module, "gradient_norm", lambda adapter: float("inf") if engine.progress("bad")[0] == 3 else usual(adapter)
-    )
+    usual = job_module.step_sizes
+
+    def damaged(*args: Any, **kwargs: Any) -> Tensor:
+        sizes = usual(*args, **kwargs)
+        return sizes.fill_(float("inf")) if engine.progress("bad")[0] == 3 else sizes
+
+    patch.setattr(job_module, "step_sizes", damaged)
 
 
 RUINS = {

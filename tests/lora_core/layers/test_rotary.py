@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ def pack_of_one() -> PackedBatch:
         label_positions_L=none,
         labels_L=none,
         label_weights_L=none,
+        host_ids_T=np.arange(16),
     )
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_core.config import ObjectiveConfig
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.forward.classification import score_segment
+from lora_core.forward.classification import score_segment, slice_scores
 from lora_core.losses.preference import Answers, score_pairs
 from lora_core.packing.packed_batch import Graded
 from tests.lora_core.classifiers import classifier
@@ -247,7 +247,8 @@ def test_reward_loss_gradient_and_margin_equal_trl(center):
     own = rewards.detach().clone().requires_grad_()
     objective = ObjectiveConfig(kind="reward", center_rewards_coefficient=center)
     graded = Graded(objective=objective, first=0, last=2 * NUM_PAIRS, weight=1 / NUM_PAIRS, labels=())
-    summed, scores = score_segment(paired(own).reshape(-1, 1), graded)
+    summed, numbers = score_segment(paired(own).reshape(-1, 1), graded)
+    scores = slice_scores(numbers)
     (summed * graded.weight).backward()
     assert float(summed.detach()) / NUM_PAIRS == pytest.approx(float(loss.detach()), rel=1e-12)
     torch.testing.assert_close(own.grad, rewards.grad, rtol=1e-12, atol=1e-14)
@@ -283,7 +284,7 @@ def test_reward_step_uses_the_gradient_of_trl_through_peft(tmp_path, slice_token
         )
         return []
 
-    engine._jobs["job"]._finish_step = note  # pyright: ignore
+    engine._jobs["job"].finish_step = note  # pyright: ignore
     while not gradients:
         engine.tick()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_core.adapter.optimizer import StepSizes
 from lora_core.config import ObjectiveConfig
-from lora_core.data.batching import Unit
 from lora_core.data.kto_pairs import mismatched
 from lora_core.data.token_dataset import TokenDataset, rows_of_step
 from lora_core.engine.engine import Engine
@@ -174,11 +174,12 @@ def test_step_uses_the_gradient_of_autograd_through_peft(load, tmp_path, slice_t
     engine.export("job", tmp_path / "adapter", base_name="tiny")
     found: list[tuple[Tensor, Rewards | None, float]] = []
 
-    def note(unit: Unit) -> list[Event]:
-        found.append((job.adapter.g.clone(), job._rewards(unit), job.tally.loss_sum / unit.num_terms))
+    def note(sizes: StepSizes) -> list[Event]:
+        assert job.unit is not None
+        found.append((job.adapter.g.clone(), job._rewards(job.unit), job.tally.loss_sum / job.unit.num_terms))
         return []
 
-    job._finish_step = note
+    job.finish_step = note
     while not found:
         engine.tick()
     gradient, rewards, loss_found = found[0]

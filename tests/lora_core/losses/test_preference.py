@@ -107,7 +107,7 @@ def test_step_uses_the_gradient_of_autograd_through_peft(load, tmp_path, name):
     engine.export("job", tmp_path / "adapter", base_name="tiny")
     adapter = engine._jobs["job"].adapter
     gradients: list[Tensor] = []
-    engine._jobs["job"]._finish_step = lambda unit: gradients.append(adapter.g.clone()) or []  # pyright: ignore
+    engine._jobs["job"].finish_step = lambda _sizes: gradients.append(adapter.g.clone()) or []  # pyright: ignore
     engine.tick()
 
     lengths = torch.tensor([[int(train.row(2 * pair + side)[1].sum()) for side in (0, 1)] for pair in (0, 1)])

@@ -156,8 +156,8 @@ def capped_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_of_capped_scores_grows_linearly_with_the_length(
     capped_dir: Path, precision: Literal["bfloat16", "float32"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms and activations of this family, as torch operations, keep up to two thirds more than is counted. With
-    stored scores it would be 40 times as much."""
+    """Norms and activations of this family, as torch operations, keep about twice as much as is counted. With stored
+    scores it would be 40 times as much."""
     monkeypatch.setitem(tiled_cpu.STRIP_NUMBERS, "cpu", 1 << 17)  # a size that suits this base
     base = load_base(capped_dir, dtype=precision, device="cpu")
     training(base, lengths=[30]).tick()  # fills the permanent caches
@@ -166,4 +166,4 @@ def test_memory_of_capped_scores_grows_linearly_with_the_length(
 
     description = describe_base(capped_dir)
     counted = [memory.tick_bytes(description, precision, num_tokens=length) for length in (1056, 2112)]
-    assert peaks[1] - peaks[0] < 2 * (counted[1] - counted[0])
+    assert peaks[1] - peaks[0] < 2.2 * (counted[1] - counted[0])

@@ -1,0 +1,49 @@
+"""The ranks of a trainer clip a gradient by the same norm, though their devices add up its squares in other orders."""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from lora_core.adapter.optimizer import StepSizes
+from lora_core.distributed.ranks import Ranks
+from lora_core.engine.rank_agreement import StepOutcome, read_sizes
+from lora_core.errors import OutOfMemory
+
+OWN = (1.0, 2.0, 3.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Follower(Ranks):
+    """A rank whose leader has other norms."""
+
+    norms: tuple[float, ...]
+
+    def leader_numbers(self, own: Any) -> list[float]:
+        assert len(own) == len(self.norms), "all ranks pass a number for each job of the tick"
+        return list(self.norms)
+
+
+def read(norm: float, sizes: tuple[float, ...] | None = OWN, error: OutOfMemory | None = None) -> StepSizes | None:
+    job = SimpleNamespace(sizes=None if sizes is None else torch.tensor(sizes))
+    outcome = StepOutcome(job=cast(Any, job), step=0, num_pending=0, error=error)
+    (found,) = read_sizes(Follower(rank=1, size=2, norms=(norm,)), [outcome])
+    return found
+
+
+def test_a_rank_takes_the_norm_of_the_leader_and_keeps_its_own_largest_numbers() -> None:
+    assert read(1.0000001) == StepSizes(norm=1.0000001, weight=2.0, moment=3.0)
+
+
+def test_a_norm_that_is_not_finite_on_one_rank_alone_stays_different() -> None:
+    assert read(math.nan) == StepSizes(norm=1.0, weight=2.0, moment=3.0)
+    broken = read(1.0, (math.inf, 2.0, 3.0))
+    assert broken is not None
+    assert broken.norm == math.inf
+
+
+def test_a_job_without_a_due_step_or_with_an_error_has_no_sizes() -> None:
+    assert read(1.0, None) is None
+    assert read(1.0, error=OutOfMemory("job")) is None

@@ -1,0 +1,69 @@
+"""Stand-ins for the modules of Triton kernels: they count launches and multiplications, and return tensors of the sizes
+of the results."""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwStep
+from lora_core.kernels.gpu.tables import TileGroup
+from lora_core.runtime.transfers import upload
+from tests.lora_core.fake_cuda.observer import DeviceObserver
+
+PACKAGE = "lora_core.kernels.gpu"
+ELEMENTWISE = (
+    *("swiglu", "swiglu_backward", "rms_norm", "add_rms_norm", "rms_norm_backward", "rotate"),
+    *("score_logits", "logit_gradient"),
+)
+
+
+def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
+    """Return the modules by their full names. Without Triton, the real ones can't be imported."""
+
+    def launch(name: str) -> None:
+        with observer.kernel(name):
+            pass
+
+    def elementwise(name: str) -> Callable[..., None]:
+        return lambda *_: launch(name)
+
+    def add_lora(y_TO: Tensor, x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
+        launch("shrink")
+        launch("expand")
+        observer.counts.flops += 2 * group.num_rows * group.kind.width * (x_TD.shape[1] + y_TO.shape[1])
+        return x_TD.new_empty(group.num_rows, group.kind.width)
+
+    def add_lora_gradients(
+        dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup
+    ) -> None:
+        torch.empty_like(h_tW)
+        products = 2 * dy_TO.shape[1] + x_TD.shape[1] * (1 if dx_TD is None else 2)
+        for name in ("shrink", "accumulate", "accumulate", *(() if dx_TD is None else ("expand",))):
+            launch(name)
+        observer.counts.flops += 2 * group.num_rows * group.kind.width * products
+
+    def adamw(steps: Sequence[AdamwStep]) -> None:
+        upload([np.zeros((len(steps), NUM_WORDS), np.int64)], steps[0].p.device)
+        launch("adamw")
+
+    def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        upload([np.zeros((len(vectors), 5), np.int64)], vectors[0][0].device)
+        launch("partial sizes")
+        launch("whole sizes")
+        return torch.empty(len(vectors), 3, device=vectors[0][0].device)
+
+    return {
+        f"{PACKAGE}.elementwise": _module(**{name: elementwise(name) for name in ELEMENTWISE}),
+        f"{PACKAGE}.segmented_lora": _module(add_lora=add_lora, add_lora_gradients=add_lora_gradients),
+        f"{PACKAGE}.optimizer": _module(adamw=adamw, step_sizes=step_sizes),
+    }
+
+
+def _module(**functions: Any) -> ModuleType:
+    made = ModuleType("stand_in")
+    vars(made).update(functions)
+    return made

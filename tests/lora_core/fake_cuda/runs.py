@@ -1,0 +1,202 @@
+"""Whole ticks on the fake CUDA device of this process. Import it after the device is loaded (build.py)."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, cast
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedConfig
+
+from lora_core.base_model.model import BaseModel, build_model
+from lora_core.base_model.patching import Attachment
+from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.data.token_dataset import TokenDataset
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.kernels.selection import Kernels
+from lora_core.layers.task_heads import NUM_PLACEHOLDER_CLASSES, head_tensors, set_parameter
+from tests.lora_core.classifiers import FAMILIES, classification_jobs
+from tests.lora_core.fake_cuda.kernels import stand_ins
+from tests.lora_core.fake_cuda.observer import DeviceCounts, DeviceObserver
+from tests.lora_core.scenarios import admit, submissions
+from tests.lora_core.test_families import COMMON
+
+DEVICE = "cuda:0"
+WIDE = 1 << 20
+SIZES: dict[str, tuple[int, int, int, int, int]] = {
+    "8b": (4096, 14336, 32, 8, 128256),
+    "1b": (2048, 8192, 32, 8, 128256),
+    "smollm2": (576, 1536, 9, 3, 49152),
+}
+"""Hidden size, feed-forward size, query heads, key heads and vocabulary of real Llama models."""
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    run = {"tick": measured_tick, "jobs": run_jobs}[request["run"]]
+    return run(**{key: value for key, value in request.items() if key != "run"})
+
+
+def measured_tick(
+    *,
+    shape: str,
+    num_layers: int,
+    num_jobs: int = 16,
+    rank: int = 16,
+    dropout: float = 0.0,
+    kernels: Mapping[str, str] | None = None,
+    checkpointed: bool = False,
+) -> dict[str, Any]:
+    """Return the counts of the second tick of equal jobs, each with 512 tokens in 4 sequences, half of them labels."""
+    hidden, feed_forward, heads, key_heads, vocab = SIZES[shape]
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=shape != "8b",
+    )
+    elementwise = (kernels or {}).get("elementwise", "compiled")
+    with _device(elementwise) as observer:
+        base = _base(config, kernels or {})
+        engine = Engine(base, _engine_config(checkpoint_blocks="always" if checkpointed else "never"))
+        for number in range(num_jobs):
+            engine.admit(str(number), _job(number, rank=rank, dropout=dropout), _rows(vocab))
+        with observer.counting():
+            engine.tick()
+        with observer.counting() as counts:
+            engine.tick()
+        assert [engine.progress(job)[0] for job in engine.jobs()] == [2] * num_jobs
+        sizes = {"base_bytes": base.num_bytes, "adapter_bytes": engine.memory()["adapter_bytes"]}
+    return _report(counts) | sizes
+
+
+def run_jobs(*, family: str, task: str = "causal-lm", dtype: str = "bfloat16") -> dict[str, Any]:
+    """Run all kinds of jobs in one pack to their end. Returns the steps of each and the most waits of a tick."""
+    is_causal = task == "causal-lm"
+    jobs = submissions(family) if is_causal else classification_jobs(with_types=family == "bert")
+    sizes = COMMON | FAMILIES[family]
+    config = AutoConfig.for_model(family, **sizes)
+    waits: list[Counter[tuple[str, str]]] = []
+    with _device() as observer:
+        base = _base(config, {}, task=task, dtype=dtype)
+        engine = Engine(base, _engine_config(token_budget=512, checkpoint_blocks="never"))
+        for name, submission in jobs.items():
+            admit(engine, name, submission)
+        while not engine.idle:
+            with observer.counting() as counts:
+                engine.tick()
+            waits.append(counts.waits)
+        steps = {job: engine.progress(job)[0] for job in engine.jobs()}
+    most = max(waits, key=Counter.total)
+    return {"steps": steps, "most_waits": {f"{phase} {name}": count for (phase, name), count in most.items()}}
+
+
+@contextmanager
+def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
+    observer = DeviceObserver()
+    reason = None if elementwise == "compiled" else "eager operations are wanted"
+    patches: dict[str, Any] = {
+        "lora_core.engine.engine.measure_invariance": lambda *_: "allclose",
+        "lora_core.adapter.flat_adapter.initial_a": _zero_a,
+        "lora_core.kernels.on_device.why_not_elementwise": lambda _device: reason,
+        **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("rms_norm", "residual_block", "swiglu")},
+        "lora_core.layers.rotary._agrees": _is_same,
+        "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
+        "torch.Tensor.backward": _observed_backward(observer),
+        "torch.cuda.empty_cache": lambda: None,
+        # It repeats its drawing until no number lies outside, which a value of one never ends.
+        "transformers.initialization.trunc_normal_": lambda tensor, *_, **__: tensor,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(sys.modules, stand_ins(observer)))
+        for name, stand_in in patches.items():
+            stack.enter_context(patch(name, stand_in))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(observer)
+
+
+def _is_same(*_: Any) -> bool:
+    """Kernels agree with the operations that they replace: there are no numbers to compare."""
+    return True
+
+
+def _zero_a(_lora: LoraConfig, _module: str, *, seed: int, rank: int, in_features: int) -> torch.Tensor:
+    """Drawing the numbers of 16 real jobs would take seconds, and no value is used."""
+    return torch.zeros(rank, in_features)
+
+
+def _observed_backward(observer: DeviceObserver) -> Callable[..., None]:
+    original = torch.Tensor.backward
+
+    def backward(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        observer.begins_backward()
+        original(tensor, *args, **kwargs)
+        observer.ends_backward()
+
+    return backward
+
+
+def _base(
+    config: PreTrainedConfig, kernels: Mapping[str, str], *, task: str = "causal-lm", dtype: str = "bfloat16"
+) -> BaseModel:
+    config.dtype = torch_dtype = getattr(torch, dtype)
+    with torch.device(DEVICE):
+        model = build_model(config, cast(Any, task))
+    if task != "causal-lm":
+        for tensor in head_tensors(model, NUM_PLACEHOLDER_CLASSES):
+            set_parameter(model, tensor.name, tensor.start(0).to(DEVICE, torch_dtype))
+    model.requires_grad_(False).eval()
+    chosen = Kernels(lora="tiled", attention="varlen", elementwise="compiled")
+    if dtype == "float32":
+        chosen = Kernels(elementwise="compiled")  # neither kernel takes it
+    base = BaseModel(model=model, dtype=torch_dtype, device=DEVICE, task=cast(Any, task))
+    base.attachment = Attachment(model, replace(chosen, **cast(Any, kernels)))
+    return base
+
+
+def _engine_config(**options: Any) -> EngineConfig:
+    defaults: dict[str, Any] = {"token_budget": WIDE, "max_tick_seconds": 3600.0, "job_tokens": WIDE}
+    return EngineConfig(**(defaults | options))
+
+
+def _job(number: int, *, rank: int, dropout: float) -> JobConfig:
+    return JobConfig(
+        lora=LoraConfig(rank=rank, alpha=32, dropout=dropout),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        schedule=ScheduleConfig(kind="constant", num_steps=100),
+        batch_size=4,
+        num_steps=100,
+        seed=number,
+        slice_tokens=WIDE,
+    )
+
+
+def _rows(vocab: int, *, length: int = 128, num_rows: int = 32) -> TokenDataset:
+    return TokenDataset(
+        input_ids=np.arange(length * num_rows, dtype=np.int32) % vocab,
+        loss_mask=np.tile((np.arange(length) >= length // 2).astype(np.uint8), num_rows),
+        row_offsets=np.arange(0, length * num_rows + 1, length),
+    )
+
+
+def _report(counts: DeviceCounts) -> dict[str, Any]:
+    return {
+        "launches": {phase: counts.num_launches(phase) for phase in ("forward", "backward", "update")},
+        "operators": {f"{phase} {name}": count for (phase, name), count in sorted(counts.launches.items())},
+        "waits": {f"{phase} {name}": count for (phase, name), count in sorted(counts.waits.items())},
+        "uploads": counts.uploads.total(),
+        "flops": counts.flops,
+        "kept_bytes": counts.kept_bytes - counts.resident_bytes,
+        "resident_bytes": counts.resident_bytes,
+    }

@@ -1,0 +1,185 @@
+"""Whole ticks on a fake CUDA device: launches, waits of the host, kept bytes and multiplications.
+
+The limits are the counts of today. A change that lowers one lowers its limit here.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.resources import memory
+from lora_core.layers.activation_checkpointing import MARGIN
+from tests.lora_core.classifiers import classification_jobs
+from tests.lora_core.fake_cuda import build
+from tests.lora_core.scenarios import submissions
+
+ROOT = Path(__file__).parents[3]
+Answer = Callable[..., dict[str, Any]]
+
+SHAPES = {
+    "8b": (4096, 14336, 4096, 1024),
+    "1b": (2048, 8192, 2048, 512),
+    "smollm2": (576, 1536, 576, 192),
+}
+"""Hidden size, feed-forward size, and features of all queries and of all keys."""
+TOKENS, RANK = 16 * 512, 16
+FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 29, 49
+"""With 16 jobs, for any shape: of a layer as its kernels are chosen on an H100."""
+
+
+@pytest.fixture(scope="module")
+def answer() -> Iterator[Answer]:
+    """Ask one process with the device. Equal questions get the same answer."""
+    reason = build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "tests.lora_core.fake_cuda.ticks", str(build.built())]
+    known: dict[str, dict[str, Any]] = {}
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        questions, answers = process.stdin, process.stdout
+        assert questions is not None
+        assert answers is not None
+
+        def ask(run: str, **request: Any) -> dict[str, Any]:
+            question = json.dumps({"run": run} | request)
+            if question not in known:
+                questions.write(question + "\n")
+                questions.flush()
+                line = answers.readline()
+                assert line, "the process has ended; its error is above"
+                known[question] = json.loads(line)
+            return known[question]
+
+        yield ask
+        questions.close()
+
+
+def per_layer(answer: Answer, shape: str, **options: Any) -> dict[str, Any]:
+    """Return the counts that a further layer adds: the difference between ticks of two layers and of one."""
+    one, two = (answer("tick", shape=shape, num_layers=number, **options) for number in (1, 2))
+    return {
+        "forward": two["launches"]["forward"] - one["launches"]["forward"],
+        "backward": two["launches"]["backward"] - one["launches"]["backward"],
+        "kept_bytes": (two["kept_bytes"] - one["kept_bytes"]) / TOKENS,
+        "flops": (two["flops"] - one["flops"]) / TOKENS,
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_launches_of_a_layer_do_not_grow(answer: Answer, shape: str) -> None:
+    layer = per_layer(answer, shape)
+
+    assert layer["forward"] <= FORWARD_LAUNCHES
+    assert layer["backward"] <= BACKWARD_LAUNCHES
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_host_waits_for_the_scores_and_for_the_sizes_of_the_steps_alone(answer: Answer, shape: str) -> None:
+    for num_layers in (1, 2):
+        tick = answer("tick", shape=shape, num_layers=num_layers)
+        assert tick["waits"] == {"update download": 2}
+        assert tick["uploads"] == 2 + 2 * 16, "the pack, its plan, and two tables for the step of each job"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_memory_estimate_counts_what_a_layer_keeps(answer: Answer, shape: str) -> None:
+    hidden, feed_forward, queries, keys = SHAPES[shape]
+    linears = {
+        "q_proj": [[queries, hidden], 1],
+        "k_proj": [[keys, hidden], 1],
+        "v_proj": [[keys, hidden], 1],
+        "o_proj": [[hidden, queries], 1],
+        "gate_proj": [[feed_forward, hidden], 1],
+        "up_proj": [[feed_forward, hidden], 1],
+        "down_proj": [[hidden, feed_forward], 1],
+    }
+
+    counted = memory.activation_bytes_per_token(linears, "bfloat16")
+
+    assert per_layer(answer, shape)["kept_bytes"] == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_token_costs_its_products_with_the_frozen_weights_twice_and_lora(answer: Answer, shape: str) -> None:
+    """No gradient of a frozen weight is computed: 2 operations a weight forward, 2 backward, and 6 for A and for B."""
+    hidden, feed_forward, queries, keys = SHAPES[shape]
+    linears = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    linears += [(feed_forward, hidden), (feed_forward, hidden), (hidden, feed_forward)]
+
+    expected = sum(4 * rows * columns + 6 * RANK * (rows + columns) for rows, columns in linears)
+
+    assert per_layer(answer, shape)["flops"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        ({"kernels": {"elementwise": "eager"}}, (53, 103)),
+        ({"kernels": {"lora": "loop"}}, (351, 805)),
+        ({"rank": 5}, (29, 49)),
+        ({"dropout": 0.05}, (29, 49)),
+    ],
+    ids=["eager norms and activations", "LoRA by segment", "padded rank", "dropout"],
+)
+def test_launches_of_other_kernels_do_not_grow(
+    answer: Answer, options: dict[str, Any], launches: tuple[int, int]
+) -> None:
+    layer = per_layer(answer, "smollm2", **options)
+
+    assert layer["forward"] <= launches[0]
+    assert layer["backward"] <= launches[1]
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_keep_their_inputs_and_the_small_products_alone(answer: Answer) -> None:
+    hidden, *_ = SHAPES["smollm2"]
+    of_adapters = 7 * RANK  # x Aᵀ of each linear layer
+
+    kept = per_layer(answer, "smollm2", checkpointed=True)["kept_bytes"]
+    assert kept == pytest.approx(2 * (hidden + of_adapters), rel=0.01)  # and the tables of the adapters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_single_torch_operations_keep_less_than_the_engine_assumes_before_a_tick_has_measured_it(
+    answer: Answer, shape: str
+) -> None:
+    """layers/activation_checkpointing.py then decides between keeping and recomputing with MARGIN."""
+    hidden, feed_forward, queries, keys = SHAPES[shape]
+    inputs = 5 * hidden + queries + feed_forward
+    outputs = queries + 2 * keys + hidden + 2 * feed_forward + hidden
+
+    kept = per_layer(answer, shape, kernels={"elementwise": "eager"})["kept_bytes"]
+
+    assert kept < MARGIN * 2 * (inputs + outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task", "dtype", "most_waits"),
+    [
+        ("llama", "causal-lm", "bfloat16", 3),
+        ("gpt2", "causal-lm", "bfloat16", 3),
+        ("llama", "sequence-classification", "bfloat16", 2),
+        ("bert", "sequence-classification", "float32", 2),
+        ("roberta", "sequence-classification", "bfloat16", 2),
+        ("modernbert", "sequence-classification", "bfloat16", 2),
+    ],
+)
+def test_no_kind_of_job_mixes_devices_or_waits_more_often(
+    answer: Answer, family: str, task: str, dtype: str, most_waits: int
+) -> None:
+    """A preference loss is computed on the host between two passes, which is one wait more, and its reference is one
+    pass more."""
+    found = answer("jobs", family=family, task=task, dtype=dtype)
+
+    expected = submissions(family) if task == "causal-lm" else classification_jobs()
+    assert found["steps"].keys() == expected.keys()
+    assert all(found["steps"].values())
+    assert sum(found["most_waits"].values()) <= most_waits, found["most_waits"]
