@@ -70,6 +70,7 @@ class Trainer:
             "admit",
             claim_id=job,
             base_name="base",
+            base_revision=None,
             spec=spec,
             num_steps=num_steps,
             evaluate_every_steps=None,
