@@ -63,8 +63,9 @@ def up(
 ) -> None:
     """Start a service on this machine: API server, database, store and a worker per device. Ctrl-C stops it."""
     from lorry import connection
+    from lorry.cli import vllm
     from lorry.local import devices as device_names
-    from lorry.local import ports, privacy, service, vllm
+    from lorry.local import ports, privacy, service
     from lorry.local.lock import DataLock
 
     service.check_installed()
