@@ -17,6 +17,7 @@ class EngineConfig:
         max_tick_seconds: Expected duration beyond which no further slices join a tick, so that cancellation and
             admission stay responsive.
         job_tokens: Maximum tokens of one job in a tick, if it has more than one slice in it.
+        job_slices: Maximum slices of one job in a tick on one rank. Each after the first needs memory for a gradient.
         num_lanes: CPU threads that compute parts of a tick concurrently (lora_core/runtime/cpu_lanes.py).
         checkpoint_blocks: Activation checkpointing per block: "always", "never", or "auto", which enables it when
             memory is scarce.
@@ -37,6 +38,7 @@ class EngineConfig:
     token_budget: int = 1024
     max_tick_seconds: float = 1.0
     job_tokens: int = 1024
+    job_slices: int | None = None
     num_lanes: int = 1
     checkpoint_blocks: Literal["auto", "always", "never"] = "auto"
     prefix_memory_bytes: int = 0
@@ -49,6 +51,7 @@ class EngineConfig:
         require(self.ticks_alone >= 0, "ticks_alone", self.ticks_alone, "at least 0")
         require(self.token_budget >= 1, "token_budget", self.token_budget, "at least 1")
         require(self.job_tokens >= 1, "job_tokens", self.job_tokens, "at least 1")
+        require(self.job_slices is None or self.job_slices >= 1, "job_slices", self.job_slices, "at least 1")
         require(self.num_lanes >= 1, "num_lanes", self.num_lanes, "at least 1")
         require(is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
         known = ("auto", "always", "never")

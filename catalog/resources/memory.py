@@ -117,7 +117,8 @@ def own_parts(
     is_one_slice = step_tokens <= slice_tokens
     most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
     usual = slice_bytes(description, precision)
-    even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if dropout else 0
+    has_masks = dropout and (use_dora or not recomputes)  # the kernels of a GPU draw the mask again instead
+    even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
     even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
     largest = most_tokens * activation_bytes_per_token(shapes, precision) + even_so
     if recomputes and most_tokens > JOB_TOKENS:

@@ -18,6 +18,7 @@ A tick is one forward and backward pass (for an evaluation, a forward pass) over
     >>> report = engine.export("first", Path("adapter"), base_name="base")
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -240,10 +241,11 @@ class Engine:
         Only the first job is chosen until enough ticks of its size (`ticks_alone`) have measured its speed alone.
         """
         job_tokens = self.ranks.size * self.config.job_tokens
-        first = widen(selected[:1], token_budget=max_tokens, job_tokens=job_tokens)
+        job_slices = math.inf if self.config.job_slices is None else self.ranks.size * self.config.job_slices
+        first = widen(selected[:1], token_budget=max_tokens, job_tokens=job_tokens, job_slices=job_slices)
         if selected[0].kind == "train" and self._throughput.num_alone(sum(first[0])) < self.config.ticks_alone:
             return selected[:1], first
-        return selected, widen(selected, token_budget=max_tokens, job_tokens=job_tokens)
+        return selected, widen(selected, token_budget=max_tokens, job_tokens=job_tokens, job_slices=job_slices)
 
     def _compute(self, plan: TickPlan) -> Computed | None:
         """Run the passes. Gradients stay with the slices until `_update` adds them up.

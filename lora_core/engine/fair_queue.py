@@ -1,6 +1,7 @@
 # pyright: strict
 """Fair selection of the slices for the next tick, as pure functions. The least served job is always selected."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,11 +38,13 @@ def select_slices(waiting: Sequence[ReadySlice], *, token_budget: int) -> list[R
     return chosen
 
 
-def widen(chosen: Sequence[ReadySlice], *, token_budget: int, job_tokens: int) -> list[tuple[int, ...]]:
+def widen(
+    chosen: Sequence[ReadySlice], *, token_budget: int, job_tokens: int, job_slices: float = math.inf
+) -> list[tuple[int, ...]]:
     """Return the tokens of the slices that each selected job puts into the tick.
 
     While there is room, further slices are added round-robin in the order of `chosen`. A job with more than one slice
-    has at most `job_tokens` in all.
+    has at most `job_tokens` and `job_slices` in all.
     """
     tokens = [[ready.num_tokens] for ready in chosen]
     left = token_budget - sum(ready.num_tokens for ready in chosen)
@@ -50,7 +53,7 @@ def widen(chosen: Sequence[ReadySlice], *, token_budget: int, job_tokens: int) -
         has_added = False
         for ready, own in zip(chosen, tokens, strict=True):
             following = ready.further[len(own) - 1 : len(own)]
-            if following and following[0] <= min(left, job_tokens - sum(own)):
+            if following and len(own) < job_slices and following[0] <= min(left, job_tokens - sum(own)):
                 own.append(following[0])
                 left -= following[0]
                 has_added = True

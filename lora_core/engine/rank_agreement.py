@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
+import torch
+
 from lora_core.adapter.optimizer import StepSizes
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.job import TrainingJob
 from lora_core.errors import OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
 from lora_core.layers.activation_checkpointing import ActivationMemory
+from lora_core.runtime.device_errors import shortage_named
 from lora_core.runtime.transfers import download
 
 
@@ -57,8 +60,15 @@ def read_sizes(ranks: Ranks, outcomes: Sequence[StepOutcome]) -> list[StepSizes 
     or is missing because the job has failed, a rank keeps its own, so that `agree` finds the difference.
     """
     due = [outcome.job.sizes if outcome.error is None else None for outcome in outcomes]
-    read = iter(download([sizes for sizes in due if sizes is not None]))
-    own = [None if sizes is None else StepSizes.of(next(read)) for sizes in due]
+    try:
+        with shortage_named():
+            read = iter(download([sizes for sizes in due if sizes is not None]))
+        own = [None if sizes is None else StepSizes.of(next(read)) for sizes in due]
+    except torch.OutOfMemoryError:  # the other ranks wait for the numbers of this one
+        own = [None for _ in due]
+        for outcome, sizes in zip(outcomes, due, strict=True):
+            if sizes is not None:
+                outcome.error = OutOfMemory(outcome.job.name)
     norms = ranks.leader_numbers([math.nan if sizes is None else sizes.norm for sizes in own])
     return [
         replace(sizes, norm=norm) if sizes is not None and math.isfinite(norm) and math.isfinite(sizes.norm) else sizes

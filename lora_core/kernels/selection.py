@@ -46,12 +46,14 @@ class Kernels:
 
 
 def prepare_device(device: torch.device) -> None:
-    """Set this process's switches of torch for the device.
+    """Make a GPU the current device, to which Triton launches, and set torch's switches for it.
 
     cuDNN's attention builds a plan for each new length, which takes up to a second. The sums of a bf16 matmul stay in
     fp32, also where cuBLAS divides them among blocks.
     """
     if device.type == "cuda":
+        if torch.cuda.is_available() and device.index is not None:
+            torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

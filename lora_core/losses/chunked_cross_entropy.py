@@ -119,7 +119,7 @@ def _score(
     smoothing_L = F.pad(smoothing_L, (0, filler)) if smoothing_L is not None else None
     losses, correct, gradients = [], [], []
     is_in_place = head.is_plain and on_gpu(h_LD) and has_kernels(h_LD)
-    step = GPU_CHUNK_LABELS if is_in_place else CHUNK_LABELS
+    step = GPU_CHUNK_LABELS * 2 // h_LD.element_size() if is_in_place else CHUNK_LABELS
     for start in range(0, num_labels, step):
         chunk = slice(start, start + step)
         smoothing_C = None if smoothing_L is None else smoothing_L[chunk]
@@ -131,5 +131,7 @@ def _score(
         if weights_L is not None:
             dlogits_CV = scored.gradient(weights_L[chunk])
             gradients.append(head.input_gradient(dlogits_CV, slope_CV, h_LD[chunk]))
+            del dlogits_CV
+        del logits_CV, slope_CV, scored  # before the next chunk's logits are allocated
     scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
     return scores, torch.cat(gradients)[:num_labels] if gradients else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -41,6 +42,8 @@ _REMOVE_FIRST = (
     "Start the service without --serve, run `lorry serving remove local`, and start it with --serve again. Deploy the "
     "adapters again then."
 )
+_CREDENTIAL_NAMES = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+"""vLLM needs no credential of the operator: it loads a folder and is offline."""
 _CPU_CACHE_GIB = "2"
 """By default, vLLM takes most of the memory for its KV cache."""
 
@@ -220,7 +223,11 @@ def _only_base(lorry: Lorry) -> str:
 
 def _environment(given: Mapping[str, str], api_key: str) -> dict[str, str]:
     """Return vLLM's environment, without the service's secrets. Other users see arguments, but not the environment."""
-    kept = {name: value for name, value in given.items() if not name.startswith("LORRY_")}
+    kept = {
+        name: value
+        for name, value in given.items()
+        if not name.startswith("LORRY_") and not _CREDENTIAL_NAMES.search(name)
+    }
     kept.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_CACHE_GIB)
     kept.setdefault("VLLM_NO_USAGE_STATS", "1")
     return kept | {

@@ -139,17 +139,23 @@ class _Attempt:
         return self._run_child("worker.children.exporter", request, sandbox.export(self.work, base_dir=base_dir))
 
     def _add_card(self, files: Path, result: Json) -> None:
-        """Add the model card, unless the lineage record was deleted."""
+        """Add the model card, unless the lineage record was deleted or can't be read by this version."""
         claim = self.claim
         if claim.lineage is None:
             return
-        card = model_card.render_export(
-            claim.lineage,
-            format=claim.format,
-            gguf_name=f"{file_stem(claim)}.gguf",
-            verification=result["verification"],
-            cost=result["cost"],
-        )
+        try:
+            card = model_card.render_export(
+                claim.lineage,
+                format=claim.format,
+                gguf_name=f"{file_stem(claim)}.gguf",
+                verification=result["verification"],
+                cost=result["cost"],
+            )
+        except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+            log.warning(
+                "Export %s gets no model card: its lineage record is of another version (%r).", claim.export_id, error
+            )
+            return
         (files / model_card.NAME).write_bytes(card)
 
     def _upload(self, folder: Path) -> str:

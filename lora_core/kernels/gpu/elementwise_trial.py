@@ -4,7 +4,6 @@
 Shape suffixes: T tokens, D features, C labels, V classes.
 """
 
-import subprocess
 from collections.abc import Iterator
 from functools import cache
 
@@ -31,7 +30,7 @@ def why_not_elementwise(device: torch.device) -> str | None:
                     return f"{EAGER}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
     except ImportError as error:
         return f"{EAGER}: Triton is not installed ({error})"
-    except (RuntimeError, OSError, ValueError, TypeError, AssertionError, subprocess.SubprocessError) as error:
+    except Exception as error:  # noqa: BLE001  (Triton's errors have no other base class)
         return f"{EAGER}: a Triton kernel failed ({str(error).strip().partition(chr(10))[0]})"
     return None
 

@@ -141,7 +141,11 @@ def test_dropout_mask_uses_a_byte_per_linear_input_and_token() -> None:
     description = {"linear_shapes": SHAPES}
 
     assert own_bytes(description) == 16_000
-    assert own_bytes(description, dropout=0.1) == 16_000 + 1024 * 32 * 4
+    masks = 1024 * 32 * 4
+    assert own_bytes(description, dropout=0.1) == 16_000 + masks
+    assert own_bytes(description, dropout=0.1, recomputes=True) == 16_000, "a GPU's kernels keep no mask"
+    with_dora = own_bytes(description, use_dora=True, recomputes=True)
+    assert own_bytes(description, use_dora=True, dropout=0.1, recomputes=True) == with_dora + masks
 
 
 def test_pissa_initialization_is_kept_in_the_precision_of_the_base() -> None:

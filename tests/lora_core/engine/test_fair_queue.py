@@ -3,7 +3,7 @@
 from collections import Counter
 
 from lora_core.config import Kind
-from lora_core.engine.fair_queue import ReadySlice, select_slices
+from lora_core.engine.fair_queue import ReadySlice, select_slices, widen
 
 
 def ready_slice(job: str, num_tokens: int, served: int = 0, kind: Kind = "train") -> ReadySlice:
@@ -55,3 +55,11 @@ def test_large_and_small_jobs_get_similar_tokens_over_time():
     # tiny runs in every tick where it fits next to others, so it is limited to one slice per tick
     assert min(served["large"], served["small"]) > 0.5 * max(served["large"], served["small"])
     assert served["tiny"] >= 30 * 2500
+
+
+def test_tick_is_widened_up_to_the_limits_of_a_job():
+    waiting = [ReadySlice(job="a", kind="train", num_tokens=10, served=0, further=(10,) * 9)]
+
+    assert widen(waiting, token_budget=1000, job_tokens=1000) == [(10,) * 10]
+    assert widen(waiting, token_budget=1000, job_tokens=45) == [(10,) * 4]
+    assert widen(waiting, token_budget=1000, job_tokens=1000, job_slices=3) == [(10,) * 3]

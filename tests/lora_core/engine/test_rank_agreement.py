@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 
 from lora_core.adapter.optimizer import StepSizes
 from lora_core.distributed.ranks import Ranks
+from lora_core.engine import rank_agreement
 from lora_core.engine.rank_agreement import StepOutcome, read_sizes
 from lora_core.errors import OutOfMemory
 
@@ -42,6 +44,20 @@ def test_a_norm_that_is_not_finite_on_one_rank_alone_stays_different() -> None:
     broken = read(1.0, (math.inf, 2.0, 3.0))
     assert broken is not None
     assert broken.norm == math.inf
+
+
+def test_memory_that_runs_out_while_the_sizes_are_read_fails_the_job_and_keeps_the_exchange(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def out_of_memory(_: Any) -> None:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(rank_agreement, "download", out_of_memory)
+    job = SimpleNamespace(name="job", sizes=torch.tensor(OWN))
+    outcome = StepOutcome(job=cast(Any, job), step=0, num_pending=0)
+
+    assert read_sizes(Follower(rank=1, size=2, norms=(1.0,)), [outcome]) == [None]
+    assert isinstance(outcome.error, OutOfMemory)
 
 
 def test_a_job_without_a_due_step_or_with_an_error_has_no_sizes() -> None:

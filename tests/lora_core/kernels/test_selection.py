@@ -89,6 +89,23 @@ def test_machine_without_triton_reports_that(monkeypatch: pytest.MonkeyPatch) ->
     assert all(reason is not None and "Triton is not installed" in reason for reason in reasons)
 
 
+class CompilationError(Exception):
+    """Like Triton's, which has no base class but Exception."""
+
+
+def test_kernel_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise CompilationError("at 1:2")
+
+    monkeypatch.setattr(trials, "_worst", refused)
+    monkeypatch.setattr(elementwise_trial, "_results", refused)
+    cpu = torch.device("cpu")
+
+    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_not_elementwise.__wrapped__(cpu)
+
+    assert all(reason is not None and "a Triton kernel failed (at 1:2)" in reason for reason in reasons)
+
+
 @pytest.fixture
 def switches() -> Iterator[None]:
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()

@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from catalog.resources.memory import MOST_JOB_TOKENS, tick_tokens
+from catalog.resources.memory import FURTHER_SLICES, MOST_JOB_TOKENS, tick_tokens
 from catalog.spec.job import JobSpec
 from catalog.spec.lora import LoraSpec
 from catalog.spec.training import ScheduleSpec
@@ -42,6 +42,7 @@ def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineCo
     return EngineConfig(
         token_budget=tick_tokens(kind, num_lanes=num_threads),
         job_tokens=MOST_JOB_TOKENS[kind],
+        job_slices=1 + FURTHER_SLICES,
         num_lanes=num_lanes,
         ticks_alone=TICKS_ALONE,
         prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)) // num_sharing,

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from catalog.resources.memory import MOST_JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS
+from catalog.resources.memory import FURTHER_SLICES, MOST_JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS
 from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, resolve
 from catalog.spec.methods import MethodType, compares_with_start
 from lora_core.adapter.optimizer import learning_rate_at
@@ -202,6 +202,7 @@ def test_ticks_have_the_sizes_of_the_memory_estimate() -> None:
     assert {"cpu": cpu.job_tokens, "cuda": gpu.job_tokens} == MOST_JOB_TOKENS
     assert {kind: 2 * tokens for kind, tokens in SLICE_TOKENS.items()} == MOST_JOB_TOKENS
     assert gpu.job_tokens <= gpu.token_budget
+    assert cpu.job_slices == gpu.job_slices == 1 + FURTHER_SLICES
     assert (cpu.token_budget, gpu.token_budget) == (2 * TICK_TOKENS["cpu"], TICK_TOKENS["cuda"])
 
 
