@@ -13,6 +13,8 @@ CONTENT = "{{ .Content }}"
 MARKS = {"system": "\ue000s", "user": "\ue000u", "assistant": "\ue000a"}
 """Texts by role that occur in no template, and that change if a template changes the case of letters."""
 
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+
 
 def write_modelfile(model_dir: Path, path: Path, *, gguf_name: str) -> None:
     """Write a Modelfile next to the GGUF file: the file, the prompt template and the stop tokens.
@@ -41,7 +43,7 @@ def _stop_texts(tokenizer: Any, model_dir: Path) -> list[str]:
 
 def _template(tokenizer: Any) -> str | None:
     """Return the chat template in Ollama's notation, or None if there is none, or it does more than to surround each
-    message by fixed texts and to begin with a default system message."""
+    message by fixed texts and to begin with a default system message. A template that renders tools does more."""
     if not isinstance(tokenizer.chat_template, str):
         return None
     try:
@@ -51,6 +53,8 @@ def _template(tokenizer: Any) -> str | None:
 
 
 def _converted(tokenizer: Any) -> str | None:
+    if _rendered(tokenizer, "user", tools=[TOOL]) != _rendered(tokenizer, "user"):
+        return None
     parts = {role: _parts(tokenizer, role) for role in MARKS}
     messages = {role: MARKS[role].join(parts[role]) for role in MARKS}
     alone, asked = _rendered(tokenizer, "user"), _rendered(tokenizer, "user", add_generation_prompt=True)
@@ -82,8 +86,8 @@ def _parts(tokenizer: Any, role: str) -> tuple[str, str]:
     return start, end
 
 
-def _rendered(tokenizer: Any, *roles: str, add_generation_prompt: bool = False) -> str:
+def _rendered(tokenizer: Any, *roles: str, **options: Any) -> str:
     """Return the text of the template, without the first token if llama.cpp adds it itself."""
     messages = [{"role": role, "content": MARKS[role]} for role in roles]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     return text.removeprefix(tokenizer.bos_token) if adds(tokenizer, "bos") else text

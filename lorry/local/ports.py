@@ -60,7 +60,11 @@ def is_free(host: str, port: int) -> bool:
 
 def moved(listener: socket.socket, requested: int | None) -> str | None:
     """Return a message for the user if the service listens on an unusual port, else None."""
-    port = listener.getsockname()[1]
+    return moved_to(listener.getsockname()[1], requested)
+
+
+def moved_to(port: int, requested: int | None) -> str | None:
+    """Return the message of `moved` for a service at this port."""
     if requested is not None or port == DEFAULT_PORT:
         return None
     return f"Port {DEFAULT_PORT} is in use by another program, perhaps another Lorry. Using port {port} instead."

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -78,7 +79,13 @@ def up(
         output.echo(message)
     if detach:
         same = ["--host", host, *(["--port", str(port)] if port is not None else []), "--devices", ",".join(chosen)]
-        return _detach(folder, [*same, *(["--serve", serve] if serve is not None else [])], chosen, as_json=as_json)
+        return _detach(
+            folder,
+            [*same, *(["--serve", serve] if serve is not None else [])],
+            chosen,
+            requested_port=port,
+            as_json=as_json,
+        )
     with DataLock(folder), ports.listen(host, port) as listener:
         if (message := ports.moved(listener, port)) is not None:
             output.echo(message)
@@ -94,12 +101,15 @@ def up(
     return None
 
 
-def _detach(folder: Path, arguments: list[str], devices: list[str], *, as_json: bool) -> None:
+def _detach(
+    folder: Path, arguments: list[str], devices: list[str], *, requested_port: int | None, as_json: bool
+) -> None:
     """Start `lorry up` in a session of its own, and return when it is ready.
 
     It announces itself as JSON in a pipe, because the announcement has a sign-in link, which is secret. Its messages go
     to logs/up.log.
     """
+    from lorry.local import ports
     from lorry.local.child import keep_short
 
     logs = folder / "logs"
@@ -128,6 +138,8 @@ def _detach(folder: Path, arguments: list[str], devices: list[str], *, as_json: 
         output.echo(log.read_bytes()[start:].decode("utf-8", "replace").rstrip())
         raise typer.Exit(EXIT_REFUSED)
     ready: dict[str, str] = json.loads(line)
+    if (message := ports.moved_to(urlsplit(ready["url"]).port or 0, requested_port)) is not None:
+        output.echo(message)
     if as_json:
         output.print_json_line(ready)
     else:

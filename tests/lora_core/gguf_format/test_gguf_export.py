@@ -320,6 +320,7 @@ def test_modelfile_has_the_template_and_the_stop_tokens(llama_dir, tmp_path):
         "{{ messages[0]['content'] }}",
         "{{ raise_exception('no') }}",
         "{% for m in messages %}{{ loop.index ~ m['role'] ~ m['content'] }}{% endfor %}",
+        "{{ tools if tools else '' }}{% for m in messages %}{{ '<' ~ m['role'] ~ '>' ~ m['content'] }}{% endfor %}",
     ],
 )
 def test_template_that_does_more_than_surround_messages_is_left_to_ollama(llama_dir, tmp_path, template):
