@@ -11,7 +11,7 @@ from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service
 
-EACH = 2_400_000_000
+EACH = 2_900_000_000
 """Memory of each of four GPUs: enough for the sharded base model, too little for a replica, CUDA and NCCL."""
 
 
@@ -36,10 +36,10 @@ def test_running_job_shows_how_and_why_its_base_model_is_sharded(fresh: Service,
 
     panel = visitor.page.get_by_role("region", name="Base model placement")
     expect(fact(panel, "Base model")).to_have_text("sharded across 4 GPUs (FSDP2)")
-    expect(fact(panel, "Why")).to_contain_text("the smallest of 4 devices has 2.4 GB")
+    expect(fact(panel, "Why")).to_contain_text("the smallest of 4 devices has 2.9 GB")
     expect(fact(panel, "Blocks")).to_have_text("30, 212 MB in total; 1/4 of every block on each device, 53.1 MB")
     expect(fact(panel, "Gathered blocks")).to_contain_text("21.2 MB more per device")
-    expect(fact(panel, "Memory needed")).to_have_text("about 2.32 GB of 2.40 GB per device")
+    expect(fact(panel, "Memory needed")).to_have_text("about 2.83 GB of 2.90 GB per device")
     visitor.assert_accessible()
 
 
@@ -100,7 +100,7 @@ def test_worker_with_several_devices_shows_its_placement_strategy(fresh: Service
     visitor.open("#/workers")
 
     worker = visitor.page.get_by_role("region", name="bay-1")
-    expect(fact(worker, "Devices")).to_have_text("4 x H100 (9.60 GB)")
+    expect(fact(worker, "Devices")).to_have_text("4 x H100 (11.6 GB)")
     expect(fact(worker, "Placement strategy")).to_have_text(
         "auto: replicate if it fits, else shard, else shard and offload to CPU"
     )

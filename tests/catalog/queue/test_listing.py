@@ -239,7 +239,7 @@ def test_explanation_of_a_job_that_fits_no_worker(world: World) -> None:
 def test_explanation_of_a_job_that_exceeds_the_free_memory(world: World) -> None:
     job, reported = world.queued(), {"resident_base": None, "trainer_id": None}
     world.worker("w1", memory_bytes=10**10)
-    world.worker("w2", memory_bytes=10**6)
+    world.worker("w2", memory_bytes=10**5)
 
     def why(*free: int | None) -> str:
         for worker_id, free_bytes in zip(("w1", "w2"), free, strict=True):
@@ -247,10 +247,10 @@ def test_explanation_of_a_job_that_exceeds_the_free_memory(world: World) -> None
             workers.worker_beat(world.db, worker_id, **reported, report=report)
         return explained(world, job.id)["explanation"]
 
-    sentence = "Worker w1 is idle, but only 1.0 MB of its 10.0 GB are free"
-    assert sentence in why(10**6, 10**6)
-    assert sentence not in why(10**10, 10**6)
-    assert sentence not in why(10**6, None), "w2 has not reported its free memory yet"
+    sentence = "Worker w1 is idle, but only 100.0 kB of its 10.0 GB are free"
+    assert sentence in why(10**5, 10**5)
+    assert sentence not in why(10**10, 10**5)
+    assert sentence not in why(10**5, None), "w2 has not reported its free memory yet"
     assert workers.worker_beat(world.db, "w2", resident_base="other", trainer_id="t", report=None)
     assert sentence in explained(world, job.id)["explanation"]
 
