@@ -24,6 +24,8 @@ from benchmarks.gpu.shapes import TOY, build
 from benchmarks.workload import ROOT
 from catalog.resources import memory
 from lora_core.base_model.patching import find_linears
+from tests.lora_core.kernels.gpu.triton_folder import environment
+from tests.services.programs import Missing
 
 Lines = list[dict[str, Any]]
 
@@ -42,9 +44,9 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kit")
     program = [sys.executable, "-m", "tests.benchmarks.hidden_packages", "benchmarks.gpu.kit"]
     options = ["--quick", "--out", str(folder), "--seconds", "600"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*program, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=700
+        [*program, *options], cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=700
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -79,6 +81,28 @@ def test_stages_have_results_and_name_what_needs_a_gpu(quick_run: Path) -> None:
     rates = {line["name"]: line for line in lines if line["stage"] == "compare_small" and line["unit"] == "tokens/s"}
     tokens = {round(line["value"] * line["seconds"], -1) for name, line in rates.items() if ", turn 1" in name}
     assert len(tokens) == 2  # contenders of many jobs compute the same tokens, and so do those of one job
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_are_checked_in_the_interpreter(tmp_path: Path) -> None:
+    try:
+        interpreter = environment(TRITON_INTERPRET="1")
+    except Missing as missing:
+        pytest.skip(str(missing))
+    options = ["--quick", "--out", str(tmp_path), "--only", "kernels", "--seconds", "600"]
+    command_line = [sys.executable, "-m", "benchmarks.gpu.kit", *options]
+
+    subprocess.run(command_line, cwd=ROOT, env=interpreter, capture_output=True, text=True, check=True)
+
+    lines = lines_of(tmp_path)
+    assert [line for line in lines if "traceback" in line] == []
+    errors = [line["value"] for line in lines if line["unit"] == "fraction of the largest number"]
+    assert len(errors) > 20
+    assert max(errors) < 1e-5
+    counts = [line for line in lines if line["unit"].startswith("of ")]
+    assert counts
+    assert all(line["unit"] == f"of {line['value']} segments" for line in counts)
 
 
 def test_failing_stage_is_recorded_and_the_next_one_runs(kit: Kit, tmp_path: Path) -> None:

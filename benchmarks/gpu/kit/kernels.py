@@ -55,21 +55,29 @@ def _lora(kit: Kit, dtype: torch.dtype, dropout: float) -> None:
     ranks, named = kit.sizes.ranks, f"{dtype}, dropout {dropout}"
     lengths = [(7, 64, 65, 200, 1, 130)[index % 6] for index in range(len(ranks))]
     pack = random_pack(ranks, lengths, features=kit.sizes.features, dropout=dropout, dtype=dtype, device=kit.device)
-    found, exact, plain = pack.computed(), pack.reference(), pack.reference(dtype)
-    for rank, length, ours, reference, theirs in zip(ranks, lengths, found, exact, plain, strict=True):
-        errors, usual = ours.differences(reference), theirs.differences(reference)
-        details = {"plain_torch": max(usual.values()), "tokens": length, **errors}
-        kit.tell(f"segmented LoRA rank {rank}, {named}", max(errors.values()), FRACTION, **details)
-    alone = [pack.alone(segment).computed()[0] for segment in pack.segments]
-    same = [rank for rank, one, packed in zip(ranks, alone, found, strict=True) if one.equals(packed)]
-    kit.tell(f"segments packed with the bits of segments alone, {named}", len(same), f"of {len(ranks)} segments")
-    again = pack.computed()
+    for rank, segment in zip(ranks, pack.segments, strict=True):
+        with kit.attempt(f"segmented LoRA rank {rank}, {named}"):
+            _lora_alone(kit, pack.alone(segment), f"segmented LoRA rank {rank}, {named}")
+    found, again = pack.computed(), pack.computed()
+    errors = [max(ours.differences(exact).values()) for ours, exact in zip(found, pack.reference(), strict=True)]
+    kit.tell(f"segmented LoRA of all ranks in one pack, {named}", max(errors), FRACTION)
     repeated = all(one.equals(other) for one, other in zip(found, again, strict=True))
     kit.tell(f"the same bits in a second run, {named}", repeated, "yes or no")
+    alone = [pack.alone(segment).computed()[0] for segment in pack.segments]
+    same = [one.equals(packed) for one, packed in zip(alone, found, strict=True)]
+    kit.tell(f"segments packed with the bits of segments alone, {named}", sum(same), f"of {len(ranks)} segments")
     ruined = len(ranks) // 2
     beside = pack.ruined(ruined).computed()
     kept = [found[index].equals(beside[index]) for index in range(len(ranks)) if index != ruined]
     kit.tell(f"segments unchanged beside NaN, {named}", sum(kept), f"of {len(kept)} segments")
+
+
+def _lora_alone(kit: Kit, pack: LoraPack, named: str) -> None:
+    """Compare one segment with float64, and for scale torch in the segment's dtype with float64."""
+    (found,), (exact,), (plain,) = pack.computed(), pack.reference(), pack.reference(pack.x_TD.dtype)
+    errors, usual = found.differences(exact), plain.differences(exact)
+    details = {"plain_torch": max(usual.values()), "tokens": len(pack.x_TD), **errors}
+    kit.tell(named, max(errors.values()), FRACTION, **details)
 
 
 def _attention(kit: Kit) -> None:

@@ -84,10 +84,13 @@ class Kit:
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
         """Record the traceback of an exception in the block, and continue after it."""
+        is_whole = False
         try:
             yield
+            is_whole = True
         except Exception as error:  # noqa: BLE001 - whatever the code under test raises is a result
             self.tell(name, f"failed: {type(error).__name__}", "text", traceback=traceback.format_exc())
+        if not is_whole:  # only here does no traceback hold the tensors of the block
             self.free()
 
     def detach(self) -> None:

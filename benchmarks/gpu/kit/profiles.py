@@ -179,15 +179,17 @@ def _tell_waits(kit: Kit, opened: Session, named: str) -> None:
         return
     places: Counter[str] = Counter()
 
-    def count(*_: Any, **__: Any) -> None:
+    def count(message: Warning | str, *_: Any, **__: Any) -> None:
+        if "synchroniz" not in str(message):
+            return
         ours = [frame for frame in traceback.extract_stack() if str(ROOT / "lora_core") in str(frame.filename)]
         shown = (f"{frame.filename.removeprefix(str(ROOT) + '/')}:{frame.lineno}" for frame in ours[-3:])
         places[" > ".join(shown) or "outside lora_core"] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which warns that it is a prototype
         warnings.showwarning = count
-        torch.cuda.set_sync_debug_mode("warn")
         try:
             stepped = opened.step()
         finally:

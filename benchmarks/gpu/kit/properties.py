@@ -108,7 +108,7 @@ def train(
     With `resumed`, a folder, each job continues from a checkpoint after its first step. `victim` leaves after its first
     step. With `scratch` and `kit`, each job is exported and verified by PEFT, and the report is recorded.
     """
-    with without_probe(), _whole_pack(base):
+    with without_probe(), _detaching(base):
         engine = Engine(base, EngineConfig(token_budget=TICK_TOKENS, checkpoint_blocks=mode))
         for name, job in jobs.items():
             admit(engine, name, job)
@@ -141,8 +141,9 @@ def _verify(kit: Kit, engine: Engine, named: str, folder: Path) -> None:
         with kit.attempt(f"{named}: {job} verified by PEFT"):
             engine.export(job, folder / job, base_name="tiny")
             report = asdict(verify_export(engine.base, folder / job))
+            passed = bool(report.pop("passed"))
             details = {key: value if isinstance(value, int | float) else str(value) for key, value in report.items()}
-            kit.tell(f"{named}: {job} verified by PEFT", True, "yes or no", **details)
+            kit.tell(f"{named}: {job} verified by PEFT", passed, "yes or no", **details)
 
 
 def _tell_difference(kit: Kit, name: str, found: Weights, expected: Weights, *, only: str | None = None) -> None:
@@ -154,8 +155,8 @@ def _tell_difference(kit: Kit, name: str, found: Weights, expected: Weights, *, 
 
 
 @contextmanager
-def _whole_pack(base: BaseModel) -> Iterator[None]:
-    """Detach the engine of the block from the base model at the end."""
+def _detaching(base: BaseModel) -> Iterator[None]:
+    """Detach the engine from the base model after the block."""
     try:
         yield
     finally:

@@ -63,6 +63,8 @@ def run_stages(folder: Path, *, names: list[str], seconds: float, started: float
         run_stage(kit, name, STAGES[name].run, until=started + seconds * elapsed / whole)
         if kit.on_gpu and is_broken(kit):
             restart(folder, names[index + 1 :], seconds=started + seconds - time.monotonic())
+            return
+        kit.detach()
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -83,7 +85,6 @@ def run_stage(kit: Kit, name: str, stage: Callable[[Kit], None], *, until: float
         details["traceback"] = traceback.format_exc()
     kit.tell("stage", status, "text", took_seconds=time.monotonic() - began, **details)
     kit.log.write_page()
-    kit.detach()
     sys.stdout.write(f"{name}: {status}\n")
     sys.stdout.flush()
 

@@ -74,10 +74,12 @@ def session(
     """Attach an engine with the jobs of `load` within the block."""
     with attached(base, kernels):
         opened = Session(base, load, budgets, dropouts=dropouts)
-        yield opened
-        for job in opened.engine.jobs():
-            opened.engine.evict(job)
-    del opened  # an engine has cycles, so its buffers are only freed by a collection
+        try:
+            yield opened
+        finally:
+            for job in opened.engine.jobs():
+                opened.engine.evict(job)
+    del opened  # jobs have cycles, so their buffers are only freed by a collection
     gc.collect()
     if base.device.startswith("cuda"):
         torch.cuda.empty_cache()
