@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.gpu.kit import __main__ as command
 from benchmarks.gpu.kit import run
+from benchmarks.gpu.kit.kernels import check_attention
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.log import Log
 from benchmarks.gpu.kit.profiles import kept_bytes_per_token
@@ -24,7 +25,9 @@ from benchmarks.gpu.shapes import TOY, build
 from benchmarks.workload import ROOT
 from catalog.resources import memory
 from lora_core.base_model.patching import find_linears
+from lora_core.layers.attention import flash
 from tests.lora_core.kernels.gpu.triton_folder import environment
+from tests.lora_core.varlen_stand_in import StandIn
 from tests.services.programs import Missing
 
 Lines = list[dict[str, Any]]
@@ -105,6 +108,17 @@ def test_kernels_are_checked_in_the_interpreter(tmp_path: Path) -> None:
     assert all(line["unit"] == f"of {line['value']} segments" for line in counts)
 
 
+def test_attention_is_compared_by_sequence(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn()
+    monkeypatch.setattr(flash, "kernel", lambda: stand_in)
+
+    check_attention(kit)
+
+    lines = [line for line in lines_of(tmp_path) if line["name"].endswith(" tokens")]
+    assert len(lines) == 2 * len(kit.sizes.sequences)
+    assert all(line["value"] < 2e-2 for line in lines)
+
+
 def test_failing_stage_is_recorded_and_the_next_one_runs(kit: Kit, tmp_path: Path) -> None:
     def fails(_: Kit) -> None:
         raise ValueError("no such kernel")
@@ -179,10 +193,11 @@ def test_constants_are_those_of_the_service() -> None:
 def test_estimate_of_kept_bytes_is_that_of_the_service() -> None:
     base = build(replace(TOY, key_heads=1), device="cpu")
     shapes: dict[str, list[Any]] = {}
-    for name, linear in find_linears(base.model).items():
+    linears: dict[str, Any] = dict(find_linears(base.model))
+    for name, linear in linears.items():
         last = name.rpartition(".")[2]
         count = shapes.get(last, [0, 0])[1]
-        shapes[last] = [list(linear.weight.shape), count + 1]  # pyright: ignore[reportAttributeAccessIssue]
+        shapes[last] = [list(linear.weight.shape), count + 1]
 
     assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16")
 

@@ -27,7 +27,7 @@ WARM_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """What a contender took for one step of every job."""
+    """Tokens, time and loss of one step of every job."""
 
     tokens: int
     seconds: float

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,11 +69,10 @@ def _ceilings(kit: Kit) -> None:
 
 
 def _launches(kit: Kit) -> None:
+    add_to_all: Any = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
     one, many = torch.zeros(1, device=kit.device), [torch.zeros(1, device=kit.device) for _ in range(100)]
     kit.tell("add_ on one element", 1e6 * kit.seconds_each(lambda: one.add_(1), calls=1000), "µs")
-    kit.tell(
-        "_foreach_add_ on 100 elements", 1e6 * kit.seconds_each(lambda: torch._foreach_add_(many, 1), calls=100), "µs"
-    )
+    kit.tell("_foreach_add_ on 100 elements", 1e6 * kit.seconds_each(lambda: add_to_all(many, 1), calls=100), "µs")
     kit.tell("read of one number by the host", 1e6 * kit.seconds_each(lambda: one.add_(1).item(), calls=100), "µs")
     rows, weights = (torch.randn(4, 64, 64, device=kit.device).to(torch.bfloat16) for _ in range(2))
     kit.tell("bmm of four small matrices", 1e6 * kit.seconds_each(lambda: torch.bmm(rows, weights), calls=1000), "µs")

@@ -25,8 +25,11 @@ JOBS, ROWS, VOCAB = 16, 512, 128_256
 
 
 def kernels(kit: Kit) -> None:
-    with kit.attempt("attention"):
-        _attention(kit)
+    if kit.on_gpu:
+        with kit.attempt("attention"):
+            check_attention(kit)
+    else:
+        kit.tell_missing_gpu("varlen attention", "torch's kernel is for CUDA")
     if not kit.on_gpu and not interprets():
         kit.tell_missing_gpu("Triton kernels", "Triton compiles for a GPU; TRITON_INTERPRET=1 computes on a CPU")
         return
@@ -39,7 +42,7 @@ def kernels(kit: Kit) -> None:
                 difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
                 kit.tell(f"{name}, {dtype}", float(difference), FRACTION)
     if not kit.on_gpu:
-        kit.tell_missing_gpu("times of kernels", "an interpreter's times say nothing")
+        kit.tell_missing_gpu("times of kernels", "the speed of an interpreter is that of NumPy")
         return
     for part in (_lora_times, _elementwise_times, _optimizer_times):
         with kit.attempt(part.__name__.strip("_")):
@@ -69,7 +72,7 @@ def _lora(kit: Kit, dtype: torch.dtype, dropout: float) -> None:
     ruined = len(ranks) // 2
     beside = pack.ruined(ruined).computed()
     kept = [found[index].equals(beside[index]) for index in range(len(ranks)) if index != ruined]
-    kit.tell(f"segments unchanged beside NaN, {named}", sum(kept), f"of {len(kept)} segments")
+    kit.tell(f"segments unchanged next to NaN, {named}", sum(kept), f"of {len(kept)} segments")
 
 
 def _lora_alone(kit: Kit, pack: LoraPack, named: str) -> None:
@@ -80,10 +83,8 @@ def _lora_alone(kit: Kit, pack: LoraPack, named: str) -> None:
     kit.tell(named, max(errors.values()), FRACTION, **details)
 
 
-def _attention(kit: Kit) -> None:
-    if not kit.on_gpu:
-        kit.tell_missing_gpu("varlen attention", "torch's kernel is for CUDA")
-        return
+def check_attention(kit: Kit) -> None:
+    """Compare the varlen kernel with float32 per sequence, in the forward and the backward pass."""
     for window in (None, 100):
         inputs = [_heads(count, sum(kit.sizes.sequences), kit.device) for count in (HEADS, KEY_HEADS, KEY_HEADS)]
         d_THE = torch.randn(1, inputs[0].shape[2], HEADS, HEAD_SIZE, device=kit.device).to(torch.bfloat16)
@@ -116,7 +117,8 @@ def _attended(inputs: list[Tensor], lengths: Any, d_THE: Tensor, window: int | N
     leaves = [part.detach().clone().requires_grad_() for part in inputs]
     bounds = torch.tensor([0, *lengths], device=d_THE.device).cumsum(0).to(torch.int32)
     pack = cast(Any, SimpleNamespace(sequence_lengths=tuple(lengths), sequence_bounds_S=bounds))
-    y = flash.attend_together(*leaves, pack, scale=HEAD_SIZE**-0.5, causal=True, window=window)
+    query, key, value = leaves
+    y = flash.attend_together(query, key, value, pack, scale=HEAD_SIZE**-0.5, causal=True, window=window)
     y.backward(d_THE)
     return [y.detach(), *(cast(Tensor, leaf.grad) for leaf in leaves)]
 

@@ -1,4 +1,4 @@
-"""What every stage uses: results, sizes, base models that are created once, and clocks that wait for the device."""
+"""The state that all stages share: results, sizes, base models that are created once, and clocks that wait for the device."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.__main__ import datasheet_flops
@@ -154,7 +155,7 @@ def _profile(kit: Kit, opened: Session, base: BaseModel, named: str) -> None:
 def _tell_profile(kit: Kit, events: Any, base: BaseModel, named: str, wall: float) -> None:
     layers = cast(Any, base.model.config).num_hidden_layers
     field = "self_device_time_total" if kit.on_gpu else "self_cpu_time_total"
-    on_device = [event for event in events if not kit.on_gpu or event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in events if not kit.on_gpu or event.device_type == DeviceType.CUDA]
     ranked = sorted(on_device, key=lambda event: -getattr(event, field))
     busy = sum(getattr(event, field) for event in on_device) / 1e6
     host = sum(event.self_cpu_time_total for event in events if event.key not in WAITS) / 1e6

@@ -1,4 +1,4 @@
-"""What the engine promises, on tiny models: packed equals alone, resumed equals uninterrupted, and PEFT agrees."""
+"""The guarantees of the engine, on tiny models: packed equals alone, resumed equals uninterrupted, and PEFT agrees."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _check(kit: Kit, base: BaseModel, family: str, named: str, scratch: Path) ->
         "a second run": {},
         "recomputed blocks": {"mode": "always"},
         "resumed after the first step": {"resumed": scratch / "resumed"},
-        "beside a job that leaves early": {"victim": next(iter(jobs))},
+        "next to a job that leaves early": {"victim": next(iter(jobs))},
     }
     for what, options in variants.items():
         with kit.attempt(f"{named}: {what}"):

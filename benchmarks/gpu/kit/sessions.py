@@ -27,7 +27,7 @@ from lora_core.kernels.selection import Kernels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stepped:
-    """What one step of every job took."""
+    """Tokens, ticks and loss of one step of every job."""
 
     tokens: int
     ticks: int

@@ -40,7 +40,7 @@ class Sizes:
         memory_ticks: Tokens of the ticks on the large base model whose memory is measured.
         ablated_ticks, chunks: Tokens of ticks, and labels of a chunk, that are compared with each other.
         features, tokens: Size of the tensors of the kernels' timings.
-        ranks: Of the segments of the LoRA kernels' check.
+        ranks: One segment of each is in the check of the LoRA kernels.
         sequences: Lengths of the sequences in the check of attention.
         properties: Jobs of each family in the check of properties; None for all.
         repeats: Turns of each contender.

@@ -20,7 +20,7 @@ def stalls(kit: Kit) -> None:
 
 
 def _measure(kit: Kit, shape: Shape) -> None:
-    """Time each operation once after a first time, beside another job."""
+    """Time each operation once after a first time, next to another job."""
     base, load = kit.base(shape), replace(kit.sizes.many, num_jobs=2)
     with session(base, load, chosen(kit), kit.sizes.budgets) as opened, TemporaryDirectory() as folder:
         opened.step()
