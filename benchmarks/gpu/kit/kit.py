@@ -1,4 +1,4 @@
-"""The state that all stages share: results, sizes, base models that are created once, and clocks that wait for the device."""
+"""The state that all stages share: results, sizes, base models that are created once, and clocks."""
 
 from __future__ import annotations
 
