@@ -117,7 +117,7 @@ def write(
         | {"load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2)},
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: installed_version(name) for name in PACKAGES},
         },
         **{name: value for name, value in asdict(result).items() if name != "theme"},
     }
@@ -184,7 +184,7 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
     return median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

@@ -142,13 +142,16 @@ class Peft:
 
 
 @contextmanager
-def adapted(base: BaseModel, rank: int) -> Iterator[Any]:
-    """Wrap the base model by PEFT within the block, and restore it afterwards."""
+def adapted(base: BaseModel, rank: int, *, in_float32: bool = False) -> Iterator[Any]:
+    """Wrap the base model by PEFT within the block, and restore it afterwards.
+
+    Adapters have the base model's dtype, or with `in_float32` PEFT's default.
+    """
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with base.untouched() as untouched:
-        model = get_peft_model(cast(Any, untouched), settings, autocast_adapter_dtype=False)
+        model = get_peft_model(cast(Any, untouched), settings, autocast_adapter_dtype=in_float32)
         model.train()
         try:
             yield model

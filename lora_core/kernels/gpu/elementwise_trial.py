@@ -24,7 +24,7 @@ def why_not_elementwise(device: torch.device) -> str | None:
     """Return why the kernels of elementwise.py can't be used on this device, or None. Later calls read the result."""
     try:
         for dtype, tolerance in TOLERANCE.items():
-            for name, found, expected in _results(device, dtype):
+            for name, found, expected in elementwise_results(device, dtype):
                 difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
                 if not difference <= tolerance:
                     return f"{EAGER}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
@@ -35,7 +35,7 @@ def why_not_elementwise(device: torch.device) -> str | None:
     return None
 
 
-def _results(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def elementwise_results(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the name of each result, what its kernel computes, and the reference."""
     yield from _of_swiglu(device, dtype)
     yield from _of_norm(device, dtype)

@@ -49,7 +49,7 @@ class TrialSegment:
 
     def kept_tD(self) -> Tensor:
         """Return the factors of dropout."""
-        like_tD = self.a_RD.new_ones(self.stop - self.start, D)
+        like_tD = self.a_RD.new_ones(self.stop - self.start, self.a_RD.shape[1])
         if not self.threshold:
             return like_tD
         words = np.random.Philox(key=np.array(self.key, np.uint64)).random_raw(-(-like_tD.numel() // 4))
@@ -117,7 +117,7 @@ def _worst(segments: Sequence[TrialSegment], device: torch.device, dtype: torch.
         expected["dx"][part.rows] += part.scale * (dy_tO @ b_OR @ a_RD) * kept_tD
         da_RD, db_OR = part.scale * (dy_tO @ b_OR).T @ d_tD, part.scale * dy_tO.T @ (d_tD @ a_RD.T)
         gradients.append((part.grad_a_RD + da_RD, part.grad_b_OR + db_OR))
-    run = _run_of(segments, device)
+    run = run_of(segments, device)
     h_tW = run.add(y_TO, x_TD)
     run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
     worst = {name: _difference(found, expected[name]) for name, found in (("y", y_TO), ("dx", dx_TD))}
@@ -127,7 +127,7 @@ def _worst(segments: Sequence[TrialSegment], device: torch.device, dtype: torch.
     return worst
 
 
-def _run_of(segments: Sequence[TrialSegment], device: torch.device) -> TiledRun:
+def run_of(segments: Sequence[TrialSegment], device: torch.device) -> TiledRun:
     entries = np.zeros(len(segments), ENTRY)
     for index, part in enumerate(segments):
         matrices = (part.a_RD, part.b_OR, part.grad_a_RD, part.grad_b_OR)

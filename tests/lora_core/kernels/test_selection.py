@@ -98,7 +98,7 @@ def test_kernel_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatc
         raise CompilationError("at 1:2")
 
     monkeypatch.setattr(trials, "_worst", refused)
-    monkeypatch.setattr(elementwise_trial, "_results", refused)
+    monkeypatch.setattr(elementwise_trial, "elementwise_results", refused)
     cpu = torch.device("cpu")
 
     reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_not_elementwise.__wrapped__(cpu)

@@ -1,0 +1,65 @@
+"""Check and measure the engine on a CUDA GPU within a time limit: `python -m benchmarks.gpu.kit --out DIR`.
+
+Runs on a machine that has only torch, Triton, transformers, PEFT, accelerate, Numba, safetensors, psutil and pytest.
+Writes DIR/kit.jsonl after each result, and DIR/kit.md after each stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+NO_GPU = """The kit needs a CUDA GPU, but torch finds none here.
+Run it on a machine with a GPU and a CUDA build of torch, or use --quick to check at toy sizes on a CPU that it runs.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    started = time.monotonic()
+    options = _parser().parse_args(arguments)
+    prepare_environment(Path(tempfile.gettempdir()))
+
+    from benchmarks.gpu.kit import run  # imports torch, which reads the environment
+
+    if not options.quick and not run.has_gpu():
+        sys.stderr.write(NO_GPU)
+        raise SystemExit(2)
+    known = list(run.STAGES)
+    if unknown := set(options.only or known) - set(known):
+        sys.stderr.write(f"Unknown stages: {', '.join(sorted(unknown))}. Known stages: {', '.join(known)}.\n")
+        raise SystemExit(2)
+    run.run_stages(
+        options.out,
+        names=[name for name in known if name in (options.only or known)],
+        seconds=options.seconds,
+        started=started,
+        quick=options.quick,
+    )
+
+
+def prepare_environment(scratch: Path) -> None:
+    """Set the variables that torch, Triton and the Hub's client read when they are imported."""
+    os.environ |= {
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "HF_HUB_OFFLINE": "1",
+        "TRITON_CACHE_DIR": str(scratch / "kit-triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "kit-inductor"),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kit", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for kit.jsonl and kit.md; new results append")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time limit of all stages (default: 480)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages to run (default: all)")
+    parser.add_argument("--quick", action="store_true", help="toy sizes on a CPU: check that every stage runs")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""An engine on a base model of random weights, without the probe, whose adapters are drawn on the device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.contenders import attached
+from benchmarks.gpu.kit.sizes import Budgets
+from benchmarks.gpu.load import Load
+from benchmarks.gpu.shapes import block_weights
+from lora_core.base_model.model import BaseModel
+from lora_core.config import JobConfig
+from lora_core.data.token_dataset import TokenDataset
+from lora_core.engine.engine import Engine
+from lora_core.engine_config import EngineConfig
+from lora_core.events import JobStepped
+from lora_core.kernels.selection import Kernels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stepped:
+    """Tokens, ticks and loss of one step of every job."""
+
+    tokens: int
+    ticks: int
+    loss: float
+
+
+class Session:
+    """An engine with the jobs of a load. Every step of a job has the same rows, so that shapes are warm."""
+
+    def __init__(self, base: BaseModel, load: Load, budgets: Budgets, *, dropouts: Mapping[int, float] | None = None):
+        """`dropouts` are those of some jobs, by number."""
+        self.load = load
+        self.configs: list[JobConfig] = []
+        config = EngineConfig(token_budget=budgets.tick_tokens, job_tokens=budgets.job_tokens, max_tick_seconds=3600)
+        with without_probe():
+            self.engine = Engine(base, config)
+        with drawn_on(base.device):
+            for job in range(load.num_jobs):
+                settings = replace(load.config(job), slice_tokens=budgets.slice_tokens)
+                dropout = (dropouts or {}).get(job, 0.0)
+                settings = replace(settings, lora=replace(settings.lora, dropout=dropout))
+                self.configs.append(settings)
+                self.engine.admit(str(job), settings, rows_of(load, base.vocab_size, job))
+
+    def step(self) -> Stepped:
+        """Run ticks until every job has taken a step."""
+        stepped: dict[str, JobStepped] = {}
+        ticks = 0
+        while len(stepped) < self.load.num_jobs:
+            stepped |= {event.job: event for event in self.engine.tick() if isinstance(event, JobStepped)}
+            ticks += 1
+        return Stepped(tokens=sum(event.num_tokens for event in stepped.values()), ticks=ticks, loss=stepped["0"].loss)
+
+
+@contextmanager
+def session(
+    base: BaseModel,
+    load: Load,
+    kernels: Kernels,
+    budgets: Budgets,
+    *,
+    dropouts: Mapping[int, float] | None = None,
+) -> Iterator[Session]:
+    """Attach an engine with the jobs of `load` within the block."""
+    with attached(base, kernels):
+        opened = Session(base, load, budgets, dropouts=dropouts)
+        try:
+            yield opened
+        finally:
+            for job in opened.engine.jobs():
+                opened.engine.evict(job)
+    del opened  # jobs have cycles, so their buffers are only freed by a collection
+    gc.collect()
+    if base.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def rows_of(load: Load, vocab: int, job: int) -> TokenDataset:
+    """Return the rows of one batch, which every step of the job repeats. The second half of a row is trained on."""
+    numbers = np.random.default_rng(job)
+    lengths = numbers.integers(load.shortest, load.longest + 1, load.batch_size)
+    masks = [(np.arange(length) >= length // 2).astype(np.uint8) for length in lengths]
+    return TokenDataset(
+        input_ids=numbers.integers(0, vocab, int(lengths.sum()), dtype=np.int32),
+        loss_mask=np.concatenate(masks),
+        row_offsets=np.cumsum([0, *lengths]),
+    )
+
+
+@contextmanager
+def without_probe() -> Iterator[None]:
+    """Skip the measurement of batch invariance, which makes dozens of passes."""
+    with patch("lora_core.engine.engine.measure_invariance", lambda base, lanes: "allclose"):
+        yield
+
+
+@contextmanager
+def drawn_on(device: str) -> Iterator[None]:
+    """Draw the initial A of adapters on the device: the host needs seconds for many jobs on a large base model."""
+
+    def drawn(lora: Any, module: str, *, seed: int, rank: int, in_features: int) -> torch.Tensor:
+        return (2 * torch.rand(rank, in_features, device=device) - 1) * in_features**-0.5
+
+    with patch("lora_core.adapter.flat_adapter.initial_a", drawn):
+        yield
+
+
+def lora_flops_per_token(base: BaseModel, rank: int) -> int:
+    """Return the FLOPs of adapters on all linears per token: of the output, of both gradients, and of the input's."""
+    return 6 * rank * sum(sum(weight.shape) for weight in block_weights(base))
+
+
+def step_flops_per_token(base: BaseModel, rank: int) -> int:
+    """Return 4P + LoRA: the frozen linears' forward and input gradient, and the adapters'. Without the output head."""
+    return 4 * sum(weight.numel() for weight in block_weights(base)) + lora_flops_per_token(base, rank)

@@ -1,0 +1,223 @@
+"""The GPU kit runs every stage on a CPU without the packages that a bare machine lacks, and survives what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.kit import __main__ as command
+from benchmarks.gpu.kit import run
+from benchmarks.gpu.kit.kernels import check_attention
+from benchmarks.gpu.kit.kit import Kit
+from benchmarks.gpu.kit.log import Log
+from benchmarks.gpu.kit.profiles import kept_bytes_per_token
+from benchmarks.gpu.kit.sizes import JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS, full, quick
+from benchmarks.gpu.shapes import TOY, build
+from benchmarks.workload import ROOT
+from catalog.resources import memory
+from lora_core.base_model.patching import find_linears
+from lora_core.layers.attention import flash
+from tests.lora_core.kernels.gpu.triton_folder import environment
+from tests.lora_core.varlen_stand_in import StandIn
+from tests.services.programs import Missing
+
+Lines = list[dict[str, Any]]
+
+
+def lines_of(folder: Path) -> Lines:
+    return [json.loads(line) for line in (folder / "kit.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Kit:
+    return Kit(log=Log(tmp_path, started=time.monotonic()), sizes=quick())
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kit")
+    program = [sys.executable, "-m", "tests.benchmarks.hidden_packages", "benchmarks.gpu.kit"]
+    options = ["--quick", "--out", str(folder), "--seconds", "600"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*program, *options], cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=700
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.timeout(720)
+def test_every_stage_completes_without_the_packages_of_the_service(quick_run: Path) -> None:
+    lines = lines_of(quick_run)
+
+    ends = {line["stage"]: line["value"] for line in lines if line["name"] == "stage"}
+    assert ends == dict.fromkeys(run.STAGES, "complete")
+    assert [line for line in lines if "traceback" in line] == []
+    assert all(line["unit"] and line["name"] for line in lines)
+    page = (quick_run / "kit.md").read_text()
+    assert all(f"## {stage}\n" in page for stage in run.STAGES)
+
+
+@pytest.mark.timeout(720)
+def test_stages_have_results_and_name_what_needs_a_gpu(quick_run: Path) -> None:
+    lines = lines_of(quick_run)
+
+    missing = [line for line in lines if line["value"] == "needs CUDA"]
+    assert all(line["reason"] for line in missing)
+    for stage in run.STAGES:
+        assert any(line["stage"] == stage and isinstance(line["value"], float) for line in lines) or stage == "kernels"
+    packed = [line for line in lines if line["name"].endswith("packed against alone")]
+    assert len(packed) == 2 * len(quick().properties or ())
+    assert all(line["value"] < 1e-4 for line in packed)
+    recomputed = [line for line in lines if line["name"].endswith(", recomputed blocks")]
+    assert recomputed
+    assert all(line["bits_equal"] for line in recomputed)
+    rates = {line["name"]: line for line in lines if line["stage"] == "compare_small" and line["unit"] == "tokens/s"}
+    tokens = {round(line["value"] * line["seconds"], -1) for name, line in rates.items() if ", turn 1" in name}
+    assert len(tokens) == 2  # contenders of many jobs compute the same tokens, and so do those of one job
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_are_checked_in_the_interpreter(tmp_path: Path) -> None:
+    try:
+        interpreter = environment(TRITON_INTERPRET="1")
+    except Missing as missing:
+        pytest.skip(str(missing))
+    options = ["--quick", "--out", str(tmp_path), "--only", "kernels", "--seconds", "600"]
+    command_line = [sys.executable, "-m", "benchmarks.gpu.kit", *options]
+
+    subprocess.run(command_line, cwd=ROOT, env=interpreter, capture_output=True, text=True, check=True)
+
+    lines = lines_of(tmp_path)
+    assert [line for line in lines if "traceback" in line] == []
+    errors = [line["value"] for line in lines if line["unit"] == "fraction of the largest number"]
+    assert len(errors) > 20
+    assert max(errors) < 1e-5
+    counts = [line for line in lines if line["unit"].startswith("of ")]
+    assert counts
+    assert all(line["unit"] == f"of {line['value']} segments" for line in counts)
+
+
+def test_attention_is_compared_by_sequence(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = StandIn()
+    monkeypatch.setattr(flash, "kernel", lambda: stand_in)
+
+    check_attention(kit)
+
+    lines = [line for line in lines_of(tmp_path) if line["name"].endswith(" tokens")]
+    assert len(lines) == 2 * len(kit.sizes.sequences)
+    assert all(line["value"] < 2e-2 for line in lines)
+
+
+def test_failing_stage_is_recorded_and_the_next_one_runs(kit: Kit, tmp_path: Path) -> None:
+    def fails(_: Kit) -> None:
+        raise ValueError("no such kernel")
+
+    run.run_stage(kit, "first", fails, until=time.monotonic() + 60)
+    run.run_stage(kit, "second", lambda kit: kit.tell("figure", float("nan"), "s"), until=time.monotonic() + 60)
+
+    first, figure, second = lines_of(tmp_path)
+    assert (first["stage"], first["value"]) == ("first", "failed: ValueError")
+    assert "no such kernel" in first["traceback"]
+    assert (figure["value"], second["value"]) == ("nan", "complete")
+    assert "no such kernel" in (tmp_path / "kit.md").read_text()
+
+
+def test_stage_stops_at_its_deadline_and_keeps_its_results(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0.01)
+
+    def endless(kit: Kit) -> None:
+        kit.tell("figure", 1.5, "s")
+        with kit.attempt("a part that swallows exceptions"):
+            while True:
+                time.sleep(0.001)
+
+    run.run_stage(kit, "endless", endless, until=time.monotonic())
+
+    assert [line["value"] for line in lines_of(tmp_path)] == [1.5, "stopped at its deadline"]
+
+
+def test_process_with_a_broken_device_is_replaced_for_the_remaining_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered\nmore")
+
+    replaced: list[list[str]] = []
+    monkeypatch.setattr(run.os, "execv", lambda program, arguments: replaced.append(arguments))
+    monkeypatch.setattr(torch.cuda, "synchronize", refuses)
+    kit = Kit(log=Log(tmp_path, started=time.monotonic()), sizes=full(), stage="kernels")
+
+    assert run.is_broken(kit)
+    run.restart(tmp_path, ["stalls"], seconds=100.0)
+    run.restart(tmp_path, [], seconds=100.0)
+
+    assert "illegal memory access" in lines_of(tmp_path)[0]["error"]
+    (arguments,) = replaced
+    assert arguments[-4:] == ["--seconds", "100.0", "--only", "stalls"]
+
+
+def test_results_append_to_those_of_an_earlier_run_without_its_torn_line(tmp_path: Path) -> None:
+    Log(tmp_path, started=0.0).record("facts", "one", 1, "count")
+    with (tmp_path / "kit.jsonl").open("a") as file:
+        file.write('{"second": 3, "sta')
+
+    log = Log(tmp_path, started=0.0)
+    log.record("facts", "two | three", 2, "count", place="a\nb")
+    log.write_page()
+
+    assert [line["name"] for line in lines_of(tmp_path)] == ["one", "two | three"]
+    page = (tmp_path / "kit.md").read_text()
+    assert "| one | 1 | count |" in page
+    assert "| two \\| three | 2 | count | place: a b |" in page
+
+
+def test_constants_are_those_of_the_service() -> None:
+    assert memory.MOST_JOB_TOKENS["cuda"] == JOB_TOKENS
+    assert memory.SLICE_TOKENS["cuda"] == SLICE_TOKENS
+    assert memory.TICK_TOKENS["cuda"] == TICK_TOKENS
+
+
+def test_estimate_of_kept_bytes_is_that_of_the_service() -> None:
+    base = build(replace(TOY, key_heads=1), device="cpu")
+    shapes: dict[str, list[Any]] = {}
+    linears: dict[str, Any] = dict(find_linears(base.model))
+    for name, linear in linears.items():
+        last = name.rpartition(".")[2]
+        count = shapes.get(last, [0, 0])[1]
+        shapes[last] = [list(linear.weight.shape), count + 1]
+
+    assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [([], "needs a CUDA GPU"), (["--quick", "--only", "nothing"], "Unknown stages: nothing")]
+)
+def test_unusable_call_is_rejected_with_a_remedy(
+    tmp_path: Path,
+    options: list[str],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run, "has_gpu", lambda: False)
+    monkeypatch.setattr(command, "prepare_environment", lambda scratch: None)
+
+    with pytest.raises(SystemExit) as refused:
+        command.main(["--out", str(tmp_path / "out"), *options])
+
+    assert refused.value.code == 2
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
