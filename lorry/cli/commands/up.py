@@ -79,13 +79,8 @@ def up(
         output.echo(message)
     if detach:
         same = ["--host", host, *(["--port", str(port)] if port is not None else []), "--devices", ",".join(chosen)]
-        return _detach(
-            folder,
-            [*same, *(["--serve", serve] if serve is not None else [])],
-            chosen,
-            requested_port=port,
-            as_json=as_json,
-        )
+        same += ["--serve", serve] if serve is not None else []
+        return _detach(folder, same, chosen, requested_port=port, as_json=as_json)
     with DataLock(folder), ports.listen(host, port) as listener:
         if (message := ports.moved(listener, port)) is not None:
             output.echo(message)
