@@ -379,6 +379,7 @@ def test_unreachable_api_process_delays_nothing(caplog: pytest.LogCaptureFixture
 def test_events_that_an_api_process_does_not_read_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reply_connections, "MAX_QUEUED_BYTES", 2**20)
     connections = ReplyConnections()
+    failed: set[str] = set()
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"secret@127.0.0.1:{server.getsockname()[1]}"
         for _ in range(1000):  # 100 MB, more than sockets buffer
