@@ -28,13 +28,15 @@ class HeldLease:
         self._is_lost = False
 
     async def keep(self) -> None:
-        """Renew the lease. Returns when it is lost."""
-        while not self._is_lost:
+        """Renew the lease until it is lost. Raises LeaseLost."""
+        while True:
             try:
                 await self._extend()
             except LorryError as error:
                 log.warning("serving lease code=%s", error.code)
-            await asyncio.sleep(0 if self._is_lost else RENEW_SECONDS)
+            if self._is_lost:
+                raise LeaseLost
+            await asyncio.sleep(RENEW_SECONDS)
 
     async def check(self) -> None:
         """Make sure that no other process keeps the endpoint, before a change of the server or of its files.

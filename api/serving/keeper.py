@@ -139,10 +139,10 @@ class EndpointKeeper:
         checking, renewing = asyncio.create_task(self._check_often()), asyncio.create_task(self._lease.keep())
         try:
             done, _ = await asyncio.wait((checking, renewing), return_when=asyncio.FIRST_COMPLETED)
-            if renewing in done:
-                log.warning("serving endpoint=%s the lease is lost", self.claim.endpoint_id)
             for task in done:
                 task.result()
+        except LeaseLost:
+            log.warning("serving endpoint=%s the lease is lost", self.claim.endpoint_id)
         finally:
             for tasks in ([checking, *self._tasks.values()], [renewing]):  # the lease is renewed until the others end
                 for task in tasks:
@@ -159,17 +159,15 @@ class EndpointKeeper:
             self._wake_up.clear()
 
     async def _check(self) -> bool:
-        """Compare the server with its deployments once. Returns False if the endpoint is not to be kept any more."""
+        """Compare the server with its deployments once. Returns False if the endpoint was removed. Raises LeaseLost."""
         try:
             work = await self._do(keeping.read)
             if work is None:
-                return False
+                raise LeaseLost
             if work.is_removed:
                 await self._remove(work)
                 return False
             await self._compare(work)
-        except LeaseLost:
-            return False
         except LorryError as error:
             log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
         return True
