@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=… KIT_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults soak fuzz bench bench-gpu gpu-kit bench-api check audit lock clean \
+.PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults soak fuzz bench gpu-kit bench-api check audit lock clean \
 	check-lint check-format check-types check-imports check-migrations check-words check-documents
 .SUFFIXES:
 
@@ -31,7 +31,6 @@ help:
 	@echo "make soak        run the chaos soak test: 300 jobs on four workers, a random fault every few seconds; 45 minutes"
 	@echo "make fuzz        fuzz the API with tens of thousands of requests, on SQLite and PostgreSQL; 30 minutes or more"
 	@echo "make bench       compare Lorry with PEFT, Trainer and TRL on this machine, with a real language model; 30 minutes"
-	@echo "make bench-gpu   benchmark a CUDA GPU with 1B and 8B models of random weights: memory, matmul rate, PEFT"
 	@echo "make gpu-kit     check and measure the engine on a CUDA GPU of 80 GB in 8 minutes, with every result on disk at once"
 	@echo "make bench-api   benchmark the API server and its database: jobs, reads, 10,000 streams, a million jobs; 25 minutes"
 	@echo "make check       lint, format, types, import rules, migrations, words, documents"
@@ -82,9 +81,6 @@ fuzz: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
-
-bench-gpu: .venv/.installed
-	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 gpu-kit: .venv/.installed
 	$(BIN)/python -m benchmarks.gpu.kit --out .cache/gpu-kit $(KIT_ARGS)

@@ -100,11 +100,10 @@ def write(
     note: str | None,
     load_before: float,
     module: str = "benchmarks",
-    gpu: dict[str, Any] | None = None,
 ) -> Path:
-    """Write NAME_MACHINE_YYYYMM.json and return its path. A later run in the same month overwrites it.
+    """Write THEME_N-core-cpu_YYYYMM.json and return its path. A later run in the same month overwrites it.
 
-    MACHINE is the GPU if one was used. `module` is the command that ran. `gpu` must have a `name`.
+    `module` is the command that ran.
     """
     now = datetime.now(UTC)
     content = {
@@ -112,9 +111,7 @@ def write(
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "date": now.date().isoformat(),
         "note": note,
-        "machine": machine()
-        | ({"gpu": gpu} if gpu else {})
-        | {"load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2)},
+        "machine": machine() | {"load_before": round(load_before, 2), "load_after": round(os.getloadavg()[0], 2)},
         "versions": {
             "python": platform.python_version(),
             **{name: installed_version(name) for name in PACKAGES},
@@ -122,8 +119,7 @@ def write(
         **{name: value for name, value in asdict(result).items() if name != "theme"},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    hardware = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()) if gpu else f"{psutil.cpu_count()}-core-cpu"
-    path = folder / f"{result.theme}_{hardware}_{now:%Y%m}.json"
+    path = folder / f"{result.theme}_{psutil.cpu_count()}-core-cpu_{now:%Y%m}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return path
 

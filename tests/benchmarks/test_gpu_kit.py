@@ -16,12 +16,14 @@ import torch
 
 from benchmarks.gpu.kit import __main__ as command
 from benchmarks.gpu.kit import run
+from benchmarks.gpu.kit.comparisons import adapted, lorry, peft_loop
+from benchmarks.gpu.kit.facts import datasheet_flops
 from benchmarks.gpu.kit.kernels import check_attention
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.log import Log
 from benchmarks.gpu.kit.profiles import kept_bytes_per_token
+from benchmarks.gpu.kit.shapes import TOY, build
 from benchmarks.gpu.kit.sizes import JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS, full, quick
-from benchmarks.gpu.shapes import TOY, build
 from benchmarks.workload import ROOT
 from catalog.resources import memory
 from lora_core.base_model.patching import find_linears
@@ -117,6 +119,29 @@ def test_attention_is_compared_by_sequence(kit: Kit, tmp_path: Path, monkeypatch
     lines = [line for line in lines_of(tmp_path) if line["name"].endswith(" tokens")]
     assert len(lines) == 2 * len(kit.sizes.sequences)
     assert all(line["value"] < 2e-2 for line in lines)
+
+
+# PEFT reads an attribute of transformers under a name that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_contenders_train_on_the_same_tokens_and_leave_the_base_unchanged(kit: Kit) -> None:
+    base = build(TOY, device="cpu")
+    before = {name: weight.clone() for name, weight in base.model.named_parameters()}
+    load = replace(kit.sizes.many, num_jobs=1)
+
+    with adapted(base, rank=4) as model:
+        assert any("lora_A" in name for name, _ in model.named_parameters())
+    turns = [lorry(kit, base, load, kit.sizes.budgets), peft_loop(kit, base, load)]
+
+    assert turns[0].tokens == turns[1].tokens
+    after = dict(base.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items())
+
+
+def test_datasheet_flops_are_found_by_card_name_and_none_if_unknown() -> None:
+    assert datasheet_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert datasheet_flops("NVIDIA H100 PCIe") == 756e12
+    assert datasheet_flops("NVIDIA Unheard Of") is None
 
 
 def test_failing_stage_is_recorded_and_the_next_one_runs(kit: Kit, tmp_path: Path) -> None:

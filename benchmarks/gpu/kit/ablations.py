@@ -10,10 +10,10 @@ from time import perf_counter
 from unittest.mock import patch
 
 from benchmarks.gpu.kit.kit import Kit
+from benchmarks.gpu.kit.load import Load
 from benchmarks.gpu.kit.profiles import chosen, tell_rate
 from benchmarks.gpu.kit.sessions import session
 from benchmarks.gpu.kit.sizes import Budgets
-from benchmarks.gpu.load import Load
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.activation_checkpointing import CheckpointBlocks
 

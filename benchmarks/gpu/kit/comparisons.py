@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from benchmarks.contenders.baselines import pad
-from benchmarks.gpu.contenders import adapted
 from benchmarks.gpu.kit.kit import Kit
+from benchmarks.gpu.kit.load import LEARNING_RATE, Load
 from benchmarks.gpu.kit.profiles import base_name, chosen, tell_rate
 from benchmarks.gpu.kit.sessions import rows_of, session
+from benchmarks.gpu.kit.shapes import Shape
 from benchmarks.gpu.kit.sizes import Budgets
-from benchmarks.gpu.load import LEARNING_RATE, Load
-from benchmarks.gpu.shapes import Shape
 from benchmarks.results import median_ratio
 from benchmarks.workload import batches
 from lora_core.base_model.model import BaseModel
@@ -170,6 +170,27 @@ def peft_trainer(kit: Kit, base: BaseModel, load: Load) -> Turn:
         result = trainer.train()
     tokens = sum(len(row["input_ids"]) for batch in batches_of_jobs for row in batch)
     return Turn(tokens=tokens, seconds=clock[1] - clock[0], loss=result.training_loss)
+
+
+@contextmanager
+def adapted(base: BaseModel, rank: int, *, in_float32: bool = False) -> Iterator[Any]:
+    """Wrap the base model by PEFT within the block, and restore it afterwards.
+
+    Adapters have the base model's dtype, or with `in_float32` PEFT's default.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with base.untouched() as untouched:
+        model = get_peft_model(cast(Any, untouched), settings, autocast_adapter_dtype=in_float32)
+        model.train()
+        try:
+            yield model
+        finally:
+            cast(Any, model).unload()
+            untouched.requires_grad_(False).eval()
+            if hasattr(untouched, "peft_config"):
+                del untouched.peft_config
 
 
 def _batches(base: BaseModel, load: Load) -> list[list[dict[str, list[int]]]]:

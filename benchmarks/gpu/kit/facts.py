@@ -20,6 +20,19 @@ from lora_core.runtime.transfers import upload
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numba", "llvmlite", "numpy", "safetensors")
 NVIDIA_FIELDS = "name,driver_version,memory.total,clocks.max.sm,clocks.sm,power.limit,temperature.gpu,mig.mode.current"
 
+DATASHEET_FLOPS = {  # dense bfloat16, by a part of the card's name; the first match counts
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def datasheet_flops(name: str) -> float | None:
+    return next((flops for part, flops in DATASHEET_FLOPS.items() if part in name), None)
+
 
 def facts(kit: Kit) -> None:
     for name in PACKAGES:

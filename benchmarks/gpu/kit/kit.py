@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.kit.log import Log, Value
+from benchmarks.gpu.kit.shapes import Shape, build
 from benchmarks.gpu.kit.sizes import Sizes
-from benchmarks.gpu.shapes import Shape, build
 from lora_core.base_model.model import BaseModel
 
 

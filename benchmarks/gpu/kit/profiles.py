@@ -13,11 +13,11 @@ import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.__main__ import datasheet_flops
+from benchmarks.gpu.kit.facts import datasheet_flops
 from benchmarks.gpu.kit.kit import Kit
+from benchmarks.gpu.kit.load import Load
 from benchmarks.gpu.kit.sessions import Session, lora_flops_per_token, session, step_flops_per_token
 from benchmarks.gpu.kit.sizes import Budgets
-from benchmarks.gpu.load import Load
 from benchmarks.workload import ROOT
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import find_linears

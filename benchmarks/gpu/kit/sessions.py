@@ -12,11 +12,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.gpu.contenders import attached
+from benchmarks.gpu.kit.load import Load
+from benchmarks.gpu.kit.shapes import block_weights
 from benchmarks.gpu.kit.sizes import Budgets
-from benchmarks.gpu.load import Load
-from benchmarks.gpu.shapes import block_weights
 from lora_core.base_model.model import BaseModel
+from lora_core.base_model.patching import Attachment
 from lora_core.config import JobConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.engine.engine import Engine
@@ -95,6 +95,18 @@ def rows_of(load: Load, vocab: int, job: int) -> TokenDataset:
         loss_mask=np.concatenate(masks),
         row_offsets=np.cumsum([0, *lengths]),
     )
+
+
+@contextmanager
+def attached(base: BaseModel, kernels: Kernels) -> Iterator[None]:
+    """Attach the engine's forward within the block. Outside of it the model is as transformers built it."""
+    assert base.attachment is None
+    base.attachment = Attachment(base.model, kernels)
+    try:
+        yield
+    finally:
+        base.attachment.detach()
+        base.attachment = None
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.gpu.load import Load
-from benchmarks.gpu.shapes import SHAPES, TOY, Shape
+from benchmarks.gpu.kit.load import Load
+from benchmarks.gpu.kit.shapes import SHAPES, TOY, Shape
 
 JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS = 8192, 4096, 8192
 """MOST_JOB_TOKENS, SLICE_TOKENS and TICK_TOKENS of catalog/resources/memory.py for CUDA.

@@ -10,7 +10,7 @@ from time import perf_counter
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.profiles import chosen
 from benchmarks.gpu.kit.sessions import Session, rows_of, session
-from benchmarks.gpu.shapes import Shape
+from benchmarks.gpu.kit.shapes import Shape
 
 
 def stalls(kit: Kit) -> None:

@@ -172,6 +172,11 @@ def test_ticks_measure_bytes_per_token_unless_small_or_failed(monkeypatch) -> No
     card.tick(memory, 1024, taken=2**19)
     assert memory.bytes_per_token == 2**20 / 1024
     assert memory.peak_bytes() == 9 * GIB
+    card.allocated = 0
+    memory.restart_peak()
+    card.tick(memory, 1024, taken=GIB)
+    card.tick(memory, 1024, taken=2**20)
+    assert memory.peak_bytes() == GIB
 
 
 def test_memory_cached_by_torch_counts_as_free(monkeypatch) -> None:

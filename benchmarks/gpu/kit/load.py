@@ -1,18 +1,14 @@
-"""Training data: rows of random tokens of equal or different lengths. The second half of each row is trained on."""
+"""Jobs of a measurement: their number, and the lengths of their rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
-from lora_core.data.token_dataset import TokenDataset
 
 ENDLESS = 100_000
 """Steps of a job that is stopped from outside."""
 LEARNING_RATE = 2e-4
-NUM_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,14 +40,3 @@ class Load:
     @property
     def largest_tick(self) -> int:
         return self.num_jobs * self.largest_step
-
-    def rows(self, vocab: int) -> TokenDataset:
-        """Return the rows, the same for every job and contender."""
-        numbers = np.random.default_rng(0)
-        lengths = numbers.integers(self.shortest, self.longest + 1, NUM_ROWS)
-        masks = [(np.arange(length) >= length // 2).astype(np.uint8) for length in lengths]
-        return TokenDataset(
-            input_ids=numbers.integers(0, vocab, int(lengths.sum()), dtype=np.int32),
-            loss_mask=np.concatenate(masks),
-            row_offsets=np.cumsum([0, *lengths]),
-        )
