@@ -49,6 +49,7 @@ from lora_core.events import Event
 from lora_core.forward.continuous_batch import ContinuousBatch, Prompt
 from lora_core.forward.generation import Generation, Prompts
 from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
+from lora_core.kernels.gpu.elementwise_trial import agree_on_elementwise
 from lora_core.layers.activation_checkpointing import ActivationMemory
 from lora_core.losses.preference import SliceScores
 from lora_core.peft_format.export import ExportReport, export_adapter
@@ -84,6 +85,8 @@ class Engine:
         """Errors of quarantined jobs. `tick` raises one per call."""
         self._throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
+        if base.device.startswith("cuda"):
+            agree_on_elementwise(torch.device(base.device), ranks.gathered)
         attachment = base.attach(batch_invariant=config.batch_invariant)
         with ranks.sharing_errors(), shortage_in_pass(is_sharded=base.is_sharded):
             invariance = measure_invariance(base, self._lanes)

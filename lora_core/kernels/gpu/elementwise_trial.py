@@ -4,7 +4,7 @@
 Shape suffixes: T tokens, D features, C labels, V classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -19,9 +19,28 @@ T, D, C, V = 5, 48, 3, 5000
 EAGER = "norms, gated activations, rotations, losses and optimizer steps run operation by operation"
 
 
-@cache
+_refused: dict[torch.device, str] = {}
+
+
 def why_not_elementwise(device: torch.device) -> str | None:
-    """Return why the kernels of elementwise.py can't be used on this device, or None. Later calls read the result."""
+    """Return why the kernels of elementwise.py and optimizer.py can't be used on this device, or None."""
+    return _refused.get(device) or why_trial_failed(device)
+
+
+def agree_on_elementwise(device: torch.device, gathered: Callable[[str | None], list[str | None]]) -> None:
+    """Use the kernels only if their trial passed on every rank, because an optimizer step has other bits without them.
+
+    `gathered` returns the value of every rank.
+    """
+    own = why_not_elementwise(device)
+    reason = next(filter(None, gathered(own)), None)
+    if own is None and reason is not None:
+        _refused[device] = f"{reason}, on another rank"
+
+
+@cache
+def why_trial_failed(device: torch.device) -> str | None:
+    """Try the kernels on this device. Returns why they can't be used there, or None. Later calls read the result."""
     try:
         for dtype, tolerance in TOLERANCE.items():
             for name, found, expected in elementwise_results(device, dtype):

@@ -21,7 +21,8 @@ from lora_core.runtime.transfers import upload
 BLOCK = 2048
 SIZED_BLOCK = 8192
 """Elements of a partial sum. Another number changes the bits of gradient norms."""
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+"""Each operation is rounded, and divisions are exact, so ranks on unlike GPUs take the same step."""
 
 
 def adamw(steps: Sequence[AdamwStep]) -> None:
@@ -116,8 +117,8 @@ def _adamw(table, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, HAS_COPY: tl.const
         is_plus_E = (places_E >= _within(first, BLOCK)) & (places_E < _within(last, BLOCK))
         decay_E = tl.where(is_plus_E, _number(entry, _PLUS_DECAY), _number(entry, _DECAY))
         rate_E = tl.where(is_plus_E, _number(entry, _PLUS_RATE), _number(entry, _RATE))
-        root_E = tl.sqrt_rn(v_E) / _number(entry, _ROOT) + _number(entry, _EPS)
-        p_E = tl.load(p, mask=inside_E, other=0.0) * decay_E - rate_E * (m_E / root_E)
+        root_E = tl.div_rn(tl.sqrt_rn(v_E), _number(entry, _ROOT) + tl.zeros_like(v_E)) + _number(entry, _EPS)
+        p_E = tl.load(p, mask=inside_E, other=0.0) * decay_E - rate_E * tl.div_rn(m_E, root_E)
         tl.store(p, p_E, mask=inside_E)
         tl.store(m, m_E, mask=inside_E)
         tl.store(v, v_E, mask=inside_E)

@@ -109,7 +109,7 @@ def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
     patches: dict[str, Any] = {
         "lora_core.engine.engine.measure_invariance": lambda *_: "allclose",
         "lora_core.adapter.flat_adapter.initial_a": _zero_a,
-        "lora_core.kernels.on_device.why_not_elementwise": lambda _device: reason,
+        "lora_core.kernels.gpu.elementwise_trial.why_trial_failed": lambda _device: reason,
         **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("rms_norm", "residual_block", "swiglu")},
         "lora_core.layers.rotary._agrees": _is_same,
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,

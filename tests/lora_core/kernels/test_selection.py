@@ -78,13 +78,23 @@ def test_reason_for_slower_norms_is_logged_when_the_engine_attaches(
     assert "RMSNorm differs" in caplog.text
 
 
+def test_kernels_that_another_rank_cannot_use_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise_trial, "_refused", {})
+    monkeypatch.setattr(elementwise_trial, "why_trial_failed", lambda device: None)
+
+    elementwise_trial.agree_on_elementwise(CUDA, lambda own: [own, None])
+    assert elementwise_trial.why_not_elementwise(CUDA) is None
+    elementwise_trial.agree_on_elementwise(CUDA, lambda own: [own, "no C compiler", None])
+    assert elementwise_trial.why_not_elementwise(CUDA) == "no C compiler, on another rank"
+
+
 def test_machine_without_triton_reports_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     for module in ("segmented_lora", "elementwise", "optimizer"):
         monkeypatch.delitem(sys.modules, f"lora_core.kernels.gpu.{module}", raising=False)
     cpu = torch.device("cpu")
 
-    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_not_elementwise.__wrapped__(cpu)
+    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_trial_failed.__wrapped__(cpu)
 
     assert all(reason is not None and "Triton is not installed" in reason for reason in reasons)
 
@@ -101,7 +111,7 @@ def test_kernel_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(elementwise_trial, "elementwise_results", refused)
     cpu = torch.device("cpu")
 
-    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_not_elementwise.__wrapped__(cpu)
+    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_trial_failed.__wrapped__(cpu)
 
     assert all(reason is not None and "a Triton kernel failed (at 1:2)" in reason for reason in reasons)
 

@@ -32,6 +32,8 @@ INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async|mma\.sync|cp\.async\.c[ag]|(?:ld
 NARROW = re.compile(r"ld\.global(?:\.\w+)*\.[bu](?:8|16)\b|cp\.async\.ca")
 """Loads of less than four bytes, and asynchronous ones of less than 16."""
 WIDE = re.compile(r"ld\.global(?:\.\w+)*\.v(?:4\.[bf]32|2\.[bf]64)|cp\.async\.cg")
+INEXACT = re.compile(r"\b(?:div\.(?:full|approx)|fma\.rn|sqrt\.approx)(?:\.ftz)?\.f32")
+"""Instructions whose results differ from rounding each operation by IEEE 754."""
 NARROW_KERNELS = ("score logits", "whole sizes", "heads of 64")
 """They load a label's logit, a number of each block, and half a head of 32 features in eight bytes."""
 
@@ -151,6 +153,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         "instructions": Counter(INSTRUCTIONS.findall(binary.asm["ptx"])),
         "narrow_loads": len(NARROW.findall(binary.asm["ptx"])),
         "wide_loads": len(WIDE.findall(binary.asm["ptx"])),
+        "inexact": len(INEXACT.findall(binary.asm["ptx"])),
         "is_product": configuration.is_product,
         "is_wide": configuration.is_wide,
     }

@@ -15,7 +15,7 @@ from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.kernels import elementwise as on_cpu
 from lora_core.kernels.gpu import elementwise as on_cuda
-from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
+from lora_core.kernels.gpu.elementwise_trial import why_trial_failed
 from lora_core.kernels.numba_jit import array_of
 from tests.lora_core.kernels.gpu.packs import numbers
 from tests.lora_core.scenarios import config, dataset
@@ -94,7 +94,7 @@ def test_rows_do_not_depend_on_other_rows() -> None:
 
 
 def test_trial_accepts_the_kernels_and_names_the_one_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial, cpu = why_not_elementwise.__wrapped__, torch.device("cpu")
+    trial, cpu = why_trial_failed.__wrapped__, torch.device("cpu")
 
     assert trial(cpu) is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.optimizer import adamw_step_of, optimizer_step
 from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.kernels.gpu.optimizer import adamw, step_sizes
+from lora_core.kernels.gpu.optimizer_table import STEP
 from tests.lora_core.kernels.gpu.packs import numbers
 
 TARGETS = (
@@ -75,6 +77,23 @@ def test_steps_equal_those_of_a_cpu(dtype: torch.dtype) -> None:
             tolerance = 1e-5 if ours.dtype == torch.float32 else 8e-3  # the interpreter rounds to bf16 toward zero
             torch.testing.assert_close(ours, reference, rtol=tolerance, atol=1e-6)
         assert not adapter.g.any()
+
+
+def test_step_rounds_each_operation() -> None:
+    one, single = DUE[0], np.float32
+    found, start = one.adapter(), one.adapter()
+    entry = adamw_step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm()).entry()
+    word = {name: single(entry[index]) for index, name in enumerate(STEP.names)}
+    p, g, m, v = (vector.numpy() for vector in vectors(start)[:4])
+
+    adamw([adamw_step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm())])
+
+    g = g * word["clip"]
+    m = m + word["newest_m"] * (g - m)
+    v = v * word["kept_v"] + word["newest_v"] * g * g
+    p = p * word["decay"] - word["rate"] * (m / (np.sqrt(v) / word["root"] + word["eps"]))
+    for ours, expected in zip(vectors(found), (p, np.zeros_like(g), m, v), strict=False):
+        assert np.array_equal(ours.numpy(), expected)
 
 
 def test_step_together_has_the_bits_of_a_step_alone() -> None:
