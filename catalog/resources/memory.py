@@ -20,6 +20,9 @@ PASSING_NUMBERS_PER_FEATURE = 6
 """Values that a pass without backward holds at one time, per token and feature of the widest linear layer: inputs and
 outputs of a gated feed-forward layer, the residual stream and its norm."""
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
+GPU_KERNEL_RANK = 128
+"""Highest rank that the LoRA kernels of a GPU take, of bfloat16 weights without DoRA. PiSSA and OLoRA subtract their
+start, which doubles the rank."""
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
 """Weights that share a one-byte scale, and scales that share a four-byte scale (QLoRA, arXiv 2305.14314)."""
 NF4_TABLE_BYTES = 4 * (16 + 256 + 1)
@@ -71,8 +74,17 @@ def row_bytes(num_parameters: int, precision: str, *, optimizer: str = "adamw", 
 
 def lowest_rank(lora: Mapping[str, Any]) -> int:
     """Return the lowest rank in a job's resolved `lora`, including `rank_pattern`."""
+    return min(_ranks(lora))
+
+
+def highest_rank(lora: Mapping[str, Any]) -> int:
+    """Return the highest rank in a job's resolved `lora`, including `rank_pattern`."""
+    return max(_ranks(lora))
+
+
+def _ranks(lora: Mapping[str, Any]) -> list[int]:
     by_pattern: Mapping[str, int] = lora.get("rank_pattern") or {}
-    return min([int(lora["rank"]), *by_pattern.values()])
+    return [int(lora["rank"]), *by_pattern.values()]
 
 
 def own_parts(
@@ -90,6 +102,7 @@ def own_parts(
     samples: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     lowest_rank: int = 1,
+    highest_rank: int = 1,
     slice_tokens: int = SLICE_TOKENS["cpu"],
     recomputes: bool = False,
 ) -> dict[str, int]:
@@ -117,7 +130,9 @@ def own_parts(
     is_one_slice = step_tokens <= slice_tokens
     most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
     usual = slice_bytes(description, precision)
-    has_masks = dropout and (use_dora or not recomputes)  # the kernels of a GPU draw the mask again instead
+    # The kernels of a GPU draw the mask again instead, but they only take what lora_core/layers/tiled_lora.py says.
+    is_too_high = highest_rank * (2 if subtracts_start else 1) > GPU_KERNEL_RANK
+    has_masks = dropout and (not recomputes or use_dora or precision == "float32" or is_too_high)
     even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
     even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
     largest = most_tokens * activation_bytes_per_token(shapes, precision) + even_so

@@ -149,6 +149,7 @@ def own_parts(job: Job, description: Json, *, recomputes: bool = False) -> dict[
         samples=spec.get("samples"),
         optimizer=spec["optimizer"].get("type", "adamw"),
         lowest_rank=memory.lowest_rank(lora),
+        highest_rank=memory.highest_rank(lora),
         slice_tokens=int(spec.get("slice_tokens") or memory.SLICE_TOKENS["cpu"]),
         recomputes=recomputes,
     )

@@ -253,17 +253,23 @@ def _load_plain(
     weights: dict[str, torch.Tensor] = {}
     for path in paths:
         weights |= load_file(path)  # views of a private memory map
-    mapped = set[str]() if device is not None else {name for name, _ in empty.named_parameters(remove_duplicate=False)}
-    weights = {name: weight if name in mapped else weight.to(device, empty.dtype) for name, weight in weights.items()}
-    model, fits = empty, True
+    model, own = empty, empty.state_dict()
     if task != "causal-lm":
         fill_placeholder(model)
         own = model.state_dict()
         heads = {name: weight for name, weight in own.items() if _is_of_head(model, name)}
         weights = {name: weight for name, weight in weights.items() if name in own} | heads
         fits = weights.keys() == own.keys()
-    if not fits or not _assign(model, weights):
-        model = load_with_transformers(base_dir, dtype=model.dtype, task=task)  # renames outdated keys, needs a copy
+    else:
+        fits = weights.keys() <= own.keys()
+    if fits:
+        mapped = set[str]() if device else {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+        for name in weights.keys() - mapped:
+            weights[name] = weights[name].to(device, empty.dtype)
+        _assign(model, weights)
+    else:  # transformers renames outdated keys, which needs a copy
+        weights.clear()
+        model = load_with_transformers(base_dir, dtype=model.dtype, task=task)
         if task != "causal-lm":
             fill_placeholder(model)
     if device is not None:
@@ -309,10 +315,8 @@ def _build_empty(config: Any, dtype: torch.dtype, task: Task) -> PreTrainedModel
         return build_model(config, task)
 
 
-def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:
-    """Assign the memory-mapped weights. Return False if the names in the files are not those of the model."""
-    if weights.keys() - model.state_dict().keys():
-        return False
+def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Assign the weights, whose names are those of the model. Raises UnsupportedModel if one is missing."""
     try:
         model.load_state_dict(weights, strict=False, assign=True)
     except RuntimeError as error:
@@ -321,4 +325,3 @@ def _assign(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> bool:
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise mismatch(f"{missing[0]} is missing")
-    return True

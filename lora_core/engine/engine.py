@@ -148,6 +148,7 @@ class Engine:
                 admitted.continue_initialization(START_WORK)
         admitted.served, admitted.shortages = self._least_served(), shortages
         self._jobs[job] = admitted
+        self.activations.expect()
 
     def tick(self) -> list[Event]:
         """Compute one tick. Returns the events of the steps and evaluations that it completed; [] without work.

@@ -113,6 +113,10 @@ class ActivationMemory:
         self.bytes_per_token, self._is_shown, self._too_many_tokens = self._guessed_bytes_per_token, False, None
         self._others_bytes_per_token = 0.0
 
+    def expect(self) -> None:
+        """Trust measurements of fewer bytes than the estimate no more, after a job was admitted: it may take more."""
+        self.bytes_per_token, self._is_shown = max(self.bytes_per_token, self._guessed_bytes_per_token), False
+
     @contextmanager
     def observed(self, num_tokens: int, *, kind: Kind, checkpointed: bool) -> Iterator[None]:
         """Measure the bytes per token in the block. A tick that fails changes nothing."""

@@ -143,7 +143,11 @@ def test_dropout_mask_uses_a_byte_per_linear_input_and_token() -> None:
     assert own_bytes(description) == 16_000
     masks = 1024 * 32 * 4
     assert own_bytes(description, dropout=0.1) == 16_000 + masks
-    assert own_bytes(description, dropout=0.1, recomputes=True) == 16_000, "a GPU's kernels keep no mask"
+    on_gpu = {"dropout": 0.1, "recomputes": True, "precision": "bfloat16"}
+    without = own_bytes(description, recomputes=True, precision="bfloat16")
+    assert own_bytes(description, **on_gpu, highest_rank=128) == without, "a GPU's kernels keep no mask"
+    assert own_bytes(description, **on_gpu, highest_rank=129) == without + masks
+    assert own_bytes(description, dropout=0.1, recomputes=True, precision="float32") == 16_000 + masks
     with_dora = own_bytes(description, use_dora=True, recomputes=True)
     assert own_bytes(description, use_dora=True, dropout=0.1, recomputes=True) == with_dora + masks
 

@@ -2,12 +2,17 @@
 
 import json
 import re
+import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lora_core.base_model import model
+from lora_core.base_model.loading import load_with_transformers
 from lora_core.base_model.model import describe_base, load_base
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -31,6 +36,36 @@ def test_a_base_is_described_from_its_config_alone(base_dirs, tmp_path):
     assert description["blocks"] == {"count": 2, "num_parameters": 2 * block, "largest_parameters": block}
     loaded = load_base(base_dirs["llama"], dtype="float32", device="cpu")
     assert description["num_parameters"] == loaded.model.num_parameters()
+
+
+def test_weights_under_outdated_names_are_freed_before_they_are_loaded_again(base_dirs, tmp_path, monkeypatch):
+    shutil.copytree(base_dirs["gpt2"], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    save_file(
+        {name.removeprefix("transformer."): weight for name, weight in load_file(path).items()},
+        path,
+        metadata={"format": "pt"},
+    )
+    read: list[weakref.ref] = []
+
+    def loaded(path):
+        weights = load_file(path)
+        read.extend(weakref.ref(weight) for weight in weights.values())
+        return weights
+
+    def again(*args, **options):
+        assert read
+        assert [weight() for weight in read if weight() is not None] == []
+        return load_with_transformers(*args, **options)
+
+    monkeypatch.setattr(model, "load_file", loaded)
+    monkeypatch.setattr(model, "load_with_transformers", again)
+
+    found = load_base(tmp_path, dtype="float32", device="cpu").model.state_dict()
+
+    expected = load_base(base_dirs["gpt2"], dtype="float32", device="cpu").model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
 
 
 def test_paths_of_linears_are_listed_once_for_all_blocks(base_dirs):

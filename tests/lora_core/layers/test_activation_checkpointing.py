@@ -179,6 +179,21 @@ def test_ticks_measure_bytes_per_token_unless_small_or_failed(monkeypatch) -> No
     assert memory.peak_bytes() == GIB
 
 
+def test_new_job_may_take_more_than_was_measured(monkeypatch) -> None:
+    card = Card(monkeypatch, free=GIB)
+    memory = on_a_gpu()
+    estimate = memory.bytes_per_token
+    card.tick(memory, 1024, taken=2**20)
+
+    memory.expect()
+    assert memory.bytes_per_token == estimate
+    card.tick(memory, 1024, taken=2**21)
+    assert memory.bytes_per_token == 2**21 / 1024
+    card.tick(memory, 1024, taken=2**23)
+    memory.expect()
+    assert memory.bytes_per_token == 2**23 / 1024, "no less than what was measured"
+
+
 def test_memory_cached_by_torch_counts_as_free(monkeypatch) -> None:
     card = Card(monkeypatch, free=0)
     memory = on_a_gpu()
