@@ -88,7 +88,7 @@ def smallest_card(num_bytes: int) -> Card | None:
 def that_fit(breakdowns: Sequence[MemoryBreakdown]) -> list[MemoryBreakdown]:
     """Return the devices with enough total memory, smallest first.
 
-    A claim is more precise: for a worker with one GPU it omits CUDA_BYTES and compares with the free memory.
+    A claim is more precise: it compares with the free memory.
     """
     fitting = [device for device in breakdowns if device.needed_bytes <= device.memory_bytes]
     return sorted(fitting, key=lambda device: (device.memory_bytes, device.worker_id))

@@ -80,9 +80,12 @@ class DeviceGroup:
 
     @property
     def reserve_bytes(self) -> int:
-        """Memory for CUDA and NCCL on each of several GPUs. 0 for a single GPU, whose free memory is measured."""
+        """Memory on each GPU for CUDA, and for NCCL if there are several. A trainer takes it after free memory was
+        measured."""
+        if self.kind != "cuda":
+            return 0
         are_several = self.num_devices > 1 or self.gang is not None
-        return CUDA_BYTES + NCCL_BYTES if self.kind == "cuda" and are_several else 0
+        return CUDA_BYTES + (NCCL_BYTES if are_several else 0)
 
     @property
     def usable_bytes(self) -> int:
@@ -293,7 +296,7 @@ def would_fit(demand: Demand) -> list[Fit]:
 
 def _fits(demand: Demand, count: int, card: Card, host_bytes: int) -> bool:
     group = DeviceGroup(kind="cuda", num_devices=count, bytes_of_each=card.memory_bytes, host_bytes=host_bytes)
-    return group.needed_bytes(demand) + (CUDA_BYTES if count == 1 else 0) <= card.memory_bytes
+    return group.needed_bytes(demand) <= card.memory_bytes
 
 
 def would_fit_sentence(found: Sequence[Fit]) -> str:

@@ -262,7 +262,7 @@ def test_long_rows_that_only_fit_a_gpu_are_too_large_for_a_cpu(world: World) -> 
     world.worker("small", memory_bytes=10**9)
 
     on_a_cpu = explained(world, job.id)["explanation"]
-    world.worker("small-gpu", memory_bytes=8 * 10**8, kind="cuda")
+    world.worker("small-gpu", memory_bytes=15 * 10**8, kind="cuda")
 
     assert "The job needs about 1.3 GB, but the largest worker has 1.0 GB" in on_a_cpu
     assert "the largest worker" not in explained(world, job.id)["explanation"]

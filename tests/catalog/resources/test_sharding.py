@@ -18,7 +18,8 @@ from catalog.scheduling.snapshot import Candidate, Capacity, Policy, WorkerServi
 from tests.catalog.scheduling.test_fairness_over_days import candidate
 
 GB = 10**9
-RESERVE = 600 * MIB + 1024 * MIB  # the CUDA context and the NCCL buffers: 1,702,887,424 bytes
+CUDA_CONTEXT = 600 * MIB
+RESERVE = CUDA_CONTEXT + 1024 * MIB  # with the NCCL buffers: 1,702,887,424 bytes
 
 
 def llama(*, hidden: int, keys: int, inner: int, layers: int, vocabulary: int) -> dict[str, Any]:
@@ -87,8 +88,8 @@ SEVEN_IN_FP32_ON_FOUR = 35_642_687_488 + GB - 25_905_070_080 + 6_476_267_520 + 2
 @pytest.mark.parametrize(
     ("group", "needs", "strategy", "needed", "fits"),
     [
-        # One GPU cannot shard: the job needs 168.9 GB of 85.0 GB.
-        (gpus(1, 80), demand(SEVENTY, own=5 * GB), "replicated", 168_851_550_720, False),
+        # One GPU cannot shard: with the CUDA context, the job needs 169.5 GB of 85.0 GB.
+        (gpus(1, 80), demand(SEVENTY, own=5 * GB), "replicated", 168_851_550_720 + CUDA_CONTEXT, False),
         # One eighth of the blocks, three full blocks, and everything outside the blocks: 55.9 GB of 85.0 GB.
         (gpus(8, 80), demand(SEVENTY, own=5 * GB), "fsdp2", SEVENTY_ON_EIGHT, True),
         # Half of the blocks is 68.5 GB: 107.2 GB of 85.0 GB.
@@ -116,7 +117,7 @@ SEVEN_IN_FP32_ON_FOUR = 35_642_687_488 + GB - 25_905_070_080 + 6_476_267_520 + 2
         ),
         # A base model that fits sharded is not offloaded, however large the host is. A single GPU never offloads.
         (gpus(8, 80, host=10**12), demand(SEVENTY, own=5 * GB), "fsdp2", SEVENTY_ON_EIGHT, True),
-        (gpus(1, 80, host=10**12), demand(SEVENTY, own=5 * GB), "replicated", 168_851_550_720, False),
+        (gpus(1, 80, host=10**12), demand(SEVENTY, own=5 * GB), "replicated", 168_851_550_720 + CUDA_CONTEXT, False),
         # If the operator requires it, everything is offloaded, and a job that exceeds the host memory trains nowhere.
         (
             gpus(2, 24, "zero3_offload", host=20 * GB),
@@ -202,7 +203,7 @@ def test_explanation_of_a_job_that_fits_nowhere() -> None:
 
     assert sharding.explain_misfit([(gpus(1, 80), large), (gpus(8, 80), large)], None) is None
     reported = sharding.explain_misfit([(gpus(1, 80), large)], None)
-    assert reported == "The job needs about 168.9 GB, but the largest worker has 85.0 GB."
+    assert reported == "The job needs about 169.5 GB, but the largest worker has 85.0 GB."
     assert "Sharding across the 2 devices" in str(sharding.explain_misfit([(gpus(2, 80), large)], None))
     assert str(sharding.explain_misfit([(gpus(8, 80), whole)], bar)).endswith(f"has 85.0 GB. {bar}.")
     assert bar not in str(sharding.explain_misfit([(gpus(1, 80), whole)], bar)), "one GPU does not shard"

@@ -77,6 +77,8 @@ def test_a_trainer_sees_only_its_own_gpus(tmp_path: Path) -> None:
     on_cpu = trainer_environment(tmp_path, devices.cpu(), num_threads=1)
 
     assert (on_gpu["CUDA_VISIBLE_DEVICES"], on_gpu["CUDA_DEVICE_ORDER"]) == ("3", "PCI_BUS_ID")
+    assert on_gpu["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert (on_gpu["CUBLAS_WORKSPACE_CONFIG"], on_gpu["TORCH_CUDNN_SDPA_DEPRIORITIZED"]) == (":4096:8", "1")
     assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
     assert trainer_environment(tmp_path, several, num_threads=1)["CUDA_VISIBLE_DEVICES"] == "2,0"
 

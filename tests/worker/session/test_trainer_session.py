@@ -297,7 +297,7 @@ def test_each_pending_job_enlarges_the_tick_up_to_its_full_size(
     session = site.loading_session(*site.claim_all())
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
     row_bytes = 26 * first[0].adapter_parameters
-    trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
+    trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16") + site.context.group.reserve_bytes
     assert session.bytes_to_come() == trainer_bytes + 2 * row_bytes + min(1, num_slices - 1) * slice_bytes
 
     for _ in range(8):
