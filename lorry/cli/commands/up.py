@@ -152,6 +152,8 @@ def _bootstrap(running: LocalService, url: str) -> Connection:
     from lorry.errors import NotConfigured
 
     made = running.bootstrap()
+    for warning in made.warnings:
+        output.echo(f"Warning: {warning}")
     try:
         before = connection.read(running.data_dir)
     except NotConfigured as error:
