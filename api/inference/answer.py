@@ -84,7 +84,7 @@ class PartialAnswer:
     """The answer so far."""
 
     engine: str = BUILT_IN
-    """Who answers: BUILT_IN, or the name of a serving endpoint. Final when the answer has begun."""
+    """The engine that answers: BUILT_IN, or the name of a serving endpoint. Final when the answer has begun."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     has_begun: bool = False

@@ -48,7 +48,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
         "description": "The answer, or its chunks.",
         "headers": {
             ENGINE_HEADER: {
-                "description": "Who answered: `built-in`, or the name of a serving endpoint.",
+                "description": "Engine that answered: `built-in`, or the name of a serving endpoint.",
                 "schema": {"type": "string"},
             }
         },

@@ -1,5 +1,5 @@
 # pyright: basic
-"""What the import of a GGUF file needs beyond transformers: a check of its rotary embeddings, and a chat template.
+"""Checks the rotary embeddings of a GGUF file, and finds a chat template next to it.
 
 Transformers drops the scaling of rotary embeddings silently. The imported model would be slightly wrong, mostly for
 long texts. Llama 3.1 and later store factors of their frequencies, Phi 3.5 and 4 short and long factors, and others a

@@ -120,7 +120,7 @@ def _reporting_wait(name: str) -> Generator[None]:
 
 
 def _show_engine(engine: str | None) -> None:
-    """Print on a terminal which engine has answered. None: the service is older and does not say so."""
+    """Print on a terminal which engine has answered. None: the service is older and names none."""
     if engine is not None and output.is_watched():
         named = "the built-in engine" if engine == BUILT_IN else f"serving endpoint {engine}"
         output.echo(f"Answered by {named}.")
