@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -13,13 +14,14 @@ from typing import Any
 from api.auth.service_identity import secret_of
 from api.commands import backup
 from api.commands.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, sign_in_url, warn_if_readable
-from catalog import logs, pepper
+from catalog import logs, pepper, variables
 from catalog.errors import LorryError
 from catalog.settings import Settings
 from catalog.tenancy import authentication, projects
 
 LINK_SECONDS = 900
 DEFAULT_PORT = 8000
+log = logging.getLogger("lorry.api")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,17 +39,23 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     from api.server import serve  # late: the other commands need no web server
 
+    for warning in variables.unknown(os.environ):
+        log.warning("%s", warning)
     warn_if_readable(settings.data_dir)
     open_existing(settings).close()
     return serve(settings, host=arguments.host, port=arguments.port, listen_fd=arguments.listen_fd)
 
 
 def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
-    done = bootstrap(settings)
+    done, warnings = bootstrap(settings), variables.unknown(os.environ)
     if arguments.json:
         secret = {"identity_secret": secret_of(done.pepper.current)} if arguments.identity_secret else {}
-        _print({"created": done.created, "api_key": done.api_key, **secret})
+        _print(
+            {"created": done.created, "api_key": done.api_key, **({"warnings": warnings} if warnings else {}), **secret}
+        )
     else:
+        for warning in warnings:
+            log.warning("%s", warning)
         _print_text(done)
     return 0
 

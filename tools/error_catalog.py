@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from catalog.states import ENDINGS, JobState
 
 ROOT = Path(__file__).parents[1]
 NOT_FOUND_REMEDY = "Check the id, and that the API key belongs to the project that owns the {}."
@@ -23,6 +25,15 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
         "A stored file is missing, or its content does not match its digest.",
         "Restore the store from a backup, or recreate the damaged object: upload the file again, or train the adapter "
         "again. On the server, `python -m api verify` lists all damaged objects.",
+    ),
+    "base_not_loaded": ("The base model could not be loaded on the worker.", "Send the request again."),
+    "disk_error": (
+        "The disk of a worker failed.",
+        "Check the disk of that machine. Waiting work continues automatically.",
+    ),
+    "diverged": (
+        "Training diverged: the loss or the weights became NaN or infinite.",
+        "Lower the learning rate, or check the data around the step that the message names.",
     ),
     "evaluations_too_late": (
         "evaluation.every_steps is {every_steps}, but the job has at most {num_steps} steps, so the validation loss is "
@@ -76,20 +87,44 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
     "not_supported": ("", "Use what Lorry offers instead: the fix in the response names it."),
     "part_too_large": ("", "Split the file into smaller parts."),
     "plan_failed": ("Plan {id} failed: {error}", ""),
+    "preparation_lost": (
+        "Preparing the files failed several times. The last time, its worker was lost.",
+        "Ask the operator why workers are lost: the file may need more memory than a worker has. Then submit the job "
+        "again.",
+    ),
+    "quarantined": (
+        "The job failed too often without a new checkpoint. The message names the number of attempts and the last "
+        "failure.",
+        "Follow the fix in the message, then resubmit the job, or start a new job from its newest checkpoint. "
+        "`evidence` lists how and on which worker each of the latest attempts ended.",
+    ),
     "quota_exceeded": (
         "",
         "Wait until running jobs finish or the usage resets, use smaller files, or delete files and adapters that you "
         "no longer need. An operator can raise the limit: `lorry projects update {name}`.",
     ),
+    "source_unreachable": ("The source of the base model can't be read.", ""),
     "unknown_parameter": ("", "Remove the field, or correct its spelling."),
     "unknown_target_modules": (
         "",
         "Use one of the layer names that the response lists. To target all layers, set lora.target_modules to "
         "'all-linear'.",
     ),
+    "user_error": (
+        "The job can't be trained with these files and settings. The message gives the reason.",
+        "Correct the file or the setting that the message names, and submit the job again.",
+    ),
+    "verification_failed": (
+        "PEFT's logits with the exported adapter differ from the training logits by more than the tolerance.",
+        "Report the job's logs to the operator. Its checkpoints are kept.",
+    ),
 }
 """By code: message and remedy of errors whose texts are put together while the program runs. Empty: found in the
 code."""
+FINAL_REASONS = tuple(
+    reason.value for reason, ending in ENDINGS.items() if ending.state is JobState.FAILED and not ending.retryable
+)
+"""Reasons that fail a job at once. A job that ends without an error of its own gets the reason as the code."""
 PACKAGES = ("catalog", "api", "worker", "lora_core", "lorry")
 
 
@@ -128,7 +163,7 @@ def _explained(entry: ErrorMessage) -> ErrorMessage:
     return replace(
         entry,
         message=message if message and is_bare(entry.message) else entry.message,
-        remedy=remedy if remedy and is_bare(entry.remedy) else entry.remedy,
+        remedy=remedy if remedy and (is_bare(entry.remedy) or not entry.remedy) else entry.remedy,
     )
 
 
@@ -193,6 +228,8 @@ class _Module:
             match node:
                 case ast.Call():
                     yield from self._of_call(node)
+                case ast.Dict():
+                    yield from self._of_dict(node)
                 case ast.Tuple(elts=[ast.expr() as message, ast.expr() as remedy, ast.Constant(value=str(code))]):
                     if CODE.fullmatch(code) and " " in self._template(message):
                         yield ErrorMessage(code, self._template(message), self._template(remedy), self._path)
@@ -222,6 +259,29 @@ class _Module:
                     for each in self._codes(keywords["code"]):
                         for text, fix, path in self._expanded(message, keywords.get("remedy", "")):
                             yield ErrorMessage(each, text, fix, path)
+
+    def _of_dict(self, node: ast.Dict) -> Iterator[ErrorMessage]:
+        """Yield the errors that are stored or sent as `{"code": …, "message": …}`."""
+        given = {key.value: value for key, value in zip(node.keys, node.values, strict=True) if _is_text(key)}
+        if not {"code", "message"} <= given.keys() or self._path.startswith("api/schemas/"):  # examples
+            return
+        code = given["code"]
+        own = self._functions.get(self._named.get(self._around(node.lineno) or range(0), ""))
+        if own is not None and isinstance(code, ast.Name) and code.id in own.parameters:
+            for caller, call in self._callers(own.name):
+                message, remedy = (own.argument(call, name) for name in ("message", "remedy"))
+                if (passed := own.argument(call, code.id)) is not None and message is not None:
+                    for each in caller._codes(passed):
+                        fix = "" if remedy is None else caller._template(remedy)
+                        yield ErrorMessage(each, caller._template(message), fix, caller._path)
+            return
+        if ast.unparse(code) == "reason.value":
+            yield from (self._entry(each, "{message}", "{remedy}") for each in FINAL_REASONS)
+            return
+        for each in [] if isinstance(code, ast.Attribute) else self._codes(code):
+            for text, fix, path in self._expanded(given["message"], given.get("remedy", "")):
+                if each not in FINAL_REASONS:
+                    yield ErrorMessage(each, text, fix, path)
 
     def _entry(self, code: str, message: str, remedy: str) -> ErrorMessage:
         return ErrorMessage(code, message, remedy, self._path)
@@ -387,6 +447,7 @@ class _Module:
 class _Function:
     def __init__(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         arguments = node.args
+        self.name = node.name
         positional = [each.arg for each in (*arguments.posonlyargs, *arguments.args) if each.arg not in ("self", "cls")]
         self.parameters = [*positional, *(each.arg for each in arguments.kwonlyargs)]
         self._num_positional = len(positional)
@@ -405,6 +466,10 @@ class _Function:
         if index < min(len(call.args), self._num_positional):
             return call.args[index]
         return self.defaults.get(parameter)
+
+
+def _is_text(node: ast.expr | None) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _span(node: ast.FunctionDef | ast.AsyncFunctionDef) -> range:

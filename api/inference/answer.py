@@ -15,6 +15,7 @@ from typing import Any, Literal
 from api.inference.replies import Event, Reply, TooSlow
 from catalog.errors import InvalidRequest, LorryError
 from catalog.inference.requests import MAX_SECONDS, NoWorker
+from catalog.serving.endpoints import BUILT_IN
 
 MAX_KEPT_BYTES = 2**23
 """Maximum size of what is kept of one answer until it is complete: its text, to compare it with that of another worker,
@@ -82,6 +83,8 @@ class _Received:
 class PartialAnswer:
     """The answer so far."""
 
+    engine: str = BUILT_IN
+    """The engine that answers: BUILT_IN, or the name of a serving endpoint. Final when the answer has begun."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     has_begun: bool = False

@@ -179,12 +179,23 @@ class Gate:
 
 def _limited(scope: Scope, headers: Headers) -> Response | None:
     """Return the response to a key without requests left. It is sent before routing, because such clients send many."""
-    scheme, _, credential = headers.get("authorization", "").partition(" ")
-    if not scope["path"].startswith("/v1/") or scheme.lower() != "bearer":
-        return None
+    credential = _credential(scope, headers)
     services: Services = scope["app"].state.services
-    limited = services.limits.refusal(credential)
+    limited = None if credential is None else services.limits.refusal(credential)
     return None if limited is None else refusal(limited)
+
+
+def _known_headers(scope: Scope) -> dict[str, str]:
+    """Return the rate-limit headers of a response that was sent before authentication."""
+    credential = _credential(scope, Headers(scope=scope))
+    services: Services = scope["app"].state.services
+    return {} if credential is None else services.limits.known_headers(credential)
+
+
+def _credential(scope: Scope, headers: Headers) -> str | None:
+    """Return the key of a request to the API, which is not checked."""
+    scheme, _, credential = headers.get("authorization", "").partition(" ")
+    return credential if scope["path"].startswith("/v1/") and scheme.lower() == "bearer" else None
 
 
 def _shutting_down() -> Unavailable:
@@ -246,7 +257,9 @@ def _decorated(send: Send, exchange: _Exchange, body: RequestBody) -> Send:
                 await body.drain()
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = exchange.request_id
-            of_caller: dict[str, str] = exchange.scope["state"].get("headers", {})
+            of_caller: dict[str, str] | None = exchange.scope["state"].get("headers")
+            if of_caller is None:
+                of_caller = _known_headers(exchange.scope)
             for name, value in {**of_caller, **security_headers(exchange.path)}.items():
                 headers.setdefault(name, value)
         await send(message)

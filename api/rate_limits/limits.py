@@ -70,6 +70,14 @@ class Limits:
             return None
         return _rate_limited(remaining.of_one(), counted[0].removeprefix(REQUESTS))
 
+    def known_headers(self, credential: str) -> dict[str, str]:
+        """Return the headers of a response that was sent before authentication, such as for a body that is not JSON.
+
+        Nothing is counted. Empty if this process does not know the credential, or its key has no limit.
+        """
+        counted = self._recognized.get(self._digest(credential))
+        return {} if counted is None else headers(self._buckets.take(*counted, cost=0))
+
     @asynccontextmanager
     async def guarding(self, address: str | None, credential: str | None) -> AsyncGenerator[None]:
         """Wrap the check of a credential, which raises Unauthorized. Raises RateLimited if the address has sent too

@@ -39,9 +39,20 @@ from catalog.tenancy.authentication import Caller
 
 SEND_SECONDS = 60.0
 """How long a client may take to read what was sent before the stream is abandoned."""
+ENGINE_HEADER = "x-lorry-engine"
+"""Header of an answer: `built-in`, or the name of the serving endpoint that answered."""
 router = Router(prefix="/v1", tags=["inference"], responses=SIGNED)
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its chunks."}
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "The answer, or its chunks.",
+        "headers": {
+            ENGINE_HEADER: {
+                "description": "Engine that answered: `built-in`, or the name of a serving endpoint.",
+                "schema": {"type": "string"},
+            }
+        },
+    }
 }
 
 
@@ -170,7 +181,7 @@ async def _respond(exchange: Exchange, form: ChatFormat | TextFormat, body: Samp
             found = await whole(deltas, answer, form, n=n)
     except ClientGone:
         return Response(status_code=499)
-    return Response(found, media_type="application/json")
+    return Response(found, media_type="application/json", headers={ENGINE_HEADER: answer.engine})
 
 
 class _StalledClient(Exception):
@@ -200,6 +211,7 @@ class CompletionStream(Response):
                 parts = chunks(deltas, answer, self._form, n=self._n, with_usage=self._with_usage)
                 async for part in parts:
                     if not has_begun:
+                        self.headers[ENGINE_HEADER] = answer.engine
                         await send(
                             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
                         )

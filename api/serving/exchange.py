@@ -67,6 +67,7 @@ class RoutedExchange:
         async with _EndpointAnswer(self._use, self._route, self._parameters, self._receive) as stream:
             failure = await stream.begin()
             if failure is None:
+                answer.engine = self._route.endpoint_name
                 try:
                     yield stream.deltas(answer)
                 finally:

@@ -41,6 +41,7 @@ NOTE_SECONDS = 20.0
 """Interval at which an unchanged state is written."""
 REJECTED_SECONDS = 30.0
 """Wait after a failed verification of the base model."""
+NOT_ANSWERED = "The server has not answered yet. It may still be starting."
 MAX_KEPT = 100
 """Maximum number of endpoints that one process keeps."""
 MAX_LOADING = 4
@@ -130,6 +131,8 @@ class EndpointKeeper:
         self._lease = HeldLease(partial(self._do, keeping.renew))
         self._noted_at = self._verify_at = -math.inf
         """When the state was written, and when the base model may be verified again, by the monotonic clock."""
+        self._has_answered = False
+        """Whether the server has answered this process."""
 
     def wake(self) -> None:
         self._wake_up.set()
@@ -177,11 +180,14 @@ class EndpointKeeper:
         try:
             server = self._address(row)
             models = await self._tools.client.models(server)
+            self._has_answered = True
             base = _base_of(models)
         except EndpointFailure as failure:
-            state = "unreachable" if failure.kind == "unreachable" else "rejected"
             self._verify_at = -math.inf
-            await self._unusable(row, state=state, error=failure.message)
+            if failure.kind == "unreachable":
+                await self._silent(row, failure)
+            else:
+                await self._unusable(row, state="rejected", error=failure.message)
             await self._clear(work, {})
             return
         except LorryError as error:
@@ -348,6 +354,12 @@ class EndpointKeeper:
         log.warning("serving deployment=%s state=%s: %s", one.deployment_id, state, operator_error or error)
         found = {"state": state, "error": error, "operator_error": operator_error, "verification": verification}
         await self._do(keeping.note_failed, one.deployment_id, **found)
+
+    async def _silent(self, row: ServingEndpoint, failure: EndpointFailure) -> None:
+        """Record that the server does not answer. Until its first answer, it may still be starting."""
+        is_new = row.state == "pending" and row.served_model is None and not self._has_answered
+        error = f"{NOT_ANSWERED} {failure.message}" if is_new else failure.message
+        await self._unusable(row, state="pending" if is_new else "unreachable", error=error)
 
     async def _unusable(
         self, row: ServingEndpoint, *, state: str, error: str, verification: Json | None = None

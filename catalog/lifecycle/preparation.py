@@ -161,8 +161,8 @@ def refused(
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         job.train_prepared, job.valid_prepared = train_key, valid_key
-        job.error = found = {"code": "invalid_training_file", "param": "training_file", **error}
-        message = f"The job failed. {found.get('message', '')}".strip()
+        job.error = {"param": "training_file", **error}
+        message = f"The job failed. {error['message']}"
         now = read_clock(session)
         move(session, job, Verb.REFUSED, now=now, message=message, reason=EndReason.USER_ERROR, level="error")
 

@@ -23,6 +23,8 @@ from catalog.tables.table import Json, new_id
 
 EngineKind = Literal["vllm"]
 ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
+BUILT_IN = "built-in"
+"""Name of the built-in engine where an endpoint's name may stand, so no endpoint has it."""
 MAX_ENDPOINTS = 100
 MAX_URL, MAX_FOLDER, MAX_KEY = 2048, 1024, 512
 """Maximum lengths in characters."""
@@ -208,7 +210,7 @@ def _name_taken(row: ServingEndpoint) -> Conflict:
 
 def _checked(new: NewEndpoint) -> str:
     """Return the address without a trailing slash and /v1. Raises InvalidRequest."""
-    if not LABEL.fullmatch(new.name) or new.name in ENGINES or new.name.startswith("endpoint-"):
+    if not LABEL.fullmatch(new.name) or new.name in (*ENGINES, BUILT_IN) or new.name.startswith("endpoint-"):
         fault = label_fault(new.name) if not LABEL.fullmatch(new.name) else "it has another meaning"
         raise InvalidRequest(
             f"{new.name[:80]!r} can't name a serving endpoint, because {fault}.",

@@ -168,7 +168,8 @@ def note_unusable(
         found = {"state": state, "last_error": error, "checked_at": now}
         found |= {"verification": verification} if verification is not None else {}
         session.execute(update(ServingEndpoint).where(ServingEndpoint.id == row.id).values(found))
-        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {state}.", "operator_error": None}
+        shown = "not ready yet" if state == "pending" else state
+        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {shown}.", "operator_error": None}
         usable = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
         session.execute(update(Deployment).where(*usable).values(**waiting, next_try_at=now, updated_at=now))
 

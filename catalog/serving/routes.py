@@ -20,6 +20,7 @@ class ServingRoute:
     """An endpoint and the server's name of the model. deployment_id: None: the base model answers."""
 
     endpoint_id: str
+    endpoint_name: str
     deployment_id: str | None
     url: str
     api_key: str | None
@@ -54,6 +55,7 @@ def route_of(db: Database, *, model: str, base_digest: str, pepper: Pepper) -> S
         return None
     return ServingRoute(
         endpoint_id=row.id,
+        endpoint_name=row.name,
         deployment_id=deployment_id,
         url=row.url,
         api_key=api_key,

@@ -1,11 +1,14 @@
 # pyright: basic
-"""Detects scaled rotary embeddings in a GGUF file, because transformers drops the scaling silently on import.
+"""Checks the rotary embeddings of a GGUF file, and finds a chat template next to it.
 
-The imported model would be slightly wrong, mostly for long texts. Llama 3.1 and later store factors of their
-frequencies, Phi 3.5 and 4 short and long factors, and others a scaling type and a factor in the metadata.
+Transformers drops the scaling of rotary embeddings silently. The imported model would be slightly wrong, mostly for
+long texts. Llama 3.1 and later store factors of their frequencies, Phi 3.5 and 4 short and long factors, and others a
+scaling type and a factor in the metadata.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from lora_core.errors import UnsupportedModel
 
@@ -13,6 +16,50 @@ FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 KIND = ".rope.scaling.type"
 AMOUNTS = (".rope.scaling.factor", ".rope.scale_linear")
 """Metadata keys of the factor. Without a type the scaling is linear. 0 and 1 mean none. The second key is older."""
+TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+"""Files next to a GGUF file that may contain a chat template; see worker.process.sandbox."""
+MAX_BYTES = 2**20
+"""Maximum size of each of them."""
+
+
+def template_beside(path: Path, *, has_own: bool) -> str | None:
+    """Return the chat template next to a GGUF file, or None. Raises UnsupportedModel for a file that can't be read.
+
+    `chat_template.jinja` replaces the template in the GGUF file. That of `tokenizer_config.json` is used only if the
+    GGUF file has none (has_own): the configuration may belong to another model in the same folder.
+    """
+    template, tokenizer = path.with_name(TEMPLATE), path.with_name(TOKENIZER)
+    if template.is_file():
+        return _text(template)
+    if has_own or not tokenizer.is_file():
+        return None
+    try:
+        config: Any = json.loads(_text(tokenizer))
+    except ValueError as error:
+        raise _unreadable(tokenizer, "is not valid JSON") from error
+    found = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(found, list):  # named templates
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise _unreadable(path, f"has more than {MAX_BYTES:,} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, "is not UTF-8 text") from error
+
+
+def _unreadable(path: Path, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{path.name} next to the GGUF file {reason}, so its chat template can't be used.",
+        remedy="Correct the file, or move it to another folder. Then add the model again.",
+    )
 
 
 def refuse_scaled_rotation(path: Path) -> None:

@@ -29,7 +29,7 @@ from lora_core.base_model.model import build_model, load_base
 from lora_core.base_model.patching import Attachment
 from lora_core.engine.invariance_probe import refuse_mixing
 from lora_core.errors import UnreachableSource, UnsupportedModel
-from lora_core.model_files.gguf import refuse_scaled_rotation
+from lora_core.model_files.gguf import refuse_scaled_rotation, template_beside
 from lora_core.model_files.license import CARD, license_of_folder, license_of_gguf
 from lora_core.runtime.safetensors_io import read_header, write_directory
 
@@ -146,12 +146,15 @@ def _write_folder(folder: Path, directory: Path) -> None:
     dtypes = {dtype for name in names for dtype, _ in read_header(folder / name).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
     _save_model(load_with_transformers(folder, dtype=dtype), directory)
-    _save_tokenizer(folder, directory)
+    _tokenizer(folder).save_pretrained(directory)
     _refuse_untrainable(directory, dtype)
 
 
 def _write_gguf(path: Path, directory: Path) -> None:
-    """Convert a GGUF file. It is read through a folder without other files, so that none of them is loaded."""
+    """Convert a GGUF file. Transformers reads it in a folder without other files, so that it loads none of them.
+
+    Only a chat template next to the file is used.
+    """
     if not path.is_file():
         raise UnreachableSource(
             f"The file {str(path)!r} does not exist on the worker.", remedy="Use the absolute path of a GGUF file."
@@ -165,7 +168,11 @@ def _write_gguf(path: Path, directory: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
         _save_model(_dequantized(Path(folder), "model.gguf"), directory)  # no reference remains, to free memory
-        _save_tokenizer(Path(folder), directory, gguf_file="model.gguf")
+        tokenizer = _tokenizer(Path(folder), gguf_file="model.gguf")
+    template = template_beside(path, has_own=tokenizer.chat_template is not None)
+    if template is not None:
+        tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
     _refuse_untrainable(directory, torch.bfloat16)
 
 
@@ -185,12 +192,11 @@ def _save_model(model: Any, directory: Path) -> None:
     read_config(directory)
 
 
-def _save_tokenizer(folder: Path, directory: Path, **source: str) -> None:
+def _tokenizer(folder: Path, **source: str) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
     except (OSError, ValueError, KeyError) as error:
         raise refused(f"its tokenizer can't be read ({type(error).__name__})", remedy=COMPLETE) from error
-    tokenizer.save_pretrained(directory)
 
 
 def _refuse_untrainable(directory: Path, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lorry.errors import LorryError, NotFound
 from lorry.local import ports
 from lorry.local.child import Child
+from lorry.local.devices import CPU
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
@@ -91,12 +92,13 @@ def choose(wanted: str) -> Serve:
 class LocalVllm:
     """vLLM for one base model of the local service on `data_dir`."""
 
-    def __init__(self, data_dir: Path, serve: Serve, *, is_on_cpu: bool) -> None:
+    def __init__(self, data_dir: Path, serve: Serve, *, devices: Sequence[str]) -> None:
+        """devices: GPU numbers as in nvidia-smi, or only `cpu`. vLLM runs on the first one."""
         self.log = data_dir / "logs" / "vllm.log"
         self._data_dir = data_dir
         self._folder = data_dir / "served"
         self._serve = serve
-        self._is_on_cpu = is_on_cpu
+        self._gpus = [device for device in devices if device != CPU]
         self.base = ""
 
     def register(self, lorry: Lorry) -> Child:
@@ -175,9 +177,9 @@ class LocalVllm:
         argv: Sequence[str] = (
             *_server_of(self._serve.program), folder, "--served-model-name", name, "--host", _HOST,
             "--port", str(address.port), "--max-model-len", "auto", *_LORA_OPTIONS,
-            *(_ON_CPU if self._is_on_cpu else _ON_GPU),
+            *(_ON_GPU if self._gpus else _ON_CPU),
         )  # fmt: skip
-        env = _environment(os.environ, address.api_key)
+        env = _environment(os.environ, address.api_key, gpu=next(iter(self._gpus), ""))
         return Child("vLLM server", argv, env=env, cwd=self._data_dir, log=self.log, kills_group=True)
 
 
@@ -221,8 +223,11 @@ def _only_base(lorry: Lorry) -> str:
     )
 
 
-def _environment(given: Mapping[str, str], api_key: str) -> dict[str, str]:
-    """Return vLLM's environment, without the service's secrets. Other users see arguments, but not the environment."""
+def _environment(given: Mapping[str, str], api_key: str, *, gpu: str) -> dict[str, str]:
+    """Return vLLM's environment, without the service's secrets. Other users see arguments, but not the environment.
+
+    gpu: its number as in nvidia-smi; empty for the CPU, where vLLM must not use a GPU either.
+    """
     kept = {
         name: value
         for name, value in given.items()
@@ -231,6 +236,8 @@ def _environment(given: Mapping[str, str], api_key: str) -> dict[str, str]:
     kept.setdefault("VLLM_CPU_KVCACHE_SPACE", _CPU_CACHE_GIB)
     kept.setdefault("VLLM_NO_USAGE_STATS", "1")
     return kept | {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": gpu,
         "VLLM_API_KEY": api_key,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "HF_HUB_OFFLINE": "1",

@@ -54,6 +54,8 @@ class Bootstrapped:
     """The first operator key. None: an earlier start created and showed it."""
     identity_secret: str = field(repr=False)
     """Secret with which clients verify the server: see lorry.transport.service_identity."""
+    warnings: tuple[str, ...] = ()
+    """About variables LORRY_… that have no effect."""
 
 
 class LocalService:
@@ -75,6 +77,7 @@ class LocalService:
         return Bootstrapped(
             api_key=key if isinstance(key, str) else None,
             identity_secret=_field(answer, "identity_secret", command="bootstrap"),
+            warnings=tuple(map(str, answer.get("warnings") or ())),
         )
 
     def new_key(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from lorry.errors import APIError, ConnectionFailed
@@ -13,6 +13,43 @@ from lorry.transport.http import Transport
 ANSWER_SECONDS = 660.0
 """The service answers within 600 seconds, or reports why not. A worker may have to load the base model first."""
 END = "[DONE]"
+_ENGINE = "x-lorry-engine"
+
+
+class AnswerStream(Iterator[str]):
+    """The pieces of an answer, in order. The request is sent when the first piece is read.
+
+    engine: None until the answer has begun; then `built-in`, or the name of the serving endpoint that answers.
+    """
+
+    def __init__(self, transport: Transport, body: Mapping[str, Any]) -> None:
+        self.engine: str | None = None
+        self._pieces = self._read(transport, body)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop the answer."""
+        self._pieces.close()
+
+    def _read(self, transport: Transport, body: Mapping[str, Any]) -> Generator[str]:
+        headers = {"accept": "text/event-stream"}
+        path = "chat/completions"
+        with transport.stream(path, body=body, headers=headers, read_seconds=ANSWER_SECONDS) as response:
+            self.engine = response.headers.get(_ENGINE)
+            for event in sse.parse(response.iter_bytes(), url=str(response.url)):
+                if event.data == END:
+                    return
+                chunk = cast("dict[str, Any]", json.loads(event.data))
+                if error := chunk.get("error"):
+                    raise APIError(error["message"], code=error["code"], remedy="", status=response.status_code)
+                for choice in chunk["choices"]:
+                    if text := choice["delta"].get("content"):
+                        yield text
+        raise ConnectionFailed(
+            "The service ended the answer early.", code="connection_failed", remedy="Send the request again."
+        )
 
 
 class Chat:
@@ -27,26 +64,13 @@ class Chat:
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
-    ) -> Iterator[str]:
-        """Yield the answer of a base model, adapter or checkpoint to a conversation, in pieces of text.
+    ) -> AnswerStream:
+        """Return the answer of a base model, adapter or checkpoint to a conversation, in pieces of text.
 
-        messages: as in OpenAI's API. None leaves a parameter to the service. Raises APIError.
+        Once it has begun, its `engine` is `built-in`, or the name of the serving endpoint that answers.
+
+        messages: as in OpenAI's API. None leaves a parameter to the service. Reading a piece raises APIError.
         """
         parameters = {"max_completion_tokens": max_tokens, "temperature": temperature, "seed": seed}
         given = {name: value for name, value in parameters.items() if value is not None}
-        body = {"model": model, "messages": list(messages), "stream": True, **given}
-        headers = {"accept": "text/event-stream"}
-        path = "chat/completions"
-        with self._transport.stream(path, body=body, headers=headers, read_seconds=ANSWER_SECONDS) as response:
-            for event in sse.parse(response.iter_bytes(), url=str(response.url)):
-                if event.data == END:
-                    return
-                chunk = cast("dict[str, Any]", json.loads(event.data))
-                if error := chunk.get("error"):
-                    raise APIError(error["message"], code=error["code"], remedy="", status=response.status_code)
-                for choice in chunk["choices"]:
-                    if text := choice["delta"].get("content"):
-                        yield text
-        raise ConnectionFailed(
-            "The service ended the answer early.", code="connection_failed", remedy="Send the request again."
-        )
+        return AnswerStream(self._transport, {"model": model, "messages": list(messages), "stream": True, **given})

@@ -92,6 +92,15 @@ def test_only_the_first_start_creates_a_key(tmp_path: Path) -> None:
     assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} <= {"lorry.db", "pepper"}
 
 
+def test_variables_without_a_meaning_are_reported(tmp_path: Path) -> None:
+    as_json = json.loads(run(tmp_path, "bootstrap", "--json", LORRY_DATABASE="x").stdout)
+    as_text = run(tmp_path, "bootstrap", LORRY_DATABASE="x")
+
+    warning = "LORRY_DATABASE is not a setting of this version of Lorry, so it has no effect. "
+    assert as_json["warnings"] == [f"{warning}Did you mean LORRY_DATABASE_URL?"]
+    assert f"WARNING lorry.api {warning}" in as_text.stderr
+
+
 def test_concurrent_first_starts_create_one_key(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as threads:
         results = list(threads.map(lambda _: bootstrapped(tmp_path), range(3)))

@@ -56,6 +56,15 @@ def _unknown(sentence, remedy):
 def look_up(name):
     raise _unknown(f"There is no {name}.", "Use another.")
 
+def lost(number):
+    return {"code": "all_lost", "message": f"All {number} are lost.", "remedy": "Wait.", "param": None}
+
+def _error(code, message, remedy="Begin again."):
+    return {"code": code, "message": f"{message} {remedy}"}
+
+def close(name):
+    return _error("was_closed", f"{name!r} was closed.")
+
 TABLE = {400: ("The body is not JSON.", "Send JSON.", "invalid_json")}
 """
 
@@ -136,6 +145,8 @@ def test_errors_of_each_form_are_cataloged(tmp_path: Path) -> None:
         ("already_there", "It exists.", ""),
         ("too_many", "{number} rows and {rows} files.", "Wait."),
         ("unknown_name", "There is no {name}.", "Use another."),
+        ("all_lost", "All {number} are lost.", "Wait."),
+        ("was_closed", "{name} was closed.", "Begin again."),
         ("invalid_json", "The body is not JSON.", "Send JSON."),
     }
 

@@ -28,7 +28,7 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from catalog import logs, tracing
+from catalog import logs, tracing, variables
 from catalog.db.database import Database
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.fleet import compatibility
@@ -126,6 +126,8 @@ def _refuse_unfit(**_: Any) -> None:
     protected from inspection like this one.
     """
     deny_inspection()
+    for warning in variables.unknown(os.environ):
+        log.warning("%s", warning)
     if Settings().gang is not None:
         log.error("A worker of a gang must poll, because no message announces a round. Start it with `lorry worker`.")
         sys.exit(UNFIT)

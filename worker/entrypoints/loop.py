@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from types import FrameType
 
-from catalog import logs, tracing
+from catalog import logs, tracing, variables
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.process_inspection import deny_inspection
 from catalog.settings import Settings
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logs.configure("info")
     deny_inspection()
+    for warning in variables.unknown(os.environ):
+        log.warning("%s", warning)
     device = devices.choose_device(options.device)
     devices.pin_to(device)
     tracing.start("worker")

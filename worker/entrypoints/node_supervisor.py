@@ -91,12 +91,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure("info")
     deny_inspection()
     settings = Settings()
-    groups = choose(_parse(arguments).groups)
+    groups = choose(_named_groups(arguments, os.environ))
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     supervisor = NodeSupervisor([_worker(group, device, settings) for group, device in groups.items()])
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: supervisor.handle_signal(number))
     return supervisor.run()
+
+
+def _named_groups(arguments: Sequence[str] | None, given: Mapping[str, str]) -> list[str]:
+    """Return the groups of the command line. Raises SystemExit if only LORRY_DEVICE names devices.
+
+    LORRY_DEVICE is a setting of one worker. Without an error, the workers would use other devices than those.
+    """
+    groups: list[str] = _parse(arguments).groups
+    device = given.get("LORRY_DEVICE", "")
+    if groups or device in ("", "auto"):
+        return groups
+    raise SystemExit(
+        f"LORRY_DEVICE is {device!r}, but this command reads its device groups from its arguments. Unset LORRY_DEVICE, "
+        f"and name the groups: `lorry worker {device}`. With Docker Compose, set LORRY_GROUPS={device} in .env instead."
+    )
 
 
 def choose(named: Sequence[str]) -> dict[str, Device]:

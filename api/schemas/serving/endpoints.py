@@ -126,8 +126,8 @@ class ServingEndpointObject(BaseModel):
     has_api_key: bool
     max_rank: int
     state: EndpointState = Field(
-        description="ready: answers requests. unreachable: does not respond. rejected: responds, but not as required. "
-        "pending: not verified yet."
+        description="ready: answers requests. unreachable: does not respond any more. rejected: responds, but not as "
+        "required. pending: has not responded yet, or is not verified yet."
     )
     last_error: str | None = Field(description="Why it is not ready. Shown only to operators.")
     served_model: str | None = Field(description="The server's name of the base model. Shown only to operators.")

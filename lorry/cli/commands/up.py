@@ -89,7 +89,7 @@ def up(
         known = _bootstrap(running, ports.url(host, listener))
         server = None
         if served is not None:
-            server = vllm.LocalVllm(folder, served, is_on_cpu=chosen == [device_names.CPU])
+            server = vllm.LocalVllm(folder, served, devices=chosen)
         num_signals = _supervise(running, known, chosen, server, as_json=as_json)
     if num_signals > 1:
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -152,6 +152,8 @@ def _bootstrap(running: LocalService, url: str) -> Connection:
     from lorry.errors import NotConfigured
 
     made = running.bootstrap()
+    for warning in made.warnings:
+        output.echo(f"Warning: {warning}")
     try:
         before = connection.read(running.data_dir)
     except NotConfigured as error:

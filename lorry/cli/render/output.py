@@ -131,6 +131,11 @@ def is_interactive() -> bool:
     return sys.stdin.isatty()
 
 
+def is_watched() -> bool:
+    """Whether a user sees the messages as they are printed."""
+    return sys.stderr.isatty()
+
+
 def pairs(values: Iterable[tuple[str, object]], *, label_width: int = 0) -> None:
     """Print a label and a value per line; None and empty texts are skipped.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _BAR_CELLS = 24
 _CELLS_OF_ALL_FACTS = 106
 """An id of 30 and all facts next to it, for a job of several thousand steps."""
+_LINES_OF_A_JOB = 10
+_QUIET_SECONDS = 60.0
+"""Without a terminal, a training job prints a line at each tenth of its steps, and after this time."""
 Message = tuple[str, "Job | LorryError"]
 
 
@@ -116,17 +120,19 @@ def _reporting_pauses(show: Callable[[Job], None], echo: Callable[[str], None]) 
 
 
 class _Lines:
-    """For logs and pipes: one line whenever a job's status or step changes."""
+    """For logs and pipes: a line at each change of a job's status, at each tenth of its steps, and once a minute."""
 
     def __init__(self) -> None:
-        self._last: dict[str, str] = {}
+        self._last: dict[str, tuple[tuple[str, int], int, float]] = {}
+        """By job: its status and the tenths of its steps, its step, and the time of the last line."""
 
     def show(self, job: Job) -> None:
-        line = ending(job) if job.is_final else f"{job.id}  {facts(job)}"
-        key = f"{job.status} {job.progress.step}"
-        if self._last.get(job.id) != key:
-            self._last[job.id] = key
-            output.echo(line)
+        step, now = job.progress.step, time.monotonic()
+        state = (job.status, step * _LINES_OF_A_JOB // max(1, job.progress.num_steps))
+        last_state, last_step, printed_at = self._last.get(job.id, (None, None, now))
+        if state != last_state or (step != last_step and now - printed_at >= _QUIET_SECONDS):
+            self._last[job.id] = (state, step, now)
+            output.echo(ending(job) if job.is_final else f"{job.id}  {facts(job)}")
 
 
 def _drain(lorry: Lorry, job_ids: list[str], show: Callable[[Job], None]) -> list[Job]:

@@ -70,6 +70,7 @@ def test_other_keys_see_neither_the_address_nor_errors_of_an_endpoint(
     ("change", "param", "code"),
     [
         ({"name": "vllm"}, "name", "invalid_name"),
+        ({"name": "built-in"}, "name", "invalid_name"),
         ({"name": "a b"}, "name", "invalid_name"),
         ({"base_model": "none"}, "model", "model_not_found"),
         ({"url": "ftp://host"}, "url", "invalid_serving_url"),

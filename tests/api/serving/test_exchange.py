@@ -12,8 +12,10 @@ from api.deps import Services
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.tenancy import Project
 from tests.api.serving_engines import PROMPT_TOKENS, SERVED, FakeTrainer, tokens_of
-from tests.api.serving_site import ServingSite
+from tests.api.serving_site import QUESTION, ServingSite
 from tests.api.site import until
+
+TEXT = {"prompt": "Hi"}
 
 
 @pytest.fixture
@@ -87,6 +89,39 @@ def test_streamed_answers_of_both_routes_are_complete(ready: ServingSite, traine
     assert chat[-1].usage.total_tokens == PROMPT_TOKENS + 4
     assert "".join(part.choices[0].text for part in texts) == text_of(ready.adapter.name)
     assert ready.vllm.completions()[-1]["prompt"] == ["Hi"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "prompt"), [("/v1/chat/completions", {}), ("/v1/completions", TEXT)])
+def test_a_header_names_the_engine_that_answered(
+    ready: ServingSite, trainer: FakeTrainer, path: str, prompt: dict[str, Any], stream: bool
+) -> None:
+    given = {**({"messages": None} if prompt else {}), **prompt}
+    body = {name: value for name, value in {**QUESTION, **given, "stream": stream}.items() if value is not None}
+    body["model"] = ready.adapter.name
+
+    routed = ready.client.post(path, json=body)
+    ready.vllm.fails_with = 400
+    own = ready.client.post(path, json=body)
+
+    assert (routed.headers["x-lorry-engine"], own.headers["x-lorry-engine"]) == ("vllm-1", "built-in")
+    assert [answer.status_code for answer in (routed, own)] == [200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_have_the_rate_limit_headers(ready: ServingSite, trainer: FakeTrainer, stream: bool) -> None:
+    limits = {"requests_per_minute": 600}
+    path = f"/v1/api_keys/{ready.site.key.split('_')[1]}/limits"
+    assert ready.operator.post(path, json=limits).status_code == 200
+
+    answer = ready.ask(stream=stream)
+
+    assert (answer.status_code, answer.headers["x-ratelimit-limit-requests"]) == (200, "600")
+    assert {"x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"} <= set(answer.headers)
+
+
+def test_an_error_names_no_engine(ready: ServingSite) -> None:
+    assert "x-lorry-engine" not in ready.ask("ft:unknown", stream=True).headers
 
 
 def test_requests_with_tools_are_answered_by_the_built_in_engine(ready: ServingSite, trainer: FakeTrainer) -> None:

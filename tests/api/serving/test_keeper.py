@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from api.deps import Services
+from api.serving.keeper import NOT_ANSWERED
 from catalog.serving import keeping
 from catalog.tables.serving import ServingEndpoint
 from catalog.tables.table import new_id
@@ -159,6 +160,26 @@ def test_endpoint_that_stops_is_unreachable_until_it_returns(
         with serving(fake, port=port or 0):
             place.wait_for("ready")
             assert place.adapter.name in fake.adapters
+
+
+def test_endpoint_is_pending_until_its_server_has_started(place: ServingSite, trainer: FakeTrainer) -> None:
+    with ExitStack() as stack:
+        fake = stack.enter_context(serving(FakeVllm()))
+        port = urlsplit(fake.url).port
+        stack.close()
+        place.vllm = fake
+        place.register()
+        assert place.deploy().status_code == 200
+
+        until(lambda: place.endpoint()["checked_at"] is not None)
+
+        starting = place.endpoint()
+        assert starting["state"] == "pending"
+        assert starting["last_error"].startswith(f"{NOT_ANSWERED} GET /v1/models failed: ")
+        until(lambda: place.deployments()[0]["last_error"] == "Endpoint 'vllm-1' is not ready yet.")
+        with serving(fake, port=port or 0):
+            place.wait_for("ready")
+        until(lambda: place.endpoint()["state"] == "unreachable")
 
 
 def test_undeployed_adapter_is_unloaded_and_its_files_are_removed(place: ServingSite, trainer: FakeTrainer) -> None:

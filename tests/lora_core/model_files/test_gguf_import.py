@@ -1,5 +1,6 @@
 """A GGUF file as a base model: its metadata, and rejection of files whose import would lose information."""
 
+import json
 import re
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from gguf import GGUFWriter
 
 from lora_core.errors import UnreachableSource, UnsupportedModel
-from lora_core.model_files.gguf import refuse_scaled_rotation
+from lora_core.model_files import gguf
+from lora_core.model_files.gguf import refuse_scaled_rotation, template_beside
 from lora_core.model_files.import_base import import_base
 from lora_core.model_files.license import license_of_gguf
 
@@ -74,3 +76,42 @@ def test_gguf_file_with_scaled_rotation_is_rejected_by_its_entry(tmp_path, tenso
     with pytest.raises(UnsupportedModel, match=re.escape(entry)):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
     assert not (tmp_path / "base").exists()
+
+
+NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "has_own", "expected"),
+    [
+        ({}, False, None),
+        ({"chat_template.jinja": "J"}, True, "J"),
+        ({"chat_template.jinja": "J", "tokenizer_config.json": '{"chat_template": "C"}'}, False, "J"),
+        ({"tokenizer_config.json": '{"chat_template": "C"}'}, False, "C"),
+        ({"tokenizer_config.json": '{"chat_template": "C"}'}, True, None),
+        ({"tokenizer_config.json": json.dumps({"chat_template": NAMED})}, False, "D"),
+        ({"tokenizer_config.json": '{"bos_token": "<s>"}'}, False, None),
+        ({"tokenizer_config.json": "[]"}, False, None),
+    ],
+)
+def test_chat_template_next_to_a_gguf_file_is_used(tmp_path, files, has_own, expected):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+
+    assert template_beside(tmp_path / "model.gguf", has_own=has_own) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),
+        ("chat_template.jinja", b" " * 101, "has more than 100 bytes"),
+        ("tokenizer_config.json", b"{", "is not valid JSON"),
+    ],
+)
+def test_unreadable_file_with_a_chat_template_is_rejected(tmp_path, monkeypatch, name, content, reason):
+    monkeypatch.setattr(gguf, "MAX_BYTES", 100)
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(UnsupportedModel, match=f"{name} next to the GGUF file {reason}"):
+        template_beside(tmp_path / "model.gguf", has_own=False)

@@ -95,6 +95,18 @@ def test_gguf_file_becomes_a_base_with_its_weights_that_trains_and_serves(origin
     assert tokenizer("the hero")["input_ids"] == [256, TOKENS.index("Ġ"), 257, TOKENS.index("r"), TOKENS.index("o")]
 
 
+def test_chat_template_next_to_the_file_becomes_that_of_the_base(original, tmp_path):
+    write_llama(tmp_path / "model.gguf", original, GGMLQuantizationType.F16)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+
+    import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+
+    assert (tmp_path / "base" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}!"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    shown = tokenizer.apply_chat_template([{"role": "user", "content": "the hero"}], tokenize=False)
+    assert shown == "the hero!"
+
+
 def stored(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
     """Return the weight as the file stores it, in fp32."""
     kind = GGMLQuantizationType.F32 if weight.ndim == 1 else kind

@@ -323,7 +323,8 @@ def test_model_read_from_gguf_is_released_before_the_result_is_tested(source, tm
 
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(model_file_import_base, "load_with_transformers", load)
-    monkeypatch.setattr(model_file_import_base, "_save_tokenizer", lambda *_, **__: None)
+    tokenizer = SimpleNamespace(chat_template=None, save_pretrained=lambda _: None)
+    monkeypatch.setattr(model_file_import_base, "_tokenizer", lambda *_, **__: tokenizer)
     monkeypatch.setattr(model_file_import_base, "_refuse_untrainable", try_out)
     monkeypatch.setattr(model_file_import_base, "license_of_gguf", lambda _: None)
     monkeypatch.setattr(model_file_import_base, "refuse_scaled_rotation", lambda _: None)

@@ -183,6 +183,28 @@ def test_watch_prints_each_change_once_and_the_outcome(service: Script, run: Run
     ]
 
 
+@pytest.mark.parametrize(("quiet_seconds", "num_lines"), [(3600.0, 11), (0.0, 41)])
+def test_watch_without_a_terminal_prints_a_line_at_each_tenth_or_after_a_minute(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, quiet_seconds: float, num_lines: int
+) -> None:
+    from lorry.cli.render import progress_bars
+
+    monkeypatch.setattr(progress_bars, "_QUIET_SECONDS", quiet_seconds)
+    steps = [min(step, 40) for step in range(42)]
+    jobs = [{**JOB, "progress": {**JOB["progress"], "step": step, "num_steps": 40}} for step in steps]
+    jobs = [{**job, "status": "running"} for job in jobs] + [{**jobs[-1], "status": "succeeded"}]
+    events = [f"event: job\nid: {i}\ndata: {json.dumps(job)}\n\n" for i, job in enumerate(jobs)]
+    reply = Reply(body="".join(events).encode(), headers={"content-type": "text/event-stream"})
+    service.on("GET", f"{JOBS}/ftjob-1/stream", reply)
+
+    *lines, last = run("jobs", "watch", "ftjob-1").stderr.splitlines()
+
+    assert len(lines) == num_lines
+    assert lines[0].startswith("ftjob-1  running  step 0/40")
+    assert lines[-1].startswith("ftjob-1  running  step 40/40")
+    assert last == "Job ftjob-1 succeeded: None"
+
+
 def test_watch_as_json_prints_json_lines_and_exits_with_1_on_failure(service: Script, run: Run) -> None:
     service.on("GET", f"{JOBS}/ftjob-1/stream", stream_of("running", "failed"))
 

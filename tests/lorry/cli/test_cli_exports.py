@@ -57,6 +57,27 @@ def no_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
 
 
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--format", "q8_0"), ["`--format gguf --quantization q8_0`", "merged, gguf, gguf-lora, adapter"]),
+        (("--format", "F16"), ["`--format gguf --quantization f16`"]),
+        (("--format", "Q4_K_M"), ["a type of a GGUF file, not a format", "llama-quantize", "gguf-lora"]),
+        (("--format", "onnx"), ["'onnx' is not a format", "merged, gguf, gguf-lora, adapter"]),
+        (("--format", "gguf", "--quantization", "q4_k_m"), ["Lorry writes f16 and q8_0.", "llama-quantize"]),
+    ],
+)
+def test_wrong_format_is_an_error_that_shows_what_to_type(
+    service: Script, run: Run, options: tuple[str, ...], parts: list[str]
+) -> None:
+    result = run("adapters", "export", "a", *options)
+
+    assert result.exit_code == 2
+    shown = " ".join(result.stderr.split())
+    assert [part for part in parts if part not in shown] == []
+    assert service.seen == []
+
+
 def test_export_is_awaited_downloaded_and_its_use_explained(service: Script, run: Run, tmp_path: Path) -> None:
     serve_export(service)
 

@@ -344,7 +344,7 @@ def test_environment_without_the_server_or_its_libraries_gets_the_install_comman
 def test_ctrl_c_does_not_reach_the_services_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import json, os; is_alone = os.getsid(0) == os.getpid();"
-        "print(json.dumps({'api_key': f'alone: {is_alone}', 'identity_secret': ''}))"
+        "print(json.dumps({'api_key': f'alone: {is_alone}', 'identity_secret': '', 'warnings': ['Beware.']}))"
     )
     monkeypatch.setattr(service, "_python", lambda *_: [sys.executable, "-c", code])
 
@@ -352,6 +352,7 @@ def test_ctrl_c_does_not_reach_the_services_commands(tmp_path: Path, monkeypatch
         made = service.LocalService(tmp_path, host="127.0.0.1", listener=listener).bootstrap()
 
     assert made.api_key == "alone: True"
+    assert made.warnings == ("Beware.",)
 
 
 @pytest.mark.parametrize("printed", ["{}", '{"api_key": null, "url": null}'])

@@ -176,6 +176,23 @@ def test_overlapping_and_unknown_groups_are_rejected(named: list[str], message: 
         node_supervisor.choose(named)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "device", "groups"),
+    [([], None, []), ([], "", []), ([], "auto", []), (["0", "1"], "2", ["0", "1"])],
+)
+def test_groups_are_named_by_arguments(arguments: list[str], device: str | None, groups: list[str]) -> None:
+    given = {} if device is None else {"LORRY_DEVICE": device}
+
+    assert node_supervisor._named_groups(arguments, given) == groups  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_device_without_arguments_is_an_error_that_names_the_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_DEVICE", "2")
+
+    with pytest.raises(SystemExit, match=r"Unset LORRY_DEVICE.*`lorry worker 2`.*LORRY_GROUPS=2 in \.env"):
+        node_supervisor.main([])
+
+
 def test_a_group_of_cores_has_at_most_one_thread_per_core() -> None:
     half = Device(kind="cpu", cores=(0, 1), name="CPU", memory_bytes=1)
     whole = Device(kind="cpu", name="CPU", memory_bytes=1)

@@ -136,6 +136,23 @@ def test_an_import_can_read_the_link_targets_of_its_source(tmp_path: Path) -> No
 
 
 @NEEDS_LANDLOCK
+def test_an_import_can_read_a_gguf_file_and_the_chat_template_next_to_it(tmp_path: Path) -> None:
+    work = tmp_path / "own"
+    work.mkdir()
+    paths = [tmp_path / name for name in ("model.gguf", "chat_template.jinja", "tokenizer_config.json", "other.txt")]
+    for path in paths:
+        path.write_text(path.name)
+    box = sandbox.base_import(work, source=paths[0])
+    code = "import sys\nfor path in sys.argv[1:]: print(open(path).read(), flush=True)"
+
+    argv = confined([sys.executable, "-c", code, *map(str, paths)], box)
+    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, check=False)
+
+    assert ended.stdout.split() == [b"model.gguf", b"chat_template.jinja", b"tokenizer_config.json"], ended.stderr
+    assert b"PermissionError" in ended.stderr
+
+
+@NEEDS_LANDLOCK
 def test_a_failpoint_that_kills_once_works_in_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = tmp_path / "gates" / "here"
     gate.parent.mkdir()

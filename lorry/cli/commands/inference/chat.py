@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +15,7 @@ import typer
 from lorry.cli import lookup
 from lorry.cli.app import client
 from lorry.cli.render import output
-from lorry.errors import LorryError
+from lorry.errors import LorryError, NotFound
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
@@ -21,6 +26,11 @@ EXAMPLES = (
     "lorry chat support --temperature 0 < question.txt",
 )
 PROMPT = "> "
+PATIENCE_SECONDS = 2.0
+"""After this time without an answer, a terminal shows what it waits for."""
+BUILT_IN = "built-in"
+"""The service's name of its own engine."""
+_MAX_NAMES = 3
 
 
 def chat(
@@ -48,16 +58,24 @@ def chat(
     lorry = client()
     name = _model_name(lorry, model)
     history = [] if system is None else [{"role": "system", "content": system}]
+    engines: list[str | None] = []
 
     def answer(text: str) -> None:
         history.append({"role": "user", "content": text})
         said = ""
-        for piece in lorry.chat.stream(name, history, max_tokens=max_tokens, temperature=temperature, seed=seed):
+        pieces = lorry.chat.stream(name, history, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        with _reporting_wait(name):
+            first = next(pieces, "")
+        for piece in chain([first], pieces):
             said += piece
             sys.stdout.write(output.clean(piece))
             sys.stdout.flush()
         sys.stdout.write("\n")
+        sys.stdout.flush()
         history.append({"role": "assistant", "content": said})
+        if engines[-1:] != [pieces.engine]:
+            engines.append(pieces.engine)
+            _show_engine(pieces.engine)
 
     if message is None and output.is_interactive():
         output.echo(f"Conversation with {name}. Ctrl-D ends it.")
@@ -84,8 +102,53 @@ def _read_line() -> str | None:
         return None
 
 
+@contextmanager
+def _reporting_wait(name: str) -> Generator[None]:
+    """Print on a terminal what the command waits for, if that takes long."""
+    if not output.is_watched():
+        yield
+        return
+    message = f"Waiting for {name}. A worker may have to load it first…"
+    timer = threading.Timer(PATIENCE_SECONDS, output.echo, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # the message never follows the answer
+
+
+def _show_engine(engine: str | None) -> None:
+    """Print on a terminal which engine has answered. None: the service is older and names none."""
+    if engine is not None and output.is_watched():
+        named = "the built-in engine" if engine == BUILT_IN else f"serving endpoint {engine}"
+        output.echo(f"Answered by {named}.")
+
+
 def _model_name(lorry: Lorry, typed: str) -> str:
-    """Return the full name of a model."""
-    if typed.startswith("ft:") or any(model.id == typed for model in lorry.models.list()):
+    """Return the full name of a model. Raises LorryError if there is none."""
+    if typed.startswith("ft:"):
         return typed
-    return lorry.adapters.get(lookup.adapter(lorry, typed)).name
+    models = list(lorry.models.list())
+    if any(model.id == typed for model in models):
+        return typed
+    try:
+        return lorry.adapters.get(lookup.adapter(lorry, typed)).name
+    except NotFound as error:
+        raise _unknown(typed, [model.id for model in models]) from error
+
+
+def _unknown(typed: str, names: list[str]) -> LorryError:
+    """Return the error for a name that no model has. names: of all base models and adapters."""
+    bases = [name for name in names if not name.startswith("ft:")]
+    suffixes = [part for name in names if name.startswith("ft:") for part in name.split(":")[3:4] if part]
+    similar = get_close_matches(typed, dict.fromkeys((*bases, *suffixes)), n=_MAX_NAMES)
+    known = f"Did you mean {' or '.join(similar)}? " if similar else ""
+    if not similar and bases:
+        known = f"Base models are, for example: {', '.join(bases[:_MAX_NAMES])}. "
+    return LorryError(
+        f"No base model, adapter or checkpoint is named {typed!r}, and no adapter's name contains it.",
+        code="model_not_found",
+        remedy=f"{known}List the base models with `lorry models list`, and the adapters with `lorry adapters list`.",
+    )

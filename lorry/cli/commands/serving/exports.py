@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -41,6 +42,36 @@ class GgufQuantization(StrEnum):
     q8_0 = "q8_0"
 
 
+_GGUF_TYPE = re.compile(r"(i?q\d|tq\d|mxfp\d|b?f(16|32))", re.IGNORECASE)
+"""How the names of llama.cpp's types begin, such as q4_k_m."""
+_OTHER_TYPES = (
+    "Lorry writes f16 and q8_0. For another type, export with `--format gguf --quantization f16`, and convert the file "
+    "with llama.cpp's llama-quantize."
+)
+
+
+def _format(typed: str) -> ExportFormat:
+    """Return the format. A GGUF type in its place gets an error that shows how to ask for it."""
+    name = typed.lower()
+    if name in set(ExportFormat):
+        return ExportFormat(name)
+    formats = f"The formats are {', '.join(ExportFormat)}."
+    if name in set(GgufQuantization):
+        raise typer.BadParameter(
+            f"{typed!r} is a quantization of the format gguf. Use `--format gguf --quantization {name}`. {formats}"
+        )
+    if _GGUF_TYPE.match(name):
+        raise typer.BadParameter(f"{typed!r} is a type of a GGUF file, not a format. {_OTHER_TYPES} {formats}")
+    raise typer.BadParameter(f"{typed!r} is not a format. {formats}")
+
+
+def _quantization(typed: str) -> GgufQuantization:
+    name = typed.lower()
+    if name in set(GgufQuantization):
+        return GgufQuantization(name)
+    raise typer.BadParameter(f"{typed!r} is not a quantization of an export. {_OTHER_TYPES}")
+
+
 @app.verb(
     "export",
     "lorry adapters export support --format gguf",
@@ -53,12 +84,19 @@ def export(
     format: Annotated[  # noqa: A002
         ExportFormat,
         typer.Option(
+            parser=_format,
+            metavar=f"<{'|'.join(ExportFormat)}>",
             help="Format. merged: safetensors with the merged weights; gguf: a merged model for llama.cpp and Ollama; "
-            "gguf-lora: the adapter alone for llama.cpp; adapter: the adapter's files, for the Hub."
+            "gguf-lora: the adapter alone for llama.cpp; adapter: the adapter's files, for the Hub.",
         ),
     ],
     quantization: Annotated[
-        GgufQuantization | None, typer.Option(help="Storage of the matrices for gguf (default: q8_0).")
+        GgufQuantization | None,
+        typer.Option(
+            parser=_quantization,
+            metavar=f"<{'|'.join(GgufQuantization)}>",
+            help="Storage of the matrices for gguf (default: q8_0).",
+        ),
     ] = None,
     to: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="New folder to download into (default: ./NAME-FORMAT).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -10,8 +11,10 @@ from urllib.parse import quote
 import pytest
 from typer.testing import Result
 
+from lorry import Lorry
 from lorry.cli.commands.inference import chat
 from lorry.cli.render import output
+from lorry.transport.http import Transport
 from tests.lorry.scripted_server import Reply, Script
 
 Run = Callable[..., Result]
@@ -83,6 +86,83 @@ def test_conversation_keeps_its_history_without_failed_messages(
     assert done.stdout == "Hi.\nBye.\n"
     assert done.stderr.splitlines()[1:] == ["Error: Too long. Shorten it."]
     assert [message["content"] for message in sent(service)[-1]["messages"]] == ["Hello", "Hi.", "Goodbye"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "known"),
+    [
+        ("smolm2", "Did you mean smollm2? List"),
+        ("suport", "Did you mean support? List"),
+        ("nosuch", "Base models are, for example: smollm2. List"),
+    ],
+)
+def test_unknown_model_is_an_error_that_names_what_exists(service: Script, run: Run, typed: str, known: str) -> None:
+    done = run("chat", typed, "Hi")
+
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"Error: No base model, adapter or checkpoint is named '{typed}'" in done.stderr
+    assert known in done.stderr
+    assert "`lorry models list`" in done.stderr
+    assert "`lorry adapters list`" in done.stderr
+
+
+def test_a_terminal_shows_the_engine_whenever_it_changes(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("gpu", "gpu", "built-in", None)
+    answers = [stream("Hi.") for _ in names]
+    for answer, name in zip(answers, names, strict=True):
+        answer.headers.update({} if name is None else {"x-lorry-engine": name})
+    service.on("POST", PATH, *answers)
+    typed = iter(["One", "Two", "Three", "Four"])
+    monkeypatch.setattr(output, "is_interactive", lambda: True)
+    monkeypatch.setattr(output, "is_watched", lambda: True)
+    monkeypatch.setattr(chat, "_read_line", lambda: next(typed, None))
+
+    done = run("chat", "smollm2")
+
+    assert done.stdout == "Hi.\n" * 4
+    assert done.stderr.splitlines()[1:] == [
+        "Answered by serving endpoint gpu.",
+        "Answered by the built-in engine.",
+    ]
+
+
+def test_a_terminal_shows_that_a_model_is_awaited(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.on("POST", PATH, stream("Hi."))
+    has_waited = threading.Event()
+    echo, send = output.echo, Transport.stream
+
+    def noted(message: str) -> None:
+        echo(message)
+        has_waited.set()
+
+    def slow(*given: Any, **named: Any) -> Any:
+        assert has_waited.wait(60)
+        return send(*given, **named)
+
+    monkeypatch.setattr(output, "is_watched", lambda: True)
+    monkeypatch.setattr(output, "echo", noted)
+    monkeypatch.setattr(chat, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(Transport, "stream", slow)
+
+    done = run("chat", "smollm2", "Hi")
+
+    assert done.stdout == "Hi.\n"
+    assert done.stderr == "Waiting for smollm2. A worker may have to load it first…\n"
+
+
+def test_the_client_knows_the_engine_once_the_answer_has_begun(service: Script) -> None:
+    answer = stream("On its ", "way.")
+    answer.headers["x-lorry-engine"] = "built-in"
+    service.on("POST", PATH, answer)
+
+    with Lorry(service.url, "k") as lorry:
+        pieces = lorry.chat.stream("smollm2", [{"role": "user", "content": "Where?"}])
+        before = pieces.engine
+        text = "".join(pieces)
+
+    assert (before, text, pieces.engine) == (None, "On its way.", "built-in")
 
 
 @pytest.mark.parametrize(

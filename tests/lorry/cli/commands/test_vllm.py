@@ -16,6 +16,7 @@ from lorry.client import Lorry
 from lorry.errors import LorryError, NotFound
 from lorry.models.jobs import Model
 from lorry.models.serving import ServingEndpoint
+from tests.lorry.local.test_local import until
 
 
 class FakeLorry:
@@ -49,9 +50,44 @@ def base(name: str, **changes: Any) -> Model:
 
 
 def register(folder: Path, service: FakeLorry, wanted: str | None = None) -> LocalVllm:
-    server = LocalVllm(folder, Serve(program="/bin/vllm", base=wanted), is_on_cpu=True)
+    server = LocalVllm(folder, Serve(program="/bin/vllm", base=wanted), devices=["cpu"])
     server.register(cast("Lorry", service))
     return server
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "option"),
+    [
+        (["cpu"], "", "--enforce-eager"),
+        (["3"], "3", "--gpu-memory-utilization"),
+        (["2", "0"], "2", "--gpu-memory-utilization"),
+    ],
+)
+def test_server_sees_only_the_first_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: list[str], visible: str, option: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    program = tmp_path / "vllm"
+    program.write_text(
+        "#!/bin/sh\n"
+        'printf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$CUDA_DEVICE_ORDER" "$@" > started.part\n'
+        "mv started.part started\nexec sleep 600\n"
+    )
+    program.chmod(0o755)
+    (tmp_path / "logs").mkdir()
+    server = LocalVllm(tmp_path, Serve(program=str(program), base=None), devices=devices)
+
+    child = server.register(cast("Lorry", FakeLorry(base("smollm2"))))
+    child.start()
+    try:
+        until((tmp_path / "started").exists)
+    finally:
+        child.kill()
+        child.wait()
+
+    found, order, *arguments = (tmp_path / "started").read_text().splitlines()
+    assert (found, order) == (visible, "PCI_BUS_ID")
+    assert option in arguments
 
 
 @pytest.mark.parametrize("wanted", ["", "llama.cpp", "vllm:", "vllm,smollm2"])
