@@ -26,6 +26,7 @@ from api.inference.replies import Replies
 from api.inference.responses import whole
 from catalog.batches import execution
 from catalog.batches.execution import BatchClaim, Directive, Outcome
+from catalog.clock import boot_seconds
 from catalog.db.database import Database
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
 from catalog.inference import requests
@@ -200,12 +201,11 @@ class BatchRunner:
 
     async def _keep(self, run: _Run) -> None:
         """Renew the lease periodically, and notice a cancellation, an expiry or the loss of the lease."""
-        loop = asyncio.get_running_loop()
-        renewed_at = loop.time()
+        renewed_at = boot_seconds()
         while True:
             await asyncio.sleep(KEEP_SECONDS)
             try:
-                began_at, renew = loop.time(), partial(execution.renew, self._db, run.claimed)
+                began_at, renew = boot_seconds(), partial(execution.renew, self._db, run.claimed)
                 self._follow(run, await anyio.to_thread.run_sync(renew, limiter=self._renewal_thread))
                 renewed_at = began_at
             except StaleClaim:
@@ -214,7 +214,7 @@ class BatchRunner:
                 log.warning("batch=%s code=%s", run.claimed.batch_id, error.code)
             except Exception:  # the renewals must survive any failure of one of them
                 log.exception("crash in the renewal of the batch %s", run.claimed.batch_id)
-            run.is_lost = run.is_lost or loop.time() - renewed_at > execution.LEASE_SECONDS
+            run.is_lost = run.is_lost or boot_seconds() - renewed_at > execution.LEASE_SECONDS
             if run.is_lost:
                 run.stopping.set()
                 return

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Awaitable, Callable
 
+from catalog.clock import boot_seconds
 from catalog.errors import LorryError
 from catalog.serving import keeping
 
@@ -44,13 +44,13 @@ class HeldLease:
         Renews a lease that may have expired, for example because this process was suspended. Raises LeaseLost and
         LorryError.
         """
-        if time.monotonic() - self._renewed_at >= keeping.LEASE_SECONDS:
+        if boot_seconds() - self._renewed_at >= keeping.LEASE_SECONDS:
             await self._extend()
         if self._is_lost:
             raise LeaseLost
 
     async def _extend(self) -> None:
-        began = time.monotonic()
+        began = boot_seconds()
         if await self._renew():
             self._renewed_at = began
         else:

@@ -10,6 +10,7 @@ from api.serving import held_lease
 from api.serving.held_lease import HeldLease, LeaseLost
 from catalog.errors import Unavailable
 from catalog.serving import keeping
+from tests.suspension import NEEDS_BOOTTIME, Suspension
 
 
 class Renewals:
@@ -40,6 +41,18 @@ def test_expired_lease_is_renewed_before_a_change(monkeypatch: pytest.MonkeyPatc
     async def act() -> None:
         lease = HeldLease(Renewals(True, False))
         await lease.check()
+        with pytest.raises(LeaseLost):
+            await lease.check()
+
+    asyncio.run(act())
+
+
+@NEEDS_BOOTTIME
+def test_lease_that_expired_during_a_suspension_is_renewed_before_a_change(suspension: Suspension) -> None:
+    async def act() -> None:
+        lease = HeldLease(Renewals(True, False))
+        await lease.check()
+        suspension.add(keeping.LEASE_SECONDS)
         with pytest.raises(LeaseLost):
             await lease.check()
 
