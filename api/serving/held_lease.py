@@ -49,6 +49,15 @@ class HeldLease:
         if self._is_lost:
             raise LeaseLost
 
+    def check_now(self) -> None:
+        """Make sure that the lease is valid, in a thread that may have waited long. Raises LeaseLost."""
+        if self._is_lost or boot_seconds() - self._renewed_at >= keeping.LEASE_SECONDS:
+            raise LeaseLost
+
+    def end(self) -> None:
+        """The lease is released. Threads that still run find it lost."""
+        self._is_lost = True
+
     async def _extend(self) -> None:
         began = boot_seconds()
         if await self._renew():

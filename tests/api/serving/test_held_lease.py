@@ -73,3 +73,23 @@ def test_renewal_continues_after_an_outage_and_ends_with_the_lease(monkeypatch: 
             await lease.check()
 
     asyncio.run(act())
+
+
+@NEEDS_BOOTTIME
+def test_thread_finds_an_expired_or_released_lease_lost(suspension: Suspension) -> None:
+    async def act() -> None:
+        lease = HeldLease(Renewals(True, True))
+        with pytest.raises(LeaseLost):
+            lease.check_now()
+        await lease.check()
+        lease.check_now()
+        suspension.add(keeping.LEASE_SECONDS)
+        with pytest.raises(LeaseLost):
+            lease.check_now()
+        await lease.check()
+        lease.check_now()
+        lease.end()
+        with pytest.raises(LeaseLost):
+            lease.check_now()
+
+    asyncio.run(act())
