@@ -20,7 +20,7 @@ import anyio
 import anyio.to_thread
 
 from api.inference.answer import ClientGone, PartialAnswer, deltas_of
-from api.inference.batch_input import BatchEntry, InputCheck, lines_of, parse
+from api.inference.batch_input import BatchEntry, InputCheck, custom_id_of, lines_of, parse
 from api.inference.batch_output import UNANSWERED, OutputFiles, failure_result, success_result
 from api.inference.replies import Replies
 from api.inference.responses import whole
@@ -72,6 +72,8 @@ class _Run:
     is_lost: bool = False
     """Another process may have taken over. Nothing more is written."""
     has_crashed: bool = False
+    is_input_intact: bool = False
+    """The digest of the input was checked after a line was found invalid."""
     directive: Directive
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_IN_FLIGHT))
     answers: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
@@ -318,13 +320,35 @@ class BatchRunner:
         if run.stopping.is_set():
             return False
         try:
-            entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint))
-        except InvalidRequest as error:  # the line was valid
-            raise DamagedArtifact(f"Line {number} of the input file has changed.") from error
+            limit = self._settings.max_line_bytes
+            entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint, max_line_bytes=limit))
+        except InvalidRequest as error:
+            await self._reject(run, number, line, error)
+            run.slots.release()
+            return True
         task = asyncio.create_task(self._answer(run, number, entry))
         run.answers.add(task)
         task.add_done_callback(partial(self._answered, run))
         return True
+
+    async def _reject(self, run: _Run, number: int, line: bytes, error: InvalidRequest) -> None:
+        """Store the error of a line that was valid when the batch was accepted: the rules have changed since, or the
+        input is damaged. Raises DamagedArtifact, StaleClaim."""
+        if not run.is_input_intact:
+            await self._persist(run, partial(self._check_input, run))
+            run.is_input_intact = True
+        request_id = new_id("infer")
+        message = f"Line {number} of the input file is not valid any more. {error.message}"
+        shown = InvalidRequest(message, code=error.code, remedy=error.remedy, param=error.param)
+        result = failure_result(custom_id_of(line), shown, request_id)
+        given: Json = {"result": result, "is_failed": True, "prompt_tokens": 0, "completion_tokens": 0}
+        store = partial(execution.store_result, self._db, run.claimed, number=number, request_id=request_id, **given)
+        await self._persist(run, store)
+
+    def _check_input(self, run: _Run) -> None:
+        """Read the whole input. Raises DamagedArtifact and Unavailable."""
+        for _ in self._store.open_blob(run.claimed.input_digest):
+            pass
 
     def _answered(self, run: _Run, task: asyncio.Task[None]) -> None:
         run.answers.discard(task)
