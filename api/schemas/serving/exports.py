@@ -100,7 +100,9 @@ class ExportObject(BaseModel):
     created_at: int
     started_at: int | None
     finished_at: int | None
-    error: ExportError | None
+    error: ExportError | None = Field(
+        description="Why it has failed. While it is queued: why a worker has not taken it."
+    )
     artifact: str | None = Field(description="Digest of the manifest of its files.")
     bytes: int
     verification: ExportVerification | None
