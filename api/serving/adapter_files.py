@@ -23,12 +23,12 @@ from catalog.storage.manifest import Manifest, ManifestFile
 from catalog.storage.object_storage import CHUNK_BYTES
 from catalog.storage.store import ArtifactStore
 
-LORRY_PATH = re.compile(r"/(?:.*/)?lorry-([0-9a-f]{24})-(endpoint-[0-9a-f]{24})/adapter-[0-9a-f]{24}-[0-9a-f]{12}")
+SERVED_PATH = re.compile(r"/(?:.*/)?lorry-([0-9a-f]{24})-(endpoint-[0-9a-f]{24})/adapter-[0-9a-f]{24}-[0-9a-f]{12}")
 """Paths that `endpoint_folder` and `adapter_path` return, of any service."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class AdapterOrigin:
     """The service and the endpoint for which an adapter was written."""
 
     service_id: str
@@ -64,10 +64,10 @@ def adapter_path(folder: Path, *, adapter_id: str, manifest: Manifest) -> Path:
     return folder / f"{adapter_id}-{manifest.digest[:12]}"
 
 
-def origin_of(path: str) -> Origin | None:
+def origin_of(path: str) -> AdapterOrigin | None:
     """Return for which service and endpoint an adapter was written, or None if no Lorry service has written it."""
-    found = LORRY_PATH.fullmatch(path)
-    return None if found is None else Origin(service_id=found[1], endpoint_id=found[2])
+    found = SERVED_PATH.fullmatch(path)
+    return None if found is None else AdapterOrigin(service_id=found[1], endpoint_id=found[2])
 
 
 def put(store: ArtifactStore, path: Path, manifest: Manifest, *, check: Callable[[], None]) -> None:

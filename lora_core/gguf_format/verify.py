@@ -30,6 +30,8 @@ from lora_core.peft_format.export import pseudo_random_ids
 from lora_core.peft_format.verify import NUM_NUDGES, ROUNDING_FACTOR
 
 PROBE_SEED = 20_261_130
+ROWS = 4096
+"""Rows of a matrix that are rounded at once, to save memory."""
 LARGEST_CODE = 127
 """Largest absolute code of a value in q8_0."""
 
@@ -81,13 +83,14 @@ def _round_weights(model: nn.Module, precision: Precision) -> None:
         kind = kind_of(tuple(parameter.shape), precision)
         if kind is GGMLQuantizationType.F32:
             continue
-        weight = parameter.data
-        rounded = torch.from_numpy(dequantize(quantize(weight.numpy(), kind), kind))
-        if not bool(((rounded - weight).abs() <= largest_error(weight, kind)).all()):
-            raise BadAdapter(
-                f"The model can't be exported: {kind.name} changes a value of {name} by more than half a step.",
-                remedy="Use the format 'merged', and report this as a bug of Lorry.",
-            )
+        rounded = torch.empty_like(parameter.data)
+        for rows, stored in zip(parameter.data.split(ROWS), rounded.split(ROWS), strict=True):
+            stored.copy_(torch.from_numpy(dequantize(quantize(rows.numpy(), kind), kind)))
+            if not bool(((stored - rows).abs() <= largest_error(rows, kind)).all()):
+                raise BadAdapter(
+                    f"The model can't be exported: {kind.name} changes a value of {name} by more than half a step.",
+                    remedy="Use the format 'merged', and report this as a bug of Lorry.",
+                )
         parameter.data = rounded
 
 
@@ -204,7 +207,7 @@ def largest_error(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
     f16: half a unit in the last place. q8_0: half a step, and the error of the step, which is the largest of 32 values
     divided by 127 and is stored in f16. A part in a thousand is added for the rounding of this bound.
     """
-    half_unit = np.finfo(np.float16).eps / 2
+    half_unit = float(np.finfo(np.float16).eps) / 2
     least = float(np.finfo(np.float16).smallest_subnormal) / 2
     if kind is GGMLQuantizationType.F16:
         return 1.001 * (weight.abs() * half_unit + least)

@@ -297,13 +297,13 @@ def _merge(layers: list[LoraLayer]) -> float:
         weight = _weight(layer)
         before = weight.data
         layer.get_base_layer().float()
-        inputs = _inputs(layer, random)
-        adapted, plain = layer(inputs), layer.get_base_layer()(inputs)
+        module, inputs = cast(nn.Module, layer), _inputs(layer, random)
+        adapted, plain = module(inputs), layer.get_base_layer()(inputs)
         try:
             layer.merge(safe_merge=True)  # creates a new tensor, so the memory-mapped file isn't modified
         except ValueError as error:
             raise _bad(f"{error}") from error
-        _check_update(layer(inputs) - plain, adapted - plain, scale=float(adapted.norm()))
+        _check_update(module(inputs) - plain, adapted - plain, scale=float(adapted.norm()))
         exact = weight.data
         layer.get_base_layer().to(before.dtype)
         added += float((exact - before.float()).double().square().sum())
@@ -316,7 +316,7 @@ def _inputs(layer: LoraLayer, random: torch.Generator) -> Tensor:
     base = layer.get_base_layer()
     if isinstance(base, nn.Embedding):
         return torch.randint(base.num_embeddings, (NUM_INPUTS,), generator=random)
-    return torch.randn(NUM_INPUTS, layer.in_features, generator=random)
+    return torch.randn(NUM_INPUTS, cast(int, layer.in_features), generator=random)
 
 
 def _check_update(merged: Tensor, adapted: Tensor, *, scale: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import field_validator
 from sqlalchemy import select
 
 from api.app import create_app
@@ -418,7 +419,12 @@ def test_only_lines_that_break_stricter_rules_fail(
     client: openai.OpenAI, batch_worker: BatchWorker, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class StricterRequest(ChatCompletionRequest):
-        seed: None = None
+        @field_validator("seed")
+        @classmethod
+        def _has_no_seed(cls, seed: int | None) -> int | None:
+            if seed is not None:
+                raise ValueError("can't be used")
+            return seed
 
     batch_worker.gate.clear()
     monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
