@@ -26,6 +26,7 @@ from tests.services.postgres import ON_POSTGRESQL, empty_database, postgres_serv
 from tests.services.programs import Missing
 from tests.services.redis import redis_server
 from tests.services.s3 import s3_server
+from tests.suspension import Suspension
 
 NEEDS = "needs "
 """The prefix of the skip reason of a test that needs a missing program."""
@@ -79,6 +80,11 @@ def migrated_postgres_url(postgres_url: str, postgres_template: str) -> Iterator
 def next_migration(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give this process one migration more than the code has. Returns the folder of the scripts; the newest is NEXT."""
     return install(tmp_path_factory.mktemp("next") / "scripts", monkeypatch)
+
+
+@pytest.fixture
+def suspension(monkeypatch: pytest.MonkeyPatch) -> Suspension:
+    return Suspension(monkeypatch)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TypeVar
 
 from catalog import logs
+from catalog.clock import boot_seconds
 from catalog.errors import LorryError, NotFound, StaleClaim
 from catalog.fleet import workers
 from catalog.queue import claiming, claims
@@ -34,7 +35,6 @@ from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.gang.gang import WorkerGang, gang_of
 from worker.node import scratch_dirs
-from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory
 from worker.session.capacity import announced, base_to_load, capacity_report, free_capacity

@@ -55,8 +55,14 @@ def _line(number: int, line: bytes, max_line_bytes: int) -> Iterator[tuple[int, 
         yield number, line[: max_line_bytes + 1]
 
 
-def parse(line: bytes, *, endpoint: str) -> BatchEntry:
+def parse(line: bytes, *, endpoint: str, max_line_bytes: int) -> BatchEntry:
     """Return the request of a line. Raises InvalidRequest, whose `param` is a path in the line."""
+    if len(line) > max_line_bytes:
+        raise InvalidRequest(
+            f"The line has more than {max_line_bytes:,} bytes, which is the maximum.",
+            code="line_too_long",
+            remedy="Shorten the request, or ask the operator to raise LORRY_MAX_LINE_BYTES.",
+        )
     try:
         row = parse_object(line)
     except BadRow as error:
@@ -73,6 +79,14 @@ def parse(line: bytes, *, endpoint: str) -> BatchEntry:
             param="url",
         )
     return _entry(given, row)
+
+
+def custom_id_of(line: bytes) -> str | None:
+    """Return the custom_id of a line that was valid, or None if the current limits prevent reading it."""
+    try:
+        return str(parse_object(line)["custom_id"])
+    except (BadRow, KeyError):
+        return None
 
 
 def _entry(given: BatchInputLine, row: Json) -> BatchEntry:
@@ -155,13 +169,7 @@ class InputCheck:
             )
 
     def _check(self, number: int, line: bytes) -> None:
-        if len(line) > self.max_line_bytes:
-            raise InvalidRequest(
-                f"The line has more than {self.max_line_bytes:,} bytes, which is the maximum.",
-                code="line_too_long",
-                remedy="Shorten the request, or ask the operator to raise LORRY_MAX_LINE_BYTES.",
-            )
-        entry = parse(line, endpoint=self.endpoint)
+        entry = parse(line, endpoint=self.endpoint, max_line_bytes=self.max_line_bytes)
         earlier = self._lines_by_id.setdefault(entry.custom_id, number)
         if earlier != number:
             raise InvalidRequest(

@@ -20,12 +20,13 @@ import anyio
 import anyio.to_thread
 
 from api.inference.answer import ClientGone, PartialAnswer, deltas_of
-from api.inference.batch_input import BatchEntry, InputCheck, lines_of, parse
+from api.inference.batch_input import BatchEntry, InputCheck, custom_id_of, lines_of, parse
 from api.inference.batch_output import UNANSWERED, OutputFiles, failure_result, success_result
 from api.inference.replies import Replies
 from api.inference.responses import whole
 from catalog.batches import execution
 from catalog.batches.execution import BatchClaim, Directive, Outcome
+from catalog.clock import boot_seconds
 from catalog.db.database import Database
 from catalog.errors import InvalidRequest, LorryError, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
 from catalog.inference import requests
@@ -71,6 +72,8 @@ class _Run:
     is_lost: bool = False
     """Another process may have taken over. Nothing more is written."""
     has_crashed: bool = False
+    is_input_intact: bool = False
+    """The digest of the input was checked after a line was found invalid."""
     directive: Directive
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_IN_FLIGHT))
     answers: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
@@ -200,12 +203,11 @@ class BatchRunner:
 
     async def _keep(self, run: _Run) -> None:
         """Renew the lease periodically, and notice a cancellation, an expiry or the loss of the lease."""
-        loop = asyncio.get_running_loop()
-        renewed_at = loop.time()
+        renewed_at = boot_seconds()
         while True:
             await asyncio.sleep(KEEP_SECONDS)
             try:
-                began_at, renew = loop.time(), partial(execution.renew, self._db, run.claimed)
+                began_at, renew = boot_seconds(), partial(execution.renew, self._db, run.claimed)
                 self._follow(run, await anyio.to_thread.run_sync(renew, limiter=self._renewal_thread))
                 renewed_at = began_at
             except StaleClaim:
@@ -214,7 +216,7 @@ class BatchRunner:
                 log.warning("batch=%s code=%s", run.claimed.batch_id, error.code)
             except Exception:  # the renewals must survive any failure of one of them
                 log.exception("crash in the renewal of the batch %s", run.claimed.batch_id)
-            run.is_lost = run.is_lost or loop.time() - renewed_at > execution.LEASE_SECONDS
+            run.is_lost = run.is_lost or boot_seconds() - renewed_at > execution.LEASE_SECONDS
             if run.is_lost:
                 run.stopping.set()
                 return
@@ -318,13 +320,35 @@ class BatchRunner:
         if run.stopping.is_set():
             return False
         try:
-            entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint))
-        except InvalidRequest as error:  # the line was valid
-            raise DamagedArtifact(f"Line {number} of the input file has changed.") from error
+            limit = self._settings.max_line_bytes
+            entry = await self._in_thread(partial(parse, line, endpoint=run.claimed.endpoint, max_line_bytes=limit))
+        except InvalidRequest as error:
+            await self._reject(run, number, line, error)
+            run.slots.release()
+            return True
         task = asyncio.create_task(self._answer(run, number, entry))
         run.answers.add(task)
         task.add_done_callback(partial(self._answered, run))
         return True
+
+    async def _reject(self, run: _Run, number: int, line: bytes, error: InvalidRequest) -> None:
+        """Store the error of a line that was valid when the batch was accepted: the rules have changed since, or the
+        input is damaged. Raises DamagedArtifact, StaleClaim."""
+        if not run.is_input_intact:
+            await self._persist(run, partial(self._check_input, run))
+            run.is_input_intact = True
+        request_id = new_id("infer")
+        message = f"Line {number} of the input file is not valid any more. {error.message}"
+        shown = InvalidRequest(message, code=error.code, remedy=error.remedy, param=error.param)
+        result = failure_result(custom_id_of(line), shown, request_id)
+        given: Json = {"result": result, "is_failed": True, "prompt_tokens": 0, "completion_tokens": 0}
+        store = partial(execution.store_result, self._db, run.claimed, number=number, request_id=request_id, **given)
+        await self._persist(run, store)
+
+    def _check_input(self, run: _Run) -> None:
+        """Read the whole input. Raises DamagedArtifact and Unavailable."""
+        for _ in self._store.open_blob(run.claimed.input_digest):
+            pass
 
     def _answered(self, run: _Run, task: asyncio.Task[None]) -> None:
         run.answers.discard(task)

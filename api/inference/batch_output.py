@@ -8,13 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from api.inference.batch_input import custom_id_of
 from catalog.batches import execution
 from catalog.batches.execution import Outcome
-from catalog.datasets.row_json import BadRow, parse_object
 from catalog.db.database import Database
 from catalog.disk import full_disk_named
 from catalog.errors import LorryError
-from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore, Blob
 from catalog.tables.batches import BatchLine
 from catalog.tables.table import Json, new_id
@@ -36,14 +35,14 @@ def success_result(custom_id: str, request_id: str, body: str) -> Json:
     return _result(custom_id, {"status_code": 200, "request_id": request_id, "body": json.loads(body)}, None)
 
 
-def failure_result(custom_id: str, error: LorryError, request_id: str) -> Json:
+def failure_result(custom_id: str | None, error: LorryError, request_id: str) -> Json:
     """Return the result of a request that was rejected or failed, with the error as its response."""
     told = {"message": error.sentence(), "type": error.type, "param": error.param, "code": error.code}
     response = {"status_code": error.status, "request_id": request_id, "body": {"error": told}}
     return _result(custom_id, response, None)
 
 
-def _result(custom_id: str, response: Json | None, error: Json | None) -> Json:
+def _result(custom_id: str | None, response: Json | None, error: Json | None) -> Json:
     return {"id": new_id("batch_req"), "custom_id": custom_id, "response": response, "error": error}
 
 
@@ -79,7 +78,7 @@ class OutputFiles:
                 if found is not None:
                     _write(failures if found.is_failed else output, found.result)
                 else:
-                    _write(failures, _result(_custom_id(number, line), None, unanswered))
+                    _write(failures, _result(custom_id_of(line), None, unanswered))
 
     def write_results(self, db: Database, batch_id: str) -> None:
         """Write the results, in the order of the input. Raises Unavailable, OutOfSpace."""
@@ -118,13 +117,6 @@ class _Results:
         self._is_over = len(some) < RESULTS_AT_ONCE
         self._last = some[-1].number if some else self._last
         return some
-
-
-def _custom_id(number: int, line: bytes) -> str:
-    try:
-        return str(parse_object(line)["custom_id"])
-    except (BadRow, KeyError) as error:  # the line was valid
-        raise DamagedArtifact(f"Line {number} of the input file has changed.") from error
 
 
 def _write(file: IO[bytes], result: Json) -> None:

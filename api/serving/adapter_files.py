@@ -1,7 +1,8 @@
 """The files of deployed adapters, from which the inference server loads them.
 
-Each endpoint has a folder of its own in its adapter folder, which endpoints may share. An adapter's folder in it is
-named by adapter and content, so a server that caches by path never mixes two contents.
+Each endpoint has a folder of its own in its adapter folder, which endpoints of several services may share. Its name
+contains the ids of service and endpoint, so a service recognizes what it has loaded. An adapter's folder in it is named
+by adapter and content, so a server that caches by path never mixes two contents.
 """
 
 from __future__ import annotations
@@ -9,16 +10,29 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
+from tempfile import TemporaryDirectory
 
 from catalog.errors import InvalidRequest
 from catalog.storage.manifest import Manifest, ManifestFile
 from catalog.storage.object_storage import CHUNK_BYTES
 from catalog.storage.store import ArtifactStore
 
-OWN_PATH = re.compile(r"/(?:.*/)?lorry-(endpoint-[0-9a-f]{24})/adapter-[0-9a-f]{24}-[0-9a-f]{12}")
-"""Paths that `endpoint_folder` and `adapter_path` return."""
+SERVED_PATH = re.compile(r"/(?:.*/)?lorry-([0-9a-f]{24})-(endpoint-[0-9a-f]{24})/adapter-[0-9a-f]{24}-[0-9a-f]{12}")
+"""Paths that `endpoint_folder` and `adapter_path` return, of any service."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterOrigin:
+    """The service and the endpoint for which an adapter was written."""
+
+    service_id: str
+    endpoint_id: str
 
 
 def check_folder(folder: str) -> None:
@@ -41,8 +55,8 @@ def check_folder(folder: str) -> None:
         )
 
 
-def endpoint_folder(adapter_folder: str, endpoint_id: str) -> Path:
-    return Path(adapter_folder) / f"lorry-{endpoint_id}"
+def endpoint_folder(adapter_folder: str, *, service_id: str, endpoint_id: str) -> Path:
+    return Path(adapter_folder) / f"lorry-{service_id}-{endpoint_id}"
 
 
 def adapter_path(folder: Path, *, adapter_id: str, manifest: Manifest) -> Path:
@@ -50,36 +64,67 @@ def adapter_path(folder: Path, *, adapter_id: str, manifest: Manifest) -> Path:
     return folder / f"{adapter_id}-{manifest.digest[:12]}"
 
 
-def endpoint_of(path: str) -> str | None:
-    """Return the id of the endpoint for which Lorry has written an adapter, or None if the path is not Lorry's."""
-    found = OWN_PATH.fullmatch(path)
-    return None if found is None else found[1]
+def origin_of(path: str) -> AdapterOrigin | None:
+    """Return for which service and endpoint an adapter was written, or None if no Lorry service has written it."""
+    found = SERVED_PATH.fullmatch(path)
+    return None if found is None else AdapterOrigin(service_id=found[1], endpoint_id=found[2])
 
 
-def put(store: ArtifactStore, path: Path, manifest: Manifest) -> None:
+def put(store: ArtifactStore, path: Path, manifest: Manifest, *, check: Callable[[], None]) -> None:
     """Write the adapter's files to the folder `path`, unless they are there and match their digests.
 
+    check: raises an exception if another process may keep the endpoint. It is called for each chunk. A copy that
+    continues nevertheless replaces files only by the same content, because `path` names it, and each file at once.
     Raises OSError, OutOfSpace, Unavailable and DamagedArtifact.
     """
     if path.is_dir() and all(_matches(path / file.path, file) for file in manifest.files):
         return
-    shutil.rmtree(path, ignore_errors=True)
-    store.fetch(manifest, path)
-    path.parent.chmod(0o755)
-    for parent, _, names in os.walk(path):  # the inference server may run as another user
-        Path(parent).chmod(0o755)
-        for name in names:
-            (Path(parent) / name).chmod(0o644)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        fetched = Path(temporary) / path.name
+        store.fetch(manifest, fetched, check=check)
+        path.parent.chmod(0o755)
+        for parent, _, names in os.walk(fetched):  # the inference server may run as another user
+            Path(parent).chmod(0o755)
+            for name in names:
+                (Path(parent) / name).chmod(0o644)
+        check()
+        try:
+            fetched.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            _replace_files(path, fetched, manifest)
 
 
-def remove_others(folder: Path, kept: set[str]) -> None:
-    """Remove the folders of adapters that are not deployed any more. kept: names of folders to keep; empty: none."""
+def remove_others(folder: Path, kept: set[str], *, check: Callable[[], None]) -> None:
+    """Remove the folders of adapters that are not deployed any more. kept: names of folders to keep; empty: none.
+
+    check: as for `put`, called before each removal. Each folder is renamed first, so that a process that keeps the
+    endpoint later never finds a part of it.
+    """
     if not kept:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder, check=check)
         return
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name not in kept and not entry.name.startswith("."):  # such a folder is being written
-            shutil.rmtree(entry, ignore_errors=True)
+        if entry.name not in kept and not entry.name.startswith("."):  # such a folder is being written or removed
+            _remove(entry, check=check)
+
+
+def _replace_files(path: Path, fetched: Path, manifest: Manifest) -> None:
+    """Replace the files in `path` one by one, and those that match stay. Another process may do the same."""
+    for file in manifest.files:
+        if not _matches(path / file.path, file):
+            (path / file.path).parent.mkdir(parents=True, exist_ok=True)
+            (fetched / file.path).replace(path / file.path)
+
+
+def _remove(folder: Path, *, check: Callable[[], None]) -> None:
+    removed = folder.with_name(f".{folder.name}.{token_hex(4)}")
+    check()
+    with suppress(FileNotFoundError):
+        folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _matches(path: Path, file: ManifestFile) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections.abc import Awaitable, Callable
 
+from catalog.clock import boot_seconds
 from catalog.errors import LorryError
 from catalog.serving import keeping
 
@@ -44,13 +44,22 @@ class HeldLease:
         Renews a lease that may have expired, for example because this process was suspended. Raises LeaseLost and
         LorryError.
         """
-        if time.monotonic() - self._renewed_at >= keeping.LEASE_SECONDS:
+        if boot_seconds() - self._renewed_at >= keeping.LEASE_SECONDS:
             await self._extend()
         if self._is_lost:
             raise LeaseLost
 
+    def check_now(self) -> None:
+        """Make sure that the lease is valid, in a thread that may have waited long. Raises LeaseLost."""
+        if self._is_lost or boot_seconds() - self._renewed_at >= keeping.LEASE_SECONDS:
+            raise LeaseLost
+
+    def end(self) -> None:
+        """The lease is released. Threads that still run find it lost."""
+        self._is_lost = True
+
     async def _extend(self) -> None:
-        began = time.monotonic()
+        began = boot_seconds()
         if await self._renew():
             self._renewed_at = began
         else:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,8 @@ REJECTED_SECONDS = 30.0
 NOT_ANSWERED = "The server has not answered yet. It may still be starting."
 MAX_KEPT = 100
 """Maximum number of endpoints that one process keeps."""
+MAX_NAMED = 20
+"""Maximum number of adapters of others that a log line names."""
 MAX_LOADING = 4
 """Maximum number of adapters of one endpoint that are loaded and verified at the same time."""
 T = TypeVar("T")
@@ -129,6 +131,8 @@ class EndpointKeeper:
         """Running tasks: by deployment, and the verification of the base model by the endpoint's id."""
         self._loading = asyncio.Semaphore(MAX_LOADING)
         self._lease = HeldLease(partial(self._do, keeping.renew))
+        self._foreign: list[str] = []
+        """Adapters on the server that this service has not loaded, as reported last."""
         self._noted_at = self._verify_at = -math.inf
         """When the state was written, and when the base model may be verified again, by the monotonic clock."""
         self._has_answered = False
@@ -151,6 +155,7 @@ class EndpointKeeper:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+            self._lease.end()  # a cancelled task leaves its thread running
             with suppress(LorryError):
                 await asyncio.shield(run_in_threadpool(keeping.release, self._tools.db, self.claim))
 
@@ -195,6 +200,7 @@ class EndpointKeeper:
             return
         loaded = {model.name: model for model in models if model.parent is not None}
         await self._unload_unwanted(server, work, loaded)
+        self._report_foreign(work, loaded)
         await self._clear(work, loaded)
         if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
             if time.monotonic() >= self._verify_at:
@@ -221,9 +227,17 @@ class EndpointKeeper:
             else:
                 del loaded[name]
 
+    def _report_foreign(self, work: EndpointWork, loaded: Mapping[str, ServedModel]) -> None:
+        """Log the adapters that this service has not loaded and leaves alone, if they have changed."""
+        foreign = _foreign(work, loaded)
+        if foreign != self._foreign:
+            names = ", ".join(foreign[:MAX_NAMED]) + (", …" if len(foreign) > MAX_NAMED else "") or "none"
+            log.info("serving endpoint=%s adapters that this service has not loaded: %s", work.endpoint.id, names)
+            self._foreign = foreign
+
     async def _clear(self, work: EndpointWork, loaded: dict[str, ServedModel]) -> None:
         """Delete deployments that are not wanted and not loaded any more, and files that none needs."""
-        folder = adapter_files.endpoint_folder(work.endpoint.adapter_folder, work.endpoint.id)
+        folder = _folder(work)
         gone = [one for one in work.adapters if not one.is_wanted and one.name not in loaded]
         for one in gone:
             task = self._tasks.pop(one.deployment_id, None)
@@ -234,7 +248,7 @@ class EndpointKeeper:
         kept |= {Path(model.root or "").name for model in loaded.values()}
         if gone or not work.adapters:
             await self._lease.check()
-            await run_in_threadpool(adapter_files.remove_others, folder, kept)
+            await self._remove_others(folder, kept)
         if gone:
             await self._do(keeping.forget, [one.deployment_id for one in gone])
 
@@ -249,8 +263,7 @@ class EndpointKeeper:
         except (EndpointFailure, LorryError):
             log.warning("serving endpoint=%s was removed without unloading its adapters", row.id)
         await self._lease.check()
-        folder = adapter_files.endpoint_folder(row.adapter_folder, row.id)
-        await run_in_threadpool(adapter_files.remove_others, folder, set[str]())
+        await self._remove_others(_folder(work), set())
         await self._do(keeping.forget_endpoint)
 
     async def _verify_base(self, work: EndpointWork, server: ServerAddress, base: ServedModel) -> None:
@@ -307,7 +320,7 @@ class EndpointKeeper:
         if reference is None:
             reference = await self._tools.references.of(one.name, kind, project_id=one.project_id)
             await self._do(keeping.store_reference, deployment_id=one.deployment_id, reference=reference)
-        path = _path(adapter_files.endpoint_folder(row.adapter_folder, row.id), one)
+        path = _path(_folder(work), one)
         if loaded is not None and loaded.root != str(path):
             raise EndpointFailure(
                 f"The server has loaded another adapter under the name {one.name!r}, from {loaded.root!r}. Unload it, "
@@ -330,11 +343,15 @@ class EndpointKeeper:
     async def _put(self, path: Path, manifest: Manifest) -> None:
         """Write the adapter's files. Raises EndpointFailure."""
         try:
-            await run_in_threadpool(adapter_files.put, self._tools.store, path, manifest)
+            put = partial(adapter_files.put, self._tools.store, path, manifest, check=self._lease.check_now)
+            await run_in_threadpool(put)
         except (OSError, LorryError) as error:
             reason = error.sentence() if isinstance(error, LorryError) else f"{error}."
             text = f"The adapter's files can't be written to {str(path)!r}. {reason}"
             raise EndpointFailure(text, kind="refused") from error
+
+    async def _remove_others(self, folder: Path, kept: set[str]) -> None:
+        await run_in_threadpool(partial(adapter_files.remove_others, folder, kept, check=self._lease.check_now))
 
     async def _unload(self, server: ServerAddress, one: WantedAdapter) -> None:
         await self._lease.check()
@@ -402,22 +419,34 @@ def _path(folder: Path, one: WantedAdapter) -> Path:
     return adapter_files.adapter_path(folder, adapter_id=one.adapter_id, manifest=one.manifest)
 
 
-def _is_unwanted(work: EndpointWork, model: ServedModel) -> bool:
-    """Return whether Lorry has loaded the adapter, for this endpoint or for one that does not exist any more, and it is
-    not deployed with this content.
+def _folder(work: EndpointWork) -> Path:
+    row = work.endpoint
+    return adapter_files.endpoint_folder(row.adapter_folder, service_id=work.service_id, endpoint_id=row.id)
 
-    Another service may share the server. So an adapter in another adapter folder is unwanted only if its name is to be
-    loaded.
-    """
-    folder = adapter_files.endpoint_folder(work.endpoint.adapter_folder, work.endpoint.id)
+
+def _is_unwanted(work: EndpointWork, model: ServedModel) -> bool:
+    """Return whether this service has loaded the adapter, for this endpoint or for one that does not exist any more,
+    and it is not deployed with this content."""
+    folder = _folder(work)
     paths = {one.name: str(_path(folder, one)) for one in work.adapters if one.is_wanted}
     root = model.root or ""
     if root.startswith(f"{folder}/"):
         return paths.get(model.name) != root
-    origin = adapter_files.endpoint_of(root)
-    if origin is None or origin in work.endpoint_ids:
+    origin = adapter_files.origin_of(root)
+    if origin is None or origin.service_id != work.service_id:
         return False
-    return model.name in paths or Path(root).parent.parent == folder.parent
+    return origin.endpoint_id == work.endpoint.id or origin.endpoint_id not in work.endpoint_ids
+
+
+def _foreign(work: EndpointWork, loaded: Mapping[str, ServedModel]) -> list[str]:
+    """Return the names of the adapters that this service has not loaded."""
+    origins = {name: adapter_files.origin_of(model.root or "") for name, model in loaded.items()}
+    own = f"{_folder(work)}/"
+    return sorted(
+        name
+        for name, origin in origins.items()
+        if (origin is None or origin.service_id != work.service_id) and not (loaded[name].root or "").startswith(own)
+    )
 
 
 def _shown_to_projects(endpoint: str, failure: EndpointFailure) -> str:

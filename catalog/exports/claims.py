@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog.db import lease
@@ -15,14 +18,37 @@ from catalog.registry import export_rows
 from catalog.storage import artifact_index, quota
 from catalog.storage.manifest import Manifest
 from catalog.tables.exports import AdapterExport
-from catalog.tables.fleet import Worker
+from catalog.tables.fleet import Worker, is_live
 from catalog.tables.history import Checkpoint
-from catalog.tables.storage import Adapter, BaseModelRow
+from catalog.tables.storage import Adapter, Artifact, BaseModelRow
 from catalog.tables.table import Json
 from catalog.usage import ledger
 
 MAX_ATTEMPTS = 3
 """Workers that may fail to make an export before it fails: it may be the cause."""
+
+
+REFUSAL_SECONDS = 60.0
+"""How long a worker that has refused an export leaves it to others."""
+KEPT_REFUSALS = 3
+"""A refusal that is not repeated counts for this many times REFUSAL_SECONDS."""
+PATIENCE_SECONDS = 3600.0
+"""How long every live worker may refuse an export before it fails: jobs that end free memory and disk space."""
+MAX_WAIT_SECONDS = 86400.0
+"""How long one worker may refuse an export before it fails, whatever the others do."""
+MAX_LOOKED_AT = 200
+"""Maximum number of waiting exports that a worker considers at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingExport:
+    """An export that a worker may make, and what it needs there."""
+
+    export_id: str
+    num_attempts: int
+    adapter_bytes: int
+    """Size of the adapter's files, which are fetched."""
+    needs: Needs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +66,6 @@ class ExportClaim:
     format: str
     quantization: str | None
     hub_repository: str | None
-    needs: Needs
     is_last: bool
     """If this worker can't make it either, the export fails."""
 
@@ -55,25 +80,34 @@ class ExportResult:
     hub_url: str | None
 
 
-def claim(db: Database, *, worker_id: str, lease_seconds: float) -> ExportClaim | None:
-    """Lease a waiting export to this worker. Returns None if none waits.
+def claim(
+    db: Database,
+    *,
+    worker_id: str,
+    lease_seconds: float,
+    refuse: Callable[[WaitingExport], LorryError | None] = lambda _: None,
+) -> ExportClaim | None:
+    """Lease a waiting export to this worker. Returns None if none waits that it can make.
 
-    An export whose workers were lost MAX_ATTEMPTS times fails.
+    refuse: returns why this worker can't make an export, or None. A refusal counts as no attempt: for REFUSAL_SECONDS,
+    only other workers may take the export. It fails after every live worker has refused it for PATIENCE_SECONDS, one
+    has refused it for MAX_WAIT_SECONDS, or MAX_ATTEMPTS workers were lost.
     """
-    with db.read() as session:  # most polls find no export, and a read transaction blocks no writer
-        if session.scalar(export_rows.first(now=read_clock(session))) is None:
-            return None
-    with db.write() as session:
-        now = read_clock(session)
-        worker = session.get(Worker, worker_id)
-        if worker is not None and worker.takes_nothing_new:
-            return None
-        while (row := session.scalar(skip_locked(export_rows.first(now=now)))) is not None:
-            if row.num_attempts < MAX_ATTEMPTS:
+    for each in _waiting(db, worker_id):
+        error = None if each.num_attempts >= MAX_ATTEMPTS else refuse(each)
+        with db.write() as session:
+            now = read_clock(session)
+            row = session.scalar(skip_locked(export_rows.waiting(now=now).where(AdapterExport.id == each.export_id)))
+            worker = session.get(Worker, worker_id)
+            if row is None or (worker is not None and worker.takes_nothing_new):
+                continue
+            if row.num_attempts >= MAX_ATTEMPTS:
+                _fail(row, _lost(row), now=now)
+            elif error is not None:
+                _refuse(session, row, worker_id, error, now=now)
+            else:
                 return _claim(session, row, now=now, lease_seconds=lease_seconds)
-            _fail(row, _lost(row), now=now)
-            session.flush()
-        return None
+    return None
 
 
 def finish(db: Database, claim_id: str, exported: ExportResult) -> None:
@@ -100,8 +134,8 @@ def fail(db: Database, claim_id: str, error: LorryError) -> None:
 def release(db: Database, claim_id: str, *, error: LorryError | None = None, wait_seconds: float = 0) -> None:
     """Release the export, so that this or another worker makes it. Raises StaleClaim.
 
-    error: the export may be the cause, or another worker may have more space and memory, so the attempt counts, and the
-    last one fails with it. None: it does not count, because the worker exits or the store does not answer.
+    error: the export may be the cause, so the attempt counts, and the last one fails with it. None: it does not count,
+    because the worker exits or the store does not answer.
     """
     with db.write() as session:
         row, now = _hold(session, claim_id), read_clock(session)
@@ -113,11 +147,54 @@ def release(db: Database, claim_id: str, *, error: LorryError | None = None, wai
         lease.release(row)
 
 
+def _waiting(db: Database, worker_id: str) -> list[WaitingExport]:
+    """Return the exports that this worker may take, in order. A read transaction blocks no writer."""
+    with db.read() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id)
+        if worker is not None and worker.takes_nothing_new:
+            return []
+        rows = session.scalars(export_rows.waiting(now=now).limit(MAX_LOOKED_AT)).all()
+        return [_shown(session, row) for row in rows if not _has_refused(row, worker_id, since=now - REFUSAL_SECONDS)]
+
+
+def _shown(session: Session, row: AdapterExport) -> WaitingExport:
+    description: Json = session.get_one(BaseModelRow, row.base_model).description or {}
+    artifact = session.get(Artifact, row.adapter_artifact)
+    return WaitingExport(
+        export_id=row.id,
+        num_attempts=row.num_attempts,
+        adapter_bytes=0 if artifact is None else artifact.num_bytes,
+        needs=formats.needs(row.format, row.quantization, description=description, stored_bytes=row.expected_bytes),
+    )
+
+
+def _has_refused(row: AdapterExport, worker_id: str, *, since: float, before: float = math.inf) -> bool:
+    """Return whether the worker has refused the export at a time after `since`, and first before `before`."""
+    first, last = (row.refusals or {}).get(worker_id, (math.inf, -math.inf))
+    return last > since and first <= before
+
+
+def _refuse(session: Session, row: AdapterExport, worker_id: str, error: LorryError, *, now: float) -> None:
+    """Record a refusal. A worker that has not refused for some time, such as a busy one, may be able to make it now."""
+    recently = now - KEPT_REFUSALS * REFUSAL_SECONDS
+    first = row.refusals[worker_id][0] if row.refusals and _has_refused(row, worker_id, since=recently) else now
+    live = session.scalars(select(Worker).where(is_live(now=now))).all()
+    able = {worker.id for worker in live if not worker.takes_nothing_new} | {worker_id}
+    kept = {ident: times for ident, times in (row.refusals or {}).items() if ident in able}
+    row.refusals, row.error = {**kept, worker_id: [first, now]}, _described(error)
+    is_refused_by_all = all(_has_refused(row, ident, since=recently, before=now - PATIENCE_SECONDS) for ident in able)
+    if is_refused_by_all or first <= now - MAX_WAIT_SECONDS:
+        message = f"{error.message} No worker has taken the export for {(now - first) / 60:.0f} minutes."
+        remedy = f"{error.remedy} Then create the export again."
+        _fail(row, {"code": error.code, "message": message, "remedy": remedy}, now=now)
+
+
 def _claim(session: Session, row: AdapterExport, *, now: float, lease_seconds: float) -> ExportClaim:
     model = session.get(Adapter, row.adapter_id) or session.get(Checkpoint, row.adapter_id)
-    description: Json = session.get_one(BaseModelRow, row.base_model).description or {}
     row.num_attempts += 1
     row.status, row.started_at, row.run_after = "running", row.started_at or now, None
+    row.error = row.refusals = None
     return ExportClaim(
         claim_id=lease.acquire(row, now=now, lease_seconds=lease_seconds, prefix="exporting"),
         export_id=row.id,
@@ -129,7 +206,6 @@ def _claim(session: Session, row: AdapterExport, *, now: float, lease_seconds: f
         format=row.format,
         quantization=row.quantization,
         hub_repository=row.hub_repository,
-        needs=formats.needs(row.format, row.quantization, description=description, stored_bytes=row.expected_bytes),
         is_last=row.num_attempts >= MAX_ATTEMPTS,
     )
 

@@ -162,7 +162,7 @@ def cancel(db: Database, *, project_id: str, adapter: str, export: str) -> Adapt
                 param="export",
             )
         now = read_clock(session)
-        row.status, row.finished_at = "cancelled", now
+        row.status, row.finished_at, row.error = "cancelled", now, None
         lease.release(row)
         _note(session, "adapter_export.cancelled", row, now=now)
         return row

@@ -19,10 +19,13 @@ from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, UnfitWorker
 from catalog.tables.fleet import Service
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Protocol of this code's workers. Increment it if data or files that workers read and write change their meaning."""
-OLDEST_PROTOCOL = 1
-"""Oldest protocol that a service of this code supports. Workers with an older one are drained."""
+OLDEST_PROTOCOL = 2
+"""Oldest protocol that a service of this code supports. Workers with an older one are drained.
+
+Workers of protocol 1 reject a JobSpec with `slice_tokens`, and don't send the token of a reply address.
+"""
 MIGRATE = "Run `python -m api bootstrap` from this version to migrate the database. Running services can stay up."
 
 

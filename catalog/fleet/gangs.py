@@ -7,7 +7,6 @@ and passes the id of its round; an outdated id raises NotGathered.
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
+from catalog.clock import boot_seconds
 from catalog.db.database import Database, add_if_missing, read_clock
 from catalog.errors import Conflict
 from catalog.fleet import cordons
@@ -424,7 +424,7 @@ def _is_led_by_another(row: Gang) -> NotGathered:
 class LivenessTracker:
     """Tracks which other workers are live. A heartbeat that has changed counts as recent, whatever its timestamp is."""
 
-    def __init__(self, *, silent_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, silent_seconds: float, clock: Callable[[], float] = boot_seconds) -> None:
         self._silent_seconds = silent_seconds
         self._clock = clock
         self._latest: dict[str, float] = {}

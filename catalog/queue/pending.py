@@ -25,7 +25,7 @@ def has_work(db: Database) -> bool:
             base_models.first_to_import(now=now),
             first_plan(now=now),
             first_request(now=now),
-            export_rows.first(now=now),
+            export_rows.waiting(now=now).limit(1),
         )
         return any(session.scalar(some) is not None for some in (jobs, *others))
 

@@ -12,10 +12,11 @@ from catalog.tables.table import Json
 from catalog.usage import ledger
 
 
-def first(*, now: float) -> Select[AdapterExport]:
-    """The export that has waited longest. The projects take turns: one with a running export waits for the others."""
+def waiting(*, now: float) -> Select[AdapterExport]:
+    """The exports that wait for a worker, the one that has waited longest first. The projects take turns: one with a
+    running export waits for the others."""
     is_due = or_(AdapterExport.run_after.is_(None), AdapterExport.run_after <= now)
-    waiting = (AdapterExport.status.in_(UNFINISHED_EXPORTS), lease.is_free(AdapterExport, now=now), is_due)
+    is_free = (AdapterExport.status.in_(UNFINISHED_EXPORTS), lease.is_free(AdapterExport, now=now), is_due)
     other = AdapterExport.__table__.alias("other")
     has_running = (
         select(other.c.id)
@@ -23,7 +24,7 @@ def first(*, now: float) -> Select[AdapterExport]:
         .exists()
     )
     order = (has_running, AdapterExport.created_at, AdapterExport.id)
-    return select(AdapterExport).where(*waiting).order_by(*order).limit(1)
+    return select(AdapterExport).where(*is_free).order_by(*order)
 
 
 def newest_cost(session: Session, adapter: Adapter) -> Json | None:

@@ -19,6 +19,7 @@ from catalog.storage.manifest import Manifest
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.table import Json
+from catalog.tables.tenancy import Organization
 
 LEASE_SECONDS = 60.0
 WAITS_SECONDS = (5.0, 15.0, 60.0, 300.0)
@@ -59,7 +60,9 @@ class EndpointWork:
     endpoint: ServingEndpoint
     adapters: tuple[WantedAdapter, ...]
     endpoint_ids: frozenset[str]
-    """All endpoints that exist, this one too."""
+    """All endpoints of this service, this one too."""
+    service_id: str
+    """24 hex digits that no other service has: those of the oldest organization, which is never deleted."""
 
     @property
     def is_removed(self) -> bool:
@@ -128,7 +131,9 @@ def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
                 )
             )
         existing = frozenset(session.scalars(select(ServingEndpoint.id)))
-        return EndpointWork(endpoint=row, adapters=tuple(wanted), endpoint_ids=existing)
+        oldest = select(Organization.id).order_by(Organization.created_at, Organization.id).limit(1)
+        service_id = session.scalars(oldest).one().rpartition("-")[2]
+        return EndpointWork(endpoint=row, adapters=tuple(wanted), endpoint_ids=existing, service_id=service_id)
 
 
 def store_reference(db: Database, claim: EndpointClaim, *, deployment_id: str | None, reference: Json) -> None:

@@ -1,8 +1,9 @@
 # pyright: basic
 """Reads GGUF files back and compares their logits with those of the source, over pseudo-random sequences.
 
-A model is read by transformers' own reader of GGUF files. The tolerance is measured: three times the largest effect on
-the logits of random errors, as large as storage in the file's format can make them.
+A model is read by transformers' own reader of GGUF files. Its logits must be those of the source whose weights are
+rounded to the format, so that rounding hides no other error. The remaining tolerance is measured: three times the
+largest effect on the logits of rounding errors in fp32.
 """
 
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf.quants import quantize
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,13 +30,16 @@ from lora_core.peft_format.export import pseudo_random_ids
 from lora_core.peft_format.verify import NUM_NUDGES, ROUNDING_FACTOR
 
 PROBE_SEED = 20_261_130
+ROWS = 4096
+"""Rows of a matrix that are rounded at once, to save memory."""
 LARGEST_CODE = 127
 """Largest absolute code of a value in q8_0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufReport:
-    """Largest difference of the logits of the file and of its source, in fp32, and the part that storage explains."""
+    """Largest difference of the logits of the file and of its source, in fp32, and the part that storage explains:
+    the effect of rounding the weights of the source to the format, plus errors of computation."""
 
     max_abs_diff: float
     tolerance: float
@@ -44,9 +50,11 @@ def verify_gguf(model_dir: Path, path: Path, *, precision: Precision) -> GgufRep
     """Compare a GGUF file with the model folder that it was written from. Raises BadAdapter, with the numbers."""
     source = load_base(model_dir, dtype="float32", device="cpu")
     ids = _ids(source)
-    expected, effect = _measured(source.model, ids, precision)
+    adapted = _logits(source.model, ids)
+    _round_weights(source.model, precision)
+    rounded, effect = _measured(source.model, ids)
     del source
-    return _passed(_logits(_read_model(path), ids), expected, effect, path)
+    return _passed(_logits(_read_model(path), ids), rounded, effect, path, adapted=adapted)
 
 
 def verify_gguf_lora(adapter_dir: Path, base_dir: Path, path: Path) -> GgufReport:
@@ -56,8 +64,8 @@ def verify_gguf_lora(adapter_dir: Path, base_dir: Path, path: Path) -> GgufRepor
     adapted = PeftModel.from_pretrained(base.model, str(adapter_dir), is_trainable=False).eval()
     expected = _logits(adapted, ids)
     updated = _add_updates(cast(nn.Module, adapted.unload()), base_dir, path)
-    found, effect = _measured(updated, ids, None)
-    return _passed(found, expected, effect, path)
+    found, effect = _measured(updated, ids)
+    return _passed(found, expected, effect, path, adapted=expected)
 
 
 def _ids(base: BaseModel) -> Tensor:
@@ -69,30 +77,49 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def _measured(model: nn.Module, ids: Tensor, precision: Precision | None) -> tuple[Tensor, float]:
-    """Return the logits, and the largest effect on them of random errors of storage."""
+def _round_weights(model: nn.Module, precision: Precision) -> None:
+    """Replace each matrix by the values that the file stores. Raises BadAdapter if one is off by more than rounding."""
+    for name, parameter in model.named_parameters():
+        kind = kind_of(tuple(parameter.shape), precision)
+        if kind is GGMLQuantizationType.F32:
+            continue
+        rounded = torch.empty_like(parameter.data)
+        for rows, stored in zip(parameter.data.split(ROWS), rounded.split(ROWS), strict=True):
+            stored.copy_(torch.from_numpy(dequantize(quantize(rows.numpy(), kind), kind)))
+            if not bool(((stored - rows).abs() <= largest_error(rows, kind)).all()):
+                raise BadAdapter(
+                    f"The model can't be exported: {kind.name} changes a value of {name} by more than half a step.",
+                    remedy="Use the format 'merged', and report this as a bug of Lorry.",
+                )
+        parameter.data = rounded
+
+
+def _measured(model: nn.Module, ids: Tensor) -> tuple[Tensor, float]:
+    """Return the logits, and the largest effect on them of random rounding errors in fp32."""
     logits, effect = _logits(model, ids), 0.0
     for seed in range(NUM_NUDGES):
-        with _storage_errors(model, precision, seed=seed):
+        with _rounding_errors(model, seed=seed):
             effect = max(effect, float((_logits(model, ids) - logits).abs().max()))
     return logits, effect
 
 
-def _passed(found: Tensor, expected: Tensor, effect: float, path: Path) -> GgufReport:
-    largest = float(expected.abs().max())
+def _passed(found: Tensor, rounded: Tensor, effect: float, path: Path, *, adapted: Tensor) -> GgufReport:
+    """Compare the logits of the file with those of the rounded source. adapted: those of the source itself."""
+    largest = float(rounded.abs().max())
     least = torch.finfo(torch.float32).eps * largest * BLOCK
-    report = GgufReport(
-        max_abs_diff=float((found - expected).abs().max()),
-        tolerance=ROUNDING_FACTOR * max(least, effect),
-        max_abs_logit=largest,
-    )
-    if not report.max_abs_diff <= report.tolerance:
+    allowed = ROUNDING_FACTOR * max(least, effect)
+    error = float((found - rounded).abs().max())
+    if not error <= allowed:
         raise BadAdapter(
-            f"{path.name} can't be exported: its logits differ by {report.max_abs_diff:.3g} from those of the adapted "
-            f"model, but storage in its format explains only {report.tolerance:.3g}.",
+            f"{path.name} can't be exported: its logits differ by {error:.3g} from those of the adapted model, rounded "
+            f"to its format, but computation in fp32 explains only {allowed:.3g}.",
             remedy="Use the format 'merged', and report this as a bug of Lorry.",
         )
-    return report
+    return GgufReport(
+        max_abs_diff=float((found - adapted).abs().max()),
+        tolerance=float((rounded - adapted).abs().max()) + allowed,
+        max_abs_logit=largest,
+    )
 
 
 def _read_model(path: Path) -> nn.Module:
@@ -144,16 +171,16 @@ def _add_updates(model: nn.Module, base_dir: Path, path: Path) -> nn.Module:
 
 
 @contextmanager
-def _storage_errors(model: nn.Module, precision: Precision | None, *, seed: int) -> Iterator[None]:
-    """Add random errors to the weights of linear layers and embeddings while the context is open. They are as large as
-    storage makes them; precision None: in fp32. Only one weight at a time has a copy."""
+def _rounding_errors(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """Add random errors of up to half a unit in the last place to the weights of linear layers and embeddings while the
+    context is open. Only one weight at a time has a copy."""
     random = torch.Generator()
 
     def drawn(module: nn.Module) -> Tensor:
         weight = cast(Tensor, module.weight)
         random.manual_seed(hash((seed, tuple(weight.shape), float(weight.flatten()[0]))) % 2**63)
         signs = 2 * torch.rand(weight.shape, generator=random) - 1
-        return signs * largest_error(weight, precision)
+        return signs * weight.abs() * torch.finfo(torch.float32).eps / 2
 
     def of_linear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + functional.linear(inputs[0], drawn(module))
@@ -174,17 +201,16 @@ def _storage_errors(model: nn.Module, precision: Precision | None, *, seed: int)
             hook.remove()
 
 
-def largest_error(weight: Tensor, precision: Precision | None) -> Tensor:
-    """Return the largest error of each stored value, fp32 with the shape of `weight` [out, in].
+def largest_error(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
+    """Return the largest rounding error of each value in f16 or q8_0, fp32 with the shape of `weight` [out, in].
 
-    fp32 and f16: half a unit in the last place. q8_0: half a step, which is the largest of 32 values divided by 127 and
-    is itself stored in f16.
+    f16: half a unit in the last place. q8_0: half a step, and the error of the step, which is the largest of 32 values
+    divided by 127 and is stored in f16. A part in a thousand is added for the rounding of this bound.
     """
-    if precision is None:
-        return weight.abs() * torch.finfo(torch.float32).eps / 2
-    relative = weight.abs() * torch.finfo(torch.float16).eps / 2
-    if kind_of(tuple(weight.shape), precision) is not GGMLQuantizationType.Q8_0:
-        return relative
+    half_unit = float(np.finfo(np.float16).eps) / 2
+    least = float(np.finfo(np.float16).smallest_subnormal) / 2
+    if kind is GGMLQuantizationType.F16:
+        return 1.001 * (weight.abs() * half_unit + least)
     blocks = weight.reshape(-1, BLOCK).abs()
     steps = (blocks.amax(dim=1, keepdim=True) / LARGEST_CODE).expand_as(blocks).reshape(weight.shape)
-    return steps / 2 + relative
+    return 1.001 * (steps / 2 + LARGEST_CODE * (steps * half_unit + least))

@@ -43,6 +43,12 @@ RECORD = "merge.json"
 PULL_AGAIN = "Pull the adapter again into a new folder with `lorry adapters pull`."
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
 SHARD = "5GB"
+NUM_INPUTS = 16
+"""Random inputs by which a merged layer is compared with the adapted one."""
+MAX_UPDATE_ERROR = 0.01
+"""Highest error of a layer's update, as a fraction of the update, before it is rounded to the dtype of the base."""
+ROUNDING_UNITS = 32
+"""Rounding errors of a layer's outputs in fp32, in units in the last place. Sums in another order differ by less."""
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -282,22 +288,50 @@ def _weight(layer: LoraLayer) -> nn.Parameter:
 def _merge(layers: list[LoraLayer]) -> float:
     """Replace W by W + B A with PEFT's own rule for each method. Returns `update_error` (see MergeReport).
 
-    PEFT would round B A to the dtype of W, and then the sum. A layer that is temporarily fp32 is rounded once.
+    PEFT would round B A to the dtype of W, and then the sum. A layer that is temporarily fp32 is rounded once. Before
+    that, the merged layer must compute what the adapted one does, because rounding can hide errors in the logits.
     """
     added = lost = 0.0
+    random = torch.Generator().manual_seed(PROBE_SEED)
     for layer in layers:
         weight = _weight(layer)
         before = weight.data
         layer.get_base_layer().float()
+        module, inputs = cast(nn.Module, layer), _inputs(layer, random)
+        adapted, plain = module(inputs), layer.get_base_layer()(inputs)
         try:
             layer.merge(safe_merge=True)  # creates a new tensor, so the memory-mapped file isn't modified
         except ValueError as error:
             raise _bad(f"{error}") from error
+        _check_update(module(inputs) - plain, adapted - plain, scale=float(adapted.norm()))
         exact = weight.data
         layer.get_base_layer().to(before.dtype)
         added += float((exact - before.float()).double().square().sum())
         lost += float((exact - weight.data.float()).double().square().sum())
     return (lost / added) ** 0.5 if added else 0.0
+
+
+def _inputs(layer: LoraLayer, random: torch.Generator) -> Tensor:
+    """Return random inputs of a layer: fp32 [NUM_INPUTS, in], or token ids [NUM_INPUTS]."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        return torch.randint(base.num_embeddings, (NUM_INPUTS,), generator=random)
+    return torch.randn(NUM_INPUTS, cast(int, layer.in_features), generator=random)
+
+
+def _check_update(merged: Tensor, adapted: Tensor, *, scale: float) -> None:
+    """Compare what a merged layer adds to its base with what the adapter adds. Raises BadAdapter.
+
+    scale: Frobenius norm of the layer's outputs, which are rounded in fp32.
+    """
+    error, size = float((merged - adapted).norm()), float(adapted.norm())
+    allowed = MAX_UPDATE_ERROR * size + ROUNDING_UNITS * torch.finfo(torch.float32).eps * scale
+    if not error <= allowed:
+        raise _bad(
+            f"a merged layer adds something else than the adapter: its outputs differ by {error:.3g}, but rounding "
+            f"explains only {allowed:.3g}",
+            remedy="Serve the adapter on the base model with PEFT, and report this as a bug of Lorry.",
+        )
 
 
 def _nudged(layers: list[LoraLayer], logits: Callable[[], Tensor], *, seed: int) -> Tensor:
@@ -317,13 +351,15 @@ def _nudged(layers: list[LoraLayer], logits: Callable[[], Tensor], *, seed: int)
 
 
 def _tolerance(merged_logits: Tensor, nudged: list[Tensor], dtype: torch.dtype) -> float:
-    """Return three times the effect of rounding on the logits.
+    """Return three times the effect of rounding on the logits, in bf16 one and a half times.
 
     That is half a unit in the last place of each merged weight, in the worst of three draws, and at least of the
-    largest logit. As in verify.py, it is measured.
+    largest logit. As in verify.py, it is measured. In bf16 the drawn errors are rounded again, which makes them nearly
+    twice as large as those of merging. In fp32, the order of the sums adds to them.
     """
+    factor = ROUNDING_FACTOR if dtype == torch.float32 else ROUNDING_FACTOR / 2
     least = torch.finfo(dtype).eps * _largest(merged_logits) / 2
-    return ROUNDING_FACTOR * max(least, *(_largest(logits - merged_logits) for logits in nudged))
+    return factor * max(least, *(_largest(logits - merged_logits) for logits in nudged))
 
 
 def _unloaded(adapted: PeftModel) -> nn.Module:

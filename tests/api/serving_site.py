@@ -11,6 +11,7 @@ import httpx
 
 from api.deps import Services
 from catalog.tables.storage import Adapter
+from catalog.tables.tenancy import Organization
 from tests.api.serving_engines import FakeVllm
 from tests.api.site import Site, until
 
@@ -76,6 +77,14 @@ class ServingSite:
     def ask(self, model: str | None = None, *, path: str = "/v1/chat/completions", **changes: Any) -> httpx.Response:
         body = {"model": model or self.adapter.name, **QUESTION, **changes}
         return self.client.post(path, json=body)
+
+    def service_id(self) -> str:
+        with self.services.db.read() as session:
+            return session.query(Organization).one().id.removeprefix("org-")
+
+    def endpoint_folder(self, endpoint_id: str, *, service_id: str | None = None) -> Path:
+        """Return the folder of an endpoint of this or another service in the adapter folder."""
+        return self.folder / f"lorry-{service_id or self.service_id()}-{endpoint_id}"
 
     def folders(self) -> list[Path]:
         """Return the folders of adapters that the inference server can see."""

@@ -1,4 +1,4 @@
-"""Whether a worker has the disk space and the memory that an export needs, checked before its work starts."""
+"""Whether a worker has the disk space and the memory that an export needs, checked before it takes the export."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def check(needs: Needs, *, worker_id: str, scratch: Path, store: Path | None, ad
             f"The export needs about {readable(needs.memory_bytes)} of memory, but worker {worker_id} has only "
             f"{readable(free)} free.",
             code="export_memory",
-            remedy="Wait until jobs on that machine finish, or use a worker with more memory. Then create the export "
-            "again.",
+            remedy="Wait until jobs on that machine finish, or start a worker with more memory.",
         )
 
 
@@ -49,6 +48,6 @@ def _too_little_space(worker_id: str, uses: list[str], *, needed: int, free: int
         f"The export needs about {readable(needed)} of disk space for {listed(uses)}, but worker {worker_id} has only "
         f"{readable(free)} free there.",
         code="out_of_space",
-        remedy="Free up space on the disk of that worker's data folder and, if it is a folder, the artifact store. "
-        "Then create the export again.",
+        remedy="Free up space on the disk of that worker's data folder and, if it is a folder, the artifact store. Or "
+        "start a worker with more space.",
     )

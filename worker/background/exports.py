@@ -16,7 +16,7 @@ from catalog import failpoints
 from catalog.disk import full_disk_named, tells_of_full
 from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
 from catalog.exports import claims, hub_repositories, model_card
-from catalog.exports.claims import ExportClaim, ExportResult
+from catalog.exports.claims import ExportClaim, ExportResult, WaitingExport
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.exports import AdapterExport
@@ -47,12 +47,17 @@ class ExportCrashed(LorryError):
 
 
 def export_next(context: WorkerContext) -> bool:
-    """Make one waiting export. Returns False if none waits. Raises StaleClaim, Unavailable, and OutOfSpace if the
-    database's disk is full.
+    """Make one waiting export for which this worker has enough space and memory. Returns False if there is none.
 
-    An attempt that finds too little space or memory counts: no attempt may repeat forever.
+    Raises StaleClaim, Unavailable, and OutOfSpace if the database's disk is full. An attempt during which the disk
+    becomes full counts: no attempt may repeat forever.
     """
-    claim = claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
+    claim = claims.claim(
+        context.db,
+        worker_id=context.worker_id,
+        lease_seconds=context.settings.lease_seconds,
+        refuse=partial(_scarcity, context),
+    )
     if claim is None:
         return False
     is_unwanted = base_models.lost_lease(context, AdapterExport, claim.claim_id)
@@ -64,7 +69,7 @@ def export_next(context: WorkerContext) -> bool:
         claims.finish(context.db, claim.claim_id, exported)
     except (ExportRefused, QuotaExceeded, NotFound, Forbidden) as error:
         claims.fail(context.db, claim.claim_id, error)
-    except (ExportCrashed, ScarceResources, OutOfSpace, base_models.ImportRefused, DamagedArtifact) as error:
+    except (ExportCrashed, OutOfSpace, base_models.ImportRefused, DamagedArtifact) as error:
         counted = _full_disk(context.worker_id, error) if isinstance(error, OutOfSpace) else error
         log.warning("%s", counted)
         claims.release(context.db, claim.claim_id, error=counted, wait_seconds=RETRY_SECONDS)
@@ -78,10 +83,28 @@ def export_next(context: WorkerContext) -> bool:
     return True
 
 
+def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources | None:
+    """Return why this worker has too few resources for the export, or None."""
+    with full_disk_named():
+        context.scratch_dir().mkdir(parents=True, exist_ok=True)
+    try:
+        export_resources.check(
+            waiting.needs,
+            worker_id=context.worker_id,
+            scratch=context.scratch_dir(),
+            store=context.store.objects.folder,
+            adapter_bytes=waiting.adapter_bytes,
+        )
+    except ScarceResources as error:
+        log.warning("Export %s waits for another worker. %s", waiting.export_id, error)
+        return error
+    return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Attempt:
-    """One attempt at an export, in the folder `work`. Its methods raise ExportRefused, ExportCrashed, ScarceResources,
-    OutOfSpace, Forbidden and, once the worker exits or the export is unwanted, Abandoned."""
+    """One attempt at an export, in the folder `work`. Its methods raise ExportRefused, ExportCrashed, OutOfSpace,
+    Forbidden and, once the worker exits or the export is unwanted, Abandoned."""
 
     context: WorkerContext
     claim: ExportClaim
@@ -92,7 +115,7 @@ class _Attempt:
         store, claim = self.context.store, self.claim
         adapter, files = self.work / "adapter", self.work / "files"
         of_adapter = store.get_manifest(claim.adapter_artifact)
-        self._check_before_work(adapter_bytes=of_adapter.num_bytes)
+        self._check_upload()
         store.fetch(of_adapter, adapter, check=self._check)
         if claim.format == "adapter":
             return ExportResult(manifest=None, verification=None, cost=None, hub_url=self._upload(adapter))
@@ -105,20 +128,10 @@ class _Attempt:
             manifest=manifest, verification=result["verification"], cost=result["cost"], hub_url=hub_url
         )
 
-    def _check_before_work(self, *, adapter_bytes: int) -> None:
-        """Find what would make the attempt fail after hours: an upload that is not allowed, too little space or
-        memory."""
-        claim, context = self.claim, self.context
-        if claim.hub_repository is not None:
-            hub_repositories.check(claim.hub_repository, context.settings.named_hub_repositories())
-        export_resources.check(
-            claim.needs,
-            worker_id=context.worker_id,
-            scratch=self.work,
-            store=context.store.objects.folder,
-            adapter_bytes=adapter_bytes,
-        )
-        if claim.hub_repository is not None:
+    def _check_upload(self) -> None:
+        """Find an upload that is not allowed before the work, which may take hours."""
+        if self.claim.hub_repository is not None:
+            hub_repositories.check(self.claim.hub_repository, self.context.settings.named_hub_repositories())
             self._run_uploader(None)
 
     def _write_files(self, adapter: Path, files: Path) -> Json:

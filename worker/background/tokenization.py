@@ -10,6 +10,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from catalog import logs, tracing
+from catalog.clock import boot_seconds
 from catalog.disk import full_disk_named, tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation as record
@@ -26,7 +27,6 @@ from worker.background import base_models
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
-from worker.process.clock import boot_seconds
 from worker.process.launcher import run_child
 from worker.protocol.mailbox import read_json, write_json
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from catalog.clock import boot_seconds
 from catalog.db.database import Database
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.fleet import gangs
@@ -76,7 +77,7 @@ class GangMembership:
     def poll(self) -> GangState:
         """Return the state of the gang, which is at most one poll old. Takes the lead if no worker has it. Raises
         Unavailable."""
-        began = time.monotonic()
+        began = boot_seconds()
         if self._state is not None and began - self._polled_at < self._settings.poll_seconds:
             return self._state
         if began - self._reported_at >= self._settings.heartbeat_seconds:
@@ -176,7 +177,7 @@ class GangMembership:
         return call if call is not None and call.round_id == round_id else None
 
     def _has_polled_recently(self) -> bool:
-        return time.monotonic() - self._polled_at < LOST_AFTER * self._settings.lease_seconds
+        return boot_seconds() - self._polled_at < LOST_AFTER * self._settings.lease_seconds
 
 
 def matching_members(members: Sequence[LiveMember], leader_id: str, *, size: int) -> list[LiveMember]:

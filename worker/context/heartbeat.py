@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from catalog.clock import boot_seconds
 from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.fleet import workers
 from catalog.queue import claims
 from catalog.queue.claims import ClaimDirectives
 from catalog.scheduling.snapshot import USUAL, Policy
-from worker.process.clock import boot_seconds
 
 log = logging.getLogger(__name__)
 WATCH_SECONDS = 0.1

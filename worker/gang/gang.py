@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 
+from catalog.clock import boot_seconds
 from catalog.errors import LorryError, Unavailable
 from catalog.fleet import gangs
 from catalog.fleet.gangs import NotGathered, Round, RoundState
@@ -22,7 +23,6 @@ from worker.context.context import WorkerContext
 from worker.context.gang_membership import GangMembership
 from worker.gang import member
 from worker.gang.member import Launch
-from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import meeting_settings, reported_port

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from catalog import logs
+from catalog.clock import boot_seconds
 from catalog.errors import LorryError
 from catalog.fleet import gangs
 from catalog.fleet.gangs import Call, NotGathered
@@ -21,7 +22,6 @@ from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import GangMembership
 from worker.gang.member_logs import MemberOutput
-from worker.process.clock import boot_seconds
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import meeting_settings

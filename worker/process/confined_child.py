@@ -17,8 +17,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from catalog.clock import boot_seconds
 from lorry.local.parent_watch import LOST_PARENT, die_with_parent
-from worker.process.clock import boot_seconds
 from worker.process.sandbox import REFUSAL, REFUSED, Sandbox, apply
 
 OPTION = "--tethered="

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 
 from catalog import failpoints, logs
+from catalog.clock import boot_seconds
 from worker.node import cgroup, devices
 from worker.process import sandbox
-from worker.process.clock import boot_seconds
 from worker.process.confined_child import OPTION, SIGN, confined
 from worker.process.sandbox import Sandbox
 from worker.protocol.mailbox import Json, TrainerDirectory

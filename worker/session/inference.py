@@ -8,6 +8,7 @@ import shutil
 import time
 from collections import OrderedDict
 
+from catalog.clock import boot_seconds
 from catalog.errors import LorryError
 from catalog.inference import claims
 from catalog.inference.claims import InferenceClaim
@@ -41,7 +42,7 @@ class InferenceSession:
         self._restarting: set[str] = set()
         """Requests that were claimed again: events of the earlier claim are ignored."""
         self._staged: OrderedDict[str, str] = OrderedDict()
-        self._polled_at = self._renewed_at = time.monotonic()
+        self._polled_at, self._renewed_at = time.monotonic(), boot_seconds()
         self._is_closing = False
         self.last_answer_at = -1.0
         """When the trainer last had a request, by the monotonic clock."""
@@ -77,9 +78,10 @@ class InferenceSession:
         now = time.monotonic()
         self._stop(self._connections.stopped(), inbox)
         self._drop(self._connections.failed(), inbox)
-        if now - self._renewed_at >= self._context.settings.lease_seconds / 4:
+        began = boot_seconds()
+        if began - self._renewed_at >= self._context.settings.lease_seconds / 4:
             self._renew(inbox)
-            self._renewed_at = now
+            self._renewed_at = began
         if is_ready and (was_notified or now - self._polled_at >= POLL_SECONDS):
             self._polled_at = now
             self.claim()

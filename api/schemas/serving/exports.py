@@ -83,7 +83,7 @@ class ExportObject(BaseModel):
                 "error": None,
                 "artifact": "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
                 "bytes": 144812123,
-                "verification": {"max_abs_diff": 0.91, "tolerance": 3.74},
+                "verification": {"max_abs_diff": 0.91, "tolerance": 0.92},
                 "cost": {"base_seconds": 0.42, "merged_seconds": 0.42, "num_tokens": 128, "same_operations": True},
                 "hub_url": None,
             }
@@ -100,7 +100,9 @@ class ExportObject(BaseModel):
     created_at: int
     started_at: int | None
     finished_at: int | None
-    error: ExportError | None
+    error: ExportError | None = Field(
+        description="Why it has failed. While it is queued: why a worker has not taken it."
+    )
     artifact: str | None = Field(description="Digest of the manifest of its files.")
     bytes: int
     verification: ExportVerification | None

@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from pydantic import field_validator
 from sqlalchemy import select
 
 from api.app import create_app
 from api.deps import Services
-from api.inference import batch_loop
+from api.inference import batch_input, batch_loop
 from api.inference.batch_output import OutputFiles
+from api.schemas.inference import ChatCompletionRequest
 from api.settings import ApiSettings
 from catalog.db.database import Database, read_clock
 from catalog.settings import Settings
@@ -412,23 +415,82 @@ def test_batch_whose_input_is_damaged_delivers_what_was_answered(
     until(lambda: not any_left(services))
 
 
+def test_only_lines_that_break_stricter_rules_fail(
+    client: openai.OpenAI, batch_worker: BatchWorker, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StricterRequest(ChatCompletionRequest):
+        @field_validator("seed")
+        @classmethod
+        def _has_no_seed(cls, seed: int | None) -> int | None:
+            if seed is not None:
+                raise ValueError("can't be used")
+            return seed
+
+    batch_worker.gate.clear()
+    monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
+    long = input_line("long", "c" * 1000)
+    made = create(client, input_line("a"), input_line("b", seed=1), long, input_line("d"))
+    until(lambda: num_submitted(services) == 1)  # the other lines wait for its place
+
+    monkeypatch.setitem(batch_input.SCHEMAS, CHAT_URL, StricterRequest)
+    shorter = services.settings.model_copy(update={"max_line_bytes": 500})
+    monkeypatch.setattr(services.batches, "_settings", shorter)
+    batch_worker.gate.set()
+    batch = wait(client, made.id)
+
+    assert (batch.status, *counts(batch)) == ("completed", 4, 2, 2)
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "d"]
+    of_seed, of_long = rows_of(client, batch.error_file_id)
+    error = of_seed["response"]["body"]["error"]
+    assert (of_seed["custom_id"], of_seed["response"]["status_code"], error["param"]) == ("b", 400, "body.seed")
+    assert "Line 2 of the input file is not valid any more" in error["message"]
+    assert of_long["response"]["body"]["error"]["code"] == "line_too_long"
+
+
+def test_invalid_line_of_a_damaged_input_fails_the_batch(
+    client: openai.OpenAI, batch_worker: BatchWorker, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The damage is in a chunk that is read before the digest of the whole file is known."""
+    monkeypatch.setattr(services.store, "open_blob", partial(services.store.open_blob, chunk_bytes=256))
+    monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
+    monkeypatch.setattr(batch_loop, "LINES_AT_ONCE", 1)
+    batch_worker.gate.clear()
+    rows = [input_line("a"), input_line("b"), input_line("c", "c" * 1000)]
+    made = create(client, *rows)
+    until(lambda: num_submitted(services) == 1)
+
+    path = input_path(services, made)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b'"b"', b"bad"))
+    with services.db.write() as session:  # another process opens the file again
+        row = session.get_one(Batch, made.id)
+        row.claim_id, row.lease_expires_at = "batchclaim-other", 1.0
+    batch_worker.gate.set()
+    batch = wait(client, made.id)
+
+    assert (batch.status, *counts(batch)) == ("failed", 3, 1, 2)
+    assert batch.errors is not None
+    assert batch.errors.data is not None
+    assert [error.code for error in batch.errors.data] == ["artifact_damaged"]
+
+
 def test_batch_whose_input_is_lost_after_its_last_line_is_completed(
     client: openai.OpenAI, services: Services, batch_worker: BatchWorker
 ) -> None:
     batch_worker.gate.clear()
     made = create(client, input_line("a"), input_line("b"))
-
-    def num_submitted() -> int:
-        with services.db.read() as session:
-            return session.query(InferenceRequest).count()
-
-    until(lambda: num_submitted() == 2)
+    until(lambda: num_submitted(services) == 2)
     input_path(services, made).unlink()
     batch_worker.gate.set()
     batch = wait(client, made.id)
 
     assert (batch.status, *counts(batch)) == ("completed", 2, 2, 0)
     assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "b"]
+
+
+def num_submitted(services: Services) -> int:
+    with services.db.read() as session:
+        return session.query(InferenceRequest).count()
 
 
 def input_path(services: Services, batch: openai.types.Batch) -> Path:

@@ -10,6 +10,7 @@ from api.serving import held_lease
 from api.serving.held_lease import HeldLease, LeaseLost
 from catalog.errors import Unavailable
 from catalog.serving import keeping
+from tests.suspension import NEEDS_BOOTTIME, Suspension
 
 
 class Renewals:
@@ -46,6 +47,18 @@ def test_expired_lease_is_renewed_before_a_change(monkeypatch: pytest.MonkeyPatc
     asyncio.run(act())
 
 
+@NEEDS_BOOTTIME
+def test_lease_that_expired_during_a_suspension_is_renewed_before_a_change(suspension: Suspension) -> None:
+    async def act() -> None:
+        lease = HeldLease(Renewals(True, False))
+        await lease.check()
+        suspension.add(keeping.LEASE_SECONDS)
+        with pytest.raises(LeaseLost):
+            await lease.check()
+
+    asyncio.run(act())
+
+
 def test_renewal_continues_after_an_outage_and_ends_with_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_lease, "RENEW_SECONDS", 0.0)
     down = Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
@@ -58,5 +71,25 @@ def test_renewal_continues_after_an_outage_and_ends_with_the_lease(monkeypatch: 
         assert renewals.answers == []
         with pytest.raises(LeaseLost):
             await lease.check()
+
+    asyncio.run(act())
+
+
+@NEEDS_BOOTTIME
+def test_thread_finds_an_expired_or_released_lease_lost(suspension: Suspension) -> None:
+    async def act() -> None:
+        lease = HeldLease(Renewals(True, True))
+        with pytest.raises(LeaseLost):
+            lease.check_now()
+        await lease.check()
+        lease.check_now()
+        suspension.add(keeping.LEASE_SECONDS)
+        with pytest.raises(LeaseLost):
+            lease.check_now()
+        await lease.check()
+        lease.check_now()
+        lease.end()
+        with pytest.raises(LeaseLost):
+            lease.check_now()
 
     asyncio.run(act())

@@ -207,7 +207,7 @@ def test_adapter_that_lorry_loaded_and_forgot_is_unloaded_but_others_stay(
     place: ServingSite, trainer: FakeTrainer
 ) -> None:
     place.deployed()
-    own = place.folder / f"lorry-{place.endpoint()['id']}" / "adapter-old-123"
+    own = place.endpoint_folder(place.endpoint()["id"]) / "adapter-old-123"
 
     place.vllm.adapters |= {"ft:old": str(own), "by-hand": "/models/by-hand"}
 
@@ -261,7 +261,7 @@ def test_one_process_at_a_time_keeps_an_endpoint(place: ServingSite, trainer: Fa
 def test_adapter_that_a_removed_endpoint_left_loaded_is_replaced(
     place: ServingSite, trainer: FakeTrainer, tmp_path: Path, is_same_folder: bool
 ) -> None:
-    gone = (place.folder if is_same_folder else tmp_path) / f"lorry-{new_id('endpoint')}"
+    gone = (place.folder if is_same_folder else tmp_path) / place.endpoint_folder(new_id("endpoint")).name
     place.vllm.adapters[place.adapter.name] = str(gone / f"{place.adapter.id}-{'0' * 12}")
 
     place.deployed()
@@ -283,18 +283,38 @@ def test_adapter_with_other_content_in_the_endpoints_folder_is_replaced(
 def test_left_over_adapters_are_unloaded_but_those_of_others_stay(
     place: ServingSite, trainer: FakeTrainer, tmp_path: Path
 ) -> None:
-    gone, adapter = f"lorry-{new_id('endpoint')}", f"{new_id('adapter')}-{'0' * 12}"
+    gone, adapter = place.endpoint_folder(new_id("endpoint")), f"{new_id('adapter')}-{'0' * 12}"
     place.register("vllm-2", url="http://127.0.0.1:9")
     others = {
-        "of-another-endpoint": str(place.folder / f"lorry-{place.endpoint('vllm-2')['id']}" / adapter),
-        "of-another-service": str(tmp_path / "other" / gone / adapter),
+        "of-another-endpoint": str(place.endpoint_folder(place.endpoint("vllm-2")["id"]) / adapter),
         "by-hand": str(place.folder / "by-hand"),
     }
-    place.vllm.adapters |= {"ft:old": str(place.folder / gone / adapter), **others}
+    moved = tmp_path / "moved" / gone.name
+    place.vllm.adapters |= {"ft:old": str(gone / adapter), "ft:moved": str(moved / adapter), **others}
 
     place.deployed()
 
     until(lambda: set(place.vllm.adapters) == {place.adapter.name, *others})
+
+
+def test_services_that_share_server_and_folder_leave_the_adapters_of_each_other_alone(
+    place: ServingSite, trainer: FakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    of_other = place.endpoint_folder(new_id("endpoint"), service_id=new_id("org").removeprefix("org-"))
+    theirs = of_other / f"{new_id('adapter')}-{'0' * 12}"
+    theirs.mkdir(parents=True)
+    place.vllm.adapters["ft:theirs"] = str(theirs)
+
+    with caplog.at_level(logging.INFO, "lorry.api"):
+        place.deployed()
+        place.client.delete(f"/v1/adapters/{place.adapter.id}/deployments/vllm-1")
+        until(lambda: place.deployments() == [])
+        place.operator.delete("/v1/serving/endpoints/vllm-1")
+        until(lambda: place.operator.get("/v1/serving/endpoints").json()["data"] == [])
+
+    assert place.vllm.adapters == {"ft:theirs": str(theirs)}
+    assert theirs.is_dir()
+    assert "adapters that this service has not loaded: ft:theirs" in caplog.text
 
 
 def test_adapter_that_somebody_else_loaded_under_the_name_is_not_replaced(

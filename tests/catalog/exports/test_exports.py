@@ -21,6 +21,7 @@ from catalog.errors import (
 )
 from catalog.exports import claims, commands, formats, hub_repositories
 from catalog.exports.claims import MAX_ATTEMPTS, ExportResult
+from catalog.fleet import cordons, workers
 from catalog.maintenance import garbage_collection
 from catalog.queue import pending
 from catalog.registry import adapters, base_models, permissions
@@ -33,6 +34,7 @@ from catalog.usage import ledger, stored_bytes
 from tests.catalog.world import LEASE, World, manifest
 
 FAULT = OutOfSpace("It failed.", code="some_code", remedy="Do this.")
+SCARCE = InvalidRequest("The export needs 9 GB, but worker w1 has 1 GB.", code="export_memory", remedy="Wait.")
 LLAMA: dict[str, Any] = {"architecture": "LlamaForCausalLM"}
 ALLOWED: dict[str, Any] = {"allowed_repositories": ["org/*"]}
 
@@ -127,6 +129,92 @@ def test_export_fails_after_several_lost_workers(world: World, adapter: Adapter)
     assert held is not None
     with pytest.raises(StaleClaim):
         finish(world, claim_id=held.claim_id)
+
+
+def refuse(world: World, worker_id: str) -> None:
+    assert claims.claim(world.db, worker_id=worker_id, lease_seconds=LEASE, refuse=lambda _: SCARCE) is None
+
+
+def test_refused_export_waits_for_another_worker_and_counts_no_attempt(world: World, adapter: Adapter) -> None:
+    row, other = create(world, adapter), create(world, adapter, "gguf-lora")
+    asked: list[str] = []
+
+    def refuse_first(waiting: claims.WaitingExport) -> InvalidRequest | None:
+        asked.append(waiting.export_id)
+        return SCARCE if waiting.export_id == row.id else None
+
+    given: dict[str, Any] = {"worker_id": "w1", "lease_seconds": LEASE, "refuse": refuse_first}
+    first = claims.claim(world.db, **given)
+    assert first is not None
+    assert first.export_id == other.id
+    assert claims.claim(world.db, **given) is None
+
+    assert asked == [row.id, other.id]
+    waits = shown(world, row)
+    assert (waits.status, waits.num_attempts) == ("queued", 0)
+    assert waits.error == {"code": "export_memory", "message": SCARCE.message, "remedy": "Wait."}
+    assert claim(world, "w2").export_id == row.id
+    assert (shown(world, row).error, shown(world, row).refusals) == (None, None)
+
+
+def test_worker_that_has_refused_an_export_considers_it_again_later(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    refuse(world, "w1")
+    assert claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+
+    world.clock.advance(claims.REFUSAL_SECONDS)
+
+    assert claim(world, "w1").export_id == row.id
+
+
+@pytest.mark.parametrize("other", ["refuses too", "is busy", "has stopped", "is cordoned"])
+def test_export_fails_once_every_live_worker_has_refused_it_for_an_hour(
+    world: World, adapter: Adapter, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker("w2")
+    if other == "is cordoned":
+        cordons.cordon(world.db, "w2", reason="Repair.")
+    row = create(world, adapter)
+    refusing = ["w2", "w1"] if other == "refuses too" else ["w1"]
+    minutes = 0
+
+    def refuse_for(seconds: float) -> None:
+        nonlocal minutes
+        for _ in range(int(seconds / claims.REFUSAL_SECONDS)):
+            for worker_id in refusing:
+                refuse(world, worker_id)
+            assert shown(world, row).status == "queued"
+            world.clock.advance(claims.REFUSAL_SECONDS)
+            minutes += 1
+            for worker_id in ["w1"] if other == "has stopped" else ["w1", "w2"]:
+                workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
+
+    refuse_for(claims.PATIENCE_SECONDS)
+    if other == "is busy":
+        monkeypatch.setattr(claims, "MAX_WAIT_SECONDS", 2 * claims.PATIENCE_SECONDS)
+        refuse_for(claims.PATIENCE_SECONDS)
+    for worker_id in refusing:
+        refuse(world, worker_id)
+
+    done = shown(world, row)
+    assert (done.status, done.num_attempts) == ("failed", 0)
+    assert done.error == {
+        "code": "export_memory",
+        "message": f"{SCARCE.message} No worker has taken the export for {minutes} minutes.",
+        "remedy": "Wait. Then create the export again.",
+    }
+    assert minutes == (120 if other == "is busy" else 60)
+
+
+def test_worker_that_was_busy_is_asked_for_another_hour(world: World, adapter: Adapter) -> None:
+    """Its earlier refusal does not count: it had less free memory then."""
+    row = create(world, adapter)
+    refuse(world, "w1")
+    world.clock.advance(claims.PATIENCE_SECONDS)
+
+    refuse(world, "w1")
+
+    assert shown(world, row).status == "queued"
 
 
 def test_attempt_that_may_be_the_node_s_fault_is_repeated_a_few_times(world: World, adapter: Adapter) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from sqlalchemy import delete, insert
 
 from catalog.db import revisions
@@ -14,11 +16,14 @@ from catalog.errors import Conflict, Unavailable, UnfitWorker
 from catalog.fleet import compatibility, cordons, workers
 from catalog.history import queries
 from catalog.queue import claims
+from catalog.spec.job import JobSpec
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Worker
 from tests.catalog.world import World
 from tests.next_migration import LATER, NEXT, UNRELEASED
 
+JOB_SPECS = {2: "50bd9e5e04643e6c103fe96c4c4bc8eef7518702ff737010aaf42313afc98a11"}
+"""Digest of the fields of a JobSpec by protocol."""
 OLDER = revisions.newest()
 """The previous revision once the migration of tests/next_migration.py is installed."""
 
@@ -129,6 +134,32 @@ def test_worker_of_this_code_is_accepted_without_an_announcement(world: World) -
 
     with pytest.raises(UnfitWorker):
         register(world, "w2", compatibility.PROTOCOL + 1)
+
+
+def field_paths(model: type[BaseModel]) -> list[str]:
+    """Return `Model.field` for each field of the model and of the models in it."""
+    schema = model.model_json_schema()
+    parts = {model.__name__: schema, **schema.get("$defs", {})}
+    return sorted(f"{name}.{field}" for name, part in parts.items() for field in part.get("properties", {}))
+
+
+def test_changed_fields_of_a_job_spec_change_the_protocol() -> None:
+    """A worker rejects a spec with unknown fields. So a service whose specs have other fields must not accept it."""
+    fields = sha256("\n".join(field_paths(JobSpec)).encode()).hexdigest()
+
+    assert "JobSpec.slice_tokens" in field_paths(JobSpec)
+    assert JOB_SPECS.get(compatibility.PROTOCOL) == fields, "Increment PROTOCOL and OLDEST_PROTOCOL, then add a row."
+
+
+def test_service_drains_workers_that_reject_its_job_specs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced(world, 1, 1, monkeypatch)
+    register(world, "old", 1)
+    world.queued(seed=1)
+
+    compatibility.announce(world.db)
+
+    assert beat(world, "old")
+    assert world.claim("old") == []
 
 
 def test_service_accepts_newer_tables_and_rejects_older_ones(restored: World, next_migration: Path) -> None:

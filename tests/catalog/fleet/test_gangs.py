@@ -16,6 +16,7 @@ from catalog.fleet import cordons, gangs, workers
 from catalog.fleet.gangs import GangMember, LivenessTracker, NotGathered, Round
 from catalog.jobs.explanation import explain
 from tests.catalog.world import Clock, World
+from tests.suspension import NEEDS_BOOTTIME, Suspension
 
 SILENT = 60.0
 JOIN = 300.0
@@ -289,6 +290,17 @@ def test_member_liveness_survives_a_database_clock_change(gang: Gang, clock: Clo
     later = gangs.progress(place, led.round_id).lost
 
     assert (at_once, in_time, later) == ((), (), ("w2",))
+
+
+@NEEDS_BOOTTIME
+def test_member_that_was_lost_during_a_suspension_is_not_live_afterwards(suspension: Suspension) -> None:
+    liveness = LivenessTracker(silent_seconds=SILENT)
+    liveness.is_live("w2", 1.0, now=1.0)
+    before = liveness.is_live("w2", 2.0, now=2.0)
+
+    suspension.add(SILENT)
+
+    assert (before, liveness.is_live("w2", 2.0, now=2.0 + SILENT)) == (True, False)
 
 
 @pytest.mark.both_databases

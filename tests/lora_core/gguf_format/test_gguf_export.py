@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import quantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -27,10 +28,12 @@ from lora_core.gguf_format.verify import verify_gguf, verify_gguf_lora
 from lora_core.gguf_format.write import write_gguf
 from lora_core.gguf_format.write_lora import write_gguf_lora
 from lora_core.model_files.export import export_model
+from lora_core.model_files.merge import merge_adapter
 from tests.lora_core.gguf_format import families
 from tests.lora_core.scenarios import Submission, admit, config, dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+F32 = GGMLQuantizationType.F32
 TEXTS = ("The lorry is red.", "What color\nis the  engine?", "<|im_start|>user\nÄ 12<|im_end|>")
 
 
@@ -67,7 +70,7 @@ def test_model_read_back_from_gguf_has_its_logits(tmp_path, family, precision):
 
     report = verify_gguf(folder, path, precision=precision)
     assert 0 < report.max_abs_diff <= report.tolerance
-    assert report.tolerance < report.max_abs_logit * {"f16": 0.02, "q8_0": 0.3}[precision]
+    assert report.tolerance - report.max_abs_diff < 1e-3 * report.max_abs_logit
     kinds = {tensor.tensor_type for tensor in GGUFReader(path).tensors if len(tensor.shape) == 2}
     assert kinds == {GGMLQuantizationType[precision.upper()]}
 
@@ -91,6 +94,46 @@ def test_wrong_tensor_fails_the_verification(llama_dir, tmp_path, monkeypatch, c
 
     with pytest.raises(BadAdapter, match=r"its logits differ by .* explains only"):
         verify_gguf(llama_dir, tmp_path / "out.gguf", precision="f16")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["f16", "q8_0"])
+@pytest.mark.parametrize("factor", [0.0, 0.9, 1.1])
+def test_file_with_a_wrong_update_fails_the_verification(
+    llama_dir, llama_adapter, tmp_path, monkeypatch, precision, factor
+):
+    """The update is a hundredth of the trained one, so that quantization has a larger effect."""
+    adapter, wrong = (
+        small_copy(llama_adapter, tmp_path / "a", 0.01),
+        small_copy(llama_adapter, tmp_path / "b", 0.01 * factor),
+    )
+    for folder in (adapter, wrong):
+        merge_adapter(folder, llama_dir, folder / "merged", dtype="float32")
+
+    write_gguf(wrong / "merged", tmp_path / "out.gguf", precision=precision, name="a model")
+
+    with pytest.raises(BadAdapter, match="its logits differ"):
+        verify_gguf(adapter / "merged", tmp_path / "out.gguf", precision=precision)
+
+
+def small_copy(adapter: Path, folder: Path, factor: float) -> Path:
+    """Copy an adapter with its updates multiplied by `factor`, without the evidence of training."""
+    folder.mkdir()
+    shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    changed = {name: factor * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    save_file(changed, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0])
+def test_value_that_is_rounded_by_more_than_half_a_step_is_an_error(llama_dir, tmp_path, monkeypatch, kind):
+    write_gguf(llama_dir, tmp_path / "out.gguf", precision="q8_0", name="a model")
+    monkeypatch.setattr("lora_core.gguf_format.verify.kind_of", lambda shape, _: kind if len(shape) > 1 else F32)
+    monkeypatch.setattr("lora_core.gguf_format.verify.quantize", lambda values, kind: quantize(1.02 * values, kind))
+
+    with pytest.raises(BadAdapter, match="by more than half a step"):
+        verify_gguf(llama_dir, tmp_path / "out.gguf", precision="q8_0")
 
 
 def test_rotary_factors_of_the_file_are_verified(tmp_path, monkeypatch):
@@ -411,7 +454,7 @@ def test_stored_q8_0_error_stays_below_the_bound_of_the_tolerance():
         gguf.quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0), GGMLQuantizationType.Q8_0
     )
 
-    assert (np.abs(stored - weight.numpy()) <= 1.01 * largest_error(weight, "q8_0").numpy()).all()
+    assert (np.abs(stored - weight.numpy()) <= largest_error(weight, GGMLQuantizationType.Q8_0).numpy()).all()
 
 
 def test_service_accepts_the_architectures_that_can_be_written():

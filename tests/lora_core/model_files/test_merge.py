@@ -89,6 +89,26 @@ def test_merged_equals_adapted(base_dirs, tied_dir, adapter_of, tmp_path, family
     assert float(difference.abs().max()) <= report.tolerance
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("factor", [0.0, 0.9, 1.1])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_wrong_update_is_found_although_rounding_hides_it(base_dirs, adapter_of, tmp_path, monkeypatch, family, factor):
+    """Only one linear is wrong, and its effect on the logits is smaller than that of rounding."""
+    adapter_dir = adapter_of(base_dirs[family], "bfloat16")
+    right, wrong = peft.tuners.lora.Linear.get_delta_weight, list[object]()
+
+    def get_delta_weight(layer, adapter):
+        wrong[:] = wrong or [layer]
+        return right(layer, adapter) * (factor if layer is wrong[0] else 1)
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", get_delta_weight)
+
+    with pytest.raises(BadAdapter, match="a merged layer adds something else than the adapter"):
+        merge_adapter(adapter_dir, base_dirs[family], tmp_path / "merged", dtype="bfloat16")
+
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_merge_adds_in_fp32_and_rounds_once(base_dirs, adapter_of, tmp_path, family):
     adapter_dir = adapter_of(base_dirs[family], "bfloat16")

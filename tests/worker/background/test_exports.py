@@ -207,25 +207,30 @@ def test_full_store_counts_as_an_attempt(
         ("memory", "export_memory", "needs about 1.1 GB of memory, but worker w1 has only"),
     ],
 )
-def test_too_few_resources_are_found_before_work_starts(
+def test_export_waits_for_a_worker_with_enough_resources(
     site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch, place: str, code: str, message: str
 ) -> None:
-    monkeypatch.setattr(exports, "RETRY_SECONDS", 0)
-    started: list[dict[str, Any]] = []
-    child("pass", started.append)
-    if place == "disk":
-        free = shutil.disk_usage(site.folder)._replace(free=40_001)  # two bytes belong to the adapter
-        monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
-    else:
-        monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**30)
+    child("pass", writes())
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "REFUSAL_SECONDS", 0)
+        if place == "disk":
+            free = shutil.disk_usage(site.folder)._replace(free=40_001)  # two bytes belong to the adapter
+            patch.setattr(shutil, "disk_usage", lambda _path: free)
+        else:
+            patch.setattr(devices, "free_host_bytes", lambda: 2**30)
 
-    for _ in range(claims.MAX_ATTEMPTS):
-        assert exports.export_next(site.context)
+        for _ in range(claims.MAX_ATTEMPTS + 1):
+            assert not exports.export_next(site.context)
 
+    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
     assert error_of(site, row)["code"] == code
     assert re.search(message, error_of(site, row)["message"])
-    assert started == []
     assert list(site.context.scratch_dir().iterdir()) == []
+    assert not exports.export_next(site.context), "this worker has refused it"
+
+    site.context.worker_id = "w2"
+    assert exports.export_next(site.context)
+    assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
 
 
 def test_bucket_needs_no_disk_space(site: PackSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +482,6 @@ def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
         format="gguf",
         quantization="f16",
         hub_repository=None,
-        needs=Needs(scratch_bytes=0, stored_bytes=0, memory_bytes=0),
         is_last=False,
     )
 

@@ -6,19 +6,18 @@ import os
 import select
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from catalog.clock import boot_seconds
 from lorry.local.parent_watch import LOST_PARENT
+from tests.suspension import NEEDS_BOOTTIME, Suspension
 from tests.worker.pack_site import PackSite
 from worker.process import confined_child
-from worker.process.clock import boot_seconds
 from worker.process.confined_child import SIGN
 
 ROOT = Path(__file__).parents[3]
-NEEDS_BOOTTIME = pytest.mark.skipif(sys.platform != "linux", reason="Python has this clock only on Linux")
 WAKES_UP = """
 import sys, threading, time
 from worker.process import confined_child
@@ -31,20 +30,8 @@ threading.Event().wait()
 """
 
 
-@pytest.fixture
-def suspend(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return a list. Seconds that are appended to it advance the boot-time clock, and no other clock."""
-    asleep, clock = list[float](), time.clock_gettime
-
-    def clock_gettime(number: int) -> float:
-        return clock(number) + (sum(asleep) if number == time.CLOCK_BOOTTIME else 0.0)
-
-    monkeypatch.setattr(time, "clock_gettime", clock_gettime)
-    return asleep
-
-
 @NEEDS_BOOTTIME
-def test_a_worker_gives_up_overdue_claims_after_a_suspension(site: PackSite, suspend: list[float]) -> None:
+def test_a_worker_gives_up_overdue_claims_after_a_suspension(site: PackSite, suspension: Suspension) -> None:
     killed: list[bool] = []
     claim = site.claim()
     site.context.heartbeat.release(claim.claim_id)
@@ -53,7 +40,7 @@ def test_a_worker_gives_up_overdue_claims_after_a_suspension(site: PackSite, sus
     site.context.heartbeat.abandon_overdue()
     before = list(killed)
 
-    suspend.append(site.settings.lease_seconds)
+    suspension.add(site.settings.lease_seconds)
     site.context.heartbeat.abandon_overdue()
 
     assert (before, killed) == ([], [True])

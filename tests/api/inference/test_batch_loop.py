@@ -1,0 +1,48 @@
+"""The loop that works on batches gives up a batch whose lease may have expired."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from api.inference import batch_loop
+from api.inference.batch_loop import BatchRunner
+from catalog.batches import execution
+from catalog.batches.execution import BatchClaim, Directive
+from catalog.errors import Unavailable
+from tests.suspension import NEEDS_BOOTTIME, Suspension
+
+UNUSED: Any = SimpleNamespace()
+
+
+@NEEDS_BOOTTIME
+def test_batch_is_lost_after_a_suspension_if_its_lease_is_not_renewed(
+    suspension: Suspension, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewals: list[bool] = []
+
+    def renew(*_: object) -> Directive:
+        renewals.append(run.is_lost)
+        if len(renewals) == 2:
+            suspension.add(execution.LEASE_SECONDS + 1)
+        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+
+    monkeypatch.setattr(execution, "renew", renew)
+    monkeypatch.setattr(batch_loop, "KEEP_SECONDS", 0.0)
+    runner = BatchRunner(UNUSED, UNUSED, UNUSED, replies=UNUSED, notifier=UNUSED)
+    claimed = BatchClaim(claim_id="c", batch_id="b", project_id="p", endpoint="/v1/completions", input_digest="0")
+    directive = Directive(status="in_progress", is_expired=False, seconds_left=3600, num_lines=1)
+    run = batch_loop._Run(claimed=claimed, directive=directive)
+
+    async def keep() -> None:
+        async with asyncio.timeout(30):
+            await runner._keep(run)
+
+    asyncio.run(keep())
+
+    assert run.is_lost
+    assert run.stopping.is_set()
+    assert renewals == [False, False]
