@@ -14,7 +14,7 @@ from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
 from lora_core.adapter.optimizer import adamw_step_of, optimizer_step
 from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.kernels.gpu.optimizer import adamw, step_sizes
-from lora_core.kernels.gpu.optimizer_table import STEP
+from lora_core.kernels.gpu.optimizer_table import WORD
 from tests.lora_core.kernels.gpu.packs import numbers
 
 TARGETS = (
@@ -83,7 +83,7 @@ def test_step_rounds_each_operation() -> None:
     one, single = DUE[0], np.float32
     found, start = one.adapter(), one.adapter()
     entry = adamw_step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm()).entry()
-    word = {name: single(entry[index]) for index, name in enumerate(STEP.names)}
+    word = {name: single(entry[index]) for name, index in WORD.items()}
     p, g, m, v = (vector.numpy() for vector in vectors(start)[:4])
 
     adamw([adamw_step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm())])
