@@ -22,7 +22,7 @@ MIN_SNAPSHOTS = 2
 """Snapshots that exist at most while memory is short: one that is written, and the next one."""
 FREE_TIMES = 4
 """Free host memory that a further snapshot needs, as a multiple of its size. Equal jobs that began together are due at
-the same step, and training would stop until all but two of them are written."""
+the same step, and training would stop until most of them are written."""
 
 
 def writes_while_training(device: str, ranks: Ranks) -> bool:
