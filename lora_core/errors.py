@@ -82,15 +82,15 @@ class UnsafeFile(LoraCoreError):
     code = "unsafe_file"
 
 
-Part = Literal["adapter", "start", "data"]
+Part = Literal["adapter", "start", "data", "snapshot"]
 
 
 class OutOfMemory(LoraCoreError):
     """Part of `job` does not fit in memory.
 
-    `part` is "data" (the token files), "start" (the PiSSA or OLoRA decomposition) or "adapter". With "adapter",
-    `num_tokens` is the size of a single slice (micro-batch) that does not fit. 0 stands for the adapter's weights and
-    optimizer state.
+    `part` is "data" (the token files), "start" (the PiSSA or OLoRA decomposition), "snapshot" (the copy on the host
+    from which a checkpoint is written) or "adapter". With "adapter", `num_tokens` is the size of a single slice
+    (micro-batch) that does not fit. 0 stands for the adapter's weights and optimizer state.
     """
 
     code = "out_of_memory"
@@ -102,6 +102,9 @@ class OutOfMemory(LoraCoreError):
         elif part == "start":
             sentence = f"Job {job!r} is out of memory: its PiSSA or OLoRA decomposition does not fit on the device."
             remedy = "Set init_lora_weights to 'pissa_niter_4' or 'default', or use a larger device."
+        elif part == "snapshot":
+            sentence = f"Job {job!r} is out of memory: the copy for its checkpoint does not fit in the worker's memory."
+            remedy = "Lower the rank, target fewer modules, or use a worker with more memory."
         elif num_tokens:
             sentence = f"Job {job!r} is out of memory: one slice of {num_tokens} tokens does not fit on the device."
             remedy = "Lower max_length, or use a larger device."

@@ -4,9 +4,8 @@
 If a job keeps its best weights, they are stored as one more vector.
 """
 
-import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from lora_core.config import JobConfig
 from lora_core.engine.early_stopping import Selection
 from lora_core.engine.job import TrainingJob, TrainingProgress
 from lora_core.errors import BadCheckpoint, UnsafeFile
-from lora_core.runtime.safetensors_io import read_header, write_directory, write_json
+from lora_core.runtime.safetensors_io import file_sha256, read_header, write_directory, write_json
+from lora_core.runtime.transfers import HostCopies, copy_to_host
 
 FORMAT = 4
 VECTORS = ("p", "m", "v")
@@ -48,19 +48,38 @@ def fingerprint(base: BaseModel, config: JobConfig, *, data_digest: str, parent_
     }
 
 
-def save_checkpoint(job: TrainingJob, base: BaseModel, directory: Path) -> None:
-    """Write state.json and row.safetensors. `directory` must not exist and is created atomically. Raises OSError."""
-    write_directory(directory, lambda temporary: _write(job, base, temporary))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSnapshot:
+    """A job's state after its last completed step, on the host. `write` needs neither the job nor the device."""
+
+    state: dict[str, Any]
+    """The content of state.json without the digest of the vectors."""
+    copies: HostCopies
+
+    def write(self, directory: Path) -> None:
+        """Write state.json and row.safetensors. `directory` must not exist and is created atomically. Raises OSError.
+
+        May be called in any thread.
+        """
+        write_directory(directory, self._fill)
+
+    def _fill(self, directory: Path) -> None:
+        vectors_file = directory / "row.safetensors"
+        save_file(self.copies.complete(), vectors_file)
+        write_json(directory / "state.json", self.state | {"row_sha256": file_sha256(vectors_file)})
 
 
-def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
-    vectors_file = directory / "row.safetensors"
-    vectors = {name: getattr(job.adapter, name).cpu() for name in VECTORS}
+def take_snapshot(job: TrainingJob, base: BaseModel, *, is_lasting: bool) -> CheckpointSnapshot:
+    """Begin to copy a job's state to the host. `is_lasting`: it is written after the next tick, or in another thread.
+
+    Raises torch.OutOfMemoryError.
+    """
+    vectors = {name: getattr(job.adapter, name) for name in VECTORS}
     if job.best is not None:
-        vectors[BEST] = job.best.cpu()
+        vectors[BEST] = job.best
     if job.adapter.lora.subtracts_start:
-        vectors[START] = job.adapter.start().cpu()
-    save_file(vectors, vectors_file)
+        vectors[START] = job.adapter.start()
+    copies = copy_to_host(vectors, is_lasting=is_lasting)
     epoch, position = divmod(job.step * job.config.batch_size, job.num_examples)
     state = {
         "format": FORMAT,
@@ -69,9 +88,8 @@ def _write(job: TrainingJob, base: BaseModel, directory: Path) -> None:
         "position_in_epoch": position,
         **fingerprint(base, job.config, data_digest=job.data_digest, parent_sha256=job.parent_sha256),
         "targets": [target.name for target in job.adapter.targets],
-        "row_sha256": hashlib.sha256(vectors_file.read_bytes()).hexdigest(),
     }
-    write_json(directory / "state.json", state)
+    return CheckpointSnapshot(state=state, copies=copies)
 
 
 def load_checkpoint(
@@ -122,7 +140,7 @@ def _load_vectors(path: Path, adapter: FlatAdapter, best: Tensor | None, sha256:
     expected = {name: (DTYPES[vector.dtype], tuple(vector.shape)) for name, vector in vectors.items()}
     if read_header(path) != expected:
         raise _bad(f"does not contain the vectors {', '.join(vectors)} of this adapter")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if file_sha256(path) != sha256:
         raise _bad("is damaged: the digest of row.safetensors differs")
     for name, vector in load_file(path).items():
         if not torch.isfinite(vector).all():

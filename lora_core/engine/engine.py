@@ -33,7 +33,7 @@ from lora_core.base_model.model import BaseModel
 from lora_core.config import JobConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.distributed.ranks import ALONE, Ranks
-from lora_core.engine import checkpoint
+from lora_core.engine.checkpoint import CheckpointSnapshot, take_snapshot
 from lora_core.engine.fair_queue import ReadySlice, select_slices, widen
 from lora_core.engine.invariance_probe import Invariance, measure_invariance
 from lora_core.engine.job import TrainingJob
@@ -52,7 +52,7 @@ from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
 from lora_core.kernels.gpu.elementwise_trial import agree_on_elementwise
 from lora_core.layers.activation_checkpointing import ActivationMemory
 from lora_core.losses.preference import SliceScores
-from lora_core.peft_format.export import ExportReport, export_adapter
+from lora_core.peft_format.export import AdapterSnapshot, ExportReport, export_adapter, take_adapter_snapshot
 from lora_core.runtime.cpu_lanes import Lanes
 from lora_core.runtime.device_errors import interrupts_wait, shortage_in_pass, shortage_of
 
@@ -342,7 +342,28 @@ class Engine:
 
         Raises ConfigError, BadCheckpoint, OutOfMemory and OSError.
         """
-        checkpoint.save_checkpoint(self._started(job), self.base, directory)
+        self._checkpoint_snapshot(job, is_lasting=False).write(directory)
+
+    def checkpoint_snapshot(self, job: str) -> CheckpointSnapshot:
+        """Return the state after the last completed step, from which another thread can write the checkpoint.
+
+        The job may be ticked and evicted before that. On a GPU the host does not wait for the device. Raises
+        ConfigError, BadCheckpoint and OutOfMemory.
+        """
+        return self._checkpoint_snapshot(job, is_lasting=True)
+
+    def _checkpoint_snapshot(self, job: str, *, is_lasting: bool) -> CheckpointSnapshot:
+        started = self._started(job)
+        with shortage_of(job, part="snapshot"):
+            return take_snapshot(started, self.base, is_lasting=is_lasting)
+
+    def adapter_snapshot(self, job: str, *, base_name: str, base_revision: str | None = None) -> AdapterSnapshot:
+        """Like `checkpoint_snapshot`, for the files of an export without evidence. See `export`."""
+        adapter = self._started(job).adapter
+        with shortage_of(job, part="snapshot"):
+            return take_adapter_snapshot(
+                self.base, adapter, base_name=base_name, base_revision=base_revision, is_lasting=True
+            )
 
     def export(
         self,
@@ -474,6 +495,10 @@ class Engine:
     def num_parameters(self, job: str) -> int:
         """Return the number of trained parameters of the job's adapter."""
         return self._jobs[job].adapter.num_parameters
+
+    def num_bytes(self, job: str) -> int:
+        """Return the bytes of the job's weights, gradient and optimizer state. A snapshot takes at most as much."""
+        return self._jobs[job].num_bytes
 
     def trained_tokens(self, job: str) -> int:
         """Return the tokens of all completed training steps, including those before a resume."""

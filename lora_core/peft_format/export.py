@@ -5,7 +5,6 @@ The exported weights are those that training computed with, in the base model's 
 same numbers. The fp32 master weights stay in checkpoints.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from lora_core.module_paths import layer_of, matches
 from lora_core.packing.packed_batch import SliceInput, build_pack
 from lora_core.peft_format import verification_linears, verification_modules
 from lora_core.runtime.counter_rng import random_words
-from lora_core.runtime.safetensors_io import write_directory, write_json
+from lora_core.runtime.safetensors_io import file_sha256, write_directory, write_json
+from lora_core.runtime.transfers import HostCopies, copy_to_host
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_POSITIONS = 2, 48, 2
 PROBE_SEED = 20_260_101
@@ -67,29 +67,85 @@ def export_adapter(
     verified. Raises OSError.
     """
     probe = _probe(base, adapter) if has_evidence else None  # before writing, which may fail on a single rank
-    config = peft_config(base, adapter, base_name, base_revision)
-    write_directory(directory, lambda temporary: _write(base, adapter, temporary, config, probe))
-    content = (directory / "adapter_model.safetensors").read_bytes()
-    return ExportReport(
-        num_parameters=adapter.num_parameters,
-        num_bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        dtype=str(adapter.dtype).removeprefix("torch."),
-        quantization=base.quantization,
+    snapshot = take_adapter_snapshot(
+        base, adapter, base_name=base_name, base_revision=base_revision, probe=probe, is_lasting=False
     )
+    return snapshot.write(directory)
 
 
-def _write(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSnapshot:
+    """An adapter's weights on the host. `write` needs neither the job nor the device.
+
+    `parts` maps each of PEFT's names to the name of a copied vector, and to the start and the shape of its part.
+    """
+
+    copies: HostCopies
+    parts: dict[str, tuple[str, int, torch.Size]]
+    config: dict[str, object]
+    metadata: dict[str, str]
+    probe: dict[str, Tensor] | None
+    num_parameters: int
+    dtype: torch.dtype
+    quantization: Quantization
+
+    def write(self, directory: Path) -> ExportReport:
+        """Write the files of `export_adapter`. May be called in any thread. Raises OSError."""
+        write_directory(directory, self._fill)
+        weights_file = directory / "adapter_model.safetensors"
+        return ExportReport(
+            num_parameters=self.num_parameters,
+            num_bytes=weights_file.stat().st_size,
+            sha256=file_sha256(weights_file),
+            dtype=str(self.dtype).removeprefix("torch."),
+            quantization=self.quantization,
+        )
+
+    def _fill(self, directory: Path) -> None:
+        vectors = self.copies.complete()
+        tensors = {
+            name: vectors[vector][start : start + shape.numel()].view(shape)
+            for name, (vector, start, shape) in self.parts.items()
+        }
+        save_file(tensors, directory / "adapter_model.safetensors", metadata=self.metadata)
+        write_json(directory / "adapter_config.json", self.config)
+        if self.probe is not None:
+            save_file(self.probe, directory / "probe.safetensors")
+
+
+def take_adapter_snapshot(
     base: BaseModel,
     adapter: FlatAdapter,
-    directory: Path,
-    config: dict[str, object],
-    probe: dict[str, Tensor] | None,
-) -> None:
-    save_file(adapter_tensors(adapter), directory / "adapter_model.safetensors", metadata=_metadata(base))
-    write_json(directory / "adapter_config.json", config)
-    if probe is not None:
-        save_file(probe, directory / "probe.safetensors")
+    *,
+    base_name: str,
+    base_revision: str | None = None,
+    probe: dict[str, Tensor] | None = None,
+    is_lasting: bool,
+) -> AdapterSnapshot:
+    """Begin to copy the adapter to the host. `is_lasting`: it is written after the next tick, or in another thread.
+
+    Raises torch.OutOfMemoryError.
+    """
+    vectors = {
+        "weights": adapter.compute,
+        "paired": adapter.paired,
+        "magnitudes": adapter.p[adapter.num_ab : adapter.num_lora],
+    }
+    views = adapter_views(adapter)
+    used = {name: vectors[name] for name in sorted({vector for vector, _ in views.values()})}
+    return AdapterSnapshot(
+        copies=copy_to_host(used, is_lasting=is_lasting),
+        parts={
+            name: (vector, view.storage_offset() - vectors[vector].storage_offset(), view.shape)
+            for name, (vector, view) in views.items()
+        },
+        config=peft_config(base, adapter, base_name, base_revision),
+        metadata=_metadata(base),
+        probe=probe,
+        num_parameters=adapter.num_parameters,
+        dtype=adapter.dtype,
+        quantization=base.quantization,
+    )
 
 
 def _metadata(base: BaseModel) -> dict[str, str]:
@@ -100,20 +156,21 @@ def _metadata(base: BaseModel) -> dict[str, str]:
     return {"format": "pt", "base_quantization_config": json.dumps(how, sort_keys=True)}
 
 
-def adapter_tensors(adapter: FlatAdapter) -> dict[str, Tensor]:
+def adapter_views(adapter: FlatAdapter) -> dict[str, tuple[str, Tensor]]:
     """Return the tensors by PEFT's names: lora_A.weight [R, D], lora_B.weight [O, R], and DoRA's magnitude [O].
 
-    Tensors trained in full have the names of the module. If the start is subtracted, the rank is doubled to [A; A₀]
-    and [B, -B₀], which is correct for the unmodified base model.
+    Each is a view of the vector that is named with it. Tensors trained in full have the names of the module. If the
+    start is subtracted, the rank is doubled to [A; A₀] and [B, -B₀], which is correct for the unmodified base model.
     """
-    tensors: dict[str, Tensor] = {}
+    read = "paired" if adapter.lora.subtracts_start else "weights"
+    tensors: dict[str, tuple[str, Tensor]] = {}
     for name, views in adapter.sites.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = views.a_RD.cpu().clone()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = views.b_OR.cpu().clone()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = read, views.a_RD
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = read, views.b_OR
         if views.magnitude is not None:
-            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = views.magnitude.m_O.cpu().clone()
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = "magnitudes", views.magnitude.m_O
     for name, trained in adapter.tensors.items():
-        tensors[f"{PREFIX}{name}"] = trained.value.cpu().clone()
+        tensors[f"{PREFIX}{name}"] = "weights", trained.value
     return tensors
 
 

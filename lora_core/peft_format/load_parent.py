@@ -5,7 +5,6 @@ The folder is untrusted. Names and shapes are compared with the job before value
 adapter that computes the same function as its own initial adapter would.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lora_core.errors import BadParent, ConfigError, LoraCoreError, UnsafeFile
 from lora_core.module_paths import PatternTooSlow, compiles, pattern_value
 from lora_core.peft_format.config import REFUSED, TAKEN, WITHOUT_EFFECT
 from lora_core.peft_format.export import PREFIX, exceptions
-from lora_core.runtime.safetensors_io import read_header
+from lora_core.runtime.safetensors_io import file_sha256, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 8 * 2**20
@@ -80,8 +79,7 @@ def begin_from(adapter: FlatAdapter, directory: Path, base: BaseModel) -> str:
     _require_same_function(adapter, parent)
     masters = adapter.masters()
     _require_shapes(parent, {name: tuple(master.shape) for name, master in masters.items()}, adapter)
-    with (directory / WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(directory / WEIGHTS)
     for name, tensor in load_file(directory / WEIGHTS).items():
         masters[name.removeprefix(PREFIX)].copy_(tensor)
     adapter.refresh_compute()

@@ -5,6 +5,7 @@ A header lists every tensor. Parsing a hostile one can take a gigabyte of memory
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -113,6 +114,12 @@ def _disk_errors_named() -> Generator[None]:
 
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 digest of a file, in hexadecimal. The file is read in parts."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -5,13 +5,16 @@ A copy from pageable memory, and each value that the host reads, makes the host 
 has still to compute. An upload therefore goes through pinned memory, and the device receives it in its own order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lora_core.runtime.device_errors import shortage_named
 
 ALIGNMENT_BYTES = 16
 """Each array starts at a multiple of it, as kernels require that read several numbers at a time."""
@@ -64,3 +67,41 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat = flat.double().cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostCopies:
+    """Copies of vectors on the host, which the device may still have to write."""
+
+    vectors: dict[str, Tensor]
+    copied: torch.cuda.Event | None
+    """The device has written the copies. None: they are complete."""
+
+    def complete(self) -> dict[str, Tensor]:
+        """Return the copies once the device has written them. May be called in any thread."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.vectors
+
+
+def copy_to_host(vectors: Mapping[str, Tensor], *, is_lasting: bool) -> HostCopies:
+    """Begin to copy contiguous vectors, all on one device, to the host.
+
+    On a GPU the host does not wait. The device copies to pinned memory in the order of its current stream, so later
+    operations may overwrite or free the vectors at once. On a CPU the copies share the vectors' memory, unless they are
+    to be `is_lasting`: then they keep the current values. Raises torch.OutOfMemoryError.
+    """
+    device = next(iter(vectors.values())).device
+    with shortage_named():
+        if device.type == "cuda":
+            copies = {name: _pinned_copy(vector) for name, vector in vectors.items()}
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(torch.cuda.current_stream(device))
+            return HostCopies(vectors=copies, copied=copied)
+        is_cloned = device.type == "cpu" and is_lasting
+        copies = {name: vector.clone() if is_cloned else vector.cpu() for name, vector in vectors.items()}
+        return HostCopies(vectors=copies, copied=None)
+
+
+def _pinned_copy(vector: Tensor) -> Tensor:
+    return torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)

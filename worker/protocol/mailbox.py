@@ -3,7 +3,8 @@
 The worker writes trainer.json and inbox/NNNN-verb.json; the trainer writes events.jsonl and safetensors. A message is
 written atomically (temporary file, then rename). An event is one flushed line. An optional field has a question mark.
 Paths are relative to the directory. An `error` has code, message and remedy. `rewards` are those of lora_core.events. A
-span has name, began_at and ended_at, in seconds since 1970.
+span has name, began_at and ended_at, in seconds since 1970. On a GPU, `checkpointed` may follow events of later steps,
+but neither `finished` nor an event after which the job has left.
 
     To the trainer          Body
     admit                   claim_id: str, job_id?: str, base_name: str, base_revision: str | None, spec: JobSpec,
@@ -207,6 +208,10 @@ class TrainerDirectory:
 
     def checkpoint_path(self, claim_id: str, step: int) -> Path:
         return self.job_path(claim_id) / "checkpoints" / f"step-{step}"
+
+    def checkpoint_adapter_path(self, claim_id: str, step: int) -> Path:
+        """Return the folder for the weights of that checkpoint in PEFT's layout."""
+        return self.job_path(claim_id) / "checkpoints" / f"step-{step}-adapter"
 
     def inside(self, relative: str | None) -> Path | None:
         """Return the path that a message names. Raises UnsafePath."""

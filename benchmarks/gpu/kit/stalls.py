@@ -36,6 +36,10 @@ def _time(kit: Kit, opened: Session, folder: Path, named: str) -> None:
             "new", replace(opened.configs[0], seed=9), rows_of(load, engine.base.vocab_size, 9)
         ),
         "checkpoint": lambda: engine.save_checkpoint("0", folder / "checkpoint"),
+        "copies for a checkpoint that a thread writes": lambda: (
+            engine.checkpoint_snapshot("0"),
+            engine.adapter_snapshot("0", base_name="base"),
+        ),
         "export with evidence": lambda: engine.export("0", folder / "export", base_name="base"),
         "export without evidence": lambda: engine.export("0", folder / "bare", base_name="base", has_evidence=False),
         "departure": lambda: engine.evict("new"),

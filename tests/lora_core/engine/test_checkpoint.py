@@ -12,8 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BadCheckpoint
-from tests.lora_core.scenarios import Submission, admit, config, dataset, numbers
+from lora_core.errors import BadCheckpoint, OutOfMemory
+from tests.lora_core.scenarios import (
+    Submission,
+    admit,
+    config,
+    dataset,
+    numbers,
+    starts,
+    submissions,
+    trained_in_full,
+)
 from tests.services.small_disk import small_disk
 
 JOB = Submission(config=config(num_steps=2), train=dataset(1, [10, 12, 8]))
@@ -45,6 +54,63 @@ def test_a_checkpoint_never_replaces_a_directory(engine, saved):
     admit(engine, "job", JOB)
     with pytest.raises(FileExistsError):
         engine.save_checkpoint("job", saved)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "job",
+    [
+        submissions("llama")["dora"],
+        starts()["pissa"],
+        numbers()["adafactor"],
+        numbers()["early_best"],
+        *trained_in_full("llama").values(),
+    ],
+    ids=lambda job: str(job.config.seed),
+)
+def test_snapshots_written_after_the_job_has_left_have_the_bytes_of_their_step(load, tmp_path, job, dtype):
+    engine = Engine(load("llama", dtype), EngineConfig())
+    admit(engine, "job", job)
+    while engine.progress("job")[0] < 1:
+        engine.tick()
+    engine.save_checkpoint("job", tmp_path / "saved")
+    report = engine.export("job", tmp_path / "exported", base_name="tiny", base_revision="c0ffee", has_evidence=False)
+    checkpoint = engine.checkpoint_snapshot("job")
+    adapter = engine.adapter_snapshot("job", base_name="tiny", base_revision="c0ffee")
+    while engine.progress("job")[0] < 2:
+        engine.tick()
+    engine.save_checkpoint("job", tmp_path / "later")
+    engine.evict("job")
+
+    checkpoint.write(tmp_path / "saved from the snapshot")
+    assert adapter.write(tmp_path / "exported from the snapshot") == report
+
+    for name in ("saved", "exported"):
+        assert content_of(tmp_path / f"{name} from the snapshot") == content_of(tmp_path / name)
+    assert content_of(tmp_path / "later") != content_of(tmp_path / "saved")
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_snapshot_that_does_not_fit_is_out_of_memory(engine, monkeypatch):
+    admit(engine, "job", JOB)
+    monkeypatch.setattr(torch.Tensor, "clone", lambda *_: (_ for _ in ()).throw(MemoryError()))
+
+    for snapshot in (engine.checkpoint_snapshot, lambda job: engine.adapter_snapshot(job, base_name="tiny")):
+        with pytest.raises(OutOfMemory, match="the copy for its checkpoint"):
+            snapshot("job")
+
+
+def test_a_job_takes_as_much_memory_as_its_snapshots(load):
+    for dtype in ("float32", "bfloat16"):
+        engine = Engine(load("llama", dtype), EngineConfig())
+        for name, job in submissions("llama").items():
+            admit(engine, name, job)
+            copies = [engine.checkpoint_snapshot(name).copies, engine.adapter_snapshot(name, base_name="tiny").copies]
+            taken = sum(vector.nbytes for copy in copies for vector in copy.vectors.values())
+            assert taken <= engine.num_bytes(name), name
 
 
 def test_a_failed_write_leaves_nothing_behind(engine, tmp_path, monkeypatch):

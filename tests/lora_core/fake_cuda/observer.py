@@ -45,6 +45,8 @@ class DeviceCounts:
     launches: Counter[tuple[str, str]] = field(default_factory=Counter)
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     uploads: Counter[tuple[str, str]] = field(default_factory=Counter)
+    downloads: int = 0
+    """Copies to pinned memory for which the host does not wait."""
     flops: int = 0
     kept_bytes: int = 0
     """Bytes on the device at the start of the first backward."""
@@ -108,6 +110,8 @@ class DeviceObserver(TorchDispatchMode):
         if name == "_pin_memory":
             self._pinned.add(given[0].untyped_storage()._cdata)
             return args[0]
+        if name == "empty" and kwargs.get("pin_memory"):
+            return self._pinned_memory(func, args, kwargs)
         if name in READS:
             self._count_wait(name, is_on_device)
             return _ones(name, given, args)
@@ -143,11 +147,15 @@ class DeviceObserver(TorchDispatchMode):
     ) -> Any:
         """Count a copy between host and device. A download returns ones."""
         source, target = (args[1], args[0]) if name == "copy_" else (args[0], made[0])
+        is_async = bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+        on_host = source if _is_on_device(target) else target
+        is_pinned = on_host.untyped_storage()._cdata in self._pinned
         if not _is_on_device(target):
+            if is_async and is_pinned:
+                self.counts.downloads += 1
+                return target
             self.counts.waits[self.phase, "download"] += 1
             return _ones(name, given, args, like=target) if name == "_to_copy" else result
-        is_async = bool(kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        is_pinned = source.untyped_storage()._cdata in self._pinned
         key = self.phase, "upload"
         self.counts.uploads[key] += 1
         # A copy of a number, such as torch.tensor(3.0, device=...), waits just as one of a million numbers does.
@@ -155,6 +163,12 @@ class DeviceObserver(TorchDispatchMode):
         self.counts.waits += Counter()  # drop zeros
         self._note(target)
         return result
+
+    def _pinned_memory(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        with unset_fake_temporarily():
+            made = func(*args, **kwargs | {"pin_memory": False})
+        self._pinned.add(made.untyped_storage()._cdata)
+        return made
 
     def _note(self, tensor: Tensor) -> None:
         if not _is_on_device(tensor):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -39,7 +40,7 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    run = {"tick": measured_tick, "jobs": run_jobs}[request["run"]]
+    run = {"tick": measured_tick, "jobs": run_jobs, "snapshots": take_snapshots}[request["run"]]
     return run(**{key: value for key, value in request.items() if key != "run"})
 
 
@@ -102,6 +103,28 @@ def run_jobs(*, family: str, task: str = "causal-lm", dtype: str = "bfloat16") -
     return {"steps": steps, "most_waits": {f"{phase} {name}": count for (phase, name), count in most.items()}}
 
 
+def take_snapshots(*, family: str, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Take the snapshots of a checkpoint for jobs of all kinds. Returns waits of the host and copies, by job."""
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+    found: dict[str, Any] = {}
+    with _device() as observer:
+        base = _base(config, {}, dtype=dtype)
+        engine = Engine(base, _engine_config(token_budget=512, checkpoint_blocks="never"))
+        for name, submission in submissions(family).items():
+            admit(engine, name, submission)
+            engine.checkpoint_snapshot(name)  # the first one completes the initialization
+            with observer.counting() as counts:
+                snapshots = engine.checkpoint_snapshot(name), engine.adapter_snapshot(name, base_name="base")
+            waits = _report(counts)["waits"]
+            found[name] = {"waits": waits, "downloads": counts.downloads}
+            with observer.counting() as counts:
+                for snapshot in snapshots:
+                    snapshot.copies.complete()
+            found[name]["waits_of_writer"] = _report(counts)["waits"]
+            engine.evict(name)
+    return found
+
+
 @contextmanager
 def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
     observer = DeviceObserver()
@@ -115,6 +138,8 @@ def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
         "torch.Tensor.backward": _observed_backward(observer),
         "torch.cuda.empty_cache": lambda: None,
+        "torch.cuda.current_stream": lambda _device: None,
+        "torch.cuda.Event": partial(_Event, observer),
         # It repeats its drawing until no number lies outside, which a value of one never ends.
         "transformers.initialization.trunc_normal_": lambda tensor, *_, **__: tensor,
     }
@@ -124,6 +149,21 @@ def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
             stack.enter_context(patch(name, stand_in))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(observer)
+
+
+class _Event:
+    """An event of the device, for which the host waits by `synchronize`."""
+
+    def __init__(self, observer: DeviceObserver, *, blocking: bool) -> None:
+        self._observer = observer
+        self._is_recorded = False
+
+    def record(self, stream: None) -> None:
+        self._is_recorded = True
+
+    def synchronize(self) -> None:
+        assert self._is_recorded
+        self._observer.counts.waits[self._observer.phase, "event"] += 1
 
 
 def _is_same(*_: Any) -> bool:

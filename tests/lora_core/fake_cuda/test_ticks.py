@@ -160,6 +160,14 @@ def test_single_torch_operations_keep_less_than_the_engine_assumes_before_a_tick
     assert kept < MARGIN * 2 * (inputs + outputs)
 
 
+def test_the_host_does_not_wait_for_the_copies_of_a_checkpoint(answer: Answer) -> None:
+    """The thread that writes the files waits for the device."""
+    for found in answer("snapshots", family="llama").values():
+        assert found["waits"] == {}
+        assert found["downloads"] >= 4, "p, m, v, and the weights of the adapter"
+        assert found["waits_of_writer"] == {"forward event": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "task", "dtype", "most_waits"),

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lora_core.runtime.transfers import ALIGNMENT_BYTES, download, joined, parted, upload
+from lora_core.runtime.transfers import ALIGNMENT_BYTES, copy_to_host, download, joined, parted, upload
 
 ARRAYS = (
     np.arange(7, dtype=np.int64)[None],
@@ -38,3 +38,14 @@ def test_numbers_are_read_exactly() -> None:
     assert read[0].tolist() == [float(np.float32(0.1)), -float("inf")]
     assert read[1].tolist() == [[1.0, 0.0]]
     assert download([]) == []
+
+
+def test_lasting_copies_keep_their_values_and_others_take_no_memory() -> None:
+    vector = torch.arange(6.0)[2:5]
+
+    lasting = copy_to_host({"it": vector}, is_lasting=True).complete()["it"]
+    shared = copy_to_host({"it": vector}, is_lasting=False).complete()["it"]
+    vector.zero_()
+
+    assert lasting.tolist() == [2.0, 3.0, 4.0]
+    assert shared.data_ptr() == vector.data_ptr()

@@ -70,6 +70,7 @@ def run(directory: TrainerDirectory, ranks: Ranks = ALONE) -> None:
     else:
         handlers = MessageHandlers(directory, engine, events)
         train(handlers, busy_at=busy_at, idle_seconds=directory.settings().get("idle_seconds"))
+        handlers.close()
         events.write({"type": "unloaded"})
     events.close()
 
@@ -120,6 +121,7 @@ def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | No
     engine, is_idle, share = handlers.engine, False, TimeShare()
     while not handlers.is_exiting:
         handlers.read_inbox()
+        handlers.report_checkpoints()
         has_requests = engine.ranks.broadcast(not handlers.inference.is_idle)
         if has_requests and (engine.idle or not engine.ranks.broadcast(share.is_training_next())):
             busy_at, is_idle = time.monotonic(), False

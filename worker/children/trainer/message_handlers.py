@@ -20,6 +20,13 @@ from lora_core.events import Event, JobDiverged, JobFinished, JobStepped
 from lora_core.forward.generation import Generation, check_prompts
 from worker.children.tokenizer.chat_template import Refused
 from worker.children.tokenizer.text_encoder import BaseText
+from worker.children.trainer.checkpoint_writer import (
+    CheckpointDraft,
+    CheckpointFiles,
+    CheckpointWriter,
+    WrittenCheckpoint,
+    writes_while_training,
+)
 from worker.children.trainer.file_broadcast import forget, receive_files
 from worker.children.trainer.inference import InferenceRequests
 from worker.children.trainer.job_config import job_config
@@ -75,6 +82,8 @@ class MessageHandlers:
         self.inference = InferenceRequests(
             engine, directory, events, text=self._base_text, free_host_bytes=free_host_bytes
         )
+        self._writer = CheckpointWriter(free_host_bytes=free_host_bytes)
+        self._writes_while_training = writes_while_training(directory.device(), engine.ranks)
         self._reported_at = time.monotonic()
         self._reported_verifying = False
 
@@ -171,6 +180,7 @@ class MessageHandlers:
         return self._text
 
     def _evict(self, claim_id: str) -> None:
+        self._settle(claim_id)  # its folder is deleted after the event that follows
         if self._jobs.pop(claim_id, None) is not None:
             self.engine.evict(claim_id)
         forget(self._directory, claim_id, self._ranks)
@@ -188,6 +198,9 @@ class MessageHandlers:
         except OutOfMemory as error:
             self._refuse(error.job, error)
             return
+        for event in events:
+            if isinstance(event, (JobFinished, JobDiverged)):  # its checkpoints are reported before
+                self._settle(event.job)
         # A divergence is reported after its last checkpoint: the worker ends the attempt on that event.
         self.events.write(*(as_json(event) for event in events if not isinstance(event, JobDiverged)))
         self._sample(steps_to_sample(events))
@@ -226,6 +239,7 @@ class MessageHandlers:
             if generation is not None:
                 self._advance(generation, step_of)
             self.read_inbox()
+            self.report_checkpoints()
             self.report()
         for job, answers in generation.answers().items() if generation is not None else ():
             if job in self._jobs:
@@ -244,6 +258,9 @@ class MessageHandlers:
     # Checkpoints and adapters
 
     def _checkpoint(self, claim_id: str) -> None:
+        if self._writes_while_training:
+            self._begin_checkpoint(claim_id)
+            return
         began_at, checkpoint = time.time(), self._save(claim_id)
         if checkpoint is not None:
             adapter = self._export_checkpoint(claim_id)
@@ -254,6 +271,7 @@ class MessageHandlers:
     def _save(self, claim_id: str) -> Json | None:
         """`step` and relative `folder` of a new checkpoint. None: this step is saved already, the disk failed, or an
         update of the job broke off."""
+        self._settle(claim_id)
         step, _ = self.engine.progress(claim_id)
         job = self._jobs[claim_id]
         if step == job.saved_step:
@@ -272,10 +290,9 @@ class MessageHandlers:
         """Relative `adapter`, with the weights of the saved step in PEFT's layout, and `num_parameters`. NO_ADAPTER:
         the disk failed, or a finished job has gone back to the weights of an earlier step."""
         step, _ = self.engine.progress(claim_id)
-        if self.engine.evaluated_step(claim_id) not in (None, step):
+        if not self._has_weights_of(claim_id, step):
             return NO_ADAPTER
-        folder = self._directory.checkpoint_path(claim_id, step)
-        adapter = folder.with_name(f"{folder.name}-adapter")
+        adapter = self._directory.checkpoint_adapter_path(claim_id, step)
         base = self._jobs[claim_id].base
         try:
             self._ranks.by_leader(
@@ -287,6 +304,65 @@ class MessageHandlers:
             self._report_event(claim_id, "checkpoint_unexported", step=step, error=error_report(error))
             return NO_ADAPTER
         return {"adapter": self._directory.named(adapter), "num_parameters": self.engine.num_parameters(claim_id)}
+
+    def _has_weights_of(self, claim_id: str, step: int) -> bool:
+        """Return whether the adapter has the weights of the last completed step, and not of an earlier one."""
+        return self.engine.evaluated_step(claim_id) in (None, step)
+
+    def _begin_checkpoint(self, claim_id: str) -> None:
+        """Copy the job's state, and have it written while the job trains on."""
+        self._settle(claim_id)
+        began_at, job = time.time(), self._jobs[claim_id]
+        step, _ = self.engine.progress(claim_id)
+        if step == job.saved_step:
+            return
+        self._report_written(self._writer.make_room(self.engine.num_bytes(claim_id)))
+        try:
+            checkpoint, adapter = self.engine.checkpoint_snapshot(claim_id), None
+            if self._has_weights_of(claim_id, step):
+                adapter = self.engine.adapter_snapshot(
+                    claim_id, base_name=job.base.name, base_revision=job.base.revision
+                )
+        except LoraCoreError as error:
+            self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(error))
+            return
+        files = CheckpointFiles(
+            claim_id=claim_id,
+            step=step,
+            folder=self._directory.checkpoint_path(claim_id, step),
+            adapter_folder=self._directory.checkpoint_adapter_path(claim_id, step),
+        )
+        draft = CheckpointDraft(files=files, checkpoint=checkpoint, adapter=adapter, began_at=began_at)
+        self._writer.begin(draft)
+
+    def report_checkpoints(self) -> None:
+        """Report the checkpoints that were written since the last call."""
+        self._report_written(self._writer.completed())
+
+    def _settle(self, claim_id: str) -> None:
+        """Wait for the job's unwritten checkpoints, and report them."""
+        self._report_written(self._writer.settle(claim_id))
+
+    def close(self) -> None:
+        """Wait for all unwritten checkpoints, and report them."""
+        self._report_written(self._writer.close())
+
+    def _report_written(self, outcomes: Iterable[WrittenCheckpoint]) -> None:
+        for outcome in outcomes:
+            claim_id, step, files = outcome.files.claim_id, outcome.files.step, outcome.files
+            if outcome.error is not None:
+                self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(outcome.error))
+                continue
+            self._jobs[claim_id].saved_step = step
+            adapter = NO_ADAPTER
+            if outcome.num_parameters is not None:
+                folder = self._directory.named(files.adapter_folder)
+                adapter = {"adapter": folder, "num_parameters": outcome.num_parameters}
+            if outcome.adapter_error is not None:
+                error = error_report(outcome.adapter_error)
+                self._report_event(claim_id, "checkpoint_unexported", step=step, error=error)
+            folder, spans = self._directory.named(files.folder), list(outcome.spans)
+            self._report_event(claim_id, "checkpointed", step=step, folder=folder, **adapter, spans=spans)
 
     def _export(self, finished: JobFinished) -> None:
         claim_id, folder = finished.job, self._directory.job_path(finished.job) / "adapter"

@@ -1,0 +1,134 @@
+"""Writes checkpoints in a thread while the jobs train on.
+
+A snapshot is copied to the host between two ticks. The thread then needs only the host: it writes and synchronizes the
+files, and computes their digests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from catalog import failpoints
+from lora_core.distributed.ranks import Ranks
+from lora_core.engine.checkpoint import CheckpointSnapshot
+from lora_core.peft_format.export import AdapterSnapshot
+from worker.protocol.mailbox import Json, timed
+
+MIN_SNAPSHOTS = 2
+"""Snapshots that exist at most while memory is short: one that is written, and the next one."""
+FREE_TIMES = 4
+"""Free host memory that a further snapshot needs, as a multiple of its size. Equal jobs that began together are due at
+the same step, and training would stop until most of them are written."""
+
+
+def writes_while_training(device: str, ranks: Ranks) -> bool:
+    """Return whether checkpoints are written in the thread.
+
+    On a CPU the thread would take its time from training. Several ranks would have to agree about each outcome.
+    """
+    return device.startswith("cuda") and ranks.size == 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointFiles:
+    """The folders of one checkpoint, which don't exist before."""
+
+    claim_id: str
+    step: int
+    folder: Path
+    adapter_folder: Path
+    """For the same weights in PEFT's layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointDraft:
+    """A checkpoint that is to be written. `adapter` is None if it has other weights than the checkpoint."""
+
+    files: CheckpointFiles
+    checkpoint: CheckpointSnapshot
+    adapter: AdapterSnapshot | None
+    began_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenCheckpoint:
+    """The outcome of writing one checkpoint."""
+
+    files: CheckpointFiles
+    error: OSError | None = None
+    """Why there is no checkpoint."""
+    num_parameters: int | None = None
+    """Trained parameters of the adapter; None if no adapter was written."""
+    adapter_error: OSError | None = None
+    spans: tuple[Json, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pending:
+    claim_id: str
+    outcome: Future[WrittenCheckpoint]
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the order of `begin`. The other methods return outcomes, each once and in that order.
+
+    Only the thread that trains may call it. Unexpected errors of the writing thread are raised where its outcome is
+    returned.
+    """
+
+    def __init__(self, *, free_host_bytes: Callable[[], int]) -> None:
+        """free_host_bytes: returns the free memory of this machine."""
+        self._free_host_bytes = free_host_bytes
+        self._pending: deque[_Pending] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+
+    def begin(self, draft: CheckpointDraft) -> None:
+        """Write a checkpoint in the thread. `make_room` before the snapshots are taken."""
+        self._pending.append(_Pending(claim_id=draft.files.claim_id, outcome=self._thread.submit(written, draft)))
+
+    def completed(self) -> Iterator[WrittenCheckpoint]:
+        """Return the outcomes that are known, without waiting."""
+        while self._pending and self._pending[0].outcome.done():
+            yield self._pending.popleft().outcome.result()
+
+    def make_room(self, num_bytes: int) -> Iterator[WrittenCheckpoint]:
+        """Wait until there is memory for one more snapshot of that size."""
+        yield from self.completed()
+        while len(self._pending) >= MIN_SNAPSHOTS and self._free_host_bytes() < FREE_TIMES * num_bytes:
+            yield self._pending.popleft().outcome.result()
+
+    def settle(self, claim_id: str) -> Iterator[WrittenCheckpoint]:
+        """Wait until the job has no unwritten checkpoint."""
+        while any(pending.claim_id == claim_id for pending in self._pending):
+            yield self._pending.popleft().outcome.result()
+
+    def close(self) -> Iterator[WrittenCheckpoint]:
+        """Wait for all checkpoints, and end the thread."""
+        while self._pending:
+            yield self._pending.popleft().outcome.result()
+        self._thread.shutdown()
+
+
+def written(draft: CheckpointDraft) -> WrittenCheckpoint:
+    """Write the files of a checkpoint. Errors of the disk are part of the outcome, and others are raised."""
+    try:
+        draft.checkpoint.write(draft.files.folder)
+    except OSError as error:
+        return WrittenCheckpoint(files=draft.files, error=error)
+    num_parameters, adapter_error = None, None
+    if draft.adapter is not None:
+        try:
+            num_parameters = draft.adapter.write(draft.files.adapter_folder).num_parameters
+        except OSError as error:
+            adapter_error = error
+    failpoints.pass_by("in_checkpoint")
+    return WrittenCheckpoint(
+        files=draft.files,
+        num_parameters=num_parameters,
+        adapter_error=adapter_error,
+        spans=(timed("checkpoint", draft.began_at),),
+    )
