@@ -130,7 +130,7 @@ def own_parts(
     is_one_slice = step_tokens <= slice_tokens
     most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
     usual = slice_bytes(description, precision)
-    # The kernels of a GPU draw the mask again instead, but they only take what lora_core/layers/tiled_lora.py says.
+    # The kernels of a GPU draw the mask again instead, but they take only what lora_core/layers/tiled_lora.py names.
     is_too_high = highest_rank * (2 if subtracts_start else 1) > GPU_KERNEL_RANK
     has_masks = dropout and (not recomputes or use_dora or precision == "float32" or is_too_high)
     even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
