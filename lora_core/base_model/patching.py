@@ -32,6 +32,7 @@ from lora_core.layers.embeddings import forward_embedding, forward_embedding_wat
 from lora_core.layers.fused_projections import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.layers.longrope import rotations_by_length
 from lora_core.layers.lora_linear import PackedDelta, PackedLinear, PlainWeight
+from lora_core.layers.recomputed_inputs import origin_of
 from lora_core.layers.residual_block import faster_blocks
 from lora_core.layers.rms_norm import faster_norms
 from lora_core.layers.rotary import faster_rotations
@@ -220,14 +221,15 @@ def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: Segme
     ahead = taken_from_ahead(name, x)
     if ahead is not None:
         return ahead
-    x_TD = x.reshape(-1, x.shape[-1])
+    x_TD, origin = x.reshape(-1, x.shape[-1]), origin_of(x)
     share = segment_op.divide(name, pack, x_TD.device)
     plain = plain_weight(linear)
     if plain is not None:
-        y_TO = PackedLinear.apply(x_TD, None if share.is_empty else leaf, plain, share.pieces, share.runs)
+        y_TO = PackedLinear.apply(x_TD, None if share.is_empty else leaf, plain, share.pieces, share.runs, origin)
     else:
         y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().batch_invariant)
-        y_TO = y_TO if share.is_empty else PackedDelta.apply(y_TO, x_TD, leaf, share.pieces, share.runs)
+        if not share.is_empty:
+            y_TO = PackedDelta.apply(y_TO, x_TD, leaf, share.pieces, share.runs, origin)
     return y_TO.view(*x.shape[:-1], -1)
 
 

@@ -26,6 +26,7 @@ from lora_core.layers.lora_linear import (
     received_by_lora,
     through_weight,
 )
+from lora_core.layers.recomputed_inputs import InputOrigin, origin_of, save_input, saved_input
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch, computed_ahead, current_kernels
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -87,7 +88,7 @@ def forward_siblings(siblings: Siblings, pack: PackedBatch, leaf: Tensor, x: Ten
     """Return the output of the first sibling. Those of the others are stored in the pass."""
     shares = shares_of(pack, siblings.modules)
     outputs = PackedSiblings.apply(
-        x.reshape(-1, x.shape[-1]), None if shares.is_empty else leaf, siblings.weights, shares
+        x.reshape(-1, x.shape[-1]), None if shares.is_empty else leaf, siblings.weights, shares, origin_of(x)
     )
     first, *others = (y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
     for module, output in zip(siblings.modules[1:], others, strict=True):
@@ -118,7 +119,14 @@ class PackedSiblings(torch.autograd.Function):
     """y of each linear including LoRA of each segment. `leaf` as in PackedLinear. Saves x once."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, leaf: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
+    def forward(  # noqa: PLR0917  (autograd passes by position)
+        ctx,
+        x_TD: Tensor,
+        leaf: Tensor | None,
+        weights: tuple[PlainWeight, ...],
+        shares: Shares,
+        origin: InputOrigin | None = None,
+    ):
         ctx.exact = current_kernels().batch_invariant
         outputs = [batch_invariant.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
         ctx.weights, ctx.shares = weights, shares
@@ -127,7 +135,8 @@ class PackedSiblings(torch.autograd.Function):
             add_lora(y_TO, x_TD, pieces, weight)
             for y_TO, pieces, weight in zip(outputs, shares.single, weights, strict=True)
         ]
-        ctx.save_for_backward(*([] if shares.is_empty else [x_TD]))
+        if not shares.is_empty:
+            save_input(ctx, x_TD, origin)
         return tuple(outputs)
 
     @staticmethod
@@ -137,12 +146,12 @@ class PackedSiblings(torch.autograd.Function):
         received = [received_by_lora(*parts) for parts in zip(gradients, ctx.branches, single, strict=True)]
         dx_TD = _input_gradient(ctx, gradients, received) if ctx.needs_input_grad[0] else None
         if not ctx.shares.is_empty:
-            (x_TD,) = ctx.saved_tensors
+            x_TD = saved_input(ctx)
             for piece, h_tS in zip(ctx.shares.joint, ctx.hidden, strict=True):
                 _add_joint_gradients(dx_TD, gradients, x_TD, h_tS, piece)
             for of_linear, branches, pieces in zip(received, ctx.branches, single, strict=True):
                 add_lora_gradients(dx_TD, of_linear, x_TD, branches, pieces)
-        return dx_TD, None, None, None
+        return dx_TD, None, None, None, None
 
 
 def _add_joint(outputs: list[Tensor], x_TD: Tensor, piece: JointPiece) -> Tensor:

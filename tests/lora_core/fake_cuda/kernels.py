@@ -16,7 +16,7 @@ from tests.lora_core.fake_cuda.observer import DeviceObserver
 
 PACKAGE = "lora_core.kernels.gpu"
 ELEMENTWISE = (
-    *("swiglu", "swiglu_backward", "rms_norm", "add_rms_norm", "rms_norm_backward", "rotate"),
+    *("swiglu", "swiglu_backward", "rms_norm", "add_rms_norm", "rms_norm_with_rate", "rms_norm_backward", "rotate"),
     *("score_logits", "logit_gradient"),
 )
 

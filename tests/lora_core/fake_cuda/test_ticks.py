@@ -28,7 +28,9 @@ SHAPES = {
 }
 """Hidden size, feed-forward size, and features of all queries and of all keys."""
 TOKENS, RANK = 16 * 512, 16
-FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 29, 49
+KEPT_BYTES = 95_000
+"""For one token and layer of 8b."""
+FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 29, 52
 """With 16 jobs, for any shape: of a layer as its kernels are chosen on an H100."""
 
 
@@ -99,9 +101,11 @@ def test_the_memory_estimate_counts_what_a_layer_keeps(answer: Answer, shape: st
         "down_proj": [[hidden, feed_forward], 1],
     }
 
-    counted = memory.activation_bytes_per_token(linears, "bfloat16")
+    counted = memory.activation_bytes_per_token(linears, "bfloat16", "cuda")
 
-    assert per_layer(answer, shape)["kept_bytes"] == pytest.approx(counted, rel=0.1)
+    kept = per_layer(answer, shape)["kept_bytes"]
+    assert kept == pytest.approx(counted, rel=0.1)
+    assert shape != "8b" or kept < KEPT_BYTES
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -122,8 +126,8 @@ def test_a_token_costs_its_products_with_the_frozen_weights_twice_and_lora(answe
     [
         ({"kernels": {"elementwise": "eager"}}, (53, 103)),
         ({"kernels": {"lora": "loop"}}, (351, 805)),
-        ({"rank": 5}, (29, 49)),
-        ({"dropout": 0.05}, (29, 49)),
+        ({"rank": 5}, (29, 52)),
+        ({"dropout": 0.05}, (29, 52)),
     ],
     ids=["eager norms and activations", "LoRA by segment", "padded rank", "dropout"],
 )

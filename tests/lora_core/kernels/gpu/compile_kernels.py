@@ -94,6 +94,8 @@ def of_rows() -> Iterator[Configuration]:
         yield plain(f"norm, {features} features, sum {added}", elementwise._rms_norm, types, HAS_DELTA=added, **of_rows)
         label = f"norm backward, {features} features, sum {added}"
         yield plain(label, elementwise._rms_norm_backward, types, HAS_ONWARD=added, **of_rows)
+        if not added:
+            yield plain(f"norm with rate, {features} features", elementwise._rms_norm_with_rate, types, **of_rows)
     for name in ("swiglu", "swiglu_backward"):
         yield plain(name, getattr(elementwise, f"_{name}"), types, BLOCK=elementwise.BLOCK, **elementwise.OPTIONS)
     for heads_and_half, rest, backward in product(((32, 64), (64, 64), (16, 32)), (0, 64), (False, True)):
