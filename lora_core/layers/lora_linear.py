@@ -229,7 +229,7 @@ class PackedLinear(torch.autograd.Function):
         y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
-        ctx.hidden = [run.add(y_TO, x_TD) for run in runs]
+        ctx.hidden = [run.add([y_TO], x_TD) for run in runs]
         ctx.weight_OD = linear.weight_OD  # frozen, so save_for_backward's checks aren't needed
         if pieces or runs:
             save_input(ctx, x_TD, origin)
@@ -246,7 +246,7 @@ class PackedLinear(torch.autograd.Function):
             x_TD = saved_input(ctx)
             add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
             for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
-                run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
+                run.add_gradients(dx_TD, [dy_TO], x_TD, h_tW)
         return dx_TD, None, None, None, None, None
 
 
@@ -266,7 +266,7 @@ class PackedDelta(torch.autograd.Function):
         out_TO = y_TO.clone()
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(out_TO, x_TD, pieces, None)
-        ctx.hidden = [run.add(out_TO, x_TD) for run in runs]
+        ctx.hidden = [run.add([out_TO], x_TD) for run in runs]
         save_input(ctx, x_TD, origin)
         return out_TO
 
@@ -278,5 +278,5 @@ class PackedDelta(torch.autograd.Function):
         received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
         add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
         for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
-            run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
+            run.add_gradients(dx_TD, [dy_TO], x_TD, h_tW)
         return dy_TO, dx_TD, None, None, None, None

@@ -31,20 +31,30 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
     def elementwise(name: str) -> Callable[..., None]:
         return lambda *_: launch(name)
 
-    def add_lora(y_TO: Tensor, x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
+    def count_flops(group: TileGroup, num_shared: int, tensors: Sequence[Tensor]) -> None:
+        """Count products with features that the siblings share, and with those of each. All have the same rows."""
+        features = len(tensors) * num_shared + sum(tensor.shape[1] for tensor in tensors)
+        observer.counts.flops += 2 * group.num_rows // group.num_siblings * group.kind.width * features
+
+    def add_lora(outputs: Sequence[Tensor], x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
         launch("shrink")
         launch("expand")
-        observer.counts.flops += 2 * group.num_rows * group.kind.width * (x_TD.shape[1] + y_TO.shape[1])
+        count_flops(group, x_TD.shape[1], outputs)
         return x_TD.new_empty(group.num_rows, group.kind.width)
 
     def add_lora_gradients(
-        dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup
+        dx_TD: Tensor | None,
+        gradients: Sequence[Tensor],
+        x_TD: Tensor,
+        h_tW: Tensor,
+        entries: Tensor,
+        group: TileGroup,
     ) -> None:
         torch.empty_like(h_tW)
-        products = 2 * dy_TO.shape[1] + x_TD.shape[1] * (1 if dx_TD is None else 2)
         for name in ("shrink", "accumulate", "accumulate", *(() if dx_TD is None else ("expand",))):
             launch(name)
-        observer.counts.flops += 2 * group.num_rows * group.kind.width * products
+        count_flops(group, 0, gradients)
+        count_flops(group, x_TD.shape[1] * (1 if dx_TD is None else 2), gradients)
 
     def adamw(steps: Sequence[AdamwStep]) -> None:
         upload([np.zeros((len(steps), NUM_WORDS), np.int64)], steps[0].p.device)
