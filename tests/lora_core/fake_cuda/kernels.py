@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwStep
+from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwLaunch, AdamwStep
 from lora_core.kernels.gpu.tables import TileGroup
 from lora_core.runtime.transfers import upload
 from tests.lora_core.fake_cuda.observer import DeviceObserver
@@ -56,9 +56,9 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
         count_flops(group, 0, gradients)
         count_flops(group, x_TD.shape[1] * (1 if dx_TD is None else 2), gradients)
 
-    def adamw(steps: Sequence[AdamwStep]) -> None:
+    def adamw_launches(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
         upload([np.zeros((len(steps), NUM_WORDS), np.int64)], steps[0].p.device)
-        launch("adamw")
+        return [AdamwLaunch(run=lambda: launch("adamw"))]
 
     def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         upload([np.zeros((len(vectors), 5), np.int64)], vectors[0][0].device)
@@ -69,7 +69,7 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
     return {
         f"{PACKAGE}.elementwise": _module(**{name: elementwise(name) for name in ELEMENTWISE}),
         f"{PACKAGE}.segmented_lora": _module(add_lora=add_lora, add_lora_gradients=add_lora_gradients),
-        f"{PACKAGE}.optimizer": _module(adamw=adamw, step_sizes=step_sizes),
+        f"{PACKAGE}.optimizer": _module(adamw_launches=adamw_launches, step_sizes=step_sizes),
     }
 
 

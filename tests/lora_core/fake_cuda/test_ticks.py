@@ -32,6 +32,8 @@ KEPT_BYTES = 95_000
 """For one token and layer of 8b."""
 FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 23, 37
 """With 16 jobs, for any shape: of a layer as its kernels are chosen on an H100."""
+UPDATE_LAUNCHES = 8
+"""After the backward pass, for all jobs."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,14 @@ def test_the_host_waits_for_the_scores_and_for_the_sizes_of_the_steps_alone(answ
     for num_layers in (1, 2):
         tick = answer("tick", shape=shape, num_layers=num_layers)
         assert tick["waits"] == {"update download": 2}
-        assert tick["uploads"] == 2 + 2 * 16, "the pack, its plan, and two tables for the step of each job"
+        assert tick["uploads"] == 4, "the pack, its plan, and two tables for the steps of all jobs"
+
+
+def test_steps_of_more_jobs_take_no_more_uploads_and_launches(answer: Answer) -> None:
+    few, many = (answer("tick", shape="smollm2", num_layers=1, num_jobs=number) for number in (2, 16))
+
+    assert few["uploads"] == many["uploads"]
+    assert few["launches"]["update"] == many["launches"]["update"] == UPDATE_LAUNCHES
 
 
 @pytest.mark.parametrize("shape", SHAPES)
