@@ -68,36 +68,36 @@ def add_lora_gradients(
 def shrink(h_tW: Tensor, sources: Sequence[Tensor], entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
     """Launch h = scale·d(x) Aᵀ, or h = scale·x B without dropout. All siblings share one x, or each has its own."""
     constants = shrink_constants(group.kind, by_b=by_b, num_siblings=len(sources))
-    _shrink[group.num_tiles,](*_three(sources), h_tW, entries, group.tiles, *_widths(sources), **constants)
+    tensors, widths = _operands(sources)
+    _shrink[group.num_tiles,](*tensors, h_tW, entries, group.tiles, *widths, **constants)
 
 
 def expand(targets: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
     """Launch y += h Bᵀ for the y of each sibling, or y += Σ d(h A) over all siblings for one y."""
     constants = expand_constants(group.kind, by_b=by_b, num_siblings=len(targets))
-    widths = _widths(targets)
     if by_b:
+        tensors, widths = _operands(targets)
         grid = group.num_tiles, -(-max(widths) // constants["N"])
-        _expand[grid](h_tW, *_three(targets), entries, group.tiles, *widths, **constants)
+        _expand[grid](h_tW, *tensors, entries, group.tiles, *widths, **constants)
     else:
-        grid = group.num_joins, -(-widths[0] // constants["N"])
-        _expand_sum[grid](h_tW, targets[0], entries, group.joins, widths[0], **constants)
+        (target,) = targets
+        grid = group.num_joins, -(-target.shape[1] // constants["N"])
+        _expand_sum[grid](h_tW, target, entries, group.joins, target.shape[1], **constants)
 
 
 def accumulate(sources: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
     """Launch dB += xᵀ h for the x of each sibling, or dA += hᵀ d(x) for one x."""
     constants = accumulate_constants(group.kind, by_b=by_b, num_siblings=len(sources))
-    widths = _widths(sources)
+    tensors, widths = _operands(sources)
     grid = group.num_spans, -(-max(widths) // constants["N"])
-    _accumulate[grid](*_three(sources), h_tW, entries, group.spans, *widths, **constants)
+    _accumulate[grid](*tensors, h_tW, entries, group.spans, *widths, **constants)
 
 
-def _three(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return MOST_SIBLINGS tensors. A kernel doesn't read the additional ones."""
-    return [*tensors, *[tensors[0]] * (MOST_SIBLINGS - len(tensors))]
-
-
-def _widths(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.shape[1] for tensor in _three(tensors)]
+def _operands(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int]]:
+    """Return MOST_SIBLINGS tensors and their widths. A kernel doesn't read the additional ones."""
+    first, missing = tensors[0], MOST_SIBLINGS - len(tensors)
+    widths = [tensor.shape[1] for tensor in tensors]
+    return [*tensors, *[first] * missing], widths + widths[:1] * missing
 
 
 @cache
