@@ -14,6 +14,10 @@ VECTORS_PER_ROW = 4
 """Parameters, gradient and the two moments of AdamW, all fp32. SGD needs as much, and Adafactor about half of it."""
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Linear layers that read the same input, which is kept once for the backward pass."""
+GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+RECOMPUTED_INPUTS = ("q_proj", "gate_proj", "down_proj")
+"""Linear layers of a model with gated MLPs whose input is the output of a norm or of the gated activation. The backward
+pass on a GPU recomputes it."""
 MASK_BYTES_PER_FEATURE = 1
 """Dropout mask per input feature of a linear layer and per token of the job, kept until the backward pass."""
 PASSING_NUMBERS_PER_FEATURE = 6
@@ -135,8 +139,8 @@ def own_parts(
     has_masks = dropout and (not recomputes or use_dora or precision == "float32" or is_too_high)
     even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
     even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
-    largest = most_tokens * activation_bytes_per_token(shapes, precision) + even_so
-    if recomputes and most_tokens > JOB_TOKENS:
+    largest = most_tokens * activation_bytes_per_token(shapes, precision, "cuda" if recomputes else "cpu") + even_so
+    if recomputes:
         recomputed = most_tokens * _recomputed_bytes_per_token(description, precision)
         largest = max(usual + even_so, min(largest, recomputed + even_so))
     start = _start_bytes(description, precision) if subtracts_start else 0
@@ -205,23 +209,27 @@ def _int8_bytes(out_features: int, in_features: int) -> int:
     return out_features * in_features + 4 * out_features
 
 
-def activation_bytes_per_token(shapes: Shapes, precision: str) -> int:
-    """Return the activations that one token of a tick keeps until its backward pass.
+def activation_bytes_per_token(shapes: Shapes, precision: str, kind: str = "cpu") -> int:
+    """Return the activations that one token of a tick keeps until its backward pass, by the kind of device.
 
     Each linear layer's output is kept by what reads it: attention, the gated activation, or the next norm, after the
-    residual sum. Each input is kept for the gradient of A, once if several layers share it. A pass on a GPU whose norms
-    and activations run as single torch operations keeps a third more, and the engine then recomputes activations
-    earlier. A job with dropout also needs MASK_BYTES_PER_FEATURE.
+    residual sum. Each input is kept for the gradient of A, once if several layers share it. A GPU doesn't keep
+    RECOMPUTED_INPUTS. If its norms and activations run as single torch operations, it keeps twice as much, and the
+    engine then recomputes blocks earlier. A job with dropout also needs MASK_BYTES_PER_FEATURE.
+
+    The parts of a tick use the value of a CPU, because a job is accepted before its device is known.
     """
     others = {name for names in SHARED_INPUTS if names[0] in shapes for name in names[1:]}
+    if kind == "cuda" and shapes.keys() >= set(GATED_MLP):
+        others |= set(RECOMPUTED_INPUTS)
     inputs = _input_features({name: shape for name, shape in shapes.items() if name not in others})
     return (_output_features(shapes) + inputs) * BYTES_PER_NUMBER[precision]
 
 
 def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) -> int:
-    """Return the activations per token with recomputation: the inputs of all blocks, and all activations of one."""
+    """Return the activations per token with recomputation, on a GPU: the inputs of all blocks, and all of one block."""
     num_layers = max(1, int(description.get("num_layers", 1)))
-    of_all = activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+    of_all = activation_bytes_per_token(description.get("linear_shapes", {}), precision, "cuda")
     entering = num_layers * int(description.get("hidden_size", 0)) * BYTES_PER_NUMBER[precision]
     return entering + math.ceil(of_all / num_layers)
 

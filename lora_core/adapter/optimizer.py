@@ -6,7 +6,7 @@ optimizer keeps its state in the adapter's m and v.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_core.adapter.adafactor import Block, adafactor_bounds, adafactor_step
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import OptimizerConfig, ScheduleConfig
-from lora_core.kernels.gpu.optimizer_table import AdamwStep
+from lora_core.kernels.gpu.optimizer_table import AdamwLaunch, AdamwStep
 from lora_core.kernels.on_device import has_gpu_kernels
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -67,14 +67,28 @@ def step_sizes(adapter: FlatAdapter, config: OptimizerConfig, *, learning_rate: 
 
     Raises torch.OutOfMemoryError.
     """
-    if has_gpu_kernels(adapter.g):  # torch's sum there depends on the number of multiprocessors
-        from lora_core.kernels.gpu import optimizer
-
-        moments = adapter.m if len(adapter.m) else adapter.p  # Adafactor has no first moment
-        return optimizer.step_sizes([(adapter.g, adapter.p, moments)])[0]
     weight = torch.linalg.vector_norm(adapter.p, math.inf)
     moment = torch.linalg.vector_norm(adapter.m, math.inf) if _reads_moment(config, learning_rate) else weight * 0
     return torch.stack([torch.linalg.vector_norm(adapter.g), weight, moment])
+
+
+def has_joint_sizes(adapter: FlatAdapter) -> bool:
+    """Return whether `joint_step_sizes` measures the step of this adapter: on a GPU with kernels.
+
+    torch's sum there depends on the number of multiprocessors.
+    """
+    return has_gpu_kernels(adapter.g)
+
+
+def joint_step_sizes(adapters: Sequence[FlatAdapter]) -> Tensor:
+    """Return the sizes of the next step of each adapter as fp32 [J, 3] on their device.
+
+    Raises torch.OutOfMemoryError.
+    """
+    from lora_core.kernels.gpu import optimizer
+
+    moments = [adapter.m if len(adapter.m) else adapter.p for adapter in adapters]  # Adafactor has no first moment
+    return optimizer.step_sizes([(adapter.g, adapter.p, m) for adapter, m in zip(adapters, moments, strict=True)])
 
 
 def _reads_moment(config: OptimizerConfig, learning_rate: float) -> bool:
@@ -146,12 +160,6 @@ def optimizer_step(
 
     `step` counts from 1. `norm` is the Euclidean norm of the gradient before clipping.
     """
-    if config.kind == "adamw" and has_gpu_kernels(adapter.p):
-        from lora_core.kernels.gpu.optimizer import adamw
-
-        adamw([adamw_step_of(adapter, config, step=step, learning_rate=learning_rate, norm=norm)])
-        adapter.refresh_derived()
-        return
     if config.max_grad_norm is not None:
         adapter.g.mul_(_clip_factor(config, norm))
     if config.kind == "sgd":
@@ -163,6 +171,21 @@ def optimizer_step(
         _adamw_step(adapter, config, step=step, learning_rate=learning_rate)
     adapter.g.zero_()
     adapter.refresh_compute()
+
+
+def has_joint_step(adapter: FlatAdapter, config: OptimizerConfig) -> bool:
+    """Return whether `joint_steps` takes the steps of this adapter: AdamW on a GPU with kernels."""
+    return config.kind == "adamw" and has_gpu_kernels(adapter.p)
+
+
+def joint_steps(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
+    """Upload all steps, and return the launches that take them.
+
+    Call `refresh_derived` of each adapter after the launches. Raises torch.OutOfMemoryError.
+    """
+    from lora_core.kernels.gpu import optimizer
+
+    return optimizer.adamw_launches(steps)
 
 
 def _clip_factor(config: OptimizerConfig, norm: float) -> float:

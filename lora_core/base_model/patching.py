@@ -32,6 +32,7 @@ from lora_core.layers.embeddings import forward_embedding, forward_embedding_wat
 from lora_core.layers.fused_projections import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.layers.longrope import rotations_by_length
 from lora_core.layers.lora_linear import PackedDelta, PackedLinear, PlainWeight
+from lora_core.layers.recomputed_inputs import origin_of
 from lora_core.layers.residual_block import faster_blocks
 from lora_core.layers.rms_norm import faster_norms
 from lora_core.layers.rotary import faster_rotations
@@ -148,9 +149,10 @@ class Attachment:
         )
         for reason in self.kernels.reasons:
             LOGGER.warning("%s", reason)
-        self.segment_op = SegmentedLora(self.kernels.lora, tuple(self.linears))
         self.blocks = find_blocks(model)
-        self._siblings = {} if is_sharded or self.kernels.lora != "loop" else find_siblings(self.linears)
+        self._siblings = {} if is_sharded else find_siblings(self.linears)
+        groups = [siblings.modules for siblings in self._siblings.values()]
+        self.segment_op = SegmentedLora(self.kernels.lora, self.linears, groups)
         self.leaf = torch.zeros((), device=model.device, requires_grad=True)
         self._parts = [*_faster_parts(model, self.kernels, is_sharded=is_sharded), *rotations_by_length(model)]
         self._blocks = blocks_of(model)
@@ -164,7 +166,7 @@ class Attachment:
             linear.forward = partial(forward_linear, linear, name, self.leaf, self.segment_op)
         for name, siblings in self._siblings.items():
             linear = self.linears[name]
-            linear.forward = partial(forward_first, siblings, linear, self.leaf)
+            linear.forward = partial(forward_first, siblings, linear, self.leaf, self.segment_op)
         for module, forward in self._parts:
             module.forward = forward
         for block in self._blocks:
@@ -220,21 +222,25 @@ def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: Segme
     ahead = taken_from_ahead(name, x)
     if ahead is not None:
         return ahead
-    x_TD = x.reshape(-1, x.shape[-1])
-    share = segment_op.divide(name, pack, x_TD.device)
+    x_TD, origin = x.reshape(-1, x.shape[-1]), origin_of(x)
+    share = segment_op.divide((name,), pack, x_TD.device)
+    (pieces,) = share.pieces
     plain = plain_weight(linear)
     if plain is not None:
-        y_TO = PackedLinear.apply(x_TD, None if share.is_empty else leaf, plain, share.pieces, share.runs)
+        y_TO = PackedLinear.apply(x_TD, None if share.is_empty else leaf, plain, pieces, share.runs, origin)
     else:
         y_TO = own_forward(linear, x_TD, target_of(name, linear).out_features, current_kernels().batch_invariant)
-        y_TO = y_TO if share.is_empty else PackedDelta.apply(y_TO, x_TD, leaf, share.pieces, share.runs)
+        if not share.is_empty:
+            y_TO = PackedDelta.apply(y_TO, x_TD, leaf, pieces, share.runs, origin)
     return y_TO.view(*x.shape[:-1], -1)
 
 
-def forward_first(siblings: Siblings, linear: nn.Module, leaf: Tensor, x: Tensor) -> Tensor:
+def forward_first(siblings: Siblings, linear: nn.Module, leaf: Tensor, segment_op: SegmentedLora, x: Tensor) -> Tensor:
     """Forward of the first sibling linear, which computes the other siblings with it inside a pack."""
     pack = current_pack()
-    return type(linear).forward(linear, x) if pack is None else forward_siblings(siblings, pack, leaf, x)
+    if pack is None:
+        return type(linear).forward(linear, x)
+    return forward_siblings(siblings, pack, leaf, segment_op, x)
 
 
 def forward_pooler(pooler: nn.Module, hidden: Tensor) -> Tensor | None:

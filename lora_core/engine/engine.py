@@ -38,6 +38,7 @@ from lora_core.engine.fair_queue import ReadySlice, select_slices, widen
 from lora_core.engine.invariance_probe import Invariance, measure_invariance
 from lora_core.engine.job import TrainingJob
 from lora_core.engine.job_start import empty_adapter, job_on, load_adapter
+from lora_core.engine.joint_steps import measure_together, step_together
 from lora_core.engine.memory_recovery import MemoryRecovery
 from lora_core.engine.prefix_cache import PrefixCounts, Prefixes
 from lora_core.engine.rank_agreement import StepOutcome, agree, read_sizes, require_equal_weights
@@ -292,9 +293,16 @@ class Engine:
                 job.collect([plan.ranks[number] for number in numbers])
                 self._receive(outcome, [computed.scores[number] for number in numbers])
         if plan.kind == "train":
-            for outcome, sizes in zip(outcomes, read_sizes(self.ranks, outcomes), strict=True):
-                with interrupts_wait():  # a half-applied optimizer step can be neither undone nor completed
-                    self._step(outcome, sizes)
+            measure_together(outcomes)
+            read = zip(outcomes, read_sizes(self.ranks, outcomes), strict=True)
+            due = [(outcome, sizes) for outcome, sizes in read if sizes is not None]
+            # A half-applied optimizer step can be neither undone nor completed.
+            with interrupts_wait():
+                step_together([(outcome, sizes) for outcome, sizes in due if outcome.job.has_joint_step])
+            for outcome, sizes in due:
+                if not outcome.job.has_joint_step:
+                    with interrupts_wait():
+                        self._step(outcome, sizes)
         return outcomes
 
     def _receive(self, outcome: StepOutcome, scores: list[SliceScores]) -> None:
@@ -310,9 +318,7 @@ class Engine:
         except OutOfMemory as error:
             outcome.error = error
 
-    def _step(self, outcome: StepOutcome, sizes: StepSizes | None) -> None:
-        if sizes is None:
-            return
+    def _step(self, outcome: StepOutcome, sizes: StepSizes) -> None:
         try:
             with shortage_of(outcome.job.name):
                 outcome.job.pending += outcome.job.finish_step(sizes)

@@ -6,7 +6,8 @@ completed step changes the weights, so an unfinished unit can be replayed.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.gradients import SliceGradients
-from lora_core.adapter.optimizer import StepSizes, learning_rate_at, optimizer_step, stays_finite, step_sizes
+from lora_core.adapter.optimizer import (
+    StepSizes,
+    adamw_step_of,
+    has_joint_sizes,
+    has_joint_step,
+    learning_rate_at,
+    optimizer_step,
+    stays_finite,
+    step_sizes,
+)
 from lora_core.config import JobConfig, Kind
 from lora_core.data.batching import Unit, make_unit
 from lora_core.data.kto_pairs import mismatched
@@ -23,6 +33,7 @@ from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.divergence import is_dead
 from lora_core.engine.early_stopping import Selection
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
+from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import DropoutKey, NoiseKey, SliceInput
 
@@ -205,7 +216,8 @@ class TrainingJob:
     def receive(self, scores: SliceScores) -> list[Event]:
         """Add the scores of one slice whose gradient was collected. Call it for the slices of a tick in order.
 
-        After the last slice of a training batch the step is due: `sizes` is set, and `finish_step` takes it.
+        After the last slice of a training batch the step is due: `finish_step` takes it. On a CPU `sizes` is set, and
+        a GPU measures the steps of all jobs together (joint_steps.py).
         """
         unit, tally = self.unit, self.tally
         assert unit is not None
@@ -226,8 +238,22 @@ class TrainingJob:
         if unit.kind == "evaluate":
             return self._finish_evaluation(unit)
         self._gradients.complete()
-        self.sizes = step_sizes(self.adapter, self.config.optimizer, learning_rate=self._next_rate)
+        if not has_joint_sizes(self.adapter):
+            self.sizes = step_sizes(self.adapter, self.config.optimizer, learning_rate=self._next_rate)
         return []
+
+    @property
+    def is_due(self) -> bool:
+        """Whether all slices of a training batch were received, so that the step is due."""
+        unit = self.unit
+        if unit is None or unit.kind != "train":
+            return False
+        return self.tally.next_slice == len(unit.slices)
+
+    @property
+    def has_joint_step(self) -> bool:
+        """Whether a GPU takes the job's steps together with those of others (joint_steps.py)."""
+        return has_joint_step(self.adapter, self.config.optimizer)
 
     def replay_unit(self) -> None:
         """Discard the slices computed since the last completed step or evaluation."""
@@ -240,6 +266,21 @@ class TrainingJob:
 
     def finish_step(self, sizes: StepSizes) -> list[Event]:
         """Take the step that is due. `sizes` are its sizes on the host, and its `norm` that of all ranks."""
+        events = self.refuse_step(sizes)
+        if events:
+            return events
+        with self.updating():
+            config, rate = self.config.optimizer, self._next_rate
+            optimizer_step(self.adapter, config, step=self.step + 1, learning_rate=rate, norm=sizes.norm)
+        return self.complete_step(sizes)
+
+    def adamw_step(self, sizes: StepSizes) -> AdamwStep:
+        """Return the step that is due. Arguments as in `finish_step`."""
+        config, rate = self.config.optimizer, self._next_rate
+        return adamw_step_of(self.adapter, config, step=self.step + 1, learning_rate=rate, norm=sizes.norm)
+
+    def refuse_step(self, sizes: StepSizes) -> list[Event]:
+        """Return JobDiverged if the step that is due is impossible, else nothing. It changes no weights."""
         unit, config, step, rate = self.unit, self.config.optimizer, self.step + 1, self._next_rate
         assert unit is not None
         norm, self.sizes = sizes.norm, None
@@ -251,12 +292,26 @@ class TrainingJob:
             return self._diverge(f"The gradient of step {step} is {stands}.")
         if not stays_finite(self.adapter, config, learning_rate=rate, sizes=sizes):
             return self._diverge(f"The update of step {step} is not finite.", is_good=True)
+        return []
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Mark the job torn if the block fails: a half-applied update can be neither undone nor completed."""
         try:
-            optimizer_step(self.adapter, config, step=step, learning_rate=rate, norm=norm)
+            yield
         except BaseException:
-            self.quarantine()
-            self.is_torn = True  # a half-applied update can be neither undone nor completed
+            self.tear()
             raise
+
+    def tear(self) -> None:
+        self.quarantine()
+        self.is_torn = True
+
+    def complete_step(self, sizes: StepSizes) -> list[Event]:
+        """Count the step whose update is complete, and begin the next unit."""
+        unit, step, rate, norm = self.unit, self.step + 1, self._next_rate, sizes.norm
+        assert unit is not None
+        loss = self.tally.loss_sum / unit.num_terms
         self.progress.step = step
         self.progress.num_tokens += unit.num_tokens
         self.progress.num_supervised_tokens += unit.num_labels

@@ -1,8 +1,9 @@
 # pyright: basic
-"""Fused projections: linears with the same input (q, k, v; gate, up) as one autograd node on a CPU.
+"""Fused projections: linears with the same input (q, k, v; gate, up) as one autograd node.
 
 The input gradient is accumulated by the matmuls instead of separate additions. The A matrices of one job, adjacent in
-its adapter, are used as one matrix, so three thin matmuls become one. The first of these sibling linears computes all
+its adapter, are used as one matrix, so three thin matmuls become one. On a GPU the kernels of segmented_lora.py
+compute all segments and linears together. The first of these sibling linears computes all
 of them, and the others fetch their outputs from the pass. Shape suffixes: T tokens, t tokens of a segment, D input
 features, O output features, S the sum of ranks.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_core.adapter.flat_adapter import JointViews
 from lora_core.kernels import batch_invariant
+from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.layers.lora_linear import (
     Piece,
     PlainWeight,
@@ -26,6 +28,8 @@ from lora_core.layers.lora_linear import (
     received_by_lora,
     through_weight,
 )
+from lora_core.layers.recomputed_inputs import InputOrigin, origin_of, save_input, saved_input
+from lora_core.layers.tiled_lora import SegmentedLora
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch, computed_ahead, current_kernels
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -55,14 +59,18 @@ class JointPiece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shares:
-    """Segments of a pack in sibling linears: with joint A matrices, and for each linear those computed separately."""
+    """Segments of a pack in sibling linears.
+
+    `joint` have joint A matrices, `single` are computed separately for each linear, and `runs` are those of kernels.
+    """
 
     joint: tuple[JointPiece, ...]
     single: tuple[tuple[Piece, ...], ...]
+    runs: tuple[TiledRun, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not self.joint and not any(self.single)
+        return not self.joint and not self.runs and not any(self.single)
 
 
 def find_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Siblings]:
@@ -73,7 +81,7 @@ def find_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Siblings]:
         for names in (names for names in NAMES if names[0] == name):
             modules = tuple(f"{parent}.{other}" for other in names)
             parts = [linears.get(module) for module in modules]
-            if all(type(part) is nn.Linear and part.weight.device.type == "cpu" for part in parts):
+            if all(type(part) is nn.Linear and part.weight.device.type != "meta" for part in parts):
                 found[path] = Siblings(modules=modules, weights=tuple(map(_plain, parts)))
     return found
 
@@ -83,11 +91,13 @@ def _plain(linear: nn.Module | None) -> PlainWeight:
     return PlainWeight(weight_OD=linear.weight, bias_O=linear.bias)
 
 
-def forward_siblings(siblings: Siblings, pack: PackedBatch, leaf: Tensor, x: Tensor) -> Tensor:
+def forward_siblings(
+    siblings: Siblings, pack: PackedBatch, leaf: Tensor, segment_op: SegmentedLora, x: Tensor
+) -> Tensor:
     """Return the output of the first sibling. Those of the others are stored in the pass."""
-    shares = shares_of(pack, siblings.modules)
+    shares = shares_of(pack, siblings.modules, segment_op, x.device)
     outputs = PackedSiblings.apply(
-        x.reshape(-1, x.shape[-1]), None if shares.is_empty else leaf, siblings.weights, shares
+        x.reshape(-1, x.shape[-1]), None if shares.is_empty else leaf, siblings.weights, shares, origin_of(x)
     )
     first, *others = (y_TO.view(*x.shape[:-1], -1) for y_TO in outputs)
     for module, output in zip(siblings.modules[1:], others, strict=True):
@@ -101,7 +111,10 @@ def taken_from_ahead(module: str, x: Tensor) -> Tensor | None:
     return found[1] if found is not None and found[0] is x else None
 
 
-def shares_of(pack: PackedBatch, modules: tuple[str, ...]) -> Shares:
+def shares_of(pack: PackedBatch, modules: tuple[str, ...], segment_op: SegmentedLora, device: torch.device) -> Shares:
+    if segment_op.kernel == "tiled":
+        share = segment_op.divide(modules, pack, device)
+        return Shares(joint=(), single=share.pieces, runs=share.runs)
     joint: list[JointPiece] = []
     alone: list[BatchSegment] = []
     for segment in pack.segments:
@@ -118,7 +131,14 @@ class PackedSiblings(torch.autograd.Function):
     """y of each linear including LoRA of each segment. `leaf` as in PackedLinear. Saves x once."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, leaf: Tensor | None, weights: tuple[PlainWeight, ...], shares: Shares):
+    def forward(  # noqa: PLR0917  (autograd passes by position)
+        ctx,
+        x_TD: Tensor,
+        leaf: Tensor | None,
+        weights: tuple[PlainWeight, ...],
+        shares: Shares,
+        origin: InputOrigin | None = None,
+    ):
         ctx.exact = current_kernels().batch_invariant
         outputs = [batch_invariant.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
         ctx.weights, ctx.shares = weights, shares
@@ -127,7 +147,9 @@ class PackedSiblings(torch.autograd.Function):
             add_lora(y_TO, x_TD, pieces, weight)
             for y_TO, pieces, weight in zip(outputs, shares.single, weights, strict=True)
         ]
-        ctx.save_for_backward(*([] if shares.is_empty else [x_TD]))
+        ctx.tiled = [run.add(outputs, x_TD) for run in shares.runs]
+        if not shares.is_empty:
+            save_input(ctx, x_TD, origin)
         return tuple(outputs)
 
     @staticmethod
@@ -137,12 +159,14 @@ class PackedSiblings(torch.autograd.Function):
         received = [received_by_lora(*parts) for parts in zip(gradients, ctx.branches, single, strict=True)]
         dx_TD = _input_gradient(ctx, gradients, received) if ctx.needs_input_grad[0] else None
         if not ctx.shares.is_empty:
-            (x_TD,) = ctx.saved_tensors
+            x_TD = saved_input(ctx)
             for piece, h_tS in zip(ctx.shares.joint, ctx.hidden, strict=True):
                 _add_joint_gradients(dx_TD, gradients, x_TD, h_tS, piece)
             for of_linear, branches, pieces in zip(received, ctx.branches, single, strict=True):
                 add_lora_gradients(dx_TD, of_linear, x_TD, branches, pieces)
-        return dx_TD, None, None, None
+            for run, h_tW in zip(ctx.shares.runs, ctx.tiled, strict=True):
+                run.add_gradients(dx_TD, gradients, x_TD, h_tW)
+        return dx_TD, None, None, None, None
 
 
 def _add_joint(outputs: list[Tensor], x_TD: Tensor, piece: JointPiece) -> Tensor:

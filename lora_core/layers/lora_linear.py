@@ -18,6 +18,7 @@ from lora_core.kernels import batch_invariant, generation
 from lora_core.kernels.batch_invariant import ExactProducts
 from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.kernels.numba_jit import array_of, runs_on
+from lora_core.layers.recomputed_inputs import InputOrigin, save_input, saved_input
 from lora_core.packing.packed_batch import BatchSegment, DropoutKey, current_kernels
 
 
@@ -211,7 +212,7 @@ class PackedLinear(torch.autograd.Function):
 
     `leaf` is a scalar that requires a gradient if an adapter is present. It makes autograd visit this node, which has
     no weight that autograd knows, and never gets a gradient. `runs` contains the segments that are not in `pieces`
-    because kernels compute them (tiled_lora.py).
+    because kernels compute them (tiled_lora.py). With `origin`, the backward recomputes x.
     """
 
     @staticmethod
@@ -222,14 +223,16 @@ class PackedLinear(torch.autograd.Function):
         linear: PlainWeight,
         pieces: tuple[Piece, ...],
         runs: tuple[TiledRun, ...] = (),
+        origin: InputOrigin | None = None,
     ):
         ctx.exact = current_kernels().batch_invariant
         y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
-        ctx.hidden = [run.add(y_TO, x_TD) for run in runs]
+        ctx.hidden = [run.add([y_TO], x_TD) for run in runs]
         ctx.weight_OD = linear.weight_OD  # frozen, so save_for_backward's checks aren't needed
-        ctx.save_for_backward(*([x_TD] if pieces or runs else []))
+        if pieces or runs:
+            save_input(ctx, x_TD, origin)
         return y_TO
 
     @staticmethod
@@ -240,11 +243,11 @@ class PackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TD = input_gradient(dy_TO, ctx.weight_OD, ctx.exact, received, ctx.branches, ctx.pieces)
         if ctx.pieces or ctx.runs:
-            (x_TD,) = ctx.saved_tensors
+            x_TD = saved_input(ctx)
             add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
             for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
-                run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
-        return dx_TD, None, None, None, None
+                run.add_gradients(dx_TD, [dy_TO], x_TD, h_tW)
+        return dx_TD, None, None, None, None, None
 
 
 class PackedDelta(torch.autograd.Function):
@@ -252,22 +255,28 @@ class PackedDelta(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917  (autograd passes by position)
-        ctx, y_TO: Tensor, x_TD: Tensor, leaf: Tensor, pieces: tuple[Piece, ...], runs: tuple[TiledRun, ...] = ()
+        ctx,
+        y_TO: Tensor,
+        x_TD: Tensor,
+        leaf: Tensor,
+        pieces: tuple[Piece, ...],
+        runs: tuple[TiledRun, ...] = (),
+        origin: InputOrigin | None = None,
     ):
         out_TO = y_TO.clone()
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(out_TO, x_TD, pieces, None)
-        ctx.hidden = [run.add(out_TO, x_TD) for run in runs]
-        ctx.save_for_backward(x_TD)
+        ctx.hidden = [run.add([out_TO], x_TD) for run in runs]
+        save_input(ctx, x_TD, origin)
         return out_TO
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        (x_TD,) = ctx.saved_tensors
+        x_TD = saved_input(ctx)
         dy_TO = grad_outputs[0].contiguous()
         dx_TD = torch.zeros_like(x_TD) if ctx.needs_input_grad[1] else None
         received = received_by_lora(dy_TO, ctx.branches, ctx.pieces)
         add_lora_gradients(dx_TD, received, x_TD, ctx.branches, ctx.pieces)
         for run, h_tW in zip(ctx.runs, ctx.hidden, strict=True):
-            run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
-        return dy_TO, dx_TD, None, None, None
+            run.add_gradients(dx_TD, [dy_TO], x_TD, h_tW)
+        return dy_TO, dx_TD, None, None, None, None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_core.kernels.on_device import has_kernels, kernels_of, memory_of
 from lora_core.layers.module_matching import eps_of
+from lora_core.layers.recomputed_inputs import is_recomputed_exactly, mark
 from lora_core.packing.packed_batch import current_pack
 
 CHECKED_TOKENS = 16
@@ -40,7 +41,10 @@ def _agrees(module: nn.Module, eps: float) -> bool:
     weight = next(module.parameters())
     numbers = torch.arange(CHECKED_TOKENS * weight.numel(), dtype=torch.float32, device=weight.device)
     x_TD = (torch.sin(numbers * 0.7) * 2).view(1, CHECKED_TOKENS, -1).to(weight.dtype)
-    return same_numbers(type(module).forward(module, x_TD), RmsNorm.apply(x_TD, weight, eps))
+    expected = type(module).forward(module, x_TD)
+    with torch.enable_grad():
+        y_TD = RmsNorm.apply(x_TD.requires_grad_(), weight, eps)
+    return same_numbers(expected, y_TD.detach()) and is_recomputed_exactly(y_TD)
 
 
 def same_numbers(expected: Tensor, actual: Tensor) -> bool:
@@ -70,6 +74,7 @@ class RmsNorm(torch.autograd.Function):
         kernels_of(x_TD).rms_norm(_rows(x_TD), memory_of(weight_D), eps, _rows(y_TD), memory_of(rate_T))
         ctx.save_for_backward(x_TD, rate_T)
         ctx.weight_D = weight_D
+        mark(ctx, y_TD, partial(_normed_with_rate, weight_D), x_TD, rate_T)
         return y_TD
 
     @staticmethod
@@ -99,6 +104,7 @@ class AddRmsNorm(torch.autograd.Function):
             kernels_of(x_TD).add_rms_norm(*parts)
         ctx.save_for_backward(total_TD, rate_T)
         ctx.weight_D, ctx.has_delta = weight_D, delta_TD is not None
+        mark(ctx, y_TD, partial(_normed_with_rate, weight_D), total_TD, rate_T)
         return total_TD, y_TD
 
     @staticmethod
@@ -107,6 +113,13 @@ class AddRmsNorm(torch.autograd.Function):
         onward_TD, dy_TD = grad_outputs
         dx_TD = _gradient(total_TD, rate_T, ctx.weight_D, dy_TD, onward_TD)
         return dx_TD, dx_TD if ctx.has_delta else None, None, None
+
+
+def _normed_with_rate(weight_D: Tensor, x_TD: Tensor, rate_T: Tensor) -> Tensor:
+    """Return the norm of x from its rate. Only a GPU has this kernel."""
+    y_TD = torch.empty_like(x_TD)
+    kernels_of(x_TD).rms_norm_with_rate(_rows(x_TD), memory_of(rate_T), memory_of(weight_D), _rows(y_TD))
+    return y_TD
 
 
 def _gradient(x_TD: Tensor, rate_T: Tensor, weight_D: Tensor, dy_TD: Tensor, onward_TD: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_core.kernels.on_device import has_gpu_kernels, has_kernels, kernels_of, memory_of
 from lora_core.layers.module_matching import is_gated_mlp, kind_of
+from lora_core.layers.recomputed_inputs import mark
 from lora_core.layers.rms_norm import CHECKED_TOKENS, same_numbers
 from lora_core.packing.packed_batch import current_pack
 
@@ -65,9 +66,9 @@ class SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_TF: Tensor, up_TF: Tensor):
         gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
-        y_TF = torch.empty_like(gate_TF)
-        kernels_of(y_TF).swiglu(*(memory_of(part.view(-1)) for part in (gate_TF, up_TF, y_TF)))
+        y_TF = _activated(gate_TF, up_TF)
         ctx.save_for_backward(gate_TF, up_TF)
+        mark(ctx, y_TF, _activated, gate_TF, up_TF)
         return y_TF
 
     @staticmethod
@@ -77,3 +78,9 @@ class SwiGlu(torch.autograd.Function):
         parts = gate_TF, up_TF, grad_outputs[0].contiguous(), dgate_TF, dup_TF
         kernels_of(gate_TF).swiglu_backward(*(memory_of(part.view(-1)) for part in parts))
         return dgate_TF, dup_TF
+
+
+def _activated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    y_TF = torch.empty_like(gate_TF)
+    kernels_of(y_TF).swiglu(*(memory_of(part.view(-1)) for part in (gate_TF, up_TF, y_TF)))
+    return y_TF

@@ -2,12 +2,14 @@
 """LoRA of all segments of a pass in a few launches of Triton kernels (lora_core/kernels/gpu/segmented_lora.py).
 
 A host plans a pass once: tables on the device contain the rows of each segment and the addresses of each adapter. No
-Python runs for each segment and linear. The reference is the loop in lora_linear.py, which also computes what isn't
-tiled: DoRA, ranks above 128, and linears with an odd number of features.
+Python runs for each segment and linear. Linears with the same input (siblings) share their launches. The reference is
+the loop in lora_linear.py, which also computes what isn't tiled: DoRA, ranks above 128, and linears with an odd number
+of features. Shape suffixes: S segments, L siblings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -21,10 +23,12 @@ from lora_core.kernels.gpu.tables import (
     ENTRY,
     FEATURE_MULTIPLE,
     WIDTHS,
+    Member,
     TileClass,
     TileGroup,
     class_of,
-    tiles_and_spans,
+    group_of,
+    tables_of,
 )
 from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.layers.lora_linear import Piece, piece_of, pieces_of
@@ -37,65 +41,91 @@ LOAD_BYTES = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteShare:
-    """The segments of one linear: `pieces` for the loop, and `runs` for the kernels."""
+    """The segments of one linear or of siblings: for the loop `pieces` of each linear, and `runs` for the kernels."""
 
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[tuple[Piece, ...], ...]
     runs: tuple[TiledRun, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not self.pieces and not self.runs
+        return not self.runs and not any(self.pieces)
 
 
-NO_SHARE = SiteShare()
+Modules = tuple[str, ...]
+"""One linear, or siblings."""
 
 
 class SegmentedLora:
-    """Splits the segments of a linear into those for the loop and those for the kernels, for one attached model."""
+    """Splits the segments of linears into those for the loop and those for the kernels, for one attached model."""
 
-    def __init__(self, kernel: Literal["loop", "tiled"], linears: Sequence[str]) -> None:
-        """`linears` are the module paths that adapters may change."""
+    def __init__(
+        self, kernel: Literal["loop", "tiled"], linears: Iterable[str], siblings: Iterable[Modules] = ()
+    ) -> None:
+        """`linears` are the module paths that adapters may change, and `siblings` those of them that have one input."""
         self.kernel = kernel
-        self._rows = {name: row for row, name in enumerate(linears)}
+        in_group = {module: group for group in siblings for module in group}
+        self._groups = tuple(dict.fromkeys(in_group.get(name, (name,)) for name in linears))
+        self._rows = {name: row for row, name in enumerate(chain.from_iterable(self._groups))}
         self._layouts = WeakKeyDictionary[FlatAdapter, SiteLayout]()
 
-    def divide(self, module: str, pack: PackedBatch, device: torch.device) -> SiteShare:
-        """Return the share of `module` in a pass. Plans the pass at its first linear, for the life of the pack.
+    def divide(self, modules: Modules, pack: PackedBatch, device: torch.device) -> SiteShare:
+        """Return the share of one linear or of siblings in a pass.
 
-        A copy of a pack shares its plans, but may have other segments.
+        Plans the pass at its first linear, for the life of the pack. A copy of a pack shares its plans, but may have
+        other segments. A linear that has siblings and is computed without them has another plan.
         """
         segments = pack.segments
         if self.kernel == "loop":
-            return SiteShare(pieces=pieces_of(segments, module))
+            return SiteShare(pieces=tuple(pieces_of(segments, module) for module in modules))
         if not segments:
-            return NO_SHARE
-        if id(segments) not in pack.plans:
-            pack.plans[id(segments)] = segments, self.plan(segments, device)
-        return pack.plans[id(segments)][1].get(module, NO_SHARE)
+            return _no_share(modules)
+        planned = pack.plans.get(id(segments))
+        if planned is None:
+            planned = pack.plans[id(segments)] = segments, self.plan(segments, device)
+        share = planned[1].get(modules)
+        if share is None:
+            share = planned[1][modules] = self.plan(segments, device, [modules])[modules]
+        return share
 
-    def plan(self, segments: Sequence[BatchSegment], device: torch.device) -> dict[str, SiteShare]:
-        """Return the share of each adapted linear, after one upload of all tables."""
+    def plan(
+        self, segments: Sequence[BatchSegment], device: torch.device, groups: Sequence[Modules] | None = None
+    ) -> dict[Modules, SiteShare]:
+        """Return the share of each linear without siblings, and of all siblings, after one upload of all tables.
+
+        With `groups`, return only the shares of these linears or siblings.
+        """
+        groups = self._groups if groups is None else groups
         entries = np.zeros((len(self._rows), len(segments)), ENTRY)
         is_tiled = np.zeros(entries.shape, np.bool_)
         for column, segment in enumerate(segments):
             if segment.adapter.spans:
                 self._fill(entries[:, column], is_tiled[:, column], segment)
-        patterns, pattern_of = np.unique(np.where(is_tiled, entries["rank"], 0), axis=0, return_inverse=True)
-        members = [_members(pattern, segments) for pattern in patterns]
-        tables = [array for of_pattern in members for spans in of_pattern.values() for array in tiles_and_spans(spans)]
+        ranks, looped = np.where(is_tiled, entries["rank"], 0), np.where(is_tiled, 0, entries["rank"])
+        has_loop = looped.any()
+        members: dict[tuple[int, bytes], dict[TileClass, list[Member]]] = {}  # by number of linears and their ranks
+        patterns: list[tuple[int, bytes]] = []
+        for modules in groups:
+            row = self._rows[modules[0]]
+            of_modules = ranks[row : row + len(modules)]
+            patterns.append((len(modules), of_modules.tobytes()))
+            if patterns[-1] not in members:
+                members[patterns[-1]] = _members(of_modules, segments)
+        tables = [table for kinds in members.values() for part in kinds.values() for table in tables_of(part)]
         uploaded, *parts = upload([entries.view(np.int64), *tables], device)
-        groups = _groups(members, parts)
-        of_linears = uploaded.unbind()
-        return {
-            name: SiteShare(
-                pieces=tuple(
-                    piece_of(segments[i], name) for i in np.flatnonzero(entries["rank"][row] * ~is_tiled[row]).tolist()
-                ),
-                runs=tuple(TiledRun(entries=of_linears[row], group=group) for group in groups[pattern_of.flat[row]]),
-            )
-            for name, row in self._rows.items()
-            if entries["rank"][row].any()
-        }
+        tile_groups = _tile_groups(members, parts)
+        shares: dict[Modules, SiteShare] = {}
+        for modules, pattern in zip(groups, patterns, strict=True):
+            row = self._rows[modules[0]]
+            shares[modules] = _no_share(modules)
+            of_modules, tile_group = uploaded[row : row + len(modules)], tile_groups[pattern]
+            if tile_group or (has_loop and looped[row : row + len(modules)].any()):
+                pieces = (
+                    tuple(piece_of(segments[i], name) for i in np.flatnonzero(looped[row + index]).tolist())
+                    for index, name in enumerate(modules)
+                )
+                runs = tuple(TiledRun(entries=of_modules, group=group) for group in tile_group)
+                shares[modules] = SiteShare(pieces=tuple(pieces), runs=runs)
+        return shares
 
     def _fill(self, entries_L: NDArray[np.void], is_tiled_L: NDArray[np.bool_], segment: BatchSegment) -> None:
         """Fill the entries of the segment in all linears, and whether a kernel computes them."""
@@ -116,32 +146,34 @@ class SegmentedLora:
         is_tiled_L[rows] = is_even & (layout.ranks <= WIDTHS[-1]) & (not adapter.lora.use_dora)
 
 
-def _members(
-    ranks_S: NDArray[np.int64], segments: Sequence[BatchSegment]
-) -> dict[TileClass, list[tuple[int, int, int]]]:
-    """Return (segment, first row, last row + 1) of the segments of each class. Segments of rank 0 belong to none."""
-    members: dict[TileClass, list[tuple[int, int, int]]] = {}
-    for column, (rank, segment) in enumerate(zip(ranks_S.tolist(), segments, strict=True)):
-        if rank > 0:
-            kind = class_of(rank, has_dropout=segment.dropout is not None)
-            members.setdefault(kind, []).append((column, segment.start, segment.stop))
-    return members
+def _no_share(modules: Modules) -> SiteShare:
+    return SiteShare(pieces=((),) * len(modules))
 
 
-def _groups(
-    members: Sequence[Mapping[TileClass, list[tuple[int, int, int]]]], tables: Sequence[torch.Tensor]
-) -> list[list[TileGroup]]:
-    """Return the groups of each pattern of ranks. `tables` are their tiles and spans, one after the other."""
+def _members(ranks_LS: NDArray[np.int64], segments: Sequence[BatchSegment]) -> dict[TileClass, list[Member]]:
+    """Return the members of each class, sibling by sibling. Segments of rank 0 belong to none.
+
+    The order of classes doesn't depend on packmates: siblings of one segment may belong to several, whose dx are added.
+    """
+    members: dict[TileClass, list[Member]] = {}
+    for (sibling, column), rank in zip(np.argwhere(ranks_LS).tolist(), ranks_LS[ranks_LS > 0].tolist(), strict=True):
+        segment = segments[column]
+        kind = class_of(rank, has_dropout=segment.dropout is not None)
+        entry = sibling * len(segments) + column
+        member = Member(segment=column, sibling=sibling, entry=entry, start=segment.start, stop=segment.stop)
+        members.setdefault(kind, []).append(member)
+    return dict(sorted(members.items()))
+
+
+def _tile_groups(
+    members: Mapping[tuple[int, bytes], Mapping[TileClass, list[Member]]], tables: Sequence[torch.Tensor]
+) -> dict[tuple[int, bytes], list[TileGroup]]:
+    """Return the groups of each pattern of ranks. `tables` are their tiles, spans and joins, one after the other."""
     parts = iter(tables)
-    return [
-        [
-            TileGroup(
-                kind=kind,
-                tiles=next(parts),
-                spans=next(parts),
-                num_rows=sum(stop - start for _, start, stop in spans),
-            )
-            for kind, spans in of_pattern.items()
+    return {
+        pattern: [
+            group_of(kind, of_kind, [next(parts), next(parts), next(parts)], num_siblings=pattern[0])
+            for kind, of_kind in kinds.items()
         ]
-        for of_pattern in members
-    ]
+        for pattern, kinds in members.items()
+    }

@@ -225,6 +225,8 @@ def test_estimate_of_kept_bytes_is_that_of_the_service() -> None:
         shapes[last] = [list(linear.weight.shape), count + 1]
 
     assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16")
+    base.device = "cuda:0"
+    assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16", "cuda")
 
 
 @pytest.mark.parametrize(

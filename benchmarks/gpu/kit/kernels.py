@@ -144,14 +144,14 @@ def _lora_times(kit: Kit) -> None:
             [rank] * JOBS, [ROWS] * JOBS, features=features, dropout=dropout, dtype=torch.bfloat16, device=kit.device
         )
         named = f"{JOBS} segments of {ROWS} tokens, {features} features, rank {rank}, dropout {dropout}"
-        run, y_TO, dx_TD = run_of(pack.segments, kit.device), pack.y0_TO.clone(), pack.x_TD.clone()
-        h_tW = run.add(y_TO, pack.x_TD)
+        run, y_TO, dx_TD = run_of([pack.segments], kit.device), pack.y0_TO.clone(), pack.x_TD.clone()
+        h_tW = run.add([y_TO], pack.x_TD)
 
         def forward(run: Any = run, y_TO: Tensor = y_TO, pack: LoraPack = pack) -> None:
-            run.add(y_TO, pack.x_TD)
+            run.add([y_TO], pack.x_TD)
 
         def backward(run: Any = run, dx_TD: Tensor = dx_TD, pack: LoraPack = pack, h_tW: Tensor = h_tW) -> None:
-            run.add_gradients(dx_TD, pack.dy_TO, pack.x_TD, h_tW)
+            run.add_gradients(dx_TD, [pack.dy_TO], pack.x_TD, h_tW)
 
         _tell_time(kit, f"LoRA forward, {named}", forward)
         _tell_time(kit, f"LoRA backward, {named}", backward)

@@ -70,10 +70,10 @@ class LoraPack:
         for segment in self.segments:
             segment.grad_a_RD.zero_()
             segment.grad_b_OR.zero_()
-        runs = [run_of(members, self.x_TD.device) for members in self.by_class()]
-        hidden = [run.add(y_TO, self.x_TD) for run in runs]
+        runs = [run_of([members], self.x_TD.device) for members in self.by_class()]
+        hidden = [run.add([y_TO], self.x_TD) for run in runs]
         for run, h_tW in zip(runs, hidden, strict=True):
-            run.add_gradients(dx_TD, self.dy_TO, self.x_TD, h_tW)
+            run.add_gradients(dx_TD, [self.dy_TO], self.x_TD, h_tW)
         return [
             OfSegment(y=y_TO[s.rows], dx=dx_TD[s.rows], da=s.grad_a_RD.clone(), db=s.grad_b_OR.clone())
             for s in self.segments

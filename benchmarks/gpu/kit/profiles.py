@@ -26,8 +26,10 @@ from lora_core.kernels.selection import Kernels, choose_kernels
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 TOP = 25
-SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+SHARED = {"k_proj", "v_proj", "up_proj"}
 """Linears that read the same input as another, so that it is kept once."""
+RECOMPUTED = {"q_proj", "gate_proj", "down_proj"}
+"""Linears whose input the backward pass on a GPU recomputes. All bases of the kit have gated MLPs."""
 
 
 def small(kit: Kit) -> None:
@@ -101,10 +103,10 @@ def _wide(tokens: int) -> Budgets:
 
 def kept_bytes_per_token(base: BaseModel) -> int:
     """Return activation_bytes_per_token of catalog/resources/memory.py, whose module a bare machine can't import."""
-    numbers = 0
+    numbers, without_input = 0, SHARED | (RECOMPUTED if base.device.startswith("cuda") else set())
     for name, linear in find_linears(base.model).items():
         out_features, in_features = cast(torch.Tensor, linear.weight).shape
-        numbers += out_features + (0 if name.rpartition(".")[2] in SHARED else in_features)
+        numbers += out_features + (0 if name.rpartition(".")[2] in without_input else in_features)
     return numbers * base.dtype.itemsize
 
 

@@ -34,6 +34,11 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, total: Te
     _rms_norm[len(x),](x, delta, weight, total, y, rate, x.shape[1], eps, HAS_DELTA=True, **_of_rows(x.shape[1]))
 
 
+def rms_norm_with_rate(x: Tensor, rate: Tensor, weight: Tensor, y: Tensor) -> None:
+    """y = w · round(x · rate), the bits of both forwards: it has no sum, whose order their variants could change."""
+    _rms_norm_with_rate[len(x),](x, rate, weight, y, x.shape[1], **_of_rows(x.shape[1]))
+
+
 def rms_norm_backward(x: Tensor, rate: Tensor, weight: Tensor, dy: Tensor, onward: Tensor, dx: Tensor) -> None:
     added = {"HAS_ONWARD": onward.numel() > 0}
     _rms_norm_backward[len(x),](x, rate, weight, dy, onward, dx, x.shape[1], **added, **_of_rows(x.shape[1]))
@@ -133,6 +138,17 @@ def _rms_norm(x, delta, weight, total, y, rate, width, eps, HAS_DELTA: tl.conste
     rate_of_row = 1.0 / tl.sqrt_rn(tl.sum(x_D * x_D) / width + eps)
     tl.store(rate + tl.program_id(0), rate_of_row)
     normed_D = (x_D * rate_of_row).to(y.dtype.element_ty).to(tl.float32)
+    weight_D = tl.load(weight + features, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row + features, (weight_D * normed_D).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_norm_with_rate(x, rate, weight, y, width, WIDTH: tl.constexpr):
+    features = tl.arange(0, WIDTH)
+    inside = features < width
+    row = tl.program_id(0).to(tl.int64) * width
+    x_D = tl.load(x + row + features, mask=inside, other=0.0).to(tl.float32)
+    normed_D = (x_D * tl.load(rate + tl.program_id(0))).to(y.dtype.element_ty).to(tl.float32)
     weight_D = tl.load(weight + features, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row + features, (weight_D * normed_D).to(y.dtype.element_ty), mask=inside)
 

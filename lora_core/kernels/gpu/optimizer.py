@@ -7,6 +7,7 @@ E elements of a block.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.gpu.optimizer_table import ADDRESSES, NUM_WORDS, STEP, WORD, AdamwStep, are_aligned
+from lora_core.kernels.gpu.optimizer_table import ADDRESSES, NUM_WORDS, STEP, WORD, AdamwLaunch, AdamwStep, are_aligned
 from lora_core.runtime.transfers import upload
 
 BLOCK = 2048
@@ -26,13 +27,28 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 def adamw(steps: Sequence[AdamwStep]) -> None:
-    """Take all steps, in one launch for each kind of alignment and copy, which only depend on the adapter itself."""
-    device = steps[0].p.device
-    for (is_aligned, has_copy), of_kind in groupby(sorted(steps, key=_kind), _kind):
+    """Take all steps."""
+    for launch in adamw_launches(steps):
+        launch.run()
+
+
+def adamw_launches(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
+    """Upload all steps in one copy.
+
+    Returns one launch for each kind of alignment and copy, which only depend on the adapter itself.
+    """
+    ordered = sorted(steps, key=_kind)
+    table = np.array([step.entry() for step in ordered], STEP).view(np.int64).reshape(-1, NUM_WORDS)
+    (uploaded,) = upload([table], steps[0].p.device)
+    launches: list[AdamwLaunch] = []
+    start = 0
+    for (is_aligned, has_copy), of_kind in groupby(ordered, _kind):
         same = list(of_kind)
-        (table,) = upload([np.array([step.entry() for step in same], STEP).view(np.int64)], device)
         grid = -(-max(step.p.numel() for step in same) // BLOCK), len(same)
-        _adamw[grid](table, BLOCK=BLOCK, ALIGNED=is_aligned, HAS_COPY=has_copy, **OPTIONS)
+        constants = {"ALIGNED": is_aligned, "HAS_COPY": has_copy, **OPTIONS}
+        launches.append(AdamwLaunch(run=partial(_adamw[grid], uploaded[start:], BLOCK=BLOCK, **constants)))
+        start += len(same)
+    return launches
 
 
 def _kind(step: AdamwStep) -> tuple[bool, bool]:
@@ -42,19 +58,23 @@ def _kind(step: AdamwStep) -> tuple[bool, bool]:
 def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """Return fp32 [J, 3] for (g, p, m) of each adapter: the norm of g, and the largest absolute values of p and m.
 
-    The three vectors of an adapter have the same length. There are two launches for each kind of alignment.
+    The three vectors of an adapter have the same length. There is one upload, and two launches for each kind of
+    alignment.
     """
     device = vectors[0][0].device
     sizes = torch.empty(len(vectors), 3, device=device)
     rows = sorted(range(len(vectors)), key=lambda row: are_aligned(*vectors[row]))
+    entries = [[*(part.data_ptr() for part in vectors[row]), vectors[row][0].numel(), row] for row in rows]
+    (table,) = upload([np.array(entries, np.int64)], device)
+    start = 0
     for is_aligned, of_kind in groupby(rows, lambda row: are_aligned(*vectors[row])):
         same = list(of_kind)
-        entries = [[*(part.data_ptr() for part in vectors[row]), vectors[row][0].numel(), row] for row in same]
-        (table,) = upload([np.array(entries, np.int64)], device)
         most = -(-max(vectors[row][0].numel() for row in same) // SIZED_BLOCK)
-        partial = torch.empty(len(same), most, 3, device=device)
-        _partial_sizes[most, len(same)](table, partial, most, BLOCK=SIZED_BLOCK, ALIGNED=is_aligned, **OPTIONS)
-        _whole_sizes[len(same),](table, partial, sizes, most, BLOCK=SIZED_BLOCK, MANY=1024, **OPTIONS)
+        partial_sizes = torch.empty(len(same), most, 3, device=device)
+        own = table[start:]
+        _partial_sizes[most, len(same)](own, partial_sizes, most, BLOCK=SIZED_BLOCK, ALIGNED=is_aligned, **OPTIONS)
+        _whole_sizes[len(same),](own, partial_sizes, sizes, most, BLOCK=SIZED_BLOCK, MANY=1024, **OPTIONS)
+        start += len(same)
     return sizes
 
 

@@ -1,11 +1,16 @@
 # pyright: basic, reportIndexIssue=false, reportMissingImports=false
 """LoRA over the segments of a pack as Triton kernels, forward and backward.
 
-h = scale·d(x) Aᵀ and dh = scale·dy B are `_shrink`, y += h Bᵀ and dx += d(dh A) are `_expand`, dB += dyᵀ h and
-dA += dhᵀ d(x) are `_accumulate`, with d for dropout. A program reads the rows of one segment in a fixed order, in tiles
-whose size doesn't depend on the pack. No sum uses atomic additions. So a job's bits don't depend on its packmates.
+h = scale·d(x) Aᵀ and dh = scale·dy B are `_shrink`, y += h Bᵀ is `_expand`, dx += Σ d(dh A) is `_expand_sum`, and
+dB += dyᵀ h and dA += dhᵀ d(x) are `_accumulate`, with d for dropout. Up to three linears with the same x (siblings)
+share a launch, and Σ sums over them. A program reads the rows of one segment in a fixed order, in tiles whose size
+doesn't depend on the pack. No sum uses atomic additions. So a job's bits don't depend on its packmates.
+
 Shape suffixes: M rows of a tile, K or N features of a tile, W padded rank, T tokens, D input and O output features.
 """
+
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -13,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.gpu.tables import (
+    JOIN_WORDS,
+    MOST_SIBLINGS,
     NUM_WORDS,
     SPAN_WORDS,
     TILE_ROWS,
@@ -26,6 +33,7 @@ from lora_core.kernels.gpu.tables import (
 ENTRY_WORDS = tl.constexpr(NUM_WORDS)
 WORDS_OF_TILE = tl.constexpr(TILE_WORDS)
 WORDS_OF_SPAN = tl.constexpr(SPAN_WORDS)
+WORDS_OF_JOIN = tl.constexpr(JOIN_WORDS)
 A, B = tl.constexpr(WORD["a"]), tl.constexpr(WORD["b"])
 GRAD_A, GRAD_B = tl.constexpr(WORD["grad_a"]), tl.constexpr(WORD["grad_b"])
 RANK, TRAINED = tl.constexpr(WORD["rank"]), tl.constexpr(WORD["trained"])
@@ -34,67 +42,85 @@ THRESHOLD, KEY = tl.constexpr(WORD["threshold"]), tl.constexpr(WORD["key"])
 NUM_WARPS, NUM_STAGES = 4, 3
 
 
-def add_lora(y_TO: Tensor, x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
+def add_lora(outputs: Sequence[Tensor], x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
     """Compute y += scale·d(x) Aᵀ Bᵀ in place for the group's rows. Returns h = scale·d(x) Aᵀ, [rows, W].
 
-    `entries` int64 [S · NUM_WORDS] are those of the linear. Rows of x and y must be contiguous.
+    `outputs` are the y [T, O] of each sibling, and `entries` those of all siblings. Rows must be contiguous.
     """
     h_tW = x_TD.new_empty(group.num_rows, group.kind.width)
-    shrink(h_tW, x_TD, entries, group, by_b=False)
-    expand(y_TO, h_tW, entries, group, by_b=True)
+    shrink(h_tW, [x_TD], entries, group, by_b=False)
+    expand(outputs, h_tW, entries, group, by_b=True)
     return h_tW
 
 
 def add_lora_gradients(
-    dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup
+    dx_TD: Tensor | None, gradients: Sequence[Tensor], x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup
 ) -> None:
     """Accumulate dA and dB into the adapters, and the LoRA part of dx in place, unless `dx_TD` is None."""
     dh_tW = torch.empty_like(h_tW)
-    shrink(dh_tW, dy_TO, entries, group, by_b=True)
-    accumulate(dy_TO, h_tW, entries, group, by_b=True)
-    accumulate(x_TD, dh_tW, entries, group, by_b=False)
+    shrink(dh_tW, gradients, entries, group, by_b=True)
+    accumulate(gradients, h_tW, entries, group, by_b=True)
+    accumulate([x_TD], dh_tW, entries, group, by_b=False)
     if dx_TD is not None:
-        expand(dx_TD, dh_tW, entries, group, by_b=False)
+        expand([dx_TD], dh_tW, entries, group, by_b=False)
 
 
-def shrink(h_tW: Tensor, x_TD: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
-    """Launch h = scale·d(x) Aᵀ, or h = scale·x B without dropout."""
-    constants = shrink_constants(group.kind, by_b=by_b)
-    _shrink[len(group.tiles),](x_TD, h_tW, entries, group.tiles, x_TD.shape[1], **constants)
+def shrink(h_tW: Tensor, sources: Sequence[Tensor], entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
+    """Launch h = scale·d(x) Aᵀ, or h = scale·x B without dropout. All siblings share one x, or each has its own."""
+    constants = shrink_constants(group.kind, by_b=by_b, num_siblings=len(sources))
+    tensors, widths = _operands(sources)
+    _shrink[group.num_tiles,](*tensors, h_tW, entries, group.tiles, *widths, **constants)
 
 
-def expand(y_TO: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
-    """Launch y += h Bᵀ, or y += d(h A)."""
-    constants = expand_constants(group.kind, by_b=by_b)
-    grid = len(group.tiles), -(-y_TO.shape[1] // constants["N"])
-    _expand[grid](h_tW, y_TO, entries, group.tiles, y_TO.shape[1], **constants)
+def expand(targets: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
+    """Launch y += h Bᵀ for the y of each sibling, or y += Σ d(h A) over all siblings for one y."""
+    constants = expand_constants(group.kind, by_b=by_b, num_siblings=len(targets))
+    if by_b:
+        tensors, widths = _operands(targets)
+        grid = group.num_tiles, -(-max(widths) // constants["N"])
+        _expand[grid](h_tW, *tensors, entries, group.tiles, *widths, **constants)
+    else:
+        (target,) = targets
+        grid = group.num_joins, -(-target.shape[1] // constants["N"])
+        _expand_sum[grid](h_tW, target, entries, group.joins, target.shape[1], **constants)
 
 
-def accumulate(x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
-    """Launch dB += xᵀ h, or dA += hᵀ d(x)."""
-    constants = accumulate_constants(group.kind, by_b=by_b)
-    grid = len(group.spans), -(-x_TD.shape[1] // constants["N"])
-    _accumulate[grid](x_TD, h_tW, entries, group.spans, x_TD.shape[1], **constants)
+def accumulate(sources: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
+    """Launch dB += xᵀ h for the x of each sibling, or dA += hᵀ d(x) for one x."""
+    constants = accumulate_constants(group.kind, by_b=by_b, num_siblings=len(sources))
+    tensors, widths = _operands(sources)
+    grid = group.num_spans, -(-max(widths) // constants["N"])
+    _accumulate[grid](*tensors, h_tW, entries, group.spans, *widths, **constants)
 
 
-def shrink_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
+def _operands(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int]]:
+    """Return MOST_SIBLINGS tensors and their widths. A kernel doesn't read the additional ones."""
+    first, missing = tensors[0], MOST_SIBLINGS - len(tensors)
+    widths = [tensor.shape[1] for tensor in tensors]
+    return [*tensors, *[first] * missing], widths + widths[:1] * missing
+
+
+@cache
+def shrink_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
     features = {"M": TILE_ROWS, "K": 128 if kind.width <= 32 else 64}
-    return features | _weight_constants(kind, by_b=by_b)
+    of_siblings = {"SIBLINGS": num_siblings, "BY_B": by_b, "ALIGNED": kind.is_aligned or not by_b}
+    return features | of_siblings | _constants(kind, by_b=by_b)
 
 
-def expand_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
-    features = {"M": TILE_ROWS, "N": 128 if kind.width <= 32 else 64}
-    return features | _weight_constants(kind, by_b=by_b)
+@cache
+def expand_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
+    constants = {"M": TILE_ROWS, "N": 128 if kind.width <= 32 else 64} | _constants(kind, by_b=by_b)
+    if by_b:
+        del constants["DROPOUT"]
+        return constants | {"SIBLINGS": num_siblings, "ALIGNED": kind.is_aligned}
+    return constants | {"num_stages": 1}  # the loop over siblings is too short to load ahead
 
 
-def accumulate_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
-    constants = {"T": TILE_ROWS, "N": 64, **_constants(kind, by_b=by_b)}
+@cache
+def accumulate_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
+    features = {"T": TILE_ROWS, "N": 64, "SIBLINGS": num_siblings, "BY_B": by_b}
+    constants = features | _constants(kind, by_b=by_b)
     return constants | ({"num_warps": 2 * NUM_WARPS} if kind.width == WIDTHS[-1] else {})  # four would spill registers
-
-
-def _weight_constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
-    """A is read along its features, and so in 16 bytes whatever its rank."""
-    return {"ALIGNED": kind.is_aligned or not by_b, **_constants(kind, by_b=by_b)}
 
 
 def _constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
@@ -104,7 +130,6 @@ def _constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
     """
     return {
         "W": kind.width,
-        "BY_B": by_b,
         "DROPOUT": kind.has_dropout and not by_b,
         "num_warps": NUM_WARPS,
         "num_stages": NUM_STAGES,
@@ -167,12 +192,27 @@ def _dropped(x_MK, entry, tokens_M, start, width, M: tl.constexpr, K: tl.constex
 
 
 @triton.jit
+def _of_sibling(sibling, first, second, third, SIBLINGS: tl.constexpr):
+    """Return the address or the width that belongs to a sibling."""
+    chosen = first
+    if SIBLINGS > 1:
+        chosen = tl.where(sibling == 1, second, chosen)
+    if SIBLINGS > 2:
+        chosen = tl.where(sibling == 2, third, chosen)
+    return chosen
+
+
+@triton.jit
 def _shrink(
-    x, h, entries, tiles, width,
-    M: tl.constexpr, K: tl.constexpr, W: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr,
+    x0, x1, x2, h, entries, tiles, width0, width1, width2,
+    SIBLINGS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    BY_B: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * WORDS_OF_TILE
     entry = entries + tl.load(tile) * ENTRY_WORDS
+    sibling = tl.load(tile + 5)
+    x = _of_sibling(sibling, x0, x1, x2, SIBLINGS)
+    width = _of_sibling(sibling, width0, width1, width2, SIBLINGS)
     rows_M, features_K, ranks_W = tl.arange(0, M), tl.arange(0, K), tl.arange(0, W)
     inside_M = rows_M < _small(tile + 2)
     tokens_M = tl.load(tile + 4) + rows_M
@@ -183,7 +223,7 @@ def _shrink(
         x_MK = tl.load(x_tile + start + places_MK, mask=inside_MK, other=0.0)
         if DROPOUT:
             x_MK = _dropped(x_MK, entry, tokens_M, start, width, M, K)
-        weights_KW = _weights(entry, start, features_K, ranks_W, width, x.dtype.element_ty, BY_B, ALIGNED)
+        weights_KW = _weights(entry, start, features_K, ranks_W, width, x0.dtype.element_ty, BY_B, ALIGNED)
         sums_MW = tl.dot(x_MK, weights_KW, sums_MW, input_precision="ieee")
     h_MW = (sums_MW * _number(entry, SCALE)).to(h.dtype.element_ty)
     h_tile = h + tl.load(tile + 3) * W
@@ -192,22 +232,48 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    h, y, entries, tiles, width,
-    M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr,
+    h, y0, y1, y2, entries, tiles, width0, width1, width2,
+    SIBLINGS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * WORDS_OF_TILE
-    entry = entries + tl.load(tile) * ENTRY_WORDS
+    sibling, start = tl.load(tile + 5), tl.program_id(1) * N
+    width = _of_sibling(sibling, width0, width1, width2, SIBLINGS)
+    if start < width:
+        y = _of_sibling(sibling, y0, y1, y2, SIBLINGS)
+        entry = entries + tl.load(tile) * ENTRY_WORDS
+        rows_M, features_N, ranks_W = tl.arange(0, M), tl.arange(0, N), tl.arange(0, W)
+        inside_M = rows_M < _small(tile + 2)
+        h_tile = h + tl.load(tile + 3) * W
+        h_MW = tl.load(h_tile + rows_M[:, None] * W + ranks_W[None, :], mask=inside_M[:, None], other=0.0)
+        weights_NW = _weights(entry, start, features_N, ranks_W, width, h.dtype.element_ty, True, ALIGNED)
+        added_MN = tl.dot(h_MW, tl.trans(weights_NW), input_precision="ieee")
+        places_MN = y + tl.load(tile + 1) * width + start + (rows_M[:, None] * width + features_N[None, :])
+        inside_MN = inside_M[:, None] & (start + features_N < width)[None, :]
+        y_MN = tl.load(places_MN, mask=inside_MN, other=0.0).to(tl.float32) + added_MN
+        tl.store(places_MN, y_MN.to(y0.dtype.element_ty), mask=inside_MN)
+
+
+@triton.jit
+def _expand_sum(
+    h, y, entries, joins, width,
+    M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    join = joins + tl.program_id(0) * WORDS_OF_JOIN
     start = tl.program_id(1) * N
     rows_M, features_N, ranks_W = tl.arange(0, M), tl.arange(0, N), tl.arange(0, W)
-    inside_M = rows_M < _small(tile + 2)
-    h_tile = h + tl.load(tile + 3) * W
-    h_MW = tl.load(h_tile + rows_M[:, None] * W + ranks_W[None, :], mask=inside_M[:, None], other=0.0)
-    weights_NW = _weights(entry, start, features_N, ranks_W, width, h.dtype.element_ty, BY_B, ALIGNED)
-    added_MN = tl.dot(h_MW, tl.trans(weights_NW), input_precision="ieee")
-    if DROPOUT:
-        factors = _keep_factors(entry, tl.load(tile + 4) + rows_M, start, width, M, N).to(y.dtype.element_ty)
-        added_MN *= factors.to(tl.float32)
-    places_MN = y + tl.load(tile + 1) * width + start + (rows_M[:, None] * width + features_N[None, :])
+    inside_M, tokens_M = rows_M < _small(join + 1), tl.load(join + 2) + rows_M
+    added_MN = tl.zeros((M, N), tl.float32)
+    for member in range(0, _small(join + 3)):
+        entry = entries + tl.load(join + 4 + 2 * member) * ENTRY_WORDS
+        h_tile = h + tl.load(join + 5 + 2 * member) * W
+        h_MW = tl.load(h_tile + rows_M[:, None] * W + ranks_W[None, :], mask=inside_M[:, None], other=0.0)
+        weights_NW = _weights(entry, start, features_N, ranks_W, width, h.dtype.element_ty, False, True)
+        product_MN = tl.dot(h_MW, tl.trans(weights_NW), input_precision="ieee")
+        if DROPOUT:
+            factors = _keep_factors(entry, tokens_M, start, width, M, N).to(y.dtype.element_ty)
+            product_MN *= factors.to(tl.float32)
+        added_MN += product_MN
+    places_MN = y + tl.load(join) * width + start + (rows_M[:, None] * width + features_N[None, :])
     inside_MN = inside_M[:, None] & (start + features_N < width)[None, :]
     y_MN = tl.load(places_MN, mask=inside_MN, other=0.0).to(tl.float32) + added_MN
     tl.store(places_MN, y_MN.to(y.dtype.element_ty), mask=inside_MN)
@@ -215,31 +281,35 @@ def _expand(
 
 @triton.jit
 def _accumulate(
-    x, h, entries, spans, width,
-    T: tl.constexpr, N: tl.constexpr, W: tl.constexpr, BY_B: tl.constexpr, DROPOUT: tl.constexpr,
+    x0, x1, x2, h, entries, spans, width0, width1, width2,
+    SIBLINGS: tl.constexpr, T: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    BY_B: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     span = spans + tl.program_id(0) * WORDS_OF_SPAN
-    entry = entries + tl.load(span) * ENTRY_WORDS
-    first, num_tokens = tl.load(span + 1), _small(span + 2) - _small(span + 1)
-    start = tl.program_id(1) * N
-    rows_T, features_N, ranks_W = tl.arange(0, T), tl.arange(0, N), tl.arange(0, W)
-    inside_N = start + features_N < width
-    places_TN, places_TW = rows_T[:, None] * width + features_N[None, :], rows_T[:, None] * W + ranks_W[None, :]
-    h_span = h + tl.load(span + 3) * W
-    sums_NW = tl.zeros((N, W), tl.float32)
-    for token in range(0, num_tokens, T):
-        here_T = token + rows_T < num_tokens
-        x_tile = x + (first + token) * width + start
-        x_TN = tl.load(x_tile + places_TN, mask=here_T[:, None] & inside_N[None, :], other=0.0)
-        if DROPOUT:
-            x_TN = _dropped(x_TN, entry, token + rows_T.to(tl.int64), start, width, T, N)
-        h_TW = tl.load(h_span + token * W + places_TW, mask=here_T[:, None], other=0.0)
-        sums_NW = tl.dot(tl.trans(x_TN), h_TW, sums_NW, input_precision="ieee")
-    trained = _small(entry + TRAINED)
-    gradient = tl.load(entry + (GRAD_B if BY_B else GRAD_A)).to(tl.pointer_type(tl.float32))
-    if BY_B:
-        places_NW = gradient + start * trained + (features_N[:, None] * trained + ranks_W[None, :])
-    else:
-        places_NW = gradient + start + (features_N[:, None] + ranks_W[None, :] * width)
-    inside_NW = inside_N[:, None] & (ranks_W < trained)[None, :]
-    tl.store(places_NW, tl.load(places_NW, mask=inside_NW, other=0.0) + sums_NW, mask=inside_NW)
+    sibling, start = tl.load(span + 4), tl.program_id(1) * N
+    width = _of_sibling(sibling, width0, width1, width2, SIBLINGS)
+    if start < width:
+        x = _of_sibling(sibling, x0, x1, x2, SIBLINGS)
+        entry = entries + tl.load(span) * ENTRY_WORDS
+        first, num_tokens = tl.load(span + 1), _small(span + 2) - _small(span + 1)
+        rows_T, features_N, ranks_W = tl.arange(0, T), tl.arange(0, N), tl.arange(0, W)
+        inside_N = start + features_N < width
+        places_TN, places_TW = rows_T[:, None] * width + features_N[None, :], rows_T[:, None] * W + ranks_W[None, :]
+        h_span = h + tl.load(span + 3) * W
+        sums_NW = tl.zeros((N, W), tl.float32)
+        for token in range(0, num_tokens, T):
+            here_T = token + rows_T < num_tokens
+            x_tile = x + (first + token) * width + start
+            x_TN = tl.load(x_tile + places_TN, mask=here_T[:, None] & inside_N[None, :], other=0.0)
+            if DROPOUT:
+                x_TN = _dropped(x_TN, entry, token + rows_T.to(tl.int64), start, width, T, N)
+            h_TW = tl.load(h_span + token * W + places_TW, mask=here_T[:, None], other=0.0)
+            sums_NW = tl.dot(tl.trans(x_TN), h_TW, sums_NW, input_precision="ieee")
+        trained = _small(entry + TRAINED)
+        gradient = tl.load(entry + (GRAD_B if BY_B else GRAD_A)).to(tl.pointer_type(tl.float32))
+        if BY_B:
+            places_NW = gradient + start * trained + (features_N[:, None] * trained + ranks_W[None, :])
+        else:
+            places_NW = gradient + start + (features_N[:, None] + ranks_W[None, :] * width)
+        inside_NW = inside_N[:, None] & (ranks_W < trained)[None, :]
+        tl.store(places_NW, tl.load(places_NW, mask=inside_NW, other=0.0) + sums_NW, mask=inside_NW)

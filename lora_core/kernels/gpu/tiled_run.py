@@ -1,9 +1,10 @@
 # pyright: basic
-"""The segments of one linear that the kernels of segmented_lora.py compute. Triton is imported at the first launch.
+"""The segments of linears that the kernels of segmented_lora.py compute. Triton is imported at the first launch.
 
 Shape suffixes: T tokens of the pack, t rows of the run, D input features, O output features, W padded rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,22 +14,28 @@ from lora_core.kernels.gpu.tables import TileGroup
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TiledRun:
-    """Segments of one class in one linear, whose entries are int64 [S · NUM_WORDS]."""
+    """Segments of one class in linears with the same input, whose entries are int64 [siblings, S · NUM_WORDS]."""
 
     entries: Tensor
     group: TileGroup
 
-    def add(self, y_TO: Tensor, x_TD: Tensor) -> Tensor:
-        """Compute y += scale·d(x) Aᵀ Bᵀ in place. Returns h = scale·d(x) Aᵀ, [t, W], for the backward."""
+    def add(self, outputs: Sequence[Tensor], x_TD: Tensor) -> Tensor:
+        """Compute y += scale·d(x) Aᵀ Bᵀ in place for the y [T, O] of each linear.
+
+        Returns h = scale·d(x) Aᵀ, [t, W], for the backward.
+        """
         from lora_core.kernels.gpu.segmented_lora import add_lora
 
-        assert y_TO.is_contiguous()
-        return add_lora(y_TO, x_TD.contiguous(), self.entries, self.group)
+        assert all(y_TO.is_contiguous() for y_TO in outputs)
+        return add_lora(outputs, x_TD.contiguous(), self.entries, self.group)
 
-    def add_gradients(self, dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor) -> None:
-        """Accumulate dA and dB into the adapters, and the LoRA part of dx in place, unless `dx_TD` is None."""
+    def add_gradients(self, dx_TD: Tensor | None, gradients: Sequence[Tensor], x_TD: Tensor, h_tW: Tensor) -> None:
+        """Accumulate dA and dB into the adapters, and the LoRA part of dx in place, unless `dx_TD` is None.
+
+        `gradients` are the dy [T, O] of each linear.
+        """
         from lora_core.kernels.gpu.segmented_lora import add_lora_gradients
 
-        assert dy_TO.is_contiguous()
+        assert all(dy_TO.is_contiguous() for dy_TO in gradients)
         assert dx_TD is None or dx_TD.is_contiguous()
-        add_lora_gradients(dx_TD, dy_TO, x_TD.contiguous(), h_tW, self.entries, self.group)
+        add_lora_gradients(dx_TD, gradients, x_TD.contiguous(), h_tW, self.entries, self.group)

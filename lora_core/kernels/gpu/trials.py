@@ -4,14 +4,14 @@
 Shape suffixes: T tokens, t tokens of a segment, D input features, O output features, R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.kernels.gpu.tables import ENTRY, TileGroup, class_of, tiles_and_spans
+from lora_core.kernels.gpu.tables import ENTRY, Member, class_of, group_of, tables_of
 from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.runtime.transfers import upload
 
@@ -19,9 +19,16 @@ AMPERE = (8, 0)
 """Minimum compute capability: earlier ones do not multiply bfloat16."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 """Largest difference, as a fraction of the reference's largest number."""
-D, O = 272, 208  # noqa: E741  (more than one block of each kernel)
-TRIED = (((16, 8), (0, 0)), ((12, 4), (60_000, 30_000)), ((24, 20), (0, 0)), ((40, 64), (0, 0)), ((100, 72), (0, 0)))
-"""Ranks of two segments of one width, and their thresholds of dropout."""
+D, OUTPUTS = 272, (208, 80, 144)
+"""Input features, and output features of siblings: more than one block of each kernel."""
+TRIED = (
+    ((16, 8), (0, 0), (1, 2, 3)),
+    ((12, 4), (60_000, 30_000), (1, 3)),
+    ((24, 20), (0, 0), (1, 3)),
+    ((40, 64), (0, 0), (1, 3)),
+    ((100, 72), (0, 0), (1, 3)),
+)
+"""Ranks of two segments of one width, their thresholds of dropout, and numbers of siblings."""
 LOOP = "LoRA runs segment by segment"
 
 
@@ -70,11 +77,9 @@ def why_not_tiled(device: torch.device, dtype: torch.dtype) -> str | None:
 def why_lora_differs(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return how the kernels differ from the reference on this device, or None if they agree."""
     try:
-        for ranks, thresholds in TRIED:
-            worst = _worst(_segments(ranks, thresholds, device, dtype), device, dtype)
-            for name, difference in worst.items():
-                if not difference <= TOLERANCE[dtype]:
-                    return f"{LOOP}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
+        for name, difference in _differences(device, dtype):
+            if not difference <= TOLERANCE[dtype]:
+                return f"{LOOP}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
     except ImportError as error:
         return f"{LOOP}: Triton is not installed ({error})"
     except Exception as error:  # noqa: BLE001  (Triton's errors have no other base class)
@@ -82,63 +87,92 @@ def why_lora_differs(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _differences(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    for ranks, thresholds, numbers in TRIED:
+        for number in numbers:
+            siblings = [_segments(ranks, thresholds, outputs, device, dtype) for outputs in OUTPUTS[:number]]
+            yield from _worst(siblings, device, dtype).items()
+
+
 def _segments(
-    ranks: Sequence[int], thresholds: Sequence[int], device: torch.device, dtype: torch.dtype
+    ranks: Sequence[int], thresholds: Sequence[int], outputs: int, device: torch.device, dtype: torch.dtype
 ) -> list[TrialSegment]:
-    """Return two segments, one of which has more rows than a tile."""
+    """Return two segments of a linear, one of which has more rows than a tile."""
     bounds = ((0, 7), (7, 80))
     return [
         TrialSegment(
             start=start,
             stop=stop,
             a_RD=_numbers(rank, D, device).to(dtype),
-            b_OR=_numbers(O, rank, device).to(dtype),
+            b_OR=_numbers(outputs, rank, device).to(dtype),
             grad_a_RD=torch.ones(rank, D, device=device),
-            grad_b_OR=torch.ones(O, rank, device=device),
+            grad_b_OR=torch.ones(outputs, rank, device=device),
             scale=0.5 + index,
             threshold=threshold,
-            key=(2**63 + index, 17),
+            key=(2**63 + index, outputs),
         )
         for index, ((start, stop), rank, threshold) in enumerate(zip(bounds, ranks, thresholds, strict=True))
     ]
 
 
-def _worst(segments: Sequence[TrialSegment], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Return the largest difference of each result."""
-    T = segments[-1].stop
-    x_TD, dy_TO = _numbers(T, D, device).to(dtype), _numbers(T, O, device).to(dtype)
-    expected = {"y": dy_TO.float().clone(), "dx": x_TD.float().clone()}
-    y_TO, dx_TD = dy_TO.clone(), x_TD.clone()
-    gradients: list[tuple[Tensor, Tensor]] = []
-    for part in segments:
-        a_RD, b_OR, kept_tD = part.a_RD.float(), part.b_OR.float(), part.kept_tD().float()
-        d_tD, dy_tO = x_TD[part.rows].float() * kept_tD, dy_TO[part.rows].float()
-        expected["y"][part.rows] += part.scale * d_tD @ a_RD.T @ b_OR.T
-        expected["dx"][part.rows] += part.scale * (dy_tO @ b_OR @ a_RD) * kept_tD
-        da_RD, db_OR = part.scale * (dy_tO @ b_OR).T @ d_tD, part.scale * dy_tO.T @ (d_tD @ a_RD.T)
-        gradients.append((part.grad_a_RD + da_RD, part.grad_b_OR + db_OR))
-    run = run_of(segments, device)
-    h_tW = run.add(y_TO, x_TD)
-    run.add_gradients(dx_TD, dy_TO, x_TD, h_tW)
-    worst = {name: _difference(found, expected[name]) for name, found in (("y", y_TO), ("dx", dx_TD))}
-    for part, (da_RD, db_OR) in zip(segments, gradients, strict=True):
-        worst["dA"] = max(worst.get("dA", 0.0), _difference(part.grad_a_RD, da_RD))
-        worst["dB"] = max(worst.get("dB", 0.0), _difference(part.grad_b_OR, db_OR))
+def _worst(siblings: Sequence[Sequence[TrialSegment]], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Return the largest difference of each result over all siblings."""
+    T = siblings[0][-1].stop
+    x_TD = _numbers(T, D, device).to(dtype)
+    gradients = [_numbers(T, len(segments[0].b_OR), device).to(dtype) for segments in siblings]
+    outputs, dx_TD = [dy_TO.clone() for dy_TO in gradients], x_TD.clone()
+    wanted = [_expected(x_TD, dy_TO, segments) for dy_TO, segments in zip(gradients, siblings, strict=True)]
+    run = run_of(siblings, device)
+    h_tW = run.add(outputs, x_TD)
+    run.add_gradients(dx_TD, gradients, x_TD, h_tW)
+    expected_TD = x_TD.float() + torch.stack([part.dx_TD for part in wanted]).sum(0)
+    worst = {"y": 0.0, "dx": _difference(dx_TD, expected_TD), "dA": 0.0, "dB": 0.0}
+    for y_TO, segments, expected in zip(outputs, siblings, wanted, strict=True):
+        worst["y"] = max(worst["y"], _difference(y_TO, expected.y_TO))
+        for part, (da_RD, db_OR) in zip(segments, expected.gradients, strict=True):
+            worst["dA"] = max(worst["dA"], _difference(part.grad_a_RD, da_RD))
+            worst["dB"] = max(worst["dB"], _difference(part.grad_b_OR, db_OR))
     return worst
 
 
-def run_of(segments: Sequence[TrialSegment], device: torch.device) -> TiledRun:
-    entries = np.zeros(len(segments), ENTRY)
-    for index, part in enumerate(segments):
-        matrices = (part.a_RD, part.b_OR, part.grad_a_RD, part.grad_b_OR)
-        addresses = tuple(matrix.data_ptr() for matrix in matrices)
-        rank = len(part.a_RD)
-        entries[index] = (*addresses, rank, rank, part.scale, part.threshold, part.keep_factor, 0, part.key)
-    spans = [(index, part.start, part.stop) for index, part in enumerate(segments)]
-    uploaded, tiles, rows = upload([entries.view(np.int64), *tiles_and_spans(spans)], device)
-    kind = class_of(max(len(part.a_RD) for part in segments), has_dropout=bool(segments[0].threshold))
-    group = TileGroup(kind=kind, tiles=tiles, spans=rows, num_rows=segments[-1].stop)
-    return TiledRun(entries=uploaded, group=group)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectedLora:
+    """Results of one linear in fp32: y, its part of dx, and (dA, dB) of each segment, added to the ones before."""
+
+    y_TO: Tensor
+    dx_TD: Tensor
+    gradients: list[tuple[Tensor, Tensor]]
+
+
+def _expected(x_TD: Tensor, dy_TO: Tensor, segments: Sequence[TrialSegment]) -> ExpectedLora:
+    expected = ExpectedLora(y_TO=dy_TO.float().clone(), dx_TD=torch.zeros_like(x_TD, dtype=torch.float32), gradients=[])
+    for part in segments:
+        a_RD, b_OR, kept_tD = part.a_RD.float(), part.b_OR.float(), part.kept_tD().float()
+        d_tD, dy_tO = x_TD[part.rows].float() * kept_tD, dy_TO[part.rows].float()
+        expected.y_TO[part.rows] += part.scale * d_tD @ a_RD.T @ b_OR.T
+        expected.dx_TD[part.rows] += part.scale * (dy_tO @ b_OR @ a_RD) * kept_tD
+        da_RD, db_OR = part.scale * (dy_tO @ b_OR).T @ d_tD, part.scale * dy_tO.T @ (d_tD @ a_RD.T)
+        expected.gradients.append((part.grad_a_RD + da_RD, part.grad_b_OR + db_OR))
+    return expected
+
+
+def run_of(siblings: Sequence[Sequence[TrialSegment]], device: torch.device) -> TiledRun:
+    """Return the run of the segments of each sibling."""
+    entries = np.zeros((len(siblings), len(siblings[0])), ENTRY)
+    members: list[Member] = []
+    for sibling, segments in enumerate(siblings):
+        for index, part in enumerate(segments):
+            matrices = (part.a_RD, part.b_OR, part.grad_a_RD, part.grad_b_OR)
+            addresses = tuple(matrix.data_ptr() for matrix in matrices)
+            rank = len(part.a_RD)
+            fields = (rank, rank, part.scale, part.threshold, part.keep_factor, 0, part.key)
+            entries[sibling, index] = (*addresses, *fields)
+            entry = sibling * len(segments) + index
+            members.append(Member(segment=index, sibling=sibling, entry=entry, start=part.start, stop=part.stop))
+    uploaded, *tables = upload([entries.view(np.int64), *tables_of(members)], device)
+    rank = max(len(part.a_RD) for part in siblings[0])
+    kind = class_of(rank, has_dropout=bool(siblings[0][0].threshold))
+    return TiledRun(entries=uploaded, group=group_of(kind, members, tables, num_siblings=len(siblings)))
 
 
 def _numbers(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -104,9 +104,19 @@ def test_trainer_memory_is_its_base_and_one_tick(precision: str, width: int) -> 
     assert memory.base_bytes(description, precision) == 500 * width
     kept = 2 * (64 + 16 + 32)  # both outputs, and the input that they share
     assert memory.activation_bytes_per_token(SHAPES, precision) == kept * width
+    assert memory.activation_bytes_per_token(SHAPES, precision, "cuda") == kept * width, "its norms are not known"
     logits = 2 * 4 * 256 * 10
     need = memory.trainer_bytes(description, precision, num_tokens=100)
     assert need == 500 * width + 100 * kept * width + logits
+
+
+def test_gpu_keeps_no_output_of_a_norm_or_a_gated_activation() -> None:
+    attention = {"q_proj": [[64, 32], 2], "k_proj": [[16, 32], 2], "v_proj": [[16, 32], 2], "o_proj": [[32, 64], 2]}
+    mlp = {"gate_proj": [[96, 32], 2], "up_proj": [[96, 32], 2], "down_proj": [[32, 96], 2]}
+
+    cpu, cuda = (memory.activation_bytes_per_token(attention | mlp, "bfloat16", kind) for kind in ("cpu", "cuda"))
+
+    assert cpu - cuda == 2 * 2 * (32 + 32 + 96)
 
 
 def test_quantized_base_has_quantized_linears_and_the_rest_in_its_dtype() -> None:

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwStep
+from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwLaunch, AdamwStep
 from lora_core.kernels.gpu.tables import TileGroup
 from lora_core.runtime.transfers import upload
 from tests.lora_core.fake_cuda.observer import DeviceObserver
 
 PACKAGE = "lora_core.kernels.gpu"
 ELEMENTWISE = (
-    *("swiglu", "swiglu_backward", "rms_norm", "add_rms_norm", "rms_norm_backward", "rotate"),
+    *("swiglu", "swiglu_backward", "rms_norm", "add_rms_norm", "rms_norm_with_rate", "rms_norm_backward", "rotate"),
     *("score_logits", "logit_gradient"),
 )
 
@@ -31,24 +31,34 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
     def elementwise(name: str) -> Callable[..., None]:
         return lambda *_: launch(name)
 
-    def add_lora(y_TO: Tensor, x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
+    def count_flops(group: TileGroup, num_shared: int, tensors: Sequence[Tensor]) -> None:
+        """Count products with features that the siblings share, and with those of each. All have the same rows."""
+        features = len(tensors) * num_shared + sum(tensor.shape[1] for tensor in tensors)
+        observer.counts.flops += 2 * group.num_rows // group.num_siblings * group.kind.width * features
+
+    def add_lora(outputs: Sequence[Tensor], x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
         launch("shrink")
         launch("expand")
-        observer.counts.flops += 2 * group.num_rows * group.kind.width * (x_TD.shape[1] + y_TO.shape[1])
+        count_flops(group, x_TD.shape[1], outputs)
         return x_TD.new_empty(group.num_rows, group.kind.width)
 
     def add_lora_gradients(
-        dx_TD: Tensor | None, dy_TO: Tensor, x_TD: Tensor, h_tW: Tensor, entries: Tensor, group: TileGroup
+        dx_TD: Tensor | None,
+        gradients: Sequence[Tensor],
+        x_TD: Tensor,
+        h_tW: Tensor,
+        entries: Tensor,
+        group: TileGroup,
     ) -> None:
         torch.empty_like(h_tW)
-        products = 2 * dy_TO.shape[1] + x_TD.shape[1] * (1 if dx_TD is None else 2)
         for name in ("shrink", "accumulate", "accumulate", *(() if dx_TD is None else ("expand",))):
             launch(name)
-        observer.counts.flops += 2 * group.num_rows * group.kind.width * products
+        count_flops(group, 0, gradients)
+        count_flops(group, x_TD.shape[1] * (1 if dx_TD is None else 2), gradients)
 
-    def adamw(steps: Sequence[AdamwStep]) -> None:
+    def adamw_launches(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
         upload([np.zeros((len(steps), NUM_WORDS), np.int64)], steps[0].p.device)
-        launch("adamw")
+        return [AdamwLaunch(run=lambda: launch("adamw"))]
 
     def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         upload([np.zeros((len(vectors), 5), np.int64)], vectors[0][0].device)
@@ -59,7 +69,7 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
     return {
         f"{PACKAGE}.elementwise": _module(**{name: elementwise(name) for name in ELEMENTWISE}),
         f"{PACKAGE}.segmented_lora": _module(add_lora=add_lora, add_lora_gradients=add_lora_gradients),
-        f"{PACKAGE}.optimizer": _module(adamw=adamw, step_sizes=step_sizes),
+        f"{PACKAGE}.optimizer": _module(adamw_launches=adamw_launches, step_sizes=step_sizes),
     }
 
 

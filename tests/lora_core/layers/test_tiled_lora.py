@@ -50,11 +50,13 @@ def test_tiles_cover_the_rows_of_their_segments_and_depend_on_no_packmate() -> N
     small, large = adapter(LoraConfig(rank=16, alpha=32), "q"), adapter(LoraConfig(rank=16, alpha=8), "q")
     op = SegmentedLora("tiled", list(SHAPES))
 
-    (run,) = op.divide("q", pack_of((7, small, None), (130, large, None)), CPU).runs
-    (alone,) = op.divide("q", pack_of((130, large, None)), CPU).runs
+    (run,) = op.divide(("q",), pack_of((7, small, None), (130, large, None)), CPU).runs
+    (alone,) = op.divide(("q",), pack_of((130, large, None)), CPU).runs
 
-    assert run.group.tiles.tolist() == [[0, 0, 7, 0, 0], [1, 7, 64, 7, 0], [1, 71, 64, 71, 64], [1, 135, 2, 135, 128]]
-    assert run.group.spans.tolist() == [[0, 0, 7, 0], [1, 7, 137, 7]]
+    assert [tile[:5] for tile in run.group.tiles.tolist()] == [
+        *([0, 0, 7, 0, 0], [1, 7, 64, 7, 0], [1, 71, 64, 71, 64], [1, 135, 2, 135, 128])
+    ]
+    assert run.group.spans.tolist() == [[0, 0, 7, 0, 0], [1, 7, 137, 7, 0]]
     assert run.group.num_rows == 137
     assert alone.group.tiles[:, [2, 4]].tolist() == run.group.tiles[1:, [2, 4]].tolist()
 
@@ -64,7 +66,7 @@ def test_entries_contain_the_addresses_of_weights_and_gradients() -> None:
     replica = with_own_gradient(whole)
     op = SegmentedLora("tiled", list(SHAPES))
 
-    entries = entries_of(op.divide("v", pack_of((3, whole, KEY), (4, replica, KEY)), CPU))
+    entries = entries_of(op.divide(("v",), pack_of((3, whole, KEY), (4, replica, KEY)), CPU))
 
     for entry, part in zip(entries, (whole, replica), strict=True):
         views = part.sites["v"]
@@ -78,7 +80,7 @@ def test_entries_contain_the_addresses_of_weights_and_gradients() -> None:
 def test_weights_with_a_frozen_start_have_twice_the_trained_rank() -> None:
     paired = adapter(LoraConfig(rank=4, alpha=4, init_lora_weights="olora"), "q")
 
-    share = SegmentedLora("tiled", list(SHAPES)).divide("q", pack_of((3, paired, None)), CPU)
+    share = SegmentedLora("tiled", list(SHAPES)).divide(("q",), pack_of((3, paired, None)), CPU)
 
     (entry,) = entries_of(share)
     assert (entry["rank"], entry["trained"]) == (8, 4)
@@ -89,7 +91,7 @@ def test_weights_with_a_frozen_start_have_twice_the_trained_rank() -> None:
 def test_segments_of_another_class_have_a_run_of_their_own() -> None:
     parts = [adapter(LoraConfig(rank=rank, alpha=1), "q") for rank in (16, 12, 8, 40)]
 
-    runs = SegmentedLora("tiled", list(SHAPES)).divide("q", pack_of(*((5, part, None) for part in parts)), CPU).runs
+    runs = SegmentedLora("tiled", list(SHAPES)).divide(("q",), pack_of(*((5, part, None) for part in parts)), CPU).runs
 
     assert {(run.group.kind.width, run.group.kind.is_aligned): run.group.spans[:, 0].tolist() for run in runs} == {
         (16, True): [0, 2],
@@ -110,19 +112,60 @@ def test_loop_computes_what_the_kernels_do_not(lora: LoraConfig, modules: tuple[
     plain, other = adapter(LoraConfig(rank=8, alpha=1), "q"), adapter(lora, *modules)
     op = SegmentedLora("tiled", list(SHAPES))
 
-    share = op.divide("q", pack_of((5, plain, None), (6, other, KEY)), CPU)
+    share = op.divide(("q",), pack_of((5, plain, None), (6, other, KEY)), CPU)
 
-    assert [piece.start for piece in share.pieces] == [5]
+    assert [piece.start for piece in share.pieces[0]] == [5]
     assert [run.group.spans[:, 0].tolist() for run in share.runs] == [[0]]
+
+
+def test_siblings_share_tables_and_the_rows_of_h() -> None:
+    both, only_v = (adapter(LoraConfig(rank=8, alpha=4), *modules) for modules in (("q", "v"), ("v",)))
+    op = SegmentedLora("tiled", list(SHAPES), [("q", "v")])
+
+    share = op.divide(("q", "v"), pack_of((70, both, None), (3, only_v, None)), CPU)
+
+    (run,) = share.runs
+    group = run.group
+    assert group.spans.tolist() == [[0, 0, 70, 0, 0], [2, 0, 70, 70, 1], [3, 70, 73, 140, 1]]
+    tiles = [[0, 0, 64, 0, 0, 0], [0, 64, 6, 64, 64, 0]]
+    assert group.tiles.tolist() == [*tiles, [2, 0, 64, 70, 0, 1], [2, 64, 6, 134, 64, 1], [3, 70, 3, 140, 0, 1]]
+    joins = [[0, 64, 0, 2, 0, 0, 2, 70, 0, 0], [64, 6, 64, 2, 0, 64, 2, 134, 0, 0]]
+    assert group.joins.tolist() == [*joins, [70, 3, 0, 1, 3, 140, 0, 0, 0, 0]]
+    assert (group.num_rows, group.num_siblings) == (143, 2)
+    entries = entries_of(share)
+    assert [bool(entry["rank"]) for entry in entries] == [True, False, True, True]
+    assert entries[3]["a"] == only_v.sites["v"].a_RD.data_ptr()
+
+
+def test_siblings_of_several_classes_have_runs_in_an_order_that_no_packmate_changes() -> None:
+    mixed = adapter(LoraConfig(rank=40, alpha=4, rank_pattern=(("v", 8),)), "q", "v")
+    other = adapter(LoraConfig(rank=40, alpha=4), "q", "v")
+    op = SegmentedLora("tiled", list(SHAPES), [("q", "v")])
+
+    runs = op.divide(("q", "v"), pack_of((5, other, None), (6, mixed, None)), CPU).runs
+
+    assert [run.group.kind.width for run in runs] == [16, 64]
+    assert [run.group.spans[:, 0].tolist() for run in runs] == [[3], [0, 1, 2]]
+
+
+def test_sibling_without_the_others_has_a_plan_of_its_own() -> None:
+    part = adapter(LoraConfig(rank=8, alpha=4), "q", "v")
+    pack, op = pack_of((5, part, None)), SegmentedLora("tiled", list(SHAPES), [("q", "v")])
+
+    (run,) = op.divide(("v",), pack, CPU).runs
+
+    assert run.group.spans.tolist() == [[0, 0, 5, 0, 0]]
+    assert run.entries.numpy().reshape(-1).view(ENTRY)["a"] == part.sites["v"].a_RD.data_ptr()
+    assert op.divide(("v",), pack, CPU).runs[0] is run
 
 
 def test_linear_without_adapters_has_no_share() -> None:
     only_q = pack_of((5, adapter(LoraConfig(rank=8, alpha=1), "q"), None))
     op = SegmentedLora("tiled", list(SHAPES))
 
-    assert op.divide("v", only_q, CPU).is_empty
-    assert op.divide("q", replace(only_q, segments=()), CPU).is_empty
-    assert not op.divide("q", only_q, CPU).is_empty
+    assert op.divide(("v",), only_q, CPU).is_empty
+    assert op.divide(("q",), replace(only_q, segments=()), CPU).is_empty
+    assert not op.divide(("q",), only_q, CPU).is_empty
 
 
 def test_pass_is_planned_once_and_copies_with_other_segments_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,12 +175,12 @@ def test_pass_is_planned_once_and_copies_with_other_segments_anew(monkeypatch: p
     original = op.plan
     monkeypatch.setattr(op, "plan", lambda *arguments: planned.append(1) or original(*arguments))
 
-    op.divide("q", pack, CPU)
-    op.divide("v", replace(pack, is_checkpointed=True), CPU)
+    op.divide(("q",), pack, CPU)
+    op.divide(("v",), replace(pack, is_checkpointed=True), CPU)
     assert len(planned) == 1
 
     pooled = replace(pack, segments=(replace(pack.segments[0], stop=1),))
-    (run,) = op.divide("q", pooled, CPU).runs
+    (run,) = op.divide(("q",), pooled, CPU).runs
     assert run.group.num_rows == 1
     assert len(planned) == 2
 
@@ -145,7 +188,7 @@ def test_pass_is_planned_once_and_copies_with_other_segments_anew(monkeypatch: p
 def test_plan_does_not_keep_an_adapter_alive() -> None:
     part = adapter(LoraConfig(rank=8, alpha=1), "q")
     pack, op = pack_of((5, part, None)), SegmentedLora("tiled", list(SHAPES))
-    op.divide("q", pack, CPU)
+    op.divide(("q",), pack, CPU)
     is_alive = weakref.ref(part)
 
     del part, pack
@@ -156,9 +199,9 @@ def test_plan_does_not_keep_an_adapter_alive() -> None:
 def test_loop_gets_all_segments() -> None:
     pack = pack_of((5, adapter(LoraConfig(rank=8, alpha=1), "q"), None))
 
-    share = SegmentedLora("loop", list(SHAPES)).divide("q", pack, CPU)
+    share = SegmentedLora("loop", list(SHAPES)).divide(("q",), pack, CPU)
 
-    assert [piece.start for piece in share.pieces] == [0]
+    assert [piece.start for piece in share.pieces[0]] == [0]
     assert share.runs == ()
 
 

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_core.kernels.gpu import elementwise, optimizer, segmented_lora
-from lora_core.kernels.gpu.tables import WIDTHS, TileClass
+from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
 
 CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -62,21 +62,27 @@ def configurations() -> Iterator[Configuration]:
 
 def of_lora() -> Iterator[Configuration]:
     """Each distinct configuration of the three kernels, for all classes of segments."""
-    types = dict.fromkeys("xyh", "*bf16") | dict.fromkeys(("entries", "tiles", "spans"), "*i64") | {"width": "i32"}
-    names = ("shrink", "expand", "accumulate")
+    rows = ("h", "y", *(f"{name}{sibling}" for name in "xy" for sibling in range(MOST_SIBLINGS)))
+    types = dict.fromkeys(rows, "*bf16") | dict.fromkeys(("entries", "tiles", "spans", "joins"), "*i64")
+    types |= dict.fromkeys(("width", *(f"width{sibling}" for sibling in range(MOST_SIBLINGS))), "i32")
+    names, numbers = ("shrink", "expand", "accumulate"), range(1, MOST_SIBLINGS + 1)
     seen: set[str] = set()
-    for width, is_aligned, has_dropout, name, by_b in product(
-        WIDTHS, (True, False), (False, True), names, (True, False)
+    for width, is_aligned, has_dropout, name, by_b, number in product(
+        WIDTHS, (True, False), (False, True), names, (True, False), numbers
     ):
+        if number > 1 and not by_b:
+            continue  # siblings share the input of A
         kind = TileClass(width=width, is_aligned=is_aligned, has_dropout=has_dropout)
-        constants = getattr(segmented_lora, f"{name}_constants")(kind, by_b=by_b)
+        constants = getattr(segmented_lora, f"{name}_constants")(kind, by_b=by_b, num_siblings=number)
         marks = [mark for mark in ("DROPOUT", "ALIGNED") if constants.get(mark)]
         label = f"{name} by {'B' if by_b else 'A'}, width {width} {' '.join(marks).lower()}"
+        label += f", {number} linears" if number > 1 else ""
         if label not in seen:
             seen.add(label)
+            of_sum = name == "expand" and not by_b
             yield Configuration(
                 name=label,
-                kernel=getattr(segmented_lora, f"_{name}"),
+                kernel=segmented_lora._expand_sum if of_sum else getattr(segmented_lora, f"_{name}"),
                 constants=constants,
                 types=types,
                 is_product=True,
@@ -96,6 +102,8 @@ def of_rows() -> Iterator[Configuration]:
         yield plain(f"norm, {features} features, sum {added}", elementwise._rms_norm, types, HAS_DELTA=added, **of_rows)
         label = f"norm backward, {features} features, sum {added}"
         yield plain(label, elementwise._rms_norm_backward, types, HAS_ONWARD=added, **of_rows)
+        if not added:
+            yield plain(f"norm with rate, {features} features", elementwise._rms_norm_with_rate, types, **of_rows)
     for name in ("swiglu", "swiglu_backward"):
         yield plain(name, getattr(elementwise, f"_{name}"), types, BLOCK=elementwise.BLOCK, **elementwise.OPTIONS)
     for heads_and_half, rest, backward in product(((32, 64), (64, 64), (16, 32)), (0, 64), (False, True)):

@@ -98,13 +98,14 @@ def computed(
         slices[ruined].adapter.p[1::2] = torch.nan
     x_TD.requires_grad_()
     leaf = torch.zeros((), requires_grad=True)
-    share = SegmentedLora(kernel, [MODULE]).divide(MODULE, pack, x_TD.device)
+    share = SegmentedLora(kernel, [MODULE]).divide((MODULE,), pack, x_TD.device)
+    (pieces,) = share.pieces
     weight_OD = linear_weight() if with_base else torch.zeros(OUT, D)
     if fused:
         plain = PlainWeight(weight_OD=weight_OD, bias_O=None)
-        y_TO = PackedLinear.apply(x_TD, leaf, plain, share.pieces, share.runs)
+        y_TO = PackedLinear.apply(x_TD, leaf, plain, pieces, share.runs)
     else:
-        y_TO = PackedDelta.apply(x_TD @ weight_OD.T, x_TD, leaf, share.pieces, share.runs)
+        y_TO = PackedDelta.apply(x_TD @ weight_OD.T, x_TD, leaf, pieces, share.runs)
     y_TO.backward(dy_TO)
     assert x_TD.grad is not None
     spans = [slice(segment.start, segment.stop) for segment in pack.segments]

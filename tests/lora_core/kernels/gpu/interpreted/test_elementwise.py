@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_norm_with_and_without_a_residual_sum_and_its_gradient() -> None:
     assert_equal_results("add_rms_norm", [x, delta, weight, 1e-5], [empty, empty, rate])
     assert_equal_results("rms_norm_backward", [x, rate, weight, dy, onward], [empty])
     assert_equal_results("rms_norm_backward", [x, rate, weight, dy, onward[:0]], [empty])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_is_recomputed_bit_for_bit(dtype: torch.dtype) -> None:
+    x, delta = (numbers(seed, T, D).to(dtype) for seed in (1, 2))
+    weight, rate = numbers(3, 1, D)[0].to(dtype), torch.empty(T)
+    total, y, again = (torch.empty_like(x) for _ in range(3))
+
+    on_cuda.add_rms_norm(x, delta, weight, 1e-5, total, y, rate)
+    on_cuda.rms_norm_with_rate(total, rate, weight, again)
+    assert torch.equal(again, y)
+
+    on_cuda.rms_norm(x, weight, 1e-5, y, rate)
+    on_cuda.rms_norm_with_rate(x, rate, weight, again)
+    assert torch.equal(again, y)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -108,23 +124,53 @@ def test_model_with_these_kernels_trains_like_one_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, load: Callable[..., BaseModel]
 ) -> None:
     expected = trained(load("llama"))
-    ran: set[str] = set()
-    for name in ("swiglu", "add_rms_norm", "rms_norm_backward", "rotate", "score_logits", "logit_gradient"):
-        original = getattr(on_cuda, name)
-        monkeypatch.setattr(on_cuda, name, lambda *args, name=name, run=original: (ran.add(name), run(*args)))
+    names = ("swiglu", "add_rms_norm", "rms_norm_backward", "rotate", "score_logits", "logit_gradient")
+    ran = counted(monkeypatch, *names)
     monkeypatch.setattr("lora_core.engine.engine.measure_invariance", lambda base, lanes: "allclose")
     monkeypatch.setattr("lora_core.kernels.on_device.on_gpu", lambda tensor: True)
 
     found = trained(load("llama"))
 
-    assert len(ran) == 6
+    assert ran.keys() == set(names)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
-def trained(base: BaseModel) -> Tensor:
+@pytest.mark.parametrize("checkpoint", ["never", "always"])
+def test_recomputed_inputs_give_the_bits_of_kept_ones(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., BaseModel], checkpoint: Literal["never", "always"]
+) -> None:
+    monkeypatch.setattr("lora_core.engine.engine.measure_invariance", lambda base, lanes: "allclose")
+    monkeypatch.setattr("lora_core.kernels.on_device.on_gpu", lambda tensor: True)
+    why_not_elementwise(torch.device("cpu"))  # its trial runs kernels, once
+    ran = counted(monkeypatch, "swiglu", "rms_norm_with_rate")
+    recomputed = trained(load("llama"), checkpoint)
+    recomputing = dict(ran)
+    ran.clear()
+
+    for user in ("base_model.patching", "layers.fused_projections"):
+        monkeypatch.setattr(f"lora_core.{user}.origin_of", lambda _: None)
+    kept = trained(load("llama"), checkpoint)
+
+    assert torch.equal(recomputed, kept)
+    num_steps, num_blocks = 2, cast(Any, load("llama").model.config).num_hidden_layers
+    assert recomputing["swiglu"] - ran["swiglu"] == num_steps * num_blocks, "once for each MLP"
+    num_norms = 2 * num_blocks - 1  # the input of the first has no gradient
+    assert recomputing["rms_norm_with_rate"] - ran["rms_norm_with_rate"] == num_steps * num_norms
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> Counter[str]:
+    """Count the launches of kernels by their name."""
+    ran = Counter[str]()
+    for name in names:
+        original = getattr(on_cuda, name)
+        monkeypatch.setattr(on_cuda, name, lambda *args, name=name, run=original: (ran.update([name]), run(*args)))
+    return ran
+
+
+def trained(base: BaseModel, checkpoint: Literal["never", "always"] = "never") -> Tensor:
     """Return the weights of a job after two steps."""
     base.attachment = Attachment(base.model)
-    engine = Engine(base, EngineConfig())
+    engine = Engine(base, EngineConfig(checkpoint_blocks=checkpoint))
     engine.admit("job", config(seed=1, num_steps=2), dataset(1, [7, 12]))
     while not engine.idle:
         engine.tick()
