@@ -39,6 +39,7 @@ def agree_on_elementwise(device: torch.device, gathered: Callable[[str | None], 
 
 
 @cache
+@torch.enable_grad()  # the first call may come from a pass without gradients
 def why_trial_failed(device: torch.device) -> str | None:
     """Try the kernels on this device. Returns why they can't be used there, or None. Later calls read the result."""
     try:

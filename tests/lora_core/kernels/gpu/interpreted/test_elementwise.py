@@ -141,7 +141,7 @@ def test_recomputed_inputs_give_the_bits_of_kept_ones(
 ) -> None:
     monkeypatch.setattr("lora_core.engine.engine.measure_invariance", lambda base, lanes: "allclose")
     monkeypatch.setattr("lora_core.kernels.on_device.on_gpu", lambda tensor: True)
-    why_not_elementwise(torch.device("cpu"))  # its trial runs kernels, once
+    why_trial_failed(torch.device("cpu"))  # its trial runs kernels, once
     ran = counted(monkeypatch, "swiglu", "rms_norm_with_rate")
     recomputed = trained(load("llama"), checkpoint)
     recomputing = dict(ran)
