@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -49,9 +50,9 @@ def run(plan: Plan) -> Result:
 
 @contextmanager
 def service(folder: Path) -> Generator[Lorry]:
-    """Run `lorry up` in its own data folder, and stop it at the end."""
-    data_dir, log = folder / "service", folder / "service.log"
-    data_dir.mkdir()
+    """Run `lorry up` in a new data folder within `folder`, and stop it at the end."""
+    data_dir = Path(tempfile.mkdtemp(prefix="service-", dir=folder))
+    log = data_dir.with_suffix(".log")
     argv = [sys.executable, "-m", "lorry", "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
     with log.open("wb") as errors:
         process = subprocess.Popen(
