@@ -61,10 +61,11 @@ def is_recomputed_exactly(y: Tensor) -> bool:
 
 def save_input(ctx: Any, x_TD: Tensor, origin: InputOrigin | None) -> None:
     """Save in the forward of a linear what its backward needs to read `x_TD`."""
-    ctx.recomputation = None if origin is None else origin.recomputation
-    if ctx.recomputation is None:
+    if origin is None:
+        ctx.recomputation = None
         ctx.save_for_backward(x_TD)
     else:
+        ctx.recomputation = origin.recomputation
         ctx.save_for_backward(*origin.inputs)
         ctx.recomputation.num_readers += 1
 
