@@ -26,6 +26,9 @@ from catalog.storage.store import ArtifactStore
 SERVED_PATH = re.compile(r"/(?:.*/)?lorry-([0-9a-f]{24})-(endpoint-[0-9a-f]{24})/adapter-[0-9a-f]{24}-[0-9a-f]{12}")
 """Paths that `endpoint_folder` and `adapter_path` return, of any service."""
 
+REMOVED = ".removed-"
+"""Prefix of folders that are being removed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterOrigin:
@@ -107,7 +110,9 @@ def remove_others(folder: Path, kept: set[str], *, check: Callable[[], None]) ->
         _remove(folder, check=check)
         return
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name not in kept and not entry.name.startswith("."):  # such a folder is being written or removed
+        if entry.name.startswith(REMOVED):  # by a process that was killed
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name not in kept and not entry.name.startswith("."):  # such a folder is being written or removed
             _remove(entry, check=check)
 
 
@@ -120,7 +125,7 @@ def _replace_files(path: Path, fetched: Path, manifest: Manifest) -> None:
 
 
 def _remove(folder: Path, *, check: Callable[[], None]) -> None:
-    removed = folder.with_name(f".{folder.name}.{token_hex(4)}")
+    removed = folder.with_name(f"{REMOVED}{folder.name}.{token_hex(4)}")
     check()
     with suppress(FileNotFoundError):
         folder.rename(removed)

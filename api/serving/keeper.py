@@ -342,16 +342,27 @@ class EndpointKeeper:
 
     async def _put(self, path: Path, manifest: Manifest) -> None:
         """Write the adapter's files. Raises EndpointFailure."""
+        has_ended = False
+
+        def check() -> None:
+            self._lease.check_now()
+            if has_ended:  # the task was cancelled, but its thread continues
+                raise LeaseLost
+
         try:
-            put = partial(adapter_files.put, self._tools.store, path, manifest, check=self._lease.check_now)
-            await run_in_threadpool(put)
+            await run_in_threadpool(partial(adapter_files.put, self._tools.store, path, manifest, check=check))
         except (OSError, LorryError) as error:
             reason = error.sentence() if isinstance(error, LorryError) else f"{error}."
             text = f"The adapter's files can't be written to {str(path)!r}. {reason}"
             raise EndpointFailure(text, kind="refused") from error
+        finally:
+            has_ended = True
 
     async def _remove_others(self, folder: Path, kept: set[str]) -> None:
-        await run_in_threadpool(partial(adapter_files.remove_others, folder, kept, check=self._lease.check_now))
+        try:
+            await run_in_threadpool(partial(adapter_files.remove_others, folder, kept, check=self._lease.check_now))
+        except OSError as error:  # the files stay, and deployments continue
+            log.warning("serving endpoint=%s files in %s can't be removed: %s", self.claim.endpoint_id, folder, error)
 
     async def _unload(self, server: ServerAddress, one: WantedAdapter) -> None:
         await self._lease.check()

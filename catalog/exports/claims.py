@@ -35,9 +35,9 @@ KEPT_REFUSALS = 3
 PATIENCE_SECONDS = 3600.0
 """How long every live worker may refuse an export before it fails: jobs that end free memory and disk space."""
 MAX_WAIT_SECONDS = 86400.0
-"""How long one worker may refuse an export before it fails, whatever the others do."""
+"""How long an export may wait after its first refusal before it fails at the next one, whatever other workers do."""
 MAX_LOOKED_AT = 200
-"""Maximum number of waiting exports that a worker considers at once."""
+"""Maximum number of waiting exports that a worker considers at once, without those that it has just refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +49,8 @@ class WaitingExport:
     adapter_bytes: int
     """Size of the adapter's files, which are fetched."""
     needs: Needs
+    was_refused: bool
+    """A worker has refused it since it was created or last claimed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,8 +92,8 @@ def claim(
     """Lease a waiting export to this worker. Returns None if none waits that it can make.
 
     refuse: returns why this worker can't make an export, or None. A refusal counts as no attempt: for REFUSAL_SECONDS,
-    only other workers may take the export. It fails after every live worker has refused it for PATIENCE_SECONDS, one
-    has refused it for MAX_WAIT_SECONDS, or MAX_ATTEMPTS workers were lost.
+    only other workers may take the export. It fails after every live worker has refused it for PATIENCE_SECONDS, it has
+    waited for MAX_WAIT_SECONDS, or MAX_ATTEMPTS workers were lost.
     """
     for each in _waiting(db, worker_id):
         error = None if each.num_attempts >= MAX_ATTEMPTS else refuse(each)
@@ -154,8 +156,12 @@ def _waiting(db: Database, worker_id: str) -> list[WaitingExport]:
         worker = session.get(Worker, worker_id)
         if worker is not None and worker.takes_nothing_new:
             return []
-        rows = session.scalars(export_rows.waiting(now=now).limit(MAX_LOOKED_AT)).all()
-        return [_shown(session, row) for row in rows if not _has_refused(row, worker_id, since=now - REFUSAL_SECONDS)]
+        found = session.execute(
+            export_rows.waiting(now=now).with_only_columns(AdapterExport.id, AdapterExport.refusals)
+        )
+        asked = [ident for ident, seen in found if not _has_refused(seen, worker_id, since=now - REFUSAL_SECONDS)]
+        rows = (session.get(AdapterExport, ident) for ident in asked[:MAX_LOOKED_AT])
+        return [_shown(session, row) for row in rows if row is not None]
 
 
 def _shown(session: Session, row: AdapterExport) -> WaitingExport:
@@ -166,26 +172,33 @@ def _shown(session: Session, row: AdapterExport) -> WaitingExport:
         num_attempts=row.num_attempts,
         adapter_bytes=0 if artifact is None else artifact.num_bytes,
         needs=formats.needs(row.format, row.quantization, description=description, stored_bytes=row.expected_bytes),
+        was_refused=row.refusals is not None,
     )
 
 
-def _has_refused(row: AdapterExport, worker_id: str, *, since: float, before: float = math.inf) -> bool:
+def _has_refused(refusals: Json | None, worker_id: str, *, since: float, before: float = math.inf) -> bool:
     """Return whether the worker has refused the export at a time after `since`, and first before `before`."""
-    first, last = (row.refusals or {}).get(worker_id, (math.inf, -math.inf))
+    first, last = refusals["workers"].get(worker_id, (math.inf, -math.inf)) if refusals else (math.inf, -math.inf)
     return last > since and first <= before
 
 
 def _refuse(session: Session, row: AdapterExport, worker_id: str, error: LorryError, *, now: float) -> None:
     """Record a refusal. A worker that has not refused for some time, such as a busy one, may be able to make it now."""
-    recently = now - KEPT_REFUSALS * REFUSAL_SECONDS
-    first = row.refusals[worker_id][0] if row.refusals and _has_refused(row, worker_id, since=recently) else now
+    recently, earlier = now - KEPT_REFUSALS * REFUSAL_SECONDS, row.refusals or {"since": now, "workers": {}}
+    first = earlier["workers"][worker_id][0] if _has_refused(earlier, worker_id, since=recently) else now
     live = session.scalars(select(Worker).where(is_live(now=now))).all()
     able = {worker.id for worker in live if not worker.takes_nothing_new} | {worker_id}
-    kept = {ident: times for ident, times in (row.refusals or {}).items() if ident in able}
-    row.refusals, row.error = {**kept, worker_id: [first, now]}, _described(error)
-    is_refused_by_all = all(_has_refused(row, ident, since=recently, before=now - PATIENCE_SECONDS) for ident in able)
-    if is_refused_by_all or first <= now - MAX_WAIT_SECONDS:
-        message = f"{error.message} No worker has taken the export for {(now - first) / 60:.0f} minutes."
+    kept = {ident: times for ident, times in earlier["workers"].items() if ident in able}
+    refusals = {**earlier, "workers": {**kept, worker_id: [first, now]}}
+    row.refusals, row.error = refusals, _described(error)
+    row.status = "queued"  # a worker that was lost may have left it running
+    lease.release(row)
+    is_refused_by_all = all(
+        _has_refused(refusals, ident, since=recently, before=now - PATIENCE_SECONDS) for ident in able
+    )
+    if is_refused_by_all or refusals["since"] <= now - MAX_WAIT_SECONDS:
+        waited = now - refusals["since"]
+        message = f"{error.message} No worker has taken the export for {waited / 60:.0f} minutes."
         remedy = f"{error.remedy} Then create the export again."
         _fail(row, {"code": error.code, "message": message, "remedy": remedy}, now=now)
 

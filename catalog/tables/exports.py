@@ -45,7 +45,8 @@ class AdapterExport(Leased, Table):
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """code, message, remedy. While the export is queued: why a worker does not take it."""
     refusals: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    """Workers that have too little disk space or memory for it: {worker: [time of the first, of the last refusal]}."""
+    """Workers that have too little disk space or memory for it: {since: time of the first refusal, workers: {worker:
+    [time of its first, of its last refusal]}}."""
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
     """Digest of the manifest of its files. None for the format adapter, whose files are those of the adapter."""
     expected_bytes: Mapped[int] = mapped_column(default=0, server_default="0")

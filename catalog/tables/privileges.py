@@ -71,6 +71,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
             "started_at",
             "finished_at",
             "error",
+            "refusals",
             "artifact",
             "num_bytes",
             "verification",

@@ -6,7 +6,7 @@ optimizer keeps its state in the adapter's m and v.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_core.adapter.adafactor import Block, adafactor_bounds, adafactor_step
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import OptimizerConfig, ScheduleConfig
-from lora_core.kernels.gpu.optimizer_table import AdamwLaunch, AdamwStep
+from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.kernels.on_device import has_gpu_kernels
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -178,7 +178,7 @@ def has_joint_step(adapter: FlatAdapter, config: OptimizerConfig) -> bool:
     return config.kind == "adamw" and has_gpu_kernels(adapter.p)
 
 
-def joint_steps(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
+def joint_steps(steps: Sequence[AdamwStep]) -> list[Callable[[], None]]:
     """Upload all steps, and return the launches that take them.
 
     Call `refresh_derived` of each adapter after the launches. Raises torch.OutOfMemoryError.

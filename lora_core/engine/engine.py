@@ -87,7 +87,7 @@ class Engine:
         self._throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
         if base.device.startswith("cuda"):
-            agree_on_elementwise(torch.device(base.device), ranks.gathered)
+            agree_on_elementwise(base.model.device, ranks.gathered)
         attachment = base.attach(batch_invariant=config.batch_invariant)
         with ranks.sharing_errors(), shortage_in_pass(is_sharded=base.is_sharded):
             invariance = measure_invariance(base, self._lanes)

@@ -16,7 +16,7 @@ from lora_core.runtime.device_errors import shortage_named, shortage_of
 
 
 def measure_together(outcomes: Sequence[StepOutcome]) -> None:
-    """Set the sizes of all steps that are due and not measured yet. If memory runs out, all these jobs fail."""
+    """Set the sizes of all steps that are due and not measured yet. If memory runs out, each job is measured alone."""
     received = [outcome for outcome in outcomes if outcome.error is None]
     due = [outcome for outcome in received if outcome.job.is_due and outcome.job.sizes is None]
     if not due:
@@ -25,7 +25,10 @@ def measure_together(outcomes: Sequence[StepOutcome]) -> None:
         with shortage_named():
             sizes_J3 = joint_step_sizes([outcome.job.adapter for outcome in due])
     except torch.OutOfMemoryError:
-        _fail(due)
+        if len(due) == 1:
+            _fail(due)
+        for one in due if len(due) > 1 else ():
+            measure_together([one])
         return
     for outcome, sizes_3 in zip(due, sizes_J3, strict=True):
         outcome.job.sizes = sizes_3
@@ -34,8 +37,8 @@ def measure_together(outcomes: Sequence[StepOutcome]) -> None:
 def step_together(due: Sequence[tuple[StepOutcome, StepSizes]]) -> None:
     """Take the steps of these jobs. Call it where an interrupt waits.
 
-    Before the launch a failure changes no weights. After it, the failure marks each job torn whose step is not
-    complete, because its vectors are in an unknown state.
+    Before the launch a failure changes no weights. If memory runs out there, each job takes its step alone. After it,
+    the failure marks each job torn whose step is not complete, because its vectors are in an unknown state.
     """
     ready = [(outcome, sizes) for outcome, sizes in due if _is_possible(outcome, sizes)]
     if not ready:
@@ -44,13 +47,16 @@ def step_together(due: Sequence[tuple[StepOutcome, StepSizes]]) -> None:
         with shortage_named():
             launches = joint_steps([outcome.job.adamw_step(sizes) for outcome, sizes in ready])
     except torch.OutOfMemoryError:
-        _fail([outcome for outcome, _ in ready])
+        if len(ready) == 1:
+            _fail([outcome for outcome, _ in ready])
+        for one in ready if len(ready) > 1 else ():
+            step_together([one])
         return
     incomplete: list[TrainingJob] = [outcome.job for outcome, _ in ready]
     try:
         with shortage_named():
             for launch in launches:
-                launch.run()
+                launch()
         for outcome, sizes in ready:
             _complete(outcome, sizes)
             incomplete.pop(0)

@@ -114,8 +114,9 @@ class ActivationMemory:
         self._others_bytes_per_token = 0.0
 
     def expect(self) -> None:
-        """Trust measurements of fewer bytes than the estimate no more, after a job was admitted: it may take more."""
-        self.bytes_per_token, self._is_shown = max(self.bytes_per_token, self._guessed_bytes_per_token), False
+        """Allow for MARGIN times the measured bytes until the next measurement, after a job was admitted."""
+        if self._is_shown:
+            self.bytes_per_token, self._is_shown = MARGIN * self.bytes_per_token, False
 
     @contextmanager
     def observed(self, num_tokens: int, *, kind: Kind, checkpointed: bool) -> Iterator[None]:

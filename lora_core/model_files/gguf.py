@@ -7,18 +7,20 @@ scaling type and a factor in the metadata.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from lora_core.errors import UnsupportedModel
 
+LOGGER = logging.getLogger(__name__)
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 KIND = ".rope.scaling.type"
 AMOUNTS = (".rope.scaling.factor", ".rope.scale_linear")
 """Metadata keys of the factor. Without a type the scaling is linear. 0 and 1 mean none. The second key is older."""
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 """Files next to a GGUF file that may contain a chat template; see worker.process.sandbox."""
-MAX_BYTES = 2**20
+MAX_BYTES = 2**24
 """Maximum size of each of them."""
 
 
@@ -26,7 +28,8 @@ def template_beside(path: Path, *, has_own: bool) -> str | None:
     """Return the chat template next to a GGUF file, or None. Raises UnsupportedModel for a file that can't be read.
 
     `chat_template.jinja` replaces the template in the GGUF file. That of `tokenizer_config.json` is used only if the
-    GGUF file has none (has_own): the configuration may belong to another model in the same folder.
+    GGUF file has none (has_own): the configuration may belong to another model in the same folder, so a file that can't
+    be read is ignored.
     """
     template, tokenizer = path.with_name(TEMPLATE), path.with_name(TOKENIZER)
     if template.is_file():
@@ -35,18 +38,22 @@ def template_beside(path: Path, *, has_own: bool) -> str | None:
         return None
     try:
         config: Any = json.loads(_text(tokenizer))
-    except ValueError as error:
-        raise _unreadable(tokenizer, "is not valid JSON") from error
+    except (ValueError, UnsupportedModel) as error:
+        LOGGER.warning("The chat template of %s is ignored: %s", tokenizer, error)
+        return None
     found = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(found, list):  # named templates
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        found = named.get("default")
+        defaults = (each for each in found if isinstance(each, dict) and each.get("name") == "default")
+        found = next(defaults, {}).get("template")
     return found if isinstance(found, str) else None
 
 
 def _text(path: Path) -> str:
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise _unreadable(path, f"can't be read ({error.strerror})") from error
     if len(content) > MAX_BYTES:
         raise _unreadable(path, f"has more than {MAX_BYTES:,} bytes")
     try:

@@ -87,13 +87,13 @@ class HostCopies:
 def copy_to_host(vectors: Mapping[str, Tensor], *, is_lasting: bool) -> HostCopies:
     """Begin to copy contiguous vectors, all on one device, to the host.
 
-    On a GPU the host does not wait. The device copies to pinned memory in the order of its current stream, so later
-    operations may overwrite or free the vectors at once. On a CPU the copies share the vectors' memory, unless they are
-    to be `is_lasting`: then they keep the current values. Raises torch.OutOfMemoryError.
+    `is_lasting` copies keep the current values. On a GPU the host does not wait for them: the device copies to pinned
+    memory in the order of its current stream, so later operations may overwrite or free the vectors at once. Other
+    copies are complete on return, and on a CPU they share the vectors' memory. Raises torch.OutOfMemoryError.
     """
     device = next(iter(vectors.values())).device
     with shortage_named():
-        if device.type == "cuda":
+        if device.type == "cuda" and is_lasting:
             copies = {name: _pinned_copy(vector) for name, vector in vectors.items()}
             copied = torch.cuda.Event(blocking=True)
             copied.record(torch.cuda.current_stream(device))

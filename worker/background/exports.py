@@ -96,7 +96,8 @@ def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources
             adapter_bytes=waiting.adapter_bytes,
         )
     except ScarceResources as error:
-        log.warning("Export %s waits for another worker. %s", waiting.export_id, error)
+        if not waiting.was_refused:  # a worker refuses it each minute
+            log.warning("Export %s waits for another worker. %s", waiting.export_id, error)
         return error
     return None
 

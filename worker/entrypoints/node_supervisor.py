@@ -110,7 +110,8 @@ def _named_groups(arguments: Sequence[str] | None, given: Mapping[str, str]) -> 
         return groups
     raise SystemExit(
         f"LORRY_DEVICE is {device!r}, but this command reads its device groups from its arguments. Unset LORRY_DEVICE, "
-        f"and name the groups: `lorry worker {device}`. With Docker Compose, set LORRY_GROUPS={device} in .env instead."
+        f"and name the groups: `lorry worker --groups {device}`. With Docker Compose, set LORRY_GROUPS={device} in "
+        ".env instead."
     )
 
 

@@ -6,7 +6,7 @@ neither on the number of multiprocessors nor on other adapters. Shape suffixes: 
 E elements of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.gpu.optimizer_table import ADDRESSES, NUM_WORDS, STEP, WORD, AdamwLaunch, AdamwStep, are_aligned
+from lora_core.kernels.gpu.optimizer_table import ADDRESSES, NUM_WORDS, STEP, WORD, AdamwStep, are_aligned
 from lora_core.runtime.transfers import upload
 
 BLOCK = 2048
@@ -29,10 +29,10 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 def adamw(steps: Sequence[AdamwStep]) -> None:
     """Take all steps."""
     for launch in adamw_launches(steps):
-        launch.run()
+        launch()
 
 
-def adamw_launches(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
+def adamw_launches(steps: Sequence[AdamwStep]) -> list[Callable[[], None]]:
     """Upload all steps in one copy.
 
     Returns one launch for each kind of alignment and copy, which only depend on the adapter itself.
@@ -40,13 +40,13 @@ def adamw_launches(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
     ordered = sorted(steps, key=_kind)
     table = np.array([step.entry() for step in ordered], STEP).view(np.int64).reshape(-1, NUM_WORDS)
     (uploaded,) = upload([table], steps[0].p.device)
-    launches: list[AdamwLaunch] = []
+    launches: list[Callable[[], None]] = []
     start = 0
     for (is_aligned, has_copy), of_kind in groupby(ordered, _kind):
         same = list(of_kind)
         grid = -(-max(step.p.numel() for step in same) // BLOCK), len(same)
         constants = {"ALIGNED": is_aligned, "HAS_COPY": has_copy, **OPTIONS}
-        launches.append(AdamwLaunch(run=partial(_adamw[grid], uploaded[start:], BLOCK=BLOCK, **constants)))
+        launches.append(partial(_adamw[grid], uploaded[start:], BLOCK=BLOCK, **constants))
         start += len(same)
     return launches
 

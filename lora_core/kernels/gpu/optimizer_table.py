@@ -1,7 +1,6 @@
 # pyright: basic
 """The table of optimizer steps that optimizer.py reads. This module does not import Triton."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,13 +65,6 @@ class AdamwStep:
             *(1 - self.rate * self.weight_decay, self.rate / unbiased),
             *(1 - self.plus_rate * self.weight_decay, self.plus_rate / unbiased),
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamwLaunch:
-    """One launch of steps whose table is on the device."""
-
-    run: Callable[[], None]
 
 
 def are_aligned(*vectors: Tensor | None) -> bool:

@@ -92,6 +92,16 @@ def test_damaged_file_is_replaced_while_the_folder_stays(store: ArtifactStore, m
     assert (path / WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
+def test_folder_whose_removal_broke_off_is_removed(store: ArtifactStore, manifest: Manifest, path: Path) -> None:
+    adapter_files.put(store, path, manifest, check=valid)
+    left = path.with_name(f"{adapter_files.REMOVED}adapter-2.0")
+    left.mkdir()
+
+    adapter_files.remove_others(path.parent, {path.name}, check=valid)
+
+    assert list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("kept", [set[str](), {"other"}], ids=["whole folder", "one adapter"])
 def test_removal_stops_when_its_lease_is_lost(
     store: ArtifactStore, manifest: Manifest, path: Path, kept: set[str]

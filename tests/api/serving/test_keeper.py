@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from api.deps import Services
+from api.serving import adapter_files
 from api.serving.keeper import NOT_ANSWERED
 from catalog.serving import keeping
 from catalog.tables.serving import ServingEndpoint
@@ -330,6 +331,21 @@ def test_adapter_that_somebody_else_loaded_under_the_name_is_not_replaced(
     assert "/models/by-hand" in str(seen_by_operators(place))
     assert "/models" not in deployment["last_error"]
     assert "lorry serving deployments vllm-1" in deployment["last_error"]
+
+
+def test_files_that_cannot_be_removed_stop_nothing(
+    place: ServingSite, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.deployed()
+
+    def refuses(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(adapter_files, "remove_others", refuses)
+    place.client.delete(f"/v1/adapters/{place.adapter.id}/deployments/vllm-1")
+
+    until(lambda: place.deployments() == [])
+    assert "can't be removed: read-only" in caplog.text
 
 
 def test_projects_do_not_see_the_text_of_the_server(place: ServingSite, trainer: FakeTrainer) -> None:

@@ -206,6 +206,41 @@ def test_export_fails_once_every_live_worker_has_refused_it_for_an_hour(
     assert minutes == (120 if other == "is busy" else 60)
 
 
+def test_export_waits_a_day_at_most_although_workers_come_and_go(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    refuse(world, "w1")
+    for number in range(2, 25):
+        world.clock.advance(3600)
+        world.worker(f"w{number}")
+        refuse(world, f"w{number}")
+        assert shown(world, row).status == "queued"
+
+    world.clock.advance(3600)
+    world.worker("w25")
+    refuse(world, "w25")
+
+    assert shown(world, row).status == "failed"
+
+
+def test_refused_exports_do_not_hide_others(world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "MAX_LOOKED_AT", 1)
+    create(world, adapter)
+    other = create(world, adapter, "gguf-lora")
+    refuse(world, "w1")
+
+    assert claim(world, "w1").export_id == other.id
+
+
+def test_refused_export_of_a_lost_worker_is_queued(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    claim(world, "w1")
+    world.clock.advance(LEASE + 1)
+
+    refuse(world, "w2")
+
+    assert (shown(world, row).status, shown(world, row).claim_id) == ("queued", None)
+
+
 def test_worker_that_was_busy_is_asked_for_another_hour(world: World, adapter: Adapter) -> None:
     """Its earlier refusal does not count: it had less free memory then."""
     row = create(world, adapter)

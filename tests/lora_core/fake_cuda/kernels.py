@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwLaunch, AdamwStep
+from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwStep
 from lora_core.kernels.gpu.tables import TileGroup
 from lora_core.runtime.transfers import upload
 from tests.lora_core.fake_cuda.observer import DeviceObserver
@@ -56,9 +56,9 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
         count_flops(group, 0, gradients)
         count_flops(group, x_TD.shape[1] * (1 if dx_TD is None else 2), gradients)
 
-    def adamw_launches(steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
+    def adamw_launches(steps: Sequence[AdamwStep]) -> list[Callable[[], None]]:
         upload([np.zeros((len(steps), NUM_WORDS), np.int64)], steps[0].p.device)
-        return [AdamwLaunch(run=lambda: launch("adamw"))]
+        return [lambda: launch("adamw")]
 
     def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         upload([np.zeros((len(vectors), 5), np.int64)], vectors[0][0].device)

@@ -106,7 +106,6 @@ def test_chat_template_next_to_a_gguf_file_is_used(tmp_path, files, has_own, exp
     [
         ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),
         ("chat_template.jinja", b" " * 101, "has more than 100 bytes"),
-        ("tokenizer_config.json", b"{", "is not valid JSON"),
     ],
 )
 def test_unreadable_file_with_a_chat_template_is_rejected(tmp_path, monkeypatch, name, content, reason):
@@ -115,3 +114,11 @@ def test_unreadable_file_with_a_chat_template_is_rejected(tmp_path, monkeypatch,
 
     with pytest.raises(UnsupportedModel, match=f"{name} next to the GGUF file {reason}"):
         template_beside(tmp_path / "model.gguf", has_own=False)
+
+
+@pytest.mark.parametrize("content", [b"{", b" " * 101, b'{"chat_template": [{"name": ["default"]}]}', b"[]"])
+def test_tokenizer_configuration_that_has_no_template_is_ignored(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(gguf, "MAX_BYTES", 100)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+
+    assert template_beside(tmp_path / "model.gguf", has_own=False) is None

@@ -189,7 +189,7 @@ def test_groups_are_named_by_arguments(arguments: list[str], device: str | None,
 def test_a_device_without_arguments_is_an_error_that_names_the_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORRY_DEVICE", "2")
 
-    with pytest.raises(SystemExit, match=r"Unset LORRY_DEVICE.*`lorry worker 2`.*LORRY_GROUPS=2 in \.env"):
+    with pytest.raises(SystemExit, match=r"Unset LORRY_DEVICE.*`lorry worker --groups 2`.*LORRY_GROUPS=2 in \.env"):
         node_supervisor.main([])
 
 

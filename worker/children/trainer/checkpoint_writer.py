@@ -70,6 +70,8 @@ class WrittenCheckpoint:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pending:
     claim_id: str
+    step: int
+    num_bytes: int
     outcome: Future[WrittenCheckpoint]
 
 
@@ -84,11 +86,25 @@ class CheckpointWriter:
         """free_host_bytes: returns the free memory of this machine."""
         self._free_host_bytes = free_host_bytes
         self._pending: deque[_Pending] = deque()
+        self._largest_bytes = 0
+        """Most bytes of snapshots at one time. torch keeps this pinned memory for later ones."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
-    def begin(self, draft: CheckpointDraft) -> None:
-        """Write a checkpoint in the thread. `make_room` before the snapshots are taken."""
-        self._pending.append(_Pending(claim_id=draft.files.claim_id, outcome=self._thread.submit(written, draft)))
+    def begin(self, draft: CheckpointDraft, *, num_bytes: int) -> None:
+        """Write a checkpoint in the thread. `make_room` of `num_bytes` before the snapshots are taken."""
+        files, outcome = draft.files, self._thread.submit(written, draft)
+        self._pending.append(_Pending(claim_id=files.claim_id, step=files.step, num_bytes=num_bytes, outcome=outcome))
+        self._largest_bytes = max(self._largest_bytes, self._pending_bytes())
+
+    def discard(self, claim_id: str, *, before_step: int | None = None) -> None:
+        """Drop the job's checkpoints whose writing has not begun: all, or those of steps before `before_step`."""
+        self._pending = deque(
+            pending
+            for pending in self._pending
+            if pending.claim_id != claim_id
+            or (before_step is not None and pending.step >= before_step)
+            or not pending.outcome.cancel()
+        )
 
     def completed(self) -> Iterator[WrittenCheckpoint]:
         """Return the outcomes that are known, without waiting."""
@@ -98,8 +114,15 @@ class CheckpointWriter:
     def make_room(self, num_bytes: int) -> Iterator[WrittenCheckpoint]:
         """Wait until there is memory for one more snapshot of that size."""
         yield from self.completed()
-        while len(self._pending) >= MIN_SNAPSHOTS and self._free_host_bytes() < FREE_TIMES * num_bytes:
+        while len(self._pending) >= MIN_SNAPSHOTS and self._free_bytes() < FREE_TIMES * num_bytes:
             yield self._pending.popleft().outcome.result()
+
+    def _free_bytes(self) -> int:
+        """Return the free memory with what torch keeps of earlier snapshots."""
+        return self._free_host_bytes() + self._largest_bytes - self._pending_bytes()
+
+    def _pending_bytes(self) -> int:
+        return sum(pending.num_bytes for pending in self._pending)
 
     def settle(self, claim_id: str) -> Iterator[WrittenCheckpoint]:
         """Wait until the job has no unwritten checkpoint."""

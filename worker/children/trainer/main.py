@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     gc.disable()  # the imports allocate much and free nothing: collections take a quarter of their time
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -69,7 +70,12 @@ def run(directory: TrainerDirectory, ranks: Ranks = ALONE) -> None:
         events.write({"type": "load_refused", "error": described(error), "ranks": error.ranks})
     else:
         handlers = MessageHandlers(directory, engine, events)
-        train(handlers, busy_at=busy_at, idle_seconds=directory.settings().get("idle_seconds"))
+        try:
+            train(handlers, busy_at=busy_at, idle_seconds=directory.settings().get("idle_seconds"))
+        except Exception:
+            with suppress(Exception):  # the worker reads what was written and reported before the trainer's end
+                handlers.close()
+            raise
         handlers.close()
         events.write({"type": "unloaded"})
     events.close()

@@ -102,6 +102,7 @@ class MessageHandlers:
         if message.verb == "admit":
             self._admit(cast(AdmitBody, message.body))
         elif message.verb == "cancel":
+            self._writer.discard(message.body["claim_id"])
             self._evict(message.body["claim_id"])
             self.events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
         elif message.verb == "answer":
@@ -271,8 +272,9 @@ class MessageHandlers:
     def _save(self, claim_id: str) -> Json | None:
         """`step` and relative `folder` of a new checkpoint. None: this step is saved already, the disk failed, or an
         update of the job broke off."""
-        self._settle(claim_id)
         step, _ = self.engine.progress(claim_id)
+        self._writer.discard(claim_id, before_step=step)  # so that a leaving job does not wait for them
+        self._settle(claim_id)
         job = self._jobs[claim_id]
         if step == job.saved_step:
             return None
@@ -316,16 +318,21 @@ class MessageHandlers:
         step, _ = self.engine.progress(claim_id)
         if step == job.saved_step:
             return
-        self._report_written(self._writer.make_room(self.engine.num_bytes(claim_id)))
+        num_bytes = self.engine.num_bytes(claim_id)
+        self._report_written(self._writer.make_room(num_bytes))
         try:
-            checkpoint, adapter = self.engine.checkpoint_snapshot(claim_id), None
+            checkpoint = self.engine.checkpoint_snapshot(claim_id)
+        except LoraCoreError as error:
+            self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(error))
+            return
+        adapter = None
+        try:
             if self._has_weights_of(claim_id, step):
                 adapter = self.engine.adapter_snapshot(
                     claim_id, base_name=job.base.name, base_revision=job.base.revision
                 )
         except LoraCoreError as error:
-            self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(error))
-            return
+            self._report_event(claim_id, "checkpoint_unexported", step=step, error=error_report(error))
         files = CheckpointFiles(
             claim_id=claim_id,
             step=step,
@@ -333,7 +340,7 @@ class MessageHandlers:
             adapter_folder=self._directory.checkpoint_adapter_path(claim_id, step),
         )
         draft = CheckpointDraft(files=files, checkpoint=checkpoint, adapter=adapter, began_at=began_at)
-        self._writer.begin(draft)
+        self._writer.begin(draft, num_bytes=num_bytes)
 
     def report_checkpoints(self) -> None:
         """Report the checkpoints that were written since the last call."""

@@ -214,7 +214,15 @@ def delete_export(adapter: Name, export_id: Export, yes: Yes = False, as_json: A
 def _waited(lorry: Lorry, made: AdapterExport) -> AdapterExport:
     try:
         with output.waiting(f"Exporting {made.adapter_name} as {made.format}") as report:
-            return lorry.adapters.exports.wait(made.adapter, made.id, on_progress=report)
+            told: set[str] = set()
+
+            def show(export: AdapterExport) -> None:
+                if export.status == "queued" and export.error is not None and export.error.code not in told:
+                    told.add(export.error.code)
+                    output.echo(f"It waits for a worker. {export.error.message} {export.error.remedy or ''}".rstrip())
+                report(export)
+
+            return lorry.adapters.exports.wait(made.adapter, made.id, on_progress=show)
     except KeyboardInterrupt:
         name = made.adapter_name
         output.echo(f"The export {made.id} continues. To wait for it again, repeat the command.")

@@ -21,7 +21,7 @@ from lora_core.engine import joint_steps as joint_module
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, OutOfMemory
-from lora_core.kernels.gpu.optimizer_table import AdamwLaunch, AdamwStep
+from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from tests.lora_core.scenarios import Submission, admit, config, dataset, state_bytes
 
 Load = Callable[..., BaseModel]
@@ -59,9 +59,9 @@ class OnGpu:
             ]
         )
 
-    def launches(self, steps: Sequence[AdamwStep]) -> list[AdamwLaunch]:
+    def launches(self, steps: Sequence[AdamwStep]) -> list[Callable[[], None]]:
         self.reach("upload")
-        return [AdamwLaunch(run=lambda: self.run(steps))]
+        return [lambda: self.run(steps)]
 
     def run(self, steps: Sequence[AdamwStep]) -> None:
         for step in steps:

@@ -394,7 +394,8 @@ def draft(folder: Path, *, write: Callable[[Path], None], claim_id: str = "claim
     return CheckpointDraft(files=files, checkpoint=snapshot, adapter=None, began_at=0.0)
 
 
-@pytest.mark.parametrize(("free_bytes", "num_kept"), [(399, MIN_SNAPSHOTS - 1), (400, 5)])
+# The memory of a written snapshot is free for the next one.
+@pytest.mark.parametrize(("free_bytes", "num_kept"), [(0, MIN_SNAPSHOTS - 1), (399, 4), (400, 5)])
 def test_more_than_two_snapshots_exist_only_while_memory_is_ample(
     tmp_path: Path, free_bytes: int, num_kept: int
 ) -> None:
@@ -402,9 +403,9 @@ def test_more_than_two_snapshots_exist_only_while_memory_is_ample(
     writer = CheckpointWriter(free_host_bytes=lambda: free_bytes)
     for _ in range(MIN_SNAPSHOTS):
         assert list(writer.make_room(100)) == []
-        writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())))
+        writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=100)
     for _ in range(5 - MIN_SNAPSHOTS):
-        writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())))
+        writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=100)
     threading.Timer(OPENED_AFTER_SECONDS, gate.set).start()
 
     num_written = len(list(writer.make_room(100)))
@@ -413,11 +414,28 @@ def test_more_than_two_snapshots_exist_only_while_memory_is_ample(
     assert len(list(writer.close())) == num_kept
 
 
+def test_discarded_checkpoints_are_not_written(tmp_path: Path) -> None:
+    gate, wrote = threading.Event(), list[str]()
+    writer = CheckpointWriter(free_host_bytes=lambda: 0)
+    writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait()), claim_id="begun"), num_bytes=100)
+    for claim_id in ("leaves", "stays"):
+        writer.begin(draft(tmp_path, write=lambda _, name=claim_id: wrote.append(name), claim_id=claim_id), num_bytes=1)
+    step = draft(tmp_path, write=lambda _: None).files.step
+
+    writer.discard("stays", before_step=step)
+    writer.discard("leaves", before_step=step + 1)
+    assert list(writer.settle("leaves")) == []
+    gate.set()
+
+    assert [outcome.files.claim_id for outcome in writer.close()] == ["begun", "stays"]
+    assert wrote == ["stays"]
+
+
 def test_a_job_waits_only_for_its_own_checkpoint_and_those_before_it(tmp_path: Path) -> None:
     gate = threading.Event()
     writer = CheckpointWriter(free_host_bytes=lambda: 0)
-    writer.begin(draft(tmp_path, write=lambda _: None, claim_id="first"))
-    writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait()), claim_id="blocked"))
+    writer.begin(draft(tmp_path, write=lambda _: None, claim_id="first"), num_bytes=100)
+    writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait()), claim_id="blocked"), num_bytes=100)
 
     settled = [outcome.files.claim_id for outcome in (*writer.settle("none"), *writer.settle("first"))]
 
