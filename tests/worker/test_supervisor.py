@@ -261,6 +261,7 @@ def test_two_polls_before_the_trainer_is_ready_promise_no_memory_twice(
     row_bytes = 26 * site.world.queued(suffix="next").adapter_parameters
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
     free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * row_bytes + 2 * slice_bytes
+    free += site.context.group.reserve_bytes
     monkeypatch.setattr(devices, "free_bytes", lambda _: free)
 
     held: list[int] = []

@@ -7,6 +7,7 @@ from catalog.lifecycle import preparation
 from tests.catalog.world import LEASE, World, sha
 
 REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
+NOTHING = {"code": "nothing_to_learn", "message": "No row has tokens to train on. Add rows."}
 
 
 def test_rejection_is_reported_for_its_model_only(world: World) -> None:
@@ -16,7 +17,7 @@ def test_rejection_is_reported_for_its_model_only(world: World) -> None:
     assert unprepared is not None
     digest = unprepared.training_file.digest
     world.put_tokens(sha("k"), file_digest=digest, artifact=None, report=REFUSAL)
-    preparation.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, train_key=sha("k"))
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error=NOTHING, train_key=sha("k"))
     waiting = world.submit(model="other")
 
     of_file = {"project_id": world.caller.project_id, "file_id": world.file_id}
@@ -34,7 +35,7 @@ def test_each_file_of_a_rejected_job_keeps_its_report(world: World) -> None:
     world.put_tokens(sha("v"), file_digest=sha("y"), artifact=None, report=REFUSAL)
 
     keys = {"train_key": sha("t"), "valid_key": sha("v")}
-    preparation.refused(world.db, claim_id=unprepared.claim_id, error={"code": "nothing_to_learn"}, **keys)
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error=NOTHING, **keys)
 
     reports = data_reports.of_job(world.db, **world.of(job.id))
     assert (reports.training, reports.validation) == ({"rows": 1}, REFUSAL)

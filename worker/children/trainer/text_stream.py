@@ -9,8 +9,9 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes the tokens of one answer, and ends the text before the first stop sequence.
+    """Decodes the tokens of one answer, and ends the text before the stop sequence that is complete first.
 
+    So the text does not depend on how tokens divide it.
     Some tokenizers decode a token differently at the start of a text. Therefore the answer is decoded after the last
     tokens of its prompt.
     """
@@ -53,11 +54,11 @@ class TextStream:
     def _final(self, text: str) -> str:
         """Append text. Returns what can't belong to a stop sequence any more."""
         text = self._held + text
-        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        found = [(index + len(stop), index) for stop in self._stops if (index := text.find(stop)) >= 0]
         if found:
             self.is_stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -51,8 +51,10 @@ def test_incomplete_character_at_the_end_is_shown_as_such() -> None:
 
 
 @given(text=TEXTS, stops=st.lists(st.text(alphabet="ab <>世\n", min_size=1, max_size=4), max_size=3))
-def test_text_ends_before_the_first_stop_sequence(text: str, stops: list[str]) -> None:
-    first = min((index for stop in stops if (index := text.find(stop)) >= 0), default=len(text))
+@example(text="><<", stops=["<", "><<"])
+def test_text_ends_before_the_stop_sequence_that_is_complete_first(text: str, stops: list[str]) -> None:
+    ends = ((index + len(stop), index) for stop in stops if (index := text.find(stop)) >= 0)
+    first = min(ends, default=(0, len(text)))[1]
 
     pieces = streamed(TOKENIZER.encode(text).ids, tuple(stops))
 
