@@ -189,16 +189,16 @@ def _refuse(session: Session, row: AdapterExport, worker_id: str, error: LorryEr
     live = session.scalars(select(Worker).where(is_live(now=now))).all()
     able = {worker.id for worker in live if not worker.takes_nothing_new} | {worker_id}
     kept = {ident: times for ident, times in earlier["workers"].items() if ident in able}
-    refusals = {**earlier, "workers": {**kept, worker_id: [first, now]}}
+    refusals: Json = {**earlier, "workers": {**kept, worker_id: [first, now]}}
+    since = float(earlier["since"])
     row.refusals, row.error = refusals, _described(error)
     row.status = "queued"  # a worker that was lost may have left it running
     lease.release(row)
     is_refused_by_all = all(
         _has_refused(refusals, ident, since=recently, before=now - PATIENCE_SECONDS) for ident in able
     )
-    if is_refused_by_all or refusals["since"] <= now - MAX_WAIT_SECONDS:
-        waited = now - refusals["since"]
-        message = f"{error.message} No worker has taken the export for {waited / 60:.0f} minutes."
+    if is_refused_by_all or since <= now - MAX_WAIT_SECONDS:
+        message = f"{error.message} No worker has taken the export for {(now - since) / 60:.0f} minutes."
         remedy = f"{error.remedy} Then create the export again."
         _fail(row, {"code": error.code, "message": message, "remedy": remedy}, now=now)
 
