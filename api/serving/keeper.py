@@ -304,8 +304,8 @@ class EndpointKeeper:
                 return await self._failed(one, state="pending", error=error.sentence())
             if not verdict["passed"]:
                 error = probes.why_failed(verdict, subject=f"adapter {one.name!r}")
-                await self._failed(one, state="failed", error=error, verification=verdict)
-                return await self._unload(server, one)
+                await self._unload(server, one)  # first: the next attempt must not find it loaded
+                return await self._failed(one, state="failed", error=error, verification=verdict)
             if not await self._do(keeping.note_loaded, one.deployment_id, verification=verdict):
                 await self._unload(server, one)
             return None

@@ -76,6 +76,19 @@ def test_adapter_that_the_server_does_not_serve_as_recorded_fails_and_is_not_use
     assert place.vllm.completions() == []
 
 
+def test_adapter_is_unloaded_before_its_failure_is_recorded(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.vllm.ignores_adapters = True
+    place.vllm.holds = "/v1/unload_lora_adapter"
+    place.register()
+    place.deploy()
+
+    until(lambda: place.vllm.has_received("/v1/unload_lora_adapter"))
+    assert place.deployments()[0]["state"] == "pending"
+    place.vllm.released.set()
+
+    place.wait_for("failed")
+
+
 def test_failed_adapter_is_tried_again(place: ServingSite, trainer: FakeTrainer) -> None:
     place.vllm.max_rank = 8
     place.register()
