@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from alembic import command
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
 from sqlalchemy import (
     ColumnElement,
     Connection,
@@ -425,9 +427,18 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
+class _NumericLoader(Loader):
+    """Reads PostgreSQL's `numeric`, the type of its sums of `bigint`, like SQLite does: `Decimal` is not valid JSON."""
+
+    def load(self, data: Buffer) -> int | float:
+        number = bytes(data)
+        return int(number) if number.removeprefix(b"-").isdigit() else float(number)
+
+
 def _prepare_postgresql(connection: Any, _record: Any) -> None:
     """Configure a connection. JIT compilation adds 0.3 s to a query: the planner chooses it for large tables, but it
     never pays off for Lorry's queries."""
+    connection.adapters.register_loader("numeric", _NumericLoader)
     connection.autocommit = True
     connection.execute("set jit = off")
     connection.execute(f"set idle_in_transaction_session_timeout = '{STUCK_SECONDS}s'")

@@ -48,7 +48,7 @@ def _set_role(connection: Any, record: Any, _proxy: Any) -> None:
 
 
 def _role() -> str:
-    """Return the role of the caller. Code of a worker or an API server decides, otherwise the called function."""
+    """Return the role of the caller. Code of a worker or an API server decides, otherwise the outermost function."""
     frame, found = sys._getframe(2), OWNER
     while frame is not None:
         code = frame.f_code
@@ -56,18 +56,22 @@ def _role() -> str:
             return OWNER
         if code.co_filename.startswith(OF_API):
             return API_ROLE
-        if code.co_filename.startswith(OF_WORKER) or code in _worker_verbs():
+        if code.co_filename.startswith(OF_WORKER) or code in _verbs_of("worker", other="api"):
             found = WORKER_ROLE
-        elif code.co_filename.startswith(OF_CATALOG) and code.co_filename != UNATTRIBUTED and found == OWNER:
+        elif code in _verbs_of("api", other="worker") or (found == OWNER and _is_attributed(code)):
             found = API_ROLE
         frame = frame.f_back
     return found
 
 
+def _is_attributed(code: CodeType) -> bool:
+    return code.co_filename.startswith(OF_CATALOG) and code.co_filename != UNATTRIBUTED
+
+
 @cache
-def _worker_verbs() -> frozenset[CodeType]:
-    """Return the functions of the catalog that workers call and the API does not."""
-    return _called_by("worker") - _called_by("api")
+def _verbs_of(package: str, *, other: str) -> frozenset[CodeType]:
+    """Return the functions of the catalog that one package calls and the other does not."""
+    return _called_by(package) - _called_by(other)
 
 
 def _called_by(package: str) -> frozenset[CodeType]:

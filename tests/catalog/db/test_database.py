@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import cast
 
 import psycopg
 import pytest
-from sqlalchemy import Connection, QueuePool, event, select, text, update
+from sqlalchemy import BigInteger, Connection, Float, QueuePool, event, func, literal, select, text, update
 
 from catalog.db.database import STUCK_SECONDS, Database, get_once, read_clock, serialize, serialized_at, upsert
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
@@ -47,6 +48,18 @@ def test_failed_transaction_leaves_no_rows(db: Database) -> None:
 
     with db.read() as session:
         assert session.scalars(select(Organization)).all() == []
+
+
+def test_sums_are_numbers_of_python_on_both_databases(db: Database) -> None:
+    large = 2**53 + 1
+
+    with db.read() as session:
+        sums = [
+            session.scalar(select(func.sum(literal(number, kind))))
+            for number, kind in ((large, BigInteger), (0.25, Float))
+        ]
+
+    assert json.dumps(sums) == f"[{large}, 0.25]"
 
 
 def test_concurrent_writers_lose_no_write(db: Database) -> None:
