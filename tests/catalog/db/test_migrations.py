@@ -150,7 +150,8 @@ def test_alembic_check_finds_tables_missing_from_the_code(older_url: str) -> Non
         (LATER, "database_too_new", "or a later one"),
         (UNRELEASED, "database_not_upgradable", "create a new database"),
         ("0001_initial", "database_not_upgradable", "create a new database"),
-        ("0001", "database_not_upgradable", "create a new database"),  # alembic would resolve it to 0001_first_release
+        ("0009_export_refusals", "database_not_upgradable", "create a new database"),
+        ("0001", "database_not_upgradable", "create a new database"),  # alembic would resolve it to 0001_initial_schema
     ],
 )
 def test_unknown_revision_is_not_migrated_and_the_remedy_is_given(

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0001_first_release"
+revision = "0001_initial_schema"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -57,6 +57,12 @@ TABLES = (
     "audit_events",
     "audit_head",
     "retired_keys",
+    "batches",
+    "batch_lines",
+    "inference_requests",
+    "serving_endpoints",
+    "deployments",
+    "adapter_exports",
 )
 """Tables in dependency order: each table follows the tables that it references."""
 
@@ -72,6 +78,8 @@ def upgrade() -> None:
     _create_usage()
     _create_webhooks()
     _create_audit()
+    _create_inference()
+    _create_serving()
 
 
 def downgrade() -> None:
@@ -110,6 +118,7 @@ def _create_tenancy() -> None:
         sa.Column("max_device_hours_per_month", sa.Float(precision=53), nullable=True),
         sa.Column("max_stored_bytes", sa.BigInteger(), nullable=True),
         sa.Column("max_plans_per_day", sa.BigInteger(), server_default="500", nullable=True),
+        sa.Column("max_tokens_per_day", sa.BigInteger(), nullable=True),
         sa.Column("preparing_at", sa.Float(precision=53), nullable=True),
         sa.Column("class_prepared_at", sa.JSON(none_as_null=True), nullable=True),
         sa.ForeignKeyConstraint(
@@ -358,6 +367,8 @@ def _create_jobs() -> None:
         sa.Column("adapter_name", sa.String(length=255), nullable=True),
         sa.Column("result_file", sa.String(length=255), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
+        sa.Column("reproduces", sa.JSON(), nullable=True),
+        sa.Column("reproduction", sa.JSON(), nullable=True),
         sa.ForeignKeyConstraint(["base_model"], ["base_models.name"], name=op.f("fk_jobs_base_model_base_models")),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_jobs_project_id_projects")),
         sa.ForeignKeyConstraint(["training_file"], ["files.id"], name=op.f("fk_jobs_training_file_files")),
@@ -796,6 +807,9 @@ def _create_usage() -> None:
         sa.Column("num_failed", sa.BigInteger(), nullable=False),
         sa.Column("num_cancelled", sa.BigInteger(), nullable=False),
         sa.Column("num_plans", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("num_completions", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("prompt_tokens", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("completion_tokens", sa.BigInteger(), server_default="0", nullable=False),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_usage_days_project_id_projects")),
         sa.PrimaryKeyConstraint("project_id", "day", "base_model", "slot", name=op.f("pk_usage_days")),
     )
@@ -936,3 +950,185 @@ def _create_audit() -> None:
         sa.Column("sealed", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_retired_keys")),
     )
+
+
+def _create_inference() -> None:
+    op.create_table(
+        "batches",
+        sa.Column("id", sa.String(length=255), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("created_at", sa.Float(precision=53), nullable=False),
+        sa.Column("created_by", sa.String(length=255), nullable=False),
+        sa.Column("endpoint", sa.String(length=255), nullable=False),
+        sa.Column("input_file", sa.String(length=255), nullable=False),
+        sa.Column("labels", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("lifetime_seconds", sa.BigInteger(), nullable=True),
+        sa.Column("status", sa.String(length=255), nullable=False),
+        sa.Column("expires_at", sa.Float(precision=53), nullable=False),
+        sa.Column("turn_at", sa.Float(precision=53), nullable=False),
+        sa.Column("errors", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("num_lines", sa.BigInteger(), nullable=False),
+        sa.Column("num_completed", sa.BigInteger(), nullable=False),
+        sa.Column("num_failed", sa.BigInteger(), nullable=False),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("output_file", sa.String(length=255), nullable=True),
+        sa.Column("error_file", sa.String(length=255), nullable=True),
+        sa.Column("in_progress_at", sa.Float(precision=53), nullable=True),
+        sa.Column("finalizing_at", sa.Float(precision=53), nullable=True),
+        sa.Column("cancelling_at", sa.Float(precision=53), nullable=True),
+        sa.Column("finished_at", sa.Float(precision=53), nullable=True),
+        sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_batches_project_id_projects")),
+        sa.ForeignKeyConstraint(["input_file"], ["files.id"], name=op.f("fk_batches_input_file_files")),
+        sa.ForeignKeyConstraint(["output_file"], ["files.id"], name=op.f("fk_batches_output_file_files")),
+        sa.ForeignKeyConstraint(["error_file"], ["files.id"], name=op.f("fk_batches_error_file_files")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_batches")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_batches_claim_id")),
+    )
+    op.create_index(op.f("ix_batches_project_id_created_at_id"), "batches", ["project_id", "created_at", "id"])
+    op.create_index("ix_batches_unfinished", "batches", ["turn_at"], **_where("finished_at IS NULL"))
+    op.create_table(
+        "batch_lines",
+        sa.Column("batch_id", sa.String(length=255), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("is_failed", sa.Boolean(), nullable=False),
+        sa.Column("result", sa.JSON(), nullable=False),
+        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name=op.f("fk_batch_lines_batch_id_batches")),
+        sa.PrimaryKeyConstraint("batch_id", "number", name=op.f("pk_batch_lines")),
+    )
+    op.create_table(
+        "inference_requests",
+        sa.Column("id", sa.String(length=255), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("created_at", sa.Float(precision=53), nullable=False),
+        sa.Column("expires_at", sa.Float(precision=53), nullable=False),
+        sa.Column("base_model", sa.String(length=255), nullable=False),
+        sa.Column("base_digest", sa.String(length=255), nullable=False),
+        sa.Column("pack_key", sa.String(length=255), nullable=False),
+        sa.Column("adapter", sa.String(length=255), nullable=True),
+        sa.Column("body", sa.JSON(), nullable=False),
+        sa.Column("reply_to", sa.String(length=255), nullable=False),
+        sa.Column("num_claims", sa.BigInteger(), nullable=False),
+        sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
+        sa.Column("batch_id", sa.String(length=255), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["base_model"], ["base_models.name"], name=op.f("fk_inference_requests_base_model_base_models")
+        ),
+        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name=op.f("fk_inference_requests_batch_id_batches")),
+        sa.ForeignKeyConstraint(
+            ["project_id"], ["projects.id"], name=op.f("fk_inference_requests_project_id_projects")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_inference_requests")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_inference_requests_claim_id")),
+    )
+    for columns in (("batch_id",), ("expires_at",), ("pack_key", "created_at"), ("project_id", "created_at")):
+        op.create_index(op.f(f"ix_inference_requests_{'_'.join(columns)}"), "inference_requests", [*columns])
+
+
+def _create_serving() -> None:
+    op.create_table(
+        "serving_endpoints",
+        sa.Column("id", sa.String(length=255), nullable=False),
+        sa.Column("name", sa.String(length=255), nullable=False),
+        sa.Column("kind", sa.String(length=255), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("base_model", sa.String(length=255), nullable=False),
+        sa.Column("base_digest", sa.String(length=255), nullable=False),
+        sa.Column("url", sa.Text(), nullable=False),
+        sa.Column("sealed_key", sa.Text(), nullable=True),
+        sa.Column("adapter_folder", sa.Text(), nullable=False),
+        sa.Column("max_rank", sa.Integer(), nullable=False),
+        sa.Column("state", sa.String(length=255), nullable=False),
+        sa.Column("last_error", sa.Text(), nullable=True),
+        sa.Column("served_model", sa.Text(), nullable=True),
+        sa.Column("served_root", sa.Text(), nullable=True),
+        sa.Column("reference", sa.JSON(), nullable=True),
+        sa.Column("verification", sa.JSON(), nullable=True),
+        sa.Column("checked_at", sa.Float(precision=53), nullable=True),
+        sa.Column("created_at", sa.Float(precision=53), nullable=False),
+        sa.Column("deleted_at", sa.Float(precision=53), nullable=True),
+        sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["base_model"], ["base_models.name"], name=op.f("fk_serving_endpoints_base_model_base_models")
+        ),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_serving_endpoints_project_id_projects")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_serving_endpoints")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_serving_endpoints_claim_id")),
+        sa.UniqueConstraint("name", name=op.f("uq_serving_endpoints_name")),
+    )
+    op.create_table(
+        "deployments",
+        sa.Column("id", sa.String(length=255), nullable=False),
+        sa.Column("endpoint_id", sa.String(length=255), nullable=False),
+        sa.Column("adapter_id", sa.String(length=255), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("state", sa.String(length=255), nullable=False),
+        sa.Column("last_error", sa.Text(), nullable=True),
+        sa.Column("operator_error", sa.Text(), nullable=True),
+        sa.Column("reference", sa.JSON(), nullable=True),
+        sa.Column("verification", sa.JSON(), nullable=True),
+        sa.Column("num_failures", sa.Integer(), nullable=False),
+        sa.Column("next_try_at", sa.Float(precision=53), nullable=False),
+        sa.Column("created_at", sa.Float(precision=53), nullable=False),
+        sa.Column("updated_at", sa.Float(precision=53), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["endpoint_id"], ["serving_endpoints.id"], name=op.f("fk_deployments_endpoint_id_serving_endpoints")
+        ),
+        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name=op.f("fk_deployments_adapter_id_adapters")),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_deployments_project_id_projects")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_deployments")),
+    )
+    op.create_index(
+        op.f("ix_deployments_endpoint_id_adapter_id"), "deployments", ["endpoint_id", "adapter_id"], unique=True
+    )
+    op.create_index(op.f("ix_deployments_adapter_id"), "deployments", ["adapter_id"])
+    op.create_index(op.f("ix_deployments_project_id"), "deployments", ["project_id"])
+    op.create_table(
+        "adapter_exports",
+        sa.Column("id", sa.String(length=255), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("created_at", sa.Float(precision=53), nullable=False),
+        sa.Column("created_by", sa.String(length=255), nullable=False),
+        sa.Column("adapter_id", sa.String(length=255), nullable=False),
+        sa.Column("adapter_name", sa.String(length=255), nullable=False),
+        sa.Column("adapter_artifact", sa.String(length=255), nullable=False),
+        sa.Column("base_model", sa.String(length=255), nullable=False),
+        sa.Column("base_digest", sa.String(length=255), nullable=False),
+        sa.Column("format", sa.String(length=255), nullable=False),
+        sa.Column("quantization", sa.String(length=255), nullable=True),
+        sa.Column("hub_repository", sa.String(length=255), nullable=True),
+        sa.Column("status", sa.String(length=255), nullable=False),
+        sa.Column("num_attempts", sa.BigInteger(), nullable=False),
+        sa.Column("run_after", sa.Float(precision=53), nullable=True),
+        sa.Column("started_at", sa.Float(precision=53), nullable=True),
+        sa.Column("finished_at", sa.Float(precision=53), nullable=True),
+        sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("artifact", sa.String(length=255), nullable=True),
+        sa.Column("num_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("expected_bytes", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("refusals", sa.JSON(), nullable=True),
+        sa.Column("verification", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("cost", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("hub_url", sa.Text(), nullable=True),
+        sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
+        sa.ForeignKeyConstraint(["artifact"], ["artifacts.digest"], name=op.f("fk_adapter_exports_artifact_artifacts")),
+        sa.ForeignKeyConstraint(
+            ["base_model"], ["base_models.name"], name=op.f("fk_adapter_exports_base_model_base_models")
+        ),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_adapter_exports_project_id_projects")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_adapter_exports")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_adapter_exports_claim_id")),
+    )
+    for columns in (
+        ("adapter_artifact",),
+        ("adapter_id",),
+        ("artifact",),
+        ("project_id", "adapter_id", "created_at"),
+        ("status", "created_at"),
+    ):
+        op.create_index(op.f(f"ix_adapter_exports_{'_'.join(columns)}"), "adapter_exports", [*columns])
