@@ -20,7 +20,8 @@ from benchmarks import (
 from benchmarks.inference import comparison
 from benchmarks.plan import Plan, quick
 from benchmarks.results import Result, print_table, write
-from benchmarks.workload import ROOT, prepare
+from benchmarks.workload import ROOT, Workload, prepare
+from worker.node import devices
 
 COMPARISONS = {
     "steady_state": steady_state.run,
@@ -49,8 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="lorry-bench-") as name:
         folder = Path(name)
         workload = prepare(base=options.base, data=options.data, folder=folder)
-        repeats = options.repeats
-        plan = quick(workload, folder) if options.quick else Plan(workload=workload, folder=folder, repeats=repeats)
+        plan = quick(workload, folder) if options.quick else _plan(workload, folder, options.repeats)
         for theme in options.only or COMPARISONS:
             print(f"{theme} …", flush=True)
             load_before = os.getloadavg()[0]
@@ -60,6 +60,12 @@ def main(arguments: list[str] | None = None) -> None:
                 EXPLANATIONS[theme](plan, results[-1])
             print(write(results[-1], options.out, note=options.note, load_before=load_before), flush=True)
     print_table(results)
+
+
+def _plan(workload: Workload, folder: Path, repeats: int) -> Plan:
+    """Return the sizes of `make bench`, in the precision that Lorry chooses on this machine."""
+    dtype = "bfloat16" if devices.cpu().has_bfloat16 else "float32"
+    return Plan(workload=workload, folder=folder, repeats=repeats, dtype=dtype)
 
 
 def _parser() -> argparse.ArgumentParser:

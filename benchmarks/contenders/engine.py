@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -12,21 +13,30 @@ from benchmarks.gate import Gate, Json
 from benchmarks.memory import memory, proportional_bytes
 from benchmarks.step_profile import profile_of
 from benchmarks.workload import LEARNING_RATE, SEED
+from catalog.resources.memory import SLICE_TOKENS
 from lora_core.base_model.model import load_base
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobStepped
+from worker.children.trainer.job_config import engine_config
 
 ENDLESS = 10_000
 """Steps of a job that is stopped from outside."""
 
 
 def lorry(gate: Gate, options: Json) -> None:
-    """The engine with one job. A step may take several ticks."""
-    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), EngineConfig())
-    engine.admit("job", job_config(options), TokenDataset.load(Path(options["tokens"])))
+    """The engine with one job and the settings of the service. A step may take several ticks."""
+    with TemporaryDirectory() as folder:
+        config = engine_config({"device": "cpu"}, num_threads=options["threads"], folder=Path(folder))
+        engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
+        job = job_config({"slice_tokens": SLICE_TOKENS["cpu"]} | options)
+        engine.admit("job", job, TokenDataset.load(Path(options["tokens"])))
+        _report_steps(gate, engine)
+
+
+def _report_steps(gate: Gate, engine: Engine) -> None:
     while True:
         gate.wait()
         stepped = next(event for event in iter_events(engine) if isinstance(event, JobStepped))
