@@ -342,11 +342,12 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
 
 def _promised(session: Session, api_key_id: str) -> int:
     """Return the number of trials that the controller still has to create for the key's sweeps."""
-    search = Sweep.requested["search"]["type"].as_string()
-    remaining = select(func.coalesce(func.sum(Sweep.num_trials - Sweep.num_created), 0)).where(
-        Sweep.created_by == api_key_id, Sweep.finished_at.is_(None), Sweep.is_closed.is_(False), search != "ask_tell"
+    unfinished = select(Sweep.requested, Sweep.num_trials - Sweep.num_created).where(
+        Sweep.created_by == api_key_id, Sweep.finished_at.is_(None), Sweep.is_closed.is_(False)
     )
-    return int(session.scalar(remaining) or 0)
+    # PostgreSQL can't look into JSON that has a NUL character anywhere, such as in metadata.
+    found = session.execute(unfinished).all()
+    return sum(remaining for requested, remaining in found if requested["search"]["type"] != "ask_tell")
 
 
 def status_of(session: Session, project: Project, name: Limit, *, now: float) -> QuotaStatus:

@@ -87,6 +87,17 @@ def test_future_trials_of_a_sweep_count_from_its_creation(world: World) -> None:
     assert math.isfinite(later.value.retry_after_seconds)
 
 
+@pytest.mark.both_databases
+def test_future_trials_of_a_sweep_with_a_nul_character_count(world: World) -> None:
+    caller = replace(world.caller, service_jobs_per_day=4)
+    _grid_of_three(world, caller, metadata={"note": "a\0b"})
+
+    world.submit(caller=caller)
+
+    with pytest.raises(RateLimited, match="also counts 2 trials"):
+        world.submit(caller=caller)
+
+
 def test_trials_that_a_closed_sweep_will_not_create_do_not_count(world: World) -> None:
     caller = replace(world.caller, service_jobs_per_day=3)
     sweep = _grid_of_three(world, caller)
