@@ -168,6 +168,7 @@ class EndpointKeeper:
 
     async def _check(self) -> bool:
         """Compare the server with its deployments once. Returns False if the endpoint was removed. Raises LeaseLost."""
+        running = frozenset(self._tasks)
         try:
             work = await self._do(keeping.read)
             if work is None:
@@ -175,12 +176,13 @@ class EndpointKeeper:
             if work.is_removed:
                 await self._remove(work)
                 return False
-            await self._compare(work)
+            await self._compare(work, running)
         except LorryError as error:
             log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
         return True
 
-    async def _compare(self, work: EndpointWork) -> None:
+    async def _compare(self, work: EndpointWork, running: frozenset[str]) -> None:
+        """running: names of the tasks that ran when `work` was read. Their outcomes may not be part of it."""
         row = work.endpoint
         try:
             server = self._address(row)
@@ -203,7 +205,7 @@ class EndpointKeeper:
         self._report_foreign(work, loaded)
         await self._clear(work, loaded)
         if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
-            if time.monotonic() >= self._verify_at:
+            if time.monotonic() >= self._verify_at and row.id not in running:
                 self._begin(row.id, self._verify_base(work, server, base))
             return
         if time.monotonic() - self._noted_at > NOTE_SECONDS:
@@ -213,6 +215,8 @@ class EndpointKeeper:
         if missing:
             await self._do(keeping.note_missing, [one.deployment_id for one in missing])
         for one in work.adapters:
+            if one.deployment_id in running:
+                continue
             if one.is_wanted and (one in missing or (one.state != "ready" and one.is_due)):
                 self._begin(one.deployment_id, self._deploy(work, server, one, loaded.get(one.name)))
 
@@ -366,7 +370,7 @@ class EndpointKeeper:
 
     async def _unload(self, server: ServerAddress, one: WantedAdapter) -> None:
         await self._lease.check()
-        with suppress(EndpointFailure):  # the next check unloads it
+        with suppress(EndpointFailure):  # a later check or attempt finds it loaded
             await self._tools.client.unload(server, name=one.name)
 
     async def _failed(

@@ -11,9 +11,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from api.deps import Services
-from api.serving import adapter_files
+from api.serving import adapter_files, keeper
 from api.serving.keeper import NOT_ANSWERED
+from catalog.db.database import Database
 from catalog.serving import keeping
+from catalog.serving.keeping import EndpointClaim, EndpointWork
 from catalog.tables.serving import ServingEndpoint
 from catalog.tables.table import new_id
 from tests.api.serving_engines import FakeTrainer, FakeVllm, serving
@@ -98,6 +100,36 @@ def test_failed_adapter_is_tried_again(place: ServingSite, trainer: FakeTrainer)
     place.vllm.max_rank = 16
 
     assert place.wait_for("ready")["last_error"] is None
+
+
+def test_check_that_has_missed_a_failure_does_not_repeat_the_attempt(
+    place: ServingSite, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "WAITS_SECONDS", (3600.0,))
+    monkeypatch.setattr(keeper, "LOOK_SECONDS", 0.05)
+    place.vllm.ignores_adapters = True
+    place.vllm.holds = "/v1/unload_lora_adapter"
+    read, outdated = keeping.read, list[EndpointWork]()
+
+    def read_outdated(db: Database, claim: EndpointClaim) -> EndpointWork | None:
+        """Return the first work that has the adapter and is read during its attempt; return it after the failure."""
+        work = read(db, claim)
+        if not outdated and work is not None and place.vllm.has_received("/v1/unload_lora_adapter"):
+            outdated.append(work)
+            place.vllm.released.set()
+            until(lambda: place.deployments()[0]["state"] == "failed")
+        elif outdated and work is not None:
+            outdated.append(work)
+        return work
+
+    monkeypatch.setattr(keeping, "read", read_outdated)
+    place.register()
+    place.deploy()
+
+    until(lambda: len(outdated) > 2)
+
+    assert outdated[0].adapters[0].state == "pending"
+    assert [path for path, _ in place.vllm.requests].count("/v1/load_lora_adapter") == 1
 
 
 @pytest.mark.parametrize(
