@@ -40,6 +40,16 @@ class _Choice:
     stream: TextStream
     num_tokens: int = 0
     is_complete: bool = False
+    logprobs: list[tuple[int, Json]] = field(default_factory=list[tuple[int, Json]])
+    """Log-probabilities that wait for the text of their tokens, each with the place where that text begins."""
+
+    def final_logprobs(self) -> list[Json]:
+        """Return the log-probabilities of tokens whose text begins in the text so far; at the end of an answer that no
+        stop sequence has ended, the rest too."""
+        is_whole = self.is_complete and not self.stream.is_stopped
+        final = [entry for begin, entry in self.logprobs if is_whole or begin < self.stream.num_final]
+        self.logprobs = self.logprobs[len(final) :]
+        return final
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,6 +226,8 @@ class InferenceRequests:
             return []
         choice.num_tokens += 1
         is_end = new.finish == "stop"
+        if new.chosen.logprob is not None and not is_end:
+            choice.logprobs.append((choice.stream.num_decoded, self._logprob(new.chosen)))
         piece = "" if is_end else choice.stream.push(new.chosen.token)
         if new.finish is not None:
             piece += choice.stream.finish()
@@ -225,8 +237,8 @@ class InferenceRequests:
             if new.finish is None and self._batch is not None:
                 self._batch.remove(new.name)
         delta: Json = {"index": index, "text": piece}
-        if new.chosen.logprob is not None and not is_end:
-            delta["logprobs"] = [self._logprob(new.chosen)]
+        if logprobs := choice.final_logprobs():
+            delta["logprobs"] = logprobs
         if finish is not None:
             delta["finish"] = finish
         return [delta] if len(delta) > 2 or piece else []

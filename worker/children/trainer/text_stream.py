@@ -21,6 +21,8 @@ class TextStream:
     ) -> None:
         self.is_stopped = False
         """A stop sequence has ended the text. Later tokens are ignored."""
+        self.num_final = 0
+        """Number of characters that were returned."""
         self._decode = decode
         self._ids = list(prompt)
         self._first = 0
@@ -29,6 +31,11 @@ class TextStream:
         self._stops = [stop for stop in stops if stop]
         self._held: str = ""
         """Text that may be the start of a stop sequence."""
+
+    @property
+    def num_decoded(self) -> int:
+        """Number of characters that were returned or are held."""
+        return self.num_final + len(self._held)
 
     def push(self, token: int) -> str:
         """Add a token. Returns the text that is now final."""
@@ -49,7 +56,8 @@ class TextStream:
         before = self._decode(self._ids[self._first : self._num_decoded])
         text = self._final(self._decode(self._ids[self._first :])[len(before) :])
         held, self._held = self._held, ""
-        return text if self.is_stopped else text + held
+        self.num_final += len(held)
+        return text + held
 
     def _final(self, text: str) -> str:
         """Append text. Returns what can't belong to a stop sequence any more."""
@@ -57,11 +65,12 @@ class TextStream:
         found = [(index + len(stop), index) for stop in self._stops if (index := text.find(stop)) >= 0]
         if found:
             self.is_stopped = True
-            self._held = ""
-            return text[: min(found)[1]]
-        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+            num_final, self._held = min(found)[1], ""
+        else:
+            num_final = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+            self._held = text[num_final:]
+        self.num_final += num_final
+        return text[:num_final]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -96,9 +96,16 @@ def drained(requests: InferenceRequests, directory: TrainerDirectory) -> list[Js
 
 
 def text_of(events: list[Json], request_id: str = "req-1", index: int = 0) -> str:
-    deltas = [delta for event in events if event["type"] == "generated" for delta in event["deltas"]
-              if event["request_id"] == request_id]  # fmt: skip
-    return "".join(delta["text"] for delta in deltas if delta["index"] == index)
+    return "".join(delta["text"] for delta in deltas_of(events, request_id) if delta["index"] == index)
+
+
+def deltas_of(events: list[Json], request_id: str) -> list[Json]:
+    generated = [event for event in events if event["type"] == "generated" and event["request_id"] == request_id]
+    return [delta for event in generated for delta in event["deltas"]]
+
+
+def logprobs_of(events: list[Json], request_id: str = "req-1") -> list[Json]:
+    return [token for delta in deltas_of(events, request_id) for token in delta.get("logprobs", ())]
 
 
 def reference(base_dir: Path, adapter: Path | None, messages: list[dict[str, str]]) -> str:
@@ -188,13 +195,34 @@ def test_each_token_has_its_log_probability_and_the_most_likely_ones(
 
     events = drained(requests, directory)
 
-    tokens = [token for event in events[1:-1] for delta in event["deltas"] for token in delta.get("logprobs", ())]
+    tokens = logprobs_of(events)
     assert "".join(token["token"] for token in tokens) == text_of(events)
     for token in tokens:
         assert token["logprob"] < 0
         assert token["bytes"] == list(token["token"].encode())
         assert len(token["top_logprobs"]) == 2
         assert token["top_logprobs"][0]["token"] == token["token"], "greedy: the token is the most likely one"
+
+
+def test_tokens_of_a_stop_sequence_have_no_log_probabilities(make_requests: Any, directory: TrainerDirectory) -> None:
+    requests = make_requests()
+    requests.add(body("whole", num_logprobs=0))
+    whole = [token["token"] for token in logprobs_of(drained(requests, directory), "whole")]
+    stops = {
+        "two tokens": whole[4] + whole[5],
+        "the end of a token and the next one": whole[4][-1] + whole[5],
+        "the first token": whole[0],
+    }
+
+    for name, stop in stops.items():
+        requests.add(body(name, num_logprobs=0, stop=[stop]))
+    events = drained(requests, directory)
+
+    for name, stop in stops.items():
+        text, tokens = text_of(events, name), [token["token"] for token in logprobs_of(events, name)]
+        assert text == "".join(whole).partition(stop)[0]
+        assert "".join(tokens).startswith(text)
+        assert len("".join(tokens[:-1])) < len(text) or not tokens, "each token begins in the answer"
 
 
 @pytest.mark.parametrize(
