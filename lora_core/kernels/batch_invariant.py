@@ -3,11 +3,13 @@
 
 With AMX the summation order of a kernel depends on the number of rows. At a fixed number of rows, each row has the same
 bits at every position. The reference result is therefore that of blocks of ROW_BLOCK rows, the last padded with zeros.
-A number of rows that passes a trial is computed at once, others in pieces that do. Letters: T rows, K summed, N
-columns.
+A number of rows that passes a trial is computed at once, others in pieces that do. A piece is computed by several cores
+if that passes a trial too. Letters: T rows, K summed, N columns.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -16,6 +18,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lora_core.runtime.cpu_lanes import num_cores
 
 ROW_BLOCK = 256
 WIDTHS = (1024, 512)
@@ -35,6 +39,8 @@ six times with each row count, too few for a trial to pay off. The time of a tri
 MOST_BYTES = 1 << 29
 """Maximum size of a matrix that is tried, because a trial allocates another one, which no memory estimate includes.
 Only heads are larger, in bf16 those with 128,256 tokens and at least 2,100 features."""
+FEWEST_PRODUCTS = 1 << 22
+"""Multiplications below which a matmul is too short for several cores: threads need about 20 µs to begin."""
 PATTERN = 8191
 """Length of the pattern that trial inputs repeat: a prime, so that no two rows are equal."""
 FACTOR = 0.7
@@ -66,8 +72,8 @@ class Product:
         else:
             torch.addmm(bias_N, x_TK, matrix_KN, out=y_TN)
 
-    def matches_blocks(self, num_rows: int, row_block: int) -> bool:
-        """Return whether a single matmul has the bits of blocks.
+    def matches_blocks(self, num_rows: int, row_block: int, *, num_threads: int = 1) -> bool:
+        """Return whether a single matmul by that number of threads has the bits of blocks by one thread.
 
         Each row sums numbers and their negatives, so the result consists only of rounding errors, which depend on the
         order of summation.
@@ -78,7 +84,8 @@ class Product:
         matrix_KN = torch.full((span,), FACTOR, dtype=self.dtype).as_strided(self.shape, self.stride)
         bias_N = torch.zeros(num_columns, dtype=self.dtype) if self.operation == "addmm" else None
         at_once_TN, in_blocks_TN = y_TN.clone(), y_TN.flip(0)
-        self.compute(x_TK, matrix_KN, bias_N, at_once_TN)
+        with _threads(num_threads):
+            self.compute(x_TK, matrix_KN, bias_N, at_once_TN)
         blocks = (row_block,) * -(-num_rows // row_block)
         self.in_pieces(blocks, x_TK.flip(0), matrix_KN, bias_N, in_blocks_TN)
         return torch.equal(at_once_TN, in_blocks_TN.flip(0))
@@ -107,6 +114,7 @@ class ExactProducts:
         self.row_block = row_block
         self._is_exact: dict[tuple[Product, int, int], bool] = {}
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
+        self._is_shared: dict[tuple[Product, int, int], bool] = {}
         self._num_calls: Counter[tuple[tuple[Product, ...], int, int]] = Counter()
         self._trial_lock = Lock()  # one trial at a time, because each allocates a matrix
 
@@ -119,7 +127,9 @@ class ExactProducts:
         y_TN: Tensor,
     ) -> None:
         product = product_of(operation, matrix_KN)
-        product.in_pieces(self.pieces((product,), len(x_TK)), x_TK.contiguous(), matrix_KN, bias_N, y_TN)
+        pieces = self.pieces((product,), len(x_TK))
+        with _threads(self._num_threads(product, pieces)):
+            product.in_pieces(pieces, x_TK.contiguous(), matrix_KN, bias_N, y_TN)
 
     def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
         """Return row counts for which all `products` give the bits of blocks. The last may exceed the rows left."""
@@ -166,10 +176,45 @@ class ExactProducts:
                 self._is_exact[call] = product.matches_blocks(num_rows, self.row_block)
             return self._is_exact[call]
 
+    def _num_threads(self, product: Product, pieces: tuple[int, ...]) -> int:
+        """Return the number of threads for these pieces: all cores of the caller if the bits stay the same."""
+        wanted = num_cores()
+        if wanted == 1 or torch.get_num_threads() > 1 or min(pieces, default=0) * product.num_numbers < FEWEST_PRODUCTS:
+            return 1
+        return wanted if all(self._can_be_shared(product, rows, wanted) for rows in set(pieces)) else 1
+
+    def _can_be_shared(self, product: Product, num_rows: int, num_threads: int) -> bool:
+        call = (product, num_rows, num_threads)
+        if call not in self._is_shared and product.num_numbers > LARGE:
+            self._num_calls[(product,), num_rows, num_threads] += 1
+            if self._num_calls[(product,), num_rows, num_threads] <= UNTRIED_TIMES:
+                return False
+        with self._trial_lock:
+            if call not in self._is_shared:
+                is_small_enough = num_rows == self.row_block or self._can_be_tried(product, num_rows)
+                self._is_shared[call] = is_small_enough and product.matches_blocks(
+                    num_rows, self.row_block, num_threads=num_threads
+                )
+            return self._is_shared[call]
+
     def _can_be_tried(self, product: Product, num_rows: int) -> bool:
         is_large = product.num_numbers > LARGE
         has_room = product.num_numbers * product.dtype.itemsize <= MOST_BYTES
         return num_rows >= FEWEST_ROWS and has_room and not (is_large and num_rows > self.row_block)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads in operations of the calling thread."""
+    if count == 1:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def product_of(operation: Literal["mm", "addmm", "addmm_"], matrix_KN: Tensor) -> Product:

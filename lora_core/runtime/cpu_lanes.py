@@ -3,12 +3,14 @@
 
 A matmul of a tick is too small for two OpenMP threads, which synchronize every half millisecond. Slices are
 independent. Each lane therefore runs its slices with one thread, from embedding to gradient. No lane writes memory that
-another reads, so the bits of a slice don't depend on the lanes.
+another reads, so the bits of a slice don't depend on the lanes. If there are fewer parts than cores, such as a single
+short slice or answer, the matmuls of each part use several cores (lora_core/kernels/batch_invariant.py).
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from threading import Barrier
+from functools import partial
+from threading import Barrier, local
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ MIN_LANE_TOKENS = 96
 
 START_SECONDS = 60.0
 """Timeout for starting the threads of all lanes."""
+
+_of_thread = local()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,6 +45,11 @@ def split(costs: Sequence[int], *, num_tokens: int, num_lanes: int) -> list[list
     return [sorted(lane) for lane in lanes]
 
 
+def num_cores() -> int:
+    """Return the number of cores that a matmul of the calling thread may use. 1 except in a part of `Lanes.run`."""
+    return getattr(_of_thread, "num_cores", 1)
+
+
 class Lanes:
     """Thread pool of the lanes.
 
@@ -57,12 +66,13 @@ class Lanes:
             torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(num_lanes - 1, thread_name_prefix="lane")
             barrier = Barrier(num_lanes)  # start all threads now: the pool would otherwise start them on demand
-            starting = [self._pool.submit(barrier.wait, START_SECONDS) for _ in range(num_lanes - 1)]
+            starting = [self._pool.submit(_start, barrier) for _ in range(num_lanes - 1)]
             barrier.wait(START_SECONDS)
             wait(starting)
 
     def run(self, compute: Callable[[Item], Result], parts: Sequence[Item]) -> list[Result]:
         """Return compute(part) of each part. The first runs in the calling thread. Raises the first part's error."""
+        compute = partial(_with_cores, max(1, self.count // max(1, len(parts))), compute)
         if self._pool is None or len(parts) < 2:
             return [compute(part) for part in parts]
         with interrupts_wait():
@@ -79,3 +89,16 @@ class Lanes:
         """Wait for the parts of an interrupted `run`."""
         wait(self._others)
         self._others = []
+
+
+def _start(barrier: Barrier) -> None:
+    torch.set_num_threads(1)  # of this thread: otherwise its first operation sets it to that of another thread
+    barrier.wait(START_SECONDS)
+
+
+def _with_cores(count: int, compute: Callable[[Item], Result], part: Item) -> Result:
+    _of_thread.num_cores = count
+    try:
+        return compute(part)
+    finally:
+        _of_thread.num_cores = 1

@@ -23,6 +23,7 @@ from lora_core.kernels.batch_invariant import (
     product_of,
     times,
 )
+from lora_core.runtime.cpu_lanes import Lanes
 from tests.lora_core.scenarios import admit, preferences, run_alone, run_elastically, submissions
 
 BLOCK = 32
@@ -124,6 +125,36 @@ def test_rows_are_computed_in_the_fewest_pieces_that_keep_the_bits(depends_on_ro
     pieces = {rows: exact.pieces((product,), rows) for rows in (4, 16, 24, 69, 72, 90)}
 
     assert pieces == {4: (32,), 16: (32,), 24: (24,), 69: (69,), 72: (32, 32, 32), 90: (32, 32, 26)}
+
+
+@pytest.mark.parametrize("has_same_bits", [True, False])
+def test_several_cores_compute_a_matmul_if_its_bits_stay_the_same(monkeypatch, has_same_bits):
+    used: list[int] = []
+
+    def compute(_: Product, x_TK: Tensor, matrix_KN: Tensor, _bias: Tensor | None, y_TN: Tensor) -> None:
+        used.append(torch.get_num_threads())
+        half = slice(0, None) if used[-1] == 1 or has_same_bits else slice(24, None)
+        y_TN.copy_(in_order(x_TK[:, half], matrix_KN[half]) + in_order(x_TK[:, : half.start], matrix_KN[: half.start]))
+
+    monkeypatch.setattr(Product, "compute", compute)
+    monkeypatch.setattr(batch_invariant, "FEWEST_PRODUCTS", 0)
+    x, exact = drawn(40, 48), ExactProducts(BLOCK)
+    expected = PRODUCTS["linear"](x, exact)
+    (of_lane,) = Lanes(2).run(lambda given: PRODUCTS["linear"](given, exact), [x])
+
+    assert torch.equal(of_lane, expected)
+    assert used[-1] == (2 if has_same_bits else 1)
+    assert torch.get_num_threads() == 1
+
+
+def test_short_matmuls_are_computed_by_one_core(monkeypatch):
+    used: list[int] = []
+    monkeypatch.setattr(
+        Product, "compute", lambda _, x, matrix, __, y: (used.append(torch.get_num_threads()), y.copy_(x @ matrix))
+    )
+    Lanes(2).run(lambda x: PRODUCTS["linear"](x, ExactProducts(BLOCK)), [drawn(40, 48)])
+
+    assert set(used) == {1}
 
 
 def test_batch_invariant_kernel_computes_all_rows_at_once(monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.runtime import cpu_lanes as lanes_module
-from lora_core.runtime.cpu_lanes import MIN_LANE_TOKENS, Lanes, split
+from lora_core.runtime.cpu_lanes import MIN_LANE_TOKENS, Lanes, num_cores, split
 from tests.lora_core.scenarios import (
     DTYPES,
     Submission,
@@ -96,6 +96,23 @@ def spy_on_lanes(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(Lanes, "run", noted)
     return used
+
+
+@pytest.mark.parametrize(("num_parts", "cores"), [(1, 5), (2, 2), (5, 1), (7, 1)])
+def test_parts_share_the_cores_of_lanes_that_would_be_empty(num_parts: int, cores: int) -> None:
+    lanes = Lanes(5)
+
+    found = lanes.run(lambda _: num_cores(), range(num_parts))
+
+    assert found == [cores] * num_parts
+    assert num_cores() == 1
+
+
+def test_cores_are_given_back_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Lanes(2).run(lambda part: 1 // part, [0])
+
+    assert num_cores() == 1
 
 
 def test_a_slow_machine_still_fills_every_lane(load, monkeypatch):
