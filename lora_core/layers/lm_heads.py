@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.modules_to_save import TensorViews
+from lora_core.kernels.accumulation import add_product
 from lora_core.losses.chunked_cross_entropy import LABEL_MULTIPLE, Head, TokenScores, score_labels, weighted_loss
 from lora_core.packing.packed_batch import BatchSegment, PackedBatch
 from lora_core.runtime.transfers import upload
@@ -27,7 +28,7 @@ class SavedHead(Head):
     bias: TensorViews | None
 
     def product_gradient(self, dz_CV: Tensor, h_CD: Tensor) -> Tensor:
-        self.weight.grad.add_(dz_CV.T @ h_CD)  # rounded to the compute dtype first, as in autograd
+        add_product(self.weight.grad, dz_CV.T, h_CD)
         if self.bias is not None:
             self.bias.grad.add_(dz_CV.sum(0))
         return dz_CV @ self.weight_VD

@@ -48,6 +48,8 @@ class DeviceCounts:
     downloads: int = 0
     """Copies to pinned memory for which the host does not wait."""
     flops: int = 0
+    largest_bytes: int = 0
+    """Bytes of the largest tensor that was allocated."""
     kept_bytes: int = 0
     """Bytes on the device at the start of the first backward."""
     resident_bytes: int = 0
@@ -118,7 +120,7 @@ class DeviceObserver(TorchDispatchMode):
         if not is_on_device and torch.device(kwargs.get("device") or "cpu").type == "cpu" and not _is_fake(given):
             with unset_fake_temporarily():  # the host computes with values
                 return func(*args, **kwargs)
-        result = func(*args, **kwargs)
+        result = kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if name in COPIES and _crosses(given, made):
             return self._copied(name, given, made, result, args, kwargs)
@@ -133,7 +135,7 @@ class DeviceObserver(TorchDispatchMode):
         if name in FREE or self._inside_kernel or (made and not any(map(Tensor.numel, made))):
             return
         self.counts.launches[self.phase, name] += _num_launches(name, args)
-        if name == "addmm_":
+        if name == "addmm_" or func is torch.ops.aten.addmm.dtype_out:
             self.counts.flops += 2 * args[1].numel() * args[2].shape[1]
         elif func.overloadpacket in flop_registry and "attn" not in name and "attention" not in name:
             self.counts.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
@@ -177,6 +179,7 @@ class DeviceObserver(TorchDispatchMode):
         known = self._storages.get(storage._cdata)
         if known is None or known[0].expired():
             self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self.counts.largest_bytes = max(self.counts.largest_bytes, storage.nbytes())
 
 
 def _is_on_device(tensor: Tensor) -> bool:

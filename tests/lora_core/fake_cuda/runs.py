@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lora_core.base_model.model import BaseModel, build_model
 from lora_core.base_model.patching import Attachment
-from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
+from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -51,10 +51,13 @@ def measured_tick(
     num_jobs: int = 16,
     rank: int = 16,
     dropout: float = 0.0,
+    optimizer: OptimizerKind = "adamw",
+    batch_size: int = 4,
+    modules_to_save: Sequence[str] = (),
     kernels: Mapping[str, str] | None = None,
     checkpointed: bool = False,
 ) -> dict[str, Any]:
-    """Return the counts of the second tick of equal jobs, each with 512 tokens in 4 sequences, half of them labels."""
+    """Return the counts of the second tick of equal jobs with sequences of 128 tokens, half of them labels."""
     hidden, feed_forward, heads, key_heads, vocab = SIZES[shape]
     config = AutoConfig.for_model(
         "llama",
@@ -68,11 +71,23 @@ def measured_tick(
         tie_word_embeddings=shape != "8b",
     )
     elementwise = (kernels or {}).get("elementwise", "compiled")
+
+    def job(number: int) -> JobConfig:
+        return JobConfig(
+            lora=LoraConfig(rank=rank, alpha=32, dropout=dropout, modules_to_save=tuple(modules_to_save)),
+            optimizer=OptimizerConfig(kind=optimizer, learning_rate=1e-4),
+            schedule=ScheduleConfig(kind="constant", num_steps=100),
+            batch_size=batch_size,
+            num_steps=100,
+            seed=number,
+            slice_tokens=WIDE,
+        )
+
     with _device(elementwise) as observer:
         base = _base(config, kernels or {})
         engine = Engine(base, _engine_config(checkpoint_blocks="always" if checkpointed else "never"))
         for number in range(num_jobs):
-            engine.admit(str(number), _job(number, rank=rank, dropout=dropout), _rows(vocab))
+            engine.admit(str(number), job(number), _rows(vocab))
         with observer.counting():
             engine.tick()
         with observer.counting() as counts:
@@ -132,6 +147,7 @@ def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
     patches: dict[str, Any] = {
         "lora_core.engine.engine.measure_invariance": lambda *_: "allclose",
         "lora_core.adapter.flat_adapter.initial_a": _zero_a,
+        "lora_core.kernels.accumulation.adds_in_float32": lambda *_: True,
         "lora_core.kernels.gpu.elementwise_trial.why_trial_failed": lambda _device: reason,
         **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("rms_norm", "residual_block", "swiglu")},
         "lora_core.layers.rotary._agrees": _is_same,
@@ -210,18 +226,6 @@ def _engine_config(**options: Any) -> EngineConfig:
     return EngineConfig(**(defaults | options))
 
 
-def _job(number: int, *, rank: int, dropout: float) -> JobConfig:
-    return JobConfig(
-        lora=LoraConfig(rank=rank, alpha=32, dropout=dropout),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
-        schedule=ScheduleConfig(kind="constant", num_steps=100),
-        batch_size=4,
-        num_steps=100,
-        seed=number,
-        slice_tokens=WIDE,
-    )
-
-
 def _rows(vocab: int, *, length: int = 128, num_rows: int = 32) -> TokenDataset:
     return TokenDataset(
         input_ids=np.arange(length * num_rows, dtype=np.int32) % vocab,
@@ -237,6 +241,7 @@ def _report(counts: DeviceCounts) -> dict[str, Any]:
         "waits": {f"{phase} {name}": count for (phase, name), count in sorted(counts.waits.items())},
         "uploads": counts.uploads.total(),
         "flops": counts.flops,
+        "largest_bytes": counts.largest_bytes,
         "kept_bytes": counts.kept_bytes - counts.resident_bytes,
         "resident_bytes": counts.resident_bytes,
     }

@@ -34,6 +34,8 @@ FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 23, 37
 """With 16 jobs, for any shape: of a layer as its kernels are chosen on an H100."""
 UPDATE_LAUNCHES = 8
 """After the backward pass, for all jobs."""
+HEAD_CHUNK_LAUNCHES = 5
+"""For 1,024 labels of a job that trains the output head."""
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,22 @@ def test_steps_of_more_jobs_take_no_more_uploads_and_launches(answer: Answer) ->
 
     assert few["uploads"] == many["uploads"]
     assert few["launches"]["update"] == many["launches"]["update"] == UPDATE_LAUNCHES
+
+
+
+
+def test_gradient_of_a_trained_head_is_added_without_a_product_in_memory(answer: Answer) -> None:
+    """Ticks of 1,024 and 2,048 labels differ by one chunk."""
+    one, two = (
+        answer("tick", shape="8b", num_layers=1, num_jobs=1, batch_size=size, modules_to_save=["lm_head"])
+        for size in (16, 32)
+    )
+
+    hidden, vocab = 4096, 128256
+    assert two["launches"]["forward"] - one["launches"]["forward"] <= HEAD_CHUNK_LAUNCHES
+    assert two["operators"]["forward addmm"] - one["operators"]["forward addmm"] == 1
+    assert two["largest_bytes"] == 2 * 1024 * vocab, "the logits of a chunk"
+    assert two["largest_bytes"] < 2 * vocab * hidden
 
 
 @pytest.mark.parametrize("shape", SHAPES)
