@@ -16,10 +16,11 @@ from torch import Tensor
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.gradients import SliceGradients
 from lora_core.adapter.optimizer import (
+    JointStep,
     StepSizes,
-    adamw_step_of,
     has_joint_sizes,
     has_joint_step,
+    joint_step_of,
     learning_rate_at,
     optimizer_step,
     stays_finite,
@@ -33,7 +34,6 @@ from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.divergence import is_dead
 from lora_core.engine.early_stopping import Selection
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
-from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import DropoutKey, NoiseKey, SliceInput
 
@@ -274,10 +274,10 @@ class TrainingJob:
             optimizer_step(self.adapter, config, step=self.step + 1, learning_rate=rate, norm=sizes.norm)
         return self.complete_step(sizes)
 
-    def adamw_step(self, sizes: StepSizes) -> AdamwStep:
-        """Return the step that is due. Arguments as in `finish_step`."""
+    def joint_step(self, sizes: StepSizes) -> JointStep:
+        """Return the step that is due, for a job with `has_joint_step`. Arguments as in `finish_step`."""
         config, rate = self.config.optimizer, self._next_rate
-        return adamw_step_of(self.adapter, config, step=self.step + 1, learning_rate=rate, norm=sizes.norm)
+        return joint_step_of(self.adapter, config, step=self.step + 1, learning_rate=rate, norm=sizes.norm)
 
     def refuse_step(self, sizes: StepSizes) -> list[Event]:
         """Return JobDiverged if the step that is due is impossible, else nothing. It changes no weights."""

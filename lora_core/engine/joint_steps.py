@@ -1,7 +1,7 @@
 # pyright: basic
 """The steps that a GPU takes for all jobs of a tick together: a few launches measure them, and one takes them.
 
-A CPU measures and takes the step of each job separately (job.py). So does a GPU with the steps of SGD and Adafactor.
+A CPU measures and takes the step of each job separately (job.py). So does a GPU with the steps of SGD.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def step_together(due: Sequence[tuple[StepOutcome, StepSizes]]) -> None:
         return
     try:
         with shortage_named():
-            launches = joint_steps([outcome.job.adamw_step(sizes) for outcome, sizes in ready])
+            launches = joint_steps([outcome.job.joint_step(sizes) for outcome, sizes in ready])
     except torch.OutOfMemoryError:
         if len(ready) == 1:
             _fail([outcome for outcome, _ in ready])

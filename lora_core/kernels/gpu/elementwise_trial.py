@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.kernels.gpu.adafactor_table import AdafactorStep, MatrixLayout
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
@@ -23,7 +24,7 @@ _refused: dict[torch.device, str] = {}
 
 
 def why_not_elementwise(device: torch.device) -> str | None:
-    """Return why the kernels of elementwise.py and optimizer.py can't be used on this device, or None."""
+    """Return why the kernels of elementwise.py, optimizer.py and adafactor.py can't be used on this device, or None."""
     return _refused.get(device) or why_trial_failed(device)
 
 
@@ -62,6 +63,7 @@ def elementwise_results(device: torch.device, dtype: torch.dtype) -> Iterator[tu
     yield from _of_rotation(device, dtype)
     yield from _of_loss(device, dtype)
     yield from _of_step(device, dtype)
+    yield from _of_factored_step(device, dtype)
 
 
 def _of_swiglu(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -149,6 +151,32 @@ def _of_step(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Te
     adamw([AdamwStep(p=p, g=g, m=m, v=v, compute=copy, clip=0.5, plus=slice(0, 0), plus_rate=rate, **options)])
     yield "a weight after a step", p if copy is None else copy, expected
     yield "a moment after a step", torch.cat([m, v]), torch.cat([new_m, new_v])
+
+
+def _of_factored_step(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Take two Adafactor steps of a matrix with more columns than rows, of one with more rows, and of a vector."""
+    from lora_core.kernels.gpu.adafactor import adafactor
+
+    shapes, starts, state_starts = [(20, 300), (300, 20), (300,)], [0, 6000, 12000], [0, 320, 640]
+    options = {"beta2_decay": -0.5, "weight_decay": 0.1}
+    p, g, v = _numbers(12300, 18, device), _numbers(12300, 19, device), torch.zeros(940, device=device)
+    copy = None if dtype == torch.float32 else torch.empty_like(p, dtype=dtype)
+    parts = zip(p.split([6000, 6000, 300]), g.split([6000, 6000, 300]), shapes, strict=True)
+    leaves = [(_leaf(p_part.view(shape)), g_part.view(shape) / 2) for p_part, g_part, shape in parts]
+    reference = torch.optim.Adafactor([leaf for leaf, _ in leaves], lr=0.05, d=1.0, eps=(None, 1e-3), **options)
+    layout = MatrixLayout.of(shapes, starts, state_starts)
+    shared = {"rate": 0.05, "plus": slice(0, 0), "plus_rate": 0.05, "clip": 0.5, "layout": layout, **options}
+    for step in (1, 2):
+        for leaf, gradient in leaves:
+            leaf.grad = gradient * step
+        reference.step()
+        vectors = {"p": p, "g": g * step, "v": v, "compute": copy}
+        adafactor([AdafactorStep(clip_threshold=1.0, scale_floor=1e-3, step=step, **vectors, **shared)])
+    expected = torch.cat([leaf.detach().flatten() for leaf, _ in leaves])
+    yield "a weight after a factored step", p if copy is None else copy, expected
+    states = [reference.state[leaf] for leaf, _ in leaves]
+    kept = [state[name].flatten() for state in states for name in ("row_var", "col_var", "variance") if name in state]
+    yield "the state after a factored step", v, torch.cat(kept)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

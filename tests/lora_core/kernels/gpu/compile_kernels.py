@@ -23,7 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_core.kernels.gpu import elementwise, optimizer, segmented_lora
+from lora_core.kernels.gpu import adafactor, elementwise, optimizer, segmented_lora
+from lora_core.kernels.gpu.adafactor_table import CHUNK, TILES
 from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
 
 CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -34,8 +35,8 @@ NARROW = re.compile(r"ld\.global(?:\.\w+)*\.[bu](?:8|16)\b|cp\.async\.ca")
 WIDE = re.compile(r"ld\.global(?:\.\w+)*\.v(?:4\.[bf]32|2\.[bf]64)|cp\.async\.cg")
 INEXACT = re.compile(r"\b(?:div\.(?:full|approx)|fma\.rn|sqrt\.approx)(?:\.ftz)?\.f32")
 """Instructions whose results differ from rounding each operation by IEEE 754."""
-NARROW_KERNELS = ("score logits", "whole sizes", "heads of 64")
-"""They load a label's logit, a number of each block, and half a head of 32 features in eight bytes."""
+NARROW_KERNELS = ("score logits", "whole sizes", "heads of 64", "mean squares", "scales", "factors")
+"""They load a label's logit, a number of each block or line, and half a head of 32 features in eight bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +59,7 @@ def configurations() -> Iterator[Configuration]:
     yield from of_rows()
     yield from of_losses()
     yield from of_steps()
+    yield from of_factored_steps()
 
 
 def of_lora() -> Iterator[Configuration]:
@@ -131,6 +133,24 @@ def of_steps() -> Iterator[Configuration]:
     for aligned in (True, False):
         yield plain(f"partial sizes, aligned {aligned}", optimizer._partial_sizes, types, ALIGNED=aligned, **constants)
     yield plain("whole sizes", optimizer._whole_sizes, types, MANY=1024, **constants)
+
+
+def of_factored_steps() -> Iterator[Configuration]:
+    types = {"table": "*i64", "partials": "*fp32", "squares": "*fp64", "scales": "*fp64"}
+    types |= {"tiles": "*i32", "chunks": "*i32"}
+    for is_tall, aligned in product(TILES, (True, False)):
+        rows, columns = TILES[is_tall]
+        constants = {"ROWS": rows, "COLUMNS": columns, "ALIGNED": aligned, **adafactor.OPTIONS}
+        label = f"tiles of {rows} by {columns}, aligned {aligned}"
+        yield plain(f"Adafactor: squares, {label}", adafactor._squares, types, **constants)
+        yield plain(f"Adafactor: updates' squares, {label}", adafactor._update_squares, types, **constants)
+        for copied in (False, True):
+            name = f"Adafactor: step, {label}, copy {copied}"
+            yield plain(name, adafactor._update, types, HAS_COPY=copied, **constants)
+    yield plain("Adafactor: mean squares", adafactor._mean_squares, types, CHUNK=CHUNK, **adafactor.OPTIONS)
+    for name in ("scales", "factors"):
+        kernel = getattr(adafactor, f"_{name}")
+        yield plain(f"Adafactor: {name}", kernel, types, MANY=adafactor.MANY, **adafactor.OPTIONS)
 
 
 def plain(name: str, kernel: Any, types: dict[str, str], **constants: Any) -> Configuration:

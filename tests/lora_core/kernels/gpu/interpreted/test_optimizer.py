@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
-from lora_core.adapter.optimizer import adamw_step_of, optimizer_step
+from lora_core.adapter.optimizer import joint_step_of, optimizer_step
 from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.kernels.gpu.optimizer import adamw, step_sizes
-from lora_core.kernels.gpu.optimizer_table import WORD
+from lora_core.kernels.gpu.optimizer_table import WORD, AdamwStep
 from tests.lora_core.kernels.gpu.packs import numbers
 
 TARGETS = (
@@ -50,11 +50,19 @@ DUE = [
 ]
 
 
+def step_of(
+    adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
+) -> AdamwStep:
+    made = joint_step_of(adapter, config, step=step, learning_rate=learning_rate, norm=norm)
+    assert isinstance(made, AdamwStep)
+    return made
+
+
 def stepped(due: list[Due], adapters: list[FlatAdapter]) -> list[FlatAdapter]:
     """Take all steps at once by the kernel."""
     adamw(
         [
-            adamw_step_of(adapter, one.config, step=one.step, learning_rate=one.config.learning_rate, norm=one.norm())
+            step_of(adapter, one.config, step=one.step, learning_rate=one.config.learning_rate, norm=one.norm())
             for one, adapter in zip(due, adapters, strict=True)
         ]
     )
@@ -82,11 +90,11 @@ def test_steps_equal_those_of_a_cpu(dtype: torch.dtype) -> None:
 def test_step_rounds_each_operation() -> None:
     one, single = DUE[0], np.float32
     found, start = one.adapter(), one.adapter()
-    entry = adamw_step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm()).entry()
+    entry = step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm()).entry()
     word = {name: single(entry[index]) for name, index in WORD.items()}
     p, g, m, v = (vector.numpy() for vector in vectors(start)[:4])
 
-    adamw([adamw_step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm())])
+    adamw([step_of(found, one.config, step=1, learning_rate=1e-2, norm=one.norm())])
 
     g = g * word["clip"]
     m = m + word["newest_m"] * (g - m)
