@@ -228,12 +228,18 @@ class FlatAdapter:
             self.p[spans.a] = a_RD.flatten()
             yield start_work(self.lora, name, (target.out_features, target.in_features))
         self.begin_in_full(seed)
+        self.derive_start()
+        for views in self.sites.values():
+            if views.magnitude is not None:
+                views.magnitude.m_O.copy_(views.magnitude.norm_O)
+
+    def derive_start(self) -> None:
+        """Compute what follows from the initial p."""
         if self.lora.subtracts_start:
             self.keep_start(self.p[: self.num_ab].to(self.dtype))
         self.refresh_compute()
         for views in self.sites.values():
             if views.magnitude is not None:
-                views.magnitude.m_O.copy_(views.magnitude.norm_O)
                 views.magnitude.factor_O.fill_(1)
 
     def begin_in_full(self, seed: int) -> None:

@@ -41,7 +41,13 @@ from lora_core.engine.job_start import empty_adapter, job_on, load_adapter
 from lora_core.engine.joint_steps import measure_together, step_together
 from lora_core.engine.memory_recovery import MemoryRecovery
 from lora_core.engine.prefix_cache import PrefixCounts, Prefixes
-from lora_core.engine.rank_agreement import StepOutcome, agree, read_sizes, require_equal_weights
+from lora_core.engine.rank_agreement import (
+    StepOutcome,
+    agree,
+    continue_start,
+    read_sizes,
+    require_equal_weights,
+)
 from lora_core.engine.step import Computed, Passes, TickPlan
 from lora_core.engine.throughput import PackSize, Throughput
 from lora_core.engine_config import EngineConfig
@@ -145,8 +151,7 @@ class Engine:
             )
             with shortage_of(job):
                 admitted.entry_block = self._prefixes.entry_block(admitted.adapter)
-            with shortage_of(job, part="start"):
-                admitted.continue_initialization(START_WORK)
+        continue_start(self.ranks, admitted, START_WORK)
         admitted.served, admitted.shortages = self._least_served(), shortages
         self._jobs[job] = admitted
         self.activations.expect()
@@ -199,8 +204,7 @@ class Engine:
             return
         job.served = self._least_served()
         try:
-            with self.ranks.sharing_errors(), shortage_of(job.name, part="start"):
-                job.continue_initialization(START_WORK)
+            continue_start(self.ranks, job, START_WORK)
         except LoraCoreError as error:
             job.quarantine()
             raise OutOfMemory(job.name, part="start") from error
@@ -463,10 +467,12 @@ class Engine:
         return empty_adapter(self.base)
 
     def compare_ranks(self, job: str) -> None:
-        """Raise RanksDiffer on all ranks if their weights of the job differ.
+        """Raise RanksDiffer on all ranks if their weights of the job differ. Completes its initialization first.
 
-        Call it before the weights are exported, saved or reported.
+        Call it before the weights are exported, saved or reported. Raises OutOfMemory.
         """
+        while self._jobs[job].starting is not None:
+            continue_start(self.ranks, self._jobs[job], START_WORK)
         require_equal_weights(self.ranks, self._jobs[job])
 
     def _started(self, name: str) -> TrainingJob:

@@ -104,7 +104,9 @@ class TrainingJob:
         self.progress = progress
         self.served = self.shortages = 0
         self.best = best
-        self.starting = None if is_started else adapter.starting(config.seed)
+        self.starting: Iterator[int] | None = None
+        if not is_started:
+            self.restart_initialization()
         self.entry_block = 0
         self.reference = reference
         self.parent_sha256 = parent_sha256
@@ -146,15 +148,16 @@ class TrainingJob:
         reference_bytes = 0 if self.reference is None else self.reference.num_bytes
         return self.adapter.num_bytes + self._gradients.num_bytes + best_bytes + reference_bytes
 
+    def restart_initialization(self) -> None:
+        self.starting = self.adapter.starting(self.config.seed)
+
     def continue_initialization(self, work: int) -> None:
         """Initialize the adapter for about `work` multiplications. `starting` is None once it is complete."""
         while self.starting is not None and work > 0:
             try:
                 piece = next(self.starting, None)
             except BaseException:
-                self.starting = self.adapter.starting(
-                    self.config.seed
-                )  # an exhausted generator would look like a completed one, so start over
+                self.restart_initialization()  # an exhausted generator would look like a completed one
                 raise
             if piece is None:
                 self.starting = None
@@ -254,6 +257,12 @@ class TrainingJob:
     def has_joint_step(self) -> bool:
         """Whether a GPU takes the job's steps together with those of others (joint_steps.py)."""
         return has_joint_step(self.adapter, self.config.optimizer)
+
+    @property
+    def step_adds_on_device(self) -> bool:
+        """Whether a step contains sums whose last bits depend on the model of the device: Adafactor's root mean squares
+        without the kernels of a GPU, which add up fixed blocks."""
+        return self.config.optimizer.kind == "adafactor" and not self.has_joint_step
 
     def replay_unit(self) -> None:
         """Discard the slices computed since the last completed step or evaluation."""

@@ -16,10 +16,10 @@ import torch
 from lora_core.adapter.optimizer import StepSizes
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.job import TrainingJob
-from lora_core.errors import OutOfMemory, RanksDiffer
+from lora_core.errors import LoraCoreError, OutOfMemory, RanksDiffer
 from lora_core.events import JobDiverged
 from lora_core.layers.activation_checkpointing import ActivationMemory
-from lora_core.runtime.device_errors import shortage_named
+from lora_core.runtime.device_errors import shortage_named, shortage_of
 from lora_core.runtime.transfers import download
 
 
@@ -76,11 +76,32 @@ def read_sizes(ranks: Ranks, outcomes: Sequence[StepOutcome]) -> list[StepSizes 
     ]
 
 
+def continue_start(ranks: Ranks, job: TrainingJob, work: int) -> None:
+    """Continue the initialization of a job on all ranks. See `TrainingJob.continue_initialization`.
+
+    At the end all ranks take over the leader's weights, because decompositions and norms have other bits on a device of
+    another model. If it raises, it raises on all ranks, and the initialization starts again. Raises OutOfMemory.
+    """
+    if job.starting is None:
+        return
+    try:
+        with ranks.sharing_errors(), shortage_of(job.name, part="start"):
+            job.continue_initialization(work)
+        if ranks.size > 1 and job.starting is None:
+            ranks.spread(job.adapter.p, holder=0)
+            with ranks.sharing_errors(), shortage_of(job.name, part="start"):
+                job.adapter.derive_start()
+    except LoraCoreError:
+        job.restart_initialization()
+        raise
+
+
 def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: ActivationMemory) -> list[OutOfMemory]:
     """Compare the outcomes of a tick on all ranks, and limit later ticks to the rank with the least memory.
 
-    Returns one error for each job whose update ran out of memory on any rank; every rank has quarantined it. Raises
-    RanksDiffer on all ranks if a job did not diverge on all of them in the same way and from the same weights.
+    Returns one error for each job whose update ran out of memory on any rank; every rank has quarantined it. After a
+    step whose sums depend on the device, all ranks take over the leader's. Raises RanksDiffer on all ranks if a job did
+    not diverge on all of them in the same way and from the same weights.
     """
     # One exchange carries both because each costs a round trip per tick.
     own = activations.own_memory() if ranks.size > 1 else (0, 0)
@@ -95,6 +116,8 @@ def agree(ranks: Ranks, outcomes: Sequence[StepOutcome], activations: Activation
         elif any(statuses):
             _require_equal(statuses)
             require_equal_weights(ranks, outcome.job)
+        elif ranks.size > 1 and outcome.job.step > outcome.step and outcome.job.step_adds_on_device:
+            errors += _take_over_step(ranks, outcome)
     return errors
 
 
@@ -102,6 +125,20 @@ def require_equal_weights(ranks: Ranks, job: TrainingJob) -> None:
     """Raise RanksDiffer on all ranks unless all of them have the same bits in the job's vectors."""
     if ranks.size > 1 and not job.is_torn:
         _require_equal(ranks.numbers(job.adapter.bit_sums()))
+
+
+def _take_over_step(ranks: Ranks, outcome: StepOutcome) -> list[OutOfMemory]:
+    """Give all ranks the leader's weights and state after a step. Returns an error if memory runs out on any."""
+    job = outcome.job
+    ranks.spread(job.adapter.p, holder=0)
+    ranks.spread(job.adapter.v, holder=0)
+    try:
+        with ranks.sharing_errors(), shortage_of(job.name):
+            job.adapter.refresh_compute()
+    except LoraCoreError:
+        _quarantine(outcome, is_shared=True)
+        return [OutOfMemory(job.name)]
+    return []
 
 
 def _quarantine(outcome: StepOutcome, *, is_shared: bool) -> None:

@@ -279,8 +279,8 @@ class MessageHandlers:
         if step == job.saved_step:
             return None
         folder = self._directory.checkpoint_path(claim_id, step)
-        self.engine.compare_ranks(claim_id)
         try:
+            self.engine.compare_ranks(claim_id)
             self._ranks.by_leader(lambda: self.engine.save_checkpoint(claim_id, folder))
         except (OSError, LoraCoreError) as error:  # LoraCoreError: the engine has not yet raised the job's shortage
             self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(error))
