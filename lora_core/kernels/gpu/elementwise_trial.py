@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D features, C labels, V classes.
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,14 +159,21 @@ def _of_factored_step(device: torch.device, dtype: torch.dtype) -> Iterator[tupl
     from lora_core.kernels.gpu.adafactor import adafactor
 
     shapes, starts, state_starts = [(20, 300), (300, 20), (300,)], [0, 6000, 12000], [0, 320, 640]
-    options = {"beta2_decay": -0.5, "weight_decay": 0.1}
+    options: dict[str, Any] = {"beta2_decay": -0.5, "weight_decay": 0.1}
     p, g, v = _numbers(12300, 18, device), _numbers(12300, 19, device), torch.zeros(940, device=device)
     copy = None if dtype == torch.float32 else torch.empty_like(p, dtype=dtype)
     parts = zip(p.split([6000, 6000, 300]), g.split([6000, 6000, 300]), shapes, strict=True)
     leaves = [(_leaf(p_part.view(shape)), g_part.view(shape) / 2) for p_part, g_part, shape in parts]
     reference = torch.optim.Adafactor([leaf for leaf, _ in leaves], lr=0.05, d=1.0, eps=(None, 1e-3), **options)
     layout = MatrixLayout.of(shapes, starts, state_starts)
-    shared = {"rate": 0.05, "plus": slice(0, 0), "plus_rate": 0.05, "clip": 0.5, "layout": layout, **options}
+    shared: dict[str, Any] = {
+        "rate": 0.05,
+        "plus": slice(0, 0),
+        "plus_rate": 0.05,
+        "clip": 0.5,
+        "layout": layout,
+        **options,
+    }
     for step in (1, 2):
         for leaf, gradient in leaves:
             leaf.grad = gradient * step
