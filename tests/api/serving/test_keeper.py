@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,6 +14,7 @@ import pytest
 
 from api.deps import Services
 from api.serving import adapter_files, keeper
+from api.serving.held_lease import LeaseLost
 from api.serving.keeper import NOT_ANSWERED
 from catalog.db.database import Database
 from catalog.serving import keeping
@@ -391,6 +394,34 @@ def test_files_that_cannot_be_removed_stop_nothing(
 
     until(lambda: place.deployments() == [])
     assert "can't be removed: read-only" in caplog.text
+
+
+def test_copy_of_an_adapter_stops_when_its_deployment_is_deleted(
+    place: ServingSite, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, has_stopped, has_completed = (threading.Event() for _ in range(3))
+
+    def copy(*_: object, check: Callable[[], None]) -> None:
+        has_begun.set()
+        try:
+            while not has_completed.wait(0.01):
+                check()
+        except LeaseLost:
+            has_stopped.set()
+            raise
+
+    monkeypatch.setattr(adapter_files, "put", copy)
+    try:
+        place.register()
+        place.deploy()
+        until(has_begun.is_set)
+
+        place.client.delete(f"/v1/adapters/{place.adapter.id}/deployments/vllm-1")
+
+        until(has_stopped.is_set)
+        until(lambda: place.deployments() == [])
+    finally:
+        has_completed.set()
 
 
 def test_projects_do_not_see_the_text_of_the_server(place: ServingSite, trainer: FakeTrainer) -> None:

@@ -1,7 +1,8 @@
 """The ranks of a trainer clip a gradient by the same norm, though their devices add up its squares in other orders."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,9 +10,13 @@ import pytest
 import torch
 
 from lora_core.adapter.optimizer import StepSizes
+from lora_core.base_model.model import BaseModel
 from lora_core.distributed.ranks import Ranks
+from lora_core.engine import engine as engine_module
 from lora_core.engine import rank_agreement
+from lora_core.engine.engine import Engine
 from lora_core.engine.rank_agreement import StepOutcome, agree, read_sizes
+from lora_core.engine_config import EngineConfig
 from lora_core.errors import OutOfMemory
 
 OWN = (1.0, 2.0, 3.0)
@@ -129,3 +134,23 @@ def test_memory_that_runs_out_after_a_step_of_the_leader_fails_the_job() -> None
 def test_a_job_without_a_due_step_or_with_an_error_has_no_sizes() -> None:
     assert read(1.0, None) is None
     assert read(1.0, error=OutOfMemory("job")) is None
+
+
+def test_ranks_agree_on_the_kernels_of_the_device_that_tensors_name(
+    load: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model may be loaded on "cuda", but a kernel is looked up by the device of a tensor, such as "cuda:0"."""
+
+    class Agreed(Exception):
+        """Ends the start of the engine, which has no GPU here."""
+
+    def agree(device: torch.device, _: object) -> None:
+        raise Agreed(device)
+
+    monkeypatch.setattr(engine_module, "agree_on_elementwise", agree)
+    base = load("llama")
+
+    with pytest.raises(Agreed) as caught:
+        Engine(replace(base, device="cuda"), EngineConfig())
+
+    assert caught.value.args == (next(base.model.parameters()).device,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ DONE = {
 }
 
 
-def serve_export(service: Script, *, files: dict[str, bytes] = FILES, **fields: Any) -> None:
-    """Serve an export of the adapter `a` that is running at first."""
+def serve_export(
+    service: Script, *, files: dict[str, bytes] = FILES, refusals: Sequence[Any] = (), **fields: Any
+) -> None:
+    """Serve an export of the adapter `a`. Workers refuse it with these errors at first, then it is running."""
     serve(service, tar())
     done = DONE | fields
     service.on("POST", URL, done | {"status": "queued"})
+    service.on("GET", f"{URL}/{ID}", *(done | {"status": "queued", "error": error} for error in refusals))
     service.on("GET", f"{URL}/{ID}", done | {"status": "running"}, done)
     service.on("GET", URL, {"data": [done], "has_more": False})
     rows = [
@@ -140,6 +143,17 @@ def test_failed_export_shows_its_error_and_remedy(service: Script, run: Run) -> 
     assert result.exit_code == 1
     assert "Error: The worker has no token." in result.stderr
     assert "Set HF_TOKEN on the worker." in result.stderr
+
+
+def test_reason_for_waiting_is_shown_once(service: Script, run: Run) -> None:
+    error = {"code": "export_memory", "message": "It needs 9 GB, but worker w1 has 1 GB.", "remedy": "Add memory."}
+    serve_export(service, refusals=[error, error])
+
+    result = run("adapters", "export", "a", "--format", "gguf")
+
+    assert result.exit_code == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "9 GB" in line]
+    assert lines == ["The export waits for a worker. It needs 9 GB, but worker w1 has 1 GB. Add memory."]
 
 
 def test_interrupted_wait_leaves_the_export_running(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,18 @@ def test_export_waits_for_a_worker_with_enough_resources(
     assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
 
 
+def test_refused_export_is_logged_once(
+    site: PackSite, row: AdapterExport, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(claims, "REFUSAL_SECONDS", 0)
+    monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**30)
+
+    for _ in range(3):
+        assert not exports.export_next(site.context)
+
+    assert caplog.text.count(f"Export {row.id} waits for another worker.") == 1
+
+
 def test_bucket_needs_no_disk_space(site: PackSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs = Needs(scratch_bytes=100, stored_bytes=1000, memory_bytes=0)
     free = shutil.disk_usage(tmp_path)._replace(free=150)

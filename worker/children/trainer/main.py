@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     gc.disable()  # the imports allocate much and free nothing: collections take a quarter of their time
 
 import os
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal, cast
 
@@ -63,12 +63,12 @@ def run(directory: TrainerDirectory, ranks: Ranks = ALONE) -> None:
     """Load the base model, then train until a message ends the trainer, or until it has been idle for `idle_seconds` of
     trainer.json (null: without limit). Several processes (ranks) do the same; the leader alone writes events."""
     busy_at = time.monotonic()
-    events = EventWriter(directory) if ranks.leads else SilentWriter()
-    try:
-        engine = load_engine(directory, events, ranks)
-    except LoraCoreError as error:
-        events.write({"type": "load_refused", "error": described(error), "ranks": error.ranks})
-    else:
+    with closing(EventWriter(directory) if ranks.leads else SilentWriter()) as events:
+        try:
+            engine = load_engine(directory, events, ranks)
+        except LoraCoreError as error:
+            events.write({"type": "load_refused", "error": described(error), "ranks": error.ranks})
+            return
         handlers = MessageHandlers(directory, engine, events)
         try:
             train(handlers, busy_at=busy_at, idle_seconds=directory.settings().get("idle_seconds"))
@@ -78,7 +78,6 @@ def run(directory: TrainerDirectory, ranks: Ranks = ALONE) -> None:
             raise
         handlers.close()
         events.write({"type": "unloaded"})
-    events.close()
 
 
 def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks = ALONE) -> Engine:

@@ -219,7 +219,9 @@ def _waited(lorry: Lorry, made: AdapterExport) -> AdapterExport:
             def show(export: AdapterExport) -> None:
                 if export.status == "queued" and export.error is not None and export.error.code not in told:
                     told.add(export.error.code)
-                    output.echo(f"It waits for a worker. {export.error.message} {export.error.remedy or ''}".rstrip())
+                    output.echo(
+                        f"The export waits for a worker. {export.error.message} {export.error.remedy or ''}".rstrip()
+                    )
                 report(export)
 
             return lorry.adapters.exports.wait(made.adapter, made.id, on_progress=show)

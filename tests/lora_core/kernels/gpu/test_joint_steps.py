@@ -36,22 +36,26 @@ SGD = replace(
 
 
 class OnGpu:
-    """Stand-ins of the launches. `fails` raises an error at the named point."""
+    """Stand-ins of the launches. `fails` raises an error at the named point. Where a point `is_small`, memory is
+    enough for one job alone."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = Counter[str]()
         self.fails: dict[str, BaseException] = {}
+        self.is_small: str | None = None
         monkeypatch.setattr(optimizer, "has_gpu_kernels", lambda _: True)
         monkeypatch.setattr(joint_module, "joint_step_sizes", self.sizes)
         monkeypatch.setattr(joint_module, "joint_steps", self.launches)
 
-    def reach(self, point: str) -> None:
+    def reach(self, point: str, *, num_jobs: int = 1) -> None:
         self.calls[point] += 1
         if point in self.fails:
             raise self.fails[point]
+        if point == self.is_small and num_jobs > 1:
+            raise torch.OutOfMemoryError("simulated")
 
     def sizes(self, adapters: Sequence[FlatAdapter]) -> Tensor:
-        self.reach("sizes")
+        self.reach("sizes", num_jobs=len(adapters))
         return torch.stack(
             [
                 torch.stack([torch.linalg.vector_norm(adapter.g), adapter.p.abs().max(), adapter.m.abs().max()])
@@ -60,7 +64,7 @@ class OnGpu:
         )
 
     def launches(self, steps: Sequence[AdamwStep]) -> list[Callable[[], None]]:
-        self.reach("upload")
+        self.reach("upload", num_jobs=len(steps))
         return [lambda: self.run(steps)]
 
     def run(self, steps: Sequence[AdamwStep]) -> None:
@@ -139,6 +143,24 @@ def test_shortage_before_the_launch_changes_no_weights(load: Load, on_gpu: OnGpu
         job = engine._jobs[name]
         assert torch.equal(job.adapter.p, weights)
         assert (job.step, job.is_torn, job.unit) == (0, False, None)
+
+
+@pytest.mark.parametrize("point", ["sizes", "upload"])
+def test_jobs_step_alone_where_memory_is_too_short_for_all(
+    load: Load, on_gpu: OnGpu, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    together = engine_of(load("llama"), **JOBS)
+    together.tick()
+    engine = engine_of(load("llama"), **JOBS)
+    on_gpu.is_small = point
+    on_gpu.calls.clear()
+
+    engine.tick()
+
+    assert on_gpu.calls == {"sizes": 1, "upload": 1, "launch": 3} | {point: 1 + len(JOBS)}
+    for name in JOBS:
+        assert engine.progress(name) == (1, 3)
+        assert state_bytes(engine, name) == state_bytes(together, name)
 
 
 def test_shortage_in_the_launch_marks_all_its_jobs_torn(load: Load, on_gpu: OnGpu) -> None:

@@ -37,7 +37,7 @@ from worker.children.trainer.checkpoint_writer import (
     CheckpointWriter,
     writes_while_training,
 )
-from worker.children.trainer.main import load_engine
+from worker.children.trainer.main import load_engine, run
 from worker.children.trainer.message_handlers import MessageHandlers
 from worker.protocol.mailbox import AdmitBody, EventWriter, InboxWriter, Json, TrainerDirectory, Verb
 
@@ -302,6 +302,30 @@ def test_a_trainer_reports_its_last_checkpoints_when_it_exits(make_trainer: Call
     trainer.handlers.close()
 
     assert trainer.order("checkpointed") == [("checkpointed", 2)]
+
+
+def test_a_trainer_that_crashes_reports_the_checkpoints_that_are_being_written(
+    tmp_path: Path, base_dir: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(message_handlers, "writes_while_training", lambda *_: True)
+    settings = {"base_dir": str(base_dir), "dtype": "bfloat16", "quantization": "none", "device": "cpu"}
+    directory = TrainerDirectory.create(tmp_path / "trainer", settings)
+    InboxWriter(directory).send("admit", **body(directory, "claim-1"))
+    tick = MessageHandlers.tick
+
+    def crash_after_checkpoint(handlers: MessageHandlers) -> None:
+        if handlers.engine.progress("claim-1")[0] == EVERY:
+            gate.open_soon()
+            raise RuntimeError("an illegal memory access")
+        tick(handlers)
+
+    monkeypatch.setattr(MessageHandlers, "tick", crash_after_checkpoint)
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(directory)
+
+    steps = [(event["type"], event.get("step")) for event in events_in(directory)]
+    assert steps[-2:] == [("stepped", EVERY), ("checkpointed", EVERY)]
 
 
 def no_space(*_: object) -> Any:
