@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog.db import lease
@@ -18,7 +16,7 @@ from catalog.registry import export_rows
 from catalog.storage import artifact_index, quota
 from catalog.storage.manifest import Manifest
 from catalog.tables.exports import AdapterExport
-from catalog.tables.fleet import Worker, is_live
+from catalog.tables.fleet import Worker
 from catalog.tables.history import Checkpoint
 from catalog.tables.storage import Adapter, Artifact, BaseModelRow
 from catalog.tables.table import Json
@@ -27,15 +25,11 @@ from catalog.usage import ledger
 MAX_ATTEMPTS = 3
 """Workers that may fail to make an export before it fails: it may be the cause."""
 
-
 REFUSAL_SECONDS = 60.0
 """How long a worker that has refused an export leaves it to others."""
-KEPT_REFUSALS = 3
-"""A refusal that is not repeated counts for this many times REFUSAL_SECONDS."""
-PATIENCE_SECONDS = 3600.0
-"""How long every live worker may refuse an export before it fails: jobs that end free memory and disk space."""
 MAX_WAIT_SECONDS = 86400.0
-"""How long an export may wait after its first refusal before it fails at the next one, whatever other workers do."""
+"""How long workers may refuse an export before it fails. Within a day, jobs end that hold memory and disk space, and
+busy workers become free."""
 MAX_LOOKED_AT = 200
 """Maximum number of waiting exports that a worker considers at once, without those that it has just refused."""
 
@@ -92,8 +86,8 @@ def claim(
     """Lease a waiting export to this worker. Returns None if none waits that it can make.
 
     refuse: returns why this worker can't make an export, or None. A refusal counts as no attempt: for REFUSAL_SECONDS,
-    only other workers may take the export. It fails after every live worker has refused it for PATIENCE_SECONDS, it has
-    waited for MAX_WAIT_SECONDS, or MAX_ATTEMPTS workers were lost.
+    only other workers may take the export. It fails if no worker has taken it MAX_WAIT_SECONDS after the first refusal,
+    or if MAX_ATTEMPTS workers were lost.
     """
     for each in _waiting(db, worker_id):
         error = None if each.num_attempts >= MAX_ATTEMPTS else refuse(each)
@@ -106,7 +100,7 @@ def claim(
             if row.num_attempts >= MAX_ATTEMPTS:
                 _fail(row, _lost(row), now=now)
             elif error is not None:
-                _refuse(session, row, worker_id, error, now=now)
+                _refuse(row, worker_id, error, now=now)
             else:
                 return _claim(session, row, now=now, lease_seconds=lease_seconds)
     return None
@@ -159,7 +153,7 @@ def _waiting(db: Database, worker_id: str) -> list[WaitingExport]:
         found = session.execute(
             export_rows.waiting(now=now).with_only_columns(AdapterExport.id, AdapterExport.refusals)
         )
-        asked = [ident for ident, seen in found if not _has_refused(seen, worker_id, since=now - REFUSAL_SECONDS)]
+        asked = [ident for ident, refusals in found if worker_id not in _refusing(refusals, now=now)]
         rows = (session.get(AdapterExport, ident) for ident in asked[:MAX_LOOKED_AT])
         return [_shown(session, row) for row in rows if row is not None]
 
@@ -176,29 +170,20 @@ def _shown(session: Session, row: AdapterExport) -> WaitingExport:
     )
 
 
-def _has_refused(refusals: Json | None, worker_id: str, *, since: float, before: float = math.inf) -> bool:
-    """Return whether the worker has refused the export at a time after `since`, and first before `before`."""
-    first, last = refusals["workers"].get(worker_id, (math.inf, -math.inf)) if refusals else (math.inf, -math.inf)
-    return last > since and first <= before
+def _refusing(refusals: Json | None, *, now: float) -> dict[str, float]:
+    """Return the workers that have just refused the export, each with the time."""
+    workers: dict[str, float] = {} if refusals is None else refusals["workers"]
+    return {worker_id: at for worker_id, at in workers.items() if at > now - REFUSAL_SECONDS}
 
 
-def _refuse(session: Session, row: AdapterExport, worker_id: str, error: LorryError, *, now: float) -> None:
-    """Record a refusal. A worker that has not refused for some time, such as a busy one, may be able to make it now."""
-    recently, earlier = now - KEPT_REFUSALS * REFUSAL_SECONDS, row.refusals or {"since": now, "workers": {}}
-    first = earlier["workers"][worker_id][0] if _has_refused(earlier, worker_id, since=recently) else now
-    live = session.scalars(select(Worker).where(is_live(now=now))).all()
-    able = {worker.id for worker in live if not worker.takes_nothing_new} | {worker_id}
-    kept = {ident: times for ident, times in earlier["workers"].items() if ident in able}
-    refusals: Json = {**earlier, "workers": {**kept, worker_id: [first, now]}}
-    since = float(earlier["since"])
-    row.refusals, row.error = refusals, _described(error)
+def _refuse(row: AdapterExport, worker_id: str, error: LorryError, *, now: float) -> None:
+    since = now if row.refusals is None else float(row.refusals["since"])
+    row.refusals = {"since": since, "workers": {**_refusing(row.refusals, now=now), worker_id: now}}
+    row.error = _described(error)
     row.status = "queued"  # a worker that was lost may have left it running
     lease.release(row)
-    is_refused_by_all = all(
-        _has_refused(refusals, ident, since=recently, before=now - PATIENCE_SECONDS) for ident in able
-    )
-    if is_refused_by_all or since <= now - MAX_WAIT_SECONDS:
-        message = f"{error.message} No worker has taken the export for {(now - since) / 60:.0f} minutes."
+    if since <= now - MAX_WAIT_SECONDS:
+        message = f"{error.message} No worker has taken the export for {(now - since) / 3600:.0f} hours."
         remedy = f"{error.remedy} Then create the export again."
         _fail(row, {"code": error.code, "message": message, "remedy": remedy}, now=now)
 

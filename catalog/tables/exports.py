@@ -46,7 +46,7 @@ class AdapterExport(Leased, Table):
     """code, message, remedy. While the export is queued: why a worker does not take it."""
     refusals: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """Workers that have too little disk space or memory for it: {since: time of the first refusal, workers: {worker:
-    [time of its first, of its last refusal]}}."""
+    time of its last refusal}}."""
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
     """Digest of the manifest of its files. None for the format adapter, whose files are those of the adapter."""
     expected_bytes: Mapped[int] = mapped_column(default=0, server_default="0")

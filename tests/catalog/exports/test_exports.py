@@ -21,7 +21,6 @@ from catalog.errors import (
 )
 from catalog.exports import claims, commands, formats, hub_repositories
 from catalog.exports.claims import MAX_ATTEMPTS, ExportResult
-from catalog.fleet import cordons, workers
 from catalog.maintenance import garbage_collection
 from catalog.queue import pending
 from catalog.registry import adapters, base_models, permissions
@@ -167,59 +166,45 @@ def test_worker_that_has_refused_an_export_considers_it_again_later(world: World
     assert claim(world, "w1").export_id == row.id
 
 
-@pytest.mark.parametrize("other", ["refuses too", "is busy", "has stopped", "is cordoned"])
-def test_export_fails_once_every_live_worker_has_refused_it_for_an_hour(
-    world: World, adapter: Adapter, other: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world.worker("w2")
-    if other == "is cordoned":
-        cordons.cordon(world.db, "w2", reason="Repair.")
-    row = create(world, adapter)
-    refusing = ["w2", "w1"] if other == "refuses too" else ["w1"]
-    minutes = 0
+def test_export_fails_if_no_worker_has_taken_it_a_day_after_the_first_refusal(world: World, adapter: Adapter) -> None:
+    row, hours = create(world, adapter), int(claims.MAX_WAIT_SECONDS / 3600)
+    for number in range(hours):  # workers come and go
+        refuse(world, f"w{number}")
+        assert shown(world, row).status == "queued"
+        world.clock.advance(3600)
 
-    def refuse_for(seconds: float) -> None:
-        nonlocal minutes
-        for _ in range(int(seconds / claims.REFUSAL_SECONDS)):
-            for worker_id in refusing:
-                refuse(world, worker_id)
-            assert shown(world, row).status == "queued"
-            world.clock.advance(claims.REFUSAL_SECONDS)
-            minutes += 1
-            for worker_id in ["w1"] if other == "has stopped" else ["w1", "w2"]:
-                workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
-
-    refuse_for(claims.PATIENCE_SECONDS)
-    if other == "is busy":
-        monkeypatch.setattr(claims, "MAX_WAIT_SECONDS", 2 * claims.PATIENCE_SECONDS)
-        refuse_for(claims.PATIENCE_SECONDS)
-    for worker_id in refusing:
-        refuse(world, worker_id)
+    refuse(world, "w1")
 
     done = shown(world, row)
     assert (done.status, done.num_attempts) == ("failed", 0)
     assert done.error == {
         "code": "export_memory",
-        "message": f"{SCARCE.message} No worker has taken the export for {minutes} minutes.",
+        "message": f"{SCARCE.message} No worker has taken the export for {hours} hours.",
         "remedy": "Wait. Then create the export again.",
     }
-    assert minutes == (120 if other == "is busy" else 60)
 
 
-def test_export_waits_a_day_at_most_although_workers_come_and_go(world: World, adapter: Adapter) -> None:
+def test_attempt_between_two_refusals_begins_another_day(world: World, adapter: Adapter) -> None:
     row = create(world, adapter)
     refuse(world, "w1")
-    for number in range(2, 25):
-        world.clock.advance(3600)
-        world.worker(f"w{number}")
-        refuse(world, f"w{number}")
-        assert shown(world, row).status == "queued"
+    world.clock.advance(claims.MAX_WAIT_SECONDS)
+    claims.release(world.db, claim(world, "w2").claim_id)
 
-    world.clock.advance(3600)
-    world.worker("w25")
-    refuse(world, "w25")
+    refuse(world, "w1")
 
-    assert shown(world, row).status == "failed"
+    assert shown(world, row).status == "queued"
+
+
+def test_only_recent_refusals_are_kept(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    refuse(world, "w1")
+    world.clock.advance(claims.REFUSAL_SECONDS)
+
+    refuse(world, "w2")
+
+    kept = shown(world, row).refusals
+    assert kept is not None
+    assert list(kept["workers"]) == ["w2"]
 
 
 def test_refused_exports_do_not_hide_others(world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,17 +224,6 @@ def test_refused_export_of_a_lost_worker_is_queued(world: World, adapter: Adapte
     refuse(world, "w2")
 
     assert (shown(world, row).status, shown(world, row).claim_id) == ("queued", None)
-
-
-def test_worker_that_was_busy_is_asked_for_another_hour(world: World, adapter: Adapter) -> None:
-    """Its earlier refusal does not count: it had less free memory then."""
-    row = create(world, adapter)
-    refuse(world, "w1")
-    world.clock.advance(claims.PATIENCE_SECONDS)
-
-    refuse(world, "w1")
-
-    assert shown(world, row).status == "queued"
 
 
 def test_attempt_that_may_be_the_node_s_fault_is_repeated_a_few_times(world: World, adapter: Adapter) -> None:
