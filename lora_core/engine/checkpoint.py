@@ -5,7 +5,7 @@ If a job keeps its best weights, they are stored as one more vector.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_core.engine.early_stopping import Selection
 from lora_core.engine.job import TrainingJob, TrainingProgress
 from lora_core.errors import BadCheckpoint, UnsafeFile
 from lora_core.runtime.safetensors_io import file_sha256, read_header, write_directory, write_json
-from lora_core.runtime.transfers import HostCopies, copy_to_host
+from lora_core.runtime.transfers import NamedVectors
 
 FORMAT = 4
 VECTORS = ("p", "m", "v")
@@ -50,36 +50,35 @@ def fingerprint(base: BaseModel, config: JobConfig, *, data_digest: str, parent_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSnapshot:
-    """A job's state after its last completed step, on the host. `write` needs neither the job nor the device."""
+    """A job's state after its last completed step. It is valid until the next tick, a `lasting` one permanently."""
 
     state: dict[str, Any]
     """The content of state.json without the digest of the vectors."""
-    copies: HostCopies
+    vectors: NamedVectors
+
+    def lasting(self) -> "CheckpointSnapshot":
+        """Begin to copy the vectors to the host. Raises torch.OutOfMemoryError."""
+        return replace(self, vectors=self.vectors.lasting())
 
     def write(self, directory: Path) -> None:
-        """Write state.json and row.safetensors. `directory` must not exist and is created atomically. Raises OSError.
+        """Write state.json and row.safetensors. `directory` must not exist and is created atomically.
 
-        May be called in any thread.
+        A lasting snapshot may be written in any thread. Raises OSError and torch.OutOfMemoryError.
         """
         write_directory(directory, self._fill)
 
     def _fill(self, directory: Path) -> None:
         vectors_file = directory / "row.safetensors"
-        save_file(self.copies.complete(), vectors_file)
+        save_file(self.vectors.on_host(), vectors_file)
         write_json(directory / "state.json", self.state | {"row_sha256": file_sha256(vectors_file)})
 
 
-def take_snapshot(job: TrainingJob, base: BaseModel, *, is_lasting: bool) -> CheckpointSnapshot:
-    """Begin to copy a job's state to the host. `is_lasting`: it is written after the next tick, or in another thread.
-
-    Raises torch.OutOfMemoryError.
-    """
+def take_snapshot(job: TrainingJob, base: BaseModel) -> CheckpointSnapshot:
     vectors = {name: getattr(job.adapter, name) for name in VECTORS}
     if job.best is not None:
         vectors[BEST] = job.best
     if job.adapter.lora.subtracts_start:
         vectors[START] = job.adapter.start()
-    copies = copy_to_host(vectors, is_lasting=is_lasting)
     epoch, position = divmod(job.step * job.config.batch_size, job.num_examples)
     state = {
         "format": FORMAT,
@@ -89,7 +88,7 @@ def take_snapshot(job: TrainingJob, base: BaseModel, *, is_lasting: bool) -> Che
         **fingerprint(base, job.config, data_digest=job.data_digest, parent_sha256=job.parent_sha256),
         "targets": [target.name for target in job.adapter.targets],
     }
-    return CheckpointSnapshot(state=state, copies=copies)
+    return CheckpointSnapshot(state=state, vectors=NamedVectors(vectors=vectors))
 
 
 def load_checkpoint(

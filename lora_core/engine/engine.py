@@ -352,7 +352,9 @@ class Engine:
 
         Raises ConfigError, BadCheckpoint, OutOfMemory and OSError.
         """
-        self._checkpoint_snapshot(job, is_lasting=False).write(directory)
+        started = self._started(job)
+        with shortage_of(job, part="snapshot"):
+            take_snapshot(started, self.base).write(directory)
 
     def checkpoint_snapshot(self, job: str) -> CheckpointSnapshot:
         """Return the state after the last completed step, from which another thread can write the checkpoint.
@@ -360,20 +362,16 @@ class Engine:
         The job may be ticked and evicted before that. On a GPU the host does not wait for the device. Raises
         ConfigError, BadCheckpoint and OutOfMemory.
         """
-        return self._checkpoint_snapshot(job, is_lasting=True)
-
-    def _checkpoint_snapshot(self, job: str, *, is_lasting: bool) -> CheckpointSnapshot:
         started = self._started(job)
         with shortage_of(job, part="snapshot"):
-            return take_snapshot(started, self.base, is_lasting=is_lasting)
+            return take_snapshot(started, self.base).lasting()
 
     def adapter_snapshot(self, job: str, *, base_name: str, base_revision: str | None = None) -> AdapterSnapshot:
         """Like `checkpoint_snapshot`, for the files of an export without evidence. See `export`."""
         adapter = self._started(job).adapter
         with shortage_of(job, part="snapshot"):
-            return take_adapter_snapshot(
-                self.base, adapter, base_name=base_name, base_revision=base_revision, is_lasting=True
-            )
+            taken = take_adapter_snapshot(self.base, adapter, base_name=base_name, base_revision=base_revision)
+            return taken.lasting()
 
     def export(
         self,

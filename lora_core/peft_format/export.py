@@ -7,7 +7,7 @@ same numbers. The fp32 master weights stay in checkpoints.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from lora_core.packing.packed_batch import SliceInput, build_pack
 from lora_core.peft_format import verification_linears, verification_modules
 from lora_core.runtime.counter_rng import random_words
 from lora_core.runtime.safetensors_io import file_sha256, write_directory, write_json
-from lora_core.runtime.transfers import HostCopies, copy_to_host
+from lora_core.runtime.transfers import NamedVectors
 
 PROBE_ROWS, PROBE_TOKENS, PROBE_POSITIONS = 2, 48, 2
 PROBE_SEED = 20_260_101
@@ -67,20 +67,18 @@ def export_adapter(
     verified. Raises OSError.
     """
     probe = _probe(base, adapter) if has_evidence else None  # before writing, which may fail on a single rank
-    snapshot = take_adapter_snapshot(
-        base, adapter, base_name=base_name, base_revision=base_revision, probe=probe, is_lasting=False
-    )
+    snapshot = take_adapter_snapshot(base, adapter, base_name=base_name, base_revision=base_revision, probe=probe)
     return snapshot.write(directory)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSnapshot:
-    """An adapter's weights on the host. `write` needs neither the job nor the device.
+    """An adapter's weights. They are valid until the next tick, `lasting` ones permanently.
 
-    `parts` maps each of PEFT's names to the name of a copied vector, and to the start and the shape of its part.
+    `parts` maps each of PEFT's names to the name of a vector, and to the start and the shape of its part.
     """
 
-    copies: HostCopies
+    vectors: NamedVectors
     parts: dict[str, tuple[str, int, torch.Size]]
     config: dict[str, object]
     metadata: dict[str, str]
@@ -89,8 +87,15 @@ class AdapterSnapshot:
     dtype: torch.dtype
     quantization: Quantization
 
+    def lasting(self) -> "AdapterSnapshot":
+        """Begin to copy the vectors to the host. Raises torch.OutOfMemoryError."""
+        return replace(self, vectors=self.vectors.lasting())
+
     def write(self, directory: Path) -> ExportReport:
-        """Write the files of `export_adapter`. May be called in any thread. Raises OSError."""
+        """Write the files of `export_adapter`. A lasting snapshot may be written in any thread.
+
+        Raises OSError and torch.OutOfMemoryError.
+        """
         write_directory(directory, self._fill)
         weights_file = directory / "adapter_model.safetensors"
         return ExportReport(
@@ -102,7 +107,7 @@ class AdapterSnapshot:
         )
 
     def _fill(self, directory: Path) -> None:
-        vectors = self.copies.complete()
+        vectors = self.vectors.on_host()
         tensors = {
             name: vectors[vector][start : start + shape.numel()].view(shape)
             for name, (vector, start, shape) in self.parts.items()
@@ -120,12 +125,7 @@ def take_adapter_snapshot(
     base_name: str,
     base_revision: str | None = None,
     probe: dict[str, Tensor] | None = None,
-    is_lasting: bool,
 ) -> AdapterSnapshot:
-    """Begin to copy the adapter to the host. `is_lasting`: it is written after the next tick, or in another thread.
-
-    Raises torch.OutOfMemoryError.
-    """
     vectors = {
         "weights": adapter.compute,
         "paired": adapter.paired,
@@ -134,7 +134,7 @@ def take_adapter_snapshot(
     views = adapter_views(adapter)
     used = {name: vectors[name] for name in sorted({vector for vector, _ in views.values()})}
     return AdapterSnapshot(
-        copies=copy_to_host(used, is_lasting=is_lasting),
+        vectors=NamedVectors(vectors=used),
         parts={
             name: (vector, view.storage_offset() - vectors[vector].storage_offset(), view.shape)
             for name, (vector, view) in views.items()

@@ -5,7 +5,7 @@ A copy from pageable memory, and each value that the host reads, makes the host 
 has still to compute. An upload therefore goes through pinned memory, and the device receives it in its own order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -70,37 +70,37 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HostCopies:
-    """Copies of vectors on the host, which the device may still have to write."""
+class NamedVectors:
+    """Contiguous vectors, all on one device, or lasting copies of them on the host."""
 
     vectors: dict[str, Tensor]
-    copied: torch.cuda.Event | None
-    """The device has written the copies. None: they are complete."""
+    copied: torch.cuda.Event | None = None
+    """The device has written the copies. None: there is nothing to wait for."""
 
-    def complete(self) -> dict[str, Tensor]:
-        """Return the copies once the device has written them. May be called in any thread."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.vectors
+    def lasting(self) -> "NamedVectors":
+        """Begin to copy the vectors to the host, where they keep the current values. Raises torch.OutOfMemoryError.
 
-
-def copy_to_host(vectors: Mapping[str, Tensor], *, is_lasting: bool) -> HostCopies:
-    """Begin to copy contiguous vectors, all on one device, to the host.
-
-    `is_lasting` copies keep the current values. On a GPU the host does not wait for them: the device copies to pinned
-    memory in the order of its current stream, so later operations may overwrite or free the vectors at once. Other
-    copies are complete on return, and on a CPU they share the vectors' memory. Raises torch.OutOfMemoryError.
-    """
-    device = next(iter(vectors.values())).device
-    with shortage_named():
-        if device.type == "cuda" and is_lasting:
-            copies = {name: _pinned_copy(vector) for name, vector in vectors.items()}
+        On a GPU the host does not wait: the device copies to pinned memory in the order of its current stream, so later
+        operations may overwrite or free the vectors at once.
+        """
+        device = next(iter(self.vectors.values())).device
+        with shortage_named():
+            if device.type != "cuda":
+                return NamedVectors(vectors={name: vector.clone() for name, vector in self.vectors.items()})
+            copies = {name: _pinned_copy(vector) for name, vector in self.vectors.items()}
             copied = torch.cuda.Event(blocking=True)
             copied.record(torch.cuda.current_stream(device))
-            return HostCopies(vectors=copies, copied=copied)
-        is_cloned = device.type == "cpu" and is_lasting
-        copies = {name: vector.clone() if is_cloned else vector.cpu() for name, vector in vectors.items()}
-        return HostCopies(vectors=copies, copied=None)
+            return NamedVectors(vectors=copies, copied=copied)
+
+    def on_host(self) -> dict[str, Tensor]:
+        """Return the vectors in host memory. On a CPU these are no copies. Raises torch.OutOfMemoryError.
+
+        Lasting copies may be read in any thread.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        with shortage_named():
+            return {name: vector.cpu() for name, vector in self.vectors.items()}
 
 
 def _pinned_copy(vector: Tensor) -> Tensor:

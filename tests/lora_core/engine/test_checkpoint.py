@@ -108,8 +108,8 @@ def test_a_job_takes_as_much_memory_as_its_snapshots(load):
         engine = Engine(load("llama", dtype), EngineConfig())
         for name, job in submissions("llama").items():
             admit(engine, name, job)
-            copies = [engine.checkpoint_snapshot(name).copies, engine.adapter_snapshot(name, base_name="tiny").copies]
-            taken = sum(vector.nbytes for copy in copies for vector in copy.vectors.values())
+            snapshots = engine.checkpoint_snapshot(name), engine.adapter_snapshot(name, base_name="tiny")
+            taken = sum(vector.nbytes for each in snapshots for vector in each.vectors.on_host().values())
             assert taken <= engine.num_bytes(name), name
 
 

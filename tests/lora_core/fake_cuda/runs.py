@@ -134,7 +134,7 @@ def take_snapshots(*, family: str, dtype: str = "bfloat16") -> dict[str, Any]:
             found[name] = {"waits": waits, "downloads": counts.downloads}
             with observer.counting() as counts:
                 for snapshot in snapshots:
-                    snapshot.copies.complete()
+                    snapshot.vectors.on_host()
             found[name]["waits_of_writer"] = _report(counts)["waits"]
             engine.evict(name)
     return found

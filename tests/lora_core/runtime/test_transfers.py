@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lora_core.runtime.transfers import ALIGNMENT_BYTES, copy_to_host, download, joined, parted, upload
+from lora_core.runtime.transfers import ALIGNMENT_BYTES, NamedVectors, download, joined, parted, upload
 
 ARRAYS = (
     np.arange(7, dtype=np.int64)[None],
@@ -42,9 +42,9 @@ def test_numbers_are_read_exactly() -> None:
 
 def test_lasting_copies_keep_their_values_and_others_take_no_memory() -> None:
     vector = torch.arange(6.0)[2:5]
+    vectors = NamedVectors(vectors={"it": vector})
 
-    lasting = copy_to_host({"it": vector}, is_lasting=True).complete()["it"]
-    shared = copy_to_host({"it": vector}, is_lasting=False).complete()["it"]
+    lasting, shared = vectors.lasting().on_host()["it"], vectors.on_host()["it"]
     vector.zero_()
 
     assert lasting.tolist() == [2.0, 3.0, 4.0]
