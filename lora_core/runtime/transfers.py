@@ -105,3 +105,15 @@ class NamedVectors:
 
 def _pinned_copy(vector: Tensor) -> Tensor:
     return torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
+
+
+def release_pinned_memory() -> bool:
+    """Return pinned memory that no tensor uses to the system. The device may have to wait.
+
+    torch keeps this memory for later copies. Returns False on a CPU, and for versions of torch that can't release it.
+    """
+    release = getattr(torch.accelerator, "empty_host_cache", None)
+    if release is None or not torch.cuda.is_initialized():
+        return False
+    release()
+    return True

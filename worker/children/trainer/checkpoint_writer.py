@@ -16,6 +16,7 @@ from catalog import failpoints
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.checkpoint import CheckpointSnapshot
 from lora_core.peft_format.export import AdapterSnapshot
+from lora_core.runtime.transfers import release_pinned_memory
 from worker.protocol.mailbox import Json, timed
 
 MIN_SNAPSHOTS = 2
@@ -78,8 +79,7 @@ class _Pending:
 class CheckpointWriter:
     """Writes checkpoints in the order of `begin`. The other methods return outcomes, each once and in that order.
 
-    Only the thread that trains may call it. Unexpected errors of the writing thread are raised where its outcome is
-    returned.
+    Only the thread that trains may call it. The methods that wait raise unexpected errors of the writing thread.
     """
 
     def __init__(self, *, free_host_bytes: Callable[[], int]) -> None:
@@ -87,7 +87,7 @@ class CheckpointWriter:
         self._free_host_bytes = free_host_bytes
         self._pending: deque[_Pending] = deque()
         self._largest_bytes = 0
-        """Most bytes of snapshots at one time. torch keeps this pinned memory for later ones."""
+        """Most bytes of snapshots at one time. torch keeps this pinned memory for later ones, until it is released."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
 
     def begin(self, draft: CheckpointDraft, *, num_bytes: int) -> None:
@@ -107,15 +107,26 @@ class CheckpointWriter:
         )
 
     def completed(self) -> Iterator[WrittenCheckpoint]:
-        """Return the outcomes that are known, without waiting."""
-        while self._pending and self._pending[0].outcome.done():
+        """Return the outcomes that are known, without waiting.
+
+        An unexpected error is left to the methods that wait. This method is also called while another job is exported,
+        which would be blamed for the error.
+        """
+        while self._pending and self._pending[0].outcome.done() and self._pending[0].outcome.exception() is None:
             yield self._pending.popleft().outcome.result()
 
     def make_room(self, num_bytes: int) -> Iterator[WrittenCheckpoint]:
         """Wait until there is memory for one more snapshot of that size."""
         yield from self.completed()
+        if self._free_host_bytes() < FREE_TIMES * num_bytes:
+            self.release_memory()  # it may have other sizes than this snapshot needs
         while len(self._pending) >= MIN_SNAPSHOTS and self._free_bytes() < FREE_TIMES * num_bytes:
             yield self._pending.popleft().outcome.result()
+
+    def release_memory(self) -> None:
+        """Return the memory of earlier snapshots to the system, where torch offers that."""
+        if release_pinned_memory():
+            self._largest_bytes = self._pending_bytes()
 
     def _free_bytes(self) -> int:
         """Return the free memory with what torch keeps of earlier snapshots."""

@@ -126,7 +126,6 @@ def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | No
     engine, is_idle, share = handlers.engine, False, TimeShare()
     while not handlers.is_exiting:
         handlers.read_inbox()
-        handlers.report_checkpoints()
         has_requests = engine.ranks.broadcast(not handlers.inference.is_idle)
         if has_requests and (engine.idle or not engine.ranks.broadcast(share.is_training_next())):
             busy_at, is_idle = time.monotonic(), False
@@ -136,6 +135,7 @@ def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | No
             share.measure(handlers.tick, is_training=True)
         else:
             if not is_idle:
+                handlers.release_memory()
                 handlers.events.write({"type": "idle"})
                 is_idle = True
             if idle_seconds is not None and engine.ranks.broadcast(time.monotonic() - busy_at >= idle_seconds):

@@ -240,7 +240,6 @@ class MessageHandlers:
             if generation is not None:
                 self._advance(generation, step_of)
             self.read_inbox()
-            self.report_checkpoints()
             self.report()
         for job, answers in generation.answers().items() if generation is not None else ():
             if job in self._jobs:
@@ -342,13 +341,13 @@ class MessageHandlers:
         draft = CheckpointDraft(files=files, checkpoint=checkpoint, adapter=adapter, began_at=began_at)
         self._writer.begin(draft, num_bytes=num_bytes)
 
-    def report_checkpoints(self) -> None:
-        """Report the checkpoints that were written since the last call."""
-        self._report_written(self._writer.completed())
-
     def _settle(self, claim_id: str) -> None:
         """Wait for the job's unwritten checkpoints, and report them."""
         self._report_written(self._writer.settle(claim_id))
+
+    def release_memory(self) -> None:
+        """Return the memory that checkpoints have used. Call it while no job trains."""
+        self._writer.release_memory()
 
     def close(self) -> None:
         """Wait for all unwritten checkpoints, and report them."""
@@ -404,8 +403,11 @@ class MessageHandlers:
     # Reports
 
     def report(self, *, verifying: bool = False) -> None:
-        """Report memory and speed every REPORT_SECONDS. The worker's watchdog uses this as a heartbeat during long
-        work."""
+        """Report the checkpoints that were written since the last call, and memory and speed every REPORT_SECONDS.
+
+        During long work, such as an export, this is also the heartbeat for the worker's watchdog.
+        """
+        self._report_written(self._writer.completed())
         if verifying != self._reported_verifying or time.monotonic() - self._reported_at >= REPORT_SECONDS:
             self._reported_at, self._reported_verifying = time.monotonic(), verifying
             self.events.write(

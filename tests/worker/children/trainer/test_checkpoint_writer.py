@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from catalog import failpoints
 from catalog.spec.job import JobRequest, resolve
@@ -83,7 +84,7 @@ class Trainer:
     def finish(self) -> None:
         while self.handlers._jobs:
             self.handlers.tick()
-            self.handlers.report_checkpoints()
+            self.handlers.report()
 
     def send(self, verb: Verb, claim_id: str = "claim-1") -> None:
         self._inbox.send(verb, claim_id=claim_id)
@@ -206,14 +207,62 @@ def test_training_continues_while_a_checkpoint_is_written(make_trainer: Callable
     trainer = make_trainer()
     trainer.admit()
     trainer.tick_until(EVERY + 1)
-    trainer.handlers.report_checkpoints()
+    trainer.handlers.report()
 
     assert trainer.order("stepped", "checkpointed") == [("stepped", step) for step in (1, 2, 3)]
 
     gate.open_soon()
     while not trainer.events("checkpointed"):
-        trainer.handlers.report_checkpoints()
+        trainer.handlers.report()
     assert trainer.order("checkpointed") == [("checkpointed", 2)]
+
+
+def export_during_checkpoint(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, complete: Callable[[], None]
+) -> list[tuple[str, int]]:
+    """Export one job while the checkpoint of another is written. Returns what was reported in the export.
+
+    complete: lets the thread complete the checkpoint.
+    """
+    export, reported = message_handlers.exported, list[tuple[str, int]]()
+
+    def export_while_writing(*args: Any, between: Callable[[], None], **options: Any) -> Json | None:
+        (pending,) = trainer.handlers._writer._pending
+        complete()
+        pending.outcome.exception()
+        between()
+        reported.extend(trainer.order("checkpointed"))
+        return export(*args, between=between, **options)
+
+    monkeypatch.setattr(message_handlers, "exported", export_while_writing)
+    trainer.admit("exports")
+    trainer.handlers._jobs["exports"].checkpoint_every_steps = 2 * NUM_STEPS
+    trainer.tick_until(NUM_STEPS - EVERY - 1, "exports")
+    trainer.admit("trains")
+    while "exports" in trainer.handlers._jobs:
+        trainer.handlers.tick()
+    return reported
+
+
+def test_a_checkpoint_is_reported_while_another_job_is_exported(
+    make_trainer: Callable[..., Trainer], gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported = export_during_checkpoint(make_trainer(), monkeypatch, complete=gate.open)
+
+    assert reported == [("checkpointed", EVERY)]
+
+
+def test_an_unexpected_error_of_the_thread_is_not_blamed_on_a_job_that_is_exported(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    monkeypatch.setenv(failpoints.VARIABLE, "in_checkpoint:raise")
+
+    export_during_checkpoint(trainer, monkeypatch, complete=lambda: None)
+
+    assert [event["claim_id"] for event in trainer.events("exported", "refused")] == ["exports"]
+    with pytest.raises(failpoints.Failure):
+        trainer.finish()
 
 
 def test_the_next_checkpoint_of_a_job_waits_for_its_last_one(make_trainer: Callable[..., Trainer], gate: Gate) -> None:
@@ -466,3 +515,54 @@ def test_a_job_waits_only_for_its_own_checkpoint_and_those_before_it(tmp_path: P
     assert settled == ["first"]
     gate.set()
     assert [outcome.files.claim_id for outcome in writer.close()] == ["blocked"]
+
+
+class HostCache:
+    """torch's cache of pinned memory. `free_bytes` is the machine's free memory, which grows by the release."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free_bytes: int, cached_bytes: int) -> None:
+        self.free_bytes = free_bytes
+        self.cached_bytes = cached_bytes
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "empty_host_cache", self.release, raising=False)
+
+    def release(self) -> None:
+        self.free_bytes += self.cached_bytes
+        self.cached_bytes = 0
+
+
+def test_pinned_memory_is_released_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = HostCache(monkeypatch, free_bytes=400, cached_bytes=300)
+    writer = CheckpointWriter(free_host_bytes=lambda: cache.free_bytes)
+
+    list(writer.make_room(100))
+    assert cache.cached_bytes == 300
+    list(writer.make_room(101))
+
+    assert cache.cached_bytes == 0
+
+
+def test_released_memory_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a snapshot would be taken for which there is no memory."""
+    cache = HostCache(monkeypatch, free_bytes=0, cached_bytes=399)
+    writer, gate = CheckpointWriter(free_host_bytes=lambda: cache.free_bytes), threading.Event()
+    writer.begin(draft(tmp_path, write=lambda _: None), num_bytes=399)
+    list(writer.settle("claim-1"))
+    for _ in range(MIN_SNAPSHOTS):
+        writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=1)
+    threading.Timer(OPENED_AFTER_SECONDS, gate.set).start()
+
+    assert len(list(writer.make_room(100))) > 0
+    list(writer.close())
+
+
+def test_an_idle_trainer_releases_pinned_memory(
+    tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = HostCache(monkeypatch, free_bytes=2**40, cached_bytes=300)
+    settings = {"base_dir": str(base_dir), "dtype": "bfloat16", "quantization": "none", "device": "cpu"}
+    directory = TrainerDirectory.create(tmp_path / "trainer", settings | {"idle_seconds": 0.0})
+
+    run(directory)
+
+    assert cache.cached_bytes == 0
