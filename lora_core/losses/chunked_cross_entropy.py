@@ -1,7 +1,8 @@
 # pyright: basic
 """Cross-entropy through the output head at labels only. The forward also computes the gradient.
 
-Logits exist for one chunk of labels at a time, which bounds memory. Shape suffixes: L labels of the pack, C labels of
+Logits exist for one chunk of labels at a time, which bounds memory: a chunk takes 8 bytes for each of CHUNK_LABELS ·
+V logits, as catalog/resources/memory.py counts it. Shape suffixes: L labels of the pack, C labels of
 a chunk, D features, V vocabulary.
 """
 
@@ -45,8 +46,10 @@ class Head:
         z_CV = self.product(h_CD)
         if self.multiplier != 1.0:
             z_CV = z_CV * self.multiplier
-        if self.softcap is not None:
-            z_CV = torch.tanh(z_CV / self.softcap) * self.softcap
+        if self.softcap is not None:  # each name for one tensor, so that only two exist at a time
+            z_CV = z_CV / self.softcap
+            z_CV = torch.tanh(z_CV)
+            z_CV = z_CV * self.softcap
         return z_CV
 
     def product(self, h_CD: Tensor) -> Tensor:
@@ -54,14 +57,12 @@ class Head:
 
     def capping_slope(self, logits_CV: Tensor) -> Tensor | None:
         """Return the derivative of capping at these logits, 1 - tanh², [C, V]. None without capping."""
-        return None if self.softcap is None else 1 - (logits_CV / self.softcap).square()
+        return None if self.softcap is None else (logits_CV / self.softcap).square_().neg_().add_(1)
 
-    def input_gradient(self, dlogits_CV: Tensor, slope_CV: Tensor | None, h_CD: Tensor) -> Tensor:
-        """Return dh [C, D] for the gradient of the logits, which is fp32 if they were scaled or capped."""
-        if slope_CV is not None:
-            dlogits_CV = dlogits_CV * slope_CV
+    def input_gradient(self, dlogits_CV: Tensor, h_CD: Tensor) -> Tensor:
+        """Return dh [C, D] for the gradient before capping, which is overwritten. It is fp32 if logits were scaled."""
         if self.multiplier != 1.0:
-            dlogits_CV = dlogits_CV * self.multiplier
+            dlogits_CV.mul_(self.multiplier)
         return self.product_gradient(dlogits_CV.to(self.weight_VD.dtype), h_CD)
 
     def product_gradient(self, dz_CV: Tensor, _h_CD: Tensor) -> Tensor:
@@ -124,14 +125,17 @@ def _score(
         chunk = slice(start, start + step)
         smoothing_C = None if smoothing_L is None else smoothing_L[chunk]
         logits_CV = head.logits(h_LD[chunk]) if head.is_plain else head.logits(h_LD[chunk]).float()
-        slope_CV = head.capping_slope(logits_CV) if weights_L is not None else None
         scored = score_rows(logits_CV, labels_L[chunk], smoothing_C)
         losses.append(scored.losses_C)
         correct.append(scored.correct_C)
         if weights_L is not None:
+            slope_CV = head.capping_slope(logits_CV)  # before the gradient overwrites the logits
             dlogits_CV = scored.gradient(weights_L[chunk])
-            gradients.append(head.input_gradient(dlogits_CV, slope_CV, h_LD[chunk]))
+            if slope_CV is not None:
+                dlogits_CV.mul_(slope_CV)
+            del slope_CV
+            gradients.append(head.input_gradient(dlogits_CV, h_LD[chunk]))
             del dlogits_CV
-        del logits_CV, slope_CV, scored  # before the next chunk's logits are allocated
+        del logits_CV, scored  # before the next chunk's logits are allocated
     scores = TokenScores(losses_L=torch.cat(losses)[:num_labels], correct_L=torch.cat(correct)[:num_labels])
     return scores, torch.cat(gradients)[:num_labels] if gradients else None

@@ -79,11 +79,13 @@ def _score_by_torch(logits_CV: Tensor, labels_C: Tensor, smoothing_C: Tensor | N
     wide_CV = logits_CV.float()
     largest_C = wide_CV.amax(dim=-1)
     own_C = wide_CV.gather(1, labels_C[:, None])[:, 0]
-    sums_C = (wide_CV - largest_C[:, None]).exp_().sum(dim=-1)
     correct_C = own_C >= largest_C
     if smoothing_C is not None:
         mixed_C = (1 - smoothing_C) * own_C + smoothing_C * wide_CV.mean(dim=-1)
         own_C = torch.where(smoothing_C > 0, mixed_C, own_C)
+    is_copy = logits_CV.dtype != torch.float32
+    shifted_CV = wide_CV.sub_(largest_C[:, None]) if is_copy else wide_CV - largest_C[:, None]
+    sums_C = shifted_CV.exp_().sum(dim=-1)
     return ScoredRows(
         losses_C=sums_C.log() + largest_C - own_C,
         correct_C=correct_C,

@@ -1,12 +1,18 @@
 """The chunked loss and its gradient equal cross-entropy, for every kind of output head."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from catalog.resources import memory
 from lora_core.losses import chunked_cross_entropy
 from lora_core.losses import cross_entropy as label_scores
-from lora_core.losses.chunked_cross_entropy import Head, score_labels, weighted_loss
+from lora_core.losses.chunked_cross_entropy import CHUNK_LABELS, GPU_CHUNK_LABELS, Head, score_labels, weighted_loss
 
 L, D, V = 45, 8, 50
 
@@ -100,3 +106,46 @@ def test_non_finite_logit_affects_only_the_loss_of_its_label(wrong):
     losses = label_scores.score_rows(logits, labels, None).losses_C
 
     assert torch.isfinite(losses).tolist() == [row != 3 for row in range(32)]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Measures the most bytes that the results of operators hold at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self._storages.values()))
+        return found
+
+
+@pytest.mark.parametrize("has_kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"multiplier": 0.25}, {"multiplier": 2.0, "softcap": 5.0}])
+def test_a_chunk_of_logits_takes_the_memory_that_is_counted(monkeypatch, options, dtype, has_kernels):
+    if not has_kernels:
+        monkeypatch.setattr(label_scores, "has_kernels", lambda _: False)
+    num_classes, num_labels = 3000, 2 * CHUNK_LABELS
+    head = Head(weight_VD=torch.ones(num_classes, D, dtype=dtype), bias_V=None, **options)
+    labels, weights, smoothing = torch.arange(num_labels), torch.rand(num_labels), torch.full((num_labels,), 0.1)
+    h = torch.randn(num_labels, D, dtype=dtype, requires_grad=True)
+
+    with PeakMemory() as found:
+        weighted_loss(h, head, labels, weights, smoothing)
+
+    counted = memory.tick_parts({"vocab_size": num_classes}, "bfloat16", num_tokens=0)["logits"]
+    others = head.weight_VD.nbytes + num_labels * (4 * D + 64)
+    assert counted / 4 < found.peak_bytes <= counted + others
+
+
+def test_a_chunk_of_a_gpu_takes_the_memory_that_is_counted():
+    """There a kernel overwrites logits of bf16, and no other tensor has their size."""
+    assert 2 * GPU_CHUNK_LABELS * V == memory.tick_parts({"vocab_size": V}, "bfloat16", num_tokens=0)["logits"]
