@@ -5,6 +5,7 @@ A base folder, as lora_core/model_files/import_base.py creates it, contains conf
 Nothing else is read.
 """
 
+import logging
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,14 @@ from lora_core.base_model.quantization import Quantization, load_quantized, scal
 from lora_core.base_model.sharding import Strategy, allocated_bytes, allow_unsharded, shard
 from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.errors import ConfigError, UnreachableSource
+from lora_core.kernels.numba_jit import REFUSAL
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.task_heads import Task, counts_from_padding, fill_placeholder, refuse_unknown_head, task_head_of
 from lora_core.losses.chunked_cross_entropy import Head
 from lora_core.module_paths import grouped_by_layer
 from lora_core.runtime.safetensors_io import read_header
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,7 +188,7 @@ def load_base(
         UnsupportedModel: The model family can't be packed.
         UnreachableSource: The folder does not exist.
         UnsafeFile: A tensor file exceeds a limit.
-        ConfigError: An argument has an unknown value, or there is no GPU.
+        ConfigError: An argument has an unknown value, there is no GPU, or Numba can't be imported on a CPU.
     """
     for name, value, known in (
         ("dtype", dtype, Dtype),
@@ -199,6 +203,7 @@ def load_base(
             remedy="Install a build of PyTorch with CUDA, or set device to 'cpu'.",
         )
     base_dir = Path(base_dir)
+    _require_cpu_kernels(device)
     _require_folder(base_dir)
     config = read_config(base_dir, task)
     if quantization != "none" and task != "causal-lm":
@@ -235,6 +240,18 @@ def load_base(
 def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name} is {value!r}, which is not supported.", remedy=f"Use one of: {', '.join(known)}.")
+
+
+def _require_cpu_kernels(device: str) -> None:
+    """Refuse to load on a CPU without Numba. The results would have other bits, and take many times as long."""
+    if REFUSAL is None:
+        return
+    if torch.device(device).type == "cpu":
+        raise ConfigError(
+            f"No base model can be loaded on a CPU, because Numba can't be imported ({REFUSAL}).",
+            remedy="Install a version of Numba that supports the installed NumPy: pip install --upgrade numba",
+        )
+    LOGGER.warning("Numba can't be imported (%s). The GPU does not need it, but exports of merged models do.", REFUSAL)
 
 
 def _require_folder(base_dir: Path) -> None:

@@ -8,8 +8,6 @@ rows choose another summation order for each number of rows. Arrays are flat, as
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from lora_core.kernels.numba_jit import (
     compiled,
@@ -17,7 +15,9 @@ from lora_core.kernels.numba_jit import (
     exponential,
     hyperbolic_tangent,
     inlined,
+    intrinsic,
     narrowed,
+    types,
     widened,
 )
 

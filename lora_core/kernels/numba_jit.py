@@ -15,11 +15,26 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.core.caching import FunctionCache
-from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
+
+
+def _as_written(*_given: Any, **_options: Any) -> Callable[[Any], Any]:
+    """Stand in for a decorator of Numba, and leave the function as it is."""
+    return lambda function: function
+
+
+REFUSAL: str | None = None
+"""Why Numba can't be imported, for example because NumPy is too new for it. A GPU needs none of these kernels."""
+try:
+    from llvmlite import ir
+    from numba import njit, types
+    from numba.core.caching import FunctionCache
+    from numba.extending import intrinsic, overload, register_jitable
+except Exception as error:  # noqa: BLE001  (versions that don't fit together raise errors of many types)
+    REFUSAL = f"{type(error).__name__}: {str(error).removesuffix('.')}"
+    ir = types = cast(Any, None)
+    FunctionCache = cast(Any, object)
+    njit = intrinsic = overload = register_jitable = cast(Any, _as_written)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,6 +44,8 @@ BLOCK = 512
 
 def compiled(function: Function) -> Function:
     """Compile without the GIL, for lanes. Sums may be reordered within a block. NaN and infinity are preserved."""
+    if REFUSAL is not None:
+        return function  # `runs_on` is false everywhere
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
     kernel: Any = njit(**options)(function)
     with suppress(RuntimeError):  # no writable cache folder: every process compiles the kernel
@@ -61,7 +78,7 @@ def flat_memory(x: Tensor) -> tuple[Tensor, np.ndarray]:
 
 def runs_on(tensor: Tensor) -> bool:
     """Return whether the kernels support the tensor's device and dtype."""
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float32)
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float32) and REFUSAL is None
 
 
 @intrinsic
@@ -187,7 +204,7 @@ def shared_digest() -> str:
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
 
 
-class KernelCache(FunctionCache):
+class KernelCache(FunctionCache):  # pyright: ignore[reportGeneralTypeIssues]  (without Numba it is `object`)
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return *super()._index_key(sig, codegen), shared_digest()
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lora_core.kernels import elementwise
 from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
-from lora_core.kernels.numba_jit import array_of
+from lora_core.kernels.numba_jit import array_of, runs_on
 
 
 def has_kernels(tensor: Tensor) -> bool:
     """Return whether there are kernels for the tensor's device and dtype. On CUDA a trial decides at the first call."""
     if tensor.dtype not in (torch.bfloat16, torch.float32):
         return False
-    return tensor.device.type == "cpu" or has_gpu_kernels(tensor)
+    return runs_on(tensor) or has_gpu_kernels(tensor)
 
 
 def has_gpu_kernels(tensor: Tensor) -> bool:
