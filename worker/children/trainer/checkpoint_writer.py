@@ -110,7 +110,7 @@ class CheckpointWriter:
         """Return the outcomes that are known, without waiting.
 
         An unexpected error is left to the methods that wait. This method is also called while another job is exported,
-        which would be blamed for the error.
+        to which the error would be attributed.
         """
         while self._pending and self._pending[0].outcome.done() and self._pending[0].outcome.exception() is None:
             yield self._pending.popleft().outcome.result()
