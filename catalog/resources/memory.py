@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from catalog.spec.lora import begins_with_the_base
 from catalog.spec.target_modules import Adapted, linears_of
@@ -17,7 +17,10 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("ga
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 RECOMPUTED_INPUTS = ("q_proj", "gate_proj", "down_proj")
 """Linear layers of a model with gated MLPs whose input is the output of a norm or of the gated activation. The backward
-pass on a GPU recomputes it."""
+pass of a GPU's kernels recomputes it."""
+ElementwiseKernels = Literal["cpu", "cuda", "torch"]
+"""The norms and gated activations of a trainer: by the kernels of a CPU, those of a GPU, or single torch operations on
+a GPU."""
 MASK_BYTES_PER_FEATURE = 1
 """Dropout mask per input feature of a linear layer and per token of the job, kept until the backward pass."""
 PASSING_NUMBERS_PER_FEATURE = 6
@@ -109,6 +112,7 @@ def own_parts(
     highest_rank: int = 1,
     slice_tokens: int = SLICE_TOKENS["cpu"],
     recomputes: bool = False,
+    kernels: ElementwiseKernels | None = None,
 ) -> dict[str, int]:
     """Return the memory of a job itself on any device, without its part of a tick, by part (see `gpus.PARTS`).
 
@@ -126,22 +130,24 @@ def own_parts(
     unknown. The reference pass of a preference loss keeps nothing for a backward pass and is over before the job's own
     pass begins. `slice_tokens`: maximum tokens of a slice, unless a row is longer. `recomputes`: whether the engine
     recomputes activations when memory is short, as it does on a GPU. A long slice then keeps the inputs of the blocks,
-    one block at a time, and still the values of DoRA and dropout.
+    one block at a time, and still the values of DoRA and dropout. `kernels`: those of the job's trainer. None if no
+    trainer has it yet: its largest slice then runs with the kernels of the device, and JOB_TOKENS with those of a CPU.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     width, subtracts_start = BYTES_PER_NUMBER[precision], begins_with_the_base(init_lora_weights)
     step_tokens = batch_size * longest_example if longest_example else math.inf
     is_one_slice = step_tokens <= slice_tokens
     most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
-    usual = slice_bytes(description, precision)
+    usual = slice_bytes(description, precision, kernels or "cpu")
+    kernels = kernels or ("cuda" if recomputes else "cpu")
     # The kernels of a GPU draw the mask again instead, but they take only what lora_core/layers/tiled_lora.py names.
     is_too_high = highest_rank * (2 if subtracts_start else 1) > GPU_KERNEL_RANK
     has_masks = dropout and (not recomputes or use_dora or precision == "float32" or is_too_high)
     even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
     even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
-    largest = most_tokens * activation_bytes_per_token(shapes, precision, "cuda" if recomputes else "cpu") + even_so
+    largest = most_tokens * activation_bytes_per_token(shapes, precision, kernels) + even_so
     if recomputes:
-        recomputed = most_tokens * _recomputed_bytes_per_token(description, precision)
+        recomputed = most_tokens * _recomputed_bytes_per_token(description, precision, kernels)
         largest = max(usual + even_so, min(largest, recomputed + even_so))
     start = _start_bytes(description, precision) if subtracts_start else 0
     return {
@@ -209,33 +215,50 @@ def _int8_bytes(out_features: int, in_features: int) -> int:
     return out_features * in_features + 4 * out_features
 
 
-def activation_bytes_per_token(shapes: Shapes, precision: str, kind: str = "cpu") -> int:
-    """Return the activations that one token of a tick keeps until its backward pass, by the kind of device.
+def activation_bytes_per_token(shapes: Shapes, precision: str, kernels: ElementwiseKernels = "cpu") -> int:
+    """Return the activations that one token of a tick keeps until its backward pass.
 
     Each linear layer's output is kept by what reads it: attention, the gated activation, or the next norm, after the
-    residual sum. Each input is kept for the gradient of A, once if several layers share it. A GPU doesn't keep
-    RECOMPUTED_INPUTS. If its norms and activations run as single torch operations, it keeps twice as much, and the
-    engine then recomputes blocks earlier. A job with dropout also needs MASK_BYTES_PER_FEATURE.
+    residual sum. Each input is kept for the gradient of A, once if several layers share it. The kernels of a GPU do not
+    keep RECOMPUTED_INPUTS. Single torch operations keep them, silu(gate), and the residual sum in fp32, of which a norm
+    makes a copy unless the sum is fp32 already. A job with dropout also needs MASK_BYTES_PER_FEATURE.
 
-    The parts of a tick use the value of a CPU, because a job is accepted before its device is known.
+    A job is accepted before its trainer is known, and its needs assume the kernels of a CPU.
     """
     others = {name for names in SHARED_INPUTS if names[0] in shapes for name in names[1:]}
-    if kind == "cuda" and shapes.keys() >= set(GATED_MLP):
-        others |= set(RECOMPUTED_INPUTS)
     inputs = _input_features({name: shape for name, shape in shapes.items() if name not in others})
+    if kernels != "cpu" and shapes.keys() >= set(GATED_MLP):
+        if kernels == "cuda":
+            inputs -= _input_features({name: shapes[name] for name in RECOMPUTED_INPUTS if name in shapes})
+        else:
+            inputs += _features_of_torch(shapes, precision)
     return (_output_features(shapes) + inputs) * BYTES_PER_NUMBER[precision]
 
 
-def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str) -> int:
+def _features_of_torch(shapes: Shapes, precision: str) -> int:
+    """Return the features that norms and gated activations of single torch operations keep in addition.
+
+    They are silu(gate), and of each norm an fp32 copy of its input, in place of the half as large input.
+    """
+    copied = RECOMPUTED_INPUTS if BYTES_PER_NUMBER[precision] < 4 else ("down_proj",)
+    return _input_features({name: shapes[name] for name in copied if name in shapes})
+
+
+def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str, kernels: ElementwiseKernels) -> int:
     """Return the activations per token with recomputation, on a GPU: the inputs of all blocks, and all of one block."""
     num_layers = max(1, int(description.get("num_layers", 1)))
-    of_all = activation_bytes_per_token(description.get("linear_shapes", {}), precision, "cuda")
+    of_all = activation_bytes_per_token(description.get("linear_shapes", {}), precision, kernels)
     entering = num_layers * int(description.get("hidden_size", 0)) * BYTES_PER_NUMBER[precision]
     return entering + math.ceil(of_all / num_layers)
 
 
 def tick_parts(
-    description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int
+    description: Mapping[str, Any],
+    precision: str,
+    quantization: str = "none",
+    *,
+    num_tokens: int,
+    kernels: ElementwiseKernels = "cpu",
 ) -> dict[str, int]:
     """Return the parts of a tick of `num_tokens`: activations, and one chunk of logits (fp32, with their gradient).
 
@@ -247,20 +270,27 @@ def tick_parts(
         largest = max((rows * columns for rows, columns in _matrices(description)), default=0)
         restored = largest * BYTES_PER_NUMBER[precision]
     return {
-        "activations": num_tokens * activation_bytes_per_token(shapes, precision),
+        "activations": num_tokens * activation_bytes_per_token(shapes, precision, kernels),
         "logits": 2 * 4 * LOGIT_CHUNK_ROWS * int(description.get("vocab_size", 0)),
         "restored_weights": restored,
     }
 
 
-def tick_bytes(description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int) -> int:
+def tick_bytes(
+    description: Mapping[str, Any],
+    precision: str,
+    quantization: str = "none",
+    *,
+    num_tokens: int,
+    kernels: ElementwiseKernels = "cpu",
+) -> int:
     """Return the sum of `tick_parts`."""
-    return sum(tick_parts(description, precision, quantization, num_tokens=num_tokens).values())
+    return sum(tick_parts(description, precision, quantization, num_tokens=num_tokens, kernels=kernels).values())
 
 
-def slice_bytes(description: Mapping[str, Any], precision: str) -> int:
+def slice_bytes(description: Mapping[str, Any], precision: str, kernels: ElementwiseKernels = "cpu") -> int:
     """Return the activations that one more job adds to a tick that is below its maximum size."""
-    return JOB_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision)
+    return JOB_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision, kernels)
 
 
 def tick_tokens(kind: str, *, num_lanes: int) -> int:
@@ -280,11 +310,16 @@ def widens_tick(num_before: int, *, tick_tokens: int) -> bool:
 
 
 def trainer_bytes(
-    description: Mapping[str, Any], precision: str, quantization: str = "none", *, num_tokens: int = JOB_TOKENS
+    description: Mapping[str, Any],
+    precision: str,
+    quantization: str = "none",
+    *,
+    num_tokens: int = JOB_TOKENS,
+    kernels: ElementwiseKernels = "cpu",
 ) -> int:
     """Return the memory of a trainer before its first job: the base model and one tick with the tokens of one job."""
     base = base_bytes(description, precision, quantization)
-    return base + tick_bytes(description, precision, quantization, num_tokens=num_tokens)
+    return base + tick_bytes(description, precision, quantization, num_tokens=num_tokens, kernels=kernels)
 
 
 def readable(num_bytes: float) -> str:

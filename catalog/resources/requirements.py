@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from catalog.db.database import Database
 from catalog.resources import memory, sharding
 from catalog.resources import pack_key as packing
+from catalog.resources.memory import ElementwiseKernels
 from catalog.resources.sharding import Demand
 from catalog.spec.methods import compares_with_start
 from catalog.states import UNFINISHED_STATES, JobState
@@ -123,15 +124,20 @@ def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
     return Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
 
 
-def own_bytes(job: Job, description: Json, *, recomputes: bool = False) -> int:
+def own_bytes(
+    job: Job, description: Json, *, recomputes: bool = False, kernels: ElementwiseKernels | None = None
+) -> int:
     """Return the bytes of the job itself in its trainer, without its part of a tick.
 
-    `description`: of the base model. `recomputes`: whether the device uses activation recomputation.
+    `description`: of the base model. `recomputes`: whether the device uses activation recomputation. `kernels`: those
+    of the trainer, if there is one.
     """
-    return sum(own_parts(job, description, recomputes=recomputes).values())
+    return sum(own_parts(job, description, recomputes=recomputes, kernels=kernels).values())
 
 
-def own_parts(job: Job, description: Json, *, recomputes: bool = False) -> dict[str, int]:
+def own_parts(
+    job: Job, description: Json, *, recomputes: bool = False, kernels: ElementwiseKernels | None = None
+) -> dict[str, int]:
     """Return `own_bytes` by part; see `gpus.PARTS`."""
     spec = job.spec
     lora = spec["lora"]
@@ -152,4 +158,5 @@ def own_parts(job: Job, description: Json, *, recomputes: bool = False) -> dict[
         highest_rank=memory.highest_rank(lora),
         slice_tokens=int(spec.get("slice_tokens") or memory.SLICE_TOKENS["cpu"]),
         recomputes=recomputes,
+        kernels=kernels,
     )

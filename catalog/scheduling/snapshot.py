@@ -158,6 +158,8 @@ class Capacity:
     """Number of jobs in its trainer."""
     tick_tokens: int = TICK_TOKENS["cpu"]
     """Maximum tokens of a tick on its device."""
+    slice_bytes: int = 0
+    """Memory by which a job widens the ticks of its trainer, if that is more than the job's requirements assume."""
     recomputes: bool = False
     """Whether its device uses activation recomputation when memory is short."""
     group: DeviceGroup = SINGLE
@@ -196,7 +198,8 @@ class Capacity:
 
         The slice of the first job is part of `trainer_bytes`.
         """
-        return self.own(job) + (job.slice_bytes if widens_tick(num_before, tick_tokens=self.tick_tokens) else 0)
+        slice_bytes = max(job.slice_bytes, self.slice_bytes)  # `own` counts a long slice beyond the job's value
+        return self.own(job) + (slice_bytes if widens_tick(num_before, tick_tokens=self.tick_tokens) else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

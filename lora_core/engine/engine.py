@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -538,6 +539,16 @@ class Engine:
     def cached_bytes(self) -> int:
         """Return the bytes that torch keeps on a GPU for later ticks. 0 on a CPU."""
         return self.activations.cached_bytes()
+
+    @property
+    def elementwise_kernels(self) -> Literal["cpu", "cuda", "torch"]:
+        """Return whose kernels compute norms and gated activations: a CPU's, a GPU's, or torch's single operations.
+
+        Single operations on a GPU keep twice as much for the backward. A sharded base has no kernels for them.
+        """
+        if not self.base.device.startswith("cuda"):
+            return "cpu"
+        return "torch" if self.base.is_sharded or self.base.kernels.elementwise == "eager" else "cuda"
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of the base model and of all jobs, and the peak of the device (on a CPU, the process)."""

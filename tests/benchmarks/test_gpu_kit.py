@@ -9,7 +9,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from benchmarks.gpu.kit.sizes import JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS, full
 from benchmarks.workload import ROOT
 from catalog.resources import memory
 from lora_core.base_model.patching import find_linears
+from lora_core.kernels.selection import Kernels
 from lora_core.layers.attention import flash
 from tests.lora_core.kernels.gpu.triton_folder import environment
 from tests.lora_core.varlen_stand_in import StandIn
@@ -226,6 +228,8 @@ def test_estimate_of_kept_bytes_is_that_of_the_service() -> None:
 
     assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16")
     base.device = "cuda:0"
+    assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16", "torch")
+    base.attachment = cast(Any, SimpleNamespace(kernels=Kernels(elementwise="compiled")))
     assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16", "cuda")
 
 

@@ -21,7 +21,8 @@ but neither `finished` nor an event after which the job has left.
     From the trainer        Body, in addition to type: str and seconds: float (the trainer's monotonic clock)
     ready                   pid: int, device: str, processor: str, dtype: str, quantization: str, invariance: str,
                             num_threads: int, num_processes: int, strategy: str, load_seconds: float,
-                            probe_seconds: float, versions: dict[str, str], memory: dict[str, int], spans: list[span]
+                            probe_seconds: float, elementwise_kernels: str, versions: dict[str, str],
+                            memory: dict[str, int], spans: list[span]
     load_refused            error: error, ranks: list[int]
     memory                  verifying: bool, base_bytes: int, adapter_bytes: int, peak_bytes: int, cached_bytes: int,
                             tokens_per_second: float, tick_speeds: dict[str, list[tuple[int, float]]]

@@ -54,6 +54,7 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
         resident_key=session.pack_key,
         num_jobs=len(session),
         tick_tokens=tick_tokens,
+        slice_bytes=session.slice_bytes(),
         recomputes=context.device.recomputes,
         group=group,
         holding=session.holding,

@@ -9,6 +9,7 @@ from catalog.lifecycle.recording import KEPT_CHECKPOINTS
 from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
 from catalog.resources import requirements
+from catalog.resources.memory import ElementwiseKernels
 from catalog.states import EndReason, is_suspect
 from catalog.tables.history import Checkpoint
 from catalog.tables.table import Json
@@ -75,10 +76,11 @@ class SessionJob:
         job = self.claim.job
         return not self.recorded_step and is_suspect(job.counted_attempts, job.lost_attempts)
 
-    def own_bytes(self, description: Json, *, recomputes: bool) -> int:
+    def own_bytes(self, description: Json, *, recomputes: bool, kernels: ElementwiseKernels | None) -> int:
         """Return the memory that the job needs in its trainer, without its part of a tick. description: of the base
-        model. recomputes: whether the device uses activation checkpointing."""
-        return requirements.own_bytes(self.claim.job, description, recomputes=recomputes)
+        model. recomputes: whether the device uses activation checkpointing. kernels: the trainer's, once it is
+        ready."""
+        return requirements.own_bytes(self.claim.job, description, recomputes=recomputes, kernels=kernels)
 
     def drop_outdated(self) -> None:
         """Remove the unrecorded checkpoints that newer ones have superseded."""

@@ -21,6 +21,7 @@ from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
 from catalog.resources import memory, throughput
 from catalog.resources import pack_key as packing
+from catalog.resources.memory import ElementwiseKernels
 from catalog.resources.sharding import Demand, ShardingStrategy, Strategy, block_bytes
 from catalog.resources.throughput import Speeds
 from catalog.states import EndReason
@@ -154,13 +155,24 @@ class TrainerSession:
     def _bytes_of(self, jobs: list[SessionJob], *, num_others: int) -> int:
         """Return the memory of these jobs and of the slices by which they widen the tick, given the number of other
         jobs in the trainer."""
-        slice_bytes = memory.slice_bytes(self._description, packing.precision_of(self.pack_key))
+        slice_bytes = self.slice_bytes()
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
         total = 0
         for number, held in enumerate(jobs, start=num_others):
-            total += held.own_bytes(self._description, recomputes=self._context.device.recomputes)
+            recomputes = self._context.device.recomputes
+            total += held.own_bytes(self._description, recomputes=recomputes, kernels=self._kernels)
             total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
         return total
+
+    def slice_bytes(self) -> int:
+        """Return the activations that one more job adds to its tick: with the trainer's own kernels once it is ready,
+        and before that as estimated for the admission of jobs."""
+        return memory.slice_bytes(self._description, packing.precision_of(self.pack_key), self._kernels or "cpu")
+
+    @property
+    def _kernels(self) -> ElementwiseKernels | None:
+        """Return which kernels compute norms and gated activations. None until the trainer is ready."""
+        return None if self.ready is None else self.ready.get("elementwise_kernels")
 
     def bytes_in_use(self) -> int:
         """Return the memory that unloading the trainer would free, by its last report. A GPU's allocator keeps the
@@ -170,14 +182,16 @@ class TrainerSession:
         return max(whole, int(memory.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
 
     def spare_bytes(self) -> int:
-        """Return the memory that torch keeps on the GPU beyond the ticks of the admitted jobs, as estimated for their
-        admission. Ticks use it while no other job needs it, and later activations are recomputed instead."""
+        """Return the memory that torch keeps on the GPU beyond the ticks of the admitted jobs, as estimated. Ticks
+        use it while no other job needs it, and later activations are recomputed instead."""
         admitted = sum(held.is_admitted for held in self._held.values())
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
         precision, quantization = packing.precision_of(self.pack_key), packing.quantization_of(self.pack_key)
-        counted = memory.tick_bytes(self._description, precision, quantization, num_tokens=memory.JOB_TOKENS)
+        counted = memory.tick_bytes(
+            self._description, precision, quantization, num_tokens=memory.JOB_TOKENS, kernels=self._kernels or "cpu"
+        )
         num_slices = sum(memory.widens_tick(number, tick_tokens=tick_tokens) for number in range(admitted))
-        counted += num_slices * memory.slice_bytes(self._description, precision)
+        counted += num_slices * self.slice_bytes()
         return max(0, int(self._memory.get("cached_bytes", 0)) - counted)
 
     def _trainer_bytes_to_come(self) -> int:
@@ -190,7 +204,7 @@ class TrainerSession:
 
     def _whole_trainer_bytes(self) -> int:
         precision, quantization = packing.precision_of(self.pack_key), packing.quantization_of(self.pack_key)
-        whole = memory.trainer_bytes(self._description, precision, quantization)
+        whole = memory.trainer_bytes(self._description, precision, quantization, kernels=self._kernels or "cpu")
         if self.holding == "replicated":
             return whole
         divisible, gathered = block_bytes(self._description, precision)

@@ -29,7 +29,8 @@ TOP = 25
 SHARED = {"k_proj", "v_proj", "up_proj"}
 """Linears that read the same input as another, so that it is kept once."""
 RECOMPUTED = {"q_proj", "gate_proj", "down_proj"}
-"""Linears whose input the backward pass on a GPU recomputes. All bases of the kit have gated MLPs."""
+"""Linears whose input the kernels of a GPU recompute, and single torch operations keep twice. All bases of the kit have
+gated MLPs and bf16 weights."""
 
 
 def small(kit: Kit) -> None:
@@ -103,10 +104,13 @@ def _wide(tokens: int) -> Budgets:
 
 def kept_bytes_per_token(base: BaseModel) -> int:
     """Return activation_bytes_per_token of catalog/resources/memory.py, whose module a bare machine can't import."""
-    numbers, without_input = 0, SHARED | (RECOMPUTED if base.device.startswith("cuda") else set())
+    copies = dict.fromkeys(SHARED, 0)
+    if base.device.startswith("cuda"):
+        copies |= dict.fromkeys(RECOMPUTED, 0 if base.kernels.elementwise == "compiled" else 2)
+    numbers = 0
     for name, linear in find_linears(base.model).items():
         out_features, in_features = cast(torch.Tensor, linear.weight).shape
-        numbers += out_features + (0 if name.rpartition(".")[2] in without_input else in_features)
+        numbers += out_features + copies.get(name.rpartition(".")[2], 1) * in_features
     return numbers * base.dtype.itemsize
 
 

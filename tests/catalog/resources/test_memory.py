@@ -110,13 +110,18 @@ def test_trainer_memory_is_its_base_and_one_tick(precision: str, width: int) -> 
     assert need == 500 * width + 100 * kept * width + logits
 
 
-def test_gpu_keeps_no_output_of_a_norm_or_a_gated_activation() -> None:
+def test_gpu_kernels_keep_no_output_of_a_norm_or_a_gated_activation_and_torch_keeps_more() -> None:
     attention = {"q_proj": [[64, 32], 2], "k_proj": [[16, 32], 2], "v_proj": [[16, 32], 2], "o_proj": [[32, 64], 2]}
     mlp = {"gate_proj": [[96, 32], 2], "up_proj": [[96, 32], 2], "down_proj": [[32, 96], 2]}
 
-    cpu, cuda = (memory.activation_bytes_per_token(attention | mlp, "bfloat16", kind) for kind in ("cpu", "cuda"))
+    cpu = memory.activation_bytes_per_token(attention | mlp, "bfloat16", "cpu")
+    cuda = memory.activation_bytes_per_token(attention | mlp, "bfloat16", "cuda")
+    torch = memory.activation_bytes_per_token(attention | mlp, "bfloat16", "torch")
+    of_float32 = memory.activation_bytes_per_token(attention | mlp, "float32", "torch")
 
     assert cpu - cuda == 2 * 2 * (32 + 32 + 96)
+    assert torch - cpu == 2 * 2 * (32 + 32 + 96), "copies of the norms' inputs in fp32, and silu(gate)"
+    assert of_float32 - 2 * cpu == 4 * 2 * 96, "silu(gate) alone"
 
 
 def test_quantized_base_has_quantized_linears_and_the_rest_in_its_dtype() -> None:

@@ -55,6 +55,7 @@ def measured_tick(
     batch_size: int = 4,
     modules_to_save: Sequence[str] = (),
     kernels: Mapping[str, str] | None = None,
+    dtype: str = "bfloat16",
     checkpointed: bool = False,
 ) -> dict[str, Any]:
     """Return the counts of the second tick of equal jobs with sequences of 128 tokens, half of them labels."""
@@ -84,7 +85,7 @@ def measured_tick(
         )
 
     with _device(elementwise) as observer:
-        base = _base(config, kernels or {})
+        base = _base(config, kernels or {}, dtype=dtype)
         engine = Engine(base, _engine_config(checkpoint_blocks="always" if checkpointed else "never"))
         for number in range(num_jobs):
             engine.admit(str(number), job(number), _rows(vocab))
@@ -94,6 +95,7 @@ def measured_tick(
             engine.tick()
         assert [engine.progress(job)[0] for job in engine.jobs()] == [2] * num_jobs
         sizes = {"base_bytes": base.num_bytes, "adapter_bytes": engine.memory()["adapter_bytes"]}
+        sizes["elementwise_kernels"] = engine.elementwise_kernels
     return _report(counts) | sizes
 
 

@@ -127,10 +127,10 @@ def test_gradient_of_a_trained_head_is_added_without_a_product_in_memory(answer:
     assert two["largest_bytes"] < 2 * vocab * hidden
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_memory_estimate_counts_what_a_layer_keeps(answer: Answer, shape: str) -> None:
+def linear_shapes(shape: str) -> dict[str, Any]:
+    """Return the linear layers of one block, as lora_core describes a base model."""
     hidden, feed_forward, queries, keys = SHAPES[shape]
-    linears = {
+    return {
         "q_proj": [[queries, hidden], 1],
         "k_proj": [[keys, hidden], 1],
         "v_proj": [[keys, hidden], 1],
@@ -140,11 +140,31 @@ def test_the_memory_estimate_counts_what_a_layer_keeps(answer: Answer, shape: st
         "down_proj": [[hidden, feed_forward], 1],
     }
 
-    counted = memory.activation_bytes_per_token(linears, "bfloat16", "cuda")
 
-    kept = per_layer(answer, shape)["kept_bytes"]
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("elementwise", "kernels"), [("compiled", "cuda"), ("eager", "torch")])
+def test_the_memory_estimate_counts_what_a_layer_keeps(
+    answer: Answer, shape: str, elementwise: str, kernels: memory.ElementwiseKernels
+) -> None:
+    chosen = {"elementwise": elementwise}
+
+    counted = memory.activation_bytes_per_token(linear_shapes(shape), "bfloat16", kernels)
+
+    kept = per_layer(answer, shape, kernels=chosen)["kept_bytes"]
     assert kept == pytest.approx(counted, rel=0.1)
-    assert shape != "8b" or kept < KEPT_BYTES
+    assert answer("tick", shape=shape, num_layers=1, kernels=chosen)["elementwise_kernels"] == kernels
+    assert (shape, kernels) != ("8b", "cuda") or kept < KEPT_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("elementwise", "kernels"), [("compiled", "cuda"), ("eager", "torch")])
+def test_the_memory_estimate_counts_what_a_layer_of_float32_keeps(
+    answer: Answer, elementwise: str, kernels: memory.ElementwiseKernels
+) -> None:
+    counted = memory.activation_bytes_per_token(linear_shapes("smollm2"), "float32", kernels)
+
+    kept = per_layer(answer, "smollm2", kernels={"elementwise": elementwise}, dtype="float32")["kept_bytes"]
+    assert kept == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -29,6 +29,7 @@ from worker.session.trainer_session import TrainerSession
 
 BLOCKS = {"blocks": {"count": 2, "num_parameters": 8000, "largest_parameters": 1000}}
 """Blocks take 16,000 of the 20,000 bytes of the world's base model in bf16."""
+GATED_MLP = {"gate_proj": [[96, 32], 2], "up_proj": [[96, 32], 2], "down_proj": [[32, 96], 2]}
 
 
 @pytest.fixture
@@ -189,3 +190,30 @@ def test_a_gang_worker_with_a_sharding_strategy_does_not_start() -> None:
     check_strategy("replicated", gang="hall")
     with pytest.raises(SystemExit, match="a gang \\(hall\\) can't shard a base model"):
         check_strategy("fsdp2", gang="hall")
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "torch"])
+def test_ticks_of_a_ready_trainer_are_estimated_for_its_own_kernels(
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, kernels: memory.ElementwiseKernels
+) -> None:
+    site.context.device = replace(site.context.device, kind="cuda")
+    monkeypatch.setattr(node, "free_bytes", lambda _: 10**9)
+    claim = site.claim()
+    session = site.loading_session(claim)
+    session._description = DESCRIPTION | {"linear_shapes": DESCRIPTION["linear_shapes"] | GATED_MLP}
+    row_bytes = 26 * claim.job.adapter_parameters
+    of_cpu, own = (memory.slice_bytes(session._description, "bfloat16", named) for named in ("cpu", kernels))
+    assert free_capacity(site.context, session).slice_bytes == of_cpu
+    assert of_cpu != own
+
+    emit(session, READY | {"elementwise_kernels": kernels})
+    session.read_events()
+
+    assert free_capacity(site.context, session).slice_bytes == own
+    trainer_bytes = memory.trainer_bytes(session._description, "bfloat16", kernels=kernels)
+    assert session.bytes_to_come() == trainer_bytes - 1 + row_bytes, "READY reports a base of one byte"
+    emit_for(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
+    session.read_events()
+    logits = memory.tick_bytes(session._description, "bfloat16", num_tokens=0)
+    session._memory = {"cached_bytes": 10**8}
+    assert session.spare_bytes() == 10**8 - logits - own

@@ -107,6 +107,7 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
             "dtype": settings["dtype"],
             "quantization": quantization,
             "invariance": engine.invariance,
+            "elementwise_kernels": engine.elementwise_kernels,
             "num_threads": devices.num_threads(),
             "num_processes": ranks.size,
             "strategy": strategy,
