@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter.flat_adapter import AdaptedModule
@@ -25,7 +25,7 @@ from lora_core.base_model.sharding import is_whole
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
 from lora_core.kernels.batch_invariant import ExactProducts, own_forward
-from lora_core.kernels.selection import Kernels, choose_kernels, prepare_device
+from lora_core.kernels.selection import AttentionHeads, Kernels, choose_kernels, prepare_device
 from lora_core.layers.activation_checkpointing import blocks_of, checkpointed
 from lora_core.layers.attention import packed
 from lora_core.layers.embeddings import forward_embedding, forward_embedding_watched
@@ -144,7 +144,7 @@ class Attachment:
         self.linears = find_linears(model)
         prepare_device(model.device)
         self.kernels = kernels or replace(
-            choose_kernels(model.device, model.dtype),
+            choose_kernels(model.device, model.dtype, attention_heads(model.config)),
             batch_invariant=ExactProducts() if batch_invariant and model.device.type == "cpu" else None,
         )
         for reason in self.kernels.reasons:
@@ -196,6 +196,16 @@ class Attachment:
             yield
         finally:
             self._attach()
+
+
+def attention_heads(config: PreTrainedConfig) -> AttentionHeads | None:
+    """Return the heads of a model. None if its configuration doesn't describe them."""
+    text = config.get_text_config()
+    size, num_heads = getattr(text, "head_dim", None), getattr(text, "num_attention_heads", None)
+    if size is None and num_heads:
+        size = text.hidden_size // num_heads
+    is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return None if size is None else AttentionHeads(size=size, is_capped=is_capped)
 
 
 def _faster_parts(

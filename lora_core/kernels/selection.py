@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
+from lora_core.kernels.gpu.attention_trial import why_not_in_tiles
 from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
 from lora_core.kernels.gpu.trials import why_not_tiled
 
@@ -20,6 +21,20 @@ AMPERE = (8, 0)
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_PARAMETERS = {"window_size", "scale"}
 """Required parameters of torch's varlen_attn, which has them since torch 2.11."""
+WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
+"""Limits of that kernel for the features of a head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionHeads:
+    """The heads of a model: their number of features, and whether their scores have a cap."""
+
+    size: int
+    is_capped: bool
+
+    @property
+    def fits_varlen(self) -> bool:
+        return not self.is_capped and self.size <= WIDEST_HEAD and self.size % HEAD_MULTIPLE == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +46,8 @@ class Kernels:
             kernels (lora_core/layers/tiled_lora.py).
         attention: Over "sequences" one by one, or "varlen" in one launch where that kernel fits
             (lora_core/layers/attention/flash.py).
+        tiled_head_size: Features of the heads that Triton kernels compute in one launch where varlen doesn't fit
+            (lora_core/layers/attention/tiled_gpu.py). None if the model has no such heads or they can't be used.
         elementwise: Norms, gated activations and rotations on a GPU: "eager" as in the library, or "compiled" into one
             kernel each (lora_core/kernels/on_device.py). A CPU has compiled kernels in either case.
         batch_invariant: Matmuls over tokens of several jobs whose bits don't depend on the number of rows
@@ -40,6 +57,7 @@ class Kernels:
 
     lora: Literal["loop", "tiled"] = "loop"
     attention: Literal["sequences", "varlen"] = "sequences"
+    tiled_head_size: int | None = None
     elementwise: Literal["eager", "compiled"] = "eager"
     batch_invariant: ExactProducts | None = None
     reasons: tuple[str, ...] = ()
@@ -58,17 +76,24 @@ def prepare_device(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHeads | None = None) -> Kernels:
+    """Return the kernels for a model of this dtype with these attention heads, None if they are not known."""
     if device.type != "cuda":
         return Kernels()
     capability = torch.cuda.get_device_capability(device)
     why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
     why_eager = why_not_elementwise(device)
+    size, why_no_heads = None, None
+    if heads is not None and not (why_no_varlen is None and heads.fits_varlen):
+        why_no_heads = why_not_in_tiles(device, dtype, size=heads.size, is_capped=heads.is_capped)
+        size = heads.size if why_no_heads is None else None
+    why_slow = why_no_tiles, why_no_varlen if size is None else None, why_no_heads, why_eager
     return Kernels(
         lora="tiled" if why_no_tiles is None else "loop",
         attention="varlen" if why_no_varlen is None else "sequences",
+        tiled_head_size=size,
         elementwise="compiled" if why_eager is None else "eager",
-        reasons=tuple(filter(None, (why_no_tiles, why_no_varlen, why_eager))),
+        reasons=tuple(filter(None, why_slow)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.lora_pack import LoraPack, random_pack
+from lora_core.kernels.gpu.attention_trial import ALL, TILED_HEADS, VisibleKeys, attention_results
 from lora_core.kernels.gpu.elementwise_trial import elementwise_results
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.kernels.gpu.trials import run_of
@@ -41,10 +43,14 @@ def kernels(kit: Kit) -> None:
             for name, found, expected in elementwise_results(kit.device, dtype):
                 difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
                 kit.tell(f"{name}, {dtype}", float(difference), FRACTION)
+        for size, is_capped in product((64, 128, 256) if kit.on_gpu else (64,), (False, True)):
+            if size <= TILED_HEADS[dtype]:
+                with kit.attempt(f"attention in tiles in {dtype}, heads of {size}, capped {is_capped}"):
+                    _tiled_attention(kit, dtype, size=size, is_capped=is_capped)
     if not kit.on_gpu:
         kit.tell_missing_gpu("times of kernels", "the speed of an interpreter is that of NumPy")
         return
-    for part in (_lora_times, _elementwise_times, _optimizer_times):
+    for part in (_lora_times, _attention_times, _elementwise_times, _optimizer_times):
         with kit.attempt(part.__name__.strip("_")):
             part(kit)
 
@@ -81,6 +87,15 @@ def _lora_alone(kit: Kit, pack: LoraPack, named: str) -> None:
     errors, usual = found.differences(exact), plain.differences(exact)
     details = {"plain_torch": max(usual.values()), "tokens": len(pack.x_TD), **errors}
     kit.tell(named, max(errors.values()), FRACTION, **details)
+
+
+def _tiled_attention(kit: Kit, dtype: torch.dtype, *, size: int, is_capped: bool) -> None:
+    worst: dict[str, float] = {}
+    for name, found, expected in attention_results(kit.device, dtype, size=size, is_capped=is_capped):
+        difference = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+        worst[name] = max(worst.get(name, 0.0), difference)
+    for name, difference in worst.items():
+        kit.tell(f"{name} in tiles, {dtype}, heads of {size}, capped {is_capped}", difference, FRACTION)
 
 
 def check_attention(kit: Kit) -> None:
@@ -156,6 +171,37 @@ def _lora_times(kit: Kit) -> None:
         _tell_time(kit, f"LoRA forward, {named}", forward)
         _tell_time(kit, f"LoRA backward, {named}", backward)
     _tell_time(kit, "the frozen product of the same tokens", lambda: F.linear(pack.x_TD, weight))
+
+
+def _attention_times(kit: Kit) -> None:
+    """Time layers of Gemma 2: 9B has 16 heads of 256 features, and 27B has 32 of 128."""
+    from lora_core.kernels.gpu import attention
+
+    bounds_S = torch.arange(0, JOBS * ROWS + 1, ROWS, dtype=torch.int32, device=kit.device)
+    for num_heads, size in ((16, 256), (32, 128)):
+        counts = num_heads, num_heads // 2, num_heads // 2
+        heads = [
+            torch.randn(JOBS * ROWS, count, size, device=kit.device).to(torch.bfloat16).transpose(0, 1)
+            for count in counts
+        ]
+        visible = VisibleKeys(scale=size**-0.5, softcap=50.0, before=ALL, after=0)
+        y_THE, logs_HT = attention.attend(heads, bounds_S, ROWS, visible)
+        dy_THE = torch.randn_like(y_THE)
+
+        def forward(heads: list[Tensor] = heads, visible: VisibleKeys = visible) -> None:
+            attention.attend(heads, bounds_S, ROWS, visible)
+
+        def backward(
+            heads: list[Tensor] = heads,
+            visible: VisibleKeys = visible,
+            given: tuple[Tensor, Tensor, Tensor] = (dy_THE, y_THE, logs_HT),
+        ) -> None:
+            dy_THE, y_THE, logs_HT = given
+            attention.attend_backward(dy_THE, heads, y_THE, logs_HT, bounds_S, ROWS, visible)
+
+        named = f"{JOBS} sequences of {ROWS} tokens, {num_heads} heads of {size}, capped"
+        _tell_time(kit, f"attention forward, {named}", forward)
+        _tell_time(kit, f"attention backward, {named}", backward)
 
 
 def _elementwise_times(kit: Kit) -> None:

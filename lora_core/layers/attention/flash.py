@@ -1,8 +1,9 @@
 # pyright: basic
 """Attention of all sequences of a pack in one launch on a GPU, by torch's variable-length FlashAttention kernel.
 
-Each sequence attends to itself alone. packed.py computes the cases that this kernel doesn't support: capped scores,
-other head sizes, a CPU. Shape suffixes: H query heads, K key heads, T tokens of the pack, S sequences, E head features.
+Each sequence attends to itself alone. tiled_gpu.py computes the cases that this kernel doesn't support: capped scores,
+other head sizes, fp32. A CPU has code of its own. Shape suffixes: H query heads, K key heads, T tokens of the pack,
+S sequences, E head features.
 """
 
 from functools import cache
@@ -10,17 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_core.kernels.selection import VARLEN_DTYPES, varlen_parameters
+from lora_core.kernels.selection import VARLEN_DTYPES, AttentionHeads, varlen_parameters
 from lora_core.packing.packed_batch import PackedBatch
-
-WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
 
 
 def fits(query: Tensor, value: Tensor, softcap: float | None) -> bool:
     """Return whether the kernel supports this kind of attention."""
-    width = query.shape[-1]
-    sized = width == value.shape[-1] and width <= WIDEST_HEAD and width % HEAD_MULTIPLE == 0
-    return softcap is None and sized and query.dtype in VARLEN_DTYPES
+    heads = AttentionHeads(size=query.shape[-1], is_capped=softcap is not None)
+    return heads.fits_varlen and value.shape[-1] == heads.size and query.dtype in VARLEN_DTYPES
 
 
 def attend_together(

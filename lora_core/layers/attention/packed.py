@@ -18,6 +18,7 @@ from lora_core.layers.attention.dense_cpu import UNLIMITED, Visibility, attend_b
 from lora_core.layers.attention.flash import attend_together, fits
 from lora_core.layers.attention.growing import attend_newest
 from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips
+from lora_core.layers.attention.tiled_gpu import attend_in_tiles, takes
 from lora_core.packing.packed_batch import PackedBatch, current_kernels, current_pack
 
 NAME = "lora_core_packed"
@@ -69,6 +70,8 @@ def packed_attention(
         return _attend_growing(query[0], key[0], value[0], pack, **options), None
     if current_kernels().attention == "varlen" and fits(query, value, softcap):
         return attend_together(query, key, value, pack, scale=scale, causal=causal, window=sliding_window), None
+    if takes(query, key, value, current_kernels().tiled_head_size):
+        return attend_in_tiles(query, key, value, pack, **options), None
     lengths = list(pack.sequence_lengths)
     if _by_matrices(query, key, value, softcap, max(lengths)):
         heads = query.squeeze(0), key.squeeze(0), value.squeeze(0)

@@ -59,6 +59,17 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
         count_flops(group, 0, gradients)
         count_flops(group, x_TD.shape[1] * (1 if dx_TD is None else 2), gradients)
 
+    def attend(heads: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+        launch("attention")
+        num_heads, num_tokens, size = heads[0].shape
+        rows = heads[0].new_empty(num_heads, num_tokens, dtype=torch.float32)
+        return heads[0].new_empty(num_tokens, num_heads, size), rows
+
+    def attend_backward(dy_THE: Tensor, heads: Sequence[Tensor], *_: Any) -> tuple[Tensor, ...]:
+        launch("attention, queries")
+        launch("attention, keys")
+        return tuple(part.new_empty(part.shape[1], len(part), part.shape[2]) for part in heads)
+
     def adamw_launches(steps: Sequence[AdamwStep]) -> list[Callable[[], None]]:
         upload([np.zeros((len(steps), NUM_WORDS), np.int64)], steps[0].p.device)
         return [lambda: launch("adamw")]
@@ -81,6 +92,7 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
         return torch.empty(len(vectors), 3, device=vectors[0][0].device)
 
     return {
+        f"{PACKAGE}.attention": _module(attend=attend, attend_backward=attend_backward),
         f"{PACKAGE}.elementwise": _module(**{name: elementwise(name) for name in ELEMENTWISE}),
         f"{PACKAGE}.segmented_lora": _module(add_lora=add_lora, add_lora_gradients=add_lora_gradients),
         f"{PACKAGE}.adafactor": _module(adafactor_launches=adafactor_launches),

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig
 
 from lora_core.base_model.model import BaseModel, build_model
-from lora_core.base_model.patching import Attachment
+from lora_core.base_model.patching import Attachment, attention_heads
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.engine.engine import Engine
@@ -48,6 +48,7 @@ def measured_tick(
     *,
     shape: str,
     num_layers: int,
+    family: str = "llama",
     num_jobs: int = 16,
     rank: int = 16,
     dropout: float = 0.0,
@@ -61,13 +62,14 @@ def measured_tick(
     """Return the counts of the second tick of equal jobs with sequences of 128 tokens, half of them labels."""
     hidden, feed_forward, heads, key_heads, vocab = SIZES[shape]
     config = AutoConfig.for_model(
-        "llama",
+        family,
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=feed_forward,
         num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
+        head_dim=hidden // heads,
         max_position_embeddings=8192,
         tie_word_embeddings=shape != "8b",
     )
@@ -215,9 +217,11 @@ def _base(
         for tensor in head_tensors(model, NUM_PLACEHOLDER_CLASSES):
             set_parameter(model, tensor.name, tensor.start(0).to(DEVICE, torch_dtype))
     model.requires_grad_(False).eval()
-    chosen = Kernels(lora="tiled", attention="varlen", elementwise="compiled")
+    heads = attention_heads(config)
+    assert heads is not None
+    chosen = Kernels(lora="tiled", attention="varlen", tiled_head_size=heads.size, elementwise="compiled")
     if dtype == "float32":
-        chosen = Kernels(elementwise="compiled")  # neither kernel takes it
+        chosen = replace(chosen, lora="loop", attention="sequences")  # neither kernel takes it
     base = BaseModel(model=model, dtype=torch_dtype, device=DEVICE, task=cast(Any, task))
     base.attachment = Attachment(model, replace(chosen, **cast(Any, kernels)))
     return base

@@ -179,6 +179,17 @@ def test_a_token_costs_its_products_with_the_frozen_weights_twice_and_lora(answe
     assert per_layer(answer, shape)["flops"] == expected
 
 
+@pytest.mark.parametrize("options", [{"family": "gemma2"}, {"dtype": "float32"}], ids=["capped scores", "float32"])
+def test_attention_without_flash_attention_takes_three_launches_for_all_sequences(
+    answer: Answer, options: dict[str, Any]
+) -> None:
+    tick = answer("tick", shape="smollm2", num_layers=2, **options)
+
+    found = {name: count for name, count in tick["operators"].items() if "attention" in name}
+    assert found == {"forward attention": 2, "backward attention, queries": 2, "backward attention, keys": 2}
+    assert tick["waits"] == {"update download": 2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "launches"),

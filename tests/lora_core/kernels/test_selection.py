@@ -11,8 +11,8 @@ import torch
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.kernels import selection
-from lora_core.kernels.gpu import elementwise_trial, trials
-from lora_core.kernels.selection import Kernels, choose_kernels, prepare_device
+from lora_core.kernels.gpu import attention_trial, elementwise_trial, trials
+from lora_core.kernels.selection import AttentionHeads, Kernels, choose_kernels, prepare_device
 
 CUDA = torch.device("cuda:0")
 
@@ -35,6 +35,57 @@ def test_cpu_uses_the_loop_and_tries_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gpu_uses_the_fastest_kernels_if_they_agree(hopper: None) -> None:
     assert choose_kernels(CUDA, torch.bfloat16) == Kernels(lora="tiled", attention="varlen", elementwise="compiled")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "is_needed"),
+    [
+        (torch.bfloat16, AttentionHeads(size=128, is_capped=False), False),
+        (torch.bfloat16, AttentionHeads(size=128, is_capped=True), True),
+        (torch.bfloat16, AttentionHeads(size=36, is_capped=False), True),
+        (torch.float32, AttentionHeads(size=64, is_capped=False), True),
+    ],
+)
+def test_attention_without_flash_attention_gets_triton_kernels_that_agree(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, heads: AttentionHeads, is_needed: bool
+) -> None:
+    tried: list[tuple[int, bool]] = []
+    disagreements: list[str | None] = [None, "attention differs"]
+
+    def differs(_device: torch.device, _dtype: torch.dtype, *, size: int, is_capped: bool) -> str | None:
+        tried.append((size, is_capped))
+        return disagreements[len(tried) - 1]
+
+    monkeypatch.setattr(attention_trial, "why_attention_differs", differs)
+
+    chosen = [choose_kernels(CUDA, dtype, heads) for _ in disagreements]
+
+    assert tried == [(heads.size, heads.is_capped)] * (2 * is_needed)
+    assert [each.tiled_head_size for each in chosen] == ([heads.size, None] if is_needed else [None, None])
+    found = [[reason for reason in each.reasons if reason.startswith("attention")] for each in chosen]
+    assert [bool(reasons) for reasons in found] == [False, is_needed]
+    assert not is_needed or found[1][-1] == "attention differs"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "capability", "reason"),
+    [
+        (torch.float32, 256, (9, 0), "do not take heads of 256 features in torch.float32"),
+        (torch.bfloat16, 512, (9, 0), "do not take heads of 512 features"),
+        (torch.float16, 64, (9, 0), "do not take heads of 64 features in torch.float16"),
+        (torch.bfloat16, 64, (7, 5), "need compute capability 8.0, not 7.5"),
+    ],
+)
+def test_reason_against_triton_attention_names_the_heads_or_the_device(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, capability: tuple[int, int], reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention_trial, "why_attention_differs", lambda *_, **__: pytest.fail("it was tried"))
+
+    found = attention_trial.why_not_in_tiles(CUDA, dtype, size=size, is_capped=True)
+
+    assert found is not None
+    assert reason in found
 
 
 @pytest.mark.parametrize(
@@ -88,13 +139,22 @@ def test_kernels_that_another_rank_cannot_use_are_not_used(monkeypatch: pytest.M
     assert elementwise_trial.why_not_elementwise(CUDA) == "no C compiler, on another rank"
 
 
+def reasons_of_all(device: torch.device) -> list[str | None]:
+    """Run the trials of all kernels."""
+    return [
+        trials.why_lora_differs(device, torch.float32),
+        elementwise_trial.why_trial_failed.__wrapped__(device),
+        attention_trial.why_attention_differs(device, torch.float32, size=64, is_capped=True),
+    ]
+
+
 def test_machine_without_triton_reports_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    for module in ("segmented_lora", "elementwise", "optimizer"):
+    for module in ("attention", "segmented_lora", "elementwise", "optimizer"):
         monkeypatch.delitem(sys.modules, f"lora_core.kernels.gpu.{module}", raising=False)
     cpu = torch.device("cpu")
 
-    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_trial_failed.__wrapped__(cpu)
+    reasons = reasons_of_all(cpu)
 
     assert all(reason is not None and "Triton is not installed" in reason for reason in reasons)
 
@@ -104,14 +164,15 @@ class CompilationError(Exception):
 
 
 def test_kernel_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object) -> None:
+    def refused(*_: object, **__: object) -> None:
         raise CompilationError("at 1:2")
 
     monkeypatch.setattr(trials, "_worst", refused)
     monkeypatch.setattr(elementwise_trial, "elementwise_results", refused)
+    monkeypatch.setattr(attention_trial, "attention_results", refused)
     cpu = torch.device("cpu")
 
-    reasons = trials.why_lora_differs(cpu, torch.float32), elementwise_trial.why_trial_failed.__wrapped__(cpu)
+    reasons = reasons_of_all(cpu)
 
     assert all(reason is not None and "a Triton kernel failed (at 1:2)" in reason for reason in reasons)
 

@@ -17,14 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_core.kernels.gpu import adafactor, elementwise, optimizer, segmented_lora
+from lora_core.kernels.gpu import adafactor, attention, elementwise, optimizer, segmented_lora
 from lora_core.kernels.gpu.adafactor_table import CHUNK, TILES
+from lora_core.kernels.gpu.attention_trial import TILED_HEADS
 from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
 
 CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -43,7 +45,8 @@ NARROW_KERNELS = ("score logits", "whole sizes", "heads of 64", "mean squares", 
 class Configuration:
     """A kernel with its compile-time constants. `types` are those of its other arguments, all multiples of 16.
 
-    `is_wide` is whether all of its vectors are loaded 16 bytes at a time.
+    `is_wide` is whether all of its vectors are loaded 16 bytes at a time. `has_64_rows` is whether its
+    products have the rows that matrix instructions of compute capability 9.0 take; others use those of 8.0.
     """
 
     name: str
@@ -52,10 +55,12 @@ class Configuration:
     types: dict[str, str]
     is_product: bool
     is_wide: bool
+    has_64_rows: bool = True
 
 
 def configurations() -> Iterator[Configuration]:
     yield from of_lora()
+    yield from of_attention()
     yield from of_rows()
     yield from of_losses()
     yield from of_steps()
@@ -90,6 +95,33 @@ def of_lora() -> Iterator[Configuration]:
                 is_product=True,
                 is_wide=constants.get("ALIGNED", True),
             )
+
+
+def of_attention() -> Iterator[Configuration]:
+    """Heads of each width, in both dtypes, with capped scores and without."""
+    directions: tuple[Literal["forward", "queries", "keys"], ...] = ("forward", "queries", "keys")
+    kernels = dict(
+        zip(directions, (attention._attend, attention._query_gradient, attention._key_gradients), strict=True)
+    )
+    names = ("num_tiles", "num_heads", "group", "size", "num_tokens", "before", "after")
+    strides = (f"{part}_{of}" for part in "qkv" for of in ("token", "head"))
+    types = dict.fromkeys((*names, *strides), "i32") | dict.fromkeys(("inner", "scale", "softcap"), "fp32")
+    types |= dict.fromkeys(("logs", "means"), "*fp32") | {"bounds": "*i32"}
+    for size, dtype, capped, direction in product((32, 64, 128, 256), TILED_HEADS, (True, False), directions):
+        if size > TILED_HEADS[dtype]:
+            continue
+        is_half = dtype == torch.bfloat16
+        heads = dict.fromkeys(("q", "k", "v", "y", "dy", "dq", "dk", "dv"), "*bf16" if is_half else "*fp32")
+        constants = attention.tile_constants(dtype, size, direction)
+        yield Configuration(
+            name=f"attention, {direction}, heads of {size} in {str(dtype).removeprefix('torch.')}, capped {capped}",
+            kernel=kernels[direction],
+            constants=constants | {"CAPPED": capped},
+            types=types | heads,
+            is_product=True,
+            is_wide=is_half,
+            has_64_rows=constants["N" if direction == "keys" else "M"] == 64,
+        )
 
 
 def of_rows() -> Iterator[Configuration]:
@@ -168,7 +200,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, kind in enumerate(signature.values())
-        if kind.startswith("*") or kind == "i32"
+        if kind.startswith("*") or (kind == "i32" and arguments[index] not in attention.UNSPECIALIZED)
     }
     source = ASTSource(configuration.kernel, signature, constants, divisible)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -184,6 +216,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
         "inexact": len(INEXACT.findall(binary.asm["ptx"])),
         "is_product": configuration.is_product,
         "is_wide": configuration.is_wide,
+        "has_64_rows": configuration.has_64_rows,
     }
 
 
