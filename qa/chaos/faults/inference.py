@@ -81,9 +81,10 @@ def _num_open(site: FaultSite) -> int:
 def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Signals) -> str:
     """Send a signal to the worker or its trainer during an answer. The client reads the same answer to its end."""
     _, worker = _begin(site)
-    job_id = site.submit_small(max_steps=800, checkpoint_every_steps=100)
-    site.wait_for_step(1, job_id)
+    site.wait_for_success(site.submit_small())
     whole = _answer(site)  # in the precision of the job, which has loaded the base model
+    job_id = site.submit_small(max_steps=800, checkpoint_every_steps=100)  # still trains after a few tokens
+    site.wait_for_step(1, job_id)
     with _streaming(site) as pieces:
         begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
         assert site.job(job_id).state == JobState.RUNNING, "the job ended before the fault"
