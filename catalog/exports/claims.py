@@ -100,7 +100,7 @@ def claim(
             if row.num_attempts >= MAX_ATTEMPTS:
                 _fail(row, _lost(row), now=now)
             elif error is not None:
-                _refuse(row, worker_id, error, now=now)
+                _refuse(row, worker_id, error, now=now, lease_seconds=lease_seconds)
             else:
                 return _claim(session, row, now=now, lease_seconds=lease_seconds)
     return None
@@ -176,9 +176,11 @@ def _refusing(refusals: Json | None, *, now: float) -> dict[str, float]:
     return {worker_id: at for worker_id, at in workers.items() if at > now - REFUSAL_SECONDS}
 
 
-def _refuse(row: AdapterExport, worker_id: str, error: LorryError, *, now: float) -> None:
+def _refuse(row: AdapterExport, worker_id: str, error: LorryError, *, now: float, lease_seconds: float) -> None:
     since = now if row.refusals is None else float(row.refusals["since"])
     row.refusals = {"since": since, "workers": {**_refusing(row.refusals, now=now), worker_id: now}}
+    if row.lease_expires_at is not None and row.lease_expires_at > now - lease_seconds:
+        return  # another worker makes it, and may still renew its lease
     row.error = _described(error)
     row.status = "queued"  # a worker that was lost may have left it running
     lease.release(row)

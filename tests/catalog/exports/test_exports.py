@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.caller import Caller
+from catalog.db import lease
 from catalog.errors import (
     Conflict,
     Forbidden,
@@ -216,11 +217,13 @@ def test_refused_exports_do_not_hide_others(world: World, adapter: Adapter, monk
     assert claim(world, "w1").export_id == other.id
 
 
-def test_refused_export_of_a_lost_worker_is_queued(world: World, adapter: Adapter) -> None:
-    row = create(world, adapter)
-    claim(world, "w1")
+def test_refused_export_of_a_lost_worker_is_queued_once_it_can_no_longer_return(world: World, adapter: Adapter) -> None:
+    row, held = create(world, adapter), claim(world, "w1")
     world.clock.advance(LEASE + 1)
 
+    refuse(world, "w2")
+    assert lease.renew(world.db, AdapterExport, held.claim_id, lease_seconds=LEASE)
+    world.clock.advance(2 * LEASE)
     refuse(world, "w2")
 
     assert (shown(world, row).status, shown(world, row).claim_id) == ("queued", None)
