@@ -96,14 +96,14 @@ class CheckpointWriter:
         self._pending.append(_Pending(claim_id=files.claim_id, step=files.step, num_bytes=num_bytes, outcome=outcome))
         self._largest_bytes = max(self._largest_bytes, self._pending_bytes())
 
-    def discard(self, claim_id: str, *, before_step: int | None = None) -> None:
-        """Drop the job's checkpoints whose writing has not begun: all, or those of steps before `before_step`."""
+    def has_unwritten(self, claim_id: str, step: int) -> bool:
+        """Return whether the job's checkpoint of that step has begun, and its outcome was not returned yet."""
+        return any((pending.claim_id, pending.step) == (claim_id, step) for pending in self._pending)
+
+    def discard(self, claim_id: str) -> None:
+        """Drop the job's checkpoints whose writing has not begun."""
         self._pending = deque(
-            pending
-            for pending in self._pending
-            if pending.claim_id != claim_id
-            or (before_step is not None and pending.step >= before_step)
-            or not pending.outcome.cancel()
+            pending for pending in self._pending if pending.claim_id != claim_id or not pending.outcome.cancel()
         )
 
     def completed(self) -> Iterator[WrittenCheckpoint]:

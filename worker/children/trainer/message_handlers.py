@@ -272,8 +272,8 @@ class MessageHandlers:
         """`step` and relative `folder` of a new checkpoint. None: this step is saved already, the disk failed, or an
         update of the job broke off."""
         step, _ = self.engine.progress(claim_id)
-        self._writer.discard(claim_id, before_step=step)  # so that a leaving job does not wait for them
-        self._settle(claim_id)
+        if self._writer.has_unwritten(claim_id, step):
+            self._settle(claim_id)
         job = self._jobs[claim_id]
         if step == job.saved_step:
             return None
@@ -282,8 +282,11 @@ class MessageHandlers:
             self.engine.compare_ranks(claim_id)
             self._ranks.by_leader(lambda: self.engine.save_checkpoint(claim_id, folder))
         except (OSError, LoraCoreError) as error:  # LoraCoreError: the engine has not yet raised the job's shortage
+            self._settle(claim_id)  # an older one is the last checkpoint of the job
             self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(error))
             return None
+        self._writer.discard(claim_id)  # so that a leaving job does not wait for them
+        self._settle(claim_id)
         job.saved_step = step
         return {"step": step, "folder": self._directory.named(folder)}
 

@@ -298,6 +298,25 @@ def test_a_job_leaves_after_its_checkpoint_is_reported(
     assert trainer.order("checkpointed", "paused", "cancelled") == reported
 
 
+def test_an_older_checkpoint_is_kept_if_the_last_one_of_a_leaving_job_fails(
+    make_trainer: Callable[..., Trainer], gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    trainer.admit("claim-1")
+    trainer.tick_until(EVERY, "claim-1")  # its checkpoint keeps the thread busy
+    trainer.handlers._jobs["claim-1"].checkpoint_every_steps = NUM_STEPS
+    trainer.admit("claim-2")
+    trainer.tick_until(EVERY + 1, "claim-2")
+    monkeypatch.setattr(trainer.engine, "save_checkpoint", no_space)
+    gate.open_soon()
+
+    trainer.send("preempt", "claim-2")
+
+    kinds = ("checkpointed", "checkpoint_failed", "paused")
+    of_job = [(event["type"], event["step"]) for event in trainer.events(*kinds) if event["claim_id"] == "claim-2"]
+    assert of_job == [("checkpointed", EVERY), ("checkpoint_failed", EVERY + 1), ("paused", EVERY + 1)]
+
+
 def test_a_pause_at_the_step_of_an_unwritten_checkpoint_saves_no_other(
     make_trainer: Callable[..., Trainer], gate: Gate
 ) -> None:
@@ -493,10 +512,8 @@ def test_discarded_checkpoints_are_not_written(tmp_path: Path) -> None:
     writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait()), claim_id="begun"), num_bytes=100)
     for claim_id in ("leaves", "stays"):
         writer.begin(draft(tmp_path, write=lambda _, name=claim_id: wrote.append(name), claim_id=claim_id), num_bytes=1)
-    step = draft(tmp_path, write=lambda _: None).files.step
 
-    writer.discard("stays", before_step=step)
-    writer.discard("leaves", before_step=step + 1)
+    writer.discard("leaves")
     assert list(writer.settle("leaves")) == []
     gate.set()
 
