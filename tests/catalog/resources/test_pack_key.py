@@ -213,7 +213,9 @@ def test_slices_count_as_the_kernels_of_the_trainer_keep_them_if_they_keep_more(
     waiting = [candidate(f"j{i}", i, own_bytes=1, slice_bytes=5) for i in range(4)]
 
     def joiners(slice_bytes: int) -> int:
-        of_gpu = {"tick_tokens": TICK_TOKENS["cuda"], "slice_bytes": slice_bytes}
-        return len(joined(*waiting, capacity=Capacity(max_jobs=4, memory_bytes_free=12, num_jobs=1, **of_gpu)))
+        capacity = Capacity(
+            max_jobs=4, memory_bytes_free=12, num_jobs=1, tick_tokens=TICK_TOKENS["cuda"], slice_bytes=slice_bytes
+        )
+        return len(joined(*waiting, capacity=capacity))
 
     assert [joiners(slice_bytes) for slice_bytes in (0, 5, 7, 12)] == [2, 2, 1, 0]

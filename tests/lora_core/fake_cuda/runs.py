@@ -96,8 +96,11 @@ def measured_tick(
         with observer.counting() as counts:
             engine.tick()
         assert [engine.progress(job)[0] for job in engine.jobs()] == [2] * num_jobs
-        sizes = {"base_bytes": base.num_bytes, "adapter_bytes": engine.memory()["adapter_bytes"]}
-        sizes["elementwise_kernels"] = engine.elementwise_kernels
+        sizes = {
+            "base_bytes": base.num_bytes,
+            "adapter_bytes": engine.memory()["adapter_bytes"],
+            "elementwise_kernels": engine.elementwise_kernels,
+        }
     return _report(counts) | sizes
 
 

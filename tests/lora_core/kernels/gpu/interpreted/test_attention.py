@@ -72,9 +72,9 @@ def test_tiles_equal_eager_attention_in_float64(size: int, visible: VisibleKeys)
 def test_packed_attention_in_tiles_equals_the_strips(options: dict[str, Any]) -> None:
     T, results = sum(LENGTHS), []
     for kernels in (Kernels(), Kernels(tiled_head_size=16)):
-        leaves = [part[None].clone().requires_grad_() for part in numbers(16)[:3]]
+        query, key, value = leaves = [part[None].clone().requires_grad_() for part in numbers(16)[:3]]
         with running(pack_of(LENGTHS), kernels):
-            output, _ = packed_attention(nn.Module(), *leaves, None, scaling=0.3, **options)
+            output, _ = packed_attention(nn.Module(), query, key, value, None, scaling=0.3, **options)
         output.square().sum().backward()
         assert output.shape == (1, T, H, 16)
         results.append([output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
