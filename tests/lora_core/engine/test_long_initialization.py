@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lora_core.adapter import flat_adapter
+from lora_core.adapter.initialization import DRAWING_WORK
 from lora_core.base_model.model import BaseModel
 from lora_core.engine import engine
 from lora_core.engine.engine import Engine
@@ -59,6 +60,27 @@ def test_packmates_train_during_an_initialization_with_unchanged_bytes(load, mon
     assert steps.index("slow") >= len(base.linear_names()) - 1  # one weight per tick, the first one at admission
     assert slow == expected["slow"].vectors
     assert state_bytes(training, "plain") == expected["plain"].vectors
+
+
+def test_tick_draws_no_more_numbers_than_its_work_allows(load, monkeypatch) -> None:
+    training = Engine(load("llama"), EngineConfig())
+    monkeypatch.setattr(engine, "START_WORK", 1000 * DRAWING_WORK)
+    initial_a, drawn = flat_adapter.initial_a, []
+
+    def counted(*arguments, rank: int, in_features: int, **options):
+        drawn[-1].append(rank * in_features)
+        return initial_a(*arguments, rank=rank, in_features=in_features, **options)
+
+    monkeypatch.setattr(flat_adapter, "initial_a", counted)
+
+    drawn.append([])
+    admit(training, "slow", beginning("default"))
+    while drawn[-1]:
+        drawn.append([])
+        training.tick()
+
+    assert len(drawn) > 2
+    assert all(sum(numbers) - numbers[-1] < 1000 for numbers in drawn[:-1])
 
 
 def test_engine_is_not_idle_during_an_initialization(load, in_small_pieces) -> None:
