@@ -53,7 +53,7 @@ def register_worker(
             worker = Worker(id=worker_id)
             session.add(worker)
         else:
-            recovery.lose_worker(session, worker_id, now=now)
+            recovery.lose_worker(session, worker_id, detail=f"Worker {worker_id} was restarted.", now=now)
             _close_trainers(session, worker_id, now=now)
         worker.host, worker.pid, worker.devices = host, pid, devices
         worker.version, worker.protocol, worker.memory_bytes = version, protocol, memory_bytes
@@ -116,7 +116,7 @@ def declare_lost(db: Database, worker_id: str) -> int:
         worker.ended_at = now
         worker.resident_base = worker.trainer_id = None
         _close_trainers(session, worker_id, now=now)
-        return recovery.lose_worker(session, worker_id, now=now)
+        return recovery.lose_worker(session, worker_id, detail=f"The process of worker {worker_id} has ended.", now=now)
 
 
 def list_workers(db: Database, *, ended_within_seconds: float = 3600) -> list[Worker]:

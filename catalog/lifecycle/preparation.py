@@ -30,6 +30,8 @@ VALIDATING = JobState.VALIDATING_FILES
 MAX_LOST_PREPARATIONS = 5
 """Failed preparations after which the job fails: its worker was lost, or may be at fault for the failure. (They are not
 attempts.)"""
+RETRY_SECONDS = 10.0
+"""Wait after the first failed preparation, and after a full disk or an unreachable store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,15 +179,12 @@ def release_preparation(db: Database, *, claim_id: str, detail: str, wait_second
         events.add(session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {detail}")
 
 
-def fail_preparation(
-    db: Database, *, claim_id: str, error: Json, wait_seconds: float, train_key: str, valid_key: str | None
-) -> None:
+def fail_preparation(db: Database, *, claim_id: str, error: Json, train_key: str, valid_key: str | None) -> None:
     """Release a job whose preparation failed because of the files, the base model or the worker.
 
     These causes can't be distinguished, so another worker retries. After MAX_LOST_PREPARATIONS the job fails.
 
-    error: code, message (with its remedy) and param, with which the job then fails. wait_seconds: the wait after the
-    first failure; see `longer`. The keys are those of `refused`.
+    error: code, message (with its remedy) and param, with which the job then fails. The keys are those of `refused`.
     """
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
@@ -196,26 +195,29 @@ def fail_preparation(
             job.train_prepared, job.valid_prepared = train_key, valid_key
             _give_up(session, job, {**error, "message": message}, now=now)
             return
-        free(job)
-        job.run_after = now + longer(wait_seconds, job.lost_preparations)
-        events.add(
-            session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {error['message']}"
-        )
+        _retry(session, job, error["message"], now=now)
 
 
-def longer(wait_seconds: float, number: int) -> float:
-    """Return the wait before the next attempt after `number` failed ones. It triples each time.
+def retry_wait(number: int) -> float:
+    """Return the seconds before the next attempt after `number` failed ones. They triple each time.
 
-    Without it, one bad worker, which is idle again immediately, would use up all attempts while good ones are busy.
+    Without this wait, one bad worker, which is idle again immediately, would use up all attempts while good ones are
+    busy.
     """
-    return wait_seconds * 3 ** (number - 1)
+    return RETRY_SECONDS * 3 ** (number - 1)
 
 
-def lose_preparation(session: Session, job: Job, *, now: float) -> None:
+def _retry(session: Session, job: Job, detail: str, *, now: float) -> None:
+    free(job)
+    job.run_after = now + retry_wait(job.lost_preparations)
+    events.add(session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {detail}")
+
+
+def lose_preparation(session: Session, job: Job, *, detail: str, now: float) -> None:
     """Release a job whose preparing worker was lost, or fail it after MAX_LOST_PREPARATIONS. Its row is locked."""
     job.lost_preparations += 1
     if job.lost_preparations < MAX_LOST_PREPARATIONS:
-        free(job)
+        _retry(session, job, detail, now=now)
         return
     message = lost(job.lost_preparations)
     _give_up(session, job, {"code": "preparation_lost", "message": message, "param": "training_file"}, now=now)

@@ -85,10 +85,13 @@ def _observe(session: Session, *, now: float, lease_seconds: float) -> None:
     beat.seen_at = now
 
 
-def lose_worker(session: Session, worker_id: str, *, now: float) -> int:
-    """End or release all claims of a worker whose process is known to be gone. Returns their number."""
+def lose_worker(session: Session, worker_id: str, *, detail: str, now: float) -> int:
+    """End or release all claims of a worker whose process is known to be gone. Returns their number.
+
+    detail: the sentence with which their attempts end.
+    """
     claimed = select(Job).where(*CLAIMED, Job.worker_id == worker_id)
-    return _lose(session, session.scalars(claimed.order_by(Job.id).with_for_update()), now=now)
+    return _lose(session, session.scalars(claimed.order_by(Job.id).with_for_update()), detail=detail, now=now)
 
 
 def _is_needed(session: Session, *, lease_seconds: float) -> bool:
@@ -131,12 +134,12 @@ def in_lock_order(claimed: Iterable[Job]) -> list[Job]:
     return sorted(claimed, key=lambda job: (job.sweep_id or "", job.id))
 
 
-def _lose(session: Session, claimed: Iterable[Job], *, now: float) -> int:
+def _lose(session: Session, claimed: Iterable[Job], *, detail: str | None = None, now: float) -> int:
     jobs = in_lock_order(claimed)
     for job in jobs:
+        cause = detail or f"Worker {job.worker_id} stopped sending heartbeats."
         if job.state == JobState.RUNNING:
-            detail = f"Worker {job.worker_id} stopped sending heartbeats."
-            end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=detail, now=now)
+            end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=cause, now=now)
         else:
-            lose_preparation(session, job, now=now)
+            lose_preparation(session, job, detail=cause, now=now)
     return len(jobs)

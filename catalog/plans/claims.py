@@ -10,7 +10,7 @@ from catalog.admission.target_layers import retried
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked, upsert
 from catalog.errors import StaleClaim
-from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, FilesToPrepare, longer, lost
+from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, FilesToPrepare, lost, retry_wait
 from catalog.plans import plans
 from catalog.queue import pending
 from catalog.settings import Settings
@@ -82,11 +82,10 @@ def _finish(db: Database, claim_id: str, *, settings: Settings) -> None:
             _release(plan, run_after=None)
 
 
-def fail(db: Database, claim_id: str, *, error: Json, wait_seconds: float) -> None:
+def fail(db: Database, claim_id: str, *, error: Json) -> None:
     """Release a plan that this worker could not compute, so that another retries. Raises StaleClaim.
 
-    After MAX_LOST_PREPARATIONS failures the plan fails with `error`: code, message, param. wait_seconds: the wait after
-    the first failure; it grows with each one.
+    After MAX_LOST_PREPARATIONS failures the plan fails with `error`: code, message, param.
     """
     with db.write() as session:
         plan = _hold(session, claim_id)
@@ -94,7 +93,7 @@ def fail(db: Database, claim_id: str, *, error: Json, wait_seconds: float) -> No
         if plan.num_lost >= MAX_LOST_PREPARATIONS:
             _fail(plan, error)
         else:
-            _release(plan, run_after=read_clock(session) + longer(wait_seconds, plan.num_lost))
+            _release(plan, run_after=read_clock(session) + retry_wait(plan.num_lost))
 
 
 def release(db: Database, claim_id: str, *, wait_seconds: float = 0) -> None:

@@ -10,6 +10,7 @@ from secrets import token_hex
 
 from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace, Unavailable
+from catalog.lifecycle.preparation import RETRY_SECONDS
 from catalog.plans import claims
 from catalog.plans.claims import PlanClaim
 from catalog.process_exit import how_it_exited, is_killed
@@ -21,7 +22,6 @@ from catalog.tables.table import Json
 from worker.background import base_models
 from worker.background.tokenization import (
     POSSIBLE_NODE_ERRORS,
-    RETRY_SECONDS,
     FileRefused,
     PreparationDelayed,
     crashed,
@@ -51,7 +51,7 @@ def compute_next(context: WorkerContext) -> bool:
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except POSSIBLE_NODE_ERRORS as error:
         log.warning("%s", error)
-        claims.fail(context.db, claim.claim_id, error=error_of_attempt(error), wait_seconds=RETRY_SECONDS)
+        claims.fail(context.db, claim.claim_id, error=error_of_attempt(error))
         raise PreparationDelayed from error
     except base_models.Abandoned:
         claims.release(context.db, claim.claim_id)

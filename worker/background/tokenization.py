@@ -14,7 +14,7 @@ from catalog.clock import boot_seconds
 from catalog.disk import full_disk_named, tells_of_full
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation as record
-from catalog.lifecycle.preparation import FilesToPrepare, TokenizationClaim
+from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare, TokenizationClaim
 from catalog.logs import Subjects
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.spec.job import JobSpec
@@ -31,7 +31,6 @@ from worker.process.launcher import run_child
 from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = 10.0
 AGAIN = "If the job or plan has failed, create it again."
 EXIT_DISK_FULL = 75
 """Exit status of worker.children.tokenizer.main if the disk is full, which is not the file's fault."""
@@ -105,7 +104,6 @@ def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
             context.db,
             claim_id=claim_id,
             error=error_of_attempt(error),
-            wait_seconds=RETRY_SECONDS,
             train_key=train_key,
             valid_key=valid_key,
         )

@@ -1,7 +1,8 @@
 """The worker's heartbeat, on its own threads, so that slow work elsewhere never costs a lease.
 
 A claim that was not renewed for two thirds of its lease is given up: its trainer is killed before the lease expires,
-and the claim is reported as stale to its holder. Therefore two workers never train the same job.
+and the claim is reported as stale to its holder. A frozen worker can't do this. Its trainer then exits a lease after
+the last heartbeat (confined_child.py), and the database refuses what it writes under an expired claim (fencing.py).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Heartbeat:
         """Called at each heartbeat, even if the database does not answer: for processes without a claim."""
         self.device_use: Callable[[], dict[str, float] | None] = lambda: None
         """Returns the utilization of the device, which each heartbeat reports. It must not block."""
-        self._on_beat: Callable[[], None] | None = None
+        self._on_beat: Callable[[float], None] | None = None
         self._on_lost: Callable[[], None] | None = None
         self._threads = [
             threading.Thread(target=self._beat_loop, name="heartbeat", daemon=True),
@@ -73,8 +74,11 @@ class Heartbeat:
         for thread in self._threads:
             thread.join(5)
 
-    def guard(self, *, on_beat: Callable[[], None] | None, on_lost: Callable[[], None] | None) -> None:
-        """Call `on_beat` after each successful heartbeat, and `on_lost` when claims are given up."""
+    def guard(self, *, on_beat: Callable[[float], None] | None, on_lost: Callable[[], None] | None) -> None:
+        """Call `on_beat` after each successful heartbeat, and `on_lost` when claims are given up.
+
+        `on_beat` receives the `boot_seconds` at which the heartbeat began: its leases last at least a lease from then.
+        """
         self._on_beat, self._on_lost = on_beat, on_lost
         self.lost.clear()
 
@@ -113,7 +117,7 @@ class Heartbeat:
         if held:
             self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
         if self._on_beat is not None:
-            self._on_beat()
+            self._on_beat(began)
 
     def _status(self) -> dict[str, Any]:
         use = self.device_use()

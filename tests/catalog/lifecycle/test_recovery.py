@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 
 from catalog.errors import StaleClaim
@@ -18,6 +18,7 @@ from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.tables.fleet import DatabaseHeartbeat
+from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from tests.catalog.sweeping import make
 from tests.catalog.world import LEASE, World, manifest
@@ -233,6 +234,8 @@ def test_lost_preparation_is_released_without_an_attempt(world: World) -> None:
 
     assert recovery.expire(world.db, lease_seconds=LEASE) == 1
 
+    assert preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None, "not yet"
+    world.pass_time(preparation.RETRY_SECONDS + 1)
     again = preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
     assert again is not None
     assert again.claim_id != lost.claim_id
@@ -248,6 +251,7 @@ def test_file_that_kills_every_worker_is_finally_rejected(world: World) -> None:
         assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is not None
         world.pass_time(LEASE + 1)
         recovery.expire(world.db, lease_seconds=LEASE)
+        world.pass_time(preparation.retry_wait(MAX_LOST_PREPARATIONS))
 
     failed = world.job(job.id)
     assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_lost")
@@ -261,6 +265,7 @@ def test_reregistered_worker_releases_the_jobs_of_its_predecessor(world: World) 
 
     assert world.beat(claim.claim_id)[claim.claim_id].stale
     assert world.job(claim.job.id).state == JobState.QUEUED
+    assert _detail(world, claim) == "Worker w1 was restarted."
 
 
 def test_worker_declared_lost_is_recovered_at_once(world: World) -> None:
@@ -273,6 +278,13 @@ def test_worker_declared_lost_is_recovered_at_once(world: World) -> None:
     assert workers.declare_lost(world.db, "w1") == 0
 
     assert world.job(claim.job.id).reason == EndReason.INFRA_LOST
+    assert _detail(world, claim) == "The process of worker w1 has ended."
+
+
+def _detail(world: World, claim: Claim) -> str | None:
+    """Return the reason with which the claim's attempt ended."""
+    with world.db.read() as session:
+        return session.scalar(select(Attempt.detail).where(Attempt.claim_id == claim.claim_id))
 
 
 def test_claiming_recovers_expired_leases_first(world: World) -> None:

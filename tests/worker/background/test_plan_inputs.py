@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from catalog.errors import Unavailable
-from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, longer
+from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, RETRY_SECONDS, retry_wait
 from catalog.plans import claims, plans
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
@@ -113,7 +113,7 @@ def test_a_store_outage_delays_the_plan_until_a_retry(
 
     assert get_plan(site, row).state == "computing"
     assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is None, "not yet"
-    site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
+    site.world.clock.advance(RETRY_SECONDS + 1)
     assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is not None
 
 
@@ -138,7 +138,7 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
         assert get_plan(site, row).state == "computing"
         with pytest.raises(tokenization.PreparationDelayed):
             plan_inputs.compute_next(site.context)
-        site.world.clock.advance(longer(tokenization.RETRY_SECONDS, number) - 1)
+        site.world.clock.advance(retry_wait(number) - 1)
         assert not plan_inputs.compute_next(site.context), "not yet"
         site.world.clock.advance(2)
 
@@ -181,7 +181,7 @@ def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(
         with pytest.raises(tokenization.PreparationDelayed):
             plan_inputs.compute_next(site.context)
     assert token_cache.get(site.db, row.train_prepared) is None
-    site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
+    site.world.clock.advance(RETRY_SECONDS + 1)
 
     assert plan_inputs.compute_next(site.context)
 

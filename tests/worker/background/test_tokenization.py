@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, longer
+from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, RETRY_SECONDS, retry_wait
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
@@ -137,7 +137,7 @@ def test_a_file_that_one_machine_cannot_prepare_waits_for_another(
 
     assert site.world.job(job_id).state == "validating_files"
     assert not tokenization.prepare_next(site.context), "not yet"
-    site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
+    site.world.clock.advance(RETRY_SECONDS + 1)
     fix_machine()
     assert tokenization.prepare_next(site.context)
     assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("queued", 0)
@@ -152,7 +152,7 @@ def test_a_file_that_no_machine_can_prepare_fails_after_backed_off_retries(site:
         with pytest.raises(PreparationDelayed):
             tokenization.prepare_next(site.context)
         waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
-        site.world.clock.advance(longer(tokenization.RETRY_SECONDS, MAX_LOST_PREPARATIONS))
+        site.world.clock.advance(retry_wait(MAX_LOST_PREPARATIONS))
 
     job = site.world.job(job_id)
     assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
@@ -207,6 +207,6 @@ def test_a_full_disk_counts_against_no_job(
     for _ in range(MAX_LOST_PREPARATIONS + 1):
         with pytest.raises(PreparationDelayed):
             tokenization.prepare_next(site.context)
-        site.world.clock.advance(tokenization.RETRY_SECONDS + 1)
+        site.world.clock.advance(RETRY_SECONDS + 1)
 
     assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("validating_files", 0)

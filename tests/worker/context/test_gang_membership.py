@@ -305,7 +305,7 @@ def test_a_claim_that_expires_before_the_trainer_starts_is_reported_with_the_wor
         returncode=None,
         is_killed=False,
         directory=TrainerDirectory(context.scratch_dir()),
-        send_heartbeat=lambda: None,
+        send_heartbeat=lambda *_: None,
         kill=lambda: None,
         wait=lambda _: None,
     )

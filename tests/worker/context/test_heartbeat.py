@@ -28,12 +28,30 @@ def test_on_every_beat_is_called_during_a_database_outage(
         [],
     )
     heartbeat.on_every_beat = lambda: every_beat.append(1)
-    heartbeat.guard(on_beat=lambda: guarded.append(1), on_lost=None)
+    heartbeat.guard(on_beat=guarded.append, on_lost=None)
 
     with pytest.raises(Unavailable):
         heartbeat.beat()
 
     assert (every_beat, guarded) == ([1], [])
+
+
+def test_trainer_is_shown_the_time_before_the_leases_were_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the trainer of a worker that froze after a slow heartbeat would outlive its lease."""
+    now = [100.0]
+
+    def beat(*_: Any, **__: Any) -> WorkerOrders:
+        now[0] += 30
+        return WorkerOrders(drain=False)
+
+    monkeypatch.setattr(workers, "worker_beat", beat)
+    monkeypatch.setattr("worker.context.heartbeat.boot_seconds", lambda: now[0])
+    heartbeat, shown = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60), []
+    heartbeat.guard(on_beat=shown.append, on_lost=None)
+
+    heartbeat.beat()
+
+    assert shown == [100.0]
 
 
 def test_a_beat_with_an_unexpected_error_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
