@@ -15,7 +15,15 @@ from api.errors import handlers
 from api.inference import batch_routes
 from api.inference.batch_loop import BatchRunner
 from api.inference.replies import Replies
-from api.maintenance_loop import LOOPS, PERIODIC_TASKS, keep_anchored, keep_clean, keep_order, keep_running, keep_sweeps
+from api.maintenance_loop import (
+    LOOPS,
+    PERIODIC_TASKS,
+    keep_anchored,
+    keep_clean,
+    keep_maintained,
+    keep_running,
+    keep_sweeps,
+)
 from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
 from api.openapi import Api
@@ -215,7 +223,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     file_upload.remove_stale(services.settings.data_dir / "spool")
     runs = (
         services.feed.run,
-        partial(keep_order, services),
+        partial(keep_maintained, services),
         partial(keep_sweeps, services),
         partial(keep_anchored, services),
         partial(keep_clean, services),

@@ -70,7 +70,7 @@ async def keep_running(
         await sleep(RESTART_SECONDS)
 
 
-async def keep_order(services: Services) -> None:
+async def keep_maintained(services: Services) -> None:
     """Run the periodic work four times per lease duration. At longer intervals, recovery would assume an outage."""
     while True:
         await asyncio.sleep(services.settings.lease_seconds / 4)

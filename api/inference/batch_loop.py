@@ -216,7 +216,7 @@ class BatchRunner:
                 log.warning("batch=%s code=%s", run.claimed.batch_id, error.code)
             except Exception:  # the renewals must survive any failure of one of them
                 log.exception("crash in the renewal of the batch %s", run.claimed.batch_id)
-            run.is_lost = run.is_lost or boot_seconds() - renewed_at > execution.LEASE_SECONDS
+            run.is_lost = run.is_lost or boot_seconds() - renewed_at > execution.BATCH_LEASE_SECONDS
             if run.is_lost:
                 run.stopping.set()
                 return
@@ -406,7 +406,7 @@ class BatchRunner:
                 answer,
                 gone=run.stopping,
                 why_unanswered=partial(requests.why_unanswered, self._db, request_id),
-                wait_seconds=max(run.directive.seconds_left, 0) + execution.LEASE_SECONDS,
+                wait_seconds=max(run.directive.seconds_left, 0) + execution.BATCH_LEASE_SECONDS,
             )
             async with aclosing(deltas):
                 return await whole(deltas, answer, entry.call.form(model), n=entry.call.num_choices)

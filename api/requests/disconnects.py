@@ -23,7 +23,12 @@ async def watched(receive: Receive) -> AsyncGenerator[threading.Event]:
             await watch
 
 
-async def _wait(receive: Receive, gone: threading.Event) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Return when the client disconnects. The body of the request must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _wait(receive: Receive, gone: threading.Event) -> None:
+    await disconnected(receive)
     gone.set()

@@ -20,6 +20,7 @@ from api.inference.calls import chat_call, text_call
 from api.inference.replies import Reply
 from api.inference.responses import DONE, ChatFormat, TextFormat, chunks, error_message, whole
 from api.rate_limits.threads import run_route
+from api.requests.disconnects import disconnected
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.inference import (
@@ -166,8 +167,7 @@ class _Exchange:
 
 
 async def _watch(receive: Receive, gone: asyncio.Event) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await disconnected(receive)
     gone.set()
 
 

@@ -17,6 +17,7 @@ from starlette.types import Receive
 from api.deps import Services
 from api.inference.answer import ClientGone, Delta, PartialAnswer
 from api.rate_limits.threads import run_route
+from api.requests.disconnects import disconnected
 from api.serving.vllm_client import EndpointFailure, Json, ServerAddress, logprob_events, request_of
 from catalog.errors import LorryError
 from catalog.inference import requests
@@ -206,6 +207,5 @@ class _EndpointAnswer:
             await self._chunks.put(EndpointFailure("The server's answer could not be read.", kind="refused"))
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(receive)
         self._gone.set()

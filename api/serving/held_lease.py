@@ -11,7 +11,7 @@ from catalog.clock import boot_seconds
 from catalog.errors import LorryError
 from catalog.serving import keeping
 
-RENEW_SECONDS = keeping.LEASE_SECONDS / 3
+RENEW_SECONDS = keeping.ENDPOINT_LEASE_SECONDS / 3
 log = logging.getLogger("lorry.api")
 
 
@@ -44,14 +44,14 @@ class HeldLease:
         Renews a lease that may have expired, for example because this process was suspended. Raises LeaseLost and
         LorryError.
         """
-        if boot_seconds() - self._renewed_at >= keeping.LEASE_SECONDS:
+        if boot_seconds() - self._renewed_at >= keeping.ENDPOINT_LEASE_SECONDS:
             await self._extend()
         if self._is_lost:
             raise LeaseLost
 
     def check_now(self) -> None:
         """Make sure that the lease is valid, in a thread that may have waited long. Raises LeaseLost."""
-        if self._is_lost or boot_seconds() - self._renewed_at >= keeping.LEASE_SECONDS:
+        if self._is_lost or boot_seconds() - self._renewed_at >= keeping.ENDPOINT_LEASE_SECONDS:
             raise LeaseLost
 
     def end(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from api.requests.disconnects import disconnected
 from api.streaming.hub import Feed, Found, Subscription
 from api.streaming.sse import HEADERS
 
@@ -42,7 +43,6 @@ class LiveStream(Response):
 
 
 async def _end_with_the_client(receive: Receive, listener: Subscription) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await disconnected(receive)
     listener.pending.clear()
     listener.end()

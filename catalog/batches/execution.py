@@ -25,7 +25,7 @@ from catalog.tables.storage import File
 from catalog.tables.table import Json, new_id
 from catalog.usage import ledger, quotas
 
-LEASE_SECONDS = 60.0
+BATCH_LEASE_SECONDS = 60.0
 """Lease of a batch, renewed by the process that works on it."""
 TURN_MEMORY_SECONDS = 2 * 24 * 3600.0
 """Turns of finished batches count for their project if the batch is not older."""
@@ -73,7 +73,7 @@ def claim(db: Database) -> BatchClaim | None:
         batch.turn_at = now
         _delete_requests(session, batch.id)
         return BatchClaim(
-            claim_id=lease.acquire(batch, now=now, lease_seconds=LEASE_SECONDS, prefix="batchclaim"),
+            claim_id=lease.acquire(batch, now=now, lease_seconds=BATCH_LEASE_SECONDS, prefix="batchclaim"),
             batch_id=batch.id,
             project_id=batch.project_id,
             endpoint=batch.endpoint,
@@ -91,7 +91,7 @@ def renew(db: Database, claimed: BatchClaim) -> Directive:
     """Extend the lease, and return the state of the batch. Raises StaleClaim."""
     with db.write() as session:
         batch, now = _held(session, claimed), read_clock(session)
-        batch.lease_expires_at = now + LEASE_SECONDS
+        batch.lease_expires_at = now + BATCH_LEASE_SECONDS
         seconds_left = batch.expires_at - now
         return Directive(
             status=batch.status, is_expired=seconds_left <= 0, seconds_left=seconds_left, num_lines=batch.num_lines

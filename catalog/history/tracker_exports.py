@@ -26,7 +26,7 @@ from catalog.tables.storage import Adapter
 from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
 
-LEASE_SECONDS = 120.0
+TRACKER_LEASE_SECONDS = 120.0
 MAX_POINTS = 500
 MAX_FAILURES = 8
 """Consecutive failures after which an export is abandoned: about two hours with the waits in between."""
@@ -96,7 +96,7 @@ def claim(db: Database, *, types: Collection[str], limit: int) -> list[Export]:
     with db.write() as session:
         now = read_clock(session)
         found = session.scalars(skip_locked(_due(types, now=now, limit=limit))).all()
-        return [_export(row, lease.acquire(row, now=now, lease_seconds=LEASE_SECONDS)) for row in found]
+        return [_export(row, lease.acquire(row, now=now, lease_seconds=TRACKER_LEASE_SECONDS)) for row in found]
 
 
 def _due(types: Collection[str], *, now: float, limit: int) -> Select[JobExport]:
@@ -131,7 +131,7 @@ def record(db: Database, export: Export, run_update: RunUpdate, *, run_id: str) 
         row.run_id, row.num_failures = run_id, 0
         row.train_step = max([row.train_step, *_steps(run_update, "train")])
         row.valid_step = max([row.valid_step, *_steps(run_update, "valid")])
-        follows, row.lease_expires_at = Follows.GO_ON, now + LEASE_SECONDS
+        follows, row.lease_expires_at = Follows.GO_ON, now + TRACKER_LEASE_SECONDS
         if run_update.end is not None:
             follows, row.finished_at = Follows.DONE, now
         elif state != JobState.RUNNING and state not in FINAL_STATES and not run_update.has_more:

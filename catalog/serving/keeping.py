@@ -21,7 +21,7 @@ from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.table import Json
 from catalog.tables.tenancy import Organization
 
-LEASE_SECONDS = 60.0
+ENDPOINT_LEASE_SECONDS = 60.0
 WAITS_SECONDS = (5.0, 15.0, 60.0, 300.0)
 """Waits after the first failed attempt to load an adapter, the second, …; the last one repeats."""
 
@@ -80,7 +80,8 @@ def claim_free(db: Database, *, limit: int) -> list[EndpointClaim]:
         free = select(ServingEndpoint).where(lease.is_free(ServingEndpoint, now=now)).order_by(ServingEndpoint.id)
         return [
             EndpointClaim(
-                endpoint_id=row.id, claim_id=lease.acquire(row, now=now, lease_seconds=LEASE_SECONDS, prefix="keep")
+                endpoint_id=row.id,
+                claim_id=lease.acquire(row, now=now, lease_seconds=ENDPOINT_LEASE_SECONDS, prefix="keep"),
             )
             for row in session.scalars(skip_locked(free.limit(limit)))
         ]
@@ -88,7 +89,7 @@ def claim_free(db: Database, *, limit: int) -> list[EndpointClaim]:
 
 def renew(db: Database, claim: EndpointClaim) -> bool:
     """Extend the lease. Returns False if another process keeps the endpoint, or it is gone."""
-    return lease.renew(db, ServingEndpoint, claim.claim_id, lease_seconds=LEASE_SECONDS)
+    return lease.renew(db, ServingEndpoint, claim.claim_id, lease_seconds=ENDPOINT_LEASE_SECONDS)
 
 
 def release(db: Database, claim: EndpointClaim) -> None:

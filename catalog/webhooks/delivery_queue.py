@@ -22,7 +22,7 @@ from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks import endpoints, outbox, sealed_urls, signing
 from catalog.webhooks.outbox import EventType
 
-LEASE_SECONDS = 60.0
+DELIVERY_LEASE_SECONDS = 60.0
 """Lease of a claimed delivery, much longer than an attempt takes."""
 MAX_IN_FLIGHT = 64
 """How many deliveries one process sends at the same time."""
@@ -209,7 +209,7 @@ def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) ->
         return [
             Outgoing(
                 delivery_id=row.id,
-                claim_id=lease.acquire(row, now=now, lease_seconds=LEASE_SECONDS),
+                claim_id=lease.acquire(row, now=now, lease_seconds=DELIVERY_LEASE_SECONDS),
                 endpoint_id=endpoint.id,
                 project_id=endpoint.project_id,
                 url=url,

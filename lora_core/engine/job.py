@@ -14,7 +14,6 @@ from functools import cached_property
 from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
-from lora_core.adapter.gradients import SliceGradients
 from lora_core.adapter.optimizer import (
     JointStep,
     StepSizes,
@@ -26,6 +25,7 @@ from lora_core.adapter.optimizer import (
     stays_finite,
     step_sizes,
 )
+from lora_core.adapter.slice_gradients import SliceGradients
 from lora_core.config import JobConfig, Kind
 from lora_core.data.batching import Unit, make_unit
 from lora_core.data.kto_pairs import mismatched

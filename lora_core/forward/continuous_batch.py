@@ -21,7 +21,8 @@ from lora_core.forward.language_model import hidden_states
 from lora_core.forward.sampling import ChosenToken, Sampling, choose_tokens
 from lora_core.layers.lm_heads import logits_by_head
 from lora_core.layers.longrope import bounds_in
-from lora_core.packing.packed_batch import KEPT_TOKENS, KeptKeys, PackedBatch, SliceInput, build_pack
+from lora_core.packing.kv_cache import GROWTH_TOKENS, SequenceCache
+from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack
 from lora_core.runtime.cpu_lanes import Lanes, split
 from lora_core.runtime.device_errors import shortage_in_pass
 
@@ -65,7 +66,7 @@ class _Answer:
     ids: list[int] = field(default_factory=list)
     num_reported: int = 0
     """Tokens that `advance` has returned. More than `ids` has if the answer restarted from its prompt."""
-    kept: KeptKeys | None = None
+    cache: SequenceCache | None = None
     """None before the first pass, and after a restart."""
 
     @property
@@ -77,7 +78,7 @@ class _Answer:
         """Tokens for which the answer needs memory in the key-value cache, which grows in steps. An answer that
         restarted needs as much as before, or it would have to restart again."""
         num_tokens = len(self.prompt.ids) + max(len(self.ids), self.num_reported)
-        return min(-(-num_tokens // KEPT_TOKENS) * KEPT_TOKENS, self.max_tokens)
+        return min(-(-num_tokens // GROWTH_TOKENS) * GROWTH_TOKENS, self.max_tokens)
 
     @property
     def max_tokens(self) -> int:
@@ -88,12 +89,12 @@ class _Answer:
         its tokens are kept, and the next pass computes their keys and values."""
         if is_exact:
             self.ids.clear()
-        self.kept = None
+        self.cache = None
 
     def new_ids(self) -> np.ndarray:
         """Return the tokens that are not in the cache."""
-        kept = 0 if self.kept is None else self.kept.num_tokens
-        return np.array([*self.prompt.ids, *self.ids][kept:], dtype=np.int32)
+        num_cached = 0 if self.cache is None else self.cache.num_tokens
+        return np.array([*self.prompt.ids, *self.ids][num_cached:], dtype=np.int32)
 
 
 class ContinuousBatch:
@@ -128,12 +129,12 @@ class ContinuousBatch:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens in the key-value cache."""
-        return sum(answer.kept.num_tokens for answer in self._growing if answer.kept is not None)
+        return sum(answer.cache.num_tokens for answer in self._growing if answer.cache is not None)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """Memory of one token in the key-value cache. 0 while nothing is cached."""
-        return max((answer.kept.bytes_per_token for answer in self._growing if answer.kept is not None), default=0)
+        return max((answer.cache.bytes_per_token for answer in self._growing if answer.cache is not None), default=0)
 
     def add(self, prompt: Prompt) -> None:
         """Add a prompt. Raises ConfigError if it can't be answered."""
@@ -236,9 +237,9 @@ class ContinuousBatch:
         The pass recomputes all tokens if there is no cache yet, or if the answer has reached a length from which on
         all positions are encoded differently (longrope.py).
         """
-        if answer.kept is None or answer.kept.num_tokens in self._bounds:
-            answer.kept = KeptKeys(max_tokens=answer.max_tokens)
-        answer.kept.begin_pass()
+        if answer.cache is None or answer.cache.num_tokens in self._bounds:
+            answer.cache = SequenceCache(max_tokens=answer.max_tokens)
+        answer.cache.begin_pass()
 
     def _pack(self, groups: Sequence[Sequence[_Answer]]) -> PackedBatch:
         """Build a pack of the tokens that are not in the key-value cache, at their positions in the answer.
@@ -256,18 +257,18 @@ class ContinuousBatch:
             for answers in groups
         ]
         pack = build_pack(slices, device=self._base.device)
-        kept = tuple(answer.kept for answers in groups for answer in answers if answer.kept is not None)
-        offsets = [keys.num_tokens for keys in kept]
-        offsets += [0] * (len(pack.sequence_lengths) - len(kept))  # the padding sequence
+        caches = tuple(answer.cache for answers in groups for answer in answers if answer.cache is not None)
+        offsets = [cache.num_tokens for cache in caches]
+        offsets += [0] * (len(pack.sequence_lengths) - len(caches))  # the padding sequence
         by_token = torch.tensor(offsets).repeat_interleave(torch.tensor(pack.sequence_lengths))
-        return replace(pack, kept=kept, position_ids=pack.position_ids + by_token.to(pack.position_ids.device))
+        return replace(pack, caches=caches, position_ids=pack.position_ids + by_token.to(pack.position_ids.device))
 
     def _recorded(self, chosen: Sequence[tuple[_Answer, ChosenToken | None]]) -> list[NewToken]:
         """Append the tokens to their answers, and return those that were not returned before a restart."""
         news: list[NewToken] = []
         for answer, token in chosen:
-            assert answer.kept is not None
-            answer.kept.num_tokens = answer.num_tokens
+            assert answer.cache is not None
+            answer.cache.num_tokens = answer.num_tokens
             new = _appended(answer, token)
             if new.finish is not None or len(answer.ids) > answer.num_reported:
                 answer.num_reported = len(answer.ids)

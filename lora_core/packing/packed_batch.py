@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
 from lora_core.kernels.selection import Kernels
+from lora_core.packing.kv_cache import SequenceCache
 from lora_core.runtime.counter_rng import coin_flips, key_words, uniform
 from lora_core.runtime.transfers import upload
 
@@ -78,59 +79,6 @@ def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
         (noise_tD,) = upload([key.noise_tD(y_1TD.shape[-1]).numpy()], y_1TD.device)
         noisy_1TD[0, place] += noise_tD
     return noisy_1TD
-
-
-KEPT_TOKENS = 256
-"""Tokens by which a key-value cache grows at a time."""
-
-
-@dataclass(kw_only=True, slots=True)
-class KeptKeys:
-    """Key-value cache of one sequence: for each attention call of a pass, in order, keys and values [K, capacity, E].
-
-    The capacity grows with the sequence, up to `max_tokens`. A pass writes after the first `num_tokens` tokens. The
-    caller raises `num_tokens` only after the pass succeeded, so a failed pass can be repeated.
-    """
-
-    max_tokens: int
-    num_tokens: int = 0
-    _of_calls: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _next_call: int = 0
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Memory of one token in all attention calls. 0 before the first pass."""
-        return sum(buffer[:, :1].nbytes for buffers in self._of_calls for buffer in buffers)
-
-    def begin_pass(self) -> None:
-        self._next_call = 0
-
-    def extended(self, k_KnE: Tensor, v_KnE: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values [K, n, E] of new tokens. Return those of all tokens, as views."""
-        stop = self.num_tokens + k_KnE.shape[1]
-        kept = self.reserved(k_KnE, v_KnE)
-        for buffer, new in zip(kept, (k_KnE, v_KnE), strict=True):
-            buffer[:, self.num_tokens : stop] = new
-        return kept[0][:, :stop], kept[1][:, :stop]
-
-    def reserved(self, k_KnE: Tensor, v_KnE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the buffers of the next attention call, with space for these new keys and values [K, n, E]."""
-        call, stop = self._next_call, self.num_tokens + k_KnE.shape[1]
-        self._next_call += 1
-        if call == len(self._of_calls):
-            self._of_calls.append((self._grown(k_KnE, None, stop), self._grown(v_KnE, None, stop)))
-        elif stop > self._of_calls[call][0].shape[1]:
-            keys, values = self._of_calls[call]
-            self._of_calls[call] = self._grown(k_KnE, keys, stop), self._grown(v_KnE, values, stop)
-        return self._of_calls[call]
-
-    def _grown(self, like_KnE: Tensor, old: Tensor | None, num_tokens: int) -> Tensor:
-        """Return a buffer for at least `num_tokens` tokens that begins with those of the old one."""
-        capacity = min(-(-num_tokens // KEPT_TOKENS) * KEPT_TOKENS, self.max_tokens)
-        buffer = like_KnE.new_empty(len(like_KnE), capacity, like_KnE.shape[2])
-        if old is not None:
-            buffer[:, : self.num_tokens] = old[:, : self.num_tokens]
-        return buffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,13 +218,13 @@ class PackedBatch:
     )
     passage: BlockRange | None = None
     plans: dict[int, Any] = field(default_factory=dict)  # of layers/tiled_lora.py, by the identity of `segments`
-    kept: tuple[KeptKeys, ...] = ()  # KV cache per sequence in generation (forward/generation.py): tokens are new ones
+    caches: tuple[SequenceCache, ...] = ()  # of each sequence in generation (forward/generation.py): tokens are new
 
     @property
     def whole_lengths(self) -> tuple[int, ...]:
         """Number of tokens of each sequence, including those in the KV cache."""
-        fillers = (0,) * (len(self.sequence_lengths) - len(self.kept))
-        before = (*(kept.num_tokens for kept in self.kept), *fillers)
+        fillers = (0,) * (len(self.sequence_lengths) - len(self.caches))
+        before = (*(cache.num_tokens for cache in self.caches), *fillers)
         return tuple(old + new for old, new in zip(before, self.sequence_lengths, strict=True))
 
 

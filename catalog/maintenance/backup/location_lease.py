@@ -1,9 +1,9 @@
 """Ensures that only one backup at a time writes to a location, by a lease object.
 
 A backup creates the object only if none exists, and renews it while it runs. A killed backup leaves the object behind:
-it expires LEASE_SECONDS after its last renewal by the location's clock, and the next backup takes over. Two backups
-that take over at the same moment may both believe that they hold the lease. `check` detects that, before anything is
-finished or deleted.
+it expires BACKUP_LEASE_SECONDS after its last renewal by the location's clock, and the next backup takes over. Two
+backups that take over at the same moment may both believe that they hold the lease. `check` detects that, before
+anything is finished or deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from catalog.errors import Conflict, OutOfSpace, Unavailable
 from catalog.storage.object_storage import NoSuchObject, Objects
 
 KEY = "lease.json"
-LEASE_SECONDS = 600.0
+BACKUP_LEASE_SECONDS = 600.0
 RENEW_SECONDS = 60.0
 log = logging.getLogger("lorry.catalog")
 
@@ -46,7 +46,7 @@ class LocationLease:
             with suppress(NoSuchObject):
                 self.objects.delete(KEY)
             if not self.objects.create(KEY, self._content):
-                raise self._running(expires_in=LEASE_SECONDS)
+                raise self._running(expires_in=BACKUP_LEASE_SECONDS)
         self._renewing.start()
         return self
 
@@ -66,7 +66,7 @@ class LocationLease:
             holder = self._holder()
             raise Conflict(
                 f"Another backup{holder} took over {self._location}, because this backup did not renew its "
-                f"lease for {LEASE_SECONDS:.0f} s. {outcome}",
+                f"lease for {BACKUP_LEASE_SECONDS:.0f} s. {outcome}",
                 code="backup_lease_lost",
                 remedy=f"Wait until the other backup has finished, then {then}.",
             )
@@ -74,8 +74,8 @@ class LocationLease:
     def _refuse_if_held(self) -> None:
         with suppress(NoSuchObject):  # the other backup has finished in the meantime
             age = self.objects.now() - self.objects.head(KEY).written_at
-            if age < LEASE_SECONDS:
-                raise self._running(expires_in=LEASE_SECONDS - age)
+            if age < BACKUP_LEASE_SECONDS:
+                raise self._running(expires_in=BACKUP_LEASE_SECONDS - age)
 
     def _running(self, *, expires_in: float) -> Conflict:
         holder, seconds = self._holder(), math.ceil(expires_in)

@@ -27,7 +27,7 @@ def test_batch_is_lost_after_a_suspension_if_its_lease_is_not_renewed(
     def renew(*_: object) -> Directive:
         renewals.append(run.is_lost)
         if len(renewals) == 2:
-            suspension.add(execution.LEASE_SECONDS + 1)
+            suspension.add(execution.BATCH_LEASE_SECONDS + 1)
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
 
     monkeypatch.setattr(execution, "renew", renew)

@@ -36,7 +36,7 @@ def test_valid_lease_needs_no_renewal() -> None:
 
 
 def test_expired_lease_is_renewed_before_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "LEASE_SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "ENDPOINT_LEASE_SECONDS", 0.0)
 
     async def act() -> None:
         lease = HeldLease(Renewals(True, False))
@@ -52,7 +52,7 @@ def test_lease_that_expired_during_a_suspension_is_renewed_before_a_change(suspe
     async def act() -> None:
         lease = HeldLease(Renewals(True, False))
         await lease.check()
-        suspension.add(keeping.LEASE_SECONDS)
+        suspension.add(keeping.ENDPOINT_LEASE_SECONDS)
         with pytest.raises(LeaseLost):
             await lease.check()
 
@@ -83,7 +83,7 @@ def test_thread_finds_an_expired_or_released_lease_lost(suspension: Suspension) 
             lease.check_now()
         await lease.check()
         lease.check_now()
-        suspension.add(keeping.LEASE_SECONDS)
+        suspension.add(keeping.ENDPOINT_LEASE_SECONDS)
         with pytest.raises(LeaseLost):
             lease.check_now()
         await lease.check()

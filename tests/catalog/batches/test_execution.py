@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from catalog.batches import commands, execution
-from catalog.batches.execution import LEASE_SECONDS, BatchClaim
+from catalog.batches.execution import BATCH_LEASE_SECONDS, BatchClaim
 from catalog.db.database import Database
 from catalog.errors import Conflict, InvalidRequest, QuotaExceeded, StaleClaim
 from catalog.inference import claims, requests
@@ -86,9 +86,9 @@ def test_claimed_batch_is_not_claimed_again_until_its_lease_expires(world: World
     first = claim(world)
     assert execution.claim(world.db) is None
     assert not execution.is_any_waiting(world.db)
-    world.clock.advance(LEASE_SECONDS - 1)
+    world.clock.advance(BATCH_LEASE_SECONDS - 1)
     execution.renew(world.db, first)
-    world.clock.advance(LEASE_SECONDS - 1)
+    world.clock.advance(BATCH_LEASE_SECONDS - 1)
     assert execution.claim(world.db) is None
 
     world.clock.advance(2)
@@ -149,7 +149,7 @@ def create_of_another_project(world: World) -> str:
 def test_late_process_writes_nothing_and_its_requests_are_deleted(world: World) -> None:
     late = begun(world)
     assert submit(world, late)
-    world.clock.advance(LEASE_SECONDS + 1)
+    world.clock.advance(BATCH_LEASE_SECONDS + 1)
     claim(world)
 
     assert num_rows(world.db, InferenceRequest) == 0

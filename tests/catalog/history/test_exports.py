@@ -80,7 +80,7 @@ def test_next_worker_resumes_the_run_of_a_dead_worker(world: World) -> None:
     (first,) = claim(world)
     tracker_exports.record(world.db, first, tracker_exports.poll(world.db, first), run_id="r")
 
-    world.clock.advance(tracker_exports.LEASE_SECONDS + 1)
+    world.clock.advance(tracker_exports.TRACKER_LEASE_SECONDS + 1)
     (second,) = claim(world)
     late = tracker_exports.record(world.db, first, tracker_exports.poll(world.db, first), run_id="r")
 
@@ -95,7 +95,7 @@ def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> No
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
 
     _, follows = tracker_exports.record(world.db, export, tracker_exports.poll(world.db, export), run_id="r")
-    world.clock.advance(10 * tracker_exports.LEASE_SECONDS)
+    world.clock.advance(10 * tracker_exports.TRACKER_LEASE_SECONDS)
     asleep = claim(world)
     commands.resume(world.db, **world.of(job.id))
     world.claim()
@@ -121,7 +121,7 @@ def test_end_is_exported_after_the_last_point_with_final_metrics(world: World) -
     assert (last.end["status"], last.end["adapter"]) == ("succeeded", adapter.name)
     assert last.end["numbers"] == {"final.trained_tokens": 5}
     assert done is Follows.DONE
-    world.clock.advance(10 * tracker_exports.LEASE_SECONDS)
+    world.clock.advance(10 * tracker_exports.TRACKER_LEASE_SECONDS)
     assert claim(world) == []
 
 

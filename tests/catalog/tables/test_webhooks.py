@@ -154,7 +154,7 @@ def test_message_of_a_dead_sender_is_sent_again_with_the_same_id(hooks: Hooks, w
     (first,) = hooks.claim()
     meanwhile = hooks.claim()
 
-    world.clock.advance(delivery_queue.LEASE_SECONDS)
+    world.clock.advance(delivery_queue.DELIVERY_LEASE_SECONDS)
     (second,) = hooks.claim()
     delivery_queue.record(world.db, first, BAD)  # the first sender was only late
     delivery_queue.record(world.db, second, OK)
@@ -208,7 +208,7 @@ def test_in_flight_failing_endpoint_does_not_block_others(hooks: Hooks, world: W
     delivery_queue.record(world.db, held[0], BAD)
     other, _ = hooks.more()
     hooks.end_job()
-    world.clock.advance(delivery_queue.LEASE_SECONDS)
+    world.clock.advance(delivery_queue.DELIVERY_LEASE_SECONDS)
 
     (claimed,) = delivery_queue.claim(world.db, pepper=PEPPER, limit=1, in_flight=held[1:])
 

@@ -13,7 +13,7 @@ from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.forward import continuous_batch
 from lora_core.forward.continuous_batch import ContinuousBatch, NewToken, Prompt
 from lora_core.forward.sampling import Sampling
-from lora_core.packing import packed_batch
+from lora_core.packing import kv_cache
 from lora_core.runtime import cpu_lanes
 from lora_core.runtime.cpu_lanes import Lanes
 from tests.lora_core.forward.test_generation import PROMPTS, greedy, spy_on_passes
@@ -122,8 +122,8 @@ def test_prompt_that_leaves_changes_no_other_answer(engine, expected):
 
 @pytest.mark.parametrize(("cache_tokens", "prompt_tokens"), [(1, 1), (60, 4096), (120, 20), (4096, 1)])
 def test_answers_do_not_depend_on_the_size_of_the_cache(engine, expected, monkeypatch, cache_tokens, prompt_tokens):
-    for module in (packed_batch, continuous_batch):
-        monkeypatch.setattr(module, "KEPT_TOKENS", 4)
+    for module in (kv_cache, continuous_batch):
+        monkeypatch.setattr(module, "GROWTH_TOKENS", 4)
     passes = spy_on_passes(monkeypatch)
     batch = batch_on(engine, cache_tokens=cache_tokens, prompt_tokens=prompt_tokens)
     for prompt in prompts_of(engine):
@@ -134,8 +134,8 @@ def test_answers_do_not_depend_on_the_size_of_the_cache(engine, expected, monkey
 
 
 def test_answer_that_restarts_reports_each_token_once(engine, expected, monkeypatch):
-    for module in (packed_batch, continuous_batch):
-        monkeypatch.setattr(module, "KEPT_TOKENS", 4)
+    for module in (kv_cache, continuous_batch):
+        monkeypatch.setattr(module, "GROWTH_TOKENS", 4)
     passes = spy_on_passes(monkeypatch)
     first, second = prompts_of(engine)[10:]
     batch = batch_on(engine, cache_tokens=len(first.ids) + len(second.ids) + 10)
@@ -221,8 +221,8 @@ def test_out_of_memory_for_one_prompt_removes_it_and_the_others_continue(engine,
 
 
 def test_cache_grows_in_steps_and_up_to_the_longest_possible_answer(engine, monkeypatch):
-    monkeypatch.setattr(packed_batch, "KEPT_TOKENS", 16)
-    kept = packed_batch.KeptKeys(max_tokens=40)
+    monkeypatch.setattr(kv_cache, "GROWTH_TOKENS", 16)
+    kept = kv_cache.SequenceCache(max_tokens=40)
     keys, values = torch.randn(2, 40, 8), torch.randn(2, 40, 8)
     sizes = []
     for token in range(40):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lora_core.adapter.flat_adapter import MagnitudeViews, SiteViews
-from lora_core.layers.attention.growing import attend_last, attend_newest
+from lora_core.layers.attention.with_kv_cache import attend_last, attend_newest
 from lora_core.layers.lora_linear import Piece, PlainWeight, add_lora
-from lora_core.packing.packed_batch import KeptKeys
+from lora_core.packing.kv_cache import SequenceCache
 
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
@@ -23,11 +23,11 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
 
 def filled(
     key_heads: int, sizes: tuple[int, int], dtype: torch.dtype, *, stored: torch.dtype | None = None
-) -> list[KeptKeys]:
+) -> list[SequenceCache]:
     """Return caches of LENGTHS tokens with numbers of `dtype`, in the dtype `stored`."""
     caches = []
     for number, length in enumerate(LENGTHS):
-        kept = KeptKeys(max_tokens=64)
+        kept = SequenceCache(max_tokens=64)
         kept.extended(
             random(key_heads, length, sizes[0], seed=number, dtype=dtype).to(stored or dtype),
             random(key_heads, length, sizes[1], seed=10 + number, dtype=dtype).to(stored or dtype),

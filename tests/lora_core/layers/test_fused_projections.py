@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter, JointViews, SiteViews
-from lora_core.adapter.gradients import with_own_gradient
+from lora_core.adapter.slice_gradients import with_own_gradient
 from lora_core.base_model import patching
 from lora_core.config import LoraConfig
 from lora_core.engine.engine import Engine

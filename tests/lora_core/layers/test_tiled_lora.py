@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
-from lora_core.adapter.gradients import with_own_gradient
+from lora_core.adapter.slice_gradients import with_own_gradient
 from lora_core.config import LoraConfig
 from lora_core.kernels.gpu.tables import ENTRY, TileClass
 from lora_core.layers.tiled_lora import SegmentedLora, SiteShare

@@ -26,7 +26,7 @@ from catalog.maintenance import garbage_collection
 from catalog.maintenance.backup import database_dump, location
 from catalog.maintenance.backup.commands import create, restore, verify
 from catalog.maintenance.backup.location import BackupPlace, BackupRecord, open_place
-from catalog.maintenance.backup.location_lease import LEASE_SECONDS
+from catalog.maintenance.backup.location_lease import BACKUP_LEASE_SECONDS
 from catalog.queue import claiming
 from catalog.registry import adapters
 from catalog.settings import Settings
@@ -243,7 +243,7 @@ def test_lease_of_a_killed_backup_expires_by_the_clock_of_the_location(service: 
     with pytest.raises(Conflict):
         service.backup()
 
-    expired_at = time.time() - LEASE_SECONDS - 1
+    expired_at = time.time() - BACKUP_LEASE_SECONDS - 1
     os.utime(path, (expired_at, expired_at))
 
     assert service.backup().problems == []

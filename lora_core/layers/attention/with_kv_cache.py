@@ -13,14 +13,14 @@ from torch import Tensor
 from lora_core.kernels import generation
 from lora_core.kernels.numba_jit import array_of, runs_on
 from lora_core.layers.attention.dense_cpu import UNLIMITED
-from lora_core.packing.packed_batch import KeptKeys
+from lora_core.packing.kv_cache import SequenceCache
 
 
 def attend_newest(
     q_HnE: Tensor,
     k_KnE: Tensor,
     v_KnE: Tensor,
-    kept: Sequence[KeptKeys],
+    caches: Sequence[SequenceCache],
     *,
     scale: float,
     window: int | None,
@@ -32,11 +32,11 @@ def attend_newest(
         parts = [heads.split(1, dim=1) for heads in (q_HnE, k_KnE, v_KnE)]
         outputs = [
             attend_last(q_H1E, *own.extended(k_K1E, v_K1E), **options)
-            for q_H1E, k_K1E, v_K1E, own in zip(*parts, kept, strict=True)
+            for q_H1E, k_K1E, v_K1E, own in zip(*parts, caches, strict=True)
         ]
         return torch.cat(outputs, dim=1).transpose(0, 1)
-    caches_n4 = np.empty((len(kept), 4), np.uint64)
-    for row, own in enumerate(kept):
+    caches_n4 = np.empty((len(caches), 4), np.uint64)
+    for row, own in enumerate(caches):
         keys, values = own.reserved(k_KnE[:, :1], v_KnE[:, :1])
         caches_n4[row] = keys.data_ptr(), values.data_ptr(), keys.shape[1], own.num_tokens + 1
     out_nHE = q_HnE.new_empty(q_HnE.shape[1], len(q_HnE), v_KnE.shape[2])

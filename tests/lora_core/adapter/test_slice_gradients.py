@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
-from lora_core.adapter.gradients import SliceGradients
+from lora_core.adapter.slice_gradients import SliceGradients
 from lora_core.config import LoraConfig
 from lora_core.engine.engine import Engine
 from lora_core.engine.fair_queue import ReadySlice, widen
