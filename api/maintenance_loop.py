@@ -1,5 +1,5 @@
-"""Background tasks of the API server: expire leases, advance sweeps, seal and anchor the audit log, wake workers, and
-delete objects that nothing references."""
+"""Background tasks of the API server: expire leases and inference requests, report missed deadlines, advance sweeps,
+seal and anchor the audit log, wake workers, and delete objects that nothing references."""
 
 from __future__ import annotations
 

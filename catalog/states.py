@@ -26,7 +26,7 @@ class JobState(StrEnum):
     """State of a job. For a running job, cancel and pause are flags until its worker has applied them."""
 
     VALIDATING_FILES = "validating_files"
-    """Accepted; a worker tokenizes its files. Enters: create. Leaves: prepared, failed, cancelled, paused."""
+    """Accepted; a worker tokenizes its files. Enters: create, resume. Leaves: prepared, refused, cancel, pause."""
     QUEUED = "queued"
     """Ready to train and waiting for a trainer. A retry is `queued` with `run_after` in the future."""
     RUNNING = "running"
@@ -49,7 +49,10 @@ CLAIMED_STATES = frozenset({JobState.VALIDATING_FILES, JobState.RUNNING})
 
 
 class Verb(StrEnum):
-    """Actions that change a job's state. Users call the first four; workers and recovery call the others."""
+    """Actions that change a job's state. Users call the first four, and workers and recovery call the others.
+
+    A resumed job whose files are already prepared is `prepared` in the same request.
+    """
 
     CREATE = "create"
     CANCEL = "cancel"

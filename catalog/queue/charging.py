@@ -21,13 +21,12 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, add_if_missing, read_clock
 from catalog.fleet import views
-from catalog.fleet.workers import SILENT_SECONDS
 from catalog.lifecycle import candidates
 from catalog.resources.sharding import reported_group
 from catalog.scheduling import ordering
 from catalog.scheduling.snapshot import Policy, Share, WorkerService
 from catalog.states import JobState, PriorityClass
-from catalog.tables.fleet import Worker, has_gpu, quantizations_on
+from catalog.tables.fleet import SILENT_SECONDS, Worker, has_gpu, quantizations_on
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json

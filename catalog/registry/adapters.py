@@ -115,10 +115,9 @@ def delete(
     """Delete an adapter of the project, or the model of a checkpoint.
 
     Its exports are deleted with it. An adapter is only hidden: its row stays for the lineage of adapters that continue
-    it. Raises NotFound, also for a
-    model that another project shares with this one. Raises Conflict while an unfinished job continues the adapter,
-    because each attempt reads its files. is_client_retry: the client repeats a request without a reply, so a deleted
-    adapter is returned. param: for errors.
+    it. Raises NotFound, also for a model that another project shares with this one. Raises Conflict while an unfinished
+    job continues the adapter, because each attempt reads its files. is_client_retry: the client repeats a request
+    without a reply, so a deleted adapter is returned. param: for errors.
     """
     with db.write() as session:
         if checkpoints.is_named(name):
