@@ -28,9 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     os.umask(0o077)  # only this user can read the database, the pepper, the store and backups
     logs.configure(arguments.log_level)
-    settings = Settings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
     try:
-        return arguments.run(arguments, settings)
+        return arguments.run(arguments, Settings())
     except LorryError as error:
         print(error.sentence(), file=sys.stderr)  # noqa: T201
         return 1

@@ -5,15 +5,13 @@ from __future__ import annotations
 from ipaddress import IPv4Network, IPv6Network
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from catalog.settings import EnvironmentSettings
 from catalog.webhooks.url_policy import Rules, networks_of
 
 
-class ApiSettings(BaseSettings):
+class ApiSettings(EnvironmentSettings):
     """Settings from environment variables LORRY_…, read once at start."""
-
-    model_config = SettingsConfigDict(env_prefix="LORRY_", extra="ignore", frozen=True)
 
     allowed_hosts: str = Field(
         default="", description="Host names, separated by commas, under which clients may address the API server."

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from catalog.errors import LorryError
 
 HALF_LIFE_SECONDS = 86_400.0
 PROMOTE_AFTER_SECONDS = 3_600.0
@@ -19,10 +21,37 @@ HUB_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]*/[A-Za-z0-9*][A-Za-z0-9._
 """ORG/NAME, where `*` stands for any characters."""
 
 
-class Settings(BaseSettings):
-    """Settings of API servers and workers. The defaults suit one machine; clusters set a database, broker and store."""
+class InvalidSettings(LorryError):
+    """A setting has an invalid value. The message names the settings, but no value, because it may be a secret."""
+
+
+class EnvironmentSettings(BaseSettings):
+    """Reads its fields from variables LORRY_…. Raises InvalidSettings."""
 
     model_config = SettingsConfigDict(env_prefix="LORRY_", extra="ignore", frozen=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = [
+                _finding(each["loc"], each["msg"]) for each in error.errors(include_input=False, include_url=False)
+            ]
+        else:
+            return
+        raise InvalidSettings(
+            " ".join(found), code="invalid_settings", remedy="Correct these environment variables, and start again."
+        )
+
+
+def _finding(path: tuple[int | str, ...], message: str) -> str:
+    """Return a sentence about the field at `path`, or about several fields if it is empty."""
+    text = message.removeprefix("Value error, ").rstrip(".") + "."
+    return f"LORRY_{str(path[0]).upper()} is invalid. {text}" if path else text
+
+
+class Settings(EnvironmentSettings):
+    """Settings of API servers and workers. The defaults suit one machine; clusters set a database, broker and store."""
 
     data_dir: Path = Field(
         default=Path.home() / ".lorry", description="Folder for the database, the store and the caches."
@@ -54,7 +83,9 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         default=LEASE_SECONDS, gt=1, description="How long a claim stays valid without a heartbeat."
     )
-    heartbeat_seconds: float = Field(default=10, gt=0, description="Interval between heartbeats of a worker.")
+    heartbeat_seconds: float = Field(
+        default=10, gt=0, le=20, description="Interval between heartbeats of a worker: at most a third of a lease."
+    )
     poll_seconds: float = Field(
         default=1,
         gt=0,
@@ -166,6 +197,16 @@ class Settings(BaseSettings):
             if not HUB_PATTERN.fullmatch(pattern):
                 raise ValueError(f"{pattern!r} is not a repository. Write ORG/NAME or ORG/*, separated by commas.")
         return text
+
+    @model_validator(mode="after")
+    def _keeps_its_leases(self) -> Self:
+        if self.heartbeat_seconds > self.lease_seconds / 3:
+            raise ValueError(
+                f"LORRY_HEARTBEAT_SECONDS is {self.heartbeat_seconds:g}, more than a third of LORRY_LEASE_SECONDS "
+                f"({self.lease_seconds:g}), so workers would give up their jobs between two heartbeats. "
+                f"Set LORRY_HEARTBEAT_SECONDS to at most {self.lease_seconds / 3:g}, or a longer lease."
+            )
+        return self
 
     def resolved_database_url(self) -> str:
         """The database URL in plain text. It may contain a password: never log it or put it in a message."""

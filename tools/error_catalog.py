@@ -66,6 +66,7 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
         "Send a multipart/form-data request: with the fields 'purpose' and 'file' for a file, or with the field 'data' "
         "for a part of an upload.",
     ),
+    "invalid_settings": ("LORRY_LEASE_SECONDS is invalid. Input should be greater than 1.", ""),
     "invalid_value": ("", "Correct the field that the message names, or the related fields that all trials share."),
     "job_not_waiting": (
         "",

@@ -1,10 +1,14 @@
-"""Settings that may hold a password do not show it when settings are printed, logged or dumped."""
+"""Settings hide passwords when they are printed, logged or dumped, and name the variables that are invalid."""
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
-from catalog.settings import Settings
+from api.__main__ import main
+from api.settings import ApiSettings
+from catalog.settings import InvalidSettings, Settings
 
 URLS = {
     "database_url": "postgresql+psycopg://lorry:hunter22hunter22@database/lorry",
@@ -44,3 +48,48 @@ def test_default_database_is_a_file_and_there_is_no_broker(value: str | None, mo
 
     assert settings.resolved_database_url().startswith("sqlite:///")
     assert settings.resolved_redis_url() is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"LEASE_SECONDS": "6"}, "LORRY_HEARTBEAT_SECONDS is 10, more than a third of LORRY_LEASE_SECONDS (6), so "),
+        ({"HEARTBEAT_SECONDS": "25", "LEASE_SECONDS": "600"}, "LORRY_HEARTBEAT_SECONDS is invalid. Input should be "),
+        ({"LEASE_SECONDS": "hunter22"}, "LORRY_LEASE_SECONDS is invalid. Input should be a valid number, unable to "),
+        ({"GANG_SIZE": "2", "GANG_MIN_SIZE": "3"}, "LORRY_GANG_MIN_SIZE is invalid. LORRY_GANG_SIZE is 2: no trainer "),
+        ({"MAX_ROWS": "x", "IDLE_SECONDS": "-1"}, "LORRY_MAX_ROWS is invalid. "),
+        ({"MAX_ROWS": "x", "IDLE_SECONDS": "-1"}, "LORRY_IDLE_SECONDS is invalid. "),
+    ],
+)
+def test_invalid_settings_are_named_without_their_values(
+    given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**given, "DATABASE_URL": URLS["database_url"]}.items():
+        monkeypatch.setenv(f"LORRY_{name}", value)
+
+    with pytest.raises(InvalidSettings) as caught:
+        Settings()
+
+    assert message in caught.value.message
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "hunter22" not in shown
+
+
+def test_api_server_with_an_invalid_setting_prints_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORRY_LEASE_SECONDS", "soon")
+
+    assert main(["bootstrap"]) == 1
+
+    assert capsys.readouterr().err == (
+        "LORRY_LEASE_SECONDS is invalid. Input should be a valid number, unable to parse string as a number. "
+        "Correct these environment variables, and start again.\n"
+    )
+
+
+def test_settings_of_the_api_server_are_checked_in_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORRY_SHUTDOWN_SECONDS", "-1")
+
+    with pytest.raises(InvalidSettings, match=r"LORRY_SHUTDOWN_SECONDS is invalid\. Input should be greater than"):
+        ApiSettings()

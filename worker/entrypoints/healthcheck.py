@@ -11,12 +11,16 @@ import sys
 from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.fleet import views
-from catalog.settings import Settings
+from catalog.settings import InvalidSettings, Settings
 
 
 def main() -> int:
     """Return 0 if a worker on this host is alive, else 1. Prints the workers' states on stderr."""
-    db = Database(Settings().resolved_database_url())
+    try:
+        db = Database(Settings().resolved_database_url())
+    except InvalidSettings as error:
+        sys.stderr.write(error.sentence() + "\n")
+        return 1
     try:
         states = [view.state for view in views.workers(db) if view.worker.host == socket.gethostname()]
     except LorryError as error:

@@ -21,7 +21,7 @@ from types import FrameType
 from catalog import logs, tracing, variables
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.process_inspection import deny_inspection
-from catalog.settings import Settings
+from catalog.settings import InvalidSettings, Settings
 from worker.context.context import UNFIT, WorkerContext, open_worker
 from worker.node import devices
 from worker.supervisor import supervise
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stack.callback(tracing.stop)
         try:
             context = _opened(stack, device)
-        except UnfitWorker as error:
+        except (InvalidSettings, UnfitWorker) as error:
             log.error("%s", error.sentence())
             return UNFIT
         shut_down_on_signal(context.shutdown)

@@ -20,7 +20,7 @@ from itertools import combinations
 
 from catalog import logs
 from catalog.process_inspection import deny_inspection
-from catalog.settings import Settings
+from catalog.settings import InvalidSettings, Settings
 from lorry.local.child import Child
 from lorry.local.supervisor import TICK_SECONDS, Process, ProcessSupervisor
 from worker.node import devices
@@ -90,7 +90,10 @@ def _log_exit(worker: Process, status: int, wait: float | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure("info")
     deny_inspection()
-    settings = Settings()
+    try:
+        settings = Settings()
+    except InvalidSettings as error:
+        raise SystemExit(error.sentence()) from error
     groups = choose(_named_groups(arguments, os.environ))
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     supervisor = NodeSupervisor([_worker(group, device, settings) for group, device in groups.items()])

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from api.middleware.client_address import resolve
 from api.settings import ApiSettings
-from catalog.settings import Settings
+from catalog.settings import InvalidSettings, Settings
 from tests.catalog.world import World
 
 PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
@@ -64,7 +64,7 @@ def test_connection_without_address_resolves_to_none() -> None:
 
 @pytest.mark.parametrize("text", ["10.0.0.1/8", "proxy.example", "10.0.0.0/8;10.1.0.0/16"])
 def test_invalid_trusted_proxies_setting_is_rejected(text: str) -> None:
-    with pytest.raises(ValueError, match="trusted_proxies"):
+    with pytest.raises(InvalidSettings, match="LORRY_TRUSTED_PROXIES is invalid"):
         ApiSettings(trusted_proxies=text)
 
 

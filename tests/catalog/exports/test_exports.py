@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from catalog.caller import Caller
 from catalog.db import lease
@@ -25,7 +24,7 @@ from catalog.exports.claims import MAX_ATTEMPTS, ExportResult
 from catalog.maintenance import garbage_collection
 from catalog.queue import pending
 from catalog.registry import adapters, base_models, permissions
-from catalog.settings import Settings
+from catalog.settings import InvalidSettings, Settings
 from catalog.storage import quota
 from catalog.tables.exports import AdapterExport
 from catalog.tables.storage import Adapter
@@ -389,7 +388,7 @@ def test_setting_lists_repositories(text: str, repository: str, is_allowed: bool
 
 @pytest.mark.parametrize("text", ["org", "*", "org/x/y", "org/[a-z]", "org/x;other/y", "../x"])
 def test_setting_with_an_invalid_repository_is_rejected(text: str) -> None:
-    with pytest.raises(ValidationError, match="is not a repository"):
+    with pytest.raises(InvalidSettings, match="is not a repository"):
         Settings(hub_repositories=text)
 
 

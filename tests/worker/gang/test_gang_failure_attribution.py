@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from catalog.fleet import cordons, gangs
 from catalog.fleet.gangs import GangMember
 from catalog.history import queries
-from catalog.settings import Settings
+from catalog.settings import InvalidSettings, Settings
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Gang
 from catalog.tables.history import Attempt
@@ -296,7 +295,7 @@ def test_the_gang_size_cannot_be_below_the_minimum(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LORRY_GANG_SIZE", "2")
     monkeypatch.setenv("LORRY_GANG_MIN_SIZE", "3")
 
-    with pytest.raises(ValidationError, match="Set at most 2"):
+    with pytest.raises(InvalidSettings, match="Set at most 2"):
         Settings()
 
 
