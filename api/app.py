@@ -20,9 +20,9 @@ from api.maintenance_loop import (
     PERIODIC_TASKS,
     keep_anchored,
     keep_clean,
-    keep_maintained,
     keep_running,
     keep_sweeps,
+    run_periodic_tasks,
 )
 from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
@@ -119,7 +119,7 @@ def create_app(
     further_hosts: Iterable[str] = (),
 ) -> FastAPI:
     """Create the app over a migrated database. `bound_host` is the address that the server will listen on."""
-    own = api_settings or ApiSettings()  # pyright: ignore[reportCallIssue]  (fields come from the environment)
+    own = api_settings or ApiSettings()
     services = open_services(settings, own)
     app = Api(
         title="Lorry",
@@ -223,7 +223,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     file_upload.remove_stale(services.settings.data_dir / "spool")
     runs = (
         services.feed.run,
-        partial(keep_maintained, services),
+        partial(run_periodic_tasks, services),
         partial(keep_sweeps, services),
         partial(keep_anchored, services),
         partial(keep_clean, services),

@@ -1,5 +1,5 @@
-"""Background tasks of the API server: expire leases and inference requests, report missed deadlines, advance sweeps,
-seal and anchor the audit log, wake workers, and delete objects that nothing references."""
+"""Background tasks of the API server: expire leases and inference requests, report deadlines that will be missed,
+advance sweeps, seal and anchor the audit log, wake workers, and delete objects that nothing references."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def keep_running(
         await sleep(RESTART_SECONDS)
 
 
-async def keep_maintained(services: Services) -> None:
+async def run_periodic_tasks(services: Services) -> None:
     """Run the periodic work four times per lease duration. At longer intervals, recovery would assume an outage."""
     while True:
         await asyncio.sleep(services.settings.lease_seconds / 4)

@@ -1,4 +1,4 @@
-"""Operator settings from the environment (LORRY_…): one class, read once at start."""
+"""Operator settings from the environment (LORRY_…), read once at start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUB_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]*/[A-Za-z0-9*][A-Za-z0-9._
 
 
 class InvalidSettings(LorryError):
-    """A setting has an invalid value. The message names the settings, but no value, because it may be a secret."""
+    """A setting has an invalid value. The message names the setting, and contains no secret."""
 
 
 class EnvironmentSettings(BaseSettings):
@@ -84,7 +84,10 @@ class Settings(EnvironmentSettings):
         default=LEASE_SECONDS, gt=1, description="How long a claim stays valid without a heartbeat."
     )
     heartbeat_seconds: float = Field(
-        default=10, gt=0, le=20, description="Interval between heartbeats of a worker: at most a third of a lease."
+        default=10,
+        gt=0,
+        le=20,  # a third of SILENT_SECONDS (catalog/tables/fleet.py), after which a worker is shown as lost
+        description="Interval between heartbeats of a worker: at most a third of a lease.",
     )
     poll_seconds: float = Field(
         default=1,
@@ -203,7 +206,7 @@ class Settings(EnvironmentSettings):
         if self.heartbeat_seconds > self.lease_seconds / 3:
             raise ValueError(
                 f"LORRY_HEARTBEAT_SECONDS is {self.heartbeat_seconds:g}, more than a third of LORRY_LEASE_SECONDS "
-                f"({self.lease_seconds:g}), so workers would give up their jobs between two heartbeats. "
+                f"({self.lease_seconds:g}), so a few failed heartbeats would cost a worker its jobs. "
                 f"Set LORRY_HEARTBEAT_SECONDS to at most {self.lease_seconds / 3:g}, or a longer lease."
             )
         return self

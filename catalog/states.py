@@ -30,7 +30,7 @@ class JobState(StrEnum):
     QUEUED = "queued"
     """Ready to train and waiting for a trainer. A retry is `queued` with `run_after` in the future."""
     RUNNING = "running"
-    """Held by one claim. Leaves: verbs of that claim, or recovery after its lease has expired."""
+    """Held by one claim. Leaves: verbs of that claim, or recovery after its lease or its worker has ended."""
     PAUSED = "paused"
     """Stopped by a user, with its last checkpoint kept. Leaves: resume, cancel."""
     SUCCEEDED = "succeeded"

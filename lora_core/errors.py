@@ -88,9 +88,9 @@ Part = Literal["adapter", "start", "data", "snapshot"]
 class OutOfMemory(LoraCoreError):
     """Part of `job` does not fit in memory.
 
-    `part` is "data" (the token files), "start" (the PiSSA or OLoRA decomposition), "snapshot" (the copy on the host
-    from which a checkpoint is written) or "adapter". With "adapter", `num_tokens` is the size of a single slice
-    (micro-batch) that does not fit. 0 stands for the adapter's weights and optimizer state.
+    `part` is "data" (the token files), "start" (the initialization, such as a decomposition), "snapshot" (the copy on
+    the host from which a checkpoint is written) or "adapter". With "adapter", `num_tokens` is the size of a single
+    slice (micro-batch) that does not fit. 0 stands for the adapter's weights and optimizer state.
     """
 
     code = "out_of_memory"
@@ -100,8 +100,8 @@ class OutOfMemory(LoraCoreError):
             sentence = f"Job {job!r} is out of memory: its training data does not fit in the worker's free memory."
             remedy = "Use smaller files, lower max_length, or use a worker with more memory."
         elif part == "start":
-            sentence = f"Job {job!r} is out of memory: its PiSSA or OLoRA decomposition does not fit on the device."
-            remedy = "Set init_lora_weights to 'pissa_niter_4' or 'default', or use a larger device."
+            sentence = f"Job {job!r} is out of memory: its initialization does not fit on the device."
+            remedy = "Lower the rank, or use a larger device. With PiSSA or OLoRA, use 'pissa_niter_4' or 'default'."
         elif part == "snapshot":
             sentence = f"Job {job!r} is out of memory: the copy for its checkpoint does not fit in the worker's memory."
             remedy = "Lower the rank, target fewer modules, or use a worker with more memory."

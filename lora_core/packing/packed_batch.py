@@ -218,7 +218,7 @@ class PackedBatch:
     )
     passage: BlockRange | None = None
     plans: dict[int, Any] = field(default_factory=dict)  # of layers/tiled_lora.py, by the identity of `segments`
-    caches: tuple[SequenceCache, ...] = ()  # of each sequence in generation (forward/generation.py): tokens are new
+    caches: tuple[SequenceCache, ...] = ()  # in generation (forward/continuous_batch.py): the pack has only new tokens
 
     @property
     def whole_lengths(self) -> tuple[int, ...]:

@@ -290,3 +290,13 @@ def test_data_directory_readable_by_others_is_reported(tmp_path: Path, mode: int
     assert ("Other users of this machine can read" in done.stderr) is warns
     assert (f"chmod -R go-rwx {tmp_path}" in done.stderr) is warns
     assert json.loads(done.stdout)["created"] is True
+
+
+def test_command_with_an_invalid_setting_prints_one_sentence(tmp_path: Path) -> None:
+    failed = run(tmp_path, "bootstrap", check=False, LORRY_LEASE_SECONDS="soon")
+
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == (
+        "LORRY_LEASE_SECONDS is invalid. Input should be a valid number, unable to parse string as a number. "
+        "Correct these environment variables, and start again.\n"
+    )

@@ -42,7 +42,7 @@ class FakeTrainer:
                     return message
             yield
 
-    def send_heartbeat(self, lived_at: float | None = None) -> None:
+    def send_heartbeat(self, began_at: float | None = None) -> None:
         pass
 
     def begin(self, settings: dict[str, Any]) -> None:

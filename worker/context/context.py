@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager, suppress
@@ -23,7 +24,7 @@ from catalog.queue.notifier import FileNotifier
 from catalog.resources import sharding
 from catalog.resources.sharding import DeviceGroup, Wanted
 from catalog.scheduling.snapshot import Policy
-from catalog.settings import Settings
+from catalog.settings import InvalidSettings, Settings
 from catalog.storage.store import ArtifactStore, open_store
 from catalog.tables.table import Json
 from worker.context.claim_spans import ClaimSpans
@@ -37,7 +38,16 @@ from worker.trackers.exporter import exporting
 from worker.trackers.session import available
 
 UNFIT = 78
-"""Exit status of a worker whose version is incompatible with the service (EX_CONFIG)."""
+"""Exit status of a worker with invalid settings, or whose version is incompatible with the service (EX_CONFIG)."""
+
+
+def settings_or_exit() -> Settings:
+    """Return the settings. If one is invalid, print the error and exit with UNFIT."""
+    try:
+        return Settings()
+    except InvalidSettings as error:
+        sys.stderr.write(error.sentence() + "\n")
+        sys.exit(UNFIT)
 
 
 @dataclass(kw_only=True, slots=True)

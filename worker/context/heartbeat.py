@@ -2,7 +2,8 @@
 
 A claim that was not renewed for two thirds of its lease is given up: its trainer is killed before the lease expires,
 and the claim is reported as stale to its holder. A frozen worker can't do this. Its trainer then exits a lease after
-the last heartbeat (confined_child.py), and the database refuses what it writes under an expired claim (fencing.py).
+the last heartbeat (confined_child.py). Once recovery has ended its claim, the database refuses the worker's writes
+(fencing.py).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Heartbeat:
     def guard(self, *, on_beat: Callable[[float], None] | None, on_lost: Callable[[], None] | None) -> None:
         """Call `on_beat` after each successful heartbeat, and `on_lost` when claims are given up.
 
-        `on_beat` receives the `boot_seconds` at which the heartbeat began: its leases last at least a lease from then.
+        `on_beat` receives the `boot_seconds` at which the heartbeat began. The renewed leases last at least
+        `lease_seconds` from then.
         """
         self._on_beat, self._on_lost = on_beat, on_lost
         self.lost.clear()

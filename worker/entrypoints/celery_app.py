@@ -34,9 +34,8 @@ from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.fleet import compatibility
 from catalog.process_inspection import deny_inspection
 from catalog.queue.notifier import QUEUE, TRANSPORT_OPTIONS
-from catalog.settings import Settings
 from lorry.local.parent_watch import die_with_parent
-from worker.context.context import UNFIT, WorkerContext, open_worker
+from worker.context.context import UNFIT, WorkerContext, open_worker, settings_or_exit
 from worker.entrypoints.celery_polling import QueuePoller
 from worker.node import devices
 from worker.supervisor import supervise
@@ -48,7 +47,9 @@ BROKER_OF_NOBODY = "memory://"
 """The broker if none is set: the module can be imported, and a worker only polls."""
 
 app = Celery(
-    "lorry", broker=Settings().resolved_redis_url() or BROKER_OF_NOBODY, include=["worker.entrypoints.celery_tasks"]
+    "lorry",
+    broker=settings_or_exit().resolved_redis_url() or BROKER_OF_NOBODY,
+    include=["worker.entrypoints.celery_tasks"],
 )
 app.conf.update(
     # Acknowledged on receipt: with late acknowledgement, a Redis restart ended the worker, and a task longer
@@ -89,7 +90,7 @@ def context() -> WorkerContext:
                 opening.callback(tracing.stop)
                 device = devices.choose_device(os.environ.get("LORRY_DEVICE", "auto"))
                 devices.pin_to(device)
-                opened = opening.enter_context(open_worker(Settings(), device=device))
+                opened = opening.enter_context(open_worker(settings_or_exit(), device=device))
                 opened.is_shutdown_requested = _shutdown.is_set
                 opened.heartbeat.on_drain = _terminate_main
                 _open.enter_context(opening.pop_all())
@@ -128,10 +129,10 @@ def _refuse_unfit(**_: Any) -> None:
     deny_inspection()
     for warning in variables.unknown(os.environ):
         log.warning("%s", warning)
-    if Settings().gang is not None:
+    if settings_or_exit().gang is not None:
         log.error("A worker of a gang must poll, because no message announces a round. Start it with `lorry worker`.")
         sys.exit(UNFIT)
-    with closing(Database(Settings().resolved_database_url())) as db, suppress(Unavailable):
+    with closing(Database(settings_or_exit().resolved_database_url())) as db, suppress(Unavailable):
         try:
             compatibility.check(db)
         except UnfitWorker as error:

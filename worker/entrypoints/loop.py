@@ -21,8 +21,7 @@ from types import FrameType
 from catalog import logs, tracing, variables
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.process_inspection import deny_inspection
-from catalog.settings import InvalidSettings, Settings
-from worker.context.context import UNFIT, WorkerContext, open_worker
+from worker.context.context import UNFIT, WorkerContext, open_worker, settings_or_exit
 from worker.node import devices
 from worker.supervisor import supervise
 
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stack.callback(tracing.stop)
         try:
             context = _opened(stack, device)
-        except (InvalidSettings, UnfitWorker) as error:
+        except UnfitWorker as error:
             log.error("%s", error.sentence())
             return UNFIT
         shut_down_on_signal(context.shutdown)
@@ -60,7 +59,7 @@ def _opened(stack: ExitStack, device: devices.Device) -> WorkerContext:
     reported = ""
     while True:
         try:
-            return stack.enter_context(open_worker(Settings(), device=device))
+            return stack.enter_context(open_worker(settings_or_exit(), device=device))
         except Unavailable as error:
             if error.message != reported:
                 reported = error.message

@@ -20,9 +20,10 @@ from itertools import combinations
 
 from catalog import logs
 from catalog.process_inspection import deny_inspection
-from catalog.settings import InvalidSettings, Settings
+from catalog.settings import Settings
 from lorry.local.child import Child
 from lorry.local.supervisor import TICK_SECONDS, Process, ProcessSupervisor
+from worker.context.context import settings_or_exit
 from worker.node import devices
 from worker.node.devices import Device
 
@@ -90,10 +91,7 @@ def _log_exit(worker: Process, status: int, wait: float | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure("info")
     deny_inspection()
-    try:
-        settings = Settings()
-    except InvalidSettings as error:
-        raise SystemExit(error.sentence()) from error
+    settings = settings_or_exit()
     groups = choose(_named_groups(arguments, os.environ))
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     supervisor = NodeSupervisor([_worker(group, device, settings) for group, device in groups.items()])

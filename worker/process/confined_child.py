@@ -23,7 +23,7 @@ from worker.process.sandbox import REFUSAL, REFUSED, Sandbox, apply
 
 OPTION = "--tethered="
 SIGN = struct.Struct("=d")
-"""A heartbeat: the `boot_seconds` at which the parent sent it. Writing so few bytes to a pipe is atomic."""
+"""A heartbeat: the `boot_seconds` at which it began in the parent. Writing so few bytes to a pipe is atomic."""
 PIPE_BYTES = 2**16
 
 
@@ -75,26 +75,26 @@ def _watch_end(descriptor: int) -> None:
     os._exit(LOST_PARENT)
 
 
-def _watch(descriptor: int, silence_seconds: float, sent_at: float) -> None:
+def _watch(descriptor: int, silence_seconds: float, began_at: float) -> None:
     """Exit this process when the worker has sent no heartbeat for `silence_seconds`, the length of a lease.
 
-    The time at which a heartbeat was sent counts, not the time at which it is read. After a suspension the pipe holds
+    The time at which a heartbeat began counts, not the time at which it is read. After a suspension the pipe holds
     old heartbeats. This thread may also run late although the worker lives, for example while another thread holds
     the GIL. Both processes read the machine's clock. Too long a gap between two heartbeats also exits the process,
     because the lease expired during the gap.
     """
     while True:
-        select.select([descriptor], [], [], max(0.0, sent_at + silence_seconds - boot_seconds()))
+        select.select([descriptor], [], [], max(0.0, began_at + silence_seconds - boot_seconds()))
         now = boot_seconds()  # before the pipe is read, so that no heartbeat that arrived by then is missed
         readable, _, _ = select.select([descriptor], [], [], 0)
         signs = os.read(descriptor, PIPE_BYTES) if readable else None
         if signs == b"":
             os._exit(LOST_PARENT)
         for (sign,) in SIGN.iter_unpack(signs or b""):
-            if sign - sent_at > silence_seconds:
+            if sign - began_at > silence_seconds:
                 os._exit(LOST_PARENT)
-            sent_at = sign
-        if now - sent_at > silence_seconds:
+            began_at = sign
+        if now - began_at > silence_seconds:
             os._exit(LOST_PARENT)
 
 

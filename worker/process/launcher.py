@@ -131,11 +131,11 @@ class TrainerProcess:
         self.started_at = time.monotonic()
         self.oom_kills_before = cgroup.oom_kills()
 
-    def send_heartbeat(self, lived_at: float | None = None) -> None:
-        """Show the trainer that its worker lived at `lived_at`, a value of `boot_seconds`, or now. Never blocks."""
+    def send_heartbeat(self, began_at: float | None = None) -> None:
+        """Send the trainer the `boot_seconds` at which its worker's heartbeat began, by default now. Never blocks."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
-            os.write(self._process.stdin.fileno(), SIGN.pack(boot_seconds() if lived_at is None else lived_at))
+            os.write(self._process.stdin.fileno(), SIGN.pack(boot_seconds() if began_at is None else began_at))
 
     def wait(self, seconds: float) -> bool:
         """Wait until it exits, for at most `seconds`. Returns whether it has exited."""

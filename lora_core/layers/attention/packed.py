@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from lora_core.errors import UnsupportedModel
+from lora_core.layers.attention.cached import attend_newest
 from lora_core.layers.attention.dense_cpu import UNLIMITED, Visibility, attend_by_matrices, serves
 from lora_core.layers.attention.flash import attend_together, fits
 from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips
 from lora_core.layers.attention.tiled_gpu import attend_in_tiles, takes
-from lora_core.layers.attention.with_kv_cache import attend_newest
 from lora_core.packing.packed_batch import PackedBatch, current_kernels, current_pack
 
 NAME = "lora_core_packed"
@@ -67,7 +67,7 @@ def packed_attention(
         outputs = [attend(q, k, v, **options) for q, k, v in zip(query, key, value, strict=True)]
         return torch.stack(outputs).transpose(1, 2), None
     if pack.caches:
-        return _attend_growing(query[0], key[0], value[0], pack, **options), None
+        return _attend_with_cache(query[0], key[0], value[0], pack, **options), None
     if current_kernels().attention == "varlen" and fits(query, value, softcap):
         return attend_together(query, key, value, pack, scale=scale, causal=causal, window=sliding_window), None
     if takes(query, key, value, current_kernels().tiled_head_size):
@@ -84,20 +84,20 @@ def packed_attention(
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
 
-def _attend_growing(
+def _attend_with_cache(
     query: Tensor, key: Tensor, value: Tensor, pack: PackedBatch, *, causal: bool, **options: Any
 ) -> Tensor:
     """Return [1, T, H, E] in generation: within each sequence that has no cached keys yet, and for the newest token of
     the others."""
     lengths = list(pack.sequence_lengths)
-    is_growing = [cache is not None and cache.num_tokens > 0 for cache, _ in zip_longest(pack.caches, lengths)]
+    is_cached = [cache is not None and cache.num_tokens > 0 for cache, _ in zip_longest(pack.caches, lengths)]
     heads = (query, key, value)
     output_THE = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
     start, newest = 0, []
-    for length, cache, grows in zip_longest(lengths, pack.caches, is_growing):
+    for length, cache, has_keys in zip_longest(lengths, pack.caches, is_cached):
         rows = slice(start, start + length)
         start += length
-        if grows:
+        if has_keys:
             newest.append(rows.start)
             continue
         q, k, v = (part[:, rows] for part in heads)
@@ -106,9 +106,9 @@ def _attend_growing(
         output_THE[rows] = attend(q, k, v, causal=causal, **options).transpose(0, 1)
     if newest:
         rows_n = torch.tensor(newest, device=query.device)
-        grown = [cache for cache, grows in zip(pack.caches, is_growing, strict=False) if grows]
+        caches = [cache for cache, has_keys in zip(pack.caches, is_cached, strict=False) if has_keys]
         q, k, v = (part[:, rows_n] for part in heads)
-        output_THE[rows_n] = attend_newest(q, k, v, grown, **options)
+        output_THE[rows_n] = attend_newest(q, k, v, caches, **options)
     return output_THE[None]
 
 

@@ -128,7 +128,7 @@ def test_out_of_memory_in_an_initialization_fails_only_that_job(
         admit(training, "slow", beginning("pissa"))
         ticked(training, "slow")
 
-    with pytest.raises(OutOfMemory, match="Job 'slow' is out of memory: its PiSSA or OLoRA decomposition") as caught:
+    with pytest.raises(OutOfMemory, match="Job 'slow' is out of memory: its initialization does not fit") as caught:
         join()
 
     assert caught.value.job == "slow"

@@ -12,8 +12,8 @@ from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.events import JobEvaluated
 from lora_core.forward import continuous_batch
 from lora_core.forward.generation import Prompts
+from lora_core.layers.attention.cached import attend_last
 from lora_core.layers.attention.packed import attend
-from lora_core.layers.attention.with_kv_cache import attend_last
 from tests.lora_core.scenarios import VOCAB, admit, rename, run_alone, state_bytes, submissions
 from tests.lora_core.test_families import FAMILIES, save
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_core.adapter.flat_adapter import MagnitudeViews, SiteViews
-from lora_core.layers.attention.with_kv_cache import attend_last, attend_newest
+from lora_core.layers.attention.cached import attend_last, attend_newest
 from lora_core.layers.lora_linear import Piece, PlainWeight, add_lora
 from lora_core.packing.kv_cache import SequenceCache
 

@@ -29,7 +29,7 @@ class FakeProcess:
         self.returncode: int | None = None
         self.num_heartbeats = 0
 
-    def send_heartbeat(self, lived_at: float | None = None) -> None:
+    def send_heartbeat(self, began_at: float | None = None) -> None:
         self.num_heartbeats += 1
 
     def close(self) -> None:
