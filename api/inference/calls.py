@@ -20,8 +20,7 @@ from catalog.tables.table import Json
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 MAX_TEXT_CHOICES = 64
-"""Maximum number of answers to all prompts of a request together. A line of a worker has a token of each, with its
-log-probabilities, and must not exceed replies.MAX_LINE_BYTES."""
+"""Maximum number of answers to all prompts of a request together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +32,11 @@ class CompletionCall:
     num_choices: int
     form: Callable[[Model], ChatFormat | TextFormat]
     """Returns the format of a new answer of this model."""
+
+
+def prompt_parameter(parameters: Json) -> str:
+    """Return the parameter of the request in which the client sent the prompt."""
+    return "messages" if "messages" in parameters else "prompt"
 
 
 def chat_call(body: ChatCompletionRequest) -> CompletionCall:
@@ -57,15 +61,16 @@ def chat_call(body: ChatCompletionRequest) -> CompletionCall:
         return ChatFormat(head, tools=names, with_logprobs=bool(body.logprobs))
 
     parameters = _parameters(body, prompt, max_tokens=limit, num_logprobs=num_logprobs)
-    return CompletionCall(parameters=parameters, num_choices=body.n, form=form)
+    return CompletionCall(parameters=parameters, num_choices=body.n or 1, form=form)
 
 
 def text_call(body: CompletionRequest) -> CompletionCall:
     """Raises InvalidRequest."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    if body.n * len(prompts) > MAX_TEXT_CHOICES:
+    num_choices = (body.n or 1) * len(prompts)
+    if num_choices > MAX_TEXT_CHOICES:
         raise InvalidRequest(
-            f"The request asks for {body.n * len(prompts)} answers: n is {body.n}, and there are {len(prompts)} "
+            f"The request asks for {num_choices} answers: n is {body.n or 1}, and there are {len(prompts)} "
             f"prompts. The maximum is {MAX_TEXT_CHOICES}.",
             code="too_many_answers",
             remedy="Reduce n, or send fewer prompts in one request.",
@@ -78,7 +83,7 @@ def text_call(body: CompletionRequest) -> CompletionCall:
         return TextFormat(head, with_logprobs=body.logprobs is not None)
 
     parameters = _parameters(body, {"prompts": prompts}, max_tokens=limit, num_logprobs=body.logprobs)
-    return CompletionCall(parameters=parameters, num_choices=body.n * len(prompts), form=form)
+    return CompletionCall(parameters=parameters, num_choices=num_choices, form=form)
 
 
 def _messages(body: ChatCompletionRequest) -> list[Any]:
@@ -108,11 +113,11 @@ def _parameters(
         **prompt,
         "model": body.model,
         "max_tokens": max_tokens,
-        "n": body.n,
+        "n": body.n or 1,
         "stop": stops,
         "seed": secrets.randbelow(2**62) if body.seed is None else body.seed,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "num_logprobs": num_logprobs,

@@ -38,9 +38,13 @@ class SamplingRequest(Strict):
     """The parameters that both endpoints have."""
 
     model: ModelName
-    temperature: float = Field(default=1.0, ge=0, le=2, description="0 selects the most likely token.")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Probability of the tokens that are sampled from.")
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES, description="Number of answers.")
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Default: 1. 0 selects the most likely token."
+    )
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="Probability of the tokens that are sampled from. Default: 1."
+    )
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Number of answers. Default: 1.")
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = Field(
         default=None, description="Texts that end an answer. They are not part of it."
     )

@@ -12,8 +12,8 @@ ROLES_REMEDY = f"Use one of these roles: {', '.join(ROLES)}."
 CALLS = ("tool_calls", "function_call")
 """`function_call` and the role `function` are OpenAI's deprecated format."""
 MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id", *CALLS})
-EMPTY_IF_NULL = frozenset({"audio", "refusal", *CALLS})
-"""Keys that are ignored with the value null, as in a response that was saved completely."""
+NOT_KEPT = frozenset({"annotations", "audio", "refusal", *CALLS})
+"""Keys that are ignored without a value, as in a response that was saved completely."""
 MESSAGE_FORM = '{"role": "user", "content": "..."}'
 CHAT_FORM = f'[{MESSAGE_FORM}, {{"role": "assistant", "content": "..."}}]'
 TEXT_PART = '{"type": "text", "text": "..."}'
@@ -72,8 +72,8 @@ def _check_message(place: str, message: Any) -> None:
         reason = f"{place} is {kind_of(message)}, not an object"
         raise BadRow("message_not_object", reason, f"Use an object for each message, such as {MESSAGE_FORM}.")
     fields = cast(dict[str, Any], message)
-    for key in EMPTY_IF_NULL & fields.keys():
-        if fields[key] is None:
+    for key in NOT_KEPT & fields.keys():
+        if fields[key] is None or (key == "annotations" and fields[key] == []):
             del fields[key]
     if not fields.keys() <= MESSAGE_KEYS:
         _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
@@ -147,7 +147,7 @@ def _check_part(position: str, part: dict[str, Any]) -> None:
 
 
 def _refuse_key(place: str, key: str) -> None:
-    if key in EMPTY_IF_NULL:
+    if key in NOT_KEPT:
         remedy = "Remove this key, or use null: only text and tool calls are supported."
         raise BadRow("content_unsupported", f"{place}.{key} is not supported", remedy)
     allowed = ", ".join(sorted(MESSAGE_KEYS))

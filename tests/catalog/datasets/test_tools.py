@@ -88,7 +88,14 @@ def test_openais_deprecated_functions_are_read_as_tools() -> None:
 
 
 def test_message_saved_from_a_response_is_accepted_with_its_null_fields() -> None:
-    saved = {"role": "assistant", "content": None, "refusal": None, "audio": None, "function_call": None}
+    saved = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "audio": None,
+        "function_call": None,
+        "annotations": [],
+    }
 
     chat = check_chat(parsed({"messages": [USER, {**saved, "tool_calls": [CALL]}, RESULT, ANSWER]}))
 
