@@ -117,7 +117,7 @@ class ContinuousBatch:
         self._base = base
         self._lanes = lanes
         self._is_exact = is_exact
-        self._cache_tokens = cache_tokens
+        self._cache_tokens = self._max_cache_tokens = cache_tokens
         self._prompt_tokens = prompt_tokens
         self._bounds = bounds_in(base.model)
         self._waiting: list[_Answer] = []
@@ -175,8 +175,9 @@ class ContinuousBatch:
                 num_tokens -= self._restart_newest().cache_tokens
             num_tokens += first.cache_tokens
             num_prompt_tokens += first.num_tokens
-            is_too_much = num_tokens > self._cache_tokens or num_prompt_tokens > self._prompt_tokens
-            if is_too_much and (self._growing or num_prompt_tokens > first.num_tokens):
+            is_first_prompt = num_prompt_tokens == first.num_tokens
+            exceeds_cache = num_tokens > self._cache_tokens and (self._growing or not is_first_prompt)
+            if exceeds_cache or (num_prompt_tokens > self._prompt_tokens and not is_first_prompt):
                 break
             self._growing.append(self._waiting.pop(0))
 
@@ -202,6 +203,7 @@ class ContinuousBatch:
         if len(self._growing) == 1:
             (answer,) = self._growing
             self._growing = []
+            self._cache_tokens = self._max_cache_tokens  # the limit was lowered because of this answer
             raise OutOfMemory(answer.prompt.name, num_tokens=answer.num_tokens) from error
         self._cache_tokens = sum(answer.cache_tokens for answer in self._growing) // 2
         for answer in self._growing:

@@ -218,6 +218,20 @@ def test_out_of_memory_for_one_prompt_removes_it_and_the_others_continue(engine,
 
     assert failed == ["10", "11"]
     assert found == {name: answer for name, answer in expected.items() if name not in failed}
+    assert batch._cache_tokens == 4096, "the limit that the failed prompts caused is gone"
+
+
+def test_long_prompt_does_not_wait_until_other_answers_are_complete(engine, expected):
+    short, long = prompts_of(engine)[0], max(prompts_of(engine), key=lambda prompt: len(prompt.ids))
+    batch, found = batch_on(engine, prompt_tokens=len(long.ids) - 1), {}
+    for prompt in (short, long):
+        batch.add(prompt)
+        for new in batch.advance():
+            found.setdefault(new.name, []).append(new)
+
+    assert len(found[long.name]) == 1
+    drained(batch, found)
+    assert found == {prompt.name: expected[prompt.name] for prompt in (short, long)}
 
 
 def test_cache_grows_in_steps_and_up_to_the_longest_possible_answer(engine, monkeypatch):
