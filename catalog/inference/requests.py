@@ -17,14 +17,12 @@ from catalog.inference.availability import plain_keys
 from catalog.registry import adapters, base_models
 from catalog.resources.pack_key import pack_key
 from catalog.tables.fleet import Worker
-from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
+from catalog.tables.inference import MAX_CLAIMS, MAX_SECONDS, InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json, new_id
 from catalog.usage import ledger, quotas
 
-MAX_SECONDS = 600.0
-"""How long a request may wait for a worker. OpenAI's clients wait as long for a response."""
 RESTART_SECONDS = 120.0
 """Requests are accepted for this time after the last worker was seen."""
 MAX_OPEN = 1000
@@ -175,6 +173,8 @@ def release(db: Database, request_id: str, claim_id: str) -> bool:
         if row is None or row.id != request_id:
             return True
         lease.release(row)
+        if row.batch_id is None:
+            row.expires_at = max(row.expires_at, read_clock(session) + MAX_SECONDS)  # it waits for a worker again
         return row.num_claims < MAX_CLAIMS
 
 

@@ -9,6 +9,8 @@ from catalog.tables.table import Json, Leased, Table
 
 MAX_CLAIMS = 3
 """Workers that may fail to answer a request before it fails: it may be the cause."""
+MAX_SECONDS = 600.0
+"""How long a request may wait for a worker. OpenAI's clients wait as long for a response."""
 
 
 class InferenceRequest(Leased, Table):
@@ -31,7 +33,7 @@ class InferenceRequest(Leased, Table):
     body: Mapped[Json]
     """The parameters, with all defaults."""
     reply_to: Mapped[str]
-    """HOST:PORT on which the API process receives the answer."""
+    """TOKEN@HOST:PORT, where the API process receives the answer."""
     batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"))
     """The batch that it belongs to. Requests of batches have a lower priority. None: a client waits for the answer."""
     num_claims: Mapped[int] = mapped_column(default=0)

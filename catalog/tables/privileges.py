@@ -98,7 +98,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "gangs": EVERYTHING,
     "idempotency_keys": NONE,
     # Without the request itself and the address to which the answer is sent.
-    "inference_requests": Rights(select=True, update=("num_claims", *LEASE)),
+    "inference_requests": Rights(select=True, update=("num_claims", "expires_at", *LEASE)),
     "job_exports": Rights(
         select=True,
         update=("run_id", "train_step", "valid_step", "next_at", "num_failures", "error", "finished_at", *LEASE),

@@ -54,6 +54,8 @@ class Heartbeat:
         self.lost = threading.Event()
         """Set when claims were given up, until `guard` is called again."""
         self.status: dict[str, Any] = {"resident_base": None, "trainer_id": None, "report": {}}
+        self.renewals: list[Callable[[], None]] = []
+        """Called after each successful heartbeat, to renew leases of other kinds."""
         self.on_every_beat: Callable[[], None] = lambda: None
         """Called at each heartbeat, even if the database does not answer: for processes without a claim."""
         self.device_use: Callable[[], dict[str, float] | None] = lambda: None
@@ -120,6 +122,8 @@ class Heartbeat:
             self._note(claims.heartbeat(self._db, **self._renewal(held)), began)
         if self._on_beat is not None:
             self._on_beat(began)
+        for renew in tuple(self.renewals):
+            renew()
 
     def _status(self) -> dict[str, Any]:
         use = self.device_use()

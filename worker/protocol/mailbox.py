@@ -16,7 +16,7 @@ but neither `finished` nor an event after which the job has left.
     drain                   -
     unload                  -
     answer                  AnswerBody
-    stop_answering          request_id: str
+    stop_answering          claim_id: str
 
     From the trainer        Body, in addition to type: str and seconds: float (the trainer's monotonic clock)
     ready                   pid: int, device: str, processor: str, dtype: str, quantization: str, invariance: str,
@@ -42,11 +42,11 @@ but neither `finished` nor an event after which the job has left.
     checkpoint_unexported   claim_id: str, step: int, error: error
     paused                  claim_id: str, step: int, adapter: str | None, num_parameters?: int
     cancelled               claim_id: str
-    answering               request_id: str, prompt_tokens: int
-    generated               request_id: str, deltas: list[delta], completion_tokens: int (so far); a delta has index,
+    answering               claim_id: str, prompt_tokens: int
+    generated               claim_id: str, deltas: list[delta], completion_tokens: int (so far); a delta has index,
                             text, logprobs? and finish?
-    answered                request_id: str, completion_tokens: int
-    unanswered              request_id: str, error: error
+    answered                claim_id: str, completion_tokens: int
+    unanswered              claim_id: str, error: error
     diverged                claim_id: str, step: int, good_step: int | None, message: str
     finished                claim_id: str, step: int, kept_step: int, stopped_early: str | None
     exported                claim_id: str, step: int, kept_step: int, stopped_early: str | None, folder: str,
@@ -123,7 +123,7 @@ class AnswerBody(TypedDict):
     has the seed `seed` + i.
     """
 
-    request_id: str
+    claim_id: str
     model: str
     adapter: StagedAdapter | None
     messages: NotRequired[list[ChatMessage]]

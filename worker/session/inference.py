@@ -4,11 +4,13 @@ to the API processes that wait."""
 from __future__ import annotations
 
 import logging
+import queue
 import shutil
 import time
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
-from catalog.clock import boot_seconds
 from catalog.errors import LorryError
 from catalog.inference import claims
 from catalog.inference.claims import InferenceClaim
@@ -37,54 +39,62 @@ class InferenceSession:
         self._pack_key = pack_key
         self._connections = ReplyConnections()
         self._open: dict[str, InferenceClaim] = {}
+        """By the ids of the claims."""
         self._unsent: list[InferenceClaim] = []
         """Claimed, but not yet given to the trainer."""
-        self._restarting: set[str] = set()
-        """Requests that were claimed again: events of the earlier claim are ignored."""
+        self._stale: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Claims that are no longer valid."""
         self._staged: OrderedDict[str, str] = OrderedDict()
-        self._polled_at, self._renewed_at = time.monotonic(), boot_seconds()
+        self._polled_at = time.monotonic()
         self._is_closing = False
         self.last_answer_at = -1.0
         """When the trainer last had a request, by the monotonic clock."""
+        context.heartbeat.renewals.append(self.renew)
 
     @property
     def is_idle(self) -> bool:
         return not self._open
 
-    def claim(self, *, limit: int = MAX_OPEN) -> None:
+    def claim(self) -> None:
         """Claim requests that wait for this trainer's base model. Raises Unavailable."""
-        if self._is_closing or len(self._open) >= limit:
+        if self._is_closing or len(self._open) >= MAX_OPEN:
             return
         found = claims.claim(
             self._context.db,
             worker_id=self._context.worker_id,
             pack_key=self._pack_key,
-            limit=limit - len(self._open),
+            limit=MAX_OPEN - len(self._open),
             batch_limit=MAX_BATCH_OPEN - sum(claimed.is_batch for claimed in self._open.values()),
             lease_seconds=self._context.settings.lease_seconds,
         )
-        for claimed in found:
-            if claimed.request_id in self._open:  # its lease had expired
-                self._unsent = [other for other in self._unsent if other.request_id != claimed.request_id]
-                self._restarting.add(claimed.request_id)
-            self._open[claimed.request_id] = claimed
-            self._unsent.append(claimed)
+        again = {claimed.request_id for claimed in found}  # if the lease of an open claim had expired
+        for claimed in self._open.values():
+            if claimed.request_id in again:
+                self._stale.put(claimed.claim_id)
+        self._open |= {claimed.claim_id: claimed for claimed in found}
+        self._unsent += found
+
+    def renew(self) -> None:
+        """Extend the leases. The heartbeat's thread calls it, so that slow work here, such as storing a checkpoint,
+        costs no lease. Raises Unavailable."""
+        lease_seconds = self._context.settings.lease_seconds
+        for claim_id in claims.renew(self._context.db, list(self._open), lease_seconds=lease_seconds):
+            self._stale.put(claim_id)
 
     def advance(self, directory: TrainerDirectory, inbox: InboxWriter, *, is_ready: bool, was_notified: bool) -> None:
-        """Renew leases, and stop abandoned requests. If the trainer is ready, claim new ones and give them to it.
+        """Stop abandoned requests. If the trainer is ready, claim new ones and give them to it.
 
         Raises Unavailable and OutOfSpace.
         """
         now = time.monotonic()
-        self._stop(self._connections.stopped(), inbox)
-        self._drop(self._connections.failed(), inbox)
-        began = boot_seconds()
-        if began - self._renewed_at >= self._context.settings.lease_seconds / 4:
-            self._renew(inbox)
-            self._renewed_at = began
+        abandoned, unreachable = self._connections.stopped(), self._connections.failed()
+        self._stop((each for each in self._open.values() if each.request_id in abandoned), inbox)
+        self._stop((each for each in self._open.values() if each.reply_to in unreachable), inbox)
         if is_ready and (was_notified or now - self._polled_at >= POLL_SECONDS):
             self._polled_at = now
             self.claim()
+        stale = set(self._now_stale())
+        self._stop((each for each in self._open.values() if each.claim_id in stale), inbox)
         if self._open:
             self.last_answer_at = now
         while self._unsent and is_ready:
@@ -93,19 +103,17 @@ class InferenceSession:
 
     def receive(self, event: Json) -> None:
         """Send an event of the trainer to the API process that waits for it."""
-        claimed = self._open.get(event["request_id"])
-        if event["type"] in ("answering", "unanswered"):
-            self._restarting.discard(event["request_id"])
-        if claimed is None or claimed.request_id in self._restarting:
+        claimed = self._open.get(event["claim_id"])
+        if claimed is None:
             return
         self._send(claimed, event)
         if event["type"] in ("answered", "unanswered"):
-            del self._open[claimed.request_id]
+            del self._open[claimed.claim_id]
 
     def fail_all(self, error: Json) -> None:
         """Answer all requests with an error: the base model can't be loaded."""
         for claimed in list(self._open.values()):
-            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": error})
+            self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": error})
         self._unsent.clear()
 
     def stop_claiming(self) -> None:
@@ -117,25 +125,25 @@ class InferenceSession:
 
         A request that MAX_CLAIMS workers could not answer fails.
         """
+        with suppress(ValueError):  # it was already released
+            self._context.heartbeat.renewals.remove(self.renew)
         is_failure = not (self._is_closing or self._context.draining)
         for claimed in [claimed for claimed in self._open.values() if claimed.is_last and is_failure]:
-            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": claims.FAILED})
+            self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": claims.FAILED})
         self._release(list(self._open.values()), counts=is_failure)
         self._open.clear()
         self._unsent.clear()
         self._connections.close()
 
     def _hand_over(self, claimed: InferenceClaim, directory: TrainerDirectory, inbox: InboxWriter) -> None:
-        if claimed.request_id not in self._open:
-            return
         try:
             adapter = self._stage(claimed.adapter, directory)
         except DamagedArtifact as error:
             body = {"code": error.code, "message": error.message, "remedy": error.remedy}
-            self.receive({"type": "unanswered", "request_id": claimed.request_id, "error": body})
+            self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": body})
             return
         body = {**claimed.body, "is_batch": True} if claimed.is_batch else claimed.body
-        inbox.send("answer", request_id=claimed.request_id, adapter=adapter, **body)
+        inbox.send("answer", claim_id=claimed.claim_id, adapter=adapter, **body)
 
     def _stage(self, digest: str | None, directory: TrainerDirectory) -> StagedAdapter | None:
         """Copy an adapter to the trainer's directory, unless it is there. Raises DamagedArtifact, OutOfSpace,
@@ -155,25 +163,24 @@ class InferenceSession:
         self._staged.move_to_end(digest)
         return {"digest": digest, "folder": self._staged[digest]}
 
-    def _renew(self, inbox: InboxWriter) -> None:
-        held = {claimed.claim_id: ident for ident, claimed in self._open.items()}
-        stale = claims.renew(self._context.db, held, lease_seconds=self._context.settings.lease_seconds)
-        self._stop({held[claim_id] for claim_id in stale}, inbox)
+    def _now_stale(self) -> Iterator[str]:
+        with suppress(queue.Empty):
+            while True:
+                yield self._stale.get_nowait()
 
-    def _stop(self, request_ids: set[str], inbox: InboxWriter) -> None:
-        """Stop answering requests that were answered elsewhere, or abandoned by their client."""
-        for request_id in request_ids & self._open.keys():
-            del self._open[request_id]
-            inbox.send("stop_answering", request_id=request_id)
+    def _stop(self, claimed: Iterable[InferenceClaim], inbox: InboxWriter) -> None:
+        """Stop answering requests that were answered elsewhere, that their client has abandoned, or whose API process
+        can't be reached.
 
-    def _drop(self, addresses: set[str], inbox: InboxWriter) -> None:
-        """Stop answering the requests of API processes that no longer receive answers.
-
-        An API process that still runs releases them when it loses the connection. Otherwise their leases expire. An API
-        process deletes them after MAX_CLAIMS.
+        An API process that still runs releases its requests when it loses the connection. Otherwise their leases
+        expire. It deletes them after MAX_CLAIMS.
         """
-        dropped = [claimed for claimed in self._open.values() if claimed.reply_to in addresses]
-        self._stop({claimed.request_id for claimed in dropped}, inbox)
+        for each in list(claimed):
+            del self._open[each.claim_id]
+            if each in self._unsent:
+                self._unsent.remove(each)
+            else:
+                inbox.send("stop_answering", claim_id=each.claim_id)
 
     def _release(self, claimed: list[InferenceClaim], *, counts: bool) -> None:
         try:
@@ -182,5 +189,5 @@ class InferenceSession:
             log.warning("Inference requests were not released: %s", error)
 
     def _send(self, claimed: InferenceClaim, event: Json) -> None:
-        sent = {name: value for name, value in event.items() if name not in ("request_id", "seconds")}
+        sent = {name: value for name, value in event.items() if name not in ("claim_id", "seconds")}
         self._connections.send(claimed.reply_to, request_id=claimed.request_id, claim_id=claimed.claim_id, event=sent)

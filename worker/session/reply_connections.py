@@ -86,8 +86,7 @@ class _Connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._read, args=(connection.dup(),), name="stops", daemon=True).start()
                 try:
-                    if self._token:  # an API server of an earlier version has none
-                        connection.sendall(self._token.encode() + b"\n")
+                    connection.sendall(self._token.encode() + b"\n")
                     while (line := self._queue.get()) is not None and not self.has_failed:
                         connection.sendall(line)
                         self._count(-len(line))

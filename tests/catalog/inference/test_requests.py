@@ -262,6 +262,26 @@ def test_old_request_is_neither_claimed_nor_kept(world: World) -> None:
     assert "its base model" in requests.why_unanswered(world.db, row.id).message
 
 
+@pytest.mark.parametrize("by", ["worker", "api"])
+def test_released_request_waits_anew_for_another_worker(world: World, by: str) -> None:
+    """Its client still reads the answer, which the first worker may have sent for longer than MAX_SECONDS."""
+    row = submit(world)
+    (first,) = claim(world)
+    for _ in range(3):
+        world.clock.advance(MAX_SECONDS / 2)
+        assert claims.renew(world.db, [first.claim_id], lease_seconds=MAX_SECONDS) == set()
+
+    if by == "worker":
+        claims.release(world.db, [first.claim_id])
+    else:
+        requests.release(world.db, row.id, first.claim_id)
+
+    assert requests.remove_expired(world.db) == 0
+    world.clock.advance(MAX_SECONDS - 1)
+    world.worker("w2")
+    assert [other.request_id for other in claim(world, worker_id="w2")] == [row.id]
+
+
 def test_base_model_is_loaded_for_the_oldest_request_that_no_trainer_can_answer(world: World) -> None:
     world.base("other")
     assert claims.unloaded(world.db, worker_id="w1") == []

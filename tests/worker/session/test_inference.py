@@ -95,6 +95,14 @@ def submit(site: PackSite, api: ApiProcess, *, adapter: str | None = None) -> In
     return row
 
 
+def claim_of(site: PackSite, row: InferenceRequest) -> str:
+    """Return the id of the claim that holds the request."""
+    with site.db.read() as session:
+        claim_id = session.get_one(InferenceRequest, row.id).claim_id
+    assert claim_id is not None
+    return claim_id
+
+
 def received(session: TrainerSession) -> list[tuple[str, dict[str, Any]]]:
     """Return the new messages for the trainer."""
     return [(message.verb, message.body) for message in InboxReader(session.directory).take()]
@@ -112,11 +120,11 @@ def test_request_is_handed_over_and_its_answer_sent(site: PackSite, session: Tra
     ((verb, body),) = answer(session)
 
     assert verb == "answer"
-    assert body == {"request_id": row.id, "adapter": None, "messages": [], "model": "smol"}
+    assert body == {"claim_id": claim_of(site, row), "adapter": None, "messages": [], "model": "smol"}
     assert not session.inference.is_idle
-    emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
-    emit(session, {"type": "generated", "request_id": row.id, "deltas": [{"index": 0, "text": "a"}]})
-    emit(session, {"type": "answered", "request_id": row.id, "completion_tokens": 1})
+    emit(session, {"type": "answering", "claim_id": claim_of(site, row), "prompt_tokens": 3})
+    emit(session, {"type": "generated", "claim_id": claim_of(site, row), "deltas": [{"index": 0, "text": "a"}]})
+    emit(session, {"type": "answered", "claim_id": claim_of(site, row), "completion_tokens": 1})
     session.read_events()
     wait_until(lambda: len(api.lines) == 3)
     assert api.types() == ["answering", "generated", "answered"]
@@ -156,7 +164,7 @@ def test_adapters_that_are_not_used_any_more_are_deleted(
     _, *others = [submit(site, api, adapter=digest) for digest in digests[:3]]
     answer(session)
     for row in others:
-        emit(session, {"type": "answered", "request_id": row.id, "completion_tokens": 1})
+        emit(session, {"type": "answered", "claim_id": claim_of(site, row), "completion_tokens": 1})
     session.read_events()
 
     submit(site, api, adapter=digests[3])
@@ -172,7 +180,7 @@ def test_damaged_adapter_fails_its_request_only(site: PackSite, session: Trainer
 
     messages = answer(session)
 
-    assert [body["request_id"] for _, body in messages] == [healthy.id]
+    assert [body["claim_id"] for _, body in messages] == [claim_of(site, healthy)]
     wait_until(lambda: api.lines)
     assert (api.lines[0]["request_id"], api.types()) == (broken.id, ["unanswered"])
 
@@ -180,7 +188,7 @@ def test_damaged_adapter_fails_its_request_only(site: PackSite, session: Trainer
 def test_request_that_its_client_abandoned_is_stopped(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
     row = submit(site, api)
     answer(session)
-    emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
+    emit(session, {"type": "answering", "claim_id": claim_of(site, row), "prompt_tokens": 3})
     session.read_events()
     wait_until(lambda: api.lines)
     api.stop(row.id)
@@ -188,7 +196,7 @@ def test_request_that_its_client_abandoned_is_stopped(site: PackSite, session: T
     found: list[tuple[str, dict[str, Any]]] = []
     wait_until(lambda: found.extend(answer(session)) or found)
 
-    assert found == [("stop_answering", {"request_id": row.id})]
+    assert found == [("stop_answering", {"claim_id": claim_of(site, row)})]
     assert session.inference.is_idle
 
 
@@ -197,7 +205,7 @@ def test_requests_of_an_api_process_that_is_gone_are_stopped(
 ) -> None:
     row = submit(site, api)
     answer(session)
-    emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
+    emit(session, {"type": "answering", "claim_id": claim_of(site, row), "prompt_tokens": 3})
     session.read_events()
     wait_until(lambda: api.lines)
     api.close()
@@ -205,7 +213,7 @@ def test_requests_of_an_api_process_that_is_gone_are_stopped(
     found: list[tuple[str, dict[str, Any]]] = []
     wait_until(lambda: found.extend(answer(session)) or found)
 
-    assert found == [("stop_answering", {"request_id": row.id})], "it must wait until its lease expires"
+    assert found == [("stop_answering", {"claim_id": claim_of(site, row)})], "it must wait until its lease expires"
 
 
 def test_requests_after_a_lost_connection_use_another_one(
@@ -221,7 +229,7 @@ def test_requests_after_a_lost_connection_use_another_one(
             database.get_one(InferenceRequest, row.id).reply_to = unreachable
 
         messages = answer(session)
-        emit(session, {"type": "answering", "request_id": row.id, "prompt_tokens": 3})
+        emit(session, {"type": "answering", "claim_id": claim_of(site, row), "prompt_tokens": 3})
         session.read_events()
 
         assert [verb for verb, _ in messages] == ["answer"]
@@ -236,12 +244,52 @@ def test_stale_claim_is_stopped_at_the_next_renewal(
 ) -> None:
     row = submit(site, api)
     answer(session)
+    claim_id = claim_of(site, row)
     requests.finish(site.db, row.id, prompt_tokens=0, completion_tokens=0)
     assert answer(session) == [], "the lease is not renewed at every poll"
 
-    session.inference._renewed_at = -1000.0
+    session.inference.renew()
+    session.inference.renew()
 
-    assert answer(session) == [("stop_answering", {"request_id": row.id})]
+    assert answer(session) == [("stop_answering", {"claim_id": claim_id})]
+
+
+def test_lease_is_renewed_by_the_heartbeat_until_the_requests_are_released(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    """The session itself may be busy for longer than a lease: it stores checkpoints."""
+    row = submit(site, api)
+    answer(session)
+    claim_id = claim_of(site, row)
+    for _ in range(3):
+        site.world.clock.advance(site.settings.lease_seconds - 1)
+        site.context.heartbeat.beat()
+    assert claims.claim(site.db, worker_id="w2", pack_key=KEY, limit=5, lease_seconds=60) == []
+    assert claim_of(site, row) == claim_id
+
+    session.inference.release_all()
+
+    assert session.inference.renew not in site.context.heartbeat.renewals
+
+
+def test_events_of_an_earlier_claim_are_not_sent_under_the_next_one(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    row = submit(site, api)
+    answer(session)
+    earlier = claim_of(site, row)
+    requests.release(site.db, row.id, earlier)
+    messages = answer(session)
+    later = claim_of(site, row)
+
+    emit(session, {"type": "generated", "claim_id": earlier, "deltas": [{"index": 0, "text": "old"}]})
+    emit(session, {"type": "answered", "claim_id": earlier, "completion_tokens": 1})
+    emit(session, {"type": "answering", "claim_id": later, "prompt_tokens": 3})
+    session.read_events()
+
+    assert [(verb, body["claim_id"]) for verb, body in messages] == [("stop_answering", earlier), ("answer", later)]
+    wait_until(lambda: api.lines)
+    assert [(line["claim_id"], line["event"]["type"]) for line in api.lines] == [(later, "answering")]
 
 
 def test_leases_are_renewed_while_the_base_model_loads(site: PackSite, api: ApiProcess) -> None:
@@ -251,7 +299,7 @@ def test_leases_are_renewed_while_the_base_model_loads(site: PackSite, api: ApiP
     session.inference.claim()
     for _ in range(3):
         site.world.clock.advance(site.settings.lease_seconds - 1)
-        session.inference._renewed_at = -1000.0
+        session.inference.renew()
         assert answer(session) == [], "the trainer is not ready"
 
     emit(session, READY)
@@ -273,7 +321,7 @@ def test_request_whose_lease_expired_while_the_base_model_loaded_is_handed_over_
     emit(session, READY)
     session.read_events()
 
-    assert [body["request_id"] for _, body in answer(session)] == [row.id]
+    assert [(verb, body["claim_id"]) for verb, body in answer(session)] == [("answer", claim_of(site, row))]
     session.inference.release_all()
 
 
@@ -316,7 +364,7 @@ def test_trainer_that_is_to_unload_answers_what_it_has_and_claims_nothing(
 
     assert not session.unload()
     assert answer(session) == []
-    emit(session, {"type": "answered", "request_id": first.id, "completion_tokens": 1})
+    emit(session, {"type": "answered", "claim_id": claim_of(site, first), "completion_tokens": 1})
     session.read_events()
 
     assert session.unload()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from catalog.datasets.chat import Chat
@@ -27,6 +28,9 @@ CACHE_SHARE = 0.25
 """Part of the device's free memory that the key-value cache may take. Jobs that are admitted later need the rest."""
 CACHED_ADAPTERS = 64
 """Maximum number of adapters that are kept for later requests."""
+EVENT_LOGPROBS = 32
+"""Maximum number of tokens with log-probabilities in one event. Those of a possible stop sequence leave together, and a
+longer line would exceed MAX_LINE_BYTES of api/inference/replies.py."""
 CONTEXT_TOKENS = 5
 """Last tokens of a prompt, after which its answer is decoded."""
 UNLIMITED_TOKENS = 4096
@@ -96,23 +100,22 @@ class InferenceRequests:
         """Begin to answer a request, or report why that is impossible."""
         if not self.computes:
             return
-        self.remove(body["request_id"])  # its worker has claimed it again, and expects the answer from the beginning
         try:
             self._add(body)
         except (LoraCoreError, Refused, OSError) as error:
-            self._fail(body["request_id"], error)
+            self._fail(body["claim_id"], error)
         except Exception as error:
             if is_device_fault(error):
                 raise
             print_handled(error)
-            self._fail(body["request_id"], _unexpected(body["model"]))
+            self._fail(body["claim_id"], _unexpected(body["model"]))
 
-    def remove(self, request_id: str) -> None:
-        """Stop answering a request. Nothing more is reported for it."""
-        request = self._requests.pop(request_id, None)
+    def remove(self, claim_id: str) -> None:
+        """Stop answering the request of a claim. Nothing more is reported for it."""
+        request = self._requests.pop(claim_id, None)
         if request is not None and self._batch is not None:
             for index in range(len(request.choices)):
-                self._batch.remove(_name(request_id, index))
+                self._batch.remove(_name(claim_id, index))
         if not self._requests:
             self._batch = None  # frees the key-value cache
 
@@ -126,21 +129,21 @@ class InferenceRequests:
             return
         deltas: dict[str, list[Json]] = {}
         for new in tokens:
-            request_id, _, index = new.name.rpartition("/")
-            if request_id in self._requests:
-                deltas.setdefault(request_id, []).extend(self._received(request_id, int(index), new))
-        for request_id, of_request in deltas.items():
-            self._report(request_id, of_request)
+            claim_id, _, index = new.name.rpartition("/")
+            if claim_id in self._requests:
+                deltas.setdefault(claim_id, []).extend(self._received(claim_id, int(index), new))
+        for claim_id, of_request in deltas.items():
+            self._report(claim_id, of_request)
 
     def _add(self, body: AnswerBody) -> None:
-        request_id, text = body["request_id"], self._text()
+        claim_id, text = body["claim_id"], self._text()
         prompts = _encoded(text, body)
         adapter = self._adapter_of(body)
         max_tokens = [self._max_tokens(ids, body["max_tokens"]) for ids in prompts]
         if self._batch is None:
             self._batch = self._engine.continuous_batch(cache_bytes=self._cache_bytes())
         request = _Request(body=body, prompt_tokens=sum(len(ids) for ids in prompts))
-        self._requests[request_id] = request
+        self._requests[claim_id] = request
         decode = partial(text.text_of, with_special=bool(body.get("tools")))
         for place, ids in enumerate(prompts):
             for _ in range(body["n"]):
@@ -150,7 +153,7 @@ class InferenceRequests:
                 request.choices.append(_Choice(stream=stream))
                 self._batch.add(
                     Prompt(
-                        name=_name(request_id, index),
+                        name=_name(claim_id, index),
                         adapter=adapter,
                         ids=ids,
                         max_tokens=max_tokens[place],
@@ -159,7 +162,7 @@ class InferenceRequests:
                         has_low_priority=body.get("is_batch", False),
                     )
                 )
-        self._events.write({"type": "answering", "request_id": request_id, "prompt_tokens": request.prompt_tokens})
+        self._events.write({"type": "answering", "claim_id": claim_id, "prompt_tokens": request.prompt_tokens})
 
     def _cache_bytes(self) -> int:
         """Return the size of the key-value cache. Ranks of a sharded base model need the same size."""
@@ -217,12 +220,12 @@ class InferenceRequests:
             self._end_ids[is_chat] = text.end_ids(as_chat=is_chat)
         return self._end_ids[is_chat]
 
-    def _received(self, request_id: str, index: int, new: NewToken) -> list[Json]:
+    def _received(self, claim_id: str, index: int, new: NewToken) -> list[Json]:
         """Return what the token adds to the answer: nothing, or one delta."""
-        request = self._requests[request_id]
+        request = self._requests[claim_id]
         choice = request.choices[index]
         if new.chosen is None:
-            self._fail(request_id, _not_finite(request.body["model"]))
+            self._fail(claim_id, _not_finite(request.body["model"]))
             return []
         choice.num_tokens += 1
         is_end = new.finish == "stop"
@@ -253,20 +256,20 @@ class InferenceRequests:
         is_whole = INCOMPLETE not in text
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if is_whole else None}
 
-    def _report(self, request_id: str, deltas: list[Json]) -> None:
-        request = self._requests.get(request_id)
+    def _report(self, claim_id: str, deltas: list[Json]) -> None:
+        request = self._requests.get(claim_id)
         if request is None:
             return  # it has failed
-        counted = {"request_id": request_id, "completion_tokens": sum(one.num_tokens for one in request.choices)}
-        if deltas:
-            self._events.write({"type": "generated", "deltas": deltas, **counted})
+        counted = {"claim_id": claim_id, "completion_tokens": sum(one.num_tokens for one in request.choices)}
+        for some in _of_events(deltas):
+            self._events.write({"type": "generated", "deltas": some, **counted})
         if request.is_complete:
             self._events.write({"type": "answered", **counted})
-            self.remove(request_id)
+            self.remove(claim_id)
 
-    def _fail(self, request_id: str, error: LoraCoreError | Refused | OSError) -> None:
-        self.remove(request_id)
-        self._events.write({"type": "unanswered", "request_id": request_id, "error": error_report(error)})
+    def _fail(self, claim_id: str, error: LoraCoreError | Refused | OSError) -> None:
+        self.remove(claim_id)
+        self._events.write({"type": "unanswered", "claim_id": claim_id, "error": error_report(error)})
 
 
 class TimeShare:
@@ -295,6 +298,38 @@ class TimeShare:
         self.spent(training=seconds if is_training else 0.0, inference=0.0 if is_training else seconds)
 
 
+def _of_events(deltas: Sequence[Json]) -> Iterator[list[Json]]:
+    """Split the deltas into events, none of which has log-probabilities of more than EVENT_LOGPROBS tokens.
+
+    A delta with more of them is split: its text is in its first part, its end in its last one.
+    """
+    some: list[Json] = []
+    num_logprobs = 0
+    for part in chain.from_iterable(map(_parts, deltas)):
+        added = len(part.get("logprobs", ()))
+        if some and num_logprobs + added > EVENT_LOGPROBS:
+            yield some
+            some, num_logprobs = [], 0
+        some.append(part)
+        num_logprobs += added
+    if some:
+        yield some
+
+
+def _parts(delta: Json) -> list[Json]:
+    logprobs = delta.get("logprobs", ())
+    if len(logprobs) <= EVENT_LOGPROBS:
+        return [delta]
+    parts: list[Json] = [
+        {"index": delta["index"], "text": "", "logprobs": logprobs[start : start + EVENT_LOGPROBS]}
+        for start in range(0, len(logprobs), EVENT_LOGPROBS)
+    ]
+    parts[0]["text"] = delta["text"]
+    if "finish" in delta:
+        parts[-1]["finish"] = delta["finish"]
+    return parts
+
+
 def _encoded(text: BaseText, body: AnswerBody) -> list[tuple[int, ...]]:
     """Return the tokens of each prompt. Raises Refused."""
     if "messages" in body:
@@ -313,8 +348,8 @@ def _sampling(body: AnswerBody, index: int) -> Sampling:
     )
 
 
-def _name(request_id: str, index: int) -> str:
-    return f"{request_id}/{index}"
+def _name(claim_id: str, index: int) -> str:
+    return f"{claim_id}/{index}"
 
 
 def _unexpected(model: str) -> ConfigError:

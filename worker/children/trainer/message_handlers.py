@@ -108,7 +108,7 @@ class MessageHandlers:
         elif message.verb == "answer":
             self.inference.add(cast(AnswerBody, message.body))
         elif message.verb == "stop_answering":
-            self.inference.remove(message.body["request_id"])
+            self.inference.remove(message.body["claim_id"])
         elif message.verb == "unload":
             self.is_exiting = not self._jobs
 

@@ -68,10 +68,10 @@ def make_requests(base_dir: Path, directory: TrainerDirectory) -> Iterator[Calla
     events.close()
 
 
-def body(request_id: str = "req-1", *, adapter: bool = False, **fields: Any) -> AnswerBody:
+def body(claim_id: str = "req-1", *, adapter: bool = False, **fields: Any) -> AnswerBody:
     """Return a greedy request of one answer of up to 12 tokens."""
     given: dict[str, Any] = {
-        "request_id": request_id,
+        "claim_id": claim_id,
         "model": "tiny",
         "adapter": {"digest": "one", "folder": "adapters/one"} if adapter else None,
         "max_tokens": 12,
@@ -95,17 +95,17 @@ def drained(requests: InferenceRequests, directory: TrainerDirectory) -> list[Js
     return events_in(directory)
 
 
-def text_of(events: list[Json], request_id: str = "req-1", index: int = 0) -> str:
-    return "".join(delta["text"] for delta in deltas_of(events, request_id) if delta["index"] == index)
+def text_of(events: list[Json], claim_id: str = "req-1", index: int = 0) -> str:
+    return "".join(delta["text"] for delta in deltas_of(events, claim_id) if delta["index"] == index)
 
 
-def deltas_of(events: list[Json], request_id: str) -> list[Json]:
-    generated = [event for event in events if event["type"] == "generated" and event["request_id"] == request_id]
+def deltas_of(events: list[Json], claim_id: str) -> list[Json]:
+    generated = [event for event in events if event["type"] == "generated" and event["claim_id"] == claim_id]
     return [delta for event in generated for delta in event["deltas"]]
 
 
-def logprobs_of(events: list[Json], request_id: str = "req-1") -> list[Json]:
-    return [token for delta in deltas_of(events, request_id) for token in delta.get("logprobs", ())]
+def logprobs_of(events: list[Json], claim_id: str = "req-1") -> list[Json]:
+    return [token for delta in deltas_of(events, claim_id) for token in delta.get("logprobs", ())]
 
 
 def reference(base_dir: Path, adapter: Path | None, messages: list[dict[str, str]]) -> str:
@@ -180,7 +180,7 @@ def test_stop_sequence_ends_an_answer_before_it(make_requests: Any, directory: T
     (finish,) = [
         delta["finish"]
         for event in events
-        if event["type"] == "generated" and event["request_id"] == "stopped"
+        if event["type"] == "generated" and event["claim_id"] == "stopped"
         for delta in event["deltas"]
         if "finish" in delta
     ]
@@ -275,23 +275,48 @@ def test_removed_request_reports_nothing_more(make_requests: Any, directory: Tra
     requests.remove("unknown")
     events = drained(requests, directory)[before:]
 
-    assert {event["request_id"] for event in events} == {"kept"}
+    assert {event["claim_id"] for event in events} == {"kept"}
 
 
-def test_request_that_is_sent_again_is_answered_from_the_beginning(
+def test_request_under_another_claim_is_answered_from_the_beginning(
     make_requests: Any, directory: TrainerDirectory
 ) -> None:
     requests = make_requests()
-    requests.add(body())
+    requests.add(body("earlier"))
     requests.advance()
     before = len(events_in(directory))
 
-    requests.add(body())
+    requests.add(body("later"))
+    requests.remove("earlier")
     events = drained(requests, directory)[before:]
 
     assert [event["type"] for event in events if event["type"] != "generated"] == ["answering", "answered"]
     requests.add(body("other"))
-    assert text_of(events) == text_of(drained(requests, directory), "other")
+    assert text_of(events, "later") == text_of(drained(requests, directory), "other")
+
+
+def test_many_held_log_probabilities_are_divided_among_events(
+    make_requests: Any, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of a possible stop sequence is held with its log-probabilities. One line of them could be too long."""
+    monkeypatch.setattr("worker.children.trainer.inference.EVENT_LOGPROBS", 5)
+    requests = make_requests()
+    requests.add(body("whole", num_logprobs=3))
+    whole = drained(requests, directory)
+    held = text_of(whole, "whole") + " never there"
+
+    requests.add(body("held", num_logprobs=3, n=2, stop=[held]))
+    events = drained(requests, directory)
+
+    of_events = [event for event in events if event["type"] == "generated" and event["claim_id"] == "held"]
+    counts = [sum(len(delta.get("logprobs", ())) for delta in event["deltas"]) for event in of_events]
+    assert max(counts) <= 5
+    assert sum(counts) == 2 * 12
+    for index in (0, 1):
+        own = [delta for delta in deltas_of(events, "held") if delta["index"] == index]
+        assert [token for delta in own for token in delta.get("logprobs", ())] == logprobs_of(whole, "whole")
+        assert text_of(events, "held", index) == text_of(whole, "whole")
+        assert [delta.get("finish") for delta in own] == [None] * (len(own) - 1) + ["length"]
 
 
 def test_ruined_adapter_fails_only_its_own_request(
@@ -307,7 +332,7 @@ def test_ruined_adapter_fails_only_its_own_request(
     events = drained(requests, directory)
 
     failures = [event for event in events if event["type"] == "unanswered"]
-    assert [(event["request_id"], event["error"]["code"]) for event in failures] == [("bad", "logits_not_finite")]
+    assert [(event["claim_id"], event["error"]["code"]) for event in failures] == [("bad", "logits_not_finite")]
     assert text_of(events, "good")
 
 
@@ -315,13 +340,13 @@ def test_trainer_answers_messages_and_then_unloads(directory: TrainerDirectory) 
     inbox = InboxWriter(directory)
     inbox.send("answer", **body())
     inbox.send("answer", **body("gone"))
-    inbox.send("stop_answering", request_id="gone")
+    inbox.send("stop_answering", claim_id="gone")
     settings = directory.settings()
     directory.settings_path.write_text(json.dumps({**settings, "idle_seconds": 0.0}))
 
     main.run(directory)
 
-    types = [event["type"] for event in events_in(directory) if event.get("request_id") != "gone"]
+    types = [event["type"] for event in events_in(directory) if event.get("claim_id") != "gone"]
     assert types[:2] == ["ready", "answering"]
     assert types[-3:] == ["answered", "idle", "unloaded"]
 
