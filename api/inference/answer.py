@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from api.inference.replies import Event, Reply, TooSlow
 from catalog.errors import InvalidRequest, LorryError
-from catalog.inference.requests import MAX_SECONDS, NoWorker
+from catalog.inference.requests import NoWorker
 from catalog.serving.endpoints import BUILT_IN
+from catalog.tables.inference import MAX_SECONDS
 
 MAX_KEPT_BYTES = 2**23
 """Maximum size of what is kept of one answer until it is complete: its text, to compare it with that of another worker,
@@ -141,12 +142,14 @@ async def deltas_of(
     *,
     gone: asyncio.Event,
     why_unanswered: Callable[[], LorryError],
+    prompt: str = "messages",
     wait_seconds: float | None = None,
 ) -> AsyncGenerator[Delta]:
     """Yield what each event adds, until the answer is complete.
 
-    wait_seconds: how long the request may wait for a worker and for further events; None: MAX_SECONDS and
-    SILENT_SECONDS. Raises LorryError if the request can't be answered, and ClientGone if the client is gone.
+    prompt: the parameter that errors of the prompt name. wait_seconds: how long the request may wait for a worker and
+    for further events; None: MAX_SECONDS and SILENT_SECONDS. Raises LorryError if the request can't be answered, and
+    ClientGone if the client is gone.
     """
     loop = asyncio.get_running_loop()
     silent_seconds = SILENT_SECONDS if wait_seconds is None else wait_seconds
@@ -170,7 +173,7 @@ async def deltas_of(
                 answer.count(event)
                 return
             elif event["type"] == "unanswered":
-                raise _failure(event["error"])
+                raise _failure(event["error"], prompt)
     finally:
         leaving.cancel()
 
@@ -202,10 +205,10 @@ def _silent() -> NoWorker:
     )
 
 
-def _failure(error: Event) -> LorryError:
+def _failure(error: Event, prompt: str) -> LorryError:
     """Return a trainer's error for the client."""
     code, message, remedy = str(error["code"]), str(error["message"]), str(error["remedy"])
     if code in CLIENT_ERRORS:
-        param = "tools" if code == "template_without_tools" else "messages"
+        param = "tools" if code == "template_without_tools" else prompt
         return InvalidRequest(message, code=code, remedy=remedy, param=param)
     return NoWorker(message, code=code, remedy=remedy)

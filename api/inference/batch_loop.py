@@ -22,6 +22,7 @@ import anyio.to_thread
 from api.inference.answer import ClientGone, PartialAnswer, deltas_of
 from api.inference.batch_input import BatchEntry, InputCheck, custom_id_of, lines_of, parse
 from api.inference.batch_output import UNANSWERED, OutputFiles, failure_result, success_result
+from api.inference.calls import prompt_parameter
 from api.inference.replies import Replies
 from api.inference.responses import whole
 from catalog.batches import execution
@@ -290,9 +291,10 @@ class BatchRunner:
             for number, line in some:
                 if number in finished or run.stopping.is_set():
                     continue
-                if not await self._start(run, number, line, stuck_at=turn_ends_at + GRACE_SECONDS):
-                    return run.stopping.is_set()  # `_leave` cancels the open requests; they are sent again
-                has_started = True
+                if await self._start(run, number, line, stuck_at=turn_ends_at + GRACE_SECONDS):
+                    has_started = True
+                elif not run.stopping.is_set():
+                    return False  # `_leave` cancels the open requests; they are sent again
             is_over = has_started and loop.time() >= turn_ends_at
             if is_over and not is_complete and await self._is_any_waiting():
                 break
@@ -406,6 +408,7 @@ class BatchRunner:
                 answer,
                 gone=run.stopping,
                 why_unanswered=partial(requests.why_unanswered, self._db, request_id),
+                prompt=prompt_parameter(entry.call.parameters),
                 wait_seconds=max(run.directive.seconds_left, 0) + execution.BATCH_LEASE_SECONDS,
             )
             async with aclosing(deltas):

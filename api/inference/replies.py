@@ -36,6 +36,8 @@ MAX_STRANGERS = 16
 the token at once, so others can't take its place."""
 TOKEN_SECONDS = 5.0
 """Time in which a connection must send the token."""
+RETRY_SECONDS = 1.0
+"""Wait before a claim is checked again, if the database does not answer."""
 CHECK_SECONDS = 15.0
 """Interval of the checks that the open requests still have rows."""
 MAX_ID_CHARS = 64
@@ -250,7 +252,11 @@ class Replies:
         if reply.claim_id != claim_id:
             if reply.stale_claim == claim_id:
                 return True  # the worker already has the order to stop
-            if not await to_thread.run_sync(self._holds, request_id, claim_id):
+            is_held = await to_thread.run_sync(self._holds, request_id, claim_id)
+            while is_held is None and self._open.get(request_id) is reply:
+                await asyncio.sleep(RETRY_SECONDS)
+                is_held = await to_thread.run_sync(self._holds, request_id, claim_id)
+            if not is_held:
                 reply.stale_claim = claim_id
                 _send_stop(writer, request_id)
                 return True
@@ -260,12 +266,13 @@ class Replies:
         reply.put(event, len(line))
         return True
 
-    def _holds(self, request_id: str, claim_id: str) -> bool:
+    def _holds(self, request_id: str, claim_id: str) -> bool | None:
+        """Return None if the database does not answer."""
         try:
             return requests.is_held(self._db, request_id, claim_id)
         except LorryError as error:
             log.warning("The claim of an answer could not be checked: %s", error)
-            return False
+            return None
 
     async def _lose(self, connection: asyncio.StreamWriter) -> None:
         """Release the requests that the worker of a closed connection was answering."""

@@ -16,7 +16,7 @@ from api.auth.authentication import Signed
 from api.deps import Services, Use
 from api.errors.handlers import refusal
 from api.inference.answer import ClientGone, Delta, PartialAnswer, deltas_of
-from api.inference.calls import chat_call, text_call
+from api.inference.calls import chat_call, prompt_parameter, text_call
 from api.inference.replies import Reply
 from api.inference.responses import DONE, ChatFormat, TextFormat, chunks, error_message, whole
 from api.rate_limits.threads import run_route
@@ -155,7 +155,8 @@ class _Exchange:
             reply.is_submitted = True
             use.notifier.wake_workers()
             why = partial(requests.why_unanswered, use.db, row.id)
-            async with aclosing(deltas_of(reply, answer, gone=gone, why_unanswered=why)) as deltas:
+            prompt = prompt_parameter(self._parameters)
+            async with aclosing(deltas_of(reply, answer, gone=gone, why_unanswered=why, prompt=prompt)) as deltas:
                 yield deltas
         finally:
             watch.cancel()

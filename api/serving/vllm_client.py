@@ -25,6 +25,8 @@ CONNECT_SECONDS = 5.0
 CHECK_SECONDS = 15.0
 LOAD_SECONDS = 120.0
 ANSWER_SECONDS = 600.0
+KEEP_SECONDS = 2.0
+"""How long an idle connection is kept. vLLM closes it after 5 s, and a request sent at that moment would fail."""
 """How long a server may take for the first part of an answer, and between two parts."""
 MAX_CONNECTIONS = 512
 FIXED: Json = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -173,7 +175,11 @@ class VllmClient:
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
-            limits = httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=64)
+            limits = httpx.Limits(
+                max_connections=MAX_CONNECTIONS,
+                max_keepalive_connections=64,
+                keepalive_expiry=KEEP_SECONDS,
+            )
             self._http = httpx.AsyncClient(
                 transport=self._transport, trust_env=False, follow_redirects=False, limits=limits
             )

@@ -15,6 +15,7 @@ import pytest
 
 from api.deps import Services
 from api.inference import replies
+from catalog.errors import Unavailable
 from catalog.inference import claims, requests
 from catalog.inference.claims import InferenceClaim
 from catalog.resources.pack_key import pack_key
@@ -189,6 +190,19 @@ def test_error_before_the_first_chunk_is_an_error_response(
     assert (found.status_code, found.json()["error"]["param"]) == (400, "messages")
 
 
+def test_error_of_a_text_completion_names_its_prompt(
+    site: Site, services: Services, connections: ReplyConnections
+) -> None:
+    response = background(lambda: post(site, {"model": "smol", "prompt": "Hi"}, "/v1/completions"))
+    claim = claimed(services)
+    error = {"code": "context_length_exceeded", "message": "It is too long.", "remedy": "Shorten it."}
+
+    send(connections, claim, {"type": "unanswered", "error": error})
+
+    found = response.result(30)
+    assert (found.status_code, found.json()["error"]["param"]) == (400, "prompt")
+
+
 @pytest.mark.parametrize("line", [b"not JSON\n", b"[]\n", b'{"request_id": 1}\n', b"\xff\xfe\n", b"GET / HTTP/1.1\r\n"])
 def test_connection_that_sends_no_answers_is_closed(site: Site, services: Services, line: bytes) -> None:
     token, place = address_of(services)
@@ -277,6 +291,27 @@ def test_burst_of_events_is_no_fault_of_the_client(
     found = response.result(60)
     assert found.status_code == 200, found.text
     assert found.json()["choices"][0]["message"]["content"] == "".join(pieces)
+
+
+def test_answer_waits_while_the_database_does_not_answer(
+    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")] * 2
+    is_held = requests.is_held
+
+    def failing(*given: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        return is_held(*given)
+
+    monkeypatch.setattr(requests, "is_held", failing)
+    monkeypatch.setattr(replies, "RETRY_SECONDS", 0.01)
+    found = background(lambda: post(site, CHAT))
+    claim = claimed(services)
+
+    send(connections, claim, *texts("Hel", "lo"))
+
+    assert found.result().json()["choices"][0]["message"]["content"] == "Hello"
 
 
 def test_stale_claim_is_checked_once(
