@@ -23,6 +23,7 @@ from api.inference import batch_input, batch_loop
 from api.inference.batch_output import OutputFiles
 from api.schemas.inference import ChatCompletionRequest
 from api.settings import ApiSettings
+from catalog.batches import execution
 from catalog.db.database import Database, read_clock
 from catalog.settings import Settings
 from catalog.tables.batches import Batch, BatchLine
@@ -210,6 +211,31 @@ def test_cancelled_batch_keeps_the_answers_that_it_has(
     assert used_tokens(services, world) == (2, 4, 6)
     assert client.batches.cancel(made.id) == batch
     until(lambda: not any_left(services))
+
+
+def test_cancelled_batch_waits_for_an_answer_that_is_being_stored(
+    client: openai.OpenAI, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storing, ending = threading.Event(), threading.Event()
+    store_result, end = execution.store_result, batch_loop.BatchRunner._end
+
+    def slow_store(*given: Any, **fields: Any) -> None:
+        storing.set()
+        ending.wait(2)
+        store_result(*given, **fields)
+
+    monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
+    monkeypatch.setattr(execution, "store_result", slow_store)
+    monkeypatch.setattr(batch_loop.BatchRunner, "_end", lambda *given, **named: (end(*given, **named), ending.set()))
+    made = create(client, input_line("a"), input_line("b"))
+    assert storing.wait(20)
+
+    client.batches.cancel(made.id)
+    batch = wait(client, made.id)
+
+    assert (batch.status, *counts(batch)) == ("cancelled", 2, 1, 0)
+    assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a"]
+    assert [row["custom_id"] for row in rows_of(client, batch.error_file_id)] == ["b"]
 
 
 @pytest.mark.parametrize("is_validated", [False, True])
