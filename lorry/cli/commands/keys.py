@@ -36,9 +36,10 @@ SCOPES = frozenset(
         "webhooks:read",
         "webhooks:write",
         "usage:read",
+        "models:answer",
     }
 )
-"""The scopes of a project key. An operator key may also have OPERATOR_SCOPES."""
+"""The scopes of a project key, as in catalog.tenancy.scopes. An operator key may also have OPERATOR_SCOPES."""
 OPERATOR_SCOPES = frozenset(
     {
         "models:write",

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from catalog.tenancy import scopes
 from catalog.tenancy.scopes import granted
 from lorry import connection
+from lorry.cli.commands import keys
 from lorry.cli.commands.up import replace_invalid_key
 from lorry.cli.parsing.durations import seconds
 from lorry.connection import Connection
@@ -107,6 +109,11 @@ def test_start_replaces_an_invalid_key_in_the_connection_file(
     replace_invalid_key(running, known)
 
     assert connection.read(tmp_path) == replace(known, api_key=kept)
+
+
+def test_scopes_are_those_of_the_service() -> None:
+    assert keys.SCOPES == set(scopes.SCOPES) - scopes.OPERATORS
+    assert keys.OPERATOR_SCOPES == scopes.OPERATORS
 
 
 def test_list_abbreviates_full_scopes_as_all(service: Script, run: Run) -> None:
