@@ -70,6 +70,8 @@ def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> Dep
             session.add(row)
             _note(session, row, found, target, "adapter.deployed", now=now)
         elif row.state != "ready":
+            if row.state == "failed":
+                row.last_error = row.operator_error = None
             row.state, row.num_failures, row.next_try_at, row.updated_at = "pending", 0, now, now
             _note(session, row, found, target, "adapter.deployed", now=now)
         return DeploymentView(deployment=row, endpoint=target.name, adapter=found.name)

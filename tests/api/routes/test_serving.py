@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from api.deps import Services
+from catalog.tables.serving import Deployment
 from catalog.tables.storage import Adapter, BaseModelRow
 from tests.api.trained import BASE, trained
 from tests.catalog.world import World
@@ -122,6 +124,19 @@ def test_deployment_is_requested_shown_and_removed(
     again = client.delete(f"{deployments(adapter)}/vllm-1")
     assert again.json()["error"]["code"] == "deployment_not_found"
     assert client.delete(f"{deployments(adapter)}/vllm-1", headers={"x-stainless-retry-count": "1"}).status_code == 200
+
+
+def test_repeated_deployment_clears_the_error_of_the_failed_one(
+    client: TestClient, services: Services, endpoint: dict[str, Any], adapter: Adapter
+) -> None:
+    client.post(deployments(adapter), json={"endpoint": "vllm-1"})
+    with services.db.write() as session:
+        row = session.scalars(select(Deployment)).one()
+        row.state, row.last_error, row.operator_error = "failed", "The server refused it.", "500"
+
+    again = client.post(deployments(adapter), json={"endpoint": "vllm-1"}).json()
+
+    assert (again["state"], again["last_error"]) == ("pending", None)
 
 
 def test_number_of_deployments_is_limited(

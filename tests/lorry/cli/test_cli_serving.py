@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from lorry.resources.adapters import Adapters
 from tests.lorry.scripted_server import Script
 
 Run = Callable[..., Result]
 ENDPOINTS = "/v1/serving/endpoints"
 ADAPTER = "/v1/adapters/a"
+DEPLOYMENTS = "/v1/adapters/ft%3Am%3Ap%3As%3A1/deployments"
 VERIFIED: dict[str, Any] = {"passed": True, "max_diff": 0.004, "tolerance": 0.5, "distinguishes": True}
 ENDPOINT: dict[str, Any] = {"id": "endpoint-1", "name": "gpu", "base_model": "m", "state": "ready", "max_rank": 16}
 
@@ -71,9 +73,7 @@ def test_show_prints_the_state_and_the_last_error(service: Script, run: Run) -> 
 def test_deploy_waits_until_the_adapter_is_ready(service: Script, run: Run) -> None:
     service.on("POST", f"{ADAPTER}/deployments", deployment("pending"))
     ready = deployment("ready", verification=VERIFIED)
-    service.on(
-        "GET", "/v1/adapters/ft%3Am%3Ap%3As%3A1/deployments", {"data": [deployment("pending")]}, {"data": [ready]}
-    )
+    service.on("GET", DEPLOYMENTS, {"data": [deployment("pending")]}, {"data": [ready]})
 
     result = run("adapters", "deploy", "a", "--to", "gpu")
 
@@ -84,7 +84,7 @@ def test_deploy_waits_until_the_adapter_is_ready(service: Script, run: Run) -> N
 def test_deploy_prints_the_error_and_exits_with_1(service: Script, run: Run) -> None:
     failed = deployment("failed", last_error="The rank is too high.")
     service.on("POST", f"{ADAPTER}/deployments", deployment("pending"))
-    service.on("GET", "/v1/adapters/ft%3Am%3Ap%3As%3A1/deployments", {"data": [failed]})
+    service.on("GET", DEPLOYMENTS, {"data": [failed]})
 
     result = run("adapters", "deploy", "a", "--to", "gpu")
 
@@ -92,9 +92,44 @@ def test_deploy_prints_the_error_and_exits_with_1(service: Script, run: Run) -> 
     assert "gpu: failed. The rank is too high." in result.stderr
 
 
+def test_deploy_prints_each_reason_for_waiting_once(service: Script, run: Run) -> None:
+    new = deployment("pending")
+    gone = deployment("pending", last_error="Endpoint 'gpu' is unreachable.")
+    loading = deployment("pending", last_error="No worker is running. Start one.")
+    service.on("POST", f"{ADAPTER}/deployments", new)
+    states = (new, gone, gone, loading, gone, deployment("ready", last_error=None))
+    service.on("GET", DEPLOYMENTS, *({"data": [state]} for state in states))
+
+    result = run("adapters", "deploy", "a", "--to", "gpu")
+
+    assert result.exit_code == 0, result.stderr
+    details = "Details: lorry serving show gpu"
+    assert [line for line in result.stderr.splitlines() if line.startswith(("The deployment waits", "Details"))] == [
+        "The deployment waits. Endpoint 'gpu' is unreachable.",
+        details,
+        "The deployment waits. No worker is running. Start one.",
+        details,
+    ]
+
+
+def test_interrupted_wait_leaves_the_deployment(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    service.on("POST", f"{ADAPTER}/deployments", deployment("pending"))
+
+    def interrupt(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Adapters, "wait_deployed", interrupt)
+
+    result = run("adapters", "deploy", "a", "--to", "gpu")
+
+    assert result.exit_code == 130
+    assert "The deployment on gpu continues. To wait for it again, repeat the command." in result.stderr
+    assert "lorry adapters undeploy ft:m:p:s:1 --from gpu" in result.stderr
+
+
 def test_adapters_show_lists_the_deployments(service: Script, run: Run) -> None:
     found = deployment("pending", last_error="No worker.")
-    service.on("GET", "/v1/adapters/ft%3Am%3Ap%3As%3A1/deployments", {"data": [found]})
+    service.on("GET", DEPLOYMENTS, {"data": [found]})
 
     assert "deployed on  gpu: pending. No worker." in run("adapters", "show", "a").stdout
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorry.cli import lookup
-from lorry.cli.app import EXIT_REFUSED, client
+from lorry.cli.app import EXIT_INTERRUPTED, EXIT_REFUSED, client
 from lorry.cli.commands.serving.endpoints import state_of
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, YesAccepted
@@ -15,6 +15,7 @@ from lorry.errors import LorryError
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
+    from lorry.models.serving import Deployment
 
 DEPLOY_EXAMPLES = (
     "lorry adapters deploy support --to vllm-1",
@@ -37,12 +38,14 @@ def deploy(
     wait: Annotated[bool, typer.Option(help="Wait until the adapter is loaded and verified.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Load an adapter on a serving endpoint, which answers its requests from then on. Exits with 1 if that fails."""
+    """Load an adapter on a serving endpoint, which answers its requests from then on. Exits with 1 if that fails.
+
+    Ctrl-C ends only the wait. The service continues the deployment.
+    """
     lorry = client()
     found = lorry.adapters.deploy(lookup.adapter(lorry, adapter), to)
     if wait:
-        with output.waiting(f"Deploying {found.adapter}") as report:
-            found = lorry.adapters.wait_deployed(found.adapter, found.endpoint_id, on_progress=report)
+        found = _waited(lorry, found)
     if as_json:
         output.print_json(found.raw)
     else:
@@ -70,6 +73,27 @@ def undeploy(
         output.print_json({"object": "adapter.deployment", "adapter": name, "endpoint": endpoint, "deleted": True})
     else:
         output.echo(f"Unloading {name} from {endpoint}.")
+
+
+def _waited(lorry: Lorry, made: Deployment) -> Deployment:
+    """Wait until the adapter is loaded or rejected. Prints each new reason why it is still pending."""
+    try:
+        with output.waiting(f"Deploying {made.adapter}") as report:
+            told: set[str] = set()
+
+            def show(deployment: Deployment) -> None:
+                reason = deployment.last_error
+                if deployment.state == "pending" and reason is not None and reason not in told:
+                    told.add(reason)
+                    output.echo(f"The deployment waits. {reason}")
+                    output.echo(f"Details: lorry serving show {deployment.endpoint}")
+                report(deployment)
+
+            return lorry.adapters.wait_deployed(made.adapter, made.endpoint_id, on_progress=show)
+    except KeyboardInterrupt:
+        output.echo(f"The deployment on {made.endpoint} continues. To wait for it again, repeat the command.")
+        output.echo(f"To undo it: lorry adapters undeploy {made.adapter} --from {made.endpoint}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _only_endpoint(lorry: Lorry, name: str) -> str:
