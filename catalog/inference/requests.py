@@ -66,7 +66,8 @@ def _adapter(session: Session, project_id: str, name: str) -> Model:
         raise Conflict(
             f"Model {name!r} can't answer, because its base model {adapter.base_model!r} was deleted or replaced.",
             code="base_changed",
-            remedy=f"Ask an operator to add the base model again: `lorry models add {adapter.base_model}`.",
+            remedy="Ask an operator to add the same base model again under this name: `lorry models add "
+            f"{adapter.base_model} SOURCE`.",
             param="model",
         )
     return Model(

@@ -158,7 +158,10 @@ def find(session: Session, name: str, *, lock: Literal["share", "update"] | None
 
 
 def _known(session: Session, wanted: str) -> str:
-    """The remedy for an unknown name. Lists the usable base models. A name with a slash is taken for a hub id."""
+    """The remedy for an unknown name. Lists the usable base models, and says how an operator adds one under the name.
+
+    A name with a slash is taken for a hub id.
+    """
     usable = select(BaseModelRow).where(BaseModelRow.state.in_(("ready", "importing"))).order_by(BaseModelRow.name)
     known = [row.name if row.state == "ready" else f"{row.name} (importing)" for row in session.scalars(usable)]
     available = f"Use one of the available base models: {', '.join(known)}." if known else ""
@@ -166,7 +169,12 @@ def _known(session: Session, wanted: str) -> str:
         short = wanted.rpartition("/")[2].lower()[:64]
         command = f"Ask an operator to add it from the Hugging Face Hub: `lorry models add {short} {wanted}`."
         return f"{command} {available}".rstrip()
-    return available or "Ask an operator to add a base model first: `lorry models add NAME SOURCE`."
+    name = wanted if LABEL.match(wanted) else "NAME"
+    if not available:
+        return f"Ask an operator to add a base model first: `lorry models add {name} SOURCE`."
+    if name != wanted:
+        return available
+    return f"{available} Or ask an operator to add one under this name: `lorry models add {name} SOURCE`."
 
 
 def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, str] | None:

@@ -84,6 +84,7 @@ def test_adapter_answers_as_it_was_trained(world: World) -> None:
     with pytest.raises(Conflict, match="deleted or replaced") as refused:
         requests.resolve(world.db, project_id=world.caller.project_id, name=name)
     assert refused.value.code == "base_changed"
+    assert "`lorry models add smol SOURCE`" in refused.value.remedy
 
 
 @pytest.mark.parametrize("has_failed", [False, True])

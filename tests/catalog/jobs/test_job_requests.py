@@ -76,9 +76,19 @@ def test_failed_models_are_not_listed_and_importing_ones_are_marked(world: World
     world.fail_import("broken", {"code": "unsupported_model", "message": "", "remedy": ""})
 
     with pytest.raises(NotFound) as refusal:
-        world.submit(model="gpt-9")
+        world.submit(model="not a name")
 
     assert refusal.value.remedy == "Use one of the available base models: coming (importing), smol."
+
+
+def test_unknown_model_can_be_added_under_the_name_of_openai(world: World) -> None:
+    with pytest.raises(NotFound) as refusal:
+        world.submit(model="gpt-4o-mini-2024-07-18")
+
+    assert refusal.value.remedy == (
+        "Use one of the available base models: smol. Or ask an operator to add one under this name: "
+        "`lorry models add gpt-4o-mini-2024-07-18 SOURCE`."
+    )
 
 
 def with_rates(multiplier: float | str | None, rate: float | str | None) -> dict[str, Any]:
