@@ -86,8 +86,9 @@ class ChatTemplate:
             raise Refused(
                 "base_has_no_chat_template",
                 "The base model has no chat template, which is required to render messages as text.",
-                "Use the instruction-tuned variant of the model, add the model again with a chat_template.jinja, or "
-                'use rows without messages: {"prompt": "...", "completion": "..."} or {"text": "..."}.',
+                "Use the instruction-tuned variant of the model, add a copy of its folder with a chat_template.jinja "
+                'under another name, or use rows without messages: {"prompt": "...", "completion": "..."} or '
+                '{"text": "..."}.',
             )
         return cls(source, special_tokens(base_dir))
 
@@ -149,8 +150,9 @@ class ChatTemplate:
             raise Refused(
                 "template_without_tools",
                 f"The base model's chat template does not render {what}, which this conversation has.",
-                f"Use a base model whose template supports tools, such as {TOOL_MODELS}, or add the base model again "
-                "with a chat_template.jinja that renders 'tools' and 'tool_calls'.",
+                f"Use a base model whose template supports tools, such as {TOOL_MODELS}, or add a copy of the "
+                "base model's folder under another name, with a chat_template.jinja that renders 'tools' and "
+                "'tool_calls'.",
             )
 
     def _by_marks(self, chat: Chat) -> Rendered:
@@ -194,7 +196,10 @@ class ChatTemplate:
 
 def _not_prefix_stable(index: int, *, is_last: bool) -> Refused:
     """Return the error for an answer whose position in the text can't be determined. index: of the answer."""
-    with_marks = "dd the base model again with a template that marks its answers with {% generation %}."
+    with_marks = (
+        "dd a copy of the base model's folder under another name, with a chat_template.jinja that marks its answers "
+        "with {% generation %}."
+    )
     if is_last:
         sentence = "renders the text before an answer differently once the answer follows it"
         remedy = f"A{with_marks}"
@@ -292,7 +297,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _unusable(reason: str) -> Refused:
-    remedy = "Add the base model again with a corrected chat_template.jinja."
+    remedy = "Add a copy of the base model's folder with a corrected chat_template.jinja under another name."
     return Refused("unusable_chat_template", f"The base model's chat template {reason}.", remedy)
 
 

@@ -50,7 +50,8 @@ def render_pair(template: ChatTemplate, pair: PreferencePair) -> tuple[Rendered,
         raise Refused(
             "template_changes_prompt",
             "The base model's chat template renders the prompt differently for each of the two answers.",
-            "Remove the row, or add the base model again with a template that renders prompts regardless of answers.",
+            "Remove the row, or add a copy of the base model's folder under another name, with a chat_template.jinja "
+            "that renders prompts regardless of answers.",
         )
     return chosen, rejected
 

@@ -125,6 +125,7 @@ def test_base_model_whose_template_ignores_tools_is_rejected(
     assert refusal["code"] == "template_without_tools"
     assert part in refusal["message"]
     assert "Qwen2.5" in refusal["remedy"]
+    assert "add a copy of the base model's folder under another name" in refusal["remedy"]
 
 
 def test_restriction_of_a_template_is_reported_with_its_own_reason(make_base: Any) -> None:
