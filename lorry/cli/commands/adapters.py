@@ -5,7 +5,6 @@ lorry/cli/commands/serving/exports.py adds the commands for exports.
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Adapter, Job
+    from lorry.models.jobs import Adapter, Job, Model
 
 app = group("Manage trained adapters.")
 
@@ -125,7 +124,7 @@ def pull(
         output.print_json({"object": "adapter.folder", "path": str(path.resolve())})
     else:
         output.console().print(str(path), soft_wrap=True)
-        print_adapter_usage(path, found, _source_of(lorry, found.base_model))
+        print_adapter_usage(path, found, _base_of(lorry, found))
 
 
 @app.verb(
@@ -441,21 +440,11 @@ def _verdict(result: dict[str, Any], problems: list[str], *, is_unknown: bool, o
     return "OK: all files match the manifest and the lineage record"
 
 
-def _source_of(lorry: Lorry, base_model: str) -> str | None:
-    """Return the arguments with which Transformers loads the base model: a local folder or a Hub ID.
-
-    None if the base model was deleted, or if its source is visible only to operators.
-    """
+def _base_of(lorry: Lorry, adapter: Adapter) -> Model | None:
     try:
-        base = lorry.models.get(base_model)
-    except LorryError:
+        return lorry.models.get(adapter.base_model)
+    except LorryError:  # it was deleted
         return None
-    if base.local_path and Path(base.local_path).is_dir():
-        return json.dumps(base.local_path, ensure_ascii=False)
-    if not base.source or base.source.startswith("/"):
-        return None
-    revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
-    return json.dumps(base.source) + revision
 
 
 def folder_name(name: str) -> str:

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorry.cli.render import output
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lorry.models.exports import AdapterExport
-    from lorry.models.jobs import Adapter
+    from lorry.models.jobs import Adapter, Model
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's option --max-lora-rank."""
+GGUF_ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+"""Classes of base models that can be exported as GGUF, as in catalog.exports.formats."""
 
 
-def print_adapter_usage(folder: Path, adapter: Adapter, source: str | None) -> None:
-    """Print how to use a pulled adapter. source: the arguments with which Transformers loads the base model, or None.
-
-    For a base model that is not on the Hub, adapter_config.json contains Lorry's own name, which Transformers can't
-    load.
-    """
+def print_adapter_usage(folder: Path, adapter: Adapter, base: Model | None) -> None:
+    """Print how to use a pulled adapter. base: None if the base model was deleted."""
+    source = _source_of(base)
     where = "BASE" if source is None else source
     output.echo("Load it with PEFT:")
     output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {_loading_options(adapter)})")
     output.echo(f"  model = PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
     output.echo("Serve it with vLLM:")
     output.echo(f"  {_vllm_command(folder, adapter, source)}")
-    gguf = f"{folder}-gguf"
-    export = f"lorry adapters export {shlex.quote(adapter.name)} --format gguf --to {shlex.quote(gguf)}"
-    output.echo("Run it with llama.cpp or Ollama:")
-    output.echo(f"  {export}")
+    if base is not None and _can_be_gguf(base):
+        gguf = f"{folder}-gguf"
+        output.echo("Run it with llama.cpp or Ollama:")
+        output.echo(f"  lorry adapters export {shlex.quote(adapter.name)} --format gguf --to {shlex.quote(gguf)}")
     if source is None:
         output.echo(f"BASE is the folder or Hub ID of {adapter.base_model}.")
 
@@ -56,10 +55,36 @@ def print_export_usage(folder: Path, export: AdapterExport) -> None:
         output.echo("Run it with Ollama:")
         output.echo(f"  ollama create {name} --file {shlex.quote(str(folder / 'Modelfile'))}")
         output.echo(f"  ollama run {name}")
+        if not re.search(r"^TEMPLATE\b", (folder / "Modelfile").read_text("utf-8"), re.MULTILINE):
+            output.echo("The Modelfile has no TEMPLATE, and Ollama may find none. Check it after `ollama create`:")
+            output.echo(f"  ollama show {name} --template")
     else:
-        output.echo("Run it with llama.cpp. BASE.gguf is a GGUF file of the base model:")
+        output.echo("Make a GGUF file of the base model from its folder, with a script of llama.cpp:")
+        output.echo("  python convert_hf_to_gguf.py FOLDER --outfile BASE.gguf")
+        output.echo("Run both with llama.cpp:")
         output.echo(f"  llama-cli --model BASE.gguf --lora {gguf}")
         output.echo(f"  llama-server --model BASE.gguf --lora {gguf} --port 8080")
+
+
+def _source_of(base: Model | None) -> str | None:
+    """Return the arguments with which Transformers loads the base model: a local folder or a Hub ID.
+
+    None if the base model was deleted, or if its source is visible only to operators. adapter_config.json then contains
+    Lorry's own name, which Transformers can't load.
+    """
+    if base is None:
+        return None
+    if base.local_path and Path(base.local_path).is_dir():
+        return json.dumps(base.local_path, ensure_ascii=False)
+    if not base.source or base.source.startswith("/"):
+        return None
+    revision = f", revision={json.dumps(base.revision)}" if base.revision else ""
+    return json.dumps(base.source) + revision
+
+
+def _can_be_gguf(base: Model) -> bool:
+    """Return whether the service accepts an export as GGUF. It also accepts a base model without a known class."""
+    return (base.description or {}).get("architecture") in {None, *GGUF_ARCHITECTURES}
 
 
 def _vllm_command(folder: Path, adapter: Adapter, source: str | None) -> str:

@@ -11,8 +11,10 @@ import pytest
 from typer.testing import Result
 
 from catalog.audit import lineage_signatures
+from catalog.exports import formats
 from lorry.cli.app import EXIT_NOT_CHECKED
 from lorry.cli.commands.adapters import folder_name
+from lorry.cli.render import serving
 from tests.lorry.adapter_fixture import FILES, lineage, manifest, serve, tar
 from tests.lorry.scripted_server import Reply, Script
 
@@ -41,10 +43,15 @@ def test_offline_verification_is_not_ok_and_finds_changed_files(service: Script,
     ("base", "printed"),
     [
         (
-            {"source": "org/tiny", "revision": "abc", "local_path": "/nowhere/on/this/machine"},
+            {
+                "source": "org/tiny",
+                "revision": "abc",
+                "local_path": "/nowhere/on/this/machine",
+                "description": {"architecture": "GPT2LMHeadModel"},
+            },
             '"org/tiny", revision="abc"',
         ),
-        ({"source": "/made/elsewhere"}, "BASE"),
+        ({"source": "/made/elsewhere", "description": {"architecture": "GPT2LMHeadModel"}}, "BASE"),
         (Reply(status=404, body={}), "BASE"),
     ],
 )
@@ -61,11 +68,32 @@ def test_pull_prints_how_to_load_the_folder_with_peft(service: Script, run: Run,
     ]
     assert lines[3] == "Serve it with vLLM:"
     assert lines[4].startswith("  vllm serve ")
-    assert lines[5:7] == [
-        "Run it with llama.cpp or Ollama:",
-        "  lorry adapters export ft:m:p:s/../x:1 --format gguf --to mine-gguf",
-    ]
-    assert lines[7:] == (["BASE is the folder or Hub ID of m."] if printed == "BASE" else [])
+    assert lines[5:] == (["BASE is the folder or Hub ID of m."] if printed == "BASE" else [])
+
+
+@pytest.mark.parametrize(
+    ("base", "is_printed"),
+    [
+        ({"source": "org/tiny", "description": {"architecture": "Qwen2ForCausalLM"}}, True),
+        ({"source": "org/tiny", "description": {"architecture": "GPT2LMHeadModel"}}, False),
+        ({"source": "org/tiny", "description": {}}, True),
+        (Reply(status=404, body={}), False),
+    ],
+)
+def test_pull_prints_the_export_as_gguf_where_the_service_accepts_it(
+    service: Script, run: Run, base: Any, is_printed: bool
+) -> None:
+    serve(service, tar())
+    service.on("GET", "/v1/models/m", base)
+
+    printed = run("adapters", "pull", "a", "mine").stderr
+
+    assert ("  lorry adapters export ft:m:p:s/../x:1 --format gguf --to mine-gguf\n" in printed) is is_printed
+    assert ("Run it with llama.cpp or Ollama:" in printed) is is_printed
+
+
+def test_classes_for_gguf_are_those_of_the_service() -> None:
+    assert serving.GGUF_ARCHITECTURES == formats.GGUF_ARCHITECTURES
 
 
 @pytest.mark.parametrize(

@@ -101,15 +101,26 @@ def test_export_is_awaited_downloaded_and_its_use_explained(service: Script, run
         "Run it with Ollama:",
         "  ollama create support --file out/Modelfile",
         "  ollama run support",
+        "The Modelfile has no TEMPLATE, and Ollama may find none. Check it after `ollama create`:",
+        "  ollama show support --template",
     ]
     (request,) = service.requests("POST", URL)
     assert json.loads(request.body) == {"format": "gguf", "quantization": None, "hub_repository": None}
+
+
+def test_modelfile_with_a_template_needs_no_check(service: Script, run: Run) -> None:
+    serve_export(service, files={**FILES, "Modelfile": b'FROM ./m.gguf\nTEMPLATE """{{ .Prompt }}"""\n'})
+
+    result = run("adapters", "export", "a", "--format", "gguf")
+
+    assert result.stderr.splitlines()[-1] == "  ollama run support"
 
 
 @pytest.mark.parametrize(
     ("format", "printed"),
     [
         ("merged", "  vllm serve ft-m-p-s-..-x-1-merged --served-model-name support"),
+        ("gguf-lora", "  python convert_hf_to_gguf.py FOLDER --outfile BASE.gguf"),
         ("gguf-lora", "  llama-server --model BASE.gguf --lora ft-m-p-s-..-x-1-gguf-lora/ft-m-lora.gguf --port 8080"),
     ],
 )
