@@ -1,10 +1,10 @@
 """Fine-tunes a model to call a function, and calls the model: a script for OpenAI that runs unchanged on Lorry.
 
+    lorry models add gpt-4o-mini-2024-07-18 Qwen/Qwen2.5-0.5B-Instruct
     export OPENAI_BASE_URL=http://127.0.0.1:8472/v1 OPENAI_API_KEY=lorry_key-…
     python examples/openai_unchanged.py
 
-Only the address and the key differ from OpenAI's. An operator has added a base model under the name MODEL, with a chat
-template that renders tools.
+Only the address and the key differ from OpenAI's. The chat template of the base model must render tools.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def main() -> None:
         temperature=0,
         max_tokens=60,
     )
-    for call in completion.choices[0].message.tool_calls or []:
+    message = completion.choices[0].message
+    if not message.tool_calls:
+        print(message.content)
+    for call in message.tool_calls or []:
         if call.type == "function":
             print(call.function.name, call.function.arguments)
 
