@@ -87,7 +87,7 @@ def api() -> str:
         "# REST API",
         "",
         "The API server returns this description as `GET /openapi.json`. Send the API key as `Authorization: Bearer "
-        "lorry_…`. All [errors](errors.md) have one shape.",
+        "lorry_key-…`. All [errors](errors.md) have one shape.",
         "",
     ]
     for tag, entries in groupby(sorted(operations, key=lambda entry: entry[0]), key=lambda entry: entry[0]):

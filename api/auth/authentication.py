@@ -28,7 +28,9 @@ no other host of the domain, and no page over http, can plant a session."""
 CSRF_HEADER = "x-lorry-csrf"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
-bearer = HTTPBearer(auto_error=False, scheme_name="apiKey", description="An API key: `Authorization: Bearer lorry_…`.")
+bearer = HTTPBearer(
+    auto_error=False, scheme_name="apiKey", description="An API key: `Authorization: Bearer lorry_key-…`."
+)
 
 
 class SessionCookie(APIKeyCookie):

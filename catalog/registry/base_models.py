@@ -158,7 +158,7 @@ def find(session: Session, name: str, *, lock: Literal["share", "update"] | None
 
 
 def _known(session: Session, wanted: str) -> str:
-    """The remedy for an unknown name. Lists the usable base models, and says how an operator adds one under the name.
+    """The remedy for an unknown name. Lists the usable base models, and how an operator adds one under the name.
 
     A name with a slash is taken for a hub id.
     """

@@ -112,7 +112,7 @@ def test_start_replaces_an_invalid_key_in_the_connection_file(
 
 
 def test_scopes_are_those_of_the_service() -> None:
-    assert keys.SCOPES == set(scopes.SCOPES) - scopes.OPERATORS
+    assert set(scopes.SCOPES) - scopes.OPERATORS == keys.SCOPES
     assert keys.OPERATOR_SCOPES == scopes.OPERATORS
 
 
