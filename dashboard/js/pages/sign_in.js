@@ -31,7 +31,7 @@ export function SignInPage() {
     <h1 tabindex="-1">Sign in to Lorry</h1>
     <form onSubmit=${submit} novalidate>
       <label for="key">API key</label>
-      <input id="key" ref=${field} type="password" autocomplete="off" spellcheck="false" placeholder="lorry_…" aria-invalid=${error ? "true" : null} aria-describedby=${error ? "key-error" : null} />
+      <input id="key" ref=${field} type="password" autocomplete="off" spellcheck="false" placeholder="lorry_key-…" aria-invalid=${error ? "true" : null} aria-describedby=${error ? "key-error" : null} />
       <p id="key-error" class="field-error" role="alert">${error && html`${error.message} ${error.remedy || ""}`}</p>
       <button type="submit" class="primary" disabled=${busy}>${busy ? "Signing in…" : "Sign in"}</button>
     </form>
