@@ -81,8 +81,8 @@ def expand(targets: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: Tile
         _expand[grid](h_tW, *tensors, entries, group.tiles, *widths, **constants)
     else:
         (target,) = targets
-        grid = group.num_joins, -(-target.shape[1] // constants["N"])
-        _expand_sum[grid](h_tW, target, entries, group.joins, target.shape[1], **constants)
+        grid = group.num_joins, -(-target.size(1) // constants["N"])
+        _expand_sum[grid](h_tW, target, entries, group.joins, target.size(1), **constants)
 
 
 def accumulate(sources: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
@@ -96,8 +96,10 @@ def accumulate(sources: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: 
 def _operands(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int]]:
     """Return MOST_SIBLINGS tensors and their widths. A kernel doesn't read the additional ones."""
     first, missing = tensors[0], MOST_SIBLINGS - len(tensors)
-    widths = [tensor.shape[1] for tensor in tensors]
-    return [*tensors, *[first] * missing], widths + widths[:1] * missing
+    width = first.size(1)
+    if missing == MOST_SIBLINGS - 1:  # most linears, and host time counts: each launch comes here
+        return [first] * MOST_SIBLINGS, [width] * MOST_SIBLINGS
+    return [*tensors, *[first] * missing], [*(tensor.size(1) for tensor in tensors), *[width] * missing]
 
 
 @cache

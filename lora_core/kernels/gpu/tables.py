@@ -8,6 +8,7 @@ with the same input (siblings) share tables. Shape suffixes: S segments of a pas
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -52,9 +53,11 @@ JOIN_WORDS = 4 + 2 * MOST_SIBLINGS
 siblings), and for each of them (entry, first row in h)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, order=True)
-class TileClass:
-    """The variant of the kernels for a segment. It depends on the segment alone, and so do the segment's bits."""
+class TileClass(NamedTuple):
+    """The variant of the kernels for a segment. It depends on the segment alone, and so do the segment's bits.
+
+    A named tuple, because each launch hashes it.
+    """
 
     width: int
     is_aligned: bool

@@ -1,11 +1,15 @@
 # pyright: basic
 """The segments of linears that the kernels of segmented_lora.py compute. Triton is imported at the first launch.
 
+An import statement takes a microsecond each time, and each linear comes here twice in a tick, so `_kernels` caches it.
+
 Shape suffixes: T tokens of the pack, t rows of the run, D input features, O output features, W padded rank.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 from torch import Tensor
 
@@ -24,18 +28,26 @@ class TiledRun:
 
         Returns h = scale·d(x) Aᵀ, [t, W], for the backward.
         """
-        from lora_core.kernels.gpu.segmented_lora import add_lora
-
-        assert all(y_TO.is_contiguous() for y_TO in outputs)
-        return add_lora(outputs, x_TD.contiguous(), self.entries, self.group)
+        _assert_contiguous(outputs)
+        return _kernels().add_lora(outputs, x_TD.contiguous(), self.entries, self.group)
 
     def add_gradients(self, dx_TD: Tensor | None, gradients: Sequence[Tensor], x_TD: Tensor, h_tW: Tensor) -> None:
         """Accumulate dA and dB into the adapters, and the LoRA part of dx in place, unless `dx_TD` is None.
 
         `gradients` are the dy [T, O] of each linear.
         """
-        from lora_core.kernels.gpu.segmented_lora import add_lora_gradients
-
-        assert all(dy_TO.is_contiguous() for dy_TO in gradients)
+        _assert_contiguous(gradients)
         assert dx_TD is None or dx_TD.is_contiguous()
-        add_lora_gradients(dx_TD, gradients, x_TD.contiguous(), h_tW, self.entries, self.group)
+        _kernels().add_lora_gradients(dx_TD, gradients, x_TD.contiguous(), h_tW, self.entries, self.group)
+
+
+@cache
+def _kernels() -> ModuleType:
+    from lora_core.kernels.gpu import segmented_lora
+
+    return segmented_lora
+
+
+def _assert_contiguous(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        assert tensor.is_contiguous()
