@@ -1,19 +1,22 @@
 # pyright: basic
 """The segments of linears that the kernels of segmented_lora.py compute. Triton is imported at the first launch.
 
-An import statement takes a microsecond each time, and each linear comes here twice in a tick, so `_kernels` caches it.
+An import statement takes a microsecond each time, and each linear comes here twice in a tick: see `_kernels`.
 
 Shape suffixes: T tokens of the pack, t rows of the run, D input features, O output features, W padded rank.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 from torch import Tensor
 
 from lora_core.kernels.gpu.tables import TileGroup
+
+KERNELS = "lora_core.kernels.gpu.segmented_lora"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +44,8 @@ class TiledRun:
         _kernels().add_lora_gradients(dx_TD, gradients, x_TD.contiguous(), h_tW, self.entries, self.group)
 
 
-@cache
 def _kernels() -> ModuleType:
-    from lora_core.kernels.gpu import segmented_lora
-
-    return segmented_lora
+    return sys.modules.get(KERNELS) or import_module(KERNELS)
 
 
 def _assert_contiguous(tensors: Sequence[Tensor]) -> None:
