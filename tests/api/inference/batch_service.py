@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from catalog.db.database import Database
+from catalog.db.database import Database, read_clock
 from catalog.inference import claims
 from catalog.inference.claims import InferenceClaim
 from catalog.resources.pack_key import pack_key
-from tests.catalog.world import LEASE, sha
+from catalog.usage import report
+from tests.catalog.world import LEASE, World, sha
 from worker.session.reply_connections import ReplyConnections
 
 KEY = pack_key(sha("smol"), "bfloat16")
@@ -84,3 +85,13 @@ def answering(db: Database) -> Iterator[BatchWorker]:
     finally:
         worker.stop()
         thread.join(20)
+
+
+def used_tokens(db: Database, world: World) -> tuple[float, float, float]:
+    with db.read() as session:
+        query = report.UsageQuery(start_time=read_clock(session) - 86400, group_by=("project_id",))
+    found = report.report(db, caller=world.caller, query=query)
+    used = [used.amounts for day in found.days for used in day.used]
+    names = ("num_completions", "prompt_tokens", "completion_tokens")
+    first, second, third = (sum(amounts[name] for amounts in used) for name in names)
+    return first, second, third

@@ -24,14 +24,13 @@ from api.inference.batch_output import OutputFiles
 from api.schemas.inference import ChatCompletionRequest
 from api.settings import ApiSettings
 from catalog.batches import execution
-from catalog.db.database import Database, read_clock
+from catalog.db.database import Database
 from catalog.settings import Settings
 from catalog.tables.batches import Batch, BatchLine
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
-from catalog.usage import report
-from tests.api.inference.batch_service import CHAT_URL, BatchWorker, answering, input_line, jsonl
+from tests.api.inference.batch_service import CHAT_URL, BatchWorker, answering, input_line, jsonl, used_tokens
 from tests.api.site import Site, error_of, running, until
 from tests.catalog.world import World
 
@@ -84,16 +83,6 @@ def text_of(row: dict[str, Any]) -> str:
     return row["response"]["body"]["choices"][0]["message"]["content"]
 
 
-def used_tokens(services: Services, world: World) -> tuple[float, float, float]:
-    with services.db.read() as session:
-        query = report.UsageQuery(start_time=read_clock(session) - 86400, group_by=("project_id",))
-    found = report.report(services.db, caller=world.caller, query=query)
-    used = [used.amounts for day in found.days for used in day.used]
-    names = ("num_completions", "prompt_tokens", "completion_tokens")
-    first, second, third = (sum(amounts[name] for amounts in used) for name in names)
-    return first, second, third
-
-
 def test_batch_is_answered_in_the_order_of_the_input(
     client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker
 ) -> None:
@@ -110,7 +99,7 @@ def test_batch_is_answered_in_the_order_of_the_input(
     assert len({row["id"] for row in rows}) == 100
     assert batch.usage is not None
     assert (batch.usage.input_tokens, batch.usage.output_tokens) == (200, 300)
-    assert used_tokens(services, world) == (100, 200, 300)
+    assert used_tokens(services.db, world) == (100, 200, 300)
     assert batch.output_file_id is not None
     file = client.files.retrieve(batch.output_file_id)
     assert (file.purpose, file.filename) == ("batch_output", f"{batch.id}_output.jsonl")
@@ -208,7 +197,7 @@ def test_cancelled_batch_keeps_the_answers_that_it_has(
     assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "c"]
     (row,) = rows_of(client, batch.error_file_id)
     assert (row["custom_id"], row["response"], row["error"]["code"]) == ("b", None, "batch_cancelled")
-    assert used_tokens(services, world) == (2, 4, 6)
+    assert used_tokens(services.db, world) == (2, 4, 6)
     assert client.batches.cancel(made.id) == batch
     until(lambda: not any_left(services))
 
@@ -278,7 +267,7 @@ def test_another_process_continues_without_repeating_finished_lines(
     assert (batch.status, *counts(batch)) == ("completed", 3, 3, 0)
     assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "b", "c"]
     assert sorted(batch_worker.prompts) == ["held", "held", "one", "two"]
-    assert used_tokens(services, world) == (3, 6, 9)
+    assert used_tokens(services.db, world) == (3, 6, 9)
 
 
 def test_restarted_server_continues(settings: Settings, key: str, world: World, services: Services) -> None:

@@ -103,6 +103,13 @@ def claim_of(site: PackSite, row: InferenceRequest) -> str:
     return claim_id
 
 
+def submit_and_claim(site: PackSite, session: TrainerSession, api: ApiProcess) -> tuple[InferenceRequest, str]:
+    """Return a request that was handed to the trainer, and the id of its claim."""
+    row = submit(site, api)
+    answer(session)
+    return row, claim_of(site, row)
+
+
 def received(session: TrainerSession) -> list[tuple[str, dict[str, Any]]]:
     """Return the new messages for the trainer."""
     return [(message.verb, message.body) for message in InboxReader(session.directory).take()]
@@ -242,9 +249,7 @@ def test_requests_after_a_lost_connection_use_another_one(
 def test_stale_claim_is_stopped_at_the_next_renewal(
     site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = submit(site, api)
-    answer(session)
-    claim_id = claim_of(site, row)
+    row, claim_id = submit_and_claim(site, session, api)
     requests.finish(site.db, row.id, prompt_tokens=0, completion_tokens=0)
     assert answer(session) == [], "the lease is not renewed at every poll"
 
@@ -258,9 +263,7 @@ def test_lease_is_renewed_by_the_heartbeat_until_the_requests_are_released(
     site: PackSite, session: TrainerSession, api: ApiProcess
 ) -> None:
     """The session itself may be busy for longer than a lease: it stores checkpoints."""
-    row = submit(site, api)
-    answer(session)
-    claim_id = claim_of(site, row)
+    row, claim_id = submit_and_claim(site, session, api)
     for _ in range(3):
         site.world.clock.advance(site.settings.lease_seconds - 1)
         site.context.heartbeat.beat()
@@ -275,9 +278,7 @@ def test_lease_is_renewed_by_the_heartbeat_until_the_requests_are_released(
 def test_events_of_an_earlier_claim_are_not_sent_under_the_next_one(
     site: PackSite, session: TrainerSession, api: ApiProcess
 ) -> None:
-    row = submit(site, api)
-    answer(session)
-    earlier = claim_of(site, row)
+    row, earlier = submit_and_claim(site, session, api)
     requests.release(site.db, row.id, earlier)
     messages = answer(session)
     later = claim_of(site, row)
