@@ -2,9 +2,11 @@
 """Tokenized rows, their order, and how batches are cut into slices. All are pure functions of the job alone."""
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,18 +147,30 @@ def check_labels(dataset: TokenDataset, num_labels: int) -> None:
 
 
 def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int) -> list[tuple[int, ...]]:
-    """Group consecutive rows into slices of at most `slice_tokens` tokens. A longer row is a slice of its own."""
-    slices: list[tuple[int, ...]] = []
-    current: list[int] = []
-    num_tokens = 0
-    for row in rows:
-        length = int(lengths[row])
-        if current and num_tokens + length > slice_tokens:
-            slices.append(tuple(current))
-            current, num_tokens = [], 0
-        current.append(row)
-        num_tokens += length
-    return [*slices, tuple(current)] if current else slices
+    """Group consecutive rows into as few slices of at most `slice_tokens` tokens as possible, of similar sizes.
+
+    A longer row is a slice of its own. Lanes compute slices at the same time, so a large and a small slice would leave
+    a core idle: the limit is lowered as far as the number of slices stays the same.
+    """
+    ends = list(accumulate(int(lengths[row]) for row in rows))
+    fewest = len(_slice_starts(ends, slice_tokens))
+    lower = bisect_left(range(slice_tokens), True, key=lambda limit: len(_slice_starts(ends, limit)) == fewest)
+    starts = _slice_starts(ends, lower)
+    return [tuple(rows[start:stop]) for start, stop in pairwise([*starts, len(rows)])]
+
+
+def _slice_starts(ends: list[int], limit: int) -> list[int]:
+    """Return the first row of each slice if each takes as many rows as `limit` tokens allow, and at least one.
+
+    `ends` are the sums of the rows' lengths.
+    """
+    starts: list[int] = []
+    start = before = 0
+    while start < len(ends):
+        starts.append(start)
+        start = max(start + 1, bisect_right(ends, before + limit))
+        before = ends[start - 1]
+    return starts
 
 
 def data_digest(*datasets: TokenDataset | None) -> str:

@@ -237,12 +237,14 @@ class Engine:
         """Return the maximum number of tokens of a tick, limited by memory and by `max_tick_seconds`.
 
         A tick takes as long as its fullest lane. A slice is never split, so each lane may have as many tokens as the
-        largest waiting slice. The prefix cache is not considered, because it only makes a tick faster.
+        largest waiting slice, be it a job's next or a further one of its step. The prefix cache is not considered,
+        because it only makes a tick faster.
         """
         rate = self._throughput.lane_tokens_per_second
         lane_tokens = int(rate * self.config.max_tick_seconds) or self._memory.max_tokens
         num_lanes = self.config.num_lanes * self.ranks.size
-        largest_slice = max(ready.num_tokens for ready in waiting) if num_lanes > 1 else 0
+        sizes = chain.from_iterable((ready.num_tokens, *ready.further) for ready in waiting)
+        largest_slice = max(sizes) if num_lanes > 1 else 0
         return min(self._memory.tokens_after(shortages), num_lanes * max(lane_tokens, largest_slice))
 
     def _widened(self, selected: list[ReadySlice], max_tokens: int) -> tuple[list[ReadySlice], list[tuple[int, ...]]]:

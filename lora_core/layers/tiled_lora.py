@@ -66,7 +66,7 @@ class SegmentedLora:
         in_group = {module: group for group in siblings for module in group}
         self._groups = tuple(dict.fromkeys(in_group.get(name, (name,)) for name in linears))
         self._rows = {name: row for row, name in enumerate(chain.from_iterable(self._groups))}
-        self._layouts = WeakKeyDictionary[FlatAdapter, SiteLayout]()
+        self._layouts = WeakKeyDictionary[FlatAdapter, tuple[SiteLayout, NDArray[np.int64]]]()
 
     def divide(self, modules: Modules, pack: PackedBatch, device: torch.device) -> SiteShare:
         """Return the share of one linear or of siblings in a pass.
@@ -116,24 +116,25 @@ class SegmentedLora:
         shares: dict[Modules, SiteShare] = {}
         for modules, pattern in zip(groups, patterns, strict=True):
             row = self._rows[modules[0]]
-            shares[modules] = _no_share(modules)
             of_modules, tile_group = uploaded[row : row + len(modules)], tile_groups[pattern]
-            if tile_group or (has_loop and looped[row : row + len(modules)].any()):
-                pieces = (
+            pieces = ((),) * len(modules)
+            if has_loop:
+                pieces = tuple(
                     tuple(piece_of(segments[i], name) for i in np.flatnonzero(looped[row + index]).tolist())
                     for index, name in enumerate(modules)
                 )
-                runs = tuple(TiledRun(entries=of_modules, group=group) for group in tile_group)
-                shares[modules] = SiteShare(pieces=tuple(pieces), runs=runs)
+            runs = tuple([TiledRun(entries=of_modules, group=group) for group in tile_group])
+            shares[modules] = SiteShare(pieces=pieces, runs=runs)
         return shares
 
     def _fill(self, entries_L: NDArray[np.void], is_tiled_L: NDArray[np.bool_], segment: BatchSegment) -> None:
         """Fill the entries of the segment in all linears, and whether a kernel computes them."""
         adapter, dropout = segment.adapter, segment.dropout
-        layout = self._layouts.get(adapter)
-        if layout is None:
-            layout = self._layouts[adapter] = site_layout(adapter)
-        rows = np.array([self._rows[module] for module in layout.modules])
+        known = self._layouts.get(adapter)
+        if known is None:
+            layout = site_layout(adapter)
+            known = self._layouts[adapter] = layout, np.array([self._rows[module] for module in layout.modules])
+        layout, rows = known
         addresses = addresses_of(adapter, layout)
         for index, name in enumerate(("a", "b", "grad_a", "grad_b")):
             entries_L[name][rows] = addresses[:, index]

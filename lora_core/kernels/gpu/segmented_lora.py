@@ -9,8 +9,9 @@ doesn't depend on the pack. No sum uses atomic additions. So a job's bits don't 
 Shape suffixes: M rows of a tile, K or N features of a tile, W padded rank, T tokens, D input and O output features.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 import triton
@@ -40,6 +41,7 @@ RANK, TRAINED = tl.constexpr(WORD["rank"]), tl.constexpr(WORD["trained"])
 SCALE, FACTOR = tl.constexpr(WORD["scale"]), tl.constexpr(WORD["keep_factor"])
 THRESHOLD, KEY = tl.constexpr(WORD["threshold"]), tl.constexpr(WORD["key"])
 NUM_WARPS, NUM_STAGES = 4, 3
+Kernel = Literal["shrink", "expand", "accumulate"]
 
 
 def add_lora(outputs: Sequence[Tensor], x_TD: Tensor, entries: Tensor, group: TileGroup) -> Tensor:
@@ -67,49 +69,61 @@ def add_lora_gradients(
 
 def shrink(h_tW: Tensor, sources: Sequence[Tensor], entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
     """Launch h = scale·d(x) Aᵀ, or h = scale·x B without dropout. All siblings share one x, or each has its own."""
-    constants = shrink_constants(group.kind, by_b=by_b, num_siblings=len(sources))
-    tensors, widths = _operands(sources)
-    _shrink[group.num_tiles,](*tensors, h_tW, entries, group.tiles, *widths, **constants)
+    launch = _launch("shrink", sources, group, by_b)
+    launch(*_padded(sources), h_tW, entries, group.tiles)
 
 
 def expand(targets: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
     """Launch y += h Bᵀ for the y of each sibling, or y += Σ d(h A) over all siblings for one y."""
-    constants = expand_constants(group.kind, by_b=by_b, num_siblings=len(targets))
+    launch = _launch("expand", targets, group, by_b)
     if by_b:
-        tensors, widths = _operands(targets)
-        grid = group.num_tiles, -(-max(widths) // constants["N"])
-        _expand[grid](h_tW, *tensors, entries, group.tiles, *widths, **constants)
+        launch(h_tW, *_padded(targets), entries, group.tiles)
     else:
-        (target,) = targets
-        grid = group.num_joins, -(-target.size(1) // constants["N"])
-        _expand_sum[grid](h_tW, target, entries, group.joins, target.size(1), **constants)
+        launch(h_tW, *targets, entries, group.joins)
 
 
 def accumulate(sources: Sequence[Tensor], h_tW: Tensor, entries: Tensor, group: TileGroup, *, by_b: bool) -> None:
     """Launch dB += xᵀ h for the x of each sibling, or dA += hᵀ d(x) for one x."""
-    constants = accumulate_constants(group.kind, by_b=by_b, num_siblings=len(sources))
-    tensors, widths = _operands(sources)
-    grid = group.num_spans, -(-max(widths) // constants["N"])
-    _accumulate[grid](*tensors, h_tW, entries, group.spans, *widths, **constants)
+    launch = _launch("accumulate", sources, group, by_b)
+    launch(*_padded(sources), h_tW, entries, group.spans)
 
 
-def _operands(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[int]]:
-    """Return MOST_SIBLINGS tensors and their widths. A kernel doesn't read the additional ones."""
-    first, missing = tensors[0], MOST_SIBLINGS - len(tensors)
-    width = first.size(1)
-    if missing == MOST_SIBLINGS - 1:  # most linears, and host time counts: each launch comes here
-        return [first] * MOST_SIBLINGS, [width] * MOST_SIBLINGS
-    return [*tensors, *[first] * missing], [*(tensor.size(1) for tensor in tensors), *[width] * missing]
+def _padded(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return MOST_SIBLINGS tensors. A kernel doesn't read the additional ones."""
+    return [*tensors, *[tensors[0]] * (MOST_SIBLINGS - len(tensors))]
 
 
-@cache
+def _launch(kernel: Kernel, tensors: Sequence[Tensor], group: TileGroup, by_b: bool) -> Callable[..., None]:
+    """Return the kernel with its grid, widths and constants. They are equal for all layers of a pass with one group."""
+    if len(tensors) == 1:  # most linears, and host time counts: each launch comes here
+        key = kernel, by_b, tensors[0].size(1)
+    else:
+        key = kernel, by_b, *(tensor.size(1) for tensor in tensors)
+    launch = group.launches.get(key)
+    if launch is None:
+        launch = group.launches[key] = _prepared(kernel, [tensor.size(1) for tensor in tensors], group, by_b)
+    return launch
+
+
+def _prepared(kernel: Kernel, widths: Sequence[int], group: TileGroup, by_b: bool) -> Callable[..., None]:
+    constants = CONSTANTS[kernel](group.kind, by_b=by_b, num_siblings=len(widths))
+    padded = zip(("width0", "width1", "width2"), [*widths, *[widths[0]] * (MOST_SIBLINGS - len(widths))], strict=True)
+    if kernel == "shrink":
+        return partial(_shrink[group.num_tiles,], **dict(padded), **constants)
+    num_parts = -(-max(widths) // constants["N"])
+    if kernel == "accumulate":
+        return partial(_accumulate[group.num_spans, num_parts], **dict(padded), **constants)
+    if by_b:
+        return partial(_expand[group.num_tiles, num_parts], **dict(padded), **constants)
+    return partial(_expand_sum[group.num_joins, num_parts], width=widths[0], **constants)
+
+
 def shrink_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
     features = {"M": TILE_ROWS, "K": 128 if kind.width <= 32 else 64}
     of_siblings = {"SIBLINGS": num_siblings, "BY_B": by_b, "ALIGNED": kind.is_aligned or not by_b}
     return features | of_siblings | _constants(kind, by_b=by_b)
 
 
-@cache
 def expand_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
     constants = {"M": TILE_ROWS, "N": 128 if kind.width <= 32 else 64} | _constants(kind, by_b=by_b)
     if by_b:
@@ -118,7 +132,6 @@ def expand_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> d
     return constants | {"num_stages": 1}  # the loop over siblings is too short to load ahead
 
 
-@cache
 def accumulate_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
     features = {"T": TILE_ROWS, "N": 64, "SIBLINGS": num_siblings, "BY_B": by_b}
     constants = features | _constants(kind, by_b=by_b)
@@ -137,6 +150,9 @@ def _constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
         "num_stages": NUM_STAGES,
         "enable_fp_fusion": True,
     }
+
+
+CONSTANTS = {"shrink": shrink_constants, "expand": expand_constants, "accumulate": accumulate_constants}
 
 
 @triton.jit

@@ -5,8 +5,8 @@ A host builds the tables of a pass at once and uploads them in one copy. This mo
 with the same input (siblings) share tables. Shape suffixes: S segments of a pass, G tiles, P spans, J joins.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -54,10 +54,7 @@ siblings), and for each of them (entry, first row in h)."""
 
 
 class TileClass(NamedTuple):
-    """The variant of the kernels for a segment. It depends on the segment alone, and so do the segment's bits.
-
-    A named tuple, because each launch hashes it.
-    """
+    """The variant of the kernels for a segment. It depends on the segment alone, and so do the segment's bits."""
 
     width: int
     is_aligned: bool
@@ -68,7 +65,8 @@ class TileClass(NamedTuple):
 class TileGroup:
     """The segments of one class in siblings: tiles int64 [G, 6], spans int64 [P, 5] and joins int64 [J, 10].
 
-    They have `num_rows` rows in all, where a row counts once for each sibling.
+    They have `num_rows` rows in all, where a row counts once for each sibling. `launches` contains the prepared
+    launches by kernel and widths.
     """
 
     kind: TileClass
@@ -80,6 +78,7 @@ class TileGroup:
     num_spans: int
     num_joins: int
     num_rows: int
+    launches: dict[tuple[str | int, ...], Callable[..., None]] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

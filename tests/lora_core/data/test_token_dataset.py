@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lora_core.data.token_dataset import TokenDataset, cut_slices, rows_of_step
@@ -96,6 +99,38 @@ def test_slices_keep_order_and_limit_and_a_long_row_is_alone():
     lengths = dataset(0, [30, 20, 90, 10, 40, 50]).row_lengths()
     assert cut_slices([0, 1, 2, 3, 4, 5], lengths, slice_tokens=50) == [(0, 1), (2,), (3, 4), (5,)]
     assert cut_slices([4], lengths, slice_tokens=1) == [(4,)]
+    assert cut_slices([], lengths, slice_tokens=50) == []
+
+
+def test_slices_are_as_few_and_as_equal_as_possible():
+    lengths = dataset(0, [40, 40, 10, 30, 30, 20, 90]).row_lengths()
+    assert cut_slices([0, 1, 2, 3, 4, 5], lengths, slice_tokens=150) == [(0, 1, 2), (3, 4, 5)], "90 + 80, not 150 + 20"
+    assert cut_slices([0, 1, 2], lengths, slice_tokens=80) == [(0,), (1, 2)], "40 + 50, not 80 + 10"
+    assert cut_slices([0, 1, 2], lengths, slice_tokens=90) == [(0, 1, 2)]
+    assert cut_slices([6, 2, 2], lengths, slice_tokens=80) == [(6,), (2, 2)], "a long row does not raise the limit"
+
+
+@given(sizes=st.lists(st.integers(2, 60), max_size=8), slice_tokens=st.integers(1, 120))
+def test_no_other_cut_has_fewer_slices_or_a_smaller_largest_slice(sizes: list[int], slice_tokens: int):
+    rows = list(range(len(sizes)))
+    cut = cut_slices(rows, np.array(sizes, np.int64), slice_tokens=slice_tokens)
+    assert [row for part in cut for row in part] == rows
+
+    def largest(parts: list[tuple[int, ...]]) -> int:
+        return max((sum(sizes[row] for row in part) for part in parts if len(part) > 1), default=0)
+
+    def is_allowed(parts: list[tuple[int, ...]]) -> bool:
+        return largest(parts) <= slice_tokens
+
+    others = [
+        [tuple(rows[start:stop]) for start, stop in pairwise([0, *cuts, len(rows)])]
+        for number in range(len(rows))
+        for cuts in combinations(range(1, len(rows)), number)
+    ]
+    assert is_allowed(cut)
+    allowed = list(filter(is_allowed, others))
+    assert len(cut) == min(map(len, allowed), default=0)
+    assert largest(cut) == min((largest(parts) for parts in allowed if len(parts) == len(cut)), default=0)
 
 
 @pytest.mark.parametrize("module", ["config", "errors", "events", "data.token_dataset", "engine.fair_queue"])

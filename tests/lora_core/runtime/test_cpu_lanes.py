@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_core.engine.engine import Engine
+from lora_core.engine.throughput import Throughput
 from lora_core.engine_config import EngineConfig
 from lora_core.runtime import cpu_lanes as lanes_module
 from lora_core.runtime.cpu_lanes import MIN_LANE_TOKENS, Lanes, num_cores, split
@@ -127,6 +128,24 @@ def test_a_slow_machine_still_fills_every_lane(load, monkeypatch):
         engine.tick()
 
     assert used == [2] * (1 + 3), "the probe at start, then every tick"
+
+
+def measured_one_token_per_second(throughput: Throughput, **of_tick: object) -> None:
+    throughput.lane_tokens_per_second = 1.0
+
+
+def test_step_of_one_job_fills_every_lane_on_a_slow_machine(load, monkeypatch):
+    """The second slice is larger than the first, so the first alone must not limit the tick."""
+    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 8)
+    monkeypatch.setattr(Throughput, "record", measured_one_token_per_second)
+    used = spy_on_lanes(monkeypatch)
+    engine = Engine(load("llama"), EngineConfig(token_budget=4096, max_tick_seconds=1.0, num_lanes=2))
+    job = replace(config(num_steps=8, batch_size=2), slice_tokens=30)
+    admit(engine, "job", Submission(config=job, train=dataset(1, [20, 28])))
+    while not engine.idle:
+        engine.tick()
+
+    assert used == [2] * (1 + 8), "the probe at start, then one tick for each step"
 
 
 def test_slices_on_cached_rows_fill_as_many_lanes_as_on_new_rows(load, monkeypatch):

@@ -80,7 +80,7 @@ def of_lora() -> Iterator[Configuration]:
         if number > 1 and not by_b:
             continue  # siblings share the input of A
         kind = TileClass(width=width, is_aligned=is_aligned, has_dropout=has_dropout)
-        constants = getattr(segmented_lora, f"{name}_constants")(kind, by_b=by_b, num_siblings=number)
+        constants = segmented_lora.CONSTANTS[name](kind, by_b=by_b, num_siblings=number)
         marks = [mark for mark in ("DROPOUT", "ALIGNED") if constants.get(mark)]
         label = f"{name} by {'B' if by_b else 'A'}, width {width} {' '.join(marks).lower()}"
         label += f", {number} linears" if number > 1 else ""
