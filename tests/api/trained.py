@@ -9,9 +9,11 @@ from api.deps import Services
 from catalog.history import queries
 from catalog.lifecycle import recording
 from catalog.queue import claims
+from catalog.queue.claiming import Claim
 from catalog.registry import base_models, lineage
+from catalog.registry.lineage import AttemptRecord, DataSource
 from catalog.storage.manifest import files_digest
-from catalog.tables.storage import Adapter
+from catalog.tables.storage import Adapter, File
 from tests.catalog.world import DESCRIPTION, World, claim_import_of, sha
 
 BASE = "solid"
@@ -39,22 +41,42 @@ def stored_weights(services: Services, folder: Path) -> recording.Exported:
 
 
 def trained(services: Services, world: World, folder: Path, *, suffix: str = "docs") -> Adapter:
+    """Register a worker and a base model, and complete a job on them."""
     world.worker()
     solid_base(world)
-    claim = world.running(suffix=suffix, model=BASE)
+    return complete(services, world, world.running(suffix=suffix, model=BASE), folder)
+
+
+def complete(
+    services: Services,
+    world: World,
+    claim: Claim,
+    folder: Path,
+    *,
+    weights: bytes = CONTENT["adapter_model.safetensors"],
+    trainer: dict[str, str] | None = None,
+) -> Adapter:
+    """Complete the claimed job with a lineage record as a worker builds it. `trainer` describes its machine."""
     folder.mkdir()
-    for name, content in CONTENT.items():
+    for name, content in {**CONTENT, "adapter_model.safetensors": weights}.items():
         (folder / name).write_bytes(content)
     manifest = services.store.put_folder(folder, kind="adapter")
+    with world.db.read() as session:
+        file = session.get_one(File, claim.job.training_file)
     (attempt,) = queries.attempts(world.db, project_id=claim.job.project_id, job_id=claim.job.id)
     record = lineage.build(
         job=claim.job,
         base=base_models.get(world.db, BASE),
         adapter=manifest,
         num_parameters=10,
-        data=[],
-        attempts=[lineage.AttemptRecord(attempt=attempt, trainer={})],
-        results={"evaluation": EVALUATION, "verification": VERIFICATION},
+        data=[DataSource(role="training", file=file, tokens=sha("tokens"), report={})],
+        attempts=[AttemptRecord(attempt=attempt, trainer=trainer or {})],
+        results={
+            "loss_log": sha("losses"),
+            "determinism": "bitwise",
+            "evaluation": EVALUATION,
+            "verification": VERIFICATION,
+        },
         code={"lorry": "0.1.0"},
     )
     return claims.complete(

@@ -11,17 +11,15 @@ from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from catalog.history import queries
-from catalog.queue import claims
 from catalog.queue.claiming import Claim
-from catalog.registry import base_models, lineage
-from catalog.registry.lineage import AttemptRecord, DataSource
+from catalog.registry import lineage
 from catalog.states import PriorityClass
 from catalog.storage import files as stored_files
 from catalog.tables.storage import Adapter, BaseModelRow, File
 from catalog.tables.tenancy import ApiKey, Project
+from tests.api import trained
 from tests.api.site import error_of
-from tests.api.trained import BASE, CONTENT, EVALUATION, VERIFICATION, solid_base
+from tests.api.trained import BASE, solid_base
 from tests.catalog.world import World, request, sha
 
 SETTINGS: dict[str, Any] = {"seed": 7, "lora": {"rank": 8}, "suffix": "docs", "metadata": {"team": "a"}}
@@ -37,37 +35,7 @@ def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
 
 
 def complete(services: Services, world: World, claim: Claim, folder: Path, *, weights: bytes = b"w") -> Adapter:
-    """Complete the job with a lineage record as a worker builds it."""
-    folder.mkdir()
-    for name, content in {**CONTENT, "adapter_model.safetensors": weights}.items():
-        (folder / name).write_bytes(content)
-    manifest = services.store.put_folder(folder, kind="adapter")
-    with world.db.read() as session:
-        file = session.get_one(File, claim.job.training_file)
-    (attempt,) = queries.attempts(world.db, project_id=claim.job.project_id, job_id=claim.job.id)
-    record = lineage.build(
-        job=claim.job,
-        base=base_models.get(world.db, BASE),
-        adapter=manifest,
-        num_parameters=10,
-        data=[DataSource(role="training", file=file, tokens=sha("tokens"), report={})],
-        attempts=[AttemptRecord(attempt=attempt, trainer=MACHINE)],
-        results={"loss_log": sha("losses"), "determinism": "bitwise"},
-        code={"lorry": "0.1.0"},
-    )
-    return claims.complete(
-        world.db,
-        claim.claim_id,
-        artifact=manifest,
-        num_parameters=10,
-        verification=VERIFICATION,
-        evaluation=EVALUATION,
-        trained_tokens=500,
-        course=claims.Course(steps=3, kept_step=3, stopped_early=None),
-        curves=services.store.put_bytes(b"step,train_loss\n"),
-        lineage=json.loads(json.dumps(record)),
-        lineage_id=lineage.lineage_id(record),
-    )
+    return trained.complete(services, world, claim, folder, weights=weights, trainer=MACHINE)
 
 
 def reproduced(client: TestClient, adapter: Adapter) -> dict[str, Any]:
