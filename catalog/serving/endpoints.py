@@ -222,7 +222,7 @@ def _checked(new: NewEndpoint) -> str:
         raise InvalidRequest(
             "'url' is not the address of a server.",
             code="invalid_serving_url",
-            remedy="Use an address such as http://127.0.0.1:8001, without a user name, a query and a fragment.",
+            remedy="Use an address such as http://127.0.0.1:8100, without a user name, a query and a fragment.",
             param="url",
         )
     return new.url.rstrip("/").removesuffix("/v1").rstrip("/")

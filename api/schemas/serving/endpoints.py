@@ -27,7 +27,7 @@ ENDPOINT: dict[str, Any] = {
     "kind": "vllm",
     "base_model": "smollm2",
     "base_digest": "9f86d081884c7d65",
-    "url": "http://127.0.0.1:8001",
+    "url": "http://127.0.0.1:8100",
     "adapter_folder": "/srv/adapters",
     "has_api_key": False,
     "max_rank": 16,
@@ -51,7 +51,7 @@ class ServingEndpointRequest(Strict):
             "example": {
                 "name": "vllm-1",
                 "base_model": "smollm2",
-                "url": "http://127.0.0.1:8001",
+                "url": "http://127.0.0.1:8100",
                 "adapter_folder": "/srv/adapters",
             }
         }
@@ -67,7 +67,7 @@ class ServingEndpointRequest(Strict):
         Field(
             min_length=1,
             max_length=MAX_URL,
-            description="Address, with or without /v1, such as http://127.0.0.1:8001.",
+            description="Address, with or without /v1, such as http://127.0.0.1:8100.",
             json_schema_extra={"pattern": r"^https?://[\x21-\x7e]+$"},
         ),
     ]

@@ -24,7 +24,7 @@ Endpoint = Annotated[str, typer.Argument(metavar="ENDPOINT", help="Name or ID of
 
 @app.verb(
     "add",
-    "lorry serving add vllm-1 --base-model smollm2 --url http://127.0.0.1:8001 --adapter-folder /srv/adapters",
+    "lorry serving add vllm-1 --base-model smollm2 --url http://127.0.0.1:8100 --adapter-folder /srv/adapters",
     "lorry serving add vllm-2 --base-model smollm2 --url https://vllm.example.com --adapter-folder /srv/adapters "
     "--max-rank 64 --api-key-file vllm.key",
 )
@@ -32,7 +32,7 @@ def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name to give the endpoint.")],
     *,
     base_model: Annotated[str, typer.Option(help="Base model that the server has loaded.")],
-    url: Annotated[str, typer.Option(help="Address of the server, such as http://127.0.0.1:8001.")],
+    url: Annotated[str, typer.Option(help="Address of the server, such as http://127.0.0.1:8100.")],
     adapter_folder: Annotated[
         Path, typer.Option(help="Folder that the service and the server see at the same path. Lorry writes to it.")
     ],
