@@ -70,7 +70,7 @@ THEMES = {
         method="`lorry up` with one CPU worker, in float32. The `openai` client streams 200 greedy answers of at most "
         "32 tokens: all at once, all at once while two jobs train, and one after another. PEFT answers the first 40 "
         "requests one after another with `generate`, with all adapters loaded. The answers are compared.",
-        caveat="One run of each. A trainer with requests and jobs gives each half of its time.",
+        caveat="One run of each. A trainer with requests and jobs gives training at most half of its time.",
         command=_bench("inference"),
     ),
     "loss_head": Theme(
