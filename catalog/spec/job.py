@@ -94,8 +94,8 @@ class JobRequest(Strict):
     )
     suffix: Suffix | None = Field(
         default=None,
-        description="Part of the adapter's name. Accents and other characters outside ASCII are removed. Characters other "
-        "than letters, digits, `.`, `_` and `-` become `-`.",
+        description="Part of the adapter's name. Accents and other characters outside ASCII are removed. Characters "
+        "other than letters, digits, `.`, `_` and `-` become `-`.",
     )
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(

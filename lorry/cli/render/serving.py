@@ -33,6 +33,8 @@ def print_adapter_usage(folder: Path, adapter: Adapter, base: Model | None) -> N
         gguf = f"{folder}-gguf"
         output.echo("Run it with llama.cpp or Ollama:")
         output.echo(f"  lorry adapters export {shlex.quote(adapter.name)} --format gguf --to {shlex.quote(gguf)}")
+        output.echo(f"  llama-server --model {shlex.quote(gguf)}/*.gguf --port 8080")
+        _print_ollama_commands(gguf, _model_name(adapter.name))
     if source is None:
         output.echo(f"BASE is the folder or Hub ID of {adapter.base_model}.")
 
@@ -41,7 +43,7 @@ def print_export_usage(folder: Path, export: AdapterExport) -> None:
     """Print how to use a downloaded export."""
     where = shlex.quote(str(folder))
     gguf = next((shlex.quote(str(path)) for path in sorted(folder.glob("*.gguf"))), "")
-    name = _model_name(export)
+    name = _model_name(export.adapter_name)
     if export.format == "merged":
         loaded = json.dumps(str(folder), ensure_ascii=False)
         output.echo("Load it with Transformers:")
@@ -53,8 +55,7 @@ def print_export_usage(folder: Path, export: AdapterExport) -> None:
         output.echo(f"  llama-cli --model {gguf}")
         output.echo(f"  llama-server --model {gguf} --port 8080")
         output.echo("Run it with Ollama:")
-        output.echo(f"  ollama create {name} --file {shlex.quote(str(folder / 'Modelfile'))}")
-        output.echo(f"  ollama run {name}")
+        _print_ollama_commands(str(folder), name)
         if not re.search(r"^TEMPLATE\b", (folder / "Modelfile").read_text("utf-8"), re.MULTILINE):
             output.echo("The Modelfile has no TEMPLATE, and Ollama may find none. Check it after `ollama create`:")
             output.echo(f"  ollama show {name} --template")
@@ -64,6 +65,12 @@ def print_export_usage(folder: Path, export: AdapterExport) -> None:
         output.echo("Run both with llama.cpp:")
         output.echo(f"  llama-cli --model BASE.gguf --lora {gguf}")
         output.echo(f"  llama-server --model BASE.gguf --lora {gguf} --port 8080")
+
+
+def _print_ollama_commands(folder: str, name: str) -> None:
+    """Print how Ollama creates and runs a model. folder: that of an export as GGUF."""
+    output.echo(f"  ollama create {name} --file {shlex.quote(f'{folder}/Modelfile')}")
+    output.echo(f"  ollama run {name}")
 
 
 def _source_of(base: Model | None) -> str | None:
@@ -113,9 +120,9 @@ def _shell_words(source: str) -> str:
     return " ".join(words)
 
 
-def _model_name(export: AdapterExport) -> str:
+def _model_name(adapter_name: str) -> str:
     """Return the suffix of the adapter's name, or else the id of its job in it, as a name for a server."""
-    parts = [part for part in export.adapter_name.split(":")[3:5] if part]
+    parts = [part for part in adapter_name.split(":")[3:5] if part]
     return shlex.quote(parts[0].lower()) if parts else "adapter"
 
 

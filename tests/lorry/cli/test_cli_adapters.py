@@ -86,10 +86,16 @@ def test_pull_prints_the_export_as_gguf_where_the_service_accepts_it(
     serve(service, tar())
     service.on("GET", "/v1/models/m", base)
 
-    printed = run("adapters", "pull", "a", "mine").stderr
+    lines = run("adapters", "pull", "a", "my adapter").stderr.splitlines()
 
-    assert ("  lorry adapters export ft:m:p:s/../x:1 --format gguf --to mine-gguf\n" in printed) is is_printed
-    assert ("Run it with llama.cpp or Ollama:" in printed) is is_printed
+    commands = [
+        "Run it with llama.cpp or Ollama:",
+        "  lorry adapters export ft:m:p:s/../x:1 --format gguf --to 'my adapter-gguf'",
+        "  llama-server --model 'my adapter-gguf'/*.gguf --port 8080",
+        "  ollama create s/../x --file 'my adapter-gguf/Modelfile'",
+        "  ollama run s/../x",
+    ]
+    assert [line for line in lines[5:] if not line.startswith("BASE")] == (commands if is_printed else [])
 
 
 def test_classes_for_gguf_are_those_of_the_service() -> None:
