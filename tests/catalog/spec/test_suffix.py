@@ -18,6 +18,7 @@ from catalog.spec.strict import LABEL
         ("a:b\nc\u0007", "a-b-c"),
         ("..hidden ", "hidden"),
         ("x" * 64, "x" * 64),
+        ("㎏" * 64, "kg" * 32),
         ("客服", None),
         ("- -", None),
     ],
