@@ -30,7 +30,7 @@ EXACT = 2**53
 def as_label(text: str) -> str:
     """Return the text as part of a name: without accents, and with `-` for other characters that a name can't have.
 
-    Returns "" if no letter or digit is left. Ligatures and unit signs become several letters, so the end may be cut off.
+    Returns "" if no letter or digit is left. Some characters become several letters, so the end may be cut off.
     """
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).lstrip("._-")[:MAX_LABEL_CHARS].rstrip("-")
