@@ -99,8 +99,11 @@ class BaseText:
         return tuple(self._tokenizer.encode(self.template.render_prompt(chat), add_special_tokens=False).ids)
 
     def end_ids(self, *, as_chat: bool) -> frozenset[int]:
-        """Return the tokens that end an answer: the end of a text, and the end of an assistant turn."""
-        ends = {self.eos[0]} if self.eos is not None else set[int]()
+        """Return the tokens that end an answer: the end of a text, those of generation_config.json, and the end of an
+        assistant turn."""
+        ends = _generation_ends(self._base_dir)
+        if self.eos is not None:
+            ends.add(self.eos[0])
         if as_chat:
             turns = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
             rendered = self.template.render_supervised(Chat(turns))
@@ -166,6 +169,13 @@ def _end_of_text(tokenizer: Tokenizer, tokens: Mapping[str, str], config: Mappin
     ident = next(iter(cast(list[Any], given)), None) if isinstance(given, list) else given
     text = tokenizer.id_to_token(ident) if type(ident) is int else None
     return None if text is None else (cast(int, ident), text)
+
+
+def _generation_ends(base_dir: Path) -> set[int]:
+    """Return eos_token_id of generation_config.json, which is an id, a list of ids, or absent."""
+    given: Any = _read_json(base_dir / "generation_config.json").get("eos_token_id")
+    listed = cast(list[Any], given if isinstance(given, list) else [given])
+    return {ident for ident in listed if type(ident) is int}
 
 
 def _mask(

@@ -56,12 +56,12 @@ def directory(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> TrainerDirec
 
 
 @pytest.fixture
-def make_requests(base_dir: Path, directory: TrainerDirectory) -> Iterator[Callable[[], InferenceRequests]]:
+def make_requests(base_dir: Path, directory: TrainerDirectory) -> Iterator[Callable[..., InferenceRequests]]:
     events = EventWriter(directory)
 
-    def make() -> InferenceRequests:
-        engine = Engine(load_base(base_dir, dtype="float32", device="cpu"), EngineConfig())
-        text = BaseText(base_dir)
+    def make(base: Path = base_dir) -> InferenceRequests:
+        engine = Engine(load_base(base, dtype="float32", device="cpu"), EngineConfig())
+        text = BaseText(base)
         return InferenceRequests(engine, directory, events, text=lambda: text, free_host_bytes=lambda: 2**26)
 
     yield make
@@ -134,6 +134,37 @@ def test_chat_answer_is_that_of_transformers_and_peft(
     assert events[0]["type"] == "answering"
     assert events[-1]["type"] == "answered"
     assert events[-1]["completion_tokens"] <= 12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_second_end_token_of_the_generation_config_ends_an_answer_as_in_transformers(
+    make_requests: Any, directory: TrainerDirectory, base_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    start = prompt["input_ids"].shape[1]
+
+    def answer_of(folder: Path) -> list[int]:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        return model.generate(**prompt, do_sample=False, max_new_tokens=12, pad_token_id=0)[0, start:].tolist()
+
+    unlimited = answer_of(base_dir)
+    second = next(ident for ident in unlimited[3:] if ident not in unlimited[:3])
+    base = tmp_path / "two-ends"
+    shutil.copytree(base_dir, base)
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [2, second]}))
+    expected = answer_of(base)
+    requests = make_requests(base)
+    requests.add(body())
+
+    events = drained(requests, directory)
+
+    assert expected[-1] == second
+    assert len(expected) < len(unlimited)
+    assert text_of(events) == tokenizer.decode(expected[:-1], skip_special_tokens=True)
+    assert events[-1]["completion_tokens"] == len(expected)
+    assert deltas_of(events, "req-1")[-1]["finish"] == "stop"
 
 
 def test_adapter_changes_the_answer_and_requests_do_not_mix(make_requests: Any, directory: TrainerDirectory) -> None:
