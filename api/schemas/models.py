@@ -66,8 +66,9 @@ class ModelObject(BaseModel):
     state: Literal["importing", "ready", "failed"] = "ready"
     inference: InferenceState = Field(
         default="unavailable",
-        description="`loaded`: a worker answers requests to the model at once. `loadable`: a worker must load the base "
-        "model first. `unavailable`: the base model is not ready or was replaced, or no worker accepts requests.",
+        description="`loaded`: a worker or a serving endpoint answers requests to the model at once. `loadable`: a "
+        "worker must load the base model first. `unavailable`: the base model is not ready or was replaced, or no "
+        "worker accepts requests and no serving endpoint is ready for the model.",
     )
     base: str | None = Field(default=None, description="Base model of an adapter.")
     digest: str | None = Field(default=None, description="Digest of the manifest; equal digests mean equal bytes.")

@@ -1,4 +1,4 @@
-"""Which models the live workers can answer with now."""
+"""Which models the live workers and the serving endpoints can answer with now."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from sqlalchemy import Select, select
 from catalog.db.database import Database, read_clock
 from catalog.fleet import views
 from catalog.resources.pack_key import pack_key
+from catalog.serving import routes
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, BaseModelRow
 
 InferenceState = Literal["loaded", "loadable", "unavailable"]
-"""`loaded`: a worker has the base model loaded, and answers at once. `loadable`: a worker must load the base model
-first. `unavailable`: the base model is not ready, was deleted or replaced, or no worker accepts requests."""
+"""`loaded`: a worker has the base model loaded or a serving endpoint has the model loaded, and answers at once.
+`loadable`: a worker must load the base model first. `unavailable`: the base model is not ready, was deleted or
+replaced, or no worker accepts requests and no serving endpoint is ready for the model."""
 
 
 def plain_keys(base_digest: str) -> list[str]:
@@ -33,13 +35,18 @@ def inference_states(db: Database, names: Collection[str]) -> dict[str, Inferenc
         is_ready = select(BaseModelRow.name, BaseModelRow.digest).where(BaseModelRow.state == "ready")
         ready = dict(session.execute(is_ready).all())
         models = [(name, name, ready[name], plain_keys(ready[name] or "")) for name in names if name in ready]
+        served = routes.served(session, names)
         for trained in (_adapters(names), _checkpoints(names)):
             models += [(name, base, digest, [key]) for name, base, digest, key in session.execute(trained)]
     loaded = {each.pack_key for each in accepting}
     found: dict[str, InferenceState] = dict.fromkeys(names, "unavailable")
     for name, base_model, base_digest, keys in models:
-        if accepting and ready.get(base_model) == base_digest:
-            found[name] = "loadable" if loaded.isdisjoint(keys) else "loaded"
+        if base_digest is None or ready.get(base_model) != base_digest:
+            continue
+        if served.has(name, base_digest) or not loaded.isdisjoint(keys):
+            found[name] = "loaded"
+        elif accepting:
+            found[name] = "loadable"
     return found
 
 

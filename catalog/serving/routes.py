@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict
@@ -13,6 +15,8 @@ from catalog.pepper import Pepper
 from catalog.serving import endpoints
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.storage import Adapter
+
+USABLE = (ServingEndpoint.state == "ready", ServingEndpoint.deleted_at.is_(None))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +33,7 @@ class ServingRoute:
 
 def route_of(db: Database, *, model: str, base_digest: str, pepper: Pepper) -> ServingRoute | None:
     """Return the endpoint for a model that the caller may use, or None. Several endpoints share the requests."""
-    usable = (
-        ServingEndpoint.state == "ready",
-        ServingEndpoint.deleted_at.is_(None),
-        ServingEndpoint.base_digest == base_digest,
-    )
+    usable = (*USABLE, ServingEndpoint.base_digest == base_digest)
     with db.read() as session:
         found: list[tuple[ServingEndpoint, str | None]] = []
         if model.startswith("ft:"):
@@ -60,6 +60,32 @@ def route_of(db: Database, *, model: str, base_digest: str, pepper: Pepper) -> S
         url=row.url,
         api_key=api_key,
         served_model=model if deployment_id is not None else row.served_model or model,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModels:
+    """The models that serving endpoints can answer with now."""
+
+    base_digests: frozenset[str]
+    adapters: frozenset[tuple[str, str]]
+    """Name and digest of the base model of each adapter."""
+
+    def has(self, name: str, base_digest: str) -> bool:
+        return (name, base_digest) in self.adapters if name.startswith("ft:") else base_digest in self.base_digests
+
+
+def served(session: Session, names: Collection[str]) -> ServedModels:
+    """Return the models for which `route_of` finds an endpoint: all base models, and adapters with one of the names."""
+    deployed = (
+        select(Adapter.name, ServingEndpoint.base_digest)
+        .join(Deployment, Deployment.adapter_id == Adapter.id)
+        .join(ServingEndpoint, ServingEndpoint.id == Deployment.endpoint_id)
+        .where(*USABLE, Deployment.state == "ready", Adapter.name.in_(names))
+    )
+    bases = session.scalars(select(ServingEndpoint.base_digest).where(*USABLE))
+    return ServedModels(
+        base_digests=frozenset(bases), adapters=frozenset((name, digest) for name, digest in session.execute(deployed))
     )
 
 

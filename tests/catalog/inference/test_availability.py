@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from sqlalchemy import select, update
 
 from catalog.fleet import cordons, workers
 from catalog.inference.availability import inference_states
 from catalog.lifecycle import recording
 from catalog.registry import adapters, base_models
 from catalog.resources.pack_key import pack_key
-from catalog.tables.storage import BaseModelRow
+from catalog.tables.serving import Deployment, ServingEndpoint
+from catalog.tables.storage import Adapter, BaseModelRow
 from tests.catalog.world import World, manifest, sha
 
 
@@ -77,6 +81,68 @@ def test_model_on_a_deleted_or_replaced_base_model_is_unavailable(world: World, 
         session.get_one(BaseModelRow, "smol").digest = sha("other")
 
     assert states(world, names) == ["loadable", "unavailable", "unavailable"]
+
+
+def serve(world: World, adapter: str) -> None:
+    """Register a ready endpoint for the base model, with the adapter deployed."""
+    with world.db.write() as session:
+        endpoint = ServingEndpoint(
+            id="endpoint-1",
+            name="vllm",
+            kind="vllm",
+            project_id=world.caller.project_id,
+            base_model="smol",
+            base_digest=sha("smol"),
+            url="http://vllm:8000",
+            adapter_folder="/adapters",
+            max_rank=16,
+            state="ready",
+            created_at=world.clock.now,
+        )
+        session.add(endpoint)
+        session.flush()
+        row = session.scalars(select(Adapter).where(Adapter.name == adapter)).one()
+        deployment = Deployment(
+            id="deployment-1",
+            endpoint_id=endpoint.id,
+            adapter_id=row.id,
+            state="ready",
+            project_id=world.caller.project_id,
+            num_failures=0,
+            next_try_at=0,
+            created_at=world.clock.now,
+            updated_at=world.clock.now,
+        )
+        session.add(deployment)
+
+
+def test_serving_endpoint_answers_with_its_models_without_a_worker(world: World, names: list[str]) -> None:
+    serve(world, names[1])
+    world.clock.advance(3600)
+
+    assert states(world, names) == ["loaded", "loaded", "unavailable"]
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "expected"),
+    [
+        (Deployment, {"state": "pending"}, ["loaded", "unavailable"]),
+        (ServingEndpoint, {"state": "unreachable"}, ["unavailable"] * 2),
+        (ServingEndpoint, {"deleted_at": 1.0}, ["unavailable"] * 2),
+        (ServingEndpoint, {"base_digest": sha("other")}, ["unavailable"] * 2),
+        (BaseModelRow, {"digest": sha("other")}, ["unavailable"] * 2),
+    ],
+)
+def test_endpoint_that_would_get_no_request_does_not_count(
+    world: World, names: list[str], row: type[Any], change: dict[str, Any], expected: list[str]
+) -> None:
+    serve(world, names[1])
+    world.clock.advance(3600)
+
+    with world.db.write() as session:
+        session.execute(update(row).values(change))
+
+    assert states(world, names[:2]) == expected
 
 
 def test_base_model_that_is_being_imported_is_unavailable(world: World) -> None:
