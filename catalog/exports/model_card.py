@@ -219,30 +219,56 @@ def _usage(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
     yield from ("## How to load it", "")
     if source is None:
         yield from (f"`{BASE}` is the folder or the Hub ID of the base model.", "")
+    classes = "AutoModelForCausalLM"
     if spec.quantization != "none":
-        yield from (f"Load the base model with the quantization {spec.quantization}, as in training.", "")
+        yield from (f"The base model is loaded with the quantization {spec.quantization}, as in training.", "")
+        classes += ", BitsAndBytesConfig"
+    options = _loading_options(spec)
     yield from (
         "```python",
         "import torch",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {classes}",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({_quoted(source or BASE)}{how}, dtype=torch.{spec.precision})",
+        f"base = AutoModelForCausalLM.from_pretrained({_quoted(source or BASE)}{how}, {options})",
         f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
         "```",
         "",
     )
-    answer = servability.of_job(spec, [spec.lora.rank, *spec.lora.rank_pattern.values()])["vllm"]
+    yield from _usage_with_vllm(base, spec)
+
+
+def _loading_options(spec: JobSpec) -> str:
+    """Return the arguments with which Transformers loads the base model as in training."""
+    dtype = f"torch.{spec.precision}"
+    how = {
+        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+        f"bnb_4bit_compute_dtype={dtype}",
+        "int8": "load_in_8bit=True, llm_int8_threshold=0.0",
+    }.get(spec.quantization)
+    return f"dtype={dtype}" + (f", quantization_config=BitsAndBytesConfig({how})" if how else "")
+
+
+def _usage_with_vllm(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
+    description: Json = base.get("description") or {}
+    architecture: str | None = description.get("architecture")
+    ranks = [spec.lora.rank, *spec.lora.rank_pattern.values()]
+    answer = servability.of_job(spec, ranks, architecture=architecture)["vllm"]
+    reasons = answer.reasons
+    if answer.verdict == "no":
+        reasons = tuple(reason for reason in reasons if not reason.startswith("Start vLLM"))
     yield from ("With vLLM:" if answer.verdict != "no" else "vLLM can't load it:", "")
-    yield from (f"- {_escaped(reason)}" for reason in answer.reasons)
-    if answer.reasons:
+    yield from (f"- {_escaped(reason)}" for reason in reasons)
+    if reasons:
         yield ""
     if answer.verdict != "no":
-        rank = spec.lora.rank * (2 if spec.lora.begins_with_the_base else 1)
-        highest = servability.vllm_rank(rank)
-        at = f" --revision {shlex.quote(CONTROL.sub(' ', revision))}" if revision else ""
-        flags = f"--enable-lora --max-lora-rank {highest} --lora-modules NAME={FOLDER}"
-        yield from ("```sh", f"vllm serve {shlex.quote(source or BASE)}{at} {flags}", "```")
+        source = hub_id(base)
+        revision: str | None = base.get("revision") if source is not None else None
+        flags = f" --revision {shlex.quote(CONTROL.sub(' ', revision))}" if revision else ""
+        flags += " --quantization bitsandbytes" if spec.quantization == "nf4" else ""
+        highest = servability.vllm_rank(servability.exported_rank(spec))
+        flags += f" --enable-lora --max-lora-rank {highest} --lora-modules NAME={FOLDER}"
+        yield from ("```sh", f"vllm serve {shlex.quote(source or BASE)}{flags}", "```")
 
 
 def _verification(verification: Mapping[str, Any]) -> Iterator[tuple[str, object]]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's option --max-lora-rank."""
+VLLM_WITHOUT_LORA = frozenset(
+    {"BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "StableLmForCausalLM"}
+)
+"""Classes of base models for which vLLM loads no adapters, as in catalog.serving.servability."""
 GGUF_ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 """Classes of base models that can be exported as GGUF, as in catalog.exports.formats."""
 
@@ -25,10 +29,10 @@ def print_adapter_usage(folder: Path, adapter: Adapter, base: Model | None) -> N
     source = _source_of(base)
     where = "BASE" if source is None else source
     output.echo("Load it with PEFT:")
-    output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {_loading_options(adapter)})")
+    output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {loading_options(adapter)})")
     output.echo(f"  model = PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
     output.echo("Serve it with vLLM:")
-    output.echo(f"  {_vllm_command(folder, adapter, source)}")
+    output.echo(f"  {_vllm_command(folder, adapter, base)}")
     if base is not None and _can_be_gguf(base):
         gguf = f"{folder}-gguf"
         output.echo("Run it with llama.cpp or Ollama:")
@@ -91,24 +95,31 @@ def _source_of(base: Model | None) -> str | None:
 
 def _can_be_gguf(base: Model) -> bool:
     """Return whether the service accepts an export as GGUF. It also accepts a base model without a known class."""
-    return (base.description or {}).get("architecture") in {None, *GGUF_ARCHITECTURES}
+    return _architecture(base) in {None, *GGUF_ARCHITECTURES}
 
 
-def _vllm_command(folder: Path, adapter: Adapter, source: str | None) -> str:
+def _architecture(base: Model) -> str | None:
+    return (base.description or {}).get("architecture")
+
+
+def _vllm_command(folder: Path, adapter: Adapter, base: Model | None) -> str:
     """Return the command, or the reason why vLLM can't load the adapter and what to do instead."""
+    source = _source_of(base)
     merged = f"lorry adapters export {shlex.quote(adapter.name)} --format merged"
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_bytes())
     if config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         return f"{merged}   # vLLM can't load this kind of adapter, but the merged model"
+    if base is not None and (architecture := _architecture(base)) in VLLM_WITHOUT_LORA:
+        return f"{merged}   # vLLM loads no adapters for {architecture}, but the merged model"
     if adapter.quantization == "int8":
         return f"{merged}   # vLLM has no int8 format like that of the training"
     rank = next((limit for limit in VLLM_RANKS if limit >= int(config.get("r") or 1)), None)
     if rank is None:
         return f"{merged}   # vLLM loads no adapter of a rank above {VLLM_RANKS[-1]}"
-    base = "BASE" if source is None else _shell_words(source)
+    where = "BASE" if source is None else _shell_words(source)
     quantized = " --quantization bitsandbytes" if adapter.quantization == "nf4" else ""
     module = f"adapter={folder}"
-    return f"vllm serve {base}{quantized} --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(module)}"
+    return f"vllm serve {where}{quantized} --enable-lora --max-lora-rank {rank} --lora-modules {shlex.quote(module)}"
 
 
 def _shell_words(source: str) -> str:
@@ -126,7 +137,7 @@ def _model_name(adapter_name: str) -> str:
     return shlex.quote(parts[0].lower()) if parts else "adapter"
 
 
-def _loading_options(adapter: Adapter) -> str:
+def loading_options(adapter: Adapter) -> str:
     """Return the arguments with which Transformers loads the base model as in training."""
     dtype = f"torch.{adapter.precision or 'bfloat16'}"
     how = {

@@ -10,6 +10,8 @@ import yaml
 
 from catalog.exports.model_card import render, render_export
 from catalog.spec.job import JobRequest, resolve
+from lorry.cli.render.serving import loading_options
+from lorry.models.jobs import Adapter
 from tests.catalog.registry import test_lineage
 from tests.catalog.registry.test_lineage import CANARY
 from tests.catalog.world import DESCRIPTION
@@ -123,12 +125,31 @@ def test_vllm_is_not_recommended_for_an_adapter_that_it_rejects() -> None:
     assert "vllm serve" not in card
 
 
+def test_vllm_is_not_recommended_for_a_base_model_without_lora_support() -> None:
+    card = render(record(base={"description": {**DESCRIPTION, "architecture": "GPT2LMHeadModel"}})).decode()
+
+    assert "vLLM does not support LoRA for the architecture GPT2LMHeadModel" in card
+    assert "vllm serve" not in card
+    assert "Start vLLM" not in card
+
+
+@pytest.mark.parametrize(("quantization", "flag"), [("none", ""), ("nf4", " --quantization bitsandbytes")])
+def test_commands_load_the_base_model_as_in_training(quantization: str, flag: str) -> None:
+    request = {"quantization": quantization, "precision": "bfloat16"}
+    card = render(record(request=request)).decode()
+
+    adapter = Adapter.of({"id": "adapter-1", "quantization": quantization, "precision": "bfloat16"})
+    assert f'revision="{COMMIT}", {loading_options(adapter)})\n' in card
+    assert ("import AutoModelForCausalLM, BitsAndBytesConfig\n" in card) is (quantization == "nf4")
+    assert f"vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --revision {COMMIT}{flag} --enable-lora " in card
+
+
 def test_a_doubled_rank_and_a_quantized_base_are_stated() -> None:
     card = render(record(request={"lora": {"rank": 24, "init_lora_weights": "pissa"}})).decode()
     quantized = render(record(request={"quantization": "nf4"})).decode()
 
     assert "--max-lora-rank 64" in card
-    assert "Load the base model with the quantization nf4" in quantized
+    assert "The base model is loaded with the quantization nf4" in quantized
 
 
 COST = {"base_seconds": 0.1, "merged_seconds": 0.098, "num_tokens": 128}

@@ -12,6 +12,7 @@ from typer.testing import Result
 
 from catalog.audit import lineage_signatures
 from catalog.exports import formats
+from catalog.serving import servability
 from lorry.cli.app import EXIT_NOT_CHECKED
 from lorry.cli.commands.adapters import folder_name
 from lorry.cli.render import serving
@@ -47,11 +48,11 @@ def test_offline_verification_is_not_ok_and_finds_changed_files(service: Script,
                 "source": "org/tiny",
                 "revision": "abc",
                 "local_path": "/nowhere/on/this/machine",
-                "description": {"architecture": "GPT2LMHeadModel"},
+                "description": {"architecture": "Gemma2ForCausalLM"},
             },
             '"org/tiny", revision="abc"',
         ),
-        ({"source": "/made/elsewhere", "description": {"architecture": "GPT2LMHeadModel"}}, "BASE"),
+        ({"source": "/made/elsewhere", "description": {"architecture": "Gemma2ForCausalLM"}}, "BASE"),
         (Reply(status=404, body={}), "BASE"),
     ],
 )
@@ -100,6 +101,20 @@ def test_pull_prints_the_export_as_gguf_where_the_service_accepts_it(
 
 def test_classes_for_gguf_are_those_of_the_service() -> None:
     assert serving.GGUF_ARCHITECTURES == formats.GGUF_ARCHITECTURES
+
+
+def test_classes_without_adapters_in_vllm_are_those_of_the_service() -> None:
+    assert serving.VLLM_WITHOUT_LORA == servability.VLLM_WITHOUT_LORA
+
+
+def test_pull_prints_no_command_of_vllm_for_a_class_without_adapters(service: Script, run: Run) -> None:
+    serve(service, tar())
+    service.on("GET", "/v1/models/m", {"source": "org/tiny", "description": {"architecture": "GPT2LMHeadModel"}})
+
+    printed = run("adapters", "pull", "a", "mine").stderr
+
+    assert "vllm serve" not in printed
+    assert "--format merged   # vLLM loads no adapters for GPT2LMHeadModel, but the merged model\n" in printed
 
 
 @pytest.mark.parametrize(
