@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -66,6 +67,18 @@ OTHER_NAMES = {
     "early_stopping_patience": "'early_stopping.patience'",
 }
 """Lorry's field, by the field's name in transformers, PEFT, TRL, bitsandbytes or another trainer."""
+
+OLD_NAMES = {
+    "functions": ("tools", 'Use \'tools\', with {"type": "function", "function": ...} for each function.'),
+    "function_call": ("tool_choice", "Use 'tools', and 'tool_choice' with the value \"auto\" or \"none\"."),
+}
+"""By a deprecated parameter of OpenAI: the parameter that replaced it, and the remedy."""
+
+
+def replacement(path: str, known: Collection[str]) -> str | None:
+    """Return the remedy for a deprecated parameter; None if a request with the fields `known` lacks its successor."""
+    successor, remedy = OLD_NAMES.get(path, ("", ""))
+    return remedy if successor in known else None
 
 
 def known_elsewhere(path: str) -> str | None:

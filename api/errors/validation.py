@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
-from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT, known_elsewhere
+from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT, known_elsewhere, replacement
 from catalog.errors import InvalidRequest
 from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
 
@@ -101,6 +101,8 @@ def _nearest(path: str, model: type[BaseModel] | None) -> str:
     known = _all_paths(model) if model else []
     if not known:
         return "Remove it."
+    if remedy := replacement(path, known):
+        return remedy
     parent, _, name = path.rpartition(".")
     siblings = {item.rpartition(".")[2]: item for item in known if item.rpartition(".")[0] == parent}
     elsewhere = [item for item in known if item.rpartition(".")[2] == name]

@@ -148,6 +148,23 @@ def test_unknown_field_error_suggests_the_intended_field(
 
 
 @pytest.mark.parametrize(
+    ("field", "remedy"),
+    [
+        ("functions", 'Use \'tools\', with {"type": "function", "function": ...} for each function.'),
+        ("function_call", "Use 'tools', and 'tool_choice' with the value \"auto\" or \"none\"."),
+    ],
+)
+def test_deprecated_parameter_error_names_its_successor(client: TestClient, field: str, remedy: str) -> None:
+    message = {"role": "user", "content": "a"}
+    sent = client.post("/v1/chat/completions", json={"model": "smol", "messages": [message], field: []})
+    text = client.post("/v1/completions", json={"model": "smol", "prompt": "a", field: []})
+
+    assert sent.status_code == 400
+    assert sent.json()["error"]["message"] == f"Unknown field '{field}'. {remedy}"
+    assert "tools" not in text.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("method", "name", "methods"),
     [
         ("dpo", "neftune_alpha", "supervised"),
