@@ -74,7 +74,11 @@ BatchSize = Annotated[
 ]
 Suffix = Annotated[
     str | None,
-    _option(TRIALS, "Suffix of each adapter's name: up to 64 letters, digits, dots, underscores, hyphens."),
+    _option(
+        TRIALS,
+        "Suffix of each adapter's name: any text of up to 64 characters. Other characters than ASCII letters, digits, "
+        "dots, underscores and hyphens become hyphens; accents are dropped.",
+    ),
 ]
 KeepBest = Annotated[bool, _option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")]
 MaxConcurrent = Annotated[

@@ -187,7 +187,12 @@ Seed = Annotated[int | None, option(TRAINING, "Random seed; the same seed gives 
 Valid = Annotated[str | None, option(WATCHING, "Validation file: a path or the ID of an uploaded file.")]
 CheckpointEvery = Annotated[int | None, option(WATCHING, "Write a checkpoint every N steps (default: 50).")]
 Suffix = Annotated[
-    str | None, option(RUN, "Suffix of the adapter's name: up to 64 letters, digits, dots, underscores, hyphens.")
+    str | None,
+    option(
+        RUN,
+        "Suffix of the adapter's name: any text of up to 64 characters. Other characters than ASCII letters, digits, "
+        "dots, underscores and hyphens become hyphens; accents are dropped.",
+    ),
 ]
 MustServeOn = Annotated[
     str | None,
