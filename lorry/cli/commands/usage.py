@@ -74,11 +74,14 @@ def usage(
         Column(title="ORGANIZATION" if is_by_organization else "PROJECT", min_width=8),
         Column(title="MODEL", min_width=8),
         Column(title="DEVICE-HOURS"),
-        Column(title="TOKENS", priority=2),
+        Column(title="TRAINED TOKENS", priority=2),
         Column(title="CREATED", priority=3),
         Column(title="SUCCEEDED"),
         Column(title="FAILED", priority=1),
         Column(title="CANCELLED", priority=4),
+        Column(title="REQUESTS", priority=5),
+        Column(title="PROMPT TOKENS", priority=7),
+        Column(title="ANSWER TOKENS", priority=6),
         Column(title="STORED"),
     )
     rows = [_row(bucket, result, names) for bucket in found for result in bucket.results]
@@ -89,6 +92,7 @@ def _row(bucket: UsageBucket, result: UsageResult, names: dict[str, str]) -> tup
     day = f"{datetime.fromtimestamp(bucket.start_time, UTC):%Y-%m-%d}"
     owner = result.organization_id or result.project_id
     jobs = [result.num_jobs.get(name, 0) for name in ("created", "succeeded", "failed", "cancelled")]
+    answers = [result.completions.get(name, 0) for name in ("requests", "prompt_tokens", "completion_tokens")]
     hours = f"{result.device_seconds / 3600:.2f}"
     stored = None if result.stored_bytes is None else output.size(result.stored_bytes)
-    return day, names.get(owner or "", owner), result.model, hours, result.trained_tokens, *jobs, stored
+    return day, names.get(owner or "", owner), result.model, hours, result.trained_tokens, *jobs, *answers, stored
