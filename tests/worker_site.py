@@ -92,7 +92,12 @@ class WorkerSite:
     # Actions of a user
 
     def upload(self, rows: int, *, seed: int = 0) -> str:
-        path = tiny_base.write_chat(self.folder / f"rows-{rows}-{seed}.jsonl", rows, seed=seed)
+        return self.upload_file(tiny_base.write_chat(self.folder / f"rows-{rows}-{seed}.jsonl", rows, seed=seed))
+
+    def upload_file(self, path: Path) -> str:
+        """Upload a file of rows. `path` itself stays."""
+        spooled = self.folder / f"spooled-{path.name}"
+        shutil.copy(path, spooled)
         content = path.read_bytes()
         file = files.create(
             self.db,
@@ -100,7 +105,7 @@ class WorkerSite:
             project_id=self.caller.project_id,
             purpose="fine-tune",
             filename=path.name,
-            spooled=path,
+            spooled=spooled,
             num_bytes=len(content),
             digest=hashlib.sha256(content).hexdigest(),
             settings=self.settings,
