@@ -82,7 +82,7 @@ async def open_sign_in_link(
         )
     secret = await run_in_threadpool(_exchange, use, token=body.token, replaced=session)
     _set_cookie(request, response, use, secret)
-    return browser_session(caller)
+    return browser_session(caller, use.settings)
 
 
 @router.post("/v1/browser_session", operation_id="create_browser_session", responses=errors(400, 401, 403, 429))
@@ -97,13 +97,13 @@ async def create_browser_session(
         caller = await use.key_checks.run(check)
     secret = await run_in_threadpool(_sign_in, use, caller, replaced=session)
     _set_cookie(request, response, use, secret)
-    return browser_session(caller)
+    return browser_session(caller, use.settings)
 
 
 @router.get("/v1/browser_session", operation_id="get_browser_session", responses=SIGNED)
-def get_browser_session(caller: Signed) -> BrowserSession:
+def get_browser_session(use: Use, caller: Signed) -> BrowserSession:
     """Return the project, key and scopes of the browser session or of the API key. Requires any API key."""
-    return browser_session(caller)
+    return browser_session(caller, use.settings)
 
 
 @router.delete("/v1/browser_session", operation_id="delete_browser_session", responses=errors(401, 403))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from catalog.settings import Settings
 from catalog.spec.strict import Strict
 from catalog.tenancy.authentication import Caller
 
@@ -75,6 +76,7 @@ class BrowserSession(BaseModel):
                 "key_name": "first operator key",
                 "is_operator": True,
                 "scopes": ["jobs:read", "jobs:write"],
+                "uploads_to_hub": False,
             }
         }
     )
@@ -84,6 +86,9 @@ class BrowserSession(BaseModel):
     key_name: str
     is_operator: bool
     scopes: list[str] = Field(description="Scopes of the key.")
+    uploads_to_hub: bool = Field(
+        description="Whether the service allows exports to be uploaded to any repository of the Hugging Face Hub."
+    )
 
 
 class SignedOut(BaseModel):
@@ -91,13 +96,14 @@ class SignedOut(BaseModel):
     deleted: bool = True
 
 
-def browser_session(caller: Caller) -> BrowserSession:
+def browser_session(caller: Caller, settings: Settings) -> BrowserSession:
     return BrowserSession(
         project_id=caller.project_id,
         project=caller.project_name,
         key_name=caller.name,
         is_operator=caller.is_operator,
         scopes=sorted(caller.scopes),
+        uploads_to_hub=bool(settings.named_hub_repositories()),
     )
 
 

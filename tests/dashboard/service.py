@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -33,10 +33,12 @@ class Service:
     url: str
     port: int
     seeded: Seeded
+    environment: Mapping[str, str]
     child: ForkServerProcess | None = None
 
     def start(self) -> None:
-        self.child = FORKING.Process(target=_serve, args=(self.seeded.settings.data_dir, self.port), daemon=True)
+        given = (self.seeded.settings.data_dir, self.port, dict(self.environment))
+        self.child = FORKING.Process(target=_serve, args=given, daemon=True)
         self.child.start()
         self._wait()
 
@@ -94,9 +96,9 @@ class Service:
 
 
 @contextmanager
-def serving(seeded: Seeded) -> Iterator[Service]:
+def serving(seeded: Seeded, **environment: str) -> Iterator[Service]:
     port = _free_port()
-    service = Service(url=f"http://127.0.0.1:{port}", port=port, seeded=seeded)
+    service = Service(url=f"http://127.0.0.1:{port}", port=port, seeded=seeded, environment=environment)
     try:
         service.start()
         yield service
@@ -105,12 +107,12 @@ def serving(seeded: Seeded) -> Iterator[Service]:
         seeded.db.close()
 
 
-def _serve(data_dir: Path, port: int) -> None:
+def _serve(data_dir: Path, port: int, environment: dict[str, str]) -> None:
     """Run `python -m api serve` in the child process."""
     with (data_dir / "api.log").open("ab") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
-    os.environ["LORRY_DATA_DIR"] = str(data_dir)
+    os.environ.update(environment, LORRY_DATA_DIR=str(data_dir))
 
     from api.__main__ import main  # imported late: the test process does not need it
 

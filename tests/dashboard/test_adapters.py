@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from playwright.sync_api import expect
@@ -15,7 +16,7 @@ from catalog.tables.serving import Deployment
 from qa.fuzz.answering import answering
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
-from tests.dashboard.service import Service
+from tests.dashboard.service import Service, serving
 
 
 def test_lineage_shows_the_base_model_license_and_file_names(fresh: Service, visit: Visit) -> None:
@@ -105,6 +106,7 @@ def test_export_is_requested_shown_downloaded_and_deleted(fresh: Service, visit:
     visitor.open(f"#/adapters/{adapter_id}")
     panel = visitor.page.get_by_role("region", name="Exports")
 
+    expect(panel.get_by_label("Upload to")).to_have_count(0)
     panel.get_by_label("Format").select_option("merged")
     panel.get_by_role("button", name="Export", exact=True).click()
     panel.get_by_text("queued").wait_for()
@@ -121,6 +123,29 @@ def test_export_is_requested_shown_downloaded_and_deleted(fresh: Service, visit:
     panel.get_by_role("link", name="model.safetensors").wait_for(state="detached")
     page = commands.list_page(fresh.seeded.db, project_id=job.project_id, adapter=adapter_id)
     assert page.items == []
+
+
+def test_export_is_requested_with_an_upload_to_the_hub(tmp_path: Path, migrated_database: Path, visit: Visit) -> None:
+    shutil.copy(migrated_database, tmp_path / "lorry.db")
+    with serving(seed.start(tmp_path), LORRY_HUB_REPOSITORIES="org/*") as service:
+        adapter_id = trained(service)
+        visitor = visit(service)
+        visitor.open(f"#/adapters/{adapter_id}")
+        panel = visitor.page.get_by_role("region", name="Exports")
+        repository, button = panel.get_by_label("Upload to"), panel.get_by_role("button", name="Export", exact=True)
+
+        panel.get_by_label("Format").select_option("adapter")
+        repository.fill("other/support")
+        button.click()
+        panel.get_by_text("Exports may not be uploaded to 'other/support'").wait_for()
+        repository.fill("org/support")
+        button.click()
+
+        panel.get_by_text("queued").wait_for()
+        visitor.assert_accessible()
+        project_id = service.seeded.caller.project_id
+        (row,) = commands.list_page(service.seeded.db, project_id=project_id, adapter=adapter_id).items
+        assert (row.format, row.hub_repository) == ("adapter", "org/support")
 
 
 def _make_export(service: Service, folder: Path) -> None:

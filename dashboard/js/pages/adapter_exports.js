@@ -1,7 +1,8 @@
 // Exports of an adapter for serving engines: a form that requests one, and the project's exports with their files.
 import { html, useEffect, useRef, useState } from "../html.js";
-import { send } from "../api.js";
+import { browserSession, send } from "../api.js";
 import { useResource } from "../resource.js";
+import { useStore } from "../store.js";
 import { announce } from "../parts/announce.js";
 import { Ago, Command, FINAL, Failure, Panel, stateWord } from "../parts/basics.js";
 import { confirm } from "../parts/confirm.js";
@@ -14,6 +15,7 @@ const CHOICES = [
   ["gguf-lora", "GGUF LoRA file (llama.cpp)"],
   ["merged", "Merged safetensors (vLLM, Transformers)"],
 ];
+const FOR_THE_HUB = ["adapter", "Adapter files (only for the Hugging Face Hub)"];
 
 export function Exports({ adapter, path }) {
   const { data, error, reload } = useResource(`${path}/exports?limit=100`);
@@ -34,14 +36,17 @@ export function Exports({ adapter, path }) {
 
 function Form({ path, done }) {
   const choice = useRef(null);
+  const repository = useRef(null);
+  const hasHub = Boolean(useStore(browserSession)?.uploads_to_hub);
   const [state, setState] = useState({ busy: false, error: null });
   const submit = async (event) => {
     event.preventDefault();
     if (state.busy) return;
     const [kind, quantization] = choice.current.value.split(" ");
+    const given = repository.current?.value.trim();
     setState({ busy: true, error: null });
     try {
-      const made = await send("POST", `${path}/exports`, quantization ? { format: kind, quantization } : { format: kind });
+      const made = await send("POST", `${path}/exports`, { format: kind, ...(quantization && { quantization }), ...(given && { hub_repository: given }) });
       announce(FINAL.has(made.status) ? "This export exists already" : "Export requested");
       await done();
       setState({ busy: false, error: null });
@@ -51,7 +56,9 @@ function Form({ path, done }) {
   };
   return html`<form class="upload" onSubmit=${submit}>
       <label for="export-format">Format</label>
-      <select id="export-format" ref=${choice}>${CHOICES.map(([key, name]) => html`<option key=${key} value=${key}>${name}</option>`)}</select>
+      <select id="export-format" ref=${choice}>${(hasHub ? [...CHOICES, FOR_THE_HUB] : CHOICES).map(([key, name]) => html`<option key=${key} value=${key}>${name}</option>`)}</select>
+      ${hasHub && html`<label for="export-repository">Upload to</label>
+      <input id="export-repository" ref=${repository} placeholder="ORG/NAME on the Hub (optional)" autocomplete="off" spellcheck="false" />`}
       <button type="submit" class="primary" aria-disabled=${state.busy ? "true" : null}>${state.busy ? "Requesting…" : "Export"}</button>
     </form>
     ${state.error && html`<${Failure} error=${state.error} />`}`;
