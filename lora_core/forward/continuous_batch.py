@@ -136,6 +136,15 @@ class ContinuousBatch:
         """Memory of one token in the key-value cache. 0 while nothing is cached."""
         return max((answer.cache.bytes_per_token for answer in self._growing if answer.cache is not None), default=0)
 
+    @property
+    def max_sequence_tokens(self) -> int | None:
+        """Maximum number of tokens of a prompt with its answer, on a sharded base model. None on others: they recover
+        from a shortage of memory.
+
+        One pass computes a prompt, and again a prompt with its answer so far if the answer restarts.
+        """
+        return min(self._prompt_tokens, self._max_cache_tokens) if self._base.is_sharded else None
+
     def add(self, prompt: Prompt) -> None:
         """Add a prompt. Raises ConfigError if it can't be answered."""
         check_prompt(prompt.ids, prompt.max_tokens, self._base)

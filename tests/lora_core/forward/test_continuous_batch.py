@@ -283,6 +283,15 @@ def test_prompt_that_can_not_be_answered_is_rejected(engine):
     assert len(batch) == 0
 
 
+def test_only_a_sharded_base_model_limits_a_prompt_with_its_answer(engine, monkeypatch):
+    batches = [batch_on(engine, cache_tokens=30, prompt_tokens=50), batch_on(engine, cache_tokens=70, prompt_tokens=50)]
+    assert [batch.max_sequence_tokens for batch in batches] == [None, None]
+
+    monkeypatch.setattr(engine.base, "strategy", "fsdp2")
+
+    assert [batch.max_sequence_tokens for batch in batches] == [30, 50], "the cache, or one pass"
+
+
 def test_prompts_with_low_priority_wait_for_all_others(engine, expected):
     prompts = prompts_of(engine)
     batch, order = batch_on(engine, prompt_tokens=1), []

@@ -139,9 +139,9 @@ class InferenceRequests:
         claim_id, text = body["claim_id"], self._text()
         prompts = _encoded(text, body)
         adapter = self._adapter_of(body)
-        max_tokens = [self._max_tokens(ids, body["max_tokens"]) for ids in prompts]
         if self._batch is None:
             self._batch = self._engine.continuous_batch(cache_bytes=self._cache_bytes())
+        max_tokens = [self._max_tokens(ids, body["max_tokens"], self._batch) for ids in prompts]
         request = _Request(body=body, prompt_tokens=sum(len(ids) for ids in prompts))
         self._requests[claim_id] = request
         decode = partial(text.text_of, with_special=bool(body.get("tools")))
@@ -193,23 +193,26 @@ class InferenceRequests:
                 self._adapters.clear()
                 return self._engine.load_adapter(folder)
 
-    def _max_tokens(self, ids: Sequence[int], wanted: int | None) -> int:
+    def _max_tokens(self, ids: Sequence[int], wanted: int | None, batch: ContinuousBatch) -> int:
         """Return the maximum number of tokens of an answer. Raises ConfigError if the prompt leaves no space."""
-        longest = self._engine.base.max_positions
+        longest, supporter = self._engine.base.max_positions, "the base model supports"
+        if batch.max_sequence_tokens is not None and (longest is None or batch.max_sequence_tokens < longest):
+            longest = batch.max_sequence_tokens
+            supporter = "the base model, which is divided among several devices here, supports"
         if longest is None:
             return wanted or UNLIMITED_TOKENS
         prompt_tokens = len(ids)
         if wanted is not None and prompt_tokens + wanted > longest:
             raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but the base model supports at "
-                f"most {longest} tokens for prompt and answer together.",
+                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but {supporter} at most {longest} "
+                "tokens for prompt and answer together.",
                 remedy="Shorten the prompt, or lower max_tokens.",
                 code="context_length_exceeded",
             )
         if prompt_tokens >= longest:
             raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens, but the base model supports at most {longest} tokens for "
-                "prompt and answer together.",
+                f"The prompt has {prompt_tokens} tokens, but {supporter} at most {longest} tokens for prompt and "
+                "answer together.",
                 remedy="Shorten the prompt.",
                 code="context_length_exceeded",
             )

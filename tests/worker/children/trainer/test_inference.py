@@ -59,8 +59,8 @@ def directory(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> TrainerDirec
 def make_requests(base_dir: Path, directory: TrainerDirectory) -> Iterator[Callable[..., InferenceRequests]]:
     events = EventWriter(directory)
 
-    def make(base: Path = base_dir) -> InferenceRequests:
-        engine = Engine(load_base(base, dtype="float32", device="cpu"), EngineConfig())
+    def make(base: Path = base_dir, **config: Any) -> InferenceRequests:
+        engine = Engine(load_base(base, dtype="float32", device="cpu"), EngineConfig(**config))
         text = BaseText(base)
         return InferenceRequests(engine, directory, events, text=lambda: text, free_host_bytes=lambda: 2**26)
 
@@ -282,6 +282,27 @@ def test_request_that_can_not_be_answered_is_reported(
     assert event["error"]["code"] == code
     assert event["error"]["remedy"]
     assert requests.is_idle
+
+
+def test_sharded_base_model_rejects_what_exceeds_one_pass(make_requests: Any, directory: TrainerDirectory) -> None:
+    """A shortage of memory in a pass of a sharded base model ends the trainer."""
+    requests = make_requests(token_budget=40)
+    requests._engine.base.strategy = "fsdp2"
+
+    requests.add(body("long", prompts=["word " * 50], max_tokens=None))
+    requests.add(body("wide", prompts=["word"], max_tokens=60))
+    assert requests.is_idle
+    requests.add(body("short", prompts=["word"], max_tokens=None, temperature=1.5))
+    events = drained(requests, directory)
+
+    errors = {event["claim_id"]: event["error"] for event in events if event["type"] == "unanswered"}
+    assert {claim_id: error["code"] for claim_id, error in errors.items()} == {
+        "long": "context_length_exceeded",
+        "wide": "context_length_exceeded",
+    }
+    assert "divided among several devices here, supports at most 40 tokens" in errors["long"]["message"]
+    (begun,) = [event for event in events if event["type"] == "answering"]
+    assert begun["prompt_tokens"] + events[-1]["completion_tokens"] <= 40
 
 
 def test_answer_without_a_limit_may_fill_the_context(make_requests: Any, directory: TrainerDirectory) -> None:
