@@ -43,6 +43,11 @@ class InferenceClaim:
     is_batch: bool
     """It belongs to a batch."""
 
+    @property
+    def num_answers(self) -> int:
+        """How many answers the request asks for."""
+        return _num_answers(self.body)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WantedBase:
@@ -56,10 +61,11 @@ class WantedBase:
 def claim(
     db: Database, *, worker_id: str, pack_key: str, limit: int, batch_limit: int | None = None, lease_seconds: float
 ) -> list[InferenceClaim]:
-    """Claim up to `limit` requests that a trainer with this pack key can answer.
+    """Claim requests that a trainer with this pack key can answer, until they ask for `limit` answers together.
 
-    batch_limit: how many of them may belong to batches. Those are claimed after all others. Among the others, and among
-    those of batches, the projects take turns, so that no project's requests wait behind all those of another.
+    The last request may exceed the limit. batch_limit: the limit for requests of batches. Those are claimed after all
+    others. Among the others, and among those of batches, the projects take turns, so that no project's requests wait
+    behind all those of another.
     """
     batch_limit = limit if batch_limit is None else min(batch_limit, limit)
     with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
@@ -74,7 +80,8 @@ def claim(
             return []
         ids = _in_turns(session, pack_key, limit, batch_limit, now=now)
         rows = {row.id: row for row in session.scalars(skip_locked(_rows(ids, now=now)))}
-        return [_claim(rows[ident], now=now, lease_seconds=lease_seconds) for ident in ids if ident in rows]
+        first = _first_within([rows[ident] for ident in ids if ident in rows], limit, batch_limit)
+        return [_claim(row, now=now, lease_seconds=lease_seconds) for row in first]
 
 
 def renew(db: Database, claim_ids: Collection[str], *, lease_seconds: float) -> set[str]:
@@ -170,6 +177,24 @@ def _in_turns(session: Session, pack_key: str, limit: int, batch_limit: int, *, 
     if num_of_batches <= 0:
         return interactive
     return interactive + list(session.scalars(first.where(ranked.c.is_batch == 1).limit(num_of_batches)))
+
+
+def _first_within(rows: Sequence[InferenceRequest], limit: int, batch_limit: int) -> list[InferenceRequest]:
+    """Return the first requests until the limits of `claim` are reached. Those of batches are last."""
+    found: list[InferenceRequest] = []
+    num_answers = num_of_batches = 0
+    for row in rows:
+        is_batch = row.batch_id is not None
+        if num_answers >= limit or (is_batch and num_of_batches >= batch_limit):
+            break
+        found.append(row)
+        num_answers += _num_answers(row.body)
+        num_of_batches += _num_answers(row.body) if is_batch else 0
+    return found
+
+
+def _num_answers(body: Json) -> int:
+    return int(body.get("n", 1)) * len(body.get("prompts", ("messages",)))
 
 
 def _claim(row: InferenceRequest, *, now: float, lease_seconds: float) -> InferenceClaim:

@@ -21,9 +21,12 @@ from worker.protocol.mailbox import InboxWriter, StagedAdapter, TrainerDirectory
 from worker.session.reply_connections import ReplyConnections
 
 MAX_OPEN = 256
-"""Maximum number of requests that one trainer answers at the same time."""
+"""Number of unfinished answers from which on a trainer claims no more requests."""
 MAX_BATCH_OPEN = MAX_OPEN // 2
-"""Maximum number of them that belong to batches."""
+"""The same for answers of batches."""
+MAX_WAITING = 32
+"""Number of answers without a first token from which on a trainer claims no more requests; separately for batches. The
+other requests wait in the database, where the projects take turns."""
 POLL_SECONDS = 0.25
 """Interval at which a loaded trainer polls for requests, if nothing notifies it."""
 STAGED_ADAPTERS = 128
@@ -40,6 +43,10 @@ class InferenceSession:
         self._connections = ReplyConnections()
         self._open: dict[str, InferenceClaim] = {}
         """By the ids of the claims."""
+        self._begun: dict[str, set[int]] = {}
+        """Indices of the answers that have begun, by the ids of the claims."""
+        self._has_more = False
+        """The last claim reached its limit, so more requests may wait."""
         self._unsent: list[InferenceClaim] = []
         """Claimed, but not yet given to the trainer."""
         self._stale: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -57,16 +64,22 @@ class InferenceSession:
 
     def claim(self) -> None:
         """Claim requests that wait for this trainer's base model. Raises Unavailable."""
-        if self._is_closing or len(self._open) >= MAX_OPEN:
+        of_batches = [each for each in self._open.values() if each.is_batch]
+        others = [each for each in self._open.values() if not each.is_batch]
+        num_of_batches = _num_answers(of_batches)
+        limit = min(MAX_OPEN - num_of_batches - _num_answers(others), MAX_WAITING - self._num_waiting(others))
+        batch_limit = min(MAX_BATCH_OPEN - num_of_batches, MAX_WAITING - self._num_waiting(of_batches))
+        if self._is_closing or limit <= 0:
             return
         found = claims.claim(
             self._context.db,
             worker_id=self._context.worker_id,
             pack_key=self._pack_key,
-            limit=MAX_OPEN - len(self._open),
-            batch_limit=MAX_BATCH_OPEN - sum(claimed.is_batch for claimed in self._open.values()),
+            limit=limit,
+            batch_limit=batch_limit,
             lease_seconds=self._context.settings.lease_seconds,
         )
+        self._has_more = _num_answers(found) >= min(limit, max(1, batch_limit))
         again = {claimed.request_id for claimed in found}  # if the lease of an open claim had expired
         for claimed in self._open.values():
             if claimed.request_id in again:
@@ -90,7 +103,7 @@ class InferenceSession:
         abandoned, unreachable = self._connections.stopped(), self._connections.failed()
         self._stop((each for each in self._open.values() if each.request_id in abandoned), inbox)
         self._stop((each for each in self._open.values() if each.reply_to in unreachable), inbox)
-        if is_ready and (was_notified or now - self._polled_at >= POLL_SECONDS):
+        if is_ready and (was_notified or self._is_due(now)):
             self._polled_at = now
             self.claim()
         stale = set(self._now_stale())
@@ -107,8 +120,9 @@ class InferenceSession:
         if claimed is None:
             return
         self._send(claimed, event)
+        self._begun.setdefault(claimed.claim_id, set()).update(delta["index"] for delta in event.get("deltas", ()))
         if event["type"] in ("answered", "unanswered"):
-            del self._open[claimed.claim_id]
+            self._forget(claimed)
 
     def fail_all(self, error: Json) -> None:
         """Answer all requests with an error: the base model can't be loaded."""
@@ -132,8 +146,23 @@ class InferenceSession:
             self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": claims.FAILED})
         self._release(list(self._open.values()), counts=is_failure)
         self._open.clear()
+        self._begun.clear()
         self._unsent.clear()
         self._connections.close()
+
+    def _is_due(self, now: float) -> bool:
+        """Return whether to poll for requests: at intervals, or at once if more may wait and the trainer has begun most
+        of the answers that it has."""
+        is_short = self._has_more and self._num_waiting(self._open.values()) <= MAX_WAITING // 2
+        return is_short or now - self._polled_at >= POLL_SECONDS
+
+    def _num_waiting(self, claimed: Iterable[InferenceClaim]) -> int:
+        """Return the number of answers to these requests that have no first token."""
+        return sum(each.num_answers - len(self._begun.get(each.claim_id, ())) for each in claimed)
+
+    def _forget(self, claimed: InferenceClaim) -> None:
+        del self._open[claimed.claim_id]
+        self._begun.pop(claimed.claim_id, None)
 
     def _hand_over(self, claimed: InferenceClaim, directory: TrainerDirectory, inbox: InboxWriter) -> None:
         try:
@@ -176,7 +205,7 @@ class InferenceSession:
         expire. It deletes them after MAX_CLAIMS.
         """
         for each in list(claimed):
-            del self._open[each.claim_id]
+            self._forget(each)
             if each in self._unsent:
                 self._unsent.remove(each)
             else:
@@ -191,3 +220,7 @@ class InferenceSession:
     def _send(self, claimed: InferenceClaim, event: Json) -> None:
         sent = {name: value for name, value in event.items() if name not in ("claim_id", "seconds")}
         self._connections.send(claimed.reply_to, request_id=claimed.request_id, claim_id=claimed.claim_id, event=sent)
+
+
+def _num_answers(claimed: Iterable[InferenceClaim]) -> int:
+    return sum(each.num_answers for each in claimed)

@@ -31,9 +31,8 @@ def world(world: World) -> World:
 def submit(world: World, *, caller: Caller | None = None, model: str = "smol", **given: Any) -> InferenceRequest:
     caller = caller or world.caller
     found = requests.resolve(world.db, project_id=caller.project_id, name=model)
-    return requests.submit(
-        world.db, project_id=caller.project_id, model=found, body={"prompts": ["a"]}, reply_to="127.0.0.1:1", **given
-    )
+    fields = {"body": {"prompts": ["a"]}, "reply_to": "127.0.0.1:1", **given}
+    return requests.submit(world.db, project_id=caller.project_id, model=found, **fields)
 
 
 def claim(world: World, *, limit: int = 10, worker_id: str = "w1", key: str = KEY) -> list[InferenceClaim]:
@@ -245,6 +244,19 @@ def test_request_that_no_worker_began_is_not_counted(world: World) -> None:
 
     query = report.UsageQuery(start_time=world.clock.now - 86400)
     assert [used for day in report.report(world.db, caller=world.caller, query=query).days for used in day.used] == []
+
+
+def test_requests_are_claimed_until_they_ask_for_enough_answers(world: World) -> None:
+    large = [submit(world, body={"prompts": ["a", "b"], "n": 3}) for _ in range(3)]
+    chat = submit(world, body={"messages": [], "n": 2})
+
+    found = [claim(world, limit=7), claim(world, limit=7)]
+
+    assert [[each.request_id for each in some] for some in found] == [
+        [large[0].id, large[1].id],
+        [large[2].id, chat.id],
+    ]
+    assert [each.num_answers for each in found[1]] == [6, 2]
 
 
 def test_old_request_is_neither_claimed_nor_kept(world: World) -> None:

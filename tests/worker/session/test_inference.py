@@ -83,12 +83,13 @@ def session(site: PackSite) -> Iterator[TrainerSession]:
     session.inference.release_all()
 
 
-def submit(site: PackSite, api: ApiProcess, *, adapter: str | None = None) -> InferenceRequest:
-    model = requests.resolve(site.db, project_id=site.world.caller.project_id, name="smol")
-    body = {"messages": [], "model": "smol"}
-    row = requests.submit(
-        site.db, project_id=site.world.caller.project_id, model=model, body=body, reply_to=api.address
-    )
+def submit(
+    site: PackSite, api: ApiProcess, *, adapter: str | None = None, project_id: str | None = None, **fields: Any
+) -> InferenceRequest:
+    project_id = project_id or site.world.caller.project_id
+    model = requests.resolve(site.db, project_id=project_id, name="smol")
+    body = {"messages": [], "model": "smol", **fields}
+    row = requests.submit(site.db, project_id=project_id, model=model, body=body, reply_to=api.address)
     if adapter is not None:
         with site.db.write() as session:
             session.get_one(InferenceRequest, row.id).adapter = adapter
@@ -140,6 +141,46 @@ def test_request_is_handed_over_and_its_answer_sent(site: PackSite, session: Tra
     assert all(requests.is_held(site.db, row.id, line["claim_id"]) for line in api.lines)
     assert api.lines[0]["event"] == {"type": "answering", "prompt_tokens": 3}
     assert session.inference.is_idle
+
+
+def test_few_answers_wait_in_the_trainer_so_that_projects_take_turns(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "MAX_WAITING", 4)
+    first, second, third = (submit(site, api, n=4) for _ in range(3))
+    assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, first)]
+    other = submit(site, api, project_id=site.world.stranger.project_id)
+    assert answer(session) == [], "four answers wait"
+
+    deltas = [{"index": index, "text": "a"} for index in range(4)]
+    emit(session, {"type": "generated", "claim_id": claim_of(site, first), "deltas": deltas[:1]})
+    session.read_events()
+    claimed = [body["claim_id"] for _, body in answer(session)]
+
+    assert claimed == [claim_of(site, other)], "the project that has nothing yet is next, and takes the only place"
+    for row, begun in ((first, deltas[1:]), (other, deltas[:1])):
+        emit(session, {"type": "generated", "claim_id": claim_of(site, row), "deltas": begun})
+    session.read_events()
+    assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, second)]
+    assert answer(session) == []
+    with site.db.read() as database:
+        assert database.get_one(InferenceRequest, third.id).claim_id is None
+
+
+def test_more_requests_are_claimed_at_once_while_more_wait(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "MAX_WAITING", 2)
+    monkeypatch.setattr(inference, "POLL_SECONDS", 1000.0)
+    rows = [submit(site, api) for _ in range(3)]
+    assert len(answer(session)) == 2
+    assert answer(session, was_notified=False) == []
+
+    for row in rows[:2]:
+        emit(session, {"type": "answered", "claim_id": claim_of(site, row), "completion_tokens": 1})
+    session.read_events()
+
+    assert len(answer(session, was_notified=False)) == 1
 
 
 def test_adapter_is_copied_once_and_kept_for_later_requests(
