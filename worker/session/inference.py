@@ -52,6 +52,8 @@ class InferenceSession:
         self._stale: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Claims that are no longer valid."""
         self._staged: OrderedDict[str, str] = OrderedDict()
+        self._was_ready = False
+        """The trainer has loaded its base model."""
         self._polled_at = time.monotonic()
         self._is_closing = False
         self.last_answer_at = -1.0
@@ -94,16 +96,21 @@ class InferenceSession:
         for claim_id in claims.renew(self._context.db, list(self._open), lease_seconds=lease_seconds):
             self._stale.put(claim_id)
 
-    def advance(self, directory: TrainerDirectory, inbox: InboxWriter, *, is_ready: bool, was_notified: bool) -> None:
+    def advance(
+        self, directory: TrainerDirectory, inbox: InboxWriter, *, is_ready: bool, has_suspect: bool, was_notified: bool
+    ) -> None:
         """Stop abandoned requests. If the trainer is ready, claim new ones and give them to it.
+
+        has_suspect: the trainer holds a job that must train alone, so no request joins it.
 
         Raises Unavailable and OutOfSpace.
         """
         now = time.monotonic()
+        self._was_ready |= is_ready
         abandoned, unreachable = self._connections.stopped(), self._connections.failed()
         self._stop((each for each in self._open.values() if each.request_id in abandoned), inbox)
         self._stop((each for each in self._open.values() if each.reply_to in unreachable), inbox)
-        if is_ready and (was_notified or self._is_due(now)):
+        if is_ready and not has_suspect and (was_notified or self._is_due(now)):
             self._polled_at = now
             self.claim()
         stale = set(self._now_stale())
@@ -137,11 +144,16 @@ class InferenceSession:
     def release_all(self) -> None:
         """Let other workers answer what this trainer has not answered, and close the connections.
 
-        A request that MAX_CLAIMS workers could not answer fails.
+        A request that MAX_CLAIMS workers could not answer fails. What a ready trainer has not got is not counted: only
+        while it loaded may those requests be the cause.
         """
         with suppress(ValueError):  # it was already released
             self._context.heartbeat.renewals.remove(self.renew)
         is_failure = not (self._is_closing or self._context.draining)
+        if self._was_ready:
+            self._release(self._unsent, counts=False)
+            for claimed in self._unsent:
+                self._forget(claimed)
         for claimed in [claimed for claimed in self._open.values() if claimed.is_last and is_failure]:
             self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": claims.FAILED})
         self._release(list(self._open.values()), counts=is_failure)

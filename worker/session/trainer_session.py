@@ -284,7 +284,13 @@ class TrainerSession:
     def answer_requests(self, *, was_notified: bool) -> None:
         """Give new inference requests to the trainer once it is ready. Raises OutOfSpace, Unavailable, OSError."""
         is_ready, was_empty = self.ready is not None, self.is_empty
-        self.inference.advance(self.directory, self._inbox, is_ready=is_ready, was_notified=was_notified)
+        self.inference.advance(
+            self.directory,
+            self._inbox,
+            is_ready=is_ready,
+            has_suspect=self.has_suspect,
+            was_notified=was_notified,
+        )
         if was_empty and not self.is_empty:
             self.last_event_at = time.monotonic()  # an empty trainer sends no events
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from catalog.errors import Unavailable
 from catalog.inference import claims, requests
 from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from tests.catalog.world import sha
-from tests.worker.pack_site import READY, PackSite, emit
+from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker_site import wait_until
 from worker.protocol.mailbox import InboxReader
 from worker.session import inference, reply_connections
@@ -109,6 +110,16 @@ def submit_and_claim(site: PackSite, session: TrainerSession, api: ApiProcess) -
     row = submit(site, api)
     answer(session)
     return row, claim_of(site, row)
+
+
+def failing(*errors: Exception) -> Callable[..., None]:
+    """Return a function that raises these errors in turn, and then the last one again."""
+    left = list(errors)
+
+    def fail(*_: object) -> None:
+        raise left.pop(0) if len(left) > 1 else left[0]
+
+    return fail
 
 
 def received(session: TrainerSession) -> list[tuple[str, dict[str, Any]]]:
@@ -378,6 +389,42 @@ def test_claimed_requests_are_released_when_the_trainer_ends(
     assert len(claims.claim(site.db, worker_id="w1", pack_key=KEY, limit=5, lease_seconds=60)) == 1
     assert session.inference.is_idle
     assert api.lines == []
+
+
+def test_requests_do_not_join_a_job_that_must_train_alone(site: PackSite, api: ApiProcess) -> None:
+    claim = site.claim()
+    claim.job.counted_attempts = 2
+    session = site.session(claim)
+    session.inference = InferenceSession(site.context, KEY)
+    submit(site, api)
+
+    assert answer(session) == []
+
+    claim.job.counted_attempts = 0
+    assert [verb for verb, _ in answer(session)] == ["answer"]
+    session.inference.release_all()
+
+
+@pytest.mark.parametrize(("is_ready", "num_claims"), [(True, [1, 0]), (False, [1, 1])])
+def test_only_a_loading_trainer_counts_for_requests_that_it_has_not_got(
+    site: PackSite, api: ApiProcess, monkeypatch: pytest.MonkeyPatch, is_ready: bool, num_claims: list[int]
+) -> None:
+    digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
+    monkeypatch.setattr(site.store, "fetch", failing(OUTAGE))
+    rows = [submit(site, api), submit(site, api, adapter=digest)]
+    session = site.loading_session()
+    session.inference = InferenceSession(site.context, KEY)
+    session.inference.claim()
+    if is_ready:
+        emit(session, READY)
+        session.read_events()
+        with suppress(Unavailable):
+            answer(session)
+
+    session.inference.release_all()
+
+    with site.db.read() as database:
+        assert [database.get_one(InferenceRequest, row.id).num_claims for row in rows] == num_claims
 
 
 def test_request_that_too_many_workers_could_not_answer_fails(
