@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from catalog.errors import LorryError
+from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.inference import claims
 from catalog.inference.claims import InferenceClaim
 from catalog.storage.manifest import DamagedArtifact
@@ -29,9 +29,15 @@ MAX_WAITING = 32
 other requests wait in the database, where the projects take turns."""
 POLL_SECONDS = 0.25
 """Interval at which a loaded trainer polls for requests, if nothing notifies it."""
+RETRY_SECONDS = 5.0
+"""Pause after which a trainer's directory gets an adapter that could not be copied."""
 STAGED_ADAPTERS = 128
 """Maximum number of adapters in a trainer's directory."""
 log = logging.getLogger(__name__)
+
+
+class _NotCopied(Exception):
+    """An adapter can't be copied to the trainer's directory now. The cause says why."""
 
 
 class InferenceSession:
@@ -52,6 +58,8 @@ class InferenceSession:
         self._stale: queue.SimpleQueue[str] = queue.SimpleQueue()
         """Claims that are no longer valid."""
         self._staged: OrderedDict[str, str] = OrderedDict()
+        self._retry_at: dict[str, float] = {}
+        """When to copy an adapter again, by its digest and the monotonic clock."""
         self._was_ready = False
         """The trainer has loaded its base model."""
         self._polled_at = time.monotonic()
@@ -117,9 +125,8 @@ class InferenceSession:
         self._stop((each for each in self._open.values() if each.claim_id in stale), inbox)
         if self._open:
             self.last_answer_at = now
-        while self._unsent and is_ready:
-            self._hand_over(self._unsent[0], directory, inbox)
-            del self._unsent[0]
+        if is_ready:
+            self._hand_over_all(directory, inbox)
 
     def receive(self, event: Json) -> None:
         """Send an event of the trainer to the API process that waits for it."""
@@ -176,15 +183,49 @@ class InferenceSession:
         del self._open[claimed.claim_id]
         self._begun.pop(claimed.claim_id, None)
 
+    def _hand_over_all(self, directory: TrainerDirectory, inbox: InboxWriter) -> None:
+        """Give the claimed requests to the trainer. An adapter that can't be copied now delays only its own requests.
+        After the first such adapter, others that are not in the trainer's directory wait for the next call."""
+        is_outage = False
+        for claimed in list(self._unsent):
+            digest = claimed.adapter or ""
+            is_here = not digest or digest in self._staged
+            if not is_here and (is_outage or time.monotonic() < self._retry_at.get(digest, 0.0)):
+                continue
+            try:
+                self._hand_over(claimed, directory, inbox)
+            except _NotCopied as error:
+                log.warning("Adapter %s was not copied. It is copied later. %s", digest, error.__cause__)
+                self._retry_at[digest] = time.monotonic() + RETRY_SECONDS
+                is_outage = True
+                continue
+            self._unsent.remove(claimed)
+            self._retry_at.pop(digest, None)
+
     def _hand_over(self, claimed: InferenceClaim, directory: TrainerDirectory, inbox: InboxWriter) -> None:
+        """Give a request to the trainer, or else answer or release it. Raises _NotCopied, and OutOfSpace and OSError if
+        no message can be sent now."""
         try:
             adapter = self._stage(claimed.adapter, directory)
         except DamagedArtifact as error:
-            body = {"code": error.code, "message": error.message, "remedy": error.remedy}
-            self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": body})
+            self._refuse(claimed, error)
             return
+        except OutOfSpace as error:
+            log.warning("Request %s is left to another worker. %s", claimed.request_id, error)
+            if claimed.is_last:
+                self._refuse(claimed, error)
+            else:
+                self._forget(claimed)
+                self._release([claimed], counts=True)
+            return
+        except (Unavailable, OSError) as error:
+            raise _NotCopied from error
         body = {**claimed.body, "is_batch": True} if claimed.is_batch else claimed.body
         inbox.send("answer", claim_id=claimed.claim_id, adapter=adapter, **body)
+
+    def _refuse(self, claimed: InferenceClaim, error: LorryError) -> None:
+        body = {"code": error.code, "message": error.message, "remedy": error.remedy}
+        self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": body})
 
     def _stage(self, digest: str | None, directory: TrainerDirectory) -> StagedAdapter | None:
         """Copy an adapter to the trainer's directory, unless it is there. Raises DamagedArtifact, OutOfSpace,

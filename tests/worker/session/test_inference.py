@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from catalog.errors import Unavailable
+from catalog.errors import OutOfSpace
 from catalog.inference import claims, requests
 from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
@@ -112,12 +112,11 @@ def submit_and_claim(site: PackSite, session: TrainerSession, api: ApiProcess) -
     return row, claim_of(site, row)
 
 
-def failing(*errors: Exception) -> Callable[..., None]:
-    """Return a function that raises these errors in turn, and then the last one again."""
-    left = list(errors)
+def failing(error: Exception) -> Callable[..., None]:
+    """Return a function that raises the error."""
 
     def fail(*_: object) -> None:
-        raise left.pop(0) if len(left) > 1 else left[0]
+        raise error
 
     return fail
 
@@ -242,6 +241,41 @@ def test_damaged_adapter_fails_its_request_only(site: PackSite, session: Trainer
     assert [body["claim_id"] for _, body in messages] == [claim_of(site, healthy)]
     wait_until(lambda: api.lines)
     assert (api.lines[0]["request_id"], api.types()) == (broken.id, ["unanswered"])
+
+
+def test_adapter_that_can_not_be_copied_now_delays_only_its_own_requests(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
+    waiting, other = submit(site, api, adapter=digest), submit(site, api)
+    fetch, tries = site.store.fetch, []
+    monkeypatch.setattr(site.store, "fetch", lambda *_: (tries.append(1), failing(OUTAGE)()))
+
+    assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, other)]
+    assert answer(session) == []
+    assert len(tries) == 1, "the next attempt is later"
+
+    monkeypatch.setattr(site.store, "fetch", fetch)
+    session.inference._retry_at.clear()
+    assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, waiting)]
+
+
+def test_request_whose_adapter_has_no_space_is_left_to_others_and_fails_at_last(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
+    full = OutOfSpace("The disk is full.", code="disk_full", remedy="Free some space.")
+    monkeypatch.setattr(site.store, "fetch", failing(full))
+    submit(site, api, adapter=digest)
+
+    for _ in range(MAX_CLAIMS - 1):
+        other = submit(site, api)
+        assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, other)]
+    assert api.lines == []
+    assert answer(session) == []
+
+    wait_until(lambda: api.lines)
+    assert [line["event"]["error"]["code"] for line in api.lines] == ["disk_full"]
 
 
 def test_request_that_its_client_abandoned_is_stopped(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
@@ -418,8 +452,7 @@ def test_only_a_loading_trainer_counts_for_requests_that_it_has_not_got(
     if is_ready:
         emit(session, READY)
         session.read_events()
-        with suppress(Unavailable):
-            answer(session)
+        answer(session)
 
     session.inference.release_all()
 
