@@ -14,7 +14,7 @@ from pathlib import Path
 from catalog.datasets.chat import Chat
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.engine.engine import Engine
-from lora_core.errors import ConfigError, LoraCoreError, OutOfMemory
+from lora_core.errors import BrokenPass, ConfigError, LoraCoreError, OutOfMemory
 from lora_core.forward.continuous_batch import ContinuousBatch, NewToken, Prompt
 from lora_core.forward.sampling import ChosenToken, Sampling
 from lora_core.runtime.device_errors import is_device_fault
@@ -104,6 +104,8 @@ class InferenceRequests:
             self._add(body)
         except (LoraCoreError, Refused, OSError) as error:
             self._fail(body["claim_id"], error)
+        except BrokenPass:
+            raise  # the other ranks wait in the pass, so the trainer must exit
         except Exception as error:
             if is_device_fault(error):
                 raise
@@ -184,14 +186,20 @@ class InferenceRequests:
         return self._adapters[digest]
 
     def _loaded(self, folder: Path) -> FlatAdapter:
-        """Load an adapter, on all ranks of a sharded base model or on none. If memory runs out, the adapters that are
-        kept for later requests are freed."""
+        """Load an adapter. If memory runs out, the adapters that are kept for later requests are freed: on all ranks of
+        a sharded base model, so that they keep the same ones."""
+        try:
+            return self._load(folder)
+        except LoraCoreError as error:  # the code and not the class, because another rank's error has only the code
+            if error.code != OutOfMemory.code:
+                raise
+        self._adapters.clear()
+        return self._load(folder)
+
+    def _load(self, folder: Path) -> FlatAdapter:
+        """Load an adapter, on all ranks of a sharded base model or on none."""
         with self._engine.ranks.sharing_errors() if self._engine.base.is_sharded else nullcontext():
-            try:
-                return self._engine.load_adapter(folder)
-            except OutOfMemory:
-                self._adapters.clear()
-                return self._engine.load_adapter(folder)
+            return self._engine.load_adapter(folder)
 
     def _max_tokens(self, ids: Sequence[int], wanted: int | None, batch: ContinuousBatch) -> int:
         """Return the maximum number of tokens of an answer. Raises ConfigError if the prompt leaves no space."""

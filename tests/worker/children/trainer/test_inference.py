@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_core.base_model.model import load_base
+from lora_core.distributed.ranks import Ranks
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
+from lora_core.errors import BrokenPass, LoraCoreError
 from tests import tiny_base
 from tests.worker.pack_site import events_in
 from worker.children.tokenizer.text_encoder import BaseText
@@ -303,6 +306,44 @@ def test_sharded_base_model_rejects_what_exceeds_one_pass(make_requests: Any, di
     assert "divided among several devices here, supports at most 40 tokens" in errors["long"]["message"]
     (begun,) = [event for event in events if event["type"] == "answering"]
     assert begun["prompt_tokens"] + events[-1]["completion_tokens"] <= 40
+
+
+def test_shortage_of_another_rank_frees_the_kept_adapters_of_this_one_too(
+    make_requests: Any, directory: TrainerDirectory, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that keep different adapters load different ones later, and then wait for each other."""
+    shutil.copytree(adapter_dir, directory.path / "adapters" / "two")
+    requests = make_requests()
+    requests._engine.base.strategy = "fsdp2"
+    requests.add(body("first", adapter=True))
+    shortages = [LoraCoreError("The other rank.", remedy="None.", code="out_of_memory")]
+
+    @contextmanager
+    def sharing_errors(_: Ranks) -> Iterator[None]:
+        yield
+        if shortages:
+            raise shortages.pop()
+
+    monkeypatch.setattr(Ranks, "sharing_errors", sharing_errors)
+    requests.add(body("second") | {"adapter": {"digest": "two", "folder": "adapters/two"}})
+
+    assert list(requests._adapters) == ["two"]
+    events = drained(requests, directory)
+    assert {event["claim_id"] for event in events if event["type"] == "answered"} == {"first", "second"}
+
+
+def test_broken_pass_before_the_first_answer_ends_the_trainer(
+    make_requests: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_requests()
+
+    def broken(_: Engine, **__: int) -> None:
+        raise BrokenPass
+
+    monkeypatch.setattr(Engine, "continuous_batch", broken)
+
+    with pytest.raises(BrokenPass):
+        requests.add(body())
 
 
 def test_answer_without_a_limit_may_fill_the_context(make_requests: Any, directory: TrainerDirectory) -> None:
