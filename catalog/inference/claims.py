@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, case, func, select, update
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session, aliased
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
 from catalog.fleet import views
+from catalog.resources.pack_key import quantization_of
 from catalog.tables.fleet import Worker
 from catalog.tables.inference import MAX_CLAIMS, MAX_SECONDS, InferenceRequest
 from catalog.tables.table import Json
@@ -122,7 +124,8 @@ def _extended(*, now: float) -> ColumnElement[float]:
 def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
     """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first.
 
-    Base models that only batches wait for are last.
+    Base models that only batches wait for are last. Those with a quantization that this worker does not support are
+    omitted.
     """
     with db.read() as session:
         now = read_clock(session)
@@ -142,10 +145,13 @@ def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
             .group_by(InferenceRequest.pack_key)
             .order_by(func.min(IS_BATCH), func.min(InferenceRequest.created_at))
         )
-        return [
+        can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
+        wanted = (
             WantedBase(base_model=name, base_digest=digest, pack_key=key)
-            for key, name, digest in session.execute(waiting.limit(MAX_BASES))
-        ]
+            for key, name, digest in session.execute(waiting)
+            if quantization_of(key) in can_load
+        )
+        return list(islice(wanted, MAX_BASES))
 
 
 def _free(*, now: float) -> Select[InferenceRequest]:

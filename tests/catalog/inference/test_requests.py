@@ -309,6 +309,17 @@ def test_base_model_is_loaded_for_the_oldest_request_that_no_trainer_can_answer(
     assert claims.unloaded(world.db, worker_id="w1") == [after]
 
 
+def test_quantized_base_model_is_loaded_only_on_a_worker_that_supports_it(world: World) -> None:
+    row = submit(world)
+    key = pack_key(sha("smol"), "bfloat16", "nf4")
+    with world.db.write() as session:
+        session.get_one(InferenceRequest, row.id).pack_key = key
+    world.worker("w2", quantizations=("nf4",))
+
+    assert claims.unloaded(world.db, worker_id="w1") == []
+    assert [wanted.pack_key for wanted in claims.unloaded(world.db, worker_id="w2")] == [key]
+
+
 def test_no_base_model_is_loaded_twice_or_on_a_cordoned_worker(world: World) -> None:
     submit(world)
     register_trainer(world, KEY)
