@@ -418,7 +418,13 @@ class Engine:
         BadCheckpoint and OutOfMemory.
         """
         rows = {job: (self.adapter(job), own) for job, own in prompts.items()}
-        return Generation(self.base, rows, lanes=self._lanes, token_budget=self.config.token_budget)
+        return Generation(
+            self.base,
+            rows,
+            lanes=self._lanes,
+            token_budget=self.config.token_budget,
+            is_exact=self.invariance == "bitwise",
+        )
 
     def adapter(self, job: str) -> FlatAdapter:
         """Return the adapter with the job's current weights. The job must not be ticked while answers use it.

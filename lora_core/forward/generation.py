@@ -26,11 +26,19 @@ class Generation:
     """Answers that grow by one token per `advance`. The adapters must not be trained meanwhile."""
 
     def __init__(
-        self, base: BaseModel, requests: Mapping[str, tuple[FlatAdapter, Prompts]], *, lanes: Lanes, token_budget: int
+        self,
+        base: BaseModel,
+        requests: Mapping[str, tuple[FlatAdapter, Prompts]],
+        *,
+        lanes: Lanes,
+        token_budget: int,
+        is_exact: bool,
     ) -> None:
         """`requests` are the adapter and the prompts of each job; `token_budget` limits the tokens of answers that grow
-        at once, including prompts. Raises ConfigError."""
-        self._batch = ContinuousBatch(base, lanes=lanes, cache_tokens=token_budget, prompt_tokens=token_budget)
+        at once, including prompts. `is_exact`: as for ContinuousBatch. Raises ConfigError."""
+        self._batch = ContinuousBatch(
+            base, lanes=lanes, cache_tokens=token_budget, prompt_tokens=token_budget, is_exact=is_exact
+        )
         self._answers: dict[str, list[list[int]]] = {job: [] for job in requests}
         self._places: dict[str, tuple[str, int]] = {}
         """Job and number of each prompt in the batch, by its name there."""

@@ -146,6 +146,26 @@ def test_out_of_memory_at_any_token_does_not_change_an_answer(load, monkeypatch,
     assert calls[failing][:3] == (5, 1, 35), "the answers start again"
 
 
+@pytest.mark.parametrize(("invariance", "num_kept"), [("bitwise", 0), ("allclose", 2)])
+def test_answers_that_restart_keep_their_tokens_unless_bits_repeat(load, monkeypatch, invariance, num_kept):
+    engine = trained(load("llama"), ["plain"])
+    engine.invariance = invariance
+    passes = spy_on_passes(monkeypatch)
+    spied = continuous_batch.hidden_states
+
+    def starved(base, pack):
+        h_TD = spied(base, pack)
+        if len(passes) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return h_TD
+
+    monkeypatch.setattr(continuous_batch, "hidden_states", starved)
+
+    answered(engine, {"plain": PROMPTS})
+
+    assert passes[3][:2] == (5 + num_kept, 1 + num_kept), "the third restarts later"
+
+
 @pytest.mark.slow_repetitions
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("token_budget", [4096, 1])
