@@ -26,6 +26,8 @@ from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack
 from lora_core.runtime.cpu_lanes import Lanes, split
 from lora_core.runtime.device_errors import shortage_in_pass
 
+RECOVERY_PASSES = 1024
+"""Successful passes after which the limit of the key-value cache has grown from nothing to its maximum."""
 Finish = Literal["stop", "length", "not_finite"]
 """Why an answer is complete: an end token, the maximum number of tokens, or logits that are infinite or NaN."""
 
@@ -101,7 +103,7 @@ class ContinuousBatch:
     """Answers that grow by one token per `advance`. Prompts wait, in order, until the key-value cache has space.
 
     If the cache becomes full, the newest answer restarts from its prompt later, one with low priority first. If memory
-    runs out in a pass, the answers restart and the cache is halved.
+    runs out in a pass, the answers restart and the cache is halved. It grows again with each pass that succeeds.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class ContinuousBatch:
         self._lanes = lanes
         self._is_exact = is_exact
         self._cache_tokens = self._max_cache_tokens = cache_tokens
+        self._growth = max(1, cache_tokens // RECOVERY_PASSES)
         self._prompt_tokens = prompt_tokens
         self._bounds = bounds_in(base.model)
         self._waiting: list[_Answer] = []
@@ -169,6 +172,7 @@ class ContinuousBatch:
             except torch.OutOfMemoryError as error:
                 self._recover(error)
                 continue
+            self._cache_tokens = min(self._max_cache_tokens, self._cache_tokens + self._growth)
             return self._recorded(chosen)
         return []
 

@@ -221,6 +221,27 @@ def test_out_of_memory_for_one_prompt_removes_it_and_the_others_continue(engine,
     assert batch._cache_tokens == 4096, "the limit that the failed prompts caused is gone"
 
 
+def test_cache_grows_again_after_a_shortage(engine, expected, monkeypatch):
+    monkeypatch.setattr(continuous_batch, "RECOVERY_PASSES", 4)
+    original, limits = continuous_batch.hidden_states, []
+
+    def starved(base, pack):
+        limits.append(batch._cache_tokens)
+        if len(limits) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return original(base, pack)
+
+    monkeypatch.setattr(continuous_batch, "hidden_states", starved)
+    batch = batch_on(engine, cache_tokens=4096)
+    for prompt in prompts_of(engine):
+        batch.add(prompt)
+
+    assert drained(batch) == expected
+    halved = limits[1]
+    assert halved < 1024
+    assert limits[2:7] == [halved + 1024, halved + 2048, halved + 3072, 4096, 4096]
+
+
 def test_long_prompt_does_not_wait_until_other_answers_are_complete(engine, expected):
     short, long = prompts_of(engine)[0], max(prompts_of(engine), key=lambda prompt: len(prompt.ids))
     batch, found = batch_on(engine, prompt_tokens=len(long.ids) - 1), {}
