@@ -187,14 +187,19 @@ class InferenceRequests:
 
     def _loaded(self, folder: Path) -> FlatAdapter:
         """Load an adapter. If memory runs out, the adapters that are kept for later requests are freed: on all ranks of
-        a sharded base model, so that they keep the same ones."""
+        a sharded base model, so that they keep the same ones. Raises LoraCoreError and OSError."""
         try:
             return self._load(folder)
         except LoraCoreError as error:  # the code and not the class, because another rank's error has only the code
             if error.code != OutOfMemory.code:
                 raise
         self._adapters.clear()
-        return self._load(folder)
+        try:
+            return self._load(folder)
+        except LoraCoreError as error:
+            if error.code != OutOfMemory.code:
+                raise
+            raise _too_large("adapter", remedy="Retry when the worker trains fewer jobs.") from error
 
     def _load(self, folder: Path) -> FlatAdapter:
         """Load an adapter, on all ranks of a sharded base model or on none."""
@@ -280,6 +285,8 @@ class InferenceRequests:
 
     def _fail(self, claim_id: str, error: LoraCoreError | Refused | OSError) -> None:
         self.remove(claim_id)
+        if isinstance(error, OutOfMemory):  # its message is about a job
+            error = _too_large("prompt with its answer", remedy="Shorten the prompt, or lower max_tokens or n.")
         self._events.write({"type": "unanswered", "claim_id": claim_id, "error": error_report(error)})
 
 
@@ -368,6 +375,12 @@ def _unexpected(model: str) -> ConfigError:
         f"The request to {model!r} failed because of an internal error of the trainer.",
         remedy="Ask the operator to report the error in the log of the worker.",
         code="inference_failed",
+    )
+
+
+def _too_large(what: str, *, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"The {what} does not fit in the free memory of the worker.", remedy=remedy, code=OutOfMemory.code
     )
 
 

@@ -18,7 +18,8 @@ from lora_core.base_model.model import load_base
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import BrokenPass, LoraCoreError
+from lora_core.errors import BrokenPass, LoraCoreError, OutOfMemory
+from lora_core.forward import continuous_batch
 from tests import tiny_base
 from tests.worker.pack_site import events_in
 from worker.children.tokenizer.text_encoder import BaseText
@@ -344,6 +345,41 @@ def test_broken_pass_before_the_first_answer_ends_the_trainer(
 
     with pytest.raises(BrokenPass):
         requests.add(body())
+
+
+def test_shortage_of_memory_is_reported_in_terms_of_the_request(
+    make_requests: Any, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, original = make_requests(), continuous_batch.hidden_states
+    requests.add(body("wide", n=2))
+    requests.add(body("short", prompts=["word"]))
+
+    def starved(base: Any, pack: Any) -> Any:
+        if max(pack.sequence_lengths) > 20:
+            raise torch.OutOfMemoryError("no memory")
+        return original(base, pack)
+
+    def full(_: Engine, folder: Path) -> None:
+        raise OutOfMemory(folder.name)
+
+    monkeypatch.setattr(continuous_batch, "hidden_states", starved)
+    monkeypatch.setattr(Engine, "load_adapter", full)
+    requests.add(body("adapted", adapter=True))
+    events = drained(requests, directory)
+
+    assert {event["claim_id"]: event["error"] for event in events if event["type"] == "unanswered"} == {
+        "adapted": {
+            "code": "out_of_memory",
+            "message": "The adapter does not fit in the free memory of the worker.",
+            "remedy": "Retry when the worker trains fewer jobs.",
+        },
+        "wide": {
+            "code": "out_of_memory",
+            "message": "The prompt with its answer does not fit in the free memory of the worker.",
+            "remedy": "Shorten the prompt, or lower max_tokens or n.",
+        },
+    }
+    assert [event["claim_id"] for event in events if event["type"] == "answered"] == ["short"]
 
 
 def test_answer_without_a_limit_may_fill_the_context(make_requests: Any, directory: TrainerDirectory) -> None:
