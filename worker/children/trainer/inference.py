@@ -26,8 +26,10 @@ from worker.protocol.mailbox import AnswerBody, EventWriter, Json, TrainerDirect
 
 CACHE_SHARE = 0.25
 """Part of the device's free memory that the key-value cache may take. Jobs that are admitted later need the rest."""
+ADAPTER_SHARE = 0.1
+"""Part of the device's free memory beyond which no adapter is kept for later requests."""
 CACHED_ADAPTERS = 64
-"""Maximum number of adapters that are kept for later requests."""
+"""Number of adapters beyond which none is kept for later requests."""
 EVENT_LOGPROBS = 32
 """Maximum number of tokens with log-probabilities in one event. Those of a possible stop sequence leave together, and a
 longer line would exceed MAX_LINE_BYTES of api/inference/replies.py."""
@@ -90,6 +92,9 @@ class InferenceRequests:
         self._batch: ContinuousBatch | None = None
         self._requests: dict[str, _Request] = {}
         self._adapters: OrderedDict[str, FlatAdapter] = OrderedDict()
+        """By digest, the most recently used last. The base model alone has the digest ""."""
+        self._adapter_bytes = 0
+        """Maximum memory of adapters, if some are not in use."""
         self._end_ids: dict[bool, frozenset[int]] = {}
 
     @property
@@ -120,6 +125,7 @@ class InferenceRequests:
                 self._batch.remove(_name(claim_id, index))
         if not self._requests:
             self._batch = None  # frees the key-value cache
+            self._adapters.clear()
 
     def advance(self) -> None:
         """Compute the next token of each answer, and report the new text."""
@@ -140,10 +146,9 @@ class InferenceRequests:
     def _add(self, body: AnswerBody) -> None:
         claim_id, text = body["claim_id"], self._text()
         prompts = _encoded(text, body)
+        batch = self._new_batch() if self._batch is None else self._batch
+        max_tokens = [self._max_tokens(ids, body["max_tokens"], batch) for ids in prompts]
         adapter = self._adapter_of(body)
-        if self._batch is None:
-            self._batch = self._engine.continuous_batch(cache_bytes=self._cache_bytes())
-        max_tokens = [self._max_tokens(ids, body["max_tokens"], self._batch) for ids in prompts]
         request = _Request(body=body, prompt_tokens=sum(len(ids) for ids in prompts))
         self._requests[claim_id] = request
         decode = partial(text.text_of, with_special=bool(body.get("tools")))
@@ -153,7 +158,7 @@ class InferenceRequests:
                 context = () if "messages" in body else ids[-CONTEXT_TOKENS:]
                 stream = TextStream(decode, prompt=context, stops=body["stop"])
                 request.choices.append(_Choice(stream=stream))
-                self._batch.add(
+                batch.add(
                     Prompt(
                         name=_name(claim_id, index),
                         adapter=adapter,
@@ -166,24 +171,36 @@ class InferenceRequests:
                 )
         self._events.write({"type": "answering", "claim_id": claim_id, "prompt_tokens": request.prompt_tokens})
 
-    def _cache_bytes(self) -> int:
-        """Return the size of the key-value cache. Ranks of a sharded base model need the same size."""
-        free_bytes = int(self._engine.free_bytes(host_bytes=self._free_host_bytes()) * CACHE_SHARE)
-        return min(self._engine.ranks.gathered(free_bytes)) if self._engine.base.is_sharded else free_bytes
+    def _new_batch(self) -> ContinuousBatch:
+        """Begin to answer requests, with limits of the memory. Ranks of a sharded base model need the same limits."""
+        free_bytes = self._engine.free_bytes(host_bytes=self._free_host_bytes())
+        if self._engine.base.is_sharded:
+            free_bytes = min(self._engine.ranks.gathered(free_bytes))
+        self._adapter_bytes = int(free_bytes * ADAPTER_SHARE)
+        self._batch = self._engine.continuous_batch(cache_bytes=int(free_bytes * CACHE_SHARE))
+        return self._batch
 
     def _adapter_of(self, body: AnswerBody) -> FlatAdapter:
         named = body["adapter"]
+        digest = _digest(body)
         if named is None:
-            return self._adapters.setdefault("", self._engine.no_adapter())
-        digest = named["digest"]
-        if digest not in self._adapters:
+            self._adapters.setdefault("", self._engine.no_adapter())
+        elif digest not in self._adapters:
             folder = self._directory.inside(named["folder"])
             assert folder is not None
             self._adapters[digest] = self._loaded(folder)
-            while len(self._adapters) > CACHED_ADAPTERS:
-                self._adapters.popitem(last=False)  # requests that use it keep it
         self._adapters.move_to_end(digest)
+        self._drop_unused(keeping=digest, max_bytes=self._adapter_bytes, max_number=CACHED_ADAPTERS)
         return self._adapters[digest]
+
+    def _drop_unused(self, *, keeping: str | None = None, max_bytes: int = 0, max_number: int = 0) -> None:
+        """Remove adapters that no request uses, the least recently used first, until both limits hold."""
+        used = {keeping, *(_digest(request.body) for request in self._requests.values())}
+        num_bytes = sum(adapter.num_bytes for adapter in self._adapters.values())
+        for digest in [digest for digest in self._adapters if digest not in used]:
+            if num_bytes <= max_bytes and len(self._adapters) <= max_number:
+                return
+            num_bytes -= self._adapters.pop(digest).num_bytes
 
     def _loaded(self, folder: Path) -> FlatAdapter:
         """Load an adapter. If memory runs out, the adapters that are kept for later requests are freed: on all ranks of
@@ -193,7 +210,7 @@ class InferenceRequests:
         except LoraCoreError as error:  # the code and not the class, because another rank's error has only the code
             if error.code != OutOfMemory.code:
                 raise
-        self._adapters.clear()
+        self._drop_unused()
         try:
             return self._load(folder)
         except LoraCoreError as error:
@@ -346,6 +363,10 @@ def _parts(delta: Json) -> list[Json]:
     if "finish" in delta:
         parts[-1]["finish"] = delta["finish"]
     return parts
+
+
+def _digest(body: AnswerBody) -> str:
+    return "" if body["adapter"] is None else body["adapter"]["digest"]
 
 
 def _encoded(text: BaseText, body: AnswerBody) -> list[tuple[int, ...]]:

@@ -316,7 +316,10 @@ def test_shortage_of_another_rank_frees_the_kept_adapters_of_this_one_too(
     shutil.copytree(adapter_dir, directory.path / "adapters" / "two")
     requests = make_requests()
     requests._engine.base.strategy = "fsdp2"
-    requests.add(body("first", adapter=True))
+    requests.add(body("first", adapter=True, max_tokens=1))
+    requests.add(body("base"))
+    requests.advance()
+    assert list(requests._adapters) == ["one", ""]
     shortages = [LoraCoreError("The other rank.", remedy="None.", code="out_of_memory")]
 
     @contextmanager
@@ -328,9 +331,33 @@ def test_shortage_of_another_rank_frees_the_kept_adapters_of_this_one_too(
     monkeypatch.setattr(Ranks, "sharing_errors", sharing_errors)
     requests.add(body("second") | {"adapter": {"digest": "two", "folder": "adapters/two"}})
 
-    assert list(requests._adapters) == ["two"]
+    assert list(requests._adapters) == ["", "two"]
     events = drained(requests, directory)
-    assert {event["claim_id"] for event in events if event["type"] == "answered"} == {"first", "second"}
+    assert {event["claim_id"] for event in events if event["type"] == "answered"} == {"first", "base", "second"}
+
+
+@pytest.mark.parametrize(("share", "kept"), [(1.0, ["", "one", "two", "three"]), (1e-9, ["", "one", "three"])])
+def test_adapters_that_no_request_uses_are_kept_within_a_share_of_the_memory(
+    make_requests: Any,
+    directory: TrainerDirectory,
+    adapter_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
+    kept: list[str],
+) -> None:
+    monkeypatch.setattr("worker.children.trainer.inference.ADAPTER_SHARE", share)
+    requests = make_requests()
+    requests.add(body("base"))
+    requests.add(body("long", adapter=True))
+    for name in ("two", "three"):
+        shutil.copytree(adapter_dir, directory.path / "adapters" / name)
+        requests.add(body(name, max_tokens=1) | {"adapter": {"digest": name, "folder": f"adapters/{name}"}})
+        requests.advance()
+
+    assert list(requests._adapters) == kept
+
+    drained(requests, directory)
+    assert not requests._adapters, "nothing is kept while there is no request"
 
 
 def test_broken_pass_before_the_first_answer_ends_the_trainer(
