@@ -116,6 +116,18 @@ class BaseText:
         """Decode tokens to text. with_special: with special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=not with_special)
 
+    def token_text(self, ident: int, *, is_first: bool) -> str:
+        """Decode one token, including a special one. is_first: at the start of a text, where some tokenizers drop a
+        leading space."""
+        before = [] if is_first else self._letter
+        text = self._tokenizer.decode([*before, ident], skip_special_tokens=False)
+        return text[len(self._tokenizer.decode(before, skip_special_tokens=False)) :]
+
+    @cached_property
+    def _letter(self) -> list[int]:
+        """Tokens of a text after which any token may follow."""
+        return self._tokenizer.encode("a", add_special_tokens=False).ids
+
     def pieces(self, row: Rendered, *, num_tokens: int) -> list[str]:
         """Return the text of each token that `encode` returns. Joined, they are the row's text and the special tokens
         that the tokenizer has added. A character of several tokens belongs to the first of them."""

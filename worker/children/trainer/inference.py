@@ -263,7 +263,8 @@ class InferenceRequests:
         choice.num_tokens += 1
         is_end = new.finish == "stop"
         if new.chosen.logprob is not None and not is_end:
-            choice.logprobs.append((choice.stream.num_decoded, self._logprob(new.chosen)))
+            is_first = choice.num_tokens == 1 and "messages" in request.body
+            choice.logprobs.append((choice.stream.num_decoded, self._logprob(new.chosen, is_first=is_first)))
         piece = "" if is_end else choice.stream.push(new.chosen.token)
         if new.finish is not None:
             piece += choice.stream.finish()
@@ -279,13 +280,14 @@ class InferenceRequests:
             delta["finish"] = finish
         return [delta] if len(delta) > 2 or piece else []
 
-    def _logprob(self, chosen: ChosenToken) -> Json:
+    def _logprob(self, chosen: ChosenToken, *, is_first: bool) -> Json:
+        """Return a token's log-probability. is_first: its text begins the decoded text."""
         assert chosen.logprob is not None
-        top = [self._token(token, logprob) for token, logprob in chosen.alternatives]
-        return {**self._token(chosen.token, chosen.logprob), "top_logprobs": top}
+        top = [self._token(token, logprob, is_first=is_first) for token, logprob in chosen.alternatives]
+        return {**self._token(chosen.token, chosen.logprob, is_first=is_first), "top_logprobs": top}
 
-    def _token(self, token: int, logprob: float) -> Json:
-        text = self._text().text_of([token], with_special=True)
+    def _token(self, token: int, logprob: float, *, is_first: bool) -> Json:
+        text = self._text().token_text(token, is_first=is_first)
         is_whole = INCOMPLETE not in text
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if is_whole else None}
 
