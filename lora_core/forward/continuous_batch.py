@@ -130,11 +130,6 @@ class ContinuousBatch:
         return len(self._waiting) + len(self._growing)
 
     @property
-    def num_cached_tokens(self) -> int:
-        """Tokens in the key-value cache."""
-        return sum(answer.cache.num_tokens for answer in self._growing if answer.cache is not None)
-
-    @property
     def cache_bytes_per_token(self) -> int:
         """Memory of one token in the key-value cache. 0 while nothing is cached."""
         return max((answer.cache.bytes_per_token for answer in self._growing if answer.cache is not None), default=0)
