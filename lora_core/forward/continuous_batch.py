@@ -139,7 +139,7 @@ class ContinuousBatch:
         """Maximum number of tokens of a prompt with its answer, on a sharded base model. None on others: they recover
         from a shortage of memory.
 
-        One pass computes a prompt, and again a prompt with its answer so far if the answer restarts.
+        One pass computes a prompt. If an answer restarts, one pass recomputes its prompt and the answer so far.
         """
         return min(self._prompt_tokens, self._max_cache_tokens) if self._base.is_sharded else None
 

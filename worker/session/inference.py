@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class _NotCopied(Exception):
-    """An adapter can't be copied to the trainer's directory now. The cause says why."""
+    """An adapter can't be copied to the trainer's directory now. `__cause__` is the error."""
 
 
 class InferenceSession:
@@ -151,8 +151,8 @@ class InferenceSession:
     def release_all(self) -> None:
         """Let other workers answer what this trainer has not answered, and close the connections.
 
-        A request that MAX_CLAIMS workers could not answer fails. What a ready trainer has not got is not counted: only
-        while it loaded may those requests be the cause.
+        A request that MAX_CLAIMS workers could not answer fails. A request that a ready trainer has not got is not
+        counted: it can be the cause only if the trainer failed while it loaded.
         """
         with suppress(ValueError):  # it was already released
             self._context.heartbeat.renewals.remove(self.renew)

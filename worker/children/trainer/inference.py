@@ -225,24 +225,23 @@ class InferenceRequests:
 
     def _max_tokens(self, ids: Sequence[int], wanted: int | None, batch: ContinuousBatch) -> int:
         """Return the maximum number of tokens of an answer. Raises ConfigError if the prompt leaves no space."""
-        longest, supporter = self._engine.base.max_positions, "the base model supports"
-        if batch.max_sequence_tokens is not None and (longest is None or batch.max_sequence_tokens < longest):
-            longest = batch.max_sequence_tokens
-            supporter = "the base model, which is divided among several devices here, supports"
+        limits = (self._engine.base.max_positions, batch.max_sequence_tokens)
+        longest = min((limit for limit in limits if limit is not None), default=None)
+        reason = ", because it is sharded among several devices" if longest != limits[0] else ""
         if longest is None:
             return wanted or UNLIMITED_TOKENS
         prompt_tokens = len(ids)
         if wanted is not None and prompt_tokens + wanted > longest:
             raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but {supporter} at most {longest} "
-                "tokens for prompt and answer together.",
+                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but the base model supports at "
+                f"most {longest} tokens for prompt and answer together{reason}.",
                 remedy="Shorten the prompt, or lower max_tokens.",
                 code="context_length_exceeded",
             )
         if prompt_tokens >= longest:
             raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens, but {supporter} at most {longest} tokens for prompt and "
-                "answer together.",
+                f"The prompt has {prompt_tokens} tokens, but the base model supports at most {longest} tokens for "
+                f"prompt and answer together{reason}.",
                 remedy="Shorten the prompt.",
                 code="context_length_exceeded",
             )
@@ -401,9 +400,9 @@ def _unexpected(model: str) -> ConfigError:
     )
 
 
-def _too_large(what: str, *, remedy: str) -> ConfigError:
+def _too_large(part: str, *, remedy: str) -> ConfigError:
     return ConfigError(
-        f"The {what} does not fit in the free memory of the worker.", remedy=remedy, code=OutOfMemory.code
+        f"The {part} does not fit in the free memory of the worker.", remedy=remedy, code="out_of_memory"
     )
 
 

@@ -304,7 +304,7 @@ def test_sharded_base_model_rejects_what_exceeds_one_pass(make_requests: Any, di
         "long": "context_length_exceeded",
         "wide": "context_length_exceeded",
     }
-    assert "divided among several devices here, supports at most 40 tokens" in errors["long"]["message"]
+    assert "at most 40 tokens for prompt and answer together, because it is sharded" in errors["long"]["message"]
     (begun,) = [event for event in events if event["type"] == "answering"]
     assert begun["prompt_tokens"] + events[-1]["completion_tokens"] <= 40
 
