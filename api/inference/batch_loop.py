@@ -47,7 +47,8 @@ RETRY_SECONDS = 1.0
 TURN_SECONDS = 60.0
 """After this time, a batch lets others continue that wait."""
 GRACE_SECONDS = 60.0
-"""Time after the turn in which its open requests may finish. Then they are stopped, and sent again in the next turn."""
+"""Time after the turn in which a worker may begin to answer its open requests. Then the others are stopped, and sent
+again in the next turn."""
 MAX_BATCHES = 4
 """Batches that one process works on at the same time."""
 MAX_IN_FLIGHT = 32
@@ -64,6 +65,17 @@ T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
+class _OpenLine:
+    """A line that waits for its answer."""
+
+    number: int
+    entry: BatchEntry
+    request_id: str = ""
+    answer: PartialAnswer = field(default_factory=PartialAnswer)
+    """The answer of the current attempt."""
+
+
+@dataclass(kw_only=True)
 class _Run:
     """A batch that this process works on."""
 
@@ -77,7 +89,7 @@ class _Run:
     """The digest of the input was checked after a line was found invalid."""
     directive: Directive
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_IN_FLIGHT))
-    answers: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    answers: dict[asyncio.Task[None], _OpenLine] = field(default_factory=dict[asyncio.Task[None], _OpenLine])
 
 
 class BatchRunner:
@@ -280,30 +292,47 @@ class BatchRunner:
         """Answer the lines that have no result. Returns False if the turn of the batch is over before the end."""
         loop = asyncio.get_running_loop()
         turn_ends_at = loop.time() + TURN_SECONDS
+        stuck_at = turn_ends_at + GRACE_SECONDS
         finished = await self._persist(run, partial(execution.finished_lines, self._db, run.claimed.batch_id))
         if len(finished) == run.directive.num_lines:
             return True
         following = await self._in_thread(partial(self._lines, run))
-        is_complete = has_started = False
-        while not (run.stopping.is_set() or is_complete):
+        is_complete = has_started = is_over = False
+        while not (run.stopping.is_set() or is_complete or is_over):
             some = await self._in_thread(following)
             is_complete = not some
             for number, line in some:
                 if number in finished or run.stopping.is_set():
                     continue
-                if await self._start(run, number, line, stuck_at=turn_ends_at + GRACE_SECONDS):
-                    has_started = True
-                elif not run.stopping.is_set():
-                    return False  # `_leave` cancels the open requests; they are sent again
-            is_over = has_started and loop.time() >= turn_ends_at
-            if is_over and not is_complete and await self._is_any_waiting():
-                break
+                if not await self._start(run, number, line, stuck_at=stuck_at):
+                    is_over = True
+                    break
+                has_started = True
+            if has_started and not (is_complete or is_over) and loop.time() >= turn_ends_at:
+                is_over = await self._is_any_waiting()
+        are_answered = await self._finish_open(run, stuck_at=stuck_at)
+        return run.stopping.is_set() or (is_complete and are_answered)
+
+    async def _finish_open(self, run: _Run, *, stuck_at: float) -> bool:
+        """Wait for the open answers. If other batches wait after `stuck_at`, stop the requests that no worker answers
+        yet. Those that a worker answers are never stopped: otherwise a long answer would not end in any turn.
+
+        Returns False if requests were stopped.
+        """
+        loop, are_answered = asyncio.get_running_loop(), True
         while run.answers and not run.stopping.is_set():
             await asyncio.wait(run.answers, timeout=KEEP_SECONDS)
-            if run.answers and loop.time() >= turn_ends_at + GRACE_SECONDS and await self._is_any_waiting():
-                return False
+            if not run.answers or loop.time() < stuck_at or not await self._is_any_waiting():
+                continue
+            waiting = {task: line for task, line in run.answers.items() if not line.answer.has_begun}
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            for line in waiting.values():
+                await self._persist(run, partial(execution.discard, self._db, line.request_id))
+            are_answered = are_answered and not waiting
         await asyncio.gather(*run.answers, return_exceptions=True)  # if the batch is to stop, they end at once
-        return is_complete or run.stopping.is_set()
+        return are_answered
 
     async def _is_any_waiting(self) -> bool:
         return await self._in_thread(partial(execution.is_any_waiting, self._db))
@@ -328,8 +357,9 @@ class BatchRunner:
             await self._reject(run, number, line, error)
             run.slots.release()
             return True
-        task = asyncio.create_task(self._answer(run, number, entry))
-        run.answers.add(task)
+        open_line = _OpenLine(number=number, entry=entry)
+        task = asyncio.create_task(self._answer(run, open_line))
+        run.answers[task] = open_line
         task.add_done_callback(partial(self._answered, run))
         return True
 
@@ -353,7 +383,7 @@ class BatchRunner:
             pass
 
     def _answered(self, run: _Run, task: asyncio.Task[None]) -> None:
-        run.answers.discard(task)
+        del run.answers[task]
         run.slots.release()
         if task.cancelled():
             return
@@ -366,10 +396,12 @@ class BatchRunner:
         if error is not None:
             run.stopping.set()
 
-    async def _answer(self, run: _Run, number: int, entry: BatchEntry) -> None:
+    async def _answer(self, run: _Run, line: _OpenLine) -> None:
         """Answer one line, and store the result. Does neither once the batch is to stop."""
+        entry = line.entry
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            answer, request_id = PartialAnswer(), new_id("infer")
+            answer = line.answer = PartialAnswer()
+            request_id = line.request_id = new_id("infer")
             try:
                 body = await self._body_of(run, request_id, entry, answer)
                 result, is_failed = success_result(entry.custom_id, request_id, body), False
@@ -384,7 +416,7 @@ class BatchRunner:
                 execution.store_result,
                 self._db,
                 run.claimed,
-                number=number,
+                number=line.number,
                 result=result,
                 is_failed=is_failed,
                 request_id=request_id,

@@ -5,9 +5,7 @@ The worker is replaced by a thread; tests/system has the same with a real one.
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,57 +28,24 @@ from catalog.tables.batches import Batch, BatchLine
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
-from tests.api.inference.batch_service import CHAT_URL, BatchWorker, answering, input_line, jsonl, used_tokens
+from tests.api.inference.batch_service import (
+    CHAT_URL,
+    BatchWorker,
+    answering,
+    counts,
+    create,
+    input_line,
+    jsonl,
+    rows_of,
+    strict_client,
+    text_of,
+    used_tokens,
+    wait,
+)
 from tests.api.site import Site, error_of, running, until
 from tests.catalog.world import World
 
-ENDED = {"completed", "failed", "cancelled", "expired"}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"LOOK_SECONDS": 0.05, "KEEP_SECONDS": 0.05, "PAUSE_SECONDS": 0.05}.items():
-        monkeypatch.setattr(batch_loop, name, seconds)
-
-
-@pytest.fixture
-def batch_worker(world: World, services: Services) -> Iterator[BatchWorker]:
-    world.worker()
-    with answering(services.db) as worker:
-        yield worker
-
-
-@pytest.fixture
-def client(site: Site, batch_worker: BatchWorker) -> Iterator[openai.OpenAI]:
-    with strict_client(site, site.key) as client:
-        yield client
-
-
-def strict_client(site: Site, key: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{site.url}/v1", api_key=key, max_retries=0, _strict_response_validation=True)
-
-
-def create(client: openai.OpenAI, *rows: Any, endpoint: Any = CHAT_URL, **given: Any) -> openai.types.Batch:
-    file = client.files.create(file=("requests.jsonl", jsonl(*rows)), purpose="batch")
-    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **given)
-
-
-def wait(client: openai.OpenAI, batch_id: str, statuses: set[str] = ENDED) -> openai.types.Batch:
-    until(lambda: client.batches.retrieve(batch_id).status in statuses)
-    return client.batches.retrieve(batch_id)
-
-
-def rows_of(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
-    return [] if file_id is None else [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
-
-
-def counts(batch: openai.types.Batch) -> tuple[int, int, int]:
-    assert batch.request_counts is not None
-    return (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed)
-
-
-def text_of(row: dict[str, Any]) -> str:
-    return row["response"]["body"]["choices"][0]["message"]["content"]
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_batch_is_answered_in_the_order_of_the_input(
@@ -286,50 +251,6 @@ def test_restarted_server_continues(settings: Settings, key: str, world: World, 
 
     assert (batch.status, texts) == ("completed", ["ONE", "HELD"])
     assert sorted(worker.prompts) == ["held", "held", "one"]
-
-
-def test_batches_take_turns(client: openai.OpenAI, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
-    monkeypatch.setattr(batch_loop, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(batch_loop, "LINES_AT_ONCE", 2)
-    batch_worker.gate.clear()
-    first = create(client, *(input_line(str(n), f"first {n}") for n in range(20)))
-    second = create(client, *(input_line(str(n), f"second {n}") for n in range(2)))
-    batch_worker.gate.set()
-
-    wait(client, first.id)
-    wait(client, second.id)
-
-    order = [prompt.partition(" ")[0] for prompt in batch_worker.prompts]
-    assert order[:20] != ["first"] * 20
-    assert (order.count("first"), order.count("second")) == (20, 2)
-
-
-@pytest.mark.parametrize("num_lines", [1, 40])
-def test_batch_that_can_not_progress_lets_others_continue(
-    site: Site,
-    client: openai.OpenAI,
-    stranger_key: str,
-    services: Services,
-    world: World,
-    batch_worker: BatchWorker,
-    monkeypatch: pytest.MonkeyPatch,
-    num_lines: int,
-) -> None:
-    monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
-    monkeypatch.setattr(batch_loop, "TURN_SECONDS", 0.1)
-    monkeypatch.setattr(batch_loop, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(batch_loop, "KEEP_SECONDS", 0.1)
-    with services.db.write() as session:
-        session.get_one(Project, world.caller.project_id).max_tokens_per_day = 0
-    stuck = create(client, *(input_line(str(number)) for number in range(num_lines)))
-    wait(client, stuck.id, {"in_progress"})
-
-    with strict_client(site, stranger_key) as other:
-        assert wait(other, create(other, input_line("a", "theirs")).id).status == "completed"
-
-    assert client.batches.retrieve(stuck.id).status == "in_progress"
-    assert batch_worker.prompts == ["theirs"]
 
 
 def test_batch_waits_for_tokens(

@@ -1,0 +1,34 @@
+"""Fixtures of tests of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from api.deps import Services
+from api.inference import batch_loop
+from tests.api.inference.batch_service import BatchWorker, answering, strict_client
+from tests.api.site import Site
+from tests.catalog.world import World
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loop poll at short intervals."""
+    for name, seconds in {"LOOK_SECONDS": 0.05, "KEEP_SECONDS": 0.05, "PAUSE_SECONDS": 0.05}.items():
+        monkeypatch.setattr(batch_loop, name, seconds)
+
+
+@pytest.fixture
+def batch_worker(world: World, services: Services) -> Iterator[BatchWorker]:
+    world.worker()
+    with answering(services.db) as worker:
+        yield worker
+
+
+@pytest.fixture
+def client(site: Site, batch_worker: BatchWorker) -> Iterator[openai.OpenAI]:
+    with strict_client(site, site.key) as client:
+        yield client
