@@ -191,12 +191,12 @@ class Replies:
             if await self._is_worker(reader, writer):
                 self._connections.add(writer)
                 await self._read(reader, writer)
-        except (ConnectionError, TimeoutError, ValueError, asyncio.LimitOverrunError):
+        except (OSError, ValueError, asyncio.LimitOverrunError):
             log.warning("A connection for answers failed.")
         finally:
             self._connections.discard(writer)
             writer.close()
-            with suppress(ConnectionError):
+            with suppress(OSError):  # a lost machine causes ETIMEDOUT or EHOSTUNREACH, which are no ConnectionError
                 await writer.wait_closed()
             await self._lose(writer)
 

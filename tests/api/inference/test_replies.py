@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -135,6 +137,34 @@ def test_request_of_a_lost_worker_is_released_and_answered_by_another(site: Site
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "Hello"
     assert text.endswith("data: [DONE]\n\n")
     other.close()
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ECONNRESET])
+def test_request_of_a_worker_whose_machine_is_lost_is_released(
+    site: Site, services: Services, connections: ReplyConnections, number: int
+) -> None:
+    """The system reports an error to the event loop, which gives it to the protocol."""
+    response = background(lambda: post(site, CHAT))
+    claim = claimed(services)
+    send(connections, claim, *texts("Hel", "lo")[:2])
+    until(lambda: is_answered_by(services, claim))
+    (writer,) = services.replies._connections  # pyright: ignore[reportPrivateUsage]
+    watching = services.replies._watching  # pyright: ignore[reportPrivateUsage]
+    assert watching is not None
+
+    lose = writer.transport.get_protocol().connection_lost
+    watching.get_loop().call_soon_threadsafe(lose, OSError(number, os.strerror(number)))
+
+    again = claimed(services)
+    other = ReplyConnections()
+    send(other, again, *texts("H", "ello"))
+    assert response.result(30).json()["choices"][0]["message"]["content"] == "Hello"
+    other.close()
+
+
+def is_answered_by(services: Services, claim: InferenceClaim) -> bool:
+    reply = services.replies._open.get(claim.request_id)  # pyright: ignore[reportPrivateUsage]
+    return reply is not None and reply.claim_id == claim.claim_id
 
 
 def test_request_fails_if_too_many_workers_are_lost(site: Site, services: Services) -> None:
