@@ -60,18 +60,22 @@ class _Received:
     def restart(self) -> None:
         self.repeated, self.num_repeated, self.num_repeated_logprobs = self.text.getvalue(), 0, 0
 
-    def new_text(self, text: str) -> str:
-        """Return the part of the text that the client does not have. Raises NoWorker if it differs from what it has."""
+    def new_text(self, text: str, finish: str | None) -> str:
+        """Return the part of the text that the client does not have. Raises NoWorker if the answer differs from what it
+        has: in its text, or because it is shorter or longer than a complete one. finish: of the current worker."""
         known = self.repeated[self.num_repeated : self.num_repeated + len(text)]
-        if not text.startswith(known):
+        self.num_repeated += len(known)
+        new = text[len(known) :]
+        is_shorter = finish is not None and self.num_repeated < len(self.repeated)
+        is_longer = self.finish is not None and bool(new)
+        if not text.startswith(known) or is_shorter or is_longer:
             raise NoWorker(
                 "The worker that answered was lost, and another one gives a different answer.",
                 code="answer_interrupted",
                 remedy="Send the request again.",
             )
-        self.num_repeated += len(known)
-        self.text.write(text[len(known) :])
-        return text[len(known) :]
+        self.text.write(new)
+        return new
 
     def new_logprobs(self, logprobs: list[Event]) -> list[Event]:
         self.num_repeated_logprobs += len(logprobs)
@@ -126,10 +130,11 @@ class PartialAnswer:
 
     def _added(self, given: Event) -> Delta | None:
         choice = self._choices.setdefault(int(given["index"]), _Received())
-        text = choice.new_text(str(given["text"]))
+        finish: str | None = given.get("finish")
+        text = choice.new_text(str(given["text"]), finish)
         self.keep(len(text))
         logprobs = choice.new_logprobs(given.get("logprobs") or [])
-        finish = given.get("finish") if choice.finish is None else None
+        finish = finish if choice.finish is None else None
         choice.finish = choice.finish or finish
         if not (text or logprobs or finish):
             return None

@@ -91,9 +91,22 @@ def test_choice_that_was_complete_is_not_completed_twice() -> None:
     assert [(delta.index, delta.finish) for delta in deltas if delta.finish] == [(0, "stop"), (1, "stop")]
 
 
-def test_second_worker_that_answers_differently_fails_the_request() -> None:
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([generated("ab")], [generated("ax")]),
+        ([generated("ab")], [generated("a", finish="stop")]),
+        ([generated("ab")], [generated("a"), generated("", finish="length")]),
+        ([generated("ab", finish="stop")], [generated("abc")]),
+        ([generated("ab", finish="stop")], [generated("ab"), generated("c", finish="stop")]),
+    ],
+    ids=["other text", "shorter", "shorter in parts", "longer", "longer in parts"],
+)
+def test_second_worker_that_answers_differently_fails_the_request(
+    first: list[dict[str, Any]], second: list[dict[str, Any]]
+) -> None:
     with pytest.raises(NoWorker) as raised:
-        collect([BEGUN, generated("ab"), RESTARTED, BEGUN, generated("ax")])
+        collect([BEGUN, *first, RESTARTED, BEGUN, *second, ENDED])
 
     assert raised.value.code == "answer_interrupted"
 
