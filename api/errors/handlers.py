@@ -24,6 +24,7 @@ from api.errors.validation import AGAIN, explain
 from api.rate_limits.limits import retry_headers
 from catalog.disk import is_full, out_of_space
 from catalog.errors import LorryError, QuotaExceeded, RateLimited, Unauthorized, Unavailable
+from catalog.inference.requests import AnswerFailed
 
 log = logging.getLogger("lorry.api")
 
@@ -57,7 +58,7 @@ def error_response(
 def refusal(error: LorryError) -> Response:
     """Return the response for a LorryError, with the headers that make clients retry or not retry."""
     headers: dict[str, str] = {}
-    if error.status in (409, 507):
+    if error.status in (409, 507) or isinstance(error, AnswerFailed):
         headers["x-should-retry"] = "false"
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(error.retry_after_seconds)

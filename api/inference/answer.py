@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from api.inference.replies import Event, Reply, TooSlow
 from catalog.errors import InvalidRequest, LorryError
-from catalog.inference.requests import NoWorker
+from catalog.inference.requests import AnswerFailed
 from catalog.serving.endpoints import BUILT_IN
 from catalog.tables.inference import MAX_SECONDS
 
@@ -28,10 +28,19 @@ CLIENT_ERRORS = frozenset(
      "base_has_no_chat_template", "unusable_chat_template"}
 )  # fmt: skip
 """Codes of a trainer's errors that the request causes."""
+WORKER_ERRORS = frozenset({"base_not_loaded", "disk_error", "out_of_space"})
+"""Codes of errors of one worker. Another one may answer the same request."""
 
 
 class ClientGone(Exception):
     """The client has disconnected."""
+
+
+class AnswerInterrupted(LorryError):
+    """The answer has not been completed. The same request can be answered if it is sent again."""
+
+    status = 503
+    type = "server_error"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,15 +70,18 @@ class _Received:
         self.repeated, self.num_repeated, self.num_repeated_logprobs = self.text.getvalue(), 0, 0
 
     def new_text(self, text: str, finish: str | None) -> str:
-        """Return the part of the text that the client does not have. Raises NoWorker if the answer differs from what it
-        has: in its text, or because it is shorter or longer than a complete one. finish: of the current worker."""
+        """Return the part of the text that the client does not have. finish: of the current worker.
+
+        Raises AnswerInterrupted if the answer differs from what the client has: in its text, or because it is shorter,
+        or longer than a complete one.
+        """
         known = self.repeated[self.num_repeated : self.num_repeated + len(text)]
         self.num_repeated += len(known)
         new = text[len(known) :]
         is_shorter = finish is not None and self.num_repeated < len(self.repeated)
         is_longer = self.finish is not None and bool(new)
         if not text.startswith(known) or is_shorter or is_longer:
-            raise NoWorker(
+            raise AnswerInterrupted(
                 "The worker that answered was lost, and another one gives a different answer.",
                 code="answer_interrupted",
                 remedy="Send the request again.",
@@ -120,8 +132,8 @@ class PartialAnswer:
         )
 
     def added(self, event: Event) -> Iterator[Delta]:
-        """Yield what an event of the type `generated` adds. Raises NoWorker if it contradicts an earlier one, and
-        InvalidRequest if the answer is too large."""
+        """Yield what an event of the type `generated` adds. Raises AnswerInterrupted if it contradicts an earlier one,
+        and InvalidRequest if the answer is too large."""
         self.count(event)
         for given in event["deltas"]:
             delta = self._added(given)
@@ -190,7 +202,7 @@ async def _next(reply: Reply, leaving: asyncio.Future[Any], seconds: float) -> E
         try:
             event = reply.take()
         except TooSlow as error:
-            raise NoWorker(
+            raise AnswerInterrupted(
                 "The client did not read the response, so the rest of the answer was discarded.",
                 code="response_not_read",
                 remedy="Read the stream without long pauses.",
@@ -202,8 +214,8 @@ async def _next(reply: Reply, leaving: asyncio.Future[Any], seconds: float) -> E
     raise ClientGone
 
 
-def _silent() -> NoWorker:
-    return NoWorker(
+def _silent() -> AnswerInterrupted:
+    return AnswerInterrupted(
         f"The worker has sent nothing for {SILENT_SECONDS:.0f} seconds.",
         code="answer_interrupted",
         remedy="Send the request again.",
@@ -216,4 +228,5 @@ def _failure(error: Event, prompt: str) -> LorryError:
     if code in CLIENT_ERRORS:
         param = "tools" if code == "template_without_tools" else prompt
         return InvalidRequest(message, code=code, remedy=remedy, param=param)
-    return NoWorker(message, code=code, remedy=remedy)
+    kind = AnswerInterrupted if code in WORKER_ERRORS else AnswerFailed
+    return kind(message, code=code, remedy=remedy)

@@ -15,13 +15,12 @@ from typing import Protocol
 from starlette.types import Receive
 
 from api.deps import Services
-from api.inference.answer import ClientGone, Delta, PartialAnswer
+from api.inference.answer import AnswerInterrupted, ClientGone, Delta, PartialAnswer
 from api.rate_limits.threads import run_route
 from api.requests.disconnects import disconnected
 from api.serving.vllm_client import EndpointFailure, Json, ServerAddress, logprob_events, request_of
 from catalog.errors import LorryError
 from catalog.inference import requests
-from catalog.inference.requests import NoWorker
 from catalog.serving import routes
 from catalog.serving.routes import ServingRoute
 from catalog.tenancy.authentication import Caller
@@ -141,13 +140,13 @@ class _EndpointAnswer:
         return None
 
     async def deltas(self, answer: PartialAnswer) -> AsyncGenerator[Delta]:
-        """Yield what each chunk adds. Raises ClientGone, and NoWorker if the answer is interrupted."""
+        """Yield what each chunk adds. Raises ClientGone, and AnswerInterrupted if the answer is interrupted."""
         answer.has_begun = True
         chunk: Json | EndpointFailure | None = self._first
         while chunk is not None:
             if isinstance(chunk, EndpointFailure):
                 log.warning("serving interrupted answer: %s", chunk.message)  # clients must not see the server's text
-                raise NoWorker(
+                raise AnswerInterrupted(
                     "The serving endpoint did not complete the answer.",
                     code="answer_interrupted",
                     remedy="Send the request again.",

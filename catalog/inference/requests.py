@@ -29,8 +29,19 @@ MAX_OPEN = 1000
 """Maximum number of open requests of a project."""
 
 
+START = "Ask an operator to start a worker, for example with `lorry worker`. Then retry."
+FEWER = "Send fewer requests at once, or ask an operator to start another worker. Then retry."
+
+
 class NoWorker(LorryError):
-    """No worker can answer now. Retry after a worker has started."""
+    """No worker answers now. The same request can be answered later."""
+
+    status = 503
+    type = "server_error"
+
+
+class AnswerFailed(LorryError):
+    """A worker can't answer the request, and fails again if it is repeated unchanged."""
 
     status = 503
     type = "server_error"
@@ -110,7 +121,7 @@ def submit(
             raise NoWorker(
                 "No worker is running, so the request can't be answered.",
                 code="no_worker",
-                remedy="Ask an operator to start a worker, for example with `lorry worker`. Then retry.",
+                remedy=START,
             )
         own = (InferenceRequest.project_id == project_id, InferenceRequest.batch_id.is_(None))
         if (session.scalar(select(func.count()).where(*own)) or 0) >= max_open:
@@ -229,13 +240,40 @@ def remove_expired(db: Database) -> int:
 
 
 def why_unanswered(db: Database, request_id: str) -> NoWorker:
-    """Return the error for a request that no worker has begun to answer in time."""
+    """Return the error for a request that no worker has begun to answer in time, by the state of the workers."""
     with db.read() as session:
+        now = read_clock(session)
         row = session.get(InferenceRequest, request_id)
+        residents = views.residents(session, now=now)
         base = "its base model" if row is None else repr(row.base_model)
-    return NoWorker(
-        f"No worker has answered the request within {MAX_SECONDS:.0f} seconds: none has {base} loaded, and none was "
-        "free to load it.",
-        code="inference_timeout",
-        remedy="Check with `lorry workers list` what the workers do. Then retry.",
+        is_claimed = row is not None and (row.lease_expires_at or 0.0) > now
+        is_loaded = row is not None and any(each.pack_key == row.pack_key for each in residents)
+    if is_claimed and is_loaded:
+        return _timeout(
+            "The request was not answered in time: its worker is busy with other requests and jobs.", remedy=FEWER
+        )
+    if is_claimed:
+        return _timeout(
+            f"The request was not answered in time: a worker is still loading {base}.", remedy="Retry in a few minutes."
+        )
+    if not residents:
+        return _timeout("The request was not answered in time: no worker is running.", remedy=START)
+    if all(each.takes_nothing_new for each in residents):
+        return _timeout(
+            "The request was not answered in time: all workers are cordoned or draining.",
+            remedy="Ask an operator to uncordon a worker or to start another one. Then retry.",
+        )
+    if is_loaded:
+        return _timeout(
+            f"The request was not answered in time: the workers that have {base} loaded are busy with others.",
+            remedy=FEWER,
+        )
+    return _timeout(
+        f"The request was not answered in time: no worker has {base} loaded, and none was free to load it.",
+        remedy="See with `lorry workers list` what the workers do. Wait until their jobs end, or ask an operator to "
+        "start another worker. Then retry.",
     )
+
+
+def _timeout(message: str, *, remedy: str) -> NoWorker:
+    return NoWorker(message, code="inference_timeout", remedy=remedy)

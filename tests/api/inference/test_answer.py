@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from api.inference.answer import ClientGone, Delta, PartialAnswer, deltas_of
+from api.inference.answer import AnswerInterrupted, ClientGone, Delta, PartialAnswer, deltas_of
 from api.inference.replies import Reply, TooSlow
 from catalog.errors import InvalidRequest
-from catalog.inference.requests import NoWorker
+from catalog.inference.requests import AnswerFailed, NoWorker
 
 BEGUN = {"type": "answering", "prompt_tokens": 4}
 ENDED = {"type": "answered", "completion_tokens": 3}
@@ -61,7 +61,7 @@ def test_interrupted_answer_counts_the_tokens_that_were_generated() -> None:
         for event in events:
             reply.put(event, 10)
         found = deltas_of(reply, answer, gone=asyncio.Event(), why_unanswered=lambda: NoWorker("", code="c", remedy=""))
-        with pytest.raises(NoWorker):
+        with pytest.raises(AnswerFailed):
             [delta async for delta in found]
         return answer
 
@@ -105,7 +105,7 @@ def test_choice_that_was_complete_is_not_completed_twice() -> None:
 def test_second_worker_that_answers_differently_fails_the_request(
     first: list[dict[str, Any]], second: list[dict[str, Any]]
 ) -> None:
-    with pytest.raises(NoWorker) as raised:
+    with pytest.raises(AnswerInterrupted) as raised:
         collect([BEGUN, *first, RESTARTED, BEGUN, *second, ENDED])
 
     assert raised.value.code == "answer_interrupted"
@@ -116,7 +116,9 @@ def test_second_worker_that_answers_differently_fails_the_request(
     [
         ("context_length_exceeded", InvalidRequest, "messages"),
         ("template_without_tools", InvalidRequest, "tools"),
-        ("out_of_memory", NoWorker, None),
+        ("out_of_memory", AnswerFailed, None),
+        ("logits_not_finite", AnswerFailed, None),
+        ("disk_error", AnswerInterrupted, None),
     ],
 )
 def test_error_of_the_trainer_reaches_the_client(code: str, kind: type[Exception], param: str | None) -> None:
@@ -145,7 +147,7 @@ def test_request_without_a_worker_fails_when_its_time_is_over(monkeypatch: pytes
 def test_worker_that_falls_silent_fails_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.inference.answer.SILENT_SECONDS", 0.05)
 
-    with pytest.raises(NoWorker, match="sent nothing"):
+    with pytest.raises(AnswerInterrupted, match="sent nothing"):
         collect([BEGUN])
 
 

@@ -65,8 +65,8 @@ def test_batch_that_can_not_progress_lets_others_continue(
 
 @pytest.fixture
 def observed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Make turns short, with one batch at a time. Returns a function that returns how often a batch whose turn was over
-    has found that others wait."""
+    """Make turns short, with one batch at a time. Returns a function that returns how often a batch has found another
+    one that waits."""
     for name, value in {"MAX_BATCHES": 1, "TURN_SECONDS": 0.0, "GRACE_SECONDS": 0.3}.items():
         monkeypatch.setattr(batch_loop, name, value)
     is_any_waiting = execution.is_any_waiting

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from api.deps import Services
@@ -218,6 +219,25 @@ def test_error_before_the_first_chunk_is_an_error_response(
 
     found = response.result(30)
     assert (found.status_code, found.json()["error"]["param"]) == (400, "messages")
+
+
+@pytest.mark.parametrize(
+    ("code", "num_requests"), [("logits_not_finite", 1), ("unsupported_adapter", 1), ("disk_error", 2)]
+)
+def test_openai_client_repeats_only_errors_that_another_worker_may_not_have(
+    site: Site, services: Services, connections: ReplyConnections, code: str, num_requests: int
+) -> None:
+    client = openai.OpenAI(base_url=f"{site.url}/v1", api_key=site.key, max_retries=1)
+    messages: Any = CHAT["messages"]
+    failing = background(lambda: client.chat.completions.create(model="smol", messages=messages))
+    error = {"code": code, "message": "It fails.", "remedy": "Change it."}
+
+    for _ in range(num_requests):
+        send(connections, claimed(services), {"type": "unanswered", "error": error})
+
+    raised = failing.exception(60)
+    assert isinstance(raised, openai.APIStatusError)
+    assert (raised.status_code, raised.code) == (503, code)
 
 
 def test_error_of_a_text_completion_names_its_prompt(

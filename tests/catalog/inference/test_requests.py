@@ -8,7 +8,7 @@ import pytest
 
 from catalog.caller import Caller
 from catalog.errors import Conflict, NotFound, RateLimited
-from catalog.fleet import workers
+from catalog.fleet import cordons, workers
 from catalog.inference import claims, requests
 from catalog.inference.claims import InferenceClaim
 from catalog.inference.requests import MAX_SECONDS, NoWorker
@@ -269,10 +269,36 @@ def test_old_request_is_neither_claimed_nor_kept(world: World) -> None:
     assert not pending.has_work(world.db)
     error = requests.why_unanswered(world.db, row.id)
     assert (error.code, error.status) == ("inference_timeout", 503)
-    assert "'smol'" in error.message
+    assert "no worker has 'smol' loaded" in error.message
     assert requests.remove_expired(world.db) == 1
     assert requests.remove_expired(world.db) == 0
     assert "its base model" in requests.why_unanswered(world.db, row.id).message
+
+
+def test_timeout_explains_what_the_workers_do(world: World) -> None:
+    row = submit(world)
+
+    def why() -> str:
+        return requests.why_unanswered(world.db, row.id).message
+
+    assert "none was free to load it" in why()
+    register_trainer(world, KEY)
+    load(world)
+    assert "workers that have 'smol' loaded are busy" in why()
+    (claimed,) = claim(world)
+    assert "its worker is busy" in why()
+    claims.release(world.db, [claimed.claim_id])
+    cordons.drain(world.db, "w1")
+    assert "cordoned or draining" in why()
+    world.clock.advance(3600)
+    assert "no worker is running" in why()
+
+
+def test_timeout_names_a_base_model_that_is_being_loaded(world: World) -> None:
+    row = submit(world)
+    claim(world)
+
+    assert "still loading 'smol'" in requests.why_unanswered(world.db, row.id).message
 
 
 @pytest.mark.parametrize("by", ["worker", "api"])
