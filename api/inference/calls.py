@@ -58,7 +58,8 @@ def chat_call(body: ChatCompletionRequest) -> CompletionCall:
 
     def form(model: Model) -> ChatFormat:
         head = head_of("chatcmpl", model=model.name, base_digest=model.base_digest)
-        return ChatFormat(head, tools=names, with_logprobs=bool(body.logprobs))
+        max_calls = 1 if body.parallel_tool_calls is False else None
+        return ChatFormat(head, tools=names, with_logprobs=bool(body.logprobs), max_calls=max_calls)
 
     parameters = _parameters(body, prompt, max_tokens=limit, num_logprobs=num_logprobs)
     return CompletionCall(parameters=parameters, num_choices=body.n or 1, form=form)

@@ -124,10 +124,17 @@ def error_message(error: Event) -> bytes:
 
 
 class ChatFormat:
-    """Objects of /v1/chat/completions. `tools`: names of the functions that the model may call."""
+    """Objects of /v1/chat/completions.
 
-    def __init__(self, head: ResponseHead, *, tools: frozenset[str], with_logprobs: bool) -> None:
+    tools: names of the functions that the model may call. max_calls: further calls of an answer are omitted; None: no
+    maximum.
+    """
+
+    def __init__(
+        self, head: ResponseHead, *, tools: frozenset[str], with_logprobs: bool, max_calls: int | None = None
+    ) -> None:
         self._head = head
+        self._max_calls = max_calls
         self.response_id = head.id
         self._tools = tools
         self._with_logprobs = with_logprobs
@@ -162,7 +169,7 @@ class ChatFormat:
                 id=f"call_{secrets.token_hex(12)}",
                 function=FunctionCallObject(name=call.name, arguments=call.arguments),
             )
-            for call in calls
+            for call in calls[: self._max_calls]
         ]
 
     def chunk(self, choices: list[Event]) -> Event:

@@ -79,7 +79,9 @@ class ChatCompletionRequest(SamplingRequest):
     )
     tools: list[dict[str, Any]] | None = Field(default=None, description="Functions that the model may call.")
     tool_choice: Literal["auto", "none"] | None = Field(default=None, description="none: the tools are not offered.")
-    parallel_tool_calls: bool | None = Field(default=None, description="Ignored: the model decides.")
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="false: an answer has only its first call. Default: the model decides."
+    )
     response_format: TextFormat | None = None
     metadata: dict[str, str] | None = Field(default=None, description="Ignored.")
     store: Literal[False] | None = Field(default=None, description="Answers are not stored.")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from api.inference.answer import Delta, PartialAnswer
-from api.inference.responses import ChatFormat, chunks, head_of, whole
+from api.inference.calls import chat_call
+from api.inference.responses import ChatFormat, chunks, whole
+from api.schemas.inference import ChatCompletionRequest
+from catalog.inference.requests import Model
 
 PARIS = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
 ROME = '<tool_call>{"name": "time", "arguments": {"city": "Rome"}}</tool_call>'
@@ -34,13 +38,19 @@ def answer_of(texts: Sequence[str], *, finish: str) -> AsyncGenerator[Delta]:
     return deltas()
 
 
-def form() -> ChatFormat:
-    head = head_of("chatcmpl", model="smol", base_digest="0" * 64)
-    return ChatFormat(head, tools=frozenset({"weather", "time"}), with_logprobs=False)
+def form(**given: Any) -> ChatFormat:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("weather", "time")]
+    messages = [{"role": "user", "content": "Hi"}]
+    call = chat_call(
+        ChatCompletionRequest.model_validate({"model": "m", "messages": messages, "tools": tools, **given})
+    )
+    found = call.form(Model(name="m", base_model="m", base_digest="0" * 64, pack_key="k", adapter=None))
+    assert isinstance(found, ChatFormat)
+    return found
 
 
-def whole_choices(texts: Sequence[str], *, finish: str) -> list[Choice]:
-    body = asyncio.run(whole(answer_of(texts, finish=finish), PartialAnswer(), form(), n=len(texts)))
+def whole_choices(texts: Sequence[str], *, finish: str, **given: Any) -> list[Choice]:
+    body = asyncio.run(whole(answer_of(texts, finish=finish), PartialAnswer(), form(**given), n=len(texts)))
     found: list[Choice] = []
     for number, choice in enumerate(ChatCompletion.model_validate_json(body, strict=True).choices):
         assert choice.index == number
@@ -51,10 +61,10 @@ def whole_choices(texts: Sequence[str], *, finish: str) -> list[Choice]:
     return found
 
 
-def streamed_choices(texts: Sequence[str], *, finish: str) -> list[Choice]:
+def streamed_choices(texts: Sequence[str], *, finish: str, **given: Any) -> list[Choice]:
     async def messages() -> list[bytes]:
         answer = answer_of(texts, finish=finish)
-        return [part async for part in chunks(answer, PartialAnswer(), form(), n=len(texts), with_usage=False)]
+        return [part async for part in chunks(answer, PartialAnswer(), form(**given), n=len(texts), with_usage=False)]
 
     content = [""] * len(texts)
     calls: list[Calls] = [[] for _ in texts]
@@ -94,3 +104,13 @@ def test_calls_are_parsed(
     read: Callable[..., list[Choice]], texts: list[str], finish: str, expected: list[Choice]
 ) -> None:
     assert read(texts, finish=finish) == expected
+
+
+@pytest.mark.parametrize("read", [whole_choices, streamed_choices])
+@pytest.mark.parametrize(("is_parallel", "num_calls"), [(False, 1), (True, 2), (None, 2)])
+def test_answer_without_parallel_calls_has_only_its_first_call(
+    read: Callable[..., list[Choice]], is_parallel: bool | None, num_calls: int
+) -> None:
+    (found,) = read([f"{PARIS}{ROME}"], finish="stop", parallel_tool_calls=is_parallel)
+
+    assert found == (None, PARSED[:num_calls], "tool_calls")
