@@ -18,9 +18,11 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, cast
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import make_url
 
 from catalog.db.database import Database
@@ -38,6 +40,8 @@ TOKEN_SECONDS = 5.0
 """Time in which a connection must send the token."""
 RETRY_SECONDS = 1.0
 """Wait before a claim is checked again, if the database does not answer."""
+CHECK_THREADS = 4
+"""Maximum number of claims that are checked at the same time."""
 CHECK_SECONDS = 15.0
 """Interval of the checks that the open requests still have rows."""
 MAX_ID_CHARS = 64
@@ -45,7 +49,11 @@ TOKEN_CHARS = 32
 MAX_UNREAD_BYTES = 2**16
 """Maximum size of the replies that a worker has not read. Beyond it, the connection is closed."""
 MAX_PENDING_BYTES = 2**20
-"""Maximum size of the events that a client has not read yet. Beyond it, the request is abandoned."""
+"""Maximum size of the events that a client has not read for CATCH_UP_SECONDS. Beyond it, the request is abandoned."""
+CATCH_UP_SECONDS = 60.0
+MAX_BURST_BYTES = 2**24
+"""Maximum size of the events that a client has not read, at any time. After a pause, a worker sends at once what it has
+computed meanwhile: about 1 MiB per second for 16 answers with 20 log-probabilities for each token."""
 SHARE_BYTES = 2**16
 """After this many bytes of one connection, the clients' tasks run before the next line is read. Otherwise a client that
 had no chance to take its events would seem slow."""
@@ -65,24 +73,27 @@ class Reply:
         self.request_id = request_id
         self.claim_id: str | None = None
         """The claim whose events are accepted."""
-        self.stale_claim: str | None = None
-        """The claim that the database rejected last. It is not asked again for each line that is on its way."""
+        self.stale_claims: set[str] = set()
+        """Claims that were rejected. The database is not asked again for each line that is on its way."""
+        self.checking = asyncio.Lock()
+        """Held while the database is asked for a claim, so that a late result does not replace a newer one."""
         self.is_submitted = False
         """The request has a row. If the row is deleted, the request fails."""
         self.connection: asyncio.StreamWriter | None = None
         self._events: deque[tuple[int, Event]] = deque()
         self._num_bytes = 0
+        self._behind_since: float | None = None
+        """Since when more than MAX_PENDING_BYTES are pending, by the monotonic clock."""
         self._change: asyncio.Future[None] | None = None
         self._is_too_slow = False
         self._close = close
 
     def put(self, event: Event, num_bytes: int) -> None:
+        if self._is_too_slow:
+            return
         self._events.append((num_bytes, event))
         self._num_bytes += num_bytes
-        if self._num_bytes > MAX_PENDING_BYTES:
-            self._is_too_slow = True
-            self._events.clear()
-            self.close()
+        self._check_speed()
         if self._change is not None and not self._change.done():
             self._change.set_result(None)
 
@@ -91,13 +102,27 @@ class Reply:
 
         Returns {"type": "restarted"} if another worker begins.
         """
+        self._check_speed()
         if self._is_too_slow:
             raise TooSlow
         if not self._events:
             return None
         num_bytes, event = self._events.popleft()
         self._num_bytes -= num_bytes
+        if self._num_bytes <= MAX_PENDING_BYTES:
+            self._behind_since = None
         return event
+
+    def _check_speed(self) -> None:
+        """Abandon the request if its client reads too slowly."""
+        if self._num_bytes <= MAX_PENDING_BYTES:
+            return
+        now = monotonic()
+        self._behind_since = now if self._behind_since is None else self._behind_since
+        if self._num_bytes > MAX_BURST_BYTES or now - self._behind_since >= CATCH_UP_SECONDS:
+            self._is_too_slow = True
+            self._events.clear()
+            self.close()
 
     def changed(self) -> asyncio.Future[None]:
         """Return a future that is done after the next event. Call it when `take` has returned None."""
@@ -114,6 +139,18 @@ class Reply:
         self._close(self)
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Check:
+    """The events of a claim that the database has not confirmed yet."""
+
+    reply: Reply
+    claim_id: str
+    connection: asyncio.StreamWriter
+    events: list[tuple[Event, int]] = field(default_factory=list[tuple[Event, int]])
+    num_bytes: int = 0
+    task: asyncio.Task[None] | None = None
+
+
 class Replies:
     """The requests of this process that wait for an answer, and the server to which workers send it."""
 
@@ -128,6 +165,9 @@ class Replies:
         self._listens_at = "" if host else self._host
         """Empty: all addresses. A given host may be that of a proxy or of a published port."""
         self._open: dict[str, Reply] = {}
+        self._checks: dict[tuple[str, str], _Check] = {}
+        """By the ids of the request and of the claim."""
+        self._check_threads: CapacityLimiter | None = None
         self._server: asyncio.Server | None = None
         self._token = secrets.token_hex(TOKEN_CHARS // 2)
         self._connections: set[asyncio.StreamWriter] = set()
@@ -139,6 +179,7 @@ class Replies:
     async def start(self) -> None:
         """Begin to listen."""
         receive, host = self._receive, self._host
+        self._check_threads = CapacityLimiter(CHECK_THREADS)
         self._server = await asyncio.start_server(receive, self._listens_at or None, self._port, limit=MAX_LINE_BYTES)
         port = self._server.sockets[0].getsockname()[1]
         self.address = f"{self._token}@" + (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
@@ -148,6 +189,9 @@ class Replies:
         """Close all connections. The workers release the requests."""
         if self._watching is not None:
             self._watching.cancel()
+        for check in self._checks.values():
+            if check.task is not None:
+                check.task.cancel()
         if self._server is not None:
             self._server.close()
             for connection in (*self._connections, *self._strangers):
@@ -227,7 +271,7 @@ class Replies:
         """Pass on the lines of a worker until it closes the connection."""
         num_bytes = 0
         while line := await reader.readline():
-            if not await self._take(line, writer):
+            if not self._take(line, writer):
                 log.warning("A connection for answers sent a line that is not an answer, and was closed.")
                 return
             num_bytes += len(line)
@@ -235,7 +279,7 @@ class Replies:
                 num_bytes = 0
                 await asyncio.sleep(0)
 
-    async def _take(self, line: bytes, writer: asyncio.StreamWriter) -> bool:
+    def _take(self, line: bytes, writer: asyncio.StreamWriter) -> bool:
         """Pass an event to its request. Returns False for a line that is no answer."""
         try:
             sent = cast(Event, json.loads(line))
@@ -250,32 +294,71 @@ class Replies:
             _send_stop(writer, request_id)  # in the second case, another connection has lost lines of this claim
             return True
         if reply.claim_id != claim_id:
-            if reply.stale_claim == claim_id:
-                return True  # the worker already has the order to stop
-            is_held = await to_thread.run_sync(self._holds, request_id, claim_id)
-            while is_held is None and self._open.get(request_id) is reply:
-                await asyncio.sleep(RETRY_SECONDS)
-                is_held = await to_thread.run_sync(self._holds, request_id, claim_id)
-            if not is_held:
-                reply.stale_claim = claim_id
-                _send_stop(writer, request_id)
-                return True
-            if reply.claim_id is not None:
-                reply.restart()
-            reply.claim_id, reply.connection = claim_id, writer
+            if claim_id not in reply.stale_claims:  # otherwise the worker already has the order to stop
+                self._hold(reply, claim_id, writer, (event, len(line)))
+            return True
         reply.put(event, len(line))
         return True
 
-    def _holds(self, request_id: str, claim_id: str) -> bool | None:
+    def _hold(self, reply: Reply, claim_id: str, writer: asyncio.StreamWriter, event: tuple[Event, int]) -> None:
+        """Keep an event until the database has confirmed its claim. The connection's other requests go on.
+
+        With too many events, the claim is given up: its lease expires, and another worker answers.
+        """
+        key = (reply.request_id, claim_id)
+        check = self._checks.get(key)
+        if check is None:
+            check = self._checks[key] = _Check(reply=reply, claim_id=claim_id, connection=writer)
+            check.task = asyncio.create_task(self._confirm(check))
+            check.task.add_done_callback(lambda _: self._checks.pop(key))
+        elif check.connection is not writer:  # that connection has lost lines of this claim
+            _send_stop(writer, reply.request_id)
+            return
+        check.events.append(event)
+        check.num_bytes += event[1]
+        if check.num_bytes > MAX_BURST_BYTES:
+            self._give_up(check)
+
+    async def _confirm(self, check: _Check) -> None:
+        """Ask the database for the claim until it answers. Then pass the events to the request, or drop them."""
+        reply = check.reply
+        async with reply.checking:
+            is_held: bool | None = None
+            while is_held is None and self._open.get(reply.request_id) is reply:
+                is_held = await to_thread.run_sync(self._holds, check, limiter=self._check_threads)
+                if is_held is None:
+                    await asyncio.sleep(RETRY_SECONDS)
+            if not is_held or self._open.get(reply.request_id) is not reply:
+                self._give_up(check)
+            if check.claim_id in reply.stale_claims:
+                return
+            if reply.claim_id is not None:
+                reply.restart()
+            reply.claim_id, reply.connection = check.claim_id, check.connection
+            for event, num_bytes in check.events:
+                reply.put(event, num_bytes)
+
+    def _give_up(self, check: _Check) -> None:
+        check.events.clear()
+        check.reply.stale_claims.add(check.claim_id)
+        _send_stop(check.connection, check.reply.request_id)
+
+    def _holds(self, check: _Check) -> bool | None:
         """Return None if the database does not answer."""
         try:
-            return requests.is_held(self._db, request_id, claim_id)
+            return requests.is_held(self._db, check.reply.request_id, check.claim_id)
         except LorryError as error:
             log.warning("The claim of an answer could not be checked: %s", error)
             return None
+        except Exception:  # the request must not wait forever
+            log.exception("crash in the check of a claim")
+            return False
 
     async def _lose(self, connection: asyncio.StreamWriter) -> None:
         """Release the requests that the worker of a closed connection was answering."""
+        checks = [check.task for check in self._checks.values() if check.connection is connection and check.task]
+        if checks:
+            await asyncio.wait(checks)
         lost = [(reply, reply.claim_id) for reply in self._open.values() if reply.connection is connection]
         for reply, _ in lost:
             reply.connection = None

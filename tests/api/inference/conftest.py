@@ -1,4 +1,4 @@
-"""Fixtures of tests of batches."""
+"""Fixtures of tests of batches and answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from api.inference import batch_loop
 from tests.api.inference.batch_service import BatchWorker, answering, strict_client
 from tests.api.site import Site
 from tests.catalog.world import World
+from worker.session.reply_connections import ReplyConnections
 
 
 @pytest.fixture
@@ -32,3 +33,15 @@ def batch_worker(world: World, services: Services) -> Iterator[BatchWorker]:
 def client(site: Site, batch_worker: BatchWorker) -> Iterator[openai.OpenAI]:
     with strict_client(site, site.key) as client:
         yield client
+
+
+@pytest.fixture
+def worker(world: World) -> None:
+    world.worker()
+
+
+@pytest.fixture
+def connections() -> Iterator[ReplyConnections]:
+    made = ReplyConnections()
+    yield made
+    made.close()

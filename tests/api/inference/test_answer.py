@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from api.inference import replies
 from api.inference.answer import AnswerInterrupted, ClientGone, Delta, PartialAnswer, deltas_of
 from api.inference.replies import Reply, TooSlow
 from catalog.errors import InvalidRequest
@@ -151,15 +152,51 @@ def test_worker_that_falls_silent_fails_the_request(monkeypatch: pytest.MonkeyPa
         collect([BEGUN])
 
 
-def test_events_that_a_client_does_not_read_are_limited() -> None:
-    async def run() -> None:
-        reply = Reply("infer-1", lambda _: None)
-        for _ in range(3):
-            reply.put(generated("a"), 2**19)
-        reply.take()
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a list whose only item is the time."""
+    now = [100.0]
+    monkeypatch.setattr(replies, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.usefixtures("clock")
+def test_burst_is_no_fault_of_the_client() -> None:
+    reply = Reply("infer-1", lambda _: None)
+    for _ in range(12):
+        reply.put(generated("a"), replies.MAX_PENDING_BYTES)
+
+    assert [reply.take() for _ in range(13)] == [*[generated("a")] * 12, None]
+
+
+@pytest.mark.parametrize("by", ["put", "take"])
+def test_client_must_catch_up_in_time(clock: list[float], by: str) -> None:
+    reply = Reply("infer-1", lambda _: None)
+    for _ in range(5):  # each time, it catches up in time
+        reply.put(generated("a"), replies.MAX_PENDING_BYTES + 1)
+        clock[0] += replies.CATCH_UP_SECONDS - 1
+        assert reply.take() is not None
+    for _ in range(3):
+        reply.put(generated("a"), replies.MAX_PENDING_BYTES)
+    clock[0] += replies.CATCH_UP_SECONDS
+    if by == "put":
+        reply.put(generated("a"), 1)
+        clock[0] = 0.0
 
     with pytest.raises(TooSlow):
-        asyncio.run(run())
+        reply.take()
+
+
+@pytest.mark.usefixtures("clock")
+def test_size_of_a_burst_is_limited() -> None:
+    closed: list[Reply] = []
+    reply = Reply("infer-1", closed.append)
+    for _ in range(17):
+        reply.put(generated("a"), replies.MAX_BURST_BYTES // 16)
+
+    assert closed == [reply]
+    with pytest.raises(TooSlow):
+        reply.take()
 
 
 def test_text_that_is_kept_for_another_worker_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

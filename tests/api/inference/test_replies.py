@@ -6,87 +6,29 @@ import errno
 import json
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from api.deps import Services
 from api.inference import replies
-from catalog.errors import Unavailable
-from catalog.inference import claims, requests
-from catalog.inference.claims import InferenceClaim
-from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
+from tests.api.inference.reply_service import (
+    CHAT,
+    background,
+    claimed,
+    is_answered_by,
+    open_requests,
+    post,
+    send,
+    texts,
+)
 from tests.api.site import Site, connect, read_to_end, until
-from tests.catalog.world import LEASE, World, sha
 from worker.session.reply_connections import ReplyConnections
 
-CHAT = {"model": "smol", "messages": [{"role": "user", "content": "Hi"}]}
-
-
-@pytest.fixture(autouse=True)
-def worker(world: World) -> None:
-    world.worker()
-
-
-@pytest.fixture
-def connections() -> Iterator[ReplyConnections]:
-    made = ReplyConnections()
-    yield made
-    made.close()
-
-
-def post(site: Site, body: dict[str, Any], path: str = "/v1/chat/completions") -> httpx.Response:
-    with site.http() as http:
-        return http.post(path, json=body, timeout=60)
-
-
-def claimed(services: Services) -> InferenceClaim:
-    """Wait for a request, and claim it."""
-    found: list[InferenceClaim] = []
-
-    def claim() -> bool:
-        key = pack_key(sha("smol"), "bfloat16")
-        found.extend(claims.claim(services.db, worker_id="w1", pack_key=key, limit=1, lease_seconds=LEASE))
-        return bool(found)
-
-    until(claim)
-    return found[0]
-
-
-def send(connections: ReplyConnections, claim: InferenceClaim, *events: dict[str, Any], claim_id: str = "") -> None:
-    for event in events:
-        connections.send(claim.reply_to, request_id=claim.request_id, claim_id=claim_id or claim.claim_id, event=event)
-
-
-def texts(*pieces: str, **last: Any) -> list[dict[str, Any]]:
-    """Return the events of a whole answer."""
-    deltas = [{"index": 0, "text": piece} for piece in pieces]
-    deltas[-1] |= {"finish": "stop", **last}
-    return [
-        {"type": "answering", "prompt_tokens": 2},
-        *({"type": "generated", "deltas": [delta]} for delta in deltas),
-        {"type": "answered", "completion_tokens": len(pieces)},
-    ]
-
-
-def open_requests(services: Services) -> int:
-    with services.db.read() as session:
-        return session.query(InferenceRequest).count()
-
-
-def background(act: Callable[[], Any]) -> Any:
-    """Run `act` in a thread. Returns its future."""
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(act)
-    pool.shutdown(wait=False)
-    return future
+pytestmark = pytest.mark.usefixtures("worker")
 
 
 def test_answer_of_the_claim_reaches_the_client(site: Site, services: Services, connections: ReplyConnections) -> None:
@@ -161,11 +103,6 @@ def test_request_of_a_worker_whose_machine_is_lost_is_released(
     send(other, again, *texts("H", "ello"))
     assert response.result(30).json()["choices"][0]["message"]["content"] == "Hello"
     other.close()
-
-
-def is_answered_by(services: Services, claim: InferenceClaim) -> bool:
-    reply = services.replies._open.get(claim.request_id)  # pyright: ignore[reportPrivateUsage]
-    return reply is not None and reply.claim_id == claim.claim_id
 
 
 def test_request_fails_if_too_many_workers_are_lost(site: Site, services: Services) -> None:
@@ -316,70 +253,6 @@ def test_number_of_workers_is_limited(site: Site, services: Services, monkeypatc
         assert is_closed(second)
 
 
-def test_burst_of_events_is_no_fault_of_the_client(
-    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the claim is checked, more events arrive than a client may leave unread."""
-    monkeypatch.setattr(replies, "SHARE_BYTES", 2**14)
-    is_held = requests.is_held
-    arrived = threading.Event()
-
-    def slow_check(*given: Any) -> bool:
-        arrived.wait(30)
-        return is_held(*given)
-
-    monkeypatch.setattr(requests, "is_held", slow_check)
-    response = background(lambda: post(site, CHAT))
-    claim = claimed(services)
-    pieces = ["x" * 10_000 for _ in range(160)]
-
-    send(connections, claim, *texts(*pieces))
-    queue = connections._connections[claim.reply_to]  # pyright: ignore[reportPrivateUsage]
-    until(lambda: queue._num_queued_bytes < 1000)  # pyright: ignore[reportPrivateUsage]
-    arrived.set()
-
-    found = response.result(60)
-    assert found.status_code == 200, found.text
-    assert found.json()["choices"][0]["message"]["content"] == "".join(pieces)
-
-
-def test_answer_waits_while_the_database_does_not_answer(
-    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failures = [Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")] * 2
-    is_held = requests.is_held
-
-    def failing(*given: Any) -> bool:
-        if failures:
-            raise failures.pop()
-        return is_held(*given)
-
-    monkeypatch.setattr(requests, "is_held", failing)
-    monkeypatch.setattr(replies, "RETRY_SECONDS", 0.01)
-    found = background(lambda: post(site, CHAT))
-    claim = claimed(services)
-
-    send(connections, claim, *texts("Hel", "lo"))
-
-    assert found.result().json()["choices"][0]["message"]["content"] == "Hello"
-
-
-def test_stale_claim_is_checked_once(
-    site: Site, services: Services, connections: ReplyConnections, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checked: list[str] = []
-    is_held = requests.is_held
-    monkeypatch.setattr(requests, "is_held", lambda db, *ids: checked.append(ids[1]) or is_held(db, *ids))
-    response = background(lambda: post(site, CHAT))
-    claim = claimed(services)
-
-    send(connections, claim, *texts("a", "b", "c"), claim_id="answer-stale")
-    send(connections, claim, *texts("a"))
-
-    assert response.result(30).status_code == 200
-    assert checked == ["answer-stale", claim.claim_id]
-
-
 def test_port_listens_on_the_loopback_address_only(site: Site, services: Services) -> None:
     assert address_of(services)[1][0] == "127.0.0.1"
 
@@ -414,6 +287,7 @@ def test_client_that_never_reads_is_abandoned(
 ) -> None:
     """Its request ends, even if the client stays connected."""
     monkeypatch.setattr("api.routes.inference.SEND_SECONDS", 600.0 if leaves else 0.5)
+    monkeypatch.setattr(replies, "CATCH_UP_SECONDS", 0.0)
     body = json.dumps({**CHAT, "stream": True}).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {site.key}\r\n"
