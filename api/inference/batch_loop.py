@@ -404,7 +404,8 @@ class BatchRunner:
             request_id = line.request_id = new_id("infer")
             try:
                 body = await self._body_of(run, request_id, entry, answer)
-                result, is_failed = success_result(entry.custom_id, request_id, body), False
+                parsed = partial(success_result, entry.custom_id, request_id, body)
+                result, is_failed = await asyncio.to_thread(parsed), False  # as in `whole`: it may take long
             except ClientGone:
                 return
             except LorryError as error:

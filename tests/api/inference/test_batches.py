@@ -5,6 +5,7 @@ The worker is replaced by a thread; tests/system has the same with a real one.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_batch_is_answered_in_the_order_of_the_input(
 def any_left(services: Services) -> bool:
     with services.db.read() as session:
         return any(session.scalar(select(table).limit(1)) is not None for table in (BatchLine, InferenceRequest))
+
+
+def test_large_answers_do_not_delay_other_clients(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are parsed outside the thread of the event loop."""
+    threads: list[asyncio.AbstractEventLoop | None] = []
+    success_result = batch_loop.success_result
+
+    def parse(*given: Any) -> Any:
+        threads.append(asyncio._get_running_loop())  # pyright: ignore[reportPrivateUsage]
+        return success_result(*given)
+
+    monkeypatch.setattr(batch_loop, "success_result", parse)
+
+    assert wait(client, create(client, input_line("a")).id).status == "completed"
+    assert threads == [None]
 
 
 def test_texts_are_completed_too(client: openai.OpenAI) -> None:
