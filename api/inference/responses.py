@@ -275,6 +275,15 @@ def _text_logprobs(tokens: Sequence[Event], *, start: int) -> TextLogprobs:
     return TextLogprobs(
         tokens=[token["token"] for token in tokens],
         token_logprobs=[token["logprob"] for token in tokens],
-        top_logprobs=[{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in tokens],
+        top_logprobs=[_by_text(token) for token in tokens],
         text_offset=offsets,
     )
+
+
+def _by_text(token: Event) -> dict[str, float]:
+    """Return the sampled token and the most likely ones, by their text. If several tokens have the same text, the
+    sampled one counts, or else the most likely one."""
+    found: dict[str, float] = {token["token"]: token["logprob"]}
+    for top in token["top_logprobs"]:
+        found.setdefault(top["token"], top["logprob"])
+    return found

@@ -51,6 +51,28 @@ def test_log_probabilities_are_complete() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("alternatives", "expected"),
+    [
+        ([("b", -0.5), ("c", -1.0)], {"a": -3.0, "b": -0.5, "c": -1.0}),
+        ([("b", -0.5), ("a", -3.0)], {"b": -0.5, "a": -3.0}),
+        ([("a", -0.5), ("a", -3.0)], {"a": -3.0}),
+        ([("b", -0.5), ("b", -1.0)], {"a": -3.0, "b": -0.5}),
+        ([], {"a": -3.0}),
+    ],
+    ids=["unlikely", "likely", "text of a more likely token", "same text", "no alternatives"],
+)
+def test_sampled_token_is_among_the_most_likely_ones_of_a_text(
+    alternatives: list[tuple[str, float]], expected: dict[str, float]
+) -> None:
+    top = [{"token": text, "logprob": logprob, "bytes": None} for text, logprob in alternatives]
+    token = {"token": "a", "logprob": -3.0, "bytes": [97], "top_logprobs": top}
+
+    (choice,) = collect(delta("a", token), is_chat=False)["choices"]
+
+    assert choice["logprobs"]["top_logprobs"] == [expected]
+
+
 def test_size_of_the_log_probabilities_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     num_bytes = len(json.dumps(TOKEN, separators=(",", ":"))) + 1
     monkeypatch.setattr("api.inference.answer.MAX_KEPT_BYTES", 3 * num_bytes)
