@@ -186,17 +186,29 @@ def test_cancelled_batch_keeps_the_answers_that_it_has(
 def test_cancelled_batch_waits_for_an_answer_that_is_being_stored(
     client: openai.OpenAI, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storing, ending = threading.Event(), threading.Event()
-    store_result, end = execution.store_result, batch_loop.BatchRunner._end
+    """If it did not wait, it would end the batch before the lease is renewed several times."""
+    storing, continuing = threading.Event(), threading.Event()
+    store_result, end, renew = execution.store_result, batch_loop.BatchRunner._end, execution.renew
+    renewals: list[str] = []
 
     def slow_store(*given: Any, **fields: Any) -> None:
         storing.set()
-        ending.wait(2)
+        assert continuing.wait(60)
         store_result(*given, **fields)
 
+    def counted(*given: Any) -> execution.Directive:
+        directive = renew(*given)
+        renewals.append(directive.status)
+        if renewals.count("cancelling") > 5:
+            continuing.set()
+        return directive
+
+    monkeypatch.setattr(execution, "renew", counted)
     monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
     monkeypatch.setattr(execution, "store_result", slow_store)
-    monkeypatch.setattr(batch_loop.BatchRunner, "_end", lambda *given, **named: (end(*given, **named), ending.set()))
+    monkeypatch.setattr(
+        batch_loop.BatchRunner, "_end", lambda *given, **named: (end(*given, **named), continuing.set())
+    )
     made = create(client, input_line("a"), input_line("b"))
     assert storing.wait(20)
 

@@ -254,6 +254,9 @@ def test_number_of_workers_is_limited(site: Site, services: Services, monkeypatc
 
 
 def test_port_listens_on_the_loopback_address_only(site: Site, services: Services) -> None:
+    server = services.replies._server  # pyright: ignore[reportPrivateUsage]
+    assert server is not None
+    assert {listening.getsockname()[0] for listening in server.sockets} == {"127.0.0.1"}
     assert address_of(services)[1][0] == "127.0.0.1"
 
 
