@@ -14,7 +14,7 @@ from starlette.types import Receive
 async def watched(receive: Receive) -> AsyncGenerator[threading.Event]:
     """Yield an event that is set when the client disconnects. The body of the request must have been read."""
     gone = threading.Event()
-    watch = asyncio.create_task(_wait(receive, gone))
+    watch = asyncio.create_task(set_when_disconnected(receive, gone))
     try:
         yield gone
     finally:
@@ -29,6 +29,7 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
-async def _wait(receive: Receive, gone: threading.Event) -> None:
+async def set_when_disconnected(receive: Receive, gone: threading.Event | asyncio.Event) -> None:
+    """Set the event when the client disconnects. The body of the request must have been read."""
     await disconnected(receive)
     gone.set()

@@ -20,7 +20,7 @@ from api.inference.calls import chat_call, prompt_parameter, text_call
 from api.inference.replies import Reply
 from api.inference.responses import DONE, ChatFormat, TextFormat, chunks, error_message, whole
 from api.rate_limits.threads import run_route
-from api.requests.disconnects import disconnected
+from api.requests.disconnects import set_when_disconnected
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.inference import (
@@ -149,7 +149,7 @@ class _Exchange:
         gone = asyncio.Event()
         reply: Reply | None = None
         row = await run_route(project_id, submit)
-        watch = asyncio.create_task(_watch(self._receive, gone))
+        watch = asyncio.create_task(set_when_disconnected(self._receive, gone))
         try:
             reply = use.replies.open(row.id)
             reply.is_submitted = True
@@ -165,11 +165,6 @@ class _Exchange:
             counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
             with suppress(LorryError):  # recovery deletes it
                 await asyncio.shield(run_route(project_id, partial(requests.finish, use.db, row.id, **counts)))
-
-
-async def _watch(receive: Receive, gone: asyncio.Event) -> None:
-    await disconnected(receive)
-    gone.set()
 
 
 async def _respond(exchange: Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int) -> Response:

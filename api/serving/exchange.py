@@ -17,7 +17,7 @@ from starlette.types import Receive
 from api.deps import Services
 from api.inference.answer import AnswerInterrupted, ClientGone, Delta, PartialAnswer
 from api.rate_limits.threads import run_route
-from api.requests.disconnects import disconnected
+from api.requests.disconnects import set_when_disconnected
 from api.serving.vllm_client import EndpointFailure, Json, ServerAddress, logprob_events, request_of
 from catalog.errors import LorryError
 from catalog.inference import requests
@@ -117,7 +117,7 @@ class _EndpointAnswer:
         self._counts: dict[int, int] = {}
         """Tokens of each choice so far."""
         self._gone = asyncio.Event()
-        self._work = (self._read(use, server, path, body), self._watch(receive))
+        self._work = (self._read(use, server, path, body), set_when_disconnected(receive, self._gone))
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> _EndpointAnswer:
@@ -204,7 +204,3 @@ class _EndpointAnswer:
         except Exception:
             log.exception("crash in the answer of a serving endpoint")
             await self._chunks.put(EndpointFailure("The server's answer could not be read.", kind="refused"))
-
-    async def _watch(self, receive: Receive) -> None:
-        await disconnected(receive)
-        self._gone.set()

@@ -25,9 +25,9 @@ CONNECT_SECONDS = 5.0
 CHECK_SECONDS = 15.0
 LOAD_SECONDS = 120.0
 ANSWER_SECONDS = 600.0
+"""How long a server may take for the first part of an answer, and between two parts."""
 KEEP_SECONDS = 2.0
 """How long an idle connection is kept. vLLM closes it after 5 s, and a request sent at that moment would fail."""
-"""How long a server may take for the first part of an answer, and between two parts."""
 MAX_CONNECTIONS = 512
 FIXED: Json = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """vLLM takes these from the model's generation_config.json otherwise. Lorry's API does not have them."""

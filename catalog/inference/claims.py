@@ -108,13 +108,13 @@ def release(db: Database, claim_ids: Sequence[str], *, counts: bool = True) -> N
     with db.write() as session:
         own = InferenceRequest.claim_id.in_(claim_ids)
         free: dict[str, Any] = {"claim_id": None, "lease_expires_at": None}
-        free["expires_at"] = _extended(now=read_clock(session))
+        free["expires_at"] = extended(now=read_clock(session))
         if not counts:
             free["num_claims"] = InferenceRequest.num_claims - 1
         session.execute(update(InferenceRequest).where(own).values(**free))
 
 
-def _extended(*, now: float) -> ColumnElement[float]:
+def extended(*, now: float) -> ColumnElement[float]:
     """Return until when a released request may wait for another worker. The lines of a batch wait as long as before."""
     earliest = now + MAX_SECONDS
     is_shorter = and_(InferenceRequest.batch_id.is_(None), InferenceRequest.expires_at < earliest)

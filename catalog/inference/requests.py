@@ -14,6 +14,7 @@ from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, LorryError, RateLimited
 from catalog.fleet import views
 from catalog.inference.availability import plain_keys
+from catalog.inference.claims import extended
 from catalog.registry import adapters, base_models
 from catalog.resources.pack_key import pack_key
 from catalog.tables.fleet import Worker
@@ -185,8 +186,7 @@ def release(db: Database, request_id: str, claim_id: str) -> bool:
         if row is None or row.id != request_id:
             return True
         lease.release(row)
-        if row.batch_id is None:
-            row.expires_at = max(row.expires_at, read_clock(session) + MAX_SECONDS)  # it waits for a worker again
+        row.expires_at = extended(now=read_clock(session))
         return row.num_claims < MAX_CLAIMS
 
 
