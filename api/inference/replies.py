@@ -301,7 +301,7 @@ class Replies:
         return True
 
     def _hold(self, reply: Reply, claim_id: str, writer: asyncio.StreamWriter, event: tuple[Event, int]) -> None:
-        """Keep an event until the database has confirmed its claim. The connection's other requests go on.
+        """Keep an event until the database has confirmed its claim. The connection's other requests continue.
 
         With too many events, the claim is given up: its lease expires, and another worker answers.
         """

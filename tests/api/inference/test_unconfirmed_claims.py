@@ -1,4 +1,4 @@
-"""Events of a claim wait until the database has confirmed the claim. Meanwhile, other answers go on."""
+"""Events of a claim wait until the database has confirmed the claim. Meanwhile, other answers continue."""
 
 from __future__ import annotations
 
