@@ -93,7 +93,7 @@ def of_lora() -> Iterator[Configuration]:
                 constants=constants,
                 types=types,
                 is_product=True,
-                is_wide=constants.get("ALIGNED", True),
+                is_wide=bool(constants.get("ALIGNED", True)),
             )
 
 
