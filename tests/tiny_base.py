@@ -1,6 +1,6 @@
 """A base model small enough for tests and real in every other way: random Llama, trained tokenizer, chat template.
 
-`python -m tests.tiny_base FOLDER` makes it in a child, so that a test's own process needs no torch.
+`python -m tests.tiny_base FOLDER SEED` makes it in a child, so that a test's own process needs no torch.
 The same call gives the same bytes: 2 layers, hidden 64, 320 tokens, float32.
 """
 
@@ -25,11 +25,11 @@ NOUNS = ("lorry", "crate", "bridge", "harbour", "engine", "wheel", "river", "mar
 COLORS = ("red", "green", "blue", "black", "white", "yellow")
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, *, seed: int = 7) -> Path:
     """Create the base model in `folder`, in a child process, unless it exists."""
     if not (folder / "model.safetensors").exists():
         subprocess.run(
-            [sys.executable, "-m", "tests.tiny_base", str(folder)], check=True, cwd=Path(__file__).parents[1]
+            [sys.executable, "-m", "tests.tiny_base", str(folder), str(seed)], check=True, cwd=Path(__file__).parents[1]
         )
     return folder
 
@@ -67,11 +67,11 @@ def _row(choose: random.Random) -> dict[str, Any]:
     }
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, seed: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -119,4 +119,4 @@ def _build_tokenizer(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _build(Path(sys.argv[1]))
+    _build(Path(sys.argv[1]), int(sys.argv[2]))

@@ -192,11 +192,11 @@ class WorkerSite:
 
         self.wait_until(others_may_write)
 
-    def import_base(self, source: Path) -> None:
+    def import_base(self, source: Path, *, name: str = BASE) -> None:
         """Run a worker until it has imported the base model."""
-        base_models.add(self.db, name=BASE, kind="folder", source=str(source))
+        base_models.add(self.db, name=name, kind="folder", source=str(source))
         self.work_until_done()
-        assert base_models.get(self.db, BASE).state == "ready", self.log()
+        assert base_models.get(self.db, name).state == "ready", self.log()
 
     def work_until_done(self, **environment: str) -> None:
         """Run one worker that exits when no work is left."""

@@ -49,6 +49,10 @@ from worker.session.watchdog import cordon_if_unkillable, cordon_silent, watch_c
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
+FREE_WORKER_SECONDS = 1.0
+"""How long a request for another base model is left to workers without a trainer."""
+SWITCH_SECONDS = 30.0
+"""How long a trainer without jobs answers clients while requests for another base model wait."""
 T = TypeVar("T")
 
 
@@ -303,7 +307,10 @@ def _attend(
         if closing_at is None and is_due:
             polled_at = time.monotonic()
             remaining = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
-            if remaining or _is_idle(context, gang, session):
+            is_unneeded = _is_idle(context, gang, session) or _tolerating_outages(
+                trainer, lambda: _is_in_the_way(context, session)
+            )
+            if remaining or is_unneeded:
                 closing_at, shutdown = time.monotonic(), partial(session.unload)
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
             shutdown = None
@@ -359,6 +366,22 @@ def _is_idle(context: WorkerContext, gang: WorkerGang, session: TrainerSession) 
     idle_since = max(session.idle_since, session.inference.last_answer_at)
     is_overdue = time.monotonic() - idle_since >= context.settings.idle_seconds
     return not len(session) and session.inference.is_idle and (is_overdue or not gang.is_open)
+
+
+def _is_in_the_way(context: WorkerContext, session: TrainerSession) -> bool:
+    """Whether the trainer has no job, and requests wait for another base model that fits in its place.
+
+    Free workers load that base model first. A trainer that answers clients stays for SWITCH_SECONDS, and it yields to
+    batches only after it has answered nobody for so long.
+    """
+    if len(session) or session.ready is None:
+        return False
+    inference = session.inference
+    is_quiet = inference.is_idle and time.monotonic() - inference.last_answer_at >= SWITCH_SECONDS
+    waited_seconds = FREE_WORKER_SECONDS if inference.has_only_batches else SWITCH_SECONDS
+    capacity = free_capacity(context, session)
+    wanted = base_to_load(context, capacity, waited_seconds=waited_seconds, with_batches=is_quiet)
+    return wanted is not None
 
 
 def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, func, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from catalog.db import lease
@@ -121,11 +121,13 @@ def extended(*, now: float) -> ColumnElement[float]:
     return case((is_shorter, earliest), else_=InferenceRequest.expires_at)
 
 
-def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
+def unloaded(
+    db: Database, *, worker_id: str, waited_seconds: float = 0.0, with_batches: bool = True
+) -> list[WantedBase]:
     """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first.
 
     Base models that only batches wait for are last. Those with a quantization that this worker does not support are
-    omitted.
+    omitted. waited_seconds: newer requests do not count. with_batches: whether requests of batches count.
     """
     with db.read() as session:
         now = read_clock(session)
@@ -139,6 +141,7 @@ def unloaded(db: Database, *, worker_id: str) -> list[WantedBase]:
         waiting = (
             _free(now=now)
             .where(InferenceRequest.pack_key.not_in(loaded), ~claimed.exists())
+            .where(InferenceRequest.created_at <= now - waited_seconds, true() if with_batches else IS_BATCH == 0)
             .with_only_columns(
                 InferenceRequest.pack_key, func.min(InferenceRequest.base_model), func.min(InferenceRequest.base_digest)
             )

@@ -42,6 +42,7 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("unknown_pattern_key", "ambiguous_pattern"),
         *("grid_too_large", "overlapping_parameters", "metric_of_another_method", "min_steps_required"),
         *("no_rung_in_time", "rung_without_evaluation", "no_evaluation_in_time", "evaluations_too_late"),
+        *("invalid_export", "checkpoint_not_deployable"),
         *("invalid_webhook_url", "webhook_address_not_allowed"),  # the operator sets the allowed addresses
     }
 )
@@ -53,6 +54,7 @@ RULES_BETWEEN_FIELDS = frozenset(
         "start_time",  # before the end
         "top_logprobs",  # only with logprobs
         "lora.target_modules",  # a regular expression after `re:`
+        "seed",  # of an answer: its limit is that of 64 bits, which a schema's numbers round
         *("integrations", *(f"integrations.{number}" for number in range(4))),
     }
 )

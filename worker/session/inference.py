@@ -69,6 +69,11 @@ class InferenceSession:
         context.heartbeat.renewals.append(self.renew)
 
     @property
+    def has_only_batches(self) -> bool:
+        """No request is open, or all are of batches."""
+        return all(claimed.is_batch for claimed in self._open.values())
+
+    @property
     def is_idle(self) -> bool:
         return not self._open
 

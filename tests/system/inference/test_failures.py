@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from catalog.tables.inference import InferenceRequest
+from tests import tiny_base
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
@@ -109,3 +110,32 @@ def test_jobs_and_requests_for_different_base_models_alternate_on_one_worker(
         assert not asking.is_alive()
         assert site.job(job).state == "succeeded", site.log()
         assert set(found) <= {whole}
+
+
+def test_requests_for_two_base_models_take_turns_on_one_worker_without_jobs(tmp_path: Path) -> None:
+    """The first request for the other base model waits neither for the idle time nor for the end of others."""
+    with worker_site(tmp_path, LORRY_IDLE_SECONDS="3600") as site:
+        site.import_base(tiny_base.make(tmp_path / "other", seed=1), name="other")
+        with api_process(site.settings.data_dir, pepper=PEPPER) as service, service.client() as client:
+            site.start_worker()
+            whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
+            other = client.chat.completions.create(**OPTIONS | {"model": "other"}).choices[0].message.content
+            assert other != whole
+            found: list[str | None] = []
+            is_answered = threading.Event()
+
+            def ask() -> None:
+                with service.client() as second:
+                    while not is_answered.is_set():
+                        found.append(second.chat.completions.create(**OPTIONS).choices[0].message.content)
+
+            asking = threading.Thread(target=ask)
+            asking.start()
+            site.wait_until(lambda: found)
+            again = client.chat.completions.create(**OPTIONS | {"model": "other"}).choices[0].message.content
+            is_answered.set()
+            asking.join(120)
+
+            assert not asking.is_alive()
+            assert again == other
+            assert set(found) == {whole}
