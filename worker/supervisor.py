@@ -372,7 +372,7 @@ def _is_in_the_way(context: WorkerContext, session: TrainerSession) -> bool:
     """Whether the trainer has no job, and requests wait for another base model that fits in its place.
 
     Free workers load that base model first. A trainer that answers clients stays for SWITCH_SECONDS, and it yields to
-    batches only after it has answered nobody for so long.
+    batches only after so long without requests.
     """
     if len(session) or session.ready is None:
         return False

@@ -54,7 +54,7 @@ def check_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
             message["tool_calls"] = [call]
         elif message["role"] == "function":
             _as_tool_message(position, message, call_ids)
-        elif call_ids and message.get("tool_call_id", call_ids[-1]) not in call_ids:
+        elif "tool_call_id" in message and message["tool_call_id"] not in call_ids:
             reason = f"{position}.tool_call_id is {quoted(message['tool_call_id'])}, but no earlier call has this id"
             raise BadRow("invalid_tool_call_id", reason, "Use the id of the call that the message answers.")
         call_ids += [call["id"] for call in message.get("tool_calls", ())]

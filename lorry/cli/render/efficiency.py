@@ -22,7 +22,8 @@ def efficiency_pairs(found: Efficiency | None) -> Iterator[tuple[str, object]]:
     if parameters.get("share") is not None:
         yield "share of parameters", f"{percent(parameters['share'])} of the base model's {parameters['base']:,}"
     if size.get("share") is not None:
-        yield "share of size", f"{percent(size['share'])} of the base model's {output.size(size['base_bytes'])}"
+        share = f"{percent(size['share'])} of the base model's {output.size(size['base_bytes'])}"
+        yield "size of the weights", f"{output.size(size['bytes'])}, {share}"
     if memory is not None:
         lora, full = memory["lora"], memory["full_fine_tuning"]
         yield "training memory", f"{_both(lora, full, 'total')} for full fine-tuning (computed)"
@@ -31,7 +32,10 @@ def efficiency_pairs(found: Efficiency | None) -> Iterator[tuple[str, object]]:
         if memory.get("measured"):
             yield "  peak of the trainer", f"{output.size(memory['measured']['peak_bytes'])} (measured)"
     if (latency := found.inference_latency) is not None:
-        yield "latency when merged", f"{latency['ratio']:.2f} times that of the base model (measured)"
+        yield (
+            "latency when merged",
+            f"{latency['ratio']:.2f} times the base model's (measured by the last export)",
+        )
 
 
 def percent(share: float) -> str:

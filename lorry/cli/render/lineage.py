@@ -43,7 +43,7 @@ def prepared(report: Json) -> Pairs:
     yield "kind of rows", report.get("kind")
     yield "trained on", report.get("loss") if report.get("kind") == "chat" else None
     for name in _COUNTS:
-        yield name.replace("supervised", "trained").replace("_", " "), _count(report.get(name))
+        yield name.replace("_", " "), _count(report.get(name))
     yield "median row", _unit(report.get("median_row"), "tokens")
     yield "longest row", _unit(report.get("longest_row"), "tokens")
     yield "truncated after", _unit(report.get("max_length"), "tokens")

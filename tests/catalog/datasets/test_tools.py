@@ -188,6 +188,11 @@ def with_tool(**changed: Any) -> dict[str, Any]:
             "messages[2].tool_call_id is 'call_2'",
         ),
         (
+            {"messages": [USER, RESULT, ANSWER]},
+            "invalid_tool_call_id",
+            "messages[1].tool_call_id is 'call_id', but no earlier call has this id",
+        ),
+        (
             {"messages": [USER, {"role": "function", "name": "f", "content": ""}, ANSWER]},
             "invalid_tool_call_id",
             "no earlier message in 'messages' has a function call",

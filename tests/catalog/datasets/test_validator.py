@@ -63,7 +63,7 @@ def test_all_roles_weights_and_names_are_accepted() -> None:
         {"role": "developer", "content": ""},
         {"role": "user", "content": "Grüße, 世界 😀", "name": "anna"},
         {"role": "assistant", "content": "thinking", "weight": 0},
-        {"role": "tool", "content": "42", "tool_call_id": "call-1"},
+        {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "42", "weight": 1},
     ]
 

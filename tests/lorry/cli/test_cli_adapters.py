@@ -393,19 +393,19 @@ def test_show_compares_the_adapter_with_full_fine_tuning(service: Script, run: R
     shown = {label.strip(): value for label, _, value in (line.partition("  ") for line in map(str.lstrip, lines))}
     assert {label: value.strip() for label, value in shown.items() if label in LABELS} == {
         "share of parameters": "3.6% of the base model's 134,515,008",
-        "share of size": "3.6% of the base model's 269 MB",
+        "size of the weights": "9.79 MB, 3.6% of the base model's 269 MB",
         "training memory": "1.26 GB instead of 3.05 GB for full fine-tuning (computed)",
         "weights": "279 MB instead of 269 MB",
         "gradients": "19.5 MB instead of 269 MB",
         "optimizer state": "58.6 MB instead of 1.61 GB",
         "activations": "900 MB instead of 900 MB",
         "peak of the trainer": "1.50 GB (measured)",
-        "latency when merged": "1.01 times that of the base model (measured)",
+        "latency when merged": "1.01 times the base model's (measured by the last export)",
     }
 
 
 LABELS = {
-    *("share of parameters", "share of size", "training memory", "weights", "gradients", "optimizer state"),
+    *("share of parameters", "size of the weights", "training memory", "weights", "gradients", "optimizer state"),
     *("activations", "peak of the trainer", "latency when merged"),
 }
 

@@ -44,6 +44,8 @@ class GgufQuantization(StrEnum):
 
 _GGUF_TYPE = re.compile(r"(i?q\d|tq\d|mxfp\d|b?f(16|32))", re.IGNORECASE)
 """How the names of llama.cpp's types begin, such as q4_k_m."""
+WORTH_A_WARNING = 0.1
+"""Share of an adapter's update lost by rounding from which on the CLI prints a warning."""
 _OTHER_TYPES = (
     "Lorry writes f16 and q8_0. For another type, export with `--format gguf --quantization f16`, and convert the file "
     "with llama.cpp's llama-quantize."
@@ -245,6 +247,12 @@ def _measured(export: AdapterExport) -> Iterator[str]:
         yield (
             "The base model was quantized in training. Merged without quantization, the logits differ from those of "
             f"training by {output.cell(to_trained)}."
+        )
+    lost = check.raw.get("update_error") or 0.0
+    if lost >= WORTH_A_WARNING:
+        yield (
+            f"Warning: rounding has removed {lost:.0%} of what the adapter adds to the weights. The adapter itself and "
+            "the format gguf-lora lose nothing."
         )
     if cost is not None:
         yield (

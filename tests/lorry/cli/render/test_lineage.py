@@ -91,7 +91,7 @@ def test_record_is_printed_in_sections_with_units_and_short_digests(service: Scr
         "license apache-2.0",
         "size 390 kB in 2 files",
         "size 61.3 kB",
-        "trained tokens 3,816",
+        "supervised tokens 3,816",
         "longest row 50 tokens",
         "lora.target modules q_proj, v_proj",
         "maximum epochs 3",
