@@ -114,12 +114,13 @@ def test_jobs_and_requests_for_different_base_models_alternate_on_one_worker(
 
 def test_requests_for_two_base_models_take_turns_on_one_worker_without_jobs(tmp_path: Path) -> None:
     """The first request for the other base model waits neither for the idle time nor for the end of others."""
+    of_other: dict[str, Any] = OPTIONS | {"model": "other"}
     with worker_site(tmp_path, LORRY_IDLE_SECONDS="3600") as site:
         site.import_base(tiny_base.make(tmp_path / "other", seed=1), name="other")
         with api_process(site.settings.data_dir, pepper=PEPPER) as service, service.client() as client:
             site.start_worker()
             whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
-            other = client.chat.completions.create(**OPTIONS | {"model": "other"}).choices[0].message.content
+            other = client.chat.completions.create(**of_other).choices[0].message.content
             assert other != whole
             found: list[str | None] = []
             is_answered = threading.Event()
@@ -132,7 +133,7 @@ def test_requests_for_two_base_models_take_turns_on_one_worker_without_jobs(tmp_
             asking = threading.Thread(target=ask)
             asking.start()
             site.wait_until(lambda: found)
-            again = client.chat.completions.create(**OPTIONS | {"model": "other"}).choices[0].message.content
+            again = client.chat.completions.create(**of_other).choices[0].message.content
             is_answered.set()
             asking.join(120)
 
