@@ -43,6 +43,7 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
         *("grid_too_large", "overlapping_parameters", "metric_of_another_method", "min_steps_required"),
         *("no_rung_in_time", "rung_without_evaluation", "no_evaluation_in_time", "evaluations_too_late"),
         *("invalid_export", "checkpoint_not_deployable", "invalid_adapter_folder", "too_many_answers"),
+        "checkpoint_not_reproducible",
         *("invalid_webhook_url", "webhook_address_not_allowed"),  # the operator sets the allowed addresses
     }
 )
