@@ -67,7 +67,7 @@ def _row(choose: random.Random) -> dict[str, Any]:
     }
 
 
-def _build(folder: Path, seed: int) -> None:
+def _build(folder: Path, seed: int = 7) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

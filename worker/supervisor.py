@@ -49,10 +49,10 @@ from worker.session.watchdog import cordon_if_unkillable, cordon_silent, watch_c
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
-FREE_WORKER_SECONDS = 1.0
-"""How long a request for another base model is left to workers without a trainer."""
+FREE_WORKER_POLLS = 2.0
+"""Polls for which a request for another base model is left to workers without a trainer."""
 SWITCH_SECONDS = 30.0
-"""How long a trainer without jobs answers clients while requests for another base model wait."""
+"""How long at least a trainer without jobs answers clients while requests for another base model wait."""
 T = TypeVar("T")
 
 
@@ -87,6 +87,7 @@ def _worked(context: WorkerContext, tasks: TaskRunner) -> bool:
 def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
     """Run one trainer after another. A trainer that was unloaded for another base hands on the claims for that base."""
     claimed: list[Claim] = []
+    successor: BaseToLoad | None = None
     was_notified = False
     while not context.draining:
         had_task = tasks.advance(was_notified=was_notified)
@@ -97,9 +98,9 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
         context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
         claimed = claimed or _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed:
-            claimed = _train(context, gang, tasks, claimed[0].job, claimed)
-        elif (base := base_to_load(context, capacity)) is not None:
-            claimed = _train(context, gang, tasks, base, [])
+            claimed, successor = _train(context, gang, tasks, claimed[0].job, claimed)
+        elif (base := successor or base_to_load(context, capacity)) is not None:
+            claimed, successor = _train(context, gang, tasks, base, [])
         elif had_task:
             was_notified = _wait_for_work(context, tasks)
         else:
@@ -144,8 +145,9 @@ def _claim(
 
 def _train(
     context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, first: Job | BaseToLoad, claimed: Sequence[Claim]
-) -> list[Claim]:
-    """Run one trainer from launch to exit. Returns claims for another base, for which it was unloaded."""
+) -> tuple[list[Claim], BaseToLoad | None]:
+    """Run one trainer from launch to exit. Returns what it was unloaded for: claims for another base, or a base that
+    requests wait for."""
     waiting = list(claimed)
 
     def is_unwanted() -> bool:
@@ -158,7 +160,7 @@ def _train(
             if isinstance(first, BaseToLoad):
                 inference.claim()
                 if inference.is_idle:  # another worker was faster
-                    return []
+                    return [], None
             settings: Json = _trainer_settings(context, first)
             if isinstance(first, Job):
                 gang.gather(stack, first, settings)
@@ -177,10 +179,10 @@ def _train(
             if isinstance(error, base_models.ImportRefused | NotFound):
                 inference.fail_all(load_error(error))
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
-            return []
-        remaining = _attend(context, gang, tasks, trainer, session)
+            return [], None
+        remaining, successor = _attend(context, gang, tasks, trainer, session)
         _conclude(context, gang, trainer, session)
-    return remaining
+    return remaining, successor
 
 
 def _are_all_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
@@ -268,14 +270,14 @@ def _open_session(
 
 def _attend(
     context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, trainer: TrainerProcess, session: TrainerSession
-) -> list[Claim]:
-    """Attend to the trainer until it has exited, or can't be killed. Returns claims for another base, for which it was
-    unloaded.
+) -> tuple[list[Claim], BaseToLoad | None]:
+    """Attend to the trainer until it has exited, or can't be killed. Returns what it was unloaded for, as `_train`.
 
     Each step tolerates an outage separately: requests of users are applied even while nothing can be recorded.
     """
     take_directives = context.heartbeat.take_directives
     remaining: list[Claim] = []
+    successor: BaseToLoad | None = None
     polled_at = time.monotonic()
     closing_at: float | None = None
     """When the trainer was first to shut down or unload. From then on it gets no new job."""
@@ -307,16 +309,16 @@ def _attend(
         if closing_at is None and is_due:
             polled_at = time.monotonic()
             remaining = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
-            is_unneeded = _is_idle(context, gang, session) or _tolerating_outages(
-                trainer, lambda: _is_in_the_way(context, session)
-            )
-            if remaining or is_unneeded:
+            successor = _tolerating_outages(trainer, partial(_successor, context, session))
+            session.inference.is_yielding = successor is not None
+            is_unneeded = successor is not None and session.inference.has_only_batches
+            if remaining or is_unneeded or _is_idle(context, gang, session):
                 closing_at, shutdown = time.monotonic(), partial(session.unload)
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
             shutdown = None
         watch_clock(context, trainer, session, closing_at)
         trainer.wait(TICK_SECONDS)
-    return remaining
+    return remaining, successor
 
 
 def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
@@ -368,20 +370,26 @@ def _is_idle(context: WorkerContext, gang: WorkerGang, session: TrainerSession) 
     return not len(session) and session.inference.is_idle and (is_overdue or not gang.is_open)
 
 
-def _is_in_the_way(context: WorkerContext, session: TrainerSession) -> bool:
-    """Whether the trainer has no job, and requests wait for another base model that fits in its place.
+def _successor(context: WorkerContext, session: TrainerSession) -> BaseToLoad | None:
+    """Return the base model that requests wait for and that fits in the place of a trainer without jobs.
 
-    Free workers load that base model first. A trainer that answers clients stays for SWITCH_SECONDS, and it yields to
-    batches only after so long without requests.
+    Free workers load that base model first. A trainer that has clients stays for SWITCH_SECONDS. Then it claims no more
+    requests, and is unloaded when it has answered them. It yields to batches only after so long without requests.
     """
-    if len(session) or session.ready is None:
-        return False
     inference = session.inference
-    is_quiet = inference.is_idle and time.monotonic() - inference.last_answer_at >= SWITCH_SECONDS
-    waited_seconds = FREE_WORKER_SECONDS if inference.has_only_batches else SWITCH_SECONDS
-    capacity = free_capacity(context, session)
-    wanted = base_to_load(context, capacity, waited_seconds=waited_seconds, with_batches=is_quiet)
-    return wanted is not None
+    if len(session) or inference.ready_at is None:
+        return None
+    now = time.monotonic()
+    if not inference.has_only_batches and now - inference.ready_at < SWITCH_SECONDS:
+        return None
+    is_quiet = inference.is_idle and now - inference.last_answer_at >= SWITCH_SECONDS
+    free_workers_first = FREE_WORKER_POLLS * context.settings.poll_seconds
+    return base_to_load(
+        context,
+        free_capacity(context, session),
+        displacing_after=free_workers_first if inference.has_only_batches else SWITCH_SECONDS,
+        with_batches=is_quiet,
+    )
 
 
 def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> None:

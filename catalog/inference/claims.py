@@ -30,6 +30,12 @@ IS_BATCH = case((InferenceRequest.batch_id.is_(None), 0), else_=1)
 """In a query: 1 for a request of a batch, else 0."""
 
 
+TURN_SECONDS = 3.0
+"""Time in which a worker unloads its trainer and claims requests for another base model, before the next worker may."""
+NUM_TURNS = 10
+"""In a larger fleet, several workers have the same turn, so that no request waits long."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferenceClaim:
     """A request that this worker answers."""
@@ -122,12 +128,14 @@ def extended(*, now: float) -> ColumnElement[float]:
 
 
 def unloaded(
-    db: Database, *, worker_id: str, waited_seconds: float = 0.0, with_batches: bool = True
+    db: Database, *, worker_id: str, displacing_after: float | None = None, with_batches: bool = True
 ) -> list[WantedBase]:
     """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first.
 
     Base models that only batches wait for are last. Those with a quantization that this worker does not support are
-    omitted. waited_seconds: newer requests do not count. with_batches: whether requests of batches count.
+    omitted. displacing_after: for a worker that would unload its trainer: newer requests do not count, by this many
+    seconds. Workers with a trainer take turns, so that few are unloaded for one request. with_batches: whether
+    requests of batches count.
     """
     with db.read() as session:
         now = read_clock(session)
@@ -136,6 +144,10 @@ def unloaded(
             return []
         residents = views.residents(session, now=now)
         loaded = {each.pack_key for each in residents if each.pack_key is not None and not each.takes_nothing_new}
+        waited_seconds = 0.0
+        if displacing_after is not None:
+            place = sum(each.worker_id < worker_id for each in residents if each.pack_key is not None)
+            waited_seconds = displacing_after + place % NUM_TURNS * TURN_SECONDS
         other = aliased(InferenceRequest)
         claimed = select(other.id).where(other.pack_key == InferenceRequest.pack_key, other.lease_expires_at > now)
         waiting = (

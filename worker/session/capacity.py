@@ -62,16 +62,16 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
 
 
 def base_to_load(
-    context: WorkerContext, capacity: Capacity, *, waited_seconds: float = 0.0, with_batches: bool = True
+    context: WorkerContext, capacity: Capacity, *, displacing_after: float | None = None, with_batches: bool = True
 ) -> BaseToLoad | None:
     """Return the base model of a request that no trainer can answer, if it fits on this worker.
 
-    waited_seconds: newer requests do not count. with_batches: whether requests of batches count. Raises Unavailable.
+    displacing_after, with_batches: as for `claims.unloaded`. Raises Unavailable.
     """
     if context.settings.gang is not None:
         return None  # its trainers serve jobs, for which the whole gang meets
     for wanted in claims.unloaded(
-        context.db, worker_id=context.worker_id, waited_seconds=waited_seconds, with_batches=with_batches
+        context.db, worker_id=context.worker_id, displacing_after=displacing_after, with_batches=with_batches
     ):
         base = BaseToLoad(
             trainer_id=new_id("trainer"),

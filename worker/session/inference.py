@@ -51,6 +51,8 @@ class InferenceSession:
         """By the ids of the claims."""
         self._begun: dict[str, set[int]] = {}
         """Indices of the answers that have begun, by the ids of the claims."""
+        self._complete: dict[str, set[int]] = {}
+        """Indices of the answers that are complete, by the ids of the claims."""
         self._has_more = False
         """The last claim reached its limit, so more requests may wait."""
         self._unsent: list[InferenceClaim] = []
@@ -60,8 +62,10 @@ class InferenceSession:
         self._staged: OrderedDict[str, str] = OrderedDict()
         self._retry_at: dict[str, float] = {}
         """When to copy an adapter again, by its digest and the monotonic clock."""
-        self._was_ready = False
-        """The trainer has loaded its base model."""
+        self.ready_at: float | None = None
+        """When the trainer had loaded its base model, by the monotonic clock."""
+        self.is_yielding = False
+        """The trainer claims nothing, because requests for another base model wait."""
         self._polled_at = time.monotonic()
         self._is_closing = False
         self.last_answer_at = -1.0
@@ -81,10 +85,10 @@ class InferenceSession:
         """Claim requests that wait for this trainer's base model. Raises Unavailable."""
         of_batches = [each for each in self._open.values() if each.is_batch]
         others = [each for each in self._open.values() if not each.is_batch]
-        num_of_batches = _num_answers(of_batches)
-        limit = min(MAX_OPEN - num_of_batches - _num_answers(others), MAX_WAITING - self._num_waiting(others))
+        num_of_batches = self._num_incomplete(of_batches)
+        limit = min(MAX_OPEN - num_of_batches - self._num_incomplete(others), MAX_WAITING - self._num_waiting(others))
         batch_limit = min(MAX_BATCH_OPEN - num_of_batches, MAX_WAITING - self._num_waiting(of_batches))
-        if self._is_closing or limit <= 0:
+        if self._is_closing or self.is_yielding or limit <= 0:
             return
         found = claims.claim(
             self._context.db,
@@ -119,7 +123,8 @@ class InferenceSession:
         Raises Unavailable and OutOfSpace.
         """
         now = time.monotonic()
-        self._was_ready |= is_ready
+        if is_ready and self.ready_at is None:
+            self.ready_at = now
         abandoned, unreachable = self._connections.stopped(), self._connections.failed()
         self._stop((each for each in self._open.values() if each.request_id in abandoned), inbox)
         self._stop((each for each in self._open.values() if each.reply_to in unreachable), inbox)
@@ -139,7 +144,10 @@ class InferenceSession:
         if claimed is None:
             return
         self._send(claimed, event)
-        self._begun.setdefault(claimed.claim_id, set()).update(delta["index"] for delta in event.get("deltas", ()))
+        deltas: list[Json] = event.get("deltas", [])
+        self._begun.setdefault(claimed.claim_id, set()).update(delta["index"] for delta in deltas)
+        ended = (delta["index"] for delta in deltas if delta.get("finish") is not None)
+        self._complete.setdefault(claimed.claim_id, set()).update(ended)
         if event["type"] in ("answered", "unanswered"):
             self._forget(claimed)
 
@@ -162,7 +170,7 @@ class InferenceSession:
         with suppress(ValueError):  # it was already released
             self._context.heartbeat.renewals.remove(self.renew)
         is_failure = not (self._is_closing or self._context.draining)
-        if self._was_ready:
+        if self.ready_at is not None:
             self._release(self._unsent, counts=False)
             for claimed in self._unsent:
                 self._forget(claimed)
@@ -171,6 +179,7 @@ class InferenceSession:
         self._release(list(self._open.values()), counts=is_failure)
         self._open.clear()
         self._begun.clear()
+        self._complete.clear()
         self._unsent.clear()
         self._connections.close()
 
@@ -181,12 +190,22 @@ class InferenceSession:
         return is_short or now - self._polled_at >= POLL_SECONDS
 
     def _num_waiting(self, claimed: Iterable[InferenceClaim]) -> int:
-        """Return the number of answers to these requests that have no first token."""
-        return sum(each.num_answers - len(self._begun.get(each.claim_id, ())) for each in claimed)
+        """Return the number of answers to these requests that the trainer has to begin. Those whose adapter can't be
+        copied now don't count."""
+        delayed = {each.claim_id for each in self._unsent if each.adapter in self._retry_at}
+        return sum(
+            each.num_answers - len(self._begun.get(each.claim_id, ()))
+            for each in claimed
+            if each.claim_id not in delayed
+        )
+
+    def _num_incomplete(self, claimed: Iterable[InferenceClaim]) -> int:
+        return sum(each.num_answers - len(self._complete.get(each.claim_id, ())) for each in claimed)
 
     def _forget(self, claimed: InferenceClaim) -> None:
         del self._open[claimed.claim_id]
         self._begun.pop(claimed.claim_id, None)
+        self._complete.pop(claimed.claim_id, None)
 
     def _hand_over_all(self, directory: TrainerDirectory, inbox: InboxWriter) -> None:
         """Give the claimed requests to the trainer. An adapter that can't be copied now delays only its own requests.

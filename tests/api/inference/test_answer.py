@@ -117,7 +117,7 @@ def test_second_worker_that_answers_differently_fails_the_request(
     [
         ("context_length_exceeded", InvalidRequest, "messages"),
         ("template_without_tools", InvalidRequest, "tools"),
-        ("out_of_memory", AnswerFailed, None),
+        ("out_of_memory", AnswerInterrupted, None),
         ("logits_not_finite", AnswerFailed, None),
         ("disk_error", AnswerInterrupted, None),
     ],

@@ -355,3 +355,22 @@ def test_no_base_model_is_loaded_twice_or_on_a_cordoned_worker(world: World) -> 
     load(world)
 
     assert claims.unloaded(world.db, worker_id="w2") == []
+
+
+def test_workers_with_a_trainer_leave_a_new_request_to_others_and_take_turns(world: World) -> None:
+    world.base("other")
+    world.worker("w2")
+    for number in (1, 2):
+        worker_id, trainer_id, digest = f"w{number}", f"trainer-{number}", sha("smol")
+        workers.register_trainer(world.db, trainer_id=trainer_id, worker_id=worker_id, base_digest=digest, pack_key=KEY)
+        workers.worker_beat(world.db, worker_id, resident_base=digest, trainer_id=trainer_id, report={})
+    submit(world, model="other")
+
+    def who_may_unload() -> list[str]:
+        return [name for name in ("w1", "w2") if claims.unloaded(world.db, worker_id=name, displacing_after=2.0)]
+
+    assert who_may_unload() == []
+    world.clock.advance(2.0)
+    assert who_may_unload() == ["w1"]
+    world.clock.advance(claims.TURN_SECONDS)
+    assert who_may_unload() == ["w1", "w2"]

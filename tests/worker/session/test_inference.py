@@ -19,6 +19,7 @@ from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from tests.catalog.world import sha
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker_site import wait_until
+from worker import supervisor
 from worker.protocol.mailbox import InboxReader
 from worker.session import inference, reply_connections
 from worker.session.capacity import base_to_load, free_capacity
@@ -85,11 +86,17 @@ def session(site: PackSite) -> Iterator[TrainerSession]:
 
 
 def submit(
-    site: PackSite, api: ApiProcess, *, adapter: str | None = None, project_id: str | None = None, **fields: Any
+    site: PackSite,
+    api: ApiProcess,
+    *,
+    name: str = "smol",
+    adapter: str | None = None,
+    project_id: str | None = None,
+    **fields: Any,
 ) -> InferenceRequest:
     project_id = project_id or site.world.caller.project_id
-    model = requests.resolve(site.db, project_id=project_id, name="smol")
-    body = {"messages": [], "model": "smol", **fields}
+    model = requests.resolve(site.db, project_id=project_id, name=name)
+    body = {"messages": [], "model": name, **fields}
     row = requests.submit(site.db, project_id=project_id, model=model, body=body, reply_to=api.address)
     if adapter is not None:
         with site.db.write() as session:
@@ -258,6 +265,67 @@ def test_adapter_that_can_not_be_copied_now_delays_only_its_own_requests(
     monkeypatch.setattr(site.store, "fetch", fetch)
     session.inference._retry_at.clear()
     assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, waiting)]
+
+
+def test_answers_that_wait_for_an_adapter_do_not_count_as_waiting_for_the_trainer(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "MAX_WAITING", 1)
+    digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
+    submit(site, api, adapter=digest)
+    monkeypatch.setattr(site.store, "fetch", failing(OUTAGE))
+    assert answer(session) == []
+    other = submit(site, api)
+
+    assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, other)]
+
+
+def test_complete_answers_of_an_open_request_leave_their_places_to_others(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "MAX_OPEN", 4)
+    first, second = submit(site, api, n=4), submit(site, api)
+    assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, first)]
+    begun = [{"index": index, "text": "a"} for index in range(4)]
+    emit(session, {"type": "generated", "claim_id": claim_of(site, first), "deltas": begun})
+    session.read_events()
+    assert answer(session) == [], "four answers grow"
+
+    complete = {"index": 2, "text": "b", "finish": "stop"}
+    emit(session, {"type": "generated", "claim_id": claim_of(site, first), "deltas": [complete]})
+    session.read_events()
+
+    assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, second)]
+
+
+def test_trainer_without_jobs_yields_to_requests_for_another_base_model(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    site.world.base("other")
+    assert answer(session) == []
+    row = submit(site, api, name="other")
+
+    def successor() -> str | None:
+        base = supervisor._successor(site.context, session)
+        return None if base is None else base.base_model
+
+    assert successor() == "other"
+    submit_and_claim(site, session, api)
+    assert successor() is None, "it has just begun to answer clients"
+
+    assert session.inference.ready_at is not None
+    session.inference.ready_at -= supervisor.SWITCH_SECONDS
+    assert successor() is None, "the other request is new"
+    with site.db.write() as database:
+        database.get_one(InferenceRequest, row.id).created_at -= supervisor.SWITCH_SECONDS
+    assert successor() == "other"
+
+    session.inference.is_yielding = True
+    submit(site, api)
+    assert answer(session) == []
+    session.inference.is_yielding = False
+    assert len(answer(session)) == 1
 
 
 def test_request_whose_adapter_has_no_space_is_left_to_others_and_fails_at_last(
