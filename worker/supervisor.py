@@ -1,7 +1,7 @@
 """Start reading here: `supervise` is the main loop of a worker. For one trainer after another, it does four things:
 
 1. Claim jobs that can train together (`_claim`), unless a trainer of another node needs this one (`gang.participate`).
-   Without jobs, find a base model that inference requests wait for (`base_to_load`).
+   Without jobs, reserve a base model that inference requests wait for (`_reserved`).
 2. Launch a trainer for them (`_train`), together with the other nodes of the gang if there are any.
 3. Attend to it (`_attend`): record its events, apply what users ask for, admit more jobs, pass on answers to inference
    requests, kill it if it hangs.
@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -37,7 +37,7 @@ from worker.gang.gang import WorkerGang, gang_of
 from worker.node import scratch_dirs
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory
-from worker.session.capacity import announced, base_to_load, capacity_report, free_capacity
+from worker.session.capacity import announced, bases_to_load, capacity_report, free_capacity
 from worker.session.failures import TrainerEnd, job_failure, launch_failure, load_error
 from worker.session.inference import InferenceSession
 from worker.session.job_logs import cleaned
@@ -53,7 +53,20 @@ FREE_WORKER_POLLS = 2.0
 """Polls for which a request for another base model is left to workers without a trainer."""
 SWITCH_SECONDS = 30.0
 """How long at least a trainer without jobs answers clients while requests for another base model wait."""
+GONE_SECONDS = 5.0
+"""A client that has sent no request for this long after an answer counts as gone."""
+BATCH_SECONDS = 600.0
+"""How long at least a trainer without jobs answers batches while those of another base model wait."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """The work of one trainer: claimed jobs, or a base model that claimed inference requests wait for."""
+
+    first: Job | BaseToLoad
+    jobs: list[Claim]
+    inference: InferenceSession
 
 
 def supervise(context: WorkerContext) -> None:
@@ -85,27 +98,57 @@ def _worked(context: WorkerContext, tasks: TaskRunner) -> bool:
 
 
 def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
-    """Run one trainer after another. A trainer that was unloaded for another base hands on the claims for that base."""
-    claimed: list[Claim] = []
-    successor: BaseToLoad | None = None
+    """Run one trainer after another. A trainer that was unloaded for other work hands it on."""
+    work: Work | None = None
     was_notified = False
-    while not context.draining:
-        had_task = tasks.advance(was_notified=was_notified)
-        was_notified = False
-        if not claimed and gang.participate(tasks, _launch_trainer):
-            continue
-        capacity = free_capacity(context)
-        context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
-        claimed = claimed or _claim(context, gang, new_id("trainer"), capacity=capacity)
-        if claimed:
-            claimed, successor = _train(context, gang, tasks, claimed[0].job, claimed)
-        elif (base := successor or base_to_load(context, capacity)) is not None:
-            claimed, successor = _train(context, gang, tasks, base, [])
-        elif had_task:
-            was_notified = _wait_for_work(context, tasks)
-        else:
-            return
-    _release(context, claimed, TrainerEnd.NOT_LAUNCHED.value)
+    try:
+        while not context.draining:
+            had_task = tasks.advance(was_notified=was_notified)
+            was_notified = False
+            if work is None and gang.participate(tasks, _launch_trainer):
+                continue
+            work = work or _find_work(context, gang)
+            if work is not None:
+                work = _train(context, gang, tasks, work)
+            elif had_task:
+                was_notified = _wait_for_work(context, tasks)
+            else:
+                return
+        if work is not None:
+            _release(context, work.jobs, TrainerEnd.NOT_LAUNCHED.value)
+    finally:
+        if work is not None:
+            work.inference.stop_claiming()
+            work.inference.release_all()
+
+
+def _find_work(context: WorkerContext, gang: WorkerGang) -> Work | None:
+    """Claim jobs that a new trainer can train together, or else requests for a base model that it can load."""
+    capacity = free_capacity(context)
+    context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
+    if claimed := _claim(context, gang, new_id("trainer"), capacity=capacity):
+        return _work_of(context, claimed)
+    reserved = (_reserved(context, base) for base in bases_to_load(context, capacity))
+    return next((work for work in reserved if work is not None), None)
+
+
+def _work_of(context: WorkerContext, claimed: list[Claim]) -> Work:
+    first = claimed[0].job
+    return Work(first=first, jobs=claimed, inference=InferenceSession(context, first.pack_key))
+
+
+def _reserved(context: WorkerContext, base: BaseToLoad) -> Work | None:
+    """Claim a request for the base model. Returns None if another worker was faster."""
+    inference = InferenceSession(context, base.pack_key)
+    try:
+        is_reserved = inference.reserve()
+    except LorryError:
+        inference.release_all()
+        raise
+    if is_reserved:
+        return Work(first=base, jobs=[], inference=inference)
+    inference.release_all()
+    return None
 
 
 def _wait_for_work(context: WorkerContext, tasks: TaskRunner) -> bool:
@@ -143,24 +186,16 @@ def _claim(
     return claimed
 
 
-def _train(
-    context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, first: Job | BaseToLoad, claimed: Sequence[Claim]
-) -> tuple[list[Claim], BaseToLoad | None]:
-    """Run one trainer from launch to exit. Returns what it was unloaded for: claims for another base, or a base that
-    requests wait for."""
-    waiting = list(claimed)
+def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Work) -> Work | None:
+    """Run one trainer from launch to exit. Returns the work that it was unloaded for, if any."""
+    first, inference, waiting = work.first, work.inference, list(work.jobs)
 
     def is_unwanted() -> bool:
         return _are_all_stopped(context, waiting) and isinstance(first, Job)
 
     with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
-        inference = InferenceSession(context, first.pack_key)
         stack.callback(inference.release_all)
         try:
-            if isinstance(first, BaseToLoad):
-                inference.claim()
-                if inference.is_idle:  # another worker was faster
-                    return [], None
             settings: Json = _trainer_settings(context, first)
             if isinstance(first, Job):
                 gang.gather(stack, first, settings)
@@ -179,10 +214,10 @@ def _train(
             if isinstance(error, base_models.ImportRefused | NotFound):
                 inference.fail_all(load_error(error))
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
-            return [], None
-        remaining, successor = _attend(context, gang, tasks, trainer, session)
+            return None
+        following = _attend(context, gang, tasks, trainer, session, is_for_jobs=isinstance(first, Job))
         _conclude(context, gang, trainer, session)
-    return remaining, successor
+    return following
 
 
 def _are_all_stopped(context: WorkerContext, waiting: list[Claim]) -> bool:
@@ -269,15 +304,20 @@ def _open_session(
 
 
 def _attend(
-    context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, trainer: TrainerProcess, session: TrainerSession
-) -> tuple[list[Claim], BaseToLoad | None]:
+    context: WorkerContext,
+    gang: WorkerGang,
+    tasks: TaskRunner,
+    trainer: TrainerProcess,
+    session: TrainerSession,
+    *,
+    is_for_jobs: bool,
+) -> Work | None:
     """Attend to the trainer until it has exited, or can't be killed. Returns what it was unloaded for, as `_train`.
 
     Each step tolerates an outage separately: requests of users are applied even while nothing can be recorded.
     """
     take_directives = context.heartbeat.take_directives
-    remaining: list[Claim] = []
-    successor: BaseToLoad | None = None
+    following: Work | None = None
     polled_at = time.monotonic()
     closing_at: float | None = None
     """When the trainer was first to shut down or unload. From then on it gets no new job."""
@@ -291,7 +331,8 @@ def _attend(
         _tolerating_outages(trainer, lambda: session.apply_directives(take_directives(session.claim_ids)))
         if session.fault is not None:
             session.outcome = session.fault
-        if session.fault is not None or (session.ready is None and session.is_empty):
+        is_unwanted = session.ready is None and session.is_empty and (is_for_jobs or closing_at is not None)
+        if session.fault is not None or is_unwanted:
             trainer.kill()  # in the second case, all its jobs were stopped before it was ready
             continue
         is_to_shut_down = _tolerating_outages(trainer, lambda: gang.monitor(trainer)) or context.draining
@@ -308,17 +349,14 @@ def _attend(
         is_due = was_notified or time.monotonic() - polled_at >= context.settings.poll_seconds
         if closing_at is None and is_due:
             polled_at = time.monotonic()
-            remaining = _tolerating_outages(trainer, lambda: _claim_more(context, gang, session)) or []
-            successor = _tolerating_outages(trainer, partial(_successor, context, session))
-            session.inference.is_yielding = successor is not None
-            is_unneeded = successor is not None and session.inference.has_only_batches
-            if remaining or is_unneeded or _is_idle(context, gang, session):
+            following = _tolerating_outages(trainer, lambda: _next_work(context, gang, session))
+            if following is not None or _is_idle(context, gang, session):
                 closing_at, shutdown = time.monotonic(), partial(session.unload)
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
             shutdown = None
         watch_clock(context, trainer, session, closing_at)
         trainer.wait(TICK_SECONDS)
-    return remaining, successor
+    return following
 
 
 def _tolerating_outages(trainer: TrainerProcess, act: Callable[[], T]) -> T | None:
@@ -344,11 +382,16 @@ def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -
     return True
 
 
-def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> list[Claim]:
+def _next_work(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> Work | None:
+    """Claim more for the trainer. Returns claimed work that it has to be unloaded for. Jobs come first."""
+    return _claim_more(context, gang, session) or _yield_to(context, session)
+
+
+def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> Work | None:
     """Claim more jobs, and admit those that this trainer can train. An empty trainer may also claim jobs for another
     base: those are returned, and the trainer has to be unloaded for them."""
     if session.has_suspect:
-        return []
+        return None
     capacity = free_capacity(context, session)
     report = {"capacity": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
     context.heartbeat.status["report"] |= report
@@ -357,39 +400,51 @@ def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSessio
     else:
         claimed = _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed and not session.is_for(claimed[0].job):
-            return claimed
+            return _work_of(context, claimed)
     for claim in claimed:
         session.admit(claim)
-    return []
+    return None
 
 
 def _is_idle(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> bool:
     """Whether the trainer is empty, and has been for too long or can get no new job."""
     idle_since = max(session.idle_since, session.inference.last_answer_at)
     is_overdue = time.monotonic() - idle_since >= context.settings.idle_seconds
-    return not len(session) and session.inference.is_idle and (is_overdue or not gang.is_open)
+    is_empty = session.is_empty and session.ready is not None
+    return is_empty and (is_overdue or not gang.is_open)
 
 
-def _successor(context: WorkerContext, session: TrainerSession) -> BaseToLoad | None:
-    """Return the base model that requests wait for and that fits in the place of a trainer without jobs.
+def _yield_to(context: WorkerContext, session: TrainerSession) -> Work | None:
+    """Reserve another base model that requests wait for, if a trainer without jobs is to be unloaded for it now.
 
     Free workers load that base model first. A trainer that has clients stays for SWITCH_SECONDS. Then it claims no more
-    requests, and is unloaded when it has answered them. It yields to batches only after so long without requests.
+    requests, and is unloaded when it has answered them. Batches of another base model wait until the trainer has had no
+    request for SWITCH_SECONDS, or no clients for BATCH_SECONDS since it was loaded.
     """
+    inference = session.inference
+    wanted = _wanted_base(context, session)
+    inference.is_yielding = wanted is not None and inference.has_clients
+    return None if wanted is None or inference.is_yielding else _reserved(context, wanted)
+
+
+def _wanted_base(context: WorkerContext, session: TrainerSession) -> BaseToLoad | None:
+    """Return the base model that a trainer without jobs yields to, if any."""
     inference = session.inference
     if len(session) or inference.ready_at is None:
         return None
     now = time.monotonic()
-    if not inference.has_only_batches and now - inference.ready_at < SWITCH_SECONDS:
+    loaded_seconds = now - inference.ready_at
+    has_clients = now - inference.last_client_at < GONE_SECONDS
+    if has_clients and loaded_seconds < SWITCH_SECONDS:
         return None
     is_quiet = inference.is_idle and now - inference.last_answer_at >= SWITCH_SECONDS
-    free_workers_first = FREE_WORKER_POLLS * context.settings.poll_seconds
-    return base_to_load(
+    wanted = bases_to_load(
         context,
         free_capacity(context, session),
-        displacing_after=free_workers_first if inference.has_only_batches else SWITCH_SECONDS,
-        with_batches=is_quiet,
+        waited_seconds=SWITCH_SECONDS if has_clients else FREE_WORKER_POLLS * context.settings.poll_seconds,
+        with_batches=is_quiet or (not has_clients and loaded_seconds >= BATCH_SECONDS),
     )
+    return next(wanted, None)
 
 
 def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> None:

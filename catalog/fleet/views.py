@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sqlalchemy import case, func, select
+from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
@@ -86,7 +86,8 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
 
 def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
     """Return the loaded trainer of every live worker, ordered by worker id."""
-    live = select(Worker, Trainer.pack_key).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
+    is_loaded = and_(Trainer.id == Worker.trainer_id, Trainer.ended_at.is_(None))  # a worker reports its end later
+    live = select(Worker, Trainer.pack_key).outerjoin(Trainer, is_loaded)
     return [
         LoadedTrainer(
             base_digest=worker.resident_base,

@@ -30,12 +30,6 @@ IS_BATCH = case((InferenceRequest.batch_id.is_(None), 0), else_=1)
 """In a query: 1 for a request of a batch, else 0."""
 
 
-TURN_SECONDS = 3.0
-"""Time in which a worker unloads its trainer and claims requests for another base model, before the next worker may."""
-NUM_TURNS = 10
-"""In a larger fleet, several workers have the same turn, so that no request waits long."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferenceClaim:
     """A request that this worker answers."""
@@ -83,13 +77,31 @@ def claim(
             return []
     with db.write() as session:
         now = read_clock(session)
-        worker = session.get(Worker, worker_id)
-        if worker is not None and worker.takes_nothing_new:
+        if _takes_nothing_new(session, worker_id):
             return []
         ids = _in_turns(session, pack_key, limit, batch_limit, now=now)
         rows = {row.id: row for row in session.scalars(skip_locked(_rows(ids, now=now)))}
         first = _first_within([rows[ident] for ident in ids if ident in rows], limit, batch_limit)
         return [_claim(row, now=now, lease_seconds=lease_seconds) for row in first]
+
+
+def reserve(db: Database, *, worker_id: str, pack_key: str, lease_seconds: float) -> InferenceClaim | None:
+    """Claim the first request that waits for a base model that this worker is to load.
+
+    Returns None if another worker answers such requests or is about to, or if none waits.
+    """
+    with db.write() as session:
+        now = read_clock(session)
+        if _takes_nothing_new(session, worker_id):
+            return None
+        ids = _in_turns(session, pack_key, 1, 1, now=now)
+        row = session.scalar(skip_locked(_rows(ids, now=now)))
+        held = select(InferenceRequest.id).where(
+            InferenceRequest.pack_key == pack_key, InferenceRequest.lease_expires_at > now
+        )
+        if row is None or session.scalar(held.limit(1)) is not None:
+            return None
+        return _claim(row, now=now, lease_seconds=lease_seconds)
 
 
 def renew(db: Database, claim_ids: Collection[str], *, lease_seconds: float) -> set[str]:
@@ -128,26 +140,19 @@ def extended(*, now: float) -> ColumnElement[float]:
 
 
 def unloaded(
-    db: Database, *, worker_id: str, displacing_after: float | None = None, with_batches: bool = True
+    db: Database, *, worker_id: str, waited_seconds: float = 0.0, with_batches: bool = True
 ) -> list[WantedBase]:
     """Return the base models of requests that no trainer can answer and no worker is loading one for, oldest first.
 
     Base models that only batches wait for are last. Those with a quantization that this worker does not support are
-    omitted. displacing_after: for a worker that would unload its trainer: newer requests do not count, by this many
-    seconds. Workers with a trainer take turns, so that few are unloaded for one request. with_batches: whether
-    requests of batches count.
+    omitted. waited_seconds: newer requests do not count. with_batches: whether requests of batches count.
     """
     with db.read() as session:
         now = read_clock(session)
-        worker = session.get(Worker, worker_id)
-        if worker is not None and worker.takes_nothing_new:
+        if _takes_nothing_new(session, worker_id):
             return []
         residents = views.residents(session, now=now)
         loaded = {each.pack_key for each in residents if each.pack_key is not None and not each.takes_nothing_new}
-        waited_seconds = 0.0
-        if displacing_after is not None:
-            place = sum(each.worker_id < worker_id for each in residents if each.pack_key is not None)
-            waited_seconds = displacing_after + place % NUM_TURNS * TURN_SECONDS
         other = aliased(InferenceRequest)
         claimed = select(other.id).where(other.pack_key == InferenceRequest.pack_key, other.lease_expires_at > now)
         waiting = (
@@ -160,6 +165,7 @@ def unloaded(
             .group_by(InferenceRequest.pack_key)
             .order_by(func.min(IS_BATCH), func.min(InferenceRequest.created_at))
         )
+        worker = session.get(Worker, worker_id)
         can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
         wanted = (
             WantedBase(base_model=name, base_digest=digest, pack_key=key)
@@ -167,6 +173,11 @@ def unloaded(
             if quantization_of(key) in can_load
         )
         return list(islice(wanted, MAX_BASES))
+
+
+def _takes_nothing_new(session: Session, worker_id: str) -> bool:
+    worker = session.get(Worker, worker_id)
+    return worker is not None and worker.takes_nothing_new
 
 
 def _free(*, now: float) -> Select[InferenceRequest]:

@@ -61,17 +61,17 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
     )
 
 
-def base_to_load(
-    context: WorkerContext, capacity: Capacity, *, displacing_after: float | None = None, with_batches: bool = True
-) -> BaseToLoad | None:
-    """Return the base model of a request that no trainer can answer, if it fits on this worker.
+def bases_to_load(
+    context: WorkerContext, capacity: Capacity, *, waited_seconds: float = 0.0, with_batches: bool = True
+) -> Generator[BaseToLoad]:
+    """Yield the base models of requests that no trainer can answer, if they fit on this worker.
 
-    displacing_after, with_batches: as for `claims.unloaded`. Raises Unavailable.
+    waited_seconds, with_batches: as for `claims.unloaded`. Raises Unavailable.
     """
     if context.settings.gang is not None:
-        return None  # its trainers serve jobs, for which the whole gang meets
+        return  # its trainers serve jobs, for which the whole gang meets
     for wanted in claims.unloaded(
-        context.db, worker_id=context.worker_id, displacing_after=displacing_after, with_batches=with_batches
+        context.db, worker_id=context.worker_id, waited_seconds=waited_seconds, with_batches=with_batches
     ):
         base = BaseToLoad(
             trainer_id=new_id("trainer"),
@@ -80,8 +80,7 @@ def base_to_load(
             pack_key=wanted.pack_key,
         )
         if context.group.needed_bytes(base_demand(context, base)) <= capacity.memory_bytes_free:
-            return base
-    return None
+            yield base
 
 
 def capacity_report(capacity: Capacity) -> Json:

@@ -4,6 +4,7 @@ to the API processes that wait."""
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import shutil
 import time
@@ -68,18 +69,35 @@ class InferenceSession:
         """The trainer claims nothing, because requests for another base model wait."""
         self._polled_at = time.monotonic()
         self._is_closing = False
-        self.last_answer_at = -1.0
-        """When the trainer last had a request, by the monotonic clock."""
+        self.last_answer_at = self.last_client_at = -math.inf
+        """When the trainer last had a request, and one of a client that waits, by the monotonic clock."""
         context.heartbeat.renewals.append(self.renew)
 
     @property
-    def has_only_batches(self) -> bool:
-        """No request is open, or all are of batches."""
-        return all(claimed.is_batch for claimed in self._open.values())
+    def has_clients(self) -> bool:
+        """Whether it holds requests of clients that wait. Those whose adapter can't be copied now don't count."""
+        delayed = self._delayed()
+        return any(not each.is_batch and each.claim_id not in delayed for each in self._open.values())
 
     @property
     def is_idle(self) -> bool:
         return not self._open
+
+    def reserve(self) -> bool:
+        """Claim one request before the base model is loaded for it, so that no other worker loads it as well.
+
+        Returns False if there is none. Raises Unavailable.
+        """
+        found = claims.reserve(
+            self._context.db,
+            worker_id=self._context.worker_id,
+            pack_key=self._pack_key,
+            lease_seconds=self._context.settings.lease_seconds,
+        )
+        if found is not None:
+            self._open[found.claim_id] = found
+            self._unsent.append(found)
+        return found is not None
 
     def claim(self) -> None:
         """Claim requests that wait for this trainer's base model. Raises Unavailable."""
@@ -135,6 +153,8 @@ class InferenceSession:
         self._stop((each for each in self._open.values() if each.claim_id in stale), inbox)
         if self._open:
             self.last_answer_at = now
+        if self.has_clients:
+            self.last_client_at = now
         if is_ready:
             self._hand_over_all(directory, inbox)
 
@@ -192,12 +212,16 @@ class InferenceSession:
     def _num_waiting(self, claimed: Iterable[InferenceClaim]) -> int:
         """Return the number of answers to these requests that the trainer has to begin. Those whose adapter can't be
         copied now don't count."""
-        delayed = {each.claim_id for each in self._unsent if each.adapter in self._retry_at}
+        delayed = self._delayed()
         return sum(
             each.num_answers - len(self._begun.get(each.claim_id, ()))
             for each in claimed
             if each.claim_id not in delayed
         )
+
+    def _delayed(self) -> set[str]:
+        """Return the claims of requests whose adapter can't be copied now."""
+        return {each.claim_id for each in self._unsent if each.adapter in self._retry_at}
 
     def _num_incomplete(self, claimed: Iterable[InferenceClaim]) -> int:
         return sum(each.num_answers - len(self._complete.get(each.claim_id, ())) for each in claimed)

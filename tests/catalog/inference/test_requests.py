@@ -355,22 +355,51 @@ def test_no_base_model_is_loaded_twice_or_on_a_cordoned_worker(world: World) -> 
     load(world)
 
     assert claims.unloaded(world.db, worker_id="w2") == []
+    workers.end_trainer(world.db, "trainer-1")
+    assert len(claims.unloaded(world.db, worker_id="w2")) == 1, "w1 has not reported it yet"
 
 
-def test_workers_with_a_trainer_leave_a_new_request_to_others_and_take_turns(world: World) -> None:
-    world.base("other")
-    world.worker("w2")
-    for number in (1, 2):
-        worker_id, trainer_id, digest = f"w{number}", f"trainer-{number}", sha("smol")
-        workers.register_trainer(world.db, trainer_id=trainer_id, worker_id=worker_id, base_digest=digest, pack_key=KEY)
-        workers.worker_beat(world.db, worker_id, resident_base=digest, trainer_id=trainer_id, report={})
-    submit(world, model="other")
+def test_requests_that_have_not_waited_long_do_not_count(world: World) -> None:
+    submit(world)
+    assert claims.unloaded(world.db, worker_id="w1", waited_seconds=2.0) == []
 
-    def who_may_unload() -> list[str]:
-        return [name for name in ("w1", "w2") if claims.unloaded(world.db, worker_id=name, displacing_after=2.0)]
-
-    assert who_may_unload() == []
     world.clock.advance(2.0)
-    assert who_may_unload() == ["w1"]
-    world.clock.advance(claims.TURN_SECONDS)
-    assert who_may_unload() == ["w1", "w2"]
+
+    assert len(claims.unloaded(world.db, worker_id="w1", waited_seconds=2.0)) == 1
+
+
+def test_requests_of_batches_count_only_if_asked(world: World) -> None:
+    world.move_to_batch(submit(world))
+
+    assert claims.unloaded(world.db, worker_id="w1", with_batches=False) == []
+    assert len(claims.unloaded(world.db, worker_id="w1")) == 1
+
+
+def test_one_worker_reserves_a_base_model_however_many_requests_wait(world: World) -> None:
+    world.worker("w2")
+    first, second = submit(world), submit(world)
+
+    def reserve(worker_id: str) -> InferenceClaim | None:
+        return claims.reserve(world.db, worker_id=worker_id, pack_key=KEY, lease_seconds=LEASE)
+
+    reserved = reserve("w1")
+    assert reserved is not None
+    assert reserved.request_id == first.id
+    assert reserve("w2") is None
+    assert claims.unloaded(world.db, worker_id="w2") == []
+
+    claims.release(world.db, [reserved.claim_id], counts=False)
+    again = reserve("w2")
+    assert again is not None
+    assert again.request_id == first.id
+    world.clock.advance(LEASE + 1)
+    last = reserve("w1")
+    assert last is not None, "the lease of w2 has expired"
+    assert last.request_id in {first.id, second.id}
+
+
+def test_cordoned_worker_reserves_nothing(world: World) -> None:
+    submit(world)
+    cordons.cordon(world.db, "w1", reason="a fan is loud")
+
+    assert claims.reserve(world.db, worker_id="w1", pack_key=KEY, lease_seconds=LEASE) is None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,106 +15,16 @@ from catalog.inference import claims, requests
 from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from tests.catalog.world import sha
+from tests.worker.inference_requests import ApiProcess, answer, claim_of, received, submit, submit_and_claim
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker_site import wait_until
-from worker import supervisor
-from worker.protocol.mailbox import InboxReader
 from worker.session import inference, reply_connections
-from worker.session.capacity import base_to_load, free_capacity
+from worker.session.capacity import bases_to_load, free_capacity
 from worker.session.inference import InferenceSession
 from worker.session.reply_connections import ReplyConnections
 from worker.session.trainer_session import TrainerSession
 
 KEY = pack_key(sha("smol"), "bfloat16")
-
-
-class ApiProcess:
-    """The receiving end of answers, as in an API process."""
-
-    def __init__(self) -> None:
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"secret@127.0.0.1:{self._server.getsockname()[1]}"
-        self.token = b""
-        self.lines: list[dict[str, Any]] = []
-        self._connection: socket.socket | None = None
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        with suppress(OSError):  # closed before a connection arrived
-            self._connection, _ = self._server.accept()
-            with self._connection, self._connection.makefile("rb") as lines:
-                self.token = lines.readline()
-                for line in lines:
-                    self.lines.append(json.loads(line))
-
-    def stop(self, request_id: str) -> None:
-        assert self._connection is not None
-        self._connection.sendall(json.dumps({"request_id": request_id}).encode() + b"\n")
-
-    def types(self) -> list[str]:
-        return [line["event"]["type"] for line in self.lines]
-
-    def close(self) -> None:
-        with suppress(OSError):  # a test has closed it
-            self._server.shutdown(socket.SHUT_RDWR)
-        if self._connection is not None:
-            with suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
-        self._server.close()
-
-
-@pytest.fixture
-def api() -> Iterator[ApiProcess]:
-    process = ApiProcess()
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def session(site: PackSite) -> Iterator[TrainerSession]:
-    """A session without jobs, whose trainer is ready."""
-    session = site.loading_session()
-    session.inference = InferenceSession(site.context, KEY)
-    emit(session, READY)
-    session.read_events()
-    yield session
-    session.inference.release_all()
-
-
-def submit(
-    site: PackSite,
-    api: ApiProcess,
-    *,
-    name: str = "smol",
-    adapter: str | None = None,
-    project_id: str | None = None,
-    **fields: Any,
-) -> InferenceRequest:
-    project_id = project_id or site.world.caller.project_id
-    model = requests.resolve(site.db, project_id=project_id, name=name)
-    body = {"messages": [], "model": name, **fields}
-    row = requests.submit(site.db, project_id=project_id, model=model, body=body, reply_to=api.address)
-    if adapter is not None:
-        with site.db.write() as session:
-            session.get_one(InferenceRequest, row.id).adapter = adapter
-    return row
-
-
-def claim_of(site: PackSite, row: InferenceRequest) -> str:
-    """Return the id of the claim that holds the request."""
-    with site.db.read() as session:
-        claim_id = session.get_one(InferenceRequest, row.id).claim_id
-    assert claim_id is not None
-    return claim_id
-
-
-def submit_and_claim(site: PackSite, session: TrainerSession, api: ApiProcess) -> tuple[InferenceRequest, str]:
-    """Return a request that was handed to the trainer, and the id of its claim."""
-    row = submit(site, api)
-    answer(session)
-    return row, claim_of(site, row)
 
 
 def failing(error: Exception) -> Callable[..., None]:
@@ -126,17 +34,6 @@ def failing(error: Exception) -> Callable[..., None]:
         raise error
 
     return fail
-
-
-def received(session: TrainerSession) -> list[tuple[str, dict[str, Any]]]:
-    """Return the new messages for the trainer."""
-    return [(message.verb, message.body) for message in InboxReader(session.directory).take()]
-
-
-def answer(session: TrainerSession, *, was_notified: bool = True) -> list[tuple[str, dict[str, Any]]]:
-    """Let the worker pass on requests. Returns the new messages for the trainer."""
-    session.answer_requests(was_notified=was_notified)
-    return received(session)
 
 
 def test_request_is_handed_over_and_its_answer_sent(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
@@ -296,36 +193,6 @@ def test_complete_answers_of_an_open_request_leave_their_places_to_others(
     session.read_events()
 
     assert [body["claim_id"] for _, body in answer(session)] == [claim_of(site, second)]
-
-
-def test_trainer_without_jobs_yields_to_requests_for_another_base_model(
-    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
-    site.world.base("other")
-    assert answer(session) == []
-    row = submit(site, api, name="other")
-
-    def successor() -> str | None:
-        base = supervisor._successor(site.context, session)
-        return None if base is None else base.base_model
-
-    assert successor() == "other"
-    submit_and_claim(site, session, api)
-    assert successor() is None, "it has just begun to answer clients"
-
-    assert session.inference.ready_at is not None
-    session.inference.ready_at -= supervisor.SWITCH_SECONDS
-    assert successor() is None, "the other request is new"
-    with site.db.write() as database:
-        database.get_one(InferenceRequest, row.id).created_at -= supervisor.SWITCH_SECONDS
-    assert successor() == "other"
-
-    session.inference.is_yielding = True
-    submit(site, api)
-    assert answer(session) == []
-    session.inference.is_yielding = False
-    assert len(answer(session)) == 1
 
 
 def test_request_whose_adapter_has_no_space_is_left_to_others_and_fails_at_last(
@@ -573,19 +440,18 @@ def test_unload_does_not_wait_for_a_long_answer(
 
 def test_base_model_that_does_not_fit_is_not_loaded(site: PackSite, api: ApiProcess) -> None:
     capacity = free_capacity(site.context)
-    assert base_to_load(site.context, capacity) is None
+    assert list(bases_to_load(site.context, capacity)) == []
     submit(site, api)
 
-    wanted = base_to_load(site.context, capacity)
+    (wanted,) = bases_to_load(site.context, capacity)
 
-    assert wanted is not None
     assert (wanted.base_model, wanted.base_digest, wanted.pack_key) == ("smol", sha("smol"), KEY)
     site.world.base("huge", num_parameters=10**14)
     with site.db.write() as session:
         session.query(InferenceRequest).delete()
     model = requests.resolve(site.db, project_id=site.world.caller.project_id, name="huge")
     requests.submit(site.db, project_id=site.world.caller.project_id, model=model, body={}, reply_to=api.address)
-    assert base_to_load(site.context, capacity) is None
+    assert list(bases_to_load(site.context, capacity)) == []
 
 
 def test_base_model_that_can_not_be_loaded_fails_its_requests(site: PackSite, api: ApiProcess) -> None:

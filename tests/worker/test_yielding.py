@@ -1,0 +1,301 @@
+"""A trainer without jobs is unloaded for requests that wait for another base model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+
+import pytest
+
+from catalog.errors import Unavailable
+from catalog.inference import claims
+from catalog.resources.pack_key import pack_key
+from catalog.tables.inference import InferenceRequest
+from tests.catalog.world import sha
+from tests.worker.inference_requests import ApiProcess, answer, claim_of, submit, submit_and_claim
+from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
+from tests.worker.scripted_trainer import FakeTrainer, Script, load_forever, raising
+from worker import supervisor
+from worker.background import base_models
+from worker.session.inference import InferenceSession
+from worker.session.trainer_session import TrainerSession
+from worker.supervisor import BATCH_SECONDS, GONE_SECONDS, SWITCH_SECONDS
+
+
+@pytest.fixture
+def api() -> Iterator[ApiProcess]:
+    process = ApiProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def session(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainerSession]:
+    """A session without jobs, whose trainer has just loaded `smol`. Another base model is registered as `other`."""
+    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    site.world.base("other")
+    session = site.loading_session()
+    session.inference = InferenceSession(site.context, pack_key(sha("smol"), "bfloat16"))
+    emit(session, READY)
+    session.read_events()
+    assert answer(session) == []
+    yield session
+    session.inference.release_all()
+
+
+def unloads_for(site: PackSite, session: TrainerSession) -> str | None:
+    """Return the base model that the trainer is unloaded for now."""
+    work = supervisor._yield_to(site.context, session)
+    if work is None:
+        return None
+    assert not work.inference.is_idle
+    work.inference.stop_claiming()
+    work.inference.release_all()
+    return work.first.base_model
+
+
+def wants(site: PackSite, session: TrainerSession) -> str | None:
+    base = supervisor._wanted_base(site.context, session)
+    return None if base is None else base.base_model
+
+
+def pass_time(site: PackSite, session: TrainerSession, seconds: float) -> None:
+    """Let the trainer and all requests become older."""
+    inference = session.inference
+    assert inference.ready_at is not None
+    inference.ready_at -= seconds
+    inference.last_answer_at -= seconds
+    inference.last_client_at -= seconds
+    with site.db.write() as database:
+        for row in database.query(InferenceRequest):
+            row.created_at -= seconds
+
+
+def finish(session: TrainerSession, claim_id: str) -> None:
+    emit(session, {"type": "answered", "claim_id": claim_id, "completion_tokens": 1})
+    session.read_events()
+
+
+def test_trainer_without_requests_is_unloaded_at_once(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
+    assert unloads_for(site, session) is None
+
+    submit(site, api, name="other")
+
+    assert unloads_for(site, session) == "other"
+
+
+def test_trainer_with_clients_stays_claims_no_more_and_finishes_its_answers(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    _, claim_id = submit_and_claim(site, session, api)
+    submit(site, api, name="other")
+    assert wants(site, session) is None, "it has just begun to answer clients"
+    pass_time(site, session, SWITCH_SECONDS - 1.0)
+    answer(session)
+    assert wants(site, session) is None
+    pass_time(site, session, 1.0)
+    answer(session)
+
+    assert unloads_for(site, session) is None, "an answer is not complete"
+    submit(site, api)
+    assert answer(session) == []
+    finish(session, claim_id)
+    assert unloads_for(site, session) == "other"
+
+
+def test_pause_between_two_requests_of_a_client_shortens_no_stay(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    _, claim_id = submit_and_claim(site, session, api)
+    submit(site, api, name="other")
+    finish(session, claim_id)
+    pass_time(site, session, GONE_SECONDS - 1.0)
+    assert wants(site, session) is None
+
+    pass_time(site, session, 1.0)
+
+    assert wants(site, session) == "other", "the client is gone"
+
+
+def test_request_whose_adapter_cannot_be_copied_holds_up_no_other_base_model(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
+    monkeypatch.setattr(site.store, "fetch", raising(OUTAGE))
+    row = submit(site, api, adapter=digest)
+    assert answer(session) == []
+    assert claim_of(site, row)
+    submit(site, api, name="other")
+    pass_time(site, session, SWITCH_SECONDS)
+
+    assert unloads_for(site, session) == "other"
+
+
+def test_batches_of_another_base_model_wait_for_a_pause(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    _, claim_id = submit_and_claim(site, session, api)
+    site.world.move_to_batch(submit(site, api, name="other"))
+    finish(session, claim_id)
+    pass_time(site, session, SWITCH_SECONDS - 1.0)
+    assert wants(site, session) is None
+
+    pass_time(site, session, 1.0)
+
+    assert wants(site, session) == "other"
+
+
+def test_two_batches_of_two_base_models_alternate(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
+    site.world.move_to_batch(submit(site, api))
+    site.world.move_to_batch(submit(site, api, name="other"))
+    assert len(answer(session)) == 1
+    pass_time(site, session, BATCH_SECONDS - 1.0)
+    answer(session)
+    assert wants(site, session) is None
+
+    pass_time(site, session, 1.0)
+
+    assert unloads_for(site, session) == "other"
+
+
+def test_batch_waits_while_another_base_model_has_clients(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    submit_and_claim(site, session, api)
+    site.world.move_to_batch(submit(site, api, name="other"))
+    pass_time(site, session, BATCH_SECONDS)
+    answer(session)
+
+    assert wants(site, session) is None
+
+
+def test_two_trainers_are_not_unloaded_for_one_base_model(
+    site: PackSite, session: TrainerSession, api: ApiProcess
+) -> None:
+    submit(site, api, name="other")
+    submit(site, api, name="other")
+    key = pack_key(sha("other"), "bfloat16")
+    site.world.worker("w2")
+    assert wants(site, session) == "other"
+    faster = claims.reserve(site.db, worker_id="w2", pack_key=key, lease_seconds=60.0)
+    assert faster is not None
+
+    assert unloads_for(site, session) is None
+    submit(site, api)
+    assert len(answer(session)) == 1, "it stays, and claims requests"
+
+
+def become_ready(trainer: FakeTrainer) -> None:
+    trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
+
+
+def test_base_model_is_loaded_although_its_first_client_leaves(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess
+) -> None:
+    """Others wait for the same base model. If each client that leaves ended the load, no client would be answered."""
+    first, second = submit(site, api), submit(site, api)
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        with site.db.write() as database:
+            database.delete(database.get_one(InferenceRequest, first.id))
+        site.context.heartbeat.beat()
+        for _ in range(3):
+            yield
+        become_ready(trainer)
+        message = yield from trainer.listen("answer")
+        assert message.body["claim_id"] == claim_of(site, second)
+        trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
+        yield
+        site.context.shutdown.set()
+        yield
+
+    (trainer,) = run(script)
+
+    assert trainer.returncode == 0
+
+
+def test_trainer_is_followed_by_one_for_the_base_model_that_it_was_unloaded_for(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    site.world.base("other")
+    loaded: list[str] = []
+    submit(site, api)
+
+    def ensure(_: object, name: str, *__: object, **___: object) -> object:
+        loaded.append(name)
+        return site.context.settings.bases_dir()
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        become_ready(trainer)
+        message = yield from trainer.listen("answer")
+        trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
+        yield
+        if len(loaded) == 2:
+            site.context.shutdown.set()
+        else:
+            monkeypatch.setattr(supervisor, "GONE_SECONDS", 0.0)
+            other = submit(site, api, name="other")
+            yield from trainer.listen("unload")
+            claim_of(site, other)
+        yield
+
+    monkeypatch.setattr(base_models, "ensure", ensure)
+    first, second = run(script)
+
+    assert loaded == ["smol", "other"]
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert site.context.heartbeat.renewals == []
+
+
+def test_reserved_request_is_released_if_the_worker_drains_before_the_next_trainer(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    monkeypatch.setattr(supervisor, "GONE_SECONDS", 0.0)
+    site.world.base("other")
+    submit(site, api)
+    reserved: list[InferenceRequest] = []
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        become_ready(trainer)
+        message = yield from trainer.listen("answer")
+        trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
+        yield
+        reserved.append(submit(site, api, name="other"))
+        yield from trainer.listen("unload")
+        assert claim_of(site, reserved[0])
+        site.context.shutdown.set()
+
+    run(script)
+
+    with site.db.read() as database:
+        row = database.get_one(InferenceRequest, reserved[0].id)
+    assert (row.claim_id, row.num_claims) == (None, 0)
+    assert site.context.heartbeat.renewals == []
+
+
+def test_reserved_request_is_released_if_the_worker_stops_before_it_loads(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = submit(site, api)
+    monkeypatch.setattr(base_models, "ensure", raising(RuntimeError("ours")))
+
+    with pytest.raises(RuntimeError, match="ours"):
+        run(load_forever)
+
+    with site.db.read() as database:
+        assert database.get_one(InferenceRequest, row.id).claim_id is None
+    assert site.context.heartbeat.renewals == []
+
+
+def test_outage_while_a_base_model_is_reserved_leaves_nothing_behind(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(site, api, name="other")
+    before = list(site.context.heartbeat.renewals)
+    monkeypatch.setattr(claims, "reserve", raising(OUTAGE))
+
+    with pytest.raises(Unavailable):
+        supervisor._yield_to(site.context, session)
+
+    assert site.context.heartbeat.renewals == before
