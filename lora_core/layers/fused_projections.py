@@ -8,7 +8,7 @@ of them, and the others fetch their outputs from the pass. Shape suffixes: T tok
 features, O output features, S the sum of ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,16 +61,17 @@ class JointPiece:
 class Shares:
     """Segments of a pack in sibling linears.
 
-    `joint` have joint A matrices, `single` are computed separately for each linear, and `runs` are those of kernels.
+    `joint` have joint A matrices, `single` are computed separately for a linear, by its index, and `runs` are those of
+    kernels.
     """
 
     joint: tuple[JointPiece, ...]
-    single: tuple[tuple[Piece, ...], ...]
+    single: tuple[tuple[int, tuple[Piece, ...]], ...]
     runs: tuple[TiledRun, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not self.joint and not self.runs and not any(self.single)
+        return not self.joint and not self.runs and not self.single
 
 
 def find_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Siblings]:
@@ -114,7 +115,7 @@ def taken_from_ahead(module: str, x: Tensor) -> Tensor | None:
 def shares_of(pack: PackedBatch, modules: tuple[str, ...], segment_op: SegmentedLora, device: torch.device) -> Shares:
     if segment_op.kernel == "tiled":
         share = segment_op.divide(modules, pack, device)
-        return Shares(joint=(), single=share.pieces, runs=share.runs)
+        return Shares(joint=(), single=_by_index(share.pieces) if any(share.pieces) else (), runs=share.runs)
     joint: list[JointPiece] = []
     alone: list[BatchSegment] = []
     for segment in pack.segments:
@@ -124,7 +125,12 @@ def shares_of(pack: PackedBatch, modules: tuple[str, ...], segment_op: Segmented
             alone.append(segment)
         else:
             joint.append(JointPiece(start=segment.start, stop=segment.stop, joint=views))
-    return Shares(joint=tuple(joint), single=tuple(pieces_of(alone, module) for module in modules))
+    return Shares(joint=tuple(joint), single=_by_index(pieces_of(alone, module) for module in modules))
+
+
+def _by_index(of_linears: Iterable[tuple[Piece, ...]]) -> tuple[tuple[int, tuple[Piece, ...]], ...]:
+    """Return the index and the pieces of each linear that has any."""
+    return tuple((index, pieces) for index, pieces in enumerate(of_linears) if pieces)
 
 
 class PackedSiblings(torch.autograd.Function):
@@ -143,10 +149,7 @@ class PackedSiblings(torch.autograd.Function):
         outputs = [batch_invariant.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
         ctx.weights, ctx.shares = weights, shares
         ctx.hidden = [_add_joint(outputs, x_TD, piece) for piece in shares.joint]
-        ctx.branches = [
-            add_lora(y_TO, x_TD, pieces, weight)
-            for y_TO, pieces, weight in zip(outputs, shares.single, weights, strict=True)
-        ]
+        ctx.branches = [add_lora(outputs[index], x_TD, pieces, weights[index]) for index, pieces in shares.single]
         ctx.tiled = [run.add(outputs, x_TD) for run in shares.runs]
         if not shares.is_empty:
             save_input(ctx, x_TD, origin)
@@ -155,14 +158,17 @@ class PackedSiblings(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
         gradients = [dy_TO.contiguous() for dy_TO in grad_outputs]
-        single: tuple[tuple[Piece, ...], ...] = ctx.shares.single
-        received = [received_by_lora(*parts) for parts in zip(gradients, ctx.branches, single, strict=True)]
+        single: tuple[tuple[int, tuple[Piece, ...]], ...] = ctx.shares.single
+        received = [
+            received_by_lora(gradients[index], branches, pieces)
+            for (index, pieces), branches in zip(single, ctx.branches, strict=True)
+        ]
         dx_TD = _input_gradient(ctx, gradients, received) if ctx.needs_input_grad[0] else None
         if not ctx.shares.is_empty:
             x_TD = saved_input(ctx)
             for piece, h_tS in zip(ctx.shares.joint, ctx.hidden, strict=True):
                 _add_joint_gradients(dx_TD, gradients, x_TD, h_tS, piece)
-            for of_linear, branches, pieces in zip(received, ctx.branches, single, strict=True):
+            for of_linear, branches, (_, pieces) in zip(received, ctx.branches, single, strict=True):
                 add_lora_gradients(dx_TD, of_linear, x_TD, branches, pieces)
             for run, h_tW in zip(ctx.shares.runs, ctx.tiled, strict=True):
                 run.add_gradients(dx_TD, gradients, x_TD, h_tW)
@@ -194,15 +200,17 @@ def _add_joint_gradients(
 
 def _input_gradient(ctx, gradients: list[Tensor], received: list[list[Tensor]]) -> Tensor:
     """Return dx through the frozen weights. Each matmul adds to the previous one's output."""
-    parts = list(zip(gradients, ctx.weights, received, ctx.branches, ctx.shares.single, strict=True))
+    parts = list(zip(ctx.shares.single, received, ctx.branches, strict=True))
+    through = list(gradients)
+    for (index, pieces), of_linear, branches in parts:
+        through[index] = through_weight(gradients[index], of_linear, branches, pieces)
     dx_TD = None
-    for dy_TO, weight, of_linear, branches, pieces in parts:
-        through_TO = through_weight(dy_TO, of_linear, branches, pieces)
+    for through_TO, weight in zip(through, ctx.weights, strict=True):
         if dx_TD is None:
             dx_TD = batch_invariant.times(through_TO, weight.weight_OD, ctx.exact)
         else:
             batch_invariant.add_times(dx_TD, through_TO, weight.weight_OD, ctx.exact)
     assert dx_TD is not None
-    for dy_TO, weight, of_linear, branches, pieces in parts:
-        add_through_dropout(dx_TD, dy_TO, weight.weight_OD, of_linear, branches, pieces)
+    for (index, pieces), of_linear, branches in parts:
+        add_through_dropout(dx_TD, gradients[index], ctx.weights[index].weight_OD, of_linear, branches, pieces)
     return dx_TD

@@ -22,6 +22,8 @@ from lora_core.adapter.site_addresses import SiteLayout, addresses_of, site_layo
 from lora_core.kernels.gpu.tables import (
     ENTRY,
     FEATURE_MULTIPLE,
+    NUM_ADDRESSES,
+    NUM_WORDS,
     WIDTHS,
     Member,
     TileClass,
@@ -66,7 +68,7 @@ class SegmentedLora:
         in_group = {module: group for group in siblings for module in group}
         self._groups = tuple(dict.fromkeys(in_group.get(name, (name,)) for name in linears))
         self._rows = {name: row for row, name in enumerate(chain.from_iterable(self._groups))}
-        self._layouts = WeakKeyDictionary[FlatAdapter, tuple[SiteLayout, NDArray[np.int64]]]()
+        self._sites = WeakKeyDictionary[FlatAdapter, _Sites]()
 
     def divide(self, modules: Modules, pack: PackedBatch, device: torch.device) -> SiteShare:
         """Return the share of one linear or of siblings in a pass.
@@ -96,55 +98,83 @@ class SegmentedLora:
         """
         groups = self._groups if groups is None else groups
         entries = np.zeros((len(self._rows), len(segments)), ENTRY)
+        words = entries.view(np.int64).reshape(*entries.shape, NUM_WORDS)  # numpy copies numbers faster than records
         is_tiled = np.zeros(entries.shape, np.bool_)
         for column, segment in enumerate(segments):
             if segment.adapter.spans:
-                self._fill(entries[:, column], is_tiled[:, column], segment)
+                self._fill(words[:, column], is_tiled[:, column], segment)
         ranks, looped = np.where(is_tiled, entries["rank"], 0), np.where(is_tiled, 0, entries["rank"])
         has_loop = looped.any()
         members: dict[tuple[int, bytes], dict[TileClass, list[Member]]] = {}  # by number of linears and their ranks
         patterns: list[tuple[int, bytes]] = []
+        content, row_bytes = ranks.tobytes(), ranks.strides[0]
         for modules in groups:
-            row = self._rows[modules[0]]
-            of_modules = ranks[row : row + len(modules)]
-            patterns.append((len(modules), of_modules.tobytes()))
-            if patterns[-1] not in members:
-                members[patterns[-1]] = _members(of_modules, segments)
+            row, size = self._rows[modules[0]], len(modules)
+            pattern = size, content[row * row_bytes : (row + size) * row_bytes]
+            patterns.append(pattern)
+            if pattern not in members:
+                members[pattern] = _members(ranks[row : row + size], segments)
         tables = [table for kinds in members.values() for part in kinds.values() for table in tables_of(part)]
         uploaded, *parts = upload([entries.view(np.int64), *tables], device)
         tile_groups = _tile_groups(members, parts)
         shares: dict[Modules, SiteShare] = {}
-        for modules, pattern in zip(groups, patterns, strict=True):
-            row = self._rows[modules[0]]
-            of_modules, tile_group = uploaded[row : row + len(modules)], tile_groups[pattern]
+        for modules, pattern, entries_of in zip(groups, patterns, self._split(uploaded, groups), strict=True):
             pieces = ((),) * len(modules)
             if has_loop:
+                row = self._rows[modules[0]]
                 pieces = tuple(
                     tuple(piece_of(segments[i], name) for i in np.flatnonzero(looped[row + index]).tolist())
                     for index, name in enumerate(modules)
                 )
-            runs = tuple([TiledRun(entries=of_modules, group=group) for group in tile_group])
+            runs = tuple([TiledRun(entries=entries_of, group=group) for group in tile_groups[pattern]])
             shares[modules] = SiteShare(pieces=pieces, runs=runs)
         return shares
 
-    def _fill(self, entries_L: NDArray[np.void], is_tiled_L: NDArray[np.bool_], segment: BatchSegment) -> None:
-        """Fill the entries of the segment in all linears, and whether a kernel computes them."""
+    def _split(self, entries: torch.Tensor, groups: Sequence[Modules]) -> Sequence[torch.Tensor]:
+        """Return the entries of each group. For all groups at once, whose rows are in order, in one operation."""
+        if groups is self._groups:
+            return entries.split([len(modules) for modules in groups])
+        return [entries[self._rows[modules[0]] :][: len(modules)] for modules in groups]
+
+    def _fill(self, words_L: NDArray[np.int64], is_tiled_L: NDArray[np.bool_], segment: BatchSegment) -> None:
+        """Fill the entries of the segment in all linears, int64 [L, NUM_WORDS], and whether a kernel computes them."""
         adapter, dropout = segment.adapter, segment.dropout
-        known = self._layouts.get(adapter)
-        if known is None:
-            layout = site_layout(adapter)
-            known = self._layouts[adapter] = layout, np.array([self._rows[module] for module in layout.modules])
-        layout, rows = known
-        addresses = addresses_of(adapter, layout)
-        for index, name in enumerate(("a", "b", "grad_a", "grad_b")):
-            entries_L[name][rows] = addresses[:, index]
-        entries_L["rank"][rows], entries_L["trained"][rows] = layout.ranks, layout.trained
-        entries_L["scale"][rows] = layout.scales
+        sites = self._sites.get(adapter)
+        if sites is None:
+            sites = self._sites[adapter] = _sites_of(adapter, self._rows)
+        words_N = sites.words.copy()
+        words_N[:, :NUM_ADDRESSES] = addresses = addresses_of(adapter, sites.layout)
         if dropout is not None:
-            entries_L["threshold"][rows], entries_L["keep_factor"][rows] = dropout.threshold, dropout.keep_factor
-            entries_L["key"][rows] = dropout.key_words(layout.modules)
-        is_even = (layout.shapes % FEATURE_MULTIPLE == 0).all(1) & (addresses[:, :2] % LOAD_BYTES == 0).all(1)
-        is_tiled_L[rows] = is_even & (layout.ranks <= WIDTHS[-1]) & (not adapter.lora.use_dora)
+            entries_N = words_N.view(ENTRY)[:, 0]
+            entries_N["threshold"], entries_N["keep_factor"] = dropout.threshold, dropout.keep_factor
+            entries_N["key"] = dropout.key_words(sites.layout.modules)
+        words_L[sites.rows] = words_N
+        is_tiled_L[sites.rows] = sites.is_tiled & (addresses[:, :2] % LOAD_BYTES == 0).all(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sites:
+    """The N linears of an adapter: their rows in the tables, and what no pass changes in their entries."""
+
+    layout: SiteLayout
+    rows: slice | NDArray[np.int64]
+    words: NDArray[np.int64]
+    is_tiled: NDArray[np.bool_]
+
+
+def _sites_of(adapter: FlatAdapter, rows: Mapping[str, int]) -> _Sites:
+    layout = site_layout(adapter)
+    entries = np.zeros(len(layout.modules), ENTRY)
+    entries["rank"], entries["trained"], entries["scale"] = layout.ranks, layout.trained, layout.scales
+    numbers = np.array([rows[module] for module in layout.modules])
+    is_range = np.array_equal(numbers, np.arange(numbers[0], numbers[0] + len(numbers)))
+    is_even = (layout.shapes % FEATURE_MULTIPLE == 0).all(1)
+    return _Sites(
+        layout=layout,
+        rows=slice(int(numbers[0]), int(numbers[-1]) + 1) if is_range else numbers,
+        words=entries.view(np.int64).reshape(-1, NUM_WORDS),
+        is_tiled=is_even & (layout.ranks <= WIDTHS[-1]) & (not adapter.lora.use_dora),
+    )
 
 
 def _no_share(modules: Modules) -> SiteShare:

@@ -7,6 +7,7 @@ with the same input (siblings) share tables. Shape suffixes: S segments of a pas
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ ENTRY = np.dtype(
 of the gradients. A random number below `threshold`, of 65,536, keeps an element, which `keep_factor` multiplies. `key`
 is that of the random numbers. The size is a multiple of 16 bytes."""
 NUM_WORDS = ENTRY.itemsize // 8
+NUM_ADDRESSES = 4
+"""An entry begins with this number of addresses."""
 WORD = {name: int(offset) // 8 for name, (_, offset, *_) in (ENTRY.fields or {}).items()}
 """Position of each field in an entry, in words of eight bytes."""
 TILE_WORDS = 6
@@ -96,6 +99,7 @@ class Member:
         return self.stop - self.start
 
 
+@cache
 def class_of(rank: int, *, has_dropout: bool) -> TileClass:
     width = next(width for width in WIDTHS if rank <= width)
     return TileClass(width=width, is_aligned=rank % ALIGNED_RANK == 0, has_dropout=has_dropout)
@@ -105,10 +109,10 @@ def tables_of(members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray, np.nda
     """Return the tiles, spans and joins of segments of one class."""
     tiles: list[tuple[int, ...]] = []
     spans: list[tuple[int, ...]] = []
-    hidden_of: dict[Member, int] = {}
+    hidden_of: dict[int, int] = {}  # by entry
     hidden = 0
     for member in members:
-        hidden_of[member] = hidden
+        hidden_of[member.entry] = hidden
         spans.append((member.entry, member.start, member.stop, hidden, member.sibling))
         for first, num_rows in _tiled(member):
             after = first - member.start
@@ -121,7 +125,7 @@ def tables_of(members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray, np.nda
     )
 
 
-def _joins(members: Sequence[Member], hidden_of: Mapping[Member, int]) -> np.ndarray:
+def _joins(members: Sequence[Member], hidden_of: Mapping[int, int]) -> np.ndarray:
     joins: list[tuple[int, ...]] = []
     ordered = sorted(members, key=lambda member: (member.segment, member.sibling))
     for _, of_segment in groupby(ordered, lambda member: member.segment):
@@ -129,7 +133,7 @@ def _joins(members: Sequence[Member], hidden_of: Mapping[Member, int]) -> np.nda
         unused = (0, 0) * (MOST_SIBLINGS - len(siblings))
         for first, num_rows in _tiled(siblings[0]):
             after = first - siblings[0].start
-            places = chain.from_iterable((member.entry, hidden_of[member] + after) for member in siblings)
+            places = chain.from_iterable((member.entry, hidden_of[member.entry] + after) for member in siblings)
             joins.append((first, num_rows, after, len(siblings), *places, *unused))
     return np.array(joins, np.int64).reshape(-1, JOIN_WORDS)
 

@@ -63,7 +63,7 @@ class ThroughAutograd(torch.autograd.Function):
         leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
             ctx.x = x.detach().requires_grad_()
-            shares = Shares(joint=(joint,), single=((), (single,)))  # row 6 has no adapter
+            shares = Shares(joint=(joint,), single=((1, (single,)),))  # row 6 has no adapter
             ctx.outputs = PackedSiblings.apply(ctx.x, leaf, linears, shares)
         of_parts = [views.grad_b_OR for _, _, views in joint.joint.parts]
         ctx.held = [joint.joint.grad_a_SD, *of_parts, single.views.grad_a_RD, single.views.grad_b_OR]
