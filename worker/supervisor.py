@@ -52,7 +52,7 @@ OUTAGE_SECONDS = 0.5
 FREE_WORKER_POLLS = 2.0
 """Polls for which a request for another base model is left to workers without a trainer."""
 SWITCH_SECONDS = 30.0
-"""How long at least a trainer without jobs answers clients while requests for another base model wait."""
+"""How long at least a trainer without jobs answers requests while those for another base model wait."""
 GONE_SECONDS = 5.0
 """A client that has sent no request for this long after an answer counts as gone."""
 BATCH_SECONDS = 600.0
@@ -118,8 +118,7 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
             _release(context, work.jobs, TrainerEnd.NOT_LAUNCHED.value)
     finally:
         if work is not None:
-            work.inference.stop_claiming()
-            work.inference.release_all()
+            work.inference.give_back()
 
 
 def _find_work(context: WorkerContext, gang: WorkerGang) -> Work | None:
@@ -196,6 +195,8 @@ def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Wo
     with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
         stack.callback(inference.release_all)
         try:
+            if isinstance(first, BaseToLoad):
+                inference.claim()  # so that a load that fails counts for all that wait for it
             settings: Json = _trainer_settings(context, first)
             if isinstance(first, Job):
                 gang.gather(stack, first, settings)
@@ -217,6 +218,10 @@ def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Wo
             return None
         following = _attend(context, gang, tasks, trainer, session, is_for_jobs=isinstance(first, Job))
         _conclude(context, gang, trainer, session)
+    if following is not None and trainer.is_left_behind:  # it still holds the device
+        _release(context, following.jobs, TrainerEnd.UNKILLABLE.value)
+        following.inference.give_back()
+        return None
     return following
 
 
@@ -417,9 +422,9 @@ def _is_idle(context: WorkerContext, gang: WorkerGang, session: TrainerSession) 
 def _yield_to(context: WorkerContext, session: TrainerSession) -> Work | None:
     """Reserve another base model that requests wait for, if a trainer without jobs is to be unloaded for it now.
 
-    Free workers load that base model first. A trainer that has clients stays for SWITCH_SECONDS. Then it claims no more
-    requests, and is unloaded when it has answered them. Batches of another base model wait until the trainer has had no
-    request for SWITCH_SECONDS, or no clients for BATCH_SECONDS since it was loaded.
+    Free workers load that base model first. A trainer that has requests stays for SWITCH_SECONDS. Then it claims no
+    more, and is unloaded when it has answered those of clients. Batches of another base model wait until the trainer
+    has had no request for SWITCH_SECONDS, or, if its clients are gone, until BATCH_SECONDS after it was loaded.
     """
     inference = session.inference
     wanted = _wanted_base(context, session)
@@ -435,7 +440,7 @@ def _wanted_base(context: WorkerContext, session: TrainerSession) -> BaseToLoad 
     now = time.monotonic()
     loaded_seconds = now - inference.ready_at
     has_clients = now - inference.last_client_at < GONE_SECONDS
-    if has_clients and loaded_seconds < SWITCH_SECONDS:
+    if (has_clients or not inference.is_idle) and loaded_seconds < SWITCH_SECONDS:
         return None
     is_quiet = inference.is_idle and now - inference.last_answer_at >= SWITCH_SECONDS
     wanted = bases_to_load(

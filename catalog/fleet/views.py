@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sqlalchemy import and_, case, func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
@@ -85,19 +85,19 @@ def state_of(worker: Worker, *, is_training: bool, now: float) -> WorkerState:
 
 
 def residents(session: Session, *, now: float) -> list[LoadedTrainer]:
-    """Return the loaded trainer of every live worker, ordered by worker id."""
-    is_loaded = and_(Trainer.id == Worker.trainer_id, Trainer.ended_at.is_(None))  # a worker reports its end later
-    live = select(Worker, Trainer.pack_key).outerjoin(Trainer, is_loaded)
+    """Return the loaded trainer of every live worker, ordered by worker id. Until its next heartbeat, a worker still
+    names a trainer that has ended."""
+    live = select(Worker, Trainer.pack_key, Trainer.ended_at).outerjoin(Trainer, Trainer.id == Worker.trainer_id)
     return [
         LoadedTrainer(
-            base_digest=worker.resident_base,
-            pack_key=pack_key,
+            base_digest=worker.resident_base if ended_at is None else None,
+            pack_key=pack_key if ended_at is None else None,
             saturation=(worker.report or {}).get("saturation"),
             worker_id=worker.id,
             takes_nothing_new=worker.takes_nothing_new,
             cordon=worker.cordon,
         )
-        for worker, pack_key in session.execute(live.where(is_live(now=now)).order_by(Worker.id))
+        for worker, pack_key, ended_at in session.execute(live.where(is_live(now=now)).order_by(Worker.id))
     ]
 
 

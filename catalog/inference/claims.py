@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, func, select, true, up
 from sqlalchemy.orm import Session, aliased
 
 from catalog.db import lease
-from catalog.db.database import Database, read_clock, skip_locked
+from catalog.db.database import Database, read_clock, serialize, skip_locked
 from catalog.fleet import views
 from catalog.resources.pack_key import quantization_of
 from catalog.tables.fleet import Worker
@@ -94,6 +94,7 @@ def reserve(db: Database, *, worker_id: str, pack_key: str, lease_seconds: float
         now = read_clock(session)
         if _takes_nothing_new(session, worker_id):
             return None
+        serialize(session, f"reserve {pack_key}")
         ids = _in_turns(session, pack_key, 1, 1, now=now)
         row = session.scalar(skip_locked(_rows(ids, now=now)))
         held = select(InferenceRequest.id).where(

@@ -200,17 +200,18 @@ def _add_joint_gradients(
 
 def _input_gradient(ctx, gradients: list[Tensor], received: list[list[Tensor]]) -> Tensor:
     """Return dx through the frozen weights. Each matmul adds to the previous one's output."""
-    parts = list(zip(ctx.shares.single, received, ctx.branches, strict=True))
-    through = list(gradients)
-    for (index, pieces), of_linear, branches in parts:
-        through[index] = through_weight(gradients[index], of_linear, branches, pieces)
+    parts = {
+        index: (of_linear, branches, pieces)
+        for (index, pieces), of_linear, branches in zip(ctx.shares.single, received, ctx.branches, strict=True)
+    }
     dx_TD = None
-    for through_TO, weight in zip(through, ctx.weights, strict=True):
+    for index, (dy_TO, weight) in enumerate(zip(gradients, ctx.weights, strict=True)):
+        through_TO = through_weight(dy_TO, *parts[index]) if index in parts else dy_TO
         if dx_TD is None:
             dx_TD = batch_invariant.times(through_TO, weight.weight_OD, ctx.exact)
         else:
             batch_invariant.add_times(dx_TD, through_TO, weight.weight_OD, ctx.exact)
     assert dx_TD is not None
-    for (index, pieces), of_linear, branches in parts:
-        add_through_dropout(dx_TD, gradients[index], ctx.weights[index].weight_OD, of_linear, branches, pieces)
+    for index, part in parts.items():
+        add_through_dropout(dx_TD, gradients[index], ctx.weights[index].weight_OD, *part)
     return dx_TD

@@ -107,7 +107,7 @@ class SegmentedLora:
         has_loop = looped.any()
         members: dict[tuple[int, bytes], dict[TileClass, list[Member]]] = {}  # by number of linears and their ranks
         patterns: list[tuple[int, bytes]] = []
-        content, row_bytes = ranks.tobytes(), ranks.strides[0]
+        content, row_bytes = ranks.tobytes(), ranks.shape[1] * ranks.itemsize
         for modules in groups:
             row, size = self._rows[modules[0]], len(modules)
             pattern = size, content[row * row_bytes : (row + size) * row_bytes]

@@ -9,11 +9,11 @@ import pytest
 from catalog.errors import Unavailable
 from catalog.inference import claims
 from catalog.resources.pack_key import pack_key
-from catalog.tables.inference import InferenceRequest
+from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from tests.catalog.world import sha
 from tests.worker.inference_requests import ApiProcess, answer, claim_of, submit, submit_and_claim
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
-from tests.worker.scripted_trainer import FakeTrainer, Script, load_forever, raising
+from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising
 from worker import supervisor
 from worker.background import base_models
 from worker.session.inference import InferenceSession
@@ -48,8 +48,7 @@ def unloads_for(site: PackSite, session: TrainerSession) -> str | None:
     if work is None:
         return None
     assert not work.inference.is_idle
-    work.inference.stop_claiming()
-    work.inference.release_all()
+    work.inference.give_back()
     return work.first.base_model
 
 
@@ -89,10 +88,10 @@ def test_trainer_with_clients_stays_claims_no_more_and_finishes_its_answers(
     _, claim_id = submit_and_claim(site, session, api)
     submit(site, api, name="other")
     assert wants(site, session) is None, "it has just begun to answer clients"
-    pass_time(site, session, SWITCH_SECONDS - 1.0)
+    pass_time(site, session, SWITCH_SECONDS / 2)
     answer(session)
     assert wants(site, session) is None
-    pass_time(site, session, 1.0)
+    pass_time(site, session, SWITCH_SECONDS / 2)
     answer(session)
 
     assert unloads_for(site, session) is None, "an answer is not complete"
@@ -108,10 +107,10 @@ def test_pause_between_two_requests_of_a_client_shortens_no_stay(
     _, claim_id = submit_and_claim(site, session, api)
     submit(site, api, name="other")
     finish(session, claim_id)
-    pass_time(site, session, GONE_SECONDS - 1.0)
+    pass_time(site, session, GONE_SECONDS / 2)
     assert wants(site, session) is None
 
-    pass_time(site, session, 1.0)
+    pass_time(site, session, GONE_SECONDS / 2)
 
     assert wants(site, session) == "other", "the client is gone"
 
@@ -136,10 +135,10 @@ def test_batches_of_another_base_model_wait_for_a_pause(
     _, claim_id = submit_and_claim(site, session, api)
     site.world.move_to_batch(submit(site, api, name="other"))
     finish(session, claim_id)
-    pass_time(site, session, SWITCH_SECONDS - 1.0)
+    pass_time(site, session, SWITCH_SECONDS / 2)
     assert wants(site, session) is None
 
-    pass_time(site, session, 1.0)
+    pass_time(site, session, SWITCH_SECONDS / 2)
 
     assert wants(site, session) == "other"
 
@@ -148,11 +147,11 @@ def test_two_batches_of_two_base_models_alternate(site: PackSite, session: Train
     site.world.move_to_batch(submit(site, api))
     site.world.move_to_batch(submit(site, api, name="other"))
     assert len(answer(session)) == 1
-    pass_time(site, session, BATCH_SECONDS - 1.0)
+    pass_time(site, session, BATCH_SECONDS / 2)
     answer(session)
     assert wants(site, session) is None
 
-    pass_time(site, session, 1.0)
+    pass_time(site, session, BATCH_SECONDS / 2)
 
     assert unloads_for(site, session) == "other"
 
@@ -175,13 +174,90 @@ def test_two_trainers_are_not_unloaded_for_one_base_model(
     submit(site, api, name="other")
     key = pack_key(sha("other"), "bfloat16")
     site.world.worker("w2")
-    assert wants(site, session) == "other"
+    wanted = supervisor._wanted_base(site.context, session)
+    assert wanted is not None
     faster = claims.reserve(site.db, worker_id="w2", pack_key=key, lease_seconds=60.0)
     assert faster is not None
 
+    assert supervisor._reserved(site.context, wanted) is None
     assert unloads_for(site, session) is None
     submit(site, api)
     assert len(answer(session)) == 1, "it stays, and claims requests"
+
+
+def test_batch_that_has_just_begun_is_not_cut_off(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
+    site.world.move_to_batch(submit(site, api))
+    submit(site, api, name="other")
+    assert len(answer(session)) == 1
+    assert wants(site, session) is None
+
+    pass_time(site, session, SWITCH_SECONDS)
+
+    assert unloads_for(site, session) == "other"
+
+
+def test_failed_load_counts_for_all_requests_that_wait(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess
+) -> None:
+    """Otherwise each of them would cost several loads."""
+    rows = [submit(site, api) for _ in range(3)]
+
+    def crashes(trainer: FakeTrainer) -> Generator[None]:
+        yield
+        trainer.returncode = 1
+
+    trainers = run(crashes)
+
+    assert len(trainers) == MAX_CLAIMS
+    with site.db.read() as database:
+        assert all(database.get_one(InferenceRequest, row.id).num_claims == MAX_CLAIMS for row in rows)
+
+
+def test_no_trainer_follows_one_that_still_holds_the_device(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    site.world.base("other")
+    site.queued()
+    rows: list[InferenceRequest] = []
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        assert not rows, "another trainer was launched"
+        yield from cancel_first_job(trainer)
+        rows.append(submit(site, api, name="other"))
+        yield from trainer.listen("unload")
+        trainer.is_left_behind = True
+        trainer.kill()
+        while True:
+            yield
+
+    (trainer,) = run(script)
+
+    assert trainer.returncode is None
+    with site.db.read() as database:
+        row = database.get_one(InferenceRequest, rows[0].id)
+    assert (row.claim_id, row.num_claims) == (None, 0)
+    assert site.context.heartbeat.renewals == []
+
+
+def test_internal_error_after_the_reservation_leaves_no_lease_that_is_renewed(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    site.world.base("other")
+    site.queued()
+
+    def script(trainer: FakeTrainer) -> Generator[None]:
+        yield from cancel_first_job(trainer)
+        submit(site, api, name="other")
+        yield from trainer.listen("unload")
+        assert site.context.heartbeat.renewals
+        monkeypatch.setattr(supervisor, "_conclude", raising(RuntimeError("ours")))
+
+    with pytest.raises(RuntimeError, match="ours"):
+        run(script)
+
+    assert site.context.heartbeat.renewals == []
 
 
 def become_ready(trainer: FakeTrainer) -> None:

@@ -97,7 +97,8 @@ class Heartbeat:
             self._directives.pop(claim_id, None)
 
     def release_all(self) -> None:
-        """Renew no claim any more: all remaining claims expire with their leases."""
+        """Renew no lease any more: all remaining claims expire."""
+        self.renewals.clear()
         with self._lock:
             self._renewed_at.clear()
             self._directives.clear()

@@ -181,6 +181,11 @@ class InferenceSession:
         """Claim no more requests, because the trainer is to be unloaded."""
         self._is_closing = True
 
+    def give_back(self) -> None:
+        """Release the requests of a trainer that is not launched. It counts for none of them."""
+        self.stop_claiming()
+        self.release_all()
+
     def release_all(self) -> None:
         """Let other workers answer what this trainer has not answered, and close the connections.
 

@@ -346,6 +346,7 @@ class TrainerSession:
                 held.drop_outdated()
             elif event["type"] == "ready":
                 self.ready, self._memory = _without(event, "spans"), event["memory"]
+                self.idle_since = time.monotonic()
                 for claim_id in self._held:
                     self._context.spans.reported(claim_id, event)
             elif event["type"] == "memory":
