@@ -43,7 +43,7 @@ def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> Dep
         target = endpoints.find(session, endpoint, lock=True)
         serialize(session, f"deployments of {found.id}")
         job = session.get_one(Job, found.job_id)
-        if (found.base_model, found.base_digest) != (target.base_model, target.base_digest):
+        if found.base_digest != target.base_digest:
             raise Conflict(
                 f"Adapter {found.name!r} belongs to the base model {found.base_model!r} ({found.base_digest[:12]}…), "
                 f"but endpoint {target.name!r} serves {target.base_model!r} ({target.base_digest[:12]}…).",

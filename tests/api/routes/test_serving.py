@@ -10,10 +10,11 @@ from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from api.deps import Services
+from catalog.registry import base_models
 from catalog.tables.serving import Deployment
 from catalog.tables.storage import Adapter, BaseModelRow
 from tests.api.trained import BASE, trained
-from tests.catalog.world import World
+from tests.catalog.world import DESCRIPTION, World
 
 ENDPOINTS = "/v1/serving/endpoints"
 
@@ -170,6 +171,18 @@ def test_adapter_of_another_base_model_is_not_deployed(
     error = client.post(deployments(adapter), json={"endpoint": "vllm-1"}).json()["error"]
 
     assert error["code"] == "other_base_model"
+
+
+def test_endpoint_of_the_same_base_model_under_another_name_serves_the_adapter(
+    client: TestClient, operator: TestClient, world: World, adapter: Adapter, tmp_path: Path
+) -> None:
+    base_models.add(world.db, name="twin", kind="folder", source="/models/solid")
+    world.finish_import("twin", digest=adapter.base_digest, description=DESCRIPTION)
+    assert operator.post(ENDPOINTS, json=body(tmp_path, base_model="twin")).status_code == 200
+
+    made = client.post(deployments(adapter), json={"endpoint": "vllm-1"})
+
+    assert (made.status_code, made.json()["state"]) == (200, "pending")
 
 
 def test_adapter_above_the_rank_of_the_endpoint_is_not_deployed(
