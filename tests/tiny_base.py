@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,24 @@ def make(folder: Path, *, seed: int = 7) -> Path:
         subprocess.run(
             [sys.executable, "-m", "tests.tiny_base", str(folder), str(seed)], check=True, cwd=Path(__file__).parents[1]
         )
+    return folder
+
+
+def without_end_of_turn(base: Path, folder: Path, *, template: str | None = None) -> Path:
+    """Copy a base model whose token 0 is <|endoftext|>, and name that as the only end token in its files. So a chat
+    template may end turns with another one, as in many models without instruction tuning. template: another one."""
+    shutil.copytree(base, folder)
+    changes: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {"eos_token": SPECIAL[0]},
+        "special_tokens_map.json": {"eos_token": SPECIAL[0]},
+        "config.json": {"eos_token_id": 0},
+        "generation_config.json": {"eos_token_id": 0},
+    }
+    for path in (folder / name for name in changes):
+        if path.is_file():
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes[path.name]))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

@@ -6,6 +6,7 @@ Each export is read back and compared with the adapted model before its folder a
 
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ def export_model(
     quantization: Precision | None,
     name: str,
     file_stem: str,
+    end_ids: Collection[int] = (),
 ) -> dict[str, Any]:
     """Create `out_dir`, which must not exist, and return what was measured.
 
@@ -43,6 +45,7 @@ def export_model(
         quantization: Storage of the matrices, for the format `gguf` only.
         name: Name of the model in GGUF metadata.
         file_stem: Name of a GGUF file, without its suffix.
+        end_ids: Tokens that end an answer; see `merge_adapter`. An export without a model does not contain them.
 
     Returns:
         `verification`: with `max_abs_diff` and `tolerance` in logits, and details by format. `cost`: the fields of
@@ -60,28 +63,37 @@ def export_model(
         )
     refuse_foreign_adapter(adapter_dir)
     if format == "merged":
-        return _export_merged(adapter_dir, base_dir, out_dir)
+        return _export_merged(adapter_dir, base_dir, out_dir, end_ids)
     architecture_of(read_config(base_dir))
     if quantization is None:
         return _export_lora(adapter_dir, base_dir, out_dir, name=name, file_stem=file_stem)
-    return _export_gguf(adapter_dir, base_dir, out_dir, precision=quantization, name=name, file_stem=file_stem)
+    return _export_gguf(
+        adapter_dir, base_dir, out_dir, precision=quantization, name=name, file_stem=file_stem, end_ids=end_ids
+    )
 
 
-def _export_merged(adapter_dir: Path, base_dir: Path, out_dir: Path) -> dict[str, Any]:
+def _export_merged(adapter_dir: Path, base_dir: Path, out_dir: Path, end_ids: Collection[int]) -> dict[str, Any]:
     """merge_adapter compares the merged model in memory. Reading the folder again for the cost checks the files."""
-    report = merge_adapter(adapter_dir, base_dir, out_dir, dequantize=True)
+    report = merge_adapter(adapter_dir, base_dir, out_dir, dequantize=True, end_ids=end_ids)
     cost = compare_cost(base_dir, out_dir, dtype=report.dtype)
     return {"verification": asdict(report), "cost": asdict(cost)}
 
 
 def _export_gguf(
-    adapter_dir: Path, base_dir: Path, out_dir: Path, *, precision: Precision, name: str, file_stem: str
+    adapter_dir: Path,
+    base_dir: Path,
+    out_dir: Path,
+    *,
+    precision: Precision,
+    name: str,
+    file_stem: str,
+    end_ids: Collection[int],
 ) -> dict[str, Any]:
     """The weights are merged in fp32, so that they are rounded once, to the format of the file."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=".merged-") as folder:
         merged = Path(folder) / "merged"
-        report = merge_adapter(adapter_dir, base_dir, merged, dtype="float32", dequantize=True)
+        report = merge_adapter(adapter_dir, base_dir, merged, dtype="float32", dequantize=True, end_ids=end_ids)
         cost = compare_cost(base_dir, merged, dtype=stored_dtype(base_dir))
         result: dict[str, Any] = {"cost": asdict(cost)}
 

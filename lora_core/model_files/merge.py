@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ def merge_adapter(
     *,
     dtype: Dtype | None = None,
     dequantize: bool = False,
+    end_ids: Collection[int] = (),
 ) -> MergeReport:
     """Write `out_dir`, which must not exist: config, tokenizer, sharded weights and merge.json.
 
@@ -91,6 +92,7 @@ def merge_adapter(
         dtype: Dtype of the merged weights. None means that of the base model.
         dequantize: Accept the rounding errors of a quantized GGUF file, or of an adapter trained on a quantized base
             model.
+        end_ids: Tokens that end an answer, for generation_config.json. Empty: those of the base model's files.
 
     Raises:
         BadAdapter: The adapter belongs to another base model, or the merged logits differ by more than rounding.
@@ -136,7 +138,7 @@ def merge_adapter(
             raise _bad(
                 f"merged logits differ by {report.max_abs_diff:.3g}, but rounding explains only {report.tolerance:.3g}"
             )
-        write_directory(out_dir, lambda directory: _write(merged, base_dir, directory, report))
+        write_directory(out_dir, lambda directory: _write(merged, base_dir, directory, report, end_ids))
     return report
 
 
@@ -368,13 +370,24 @@ def _unloaded(adapted: PeftModel) -> nn.Module:
         return cast(nn.Module, adapted.merge_and_unload())
 
 
-def _write(merged: nn.Module, base_dir: Path, directory: Path, report: MergeReport) -> None:
+def _write(merged: nn.Module, base_dir: Path, directory: Path, report: MergeReport, end_ids: Collection[int]) -> None:
     """Copy the base model's other files unchanged (tokenizer, template, license), then write config and weights."""
     for path in sorted(base_dir.iterdir()):
         if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".gguf", ".bin", ".pt", ".py")):
             shutil.copyfile(path, directory / path.name)
     merged.save_pretrained(directory, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
+    if end_ids:
+        _write_end_ids(directory / "generation_config.json", end_ids)
     write_json(directory / RECORD, asdict(report))
+
+
+def _write_end_ids(path: Path, end_ids: Collection[int]) -> None:
+    """Set the tokens that end an answer in a generation_config.json. Those that it has come first."""
+    content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    stated = content.get("eos_token_id")
+    listed = stated if isinstance(stated, list) else [stated]
+    ends = sorted(end_ids, key=lambda ident: (listed.index(ident) if ident in listed else len(listed), ident))
+    write_json(path, {**content, "eos_token_id": ends if len(ends) > 1 else ends[0]})
 
 
 def _largest(logits: Tensor) -> float:

@@ -17,6 +17,8 @@ from pathlib import Path
 from catalog import failpoints
 from lora_core.errors import LoraCoreError
 from lora_core.model_files.export import export_model
+from worker.children.tokenizer.chat_template import Refused
+from worker.children.tokenizer.text_encoder import BaseText
 from worker.protocol.errors import described, disk_error
 from worker.protocol.mailbox import Json, read_json, write_json
 
@@ -26,15 +28,17 @@ def export(arguments_path: Path) -> None:
     result}`. Writes `{verification, cost}` or an error to the result file."""
     arguments = read_json(arguments_path)
     failpoints.pass_by("exporting")
+    base_dir = Path(arguments["base_dir"])
     try:
         result: Json = export_model(
             Path(arguments["adapter_dir"]),
-            Path(arguments["base_dir"]),
+            base_dir,
             Path(arguments["out_dir"]),
             format=arguments["format"],
             quantization=arguments["quantization"],
             name=arguments["name"],
             file_stem=arguments["file_stem"],
+            end_ids=() if arguments["format"] == "gguf-lora" else _end_ids(base_dir),
         )
     except LoraCoreError as error:
         result = {"error": described(error)}
@@ -45,6 +49,15 @@ def export(arguments_path: Path) -> None:
         too_large = "writes a file that is larger than the limit for its size."
         result = {"error": _limit_error(too_large) if is_limit else disk_error(error)}
     write_json(Path(arguments["result"]), result)
+
+
+def _end_ids(base_dir: Path) -> frozenset[int]:
+    """Return the tokens that end an answer of the built-in engine, so that the exported model stops there too."""
+    text = BaseText(base_dir)
+    try:
+        return text.end_ids(as_chat=True)
+    except Refused:  # the chat template is missing or unusable, so no user chats with the model
+        return text.end_ids(as_chat=False)
 
 
 def _limit_error(what: str) -> dict[str, str]:
