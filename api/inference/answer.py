@@ -105,6 +105,8 @@ class PartialAnswer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     has_begun: bool = False
+    generation: Event | None = None
+    """How the worker renders prompts and ends answers; see catalog/serving/probes.py."""
     _num_kept_bytes: int = 0
     _choices: dict[int, _Received] = field(default_factory=dict[int, _Received])
 
@@ -183,6 +185,7 @@ async def deltas_of(
                 expires_at = loop.time() + wait_seconds
             elif event["type"] == "answering":
                 answer.has_begun, answer.prompt_tokens = True, int(event["prompt_tokens"])
+                answer.generation = event.get("generation")
             elif event["type"] == "generated":
                 for delta in answer.added(event):
                     yield delta

@@ -35,6 +35,7 @@ from api.streaming.sse import HEADERS
 from catalog.errors import LorryError
 from catalog.inference import requests
 from catalog.serving import routes
+from catalog.serving.probes import ProbeKind
 from catalog.serving.routes import ServingRoute
 from catalog.tenancy.authentication import Caller
 
@@ -71,7 +72,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     `models:answer`.
     """
     call = chat_call(body)
-    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model))
+    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model, "chat"))
     form = call.form(model)
     exchange = _Exchange(use, caller, request, model, call.parameters)
     routed = exchange if _uses_tools(call.parameters) else exchange.routed(route, form.response_id)
@@ -90,16 +91,17 @@ async def create_completion(body: CompletionRequest, request: Request, use: Use,
     Requires the scope `models:answer`.
     """
     call = text_call(body)
-    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model))
+    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model, "text"))
     form = call.form(model)
     exchange = _Exchange(use, caller, request, model, call.parameters).routed(route, form.response_id)
     return await _respond(exchange, form, body, n=call.num_choices)
 
 
-def _resolve(use: Services, caller: Caller, name: str) -> tuple[requests.Model, ServingRoute | None]:
+def _resolve(use: Services, caller: Caller, name: str, kind: ProbeKind) -> tuple[requests.Model, ServingRoute | None]:
     """Return the model and, if one is ready for it, the serving endpoint that answers."""
     model = requests.resolve(use.db, project_id=caller.project_id, name=name)
-    return model, routes.route_of(use.db, model=model.name, base_digest=model.base_digest, pepper=use.pepper)
+    digest = model.base_digest
+    return model, routes.route_of(use.db, model=model.name, base_digest=digest, kind=kind, pepper=use.pepper)
 
 
 def _uses_tools(prompt: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ from catalog.tenancy.authentication import Caller
 MAX_UNREAD = 64
 """Chunks that are read ahead of the client."""
 FINISHES = frozenset({"stop", "length"})
+"""Reasons with which a complete answer ends. vLLM also ends answers with `abort`, for example when it is paused."""
 log = logging.getLogger("lorry.api")
 
 
@@ -109,7 +110,7 @@ class _EndpointAnswer:
 
     def __init__(self, use: Services, route: ServingRoute, parameters: Json, receive: Receive) -> None:
         server = ServerAddress(url=route.url, api_key=route.api_key)
-        path, body = request_of(parameters, served_model=route.served_model)
+        path, body = request_of(parameters, served_model=route.served_model, settings=route.settings)
         self._is_chat = "messages" in parameters
         self._chunks: asyncio.Queue[Json | EndpointFailure | None] = asyncio.Queue(maxsize=MAX_UNREAD)
         """None follows the last chunk."""
@@ -145,12 +146,7 @@ class _EndpointAnswer:
         chunk: Json | EndpointFailure | None = self._first
         while chunk is not None:
             if isinstance(chunk, EndpointFailure):
-                log.warning("serving interrupted answer: %s", chunk.message)  # clients must not see the server's text
-                raise AnswerInterrupted(
-                    "The serving endpoint did not complete the answer.",
-                    code="answer_interrupted",
-                    remedy="Send the request again.",
-                )
+                raise _interrupted(chunk.message)
             for choice in chunk.get("choices") or ():
                 delta = self._delta(choice)
                 if delta.text or delta.logprobs or delta.finish:
@@ -159,14 +155,16 @@ class _EndpointAnswer:
             chunk = await self._next()
 
     def _delta(self, choice: Json) -> Delta:
-        finish = choice.get("finish_reason")
+        finish: str | None = choice.get("finish_reason")
+        if finish is not None and finish not in FINISHES:
+            raise _interrupted(f"The server ended it with the reason {finish!r}.")
         part: Json = (choice.get("delta") or {}) if self._is_chat else choice
         text: str | None = part.get("content" if self._is_chat else "text")
         return Delta(
             index=int(choice["index"]),
             text=text or "",
-            logprobs=logprob_events(choice.get("logprobs"), is_chat=self._is_chat),
-            finish=finish if finish in FINISHES or finish is None else "stop",
+            logprobs=logprob_events(choice, is_chat=self._is_chat),
+            finish=finish,
         )
 
     def _note_usage(self, chunk: Json, answer: PartialAnswer) -> None:
@@ -204,3 +202,13 @@ class _EndpointAnswer:
         except Exception:
             log.exception("crash in the answer of a serving endpoint")
             await self._chunks.put(EndpointFailure("The server's answer could not be read.", kind="refused"))
+
+
+def _interrupted(reason: str) -> AnswerInterrupted:
+    """Return the error for the client. reason: only for the log, because it contains text of the server."""
+    log.warning("serving interrupted answer: %s", reason)
+    return AnswerInterrupted(
+        "The serving endpoint did not complete the answer.",
+        code="answer_interrupted",
+        remedy="Send the request again.",
+    )

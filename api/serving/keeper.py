@@ -30,6 +30,7 @@ from catalog.errors import LorryError
 from catalog.pepper import Pepper
 from catalog.serving import endpoints, keeping, probes
 from catalog.serving.keeping import EndpointClaim, EndpointWork, WantedAdapter
+from catalog.serving.probes import ProbeAnswer
 from catalog.storage.manifest import Manifest
 from catalog.storage.store import ArtifactStore
 from catalog.tables.serving import ServingEndpoint
@@ -204,7 +205,7 @@ class EndpointKeeper:
         await self._unload_unwanted(server, work, loaded)
         self._report_foreign(work, loaded)
         await self._clear(work, loaded)
-        if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
+        if _is_unverified(row, base):
             if time.monotonic() >= self._verify_at and row.id not in running:
                 self._begin(row.id, self._verify_base(work, server, base))
             return
@@ -275,10 +276,10 @@ class EndpointKeeper:
         row = work.endpoint
         try:
             reference = row.reference
-            if reference is None:
+            if reference is None or probes.settings_of(reference, "text") is None:
                 reference = await self._tools.references.of_base(row.base_model, project_id=row.project_id)
                 await self._do(keeping.store_reference, deployment_id=None, reference=reference)
-            found = await self._tools.client.probe(server, model=base.name, kind=reference["kind"])
+            found = await self._probe(server, base.name, reference)
         except EndpointFailure as failure:
             state = "unreachable" if failure.kind == "unreachable" else "rejected"
             return await self._unusable(row, state=state, error=failure.message)
@@ -336,13 +337,20 @@ class EndpointKeeper:
             await self._put(path, one.manifest)
             await self._lease.check()
             await self._tools.client.load(server, name=one.name, path=str(path))
-        found = await self._tools.client.probe(server, model=one.name, kind=kind)
+        found = await self._probe(server, one.name, row.reference or {})
         return probes.judge_adapter(
             probes.answer_of(reference),
             found,
             of_base=probes.answer_of(row.reference or {}),
             base_diff=(row.verification or {})["max_diff"],
         )
+
+    async def _probe(self, server: ServerAddress, model: str, of_base: Json) -> ProbeAnswer:
+        """Let a model of the server answer the probe. of_base: the reference of the base model. Raises
+        EndpointFailure."""
+        settings = probes.settings_of(of_base, of_base["kind"])
+        assert settings is not None, "references without settings are recomputed"
+        return await self._tools.client.probe(server, model=model, kind=of_base["kind"], settings=settings)
 
     async def _put(self, path: Path, manifest: Manifest) -> None:
         """Write the adapter's files. Raises EndpointFailure."""
@@ -427,6 +435,13 @@ class EndpointKeeper:
     async def _do(self, act: Callable[..., T], *args: Any, **given: Any) -> T:
         """Run a function of catalog.serving.keeping in a thread, in the name of the claim."""
         return await run_in_threadpool(partial(act, self._tools.db, self.claim, *args, **given))
+
+
+def _is_unverified(row: ServingEndpoint, base: ServedModel) -> bool:
+    """Return whether the base model that the server lists has to be compared with the reference first."""
+    if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
+        return True
+    return probes.settings_of(row.reference, "text") is None  # an earlier version has computed the reference
 
 
 def _path(folder: Path, one: WantedAdapter) -> Path:

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import httpx
 
 from catalog.fleet.compatibility import lorry_version
-from catalog.serving.probes import ProbeAnswer, ProbeKind, probe_body, tokens_of
+from catalog.serving.probes import GenerationSettings, ProbeAnswer, ProbeKind, probe_body, tokens_of
 
 Json = dict[str, Any]
 MAX_BODY_BYTES = 2**22
@@ -31,6 +31,8 @@ KEEP_SECONDS = 2.0
 MAX_CONNECTIONS = 512
 FIXED: Json = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """vLLM takes these from the model's generation_config.json otherwise. Lorry's API does not have them."""
+SEED_BITS = 2**62 - 1
+"""vLLM takes the seed -1 for none, and adds the number of the choice to it."""
 NOT_FOUND = 404
 RUNTIME_UPDATES = "Start vLLM with --enable-lora and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
 
@@ -106,15 +108,16 @@ class VllmClient:
             if failure.kind != "missing":
                 raise
 
-    async def probe(self, server: ServerAddress, *, model: str, kind: ProbeKind) -> ProbeAnswer:
+    async def probe(
+        self, server: ServerAddress, *, model: str, kind: ProbeKind, settings: GenerationSettings
+    ) -> ProbeAnswer:
         """Let a model answer the probe prompt."""
-        path, body = request_of(probe_body(kind), served_model=model)
+        path, body = request_of(probe_body(kind), served_model=model, settings=settings)
         body |= {"stream": False}
         del body["stream_options"]
         found = await self._json(server, "POST", path, body=body, timeout=LOAD_SECONDS)
         try:
-            logprobs = found["choices"][0].get("logprobs")
-            events = logprob_events(logprobs, is_chat=kind == "chat")
+            events = logprob_events(found["choices"][0], is_chat=kind == "chat")
             return ProbeAnswer(prompt_tokens=int(found["usage"]["prompt_tokens"]), tokens=tokens_of(events))
         except (KeyError, TypeError, AttributeError, ValueError, IndexError):
             raise EndpointFailure(f"POST {path} did not return a completion.", kind="refused") from None
@@ -153,7 +156,7 @@ class VllmClient:
     ) -> AsyncGenerator[httpx.Response]:
         """Yield a successful response, whose body is not read yet."""
         client = self._client()
-        limits = httpx.Timeout(timeout, connect=CONNECT_SECONDS)
+        limits = httpx.Timeout(timeout, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS)
         try:
             request = client.build_request(
                 method, f"{server.url}{path}", json=body, headers=server.headers(), timeout=limits
@@ -181,16 +184,26 @@ class VllmClient:
                 keepalive_expiry=KEEP_SECONDS,
             )
             self._http = httpx.AsyncClient(
-                transport=self._transport, trust_env=False, follow_redirects=False, limits=limits
+                transport=self._transport,
+                verify=httpx.create_ssl_context(),  # trusts SSL_CERT_FILE, which trust_env=False ignores
+                trust_env=False,
+                follow_redirects=False,
+                limits=limits,
             )
         return self._http
 
 
-def request_of(parameters: Mapping[str, Any], *, served_model: str) -> tuple[str, Json]:
-    """Return path and body of the streamed request for the parameters of a worker's inference request."""
+def request_of(parameters: Mapping[str, Any], *, served_model: str, settings: GenerationSettings) -> tuple[str, Json]:
+    """Return path and body of the streamed request for the parameters of a worker's inference request.
+
+    ignore_eos lets only the given tokens end an answer, without those that the server would take from its files.
+    """
     body: Json = {
         "model": served_model,
-        **{name: parameters[name] for name in ("n", "seed", "temperature", "top_p")},
+        **{name: parameters[name] for name in ("n", "temperature", "top_p")},
+        "seed": parameters["seed"] & SEED_BITS,
+        "ignore_eos": True,
+        "stop_token_ids": list(settings.end_ids),
         **{name: parameters[name] for name in ("presence_penalty", "frequency_penalty")},
         **FIXED,
         "stream": True,
@@ -204,29 +217,47 @@ def request_of(parameters: Mapping[str, Any], *, served_model: str) -> tuple[str
             body |= {"logprobs": True, "top_logprobs": num_logprobs}
         if limit is not None:
             body["max_completion_tokens"] = limit
-        return "/v1/chat/completions", {**body, "messages": parameters["messages"]}
+        if settings.template_kwargs:
+            body["chat_template_kwargs"] = settings.template_kwargs
+        messages = [_message(message) for message in parameters["messages"]]
+        return "/v1/chat/completions", {**body, "messages": messages}
     if num_logprobs is not None:
         body["logprobs"] = num_logprobs
     return "/v1/completions", {**body, "prompt": parameters["prompts"], "max_tokens": limit}
 
 
-def logprob_events(logprobs: Any, *, is_chat: bool) -> list[Json]:
-    """Return the log-probabilities of a choice in the form of a worker's delta."""
+def _message(message: Json) -> Json:
+    """Return a message with `system` for `developer`, as the built-in engine renders it. A server may merge messages of
+    developers with others."""
+    return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
+def logprob_events(choice: Json, *, is_chat: bool) -> list[Json]:
+    """Return the log-probabilities of a choice in the form of a worker's delta: without that of an end token, whose id
+    is the `stop_reason`."""
+    logprobs: Any = choice.get("logprobs")
     if not logprobs:
         return []
-    if is_chat:
-        return [
-            {
-                "token": item["token"],
-                "logprob": item["logprob"],
-                "bytes": item.get("bytes"),
-                "top_logprobs": [
-                    {"token": top["token"], "logprob": top["logprob"], "bytes": top.get("bytes")}
-                    for top in item.get("top_logprobs") or ()
-                ],
-            }
-            for item in logprobs.get("content") or ()
-        ]
+    events = _chat_logprobs(logprobs) if is_chat else _text_logprobs(logprobs)
+    return events[:-1] if isinstance(choice.get("stop_reason"), int) else events
+
+
+def _chat_logprobs(logprobs: Json) -> list[Json]:
+    return [
+        {
+            "token": item["token"],
+            "logprob": item["logprob"],
+            "bytes": item.get("bytes"),
+            "top_logprobs": [
+                {"token": top["token"], "logprob": top["logprob"], "bytes": top.get("bytes")}
+                for top in item.get("top_logprobs") or ()
+            ],
+        }
+        for item in logprobs.get("content") or ()
+    ]
+
+
+def _text_logprobs(logprobs: Json) -> list[Json]:
     tops: list[dict[str, float] | None] = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
     return [
         {

@@ -44,6 +44,17 @@ class ProbeAnswer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSettings:
+    """The settings with which a server renders prompts and ends answers as the built-in engine does.
+
+    end_ids: tokens that end an answer. template_kwargs: variables for the chat template.
+    """
+
+    end_ids: tuple[int, ...]
+    template_kwargs: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """max_diff: largest difference of log-probabilities. num_compared: tokens until the answers differ or end."""
 
@@ -147,9 +158,24 @@ def answer_of(row: Json) -> ProbeAnswer:
     )
 
 
-def as_row(kind: ProbeKind, answer: ProbeAnswer) -> Json:
+def as_row(kind: ProbeKind, answer: ProbeAnswer, *, generation: Json) -> Json:
+    """Return an answer of the built-in engine in the form of a stored reference. generation: as the trainer reported
+    it (worker/children/trainer/inference.py)."""
     tokens = [{"text": one.text, "logprob": one.logprob, "alternatives": one.alternatives} for one in answer.tokens]
-    return {"kind": kind, "prompt_tokens": answer.prompt_tokens, "tokens": tokens}
+    found: Json = {"kind": kind, "prompt_tokens": answer.prompt_tokens, "tokens": tokens}
+    return {**found, "generation": generation}
+
+
+def settings_of(reference: Json | None, kind: ProbeKind) -> GenerationSettings | None:
+    """Return the settings for a kind of request from a stored reference of the base model.
+
+    None: the reference is not computed yet or was computed without them, or the base model has no chat template.
+    """
+    by_kind: dict[str, Json] = (reference or {}).get("generation", {})
+    found = by_kind.get(kind)
+    if found is None:
+        return None
+    return GenerationSettings(end_ids=tuple(found["end_ids"]), template_kwargs=found.get("template_kwargs", {}))
 
 
 def tokens_of(events: Sequence[Json]) -> tuple[ProbeToken, ...]:

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict
 from catalog.pepper import Pepper
-from catalog.serving import endpoints
+from catalog.serving import endpoints, probes
+from catalog.serving.probes import GenerationSettings, ProbeKind
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.storage import Adapter
 
@@ -21,7 +22,10 @@ USABLE = (ServingEndpoint.state == "ready", ServingEndpoint.deleted_at.is_(None)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingRoute:
-    """An endpoint and the server's name of the model. deployment_id: None: the base model answers."""
+    """An endpoint and the server's name of the model. deployment_id: None: the base model answers.
+
+    settings: for the kind of the request.
+    """
 
     endpoint_id: str
     endpoint_name: str
@@ -29,10 +33,14 @@ class ServingRoute:
     url: str
     api_key: str | None
     served_model: str
+    settings: GenerationSettings
 
 
-def route_of(db: Database, *, model: str, base_digest: str, pepper: Pepper) -> ServingRoute | None:
-    """Return the endpoint for a model that the caller may use, or None. Several endpoints share the requests."""
+def route_of(db: Database, *, model: str, base_digest: str, kind: ProbeKind, pepper: Pepper) -> ServingRoute | None:
+    """Return the endpoint for a model that the caller may use, or None. Several endpoints share the requests.
+
+    kind: of the request. If the base model has no chat template, no endpoint answers a chat.
+    """
     usable = (*USABLE, ServingEndpoint.base_digest == base_digest)
     with db.read() as session:
         found: list[tuple[ServingEndpoint, str | None]] = []
@@ -46,9 +54,10 @@ def route_of(db: Database, *, model: str, base_digest: str, pepper: Pepper) -> S
             found = [(row, deployment_id) for row, deployment_id in session.execute(loaded)]
         else:
             found = [(row, None) for row in session.scalars(select(ServingEndpoint).where(*usable))]
-        if not found:
+        known = [(row, one, settings) for row, one in found if (settings := probes.settings_of(row.reference, kind))]
+        if not known:
             return None
-        row, deployment_id = random.choice(found)  # noqa: S311  (no secret)
+        row, deployment_id, settings = random.choice(known)  # noqa: S311  (no secret)
     try:
         api_key = endpoints.api_key(row, peppers=pepper.all())
     except Conflict:  # the endpoint's keeper reports it
@@ -60,6 +69,7 @@ def route_of(db: Database, *, model: str, base_digest: str, pepper: Pepper) -> S
         url=row.url,
         api_key=api_key,
         served_model=model if deployment_id is not None else row.served_model or model,
+        settings=settings,
     )
 
 

@@ -25,6 +25,12 @@ from worker.session.reply_connections import ReplyConnections
 Json = dict[str, Any]
 PROMPT_TOKENS = 12
 SERVED = "org/base"
+GENERATION: Json = {
+    "text": {"end_ids": [2]},
+    "chat": {"end_ids": [2, 5], "template_kwargs": {"date_string": "26 Jul 2024"}},
+}
+"""The report of the trainer about the base model."""
+END: Json = {"token": "<end>", "logprob": -0.1, "bytes": None, "top_logprobs": []}
 NO_ROUTE: tuple[int, Json] = (404, {"detail": "Not Found"})
 
 
@@ -65,6 +71,10 @@ class FakeVllm:
     """Chunks of a streamed answer after which the connection is closed."""
     fails_with: int | None = None
     """Status of answers to completions."""
+    end_id: int | None = None
+    """Id of the token END that follows each answer. It ends the answer if the request names it."""
+    finish: str = "length"
+    """Reason with which other answers end."""
     adapters: dict[str, str] = field(default_factory=dict[str, str])
     """Path by name."""
     holds: str | None = None
@@ -120,7 +130,18 @@ def _tokens(fake: FakeVllm, body: Json) -> list[Json]:
     for token in found:
         token["logprob"] += fake.drift
         token["top_logprobs"][0]["logprob"] += fake.drift
-    return found
+    return found if fake.end_id is None else [*found, END]
+
+
+def _text_of(fake: FakeVllm, token: Json, body: Json) -> str:
+    return "" if token is END and fake.end_id in body["stop_token_ids"] else token["token"]
+
+
+def _ending(fake: FakeVllm, body: Json) -> Json:
+    if fake.end_id is None:
+        return {"finish_reason": fake.finish, "stop_reason": None}
+    is_end = fake.end_id in body["stop_token_ids"]
+    return {"finish_reason": "stop" if is_end else "length", "stop_reason": fake.end_id if is_end else None}
 
 
 def _usage(fake: FakeVllm, number: int) -> Json:
@@ -139,8 +160,8 @@ def _text_logprobs(tokens: list[Json]) -> Json:
 
 def _whole(fake: FakeVllm, body: Json, *, is_chat: bool) -> Json:
     tokens = _tokens(fake, body)
-    text = "".join(token["token"] for token in tokens)
-    choice: Json = {"index": 0, "finish_reason": "length"}
+    text = "".join(_text_of(fake, token, body) for token in tokens)
+    choice: Json = {"index": 0, **_ending(fake, body)}
     if is_chat:
         choice |= {"message": {"role": "assistant", "content": text}, "logprobs": {"content": tokens}}
     else:
@@ -154,13 +175,14 @@ def _chunks(fake: FakeVllm, body: Json, *, is_chat: bool) -> Iterator[Json]:
         first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         yield {"choices": [first], "usage": _usage(fake, 0)}
     for number, token in enumerate(tokens, 1):
-        choice: Json = {"index": 0, "finish_reason": "length" if number == len(tokens) else None, "logprobs": None}
+        choice: Json = {"index": 0, "finish_reason": None, "logprobs": None}
+        choice |= _ending(fake, body) if number == len(tokens) else {}
         wants = body.get("logprobs") not in (None, False)
         if is_chat:
-            choice |= {"delta": {"content": token["token"]}}
+            choice |= {"delta": {"content": _text_of(fake, token, body)}}
             choice |= {"logprobs": {"content": [token]}} if wants else {}
         else:
-            choice |= {"text": token["token"]}
+            choice |= {"text": _text_of(fake, token, body)}
             choice |= {"logprobs": _text_logprobs([token])} if wants else {}
         yield {"choices": [choice], "usage": _usage(fake, number)}
     yield {"choices": [], "usage": _usage(fake, len(tokens))}
@@ -253,11 +275,13 @@ class FakeTrainer:
     """Claims inference requests like a worker's trainer, and answers them with `tokens_of` their model.
 
     `answered`: the models of answered requests. has_template: False: chat requests fail.
+    reports_generation: False: as of an earlier version.
     """
 
     def __init__(self, db: Database, base_digests: list[str], *, has_template: bool = True) -> None:
         self.answered: list[str] = []
         self.has_template = has_template
+        self.reports_generation = True
         self._db = db
         self._keys = [pack_key(digest, "bfloat16") for digest in base_digests]
         self._stop = threading.Event()
@@ -289,11 +313,13 @@ class FakeTrainer:
             events = [{"type": "unanswered", "error": error}]
         else:
             limit = claim.body["max_tokens"] or 6
+            kinds = ("text", "chat") if is_chat else ("text",)
+            generation = {"generation": {kind: GENERATION[kind] for kind in kinds}} if self.reports_generation else {}
             tokens = tokens_of(model)[:limit]
             deltas = [{"index": 0, "text": token["token"], "logprobs": [token]} for token in tokens]
             deltas[-1] |= {"finish": "length"}
             events = [
-                {"type": "answering", "prompt_tokens": PROMPT_TOKENS},
+                {"type": "answering", "prompt_tokens": PROMPT_TOKENS, **generation},
                 *({"type": "generated", "deltas": [delta]} for delta in deltas),
                 {"type": "answered", "completion_tokens": len(tokens)},
             ]

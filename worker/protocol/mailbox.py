@@ -42,7 +42,8 @@ but neither `finished` nor an event after which the job has left.
     checkpoint_unexported   claim_id: str, step: int, error: error
     paused                  claim_id: str, step: int, adapter: str | None, num_parameters?: int
     cancelled               claim_id: str
-    answering               claim_id: str, prompt_tokens: int
+    answering               claim_id: str, prompt_tokens: int, generation: dict (see _generation in
+                            children/trainer/inference.py)
     generated               claim_id: str, deltas: list[delta], completion_tokens: int (so far); a delta has index,
                             text, logprobs? and finish?
     answered                claim_id: str, completion_tokens: int

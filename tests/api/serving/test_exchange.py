@@ -60,6 +60,40 @@ def test_adapter_is_answered_by_its_endpoint_in_the_form_of_the_built_in_engine(
     until(lambda: usage(ready) == COUNTED)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "end_ids"), [("/v1/chat/completions", [2, 5]), ("/v1/completions", [2])])
+def test_answer_ends_at_the_end_tokens_of_the_built_in_engine(
+    ready: ServingSite, path: str, end_ids: list[int], stream: bool
+) -> None:
+    ready.vllm.end_id = end_ids[-1]
+
+    with client_of(ready) as client:
+        if "chat" in path:
+            asked: Any = {"messages": QUESTION["messages"], "logprobs": True}
+            create: Any = client.chat.completions.create
+        else:
+            asked, create = {"prompt": "Hi", "logprobs": 1}, client.completions.create
+        found = create(model=ready.adapter.name, max_tokens=4, stream=stream, **asked)
+        choices = [part.choices[0] for part in found if part.choices] if stream else found.choices
+
+    (sent,) = ready.vllm.completions()
+    assert (sent["stop_token_ids"], sent["ignore_eos"]) == (end_ids, True)
+    assert choices[-1].finish_reason == "stop"
+    logprobs = [choice.logprobs for choice in choices if choice.logprobs]
+    tokens = [entry.token for one in logprobs for entry in one.content] if "chat" in path else None
+    tokens = tokens or [token for one in logprobs for token in one.tokens]
+    assert "".join(tokens) == text_of(ready.adapter.name), "the end token is no part of the answer"
+    until(lambda: usage(ready) == {**COUNTED, "completion_tokens": 5})
+
+
+def test_prompt_of_an_endpoint_has_the_date_of_the_built_in_engine(ready: ServingSite) -> None:
+    ready.ask()
+
+    (chat,) = ready.vllm.completions()
+    probes = [body for path, body in ready.vllm.requests if path.endswith("completions") and not body.get("stream")]
+    assert [body["chat_template_kwargs"] for body in (chat, *probes)] == [{"date_string": "26 Jul 2024"}] * 3
+
+
 def test_base_model_is_answered_under_the_servers_name_for_it(ready: ServingSite, trainer: FakeTrainer) -> None:
     found = ready.ask(ready.adapter.base_model).json()
 
@@ -147,6 +181,32 @@ def test_failure_before_the_first_token_is_answered_by_the_built_in_engine(
     assert trainer.answered == [ready.adapter.name]
     assert '"error"' not in response.text
     until(lambda: usage(ready) == COUNTED)
+
+
+@pytest.mark.parametrize("finish", ["abort", "repetition"])
+def test_answer_that_the_server_cuts_off_is_no_complete_answer(
+    ready: ServingSite, trainer: FakeTrainer, finish: str
+) -> None:
+    ready.vllm.finish = finish
+
+    whole, streamed = ready.ask(), ready.ask(stream=True)
+
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "answer_interrupted")
+    assert '"code":"answer_interrupted"' in streamed.text.replace(": ", ":")
+    assert "[DONE]" not in streamed.text
+    assert trainer.answered == []
+
+
+def test_chat_without_a_chat_template_is_not_sent_to_an_endpoint(place: ServingSite, trainer: FakeTrainer) -> None:
+    trainer.has_template = False
+    place.deployed()
+
+    refused = place.ask()
+    answered = place.client.post("/v1/completions", json={"model": place.adapter.name, **TEXT})
+
+    assert refused.json()["error"]["code"] == "base_has_no_chat_template"
+    assert answered.headers["x-lorry-engine"] == "vllm-1"
+    assert [body["prompt"] for body in place.vllm.completions()] == [["Hi"]]
 
 
 def test_server_that_has_lost_the_adapter_gets_it_again_while_the_built_in_engine_answers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from catalog.serving import probes
-from catalog.serving.probes import LIMIT, ProbeAnswer, ProbeToken
+from catalog.serving.probes import LIMIT, GenerationSettings, ProbeAnswer, ProbeToken
 
 
 def answer(*tokens: tuple[str, float], prompt_tokens: int = 9, others: dict[str, float] | None = None) -> ProbeAnswer:
@@ -107,4 +107,8 @@ def test_tolerance_grows_with_the_difference_of_the_engines_up_to_the_limit() ->
 
 
 def test_stored_answer_is_read_back_unchanged() -> None:
-    assert probes.answer_of(probes.as_row("chat", EXPECTED)) == EXPECTED
+    row = probes.as_row("chat", EXPECTED, generation={"text": {"end_ids": [2]}})
+
+    assert probes.answer_of(row) == EXPECTED
+    assert probes.settings_of(row, "text") == GenerationSettings(end_ids=(2,), template_kwargs={})
+    assert probes.settings_of(row, "chat") is None, "the base model has no chat template"

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from catalog.registry import base_models
+from tests import tiny_base
 from tests.services.programs import Missing
 from tests.system.api_process import Service, api_process
 from tests.system.serving.vllm_server import vllm_python
@@ -41,8 +42,9 @@ for question in json.loads(questions):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     end = tokenizer.convert_tokens_to_ids(["<|im_end|>"])
     whole = model.generate(**ids, do_sample=False, max_new_tokens=24, eos_token_id=end, pad_token_id=0)
-    new = [int(token) for token in whole[0, ids["input_ids"].shape[1]:] if int(token) not in end]
-    found.append([tokenizer.decode([token]) for token in new])
+    new = [int(token) for token in whole[0, ids["input_ids"].shape[1]:]]
+    finish = "stop" if new[-1] in end else "length"
+    found.append([*(tokenizer.decode([token]) for token in new if token not in end), finish])
 print(json.dumps(found))
 """
 
@@ -91,12 +93,14 @@ class VllmSite:
         return httpx.Client(base_url=f"{self.service.url}/v1", headers=headers, trust_env=False, timeout=600)
 
     def answer(self, http: httpx.Client, question: str) -> list[str]:
-        """Return the tokens of the adapter's greedy answer through Lorry."""
+        """Return the tokens of the adapter's greedy answer through Lorry, and why it ended."""
         body = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
         response = http.post("/chat/completions", json={**body, "max_tokens": 24, "logprobs": True})
         assert response.status_code == 200, response.text
-        tokens = [token["token"] for token in response.json()["choices"][0]["logprobs"]["content"]]
-        return [token for token in tokens if token != "<|im_end|>"]
+        (choice,) = response.json()["choices"]
+        tokens = [token["token"] for token in choice["logprobs"]["content"]]
+        assert "".join(tokens) == choice["message"]["content"]
+        return [*tokens, choice["finish_reason"]]
 
     def loaded(self) -> list[str]:
         """Return the adapters that vLLM lists."""
@@ -138,7 +142,8 @@ def place(tmp_path: Path, real_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> I
         folder.mkdir()
         digest = base_models.get(site.db, BASE).digest
         yield VllmSite(
-            site=site, service=service, python=python, base_folder=site.settings.bases_dir() / str(digest),
+            site=site, service=service, python=python,
+            base_folder=tiny_base.without_end_of_turn(site.settings.bases_dir() / str(digest), tmp_path / "base"),
             adapter_folder=folder, port=port, model=site.adapter(job).name,
         )  # fmt: skip
 
@@ -170,6 +175,7 @@ def test_deployed_adapter_answers_as_in_peft_and_survives_a_restart_of_vllm(plac
             answers = [place.answer(http, question) for question in QUESTIONS]
             assert place.num_answered() == before + len(QUESTIONS)
             assert answers == _peft(place, tmp_path)
+            assert "stop" in {answer[-1] for answer in answers}, "no answer has ended at the end of its turn"
 
         place.site.wait_until(lambda: endpoint()["state"] == "unreachable")
         assert [place.answer(http, question) for question in QUESTIONS] == answers  # the built-in engine
@@ -186,7 +192,7 @@ def test_deployed_adapter_answers_as_in_peft_and_survives_a_restart_of_vllm(plac
 
 
 def _peft(place: VllmSite, folder: Path) -> list[list[str]]:
-    """Return the tokens of the greedy answers of transformers and PEFT."""
+    """Return the tokens of the greedy answers of transformers and PEFT, and why they ended."""
     store = place.site.store
     (adapter,) = place.site.adapters()
     store.fetch(store.get_manifest(adapter.artifact), folder / "adapter")

@@ -368,3 +368,15 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def date_arguments(template: ChatTemplate) -> dict[str, str]:
+    """Return the variables with which an engine that has a clock renders TEMPLATE_DATE, as in templates of Llama 3.2.
+
+    Empty if the template asks for no date, or sets no variable to it.
+    """
+    return {"date_string": TEMPLATE_DATE.strftime(DATE_FORMAT)} if DATE_VARIABLE.search(template.source) else {}
+
+
+DATE_FORMAT = "%d %b %Y"
+DATE_VARIABLE = re.compile(rf"""date_string\s*=\s*strftime_now\(\s*["']{DATE_FORMAT}["']\s*\)""")

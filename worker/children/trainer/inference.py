@@ -18,7 +18,7 @@ from lora_core.errors import BrokenPass, ConfigError, LoraCoreError, OutOfMemory
 from lora_core.forward.continuous_batch import ContinuousBatch, NewToken, Prompt
 from lora_core.forward.sampling import ChosenToken, Sampling
 from lora_core.runtime.device_errors import is_device_fault
-from worker.children.tokenizer.chat_template import Refused
+from worker.children.tokenizer.chat_template import Refused, date_arguments
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer.text_stream import INCOMPLETE, TextStream
 from worker.protocol.errors import error_report, print_handled
@@ -96,6 +96,7 @@ class InferenceRequests:
         self._adapter_bytes = 0
         """Maximum memory of adapters, if some are not in use."""
         self._end_ids: dict[bool, frozenset[int]] = {}
+        self._generations: dict[bool, Json] = {}
 
     @property
     def is_idle(self) -> bool:
@@ -149,6 +150,7 @@ class InferenceRequests:
         batch = self._new_batch() if self._batch is None else self._batch
         max_tokens = [self._max_tokens(ids, body["max_tokens"], batch) for ids in prompts]
         adapter = self._adapter_of(body)
+        generation = self._generation(text, is_chat="messages" in body)
         request = _Request(body=body, prompt_tokens=sum(len(ids) for ids in prompts))
         self._requests[claim_id] = request
         decode = partial(text.text_of, with_special=bool(body.get("tools")))
@@ -169,7 +171,8 @@ class InferenceRequests:
                         has_low_priority=body.get("is_batch", False),
                     )
                 )
-        self._events.write({"type": "answering", "claim_id": claim_id, "prompt_tokens": request.prompt_tokens})
+        begun = {"type": "answering", "claim_id": claim_id, "prompt_tokens": request.prompt_tokens}
+        self._events.write({**begun, "generation": generation})
 
     def _new_batch(self) -> ContinuousBatch:
         """Begin to answer requests, with limits of the memory. Ranks of a sharded base model need the same limits."""
@@ -251,6 +254,23 @@ class InferenceRequests:
         if is_chat not in self._end_ids:
             self._end_ids[is_chat] = text.end_ids(as_chat=is_chat)
         return self._end_ids[is_chat]
+
+    def _generation(self, text: BaseText, *, is_chat: bool) -> Json:
+        """Return what another engine needs to render prompts and to end answers as this one, by kind of request.
+
+        `text` has end_ids. `chat` also has template_kwargs, and is absent for a request without messages.
+        """
+        if is_chat not in self._generations:
+            found: Json = {"text": {"end_ids": self._known_ends(text, is_chat=False)}}
+            if is_chat:
+                arguments = date_arguments(text.template)
+                found["chat"] = {"end_ids": self._known_ends(text, is_chat=True), "template_kwargs": arguments}
+            self._generations[is_chat] = found
+        return self._generations[is_chat]
+
+    def _known_ends(self, text: BaseText, *, is_chat: bool) -> list[int]:
+        """Return the tokens that end an answer, without those that the base model can't generate."""
+        return sorted(ident for ident in self._ends(text, is_chat=is_chat) if ident < self._engine.base.vocab_size)
 
     def _received(self, claim_id: str, index: int, new: NewToken) -> list[Json]:
         """Return what the token adds to the answer: nothing, or one delta."""

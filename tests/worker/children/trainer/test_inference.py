@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from catalog.datasets.chat import Chat
 from lora_core.base_model.model import load_base
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.engine import Engine
@@ -169,6 +170,55 @@ def test_second_end_token_of_the_generation_config_ends_an_answer_as_in_transfor
     assert text_of(events) == tokenizer.decode(expected[:-1], skip_special_tokens=True)
     assert events[-1]["completion_tokens"] == len(expected)
     assert deltas_of(events, "req-1")[-1]["finish"] == "stop"
+
+
+def test_end_tokens_that_end_the_answers_are_reported_for_other_engines(
+    make_requests: Any, directory: TrainerDirectory, base_dir: Path, tmp_path: Path
+) -> None:
+    requests = make_requests(tiny_base.without_end_of_turn(base_dir, tmp_path / "base"))
+    requests.add(body("chat"))
+    requests.add(body("text", prompts=["A lorry"]))
+    used = {answer.prompt.name: sorted(answer.prompt.end_ids) for answer in requests._batch._waiting}
+
+    events = drained(requests, directory)
+
+    begun = {event["claim_id"]: event["generation"] for event in events if event["type"] == "answering"}
+    assert begun["chat"] == {"text": {"end_ids": [0]}, "chat": {"end_ids": [0, 2], "template_kwargs": {}}}
+    assert begun["text"] == {"text": {"end_ids": [0]}}
+    assert used == {"chat/0": [0, 2], "text/0": [0]}
+
+
+DATE = "{% if not date_string is defined %}{% set date_string = strftime_now('FORMAT') %}{% endif %}{{ date_string }}"
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (DATE.replace("FORMAT", "%d %b %Y"), {"date_string": "26 Jul 2024"}),
+        (DATE.replace("FORMAT", "%Y-%m-%d"), {}),
+        ("{{ strftime_now('%d %B %Y') }}", {}),
+        ("{% set date_string = '1 Jan 2020' %}{{ date_string }}", {}),
+    ],
+)
+def test_variables_that_fix_the_date_of_a_template_are_reported_for_other_engines(
+    make_requests: Any,
+    directory: TrainerDirectory,
+    base_dir: Path,
+    tmp_path: Path,
+    start: str,
+    expected: dict[str, str],
+) -> None:
+    base = tiny_base.without_end_of_turn(base_dir, tmp_path / "base", template=start + tiny_base.CHAT_TEMPLATE)
+    requests = make_requests(base)
+    requests.add(body(max_tokens=1))
+
+    begun, *_ = drained(requests, directory)
+
+    assert begun["generation"]["chat"]["template_kwargs"] == expected
+    if expected:  # transformers has a clock, and renders the same prompt with them
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True, **expected)
+        assert tuple(ids["input_ids"]) == BaseText(base).chat_ids(Chat(QUESTION))  # pyright: ignore[reportArgumentType]
 
 
 def test_adapter_changes_the_answer_and_requests_do_not_mix(make_requests: Any, directory: TrainerDirectory) -> None:
