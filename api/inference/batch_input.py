@@ -12,6 +12,7 @@ from api.inference.batch_schemas import BatchInputLine
 from api.inference.calls import CompletionCall, chat_call, text_call
 from api.schemas.inference import ChatCompletionRequest, CompletionRequest
 from catalog.datasets.row_json import BadRow, parse_object
+from catalog.datasets.validator import BYTE_ORDER_MARK
 from catalog.db.database import Database
 from catalog.errors import InvalidRequest, LorryError
 from catalog.inference import requests
@@ -34,12 +35,13 @@ class BatchEntry:
 
 
 def lines_of(chunks: Iterable[bytes], *, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the content of each line that is not blank. Numbers count all lines, from 1.
+    """Yield the number and the content of each line that is not blank. Numbers count all lines, from 1. A byte order
+    mark at the start is skipped.
 
     Of a longer line only the beginning is yielded: `max_line_bytes` and one more byte.
     """
     number, start, is_cut = 1, b"", False
-    for chunk in chunks:
+    for chunk in _without_mark(chunks):
         *complete, rest = chunk.split(b"\n")
         for line in complete:
             yield from _line(number, start if is_cut else start + line, max_line_bytes)
@@ -48,6 +50,14 @@ def lines_of(chunks: Iterable[bytes], *, max_line_bytes: int) -> Iterator[tuple[
             start += rest
             is_cut = len(start) > max_line_bytes
     yield from _line(number, start, max_line_bytes)
+
+
+def _without_mark(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest, start = iter(chunks), b""
+    while len(start) < len(BYTE_ORDER_MARK) and (chunk := next(rest, b"")):
+        start += chunk
+    yield start.removeprefix(BYTE_ORDER_MARK)
+    yield from rest
 
 
 def _line(number: int, line: bytes, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:

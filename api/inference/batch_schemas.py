@@ -49,6 +49,7 @@ class BatchRequest(Strict):
 class BatchInputLine(Strict):
     """One line of the input file of a batch."""
 
+    verbatim = frozenset({"body"})
     custom_id: Annotated[str, Field(min_length=1, max_length=MAX_CUSTOM_ID_CHARS, json_schema_extra=WITHOUT_NUL)]
     """Identifies the request in the output files. Unique within the file."""
     method: Literal["POST"]

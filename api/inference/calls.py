@@ -11,7 +11,7 @@ from typing import Any
 from api.inference.responses import ChatFormat, TextFormat, head_of
 from api.schemas.inference import ChatCompletionRequest, CompletionRequest, SamplingRequest
 from catalog.datasets.messages import check_messages
-from catalog.datasets.row_json import BadRow
+from catalog.datasets.row_json import BadRow, check_characters
 from catalog.datasets.tools import check_tools
 from catalog.errors import InvalidRequest
 from catalog.inference.requests import Model
@@ -68,6 +68,7 @@ def chat_call(body: ChatCompletionRequest) -> CompletionCall:
 def text_call(body: CompletionRequest) -> CompletionCall:
     """Raises InvalidRequest."""
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    _check_characters(prompts, "prompt")
     num_choices = (body.n or 1) * len(prompts)
     if num_choices > MAX_TEXT_CHOICES:
         raise InvalidRequest(
@@ -88,6 +89,7 @@ def text_call(body: CompletionRequest) -> CompletionCall:
 
 
 def _messages(body: ChatCompletionRequest) -> list[Any]:
+    _check_characters(body.messages, "messages")
     try:
         return list(check_messages("messages", json.loads(json.dumps(body.messages)), remedy="Use a list of messages."))
     except BadRow as error:
@@ -95,10 +97,20 @@ def _messages(body: ChatCompletionRequest) -> list[Any]:
 
 
 def _tools(body: ChatCompletionRequest) -> list[dict[str, Any]]:
+    _check_characters(body.tools, "tools")
     try:
         return check_tools("tools", body.tools)
     except BadRow as error:
         raise _bad_field(error, "tools") from error
+
+
+def _check_characters(value: Any, param: str) -> None:
+    try:
+        check_characters(value)
+    except BadRow as error:
+        raise InvalidRequest(
+            f"In '{param}', {error.reason}.", code=error.code, remedy=error.remedy, param=param
+        ) from error
 
 
 def _bad_field(error: BadRow, param: str) -> InvalidRequest:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from catalog.datasets.messages import ROLES
 from catalog.spec.strict import WITHOUT_NUL, Strict
@@ -37,6 +37,8 @@ class TextFormat(Strict):
 class SamplingRequest(Strict):
     """The parameters that both endpoints have."""
 
+    unsupported: ClassVar[frozenset[str]]
+    """Parameters of OpenAI's endpoint that Lorry does not have. Null is their default, so it is accepted."""
     model: ModelName
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Default: 1. 0 selects the most likely token."
@@ -62,10 +64,35 @@ class SamplingRequest(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="Ignored.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unsupported_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        fields = cast(dict[str, Any], given)
+        return {name: item for name, item in fields.items() if item is not None or name not in cls.unsupported}
+
 
 class ChatCompletionRequest(SamplingRequest):
     """A conversation to which the model answers."""
 
+    verbatim = frozenset({"messages", "tools"})
+    unsupported = frozenset(
+        {
+            "audio",
+            "function_call",
+            "functions",
+            "logit_bias",
+            "modalities",
+            "moderation",
+            "prediction",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "reasoning_effort",
+            "verbosity",
+            "web_search_options",
+        }
+    )
     messages: list[Message] = Field(
         min_length=1, max_length=2048, description="The conversation, in the format of chat rows."
     )
@@ -93,6 +120,7 @@ class ChatCompletionRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """A text, or several, that the model continues."""
 
+    unsupported = frozenset({"logit_bias", "suffix"})
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(
         description="The text, or up to 16 texts, each with its own answers."
     )

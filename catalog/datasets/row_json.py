@@ -85,13 +85,18 @@ def parse_json(text: str) -> Any:
     """Parse strict JSON. Raises BadRow, json.JSONDecodeError or RecursionError."""
     value = _DECODER.decode(text)
     if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
-            remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
-            raise BadRow("lone_surrogate", reason, remedy) from error
+        check_characters(value)
     return value
+
+
+def check_characters(value: Any) -> None:
+    """Raise BadRow if a text in the JSON value contains half of a surrogate pair, which no encoding has."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
+        remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
+        raise BadRow("lone_surrogate", reason, remedy) from error
 
 
 def problem_of(error: json.JSONDecodeError) -> str:

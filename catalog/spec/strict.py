@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -53,11 +53,16 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    verbatim: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose content is kept as it was sent, because a template renders 3.0 and 3 differently."""
 
     @model_validator(mode="before")
     @classmethod
     def _whole_numbers(cls, given: Any) -> Any:
-        return _whole(given) if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        fields = cast(dict[str, Any], given)
+        return {name: item if name in cls.verbatim else _whole(item) for name, item in fields.items()}
 
 
 def _whole(value: Any) -> Any:

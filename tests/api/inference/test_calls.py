@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from typing import Any
 
+import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+from pydantic import ValidationError
+
+from api.inference.batch_input import lines_of, parse
 from api.inference.calls import chat_call, text_call
-from api.schemas.inference import ChatCompletionRequest, CompletionRequest
+from api.schemas.inference import ChatCompletionRequest, CompletionRequest, SamplingRequest
 from catalog.errors import InvalidRequest
 
 
@@ -28,3 +35,90 @@ def test_null_is_the_default_of_each_sampling_parameter() -> None:
     assert {**given.parameters, "seed": 0} == {**without.parameters, "seed": 0}
     assert [given.parameters[name] for name in ("temperature", "top_p", "n")] == [1.0, 1.0, 1]
     assert given.num_choices == 1
+
+
+HALF = "\ud83d"
+"""Half of an emoji, as a client sends it that cuts text between UTF-16 code units."""
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"minimum": 0.0, "maximum": 3}}}
+QUESTION: dict[str, Any] = {"model": "smol", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": f"a{HALF}"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "a", "name": HALF}]}, "messages"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {HALF: 1}}}]}, "tools"),
+    ],
+)
+def test_half_a_character_in_a_conversation_is_an_error_of_the_client(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"In '{param}', \\ud83d is half of a surrogate pair\.") as raised:
+        chat_call(ChatCompletionRequest.model_validate({**QUESTION, **fields}))
+
+    assert (raised.value.code, raised.value.param) == ("lone_surrogate", param)
+
+
+def test_half_a_character_in_a_prompt_is_an_error_of_the_client() -> None:
+    with pytest.raises(InvalidRequest, match="half of a surrogate pair") as raised:
+        text_call(CompletionRequest(model="smol", prompt=["a", HALF]))
+
+    assert (raised.value.code, raised.value.param) == ("lone_surrogate", "prompt")
+
+
+def test_whole_characters_outside_the_basic_plane_are_kept() -> None:
+    call = chat_call(
+        ChatCompletionRequest.model_validate({**QUESTION, "messages": [{"role": "user", "content": "😀"}]})
+    )
+
+    assert call.parameters["messages"] == [{"role": "user", "content": "😀"}]
+
+
+def test_numbers_in_tools_are_kept_as_they_were_sent() -> None:
+    """A template renders 0.0 and 0 differently, and data files keep both."""
+    single = chat_call(ChatCompletionRequest.model_validate({**QUESTION, "tools": [TOOL], "top_p": 1.0, "n": 2.0}))
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {**QUESTION, "tools": [TOOL]}}
+    batched = parse(json.dumps(line).encode(), endpoint="/v1/chat/completions", max_line_bytes=10_000).call
+
+    for call in (single, batched):
+        assert json.dumps(call.parameters["tools"]) == json.dumps([TOOL])
+    assert single.num_choices == 2
+
+
+@pytest.mark.parametrize(
+    ("schema", "least", "params"),
+    [
+        (ChatCompletionRequest, QUESTION, chat_params.CompletionCreateParamsBase),
+        (CompletionRequest, {"model": "smol", "prompt": "Hi"}, text_params.CompletionCreateParamsBase),
+    ],
+)
+def test_null_is_accepted_for_each_optional_parameter_of_the_client(
+    schema: type[SamplingRequest], least: dict[str, Any], params: Any
+) -> None:
+    names = set(params.__annotations__) - least.keys()
+
+    accepted = schema.model_validate({**least, **dict.fromkeys(names)})
+
+    assert accepted == schema.model_validate(least)
+    assert schema.unsupported == names - schema.model_fields.keys()
+    for name in schema.unsupported:
+        with pytest.raises(ValidationError):
+            schema.model_validate({**least, name: {}})
+
+
+@pytest.mark.parametrize("name", ["temprature", "suffix", "extra_body"])
+def test_null_of_an_unknown_parameter_is_rejected(name: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        ChatCompletionRequest.model_validate({**QUESTION, name: None})
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 1000])
+def test_byte_order_mark_of_a_batch_file_is_skipped(chunk_bytes: int) -> None:
+    content = b"\xef\xbb\xbf" + b"a" * 10 + b"\n\xef\xbb\xbfb\n"
+    chunks = [content[start : start + chunk_bytes] for start in range(0, len(content), chunk_bytes)]
+
+    lines = list(lines_of(chunks, max_line_bytes=10))
+
+    assert lines == [(1, b"a" * 10), (2, b"\xef\xbb\xbfb")]
+    assert list(lines_of([b"\xef\xbb\xbf" + b"a" * 12], max_line_bytes=10)) == [(1, b"a" * 11)]
+    assert list(lines_of([b"\xef\xbb"], max_line_bytes=10)) == [(1, b"\xef\xbb")]
+    assert list(lines_of([], max_line_bytes=10)) == []
