@@ -27,7 +27,7 @@ from catalog.tables.storage import BaseModelRow, File, Prepared
 from catalog.tables.table import Json
 from catalog.usage import ledger
 
-FORMAT = 1
+FORMAT = 2
 """Version of the preprocessing. Increase it when the same file would result in other tokens."""
 TOKENIZER_FILES = frozenset(
     {
@@ -35,6 +35,7 @@ TOKENIZER_FILES = frozenset(
         "tokenizer_config.json",
         "special_tokens_map.json",
         "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
         "generation_config.json",
     }
 )

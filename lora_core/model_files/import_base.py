@@ -37,9 +37,10 @@ HUB_FILES = (
     *("config.json", "generation_config.json", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    "additional_chat_templates/tool_use.jinja",
     CARD,
 )
-"""Files that are downloaded before the weights: no subfolders, no other formats, no code."""
+"""Files that are downloaded before the weights: no other subfolders, no other formats, no code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,6 +83,8 @@ ASSUMED_HUB_BYTES = 256 * 2**30
 """Assumed size of a repository of the hub, because it is unknown before the download."""
 BESIDE_GGUF = ("chat_template.jinja", "tokenizer_config.json")
 """Files next to a GGUF file that its import reads; see lora_core.model_files.gguf."""
+TEMPLATES = "additional_chat_templates"
+"""Folder of a base model with named chat templates."""
 LIMITS = {"data": (resource.RLIMIT_DATA, 0), "cpu": (resource.RLIMIT_CPU, 60), "fsize": (resource.RLIMIT_FSIZE, 0)}
 """The resource, and by how much its hard limit exceeds the soft one: SIGKILL follows SIGXCPU. The number of processes
 is not limited, because Linux counts all processes and threads of the user together, including trainers."""
@@ -169,7 +171,9 @@ def base_import(folder: Path, *, source: Path | None) -> Sandbox:
     else:
         beside = [source.with_name(name) for name in BESIDE_GGUF]
         # a snapshot of the hub consists of links
-        entries = sorted(source.iterdir()) if source.is_dir() else [path for path in beside if path.is_file()]
+        entries = [path for path in beside if path.is_file()]
+        if source.is_dir():
+            entries = sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")])
         reads = tuple(str(path.resolve()) for path in (source, *entries))
     return Sandbox(kind="import", reads=reads, links=links, tcp=source is None, limits=limits)
 

@@ -16,7 +16,7 @@ from catalog.storage import artifact_index, files, token_cache
 from catalog.storage.store import Blob
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
-from catalog.tables.storage import File, Prepared
+from catalog.tables.storage import BaseModelRow, File, Prepared
 from catalog.tables.tenancy import PLANS_PER_DAY
 from catalog.tables.usage import StoredBytes
 from catalog.tenancy import api_keys, authentication, projects
@@ -239,3 +239,13 @@ def _variants(world: World) -> dict[int, int]:
         named = {work.train_prepared: work.spec["max_length"] for work in works}
         rows = session.scalars(select(Prepared).where(Prepared.artifact.is_not(None)))
         return {named[row.key]: row.num_bytes for row in rows if row.key in named}
+
+
+def test_a_cache_depends_on_the_template_for_tools_but_not_on_the_weights() -> None:
+    def digest(**contents: str) -> str:
+        paths = {"tools": "additional_chat_templates/tool_use.jinja", "weights": "model.safetensors"}
+        files = [{"path": paths[name], "digest": sha(text), "num_bytes": 1} for name, text in contents.items()]
+        return token_cache.tokenizer_digest(BaseModelRow(manifest={"files": files}))
+
+    assert digest(tools="a", weights="a") == digest(tools="a", weights="b")
+    assert digest(tools="a", weights="a") != digest(tools="b", weights="a")

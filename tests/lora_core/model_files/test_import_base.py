@@ -366,6 +366,20 @@ def test_only_needed_files_of_one_commit_are_downloaded(source, tmp_path, child,
     assert digests(tmp_path / "base") == digests(expected)
 
 
+def test_chat_template_for_tools_is_imported_too(source, tmp_path, child):
+    name = "additional_chat_templates/tool_use.jinja"
+    (source / name).parent.mkdir()
+    (source / name).write_text("{{ tools | tojson }}")
+
+    imported = import_folder(source, tmp_path / "from folder")
+    results = child.import_from(hub_that_serves(source, "c" * 40, []), tmp_path, "model")
+
+    assert results == [f"{'c' * 40} None"], child.output()
+    for folder in (imported, tmp_path / "base"):
+        assert (folder / name).read_text() == "{{ tools | tojson }}"
+        assert (folder / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+
+
 def test_no_weights_are_downloaded_if_the_config_is_rejected(source, tmp_path, child):
     edit_json(source / "config.json", vision_config={"hidden_size": 64})
     requested: list[str] = []

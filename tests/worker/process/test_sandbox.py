@@ -118,16 +118,17 @@ def test_without_a_sandbox_the_denied_acts_are_allowed(tmp_path: Path) -> None:
 
 
 @NEEDS_LANDLOCK
-def test_an_import_can_read_the_link_targets_of_its_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "additional_chat_templates/tool_use.jinja"])
+def test_an_import_can_read_the_link_targets_of_its_source(tmp_path: Path, name: str) -> None:
     """The cache of the hub contains such links."""
-    blob, work = tmp_path / "blobs" / "weights", tmp_path / "own"
+    blob, work, link = tmp_path / "blobs" / "weights", tmp_path / "own", tmp_path / "snapshot" / name
     blob.parent.mkdir()
     blob.write_text("weights")
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
     work.mkdir()
     box = sandbox.base_import(work, source=tmp_path / "snapshot")
-    code = f"print(open({str(tmp_path / 'snapshot' / 'model.safetensors')!r}).read())"
+    code = f"print(open({str(link)!r}).read())"
 
     ended = subprocess.run(confined([sys.executable, "-c", code], box), cwd=ROOT, capture_output=True, check=False)
 

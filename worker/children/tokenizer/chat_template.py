@@ -31,7 +31,13 @@ NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE_USE = range(0xF0002, 0xF0100)
 MAX_MESSAGE_CHARS = 200
-TOOL_MODELS = "Qwen2.5, Qwen3, Llama 3.1 or later, Mistral 7B v0.3 or SmolLM2-1.7B"
+TOOL_MODELS = "Qwen2.5, Qwen3-Instruct-2507, Llama 3.1 or later, or SmolLM2-1.7B"
+"""Models whose templates render tools and tool calls, and keep earlier messages unchanged."""
+TOOL_USE = "additional_chat_templates/tool_use.jinja"
+"""The template for conversations with tools, if it is not the default one."""
+CHECKS_ID_LENGTH = re.compile(r"\|\s*length\s*(?:!=|<)\s*9\b")
+ID_OF_MISTRAL = re.compile(r"[A-Za-z0-9]{9}")
+"""The only ids of calls that templates of Mistral accept."""
 
 
 class Refused(Exception):
@@ -52,6 +58,8 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
     is_plain: bool = False
     """No chat template rendered it, so it lacks the tokens that begin and end a text."""
+    is_marked: bool = False
+    """The template marked its answers, instead of their being found by prefixes."""
     is_desirable: bool | None = None
     """The label of a single answer. None without a label."""
     line: int = 0
@@ -67,10 +75,12 @@ class ChatTemplate:
         self.marks_spans = GENERATION.search(source) is not None
         """The template marks the text that the model generates with {% generation %} blocks."""
         self.asks_for_date = "strftime_now" in source
+        self._has_short_ids = CHECKS_ID_LENGTH.search(source) is not None
         self._special_tokens = dict(special_tokens)
         self._marks: tuple[str, str] = ("", "")
-        self._shows: dict[str, bool] = {}
-        """Whether the template renders `tools` and `tool calls`, once a row has had them."""
+        self._shown: set[str] = set()
+        """Whether the template has rendered `tools` and `tool calls` of a conversation. One without visible tools
+        proves nothing about others, because some templates render tools only before a message of the user."""
         try:
             self._compiled = _environment(lambda: self._marks).from_string(source)
         except jinja2.TemplateError as error:
@@ -78,10 +88,8 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, base_dir: Path) -> ChatTemplate:
-        """Load it from chat_template.jinja, or else from tokenizer_config.json. Raises Refused."""
-        config = _read_json(base_dir / "tokenizer_config.json")
-        separate = base_dir / "chat_template.jinja"
-        source = separate.read_text("utf-8") if separate.is_file() else _default(config.get("chat_template"))
+        """Load the default template. Raises Refused."""
+        source = _sources(base_dir).get("default")
         if not source:
             raise Refused(
                 "base_has_no_chat_template",
@@ -92,9 +100,15 @@ class ChatTemplate:
             )
         return cls(source, special_tokens(base_dir))
 
+    @classmethod
+    def load_tool_use(cls, base_dir: Path) -> ChatTemplate | None:
+        """Load the template for conversations with tools. None if the default one renders them. Raises Refused."""
+        source = _sources(base_dir).get("tool_use")
+        return cls(source, special_tokens(base_dir)) if source else None
+
     def render(self, chat: Chat, *, add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation. Raises Refused if the template rejects it."""
-        turns = [_turn(message) for message in chat.messages]
+        turns = [_turn(message, has_short_ids=self._has_short_ids) for message in chat.messages]
         try:
             return self._compiled.render(
                 messages=turns,
@@ -126,7 +140,7 @@ class ChatTemplate:
         """Return the text and only its last turn, which is an assistant turn."""
         if self.marks_spans:
             rendered = self.render_supervised(chat)
-            return Rendered(text=rendered.text, spans=rendered.spans[-1:])
+            return replace(rendered, spans=rendered.spans[-1:])
         return self.render_supervised(only_last_trained(chat))
 
     def _check_tools(self, chat: Chat, text: str, *, add_generation_prompt: bool = False) -> None:
@@ -141,12 +155,13 @@ class ChatTemplate:
             self._check_shown("tool calls", text, without, add_generation_prompt)
 
     def _check_shown(self, what: str, text: str, without: Chat, add_generation_prompt: bool) -> None:
-        if what not in self._shows:
-            try:
-                self._shows[what] = self.render(without, add_generation_prompt=add_generation_prompt) != text
-            except Refused:
-                self._shows[what] = True  # it requires them
-        if not self._shows[what]:
+        if what in self._shown:
+            return
+        try:
+            is_shown = self.render(without, add_generation_prompt=add_generation_prompt) != text
+        except Refused:
+            is_shown = True  # it requires them
+        if not is_shown:
             raise Refused(
                 "template_without_tools",
                 f"The base model's chat template does not render {what}, which this conversation has.",
@@ -154,6 +169,7 @@ class ChatTemplate:
                 "base model's folder under another name, with a chat_template.jinja that renders 'tools' and "
                 "'tool_calls'.",
             )
+        self._shown.add(what)
 
     def _by_marks(self, chat: Chat) -> Rendered:
         """Find the {% generation %} blocks by rendering them between two characters that occur nowhere else."""
@@ -167,7 +183,7 @@ class ChatTemplate:
         spans, text = _take_marks(marked, start, stop)
         if text != plain:
             raise _unusable("changes the text of its generation blocks, so their positions can't be determined")
-        return Rendered(text=plain, spans=_weighted(spans, chat.messages))
+        return Rendered(text=plain, spans=_weighted(spans, chat.messages), is_marked=True)
 
     def _by_prefixes(self, chat: Chat) -> Rendered:
         """Find each turn by rendering the text up to its start, with the generation prompt, and up to its end."""
@@ -180,9 +196,52 @@ class ChatTemplate:
             is_last = index == len(messages) - 1
             text_to_end = text if is_last else self.render(replace(chat, messages=messages[: index + 1]))
             if not (text_to_end.startswith(before) and text.startswith(text_to_end)):
-                raise _not_prefix_stable(index, is_last=is_last)
+                raise self._not_prefix_stable(chat, index, text_to_end.removeprefix(before))
             spans.append((len(before), len(text_to_end)))
         return Rendered(text=text, spans=tuple(spans))
+
+    def _not_prefix_stable(self, chat: Chat, index: int, answer: str) -> Refused:
+        """Return the error for an answer whose position in the text can't be determined, with the cause if it is known.
+
+        index: of the message. answer: its text while no message follows it.
+        """
+        number, is_last = index + 1, index == len(chat.messages) - 1
+        without_system = [turn for turn in chat.messages if turn["role"] not in ("system", "developer")]
+        with_marks = (
+            "dd a copy of the base model's folder under another name, with a chat_template.jinja that marks its "
+            "answers with {% generation %}."
+        )
+        if len(without_system) < len(chat.messages) and self._is_prefix_stable(replace(chat, messages=without_system)):
+            sentence = "renders the system message only in the last message of a conversation"
+            remedy = (
+                "Write the system message's text at the start of the user's first message, in rows and in calls. "
+                f"Or use a base model whose template keeps it, such as {TOOL_MODELS}."
+            )
+        elif is_last:
+            sentence = "renders the text before an answer differently once the answer follows it"
+            remedy = f"A{with_marks}"
+        else:
+            sentence = f"renders message {number} differently once other messages follow it"
+            if "<think>" in answer:
+                sentence = f"renders message {number} without its <think> block once other messages follow it"
+            elif chat.tools and self._is_prefix_stable(replace(chat, tools=None)):
+                sentence = "renders the tools only before the user's last message"
+            remedy = (
+                "Use one row for each assistant message: the row ends with it, and has weight 0 on earlier ones. "
+                f"Or set data.loss to 'last_turn', which trains only on the last one. Or a{with_marks}"
+            )
+        return Refused(
+            "template_not_prefix_stable",
+            f"The base model's chat template {sentence}, so the tokens of the answer can't be identified.",
+            remedy,
+        )
+
+    def _is_prefix_stable(self, chat: Chat) -> bool:
+        try:
+            self._by_prefixes(chat)
+        except Refused:
+            return False
+        return True
 
     def _prompt(self, chat: Chat, index: int) -> str:
         """Return the text before the answer. A conversation that begins with the answer has no messages to render, so
@@ -194,36 +253,28 @@ class ChatTemplate:
         return text[: text.find(mark)] if mark in text else text
 
 
-def _not_prefix_stable(index: int, *, is_last: bool) -> Refused:
-    """Return the error for an answer whose position in the text can't be determined. index: of the answer."""
-    with_marks = (
-        "dd a copy of the base model's folder under another name, with a chat_template.jinja that marks its answers "
-        "with {% generation %}."
-    )
-    if is_last:
-        sentence = "renders the text before an answer differently once the answer follows it"
-        remedy = f"A{with_marks}"
-    else:
-        sentence = f"renders message {index + 1} differently once other messages follow it"
-        remedy = f"Set data.loss to 'last_turn', use one assistant turn per row, or a{with_marks}"
-    return Refused(
-        "template_not_prefix_stable",
-        f"The base model's chat template {sentence}, so the tokens of the answer can't be identified.",
-        remedy,
-    )
-
-
 def _without_calls(message: ChatMessage) -> ChatMessage:
     kept = message.copy()
     kept.pop("tool_calls", None)
     return kept
 
 
-def _turn(message: ChatMessage) -> dict[str, Any]:
+def _turn(message: ChatMessage, *, has_short_ids: bool) -> dict[str, Any]:
     """Return a message for a template: without its weight, and with `system` for `developer`, because templates know
-    only the older name."""
-    turn = {key: value for key, value in message.items() if key != "weight"}
-    return {**turn, "role": "system"} if message["role"] == "developer" else turn
+    only the older name. has_short_ids: with ids of calls that templates of Mistral accept."""
+    turn: dict[str, Any] = {key: value for key, value in message.items() if key != "weight"}
+    if message["role"] == "developer":
+        turn["role"] = "system"
+    if has_short_ids and "tool_calls" in message:
+        turn["tool_calls"] = [{**call, "id": _short_id(call["id"])} for call in message["tool_calls"]]
+    if has_short_ids and "tool_call_id" in message:
+        turn["tool_call_id"] = _short_id(message["tool_call_id"])
+    return turn
+
+
+def _short_id(ident: str) -> str:
+    """Return the id of a call as 9 letters and digits: itself, or else the start of its digest."""
+    return ident if ID_OF_MISTRAL.fullmatch(ident) else sha256(ident.encode()).hexdigest()[:9]
 
 
 def _weighted(spans: list[tuple[int, int]], messages: Sequence[ChatMessage]) -> tuple[tuple[int, int], ...]:
@@ -267,12 +318,17 @@ def _unused_characters(text: str) -> tuple[str, str]:
     return free[0], free[1]
 
 
-def _default(template: Any) -> str | None:
-    """Return the default template. tokenizer_config.json holds one template, or a list of named ones."""
-    if isinstance(template, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in cast(list[dict[str, Any]], template)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _sources(base_dir: Path) -> dict[str, str]:
+    """Return the templates `default` and `tool_use`, if they exist. As in transformers, those in files replace those in
+    tokenizer_config.json, which holds one template, or a list of named ones."""
+    files = {"default": base_dir / "chat_template.jinja", "tool_use": base_dir / TOOL_USE}
+    found = {name: path.read_text("utf-8") for name, path in files.items() if path.is_file()}
+    if found:
+        return found
+    given = _read_json(base_dir / "tokenizer_config.json").get("chat_template")
+    entries = cast(list[dict[str, Any]], given) if isinstance(given, list) else [{"name": "default", "template": given}]
+    named = {str(entry.get("name")): entry.get("template") for entry in entries}
+    return {name: template for name, template in named.items() if isinstance(template, str)}
 
 
 def special_tokens(base_dir: Path) -> dict[str, str]:

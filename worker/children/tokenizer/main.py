@@ -96,7 +96,7 @@ class DatasetReport(TypedDict):
     desirable_rows: NotRequired[int]
     """Usable rows with the label true, if rows have labels."""
     chat_template: NotRequired[str]
-    """sha256 of the template's text, if it has rendered rows."""
+    """sha256 of the template's text, if it has rendered rows. If that for tools has too, of the default one."""
     opens_with: NotRequired[str | None]
     """The text that the tokenizer adds before each plain text."""
     ends_with: NotRequired[str | None]
@@ -211,7 +211,7 @@ def _render(base: BaseText, counts: Counts, data: DataSpec, number: int, line: b
         row = parse_object(line)
         counts.kind = kind = kind_of_row(row, before=counts.kind)
         if kind is PREFERENCE:
-            return render_pair(base.template, check_pair(row))
+            return render_pair(base, check_pair(row))
         if kind is UNPAIRED:
             return (render_labeled(base, check_unpaired(row)),)
         return (base.render(kind.name, kind.check(row), loss=data.loss),)
@@ -296,10 +296,11 @@ def _report(
         report["kind"] = counts.kind.name
     if counts.kind is UNPAIRED:
         report["desirable_rows"] = counts.desirable
-    if (template := base.used_template) is not None:
-        report["chat_template"] = template.digest
-        report["answers_by"] = "generation blocks" if template.marks_spans else "prefixes"
-        if template.asks_for_date:
+    if templates := base.used_templates:
+        report["chat_template"] = templates[0].digest
+        methods = {"generation blocks" if template.marks_spans else "prefixes" for template in templates}
+        report["answers_by"] = " and ".join(sorted(methods))
+        if any(template.asks_for_date for template in templates):
             report["template_date"] = f"{TEMPLATE_DATE:%Y-%m-%d}"
     elif report.get("kind", "chat") != "chat":
         report["opens_with"], report["ends_with"] = base.opens_with, base.eos[1] if base.eos else None

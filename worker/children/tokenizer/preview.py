@@ -10,7 +10,7 @@ import numpy as np
 
 from catalog.datasets.chat import Chat
 from catalog.datasets.rows import LabeledAnswer, PreferencePair, conversation_of
-from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rendered
+from worker.children.tokenizer.chat_template import Refused, Rendered
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.tokenizer.token_file import EncodedRow, Flaw, Tokens
 
@@ -21,7 +21,7 @@ def render_labeled(base: BaseText, row: LabeledAnswer) -> Rendered:
     if chat is None:
         rendered = base.render("completion", row["answer"], loss="assistant")
     else:
-        rendered = base.template.render_last(chat)
+        rendered = base.template_of(chat).render_last(chat)
     return replace(rendered, is_desirable=row["is_desirable"])
 
 
@@ -39,9 +39,10 @@ def refuse_one_label(num_rows: int, num_desirable: int) -> None:
     )
 
 
-def render_pair(template: ChatTemplate, pair: PreferencePair) -> tuple[Rendered, Rendered]:
+def render_pair(base: BaseText, pair: PreferencePair) -> tuple[Rendered, Rendered]:
     """Render a pair. Returns (chosen, rejected). Raises Refused."""
     prompt = pair["prompt"]
+    template = base.template_of(prompt)
     chosen, rejected = (
         template.render_last(Chat([*prompt.messages, answer], prompt.tools))
         for answer in (pair["preferred"], pair["rejected"])

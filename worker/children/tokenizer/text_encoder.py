@@ -48,10 +48,20 @@ class BaseText:
         """The chat template, which only rows of messages need. Raises Refused if the base model has none."""
         return ChatTemplate.load(self._base_dir)
 
+    @cached_property
+    def tool_template(self) -> ChatTemplate:
+        """The chat template for conversations with tools. Raises Refused if the base model has none."""
+        return ChatTemplate.load_tool_use(self._base_dir) or self.template
+
+    def template_of(self, chat: Chat) -> ChatTemplate:
+        """Return the template that renders a conversation, as transformers selects it. Raises Refused."""
+        return self.tool_template if chat.tools else self.template
+
     @property
-    def used_template(self) -> ChatTemplate | None:
-        """The template if a row has used it, else None."""
-        return self.__dict__.get("template")
+    def used_templates(self) -> list[ChatTemplate]:
+        """The templates that rows have used, the default one first."""
+        used = (self.__dict__.get(name) for name in ("template", "tool_template"))
+        return list(dict.fromkeys(template for template in used if template is not None))
 
     @property
     def opens_with(self) -> str | None:
@@ -64,12 +74,15 @@ class BaseText:
     def render(self, kind: DataKind, row: Any, *, loss: Loss) -> Rendered:
         """Render a row that its kind's `check` has returned. Raises Refused."""
         if kind == "chat":
-            return self.template.render_supervised(only_last_trained(row) if loss == "last_turn" else row)
+            chat = cast(Chat, row)
+            chat = only_last_trained(chat) if loss == "last_turn" else chat
+            return self.template_of(chat).render_supervised(chat)
         if kind == "text":
             return Rendered(text=row, spans=((0, len(row)),), is_plain=True)
         completion = cast(Completion, row)
         if isinstance(completion["completion"], list):
-            return self.template.render_supervised(as_chat(completion))
+            chat = as_chat(completion)
+            return self.template_of(chat).render_supervised(chat)
         prompt = cast(str, completion["prompt"])
         text = prompt + completion["completion"]
         return Rendered(text=text, spans=((len(prompt), len(text)),), is_plain=True)
@@ -96,7 +109,8 @@ class BaseText:
 
     def chat_ids(self, chat: Chat) -> tuple[int, ...]:
         """Return the tokens of a conversation up to the start of the next answer. Raises Refused."""
-        return tuple(self._tokenizer.encode(self.template.render_prompt(chat), add_special_tokens=False).ids)
+        text = self.template_of(chat).render_prompt(chat)
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def end_ids(self, *, as_chat: bool) -> frozenset[int]:
         """Return the tokens that end an answer: the end of a text, those of generation_config.json, and the end of an
@@ -144,7 +158,7 @@ class BaseText:
 
     def _turns(self, row: Rendered, encoding: Encoding) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         ids = np.array(encoding.ids, dtype=np.int64)
-        return ids, _mask(ids, encoding, row, self.special, trims=not self.template.marks_spans)
+        return ids, _mask(ids, encoding, row, self.special, trims=not row.is_marked)
 
     def _plain(self, row: Rendered, encoding: Encoding) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Return (ids, mask) of plain text. The end-of-text token occurs once, and is trained on.
