@@ -42,6 +42,8 @@ WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
 PULL_AGAIN = "Pull the adapter again into a new folder with `lorry adapters pull`."
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
+TEMPLATES = "additional_chat_templates"
+"""Folder of the templates that have a name."""
 SHARD = "5GB"
 NUM_INPUTS = 16
 """Random inputs by which a merged layer is compared with the adapted one."""
@@ -375,6 +377,9 @@ def _write(merged: nn.Module, base_dir: Path, directory: Path, report: MergeRepo
     for path in sorted(base_dir.iterdir()):
         if path.is_file() and not path.name.endswith((".safetensors", ".index.json", ".gguf", ".bin", ".pt", ".py")):
             shutil.copyfile(path, directory / path.name)
+    for path in sorted(base_dir.glob(f"{TEMPLATES}/*.jinja")):
+        (directory / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, directory / TEMPLATES / path.name)
     merged.save_pretrained(directory, max_shard_size=SHARD)  # pyright: ignore[reportCallIssue]
     if end_ids:
         _write_end_ids(directory / "generation_config.json", end_ids)

@@ -126,6 +126,16 @@ def test_merge_adds_in_fp32_and_rounds_once(base_dirs, adapter_of, tmp_path, fam
     assert torch.equal(merged, expected)
 
 
+def test_merged_model_has_the_named_templates_of_the_base(tied_dir, adapter_of, tmp_path):
+    base_dir = shutil.copytree(tied_dir, tmp_path / "base")
+    (base_dir / "additional_chat_templates").mkdir()
+    (base_dir / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+
+    merge_adapter(adapter_of(base_dir), base_dir, tmp_path / "merged")
+
+    assert (tmp_path / "merged" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
 def test_merged_model_is_a_complete_folder_and_the_base_is_unchanged(tied_dir, adapter_of, tmp_path):
     before = {path.name: path.read_bytes() for path in tied_dir.iterdir()}
     report = merge_adapter(adapter_of(tied_dir), tied_dir, tmp_path / "merged")
