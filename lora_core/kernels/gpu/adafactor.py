@@ -26,6 +26,9 @@ EPS = torch.finfo(torch.float32).eps
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 """Each operation is rounded, and divisions and roots are exact, so ranks on unlike GPUs take the same step."""
 
+TILES_OF_KIND = ["tiles"]
+"""Tiles of a kind start anywhere in the table of tiles. A kernel is compiled once for all of these addresses."""
+
 
 def adafactor(steps: Sequence[AdafactorStep]) -> None:
     """Take all steps."""
@@ -120,7 +123,7 @@ def _elements(vector, start, places_NK, has_NK, VECTOR_BYTES: tl.constexpr, ALIG
     return first + places_NK, tl.load(first + places_NK, mask=has_NK, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TILES_OF_KIND)
 def _squares(table, tiles, partials, squares, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
     """Add up the squares of a tile: those of the gradient by row and by column, and those of p."""
     entry = _entry(table, tiles)
@@ -216,7 +219,7 @@ def _updates(entry, scale, start, row, column, places_NK, has_N, has_K, has_NK, 
     return g, tl.div_rn(g_NK * _number(entry, _CLIP).to(tl.float32), root_NK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TILES_OF_KIND)
 def _update_squares(table, tiles, squares, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
     """Add up the squares of the updates of a tile."""
     entry = _entry(table, tiles)
@@ -235,7 +238,7 @@ def _factors(table, squares, scales, MANY: tl.constexpr):
     tl.store(own + 2, tl.load(own) * _number(entry, _MOVE) / excess)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TILES_OF_KIND)
 def _update(
     table,
     tiles,

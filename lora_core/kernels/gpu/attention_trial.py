@@ -6,10 +6,13 @@ Shape suffixes: H query heads, K key heads, T tokens of the pack, E head feature
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from lora_core.kernels.gpu.trial_failures import failure_of
 
 AMPERE = (8, 0)
 """Minimum compute capability for bfloat16: earlier ones do not multiply it."""
@@ -52,18 +55,20 @@ def why_not_in_tiles(device: torch.device, dtype: torch.dtype, *, size: int, is_
     return why_attention_differs(device, dtype, size=size, is_capped=is_capped)
 
 
+@cache
 @torch.enable_grad()  # the first call may come from a pass without gradients
 def why_attention_differs(device: torch.device, dtype: torch.dtype, *, size: int, is_capped: bool) -> str | None:
-    """Return how the kernels differ from the reference on this device, or None if they agree."""
+    """Return how the kernels differ from the reference on this device, or None if they agree.
+
+    Later calls read the result. Raises torch.AcceleratorError if the device can't be used any more.
+    """
     try:
         for name, found, expected in attention_results(device, dtype, size=size, is_capped=is_capped):
             difference = float((found.float() - expected).abs().max() / expected.abs().max())
             if not difference <= TOLERANCE[dtype]:
                 return f"{SEQUENCES}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
-    except ImportError as error:
-        return f"{SEQUENCES}: Triton is not installed ({error})"
     except Exception as error:  # noqa: BLE001  (Triton's errors have no other base class)
-        return f"{SEQUENCES}: a Triton kernel failed ({str(error).strip().partition(chr(10))[0]})"
+        return f"{SEQUENCES}: {failure_of(error, device)}"
     return None
 
 

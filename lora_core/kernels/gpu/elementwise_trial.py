@@ -4,8 +4,10 @@
 Shape suffixes: T tokens, D features, C labels, V classes.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,10 +16,14 @@ from torch import Tensor
 
 from lora_core.kernels.gpu.adafactor_table import AdafactorStep, MatrixLayout
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
+from lora_core.kernels.gpu.trial_failures import failure_of
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 """Largest difference, as a fraction of the reference's largest number."""
-T, D, C, V = 5, 48, 3, 5000
+T, C, V = 5, 3, 5008
+D = 48
+WIDE = 4096
+"""Features of a row that several warps add up. Rows of D features have one."""
 EAGER = "norms, gated activations, rotations, losses and optimizer steps run operation by operation"
 
 
@@ -41,29 +47,37 @@ def agree_on_elementwise(device: torch.device, gathered: Callable[[str | None], 
 
 
 @cache
-@torch.enable_grad()  # the first call may come from a pass without gradients
 def why_trial_failed(device: torch.device) -> str | None:
-    """Try the kernels on this device. Returns why they can't be used there, or None. Later calls read the result."""
+    """Try the kernels on this device. Returns why they can't be used there, or None. Later calls read the result.
+
+    Raises torch.AcceleratorError if the device can't be used any more.
+    """
+    return next(filter(None, (why_elementwise_differs(device, dtype) for dtype in TOLERANCE)), None)
+
+
+@torch.enable_grad()  # the first call may come from a pass without gradients
+def why_elementwise_differs(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return how the kernels differ from the reference on this device, or None if they agree."""
     try:
-        for dtype, tolerance in TOLERANCE.items():
-            for name, found, expected in elementwise_results(device, dtype):
-                difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
-                if not difference <= tolerance:
-                    return f"{EAGER}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
-    except ImportError as error:
-        return f"{EAGER}: Triton is not installed ({error})"
+        for name, found, expected in elementwise_results(device, dtype):
+            difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+            if not difference <= TOLERANCE[dtype]:
+                return f"{EAGER}: {name} of the Triton kernels differs by {difference:.1e} of its largest number"
     except Exception as error:  # noqa: BLE001  (Triton's errors have no other base class)
-        return f"{EAGER}: a Triton kernel failed ({str(error).strip().partition(chr(10))[0]})"
+        return f"{EAGER}: {failure_of(error, device)}"
     return None
 
 
 def elementwise_results(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the name of each result, what its kernel computes, and the reference."""
     yield from _of_swiglu(device, dtype)
-    yield from _of_norm(device, dtype)
-    yield from _of_rotation(device, dtype)
+    for features in (D, WIDE):
+        yield from _of_norm(device, dtype, features)
+    for rotated in (12, D // 3):
+        yield from _of_rotation(device, dtype, rotated)
     yield from _of_loss(device, dtype)
-    yield from _of_step(device, dtype)
+    for count in (10_001, 16_384):
+        yield from _of_step(device, dtype, count)
     yield from _of_factored_step(device, dtype)
 
 
@@ -82,27 +96,35 @@ def _of_swiglu(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, 
     yield "the gradient of up", dup, _gradient(wide[1])
 
 
-def _of_norm(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _of_norm(device: torch.device, dtype: torch.dtype, features: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Try the norm of a residual sum, and of the same numbers without a sum."""
     from lora_core.kernels.gpu import elementwise
 
-    x, delta, dy, onward = (_numbers(T * D, seed, device).view(T, D).to(dtype) for seed in (4, 5, 6, 7))
-    weight = _numbers(D, 8, device).to(dtype)
-    total, y, dx = (torch.empty_like(x) for _ in range(3))
+    x, delta, dy, onward = (_numbers(T * features, seed, device).view(T, features).to(dtype) for seed in (4, 5, 6, 7))
+    weight = _numbers(features, 8, device).to(dtype)
+    total, y, alone, again, dx, own_dx = (torch.empty_like(x) for _ in range(6))
     rate = torch.empty(T, device=device)
     elementwise.add_rms_norm(x, delta, weight, 1e-6, total, y, rate)
     elementwise.rms_norm_backward(total, rate, weight, dy, onward, dx)
+    elementwise.rms_norm(total, weight, 1e-6, alone, rate)
+    elementwise.rms_norm_with_rate(total, rate, weight, again)
+    elementwise.rms_norm_backward(total, rate, weight, dy, onward[:0], own_dx)
     wide = _leaf(total)
-    expected = F.rms_norm(wide, (D,), weight.float(), 1e-6)
+    expected = F.rms_norm(wide, (features,), weight.float(), 1e-6)
     expected.backward(dy.float())
-    yield "the residual sum", total, x.float() + delta.float()
-    yield "RMSNorm", y, expected.detach()
-    yield "the gradient of RMSNorm", dx, _gradient(wide) + onward.float()
+    yield f"the residual sum of {features} features", total, x.float() + delta.float()
+    for what, made in (("with a residual sum", y), ("alone", alone), ("recomputed", again)):
+        yield f"RMSNorm of {features} features {what}", made, expected.detach()
+    gradient = _gradient(wide)
+    yield f"the gradient of RMSNorm of {features} features", own_dx, gradient
+    yield f"the gradient of RMSNorm of {features} features and of its sum", dx, gradient + onward.float()
 
 
-def _of_rotation(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _of_rotation(device: torch.device, dtype: torch.dtype, rotated: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Try the rotation of the first `rotated` features of each head."""
     from lora_core.kernels.gpu import elementwise
 
-    num_heads, size, rotated = 3, D // 3, 12
+    num_heads, size = 3, D // 3
     x = _numbers(T * D, 9, device).view(T, num_heads, size).to(dtype)
     cos, sin = (_numbers(T * rotated, seed, device).to(dtype) for seed in (10, 11))
     for backward in (False, True):
@@ -115,7 +137,7 @@ def _of_rotation(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str
             parts = low * c_low + high * s_high, high * c_high - low * s_low, rest
         else:
             parts = low * c_low - high * s_low, high * c_high + low * s_high, rest
-        yield f"the rotation, backward {backward},", y, torch.cat(parts, dim=-1)
+        yield f"the rotation of {rotated} features, backward {backward},", y, torch.cat(parts, dim=-1)
 
 
 def _of_loss(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -137,32 +159,41 @@ def _of_loss(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Te
         yield "the gradient of cross-entropy", in_place, _gradient(wide)
 
 
-def _of_step(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _of_step(device: torch.device, dtype: torch.dtype, count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Try an AdamW step of `count` numbers. Loads are of 16 bytes if that is a multiple of 16."""
     from lora_core.kernels.gpu.optimizer import adamw, step_sizes
 
-    count, rate, decay, eps = 10_001, 1e-2, 0.1, 1e-8
+    rate, decay, eps = 1e-2, 0.1, 1e-8
     p, g, m, v = (_numbers(count, seed, device) for seed in (14, 15, 16, 17))
     v = v.square()
     copy = None if dtype == torch.float32 else torch.empty(count, dtype=dtype, device=device)
-    yield "sizes of a step", step_sizes([(g, p, m)])[0], torch.stack([g.norm(), p.abs().max(), m.abs().max()])
+    yield f"sizes of a step of {count} numbers", step_sizes([(g, p, m)])[0], torch.stack([g.norm(), p.abs().max(), m.abs().max()])
     new_m, new_v = 0.9 * m + 0.1 * (g / 2), 0.99 * v + 0.01 * (g / 2).square()
     moved = (new_m / (1 - 0.9**3)) / ((new_v / (1 - 0.99**3)).sqrt() + eps)
     expected = p * (1 - rate * decay) - rate * moved
     options = {"beta1": 0.9, "beta2": 0.99, "eps": eps, "weight_decay": decay, "step": 3, "rate": rate}
     adamw([AdamwStep(p=p, g=g, m=m, v=v, compute=copy, clip=0.5, plus=slice(0, 0), plus_rate=rate, **options)])
-    yield "a weight after a step", p if copy is None else copy, expected
-    yield "a moment after a step", torch.cat([m, v]), torch.cat([new_m, new_v])
+    yield f"a weight after a step of {count} numbers", p if copy is None else copy, expected
+    yield f"a moment after a step of {count} numbers", torch.cat([m, v]), torch.cat([new_m, new_v])
 
 
 def _of_factored_step(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Take two Adafactor steps of a matrix with more columns than rows, of one with more rows, and of a vector."""
+    """Take two Adafactor steps of matrices and of a vector.
+
+    One pair of matrices has more columns than rows, another has more rows. Rows of one in each pair start at multiples
+    of 16 bytes.
+    """
     from lora_core.kernels.gpu.adafactor import adafactor
 
-    shapes, starts, state_starts = [(20, 300), (300, 20), (300,)], [0, 6000, 12000], [0, 320, 640]
+    shapes = [(20, 300), (300, 20), (300,), (20, 301), (301, 21)]
+    counts = [math.prod(shape) for shape in shapes]
+    memory = [sum(shape) for shape in shapes]
+    starts, state_starts = [list(accumulate(sizes[:-1], initial=0)) for sizes in (counts, memory)]
     options: dict[str, Any] = {"beta2_decay": -0.5, "weight_decay": 0.1}
-    p, g, v = _numbers(12300, 18, device), _numbers(12300, 19, device), torch.zeros(940, device=device)
+    p, g = (_numbers(sum(counts), seed, device) for seed in (18, 19))
+    v = torch.zeros(sum(memory), device=device)
     copy = None if dtype == torch.float32 else torch.empty_like(p, dtype=dtype)
-    parts = zip(p.split([6000, 6000, 300]), g.split([6000, 6000, 300]), shapes, strict=True)
+    parts = zip(p.split(counts), g.split(counts), shapes, strict=True)
     leaves = [(_leaf(p_part.view(shape)), g_part.view(shape) / 2) for p_part, g_part, shape in parts]
     reference = torch.optim.Adafactor([leaf for leaf, _ in leaves], lr=0.05, d=1.0, eps=(None, 1e-3), **options)
     layout = MatrixLayout.of(shapes, starts, state_starts)

@@ -24,6 +24,9 @@ SIZED_BLOCK = 8192
 """Elements of a partial sum. Another number changes the bits of gradient norms."""
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 """Each operation is rounded, and divisions are exact, so ranks on unlike GPUs take the same step."""
+SIZE_WORDS = 6
+"""(address of g, of p, of m, count, row of the result, unused). Entries are multiples of 16 bytes: Triton compiles a
+kernel again for a table that starts elsewhere, and tables of a kind start at any entry."""
 
 
 def adamw(steps: Sequence[AdamwStep]) -> None:
@@ -64,7 +67,7 @@ def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     device = vectors[0][0].device
     sizes = torch.empty(len(vectors), 3, device=device)
     rows = sorted(range(len(vectors)), key=lambda row: are_aligned(*vectors[row]))
-    entries = [[*(part.data_ptr() for part in vectors[row]), vectors[row][0].numel(), row] for row in rows]
+    entries = [[*(part.data_ptr() for part in vectors[row]), vectors[row][0].numel(), row, 0] for row in rows]
     (table,) = upload([np.array(entries, np.int64)], device)
     start = 0
     for is_aligned, of_kind in groupby(rows, lambda row: are_aligned(*vectors[row])):
@@ -99,7 +102,7 @@ _NEWEST_V, _ROOT, _EPS = (tl.constexpr(WORD[name]) for name in ("newest_v", "roo
 _DECAY, _RATE = tl.constexpr(WORD["decay"]), tl.constexpr(WORD["rate"])
 _PLUS_DECAY, _PLUS_RATE = tl.constexpr(WORD["plus_decay"]), tl.constexpr(WORD["plus_rate"])
 _NUM_WORDS = tl.constexpr(NUM_WORDS)
-_SIZE_WORDS = tl.constexpr(5)  # (address of g, of p, of m, count, row of the result)
+_SIZE_WORDS = tl.constexpr(SIZE_WORDS)
 
 
 @triton.jit
@@ -155,7 +158,7 @@ def _largest(vector, places_E, inside_E):
     return tl.max(tl.where(sizes_E >= 0, sizes_E, float("inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # the number differs between steps, which would compile a kernel each
 def _partial_sizes(table, partial, num_blocks, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     entry = table + tl.program_id(1) * _SIZE_WORDS
     count, start = tl.load(entry + 3), tl.program_id(0).to(tl.int64) * BLOCK
@@ -169,7 +172,7 @@ def _partial_sizes(table, partial, num_blocks, BLOCK: tl.constexpr, ALIGNED: tl.
         tl.store(sizes + 2, _largest(_vector(entry, 2, tl.float32, ALIGNED) + start, places_E, inside_E))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _whole_sizes(table, partial, sizes, num_blocks, BLOCK: tl.constexpr, MANY: tl.constexpr):
     adapter = tl.program_id(0)
     count, row = tl.load(table + adapter * _SIZE_WORDS + 3), tl.load(table + adapter * _SIZE_WORDS + 4)

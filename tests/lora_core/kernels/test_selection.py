@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.kernels import selection
 from lora_core.kernels.gpu import attention_trial, elementwise_trial, trials
+from lora_core.kernels.gpu.tables import WIDTHS, class_of
+from lora_core.kernels.gpu.trials import TRIED
 from lora_core.kernels.selection import AttentionHeads, Kernels, choose_kernels, prepare_device
 
 CUDA = torch.device("cuda:0")
@@ -139,13 +142,19 @@ def test_kernels_that_another_rank_cannot_use_are_not_used(monkeypatch: pytest.M
     assert elementwise_trial.why_not_elementwise(CUDA) == "no C compiler, on another rank"
 
 
+Trial = Callable[[torch.device], str | None]
+TRIALS: dict[str, Trial] = {
+    "lora": lambda device: trials.why_lora_differs.__wrapped__(device, torch.float32),
+    "elementwise": lambda device: elementwise_trial.why_trial_failed.__wrapped__(device),
+    "attention": lambda device: attention_trial.why_attention_differs.__wrapped__(
+        device, torch.float32, size=64, is_capped=True
+    ),
+}
+"""They run each time. The engine reads the result of the first time."""
+
+
 def reasons_of_all(device: torch.device) -> list[str | None]:
-    """Run the trials of all kernels."""
-    return [
-        trials.why_lora_differs(device, torch.float32),
-        elementwise_trial.why_trial_failed.__wrapped__(device),
-        attention_trial.why_attention_differs(device, torch.float32, size=64, is_capped=True),
-    ]
+    return [trial(device) for trial in TRIALS.values()]
 
 
 def test_machine_without_triton_reports_that(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +184,40 @@ def test_kernel_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatc
     reasons = reasons_of_all(cpu)
 
     assert all(reason is not None and "a Triton kernel failed (at 1:2)" in reason for reason in reasons)
+
+
+def refusing(error: Exception) -> Callable[..., None]:
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize("trial", TRIALS.values(), ids=TRIALS)
+def test_fault_of_the_device_in_a_trial_is_no_reason_for_the_loop(
+    monkeypatch: pytest.MonkeyPatch, trial: Trial
+) -> None:
+    faulted = refusing(torch.AcceleratorError("CUDA error: misaligned address"))
+    monkeypatch.setattr(trials, "_differences", faulted)
+    monkeypatch.setattr(elementwise_trial, "elementwise_results", faulted)
+    monkeypatch.setattr(attention_trial, "attention_results", faulted)
+    monkeypatch.setattr(torch.cuda, "synchronize", faulted)
+
+    with pytest.raises(torch.AcceleratorError, match="misaligned address"):
+        trial(CUDA)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)  # the error was of this launch alone
+    reason = trial(CUDA)
+    assert reason is not None
+    assert "a Triton kernel failed (CUDA error: misaligned address)" in reason
+
+
+def test_trial_of_lora_covers_every_width_with_both_alignments_and_with_and_without_dropout() -> None:
+    kinds = [class_of(rank, has_dropout=bool(threshold)) for pair in TRIED for rank, threshold in zip(*pair, strict=True)]
+
+    assert kinds[::2] == kinds[1::2], "the two segments of a run have one class"
+    assert {(kind.width, kind.is_aligned) for kind in kinds} == set(product(WIDTHS, (True, False)))
+    assert {(kind.width, kind.has_dropout) for kind in kinds} == set(product(WIDTHS, (True, False)))
 
 
 @pytest.fixture

@@ -197,10 +197,12 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
     options = {name: value for name, value in configuration.constants.items() if name in OPTIONS}
     arguments = configuration.kernel.arg_names
     signature = {name: "constexpr" if name in constants else configuration.types[name] for name in arguments}
+    kernel = configuration.kernel
+    general = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
     divisible = {
         (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(signature.values())
-        if kind.startswith("*") or (kind == "i32" and arguments[index] not in attention.UNSPECIALIZED)
+        for index, (name, kind) in enumerate(signature.items())
+        if (kind.startswith("*") or kind == "i32") and name not in general
     }
     source = ASTSource(configuration.kernel, signature, constants, divisible)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

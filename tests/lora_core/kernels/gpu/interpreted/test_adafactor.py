@@ -14,6 +14,7 @@ from lora_core.adapter.optimizer import joint_step_of, optimizer_step
 from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.kernels.gpu.adafactor import adafactor, adafactor_launches
 from lora_core.kernels.gpu.adafactor_table import CHUNK, AdafactorStep
+from tests.lora_core.kernels.gpu.launches import recorded
 from tests.lora_core.kernels.gpu.packs import numbers
 
 SMALL = (
@@ -128,6 +129,16 @@ def test_matrix_has_the_same_bits_in_adapters_with_other_matrices() -> None:
     for own, other in places:
         assert torch.equal(found.p[other.numbers], expected.p[own.numbers])
         assert torch.equal(found.v[other.memory], expected.v[own.memory])
+
+
+def test_steps_of_other_adapters_need_no_other_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = recorded(monkeypatch)
+
+    for due in (DUE[:1], DUE, DUE[1:]):
+        stepped(due, [one.adapter() for one in due])
+
+    properties = {launch.variant: launch.properties for launch in launches}
+    assert all(launch.properties == properties[launch.variant] for launch in launches)
 
 
 def test_launches_depend_on_the_kinds_of_matrices_alone() -> None:

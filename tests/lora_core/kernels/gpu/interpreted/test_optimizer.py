@@ -15,6 +15,7 @@ from lora_core.adapter.optimizer import joint_step_of, optimizer_step
 from lora_core.config import LoraConfig, OptimizerConfig
 from lora_core.kernels.gpu.optimizer import adamw, step_sizes
 from lora_core.kernels.gpu.optimizer_table import WORD, AdamwStep
+from tests.lora_core.kernels.gpu.launches import recorded
 from tests.lora_core.kernels.gpu.packs import numbers
 
 TARGETS = (
@@ -123,6 +124,21 @@ def test_sizes_are_those_of_each_adapter_and_do_not_depend_on_others() -> None:
         expected = torch.stack([torch.linalg.vector_norm(g), p.abs().max(), m.abs().max()])
         torch.testing.assert_close(row, expected)
         assert torch.equal(step_sizes([(g, p, m)])[0], row)
+
+
+def test_steps_of_other_adapters_need_no_other_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = recorded(monkeypatch)
+
+    for due in (DUE[:1], DUE, DUE[1:] * 2):
+        adapters = [one.adapter() for one in due]
+        step_sizes([(adapter.g, adapter.p, adapter.m) for adapter in adapters])
+        stepped(due, adapters)
+    step_sizes([(torch.ones(150_000),) * 3])  # 19 blocks, and 1 before
+
+    assert {launch.kernel for launch in launches} == {"_adamw", "_partial_sizes", "_whole_sizes"}
+    properties = {launch.variant: launch.properties for launch in launches}
+    assert len(properties) == 5
+    assert all(launch.properties == properties[launch.variant] for launch in launches)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
