@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.kit import __main__ as command
-from benchmarks.gpu.kit import run
+from benchmarks.gpu.kit import kernels, run
 from benchmarks.gpu.kit.comparisons import adapted, lorry, peft_loop
 from benchmarks.gpu.kit.facts import datasheet_flops
 from benchmarks.gpu.kit.kernels import check_attention
@@ -33,6 +33,7 @@ from lora_core.layers.attention import flash
 from tests.lora_core.kernels.gpu.triton_folder import environment
 from tests.lora_core.varlen_stand_in import StandIn
 from tests.services.programs import Missing
+from worker.process import launcher
 
 Lines = list[dict[str, Any]]
 
@@ -140,6 +141,31 @@ def test_contenders_train_on_the_same_tokens_and_leave_the_base_unchanged(kit: K
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
 
 
+def test_lora_in_float32_is_left_out_on_a_gpu_where_no_engine_computes_it_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = Kit(log=Log(tmp_path, started=time.monotonic()), sizes=full(), stage="kernels")
+    checked: list[tuple[str, torch.dtype]] = []
+    for name in ("_lora", "_tiled_attention"):
+        monkeypatch.setattr(
+            kernels, name, lambda kit, dtype, *_, name=name, **__: checked.append((name.lstrip("_"), dtype))
+        )
+    monkeypatch.setattr(kernels, "elementwise_results", lambda device, dtype: checked.append(("rows", dtype)) or [])
+    monkeypatch.setattr(kernels, "check_attention", lambda kit: None)
+    monkeypatch.setattr(kernels, "TIMES", dict.fromkeys(kernels.TIMES, ()))
+
+    kernels.kernels(kit)
+
+    assert {dtype for name, dtype in checked if name == "lora"} == {torch.bfloat16}
+    for other in ("rows", "tiled_attention"):
+        assert {dtype for name, dtype in checked if name == other} == {torch.bfloat16, torch.float32}
+
+
+def test_ceilings_are_measured_before_kernels_are_compiled() -> None:
+    assert list(run.STAGES)[:3] == ["facts", "compilation", "kernels"]
+    assert sum(stage.share for stage in run.STAGES.values()) == 480
+
+
 def test_datasheet_flops_are_found_by_card_name_and_none_if_unknown() -> None:
     assert datasheet_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert datasheet_flops("NVIDIA H100 PCIe") == 756e12
@@ -231,6 +257,15 @@ def test_estimate_of_kept_bytes_is_that_of_the_service() -> None:
     assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16", "torch")
     base.attachment = cast(Any, SimpleNamespace(kernels=Kernels(elementwise="compiled")))
     assert kept_bytes_per_token(base) == memory.activation_bytes_per_token(shapes, "bfloat16", "cuda")
+
+
+def test_environment_of_torch_is_that_of_the_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command.os, "environ", {})
+
+    command.prepare_environment(tmp_path)
+
+    of_service = {name: value for name, value in launcher.CUDA.items() if name != "CUDA_DEVICE_ORDER"}
+    assert command.os.environ.items() >= of_service.items()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 def prepare_environment(scratch: Path) -> None:
     """Set the variables that torch, Triton and the Hub's client read when they are imported."""
     os.environ |= {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "HF_HUB_OFFLINE": "1",

@@ -1,4 +1,4 @@
-"""Versions, the device, the kernels chosen for it and why, and the ceilings of everything that is measured later."""
+"""Versions, the device, and the ceilings of everything that is measured later."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import torch
 
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.results import installed_version
-from lora_core.kernels.selection import choose_kernels
 from lora_core.runtime.transfers import upload
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numba", "llvmlite", "numpy", "safetensors")
@@ -39,7 +37,7 @@ def facts(kit: Kit) -> None:
         kit.tell(name, installed_version(name) or "missing", "version")
     kit.tell("Python", platform.python_version(), "version")
     kit.tell("processor", f"{platform.machine()}, {os.cpu_count()} cores", "text")
-    for parts in (_device, _chosen, _ceilings, _launches, _uploads):
+    for parts in (_device, _ceilings, _uploads, _launches):
         with kit.attempt(parts.__name__.strip("_")):
             parts(kit)
 
@@ -57,16 +55,6 @@ def _device(kit: Kit) -> None:
         command = [program, f"--query-gpu={NVIDIA_FIELDS}", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         kit.tell("nvidia-smi", (done.stdout or done.stderr).strip(), NVIDIA_FIELDS)
-
-
-def _chosen(kit: Kit) -> None:
-    started = time.perf_counter()
-    chosen = choose_kernels(kit.device, torch.bfloat16)
-    kit.tell("choice of kernels, with trials and compilation", time.perf_counter() - started, "s")
-    for name in ("lora", "attention", "elementwise"):
-        kit.tell(f"kernels for {name}", getattr(chosen, name), "text")
-    for number, reason in enumerate(chosen.reasons, 1):
-        kit.tell(f"reason {number} against a faster kernel", reason, "text")
 
 
 def _ceilings(kit: Kit) -> None:

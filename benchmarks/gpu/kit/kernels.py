@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import product
+from itertools import chain, product
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.kit.compilation import left_out
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.lora_pack import LoraPack, random_pack
 from lora_core.kernels.gpu.attention_trial import ALL, TILED_HEADS, VisibleKeys, attention_results
@@ -35,22 +36,15 @@ def kernels(kit: Kit) -> None:
     if not kit.on_gpu and not interprets():
         kit.tell_missing_gpu("Triton kernels", "Triton compiles for a GPU; TRITON_INTERPRET=1 computes on a CPU")
         return
-    for dtype in (torch.bfloat16, torch.float32) if kit.on_gpu else (torch.float32,):
-        for dropout in (0.0, 0.1):
-            with kit.attempt(f"segmented LoRA in {dtype}, dropout {dropout}"):
-                _lora(kit, dtype, dropout)
-        with kit.attempt(f"elementwise kernels in {dtype}"):
-            for name, found, expected in elementwise_results(kit.device, dtype):
-                difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
-                kit.tell(f"{name}, {dtype}", float(difference), FRACTION)
-        for size, is_capped in product((64, 128, 256) if kit.on_gpu else (64,), (False, True)):
-            if size <= TILED_HEADS[dtype]:
-                with kit.attempt(f"attention in tiles in {dtype}, heads of {size}, capped {is_capped}"):
-                    _tiled_attention(kit, dtype, size=size, is_capped=is_capped)
+    for family in left_out():
+        kit.tell(f"kernels for {family}", "left out", "text", reason="their trial made a device unusable")
+    families = [family for family in CHECKS if family not in left_out()]
+    for dtype, family in product((torch.bfloat16, torch.float32) if kit.on_gpu else (torch.float32,), families):
+        CHECKS[family](kit, dtype)
     if not kit.on_gpu:
         kit.tell_missing_gpu("times of kernels", "the speed of an interpreter is that of NumPy")
         return
-    for part in (_lora_times, _attention_times, _elementwise_times, _optimizer_times):
+    for part in chain.from_iterable(TIMES[family] for family in families):
         with kit.attempt(part.__name__.strip("_")):
             part(kit)
 
@@ -58,6 +52,28 @@ def kernels(kit: Kit) -> None:
 def interprets() -> bool:
     """Return whether this process computes Triton kernels on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+
+
+def _check_lora(kit: Kit, dtype: torch.dtype) -> None:
+    if kit.on_gpu and dtype != torch.bfloat16:
+        return  # an engine does not use the kernels, which compile for minutes
+    for dropout in (0.0, 0.1):
+        with kit.attempt(f"segmented LoRA in {dtype}, dropout {dropout}"):
+            _lora(kit, dtype, dropout)
+
+
+def _check_elementwise(kit: Kit, dtype: torch.dtype) -> None:
+    with kit.attempt(f"elementwise kernels in {dtype}"):
+        for name, found, expected in elementwise_results(kit.device, dtype):
+            difference = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+            kit.tell(f"{name}, {dtype}", float(difference), FRACTION)
+
+
+def _check_tiled_attention(kit: Kit, dtype: torch.dtype) -> None:
+    for size, is_capped in product((64, 128, 256) if kit.on_gpu else (64,), (False, True)):
+        if size <= TILED_HEADS[dtype]:
+            with kit.attempt(f"attention in tiles in {dtype}, heads of {size}, capped {is_capped}"):
+                _tiled_attention(kit, dtype, size=size, is_capped=is_capped)
 
 
 def _lora(kit: Kit, dtype: torch.dtype, dropout: float) -> None:
@@ -258,6 +274,18 @@ def _optimizer_times(kit: Kit) -> None:
     _tell_time(kit, "AdamW of 4 adapters, 42 million parameters in all", lambda: adamw(steps), num_bytes=moved)
     groups = [(g, p, m) for p, g, m, _ in vectors]
     _tell_time(kit, "sizes of the same steps", lambda: step_sizes(groups), num_bytes=4 * count * 12)
+
+
+CHECKS: dict[str, Callable[[Kit, torch.dtype], None]] = {
+    "lora": _check_lora,
+    "elementwise": _check_elementwise,
+    "attention": _check_tiled_attention,
+}
+TIMES: dict[str, tuple[Callable[[Kit], None], ...]] = {
+    "lora": (_lora_times,),
+    "elementwise": (_elementwise_times, _optimizer_times),
+    "attention": (_attention_times,),
+}
 
 
 def _tell_time(kit: Kit, name: str, call: Callable[[], object], *, num_bytes: int | None = None) -> None:
