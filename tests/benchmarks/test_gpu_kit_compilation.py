@@ -50,9 +50,7 @@ def test_every_trial_of_an_engine_and_of_the_kit_is_a_job() -> None:
     assert len(set(jobs())) == len(jobs())
 
 
-def test_job_reports_why_its_kernels_cannot_be_used(
-    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_job_reports_why_its_kernels_cannot_be_used(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "triton.py").write_text("raise ImportError('hidden')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -133,7 +131,8 @@ def test_kernels_that_are_left_out_are_not_checked(kit: Kit, tmp_path: Path, mon
 
 def test_jobs_end_with_their_stage(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LEAST_SECONDS", 0.5)
-    endless = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(__import__('os').getpid())); __import__('time').sleep(99)"
+    path = str(tmp_path / "pid")
+    endless = f"import os, time; open({path!r}, 'w').write(str(os.getpid())); time.sleep(99)"
     monkeypatch.setattr(compilation, "command", lambda kit, job: [sys.executable, "-c", endless])
 
     run.run_stage(kit, "compilation", lambda kit: run_jobs(kit, [("lora",)]), until=time.monotonic())

@@ -100,9 +100,7 @@ def run_jobs(kit: Kit, jobs: Sequence[Job]) -> None:
 def _started(kit: Kit, job: Job) -> Running:
     output = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(kit, job), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=variables
-    )
+    process = subprocess.Popen(command(kit, job), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=variables)
     return Running(process=process, output=output, started=time.perf_counter())
 
 

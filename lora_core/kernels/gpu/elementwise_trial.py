@@ -167,7 +167,8 @@ def _of_step(device: torch.device, dtype: torch.dtype, count: int) -> Iterator[t
     p, g, m, v = (_numbers(count, seed, device) for seed in (14, 15, 16, 17))
     v = v.square()
     copy = None if dtype == torch.float32 else torch.empty(count, dtype=dtype, device=device)
-    yield f"sizes of a step of {count} numbers", step_sizes([(g, p, m)])[0], torch.stack([g.norm(), p.abs().max(), m.abs().max()])
+    expected = torch.stack([g.norm(), p.abs().max(), m.abs().max()])
+    yield f"sizes of a step of {count} numbers", step_sizes([(g, p, m)])[0], expected
     new_m, new_v = 0.9 * m + 0.1 * (g / 2), 0.99 * v + 0.01 * (g / 2).square()
     moved = (new_m / (1 - 0.9**3)) / ((new_v / (1 - 0.99**3)).sqrt() + eps)
     expected = p * (1 - rate * decay) - rate * moved

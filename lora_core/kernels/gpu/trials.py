@@ -100,9 +100,7 @@ def why_lora_differs(device: torch.device, dtype: torch.dtype, tried: tuple[Trie
     return None
 
 
-def _differences(
-    device: torch.device, dtype: torch.dtype, tried: tuple[Tried, ...]
-) -> Iterator[tuple[str, float]]:
+def _differences(device: torch.device, dtype: torch.dtype, tried: tuple[Tried, ...]) -> Iterator[tuple[str, float]]:
     for ranks, thresholds in tried:
         for number in range(1, MOST_SIBLINGS + 1):
             siblings = [_segments(ranks, thresholds, outputs, device, dtype) for outputs in OUTPUTS[:number]]

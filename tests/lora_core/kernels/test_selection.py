@@ -145,7 +145,7 @@ def test_kernels_that_another_rank_cannot_use_are_not_used(monkeypatch: pytest.M
 Trial = Callable[[torch.device], str | None]
 TRIALS: dict[str, Trial] = {
     "lora": lambda device: trials.why_lora_differs.__wrapped__(device, torch.float32),
-    "elementwise": lambda device: elementwise_trial.why_trial_failed.__wrapped__(device),
+    "elementwise": elementwise_trial.why_trial_failed.__wrapped__,
     "attention": lambda device: attention_trial.why_attention_differs.__wrapped__(
         device, torch.float32, size=64, is_capped=True
     ),
@@ -213,7 +213,8 @@ def test_fault_of_the_device_in_a_trial_is_no_reason_for_the_loop(
 
 
 def test_trial_of_lora_covers_every_width_with_both_alignments_and_with_and_without_dropout() -> None:
-    kinds = [class_of(rank, has_dropout=bool(threshold)) for pair in TRIED for rank, threshold in zip(*pair, strict=True)]
+    segments = [segment for pair in TRIED for segment in zip(*pair, strict=True)]
+    kinds = [class_of(rank, has_dropout=bool(threshold)) for rank, threshold in segments]
 
     assert kinds[::2] == kinds[1::2], "the two segments of a run have one class"
     assert {(kind.width, kind.is_aligned) for kind in kinds} == set(product(WIDTHS, (True, False)))

@@ -14,7 +14,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 @pytest.fixture(autouse=True)
 def checked_hints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check what `tl.multiple_of` tells the compiler. The interpreter ignores it, and a GPU faults if it is false."""
+    """Check each `tl.multiple_of`. The interpreter ignores it, and a GPU faults if it is false."""
     from triton.runtime.interpreter import TensorHandle
 
     def set_attr(self: Any, key: str, values: list[int]) -> None:

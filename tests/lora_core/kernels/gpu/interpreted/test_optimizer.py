@@ -133,7 +133,7 @@ def test_steps_of_other_adapters_need_no_other_variants(monkeypatch: pytest.Monk
         adapters = [one.adapter() for one in due]
         step_sizes([(adapter.g, adapter.p, adapter.m) for adapter in adapters])
         stepped(due, adapters)
-    step_sizes([(torch.ones(150_000),) * 3])  # 19 blocks, and 1 before
+    step_sizes([(torch.ones(150_000), torch.ones(150_000), torch.ones(150_000))])  # 19 blocks, and 1 before
 
     assert {launch.kernel for launch in launches} == {"_adamw", "_partial_sizes", "_whole_sizes"}
     properties = {launch.variant: launch.properties for launch in launches}
