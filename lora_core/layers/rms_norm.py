@@ -47,11 +47,14 @@ def _agrees(module: nn.Module, eps: float) -> bool:
     return same_numbers(expected, y_TD.detach()) and is_recomputed_exactly(y_TD)
 
 
-def same_numbers(expected: Tensor, actual: Tensor) -> bool:
-    """Return whether [..., D] tensors are equal up to the last bit: any element in fp32, few elements in bf16."""
+def same_numbers(expected: Tensor, actual: Tensor, *, num_rounded: int = 1) -> bool:
+    """Return whether [..., D] tensors are equal up to the last bit: any element in fp32, few elements in bf16.
+
+    `num_rounded` is the number of roundings in each element, one after the other.
+    """
     of_element, of_row = ROUNDING[expected.dtype]
     sizes = expected.float().abs()
-    allowed = of_element * sizes + of_row * sizes.amax(-1, keepdim=True)
+    allowed = num_rounded * of_element * sizes + of_row * sizes.amax(-1, keepdim=True)
     is_near = bool(((expected.float() - actual.float()).abs() <= allowed).all())
     if expected.dtype == torch.float32:
         return is_near

@@ -44,11 +44,19 @@ def _is_readable(linear: Any) -> bool:
 
 @torch.no_grad()
 def _agrees(module: nn.Module) -> bool:
-    gate = cast(nn.Linear, module.gate_proj)
+    """Return whether both give the same numbers.
+
+    The activations are compared before `down_proj`, which would spread one of them over a whole row. Two values are
+    rounded in each, silu(gate) and the product.
+    """
+    gate, up, down = _linears(module)
     numbers = torch.arange(CHECKED_TOKENS * gate.in_features, dtype=torch.float32, device=gate.weight.device)
     dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.bfloat16
     x_TD = torch.sin(numbers * 0.7).view(1, CHECKED_TOKENS, -1).to(dtype)
-    return same_numbers(type(module).forward(module, x_TD), _forward(module, x_TD))
+    gate_TF, up_TF = gate(x_TD), up(x_TD)
+    y_TF = cast(nn.Module, module.act_fn)(gate_TF) * up_TF
+    is_same_form = same_numbers(type(module).forward(module, x_TD), down(y_TF))
+    return is_same_form and same_numbers(y_TF, SwiGlu.apply(gate_TF, up_TF), num_rounded=2)
 
 
 def forward_mlp(module: nn.Module, x_TD: Tensor) -> Tensor:
@@ -56,8 +64,14 @@ def forward_mlp(module: nn.Module, x_TD: Tensor) -> Tensor:
 
 
 def _forward(module: nn.Module, x_TD: Tensor) -> Tensor:
-    gate, up, down = (cast(nn.Module, part) for part in (module.gate_proj, module.up_proj, module.down_proj))
+    gate, up, down = _linears(module)
     return down(SwiGlu.apply(gate(x_TD), up(x_TD)))
+
+
+def _linears(module: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Return gate, up and down. Quantized ones have the attributes of nn.Linear too."""
+    gate, up, down = (cast(nn.Linear, part) for part in (module.gate_proj, module.up_proj, module.down_proj))
+    return gate, up, down
 
 
 class SwiGlu(torch.autograd.Function):

@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64,
 }
 WIDE: dict[str, Any] = SIZES | {"intermediate_size": 1536}
+LARGE: dict[str, Any] = SIZES | {"intermediate_size": 28_672}
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 
 
@@ -85,6 +86,29 @@ def test_mlp_is_replaced_at_any_magnitude_of_its_values(dtype: torch.dtype, size
         mlp.down_proj.weight.mul_(size / mlp(drawn(1, dtype)).abs().max())
 
     assert [module for module, _ in faster_mlps(nn.ModuleList([right, wrong]))] == [right]
+
+
+def nearly_activated(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
+    """Return the activation with errors of up to 16 units in the last place of fp32, such as of a fast exp."""
+    wide_TF = torch.nn.functional.silu(gate_TF.float())
+    errors_TF = torch.arange(wide_TF.numel()).remainder(33).sub(16).view(wide_TF.shape) * 2.0**-23
+    return (wide_TF * (1 + errors_TF)).to(gate_TF.dtype) * up_TF
+
+
+def test_mlp_of_a_large_base_is_replaced_in_spite_of_errors_in_the_last_place_of_fp32(monkeypatch: pytest.MonkeyPatch):
+    """A few activations are rounded to another bf16 number, and each changes a row of the output."""
+    torch.manual_seed(0)
+    mlp = LlamaMLP(LlamaConfig(**LARGE)).to(torch.bfloat16).requires_grad_(False)
+    monkeypatch.setattr(swiglu, "_activated", nearly_activated)
+
+    assert [module for module, _ in faster_mlps(mlp)] == [mlp]
+
+
+def test_mlp_is_not_replaced_if_its_activation_has_errors_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    mlp = mlp_of(torch.bfloat16)
+    monkeypatch.setattr(swiglu, "_activated", lambda gate, up: torch.nn.functional.silu(gate) * up * 1.01)
+
+    assert faster_mlps(mlp) == []
 
 
 def test_values_are_compared_relative_to_their_row():
