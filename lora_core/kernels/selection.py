@@ -13,6 +13,7 @@ import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
 from lora_core.kernels.gpu.attention_trial import why_not_in_tiles
+from lora_core.kernels.gpu.dropout_trial import why_not_drawn
 from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
 from lora_core.kernels.gpu.trials import why_not_tiled
 
@@ -82,12 +83,12 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHea
         return Kernels()
     capability = torch.cuda.get_device_capability(device)
     why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
-    why_eager = why_not_elementwise(device)
+    why_eager, why_no_masks = why_not_elementwise(device), why_not_drawn(device)
     size, why_no_heads = None, None
     if heads is not None and not (why_no_varlen is None and heads.fits_varlen):
         why_no_heads = why_not_in_tiles(device, dtype, size=heads.size, is_capped=heads.is_capped)
         size = heads.size if why_no_heads is None else None
-    why_slow = why_no_tiles, why_no_varlen if size is None else None, why_no_heads, why_eager
+    why_slow = why_no_tiles, why_no_varlen if size is None else None, why_no_heads, why_eager, why_no_masks
     return Kernels(
         lora="tiled" if why_no_tiles is None else "loop",
         attention="varlen" if why_no_varlen is None else "sequences",

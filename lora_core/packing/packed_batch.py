@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
+from lora_core.kernels.gpu.dropout_trial import why_not_drawn
 from lora_core.kernels.selection import Kernels
 from lora_core.packing.kv_cache import SequenceCache
 from lora_core.runtime.counter_rng import coin_flips, key_words, uniform
@@ -95,7 +96,14 @@ class DropoutKey:
         return round((1 - self.probability) * 65536)
 
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
-        """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool."""
+        """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool.
+
+        A GPU draws the same mask itself: the host would need seconds for a slice of a large model.
+        """
+        if like_TD.device.type == "cuda" and why_not_drawn(like_TD.device) is None:
+            from lora_core.kernels.gpu.dropout import draw_mask
+
+            return draw_mask(self.key_words([module])[0], self.threshold, like_TD)
         flips = coin_flips(*self._key, module, count=like_TD.numel(), threshold=self.threshold)
         return upload([flips.view(np.uint8)], like_TD.device)[0].view(like_TD.shape)
 
@@ -196,6 +204,7 @@ class PackedBatch:
         label_weights_L: fp32 [L].
         label_smoothing_L: fp32 [L] (losses/chunked_cross_entropy.py), or None.
         host_ids_T: input_ids on the host, so that reading them does not wait for a device.
+        newest_rows_n: int64 [n], in generation: the row of each sequence that has tokens in its KV cache.
         reference: The sequences of jobs that need a reference model, with that model's adapters. It has a pass of
             its own, because nothing in it is differentiated.
     """
@@ -219,6 +228,7 @@ class PackedBatch:
     passage: BlockRange | None = None
     plans: dict[int, Any] = field(default_factory=dict)  # of layers/tiled_lora.py, by the identity of `segments`
     caches: tuple[SequenceCache, ...] = ()  # in generation (forward/continuous_batch.py): the pack has only new tokens
+    newest_rows_n: Tensor | None = None
 
     @property
     def whole_lengths(self) -> tuple[int, ...]:

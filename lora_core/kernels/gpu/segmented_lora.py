@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_core.kernels.gpu.dropout import random_numbers
 from lora_core.kernels.gpu.tables import (
     JOIN_WORDS,
     MOST_SIBLINGS,
@@ -187,18 +188,10 @@ def _weights(entry, start, features_F, ranks_W, width, DTYPE: tl.constexpr, BY_B
 def _keep_factors(entry, tokens_M, start, width, M: tl.constexpr, K: tl.constexpr):
     """Return the factors of dropout fp32 [M, K]: 0 for dropped elements, features start to start + K.
 
-    They are the numbers of lora_core/runtime/counter_rng.py: Philox-4x64 with 16 numbers in each block, in the order of
-    the elements of the segment.
+    The random numbers follow the elements of the segment in their order.
     """
-    first_M = ((tokens_M * width + start) >> 4) + 1  # NumPy increments the counter before the first block
-    blocks = (first_M[:, None] + tl.arange(0, K // 16)[None, :]).to(tl.uint64)
-    zeros = tl.zeros_like(blocks)
     key, next_key = tl.load(entry + KEY).to(tl.uint64), tl.load(entry + KEY + 1).to(tl.uint64)
-    w0, w1, w2, w3 = tl.philox_impl(blocks, zeros, zeros, zeros, zeros + key, zeros + next_key)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (M, K // 4))
-    halves = tl.join((words & 0xFFFFFFFF).to(tl.uint32), (words >> 32).to(tl.uint32))
-    halves = tl.reshape(halves, (M, K // 2))
-    flips = tl.reshape(tl.join(halves & 0xFFFF, halves >> 16), (M, K)).to(tl.int32)
+    flips = random_numbers((tokens_M * width + start) >> 4, key, next_key, M, K)
     return tl.where(flips < tl.load(entry + THRESHOLD).to(tl.int32), _number(entry, FACTOR), 0.0)
 
 

@@ -26,6 +26,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(trials, "why_lora_differs", lambda device, dtype: None)
     monkeypatch.setattr(selection, "why_not_elementwise", lambda device: None)
+    monkeypatch.setattr(selection, "why_not_drawn", lambda device: None)
     monkeypatch.setattr(selection, "varlen_parameters", lambda: selection.VARLEN_PARAMETERS)
 
 
@@ -130,6 +131,12 @@ def test_reason_for_slower_norms_is_logged_when_the_engine_attaches(
 
     assert chosen.elementwise == "eager"
     assert "RMSNorm differs" in caplog.text
+
+
+def test_gpu_that_draws_no_dropout_masks_reports_why(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "why_not_drawn", lambda device: "masks differ")
+
+    assert choose_kernels(CUDA, torch.bfloat16).reasons == ("masks differ",)
 
 
 def test_kernels_that_another_rank_cannot_use_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_core.kernels.gpu import adafactor, attention, elementwise, optimizer, segmented_lora
+from lora_core.kernels.gpu import adafactor, attention, dropout, elementwise, optimizer, segmented_lora
 from lora_core.kernels.gpu.adafactor_table import CHUNK, TILES
 from lora_core.kernels.gpu.attention_trial import TILED_HEADS
 from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
@@ -60,6 +60,7 @@ class Configuration:
 
 def configurations() -> Iterator[Configuration]:
     yield from of_lora()
+    yield of_dropout()
     yield from of_attention()
     yield from of_rows()
     yield from of_losses()
@@ -95,6 +96,19 @@ def of_lora() -> Iterator[Configuration]:
                 is_product=True,
                 is_wide=bool(constants.get("ALIGNED", True)),
             )
+
+
+def of_dropout() -> Configuration:
+    types = {"keep": "*u8", "key": "i64", "next_key": "i64", "threshold": "i32", "num_elements": "i32"}
+    constants = {"M": dropout.ROWS, "K": dropout.COLUMNS, **dropout.OPTIONS}
+    return Configuration(
+        name="dropout mask",
+        kernel=dropout._draw_mask,
+        constants=constants,
+        types=types,
+        is_product=False,
+        is_wide=False,
+    )
 
 
 def of_attention() -> Iterator[Configuration]:
