@@ -7,7 +7,8 @@ parameter changes. Outside a running pack each computes exactly what it computed
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -32,8 +33,9 @@ from lora_core.layers.embeddings import forward_embedding, forward_embedding_wat
 from lora_core.layers.fused_projections import Siblings, find_siblings, forward_siblings, taken_from_ahead
 from lora_core.layers.longrope import rotations_by_length
 from lora_core.layers.lora_linear import PackedDelta, PackedLinear, PlainWeight
+from lora_core.layers.module_matching import is_norm_or_gated
 from lora_core.layers.recomputed_inputs import origin_of
-from lora_core.layers.residual_block import faster_blocks
+from lora_core.layers.residual_block import faster_blocks, has_norms_first
 from lora_core.layers.rms_norm import faster_norms
 from lora_core.layers.rotary import faster_rotations
 from lora_core.layers.swiglu import faster_mlps
@@ -127,6 +129,8 @@ class Attachment:
 
     `leaf` is a scalar that requires a gradient, which makes autograd visit adapted linears. `kernels` overrides the
     choice for the model's device and dtype. `batch_invariant` makes results independent of packmates on a CPU.
+    `is_compiled` is whether compiled kernels compute all norms and gated MLPs, and a norm comes before each attention
+    and MLP. The backward on a GPU then recomputes what these norms and activations return.
     """
 
     def __init__(
@@ -155,6 +159,11 @@ class Attachment:
         self.segment_op = SegmentedLora(self.kernels.lora, self.linears, groups)
         self.leaf = torch.zeros((), device=model.device, requires_grad=True)
         self._parts = [*_faster_parts(model, self.kernels, is_sharded=is_sharded), *rotations_by_length(model)]
+        replaced = {id(module) for module, _ in self._parts}
+        left = [part for part in model.modules() if is_norm_or_gated(part) and id(part) not in replaced]
+        self.is_compiled = not left and all(map(has_norms_first, self.blocks.modules))
+        if self.kernels.elementwise == "compiled" and not is_sharded and model.device.type == "cuda":
+            _report_left([*left, *(block for block in self.blocks.modules if id(block) not in replaced)])
         self._blocks = blocks_of(model)
         self._attention = model.config._attn_implementation or "eager"
         self._attach()
@@ -222,6 +231,14 @@ def _faster_parts(
         return rotations
     norms = faster_norms(model)
     return [*norms, *faster_mlps(model), *faster_blocks(model, [norm for norm, _ in norms]), *rotations]
+
+
+def _report_left(modules: Sequence[nn.Module]) -> None:
+    """Log the modules for which no kernel of the GPU gives the same numbers."""
+    counts = Counter(type(module).__name__ for module in modules)
+    if counts:
+        names = ", ".join(f"{number} {name}" for name, number in counts.items())
+        LOGGER.warning("%s run operation by operation: no kernel gives the same numbers", names)
 
 
 def forward_linear(linear: nn.Module, name: str, leaf: Tensor, segment_op: SegmentedLora, x: Tensor) -> Tensor:

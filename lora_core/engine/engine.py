@@ -554,11 +554,13 @@ class Engine:
     def elementwise_kernels(self) -> Literal["cpu", "cuda", "torch"]:
         """Return whose kernels compute norms and gated activations: a CPU's, a GPU's, or torch's single operations.
 
-        Single operations on a GPU keep twice as much for the backward. A sharded base has no kernels for them.
+        Single operations on a GPU keep twice as much for the backward. The answer is "torch" if they compute any norm
+        or gated MLP: those of a sharded base, and those that no kernel replaces (Attachment.is_compiled).
         """
         if not self.base.device.startswith("cuda"):
             return "cpu"
-        return "torch" if self.base.is_sharded or self.base.kernels.elementwise == "eager" else "cuda"
+        attachment = self.base.attachment
+        return "cuda" if attachment is not None and attachment.is_compiled else "torch"
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of the base model and of all jobs, and the peak of the device (on a CPU, the process)."""

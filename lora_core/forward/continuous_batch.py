@@ -9,6 +9,7 @@ answers in the passes. On a GPU, and wherever the determinism level is `allclose
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from lora_core.packing.kv_cache import GROWTH_TOKENS, SequenceCache
 from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack
 from lora_core.runtime.cpu_lanes import Lanes, split
 from lora_core.runtime.device_errors import shortage_in_pass
+from lora_core.runtime.transfers import upload
 
 RECOVERY_PASSES = 1024
 """Successful passes after which the limit of the key-value cache has grown from nothing to its maximum."""
@@ -270,8 +272,11 @@ class ContinuousBatch:
         caches = tuple(answer.cache for answers in groups for answer in answers if answer.cache is not None)
         offsets = [cache.num_tokens for cache in caches]
         offsets += [0] * (len(pack.sequence_lengths) - len(caches))  # the padding sequence
-        by_token = torch.tensor(offsets).repeat_interleave(torch.tensor(pack.sequence_lengths))
-        return replace(pack, caches=caches, position_ids=pack.position_ids + by_token.to(pack.position_ids.device))
+        starts = accumulate(pack.sequence_lengths, initial=0)
+        newest = [start for start, offset in zip(starts, offsets, strict=False) if offset]
+        arrays = [np.repeat(offsets, pack.sequence_lengths)[None], np.array(newest, np.int64)]
+        offsets_1T, rows_n = upload(arrays, self._base.device)
+        return replace(pack, caches=caches, newest_rows_n=rows_n, position_ids=pack.position_ids + offsets_1T)
 
     def _recorded(self, chosen: Sequence[tuple[_Answer, ChosenToken | None]]) -> list[NewToken]:
         """Append the tokens to their answers, and return those that were not returned before a restart."""

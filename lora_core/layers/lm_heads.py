@@ -49,8 +49,8 @@ class TokenRowsHead(Head):
     def product_gradient(self, dz_CV: Tensor, h_CD: Tensor) -> Tensor:
         dz_CK = dz_CV[:, self.ids_K]
         self.rows.grad.add_(dz_CK.T @ h_CD)
-        through_table_CV = dz_CV.index_fill(1, self.ids_K, 0)
-        return through_table_CV @ self.weight_VD + dz_CK @ self.rows.value
+        dz_CV.index_fill_(1, self.ids_K, 0)  # in place: a copy would take as much memory as the logits of the chunk
+        return dz_CV @ self.weight_VD + dz_CK @ self.rows.value
 
 
 def head_of(head: Head, adapter: FlatAdapter) -> Head:

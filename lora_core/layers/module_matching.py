@@ -17,6 +17,12 @@ def eps_of(module: nn.Module) -> float | None:
     return eps if isinstance(eps, float) and weight.ndim == 1 else None
 
 
+def is_norm_or_gated(module: nn.Module) -> bool:
+    """Return whether a module is a norm of any kind, or an MLP of separate linears with a gate of any activation."""
+    names = {name for name, _ in module.named_children()}
+    return type(module).__name__.endswith("Norm") or names >= {"gate_proj", "up_proj", "down_proj"}
+
+
 def is_gated_mlp(module: nn.Module) -> bool:
     """Return whether a module has the form down(silu(gate(x)) · up(x)), with linears of any kind."""
     names = [name for name, _ in module.named_children()]

@@ -30,9 +30,14 @@ def faster_blocks(model: nn.Module, norms: Sequence[nn.Module]) -> list[tuple[nn
     return [(module, partial(forward_residual, module)) for module in found if _agrees(module)]
 
 
+def has_norms_first(block: nn.Module) -> bool:
+    """Return whether attention and MLP each read the output of a norm, by the names of the children."""
+    return {name for name, _ in block.named_children()} == PARTS
+
+
 def _is_block(module: nn.Module, norms: set[int]) -> bool:
     parts = dict(module.named_children())
-    return set(parts) == PARTS and {id(part) for name, part in parts.items() if name.endswith("norm")} <= norms
+    return has_norms_first(module) and {id(part) for name, part in parts.items() if name.endswith("norm")} <= norms
 
 
 @torch.no_grad()

@@ -66,7 +66,10 @@ class Head:
         return self.product_gradient(dlogits_CV.to(self.weight_VD.dtype), h_CD)
 
     def product_gradient(self, dz_CV: Tensor, _h_CD: Tensor) -> Tensor:
-        """Return dh [C, D] of `product`. A trained head overrides this to accumulate its own gradient as well."""
+        """Return dh [C, D] of `product`. A trained head overrides this to accumulate its own gradient as well.
+
+        It may overwrite the gradient dz.
+        """
         return batch_invariant.times(dz_CV, self.weight_VD, self.exact)
 
 

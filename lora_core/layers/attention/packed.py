@@ -93,19 +93,18 @@ def _attend_with_cache(
     is_cached = [cache is not None and cache.num_tokens > 0 for cache, _ in zip_longest(pack.caches, lengths)]
     heads = (query, key, value)
     output_THE = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
-    start, newest = 0, []
+    start = 0
     for length, cache, has_keys in zip_longest(lengths, pack.caches, is_cached):
         rows = slice(start, start + length)
         start += length
         if has_keys:
-            newest.append(rows.start)
             continue
         q, k, v = (part[:, rows] for part in heads)
         if cache is not None:  # else the padding sequence
             k, v = cache.extended(k, v)
         output_THE[rows] = attend(q, k, v, causal=causal, **options).transpose(0, 1)
-    if newest:
-        rows_n = torch.tensor(newest, device=query.device)
+    rows_n = pack.newest_rows_n
+    if rows_n is not None and len(rows_n):
         caches = [cache for cache, has_keys in zip(pack.caches, is_cached, strict=False) if has_keys]
         q, k, v = (part[:, rows_n] for part in heads)
         output_THE[rows_n] = attend_newest(q, k, v, caches, **options)

@@ -93,11 +93,17 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
 
     return {
         f"{PACKAGE}.attention": _module(attend=attend, attend_backward=attend_backward),
+        f"{PACKAGE}.dropout": _module(draw_mask=partial(_draw_mask, observer)),
         f"{PACKAGE}.elementwise": _module(**{name: elementwise(name) for name in ELEMENTWISE}),
         f"{PACKAGE}.segmented_lora": _module(add_lora=add_lora, add_lora_gradients=add_lora_gradients),
         f"{PACKAGE}.adafactor": _module(adafactor_launches=adafactor_launches),
         f"{PACKAGE}.optimizer": _module(adamw_launches=adamw_launches, step_sizes=step_sizes),
     }
+
+
+def _draw_mask(observer: DeviceObserver, _key: Any, _threshold: int, like: Tensor) -> Tensor:
+    with observer.kernel("dropout mask"):
+        return like.new_empty(like.shape, dtype=torch.uint8)
 
 
 def _module(**functions: Any) -> ModuleType:

@@ -11,16 +11,21 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoConfig, PreTrainedConfig
 
+from lora_core.base_model import patching
 from lora_core.base_model.model import BaseModel, build_model
 from lora_core.base_model.patching import Attachment, attention_heads
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, OptimizerKind, ScheduleConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
+from lora_core.forward.generation import Prompts
 from lora_core.kernels.selection import Kernels
+from lora_core.layers.rms_norm import same_numbers
 from lora_core.layers.task_heads import NUM_PLACEHOLDER_CLASSES, head_tensors, set_parameter
 from tests.lora_core.classifiers import FAMILIES, classification_jobs
 from tests.lora_core.fake_cuda.kernels import stand_ins
@@ -40,7 +45,8 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    run = {"tick": measured_tick, "jobs": run_jobs, "snapshots": take_snapshots}[request["run"]]
+    runs = {"tick": measured_tick, "answers": measured_answers, "jobs": run_jobs, "snapshots": take_snapshots}
+    run = runs[request["run"]]
     return run(**{key: value for key, value in request.items() if key != "run"})
 
 
@@ -52,6 +58,8 @@ def measured_tick(
     num_jobs: int = 16,
     rank: int = 16,
     dropout: float = 0.0,
+    use_dora: bool = False,
+    trained_tokens: int = 0,
     optimizer: OptimizerKind = "adamw",
     batch_size: int = 4,
     modules_to_save: Sequence[str] = (),
@@ -77,7 +85,14 @@ def measured_tick(
 
     def job(number: int) -> JobConfig:
         return JobConfig(
-            lora=LoraConfig(rank=rank, alpha=32, dropout=dropout, modules_to_save=tuple(modules_to_save)),
+            lora=LoraConfig(
+                rank=rank,
+                alpha=32,
+                dropout=dropout,
+                use_dora=use_dora,
+                modules_to_save=tuple(modules_to_save),
+                trainable_token_indices=tuple(range(trained_tokens)),
+            ),
             optimizer=OptimizerConfig(kind=optimizer, learning_rate=1e-4),
             schedule=ScheduleConfig(kind="constant", num_steps=100),
             batch_size=batch_size,
@@ -86,8 +101,10 @@ def measured_tick(
             slice_tokens=WIDE,
         )
 
+    warnings: list[str] = []
     with _device(elementwise) as observer:
-        base = _base(config, kernels or {}, dtype=dtype)
+        with patch.object(patching.LOGGER, "warning", lambda message, *parts: warnings.append(message % parts)):
+            base = _base(config, kernels or {}, dtype=dtype)
         engine = Engine(base, _engine_config(checkpoint_blocks="always" if checkpointed else "never"))
         for number in range(num_jobs):
             engine.admit(str(number), job(number), _rows(vocab))
@@ -100,8 +117,27 @@ def measured_tick(
             "base_bytes": base.num_bytes,
             "adapter_bytes": engine.memory()["adapter_bytes"],
             "elementwise_kernels": engine.elementwise_kernels,
+            "warnings": warnings,
         }
     return _report(counts) | sizes
+
+
+def measured_answers(*, num_layers: int, num_prompts: int) -> dict[str, Any]:
+    """Return the counts of the pass that adds a second token to each answer, for adapters of two jobs."""
+    config = AutoConfig.for_model("llama", **(COMMON | {"num_hidden_layers": num_layers}))
+    jobs = submissions("llama")
+    names = ("plain", "wide")
+    with _device() as observer:
+        engine = Engine(_base(config, {}), _engine_config(token_budget=4096))
+        for name in names:
+            admit(engine, name, jobs[name])
+        prompts = Prompts(prompts=((5, 6, 7),) * num_prompts, max_tokens=4)
+        answers = engine.generation(dict.fromkeys(names, prompts))
+        answers.advance()
+        with observer.counting() as counts:
+            answers.advance()
+        assert [len(ids) for of_job in answers.answers().values() for ids in of_job] == [2] * 2 * num_prompts
+    return _report(counts)
 
 
 def run_jobs(*, family: str, task: str = "causal-lm", dtype: str = "bfloat16") -> dict[str, Any]:
@@ -156,10 +192,14 @@ def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
         "lora_core.adapter.flat_adapter.initial_a": _zero_a,
         "lora_core.kernels.accumulation.adds_in_float32": lambda *_: True,
         "lora_core.kernels.gpu.elementwise_trial.why_trial_failed": lambda _device: reason,
-        **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("rms_norm", "residual_block", "swiglu")},
+        **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("residual_block", "swiglu")},
+        "lora_core.layers.rms_norm._agrees": _norm_agrees,
         "lora_core.layers.rotary._agrees": _is_same,
+        "lora_core.packing.packed_batch.why_not_drawn": lambda _device: None,
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
         "torch.Tensor.backward": _observed_backward(observer),
+        # One copy, and not one for each element.
+        "torch._subclasses.fake_tensor.FakeTensor.tolist": lambda tensor: tensor.cpu().tolist(),
         "torch.cuda.empty_cache": lambda: None,
         "torch.cuda.current_stream": lambda _device: None,
         "torch.cuda.Event": partial(_Event, observer),
@@ -189,9 +229,20 @@ class _Event:
         self._observer.counts.waits[self._observer.phase, "event"] += 1
 
 
-def _is_same(*_: Any) -> bool:
+def _is_same(*_: Any, **__: Any) -> bool:
     """Kernels agree with the operations that they replace: there are no numbers to compare."""
     return True
+
+
+def _norm_agrees(module: nn.Module, eps: float) -> bool:
+    """Compare a norm of the same class on the host, where it has numbers, with the formula of RmsNorm."""
+    dtype = next(module.parameters()).dtype
+    with _disable_current_modes():
+        norm = cast(Any, type(module))(64, eps=eps).to(dtype)
+        x_TD = torch.sin(torch.arange(16 * 64) * 0.7).view(16, 64).to(dtype)
+        wide_TD = x_TD.float()
+        normed_TD = wide_TD * torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
+        return same_numbers(norm(x_TD), norm.weight * normed_TD.to(dtype))
 
 
 def _zero_a(_lora: LoraConfig, _module: str, *, seed: int, rank: int, in_features: int) -> torch.Tensor:

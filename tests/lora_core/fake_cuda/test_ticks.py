@@ -152,8 +152,30 @@ def test_the_memory_estimate_counts_what_a_layer_keeps(
 
     kept = per_layer(answer, shape, kernels=chosen)["kept_bytes"]
     assert kept == pytest.approx(counted, rel=0.1)
-    assert answer("tick", shape=shape, num_layers=1, kernels=chosen)["elementwise_kernels"] == kernels
+    tick = answer("tick", shape=shape, num_layers=1, kernels=chosen)
+    assert tick["elementwise_kernels"] == kernels
+    assert tick["warnings"] == []
     assert (shape, kernels) != ("8b", "cuda") or kept < KEPT_BYTES
+
+
+@pytest.mark.parametrize(("family", "num_norms", "allowed"), [("gemma", 3, 0.1), ("gemma2", 5, 0.2)])
+def test_memory_is_that_of_single_operations_if_no_kernel_has_the_numbers_of_norms_and_activations(
+    answer: Answer, family: str, num_norms: int, allowed: float
+) -> None:
+    """Gemma norms multiply by 1 + w, and its gates are GELU. Gemma 2 has norms behind attention and MLP too, which the
+    estimate does not count."""
+    counted = memory.activation_bytes_per_token(linear_shapes("8b"), "bfloat16", "torch")
+
+    kept = per_layer(answer, "8b", family=family)["kept_bytes"]
+
+    tick = answer("tick", shape="8b", num_layers=1, family=family)
+    assert kept == pytest.approx(counted, rel=allowed)
+    assert tick["elementwise_kernels"] == "torch"
+    (warning,) = tick["warnings"]
+    names, _, reason = warning.partition(" run operation by operation: ")
+    prefix = family.capitalize()
+    assert sorted(names.split(", ")) == [f"1 {prefix}DecoderLayer", f"1 {prefix}MLP", f"{num_norms} {prefix}RMSNorm"]
+    assert reason == "no kernel gives the same numbers"
 
 
 @pytest.mark.slow
@@ -232,6 +254,34 @@ def test_single_torch_operations_keep_less_than_the_engine_assumes_before_a_tick
     kept = per_layer(answer, shape, kernels={"elementwise": "eager"})["kept_bytes"]
 
     assert kept < MARGIN * 2 * (inputs + outputs)
+
+
+def test_dropout_masks_of_the_loop_are_drawn_by_the_device(answer: Answer) -> None:
+    dora = {"shape": "smollm2", "num_layers": 2, "num_jobs": 2, "use_dora": True}
+
+    plain, dropped = answer("tick", **dora), answer("tick", **dora, dropout=0.1)
+
+    assert dropped["operators"]["forward dropout mask"] == 2 * 2 * 7, "a mask of each job and linear layer"
+    assert dropped["uploads"] == plain["uploads"]
+    assert dropped["waits"] == plain["waits"]
+
+
+def test_the_host_waits_for_the_tokens_of_a_pass_alone(answer: Answer) -> None:
+    """The host uploads the rows of the newest tokens once, not in each layer."""
+    one, two = (answer("answers", num_layers=layers, num_prompts=prompts) for layers, prompts in ((1, 1), (2, 4)))
+
+    assert one["waits"] == two["waits"] == {"forward download": 2}
+    assert one["uploads"] == two["uploads"]
+
+
+def test_gradient_of_tied_trained_tokens_is_computed_without_a_copy_of_the_chunk(answer: Answer) -> None:
+    plain, trained = (
+        answer("tick", shape="smollm2", num_layers=1, num_jobs=1, trained_tokens=number) for number in (0, 3)
+    )
+
+    assert plain["largest_bytes"] == trained["largest_bytes"]
+    assert trained["operators"].get("forward index_fill_") == 1
+    assert "forward index_fill" not in trained["operators"]
 
 
 def test_the_host_does_not_wait_for_the_copies_of_a_checkpoint(answer: Answer) -> None:
