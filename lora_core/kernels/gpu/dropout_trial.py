@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from lora_core.kernels.gpu.trial_failures import failure_of
 from lora_core.runtime.counter_rng import coin_flips, key_words
 from lora_core.runtime.transfers import upload
 
@@ -27,10 +28,6 @@ def why_not_drawn(device: torch.device) -> str | None:
             (expected,) = upload([flips.view("uint8")], device)
             if not torch.equal(draw_mask(key, THRESHOLD, expected), expected):
                 return f"{ON_HOST}: the masks of the Triton kernel differ"
-    except ImportError as error:
-        return f"{ON_HOST}: Triton is not installed ({error})"
     except Exception as error:  # noqa: BLE001  (Triton's errors have no other base class)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a fault of the device concerns all that follows, and raises here
-        return f"{ON_HOST}: a Triton kernel failed ({str(error).strip().partition(chr(10))[0]})"
+        return f"{ON_HOST}: {failure_of(error, device)}"
     return None
