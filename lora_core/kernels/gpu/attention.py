@@ -32,7 +32,7 @@ TILES = {
     (2, 256): ((64, 32, 8), (32, 32, 8)),
     (4, 32): ((32, 32, 8), (16, 16, 4)),
     (4, 64): ((32, 32, 8), (32, 32, 8)),
-    (4, 128): ((32, 32, 8), (16, 16, 8)),
+    (4, 128): ((16, 32, 8), (16, 16, 8)),
 }
 """For the forward and for the backward: rows that a program owns, rows that it reads at a time, and its warps. The keys
 are bytes of a number and features of a head. Larger tiles would spill registers (tests/lora_core/kernels/gpu)."""

@@ -114,7 +114,7 @@ def _within(place, BLOCK: tl.constexpr):
 @triton.jit
 def _left(count, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     """Return how many of `count` elements belong to the block, with what the compiler can't know."""
-    left = _within(count, BLOCK)
+    left = tl.minimum(tl.maximum(count, 0), BLOCK).to(tl.int32)  # Triton 3.7 loses a hint for the result of a call
     if ALIGNED:
         left = tl.multiple_of(left, 16)
     return left

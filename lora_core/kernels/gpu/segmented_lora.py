@@ -122,7 +122,7 @@ def _prepared(kernel: Kernel, widths: Sequence[int], group: TileGroup, by_b: boo
 def shrink_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
     features = {"M": TILE_ROWS, "K": 128 if kind.width <= 32 else 64}
     of_siblings = {"SIBLINGS": num_siblings, "BY_B": by_b, "ALIGNED": kind.is_aligned or not by_b}
-    return features | of_siblings | _constants(kind, by_b=by_b)
+    return features | of_siblings | _constants(kind, by_b=by_b) | _more_warps(kind)
 
 
 def expand_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
@@ -135,8 +135,7 @@ def expand_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> d
 
 def accumulate_constants(kind: TileClass, *, by_b: bool, num_siblings: int = 1) -> dict[str, int]:
     features = {"T": TILE_ROWS, "N": 64, "SIBLINGS": num_siblings, "BY_B": by_b}
-    constants = features | _constants(kind, by_b=by_b)
-    return constants | ({"num_warps": 2 * NUM_WARPS} if kind.width == WIDTHS[-1] else {})  # four would spill registers
+    return features | _constants(kind, by_b=by_b) | _more_warps(kind)
 
 
 def _constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
@@ -151,6 +150,11 @@ def _constants(kind: TileClass, *, by_b: bool) -> dict[str, int]:
         "num_stages": NUM_STAGES,
         "enable_fp_fusion": True,
     }
+
+
+def _more_warps(kind: TileClass) -> dict[str, int]:
+    """Return the warps of a kernel that would spill registers with fewer at the largest width."""
+    return {"num_warps": 2 * NUM_WARPS} if kind.width == WIDTHS[-1] else {}
 
 
 CONSTANTS = {"shrink": shrink_constants, "expand": expand_constants, "accumulate": accumulate_constants}
@@ -171,9 +175,10 @@ def _small(entry):
 @triton.jit
 def _weights(entry, start, features_F, ranks_W, width, DTYPE: tl.constexpr, BY_B: tl.constexpr, ALIGNED: tl.constexpr):
     """Load features start + F of A or B as [F, W], 0 outside. A is [rank, width] in memory, B is [width, rank]."""
-    rank = _small(entry + RANK)
+    rank = tl.load(entry + RANK)  # not by _small: Triton 3.7 loses a hint for the result of a call
     if ALIGNED and BY_B:
         rank = tl.multiple_of(rank, 8)
+    rank = rank.to(tl.int32)
     visible_FW = (start + features_F < width)[:, None] & (ranks_W < rank)[None, :]
     address = tl.load(entry + (B if BY_B else A))
     matrix = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lora_core.kernels.gpu.triton_folder import environment
+from tests.lora_core.kernels.gpu.triton_folder import VERSION, environment
 from tests.services.programs import Missing
 
 ROOT = Path(__file__).parents[4]
@@ -27,6 +27,10 @@ def with_triton() -> Callable[..., dict[str, str]]:
     except Missing as missing:
         pytest.skip(str(missing))
     return environment
+
+
+def test_tested_version_is_that_of_the_worker_image() -> None:
+    assert f"\ntriton=={VERSION} " in (ROOT / "requirements" / "torch.lock").read_text("utf-8")
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tests.services.programs import CACHE, INSTALL_SECONDS, Missing, find_or_install
 
-VERSION = "3.9.0"
+VERSION = "3.7.1"
+"""That of the worker image: other versions need other registers and lose other hints."""
 FOLDER = CACHE / f"triton-{VERSION}"
 
 
