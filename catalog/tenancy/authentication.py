@@ -297,7 +297,10 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
 
 def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
     """Return the error, which is the same for every reason. The reason is only counted and logged."""
-    remedy = "Check that you copied the whole key. If it has expired or was revoked, ask an operator for a new one."
+    remedy = (
+        "Check that you copied the whole key, which begins with 'lorry_key-'; keys of OpenAI do not work here. If it "
+        "has expired or was revoked, ask an operator for a new one."
+    )
     return _refused("The API key is not valid.", remedy=remedy, reason=reason, api_key_id=api_key_id)
 
 

@@ -30,12 +30,15 @@ def efficiency_pairs(found: Efficiency | None) -> Iterator[tuple[str, object]]:
         for name in _COMPONENTS:
             yield f"  {name.replace('_', ' ')}", _both(lora, full, name)
         if memory.get("measured"):
-            yield "  peak of the trainer", f"{output.size(memory['measured']['peak_bytes'])} (measured)"
-    if (latency := found.inference_latency) is not None:
-        yield (
-            "latency when merged",
-            f"{latency['ratio']:.2f} times the base model's (measured by the last export)",
-        )
+            peak = output.size(memory["measured"]["peak_bytes"])
+            yield "  peak of the trainer", f"{peak} (measured, with all its jobs)"
+    latency = found.inference_latency
+    yield (
+        "latency when merged",
+        "not measured: the export formats merged and gguf measure it"
+        if latency is None
+        else f"{latency['ratio']:.2f} times the base model's (measured by the last export)",
+    )
 
 
 def percent(share: float) -> str:

@@ -399,7 +399,7 @@ def test_show_compares_the_adapter_with_full_fine_tuning(service: Script, run: R
         "gradients": "19.5 MB instead of 269 MB",
         "optimizer state": "58.6 MB instead of 1.61 GB",
         "activations": "900 MB instead of 900 MB",
-        "peak of the trainer": "1.50 GB (measured)",
+        "peak of the trainer": "1.50 GB (measured, with all its jobs)",
         "latency when merged": "1.01 times the base model's (measured by the last export)",
     }
 
@@ -408,6 +408,14 @@ LABELS = {
     *("share of parameters", "size of the weights", "training memory", "weights", "gradients", "optimizer state"),
     *("activations", "peak of the trainer", "latency when merged"),
 }
+
+
+def test_show_names_the_exports_that_measure_the_latency(service: Script, run: Run) -> None:
+    found = {"parameters": {}, "size": {}, "training_memory": None, "inference_latency": None}
+    service.on("GET", "/v1/adapters/a", {"id": "adapter-1", "name": "a", "efficiency": found})
+    service.on("GET", "/v1/adapters/a/deployments", {"data": []})
+
+    assert "not measured: the export formats merged and gguf measure it" in run("adapters", "show", "a").stdout
 
 
 def test_show_omits_a_comparison_that_the_service_does_not_have(service: Script, run: Run) -> None:

@@ -239,8 +239,8 @@ def _measured(export: AdapterExport) -> Iterator[str]:
     check, cost = export.verification, export.cost
     if check.max_abs_diff is not None:
         yield (
-            f"Its logits differ from those of the adapted model by at most {output.cell(check.max_abs_diff)} (allowed: "
-            f"{output.cell(check.tolerance)})."
+            f"Its logits differ from those of the adapted model by at most {output.cell(check.max_abs_diff)}. Rounding "
+            f"to the format explains up to {output.cell(check.tolerance)}."
         )
     to_trained = check.raw.get("max_abs_diff_to_trained")
     if to_trained is not None:
