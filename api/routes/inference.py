@@ -73,6 +73,8 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     """
     call = chat_call(body)
     model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model, "chat"))
+    if call.parameters.get("tools"):
+        model.check_tools()
     form = call.form(model)
     exchange = _Exchange(use, caller, request, model, call.parameters)
     routed = exchange if _uses_tools(call.parameters) else exchange.routed(route, form.response_id)

@@ -9,9 +9,10 @@ from typing import Any
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
+from catalog.datasets import tool_templates
 from catalog.db import lease
 from catalog.db.database import Database, read_clock
-from catalog.errors import Conflict, LorryError, RateLimited
+from catalog.errors import Conflict, InvalidRequest, LorryError, RateLimited
 from catalog.fleet import views
 from catalog.inference.availability import plain_keys
 from catalog.inference.claims import extended
@@ -57,6 +58,14 @@ class Model:
     base_digest: str
     pack_key: str
     adapter: str | None
+    renders_tools: bool
+    """False: the chat template of the base model does not read `tools`."""
+
+    def check_tools(self) -> None:
+        """Raise InvalidRequest if no request with tools can be answered."""
+        if not self.renders_tools:
+            code, message, remedy = tool_templates.refusal("tools")
+            raise InvalidRequest(message, code=code, remedy=remedy, param="tools")
 
 
 def resolve(db: Database, *, project_id: str, name: str) -> Model:
@@ -88,6 +97,7 @@ def _adapter(session: Session, project_id: str, name: str) -> Model:
         base_digest=adapter.base_digest,
         pack_key=job.pack_key,
         adapter=adapter.artifact,
+        renders_tools=_renders_tools(base),
     )
 
 
@@ -108,7 +118,19 @@ def _base(session: Session, name: str) -> Model:
     residents = views.residents(session, now=now)
     loaded = (each.pack_key for each in residents if each.pack_key in plain and not each.takes_nothing_new)
     key = next(loaded, None) or pack_key(base.digest, views.fleet_defaults(session, now=now).precision)
-    return Model(name=base.name, base_model=base.name, base_digest=base.digest, pack_key=key, adapter=None)
+    return Model(
+        name=base.name,
+        base_model=base.name,
+        base_digest=base.digest,
+        pack_key=key,
+        adapter=None,
+        renders_tools=_renders_tools(base),
+    )
+
+
+def _renders_tools(base: BaseModelRow) -> bool:
+    """Return what its import found. A worker decides about the requests of base models that were imported earlier."""
+    return (base.description or {}).get("renders_tools", True)
 
 
 def submit(

@@ -18,6 +18,7 @@ from catalog.process_inspection import deny_inspection
 from lora_core.base_model.model import describe_base
 from lora_core.errors import LoraCoreError
 from lora_core.model_files.import_base import import_base
+from worker.children.tokenizer.chat_template import may_render_tools
 from worker.protocol.errors import described, disk_error
 from worker.protocol.mailbox import Json, read_json, write_json
 
@@ -37,7 +38,8 @@ def import_base_model(arguments_path: Path) -> None:
                 revision=arguments["revision"],
                 target_dir=target_dir,
             )
-            description = describe_base(target_dir) | {"license": imported.license}
+            facts = {"license": imported.license, "renders_tools": may_render_tools(target_dir)}
+            description = describe_base(target_dir) | facts
             result = {"description": description, "commit": imported.commit}
     except LoraCoreError as error:
         result = {"error": described(error)}

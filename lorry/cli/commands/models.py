@@ -134,3 +134,5 @@ def _facts(model: Model) -> Iterator[tuple[str, object]]:
     shapes = ("architecture", "num_parameters", "num_layers", "hidden_size", "vocab_size", "max_positions", "dtype")
     for name in shapes:
         yield name.removeprefix("num_").replace("_", " "), (model.description or {}).get(name)
+    renders_tools = (model.description or {}).get("renders_tools")
+    yield "renders tools", {True: "yes", False: "no"}.get(renders_tools)

@@ -26,6 +26,7 @@ from tests.api.inference.reply_service import (
     texts,
 )
 from tests.api.site import Site, connect, read_to_end, until
+from tests.catalog.world import World
 from worker.session.reply_connections import ReplyConnections
 
 pytestmark = pytest.mark.usefixtures("worker")
@@ -43,6 +44,20 @@ def test_answer_of_the_claim_reaches_the_client(site: Site, services: Services, 
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
     assert claim.body["messages"] == CHAT["messages"]
     until(lambda: open_requests(services) == 0)
+
+
+def test_tools_that_the_template_does_not_render_are_refused_without_a_worker(
+    site: Site, services: Services, world: World
+) -> None:
+    world.base("plain", renders_tools=False)
+    tools = [{"type": "function", "function": {"name": "paint", "parameters": {}}}]
+
+    response = post(site, {**CHAT, "model": "plain", "tools": tools})
+
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "template_without_tools", "tools")
+    assert "chat_template.jinja" in error["message"]
+    assert open_requests(services) == 0
 
 
 def test_worker_is_told_to_stop_a_request_that_nobody_waits_for(

@@ -44,7 +44,9 @@ def form(**given: Any) -> ChatFormat:
     call = chat_call(
         ChatCompletionRequest.model_validate({"model": "m", "messages": messages, "tools": tools, **given})
     )
-    found = call.form(Model(name="m", base_model="m", base_digest="0" * 64, pack_key="k", adapter=None))
+    found = call.form(
+        Model(name="m", base_model="m", base_digest="0" * 64, pack_key="k", adapter=None, renders_tools=True)
+    )
     assert isinstance(found, ChatFormat)
     return found
 

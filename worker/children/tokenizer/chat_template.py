@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from catalog.datasets.chat import Chat, only_last_trained
 from catalog.datasets.messages import ChatMessage
+from catalog.datasets.tool_templates import TOOL_MODELS, refusal
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that common templates use if there is no clock."""
@@ -31,8 +32,6 @@ NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PRIVATE_USE = range(0xF0002, 0xF0100)
 MAX_MESSAGE_CHARS = 200
-TOOL_MODELS = "Qwen2.5, Qwen3-Instruct-2507, Llama 3.1 or later, or SmolLM2-1.7B"
-"""Models whose templates render tools and tool calls, and keep earlier messages unchanged."""
 TOOL_USE = "additional_chat_templates/tool_use.jinja"
 """The template for conversations with tools, if it is not the default one."""
 CHECKS_ID_LENGTH = re.compile(r"\|\s*length\s*(?:!=|<)\s*9\b")
@@ -162,13 +161,7 @@ class ChatTemplate:
         except Refused:
             is_shown = True  # it requires them
         if not is_shown:
-            raise Refused(
-                "template_without_tools",
-                f"The base model's chat template does not render {what}, which this conversation has.",
-                f"Use a base model whose template supports tools, such as {TOOL_MODELS}, or add a copy of the "
-                "base model's folder under another name, with a chat_template.jinja that renders 'tools' and "
-                "'tool_calls'.",
-            )
+            raise Refused(*refusal(what))
         self._shown.add(what)
 
     def _by_marks(self, chat: Chat) -> Rendered:
@@ -424,6 +417,12 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def may_render_tools(base_dir: Path) -> bool:
+    """Return whether a template of the base model reads `tools`. If not, it can't answer requests with tools."""
+    sources = _sources(base_dir)
+    return "tools" in sources.get("tool_use", sources.get("default", ""))
 
 
 def date_arguments(template: ChatTemplate) -> dict[str, str]:

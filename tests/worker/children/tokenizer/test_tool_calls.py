@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from lora_core.data.token_dataset import TokenDataset
 from tests.worker.chat_bases import MARKED, SMOLLM2, Base
+from worker.children.tokenizer.chat_template import TOOL_USE, may_render_tools
 
 HERMES = (Path(__file__).parents[4] / "examples" / "tools_chatml.jinja").read_text("utf-8")
 """The format of Hermes and Qwen."""
@@ -115,3 +117,20 @@ def test_restriction_of_a_template_is_reported_with_its_own_reason(make_base: An
 
     assert refusal["code"] == "template_refused_row"
     assert "Only one tool call is supported" in refusal["message"]
+
+
+@pytest.mark.parametrize(
+    ("template", "may_render"), [(HERMES, True), (MARKED_CALLS, True), (SMOLLM2, False), (None, False)]
+)
+def test_import_finds_out_whether_the_template_reads_tools(
+    make_base: Callable[[str | None], Base], template: str | None, may_render: bool
+) -> None:
+    assert may_render_tools(make_base(template).folder) is may_render
+
+
+def test_template_for_tools_counts_before_the_default_one(make_base: Callable[[str | None], Base]) -> None:
+    base = make_base(SMOLLM2)
+    (base.folder / TOOL_USE).parent.mkdir()
+    (base.folder / TOOL_USE).write_text(HERMES)
+
+    assert may_render_tools(base.folder)

@@ -123,7 +123,7 @@ def test_an_import_reports_the_commit_and_license_of_its_source(
 
     base_importer.import_base_model(tmp_path / "arguments.json")
 
-    description = {"dtype": "float32", "license": "apache-2.0"}
+    description = {"dtype": "float32", "license": "apache-2.0", "renders_tools": False}
     assert read_json(tmp_path / "result.json") == {"description": description, "commit": "c0ffee"}
 
 
