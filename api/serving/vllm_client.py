@@ -155,9 +155,9 @@ class VllmClient:
         self, server: ServerAddress, method: str, path: str, *, body: Json | None = None, timeout: float
     ) -> AsyncGenerator[httpx.Response]:
         """Yield a successful response, whose body is not read yet."""
-        client = self._client()
         limits = httpx.Timeout(timeout, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS)
         try:
+            client = self._client()  # reads SSL_CERT_FILE
             request = client.build_request(
                 method, f"{server.url}{path}", json=body, headers=server.headers(), timeout=limits
             )

@@ -44,8 +44,11 @@ def _parse_line(line: bytes) -> Any:
         remedy = "Write each row as one JSON object on a single line, for example with Python's json.dumps()."
         raise BadRow("invalid_json", reason, remedy) from error
     except RecursionError as error:
-        remedy = "Reduce the nesting of its objects and lists."
-        raise BadRow("json_too_deep", "the JSON is nested too deeply", remedy) from error
+        raise _too_deep() from error
+
+
+def _too_deep() -> BadRow:
+    return BadRow("json_too_deep", "the JSON is nested too deeply", "Reduce the nesting of its objects and lists.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,13 +93,16 @@ def parse_json(text: str) -> Any:
 
 
 def check_characters(value: Any) -> None:
-    """Raise BadRow if a text in the JSON value contains half of a surrogate pair, which no encoding has."""
+    """Raise BadRow if a text in the JSON value contains half of a surrogate pair, which no encoding has, or if the
+    value is nested too deeply to be written."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
         remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
         raise BadRow("lone_surrogate", reason, remedy) from error
+    except RecursionError as error:
+        raise _too_deep() from error
 
 
 def problem_of(error: json.JSONDecodeError) -> str:

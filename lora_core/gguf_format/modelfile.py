@@ -44,6 +44,8 @@ def _stop_texts(tokenizer: Any, model_dir: Path) -> list[str]:
 def _template(tokenizer: Any) -> str | None:
     """Return the chat template in Ollama's notation, or None if there is none, or it does more than to surround each
     message by fixed texts and to begin with a default system message. A template that renders tools does more."""
+    if isinstance(tokenizer.chat_template, dict):  # it has templates with names, such as one for tools
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not isinstance(tokenizer.chat_template, str):
         return None
     try:

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
+from lora_core.kernels.gpu import dropout_trial
 from lora_core.kernels.gpu.attention_trial import why_not_in_tiles
-from lora_core.kernels.gpu.dropout_trial import why_not_drawn
 from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
 from lora_core.kernels.gpu.trials import why_not_tiled
 
@@ -83,7 +83,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHea
         return Kernels()
     capability = torch.cuda.get_device_capability(device)
     why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
-    why_eager, why_no_masks = why_not_elementwise(device), why_not_drawn(device)
+    why_eager, why_no_masks = why_not_elementwise(device), dropout_trial.why_not_drawn(device)
     size, why_no_heads = None, None
     if heads is not None and not (why_no_varlen is None and heads.fits_varlen):
         why_no_heads = why_not_in_tiles(device, dtype, size=heads.size, is_capped=heads.is_capped)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
-from lora_core.kernels.gpu.dropout_trial import why_not_drawn
+from lora_core.kernels.gpu import dropout_trial
 from lora_core.kernels.selection import Kernels
 from lora_core.packing.kv_cache import SequenceCache
 from lora_core.runtime.counter_rng import coin_flips, key_words, uniform
@@ -100,7 +100,7 @@ class DropoutKey:
 
         A GPU draws the same mask itself: the host would need seconds for a slice of a large model.
         """
-        if like_TD.device.type == "cuda" and why_not_drawn(like_TD.device) is None:
+        if like_TD.device.type == "cuda" and dropout_trial.why_not_drawn(like_TD.device) is None:
             from lora_core.kernels.gpu.dropout import draw_mask
 
             return draw_mask(self.key_words([module])[0], self.threshold, like_TD)

@@ -11,9 +11,12 @@ import torch
 
 from lora_core.errors import BrokenPass, OutOfMemory, Part
 
-SIGNS = ("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""Texts by which the RuntimeErrors of other allocators are recognized: torch on a CPU, C++, cuBLAS and cuDNN, and the
-CUDA driver outside torch's allocator."""
+SIGNS = (
+    *("can't allocate memory", "bad_alloc", "_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),
+    "Triton Error [CUDA]: out of memory",
+)
+"""Texts by which the RuntimeErrors of other allocators are recognized: torch on a CPU, C++, cuBLAS and cuDNN, the CUDA
+driver outside torch's allocator, and Triton."""
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import IO
@@ -29,6 +31,7 @@ TRIALS = {
     "lora": ("lora_core.kernels.gpu.trials", "why_lora_differs"),
     "elementwise": ("lora_core.kernels.gpu.elementwise_trial", "why_trial_failed"),
     "attention": ("lora_core.kernels.gpu.attention_trial", "why_attention_differs"),
+    "dropout": ("lora_core.kernels.gpu.dropout_trial", "why_not_drawn"),
 }
 """The function by which an engine tries the kernels of each family."""
 LEFT_OUT = "LORRY_KIT_LEFT_OUT"
@@ -46,12 +49,19 @@ class Running:
     started: float
 
     def ended(self) -> dict[str, str | None]:
-        """Return the result: `reason`, `fault`, or `error` if the process failed otherwise."""
+        """Return the result: `reason`, `fault`, or `error` if the process failed otherwise.
+
+        torch may print warnings after the result, and a process may crash when it exits.
+        """
         self.output.seek(0)
-        last = self.output.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-        if self.process.returncode == 0:
-            return json.loads(last)
-        return {"fault" if self.process.returncode < 0 else "error": f"status {self.process.returncode}: {last}"}
+        lines = self.output.read().decode("utf-8", "replace").strip().splitlines() or [""]
+        for line in reversed(lines):
+            if line.startswith("{"):
+                with suppress(json.JSONDecodeError):
+                    return json.loads(line)
+        status = self.process.returncode
+        is_fault = status < 0 and status != -signal.SIGKILL  # which the system sends if memory runs out
+        return {"fault" if is_fault else "error": f"status {status}: {lines[-1]}"}
 
 
 def compilation(kit: Kit) -> None:
@@ -69,6 +79,7 @@ def jobs() -> list[Job]:
     return [
         *(("lora", "bfloat16", str(number)) for number in reversed(range(len(TRIED)))),
         *(("elementwise", dtype) for dtype in ("bfloat16", "float32")),
+        ("dropout", "uint8"),
         *(
             ("attention", str(dtype).removeprefix("torch."), str(size), cap)
             for dtype, size in [*heads, (torch.float32, 16)]  # 16 are those of the tiny models
@@ -92,7 +103,8 @@ def run_jobs(kit: Kit, jobs: Sequence[Job]) -> None:
     finally:
         for job, each in running.items():
             each.process.kill()
-            each.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for the device may not end
+                each.process.wait(timeout=5)
             each.output.close()
             kit.tell(_name(job), "stopped", "text")
 

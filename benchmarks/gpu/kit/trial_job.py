@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_core.kernels.gpu.attention_trial import why_attention_differs
+from lora_core.kernels.gpu.dropout_trial import why_not_drawn
 from lora_core.kernels.gpu.elementwise_trial import why_elementwise_differs
 from lora_core.kernels.gpu.trials import TRIED, why_lora_differs
 
@@ -27,7 +28,7 @@ def reason_of(device: torch.device, family: str, dtype: torch.dtype, arguments: 
         return why_lora_differs(device, dtype, (TRIED[int(arguments[0])],))
     if family == "attention":
         return why_attention_differs(device, dtype, size=int(arguments[0]), is_capped=arguments[1] == "capped")
-    return why_elementwise_differs(device, dtype)
+    return why_not_drawn(device) if family == "dropout" else why_elementwise_differs(device, dtype)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,13 +3,18 @@
 
 import torch
 
+from lora_core.runtime.device_errors import is_shortage
+
 
 def failure_of(error: Exception, device: torch.device) -> str:
     """Return why kernels can't be used whose trial on `device` has raised `error`.
 
     Raises torch.AcceleratorError if the trial made the device unusable for this process, for example by an access to
-    unmapped memory: every later call would fail, whatever computes it.
+    unmapped memory: every later call would fail, whatever computes it. Raises `error` itself if memory ran out, which
+    proves nothing about the kernels.
     """
+    if is_shortage(error):
+        raise error
     if isinstance(error, ImportError):
         return f"Triton is not installed ({error})"
     if device.type == "cuda":

@@ -135,4 +135,4 @@ def _facts(model: Model) -> Iterator[tuple[str, object]]:
     for name in shapes:
         yield name.removeprefix("num_").replace("_", " "), (model.description or {}).get(name)
     renders_tools = (model.description or {}).get("renders_tools")
-    yield "renders tools", {True: "yes", False: "no"}.get(renders_tools)
+    yield "renders tools", None if renders_tools is None else "yes" if renders_tools else "no"

@@ -122,3 +122,19 @@ def test_byte_order_mark_of_a_batch_file_is_skipped(chunk_bytes: int) -> None:
     assert list(lines_of([b"\xef\xbb\xbf" + b"a" * 12], max_line_bytes=10)) == [(1, b"a" * 11)]
     assert list(lines_of([b"\xef\xbb"], max_line_bytes=10)) == [(1, b"\xef\xbb")]
     assert list(lines_of([], max_line_bytes=10)) == []
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_values_that_are_nested_too_deeply_are_errors_of_the_client() -> None:
+    with pytest.raises(ValidationError, match="The fields are nested too deeply"):
+        ChatCompletionRequest.model_validate({**QUESTION, "metadata": {"a": nested(5000)}})
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"a": nested(5000)}}}
+    with pytest.raises(InvalidRequest) as raised:
+        chat_call(ChatCompletionRequest.model_validate({**QUESTION, "tools": [tool]}))
+    assert (raised.value.code, raised.value.param) == ("json_too_deep", "tools")

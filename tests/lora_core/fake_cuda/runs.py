@@ -195,7 +195,7 @@ def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
         **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("residual_block", "swiglu")},
         "lora_core.layers.rms_norm._agrees": _norm_agrees,
         "lora_core.layers.rotary._agrees": _is_same,
-        "lora_core.packing.packed_batch.why_not_drawn": lambda _device: None,
+        "lora_core.kernels.gpu.dropout_trial.why_not_drawn": lambda _device: None,
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
         "torch.Tensor.backward": _observed_backward(observer),
         # One copy, and not one for each element.

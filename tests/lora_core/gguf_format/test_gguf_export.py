@@ -376,6 +376,18 @@ def test_template_that_does_more_than_surround_messages_is_left_to_ollama(llama_
     assert (tmp_path / "Modelfile").read_text() == 'FROM ./x.gguf\nPARAMETER stop "<|im_end|>"\n'
 
 
+def test_default_template_counts_if_there_is_one_for_tools(llama_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(llama_dir, folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+
+    write_modelfile(folder, tmp_path / "Modelfile", gguf_name="x.gguf")
+    write_modelfile(llama_dir, tmp_path / "Reference", gguf_name="x.gguf")
+
+    assert (tmp_path / "Modelfile").read_text() == (tmp_path / "Reference").read_text()
+
+
 def test_default_system_message_of_a_template_is_kept(llama_dir, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(llama_dir, folder)

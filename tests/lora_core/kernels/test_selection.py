@@ -12,7 +12,7 @@ import torch
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.kernels import selection
-from lora_core.kernels.gpu import attention_trial, elementwise_trial, trials
+from lora_core.kernels.gpu import attention_trial, dropout_trial, elementwise_trial, trials
 from lora_core.kernels.gpu.tables import WIDTHS, class_of
 from lora_core.kernels.gpu.trials import TRIED
 from lora_core.kernels.selection import AttentionHeads, Kernels, choose_kernels, prepare_device
@@ -26,7 +26,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(trials, "why_lora_differs", lambda device, dtype: None)
     monkeypatch.setattr(selection, "why_not_elementwise", lambda device: None)
-    monkeypatch.setattr(selection, "why_not_drawn", lambda device: None)
+    monkeypatch.setattr(dropout_trial, "why_not_drawn", lambda device: None)
     monkeypatch.setattr(selection, "varlen_parameters", lambda: selection.VARLEN_PARAMETERS)
 
 
@@ -134,7 +134,7 @@ def test_reason_for_slower_norms_is_logged_when_the_engine_attaches(
 
 
 def test_gpu_that_draws_no_dropout_masks_reports_why(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "why_not_drawn", lambda device: "masks differ")
+    monkeypatch.setattr(dropout_trial, "why_not_drawn", lambda device: "masks differ")
 
     assert choose_kernels(CUDA, torch.bfloat16).reasons == ("masks differ",)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_core.kernels.gpu import dropout_trial
 from lora_core.kernels.gpu.dropout_trial import why_not_drawn
 from lora_core.packing import packed_batch
 from lora_core.packing.packed_batch import DropoutKey
@@ -88,7 +89,7 @@ def test_gpu_draws_the_mask_unless_there_is_a_reason_against_it(
         return torch.zeros(3, 8)
 
     with_kernel(monkeypatch, draw_mask)
-    monkeypatch.setattr(packed_batch, "why_not_drawn", lambda device: reason if device == CUDA else "another device")
+    monkeypatch.setattr(dropout_trial, "why_not_drawn", lambda device: reason if device == CUDA else "another device")
     monkeypatch.setattr(packed_batch, "upload", lambda arrays, _device: [torch.from_numpy(array) for array in arrays])
     like: Any = OnCuda()
 
@@ -99,3 +100,13 @@ def test_gpu_draws_the_mask_unless_there_is_a_reason_against_it(
     else:
         assert drawn == []
         assert torch.equal(mask, KEY.keep_TD("q_proj", torch.empty(3, 8)))
+
+
+def test_shortage_of_memory_says_nothing_about_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_out(*_: object) -> NoReturn:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    with_kernel(monkeypatch, runs_out)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        why_not_drawn.__wrapped__(CPU)
