@@ -30,7 +30,7 @@ from catalog.spec.job import JobRequest
 from catalog.states import FINAL_STATES
 from catalog.storage import files
 from catalog.storage.store import open_store
-from catalog.tables.fleet import Trainer
+from catalog.tables.fleet import Trainer, Worker
 from catalog.tables.history import Checkpoint, JobEvent
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
@@ -162,6 +162,15 @@ class WorkerSite:
         return self.start(
             [sys.executable, "-m", "worker.entrypoints.loop", "--device", "cpu", *arguments], **environment
         )
+
+    def wait_for_worker(self) -> None:
+        """Wait until a worker is registered. Until then, requests are rejected."""
+
+        def is_registered() -> bool:
+            with self.db.read() as session:
+                return session.query(Worker).first() is not None
+
+        self.wait_until(is_registered)
 
     def start(self, argv: list[str], **environment: str) -> subprocess.Popen[bytes]:
         """On PostgreSQL, the process has the database role of a worker."""

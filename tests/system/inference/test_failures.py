@@ -50,6 +50,7 @@ def text_of(stream: Any) -> str:
 def test_worker_killed_in_the_middle_of_an_answer_is_replaced_by_another(site: WorkerSite, service: Service) -> None:
     with service.client() as client:
         first = site.start_worker()
+        site.wait_for_worker()
         whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
         stream = client.chat.completions.create(stream=True, **OPTIONS)
         begun = [next(iter(stream)) for _ in range(3)]
@@ -64,6 +65,7 @@ def test_worker_killed_in_the_middle_of_an_answer_is_replaced_by_another(site: W
 def test_worker_that_drains_hands_its_requests_to_another(site: WorkerSite, service: Service) -> None:
     with service.client() as client:
         first = site.start_worker()
+        site.wait_for_worker()
         whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
         stream = client.chat.completions.create(stream=True, **OPTIONS)
         begun = [next(iter(stream)) for _ in range(3)]
@@ -77,6 +79,7 @@ def test_worker_that_drains_hands_its_requests_to_another(site: WorkerSite, serv
 
 def test_api_server_that_stops_finishes_its_streams_and_its_successor_answers(site: WorkerSite) -> None:
     site.start_worker()
+    site.wait_for_worker()
     with ExitStack() as stack:
         with api_process(site.settings.data_dir, pepper=PEPPER) as service:
             client = stack.enter_context(service.client())
@@ -93,6 +96,7 @@ def test_jobs_and_requests_for_different_base_models_alternate_on_one_worker(
     site: WorkerSite, service: Service
 ) -> None:
     site.start_worker()
+    site.wait_for_worker()
     with service.client() as client:
         whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
         job = site.submit(site.upload(20), max_steps=3, precision="bfloat16")
@@ -119,6 +123,7 @@ def test_requests_for_two_base_models_take_turns_on_one_worker_without_jobs(tmp_
         site.import_base(tiny_base.make(tmp_path / "other", seed=1), name="other")
         with api_process(site.settings.data_dir, pepper=PEPPER) as service, service.client() as client:
             site.start_worker()
+            site.wait_for_worker()
             whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
             other = client.chat.completions.create(**of_other).choices[0].message.content
             assert other != whole
