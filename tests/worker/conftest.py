@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from catalog.resources.pack_key import pack_key
+from tests.catalog.world import sha
 from tests.worker.chat_bases import Base, train_tokenizer
-from tests.worker.pack_site import PackSite
+from tests.worker.inference_requests import ApiProcess
+from tests.worker.pack_site import READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script
 from worker import supervisor
 from worker.background import base_models
 from worker.node import devices
 from worker.protocol.mailbox import TrainerDirectory
+from worker.session.inference import InferenceSession
+from worker.session.trainer_session import TrainerSession
 
 
 @pytest.fixture
@@ -66,3 +71,21 @@ def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], l
     monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
     monkeypatch.setattr(devices, "free_bytes", lambda _: 10**12)
     return run
+
+
+@pytest.fixture
+def api() -> Iterator[ApiProcess]:
+    process = ApiProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def session(site: PackSite) -> Iterator[TrainerSession]:
+    """A session without jobs, whose trainer is ready."""
+    session = site.loading_session()
+    session.inference = InferenceSession(site.context, pack_key(sha("smol"), "bfloat16"))
+    emit(session, READY)
+    session.read_events()
+    yield session
+    session.inference.release_all()

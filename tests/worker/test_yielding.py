@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -16,30 +16,17 @@ from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising
 from worker import supervisor
 from worker.background import base_models
-from worker.session.inference import InferenceSession
 from worker.session.trainer_session import TrainerSession
 from worker.supervisor import BATCH_SECONDS, GONE_SECONDS, SWITCH_SECONDS
 
 
 @pytest.fixture
-def api() -> Iterator[ApiProcess]:
-    process = ApiProcess()
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def session(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrainerSession]:
+def session(site: PackSite, session: TrainerSession, monkeypatch: pytest.MonkeyPatch) -> TrainerSession:
     """A session without jobs, whose trainer has just loaded `smol`. Another base model is registered as `other`."""
     monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
-    session = site.loading_session()
-    session.inference = InferenceSession(site.context, pack_key(sha("smol"), "bfloat16"))
-    emit(session, READY)
-    session.read_events()
     assert answer(session) == []
-    yield session
-    session.inference.release_all()
+    return session
 
 
 def unloads_for(site: PackSite, session: TrainerSession) -> str | None:
@@ -264,6 +251,14 @@ def become_ready(trainer: FakeTrainer) -> None:
     trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
 
 
+def answer_one(trainer: FakeTrainer) -> Generator[None]:
+    """Load the base model, and answer the first request."""
+    become_ready(trainer)
+    message = yield from trainer.listen("answer")
+    trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
+    yield
+
+
 def test_base_model_is_loaded_although_its_first_client_leaves(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess
 ) -> None:
@@ -302,10 +297,7 @@ def test_trainer_is_followed_by_one_for_the_base_model_that_it_was_unloaded_for(
         return site.context.settings.bases_dir()
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        become_ready(trainer)
-        message = yield from trainer.listen("answer")
-        trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
-        yield
+        yield from answer_one(trainer)
         if len(loaded) == 2:
             site.context.shutdown.set()
         else:
@@ -333,10 +325,7 @@ def test_reserved_request_is_released_if_the_worker_drains_before_the_next_train
     reserved: list[InferenceRequest] = []
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        become_ready(trainer)
-        message = yield from trainer.listen("answer")
-        trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
-        yield
+        yield from answer_one(trainer)
         reserved.append(submit(site, api, name="other"))
         yield from trainer.listen("unload")
         assert claim_of(site, reserved[0])
