@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROBED_POSITIONS = 2
+ROUNDING_FACTOR = 3
+"""Rounding is measured on a few positions. In another program it may be larger by chance."""
 ANSWER_TOKENS = 48
 ASKED_AT_ONCE = 16
 LORRYS_PACKAGES = ("lorry", "api", "catalog", "worker", "lora_core")
@@ -27,20 +29,25 @@ LORRYS_PACKAGES = ("lorry", "api", "catalog", "worker", "lora_core")
 
 def main(base_folder: Path, adapter_folder: Path, questions: list[str]) -> dict[str, Any]:
     probe = load_file(adapter_folder / "probe.safetensors")
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    base = load_base(base_folder, torch.bfloat16)
     base_logits = last_logits(base, probe["input_ids"])
     adapted = PeftModel.from_pretrained(base, str(adapter_folder)).eval()
-    # Without an adapter, the two programs differ by rounding only. With an adapter, by at most twice that.
+    logits = last_logits(adapted, probe["input_ids"])
+    exact = PeftModel.from_pretrained(load_base(base_folder, torch.float32), str(adapter_folder)).eval()
+    exact_logits = last_logits(exact, probe["input_ids"])
+    # Two correct programs differ by rounding only. It is measured twice, because an adapter with a large effect also
+    # magnifies rounding: without the adapter, between the two programs; with it, between bfloat16 and float32.
+    rounding = max(difference(base_logits, probe["base_logits"]), difference(logits, exact_logits))
     largest = float(probe["logits"].abs().max())
-    rounding = difference(base_logits, probe["base_logits"])
-    tolerance = 2 * max(rounding, torch.finfo(torch.bfloat16).eps * largest / 2)
-    found = difference(last_logits(adapted, probe["input_ids"]), probe["logits"])
+    tolerance = ROUNDING_FACTOR * max(rounding, torch.finfo(torch.bfloat16).eps * largest / 2)
+    found = difference(logits, probe["logits"])
     tokenizer = tokenizer_of(base_folder)
     starts = range(0, len(questions), ASKED_AT_ONCE)
     answers = [one for start in starts for one in ask(adapted, tokenizer, questions[start : start + ASKED_AT_ONCE])]
     imported = sorted(set(LORRYS_PACKAGES) & sys.modules.keys())
     return {
         "max_abs_diff": found,
+        "rounding": rounding,
         "tolerance": tolerance,
         "max_abs_logit": largest,
         "max_abs_effect": difference(probe["logits"], probe["base_logits"]),
@@ -48,6 +55,10 @@ def main(base_folder: Path, adapter_folder: Path, questions: list[str]) -> dict[
         "imported_of_lorry": imported,
         "answers": answers,
     }
+
+
+def load_base(folder: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def difference(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -216,8 +216,9 @@ def agreement(checked: Mapping[str, Any], best: Outcome) -> None:
     )
     console.print(
         f"The difference is rounding: PEFT adds the same numbers in another order, in bfloat16, where numbers near "
-        f"{largest:.0f} are {_bfloat16_spacing(largest):g} apart. The tolerance is twice the difference that PEFT has "
-        f"without any adapter. The adapter itself moves logits by up to {checked['max_abs_effect']:.1f}."
+        f"{largest:.0f} are {_bfloat16_spacing(largest):g} apart. Rounding alone changes logits by up to "
+        f"{checked['rounding']:.2g} here, and the tolerance is three times that. The adapter itself moves logits by up "
+        f"to {checked['max_abs_effect']:.1f}."
     )
 
 

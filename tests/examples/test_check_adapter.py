@@ -1,4 +1,4 @@
-"""check_adapter prompts base model and adapter with the template of training, until the end of the turn."""
+"""check_adapter compares logits within rounding, and prompts both models with the template of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from catalog.datasets.chat import Chat
@@ -80,3 +81,34 @@ def test_answer_reports_whether_its_turn_ended(tokenizer: Any) -> None:
 
     assert first == {"text": "red", "ended": True}
     assert second == {"text": "redredred", "ended": False}
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (0.5, False), (1.5, False)])
+def test_adapter_that_magnifies_rounding_agrees_and_a_wrong_one_does_not(
+    base_dir: Path, tmp_path: Path, factor: float, agrees: bool
+) -> None:
+    write_adapter(base_dir, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    changed = {name: tensor * factor if "lora_B" in name else tensor for name, tensor in weights.items()}
+    save_file(changed, tmp_path / "adapter_model.safetensors")
+
+    checked = check_adapter.main(base_dir, tmp_path, [])
+
+    assert checked["agrees"] is agrees
+    spacing = torch.finfo(torch.bfloat16).eps * checked["max_abs_logit"]
+    assert checked["max_abs_diff"] > spacing, "rounding without the adapter must not explain the difference"
+    assert checked["tolerance"] < checked["max_abs_effect"]
+
+
+def write_adapter(base_dir: Path, folder: Path) -> None:
+    """Write a random adapter with a large effect and its probe, whose LoRA runs in bfloat16 as in training."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16).eval()
+    ids = torch.randint(3, tiny_base.VOCABULARY, (2, 48))
+    base_logits = check_adapter.last_logits(model, ids)
+    lora = LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules="all-linear")
+    get_peft_model(model, lora).save_pretrained(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.bfloat16)
+    trained = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).to(torch.bfloat16).eval()
+    probe = {"input_ids": ids, "base_logits": base_logits, "logits": check_adapter.last_logits(trained, ids)}
+    save_file(probe, folder / "probe.safetensors")
