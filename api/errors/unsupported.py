@@ -74,6 +74,17 @@ OLD_NAMES = {
 }
 """By a deprecated parameter of OpenAI: the parameter that replaced it, and the remedy."""
 
+UNSUPPORTED_VALUES = {
+    "tool_choice": 'Lorry does not force a model to call a tool. Use "auto", and ask for the call in the messages.',
+    "response_format.type": "Lorry does not force a model to write JSON. Train the model on answers in JSON, or ask "
+    "for JSON in the messages, and leave out 'response_format'.",
+    "store": "Lorry does not store answers. Leave out 'store', and keep the answers that you need.",
+    "stream_options.include_obfuscation": "Leave it out.",
+    "echo": "Leave out 'echo', and put the prompt before the answer.",
+    "best_of": "Leave out 'best_of'. To choose among several answers, use 'n' and 'logprobs'.",
+}
+"""The remedy, by a parameter of OpenAI of which Lorry supports only the default or some values."""
+
 
 def replacement(path: str, known: Collection[str]) -> str | None:
     """Return the remedy for a deprecated parameter; None if a request with the fields `known` lacks its successor."""

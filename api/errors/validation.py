@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
-from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT, known_elsewhere, replacement
+from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT, UNSUPPORTED_VALUES, known_elsewhere, replacement
 from catalog.errors import InvalidRequest
 from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
 
@@ -65,7 +65,9 @@ def _explain(path: str, group: list[Problem], model: type[BaseModel] | None) -> 
             _code(kind),
         )
     is_reinforcement = path == "method.type" and first.get("input") == "reinforcement"
-    remedy = f"Reinforcement fine-tuning is not supported. {INSTEAD_OF_REINFORCEMENT}" if is_reinforcement else ""
+    remedy = UNSUPPORTED_VALUES.get(path, "") if kind == "literal_error" else ""
+    if is_reinforcement:
+        remedy = f"Reinforcement fine-tuning is not supported. {INSTEAD_OF_REINFORCEMENT}"
     return f"{name} {expectation(group)}{_received(path, first)}.", remedy, _code(kind)
 
 

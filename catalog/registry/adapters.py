@@ -19,7 +19,7 @@ from catalog.errors import NoLongerKept, NotFound
 from catalog.registry import checkpoints, export_rows, permissions
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
-from catalog.tables.storage import Adapter, Artifact
+from catalog.tables.storage import Adapter, Artifact, BaseModelRow
 from catalog.tables.sweeps import Sweep
 from catalog.tables.table import Json
 from catalog.tables.tenancy import ModelPermission
@@ -34,6 +34,10 @@ MODEL_COLUMNS = (
     Adapter.project_id,
     Adapter.base_model,
     Adapter.artifact,
+)
+OF_OPENAI = (
+    "A model that was fine-tuned at OpenAI can't be used here: create a job with the same training file, and use its "
+    "adapter."
 )
 LIST_THEM = (
     "Choose an adapter from `lorry adapters list` or, if another project shares it with yours, from `lorry adapters "
@@ -186,9 +190,19 @@ def find(session: Session, project_id: str, name: str, *, locked: bool = False, 
     adapter = session.scalar(readable.with_for_update(read=True) if locked else readable)
     if adapter is None:
         raise NotFound(
-            "adapter", name, message=f"No adapter with the name or id {name!r}.", param=param, remedy=LIST_THEM
+            "adapter",
+            name,
+            message=f"No adapter with the name or id {name!r}.",
+            param=param,
+            remedy=f"{OF_OPENAI} {LIST_THEM}" if _is_of_openai(session, name) else LIST_THEM,
         )
     return adapter
+
+
+def _is_of_openai(session: Session, name: str) -> bool:
+    """Return whether this is the name of a model that was fine-tuned at OpenAI: its base model is unknown here."""
+    prefix, _, rest = name.partition(":")
+    return prefix == "ft" and session.get(BaseModelRow, rest.partition(":")[0]) is None
 
 
 def children(db: Database, *, project_id: str, name: str) -> list[Adapter]:

@@ -58,8 +58,10 @@ _BOUNDS = {
     "string_too_long": "at most {max_length} characters long",
     "too_long": "at most {max_length} items long",
     "too_short": "at least {min_length} items long",
-    "literal_error": "{expected}",
 }
+
+_IN_JSON = {"True": "true", "False": "false", "None": "null"}
+_PYTHON_NAME = re.compile(r"\b(?<!')(?:True|False|None)(?!')\b")
 
 
 def by_field(problems: Iterable[tuple[str, Problem]]) -> dict[str, list[Problem]]:
@@ -112,6 +114,8 @@ def _phrase(problem: Problem) -> str:
     context: dict[str, Any] = problem.get("ctx") or {}
     if kind in _EXPECTED:
         return _EXPECTED[kind]
+    if kind == "literal_error":
+        return _PYTHON_NAME.sub(lambda name: _IN_JSON[name[0]], context["expected"])
     if kind in _BOUNDS:
         shown = {name: f"{value:.15g}" if isinstance(value, float) else value for name, value in context.items()}
         return re.sub(r"\b1 (character|item)s\b", r"1 \1", _BOUNDS[kind].format(**shown))

@@ -53,7 +53,7 @@ class ExportVerification(BaseModel):
 
 
 class ExportCost(BaseModel):
-    """Median time of a forward pass of the base model and of the merged model, on a CPU of the worker.
+    """Fastest of several forward passes of the base model and of the merged model, on a CPU of the worker.
 
     `same_operations` is whether both run the same operations on tensors of the same shapes and dtypes.
     """

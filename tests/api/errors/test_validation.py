@@ -165,6 +165,35 @@ def test_deprecated_parameter_error_names_its_successor(client: TestClient, fiel
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"store": True}, "'store' must be false; got true. Lorry does not store answers."),
+        (
+            {"tool_choice": "required"},
+            "'tool_choice' must be 'auto' or 'none'; got \"required\". Lorry does not force a model to call a tool.",
+        ),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "'tool_choice' must be 'auto' or 'none'. Lorry does not force a model to call a tool.",
+        ),
+        (
+            {"response_format": {"type": "json_object"}},
+            "'response_format.type' must be 'text'; got \"json_object\". Lorry does not force a model to write JSON.",
+        ),
+    ],
+)
+def test_unsupported_value_error_says_what_to_do_instead(
+    client: TestClient, fields: dict[str, Any], message: str
+) -> None:
+    body = {"model": "smol", "messages": [{"role": "user", "content": "a"}], **fields}
+
+    sent = client.post("/v1/chat/completions", json=body)
+
+    assert sent.status_code == 400
+    assert sent.json()["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
     ("method", "name", "methods"),
     [
         ("dpo", "neftune_alpha", "supervised"),

@@ -188,6 +188,15 @@ def test_adapters_are_hidden_from_other_projects(stranger: TestClient, adapter: 
     assert stranger.get("/v1/adapters").json()["data"] == []
 
 
+def test_name_of_a_model_of_openai_is_explained(client: TestClient, adapter: Adapter) -> None:
+    of_openai, unknown = "ft:gpt-4o-mini-2024-07-18:acme::abc", f"{adapter.name}x"
+
+    messages = [client.get(f"/v1/adapters/{name}").json()["error"]["message"] for name in (of_openai, unknown)]
+
+    assert "was fine-tuned at OpenAI can't be used here: create a job with the same training file" in messages[0]
+    assert "OpenAI" not in messages[1]
+
+
 def test_model_list_reads_no_lineage_records_and_has_a_limit(
     services: Services, world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

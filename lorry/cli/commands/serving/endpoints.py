@@ -115,7 +115,7 @@ def verdict(verification: dict[str, Any] | None) -> str | None:
     if verification is None:
         return None
     passed = "passed" if verification.get("passed") else "failed"
-    numbers = f"log-probabilities differ by {verification['max_diff']:.2g} (allowed: {verification['tolerance']:.2g})"
+    numbers = f"log-probabilities differ by {verification['max_diff']:.3g} (allowed: {verification['tolerance']:.3g})"
     blind = ", but the base model would pass too" if verification.get("distinguishes") is False else ""
     return f"{passed}: {numbers}{blind}"
 
