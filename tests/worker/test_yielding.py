@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import pytest
 
 from catalog.errors import Unavailable
 from catalog.inference import claims
+from catalog.resources import memory
 from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
-from tests.catalog.world import sha
+from tests.catalog.world import DESCRIPTION, sha
 from tests.worker.inference_requests import ApiProcess, answer, claim_of, submit, submit_and_claim
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising
 from worker import supervisor
 from worker.background import base_models
+from worker.node import devices as node
 from worker.session.trainer_session import TrainerSession
 from worker.supervisor import BATCH_SECONDS, GONE_SECONDS, SWITCH_SECONDS
 
@@ -114,6 +117,22 @@ def test_request_whose_adapter_cannot_be_copied_holds_up_no_other_base_model(
     pass_time(site, session, SWITCH_SECONDS)
 
     assert unloads_for(site, session) == "other"
+
+
+def test_memory_of_answers_on_a_gpu_is_free_for_another_base_model(
+    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = memory.trainer_bytes(DESCRIPTION, "bfloat16") + site.context.group.reserve_bytes
+    site.context.device = replace(site.context.device, kind="cuda")
+    monkeypatch.setattr(node, "free_bytes", lambda _: 0)
+    submit_and_claim(site, session, api)
+    submit(site, api, name="other")
+    pass_time(site, session, SWITCH_SECONDS)
+
+    for peak_bytes, wanted in ((needed - 1, None), (needed, "other")):
+        emit(session, {"type": "memory", "base_bytes": 1, "adapter_bytes": 0, "peak_bytes": peak_bytes})
+        session.read_events()
+        assert wants(site, session) == wanted
 
 
 def test_batches_of_another_base_model_wait_for_a_pause(

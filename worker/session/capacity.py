@@ -64,12 +64,14 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
 def bases_to_load(
     context: WorkerContext, capacity: Capacity, *, waited_seconds: float = 0.0, with_batches: bool = True
 ) -> Generator[BaseToLoad]:
-    """Yield the base models of requests that no trainer can answer, if they fit on this worker.
+    """Yield the base models of requests that no trainer can answer, if they fit on this worker without its trainer.
 
     waited_seconds, with_batches: as for `claims.unloaded`. Raises Unavailable.
     """
     if context.settings.gang is not None:
         return  # its trainers serve jobs, for which the whole gang meets
+    when_empty = capacity.memory_bytes_when_empty
+    available = capacity.memory_bytes_free if when_empty is None else when_empty
     for wanted in claims.unloaded(
         context.db, worker_id=context.worker_id, waited_seconds=waited_seconds, with_batches=with_batches
     ):
@@ -79,7 +81,7 @@ def bases_to_load(
             base_digest=wanted.base_digest,
             pack_key=wanted.pack_key,
         )
-        if context.group.needed_bytes(base_demand(context, base)) <= capacity.memory_bytes_free:
+        if context.group.needed_bytes(base_demand(context, base)) <= available:
             yield base
 
 
