@@ -1,7 +1,7 @@
 """Start reading here: `supervise` is the main loop of a worker. For one trainer after another, it does four things:
 
-1. Claim jobs that can train together (`_claim`), unless a trainer of another node needs this one (`gang.participate`).
-   Without jobs, reserve a base model that inference requests wait for (`_reserved`).
+1. Find its work (next_work.py), unless a trainer of another node needs this one (`gang.participate`): claim jobs that
+   can train together or, without jobs, reserve a base model that inference requests wait for.
 2. Launch a trainer for them (`_train`), together with the other nodes of the gang if there are any.
 3. Attend to it (`_attend`): record its events, apply what users ask for, admit more jobs, pass on answers to inference
    requests, kill it if it hangs.
@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -22,51 +22,33 @@ from catalog import logs
 from catalog.clock import boot_seconds
 from catalog.errors import LorryError, NotFound, StaleClaim
 from catalog.fleet import workers
-from catalog.queue import claiming, claims
+from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.registry import base_models as catalog_bases
 from catalog.resources import pack_key as packing
 from catalog.resources.sharding import Strategy
-from catalog.scheduling.snapshot import Capacity
 from catalog.tables.jobs import Job
-from catalog.tables.table import new_id
 from worker.background import base_models
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.gang.gang import WorkerGang, gang_of
+from worker.next_work import Work, find_work, next_work
 from worker.node import scratch_dirs
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory
-from worker.session.capacity import announced, bases_to_load, capacity_report, free_capacity
+from worker.session.capacity import announced
 from worker.session.failures import TrainerEnd, job_failure, launch_failure, load_error
 from worker.session.inference import InferenceSession
 from worker.session.job_logs import cleaned
 from worker.session.session_job import STOPPED, End, requested_verb
 from worker.session.sharding import BaseToLoad, strategy_for
 from worker.session.trainer_session import OUTAGES, TrainerSession
-from worker.session.watchdog import cordon_if_unkillable, cordon_silent, watch_clock
+from worker.session.watchdog import cordon_if_unkillable, watch_clock
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.05
 OUTAGE_SECONDS = 0.5
-FREE_WORKER_POLLS = 2.0
-"""Polls for which a request for another base model is left to workers without a trainer."""
-SWITCH_SECONDS = 30.0
-"""How long at least a trainer without jobs answers requests while those for another base model wait."""
-GONE_SECONDS = 5.0
-"""A client that has sent no request for this long after an answer counts as gone."""
-BATCH_SECONDS = 600.0
-"""How long at least a trainer without jobs answers batches while those of another base model wait."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """The work of one trainer: claimed jobs, or a base model that claimed inference requests wait for."""
-
-    first: Job | BaseToLoad
-    jobs: list[Claim]
-    inference: InferenceSession
 
 
 def supervise(context: WorkerContext) -> None:
@@ -107,7 +89,7 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
             was_notified = False
             if work is None and gang.participate(tasks, _launch_trainer):
                 continue
-            work = work or _find_work(context, gang)
+            work = work or find_work(context, gang)
             if work is not None:
                 work = _train(context, gang, tasks, work)
             elif had_task:
@@ -121,35 +103,6 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
             work.inference.give_back()
 
 
-def _find_work(context: WorkerContext, gang: WorkerGang) -> Work | None:
-    """Claim jobs that a new trainer can train together, or else requests for a base model that it can load."""
-    capacity = free_capacity(context)
-    context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
-    if claimed := _claim(context, gang, new_id("trainer"), capacity=capacity):
-        return _work_of(context, claimed)
-    reserved = (_reserved(context, base) for base in bases_to_load(context, capacity))
-    return next((work for work in reserved if work is not None), None)
-
-
-def _work_of(context: WorkerContext, claimed: list[Claim]) -> Work:
-    first = claimed[0].job
-    return Work(first=first, jobs=claimed, inference=InferenceSession(context, first.pack_key))
-
-
-def _reserved(context: WorkerContext, base: BaseToLoad) -> Work | None:
-    """Claim a request for the base model. Returns None if another worker was faster."""
-    inference = InferenceSession(context, base.pack_key)
-    try:
-        is_reserved = inference.reserve()
-    except LorryError:
-        inference.release_all()
-        raise
-    if is_reserved:
-        return Work(first=base, jobs=[], inference=inference)
-    inference.release_all()
-    return None
-
-
 def _wait_for_work(context: WorkerContext, tasks: TaskRunner) -> bool:
     """Wait until a background task is done, the next poll is due or the worker shuts down, or for a notification.
     Returns whether there was one."""
@@ -160,29 +113,6 @@ def _wait_for_work(context: WorkerContext, tasks: TaskRunner) -> bool:
         if tasks.wait(min(TICK_SECONDS, left)):
             break
     return False
-
-
-def _claim(
-    context: WorkerContext, gang: WorkerGang, trainer_id: str, *, capacity: Capacity, pack_key: str | None = None
-) -> list[Claim]:
-    """Claim jobs that fit. From here on, the heartbeat renews their leases. pack_key: only jobs of that pack."""
-    cordon_silent(context)
-    if capacity.max_jobs <= 0 or not gang.may_claim():
-        return []
-    since = boot_seconds()  # taken before the claim, so that the lease never seems longer than it is
-    claimed = claiming.claim_pack(
-        context.db,
-        worker_id=context.worker_id,
-        trainer_id=trainer_id,
-        capacity=capacity,
-        lease_seconds=context.settings.lease_seconds,
-        pack_key=pack_key,
-        policy=context.policy,
-    )
-    context.heartbeat.hold((claim.claim_id for claim in claimed), since=since)
-    for claim in claimed:
-        context.spans.claimed(claim, worker_id=context.worker_id)
-    return claimed
 
 
 def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Work) -> Work | None:
@@ -354,7 +284,7 @@ def _attend(
         is_due = was_notified or time.monotonic() - polled_at >= context.settings.poll_seconds
         if closing_at is None and is_due:
             polled_at = time.monotonic()
-            following = _tolerating_outages(trainer, lambda: _next_work(context, gang, session))
+            following = _tolerating_outages(trainer, lambda: next_work(context, gang, session))
             if following is not None or _is_idle(context, gang, session):
                 closing_at, shutdown = time.monotonic(), partial(session.unload)
         if shutdown is not None and _tolerating_outages(trainer, shutdown):
@@ -387,69 +317,12 @@ def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -
     return True
 
 
-def _next_work(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> Work | None:
-    """Claim more for the trainer. Returns claimed work that it has to be unloaded for. Jobs come first."""
-    return _claim_more(context, gang, session) or _yield_to(context, session)
-
-
-def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> Work | None:
-    """Claim more jobs, and admit those that this trainer can train. An empty trainer may also claim jobs for another
-    base: those are returned, and the trainer has to be unloaded for them."""
-    if session.has_suspect:
-        return None
-    capacity = free_capacity(context, session)
-    report = {"capacity": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
-    context.heartbeat.status["report"] |= report
-    if len(session):
-        claimed = _claim(context, gang, session.trainer_id, capacity=capacity, pack_key=session.pack_key)
-    else:
-        claimed = _claim(context, gang, new_id("trainer"), capacity=capacity)
-        if claimed and not session.is_for(claimed[0].job):
-            return _work_of(context, claimed)
-    for claim in claimed:
-        session.admit(claim)
-    return None
-
-
 def _is_idle(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> bool:
     """Whether the trainer is empty, and has been for too long or can get no new job."""
     idle_since = max(session.idle_since, session.inference.last_answer_at)
     is_overdue = time.monotonic() - idle_since >= context.settings.idle_seconds
     is_empty = session.is_empty and session.ready is not None
     return is_empty and (is_overdue or not gang.is_open)
-
-
-def _yield_to(context: WorkerContext, session: TrainerSession) -> Work | None:
-    """Reserve another base model that requests wait for, if a trainer without jobs is to be unloaded for it now.
-
-    Free workers load that base model first. A trainer that has requests stays for SWITCH_SECONDS. Then it claims no
-    more, and is unloaded when it has answered those of clients. Batches of another base model wait until the trainer
-    has had no request for SWITCH_SECONDS, or, if its clients are gone, until BATCH_SECONDS after it was loaded.
-    """
-    inference = session.inference
-    wanted = _wanted_base(context, session)
-    inference.is_yielding = wanted is not None and inference.has_clients
-    return None if wanted is None or inference.is_yielding else _reserved(context, wanted)
-
-
-def _wanted_base(context: WorkerContext, session: TrainerSession) -> BaseToLoad | None:
-    """Return the base model that a trainer without jobs yields to, if any."""
-    inference = session.inference
-    if len(session) or inference.ready_at is None:
-        return None
-    now = time.monotonic()
-    loaded_seconds = now - inference.ready_at
-    has_clients = now - inference.last_client_at < GONE_SECONDS
-    if (has_clients or not inference.is_idle) and loaded_seconds < SWITCH_SECONDS:
-        return None
-    is_quiet = inference.is_idle and now - inference.last_answer_at >= SWITCH_SECONDS
-    wanted = bases_to_load(
-        context,
-        free_capacity(context, session),
-        waited_seconds=SWITCH_SECONDS if has_clients else FREE_WORKER_POLLS * context.settings.poll_seconds,
-        with_batches=is_quiet or (not has_clients and loaded_seconds >= BATCH_SECONDS),
-    )
-    return next(wanted, None)
 
 
 def _conclude(context: WorkerContext, gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -> None:

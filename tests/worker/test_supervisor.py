@@ -26,7 +26,7 @@ from catalog.tables.jobs import Job
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising, reasons
-from worker import supervisor
+from worker import next_work
 from worker.background import base_models
 from worker.context.context import WorkerContext
 from worker.entrypoints import loop
@@ -268,7 +268,7 @@ def test_two_polls_before_the_trainer_is_ready_promise_no_memory_twice(
     for _ in range(2):
         for _ in range(2):
             site.queued()
-        supervisor._claim_more(site.context, gang_of(site.context), session)
+        next_work._claim_more(site.context, gang_of(site.context), session)
         held.append(len(session))
 
     assert held == [3, 3]
@@ -349,12 +349,12 @@ def test_jobs_join_up_to_the_allowed_slowdown(site: PackSite) -> None:
     for _ in range(8):
         site.queued()
 
-    supervisor._claim_more(site.context, gang_of(site.context), session)
+    next_work._claim_more(site.context, gang_of(site.context), session)
     before, reported = len(session), site.context.heartbeat.status["report"]["saturation"]
     speeds = {"alone": [[64, 500.0]], "together": [[256, 1000.0], [384, 1000.0]]}
     emit(session, {"type": "memory", "base_bytes": 1, "tick_speeds": speeds})
     session.read_events()
-    supervisor._claim_more(site.context, gang_of(site.context), session)
+    next_work._claim_more(site.context, gang_of(site.context), session)
 
     assert (before, reported["is_full"]) == (4, True), (
         "before any measurement, each job is assumed to slow down the others"

@@ -16,17 +16,17 @@ from tests.catalog.world import DESCRIPTION, sha
 from tests.worker.inference_requests import ApiProcess, answer, claim_of, submit, submit_and_claim
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising
-from worker import supervisor
+from worker import next_work, supervisor
 from worker.background import base_models
+from worker.next_work import BATCH_SECONDS, GONE_SECONDS, SWITCH_SECONDS
 from worker.node import devices as node
 from worker.session.trainer_session import TrainerSession
-from worker.supervisor import BATCH_SECONDS, GONE_SECONDS, SWITCH_SECONDS
 
 
 @pytest.fixture
 def session(site: PackSite, session: TrainerSession, monkeypatch: pytest.MonkeyPatch) -> TrainerSession:
     """A session without jobs, whose trainer has just loaded `smol`. Another base model is registered as `other`."""
-    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
     assert answer(session) == []
     return session
@@ -34,7 +34,7 @@ def session(site: PackSite, session: TrainerSession, monkeypatch: pytest.MonkeyP
 
 def unloads_for(site: PackSite, session: TrainerSession) -> str | None:
     """Return the base model that the trainer is unloaded for now."""
-    work = supervisor._yield_to(site.context, session)
+    work = next_work._yield_to(site.context, session)
     if work is None:
         return None
     assert not work.inference.is_idle
@@ -43,7 +43,7 @@ def unloads_for(site: PackSite, session: TrainerSession) -> str | None:
 
 
 def wants(site: PackSite, session: TrainerSession) -> str | None:
-    base = supervisor._wanted_base(site.context, session)
+    base = next_work._wanted_base(site.context, session)
     return None if base is None else base.base_model
 
 
@@ -180,12 +180,12 @@ def test_two_trainers_are_not_unloaded_for_one_base_model(
     submit(site, api, name="other")
     key = pack_key(sha("other"), "bfloat16")
     site.world.worker("w2")
-    wanted = supervisor._wanted_base(site.context, session)
+    wanted = next_work._wanted_base(site.context, session)
     assert wanted is not None
     faster = claims.reserve(site.db, worker_id="w2", pack_key=key, lease_seconds=60.0)
     assert faster is not None
 
-    assert supervisor._reserved(site.context, wanted) is None
+    assert next_work._reserved(site.context, wanted) is None
     assert unloads_for(site, session) is None
     submit(site, api)
     assert len(answer(session)) == 1, "it stays, and claims requests"
@@ -222,7 +222,7 @@ def test_failed_load_counts_for_all_requests_that_wait(
 def test_no_trainer_follows_one_that_still_holds_the_device(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
     site.queued()
     rows: list[InferenceRequest] = []
@@ -249,7 +249,7 @@ def test_no_trainer_follows_one_that_still_holds_the_device(
 def test_internal_error_after_the_reservation_leaves_no_lease_that_is_renewed(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
     site.queued()
 
@@ -306,7 +306,7 @@ def test_base_model_is_loaded_although_its_first_client_leaves(
 def test_trainer_is_followed_by_one_for_the_base_model_that_it_was_unloaded_for(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
+    monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
     loaded: list[str] = []
     submit(site, api)
@@ -320,7 +320,7 @@ def test_trainer_is_followed_by_one_for_the_base_model_that_it_was_unloaded_for(
         if len(loaded) == 2:
             site.context.shutdown.set()
         else:
-            monkeypatch.setattr(supervisor, "GONE_SECONDS", 0.0)
+            monkeypatch.setattr(next_work, "GONE_SECONDS", 0.0)
             other = submit(site, api, name="other")
             yield from trainer.listen("unload")
             claim_of(site, other)
@@ -337,8 +337,8 @@ def test_trainer_is_followed_by_one_for_the_base_model_that_it_was_unloaded_for(
 def test_reserved_request_is_released_if_the_worker_drains_before_the_next_trainer(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "FREE_WORKER_POLLS", 0.0)
-    monkeypatch.setattr(supervisor, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
+    monkeypatch.setattr(next_work, "GONE_SECONDS", 0.0)
     site.world.base("other")
     submit(site, api)
     reserved: list[InferenceRequest] = []
@@ -380,6 +380,6 @@ def test_outage_while_a_base_model_is_reserved_leaves_nothing_behind(
     monkeypatch.setattr(claims, "reserve", raising(OUTAGE))
 
     with pytest.raises(Unavailable):
-        supervisor._yield_to(site.context, session)
+        next_work._yield_to(site.context, session)
 
     assert site.context.heartbeat.renewals == before

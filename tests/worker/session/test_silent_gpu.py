@@ -13,7 +13,7 @@ from catalog.fleet import cordons
 from catalog.states import JobState
 from tests.worker.pack_site import PackSite
 from tests.worker.session.test_failure_attribution import cordon_of
-from worker import supervisor
+from worker import next_work
 from worker.gang.gang import gang_of
 from worker.node import devices
 from worker.session import watchdog
@@ -42,8 +42,8 @@ class Node:
         """Poll for jobs, and return the cordon of the worker."""
         self._now += after
         context = self.site.context
-        capacity = supervisor.free_capacity(context)
-        supervisor._claim(context, gang_of(context), "trainer-1", capacity=capacity)  # pyright: ignore[reportPrivateUsage]
+        capacity = next_work.free_capacity(context)
+        next_work._claim(context, gang_of(context), "trainer-1", capacity=capacity)  # pyright: ignore[reportPrivateUsage]
         return cordon_of(self.site)
 
     def _memory_info(self, _: int) -> Any:
