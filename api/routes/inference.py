@@ -173,7 +173,7 @@ class _Exchange:
 
 async def _respond(exchange: Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int) -> Response:
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return CompletionStream(exchange, form, n=n, with_usage=with_usage)
     answer = PartialAnswer()
     try:

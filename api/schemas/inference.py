@@ -26,7 +26,9 @@ Text = Annotated[str, Field(json_schema_extra=WITHOUT_NUL)]
 
 
 class StreamOptions(Strict):
-    include_usage: bool = Field(default=False, description="Send the number of tokens in a last chunk.")
+    include_usage: bool | None = Field(
+        default=None, description="Send the number of tokens in a last chunk. Default: false."
+    )
     include_obfuscation: Literal[False] | None = Field(default=None, description="Ignored.")
 
 

@@ -161,7 +161,7 @@ def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
         if role != "assistant":
             reason = f"{place}.weight is allowed only on assistant messages, but the message's role is '{role}'"
             raise BadRow("invalid_weight", reason, "Remove 'weight' from this message.")
-        if type(weight) is not int or weight not in (0, 1):
+        if isinstance(weight, bool) or weight not in (0, 1):
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             shown_weight = weight if is_number else kind_of(weight)
             reason = f"{place}.weight is {shown_weight}, but must be 0 or 1"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from api.inference.batch_input import lines_of, parse
 from api.inference.calls import chat_call, text_call
-from api.schemas.inference import ChatCompletionRequest, CompletionRequest, SamplingRequest
+from api.schemas.inference import ChatCompletionRequest, CompletionRequest, SamplingRequest, StreamOptions
 from catalog.errors import InvalidRequest
 
 
@@ -97,8 +97,10 @@ def test_null_is_accepted_for_each_optional_parameter_of_the_client(
     names = set(params.__annotations__) - least.keys()
 
     accepted = schema.model_validate({**least, **dict.fromkeys(names)})
+    within = schema.model_validate({**least, "stream_options": {"include_usage": None, "include_obfuscation": None}})
 
     assert accepted == schema.model_validate(least)
+    assert within.stream_options == StreamOptions()
     assert schema.unsupported == names - schema.model_fields.keys()
     for name in schema.unsupported:
         with pytest.raises(ValidationError):

@@ -369,3 +369,11 @@ def test_invalid_field_of_a_message_is_reported_with_its_value(message: dict[str
         check_chat({"messages": [{**message, "content": "a"}]})
 
     assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize(("weight", "is_trained"), [(0, False), (0.0, False), (1, True), (1.0, True)])
+def test_weight_of_a_message_may_be_written_with_a_fraction(weight: float, is_trained: bool) -> None:
+    answers = [{"role": "assistant", "content": "a", "weight": weight}, {"role": "assistant", "content": "b"}]
+    chat = check_chat({"messages": [{"role": "user", "content": "q"}, *answers]})
+
+    assert bool(chat.messages[1].get("weight")) is is_trained
