@@ -83,7 +83,7 @@ def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Sign
     _, worker = _begin(site)
     site.wait_for_success(site.submit_small())
     whole = _answer(site)  # in the precision of the job, which has loaded the base model
-    job_id = site.submit_small(max_steps=800, checkpoint_every_steps=100)  # still trains after a few tokens
+    job_id = site.submit_small(max_steps=2000, checkpoint_every_steps=100)  # still trains after a few tokens
     site.wait_for_step(1, job_id)
     with _streaming(site) as pieces:
         begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
