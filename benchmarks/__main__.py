@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from benchmarks import (
+    earlier_version,
     eight_jobs,
     frozen_prefix,
     host_total,
@@ -34,6 +36,8 @@ COMPARISONS = {
     "eight_jobs": eight_jobs.run,
     "inference": comparison.run,
 }
+EARLIER = "earlier_version"
+"""A comparison that needs another checkout."""
 EXPLANATIONS = {
     "steady_state": steady_state.explain,
     "warm_start": warm_start.explain,
@@ -45,7 +49,11 @@ EXPLANATIONS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.earlier is None) is (EARLIER in (options.only or [])):
+        parser.error(f"--only {EARLIER} and --earlier belong together")
+    comparisons = COMPARISONS | {EARLIER: partial(earlier_version.run, earlier=options.earlier)}
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="lorry-bench-") as name:
         folder = Path(name)
@@ -54,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         for theme in options.only or COMPARISONS:
             print(f"{theme} …", flush=True)
             load_before = os.getloadavg()[0]
-            results.append(COMPARISONS[theme](plan))
+            results.append(comparisons[theme](plan))
             wanted = options.explain or (plan.explains and results[-1].misses_a_goal)
             if wanted and theme in EXPLANATIONS:
                 EXPLANATIONS[theme](plan, results[-1])
@@ -70,7 +78,8 @@ def _plan(workload: Workload, folder: Path, repeats: int) -> Plan:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=tuple(COMPARISONS), help="comparisons to run (default: all)")
+    parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, EARLIER), help="comparisons to run (default: all)")
+    parser.add_argument("--earlier", type=Path, help=f"checkout of an earlier version of Lorry, for --only {EARLIER}")
     parser.add_argument("--base", type=Path, help="base model folder (default: SmolLM2-135M-Instruct, downloaded once)")
     parser.add_argument("--data", type=Path, help="JSONL with question and answer, as GSM8K (default: synthetic rows)")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each contender (default: 5)")

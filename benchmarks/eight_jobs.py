@@ -7,6 +7,7 @@ two at a time.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
@@ -62,7 +63,7 @@ def _trainer(plan: Plan, num_jobs: int) -> dict[str, float]:
 
 def _scripts(plan: Plan, *, side_by_side: int, threads: int) -> dict[str, float]:
     """Run some of the scripts, and extrapolate to all eight, since they do the same work."""
-    options = plan.options() | {"num_steps": plan.eight_steps}
+    options: dict[str, Any] = plan.options() | {"num_steps": plan.eight_steps}
     rounds = max(1, min(plan.eight_scripts, plan.eight_jobs) // side_by_side)
     started, peaks = time.perf_counter(), [0]
     for turn in range(rounds):

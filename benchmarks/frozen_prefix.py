@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
@@ -40,7 +41,7 @@ class Shape:
 def run(plan: Plan) -> Result:
     shape = shape_of(plan)
     upper = max(1, round(plan.upper_share * shape.depth))
-    sizes = {"upper": upper, "rows": plan.prefix_rows}
+    sizes: dict[str, Any] = {"upper": upper, "rows": plan.prefix_rows}
     settings = plan.settings() | sizes | {"blocks": shape.depth, "targets": "all linears of the upper blocks"}
     result = Result(theme="frozen_prefix", settings=settings)
     with ExitStack() as stack:

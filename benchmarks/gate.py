@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,17 @@ class Gate:
 class Contender:
     """The measuring side: a child process that runs one step at a time."""
 
-    def __init__(self, name: str, *, threads: int, log: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        threads: int,
+        log: Path,
+        checkout: Path = ROOT,
+        variables: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        """`checkout` is the version of Lorry that runs it. `variables` are added to its environment."""
         self.name = name
         self._log = log
         with log.open("ab") as file:
@@ -70,8 +81,8 @@ class Contender:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env=environment(threads),
-                cwd=ROOT,
+                env=environment(threads) | dict(variables or {}),
+                cwd=checkout,
                 text=True,
             )
 

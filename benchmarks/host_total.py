@@ -6,6 +6,7 @@ Measured for several jobs, and for a single job with slices of several sizes.
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from typing import Any
 
 from benchmarks.gate import Contender, Json
 from benchmarks.plan import Plan
@@ -19,7 +20,7 @@ def run(plan: Plan) -> Result:
     middle = plan.slices[len(plan.slices) // 2]
     with ExitStack() as stack:
 
-        def hosts(count: int, **options: int) -> list[Contender]:
+        def hosts(count: int, **options: Any) -> list[Contender]:
             log = plan.folder / "host.log"
             return [
                 stack.enter_context(closing(Contender("several", threads=1, log=log, **plan.options(), **options)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 
 from benchmarks.gate import Contender, Json
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of, median_ratio, rates
+from benchmarks.results import Result, median_of, median_rate, median_ratio, rates
 from benchmarks.workload import write_tokens
 from catalog.resources.throughput import UNKNOWN, Speeds, free_places
 from catalog.settings import Settings
@@ -19,7 +20,7 @@ def run(plan: Plan) -> Result:
     shape = {"rank": plan.pack_rank, "batch_size": 1}
     sizes = {"data": "random tokens", "tokens_per_row": plan.pack_tokens, "jobs": plan.pack_sizes, "lanes": plan.lanes}
     result = Result(theme="pack_scaling", settings=plan.settings() | shape | sizes)
-    options = plan.options() | shape | {"tokens": str(_tokens(plan))}
+    options: dict[str, Any] = plan.options() | shape | {"tokens": str(_tokens(plan))}
     for lanes in plan.lanes:
         log = plan.folder / f"pack-{lanes}.log"
         with closing(Contender("pack", threads=1, log=log, lanes=lanes, **options)) as contender:
@@ -53,7 +54,7 @@ def _conclude(plan: Plan, lanes: int, result: Result, reports: dict[int, list[Js
     alone = reports[plan.pack_sizes[0]]
     for jobs, together in reports.items():
         name = f"{jobs} job{'s' * (jobs > 1)}, {where}"
-        result.find(name, _median_rate(together), "tokens/s")
+        result.find(name, median_rate(together), "tokens/s")
         if jobs > plan.pack_sizes[0]:
             result.find(f"{name}: slowdown of each job", _slowdown(jobs, together, alone), "x")
     most = plan.pack_sizes[-1]
@@ -78,7 +79,7 @@ def _hold_to_promise(
             turns = _take_turns(plan, contender, (one, num_jobs))
             known[num_jobs], alone[num_jobs] = turns[num_jobs], turns[one]
             result.repeats |= {f"{jobs}_jobs_{lanes}_lanes_for_{num_jobs}": found for jobs, found in turns.items()}
-        points = {jobs: (jobs * plan.pack_tokens, _median_rate(found)) for jobs, found in sorted(known.items())}
+        points = {jobs: (jobs * plan.pack_tokens, median_rate(found)) for jobs, found in sorted(known.items())}
         seen = tuple(point for jobs, point in points.items() if one < jobs <= num_jobs)
         speeds = Speeds(alone=(points[one],), together=seen)
     where = _where(lanes)
@@ -89,10 +90,6 @@ def _hold_to_promise(
 
 def _where(lanes: int) -> str:
     return f"{lanes} lane{'s' * (lanes > 1)}"
-
-
-def _median_rate(reports: list[Json]) -> float:
-    return sorted(rates(reports))[len(reports) // 2]
 
 
 def _slowdown(num_jobs: int, together: list[Json], alone: list[Json]) -> float:

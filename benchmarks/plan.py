@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.workload import Workload
 
@@ -51,7 +52,7 @@ class Plan:
     )
     """`job_steps` must suffice for the two jobs to train until the last request is answered."""
 
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Return the options of every contender that trains."""
         return {
             "base": str(self.workload.base),

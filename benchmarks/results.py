@@ -175,6 +175,11 @@ def rates(reports: list[dict[str, Any]], *, amount: str = "tokens", clock: str =
     return [report[amount] / report[clock] for report in reports]
 
 
+def median_rate(reports: list[dict[str, Any]]) -> float:
+    """Return the median rate. In total tokens over total seconds, one disturbed step would dominate."""
+    return sorted(rates(reports))[len(reports) // 2]
+
+
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
     """Return the median of the ratios within each turn, so that a disturbance of a whole turn cancels out."""
     return median(one / other for one, other in zip(ours, theirs, strict=True))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from typing import Any
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of, median_ratio, rates, shares
+from benchmarks.results import Result, median_of, median_rate, median_ratio, rates, shares
 
 GOAL_OVER_TRAINER = 4.0
 GOAL_OF_MATRIX_RATE = 0.6
@@ -25,7 +26,7 @@ def _alternate(plan: Plan, threads: int, result: Result) -> None:
     """Run one step of each contender alternately. The first step is a warm-up and not counted."""
     names = ["matrix", "lorry", *plan.rivals]
     num_tokens = round(plan.batch_size * plan.workload.num_tokens_per_row)
-    options = plan.options() | {"num_tokens": num_tokens}
+    options: dict[str, Any] = plan.options() | {"num_tokens": num_tokens}
     with ExitStack() as stack:
         started: list[Contender] = []
         contenders: list[Contender] = []
@@ -51,11 +52,11 @@ def _conclude(plan: Plan, threads: int, result: Result) -> None:
     where = f"{threads} thread{'s' * (threads > 1)}"
     ours = result.repeats[f"lorry_{threads}"]
     matrix = result.repeats[f"matrix_{threads}"]
-    result.find(f"Lorry, {where}", _median_rate(ours), "tokens/s")
+    result.find(f"Lorry, {where}", median_rate(ours), "tokens/s")
     for name in plan.rivals:
         if theirs := result.repeats.get(f"{name}_{threads}"):
             title = TITLES[name]
-            result.find(f"{title[0].upper()}{title[1:]}, {where}", _median_rate(theirs), "tokens/s")
+            result.find(f"{title[0].upper()}{title[1:]}, {where}", median_rate(theirs), "tokens/s")
             goal = GOAL_OVER_TRAINER if name == "peft_trainer" and threads == 1 else None
             result.find(f"Speedup over {title}, {where}", median_ratio(rates(ours), rates(theirs)), "x", goal=goal)
             by_cpu = [rates(reports, clock="cpu_seconds") for reports in (ours, theirs)]
@@ -94,9 +95,4 @@ def explain(plan: Plan, result: Result) -> None:
 def _best_over_trainer(result: Result, least_seconds_per_token: float) -> float:
     """Return the speed of the matrix rate relative to Trainer."""
     theirs = result.repeats.get("peft_trainer_1") or result.repeats["peft_loop_1"]
-    return 1 / least_seconds_per_token / _median_rate(theirs)
-
-
-def _median_rate(reports: list[dict[str, float]]) -> float:
-    """Return the median rate. In total tokens over total seconds, one disturbed step would dominate."""
-    return sorted(rates(reports))[len(reports) // 2]
+    return 1 / least_seconds_per_token / median_rate(theirs)

@@ -92,7 +92,7 @@ def _run_script(plan: Plan, index: int) -> dict[str, float]:
     """Measure a script with PEFT and Trainer from the start of its process to its first step."""
     started = time.perf_counter()
     log = plan.folder / f"script-{index}.log"
-    options = plan.options() | {"batch_size": 1}
+    options: dict[str, Any] = plan.options() | {"batch_size": 1}
     with closing(Contender("peft_trainer", threads=1, log=log, **options)) as script:
         step = script.step()
         return {"seconds": time.perf_counter() - started, "step_seconds": step["seconds"]}

@@ -64,6 +64,14 @@ THEMES = {
         command=_bench("eight_jobs"),
         patterns=labels.EIGHT_JOBS,
     ),
+    "earlier_version": Theme(
+        title="One job: an earlier version",
+        question="How much faster is one job on two cores without bfloat16 than in the first version of November 2026?",
+        method="Lorry, commit d287a1d0 of Lorry, and PEFT with Trainer alternate step by step after a warm-up, in "
+        "float32, with two threads, rank 16 and batch size 4. All are limited to AVX2 by environment variables.",
+        caveat="A processor that has only AVX2 was not measured in this run.",
+        command='make bench BENCH_ARGS="--only earlier_version --earlier CHECKOUT --data gsm8k_train.jsonl"',
+    ),
     "inference": Theme(
         title="Inference: many streams and adapters",
         question="How many tokens per second do 200 concurrent requests to 20 adapters get, also while jobs train?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
         assert found[what] == 0
     heads = json.loads(next((tmp_path / "out").glob("loss_head_*.json")).read_text())["repeats"]
     assert abs(heads["chunked_head"][0]["loss"] - heads["plain_head"][0]["loss"]) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the comparison is limited to AVX2")
+def test_version_compared_with_itself_computes_the_same_loss(tmp_path: Path) -> None:
+    table = quick_bench(tmp_path, "earlier_version", "--earlier", str(ROOT))
+
+    (path,) = (tmp_path / "out").glob("earlier_version_*.json")
+    repeats = json.loads(path.read_text())["repeats"]
+    assert repeats["lorry"][0]["loss"] == repeats["earlier"][0]["loss"]
+    assert "Speedup over the earlier version" in table
+
+
+@pytest.mark.parametrize("arguments", [("--only", "earlier_version"), ("--earlier", ".")])
+def test_earlier_version_needs_a_checkout(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(list(arguments))
+
+    assert "--only earlier_version and --earlier belong together" in capsys.readouterr().err
 
 
 def quick_bench(folder: Path, *themes: str) -> str:
