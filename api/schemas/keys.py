@@ -100,7 +100,8 @@ class RevokeRequest(Strict):
     model_config = ConfigDict(json_schema_extra={"example": {"cancel": True, "with_descendants": True}})
     cancel: bool = Field(
         default=False,
-        description="Cancel the unfinished jobs and sweeps that the revoked keys created. Requires `jobs:write`.",
+        description="Cancel the unfinished jobs, sweeps, batches and exports that the revoked keys created. Requires "
+        "`jobs:write`.",
     )
     with_descendants: bool = Field(
         default=False, description="Also revoke the keys that this key created, directly or through other keys."
@@ -161,6 +162,8 @@ class ApiKeyRevoked(ApiKeyObject):
                 "valid_descendants": 0,
                 "unfinished_jobs": 3,
                 "unfinished_sweeps": 1,
+                "unfinished_batches": 0,
+                "unfinished_exports": 0,
             }
         }
     )
@@ -172,12 +175,15 @@ class ApiKeyRevoked(ApiKeyObject):
     unfinished_sweeps: int = Field(
         description="Unfinished sweeps that the revoked keys created and whose cancellation is not requested."
     )
+    unfinished_batches: int = Field(
+        description="Unfinished batches that the revoked keys created and whose cancellation is not requested."
+    )
+    unfinished_exports: int = Field(description="Unfinished exports that the revoked keys created.")
 
 
 def revoked_object(found: Revocation, *, now: float) -> ApiKeyRevoked:
-    unfinished = {"unfinished_jobs": found.left.num_jobs, "unfinished_sweeps": found.left.num_sweeps}
     keys = {"revoked_keys": list(found.revoked), "valid_descendants": found.num_valid_descendants}
-    return ApiKeyRevoked.model_validate({**_fields(found.key, now), **keys, **unfinished})
+    return ApiKeyRevoked.model_validate({**_fields(found.key, now), **keys, **found.left.counts()})
 
 
 def key_object(row: ApiKey, *, now: float) -> ApiKeyObject:

@@ -23,6 +23,7 @@ Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
+CANCELLABLE = ("validating", "in_progress")
 WINDOW_SECONDS = 24 * 3600.0
 """Time within which a batch must be completed. After it, the batch expires."""
 MAX_OPEN_BATCHES = 100
@@ -93,16 +94,21 @@ def cancel(db: Database, *, project_id: str, batch_id: str) -> Batch:
         batch = _find(session, project_id, batch_id, locked=True)
         if batch.status in ("cancelling", "cancelled"):
             return batch
-        if batch.status not in ("validating", "in_progress"):
+        if batch.status not in CANCELLABLE:
             raise Conflict(
                 f"Batch {batch.id} can't be cancelled, because its status is {batch.status!r}.",
                 code="batch_finished",
                 remedy="Only a batch with the status 'validating' or 'in_progress' can be cancelled.",
                 param="batch_id",
             )
-        batch.status, batch.cancelling_at = "cancelling", (now := read_clock(session))
-        _note(session, "batch.cancelled", batch, now=now)
+        request_cancel(session, batch, now=read_clock(session))
         return batch
+
+
+def request_cancel(session: Session, batch: Batch, *, now: float) -> None:
+    """Cancel a batch whose status is one of CANCELLABLE. Its row is locked."""
+    batch.status, batch.cancelling_at = "cancelling", now
+    _note(session, "batch.cancelled", batch, now=now)
 
 
 def _find(session: Session, project_id: str, batch_id: str, *, locked: bool = False) -> Batch:

@@ -161,11 +161,15 @@ def cancel(db: Database, *, project_id: str, adapter: str, export: str) -> Adapt
                 remedy="To delete its files, delete the export.",
                 param="export",
             )
-        now = read_clock(session)
-        row.status, row.finished_at, row.error = "cancelled", now, None
-        lease.release(row)
-        _note(session, "adapter_export.cancelled", row, now=now)
+        end_unfinished(session, row, now=read_clock(session))
         return row
+
+
+def end_unfinished(session: Session, row: AdapterExport, *, now: float) -> None:
+    """Cancel an unfinished export, whose row is locked."""
+    row.status, row.finished_at, row.error = "cancelled", now, None
+    lease.release(row)
+    _note(session, "adapter_export.cancelled", row, now=now)
 
 
 def delete(db: Database, *, project_id: str, adapter: str, export: str, is_client_retry: bool = False) -> str:

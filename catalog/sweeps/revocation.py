@@ -1,4 +1,4 @@
-"""Revocation of API keys, optionally with the keys, jobs and sweeps that they created.
+"""Revocation of API keys, optionally with the keys and the work that they created: jobs, sweeps, batches and exports.
 
 Keys are revoked in one transaction, all or none, so that no new work appears. After that, what they created is
 cancelled, a few rows in each transaction. An interrupted call can be repeated.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session, aliased
 
+from catalog.batches import commands as batch_commands
 from catalog.caller import Caller
 from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, Forbidden
+from catalog.exports import commands as export_commands
 from catalog.jobs import commands as job_commands
 from catalog.states import UNFINISHED_STATES
 from catalog.sweeps import commands as sweep_commands
+from catalog.tables.batches import Batch
+from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
 from catalog.tables.sweeps import Sweep
 from catalog.tables.table import Json
@@ -28,15 +33,27 @@ from catalog.tenancy.authentication import is_live, lasting_operators
 
 JOBS_AT_ONCE = 50
 SWEEPS_AT_ONCE = 10
+BATCHES_AT_ONCE = EXPORTS_AT_ONCE = 50
 """Rows that one transaction cancels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnfinishedWork:
-    """Unfinished jobs and sweeps that keys have created, except those whose cancellation is requested."""
+    """Unfinished work that keys have created, except that whose cancellation is requested."""
 
-    num_jobs: int
-    num_sweeps: int
+    num_jobs: int = 0
+    num_sweeps: int = 0
+    num_batches: int = 0
+    num_exports: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Return the numbers as the API and the audit log name them."""
+        return {
+            "unfinished_jobs": self.num_jobs,
+            "unfinished_sweeps": self.num_sweeps,
+            "unfinished_batches": self.num_batches,
+            "unfinished_exports": self.num_exports,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +75,7 @@ def revoke(
     """Revoke a key and the browser sessions created from it. A key that is revoked already stays as it is.
 
     with_descendants: also revoke the keys that it created, directly or through other keys. cancel: also cancel the
-    unfinished jobs and sweeps that the revoked keys created.
+    unfinished work that the revoked keys created.
 
     Raises NotFound; Forbidden if the caller may not change one of the keys or may not cancel jobs; Conflict for the
     last operator key, and if the caller's own key is among the descendants. Then nothing is revoked.
@@ -80,6 +97,8 @@ def revoke(
     if cancel:
         _cancel_sweeps(db, ids)
         _cancel_jobs(db, ids, project_ids)
+        _cancel_batches(db, ids, project_ids)
+        _cancel_exports(db, ids, project_ids)
     with db.read() as session:
         return Revocation(
             key=key,
@@ -109,7 +128,7 @@ def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancel
         key.revoked_at = now
     for key in to_revoke:
         left = _unfinished(session, [key.id], {key.project_id})
-        details: Json = {"unfinished_jobs": left.num_jobs, "unfinished_sweeps": left.num_sweeps}
+        details: Json = left.counts()
         details |= {"valid_descendants": _count_valid(_descendants(session, key), now=now), "cancel": is_canceling}
         authentication.note(session, "api_key.revoked", key, now=now, details=details)
 
@@ -128,8 +147,7 @@ def _count_valid(found: Sequence[ApiKey], *, now: float) -> int:
 
 
 def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collection[str]) -> UnfinishedWork:
-    """Count unfinished work of these keys. A key creates jobs only in its own project, so the index of unfinished jobs
-    by project finds them."""
+    """Count unfinished work of these keys. A key creates work only in its own project, which the indexes find."""
     of_jobs = select(func.count()).select_from(Job).where(Job.project_id.in_(project_ids))
     of_jobs = of_jobs.where(Job.state.in_(UNFINISHED_STATES), Job.created_by.in_(key_ids))
     of_sweeps = select(func.count()).select_from(Sweep).where(Sweep.created_by.in_(key_ids))
@@ -137,7 +155,21 @@ def _unfinished(session: Session, key_ids: Collection[str], project_ids: Collect
     return UnfinishedWork(
         num_jobs=session.scalar(of_jobs.where(Job.cancel_requested.is_(False))) or 0,
         num_sweeps=session.scalar(of_sweeps) or 0,
+        num_batches=session.scalar(_batches(key_ids, project_ids, func.count())) or 0,
+        num_exports=session.scalar(_exports(key_ids, project_ids, func.count())) or 0,
     )
+
+
+def _batches(key_ids: Collection[str], project_ids: Collection[str], selected: Any = Batch) -> Select[Any]:
+    """Select batches that can be cancelled."""
+    own = select(selected).where(Batch.project_id.in_(project_ids), Batch.created_by.in_(key_ids))
+    return own.where(Batch.finished_at.is_(None), Batch.status.in_(batch_commands.CANCELLABLE))
+
+
+def _exports(key_ids: Collection[str], project_ids: Collection[str], selected: Any = AdapterExport) -> Select[Any]:
+    """Select unfinished exports."""
+    own = select(selected).where(AdapterExport.project_id.in_(project_ids), AdapterExport.created_by.in_(key_ids))
+    return own.where(AdapterExport.status.in_(UNFINISHED_EXPORTS))
 
 
 def _cancel_sweeps(db: Database, key_ids: Collection[str]) -> None:
@@ -163,5 +195,29 @@ def _cancel_jobs(db: Database, key_ids: Collection[str], project_ids: Collection
             now = read_clock(session)
             for job in found:
                 job_commands.stop(session, job, job_commands.CANCEL, now=now)
+        if not found:
+            return
+
+
+def _cancel_batches(db: Database, key_ids: Collection[str], project_ids: Collection[str]) -> None:
+    some = _batches(key_ids, project_ids).order_by(Batch.id).limit(BATCHES_AT_ONCE)
+    while True:
+        with db.write() as session:
+            found = list(session.scalars(some.with_for_update(of=Batch)))
+            now = read_clock(session)
+            for batch in found:
+                batch_commands.request_cancel(session, batch, now=now)
+        if not found:
+            return
+
+
+def _cancel_exports(db: Database, key_ids: Collection[str], project_ids: Collection[str]) -> None:
+    some = _exports(key_ids, project_ids).order_by(AdapterExport.id).limit(EXPORTS_AT_ONCE)
+    while True:
+        with db.write() as session:
+            found = list(session.scalars(some.with_for_update(of=AdapterExport)))
+            now = read_clock(session)
+            for export in found:
+                export_commands.end_unfinished(session, export, now=now)
         if not found:
             return

@@ -45,7 +45,9 @@ class RevokedKey(ApiKey):
     """Number of descendants that are still valid."""
     unfinished_jobs: int = 0
     unfinished_sweeps: int = 0
-    """Both numbers count what the revoked keys created, except work whose cancellation is requested."""
+    unfinished_batches: int = 0
+    unfinished_exports: int = 0
+    """These numbers count what the revoked keys created, except work whose cancellation is requested."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class Keys:
     def revoke(self, key_id: str, *, cancel: bool = False, with_descendants: bool = False) -> RevokedKey:
         """Revoke the key immediately. Its sweeps create no more trials; its jobs continue.
 
-        `cancel`: cancel its unfinished jobs and sweeps. `with_descendants`: also revoke the keys that it created,
+        `cancel`: cancel its unfinished work. `with_descendants`: also revoke the keys that it created,
         directly or indirectly. An interrupted call can be repeated.
         """
         body = {"cancel": cancel, "with_descendants": with_descendants}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorry.client import Lorry
-    from lorry.models.accounts import ApiKey
+    from lorry.models.accounts import ApiKey, RevokedKey
 
 app = group("Manage API keys.")
 SCOPES = frozenset(
@@ -138,7 +138,10 @@ def revoke(
     key_id: KeyId,
     *,
     cancel: Annotated[
-        bool, typer.Option("--cancel", help="Also cancel the unfinished jobs and sweeps that the key created.")
+        bool,
+        typer.Option(
+            "--cancel", help="Also cancel the unfinished jobs, sweeps, batches and exports that the key created."
+        ),
     ] = False,
     with_descendants: Annotated[
         bool, typer.Option("--with-descendants", help="Also revoke the keys that it created, and theirs, and so on.")
@@ -150,7 +153,7 @@ def revoke(
     lorry = client()
     key_id = lookup.key(lorry, key_id)
     also = " and the keys that descend from it" if with_descendants else ""
-    work = " Its unfinished jobs and sweeps are cancelled." if cancel else ""
+    work = " Its unfinished work is cancelled." if cancel else ""
     output.confirm(f"Revoke key {key_id}{also}? This can't be undone.{work}", yes=yes)
     key = lorry.keys.revoke(key_id, cancel=cancel, with_descendants=with_descendants)
     if as_json:
@@ -159,14 +162,24 @@ def revoke(
     descendants = "1 key that descends" if others == 1 else f"{others} keys that descend"
     output.echo(f"Revoked {key.id} ({key.name}){f' and {descendants} from it' if others > 0 else ''}.")
     if cancel:
-        output.echo("Its unfinished jobs and sweeps are being cancelled.")
-    elif key.unfinished_jobs or key.unfinished_sweeps:
-        left = f"{key.unfinished_jobs} jobs and {key.unfinished_sweeps} sweeps"
+        output.echo("Its unfinished work is being cancelled.")
+    elif left := _unfinished(key):
         output.echo(f"Unfinished work that it created: {left}. Cancel them: lorry keys revoke {key.id} --cancel")
     if key.valid_descendants:
         command = f"lorry keys revoke {key.id} --with-descendants"
         output.echo(f"Valid keys that descend from it: {key.valid_descendants}. Revoke them: {command}")
     return None
+
+
+def _unfinished(key: RevokedKey) -> str:
+    """Return the unfinished work that the revoked keys created, or an empty string."""
+    counts = {
+        "jobs": key.unfinished_jobs,
+        "sweeps": key.unfinished_sweeps,
+        "batches": key.unfinished_batches,
+        "exports": key.unfinished_exports,
+    }
+    return ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
 
 
 @app.verb("rotate", "lorry keys rotate key-3f2b", "lorry keys rotate key-3f2b --overlap 0s --expires-in 90d > key.txt")

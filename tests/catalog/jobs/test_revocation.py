@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 
 from catalog.audit import log
+from catalog.batches import commands as batch_commands
 from catalog.caller import Caller
 from catalog.errors import Conflict, Forbidden, Unauthorized
+from catalog.exports import commands as export_commands
+from catalog.exports import formats as export_formats
 from catalog.jobs import commands
 from catalog.states import JobState
 from catalog.sweeps import creation, revocation
 from catalog.sweeps.revocation import Revocation, UnfinishedWork
 from catalog.tables.audit import AuditEvent
+from catalog.tables.batches import Batch
+from catalog.tables.exports import AdapterExport
 from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
@@ -23,7 +28,7 @@ from tests.catalog.sweeping import add, advance, sweep_request
 from tests.catalog.world import PEPPER, World, opens, sha
 
 HOUR = 3600.0
-NOTHING = UnfinishedWork(num_jobs=0, num_sweeps=0)
+NOTHING = UnfinishedWork()
 
 
 def child_of(world: World, caller: Caller, **given: Any) -> tuple[Caller, str]:
@@ -69,9 +74,7 @@ def test_revocation_reports_and_records_unfinished_work(world: World) -> None:
 
     assert (found.left, found.num_valid_descendants) == (UnfinishedWork(num_jobs=3, num_sweeps=1), 1)
     assert found.revoked == [key.api_key_id]
-    assert revocations(world) == {
-        key.api_key_id: {"unfinished_jobs": 3, "unfinished_sweeps": 1, "valid_descendants": 1, "cancel": False}
-    }
+    assert revocations(world) == {key.api_key_id: {**found.left.counts(), "valid_descendants": 1, "cancel": False}}
     assert states(world, key) == {(JobState.VALIDATING_FILES, False), (JobState.CANCELLED, False)}
 
 
@@ -98,6 +101,35 @@ def test_cancel_ends_only_jobs_and_sweeps_of_the_key(world: World, monkeypatch: 
         assert session.get_one(Sweep, sweep_id).cancel_requested
         assert session.get_one(Sweep, sweep_id).num_created == creation.AT_ONCE
         assert not session.get_one(Sweep, asked_for).cancel_requested
+
+
+def test_cancel_ends_batches_and_exports_of_the_key(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("BATCHES_AT_ONCE", "EXPORTS_AT_ONCE"):
+        monkeypatch.setattr(revocation, limit, 1)
+    world.base("llama", architecture="LlamaForCausalLM")
+    adapter = world.complete(world.running(model="llama").claim_id)
+    key, _ = child_of(world, world.caller)
+    own_exports = [export(world, key, adapter.name, name) for name in ("merged", "gguf-lora")]
+    other_export = export(world, world.caller, adapter.name, "gguf")
+    own_batches, other_batch = [batch(world, key) for _ in range(2)], batch(world, world.caller)
+
+    first, second = revoke(world, key), revoke(world, key, cancel=True)
+
+    assert (first.left, second.left) == (UnfinishedWork(num_batches=2, num_exports=2), NOTHING)
+    with world.db.read() as session:
+        exports = {row.id: row.status for row in session.query(AdapterExport)}
+        batches = {row.id: row.status for row in session.query(Batch)}
+    assert exports == {**dict.fromkeys(own_exports, "cancelled"), other_export: "queued"}
+    assert batches == {**dict.fromkeys(own_batches, "cancelling"), other_batch: "validating"}
+
+
+def export(world: World, caller: Caller, adapter: str, name: export_formats.Format) -> str:
+    return export_commands.create(world.db, caller=caller, adapter=adapter, format=name).id
+
+
+def batch(world: World, caller: Caller) -> str:
+    content = world.file(purpose="batch", num_rows=None)
+    return batch_commands.create(world.db, caller=caller, input_file=content, endpoint="/v1/completions").id
 
 
 def test_interrupted_revocation_can_be_repeated(world: World) -> None:

@@ -149,12 +149,12 @@ def test_key_is_revoked(service: Script, run: Run) -> None:
 
 
 def test_revoke_reports_remaining_work_and_descendants(service: Script, run: Run) -> None:
-    left = {"revoked_keys": ["key-1"], "valid_descendants": 2, "unfinished_jobs": 3, "unfinished_sweeps": 1}
+    left = {"revoked_keys": ["key-1"], "valid_descendants": 2, "unfinished_jobs": 3, "unfinished_batches": 1}
     service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
 
     shown = run("keys", "revoke", "key-1", "-y").stderr
 
-    assert "3 jobs and 1 sweeps. Cancel them: lorry keys revoke key-1 --cancel" in shown
+    assert "3 jobs, 1 batches. Cancel them: lorry keys revoke key-1 --cancel" in shown
     assert "2. Revoke them: lorry keys revoke key-1 --with-descendants" in shown
 
 
@@ -175,7 +175,7 @@ def test_revoke_can_include_descendants_and_cancel_work(service: Script, run: Ru
 
     assert shown.splitlines() == [
         "Revoked key-1 (ci) and 2 keys that descend from it.",
-        "Its unfinished jobs and sweeps are being cancelled.",
+        "Its unfinished work is being cancelled.",
     ]
     (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
     assert json.loads(sent.body) == {"cancel": True, "with_descendants": True}
