@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from api.auth.authentication import Signed
+from api.auth.authentication import Identity, Recheck, Signed
 from api.deps import Services, Use
 from api.errors.handlers import refusal
 from api.inference.answer import ClientGone, Delta, PartialAnswer, deltas_of
@@ -31,6 +33,7 @@ from api.schemas.inference import (
     SamplingRequest,
 )
 from api.serving.exchange import Exchange, RoutedExchange
+from api.streaming.hub import RECHECK_SECONDS
 from api.streaming.sse import HEADERS
 from catalog.errors import LorryError
 from catalog.inference import requests
@@ -65,7 +68,9 @@ STREAM: dict[int | str, dict[str, Any]] = {
     response_model_exclude_none=False,
     responses=errors(404, 409) | STREAM,
 )
-async def create_chat_completion(body: ChatCompletionRequest, request: Request, use: Use, caller: Signed) -> Response:
+async def create_chat_completion(
+    body: ChatCompletionRequest, request: Request, use: Use, caller: Signed, recheck: Recheck
+) -> Response:
     """Answer a conversation with a base model, an adapter or a checkpoint.
 
     With tools, a streamed answer is sent once it is complete, because only then its calls are known. Requires the scope
@@ -78,7 +83,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     form = call.form(model)
     exchange = _Exchange(use, caller, request, model, call.parameters)
     routed = exchange if _uses_tools(call.parameters) else exchange.routed(route, form.response_id)
-    return await _respond(routed, form, body, n=call.num_choices)
+    return await _respond(routed, form, body, n=call.num_choices, recheck=recheck)
 
 
 @router.post(
@@ -87,7 +92,9 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request, 
     response_model=Completion,
     responses=errors(404, 409) | STREAM,
 )
-async def create_completion(body: CompletionRequest, request: Request, use: Use, caller: Signed) -> Response:
+async def create_completion(
+    body: CompletionRequest, request: Request, use: Use, caller: Signed, recheck: Recheck
+) -> Response:
     """Continue a text, or up to 16 texts, without a chat template. A request gets at most 64 answers.
 
     Requires the scope `models:answer`.
@@ -96,7 +103,7 @@ async def create_completion(body: CompletionRequest, request: Request, use: Use,
     model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model, "text"))
     form = call.form(model)
     exchange = _Exchange(use, caller, request, model, call.parameters).routed(route, form.response_id)
-    return await _respond(exchange, form, body, n=call.num_choices)
+    return await _respond(exchange, form, body, n=call.num_choices, recheck=recheck)
 
 
 def _resolve(use: Services, caller: Caller, name: str, kind: ProbeKind) -> tuple[requests.Model, ServingRoute | None]:
@@ -171,10 +178,12 @@ class _Exchange:
                 await asyncio.shield(run_route(project_id, partial(requests.finish, use.db, row.id, **counts)))
 
 
-async def _respond(exchange: Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int) -> Response:
+async def _respond(
+    exchange: Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int, recheck: Identity
+) -> Response:
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return CompletionStream(exchange, form, n=n, with_usage=with_usage)
+        return CompletionStream(exchange, form, n=n, with_usage=with_usage, recheck=recheck)
     answer = PartialAnswer()
     try:
         async with exchange.answering(answer) as deltas:
@@ -190,15 +199,19 @@ class _StalledClient(Exception):
 
 class CompletionStream(Response):
     """The chunks of an answer as server-sent events, in OpenAI's format. An error before the first chunk is an ordinary
-    error response."""
+    error response. The answer ends if the key of the request is revoked."""
 
-    def __init__(self, exchange: Exchange, form: ChatFormat | TextFormat, *, n: int, with_usage: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, form: ChatFormat | TextFormat, *, n: int, with_usage: bool, recheck: Identity
+    ) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._exchange = exchange
         self._form = form
         self._n = n
         self._with_usage = with_usage
+        self._recheck = recheck
+        self._checked_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(_StalledClient):  # the server closes the connection of an incomplete response
@@ -216,6 +229,7 @@ class CompletionStream(Response):
                             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
                         )
                         has_begun = True
+                    await self._check_access()
                     await send({"type": "http.response.body", "body": part, "more_body": True})
         except ClientGone:
             if not has_begun:
@@ -230,6 +244,17 @@ class CompletionStream(Response):
         else:
             await send({"type": "http.response.body", "body": DONE, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _check_access(self) -> None:
+        """Raise Unauthorized if the last check is long ago and the key is no longer valid."""
+        if time.monotonic() - self._checked_at < RECHECK_SECONDS:
+            return
+        self._checked_at = time.monotonic()
+        try:
+            await run_in_threadpool(self._recheck.identify)
+        except LorryError as error:
+            if error.status < 500:  # otherwise it is not known
+                raise
 
 
 async def _send_in_time(send: Send, message: Message) -> None:
