@@ -28,6 +28,7 @@ from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
 from api.openapi import Api
 from api.rate_limits.limits import Limits
+from api.rate_limits.project_slots import ProjectSlots
 from api.rate_limits.threads import KeyChecks, SlowWork, limit_route_threads
 from api.requests.query_parameters import refuse_unknown_query
 from api.requests.strict_json import refuse_loose_json
@@ -57,7 +58,7 @@ from api.routes.serving import deployments, exports
 from api.routes.serving import endpoints as serving_endpoints
 from api.serving.keeper import EndpointKeepers, KeeperTools
 from api.serving.reference_answers import ReferenceAnswers
-from api.serving.vllm_client import VllmClient
+from api.serving.vllm_client import CONNECTIONS_OF_PROJECT, MAX_CONNECTIONS, VllmClient
 from api.settings import ApiSettings
 from api.streaming.hub import Feed
 from api.streaming.job_stream import JobSource
@@ -205,6 +206,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         replies=replies,
         batches=BatchRunner(db, store, settings, replies=replies, notifier=notifier),
         vllm=VllmClient(),
+        endpoint_slots=ProjectSlots(MAX_CONNECTIONS, per_project=CONNECTIONS_OF_PROJECT),
         keepers=EndpointKeepers(
             # with its own client: requests of clients must not delay the checks
             KeeperTools(db=db, store=store, client=VllmClient(), references=references, pepper=pepper)

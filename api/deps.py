@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from api.inference.batch_loop import BatchRunner
     from api.inference.replies import Replies
     from api.rate_limits.limits import Limits
+    from api.rate_limits.project_slots import ProjectSlots
     from api.serving.keeper import EndpointKeepers
     from api.serving.vllm_client import VllmClient
     from api.streaming.hub import Feed
@@ -55,6 +56,8 @@ class Services:
     replies: Replies
     batches: BatchRunner
     vllm: VllmClient
+    endpoint_slots: ProjectSlots
+    """Slots for answers of serving endpoints, which `vllm` reads."""
     keepers: EndpointKeepers
 
 

@@ -1,5 +1,6 @@
-"""Tokens per second of one warmed-up job with two threads, against an earlier version of Lorry and against Trainer.
+"""Tokens per second of one warmed-up job on two cores, against an earlier version of Lorry and against Trainer.
 
+Both versions of Lorry have the settings of their service. The earlier one computes with a lane of one thread per core.
 Every contender is limited to AVX2 and float32, which `auto` selects on CPUs without bfloat16. So results of different
 machines can be compared.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
@@ -23,7 +25,11 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
 """Environment variables that limit torch, MKL, Numba and oneDNN to AVX2."""
-NAMES = {"lorry": "lorry", "earlier": "lorry", "peft_trainer": "peft_trainer"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lorry": {"name": "lorry", "threads": THREADS},
+    "earlier": {"name": "several", "threads": 1, "lanes": THREADS, "jobs": 1},
+    "peft_trainer": {"name": "peft_trainer", "threads": THREADS},
+}
 TITLES = {"lorry": "Lorry", "earlier": "An earlier version", "peft_trainer": "PEFT + Trainer"}
 
 
@@ -37,11 +43,10 @@ def run(plan: Plan, earlier: Path) -> Result:
             name: stack.enter_context(
                 closing(
                     Contender(
-                        NAMES[name],
-                        threads=THREADS,
                         log=plan.folder / f"{name}.log",
                         checkout=earlier if name == "earlier" else ROOT,
                         variables=AVX2,
+                        **OPTIONS[name],
                         **options,
                     )
                 )

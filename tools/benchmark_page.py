@@ -68,7 +68,8 @@ THEMES = {
         title="One job: an earlier version",
         question="How much faster is one job on two cores without bfloat16 than in the first version of November 2026?",
         method="Lorry, commit d287a1d0 of Lorry, and PEFT with Trainer alternate step by step after a warm-up, in "
-        "float32, with two threads, rank 16 and batch size 4. All are limited to AVX2 by environment variables.",
+        "float32, on two cores, with rank 16 and batch size 4. Both versions have the settings of their service. All "
+        "are limited to AVX2 by environment variables.",
         caveat="A processor that has only AVX2 was not measured in this run.",
         command='make bench BENCH_ARGS="--only earlier_version --earlier CHECKOUT --data gsm8k_train.jsonl"',
     ),

@@ -104,9 +104,10 @@ def remove_others(folder: Path, kept: set[str], *, check: Callable[[], None]) ->
     """Remove the folders of adapters that are not deployed any more. kept: names of folders to keep; empty: none.
 
     check: as for `put`, called before each removal. Each folder is renamed first, so that a process that keeps the
-    endpoint later never finds a part of it.
+    endpoint later never finds a part of it. Symbolic links are removed, not followed: another program may have written
+    them.
     """
-    if not kept:
+    if not kept or folder.is_symlink():
         _remove(folder, check=check)
         return
     for entry in folder.iterdir() if folder.is_dir() else ():
@@ -129,6 +130,8 @@ def _remove(folder: Path, *, check: Callable[[], None]) -> None:
     check()
     with suppress(FileNotFoundError):
         folder.rename(removed)
+    if removed.is_symlink():
+        removed.unlink()
     shutil.rmtree(removed, ignore_errors=True)
 
 

@@ -65,7 +65,7 @@ class RoutedExchange:
         """Yield what is added to the answer. Afterwards its tokens are counted. Raises ClientGone and QuotaExceeded."""
         project_id = self._caller.project_id
         await run_route(project_id, partial(requests.check_quota, self._use.db, project_id=project_id))
-        async with _EndpointAnswer(self._use, self._route, self._parameters, self._receive) as stream:
+        async with _EndpointAnswer(self._use, self._route, self._parameters, self._receive, project_id) as stream:
             failure = await stream.begin()
             if failure is None:
                 answer.engine = self._route.endpoint_name
@@ -108,9 +108,10 @@ class _EndpointAnswer:
     """The chunks of a server's answer. A task of their own reads them, because a connection must be closed by the task
     that opened it."""
 
-    def __init__(self, use: Services, route: ServingRoute, parameters: Json, receive: Receive) -> None:
+    def __init__(self, use: Services, route: ServingRoute, parameters: Json, receive: Receive, project_id: str) -> None:
         server = ServerAddress(url=route.url, api_key=route.api_key)
-        path, body = request_of(parameters, served_model=route.served_model, settings=route.settings)
+        salt = use.pepper.digest(f"prefixes of {project_id}")
+        path, body = request_of(parameters, served_model=route.served_model, settings=route.settings, cache_salt=salt)
         self._is_chat = "messages" in parameters
         self._chunks: asyncio.Queue[Json | EndpointFailure | None] = asyncio.Queue(maxsize=MAX_UNREAD)
         """None follows the last chunk."""
@@ -118,7 +119,7 @@ class _EndpointAnswer:
         self._counts: dict[int, int] = {}
         """Tokens of each choice so far."""
         self._gone = asyncio.Event()
-        self._work = (self._read(use, server, path, body), set_when_disconnected(receive, self._gone))
+        self._work = (self._read(use, server, path, body, project_id), set_when_disconnected(receive, self._gone))
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> _EndpointAnswer:
@@ -147,11 +148,14 @@ class _EndpointAnswer:
         while chunk is not None:
             if isinstance(chunk, EndpointFailure):
                 raise _interrupted(chunk.message)
-            for choice in chunk.get("choices") or ():
-                delta = self._delta(choice)
+            try:
+                deltas = [self._delta(choice) for choice in chunk.get("choices") or ()]
+                self._note_usage(chunk, answer)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise _interrupted("The server sent a chunk in another format.") from error
+            for delta in deltas:
                 if delta.text or delta.logprobs or delta.finish:
                     yield delta
-            self._note_usage(chunk, answer)
             chunk = await self._next()
 
     def _delta(self, choice: Json) -> Delta:
@@ -173,11 +177,11 @@ class _EndpointAnswer:
         if not usage:
             return
         choices: list[Json] = chunk.get("choices") or []
-        number = int(usage.get("completion_tokens") or 0)
+        number = max(0, int(usage.get("completion_tokens") or 0))
         if choices:
             self._counts[int(choices[0]["index"])] = number
             number = sum(self._counts.values())
-        answer.prompt_tokens, answer.completion_tokens = int(usage["prompt_tokens"]), number
+        answer.prompt_tokens, answer.completion_tokens = max(0, int(usage["prompt_tokens"])), number
 
     async def _next(self) -> Json | EndpointFailure | None:
         following = asyncio.ensure_future(self._chunks.get())
@@ -191,9 +195,9 @@ class _EndpointAnswer:
             following.cancel()
             leaving.cancel()
 
-    async def _read(self, use: Services, server: ServerAddress, path: str, body: Json) -> None:
+    async def _read(self, use: Services, server: ServerAddress, path: str, body: Json, project_id: str) -> None:
         try:
-            async with use.vllm.answering(server, path, body) as chunks:
+            async with use.endpoint_slots.slot(project_id), use.vllm.answering(server, path, body) as chunks:
                 async for chunk in chunks:
                     await self._chunks.put(chunk)
             await self._chunks.put(None)

@@ -65,5 +65,12 @@ class ReferenceAnswers:
                 code="worker_outdated",
                 remedy="Ask an operator to upgrade the workers to the version of the API servers.",
             )
-        found = ProbeAnswer(prompt_tokens=answer.prompt_tokens, tokens=probes.tokens_of(events))
-        return probes.as_row(kind, found, generation=answer.generation)
+        try:
+            found = ProbeAnswer(prompt_tokens=answer.prompt_tokens, tokens=probes.tokens_of(events))
+            return probes.as_row(kind, found, generation=answer.generation)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise AnswerFailed(
+                "The trainer of the base model sent an invalid answer to the probe prompt.",
+                code="invalid_reference",
+                remedy="Ask an operator to read the log of the worker, and to restart it.",
+            ) from error

@@ -29,6 +29,8 @@ ANSWER_SECONDS = 600.0
 KEEP_SECONDS = 2.0
 """How long an idle connection is kept. vLLM closes it after 5 s, and a request sent at that moment would fail."""
 MAX_CONNECTIONS = 512
+CONNECTIONS_OF_PROJECT = 256
+"""Open answers of all projects, and of one. Further requests wait."""
 FIXED: Json = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """vLLM takes these from the model's generation_config.json otherwise. Lorry's API does not have them."""
 SEED_BITS = 2**62 - 1
@@ -193,10 +195,14 @@ class VllmClient:
         return self._http
 
 
-def request_of(parameters: Mapping[str, Any], *, served_model: str, settings: GenerationSettings) -> tuple[str, Json]:
+def request_of(
+    parameters: Mapping[str, Any], *, served_model: str, settings: GenerationSettings, cache_salt: str | None = None
+) -> tuple[str, Json]:
     """Return path and body of the streamed request for the parameters of a worker's inference request.
 
     ignore_eos lets only the given tokens end an answer, without those that the server would take from its files.
+    cache_salt: only requests with the same salt share cached prefixes, because a client can measure whether a prefix
+    was cached.
     """
     body: Json = {
         "model": served_model,
@@ -211,6 +217,8 @@ def request_of(parameters: Mapping[str, Any], *, served_model: str, settings: Ge
     }
     if parameters["stop"]:
         body["stop"] = parameters["stop"]
+    if cache_salt is not None:
+        body["cache_salt"] = cache_salt
     num_logprobs, limit = parameters["num_logprobs"], parameters["max_tokens"]
     if "messages" in parameters:
         if num_logprobs is not None:
@@ -273,10 +281,15 @@ def _text_logprobs(logprobs: Json) -> list[Json]:
 
 
 async def _chunks(response: httpx.Response) -> AsyncGenerator[Json]:
-    """Yield the JSON objects of server-sent events until `[DONE]`."""
-    pending = b""
+    """Yield the JSON objects of server-sent events until `[DONE]`. A line may arrive in many small parts."""
+    pending = bytearray()
     async for part in response.aiter_bytes():
-        *lines, pending = (pending + part).split(b"\n")
+        pending += part
+        if b"\n" not in part:
+            lines = []
+        else:
+            *lines, rest = bytes(pending).split(b"\n")
+            pending = bytearray(rest)
         for line in lines:
             data = line.removeprefix(b"data:").strip()
             if not line.startswith(b"data:") or not data:
@@ -303,12 +316,12 @@ def _chunk(data: bytes) -> Json:
 
 
 async def _body(response: httpx.Response) -> bytes:
-    content = b""
+    content = bytearray()
     async for part in response.aiter_bytes():
         content += part
         if len(content) > MAX_BODY_BYTES:
             raise EndpointFailure(f"The server's response has more than {MAX_BODY_BYTES} bytes.", kind="refused")
-    return content
+    return bytes(content)
 
 
 async def _error(response: httpx.Response, method: str, path: str) -> EndpointFailure:

@@ -8,9 +8,10 @@ little; how much is measured with the base model.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Json = dict[str, Any]
 ProbeKind = Literal["chat", "text"]
@@ -24,6 +25,9 @@ LIMIT = 0.5
 of another model does not."""
 FLOOR = 0.02
 """Lowest tolerance. Two float32 engines agree much better."""
+MAX_END_IDS = 64
+DATE = re.compile(r"[0-9]{2} [A-Z][a-z]{2} [0-9]{4}")
+"""The only variable of a template that a trainer reports: see `date_arguments` in worker/children/tokenizer."""
 FAR = 1e6
 """The difference if a log-probability is not a number, or if equal answers end at different places."""
 
@@ -159,11 +163,36 @@ def answer_of(row: Json) -> ProbeAnswer:
 
 
 def as_row(kind: ProbeKind, answer: ProbeAnswer, *, generation: Json) -> Json:
-    """Return an answer of the built-in engine in the form of a stored reference. generation: as the trainer reported
-    it (worker/children/trainer/inference.py)."""
+    """Return an answer of the built-in engine in the form of a stored reference.
+
+    generation: as the trainer reported it (worker/children/trainer/inference.py). Servers get it with the requests of
+    all projects, and a trainer is not trusted. Raises ValueError if it is not such a report.
+    """
+    if not _is_generation(generation):
+        raise ValueError("These are no settings for rendering prompts and ending answers.")
     tokens = [{"text": one.text, "logprob": one.logprob, "alternatives": one.alternatives} for one in answer.tokens]
     found: Json = {"kind": kind, "prompt_tokens": answer.prompt_tokens, "tokens": tokens}
     return {**found, "generation": generation}
+
+
+def _is_generation(given: Any) -> bool:
+    if not isinstance(given, dict):
+        return False
+    by_kind = cast(dict[Any, Any], given)
+    return "text" in by_kind and by_kind.keys() <= {"text", "chat"} and all(map(_is_settings, by_kind.values()))
+
+
+def _is_settings(given: Any) -> bool:
+    if not isinstance(given, dict):
+        return False
+    found = cast(dict[Any, Any], given)
+    end_ids, variables = found.get("end_ids"), found.get("template_kwargs", {})
+    if not isinstance(end_ids, list) or not isinstance(variables, dict):
+        return False
+    ids, named = cast(list[Any], end_ids), cast(dict[Any, Any], variables)
+    are_ids = len(ids) <= MAX_END_IDS and all(type(each) is int and 0 <= each < 2**31 for each in ids)
+    date = named.get("date_string", "01 Jan 2000")
+    return are_ids and named.keys() <= {"date_string"} and isinstance(date, str) and DATE.fullmatch(date) is not None
 
 
 def settings_of(reference: Json | None, kind: ProbeKind) -> GenerationSettings | None:

@@ -130,3 +130,17 @@ def test_removal_that_takes_long_does_not_touch_what_the_next_keeper_writes(
     adapter_files.remove_others(path.parent, kept, check=valid)
 
     assert contents(path) == {WEIGHTS: b"weights", "adapter_config.json": b"{}"}
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_symbolic_link_in_place_of_the_folder_is_removed_and_not_followed(tmp_path: Path, keeps: bool) -> None:
+    other = tmp_path / "other"
+    (other / "private").mkdir(parents=True)
+    folder = tmp_path / "lorry"
+    folder.symlink_to(other)
+
+    adapter_files.remove_others(folder, {"adapter-1"} if keeps else set(), check=valid)
+
+    assert (other / "private").is_dir()
+    assert not folder.is_symlink()
+    assert list(tmp_path.iterdir()) == [other]

@@ -94,6 +94,17 @@ def test_prompt_of_an_endpoint_has_the_date_of_the_built_in_engine(ready: Servin
     assert [body["chat_template_kwargs"] for body in (chat, *probes)] == [{"date_string": "26 Jul 2024"}] * 3
 
 
+def test_projects_share_no_cached_prefixes(ready: ServingSite, services: Services) -> None:
+    ready.ask()
+    ready.ask()
+
+    first, second = (body["cache_salt"] for body in ready.vllm.completions())
+    assert first == second
+    assert first == services.pepper.digest(f"prefixes of {ready.adapter.project_id}")
+    probes = [body for path, body in ready.vllm.requests if path.endswith("completions") and not body.get("stream")]
+    assert not any("cache_salt" in body for body in probes)
+
+
 def test_base_model_is_answered_under_the_servers_name_for_it(ready: ServingSite, trainer: FakeTrainer) -> None:
     found = ready.ask(ready.adapter.base_model).json()
 

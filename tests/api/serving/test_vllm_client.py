@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from api.serving import vllm_client
@@ -135,3 +136,30 @@ def https(context: ssl.SSLContext) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class Parts(httpx.AsyncByteStream):
+    """The body of a response in parts of `size` bytes."""
+
+    def __init__(self, content: bytes, size: int) -> None:
+        self._parts = [content[start : start + size] for start in range(0, len(content), size)]
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in self._parts:
+            yield part
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_chunks_are_complete_however_the_network_divides_them(size: int) -> None:
+    content = b'data: {"a": 1}\n\ndata:{"b": 2}\r\n\n: comment\n\ndata: [DONE]\n\ndata: {"c": 3}\n\n'
+
+    async def received() -> list[dict[str, Any]]:
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, stream=Parts(content, size)))
+        client = VllmClient(transport=transport)
+        try:
+            async with client.answering(ServerAddress(url="http://vllm", api_key=None), "/v1", {}) as chunks:
+                return [chunk async for chunk in chunks]
+        finally:
+            await client.close()
+
+    assert asyncio.run(received()) == [{"a": 1}, {"b": 2}]
