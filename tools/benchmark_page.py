@@ -66,7 +66,7 @@ THEMES = {
     ),
     "earlier_version": Theme(
         title="One job: an earlier version",
-        question="How much faster is one job on two cores without bfloat16 than in the first version of November 2026?",
+        question="How much faster is one job on two cores without bfloat16 than in the version of 27 November 2026?",
         method="Lorry, commit d287a1d0 of Lorry, and PEFT with Trainer alternate step by step after a warm-up, in "
         "float32, on two cores, with rank 16 and batch size 4. Both versions have the settings of their service. All "
         "are limited to AVX2 by environment variables.",
