@@ -10,6 +10,8 @@ import difflib
 import json
 import types
 from collections.abc import Sequence
+from functools import cache
+from itertools import islice
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
@@ -19,6 +21,8 @@ from catalog.errors import InvalidRequest
 from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
 
 MAX_LISTED = 5
+MAX_PATH_CHARS = 200
+"""Maximum number of characters of a path in an error. The names in it are the client's."""
 AGAIN = "Correct the request and send it again."
 SECRET_FIELDS = frozenset({"api_key", "token", "secret"})
 
@@ -27,15 +31,15 @@ def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> Inv
     """Return one error for all problems; `param` and `code` are those of the first."""
     model = _body_model(route)
     grouped = by_field((_path(problem, body), problem) for problem in problems)
-    explained = [_explain(path, group, model) for path, group in grouped.items()]
+    explained = [_explain(path, group, model) for path, group in islice(grouped.items(), MAX_LISTED)]
     first_path, (message, remedy, code) = next(iter(grouped)), explained[0]
     if len(explained) > 1:
-        message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in explained[:MAX_LISTED])
-        num_more = len(explained) - MAX_LISTED
+        message = " ".join(f"{sentence} {hint}".strip() for sentence, hint, _ in explained)
+        num_more = len(grouped) - MAX_LISTED
         message += " 1 more problem was found." if num_more == 1 else ""
         message += f" {num_more} more problems were found." if num_more > 1 else ""
         remedy = ""
-    return InvalidRequest(message, code=code, param=first_path or None, remedy=remedy or AGAIN)
+    return InvalidRequest(message, code=code, param=first_path[:MAX_PATH_CHARS] or None, remedy=remedy or AGAIN)
 
 
 def _path(problem: Problem, body: Any) -> str:
@@ -56,7 +60,7 @@ def _explain(path: str, group: list[Problem], model: type[BaseModel] | None) -> 
     if kind == "missing":
         return f"{name if path else 'A JSON body'} is missing.", _types_to_choose(path, model), _code(kind)
     if kind == "extra_forbidden":
-        return f"Unknown field {name}.", _nearest(path, model), _code(kind)
+        return f"Unknown field {name}.", _nearest(path[:MAX_PATH_CHARS], model), _code(kind)
     if kind == "json_invalid":
         reason = first.get("ctx", {}).get("error", "unexpected end")
         return (
@@ -100,7 +104,7 @@ def _received(path: str, problem: Problem) -> str:
 
 def _nearest(path: str, model: type[BaseModel] | None) -> str:
     """Return a remedy that suggests the field that was probably meant, at any level of the request."""
-    known = _all_paths(model) if model else []
+    known = _all_paths(model) if model else ()
     if not known:
         return "Remove it."
     if remedy := replacement(path, known):
@@ -123,7 +127,8 @@ def _methods_with(paths: Sequence[str]) -> list[str]:
     return [path.split(".")[1] for path in paths if path.startswith("method.") and path.count(".") == 3]
 
 
-def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+@cache
+def _all_paths(model: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
     """Return the dotted paths of a model's fields, outer ones first."""
     paths: list[str] = []
     inner: list[str] = []
@@ -131,7 +136,7 @@ def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
         paths.append(prefix + name)
         for part in _models_in(field.annotation):
             inner += _all_paths(part, f"{prefix}{name}.")
-    return paths + inner
+    return (*paths, *inner)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -149,4 +154,4 @@ def _body_model(route: Any) -> type[BaseModel] | None:
 
 
 def _ascii(text: str) -> str:
-    return json.dumps(text[:200])[1:-1]
+    return json.dumps(text[:MAX_PATH_CHARS])[1:-1]

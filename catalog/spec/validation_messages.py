@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 from catalog.spec.integrations import NAME_PATTERN
@@ -69,7 +70,8 @@ def by_field(problems: Iterable[tuple[str, Problem]]) -> dict[str, list[Problem]
     grouped: dict[str, list[Problem]] = {}
     for path, problem in problems:
         grouped.setdefault(path, []).append(problem)
-    for path in [path for path in grouped if any(other.startswith(f"{path}.") for other in grouped)]:
+    ordered = sorted(f"{path}." for path in grouped)  # a path precedes the paths in it: a body has many thousand fields
+    for path in [one[:-1] for one, following in pairwise(ordered) if following.startswith(one)]:
         del grouped[path]  # another branch of the same union matched further
     return grouped
 

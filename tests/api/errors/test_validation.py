@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from api.errors.validation import AGAIN, MAX_LISTED, MAX_PATH_CHARS
 from tests.api.site import error_of
 from tests.catalog.world import World
 
@@ -266,3 +268,33 @@ def test_error_does_not_repeat_a_secret(anonymous: TestClient) -> None:
 
     assert response.status_code == 400
     assert "; got" not in error_of(response)["message"]
+
+
+def test_body_with_100000_unknown_fields_is_answered(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    get_close_matches = difflib.get_close_matches
+
+    def counted(word: str, *given: Any, **options: Any) -> list[str]:
+        compared.append(word)
+        return get_close_matches(word, *given, **options)
+
+    monkeypatch.setattr("api.errors.validation.difflib.get_close_matches", counted)
+    body = "{" + ",".join(f'"{number:x}":0' for number in range(100_000)) + "}"
+
+    response = client.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+
+    message = error_of(response)["message"]
+    assert response.status_code == 400
+    assert message.count("is missing") + message.count("Unknown field") == MAX_LISTED
+    assert message.endswith(f" {100_000 + len(LEAST) - MAX_LISTED} more problems were found. {AGAIN}")
+    assert len(compared) <= 2 * MAX_LISTED
+
+
+def test_long_path_is_cut(client: TestClient) -> None:
+    path = "lora." + "é" * 100_000
+
+    error = refused(client, {**LEAST, "lora": {"é" * 100_000: 1}})
+
+    assert error["code"] == "unknown_parameter"
+    assert error["param"] == path[:MAX_PATH_CHARS]
+    assert len(error["message"]) < 3000
