@@ -22,6 +22,7 @@ from api.errors import unsupported
 from api.errors.links import doc_url
 from api.errors.validation import AGAIN, explain
 from api.rate_limits.limits import retry_headers
+from api.requests.strict_json import too_deep
 from catalog.disk import is_full, out_of_space
 from catalog.errors import LorryError, QuotaExceeded, RateLimited, Unauthorized, Unavailable
 from catalog.inference.requests import AnswerFailed
@@ -150,7 +151,8 @@ def _unreadable_body(cause: BaseException | None) -> tuple[str, str]:
         case UnicodeDecodeError():
             return f"The request body is not UTF-8 text: byte {cause.start:,} is invalid.", "Encode the JSON as UTF-8."
         case RecursionError():
-            return "The request body is nested too deeply.", "Send JSON with fewer levels of lists and objects."
+            error = too_deep()
+            return error.message, error.remedy
         case ValueError():
             digits = sys.get_int_max_str_digits()
             return f"The request body contains an integer with more than {digits:,} digits.", "Send a smaller number."

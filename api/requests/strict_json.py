@@ -1,4 +1,5 @@
-"""Rejects bodies that only Python accepts as JSON: NaN, numbers beyond the range of a float, and duplicate keys.
+"""Rejects bodies that only Python accepts as JSON: NaN, numbers beyond the range of a float, and duplicate keys. Bodies
+that are nested too deeply are rejected too.
 
 For a duplicate key FastAPI uses the last value; a proxy or a log reader may use the first.
 """
@@ -13,6 +14,7 @@ from typing import Any, cast
 from fastapi import Request
 from fastapi.routing import APIRoute
 
+from catalog.datasets.row_json import MAX_NESTING, is_too_deep
 from catalog.errors import InvalidRequest
 
 
@@ -54,12 +56,17 @@ def check(body: bytes) -> None:
         value = float(text)
         return value if math.isfinite(value) else noted(lambda path: _out_of_range(path, text))
 
-    parsed: Any = json.loads(
-        body,
-        object_pairs_hook=of_object,
-        parse_constant=lambda name: noted(lambda path: _not_json(path, name)),
-        parse_float=of_float,
-    )
+    try:
+        parsed: Any = json.loads(
+            body,
+            object_pairs_hook=of_object,
+            parse_constant=lambda name: noted(lambda path: _not_json(path, name)),
+            parse_float=of_float,
+        )
+    except RecursionError as error:
+        raise too_deep() from error
+    if is_too_deep(parsed):
+        raise too_deep()
     if rejected:
         raise _first(parsed)
 
@@ -70,7 +77,7 @@ one place only, because the paths of all values may be much larger than the body
 
 
 def _first(parsed: Any) -> InvalidRequest:
-    """Return the error of the first rejected value. Not recursive: a body may be deeply nested."""
+    """Return the error of the first rejected value."""
     pending: list[tuple[_Place, Any]] = [(None, parsed)]
     while True:
         place, value = pending.pop()
@@ -90,6 +97,15 @@ def _path(place: _Place) -> str:
         place, name = place
         names.append(name)
     return ".".join(reversed(names))
+
+
+def too_deep() -> InvalidRequest:
+    """Return the error of a body that is nested too deeply. FastAPI can't even parse some of them."""
+    return InvalidRequest(
+        f"The request body is nested too deeply: it has more than {MAX_NESTING} levels of lists and objects.",
+        code="invalid_json",
+        remedy="Reduce the nesting of its lists and objects.",
+    )
 
 
 def _repeated(path: str) -> InvalidRequest:

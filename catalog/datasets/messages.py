@@ -43,7 +43,8 @@ def check_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
     if not isinstance(given, list):
         raise BadRow("messages_not_list", f"{place} is {kind_of(given)}, not a list", remedy)
     messages = cast(list[Any], given)
-    call_ids: list[str] = []
+    call_ids: set[str] = set()
+    last_call_id: str | None = None
     for index, message in enumerate(messages):
         position = f"{place}[{index}]"
         _check_message(position, message)
@@ -53,11 +54,13 @@ def check_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
             )
             message["tool_calls"] = [call]
         elif message["role"] == "function":
-            _as_tool_message(position, message, call_ids)
+            _as_tool_message(position, message, last_call_id)
         elif "tool_call_id" in message and message["tool_call_id"] not in call_ids:
             reason = f"{position}.tool_call_id is {quoted(message['tool_call_id'])}, but no earlier call has this id"
             raise BadRow("invalid_tool_call_id", reason, "Use the id of the call that the message answers.")
-        call_ids += [call["id"] for call in message.get("tool_calls", ())]
+        for call in cast(list[ToolCall], message.get("tool_calls", [])):
+            last_call_id = call["id"]
+            call_ids.add(call["id"])
     return cast(list[ChatMessage], messages)
 
 
@@ -107,14 +110,14 @@ def _check_calls(place: str, role: str, fields: dict[str, Any]) -> None:
         fields["tool_calls"] = check_tool_calls(f"{place}.tool_calls", fields["tool_calls"])
 
 
-def _as_tool_message(place: str, message: dict[str, Any], call_ids: list[str]) -> None:
+def _as_tool_message(place: str, message: dict[str, Any], last_call_id: str | None) -> None:
     """Turn the result of a deprecated function call into a tool message. It answers the last call."""
-    if not call_ids:
+    if last_call_id is None:
         given = place.partition("[")[0]
         reason = f"{place}.role is 'function', but no earlier message in '{given}' has a function call"
         remedy = f"Put the assistant message with 'function_call' before it in '{given}'."
         raise BadRow("invalid_tool_call_id", reason, remedy)
-    message["role"], message["tool_call_id"] = "tool", call_ids[-1]
+    message["role"], message["tool_call_id"] = "tool", last_call_id
 
 
 def _joined(place: str, parts: list[Any]) -> str:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 MAX_DIGITS = 19
 """Number of decimal digits of the largest 64-bit integer."""
+MAX_NESTING = 64
+"""Maximum number of levels of lists and objects in any JSON of a client. It is far below the depth at which a parser, a
+template or the database's driver fails, which depends on the size of the stack."""
 MAX_NAMED_CHARS = 40
 
 
@@ -43,12 +47,26 @@ def _parse_line(line: bytes) -> Any:
         reason = f"the JSON is invalid at column {error.colno}: {problem_of(error)}"
         remedy = "Write each row as one JSON object on a single line, for example with Python's json.dumps()."
         raise BadRow("invalid_json", reason, remedy) from error
-    except RecursionError as error:
-        raise _too_deep() from error
+
+
+def is_too_deep(value: Any) -> bool:
+    """Return whether a JSON value has more than MAX_NESTING levels of lists and objects. Not recursive."""
+    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_NESTING):
+        level = [
+            inner
+            for outer in level
+            for inner in cast("Iterable[Any]", outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _too_deep() -> BadRow:
-    return BadRow("json_too_deep", "the JSON is nested too deeply", "Reduce the nesting of its objects and lists.")
+    reason = f"the JSON is nested too deeply: it has more than {MAX_NESTING} levels of lists and objects"
+    return BadRow("json_too_deep", reason, "Reduce the nesting of its lists and objects.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -85,8 +103,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant,
 
 
 def parse_json(text: str) -> Any:
-    """Parse strict JSON. Raises BadRow, json.JSONDecodeError or RecursionError."""
-    value = _DECODER.decode(text)
+    """Parse strict JSON. Raises BadRow or json.JSONDecodeError."""
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError as error:
+        raise _too_deep() from error
+    if text.count("[") + text.count("{") > MAX_NESTING and is_too_deep(value):
+        raise _too_deep()
     if "\\ud" in text or "\\uD" in text:
         check_characters(value)
     return value
@@ -94,15 +117,15 @@ def parse_json(text: str) -> Any:
 
 def check_characters(value: Any) -> None:
     """Raise BadRow if a text in the JSON value contains half of a surrogate pair, which no encoding has, or if the
-    value is nested too deeply to be written."""
+    value is nested too deeply."""
+    if is_too_deep(value):
+        raise _too_deep()
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
         remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
         raise BadRow("lone_surrogate", reason, remedy) from error
-    except RecursionError as error:
-        raise _too_deep() from error
 
 
 def problem_of(error: json.JSONDecodeError) -> str:

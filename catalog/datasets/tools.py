@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, TypedDict, cast
 
-from catalog.datasets.row_json import BadRow, kind_of, parse_json, problem_of, quoted
+from catalog.datasets.row_json import MAX_NESTING, BadRow, kind_of, parse_json, problem_of, quoted
 
 MAX_TOOLS = 128
 """OpenAI's maximum for one row."""
@@ -77,9 +78,8 @@ def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
         _check_present(position, fields, "function", form=CALL_FORM)
         function = _checked_call(f"{position}.function", fields["function"], form=FUNCTION_CALL_FORM)
         calls.append(ToolCall(id=fields["id"], type="function", function=function))
-    ids = [call["id"] for call in calls]
-    if len(set(ids)) < len(ids):
-        repeated = next(ident for ident in ids if ids.count(ident) > 1)
+    repeated = _first_repeated(call["id"] for call in calls)
+    if repeated is not None:
         remedy = "Give each call its own id."
         raise BadRow("invalid_tool_calls", f"{place} has several calls with the id {quoted(repeated)}", remedy)
     return calls
@@ -109,12 +109,13 @@ def _parsed(place: str, arguments: str) -> dict[str, Any]:
     try:
         value = parse_json(arguments)
     except BadRow as error:
+        if error.code == "json_too_deep":
+            reason = f"{place} is nested too deeply: it has more than {MAX_NESTING} levels of lists and objects"
+            raise BadRow("invalid_arguments", reason, "Flatten the arguments.") from error
         raise BadRow(error.code, f"in {place}, {error.reason}", error.remedy) from error
     except json.JSONDecodeError as error:
         reason = f"{place} is not valid JSON: {problem_of(error)} at character {error.pos + 1}"
         raise BadRow("invalid_arguments", reason, remedy) from error
-    except RecursionError as error:
-        raise BadRow("invalid_arguments", f"{place} is nested too deeply", "Flatten the arguments.") from error
     if not isinstance(value, dict):
         raise BadRow("invalid_arguments", f"{place} contains {kind_of(value)}, not an object", remedy)
     return cast(dict[str, Any], value)
@@ -148,10 +149,15 @@ def _checked_name(place: str, fields: dict[str, Any]) -> str:
 
 
 def _check_unique(place: str, names: list[str]) -> None:
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
+    repeated = _first_repeated(names)
+    if repeated is not None:
         remedy = "Keep only one definition, or rename the others."
         raise BadRow("invalid_tools", f"{place} defines the function {quoted(repeated)} more than once", remedy)
+
+
+def _first_repeated(names: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)
 
 
 def _check_type(place: str, fields: dict[str, Any], *, form: str) -> None:

@@ -62,10 +62,7 @@ class Strict(BaseModel):
         if not isinstance(given, dict):
             return given
         fields = cast(dict[str, Any], given)
-        try:
-            return {name: item if name in cls.verbatim else _whole(item) for name, item in fields.items()}
-        except RecursionError:
-            raise ValueError("The fields are nested too deeply.") from None
+        return {name: item if name in cls.verbatim else _whole(item) for name, item in fields.items()}
 
 
 def _whole(value: Any) -> Any:

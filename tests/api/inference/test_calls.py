@@ -133,10 +133,44 @@ def nested(depth: int) -> list[Any]:
     return value
 
 
-def test_values_that_are_nested_too_deeply_are_errors_of_the_client() -> None:
-    with pytest.raises(ValidationError, match="The fields are nested too deeply"):
-        ChatCompletionRequest.model_validate({**QUESTION, "metadata": {"a": nested(5000)}})
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"a": nested(5000)}}}
+@pytest.mark.parametrize("depth", [65, 5000])
+def test_tools_that_are_nested_too_deeply_are_errors_of_the_client(depth: int) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"a": nested(depth)}}}
     with pytest.raises(InvalidRequest) as raised:
         chat_call(ChatCompletionRequest.model_validate({**QUESTION, "tools": [tool]}))
     assert (raised.value.code, raised.value.param) == ("json_too_deep", "tools")
+
+
+@pytest.mark.parametrize(("depth", "is_accepted"), [(64, True), (65, False), (950, False), (100_000, False)])
+def test_lines_with_more_than_64_levels_are_rejected(depth: int, is_accepted: bool) -> None:
+    given = depth - 6  # the levels around the value
+    value = b"[" * given + b"]" * given
+    tool = b'{"type": "function", "function": {"name": "f", "parameters": {"a": %s}}}' % value
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "tools": [%s]}' % tool
+    line = b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": %s}' % body
+
+    if is_accepted:
+        assert parse(line, endpoint="/v1/chat/completions", max_line_bytes=2**23).custom_id == "a"
+        return
+    with pytest.raises(InvalidRequest, match="more than 64 levels") as raised:
+        parse(line, endpoint="/v1/chat/completions", max_line_bytes=2**23)
+    assert raised.value.code == "json_too_deep"
+
+
+def test_error_of_a_line_does_not_repeat_a_long_name() -> None:
+    name = "a.b" * 2_000_000
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {}, name: 1}
+
+    with pytest.raises(InvalidRequest) as raised:
+        parse(json.dumps(line).encode(), endpoint="/v1/chat/completions", max_line_bytes=2**23)
+
+    assert raised.value.param == name[:200]
+    assert len(raised.value.sentence()) < 3000
+
+
+def test_all_problems_of_a_line_are_counted() -> None:
+    row = {f"key {number}": 0 for number in range(100_000)}
+
+    with pytest.raises(InvalidRequest, match="99999 more problems were found") as raised:
+        parse(json.dumps(row).encode(), endpoint="/v1/chat/completions", max_line_bytes=2**23)
+    assert raised.value.code == "missing_required_parameter"

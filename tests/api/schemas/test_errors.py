@@ -46,7 +46,7 @@ def test_invalid_path_returns_the_standard_error(client: TestClient, path: str) 
     [
         (b'{"model":', "not valid JSON"),
         (b"{\xff\xfe}", "is not UTF-8 text: byte 1 is invalid"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "nested too deeply: it has more than 64 levels"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "integer with more than 4,300 digits"),
         (b'{"model": "\\ud800", "training_file": "x"}', ""),
         (b'{"\\ud800": 1}', ""),
@@ -60,6 +60,18 @@ def test_malformed_body_is_rejected(client: TestClient, body: bytes, fragment: s
 
     assert response.status_code == 400
     assert fragment in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("depth", [64, 65, *range(900, 1000, 2)])
+def test_bodies_with_more_than_64_levels_are_rejected(client: TestClient, depth: int) -> None:
+    body = b'{"model": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+    response = client.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+
+    error = error_of(response)
+    assert response.status_code == 400
+    assert error["code"] == ("invalid_json" if depth > 64 else "invalid_value")
+    assert ("nested too deeply" in error["message"]) == (depth > 64)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from catalog.datasets.chat import check_chat, is_supervised
-from catalog.datasets.messages import ChatMessage
+from catalog.datasets.messages import ChatMessage, check_messages
 from catalog.datasets.row_json import BadRow, parse_object
 from catalog.datasets.rows import as_chat, check_completion, check_pair, check_unpaired, conversation_of
-from catalog.datasets.tools import ToolCall
+from catalog.datasets.tools import ToolCall, check_tool_calls
 
 FUNCTION = {
     "name": "get_current_weather",
@@ -221,4 +221,42 @@ def test_arguments_of_a_function_without_parameters_may_be_empty() -> None:
 
 
 def test_arguments_nested_too_deeply_are_rejected() -> None:
-    assert refusal(with_function(arguments='{"a":' * 100_000)).code == "invalid_arguments"
+    for depth in (65, 100_000):
+        problem = refusal(with_function(arguments='{"a":' * depth + "0" + "}" * depth))
+        assert problem.code == "invalid_arguments"
+        assert "nested too deeply: it has more than 64 levels" in problem.reason
+
+
+class CountedId(str):
+    """A text that counts how often it is compared."""
+
+    __slots__ = ()
+    num_comparisons = 0
+
+    def __eq__(self, other: object) -> bool:
+        CountedId.num_comparisons += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_number_of_comparisons_of_ids_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountedId, "num_comparisons", 0)
+    ids = [CountedId(number) for number in range(1000)]
+    calls = [{**CALL, "id": each} for each in ids]
+    results = [{**RESULT, "tool_call_id": CountedId(each)} for each in ids]
+
+    check_messages("messages", [USER, {"role": "assistant", "tool_calls": calls}, *results], remedy="")
+    with pytest.raises(BadRow, match="several calls with the id '999'"):
+        check_tool_calls("calls", [*calls, calls[-1] | {"id": CountedId(999)}])
+
+    assert CountedId.num_comparisons < 10_000
+
+
+def test_result_of_a_deprecated_call_answers_the_last_call() -> None:
+    repeated = {"role": "assistant", "tool_calls": [CALL]}
+    other = {"role": "assistant", "tool_calls": [{**CALL, "id": "other"}]}
+    result = {"role": "function", "name": "get_current_weather", "content": "21.0"}
+    chat = check_chat(parsed({"messages": [USER, repeated, other, repeated, result, ANSWER]}))
+
+    assert chat.messages[4].get("tool_call_id") == CALL["id"]
