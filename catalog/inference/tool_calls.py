@@ -13,6 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
+from catalog.datasets.row_json import BadRow, parse_json
+
 TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 LISTED = "[TOOL_CALLS]"
 PYTHON_TAG = "<|python_tag|>"
@@ -53,10 +55,10 @@ def _candidates(text: str) -> list[tuple[str, list[str]]]:
 
 
 def _calls(text: str) -> list[ParsedCall]:
-    """Return the calls in a JSON object or list of objects; none if it is neither."""
+    """Return the calls in a JSON object or list of objects; none if it is neither, or if strict parsers reject it."""
     try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError):
+        value: Any = parse_json(text)
+    except (BadRow, json.JSONDecodeError):
         return []
     objects = cast(list[Any], value) if isinstance(value, list) else [value]
     found = [_call(each) for each in objects]
@@ -70,8 +72,8 @@ def _call(value: Any) -> ParsedCall | None:
     name, arguments = fields.get("name"), fields.get("arguments", fields.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments)
+        except (BadRow, json.JSONDecodeError):
             return None
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None

@@ -18,6 +18,8 @@ from catalog.inference.requests import Model
 
 PARIS = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
 ROME = '<tool_call>{"name": "time", "arguments": {"city": "Rome"}}</tool_call>'
+UNPAIRED = PARIS.replace("Paris", r"\ud800")
+NOT_A_NUMBER = PARIS.replace('"Paris"', "NaN")
 PARSED = [("weather", {"city": "Paris"}), ("time", {"city": "Rome"})]
 Calls = list[tuple[str, dict[str, str]]]
 Choice = tuple[str | None, Calls, str | None]
@@ -97,10 +99,23 @@ def streamed_choices(texts: Sequence[str], *, finish: str, **given: Any) -> list
         ([ROME, PARIS], "stop", [(None, PARSED[1:], "tool_calls"), (None, PARSED[:1], "tool_calls")]),
         ([f"{PARIS}<tool_call>{{bad"], "stop", [(f"{PARIS}<tool_call>{{bad", [], "stop")]),
         ([PARIS.replace("weather", "other")], "stop", [(PARIS.replace("weather", "other"), [], "stop")]),
+        ([UNPAIRED], "stop", [(UNPAIRED, [], "stop")]),
+        ([NOT_A_NUMBER], "stop", [(NOT_A_NUMBER, [], "stop")]),
         ([PARIS[:30]], "length", [(PARIS[:30], [], "length")]),
         ([PARIS], "length", [(None, PARSED[:1], "length")]),
     ],
-    ids=["one", "two", "one of two choices", "each choice", "malformed", "unknown", "cut", "complete at the limit"],
+    ids=[
+        "one",
+        "two",
+        "one of two choices",
+        "each choice",
+        "malformed",
+        "unknown",
+        "unpaired surrogate",
+        "not a number",
+        "cut",
+        "complete at the limit",
+    ],
 )
 def test_calls_are_parsed(
     read: Callable[..., list[Choice]], texts: list[str], finish: str, expected: list[Choice]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from catalog.datasets.row_json import parse_json
 from catalog.inference.tool_calls import ParsedCall, parse
 
 NAMES = {"get_weather", "add"}
@@ -61,6 +60,21 @@ def test_several_calls_are_parsed_in_order(text: str) -> None:
         '{"name": "add", "arguments": "not JSON"}',
         "[TOOL_CALLS]",
         "{" * 5000,
+        *(
+            f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
+            for arguments in (
+                r'{"a": "\ud800"}',
+                r'{"\uDFFF": 1}',
+                r'"{\"a\": \"\\ud800\"}"',
+                '{"a": NaN}',
+                '"{\\"a\\": NaN}"',
+                '{"a": -Infinity}',
+                '{"a": 1e999}',
+                '{"a": 1, "a": 2}',
+                '{"a": ' + "[" * 63 + "]" * 63 + "}",
+                '{"a": ' + "[" * 5000 + "]" * 5000 + "}",
+            )
+        ),
     ],
 )
 def test_answer_without_a_valid_call_is_unchanged(text: str) -> None:
@@ -79,7 +93,7 @@ def test_any_text_is_parsed_without_an_error(text: str) -> None:
 
     assert calls or content == text
     for call in calls:
-        assert isinstance(json.loads(call.arguments), dict)
+        assert isinstance(parse_json(call.arguments), dict)
 
 
 def test_many_blanks_in_a_call_do_not_delay_the_parser() -> None:
