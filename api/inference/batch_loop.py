@@ -21,7 +21,7 @@ import anyio.to_thread
 
 from api.inference.answer import ClientGone, PartialAnswer, deltas_of
 from api.inference.batch_input import BatchEntry, InputCheck, custom_id_of, lines_of, parse
-from api.inference.batch_output import UNANSWERED, OutputFiles, failure_result, success_result
+from api.inference.batch_output import UNANSWERED, OutputFiles, answer_crashed, failure_result, success_result
 from api.inference.calls import prompt_parameter
 from api.inference.replies import Replies
 from api.inference.responses import whole
@@ -407,12 +407,20 @@ class BatchRunner:
                 parsed = partial(success_result, entry.custom_id, request_id, body)
                 result, is_failed = await asyncio.to_thread(parsed), False  # as in `whole`: it may take long
             except ClientGone:
+                await self._count_interrupted(run, line)
                 return
-            except LorryError as error:
-                if error.code == "answer_interrupted" and attempt < MAX_ATTEMPTS:
+            except StaleClaim:
+                raise
+            except Exception as error:  # a line that crashes must not crash its batch again and again
+                if isinstance(error, LorryError):
+                    told = error
+                else:
+                    log.exception("crash in the answer %s of the batch %s", request_id, run.claimed.batch_id)
+                    told = answer_crashed(request_id)
+                if told.code == "answer_interrupted" and attempt < MAX_ATTEMPTS:
                     await self._persist(run, partial(execution.discard, self._db, request_id))
                     continue
-                result, is_failed = failure_result(entry.custom_id, error, request_id), True
+                result, is_failed = failure_result(entry.custom_id, told, request_id), True
             store = partial(
                 execution.store_result,
                 self._db,
@@ -426,6 +434,16 @@ class BatchRunner:
             )
             await self._persist(run, store)
             return
+
+    async def _count_interrupted(self, run: _Run, line: _OpenLine) -> None:
+        """Count the tokens of an answer that the end of the batch has interrupted. After a crash or with a lost lease,
+        the line is answered again, and only that answer is counted."""
+        answer = line.answer
+        if run.is_lost or run.has_crashed or not answer.prompt_tokens:
+            return
+        counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+        count = partial(execution.count_interrupted, self._db, run.claimed, request_id=line.request_id, **counts)
+        await self._persist(run, count)
 
     async def _body_of(self, run: _Run, request_id: str, entry: BatchEntry, answer: PartialAnswer) -> str:
         """Return the response as JSON. Raises ClientGone if the batch is to stop, StaleClaim and LorryError."""

@@ -30,6 +30,21 @@ UNANSWERED: dict[Outcome, Json] = {
 """Errors of lines without a result."""
 
 
+class AnswerCrashed(LorryError):
+    """A bug of the service has ended the answer."""
+
+    status = 500
+    type = "server_error"
+
+
+def answer_crashed(request_id: str) -> AnswerCrashed:
+    return AnswerCrashed(
+        "The answer could not be completed because of an internal error in the service.",
+        code="internal_error",
+        remedy=f"Send the request again. If the error persists, report request ID {request_id} to the operator.",
+    )
+
+
 def success_result(custom_id: str, request_id: str, body: str) -> Json:
     """body: the response as JSON."""
     return _result(custom_id, {"status_code": 200, "request_id": request_id, "body": json.loads(body)}, None)

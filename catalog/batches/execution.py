@@ -169,6 +169,22 @@ def store_result(
         requests.finish_in(session, request_id, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
 
+def count_interrupted(
+    db: Database, claimed: BatchClaim, *, request_id: str, prompt_tokens: int, completion_tokens: int
+) -> None:
+    """Delete the request of a line that will have no result, and count the tokens of its partial answer.
+
+    Raises StaleClaim.
+    """
+    with db.write() as session:
+        batch = _held(session, claimed)
+        if session.get(InferenceRequest, request_id) is None:
+            return  # an earlier call was committed, but its reply was lost
+        batch.prompt_tokens += prompt_tokens
+        batch.completion_tokens += completion_tokens
+        requests.finish_in(session, request_id, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+
 def discard(db: Database, request_id: str) -> None:
     """Delete a request whose answer is no longer needed. Nothing is counted."""
     with db.write() as session:
