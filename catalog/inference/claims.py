@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, select, true, update
+from sqlalchemy import ColumnElement, Select, Text, and_, case, cast, func, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from catalog.db import lease
@@ -26,6 +27,13 @@ FAILED = {
     "remedy": "Send a shorter request, or ask an operator to check the logs of the workers.",
 }
 """The error of a request that MAX_CLAIMS workers could not answer."""
+UNPROCESSABLE = {
+    "code": "unprocessable_request",
+    "message": "The request could not be passed to a trainer: its JSON is nested too deeply, or a value in it has the "
+    "wrong type.",
+    "remedy": "Remove levels of nesting from 'messages' and 'tools', and send the request again.",
+}
+"""The error of a request whose body a worker can't read or write. The same body fails on every worker."""
 IS_BATCH = case((InferenceRequest.batch_id.is_(None), 0), else_=1)
 """In a query: 1 for a request of a batch, else 0."""
 
@@ -38,7 +46,8 @@ class InferenceClaim:
     request_id: str
     adapter: str | None
     """Digest of the adapter's manifest."""
-    body: Json
+    body: Json | None
+    """None: it can't be read."""
     reply_to: str
     is_last: bool
     """If this worker can't answer either, the request fails."""
@@ -48,7 +57,7 @@ class InferenceClaim:
     @property
     def num_answers(self) -> int:
         """How many answers the request asks for."""
-        return _num_answers(self.body)
+        return 1 if self.body is None else _num_answers(self.body)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +89,13 @@ def claim(
         if _takes_nothing_new(session, worker_id):
             return []
         ids = _in_turns(session, pack_key, limit, batch_limit, now=now)
-        rows = {row.id: row for row in session.scalars(skip_locked(_rows(ids, now=now)))}
-        first = _first_within([rows[ident] for ident in ids if ident in rows], limit, batch_limit)
-        return [_claim(row, now=now, lease_seconds=lease_seconds) for row in first]
+        found = {row.id: (row, body) for row, body in session.execute(skip_locked(_with_bodies(ids, now=now)))}
+        claimed: list[InferenceClaim] = []
+        for row, body in (found[ident] for ident in ids if ident in found):
+            if _is_full(claimed, limit, batch_limit, for_batch=row.batch_id is not None):
+                break
+            claimed.append(_claim(row, body, now=now, lease_seconds=lease_seconds))
+        return claimed
 
 
 def reserve(db: Database, *, worker_id: str, pack_key: str, lease_seconds: float) -> InferenceClaim | None:
@@ -96,13 +109,13 @@ def reserve(db: Database, *, worker_id: str, pack_key: str, lease_seconds: float
             return None
         serialize(session, f"reserve {pack_key}")
         ids = _in_turns(session, pack_key, 1, 1, now=now)
-        row = session.scalar(skip_locked(_rows(ids, now=now)))
+        found = session.execute(skip_locked(_with_bodies(ids, now=now))).first()
         held = select(InferenceRequest.id).where(
             InferenceRequest.pack_key == pack_key, InferenceRequest.lease_expires_at > now
         )
-        if row is None or session.scalar(held.limit(1)) is not None:
+        if found is None or session.scalar(held.limit(1)) is not None:
             return None
-        return _claim(row, now=now, lease_seconds=lease_seconds)
+        return _claim(found[0], found[1], now=now, lease_seconds=lease_seconds)
 
 
 def renew(db: Database, claim_ids: Collection[str], *, lease_seconds: float) -> set[str]:
@@ -189,8 +202,10 @@ def _is_claimable(*, now: float) -> ColumnElement[bool]:
     return and_(lease.is_free(InferenceRequest, now=now), InferenceRequest.num_claims < MAX_CLAIMS)
 
 
-def _rows(ids: Sequence[str], *, now: float) -> Select[InferenceRequest]:
-    return _free(now=now).where(InferenceRequest.id.in_(ids))
+def _with_bodies(ids: Sequence[str], *, now: float) -> Select[InferenceRequest, str]:
+    """Select the requests with their bodies as text, so that a body that can't be parsed affects no other request."""
+    is_free = (_is_claimable(now=now), InferenceRequest.expires_at > now)
+    return select(InferenceRequest, cast(InferenceRequest.body, Text)).where(*is_free, InferenceRequest.id.in_(ids))
 
 
 def _in_turns(session: Session, pack_key: str, limit: int, batch_limit: int, *, now: float) -> list[str]:
@@ -212,31 +227,33 @@ def _in_turns(session: Session, pack_key: str, limit: int, batch_limit: int, *, 
     return interactive + list(session.scalars(first.where(ranked.c.is_batch == 1).limit(num_of_batches)))
 
 
-def _first_within(rows: Sequence[InferenceRequest], limit: int, batch_limit: int) -> list[InferenceRequest]:
-    """Return the first requests until the limits of `claim` are reached. Those of batches are last."""
-    found: list[InferenceRequest] = []
-    num_answers = num_of_batches = 0
-    for row in rows:
-        is_batch = row.batch_id is not None
-        if num_answers >= limit or (is_batch and num_of_batches >= batch_limit):
-            break
-        found.append(row)
-        num_answers += _num_answers(row.body)
-        num_of_batches += _num_answers(row.body) if is_batch else 0
-    return found
+def _is_full(claimed: Sequence[InferenceClaim], limit: int, batch_limit: int, *, for_batch: bool) -> bool:
+    """Return whether the limits of `claim` are reached. Requests of batches are claimed after all others."""
+    num_of_batches = sum(each.num_answers for each in claimed if each.is_batch)
+    return sum(each.num_answers for each in claimed) >= limit or (for_batch and num_of_batches >= batch_limit)
 
 
 def _num_answers(body: Json) -> int:
     return int(body.get("n", 1)) * len(body.get("prompts", ("messages",)))
 
 
-def _claim(row: InferenceRequest, *, now: float, lease_seconds: float) -> InferenceClaim:
+def _parsed(body: str) -> Json | None:
+    """Return the body of a request. None if it can't be parsed, or if the number of its answers can't be counted."""
+    try:
+        parsed: Json = json.loads(body)
+        _num_answers(parsed)
+    except (ValueError, RecursionError, TypeError, AttributeError):
+        return None
+    return parsed
+
+
+def _claim(row: InferenceRequest, body: str, *, now: float, lease_seconds: float) -> InferenceClaim:
     row.num_claims += 1
     return InferenceClaim(
         claim_id=lease.acquire(row, now=now, lease_seconds=lease_seconds, prefix="answer"),
         request_id=row.id,
         adapter=row.adapter,
-        body=row.body,
+        body=_parsed(body),
         reply_to=row.reply_to,
         is_last=row.num_claims >= MAX_CLAIMS,
         is_batch=row.batch_id is not None,

@@ -30,8 +30,8 @@ class InferenceRequest(Leased, Table):
     """The trainers that can answer it."""
     adapter: Mapped[str | None]
     """Digest of the adapter's manifest. None: the base model answers."""
-    body: Mapped[Json]
-    """The parameters, with all defaults."""
+    body: Mapped[Json] = mapped_column(deferred=True)
+    """The parameters, with all defaults. Only a claim reads them: see `claims.InferenceClaim.body`."""
     reply_to: Mapped[str]
     """TOKEN@HOST:PORT, where the API process receives the answer."""
     batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"))

@@ -86,7 +86,7 @@ class InferenceSession:
     def reserve(self) -> bool:
         """Claim one request before the base model is loaded for it, so that no other worker loads it as well.
 
-        Returns False if there is none. Raises Unavailable.
+        Returns False if there is none that can be answered. Raises Unavailable.
         """
         found = claims.reserve(
             self._context.db,
@@ -94,10 +94,8 @@ class InferenceSession:
             pack_key=self._pack_key,
             lease_seconds=self._context.settings.lease_seconds,
         )
-        if found is not None:
-            self._open[found.claim_id] = found
-            self._unsent.append(found)
-        return found is not None
+        self._hold([] if found is None else [found])
+        return bool(self._unsent)
 
     def claim(self) -> None:
         """Claim requests that wait for this trainer's base model. Raises Unavailable."""
@@ -121,8 +119,16 @@ class InferenceSession:
         for claimed in self._open.values():
             if claimed.request_id in again:
                 self._stale.put(claimed.claim_id)
-        self._open |= {claimed.claim_id: claimed for claimed in found}
-        self._unsent += found
+        self._hold(found)
+
+    def _hold(self, found: Iterable[InferenceClaim]) -> None:
+        """Keep new claims until the trainer gets them. A request that can't be read is answered with an error."""
+        for claimed in found:
+            self._open[claimed.claim_id] = claimed
+            if claimed.body is None:
+                self._fail(claimed, claims.UNPROCESSABLE)
+            else:
+                self._unsent.append(claimed)
 
     def renew(self) -> None:
         """Extend the leases. The heartbeat's thread calls it, so that slow work here, such as storing a checkpoint,
@@ -174,7 +180,7 @@ class InferenceSession:
     def fail_all(self, error: Json) -> None:
         """Answer all requests with an error: the base model can't be loaded."""
         for claimed in list(self._open.values()):
-            self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": error})
+            self._fail(claimed, error)
         self._unsent.clear()
 
     def stop_claiming(self) -> None:
@@ -200,7 +206,7 @@ class InferenceSession:
             for claimed in self._unsent:
                 self._forget(claimed)
         for claimed in [claimed for claimed in self._open.values() if claimed.is_last and is_failure]:
-            self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": claims.FAILED})
+            self._fail(claimed, claims.FAILED)
         self._release(list(self._open.values()), counts=is_failure)
         self._open.clear()
         self._begun.clear()
@@ -252,6 +258,9 @@ class InferenceSession:
                 self._retry_at[digest] = time.monotonic() + RETRY_SECONDS
                 is_outage = True
                 continue
+            except (RecursionError, TypeError, ValueError):  # such a body must not end the worker, and all its jobs
+                log.exception("Request %s can't be passed to the trainer.", claimed.request_id)
+                self._fail(claimed, claims.UNPROCESSABLE)
             self._unsent.remove(claimed)
             self._retry_at.pop(digest, None)
 
@@ -273,12 +282,15 @@ class InferenceSession:
             return
         except (Unavailable, OSError) as error:
             raise _NotCopied from error
+        assert claimed.body is not None, "`_hold` has answered it"
         body = {**claimed.body, "is_batch": True} if claimed.is_batch else claimed.body
         inbox.send("answer", claim_id=claimed.claim_id, adapter=adapter, **body)
 
     def _refuse(self, claimed: InferenceClaim, error: LorryError) -> None:
-        body = {"code": error.code, "message": error.message, "remedy": error.remedy}
-        self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": body})
+        self._fail(claimed, {"code": error.code, "message": error.message, "remedy": error.remedy})
+
+    def _fail(self, claimed: InferenceClaim, error: Json) -> None:
+        self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": error})
 
     def _stage(self, digest: str | None, directory: TrainerDirectory) -> StagedAdapter | None:
         """Copy an adapter to the trainer's directory, unless it is there. Raises DamagedArtifact, OutOfSpace,

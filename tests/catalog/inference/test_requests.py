@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from catalog.caller import Caller
 from catalog.errors import Conflict, NotFound, RateLimited
@@ -220,6 +221,42 @@ def test_request_that_too_many_workers_could_not_answer_is_claimed_no_more_and_d
     assert not pending.has_work(world.db)
     assert claims.unloaded(world.db, worker_id="w1") == []
     assert requests.remove_expired(world.db) == 1
+
+
+def make_unreadable(world: World, row: InferenceRequest) -> None:
+    """Nest the request's body too deeply for Python's parser."""
+    body = '{"messages": ' + "[" * 5000 + "]" * 5000 + "}"
+    with world.db.write() as session:
+        session.execute(text("update inference_requests set body = :body where id = :id"), {"body": body, "id": row.id})
+
+
+def test_request_that_can_not_be_read_affects_no_other_and_is_claimed_a_limited_number_of_times(world: World) -> None:
+    unreadable, other = submit(world), submit(world)
+    make_unreadable(world, unreadable)
+
+    found = {claimed.request_id: claimed for claimed in claim(world)}
+
+    assert found[other.id].body == {"prompts": ["a"]}
+    assert (found[unreadable.id].body, found[unreadable.id].num_answers) == (None, 1)
+    for _ in range(MAX_CLAIMS - 1):
+        world.clock.advance(LEASE + 1)
+        world.worker()
+        assert unreadable.id in {claimed.request_id for claimed in claim(world)}
+    world.clock.advance(LEASE + 1)
+    world.worker()
+    assert unreadable.id not in {claimed.request_id for claimed in claim(world)}
+    assert not pending.has_work(world.db)
+    requests.finish(world.db, unreadable.id, prompt_tokens=0, completion_tokens=0)
+    assert requests.existing(world.db, [unreadable.id]) == set()
+
+
+def test_request_that_can_not_be_read_is_reserved(world: World) -> None:
+    make_unreadable(world, submit(world))
+
+    claimed = claims.reserve(world.db, worker_id="w1", pack_key=KEY, lease_seconds=LEASE)
+
+    assert claimed is not None
+    assert claimed.body is None
 
 
 def test_answered_request_is_deleted_and_counted(world: World) -> None:
