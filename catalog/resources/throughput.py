@@ -6,6 +6,7 @@ plateau one more job costs the others little; beyond it every job slows down all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -101,4 +102,5 @@ def _rate_at(tokens: float, known: Sequence[Point]) -> float:
 
 
 def _points(pairs: Iterable[Sequence[float]]) -> tuple[Point, ...]:
-    return tuple((float(tokens), float(rate)) for tokens, rate in pairs)
+    points = ((float(tokens), float(rate)) for tokens, rate in pairs)
+    return tuple(point for point in points if all(0 < number < math.inf for number in point))

@@ -60,15 +60,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from catalog.datasets.messages import ChatMessage
 from catalog.disk import full_disk_named
-from catalog.errors import LorryError
+from catalog.errors import LorryError, StaleClaim
 from worker.protocol.errors import rank_log
+from worker.protocol.event_fields import wrong_field
 from worker.protocol.trainer_paths import FolderEntry, UnsafePath, confined, delete, open_file, opened
 
 Json = dict[str, Any]
@@ -157,6 +159,10 @@ class MalformedEvent(LorryError):
             "that worker, and check its disk and memory.",
         )
         self.reason = reason
+
+    def by(self, writer: str) -> MalformedEvent:
+        """Return this error with the name of the trainer."""
+        return MalformedEvent(self.reason, writer=writer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -411,7 +417,8 @@ def _take(path: Path) -> TrainerMessage:
 
 
 def _event(line: bytes) -> Json:
-    """Parse an event. Raises MalformedEvent unless it is an object with a type and a time, which all events have."""
+    """Parse an event. Raises MalformedEvent unless it is an object with a type and a time, which all events have, and
+    each field has its type. A missing field is found when the event is applied."""
     try:
         parsed: object = json.loads(line)
     except json.JSONDecodeError as error:
@@ -427,4 +434,22 @@ def _event(line: bytes) -> Json:
         raise MalformedEvent("has no 'type', or one that is not a string")
     if not is_moment:
         raise MalformedEvent("has no valid time in 'seconds'")
+    if (name := wrong_field(event)) is not None:
+        raise MalformedEvent(f"is an event whose field {name!r} has a wrong type")
     return event
+
+
+@contextmanager
+def applying(event_type: str) -> Generator[None]:
+    """Convert any crash while an event is applied to MalformedEvent. Otherwise one event of a compromised trainer, such
+    as one without an expected field, would end the worker, with the background tasks of other projects.
+
+    Errors that the caller handles are raised unchanged.
+    """
+    try:
+        yield
+    except (LorryError, StaleClaim, OSError):
+        raise
+    except Exception as error:
+        named = f"{type(error).__name__}; see the worker's log"
+        raise MalformedEvent(f"is an event of the type {event_type[:40]!r} that can't be applied ({named})") from error

@@ -41,6 +41,10 @@ class UnsafePath(LorryError):
         )
         self.path_name, self.reason = name, reason
 
+    def by(self, writer: str) -> UnsafePath:
+        """Return this error with the name of the trainer."""
+        return UnsafePath(self.path_name, self.reason, writer=writer)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderEntry:

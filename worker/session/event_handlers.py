@@ -15,7 +15,7 @@ from catalog.queue import claims
 from catalog.states import EndReason
 from catalog.tables.table import Json
 from worker.context.context import WorkerContext
-from worker.protocol.mailbox import TrainerDirectory
+from worker.protocol.mailbox import MalformedEvent, TrainerDirectory
 from worker.session import publishing, staging
 from worker.session.session_job import End, SessionJob, folders_of
 from worker.session.sharding import reason_for, strategy_for
@@ -72,7 +72,8 @@ class EventHandlers:
             del event["spans"]
         publisher = self._publishers.get(event["type"])
         if publisher is not None:
-            assert ready is not None, "a trainer is ready before it trains"
+            if ready is None:
+                raise MalformedEvent(f"is a {event['type']!r} event before the trainer was ready")
             return publisher(held, event, ready)
         follower = self._followers.get(event["type"])
         return follower(held, event) if follower else Next.CONTINUE

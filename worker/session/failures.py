@@ -21,6 +21,7 @@ from worker.node import cgroup, devices
 from worker.process.exit_status import DIFFER, classify_exit, peer_failure, without_peer_failures
 from worker.process.launcher import TrainerProcess
 from worker.protocol.errors import without_handled
+from worker.protocol.mailbox import MalformedEvent
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session.session_job import End
 
@@ -135,7 +136,7 @@ def job_failure(error: LorryError | OSError) -> End:
     reason = EndReason.INFRA_LOST
     if isinstance(error, FileRefused):
         reason = EndReason.USER_ERROR
-    elif isinstance(error, UnsafePath):
+    elif isinstance(error, UnsafePath | MalformedEvent):
         reason = EndReason.TRAINER_CRASHED
     return End(reason=reason, detail=error.sentence(), error=error.as_job_error())
 

@@ -32,7 +32,7 @@ from worker.background.base_models import Abandoned
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.node import devices
-from worker.protocol.mailbox import EventReader, InboxWriter, MalformedEvent, TrainerDirectory, Verb
+from worker.protocol.mailbox import EventReader, InboxWriter, MalformedEvent, TrainerDirectory, Verb, applying
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import staging
 from worker.session.event_handlers import EventHandlers, Next
@@ -48,6 +48,13 @@ OUTAGES = (Unavailable, OutOfSpace)
 """Temporary failures of the database, the store or the disk: wait, then retry."""
 UNLOAD_SECONDS = 10.0
 """How long a trainer may still answer inference requests after it was to unload."""
+IN_RECORD = (
+    *("pid", "device", "processor", "dtype", "quantization", "invariance", "num_threads", "num_processes", "strategy"),
+    *("load_seconds", "probe_seconds", "elementwise_kernels", "versions", "memory"),
+)
+"""The fields of a `ready` event that the trainer's record gets."""
+IN_HEARTBEAT = ("base_bytes", "adapter_bytes", "peak_bytes", "cached_bytes", "tokens_per_second", "tick_speeds")
+"""The fields of a `memory` event that the worker's heartbeat reports."""
 NO_WORKER = ""
 """No worker is at fault; see Attempt."""
 
@@ -315,8 +322,7 @@ class TrainerSession:
         """
         self._receive()
         if self.ready is not None and not self._is_ready_recorded:
-            workers.report_trainer(self._context.db, self.trainer_id, report=_without(self.ready, "type", "seconds"))
-            self._is_ready_recorded = True
+            self._record_ready(self.ready)
         for held in list(self._held.values()):
             self._guarded(held, self._catch_up)
         self._output.push_due()
@@ -332,53 +338,73 @@ class TrainerSession:
         self._receive()
         return time.monotonic() - self.last_event_at
 
-    def _receive(self) -> None:
-        for event in self._read():
-            self.last_event_at, self.is_verifying = time.monotonic(), bool(event.get("verifying"))
-            if self._last_event_seconds is not None and self._held and self.ready is not None:
-                self.longest_silence = max(self.longest_silence, event["seconds"] - self._last_event_seconds)
-            self._last_event_seconds = event["seconds"] if event["type"] != "idle" else None
-            held = self._held.get(event.get("claim_id", ""))
-            if event["type"] in ("answering", "generated", "answered", "unanswered"):
-                self.inference.receive(event)
-            elif held is not None:
-                held.pending_events.append(event)
-                held.drop_outdated()
-            elif event["type"] == "ready":
-                self.ready, self._memory = _without(event, "spans"), event["memory"]
-                self.idle_since = time.monotonic()
-                for claim_id in self._held:
-                    self._context.spans.reported(claim_id, event)
-            elif event["type"] == "memory":
-                self._memory = event
-                self.speeds = Speeds.of_report(event.get("tick_speeds"))
-                self._context.heartbeat.status["report"] |= _without(event, "type", "seconds", "verifying")
-            elif event["type"] == "load_refused":
-                self.outcome = self._handlers.load_refusal(event["error"], event["ranks"])
-
-    def _read(self) -> list[Json]:
+    def _record_ready(self, ready: Json) -> None:
+        report = {name: ready[name] for name in IN_RECORD if name in ready}
         try:
-            return self._reader.read()
-        except MalformedEvent as error:
-            named = MalformedEvent(error.reason, writer=self._named())
-            log.error("%s", named.message)
-            self.fault = End(reason=EndReason.TRAINER_CRASHED, detail=named.sentence())
-            self._reader.has_more = False
-            return []
+            with applying("ready"):
+                workers.report_trainer(self._context.db, self.trainer_id, report=report)
+        except OUTAGES:
+            raise
+        except LorryError as error:
+            if not isinstance(error, MalformedEvent):
+                error = MalformedEvent("is a 'ready' event that can't be stored")
+            self._distrust(error)
+        self._is_ready_recorded = True
 
-    def _named(self) -> str:
-        return f"Trainer {self.trainer_id} on worker {self._context.worker_id}"
+    def _receive(self) -> None:
+        """Read events, up to the first one that is malformed."""
+        try:
+            for event in self._reader.read():
+                with applying(event["type"]):
+                    self._take(event)
+        except MalformedEvent as error:
+            self._distrust(error)
+            self._reader.has_more = False
+
+    def _take(self, event: Json) -> None:
+        self.last_event_at, self.is_verifying = time.monotonic(), bool(event.get("verifying"))
+        if self._last_event_seconds is not None and self._held and self.ready is not None:
+            self.longest_silence = max(self.longest_silence, event["seconds"] - self._last_event_seconds)
+        self._last_event_seconds = event["seconds"] if event["type"] != "idle" else None
+        held = self._held.get(event.get("claim_id", ""))
+        if event["type"] in ("answering", "generated", "answered", "unanswered"):
+            self.inference.receive(event)
+        elif held is not None:
+            held.pending_events.append(event)
+            held.drop_outdated()
+        elif event["type"] == "ready":
+            if "base_bytes" not in event["memory"]:
+                raise MalformedEvent("is a 'ready' event without the memory of the base model")
+            self.ready, self._memory = _without(event, "spans"), event["memory"]
+            self.idle_since = time.monotonic()
+            for claim_id in self._held:
+                self._context.spans.reported(claim_id, event)
+        elif event["type"] == "memory":
+            self._memory = event
+            self.speeds = Speeds.of_report(event.get("tick_speeds"))
+            self._context.heartbeat.status["report"] |= {name: event[name] for name in IN_HEARTBEAT if name in event}
+        elif event["type"] == "load_refused":
+            self.outcome = self._handlers.load_refusal(event["error"], event["ranks"])
+
+    def _distrust(self, error: MalformedEvent | UnsafePath) -> End:
+        """Have the supervisor kill the trainer. Returns how the attempts of its jobs end."""
+        named = error.by(f"Trainer {self.trainer_id} on worker {self._context.worker_id}")
+        log.error("%s", named.message, exc_info=error.__cause__)
+        self.fault = job_failure(named)
+        return self.fault
 
     def _catch_up(self, held: SessionJob) -> None:
         while held.superseded:
             self.directory.delete(held.claim.claim_id, held.superseded[0])
             del held.superseded[0]
         while held.pending_events:
-            self._handle(held, held.pending_events[0])
+            with applying(held.pending_events[0]["type"]):
+                self._handle(held, held.pending_events[0])
             if held.pending_events:  # the end of an attempt clears them
                 held.pending_events.popleft()
         if self._holds(held) and held.curve.is_due(time.monotonic()):
-            self._flush(held)
+            with applying("stepped"):
+                self._flush(held)
         if self._holds(held) and held.is_to_stop:
             self._stop(held, "cancel")
 
@@ -427,12 +453,8 @@ class TrainerSession:
             if self._holds(held):
                 self._held[held.claim.claim_id] = self._held.pop(held.claim.claim_id)
             raise
-        except UnsafePath as error:
-            named = UnsafePath(error.path_name, error.reason, writer=self._named())
-            log.error("%s %s", held.claim.job.id, named.message)
-            end = job_failure(named)
-            self._end(held, end)
-            self.fault = end
+        except (UnsafePath, MalformedEvent) as error:
+            self._end(held, self._distrust(error))
         except (LorryError, OSError) as error:
             log.exception("%s", held.claim.job.id)
             self._end(held, job_failure(error))

@@ -163,9 +163,8 @@ def test_a_checkpoint_that_is_no_model_is_recorded_in_the_jobs_events(site: Pack
     claim = site.claim()
     session = site.session(claim)
 
-    emit_for(
-        session, claim, "checkpoint_unexported", step=5, error={"code": "disk_error", "message": "The disk failed."}
-    )
+    error = {"code": "disk_error", "message": "The disk failed.", "remedy": "Check the disk."}
+    emit_for(session, claim, "checkpoint_unexported", step=5, error=error)
     session.read_events()
 
     events = queries.events_page(site.db, **site.world.of(claim.job.id)).items
