@@ -6,6 +6,11 @@ from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """Text that a tokenizer returns for the first bytes of a character."""
+MAX_PENDING = 64
+"""Number of tokens without new text after which they are not decoded again with all later ones. Otherwise the time of
+an answer that shows no text would grow with the square of its length."""
+MAX_INCOMPLETE = 3
+"""Maximum number of bytes of a character that is not complete. Some tokenizers return INCOMPLETE for each."""
 
 
 class TextStream:
@@ -25,9 +30,11 @@ class TextStream:
         """Number of characters that were returned."""
         self._decode = decode
         self._ids = list(prompt)
-        self._first = 0
-        """Start of the tokens that are decoded together with new ones."""
+        """The tokens that are decoded together with a new one: those of the last text, and the pending ones."""
         self._num_decoded = len(self._ids)
+        """Number of these tokens that are not pending."""
+        self._num_shown = len(decode(self._ids))
+        """Number of characters of their text that were passed on."""
         self._stops = [stop for stop in stops if stop]
         self._held: str = ""
         """Text that may be the start of a stop sequence."""
@@ -42,19 +49,36 @@ class TextStream:
         if self.is_stopped:
             return ""
         self._ids.append(token)
-        before = self._decode(self._ids[self._first : self._num_decoded])
-        text = self._decode(self._ids[self._first :])
-        if len(text) <= len(before) or text.endswith(INCOMPLETE):
-            return ""
-        self._first, self._num_decoded = self._num_decoded, len(self._ids)
-        return self._final(text[len(before) :])
+        text = self._decode(self._ids)
+        if text.endswith(INCOMPLETE):
+            self._num_shown = min(self._num_shown, len(text))  # invalid text may become shorter
+        elif len(text) > self._num_shown:
+            return self._advance(text)
+        return self._shortened(text) if len(self._ids) - self._num_decoded >= MAX_PENDING else ""
+
+    def _shortened(self, text: str) -> str:
+        """Discard pending tokens without any text, such as special tokens. If more are left than the start of a
+        character has, each token ends within a character, or the text is invalid: pass on the text before that."""
+        pending = self._ids[self._num_decoded :]
+        # Twice, because a decoder may drop the white space at the start of a text.
+        self._ids[self._num_decoded :] = [token for token in pending if self._decode([token, token])]
+        return self._advance(text) if len(self._ids) - self._num_decoded > MAX_INCOMPLETE else ""
+
+    def _advance(self, text: str) -> str:
+        """Pass on the text, except the start of a character, and keep only the pending tokens as context."""
+        most = MAX_INCOMPLETE if text.endswith(INCOMPLETE) else 0
+        num_incomplete = min(most, len(text) - len(text.rstrip(INCOMPLETE)))
+        shown = text[self._num_shown : len(text) - num_incomplete]
+        del self._ids[: self._num_decoded]
+        self._num_decoded = len(self._ids)
+        self._num_shown = len(self._decode(self._ids)) - num_incomplete
+        return self._final(shown)
 
     def finish(self) -> str:
         """Return the rest of the text, after the last token."""
         if self.is_stopped:
             return ""
-        before = self._decode(self._ids[self._first : self._num_decoded])
-        text = self._final(self._decode(self._ids[self._first :])[len(before) :])
+        text = self._final(self._decode(self._ids)[self._num_shown :])
         held, self._held = self._held, ""
         self.num_final += len(held)
         return text + held
