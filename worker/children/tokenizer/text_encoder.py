@@ -138,6 +138,11 @@ class BaseText:
         return text[len(self._tokenizer.decode(before, skip_special_tokens=False)) :]
 
     @cached_property
+    def longest_token(self) -> int:
+        """Maximum number of characters of a token. For byte-level tokens, of its bytes, which are no fewer."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=0)
+
+    @cached_property
     def _letter(self) -> list[int]:
         """Tokens of a text after which any token may follow."""
         return self._tokenizer.encode("a", add_special_tokens=False).ids

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal, cast
 
 from catalog.datasets.chat import Chat
 from lora_core.adapter.flat_adapter import FlatAdapter
@@ -37,6 +38,10 @@ CONTEXT_TOKENS = 5
 """Last tokens of a prompt, after which its answer is decoded."""
 UNLIMITED_TOKENS = 4096
 """Maximum number of tokens of an answer without max_tokens, if the base model has no maximum length."""
+TOKEN_CHARS = 64
+"""Characters that a token of a prompt may cover on average, unless the tokenizer has a longer token. Words have fewer;
+a longer token is a run of one character, such as white space. Some tokenizers drop white space, or use one token for
+any unknown word, so the longest token alone is no limit."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,6 +151,7 @@ class InferenceRequests:
 
     def _add(self, body: AnswerBody) -> None:
         claim_id, text = body["claim_id"], self._text()
+        _check_length(text, body, max_positions=self._engine.base.max_positions)
         prompts = _encoded(text, body)
         batch = self._new_batch() if self._batch is None else self._batch
         max_tokens = [self._max_tokens(ids, body["max_tokens"], batch) for ids in prompts]
@@ -335,23 +341,31 @@ class TimeShare:
 
     def __init__(self) -> None:
         self._owed = 0.0
-        """Seconds by which training is behind its share."""
+        """Seconds by which training is behind its share, without those of `_prepared`."""
+        self._prepared = 0.0
+        """Seconds of preparation that training has not got back."""
 
     def is_training_next(self) -> bool:
-        return self._owed >= 0
+        return self._owed + self._prepared >= 0
 
-    def spent(self, *, training: float = 0.0, inference: float = 0.0) -> None:
-        """Record seconds. A debt is limited to the last turn, so that neither side waits for long."""
+    def spent(self, *, training: float = 0.0, inference: float = 0.0, preparation: float = 0.0) -> None:
+        """Record seconds. A debt is limited to the last turn, so that neither side waits for long.
+
+        preparation: of inference, before an answer begins. Training gets all of it back, in as many turns as that
+        takes, because one long prompt may take longer than many ticks.
+        """
         if training:
-            self._owed = -training * (1 - self.TRAINING_SHARE) / self.TRAINING_SHARE
+            allowed = training * (1 - self.TRAINING_SHARE) / self.TRAINING_SHARE
+            self._prepared, allowed = max(0.0, self._prepared - allowed), max(0.0, allowed - self._prepared)
+            self._owed = -allowed
         self._owed += inference
+        self._prepared += preparation
 
-    def measure(self, act: Callable[[], None], *, is_training: bool) -> None:
+    def measure(self, act: Callable[[], None], kind: Literal["training", "inference", "preparation"]) -> None:
         """Do something, and record its duration."""
         began_at = time.monotonic()
         act()
-        seconds = time.monotonic() - began_at
-        self.spent(training=seconds if is_training else 0.0, inference=0.0 if is_training else seconds)
+        self.spent(**{kind: time.monotonic() - began_at})
 
 
 def _of_events(deltas: Sequence[Json]) -> Iterator[list[Json]]:
@@ -388,6 +402,39 @@ def _parts(delta: Json) -> list[Json]:
 
 def _digest(body: AnswerBody) -> str:
     return "" if body["adapter"] is None else body["adapter"]["digest"]
+
+
+def _check_length(text: BaseText, body: AnswerBody, *, max_positions: int | None) -> None:
+    """Raise ConfigError if a prompt can't fit. Its characters are counted, because to tokenize a very long prompt would
+    delay training for seconds."""
+    prompts: list[object] = (
+        [[body["messages"], body.get("tools")]] if "messages" in body else [*body.get("prompts", ())]
+    )
+    num_chars = max(map(_num_chars, prompts), default=0)
+    if max_positions is None or num_chars <= max_positions * TOKEN_CHARS:
+        return
+    most = max_positions * max(TOKEN_CHARS, text.longest_token)
+    if num_chars > most:
+        raise ConfigError(
+            f"The prompt has {num_chars} characters, but the base model supports at most {max_positions} tokens for "
+            f"prompt and answer together, which are at most {most} characters.",
+            remedy="Shorten the prompt.",
+            code="context_length_exceeded",
+        )
+
+
+def _num_chars(prompt: object) -> int:
+    """Return the number of characters of all texts in messages and tools, or of a text."""
+    total, left = 0, [prompt]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            total += len(one)
+        elif isinstance(one, dict):
+            left += chain.from_iterable(cast(dict[str, object], one).items())
+        elif isinstance(one, list):
+            left += cast(list[object], one)
+    return total
 
 
 def _encoded(text: BaseText, body: AnswerBody) -> list[tuple[int, ...]]:

@@ -35,7 +35,6 @@ from lora_core.engine.engine import Engine
 from lora_core.engine.warm_up import warm_up
 from lora_core.errors import LoraCoreError
 from worker.children.trainer.file_broadcast import rendezvous_of
-from worker.children.trainer.inference import TimeShare
 from worker.children.trainer.job_config import engine_config
 from worker.children.trainer.message_handlers import MessageHandlers
 from worker.children.trainer.outputs import open_log
@@ -124,16 +123,16 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
 def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | None) -> None:
     """Train jobs and answer inference requests. `busy_at`: when the trainer last had something to do, on its monotonic
     clock."""
-    engine, is_idle, share = handlers.engine, False, TimeShare()
+    engine, is_idle, share = handlers.engine, False, handlers.share
     while not handlers.is_exiting:
-        handlers.read_inbox()
+        handlers.read_inbox(begins_answers=True)
         has_requests = engine.ranks.broadcast(not handlers.inference.is_idle)
         if has_requests and (engine.idle or not engine.ranks.broadcast(share.is_training_next())):
             busy_at, is_idle = time.monotonic(), False
-            share.measure(handlers.answer, is_training=False)
+            share.measure(handlers.answer, "inference")
         elif not engine.idle:
             busy_at, is_idle = time.monotonic(), False
-            share.measure(handlers.tick, is_training=True)
+            share.measure(handlers.tick, "training")
         else:
             if not is_idle:
                 handlers.release_memory()

@@ -28,8 +28,9 @@ from worker.children.trainer.checkpoint_writer import (
     writes_while_training,
 )
 from worker.children.trainer.file_broadcast import forget, receive_files
-from worker.children.trainer.inference import InferenceRequests
+from worker.children.trainer.inference import InferenceRequests, TimeShare
 from worker.children.trainer.job_config import job_config
+from worker.children.trainer.message_queue import MessageQueue
 from worker.children.trainer.outputs import (
     AdmittedJob,
     BaseReference,
@@ -41,7 +42,6 @@ from worker.children.trainer.outputs import (
     sample_records,
     sample_request,
     steps_to_sample,
-    taken,
 )
 from worker.node.devices import free_host_bytes
 from worker.protocol.errors import described, error_report
@@ -75,13 +75,15 @@ class MessageHandlers:
         self._directory = directory
         self._settings = directory.settings()
         self._ranks = engine.ranks
-        self._inbox = InboxReader(directory)
+        self._messages = MessageQueue(InboxReader(directory), engine.ranks)
         self._log = TrainerLog(self._settings, logs_events=engine.ranks.leads)
         self._jobs: dict[str, AdmittedJob] = {}
         self._text: BaseText | None = None
         self.inference = InferenceRequests(
             engine, directory, events, text=self._base_text, free_host_bytes=free_host_bytes
         )
+        self.share = TimeShare()
+        """How the trainer divides its time. Only the leader's is used."""
         self._writer = CheckpointWriter(free_host_bytes=free_host_bytes)
         self._writes_while_training = writes_while_training(directory.device(), engine.ranks)
         self._reported_at = time.monotonic()
@@ -89,9 +91,17 @@ class MessageHandlers:
 
     # Messages of the worker
 
-    def read_inbox(self) -> None:
-        """Handle the new messages in their order. Consecutive messages that make jobs leave are handled together."""
-        for releases, messages in groupby(taken(self._inbox, self._ranks), lambda message: message.verb in RELEASING):
+    def read_inbox(self, *, begins_answers: bool) -> None:
+        """Handle the new messages in their order. Consecutive messages that make jobs leave are handled together.
+
+        begins_answers: while a job trains, handle one `answer` message if inference has its turn. False: none. To
+        encode a long prompt may take longer than many ticks, so the others wait.
+        """
+        num_answers = None
+        if not self.engine.idle:
+            num_answers = int(begins_answers and not self.share.is_training_next())
+        due = self._messages.take(num_answers=num_answers)
+        for releases, messages in groupby(due, lambda message: message.verb in RELEASING):
             if releases:
                 self._release(messages)
             else:
@@ -106,11 +116,18 @@ class MessageHandlers:
             self._evict(message.body["claim_id"])
             self.events.write({"type": "cancelled", "claim_id": message.body["claim_id"]})
         elif message.verb == "answer":
-            self.inference.add(cast(AnswerBody, message.body))
+            self._begin_answer(cast(AnswerBody, message.body))
         elif message.verb == "stop_answering":
             self.inference.remove(message.body["claim_id"])
         elif message.verb == "unload":
             self.is_exiting = not self._jobs
+
+    def _begin_answer(self, body: AnswerBody) -> None:
+        begin = partial(self.inference.add, body)
+        if self.engine.idle:
+            begin()
+        else:
+            self.share.measure(begin, "preparation")
 
     def _release(self, messages: Iterable[TrainerMessage]) -> None:
         # The time to leave may be short. A checkpoint loses no work, so all are written and reported before the first
@@ -239,7 +256,7 @@ class MessageHandlers:
         while not self._ranks.broadcast(generation is None or generation.is_complete):
             if generation is not None:
                 self._advance(generation, step_of)
-            self.read_inbox()
+            self.read_inbox(begins_answers=False)
             self.report()
         for job, answers in generation.answers().items() if generation is not None else ():
             if job in self._jobs:

@@ -24,16 +24,9 @@ from lora_core.forward.progress_hooks import Between
 from lora_core.runtime.device_errors import is_device_fault, shortage_of
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.protocol.errors import print_handled
-from worker.protocol.mailbox import InboxReader, Json, TrainerMessage, timed
+from worker.protocol.mailbox import Json, timed
 
 EVENT_TYPES = {JobStepped: "stepped", JobEvaluated: "evaluated", JobFinished: "finished", JobDiverged: "diverged"}
-
-
-def taken(inbox: InboxReader, ranks: Ranks) -> list[TrainerMessage]:
-    """Return the new messages, on every rank."""
-    found = inbox.take() if ranks.leads else []
-    messages = ranks.broadcast([[message.verb, message.body] for message in found])
-    return [TrainerMessage(verb=verb, body=body) for verb, body in messages]
 
 
 def datasets_of(

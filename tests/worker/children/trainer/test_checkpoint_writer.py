@@ -88,7 +88,7 @@ class Trainer:
 
     def send(self, verb: Verb, claim_id: str = "claim-1") -> None:
         self._inbox.send(verb, claim_id=claim_id)
-        self.handlers.read_inbox()
+        self.handlers.read_inbox(begins_answers=True)
 
     def events(self, *wanted: str) -> list[Json]:
         return [event for event in events_in(self.directory) if event["type"] in wanted or not wanted]

@@ -311,7 +311,7 @@ def leave(
     inbox = InboxWriter(directory)
     for verb, claim_id in verbs:
         inbox.send(verb, **({} if claim_id is None else {"claim_id": claim_id}))
-    trainer.read_inbox()
+    trainer.read_inbox(begins_answers=True)
     return events_in(directory)
 
 
