@@ -143,7 +143,7 @@ def byte_fallback(text: str, known: str) -> tuple[Tokenizer, list[int]]:
 
 def check(tokenizer: Tokenizer, ids: list[int], runs: dict[int, int]) -> None:
     """Check a stream of the tokens, with runs of special tokens before those at some places."""
-    special = tokenizer.token_to_id(SPECIAL)
+    special: Any = tokenizer.token_to_id(SPECIAL)
     given = [each for place, ident in enumerate(ids) for each in (*[special] * runs.get(place, 0), ident)]
     decode = Counted(tokenizer)
     stream = TextStream(decode)
