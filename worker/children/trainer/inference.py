@@ -407,10 +407,7 @@ def _digest(body: AnswerBody) -> str:
 def _check_length(text: BaseText, body: AnswerBody, *, max_positions: int | None) -> None:
     """Raise ConfigError if a prompt can't fit. Its characters are counted, because to tokenize a very long prompt would
     delay training for seconds."""
-    prompts: list[object] = (
-        [[body["messages"], body.get("tools")]] if "messages" in body else [*body.get("prompts", ())]
-    )
-    num_chars = max(map(_num_chars, prompts), default=0)
+    num_chars = max(map(_num_chars, _prompts(body)), default=0)
     if max_positions is None or num_chars <= max_positions * TOKEN_CHARS:
         return
     most = max_positions * max(TOKEN_CHARS, text.longest_token)
@@ -421,6 +418,15 @@ def _check_length(text: BaseText, body: AnswerBody, *, max_positions: int | None
             remedy="Shorten the prompt.",
             code="context_length_exceeded",
         )
+
+
+def prompt_chars(body: AnswerBody) -> int:
+    """Return the number of characters of all prompts of a request."""
+    return sum(map(_num_chars, _prompts(body)))
+
+
+def _prompts(body: AnswerBody) -> list[object]:
+    return [[body["messages"], body.get("tools")]] if "messages" in body else [*body.get("prompts", ())]
 
 
 def _num_chars(prompt: object) -> int:

@@ -5,6 +5,7 @@ main.py calls `read_inbox`, `tick` and `report` in a loop. Messages are handled 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -30,7 +31,7 @@ from worker.children.trainer.checkpoint_writer import (
 from worker.children.trainer.file_broadcast import forget, receive_files
 from worker.children.trainer.inference import InferenceRequests, TimeShare
 from worker.children.trainer.job_config import job_config
-from worker.children.trainer.message_queue import MessageQueue
+from worker.children.trainer.message_queue import ANSWER_CHARS, MessageQueue
 from worker.children.trainer.outputs import (
     AdmittedJob,
     BaseReference,
@@ -94,13 +95,13 @@ class MessageHandlers:
     def read_inbox(self, *, begins_answers: bool) -> None:
         """Handle the new messages in their order. Consecutive messages that make jobs leave are handled together.
 
-        begins_answers: while a job trains, handle one `answer` message if inference has its turn. False: none. To
+        begins_answers: while a job trains, handle some `answer` messages if inference has its turn. False: none. To
         encode a long prompt may take longer than many ticks, so the others wait.
         """
-        num_answers = None
+        answer_chars = math.inf
         if not self.engine.idle:
-            num_answers = int(begins_answers and not self.share.is_training_next())
-        due = self._messages.take(num_answers=num_answers)
+            answer_chars = ANSWER_CHARS if begins_answers and not self.share.is_training_next() else 0
+        due = self._messages.take(answer_chars=answer_chars)
         for releases, messages in groupby(due, lambda message: message.verb in RELEASING):
             if releases:
                 self._release(messages)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from lora_core.distributed.ranks import Ranks
-from worker.protocol.mailbox import InboxReader, TrainerMessage
+from worker.children.trainer.inference import prompt_chars
+from worker.protocol.mailbox import AnswerBody, InboxReader, TrainerMessage
+
+ANSWER_CHARS = 20_000
+"""Characters of prompts that are encoded between two ticks or passes, in some hundredths of a second. At least one
+prompt is."""
 
 
 class MessageQueue:
@@ -18,20 +25,20 @@ class MessageQueue:
         self._answers: list[TrainerMessage] = []
         """On the leader: `answer` messages that are not handled yet, in their order."""
 
-    def take(self, *, num_answers: int | None) -> list[TrainerMessage]:
+    def take(self, *, answer_chars: float) -> list[TrainerMessage]:
         """Return the messages to handle now, on every rank.
 
-        num_answers: maximum number of `answer` messages if jobs train. None: without a limit, because no job trains. A
-        job in the same messages counts as one that trains.
+        answer_chars: `answer` messages are due until their prompts have this many characters together. Infinite: no job
+        trains. A job in the same messages counts as one that trains.
         """
-        messages = self._due(num_answers) if self._ranks.leads else []
+        messages = self._due(answer_chars) if self._ranks.leads else []
         sent = self._ranks.broadcast([[message.verb, message.body] for message in messages])
         return [TrainerMessage(verb=verb, body=body) for verb, body in sent]
 
-    def _due(self, num_answers: int | None) -> list[TrainerMessage]:
+    def _due(self, answer_chars: float) -> list[TrainerMessage]:
         messages = [*self._answers, *self._inbox.take()]
-        if num_answers is None:
-            num_answers = 1 if any(message.verb == "admit" for message in messages) else len(messages)
+        if any(message.verb == "admit" for message in messages):
+            answer_chars = min(answer_chars, ANSWER_CHARS)
         stopped = {message.body["claim_id"] for message in messages if message.verb == "stop_answering"}
         due: list[TrainerMessage] = []
         self._answers = []
@@ -39,6 +46,6 @@ class MessageQueue:
             if message.verb != "answer":
                 due.append(message)
             elif message.body["claim_id"] not in stopped:
-                (due if num_answers > 0 else self._answers).append(message)
-                num_answers -= 1
+                (due if answer_chars > 0 else self._answers).append(message)
+                answer_chars -= max(1, prompt_chars(cast(AnswerBody, message.body)))
         return due

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer import inference, main
 from worker.children.trainer.inference import TOKEN_CHARS, InferenceRequests, TimeShare
 from worker.children.trainer.message_handlers import MessageHandlers
-from worker.children.trainer.message_queue import MessageQueue
+from worker.children.trainer.message_queue import ANSWER_CHARS, MessageQueue
 from worker.protocol.mailbox import EventWriter, InboxReader, InboxWriter, Json, TrainerDirectory
 
 LONGEST = tiny_base.MAX_POSITIONS * TOKEN_CHARS
@@ -156,7 +157,7 @@ def test_job_keeps_half_of_the_time_while_clients_send_long_prompts(
     for name, replacement in {"inference": fake, "tick": tick, "report": lambda: None}.items():
         monkeypatch.setattr(handlers, name, replacement)
     for number in range(100):
-        inbox.send("answer", **body(f"req-{number}"))
+        inbox.send("answer", **body(f"req-{number}", prompts=["a" * ANSWER_CHARS]))
 
     main.train(handlers, busy_at=0.0, idle_seconds=None)
 
@@ -170,8 +171,8 @@ def queue(directory: TrainerDirectory) -> MessageQueue:
     return MessageQueue(InboxReader(directory), ALONE)
 
 
-def taken(queue: MessageQueue, num_answers: int | None) -> list[str]:
-    return [f"{message.verb} {message.body['claim_id']}" for message in queue.take(num_answers=num_answers)]
+def taken(queue: MessageQueue, answer_chars: float) -> list[str]:
+    return [f"{message.verb} {message.body['claim_id']}" for message in queue.take(answer_chars=answer_chars)]
 
 
 def test_answers_wait_in_their_order_and_other_messages_do_not(
@@ -197,12 +198,24 @@ def test_all_answers_begin_at_once_only_while_no_job_trains(
     queue: MessageQueue, directory: TrainerDirectory, num_jobs: int, expected: list[str]
 ) -> None:
     inbox = InboxWriter(directory)
-    inbox.send("answer", claim_id="a")
+    inbox.send("answer", claim_id="a", prompts=["a" * ANSWER_CHARS])
     for _ in range(num_jobs):
         inbox.send("admit", claim_id="job")
-    inbox.send("answer", claim_id="b")
+    inbox.send("answer", claim_id="b", prompts=["b"])
 
-    assert taken(queue, None) == expected
+    assert taken(queue, math.inf) == expected
+
+
+def test_answers_begin_until_their_prompts_have_the_characters(
+    queue: MessageQueue, directory: TrainerDirectory
+) -> None:
+    inbox = InboxWriter(directory)
+    for claim_id, prompts in {"a": ["abc", "d"], "b": ["abcdef"], "c": ["a"]}.items():
+        inbox.send("answer", claim_id=claim_id, prompts=prompts)
+    inbox.send("answer", claim_id="d", messages=[turn("Hi")])
+
+    assert taken(queue, 5) == ["answer a", "answer b"]
+    assert taken(queue, 2) == ["answer c", "answer d"]
 
 
 class Follower:
