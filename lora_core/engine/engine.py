@@ -107,6 +107,7 @@ class Engine:
             device=base.device,
             item_bytes=base.dtype.itemsize,
             mode=config.checkpoint_blocks,
+            is_compiled=self.elementwise_kernels == "cuda",
         )
         self._memory = MemoryRecovery(self.activations, token_budget=config.token_budget, num_ranks=ranks.size)
         agree(ranks, [], self.activations)

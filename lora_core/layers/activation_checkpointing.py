@@ -24,6 +24,12 @@ USABLE = 0.9
 """Usable fraction of free memory, since the allocator leaves gaps."""
 MIN_MEASURED_TOKENS = 512
 """Minimum tokens of a tick that measures the bytes per token. In smaller ones the constant part dominates."""
+GATED_MLP = {"gate_proj", "up_proj", "down_proj"}
+SHARED_INPUTS = {"k_proj", "v_proj", "up_proj"}
+"""Linears that read the same input as another, which is kept once."""
+RECOMPUTED_INPUTS = {"q_proj", "gate_proj", "down_proj"}
+"""Linears of a model with gated MLPs that read a norm or a gated activation. The backward of a GPU's compiled kernels
+recomputes these inputs."""
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -53,13 +59,26 @@ class ActivationMemory:
     """Decides whether a tick is checkpointed, from the measured bytes per token of ticks that weren't.
 
     "auto" depends on memory on a GPU, and never checkpoints on a CPU, where no allocator reports free memory. Until a
-    tick has measured it, a token is estimated by the inputs and outputs of all linears.
+    tick has measured it, a token is estimated by the inputs and outputs of linears that a tick keeps. An estimate above
+    what the device has free for a whole tick would not be corrected, because only ticks without checkpointing measure.
+
+    `num_checkpointed` counts the ticks that were checkpointed.
     """
 
-    def __init__(self, linears: dict[str, nn.Module], *, device: str, item_bytes: int, mode: CheckpointBlocks) -> None:
+    def __init__(
+        self,
+        linears: dict[str, nn.Module],
+        *,
+        device: str,
+        item_bytes: int,
+        mode: CheckpointBlocks,
+        is_compiled: bool = False,
+    ) -> None:
+        """`is_compiled`: compiled kernels of a GPU compute all norms and gated MLPs."""
         self.mode = mode
+        self.num_checkpointed = 0
         self._device = device
-        numbers = sum(size for linear in linears.values() for size in _weight_shape(linear))
+        numbers = _kept_numbers(linears, is_compiled=is_compiled)
         self._guessed_bytes_per_token = self.bytes_per_token = MARGIN * numbers * item_bytes
         self._is_shown = False
         self._others_bytes_per_token, self._lacking_bytes = 0.0, 0  # of other ranks, see `adopt_ranks`
@@ -123,6 +142,7 @@ class ActivationMemory:
         """Measure the bytes per token in the block. A tick that fails changes nothing."""
         if not self._measures or kind != "train" or checkpointed or num_tokens < MIN_MEASURED_TOKENS:
             yield
+            self.num_checkpointed += checkpointed
             return
         self._peak_bytes = self.peak_bytes()
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -158,6 +178,17 @@ def _free_bytes(device: str) -> int:
 
 def _cached_bytes(device: str) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _kept_numbers(linears: dict[str, nn.Module], *, is_compiled: bool) -> int:
+    """Return the numbers that a token keeps for the backward: outputs, and inputs that are not recomputed.
+
+    Single operations keep copies of inputs, so all inputs count for them, also shared ones.
+    """
+    last_names = {name: name.rpartition(".")[2] for name in linears}
+    left_out = SHARED_INPUTS | RECOMPUTED_INPUTS if is_compiled and set(last_names.values()) >= GATED_MLP else set()
+    shapes = ((last_names[name], *_weight_shape(linear)) for name, linear in linears.items())
+    return sum(out_features + (0 if last in left_out else in_features) for last, out_features, in_features in shapes)
 
 
 def _weight_shape(linear: nn.Module) -> tuple[int, ...]:

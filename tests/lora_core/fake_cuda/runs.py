@@ -117,6 +117,7 @@ def measured_tick(
             "base_bytes": base.num_bytes,
             "adapter_bytes": engine.memory()["adapter_bytes"],
             "elementwise_kernels": engine.elementwise_kernels,
+            "assumed_bytes_per_token": engine.activations.bytes_per_token,
             "warnings": warnings,
         }
     return _report(counts) | sizes

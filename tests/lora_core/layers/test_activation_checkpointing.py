@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from catalog.resources.memory import activation_bytes_per_token
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.engine.engine import Engine
@@ -153,6 +154,38 @@ def test_initial_estimate_per_token_is_inputs_and_outputs_of_linears(monkeypatch
     assert memory.bytes_per_token == pytest.approx(1.25 * 2 * 1024)
     assert not memory.checkpoints(370_000)
     assert memory.checkpoints(380_000)
+
+
+@pytest.mark.parametrize("shape", ["1b", "8b"])
+def test_initial_estimate_with_compiled_kernels_is_that_of_the_service(shape: str) -> None:
+    """An 8B base model and 16 jobs leave 55 GB of an H100, and the service's ticks of 8,192 tokens keep 31 GB."""
+    hidden, feed_forward, keys, layers = {"1b": (2048, 8192, 512, 16), "8b": (4096, 14336, 1024, 32)}[shape]
+    outputs = {"q_proj": hidden, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
+    outputs |= {"gate_proj": feed_forward, "up_proj": feed_forward, "down_proj": hidden}
+    inputs = dict.fromkeys(outputs, hidden) | {"down_proj": feed_forward}
+    linears: dict[str, nn.Module] = {
+        f"layers.{layer}.{name}": nn.Linear(inputs[name], outputs[name], device="meta")
+        for layer in range(layers)
+        for name in outputs
+    }
+    shapes = {name: [[outputs[name], inputs[name]], layers] for name in outputs}
+
+    compiled, single = (
+        ActivationMemory(linears, device="cuda:0", item_bytes=2, mode="auto", is_compiled=is_compiled).bytes_per_token
+        for is_compiled in (True, False)
+    )
+
+    assert compiled == 1.25 * activation_bytes_per_token(shapes, "bfloat16", "cuda")
+    assert single == 1.25 * 2 * layers * (sum(outputs.values()) + sum(inputs.values()))
+    assert shape != "8b" or 8192 * compiled < 0.9 * 55e9 < 8192 * single
+
+
+def test_initial_estimate_counts_all_inputs_without_gated_mlps() -> None:
+    linears: dict[str, nn.Module] = {name: nn.Linear(8, 8, device="meta") for name in ("q_proj", "k_proj", "fc1")}
+
+    memory_of_gpu = ActivationMemory(linears, device="cuda:0", item_bytes=2, mode="auto", is_compiled=True)
+
+    assert memory_of_gpu.bytes_per_token == 1.25 * 2 * 3 * 16
 
 
 def test_ticks_measure_bytes_per_token_unless_small_or_failed(monkeypatch) -> None:
