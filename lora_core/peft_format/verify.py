@@ -261,20 +261,28 @@ def _step(_linear: torch.nn.Module, inputs: tuple[Tensor, ...], *, random: torch
 
 @contextmanager
 def _adapted(model: torch.nn.Module, directory: Path, *, device: str, in_fp32: bool = True) -> Iterator[PeftModel]:
-    """Attach the adapter to the base model's modules with PEFT, on `device`, even if the weights are offloaded.
+    """Attach the adapter to the base model's modules with PEFT, on `device`, even if the weights are offloaded."""
+    with restored(model):
+        adapted = None
+        try:
+            adapted = _load_adapter(model, directory, in_fp32=in_fp32)
+            _bring(adapted, device)
+            yield adapted
+        finally:
+            if adapted is not None:
+                adapted.unload()
 
-    The original modules are restored at the end, also if PEFT fails halfway, because packmates keep using this base
-    model.
+
+@contextmanager
+def restored(model: torch.nn.Module) -> Iterator[None]:
+    """Restore the modules and attributes of a base model after the block, also if PEFT fails in it halfway.
+
+    Packmates keep using this base model.
     """
     own, attributes = dict(model.named_modules()), set(vars(model))
-    adapted = None
     try:
-        adapted = _load_adapter(model, directory, in_fp32=in_fp32)
-        _bring(adapted, device)
-        yield adapted
+        yield
     finally:
-        if adapted is not None:
-            adapted.unload()
         for path, module in own.items():  # outer modules first
             if path and model.get_submodule(path) is not module:
                 model.set_submodule(path, module)

@@ -21,18 +21,20 @@ from benchmarks.gpu.kit.sizes import Budgets
 from benchmarks.results import median_ratio
 from benchmarks.workload import batches
 from lora_core.base_model.model import BaseModel
+from lora_core.peft_format.verify import restored
 
 WARM_STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """Tokens, time and loss of one step of every job."""
+    """Tokens, time and loss of one step of every job. `recomputed` is the number of ticks that recomputed blocks."""
 
     tokens: int
     seconds: float
     loss: float
     ticks: int = 0
+    recomputed: int = 0
 
     @property
     def rate(self) -> float:
@@ -62,33 +64,38 @@ def compare(kit: Kit, shape: Shape) -> None:
         f"PEFT with Trainer, {several} one after another": lambda: peft_trainer(kit, base, many),
         f"Lorry, {several} in one tick": lambda: lorry(kit, base, many, wide),
     }
-    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+    turns: dict[str, dict[int, Turn]] = {name: {} for name in contenders}
     for number in range(1, 1 + kit.sizes.repeats):
         for name, take in contenders.items():
             with kit.attempt(f"{name}, turn {number}, {shape.name}"):
-                turn = take()
-                turns[name].append(turn)
-                details = {"seconds": turn.seconds, "loss": turn.loss, "ticks": turn.ticks}
-                kit.tell(f"{name}, turn {number}, {shape.name}", turn.rate, "tokens/s", **details)
+                turn = turns[name][number] = take()
+                kit.tell(f"{name}, turn {number}, {shape.name}", turn.rate, "tokens/s", **_details(turn))
         for name, taken in turns.items():
             if taken:
-                middle = sorted(taken, key=lambda turn: turn.rate)[len(taken) // 2]
+                middle = sorted(taken.values(), key=lambda turn: turn.rate)[len(taken) // 2]
                 told = f"median of {len(taken)}: {name}, {base_name(kit, base)}"
-                tell_rate(kit, base, told, rank=many.rank, tokens=middle.tokens, seconds=middle.seconds)
+                details = {"ticks": middle.ticks, "recomputed_ticks": middle.recomputed} if middle.ticks else {}
+                tell_rate(kit, base, told, rank=many.rank, tokens=middle.tokens, seconds=middle.seconds, **details)
         _tell_ratios(kit, shape, turns, several)
 
 
-def _tell_ratios(kit: Kit, shape: Shape, turns: dict[str, list[Turn]], several: str) -> None:
+def _details(turn: Turn) -> dict[str, float]:
+    of_engine = {"ticks": turn.ticks, "recomputed_ticks": turn.recomputed} if turn.ticks else {}
+    return {"seconds": turn.seconds, "loss": turn.loss, **of_engine}
+
+
+def _tell_ratios(kit: Kit, shape: Shape, turns: dict[str, dict[int, Turn]], several: str) -> None:
+    """Compare the turns that succeeded for both contenders."""
     for ours, theirs in (
         (f"Lorry, {several}", f"PEFT in a loop, {several} one after another"),
         (f"Lorry, {several} in one tick", f"PEFT in a loop, {several} one after another"),
         (f"Lorry, {several}", f"PEFT with Trainer, {several} one after another"),
         ("Lorry, 1 job", "PEFT in a loop, 1 job"),
     ):
-        pair = turns[ours], turns[theirs]
-        if pair[0] and len(pair[0]) == len(pair[1]):
-            ratio = median_ratio(*([turn.rate for turn in taken] for taken in pair))
-            kit.tell(f"{ours} over {theirs}, {shape.name}", ratio, "times", turns=len(pair[0]))
+        both = sorted(turns[ours].keys() & turns[theirs].keys())
+        if both:
+            ratio = median_ratio(*([turns[name][number].rate for number in both] for name in (ours, theirs)))
+            kit.tell(f"{ours} over {theirs}, {shape.name}", ratio, "times", turns=len(both))
 
 
 def lorry(kit: Kit, base: BaseModel, load: Load, budgets: Budgets) -> Turn:
@@ -101,7 +108,13 @@ def lorry(kit: Kit, base: BaseModel, load: Load, budgets: Budgets) -> Turn:
         stepped = opened.step()
         kit.synchronize()
         seconds = perf_counter() - started
-    return Turn(tokens=stepped.tokens, seconds=seconds, loss=stepped.loss, ticks=stepped.ticks)
+    return Turn(
+        tokens=stepped.tokens,
+        seconds=seconds,
+        loss=stepped.loss,
+        ticks=stepped.ticks,
+        recomputed=stepped.recomputed,
+    )
 
 
 def peft_loop(kit: Kit, base: BaseModel, load: Load) -> Turn:
@@ -174,7 +187,7 @@ def peft_trainer(kit: Kit, base: BaseModel, load: Load) -> Turn:
 
 @contextmanager
 def adapted(base: BaseModel, rank: int, *, in_float32: bool = False) -> Iterator[Any]:
-    """Wrap the base model by PEFT within the block, and restore it afterwards.
+    """Wrap the base model by PEFT within the block, and restore it afterwards, also if PEFT is interrupted halfway.
 
     Adapters have the base model's dtype, or with `in_float32` PEFT's default.
     """
@@ -182,15 +195,13 @@ def adapted(base: BaseModel, rank: int, *, in_float32: bool = False) -> Iterator
 
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with base.untouched() as untouched:
-        model = get_peft_model(cast(Any, untouched), settings, autocast_adapter_dtype=in_float32)
-        model.train()
         try:
-            yield model
+            with restored(untouched):
+                model = get_peft_model(cast(Any, untouched), settings, autocast_adapter_dtype=in_float32)
+                model.train()
+                yield model
         finally:
-            cast(Any, model).unload()
             untouched.requires_grad_(False).eval()
-            if hasattr(untouched, "peft_config"):
-                del untouched.peft_config
 
 
 def _batches(base: BaseModel, load: Load) -> list[list[dict[str, list[int]]]]:

@@ -22,15 +22,12 @@ from benchmarks.workload import ROOT
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import find_linears
 from lora_core.kernels.selection import Kernels, choose_kernels
+from lora_core.layers.activation_checkpointing import RECOMPUTED_INPUTS, SHARED_INPUTS
 
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpyAsync")
+"""Calls in which the host waits for the device. A copy of pageable memory waits for the work before it."""
 TOP = 25
-SHARED = {"k_proj", "v_proj", "up_proj"}
-"""Linears that read the same input as another, so that it is kept once."""
-RECOMPUTED = {"q_proj", "gate_proj", "down_proj"}
-"""Linears whose input the kernels of a GPU recompute, and single torch operations keep twice. All bases of the kit have
-gated MLPs and bf16 weights."""
 
 
 def small(kit: Kit) -> None:
@@ -103,10 +100,13 @@ def _wide(tokens: int) -> Budgets:
 
 
 def kept_bytes_per_token(base: BaseModel) -> int:
-    """Return activation_bytes_per_token of catalog/resources/memory.py, whose module a bare machine can't import."""
-    copies = dict.fromkeys(SHARED, 0)
+    """Return activation_bytes_per_token of catalog/resources/memory.py, whose module a bare machine can't import.
+
+    All bases of the kit have gated MLPs and bf16 weights, of which single operations on a GPU keep some inputs twice.
+    """
+    copies = dict.fromkeys(SHARED_INPUTS, 0)
     if base.device.startswith("cuda"):
-        copies |= dict.fromkeys(RECOMPUTED, 0 if base.kernels.elementwise == "compiled" else 2)
+        copies |= dict.fromkeys(RECOMPUTED_INPUTS, 0 if base.kernels.elementwise == "compiled" else 2)
     numbers = 0
     for name, linear in find_linears(base.model).items():
         out_features, in_features = cast(torch.Tensor, linear.weight).shape
@@ -142,14 +142,11 @@ def _profile(kit: Kit, opened: Session, base: BaseModel, named: str) -> None:
     kit.synchronize()
     started = time.perf_counter()
     stepped = opened.step()
-    returned = time.perf_counter() - started
     kit.synchronize()
     wall = time.perf_counter() - started
-    tell_rate(
-        kit, base, f"rate, {named}", rank=opened.load.rank, tokens=stepped.tokens, seconds=wall, ticks=stepped.ticks
-    )
+    details = {"ticks": stepped.ticks, "recomputed_ticks": stepped.recomputed}
+    tell_rate(kit, base, f"rate, {named}", rank=opened.load.rank, tokens=stepped.tokens, seconds=wall, **details)
     kit.tell(f"FLOPs of adapters per token, {named}", lora_flops_per_token(base, opened.load.rank), "FLOP")
-    kit.tell(f"step until the host is free, {named}", 1e3 * returned, "ms", wall_ms=1e3 * wall)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kit.on_gpu else [])]
     with profile(activities=activities, acc_events=True) as recorded:
         opened.step()

@@ -29,6 +29,10 @@ Weights = dict[str, Tensor]
 CheckpointMode = Literal["auto", "always", "never"]
 
 
+EARLY = ("a second run", "recomputed blocks")
+"""Variants of all base models that run before the other checks of any, which take longer."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
     """Weights on the host and greedy answers after training, by job."""
@@ -37,15 +41,32 @@ class Trained:
     answers: dict[str, list[tuple[int, ...]]]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """A tiny base model and its jobs after they trained in one pack. `scratch` is a folder for their files."""
+
+    named: str
+    base: BaseModel
+    jobs: dict[str, Submission]
+    trained: Trained
+    scratch: Path
+
+
 def properties(kit: Kit) -> None:
     with TemporaryDirectory() as folder:
         for family, model in tiny_models().items():
             model.save_pretrained(Path(folder) / family)
+        found: list[Packed] = []
         for dtype in ("bfloat16", "float32") if kit.on_gpu else ("float32",):
             for family in ("llama", "gpt2"):
-                with kit.attempt(f"{family} in {dtype}"), TemporaryDirectory() as scratch:
+                with kit.attempt(f"{family} in {dtype}"):
                     base = load_base(Path(folder) / family, dtype=cast(Any, dtype), device=kit.sizes.device)
-                    _check(kit, base, family, f"{family} {dtype}", Path(scratch))
+                    found.append(_packed(kit, base, family, f"{family} {dtype}", Path(folder)))
+                    _compare_variants(kit, found[-1], early=True)
+        for packed in found:
+            _compare_variants(kit, packed, early=False)
+        for packed in found:
+            _compare_alone(kit, packed)
 
 
 def tiny_models() -> dict[str, LlamaForCausalLM | GPT2LMHeadModel]:
@@ -65,31 +86,41 @@ def tiny_models() -> dict[str, LlamaForCausalLM | GPT2LMHeadModel]:
     return {"llama": LlamaForCausalLM(llama), "gpt2": GPT2LMHeadModel(gpt2)}
 
 
-def _check(kit: Kit, base: BaseModel, family: str, named: str, scratch: Path) -> None:
-    jobs = submissions(family)
+def _packed(kit: Kit, base: BaseModel, family: str, named: str, folder: Path) -> Packed:
+    jobs, scratch = submissions(family), folder / named
     jobs = {name: jobs[name] for name in kit.sizes.properties or jobs}
     if not kit.on_gpu:
         kit.tell_missing_gpu(f"{named}: invariance by the engine's probe", "a check on a CPU leaves the probe out")
     elif named == "llama bfloat16":
         kit.tell(f"{named}: invariance by the engine's probe", Engine(base, EngineConfig()).invariance, "text")
-    packed = train(base, jobs, scratch=scratch / "exports", kit=kit, named=named)
-    for name, job in jobs.items():
-        with kit.attempt(f"{named}: {name} packed against alone"):
-            alone = train(base, {name: job})
-            _tell_difference(kit, f"{named}: {name} packed against alone", packed.weights, alone.weights)
-            same = alone.answers[name] == packed.answers[name]
-            kit.tell(f"{named}: {name} answers the same packed as alone", same, "yes or no")
+    trained = train(base, jobs, scratch=scratch / "exports", kit=kit, named=named)
+    return Packed(named=named, base=base, jobs=jobs, trained=trained, scratch=scratch)
+
+
+def _compare_variants(kit: Kit, packed: Packed, *, early: bool) -> None:
     variants: dict[str, dict[str, Any]] = {
         "a second run": {},
         "recomputed blocks": {"mode": "always"},
-        "resumed after the first step": {"resumed": scratch / "resumed"},
-        "next to a job that leaves early": {"victim": next(iter(jobs))},
+        "resumed after the first step": {"resumed": packed.scratch / "resumed"},
+        "next to a job that leaves early": {"victim": next(iter(packed.jobs))},
     }
     for what, options in variants.items():
-        with kit.attempt(f"{named}: {what}"):
-            found = train(base, jobs, **options)
-            for name in found.weights:
-                _tell_difference(kit, f"{named}: {name}, {what}", found.weights, packed.weights, only=name)
+        if (what in EARLY) != early:
+            continue
+        with kit.attempt(f"{packed.named}: {what}"):
+            found = train(packed.base, packed.jobs, **options).weights
+            for name in found:
+                _tell_difference(kit, f"{packed.named}: {name}, {what}", found, packed.trained.weights, only=name)
+
+
+def _compare_alone(kit: Kit, packed: Packed) -> None:
+    named, expected = packed.named, packed.trained
+    for name, job in packed.jobs.items():
+        with kit.attempt(f"{named}: {name} packed against alone"):
+            alone = train(packed.base, {name: job})
+            _tell_difference(kit, f"{named}: {name} packed against alone", expected.weights, alone.weights)
+            same = alone.answers[name] == expected.answers[name]
+            kit.tell(f"{named}: {name} answers the same packed as alone", same, "yes or no")
 
 
 def train(

@@ -21,16 +21,20 @@ from lora_core.config import JobConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.events import JobStepped
+from lora_core.events import Event, JobDiverged, JobStepped
 from lora_core.kernels.selection import Kernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stepped:
-    """Tokens, ticks and loss of one step of every job."""
+    """Tokens and ticks until every job took a step, and the loss of the first job.
+
+    `recomputed` is the number of ticks whose backward recomputed the blocks.
+    """
 
     tokens: int
     ticks: int
+    recomputed: int
     loss: float
 
 
@@ -39,6 +43,7 @@ class Session:
 
     def __init__(self, base: BaseModel, load: Load, budgets: Budgets, *, dropouts: Mapping[int, float] | None = None):
         """`dropouts` are those of some jobs, by number."""
+        assert budgets.slice_tokens >= load.largest_step, "a step is one slice, so events count what ticks compute"
         self.load = load
         self.configs: list[JobConfig] = []
         config = EngineConfig(token_budget=budgets.tick_tokens, job_tokens=budgets.job_tokens, max_tick_seconds=3600)
@@ -51,15 +56,35 @@ class Session:
                 settings = replace(settings, lora=replace(settings.lora, dropout=dropout))
                 self.configs.append(settings)
                 self.engine.admit(str(job), settings, rows_of(load, base.vocab_size, job))
+                self.engine.adapter(str(job))  # completes the initialization, which would continue in later ticks
 
     def step(self) -> Stepped:
-        """Run ticks until every job has taken a step."""
-        stepped: dict[str, JobStepped] = {}
-        ticks = 0
-        while len(stepped) < self.load.num_jobs:
-            stepped |= {event.job: event for event in self.engine.tick() if isinstance(event, JobStepped)}
+        """Run ticks until every job has taken a step. The tokens include further steps of some jobs in these ticks.
+
+        Raises RuntimeError if a job diverges.
+        """
+        stepped: list[JobStepped] = []
+        ticks, recomputed = 0, self.engine.activations.num_checkpointed
+        while len({event.job for event in stepped}) < self.load.num_jobs:
+            events = self.engine.tick()
+            _require_progress(self.engine, events)
+            stepped += [event for event in events if isinstance(event, JobStepped)]
             ticks += 1
-        return Stepped(tokens=sum(event.num_tokens for event in stepped.values()), ticks=ticks, loss=stepped["0"].loss)
+        return Stepped(
+            tokens=sum(event.num_tokens for event in stepped),
+            ticks=ticks,
+            recomputed=self.engine.activations.num_checkpointed - recomputed,
+            loss=next(event.loss for event in stepped if event.job == "0"),
+        )
+
+
+def _require_progress(engine: Engine, events: list[Event]) -> None:
+    """Raise RuntimeError if a job diverged, or if no job of the engine has work left."""
+    for event in events:
+        if isinstance(event, JobDiverged):
+            raise RuntimeError(f"Job {event.job} diverged after step {event.step}: {event.message}")
+    if not events and engine.idle:
+        raise RuntimeError("No job has work left, so no tick will complete a step.")
 
 
 @contextmanager

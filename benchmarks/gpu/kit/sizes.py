@@ -111,5 +111,5 @@ def quick() -> Sizes:
         sequences=(1, 7, 20),
         properties=("plain", "dropout", "dpo"),
         repeats=1,
-        budgets=Budgets(tick_tokens=64, job_tokens=64, slice_tokens=32),
+        budgets=Budgets(tick_tokens=64, job_tokens=64, slice_tokens=64),
     )
