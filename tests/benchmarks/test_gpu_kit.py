@@ -8,23 +8,27 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 
 from benchmarks.gpu.kit import __main__ as command
-from benchmarks.gpu.kit import kernels, run
-from benchmarks.gpu.kit.comparisons import adapted, lorry, peft_loop
+from benchmarks.gpu.kit import comparisons, kernels, run
+from benchmarks.gpu.kit.comparisons import Turn, adapted, lorry, peft_loop
 from benchmarks.gpu.kit.facts import datasheet_flops
 from benchmarks.gpu.kit.kernels import check_attention
-from benchmarks.gpu.kit.kit import Kit
+from benchmarks.gpu.kit.kit import Kit, StageOver
+from benchmarks.gpu.kit.load import Load
 from benchmarks.gpu.kit.log import Log
 from benchmarks.gpu.kit.profiles import kept_bytes_per_token
 from benchmarks.gpu.kit.shapes import TOY, build
 from benchmarks.gpu.kit.sizes import JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS, full, quick
+from benchmarks.gpu.kit.supervision import PROGRESS, Progress
 from benchmarks.workload import ROOT
 from catalog.resources import memory
 from lora_core.base_model.patching import find_linears
@@ -86,9 +90,15 @@ def test_stages_have_results_and_name_what_needs_a_gpu(quick_run: Path) -> None:
     recomputed = [line for line in lines if line["name"].endswith(", recomputed blocks")]
     assert recomputed
     assert all(line["bits_equal"] for line in recomputed)
+    assert max(map(lines.index, recomputed)) < min(map(lines.index, packed)), "those of all base models are first"
     rates = {line["name"]: line for line in lines if line["stage"] == "compare_small" and line["unit"] == "tokens/s"}
-    tokens = {round(line["value"] * line["seconds"], -1) for name, line in rates.items() if ", turn 1" in name}
-    assert len(tokens) == 2  # contenders of many jobs compute the same tokens, and so do those of one job
+    turns = {name: line for name, line in rates.items() if ", turn 1" in name}
+    tokens = {round(line["value"] * line["seconds"], -1) for name, line in turns.items() if "one tick" in name}
+    tokens |= {round(line["value"] * line["seconds"], -1) for name, line in turns.items() if "PEFT" in name}
+    assert len(tokens) == 2  # contenders of many jobs compute the same tokens, and so does the one of one job
+    assert {name for name, line in turns.items() if "recomputed_ticks" in line} == {
+        name for name in turns if name.startswith("Lorry")
+    }
 
 
 @pytest.mark.slow
@@ -124,6 +134,26 @@ def test_attention_is_compared_by_sequence(kit: Kit, tmp_path: Path, monkeypatch
     assert all(line["value"] < 2e-2 for line in lines)
 
 
+def test_zero_gradients_of_a_sequence_of_one_token_are_no_false_alarm(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = StandIn()
+    monkeypatch.setattr(flash, "kernel", lambda: stand_in)
+    attended = kernels._attended
+
+    def rounded(inputs: list[torch.Tensor], lengths: Any, *others: Any) -> list[torch.Tensor]:
+        y, *gradients = attended(inputs, lengths, *others)
+        return [y, *(gradient + 1e-3 for gradient in gradients)]  # as a kernel that subtracts two equal sums
+
+    monkeypatch.setattr(kernels, "_attended", rounded)
+
+    check_attention(kit)
+
+    (line, _) = (line for line in lines_of(tmp_path) if line["name"].endswith(" 1 tokens"))
+    assert line["value"] < 2e-2
+    assert "inf" not in line["y_dq_dk_dv"]
+
+
 # PEFT reads an attribute of transformers under a name that transformers has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_contenders_train_on_the_same_tokens_and_leave_the_base_unchanged(kit: Kit) -> None:
@@ -141,6 +171,50 @@ def test_contenders_train_on_the_same_tokens_and_leave_the_base_unchanged(kit: K
     assert all(torch.equal(weight, before[name]) for name, weight in after.items())
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_base_is_restored_if_the_deadline_passes_while_peft_adapts_it(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = build(TOY, device="cpu")
+    before, attributes = dict(base.model.named_modules()), set(vars(base.model))
+    adapt = peft.get_peft_model
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        adapt(*args, **kwargs)
+        raise StageOver
+
+    monkeypatch.setattr(peft, "get_peft_model", interrupted)
+    with pytest.raises(StageOver), adapted(base, rank=4):
+        pass
+
+    assert dict(base.model.named_modules()) == before
+    assert set(vars(base.model)) == attributes
+    assert not base.model.training
+    assert not any(weight.requires_grad for weight in base.model.parameters())
+
+
+def test_ratio_is_that_of_the_turns_that_both_contenders_completed(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.sizes = replace(kit.sizes, repeats=3)
+    turns = {"lorry": 0, "peft_loop": 0, "peft_trainer": 0}
+
+    def taken(name: str, kit: Kit, base: Any, load: Load, *_: Any) -> Turn:
+        turns[name] += load.num_jobs > 1
+        if name == "peft_loop" and turns[name] == 1:
+            raise torch.OutOfMemoryError
+        return Turn(tokens=100, seconds={"lorry": 1.0, "peft_loop": 2.0, "peft_trainer": 4.0}[name], loss=1.0)
+
+    for name in turns:
+        monkeypatch.setattr(comparisons, name, partial(taken, name))
+
+    comparisons.small(kit)
+
+    ratios = [line for line in lines_of(tmp_path) if line["unit"] == "times"]
+    of_loop = [line for line in ratios if line["name"].startswith("Lorry, 3 jobs over PEFT in a loop")]
+    assert [(line["value"], line["turns"]) for line in of_loop] == [(2.0, 1), (2.0, 2)]
+
+
 def test_lora_in_float32_is_left_out_on_a_gpu_where_no_engine_computes_it_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +227,7 @@ def test_lora_in_float32_is_left_out_on_a_gpu_where_no_engine_computes_it_so(
     monkeypatch.setattr(kernels, "elementwise_results", lambda device, dtype: checked.append(("rows", dtype)) or [])
     monkeypatch.setattr(kernels, "check_attention", lambda kit: None)
     monkeypatch.setattr(kernels, "TIMES", dict.fromkeys(kernels.TIMES, ()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
     kernels.kernels(kit)
 
@@ -200,26 +275,6 @@ def test_stage_stops_at_its_deadline_and_keeps_its_results(
     run.run_stage(kit, "endless", endless, until=time.monotonic())
 
     assert [line["value"] for line in lines_of(tmp_path)] == [1.5, "stopped at its deadline"]
-
-
-def test_process_with_a_broken_device_is_replaced_for_the_remaining_stages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuses(*_: object) -> None:
-        raise RuntimeError("an illegal memory access was encountered\nmore")
-
-    replaced: list[list[str]] = []
-    monkeypatch.setattr(run.os, "execv", lambda program, arguments: replaced.append(arguments))
-    monkeypatch.setattr(torch.cuda, "synchronize", refuses)
-    kit = Kit(log=Log(tmp_path, started=time.monotonic()), sizes=full(), stage="kernels")
-
-    assert run.is_broken(kit)
-    run.restart(tmp_path, ["stalls"], seconds=100.0)
-    run.restart(tmp_path, [], seconds=100.0)
-
-    assert "illegal memory access" in lines_of(tmp_path)[0]["error"]
-    (arguments,) = replaced
-    assert arguments[-4:] == ["--seconds", "100.0", "--only", "stalls"]
 
 
 def test_results_append_to_those_of_an_earlier_run_without_its_torn_line(tmp_path: Path) -> None:
@@ -278,11 +333,15 @@ def test_unusable_call_is_rejected_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    progress = tmp_path / "progress.json"
+    Progress(path=progress).write()
+    monkeypatch.setenv(PROGRESS, str(progress))
     monkeypatch.setattr(run, "has_gpu", lambda: False)
     monkeypatch.setattr(command, "prepare_environment", lambda scratch: None)
+    monkeypatch.setattr(sys, "argv", ["kit", "--out", str(tmp_path / "out"), *options])
 
     with pytest.raises(SystemExit) as refused:
-        command.main(["--out", str(tmp_path / "out"), *options])
+        command.main()
 
     assert refused.value.code == 2
     assert text in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -32,7 +31,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kit:
-    monkeypatch.setenv(compilation.LEFT_OUT, "")
+    monkeypatch.setattr(compilation, "LEFT_OUT", set[str]())
     for module, function in ((trials, "why_lora_differs"), (elementwise_trial, "why_trial_failed")):
         monkeypatch.setattr(module, function, lambda *_, **__: None)
     monkeypatch.setattr(attention_trial, "why_attention_differs", lambda *_, **__: None)
@@ -89,7 +88,7 @@ ENDS = {
 }
 
 
-def test_families_whose_trial_faults_are_left_out_by_the_engines_and_by_a_new_process(
+def test_families_whose_trial_faults_are_left_out_by_the_engines(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compilation, "command", lambda kit, job: [sys.executable, "-c", ENDS[job[0]]])
@@ -102,17 +101,13 @@ def test_families_whose_trial_faults_are_left_out_by_the_engines_and_by_a_new_pr
     assert lines["attention"]["fault"].startswith("status -11")
     assert lines["elementwise"]["error"] == "status 1: no module named lora_core"
     assert lines["dropout"]["error"].startswith("status -9"), "the system may have run out of memory"
-    assert os.environ[compilation.LEFT_OUT] == "attention lora"
+    assert left_out() == ["attention", "lora"]
     chosen = choose_kernels(CUDA, torch.bfloat16, AttentionHeads(size=64, is_capped=True))
     assert (chosen.lora, chosen.tiled_head_size, chosen.elementwise) == ("loop", None, "compiled")
-    assert sorted(reason for reason in chosen.reasons if "faulted" in reason) == [
-        "the trial of attention faulted",
-        "the trial of lora faulted",
+    assert sorted(reason for reason in chosen.reasons if "earlier check" in reason) == [
+        "an earlier check of attention made the device unusable or did not end",
+        "an earlier check of lora made the device unusable or did not end",
     ]
-
-    monkeypatch.setattr(trials, "why_lora_differs", lambda *_: pytest.fail("the trial runs again"))
-    leave_out(())  # as a process does that replaces this one
-    assert choose_kernels(CUDA, torch.bfloat16).lora == "loop"
 
 
 def test_kernels_that_are_left_out_are_not_checked(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +119,7 @@ def test_kernels_that_are_left_out_are_not_checked(kit: Kit, tmp_path: Path, mon
     for parts in times.values():
         parts[0].__name__ = "times"
     monkeypatch.setattr(kernels, "CHECKS", checks)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(kernels, "TIMES", times)
     leave_out(["lora"])
 
@@ -142,5 +138,17 @@ def test_jobs_end_with_their_stage(kit: Kit, tmp_path: Path, monkeypatch: pytest
     run.run_stage(kit, "compilation", lambda kit: run_jobs(kit, [("lora",)]), until=time.monotonic())
 
     assert [line["value"] for line in lines_of(tmp_path)] == ["stopped", "stopped at its deadline"]
+    assert left_out() == []
     if (tmp_path / "pid").exists():
         assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+
+
+def test_family_whose_trial_does_not_end_is_left_out(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(compilation, "ENDLESS_SECONDS", 0.1)
+    monkeypatch.setattr(compilation, "command", lambda kit, job: [sys.executable, "-c", "import time; time.sleep(99)"])
+
+    run.run_stage(kit, "compilation", lambda kit: run_jobs(kit, [("lora",)]), until=time.monotonic())
+
+    assert left_out() == ["lora"]
+    assert choose_kernels(CUDA, torch.bfloat16).lora == "loop"

@@ -13,14 +13,26 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.gpu.kit.supervision import PROGRESS, Progress, supervise
+
 NO_GPU = """The kit needs a CUDA GPU, but torch finds none here.
 Run it on a machine with a GPU and a CUDA build of torch, or use --quick to check at toy sizes on a CPU that it runs.
 """
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
+    """Start the process that runs the stages, with the same command, or be that process."""
     started = time.monotonic()
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args()
+    if PROGRESS in os.environ:
+        work(options, Progress.read(Path(os.environ[PROGRESS])))
+    else:
+        command = [sys.executable, *sys.orig_argv[1:]]
+        raise SystemExit(supervise(command, options.out, started=started, seconds=options.seconds))
+
+
+def work(options: argparse.Namespace, progress: Progress) -> None:
+    """Run the stages of `progress`, or in the first process those of the options."""
     prepare_environment(Path(tempfile.gettempdir()))
 
     from benchmarks.gpu.kit import run  # imports torch, which reads the environment
@@ -32,13 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(options.only or known) - set(known):
         sys.stderr.write(f"Unknown stages: {', '.join(sorted(unknown))}. Known stages: {', '.join(known)}.\n")
         raise SystemExit(2)
-    run.run_stages(
-        options.out,
-        names=[name for name in known if name in (options.only or known)],
-        seconds=options.seconds,
-        started=started,
-        quick=options.quick,
-    )
+    names = [name for name in known if name in (options.only or known)]
+    names = names if progress.names is None else progress.names
+    run.run_stages(options.out, names, progress=progress, quick=options.quick)
 
 
 def prepare_environment(scratch: Path) -> None:

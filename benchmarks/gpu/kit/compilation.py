@@ -1,7 +1,7 @@
 """Compiles the kernels that ship in parallel processes, which also try them, and then chooses an engine's kernels.
 
 Triton keeps compiled kernels on disk, where later stages find them. If a kernel makes the device unusable, that ends
-one of these processes. The stages then run without the kernels of its family.
+one of these processes. The stages then run without the kernels of its family, as after a trial that does not end.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ TRIALS = {
     "dropout": ("lora_core.kernels.gpu.dropout_trial", "why_not_drawn"),
 }
 """The function by which an engine tries the kernels of each family."""
-LEFT_OUT = "LORRY_KIT_LEFT_OUT"
-"""Environment variable with the families that are left out, also by a process that replaces this one."""
+LEFT_OUT: set[str] = set()
+"""Families whose kernels this process does without."""
+ENDLESS_SECONDS = 25
+"""Minimum time of a trial that does not end, if it still runs when its stage is over."""
 Job = tuple[str, ...]
 """Family, dtype and arguments of trial_job.py."""
 
@@ -69,6 +71,8 @@ def compilation(kit: Kit) -> None:
         run_jobs(kit, jobs())
     else:
         kit.tell_missing_gpu("compilation in parallel processes", "Triton compiles for a GPU")
+    kit.progress.left_out = left_out()  # also for another process, if a trial in this one ends or blocks it
+    kit.progress.write()
     with kit.attempt("choice of kernels"):
         _choose(kit)
 
@@ -89,7 +93,7 @@ def jobs() -> list[Job]:
 
 
 def run_jobs(kit: Kit, jobs: Sequence[Job]) -> None:
-    """Run each job in a process of its own, several at a time. Leaves out the families of jobs that fault."""
+    """Run each job in a process of its own, several at a time. Leaves out the families of jobs that fault or hang."""
     most, waiting = min(MOST_PROCESSES, len(os.sched_getaffinity(0))), list(jobs)
     running: dict[Job, Running] = {}
     try:
@@ -102,11 +106,14 @@ def run_jobs(kit: Kit, jobs: Sequence[Job]) -> None:
             time.sleep(0.02)
     finally:
         for job, each in running.items():
+            seconds = time.perf_counter() - each.started
             each.process.kill()
             with suppress(subprocess.TimeoutExpired):  # a process that waits for the device may not end
-                each.process.wait(timeout=5)
+                each.process.wait(timeout=1)
             each.output.close()
-            kit.tell(_name(job), "stopped", "text")
+            kit.tell(_name(job), "stopped", "text", seconds=seconds)
+            if seconds > ENDLESS_SECONDS:
+                leave_out([job[0]])
 
 
 def _started(kit: Kit, job: Job) -> Running:
@@ -134,15 +141,19 @@ def _end(kit: Kit, job: Job, ended: Running) -> None:
 
 
 def leave_out(families: Iterable[str]) -> None:
-    """Let the engines of this process, and of one that replaces it, do without the kernels of these families."""
-    os.environ[LEFT_OUT] = " ".join(sorted({*families, *left_out()}))
-    for family in left_out():
+    """Let the engines of this process do without the kernels of these families."""
+    LEFT_OUT.update(families)
+    for family in LEFT_OUT:
         module, function = TRIALS[family]
-        setattr(import_module(module), function, lambda *_, family=family, **__: f"the trial of {family} faulted")
+        setattr(import_module(module), function, lambda *_, family=family, **__: why_left_out(family))
 
 
 def left_out() -> list[str]:
-    return os.environ.get(LEFT_OUT, "").split()
+    return sorted(LEFT_OUT)
+
+
+def why_left_out(family: str) -> str:
+    return f"an earlier check of {family} made the device unusable or did not end"
 
 
 def _choose(kit: Kit) -> None:

@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu.kit.log import Log, Value
 from benchmarks.gpu.kit.shapes import Shape, build
 from benchmarks.gpu.kit.sizes import Sizes
+from benchmarks.gpu.kit.supervision import Progress
 from lora_core.base_model.model import BaseModel
 
 
@@ -25,13 +26,14 @@ class StageOver(BaseException):
 
 @dataclass(kw_only=True)
 class Kit:
-    """`matrix_flops` is the measured matmul rate of the device, once known."""
+    """`matrix_flops` is the measured matmul rate of the device, once known. `progress` is for a next process."""
 
     log: Log
     sizes: Sizes
     stage: str = ""
     matrix_flops: float | None = None
     bases: dict[str, BaseModel] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +50,12 @@ class Kit:
         self.tell(name, "needs CUDA", "text", reason=reason)
 
     def base(self, shape: Shape) -> BaseModel:
-        """Return the base model of a shape with random weights, created on the device at the first call."""
+        """Return the base model of a shape with random weights, created on the device at the first call.
+
+        The large one has the memory of the device to itself, since free memory decides whether its ticks recompute.
+        """
+        if shape == self.sizes.large and self.bases.pop(self.sizes.small.name, None) is not None:
+            self.free()
         if shape.name not in self.bases:
             started = time.perf_counter()
             self.bases[shape.name] = build(shape, device=self.sizes.device)
@@ -92,6 +99,16 @@ class Kit:
             self.tell(name, f"failed: {type(error).__name__}", "text", traceback=traceback.format_exc())
         if not is_whole:  # only here does no traceback hold the tensors of the block
             self.free()
+
+    @contextmanager
+    def suspecting(self, family: str) -> Iterator[None]:
+        """Note that the kernels of `family` run, in case the device fails or blocks. Raises what they did to it."""
+        self.progress.suspect = family
+        self.progress.write()
+        yield
+        self.synchronize()
+        self.progress.suspect = ""
+        self.progress.write()
 
     def detach(self) -> None:
         """Return every base model to its state without an engine, which an interrupted stage may have left attached."""

@@ -1,4 +1,7 @@
-"""The stages in their order, each with a deadline. A stage that fails is a result, and the next one runs."""
+"""The stages in their order, each with a deadline. A stage that fails is a result, and the next one runs.
+
+A stage that ends or blocks the process is left to supervision.py.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,7 @@ from benchmarks.gpu.kit import (
 )
 from benchmarks.gpu.kit.kit import Kit, StageOver
 from benchmarks.gpu.kit.log import Log
-
-GRACE_SECONDS = 20
-"""Time after the limit until the process ends, if a call to the device does not return."""
-LEAST_SECONDS = 2
+from benchmarks.gpu.kit.supervision import GRACE_SECONDS, LEAST_SECONDS, Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,23 +61,55 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def run_stages(folder: Path, *, names: list[str], seconds: float, started: float, quick: bool) -> None:
-    """Run the stages until `seconds` after `started`, a time of the monotonic clock."""
-    kit = Kit(log=Log(folder, started=started), sizes=sizes.quick() if quick else sizes.full())
+def run_stages(folder: Path, names: list[str], *, progress: Progress, quick: bool) -> None:
+    """Run the stages until `progress.ends`. They share the time that is left now, after the imports.
+
+    Returns early if the device refuses further work. `progress` then has the stages of another process.
+    """
+    kit = Kit(
+        log=Log(folder, started=progress.started),
+        sizes=sizes.quick() if quick else sizes.full(),
+        matrix_flops=progress.matrix_flops,
+        progress=progress,
+    )
     if quick:
         torch.set_num_threads(1)
-    compilation.leave_out(())  # what faulted in the process that this one replaces
+    compilation.leave_out(progress.left_out)
     gc.freeze()  # what is imported stays, and a collection between two measurements need not visit it
-    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)
-    whole, elapsed = sum(STAGES[name].share for name in names), 0.0
+    stack = 2 if progress.stack is None else os.open(progress.stack, os.O_CREAT | os.O_WRONLY)
+    begun, whole, elapsed = time.monotonic(), sum(STAGES[name].share for name in names), 0.0
     for index, name in enumerate(names):
         elapsed += STAGES[name].share
-        run_stage(kit, name, STAGES[name].run, until=started + seconds * elapsed / whole)
-        if kit.on_gpu and is_broken(kit):
-            restart(folder, names[index + 1 :], seconds=started + seconds - time.monotonic())
-            return
-        kit.detach()
+        until = max(begun + (progress.ends - begun) * elapsed / whole, time.monotonic() + LEAST_SECONDS)
+        note_start(kit, name, names[index + 1 :], until=until)
+        faulthandler.dump_traceback_later(until + GRACE_SECONDS - time.monotonic(), exit=True, file=stack)
+        run_stage(kit, name, STAGES[name].run, until=until)
+        is_whole = not (kit.on_gpu and is_broken(kit))
+        if is_whole:
+            kit.detach()
+        note_end(kit, is_whole=is_whole)
+        if not is_whole:
+            break
     faulthandler.cancel_dump_traceback_later()
+
+
+def note_start(kit: Kit, name: str, following: list[str], *, until: float) -> None:
+    """Write what another process needs if the stage ends or blocks this one."""
+    progress = kit.progress
+    progress.stage, progress.names, progress.suspect, progress.until = name, following, "", until
+    progress.write()
+
+
+def note_end(kit: Kit, *, is_whole: bool) -> None:
+    """Write what another process needs after a stage. Without the kernels that broke the device, it runs again."""
+    progress = kit.progress
+    progress.left_out, progress.matrix_flops = compilation.left_out(), kit.matrix_flops
+    if not is_whole:
+        if progress.suspect:
+            progress.names = [progress.stage, *(progress.names or [])]
+        progress.leave_out_suspect()
+    progress.stage, progress.until = "", progress.ends if is_whole else time.monotonic()
+    progress.write()
 
 
 def run_stage(kit: Kit, name: str, stage: Callable[[Kit], None], *, until: float) -> None:
@@ -126,10 +158,3 @@ def is_broken(kit: Kit) -> bool:
         kit.log.write_page()
         return True
     return False
-
-
-def restart(folder: Path, names: list[str], *, seconds: float) -> None:
-    """Replace this process by one that runs the remaining stages, if time is left."""
-    if names and seconds > LEAST_SECONDS:
-        options = ["--out", str(folder), "--seconds", str(seconds), "--only", *names]
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.kit", *options])
