@@ -101,6 +101,28 @@ def test_refused_options_end_the_run_with_the_status_of_the_process(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_time_limit_during_the_imports_of_another_process_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "GRACE_SECONDS", 2)
+    monkeypatch.setattr(supervision.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervision, "LEAST_SECONDS", 0.5)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    program = """
+import os, time
+from pathlib import Path
+from benchmarks.gpu.kit.supervision import PROGRESS, Progress
+progress = Progress.read(Path(os.environ[PROGRESS]))
+if progress.names is not None:
+    time.sleep(99)
+progress.names = ["later"]
+progress.ends = progress.until = time.monotonic() + 3
+progress.write()
+"""
+
+    assert supervise([sys.executable, "-c", program], tmp_path, started=time.monotonic(), seconds=60) == 0
+
+
 def test_end_of_the_command_ends_the_process_of_the_stages(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "benchmarks.gpu.kit", "--quick", "--out", str(tmp_path), "--only", "facts"]
     slow = tmp_path / "torch.py"  # stands for a stage: the process never gets beyond its import

@@ -74,7 +74,7 @@ class Progress:
 
 
 def supervise(command: Sequence[str], folder: Path, *, started: float, seconds: float) -> int:
-    """Run `command`, again while stages and time remain. Returns the status of a command that refuses its options."""
+    """Run `command`, again while stages and time remain. Returns its status, or 1, if it ends before a stage."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the process ends, too
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "progress.json"
@@ -86,10 +86,11 @@ def supervise(command: Sequence[str], folder: Path, *, started: float, seconds: 
             progress = Progress.read(path)
             if progress.stage:
                 _record_end(progress, folder, status)
-            if progress.names is None or (progress.names, progress.left_out) == before:
-                return 1 if status is None else status
-            if not progress.names or progress.ends - time.monotonic() < LEAST_SECONDS:
+            has_time = progress.ends - time.monotonic() > LEAST_SECONDS
+            if progress.names is not None and not (progress.names and has_time):
                 return 0
+            if progress.names is None or (progress.names, progress.left_out) == before:
+                return status if status is not None and status > 0 else 1
 
 
 def _run(command: Sequence[str], path: Path) -> int | None:
