@@ -25,7 +25,7 @@ SILENT_SECONDS = 600.0
 """How long a worker that has begun to answer may send nothing. A request may wait for others in the trainer."""
 CLIENT_ERRORS = frozenset(
     {"context_length_exceeded", "invalid_config", "template_refused_row", "template_without_tools",
-     "base_has_no_chat_template", "unusable_chat_template"}
+     "base_has_no_chat_template", "unusable_chat_template", "unprocessable_request"}
 )  # fmt: skip
 """Codes of a trainer's errors that the request causes."""
 WORKER_ERRORS = frozenset({"base_not_loaded", "disk_error", "out_of_memory", "out_of_space"})
