@@ -44,6 +44,8 @@ from worker.protocol.mailbox import EventReader, TrainerDirectory
 ROOT = Path(__file__).parents[1]
 BASE = "tiny"
 WAIT_SECONDS = 120.0
+LIVE_SECONDS = 60.0
+"""A worker with a heartbeat in this time is live for requests."""
 GONE_SECONDS = 1.0
 """Maximum time that a trainer may outlive its worker."""
 PEPPER = "pepper of a test site, long enough"
@@ -164,11 +166,16 @@ class WorkerSite:
         )
 
     def wait_for_worker(self) -> None:
-        """Wait until a worker is registered. Until then, requests are rejected."""
+        """Wait until a live worker is registered. Until then, requests are rejected.
+
+        The site may be a copy with the record of the worker that imported its base model.
+        """
 
         def is_registered() -> bool:
             with self.db.read() as session:
-                return session.query(Worker).first() is not None
+                return (
+                    session.query(Worker).filter(Worker.heartbeat_at > time.time() - LIVE_SECONDS).first() is not None
+                )
 
         self.wait_until(is_registered)
 

@@ -54,6 +54,7 @@ def _run(db: Database, ended: threading.Event) -> None:
 
 def _answer(connections: ReplyConnections, claimed: InferenceClaim) -> None:
     body = claimed.body
+    assert body is not None
     num_choices = body["n"] * len(body.get("prompts", [""]))
     num_logprobs = body["num_logprobs"]
     token = {**TOKEN, "top_logprobs": [TOKEN] * (num_logprobs or 0)}

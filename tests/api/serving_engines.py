@@ -305,6 +305,7 @@ class FakeTrainer:
         connections.close()
 
     def _answer(self, connections: ReplyConnections, claim: InferenceClaim) -> None:
+        assert claim.body is not None
         is_chat = "messages" in claim.body
         model = claim.body["model"] if claim.adapter is not None else "base"
         events: list[Json]

@@ -120,6 +120,7 @@ class BatchWorker:
 
 
 def _prompt(claim: InferenceClaim) -> str:
+    assert claim.body is not None
     return claim.body["prompts"][0] if "prompts" in claim.body else claim.body["messages"][-1]["content"]
 
 

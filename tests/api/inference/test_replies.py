@@ -42,6 +42,7 @@ def test_answer_of_the_claim_reaches_the_client(site: Site, services: Services, 
     body = response.result(30).json()
     assert body["choices"][0]["message"]["content"] == "Hello"
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert claim.body is not None
     assert claim.body["messages"] == CHAT["messages"]
     until(lambda: open_requests(services) == 0)
 
