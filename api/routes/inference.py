@@ -49,7 +49,7 @@ ENGINE_HEADER = "x-lorry-engine"
 router = Router(prefix="/v1", tags=["inference"], responses=SIGNED)
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
         "description": "The answer, or its chunks.",
         "headers": {
             ENGINE_HEADER: {
