@@ -6,7 +6,7 @@ cancelled, a few rows in each transaction. An interrupted call can be repeated.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,48 +176,34 @@ def _cancel_sweeps(db: Database, key_ids: Collection[str]) -> None:
     """Request the cancellation of the keys' sweeps. Called before `_cancel_jobs`, so that no sweep creates trials."""
     own = select(Sweep).where(Sweep.created_by.in_(key_ids), Sweep.finished_at.is_(None))
     some = own.where(Sweep.cancel_requested.is_(False)).order_by(Sweep.id).limit(SWEEPS_AT_ONCE)
-    while True:
-        with db.write() as session:
-            found = list(session.scalars(some.with_for_update(of=Sweep)))
-            for sweep in found:
-                sweep_commands.request_cancel(session, sweep)
-        if not found:
-            return
+    _cancel_each(db, some, lambda session, sweep, _: sweep_commands.request_cancel(session, sweep))
 
 
 def _cancel_jobs(db: Database, key_ids: Collection[str], project_ids: Collection[str]) -> None:
     own = select(Job).where(Job.project_id.in_(project_ids), Job.created_by.in_(key_ids))
     unfinished = own.where(Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
     some = unfinished.order_by(Job.id).limit(JOBS_AT_ONCE)
-    while True:
-        with db.write() as session:
-            found = list(session.scalars(some.with_for_update(of=Job)))
-            now = read_clock(session)
-            for job in found:
-                job_commands.stop(session, job, job_commands.CANCEL, now=now)
-        if not found:
-            return
+    _cancel_each(db, some, lambda session, job, now: job_commands.stop(session, job, job_commands.CANCEL, now=now))
 
 
 def _cancel_batches(db: Database, key_ids: Collection[str], project_ids: Collection[str]) -> None:
     some = _batches(key_ids, project_ids).order_by(Batch.id).limit(BATCHES_AT_ONCE)
-    while True:
-        with db.write() as session:
-            found = list(session.scalars(some.with_for_update(of=Batch)))
-            now = read_clock(session)
-            for batch in found:
-                batch_commands.request_cancel(session, batch, now=now)
-        if not found:
-            return
+    _cancel_each(db, some, lambda session, batch, now: batch_commands.request_cancel(session, batch, now=now))
 
 
 def _cancel_exports(db: Database, key_ids: Collection[str], project_ids: Collection[str]) -> None:
     some = _exports(key_ids, project_ids).order_by(AdapterExport.id).limit(EXPORTS_AT_ONCE)
+    _cancel_each(db, some, lambda session, export, now: export_commands.end_unfinished(session, export, now=now))
+
+
+def _cancel_each(db: Database, some: Select[Any], cancel: Callable[[Session, Any, float], object]) -> None:
+    """Cancel the rows that `some` selects, in one transaction each time, until it selects none."""
+    entity = some.column_descriptions[0]["entity"]
     while True:
         with db.write() as session:
-            found = list(session.scalars(some.with_for_update(of=AdapterExport)))
+            found = list(session.scalars(some.with_for_update(of=entity)))
             now = read_clock(session)
-            for export in found:
-                export_commands.end_unfinished(session, export, now=now)
+            for row in found:
+                cancel(session, row, now)
         if not found:
             return
