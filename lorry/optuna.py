@@ -1,6 +1,6 @@
 """Runs a sweep with Optuna: the study's sampler chooses the parameters of each trial, and its pruner stops bad trials.
 
-Optuna is an extra of the client: pip install "lorry[optuna]". It is imported only when needed.
+Optuna is an extra of the client: pip install "./client[optuna]". It is imported only when needed.
 """
 
 from __future__ import annotations
