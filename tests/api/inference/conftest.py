@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from api.deps import Services
-from api.inference import batch_loop
+from api.inference import batch_lease, batch_lines, batch_loop
 from tests.api.inference.batch_service import BatchWorker, answering, strict_client
 from tests.api.site import Site
 from tests.catalog.world import World
@@ -18,8 +18,10 @@ from worker.session.reply_connections import ReplyConnections
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the loop poll at short intervals."""
-    for name, seconds in {"LOOK_SECONDS": 0.05, "KEEP_SECONDS": 0.05, "PAUSE_SECONDS": 0.05}.items():
-        monkeypatch.setattr(batch_loop, name, seconds)
+    monkeypatch.setattr(batch_loop, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(batch_lease, "KEEP_SECONDS", 0.05)
+    monkeypatch.setattr(batch_lines, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(batch_lines, "PAUSE_SECONDS", 0.05)
 
 
 @pytest.fixture

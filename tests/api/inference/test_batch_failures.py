@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from api.deps import Services
-from api.inference import batch_loop
+from api.inference import batch_lines
 from api.inference.answer import PartialAnswer
 from catalog.tables.batches import Batch
 from tests.api.inference.batch_service import BatchWorker, counts, create, input_line, rows_of, used_tokens, wait
@@ -28,13 +28,13 @@ def test_tokens_of_interrupted_answers_count(
     end: str,
 ) -> None:
     answers: list[PartialAnswer] = []
-    deltas_of = batch_loop.deltas_of
+    deltas_of = batch_lines.deltas_of
 
     def noted(reply: Any, answer: PartialAnswer, **given: Any) -> Any:
         answers.append(answer)
         return deltas_of(reply, answer, **given)
 
-    monkeypatch.setattr(batch_loop, "deltas_of", noted)
+    monkeypatch.setattr(batch_lines, "deltas_of", noted)
     batch_worker.suspends = lambda prompt: prompt == "suspended"
     batch_worker.holds = lambda prompt: prompt == "held"
     made = create(client, input_line("a"), input_line("b", "suspended"), input_line("c", "held"))
@@ -57,13 +57,13 @@ def test_tokens_of_interrupted_answers_count(
 def test_line_whose_answer_crashes_fails_alone_and_counts(
     client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    success_result = batch_loop.success_result
+    success_result = batch_lines.success_result
 
     def crash(custom_id: str, *given: Any) -> Any:
         assert custom_id != "b", "as if the answer could not be written as JSON"
         return success_result(custom_id, *given)
 
-    monkeypatch.setattr(batch_loop, "success_result", crash)
+    monkeypatch.setattr(batch_lines, "success_result", crash)
     batch = wait(client, create(client, input_line("a"), input_line("b"), input_line("c")).id)
 
     assert (batch.status, *counts(batch)) == ("completed", 3, 2, 1)

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from api.deps import Services
-from api.inference import batch_loop
+from api.inference import batch_lines, batch_loop
 from catalog.batches import execution
 from catalog.db.database import Database
 from catalog.tables.tenancy import Project
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_batches_take_turns(client: openai.OpenAI, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
-    monkeypatch.setattr(batch_loop, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(batch_loop, "LINES_AT_ONCE", 2)
+    monkeypatch.setattr(batch_lines, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(batch_lines, "LINES_AT_ONCE", 2)
     batch_worker.gate.clear()
     first = create(client, *(input_line(str(n), f"first {n}") for n in range(20)))
     second = create(client, *(input_line(str(n), f"second {n}") for n in range(2)))
@@ -48,9 +48,9 @@ def test_batch_that_can_not_progress_lets_others_continue(
     num_lines: int,
 ) -> None:
     monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
-    monkeypatch.setattr(batch_loop, "TURN_SECONDS", 0.1)
-    monkeypatch.setattr(batch_loop, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(batch_loop, "KEEP_SECONDS", 0.1)
+    monkeypatch.setattr(batch_lines, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(batch_lines, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(batch_lines, "CHECK_SECONDS", 0.1)
     with services.db.write() as session:
         session.get_one(Project, world.caller.project_id).max_tokens_per_day = 0
     stuck = create(client, *(input_line(str(number)) for number in range(num_lines)))
@@ -67,8 +67,9 @@ def test_batch_that_can_not_progress_lets_others_continue(
 def observed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Make turns short, with one batch at a time. Returns a function that returns how often a batch has found another
     one that waits."""
-    for name, value in {"MAX_BATCHES": 1, "TURN_SECONDS": 0.0, "GRACE_SECONDS": 0.3}.items():
-        monkeypatch.setattr(batch_loop, name, value)
+    monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
+    monkeypatch.setattr(batch_lines, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(batch_lines, "GRACE_SECONDS", 0.3)
     is_any_waiting = execution.is_any_waiting
     found: list[bool] = []
 

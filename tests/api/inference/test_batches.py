@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from api.app import create_app
 from api.deps import Services
-from api.inference import batch_input, batch_loop
+from api.inference import batch_input, batch_lease, batch_lines, batch_loop
 from api.inference.batch_output import OutputFiles
 from api.schemas.inference import ChatCompletionRequest
 from api.settings import ApiSettings
@@ -81,13 +81,13 @@ def any_left(services: Services) -> bool:
 def test_large_answers_do_not_delay_other_clients(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are parsed outside the thread of the event loop."""
     threads: list[asyncio.AbstractEventLoop | None] = []
-    success_result = batch_loop.success_result
+    success_result = batch_lines.success_result
 
     def parse(*given: Any) -> Any:
         threads.append(asyncio._get_running_loop())  # pyright: ignore[reportPrivateUsage]
         return success_result(*given)
 
-    monkeypatch.setattr(batch_loop, "success_result", parse)
+    monkeypatch.setattr(batch_lines, "success_result", parse)
 
     assert wait(client, create(client, input_line("a")).id).status == "completed"
     assert threads == [None]
@@ -204,7 +204,7 @@ def test_cancelled_batch_waits_for_an_answer_that_is_being_stored(
         return directive
 
     monkeypatch.setattr(execution, "renew", counted)
-    monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
+    monkeypatch.setattr(batch_lines, "MAX_IN_FLIGHT", 1)
     monkeypatch.setattr(execution, "store_result", slow_store)
     monkeypatch.setattr(
         batch_loop.BatchRunner, "_end", lambda *given, **named: (end(*given, **named), continuing.set())
@@ -391,14 +391,14 @@ def test_only_lines_that_break_stricter_rules_fail(
             return seed
 
     batch_worker.gate.clear()
-    monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
+    monkeypatch.setattr(batch_lines, "MAX_IN_FLIGHT", 1)
     long = input_line("long", "c" * 1000)
     made = create(client, input_line("a"), input_line("b", seed=1), long, input_line("d"))
     until(lambda: num_submitted(services) == 1)  # the other lines wait for its place
 
     monkeypatch.setitem(batch_input.SCHEMAS, CHAT_URL, StricterRequest)
-    shorter = services.settings.model_copy(update={"max_line_bytes": 500})
-    monkeypatch.setattr(services.batches, "_settings", shorter)
+    parse = batch_lines.parse
+    monkeypatch.setattr(batch_lines, "parse", lambda line, **given: parse(line, **given | {"max_line_bytes": 500}))
     batch_worker.gate.set()
     batch = wait(client, made.id)
 
@@ -416,8 +416,8 @@ def test_invalid_line_of_a_damaged_input_fails_the_batch(
 ) -> None:
     """The damage is in a chunk that is read before the digest of the whole file is known."""
     monkeypatch.setattr(services.store, "open_blob", partial(services.store.open_blob, chunk_bytes=256))
-    monkeypatch.setattr(batch_loop, "MAX_IN_FLIGHT", 1)
-    monkeypatch.setattr(batch_loop, "LINES_AT_ONCE", 1)
+    monkeypatch.setattr(batch_lines, "MAX_IN_FLIGHT", 1)
+    monkeypatch.setattr(batch_lines, "LINES_AT_ONCE", 1)
     batch_worker.gate.clear()
     rows = [input_line("a"), input_line("b"), input_line("c", "c" * 1000)]
     made = create(client, *rows)
@@ -477,7 +477,7 @@ def test_leases_are_renewed_while_files_are_written(
         write(files, db, batch_id)
 
     monkeypatch.setattr(OutputFiles, "write_results", slow)
-    made = [create(client, input_line("a")).id for _ in range(batch_loop.THREADS)]
+    made = [create(client, input_line("a")).id for _ in range(batch_lease.THREADS)]
     until(lambda: set(writing) == set(made))
 
     def expiries() -> list[float]:

@@ -1,4 +1,4 @@
-"""The loop that works on batches gives up a batch whose lease may have expired."""
+"""A batch whose lease may have expired is given up."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from api.inference import batch_loop
-from api.inference.batch_loop import BatchRunner
+from api.inference import batch_lease
+from api.inference.batch_lease import LeasedBatch, Threads
 from catalog.batches import execution
 from catalog.batches.execution import BatchClaim, Directive
 from catalog.errors import Unavailable
@@ -25,24 +25,23 @@ def test_batch_is_lost_after_a_suspension_if_its_lease_is_not_renewed(
     renewals: list[bool] = []
 
     def renew(*_: object) -> Directive:
-        renewals.append(run.is_lost)
+        renewals.append(batch.is_lost)
         if len(renewals) == 2:
             suspension.add(execution.BATCH_LEASE_SECONDS + 1)
         raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
 
     monkeypatch.setattr(execution, "renew", renew)
-    monkeypatch.setattr(batch_loop, "KEEP_SECONDS", 0.0)
-    runner = BatchRunner(UNUSED, UNUSED, UNUSED, replies=UNUSED, notifier=UNUSED)
+    monkeypatch.setattr(batch_lease, "KEEP_SECONDS", 0.0)
     claimed = BatchClaim(claim_id="c", batch_id="b", project_id="p", endpoint="/v1/completions", input_digest="0")
     directive = Directive(status="in_progress", is_expired=False, seconds_left=3600, num_lines=1)
-    run = batch_loop._Run(claimed=claimed, directive=directive)
+    batch = LeasedBatch(db=UNUSED, claimed=claimed, directive=directive, threads=Threads())
 
     async def keep() -> None:
         async with asyncio.timeout(30):
-            await runner._keep(run)
+            await batch.keep()
 
     asyncio.run(keep())
 
-    assert run.is_lost
-    assert run.stopping.is_set()
+    assert batch.is_lost
+    assert batch.stopping.is_set()
     assert renewals == [False, False]
