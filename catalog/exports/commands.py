@@ -26,7 +26,7 @@ from catalog.storage import quota
 from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact, BaseModelRow
-from catalog.tables.table import new_id
+from catalog.tables.table import Json, new_id
 
 MAX_OPEN = 20
 """Maximum number of unfinished exports of a project."""
@@ -62,19 +62,18 @@ def create(
         lora: dict[str, Any] = session.get_one(Job, model.job_id).spec.get("lora") or {}
         description: dict[str, Any] = base.description or {}
         formats.check_model(format, description=description, lora=lora)
-        same = (
-            AdapterExport.project_id == caller.project_id,
-            AdapterExport.adapter_id == model.id,
-            AdapterExport.adapter_artifact == model.artifact,
-            AdapterExport.format == format,
-            AdapterExport.quantization == quantization,
-            AdapterExport.hub_repository == hub_repository,
-        )
+        options: Json = {
+            "project_id": caller.project_id,
+            "adapter_id": model.id,
+            "adapter_artifact": model.artifact,
+            "format": format,
+            "quantization": quantization,
+            "hub_repository": hub_repository,
+        }
         now = read_clock(session)
-        for found in session.scalars(select(AdapterExport).where(*same).with_for_update()).all():
-            if found.status not in REPLACED:
-                return found
-            export_rows.remove(session, found, now=now)
+        same = _reusable(session, options, now=now)
+        if same is not None:
+            return same
         _refuse_too_many(session, caller.project_id, max_open)
         needed = formats.estimated_bytes(
             format, quantization, description=description, adapter_parameters=model.num_parameters
@@ -82,25 +81,29 @@ def create(
         quota.check_stored(session, caller.project_id, needed, now=now)
         row = AdapterExport(
             id=new_id("export"),
-            project_id=caller.project_id,
             created_at=now,
             created_by=caller.api_key_id,
-            adapter_id=model.id,
             adapter_name=model.name,
-            adapter_artifact=model.artifact,
             base_model=model.base_model,
             base_digest=model.base_digest,
-            format=format,
-            quantization=quantization,
-            hub_repository=hub_repository,
             status="queued",
             num_attempts=0,
             expected_bytes=needed,
             num_bytes=0,
+            **options,
         )
         session.add(row)
         _note(session, "adapter_export.created", row, now=now)
         return row
+
+
+def _reusable(session: Session, options: Json, *, now: float) -> AdapterExport | None:
+    """Return the unfinished or succeeded export with these columns. Deletes the others, which it would replace."""
+    for found in session.scalars(select(AdapterExport).filter_by(**options).with_for_update()).all():
+        if found.status not in REPLACED:
+            return found
+        export_rows.remove(session, found, now=now)
+    return None
 
 
 def list_page(
