@@ -11,6 +11,7 @@ from catalog.db.database import Database, read_clock
 from catalog.fleet import views
 from catalog.resources.pack_key import pack_key
 from catalog.serving import routes
+from catalog.tables.fleet import GangSeat
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, BaseModelRow
@@ -18,7 +19,7 @@ from catalog.tables.storage import Adapter, BaseModelRow
 InferenceState = Literal["loaded", "loadable", "unavailable"]
 """`loaded`: a worker has the base model loaded or a serving endpoint has the model loaded, and answers at once.
 `loadable`: a worker must load the base model first. `unavailable`: the base model is not ready, was deleted or
-replaced, or no worker accepts requests and no serving endpoint is ready for the model."""
+replaced, or no worker can load it for requests and no serving endpoint is ready for the model."""
 
 
 def plain_keys(base_digest: str) -> list[str]:
@@ -32,6 +33,7 @@ def inference_states(db: Database, names: Collection[str]) -> dict[str, Inferenc
     with db.read() as session:
         residents = views.residents(session, now=read_clock(session))
         accepting = [each for each in residents if not each.takes_nothing_new]
+        in_gangs = set(session.scalars(select(GangSeat.worker_id)))  # they load base models for jobs alone
         is_ready = select(BaseModelRow.name, BaseModelRow.digest).where(BaseModelRow.state == "ready")
         ready = dict(session.execute(is_ready).all())
         models = [(name, name, ready[name], plain_keys(ready[name] or "")) for name in names if name in ready]
@@ -39,13 +41,14 @@ def inference_states(db: Database, names: Collection[str]) -> dict[str, Inferenc
         for trained in (_adapters(names), _checkpoints(names)):
             models += [(name, base, digest, [key]) for name, base, digest, key in session.execute(trained)]
     loaded = {each.pack_key for each in accepting}
+    can_load = any(each.worker_id not in in_gangs for each in accepting)
     found: dict[str, InferenceState] = dict.fromkeys(names, "unavailable")
     for name, base_model, base_digest, keys in models:
         if base_digest is None or ready.get(base_model) != base_digest:
             continue
         if served.has(name, base_digest) or not loaded.isdisjoint(keys):
             found[name] = "loaded"
-        elif accepting:
+        elif can_load:
             found[name] = "loadable"
     return found
 

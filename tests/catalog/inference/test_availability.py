@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from catalog.fleet import cordons, workers
+from catalog.fleet import cordons, gangs, workers
 from catalog.inference.availability import inference_states
 from catalog.lifecycle import recording
 from catalog.registry import adapters, base_models
@@ -50,6 +50,17 @@ def test_models_are_loadable_while_a_worker_runs(world: World, names: list[str])
     world.clock.advance(3600)
 
     assert states(world, names) == ["unavailable"] * 3
+
+
+def test_workers_of_a_gang_load_no_base_model_for_requests(world: World, names: list[str]) -> None:
+    place = gangs.GangMember(db=world.db, worker_id="w1", gang="pair", silent_seconds=60.0)
+    gangs.enter(place, size=2, min_size=2, kind="cpu", num_processes=1, versions="1", free_bytes=1 << 30)
+
+    assert states(world, names) == ["unavailable"] * 3
+
+    load(world, pack_key(sha("smol"), "float32"))
+
+    assert states(world, names) == ["loaded", "loaded", "unavailable"]
 
 
 @pytest.mark.parametrize(
