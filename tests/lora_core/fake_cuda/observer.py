@@ -47,6 +47,8 @@ class DeviceCounts:
     uploads: Counter[tuple[str, str]] = field(default_factory=Counter)
     downloads: int = 0
     """Copies to pinned memory for which the host does not wait."""
+    messages: set[tuple[str, str, str, bool]] = field(default_factory=set)
+    """Collectives of torch.distributed: name, devices, dtype, and whether the tensors are contiguous."""
     flops: int = 0
     largest_bytes: int = 0
     """Bytes of the largest tensor that was allocated."""
@@ -109,17 +111,23 @@ class DeviceObserver(TorchDispatchMode):
             return func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         is_on_device = any(map(_is_on_device, given))
+        if func.namespace == "c10d":
+            self.counts.messages.add(_message(name, given))
         if name == "_pin_memory":
             self._pinned.add(given[0].untyped_storage()._cdata)
             return args[0]
         if name == "empty" and kwargs.get("pin_memory"):
             return self._pinned_memory(func, args, kwargs)
-        if name in READS:
+        if name in READS and _is_fake(given):
             self._count_wait(name, is_on_device)
             return _ones(name, given, args)
         if not is_on_device and torch.device(kwargs.get("device") or "cpu").type == "cpu" and not _is_fake(given):
             with unset_fake_temporarily():  # the host computes with values
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+                if name == "allgather_":  # torch's fake process group gathers nothing
+                    for output in args[0][0]:
+                        output.copy_(args[1][0])
+                return result
         result = kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if name in COPIES and _crosses(given, made):
@@ -180,6 +188,13 @@ class DeviceObserver(TorchDispatchMode):
         if known is None or known[0].expired():
             self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             self.counts.largest_bytes = max(self.counts.largest_bytes, storage.nbytes())
+
+
+def _message(name: str, given: list[Tensor]) -> tuple[str, str, str, bool]:
+    devices = {"cuda" if _is_on_device(tensor) else "cpu" for tensor in given}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in given}
+    is_contiguous = all(tensor.is_contiguous() for tensor in given)
+    return name, " ".join(sorted(devices)), " ".join(sorted(dtypes)), is_contiguous
 
 
 def _is_on_device(tensor: Tensor) -> bool:

@@ -43,13 +43,6 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
 """Hidden size, feed-forward size, query heads, key heads and vocabulary of real Llama models."""
 
 
-def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    runs = {"tick": measured_tick, "answers": measured_answers, "jobs": run_jobs, "snapshots": take_snapshots}
-    run = runs[request["run"]]
-    return run(**{key: value for key, value in request.items() if key != "run"})
-
-
 def measured_tick(
     *,
     shape: str,
@@ -102,10 +95,10 @@ def measured_tick(
         )
 
     warnings: list[str] = []
-    with _device(elementwise) as observer:
+    with fake_device(elementwise) as observer:
         with patch.object(patching.LOGGER, "warning", lambda message, *parts: warnings.append(message % parts)):
-            base = _base(config, kernels or {}, dtype=dtype)
-        engine = Engine(base, _engine_config(checkpoint_blocks="always" if checkpointed else "never"))
+            base = base_on_device(config, kernels or {}, dtype=dtype)
+        engine = Engine(base, engine_config(checkpoint_blocks="always" if checkpointed else "never"))
         for number in range(num_jobs):
             engine.admit(str(number), job(number), _rows(vocab))
         with observer.counting():
@@ -128,8 +121,8 @@ def measured_answers(*, num_layers: int, num_prompts: int) -> dict[str, Any]:
     config = AutoConfig.for_model("llama", **(COMMON | {"num_hidden_layers": num_layers}))
     jobs = submissions("llama")
     names = ("plain", "wide")
-    with _device() as observer:
-        engine = Engine(_base(config, {}), _engine_config(token_budget=4096))
+    with fake_device() as observer:
+        engine = Engine(base_on_device(config, {}), engine_config(token_budget=4096))
         for name in names:
             admit(engine, name, jobs[name])
         prompts = Prompts(prompts=((5, 6, 7),) * num_prompts, max_tokens=4)
@@ -148,9 +141,9 @@ def run_jobs(*, family: str, task: str = "causal-lm", dtype: str = "bfloat16") -
     sizes = COMMON | FAMILIES[family]
     config = AutoConfig.for_model(family, **sizes)
     waits: list[Counter[tuple[str, str]]] = []
-    with _device() as observer:
-        base = _base(config, {}, task=task, dtype=dtype)
-        engine = Engine(base, _engine_config(token_budget=512, checkpoint_blocks="never"))
+    with fake_device() as observer:
+        base = base_on_device(config, {}, task=task, dtype=dtype)
+        engine = Engine(base, engine_config(token_budget=512, checkpoint_blocks="never"))
         for name, submission in jobs.items():
             admit(engine, name, submission)
         while not engine.idle:
@@ -166,9 +159,9 @@ def take_snapshots(*, family: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """Take the snapshots of a checkpoint for jobs of all kinds. Returns waits of the host and copies, by job."""
     config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
     found: dict[str, Any] = {}
-    with _device() as observer:
-        base = _base(config, {}, dtype=dtype)
-        engine = Engine(base, _engine_config(token_budget=512, checkpoint_blocks="never"))
+    with fake_device() as observer:
+        base = base_on_device(config, {}, dtype=dtype)
+        engine = Engine(base, engine_config(token_budget=512, checkpoint_blocks="never"))
         for name, submission in submissions(family).items():
             admit(engine, name, submission)
             engine.checkpoint_snapshot(name)  # the first one completes the initialization
@@ -185,7 +178,7 @@ def take_snapshots(*, family: str, dtype: str = "bfloat16") -> dict[str, Any]:
 
 
 @contextmanager
-def _device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
+def fake_device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
     observer = DeviceObserver()
     reason = None if elementwise == "compiled" else "eager operations are wanted"
     patches: dict[str, Any] = {
@@ -262,7 +255,7 @@ def _observed_backward(observer: DeviceObserver) -> Callable[..., None]:
     return backward
 
 
-def _base(
+def base_on_device(
     config: PreTrainedConfig, kernels: Mapping[str, str], *, task: str = "causal-lm", dtype: str = "bfloat16"
 ) -> BaseModel:
     config.dtype = torch_dtype = getattr(torch, dtype)
@@ -282,7 +275,7 @@ def _base(
     return base
 
 
-def _engine_config(**options: Any) -> EngineConfig:
+def engine_config(**options: Any) -> EngineConfig:
     defaults: dict[str, Any] = {"token_budget": WIDE, "max_tick_seconds": 3600.0, "job_tokens": WIDE}
     return EngineConfig(**(defaults | options))
 

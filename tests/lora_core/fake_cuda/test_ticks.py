@@ -316,3 +316,19 @@ def test_no_kind_of_job_mixes_devices_or_waits_more_often(
     assert found["steps"].keys() == expected.keys()
     assert all(found["steps"].values())
     assert sum(found["most_waits"].values()) <= most_waits, found["most_waits"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload"])
+def test_sharded_trainers_send_what_nccl_can_send(answer: Answer, strategy: str) -> None:
+    """Tensors of the device go through NCCL, which needs them to be contiguous. All other messages are on the host, and
+    go through gloo."""
+    found = answer("sharded jobs", strategy=strategy)
+
+    assert all(found["steps"].values())
+    assert all(is_contiguous for *_, is_contiguous in found["messages"])
+    by_device = {(device, name, dtype) for name, device, dtype, _ in found["messages"]}
+    assert {message for message in by_device if message[0] != "cpu"} == {
+        ("cuda", "_allgather_base_", "bfloat16"),  # the weights of a block
+        ("cuda", "broadcast_", "float32"),  # gradients
+        ("cuda", "send", "float32"),
+    }

@@ -1,0 +1,106 @@
+"""Jobs on a base model that FSDP2 shards over two fake CUDA devices. This process is rank 0.
+
+Torch's fake process group answers at once: a gathered tensor has copies of the own one, and nothing is received.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AutoConfig
+
+from lora_core.base_model.patching import Attachment
+from lora_core.base_model.sharding import Strategy, shard
+from lora_core.distributed.ranks import Ranks, connect_all
+from lora_core.engine.engine import Engine
+from lora_core.forward.generation import Prompts
+from tests.lora_core.fake_cuda.runs import DEVICE, base_on_device, engine_config, fake_device
+from tests.lora_core.scenarios import admit
+from tests.lora_core.test_families import COMMON
+from tests.lora_core.train_in_ranks import jobs_called
+
+NUM_RANKS = 2
+
+
+def run_sharded_jobs(*, strategy: Strategy) -> dict[str, Any]:
+    """Run jobs to their end, and answer prompts. Returns the steps of each, and the distinct messages."""
+    jobs = jobs_called("kinds", is_sharded=True)
+    with fake_device() as observer, _two_ranks() as ranks:
+        base = base_on_device(AutoConfig.for_model("llama", **COMMON), {})
+        assert base.attachment is not None
+        base.attachment.detach()
+        shard(base.model, strategy, ranks, device=DEVICE, dtype=base.dtype)
+        base.strategy = strategy
+        base.attachment = Attachment(base.model, base.attachment.kernels, is_sharded=True)
+        with observer.counting() as counts:
+            connect_all(ranks, DEVICE)
+            engine = Engine(base, engine_config(token_budget=512, checkpoint_blocks="never"), ranks)
+            for name, job in jobs.items():
+                admit(engine, name, job)
+            while not engine.idle:
+                engine.tick()
+            answers = engine.generation({"plain": Prompts(prompts=((5, 6, 7),), max_tokens=4)})
+            while not answers.is_complete:
+                answers.advance()
+        steps = {job: engine.progress(job)[0] for job in engine.jobs()}
+    return {"steps": steps, "messages": sorted(map(list, counts.messages))}
+
+
+class _Leader(Ranks):
+    def shared_out(self, sizes: Sequence[int], *, short: Collection[int] = ()) -> list[int]:
+        """The other rank has at most as many slices as this one, whose scores stand for the other's."""
+        num_own = -(-len(sizes) // 2)
+        return [0] * num_own + [1] * (len(sizes) - num_own)
+
+
+@contextmanager
+def _two_ranks() -> Iterator[Ranks]:
+    patches: dict[str, Any] = {
+        "torch.distributed.device_mesh.init_device_mesh": _mesh_of_numbers,
+        "torch.cuda.Stream": _Stream,
+        "torch.cuda.stream": lambda stream: stream,
+        "torch.cuda.current_stream": lambda *_: _Stream(),
+        "torch.accelerator.current_stream": lambda *_: _Stream(),
+        "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.get_device_capability": lambda _: (9, 0),
+        "torch.cuda.Event": _Event,
+    }
+    with ExitStack() as stack:
+        for name, stand_in in patches.items():
+            stack.enter_context(patch(name, stand_in))
+        dist.init_process_group("fake", rank=0, world_size=NUM_RANKS, store=FakeStore())
+        try:
+            yield _Leader(rank=0, size=NUM_RANKS)
+        finally:
+            dist.destroy_process_group()
+
+
+def _mesh_of_numbers(*args: Any) -> DeviceMesh:
+    """Create a mesh, whose ranks are read on the host."""
+    with _disable_current_modes():
+        return DeviceMesh(args[0], list(range(args[1][0])))
+
+
+class _Event:
+    """An event that has happened."""
+
+    def __init__(self, **_: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class _Stream:
+    """A stream whose work is complete."""
+
+    def __init__(self, **_: Any) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def record_event(self) -> _Event:
+        return _Event()
