@@ -49,12 +49,30 @@ def decomposed(lora: LoraConfig, module: str, weight_OD: Tensor, *, seed: int) -
         q_OK, r_KD = torch.linalg.qr(weight_OD)
         return r_KD[:rank], q_OK[:, :rank]
     num_iterations = lora.pissa_iterations
-    if num_iterations is None:
+    if num_iterations is None and weight_OD.device.type == "cpu":
         u_OK, s_K, v_KD = torch.linalg.svd(weight_OD, full_matrices=False)
+    elif num_iterations is None:
+        u_OK, s_K, v_KD = largest_by_gram(weight_OD, rank)
     else:
         u_OK, s_K, v_KD = _randomized_svd(weight_OD, module, rank=rank, num_iterations=num_iterations, seed=seed)
     root_R = (s_K[:rank] / scale).sqrt()
     return root_R[:, None] * v_KD[:rank], u_OK[:, :rank] * root_R
+
+
+def largest_by_gram(weight_OD: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U [O, R], S [R] and Vᵀ [R, D] of the largest singular values, from the eigenvectors of the smaller of W Wᵀ
+    and Wᵀ W in fp64.
+
+    On a GPU, torch's SVD uses Jacobi's method, which takes many times as long for the matrices of a large model.
+    """
+    is_wide = weight_OD.shape[0] <= weight_OD.shape[1]
+    wide_SL = (weight_OD if is_wide else weight_OD.T).double()
+    squares_S, vectors_SS = torch.linalg.eigh(wide_SL @ wide_SL.T)  # ascending
+    s_R = squares_S[-rank:].flip(0).clamp(min=0).sqrt()
+    short_SR = vectors_SS[:, -rank:].flip(1)
+    long_RL = (short_SR.T @ wide_SL) / s_R.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    u_OR, v_RD = (short_SR, long_RL) if is_wide else (long_RL.T, short_SR.T)
+    return u_OR.float(), s_R.float(), v_RD.float()
 
 
 def _randomized_svd(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
-from lora_core.adapter.initialization import decomposed
+from lora_core.adapter.initialization import decomposed, largest_by_gram
 from lora_core.config import LoraConfig, ScheduleConfig
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -169,3 +169,22 @@ def test_too_high_rank_and_unknown_initialization_are_rejected(load):
     for name in ("svd", "pissa_niter_", "pissa_niter_0", "pissa_niter_100"):
         with pytest.raises(ConfigError, match="init_lora_weights"):
             LoraConfig(rank=1, alpha=1, init_lora_weights=name)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (24, 24)])
+def test_largest_singular_values_by_eigenvectors_are_those_of_the_svd(shape):
+    weight_OD = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u_OK, s_K, v_KD = torch.linalg.svd(weight_OD.double(), full_matrices=False)
+
+    u_OR, s_R, v_RD = largest_by_gram(weight_OD, 5)
+
+    torch.testing.assert_close(s_R, s_K[:5].float())
+    torch.testing.assert_close((u_OR * s_R) @ v_RD, ((u_OK[:, :5] * s_K[:5]) @ v_KD[:5]).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_largest_singular_values_of_a_weight_with_a_lower_rank_are_finite():
+    weight_OD = torch.ones(6, 9)
+
+    u_OR, s_R, v_RD = largest_by_gram(weight_OD, 3)
+
+    torch.testing.assert_close((u_OR * s_R) @ v_RD, weight_OD, atol=1e-5, rtol=1e-5)
