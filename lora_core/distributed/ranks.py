@@ -219,6 +219,9 @@ def join(
         given = _rendezvous_options(rendezvous, own_rank)
     elif file is not None:
         given = {"store": _kept(file, silence_seconds), "rank": own_rank, "world_size": num_own}
+    if kind == "cuda":
+        # Without it, NCCL creates a communicator for each pair of ranks that send to each other.
+        given["device_id"] = torch.device(device)
     dist.init_process_group(BACKENDS[kind], timeout=timedelta(seconds=silence_seconds), **given)
     ranks = Ranks(
         rank=dist.get_rank(),

@@ -27,6 +27,26 @@ pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[3]
 
 
+def test_ranks_on_gpus_send_through_the_communicator_of_all(monkeypatch, tmp_path):
+    """Without the device, torch creates a communicator of NCCL for each pair of ranks, in device memory."""
+    given: dict[str, Any] = {}
+
+    def initialize(backend: str, **options: Any) -> None:
+        given.update(options, backend=backend)
+        raise InterruptedError
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(current=device))
+    monkeypatch.setattr(torch.distributed, "init_process_group", initialize)
+
+    with pytest.raises(InterruptedError):
+        distributed.join("cuda:1", silence_seconds=60, file=tmp_path / "store")
+
+    assert (given["current"], given["device_id"]) == ("cuda:1", torch.device("cuda:1"))
+    assert (given["backend"], given["rank"], given["world_size"]) == ("cpu:gloo,cuda:nccl", 1, 2)
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
