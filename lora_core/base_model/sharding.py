@@ -7,6 +7,7 @@ part of the model. A block is all-gathered by collectives, so every rank must pa
 (lora_core/engine/step.py).
 """
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from lora_core.base_model.blocks import find_blocks
 from lora_core.distributed.ranks import Ranks
 from lora_core.errors import ConfigError, UnsupportedModel
 
+LOGGER = logging.getLogger(__name__)
 Strategy = Literal["replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"]
 """Each rank holds a full replica, or a shard of each block by one of the libraries, on its device or in host memory."""
 EXACT_PINNING = "pinned_max_round_threshold_mb:1"
@@ -65,10 +67,16 @@ def shard(model: PreTrainedModel, strategy: Strategy, ranks: Ranks, *, device: s
 
 
 def _pin_exactly() -> None:
-    """Append the setting to existing ones. Older versions of torch have no such settings and round up."""
+    """Append the setting to existing ones. Versions of torch without it (before 2.13) round up."""
     settings = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
-    if settings is not None:
+    if settings is None:
+        return
+    try:
         torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (settings(), EXACT_PINNING))))
+    except (RuntimeError, ValueError) as error:
+        LOGGER.warning(
+            "torch %s can't pin memory exactly, so pinning can take twice as much: %s", torch.__version__, error
+        )
 
 
 def _cast(block: nn.Module, dtype: torch.dtype) -> None:

@@ -31,6 +31,17 @@ def test_exact_pinning_keeps_other_allocator_settings():
         torch._C._accelerator_setAllocatorSettings(before)
 
 
+def test_torch_that_does_not_know_exact_pinning_is_no_error(monkeypatch, caplog):
+    def unknown(_: str) -> None:
+        raise ValueError("Unrecognized key 'pinned_max_round_threshold_mb'")
+
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", unknown)
+
+    _pin_exactly()
+
+    assert "Unrecognized key" in caplog.text
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", "zero3_offload"])
 def test_sharding_on_one_rank_is_rejected(load, strategy):
     with pytest.raises(ConfigError, match="has only one"):
