@@ -34,6 +34,12 @@ class ConfigError(LoraCoreError):
     code = "invalid_config"
 
 
+class DeviceUnusable(LoraCoreError):
+    """PyTorch can't use the device on this machine."""
+
+    code = "device_unusable"
+
+
 class UnsupportedModel(LoraCoreError):
     """The base model is not supported, or its files fail validation."""
 

@@ -32,7 +32,7 @@ from lora_core.base_model.patching import Attachment, find_linears, target_of
 from lora_core.base_model.quantization import Quantization, load_quantized, scale_bytes
 from lora_core.base_model.sharding import Strategy, allocated_bytes, allow_unsharded, shard
 from lora_core.distributed.ranks import ALONE, Ranks
-from lora_core.errors import ConfigError, UnreachableSource
+from lora_core.errors import ConfigError, DeviceUnusable, UnreachableSource
 from lora_core.kernels.numba_jit import REFUSAL
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.task_heads import Task, counts_from_padding, fill_placeholder, refuse_unknown_head, task_head_of
@@ -188,7 +188,8 @@ def load_base(
         UnsupportedModel: The model family can't be packed.
         UnreachableSource: The folder does not exist.
         UnsafeFile: A tensor file exceeds a limit.
-        ConfigError: An argument has an unknown value, there is no GPU, or Numba can't be imported on a CPU.
+        ConfigError: An argument has an unknown value, or Numba can't be imported on a CPU.
+        DeviceUnusable: PyTorch can't use the GPU.
     """
     for name, value, known in (
         ("dtype", dtype, Dtype),
@@ -197,11 +198,8 @@ def load_base(
         ("strategy", strategy, Strategy),
     ):
         _require_known(name, value, get_args(known))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device is {device!r}, but PyTorch {torch.__version__} finds no GPU.",
-            remedy="Install a build of PyTorch with CUDA, or set device to 'cpu'.",
-        )
+    if device.startswith("cuda"):
+        _require_gpu(device)
     base_dir = Path(base_dir)
     _require_cpu_kernels(device)
     _require_folder(base_dir)
@@ -240,6 +238,21 @@ def load_base(
 def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name} is {value!r}, which is not supported.", remedy=f"Use one of: {', '.join(known)}.")
+
+
+def _require_gpu(device: str) -> None:
+    """Raise DeviceUnusable with torch's reason if CUDA finds no GPU, for example because the driver is too old."""
+    if torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.init()
+        reason = "it finds no GPU"
+    except (AssertionError, RuntimeError) as error:  # AssertionError: a build without CUDA
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    raise DeviceUnusable(
+        f"PyTorch {torch.__version__} can't use {device}: {reason}.",
+        remedy="Check the driver with nvidia-smi, install a build of PyTorch for its CUDA version, or use the CPU.",
+    )
 
 
 def _require_cpu_kernels(device: str) -> None:

@@ -24,6 +24,7 @@ RETRYABLE_CODES = {
     "out_of_memory": EndReason.CUDA_OOM,
     "out_of_space": EndReason.NODE_FAILED,
     "disk_error": EndReason.NODE_FAILED,
+    "device_unusable": EndReason.NODE_FAILED,
 }
 
 DIVERGED_DETAIL = "training from its weights diverged."

@@ -16,7 +16,7 @@ from lora_core.base_model.loading import load_with_transformers
 from lora_core.base_model.model import describe_base, load_base
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.errors import ConfigError, UnreachableSource
+from lora_core.errors import ConfigError, DeviceUnusable, UnreachableSource
 from lora_core.events import JobEvaluated
 from lora_core.peft_format.verify import verify_export
 from tests.lora_core.scenarios import Submission, admit, config, text_dataset
@@ -181,8 +181,28 @@ def mapping_around(address: int, path: Path) -> Mapping:
     return mapping
 
 
-def test_gpu_that_torch_does_not_find_is_rejected(base_dirs, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12080). Update it.\nSee https://nvidia.com"
 
-    with pytest.raises(ConfigError, match="finds no GPU"):
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled."),
+        (RuntimeError(TOO_OLD), TOO_OLD.partition("\n")[0]),
+        (None, "it finds no GPU."),
+    ],
+    ids=["build without CUDA", "old driver", "no GPU"],
+)
+def test_gpu_that_torch_can_not_use_is_rejected_with_the_reason(base_dirs, monkeypatch, raised, reason):
+    def init() -> None:
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+
+    with pytest.raises(DeviceUnusable) as caught:
         load_base(base_dirs["llama"], dtype="float32", device="cuda:0")
+
+    assert caught.value.message == f"PyTorch {torch.__version__} can't use cuda:0: {reason}"
+    assert "nvidia-smi" in caught.value.remedy

@@ -109,6 +109,7 @@ def test_one_job_on_a_base_that_no_worker_has_loaded_cordons_no_node(site: PackS
         ("unsupported_model", EndReason.TRAINER_CRASHED),
         ("out_of_memory", EndReason.HOST_OOM),
         ("disk_error", EndReason.NODE_FAILED),
+        ("device_unusable", EndReason.NODE_FAILED),
     ],
 )
 def test_a_rejected_base_is_the_end_reason_with_its_remedy(site: PackSite, code: str, reason: EndReason) -> None:
