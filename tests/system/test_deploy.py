@@ -40,7 +40,7 @@ SETTINGS = {f"LORRY_{name}".upper() for kind in (Settings, ApiSettings) for name
 KNOWN = SETTINGS | {"LORRY_DEVICE", logs.FORMAT}
 TIME_TO_LEAVE = 90
 """Seconds that a worker has to exit, in every file that states them."""
-DRAIN_SECONDS = WorkerContext.__dataclass_fields__["drain_seconds"].default
+DRAIN_SECONDS = WorkerContext.__dataclass_fields__["drain_limit_seconds"].default
 SECRETS = re.compile(r"PASSWORD|SECRET|PEPPER|ACCESS_KEY|(DATABASE|REDIS)_URL")
 EACH_UNIT = pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 
@@ -137,7 +137,7 @@ def test_a_stopping_worker_has_time_and_its_trainer_receives_no_signal(name: str
     worker = Unit(DEPLOY / "systemd" / name)
 
     assert worker.one("KillMode") == "mixed"
-    assert int(worker.one("TimeoutStopSec")) == TIME_TO_LEAVE >= 3 * DRAIN_SECONDS
+    assert int(worker.one("TimeoutStopSec")) == TIME_TO_LEAVE >= 1.5 * DRAIN_SECONDS
     assert worker.one("OOMPolicy") == "continue", (
         "otherwise systemd stops the worker when the kernel has killed its trainer"
     )

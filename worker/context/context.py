@@ -73,12 +73,14 @@ class WorkerContext:
     stopping_tasks: threading.Event = field(default_factory=threading.Event)
     """Set while a supervisor that has failed stops its background tasks."""
     load_seconds: float = 900
-    """Time limit for a trainer to load its base model."""
+    """Time limit for a trainer to load its base model, in addition to the time to read its files."""
     progress_seconds: float = 300
     """Time limit between two events of a busy trainer."""
     verifying_seconds: float = 120
     """Time limit between two events during a verification, in which every linear layer causes an event."""
     drain_seconds: float = 20
+    """Time limit for a trainer to save a job when the worker shuts down."""
+    drain_limit_seconds: float = 60
     """Time limit for a trainer to save all jobs when the worker shuts down."""
 
     cleaned_at: float = -math.inf

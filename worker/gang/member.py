@@ -160,7 +160,8 @@ class _Participation:
             if context.draining:
                 draining_since = draining_since or time.monotonic()
                 has_requested = has_requested or self._request_shutdown()
-            if draining_since is not None and time.monotonic() - draining_since > context.drain_seconds + POLL_SECONDS:
+            limit = context.drain_limit_seconds + POLL_SECONDS
+            if draining_since is not None and time.monotonic() - draining_since > limit:
                 trainer.kill()
                 return _as_json(TrainerEnd.WORKER_SHUTDOWN.value)
             if not self._is_called():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from catalog.fleet import cordons
 from catalog.states import EndReason
@@ -22,6 +23,8 @@ from worker.session.session_job import End
 from worker.session.trainer_session import TrainerSession
 
 log = logging.getLogger(__name__)
+READ_BYTES_PER_SECOND = 50e6
+"""Rate at which a slow disk or network file system delivers the files of a base model."""
 PACE_FACTOR = 4
 """A slow trainer may be silent for this multiple of its longest silence so far."""
 SILENT_GPU_SECONDS = 300.0
@@ -80,11 +83,13 @@ def _timeout(
     """Return the time limit that the trainer has exceeded: to shut down, to load its base model, or between two
     events. None if it has exceeded none."""
     now = time.monotonic()
-    if closing_at is not None and now - closing_at > context.drain_seconds:
+    if closing_at is not None and _is_saving_too_long(context, session, closing_at, now=now):
         return TrainerEnd.SLOW_SHUTDOWN.value
     if session.ready is None and now - trainer.started_at > context.load_seconds:
-        detail = f"The base model was not loaded within {context.load_seconds:.0f} s."
-        return End(reason=EndReason.TIMEOUT, detail=detail)
+        allowed = context.load_seconds + _base_bytes(trainer) / READ_BYTES_PER_SECOND
+        if now - trainer.started_at <= allowed:
+            return None
+        return End(reason=EndReason.TIMEOUT, detail=f"The base model was not loaded within {allowed:.0f} s.")
     if session.ready is None or session.is_empty:
         return None
     silent_seconds, allowed = session.silent_seconds(), _allowed_seconds(context, session)
@@ -92,6 +97,18 @@ def _timeout(
         return None
     what = "while it verified an adapter" if session.is_verifying else ""
     return End(reason=EndReason.TIMEOUT, detail=f"The trainer sent no events for {allowed:.0f} s {what}".strip() + ".")
+
+
+def _is_saving_too_long(context: WorkerContext, session: TrainerSession, closing_at: float, *, now: float) -> bool:
+    """Return whether it needs too long for one job, of which each causes an event, or for all."""
+    last_saved_at = max(closing_at, session.last_event_at)
+    return now - last_saved_at > context.drain_seconds or now - closing_at > context.drain_limit_seconds
+
+
+def _base_bytes(trainer: TrainerProcess) -> int:
+    """Return the size of the base model's files."""
+    folder = Path(trainer.directory.settings()["base_dir"])
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _allowed_seconds(context: WorkerContext, session: TrainerSession) -> float:

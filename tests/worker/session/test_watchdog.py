@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -31,10 +32,13 @@ class Process:
         self.is_killed = True
 
 
-def is_killed_by_watchdog(site: PackSite, session: TrainerSession) -> bool:
+def is_killed_by_watchdog(
+    site: PackSite, session: TrainerSession, *, closing_at: float | None = None, started_at: float | None = None
+) -> bool:
     """Return whether a check of the clock kills the session's trainer."""
     process = Process(session)
-    watch_clock(site.context, cast(TrainerProcess, process), session, None)
+    process.started_at = process.started_at if started_at is None else started_at
+    watch_clock(site.context, cast(TrainerProcess, process), session, closing_at)
     assert process.is_killed == (session.outcome is not None)
     return process.is_killed
 
@@ -56,6 +60,33 @@ def test_a_busy_trainer_without_events_is_killed(site: PackSite) -> None:
     assert is_killed_by_watchdog(site, session)
     assert session.outcome is not None
     assert session.outcome.reason is EndReason.TIMEOUT
+
+
+def test_a_closing_trainer_that_saves_one_job_after_another_has_more_time(site: PackSite) -> None:
+    session = busy_pack(site)
+    now = session.last_event_at
+    assert not is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_limit_seconds + 5)
+    assert is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_limit_seconds - 5)
+
+    session.outcome = None
+    session.last_event_at = now - site.context.drain_seconds - 5
+
+    assert not is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_seconds + 5)
+    assert is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_seconds - 5)
+
+
+def test_a_large_base_model_has_more_time_to_load(site: PackSite, tmp_path: Path) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(50_000_000_000)
+    session = site.loading_session(site.claim())
+    session.directory.settings_path.write_text(json.dumps({"base_dir": str(tmp_path)}))
+    now = session.last_event_at
+    assert not is_killed_by_watchdog(site, session, started_at=now - 1800)
+
+    assert is_killed_by_watchdog(site, session, started_at=now - 2000)
+
+    assert session.outcome is not None
+    assert session.outcome.detail == "The base model was not loaded within 1900 s."
 
 
 def test_a_trainer_whose_stacks_are_unavailable_is_killed(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
