@@ -6,10 +6,13 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 from lorry.errors import LorryError
 
 CPU = "cpu"
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Exists while the kernel has the driver of NVIDIA GPUs loaded."""
 
 
 def choose(wanted: str | None) -> list[str]:
@@ -31,15 +34,25 @@ def choose(wanted: str | None) -> list[str]:
 
 
 def _gpus() -> list[str]:
-    """Return the GPU numbers that nvidia-smi lists, restricted to CUDA_VISIBLE_DEVICES."""
+    """Return the GPU numbers that nvidia-smi lists, restricted to CUDA_VISIBLE_DEVICES.
+
+    Raises LorryError if nvidia-smi fails although the driver is loaded.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
     argv = [tool, "--query-gpu=index", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
+        listed = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError) as error:
+        if not DRIVER.exists():
+            return []
+        told = error.stdout if isinstance(error, subprocess.CalledProcessError) else error
+        raise LorryError(
+            f"nvidia-smi does not list the GPUs of this machine: {str(told).strip()}",
+            code="gpus_not_found",
+            remedy="Repair the driver, name the GPUs with --devices, or train on the CPU with `--devices cpu`.",
+        ) from error
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [] if listed.returncode else [line.strip() for line in listed.stdout.splitlines() if line.strip().isdigit()]
+    found = [line.strip() for line in listed if line.strip().isdigit()]
     return found if visible is None else [gpu for gpu in found if gpu in visible.split(",")]

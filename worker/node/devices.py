@@ -33,13 +33,16 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 BFLOAT16_CAPABILITY = 8
 """The first compute capability of NVIDIA GPUs (Ampere) that multiplies bfloat16 in hardware."""
 UVM_NODE = Path("/dev/nvidia-uvm")
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Exists while the kernel has the driver of NVIDIA GPUs loaded."""
 MODPROBE_SECONDS = 30.0
+REPAIR = "Repair it (nvidia-smi shows its state), or train on the CPU: set LORRY_DEVICE=cpu, or pass --groups cpu."
 LEAST_BYTES = 64 * 2**10
 """Free disk space below which a trainer can't even write a message."""
 
 
 class UnresponsiveGpu(Exception):
-    """The driver does not report the free memory of a GPU. The error's text is the reason."""
+    """The driver does not answer, or can't report about a GPU. The error's text is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,8 @@ class Device:
     """cpu or cuda."""
     indices: tuple[int, ...] = ()
     """The numbers of its GPUs in NVML, which are in PCI bus order. () for a CPU. Usually it has one GPU."""
+    uuids: tuple[str, ...] = ()
+    """The UUIDs of its GPUs. Unlike numbers, they still name the same GPUs after another GPU was lost."""
     cores: tuple[int, ...] = ()
     """The numbers of the CPU cores that are reserved for it. () if it has all cores that its process may use."""
     name: str
@@ -89,7 +94,8 @@ class Device:
 
 
 def find_devices() -> list[Device]:
-    """Return the GPUs that NVML reports, or the CPU if there are none."""
+    """Return the GPUs that NVML reports, or the CPU if there are none. Raises SystemExit if there are GPUs, but none
+    can be used."""
     return _find_gpus() or [cpu()]
 
 
@@ -138,6 +144,7 @@ def _combined(gpus: Sequence[Device]) -> Device:
     return Device(
         kind="cuda",
         indices=tuple(gpu.indices[0] for gpu in gpus),
+        uuids=tuple(gpu.uuids[0] for gpu in gpus),
         name=f"{len(gpus)} x {names[0]}" if len(names) == 1 else ", ".join(gpu.name for gpu in gpus),
         memory_bytes=min(gpu.memory_bytes for gpu in gpus) * len(gpus),
         has_bfloat16=all(gpu.has_bfloat16 for gpu in gpus),
@@ -255,26 +262,50 @@ def _version(name: str) -> str:
 
 
 def _find_gpus() -> list[Device]:
-    nvml = open_nvml()
+    try:
+        nvml = open_nvml()
+    except UnresponsiveGpu as error:
+        raise SystemExit(f"The driver of the NVIDIA GPUs does not answer: {error}. {REPAIR}") from error
     if nvml is None:
         return []
     found: list[Device] = []
+    problems: list[str] = []
     count = nvml.nvmlDeviceGetCount()
     for index in _visible(count):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory = _usable_bytes(nvml, handle)
-        generation, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        device = Device(
-            kind="cuda",
-            indices=(index,),
-            name=str(nvml.nvmlDeviceGetName(handle)),
-            memory_bytes=memory,
-            has_bfloat16=generation >= BFLOAT16_CAPABILITY,
-            quantizations=quantizations(),
-            host_memory_bytes=_host_memory_bytes() // count,
-        )
-        found.append(device)
+        try:
+            found.append(_gpu(nvml, index, count))
+        except (nvml.NVMLError, UnresponsiveGpu) as error:
+            problems.append(f"GPU {index}: {error}")
+            log.error("GPU %d can't be used: %s", index, error)
+    if problems and not found:
+        raise SystemExit(f"No GPU of this machine can be used ({'; '.join(problems)}). {REPAIR}")
     return found
+
+
+def _gpu(nvml: Any, index: int, count: int) -> Device:
+    """Describe one of `count` GPUs. Raises NVMLError and UnresponsiveGpu."""
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    if _is_partitioned(nvml, handle):
+        raise UnresponsiveGpu("it is partitioned by MIG, which Lorry does not support (nvidia-smi -mig 0)")
+    generation, _ = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Device(
+        kind="cuda",
+        indices=(index,),
+        uuids=(str(nvml.nvmlDeviceGetUUID(handle)),),
+        name=str(nvml.nvmlDeviceGetName(handle)),
+        memory_bytes=_usable_bytes(nvml, handle),
+        has_bfloat16=generation >= BFLOAT16_CAPABILITY,
+        quantizations=quantizations(),
+        host_memory_bytes=_host_memory_bytes() // count,
+    )
+
+
+def _is_partitioned(nvml: Any, handle: Any) -> bool:
+    try:
+        mode, _ = nvml.nvmlDeviceGetMigMode(handle)
+    except nvml.NVMLError:  # a GPU without MIG
+        return False
+    return mode == nvml.NVML_DEVICE_MIG_ENABLE
 
 
 def _host_memory_bytes() -> int:
@@ -345,7 +376,8 @@ def _log_once(index: int, reason: str) -> None:
 
 
 def open_nvml() -> Any:
-    """Return NVML, initialized. None if the binding or the driver is missing."""
+    """Return NVML, initialized. None if the binding or the driver is missing. Raises UnresponsiveGpu if the driver is
+    loaded, but does not answer, for example because its libraries have another version."""
     try:
         import pynvml  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
@@ -353,7 +385,9 @@ def open_nvml() -> Any:
     nvml: Any = pynvml
     try:
         nvml.nvmlInit()
-    except nvml.NVMLError:
+    except nvml.NVMLError as error:
+        if DRIVER.exists() and error.value != nvml.NVML_ERROR_LIBRARY_NOT_FOUND:  # as in a container without GPUs
+            raise UnresponsiveGpu(str(error)) from error
         return None
     return nvml
 

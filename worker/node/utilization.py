@@ -39,7 +39,10 @@ def measure(device: devices.Device) -> Use:
         memory = psutil.virtual_memory()
         busy = psutil.cpu_percent() / 100
         return {"utilization_ratio": busy, "memory_used_bytes": float(memory.total - memory.available)}
-    nvml = devices.open_nvml()
+    try:
+        nvml = devices.open_nvml()
+    except devices.UnresponsiveGpu:
+        return {}
     return {} if nvml is None else _combined([_of_gpu(nvml, index) for index in device.indices])
 
 

@@ -60,7 +60,7 @@ LAUNCHED = (
     "--dynamo_backend=no",
     "--max_restarts=0",
 )
-"""Complete, so that accelerate neither reads a configuration file nor queries the GPUs."""
+"""Complete, so that accelerate reads no configuration file. It runs nvidia-smi once, for the names of the GPUs."""
 ROOT = Path(__file__).resolve().parents[2]
 KILL_SECONDS = 10.0
 """Killed processes usually disappear within this time."""
@@ -278,7 +278,7 @@ def trainer_environment(path: Path, device: devices.Device, *, num_threads: int)
 
 def _visible(device: devices.Device) -> str:
     """Return all GPUs of the device group, in its order. The first one is cuda:0."""
-    return ",".join(map(str, device.indices))
+    return ",".join(device.uuids)
 
 
 def child_environment(*, with_hub: bool = False) -> dict[str, str]:

@@ -207,6 +207,24 @@ def test_every_visible_gpu_is_used_by_default(
     assert devices.choose(None) == chosen
 
 
+@pytest.mark.parametrize("has_driver", [True, False])
+def test_gpus_whose_driver_fails_are_not_replaced_by_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_driver: bool
+) -> None:
+    tool, driver = tmp_path / "nvidia-smi", tmp_path / "driver"
+    tool.write_text("#!/bin/sh\necho 'GPU 3 is lost'\nexit 15\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(devices, "DRIVER", driver)
+    if not has_driver:
+        assert devices.choose(None) == ["cpu"]
+        return
+    driver.touch()
+
+    with pytest.raises(LorryError, match="does not list the GPUs of this machine: GPU 3 is lost"):
+        devices.choose(None)
+
+
 def make(tmp_path: Path, code: str, *, kills_group: bool = False) -> Child:
     argv = [sys.executable, "-c", code]
     log = tmp_path / "thing.log"

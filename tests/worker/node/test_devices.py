@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,12 @@ from worker.node import devices as node
 GIB = 2**30
 
 
+class DriverError(Exception):
+    """Replaces NVML's own error."""
+
+    value = 999
+
+
 @pytest.fixture
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate NVML on a machine with three GPUs."""
@@ -23,7 +30,14 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         info = {"total": 80 * GIB, "free": 79 * GIB}
         return SimpleNamespace(**info) if version is None else SimpleNamespace(**info, reserved=GIB)
 
+    def mig_mode(_: int) -> tuple[int, int]:
+        raise DriverError("Not Supported")
+
     nvml = SimpleNamespace(
+        NVMLError=DriverError,
+        NVML_DEVICE_MIG_ENABLE=1,
+        nvmlDeviceGetMigMode=mig_mode,
+        nvmlDeviceGetUUID=lambda index: f"GPU-{index}",  # pyright: ignore[reportUnknownLambdaType]
         nvmlMemory_v2=2,
         nvmlDeviceGetCount=lambda: 3,
         nvmlDeviceGetHandleByIndex=lambda index: index,  # pyright: ignore[reportUnknownLambdaType]
@@ -41,6 +55,53 @@ def test_a_trainer_sees_its_gpu_as_cuda_0(monkeypatch: pytest.MonkeyPatch) -> No
     chosen = node.choose_device("2")
 
     assert (chosen.indices, chosen.torch_name(), chosen.num_processes) == ((2,), "cuda:0", 1)
+
+
+@pytest.mark.usefixtures("three_gpus")
+@pytest.mark.parametrize("fault", ["lost", "partitioned"])
+def test_a_gpu_that_can_not_be_used_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    nvml = node.open_nvml()
+
+    def handle(index: int) -> int:
+        if fault == "lost" and index == 1:
+            raise DriverError("GPU is lost")
+        return index
+
+    def mig_mode(index: int) -> tuple[int, int]:
+        if fault != "partitioned":
+            raise DriverError("Not Supported")
+        return int(index == 1), 0
+
+    nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetMigMode = handle, mig_mode
+
+    assert [device.indices[0] for device in node.find_devices()] == [0, 2]
+    assert caplog.messages[0].startswith("GPU 1 can't be used: ")
+    assert node.choose_device("2,0").uuids == ("GPU-2", "GPU-0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(SystemExit, match=r"No GPU of this machine can be used \(GPU 1: .*LORRY_DEVICE=cpu"):
+        node.find_devices()
+
+
+def test_gpus_whose_driver_fails_are_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container without GPUs shows the driver of its host, but lacks NVML's library."""
+
+    def fails() -> None:
+        raise DriverError("Driver/library version mismatch")
+
+    names = {"NVMLError": DriverError, "NVML_ERROR_LIBRARY_NOT_FOUND": 12, "nvmlInit": fails}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**names))
+    monkeypatch.setattr(node, "DRIVER", tmp_path)
+    with pytest.raises(SystemExit, match="does not answer: Driver/library version mismatch"):
+        node.find_devices()
+
+    monkeypatch.setattr(DriverError, "value", 12)
+    assert [device.kind for device in node.find_devices()] == ["cpu"]
+    monkeypatch.setattr(node, "DRIVER", tmp_path / "missing")
+    monkeypatch.setattr(DriverError, "value", 999)
+    assert [device.kind for device in node.find_devices()] == ["cpu"]
 
 
 @pytest.mark.usefixtures("three_gpus")
@@ -62,10 +123,6 @@ def test_a_visible_gpu_that_is_not_a_number_is_rejected(monkeypatch: pytest.Monk
         node.choose_device(None)
 
 
-class DriverError(Exception):
-    """Replaces NVML's own error."""
-
-
 @pytest.mark.usefixtures("three_gpus")
 def test_memory_that_the_driver_reserves_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -77,7 +134,7 @@ def test_memory_that_the_driver_reserves_is_not_counted(monkeypatch: pytest.Monk
         return usual(handle)
 
     with_reserve = node.choose_device("0")
-    nvml.NVMLError, nvml.nvmlDeviceGetMemoryInfo = DriverError, old
+    nvml.nvmlDeviceGetMemoryInfo = old
     by_an_old_driver = node.choose_device("0")
 
     assert (with_reserve.memory_bytes, by_an_old_driver.memory_bytes) == (79 * GIB, 80 * GIB)
@@ -94,7 +151,7 @@ def test_a_gpu_without_a_driver_report_has_no_free_memory_and_one_log_line(
     def lost(_: int) -> Any:
         raise DriverError("GPU is lost")
 
-    nvml.NVMLError, nvml.nvmlDeviceGetMemoryInfo = DriverError, lost
+    nvml.nvmlDeviceGetMemoryInfo = lost
 
     assert [node.free_bytes(device) for _ in range(3)] == [0, 0, 0]
     monkeypatch.setattr(node, "open_nvml", lambda: None)

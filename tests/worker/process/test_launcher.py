@@ -70,17 +70,17 @@ def test_only_a_child_that_downloads_has_the_hubs_token(monkeypatch: pytest.Monk
 
 
 def test_a_trainer_sees_only_its_own_gpus(tmp_path: Path) -> None:
-    gpu = devices.Device(kind="cuda", indices=(3,), name="GPU", memory_bytes=1)
-    several = devices.Device(kind="cuda", indices=(2, 0), name="GPUs", memory_bytes=2)
+    gpu = devices.Device(kind="cuda", indices=(3,), uuids=("GPU-d",), name="GPU", memory_bytes=1)
+    several = devices.Device(kind="cuda", indices=(2, 0), uuids=("GPU-c", "GPU-a"), name="GPUs", memory_bytes=2)
 
     on_gpu = trainer_environment(tmp_path, gpu, num_threads=1)
     on_cpu = trainer_environment(tmp_path, devices.cpu(), num_threads=1)
 
-    assert (on_gpu["CUDA_VISIBLE_DEVICES"], on_gpu["CUDA_DEVICE_ORDER"]) == ("3", "PCI_BUS_ID")
+    assert (on_gpu["CUDA_VISIBLE_DEVICES"], on_gpu["CUDA_DEVICE_ORDER"]) == ("GPU-d", "PCI_BUS_ID")
     assert on_gpu["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert (on_gpu["CUBLAS_WORKSPACE_CONFIG"], on_gpu["TORCH_CUDNN_SDPA_DEPRIORITIZED"]) == (":4096:8", "1")
     assert on_cpu["CUDA_VISIBLE_DEVICES"] == ""
-    assert trainer_environment(tmp_path, several, num_threads=1)["CUDA_VISIBLE_DEVICES"] == "2,0"
+    assert trainer_environment(tmp_path, several, num_threads=1)["CUDA_VISIBLE_DEVICES"] == "GPU-c,GPU-a"
 
 
 def test_a_trainer_that_survives_a_kill_is_left_behind_after_a_wait(
