@@ -398,7 +398,11 @@ def test_only_lines_that_break_stricter_rules_fail(
 
     monkeypatch.setitem(batch_input.SCHEMAS, CHAT_URL, StricterRequest)
     parse = batch_lines.parse
-    monkeypatch.setattr(batch_lines, "parse", lambda line, **given: parse(line, **given | {"max_line_bytes": 500}))
+    monkeypatch.setattr(
+        batch_lines,
+        "parse",
+        lambda line, *, endpoint, max_line_bytes: parse(line, endpoint=endpoint, max_line_bytes=500),
+    )
     batch_worker.gate.set()
     batch = wait(client, made.id)
 
