@@ -36,9 +36,24 @@ from catalog.tenancy.authentication import Caller
 
 PEPPER = Pepper(current=b"p" * 32)
 LEASE = 60.0
-SHAPES = {"q_proj": [[64, 64], 2], "v_proj": [[16, 64], 2]}
-DESCRIPTION = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 100, "max_positions": 512}
 WIDE = Capacity(max_jobs=16, memory_bytes_free=10**12)
+
+
+def linears(**shapes: tuple[list[int], int]) -> dict[str, Any]:
+    """Describe linear layers, given the shape and the number of each, as part of the description of a base model."""
+    groups = [
+        {"path": f"model.layers.*.{name}", "shape": shape, "layers": list(range(number))}
+        for name, (shape, number) in shapes.items()
+    ]
+    return {"linear_shapes": {name: list(shape) for name, shape in shapes.items()}, "linear_paths": groups}
+
+
+DESCRIPTION = {
+    "num_parameters": 10_000,
+    "vocab_size": 100,
+    "max_positions": 512,
+    **linears(q_proj=([64, 64], 2), v_proj=([16, 64], 2)),
+}
 
 
 def end_key(db: Database, api_key_id: str) -> None:

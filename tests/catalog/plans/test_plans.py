@@ -26,7 +26,7 @@ from catalog.storage import files
 from catalog.tables.jobs import Job
 from catalog.tables.plans import FileOverlap, Plan
 from tests.catalog.plan_data import REPORT, SETTINGS, know, plan, put, ready
-from tests.catalog.world import LEASE, World, request, sha
+from tests.catalog.world import LEASE, World, linears, request, sha
 
 
 def found(row: Plan) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def test_plan_is_outdated_after_its_base_model_changed(world: World) -> None:
     row = ready(world)
     base_models.delete(world.db, "smol")
     base_models.add(world.db, name="smol", kind="folder", source="/models/smol", revision=None)
-    another = {"num_parameters": 1, "linear_shapes": {"q_proj": [[64, 64], 2]}}
+    another = {"num_parameters": 1, **linears(q_proj=([64, 64], 2))}
     world.finish_import("smol", digest=sha("another"), description=another)
 
     with pytest.raises(Conflict) as refused:
