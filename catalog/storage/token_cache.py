@@ -86,7 +86,7 @@ def put(
     file_digest: str,
     artifact: Manifest | None,
     report: Json,
-    details: Json | None = None,
+    details: Json,
 ) -> Prepared:
     """Insert a cache whose files are stored, charge it to the project, and evict surplus caches of the same file.
 

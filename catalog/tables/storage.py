@@ -89,7 +89,7 @@ class Prepared(Table):
     report: Mapped[Json]
     details: Mapped[Json | None]
     """Sample rows, and line numbers of unusual rows, for plans. They contain the data itself: show them only to callers
-    that may read the file. None for files that were prepared before plans existed."""
+    that may read the file."""
     created_at: Mapped[float]
     __table_args__ = (Index(None, "project_id", "file_digest"),)
 

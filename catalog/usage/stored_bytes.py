@@ -1,8 +1,7 @@
 """Definition of a project's stored bytes, and their recount from the rows.
 
 The counters in the table `stored_bytes` follow every change (`ledger.store`). Garbage collection compares them with
-this recount once a day, because workers of an earlier version, which may run during an upgrade, charge only for files
-and adapters.
+this recount: a counter that missed a change would stay wrong otherwise, and quotas depend on it.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from catalog.tables.table import new_id
 from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
+from tests.catalog.prepared_data import DETAILS, REPORT
 
 PEPPER = Pepper(current=b"p" * 32)
 LEASE = 60.0
@@ -174,13 +175,14 @@ class World:
                 unprepared.job.project_id,
             )
             if token_cache.get(self.db, key) is None:
-                self.put_tokens(key, file_digest=digest, artifact=tokens, report={"rows": 1}, project_id=project_id)
+                self.put_tokens(key, file_digest=digest, artifact=tokens, report=REPORT, project_id=project_id)
             found = {"num_steps": num_steps, "longest_example": longest_example}
             preparation.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
 
     def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
         """Store a token cache of our project, or of the given one."""
-        return token_cache.put(self.db, key, project_id=project_id or self.caller.project_id, **given)
+        given = {"project_id": project_id or self.caller.project_id, "details": DETAILS, **given}
+        return token_cache.put(self.db, key, **given)
 
     def queued(self, **fields: Any) -> Job:
         job = self.submit(**fields)

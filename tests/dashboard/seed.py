@@ -34,6 +34,7 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
 from catalog.tenancy import authentication, projects
+from tests.catalog.prepared_data import DETAILS
 from tests.catalog.world import allow_urgent, claim_import_of, linears
 
 LEASE_SECONDS = 3600.0
@@ -284,7 +285,7 @@ def _import_base(db: Database) -> None:
 def _put_report(db: Database, file: File) -> str:
     key = token_cache.key(file.project_id, file.digest, "ab" * 32, 4096)
     of_file: dict[str, Any] = {"project_id": file.project_id, "file_digest": file.digest}
-    token_cache.put(db, key, **of_file, artifact=None, report=_report(file))
+    token_cache.put(db, key, **of_file, artifact=None, report=_report(file), details=DETAILS)
     return key
 
 

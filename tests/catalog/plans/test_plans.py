@@ -25,7 +25,8 @@ from catalog.spec.job import JobSpec, PlannedJob
 from catalog.storage import files
 from catalog.tables.jobs import Job
 from catalog.tables.plans import FileOverlap, Plan
-from tests.catalog.plan_data import REPORT, SETTINGS, know, plan, put, ready
+from tests.catalog.plan_data import SETTINGS, know, plan, put, ready
+from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import LEASE, World, linears, request, sha
 
 
@@ -171,13 +172,6 @@ def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: Wor
     with pytest.raises(Conflict, match="was deleted") as refused:
         submit(world, row)
     assert (refused.value.code, refused.value.remedy) == ("plan_failed", remedy)
-
-
-def test_missing_token_details_are_recomputed(world: World) -> None:
-    first = plan(world)
-    put(world, first.train_prepared, REPORT, details=None)
-
-    assert plan(world).state == "computing"
 
 
 def test_computing_plans_per_project_are_limited(world: World) -> None:

@@ -22,7 +22,8 @@ from catalog.tables.usage import StoredBytes
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from catalog.usage import ledger, stored_bytes
-from tests.catalog.plan_data import DETAILS, REPORT, SETTINGS, plan, ready
+from tests.catalog.plan_data import SETTINGS, plan, ready
+from tests.catalog.prepared_data import REPORT
 from tests.catalog.usage.test_quotas import limit, upload
 from tests.catalog.world import LEASE, PEPPER, World, manifest, request, sha
 
@@ -199,7 +200,7 @@ def test_cache_without_a_project_is_kept_while_needed_and_never_charged(
     assert stored(world) == before
 
 
-def test_wrong_counters_of_an_older_worker_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_counters_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.running()
     stored_bytes.reconcile(world.db)
     with world.db.write() as session:
@@ -229,7 +230,7 @@ def _put(world: World, row: Plan, *, num_bytes: int) -> None:
     with world.db.read() as session:
         digest = session.get_one(File, world.file_id).digest
     tokens = manifest("t" * num_bytes, "tokens")
-    world.put_tokens(row.train_prepared, file_digest=digest, artifact=tokens, report=REPORT, details=DETAILS)
+    world.put_tokens(row.train_prepared, file_digest=digest, artifact=tokens, report=REPORT)
 
 
 def _variants(world: World) -> dict[int, int]:
