@@ -9,10 +9,9 @@ from catalog.errors import QuotaExceeded
 from catalog.history import job_logs
 from catalog.jobs import commands
 from catalog.lifecycle import recording
-from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
-from catalog.storage import artifact_index, files, token_cache
+from catalog.storage import files, token_cache
 from catalog.storage.store import Blob
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
@@ -176,28 +175,6 @@ def test_read_only_key_does_not_use_up_the_plans_of_others(world: World) -> None
     assert (refusal.value.quota["name"], refusal.value.quota["used"]) == ("plans_per_day", 2)
     key = f"API key {holder.api_key_id} has reached its limit of 2 plans per day in project 'ours'"
     assert key in refusal.value.message
-
-
-def test_cache_without_a_project_is_kept_while_needed_and_never_charged(
-    world: World,
-) -> None:
-    job = world.queued()
-    stored_bytes.reconcile(world.db)  # counts the file, which the test's world inserts without accounting
-    with world.db.write() as session:
-        for name in ("of the job", "of none"):
-            artifact = artifact_index.show(session, manifest(name, "tokens"), now=1.0)
-            row = {"key": name, "file_digest": "d", "artifact": artifact, "num_bytes": 7, "report": {}}
-            session.add(Prepared(**row, created_at=1.0))
-        session.get_one(Job, job.id).train_prepared = "of the job"
-    before = stored(world)
-
-    garbage_collection.drop_references(world.db)
-
-    assert token_cache.get(world.db, "of the job") is not None
-    assert token_cache.get(world.db, "of none") is None
-    token_cache.forget(world.db, "of the job")
-    assert stored_bytes.reconcile(world.db) == 0
-    assert stored(world) == before
 
 
 def test_wrong_counters_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
