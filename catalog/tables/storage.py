@@ -23,7 +23,7 @@ class File(Table):
     num_rows: Mapped[int | None]
     """Rows of a dataset. None for files without rows."""
     kind: Mapped[str | None]
-    """The `DataKind` of its rows. None for files without rows, and for chat files older than this column."""
+    """The `DataKind` of its rows. None for files without rows."""
     digest: Mapped[str]
     """sha256 of the content, which is a blob of the artifact store."""
     created_at: Mapped[float]

@@ -137,7 +137,7 @@ class World:
                     filename="train.jsonl",
                     num_bytes=10,
                     num_rows=num_rows,
-                    kind=kind,
+                    kind=kind or ("chat" if purpose == "fine-tune" else None),
                     digest=sha(file_id),
                     created_at=read_clock(session),
                 )
