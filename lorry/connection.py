@@ -179,7 +179,7 @@ def _named(environ: Mapping[str, str], api_key: str | None) -> Connection | None
     """Return the connection of LORRY_URL or `lorry login`. None: the file of a data folder selects the service.
 
     `origin` mentions the local service that it overrides, because users forget exported variables and old logins. An
-    explicit key is sent to the address even if the file of an older version has no secret to verify the address.
+    explicit key is sent to the address even if the file has no secret to verify the address.
     """
     has_url = bool(environ.get("LORRY_URL"))
     if not has_url and environ.get("LORRY_DATA_DIR"):
@@ -211,7 +211,7 @@ def _verifiable(local: Connection, folder: Path) -> Connection:
     """Require the secret over http, where the address alone does not identify the server. Over https, the certificate
     does."""
     if local.identity_secret is None and urlsplit(local.url).scheme == "http":
-        raise _unreadable(folder / FILE_NAME, "it has no identity_secret, because an older version of Lorry wrote it")
+        raise _unreadable(folder / FILE_NAME, "it has no identity_secret")
     return local
 
 

@@ -17,7 +17,6 @@ from catalog.errors import InvalidRequest
 from catalog.fleet import compatibility
 from catalog.maintenance.backup import integrity
 from catalog.pepper import Pepper
-from catalog.resources import requirements
 from catalog.settings import Settings
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication, projects
@@ -44,7 +43,6 @@ def bootstrap(settings: Settings) -> Bootstrapped:
     try:
         db.migrate()
         compatibility.announce(db)
-        requirements.note_all(db)
         project = projects.first(db)
         loaded = pepper.load(settings, db)
         made = authentication.create_first(db, project_id=project.id, name=FIRST_KEY_NAME, pepper=loaded)

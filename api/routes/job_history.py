@@ -36,8 +36,7 @@ from api.streaming.sse import last_event_id
 from catalog.errors import InvalidRequest
 from catalog.history import job_logs, queries
 from catalog.history.events import ShownType
-from catalog.jobs import commands, data_reports, explanation
-from catalog.registry import checkpoints
+from catalog.jobs import data_reports, explanation
 from catalog.scheduling.snapshot import Policy
 
 MAX_NUMBER = 999_999_999
@@ -105,14 +104,12 @@ def list_job_checkpoints(
 
     Requires the scope `jobs:read`.
     """
-    job = commands.get(use.db, project_id=caller.project_id, job_id=job_id)
     page = queries.checkpoints_page(use.db, project_id=caller.project_id, job_id=job_id, after=after, limit=limit)
     steps = [row.step for row in page.items]
     points = queries.points_at(use.db, project_id=caller.project_id, job_id=job_id, steps=steps)
-    names = [checkpoints.shown_name(job, row, project_name=caller.project_name) for row in page.items]
     shown = [
-        checkpoint_object(row, name=name, train=points.get(("train", row.step)), valid=points.get(("valid", row.step)))
-        for row, name in zip(page.items, names, strict=True)
+        checkpoint_object(row, train=points.get(("train", row.step)), valid=points.get(("valid", row.step)))
+        for row in page.items
     ]
     return page_of(shown, has_more=page.has_more)
 

@@ -108,7 +108,7 @@ def file_object(row: File, *, same_content_as: str | None = None) -> FileObject:
         purpose=row.purpose,
         expires_at=None if row.expires_at is None else int(row.expires_at),
         rows=row.num_rows,
-        kind=row.kind or ("chat" if row.num_rows is not None else None),
+        kind=row.kind,
         digest=row.digest,
         same_content_as=same_content_as,
     )

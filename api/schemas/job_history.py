@@ -243,14 +243,13 @@ def event_object(row: JobEvent) -> FineTuningJobEvent:
     )
 
 
-def checkpoint_object(
-    row: Checkpoint, *, name: str, train: Point | None, valid: Point | None
-) -> FineTuningJobCheckpoint:
+def checkpoint_object(row: Checkpoint, *, train: Point | None, valid: Point | None) -> FineTuningJobCheckpoint:
     """Return a checkpoint's response. `train` and `valid` are the points of the curves at its step."""
+    assert row.name is not None, "every checkpoint is stored with a name"
     return FineTuningJobCheckpoint(
         id=row.id,
         created_at=int(row.created_at),
-        fine_tuned_model_checkpoint=name,
+        fine_tuned_model_checkpoint=row.name,
         fine_tuning_job_id=row.job_id,
         step_number=row.step,
         metrics=CheckpointMetrics.model_validate(

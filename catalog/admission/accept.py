@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.serving_target import check_serving_target
 from catalog.admission.target_layers import Targets
-from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, known_kind, row_kind
+from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, row_kind
 from catalog.db.database import Database, get_once
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.fleet import views
@@ -102,7 +102,7 @@ def accept(
     _check_integrations(session, request, now=now)
     for file in (training, validation):
         if file is not None:
-            check_data(request.data, known_kind(file.kind), file_id=file.id)
+            check_data(request.data, row_kind(file.kind), file_id=file.id)
     _check_held_out(request)
     spec = resolve(
         request,
@@ -282,7 +282,7 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, 
 
 def _check_kind(file: File, method: MethodType, param: str) -> None:
     """Raise InvalidRequest if the method can't train on the file's kind of rows: pairs, labeled answers, or neither."""
-    kind, wanted = row_kind(known_kind(file.kind)), compared_kind(method)
+    kind, wanted = row_kind(file.kind), compared_kind(method)
     if wanted == _compared(kind):
         return
     methods = [repr(name) for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]

@@ -94,18 +94,13 @@ KINDS = (
     PREFERENCE,
     UNPAIRED,
 )
-_BY_NAME: dict[str, DataKind] = {kind.name: kind.name for kind in KINDS}
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 MAX_NAMED_KEYS = 5
 FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
 
 
-def known_kind(recorded: str | None) -> DataKind:
-    """Return a data set's kind from its database row. Rows without a kind are older; their data sets are chats."""
-    return _BY_NAME.get(recorded or "chat", "chat")
-
-
-def row_kind(name: DataKind) -> RowKind:
+def row_kind(name: str | None) -> RowKind:
+    """Return the kind of a data set's rows. name: `kind` of the file's database row."""
     return next(kind for kind in KINDS if kind.name == name)
 
 

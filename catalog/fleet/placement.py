@@ -40,8 +40,7 @@ def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[st
 
 
 def _placement(session: Session, job: Job, group: DeviceGroup, *, num_workers: int = 1) -> Json:
-    description = session.get_one(BaseModelRow, job.base_model).description or {}
-    demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
+    demand = requirements.demand(job, recomputes=group.kind == "cuda")
     needed_bytes = group.needed_bytes(demand)
     is_sharded = group.holding(demand) != "replicated" and needed_bytes != NEVER
     return {
@@ -52,11 +51,12 @@ def _placement(session: Session, job: Job, group: DeviceGroup, *, num_workers: i
         "reason": reason(group, demand),
         "needed_bytes": needed_bytes,
         "memory_bytes": group.bytes_of_each,
-        "blocks": _blocks(group, demand, description) if is_sharded else None,
+        "blocks": _blocks(session, job, group, demand) if is_sharded else None,
     }
 
 
-def _blocks(group: DeviceGroup, demand: Demand, description: Json) -> Json:
+def _blocks(session: Session, job: Job, group: DeviceGroup, demand: Demand) -> Json:
+    description = session.get_one(BaseModelRow, job.base_model).description or {}
     parts = group.block_parts(demand, group.holding(demand))
     return {
         "count": description.get("blocks", {}).get("count"),

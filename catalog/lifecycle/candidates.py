@@ -30,7 +30,6 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session, aliased
 
 from catalog.db.database import each_of, is_sqlite
-from catalog.resources import requirements
 from catalog.resources.sharding import GATHERED_BLOCKS, SINGLE, DeviceGroup, ShardingStrategy, ShardsWhen
 from catalog.scheduling.snapshot import Candidate, Unprepared
 from catalog.states import MAX_ENDS_IN_COMPANY, JobState, PriorityClass, is_suspect
@@ -88,7 +87,7 @@ def waiting(
     rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
     limited = {row.project_id for row in rows if row.is_limited}
     limited_projects = quotas.holds(session, now=now, project_ids=limited) if limited else ()
-    return [_candidate(session, row) for row in rows if row.project_id not in limited_projects]
+    return [_candidate(row) for row in rows if row.project_id not in limited_projects]
 
 
 def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
@@ -146,14 +145,7 @@ def _waiting(such: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any, .
         conditions += [job.counted_attempts <= bindparam("num_ends")]
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.without_quantizations]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
-    names = (
-        *names,
-        "created_at",
-        "counted_attempts",
-        "lost_attempts",
-        "preemption_requested_at",
-        "least_divided_bytes",
-    )
+    names = (*names, "created_at", "counted_attempts", "lost_attempts", "preemption_requested_at")
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
     with_project = rows.join(Project, Project.id == rows.c.project_id)
     return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
@@ -193,7 +185,7 @@ def _where_some_fit(groups: CTE, such: CandidateFilter) -> CTE:
     """The groups whose smallest job fits. Each other group costs one row, however many of its jobs wait."""
     job = aliased(Job)
     group = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
-    need, by = func.coalesce(job.least_bytes - job.trainer_bytes, 0), job.least_bytes
+    need, by = job.least_bytes - job.trainer_bytes, job.least_bytes
     if such.alone:  # no index contains the size of a shard, which therefore counts as 0 bytes
         need = by = job.least_bytes if such.shards_when == "never" else job.least_divided_bytes
     smallest = select(need).where(*group).order_by(by).limit(1).correlate(groups)
@@ -213,22 +205,14 @@ def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) 
 
 
 def _fits(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
-    """Condition for jobs that fit into `num_bytes`, or whose memory needs are not stored yet.
-
-    `_candidate` calculates the missing needs.
-    """
+    """Condition for jobs that fit into `num_bytes`."""
     own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
     whole = own + job.trainer_bytes
     need, is_trained = (whole if such.alone else own), true()
     if such.shards_when != "never":
         need_alone, is_trained = _strategy_columns(job, such, whole)
         need = need_alone if such.alone else own
-    return or_(_is_unknown(job, such), and_(is_trained, need <= bindparam("num_bytes")))
-
-
-def _is_unknown(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
-    is_unprepared = job.own_bytes.is_(None)
-    return is_unprepared if such.shards_when == "never" else or_(is_unprepared, job.least_divided_bytes == 0)
+    return and_(is_trained, need <= bindparam("num_bytes"))
 
 
 def _strategy_columns(
@@ -273,11 +257,7 @@ def _groups(state: JobState, only: int | None = None) -> CTE:
     return both.where(found.c.project_id.is_not(None)).cte("project_classes")
 
 
-def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
-    kept = {name: getattr(row, name) for name in NEEDS}
-    if row.own_bytes is None or not row.least_divided_bytes:  # prepared by a version that did not store the needs
-        found = requirements.of(session, session.get_one(Job, row.id))
-        kept = {name: getattr(found, name) for name in NEEDS}
+def _candidate(row: Row[*tuple[Any, ...]]) -> Candidate:
     return Candidate(
         job_id=row.id,
         project_id=row.project_id,
@@ -288,5 +268,5 @@ def _candidate(session: Session, row: Row[*tuple[Any, ...]]) -> Candidate:
         queued_at=row.created_at if row.queued_at is None else row.queued_at,
         is_suspect=is_suspect(row.counted_attempts, row.lost_attempts),
         preemption_requested_at=row.preemption_requested_at,
-        **kept,
+        **{name: getattr(row, name) for name in NEEDS},
     )

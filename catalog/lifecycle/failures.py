@@ -26,7 +26,6 @@ from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, reasons
 from catalog.tables.fleet import Trainer, Worker, has_gpu, is_live, quantizations_on
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
-from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
 
 MAX_BACKOFF_SECONDS = 600.0
@@ -126,9 +125,8 @@ def _fails(session: Session, found: _Failures, *, now: float) -> bool:
 def _could_try(session: Session, worker: Worker, found: _Failures) -> bool:
     if worker.id in found.worker_ids or worker.takes_nothing_new or found.hosts[worker.host] >= ENOUGH:
         return False
-    description = session.get_one(BaseModelRow, found.job.base_model).description or {}
     group = sharding.reported_group(worker.devices, worker.memory_bytes)
-    demand = requirements.demand(found.job, description, recomputes=group.kind == "cuda")
+    demand = requirements.demand(found.job, recomputes=group.kind == "cuda")
     return group.needed_bytes(demand) <= group.bytes_of_each
 
 
@@ -216,9 +214,8 @@ def out_of_memory_text(session: Session, job: Job) -> str:
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     if worker is None:
         return tried
-    description = session.get_one(BaseModelRow, job.base_model).description or {}
     group = sharding.reported_group(worker.devices, worker.memory_bytes)
-    demand = requirements.demand(job, description, recomputes=group.kind == "cuda")
+    demand = requirements.demand(job, recomputes=group.kind == "cuda")
     estimated, available = group.needed_bytes(demand), group.bytes_of_each
     beyond = replace(demand, whole_bytes=demand.whole_bytes + max(0, available - estimated) + 1)
     fits = sharding.would_fit_sentence(sharding.would_fit(beyond))

@@ -111,7 +111,7 @@ def _drop_prepared(session: Session, *, now: float) -> None:
     gone = delete(Prepared).where(~is_of_file, ~token_cache.is_needed())
     gone = gone.returning(Prepared.project_id, Prepared.artifact, Prepared.num_bytes)
     for project_id, artifact, num_bytes in session.execute(gone, execution_options={"synchronize_session": False}):
-        if project_id is not None and artifact is not None:
+        if artifact is not None:
             ledger.store(session, project_id, -num_bytes, now=now)
 
 

@@ -168,14 +168,6 @@ def _recall(session: Session, plan: Plan, request: JobRequest) -> Accepted:
     )
 
 
-def is_known(row: Prepared | None) -> bool:
-    """Whether the preparation result is sufficient for a plan: the file was prepared or rejected, with details.
-
-    The tokens may have been evicted since.
-    """
-    return row is not None and row.details is not None
-
-
 def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
     base, spec, validation = accepted.base, accepted.spec, accepted.validation
     assert base.digest is not None
@@ -222,22 +214,22 @@ def _check_num_plans(session: Session, project_id: str) -> None:
 def _refusal(session: Session, key: str | None, param: str) -> Json | None:
     """The rejection of a file as a job's error, or None."""
     row = session.get(Prepared, key) if key else None
-    if row is None or not is_known(row) or "refusal" not in row.report:
+    if row is None or "refusal" not in row.report:
         return None
     refusal = row.report["refusal"]
     return {"code": refusal["code"], "message": f"{refusal['message']} {refusal['remedy']}", "param": param}
 
 
 def _data(session: Session, plan: Plan) -> TokenizedData | None:
-    """The preparation results of the plan's files, or None if some are missing."""
+    """The preparation results of the plan's files, or None if some are missing. Their tokens may have been evicted."""
     train = session.get(Prepared, plan.train_prepared)
-    if train is None or not is_known(train):
+    if train is None:
         return None
     if plan.valid_prepared is None:
         return TokenizedData(training=train.report, validation=None, overlap=None)
     valid = session.get(Prepared, plan.valid_prepared)
     overlap = session.get(FileOverlap, (plan.train_prepared, plan.valid_prepared))
-    if valid is None or not is_known(valid) or overlap is None:
+    if valid is None or overlap is None:
         return None
     return TokenizedData(training=train.report, validation=valid.report, overlap=(overlap.num_rows, overlap.of_rows))
 

@@ -147,12 +147,9 @@ def record_service(worker: Worker, groups: Iterable[tuple[str, int]], *, now: fl
 
 
 def _by_project_and_class(served_at: Json | None) -> Iterator[tuple[tuple[str, int], float]]:
-    """The times by (project, class). Workers of an older version wrote times by class only: those are skipped."""
-    for project_id, classes in (served_at or {}).items():
-        if isinstance(classes, dict):
-            yield from (
-                ((project_id, int(priority)), at) for priority, at in cast_to(dict[str, float], classes).items()
-            )
+    """The times by (project, class)."""
+    for project_id, classes in cast_to(dict[str, dict[str, float]], served_at or {}).items():
+        yield from (((project_id, int(priority)), at) for priority, at in classes.items())
 
 
 def _jobs_of_trainer(trainer_id: str | None) -> Select[str]:

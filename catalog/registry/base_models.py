@@ -14,7 +14,6 @@ from catalog.audit.log import AuditType
 from catalog.db import lease
 from catalog.db.database import Database, get_once, read_clock, serialize, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.resources import requirements
 from catalog.spec.strict import LABEL, label_fault
 from catalog.states import UNFINISHED_STATES
 from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
@@ -204,25 +203,6 @@ def finish_import(db: Database, claim_id: str, *, digest: str, manifest: Json, d
             row.state, row.digest, row.manifest, row.description = "ready", digest, manifest, description
             lease.release(row)
         return row is not None
-
-
-def uncounted(db: Database) -> list[BaseModelRow]:
-    """Return the ready base models that an older version imported without counting their blocks, sorted by name."""
-    return [row for row in list_all(db) if row.state == "ready" and "blocks" not in (row.description or {})]
-
-
-def note_blocks(db: Database, name: str, *, digest: str, blocks: Json) -> bool:
-    """Add the missing block counts to the description of a base model, and update the needs of its jobs.
-
-    digest: of the files that were inspected. Returns False if the base model has changed or already has them.
-    """
-    with db.write() as session:
-        row = session.get(BaseModelRow, name, with_for_update=True)
-        if row is None or row.state != "ready" or row.digest != digest or "blocks" in (row.description or {}):
-            return False
-        row.description = {**(row.description or {}), "blocks": blocks}
-    requirements.note_base(db, name)
-    return True
 
 
 def fail_import(db: Database, claim_id: str, *, error: Json) -> None:

@@ -35,20 +35,13 @@ def is_named(name: str) -> bool:
     return MARK in name or name.startswith(ID_PREFIX)
 
 
-def shown_name(job: Job, checkpoint: Checkpoint, *, project_name: str) -> str:
-    """The checkpoint's name for the API (fine_tuned_model_checkpoint).
-
-    Some checkpoints of older versions have no stored name. They have no files either.
-    """
-    return checkpoint.name or f"{job.adapter_name or _stem(job, project_name)}{MARK}{checkpoint.step}"
-
-
 def new_name(session: Session, job: Job, *, step: int) -> str:
     """Return a name for a checkpoint: the expected name of its job's adapter, and the step.
 
     If another job's checkpoint has that name, the last characters of the adapter's name are random.
     """
-    stem, marker = _stem(job, session.get_one(Project, job.project_id).name), f"{MARK}{step}"
+    project, marker = session.get_one(Project, job.project_id).name, f"{MARK}{step}"
+    stem = f"ft:{job.base_model}:{project}:{job.suffix or ''}:{job.id[-8:]}"
     name = f"{stem}{marker}"
     while session.scalar(select(Checkpoint.id).where(Checkpoint.name == name, Checkpoint.job_id != job.id).limit(1)):
         name = f"{stem.rpartition(':')[0]}:{new_id('x')[-8:]}{marker}"
@@ -196,7 +189,3 @@ def expire(session: Session) -> None:
     due = select(Checkpoint).where(Checkpoint.adapter.is_not(None), Checkpoint.artifact.is_(None))
     for checkpoint in session.scalars(due.order_by(Checkpoint.id)).all():
         remove_model(session, checkpoint)
-
-
-def _stem(job: Job, project_name: str) -> str:
-    return f"ft:{job.base_model}:{project_name}:{job.suffix or ''}:{job.id[-8:]}"

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session
 
-from catalog.db.database import Database
 from catalog.resources import memory, sharding
 from catalog.resources import pack_key as packing
 from catalog.resources.memory import ElementwiseKernels
 from catalog.resources.sharding import Demand
 from catalog.spec.methods import compares_with_start
-from catalog.states import UNFINISHED_STATES, JobState
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
@@ -50,36 +47,6 @@ def note(session: Session, job: Job) -> None:
     job.least_divided_bytes = job.least_bytes - max(0, needs.shardable_bytes - needs.gathered_bytes)
 
 
-def note_all(db: Database, *, batch: int = 500) -> int:
-    """Store the requirements of queued jobs that lack them, because an older version queued them.
-
-    Works in short transactions. Returns the number of such jobs.
-    """
-    is_unknown = or_(Job.own_bytes.is_(None), Job.least_bytes == 0, Job.least_divided_bytes == 0)
-    return _note_each(db, (Job.state == JobState.QUEUED, is_unknown), batch=batch)
-
-
-def note_base(db: Database, name: str, *, batch: int = 500) -> int:
-    """Update the requirements of the unfinished jobs on a base model whose description has changed.
-
-    Works in short transactions. Returns the number of such jobs.
-    """
-    on_it = (Job.base_model == name, Job.state.in_(UNFINISHED_STATES), Job.own_bytes.is_not(None))
-    return _note_each(db, on_it, batch=batch)
-
-
-def _note_each(db: Database, wanted: tuple[ColumnElement[bool], ...], *, batch: int) -> int:
-    with db.read() as session:
-        ids = sorted(session.scalars(select(Job.id).where(*wanted)))
-    for start in range(0, len(ids), batch):
-        with db.write() as session:
-            found = select(Job).where(Job.id.in_(ids[start : start + batch]), *wanted).order_by(Job.id)
-            for job in session.scalars(found.with_for_update()):
-                note(session, job)
-                job.place = job.place or job.created_at
-    return len(ids)
-
-
 def of(session: Session, job: Job) -> MemoryRequirements:
     """Return the requirements as calculated now."""
     description = session.get_one(BaseModelRow, job.base_model).description or {}
@@ -107,21 +74,16 @@ def shardable_bytes(job: Job, description: Json) -> tuple[int, int]:
     return sharding.block_bytes(description, packing.precision_of(job.pack_key))
 
 
-def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
-    """Return what the job needs on a device, alone in a trainer: from its row, or calculated if the row lacks it.
+def demand(job: Job, *, recomputes: bool) -> Demand:
+    """Return what a job that has been queued needs on a device, alone in a trainer.
 
-    `description`: of the base model. `recomputes`: whether the device uses activation recomputation.
+    `recomputes`: whether the device uses activation recomputation.
     """
-    if job.own_bytes is None:
-        precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
-        whole = memory.trainer_bytes(description, precision, quantization)
-        whole += own_bytes(job, description, recomputes=recomputes)
-    else:
-        whole = job.own_bytes - ((job.saved_bytes or 0) if recomputes else 0) + (job.trainer_bytes or 0)
-    is_known = job.own_bytes is not None and job.least_divided_bytes > 0
-    kept = job.shardable_bytes, job.gathered_bytes
-    divisible, gathered = kept if is_known else shardable_bytes(job, description)
-    return Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
+    assert job.own_bytes is not None, "`note` was called before it was queued"
+    assert job.saved_bytes is not None
+    assert job.trainer_bytes is not None
+    whole = job.own_bytes - (job.saved_bytes if recomputes else 0) + job.trainer_bytes
+    return Demand(whole_bytes=whole, shardable_bytes=job.shardable_bytes, gathered_bytes=job.gathered_bytes)
 
 
 def own_bytes(

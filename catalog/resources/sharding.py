@@ -186,9 +186,7 @@ def hindrance(lora: Mapping[str, Any], quantization: str, description: Mapping[s
     start = lora.get("init_lora_weights")
     if begins_with_the_base(start):
         return f"{start} decomposes the full weights of the base model, so the base model can't be sharded"
-    if "blocks" not in description:
-        return "The base model can't be sharded until a worker that has its files has counted its blocks"
-    if not description["blocks"]["count"]:
+    if not description.get("blocks", {}).get("count"):
         return "The base model has no list of blocks, so it can't be sharded"
     return None
 

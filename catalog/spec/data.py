@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from catalog.datasets.formats import DataKind, row_kind
+from catalog.datasets.formats import RowKind
 from catalog.errors import InvalidRequest
 from catalog.spec.strict import Strict
 
@@ -40,20 +40,19 @@ class DataSpec(Strict):
     overflow: Overflow = "truncate"
 
 
-def check_data(data: DataRequest, kind: DataKind, *, file_id: str) -> None:
+def check_data(data: DataRequest, kind: RowKind, *, file_id: str) -> None:
     """Raises InvalidRequest if the options do not apply to this kind of rows."""
-    if data.loss == "last_turn" and kind != "chat":
+    if data.loss == "last_turn" and kind.name != "chat":
         raise InvalidRequest(
-            f"data.loss is 'last_turn', which requires chats, but file {file_id} contains {row_kind(kind).plural}.",
+            f"data.loss is 'last_turn', which requires chats, but file {file_id} contains {kind.plural}.",
             code="loss_needs_chat",
             remedy="Use a file of chats, or omit data.loss: for other rows, the row format determines which tokens "
             "are trained on.",
             param="data.loss",
         )
-    if data.overflow == "split" and kind != "text":
+    if data.overflow == "split" and kind.name != "text":
         raise InvalidRequest(
-            f"data.overflow is 'split', which requires plain text, but file {file_id} contains "
-            f"{row_kind(kind).plural}.",
+            f"data.overflow is 'split', which requires plain text, but file {file_id} contains {kind.plural}.",
             code="split_needs_text",
             remedy="Set data.overflow to 'truncate' or 'drop'. To keep all tokens, raise max_length or shorten "
             "the rows.",

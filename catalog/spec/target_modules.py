@@ -31,7 +31,7 @@ Description = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """A linear layer. `path`: of the module in the base model; only its name if the description is old."""
+    """A linear layer. `path`: of the module in the base model."""
 
     path: str
     out_features: int
@@ -60,16 +60,9 @@ class Adapted:
 
 def linears_of(description: Description) -> list[Linear]:
     """Return all linear layers that an adapter may target. `description`: of the base model, by lora_core."""
-    if not _has_paths(description):
-        shapes: Mapping[str, Any] = description.get("linear_shapes", {})
-        return [
-            Linear(path=name, out_features=out_features, in_features=in_features)
-            for name, ((out_features, in_features), count) in shapes.items()
-            for _ in range(count)
-        ]
     return [
         Linear(path=path, out_features=group["shape"][0], in_features=group["shape"][1])
-        for group in description["linear_paths"]
+        for group in description.get("linear_paths", ())
         for path in _paths(group)
     ]
 
@@ -116,7 +109,13 @@ def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher
     or a pattern that matches nothing, and for two keys of a pattern that set different values for one layer.
     """
     linears = linears_of(description)
-    _check_known(description, lora, linears, base_name)
+    if not linears:
+        raise InvalidRequest(
+            f"Base model {base_name!r} has no linear layers that an adapter can target.",
+            code="no_target_modules",
+            remedy="Choose another base model.",
+            param="model",
+        )
     chosen = _in_layers(_targeted(linears, lora, matcher, base_name), lora.layers_to_transform, base_name)
     paths = [linear.path for linear in chosen]
     ranks = _values(paths, lora.rank_pattern, lora.rank, matcher, "lora.rank_pattern")
@@ -126,46 +125,9 @@ def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher
     return [Adapted(linear=linear, rank=rank) for linear, rank in zip(chosen, ranks, strict=True)]
 
 
-def _has_paths(description: Description) -> bool:
-    return "linear_paths" in description
-
-
 def _paths(group: Mapping[str, Any]) -> list[str]:
     path, layers = group["path"], group["layers"]
     return [path] if layers is None else [path.replace("*", str(layer), 1) for layer in layers]
-
-
-def _check_known(description: Description, lora: LoraSpec, linears: list[Linear], base_name: str) -> None:
-    if not linears:
-        raise InvalidRequest(
-            f"Base model {base_name!r} has no linear layers that an adapter can target.",
-            code="no_target_modules",
-            remedy="Choose another base model.",
-            param="model",
-        )
-    omitted = [
-        name
-        for name, is_set in (
-            ("lora.layers_to_transform", lora.layers_to_transform is not None),
-            ("lora.rank_pattern", bool(lora.rank_pattern)),
-            ("lora.alpha_pattern", bool(lora.alpha_pattern)),
-        )
-        if is_set
-    ]
-    has_expression = lora.target_expression is not None
-    if (has_expression or omitted) and not _has_paths(description):
-        needs_paths = ["a regular expression in lora.target_modules"] * has_expression + omitted
-        ways = ["set lora.target_modules to layer names"] * has_expression
-        ways += [f"omit {listed(omitted)}"] if omitted else []
-        way = " and ".join(ways)
-        omit = f"{way[0].upper()}{way[1:]}"
-        raise InvalidRequest(
-            f"Base model {base_name!r} was imported by an older version of Lorry that did not record layer paths, so "
-            f"{listed(needs_paths)} can't be used.",
-            code="model_without_layer_paths",
-            remedy=f"{omit}, or ask an operator to add the model again under another name, and use that name.",
-            param=needs_paths[0].rpartition(" ")[2],
-        )
 
 
 def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name: str) -> list[Linear]:

@@ -86,7 +86,7 @@ def put(
     file_digest: str,
     artifact: Manifest | None,
     report: Json,
-    details: Json | None = None,
+    details: Json,
 ) -> Prepared:
     """Insert a cache whose files are stored, charge it to the project, and evict surplus caches of the same file.
 
@@ -111,19 +111,18 @@ def put(
 def forget(db: Database, key: str) -> None:
     """Delete a cache whose files are damaged. The next job that needs it prepares the file again."""
     with db.write() as session:
-        project_id, digest = session.execute(
-            select(Prepared.project_id, Prepared.artifact).where(Prepared.key == key)
-        ).one_or_none() or (None, None)
-        if project_id is not None:
-            serialize(session, f"quota {project_id}")
+        row = session.execute(select(Prepared.project_id, Prepared.artifact).where(Prepared.key == key)).one_or_none()
+        if row is None:
+            return
+        project_id, digest = row
+        serialize(session, f"quota {project_id}")
         if digest is not None:
             artifact_index.lock(session, digest)  # before the row that refers to it, as `put` does
         # Only with this digest, because another worker may have replaced the cache with an intact one.
         gone = delete(Prepared).where(Prepared.key == key, Prepared.artifact.is_not_distinct_from(digest))
         num_bytes = session.scalar(gone.returning(Prepared.num_bytes)) or 0
         if digest is not None:
-            if project_id is not None:
-                ledger.store(session, project_id, -num_bytes, now=read_clock(session))
+            ledger.store(session, project_id, -num_bytes, now=read_clock(session))
             artifact_index.hide_unused(session, digest)
 
 
@@ -200,10 +199,9 @@ def _evict(session: Session, keys: list[str], *, now: float) -> None:
     gone = update(Prepared).where(*present).values(artifact=None, evicted_at=now)
     gone = gone.returning(Prepared.project_id, Prepared.num_bytes)
     for project_id, num_bytes in session.execute(gone, execution_options={"synchronize_session": False}).all():
-        assert project_id is not None, "it was found as a project's"
         ledger.store(session, project_id, -num_bytes, now=now)
 
 
 def _uncharge(session: Session, row: Prepared, *, now: float) -> None:
-    if row.artifact is not None and row.project_id is not None:
+    if row.artifact is not None:
         ledger.store(session, row.project_id, -row.num_bytes, now=now)

@@ -35,8 +35,7 @@ class Worker(Table):
     report: Mapped[Json | None]
     """Tokens per second, memory in use, versions."""
     served_at: Mapped[Json | None]
-    """When the worker last claimed the first job of a project and class: {project: {class, as text: time}}. Workers of
-    the previous version write the times by class alone."""
+    """When the worker last claimed the first job of a project and class: {project: {class, as text: time}}."""
 
     @property
     def takes_nothing_new(self) -> bool:

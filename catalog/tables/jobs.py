@@ -59,7 +59,7 @@ class Job(Leased, Table):
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     train_prepared: Mapped[str | None]
-    """Key in `prepared`, once a worker has tokenized or rejected the file."""
+    """Key in `prepared`. The row exists once a worker has tokenized or rejected the file."""
     valid_prepared: Mapped[str | None]
     num_steps: Mapped[int | None]
     longest_example: Mapped[int | None]

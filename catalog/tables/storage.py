@@ -23,7 +23,7 @@ class File(Table):
     num_rows: Mapped[int | None]
     """Rows of a dataset. None for files without rows."""
     kind: Mapped[str | None]
-    """The `DataKind` of its rows. None for files without rows, and for chat files older than this column."""
+    """The `DataKind` of its rows. None for files without rows."""
     digest: Mapped[str]
     """sha256 of the content, which is a blob of the artifact store."""
     created_at: Mapped[float]
@@ -77,9 +77,8 @@ class Prepared(Table):
 
     __tablename__ = "prepared"
     key: Mapped[str] = mapped_column(primary_key=True)
-    project_id: Mapped[str | None] = mapped_column(ForeignKey("projects.id"))
-    """The project that owns the cache and is charged for it. None: written by a worker of a version that shared
-    caches; no new job uses it, and cleaning deletes it."""
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    """The project that owns the cache and is charged for it."""
     file_digest: Mapped[str] = mapped_column(index=True)
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
     """None: the cache was evicted, or the file can't be trained on. `report["refusal"]` then has the reason."""
@@ -87,9 +86,9 @@ class Prepared(Table):
     """Size of the artifact, also after its eviction."""
     evicted_at: Mapped[float | None]
     report: Mapped[Json]
-    details: Mapped[Json | None]
+    details: Mapped[Json]
     """Sample rows, and line numbers of unusual rows, for plans. They contain the data itself: show them only to callers
-    that may read the file. None for files that were prepared before plans existed."""
+    that may read the file."""
     created_at: Mapped[float]
     __table_args__ = (Index(None, "project_id", "file_digest"),)
 

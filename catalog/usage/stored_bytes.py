@@ -1,8 +1,7 @@
 """Definition of a project's stored bytes, and their recount from the rows.
 
 The counters in the table `stored_bytes` follow every change (`ledger.store`). Garbage collection compares them with
-this recount once a day, because workers of an earlier version, which may run during an upgrade, charge only for files
-and adapters.
+this recount: a counter that missed a change would stay wrong otherwise, and quotas depend on it.
 """
 
 from __future__ import annotations
@@ -66,11 +65,10 @@ def _parts() -> tuple[Select[str, int], ...]:
     adapters = select(Adapter.project_id, Artifact.num_bytes).join(Artifact, Artifact.digest == Adapter.artifact)
     checkpoints = select(Job.project_id, Artifact.num_bytes).select_from(Checkpoint)
     checkpoints = checkpoints.join(Job, Job.id == Checkpoint.job_id)
-    caches = (Prepared.artifact.is_not(None), Prepared.project_id.is_not(None))
     return (
         select(File.project_id, File.num_bytes).where(File.deleted_at.is_(None)),
         adapters.where(Adapter.deleted_at.is_(None)),
-        select(Prepared.project_id, Prepared.num_bytes).where(*caches),  # pyright: ignore[reportReturnType]
+        select(Prepared.project_id, Prepared.num_bytes).where(Prepared.artifact.is_not(None)),
         checkpoints.join(Artifact, Artifact.digest == Checkpoint.artifact),
         checkpoints.join(Artifact, Artifact.digest == Checkpoint.adapter),
         select(Job.project_id, JobOutput.num_bytes).join(JobOutput, JobOutput.job_id == Job.id),

@@ -51,8 +51,7 @@ class VerifyReport:
     Attributes:
         max_abs_effect: Largest change of a logit by the adapter.
         num_positions: Number of probed positions.
-        worst_linear: The adapted linear, head or embeddings with the largest error. None for adapters exported by
-            older versions, without this evidence.
+        worst_linear: The adapted linear, head or embeddings with the largest error.
         worst_linear_error: Its error as a fraction of its tolerance.
         explanation: Sentences on the comparison and its tolerance.
     """
@@ -65,10 +64,10 @@ class VerifyReport:
     max_abs_effect: float
     passed: bool
     num_positions: int
-    num_linears: int = 0
-    worst_linear: str | None = None
-    worst_linear_error: float | None = None
-    explanation: str = ""
+    num_linears: int
+    worst_linear: str
+    worst_linear_error: float
+    explanation: str
 
 
 def verify_export(base: BaseModel, directory: Path, *, between: Between = silent) -> VerifyReport:
@@ -88,15 +87,13 @@ def verify_export(base: BaseModel, directory: Path, *, between: Between = silent
 def _verify(base: BaseModel, directory: Path) -> VerifyReport:
     probe = _load_probe(base, directory)
     added, in_full = _evidence(probe, verification_linears.PREFIX), _evidence(probe, verification_modules.PREFIX)
-    linears = None
     with base.untouched() as model, _with_head(base, directory), torch.no_grad():
         ids = probe["input_ids"].to(base.device)
         roundings = [_last_logits(model, ids) - probe["base_logits"]]
         with _adapted(model, directory, device=base.device) as adapted:
-            if added:
-                _check_same_linears(model, added)
-                more = verification_modules.errors(model, in_full, dtype=base.dtype)
-                linears = verification_linears.compare(model, added, dtype=base.dtype, more=more)
+            _check_same_linears(model, added)
+            more = verification_modules.errors(model, in_full, dtype=base.dtype)
+            linears = verification_linears.compare(model, added, dtype=base.dtype, more=more)
             logits = _last_logits(adapted, ids)
             roundings += [_nudged_logits(adapted, ids, seed=seed) - logits for seed in range(NUM_NUDGES)]
             if base.quantization == "int8":
@@ -108,7 +105,7 @@ def _verify(base: BaseModel, directory: Path) -> VerifyReport:
 
 
 def _evidence(probe: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the evidence by module name. Empty for an export by an older version."""
+    """Return the evidence by module name."""
     return {name.removeprefix(prefix): tensor for name, tensor in probe.items() if name.startswith(prefix)}
 
 
@@ -127,7 +124,7 @@ def _compare(
     *,
     roundings: list[Tensor],
     dtype: torch.dtype,
-    linears: LinearsReport | None,
+    linears: LinearsReport,
     same_model: float,
 ) -> VerifyReport:
     """Compare logits. The tolerance is a multiple of the largest of `roundings`, each caused by rounding alone.
@@ -151,7 +148,7 @@ def _compare(
     least = max(torch.finfo(dtype).eps * largest / 2, torch.finfo(torch.float32).tiny)
     rounding, rms_rounding = max(least, *map(_largest, roundings)), max(least, *map(_rms, roundings))
     needed = max(_largest(difference) / rounding, _rms(difference) / rms_rounding)
-    proven = linears is not None and linears.worst_error <= 1
+    proven = linears.worst_error <= 1
     factor = LOGITS_FACTOR if proven and needed > ROUNDING_FACTOR else ROUNDING_FACTOR
     tolerance, rms_tolerance = factor * rounding, factor * rms_rounding
     is_same_base = _largest(roundings[0]) <= same_model * _largest(probe["base_logits"])
@@ -164,14 +161,14 @@ def _compare(
         "max_abs_effect": _largest(probe["logits"] - probe["base_logits"]),
     }
     passed = is_same_base and numbers["max_abs_diff"] <= tolerance and numbers["rms_diff"] <= rms_tolerance
-    passed = passed and (proven or linears is None) and all(map(math.isfinite, numbers.values())) and largest > 0
+    passed = passed and proven and all(map(math.isfinite, numbers.values())) and largest > 0
     return VerifyReport(
         **{name: _finite(number) for name, number in numbers.items()},
         passed=passed,
         num_positions=logits.shape[0] * logits.shape[1],
-        num_linears=linears.num_linears if linears else 0,
-        worst_linear=linears.worst_linear if linears else None,
-        worst_linear_error=_finite(linears.worst_error) if linears else None,
+        num_linears=linears.num_linears,
+        worst_linear=linears.worst_linear,
+        worst_linear_error=_finite(linears.worst_error),
         explanation=_explained(linears, tolerance, factor=factor, dtype=dtype) if largest > 0 else ALL_ZERO,
     )
 
@@ -184,7 +181,7 @@ def _finite(number: float) -> float:
     return number if math.isfinite(number) else sys.float_info.max
 
 
-def _explained(linears: LinearsReport | None, tolerance: float, *, factor: int, dtype: torch.dtype) -> str:
+def _explained(linears: LinearsReport, tolerance: float, *, factor: int, dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     logits = (
         f"Rounding in {name} alone changes the logits of this adapter by up to {tolerance / factor:.2g}. The logits "
@@ -192,8 +189,6 @@ def _explained(linears: LinearsReport | None, tolerance: float, *, factor: int, 
     )
     if not math.isfinite(tolerance):
         logits = "With this adapter, logits or their rounding errors are not finite, so they can't be compared."
-    if linears is None:
-        return f"{logits} The adapter was exported by a version that did not compare linears separately."
     if linears.worst_error <= 1:
         share = f"{linears.worst_error:.0%} of what rounding explains"
         return (

@@ -33,7 +33,7 @@ DEPENDS_ON_WHAT_IS_STORED = frozenset(
     {
         *("unknown_cursor", "part_not_found", "expires_in_the_past", "operator_scope", "file_too_large"),
         *("wrong_file_purpose", "wrong_file_kind", "loss_needs_chat", "split_needs_text", "empty_file"),
-        *("model_not_ready", "model_import_failed", "model_without_layer_paths", "invalid_metadata_filter"),
+        *("model_not_ready", "model_import_failed", "invalid_metadata_filter"),
         *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
         *("dora_unsupported_with_quantization", "init_unsupported_with_quantization", "quantization_unavailable"),
         *("integration_unavailable", "integration_entity_not_allowed", "validation_is_training", "max_length_lowered"),

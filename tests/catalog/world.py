@@ -33,12 +33,28 @@ from catalog.tables.table import new_id
 from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
+from tests.catalog.prepared_data import DETAILS, REPORT
 
 PEPPER = Pepper(current=b"p" * 32)
 LEASE = 60.0
-SHAPES = {"q_proj": [[64, 64], 2], "v_proj": [[16, 64], 2]}
-DESCRIPTION = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 100, "max_positions": 512}
 WIDE = Capacity(max_jobs=16, memory_bytes_free=10**12)
+
+
+def linears(**shapes: tuple[list[int], int]) -> dict[str, Any]:
+    """Describe linear layers, given the shape and the number of each, as part of the description of a base model."""
+    groups = [
+        {"path": f"model.layers.*.{name}", "shape": shape, "layers": list(range(number))}
+        for name, (shape, number) in shapes.items()
+    ]
+    return {"linear_shapes": {name: list(shape) for name, shape in shapes.items()}, "linear_paths": groups}
+
+
+DESCRIPTION = {
+    "num_parameters": 10_000,
+    "vocab_size": 100,
+    "max_positions": 512,
+    **linears(q_proj=([64, 64], 2), v_proj=([16, 64], 2)),
+}
 
 
 def end_key(db: Database, api_key_id: str) -> None:
@@ -121,7 +137,7 @@ class World:
                     filename="train.jsonl",
                     num_bytes=10,
                     num_rows=num_rows,
-                    kind=kind,
+                    kind=kind or ("chat" if purpose == "fine-tune" else None),
                     digest=sha(file_id),
                     created_at=read_clock(session),
                 )
@@ -159,13 +175,14 @@ class World:
                 unprepared.job.project_id,
             )
             if token_cache.get(self.db, key) is None:
-                self.put_tokens(key, file_digest=digest, artifact=tokens, report={"rows": 1}, project_id=project_id)
+                self.put_tokens(key, file_digest=digest, artifact=tokens, report=REPORT, project_id=project_id)
             found = {"num_steps": num_steps, "longest_example": longest_example}
             preparation.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
 
     def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
         """Store a token cache of our project, or of the given one."""
-        return token_cache.put(self.db, key, project_id=project_id or self.caller.project_id, **given)
+        given = {"project_id": project_id or self.caller.project_id, "details": DETAILS, **given}
+        return token_cache.put(self.db, key, **given)
 
     def queued(self, **fields: Any) -> Job:
         job = self.submit(**fields)

@@ -34,7 +34,8 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
 from catalog.tenancy import authentication, projects
-from tests.catalog.world import allow_urgent, claim_import_of
+from tests.catalog.prepared_data import DETAILS
+from tests.catalog.world import allow_urgent, claim_import_of, linears
 
 LEASE_SECONDS = 3600.0
 WORKER = "worker-bay-1"
@@ -44,11 +45,10 @@ NUM_PARAMETERS = 2_949_120
 MACHINE = {"device": "cpu", "dtype": "bfloat16", "invariance": "bitwise", "threads": 1}
 NUM_STEPS = 240
 STEPS_PER_EPOCH = NUM_STEPS / 3
-LINEARS = {"q_proj": [[576, 576], 30], "v_proj": [[192, 576], 30], "down_proj": [[576, 1536], 30]}
 DESCRIPTION = {
     "num_parameters": 134_515_008,
     "blocks": {"count": 30, "num_parameters": 106_203_840, "largest_parameters": 3_540_128},
-    "linear_shapes": LINEARS,
+    **linears(q_proj=([576, 576], 30), v_proj=([192, 576], 30), down_proj=([576, 1536], 30)),
     "vocab_size": 49152,
     "max_positions": 8192,
     "license": "apache-2.0",
@@ -285,7 +285,7 @@ def _import_base(db: Database) -> None:
 def _put_report(db: Database, file: File) -> str:
     key = token_cache.key(file.project_id, file.digest, "ab" * 32, 4096)
     of_file: dict[str, Any] = {"project_id": file.project_id, "file_digest": file.digest}
-    token_cache.put(db, key, **of_file, artifact=None, report=_report(file))
+    token_cache.put(db, key, **of_file, artifact=None, report=_report(file), details=DETAILS)
     return key
 
 

@@ -193,7 +193,7 @@ def test_secret_of_the_file_applies_to_its_address_and_is_not_printed(tmp_path: 
     assert "of-the-file" not in repr(found)
 
 
-def test_explicit_key_works_with_a_file_of_an_earlier_version(tmp_path: Path) -> None:
+def test_explicit_key_works_with_a_file_without_an_identity_secret(tmp_path: Path) -> None:
     connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="of-the-file"))
     local = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://127.0.0.1:8472"}
 

@@ -24,6 +24,7 @@ from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.storage import token_cache
 from catalog.storage.store import ArtifactStore, open_store
+from tests.catalog.prepared_data import DETAILS, REPORT
 from tests.catalog.world import DESCRIPTION, claim_import_of, manifest, sha
 from tests.system.api_process import Service, api_process
 
@@ -71,7 +72,8 @@ def prepare(db: Database) -> None:
         file_digest = unprepared.training_file.digest
         key, project_id = unprepared.files.train_key, unprepared.job.project_id
         tokens = manifest("tokens", kind="tokens")
-        token_cache.put(db, key, project_id=project_id, file_digest=file_digest, artifact=tokens, report={"rows": 20})
+        of_file: dict[str, Any] = {"project_id": project_id, "file_digest": file_digest}
+        token_cache.put(db, key, **of_file, artifact=tokens, report=REPORT, details=DETAILS)
         preparation.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
 
 

@@ -26,6 +26,7 @@ from catalog.states import EndReason
 from catalog.tables.jobs import Job
 from catalog.tenancy import authentication
 from tests.api.site import PEPPER
+from tests.catalog.prepared_data import REPORT
 from tests.worker.pack_site import PASSED, PackSite, emit, emit_for, step
 from worker.background import tokenization
 from worker.protocol.mailbox import InboxReader
@@ -77,10 +78,7 @@ def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = site.store.put_folder(site.tokens, kind="tokens")
 
     def both_files(*_: Any, **__: Any) -> Any:
-        report = {"usable_rows": 1, "longest_example": 9}
-        of_project: dict[str, Any] = {"project_id": site.world.caller.project_id, "file_digest": "0" * 64}
-        row = tokenization.token_cache.put(site.db, "tokens", **of_project, artifact=manifest, report=report)
-        return row, None
+        return site.world.put_tokens("tokens", file_digest="0" * 64, artifact=manifest, report=REPORT), None
 
     monkeypatch.setattr(tokenization, "prepare_files", both_files)
     assert tokenization.prepare_next(site.context)

@@ -16,10 +16,10 @@ from catalog.queue.notifier import FileNotifier
 from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
-from catalog.storage import token_cache
 from catalog.storage.store import open_store
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
+from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import DESCRIPTION, WIDE, Clock, World
 from worker.context.context import WorkerContext
 from worker.context.heartbeat import Heartbeat
@@ -74,8 +74,9 @@ class PackSite:
         assert job.train_prepared is not None
         manifest = self.store.put_folder(self.tokens, kind="tokens")
         digest = "0" * 64
-        of_project: dict[str, Any] = {"project_id": job.project_id, "file_digest": digest}
-        token_cache.put(self.db, job.train_prepared, **of_project, artifact=manifest, report={"usable_rows": 1})
+        self.world.put_tokens(
+            job.train_prepared, project_id=job.project_id, file_digest=digest, artifact=manifest, report=REPORT
+        )
         return job
 
     def claim_all(self, trainer_id: str = "trainer-1", capacity: Capacity = WIDE) -> list[Claim]:

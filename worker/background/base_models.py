@@ -117,27 +117,6 @@ def _changed(worker_id: str, row: BaseModelRow, *, found: str, expected: str) ->
     )
 
 
-def count_blocks(context: WorkerContext) -> list[str]:
-    """Count the blocks of base models that an older version imported, if their files are on this node. Device groups
-    need this number for sharding. Returns the names of the counted base models."""
-    done: list[str] = []
-    for row in base_models.uncounted(context.db):
-        folder = context.settings.bases_dir() / str(row.digest)
-        if context.draining or not folder.is_dir():
-            continue
-        try:
-            with scratch_dirs.owned(context.settings.bases_dir() / f"tmp-{token_hex(8)}") as work:
-                work.mkdir()
-                description, _ = _run_child(context, row, work, {"kind": "here", "target_dir": str(folder)})
-        except (ImportRefused, Abandoned) as error:  # another worker, or the next attempt in an hour, may succeed
-            log.warning("The blocks of the base model %s were not counted: %s", row.name, error)
-            continue
-        if base_models.note_blocks(context.db, row.name, digest=str(row.digest), blocks=description["blocks"]):
-            log.info("The blocks of the base model %s were counted.", row.name)
-            done.append(row.name)
-    return done
-
-
 def clean(context: WorkerContext) -> list[str]:
     """Remove the folders of base models that were deleted. Returns their digests. If one is needed later, it is
     imported again."""
@@ -165,7 +144,7 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
             "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit of the first import
             "target_dir": str(target),
         }
-        description, commit = _run_child(context, row, work, request, is_unwanted=is_unwanted)
+        description, commit = _run_child(context, row, work, request, is_unwanted)
         if links := [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink()]:
             then = _then(row)
             raise ImportRefused(
@@ -192,14 +171,12 @@ def _run_child(
     row: BaseModelRow,
     work: Path,
     request: Json,
-    *,
-    is_unwanted: Callable[[], bool] = lambda: False,
+    is_unwanted: Callable[[], bool],
 ) -> tuple[Json, str | None]:
-    """Run the child that imports or describes a base model. Returns (description, commit of the hub)."""
+    """Run the child that imports a base model. Returns (description, commit of the hub)."""
     arguments, result = work / "arguments.json", work / "result.json"
     write_json(arguments, {**request, "result": str(result)})
-    sources = {"hub": None, "here": Path(request["target_dir"])}
-    source = sources[request["kind"]] if request["kind"] in sources else Path(request["source"])
+    source = None if row.kind == "hub" else Path(row.source)
     try:
         box = sandbox.base_import(work, source=source)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links

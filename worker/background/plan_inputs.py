@@ -65,7 +65,7 @@ def compute_next(context: WorkerContext) -> bool:
 
 def _prepare(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
     """Record the tokens of both files, and their overlap. Raises the errors of `prepare_files`."""
-    train, valid = prepare_files(context, claim.files, with_details=True, is_unwanted=is_unwanted)
+    train, valid = prepare_files(context, claim.files, is_unwanted=is_unwanted)
     if valid is None:
         return
     keys = {"train_key": train.key, "valid_key": valid.key}

@@ -175,5 +175,3 @@ class TaskRunner(_TaskThread):
         if time.monotonic() - context.cleaned_at >= CLEANING_SECONDS:
             context.cleaned_at = time.monotonic()
             base_models.clean(context)
-            if base_models.count_blocks(context):
-                context.notifier.wake_workers()  # waiting jobs may train on a sharded base model now

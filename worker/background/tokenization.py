@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -150,51 +149,31 @@ def num_rows(report: Json) -> int:
     return int(report["usable_rows"])
 
 
-def _longest_example(*files: Prepared | None) -> int | None:
-    """Return the number of tokens in the longest example. None if the reports are from a version that did not count
-    it."""
-    found = [file.report.get("longest_example") for file in files if file is not None]
-    return max((int(tokens) for tokens in found if tokens is not None), default=None)
+def _longest_example(*files: Prepared | None) -> int:
+    """Return the number of tokens in the longest example."""
+    return max(int(file.report["longest_example"]) for file in files if file is not None)
 
 
 def prepare_files(
-    context: WorkerContext,
-    wanted: FilesToPrepare,
-    *,
-    with_details: bool = False,
-    is_unwanted: Callable[[], bool] = lambda: False,
+    context: WorkerContext, wanted: FilesToPrepare, *, is_unwanted: Callable[[], bool] = lambda: False
 ) -> tuple[Prepared, Prepared | None]:
-    """Return the token caches of both files. Missing ones are created. with_details: caches without details, of an
-    older version, are recreated. is_unwanted: called several times a second.
+    """Return the token caches of both files. Missing ones are created. is_unwanted: called several times a second.
 
     Raises FileRefused, PreparationCrashed, base_models.ImportRefused, base_models.Abandoned, DamagedArtifact,
     OutOfSpace, Unavailable.
     """
-    preparation = _Preparation(context=context, wanted=wanted, with_details=with_details, is_unwanted=is_unwanted)
-    train = _tokens(preparation, wanted.training, wanted.train_key, "training_file")
+
+    def tokens(file: File, key: str, param: str) -> Prepared:
+        row = token_cache.get(context.db, key)
+        if row is None or (row.artifact is None and "refusal" not in row.report):
+            base_dir = base_models.ensure(context, wanted.base.name, wanted.base_digest, is_unwanted=is_unwanted)
+            row = _make(context, base_dir, file, key, wanted.spec, is_unwanted=is_unwanted)
+        return _not_refused(row, param)
+
+    train = tokens(wanted.training, wanted.train_key, "training_file")
     if wanted.validation is None or wanted.valid_key is None:
         return train, None
-    return train, _tokens(preparation, wanted.validation, wanted.valid_key, "validation_file")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Preparation:
-    context: WorkerContext
-    wanted: FilesToPrepare
-    with_details: bool
-    is_unwanted: Callable[[], bool]
-
-
-def _tokens(preparation: _Preparation, file: File, key: str, param: str) -> Prepared:
-    """Return the token cache of one file. Raises FileRefused."""
-    wanted = preparation.wanted
-    row = token_cache.get(preparation.context.db, key)
-    if row is None or (row.artifact is None and "refusal" not in row.report) or _lacks_details(preparation, row):
-        base_dir = base_models.ensure(
-            preparation.context, wanted.base.name, wanted.base_digest, is_unwanted=preparation.is_unwanted
-        )
-        row = _make(preparation.context, base_dir, file, key, wanted.spec, is_unwanted=preparation.is_unwanted)
-    return _not_refused(row, param)
+    return train, tokens(wanted.validation, wanted.valid_key, "validation_file")
 
 
 def _not_refused(row: Prepared, param: str) -> Prepared:
@@ -203,10 +182,6 @@ def _not_refused(row: Prepared, param: str) -> Prepared:
         refusal = row.report["refusal"]
         raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
     return row
-
-
-def _lacks_details(preparation: _Preparation, row: Prepared) -> bool:
-    return preparation.with_details and row.details is None
 
 
 def _make(
@@ -222,7 +197,6 @@ def _make(
         artifact = None
         if "refusal" not in report:
             artifact = _stored(context, work / "tokens", file)
-        details = read_json(path) if (path := work / "details.json").exists() else None
         return token_cache.put(
             context.db,
             key,
@@ -230,7 +204,7 @@ def _make(
             file_digest=file.digest,
             artifact=artifact,
             report=report,
-            details=details,
+            details=read_json(work / "details.json"),
         )
 
 

@@ -25,22 +25,19 @@ from worker.protocol.mailbox import Json, read_json, write_json
 
 def import_base_model(arguments_path: Path) -> None:
     """Import as specified by the file with `{source, kind, revision, target_dir, result}`. Writes a description or an
-    error to the result file. With the kind `here`, the folder exists already, and is only described."""
+    error to the result file."""
     arguments = read_json(arguments_path)
     target_dir = Path(arguments["target_dir"])
     try:
-        if arguments["kind"] == "here":
-            result: Json = {"description": describe_base(target_dir), "commit": None}
-        else:
-            imported = import_base(
-                source=arguments["source"],
-                kind=arguments["kind"],
-                revision=arguments["revision"],
-                target_dir=target_dir,
-            )
-            facts = {"license": imported.license, "renders_tools": may_render_tools(target_dir)}
-            description = describe_base(target_dir) | facts
-            result = {"description": description, "commit": imported.commit}
+        imported = import_base(
+            source=arguments["source"],
+            kind=arguments["kind"],
+            revision=arguments["revision"],
+            target_dir=target_dir,
+        )
+        facts = {"license": imported.license, "renders_tools": may_render_tools(target_dir)}
+        description = describe_base(target_dir) | facts
+        result: Json = {"description": description, "commit": imported.commit}
     except LoraCoreError as error:
         result = {"error": described(error)}
     except MemoryError:

@@ -9,7 +9,6 @@ from catalog.resources import memory, requirements
 from catalog.resources import pack_key as packing
 from catalog.resources.sharding import Demand, Strategy, block_bytes, hindrance, reason
 from catalog.tables.jobs import Job
-from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 
 
@@ -24,17 +23,16 @@ class BaseToLoad:
     pack_key: str
 
 
-def strategy_for(context: WorkerContext, job: Job | BaseToLoad, *, description: Json | None = None) -> Strategy:
+def strategy_for(context: WorkerContext, job: Job | BaseToLoad) -> Strategy:
     """Return how a trainer on this worker holds the base model for such a job and all its packmates, or for inference
-    requests. description: of the base model; read from the database if None."""
-    if not isinstance(job, Job):
-        return context.group.strategy(base_demand(context, job))
-    return context.group.strategy(_demand(context, job, description))
+    requests."""
+    demand = _demand(context, job) if isinstance(job, Job) else base_demand(context, job)
+    return context.group.strategy(demand)
 
 
 def reason_for(context: WorkerContext, job: Job) -> str:
     """Return the reason for this strategy, for users."""
-    return reason(context.group, _demand(context, job, None))
+    return reason(context.group, _demand(context, job))
 
 
 def base_demand(context: WorkerContext, base: BaseToLoad) -> Demand:
@@ -50,7 +48,5 @@ def base_demand(context: WorkerContext, base: BaseToLoad) -> Demand:
     )
 
 
-def _demand(context: WorkerContext, job: Job, description: Json | None) -> Demand:
-    if description is None:
-        description = base_models.get(context.db, job.base_model).description or {}
-    return requirements.demand(job, description, recomputes=context.device.recomputes)
+def _demand(context: WorkerContext, job: Job) -> Demand:
+    return requirements.demand(job, recomputes=context.device.recomputes)

@@ -143,7 +143,7 @@ class TrainerSession:
         """
         if self.pack_key != job.pack_key:
             return False
-        return self.strategy == strategy_for(self._context, job, description=self._description)
+        return self.strategy == strategy_for(self._context, job)
 
     def bytes_to_come(self) -> int:
         """Return the memory that the trainer has yet to allocate for its jobs.

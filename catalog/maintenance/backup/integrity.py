@@ -70,15 +70,15 @@ def orphans(db: Database) -> list[str]:
     return [_orphan_sentence(child, parent, number) for (child, parent), number in sorted(found.items())]
 
 
-def differences(db: Database, *, recorded_revision: str, recorded_counts: Mapping[str, int] | None) -> list[str]:
-    """Return sentences about differences from a backup's record. recorded_counts None: the backup recorded none."""
+def differences(db: Database, *, recorded_revision: str, recorded_counts: Mapping[str, int]) -> list[str]:
+    """Return sentences about differences from a backup's record."""
     with db.read() as session:
         found_revision, found = revisions.read(session), row_counts(session)
     problems: list[str] = []
     if found_revision != recorded_revision:
         problems.append(f"The tables have revision {found_revision}, but the backup recorded {recorded_revision}.")
-    for name in sorted({*found, *recorded_counts} if recorded_counts is not None else ()):
-        expected = (recorded_counts or {}).get(name, 0)
+    for name in sorted({*found, *recorded_counts}):
+        expected = recorded_counts.get(name, 0)
         if (count := found.get(name, 0)) != expected:
             rows = "1 row" if count == 1 else f"{count:,} rows"
             problems.append(f"Table {name} has {rows}, but the backup recorded {expected:,}.")

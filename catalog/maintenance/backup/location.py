@@ -25,8 +25,6 @@ from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
 from catalog.storage.store import verified
 
 FORMAT = 2
-READABLE = (1, FORMAT)
-"""Backups of format 1 have no row counts."""
 MAX_NAMED = 10
 """Maximum number of backups that a message names."""
 RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
@@ -51,8 +49,8 @@ class BackupRecord:
     audit_digest: str
     problems: list[str]
     """Sentences about objects that the database refers to and that could not be copied."""
-    row_counts: dict[str, int] | None
-    """Number of rows by table; None in a backup of format 1."""
+    row_counts: dict[str, int]
+    """Number of rows by table."""
     format: int = FORMAT
 
 
@@ -188,14 +186,12 @@ def open_place(location: str, *, is_new: bool = False) -> BackupPlace:
 
 def _record(content: bytes, *, name: str) -> BackupRecord:
     fields = cast("dict[str, Any]", json.loads(content))
-    if (found := fields.get("format")) not in READABLE:
+    if (found := fields.get("format")) != FORMAT:
         raise InvalidRequest(
-            f"Backup {name} has format {found}, but this version of Lorry reads only formats {READABLE[0]} and "
-            f"{FORMAT}.",
+            f"Backup {name} has format {found}, but this version of Lorry reads only format {FORMAT}.",
             code="backup_of_another_version",
             remedy="Use the version of Lorry that made the backup, or a later one.",
         )
-    fields.setdefault("row_counts", None)
     return BackupRecord(**fields)
 
 

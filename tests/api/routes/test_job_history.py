@@ -8,6 +8,7 @@ from starlette.testclient import TestClient
 from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
 from tests.api.site import error_of
+from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import World, manifest, sha
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -126,8 +127,8 @@ def test_data_report_appears_after_preparation(client: TestClient, world: World)
 
     after = client.get(f"{JOBS}/{job.id}/data_report").json()
     of_file = client.get(f"/v1/files/{world.file_id}/report", params={"model": "smol"}).json()
-    assert (before["training"], after["training"], after["validation"]) == (None, {"rows": 1}, None)
-    assert of_file["report"] == {"rows": 1}
+    assert (before["training"], after["training"], after["validation"]) == (None, REPORT, None)
+    assert of_file["report"] == REPORT
 
 
 def test_rejected_file_shows_its_rejection_report(client: TestClient, world: World) -> None:

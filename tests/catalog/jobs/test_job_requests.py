@@ -304,12 +304,12 @@ def test_out_of_range_fields_are_rejected(fields: dict[str, Any]) -> None:
         ({"loss": "last_turn"}, "text", "loss_needs_chat"),
         ({"loss": "last_turn"}, "completion", "loss_needs_chat"),
         ({"overflow": "split"}, "completion", "split_needs_text"),
-        ({"overflow": "split"}, None, "split_needs_text"),
+        ({"overflow": "split"}, "chat", "split_needs_text"),
     ],
 )
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
 def test_data_options_unsuited_to_the_file_kind_are_rejected(
-    world: World, data: dict[str, str], kind: str | None, code: str, field: str
+    world: World, data: dict[str, str], kind: str, code: str, field: str
 ) -> None:
     suits = world.file(kind="chat" if "loss" in data else "text")
     unlike = world.file(kind=kind)

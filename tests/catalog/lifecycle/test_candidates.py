@@ -13,7 +13,6 @@ from catalog.db.database import Database
 from catalog.jobs import commands, explanation
 from catalog.lifecycle import preparation
 from catalog.queue import claiming, claims, listing
-from catalog.resources import requirements
 from catalog.scheduling.snapshot import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Capacity
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
@@ -151,22 +150,6 @@ def test_trainer_is_not_drained_for_a_job_that_would_not_fit_anyway(world: World
     assert (stopped, [claim.job.id for claim in joined]) == ([], [mate.id])
 
 
-def test_missing_memory_requirements_are_computed_once(world: World) -> None:
-    old_jobs = [world.queued() for _ in range(3)]
-    large = world.queued(model=world.base("large", num_parameters=10**12))
-    with world.db.write() as session:
-        for job in session.query(Job):
-            job.own_bytes = job.saved_bytes = job.trainer_bytes = job.slice_bytes = None
-            job.least_bytes = 0
-
-    assert requirements.note_all(world.db, batch=2) == 4
-    assert requirements.note_all(world.db) == 0
-
-    again = world.job(old_jobs[0].id)
-    assert (again.own_bytes, again.least_bytes) == (old_jobs[0].own_bytes, old_jobs[0].least_bytes)
-    assert world.job(large.id).least_bytes > 10**12
-
-
 def test_packmates_are_found_deep_in_the_queue(world: World) -> None:
     world.base("other")
     first = world.queued()
@@ -209,18 +192,6 @@ def test_worker_that_loses_a_race_gets_the_next_job_at_once(world: World, monkey
     (claim,) = world.claim("slower", ONE)
 
     assert len({*taken, claim.job.id}) == 11
-
-
-def test_job_without_stored_requirements_is_claimed_by_computed_ones(world: World) -> None:
-    job = world.queued()
-    needed = world.job(job.id)
-    with world.db.write() as session:
-        old = session.get_one(Job, job.id)
-        old.own_bytes = old.saved_bytes = old.trainer_bytes = old.slice_bytes = None
-    enough = (needed.own_bytes or 0) + (needed.trainer_bytes or 0)
-
-    assert world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=enough - 1)) == []
-    assert len(world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=enough))) == 1
 
 
 def test_waiting_time_counts_from_the_last_queue_entry(world: World) -> None:

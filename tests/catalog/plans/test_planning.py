@@ -18,7 +18,7 @@ from catalog.spec import job_warnings
 from catalog.spec.job import MAX_LENGTH, JobSpec, ParentSpec, resolve
 from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted, Linear
-from tests.catalog.plan_data import REPORT
+from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import request
 
 

@@ -25,8 +25,9 @@ from catalog.spec.job import JobSpec, PlannedJob
 from catalog.storage import files
 from catalog.tables.jobs import Job
 from catalog.tables.plans import FileOverlap, Plan
-from tests.catalog.plan_data import REPORT, SETTINGS, know, plan, put, ready
-from tests.catalog.world import LEASE, World, request, sha
+from tests.catalog.plan_data import SETTINGS, know, plan, put, ready
+from tests.catalog.prepared_data import REPORT
+from tests.catalog.world import LEASE, World, linears, request, sha
 
 
 def found(row: Plan) -> dict[str, Any]:
@@ -173,13 +174,6 @@ def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: Wor
     assert (refused.value.code, refused.value.remedy) == ("plan_failed", remedy)
 
 
-def test_missing_token_details_are_recomputed(world: World) -> None:
-    first = plan(world)
-    put(world, first.train_prepared, REPORT, details=None)
-
-    assert plan(world).state == "computing"
-
-
 def test_computing_plans_per_project_are_limited(world: World) -> None:
     for number in range(MAX_COMPUTING):
         plan(world, seed=number)
@@ -243,7 +237,7 @@ def test_plan_is_outdated_after_its_base_model_changed(world: World) -> None:
     row = ready(world)
     base_models.delete(world.db, "smol")
     base_models.add(world.db, name="smol", kind="folder", source="/models/smol", revision=None)
-    another = {"num_parameters": 1, "linear_shapes": {"q_proj": [[64, 64], 2]}}
+    another = {"num_parameters": 1, **linears(q_proj=([64, 64], 2))}
     world.finish_import("smol", digest=sha("another"), description=another)
 
     with pytest.raises(Conflict) as refused:

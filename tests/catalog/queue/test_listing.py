@@ -17,7 +17,7 @@ from catalog.resources.throughput import Speeds
 from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
-from tests.catalog.world import LEASE, World, sha
+from tests.catalog.world import LEASE, World, linears, sha
 
 
 def explained(world: World, job_id: str) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def test_explanation_of_a_job_that_exceeds_the_free_memory(world: World) -> None
 
 
 def test_long_rows_that_only_fit_a_gpu_are_too_large_for_a_cpu(world: World) -> None:
-    world.base("deep", hidden_size=64, num_layers=100, linear_shapes={"q_proj": [[64, 64], 100]})
+    world.base("deep", hidden_size=64, num_layers=100, **linears(q_proj=([64, 64], 100)))
     job = world.submit(model="deep", lora={"target_modules": ["q_proj"]})
     world.prepare_all(longest_example=50_000)
     world.worker("small", memory_bytes=10**9)

@@ -10,7 +10,6 @@ import pytest
 from catalog.fleet import workers
 from catalog.jobs import commands, explanation
 from catalog.queue import claims
-from catalog.registry import base_models
 from catalog.resources import requirements
 from catalog.resources.sharding import DeviceGroup, ShardingStrategy, Wanted
 from catalog.scheduling.snapshot import Capacity
@@ -19,7 +18,7 @@ from catalog.tables.jobs import Job
 from tests.catalog.plan_data import ready
 from tests.catalog.plans.test_plans import codes, found
 from tests.catalog.read_costs import rows_read
-from tests.catalog.world import World, sha
+from tests.catalog.world import World
 
 BLOCKS = {"count": 10, "num_parameters": 9 * 10**9, "largest_parameters": 9 * 10**8}
 LARGE: dict[str, Any] = {"num_parameters": 10**10, "blocks": BLOCKS}
@@ -129,7 +128,7 @@ def test_explanation_of_a_job_that_exceeds_the_host_memory(world: World) -> None
 def test_joiner_of_an_offloaded_base_would_also_be_offloaded_alone(world: World) -> None:
     small, large = queued_large(world), world.queued(model="large", precision="bfloat16", lora={"rank": 256})
     capacity = on_gpus(world, (sharded_bytes(large) - 1) / GB)
-    ways = [capacity.group.strategy(requirements.demand(job, {}, recomputes=True)) for job in (small, large)]
+    ways = [capacity.group.strategy(requirements.demand(job, recomputes=True)) for job in (small, large)]
     assert ways == ["fsdp2", "fsdp2_offload"]
 
     def joined(holding: ShardingStrategy) -> list[str]:
@@ -146,7 +145,7 @@ def test_joiner_of_an_offloaded_base_would_also_be_offloaded_alone(world: World)
 
 def sharded_bytes(job: Job) -> int:
     pair = DeviceGroup(kind="cuda", num_devices=2)
-    return pair.allocated_bytes(requirements.demand(job, {}, recomputes=True), "sharded")
+    return pair.allocated_bytes(requirements.demand(job, recomputes=True), "sharded")
 
 
 def test_jobs_that_need_full_weights_do_not_hide_others(world: World) -> None:
@@ -213,46 +212,8 @@ def test_full_device_group_reads_little_of_a_long_queue(world: World, wanted: Wa
     assert world.job(first.id).state == "queued"
 
 
-def test_job_without_stored_shard_sizes_is_still_sharded(world: World) -> None:
-    job = queued_large(world)
-    held = (job.shardable_bytes, job.gathered_bytes, job.least_divided_bytes)
-    with world.db.write() as session:
-        row = session.get_one(Job, job.id)
-        row.shardable_bytes = row.gathered_bytes = row.least_divided_bytes = 0
-    capacity = on(world, 2, 17, "fsdp2")
-
-    (claim,) = world.claim(capacity=capacity)
-    assert capacity.group.holding(requirements.demand(claim.job, LARGE, recomputes=False)) == "sharded"
-    assert requirements.demand(claim.job, LARGE, recomputes=False).shardable_bytes == held[0] > 0
-    claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
-
-    assert (requirements.note_all(world.db), requirements.note_all(world.db)) == (1, 0)
-    again = world.job(job.id)
-    assert (again.shardable_bytes, again.gathered_bytes, again.least_divided_bytes) == held
-
-
-def test_base_is_sharded_once_its_blocks_are_counted(world: World) -> None:
-    digest = sha(world.base("large", num_parameters=10**10))
-    running = world.queued(model="large", precision="bfloat16")
-    world.claim()
-    waiting = world.queued(model="large", precision="bfloat16")
-    capacity = on(world, 2, 17, "fsdp2")
-    assert world.claim(capacity=capacity) == []
-    reported = explanation.explain(world.db, project_id=waiting.project_id, job_id=waiting.id)["explanation"]
-    assert "The base model can't be sharded until a worker that has its files has counted its blocks" in reported
-
-    assert [row.name for row in base_models.uncounted(world.db)] == ["large", "smol"]
-    assert not base_models.note_blocks(world.db, "large", digest="another", blocks=BLOCKS)
-    assert base_models.note_blocks(world.db, "large", digest=digest, blocks=BLOCKS)
-    assert not base_models.note_blocks(world.db, "large", digest=digest, blocks={"count": 1})
-
-    assert [row.name for row in base_models.uncounted(world.db)] == ["smol"]
-    assert [claim.job.id for claim in world.claim(capacity=capacity)] == [waiting.id]
-    assert world.job(running.id).shardable_bytes == 18 * GB
-
-
 def whole_bytes(job: Job) -> int:
-    return requirements.demand(job, {}, recomputes=False).whole_bytes
+    return requirements.demand(job, recomputes=False).whole_bytes
 
 
 def test_plan_lists_workers_that_would_shard_the_base(world: World) -> None:

@@ -8,10 +8,15 @@ import pytest
 
 from catalog.registry import efficiency
 from catalog.resources import memory
+from tests.catalog.world import linears
 
 NUM_BASE, NUM_TRAINED = 1_000_000, 20_000
-SHAPES = {"q_proj": [[64, 64], 2], "v_proj": [[16, 64], 2]}
-DESCRIPTION = {"num_parameters": NUM_BASE, "linear_shapes": SHAPES, "vocab_size": 100, "num_layers": 2}
+DESCRIPTION = {
+    "num_parameters": NUM_BASE,
+    "vocab_size": 100,
+    "num_layers": 2,
+    **linears(q_proj=([64, 64], 2), v_proj=([16, 64], 2)),
+}
 
 
 def record(**spec: Any) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import pytest
 
 from catalog.resources import memory
 from catalog.spec.target_modules import Adapted, Linear
+from tests.catalog.world import linears
 
-SHAPES = {"q_proj": [[64, 32], 2], "v_proj": [[16, 32], 2]}
+LINEARS = linears(q_proj=([64, 32], 2), v_proj=([16, 32], 2))
+SHAPES = LINEARS["linear_shapes"]
 
 
 def test_adapter_parameters_are_rank_times_in_plus_out_per_target() -> None:
@@ -60,7 +62,7 @@ def test_long_slices_count_in_full_unless_a_step_is_shorter() -> None:
 
 def test_initialization_and_samples_add_memory_only_beyond_a_slice() -> None:
     few, many = {"prompts": ["a" * 100], "max_tokens": 28}, {"prompts": ["a" * 2000] * 8, "max_tokens": 128}
-    tall = {"linear_shapes": {"q_proj": [[8192, 512], 1]}}
+    tall = linears(q_proj=([8192, 512], 1))
     plain = own_bytes({"linear_shapes": SHAPES}, "bfloat16")
 
     assert own_bytes({"linear_shapes": SHAPES}, "bfloat16", samples=few) == plain
@@ -125,7 +127,7 @@ def test_gpu_kernels_keep_no_output_of_a_norm_or_a_gated_activation_and_torch_ke
 
 
 def test_quantized_base_has_quantized_linears_and_the_rest_in_its_dtype() -> None:
-    description = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 10}
+    description = {"num_parameters": 10_000, "vocab_size": 10, **LINEARS}
     weights, tables = 2 * (64 * 32 + 16 * 32), 4 * (16 + 256 + 1)
 
     int8 = memory.base_bytes(description, "bfloat16", "int8")
@@ -137,14 +139,14 @@ def test_quantized_base_has_quantized_linears_and_the_rest_in_its_dtype() -> Non
 
 
 def test_nf4_uses_0_516_bytes_per_weight() -> None:
-    description = {"num_parameters": 4096 * 4096, "linear_shapes": {"q_proj": [[4096, 4096], 1]}}
+    description = {"num_parameters": 4096 * 4096, **linears(q_proj=([4096, 4096], 1))}
 
     nf4 = memory.base_bytes(description, "bfloat16", "nf4") / 4096**2
     assert nf4 == pytest.approx(0.516, abs=0.001)  # pyright: ignore[reportUnknownMemberType]
 
 
 def test_tick_on_a_quantized_base_dequantizes_its_largest_linear() -> None:
-    description = {"num_parameters": 10_000, "linear_shapes": SHAPES, "vocab_size": 10}
+    description = {"num_parameters": 10_000, "vocab_size": 10, **LINEARS}
     plain = memory.tick_bytes(description, "bfloat16", num_tokens=10)
 
     assert memory.tick_bytes(description, "bfloat16", "nf4", num_tokens=10) == plain + 2 * 64 * 32

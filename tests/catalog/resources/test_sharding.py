@@ -244,7 +244,6 @@ def test_explanation_of_a_job_that_exceeds_the_host_memory() -> None:
         ({"use_dora": True}, "none", SEVEN, "DoRA needs"),
         ({"init_lora_weights": "pissa_niter_4"}, "none", SEVEN, "pissa_niter_4 decomposes"),
         ({}, "nf4", SEVEN, "quantized to nf4"),
-        ({}, "none", {}, "has counted its blocks"),
         ({}, "none", {"blocks": {"count": 0}}, "no list of blocks"),
     ],
 )

@@ -135,11 +135,3 @@ def test_remedy_for_a_validation_file_keeps_the_method_of_the_training_file(worl
 def test_kto_batch_of_one_is_rejected() -> None:
     with pytest.raises(ValueError, match="greater than or equal to 2"):
         request(method=method("kto", batch_size=1))
-
-
-def test_old_file_without_a_kind_is_a_chat_file(world: World) -> None:
-    old = world.file(kind=None)
-
-    assert world.submit(training_file=old).id
-    with pytest.raises(InvalidRequest, match="contains chats"):
-        world.send(request(training_file=old, method=method("simpo")))

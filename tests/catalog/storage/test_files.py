@@ -262,7 +262,7 @@ def test_cleanup_keeps_referenced_blobs(upload: Uploader, db: Database, store: A
         session.add(Artifact(digest=shown.digest, kind="tokens", files=[], num_bytes=0, created_at=0))
         session.flush()
         of_kept = {"file_digest": kept.digest, "artifact": shown.digest, "report": {}, "created_at": 0}
-        session.add(Prepared(key="k", project_id="ours", **of_kept))
+        session.add(Prepared(key="k", project_id="ours", details={}, **of_kept))
         session.get_one(File, needed.id).deleted_at = 1.0
     files.delete(db, project_id="ours", file_id=deleted.id)
 

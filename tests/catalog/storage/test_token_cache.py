@@ -9,10 +9,9 @@ from catalog.errors import QuotaExceeded
 from catalog.history import job_logs
 from catalog.jobs import commands
 from catalog.lifecycle import recording
-from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
-from catalog.storage import artifact_index, files, token_cache
+from catalog.storage import files, token_cache
 from catalog.storage.store import Blob
 from catalog.tables.jobs import Job
 from catalog.tables.plans import Plan
@@ -22,7 +21,8 @@ from catalog.tables.usage import StoredBytes
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from catalog.usage import ledger, stored_bytes
-from tests.catalog.plan_data import DETAILS, REPORT, SETTINGS, plan, ready
+from tests.catalog.plan_data import SETTINGS, plan, ready
+from tests.catalog.prepared_data import REPORT
 from tests.catalog.usage.test_quotas import limit, upload
 from tests.catalog.world import LEASE, PEPPER, World, manifest, request, sha
 
@@ -177,29 +177,7 @@ def test_read_only_key_does_not_use_up_the_plans_of_others(world: World) -> None
     assert key in refusal.value.message
 
 
-def test_cache_without_a_project_is_kept_while_needed_and_never_charged(
-    world: World,
-) -> None:
-    job = world.queued()
-    stored_bytes.reconcile(world.db)  # counts the file, which the test's world inserts without accounting
-    with world.db.write() as session:
-        for name in ("of the job", "of none"):
-            artifact = artifact_index.show(session, manifest(name, "tokens"), now=1.0)
-            row = {"key": name, "file_digest": "d", "artifact": artifact, "num_bytes": 7, "report": {}}
-            session.add(Prepared(**row, created_at=1.0))
-        session.get_one(Job, job.id).train_prepared = "of the job"
-    before = stored(world)
-
-    garbage_collection.drop_references(world.db)
-
-    assert token_cache.get(world.db, "of the job") is not None
-    assert token_cache.get(world.db, "of none") is None
-    token_cache.forget(world.db, "of the job")
-    assert stored_bytes.reconcile(world.db) == 0
-    assert stored(world) == before
-
-
-def test_wrong_counters_of_an_older_worker_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_counters_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.running()
     stored_bytes.reconcile(world.db)
     with world.db.write() as session:
@@ -229,7 +207,7 @@ def _put(world: World, row: Plan, *, num_bytes: int) -> None:
     with world.db.read() as session:
         digest = session.get_one(File, world.file_id).digest
     tokens = manifest("t" * num_bytes, "tokens")
-    world.put_tokens(row.train_prepared, file_digest=digest, artifact=tokens, report=REPORT, details=DETAILS)
+    world.put_tokens(row.train_prepared, file_digest=digest, artifact=tokens, report=REPORT)
 
 
 def _variants(world: World) -> dict[int, int]:

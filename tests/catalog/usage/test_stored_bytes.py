@@ -25,7 +25,8 @@ from catalog.tables.storage import Adapter, File, Prepared
 from catalog.tables.usage import StoredBytes
 from catalog.usage import quotas, stored_bytes
 from tests.catalog.lifecycle.test_state_machine import Service
-from tests.catalog.plan_data import DETAILS, REPORT, SETTINGS
+from tests.catalog.plan_data import SETTINGS
+from tests.catalog.prepared_data import REPORT
 from tests.catalog.usage.test_quotas import upload
 from tests.catalog.world import LEASE, manifest, request, sha
 
@@ -154,7 +155,7 @@ class StoredService(Service):
 
     def put_cache(self, key: str, file_digest: str, size: int) -> None:
         tokens = manifest("t" * size, "tokens")
-        self.world.put_tokens(key, file_digest=file_digest, artifact=tokens, report=REPORT, details=DETAILS)
+        self.world.put_tokens(key, file_digest=file_digest, artifact=tokens, report=REPORT)
 
 
 @pytest.mark.slow_repetitions

@@ -109,7 +109,6 @@ def test_verification_detects_and_names_one_wrong_row_among_many(load, tmp_path,
     sound = verify_export(base, folder)
 
     assert sound.passed
-    assert sound.worst_linear_error is not None
     for index in range(0, len(tensors[name]), max(1, len(tensors[name]) // 4)):
         changed = tensors[name].clone()
         changed[index] *= 0.9

@@ -22,7 +22,6 @@ from catalog.errors import Unavailable
 from catalog.registry import base_models as record
 from catalog.settings import Settings
 from catalog.tables.storage import BaseModelRow
-from tests import tiny_base
 from tests.catalog.world import claim_import_of
 from worker.background import base_models
 from worker.protocol.errors import disk_error
@@ -56,7 +55,7 @@ def test_a_lease_is_renewed_while_files_are_hashed(context: Any, monkeypatch: py
     record.add(context.db, name="large", kind="folder", source="/source")
     monkeypatch.setattr(base_models, "CHUNK_BYTES", 1)
 
-    def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, **_options: Any) -> tuple[Any, None]:
+    def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, _: Any) -> tuple[Any, None]:
         write_target(arguments)
         with context.db.write() as session:  # the child took nearly as long as a lease
             session.get_one(BaseModelRow, row.name).lease_expires_at = 1.0
@@ -82,7 +81,7 @@ def test_an_import_claimed_by_another_worker_is_abandoned_during_hashing(
     record.add(context.db, name="large", kind="folder", source="/source")
     monkeypatch.setattr(base_models, "CHUNK_BYTES", 1)
 
-    def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, **_options: Any) -> tuple[Any, None]:
+    def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, _: Any) -> tuple[Any, None]:
         write_target(arguments)
         with context.db.write() as session:
             session.get_one(BaseModelRow, row.name).claim_id = "claim-of-another"
@@ -370,22 +369,3 @@ def test_cleanup_removes_only_the_files_of_deleted_bases(context: Any) -> None:
 
     assert base_models.clean(context) == ["a" * 64]
     assert sorted(path.name for path in context.settings.bases_dir().iterdir()) == sorted(names[1:])
-
-
-@pytest.mark.slow
-def test_blocks_of_an_older_base_are_counted_where_its_files_are(context: Any) -> None:
-    for name, digest in (("here", "a" * 64), ("elsewhere", "b" * 64), ("broken", "c" * 64)):
-        record.add(context.db, name=name, kind="folder", source=f"/{name}")
-        imported: dict[str, Any] = {"manifest": {"files": []}, "description": {"num_parameters": 1, "license": "mit"}}
-        record.finish_import(context.db, claim_import_of(context.db, name), digest=digest, **imported)
-    tiny_base.make(context.settings.bases_dir() / ("a" * 64))
-    (context.settings.bases_dir() / ("c" * 64)).mkdir()
-
-    assert base_models.count_blocks(context) == ["here"]
-
-    description = record.get(context.db, "here").description or {}
-    blocks = description.pop("blocks")
-    assert description == {"num_parameters": 1, "license": "mit"}
-    assert blocks["count"] == 2
-    assert blocks["num_parameters"] == 2 * blocks["largest_parameters"] > 0
-    assert [row.name for row in record.uncounted(context.db)] == ["broken", "elsewhere"]

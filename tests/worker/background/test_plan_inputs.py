@@ -18,7 +18,8 @@ from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
 from catalog.tables.plans import Plan
-from tests.catalog.plan_data import DETAILS, REPORT, plan, put
+from tests.catalog.plan_data import plan
+from tests.catalog.prepared_data import DETAILS, REPORT
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, plan_inputs, task_runner, tokenization
 from worker.background.task_runner import TaskRunner
@@ -76,15 +77,6 @@ def test_a_plan_is_ready_once_both_files_are_prepared_and_compared(site: PackSit
     assert plans.details(site.db, computed).training == DETAILS
     assert not plan_inputs.compute_next(site.context)
     assert list(site.context.scratch_dir().iterdir()) == []
-
-
-def test_tokens_without_details_are_recomputed(site: PackSite, made: list[Path]) -> None:
-    row = plan(site.world)
-    put(site.world, row.train_prepared, REPORT, details=None)
-
-    assert plan_inputs.compute_next(site.context)
-
-    assert (get_plan(site, row).state, len(made)) == ("ready", 1)
 
 
 def test_a_rejected_file_fails_its_plan(site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,12 @@ def child(*, refuses: str) -> Child:
     """Return a child that rejects the file with this content, and makes tokens of any other file."""
 
     def run(_context: object, work: Path, source: Path, *_: object, **__: object) -> dict[str, Any]:
+        (work / "details.json").write_text("{}")
         if source.read_text() == refuses:
             return {"rows": 1, "usable_rows": 0, "refusal": REFUSAL}
         (work / "tokens").mkdir(exist_ok=True)
         (work / "tokens" / "tokens.safetensors").write_text("the tokens")
-        return {"rows": 8, "usable_rows": 8}
+        return {"rows": 8, "usable_rows": 8, "longest_example": 9}
 
     return run
 

@@ -192,10 +192,7 @@ def test_an_attempt_has_the_end_reason_that_a_member_reports(gang: GangSite) -> 
     assert met == [{**where, "first_rank": 0, "num_ranks": 2}]
 
 
-def test_all_nodes_use_one_strategy_even_if_the_description_changes(
-    gang: GangSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For example, the blocks of an older base model are counted while the gang gathers."""
+def test_the_strategy_is_chosen_once_for_all_nodes(gang: GangSite, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = chain(["replicated"], repeat("fsdp2"))
     monkeypatch.setattr(supervisor, "strategy_for", lambda *_: next(strategies))
     used: list[str] = []

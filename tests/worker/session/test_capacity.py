@@ -155,7 +155,7 @@ def test_no_strategy_is_recorded_for_one_device(site: PackSite) -> None:
 
 def test_by_default_a_worker_shards_a_base_that_does_not_fit_a_device(sharded_site: PackSite) -> None:
     job = sharded_site.queued(model="blocks")
-    need = requirements.demand(job, {}, recomputes=False).whole_bytes
+    need = requirements.demand(job, recomputes=False).whole_bytes
     settings = sharded_site.settings.model_copy(update={"cpu_processes": 2})
     sharded_site.context.settings = settings
 

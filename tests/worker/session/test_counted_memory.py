@@ -21,6 +21,7 @@ from lora_core.layers.attention import tiled_cpu
 from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import PackedBatch
 from tests import tiny_base
+from tests.catalog.world import linears
 from tests.lora_core.scenarios import dataset
 from tests.lora_core.test_families import HEADS, save
 
@@ -125,7 +126,7 @@ def test_the_initialization_of_an_adapter_stays_within_its_estimate(
 
     measured = measured_peak(lambda: decomposed(lora, "w", weight_OD, seed=0))
 
-    description = {"linear_shapes": {"w": [list(shape), 1]}}
+    description = linears(w=(list(shape), 1))
     counted = memory._start_bytes(description, str(dtype).removeprefix("torch."))
     assert measured <= 1.1 * counted  # small weights have a larger constant part
     assert init == "pissa_niter_4" or measured > counted / 2

@@ -132,7 +132,12 @@ def test_a_file_that_is_rejected_when_tokenized_again_fails_its_job(
     with site.db.write() as session:
         session.get_one(File, claim.job.training_file).digest = source.digest
     monkeypatch.setattr(base_models, "ensure", lambda *_, **__: Path("/nowhere"))
-    monkeypatch.setattr(tokenization, "_run", lambda *_, **__: {"usable_rows": 0, "refusal": refusal})
+
+    def refuse(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
+        (work / "details.json").write_text("{}")
+        return {"usable_rows": 0, "refusal": refusal}
+
+    monkeypatch.setattr(tokenization, "_run", refuse)
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
 
     site.loading_session(claim)

@@ -372,4 +372,5 @@ def tokenize(_context: object, work: Path, source: Path, *_: object, **__: objec
     assert source.read_bytes() == b"the data file"
     (work / "tokens").mkdir()
     (work / "tokens" / "tokens.safetensors").write_text("the tokens")
+    (work / "details.json").write_text("{}")
     return {"usable_rows": 1}

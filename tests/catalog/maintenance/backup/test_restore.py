@@ -228,7 +228,7 @@ def anchored(world: World, objects: Objects, project: str) -> str:
 def test_backup_records_row_counts_of_each_table(service: Service) -> None:
     record = service.backup()
 
-    counts = record.row_counts or {}
+    counts = record.row_counts
     assert (counts["projects"], counts["alembic_version"]) == (2, 1)
     assert set(counts) >= {table.name for table in Table.metadata.sorted_tables}
     assert service.place.find(record.name) == record
@@ -251,19 +251,6 @@ def test_restore_reports_differences_from_the_recorded_backup(service: Service, 
     assert "projects has 2 rows, but the backup recorded 12,345." in refused.value.message
     assert "alembic_version has 1 row, but the backup recorded 0." in refused.value.message
     assert "Do not start the service" in refused.value.remedy
-
-
-def test_format_1_backup_without_row_counts_is_restored(service: Service, elsewhere: Settings) -> None:
-    service.backup()
-    (path,) = (service.folder / "backups" / "backups").glob("*/backup.json")
-    older = json.loads(path.read_text())
-    del older["row_counts"]
-    path.write_text(json.dumps({**older, "format": 1}))
-
-    restored = restore(elsewhere, service.place)
-
-    assert restored.checked.problems == []
-    assert restored.record.row_counts is None
 
 
 def orphan(world: World) -> None:
@@ -341,7 +328,7 @@ def test_tables_of_another_owner_are_not_backed_up_and_do_not_block(
     reader = Database(as_role(db.url, owner))
     try:
         made = create(reader, service.store, service.place, work_dir=tmp_path / "work")
-        assert "of_another" not in (made.record.row_counts or {})
+        assert "of_another" not in made.record.row_counts
         assert integrity.damage(reader) == integrity.orphans(reader) == []
     finally:
         reader.close()

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0001_initial_schema"
+revision = "0001_first_schema"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -245,13 +245,13 @@ def _create_storage() -> None:
     op.create_table(
         "prepared",
         sa.Column("key", sa.String(length=255), nullable=False),
-        sa.Column("project_id", sa.String(length=255), nullable=True),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
         sa.Column("file_digest", sa.String(length=255), nullable=False),
         sa.Column("artifact", sa.String(length=255), nullable=True),
         sa.Column("num_bytes", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("evicted_at", sa.Float(precision=53), nullable=True),
         sa.Column("report", sa.JSON(), nullable=False),
-        sa.Column("details", sa.JSON(), nullable=True),
+        sa.Column("details", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
         sa.ForeignKeyConstraint(["artifact"], ["artifacts.digest"], name=op.f("fk_prepared_artifact_artifacts")),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_prepared_project_id_projects")),
