@@ -28,7 +28,7 @@ from catalog.states import EndReason
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
-from worker.background.base_models import Abandoned
+from worker.background.child_task import Abandoned
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.node import devices
