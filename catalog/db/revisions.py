@@ -1,6 +1,6 @@
 """Schema revisions: those of the migration scripts, and the revision of a database.
 
-A revision is named after its file, such as `0001_initial_schema`. An unknown revision belongs to a later version,
+A revision is named after its file, such as `0001_initial_tables`. An unknown revision belongs to a later version,
 unless a build before the first release used it: the databases of such builds cannot be upgraded.
 """
 
@@ -21,7 +21,7 @@ SCRIPTS = Path(__file__).parents[2] / "migrations"
 """Functions read this at call time, so that tests can replace it with their own scripts."""
 VERSIONS = table("alembic_version", column("version_num"))
 UNRELEASED = re.compile(
-    r"\d{4}|0001_(initial|first_release)|0002_inference|0003_batches|0004_reproduction|0005_serving"
+    r"\d{4}|0001_(initial|initial_schema|first_release)|0002_inference|0003_batches|0004_reproduction|0005_serving"
     r"|0006_adapter_exports|0007_deployment_errors|0008_export_estimates|0009_export_refusals"
 )
 """Revisions of builds before the first release. If the newest script is edited before the release, add its revision."""
