@@ -241,7 +241,6 @@ class TrainerSession:
     def _hand_over(self, held: SessionJob) -> None:
         try:
             body = staging.stage_files(self._context, self.directory, held.claim, held.checkpoints)
-            body["trace"] = self._context.spans.of(held.claim.claim_id)
         except Abandoned:
             self._end(held, TrainerEnd.WORKER_SHUTDOWN.value)
         except (DamagedArtifact, FileRefused) as error:
