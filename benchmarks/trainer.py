@@ -43,8 +43,19 @@ class Trainer:
         )
 
     def begin(self) -> None:
-        base_dir, dtype = str(self._plan.workload.base), self._plan.dtype
-        self._process.begin({"base_dir": base_dir, "dtype": dtype, "quantization": "none", "device": "cpu"})
+        self._process.begin(
+            {
+                "trainer_id": self._directory.path.name,
+                "base_dir": str(self._plan.workload.base),
+                "dtype": self._plan.dtype,
+                "quantization": "none",
+                "strategy": "replicated",
+                "device": "cpu",
+                "prefix_disk_bytes": 0,
+                "batch_invariant": True,
+                "idle_seconds": None,
+            }
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -69,16 +80,21 @@ class Trainer:
         self._inbox.send(
             "admit",
             claim_id=job,
+            job_id=job,
             base_name="base",
             base_revision=None,
             spec=spec,
             num_steps=num_steps,
             evaluate_every_steps=None,
             checkpoint_every_steps=num_steps,
+            answered_steps=[],
+            asks_as_chat=False,
+            shortages=0,
             train=str(tokens.relative_to(self._directory.path)),
             valid=None,
             resume=None,
             parent=None,
+            trace=None,
         )
 
     def peak_bytes(self) -> int:

@@ -101,7 +101,7 @@ class Trackio(TypedDict, total=False):
 
 
 class Integration(TypedDict, total=False):
-    """A tracker to which the job's metrics are exported, with its options under its own name."""
+    """A tracker to which the job's metrics are written, with its options under its own name."""
 
     type: Required[Literal["wandb", "mlflow", "tensorboard", "trackio"]]
     wandb: Wandb
@@ -235,7 +235,7 @@ class JobFields(TypedDict, total=False):
     deadline: int | None
     """Unix time. If the job can't meet it, an event reports it and the job continues."""
     integrations: Sequence[Integration] | None
-    """Trackers to which the metrics are also exported."""
+    """Trackers to which the metrics are also written."""
     extra_body: Mapping[str, Any] | None
     """Raw fields of the request body. They override the other fields."""
 

@@ -29,6 +29,7 @@ from catalog.resources import pack_key as packing
 from catalog.resources.sharding import Strategy
 from catalog.tables.jobs import Job
 from worker.background import base_models
+from worker.background.child_task import Abandoned
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.gang.gang import WorkerGang, gang_of
@@ -139,7 +140,7 @@ def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Wo
             stack.enter_context(announced(context, trainer, session, first.base_digest))
             for claim in waiting:
                 session.admit(claim)
-        except (LorryError, OSError, base_models.Abandoned) as error:
+        except (LorryError, OSError, Abandoned) as error:
             if isinstance(error, base_models.ImportRefused):
                 _best_effort(partial(_record_load_failure, context, first))
             if isinstance(error, base_models.ImportRefused | NotFound):

@@ -288,7 +288,7 @@ class FineTuningJob(BaseModel):
     method: MethodObject
     suffix: str | None
     error: StoredError | None
-    integrations: list[dict[str, Any]] = Field(description="Trackers to which the job's metrics are exported.")
+    integrations: list[dict[str, Any]] = Field(description="Trackers to which the job's metrics are written.")
     metadata: dict[str, str] | None
     tags: list[str]
     resources: ResourcesObject = ResourcesObject()

@@ -29,7 +29,8 @@ ENDLESS = 10_000
 def lorry(gate: Gate, options: Json) -> None:
     """The engine with one job and the settings of the service. A step may take several ticks."""
     with TemporaryDirectory() as folder:
-        config = engine_config({"device": "cpu"}, num_threads=options["threads"], folder=Path(folder))
+        settings = {"device": "cpu", "prefix_disk_bytes": 0, "batch_invariant": True}
+        config = engine_config(settings, num_threads=options["threads"], folder=Path(folder))
         engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
         job = job_config({"slice_tokens": SLICE_TOKENS["cpu"]} | options)
         engine.admit("job", job, TokenDataset.load(Path(options["tokens"])))

@@ -1,1 +1,1 @@
-"""Events, metrics, logs and result files of a job, and the export of its curves to trackers."""
+"""Events, metrics, logs and result files of a job, and its runs in trackers."""

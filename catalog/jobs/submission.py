@@ -14,7 +14,7 @@ from catalog.admission.target_layers import Targets, retried
 from catalog.audit import log
 from catalog.db.database import Database, read_clock, serialized_at
 from catalog.errors import Conflict, InvalidRequest
-from catalog.history import events, tracker_exports
+from catalog.history import events, tracker_runs
 from catalog.jobs import commands, reproduction
 from catalog.jobs.reproduction import Reproduction
 from catalog.lifecycle.transitions import begin
@@ -178,7 +178,7 @@ def submit(
     details |= {"sweep": sweep_id} if sweep_id else {}
     details |= {"reproduces": request.adapter} if isinstance(request, Reproduction) else {}
     log.note(session, "job.created", now=now, object_id=job.id, project_id=job.project_id, details=details)
-    tracker_exports.add(session, job, accepted.request.integrations or ())
+    tracker_runs.add(session, job, accepted.request.integrations or ())
     if isinstance(request, AgreedPlan):
         events.add(session, job.id, now=now, message=f"The job was created from {request.plan} without changes.")
     if isinstance(request, Reproduction):

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db import lease
 from catalog.errors import Conflict
-from catalog.history import events, tracker_exports
+from catalog.history import events, tracker_runs
 from catalog.search import trials
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
 from catalog.tables.jobs import Job
@@ -29,10 +29,10 @@ class Observer(Protocol):
 OBSERVERS: tuple[Observer, ...] = (
     ledger.on_transition,
     trials.on_transition,
-    tracker_exports.on_transition,
+    tracker_runs.on_transition,
     outbox.on_transition,
 )
-"""`trials` locks the sweep, and then `tracker_exports` locks its row of the job: all transactions lock in this order.
+"""`trials` locks the sweep, and then `tracker_runs` locks its row of the job: all transactions lock in this order.
 The other two take no locks here. A list rather than a registry: a registry would silently skip an observer whose module
 was not imported in a process."""
 

@@ -1,4 +1,4 @@
-"""The history of a job: attempts, output, events, curves, checkpoints and tracker exports."""
+"""The history of a job: attempts, output, events, curves, checkpoints and runs in trackers."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ class Checkpoint(Table):
 IS_DUE = text("next_at IS NOT NULL")
 
 
-class JobExport(Leased, Table):
-    """One integration of a job, and its progress. It is leased to the worker that writes to the tracker."""
+class TrackerRun(Leased, Table):
+    """The run of a job in a tracker: how far its curves are written. It is leased to the worker that writes to it."""
 
-    __tablename__ = "job_exports"
+    __tablename__ = "tracker_runs"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     type: Mapped[str] = mapped_column(String(32), primary_key=True)
     """An `integrations.IntegrationType`."""
@@ -127,10 +127,10 @@ class JobExport(Leased, Table):
     valid_step: Mapped[int] = mapped_column(default=-1)
     """This and `train_step`: the last step of the curve that was written to the tracker."""
     next_at: Mapped[float | None]
-    """When the next write is due. None while the job is not training, and after the export has finished."""
+    """When the next write is due. None while the job is not training, and after its end is written."""
     num_failures: Mapped[int] = mapped_column(Integer, default=0)
     """Consecutive failures since the last successful write."""
     error: Mapped[str | None] = mapped_column(Text)
     """The first problem. Once it is set, a further failure that will be retried adds no event."""
     finished_at: Mapped[float | None]
-    __table_args__ = (Index("ix_job_exports_due", "next_at", sqlite_where=IS_DUE, postgresql_where=IS_DUE),)
+    __table_args__ = (Index("ix_tracker_runs_due", "next_at", sqlite_where=IS_DUE, postgresql_where=IS_DUE),)

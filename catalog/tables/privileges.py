@@ -99,10 +99,6 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "idempotency_keys": NONE,
     # Without the request itself and the address to which the answer is sent.
     "inference_requests": Rights(select=True, update=("num_claims", "expires_at", *LEASE)),
-    "job_exports": Rights(
-        select=True,
-        update=("run_id", "train_step", "valid_step", "next_at", "num_failures", "error", "finished_at", *LEASE),
-    ),
     "job_labels": NONE,
     "job_outputs": KEEP,
     # Without the columns of the request and its owner: project, submitter, spec, priority, deadline, holds.
@@ -176,6 +172,10 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     # A worker marks a sweep as due; the API server decides what follows and writes it.
     "sweeps": Rights(select=True, update=("due_at",)),
     "tallies": KEEP,
+    "tracker_runs": Rights(
+        select=True,
+        update=("run_id", "train_step", "valid_step", "next_at", "num_failures", "error", "finished_at", *LEASE),
+    ),
     "trainers": KEEP,
     "trials": Rights(select=True, update=("score", "step", "recent", "rung", "stopped")),
     "upload_parts": NONE,

@@ -32,7 +32,7 @@ TABLES = (
     "attempts",
     "checkpoints",
     "events",
-    "job_exports",
+    "tracker_runs",
     "metric_blocks",
     "job_outputs",
     "file_overlaps",
@@ -530,7 +530,7 @@ def _create_history() -> None:
     op.create_index(op.f("ix_events_job_id_seq"), "events", ["job_id", "seq"])
     op.create_index("ix_events_messages", "events", ["job_id", "seq"], **_where("type <> 'metrics'"))
     op.create_table(
-        "job_exports",
+        "tracker_runs",
         sa.Column("job_id", sa.String(length=255), nullable=False),
         sa.Column("type", sa.String(length=32), nullable=False),
         sa.Column("run_id", sa.String(length=255), nullable=True),
@@ -542,11 +542,11 @@ def _create_history() -> None:
         sa.Column("num_failures", sa.Integer(), nullable=False),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_job_exports_job_id_jobs")),
-        sa.PrimaryKeyConstraint("job_id", "type", name=op.f("pk_job_exports")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_job_exports_claim_id")),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_tracker_runs_job_id_jobs")),
+        sa.PrimaryKeyConstraint("job_id", "type", name=op.f("pk_tracker_runs")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_tracker_runs_claim_id")),
     )
-    op.create_index("ix_job_exports_due", "job_exports", ["next_at"], **_where("next_at IS NOT NULL"))
+    op.create_index("ix_tracker_runs_due", "tracker_runs", ["next_at"], **_where("next_at IS NOT NULL"))
     op.create_table(
         "metric_blocks",
         sa.Column("job_id", sa.String(length=255), nullable=False),

@@ -10,7 +10,7 @@ from sqlalchemy import insert, select
 
 from catalog.db.database import Database
 from catalog.fleet import workers
-from catalog.history import queries, tracker_exports
+from catalog.history import queries, tracker_runs
 from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
@@ -24,7 +24,7 @@ from catalog.sweeps import controller, creation
 from catalog.sweeps import queries as sweep_queries
 from catalog.tables.audit import AuditEvent
 from catalog.tables.fleet import Trainer
-from catalog.tables.history import Attempt, Checkpoint, JobEvent, JobExport, MetricBlock
+from catalog.tables.history import Attempt, Checkpoint, JobEvent, MetricBlock, TrackerRun
 from catalog.tables.jobs import Job, JobLabel
 from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.storage import Adapter, Artifact, File, Prepared, Upload, UploadPart
@@ -54,7 +54,7 @@ COPIED: dict[type[Table], Changes] = {
     },
     Attempt: lambda n: {"claim_id": f"claim-{n}", "job_id": f"ftjob-{n}", "trainer_id": f"t-{n}"},
     JobEvent: lambda n: {"job_id": f"ftjob-{n}"},
-    JobExport: lambda n: {"job_id": f"ftjob-{n}"},
+    TrackerRun: lambda n: {"job_id": f"ftjob-{n}"},
     MetricBlock: lambda n: {"job_id": f"ftjob-{n}"},
     JobLabel: lambda n: {"job_id": f"ftjob-{n}", "label": f"label {int(n) % 40}"},
     Checkpoint: lambda n: {
@@ -98,7 +98,7 @@ def fill_with_history(world: World) -> dict[str, str]:
         world.db, **owner(world), name="a", url="https://a/", event_types=EVENT_TYPES, pepper=PEPPER
     )[0]
     adapter = world.complete(claim.claim_id)
-    export(world)
+    write_tracker_runs(world)
     send(world, status_code=204)
     operator = replace(world.caller, is_operator=True)
     permissions.grant(world.db, caller=operator, model=adapter.name, projects_named=["theirs"])
@@ -173,9 +173,9 @@ def send(world: World, *, status_code: int) -> None:
         )
 
 
-def export(world: World) -> None:
-    for export in tracker_exports.claim(world.db, types=["tensorboard"], limit=9):
-        tracker_exports.record(world.db, export, tracker_exports.poll(world.db, export), run_id="run")
+def write_tracker_runs(world: World) -> None:
+    for run in tracker_runs.claim(world.db, types=["tensorboard"], limit=9):
+        tracker_runs.record(world.db, run, tracker_runs.poll(world.db, run), run_id="run")
 
 
 def _newest_delivery(world: World, hook: str) -> str:

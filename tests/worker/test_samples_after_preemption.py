@@ -14,6 +14,7 @@ from catalog.lifecycle import recording
 from catalog.spec.job import JobRequest, resolve
 from tests import tiny_base
 from tests.worker.pack_site import PackSite, emit_for, events_in
+from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.token_file import TokenFile
 from worker.children.trainer.main import load_engine
 from worker.children.trainer.message_handlers import MessageHandlers
@@ -25,8 +26,7 @@ PROMPTS = {"prompts": ["What color is the lorry?"], "max_tokens": 3}
 
 @pytest.fixture
 def directory(tmp_path: Path) -> TrainerDirectory:
-    base_dir = str(tiny_base.make(tmp_path / "base"))
-    settings = {"base_dir": base_dir, "dtype": "float32", "quantization": "none", "device": "cpu"}
+    settings = trainer_settings(tiny_base.make(tmp_path / "base"))
     directory = TrainerDirectory.create(tmp_path / "trainer", settings)
     directory.job_path(CLAIM).mkdir(parents=True)
     with TokenFile(directory.job_path(CLAIM) / "tokens.safetensors") as tokens:
@@ -51,6 +51,7 @@ def body(*, resume: str | None = None, answered_steps: Sequence[int] = ()) -> Ad
     tokens = f"jobs/{CLAIM}/tokens.safetensors"
     return {
         "claim_id": CLAIM,
+        "job_id": "ftjob-1",
         "base_name": "tiny",
         "base_revision": None,
         "spec": spec.model_dump(mode="json"),
@@ -59,10 +60,12 @@ def body(*, resume: str | None = None, answered_steps: Sequence[int] = ()) -> Ad
         "checkpoint_every_steps": 9,
         "answered_steps": list(answered_steps),
         "asks_as_chat": True,
+        "shortages": 0,
         "train": tokens,
         "valid": tokens,
         "resume": resume,
         "parent": None,
+        "trace": None,
     }
 
 

@@ -16,6 +16,7 @@ import pytest
 from catalog.spec.job import JobRequest, resolve
 from catalog.states import EndReason
 from tests import tiny_base
+from tests.worker.trainer_settings import trainer_settings
 from tests.worker_site import WAIT_SECONDS
 from worker.children.tokenizer.token_file import TokenFile
 from worker.node import devices
@@ -42,15 +43,7 @@ class Launched:
         meeting: Json | None = None,
     ) -> None:
         """meeting: the address at which it meets processes of other machines."""
-        settings = {
-            "base_dir": str(base_dir),
-            "dtype": "float32",
-            "quantization": "none",
-            "device": "cpu",
-            "strategy": strategy,
-            "meeting": meeting,
-            "idle_seconds": None,
-        }
+        settings = trainer_settings(base_dir, strategy=strategy, meeting=meeting)
         self.directory = TrainerDirectory.create(folder, settings)
         self.inbox, self.reader = InboxWriter(self.directory), EventReader(self.directory)
         self.events: list[Json] = []
@@ -73,11 +66,13 @@ class Launched:
         self.inbox.send(
             "admit",
             claim_id=job,
+            job_id=f"ftjob-{job}",
             base_name="tiny",
             base_revision=None,
             spec=spec.model_dump(mode="json"),
             answered_steps=[],
             asks_as_chat=False,
+            shortages=0,
             num_steps=spec.max_steps,
             evaluate_every_steps=spec.max_steps,
             checkpoint_every_steps=3,
@@ -85,6 +80,7 @@ class Launched:
             valid=None,
             resume=None if resume is None else self.directory.named(resume),
             parent=None,
+            trace=None,
         )
 
     def wait_for(self, wanted: str, job: str | None = None) -> Json:

@@ -28,6 +28,7 @@ from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising, reasons
 from worker import next_work
 from worker.background import base_models
+from worker.background.child_task import Abandoned
 from worker.context.context import WorkerContext
 from worker.entrypoints import loop
 from worker.gang.gang import gang_of
@@ -79,7 +80,7 @@ def test_a_cancel_is_applied_while_the_base_is_imported(
         commands.cancel(site.db, **site.world.of(job.id))
         site.context.heartbeat._note({claim_id: ClaimDirectives(cancel=True)}, float("inf"))
         assert is_unwanted()
-        raise base_models.Abandoned
+        raise Abandoned
 
     monkeypatch.setattr(base_models, "ensure", ensure)
 

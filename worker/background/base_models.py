@@ -5,54 +5,38 @@ A folder `bases_dir/DIGEST` is complete and never changes: it is created by a re
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
-import psutil
-
-from catalog.db import lease
-from catalog.disk import is_full, tells_of_full
-from catalog.errors import LorryError, OutOfSpace, Unavailable
+from catalog.disk import is_full
+from catalog.errors import LorryError, OutOfSpace
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.registry import base_models
 from catalog.storage.manifest import ManifestFile, files_digest
 from catalog.tables.storage import BaseModelRow
-from catalog.tables.table import Json, Leased
+from catalog.tables.table import Json
+from worker.background import child_task
+from worker.background.child_task import Abandoned, ChildFailed
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
-from worker.process.launcher import run_child
 from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
-from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
 DIGEST = re.compile(r"[0-9a-f]{64}")
-POLL_SECONDS = 0.2
-STALL_SECONDS = 900.0
-"""A child that has used no processor time for this long is stuck."""
-LIMIT_SECONDS = 12 * 3600.0
-"""Time limit of a child."""
 
 
 class ImportRefused(LorryError):
     """A base model can't be imported from its source on this worker."""
-
-
-class Abandoned(Exception):
-    """The worker is shutting down, or the result is no longer needed. Another worker may do the work."""
 
 
 def import_next(context: WorkerContext) -> bool:
@@ -62,7 +46,7 @@ def import_next(context: WorkerContext) -> bool:
         return False
     row, claim_id = claimed
     try:
-        manifest, description = _import(context, row, lost_lease(context, BaseModelRow, claim_id))
+        manifest, description = _import(context, row, child_task.lost_lease(context, BaseModelRow, claim_id))
         digest = files_digest(manifest)
         if not base_models.finish_import(
             context.db, claim_id, digest=digest, manifest=manifest, description=description
@@ -86,7 +70,7 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
     if folder.is_dir():
         return folder
     try:
-        is_deleted = _at_each_heartbeat(context, lambda: not base_models.exists(context.db, name))
+        is_deleted = child_task.at_each_heartbeat(context, lambda: not base_models.exists(context.db, name))
         row = base_models.get(context.db, name)
         manifest, _ = _import(context, row, lambda: is_unwanted() or is_deleted())
     except ImportRefused as error:
@@ -174,32 +158,23 @@ def _run_child(
     is_unwanted: Callable[[], bool],
 ) -> tuple[Json, str | None]:
     """Run the child that imports a base model. Returns (description, commit of the hub)."""
-    arguments, result = work / "arguments.json", work / "result.json"
-    write_json(arguments, {**request, "result": str(result)})
     source = None if row.kind == "hub" else Path(row.source)
     try:
         box = sandbox.base_import(work, source=source)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise _unreachable(context.worker_id, row, source, error) from error
-    child = run_child("worker.children.base_importer", str(arguments), log_path=work / "log.txt", box=box)
-    wait_for_child(child, context, is_unwanted, stuck=partial(no_progress, context.worker_id, row))
-    if child.returncode == -signal.SIGXCPU:
-        then = _then(row)
-        limited = "a model from the Hub" if source is None else "a source of this size"
-        raise ImportRefused(
-            f"The import of base model {row.name!r} on worker {context.worker_id} was stopped after "
-            f"{box.limits['cpu']:,} s of processor time, the limit for {limited}.",
-            code="import_limit",
-            remedy=(
-                f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. {then} If "
-                "this recurs, use another model."
-            )
-            if source is None
-            else f"Check {row.source} for damaged or unneeded files. {then}",
+    try:
+        answer = child_task.run(
+            context,
+            "worker.children.base_importer",
+            request,
+            work=work,
+            box=box,
+            stuck=partial(_no_progress, context.worker_id, row),
+            is_unwanted=is_unwanted,
         )
-    if not result.exists():
-        raise _crashed(context.worker_id, row, child.returncode, work / "log.txt")
-    answer = read_json(result)
+    except ChildFailed as error:
+        raise _crashed(context.worker_id, row, box, error) from error
     if "error" in answer:
         raise _reported(context.worker_id, row, answer["error"])
     return answer["description"], answer["commit"]
@@ -256,7 +231,7 @@ def _full_disk(worker_id: str, row: BaseModelRow) -> ImportRefused:
     return ImportRefused(f"The disk on worker {worker_id} is full.", code="out_of_space", remedy=remedy)
 
 
-def no_progress(worker_id: str, row: BaseModelRow, why: str) -> LorryError:
+def _no_progress(worker_id: str, row: BaseModelRow, why: str) -> LorryError:
     """Return the error of an import that was stopped because of `why`."""
     to_check = "can reach the Hugging Face Hub" if row.kind == "hub" else f"can read {row.source} without delay"
     then = _then(row)
@@ -267,98 +242,14 @@ def no_progress(worker_id: str, row: BaseModelRow, why: str) -> LorryError:
     )
 
 
-def lost_lease(context: WorkerContext, table: type[Leased], claim_id: str) -> Callable[[], bool]:
-    """Return a function that returns whether the lease of a claim is lost. Called several times a second, it renews the
-    lease at each heartbeat interval."""
-    renew = partial(lease.renew, context.db, table, claim_id, lease_seconds=context.settings.lease_seconds)
-    return _at_each_heartbeat(context, lambda: not renew())
-
-
-def _at_each_heartbeat(context: WorkerContext, check: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a function that calls `check` once per heartbeat interval, and returns False in between.
-
-    A short outage of the database does not discard the work, because its result is valid whichever worker computes it.
-    """
-    checked_at = time.monotonic()
-
-    def check_when_due() -> bool:
-        nonlocal checked_at
-        if time.monotonic() - checked_at < context.settings.heartbeat_seconds:
-            return False
-        checked_at = time.monotonic()
-        try:
-            return check()
-        except Unavailable as error:
-            log.warning("%s The background work continues.", error)
-            return False
-
-    return check_when_due
-
-
-def wait_for_child(
-    child: subprocess.Popen[bytes],
-    context: WorkerContext,
-    is_unwanted: Callable[[], bool] = lambda: False,
-    *,
-    stuck: Callable[[str], LorryError],
-) -> None:
-    """Wait until the child exits. On any exception, it is killed. `is_unwanted` is called several times a second.
-
-    Raises Abandoned if the worker shuts down or the result is unwanted, and the error of `stuck` if the child makes no
-    progress.
-    """
-    progress = _Progress(child.pid, stuck)
-    try:
-        while True:
-            try:
-                child.wait(POLL_SECONDS)
-                return
-            except subprocess.TimeoutExpired:
-                pass
-            if context.draining or is_unwanted():
-                raise Abandoned
-            progress.check()
-    finally:
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-
-
-class _Progress:
-    """Checks the progress of a child. A child that loads, converts or downloads uses processor time."""
-
-    def __init__(self, pid: int, stuck: Callable[[str], LorryError]) -> None:
-        self._pid = pid
-        self._stuck = stuck
-        self._started_at = self._moved_at = time.monotonic()
-        self._seconds = 0.0
-
-    def check(self) -> None:
-        """Raise the error of `stuck` once the child has been inactive for too long, or has run for too long."""
-        now, seconds = time.monotonic(), self._seconds_used()
-        if seconds > self._seconds:
-            self._seconds, self._moved_at = seconds, now
-        if now - self._moved_at > STALL_SECONDS:
-            raise self._stuck(f"it used no processor time for {now - self._moved_at:,.0f} s")
-        if now - self._started_at > LIMIT_SECONDS:
-            raise self._stuck(f"it did not finish within {LIMIT_SECONDS / 3600:.0f} hours, the maximum")
-
-    def _seconds_used(self) -> float:
-        try:
-            times = psutil.Process(self._pid).cpu_times()
-        except psutil.Error:
-            return self._seconds
-        return times.user + times.system
-
-
-def _crashed(worker_id: str, row: BaseModelRow, returncode: int, log_path: Path) -> ImportRefused:
-    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    if lines and tells_of_full(lines[-1]):
+def _crashed(worker_id: str, row: BaseModelRow, box: sandbox.Sandbox, error: ChildFailed) -> ImportRefused:
+    """Return the error for a child that exited without a result. box: its sandbox."""
+    if error.is_disk_full:
         return _full_disk(worker_id, row)
-    last = lines[-1][:500].rstrip(".") if lines else "no output"
-    exited, then = how_it_exited(returncode), _then(row)
-    if is_killed(returncode):
+    if error.returncode == -signal.SIGXCPU:
+        return _out_of_time(worker_id, row, box.limits["cpu"])
+    exited, then = how_it_exited(error.returncode), _then(row)
+    if is_killed(error.returncode):
         return ImportRefused(
             f"The import of base model {row.name!r} on worker {worker_id} {exited}, probably because the machine "
             "ran out of memory.",
@@ -366,7 +257,7 @@ def _crashed(worker_id: str, row: BaseModelRow, returncode: int, log_path: Path)
             remedy=f"Free up memory on that worker's machine, or use a machine with more memory. {then}",
         )
     return ImportRefused(
-        f"The import of base model {row.name!r} on worker {worker_id} {exited}: {last}.",
+        f"The import of base model {row.name!r} on worker {worker_id} {exited}: {error.last_line}.",
         code="import_failed",
         remedy=(
             f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. {then} If the "
@@ -377,6 +268,22 @@ def _crashed(worker_id: str, row: BaseModelRow, returncode: int, log_path: Path)
             f"If the files at {row.source} on that worker's machine are incomplete or damaged, copy them again. "
             f"Otherwise, reinstall Lorry's dependencies on that worker. {then}"
         ),
+    )
+
+
+def _out_of_time(worker_id: str, row: BaseModelRow, cpu_seconds: int) -> ImportRefused:
+    then = _then(row)
+    limited = "a model from the Hub" if row.kind == "hub" else "a source of this size"
+    return ImportRefused(
+        f"The import of base model {row.name!r} on worker {worker_id} was stopped after {cpu_seconds:,} s of processor "
+        f"time, the limit for {limited}.",
+        code="import_limit",
+        remedy=(
+            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. {then} If "
+            "this recurs, use another model."
+        )
+        if row.kind == "hub"
+        else f"Check {row.source} for damaged or unneeded files. {then}",
     )
 
 

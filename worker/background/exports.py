@@ -13,7 +13,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from catalog import failpoints
-from catalog.disk import full_disk_named, tells_of_full
+from catalog.disk import full_disk_named
 from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
 from catalog.exports import claims, hub_repositories, model_card
 from catalog.exports.claims import ExportClaim, ExportResult, WaitingExport
@@ -21,14 +21,13 @@ from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.exports import AdapterExport
 from catalog.tables.table import Json
-from worker.background import base_models, export_resources
+from worker.background import base_models, child_task, export_resources
+from worker.background.child_task import Abandoned, ChildFailed
 from worker.background.export_resources import ScarceResources
 from worker.context.context import WorkerContext
-from worker.node import devices, scratch_dirs
+from worker.node import scratch_dirs
 from worker.process import sandbox
-from worker.process.launcher import run_child
 from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
-from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
@@ -60,7 +59,7 @@ def export_next(context: WorkerContext) -> bool:
     )
     if claim is None:
         return False
-    is_unwanted = base_models.lost_lease(context, AdapterExport, claim.claim_id)
+    is_unwanted = child_task.lost_lease(context, AdapterExport, claim.claim_id)
     try:
         with full_disk_named(), scratch_dirs.owned(context.scratch_dir() / f"export-{token_hex(8)}") as work:
             work.mkdir(parents=True)
@@ -73,7 +72,7 @@ def export_next(context: WorkerContext) -> bool:
         counted = _full_disk(context.worker_id, error) if isinstance(error, OutOfSpace) else error
         log.warning("%s", counted)
         claims.release(context.db, claim.claim_id, error=counted, wait_seconds=RETRY_SECONDS)
-    except base_models.Abandoned:
+    except Abandoned:
         with suppress(StaleClaim):  # a user has cancelled it, or another worker has taken over
             claims.release(context.db, claim.claim_id)
     except Unavailable:
@@ -195,7 +194,7 @@ class _Attempt:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             self._check()
-            self.context.shutdown.wait(min(base_models.POLL_SECONDS, left))
+            self.context.shutdown.wait(min(child_task.POLL_SECONDS, left))
 
     def _run_uploader(self, folder: Path | None) -> Json:
         """Upload a folder in a child, which has the hub's token and reads no model. None: create the repository if
@@ -218,16 +217,18 @@ class _Attempt:
     def _run_child(self, module: str, request: Json, box: sandbox.Sandbox) -> Json:
         """Run a child to its end. Returns its result."""
         worker_id = self.context.worker_id
-        arguments, result, log_path = (self.work / name for name in ("arguments.json", "result.json", "log.txt"))
-        result.unlink(missing_ok=True)
-        write_json(arguments, {**request, "result": str(result)})
-        child = run_child(module, str(arguments), log_path=log_path, box=box)
-        base_models.wait_for_child(child, self.context, self.is_unwanted, stuck=partial(_stuck, worker_id))
-        if not result.exists():
-            if devices.is_disk_full(self.work):  # it could write neither a result nor its log
-                raise _full_disk(worker_id)
-            raise _crashed(worker_id, child.returncode, log_path)
-        answer = read_json(result)
+        try:
+            answer = child_task.run(
+                self.context,
+                module,
+                request,
+                work=self.work,
+                box=box,
+                stuck=partial(_stuck, worker_id),
+                is_unwanted=self.is_unwanted,
+            )
+        except ChildFailed as error:
+            raise _crashed(worker_id, error) from error
         if "error" in answer:
             raise _reported(worker_id, answer["error"])
         return answer
@@ -235,7 +236,7 @@ class _Attempt:
     def _check(self) -> None:
         """Raises Abandoned. Called while files are stored, it also renews the lease."""
         if self.context.draining or self.is_unwanted():
-            raise base_models.Abandoned
+            raise Abandoned
 
 
 def file_stem(claim: ExportClaim) -> str:
@@ -273,20 +274,19 @@ def _stuck(worker_id: str, why: str) -> ExportCrashed:
     )
 
 
-def _crashed(worker_id: str, returncode: int, log_path: Path) -> LorryError:
-    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    if lines and tells_of_full(lines[-1]):
+def _crashed(worker_id: str, error: ChildFailed) -> ExportCrashed:
+    """Return the error for a child that exited without a result."""
+    if error.is_disk_full:
         return _full_disk(worker_id)
-    exited = how_it_exited(returncode)
-    if is_killed(returncode):
+    exited = how_it_exited(error.returncode)
+    if is_killed(error.returncode):
         return ExportCrashed(
             f"The export on worker {worker_id} {exited}, probably because the machine ran out of memory.",
             code="export_crashed",
             remedy=f"Use a worker with memory for the merged model in 32 bits, twice. {AGAIN}",
         )
-    last = lines[-1][:300].rstrip(".") if lines else "no output"
     return ExportCrashed(
-        f"The export on worker {worker_id} {exited}: {last}.",
+        f"The export on worker {worker_id} {exited}: {error.last_line}.",
         code="export_crashed",
         remedy=f"If this recurs, reinstall Lorry's dependencies on that worker. {AGAIN}",
     )

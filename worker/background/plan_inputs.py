@@ -13,13 +13,13 @@ from catalog.errors import OutOfSpace, Unavailable
 from catalog.lifecycle.preparation import RETRY_SECONDS
 from catalog.plans import claims
 from catalog.plans.claims import PlanClaim
-from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.plans import Plan
 from catalog.tables.storage import Prepared
 from catalog.tables.table import Json
-from worker.background import base_models
+from worker.background import child_task
+from worker.background.child_task import Abandoned, ChildFailed
 from worker.background.tokenization import (
     POSSIBLE_NODE_ERRORS,
     FileRefused,
@@ -32,8 +32,6 @@ from worker.background.tokenization import (
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
-from worker.process.launcher import run_child
-from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def compute_next(context: WorkerContext) -> bool:
         return False
     try:
         with full_disk_named():
-            _prepare(context, claim, base_models.lost_lease(context, Plan, claim.claim_id))
+            _prepare(context, claim, child_task.lost_lease(context, Plan, claim.claim_id))
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
     except FileRefused:  # the plan shows the refusal in the file's report
         claims.conclude(context.db, claim.claim_id, settings=context.settings)
@@ -53,7 +51,7 @@ def compute_next(context: WorkerContext) -> bool:
         log.warning("%s", error)
         claims.fail(context.db, claim.claim_id, error=error_of_attempt(error))
         raise PreparationDelayed from error
-    except base_models.Abandoned:
+    except Abandoned:
         claims.release(context.db, claim.claim_id)
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
@@ -86,30 +84,28 @@ def _compare(
     with scratch_dirs.owned(context.scratch_dir() / f"overlap-{token_hex(8)}") as work:
         work.mkdir()
         paths = {"train": _fetched(context, train, work / "train"), "valid": _fetched(context, valid, work / "valid")}
-        arguments, result = work / "arguments.json", work / "result.json"
-        in_pairs = train.report.get("kind") == "preference"
-        names = {name: str(path) for name, path in (*paths.items(), ("result", result))}
-        write_json(arguments, {**names, "in_pairs": in_pairs})
+        request: Json = {name: str(path) for name, path in paths.items()}
+        request["in_pairs"] = train.report.get("kind") == "preference"
         num_bytes = sum(path.stat().st_size for path in paths.values())
-        box = sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes)
-        child = run_child("worker.children.data_overlap", str(arguments), log_path=work / "log.txt", box=box)
         action = f"The comparison of {compared} on worker {context.worker_id}"
-        base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, action))
-        if not result.exists():
-            exited = how_it_exited(child.returncode)
+        try:
+            return child_task.run(
+                context,
+                "worker.children.data_overlap",
+                request,
+                work=work,
+                box=sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes),
+                stuck=partial(stuck, action),
+                is_unwanted=is_unwanted,
+            )
+        except ChildFailed as error:
             remedy = (
                 "Create the plan again without validation_file. If the comparison of other files fails too, reinstall "
                 "Lorry's dependencies on that worker."
             )
             raise crashed(
-                f"The comparison of {compared} on worker {context.worker_id} {exited}",
-                work / "log.txt",
-                worker_id=context.worker_id,
-                was_killed=is_killed(child.returncode),
-                code="comparison_failed",
-                remedy=remedy,
-            )
-        return read_json(result)
+                action, error, worker_id=context.worker_id, code="comparison_failed", remedy=remedy
+            ) from error
 
 
 def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:

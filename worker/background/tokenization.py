@@ -10,7 +10,7 @@ from secrets import token_hex
 
 from catalog import logs, tracing
 from catalog.clock import boot_seconds
-from catalog.disk import full_disk_named, tells_of_full
+from catalog.disk import full_disk_named
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation as record
 from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare, TokenizationClaim
@@ -22,17 +22,15 @@ from catalog.storage.manifest import DamagedArtifact, Manifest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File, Prepared
 from catalog.tables.table import Json
-from worker.background import base_models
+from worker.background import base_models, child_task
+from worker.background.child_task import Abandoned, ChildFailed
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
-from worker.process.launcher import run_child
-from worker.protocol.mailbox import read_json, write_json
+from worker.protocol.mailbox import read_json
 
 log = logging.getLogger(__name__)
 AGAIN = "If the job or plan has failed, create it again."
-EXIT_DISK_FULL = 75
-"""Exit status of worker.children.tokenizer.main if the disk is full, which is not the file's fault."""
 
 
 class PreparationCrashed(LorryError):
@@ -107,7 +105,7 @@ def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
             valid_key=valid_key,
         )
         raise PreparationDelayed from error
-    except base_models.Abandoned:
+    except Abandoned:
         record.release_preparation(context.db, claim_id=claim_id, detail="The worker is shutting down.")
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
@@ -159,8 +157,8 @@ def prepare_files(
 ) -> tuple[Prepared, Prepared | None]:
     """Return the token caches of both files. Missing ones are created. is_unwanted: called several times a second.
 
-    Raises FileRefused, PreparationCrashed, base_models.ImportRefused, base_models.Abandoned, DamagedArtifact,
-    OutOfSpace, Unavailable.
+    Raises FileRefused, PreparationCrashed, base_models.ImportRefused, Abandoned, DamagedArtifact, OutOfSpace,
+    Unavailable.
     """
 
     def tokens(file: File, key: str, param: str) -> Prepared:
@@ -230,43 +228,34 @@ def _run(
     is_unwanted: Callable[[], bool],
 ) -> Json:
     """Run the child that tokenizes a file. Returns its report."""
-    arguments, tokens, report = work / "arguments.json", work / "tokens", work / "report.json"
+    tokens = work / "tokens"
     tokens.mkdir()
-    write_json(
-        arguments,
-        {
-            "source": str(source),
-            "base_dir": str(base_dir),
-            "max_length": spec.max_length,
-            "data": spec.data.model_dump(),
-            "out": str(tokens / "tokens.safetensors"),
-            "report": str(report),
-            "details": str(work / "details.json"),
-        },
-    )
-    box = sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size)
-    child = run_child("worker.children.tokenizer.main", str(arguments), log_path=work / "log.txt", box=box)
+    request: Json = {
+        "source": str(source),
+        "base_dir": str(base_dir),
+        "max_length": spec.max_length,
+        "data": spec.data.model_dump(),
+        "out": str(tokens / "tokens.safetensors"),
+        "details": str(work / "details.json"),
+    }
     action = f"The tokenization of file {file_id} on worker {context.worker_id}"
-    # the heartbeat renews a job's claim
-    base_models.wait_for_child(child, context, is_unwanted, stuck=partial(stuck, action))
-    if child.returncode == EXIT_DISK_FULL:
-        raise full_disk(context.worker_id)
-    if child.returncode != 0 or not report.exists():
-        exited = how_it_exited(child.returncode)
+    try:
+        return child_task.run(
+            context,
+            "worker.children.tokenizer.main",
+            request,
+            work=work,
+            box=sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size),
+            stuck=partial(stuck, action),
+            is_unwanted=is_unwanted,  # the heartbeat renews a job's claim
+        )
+    except ChildFailed as error:
         remedy = (
             "Try another file with this base model. If that fails too, reinstall Lorry's dependencies on that worker, "
             "or use another base model. Otherwise, split the file to find the row that causes this error, and correct "
             f"or remove that row. {AGAIN}"
         )
-        raise crashed(
-            f"The tokenization of file {file_id} on worker {context.worker_id} {exited}",
-            work / "log.txt",
-            worker_id=context.worker_id,
-            was_killed=is_killed(child.returncode),
-            code="preparation_failed",
-            remedy=remedy,
-        )
-    return read_json(report)
+        raise crashed(action, error, worker_id=context.worker_id, code="preparation_failed", remedy=remedy) from error
 
 
 def stuck(what: str, why: str) -> PreparationCrashed:
@@ -284,19 +273,18 @@ def full_disk(worker_id: str) -> OutOfSpace:
 
 
 def crashed(
-    message: str, log_path: Path, *, worker_id: str, was_killed: bool, code: str, remedy: str
+    action: str, error: ChildFailed, *, worker_id: str, code: str, remedy: str
 ) -> PreparationCrashed | OutOfSpace:
     """Return the error for a child that exited without a result.
 
-    message: without the last line of its log. was_killed: by SIGKILL, usually for lack of memory. remedy: for all other
-    exits.
+    action: with its worker. remedy: if neither the disk nor the memory is the cause.
     """
-    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    if lines and tells_of_full(lines[-1]):
+    if error.is_disk_full:
         return full_disk(worker_id)
-    last = lines[-1][:300] if lines else "no output"
-    if was_killed:
+    failed = f"{action} {how_it_exited(error.returncode)}"
+    if is_killed(error.returncode):
         remedy = f"Free up memory on that worker's machine, or use smaller files. {AGAIN}"
-        message = f"{message}, probably because the machine ran out of memory."
-        return PreparationCrashed(message, code=code, remedy=remedy)
-    return PreparationCrashed(f"{message}: {last.rstrip('.')}.", code=code, remedy=remedy)
+        return PreparationCrashed(
+            f"{failed}, probably because the machine ran out of memory.", code=code, remedy=remedy
+        )
+    return PreparationCrashed(f"{failed}: {error.last_line}.", code=code, remedy=remedy)

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.protocol.mailbox import read_json, write_json
+
 Number = TypeVar("Number", np.int32, np.int64)
 
 
@@ -58,9 +60,9 @@ def _tensor(path: Path, entry: Any, start: int, dtype: type[Number]) -> NDArray[
 
 def main(arguments_path: Path) -> int:
     """Read {train, valid, in_pairs, result} from a file, and write the result file."""
-    arguments = json.loads(arguments_path.read_text("utf-8"))
+    arguments = read_json(arguments_path)
     num_rows, of_rows = count(Path(arguments["train"]), Path(arguments["valid"]), in_pairs=bool(arguments["in_pairs"]))
-    Path(arguments["result"]).write_text(json.dumps({"rows": num_rows, "of_rows": of_rows}) + "\n", "utf-8")
+    write_json(Path(arguments["result"]), {"rows": num_rows, "of_rows": of_rows})
     return 0
 
 

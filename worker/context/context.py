@@ -34,7 +34,7 @@ from worker.node import devices as node
 from worker.node import scratch_dirs
 from worker.node.utilization import DeviceWatch, measure
 from worker.process.standby import Standby
-from worker.trackers.exporter import exporting
+from worker.trackers.run_writer import writing_runs
 from worker.trackers.session import available
 
 UNFIT = 78
@@ -194,7 +194,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
             _registered(context),
             _in_gang(context),
             _standby(context),
-            exporting(db, settings),
+            writing_runs(db, settings),
         ):
             yield context
 

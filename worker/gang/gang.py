@@ -17,7 +17,7 @@ from catalog.fleet import gangs
 from catalog.fleet.gangs import NotGathered, Round, RoundState
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
-from worker.background.base_models import Abandoned
+from worker.background.child_task import Abandoned
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import GangMembership

@@ -18,6 +18,7 @@ from catalog.errors import LorryError
 from catalog.fleet import gangs
 from catalog.fleet.gangs import Call, NotGathered
 from worker.background import base_models
+from worker.background.child_task import Abandoned
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import GangMembership
@@ -81,7 +82,7 @@ class _Participation:
         except NotGathered as error:
             log.info("%s", error.message)
             return None
-        except base_models.Abandoned:
+        except Abandoned:
             return _as_json(TrainerEnd.WORKER_SHUTDOWN.value) if context.draining else None
         except (LorryError, OSError) as error:
             return _as_json(launch_failure(error))
@@ -106,7 +107,7 @@ class _Participation:
             if found.port is not None:
                 return found.port
             if self._context.draining:
-                raise base_models.Abandoned
+                raise Abandoned
             self._tasks.advance()
             time.sleep(POLL_SECONDS)
         return None

@@ -14,6 +14,8 @@ from typing import Protocol
 
 OUT_OF_SPACE = "out_of_space"
 DISK_ERROR = "disk_error"
+EXIT_DISK_FULL = 75
+"""EX_TEMPFAIL: exit status of a child of a background task that may not have had enough disk space for a message."""
 FULL_DISK = {
     "code": OUT_OF_SPACE,
     "message": "The worker's disk is full.",

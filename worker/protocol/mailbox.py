@@ -7,10 +7,7 @@ span has name, began_at and ended_at, in seconds since 1970. On a GPU, `checkpoi
 but neither `finished` nor an event after which the job has left.
 
     To the trainer          Body
-    admit                   claim_id: str, job_id?: str, base_name: str, base_revision: str | None, spec: JobSpec,
-                            num_steps: int, evaluate_every_steps: int, checkpoint_every_steps: int,
-                            answered_steps: list[int], asks_as_chat: bool, shortages?: int, train: str,
-                            valid: str | None, resume: str | None, parent: str | None, trace?: str | None
+    admit                   AdmitBody
     pause, preempt          claim_id: str
     cancel                  claim_id: str
     drain                   -
@@ -90,7 +87,7 @@ class AdmitBody(TypedDict):
     """The body of `admit`. The worker writes it (staging.py) and the trainer reads it (message_handlers.py)."""
 
     claim_id: str
-    job_id: NotRequired[str]
+    job_id: str
     base_name: str
     base_revision: str | None
     """This and `base_name`: the reference to the base model in adapter_config.json."""
@@ -102,13 +99,13 @@ class AdmitBody(TypedDict):
     """Evaluated steps whose answers to the job's prompts are recorded."""
     asks_as_chat: bool
     """The base model's chat template renders each prompt as a user's turn."""
-    shortages: NotRequired[int]
+    shortages: int
     """Earlier attempts of the job that ran out of memory."""
     train: str
     valid: str | None
     resume: str | None
     parent: str | None
-    trace: NotRequired[str | None]
+    trace: str | None
     """The W3C traceparent of the claim."""
 
 

@@ -14,7 +14,8 @@ from catalog.errors import LorryError, NotFound, OutOfSpace, Unavailable
 from catalog.fleet.gangs import NotGathered
 from catalog.states import EndReason
 from catalog.tables.table import Json
-from worker.background.base_models import Abandoned, ImportRefused
+from worker.background.base_models import ImportRefused
+from worker.background.child_task import Abandoned
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.node import cgroup, devices

@@ -54,6 +54,7 @@ def stage_files(
         "valid": _named(directory, valid),
         "resume": _named(directory, resume),
         "parent": _named(directory, parent),
+        "trace": context.spans.of(claim.claim_id),
     }
 
 

@@ -28,7 +28,7 @@ from catalog.states import EndReason
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
-from worker.background.base_models import Abandoned
+from worker.background.child_task import Abandoned
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.node import devices
@@ -241,7 +241,6 @@ class TrainerSession:
     def _hand_over(self, held: SessionJob) -> None:
         try:
             body = staging.stage_files(self._context, self.directory, held.claim, held.checkpoints)
-            body["trace"] = self._context.spans.of(held.claim.claim_id)
         except Abandoned:
             self._end(held, TrainerEnd.WORKER_SHUTDOWN.value)
         except (DamagedArtifact, FileRefused) as error:

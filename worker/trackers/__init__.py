@@ -1,1 +1,1 @@
-"""The worker's side of exporting curves to W&B, MLflow and other trackers."""
+"""The worker's side of writing curves to W&B, MLflow and other trackers."""

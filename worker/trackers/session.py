@@ -32,7 +32,7 @@ CLOSE_SECONDS = 10.0
 MAX_PROBLEM = 300
 
 
-class ExportFailed(Exception):
+class TrackerRunFailed(Exception):
     """The tracker, or its library, reported an error, which is the text."""
 
 
@@ -55,11 +55,11 @@ def places(settings: Settings) -> dict[str, str]:
     }
 
 
-class ExportSession:
+class TrackerRunSession:
     """An open run. Not thread-safe."""
 
     def __init__(self, opening: Json, *, answer_seconds: float = ANSWER_SECONDS) -> None:
-        """Open the run. Raises ExportFailed."""
+        """Open the run. Raises TrackerRunFailed."""
         self._answer_seconds = answer_seconds
         self._environment = _environment(opening["type"])
         self._process = subprocess.Popen(
@@ -75,12 +75,12 @@ class ExportSession:
         )
         try:
             self.run_id = str(self._ask(opening)["run_id"])
-        except ExportFailed:
+        except TrackerRunFailed:
             self.kill()
             raise
 
     def write(self, points: list[Json], end: Json | None) -> None:
-        """Write points. end: of the job, if it has ended. Raises ExportFailed."""
+        """Write points. end: of the job, if it has ended. Raises TrackerRunFailed."""
         self._ask({"points": points, "end": end})
 
     def close(self) -> None:
@@ -115,10 +115,10 @@ class ExportSession:
         finally:
             watch.cancel()
         if not line:
-            raise ExportFailed("its process exited, or did not answer in time.")
+            raise TrackerRunFailed("its process exited, or did not answer in time.")
         answer: Json = json.loads(line)
         if "error" in answer:
-            raise ExportFailed(self._without_secrets(str(answer["error"])))
+            raise TrackerRunFailed(self._without_secrets(str(answer["error"])))
         return answer
 
     def _without_secrets(self, text: str) -> str:

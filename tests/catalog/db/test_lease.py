@@ -110,8 +110,8 @@ def test_claim_ids_are_unique_in_every_table_that_has_leases() -> None:
     ]
 
     names = [
-        *("adapter_exports", "base_models", "batches", "inference_requests", "job_exports", "jobs", "plans"),
-        *("serving_endpoints", "webhook_deliveries"),
+        *("adapter_exports", "base_models", "batches", "inference_requests", "jobs", "plans"),
+        *("serving_endpoints", "tracker_runs", "webhook_deliveries"),
     ]
     assert sorted(table.name for table in leased) == names
     assert all(table.c.claim_id.unique for table in leased)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
 from catalog.errors import Unauthorized
-from catalog.history import tracker_exports
+from catalog.history import tracker_runs
 from catalog.queue import claims
 from catalog.storage import artifact_index, token_cache
 from catalog.storage.manifest import Manifest
@@ -136,26 +136,26 @@ def test_lease_extension_after_an_outage_does_not_hold_the_worker_row(world: Wor
     assert world.job(other.job.id).lease_extended
 
 
-def test_export_that_goes_idle_while_its_job_starts_is_woken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_goes_idle_while_its_job_starts_is_woken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker(integrations=("tensorboard",))
     job = world.queued(integrations=[{"type": "tensorboard"}])
     with world.db.write() as session:
-        tracker_exports.wake(session, session.get_one(Job, job.id), now=world.clock())
-    (export,) = tracker_exports.claim(world.db, types=["tensorboard"], limit=1)
-    news = tracker_exports.poll(world.db, export)
+        tracker_runs.wake(session, session.get_one(Job, job.id), now=world.clock())
+    (run,) = tracker_runs.claim(world.db, types=["tensorboard"], limit=1)
+    news = tracker_runs.poll(world.db, run)
 
     with ThreadPoolExecutor(1) as pool:
         recording: list[Any] = []
 
         def record_meanwhile() -> None:
-            recording.append(pool.submit(tracker_exports.record, world.db, export, news, run_id="r"))
+            recording.append(pool.submit(tracker_runs.record, world.db, run, news, run_id="r"))
             wait_for_one_in_line(world.db)
 
-        monkeypatch.setattr(tracker_exports, "wake", after_the_first_call(tracker_exports.wake, record_meanwhile))
+        monkeypatch.setattr(tracker_runs, "wake", after_the_first_call(tracker_runs.wake, record_meanwhile))
         world.claim()
         _, follows = recording[0].result()
 
-    assert follows is tracker_exports.Follows.GO_ON
+    assert follows is tracker_runs.Follows.GO_ON
 
 
 def lock(session: Session, job_id: str) -> None:

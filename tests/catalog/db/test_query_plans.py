@@ -17,7 +17,7 @@ from catalog.caller import Caller
 from catalog.db.database import Database
 from catalog.fleet import cordons, views, workers
 from catalog.fleet import metrics as numbers
-from catalog.history import changes, job_logs, result_files, tracker_exports
+from catalog.history import changes, job_logs, result_files, tracker_runs
 from catalog.history import queries as history_queries
 from catalog.jobs import commands as job_commands
 from catalog.jobs import explanation, submission
@@ -41,7 +41,16 @@ from catalog.tenancy import api_keys, authentication
 from catalog.usage import quotas
 from catalog.usage import report as usage_report
 from catalog.webhooks import delivery_log, delivery_queue
-from tests.catalog.aged_database import FAR, GROWING, add_parts, export, fill_with_history, of_sweep, owner, send
+from tests.catalog.aged_database import (
+    FAR,
+    GROWING,
+    add_parts,
+    fill_with_history,
+    of_sweep,
+    owner,
+    send,
+    write_tracker_runs,
+)
 from tests.catalog.plan_data import plan
 from tests.catalog.plan_data import ready as ready_plan
 from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest
@@ -248,8 +257,8 @@ ACTS: dict[str, Act] = {
     "replays since a time": lambda w, ids: delivery_log.replay_failed(
         w.db, **owner(w), endpoint_id=ids["hook"], since=w.clock.now
     ),
-    "writing a due export": lambda w, _: export(w),
-    "check for due exports": lambda w, _: tracker_exports.claim(w.db, types=["tensorboard"], limit=9),
+    "writing a due tracker run": lambda w, _: write_tracker_runs(w),
+    "check for due tracker runs": lambda w, _: tracker_runs.claim(w.db, types=["tensorboard"], limit=9),
     "a repeated submission": lambda w, _: (
         w.clock.advance(3600),
         submission.made_before(w.db, caller=w.caller, idempotency_key=None, body_digest="none", is_client_retry=True),

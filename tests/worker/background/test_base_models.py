@@ -7,29 +7,24 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from catalog.db import lease
 from catalog.db.database import Database
-from catalog.errors import Unavailable
+from catalog.errors import OutOfSpace
 from catalog.registry import base_models as record
 from catalog.settings import Settings
 from catalog.tables.storage import BaseModelRow
 from tests.catalog.world import claim_import_of
-from worker.background import base_models
+from worker.background import base_models, child_task
+from worker.background.child_task import Abandoned
+from worker.node import devices
 from worker.protocol.errors import disk_error
 from worker.protocol.mailbox import read_json, write_json
-
-HUB_ROW = BaseModelRow(name="tiny", kind="hub", source="org/tiny", state="importing")
-NO_PROGRESS = partial(base_models.no_progress, "w1", HUB_ROW)
-SLEEPER = [sys.executable, "-c", "import threading; threading.Event().wait()"]
 
 
 @pytest.fixture
@@ -41,14 +36,6 @@ def context(tmp_path: Path) -> Iterator[Any]:
     db.migrate()
     yield SimpleNamespace(settings=settings, db=db, draining=False, worker_id="w1")
     db.close()
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    child = subprocess.Popen(SLEEPER, start_new_session=True)
-    yield child
-    child.kill()
-    child.wait()
 
 
 def test_a_lease_is_renewed_while_files_are_hashed(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,10 +92,10 @@ def test_an_unwanted_import_is_abandoned(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
     record.add(context.db, name="slow", kind="folder", source=str(tmp_path))
-    monkeypatch.setattr(base_models, "run_child", lambda *_arguments, **_options: sleeper)
+    monkeypatch.setattr(child_task, "run_child", lambda *_arguments, **_options: sleeper)
     answers = iter([False, True])
 
-    with pytest.raises(base_models.Abandoned):
+    with pytest.raises(Abandoned):
         base_models.ensure(context, "slow", "0" * 64, is_unwanted=lambda: next(answers))
 
     assert sleeper.returncode is not None
@@ -124,7 +111,7 @@ def test_the_import_of_a_deleted_base_is_abandoned(
         record.delete(context.db, "unwanted")
         return sleeper
 
-    monkeypatch.setattr(base_models, "run_child", run_child)
+    monkeypatch.setattr(child_task, "run_child", run_child)
 
     assert base_models.import_next(context) is False
 
@@ -142,9 +129,9 @@ def test_an_import_for_a_job_or_plan_is_abandoned_if_its_base_is_deleted(
         record.delete(context.db, "unwanted")
         return sleeper
 
-    monkeypatch.setattr(base_models, "run_child", run_child)
+    monkeypatch.setattr(child_task, "run_child", run_child)
 
-    with pytest.raises(base_models.Abandoned):
+    with pytest.raises(Abandoned):
         base_models.ensure(context, "unwanted", "0" * 64)
 
     assert sleeper.returncode is not None
@@ -230,7 +217,7 @@ def test_a_failed_import_names_the_worker_and_the_cause(
         with log_path.open("wb") as log:
             return subprocess.Popen([sys.executable, "-c", code], stderr=log, start_new_session=True)
 
-    monkeypatch.setattr(base_models, "run_child", run_child)
+    monkeypatch.setattr(child_task, "run_child", run_child)
     record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
 
     assert base_models.import_next(context) is True
@@ -258,7 +245,7 @@ def test_the_remedy_of_a_failed_import_fits_the_kind_of_source(
         return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr(base_models, "run_child", run_child)
+    monkeypatch.setattr(child_task, "run_child", run_child)
     source = "org/name" if kind == "hub" else str(tmp_path)
     record.add(context.db, name="broken", kind=kind, source=source)
 
@@ -279,7 +266,7 @@ def test_a_disk_problem_that_the_import_reports_names_the_worker(
         write_json(Path(read_json(Path(arguments))["result"]), {"error": disk_error(OSError(number, "Bad disk"))})
         return subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
 
-    monkeypatch.setattr(base_models, "run_child", run_child)
+    monkeypatch.setattr(child_task, "run_child", run_child)
     record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
 
     assert base_models.import_next(context) is True
@@ -312,48 +299,40 @@ def test_a_changed_base_is_reported_with_the_worker(
     assert f"`lorry models add NAME {shlex.quote(source)}`" in caught.value.remedy
 
 
-def test_a_child_without_progress_is_terminated(
-    context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+def test_a_disk_too_full_for_a_message_is_not_blamed_on_the_model(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_models, "STALL_SECONDS", 0.0)
-    monkeypatch.setattr(base_models._Progress, "_seconds_used", lambda _self: 0.0)  # pyright: ignore[reportPrivateUsage]
+    def run_child(*_arguments: Any, log_path: Path, **_options: Any) -> subprocess.Popen[bytes]:
+        log_path.touch()
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], start_new_session=True)
 
-    with pytest.raises(base_models.ImportRefused) as caught:
-        base_models.wait_for_child(sleeper, context, stuck=NO_PROGRESS)
+    monkeypatch.setattr(child_task, "run_child", run_child)
+    monkeypatch.setattr(devices, "is_disk_full", lambda _folder: True)
+    record.add(context.db, name="sound", kind="folder", source=str(tmp_path))
 
-    assert caught.value.code == "no_progress"
-    assert caught.value.message.startswith("The import of base model 'tiny' on worker w1 was stopped because it used")
-    assert "Hugging Face Hub" in caught.value.remedy
-    assert sleeper.returncode is not None
+    with pytest.raises(OutOfSpace):
+        base_models.ensure(context, "sound", "0" * 64)
+    assert base_models.import_next(context) is True
 
-
-def test_no_child_is_left_running_after_an_unexpected_error(context: Any, sleeper: subprocess.Popen[bytes]) -> None:
-    def fail() -> bool:
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        base_models.wait_for_child(sleeper, context, fail, stuck=NO_PROGRESS)
-
-    assert sleeper.returncode is not None
+    error = record.get(context.db, "sound").error or {}
+    assert (error["code"], error["message"]) == ("out_of_space", "The disk on worker w1 is full.")
 
 
-def test_a_database_outage_does_not_stop_an_import(
-    context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+def test_an_import_without_progress_names_what_to_check(
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
 ) -> None:
-    was_called = threading.Event()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(child_task, "STALL_SECONDS", -1.0)
+    monkeypatch.setattr(child_task, "run_child", lambda *_arguments, **_options: sleeper)
+    record.add(context.db, name="tiny", kind="hub", source="org/tiny")
 
-    def renew(*_arguments: Any, **_options: Any) -> bool:
-        if was_called.is_set():
-            sleeper.kill()  # the second call: the child has finished
-        was_called.set()
-        raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
+    assert base_models.import_next(context) is True
 
-    monkeypatch.setattr(lease, "renew", renew)
-
-    is_unwanted = base_models.lost_lease(context, BaseModelRow, "claim-1")
-    base_models.wait_for_child(sleeper, context, is_unwanted, stuck=NO_PROGRESS)
-
-    assert was_called.is_set()
+    error = record.get(context.db, "tiny").error or {}
+    assert error["code"] == "no_progress"
+    assert error["message"].startswith("The import of base model 'tiny' on worker w1 was stopped because it used")
+    assert "Hugging Face Hub" in error["remedy"]
+    assert sleeper.returncode is not None
 
 
 def test_cleanup_removes_only_the_files_of_deleted_bases(context: Any) -> None:

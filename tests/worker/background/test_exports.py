@@ -21,7 +21,8 @@ from catalog.tables.exports import AdapterExport
 from catalog.tables.tenancy import Project
 from tests.catalog.exports import test_model_card
 from tests.worker.pack_site import PackSite
-from worker.background import base_models, export_resources, exports
+from worker.background import base_models, child_task, export_resources, exports
+from worker.background.child_task import ChildFailed
 from worker.background.export_resources import ScarceResources
 from worker.node import devices
 from worker.protocol.errors import FULL_DISK
@@ -69,7 +70,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, Answer | N
             started.append(process)
             return process
 
-        monkeypatch.setattr(exports, "run_child", run_child)
+        monkeypatch.setattr(child_task, "run_child", run_child)
 
     yield install
     for process in started:
@@ -158,16 +159,19 @@ def test_killed_child_points_at_the_memory(site: PackSite, row: AdapterExport, c
 
     with site.db.read() as session:
         assert session.get_one(AdapterExport, row.id).num_attempts == 1
-    assert "ran out of memory" in str(exports._crashed("w1", -9, Path("/dev/null")))
+    assert "ran out of memory" in str(exports._crashed("w1", ChildFailed(-9, "", is_disk_full=False)))
 
 
-@pytest.mark.parametrize("where", ["reported", "last line"])
+@pytest.mark.parametrize("where", ["reported", "last line", "nowhere"])
 def test_full_disk_fails_the_export_after_counted_attempts(
     site: PackSite, row: AdapterExport, child: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exports, "RETRY_SECONDS", 0)
     if where == "reported":
         child("pass", reports(FULL_DISK))
+    elif where == "nowhere":  # the child can write neither a result nor its log
+        monkeypatch.setattr(devices, "is_disk_full", lambda _folder: True)
+        child("raise SystemExit(1)")
     else:
         child("import sys; sys.exit('OSError: [Errno 28] No space left on device')")
 
@@ -265,7 +269,7 @@ def test_cancelled_export_stops_its_child(
     def cancel(_request: dict[str, Any]) -> None:
         commands.cancel(site.db, project_id=row.project_id, adapter=row.adapter_id, export=row.id)
 
-    monkeypatch.setattr(base_models, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(child_task, "POLL_SECONDS", 0.01)
     child("import threading; threading.Event().wait()", cancel)
 
     assert exports.export_next(site.context)
@@ -277,7 +281,7 @@ def test_cancelled_export_stops_its_child(
 def test_worker_that_shuts_down_releases_the_export(
     site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_models, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(child_task, "POLL_SECONDS", 0.01)
     child("import threading; threading.Event().wait()", lambda _request: site.context.shutdown.set())
 
     assert exports.export_next(site.context)
@@ -290,14 +294,14 @@ def test_lease_is_renewed_while_a_large_file_is_stored(
 ) -> None:
     monkeypatch.setattr(store_module, "CHUNK_BYTES", 1000)
     renewed: list[str] = []
-    renew = base_models.lease.renew
+    renew = child_task.lease.renew
 
     def counted(*arguments: Any, **options: Any) -> bool:
         renewed.append("")
         return renew(*arguments, **options)
 
     child("pass", writes(bytes(10_000)))
-    monkeypatch.setattr(base_models.lease, "renew", counted)
+    monkeypatch.setattr(child_task.lease, "renew", counted)
 
     assert exports.export_next(site.context)
 
@@ -390,7 +394,7 @@ def test_interrupted_upload_alone_is_repeated_with_the_lease_renewed(
     child("pass", children.answer)
     monkeypatch.setattr(exports, "UPLOAD_PAUSES", (0.01, 0.01, 0.01))
     renewed: list[str] = []
-    renew = base_models.lease.renew
+    renew = child_task.lease.renew
 
     def counted(*arguments: Any, **options: Any) -> bool:
         renewed.append("")
@@ -402,7 +406,7 @@ def test_interrupted_upload_alone_is_repeated_with_the_lease_renewed(
         assert len(renewed) > before
 
     wait = exports._Attempt._wait  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(base_models.lease, "renew", counted)
+    monkeypatch.setattr(child_task.lease, "renew", counted)
     monkeypatch.setattr(exports._Attempt, "_wait", pause)  # pyright: ignore[reportPrivateUsage]
 
     assert exports.export_next(site.context)
@@ -465,7 +469,7 @@ def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
     children = Children()
     child("pass", children.answer)
     read = site.store.open_blob
-    renew, renewed = base_models.lease.renew, [""]
+    renew, renewed = child_task.lease.renew, [""]
 
     def open_blob(digest: str) -> Iterator[bytes]:
         for byte in b"".join(read(digest)):
@@ -477,7 +481,7 @@ def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
         return renew(*arguments, **options)
 
     monkeypatch.setattr(site.store, "open_blob", open_blob)
-    monkeypatch.setattr(base_models.lease, "renew", counted)
+    monkeypatch.setattr(child_task.lease, "renew", counted)
 
     assert exports.export_next(site.context)
 

@@ -21,7 +21,8 @@ from catalog.tables.plans import Plan
 from tests.catalog.plan_data import plan
 from tests.catalog.prepared_data import DETAILS, REPORT
 from tests.worker.pack_site import PackSite
-from worker.background import base_models, plan_inputs, task_runner, tokenization
+from worker.background import base_models, child_task, plan_inputs, task_runner, tokenization
+from worker.background.child_task import ChildFailed
 from worker.background.task_runner import TaskRunner
 from worker.children.tokenizer.token_file import TokenFile
 
@@ -112,16 +113,8 @@ def test_a_store_outage_delays_the_plan_until_a_retry(
 def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def crash(_context: object, work: Path, *_: object, **__: object) -> None:
-        (work / "log.txt").touch()
-        raise tokenization.crashed(
-            "The tokenization failed",
-            work / "log.txt",
-            worker_id="w1",
-            was_killed=False,
-            code="preparation_failed",
-            remedy="Look.",
-        )
+    def crash(*_: object, **__: object) -> None:
+        raise tokenization.PreparationCrashed("It failed.", code="preparation_failed", remedy="Look.")
 
     monkeypatch.setattr(tokenization, "_run", crash)
     row = plan(site.world)
@@ -145,7 +138,7 @@ def test_a_failed_comparison_is_reported_with_both_files_and_the_worker(
         log_path.write_text("KeyError\n")
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True)
 
-    monkeypatch.setattr(plan_inputs, "run_child", crash)
+    monkeypatch.setattr(child_task, "run_child", crash)
     row = plan(site.world, validation_file=site.world.file())
 
     for _ in range(MAX_LOST_PREPARATIONS):
@@ -159,6 +152,26 @@ def test_a_failed_comparison_is_reported_with_both_files_and_the_worker(
         f"The comparison of files {row.training_file} and {row.validation_file} on worker {site.context.worker_id} "
         "failed with exit status 7: KeyError. "
     )
+
+
+def test_a_full_disk_during_the_comparison_counts_against_no_plan(
+    site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise ChildFailed(1, "no output", is_disk_full=True)
+
+    row = plan(site.world, validation_file=site.world.file())
+    with monkeypatch.context() as patch:
+        patch.setattr(child_task, "run", full)
+        for _ in range(MAX_LOST_PREPARATIONS + 1):
+            with pytest.raises(tokenization.PreparationDelayed):
+                plan_inputs.compute_next(site.context)
+            site.world.clock.advance(RETRY_SECONDS + 1)
+    assert get_plan(site, row).state == "computing"
+
+    assert plan_inputs.compute_next(site.context)
+
+    assert get_plan(site, row).state == "ready"
 
 
 def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(

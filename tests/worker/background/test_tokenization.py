@@ -16,7 +16,8 @@ from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
 from tests.catalog.world import sha
 from tests.worker.pack_site import PackSite
-from worker.background import base_models, tokenization
+from worker.background import base_models, child_task, tokenization
+from worker.background.child_task import ChildFailed
 from worker.background.tokenization import PreparationDelayed
 from worker.protocol.errors import disk_error
 
@@ -73,20 +74,13 @@ def no_base(*_: object, **__: object) -> Path:
     raise base_models.ImportRefused("This machine lacks it.", code="import_failed", remedy="Look at the source.")
 
 
-def no_tokens(_context: object, work: Path, *_: object, **__: object) -> dict[str, Any]:
-    (work / "log.txt").write_text("Killed\n")
-    raise _crash(work)
+def no_tokens(*_: object, **__: object) -> dict[str, Any]:
+    raise _crash(1, "Killed")
 
 
-def _crash(work: Path, *, was_killed: bool = False) -> Exception:
-    return tokenization.crashed(
-        "The tokenization failed",
-        work / "log.txt",
-        worker_id="w1",
-        was_killed=was_killed,
-        code="preparation_failed",
-        remedy="Look.",
-    )
+def _crash(returncode: int, last_line: str) -> Exception:
+    error = ChildFailed(returncode, last_line, is_disk_full=False)
+    return tokenization.crashed("The tokenization", error, worker_id="w1", code="preparation_failed", remedy="Look.")
 
 
 def no_disk(*_: object, **__: object) -> dict[str, Any]:
@@ -97,7 +91,7 @@ def no_bytes(*_: object) -> list[bytes]:
     raise DamagedArtifact("The content has changed.")
 
 
-ENSURE = base_models.ensure
+ENSURE, RUN = base_models.ensure, tokenization._run  # pyright: ignore[reportPrivateUsage]
 HINDRANCES: dict[str, tuple[object, str, object]] = {
     "import_failed": (base_models, "ensure", no_base),
     "preparation_failed": (tokenization, "_run", no_tokens),
@@ -172,21 +166,17 @@ def full_for_a_base(*_: object, **__: object) -> Any:
     raise base_models.ImportRefused(error["message"], code=error["code"], remedy=error["remedy"])
 
 
-def full_for_a_child(_context: object, work: Path, *_: object, **__: object) -> Any:
-    (work / "log.txt").write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
-    raise _crash(work)
+def full_for_a_child(*_: object, **__: object) -> Any:
+    raise ChildFailed(1, "no output", is_disk_full=True)
 
 
-def test_a_crash_is_reported_with_the_worker_and_its_remedy(tmp_path: Path) -> None:
-    (tmp_path / "log.txt").write_text("Traceback\nKeyError: 'a'.\n")
-    failed, killed = _crash(tmp_path), _crash(tmp_path, was_killed=True)
-    (tmp_path / "log.txt").write_text("OSError: [Errno 28] No space left on device\n")
+def test_a_crash_is_reported_with_its_remedy() -> None:
+    failed, killed = _crash(1, "KeyError: 'a'"), _crash(-9, "no output")
 
     assert isinstance(failed, tokenization.PreparationCrashed)
-    assert failed.sentence() == "The tokenization failed: KeyError: 'a'. Look."
+    assert failed.sentence() == "The tokenization failed with exit status 1: KeyError: 'a'. Look."
     assert isinstance(killed, tokenization.PreparationCrashed)
     assert killed.remedy.startswith("Free up memory on that worker's machine")
-    assert str(_crash(tmp_path)) == "The disk on worker w1 is full."
 
 
 @pytest.mark.parametrize(
@@ -195,13 +185,14 @@ def test_a_crash_is_reported_with_the_worker_and_its_remedy(tmp_path: Path) -> N
         (base_models, "_import", full),
         (base_models, "_import", full_for_a_base),
         (tokenization, "_run", full),
-        (tokenization, "_run", full_for_a_child),
+        (child_task, "run", full_for_a_child),
     ],
 )
 def test_a_full_disk_counts_against_no_job(
     site: PackSite, fix_machine: Callable[[], None], monkeypatch: pytest.MonkeyPatch, where: Any, name: str, does: Any
 ) -> None:
     monkeypatch.setattr(base_models, "ensure", ENSURE if where is base_models else base_models.ensure)
+    monkeypatch.setattr(tokenization, "_run", RUN if where is child_task else tokenization._run)
     monkeypatch.setattr(where, name, does)
     job_id = site.world.submit().id
 

@@ -381,7 +381,7 @@ def test_an_unbounded_chat_template_results_in_a_user_error(
     box = sandbox.tokenization(work, base_dir=base.folder, num_bytes=100)
     box = Sandbox(kind=box.kind, reads=box.reads, writes=box.writes, limits=box.limits | limits)
     arguments: dict[str, Any] = {"base_dir": str(base.folder), "max_length": 64, "data": {}}
-    arguments |= {name: str(work / name) for name in ("source.jsonl", "out", "report", "details")}
+    arguments |= {name: str(work / name) for name in ("source.jsonl", "out", "result", "details")}
     arguments["source"] = arguments.pop("source.jsonl")
     (work / "arguments.json").write_text(json.dumps(arguments))
 
@@ -391,7 +391,7 @@ def test_an_unbounded_chat_template_results_in_a_user_error(
     status = child.wait()
 
     assert status == 0, (work / "log.txt").read_text()
-    refusal = json.loads((work / "report").read_text())["refusal"]
+    refusal = json.loads((work / "result").read_text())["refusal"]
     assert refusal["code"] == "preparation_limit"
     assert f"Tokenizing the file takes more {resource_name}" in refusal["message"]
 

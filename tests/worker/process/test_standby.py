@@ -13,6 +13,7 @@ import torch
 from lora_core.engine.warm_up import warm_up
 from lorry.local.parent_watch import LOST_PARENT
 from tests import tiny_base
+from tests.worker.trainer_settings import trainer_settings
 from tests.worker_site import WAIT_SECONDS, wait_until
 from worker.node import devices as node
 from worker.process import standby
@@ -196,7 +197,7 @@ def test_a_real_standby_reports_that_it_waits_and_then_loads_its_base(tmp_path: 
         assert next_event(events, process)["type"] == "standing_by"
         assert not (process.directory.path / "warm-up").exists()
         assert process.memory_bytes() > 10**8
-        process.begin({"base_dir": base_dir, "dtype": "float32", "quantization": "none", "device": "cpu"})
+        process.begin(trainer_settings(base_dir))
         ready = next_event(events, process)
 
     assert (ready["type"], ready["invariance"]) == ("ready", "bitwise"), process.directory.log_tail()

@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import NotRequired, get_args, get_origin, get_type_hints
+from typing import get_args
 
 import pytest
 
 from worker.children.trainer.message_handlers import RELEASING
 from worker.children.trainer.outputs import EVENT_TYPES
 from worker.protocol import mailbox
-from worker.protocol.mailbox import AdmitBody, Verb
+from worker.protocol.mailbox import Verb
 
 WORKER = Path(mailbox.__file__).parents[1]
 UNHANDLED = {"unloaded"}
@@ -113,10 +113,3 @@ def test_the_worker_handles_every_event_of_the_table_except_unloaded() -> None:
 @pytest.mark.parametrize("event", sorted(EVENTS))
 def test_the_table_names_every_field_that_the_trainer_writes_by_name(event: str) -> None:
     assert sent_events()[event] <= {name.removesuffix("?") for name in EVENTS[event]}
-
-
-def test_the_table_lists_the_fields_of_admit() -> None:
-    hints = get_type_hints(AdmitBody, include_extras=True)
-    names = {f"{name}?" if get_origin(hint) is NotRequired else name for name, hint in hints.items()}
-
-    assert set(MESSAGES["admit"]) == names

@@ -22,7 +22,7 @@ from catalog.tables.storage import Adapter, BaseModelRow, File
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, tokenization
 from worker.children.trainer.job_config import job_config
-from worker.protocol.mailbox import InboxReader
+from worker.protocol.mailbox import AdmitBody, InboxReader
 from worker.session import lineage as provenance
 from worker.session.trainer_session import TrainerSession
 
@@ -176,6 +176,14 @@ def test_the_lineage_record_of_a_child_names_that_of_its_parent(
 
     assert built["graph"] == {"parents": ["the parent's record"]}
     assert built["config"]["resolved"]["parent"]["artifact"] == parent.artifact
+
+
+def test_a_trainer_receives_every_field_of_an_admit_message(site: PackSite) -> None:
+    session = site.loading_session(site.claim())
+
+    (message,) = InboxReader(session.directory).take()
+
+    assert set(message.body) == set(AdmitBody.__annotations__)
 
 
 def test_a_trainer_receives_the_number_of_out_of_memory_ends_of_a_job(site: PackSite) -> None:

@@ -39,14 +39,13 @@ from worker.children.tokenizer.preview import (
 )
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.tokenizer.token_file import Counts, EncodedRow, TokenFile, fit_tokens
+from worker.protocol.errors import EXIT_DISK_FULL
 
 FORMAT = 1
 BATCH_ROWS = 512
 BATCH_CHARS = 2**21
 MAX_LINE_BYTES = 2**30
 """Not a limit in practice: uploads have a lower limit."""
-EXIT_DISK_FULL = 75
-"""EX_TEMPFAIL: the file is not at fault, and a retry may succeed."""
 
 
 class Refusal(TypedDict):
@@ -310,7 +309,7 @@ def _report(
 
 
 def main(arguments_path: Path) -> int:
-    """Read {source, base_dir, max_length, data, out, report, details} from a file, and write the last three files.
+    """Read {source, base_dir, max_length, data, out, details, result} from a file, and write the last three files.
     Returns the exit status."""
     signal.signal(signal.SIGXCPU, _out_of_time)
     arguments = json.loads(arguments_path.read_text("utf-8"))
@@ -326,7 +325,7 @@ def main(arguments_path: Path) -> int:
         )
         with full_disk_named():
             _write_json(Path(arguments["details"]), shown.details())
-            _write_json(Path(arguments["report"]), report)
+            _write_json(Path(arguments["result"]), report)
     except OutOfSpace as error:
         sys.stderr.write(error.sentence() + "\n")
         return EXIT_DISK_FULL

@@ -45,9 +45,9 @@ def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineCo
         job_slices=1 + FURTHER_SLICES,
         num_lanes=num_lanes,
         ticks_alone=TICKS_ALONE,
-        prefix_disk_bytes=int(settings.get("prefix_disk_bytes", 0)) // num_sharing,
+        prefix_disk_bytes=int(settings["prefix_disk_bytes"]) // num_sharing,
         prefix_folder=folder,
-        batch_invariant=bool(settings.get("batch_invariant", True)),
+        batch_invariant=bool(settings["batch_invariant"]),
     )
 
 

@@ -70,7 +70,7 @@ def run(directory: TrainerDirectory, ranks: Ranks = ALONE) -> None:
             return
         handlers = MessageHandlers(directory, engine, events)
         try:
-            train(handlers, busy_at=busy_at, idle_seconds=directory.settings().get("idle_seconds"))
+            train(handlers, busy_at=busy_at, idle_seconds=directory.settings()["idle_seconds"])
         except Exception:
             with suppress(Exception):  # the worker reads what was written and reported before the trainer's end
                 handlers.close()
@@ -85,7 +85,7 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
     started, began_at = time.monotonic(), time.time()
     failpoints.pass_by("loading")
     quantization = cast(Quantization, settings["quantization"])
-    strategy = cast(Strategy, settings.get("strategy", "replicated"))
+    strategy = cast(Strategy, settings["strategy"])
     with ranks.sharing_errors():
         base = load_base(
             Path(settings["base_dir"]),

@@ -154,8 +154,9 @@ class MessageHandlers:
             config = job_config(spec, num_steps=body["num_steps"], evaluate_every_steps=body["evaluate_every_steps"])
             train_path, valid_path, resume, parent = receive_files(self._directory, body, self._ranks)
             train, valid = datasets_of(claim_id, train_path, valid_path, self._ranks)
-            shortages = body.get("shortages", 0)
-            self.engine.admit(claim_id, config, train, valid, resume_from=resume, parent=parent, shortages=shortages)
+            self.engine.admit(
+                claim_id, config, train, valid, resume_from=resume, parent=parent, shortages=body["shortages"]
+            )
         except (LoraCoreError, OSError) as error:
             # The code and not the class, because `Ranks.sharing_errors` raises another rank's error as a LoraCoreError.
             is_checkpoint = not isinstance(error, OSError) and error.code == BadCheckpoint.code

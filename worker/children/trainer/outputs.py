@@ -202,16 +202,16 @@ class TrainerLog:
 
     def __init__(self, settings: Json, *, logs_events: bool) -> None:
         """settings: the trainer's. logs_events: False for ranks other than the leader, which log no events."""
-        self._trainer_id = str(settings.get("trainer_id", ""))
+        self._trainer_id = str(settings["trainer_id"])
         self._logs_events = logs_events
         self._subjects: dict[str, Subjects] = {}
 
     def register(self, admit: Mapping[str, Any]) -> str:
         """Register the job of an `admit` message, so that lines may refer to it. Returns its claim."""
         claim_id = str(admit["claim_id"])
-        trace = tracing.trace_id(admit.get("trace"))
+        trace = tracing.trace_id(admit["trace"])
         self._subjects[claim_id] = {
-            "job": admit.get("job_id"), "claim": claim_id, "trainer": self._trainer_id, "trace": trace,
+            "job": admit["job_id"], "claim": claim_id, "trainer": self._trainer_id, "trace": trace,
         }  # fmt: skip
         return claim_id
 

@@ -24,7 +24,8 @@ from tests.worker.chat_bases import (
     Messages,
     turns,
 )
-from worker.children.tokenizer.main import EXIT_DISK_FULL, Refusal
+from worker.children.tokenizer.main import Refusal
+from worker.protocol.errors import EXIT_DISK_FULL
 
 
 def refusal(base: Base, *rows: Messages, max_length: int = 4096) -> Refusal:
@@ -304,7 +305,7 @@ def run_child(base: Base, out: Path, *rows: Messages) -> tuple[int, Path]:
     folder = base.folder.parent
     (folder / "source.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     arguments: dict[str, Any] = {"source": folder / "source.jsonl", "base_dir": base.folder, "out": out}
-    arguments |= {"report": folder / "report.json", "details": folder / "details.json", "max_length": 512, "data": {}}
+    arguments |= {"result": folder / "report.json", "details": folder / "details.json", "max_length": 512, "data": {}}
     (folder / "arguments.json").write_text(json.dumps(arguments, default=str))
     program = (
         "import runpy, sys; sys.argv[1:] = [sys.argv[1]]\n"

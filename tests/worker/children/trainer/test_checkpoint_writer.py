@@ -29,6 +29,7 @@ from lora_core.events import JobDiverged
 from lora_core.peft_format.export import AdapterSnapshot
 from tests import tiny_base
 from tests.worker.pack_site import events_in
+from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.token_file import TokenFile
 from worker.children.trainer import message_handlers
 from worker.children.trainer.checkpoint_writer import (
@@ -66,8 +67,7 @@ class Trainer:
     """A trainer whose jobs are admitted and ticked by the test."""
 
     def __init__(self, folder: Path, base_dir: Path) -> None:
-        settings = {"base_dir": str(base_dir), "dtype": "bfloat16", "quantization": "none", "device": "cpu"}
-        self.directory = TrainerDirectory.create(folder, settings)
+        self.directory = TrainerDirectory.create(folder, trainer_settings(base_dir, dtype="bfloat16"))
         self.writer = EventWriter(self.directory)
         self.handlers = MessageHandlers(self.directory, load_engine(self.directory, self.writer), self.writer)
         self.engine = self.handlers.engine
@@ -126,6 +126,7 @@ def body(directory: TrainerDirectory, claim_id: str, *, resume: str | None = Non
     spec = resolve(JobRequest.model_validate(request), num_rows=6, max_positions=256, seed=1)
     return {
         "claim_id": claim_id,
+        "job_id": "ftjob-1",
         "base_name": "tiny",
         "base_revision": None,
         "spec": spec.model_dump(mode="json"),
@@ -134,10 +135,12 @@ def body(directory: TrainerDirectory, claim_id: str, *, resume: str | None = Non
         "checkpoint_every_steps": EVERY,
         "answered_steps": [],
         "asks_as_chat": True,
+        "shortages": 0,
         "train": tokens_name,
         "valid": None,
         "resume": resume,
         "parent": None,
+        "trace": None,
     }
 
 
@@ -376,8 +379,7 @@ def test_a_trainer_that_crashes_reports_the_checkpoints_that_are_being_written(
     tmp_path: Path, base_dir: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(message_handlers, "writes_while_training", lambda *_: True)
-    settings = {"base_dir": str(base_dir), "dtype": "bfloat16", "quantization": "none", "device": "cpu"}
-    directory = TrainerDirectory.create(tmp_path / "trainer", settings)
+    directory = TrainerDirectory.create(tmp_path / "trainer", trainer_settings(base_dir, dtype="bfloat16"))
     InboxWriter(directory).send("admit", **body(directory, "claim-1"))
     tick = MessageHandlers.tick
 
@@ -577,8 +579,8 @@ def test_an_idle_trainer_releases_pinned_memory(
     tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = HostCache(monkeypatch, free_bytes=2**40, cached_bytes=300)
-    settings = {"base_dir": str(base_dir), "dtype": "bfloat16", "quantization": "none", "device": "cpu"}
-    directory = TrainerDirectory.create(tmp_path / "trainer", settings | {"idle_seconds": 0.0})
+    settings = trainer_settings(base_dir, dtype="bfloat16", idle_seconds=0.0)
+    directory = TrainerDirectory.create(tmp_path / "trainer", settings)
 
     run(directory)
 

@@ -23,6 +23,7 @@ from lora_core.errors import BrokenPass, LoraCoreError, OutOfMemory
 from lora_core.forward import continuous_batch
 from tests import tiny_base
 from tests.worker.pack_site import events_in
+from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer import main
 from worker.children.trainer.inference import InferenceRequests, TimeShare
@@ -54,8 +55,7 @@ def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def directory(base_dir: Path, adapter_dir: Path, tmp_path: Path) -> TrainerDirectory:
-    settings = {"base_dir": str(base_dir), "dtype": "float32", "quantization": "none", "device": "cpu"}
-    made = TrainerDirectory.create(tmp_path / "trainer", settings)
+    made = TrainerDirectory.create(tmp_path / "trainer", trainer_settings(base_dir))
     shutil.copytree(adapter_dir, made.path / "adapters" / "one")
     return made
 

@@ -211,16 +211,17 @@ def test_a_cpu_has_one_lane_per_core_and_a_gpu_has_one() -> None:
     assert engine_of("cuda:0", num_threads=3).num_lanes == 1
 
 
-@pytest.mark.parametrize(("settings", "kept"), [({"prefix_disk_bytes": 7}, 7), ({"prefix_disk_bytes": 0}, 0), ({}, 0)])
-def test_prefixes_are_cached_on_disk_within_the_budget_and_not_in_memory(settings: dict[str, int], kept: int) -> None:
-    config = engine_of("cpu", num_threads=1, **settings)
+@pytest.mark.parametrize("num_bytes", [7, 0])
+def test_prefixes_are_cached_on_disk_within_the_budget_and_not_in_memory(num_bytes: int) -> None:
+    config = engine_of("cpu", num_threads=1, prefix_disk_bytes=num_bytes)
 
-    assert (config.prefix_disk_bytes, config.prefix_memory_bytes) == (kept, 0)
+    assert (config.prefix_disk_bytes, config.prefix_memory_bytes) == (num_bytes, 0)
     assert config.prefix_folder == FOLDER
 
 
-def engine_of(device: str, *, num_threads: int, **settings: int) -> EngineConfig:
-    return engine_config({"device": device, **settings}, num_threads=num_threads, folder=FOLDER)
+def engine_of(device: str, *, num_threads: int, prefix_disk_bytes: int = 0) -> EngineConfig:
+    settings = {"device": device, "prefix_disk_bytes": prefix_disk_bytes, "batch_invariant": True}
+    return engine_config(settings, num_threads=num_threads, folder=FOLDER)
 
 
 @pytest.mark.parametrize("method", get_args(MethodType))

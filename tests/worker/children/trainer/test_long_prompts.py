@@ -16,6 +16,7 @@ from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from tests import tiny_base
 from tests.worker.pack_site import events_in
+from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer import inference, main
 from worker.children.trainer.inference import TOKEN_CHARS, InferenceRequests, TimeShare
@@ -33,8 +34,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def directory(base_dir: Path, tmp_path: Path) -> TrainerDirectory:
-    settings = {"base_dir": str(base_dir), "dtype": "float32", "quantization": "none", "device": "cpu"}
-    return TrainerDirectory.create(tmp_path / "trainer", settings)
+    return TrainerDirectory.create(tmp_path / "trainer", trainer_settings(base_dir))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from lora_core.errors import BadAdapter, OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from lora_core.model_files.import_base import Imported
 from tests.worker.pack_site import events_in
+from tests.worker.trainer_settings import trainer_settings
 from worker.children import base_importer
 from worker.children.trainer import main, message_handlers, outputs
 from worker.children.trainer.message_handlers import MessageHandlers
@@ -66,6 +67,7 @@ def body(claim_id: str = "claim-1") -> AdmitBody:
     spec = resolve(request, num_rows=10, max_positions=256, seed=1).model_dump(mode="json")
     return {
         "claim_id": claim_id,
+        "job_id": "ftjob-1",
         "base_name": "tiny",
         "base_revision": None,
         "spec": spec,
@@ -74,17 +76,18 @@ def body(claim_id: str = "claim-1") -> AdmitBody:
         "checkpoint_every_steps": 1,
         "answered_steps": [],
         "asks_as_chat": True,
+        "shortages": 0,
         "train": "jobs/claim-1/train/tokens.safetensors",
         "valid": None,
         "resume": None,
         "parent": None,
+        "trace": None,
     }
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> TrainerDirectory:
-    settings = {"base_dir": str(tmp_path / "base"), "dtype": "float32", "quantization": "none", "device": "cpu"}
-    return TrainerDirectory.create(tmp_path / "trainer", settings)
+    return TrainerDirectory.create(tmp_path / "trainer", trainer_settings(tmp_path / "base"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Exports to the real tracker libraries on this machine: each point is written once, despite interruptions."""
+"""Runs of the real tracker libraries on this machine: each point is written once, despite interruptions."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import psutil
 import pytest
 
 from catalog.db.database import Database
-from catalog.history import queries
+from catalog.history import queries, tracker_runs
 from catalog.lifecycle import recording
 from catalog.settings import Settings
-from catalog.tables.history import JobExport
+from catalog.tables.history import TrackerRun
 from tests.catalog.world import World
 from tests.worker_site import wait_until
 from worker.children.tracker.wandb import WandbRun
 from worker.process.launcher import child_environment
-from worker.trackers import exporter
-from worker.trackers import session as export_session
-from worker.trackers.exporter import exporting
-from worker.trackers.session import ExportFailed, ExportSession, available, places
+from worker.trackers import run_writer
+from worker.trackers import session as run_session
+from worker.trackers.run_writer import writing_runs
+from worker.trackers.session import TrackerRunFailed, TrackerRunSession, available, places
 
 WAIT_SECONDS = 240.0
 """Enough for a heavily loaded machine."""
@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(exporter, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(run_writer, "POLL_SECONDS", 0.2)
     return Settings(data_dir=tmp_path)
 
 
@@ -63,7 +63,7 @@ def db(tmp_path: Path, migrated_database: Path) -> Iterator[Database]:
 
 
 def training(world: World, *types: str) -> str:
-    """Return a running job with exports to these trackers."""
+    """Return a running job with runs in these trackers."""
     world.worker(integrations=tuple(OPTIONS))
     wanted = [{"type": name, name: OPTIONS[name]} for name in types]
     return world.running(integrations=wanted).job.id
@@ -75,9 +75,9 @@ def steps(world: World, job_id: str, *numbers: int) -> None:
     recording.record_metrics(world.db, world.job(job_id).claim_id or "", rows)
 
 
-def row(world: World, job_id: str, name: str) -> JobExport:
+def row(world: World, job_id: str, name: str) -> TrackerRun:
     with world.db.read() as session:
-        return session.get_one(JobExport, (job_id, name))
+        return session.get_one(TrackerRun, (job_id, name))
 
 
 def written(world: World, job_id: str, step: int) -> Callable[[], bool]:
@@ -86,9 +86,9 @@ def written(world: World, job_id: str, step: int) -> Callable[[], bool]:
     )
 
 
-def _maybe(world: World, job_id: str, name: str) -> JobExport | None:
+def _maybe(world: World, job_id: str, name: str) -> TrackerRun | None:
     with world.db.read() as session:
-        return session.get(JobExport, (job_id, name))
+        return session.get(TrackerRun, (job_id, name))
 
 
 @pytest.mark.slow
@@ -97,11 +97,11 @@ def test_every_tracker_receives_each_point_once_across_a_restart(
 ) -> None:
     job_id = training(world, *OPTIONS)
     steps(world, job_id, 1, 2)
-    with exporting(world.db, settings):
+    with writing_runs(world.db, settings):
         wait_until(written(world, job_id, 2), seconds=WAIT_SECONDS)
     steps(world, job_id, 2, 3, 4)
 
-    with exporting(world.db, settings):
+    with writing_runs(world.db, settings):
         wait_until(written(world, job_id, 4), seconds=WAIT_SECONDS)
         adapter = world.complete(world.job(job_id).claim_id or "").name
         wait_until(lambda: all(row(world, job_id, name).finished_at for name in OPTIONS), seconds=WAIT_SECONDS)
@@ -218,7 +218,7 @@ def test_an_unavailable_tracker_adds_a_warning_and_the_other_continues(world: Wo
     job_id = training(world, "tensorboard", "wandb")
     steps(world, job_id, 1)
 
-    with exporting(world.db, away):
+    with writing_runs(world.db, away):
         wait_until(
             lambda: row(world, job_id, "tensorboard").error and row(world, job_id, "wandb").train_step == 1,
             seconds=WAIT_SECONDS,
@@ -230,15 +230,29 @@ def test_an_unavailable_tracker_adds_a_warning_and_the_other_continues(world: Wo
     assert world.job(job_id).state == "running"
 
 
-def test_an_export_whose_process_hangs_fails_and_leaves_no_process(settings: Settings) -> None:
+def test_a_crash_is_logged_as_one_of_the_tracker_thread(
+    world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(tracker_runs, "claim", crash)
+    with writing_runs(world.db, settings):
+        wait_until(lambda: caplog.records, seconds=WAIT_SECONDS)
+
+    record = caplog.records[0]
+    assert (record.threadName, record.message) == ("trackers", "Writing to trackers failed, and is retried.")
+
+
+def test_a_run_whose_process_hangs_fails_and_leaves_no_process(settings: Settings) -> None:
     begun = {"type": "tensorboard", "run": _RUN, "run_id": None, "next_step": 0, "places": places(settings)}
-    session = ExportSession(begun)
+    session = TrackerRunSession(begun)
     (child,) = [one for one in psutil.Process().children() if "worker.children.tracker.main" in one.cmdline()]
 
     child.suspend()
     hasty: Any = session
     hasty._answer_seconds = 0.2
-    with pytest.raises(ExportFailed, match="did not answer"):
+    with pytest.raises(TrackerRunFailed, match="did not answer"):
         session.write([], None)
     session.kill()
 
@@ -253,8 +267,8 @@ def test_errors_of_a_library_are_reported_without_secrets(settings: Settings, mo
     run = {**_RUN, "options": {"experiment": "e"}}
     wrong = {**places(settings), "mlflow": "canary://me:canary-too@nowhere"}
 
-    with pytest.raises(ExportFailed) as failed:
-        ExportSession({"type": "mlflow", "run": run, "run_id": None, "next_step": 0, "places": wrong})
+    with pytest.raises(TrackerRunFailed) as failed:
+        TrackerRunSession({"type": "mlflow", "run": run, "run_id": None, "next_step": 0, "places": wrong})
 
     assert "…://…@nowhere" in str(failed.value)
     assert "canary" not in str(failed.value)
@@ -267,8 +281,8 @@ def test_credentials_reach_only_the_process_of_their_own_tracker(monkeypatch: py
     def seen(environment: dict[str, str]) -> set[str]:
         return {name for name, value in environment.items() if value.startswith("canary")}
 
-    environment = export_session._environment  # pyright: ignore[reportPrivateUsage]
-    assert {name: seen(environment(name)) for name in export_session.LIBRARIES} == {
+    environment = run_session._environment  # pyright: ignore[reportPrivateUsage]
+    assert {name: seen(environment(name)) for name in run_session.LIBRARIES} == {
         "wandb": {"WANDB_API_KEY"},
         "mlflow": {"MLFLOW_TRACKING_TOKEN"},
         "tensorboard": set(),
@@ -282,7 +296,7 @@ def test_a_worker_offers_trackers_that_are_installed_allowed_and_configured(
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(export_session, "find_spec", lambda name: None if name == "trackio" else object())
+    monkeypatch.setattr(run_session, "find_spec", lambda name: None if name == "trackio" else object())
 
     def offered(**given: Any) -> tuple[str, ...]:
         return available(Settings(data_dir=tmp_path, **given))
@@ -317,7 +331,7 @@ def test_a_worker_imports_no_tracker_library() -> None:
     code = "import sys, worker.context.context, worker.children.tracker.main; print(*sys.modules)"
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert not {*export_session.LIBRARIES.values(), "torch"} & set(listed.stdout.split())
+    assert not {*run_session.LIBRARIES.values(), "torch"} & set(listed.stdout.split())
 
 
 @pytest.mark.slow
@@ -326,10 +340,10 @@ def test_trackio_receives_points_if_it_is_installed(world: World, settings: Sett
     world.worker(integrations=("trackio",))
     job_id = world.running(integrations=[{"type": "trackio", "trackio": {"project": "p"}}]).job.id
     steps(world, job_id, 1, 2)
-    with exporting(world.db, settings):
+    with writing_runs(world.db, settings):
         wait_until(lambda: row(world, job_id, "trackio").train_step == 2, seconds=WAIT_SECONDS)
     steps(world, job_id, 3)
-    with exporting(world.db, settings):
+    with writing_runs(world.db, settings):
         wait_until(lambda: row(world, job_id, "trackio").train_step == 3, seconds=WAIT_SECONDS)
         world.complete(world.job(job_id).claim_id or "")
         wait_until(lambda: row(world, job_id, "trackio").finished_at, seconds=WAIT_SECONDS)

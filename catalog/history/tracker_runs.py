@@ -1,7 +1,7 @@
-"""Progress of exporting a job's curves to its trackers.
+"""The runs of a job in its trackers, and how far its curves are written to each of them.
 
-Exports read the database, not the trainer. They therefore delay no training, lose nothing, and continue where another
-worker stopped. A worker holds the lease while it has the tracker's run open, and renews it with each write.
+Workers write from the database, not from the trainer. They therefore delay no training, lose nothing, and continue
+where another worker stopped. A worker holds the lease while it has a run open, and renews it with each write.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from catalog.history import events, metric_store
 from catalog.history.metric_points import Point
 from catalog.spec.integrations import Integration
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables.history import JobExport
+from catalog.tables.history import TrackerRun
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
 from catalog.tables.table import Json
@@ -29,25 +29,25 @@ from catalog.tables.tenancy import Project
 TRACKER_LEASE_SECONDS = 120.0
 MAX_POINTS = 500
 MAX_FAILURES = 8
-"""Consecutive failures after which an export is abandoned: about two hours with the waits in between."""
+"""Consecutive failures after which a run is abandoned: about two hours with the waits in between."""
 FIRST_WAIT_SECONDS = 30.0
 FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
 
 
 class Follows(Enum):
-    """Next step for an open run."""
+    """Next step for a claimed run."""
 
     GO_ON = "keep open"
     SLEEP = "sleep"
-    """Close the run: the job is not training. The export is due again when it trains."""
+    """Close it: the job is not training. It is due again when the job trains."""
     DONE = "done"
     STALE = "stale"
-    """Another worker holds the export."""
+    """Another worker holds it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Export:
-    """An export that this worker has claimed."""
+class TrackerRunClaim:
+    """A run that this worker has claimed."""
 
     job_id: str
     type: str
@@ -71,24 +71,24 @@ class RunUpdate:
 
 def add(session: Session, job: Job, integrations: Sequence[Integration]) -> None:
     for one in integrations:
-        session.add(JobExport(job_id=job.id, type=one.type, train_step=-1, valid_step=-1, num_failures=0))
+        session.add(TrackerRun(job_id=job.id, type=one.type, train_step=-1, valid_step=-1, num_failures=0))
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
-    """Make the job's exports due if it starts to train or reaches a final state."""
+    """Make the job's runs due if it starts to train or reaches a final state."""
     if job.state == JobState.RUNNING or job.state in FINAL_STATES:
         wake(session, job, now=now)
 
 
 def wake(session: Session, job: Job, *, now: float) -> None:
-    """Make the job's unclaimed, unfinished exports due now."""
+    """Make the job's unclaimed, unfinished runs due now."""
     if job.requested.get("integrations"):
-        asleep = (JobExport.job_id == job.id, JobExport.finished_at.is_(None), JobExport.claim_id.is_(None))
-        session.execute(update(JobExport).where(*asleep).values(next_at=now))
+        asleep = (TrackerRun.job_id == job.id, TrackerRun.finished_at.is_(None), TrackerRun.claim_id.is_(None))
+        session.execute(update(TrackerRun).where(*asleep).values(next_at=now))
 
 
-def claim(db: Database, *, types: Collection[str], limit: int) -> list[Export]:
-    """Claim due exports of the types that this worker can write."""
+def claim(db: Database, *, types: Collection[str], limit: int) -> list[TrackerRunClaim]:
+    """Claim due runs of the types that this worker can write."""
     with db.read() as session:
         now = read_clock(session)
         if limit <= 0 or session.scalar(_due(types, now=now, limit=1)) is None:
@@ -96,38 +96,40 @@ def claim(db: Database, *, types: Collection[str], limit: int) -> list[Export]:
     with db.write() as session:
         now = read_clock(session)
         found = session.scalars(skip_locked(_due(types, now=now, limit=limit))).all()
-        return [_export(row, lease.acquire(row, now=now, lease_seconds=TRACKER_LEASE_SECONDS)) for row in found]
+        return [_claimed(row, lease.acquire(row, now=now, lease_seconds=TRACKER_LEASE_SECONDS)) for row in found]
 
 
-def _due(types: Collection[str], *, now: float, limit: int) -> Select[JobExport]:
-    due = (JobExport.next_at <= now, lease.is_free(JobExport, now=now), JobExport.type.in_(types))
-    return select(JobExport).where(*due).order_by(JobExport.next_at).limit(limit)
+def _due(types: Collection[str], *, now: float, limit: int) -> Select[TrackerRun]:
+    due = (TrackerRun.next_at <= now, lease.is_free(TrackerRun, now=now), TrackerRun.type.in_(types))
+    return select(TrackerRun).where(*due).order_by(TrackerRun.next_at).limit(limit)
 
 
-def poll(db: Database, export: Export) -> RunUpdate:
-    """Return the data in the database that is not exported yet."""
+def poll(db: Database, run: TrackerRunClaim) -> RunUpdate:
+    """Return the data in the database that the run lacks."""
     with db.read() as session:
-        job = session.get_one(Job, export.job_id)
+        job = session.get_one(Job, run.job_id)
         is_final = job.state in FINAL_STATES  # read before the points, so that a final job has no later ones
         points = [
-            *_points(session, job.id, "train", export.train_step),
-            *_points(session, job.id, "valid", export.valid_step),
+            *_points(session, job.id, "train", run.train_step),
+            *_points(session, job.id, "valid", run.valid_step),
         ]
         points.sort(key=lambda point: (point["step"], point["kind"]))
         has_more = len(points) > MAX_POINTS
         points = points[:MAX_POINTS]
         end = _end(session, job) if is_final and not has_more else None
-        return RunUpdate(run=_run(session, job, export.type), points=points, end=end, has_more=has_more)
+        return RunUpdate(run=_description(session, job, run.type), points=points, end=end, has_more=has_more)
 
 
-def record(db: Database, export: Export, run_update: RunUpdate, *, run_id: str) -> tuple[Export, Follows]:
-    """Record the exported data, and renew the claim while the job trains."""
+def record(
+    db: Database, run: TrackerRunClaim, run_update: RunUpdate, *, run_id: str
+) -> tuple[TrackerRunClaim, Follows]:
+    """Record the written data, and renew the claim while the job trains."""
     with db.write() as session:
         now = read_clock(session)
-        row = _locked_export(session, export)
+        row = _locked(session, run)
         if row is None:
-            return export, Follows.STALE
-        state = session.get_one(Job, export.job_id).state
+            return run, Follows.STALE
+        state = session.get_one(Job, run.job_id).state
         row.run_id, row.num_failures = run_id, 0
         row.train_step = max([row.train_step, *_steps(run_update, "train")])
         row.valid_step = max([row.valid_step, *_steps(run_update, "valid")])
@@ -139,24 +141,24 @@ def record(db: Database, export: Export, run_update: RunUpdate, *, run_id: str) 
         if follows is not Follows.GO_ON:
             row.next_at = None
             lease.release(row)
-        return _export(row, export.claim_id), follows
+        return _claimed(row, run.claim_id), follows
 
 
-def release(db: Database, export: Export) -> None:
-    """Release the export, for example at a worker's shutdown. Another worker can continue immediately."""
+def release(db: Database, run: TrackerRunClaim) -> None:
+    """Release the run, for example at a worker's shutdown. Another worker can continue immediately."""
     with db.write() as session:
-        row = _locked_export(session, export)
+        row = _locked(session, run)
         if row is not None:
             lease.release(row)
 
 
-def fail(db: Database, export: Export, problem: str) -> None:
+def fail(db: Database, run: TrackerRunClaim, problem: str) -> None:
     """Record a failure. Retries use exponential back-off, up to MAX_FAILURES.
 
     The first failure and the end of all retries each add one event to the job's log.
     """
     with db.write() as session:
-        row = _locked_export(session, export)
+        row = _locked(session, run)
         if row is None:
             return
         now = read_clock(session)
@@ -166,15 +168,15 @@ def fail(db: Database, export: Export, problem: str) -> None:
         problem_text = f"Writing to the integration {row.type} failed: {problem}"
         if row.num_failures >= MAX_FAILURES:
             row.finished_at, row.next_at = now, None
-            events.add(session, row.job_id, now=now, level="warn", message=f"{problem_text} The export was stopped.")
+            events.add(session, row.job_id, now=now, level="warn", message=f"{problem_text} It is not retried.")
         elif row.error is None:
-            message = f"{problem_text} Training continues, and the export is retried."
+            message = f"{problem_text} Training continues, and writing is retried."
             events.add(session, row.job_id, now=now, level="warn", message=message)
         row.error = row.error or problem
 
 
-def _export(row: JobExport, claim_id: str) -> Export:
-    return Export(
+def _claimed(row: TrackerRun, claim_id: str) -> TrackerRunClaim:
+    return TrackerRunClaim(
         job_id=row.job_id,
         type=row.type,
         claim_id=claim_id,
@@ -184,13 +186,13 @@ def _export(row: JobExport, claim_id: str) -> Export:
     )
 
 
-def _locked_export(session: Session, export: Export) -> JobExport | None:
-    """Return the locked export if the claim is still valid. Locks the job first.
+def _locked(session: Session, run: TrackerRunClaim) -> TrackerRun | None:
+    """Return the locked row if the claim is still valid. Locks the job first.
 
-    A transaction that makes the job train again waits for this lock, and wakes the export afterwards.
+    A transaction that makes the job train again waits for this lock, and wakes the run afterwards.
     """
-    session.get_one(Job, export.job_id, with_for_update=True)
-    return lease.held(session, JobExport, export.claim_id)
+    session.get_one(Job, run.job_id, with_for_update=True)
+    return lease.held(session, TrackerRun, run.claim_id)
 
 
 def _points(session: Session, job_id: str, kind: str, after: int) -> list[Json]:
@@ -208,7 +210,7 @@ def _steps(run_update: RunUpdate, kind: str) -> list[int]:
     return [point["step"] for point in run_update.points if point["kind"] == kind]
 
 
-def _run(session: Session, job: Job, wanted: str) -> Json:
+def _description(session: Session, job: Job, wanted: str) -> Json:
     project = session.get_one(Project, job.project_id)
     asked = [Integration.model_validate(one) for one in job.requested.get("integrations") or ()]
     options = next(one for one in asked if one.type == wanted).options()

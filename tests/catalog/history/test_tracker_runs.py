@@ -1,4 +1,4 @@
-"""Tracker exports: due while the job trains and at its end, and each point is exported once across workers."""
+"""Runs in trackers: due while the job trains and at its end, and each point is written once across workers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.errors import InvalidRequest
-from catalog.history import queries, tracker_exports
-from catalog.history.tracker_exports import Export, Follows
+from catalog.history import queries, tracker_runs
+from catalog.history.tracker_runs import Follows, TrackerRunClaim
 from catalog.jobs import commands
 from catalog.lifecycle import recording
 from catalog.queue import claims
@@ -32,8 +32,8 @@ def points(world: World, job: Job, *steps: int, kind: str = "train") -> None:
     recording.record_metrics(world.db, world.job(job.id).claim_id or "", rows)
 
 
-def claim(world: World, types: tuple[str, ...] = TYPES, limit: int = 9) -> list[Export]:
-    return tracker_exports.claim(world.db, types=types, limit=limit)
+def claim(world: World, types: tuple[str, ...] = TYPES, limit: int = 9) -> list[TrackerRunClaim]:
+    return tracker_runs.claim(world.db, types=types, limit=limit)
 
 
 def warnings(world: World, job: Job) -> list[str]:
@@ -41,7 +41,7 @@ def warnings(world: World, job: Job) -> list[str]:
     return [event.message for event in found if event.level == "warn"]
 
 
-def test_export_is_due_once_its_job_trains(world: World) -> None:
+def test_run_is_due_once_its_job_trains(world: World) -> None:
     world.worker(integrations=TYPES)
     world.queued(integrations=BOTH)
     before = claim(world)
@@ -54,21 +54,21 @@ def test_export_is_due_once_its_job_trains(world: World) -> None:
     assert [one.type for one in claim(world)] == ["tensorboard"]
 
 
-def test_each_point_is_exported_once_and_replayed_steps_are_not(world: World) -> None:
+def test_each_point_is_written_once_and_replayed_steps_are_not(world: World) -> None:
     job = running(world)
     points(world, job, 1, 2)
     points(world, job, 0, kind="valid")
-    (export,) = claim(world)
+    (run,) = claim(world)
 
-    first = tracker_exports.poll(world.db, export)
-    export, follows = tracker_exports.record(world.db, export, first, run_id="r")
+    first = tracker_runs.poll(world.db, run)
+    run, follows = tracker_runs.record(world.db, run, first, run_id="r")
     points(world, job, 2, 3)
-    second = tracker_exports.poll(world.db, export)
+    second = tracker_runs.poll(world.db, run)
 
-    exported = [(point["kind"], point["step"]) for point in first.points]
-    assert exported == [("valid", 0), ("train", 1), ("train", 2)]
+    written = [(point["kind"], point["step"]) for point in first.points]
+    assert written == [("valid", 0), ("train", 1), ("train", 2)]
     assert first.points[1]["values"] == {"train/loss": 0.5, "train/token_accuracy": 0.5}
-    assert (follows, export.run_id) == (Follows.GO_ON, "r")
+    assert (follows, run.run_id) == (Follows.GO_ON, "r")
     assert [(point["kind"], point["step"]) for point in second.points] == [("train", 3)]
     assert second.run["config"]["lora.rank"] == 16
     assert second.run["options"] == {"name": None}
@@ -78,11 +78,11 @@ def test_next_worker_resumes_the_run_of_a_dead_worker(world: World) -> None:
     job = running(world)
     points(world, job, 1)
     (first,) = claim(world)
-    tracker_exports.record(world.db, first, tracker_exports.poll(world.db, first), run_id="r")
+    tracker_runs.record(world.db, first, tracker_runs.poll(world.db, first), run_id="r")
 
-    world.clock.advance(tracker_exports.TRACKER_LEASE_SECONDS + 1)
+    world.clock.advance(tracker_runs.TRACKER_LEASE_SECONDS + 1)
     (second,) = claim(world)
-    late = tracker_exports.record(world.db, first, tracker_exports.poll(world.db, first), run_id="r")
+    late = tracker_runs.record(world.db, first, tracker_runs.poll(world.db, first), run_id="r")
 
     assert (second.run_id, second.train_step) == ("r", 1)
     assert late[1] is Follows.STALE
@@ -90,12 +90,12 @@ def test_next_worker_resumes_the_run_of_a_dead_worker(world: World) -> None:
 
 def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> None:
     job = running(world)
-    (export,) = claim(world)
+    (run,) = claim(world)
     commands.pause(world.db, **world.of(job.id))
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
 
-    _, follows = tracker_exports.record(world.db, export, tracker_exports.poll(world.db, export), run_id="r")
-    world.clock.advance(10 * tracker_exports.TRACKER_LEASE_SECONDS)
+    _, follows = tracker_runs.record(world.db, run, tracker_runs.poll(world.db, run), run_id="r")
+    world.clock.advance(10 * tracker_runs.TRACKER_LEASE_SECONDS)
     asleep = claim(world)
     commands.resume(world.db, **world.of(job.id))
     world.claim()
@@ -104,58 +104,58 @@ def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> No
     assert [one.run_id for one in claim(world)] == ["r"]
 
 
-def test_end_is_exported_after_the_last_point_with_final_metrics(world: World) -> None:
+def test_end_is_written_after_the_last_point_with_final_metrics(world: World) -> None:
     job = running(world)
-    (export,) = claim(world)
-    points(world, job, *range(1, tracker_exports.MAX_POINTS + 11))
+    (run,) = claim(world)
+    points(world, job, *range(1, tracker_runs.MAX_POINTS + 11))
     adapter = world.complete(world.job(job.id).claim_id or "")
 
-    first = tracker_exports.poll(world.db, export)
-    export, follows = tracker_exports.record(world.db, export, first, run_id="r")
-    last = tracker_exports.poll(world.db, export)
-    _, done = tracker_exports.record(world.db, export, last, run_id="r")
+    first = tracker_runs.poll(world.db, run)
+    run, follows = tracker_runs.record(world.db, run, first, run_id="r")
+    last = tracker_runs.poll(world.db, run)
+    _, done = tracker_runs.record(world.db, run, last, run_id="r")
 
-    assert (len(first.points), first.end, follows) == (tracker_exports.MAX_POINTS, None, Follows.GO_ON)
+    assert (len(first.points), first.end, follows) == (tracker_runs.MAX_POINTS, None, Follows.GO_ON)
     assert len(last.points) == 10
     assert last.end is not None
     assert (last.end["status"], last.end["adapter"]) == ("succeeded", adapter.name)
     assert last.end["numbers"] == {"final.trained_tokens": 5}
     assert done is Follows.DONE
-    world.clock.advance(10 * tracker_exports.TRACKER_LEASE_SECONDS)
+    world.clock.advance(10 * tracker_runs.TRACKER_LEASE_SECONDS)
     assert claim(world) == []
 
 
-def test_job_that_ends_during_an_export_is_not_missed(world: World) -> None:
+def test_job_that_ends_during_a_write_is_not_missed(world: World) -> None:
     job = running(world)
-    (export,) = claim(world)
-    news = tracker_exports.poll(world.db, export)
+    (run,) = claim(world)
+    news = tracker_runs.poll(world.db, run)
 
     commands.cancel(world.db, **world.of(job.id))
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.CANCELLED_BY_USER, detail="")
-    export, follows = tracker_exports.record(world.db, export, news, run_id="r")
+    run, follows = tracker_runs.record(world.db, run, news, run_id="r")
 
     assert follows is Follows.GO_ON
-    end = tracker_exports.poll(world.db, export).end
+    end = tracker_runs.poll(world.db, run).end
     assert end is not None
     assert end["status"] == "cancelled"
 
 
-def test_failed_export_warns_once_backs_off_and_finally_stops(world: World) -> None:
+def test_failed_run_warns_once_backs_off_and_finally_stops(world: World) -> None:
     job = running(world)
     waits: list[float] = []
-    for _ in range(tracker_exports.MAX_FAILURES):
-        (export,) = claim(world)
-        tracker_exports.fail(world.db, export, "No such host.")
+    for _ in range(tracker_runs.MAX_FAILURES):
+        (run,) = claim(world)
+        tracker_runs.fail(world.db, run, "No such host.")
         failed_at = world.clock.now
         while not (found := claim(world)) and world.clock.now < failed_at + 3 * 3600:
             world.clock.advance(10)
         waits.append(world.clock.now - failed_at)
         for one in found:
-            tracker_exports.release(world.db, one)
+            tracker_runs.release(world.db, one)
 
     first, last = warnings(world, job)
     assert "Writing to the integration tensorboard failed: No such host. Training continues" in first
-    assert "The export was stopped." in last
+    assert "It is not retried." in last
     assert waits == sorted(waits)
     assert world.job(job.id).state == "running"
 
@@ -204,10 +204,10 @@ def test_invalid_tracker_settings_are_rejected(integrations: list[dict[str, Any]
         request(training_file="f", integrations=integrations)
 
 
-def test_job_without_integrations_creates_no_export(world: World) -> None:
+def test_job_without_integrations_has_no_run(world: World) -> None:
     running(world)
     for one in claim(world):
-        tracker_exports.release(world.db, one)
+        tracker_runs.release(world.db, one)
     plain = world.running()
 
     assert {one.job_id for one in claim(world)} != {plain.job.id}

@@ -1,0 +1,147 @@
+"""The child process of a background task: its result, its failures, and what ends it early."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from catalog.db import lease
+from catalog.errors import LorryError, Unavailable
+from catalog.settings import Settings
+from catalog.tables.storage import BaseModelRow
+from worker.background import child_task
+from worker.background.child_task import ChildFailed
+from worker.node import devices
+from worker.process.sandbox import Sandbox
+from worker.protocol.errors import EXIT_DISK_FULL
+
+BOX = Sandbox(kind="tokenization")
+ANSWERS = """
+import json, sys
+request = json.load(open(sys.argv[1]))
+json.dump({"twice": 2 * request["number"]}, open(request["result"], "w"))
+"""
+Run = Callable[[str], Any]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Any:
+    """Return the part of a worker's context that worker/background/child_task.py uses."""
+    settings = Settings(data_dir=tmp_path, heartbeat_seconds=1e-6)
+    return SimpleNamespace(settings=settings, db=None, draining=False, worker_id="w1")
+
+
+@pytest.fixture
+def run(context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return run(program), which runs the program as the child of a task and returns its result."""
+
+    def run(program: str) -> Any:
+        def run_child(_module: str, arguments: str, *, log_path: Path, box: Sandbox) -> subprocess.Popen[bytes]:
+            assert box is BOX
+            with log_path.open("ab") as log:
+                argv = [sys.executable, "-c", program, arguments]
+                return subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+
+        monkeypatch.setattr(child_task, "run_child", run_child)
+        return child_task.run(context, "a.module", {"number": 21}, work=tmp_path, box=BOX, stuck=no_progress)
+
+    return run
+
+
+def no_progress(why: str) -> LorryError:
+    return LorryError(f"It was stopped because {why}.", code="no_progress", remedy="Wait.")
+
+
+def test_a_child_gets_the_request_and_returns_its_result(run: Run) -> None:
+    assert run(ANSWERS) == {"twice": 42}
+
+
+def test_a_failure_has_the_exit_status_and_the_last_line_of_output(run: Run) -> None:
+    with pytest.raises(ChildFailed) as caught:
+        run("import sys; print('First.'); print('KeyError: 1.'); print(); sys.exit(3)")
+
+    assert (caught.value.returncode, caught.value.last_line, caught.value.is_disk_full) == (3, "KeyError: 1", False)
+
+
+def test_a_long_last_line_is_cut(run: Run) -> None:
+    with pytest.raises(ChildFailed) as caught:
+        run(f"print('x' * {child_task.LINE_CHARS + 1})")
+
+    assert (caught.value.returncode, caught.value.last_line) == (0, "x" * child_task.LINE_CHARS)
+
+
+def test_a_failure_is_not_attributed_to_the_output_of_an_earlier_child(run: Run) -> None:
+    run(ANSWERS + "print('OSError: [Errno 28] No space left on device')")
+
+    with pytest.raises(ChildFailed) as caught:
+        run("raise SystemExit(3)")
+
+    assert (caught.value.last_line, caught.value.is_disk_full) == ("no output", False)
+
+
+@pytest.mark.parametrize(
+    ("program", "is_full"),
+    [
+        ("raise OSError(28, 'No space left on device')", False),
+        (f"raise SystemExit({EXIT_DISK_FULL})", False),
+        ("raise SystemExit(1)", True),
+    ],
+    ids=["in the log", "as exit status", "not at all"],
+)
+def test_a_full_disk_is_recognized_however_the_child_reports_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, program: str, is_full: bool
+) -> None:
+    monkeypatch.setattr(devices, "is_disk_full", lambda _folder: is_full)
+
+    with pytest.raises(ChildFailed) as caught:
+        run(program)
+
+    assert caught.value.is_disk_full
+
+
+def test_a_child_without_progress_is_terminated(
+    context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    monkeypatch.setattr(child_task, "STALL_SECONDS", 0.0)
+    monkeypatch.setattr(child_task._Progress, "_seconds_used", lambda _self: 0.0)  # pyright: ignore[reportPrivateUsage]
+
+    with pytest.raises(LorryError, match="stopped because it used no processor time for 0 s"):
+        child_task.wait_for_child(sleeper, context, stuck=no_progress)
+
+    assert sleeper.returncode is not None
+
+
+def test_no_child_is_left_running_after_an_unexpected_error(context: Any, sleeper: subprocess.Popen[bytes]) -> None:
+    def fail() -> bool:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        child_task.wait_for_child(sleeper, context, fail, stuck=no_progress)
+
+    assert sleeper.returncode is not None
+
+
+def test_a_database_outage_does_not_stop_a_child(
+    context: Any, monkeypatch: pytest.MonkeyPatch, sleeper: subprocess.Popen[bytes]
+) -> None:
+    was_called = threading.Event()
+
+    def renew(*_arguments: Any, **_options: Any) -> bool:
+        if was_called.is_set():
+            sleeper.kill()  # the second call: the child has finished
+        was_called.set()
+        raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
+
+    monkeypatch.setattr(lease, "renew", renew)
+
+    is_unwanted = child_task.lost_lease(context, BaseModelRow, "claim-1")
+    child_task.wait_for_child(sleeper, context, is_unwanted, stuck=no_progress)
+
+    assert was_called.is_set()
