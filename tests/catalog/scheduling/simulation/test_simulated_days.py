@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from catalog.scheduling.ordering import most_before
 from catalog.scheduling.simulation.queue import Arrival
 from catalog.scheduling.simulation.simulator import Cluster, Simulation, summary
 from catalog.scheduling.snapshot import USUAL
+from tests.catalog.scheduling.bounds import most_before
 
 DAY = 86_400.0
 WEIGHTS = st.tuples(*[st.sampled_from([1.0, 2.0, 3.0])] * 3)
