@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from catalog.scheduling import ordering
 from catalog.scheduling.ordering import QueueEntry, order
-from catalog.scheduling.simulation.queue import Arrival
-from catalog.scheduling.simulation.simulator import Cluster, Simulation
 from catalog.scheduling.snapshot import Policy, Share, WorkerService
 from tests.catalog.scheduling.bounds import largest_loss, longest_wait, most_before
 from tests.catalog.scheduling.test_fairness_over_days import candidate
+from tools.simulation.queue import Arrival
+from tools.simulation.simulator import Cluster, Simulation
 
 POLICY = Policy()
 P = POLICY.priority_aging_seconds
