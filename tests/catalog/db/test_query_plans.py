@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import event
 
+from catalog import revocation
 from catalog.audit import chain, log
 from catalog.audit.log import Filters
 from catalog.caller import Caller
@@ -33,7 +34,7 @@ from catalog.states import EndReason
 from catalog.storage import artifact_index, multipart_uploads
 from catalog.storage import files as catalog_files
 from catalog.sweeps import commands as sweep_commands
-from catalog.sweeps import controller, creation, revocation
+from catalog.sweeps import controller, creation
 from catalog.sweeps import queries as sweep_queries
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ApiKey
