@@ -215,7 +215,7 @@ def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
     quantization = packing.quantization_of(job.pack_key)
     lenders = gangs.lending_workers(gangs.gang_views(session, now=now))
     live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
-    able = [row for row in live if not row.takes_nothing_new and quantization in views.quantizations_of(row)]
+    able = [row for row in live if not row.takes_nothing_new and quantization in row.quantizations]
     return [row for row in able if row.id not in lenders]
 
 
@@ -312,7 +312,7 @@ def _runner(session: Session, row: Worker, same: dict[str, Measured], pack_key: 
     return Runner(
         worker_id=row.id,
         device=_device(row),
-        kind="cuda" if views.is_gpu(row) else "cpu",
+        kind="cuda" if row.has_gpu else "cpu",
         num_cores=int(cores[1]) if cores else None,
         same=own[1] if own is not None and is_same else same.get(row.id) or same.get(_device(row)),
         other=own[1] if own is not None and not is_same else None,

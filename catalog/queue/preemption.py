@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock, serialize
 from catalog.fleet import views
-from catalog.fleet.views import is_gpu, quantizations_of
 from catalog.history import events
 from catalog.lifecycle import candidates
 from catalog.queue import charging
@@ -206,7 +205,7 @@ def _holder(
     num_devices: int,
     policy: Policy,
 ) -> Holder:
-    capacity, recomputes, can_load = views.reported_capacity(worker), is_gpu(worker), quantizations_of(worker)
+    capacity, recomputes, can_load = views.reported_capacity(worker), worker.has_gpu, worker.quantizations
     service = WorkerService(
         at={},
         memory_bytes=worker.memory_bytes,
