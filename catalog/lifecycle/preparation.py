@@ -19,7 +19,7 @@ from catalog.scheduling.snapshot import USUAL, Policy
 from catalog.spec import evaluation_schedule, job_warnings
 from catalog.spec.job import JobSpec
 from catalog.states import EndReason, JobState, Verb
-from catalog.storage import token_cache as caches
+from catalog.storage import token_cache
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow, File, Prepared
@@ -102,8 +102,8 @@ def next_unprepared(
         validation = session.get_one(File, job.validation_file) if job.validation_file else None
         base, spec = session.get_one(BaseModelRow, job.base_model), JobSpec.model_validate(job.spec)
         if job.train_prepared is None:  # an older version accepted the job without it
-            job.train_prepared = caches.key_of(job.project_id, base, training, spec)
-            job.valid_prepared = validation and caches.key_of(job.project_id, base, validation, spec)
+            job.train_prepared = token_cache.key_of(job.project_id, base, training, spec)
+            job.valid_prepared = validation and token_cache.key_of(job.project_id, base, validation, spec)
         return TokenizationClaim(
             claim_id=claim_id, job=job, training_file=training, validation_file=validation, base=base
         )

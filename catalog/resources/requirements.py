@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
 from catalog.resources import memory, sharding
-from catalog.resources import pack_key as packing
 from catalog.resources.memory import ElementwiseKernels
+from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Demand
 from catalog.spec.methods import compares_with_start
 from catalog.states import UNFINISHED_STATES, JobState
@@ -83,7 +83,7 @@ def _note_each(db: Database, wanted: tuple[ColumnElement[bool], ...], *, batch: 
 def of(session: Session, job: Job) -> MemoryRequirements:
     """Return the requirements as calculated now."""
     description = session.get_one(BaseModelRow, job.base_model).description or {}
-    precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
+    precision, quantization = precision_of(job.pack_key), quantization_of(job.pack_key)
     own = own_bytes(job, description)
     divisible, gathered = shardable_bytes(job, description)
     return MemoryRequirements(
@@ -101,10 +101,10 @@ def shardable_bytes(job: Job, description: Json) -> tuple[int, int]:
 
     Both are 0 if the job needs full weights.
     """
-    quantization = packing.quantization_of(job.pack_key)
+    quantization = quantization_of(job.pack_key)
     if sharding.hindrance(job.spec["lora"], quantization, description) is not None:
         return 0, 0
-    return sharding.block_bytes(description, packing.precision_of(job.pack_key))
+    return sharding.block_bytes(description, precision_of(job.pack_key))
 
 
 def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
@@ -113,7 +113,7 @@ def demand(job: Job, description: Json, *, recomputes: bool) -> Demand:
     `description`: of the base model. `recomputes`: whether the device uses activation recomputation.
     """
     if job.own_bytes is None:
-        precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
+        precision, quantization = precision_of(job.pack_key), quantization_of(job.pack_key)
         whole = memory.trainer_bytes(description, precision, quantization)
         whole += own_bytes(job, description, recomputes=recomputes)
     else:
@@ -143,7 +143,7 @@ def own_parts(
     lora = spec["lora"]
     return memory.own_parts(
         description,
-        packing.precision_of(job.pack_key),
+        precision_of(job.pack_key),
         num_parameters=job.adapter_parameters,
         dropout=float(lora.get("dropout") or 0),
         keeps_best=spec.get("keep") == "best",

@@ -16,8 +16,7 @@ from catalog.audit import chain, log
 from catalog.audit.log import Filters
 from catalog.caller import Caller
 from catalog.db.database import Database
-from catalog.fleet import cordons, views, workers
-from catalog.fleet import metrics as numbers
+from catalog.fleet import cordons, metrics, views, workers
 from catalog.history import changes, job_logs, result_files, tracker_exports
 from catalog.history import queries as history_queries
 from catalog.jobs import commands as job_commands
@@ -148,7 +147,7 @@ ACTS: dict[str, Act] = {
     "check for pending work": lambda w, _: pending.has_work(w.db),
     "the workers": lambda w, _: views.workers(w.db),
     "check for a faulty node": lambda w, _: cordons._cordon_if_bad(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
-    "metrics of the fleet": lambda w, _: numbers.read(w.db),
+    "metrics of the fleet": lambda w, _: metrics.read(w.db),
     "creating a plan": lambda w, _: plan(w),
     "a plan that is ready": lambda w, _: ready_plan(w, lora={"rank": 4}),
     "details of a plan": lambda w, ids: plans.details(

@@ -8,8 +8,8 @@ import pytest
 
 from catalog.errors import InvalidRequest
 from catalog.resources import memory
-from catalog.spec import target_modules as linears
 from catalog.spec.lora import LoraRequest, LoraSpec, resolve_lora
+from catalog.spec.target_modules import Matcher, adapted
 
 DESCRIPTION = {
     "linear_paths": [
@@ -26,7 +26,7 @@ def spec(**fields: Any) -> LoraSpec:
 
 
 def ranks(**fields: Any) -> dict[str, int]:
-    found = linears.adapted(DESCRIPTION, spec(**fields), base_name="smol", matcher=linears.Matcher())
+    found = adapted(DESCRIPTION, spec(**fields), base_name="smol", matcher=Matcher())
     return {each.linear.path.removeprefix("model."): each.rank for each in found}
 
 
@@ -122,22 +122,22 @@ def test_agreeing_keys_on_one_layer_are_accepted() -> None:
 
 
 def test_old_base_without_layer_paths_supports_names_only() -> None:
-    named = linears.adapted(OLD, spec(target_modules=["v_proj"]), base_name="old", matcher=linears.Matcher())
+    named = adapted(OLD, spec(target_modules=["v_proj"]), base_name="old", matcher=Matcher())
 
     assert memory.adapter_parameters(named, use_dora=False) == 4 * 80 * 2
     with pytest.raises(InvalidRequest, match="imported by an older version") as refusal:
-        linears.adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old", matcher=linears.Matcher())
+        adapted(OLD, spec(rank_pattern={"v_proj": 8}), base_name="old", matcher=Matcher())
     assert (refusal.value.code, refusal.value.param) == ("model_without_layer_paths", "lora.rank_pattern")
     assert refusal.value.remedy.startswith("Omit lora.rank_pattern, or ")
     with pytest.raises(InvalidRequest) as refusal:
-        linears.adapted(OLD, spec(target_modules="re:.*"), base_name="old", matcher=linears.Matcher())
+        adapted(OLD, spec(target_modules="re:.*"), base_name="old", matcher=Matcher())
     assert refusal.value.param == "lora.target_modules"
     assert refusal.value.remedy.startswith("Set lora.target_modules to layer names, or ")
     both = spec(target_modules="re:.*", rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 8})
     with pytest.raises(
         InvalidRequest, match=r"target_modules, lora\.rank_pattern and lora\.alpha_pattern can't"
     ) as refusal:
-        linears.adapted(OLD, both, base_name="old", matcher=linears.Matcher())
+        adapted(OLD, both, base_name="old", matcher=Matcher())
     assert refusal.value.remedy.startswith(
         "Set lora.target_modules to layer names and omit lora.rank_pattern and lora.alpha_pattern, or ask"
     )
