@@ -25,7 +25,7 @@ from catalog.fleet import workers
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.registry import base_models as catalog_bases
-from catalog.resources import pack_key as packing
+from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Strategy
 from catalog.tables.jobs import Job
 from worker.background import base_models
@@ -184,8 +184,8 @@ def _trainer_settings(context: WorkerContext, first: Job | BaseToLoad) -> Json:
     return {
         "format": 1,
         "trainer_id": first.trainer_id,
-        "dtype": packing.precision_of(first.pack_key),
-        "quantization": packing.quantization_of(first.pack_key),
+        "dtype": precision_of(first.pack_key),
+        "quantization": quantization_of(first.pack_key),
         "strategy": strategy_for(context, first),
         "device": context.device.torch_name(),
         "prefix_disk_bytes": context.settings.prefix_disk_bytes,

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import difflib
 import json
-import types
 from collections.abc import Sequence
 from functools import cache
 from itertools import islice
-from typing import Annotated, Any, Union, cast, get_args, get_origin
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel
 
 from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT, UNSUPPORTED_VALUES, known_elsewhere, replacement
 from catalog.errors import InvalidRequest
+from catalog.spec.model_fields import fields_of, models_in
 from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
 
 MAX_LISTED = 5
@@ -78,7 +78,7 @@ def _explain(path: str, group: list[Problem], model: type[BaseModel] | None) -> 
 def _types_to_choose(path: str, model: type[BaseModel] | None) -> str:
     """Return the types to choose from if the missing field is an object with a discriminating `type`, else ""."""
     field = model.model_fields.get(path) if model else None
-    for part in _models_in(field.annotation) if field else []:
+    for part in models_in(field.annotation) if field else []:
         if "type" in part.model_fields and (names := get_args(part.model_fields["type"].annotation)):
             return f"Set its type to one of {', '.join(map(repr, names))}."
     return ""
@@ -128,29 +128,14 @@ def _methods_with(paths: Sequence[str]) -> list[str]:
 
 
 @cache
-def _all_paths(model: type[BaseModel], prefix: str = "") -> tuple[str, ...]:
+def _all_paths(model: type[BaseModel]) -> tuple[str, ...]:
     """Return the dotted paths of a model's fields, outer ones first."""
-    paths: list[str] = []
-    inner: list[str] = []
-    for name, field in model.model_fields.items():
-        paths.append(prefix + name)
-        for part in _models_in(field.annotation):
-            inner += _all_paths(part, f"{prefix}{name}.")
-    return (*paths, *inner)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return [model for part in get_args(annotation) for model in _models_in(part)]
-    return []
+    return tuple(path for path, _ in fields_of(model, outer_first=True))
 
 
 def _body_model(route: Any) -> type[BaseModel] | None:
     field = getattr(route, "body_field", None)
-    models = _models_in(getattr(getattr(field, "field_info", None), "annotation", None))
-    return models[0] if models else None
+    return next(models_in(getattr(getattr(field, "field_info", None), "annotation", None)), None)
 
 
 def _ascii(text: str) -> str:

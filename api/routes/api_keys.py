@@ -23,8 +23,8 @@ from api.schemas.keys import (
     revoked_object,
 )
 from api.schemas.pagination import ListPage, page_of
+from catalog import revocation
 from catalog.db.database import read_clock
-from catalog.sweeps import revocation
 from catalog.tenancy import api_keys
 
 router = Router(prefix="/v1/api_keys", tags=["projects and keys"], responses={**SIGNED, **errors(403)})

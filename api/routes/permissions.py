@@ -12,7 +12,7 @@ from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
 from api.schemas.permissions import PermissionDeleted, PermissionObject, PermissionRequest, permission_object
-from catalog.registry import permissions as sharing
+from catalog.registry import permissions
 
 router = Router(
     prefix="/v1/fine_tuning/checkpoints/{fine_tuned_model}/permissions",
@@ -41,7 +41,7 @@ def list_model_permissions(
 
     Requires an operator key with the scope `permissions:read`.
     """
-    page = sharing.list_page(
+    page = permissions.list_page(
         use.db,
         model=fine_tuned_model,
         project_id=project_id,
@@ -62,7 +62,7 @@ def create_model_permissions(
     permission keeps it. Either all permissions are created, or none. Requires an operator key with the scope
     `permissions:write`.
     """
-    rows = sharing.grant(use.db, caller=caller, model=fine_tuned_model, projects_named=body.project_ids)
+    rows = permissions.grant(use.db, caller=caller, model=fine_tuned_model, projects_named=body.project_ids)
     return page_of([permission_object(row) for row in rows])
 
 
@@ -74,5 +74,5 @@ def delete_model_permission(
 
     Requires an operator key with the scope `permissions:write`.
     """
-    sharing.revoke(use.db, model=fine_tuned_model, permission_id=permission_id, is_client_retry=is_retry)
+    permissions.revoke(use.db, model=fine_tuned_model, permission_id=permission_id, is_client_retry=is_retry)
     return PermissionDeleted(id=permission_id)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import changes_schema
+from catalog.revocation import Revocation
 from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
-from catalog.sweeps.revocation import Revocation
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy.authentication import is_live
 from catalog.tenancy.scopes import SCOPES, Scope, granted

@@ -329,7 +329,7 @@ def _poll_safely(poll: Poll) -> Found | None:
     except LorryError as error:
         log.warning("stream code=%s", error.code)
         return Found(is_last=True) if error.status < 500 else None
-    except Exception:  # as in _look_at
+    except Exception:  # as in _poll_topics
         log.exception("crash in a stream")
         return Found(is_last=True)
 

@@ -12,7 +12,7 @@ from api.streaming.hub import Found, Topic
 from api.streaming.sse import message
 from catalog.caller import Caller
 from catalog.db.database import Database
-from catalog.history import changes as watching
+from catalog.history import changes
 from catalog.history.changes import WatchedJob
 from catalog.history.metric_points import Point
 from catalog.states import FINAL_STATES
@@ -23,7 +23,7 @@ from catalog.tables.jobs import Job
 class JobWatch:
     """The polls of one listener, page by page."""
 
-    def __init__(self, db: Database, cursor: watching.Cursor, caller: Caller) -> None:
+    def __init__(self, db: Database, cursor: changes.Cursor, caller: Caller) -> None:
         self._db = db
         self._caller = caller
         self._cursor = cursor
@@ -33,23 +33,23 @@ class JobWatch:
     @classmethod
     def start(cls, db: Database, *, caller: Caller, job_id: str, last_seen: int | None) -> tuple[JobWatch, Found]:
         """Return the watch and the result of its first poll. Raises NotFound."""
-        cursor = watching.start(db, project_id=caller.project_id, job_id=job_id, last_seen=last_seen)
+        cursor = changes.start(db, project_id=caller.project_id, job_id=job_id, last_seen=last_seen)
         watch = cls(db, cursor, caller)
         return watch, watch.poll()
 
     def poll(self) -> Found:
         """Return points and events in the order in which they were written, then the job if it has changed. So a final
         job comes after all its events, and a client with an event's id has all points that were written before it."""
-        changes = watching.poll(self._db, self._cursor)
-        self.num_events += len(changes.events)
-        parts = _messages(changes.items)
-        if changes.has_more:
+        found = changes.poll(self._db, self._cursor)
+        self.num_events += len(found.events)
+        parts = _messages(found.items)
+        if found.has_more:
             return Found(seq=self._cursor.seq, parts=parts, has_more=True)
-        serialized, view = b"", _comparable_view(changes.job)
+        serialized, view = b"", _comparable_view(found.job)
         if view != self._shown:
             self._shown = view
-            serialized = _serialized(self._db, [changes.job], self._caller)[changes.job.id]
-        is_last = changes.job.state in FINAL_STATES
+            serialized = _serialized(self._db, [found.job], self._caller)[found.job.id]
+        is_last = found.job.state in FINAL_STATES
         return Found(seq=self._cursor.seq, parts=parts, view=view, view_message=serialized, is_last=is_last)
 
 
@@ -61,10 +61,10 @@ class JobSource:
 
     def poll(self, topics: Mapping[Hashable, Topic]) -> dict[Hashable, Found]:
         watched = {cast(tuple[str, str], key): topic for key, topic in topics.items()}
-        changes = watching.poll_many(self._db, {key: _seen(topic) for key, topic in watched.items()})
+        polled = changes.poll_many(self._db, {key: _seen(topic) for key, topic in watched.items()})
         views: dict[str, FineTuningJob] = {}
         to_send: list[Job] = []
-        for key, change in changes.items():
+        for key, change in polled.items():
             if change is None or change.has_more:
                 continue
             view = views[change.job.id] = _comparable_view(change.job)
@@ -72,7 +72,7 @@ class JobSource:
                 to_send.append(change.job)
         serialized = _serialized(self._db, to_send)
         found: dict[Hashable, Found] = {}
-        for key, change in changes.items():
+        for key, change in polled.items():
             if change is None:
                 found[key] = Found(seq=watched[key].seq, is_last=True)
                 continue

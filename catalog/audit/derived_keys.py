@@ -1,29 +1,25 @@
 """Keys derived from the current pepper and from replaced ones, so that old seals and signatures stay verifiable.
 
 A row of `retired_keys` holds the audit chain's key and the public lineage key of one replaced pepper, and the end of
-the chain at the time of replacement. The row is encrypted under the current pepper (AES-256-GCM): access to the
+the chain at the time of replacement. The row is encrypted under the current pepper (catalog/sealing.py): access to the
 database alone is not enough to read or add a key. A retired chain key is accepted only up to that end, so its holder
 can't forge later events. Forged earlier events would lead to a different end.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from catalog import sealing
 from catalog.audit import lineage_signatures
 from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict
@@ -37,7 +33,6 @@ CHAIN_PURPOSE = b"lorry: audit chain"
 """Separates this key from other keys that are derived from the pepper."""
 ID_PURPOSE = b"lorry: id of an audit chain key"
 ROW_PURPOSE = b"lorry: retired keys"
-NONCE_BYTES = 12
 log = logging.getLogger("lorry.catalog")
 
 
@@ -177,7 +172,7 @@ def _key_id(pepper: bytes) -> str:
 
 
 def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
-    """Encrypt the keys for a row. The row's id is authenticated, so the text can't be moved to another row."""
+    """Encrypt the keys for a row."""
     content = {
         "key": retired.chain_key.key.hex(),
         "link": retired.chain_key.last_link,
@@ -185,18 +180,13 @@ def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
         "public_key": retired.public_key,
         "retired_at": retired.retired_at,
     }
-    nonce = os.urandom(NONCE_BYTES)
-    return base64.b64encode(
-        nonce + _cipher(pepper).encrypt(nonce, json.dumps(content).encode(), ident.encode())
-    ).decode()
+    return sealing.seal(json.dumps(content), purpose=ROW_PURPOSE, row_id=ident, pepper=pepper)
 
 
 def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
     """Decrypt a row; None if it was not encrypted under this pepper."""
-    try:
-        content = base64.b64decode(sealed, validate=True)
-        opened = _cipher(pepper).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], ident.encode())
-    except (InvalidTag, binascii.Error, ValueError):
+    opened = sealing.unseal(sealed, purpose=ROW_PURPOSE, row_id=ident, peppers=[pepper])
+    if opened is None:
         return None
     try:  # the content is untrusted: a holder of a replaced pepper may have written it
         record: Any = json.loads(opened)
@@ -206,7 +196,3 @@ def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
         return Retired(chain_key=key, public_key=dict(record["public_key"]), retired_at=float(record["retired_at"]))
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
-
-
-def _cipher(pepper: bytes) -> AESGCM:
-    return AESGCM(hmac.digest(pepper, ROW_PURPOSE, hashlib.sha256))

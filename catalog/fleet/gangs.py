@@ -138,74 +138,74 @@ class RoundState:
 
 
 def enter(
-    place: GangMember, *, size: int, min_size: int, kind: str, num_processes: int, free_bytes: int, versions: str = ""
+    member: GangMember, *, size: int, min_size: int, kind: str, num_processes: int, free_bytes: int, versions: str = ""
 ) -> None:
     """Add a registered worker to its gang, and delete the seats of stopped workers."""
-    with place.db.write() as session:
-        add_if_missing(session, Gang, {"name": place.gang, "size": size, "min_size": min_size})
-        row = _locked(session, place.gang)
+    with member.db.write() as session:
+        add_if_missing(session, Gang, {"name": member.gang, "size": size, "min_size": min_size})
+        row = _locked(session, member.gang)
         row.size, row.min_size = size, min_size
         gone = select(Worker.id).where(Worker.ended_at.is_not(None))
-        session.execute(delete(GangSeat).where(GangSeat.gang == place.gang, GangSeat.worker_id.in_(gone)))
-        seat = session.get(GangSeat, place.worker_id) or GangSeat(worker_id=place.worker_id)
-        seat.gang, seat.kind, seat.num_processes, seat.free_bytes = place.gang, kind, num_processes, free_bytes
+        session.execute(delete(GangSeat).where(GangSeat.gang == member.gang, GangSeat.worker_id.in_(gone)))
+        seat = session.get(GangSeat, member.worker_id) or GangSeat(worker_id=member.worker_id)
+        seat.gang, seat.kind, seat.num_processes, seat.free_bytes = member.gang, kind, num_processes, free_bytes
         seat.versions, seat.round_id, seat.is_leaving = versions, None, False
         seat.num_missed = seat.num_failed = 0
         session.add(seat)
 
 
-def report_memory(place: GangMember, *, free_bytes: int) -> None:
+def report_memory(member: GangMember, *, free_bytes: int) -> None:
     """Report the memory that each process of a trainer could use on this member now."""
-    with place.db.write() as session:
-        seat = session.get(GangSeat, place.worker_id, with_for_update=True)
+    with member.db.write() as session:
+        seat = session.get(GangSeat, member.worker_id, with_for_update=True)
         if seat is not None:
             seat.free_bytes = free_bytes
 
 
-def standing(place: GangMember) -> GangState:
+def standing(member: GangMember) -> GangState:
     """Return the gang's current state for this member."""
-    with place.db.read() as session:
-        row = session.get_one(Gang, place.gang)
-        members = tuple(_member(seat, worker) for seat, worker in _live(session, place))
-        call = _call(row, session.get(GangSeat, place.worker_id))
+    with member.db.read() as session:
+        row = session.get_one(Gang, member.gang)
+        members = tuple(_member(seat, worker) for seat, worker in _live(session, member))
+        call = _call(row, session.get(GangSeat, member.worker_id))
         return GangState(leader_id=row.leader_id if _is_led(row, members) else None, members=members, call=call)
 
 
-def lead(place: GangMember) -> bool:
+def lead(member: GangMember) -> bool:
     """Try to become the leader. Returns whether this member leads.
 
     It succeeds if there is no live leader, or if the leader is cordoned or draining and has no open round. A round of
     the previous leader ends.
     """
-    with place.db.write() as session:
-        row = _locked(session, place.gang)
-        members = [_member(seat, worker) for seat, worker in _live(session, place)]
-        is_able = any(member.worker_id == place.worker_id and member.is_open for member in members)
+    with member.db.write() as session:
+        row = _locked(session, member.gang)
+        members = [_member(seat, worker) for seat, worker in _live(session, member)]
+        is_able = any(each.worker_id == member.worker_id and each.is_open for each in members)
         if is_able and not _is_led(row, members):
             _clear(row)
-            row.leader_id = place.worker_id
-        return row.leader_id == place.worker_id
+            row.leader_id = member.worker_id
+        return row.leader_id == member.worker_id
 
 
-def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds: float) -> Round:
+def open_round(member: GangMember, *, members: Sequence[str], task: Json, seconds: float) -> Round:
     """Open a round with these members, which include the leader. An earlier round of the leader ends.
 
     seconds: time limit for all members to join. Raises NotGathered if a member is not available; then none is called.
     """
-    with place.db.write() as session:
-        row = _led(session, place)
+    with member.db.write() as session:
+        row = _led(session, member)
         _clear(row)
-        live = {seat.worker_id: seat for seat, worker in _live(session, place) if not _is_closed(seat, worker)}
-        missing = [member for member in members if member not in live]
+        live = {seat.worker_id: seat for seat, worker in _live(session, member) if not _is_closed(seat, worker)}
+        missing = [worker_id for worker_id in members if worker_id not in live]
         if missing:
             verb = "is" if len(missing) == 1 else "are"
             raise NotGathered(
-                f"Gang {place.gang}: {_named(missing)} {verb} unreachable, stopped, cordoned or draining."
+                f"Gang {member.gang}: {_named(missing)} {verb} unreachable, stopped, cordoned or draining."
             )
         round_id, first_rank, first_ranks = new_id("round"), 0, list[int]()
-        in_order = [place.worker_id, *(member for member in members if member != place.worker_id)]
-        for member in in_order:
-            seat = live[member]
+        in_order = [member.worker_id, *(worker_id for worker_id in members if worker_id != member.worker_id)]
+        for worker_id in in_order:
+            seat = live[worker_id]
             seat.round_id, seat.first_rank, seat.joined_at, seat.ended = round_id, first_rank, None, None
             first_ranks.append(first_rank)
             first_rank += seat.num_processes
@@ -214,44 +214,44 @@ def open_round(place: GangMember, *, members: Sequence[str], task: Json, seconds
         return Round(round_id=round_id, num_ranks=first_rank, workers=in_order, first_ranks=first_ranks)
 
 
-def join(place: GangMember, round_id: str) -> None:
+def join(member: GangMember, round_id: str) -> None:
     """Join the round: the member has everything that it needs to start. Raises NotGathered."""
-    with place.db.write() as session:
-        row, seat = _of_round(session, place, round_id)
+    with member.db.write() as session:
+        row, seat = _of_round(session, member, round_id)
         now = read_clock(session)
         if row.expires_at is not None and now >= row.expires_at:
             late = now - row.expires_at
-            message = f"Gang {row.name}: worker {place.worker_id} joined {late:.1f} s after the time limit."
+            message = f"Gang {row.name}: worker {member.worker_id} joined {late:.1f} s after the time limit."
             raise NotGathered(message, remedy=LATE)
         seat.joined_at = now
 
 
-def start(place: GangMember, round_id: str, *, port: int) -> None:
+def start(member: GangMember, round_id: str, *, port: int) -> None:
     """Start the round: all members connect to this port of the leader's address.
 
     Raises NotGathered if a member has not joined, is lost or has ended its part, or if the time limit has passed. Then
     no member starts.
     """
-    with place.db.write() as session:
-        row = _led(session, place)
+    with member.db.write() as session:
+        row = _led(session, member)
         if row.round_id != round_id:
-            raise _is_over(place.gang, round_id)
-        found = _progress(session, place, row)
+            raise _is_over(member.gang, round_id)
+        found = _progress(session, member, row)
         if (hindrance := hindrance_of(found)) is not None:
             raise hindered(row.name, hindrance, found)
         row.port, row.expires_at = port, None
         session.execute(update(GangSeat).where(GangSeat.round_id == round_id).values(num_missed=0, num_failed=0))
 
 
-def progress(place: GangMember, round_id: str) -> RoundState:
+def progress(member: GangMember, round_id: str) -> RoundState:
     """Return the round's progress for its leader. Raises NotGathered if the round has ended or another member leads."""
-    with place.db.read() as session:
-        row = session.get_one(Gang, place.gang)
-        if row.leader_id != place.worker_id:
+    with member.db.read() as session:
+        row = session.get_one(Gang, member.gang)
+        if row.leader_id != member.worker_id:
             raise _is_led_by_another(row)
         if row.round_id != round_id:
-            raise _is_over(place.gang, round_id)
-        return _progress(session, place, row)
+            raise _is_over(member.gang, round_id)
+        return _progress(session, member, row)
 
 
 def hindrance_of(found: RoundState) -> str | None:
@@ -276,15 +276,15 @@ def hindered(gang: str, hindrance: str, found: RoundState) -> NotGathered:
     return NotGathered(f"Gang {gang}: {hindrance}", remedy=LATE if is_slow else RETRIED)
 
 
-def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
+def leave(member: GangMember, round_id: str, *, end: Json) -> bool:
     """Report the end of the member's part in the round. Returns False if the round has already ended.
 
     end: reason, detail and is_echo. A member that fails to participate MAX_FAILED times through its own fault, with no
     started round in between, is cordoned.
     """
-    with place.db.write() as session:
+    with member.db.write() as session:
         try:
-            row, seat = _of_round(session, place, round_id)
+            row, seat = _of_round(session, member, round_id)
         except NotGathered:
             return False
         seat.ended = end
@@ -293,37 +293,37 @@ def leave(place: GangMember, round_id: str, *, end: Json) -> bool:
             seat.num_failed += end["reason"] in cordons.AT_FAULT
             if seat.num_failed >= MAX_FAILED:
                 seat.num_missed = seat.num_failed = 0
-                cordons.close(session, place.worker_id, reason=OF_FAILED, evidence=[end])
+                cordons.close(session, member.worker_id, reason=OF_FAILED, evidence=[end])
         return True
 
 
-def missed(place: GangMember, round_id: str, worker_ids: Collection[str]) -> None:
+def missed(member: GangMember, round_id: str, worker_ids: Collection[str]) -> None:
     """Record, as the leader, that the round failed because of these members. Other members are preferred next time."""
-    with place.db.write() as session:
-        if _led(session, place).round_id == round_id:
+    with member.db.write() as session:
+        if _led(session, member).round_id == round_id:
             seats = (GangSeat.round_id == round_id, GangSeat.worker_id.in_(worker_ids))
             session.execute(update(GangSeat).where(*seats).values(num_missed=GangSeat.num_missed + 1))
 
 
-def ask_to_leave(place: GangMember) -> None:
+def ask_to_leave(member: GangMember) -> None:
     """Announce that the member is draining. Its leader saves the jobs first."""
-    with place.db.write() as session:
-        seat = session.get(GangSeat, place.worker_id, with_for_update=True)
+    with member.db.write() as session:
+        seat = session.get(GangSeat, member.worker_id, with_for_update=True)
         if seat is not None:
             seat.is_leaving = True
 
 
-def end_round(place: GangMember, round_id: str) -> None:
+def end_round(member: GangMember, round_id: str) -> None:
     """End the round for all members. Does nothing if it has already ended, or if another member leads."""
-    with place.db.write() as session:
-        row = _locked(session, place.gang)
-        if row.round_id == round_id and row.leader_id == place.worker_id:
+    with member.db.write() as session:
+        row = _locked(session, member.gang)
+        if row.round_id == round_id and row.leader_id == member.worker_id:
             _clear(row)
 
 
-def _progress(session: Session, place: GangMember, row: Gang) -> RoundState:
+def _progress(session: Session, member: GangMember, row: Gang) -> RoundState:
     called = select(GangSeat).where(GangSeat.gang == row.name, GangSeat.round_id == row.round_id)
-    live = {seat.worker_id for seat, _ in _live(session, place)}
+    live = {seat.worker_id for seat, _ in _live(session, member)}
     others = [seat for seat in session.scalars(called) if seat.worker_id != row.leader_id]
     return RoundState(
         num_others=len(others),
@@ -339,18 +339,18 @@ def _locked(session: Session, gang: str) -> Gang:
     return session.get_one(Gang, gang, with_for_update=True, populate_existing=True)
 
 
-def _led(session: Session, place: GangMember) -> Gang:
-    row = _locked(session, place.gang)
-    if row.leader_id != place.worker_id:
+def _led(session: Session, member: GangMember) -> Gang:
+    row = _locked(session, member.gang)
+    if row.leader_id != member.worker_id:
         raise _is_led_by_another(row)
     return row
 
 
-def _of_round(session: Session, place: GangMember, round_id: str) -> tuple[Gang, GangSeat]:
-    row = _locked(session, place.gang)
-    seat = session.get(GangSeat, place.worker_id, with_for_update=True, populate_existing=True)
+def _of_round(session: Session, member: GangMember, round_id: str) -> tuple[Gang, GangSeat]:
+    row = _locked(session, member.gang)
+    seat = session.get(GangSeat, member.worker_id, with_for_update=True, populate_existing=True)
     if seat is None or row.round_id != round_id or seat.round_id != round_id:
-        raise _is_over(place.gang, round_id)
+        raise _is_over(member.gang, round_id)
     return row, seat
 
 
@@ -364,11 +364,11 @@ def _clear(row: Gang) -> None:
     row.round_id = row.task = row.expires_at = row.port = None
 
 
-def _live(session: Session, place: GangMember) -> Sequence[tuple[GangSeat, Worker]]:
+def _live(session: Session, member: GangMember) -> Sequence[tuple[GangSeat, Worker]]:
     """Return the live members of the gang, the longest-running first."""
     now = read_clock(session)
-    liveness = place.heard or LivenessTracker(silent_seconds=place.silent_seconds)
-    of_gang = (GangSeat.gang == place.gang, Worker.ended_at.is_(None))
+    liveness = member.heard or LivenessTracker(silent_seconds=member.silent_seconds)
+    of_gang = (GangSeat.gang == member.gang, Worker.ended_at.is_(None))
     found = select(GangSeat, Worker).join(Worker, Worker.id == GangSeat.worker_id).where(*of_gang)
     rows = session.execute(found.order_by(Worker.started_at, Worker.id))
     return [(seat, worker) for seat, worker in rows if liveness.is_live(worker.id, worker.heartbeat_at, now=now)]

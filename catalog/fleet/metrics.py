@@ -14,8 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
-from catalog.fleet import cordons
-from catalog.fleet import views as fleet
+from catalog.fleet import cordons, views
 from catalog.fleet.views import WorkerState, WorkerView
 from catalog.lifecycle.recovery import Work
 from catalog.states import EndReason, JobState, PriorityClass
@@ -74,8 +73,8 @@ class Numbers:
 
 def read(db: Database) -> Numbers:
     """Read the metrics. Raises Unavailable."""
-    views = fleet.workers(db)
-    live = [view for view in views if view.state not in ("lost", "ended")]
+    workers = views.workers(db)
+    live = [view for view in workers if view.state not in ("lost", "ended")]
     with db.read() as session:
         now, kept = read_clock(session), ledger.read_counters(session)
         pending, due_at = _webhooks(session, now=now)
@@ -90,7 +89,7 @@ def read(db: Database) -> Numbers:
             trained_tokens=kept.get(("trained_tokens", ""), 0),
             adapters=kept.get(("adapters", ""), 0),
             events=session.scalar(select(func.max(JobEvent.seq))) or 0,
-            workers=_by_state(views),
+            workers=_by_state(workers),
             workers_cordoned=cordons.count(session),
             trainers=Counter(_name(view.base_names) for view in live if view.worker.resident_base),
             trainer_jobs=_jobs_of_bases(session),
@@ -135,9 +134,9 @@ def _webhooks(session: Session, *, now: float) -> tuple[int, float | None]:
     return session.scalar(select(func.count()).select_from(some)) or 0, session.scalar(first)
 
 
-def _by_state(views: Iterable[WorkerView]) -> dict[WorkerState, int]:
+def _by_state(workers: Iterable[WorkerView]) -> dict[WorkerState, int]:
     """Count workers by state. The result contains every state."""
-    found = Counter(view.state for view in views)
+    found = Counter(view.state for view in workers)
     return {state: found[state] for state in get_args(WorkerState)}
 
 

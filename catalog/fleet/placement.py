@@ -11,8 +11,8 @@ from collections.abc import Collection
 from sqlalchemy.orm import Session
 
 from catalog.fleet import views
-from catalog.resources import pack_key as packing
 from catalog.resources import requirements
+from catalog.resources.pack_key import quantization_of
 from catalog.resources.sharding import NEVER, Demand, DeviceGroup, reason
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
@@ -32,7 +32,7 @@ def of_waiting(session: Session, job: Job, *, now: float, lenders: Collection[st
     They cover workers that accept new jobs, support the job's quantization and have enough memory. lenders: gang
     members that claim no jobs themselves.
     """
-    quantization = packing.quantization_of(job.pack_key)
+    quantization = quantization_of(job.pack_key)
     capacities = views.empty_capacities(session, now=now, quantization=quantization, without=lenders)
     num_by_group = Counter(capacity.group for capacity in capacities)
     placements = [_placement(session, job, group, num_workers=number) for group, number in num_by_group.items()]

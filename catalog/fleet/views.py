@@ -17,7 +17,7 @@ from catalog.resources.memory import SLICE_TOKENS
 from catalog.resources.sharding import reported_group
 from catalog.scheduling.snapshot import Capacity
 from catalog.spec.job import FleetDefaults
-from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Trainer, Worker, has_gpu, is_live, quantizations_on
+from catalog.tables.fleet import SILENT_SECONDS, Gang, GangSeat, Trainer, Worker, has_gpu, is_live
 from catalog.tables.history import Attempt
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
@@ -125,12 +125,7 @@ def quantizations(session: Session, *, now: float, only_open: bool = False) -> f
     only_open: include only workers that accept new jobs.
     """
     live = _live(session, now=now, only_open=only_open)
-    return frozenset[str]().union(*(quantizations_of(worker) for worker in live)) if live else None
-
-
-def quantizations_of(worker: Worker) -> frozenset[str]:
-    """Return "none" and the quantizations that the worker reported when it started. Older workers report none."""
-    return quantizations_on(worker.devices)
+    return frozenset[str]().union(*(worker.quantizations for worker in live)) if live else None
 
 
 def integrations(session: Session, *, now: float) -> frozenset[str] | None:
@@ -153,7 +148,7 @@ def empty_capacities(
     """
     smallest = gangs.smallest_members(session, now=now)
     live = [worker for worker in _live(session, now=now, only_open=True) if worker.id not in without]
-    able = [worker for worker in live if quantization in quantizations_of(worker)]
+    able = [worker for worker in live if quantization in worker.quantizations]
     return [empty_capacity(worker, smallest.get(worker.id)) for worker in able]
 
 
@@ -163,7 +158,7 @@ def empty_capacity(worker: Worker, smallest: Worker | None = None) -> Capacity:
     group = reported_group(worker.devices, memory_bytes)
     if smallest is not None:
         group = replace(group, smallest=smallest.id)
-    return Capacity(max_jobs=1, memory_bytes_free=memory_bytes, recomputes=is_gpu(worker), group=group)
+    return Capacity(max_jobs=1, memory_bytes_free=memory_bytes, recomputes=worker.has_gpu, group=group)
 
 
 def _live(session: Session, *, now: float, only_open: bool) -> list[Worker]:
@@ -189,10 +184,6 @@ def reported_when_empty(session: Session, worker_ids: Collection[str]) -> list[t
         for worker in found
         if "capacity" in (worker.report or {})
     ]
-
-
-def is_gpu(worker: Worker) -> bool:
-    return has_gpu(worker.devices)
 
 
 def _training(session: Session) -> set[str]:

@@ -180,7 +180,7 @@ def unloaded(
             .order_by(func.min(IS_BATCH), func.min(InferenceRequest.created_at))
         )
         worker = session.get(Worker, worker_id)
-        can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
+        can_load = worker.quantizations if worker is not None else frozenset({"none"})
         wanted = (
             WantedBase(base_model=name, base_digest=digest, pack_key=key)
             for key, name, digest in session.execute(waiting)

@@ -15,9 +15,9 @@ from catalog.fleet.views import LoadedTrainer
 from catalog.history.queries import find
 from catalog.lifecycle import deadlines
 from catalog.queue import charging, listing
-from catalog.resources import pack_key as packing
 from catalog.resources import sharding, throughput
 from catalog.resources.memory import readable
+from catalog.resources.pack_key import precision_of, quantization_of, weights_of
 from catalog.resources.sharding import SINGLE
 from catalog.scheduling import ordering
 from catalog.scheduling.ordering import QueueEntry
@@ -117,8 +117,8 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         "resident_bases": sorted({resident.base_digest for resident in residents if resident.base_digest}),
         "resident_precisions": _precisions(residents, job.base_digest),
         "base_digest": job.base_digest,
-        "precision": packing.precision_of(job.pack_key),
-        "quantization": packing.quantization_of(job.pack_key),
+        "precision": precision_of(job.pack_key),
+        "quantization": quantization_of(job.pack_key),
         "priority": PriorityClass(job.priority).name,
     }
     facts |= {"is_held": job.is_held, **deadlines.facts(job, now)}
@@ -241,7 +241,7 @@ def _place(own_entry: QueueEntry, ahead: list[QueueEntry], job: Job) -> Json:
 def _precisions(residents: list[LoadedTrainer], base_digest: str) -> list[str]:
     """Return the precisions in which the job's base model is loaded."""
     keys = {resident.pack_key for resident in residents if resident.base_digest == base_digest}
-    return sorted(packing.precision_of(key) for key in keys if key)
+    return sorted(precision_of(key) for key in keys if key)
 
 
 def _queue_sentence(job: Job, own_entry: QueueEntry, ahead: list[QueueEntry], residents: list[LoadedTrainer]) -> str:
@@ -276,10 +276,8 @@ def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
     """Return the reason why the job can't join a loaded trainer."""
     if not of_its_base:
         return "Workers currently have other base models loaded."
-    loaded = " and ".join(
-        sorted({packing.weights_of(resident.pack_key) for resident in of_its_base if resident.pack_key})
-    )
-    wanted = packing.weights_of(job.pack_key)
+    loaded = " and ".join(sorted({weights_of(resident.pack_key) for resident in of_its_base if resident.pack_key}))
+    wanted = weights_of(job.pack_key)
     return f"Its base model is loaded in {loaded}, but it needs {wanted}: it can't join and waits for its own trainer."
 
 
@@ -292,7 +290,7 @@ def _overtaking_sentence(own_entry: QueueEntry) -> str:
 
 
 def _unquantized(session: Session, job: Job, *, now: float) -> str | None:
-    wanted, found = packing.quantization_of(job.pack_key), views.quantizations(session, now=now, only_open=True)
+    wanted, found = quantization_of(job.pack_key), views.quantizations(session, now=now, only_open=True)
     if found is None or wanted in found:
         return None
     return f"It needs its base model in {wanted}, but no running worker has bitsandbytes. {INSTALL_QUANT}"
@@ -304,7 +302,7 @@ def _too_large(session: Session, job: Job, own_entry: QueueEntry, *, now: float)
         (SINGLE, NOTHING.demand(own_entry.candidate))
     ]
     description = session.get_one(BaseModelRow, job.base_model).description or {}
-    hindrance = sharding.hindrance(job.spec["lora"], packing.quantization_of(job.pack_key), description)
+    hindrance = sharding.hindrance(job.spec["lora"], quantization_of(job.pack_key), description)
     misfit = sharding.explain_misfit(found, hindrance)
     if misfit is None:
         return None

@@ -65,7 +65,7 @@ class CandidateFilter:
 
 def waiting(
     session: Session,
-    such: CandidateFilter,
+    wanted: CandidateFilter,
     *,
     now: float,
     per_group: int,
@@ -74,17 +74,17 @@ def waiting(
     group: DeviceGroup = SINGLE,
     num_ends: int = 0,
 ) -> list[Candidate]:
-    """Return the first `per_group` claimable jobs of each project and class that match `such`, unsorted.
+    """Return the first `per_group` claimable jobs of each project and class that match `wanted`, unsorted.
 
     Skips projects that have reached a limit. num_bytes: free bytes on each device of the group. num_ends: the maximum
-    number of counted attempts if `such.tried_less` is set.
+    number of counted attempts if `wanted.tried_less` is set.
     """
-    such = replace(such, shards_when=group.shards_when)
-    free_bytes = num_bytes - group.reserve_bytes if such.alone else num_bytes
+    wanted = replace(wanted, shards_when=group.shards_when)
+    free_bytes = num_bytes - group.reserve_bytes if wanted.alone else num_bytes
     asked = {"now": now, "per_group": per_group, "num_bytes": free_bytes, "key": key, "num_ends": num_ends}
     asked |= {"num_devices": group.num_devices, "usable_bytes": group.usable_bytes}
     asked |= {"host_bytes": group.host_limit_bytes, "keeps_shares": int(group.keeps_shares)}
-    rows = session.execute(_waiting(such, for_sqlite=is_sqlite(session)), asked).all()
+    rows = session.execute(_waiting(wanted, for_sqlite=is_sqlite(session)), asked).all()
     limited = {row.project_id for row in rows if row.is_limited}
     limited_projects = quotas.holds(session, now=now, project_ids=limited) if limited else ()
     return [_candidate(row) for row in rows if row.project_id not in limited_projects]
@@ -130,20 +130,20 @@ def projects(state: JobState) -> CTE:
 
 
 @cache
-def _waiting(such: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
-    groups, job = _groups(JobState.QUEUED, such.priority), aliased(Job)
+def _waiting(wanted: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
+    groups, job = _groups(JobState.QUEUED, wanted.priority), aliased(Job)
     conditions = [is_due(job, bindparam("now"))]
-    if such.alike:
+    if wanted.alike:
         trains_alone = job.counted_attempts + job.lost_attempts >= MAX_ENDS_IN_COMPANY
         conditions += [*_in_queue(job), job.pack_key == bindparam("key"), ~trains_alone]
     else:
         conditions += [job.state == JobState.QUEUED]
-    if such.alone or such.alike:
-        conditions += [_fits(job, such)]
-        groups = _where_some_fit(groups, such)
-    if such.tried_less:
+    if wanted.alone or wanted.alike:
+        conditions += [_fits(job, wanted)]
+        groups = _where_some_fit(groups, wanted)
+    if wanted.tried_less:
         conditions += [job.counted_attempts <= bindparam("num_ends")]
-    conditions += [job.pack_key.not_like(f"%+{name}:%") for name in such.without_quantizations]
+    conditions += [job.pack_key.not_like(f"%+{name}:%") for name in wanted.without_quantizations]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
     names = (*names, "created_at", "counted_attempts", "lost_attempts", "preemption_requested_at")
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
@@ -181,15 +181,15 @@ def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
     return job.queued_at.is_not(None), job.state.not_in(others)
 
 
-def _where_some_fit(groups: CTE, such: CandidateFilter) -> CTE:
+def _where_some_fit(groups: CTE, wanted: CandidateFilter) -> CTE:
     """The groups whose smallest job fits. Each other group costs one row, however many of its jobs wait."""
     job = aliased(Job)
     group = (job.project_id == groups.c.project_id, job.priority == groups.c.priority, job.queued_at.is_not(None))
     need, by = job.least_bytes - job.trainer_bytes, job.least_bytes
-    if such.alone:  # no index contains the size of a shard, which therefore counts as 0 bytes
-        need = by = job.least_bytes if such.shards_when == "never" else job.least_divided_bytes
+    if wanted.alone:  # no index contains the size of a shard, which therefore counts as 0 bytes
+        need = by = job.least_bytes if wanted.shards_when == "never" else job.least_divided_bytes
     smallest = select(need).where(*group).order_by(by).limit(1).correlate(groups)
-    if such.alike:
+    if wanted.alike:
         smallest = smallest.where(job.pack_key == bindparam("key"))
     fitting = select(groups).where(smallest.scalar_subquery() <= bindparam("num_bytes"))
     # Materialized, because PostgreSQL may otherwise read the first jobs of all groups before it filters the groups.
@@ -204,19 +204,19 @@ def _firsts(groups: CTE, job: type[Job], conditions: list[ColumnElement[bool]]) 
     return firsts.limit(bindparam("per_group")).correlate(groups)
 
 
-def _fits(job: type[Job], such: CandidateFilter) -> ColumnElement[bool]:
+def _fits(job: type[Job], wanted: CandidateFilter) -> ColumnElement[bool]:
     """Condition for jobs that fit into `num_bytes`."""
-    own = job.own_bytes - job.saved_bytes if such.recomputes else job.own_bytes
+    own = job.own_bytes - job.saved_bytes if wanted.recomputes else job.own_bytes
     whole = own + job.trainer_bytes
-    need, is_trained = (whole if such.alone else own), true()
-    if such.shards_when != "never":
-        need_alone, is_trained = _strategy_columns(job, such, whole)
-        need = need_alone if such.alone else own
+    need, is_trained = (whole if wanted.alone else own), true()
+    if wanted.shards_when != "never":
+        need_alone, is_trained = _strategy_columns(job, wanted, whole)
+        need = need_alone if wanted.alone else own
     return and_(is_trained, need <= bindparam("num_bytes"))
 
 
 def _strategy_columns(
-    job: type[Job], such: CandidateFilter, whole: ColumnElement[int]
+    job: type[Job], wanted: CandidateFilter, whole: ColumnElement[int]
 ) -> tuple[ColumnElement[int], ColumnElement[bool]]:
     """(bytes that the job needs alone on each device under the group's strategy, whether the job can be trained so).
 
@@ -228,15 +228,15 @@ def _strategy_columns(
     gathered = (job.gathered_bytes + GATHERED_BLOCKS * number - 1) // (GATHERED_BLOCKS * number)
     divided, offloaded = rest + share, rest + share * bindparam("keeps_shares") + gathered
     can_divide, host_holds = job.shardable_bytes > 0, job.shardable_bytes <= bindparam("host_bytes")
-    if such.shards_when == "always":
+    if wanted.shards_when == "always":
         return divided, can_divide
-    if such.shards_when == "offloaded":
+    if wanted.shards_when == "offloaded":
         return offloaded, and_(can_divide, host_holds)
     is_spread = and_(can_divide, whole > usable)
     is_offloaded = and_(is_spread, divided > usable, host_holds)
     ways = {"replicated": ~is_spread, "sharded": and_(is_spread, ~is_offloaded), "offloaded": is_offloaded}
     need = case((is_offloaded, offloaded), (is_spread, divided), else_=whole)
-    return need, ways[such.holding] if such.alike else true()
+    return need, ways[wanted.holding] if wanted.alike else true()
 
 
 def _groups(state: JobState, only: int | None = None) -> CTE:

@@ -23,7 +23,7 @@ from catalog.resources.memory import readable
 from catalog.resources.sharding import reported_group
 from catalog.spec.job import Quantization
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, reasons
-from catalog.tables.fleet import Trainer, Worker, has_gpu, is_live, quantizations_on
+from catalog.tables.fleet import Trainer, Worker, is_live
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
@@ -40,10 +40,10 @@ def backoff_seconds(session: Session, job: Job, *, now: float) -> float:
     worker = session.get(Worker, job.worker_id) if job.worker_id is not None else None
     if worker is None:
         return 0.0
-    missing = tuple(name for name in get_args(Quantization) if name not in quantizations_on(worker.devices))
+    missing = tuple(name for name in get_args(Quantization) if name not in worker.quantizations)
     others = candidates.waiting(
         session,
-        CandidateFilter(alone=True, recomputes=has_gpu(worker.devices), without_quantizations=missing, tried_less=True),
+        CandidateFilter(alone=True, recomputes=worker.has_gpu, without_quantizations=missing, tried_less=True),
         now=now + wait,
         per_group=1,
         num_bytes=worker.memory_bytes,

@@ -19,8 +19,8 @@ from catalog.plans import duration
 from catalog.plans.duration import ExpectedStart, Measured, Occupied, Runner
 from catalog.queue import charging, listing
 from catalog.resources import gpus, memory, requirements, sharding
-from catalog.resources import pack_key as packing
 from catalog.resources.gpus import MemoryBreakdown
+from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import NEVER, Demand, DeviceGroup
 from catalog.resources.throughput import Speeds
 from catalog.scheduling.ordering import order
@@ -158,7 +158,7 @@ def _cautions(
 
 
 def _sizes(job: Job, description: Json) -> _Sizes:
-    precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
+    precision, quantization = precision_of(job.pack_key), quantization_of(job.pack_key)
     tick = memory.tick_parts(description, precision, quantization, num_tokens=memory.JOB_TOKENS)
     base = {"base": memory.base_bytes(description, precision, quantization), **tick}
     divisible, gathered = requirements.shardable_bytes(job, description)
@@ -212,10 +212,10 @@ def _live(session: Session, job: Job, *, now: float) -> list[Worker]:
 
     Excludes gang members that do not lead, because they claim no jobs.
     """
-    quantization = packing.quantization_of(job.pack_key)
+    quantization = quantization_of(job.pack_key)
     lenders = gangs.lending_workers(gangs.gang_views(session, now=now))
     live = session.scalars(select(Worker).where(is_live(now=now)).order_by(Worker.id))
-    able = [row for row in live if not row.takes_nothing_new and quantization in views.quantizations_of(row)]
+    able = [row for row in live if not row.takes_nothing_new and quantization in row.quantizations]
     return [row for row in able if row.id not in lenders]
 
 
@@ -312,7 +312,7 @@ def _runner(session: Session, row: Worker, same: dict[str, Measured], pack_key: 
     return Runner(
         worker_id=row.id,
         device=_device(row),
-        kind="cuda" if views.is_gpu(row) else "cpu",
+        kind="cuda" if row.has_gpu else "cpu",
         num_cores=int(cores[1]) if cores else None,
         same=own[1] if own is not None and is_same else same.get(row.id) or same.get(_device(row)),
         other=own[1] if own is not None and not is_same else None,

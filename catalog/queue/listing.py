@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
 from catalog.fleet import views
-from catalog.lifecycle import candidates as heads
+from catalog.lifecycle.candidates import CandidateFilter, num_groups, waiting
 from catalog.queue import charging
 from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.snapshot import USUAL, Candidate, Policy
@@ -52,9 +52,9 @@ def queue_entries(session: Session, *, now: float, policy: Policy = USUAL) -> li
 
 def candidates(session: Session, *, now: float) -> list[Candidate]:
     """The jobs that `queue_entries` sorts, unsorted."""
-    per_group = math.ceil(MAX_SHOWN / max(1, heads.num_groups(session)))
+    per_group = math.ceil(MAX_SHOWN / max(1, num_groups(session)))
     while True:
-        found = heads.waiting(session, heads.CandidateFilter(), now=now, per_group=per_group)
+        found = waiting(session, CandidateFilter(), now=now, per_group=per_group)
         sizes = Counter((candidate.project_id, candidate.priority) for candidate in found)
         full = [size for size in sizes.values() if size == per_group]
         left = MAX_SHOWN - len(found)

@@ -16,11 +16,10 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock, serialize
 from catalog.fleet import views
-from catalog.fleet.views import is_gpu, quantizations_of
 from catalog.history import events
 from catalog.lifecycle import candidates
 from catalog.queue import charging
-from catalog.scheduling import preemption as preempt
+from catalog.scheduling import preemption
 from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.preemption import AT_ONCE, Holder, Preemption, Training
 from catalog.scheduling.snapshot import Candidate, Policy, Share, WorkerService
@@ -68,7 +67,7 @@ def request_preemptions(db: Database, *, policy: Policy) -> int:
 
 
 def _urgent_entries(session: Session, *, now: float, policy: Policy) -> list[tuple[QueueEntry, list[Candidate]]]:
-    """The jobs that `preempt.pressing` finds in the queue, limited to those that their projects may start.
+    """The jobs that `preemption.pressing` finds in the queue, limited to those that their projects may start.
 
     Each comes with the jobs of other projects that are ahead of it.
     """
@@ -79,7 +78,7 @@ def _urgent_entries(session: Session, *, now: float, policy: Policy) -> list[tup
     waiting = candidates.waiting(session, candidates.CandidateFilter(), now=now, per_group=AT_ONCE)
     shares, served = charging.shares_of_waiting(session, now=now, policy=policy), charging.served(session, now=now)
     entries = order(waiting, now, shares=shares, served=served, policy=policy)
-    return _startable(session, preempt.pressing(entries, now=now, policy=policy), late)[:AT_ONCE]
+    return _startable(session, preemption.pressing(entries, now=now, policy=policy), late)[:AT_ONCE]
 
 
 def _startable(
@@ -126,7 +125,7 @@ def _decide(session: Session, *, now: float, policy: Policy) -> list[PreemptionR
     holders = _holders(session, now=now, policy=policy) if entries else []
     decided: list[PreemptionRequest] = []
     for entry, ahead in entries:
-        chosen = preempt.choose(entry, holders, ahead=ahead, now=now, policy=policy)
+        chosen = preemption.choose(entry, holders, ahead=ahead, now=now, policy=policy)
         if chosen is None:
             continue
         decided.append(PreemptionRequest(job=entry.candidate, preemption=chosen))
@@ -165,7 +164,7 @@ def _request_one(
     session: Session, job: Job, one: PreemptionRequest, victim: Training, *, now: float, policy: Policy
 ) -> None:
     job.preempted_for = one.job.job_id
-    data = preempt.preemption_record(one.job, one.preemption, victim, now=now, policy=policy)
+    data = preemption.preemption_record(one.job, one.preemption, victim, now=now, policy=policy)
     attempt = session.get(Attempt, job.claim_id)
     if attempt is not None:
         attempt.preemption = data
@@ -206,7 +205,7 @@ def _holder(
     num_devices: int,
     policy: Policy,
 ) -> Holder:
-    capacity, recomputes, can_load = views.reported_capacity(worker), is_gpu(worker), quantizations_of(worker)
+    capacity, recomputes, can_load = views.reported_capacity(worker), worker.has_gpu, worker.quantizations
     service = WorkerService(
         at={},
         memory_bytes=worker.memory_bytes,
@@ -220,7 +219,7 @@ def _holder(
         devices_left = num_devices * num_jobs[job.project_id] / len(claimed)
         effective_priority = min(job.priority, int((attempt.why or {}).get("effective_priority", job.priority)))
         share = shares.get(job.project_id, Share())
-        level = preempt.level_if_it_left(share, priority=job.priority, devices_left=devices_left, policy=policy)
+        level = preemption.level_if_it_left(share, priority=job.priority, devices_left=devices_left, policy=policy)
         own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)
         return Training(
             job_id=job.id,

@@ -14,7 +14,6 @@ from typing import get_args
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog.fleet import views
 from catalog.lifecycle import candidates
 from catalog.lifecycle.candidates import CandidateFilter
 from catalog.queue import charging
@@ -61,7 +60,7 @@ def snapshot_of(
     )
     if snapshot.has_suspect:
         return snapshot  # the decision is to wait, whatever the queue contains
-    can_load = views.quantizations_of(worker) if worker is not None else frozenset({"none"})
+    can_load = worker.quantizations if worker is not None else frozenset({"none"})
     snapshot = _with_candidates(snapshot, _first_jobs(session, snapshot, can_load))
     loaded_key = live_key or capacity.resident_key
     if loaded_key is not None:

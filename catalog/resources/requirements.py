@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from catalog.resources import memory, sharding
-from catalog.resources import pack_key as packing
 from catalog.resources.memory import ElementwiseKernels
+from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Demand
 from catalog.spec.methods import compares_with_start
 from catalog.tables.jobs import Job
@@ -50,7 +50,7 @@ def note(session: Session, job: Job) -> None:
 def of(session: Session, job: Job) -> MemoryRequirements:
     """Return the requirements as calculated now."""
     description = session.get_one(BaseModelRow, job.base_model).description or {}
-    precision, quantization = packing.precision_of(job.pack_key), packing.quantization_of(job.pack_key)
+    precision, quantization = precision_of(job.pack_key), quantization_of(job.pack_key)
     own = own_bytes(job, description)
     divisible, gathered = shardable_bytes(job, description)
     return MemoryRequirements(
@@ -68,10 +68,10 @@ def shardable_bytes(job: Job, description: Json) -> tuple[int, int]:
 
     Both are 0 if the job needs full weights.
     """
-    quantization = packing.quantization_of(job.pack_key)
+    quantization = quantization_of(job.pack_key)
     if sharding.hindrance(job.spec["lora"], quantization, description) is not None:
         return 0, 0
-    return sharding.block_bytes(description, packing.precision_of(job.pack_key))
+    return sharding.block_bytes(description, precision_of(job.pack_key))
 
 
 def demand(job: Job, *, recomputes: bool) -> Demand:
@@ -105,7 +105,7 @@ def own_parts(
     lora = spec["lora"]
     return memory.own_parts(
         description,
-        packing.precision_of(job.pack_key),
+        precision_of(job.pack_key),
         num_parameters=job.adapter_parameters,
         dropout=float(lora.get("dropout") or 0),
         keeps_best=spec.get("keep") == "best",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from catalog.resources import pack_key as packing
 from catalog.resources.memory import TICK_TOKENS, widens_tick
+from catalog.resources.pack_key import quantization_of
 from catalog.resources.sharding import SINGLE, Demand, DeviceGroup, ShardingStrategy
 from catalog.settings import (
     HALF_LIFE_SECONDS,
@@ -216,7 +216,7 @@ class WorkerService:
 
     def holds(self, job: Candidate) -> bool:
         """Return whether the worker can hold the job when empty. A job that it can't hold is skipped there."""
-        is_loadable = self.can_load is None or packing.quantization_of(job.pack_key) in self.can_load
+        is_loadable = self.can_load is None or quantization_of(job.pack_key) in self.can_load
         return is_loadable and self.capacity.alone(job) <= self.memory_bytes
 
     @property

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import types
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
-
-from pydantic import BaseModel
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobRequest
+from catalog.spec.model_fields import fields_of, plain_types
 
 Kind = Literal["integer", "number", "other"]
 FIXED: dict[str, str] = {
@@ -57,14 +55,14 @@ def check_path(path: str, *, param: str) -> None:
 
 def kind_of(path: str) -> Kind:
     """Return the kind of number of an existing path; `other` if it does not contain a number."""
-    annotation = dict(_fields(JobRequest))[path]
-    plain = set(_plain_types(annotation))
+    annotation = dict(fields_of(JobRequest))[path]
+    plain = set(plain_types(annotation))
     return "number" if float in plain else "integer" if int in plain else "other"
 
 
 def fields_in(path: str) -> list[str]:
     """Return the paths of the fields in a group; empty for any other field."""
-    return [inner for inner, _ in _fields(JobRequest) if inner.rpartition(".")[0] == path]
+    return [inner for inner, _ in fields_of(JobRequest) if inner.rpartition(".")[0] == path]
 
 
 def with_values(body: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,29 +88,6 @@ def value_at(body: Mapping[str, Any], path: str) -> Any:
     return found
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted paths with their annotations, a group before its fields."""
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}", field.annotation
-        for inner in _models_in(field.annotation):
-            yield from _fields(inner, f"{prefix}{name}.")
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    return (part for part in _plain_types(annotation) if isinstance(part, type) and issubclass(part, BaseModel))
-
-
-def _plain_types(annotation: Any) -> Iterator[Any]:
-    """Yield the members of a union without their annotations. The items of lists and objects are not included."""
-    if get_origin(annotation) is Annotated:
-        yield from _plain_types(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, types.UnionType):
-        for part in get_args(annotation):
-            yield from _plain_types(part)
-    else:
-        yield annotation
-
-
 def _nearest(path: str, known: list[str]) -> str | None:
     """Return a known path with the same last part, else the most similar path; None if none is similar enough."""
     name = path.rpartition(".")[2].lstrip("-").replace("-", "_")
@@ -131,5 +106,5 @@ def _similarity(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-VARIABLE = [path for path, _ in _fields(JobRequest) if path.split(".", 1)[0] not in FIXED]
+VARIABLE = [path for path, _ in fields_of(JobRequest) if path.split(".", 1)[0] not in FIXED]
 """Paths of the fields that a sweep may vary."""

@@ -171,11 +171,9 @@ def seal_all(db: Database, *, peppers: list[bytes]) -> int:
     with db.write() as session:
         for row in session.scalars(select(ServingEndpoint).where(ServingEndpoint.sealed_key.is_not(None))):
             assert row.sealed_key is not None, "only rows with a key are selected"
-            if sealing.unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers[:1]) is not None:
-                continue
-            key = sealing.unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
-            if key is not None:
-                row.sealed_key = sealing.seal(key, purpose=PURPOSE, row_id=row.id, pepper=peppers[0])
+            sealed = sealing.resealed(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
+            if sealed not in (None, row.sealed_key):
+                row.sealed_key = sealed
                 number += 1
     return number
 

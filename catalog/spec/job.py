@@ -311,7 +311,7 @@ def resolve(
 
     `num_rows`: rows of the training file, as counted at upload. `max_positions`: the longest sequence of the base
     model, in tokens. `seed`: used if the request has none. `fleet_defaults`: what depends on the workers.
-    `parent`: the adapter that the job continues; catalog/admission/parent.py has then completed the request.
+    `parent`: the adapter that the job continues; catalog/admission/accept.py has then completed the request.
     """
     hyperparameters = request.method_hyperparameters()
     preference = resolve_preference(hyperparameters)

@@ -36,7 +36,7 @@ class AuditEvent(Table):
     previous: Mapped[str | None]
     """Digest of the previous event."""
     digest: Mapped[str | None]
-    """HMAC-SHA256 of the event (audit_chain.seal_of), in hex."""
+    """HMAC-SHA256 of the event (`seal_of` in catalog/audit/chain.py), in hex."""
     __table_args__ = (
         Index(None, "effective_at", "id"),
         Index(None, "project_id", "effective_at", "id"),

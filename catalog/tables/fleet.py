@@ -42,6 +42,15 @@ class Worker(Table):
         """Whether the worker is cordoned, draining or stopped."""
         return self.cordon is not None or self.drain_requested or self.ended_at is not None
 
+    @property
+    def quantizations(self) -> frozenset[str]:
+        """`none` and the quantizations that the worker reported at its start; older workers report none."""
+        return quantizations_on(self.devices)
+
+    @property
+    def has_gpu(self) -> bool:
+        return has_gpu(self.devices)
+
 
 class Trainer(Table):
     """One base model resident on one device group, from load to unload."""
@@ -137,7 +146,7 @@ def is_live(*, now: float) -> ColumnElement[bool]:
 
 
 def quantizations_on(devices: list[Any]) -> frozenset[str]:
-    """Return `none` and the quantizations that the worker reported at its start; older workers report none."""
+    """Return `none` and the quantizations that a worker reported for its devices."""
     return frozenset({"none"}).union(*(device.get("quantizations", ()) for device in devices))
 
 

@@ -63,23 +63,27 @@ def seal_all(db: Database, *, peppers: Sequence[bytes]) -> int:
     """Encrypt with the current pepper all URLs that are plain or encrypted with the previous one. Returns how many."""
     with db.read() as session:
         rows = session.scalars(select(WebhookEndpoint).order_by(WebhookEndpoint.id))
-        due = [row.id for row in rows if not _is_current(row, peppers[0])]
+        due = [row.id for row in rows if _resealed(row, peppers) != row.sealed_url]
     return sum(_seal_again(db, endpoint_id, peppers) for endpoint_id in due)
 
 
 def _seal_again(db: Database, endpoint_id: str, peppers: Sequence[bytes]) -> bool:
     with db.write() as session:
         row = session.get(WebhookEndpoint, endpoint_id, with_for_update=True)
-        if row is None or _is_current(row, peppers[0]):
+        sealed = None if row is None else _resealed(row, peppers)
+        if row is None or sealed == row.sealed_url:
             return False
-        try:
-            put(row, get(row, peppers=peppers), peppers=peppers)
-        except UrlLost:
+        if sealed is None:
             log.warning("webhook url lost endpoint=%s", endpoint_id)
             return False
+        if row.sealed_url is None:
+            row.url = shown(row.url)
+        row.sealed_url = sealed
     return True
 
 
-def _is_current(row: WebhookEndpoint, pepper: bytes) -> bool:
-    sealed = row.sealed_url
-    return sealed is not None and sealing.unseal(sealed, purpose=PURPOSE, row_id=row.id, peppers=[pepper]) is not None
+def _resealed(row: WebhookEndpoint, peppers: Sequence[bytes]) -> str | None:
+    """Return the URL encrypted with the current pepper, or None if it can't be decrypted."""
+    if row.sealed_url is None:
+        return sealing.seal(row.url, purpose=PURPOSE, row_id=row.id, pepper=peppers[0])
+    return sealing.resealed(row.sealed_url, purpose=PURPOSE, row_id=row.id, peppers=peppers)

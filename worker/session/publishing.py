@@ -17,14 +17,14 @@ from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
-from catalog.registry import lineage
+from catalog.registry.lineage import describing, lineage_id
 from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile
 from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.protocol.mailbox import TrainerDirectory
 from worker.protocol.trainer_paths import UnsafePath
-from worker.session import lineage as provenance
+from worker.session import lineage
 
 log = logging.getLogger(__name__)
 UNUSABLE_FOLDER = (
@@ -96,7 +96,7 @@ def _exported(
     """Store the checkpoint's weights as an adapter. Returns it with its lineage record, which covers the steps so
     far."""
     manifest = _stored(context, claim, directory, saved["adapter"], kind="adapter")
-    draft = provenance.record(
+    draft = lineage.record(
         context,
         claim,
         manifest,
@@ -106,7 +106,7 @@ def _exported(
         is_final=False,
     )
     manifest, record = _with_card(context, manifest, draft)
-    return recording.Exported(artifact=manifest, lineage=record, lineage_id=lineage.lineage_id(record))
+    return recording.Exported(artifact=manifest, lineage=record, lineage_id=lineage_id(record))
 
 
 def _with_card(context: WorkerContext, manifest: Manifest, record: Json) -> tuple[Manifest, Json]:
@@ -120,7 +120,7 @@ def _with_card(context: WorkerContext, manifest: Manifest, record: Json) -> tupl
     others = [file for file in manifest.files if file.path != model_card.NAME]
     carded = Manifest.of(manifest.kind, [*others, entry])
     context.store.put_manifest(carded)
-    return carded, lineage.describing(record, carded)
+    return carded, describing(record, carded)
 
 
 def _stored(context: WorkerContext, claim: Claim, directory: TrainerDirectory, name: object, *, kind: str) -> Manifest:
@@ -151,7 +151,7 @@ def adapter(
         folder.mkdir()
         path = folder / result_files.NAME
         curves = result_files.store_curves(context.db, context.store, job_id=claim.job.id, path=path)
-    draft = provenance.record(
+    draft = lineage.record(
         context,
         claim,
         manifest,
@@ -178,7 +178,7 @@ def adapter(
         course=course,
         curves=curves,
         lineage=record,
-        lineage_id=lineage.lineage_id(record),
+        lineage_id=lineage_id(record),
         policy=context.policy,
     )
     failpoints.pass_by("after_complete")

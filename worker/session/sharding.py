@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from catalog.registry import base_models
 from catalog.resources import memory, requirements
-from catalog.resources import pack_key as packing
+from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Demand, Strategy, block_bytes, hindrance, reason
 from catalog.tables.jobs import Job
 from worker.context.context import WorkerContext
@@ -38,7 +38,7 @@ def reason_for(context: WorkerContext, job: Job) -> str:
 def base_demand(context: WorkerContext, base: BaseToLoad) -> Demand:
     """Return the memory that a trainer without jobs needs."""
     description = base_models.get(context.db, base.base_model).description or {}
-    precision, quantization = packing.precision_of(base.pack_key), packing.quantization_of(base.pack_key)
+    precision, quantization = precision_of(base.pack_key), quantization_of(base.pack_key)
     can_shard = hindrance({}, quantization, description) is None
     shardable_bytes, gathered_bytes = block_bytes(description, precision) if can_shard else (0, 0)
     return Demand(

@@ -20,8 +20,8 @@ from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
 from catalog.resources import memory, throughput
-from catalog.resources import pack_key as packing
 from catalog.resources.memory import ElementwiseKernels
+from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Demand, ShardingStrategy, Strategy, block_bytes
 from catalog.resources.throughput import Speeds
 from catalog.states import EndReason
@@ -174,7 +174,7 @@ class TrainerSession:
     def slice_bytes(self) -> int:
         """Return the activations that one more job adds to its tick: with the trainer's own kernels once it is ready,
         and before that as estimated for the admission of jobs."""
-        return memory.slice_bytes(self._description, packing.precision_of(self.pack_key), self._kernels or "cpu")
+        return memory.slice_bytes(self._description, precision_of(self.pack_key), self._kernels or "cpu")
 
     @property
     def _kernels(self) -> ElementwiseKernels | None:
@@ -193,7 +193,7 @@ class TrainerSession:
         use it while no other job needs it, and later activations are recomputed instead."""
         admitted = sum(held.is_admitted for held in self._held.values())
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
-        precision, quantization = packing.precision_of(self.pack_key), packing.quantization_of(self.pack_key)
+        precision, quantization = precision_of(self.pack_key), quantization_of(self.pack_key)
         counted = memory.tick_bytes(
             self._description, precision, quantization, num_tokens=memory.JOB_TOKENS, kernels=self._kernels or "cpu"
         )
@@ -210,7 +210,7 @@ class TrainerSession:
         return max(0, whole - int(self.ready["memory"]["base_bytes"])) if self._held else 0
 
     def _whole_trainer_bytes(self) -> int:
-        precision, quantization = packing.precision_of(self.pack_key), packing.quantization_of(self.pack_key)
+        precision, quantization = precision_of(self.pack_key), quantization_of(self.pack_key)
         whole = memory.trainer_bytes(self._description, precision, quantization, kernels=self._kernels or "cpu")
         if self.holding == "replicated":
             return whole

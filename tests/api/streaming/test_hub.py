@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from api.streaming import hub as feeds
+from api.streaming import hub
 from api.streaming.hub import Feed, Found, Subscription, Topic
 from catalog.errors import Unauthorized, Unavailable
 
@@ -168,7 +168,7 @@ def test_message_wakes_only_the_listeners_of_its_topic() -> None:
 
 
 def test_slow_listener_is_ended_and_its_buffer_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "MAX_PENDING_BYTES", 100)
+    monkeypatch.setattr(hub, "MAX_PENDING_BYTES", 100)
 
     async def scenario() -> None:
         feed, log = new_feed(), Log()
@@ -194,7 +194,7 @@ def test_slow_listener_is_ended_and_its_buffer_is_freed(monkeypatch: pytest.Monk
 
 
 def test_key_is_checked_once_for_all_its_streams_and_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr(hub, "RECHECK_SECONDS", 0.0)
 
     async def scenario() -> None:
         feed, log = new_feed(), Log()
@@ -255,13 +255,13 @@ def test_other_tasks_run_while_a_thousand_listeners_are_served() -> None:
             num_given.add(sum(bool(listener.pending) for listener in listeners))
         running.cancel()
 
-        assert len(num_given) > len(listeners) / feeds.BATCH
+        assert len(num_given) > len(listeners) / hub.BATCH
 
     asyncio.run(scenario())
 
 
 def test_listener_that_joins_between_batches_receives_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "BATCH", 1)
+    monkeypatch.setattr(hub, "BATCH", 1)
 
     async def scenario() -> None:
         feed, log = new_feed(), Log()

@@ -12,8 +12,7 @@ import pytest
 from api.deps import Services
 from api.job_objects import job_objects
 from api.schemas.jobs import FineTuningJob
-from api.streaming import hub as feeds
-from api.streaming import job_stream
+from api.streaming import hub, job_stream
 from catalog.caller import Caller
 from catalog.db.database import Database
 from catalog.history import changes, queries
@@ -162,7 +161,7 @@ def test_crash_in_one_stream_ends_only_that_stream(site: Site, world: World, mon
 
 
 def test_stream_ends_at_its_maximum_age(site: Site, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "MAX_STREAM_SECONDS", 0.3)
+    monkeypatch.setattr(hub, "MAX_STREAM_SECONDS", 0.3)
     job = world.queued()
 
     with opened(site, stream_path(job.id)) as stream:
@@ -174,7 +173,7 @@ def test_stream_ends_at_its_maximum_age(site: Site, world: World, monkeypatch: p
 def test_stream_ends_when_its_key_is_revoked(
     site: Site, world: World, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feeds, "RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr(hub, "RECHECK_SECONDS", 0.0)
     job = world.queued()
     key_id = authentication.authenticate(services.db, secret=site.key, pepper=services.pepper).api_key_id
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, insert, select, update
 
+from catalog import revocation
 from catalog.audit import chain
 from catalog.audit import log as audit
 from catalog.audit.log import Actor, Filters, Origin
@@ -17,7 +18,6 @@ from catalog.fleet import cordons
 from catalog.jobs import commands
 from catalog.registry import adapters, base_models, permissions
 from catalog.storage import files
-from catalog.sweeps import revocation
 from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tenancy import api_keys, authentication, organizations, projects
 from tests.catalog.world import PEPPER, World

@@ -15,13 +15,13 @@ import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.orm import Session
 
+from catalog import revocation
 from catalog.db.database import Database
 from catalog.errors import Unauthorized
 from catalog.history import tracker_runs
 from catalog.queue import claims
 from catalog.storage import artifact_index, token_cache
 from catalog.storage.manifest import Manifest
-from catalog.sweeps import revocation
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Artifact, Prepared

@@ -11,12 +11,12 @@ from typing import Any
 
 from sqlalchemy import event
 
+from catalog import revocation
 from catalog.audit import chain, log
 from catalog.audit.log import Filters
 from catalog.caller import Caller
 from catalog.db.database import Database
-from catalog.fleet import cordons, views, workers
-from catalog.fleet import metrics as numbers
+from catalog.fleet import cordons, metrics, views, workers
 from catalog.history import changes, job_logs, result_files, tracker_runs
 from catalog.history import queries as history_queries
 from catalog.jobs import commands as job_commands
@@ -33,7 +33,7 @@ from catalog.states import EndReason
 from catalog.storage import artifact_index, multipart_uploads
 from catalog.storage import files as catalog_files
 from catalog.sweeps import commands as sweep_commands
-from catalog.sweeps import controller, creation, revocation
+from catalog.sweeps import controller, creation
 from catalog.sweeps import queries as sweep_queries
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ApiKey
@@ -156,7 +156,7 @@ ACTS: dict[str, Act] = {
     "check for pending work": lambda w, _: pending.has_work(w.db),
     "the workers": lambda w, _: views.workers(w.db),
     "check for a faulty node": lambda w, _: cordons._cordon_if_bad(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
-    "metrics of the fleet": lambda w, _: numbers.read(w.db),
+    "metrics of the fleet": lambda w, _: metrics.read(w.db),
     "creating a plan": lambda w, _: plan(w),
     "a plan that is ready": lambda w, _: ready_plan(w, lora={"rank": 4}),
     "details of a plan": lambda w, ids: plans.details(

@@ -10,8 +10,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
-from catalog.history import changes as watching
-from catalog.history import events, queries
+from catalog.history import changes, events, queries
 from catalog.history.changes import WatchedJob
 from catalog.history.metric_points import Point
 from catalog.jobs import commands
@@ -36,13 +35,13 @@ class Watcher:
 
     def poll(self) -> set[str]:
         """Poll once. Returns the jobs that have changed."""
-        changes = watching.poll_many(self.world.db, self.seen)
-        for key, change in changes.items():
+        found = changes.poll_many(self.world.db, self.seen)
+        for key, change in found.items():
             assert change is not None
             self.seen[key] = change.seen
             self.jobs[key[1]] = change.job
             self.received[key[1]] += change.items
-        return {job_id for _, job_id in changes}
+        return {job_id for _, job_id in found}
 
     def numbers(self, job_id: str) -> list[int]:
         return [item.seq for item in self.received[job_id] if isinstance(item, JobEvent)]
@@ -102,7 +101,7 @@ def test_event_committed_after_a_later_event_of_another_job_is_returned(world: W
 
 
 def test_changes_beyond_the_row_limit_arrive_in_several_polls(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "MAX_ROWS", 7)
+    monkeypatch.setattr(changes, "MAX_ROWS", 7)
     world.worker()
     claim = world.running()
     other = world.submit()
@@ -143,7 +142,7 @@ def test_job_that_ends_during_a_poll_is_returned_with_its_last_events(
     watcher.poll()
     with world.db.write() as session:
         session.get_one(Job, claim.job.id).place = 0.5  # a change without an event
-    rows = watching._rows  # pyright: ignore[reportPrivateUsage]
+    rows = changes._rows  # pyright: ignore[reportPrivateUsage]
 
     def rows_and_then_the_end(session: Session, job_ids: Sequence[str]) -> Any:
         found = rows(session, job_ids)
@@ -152,7 +151,7 @@ def test_job_that_ends_during_a_poll_is_returned_with_its_last_events(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(watching, "_rows", rows_and_then_the_end)
+        patched.setattr(changes, "_rows", rows_and_then_the_end)
         watcher.poll()
     if world.db.is_sqlite:
         world.complete(claim.claim_id)
@@ -169,7 +168,7 @@ def test_changes_are_visible_to_the_project_of_the_job_only(world: World) -> Non
         (world.caller.project_id, "ftjob-none"): WatchedJob(seq=0),
     }
 
-    assert watching.poll_many(world.db, requested) == dict.fromkeys(requested)
+    assert changes.poll_many(world.db, requested) == dict.fromkeys(requested)
 
 
 def test_watcher_resumes_after_any_event(world: World) -> None:
@@ -186,6 +185,6 @@ def test_watcher_resumes_after_any_event(world: World) -> None:
 
 
 def _after(db: Database, world: World, job_id: str, seen: int) -> list[int | str]:
-    mark = watching.start(db, **world.of(job_id), last_seen=seen)
-    items = watching.poll(db, mark).items
+    mark = changes.start(db, **world.of(job_id), last_seen=seen)
+    items = changes.poll(db, mark).items
     return [item.seq if isinstance(item, JobEvent) else f"step {item.step}" for item in items]

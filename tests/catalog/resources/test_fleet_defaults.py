@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from catalog.fleet import workers
-from catalog.resources import pack_key as packing
 from catalog.resources.memory import SLICE_TOKENS
+from catalog.resources.pack_key import precision_of
 from tests.catalog.world import World
 
 
@@ -29,8 +29,8 @@ def test_automatic_precision_follows_the_workers_at_submission(
 
     automatic, explicit = world.submit(), world.submit(precision="float32")
 
-    assert automatic.spec["precision"] == packing.precision_of(automatic.pack_key) == expected
-    assert packing.precision_of(explicit.pack_key) == "float32"
+    assert automatic.spec["precision"] == precision_of(automatic.pack_key) == expected
+    assert precision_of(explicit.pack_key) == "float32"
 
 
 @pytest.mark.parametrize(("seen", "expected"), [([True, False], "float32"), ([False, True], "bfloat16")])

@@ -12,11 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from catalog.scheduling import ordering
-from catalog.scheduling.ordering import QueueEntry, most_before, order
-from catalog.scheduling.simulation.queue import Arrival
-from catalog.scheduling.simulation.simulator import Cluster, Simulation
+from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.snapshot import Policy, Share, WorkerService
+from tests.catalog.scheduling.bounds import largest_loss, longest_wait, most_before
 from tests.catalog.scheduling.test_fairness_over_days import candidate
+from tools.simulation.queue import Arrival
+from tools.simulation.simulator import Cluster, Simulation
 
 POLICY = Policy()
 P = POLICY.priority_aging_seconds
@@ -179,7 +180,7 @@ def test_overserved_project_waits_no_longer_than_the_stated_bound(
 ) -> None:
     had = dict(zip("abc", (Share(weight=weight) for weight in weights), strict=True))
     had["a"] = replace(had["a"], device_seconds=excess)
-    bound = ordering.longest_wait(
+    bound = longest_wait(
         had["a"].level(POLICY), of_others=weights[1:], longest_job=max(lengths), num_devices=1, policy=POLICY
     )
 
@@ -280,7 +281,7 @@ def test_class_choices_take_at_most_the_bound_from_another_project(
 
     had = {name: sum(r.device_seconds for r in records if r.arrival.project == name) for name in cluster.weights}
     due = sum(had.values()) * weights[0] / sum(weights)
-    bound = ordering.largest_loss(
+    bound = largest_loss(
         weights[0],
         of_others=weights[1:],
         longest_job=max(*lengths, *(seconds for _, _, _, seconds in bursts)),

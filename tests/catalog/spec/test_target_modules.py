@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from catalog.errors import InvalidRequest
-from catalog.spec import target_modules as linears
 from catalog.spec.lora import LoraRequest, LoraSpec, resolve_lora
+from catalog.spec.target_modules import Matcher, adapted
 
 DESCRIPTION = {
     "linear_paths": [
@@ -24,7 +24,7 @@ def spec(**fields: Any) -> LoraSpec:
 
 
 def ranks(**fields: Any) -> dict[str, int]:
-    found = linears.adapted(DESCRIPTION, spec(**fields), base_name="smol", matcher=linears.Matcher())
+    found = adapted(DESCRIPTION, spec(**fields), base_name="smol", matcher=Matcher())
     return {each.linear.path.removeprefix("model."): each.rank for each in found}
 
 

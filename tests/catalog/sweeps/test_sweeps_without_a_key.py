@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from catalog import revocation
 from catalog.audit import log
 from catalog.caller import Caller
-from catalog.sweeps import creation, revocation
+from catalog.sweeps import creation
 from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from tests.catalog.sweeping import advance, finish, sweep_request, train

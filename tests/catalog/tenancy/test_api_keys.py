@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
+from catalog import revocation
 from catalog.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthorized
-from catalog.sweeps import revocation
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest

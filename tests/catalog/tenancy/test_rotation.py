@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from catalog import revocation
 from catalog.errors import Conflict, Forbidden
-from catalog.sweeps import revocation
 from catalog.tenancy import api_keys, authentication, projects
 from tests.catalog.tenancy.test_api_keys import HOUR, caller, make, rotate
 from tests.catalog.world import PEPPER, World

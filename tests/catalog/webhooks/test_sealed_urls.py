@@ -28,11 +28,12 @@ def test_sealed_url_opens_only_in_its_own_row(world: World) -> None:
 
 def test_plain_and_old_urls_are_sealed_with_the_current_pepper(world: World) -> None:
     hooks = Hooks(world)
-    plain, previous, lost = (hooks.more(url=URL)[0] for _ in range(3))
+    plain, previous, lost, damaged = (hooks.more(url=URL)[0] for _ in range(4))
     with world.db.write() as session:
         row = session.get_one(WebhookEndpoint, plain.id)
         row.url, row.sealed_url = URL, None
         sealed_urls.put(session.get_one(WebhookEndpoint, lost.id), URL, peppers=[b"x" * 32])
+        session.get_one(WebhookEndpoint, damaged.id).sealed_url = "no base64!"
 
     num_sealed = [sealed_urls.seal_all(world.db, peppers=[NEW, PEPPER.current]) for _ in range(2)]
 
@@ -42,8 +43,9 @@ def test_plain_and_old_urls_are_sealed_with_the_current_pepper(world: World) -> 
             row = session.get_one(WebhookEndpoint, endpoint_id)
             assert sealed_urls.get(row, peppers=[NEW]) == URL
             assert row.url == "https://hooks.example.com/…z9Xq"
-        with pytest.raises(UrlLost, match=f"webhook endpoint {lost.id} can't be decrypted"):
-            sealed_urls.get(session.get_one(WebhookEndpoint, lost.id), peppers=[NEW, PEPPER.current])
+        for endpoint_id in (lost.id, damaged.id):
+            with pytest.raises(UrlLost, match=f"webhook endpoint {endpoint_id} can't be decrypted"):
+                sealed_urls.get(session.get_one(WebhookEndpoint, endpoint_id), peppers=[NEW, PEPPER.current])
 
 
 def test_lost_url_is_reported_and_can_be_set_again(world: World) -> None:

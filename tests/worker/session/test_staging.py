@@ -23,7 +23,7 @@ from tests.worker.pack_site import PackSite
 from worker.background import base_models, tokenization
 from worker.children.trainer.job_config import job_config
 from worker.protocol.mailbox import AdmitBody, InboxReader
-from worker.session import lineage as provenance
+from worker.session import lineage
 from worker.session.trainer_session import TrainerSession
 
 
@@ -167,10 +167,10 @@ def test_the_lineage_record_of_a_child_names_that_of_its_parent(
     site: PackSite, parent: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim(parent_adapter=parent.id, seed=2)
-    monkeypatch.setattr(provenance, "_data", lambda *_: [])
+    monkeypatch.setattr(lineage, "_data", lambda *_: [])
     manifest = site.store.get_manifest(parent.artifact)
 
-    built = provenance.record(
+    built = lineage.record(
         site.context, claim, manifest, num_parameters=1, trainer={"invariance": "bitwise", "versions": {}}, results={}
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from catalog import revocation
 from catalog.audit import log
 from catalog.batches import commands as batch_commands
 from catalog.caller import Caller
@@ -15,9 +16,9 @@ from catalog.errors import Conflict, Forbidden, Unauthorized
 from catalog.exports import commands as export_commands
 from catalog.exports import formats as export_formats
 from catalog.jobs import commands
+from catalog.revocation import Revocation, UnfinishedWork
 from catalog.states import JobState
-from catalog.sweeps import creation, revocation
-from catalog.sweeps.revocation import Revocation, UnfinishedWork
+from catalog.sweeps import creation
 from catalog.tables.audit import AuditEvent
 from catalog.tables.batches import Batch
 from catalog.tables.exports import AdapterExport

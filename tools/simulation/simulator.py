@@ -1,6 +1,6 @@
 """Simulates a day of a cluster in seconds: runs the scheduling rules over the jobs of a trace.
 
-`python -m catalog.scheduling.simulation.simulator trace.csv`
+`python -m tools.simulation.simulator trace.csv`
 
 The trace has one line per job: submitted_at (seconds), project, priority, base, seconds (of training, alone on one
 device). The simulation calls the functions of the service, stores nothing and trains nothing. It reports waiting times
@@ -29,9 +29,9 @@ from catalog.scheduling.ordering import order
 from catalog.scheduling.packing import Choice
 from catalog.scheduling.preemption import Holder, Preemption, Training
 from catalog.scheduling.scheduler import Join, Start, anchor_of, decide
-from catalog.scheduling.simulation.queue import Arrival, SimulatedQueue, SimulatedRun
 from catalog.scheduling.snapshot import USUAL, Capacity, Policy, QueueSnapshot, Share, WorkerService
 from catalog.states import PriorityClass
+from tools.simulation.queue import Arrival, SimulatedQueue, SimulatedRun
 
 PLENTY = 10**12
 SPEEDS = Speeds(alone=((1024.0, 1.0),), together=((2048.0, 1.9), (4096.0, 3.4), (8192.0, 4.0)))
@@ -373,7 +373,7 @@ def _of(records: list[SimulatedRun], total: float) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m catalog.scheduling.simulation.simulator", description=(__doc__ or "").splitlines()[0]
+        prog="python -m tools.simulation.simulator", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("trace", type=Path, help="CSV with the columns submitted_at,project,priority,base,seconds")
     parser.add_argument("--workers", type=int, default=8, help="number of workers with one device each (default: 8)")
@@ -390,13 +390,13 @@ def main(argv: list[str] | None = None) -> int:
         weights = {name: _weight(text) for name, _, text in (pair.partition("=") for pair in given.weight)}
         arrivals = read_trace(given.trace.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(error, file=sys.stderr)
         return 1
     policy = replace(USUAL, max_preemptions=given.max_preemptions)
     cluster = Cluster(num_workers=given.workers, load_seconds=given.load_seconds, weights=weights, policy=policy)
     simulation = Simulation(arrivals, cluster)
     simulation.run(until=given.until)
-    print(json.dumps(summary(simulation), indent=2))  # noqa: T201
+    print(json.dumps(summary(simulation), indent=2))
     return 0
 
 

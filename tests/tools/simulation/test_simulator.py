@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from catalog.resources.throughput import slowdown
-from catalog.scheduling.ordering import most_before
-from catalog.scheduling.simulation import workload
-from catalog.scheduling.simulation.simulator import SPEEDS, Arrival, Cluster, Simulation, main, read_trace, summary
+from tests.catalog.scheduling.bounds import most_before
+from tools.simulation import workload
+from tools.simulation.simulator import SPEEDS, Arrival, Cluster, Simulation, main, read_trace, summary
 
 DAY = 86_400.0
 HEADER = "submitted_at,project,priority,base,seconds"

@@ -1,6 +1,6 @@
-"""Generates the trace of the day in docs/explanation/scheduling.md, for `catalog.scheduling.simulation.simulator`.
+"""Generates the trace of the day in docs/explanation/scheduling.md, for `tools.simulation.simulator`.
 
-`python -m catalog.scheduling.simulation.workload > day.csv`
+`python -m tools.simulation.workload > day.csv`
 
 Five projects that submit more work than fits into the day, three classes, forty base models. The same seed generates
 the same trace.
@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from catalog.scheduling.simulation.queue import Arrival
 from catalog.states import PriorityClass
+from tools.simulation.queue import Arrival
 
 HOUR = 3600.0
 NUM_BASES = 40
@@ -72,7 +72,7 @@ def _of(stream: Stream, chance: random.Random) -> Iterator[Arrival]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m catalog.scheduling.simulation.workload", description=(__doc__ or "").splitlines()[0]
+        prog="python -m tools.simulation.workload", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args(argv)
