@@ -111,11 +111,11 @@ class Command(TyperCommand):
 class Verbs(typer.Typer):
     """A group of commands, each with examples."""
 
-    def verb(self, name: str, *examples: str, hidden: bool = False) -> Callable[[Function], Function]:
-        """Register a function as a command. A hidden one keeps the name of an earlier version."""
+    def verb(self, name: str, *examples: str) -> Callable[[Function], Function]:
+        """Register a function as a command."""
 
         def register(function: Function) -> Function:
-            command = self.command(name, cls=Command, epilog=example_text(*examples), hidden=hidden)
+            command = self.command(name, cls=Command, epilog=example_text(*examples))
             command(_with_output_option(function))
             return function
 
