@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
 
 EXIT_REFUSED = 1
-EXIT_USAGE = 2
 EXIT_NOT_CHECKED = 3
 EXIT_INTERRUPTED = 130
 SYNONYMS = (
