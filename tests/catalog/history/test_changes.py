@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
 from catalog.history import changes as watching
-from catalog.history import events, queries
+from catalog.history import events
 from catalog.history.changes import WatchedJob
 from catalog.history.metric_points import Point
 from catalog.jobs import commands
@@ -52,7 +52,7 @@ class Watcher:
 
 
 def all_numbers(world: World, job_id: str) -> list[int]:
-    return [event.seq for event in queries.events_since(world.db, **world.of(job_id), seq=0, limit=10_000)]
+    return [event.seq for event in world.events(job_id)]
 
 
 def test_concurrent_writes_are_neither_lost_nor_repeated(world: World) -> None:
