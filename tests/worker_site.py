@@ -124,7 +124,7 @@ class WorkerSite:
         return commands.get(self.db, project_id=self.caller.project_id, job_id=job_id)
 
     def events(self, job_id: str) -> list[JobEvent]:
-        return queries.events_since(self.db, project_id=self.caller.project_id, job_id=job_id, seq=0)
+        return queries.events_page(self.db, project_id=self.caller.project_id, job_id=job_id, limit=10_000).items[::-1]
 
     def attempts(self, job_id: str) -> list[Any]:
         return queries.attempts(self.db, project_id=self.caller.project_id, job_id=job_id)

@@ -24,7 +24,7 @@ def _section(command: Any, path: str, heading: str) -> Iterator[str]:
     if command.help:
         yield from (command.help, "")
     usage = [command.options_metavar, *(piece for each in parameters for piece in each.get_usage_pieces(context))]
-    subcommands = [each for each in _subcommands(command) if not each.hidden]
+    subcommands = _subcommands(command)
     usage += [command.subcommand_metavar] if subcommands else []
     yield from ("**Usage**:", "", "```console", f"$ {path} {' '.join(usage)}", "```", "")
     for title, kind in (("Arguments", "argument"), ("Options", "option")):

@@ -32,5 +32,6 @@ def binary(media_type: str, description: str) -> Responses:
     return {200: {"content": {media_type: {"schema": schema}}, "description": description}}
 
 
+FILE: Responses = binary("application/octet-stream", "The file, as an attachment.")
 SIGNED: Responses = errors(400, 401, 403, 429, 503)
 """Error responses of every route that requires a key."""

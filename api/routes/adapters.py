@@ -13,7 +13,7 @@ from api.auth.authentication import Signed
 from api.deps import After, IsRetry, JobKey, Limit, Services, Use
 from api.job_objects import job_objects
 from api.requests.idempotency import identity_of_text
-from api.routes import SIGNED, binary, errors
+from api.routes import FILE, SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.adapters import (
     AdapterDeleted,
@@ -42,7 +42,6 @@ router = Router(prefix="/v1/adapters", tags=["adapters"], responses=SIGNED)
 Shared = Annotated[
     bool, Query(description="List the adapters that other projects share with this one, instead of its own.")
 ]
-BYTES = binary("application/octet-stream", "The file, as an attachment.")
 TAR = binary("application/x-tar", "A tar archive, as an attachment.")
 
 
@@ -90,7 +89,7 @@ def list_adapter_files(adapter: str, use: Use, caller: Signed) -> ArtifactFiles:
     "/{adapter}/files/{path:path}",
     operation_id="get_adapter_file",
     response_class=StreamingResponse,
-    responses={**BYTES, **errors(404)},
+    responses={**FILE, **errors(404)},
 )
 def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Download:
     """Download one file of an adapter or checkpoint. Requires the scope `adapters:read`."""

@@ -20,10 +20,10 @@ from catalog.audit import chain, log
 from catalog.audit.log import AuditType, Filters
 from catalog.db.database import Database
 from catalog.maintenance import audit_anchors
+from catalog.spec.strict import LAST_SECOND
 
 router = Router(prefix="/v1/audit_events", tags=["audit log"], responses={**SIGNED, **errors(403)})
 MOST_NAMED = 50
-LAST_SECOND = 253402300799
 Ids = list[Annotated[str, Query(max_length=64)]]
 Types = Annotated[list[AuditType] | None, Query(alias="event_types[]", max_length=MOST_NAMED)]
 Actors = Annotated[Ids | None, Query(alias="actor_ids[]", max_length=MOST_NAMED, description="Ids of API keys.")]

@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Use
 from api.rate_limits.threads import run_route
-from api.routes import SIGNED, binary, errors
+from api.routes import FILE, SIGNED, errors
 from api.routing import Router
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds
 from api.schemas.pagination import ListPage, page_of
@@ -124,7 +124,7 @@ def delete_file(file_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fi
     "/{file_id}/content",
     operation_id="get_file_content",
     response_class=StreamingResponse,
-    responses={**binary("application/octet-stream", "The file, as an attachment."), **errors(404)},
+    responses={**FILE, **errors(404)},
 )
 def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
     """Download the file's bytes as they were uploaded. Requires the scope `files:read`."""

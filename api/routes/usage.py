@@ -12,12 +12,12 @@ from api.routes import SIGNED
 from api.routing import Router
 from api.schemas.usage import UsagePage, usage_page
 from catalog.db.database import read_clock
+from catalog.spec.strict import LAST_SECOND
 from catalog.usage import report as usage_report
 from catalog.usage.ledger import DAY_SECONDS
 from catalog.usage.report import MOST_DAYS, GroupBy, UsageQuery
 
 router = Router(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
-LAST_SECOND = 253402300799
 USUAL_DAYS = 7
 Moment = Annotated[int | None, Query(ge=0, le=LAST_SECOND, description="Unix time in seconds.")]
 Names = list[Annotated[str, Query(max_length=256)]]

@@ -8,14 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import changes_schema
 from catalog.revocation import Revocation
-from catalog.spec.strict import WITHOUT_NUL, Strict
+from catalog.spec.strict import LAST_SECOND, WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy.authentication import is_live
 from catalog.tenancy.scopes import SCOPES, Scope, granted
 
-LAST_SECOND = 253402300799
-"""The last second of the year 9999."""
 NAME = r"^[^\x00-\x1f\x7f]+$"
 DAY = 86_400
 _EXAMPLE: dict[str, Any] = {

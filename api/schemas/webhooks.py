@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from api.schemas.keys import LAST_SECOND, NAME
-from catalog.spec.strict import Strict
+from api.schemas.keys import NAME
+from catalog.spec.strict import LAST_SECOND, Strict
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks.delivery_log import Status
 from catalog.webhooks.outbox import EVENT_TYPES, EventType

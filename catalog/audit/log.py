@@ -10,7 +10,7 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 from sqlalchemy import ColumnElement, Table, insert, select
 from sqlalchemy.orm import Session
@@ -80,7 +80,6 @@ AuditType = Literal[
     "worker.drained",
     "service.restored",
 ]
-AUDIT_TYPES: tuple[AuditType, ...] = get_args(AuditType)
 ActorType = Literal["api_key", "browser", "server"]
 """server: the change did not come through the API, for example from a command on the machine itself."""
 

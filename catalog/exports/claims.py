@@ -62,8 +62,6 @@ class ExportClaim:
     format: str
     quantization: str | None
     hub_repository: str | None
-    is_last: bool
-    """If this worker can't make it either, the export fails."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +204,6 @@ def _claim(session: Session, row: AdapterExport, *, now: float, lease_seconds: f
         format=row.format,
         quantization=row.quantization,
         hub_repository=row.hub_repository,
-        is_last=row.num_attempts >= MAX_ATTEMPTS,
     )
 
 

@@ -50,14 +50,6 @@ def events_page(
         return Page(items=rows[:limit], has_more=len(rows) > limit)
 
 
-def events_since(db: Database, *, project_id: str, job_id: str, seq: int, limit: int = 500) -> list[JobEvent]:
-    """Return events after `seq`, oldest first, for a stream that resumes where it was interrupted."""
-    with db.read() as session:
-        find(session, project_id, job_id)
-        newer = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq)
-        return list(session.scalars(newer.order_by(JobEvent.seq).limit(limit)))
-
-
 def checkpoints_page(
     db: Database, *, project_id: str, job_id: str, after: str | None = None, limit: int = 10
 ) -> Page[Checkpoint]:

@@ -202,9 +202,6 @@ def _already_final(job: Job) -> Conflict:
     )
 
 
-MAX_TAGS = 16
-
-
 def label_digests(metadata: Mapping[str, str], tags: Sequence[str]) -> list[str]:
     """Return one digest per label. Equal labels of different jobs have equal digests."""
     labels = [["metadata", key, value] for key, value in metadata.items()]

@@ -66,10 +66,6 @@ class Claim:
     resume_candidates: tuple[Checkpoint, ...]
     """Checkpoints to resume from, newest first. An older one is used if a newer one is damaged."""
 
-    @property
-    def resume_from(self) -> Checkpoint | None:
-        return self.resume_candidates[0] if self.resume_candidates else None
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _ClaimRequest:

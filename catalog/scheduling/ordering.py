@@ -26,8 +26,6 @@ class QueueEntry:
     candidate: Candidate
     position: int
     waited_seconds: float
-    project_rank: int
-    """Number of its project's jobs that run or are ahead of it."""
     effective_priority: int
     """Its class among its project's jobs. Priority aging can promote the first job of a class, even above `urgent`."""
     is_first_of_class: bool
@@ -177,7 +175,6 @@ def _queue_entry(row: _Ranked, position: int, *, now: float, policy: Policy) -> 
         candidate=job,
         position=position,
         waited_seconds=waited,
-        project_rank=row.share.num_running + row.num_before,
         effective_priority=row.standing.effective_priority,
         is_first_of_class=not row.standing.num_before_in_class,
         level=row.level,

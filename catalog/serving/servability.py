@@ -34,8 +34,6 @@ class ServingTarget:
     """Ranks of the adapted layers as exported. A PiSSA or OLoRA initialization doubles the exported rank."""
     architecture: str | None = None
     """Class of the base model in transformers. None: unknown."""
-    trains_head: bool = False
-    """The job trains a head or embeddings (PEFT's modules_to_save). Jobs can't request that yet."""
 
     @property
     def highest_rank(self) -> int:
@@ -62,7 +60,8 @@ def of_job(spec: JobSpec, ranks: Collection[int], *, architecture: str | None = 
     """Return the answers for a job. ranks: the rank of each adapted layer during training. architecture: of the base
     model."""
     exported = tuple(_times(spec) * rank for rank in ranks)
-    return judge(ServingTarget(spec=spec, ranks=exported, architecture=architecture))
+    made = ServingTarget(spec=spec, ranks=exported, architecture=architecture)
+    return {server: _answer(server, made) for server in ("peft", "vllm", "merge")}
 
 
 def why_not_vllm(spec: JobSpec, *, architecture: str | None, max_rank: int | None = None) -> str | None:
@@ -90,10 +89,6 @@ def exported_rank(spec: JobSpec) -> int:
 
 def _times(spec: JobSpec) -> int:
     return 2 if spec.lora.begins_with_the_base else 1
-
-
-def judge(made: ServingTarget) -> dict[Server, Answer]:
-    return {server: _answer(server, made) for server in ("peft", "vllm", "merge")}
 
 
 def _answer(server: Server, made: ServingTarget) -> Answer:
@@ -137,20 +132,12 @@ RULES: tuple[Rule, ...] = (
             "same way (bitsandbytes), or the outputs differ by the quantization error."
         ),
     ),
-    # PEFTHelper in vllm/lora/peft_helper.py rejects use_dora ("vLLM does not yet support DoRA") and modules_to_save.
+    # PEFTHelper in vllm/lora/peft_helper.py rejects use_dora ("vLLM does not yet support DoRA").
     Rule(
         server="vllm",
         verdict="no",
         applies=lambda made: made.spec.lora.use_dora,
         reason=lambda made: "vLLM does not support DoRA. Serve the merged model, or omit use_dora.",
-    ),
-    Rule(
-        server="vllm",
-        verdict="no",
-        applies=lambda made: made.trains_head,
-        reason=lambda made: (
-            "vLLM does not load adapters that contain whole modules (PEFT's modules_to_save). Merge the adapter."
-        ),
     ),
     Rule(
         server="vllm",

@@ -27,7 +27,7 @@ from catalog.spec.methods import (
     resolve_preference,
     resolve_supervised,
 )
-from catalog.spec.strict import WITHOUT_NUL, Auto, Strict, Suffix
+from catalog.spec.strict import LAST_SECOND, WITHOUT_NUL, Auto, Strict, Suffix
 from catalog.spec.training import (
     BASE_LEARNING_RATE,
     EarlyStopping,
@@ -161,7 +161,7 @@ class JobRequest(Strict):
     priority: Priority = Field(
         default="normal", description="Priority class, up to the highest priority of the project and of the API key."
     )
-    deadline: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = Field(
+    deadline: Annotated[int, Field(ge=0, le=LAST_SECOND)] | None = Field(
         default=None,
         description=(
             "Time by which the job should finish, in seconds since 1970. Among the project's jobs of the same class, "

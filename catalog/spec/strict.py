@@ -23,6 +23,8 @@ Suffix = Annotated[
     AfterValidator(lambda text: as_label(text) or None),
 ]
 """Any text, as at OpenAI. None if no character of it can be part of a name."""
+LAST_SECOND = 253_402_300_799
+"""The last second of the year 9999, as Unix time: the last one that `datetime` represents."""
 EXACT = 2**53
 """Floats represent all whole numbers up to this value exactly."""
 

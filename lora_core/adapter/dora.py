@@ -6,20 +6,10 @@ constant (section 4.3). The adapter computes it once per step. As in PEFT, dropo
 changes: y = b + W x + (c - 1)·W d + c·scale·B A d, with d = dropout(x). Shape suffixes as in lora_linear.py.
 """
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from lora_core.adapter.flat_adapter import MagnitudeViews, SiteViews
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MagnitudeBranch:
-    """State for the backward: v = W d + scale·B A d, and whether d differs from x because of dropout."""
-
-    v_tO: Tensor
-    with_dropout: bool
 
 
 def add_magnitude(
@@ -31,10 +21,10 @@ def add_magnitude(
     weight_OD: Tensor,
     bias_O: Tensor | None,
     with_dropout: bool,
-) -> MagnitudeBranch:
+) -> Tensor:
     """Turn y = W x + b [t, O] into the output of the adapted linear, in place. `h_tR` is scale·d Aᵀ.
 
-    While nothing is trained yet, c is 1 and y doesn't change. Returns what `add_magnitude_gradient` needs.
+    While nothing is trained yet, c is 1 and y doesn't change. Returns v = W d + scale·B A d [t, O] for the backward.
     """
     assert views.magnitude is not None
     c_O = views.magnitude.factor_O
@@ -43,11 +33,11 @@ def add_magnitude(
     lora_tO = h_tR @ views.b_OR.T
     v_tO = base_tO + lora_tO
     y_tO.copy_(y_tO + (c_O - 1) * base_tO + c_O * lora_tO)
-    return MagnitudeBranch(v_tO=v_tO, with_dropout=with_dropout)
+    return v_tO
 
 
-def add_magnitude_gradient(dy_tO: Tensor, branch: MagnitudeBranch, magnitude: MagnitudeViews) -> Tensor:
+def add_magnitude_gradient(dy_tO: Tensor, v_tO: Tensor, magnitude: MagnitudeViews) -> Tensor:
     """Accumulate dm = Σ dy·v / ‖W + scale·B A‖ into the adapter. Return c·dy [t, O], the gradient of v."""
-    products_tO = dy_tO.to(magnitude.factor_O.dtype) * branch.v_tO
+    products_tO = dy_tO.to(magnitude.factor_O.dtype) * v_tO
     magnitude.grad_O.add_(products_tO.sum(0) / magnitude.norm_O)
     return (dy_tO * magnitude.factor_O).to(dy_tO.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.adapter.dora import MagnitudeBranch, add_magnitude, add_magnitude_gradient
+from lora_core.adapter.dora import add_magnitude, add_magnitude_gradient
 from lora_core.adapter.flat_adapter import SiteViews
 from lora_core.kernels import batch_invariant, generation
 from lora_core.kernels.batch_invariant import ExactProducts
@@ -43,14 +43,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branch:
-    """State of a piece for its backward: h = scale · dropout(x) Aᵀ, the dropout mask, and DoRA's state.
+    """State of a piece for its backward: h = scale · dropout(x) Aᵀ, the dropout mask, and DoRA's v.
 
     Creating the mask again costs five times as much as applying it. Keeping it takes one byte per element.
     """
 
     h_tR: Tensor
     keep_tD: Tensor | None
-    magnitude: MagnitudeBranch | None = None
+    v_tO: Tensor | None = None
 
 
 def pieces_of(segments: Sequence[BatchSegment], module: str) -> tuple[Piece, ...]:
@@ -91,12 +91,12 @@ def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: Plai
         keep_tD = piece.keep_tD(x_tD)
         d_tD = piece.dropped(x_tD, keep_tD)
         h_tR = (d_tD @ views.a_RD.T).mul_(views.scale)
-        magnitude = None
+        v_tO = None
         if views.magnitude is None:
             y_tO.addmm_(h_tR, views.b_OR.T)
         else:
             assert linear is not None, "admission rejects DoRA if the weight can't be read"
-            magnitude = add_magnitude(
+            v_tO = add_magnitude(
                 y_tO,
                 d_tD,
                 h_tR,
@@ -105,7 +105,7 @@ def add_lora(y_TO: Tensor, x_TD: Tensor, pieces: tuple[Piece, ...], linear: Plai
                 bias_O=linear.bias_O,
                 with_dropout=keep_tD is not None,
             )
-        branches.append(Branch(h_tR=h_tR, keep_tD=keep_tD, magnitude=magnitude))
+        branches.append(Branch(h_tR=h_tR, keep_tD=keep_tD, v_tO=v_tO))
     return branches
 
 
@@ -150,8 +150,8 @@ def received_by_lora(dy_TO: Tensor, branches: list[Branch], pieces: tuple[Piece,
     received: list[Tensor] = []
     for piece, branch in zip(pieces, branches, strict=True):
         dy_tO, magnitude = dy_TO[piece.start : piece.stop], piece.views.magnitude
-        if magnitude is not None and branch.magnitude is not None:
-            dy_tO = add_magnitude_gradient(dy_tO, branch.magnitude, magnitude)
+        if magnitude is not None and branch.v_tO is not None:
+            dy_tO = add_magnitude_gradient(dy_tO, branch.v_tO, magnitude)
         received.append(dy_tO)
     return received
 
@@ -173,7 +173,7 @@ def input_gradient(  # noqa: PLR0917
 def through_weight(dy_TO: Tensor, received: list[Tensor], branches: list[Branch], pieces: tuple[Piece, ...]) -> Tensor:
     """Return the dy that passes through the frozen weight. With DoRA without dropout it is scaled."""
     magnified = [
-        branch.magnitude is not None and piece.dropout is None for branch, piece in zip(branches, pieces, strict=True)
+        branch.v_tO is not None and piece.dropout is None for branch, piece in zip(branches, pieces, strict=True)
     ]
     if not any(magnified):
         return dy_TO
@@ -194,7 +194,7 @@ def add_through_dropout(  # noqa: PLR0917
 ) -> None:
     """Add the gradient through W dropout(x), which DoRA scales by c - 1. W x itself keeps the factor 1."""
     for piece, branch, dv_tO in zip(pieces, branches, received, strict=True):
-        if branch.magnitude is not None and piece.dropout is not None:
+        if branch.v_tO is not None and piece.dropout is not None:
             rows = slice(piece.start, piece.stop)
             dx_TD[rows].add_(piece.dropped((dv_tO - dy_TO[rows]) @ weight_OD, branch.keep_tD))
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lorry.client import Lorry
 
 EXIT_REFUSED = 1
-EXIT_USAGE = 2
 EXIT_NOT_CHECKED = 3
 EXIT_INTERRUPTED = 130
 SYNONYMS = (
@@ -111,11 +110,11 @@ class Command(TyperCommand):
 class Verbs(typer.Typer):
     """A group of commands, each with examples."""
 
-    def verb(self, name: str, *examples: str, hidden: bool = False) -> Callable[[Function], Function]:
-        """Register a function as a command. A hidden one keeps the name of an earlier version."""
+    def verb(self, name: str, *examples: str) -> Callable[[Function], Function]:
+        """Register a function as a command."""
 
         def register(function: Function) -> Function:
-            command = self.command(name, cls=Command, epilog=example_text(*examples), hidden=hidden)
+            command = self.command(name, cls=Command, epilog=example_text(*examples))
             command(_with_output_option(function))
             return function
 

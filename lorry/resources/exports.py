@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from lorry.errors import BadDownload, LorryError, WaitTimeout
 from lorry.models.exports import AdapterExport
 from lorry.resources import pages
 from lorry.resources.files import OnBytes
+from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport
 from lorry.verification import adapter_folder
 from lorry.verification.adapter_folder import FileEntry
@@ -25,9 +25,8 @@ Quantization = Literal["f16", "q8_0"]
 class AdapterExports:
     """The project's exports of adapters and checkpoints, by the adapter's id or name."""
 
-    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._clock = clock
 
     def create(
         self,
@@ -70,23 +69,22 @@ class AdapterExports:
         poll_seconds: float = 1.0,
     ) -> AdapterExport:
         """Wait until the export has succeeded. Raises LorryError with its error if it failed or was cancelled."""
-        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
-        while True:
-            export = self.get(adapter, export_id)
-            if on_progress is not None:
-                on_progress(export)
-            if export.status == "succeeded":
-                return export
-            if export.is_final:
-                raise _failure(export)
-            if deadline is not None and self._clock() >= deadline:
-                raise WaitTimeout(
-                    f"Export {export_id} did not finish within {timeout_seconds:g} s. Its status is {export.status!r}.",
-                    code="wait_timeout",
-                    remedy="Wait again. If `lorry workers list` shows no running worker, start one with "
-                    "`lorry worker`.",
-                )
-            self._transport.sleep(poll_seconds)
+        export = poll_until(
+            self._transport,
+            lambda: self.get(adapter, export_id),
+            lambda export: export.is_final,
+            on_progress=on_progress,
+            timeout_seconds=timeout_seconds,
+            poll_seconds=poll_seconds,
+            timeout=lambda export: WaitTimeout(
+                f"Export {export_id} did not finish within {timeout_seconds:g} s. Its status is {export.status!r}.",
+                code="wait_timeout",
+                remedy="Wait again. If `lorry workers list` shows no running worker, start one with `lorry worker`.",
+            ),
+        )
+        if export.status != "succeeded":
+            raise _failure(export)
+        return export
 
     def pull(self, adapter: str, export_id: str, directory: Path | str, *, on_progress: OnBytes | None = None) -> Path:
         """Download the files of an export to `directory`, which must not exist, be empty, or contain this export.

@@ -14,15 +14,15 @@ from lorry.errors import WaitTimeout
 from lorry.models.jobs import Attempt, Checkpoint, Job, JobEvent, JobUpdate, LogLine, Sample
 from lorry.resources import follow as live
 from lorry.resources import pages
+from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport
 
 _PATH = "fine_tuning/jobs"
 
 
 class Jobs:
-    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._clock = clock
 
     def create(
         self,
@@ -136,21 +136,20 @@ class Jobs:
         poll_seconds: float = 1.0,
     ) -> Job:
         """Wait until the job is final, and return it. Check `status` and `error`. A paused job is waited for, too."""
-        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
-        while True:
-            job = self.get(job_id)
-            if on_progress is not None:
-                on_progress(job)
-            if job.is_final:
-                return job
-            if deadline is not None and self._clock() >= deadline:
-                raise WaitTimeout(
-                    f"Job {job_id} did not finish within {timeout_seconds:g} s. Its status is {job.status!r}.",
-                    code="wait_timeout",
-                    remedy=f"Wait again, check the job with `lorry jobs why {job_id}`, or cancel it with "
-                    f"`lorry jobs cancel {job_id}`.",
-                )
-            self._transport.sleep(poll_seconds)
+        return poll_until(
+            self._transport,
+            lambda: self.get(job_id),
+            lambda job: job.is_final,
+            on_progress=on_progress,
+            timeout_seconds=timeout_seconds,
+            poll_seconds=poll_seconds,
+            timeout=lambda job: WaitTimeout(
+                f"Job {job_id} did not finish within {timeout_seconds:g} s. Its status is {job.status!r}.",
+                code="wait_timeout",
+                remedy=f"Wait again, check the job with `lorry jobs why {job_id}`, or cancel it with "
+                f"`lorry jobs cancel {job_id}`.",
+            ),
+        )
 
     def logs(
         self, job_id: str, *, attempt: int | None = None, rank: int | None = None, contains: str | None = None
@@ -183,7 +182,7 @@ class Jobs:
             lambda: self.get(job_id),
             last_event_id=after_event and after_event.removeprefix("ftevent-"),
             sleep=self._transport.sleep,
-            clock=self._clock,
+            clock=time.monotonic,
             poll_seconds=poll_seconds,
             patience_seconds=patience_seconds,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,15 +10,15 @@ from urllib.parse import quote
 from lorry.errors import LorryError, WaitTimeout
 from lorry.models.jobs import Model
 from lorry.resources import pages
+from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport
 
 Kind = Literal["hub", "folder", "gguf"]
 
 
 class Models:
-    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._clock = clock
 
     def add(self, name: str, source: str, *, kind: Kind | None = None, revision: str | None = None) -> Model:
         """Make the service import a base model: a Hub id, or a safetensors folder or GGUF file on the service's disk.
@@ -41,30 +40,30 @@ class Models:
         poll_seconds: float = 0.5,
     ) -> Model:
         """Wait until the base model is `ready`. Raises LorryError with the import's error if it failed."""
-        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
-        while True:
-            model = self.get(name)
-            if on_progress is not None:
-                on_progress(model)
-            if model.state == "ready":
-                return model
-            if model.state == "failed":
-                error = model.error
-                raise LorryError(
-                    error.message if error else f"The import of {name} failed.",
-                    code=error.code if error else "import_failed",
-                    remedy=error.remedy
-                    if error and error.remedy
-                    else f"Check the source, then add the model again: `lorry models add {name} SOURCE`",
-                )
-            if deadline is not None and self._clock() >= deadline:
-                raise WaitTimeout(
-                    f"The import of {name} did not finish within {timeout_seconds:g} s. Its state is {model.state!r}.",
-                    code="wait_timeout",
-                    remedy=f"Wait again, or check the import with `lorry models show {name}`. If `lorry workers list` "
-                    "shows no running worker, start one with `lorry worker`.",
-                )
-            self._transport.sleep(poll_seconds)
+        model = poll_until(
+            self._transport,
+            lambda: self.get(name),
+            lambda model: model.state in {"ready", "failed"},
+            on_progress=on_progress,
+            timeout_seconds=timeout_seconds,
+            poll_seconds=poll_seconds,
+            timeout=lambda model: WaitTimeout(
+                f"The import of {name} did not finish within {timeout_seconds:g} s. Its state is {model.state!r}.",
+                code="wait_timeout",
+                remedy=f"Wait again, or check the import with `lorry models show {name}`. If `lorry workers list` "
+                "shows no running worker, start one with `lorry worker`.",
+            ),
+        )
+        if model.state == "failed":
+            error = model.error
+            raise LorryError(
+                error.message if error else f"The import of {name} failed.",
+                code=error.code if error else "import_failed",
+                remedy=error.remedy
+                if error and error.remedy
+                else f"Check the source, then add the model again: `lorry models add {name} SOURCE`",
+            )
+        return model
 
     def list(self) -> Iterator[Model]:
         return (Model.of(item) for item in pages.items(self._transport, "models"))

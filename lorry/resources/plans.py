@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Unpack
 from urllib.parse import quote
 
@@ -12,15 +11,15 @@ from lorry import requests
 from lorry.errors import WaitTimeout
 from lorry.models.plans import Plan
 from lorry.resources import pages
+from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport
 
 _PATH = "plans"
 
 
 class Plans:
-    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._clock = clock
 
     def create(self, *, model: str, training_file: str, **fields: Unpack[requests.JobFields]) -> Plan:
         """Create a plan from the arguments of a job, without training. It is ready immediately if the files were
@@ -42,19 +41,18 @@ class Plans:
 
     def wait(self, plan_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Plan:
         """Wait until the plan is ready or has failed, and return it. Check `status` and `error`."""
-        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
-        while True:
-            plan = self.get(plan_id)
-            if plan.status != "computing":
-                return plan
-            if deadline is not None and self._clock() >= deadline:
-                raise WaitTimeout(
-                    f"Plan {plan_id} was not ready within {timeout_seconds:g} s. It is still being computed.",
-                    code="wait_timeout",
-                    remedy="Wait again. If `lorry workers list` shows no running worker, start one with "
-                    "`lorry worker`.",
-                )
-            self._transport.sleep(poll_seconds)
+        return poll_until(
+            self._transport,
+            lambda: self.get(plan_id),
+            lambda plan: plan.status != "computing",
+            timeout_seconds=timeout_seconds,
+            poll_seconds=poll_seconds,
+            timeout=lambda _: WaitTimeout(
+                f"Plan {plan_id} was not ready within {timeout_seconds:g} s. It is still being computed.",
+                code="wait_timeout",
+                remedy="Wait again. If `lorry workers list` shows no running worker, start one with `lorry worker`.",
+            ),
+        )
 
 
 def _of(plan_id: str) -> str:

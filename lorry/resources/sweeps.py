@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,15 +12,15 @@ from lorry import requests
 from lorry.errors import WaitTimeout
 from lorry.models.sweeps import Sweep, Trial
 from lorry.resources import pages
+from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport
 
 _PATH = "sweeps"
 
 
 class Sweeps:
-    def __init__(self, transport: Transport, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._clock = clock
 
     def create(
         self,
@@ -101,21 +100,20 @@ class Sweeps:
         poll_seconds: float = 2.0,
     ) -> Sweep:
         """Wait until all trials have finished and the best one is promoted."""
-        deadline = None if timeout_seconds is None else self._clock() + timeout_seconds
-        while True:
-            sweep = self.get(sweep_id)
-            if on_progress is not None:
-                on_progress(sweep)
-            if sweep.is_final:
-                return sweep
-            if deadline is not None and self._clock() >= deadline:
-                raise WaitTimeout(
-                    f"Sweep {sweep_id} did not finish within {timeout_seconds:g} s. Its status is {sweep.status!r}.",
-                    code="wait_timeout",
-                    remedy=f"Wait again, check the sweep with `lorry sweeps show {sweep_id}`, or cancel it with "
-                    f"`lorry sweeps cancel {sweep_id}`.",
-                )
-            self._transport.sleep(poll_seconds)
+        return poll_until(
+            self._transport,
+            lambda: self.get(sweep_id),
+            lambda sweep: sweep.is_final,
+            on_progress=on_progress,
+            timeout_seconds=timeout_seconds,
+            poll_seconds=poll_seconds,
+            timeout=lambda sweep: WaitTimeout(
+                f"Sweep {sweep_id} did not finish within {timeout_seconds:g} s. Its status is {sweep.status!r}.",
+                code="wait_timeout",
+                remedy=f"Wait again, check the sweep with `lorry sweeps show {sweep_id}`, or cancel it with "
+                f"`lorry sweeps cancel {sweep_id}`.",
+            ),
+        )
 
 
 def _of(sweep_id: str, *rest: str) -> str:

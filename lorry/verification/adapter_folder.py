@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, cast
 
+import rfc8785
+
 from lorry.errors import BadDownload, LorryError
-from lorry.verification import canonical_json, signatures
+from lorry.verification import signatures
 
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
@@ -49,13 +51,19 @@ class Contents:
         entries = _entries(manifest.get("data"), where=f"The service's manifest for adapter {name}", name=name)
         files = {entry.path: entry for entry in entries}
         contents = cls(name=name, files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
-        if canonical_json.sha256(contents.manifest()) != artifact:
+        if not contents.matches_artifact():
             raise BadDownload(
                 f"The service's manifest for adapter {name} does not match the adapter's digest.",
                 code="bad_manifest",
                 remedy=f"Try again. If this recurs, check the adapter with `lorry adapters verify {name}`.",
             )
         return contents
+
+    def matches_artifact(self) -> bool:
+        try:
+            return _canonical_digest(self.manifest()) == self.artifact
+        except ValueError:
+            return False
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest. The artifact's digest is that of its canonical JSON."""
@@ -66,7 +74,7 @@ class Contents:
         return {"files": rows, "kind": self.kind}
 
     def write_records(self, folder: Path) -> None:
-        (folder / MANIFEST).write_bytes(canonical_json.encode(self.manifest()))
+        (folder / MANIFEST).write_bytes(rfc8785.dumps(self.manifest()))
         (folder / LINEAGE).write_text(self._lineage_text(), "utf-8")
 
     def update_lineage(self, folder: Path) -> None:
@@ -96,7 +104,7 @@ def check_free(target: Path, *, name: str) -> None:
 def holds(target: Path, contents: Contents) -> bool:
     """Return whether `target` contains exactly this adapter."""
     try:
-        kept = canonical_json.sha256(json.loads((target / MANIFEST).read_bytes()))
+        kept = _canonical_digest(json.loads((target / MANIFEST).read_bytes()))
     except (OSError, ValueError):
         return False
     return kept == contents.artifact and verify_folder(target)["passed"]
@@ -120,7 +128,7 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
         manifest = _object(folder / MANIFEST)
         lineage = _object(folder / LINEAGE)
         entries = _entries(manifest.get("files"), where=MANIFEST)
-        artifact = canonical_json.sha256(manifest)
+        artifact = _canonical_digest(manifest)
     except LorryError as error:
         return _result([error.sentence()], signature="not_checked")
     except ValueError as error:
@@ -152,13 +160,24 @@ def lineage_problems(lineage: Mapping[str, Any], artifact: str) -> list[str]:
     record = cast("dict[str, Any]", held)
     problems: list[str] = []
     try:
-        if canonical_json.sha256(record) != lineage.get("lineage_id"):
+        if _canonical_digest(record) != lineage.get("lineage_id"):
             problems.append("The lineage record does not match its id.")
-    except (ValueError, TypeError):
-        problems.append("The lineage record has no canonical form.")
+    except ValueError as error:
+        return [f"The lineage record has no canonical form: {error}."]
     if artifact not in json.dumps(record.get("outputs", record)):
         problems.append("The lineage record belongs to other files: it does not contain the digest of their manifest.")
     return problems
+
+
+def _canonical_digest(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON (RFC 8785), in hex, as the service computes it.
+
+    Raises ValueError for a value without one: NaN, an integer beyond 2^53 - 1, a lone surrogate, or deep nesting.
+    """
+    try:
+        return hashlib.sha256(rfc8785.dumps(value)).hexdigest()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def digest_of(path: Path) -> str:

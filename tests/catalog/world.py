@@ -26,6 +26,7 @@ from catalog.states import PriorityClass
 from catalog.storage import token_cache
 from catalog.storage.manifest import Manifest, ManifestFile
 from catalog.storage.store import Blob
+from catalog.tables.history import JobEvent
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow, File, Prepared
@@ -251,8 +252,12 @@ class World:
         allow_urgent(self.db, key)
         return authentication.authenticate(self.db, secret=secret, pepper=PEPPER)
 
+    def events(self, job_id: str) -> list[JobEvent]:
+        """Return the events of our job, oldest first."""
+        return queries.events_page(self.db, **self.of(job_id), limit=10_000).items[::-1]
+
     def transitions(self, job_id: str) -> list[tuple[str | None, str]]:
-        events = queries.events_since(self.db, **self.of(job_id), seq=0)
+        events = self.events(job_id)
         return [(event.data["from"], event.data["to"]) for event in events if event.type == "transition" and event.data]
 
 

@@ -8,7 +8,8 @@ import tarfile
 from collections.abc import Mapping
 from typing import Any
 
-from lorry.verification import canonical_json
+import rfc8785
+
 from tests.lorry.scripted_server import Reply, Script
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 20_000, "sub/extra.txt": b""}
@@ -22,13 +23,17 @@ def manifest(files: Mapping[str, bytes] = FILES) -> dict[str, Any]:
     return {"object": "list", "kind": "adapter", "data": rows, "artifact": digest_of(rows)}
 
 
+def canonical_sha256(value: Any) -> str:
+    return hashlib.sha256(rfc8785.dumps(value)).hexdigest()
+
+
 def digest_of(rows: list[dict[str, Any]]) -> str:
-    return canonical_json.sha256({"files": rows, "kind": "adapter"})
+    return canonical_sha256({"files": rows, "kind": "adapter"})
 
 
 def lineage(artifact: str) -> dict[str, Any]:
     record = {"outputs": {"artifact": artifact}, "results": {"loss": 1.25e-7}}
-    return {"object": "adapter.lineage", "lineage_id": canonical_json.sha256(record), "lineage": record}
+    return {"object": "adapter.lineage", "lineage_id": canonical_sha256(record), "lineage": record}
 
 
 def tar(members: Mapping[str, bytes] = FILES, *extra: tarfile.TarInfo) -> bytes:

@@ -8,7 +8,7 @@ from starlette.responses import StreamingResponse
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
-from api.routes import SIGNED, binary, errors
+from api.routes import FILE, SIGNED, errors
 from api.routing import Router
 from api.schemas.adapters import ArtifactFiles, files_object
 from api.schemas.pagination import ListPage, page_of
@@ -19,7 +19,6 @@ from catalog.exports import commands
 from catalog.storage.manifest import Manifest
 
 router = Router(prefix="/v1/adapters/{adapter}/exports", tags=["adapters"], responses={**SIGNED, **errors(404)})
-BYTES = binary("application/octet-stream", "The file, as an attachment.")
 
 
 class ExportFileNotFound(LorryError):
@@ -90,7 +89,7 @@ def list_adapter_export_files(adapter: str, export: str, use: Use, caller: Signe
     "/{export}/files/{path:path}",
     operation_id="get_adapter_export_file",
     response_class=StreamingResponse,
-    responses={**BYTES, **errors(409)},
+    responses={**FILE, **errors(409)},
 )
 def get_adapter_export_file(adapter: str, export: str, path: str, use: Use, caller: Signed) -> Download:
     """Download one file of an export. Requires the scope `adapters:read`."""

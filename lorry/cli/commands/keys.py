@@ -204,7 +204,6 @@ def rotate(
         output.echo(f"The old key {key_id} remains valid for at most {overlap_text}.")
 
 
-@app.verb("limit", hidden=True)
 @app.verb(
     "update",
     "lorry keys update key-3f2b --requests-per-minute 600 --jobs-per-day 50",

@@ -67,16 +67,6 @@ def update(
     as_json: AsJson = False,
 ) -> None:
     """Rename an organization (operator key required). The names of its projects don't change."""
-    rename(organization, name, as_json)
-
-
-@app.verb("rename", hidden=True)
-def rename(
-    organization: OrganizationName,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="New name.")],
-    as_json: AsJson = False,
-) -> None:
-    """Rename an organization. Use `lorry organizations update` instead."""
     lorry = client()
     renamed = lorry.organizations.rename(lookup.organization(lorry, organization), name)
     _print_result(renamed, f"Renamed organization {organization} to {renamed.name}.", as_json)

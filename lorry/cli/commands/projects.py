@@ -157,30 +157,6 @@ def update(
     _print_result(updated, f"Updated project {updated.name}. Show it with: lorry projects show {updated.name}", as_json)
 
 
-@app.verb("rename", hidden=True)
-def rename(
-    project: ProjectName,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="New name.")],
-    as_json: AsJson = False,
-) -> None:
-    """Rename a project. Use `lorry projects update --name` instead."""
-    lorry = client()
-    renamed = lorry.projects.rename(lookup.project(lorry, project), name)
-    _print_result(renamed, f"Renamed project {project} to {renamed.name}.", as_json)
-
-
-@app.verb("weigh", hidden=True)
-def weigh(
-    project: ProjectName,
-    weight: Annotated[float, typer.Argument(metavar="WEIGHT", help="Fair-share weight, above 0; new projects have 1.")],
-    as_json: AsJson = False,
-) -> None:
-    """Set a project's fair-share weight. Use `lorry projects update --weight` instead."""
-    lorry = client()
-    updated = lorry.projects.weigh(lookup.project(lorry, project), weight)
-    _print_result(updated, f"Project {updated.name} has weight {updated.weight:g}.", as_json)
-
-
 @app.verb("archive", "lorry projects archive search", "lorry projects archive search --yes")
 def archive(project: ProjectName, yes: Yes = False, as_json: AsJson = False) -> None:
     """Archive a project: its keys stop working; its data is kept (operator key required)."""
@@ -200,37 +176,6 @@ def restore(project: ProjectName, _yes: YesAccepted = False, as_json: AsJson = F
     _print_result(restored, f"Restored project {restored.name}. Its keys work again.", as_json)
 
 
-@app.verb("limit", hidden=True)
-def limit(
-    project: ProjectName,
-    *,
-    concurrent_jobs: Annotated[str | None, typer.Option(help="Maximum number of running jobs.")] = None,
-    queued_jobs: Annotated[str | None, typer.Option(help="Maximum number of queued jobs.")] = None,
-    jobs_per_day: Annotated[str | None, typer.Option(help="Maximum number of jobs created per UTC day.")] = None,
-    device_hours: Annotated[str | None, typer.Option(help="Maximum device-hours per calendar month.")] = None,
-    stored_bytes: Annotated[str | None, typer.Option(help="Maximum storage, such as 500MB or 20GB.")] = None,
-    plans_per_day: Annotated[str | None, typer.Option(help="Maximum number of plans created per UTC day.")] = None,
-    highest_priority: Annotated[Priority | None, typer.Option(help="Highest priority of the project's jobs.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Set or show a project's limits. Use `lorry projects update` and `lorry projects show` instead."""
-    requested = _limits(
-        concurrent_jobs=concurrent_jobs,
-        queued_jobs=queued_jobs,
-        jobs_per_day=jobs_per_day,
-        device_hours=device_hours,
-        stored_bytes=stored_bytes,
-        plans_per_day=plans_per_day,
-        highest_priority=highest_priority,
-    )
-    lorry = client()
-    name = lookup.project(lorry, project)
-    found = lorry.projects.limit(name, **requested) if requested else lorry.projects.limits(name)
-    if as_json:
-        return output.print_json([limit.raw for limit in found.values()])
-    return _print_limits(found, highest_priority=lorry.projects.get(name).highest_priority)
-
-
 def _limits(
     *,
     concurrent_jobs: str | None,
@@ -239,7 +184,7 @@ def _limits(
     device_hours: str | None,
     stored_bytes: str | None,
     plans_per_day: str | None,
-    tokens_per_day: str | None = None,
+    tokens_per_day: str | None,
     highest_priority: Priority | None,
 ) -> dict[str, Any]:
     """Return the limits that were passed, as `lorry.projects.limit` takes them."""

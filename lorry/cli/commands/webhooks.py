@@ -174,7 +174,6 @@ def replay(
     return output.echo(f"Replaying {number} deliver{'y' if number == 1 else 'ies'}.")
 
 
-@app.verb("rotate", hidden=True)
 @app.verb(
     "rotate-secret",
     "lorry webhooks rotate-secret webhook-3f2b > secret.txt",

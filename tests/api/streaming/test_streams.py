@@ -41,7 +41,7 @@ def stream_path(job_id: str) -> str:
 def test_stream_sends_history_then_updates_then_the_final_job(site: Site, world: World) -> None:
     world.worker()
     claim = world.running()
-    history = queries.events_since(world.db, project_id=world.caller.project_id, job_id=claim.job.id, seq=0)
+    history = world.events(claim.job.id)
 
     with opened(site, stream_path(claim.job.id)) as stream:
         received = list(islice(stream, len(history) + 1))
@@ -64,7 +64,7 @@ def test_stream_sends_history_then_updates_then_the_final_job(site: Site, world:
 
 def test_stream_resumes_after_the_last_event_id(site: Site, world: World) -> None:
     job = world.queued()
-    seen = queries.events_since(world.db, project_id=world.caller.project_id, job_id=job.id, seq=0)
+    seen = world.events(job.id)
 
     with opened(site, stream_path(job.id), **{"last-event-id": str(seen[0].seq)}) as stream:
         received = list(islice(stream, len(seen)))

@@ -14,7 +14,6 @@ from catalog.db import revisions
 from catalog.db.database import Database
 from catalog.errors import Conflict, Unavailable, UnfitWorker
 from catalog.fleet import compatibility, cordons, workers
-from catalog.history import queries
 from catalog.queue import claims
 from catalog.spec.job import JobSpec
 from catalog.states import EndReason, JobState
@@ -230,7 +229,7 @@ def test_workers_are_upgraded_one_by_one_while_jobs_run(world: World, monkeypatc
 
     job = world.job(claim.job.id)
     assert (job.state, job.counted_attempts) == (JobState.SUCCEEDED, 0)
-    messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
+    messages = [event.message for event in world.events(job.id)]
     assert any("Worker old is too old for Lorry 9.9.9" in message for message in messages)
     with pytest.raises(UnfitWorker):
         register(world, "old again", 1)

@@ -14,7 +14,6 @@ from catalog.caller import Caller
 from catalog.errors import Conflict, NotFound
 from catalog.fleet import cordons, metrics, workers
 from catalog.fleet.cordons import Ended, failed_running, place
-from catalog.history import queries
 from catalog.jobs import explanation
 from catalog.lifecycle import preparation
 from catalog.plans import claims as plan_claims
@@ -58,7 +57,7 @@ def why(world: World, job_id: str) -> dict[str, Any]:
 
 
 def messages(world: World, job_id: str) -> list[str]:
-    return [event.message for event in queries.events_since(world.db, **world.of(job_id), seq=0)]
+    return [event.message for event in world.events(job_id)]
 
 
 def test_cordoned_worker_finishes_its_jobs_and_claims_nothing(world: World) -> None:

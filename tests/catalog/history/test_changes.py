@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
-from catalog.history import changes, events, queries
+from catalog.history import changes, events
 from catalog.history.changes import WatchedJob
 from catalog.history.metric_points import Point
 from catalog.jobs import commands
@@ -51,7 +51,7 @@ class Watcher:
 
 
 def all_numbers(world: World, job_id: str) -> list[int]:
-    return [event.seq for event in queries.events_since(world.db, **world.of(job_id), seq=0, limit=10_000)]
+    return [event.seq for event in world.events(job_id)]
 
 
 def test_concurrent_writes_are_neither_lost_nor_repeated(world: World) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.errors import InvalidRequest
-from catalog.history import queries, tracker_runs
+from catalog.history import tracker_runs
 from catalog.history.tracker_runs import Follows, TrackerRunClaim
 from catalog.jobs import commands
 from catalog.lifecycle import recording
@@ -37,7 +37,7 @@ def claim(world: World, types: tuple[str, ...] = TYPES, limit: int = 9) -> list[
 
 
 def warnings(world: World, job: Job) -> list[str]:
-    found = queries.events_since(world.db, **world.of(job.id), seq=0)
+    found = world.events(job.id)
     return [event.message for event in found if event.level == "warn"]
 
 

@@ -9,7 +9,6 @@ import pytest
 from pydantic import ValidationError
 
 from catalog.errors import InvalidRequest, LorryError, NotFound
-from catalog.history import queries
 from catalog.registry import base_models
 from catalog.tables.storage import File
 from tests.catalog.world import World, request
@@ -163,7 +162,7 @@ def test_options_that_use_validation_loss_need_a_validation_file(
 
 def _warnings(world: World, **fields: Any) -> list[str]:
     job = world.submit(**fields)
-    reported = queries.events_since(world.db, **world.of(job.id), seq=0)
+    reported = world.events(job.id)
     return [event.message for event in reported if event.level == "warn"]
 
 

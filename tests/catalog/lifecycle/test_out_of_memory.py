@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from catalog.history import queries
 from catalog.lifecycle import failures, recording
 from catalog.lifecycle.outcomes import decide
 from catalog.queue import claims
@@ -24,7 +23,7 @@ def short(world: World, claim: Claim, reason: EndReason = EndReason.CUDA_OOM) ->
 
 
 def last_message(world: World, job_id: str) -> str:
-    return queries.events_since(world.db, **world.of(job_id), seq=0)[-1].message
+    return world.events(job_id)[-1].message
 
 
 def rung(world: World, job_id: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from catalog.errors import StaleClaim
-from catalog.history import queries
 from catalog.jobs import commands
 from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
@@ -53,9 +52,7 @@ def test_job_without_a_timely_evaluation_trains_with_a_warning(world: World, num
 
     preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key="v", num_steps=num_steps)
 
-    warnings = [
-        event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"
-    ]
+    warnings = [event.message for event in world.events(job.id) if event.level == "warn"]
     assert [f"the job has at most {num_steps} steps" in message for message in warnings] == [True] * num_warnings
     assert all("keep its last weights" in message for message in warnings)
     assert world.job(job.id).state == JobState.QUEUED
@@ -110,6 +107,6 @@ def test_warning_about_few_steps_uses_the_number_of_usable_rows(world: World) ->
 
     preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, num_steps=2)
 
-    events = queries.events_since(world.db, **world.of(job.id), seq=0)
+    events = world.events(job.id)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert "Set n_epochs to 59, " in warning, "59 epochs of 2 rows are 30 batches of 4 rows"

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.history import queries
 from catalog.jobs import commands, explanation
 from catalog.lifecycle import deadlines, queue_position, recording
 from catalog.lifecycle.queue_position import MoveTarget
@@ -43,7 +42,7 @@ def test_job_moves_before_after_first_and_last(world: World) -> None:
         assert order(world) == [job.id for job in expected]
     (claim,) = world.claim(capacity=ONE)
     assert claim.job.id == a.id
-    assert "directly after" in str([event.message for event in queries.events_since(world.db, **world.of(d.id), seq=0)])
+    assert "directly after" in str([event.message for event in world.events(d.id)])
 
 
 def test_positions_too_close_for_floats_are_spread(world: World) -> None:
@@ -186,7 +185,7 @@ def test_job_that_will_miss_its_deadline_warns_once_and_continues(world: World) 
     num_late = [deadlines.notify_late(world.db) for _ in range(2)]
 
     assert num_late == [1, 0]
-    warnings = [event for event in queries.events_since(world.db, **world.of(job.id), seq=0) if event.level == "warn"]
+    warnings = [event for event in world.events(job.id) if event.level == "warn"]
     assert [event.message[:52] for event in warnings] == ["The job will miss its deadline. To meet its deadline"]
     assert explanation.explain(world.db, **world.of(job.id))["is_late"]
     assert [claim.job.id for claim in world.claim()] == [job.id, other.id]

@@ -39,11 +39,10 @@ def test_job_resumes_from_its_newest_checkpoint_or_the_one_before(world: World) 
     claims.end(world.db, claim.claim_id, reason=EndReason.DRAINED, detail="")
 
     (again,) = world.claim()
-    assert again.resume_from is not None
     assert [checkpoint.step for checkpoint in again.resume_candidates] == [3, 2]
     assert dropped == [[], [], [manifest("c1").digest]]
 
-    bad = again.resume_from
+    bad = again.resume_candidates[0]
     recording.distrust_checkpoint(world.db, again.claim_id, checkpoint_id=bad.id, problem="a bit was flipped")
     claims.end(world.db, again.claim_id, reason=EndReason.DRAINED, detail="")
     assert [checkpoint.step for checkpoint in world.claim()[0].resume_candidates] == [2]

@@ -13,7 +13,6 @@ from catalog.resources import gpus
 from catalog.resources.gpus import CARDS, MIB
 from catalog.resources.throughput import Speeds
 from catalog.serving import servability
-from catalog.serving.servability import ServingTarget
 from catalog.spec import job_warnings
 from catalog.spec.job import MAX_LENGTH, JobSpec, ParentSpec, resolve
 from catalog.spec.job_warnings import Caution
@@ -272,10 +271,6 @@ def test_vllm_reason_names_the_required_max_lora_rank() -> None:
     assert "--max-lora-rank 64" in " ".join(
         servability.of_job(spec(lora={"rank": 32, "init_lora_weights": "pissa"}), [32])["vllm"].reasons
     ), "a PiSSA adapter is exported with twice the rank"
-
-
-def test_adapter_with_its_own_head_is_unsupported_by_vllm() -> None:
-    assert servability.judge(ServingTarget(spec=spec(), ranks=(16,), trains_head=True))["vllm"].verdict == "no"
 
 
 def test_smallest_gpu_is_the_first_that_fits() -> None:

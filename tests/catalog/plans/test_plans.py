@@ -11,7 +11,6 @@ from sqlalchemy import func, select
 from catalog.db import lease
 from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
 from catalog.fleet import workers
-from catalog.history import queries
 from catalog.jobs import submission
 from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
 from catalog.maintenance import garbage_collection
@@ -190,7 +189,7 @@ def test_job_from_a_plan_equals_the_plan(world: World) -> None:
     assert JobSpec.model_validate(job.spec) == JobSpec.model_validate(row.spec)
     assert (job.requested, job.suffix, job.labels) == (row.requested, "mine", {"team": "a"})
     assert job.state == "validating_files"
-    messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
+    messages = [event.message for event in world.events(job.id)]
     assert f"The job was created from {row.id} without changes." in messages
 
 
@@ -351,7 +350,7 @@ def test_few_steps_warning_of_a_plan_becomes_a_job_event(world: World) -> None:
     job = submit(world, row)
     world.prepare_all(num_steps=8)
 
-    warned = [e.message for e in queries.events_since(world.db, **world.of(job.id), seq=0) if e.level == "warn"]
+    warned = [e.message for e in world.events(job.id) if e.level == "warn"]
 
     assert any("8 optimizer steps" in message and "Raise max_steps" in message for message in warned)
 

@@ -399,7 +399,7 @@ def test_early_stopped_job_succeeds_and_reports_the_kept_step(world: World) -> N
     reported = {"step": 40, "kept_step": 20, "stopped_early": "The validation loss has not fallen."}
     assert reported.items() <= (job.progress or {}).items()
     assert (job.progress or {})["kept_valid_loss"] == 1.5
-    messages = "\n".join(event.message for event in queries.events_since(world.db, **world.of(claim.job.id), seq=0))
+    messages = "\n".join(event.message for event in world.events(claim.job.id))
     assert "Training stopped early, at step 40" in messages
     assert "The adapter has the weights of step 20" in messages
     (attempt,) = queries.attempts(world.db, **world.of(claim.job.id))

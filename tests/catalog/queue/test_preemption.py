@@ -9,7 +9,6 @@ import pytest
 
 from catalog.errors import Unavailable
 from catalog.fleet import workers
-from catalog.history import queries
 from catalog.jobs import commands, explanation
 from catalog.lifecycle import queue_position
 from catalog.queue import claims, preemption
@@ -140,7 +139,7 @@ def test_preemption_is_explained_without_naming_other_projects(world: World, bat
     )
     assert (reported["num_preemptions_before"], reported["policy"]["max_preemptions"]) == (0, USUAL.max_preemptions)
     assert reported["trained_seconds"] > SPARED
-    events = queries.events_since(world.db, **world.of(batch.job.id), seq=0)
+    events = world.events(batch.job.id)
     assert [event.message for event in events][-2:] == [
         "An urgent job preempts this job, which saves a checkpoint and returns to its position in the queue.",
         "An urgent job preempted this job, which returns to its position in the queue. Saved at step 5.",

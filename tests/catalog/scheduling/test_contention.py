@@ -213,5 +213,5 @@ def test_attempt_event_names_a_new_or_a_loaded_trainer(world: World) -> None:
     world.claim(capacity=replace(ONE, resident_key=second.pack_key))
 
     for job, expected in ((first, "in a new trainer"), (second, "in a trainer that has its base model loaded")):
-        messages = [event.message for event in queries.events_since(world.db, **world.of(job.id), seq=0)]
+        messages = [event.message for event in world.events(job.id)]
         assert messages[-1] == f"Attempt 1 started on worker w1 {expected}"

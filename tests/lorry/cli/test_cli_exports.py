@@ -13,8 +13,7 @@ from typer.testing import Result
 
 from lorry import BadDownload, Lorry, LorryError
 from lorry.resources.exports import AdapterExports
-from lorry.verification import canonical_json
-from tests.lorry.adapter_fixture import serve, tar
+from tests.lorry.adapter_fixture import canonical_sha256, serve, tar
 from tests.lorry.scripted_server import Reply, Script
 
 Run = Callable[..., Result]
@@ -49,7 +48,7 @@ def serve_export(
         {"path": path, "digest": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
         for path, content in sorted(files.items())
     ]
-    artifact = canonical_json.sha256({"files": rows, "kind": "export"})
+    artifact = canonical_sha256({"files": rows, "kind": "export"})
     service.on("GET", f"{URL}/{ID}/files", {"kind": "export", "artifact": artifact, "data": rows})
     for path, content in files.items():
         service.on("GET", f"{URL}/{ID}/files/{path}", Reply(body=content))

@@ -186,14 +186,15 @@ def test_projects_are_created_listed_renamed_archived_and_restored(service: Scri
     service.on("GET", "/v1/projects", {"data": [PROJECT], "has_more": False})
     service.on("POST", "/v1/projects/search", {**PROJECT, "name": "find"})
     service.on("POST", "/v1/projects/find/weight", {**PROJECT, "name": "find", "weight": 2.5})
+    service.on("GET", "/v1/projects/find", {**PROJECT, "name": "find", "weight": 2.5})
     for verb in ("archive", "restore"):
         service.on("POST", f"/v1/projects/find/{verb}", {**PROJECT, "name": "find"})
 
     printed = [
         run("projects", "create", "search").stderr,
         run("projects", "list").stdout,
-        run("projects", "rename", "search", "find").stderr,
-        run("projects", "weigh", "find", "2.5").stderr,
+        run("projects", "update", "search", "--name", "find").stderr,
+        run("projects", "update", "find", "--weight", "2.5").stderr,
         run("projects", "archive", "find", "--yes").stderr,
         run("projects", "restore", "find").stderr,
     ]
@@ -201,12 +202,14 @@ def test_projects_are_created_listed_renamed_archived_and_restored(service: Scri
     words = (
         "lorry keys create NAME --project search",
         "proj-1",
-        "Renamed project search to find",
-        "has weight 2.5",
+        "Updated project find",
+        "Updated project find",
         "restore find",
         "Restored project find",
     )
     assert [word in text for word, text in zip(words, printed, strict=True)] == [True] * 6
+    (weighed,) = service.requests("POST", "/v1/projects/find/weight")
+    assert json.loads(weighed.body) == {"weight": 2.5}
     assert run("projects", "archive", "find").exit_code != 0  # there is no terminal to ask for confirmation
 
 
@@ -221,7 +224,7 @@ def test_organizations_are_created_listed_renamed_and_shown_with_projects(servic
 
     made = run("organizations", "create", "research").stderr
     _, line = run("organizations", "list").stdout.splitlines()
-    renamed = run("organizations", "rename", "research", "science").stderr
+    renamed = run("organizations", "update", "research", "--name", "science").stderr
     run("projects", "create", "search", "--organization", "research")
     _, listed = run("projects", "list").stdout.splitlines()
 
@@ -245,10 +248,10 @@ def test_key_limits_are_set_and_reset_to_the_service_defaults(service: Script, r
     answers = ({**KEY, "requests_per_minute": 600}, {**KEY, "jobs_per_day": 0}, {**KEY, "highest_priority": "urgent"})
     service.on("POST", path, *answers)
 
-    printed = run("keys", "limit", "key-1", "--requests-per-minute", "600").stderr
-    run("keys", "limit", "key-1", "--requests-per-minute", "service", "--jobs-per-day", "0")
-    run("keys", "limit", "key-1", "--highest-priority", "urgent")
-    wrong = run("keys", "limit", "key-1", "--jobs-per-day", "many")
+    printed = run("keys", "update", "key-1", "--requests-per-minute", "600").stderr
+    run("keys", "update", "key-1", "--requests-per-minute", "service", "--jobs-per-day", "0")
+    run("keys", "update", "key-1", "--highest-priority", "urgent")
+    wrong = run("keys", "update", "key-1", "--jobs-per-day", "many")
 
     assert "600 requests/minute, jobs/day: service default" in printed
     sent = [json.loads(request.body) for request in service.requests("POST", path)]
@@ -269,17 +272,18 @@ def test_project_limits_are_set_and_shown(service: Script, run: Run) -> None:
     service.on("GET", "/v1/projects/search", {"id": "proj-1", "name": "search", "highest_priority": "normal"})
 
     given = (
-        "--device-hours",
+        "--limit-device-hours",
         "100",
-        "--stored-bytes",
+        "--limit-stored-bytes",
         "1.5GB",
-        "--queued-jobs",
+        "--limit-queued-jobs",
         "none",
         "--highest-priority",
         "normal",
     )
-    set_, shown = run("projects", "limit", "search", *given), run("projects", "limit", "search")
-    wrong = [run("projects", "limit", "search", *one) for one in (("--stored-bytes", "much"), ("--queued-jobs", "-1"))]
+    updated, shown = run("projects", "update", "search", *given), run("projects", "show", "search")
+    bad_values = ("--limit-stored-bytes", "much"), ("--limit-queued-jobs", "-1")
+    wrong = [run("projects", "update", "search", *one) for one in bad_values]
 
     (sent,) = service.requests("POST", path)
     assert json.loads(sent.body) == {
@@ -288,8 +292,8 @@ def test_project_limits_are_set_and_shown(service: Script, run: Run) -> None:
         "stored_bytes": 1_500_000_000,
         "highest_priority": "normal",
     }
-    assert set_.stdout == shown.stdout
-    _, first, second, third = shown.stdout.splitlines()
+    assert "Updated project search." in updated.stderr
+    first, second, third = shown.stdout.splitlines()[-3:]
     assert first.split()[:5] == ["device-hours", "per", "month", "100", "12.5"]
     assert second.split() == ["stored", "bytes", "any", "2.00", "MB", "-"]
     assert third.split() == ["priority", "normal", "-", "-"]

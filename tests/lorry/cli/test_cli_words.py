@@ -380,30 +380,16 @@ def test_verb_with_a_different_effect_is_only_suggested(service: Script, run: Ru
         ("webhooks add", "create"),
         ("webhooks change", "update"),
         ("webhooks remove", "delete"),
-        ("webhooks rotate", "rotate-secret"),
         ("models create", "add"),
         ("files rm", "delete"),
-        ("keys limit", "update"),
         ("keys add", "create"),
         ("jobs get", "show"),
         ("jobs ls", "list"),
     ],
 )
-def test_old_verbs_and_synonyms_run_the_current_command(run: Run, typed: str, current: str) -> None:
+def test_synonyms_run_the_command_of_the_group(run: Run, typed: str, current: str) -> None:
     group, verb = typed.split()
     old, new = run(group, verb, "--help").stdout, run(group, current, "--help").stdout
 
     assert old.partition("\n\n")[2].partition("  Examples:")[0].strip() in new
     assert f"{verb} " not in run(group, "--help").stdout.partition("Commands:")[2].replace(f" {current} ", "")
-
-
-def test_old_group_names_are_hidden_aliases(run: Run) -> None:
-    shown = run("--help").stdout
-
-    assert " sweep " not in shown
-    assert " plan " not in shown
-    assert "lorry sweeps run" in run("sweep", "run", "--help").stdout
-    assert (
-        run("plan", "--help").stdout.partition("Arguments:")[2]
-        == (run("plans", "create", "--help").stdout.partition("Arguments:")[2])
-    )

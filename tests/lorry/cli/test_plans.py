@@ -1,4 +1,4 @@
-"""`lorry plan`, `client.plans`, and jobs that are submitted from a plan."""
+"""`lorry plans create`, `client.plans`, and jobs that are submitted from a plan."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ READY: dict[str, Any] = {
 
 @pytest.fixture
 def plan(submit: Run, service: Script, run: Run) -> Run:
-    """Return `plan("m", "train.jsonl", …)`: `lorry plan` in the folder of `submit`."""
+    """Return `plan("m", "train.jsonl", …)`: `lorry plans create` in the folder of `submit`."""
     service.on("POST", PLANS, READY)
-    return lambda *arguments: run("plan", *arguments)
+    return lambda *arguments: run("plans", "create", *arguments)
 
 
 def test_plan_accepts_the_options_of_a_job(service: Script, plan: Run) -> None:
@@ -94,7 +94,7 @@ def test_plan_accepts_the_options_of_a_job(service: Script, plan: Run) -> None:
 def test_guessed_training_time_is_marked_as_a_guess(submit: Run, service: Script, run: Run) -> None:
     service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, "basis_kind": "guess", "basis": "A guess."}})
 
-    printed = run("plan", "m", "file-9").stdout
+    printed = run("plans", "create", "m", "file-9").stdout
 
     assert "about 1:40, or several times more (guess: no job has trained on this device yet)" in printed
     assert "About 1:40. A guess." in printed
@@ -145,7 +145,7 @@ def test_plan_command_waits_and_prints_the_error_of_a_failed_plan(
     service.on("POST", PLANS, {"id": "plan-2", "status": "computing"})
     service.on("GET", f"{PLANS}/plan-2", {"id": "plan-2", "status": "computing"}, failed)
 
-    result = run("plan", "m", "file-9")
+    result = run("plans", "create", "m", "file-9")
 
     assert result.exit_code == 1
     assert "The training file has no trainable tokens." in result.stdout
@@ -161,7 +161,7 @@ def test_submit_from_a_plan_accepts_no_other_options(service: Script, run: Run) 
     assert "--plan can't be combined with --rank." in refused.stderr
 
 
-@pytest.mark.parametrize("command", [("jobs", "submit"), ("plan",)])
+@pytest.mark.parametrize("command", [("jobs", "submit"), ("plans", "create")])
 def test_missing_model_or_file_is_a_usage_error(service: Script, run: Run, command: tuple[str, ...]) -> None:
     missing = run(*command), run(*command, "m")
 
@@ -175,7 +175,7 @@ def test_uploads_of_a_rejected_plan_are_deleted(service: Script, submit: Run, ru
     service.on("POST", PLANS, Reply(status=404, body=error))
     service.on("DELETE", "/v1/files/file-1", {"id": "file-1", "deleted": True})
 
-    assert run("plan", "m", "train.jsonl").exit_code == 1
+    assert run("plans", "create", "m", "train.jsonl").exit_code == 1
     assert len(service.requests("DELETE", "/v1/files/file-1")) == 1
 
 
@@ -218,5 +218,5 @@ def test_client_job_fields_cover_every_request_field() -> None:
 
 
 def test_missing_file_is_found_before_any_request(service: Script, run: Run, tmp_path: Path) -> None:
-    assert run("plan", "m", tmp_path / "none.jsonl").exit_code == 2
+    assert run("plans", "create", "m", tmp_path / "none.jsonl").exit_code == 2
     assert service.seen == []

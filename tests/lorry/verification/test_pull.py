@@ -148,6 +148,15 @@ def test_manifest_that_does_not_match_the_adapter_is_rejected(service: Script, c
         client.adapters.pull("a", tmp_path / "adapter")
 
 
+def test_manifest_without_a_canonical_form_is_rejected(service: Script, client: Lorry, tmp_path: Path) -> None:
+    listing = manifest()
+    listing["data"][0]["num_bytes"] = 2**53
+    serve(service, tar(), listing=listing)
+
+    with pytest.raises(BadDownload, match=r"manifest for adapter .* does not match the adapter's digest"):
+        client.adapters.pull("a", tmp_path / "adapter")
+
+
 @pytest.fixture
 def pulled(service: Script, client: Lorry, tmp_path: Path) -> Path:
     serve(service, tar())
@@ -194,3 +203,25 @@ def test_unreadable_records_are_a_problem_with_a_remedy(pulled: Path, content: b
 
     (pulled / "lineage.json").write_bytes(content)
     assert not verify_folder(pulled)["passed"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", str(2**53), str(-(2**53)), r'"\ud800"', r'{"\ud800": 1}'])
+def test_values_without_a_canonical_form_are_a_problem(pulled: Path, value: str) -> None:
+    record = (pulled / "lineage.json").read_text()
+    (pulled / "lineage.json").write_text(record.replace("1.25e-07", value))
+    (problem,) = verify_folder(pulled)["problems"]
+    assert problem.startswith("The lineage record has no canonical form: ")
+
+    (pulled / "manifest.json").write_text(f'{{"files": [], "kind": {value}}}')
+    (problem,) = verify_folder(pulled)["problems"]
+    assert problem.startswith("manifest.json has no canonical form: ")
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_deeply_nested_record_is_a_problem(pulled: Path, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    (pulled / "lineage.json").write_text(f'{{"lineage_id": "x", "lineage": {{"outputs": {nested}}}}}')
+
+    (problem,) = verify_folder(pulled)["problems"]
+
+    assert re.search("nested too deeply|not valid JSON", problem)

@@ -498,7 +498,6 @@ def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
         format="gguf",
         quantization="f16",
         hub_repository=None,
-        is_last=False,
     )
 
     assert exports.file_stem(claim) == "ft-tiny-our-project-..-x-1-f16"

@@ -13,7 +13,6 @@ import pytest
 
 from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.history import queries
 from catalog.resources import memory, requirements
 from catalog.resources.sharding import DeviceGroup, host_bytes, reported_group
 from catalog.settings import Settings
@@ -111,7 +110,7 @@ def test_the_strategy_is_recorded_when_a_job_is_admitted(sharded_site: PackSite)
     sharded_site.session(claim)
 
     job = claim.job
-    events = queries.events_since(sharded_site.db, project_id=job.project_id, job_id=job.id, seq=0)
+    events = sharded_site.world.events(job.id)
     (event,) = [event for event in events if event.message.startswith("Strategy")]
     assert event.message == f"Strategy fsdp2. {reason_for(sharded_site.context, job)}"
     assert event.data == {"strategy": "fsdp2", "num_devices": 2}
@@ -137,7 +136,7 @@ def test_the_start_of_a_job_is_recorded_once_whichever_write_fails(
             session.read_events()
 
     job = claim.job
-    events = queries.events_since(sharded_site.db, project_id=job.project_id, job_id=job.id, seq=0)
+    events = sharded_site.world.events(job.id)
     begun = [event.message.partition(".")[0] for event in events if event.type == "message"]
     assert begun[-2:] == ["Fine-tuning job started", "Strategy fsdp2"]
     assert begun.count("Fine-tuning job started") == 1
@@ -148,7 +147,7 @@ def test_no_strategy_is_recorded_for_one_device(site: PackSite) -> None:
     site.session(claim)
 
     job = claim.job
-    events = queries.events_since(site.db, project_id=job.project_id, job_id=job.id, seq=0)
+    events = site.world.events(job.id)
     assert not [event for event in events if event.message.startswith("Strategy")]
     assert strategy_for(site.context, job) == "replicated"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from catalog.history import queries
 from catalog.lifecycle import recording
 from catalog.registry.adapters import list_checkpoint_models
 from catalog.states import EndReason
@@ -66,7 +65,7 @@ def test_a_revoked_checkpoint_is_explained_in_the_jobs_events(site: PackSite) ->
 
     session.read_events()
 
-    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = site.world.events(claim.job.id)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert (
         warning == f"The checkpoint of step 6 can't be used: {DIVERGED_DETAIL} The loss of train slice 1 is not finite."
@@ -91,7 +90,7 @@ def test_a_job_whose_loss_has_risen_has_a_warning(
 
     session.read_events()
 
-    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = site.world.events(claim.job.id)
     warnings = [event.message for event in events if event.level == "warn"]
     warning = (
         "The training loss ended at 17, above its initial value of 4. Test the adapter before you use it, and try "
@@ -110,6 +109,6 @@ def test_the_initial_loss_is_that_of_the_job_not_of_its_attempt(site: PackSite) 
 
     session.read_events()
 
-    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = site.world.events(claim.job.id)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert warning.startswith("The training loss ended at 3, above its initial value of 2.")

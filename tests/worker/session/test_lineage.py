@@ -155,7 +155,7 @@ def test_a_paused_job_records_its_checkpoint_first_and_then_its_model(site: Pack
     view = adapters.get(site.db, project_id=claim.job.project_id, name=row.name or "")
     assert (view.adapter.num_parameters, view.adapter.lineage["results"]["steps"]) == (24, 5)
     assert site.reason(claim) == "drained"
-    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = site.world.events(claim.job.id)
     assert [event.message for event in events].count("Checkpoint created at step 5") == 1
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 
 from catalog.errors import OutOfSpace, StaleClaim
-from catalog.history import queries
 from catalog.lifecycle import recording
 from catalog.registry import adapters
 from catalog.registry import lineage as registry
@@ -136,7 +135,7 @@ def test_a_checkpoint_that_cannot_be_published_is_kept_with_a_warning(
     assert (kept.step, kept.adapter) == (5, None)
     assert kept.artifact is not None
     assert site.world.job(claim.job.id).state == "running"
-    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = site.world.events(claim.job.id)
     (warning,) = [event.message for event in events if event.level == "warn"]
     assert warning == f"The checkpoint of step 5 can't be used as a model. {reason}"
 

@@ -63,7 +63,7 @@ def test_a_pause_during_an_outage_keeps_its_stored_checkpoint(
     (kept,) = site.checkpoints(claim)
     assert kept.artifact is not None
     assert [file.path for file in site.store.get_manifest(kept.artifact).files] == ["row"]
-    events = queries.events_since(site.db, **site.world.of(claim.job.id), seq=0)
+    events = site.world.events(claim.job.id)
     assert [event.message for event in events].count("Checkpoint created at step 5") == 1
 
 

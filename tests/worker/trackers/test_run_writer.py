@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from catalog.db.database import Database
-from catalog.history import queries, tracker_runs
+from catalog.history import tracker_runs
 from catalog.lifecycle import recording
 from catalog.settings import Settings
 from catalog.tables.history import TrackerRun
@@ -115,9 +115,7 @@ def test_every_tracker_receives_each_point_once_across_a_restart(
         assert curves["train/loss"] == pytest.approx(train), read
         assert curves["valid/loss"] == pytest.approx(valid), read
         assert {"succeeded", adapter} <= set(texts.values()), read
-    assert [
-        event.level for event in queries.events_since(world.db, **world.of(job_id), seq=0) if event.level != "info"
-    ] == []
+    assert [event.level for event in world.events(job_id) if event.level != "info"] == []
 
 
 Read = tuple[dict[str, dict[int, float]], dict[str, str]]
@@ -224,7 +222,7 @@ def test_an_unavailable_tracker_adds_a_warning_and_the_other_continues(world: Wo
             seconds=WAIT_SECONDS,
         )
 
-    messages = [one.message for one in queries.events_since(world.db, **world.of(job_id), seq=0) if one.level == "warn"]
+    messages = [one.message for one in world.events(job_id) if one.level == "warn"]
     assert len(messages) == 1
     assert "Writing to the integration tensorboard failed" in messages[0]
     assert world.job(job_id).state == "running"
