@@ -26,6 +26,7 @@ class PlanClaim:
     """A plan that this worker computes."""
 
     claim_id: str
+    plan_id: str
     files: FilesToPrepare
 
 
@@ -114,7 +115,7 @@ def _claim(session: Session, plan: Plan, claim_id: str) -> PlanClaim:
         validation=validation,
         valid_key=plan.valid_prepared,
     )
-    return PlanClaim(claim_id=claim_id, files=files)
+    return PlanClaim(claim_id=claim_id, plan_id=plan.id, files=files)
 
 
 def _hindrance(session: Session, plan: Plan) -> Json | None:
