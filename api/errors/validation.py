@@ -78,7 +78,7 @@ def _explain(path: str, group: list[Problem], model: type[BaseModel] | None) -> 
 def _types_to_choose(path: str, model: type[BaseModel] | None) -> str:
     """Return the types to choose from if the missing field is an object with a discriminating `type`, else ""."""
     field = model.model_fields.get(path) if model else None
-    for part in models_in(field.annotation) if field else []:
+    for part in models_in(field.annotation if field else None):
         if "type" in part.model_fields and (names := get_args(part.model_fields["type"].annotation)):
             return f"Set its type to one of {', '.join(map(repr, names))}."
     return ""
