@@ -20,7 +20,7 @@ from catalog.history import events, metric_store
 from catalog.history.metric_points import Point
 from catalog.spec.integrations import Integration
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables.history import TrackerRun
+from catalog.tables.history import TrackerRunRow
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
 from catalog.tables.table import Json
@@ -71,7 +71,7 @@ class RunUpdate:
 
 def add(session: Session, job: Job, integrations: Sequence[Integration]) -> None:
     for one in integrations:
-        session.add(TrackerRun(job_id=job.id, type=one.type, train_step=-1, valid_step=-1, num_failures=0))
+        session.add(TrackerRunRow(job_id=job.id, type=one.type, train_step=-1, valid_step=-1, num_failures=0))
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
@@ -83,8 +83,8 @@ def on_transition(session: Session, job: Job, before: JobState | None, *, now: f
 def wake(session: Session, job: Job, *, now: float) -> None:
     """Make the job's unclaimed, unfinished runs due now."""
     if job.requested.get("integrations"):
-        asleep = (TrackerRun.job_id == job.id, TrackerRun.finished_at.is_(None), TrackerRun.claim_id.is_(None))
-        session.execute(update(TrackerRun).where(*asleep).values(next_at=now))
+        asleep = (TrackerRunRow.job_id == job.id, TrackerRunRow.finished_at.is_(None), TrackerRunRow.claim_id.is_(None))
+        session.execute(update(TrackerRunRow).where(*asleep).values(next_at=now))
 
 
 def claim(db: Database, *, types: Collection[str], limit: int) -> list[TrackerRunClaim]:
@@ -99,9 +99,9 @@ def claim(db: Database, *, types: Collection[str], limit: int) -> list[TrackerRu
         return [_claimed(row, lease.acquire(row, now=now, lease_seconds=TRACKER_LEASE_SECONDS)) for row in found]
 
 
-def _due(types: Collection[str], *, now: float, limit: int) -> Select[TrackerRun]:
-    due = (TrackerRun.next_at <= now, lease.is_free(TrackerRun, now=now), TrackerRun.type.in_(types))
-    return select(TrackerRun).where(*due).order_by(TrackerRun.next_at).limit(limit)
+def _due(types: Collection[str], *, now: float, limit: int) -> Select[TrackerRunRow]:
+    due = (TrackerRunRow.next_at <= now, lease.is_free(TrackerRunRow, now=now), TrackerRunRow.type.in_(types))
+    return select(TrackerRunRow).where(*due).order_by(TrackerRunRow.next_at).limit(limit)
 
 
 def poll(db: Database, run: TrackerRunClaim) -> RunUpdate:
@@ -175,7 +175,7 @@ def fail(db: Database, run: TrackerRunClaim, problem: str) -> None:
         row.error = row.error or problem
 
 
-def _claimed(row: TrackerRun, claim_id: str) -> TrackerRunClaim:
+def _claimed(row: TrackerRunRow, claim_id: str) -> TrackerRunClaim:
     return TrackerRunClaim(
         job_id=row.job_id,
         type=row.type,
@@ -186,13 +186,13 @@ def _claimed(row: TrackerRun, claim_id: str) -> TrackerRunClaim:
     )
 
 
-def _locked(session: Session, run: TrackerRunClaim) -> TrackerRun | None:
+def _locked(session: Session, run: TrackerRunClaim) -> TrackerRunRow | None:
     """Return the locked row if the claim is still valid. Locks the job first.
 
     A transaction that makes the job train again waits for this lock, and wakes the run afterwards.
     """
     session.get_one(Job, run.job_id, with_for_update=True)
-    return lease.held(session, TrackerRun, run.claim_id)
+    return lease.held(session, TrackerRunRow, run.claim_id)
 
 
 def _points(session: Session, job_id: str, kind: str, after: int) -> list[Json]:

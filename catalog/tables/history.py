@@ -114,7 +114,7 @@ class Checkpoint(Table):
 IS_DUE = text("next_at IS NOT NULL")
 
 
-class TrackerRun(Leased, Table):
+class TrackerRunRow(Leased, Table):
     """The run of a job in a tracker: how far its curves are written. It is leased to the worker that writes to it."""
 
     __tablename__ = "tracker_runs"

@@ -24,7 +24,7 @@ from catalog.sweeps import controller, creation
 from catalog.sweeps import queries as sweep_queries
 from catalog.tables.audit import AuditEvent
 from catalog.tables.fleet import Trainer
-from catalog.tables.history import Attempt, Checkpoint, JobEvent, MetricBlock, TrackerRun
+from catalog.tables.history import Attempt, Checkpoint, JobEvent, MetricBlock, TrackerRunRow
 from catalog.tables.jobs import Job, JobLabel
 from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.storage import Adapter, Artifact, File, Prepared, Upload, UploadPart
@@ -54,7 +54,7 @@ COPIED: dict[type[Table], Changes] = {
     },
     Attempt: lambda n: {"claim_id": f"claim-{n}", "job_id": f"ftjob-{n}", "trainer_id": f"t-{n}"},
     JobEvent: lambda n: {"job_id": f"ftjob-{n}"},
-    TrackerRun: lambda n: {"job_id": f"ftjob-{n}"},
+    TrackerRunRow: lambda n: {"job_id": f"ftjob-{n}"},
     MetricBlock: lambda n: {"job_id": f"ftjob-{n}"},
     JobLabel: lambda n: {"job_id": f"ftjob-{n}", "label": f"label {int(n) % 40}"},
     Checkpoint: lambda n: {

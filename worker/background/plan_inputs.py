@@ -13,6 +13,7 @@ from catalog.errors import OutOfSpace, Unavailable
 from catalog.lifecycle.preparation import RETRY_SECONDS
 from catalog.plans import claims
 from catalog.plans.claims import PlanClaim
+from catalog.process_exit import how_it_exited
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.plans import Plan
@@ -99,12 +100,17 @@ def _compare(
                 is_unwanted=is_unwanted,
             )
         except ChildFailed as error:
+            exited = how_it_exited(error.returncode)
             remedy = (
                 "Create the plan again without validation_file. If the comparison of other files fails too, reinstall "
                 "Lorry's dependencies on that worker."
             )
             raise crashed(
-                action, error, worker_id=context.worker_id, code="comparison_failed", remedy=remedy
+                f"The comparison of {compared} on worker {context.worker_id} {exited}",
+                error,
+                worker_id=context.worker_id,
+                code="comparison_failed",
+                remedy=remedy,
             ) from error
 
 

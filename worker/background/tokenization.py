@@ -250,12 +250,19 @@ def _run(
             is_unwanted=is_unwanted,  # the heartbeat renews a job's claim
         )
     except ChildFailed as error:
+        exited = how_it_exited(error.returncode)
         remedy = (
             "Try another file with this base model. If that fails too, reinstall Lorry's dependencies on that worker, "
             "or use another base model. Otherwise, split the file to find the row that causes this error, and correct "
             f"or remove that row. {AGAIN}"
         )
-        raise crashed(action, error, worker_id=context.worker_id, code="preparation_failed", remedy=remedy) from error
+        raise crashed(
+            f"The tokenization of file {file_id} on worker {context.worker_id} {exited}",
+            error,
+            worker_id=context.worker_id,
+            code="preparation_failed",
+            remedy=remedy,
+        ) from error
 
 
 def stuck(what: str, why: str) -> PreparationCrashed:
@@ -267,24 +274,22 @@ def stuck(what: str, why: str) -> PreparationCrashed:
     return PreparationCrashed(f"{what} was stopped because {why}.", code="no_progress", remedy=remedy)
 
 
-def full_disk(worker_id: str) -> OutOfSpace:
+def _full_disk(worker_id: str) -> OutOfSpace:
     remedy = "Free up space in that worker's data folder. The preparation is retried automatically."
     return OutOfSpace(f"The disk on worker {worker_id} is full.", code="out_of_space", remedy=remedy)
 
 
 def crashed(
-    action: str, error: ChildFailed, *, worker_id: str, code: str, remedy: str
+    message: str, error: ChildFailed, *, worker_id: str, code: str, remedy: str
 ) -> PreparationCrashed | OutOfSpace:
     """Return the error for a child that exited without a result.
 
-    action: with its worker. remedy: if neither the disk nor the memory is the cause.
+    message: without the last line of its log. remedy: if neither the disk nor the memory is the cause.
     """
     if error.is_disk_full:
-        return full_disk(worker_id)
-    failed = f"{action} {how_it_exited(error.returncode)}"
+        return _full_disk(worker_id)
     if is_killed(error.returncode):
+        message = f"{message}, probably because the machine ran out of memory."
         remedy = f"Free up memory on that worker's machine, or use smaller files. {AGAIN}"
-        return PreparationCrashed(
-            f"{failed}, probably because the machine ran out of memory.", code=code, remedy=remedy
-        )
-    return PreparationCrashed(f"{failed}: {error.last_line}.", code=code, remedy=remedy)
+        return PreparationCrashed(message, code=code, remedy=remedy)
+    return PreparationCrashed(f"{message}: {error.last_line}.", code=code, remedy=remedy)

@@ -80,7 +80,9 @@ def no_tokens(*_: object, **__: object) -> dict[str, Any]:
 
 def _crash(returncode: int, last_line: str) -> Exception:
     error = ChildFailed(returncode, last_line, is_disk_full=False)
-    return tokenization.crashed("The tokenization", error, worker_id="w1", code="preparation_failed", remedy="Look.")
+    return tokenization.crashed(
+        "The tokenization failed", error, worker_id="w1", code="preparation_failed", remedy="Look."
+    )
 
 
 def no_disk(*_: object, **__: object) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def test_a_crash_is_reported_with_its_remedy() -> None:
     failed, killed = _crash(1, "KeyError: 'a'"), _crash(-9, "no output")
 
     assert isinstance(failed, tokenization.PreparationCrashed)
-    assert failed.sentence() == "The tokenization failed with exit status 1: KeyError: 'a'. Look."
+    assert failed.sentence() == "The tokenization failed: KeyError: 'a'. Look."
     assert isinstance(killed, tokenization.PreparationCrashed)
     assert killed.remedy.startswith("Free up memory on that worker's machine")
 

@@ -20,7 +20,7 @@ from catalog.db.database import Database
 from catalog.history import tracker_runs
 from catalog.lifecycle import recording
 from catalog.settings import Settings
-from catalog.tables.history import TrackerRun
+from catalog.tables.history import TrackerRunRow
 from tests.catalog.world import World
 from tests.worker_site import wait_until
 from worker.children.tracker.wandb import WandbRun
@@ -75,9 +75,9 @@ def steps(world: World, job_id: str, *numbers: int) -> None:
     recording.record_metrics(world.db, world.job(job_id).claim_id or "", rows)
 
 
-def row(world: World, job_id: str, name: str) -> TrackerRun:
+def row(world: World, job_id: str, name: str) -> TrackerRunRow:
     with world.db.read() as session:
-        return session.get_one(TrackerRun, (job_id, name))
+        return session.get_one(TrackerRunRow, (job_id, name))
 
 
 def written(world: World, job_id: str, step: int) -> Callable[[], bool]:
@@ -86,9 +86,9 @@ def written(world: World, job_id: str, step: int) -> Callable[[], bool]:
     )
 
 
-def _maybe(world: World, job_id: str, name: str) -> TrackerRun | None:
+def _maybe(world: World, job_id: str, name: str) -> TrackerRunRow | None:
     with world.db.read() as session:
-        return session.get(TrackerRun, (job_id, name))
+        return session.get(TrackerRunRow, (job_id, name))
 
 
 @pytest.mark.slow
