@@ -17,7 +17,7 @@ from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.log import Log
 from benchmarks.gpu.kit.sizes import full, quick
 from lora_core.kernels import selection
-from lora_core.kernels.gpu import attention_trial, elementwise_trial, trials
+from lora_core.kernels.gpu import attention_trial, decoding_trial, elementwise_trial, trials
 from lora_core.kernels.selection import AttentionHeads, choose_kernels
 from tests.lora_core.kernels.gpu.triton_folder import environment
 from tests.services.programs import Missing
@@ -35,6 +35,7 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kit:
     for module, function in ((trials, "why_lora_differs"), (elementwise_trial, "why_trial_failed")):
         monkeypatch.setattr(module, function, lambda *_, **__: None)
     monkeypatch.setattr(attention_trial, "why_attention_differs", lambda *_, **__: None)
+    monkeypatch.setattr(decoding_trial, "why_decoding_differs", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return Kit(log=Log(tmp_path, started=time.monotonic()), sizes=quick(), stage="compilation")
 
