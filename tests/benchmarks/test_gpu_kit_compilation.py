@@ -55,7 +55,7 @@ def test_job_reports_why_its_kernels_cannot_be_used(kit: Kit, tmp_path: Path, mo
     (tmp_path / "triton.py").write_text("raise ImportError('hidden')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    arguments = {"lora": ["0"], "attention": ["16", "capped"]}
+    arguments = {"lora": ["0"], "attention": ["16", "capped"], "decoding": ["16", "capped"]}
     run_jobs(kit, [(family, "float32", *arguments.get(family, [])) for family in TRIALS])
 
     reasons = {line["name"].split()[3]: line["reason"] for line in lines_of(tmp_path)}
@@ -66,7 +66,14 @@ def test_job_reports_why_its_kernels_cannot_be_used(kit: Kit, tmp_path: Path, mo
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("job", [("lora", "float32", "1"), ("attention", "float32", "16", "uncapped")])
+@pytest.mark.parametrize(
+    "job",
+    [
+        ("lora", "float32", "1"),
+        ("attention", "float32", "16", "uncapped"),
+        ("decoding", "float32", "16", "uncapped"),
+    ],
+)
 def test_job_tries_its_kernels(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     try:
         interpreter = environment(TRITON_INTERPRET="1")
