@@ -275,8 +275,16 @@ class ContinuousBatch:
         starts = accumulate(pack.sequence_lengths, initial=0)
         newest = [start for start, offset in zip(starts, offsets, strict=False) if offset]
         arrays = [np.repeat(offsets, pack.sequence_lengths)[None], np.array(newest, np.int64)]
-        offsets_1T, rows_n = upload(arrays, self._base.device)
-        return replace(pack, caches=caches, newest_rows_n=rows_n, position_ids=pack.position_ids + offsets_1T)
+        if newest and self._base.kernels.decoding_head_size is not None:
+            arrays.append(np.stack([cache.addresses() for cache in caches if cache.num_tokens], axis=1))
+        offsets_1T, rows_n, *tables = upload(arrays, self._base.device)
+        return replace(
+            pack,
+            caches=caches,
+            newest_rows_n=rows_n,
+            addresses_Cn4=tables[0] if tables else None,
+            position_ids=pack.position_ids + offsets_1T,
+        )
 
     def _recorded(self, chosen: Sequence[tuple[_Answer, ChosenToken | None]]) -> list[NewToken]:
         """Append the tokens to their answers, and return those that were not returned before a restart."""

@@ -14,6 +14,7 @@ import torch
 from lora_core.kernels.batch_invariant import ExactProducts
 from lora_core.kernels.gpu import dropout_trial
 from lora_core.kernels.gpu.attention_trial import why_not_in_tiles
+from lora_core.kernels.gpu.decoding_trial import why_not_decoded
 from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
 from lora_core.kernels.gpu.trials import why_not_tiled
 
@@ -49,6 +50,8 @@ class Kernels:
             (lora_core/layers/attention/flash.py).
         tiled_head_size: Features of the heads that Triton kernels compute in one launch where varlen doesn't fit
             (lora_core/layers/attention/tiled_gpu.py). None if the model has no such heads or they can't be used.
+        decoding_head_size: Features of the heads for which a Triton kernel computes the newest tokens of all answers in
+            one launch (lora_core/layers/attention/cached.py). None if it can't be used.
         elementwise: Norms, gated activations and rotations on a GPU: "eager" as in the library, or "compiled" into one
             kernel each (lora_core/kernels/on_device.py). A CPU has compiled kernels in either case.
         batch_invariant: Matmuls over tokens of several jobs whose bits don't depend on the number of rows
@@ -59,6 +62,7 @@ class Kernels:
     lora: Literal["loop", "tiled"] = "loop"
     attention: Literal["sequences", "varlen"] = "sequences"
     tiled_head_size: int | None = None
+    decoding_head_size: int | None = None
     elementwise: Literal["eager", "compiled"] = "eager"
     batch_invariant: ExactProducts | None = None
     reasons: tuple[str, ...] = ()
@@ -84,15 +88,22 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHea
     capability = torch.cuda.get_device_capability(device)
     why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
     why_eager, why_no_masks = why_not_elementwise(device), dropout_trial.why_not_drawn(device)
-    size, why_no_heads = None, None
+    size, why_no_heads, decoding_size, why_no_decoding = (None,) * 4
     if heads is not None and not (why_no_varlen is None and heads.fits_varlen):
         why_no_heads = why_not_in_tiles(device, dtype, size=heads.size, is_capped=heads.is_capped)
         size = heads.size if why_no_heads is None else None
-    why_slow = why_no_tiles, why_no_varlen if size is None else None, why_no_heads, why_eager, why_no_masks
+    if heads is not None:
+        why_no_decoding = why_not_decoded(device, dtype, size=heads.size, is_capped=heads.is_capped)
+        decoding_size = heads.size if why_no_decoding is None else None
+    why_slow = (
+        *(why_no_tiles, why_no_varlen if size is None else None, why_no_heads, why_no_decoding),
+        *(why_eager, why_no_masks),
+    )
     return Kernels(
         lora="tiled" if why_no_tiles is None else "loop",
         attention="varlen" if why_no_varlen is None else "sequences",
         tiled_head_size=size,
+        decoding_head_size=decoding_size,
         elementwise="compiled" if why_eager is None else "eager",
         reasons=tuple(filter(None, why_slow)),
     )

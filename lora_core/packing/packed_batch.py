@@ -205,6 +205,7 @@ class PackedBatch:
         label_smoothing_L: fp32 [L] (losses/chunked_cross_entropy.py), or None.
         host_ids_T: input_ids on the host, so that reading them does not wait for a device.
         newest_rows_n: int64 [n], in generation: the row of each sequence that has tokens in its KV cache.
+        addresses_Cn4: int64 [C, n, 4] on a GPU in generation: the `addresses` of the KV caches of these sequences.
         reference: The sequences of jobs that need a reference model, with that model's adapters. It has a pass of
             its own, because nothing in it is differentiated.
     """
@@ -229,6 +230,7 @@ class PackedBatch:
     plans: dict[int, Any] = field(default_factory=dict)  # of layers/tiled_lora.py, by the identity of `segments`
     caches: tuple[SequenceCache, ...] = ()  # in generation (forward/continuous_batch.py): the pack has only new tokens
     newest_rows_n: Tensor | None = None
+    addresses_Cn4: Tensor | None = None
 
     @property
     def whole_lengths(self) -> tuple[int, ...]:

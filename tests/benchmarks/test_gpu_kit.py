@@ -220,7 +220,7 @@ def test_lora_in_float32_is_left_out_on_a_gpu_where_no_engine_computes_it_so(
 ) -> None:
     kit = Kit(log=Log(tmp_path, started=time.monotonic()), sizes=full(), stage="kernels")
     checked: list[tuple[str, torch.dtype]] = []
-    for name in ("_lora", "_tiled_attention"):
+    for name in ("_lora", "_tiled_attention", "_decoding"):
         monkeypatch.setattr(
             kernels, name, lambda kit, dtype, *_, name=name, **__: checked.append((name.lstrip("_"), dtype))
         )
@@ -232,7 +232,7 @@ def test_lora_in_float32_is_left_out_on_a_gpu_where_no_engine_computes_it_so(
     kernels.kernels(kit)
 
     assert {dtype for name, dtype in checked if name == "lora"} == {torch.bfloat16}
-    for other in ("rows", "tiled_attention"):
+    for other in ("rows", "tiled_attention", "decoding"):
         assert {dtype for name, dtype in checked if name == other} == {torch.bfloat16, torch.float32}
 
 

@@ -17,7 +17,7 @@ from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.log import Log
 from benchmarks.gpu.kit.sizes import full, quick
 from lora_core.kernels import selection
-from lora_core.kernels.gpu import attention_trial, elementwise_trial, trials
+from lora_core.kernels.gpu import attention_trial, decoding_trial, elementwise_trial, trials
 from lora_core.kernels.selection import AttentionHeads, choose_kernels
 from tests.lora_core.kernels.gpu.triton_folder import environment
 from tests.services.programs import Missing
@@ -35,6 +35,7 @@ def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kit:
     for module, function in ((trials, "why_lora_differs"), (elementwise_trial, "why_trial_failed")):
         monkeypatch.setattr(module, function, lambda *_, **__: None)
     monkeypatch.setattr(attention_trial, "why_attention_differs", lambda *_, **__: None)
+    monkeypatch.setattr(decoding_trial, "why_decoding_differs", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return Kit(log=Log(tmp_path, started=time.monotonic()), sizes=quick(), stage="compilation")
 
@@ -54,7 +55,7 @@ def test_job_reports_why_its_kernels_cannot_be_used(kit: Kit, tmp_path: Path, mo
     (tmp_path / "triton.py").write_text("raise ImportError('hidden')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    arguments = {"lora": ["0"], "attention": ["16", "capped"]}
+    arguments = {"lora": ["0"], "attention": ["16", "capped"], "decoding": ["16", "capped"]}
     run_jobs(kit, [(family, "float32", *arguments.get(family, [])) for family in TRIALS])
 
     reasons = {line["name"].split()[3]: line["reason"] for line in lines_of(tmp_path)}
@@ -65,7 +66,14 @@ def test_job_reports_why_its_kernels_cannot_be_used(kit: Kit, tmp_path: Path, mo
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("job", [("lora", "float32", "1"), ("attention", "float32", "16", "uncapped")])
+@pytest.mark.parametrize(
+    "job",
+    [
+        ("lora", "float32", "1"),
+        ("attention", "float32", "16", "uncapped"),
+        ("decoding", "float32", "16", "uncapped"),
+    ],
+)
 def test_job_tries_its_kernels(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
     try:
         interpreter = environment(TRITON_INTERPRET="1")

@@ -31,6 +31,7 @@ TRIALS = {
     "lora": ("lora_core.kernels.gpu.trials", "why_lora_differs"),
     "elementwise": ("lora_core.kernels.gpu.elementwise_trial", "why_trial_failed"),
     "attention": ("lora_core.kernels.gpu.attention_trial", "why_attention_differs"),
+    "decoding": ("lora_core.kernels.gpu.decoding_trial", "why_decoding_differs"),
     "dropout": ("lora_core.kernels.gpu.dropout_trial", "why_not_drawn"),
 }
 """The function by which an engine tries the kernels of each family."""
@@ -85,7 +86,8 @@ def jobs() -> list[Job]:
         *(("elementwise", dtype) for dtype in ("bfloat16", "float32")),
         ("dropout", "uint8"),
         *(
-            ("attention", str(dtype).removeprefix("torch."), str(size), cap)
+            (family, str(dtype).removeprefix("torch."), str(size), cap)
+            for family in ("attention", "decoding")
             for dtype, size in [*heads, (torch.float32, 16)]  # 16 are those of the tiny models
             for cap in ("capped", "uncapped")
         ),

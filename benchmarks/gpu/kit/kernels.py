@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import accumulate, product
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,10 +18,14 @@ from benchmarks.gpu.kit.compilation import left_out, why_left_out
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.lora_pack import LoraPack, random_pack
 from lora_core.kernels.gpu.attention_trial import ALL, TILED_HEADS, VisibleKeys, attention_results
+from lora_core.kernels.gpu.decoding_trial import decoding_results
 from lora_core.kernels.gpu.elementwise_trial import elementwise_results
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.kernels.gpu.trials import run_of
 from lora_core.layers.attention import flash
+from lora_core.layers.attention.cached import attend_newest
+from lora_core.packing.kv_cache import SequenceCache
+from lora_core.runtime.transfers import upload
 
 FRACTION = "fraction of the largest number"
 HEADS, KEY_HEADS, HEAD_SIZE = 8, 2, 64
@@ -72,10 +77,18 @@ def _check_elementwise(kit: Kit, dtype: torch.dtype) -> None:
 
 
 def _check_tiled_attention(kit: Kit, dtype: torch.dtype) -> None:
+    _check_heads(kit, dtype, _tiled_attention, "attention in tiles")
+
+
+def _check_decoding(kit: Kit, dtype: torch.dtype) -> None:
+    _check_heads(kit, dtype, _decoding, "decoding")
+
+
+def _check_heads(kit: Kit, dtype: torch.dtype, check: Callable[..., None], named: str) -> None:
     for size, is_capped in product((64, 128, 256) if kit.on_gpu else (64,), (False, True)):
         if size <= TILED_HEADS[dtype]:
-            with kit.attempt(f"attention in tiles in {dtype}, heads of {size}, capped {is_capped}"):
-                _tiled_attention(kit, dtype, size=size, is_capped=is_capped)
+            with kit.attempt(f"{named} in {dtype}, heads of {size}, capped {is_capped}"):
+                check(kit, dtype, size=size, is_capped=is_capped)
 
 
 def _lora(kit: Kit, dtype: torch.dtype, dropout: float) -> None:
@@ -108,12 +121,22 @@ def _lora_alone(kit: Kit, pack: LoraPack, named: str) -> None:
 
 
 def _tiled_attention(kit: Kit, dtype: torch.dtype, *, size: int, is_capped: bool) -> None:
+    results = attention_results(kit.device, dtype, size=size, is_capped=is_capped)
+    _tell_worst(kit, results, f"in tiles, {dtype}, heads of {size}, capped {is_capped}")
+
+
+def _decoding(kit: Kit, dtype: torch.dtype, *, size: int, is_capped: bool) -> None:
+    results = decoding_results(kit.device, dtype, size=size, is_capped=is_capped)
+    _tell_worst(kit, results, f"in decoding, {dtype}, heads of {size}, capped {is_capped}")
+
+
+def _tell_worst(kit: Kit, results: Iterable[tuple[str, Tensor, Tensor]], named: str) -> None:
     worst: dict[str, float] = {}
-    for name, found, expected in attention_results(kit.device, dtype, size=size, is_capped=is_capped):
+    for name, found, expected in results:
         difference = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
         worst[name] = max(worst.get(name, 0.0), difference)
     for name, difference in worst.items():
-        kit.tell(f"{name} in tiles, {dtype}, heads of {size}, capped {is_capped}", difference, FRACTION)
+        kit.tell(f"{name} {named}", difference, FRACTION)
 
 
 def check_attention(kit: Kit) -> None:
@@ -225,6 +248,38 @@ def _attention_times(kit: Kit) -> None:
         _tell_time(kit, f"attention backward, {named}", backward)
 
 
+def _decoding_times(kit: Kit) -> None:
+    """Time a layer of an 8B Llama for answers of 1,024 tokens, in one launch and answer by answer."""
+    from lora_core.kernels.gpu import decoding
+
+    num_heads, num_key_heads, size, num_tokens = 32, 8, 128, 1024
+    visible = VisibleKeys(scale=size**-0.5, softcap=0.0, before=ALL, after=0)
+    for num_answers in (1, 16, 64):
+        query, key, value = (
+            torch.randn(num_answers, count, size, device=kit.device).to(torch.bfloat16).transpose(0, 1)
+            for count in (num_heads, num_key_heads, num_key_heads)
+        )
+        caches = [SequenceCache(max_tokens=2 * num_tokens) for _ in range(num_answers)]
+        for cache in caches:
+            cache.extended(*(part[:, :1].expand(-1, num_tokens, -1) for part in (key, value)))
+            cache.num_tokens = num_tokens
+        (table_n4,) = upload([np.concatenate([cache.addresses() for cache in caches])], kit.device)
+
+        def together(heads: Any = (query, key, value), table_n4: Tensor = table_n4) -> None:
+            decoding.attend_newest(heads, table_n4, visible)
+
+        def one_by_one(heads: Any = (query, key, value), caches: Any = caches) -> None:
+            for cache in caches:
+                cache.begin_pass()
+            query, key, value = heads
+            attend_newest(query, key, value, caches, scale=visible.scale, window=None, softcap=None)
+
+        named = f"{num_answers} answers of {num_tokens} tokens, {num_heads} heads of {size}, {num_key_heads} of keys"
+        num_bytes = 2 * num_answers * num_tokens * num_key_heads * size * query.itemsize
+        _tell_time(kit, f"decoding, {named}", together, num_bytes=num_bytes)
+        _tell_time(kit, f"decoding answer by answer, {named}", one_by_one, num_bytes=num_bytes)
+
+
 def _elementwise_times(kit: Kit) -> None:
     from lora_core.kernels.gpu import elementwise
 
@@ -286,11 +341,13 @@ CHECKS: dict[str, Callable[[Kit, torch.dtype], None]] = {
     "lora": _check_lora,
     "elementwise": _check_elementwise,
     "attention": _check_tiled_attention,
+    "decoding": _check_decoding,
 }
 TIMES: dict[str, tuple[Callable[[Kit], None], ...]] = {
     "lora": (_lora_times,),
     "elementwise": (_elementwise_times, _optimizer_times),
     "attention": (_attention_times,),
+    "decoding": (_decoding_times,),
 }
 
 

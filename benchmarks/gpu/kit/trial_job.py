@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_core.kernels.gpu.attention_trial import why_attention_differs
+from lora_core.kernels.gpu.decoding_trial import why_decoding_differs
 from lora_core.kernels.gpu.dropout_trial import why_not_drawn
 from lora_core.kernels.gpu.elementwise_trial import why_elementwise_differs
 from lora_core.kernels.gpu.trials import TRIED, why_lora_differs
@@ -26,8 +27,9 @@ def reason_of(device: torch.device, family: str, dtype: torch.dtype, arguments: 
     """
     if family == "lora":
         return why_lora_differs(device, dtype, (TRIED[int(arguments[0])],))
-    if family == "attention":
-        return why_attention_differs(device, dtype, size=int(arguments[0]), is_capped=arguments[1] == "capped")
+    if family in ("attention", "decoding"):
+        differs = why_attention_differs if family == "attention" else why_decoding_differs
+        return differs(device, dtype, size=int(arguments[0]), is_capped=arguments[1] == "capped")
     return why_not_drawn(device) if family == "dropout" else why_elementwise_differs(device, dtype)
 
 

@@ -131,7 +131,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _scored(products, inner, softcap, CAPPED: tl.constexpr):
+def scored(products, inner, softcap, CAPPED: tl.constexpr):
     """Return the scores, and the derivative of a score by scale · q·k."""
     if CAPPED:
         tangents = _tanh(products * inner)
@@ -174,7 +174,7 @@ def _attend(
             keys_N = key + tl.arange(0, N)
             k_NE = _rows(k_of_head, start, keys_N, length, k_token, features_E, size)
             v_NE = _rows(v_of_head, start, keys_N, length, v_token, features_E, size)
-            scores_MN, _ = _scored(tl.dot(q_ME, tl.trans(k_NE), input_precision=PRECISION), inner, softcap, CAPPED)
+            scores_MN, _ = scored(tl.dot(q_ME, tl.trans(k_NE), input_precision=PRECISION), inner, softcap, CAPPED)
             distance_MN = rows_M[:, None] - keys_N[None, :]
             seen_MN = (distance_MN <= before) & (distance_MN >= -after) & (keys_N < length)[None, :]
             scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
@@ -214,7 +214,7 @@ def _query_gradient(
             k_NE = _rows(k_of_head, start, keys_N, length, k_token, features_E, size)
             v_NE = _rows(v_of_head, start, keys_N, length, v_token, features_E, size)
             products_MN = tl.dot(q_ME, tl.trans(k_NE), input_precision=PRECISION)
-            scores_MN, slopes_MN = _scored(products_MN, inner, softcap, CAPPED)
+            scores_MN, slopes_MN = scored(products_MN, inner, softcap, CAPPED)
             distance_MN = rows_M[:, None] - keys_N[None, :]
             seen_MN = (distance_MN <= before) & (distance_MN >= -after) & (keys_N < length)[None, :]
             weights_MN = tl.exp(tl.where(seen_MN, scores_MN - logs_M[:, None], float("-inf")))
@@ -248,7 +248,7 @@ def _key_gradients(
                 logs_M = tl.load(logs + numbers_M, mask=rows_M < length, other=0.0)
                 mean_M = tl.load(means + numbers_M, mask=rows_M < length, other=0.0)
                 products_NM = tl.dot(k_NE, tl.trans(q_ME), input_precision=PRECISION)
-                scores_NM, slopes_NM = _scored(products_NM, inner, softcap, CAPPED)
+                scores_NM, slopes_NM = scored(products_NM, inner, softcap, CAPPED)
                 distance_NM = rows_M[None, :] - keys_N[:, None]
                 seen_NM = (distance_NM <= before) & (distance_NM >= -after) & (rows_M < length)[None, :]
                 weights_NM = tl.exp(tl.where(seen_NM, scores_NM - logs_M[None, :], float("-inf")))

@@ -1,7 +1,9 @@
 # pyright: basic
 """Attention of the newest token of each sequence to the keys and values in its cache, in generation.
 
-Shape suffixes: H query heads, K key heads, G = H / K, S tokens of a sequence, n sequences, E head features.
+One call of a compiled kernel computes all sequences: of kernels/generation.py on a CPU, of kernels/gpu/decoding.py on a
+GPU. Shape suffixes: H query heads, K key heads, G = H / K, S tokens of a sequence, n sequences, E head features,
+C attention calls of a pass.
 """
 
 from collections.abc import Sequence
@@ -11,9 +13,12 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels import generation
+from lora_core.kernels.gpu.attention_trial import VisibleKeys
 from lora_core.kernels.numba_jit import array_of, runs_on
+from lora_core.layers.attention import tiled_gpu
 from lora_core.layers.attention.dense_cpu import UNLIMITED
 from lora_core.packing.kv_cache import SequenceCache
+from lora_core.packing.packed_batch import current_kernels
 
 
 def attend_newest(
@@ -21,15 +26,26 @@ def attend_newest(
     k_KnE: Tensor,
     v_KnE: Tensor,
     caches: Sequence[SequenceCache],
+    table_Cn4: Tensor | None = None,
     *,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Append one key and value to each sequence's cache. Return the attention output [n, H, E] of the new tokens."""
-    if not all(runs_on(tensor) and tensor.dtype == q_HnE.dtype for tensor in (q_HnE, k_KnE, v_KnE)):
+    """Append one key and value to each sequence's cache. Return the attention output [n, H, E] of the new tokens.
+
+    `table_Cn4` has the caches' `addresses`, on a GPU whose kernel may be used.
+    """
+    heads = q_HnE, k_KnE, v_KnE
+    if table_Cn4 is not None and tiled_gpu.takes(*heads, current_kernels().decoding_head_size):
+        from lora_core.kernels.gpu import decoding
+
+        visible = VisibleKeys(scale=scale, softcap=softcap or 0.0, before=(window or UNLIMITED) - 1, after=0)
+        (call,) = {own.next_call() for own in caches}
+        return decoding.attend_newest(heads, table_Cn4[call], visible)
+    if not all(runs_on(tensor) and tensor.dtype == q_HnE.dtype for tensor in heads):
         options = {"scale": scale, "window": window, "softcap": softcap}
-        parts = [heads.split(1, dim=1) for heads in (q_HnE, k_KnE, v_KnE)]
+        parts = [part.split(1, dim=1) for part in heads]
         outputs = [
             attend_last(q_H1E, *own.extended(k_K1E, v_K1E), **options)
             for q_H1E, k_K1E, v_K1E, own in zip(*parts, caches, strict=True)

@@ -106,8 +106,8 @@ def _attend_with_cache(
     rows_n = pack.newest_rows_n
     if rows_n is not None and len(rows_n):
         caches = [cache for cache, has_keys in zip(pack.caches, is_cached, strict=False) if has_keys]
-        q, k, v = (part[:, rows_n] for part in heads)
-        output_THE[rows_n] = attend_newest(q, k, v, caches, **options)
+        q, k, v = (part.transpose(0, 1)[rows_n].transpose(0, 1) for part in heads)  # the kernels read them by token
+        output_THE[rows_n] = attend_newest(q, k, v, caches, pack.addresses_Cn4, **options)
     return output_THE[None]
 
 

@@ -116,13 +116,13 @@ def measured_tick(
     return _report(counts) | sizes
 
 
-def measured_answers(*, num_layers: int, num_prompts: int) -> dict[str, Any]:
+def measured_answers(*, num_layers: int, num_prompts: int, dtype: str = "bfloat16") -> dict[str, Any]:
     """Return the counts of the pass that adds a second token to each answer, for adapters of two jobs."""
     config = AutoConfig.for_model("llama", **(COMMON | {"num_hidden_layers": num_layers}))
     jobs = submissions("llama")
     names = ("plain", "wide")
     with fake_device() as observer:
-        engine = Engine(base_on_device(config, {}), engine_config(token_budget=4096))
+        engine = Engine(base_on_device(config, {}, dtype=dtype), engine_config(token_budget=4096))
         for name in names:
             admit(engine, name, jobs[name])
         prompts = Prompts(prompts=((5, 6, 7),) * num_prompts, max_tokens=4)
@@ -190,6 +190,7 @@ def fake_device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
         "lora_core.layers.rms_norm._agrees": _norm_agrees,
         "lora_core.layers.rotary._agrees": _is_same,
         "lora_core.kernels.gpu.dropout_trial.why_not_drawn": lambda _device: None,
+        "lora_core.packing.kv_cache.address_of": lambda _tensor: 1 << 20,
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
         "torch.Tensor.backward": _observed_backward(observer),
         # One copy, and not one for each element.
@@ -267,7 +268,8 @@ def base_on_device(
     model.requires_grad_(False).eval()
     heads = attention_heads(config)
     assert heads is not None
-    chosen = Kernels(lora="tiled", attention="varlen", tiled_head_size=heads.size, elementwise="compiled")
+    sizes = dict.fromkeys(("tiled_head_size", "decoding_head_size"), heads.size)
+    chosen = Kernels(lora="tiled", attention="varlen", **sizes, elementwise="compiled")
     if dtype == "float32":
         chosen = replace(chosen, lora="loop", attention="sequences")  # neither kernel takes it
     base = BaseModel(model=model, dtype=torch_dtype, device=DEVICE, task=cast(Any, task))

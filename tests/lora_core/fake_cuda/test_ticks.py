@@ -268,11 +268,24 @@ def test_dropout_masks_of_the_loop_are_drawn_by_the_device(answer: Answer) -> No
 
 
 def test_the_host_waits_for_the_tokens_of_a_pass_alone(answer: Answer) -> None:
-    """The host uploads the rows of the newest tokens once, not in each layer."""
+    """The host uploads the rows of the newest tokens and the addresses of caches once, not in each layer."""
     one, two = (answer("answers", num_layers=layers, num_prompts=prompts) for layers, prompts in ((1, 1), (2, 4)))
 
     assert one["waits"] == two["waits"] == {"forward download": 2}
     assert one["uploads"] == two["uploads"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_launches_of_a_layer_do_not_grow_with_the_number_of_answers(answer: Answer, dtype: str) -> None:
+    few, many = (
+        [answer("answers", num_layers=layers, num_prompts=prompts, dtype=dtype) for layers in (1, 2)]
+        for prompts in (1, 7)
+    )
+
+    of_layer = [two["launches"]["forward"] - one["launches"]["forward"] for one, two in (few, many)]
+    assert of_layer[0] == of_layer[1]
+    for one, two in (few, many):
+        assert [found["operators"]["forward attention of newest tokens"] for found in (one, two)] == [1, 2]
 
 
 def test_gradient_of_tied_trained_tokens_is_computed_without_a_copy_of_the_chunk(answer: Answer) -> None:

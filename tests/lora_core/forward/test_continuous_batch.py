@@ -270,6 +270,23 @@ def test_cache_grows_in_steps_and_up_to_the_longest_possible_answer(engine, monk
     assert sorted(set(sizes)) == [16, 32, 40]
 
 
+def test_addresses_are_those_of_buffers_with_space_for_one_more_token(monkeypatch):
+    monkeypatch.setattr(kv_cache, "GROWTH_TOKENS", 16)
+    kept = kv_cache.SequenceCache(max_tokens=40)
+    new = [(torch.randn(2, 1, 8), torch.randn(2, 1, 12)) for _ in range(3)]  # one for each attention call
+    for token in range(40):
+        addresses = kept.addresses()
+        kept.begin_pass()
+        buffers = [kept.extended(*pair) for pair in new]
+        kept.num_tokens += 1
+        if token:
+            expected = [(keys.data_ptr(), values.data_ptr()) for keys, values in buffers]
+            assert [tuple(row) for row in addresses[:, :2]] == expected, "the pass wrote to these buffers"
+            assert addresses[:, 2].tolist() == [keys.stride(0) // 8 for keys, _ in buffers]
+            assert addresses[:, 3].tolist() == [token] * 3
+        assert all((keys == pair[0]).all() for (keys, _), pair in zip(buffers, new, strict=True)), "kept as it grew"
+
+
 def test_engine_limits_the_bytes_of_the_cache(engine):
     layers = engine.base.model.config.num_hidden_layers
     heads, size = engine.base.model.config.num_key_value_heads, engine.base.model.config.head_dim

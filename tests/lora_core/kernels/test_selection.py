@@ -12,7 +12,7 @@ import torch
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.kernels import selection
-from lora_core.kernels.gpu import attention_trial, dropout_trial, elementwise_trial, trials
+from lora_core.kernels.gpu import attention_trial, decoding_trial, dropout_trial, elementwise_trial, trials
 from lora_core.kernels.gpu.tables import WIDTHS, class_of
 from lora_core.kernels.gpu.trials import TRIED
 from lora_core.kernels.selection import AttentionHeads, Kernels, choose_kernels, prepare_device
@@ -25,6 +25,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device whose kernels agree with the references."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(trials, "why_lora_differs", lambda device, dtype: None)
+    monkeypatch.setattr(decoding_trial, "why_decoding_differs", lambda device, dtype, *, size, is_capped: None)
     monkeypatch.setattr(selection, "why_not_elementwise", lambda device: None)
     monkeypatch.setattr(dropout_trial, "why_not_drawn", lambda device: None)
     monkeypatch.setattr(selection, "varlen_parameters", lambda: selection.VARLEN_PARAMETERS)
@@ -92,6 +93,49 @@ def test_reason_against_triton_attention_names_the_heads_or_the_device(
     assert reason in found
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("size", "is_capped"), [(128, False), (256, True), (36, False)])
+def test_generated_tokens_get_a_triton_kernel_that_agrees(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, is_capped: bool
+) -> None:
+    heads, tried = AttentionHeads(size=size, is_capped=is_capped), list[tuple[torch.dtype, int, bool]]()
+    monkeypatch.setattr(attention_trial, "why_attention_differs", lambda *_, **__: None)
+
+    def differs(_device: torch.device, dtype: torch.dtype, *, size: int, is_capped: bool) -> str | None:
+        tried.append((dtype, size, is_capped))
+        return None if len(tried) == 1 else "decoding differs"
+
+    monkeypatch.setattr(decoding_trial, "why_decoding_differs", differs)
+
+    agreeing, differing = (choose_kernels(CUDA, dtype, heads) for _ in range(2))
+
+    assert tried == [(dtype, size, is_capped)] * 2
+    assert (agreeing.decoding_head_size, differing.decoding_head_size) == (size, None)
+    assert "decoding differs" not in agreeing.reasons
+    assert "decoding differs" in differing.reasons
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "capability", "reason"),
+    [
+        (torch.bfloat16, 512, (9, 0), "does not take heads of 512 features in torch.bfloat16"),
+        (torch.float16, 64, (9, 0), "does not take heads of 64 features in torch.float16"),
+        (torch.bfloat16, 64, (7, 5), "needs compute capability 8.0, not 7.5"),
+    ],
+)
+def test_reason_against_decoding_by_triton_names_the_heads_or_the_device(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, capability: tuple[int, int], reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(decoding_trial, "why_decoding_differs", lambda *_, **__: pytest.fail("it was tried"))
+
+    found = decoding_trial.why_not_decoded(CUDA, dtype, size=size, is_capped=False)
+
+    assert found is not None
+    assert found.startswith("attention of generated tokens runs answer by answer: ")
+    assert reason in found
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "disagreement", "lora", "reason"),
     [
@@ -156,6 +200,9 @@ TRIALS: dict[str, Trial] = {
     "attention": lambda device: attention_trial.why_attention_differs.__wrapped__(
         device, torch.float32, size=64, is_capped=True
     ),
+    "decoding": lambda device: decoding_trial.why_decoding_differs.__wrapped__(
+        device, torch.float32, size=64, is_capped=True
+    ),
 }
 """They run each time. The engine reads the result of the first time."""
 
@@ -166,7 +213,7 @@ def reasons_of_all(device: torch.device) -> list[str | None]:
 
 def test_machine_without_triton_reports_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    for module in ("attention", "segmented_lora", "elementwise", "optimizer"):
+    for module in ("attention", "decoding", "segmented_lora", "elementwise", "optimizer"):
         monkeypatch.delitem(sys.modules, f"lora_core.kernels.gpu.{module}", raising=False)
     cpu = torch.device("cpu")
 
@@ -186,6 +233,7 @@ def test_kernel_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(trials, "_worst", refused)
     monkeypatch.setattr(elementwise_trial, "elementwise_results", refused)
     monkeypatch.setattr(attention_trial, "attention_results", refused)
+    monkeypatch.setattr(decoding_trial, "decoding_results", refused)
     cpu = torch.device("cpu")
 
     reasons = reasons_of_all(cpu)
@@ -208,6 +256,7 @@ def test_fault_of_the_device_in_a_trial_is_no_reason_for_the_loop(
     monkeypatch.setattr(trials, "_differences", faulted)
     monkeypatch.setattr(elementwise_trial, "elementwise_results", faulted)
     monkeypatch.setattr(attention_trial, "attention_results", faulted)
+    monkeypatch.setattr(decoding_trial, "decoding_results", faulted)
     monkeypatch.setattr(torch.cuda, "synchronize", faulted)
 
     with pytest.raises(torch.AcceleratorError, match="misaligned address"):

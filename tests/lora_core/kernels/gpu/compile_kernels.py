@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_core.kernels.gpu import adafactor, attention, dropout, elementwise, optimizer, segmented_lora
+from lora_core.kernels.gpu import adafactor, attention, decoding, dropout, elementwise, optimizer, segmented_lora
 from lora_core.kernels.gpu.adafactor_table import CHUNK, TILES
 from lora_core.kernels.gpu.attention_trial import TILED_HEADS
 from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
@@ -62,6 +62,7 @@ def configurations() -> Iterator[Configuration]:
     yield from of_lora()
     yield of_dropout()
     yield from of_attention()
+    yield from of_decoding()
     yield from of_rows()
     yield from of_losses()
     yield from of_steps()
@@ -135,6 +136,22 @@ def of_attention() -> Iterator[Configuration]:
             is_product=True,
             is_wide=is_half,
             has_64_rows=constants["N" if direction == "keys" else "M"] == 64,
+        )
+
+
+def of_decoding() -> Iterator[Configuration]:
+    """Heads of each padded width and of some sizes between them, in both dtypes, with capped scores and without."""
+    types = dict.fromkeys(("inner", "softcap"), "fp32") | dict.fromkeys(("group", "num_before"), "i32")
+    for size, dtype, capped in product((32, 64, 80, 96, 128, 256), TILED_HEADS, (True, False)):
+        heads = dict.fromkeys(("q", "k", "v", "y"), "*bf16" if dtype == torch.bfloat16 else "*fp32")
+        yield Configuration(
+            name=f"decoding, heads of {size} in {str(dtype).removeprefix('torch.')}, capped {capped}",
+            kernel=decoding._attend_newest,
+            constants=decoding.tile_constants(dtype, size) | {"CAPPED": capped},
+            types=types | heads | {"table": "*i64"},
+            is_product=True,
+            is_wide=True,
+            has_64_rows=False,
         )
 
 
