@@ -54,6 +54,10 @@ class Shape:
             "hidden_size": self.hidden,
             "vocab_size": self.vocabulary,
             "linear_shapes": {name: [list(shape), self.layers] for name, shape in self.linears.items()},
+            "linear_paths": [
+                {"path": f"layers.*.{name}", "shape": list(shape), "layers": list(range(self.layers))}
+                for name, shape in self.linears.items()
+            ],
             "blocks": {"count": self.layers, "num_parameters": self.layers * block, "largest_parameters": block},
         }
 

@@ -47,9 +47,9 @@ def _gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError) as error:
         if not DRIVER.exists():
             return []
-        told = error.stdout if isinstance(error, subprocess.CalledProcessError) else error
+        reason = error.stdout if isinstance(error, subprocess.CalledProcessError) else error
         raise LorryError(
-            f"nvidia-smi does not list the GPUs of this machine: {str(told).strip()}",
+            f"nvidia-smi does not list the GPUs of this machine: {str(reason).strip()}",
             code="gpus_not_found",
             remedy="Repair the driver, name the GPUs with --devices, or train on the CPU with `--devices cpu`.",
         ) from error

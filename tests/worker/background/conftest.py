@@ -1,4 +1,4 @@
-"""A child process that never exits by itself."""
+"""A child process that never exits on its own."""
 
 from __future__ import annotations
 
