@@ -106,9 +106,11 @@ def _is_saving_too_long(context: WorkerContext, session: TrainerSession, closing
 
 
 def _base_bytes(trainer: TrainerProcess) -> int:
-    """Return the size of the base model's files."""
-    folder = Path(trainer.directory.settings()["base_dir"])
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """Return the size of the base model's files. 0 if they can't be read."""
+    try:
+        return sum(path.stat().st_size for path in Path(trainer.directory.settings()["base_dir"]).iterdir())
+    except OSError:
+        return 0
 
 
 def _allowed_seconds(context: WorkerContext, session: TrainerSession) -> float:

@@ -112,7 +112,9 @@ def test_a_deleted_file_is_found_again_by_its_digest(client: TestClient, adapter
     stored_files.delete(world.db, project_id=world.caller.project_id, file_id=source)
     with world.db.write() as session:
         gone = session.get_one(File, source)
-        about = {name: getattr(gone, name) for name in ("project_id", "purpose", "num_bytes", "num_rows", "digest")}
+        about = {
+            name: getattr(gone, name) for name in ("project_id", "purpose", "kind", "num_bytes", "num_rows", "digest")
+        }
         session.add(File(id="file-again", filename="renamed.jsonl", created_at=gone.created_at + 1, **about))
 
     job = reproduced(client, adapter)

@@ -133,7 +133,7 @@ def test_list_abbreviates_full_scopes_as_all(service: Script, run: Run) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["keys create", "keys rotate", "usage", "audit list", "webhooks replay", "webhooks rotate", "files upload"],
+    ["keys create", "keys rotate", "usage", "audit list", "webhooks replay", "webhooks rotate-secret", "files upload"],
 )
 def test_help_shows_duration_placeholders(run: Run, command: str) -> None:
     assert "<duration>" in run(*command.split(), "--help").stdout

@@ -142,7 +142,10 @@ def test_a_second_signal_is_forwarded_too_and_survivors_are_killed() -> None:
 @pytest.fixture
 def four_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate a machine with four GPUs and four cores."""
-    gpus = [Device(kind="cuda", indices=(index,), name="GPU", memory_bytes=80) for index in range(4)]
+    gpus = [
+        Device(kind="cuda", indices=(index,), uuids=(f"GPU-{index}",), name="GPU", memory_bytes=80)
+        for index in range(4)
+    ]
     monkeypatch.setattr(devices, "find_devices", lambda: gpus)
     monkeypatch.setattr(devices, "_own_cores", lambda: {0, 1, 2, 3})
 
