@@ -127,7 +127,9 @@ class Database:
         writing = self.engine.execution_options(lorry_immediate=True)
         # At READ COMMITTED, each statement sees the latest committed data, so a read transaction would add nothing.
         reading = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        repeating = self.engine if self.is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
         self._readers = sessionmaker(reading, expire_on_commit=False, info=info)
+        self._snapshots = sessionmaker(repeating, expire_on_commit=False, info=info)
         self._writers = sessionmaker(writing, expire_on_commit=False, info=info)
         event.listen(self._writers, "after_soft_rollback", _forget_rows)
         self._write_lock = FairLock()
@@ -139,6 +141,12 @@ class Database:
         SQLite uses a transaction. PostgreSQL runs each statement in autocommit mode, which saves two round trips.
         """
         with translated(), self._readers.begin() as session:
+            yield session
+
+    @contextmanager
+    def snapshot(self) -> Generator[Session]:
+        """Like `read`, but every statement sees the same state of the database. Writers are not blocked."""
+        with translated(), self._snapshots.begin() as session:
             yield session
 
     @contextmanager

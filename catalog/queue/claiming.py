@@ -1,7 +1,7 @@
 """Claims queued jobs for a worker. `claim_pack` has five steps, which its comments number:
 
 1. End expired leases (recovery.py).
-2. Read a snapshot of the queue without locks (snapshot_reader.py).
+2. Read a snapshot of the queue in one read transaction, without locks (snapshot_reader.py).
 3. Decide (scheduler.py).
 4. Lock the chosen jobs in a fixed order. If another worker was faster, fall back to the next job in
    `Decision.claim_order`.
@@ -121,7 +121,7 @@ def claim_pack(
         policy=policy,
     )
     for race in range(MAX_RACES):
-        with db.read() as session:  # most calls find no job, and a read transaction blocks no writer
+        with db.snapshot() as session:  # most calls find no job, and reading blocks no writer
             chosen = _choose(session, request)  # 2. and 3.
         if not chosen.choices:
             return []

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog.history import queries
-from catalog.queue import claiming
+from catalog.queue import charging, claiming
 from catalog.scheduling.fallbacks import MAX_FALLBACKS, snapshot_without
 from catalog.scheduling.scheduler import decide
 from catalog.scheduling.snapshot import USUAL, Candidate, Capacity, QueueSnapshot, Share
@@ -114,7 +114,29 @@ def test_concurrent_claims_share_like_consecutive_ones(world: World, max_jobs: i
     assert min(map(len, packs)) > 0
     if max_jobs == 1:
         of_strangers = sum(job.project_id == world.stranger.project_id for job in got)
-        assert abs(of_strangers - 18) <= 1
+        assert of_strangers == 18
+
+
+@pytest.mark.both_databases
+def test_decision_reads_one_state_of_the_database(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker claims a job after this worker has read the shares and before it reads the queue."""
+    flooded(world, 2)
+    world.worker("first")
+    world.worker("second")
+    claimed: list[Job] = []
+    read_shares = charging.shares_of_waiting
+
+    def read_shares_and_claim(*args: Any, **kwargs: Any) -> Any:
+        shares = read_shares(*args, **kwargs)
+        monkeypatch.setattr(charging, "shares_of_waiting", read_shares)
+        claimed.extend(claim.job for claim in world.claim("first", ONE, trainer_id="t1"))
+        return shares
+
+    monkeypatch.setattr(charging, "shares_of_waiting", read_shares_and_claim)
+    claimed += [claim.job for claim in world.claim("second", ONE, trainer_id="t2")]
+
+    assert len({job.id for job in claimed}) == 2
+    assert len({job.project_id for job in claimed}) == 2
 
 
 def racing(world: World, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any]) -> list[int]:
