@@ -24,7 +24,9 @@ def run(plan: Plan) -> Result:
     for lanes in plan.lanes:
         log = plan.folder / f"pack-{lanes}.log"
         with closing(Contender("pack", threads=1, log=log, lanes=lanes, **options)) as contender:
-            contender.step(jobs=plan.pack_sizes[-1])  # warm-up
+            contender.step(jobs=plan.pack_sizes[-1])  # the first step of a process is the slowest
+            for jobs in plan.pack_sizes * plan.pack_warm_up:
+                contender.step(jobs=jobs)
             reports = _take_turns(plan, contender, plan.pack_sizes)
             result.repeats |= {f"{jobs}_jobs_{lanes}_lanes": found for jobs, found in reports.items()}
             _conclude(plan, lanes, result, reports)

@@ -26,6 +26,9 @@ class Plan:
     pack_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     pack_tokens: int = 64
     pack_rank: int = 8
+    pack_warm_up: int = 9
+    """Steps of each size that are not measured: until the trials of the head's row counts have ended (`UNTRIED_TIMES`
+    of lora_core/kernels/batch_invariant.py)."""
     lanes: tuple[int, ...] = (1, 2)
     head: dict[str, int] = field(
         default_factory=lambda: {"num_labels": 1024, "num_features": 576, "vocab_size": 151_936}
@@ -84,6 +87,7 @@ def quick(workload: Workload, folder: Path) -> Plan:
         pack_sizes=(1, 2),
         pack_tokens=16,
         pack_rank=2,
+        pack_warm_up=1,
         lanes=(1,),
         head={"num_labels": 64, "num_features": 64, "vocab_size": 4096},
         upper_share=0.5,
