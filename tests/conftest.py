@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from catalog.db.database import Database
 from tests.next_migration import install
@@ -27,6 +28,9 @@ from tests.services.programs import Missing
 from tests.services.redis import redis_server
 from tests.services.s3 import s3_server
 from tests.suspension import Suspension
+
+settings.register_profile("lorry", deadline=None)
+settings.load_profile("lorry")  # a deadline would make tests depend on elapsed time
 
 NEEDS = "needs "
 """The prefix of the skip reason of a test that needs a missing program."""

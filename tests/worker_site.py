@@ -43,11 +43,13 @@ from worker.protocol.mailbox import EventReader, TrainerDirectory
 
 ROOT = Path(__file__).parents[1]
 BASE = "tiny"
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 500.0
 LIVE_SECONDS = 60.0
 """A worker with a heartbeat in this time is live for requests."""
-GONE_SECONDS = 1.0
-"""Maximum time that a trainer may outlive its worker."""
+GONE_SECONDS = 10.0
+"""Maximum time that a trainer may outlive its worker. It is below the lease, after which a trainer exits by itself."""
+SHORT_LEASE = {"LORRY_LEASE_SECONDS": "15"}
+"""For tests that wait until the lease of a killed worker expires."""
 PEPPER = "pepper of a test site, long enough"
 """The pepper that an API server over a site needs to accept the site's key."""
 
@@ -60,7 +62,7 @@ class WorkerSite:
     def __init__(self, folder: Path, **environment: str) -> None:
         self.environment = {
             "LORRY_DATA_DIR": str(folder / "data"),
-            "LORRY_LEASE_SECONDS": "6",
+            "LORRY_LEASE_SECONDS": "60",
             "LORRY_HEARTBEAT_SECONDS": "0.5",
             "LORRY_POLL_SECONDS": "0.1",
             "LORRY_IDLE_SECONDS": "0",
@@ -277,14 +279,19 @@ def wait_until(
 def is_gone_in_time(process: psutil.Process) -> bool:
     """Wait at most GONE_SECONDS. A zombie counts as gone, because it computes nothing."""
     deadline = time.monotonic() + GONE_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
+    while True:
+        is_last = time.monotonic() >= deadline  # before the check: this process may have been paused
+        is_gone = _is_gone(process)
+        if is_gone or is_last:
+            return is_gone
         time.sleep(0.01)
-    return False
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ class Site:
     server: Server
 
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, trust_env=False)
+        headers = {"authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
 
 
 class QuietServer(Server):

@@ -56,7 +56,7 @@ def run(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         check=check,
         umask=umask,
     )

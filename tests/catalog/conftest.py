@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 from pydantic import SecretStr
 from sqlalchemy import text
 
@@ -26,9 +25,6 @@ from tests.catalog.part_sender import Sender
 from tests.catalog.world import Clock, World
 from tests.conftest import NEEDS
 from tests.services.postgres import ON_POSTGRESQL, empty_database
-
-settings.register_profile("lorry", deadline=None)
-settings.load_profile("lorry")  # a deadline would make tests depend on elapsed time
 
 
 @pytest.fixture(scope="session")

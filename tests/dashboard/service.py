@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -30,14 +30,15 @@ FORKING.set_forkserver_preload(["api.__main__", "api.server"])
 class Service:
     """A running API server and its catalog."""
 
-    url: str
-    port: int
     seeded: Seeded
     environment: Mapping[str, str]
+    url: str = ""
+    """Set by the first start. Later ones use the same port."""
     child: ForkServerProcess | None = None
 
     def start(self) -> None:
-        given = (self.seeded.settings.data_dir, self.port, dict(self.environment))
+        port = int(self.url.rpartition(":")[2] or 0)
+        given = (self.seeded.settings.data_dir, port, dict(self.environment))
         self.child = FORKING.Process(target=_serve, args=given, daemon=True)
         self.child.start()
         self._wait()
@@ -88,17 +89,18 @@ class Service:
             assert self.child is not None
             assert self.child.is_alive(), self.log()
             try:
-                if httpx.get(f"{self.url}/healthz", timeout=2).is_success:
+                self.url = self.url or _reported_url(self.log())
+                if self.url and httpx.get(f"{self.url}/healthz", timeout=2).is_success:
                     return
-            except httpx.TransportError:
-                time.sleep(0.05)
+            except (FileNotFoundError, httpx.TransportError):
+                pass
+            time.sleep(0.05)
         raise AssertionError(f"The API server did not start.\n{self.log()}")
 
 
 @contextmanager
 def serving(seeded: Seeded, **environment: str) -> Iterator[Service]:
-    port = _free_port()
-    service = Service(url=f"http://127.0.0.1:{port}", port=port, seeded=seeded, environment=environment)
+    service = Service(seeded=seeded, environment=environment)
     try:
         service.start()
         yield service
@@ -119,7 +121,7 @@ def _serve(data_dir: Path, port: int, environment: dict[str, str]) -> None:
     sys.exit(main(["serve", "--host", "127.0.0.1", "--port", str(port)]))
 
 
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+def _reported_url(log: str) -> str:
+    """Return the address in the line that the server prints when it is ready, or "" before."""
+    reported = re.search(r'"event": "ready", "url": "([^"]+)"', log)
+    return reported[1] if reported else ""

@@ -29,7 +29,7 @@ def test_previewing_a_link_does_not_use_it_up(filled: Service, visit: Visit) -> 
     link = filled.sign_in_link()
     for _ in range(2):
         visit(filled, signed_in=False).page.goto(link)
-    assert httpx.get(link, trust_env=False).status_code == 200
+    assert httpx.get(link, timeout=60, trust_env=False).status_code == 200
 
     visitor = visit(filled, signed_in=False)
     visitor.page.goto(link)

@@ -41,9 +41,9 @@ def restartable_postgres(
     """Start a server that can be restarted. Yields the same address, and the server."""
     program = find_or_install(find, name="PostgreSQL server", installs=INSTALLS)
     user = unprivileged_user()
-    port = port or free_port()
     with server_folder("postgres", owner=user) as folder:
         _initialize(program, folder / "data", user)
+        port = port or free_port()  # as late as possible: another process may bind it first
         given = [*settings, "max_connections=200", f"unix_socket_directories={folder}", "listen_addresses=127.0.0.1"]
         options = [part for setting in given for part in ("-c", setting)]
         argv = [str(program), "-D", str(folder / "data"), "-p", str(port), *options]

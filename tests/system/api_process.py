@@ -38,12 +38,18 @@ def api_process(data_dir: Path, *, pepper: str | None = None) -> Iterator[Servic
     pepper: the pepper of the keys in its database, or None if there are no keys.
     """
     given = {} if pepper is None else {"LORRY_PEPPER": pepper}
-    environment = {**os.environ, "LORRY_DATA_DIR": str(data_dir), "OMP_NUM_THREADS": "1", **given}
+    environment = {
+        **os.environ,
+        "LORRY_DATA_DIR": str(data_dir),
+        "OMP_NUM_THREADS": "1",
+        "LORRY_SHUTDOWN_SECONDS": "100",
+        **given,
+    }
     command = [sys.executable, "-m", "api", "--log-level", "warning"]
 
     def run_json(*arguments: str) -> Any:
         made = subprocess.run(
-            [*command, *arguments, "--json"], env=environment, cwd=ROOT, capture_output=True, check=True, timeout=60
+            [*command, *arguments, "--json"], env=environment, cwd=ROOT, capture_output=True, check=True, timeout=250
         )
         return json.loads(made.stdout)
 
@@ -56,4 +62,4 @@ def api_process(data_dir: Path, *, pepper: str | None = None) -> Iterator[Servic
             yield Service(url=json.loads(child.stdout.readline())["url"], key=key)
         finally:
             child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0
+        assert child.wait(250) == 0

@@ -13,14 +13,14 @@ import pytest
 
 from catalog.jobs import commands
 from catalog.states import EndReason, JobState
-from tests.worker_site import WAIT_SECONDS, WorkerSite, is_gone_in_time, worker_site
+from tests.worker_site import SHORT_LEASE, WAIT_SECONDS, WorkerSite, is_gone_in_time, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[WorkerSite]:
-    with worker_site(tmp_path) as site:
+    with worker_site(tmp_path, **SHORT_LEASE) as site:
         yield site
 
 

@@ -13,7 +13,7 @@ from catalog.lifecycle import recording
 from catalog.states import JobState
 from catalog.tables.storage import Artifact
 from catalog.tables.table import Json
-from tests.worker_site import worker_site
+from tests.worker_site import SHORT_LEASE, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -142,7 +142,7 @@ def test_a_file_without_trainable_tokens_fails_only_its_own_job(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(tmp_path: Path) -> None:
-    with worker_site(tmp_path) as site:
+    with worker_site(tmp_path, **SHORT_LEASE) as site:
         job_id = site.submit(site.upload(40), max_steps=30, checkpoint_every_steps=10)
         worker = site.start_worker(FAILPOINT="step_25:hang")
         site.wait_until(lambda: len(_resumable(site.db, job_id)) == 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -48,7 +47,8 @@ def test_server_and_client_normalize_addresses_alike(seen: str, connected: str) 
 
 def test_proof_is_bound_to_nonce_address_and_port(site: Site) -> None:
     def served_proof(nonce: str) -> str:
-        return httpx.get(f"{site.url}/v1/service_identity", params={"nonce": nonce}, trust_env=False).json()["proof"]
+        with site.http() as client:
+            return client.get("/v1/service_identity", params={"nonce": nonce}).json()["proof"]
 
     host, port = site.url.removeprefix("http://").split(":")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import openai
 import pytest
 
 from api.deps import Services
 from api.inference import batch_lease, batch_lines, batch_loop
+from api.inference.answer import PartialAnswer
 from tests.api.inference.batch_service import BatchWorker, answering, strict_client
 from tests.api.site import Site
 from tests.catalog.world import World
@@ -35,6 +37,20 @@ def batch_worker(world: World, services: Services) -> Iterator[BatchWorker]:
 def client(site: Site, batch_worker: BatchWorker) -> Iterator[openai.OpenAI]:
     with strict_client(site, site.key) as client:
         yield client
+
+
+@pytest.fixture
+def num_begun(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Return a function that returns the number of answers that have begun for their batch."""
+    answers: list[PartialAnswer] = []
+    deltas_of = batch_lines.deltas_of
+
+    def noted(reply: Any, answer: PartialAnswer, **given: Any) -> Any:
+        answers.append(answer)
+        return deltas_of(reply, answer, **given)
+
+    monkeypatch.setattr(batch_lines, "deltas_of", noted)
+    return lambda: sum(answer.has_begun for answer in answers)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -9,7 +10,6 @@ import pytest
 
 from api.deps import Services
 from api.inference import batch_lines
-from api.inference.answer import PartialAnswer
 from catalog.tables.batches import Batch
 from tests.api.inference.batch_service import BatchWorker, counts, create, input_line, rows_of, used_tokens, wait
 from tests.api.site import until
@@ -24,22 +24,14 @@ def test_tokens_of_interrupted_answers_count(
     batch_worker: BatchWorker,
     services: Services,
     world: World,
-    monkeypatch: pytest.MonkeyPatch,
+    num_begun: Callable[[], int],
     end: str,
 ) -> None:
-    answers: list[PartialAnswer] = []
-    deltas_of = batch_lines.deltas_of
-
-    def noted(reply: Any, answer: PartialAnswer, **given: Any) -> Any:
-        answers.append(answer)
-        return deltas_of(reply, answer, **given)
-
-    monkeypatch.setattr(batch_lines, "deltas_of", noted)
     batch_worker.suspends = lambda prompt: prompt == "suspended"
     batch_worker.holds = lambda prompt: prompt == "held"
     made = create(client, input_line("a"), input_line("b", "suspended"), input_line("c", "held"))
     until(lambda: counts(client.batches.retrieve(made.id)) == (3, 1, 0))
-    until(lambda: sum(answer.has_begun for answer in answers) == 2)
+    until(lambda: num_begun() == 2)
 
     if end == "cancelled":
         client.batches.cancel(made.id)

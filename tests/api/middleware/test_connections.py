@@ -312,7 +312,7 @@ def test_idle_live_stream_stays_open(wire: Wire) -> None:
 
 
 class Impatient(HttpConnection):
-    timeouts = Timeouts(header_seconds=0.1, body_seconds=0.1, send_seconds=0.1)
+    timeouts = Timeouts(header_seconds=2.0, body_seconds=2.0, send_seconds=2.0)
 
 
 @pytest.mark.parametrize("sent", [b"", HEAD, POST + b"x"], ids=["nothing", "half a header", "half a body"])

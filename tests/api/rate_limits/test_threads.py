@@ -148,7 +148,7 @@ def test_request_without_a_thread_in_time_gets_a_retryable_503(
     verify = Gatekeeper()
     monkeypatch.setattr(ArtifactStore, "verify", verify)
     path = f"/v1/adapters/{adapter.id}/verify"
-    app.state.services = replace(services, slow_work=SlowWork(wait_seconds=0.05))
+    app.state.services = replace(services, slow_work=SlowWork(wait_seconds=1))
 
     with sent(site, "POST", path, 2), site.http() as client:
         try:
@@ -159,14 +159,12 @@ def test_request_without_a_thread_in_time_gets_a_retryable_503(
 
     assert (refused.status_code, error_of(refused)["code"]) == (503, "files_busy")
     assert refused.headers["retry-after"] == "5"
-    expected = (
-        f"waited 0.05 s for other uploads and verifications: project {world.caller.project_id} can run at most 2 "
-    )
+    expected = f"waited 1 s for other uploads and verifications: project {world.caller.project_id} can run at most 2 "
     assert expected in error_of(refused)["message"]
 
 
 def test_busy_server_is_distinguished_from_a_busy_project() -> None:
-    slow_work = SlowWork(num_threads=1, per_project=2, wait_seconds=0.05)
+    slow_work = SlowWork(num_threads=1, per_project=2, wait_seconds=1)
     release = threading.Event()
 
     async def refused() -> str:

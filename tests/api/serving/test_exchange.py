@@ -34,8 +34,10 @@ def client_of(place: ServingSite) -> openai.OpenAI:
 
 
 def usage(place: ServingSite) -> dict[str, int]:
-    (used,) = place.client.get("/v1/usage").json()["data"][-1]["results"]
-    return used["completions"]
+    """Return the sum of all days, since a test may run across midnight."""
+    days = place.client.get("/v1/usage").json()["data"]
+    counted = [used["completions"] for day in days for used in day["results"]]
+    return {name: sum(each[name] for each in counted) for name in ("requests", "prompt_tokens", "completion_tokens")}
 
 
 COUNTED = {"requests": 1, "prompt_tokens": PROMPT_TOKENS, "completion_tokens": 4}

@@ -462,8 +462,8 @@ def test_projects_do_not_see_the_text_of_the_server(place: ServingSite, trainer:
     assert "/v1/load_lora_adapter returned 500" in str(seen_by_operators(place))
     place.vllm.max_rank = 16
     place.wait_for("ready")
-    place.vllm.adapters.clear()
     place.vllm.holds = "/v1/load_lora_adapter"
+    place.vllm.adapters.clear()
     place.ask()
     until(lambda: place.deployments()[0]["state"] == "pending")
     assert "/v1" not in (place.deployments()[0]["last_error"] or "")

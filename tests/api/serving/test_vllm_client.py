@@ -57,7 +57,7 @@ def test_request_does_not_wait_long_for_the_connections_of_others(
     vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_client, "MAX_CONNECTIONS", 1)
-    monkeypatch.setattr(vllm_client, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(vllm_client, "CONNECT_SECONDS", 2.0)
     vllm.holds = "/v1/chat/completions"
     server = ServerAddress(url=vllm.url, api_key=None)
 

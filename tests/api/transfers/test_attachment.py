@@ -11,8 +11,8 @@ import shutil
 import socket
 import subprocess
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -220,10 +220,20 @@ class Unread(HttpConnection):
     timeouts = Timeouts(send_seconds=0.1)
 
 
+class CountedDownloads(Downloads):
+    num_admitted = 0
+
+    @contextmanager
+    def admitted(self, *, api_key_id: str, project_id: str) -> Generator[None]:
+        with super().admitted(api_key_id=api_key_id, project_id=project_id):
+            self.num_admitted += 1
+            yield
+
+
 def test_stalled_download_is_aborted_and_frees_its_slot(
     app: FastAPI, key: str, services: Services, world: World
 ) -> None:
-    downloads = Downloads(per_key=1)
+    downloads = CountedDownloads(per_key=1)
     app.state.services = replace(services, downloads=downloads)
 
     def has_room() -> bool:
@@ -236,7 +246,7 @@ def test_stalled_download_is_aborted_and_frees_its_slot(
     with running(app, key, connection=Unread) as site:
         path = f"/v1/files/{upload(site, random.Random(4).randbytes(MORE_THAN_A_SOCKET_TAKES))}/content"
         with closing(get(site, path)) as client:
-            until(lambda: not has_room())
+            until(lambda: downloads.num_admitted)
             until(has_room)
             received = read_to_end(client)
 

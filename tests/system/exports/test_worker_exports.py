@@ -15,14 +15,14 @@ from catalog.registry import adapters
 from catalog.storage.manifest import Manifest
 from catalog.tables.exports import AdapterExport
 from tests.services.uploads_hub import COMMIT, TOKEN, upload_hub
-from tests.worker_site import WAIT_SECONDS, WorkerSite, worker_site
+from tests.worker_site import SHORT_LEASE, WAIT_SECONDS, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[WorkerSite]:
-    with worker_site(tmp_path) as site:
+    with worker_site(tmp_path, **SHORT_LEASE) as site:
         yield site
 
 
@@ -49,7 +49,6 @@ def names(site: WorkerSite, row: AdapterExport) -> set[str]:
 
 
 def test_worker_exports_in_every_format_and_uploads_to_the_hub(site: WorkerSite, adapter: str) -> None:
-    site.patience_seconds = 500
     with upload_hub() as hub:
         gguf, lora = create(site, adapter, "gguf"), create(site, adapter, "gguf-lora")
         allowed = {"allowed_repositories": ["org/*"]}

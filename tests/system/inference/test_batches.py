@@ -14,7 +14,7 @@ import pytest
 from catalog.tables.batches import BatchLine
 from catalog.tables.inference import InferenceRequest
 from tests.system.api_process import Service, api_process
-from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
+from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 URL = "/v1/chat/completions"
@@ -23,7 +23,7 @@ ENDED = {"completed", "failed", "cancelled", "expired"}
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[WorkerSite]:
-    with worker_site(tmp_path, LORRY_IDLE_SECONDS="60") as site:
+    with worker_site(tmp_path, LORRY_IDLE_SECONDS="60", **SHORT_LEASE) as site:
         yield site
 
 
@@ -82,7 +82,7 @@ def test_batch_gives_the_answers_of_interactive_requests(site: WorkerSite, servi
 def test_interactive_request_is_answered_while_a_batch_runs(site: WorkerSite, service: Service) -> None:
     site.start_worker()
     with service.client() as client:
-        made = create(client, [body(number, max_tokens=60) for number in range(200)])
+        made = create(client, [body(number, max_tokens=180) for number in range(200)])
         site.wait_until(lambda: (counts := client.batches.retrieve(made.id).request_counts) and counts.completed > 0)
 
         client.chat.completions.create(**body(1))

@@ -14,7 +14,7 @@ import pytest
 from catalog.tables.inference import InferenceRequest
 from tests import tiny_base
 from tests.system.api_process import Service, api_process
-from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
+from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WAIT_SECONDS, WorkerSite, worker_site
 
 pytestmark = pytest.mark.timeout(600)
 OPTIONS: dict[str, Any] = {
@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[WorkerSite]:
-    with worker_site(tmp_path, LORRY_IDLE_SECONDS="60") as site:
+    with worker_site(tmp_path, LORRY_IDLE_SECONDS="60", **SHORT_LEASE) as site:
         yield site
 
 
@@ -74,7 +74,7 @@ def test_worker_that_drains_hands_its_requests_to_another(site: WorkerSite, serv
         site.start_worker()
 
         assert text_of(begun) + text_of(stream) == whole
-        assert first.wait(30) == 0
+        assert first.wait(WAIT_SECONDS) == 0
 
 
 def test_api_server_that_stops_finishes_its_streams_and_its_successor_answers(site: WorkerSite) -> None:
