@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
 from sqlalchemy import event
 
 from catalog.db.database import Database
+from catalog.fleet import cordons
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
-from tests.catalog.db.test_lock_order import after_the_first_call
+from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
+from tests.catalog.fleet.test_cordons import fail
 from tests.catalog.sweeping import advance, finish, make, of, train
 from tests.catalog.world import World
 
@@ -42,3 +45,45 @@ def test_sweep_cancelled_during_a_controller_step_cancels_its_trials(
     advance(world)
 
     assert [world.job(claimed[number].job.id).cancel_requested for number in (1, 2, 3)] == [True, True, True]
+
+
+def both(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    first: Callable[[], T],
+    second: Callable[[], T],
+) -> tuple[T, T]:
+    """Call `first`. After its call of the named function, `second` runs in a thread until it ends or waits for a lock.
+
+    Returns both results.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        started: list[Future[T]] = []
+
+        def start_second() -> None:
+            started.append(pool.submit(second))
+            wait_for_one_in_line(world.db, or_end_of=started[0])
+
+        act_after(monkeypatch, module, name, start_second)
+        return first(), started[0].result()
+
+
+def test_workers_that_fail_at_the_same_time_respect_the_limit_of_cordons(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(cordons, "cordon_if_bad", lambda *_: False)
+        for name in ("w1", "w2"):
+            world.worker(name, host=name)
+        for name in ("w1", "w2"):
+            for number in range(3):
+                fail(world, worker_id=name, trainer=f"{name}-{number}", caller=world.stranger if number else None)
+
+    def cordon(name: str) -> bool:
+        return cordons.cordon_if_bad(world.db, name)
+
+    are_cordoned = both(world, monkeypatch, cordons, "_may_cordon_another", lambda: cordon("w1"), lambda: cordon("w2"))
+
+    assert are_cordoned == (True, False)
