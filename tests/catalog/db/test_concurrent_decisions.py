@@ -11,11 +11,12 @@ from sqlalchemy import event
 
 from catalog.db.database import Database
 from catalog.fleet import cordons
+from catalog.search import trials
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
 from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
 from tests.catalog.fleet.test_cordons import fail
-from tests.catalog.sweeping import advance, finish, make, of, train
+from tests.catalog.sweeping import advance, finish, make, measure, of, train
 from tests.catalog.world import World
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -87,3 +88,16 @@ def test_workers_that_fail_at_the_same_time_respect_the_limit_of_cordons(
     are_cordoned = both(world, monkeypatch, cordons, "_may_cordon_another", lambda: cordon("w1"), lambda: cordon("w2"))
 
     assert are_cordoned == (True, False)
+
+
+def test_trials_that_reach_a_rung_at_the_same_time_are_compared(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+
+    def stops(number: int, loss: float) -> bool:
+        return measure(world, claimed[number], 2, loss)
+
+    are_stopped = both(world, monkeypatch, trials, "_continues", lambda: stops(0, 1.0), lambda: stops(1, 2.0))
+
+    assert are_stopped == (False, True)
