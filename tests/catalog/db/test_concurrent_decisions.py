@@ -10,14 +10,17 @@ import pytest
 from sqlalchemy import event
 
 from catalog.db.database import Database
+from catalog.exports import claims as export_claims
 from catalog.fleet import cordons
 from catalog.search import trials
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
 from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
+from tests.catalog.exports.test_exports import LLAMA, SCARCE, share
+from tests.catalog.exports.test_exports import create as create_export
 from tests.catalog.fleet.test_cordons import fail
 from tests.catalog.sweeping import advance, finish, make, measure, of, train
-from tests.catalog.world import World
+from tests.catalog.world import LEASE, World
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 T = TypeVar("T")
@@ -101,3 +104,28 @@ def test_trials_that_reach_a_rung_at_the_same_time_are_compared(world: World, mo
     are_stopped = both(world, monkeypatch, trials, "_continues", lambda: stops(0, 1.0), lambda: stops(1, 2.0))
 
     assert are_stopped == (False, True)
+
+
+def test_exports_taken_at_the_same_time_belong_to_different_projects(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first worker has refused the first export and takes the second. The other worker would take the first."""
+    world.base("llama", **LLAMA)
+    adapter = world.complete(world.running(model="llama").claim_id)
+    first, second = create_export(world, adapter, "merged"), create_export(world, adapter, "gguf")
+    share(world, adapter)
+    of_another = create_export(world, adapter, "merged", caller=world.stranger)
+
+    def take(worker_id: str, *refused: str) -> str:
+        found = export_claims.claim(
+            world.db,
+            worker_id=worker_id,
+            lease_seconds=LEASE,
+            refuse=lambda waiting: SCARCE if waiting.export_id in refused else None,
+        )
+        assert found is not None
+        return found.export_id
+
+    taken = both(world, monkeypatch, export_claims, "_claim", lambda: take("w1", first.id), lambda: take("w2"))
+
+    assert taken == (second.id, of_another.id)
