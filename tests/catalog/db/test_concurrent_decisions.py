@@ -9,12 +9,16 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import event
 
+from catalog.batches import execution
 from catalog.db.database import Database
 from catalog.exports import claims as export_claims
 from catalog.fleet import cordons
 from catalog.search import trials
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
+from tests.catalog.batches.test_execution import claim as claim_batch
+from tests.catalog.batches.test_execution import create as create_batch
+from tests.catalog.batches.test_execution import create_of_another_project
 from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
 from tests.catalog.exports.test_exports import LLAMA, SCARCE, share
 from tests.catalog.exports.test_exports import create as create_export
@@ -129,3 +133,14 @@ def test_exports_taken_at_the_same_time_belong_to_different_projects(
     taken = both(world, monkeypatch, export_claims, "_claim", lambda: take("w1", first.id), lambda: take("w2"))
 
     assert taken == (second.id, of_another.id)
+
+
+def test_batches_claimed_at_the_same_time_belong_to_different_projects(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = create_batch(world), create_batch(world)
+    of_another = create_of_another_project(world)
+
+    claimed = both(world, monkeypatch, execution, "_next", lambda: claim_batch(world), lambda: claim_batch(world))
+
+    assert [each.batch_id for each in claimed] == [first.id, of_another]
