@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -13,7 +14,10 @@ from catalog.batches import execution
 from catalog.db.database import Database
 from catalog.exports import claims as export_claims
 from catalog.fleet import cordons
+from catalog.queue import claims, preemption
+from catalog.scheduling.snapshot import USUAL
 from catalog.search import trials
+from catalog.states import EndReason
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
 from tests.catalog.batches.test_execution import claim as claim_batch
@@ -23,6 +27,7 @@ from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_
 from tests.catalog.exports.test_exports import LLAMA, SCARCE, share
 from tests.catalog.exports.test_exports import create as create_export
 from tests.catalog.fleet.test_cordons import fail
+from tests.catalog.queue.test_preemption import LATE, ONE, SPARED
 from tests.catalog.sweeping import advance, finish, make, measure, of, train
 from tests.catalog.world import LEASE, World
 
@@ -144,3 +149,29 @@ def test_batches_claimed_at_the_same_time_belong_to_different_projects(
     claimed = both(world, monkeypatch, execution, "_next", lambda: claim_batch(world), lambda: claim_batch(world))
 
     assert [each.batch_id for each in claimed] == [first.id, of_another]
+
+
+def test_job_that_another_worker_has_claimed_since_the_decision_is_not_preempted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker()
+    victim = world.running(priority="batch")
+    world.pass_time(SPARED, victim.claim_id)
+    world.beat(victim.claim_id)
+    world.queued(model=world.base("another"), priority="urgent")
+    world.clock.advance(LATE)
+    world.worker("w2")
+    request = preemption._request  # pyright: ignore[reportPrivateUsage]
+    moved: list[str] = []
+
+    def request_after_a_move(*given: Any, **more: Any) -> int:
+        claims.end(world.db, victim.claim_id, reason=EndReason.DRAINED, detail="")
+        joined = world.claim("w2", replace(ONE, num_jobs=1), pack_key=victim.job.pack_key)
+        moved.extend(claim.job.id for claim in joined)
+        return request(*given, **more)
+
+    monkeypatch.setattr(preemption, "_request", request_after_a_move)
+
+    assert preemption.request_preemptions(world.db, policy=USUAL) == 0
+    assert moved == [victim.job.id]
+    assert world.job(victim.job.id).preempted_for is None
