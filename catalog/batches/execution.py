@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db import lease
-from catalog.db.database import Database, read_clock, skip_locked
+from catalog.db.database import Database, read_clock, serialized_at, skip_locked
 from catalog.errors import StaleClaim
 from catalog.inference import requests
 from catalog.inference.requests import Model
@@ -66,7 +66,7 @@ def claim(db: Database) -> BatchClaim | None:
         if not _is_any_free(session):
             return None
     with db.write() as session:
-        now = read_clock(session)
+        now = serialized_at(session, "claim a batch")
         batch = _next(session, now=now)
         if batch is None:
             return None
@@ -262,7 +262,7 @@ def _is_any_free(session: Session) -> bool:
 
 
 def _next(session: Session, *, now: float) -> Batch | None:
-    """Return the next batch, locked; None if there is none, or if other processes have locked them."""
+    """Return the next batch, locked; None if there is none, or if other transactions have locked them."""
     is_free = _is_free(now=now)
     waits_since = case((Batch.turn_at > Batch.created_at, Batch.turn_at), else_=Batch.created_at)
     waiting = select(Batch.project_id).where(is_free)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from catalog.db import lease
-from catalog.db.database import Database, read_clock, skip_locked
+from catalog.db.database import Database, read_clock, serialized_at
 from catalog.errors import LorryError, StaleClaim
 from catalog.exports import formats
 from catalog.exports.formats import Needs
@@ -32,6 +32,8 @@ MAX_WAIT_SECONDS = 86400.0
 busy workers become free."""
 MAX_LOOKED_AT = 200
 """Maximum number of waiting exports that a worker considers at once, without those that it has just refused."""
+MAX_READS = 3
+"""How often a worker reads the waiting exports at one time. It reads them again if their order has changed since."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,20 +89,25 @@ def claim(
     only other workers may take the export. It fails if no worker has taken it MAX_WAIT_SECONDS after the first refusal,
     or if MAX_ATTEMPTS workers were lost.
     """
-    for each in _waiting(db, worker_id):
-        error = None if each.num_attempts >= MAX_ATTEMPTS else refuse(each)
-        with db.write() as session:
-            now = read_clock(session)
-            row = session.scalar(skip_locked(export_rows.waiting(now=now).where(AdapterExport.id == each.export_id)))
-            worker = session.get(Worker, worker_id)
-            if row is None or (worker is not None and worker.takes_nothing_new):
-                continue
-            if row.num_attempts >= MAX_ATTEMPTS:
-                _fail(row, _lost(row), now=now)
-            elif error is not None:
-                _refuse(row, worker_id, error, now=now, lease_seconds=lease_seconds)
-            else:
-                return _claim(session, row, now=now, lease_seconds=lease_seconds)
+    for _ in range(MAX_READS):
+        for each in _waiting(db, worker_id):
+            error = None if each.num_attempts >= MAX_ATTEMPTS else refuse(each)
+            with db.write() as session:
+                now = serialized_at(session, "take an export")
+                own = export_rows.waiting(now=now).where(AdapterExport.id == each.export_id)
+                row, worker = session.scalar(own.with_for_update()), session.get(Worker, worker_id)
+                if row is None or (worker is not None and worker.takes_nothing_new):
+                    continue
+                if row.num_attempts >= MAX_ATTEMPTS:
+                    _fail(row, _lost(row), now=now)
+                elif error is not None:
+                    _refuse(row, worker_id, error, now=now, lease_seconds=lease_seconds)
+                elif _in_order(session, worker_id, now=now)[:1] == [row.id]:
+                    return _claim(session, row, now=now, lease_seconds=lease_seconds)
+                else:
+                    break
+        else:
+            return None
     return None
 
 
@@ -148,12 +155,15 @@ def _waiting(db: Database, worker_id: str) -> list[WaitingExport]:
         worker = session.get(Worker, worker_id)
         if worker is not None and worker.takes_nothing_new:
             return []
-        found = session.execute(
-            export_rows.waiting(now=now).with_only_columns(AdapterExport.id, AdapterExport.refusals)
-        )
-        asked = [ident for ident, refusals in found if worker_id not in _refusing(refusals, now=now)]
-        rows = (session.get(AdapterExport, ident) for ident in asked[:MAX_LOOKED_AT])
+        asked = _in_order(session, worker_id, now=now)[:MAX_LOOKED_AT]
+        rows = (session.get(AdapterExport, ident) for ident in asked)
         return [_shown(session, row) for row in rows if row is not None]
+
+
+def _in_order(session: Session, worker_id: str, *, now: float) -> list[str]:
+    """Return the ids of the waiting exports that this worker has not just refused, the next one first."""
+    found = session.execute(export_rows.waiting(now=now).with_only_columns(AdapterExport.id, AdapterExport.refusals))
+    return [ident for ident, refusals in found if worker_id not in _refusing(refusals, now=now)]
 
 
 def _shown(session: Session, row: AdapterExport) -> WaitingExport:

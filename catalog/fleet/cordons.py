@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log as audit
 from catalog.audit.log import SERVER, Actor, AuditType
-from catalog.db.database import Database, read_clock
+from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, LorryError, NotFound
 from catalog.history import events
 from catalog.lifecycle import candidates, failures
@@ -333,9 +333,13 @@ def _is_used_by_others(session: Session, project_ids: Collection[str], *, now: f
 
 
 def _may_cordon_another(session: Session, *, now: float) -> bool:
-    """Return whether the limit allows another cordon for failed jobs: a third of the live workers, but at least one."""
-    live = list(session.scalars(select(Worker).where(is_live(now=now))))
-    cordoned = sum((worker.cordon or {}).get("reason") in (OF_THE_SERVICE, BEFORE_ANY_JOB) for worker in live)
+    """Return whether the limit allows another cordon for failed jobs: a third of the live workers, but at least one.
+
+    Until this transaction ends, no other one decides, because it would not count this cordon.
+    """
+    serialize(session, "cordon for failed jobs")
+    live = session.scalars(select(Worker.cordon).where(is_live(now=now))).all()
+    cordoned = sum((cordon or {}).get("reason") in (OF_THE_SERVICE, BEFORE_ANY_JOB) for cordon in live)
     return cordoned < max(1, len(live) // 3)
 
 

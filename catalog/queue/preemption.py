@@ -148,12 +148,12 @@ def _request(session: Session, decided: Sequence[PreemptionRequest], *, now: flo
     jobs = {job.id: job for job in session.scalars(locked.execution_options(populate_existing=True))} if named else {}
     number = 0
     for one in decided:
-        victims = [jobs[victim.job_id] for victim in one.preemption.victims if victim.job_id in jobs]
-        is_as_seen = all(job.state == JobState.RUNNING and job.preempted_for is None for job in victims)
+        victims = [(jobs[victim.job_id], victim) for victim in one.preemption.victims]
+        is_as_seen = all(job.claim_id == victim.claim_id and job.preempted_for is None for job, victim in victims)
         if not is_as_seen or jobs[one.job.job_id].state != JobState.QUEUED:
             continue
         jobs[one.job.job_id].preemption_requested_at = now
-        for job, victim in zip(victims, one.preemption.victims, strict=True):
+        for job, victim in victims:
             _request_one(session, job, one, victim, now=now, policy=policy)
             number += 1
         _notify_urgent_job(session, one, now=now)
@@ -223,6 +223,7 @@ def _holder(
         own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)
         return Training(
             job_id=job.id,
+            claim_id=attempt.claim_id,
             project_id=job.project_id,
             effective_priority=effective_priority,
             effective_level=level,

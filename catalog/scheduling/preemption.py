@@ -28,6 +28,7 @@ class Training:
     """A job in a trainer."""
 
     job_id: str
+    claim_id: str
     project_id: str
     effective_priority: int
     """The class with which it started: its own, or a higher one because of priority aging."""

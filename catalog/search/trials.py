@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog.db.database import get_once
+from catalog.db.database import get_once, serialize
 from catalog.errors import Conflict, NotFound
 from catalog.history import events
 from catalog.search.asha import Rungs
@@ -133,6 +133,7 @@ def _continues(session: Session, trial: Trial, rung: int, rungs: Rungs) -> bool:
     """
     if session.get(RungValue, (trial.job_id, rung)) is not None:
         return True
+    serialize(session, f"rungs of {trial.sweep_id}")  # otherwise trials at the same time would not count each other
     session.add(RungValue(job_id=trial.job_id, rung=rung, sweep_id=trial.sweep_id, score=trial.score))
     trial.rung = rung
     session.flush()

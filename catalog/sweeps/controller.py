@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from catalog.admission.accept import resolve_targets
@@ -114,17 +114,23 @@ def _cancel_some(session: Session, sweep_id: str) -> bool:
     """Cancel some trials of a sweep whose cancellation is requested. Returns False if none is left to cancel."""
     if not session.scalar(select(Sweep.cancel_requested).where(Sweep.id == sweep_id)):
         return False
-    remaining = (Job.sweep_id == sweep_id, Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False))
-    some = select(Job).where(*remaining).order_by(Job.id).limit(CANCELLED_AT_ONCE).with_for_update(of=Job)
+    some = select(Job).where(*_to_cancel(sweep_id)).order_by(Job.id).limit(CANCELLED_AT_ONCE).with_for_update(of=Job)
     jobs, now = list(session.scalars(some)), read_clock(session)
     for job in jobs:
         commands.stop(session, job, commands.CANCEL, now=now)
     return bool(jobs)
 
 
+def _to_cancel(sweep_id: str) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions for the unfinished trials whose cancellation has not been requested."""
+    return Job.sweep_id == sweep_id, Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False)
+
+
 def _continue(session: Session, sweep: Sweep, next_round: _Round, *, now: float) -> None:
     if sweep.due_at is None:
         return
+    if sweep.cancel_requested and session.scalar(select(Job.id).where(*_to_cancel(sweep.id)).limit(1)) is not None:
+        return  # a user has cancelled the sweep since `_cancel_some`, and the next step cancels its trials
     sweep.due_at = None
     unfinished = _count_unfinished(session, sweep)
     if sweep.num_created < sweep.num_trials and not (sweep.is_closed or sweep.cancel_requested):

@@ -168,6 +168,7 @@ class Simulation:
         jobs = tuple(
             Training(
                 job_id=record.job_id,
+                claim_id=record.job_id,
                 project_id=record.arrival.project,
                 effective_priority=record.effective_priority,
                 effective_level=levels[record.arrival.project, PriorityClass(record.arrival.priority)],

@@ -7,7 +7,7 @@ transaction waits behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
@@ -41,8 +41,8 @@ def no_endless_wait(db: Database) -> None:
     event.listen(db.engine, "begin", lambda connection: connection.exec_driver_sql("set local lock_timeout = '20s'"))
 
 
-def wait_for_one_in_line(db: Database) -> None:
-    """Wait until another transaction of this database waits for a lock."""
+def wait_for_one_in_line(db: Database, *, or_end_of: Future[Any] | None = None) -> None:
+    """Wait until another transaction of this database waits for a lock, or until this thread has ended."""
     in_line = text(
         "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
     )
@@ -51,7 +51,7 @@ def wait_for_one_in_line(db: Database) -> None:
             connection.exec_driver_sql(
                 "set local role none"
             )  # other roles cannot see what the sessions of the owner wait for
-            if connection.execute(in_line).scalar():
+            if connection.execute(in_line).scalar() or (or_end_of is not None and or_end_of.done()):
                 return
             connection.execute(CHECK_PAUSE)
         assert look < MAX_CHECKS, "no transaction waits for a lock"

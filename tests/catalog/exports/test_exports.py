@@ -422,6 +422,29 @@ def test_projects_take_turns(world: World, adapter: Adapter) -> None:
     assert order == [first.id, of_another.id, second.id]
 
 
+@pytest.mark.both_databases
+@pytest.mark.parametrize("answer", [None, SCARCE])
+def test_project_with_a_running_export_waits_even_if_a_worker_has_read_the_order_before(
+    world: World, adapter: Adapter, answer: InvalidRequest | None
+) -> None:
+    """Another worker takes the first export while this worker considers it."""
+    first, _ = create(world, adapter, "merged"), create(world, adapter, "gguf")
+    share(world, adapter)
+    of_another = create(world, adapter, "merged", caller=world.stranger)
+    taken: list[str] = []
+
+    def refuse(waiting: claims.WaitingExport) -> InvalidRequest | None:
+        if not taken:
+            taken.append(claim(world, "quicker").export_id)
+        return answer if waiting.export_id == first.id else None
+
+    found = claims.claim(world.db, worker_id="w1", lease_seconds=LEASE, refuse=refuse)
+
+    assert taken == [first.id]
+    assert found is not None
+    assert found.export_id == of_another.id
+
+
 def test_unfinished_exports_of_a_project_are_limited(world: World, adapter: Adapter) -> None:
     create(world, adapter, max_open=1)
 

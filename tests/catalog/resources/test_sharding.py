@@ -352,6 +352,7 @@ def test_live_trainer_accepts_only_jobs_with_its_placement() -> None:
 def test_preemption_frees_a_place_only_with_the_same_placement() -> None:
     urgent = replace(sized("urgent", own=50), priority=0, queued_at=0)
     held = {
+        "claim_id": "c",
         "project_id": urgent.project_id,
         "effective_priority": 1,
         "effective_level": 0.0,

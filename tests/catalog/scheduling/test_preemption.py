@@ -21,7 +21,8 @@ URGENT = candidate("urgent", NOW - 60, priority=0, own_bytes=10)
 
 def training(job_id: str, *, effective_priority: int = 1, trained: float = 1000, **more: Any) -> Training:
     fields: dict[str, Any] = {"own_bytes": 10, "num_packmates": 1, "project_id": "p", "effective_level": 0.0, **more}
-    return Training(job_id=job_id, effective_priority=effective_priority, began_at=NOW - trained, **fields)
+    fields |= {"job_id": job_id, "claim_id": f"claim of {job_id}"}
+    return Training(effective_priority=effective_priority, began_at=NOW - trained, **fields)
 
 
 def holder(*jobs: Training, worker_id: str = "w1", key: str = KEY, memory_bytes: int = 100, **more: Any) -> Holder:

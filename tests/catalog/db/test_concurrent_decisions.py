@@ -1,0 +1,177 @@
+"""Decisions on PostgreSQL while another transaction changes what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+from sqlalchemy import event
+
+from catalog.batches import execution
+from catalog.db.database import Database
+from catalog.exports import claims as export_claims
+from catalog.fleet import cordons
+from catalog.queue import claims, preemption
+from catalog.scheduling.snapshot import USUAL
+from catalog.search import trials
+from catalog.states import EndReason
+from catalog.sweeps import commands as sweep_commands
+from catalog.sweeps import controller
+from tests.catalog.batches.test_execution import claim as claim_batch
+from tests.catalog.batches.test_execution import create as create_batch
+from tests.catalog.batches.test_execution import create_of_another_project
+from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
+from tests.catalog.exports.test_exports import LLAMA, SCARCE, share
+from tests.catalog.exports.test_exports import create as create_export
+from tests.catalog.fleet.test_cordons import fail
+from tests.catalog.queue.test_preemption import LATE, ONE, SPARED
+from tests.catalog.sweeping import advance, finish, make, measure, of, train
+from tests.catalog.world import LEASE, World
+
+pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+T = TypeVar("T")
+
+
+@pytest.fixture(autouse=True)
+def no_endless_wait(db: Database) -> None:
+    """Limit lock waits to 20 s. PostgreSQL cannot detect a deadlock that includes a thread of the test itself."""
+    event.listen(db.engine, "begin", lambda connection: connection.exec_driver_sql("set local lock_timeout = '20s'"))
+
+
+def act_after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], Any]) -> None:
+    """Call `act` after the first call of this function."""
+    monkeypatch.setattr(module, name, after_the_first_call(getattr(module, name), act))
+
+
+def test_sweep_cancelled_during_a_controller_step_cancels_its_trials(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step has read that the sweep is not cancelled, and has not locked it yet."""
+    sweep_id = make(world)
+    claimed = train(world)
+    finish(world, claimed[0], 1.0)
+    act_after(monkeypatch, controller, "_cancel_some", lambda: sweep_commands.cancel(world.db, **of(world, sweep_id)))
+
+    advance(world)
+
+    assert [world.job(claimed[number].job.id).cancel_requested for number in (1, 2, 3)] == [True, True, True]
+
+
+def both(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    first: Callable[[], T],
+    second: Callable[[], T],
+) -> tuple[T, T]:
+    """Call `first`. After its call of the named function, `second` runs in a thread until it ends or waits for a lock.
+
+    Returns both results.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        started: list[Future[T]] = []
+
+        def start_second() -> None:
+            started.append(pool.submit(second))
+            wait_for_one_in_line(world.db, or_end_of=started[0])
+
+        act_after(monkeypatch, module, name, start_second)
+        return first(), started[0].result()
+
+
+def test_workers_that_fail_at_the_same_time_respect_the_limit_of_cordons(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(cordons, "cordon_if_bad", lambda *_: False)
+        for name in ("w1", "w2"):
+            world.worker(name, host=name)
+        for name in ("w1", "w2"):
+            for number in range(3):
+                fail(world, worker_id=name, trainer=f"{name}-{number}", caller=world.stranger if number else None)
+
+    def cordon(name: str) -> bool:
+        return cordons.cordon_if_bad(world.db, name)
+
+    are_cordoned = both(world, monkeypatch, cordons, "_may_cordon_another", lambda: cordon("w1"), lambda: cordon("w2"))
+
+    assert are_cordoned == (True, False)
+
+
+def test_trials_that_reach_a_rung_at_the_same_time_are_compared(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+
+    def stops(number: int, loss: float) -> bool:
+        return measure(world, claimed[number], 2, loss)
+
+    are_stopped = both(world, monkeypatch, trials, "_continues", lambda: stops(0, 1.0), lambda: stops(1, 2.0))
+
+    assert are_stopped == (False, True)
+
+
+def test_exports_taken_at_the_same_time_belong_to_different_projects(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first worker has refused the first export and takes the second. The other worker would take the first."""
+    world.base("llama", **LLAMA)
+    adapter = world.complete(world.running(model="llama").claim_id)
+    first, second = create_export(world, adapter, "merged"), create_export(world, adapter, "gguf")
+    share(world, adapter)
+    of_another = create_export(world, adapter, "merged", caller=world.stranger)
+
+    def take(worker_id: str, *refused: str) -> str:
+        found = export_claims.claim(
+            world.db,
+            worker_id=worker_id,
+            lease_seconds=LEASE,
+            refuse=lambda waiting: SCARCE if waiting.export_id in refused else None,
+        )
+        assert found is not None
+        return found.export_id
+
+    taken = both(world, monkeypatch, export_claims, "_claim", lambda: take("w1", first.id), lambda: take("w2"))
+
+    assert taken == (second.id, of_another.id)
+
+
+def test_batches_claimed_at_the_same_time_belong_to_different_projects(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = create_batch(world), create_batch(world)
+    of_another = create_of_another_project(world)
+
+    claimed = both(world, monkeypatch, execution, "_next", lambda: claim_batch(world), lambda: claim_batch(world))
+
+    assert [each.batch_id for each in claimed] == [first.id, of_another]
+
+
+def test_job_that_another_worker_has_claimed_since_the_decision_is_not_preempted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.worker()
+    victim = world.running(priority="batch")
+    world.pass_time(SPARED, victim.claim_id)
+    world.beat(victim.claim_id)
+    world.queued(model=world.base("another"), priority="urgent")
+    world.clock.advance(LATE)
+    world.worker("w2")
+    request = preemption._request  # pyright: ignore[reportPrivateUsage]
+    moved: list[str] = []
+
+    def request_after_a_move(*given: Any, **more: Any) -> int:
+        claims.end(world.db, victim.claim_id, reason=EndReason.DRAINED, detail="")
+        joined = world.claim("w2", replace(ONE, num_jobs=1), pack_key=victim.job.pack_key)
+        moved.extend(claim.job.id for claim in joined)
+        return request(*given, **more)
+
+    monkeypatch.setattr(preemption, "_request", request_after_a_move)
+
+    assert preemption.request_preemptions(world.db, policy=USUAL) == 0
+    assert moved == [victim.job.id]
+    assert world.job(victim.job.id).preempted_for is None
