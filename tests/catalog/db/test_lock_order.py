@@ -17,8 +17,11 @@ from sqlalchemy.orm import Session
 
 from catalog import revocation
 from catalog.db.database import Database
-from catalog.errors import Unauthorized
+from catalog.errors import Conflict, Unauthorized
 from catalog.history import tracker_runs
+from catalog.jobs import commands
+from catalog.lifecycle import queue_position
+from catalog.lifecycle.queue_position import MoveTarget
 from catalog.queue import claims
 from catalog.storage import artifact_index, token_cache
 from catalog.storage.manifest import Manifest
@@ -156,6 +159,23 @@ def test_run_that_goes_idle_while_its_job_starts_is_woken(world: World, monkeypa
         _, follows = recording[0].result()
 
     assert follows is tracker_runs.Follows.GO_ON
+
+
+def test_job_is_not_moved_next_to_one_that_is_cancelled_meanwhile(world: World) -> None:
+    job, neighbor = world.queued(), world.queued()
+    given: dict[str, Any] = {**world.of(job.id), "target": MoveTarget(before=neighbor.id)}
+
+    with ThreadPoolExecutor(1) as pool:
+        with world.db.write() as session:
+            row = session.get_one(Job, neighbor.id, with_for_update=True)
+            commands.stop(session, row, commands.CANCEL, now=world.clock())
+            moving = pool.submit(queue_position.move_to, world.db, **given)
+            wait_for_one_in_line(world.db)
+
+        with pytest.raises(Conflict) as refusal:
+            moving.result()
+
+    assert refusal.value.code == "not_in_same_queue"
 
 
 def lock(session: Session, job_id: str) -> None:
