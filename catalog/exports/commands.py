@@ -129,7 +129,7 @@ def get(db: Database, *, project_id: str, adapter: str, export: str) -> AdapterE
 
 def files_of(db: Database, *, project_id: str, adapter: str, export: str) -> tuple[AdapterExport, Artifact]:
     """Return an export and its files. Raises NotFound, and Conflict if it has none."""
-    with db.read() as session:
+    with db.snapshot() as session:
         row = _find(session, project_id, adapter, export)
         if row.artifact is not None:
             return row, session.get_one(Artifact, row.artifact)
