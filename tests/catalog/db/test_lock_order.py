@@ -23,13 +23,16 @@ from catalog.jobs import commands
 from catalog.lifecycle import queue_position
 from catalog.lifecycle.queue_position import MoveTarget
 from catalog.queue import claims
+from catalog.serving import endpoints
 from catalog.storage import artifact_index, token_cache
 from catalog.storage.manifest import Manifest
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
+from catalog.tables.serving import ServingEndpoint
 from catalog.tables.storage import Artifact, Prepared
 from catalog.tenancy import api_keys, authentication
 from catalog.tenancy.api_keys import KeyRequest
+from tests.catalog.serving.test_endpoints import NEW, registered
 from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -176,6 +179,19 @@ def test_job_is_not_moved_next_to_one_that_is_cancelled_meanwhile(world: World) 
             moving.result()
 
     assert refusal.value.code == "not_in_same_queue"
+
+
+def test_endpoint_that_is_deleted_while_keys_are_sealed_is_skipped(world: World) -> None:
+    endpoint_id = registered(world, "gone")
+
+    with ThreadPoolExecutor(1) as pool:
+        with world.db.write() as session:
+            session.delete(session.get_one(ServingEndpoint, endpoint_id, with_for_update=True))
+            session.flush()
+            sealing = pool.submit(endpoints.seal_all, world.db, peppers=[NEW, PEPPER.current])
+            wait_for_one_in_line(world.db)
+
+        assert sealing.result() == 0
 
 
 def lock(session: Session, job_id: str) -> None:
