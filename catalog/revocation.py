@@ -77,8 +77,9 @@ def revoke(
     with_descendants: also revoke the keys that it created, directly or through other keys. cancel: also cancel the
     unfinished work that the revoked keys created.
 
-    Raises NotFound; Forbidden if the caller may not change one of the keys or may not cancel jobs; Conflict for the
-    last operator key, and if the caller's own key is among the descendants. Then nothing is revoked.
+    Raises NotFound; Unauthorized if the caller's key was revoked meanwhile; Forbidden if the caller may not change one
+    of the keys or may not cancel jobs; Conflict for the last operator key, and if the caller's own key is among the
+    descendants. Then nothing is revoked.
     """
     if cancel and "jobs:write" not in caller.scopes:
         raise Forbidden(
@@ -89,6 +90,7 @@ def revoke(
         )
     with db.write() as session:
         serialize(session, "operators' keys")
+        authentication.check_valid(session, caller.api_key_id, now=read_clock(session))
         key = find(session, caller, api_key_id)
         check_may_change(session, caller, key)
         ended = [key, *_descendants(session, key)] if with_descendants else [key]

@@ -27,6 +27,7 @@ from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact, BaseModelRow
 from catalog.tables.table import Json, new_id
+from catalog.tenancy.authentication import check_valid
 
 MAX_OPEN = 20
 """Maximum number of unfinished exports of a project."""
@@ -57,6 +58,8 @@ def create(
     quantization = formats.resolve(format, quantization, hub_repository=hub_repository)
     with db.write() as session:
         serialize(session, f"exports {caller.project_id}")
+        now = read_clock(session)
+        check_valid(session, caller.api_key_id, now=now)
         model = adapters.find(session, caller.project_id, adapter, locked=True, param="adapter")
         base = _base(session, model, format)
         lora: dict[str, Any] = session.get_one(Job, model.job_id).spec.get("lora") or {}
@@ -70,7 +73,6 @@ def create(
             "quantization": quantization,
             "hub_repository": hub_repository,
         }
-        now = read_clock(session)
         same = _reusable(session, options, now=now)
         if same is not None:
             return same
@@ -127,7 +129,7 @@ def get(db: Database, *, project_id: str, adapter: str, export: str) -> AdapterE
 
 def files_of(db: Database, *, project_id: str, adapter: str, export: str) -> tuple[AdapterExport, Artifact]:
     """Return an export and its files. Raises NotFound, and Conflict if it has none."""
-    with db.read() as session:
+    with db.snapshot() as session:
         row = _find(session, project_id, adapter, export)
         if row.artifact is not None:
             return row, session.get_one(Artifact, row.artifact)

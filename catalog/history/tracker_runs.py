@@ -109,10 +109,7 @@ def poll(db: Database, run: TrackerRunClaim) -> RunUpdate:
     with db.read() as session:
         job = session.get_one(Job, run.job_id)
         is_final = job.state in FINAL_STATES  # read before the points, so that a final job has no later ones
-        points = [
-            *_points(session, job.id, "train", run.train_step),
-            *_points(session, job.id, "valid", run.valid_step),
-        ]
+        points = _points_after(session, run)
         points.sort(key=lambda point: (point["step"], point["kind"]))
         has_more = len(points) > MAX_POINTS
         points = points[:MAX_POINTS]
@@ -136,7 +133,7 @@ def record(
         follows, row.lease_expires_at = Follows.GO_ON, now + TRACKER_LEASE_SECONDS
         if run_update.end is not None:
             follows, row.finished_at = Follows.DONE, now
-        elif state != JobState.RUNNING and state not in FINAL_STATES and not run_update.has_more:
+        elif state not in (JobState.RUNNING, *FINAL_STATES) and not _points_after(session, row):
             follows = Follows.SLEEP
         if follows is not Follows.GO_ON:
             row.next_at = None
@@ -195,8 +192,11 @@ def _locked(session: Session, run: TrackerRunClaim) -> TrackerRunRow | None:
     return lease.held(session, TrackerRunRow, run.claim_id)
 
 
-def _points(session: Session, job_id: str, kind: str, after: int) -> list[Json]:
-    return [_point(point) for point in metric_store.some(session, job_id, kind, after_step=after)]
+def _points_after(session: Session, run: TrackerRunClaim | TrackerRunRow) -> list[Json]:
+    """Return the next points of both curves that the run lacks."""
+    steps = {"train": run.train_step, "valid": run.valid_step}
+    found = (metric_store.some(session, run.job_id, kind, after_step=step) for kind, step in steps.items())
+    return [_point(point) for points in found for point in points]
 
 
 def _point(row: Point) -> Json:

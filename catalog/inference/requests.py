@@ -254,11 +254,11 @@ def remove_expired(db: Database) -> int:
     with db.write() as session:
         now = read_clock(session)
         is_over = or_(InferenceRequest.expires_at <= now, InferenceRequest.num_claims >= MAX_CLAIMS)
-        over = select(InferenceRequest.id).where(is_over, lease.is_free(InferenceRequest, now=now))
-        found = list(session.scalars(over.limit(1000)))
-        if found:
-            session.execute(delete(InferenceRequest).where(InferenceRequest.id.in_(found)))
-        return len(found)
+        over = (is_over, lease.is_free(InferenceRequest, now=now))
+        found = list(session.scalars(select(InferenceRequest.id).where(*over).limit(1000)))
+        # The conditions are repeated because a worker may have renewed or released a request meanwhile.
+        gone = delete(InferenceRequest).where(InferenceRequest.id.in_(found), *over)
+        return len(session.scalars(gone.returning(InferenceRequest.id)).all()) if found else 0
 
 
 def why_unanswered(db: Database, request_id: str) -> NoWorker:

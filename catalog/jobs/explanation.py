@@ -43,7 +43,7 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
 
     sees_all: include the weights and usage of other projects, for operators only.
     """
-    with db.read() as session:
+    with db.snapshot() as session:
         job = find(session, project_id, job_id)
         now = read_clock(session)
         match JobState(job.state):

@@ -86,7 +86,9 @@ def move_to(db: Database, *, project_id: str, job_id: str, target: MoveTarget) -
     _check_target(job_id, target)
     with db.write() as session:
         serialize(session, f"places of {project_id}")
-        job = find(session, project_id, job_id, locked=True)
+        both = select(Job.id).where(Job.id.in_((job_id, neighbor_id)), Job.project_id == project_id)
+        session.scalars(both.order_by(Job.id).with_for_update()).all()
+        job = find(session, project_id, job_id)
         _check_waits(job, "moved")
         if neighbor_id is not None:
             _check_alike(job, find(session, project_id, neighbor_id), param=_field(target))

@@ -68,7 +68,7 @@ def snapshot(db: Database, *, project_id: str | None, policy: Policy = USUAL) ->
 
     Positions refer to the whole queue: a project sees how many jobs are ahead of its own, but not whose they are.
     """
-    with db.read() as session:
+    with db.snapshot() as session:
         now = read_clock(session)
         places = {entry.candidate.job_id: entry for entry in queue_entries(session, now=now, policy=policy)}
         entries = [_entry(row, places.get(row.id), now=now) for row in _unfinished(session, project_id)]

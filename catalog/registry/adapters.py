@@ -84,7 +84,7 @@ def list_page(
             ModelPermission.model_id,
         )
     visible = (Adapter.deleted_at.is_(None),)
-    with db.read() as session:
+    with db.snapshot() as session:
         page = paginate(session, scope, created=created, ident=ident, after=after, limit=limit, visible=visible)
         return Page(items=[_view(session, row) for row in page.items], has_more=page.has_more)
 
@@ -109,7 +109,7 @@ def get(db: Database, *, project_id: str, name: str, param: str = "adapter") -> 
 
     param: for errors. Raises NotFound, and NoLongerKept for a checkpoint.
     """
-    with db.read() as session:
+    with db.snapshot() as session:
         return _view(session, find(session, project_id, _named(session, project_id, name, param), param=param))
 
 

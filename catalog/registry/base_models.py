@@ -118,9 +118,15 @@ def deleted(db: Database, digests: Collection[str]) -> set[str]:
     """Return those of `digests` that belong to deleted base models and that no unfinished job needs.
 
     Digests that this database does not know are not included: a worker that is connected to a wrong or empty database
-    must not delete all base models.
+    must not delete all base models. While a worker imports a base model, none is returned, because its digest is not
+    known yet.
     """
-    with db.read() as session:
+    with db.snapshot() as session:
+        importing = select(BaseModelRow.name).where(
+            BaseModelRow.state == "importing", BaseModelRow.claim_id.is_not(None)
+        )
+        if session.scalar(importing.limit(1)) is not None:
+            return set()
         of_bases = select(BaseModelRow.digest).where(BaseModelRow.digest.in_(digests))
         existing = set(session.scalars(of_bases.where(IS_THERE)))
         of_jobs = select(Job.base_digest).where(Job.base_digest.in_(digests)).distinct()

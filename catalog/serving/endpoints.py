@@ -169,7 +169,8 @@ def seal_all(db: Database, *, peppers: list[bytes]) -> int:
     """Encrypt with the current pepper all API keys that are encrypted with the previous one. Returns how many."""
     number = 0
     with db.write() as session:
-        for row in session.scalars(select(ServingEndpoint).where(ServingEndpoint.sealed_key.is_not(None))):
+        with_key = select(ServingEndpoint).where(ServingEndpoint.sealed_key.is_not(None)).order_by(ServingEndpoint.id)
+        for row in session.scalars(with_key.with_for_update()):
             assert row.sealed_key is not None, "only rows with a key are selected"
             sealed = sealing.resealed(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
             if sealed not in (None, row.sealed_key):

@@ -41,14 +41,14 @@ class SweepView:
 
 def get(db: Database, *, project_id: str, sweep_id: str) -> SweepView:
     """Return the sweep. Raises NotFound."""
-    with db.read() as session:
+    with db.snapshot() as session:
         return _views(session, [find_sweep(session, project_id, sweep_id)])[0]
 
 
 def list_page(db: Database, *, project_id: str, after: str | None = None, limit: int = 20) -> Page[SweepView]:
     """Return a page of the project's sweeps, newest first."""
     scope = select(Sweep).where(Sweep.project_id == project_id)
-    with db.read() as session:
+    with db.snapshot() as session:
         page = paginate(session, scope, created=Sweep.created_at, ident=Sweep.id, after=after, limit=limit)
         return Page(items=_views(session, page.items), has_more=page.has_more)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ScalarSelect, func, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.audit import log
@@ -385,14 +385,17 @@ def status_of(session: Session, project: Project, name: Limit, *, now: float) ->
 
 
 def _count(session: Session, project_id: str, *states: JobState, maximum: float | None = None) -> int:
-    """Count the project's jobs in these states, for each state up to `maximum` + 1."""
-    found = 0
+    """Count the project's jobs in these states, for each state up to `maximum` + 1.
+
+    One statement counts all states, so that a job which changes its state meanwhile counts once.
+    """
+    counts: list[ScalarSelect[int]] = []
     for state in states:
         some = select(Job.id).where(Job.state == state, Job.project_id == project_id)
         if maximum is not None:
             some = some.limit(int(maximum) + 1)
-        found += session.scalar(select(func.count()).select_from(some.subquery())) or 0
-    return found
+        counts.append(select(func.count()).select_from(some.subquery()).scalar_subquery())
+    return sum(session.execute(select(*counts)).one())
 
 
 def exceeded(

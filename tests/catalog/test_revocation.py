@@ -241,3 +241,27 @@ def test_key_revoked_during_a_request_creates_nothing(world: World, what: str) -
 
     assert refusal.value.code == "invalid_api_key"
     assert commands.list_page(world.db, project_id=key.project_id).items == []
+
+
+def test_key_revoked_during_a_request_creates_no_export(world: World) -> None:
+    world.base("llama", architecture="LlamaForCausalLM")
+    adapter = world.complete(world.running(model="llama").claim_id)
+    key, _ = child_of(world, world.caller)
+    revoke(world, key, cancel=True)
+
+    with pytest.raises(Unauthorized):
+        export(world, key, adapter.name, "merged")
+
+    with world.db.read() as session:
+        assert session.query(AdapterExport).all() == []
+
+
+def test_key_revoked_during_a_request_revokes_no_other_key(world: World) -> None:
+    key, _ = child_of(world, world.caller)
+    child, secret = child_of(world, key)
+    revoke(world, key)
+
+    with pytest.raises(Unauthorized):
+        revoke(world, child, by=key)
+
+    assert opens(world, secret)

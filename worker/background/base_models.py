@@ -106,10 +106,30 @@ def clean(context: WorkerContext) -> list[str]:
     imported again."""
     folders = {path.name: path for path in context.settings.bases_dir().iterdir() if DIGEST.fullmatch(path.name)}
     deleted_digests = sorted(base_models.deleted(context.db, folders.keys()))
-    for digest in deleted_digests:
-        shutil.rmtree(folders[digest], ignore_errors=True)
+    removed = [digest for digest in deleted_digests if _remove(context, folders[digest])]
+    for digest in removed:
         log.info("The files of a deleted base model were removed: %s.", digest)
-    return deleted_digests
+    return removed
+
+
+def _remove(context: WorkerContext, folder: Path) -> bool:
+    """Delete a base model's folder. Returns False if the base model is needed again, and the folder stays.
+
+    The folder is renamed before the last look at the database: an import that begins later finds no folder, so it does
+    not rely on this one.
+    """
+    is_deleted = False
+    try:
+        with scratch_dirs.owned(folder.with_name(f"tmp-{token_hex(8)}")) as aside:
+            folder.rename(aside)
+            try:
+                is_deleted = bool(base_models.deleted(context.db, [folder.name]))
+            finally:
+                if not is_deleted:
+                    _rename(aside, folder)
+    except OSError:  # another worker on this node has removed it, or the disk is read-only
+        return False
+    return is_deleted
 
 
 def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[], bool]) -> tuple[Json, Json]:

@@ -15,7 +15,7 @@ from catalog.queue.claiming import Claim
 from catalog.registry import base_models, lineage
 from catalog.registry.lineage import AttemptRecord, DataSource
 from catalog.storage import files, token_cache
-from catalog.storage.manifest import Manifest
+from catalog.storage.manifest import DamagedArtifact, Manifest
 from catalog.tables.fleet import Trainer
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
@@ -80,9 +80,11 @@ def _data(context: WorkerContext, job: Job) -> list[DataSource]:
 def _source(
     context: WorkerContext, project_id: str, role: Literal["training", "validation"], file_id: str, key: str | None
 ) -> DataSource:
-    tokens = token_cache.get(context.db, key) if key else None
-    assert tokens is not None, "the job was trained on it"
-    assert tokens.artifact is not None, "a refused file is not trained on"
+    assert key is not None, "the job was trained on it"
+    tokens = token_cache.get(context.db, key)
+    if tokens is None or tokens.artifact is None:  # another job found the files damaged, and recreates them
+        message = f"The tokens of {file_id} are missing."
+        raise DamagedArtifact(message, remedy="No action is needed: the job is retried, and recreates them.")
     file = files.get(context.db, project_id=project_id, file_id=file_id)
     return DataSource(role=role, file=file, tokens=tokens.artifact, report=tokens.report)
 

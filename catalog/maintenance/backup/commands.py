@@ -124,6 +124,8 @@ def verify(db: Database, store: ArtifactStore, *, peppers: Sequence[bytes]) -> B
         artifacts = list(session.scalars(select(Artifact)))
     damaged = references.damaged(keys, store.objects)
     with db.read() as session:
+        in_use = set(references.named(session)) if damaged else set[str]()  # others were deleted in the meantime
+        damaged = {key: sentence for key, sentence in damaged.items() if key in in_use}
         problems = integrity.orphans(db) + _of_artifacts(session, artifacts, damaged) + _of_files(session, damaged)
         num_events, misfits = _of_chain(db, store, peppers)
     unattributed = {sentence for sentence in damaged.values() if not any(sentence in problem for problem in problems)}

@@ -20,6 +20,7 @@ from catalog.registry import adapters, base_models, permissions
 from catalog.storage import files
 from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tenancy import api_keys, authentication, organizations, projects
+from tests.catalog.interleaving import after_statement
 from tests.catalog.world import PEPPER, World
 
 pytestmark = pytest.mark.both_databases
@@ -222,6 +223,17 @@ def test_log_is_verified_in_pages(world: World) -> None:
         last, number = found.last_link, number + 1
 
     assert (found.misfit, found.last_link, number) == (None, len(rows), (len(rows) - 1) // 4)
+
+
+def test_log_that_grows_while_it_is_verified_is_whole(world: World) -> None:
+    before = len(sealed(world))
+    after_statement(world.db, "FROM audit_head", lambda: sealed(world))
+    after_statement(world.db, "audit_events.link >", lambda: sealed(world))
+
+    found = chain.check(world.db, peppers=PEPPER.all())
+
+    assert (found.num_events, found.misfit) == (before, None)
+    assert len(events(world.db)) > before + 6
 
 
 def test_sealing_is_idempotent_and_resumes_at_the_last_link(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,16 +17,22 @@ from sqlalchemy.orm import Session
 
 from catalog import revocation
 from catalog.db.database import Database
-from catalog.errors import Unauthorized
+from catalog.errors import Conflict, Unauthorized
 from catalog.history import tracker_runs
+from catalog.jobs import commands
+from catalog.lifecycle import queue_position
+from catalog.lifecycle.queue_position import MoveTarget
 from catalog.queue import claims
+from catalog.serving import endpoints
 from catalog.storage import artifact_index, token_cache
 from catalog.storage.manifest import Manifest
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
+from catalog.tables.serving import ServingEndpoint
 from catalog.tables.storage import Artifact, Prepared
 from catalog.tenancy import api_keys, authentication
 from catalog.tenancy.api_keys import KeyRequest
+from tests.catalog.serving.test_endpoints import NEW, registered
 from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
 
 pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -156,6 +162,36 @@ def test_run_that_goes_idle_while_its_job_starts_is_woken(world: World, monkeypa
         _, follows = recording[0].result()
 
     assert follows is tracker_runs.Follows.GO_ON
+
+
+def test_job_is_not_moved_next_to_one_that_is_cancelled_meanwhile(world: World) -> None:
+    job, neighbor = world.queued(), world.queued()
+    given: dict[str, Any] = {**world.of(job.id), "target": MoveTarget(before=neighbor.id)}
+
+    with ThreadPoolExecutor(1) as pool:
+        with world.db.write() as session:
+            row = session.get_one(Job, neighbor.id, with_for_update=True)
+            commands.stop(session, row, commands.CANCEL, now=world.clock())
+            moving = pool.submit(queue_position.move_to, world.db, **given)
+            wait_for_one_in_line(world.db)
+
+        with pytest.raises(Conflict) as refusal:
+            moving.result()
+
+    assert refusal.value.code == "not_in_same_queue"
+
+
+def test_endpoint_that_is_deleted_while_keys_are_sealed_is_skipped(world: World) -> None:
+    endpoint_id = registered(world, "gone")
+
+    with ThreadPoolExecutor(1) as pool:
+        with world.db.write() as session:
+            session.delete(session.get_one(ServingEndpoint, endpoint_id, with_for_update=True))
+            session.flush()
+            sealing = pool.submit(endpoints.seal_all, world.db, peppers=[NEW, PEPPER.current])
+            wait_for_one_in_line(world.db)
+
+        assert sealing.result() == 0
 
 
 def lock(session: Session, job_id: str) -> None:

@@ -104,6 +104,24 @@ def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> No
     assert [one.run_id for one in claim(world)] == ["r"]
 
 
+@pytest.mark.parametrize("earlier", [(), (1,)])
+def test_points_that_precede_a_pause_are_written_before_the_run_is_idle(world: World, earlier: tuple[int, ...]) -> None:
+    job = running(world)
+    points(world, job, *earlier)
+    (run,) = claim(world)
+    first = tracker_runs.poll(world.db, run)
+    points(world, job, 2)
+    commands.pause(world.db, **world.of(job.id))
+    claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
+
+    run, follows = tracker_runs.record(world.db, run, first, run_id="r")
+    second = tracker_runs.poll(world.db, run)
+    _, last = tracker_runs.record(world.db, run, second, run_id="r")
+
+    assert (follows, last) == (Follows.GO_ON, Follows.SLEEP)
+    assert [point["step"] for point in second.points] == [2]
+
+
 def test_end_is_written_after_the_last_point_with_final_metrics(world: World) -> None:
     job = running(world)
     (run,) = claim(world)

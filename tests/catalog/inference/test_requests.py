@@ -18,6 +18,7 @@ from catalog.registry import base_models
 from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from catalog.usage import report
+from tests.catalog.interleaving import after_statement
 from tests.catalog.world import LEASE, World, sha
 
 KEY = pack_key(sha("smol"), "bfloat16")
@@ -356,6 +357,24 @@ def test_released_request_waits_anew_for_another_worker(world: World, by: str) -
     world.clock.advance(MAX_SECONDS - 1)
     world.worker("w2")
     assert [other.request_id for other in claim(world, worker_id="w2")] == [row.id]
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_request_that_is_released_while_expired_ones_are_deleted_is_kept(world: World) -> None:
+    row = submit(world)
+    (claimed,) = claim(world)
+    world.clock.advance(MAX_SECONDS + LEASE)
+    after_statement(
+        world.db,
+        "SELECT inference_requests.id",
+        lambda: requests.release(world.db, row.id, claimed.claim_id),
+    )
+
+    assert requests.remove_expired(world.db) == 0
+
+    assert requests.existing(world.db, [row.id]) == {row.id}
+    world.clock.advance(MAX_SECONDS)
+    assert requests.remove_expired(world.db) == 1
 
 
 def test_base_model_is_loaded_for_the_oldest_request_that_no_trainer_can_answer(world: World) -> None:

@@ -17,6 +17,7 @@ from catalog.resources.throughput import Speeds
 from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
+from tests.catalog.interleaving import after_statement
 from tests.catalog.world import LEASE, World, linears, sha
 
 
@@ -35,6 +36,18 @@ def test_queue_is_listed_in_claim_order(world: World) -> None:
     assert seen["counts"] == {"queued": 3, "validating_files": 1}
     order = [world.claim(capacity=Capacity(max_jobs=1, memory_bytes_free=10**12))[0].job.id for _ in range(3)]
     assert order == [urgent.id, normal.id, batch.id]
+
+
+@pytest.mark.both_databases
+def test_job_that_starts_while_it_is_explained_is_explained_as_queued(world: World) -> None:
+    world.worker()
+    job = world.queued()
+    after_statement(world.db, "FROM jobs", world.claim)
+
+    seen = explained(world, job.id)
+
+    assert (seen["state"], seen.get("position")) == ("queued", 1)
+    assert world.job(job.id).state == "running"
 
 
 def test_project_sees_how_many_foreign_jobs_are_ahead_but_not_which(world: World) -> None:

@@ -18,6 +18,7 @@ from catalog.spec.data import DataSpec
 from catalog.storage import token_cache
 from catalog.storage.manifest import files_digest
 from catalog.tables.storage import BaseModelRow
+from tests.catalog.interleaving import after_statement
 from tests.catalog.world import DESCRIPTION, World, manifest, sha
 
 
@@ -306,3 +307,32 @@ def test_base_that_was_deleted_and_added_again_is_kept(world: World) -> None:
     world.finish_import("smol", digest=sha("smol"), description={})
 
     assert base_models.deleted(world.db, [sha("smol")]) == set()
+
+
+@pytest.mark.both_databases
+def test_base_that_is_imported_while_deleted_ones_are_read_is_kept(world: World) -> None:
+    base_models.delete(world.db, "smol")
+    base_models.add(world.db, name="smol", kind="folder", source="/models/other")
+    finished: list[str] = []
+
+    def finish() -> None:
+        world.finish_import("smol", digest=sha("smol"), description={})
+        finished.append("smol")
+
+    after_statement(world.db, "base_models.state !=", finish)
+
+    assert base_models.deleted(world.db, [sha("smol")]) == set()
+    assert finished
+
+
+def test_no_base_counts_as_deleted_during_an_import(world: World) -> None:
+    """The import may find the folder of a deleted base model with the same digest, and not create it again."""
+    base_models.delete(world.db, "smol")
+    base_models.add(world.db, name="again", kind="folder", source="/models/smol")
+    assert base_models.deleted(world.db, [sha("smol")]) == {sha("smol")}
+
+    claim_id = _claim(world)
+
+    assert base_models.deleted(world.db, [sha("smol")]) == set()
+    base_models.fail_import(world.db, claim_id, error={})
+    assert base_models.deleted(world.db, [sha("smol")]) == {sha("smol")}

@@ -18,6 +18,7 @@ from catalog.registry import adapters, checkpoints
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tenancy import projects
+from tests.catalog.interleaving import after_statement
 from tests.catalog.world import World, manifest, sha
 
 
@@ -103,6 +104,18 @@ def test_only_the_newest_two_checkpoints_are_kept_and_others_expire(world: World
     assert manifest(f"weights {claim.job.id} 2").digest in live
     with pytest.raises(NotFound):  # another project does not learn that it existed
         adapters.get(world.db, project_id=world.stranger.project_id, name=first)
+
+
+@pytest.mark.both_databases
+def test_checkpoint_that_expires_while_it_is_read_is_returned(world: World) -> None:
+    claim = world.running()
+    first, *_ = save(world, claim, 1, 2)
+    after_statement(world.db, "FROM checkpoints", lambda: save(world, claim, 3))
+
+    assert get(world, first).artifact.digest == manifest(f"weights {claim.job.id} 1").digest
+
+    with pytest.raises(NoLongerKept):
+        get(world, first)
 
 
 def test_checkpoints_expire_a_week_after_their_job_ends(world: World) -> None:

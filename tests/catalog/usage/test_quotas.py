@@ -27,6 +27,7 @@ from catalog.tenancy.authentication import Caller
 from catalog.usage import quotas
 from catalog.usage.ledger import DAY_SECONDS
 from catalog.usage.quotas import QuotaStatus
+from tests.catalog.interleaving import after_statement
 from tests.catalog.world import World, sha
 
 MIDNIGHT = 1_800_057_600.0
@@ -71,6 +72,18 @@ def test_queued_jobs_are_limited_until_one_starts(world: World) -> None:
     assert error.retry_after_seconds == math.inf
     world.claim()
     world.submit()
+
+
+@pytest.mark.both_databases
+def test_job_that_is_prepared_while_queued_jobs_are_counted_counts_once(world: World) -> None:
+    job = world.submit()
+    after_statement(world.db, "count(*)", world.prepare_all)
+
+    with world.db.read() as session:
+        project = quotas.project_of(session, world.caller.project_id)
+        found = quotas.status_of(session, project, "queued_jobs", now=world.clock.now)
+
+    assert (found.used, world.job(job.id).state) == (1, "queued")
 
 
 def test_limits_of_zero_and_one_are_described_correctly(world: World) -> None:

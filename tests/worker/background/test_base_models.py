@@ -348,3 +348,32 @@ def test_cleanup_removes_only_the_files_of_deleted_bases(context: Any) -> None:
 
     assert base_models.clean(context) == ["a" * 64]
     assert sorted(path.name for path in context.settings.bases_dir().iterdir()) == sorted(names[1:])
+
+
+def test_cleanup_keeps_the_files_of_a_base_that_another_worker_imports_meanwhile(
+    context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported: dict[str, Any] = {"digest": "a" * 64, "manifest": {"files": []}, "description": {}}
+    record.add(context.db, name="old", kind="folder", source="/old")
+    record.finish_import(context.db, claim_import_of(context.db, "old"), **imported)
+    record.delete(context.db, "old")
+    folder = context.settings.bases_dir() / ("a" * 64)
+    folder.mkdir()
+    (folder / "config.json").touch()
+    deleted, visible = record.deleted, list[bool]()
+
+    def deleted_then_import(*given: Any) -> set[str]:
+        visible.append(folder.is_dir())
+        found = deleted(*given)
+        if len(visible) == 1:
+            record.add(context.db, name="old", kind="folder", source="/old")
+            record.finish_import(context.db, claim_import_of(context.db, "old"), **imported)
+        return found
+
+    monkeypatch.setattr(record, "deleted", deleted_then_import)
+
+    assert base_models.clean(context) == []
+
+    assert visible == [True, False], "an import that begins now must not find the folder"
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert [path.name for path in context.settings.bases_dir().iterdir()] == [folder.name]

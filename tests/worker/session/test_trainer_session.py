@@ -257,6 +257,18 @@ def test_the_recorded_tokens_are_those_that_the_engine_counted(site: PackSite) -
     assert (job.state, job.trained_tokens) == ("succeeded", 4321)
 
 
+def test_a_job_whose_damaged_tokens_another_job_has_deleted_is_retried(site: PackSite) -> None:
+    claim = site.claim()
+    session = site.session(claim)
+    assert claim.job.train_prepared is not None
+    token_cache.forget(site.db, claim.job.train_prepared)
+    emit_for(session, claim, "exported", **exported(site, session, claim), trained_tokens=1)
+
+    session.read_events()
+
+    assert (site.reason(claim), site.world.job(claim.job.id).state) == (EndReason.INFRA_LOST, "queued")
+
+
 def exported(site: PackSite, session: TrainerSession, claim: Claim) -> dict[str, Any]:
     """Return the body of an `exported` event for a verified adapter."""
     folder = site.checkpoint(session, claim, 10)

@@ -135,6 +135,21 @@ def test_files_deleted_during_the_copy_do_no_harm(service: Service, elsewhere: S
     assert visible == {manifest("new adapter").digest, manifest("z adapter that stays").digest}
 
 
+def test_file_deleted_while_verify_reads_is_not_reported(service: Service) -> None:
+    name = service.finish(service.running(), "old adapter")
+    service.age()
+
+    def let_go() -> None:
+        service.delete(name)
+        assert garbage_collection.clean(service.world.db, service.store) > 0
+
+    blob = blob_key(manifest("old adapter").files[0].digest)
+    hooked = ArtifactStore(HookedObjects(service.store.objects, blob, let_go))
+
+    assert verify(service.world.db, hooked, peppers=PEPPER.all()).problems == []
+    assert not (service.folder / "store" / blob).exists()
+
+
 def test_jobs_running_at_the_backup_are_recovered_by_their_leases(service: Service, elsewhere: Settings) -> None:
     claim = service.running()
     recording.record_checkpoint(service.world.db, claim.claim_id, step=7, artifact=kept(service, "checkpoint"))
