@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,16 +56,16 @@ def kit(tmp_path: Path) -> Kit:
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kit")
     program = [sys.executable, "-m", "tests.benchmarks.hidden_packages", "benchmarks.gpu.kit"]
-    options = ["--quick", "--out", str(folder), "--seconds", "600"]
+    options = ["--quick", "--out", str(folder), "--seconds", "3000"]  # it ends with its stages
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*program, *options], cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=700
+        [*program, *options], cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=3100
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
 
-@pytest.mark.timeout(720)
+@pytest.mark.timeout(3200)
 def test_every_stage_completes_without_the_packages_of_the_service(quick_run: Path) -> None:
     lines = lines_of(quick_run)
 
@@ -76,7 +77,7 @@ def test_every_stage_completes_without_the_packages_of_the_service(quick_run: Pa
     assert all(f"## {stage}\n" in page for stage in run.STAGES)
 
 
-@pytest.mark.timeout(720)
+@pytest.mark.timeout(3200)
 def test_stages_have_results_and_name_what_needs_a_gpu(quick_run: Path) -> None:
     lines = lines_of(quick_run)
 
@@ -264,11 +265,13 @@ def test_failing_stage_is_recorded_and_the_next_one_runs(kit: Kit, tmp_path: Pat
 def test_stage_stops_at_its_deadline_and_keeps_its_results(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(run, "LEAST_SECONDS", 60)
 
     def endless(kit: Kit) -> None:
         kit.tell("figure", 1.5, "s")
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
         with kit.attempt("a part that swallows exceptions"):
+            signal.raise_signal(signal.SIGALRM)  # as the timer does at the deadline
             while True:
                 time.sleep(0.001)
 

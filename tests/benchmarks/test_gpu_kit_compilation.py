@@ -138,9 +138,12 @@ def test_kernels_that_are_left_out_are_not_checked(kit: Kit, tmp_path: Path, mon
 
 
 def test_jobs_end_with_their_stage(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(run, "LEAST_SECONDS", 5)
     path = str(tmp_path / "pid")
-    endless = f"import os, time; open({path!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+    endless = (
+        "import os, time; from pathlib import Path\n"
+        f"Path({path + '.new'!r}).write_text(str(os.getpid())); os.rename({path + '.new'!r}, {path!r}); time.sleep(99)"
+    )
     monkeypatch.setattr(compilation, "command", lambda kit, job: [sys.executable, "-c", endless])
 
     run.run_stage(kit, "compilation", lambda kit: run_jobs(kit, [("lora",)]), until=time.monotonic())
@@ -152,7 +155,7 @@ def test_jobs_end_with_their_stage(kit: Kit, tmp_path: Path, monkeypatch: pytest
 
 
 def test_family_whose_trial_does_not_end_is_left_out(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(run, "LEAST_SECONDS", 5)
     monkeypatch.setattr(compilation, "ENDLESS_SECONDS", 0.1)
     monkeypatch.setattr(compilation, "command", lambda kit, job: [sys.executable, "-c", "import time; time.sleep(99)"])
 

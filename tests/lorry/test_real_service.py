@@ -13,7 +13,7 @@ from tests.lorry.cli.commands.test_up import up
 from tests.lorry.commands import Commands
 from tests.services.running import free_port
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("service_database")]
+pytestmark = pytest.mark.usefixtures("service_database")
 
 
 def test_training_from_a_model_directory_to_a_verified_adapter(tmp_path: Path) -> None:

@@ -98,6 +98,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """Reserve a loopback port on which no process can listen during the block."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
+
+
 def unprivileged_user() -> str | None:
     """Return the user for a server that refuses to run as root, or None if this process is not root."""
     return "nobody" if os.geteuid() == 0 else None

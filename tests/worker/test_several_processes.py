@@ -134,7 +134,7 @@ def trained(folder: Path, base_dir: Path, **options: Any) -> tuple[list[Json], s
     with launched(folder, base_dir, **options) as trainer:
         trainer.wait_for("ready")
         trainer.admit("ends", max_steps=6, hyperparameters={"batch_size": 16})
-        trainer.admit("pauses", max_steps=500, lora={"rank": 4, "dropout": 0.1}, hyperparameters={"batch_size": 4})
+        trainer.admit("pauses", max_steps=100_000, lora={"rank": 4, "dropout": 0.1}, hyperparameters={"batch_size": 4})
         exported = trainer.wait_for("exported", "ends")
         trainer.inbox.send("pause", claim_id="pauses")
         step = trainer.wait_for("paused", "pauses")["step"]

@@ -18,15 +18,20 @@ from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising
 from worker import next_work, supervisor
 from worker.background import base_models
-from worker.next_work import BATCH_SECONDS, GONE_SECONDS, SWITCH_SECONDS
 from worker.node import devices as node
 from worker.session.trainer_session import TrainerSession
+
+GONE_SECONDS, SWITCH_SECONDS, BATCH_SECONDS = 1000.0, 6000.0, 120_000.0
+"""Replace those of next_work, of which a slow test may reach the shortest."""
 
 
 @pytest.fixture
 def session(site: PackSite, session: TrainerSession, monkeypatch: pytest.MonkeyPatch) -> TrainerSession:
     """A session without jobs, whose trainer has just loaded `smol`. Another base model is registered as `other`."""
     monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
+    monkeypatch.setattr(next_work, "GONE_SECONDS", GONE_SECONDS)
+    monkeypatch.setattr(next_work, "SWITCH_SECONDS", SWITCH_SECONDS)
+    monkeypatch.setattr(next_work, "BATCH_SECONDS", BATCH_SECONDS)
     site.world.base("other")
     assert answer(session) == []
     return session

@@ -161,7 +161,8 @@ def test_high_learning_rate_ends_a_job_only_if_it_ruins_the_weights(load, learni
 
     *steps, last = events
     assert isinstance(last, ending)
-    assert (last.step, min(event.grad_norm for event in steps) > 0) == (len(steps), True)
+    assert last.step == len(steps)
+    assert sum(event.grad_norm > 0 for event in steps) > len(steps) / 2  # chaotic: the norm of some may underflow
     assert (len(steps) == 60) == (ending is JobFinished)
     assert torch.isfinite(weights(engine, "bad")).all()
 

@@ -23,7 +23,7 @@ def test_out_of_memory_halves_ticks_and_fails_only_the_large_job(base_dirs):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
     )
 
     assert child.returncode == 0, child.stderr

@@ -17,13 +17,18 @@ from lorry.cli.commands import down
 from lorry.local import lock
 
 Run = Callable[..., Result]
-HOLDS = """
-import signal, sys, time
+HOLDS = r"""
+import os, signal, sys, time
 from pathlib import Path
 from lorry.local.lock import DataLock
 
 received = []
-signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+
+def receive(*_):
+    received.append(1)
+    os.write(1, b"received\n")
+
+signal.signal(signal.SIGTERM, receive)
 with DataLock(Path(sys.argv[1])):
     print("held", flush=True)
     while len(received) < int(sys.argv[2]):
@@ -90,6 +95,8 @@ def test_second_down_stops_a_slow_service_immediately(
         with monkeypatch.context() as patched:
             patched.setattr(down, "PATIENCE_SECONDS", 0.0)
             first = run("down", "--data-dir", tmp_path)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "received\n"  # two pending signals of one kind count as one
         second = run("down", "--data-dir", tmp_path)
 
         assert (first.exit_code, second.exit_code) == (1, 0)

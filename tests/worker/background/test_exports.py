@@ -42,6 +42,7 @@ def row(site: PackSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Adap
     base_dir = tmp_path / "base"
     base_dir.mkdir()
     monkeypatch.setattr(base_models, "ensure", lambda *_, **__: base_dir)
+    monkeypatch.setattr(devices, "free_host_bytes", lambda: 10**12)
     site.settings = site.settings.model_copy(update={"heartbeat_seconds": 1e-6})
     site.context.settings = site.settings
     adapter = site.world.complete(site.claim().claim_id)
@@ -392,7 +393,7 @@ def test_interrupted_upload_alone_is_repeated_with_the_lease_renewed(
     children = Children()
     children.of_uploads = [refusal("hub_unreachable"), refusal("hub_unreachable"), {"url": "https://hub/1"}]
     child("pass", children.answer)
-    monkeypatch.setattr(exports, "UPLOAD_PAUSES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(exports, "UPLOAD_PAUSES", (0.5, 0.5, 0.5))
     renewed: list[str] = []
     renew = child_task.lease.renew
 

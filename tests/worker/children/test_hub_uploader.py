@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.services.running import free_port
+from tests.services.running import closed_port
 from tests.services.uploads_hub import COMMIT, TOKEN, UploadHub, upload_hub
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 10, "Modelfile": b"FROM ./x.gguf\n"}
@@ -120,4 +120,5 @@ def test_worker_without_access_to_the_hub_says_so(
 
 
 def test_hub_that_does_not_answer_is_unreachable(tmp_path: Path) -> None:
-    assert uploaded(tmp_path, f"http://127.0.0.1:{free_port()}")["error"]["code"] == "hub_unreachable"
+    with closed_port() as port:
+        assert uploaded(tmp_path, f"http://127.0.0.1:{port}")["error"]["code"] == "hub_unreachable"

@@ -20,7 +20,7 @@ from catalog.fleet import cordons, workers
 from catalog.states import EndReason, JobState
 from tests.next_migration import LATER
 from tests.services.redis import restartable_redis
-from tests.services.running import free_port
+from tests.services.running import closed_port
 from tests.worker_site import PEPPER, WAIT_SECONDS, WorkerSite, bare_site, worker_site
 from worker.context.context import UNFIT
 
@@ -119,16 +119,13 @@ for _ in range(3):
     except Unavailable:
         print([thread.name for thread in threading.enumerate()])
 """
-    nowhere = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {
-        "LORRY_DATA_DIR": str(tmp_path),
-        "LORRY_DATABASE_URL": f"postgresql+psycopg://lorry@{nowhere}/lorry",
-        "LORRY_DEVICE": "cpu",
-        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{nowhere}",
-    }
+    environment = os.environ | {"LORRY_DATA_DIR": str(tmp_path), "LORRY_DEVICE": "cpu"}
     command = [sys.executable, "-c", program]
 
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    with closed_port() as port:
+        environment["LORRY_DATABASE_URL"] = f"postgresql+psycopg://lorry@127.0.0.1:{port}/lorry"
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{port}"
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
     assert output.splitlines() == ["['MainThread']"] * 3
 
@@ -149,7 +146,8 @@ celery_app._terminate_main()
 def test_repeated_and_forged_notifications_start_one_attempt(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
-    with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
+    site_options = {"LORRY_REDIS_URL": redis_url, "LORRY_DEVICE": "cpu", "LORRY_LEASE_SECONDS": "60"}
+    with worker_site(tmp_path, **site_options) as site:
         job_id = site.submit(site.upload(12), max_steps=3)
         forged = ("lorry.work", "ftjob-forged", {"claim_id": "mine"})
         unknown = (f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
@@ -241,8 +239,10 @@ def test_a_worker_claims_jobs_during_a_redis_outage_and_reconnects_after_it(tmp_
 def test_a_worker_without_redis_saves_its_polled_job_when_terminated(
     tmp_path: Path,
 ) -> None:
-    nowhere = f"redis://127.0.0.1:{free_port()}/0"
-    with worker_site(tmp_path, LORRY_REDIS_URL=nowhere, LORRY_DEVICE="cpu") as site:
+    with (
+        closed_port() as port,
+        worker_site(tmp_path, LORRY_REDIS_URL=f"redis://127.0.0.1:{port}/0", LORRY_DEVICE="cpu") as site,
+    ):
         command = [*WORKER, "-c", "1", "-Q", "lorry", "-l", "warning"]
         worker = site.start(command, FAILPOINT=f"step_6:wait={site.gate('leave')}")
         job_id = site.submit(site.upload(20), max_steps=12, checkpoint_every_steps=1000)

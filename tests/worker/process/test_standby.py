@@ -184,7 +184,6 @@ def next_event(events: EventReader, process: TrainerProcess) -> Json:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_real_standby_reports_that_it_waits_and_then_loads_its_base(tmp_path: Path, waiting: Standby) -> None:
     base_dir = tiny_base.make(tmp_path / "base")
     waiting = Standby(tmp_path, node.cpu(), silence_seconds=WAIT_SECONDS, bases_dir=tmp_path)

@@ -40,8 +40,9 @@ def test_only_rank_0_prints_to_its_launcher(tmp_path: Path, rank: int) -> None:
 
 
 def test_a_process_dumps_its_stacks_on_request_and_continues(tmp_path: Path) -> None:
-    code = "\ndef stand():\n  while not os.path.exists(sys.argv[1] + '/go'): time.sleep(0.01)\n"
-    child = run(f"{code}\nprint('here', flush=True); stand(); sys.exit(7)", tmp_path, 3)
+    loop = "while not os.path.exists(sys.argv[1] + '/go'): time.sleep(0.01)"
+    code = f"\ndef stand():\n  print('here', flush=True)\n  {loop}\n"
+    child = run(f"{code}\nstand(); sys.exit(7)", tmp_path, 3)
     path = errors.rank_log(tmp_path, 3)
     wait_until(lambda: path.exists() and "here" in path.read_text(), message=str)
 

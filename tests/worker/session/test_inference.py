@@ -152,6 +152,7 @@ def test_adapter_that_can_not_be_copied_now_delays_only_its_own_requests(
 ) -> None:
     digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
     waiting, other = submit(site, api, adapter=digest), submit(site, api)
+    monkeypatch.setattr(inference, "RETRY_SECONDS", 1000.0)
     fetch, tries = site.store.fetch, []
     monkeypatch.setattr(site.store, "fetch", lambda *_: (tries.append(1), failing(OUTAGE)()))
 
@@ -247,11 +248,12 @@ def test_requests_of_an_api_process_that_is_gone_are_stopped(
 def test_requests_after_a_lost_connection_use_another_one(
     site: PackSite, session: TrainerSession, api: ApiProcess
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
         unreachable = f"secret@127.0.0.1:{server.getsockname()[1]}"
-    session.inference._connections.send(unreachable, request_id="x", claim_id="y", event={})
-    wait_until(lambda: session.inference._connections._connections[unreachable].has_failed)
-    with socket.create_server(("127.0.0.1", int(unreachable.rpartition(":")[2]))) as server:
+        session.inference._connections.send(unreachable, request_id="x", claim_id="y", event={})
+        wait_until(lambda: session.inference._connections._connections[unreachable].has_failed)
+        server.listen()
         row = submit(site, api)
         with site.db.write() as database:
             database.get_one(InferenceRequest, row.id).reply_to = unreachable

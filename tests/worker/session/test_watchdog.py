@@ -63,16 +63,17 @@ def test_a_busy_trainer_without_events_is_killed(site: PackSite) -> None:
 
 
 def test_a_closing_trainer_that_saves_one_job_after_another_has_more_time(site: PackSite) -> None:
+    site.context.drain_seconds, site.context.drain_limit_seconds = 100, 200
     session = busy_pack(site)
     now = session.last_event_at
-    assert not is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_limit_seconds + 5)
-    assert is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_limit_seconds - 5)
+    assert not is_killed_by_watchdog(site, session, closing_at=now - 140)
+    assert is_killed_by_watchdog(site, session, closing_at=now - 201)
 
     session.outcome = None
-    session.last_event_at = now - site.context.drain_seconds - 5
+    session.last_event_at = now - 101
 
-    assert not is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_seconds + 5)
-    assert is_killed_by_watchdog(site, session, closing_at=now - site.context.drain_seconds - 5)
+    assert not is_killed_by_watchdog(site, session, closing_at=now - 40)
+    assert is_killed_by_watchdog(site, session, closing_at=now - 101)
 
 
 def test_a_large_base_model_has_more_time_to_load(site: PackSite, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lorry import Lorry, connection
 from tests.lorry.local.test_local import is_alive, until
 from tests.services.running import free_port
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("module_database")]
+pytestmark = pytest.mark.usefixtures("module_database")
 UP = [sys.executable, "-P", "-m", "lorry", "up", "--devices", "cpu", "--json"]
 
 
@@ -47,9 +47,10 @@ def children_of(pid: int) -> dict[str, int]:
     """The running children of a process, by the module that they run."""
     found: dict[str, int] = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-        if "-m" in command:
-            found[command[command.index("-m") + 1]] = int(child)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+            if "-m" in command:
+                found[command[command.index("-m") + 1]] = int(child)
     return found
 
 

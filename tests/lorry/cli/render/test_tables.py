@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import datetime
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, tzinfo
+from typing import Any, Self
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -112,15 +113,34 @@ def test_wide_table_shows_every_column_untruncated(service: Script, run: Run) ->
     assert "…" not in line
 
 
+@pytest.fixture
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use UTC as the local time."""
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "UTC")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+class Evening(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(2026, 1, 2, 18, tzinfo=UTC).astimezone(tz)
+
+
+@pytest.mark.usefixtures("utc")
 def test_brief_time_of_an_old_event_is_its_date() -> None:
     assert output.briefly(86400 * 200) == "1970-07-20"
     assert output.briefly(None) is None
 
 
-def test_recent_time_of_today_includes_seconds() -> None:
-    now = datetime.now().astimezone().replace(hour=12, minute=5, second=9)
+@pytest.mark.usefixtures("utc")
+def test_recent_time_of_today_includes_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "datetime", Evening)
+    noon = datetime(2026, 1, 2, 12, 5, 9, tzinfo=UTC)
 
-    assert output.recent(int(now.timestamp())) == "12:05:09"
+    assert output.recent(int(noon.timestamp())) == "12:05:09"
     assert output.recent(86400 * 200) == "1970-07-20"
     assert output.recent(None) is None
 

@@ -493,14 +493,20 @@ def draft(folder: Path, *, write: Callable[[Path], None], claim_id: str = "claim
 def test_more_than_two_snapshots_exist_only_while_memory_is_ample(
     tmp_path: Path, free_bytes: int, num_kept: int
 ) -> None:
-    gate = threading.Event()
-    writer = CheckpointWriter(free_host_bytes=lambda: free_bytes)
+    gate, num_begun = threading.Event(), 0
+
+    def free_host_bytes() -> int:
+        if num_begun == 5:  # now, and not before, make_room may wait for the thread
+            gate.set()
+        return free_bytes
+
+    writer = CheckpointWriter(free_host_bytes=free_host_bytes)
     for _ in range(MIN_SNAPSHOTS):
         assert list(writer.make_room(100)) == []
         writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=100)
     for _ in range(5 - MIN_SNAPSHOTS):
         writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=100)
-    threading.Timer(OPENED_AFTER_SECONDS, gate.set).start()
+    num_begun = 5
 
     num_written = len(list(writer.make_room(100)))
 
