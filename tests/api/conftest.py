@@ -21,8 +21,10 @@ from api.serving import keeper
 from api.settings import ApiSettings
 from api.webhooks import delivery_loop
 from catalog.settings import Settings
+from catalog.tables.storage import Adapter
 from catalog.tenancy import authentication
 from tests.api.site import PEPPER, Site, running
+from tests.api.trained import trained
 from tests.catalog.world import Clock, World
 from tests.services.postgres import ON_POSTGRESQL
 
@@ -89,6 +91,12 @@ def services(app: FastAPI) -> Services:
 def world(services: Services) -> World:
     """Return a base model, a file and two projects, created through the catalog."""
     return World(services.db, Clock())
+
+
+@pytest.fixture
+def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
+    """Return the adapter of a succeeded job."""
+    return trained(services, world, tmp_path / "adapter")
 
 
 @pytest.fixture
