@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from catalog.resources.pack_key import pack_key
+from tests import tiny_base
 from tests.catalog.world import sha
 from tests.worker.chat_bases import Base, train_tokenizer
 from tests.worker.inference_requests import ApiProcess
@@ -29,6 +30,12 @@ def site(tmp_path: Path, migrated_database: Path) -> Iterator[PackSite]:
     site = PackSite(tmp_path / "data", path)
     yield site
     site.db.close()
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny base model. Tests do not write into it."""
+    return tiny_base.make(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")
