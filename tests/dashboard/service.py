@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from catalog.jobs import commands
 from catalog.tables.jobs import Job
 from catalog.tenancy import authentication, projects
 from tests.dashboard.seed import Seeded
+from tests.services.running import free_port
 
 START_SECONDS = 60
 FORKING = multiprocessing.get_context("forkserver")
@@ -97,7 +97,7 @@ class Service:
 
 @contextmanager
 def serving(seeded: Seeded, **environment: str) -> Iterator[Service]:
-    port = _free_port()
+    port = free_port()
     service = Service(url=f"http://127.0.0.1:{port}", port=port, seeded=seeded, environment=environment)
     try:
         service.start()
@@ -117,9 +117,3 @@ def _serve(data_dir: Path, port: int, environment: dict[str, str]) -> None:
     from api.__main__ import main  # imported late: the test process does not need it
 
     sys.exit(main(["serve", "--host", "127.0.0.1", "--port", str(port)]))
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
