@@ -19,8 +19,8 @@ mimetypes.add_type("text/javascript", ".js")
 class Dashboard(StaticFiles):
     """Serves only the file types of web pages. The browser revalidates each file before it uses a cached copy."""
 
-    def __init__(self, folder: Path = FOLDER) -> None:
-        super().__init__(directory=folder, html=True, check_dir=False)
+    def __init__(self) -> None:
+        super().__init__(directory=FOLDER, html=True, check_dir=False)
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         suffix = Path(path).suffix

@@ -11,9 +11,9 @@ def memory(field: str, pid: int | str = "self") -> int:
     return _field(Path(f"/proc/{pid}/status"), field)
 
 
-def proportional_bytes(pid: int | str = "self") -> int:
-    """Return the proportional set size: a page shared by n processes counts as 1/n, so sums are correct."""
-    return _field(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
+def proportional_bytes() -> int:
+    """Return this process's proportional set size: a page of n processes counts as 1/n, so sums are correct."""
+    return _field(Path("/proc/self/smaps_rollup"), "Pss")
 
 
 def _field(path: Path, field: str) -> int:

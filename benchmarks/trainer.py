@@ -13,6 +13,7 @@ from benchmarks.memory import memory
 from benchmarks.plan import Plan
 from benchmarks.workload import SEED
 from catalog.spec.job import JobRequest, resolve
+from tests.worker.trainer_settings import trainer_settings
 from worker.node import devices
 from worker.process.launcher import launch
 from worker.protocol.mailbox import EventReader, InboxWriter, TrainerDirectory
@@ -43,19 +44,8 @@ class Trainer:
         )
 
     def begin(self) -> None:
-        self._process.begin(
-            {
-                "trainer_id": self._directory.path.name,
-                "base_dir": str(self._plan.workload.base),
-                "dtype": self._plan.dtype,
-                "quantization": "none",
-                "strategy": "replicated",
-                "device": "cpu",
-                "prefix_disk_bytes": 0,
-                "batch_invariant": True,
-                "idle_seconds": None,
-            }
-        )
+        base, name = self._plan.workload.base, self._directory.path.name
+        self._process.begin(trainer_settings(base, trainer_id=name, dtype=self._plan.dtype))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -53,7 +53,8 @@ def run(plan: Plan) -> Result:
         lorry.models.add(NAME, str(plan.workload.base), kind="folder")
         lorry.models.wait(NAME, timeout_seconds=PATIENCE_SECONDS)
         file = _upload(plan, lorry)
-        adapters = _train(lorry, file, plan, count=sizes["adapters"], steps=sizes["adapter_steps"], first_seed=100)
+        jobs = _submit(lorry, file, plan, count=sizes["adapters"], steps=sizes["adapter_steps"], first_seed=100)
+        adapters = _wait(lorry, jobs)
         requests = _requests(plan, adapters)
         _ask(lorry, requests[:1], concurrent=1)  # opens connections and loads an adapter
 
@@ -140,10 +141,6 @@ def _wait(lorry: Lorry, jobs: Sequence[str]) -> list[str]:
     if not all(names):
         raise RuntimeError(f"a job failed: {ended}")
     return [str(name) for name in names]
-
-
-def _train(lorry: Lorry, file: str, plan: Plan, *, count: int, steps: int, first_seed: int) -> list[str]:
-    return _wait(lorry, _submit(lorry, file, plan, count=count, steps=steps, first_seed=first_seed))
 
 
 def _submit_two(lorry: Lorry, file: str, plan: Plan) -> list[str]:

@@ -12,19 +12,18 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_core.data.token_dataset import TokenDataset
-from lora_core.errors import BadDataset
+from lora_core.data.token_dataset import TokenDataset, invalid
 
 
 def check_unpaired(dataset: TokenDataset) -> None:
     """Raise BadDataset if a label is not 1 (desirable) or 0, a row has no answer, or there are fewer than two rows."""
     labels = dataset.labels
     if labels is None or np.any((labels != 0) & (labels != 1)):
-        raise _bad("its rows must have labels, 1 for a desirable answer and 0 for an undesirable one")
+        raise invalid("its rows must have labels, 1 for a desirable answer and 0 for an undesirable one")
     if np.any(np.add.reduceat(dataset.loss_mask.astype(np.int64), dataset.row_offsets[:-1]) == 0):
-        raise _bad("a row has no answer")
+        raise invalid("a row has no answer")
     if dataset.num_rows < 2:
-        raise _bad("it has only one row, but kto combines prompts with the answers of other rows")
+        raise invalid("it has only one row, but kto combines prompts with the answers of other rows")
 
 
 def mismatched(dataset: TokenDataset, rows: Sequence[int]) -> TokenDataset:
@@ -48,7 +47,3 @@ def _joined(dataset: TokenDataset, prompt: int, answer: int) -> NDArray[np.int32
     """Return int32 [2, T]: token ids and loss mask. The answer of a row starts at its first label."""
     before, after = (np.stack([ids, mask.astype(np.int32)]) for ids, mask in map(dataset.row, (prompt, answer)))
     return np.concatenate([before[:, : int(before[1].argmax())], after[:, int(after[1].argmax()) :]], axis=1)
-
-
-def _bad(reason: str) -> BadDataset:
-    return BadDataset(f"The token file is invalid: {reason}.", remedy="Create it again from the source data.")

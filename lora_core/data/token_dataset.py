@@ -56,7 +56,7 @@ class TokenDataset:
         found = {name: dtype for name, (dtype, _) in read_header(path).items()}
         optional = {name: dtype for name, dtype in OPTIONAL_TENSORS.items() if name in found}
         if found != TENSORS | optional:
-            raise _bad(f"{path.name} contains {found}, expected {TENSORS} and optionally {OPTIONAL_TENSORS}")
+            raise invalid(f"{path.name} contains {found}, expected {TENSORS} and optionally {OPTIONAL_TENSORS}")
         return cls(**load_file(path))
 
     @property
@@ -92,22 +92,22 @@ class TokenDataset:
 def _check_rows(dataset: TokenDataset) -> None:
     ids, mask, offsets = dataset.input_ids, dataset.loss_mask, dataset.row_offsets
     if ids.ndim != 1 or mask.shape != ids.shape or offsets.ndim != 1 or len(offsets) < 2:
-        raise _bad("the shapes of the three tensors don't match")
+        raise invalid("the shapes of the three tensors don't match")
     if offsets[0] != 0 or offsets[-1] != len(ids) or np.any(np.diff(offsets) < 2):
-        raise _bad("row_offsets must start at 0, end at the number of tokens, and delimit rows of at least 2 tokens")
+        raise invalid("row_offsets must start at 0, end at the number of tokens, and delimit rows of at least 2 tokens")
     if ids.min() < 0 or mask.max() > 1 or np.any(mask[offsets[:-1]]):
-        raise _bad("ids must not be negative, and the mask must be 0 or 1, and 0 at the first token of each row")
+        raise invalid("ids must not be negative, and the mask must be 0 or 1, and 0 at the first token of each row")
     if dataset.labels is not None:
         if dataset.labels.shape != (len(offsets) - 1,) or not np.isfinite(dataset.labels).all():
-            raise _bad("each row must have one finite label")
+            raise invalid("each row must have one finite label")
     elif np.any(np.add.reduceat(mask.astype(np.int64), offsets[:-1]) == 0):
-        raise _bad("a row has no label")
+        raise invalid("a row has no label")
     types = dataset.token_types
     if types is not None and (types.shape != ids.shape or types.max() > 1):
-        raise _bad("token_types must have one value of 0 or 1 for each token")
+        raise invalid("token_types must have one value of 0 or 1 for each token")
 
 
-def _bad(reason: str) -> BadDataset:
+def invalid(reason: str) -> BadDataset:
     return BadDataset(f"The token file is invalid: {reason}.", remedy="Create it again from the source data.")
 
 
@@ -134,16 +134,16 @@ def rows_of_examples(examples: Iterable[int], rows_per_example: int) -> tuple[in
 def check_examples(dataset: TokenDataset, rows_per_example: int) -> None:
     """Raise BadDataset if the number of rows is not a multiple of `rows_per_example`."""
     if dataset.num_rows % rows_per_example:
-        raise _bad(f"its {dataset.num_rows} rows can't be grouped into pairs")
+        raise invalid(f"its {dataset.num_rows} rows can't be grouped into pairs")
 
 
 def check_labels(dataset: TokenDataset, num_labels: int) -> None:
     """Raise BadDataset if rows for classification have no labels, or a label is not the number of a class."""
     labels = dataset.labels
     if labels is None:
-        raise _bad("its rows have no labels, but classification needs them")
+        raise invalid("its rows have no labels, but classification needs them")
     if num_labels > 1 and np.any((labels != np.floor(labels)) | (labels < 0) | (labels >= num_labels)):
-        raise _bad(f"a label is not a class number from 0 to {num_labels - 1}")
+        raise invalid(f"a label is not a class number from 0 to {num_labels - 1}")
 
 
 def cut_slices(rows: list[int], lengths: NDArray[np.int64], *, slice_tokens: int) -> list[tuple[int, ...]]:

@@ -16,10 +16,7 @@ from lora_core.base_model.loading import read_config
 from lora_core.errors import UnsupportedModel
 from lora_core.gguf_format.architecture import Architecture, architecture_of
 from lora_core.module_paths import pattern_value
-
-PREFIX = "base_model.model."
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+from lora_core.peft_format.export import CONFIG, PREFIX, WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,14 +31,13 @@ from lora_core.base_model.quantization import Quantization, quantization_in_trai
 from lora_core.errors import BadAdapter, LoraCoreError, UnsafeFile, UnsupportedModel
 from lora_core.model_files.import_base import import_base
 from lora_core.model_files.merge_cost import compare_cost
-from lora_core.peft_format.export import pseudo_random_ids
+from lora_core.peft_format.export import CONFIG, PROBE, WEIGHTS, pseudo_random_ids
 from lora_core.peft_format.verify import NUM_NUDGES, ROUNDING_FACTOR, refuse_foreign_code, verify_export
 from lora_core.runtime.safetensors_io import read_header, write_directory, write_json
 
 PROBE_SEED = 20_260_102
 DEQUANTIZE_HELP = "store 16 bits if the GGUF file, or the base model in training, is quantized (loses precision)"
 MEASURE_HELP = "time a pass of the base and of the merged model; reads a GGUF file twice"
-WEIGHTS = "adapter_model.safetensors"
 RECORD = "merge.json"
 PULL_AGAIN = "Pull the adapter again into a new folder with `lorry adapters pull`."
 PLAIN_TENSORS = {"F32", "F16", "BF16", "F64"}
@@ -151,12 +150,12 @@ def stored_dtype(base_dir: Path) -> Dtype:
 
 def refuse_foreign_adapter(adapter_dir: Path) -> None:
     """Raise BadAdapter for a folder that isn't a plain LoRA adapter in PEFT's layout, or that would run code."""
-    for name in ("adapter_config.json", WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         if not (adapter_dir / name).is_file():
             raise _bad(f"{name} is missing", remedy="Use the folder of a pulled adapter or of PEFT's save_pretrained.")
     refuse_foreign_code(adapter_dir)
     _refuse_changed(adapter_dir)
-    if json.loads((adapter_dir / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
+    if json.loads((adapter_dir / CONFIG).read_text()).get("task_type") == "SEQ_CLS":
         raise _bad("it has a sequence classification head, which a base model's folder can't contain")
     try:
         read_header(adapter_dir / WEIGHTS)
@@ -173,7 +172,7 @@ def _refuse_changed(adapter_dir: Path) -> None:
         digests = {str(entry["path"]): entry["digest"] for entry in json.loads(manifest.read_text("utf-8"))["files"]}
     except (ValueError, KeyError, TypeError) as error:
         raise _bad("its manifest.json can't be read", remedy=PULL_AGAIN) from error
-    for name in ("adapter_config.json", WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         if name in digests and hashlib.sha256((adapter_dir / name).read_bytes()).hexdigest() != digests[name]:
             raise _bad(f"{name} does not match its digest in manifest.json", remedy=PULL_AGAIN)
 
@@ -222,7 +221,7 @@ def _refuse_other_base(base: BaseModel, adapter_dir: Path) -> None:
     The evidence is in the adapter's folder if Lorry wrote it. It is not used if the dtype differs, since rounding would
     differ too.
     """
-    if not (adapter_dir / "probe.safetensors").is_file():
+    if not (adapter_dir / PROBE).is_file():
         return
     stored = {kind for kind, _ in read_header(adapter_dir / WEIGHTS).values()}
     if stored != {{torch.float32: "F32", torch.bfloat16: "BF16"}[base.dtype]}:
@@ -239,7 +238,7 @@ def _loaded_as(base_dir: Path, quantization: Quantization, plain: BaseModel) -> 
 
 def _diff_to_trained(base: BaseModel, adapter_dir: Path) -> float | None:
     """Return the difference to the evidence on the plain base model, in logits. None without a probe."""
-    if not (adapter_dir / "probe.safetensors").is_file():
+    if not (adapter_dir / PROBE).is_file():
         return None
     return verify_export(base, adapter_dir).max_abs_diff
 

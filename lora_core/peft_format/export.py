@@ -32,6 +32,7 @@ from lora_core.runtime.transfers import NamedVectors
 PROBE_ROWS, PROBE_TOKENS, PROBE_POSITIONS = 2, 48, 2
 PROBE_SEED = 20_260_101
 PREFIX = "base_model.model."
+CONFIG, WEIGHTS, PROBE = "adapter_config.json", "adapter_model.safetensors", "probe.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +98,7 @@ class AdapterSnapshot:
         Raises OSError and torch.OutOfMemoryError.
         """
         write_directory(directory, self._fill)
-        weights_file = directory / "adapter_model.safetensors"
+        weights_file = directory / WEIGHTS
         return ExportReport(
             num_parameters=self.num_parameters,
             num_bytes=weights_file.stat().st_size,
@@ -112,10 +113,10 @@ class AdapterSnapshot:
             name: vectors[vector][start : start + shape.numel()].view(shape)
             for name, (vector, start, shape) in self.parts.items()
         }
-        save_file(tensors, directory / "adapter_model.safetensors", metadata=self.metadata)
-        write_json(directory / "adapter_config.json", self.config)
+        save_file(tensors, directory / WEIGHTS, metadata=self.metadata)
+        write_json(directory / CONFIG, self.config)
         if self.probe is not None:
-            save_file(self.probe, directory / "probe.safetensors")
+            save_file(self.probe, directory / PROBE)
 
 
 def take_adapter_snapshot(

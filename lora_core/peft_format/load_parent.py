@@ -22,10 +22,9 @@ from lora_core.config import LoraConfig
 from lora_core.errors import BadParent, ConfigError, LoraCoreError, UnsafeFile
 from lora_core.module_paths import PatternTooSlow, compiles, pattern_value
 from lora_core.peft_format.config import REFUSED, TAKEN, WITHOUT_EFFECT
-from lora_core.peft_format.export import PREFIX, exceptions
+from lora_core.peft_format.export import CONFIG, PREFIX, WEIGHTS, exceptions
 from lora_core.runtime.safetensors_io import file_sha256, read_header
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 8 * 2**20
 LARGEST = 1e30
 """Maximum absolute value of numbers in the configuration. JSON integers can exceed the range of a float."""

@@ -26,7 +26,7 @@ from lora_core.errors import BadAdapter, OutOfMemory, UnsafeFile
 from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
 from lora_core.layers.task_heads import own_head, task_head_of
 from lora_core.peft_format import verification_linears, verification_modules
-from lora_core.peft_format.export import PREFIX, PROBE_POSITIONS
+from lora_core.peft_format.export import CONFIG, PREFIX, PROBE, PROBE_POSITIONS, WEIGHTS
 from lora_core.peft_format.verification_linears import ROUNDING_FACTOR, LinearsReport
 from lora_core.runtime.device_errors import is_device_fault, is_shortage, shortage_in_pass
 from lora_core.runtime.safetensors_io import read_header
@@ -39,7 +39,6 @@ SAME_INT8_MODEL = 0.1
 LEVELS = 127
 """An int8 linear rounds its inputs to this many integer steps in each direction (arXiv 2208.07339). A tiny change of an
 input near the middle between two steps moves it by a whole step."""
-FILES = ("adapter_config.json", "adapter_model.safetensors", "probe.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,19 +308,19 @@ def _load_adapter(model: torch.nn.Module, directory: Path, *, in_fp32: bool = Tr
 
 def _load_probe(base: BaseModel, directory: Path) -> dict[str, Tensor]:
     """Load the probe to the CPU, where logits are compared."""
-    for name in FILES:
+    for name in (CONFIG, WEIGHTS, PROBE):
         if not (directory / name).is_file():
             raise _bad(f"{name} is missing")
     refuse_foreign_code(directory)
     try:
-        read_header(directory / "adapter_model.safetensors")
-        header = read_header(directory / "probe.safetensors")
+        read_header(directory / WEIGHTS)
+        header = read_header(directory / PROBE)
     except UnsafeFile as error:
         raise _bad(error.message.removesuffix(".")) from error
     named = {name for name in header if not name.startswith((verification_linears.PREFIX, verification_modules.PREFIX))}
     if named != {"input_ids", "logits", "base_logits"} or _is_foreign(base, header):
-        raise _bad("probe.safetensors belongs to another base model or has an unknown format")
-    return load_file(directory / "probe.safetensors")
+        raise _bad(f"{PROBE} belongs to another base model or has an unknown format")
+    return load_file(directory / PROBE)
 
 
 def _is_foreign(base: BaseModel, header: dict) -> bool:
@@ -336,7 +335,7 @@ def _with_head(base: BaseModel, directory: Path) -> Iterator[None]:
     if head is None:
         yield
         return
-    tensors = load_file(directory / "adapter_model.safetensors")
+    tensors = load_file(directory / WEIGHTS)
     own = {name.removeprefix(PREFIX): tensor.to(base.device) for name, tensor in tensors.items()}
     before = base.model.get_submodule(head.path)
     base.model.set_submodule(head.path, own_head(base.model, own, path=head.path).requires_grad_(False))
@@ -354,11 +353,11 @@ def is_classifier(model: torch.nn.Module) -> bool:
 def refuse_foreign_code(directory: Path) -> None:
     """Reject configurations that name classes to import (PEFT's auto_mapping). Raises BadAdapter."""
     try:
-        config = json.loads((directory / "adapter_config.json").read_text())
+        config = json.loads((directory / CONFIG).read_text())
     except (ValueError, RecursionError) as error:
-        raise _bad("adapter_config.json is not valid JSON") from error
+        raise _bad(f"{CONFIG} is not valid JSON") from error
     if not isinstance(config, dict) or config.get("auto_mapping") or config.get("peft_type") != "LORA":
-        raise _bad("adapter_config.json does not describe a plain LoRA adapter")
+        raise _bad(f"{CONFIG} does not describe a plain LoRA adapter")
 
 
 def _bad(reason: str) -> BadAdapter:

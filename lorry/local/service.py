@@ -61,14 +61,12 @@ class Bootstrapped:
 class LocalService:
     """The service on one data folder. Its API server accepts connections on `listener`, which was opened at `host`."""
 
-    def __init__(
-        self, data_dir: Path, *, host: str, listener: socket.socket, environ: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, data_dir: Path, *, host: str, listener: socket.socket) -> None:
         self.data_dir = data_dir
         self.logs = data_dir / "logs"
         self._host = host
         self._listener = listener
-        self._env = _environment(data_dir, os.environ if environ is None else environ)
+        self._env = _environment(data_dir)
 
     def bootstrap(self) -> Bootstrapped:
         """Create or migrate the database."""
@@ -144,12 +142,12 @@ def become_workers(data_dir: Path, groups: Sequence[str]) -> None:
     """Replace this process by the supervisor of a node's workers. Does not return."""
     command = _python("worker.entrypoints.node_supervisor", *groups)
     sys.stdout.flush()
-    os.execve(command[0], command, _environment(data_dir, os.environ))  # noqa: S606 - no shell is needed
+    os.execve(command[0], command, _environment(data_dir))  # noqa: S606 - no shell is needed
 
 
-def _environment(data_dir: Path, given: Mapping[str, str]) -> dict[str, str]:
+def _environment(data_dir: Path) -> dict[str, str]:
     """Return the environment of child processes, without the client's address and key."""
-    environment = {name: value for name, value in given.items() if name not in {"LORRY_URL", "LORRY_API_KEY"}}
+    environment = {name: value for name, value in os.environ.items() if name not in {"LORRY_URL", "LORRY_API_KEY"}}
     environment |= {"LORRY_DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep, or two processes starve each other
     return environment

@@ -80,7 +80,6 @@ class Transport:
         self,
         path: str,
         *,
-        params: Params | None = None,
         headers: Mapping[str, str] | None = None,
         body: Any = None,
         read_seconds: float = READ_SECONDS,
@@ -91,7 +90,6 @@ class Transport:
             lambda: self._http.build_request(
                 "GET" if body is None else "POST",
                 path,
-                params=_given(params),
                 headers=_plain(headers),
                 json=body,
                 timeout=httpx.Timeout(read_seconds, connect=CONNECT_SECONDS),

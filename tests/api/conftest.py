@@ -21,8 +21,11 @@ from api.serving import keeper
 from api.settings import ApiSettings
 from api.webhooks import delivery_loop
 from catalog.settings import Settings
+from catalog.tables.storage import Adapter
 from catalog.tenancy import authentication
+from tests.api.hook_receiver import Receiver, receiving
 from tests.api.site import PEPPER, Site, running
+from tests.api.trained import trained
 from tests.catalog.world import Clock, World
 from tests.services.postgres import ON_POSTGRESQL
 
@@ -71,9 +74,14 @@ def no_batch_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def app(settings: Settings) -> Iterator[FastAPI]:
-    """Return an app without a request limit."""
+    """Return an app without a request limit, which sends webhooks to loopback too."""
     quick = ApiSettings(
-        stream_poll_seconds=0.02, stream_heartbeat_seconds=0.2, shutdown_seconds=5, requests_per_minute=0
+        stream_poll_seconds=0.02,
+        stream_heartbeat_seconds=0.2,
+        shutdown_seconds=5,
+        requests_per_minute=0,
+        webhook_allowed_networks="127.0.0.1/32",
+        webhook_allow_http=True,
     )
     app = create_app(settings, quick)
     yield app
@@ -89,6 +97,12 @@ def services(app: FastAPI) -> Services:
 def world(services: Services) -> World:
     """Return a base model, a file and two projects, created through the catalog."""
     return World(services.db, Clock())
+
+
+@pytest.fixture
+def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
+    """Return the adapter of a succeeded job."""
+    return trained(services, world, tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -136,6 +150,13 @@ def site(app: FastAPI, key: str) -> Iterator[Site]:
     """Serve the app with a real server on loopback."""
     with running(app, key) as site:
         yield site
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """Return a receiver of webhooks on loopback."""
+    with receiving() as receiver:
+        yield receiver
 
 
 def with_key(app: FastAPI, key: str) -> TestClient:

@@ -22,13 +22,6 @@ from catalog.tables.storage import Adapter
 from lorry import LorryError
 from lorry.verification.adapter_folder import verify_folder
 from lorry.verification.signatures import read_keys
-from tests.api.trained import trained
-from tests.catalog.world import World
-
-
-@pytest.fixture
-def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
-    return trained(services, world, tmp_path / "made")
 
 
 @pytest.fixture

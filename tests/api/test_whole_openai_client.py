@@ -17,19 +17,15 @@ from typing import Any
 
 import openai
 import pytest
-from fastapi import FastAPI
 from openai._base_client import AsyncPaginator, BaseSyncPage
 from openai._resource import AsyncAPIResource, SyncAPIResource
 
-from api.app import create_app
 from api.deps import Services
-from api.settings import ApiSettings
 from catalog.lifecycle import recording
-from catalog.settings import Settings
 from catalog.storage import multipart_uploads
 from catalog.webhooks import signing
 from catalog.webhooks.outbox import EVENT_TYPES
-from tests.api.hook_receiver import Receiver, receiving
+from tests.api.hook_receiver import Receiver
 from tests.api.site import Site, chat_lines
 from tests.api.trained import stored_weights
 from tests.catalog.world import World, manifest
@@ -312,19 +308,6 @@ def client(request: pytest.FixtureRequest, site: Site) -> Iterator[Client]:
         strict = openai.AsyncOpenAI(**given, _strict_response_validation=True)
         yield Client(strict, runner.run)
         runner.run(strict.close())
-
-
-@pytest.fixture
-def app(settings: Settings) -> Iterator[FastAPI]:
-    app = create_app(settings, ApiSettings(webhook_allowed_networks="127.0.0.1/32", webhook_allow_http=True))
-    yield app
-    app.state.services.db.close()
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with receiving() as receiver:
-        yield receiver
 
 
 @pytest.fixture

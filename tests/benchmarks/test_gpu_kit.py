@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -35,16 +34,11 @@ from catalog.resources import memory
 from lora_core.base_model.patching import find_linears
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.attention import flash
+from tests.benchmarks.kit_log import lines_of
 from tests.lora_core.kernels.gpu.triton_folder import environment
 from tests.lora_core.varlen_stand_in import StandIn
 from tests.services.programs import Missing
 from worker.process import launcher
-
-Lines = list[dict[str, Any]]
-
-
-def lines_of(folder: Path) -> Lines:
-    return [json.loads(line) for line in (folder / "kit.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

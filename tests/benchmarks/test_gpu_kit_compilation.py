@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,14 +17,11 @@ from benchmarks.gpu.kit.sizes import full, quick
 from lora_core.kernels import selection
 from lora_core.kernels.gpu import attention_trial, decoding_trial, elementwise_trial, trials
 from lora_core.kernels.selection import AttentionHeads, choose_kernels
+from tests.benchmarks.kit_log import lines_of
 from tests.lora_core.kernels.gpu.triton_folder import environment
 from tests.services.programs import Missing
 
 CUDA = torch.device("cuda:0")
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "kit.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

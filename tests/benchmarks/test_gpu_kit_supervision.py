@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from benchmarks.gpu.kit.run import Stage
 from benchmarks.gpu.kit.sizes import full
 from benchmarks.gpu.kit.supervision import Progress, supervise
 from benchmarks.workload import ROOT
+from tests.benchmarks.kit_log import lines_of
 
 CHILD = """
 import faulthandler, os, sys, time
@@ -42,10 +42,6 @@ for index, name in enumerate(names):
 progress.stage, progress.until = "", progress.ends
 progress.write()
 """
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "kit.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from catalog.caller import Caller
 from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
 from catalog.queue.claiming import Claim
@@ -32,6 +33,13 @@ def send(world: World, request: SweepRequest, **given: Any) -> Sweep:
     return creation.create(
         world.db, caller=world.caller, request=request, **{"body_digest": sha(request.model_dump_json()), **given}
     )
+
+
+def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
+    """Create a random search as this caller. Returns its id."""
+    search = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
+    request = sweep_request(world, **{**search, **fields})
+    return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
 
 
 def add(world: World, sweep_id: str, rank: int, **given: Any) -> int:

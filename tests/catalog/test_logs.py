@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import threading
-from typing import Any
 
 import httpx
 import pytest
 
 from catalog import logs, tracing
 from catalog.logs import Redacted, configure, redact, redact_handlers
+from tests.json_log import lines_of
 
 
 @pytest.mark.parametrize(
@@ -89,10 +88,6 @@ def json_lines(monkeypatch: pytest.MonkeyPatch) -> tuple[logging.Logger, io.Stri
     return logger, out
 
 
-def logged(out: io.StringIO) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.getvalue().splitlines()]
-
-
 def test_json_line_contains_its_subjects(json_lines: tuple[logging.Logger, io.StringIO]) -> None:
     logger, out = json_lines
 
@@ -104,7 +99,7 @@ def test_json_line_contains_its_subjects(json_lines: tuple[logging.Logger, io.St
         elsewhere.start()
         elsewhere.join()
 
-    before, within, other = logged(out)
+    before, within, other = lines_of(out)
     assert set(before) == {"time", "level", "logger", "message"}
     assert (before["level"], before["logger"], before["message"]) == ("warning", "lorry.tests", "before")
     subjects = {"worker": "w1", "job": "ftjob-1", "claim": "claim-1", "trace": PARENT[3:35]}
@@ -122,7 +117,7 @@ def test_json_line_is_redacted_with_its_traceback(json_lines: tuple[logging.Logg
         with logs.about({"request": "token=canary-123456"}):
             logger.exception('{"authorization": "Bearer canary-789-123"}')
 
-    (line,) = logged(out)
+    (line,) = lines_of(out)
     assert "canary" not in out.getvalue()
     assert "ValueError" in line["exception"]
 

@@ -25,8 +25,8 @@ from catalog.tables.exports import AdapterExport
 from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
-from tests.catalog.sweeping import add, advance, sweep_request
-from tests.catalog.world import PEPPER, World, opens, sha
+from tests.catalog.sweeping import add, advance, sweep_of
+from tests.catalog.world import PEPPER, World, opens
 
 HOUR = 3600.0
 NOTHING = UnfinishedWork()
@@ -40,12 +40,6 @@ def child_of(world: World, caller: Caller, **given: Any) -> tuple[Caller, str]:
 
 def revoke(world: World, key: Caller, *, by: Caller | None = None, **given: Any) -> Revocation:
     return revocation.revoke(world.db, caller=by or world.caller, api_key_id=key.api_key_id, **given)
-
-
-def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
-    search = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
-    request = sweep_request(world, **{**search, **fields})
-    return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
 
 
 def states(world: World, caller: Caller) -> set[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""A small job trained for export, and a snapshot of the properties of a base that other code must not change."""
+"""A job trained to its end, and a snapshot of the properties of a base that other code must not change."""
 
 from lora_core.base_model.model import BaseModel
 from lora_core.engine.engine import Engine

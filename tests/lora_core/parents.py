@@ -10,9 +10,9 @@ import torch
 from lora_core.base_model.model import BaseModel
 from lora_core.config import JobConfig, LoraConfig, ObjectiveConfig, OptimizerConfig, ScheduleConfig
 from lora_core.engine.engine import Engine
-from lora_core.engine_config import EngineConfig
 from lora_core.peft_format.load_parent import lora_config_of
-from tests.lora_core.scenarios import Submission, admit, config, dataset
+from tests.lora_core.exports import trained
+from tests.lora_core.scenarios import Submission, config, dataset
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -32,17 +32,9 @@ def parent_job(method: str, **options: Any) -> Submission:
     )
 
 
-def train(base: BaseModel, job: Submission) -> Engine:
-    engine = Engine(base, EngineConfig())
-    admit(engine, "job", job)
-    while not engine.idle:
-        engine.tick()
-    return engine
-
-
 def make_parent(base: BaseModel, folder: Path, method: str = "lora") -> Engine:
     """Train an adapter, export it into `folder` and return its engine."""
-    engine = train(base, parent_job(method))
+    engine = trained(base, parent_job(method))
     engine.export("job", folder, base_name="tiny")
     return engine
 

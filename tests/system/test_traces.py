@@ -5,7 +5,6 @@ The tests play the trainer.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +26,7 @@ from catalog.tables.jobs import Job
 from catalog.tenancy import authentication
 from tests.api.site import PEPPER
 from tests.catalog.prepared_data import REPORT
-from tests.worker.pack_site import PASSED, PackSite, emit, emit_for, step
+from tests.worker.pack_site import PASSED, PackSite, emit, emit_for, pack_site, step
 from worker.background import tokenization
 from worker.protocol.mailbox import InboxReader
 from worker.session.session_job import End
@@ -38,11 +37,8 @@ SECRET_WORDS = "the words of a row"
 
 @pytest.fixture
 def site(tmp_path: Path, migrated_database: Path) -> Iterator[PackSite]:
-    path = tmp_path / "lorry.db"
-    shutil.copy(migrated_database, path)
-    site = PackSite(tmp_path / "data", path)
-    yield site
-    site.db.close()
+    with pack_site(tmp_path, migrated_database) as site:
+        yield site
 
 
 @pytest.fixture

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from catalog.resources.pack_key import pack_key
+from tests import tiny_base
 from tests.catalog.world import sha
 from tests.worker.chat_bases import Base, train_tokenizer
 from tests.worker.inference_requests import ApiProcess
-from tests.worker.pack_site import READY, PackSite, emit
+from tests.worker.pack_site import READY, PackSite, emit, pack_site
 from tests.worker.scripted_trainer import FakeTrainer, Script
 from worker import supervisor
 from worker.background import base_models
@@ -24,11 +24,14 @@ from worker.session.trainer_session import TrainerSession
 
 @pytest.fixture
 def site(tmp_path: Path, migrated_database: Path) -> Iterator[PackSite]:
-    path = tmp_path / "lorry.db"
-    shutil.copy(migrated_database, path)
-    site = PackSite(tmp_path / "data", path)
-    yield site
-    site.db.close()
+    with pack_site(tmp_path, migrated_database) as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a tiny base model. Tests do not write into it."""
+    return tiny_base.make(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")

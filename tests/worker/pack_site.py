@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,18 @@ class PackSite:
     def held(self) -> set[str]:
         """Return the claims whose leases are renewed."""
         return set(self.context.heartbeat._renewed_at)
+
+
+@contextmanager
+def pack_site(folder: Path, migrated_database: Path) -> Iterator[PackSite]:
+    """Yield a site in `folder`, on a copy of the database."""
+    path = folder / "lorry.db"
+    shutil.copy(migrated_database, path)
+    site = PackSite(folder / "data", path)
+    try:
+        yield site
+    finally:
+        site.db.close()
 
 
 def step(number: int) -> dict[str, Any]:

@@ -114,11 +114,6 @@ def launched(folder: Path, base_dir: Path, **options: Any) -> Iterator[Launched]
         trainer.process.close()
 
 
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.make(tmp_path_factory.mktemp("base") / "tiny")
-
-
 def write_tokens(path: Path) -> None:
     numbers = np.random.default_rng(0)
     with TokenFile(path) as file:

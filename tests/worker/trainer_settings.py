@@ -1,4 +1,4 @@
-"""The settings with which a worker starts a trainer, for trainers that a test starts."""
+"""The settings with which a worker starts a trainer, for trainers that a test or a benchmark starts."""
 
 from __future__ import annotations
 

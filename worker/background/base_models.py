@@ -28,7 +28,7 @@ from worker.background.child_task import Abandoned, ChildFailed
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
-from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
+from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE, described
 
 log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
@@ -53,8 +53,7 @@ def import_next(context: WorkerContext) -> bool:
         ):
             log.warning("The base model %s was imported here, but another worker has taken over its import.", row.name)
     except ImportRefused as error:
-        refusal = {"code": error.code, "message": error.message, "remedy": error.remedy}
-        base_models.fail_import(context.db, claim_id, error=refusal)
+        base_models.fail_import(context.db, claim_id, error=described(error))
     except Abandoned:
         return False
     return True

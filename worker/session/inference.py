@@ -18,6 +18,7 @@ from catalog.inference.claims import InferenceClaim
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.table import Json
 from worker.context.context import WorkerContext
+from worker.protocol.errors import described
 from worker.protocol.mailbox import InboxWriter, StagedAdapter, TrainerDirectory
 from worker.session.reply_connections import ReplyConnections
 
@@ -287,7 +288,7 @@ class InferenceSession:
         inbox.send("answer", claim_id=claimed.claim_id, adapter=adapter, **body)
 
     def _refuse(self, claimed: InferenceClaim, error: LorryError) -> None:
-        self._fail(claimed, {"code": error.code, "message": error.message, "remedy": error.remedy})
+        self._fail(claimed, described(error))
 
     def _fail(self, claimed: InferenceClaim, error: Json) -> None:
         self.receive({"type": "unanswered", "claim_id": claimed.claim_id, "error": error})

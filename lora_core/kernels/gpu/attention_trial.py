@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.gpu.trial_failures import failure_of
+from lora_core.kernels.gpu.trial_inputs import numbers
 
 AMPERE = (8, 0)
 """Minimum compute capability for bfloat16: earlier ones do not multiply it."""
@@ -81,10 +82,10 @@ def attention_results(
     num_tokens, longest = sum(LENGTHS), max(LENGTHS)
     bounds_S = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
     heads = [
-        _numbers(count * num_tokens * size, seed, device).view(num_tokens, count, size).transpose(0, 1).to(dtype)
+        numbers((num_tokens, count, size), seed, device).transpose(0, 1).to(dtype)
         for seed, count in enumerate((H, K, K))
     ]
-    dy_THE = _numbers(num_tokens * H * size, 3, device).view(num_tokens, H, size).to(dtype)
+    dy_THE = numbers((num_tokens, H, size), 3, device).to(dtype)
     for before, after in REACHES:
         visible = VisibleKeys(scale=4 * size**-0.5, softcap=2.0 if is_capped else 0.0, before=before, after=after)
         y_THE, logs_HT = attention.attend(heads, bounds_S, longest, visible)
@@ -114,8 +115,3 @@ def reference(heads: Sequence[Tensor], lengths: Sequence[int], visible: VisibleK
         weights_HSS = torch.softmax(scores_HSS.masked_fill(~seen_SS, float("-inf")), -1)
         outputs.append((weights_HSS @ v_HSE).transpose(0, 1))
     return torch.cat(outputs)
-
-
-def _numbers(count: int, seed: int, device: torch.device) -> Tensor:
-    """Return numbers between -1 and 1 that do not repeat."""
-    return torch.sin((torch.arange(count, dtype=torch.float64) + seed) ** 1.5 * 0.7).float().to(device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_core.kernels.gpu.attention_trial import ALL, AMPERE, TOLERANCE, VisibleKeys
 from lora_core.kernels.gpu.trial_failures import failure_of
+from lora_core.kernels.gpu.trial_inputs import numbers
 from lora_core.runtime.transfers import upload
 
 WIDEST_HEAD = 256
@@ -63,7 +64,7 @@ def decoding_results(
     from lora_core.kernels.gpu import decoding
 
     query, key, value = (
-        _numbers((len(NUM_OLDER), heads, size), seed, device).to(dtype).transpose(0, 1)
+        numbers((len(NUM_OLDER), heads, size), seed, device).to(dtype).transpose(0, 1)
         for seed, heads in enumerate((K * G, K, K))
     )
     for before in REACHES:
@@ -106,7 +107,7 @@ def _table(buffers: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> Te
 def _filled(num_tokens: int, size: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a buffer [K, CAPACITY, E] whose first tokens have numbers, and the others NaN."""
     buffer = torch.full((K, CAPACITY, size), torch.nan, dtype=dtype, device=device)
-    buffer[:, :num_tokens] = _numbers((K, num_tokens, size), seed, device).to(dtype)
+    buffer[:, :num_tokens] = numbers((K, num_tokens, size), seed, device).to(dtype)
     return buffer
 
 
@@ -115,9 +116,3 @@ def _with_row(buffer: Tensor, place: int, row_KE: Tensor) -> Tensor:
     copy = buffer.clone()
     copy[:, place] = row_KE
     return copy
-
-
-def _numbers(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Return numbers between -1 and 1 that do not repeat."""
-    count = torch.Size(shape).numel()
-    return torch.sin((torch.arange(count, dtype=torch.float64) + seed) ** 1.5 * 0.7).float().view(shape).to(device)

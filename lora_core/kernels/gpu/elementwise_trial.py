@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_core.kernels.gpu.adafactor_table import AdafactorStep, MatrixLayout
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.kernels.gpu.trial_failures import failure_of
+from lora_core.kernels.gpu.trial_inputs import numbers
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 """Largest difference, as a fraction of the reference's largest number."""
@@ -84,7 +85,7 @@ def elementwise_results(device: torch.device, dtype: torch.dtype) -> Iterator[tu
 def _of_swiglu(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     from lora_core.kernels.gpu import elementwise
 
-    gate, up, dy = (_numbers(T * D, seed, device).to(dtype) for seed in (1, 2, 3))
+    gate, up, dy = (numbers((T * D,), seed, device).to(dtype) for seed in (1, 2, 3))
     y, dgate, dup = (torch.empty_like(gate) for _ in range(3))
     elementwise.swiglu(gate, up, y)
     elementwise.swiglu_backward(gate, up, dy, dgate, dup)
@@ -100,8 +101,8 @@ def _of_norm(device: torch.device, dtype: torch.dtype, features: int) -> Iterato
     """Try the norm of a residual sum, and of the same numbers without a sum."""
     from lora_core.kernels.gpu import elementwise
 
-    x, delta, dy, onward = (_numbers(T * features, seed, device).view(T, features).to(dtype) for seed in (4, 5, 6, 7))
-    weight = _numbers(features, 8, device).to(dtype)
+    x, delta, dy, onward = (numbers((T, features), seed, device).to(dtype) for seed in (4, 5, 6, 7))
+    weight = numbers((features,), 8, device).to(dtype)
     total, y, alone, again, dx, own_dx = (torch.empty_like(x) for _ in range(6))
     rate = torch.empty(T, device=device)
     elementwise.add_rms_norm(x, delta, weight, 1e-6, total, y, rate)
@@ -125,8 +126,8 @@ def _of_rotation(device: torch.device, dtype: torch.dtype, rotated: int) -> Iter
     from lora_core.kernels.gpu import elementwise
 
     num_heads, size = 3, D // 3
-    x = _numbers(T * D, 9, device).view(T, num_heads, size).to(dtype)
-    cos, sin = (_numbers(T * rotated, seed, device).to(dtype) for seed in (10, 11))
+    x = numbers((T, num_heads, size), 9, device).to(dtype)
+    cos, sin = (numbers((T * rotated,), seed, device).to(dtype) for seed in (10, 11))
     for backward in (False, True):
         y = torch.empty_like(x)
         elementwise.rotate(x, D, size, cos, sin, T, num_heads, size, backward, y)
@@ -143,8 +144,8 @@ def _of_rotation(device: torch.device, dtype: torch.dtype, rotated: int) -> Iter
 def _of_loss(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
     from lora_core.kernels.gpu import elementwise
 
-    logits = 4 * _numbers(C * V, 12, device).view(C, V).to(dtype)
-    labels, weights = torch.arange(C, device=device) * 2000, _numbers(C, 13, device)
+    logits = 4 * numbers((C, V), 12, device).to(dtype)
+    labels, weights = torch.arange(C, device=device) * 2000, numbers((C,), 13, device)
     for epsilon in (0.0, 0.1):
         smoothing = torch.full((C if epsilon else 0,), epsilon, device=device)
         losses, largest, sums = (torch.empty(C, device=device) for _ in range(3))
@@ -164,7 +165,7 @@ def _of_step(device: torch.device, dtype: torch.dtype, count: int) -> Iterator[t
     from lora_core.kernels.gpu.optimizer import adamw, step_sizes
 
     rate, decay, eps = 1e-2, 0.1, 1e-8
-    p, g, m, v = (_numbers(count, seed, device) for seed in (14, 15, 16, 17))
+    p, g, m, v = (numbers((count,), seed, device) for seed in (14, 15, 16, 17))
     v = v.square()
     copy = None if dtype == torch.float32 else torch.empty(count, dtype=dtype, device=device)
     expected = torch.stack([g.norm(), p.abs().max(), m.abs().max()])
@@ -191,7 +192,7 @@ def _of_factored_step(device: torch.device, dtype: torch.dtype) -> Iterator[tupl
     memory = [sum(shape) for shape in shapes]
     starts, state_starts = [list(accumulate(sizes[:-1], initial=0)) for sizes in (counts, memory)]
     options: dict[str, Any] = {"beta2_decay": -0.5, "weight_decay": 0.1}
-    p, g = (_numbers(sum(counts), seed, device) for seed in (18, 19))
+    p, g = (numbers((sum(counts),), seed, device) for seed in (18, 19))
     v = torch.zeros(sum(memory), device=device)
     copy = None if dtype == torch.float32 else torch.empty_like(p, dtype=dtype)
     parts = zip(p.split(counts), g.split(counts), shapes, strict=True)
@@ -226,8 +227,3 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _gradient(leaf: Tensor) -> Tensor:
     assert leaf.grad is not None
     return leaf.grad
-
-
-def _numbers(count: int, seed: int, device: torch.device) -> Tensor:
-    """Return numbers between -1 and 1 that do not repeat."""
-    return torch.sin((torch.arange(count, dtype=torch.float64) + seed) ** 1.5 * 0.7).float().to(device)

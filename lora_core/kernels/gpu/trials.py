@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_core.kernels.gpu.tables import ENTRY, MOST_SIBLINGS, Member, class_of, group_of, tables_of
 from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.kernels.gpu.trial_failures import failure_of
+from lora_core.kernels.gpu.trial_inputs import numbers
 from lora_core.runtime.transfers import upload
 
 AMPERE = (8, 0)
@@ -116,8 +117,8 @@ def _segments(
         TrialSegment(
             start=start,
             stop=stop,
-            a_RD=_numbers(rank, D, device).to(dtype),
-            b_OR=_numbers(outputs, rank, device).to(dtype),
+            a_RD=numbers((rank, D), 0, device).to(dtype),
+            b_OR=numbers((outputs, rank), 0, device).to(dtype),
             grad_a_RD=torch.ones(rank, D, device=device),
             grad_b_OR=torch.ones(outputs, rank, device=device),
             scale=0.5 + index,
@@ -131,8 +132,8 @@ def _segments(
 def _worst(siblings: Sequence[Sequence[TrialSegment]], device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return the largest difference of each result over all siblings."""
     T = siblings[0][-1].stop
-    x_TD = _numbers(T, D, device).to(dtype)
-    gradients = [_numbers(T, len(segments[0].b_OR), device).to(dtype) for segments in siblings]
+    x_TD = numbers((T, D), 0, device).to(dtype)
+    gradients = [numbers((T, len(segments[0].b_OR)), 0, device).to(dtype) for segments in siblings]
     outputs, dx_TD = [dy_TO.clone() for dy_TO in gradients], x_TD.clone()
     wanted = [_expected(x_TD, dy_TO, segments) for dy_TO, segments in zip(gradients, siblings, strict=True)]
     run = run_of(siblings, device)
@@ -186,13 +187,6 @@ def run_of(siblings: Sequence[Sequence[TrialSegment]], device: torch.device) -> 
             members.append(Member(segment=index, sibling=sibling, entry=entry, start=part.start, stop=part.stop))
     uploaded, *tables = upload([entries.view(np.int64), *tables_of(members)], device)
     return TiledRun(entries=uploaded, group=group_of(kinds.pop(), members, tables, num_siblings=len(siblings)))
-
-
-def _numbers(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return numbers between -1 and 1 that do not repeat."""
-    return (
-        torch.sin(torch.arange(rows * columns, dtype=torch.float64) ** 1.5 * 0.7).view(rows, columns).float().to(device)
-    )
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

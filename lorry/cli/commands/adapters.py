@@ -212,14 +212,11 @@ def reproduce(
     lorry = client()
     job = lorry.adapters.reproduce(lookup.adapter(lorry, adapter))
     if detach:
-        if as_json:
-            output.print_json(job.raw)
-        else:
-            output.echo(f"Created job {job.id}. When it has succeeded, see the result with: lorry jobs show {job.id}")
-        return
+        sentence = f"Created job {job.id}. When it has succeeded, see the result with: lorry jobs show {job.id}"
+        return output.print_result(job, sentence, as_json=as_json)
     output.echo(f"Created job {job.id}.")
     watch_until_final(lorry, [job.id], as_json=as_json)
-    _report_reproduction(lorry.jobs.get(job.id), as_json=as_json)
+    return _report_reproduction(lorry.jobs.get(job.id), as_json=as_json)
 
 
 @app.verb("delete", "lorry adapters delete support", "lorry adapters delete ft:smollm2:default:support:1a2b3c4d --yes")

@@ -118,10 +118,7 @@ def show(file_id: FileId, as_json: AsJson = False) -> None:
     """Show a file's details."""
     lorry = client()
     file = lorry.files.get(lookup.file(lorry, file_id))
-    if as_json:
-        output.print_json(file.raw)
-    else:
-        output.pairs(_facts(file))
+    output.print_facts(file, _facts(file), as_json=as_json)
 
 
 @app.verb(

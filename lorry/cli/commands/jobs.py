@@ -373,11 +373,8 @@ def _usable_rows(lorry: Lorry, job: Job) -> int | None:
 
 
 def _print_result(job: Job, *, as_json: bool) -> None:
-    if as_json:
-        output.print_json(job.raw)
-    else:
-        end = "" if job.status == "paused" or job.is_held else "."  # a period would look like part of the command
-        output.echo(f"Job {job.id} is {job_view.status(job)}{end}")
+    end = "" if job.status == "paused" or job.is_held else "."  # a period would look like part of the command
+    output.print_result(job, f"Job {job.id} is {job_view.status(job)}{end}", as_json=as_json)
 
 
 def _print_event(event: JobEvent, *, as_json: bool) -> None:

@@ -127,10 +127,7 @@ def show(key_id: KeyId, as_json: AsJson = False) -> None:
     """Show an API key's rights and limits (secrets are never shown)."""
     lorry = client()
     key = lorry.keys.get(lookup.key(lorry, key_id))
-    if as_json:
-        output.print_json(key.raw)
-    else:
-        output.pairs(_facts(key))
+    output.print_facts(key, _facts(key), as_json=as_json)
 
 
 @app.verb("revoke", "lorry keys revoke key-3f2b", "lorry keys revoke key-3f2b --cancel --with-descendants --yes")

@@ -98,10 +98,7 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
 def show(name: Name, as_json: AsJson = False) -> None:
     """Show a model's details, and why its import failed."""
     model = client().models.get(name)
-    if as_json:
-        output.print_json(model.raw)
-    else:
-        output.pairs(_facts(model))
+    output.print_facts(model, _facts(model), as_json=as_json)
 
 
 @app.verb("delete", "lorry models delete smollm2", "lorry models delete smollm2 --yes")

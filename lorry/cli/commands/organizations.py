@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from lorry.cli.app import client, group
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet
 from lorry.cli.render.tables import Column, table
-
-if TYPE_CHECKING:
-    from lorry.models.accounts import Organization
 
 app = group("Manage organizations.")
 OrganizationName = Annotated[
@@ -32,7 +29,8 @@ def create(
     if quiet:
         return output.print_ids([made.id])
     following = f"lorry projects create NAME --organization {made.name}"
-    return _print_result(made, f"Created organization {made.name}. Create a project in it: {following}", as_json)
+    sentence = f"Created organization {made.name}. Create a project in it: {following}"
+    return output.print_result(made, sentence, as_json=as_json)
 
 
 @app.verb("list", "lorry organizations list", "lorry organizations list --json")
@@ -50,10 +48,8 @@ def show(organization: OrganizationName, as_json: AsJson = False) -> None:
     """Show an organization's details."""
     lorry = client()
     found = lorry.organizations.get(lookup.organization(lorry, organization))
-    if as_json:
-        return output.print_json(found.raw)
     facts = ("name", found.name), ("id", found.id), ("created", output.when(found.created_at))
-    return output.pairs((*facts, ("created by", found.created_by)))
+    output.print_facts(found, (*facts, ("created by", found.created_by)), as_json=as_json)
 
 
 @app.verb(
@@ -69,11 +65,4 @@ def update(
     """Rename an organization (operator key required). The names of its projects don't change."""
     lorry = client()
     renamed = lorry.organizations.rename(lookup.organization(lorry, organization), name)
-    _print_result(renamed, f"Renamed organization {organization} to {renamed.name}.", as_json)
-
-
-def _print_result(organization: Organization, sentence: str, as_json: bool) -> None:
-    if as_json:
-        output.print_json(organization.raw)
-    else:
-        output.echo(sentence)
+    output.print_result(renamed, f"Renamed organization {organization} to {renamed.name}.", as_json=as_json)

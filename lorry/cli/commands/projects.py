@@ -55,7 +55,8 @@ def create(
     if quiet:
         return output.print_ids([project.id])
     following = f"lorry keys create NAME --project {project.name}"
-    return _print_result(project, f"Created project {project.name}. Create a key for it: {following}", as_json)
+    sentence = f"Created project {project.name}. Create a key for it: {following}"
+    return output.print_result(project, sentence, as_json=as_json)
 
 
 @app.verb("list", "lorry projects list", "lorry projects list --archived", "lorry projects list --json")
@@ -154,7 +155,8 @@ def update(
     updated = (
         lorry.projects.get(given) if name is None else lorry.projects.rename(given, name)
     )  # last: it has a new name
-    _print_result(updated, f"Updated project {updated.name}. Show it with: lorry projects show {updated.name}", as_json)
+    sentence = f"Updated project {updated.name}. Show it with: lorry projects show {updated.name}"
+    output.print_result(updated, sentence, as_json=as_json)
 
 
 @app.verb("archive", "lorry projects archive search", "lorry projects archive search --yes")
@@ -165,7 +167,7 @@ def archive(project: ProjectName, yes: Yes = False, as_json: AsJson = False) -> 
     output.confirm(f"Archive project {name}? Its keys stop working.", yes=yes)
     archived = lorry.projects.archive(name)
     restoring = f"lorry projects restore {archived.name}"
-    _print_result(archived, f"Archived project {archived.name}. Restore it with: {restoring}", as_json)
+    output.print_result(archived, f"Archived project {archived.name}. Restore it with: {restoring}", as_json=as_json)
 
 
 @app.verb("restore", "lorry projects restore search", "lorry projects restore search --json")
@@ -173,7 +175,7 @@ def restore(project: ProjectName, _yes: YesAccepted = False, as_json: AsJson = F
     """Restore an archived project: its keys work again (operator key required)."""
     lorry = client()
     restored = lorry.projects.restore(lookup.project(lorry, project))
-    _print_result(restored, f"Restored project {restored.name}. Its keys work again.", as_json)
+    output.print_result(restored, f"Restored project {restored.name}. Its keys work again.", as_json=as_json)
 
 
 def _limits(
@@ -216,13 +218,6 @@ def _print_limits(limits: Mapping[str, ProjectLimit], *, highest_priority: str) 
     rows = [*map(_row, limits.values()), ("priority", highest_priority or "any", None, None)]
     titles = ("LIMIT", "MAXIMUM", "USED", "RESETS")
     table([Column(title=title) for title in titles], rows, empty="No limits.")
-
-
-def _print_result(project: Project, sentence: str, as_json: bool) -> None:
-    if as_json:
-        output.print_json(project.raw)
-    else:
-        output.echo(sentence)
 
 
 def _row(limit: ProjectLimit) -> tuple[object, ...]:

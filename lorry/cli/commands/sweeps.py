@@ -9,6 +9,7 @@ import typer
 from lorry.cli import lookup
 from lorry.cli.app import client, group
 from lorry.cli.commands.with_files import send_with_files
+from lorry.cli.parsing.job_options import option
 from lorry.cli.parsing.option_names import use_option_names
 from lorry.cli.parsing.option_values import Method, Priority, json_or_text, nested, pair
 from lorry.cli.parsing.sweep_syntax import Metric, check_space, parameter, search_of
@@ -26,15 +27,9 @@ if TYPE_CHECKING:
 app = group("Run and manage hyperparameter sweeps.")
 SEARCH, TRIALS, RUN = "Search", "All trials", "Sweep"
 SweepId = Annotated[str, typer.Argument(metavar="SWEEP", help="ID of the sweep, or a unique prefix of it.")]
-
-
-def _option(panel: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
-
-
 Over = Annotated[
     list[str],
-    _option(
+    option(
         SEARCH,
         "Field to vary, such as lora.rank=4,8,16 or optimizer.learning_rate=1e-5..1e-3:log; in a grid with the number "
         "of points, as in lora.dropout=0..0.2:5 (repeatable).",
@@ -42,27 +37,27 @@ Over = Annotated[
     ),
 ]
 Random = Annotated[
-    bool, _option(SEARCH, "Random search with --trials samples (default: a grid of all combinations).", "--random")
+    bool, option(SEARCH, "Random search with --trials samples (default: a grid of all combinations).", "--random")
 ]
 Asha = Annotated[
     bool,
-    _option(SEARCH, "Asynchronous successive halving: random search that stops bad trials early, at rungs.", "--asha"),
+    option(SEARCH, "Asynchronous successive halving: random search that stops bad trials early, at rungs.", "--asha"),
 ]
 MinSteps = Annotated[
-    int | None, _option(SEARCH, "ASHA: steps before the first rung (default: chosen so that there are three rungs).")
+    int | None, option(SEARCH, "ASHA: steps before the first rung (default: chosen so that there are three rungs).")
 ]
-Reduction = Annotated[int | None, _option(SEARCH, "ASHA: the best 1 of N trials continue at each rung (default: 3).")]
+Reduction = Annotated[int | None, option(SEARCH, "ASHA: the best 1 of N trials continue at each rung (default: 3).")]
 Others = Annotated[
     list[str] | None,
-    _option(
+    option(
         TRIALS, "Any other field of the API, as for `lorry jobs submit` (repeatable).", "--set", metavar="PATH=VALUE"
     ),
 ]
-MetricOption = Annotated[Metric | None, _option(SEARCH, "Metric by which trials are compared (default: valid_loss).")]
-Seed = Annotated[int | None, _option(SEARCH, "Seed for sampling parameters and for every trial (default: random).")]
+MetricOption = Annotated[Metric | None, option(SEARCH, "Metric by which trials are compared (default: valid_loss).")]
+Seed = Annotated[int | None, option(SEARCH, "Seed for sampling parameters and for every trial (default: random).")]
 LearningRate = Annotated[
     float | None,
-    _option(
+    option(
         TRIALS,
         "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
         "--learning-rate",
@@ -70,20 +65,18 @@ LearningRate = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, _option(TRIALS, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
+    int | None, option(TRIALS, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
 ]
 Suffix = Annotated[
     str | None,
-    _option(
+    option(
         TRIALS,
         "Suffix of each adapter's name: any text of up to 64 characters. Other characters than ASCII letters, digits, "
         "dots, underscores and hyphens become hyphens; accents are dropped.",
     ),
 ]
-KeepBest = Annotated[bool, _option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")]
-MaxConcurrent = Annotated[
-    int | None, _option(RUN, "Maximum number of unfinished trials at a time (default: no limit).")
-]
+KeepBest = Annotated[bool, option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")]
+MaxConcurrent = Annotated[int | None, option(RUN, "Maximum number of unfinished trials at a time (default: no limit).")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the live leaderboard until the sweep is finished.")]
 OPTIONS = {
     "rank": "lora.rank",
@@ -112,23 +105,23 @@ def run(
     over: Over,
     random: Random = False,
     asha: Asha = False,
-    trials: Annotated[int | None, _option(SEARCH, "Number of trials (required with --random and --asha).")] = None,
+    trials: Annotated[int | None, option(SEARCH, "Number of trials (required with --random and --asha).")] = None,
     min_steps: MinSteps = None,
     reduction_factor: Reduction = None,
     metric: MetricOption = None,
     seed: Seed = None,
-    valid: Annotated[str | None, _option(TRIALS, "Validation file: a path or the ID of an uploaded file.")] = None,
-    rank: Annotated[int | None, _option(TRIALS, "Rank of the adapters, 1 to 256 (default: 16).")] = None,
+    valid: Annotated[str | None, option(TRIALS, "Validation file: a path or the ID of an uploaded file.")] = None,
+    rank: Annotated[int | None, option(TRIALS, "Rank of the adapters, 1 to 256 (default: 16).")] = None,
     learning_rate: LearningRate = None,
-    method: Annotated[Method | None, _option(TRIALS, "Training method (default: supervised).")] = None,
-    epochs: Annotated[int | None, _option(TRIALS, "Passes over the training file, 1 to 100 (default: 3).")] = None,
-    max_steps: Annotated[int | None, _option(TRIALS, "Stop after N optimizer steps (default: all epochs).")] = None,
+    method: Annotated[Method | None, option(TRIALS, "Training method (default: supervised).")] = None,
+    epochs: Annotated[int | None, option(TRIALS, "Passes over the training file, 1 to 100 (default: 3).")] = None,
+    max_steps: Annotated[int | None, option(TRIALS, "Stop after N optimizer steps (default: all epochs).")] = None,
     batch_size: BatchSize = None,
     suffix: Suffix = None,
     other: Others = None,
     keep_best: KeepBest = False,
     max_concurrent: MaxConcurrent = None,
-    priority: Annotated[Priority | None, _option(RUN, "Priority in the queue (default: batch).")] = None,
+    priority: Annotated[Priority | None, option(RUN, "Priority in the queue (default: batch).")] = None,
     watch: Watch = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -216,9 +209,7 @@ def close(sweep_id: SweepId, yes: Yes = False, as_json: AsJson = False) -> None:
     sweep_id = lookup.sweep(lorry, sweep_id)
     output.confirm(f"Close sweep {sweep_id}? It creates no more trials, which can't be undone.", yes=yes)
     sweep = lorry.sweeps.close(sweep_id)
-    if as_json:
-        return output.print_json(sweep.raw)
-    return output.echo(f"Closed sweep {sweep.id}. Its existing trials continue.")
+    output.print_result(sweep, f"Closed sweep {sweep.id}. Its existing trials continue.", as_json=as_json)
 
 
 @app.verb("cancel", "lorry sweeps cancel sweep-3f2b", "lorry sweeps cancel sweep-3f2b --yes")
@@ -228,14 +219,13 @@ def cancel(sweep_id: SweepId, yes: Yes = False, as_json: AsJson = False) -> None
     sweep_id = lookup.sweep(lorry, sweep_id)
     output.confirm(f"Cancel sweep {sweep_id} and its unfinished trials? This can't be undone.", yes=yes)
     sweep = lorry.sweeps.cancel(sweep_id)
-    if as_json:
-        return output.print_json(sweep.raw)
-    return output.echo(f"Sweep {sweep.id} is {'cancelled' if sweep.is_final else 'being cancelled'}.")
+    state = "cancelled" if sweep.is_final else "being cancelled"
+    output.print_result(sweep, f"Sweep {sweep.id} is {state}.", as_json=as_json)
 
 
 def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
     given = {path: params[name] for name, path in OPTIONS.items() if params[name] is not None}
-    numbers = {name: params[option] for option, name in NUMBERS.items() if params[option] is not None}
+    numbers = {name: params[argument] for argument, name in NUMBERS.items() if params[argument] is not None}
     given |= {f"method.{method}.hyperparameters.{name}": value for name, value in numbers.items()}
     return given | ({"method.type": method} if numbers else {})
 

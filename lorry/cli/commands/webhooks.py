@@ -84,10 +84,7 @@ def show(endpoint_id: EndpointId, as_json: AsJson = False) -> None:
     """Show an endpoint's details (secrets are never shown)."""
     lorry = client()
     endpoint = lorry.webhooks.get(lookup.webhook(lorry, endpoint_id))
-    if as_json:
-        output.print_json(endpoint.raw)
-    else:
-        output.pairs(_facts(endpoint))
+    output.print_facts(endpoint, _facts(endpoint), as_json=as_json)
 
 
 @app.verb(
@@ -105,10 +102,8 @@ def try_(
     lorry = client()
     endpoint_id = lookup.webhook(lorry, endpoint_id)
     answer = lorry.webhooks.test(endpoint_id, event_type=event)
-    if as_json:
-        output.print_json(answer.raw)
-    else:
-        output.echo(f"{endpoint_id} responded with {answer.status_code}{_quoted(answer.reply)}.")
+    sentence = f"{endpoint_id} responded with {answer.status_code}{_quoted(answer.reply)}."
+    output.print_result(answer, sentence, as_json=as_json)
     if not 200 <= answer.status_code < 300:
         raise typer.Exit(1)
 
@@ -166,7 +161,7 @@ def replay(
     lorry = client()
     if failed_since is None:
         delivery = lorry.webhooks.replay(ident)
-        return output.print_json(delivery.raw) if as_json else output.echo(f"Replaying {delivery.id}.")
+        return output.print_result(delivery, f"Replaying {delivery.id}.", as_json=as_json)
     ident = lookup.webhook(lorry, ident)
     number = lorry.webhooks.replay_failed(ident, since=int(time.time()) - failed_since)
     if as_json:
@@ -215,7 +210,7 @@ def update(
     endpoint_id = lookup.webhook(lorry, endpoint_id)
     endpoint = lorry.webhooks.change(endpoint_id, url=url, name=name, event_types=events)
     message = f"Updated {endpoint.id} ({endpoint.name}). It receives {', '.join(endpoint.event_types)}."
-    _print_result(endpoint, message, as_json)
+    output.print_result(endpoint, message, as_json=as_json)
 
 
 @app.verb("enable", "lorry webhooks enable webhook-3f2b", "lorry webhooks enable webhook-3f2b --json")
@@ -224,7 +219,8 @@ def enable(endpoint_id: EndpointId, as_json: AsJson = False) -> None:
     lorry = client()
     endpoint = lorry.webhooks.change(lookup.webhook(lorry, endpoint_id), enabled=True)
     missed = f"lorry webhooks replay {endpoint.id} --failed-since 1d"
-    _print_result(endpoint, f"Enabled {endpoint.id} ({endpoint.name}). Replay missed events with: {missed}", as_json)
+    sentence = f"Enabled {endpoint.id} ({endpoint.name}). Replay missed events with: {missed}"
+    output.print_result(endpoint, sentence, as_json=as_json)
 
 
 @app.verb("disable", "lorry webhooks disable webhook-3f2b", "lorry webhooks disable webhook-3f2b --json")
@@ -233,7 +229,8 @@ def disable(endpoint_id: EndpointId, _yes: YesAccepted = False, as_json: AsJson 
     lorry = client()
     endpoint = lorry.webhooks.change(lookup.webhook(lorry, endpoint_id), enabled=False)
     enabling = f"lorry webhooks enable {endpoint.id}"
-    _print_result(endpoint, f"Disabled {endpoint.id} ({endpoint.name}). Enable it with: {enabling}", as_json)
+    sentence = f"Disabled {endpoint.id} ({endpoint.name}). Enable it with: {enabling}"
+    output.print_result(endpoint, sentence, as_json=as_json)
 
 
 @app.verb("delete", "lorry webhooks delete webhook-3f2b", "lorry webhooks delete webhook-3f2b --yes")
@@ -253,13 +250,6 @@ def _show_once(endpoint: WebhookEndpoint, *, as_json: bool) -> None:
     return output.echo(
         f"This is the signing secret of {endpoint.id} ({endpoint.name}). It is not shown again: store it now."
     )
-
-
-def _print_result(endpoint: WebhookEndpoint, sentence: str, as_json: bool) -> None:
-    if as_json:
-        output.print_json(endpoint.raw)
-    else:
-        output.echo(sentence)
 
 
 def _facts(endpoint: WebhookEndpoint) -> Iterator[tuple[str, object]]:

@@ -70,10 +70,7 @@ def show(worker_id: WorkerId, as_json: AsJson = False) -> None:
         raise LorryError(
             f"There is no worker {typed!r}.", code="worker_not_found", remedy="List the workers: `lorry workers list`"
         )
-    if as_json:
-        return output.print_json(worker.raw)
-    output.pairs(_facts(worker))
-    return None
+    output.print_facts(worker, _facts(worker), as_json=as_json)
 
 
 @app.verb(
@@ -93,7 +90,7 @@ def cordon(
     lorry = client()
     worker = lorry.workers.cordon(lookup.worker(lorry, worker_id), reason=reason)
     undo = f"lorry workers uncordon {worker.id}"
-    _print_result(worker, f"Cordoned {worker.id}: it accepts no new jobs. Undo it with: {undo}", as_json=as_json)
+    output.print_result(worker, f"Cordoned {worker.id}: it accepts no new jobs. Undo it with: {undo}", as_json=as_json)
 
 
 @app.verb("uncordon", "lorry workers uncordon worker-3f2b", "lorry workers uncordon worker-3f2b --json")
@@ -101,7 +98,7 @@ def uncordon(worker_id: WorkerId, as_json: AsJson = False) -> None:
     """Let a cordoned worker accept jobs again (operator key required)."""
     lorry = client()
     worker = lorry.workers.uncordon(lookup.worker(lorry, worker_id))
-    _print_result(worker, f"Uncordoned {worker.id}: it accepts jobs again.", as_json=as_json)
+    output.print_result(worker, f"Uncordoned {worker.id}: it accepts jobs again.", as_json=as_json)
 
 
 @app.verb("drain", "lorry workers drain worker-3f2b", "lorry workers drain worker-3f2b --json")
@@ -116,14 +113,7 @@ def drain(worker_id: WorkerId, as_json: AsJson = False) -> None:
     message = (
         f"Draining {worker.id}: it requeues its jobs and exits. Its replacement is cordoned; undo that with: {undo}"
     )
-    _print_result(worker, message, as_json=as_json)
-
-
-def _print_result(worker: Worker, sentence: str, *, as_json: bool) -> None:
-    if as_json:
-        output.print_json(worker.raw)
-    else:
-        output.echo(sentence)
+    output.print_result(worker, message, as_json=as_json)
 
 
 def _cordon_sentence(worker_id: str, cordon: Cordon) -> str:

@@ -16,6 +16,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorry.models.jobs import View
+
 _WIDTH_OF_A_PIPE = 10_000
 WAITING_SECONDS = 30.0
 """Interval of the lines about a wait without a terminal."""
@@ -100,6 +102,21 @@ def is_printed(found: Sequence[Any], *, as_json: bool, quiet: bool, key: str = "
 def print_ids(ids: Iterable[str]) -> None:
     for one in ids:
         console().print(clean(one), soft_wrap=True)
+
+
+def print_result(found: View, sentence: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(found.raw)
+    else:
+        echo(sentence)
+
+
+def print_facts(found: View, facts: Iterable[tuple[str, object]], *, as_json: bool) -> None:
+    """Print an object as JSON or as pairs. The facts are only read if they are printed."""
+    if as_json:
+        print_json(found.raw)
+    else:
+        pairs(facts)
 
 
 def print_deleted(kind: str, name: str, *, as_json: bool, note: str = "") -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 
 from catalog.states import JobState
-from catalog.tables.inference import InferenceRequest
 from qa.chaos.scenario import POSTGRESQL, Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.worker_site import BASE
@@ -73,11 +72,6 @@ def _begin(site: FaultSite) -> tuple[subprocess.Popen[bytes], subprocess.Popen[b
     return api, worker
 
 
-def _num_open(site: FaultSite) -> int:
-    with site.db.read() as session:
-        return session.query(InferenceRequest).count()
-
-
 def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Signals) -> str:
     """Send a signal to the worker or its trainer during an answer. The client reads the same answer to its end."""
     _, worker = _begin(site)
@@ -98,7 +92,7 @@ def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Sign
 
     assert text == whole, "the answer changed"
     site.wait_for_success(job_id, is_small=False)
-    site.wait_until(lambda: _num_open(site) == 0)
+    site.wait_until(lambda: site.num_open_requests() == 0)
     if number == signal.SIGSTOP:
         worker.send_signal(signal.SIGCONT)
     return f"the client read the whole answer; the job: {site.attempts_text(job_id)}"
@@ -123,7 +117,7 @@ def _api_killed(site: FaultSite) -> str:
 
     site.start_api()
     assert _answer(site) == whole
-    site.wait_until(lambda: _num_open(site) == 0)
+    site.wait_until(lambda: site.num_open_requests() == 0)
     return f"{lost}; the next API server answers; no request is left"
 
 
@@ -133,7 +127,7 @@ def _never_read(site: FaultSite) -> str:
     whole = _answer(site)
     with _streaming(site, **LARGE):
         answers = [_answer(site) for _ in range(3)]
-        site.wait_until(lambda: _num_open(site) == 0)
+        site.wait_until(lambda: site.num_open_requests() == 0)
     assert answers == [whole] * 3
     return "3 other answers meanwhile; its request is gone although it stays connected"
 
@@ -150,7 +144,7 @@ def _database_restarted(site: FaultSite) -> str:
         text = "".join([*begun, *pieces])
 
     assert text == whole, "the answer changed"
-    site.wait_until(lambda: _num_open(site) == 0)
+    site.wait_until(lambda: site.num_open_requests() == 0)
     assert _answer(site) == whole
     return "the client read the whole answer, and the next one"
 

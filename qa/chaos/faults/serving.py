@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 
 from catalog.registry import base_models
-from catalog.tables.inference import InferenceRequest
 from qa.chaos.scenario import Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.services.running import free_port
@@ -136,13 +135,8 @@ def _down_and_back(site: FaultSite) -> str:
     assert serving.deployment()["verification"]["passed"]
     assert serving.ask().status_code == 200
     assert serving.num_answered() == 1, "the endpoint did not answer after it came back"
-    site.wait_until(lambda: _num_open(site) == 0)
+    site.wait_until(lambda: site.num_open_requests() == 0)
     return f"{len(ends)} streams ended with answer_interrupted; 4 other answers meanwhile; loaded and verified again"
-
-
-def _num_open(site: FaultSite) -> int:
-    with site.db.read() as session:
-        return session.query(InferenceRequest).count()
 
 
 ROWS = (

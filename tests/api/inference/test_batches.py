@@ -43,6 +43,7 @@ from tests.api.inference.batch_service import (
     used_tokens,
     wait,
 )
+from tests.api.inference.reply_service import open_requests
 from tests.api.site import Site, error_of, running, until
 from tests.catalog.world import World
 
@@ -394,7 +395,7 @@ def test_only_lines_that_break_stricter_rules_fail(
     monkeypatch.setattr(batch_lines, "MAX_IN_FLIGHT", 1)
     long = input_line("long", "c" * 1000)
     made = create(client, input_line("a"), input_line("b", seed=1), long, input_line("d"))
-    until(lambda: num_submitted(services) == 1)  # the other lines wait for its place
+    until(lambda: open_requests(services) == 1)  # the other lines wait for its place
 
     monkeypatch.setitem(batch_input.SCHEMAS, CHAT_URL, StricterRequest)
     parse = batch_lines.parse
@@ -425,7 +426,7 @@ def test_invalid_line_of_a_damaged_input_fails_the_batch(
     batch_worker.gate.clear()
     rows = [input_line("a"), input_line("b"), input_line("c", "c" * 1000)]
     made = create(client, *rows)
-    until(lambda: num_submitted(services) == 1)
+    until(lambda: open_requests(services) == 1)
 
     path = input_path(services, made)
     path.chmod(0o644)
@@ -447,18 +448,13 @@ def test_batch_whose_input_is_lost_after_its_last_line_is_completed(
 ) -> None:
     batch_worker.gate.clear()
     made = create(client, input_line("a"), input_line("b"))
-    until(lambda: num_submitted(services) == 2)
+    until(lambda: open_requests(services) == 2)
     input_path(services, made).unlink()
     batch_worker.gate.set()
     batch = wait(client, made.id)
 
     assert (batch.status, *counts(batch)) == ("completed", 2, 2, 0)
     assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "b"]
-
-
-def num_submitted(services: Services) -> int:
-    with services.db.read() as session:
-        return session.query(InferenceRequest).count()
 
 
 def input_path(services: Services, batch: openai.types.Batch) -> Path:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import anyio
 import psutil
@@ -27,7 +26,6 @@ from catalog.storage import files
 from catalog.storage.store import ArtifactStore
 from catalog.tables.storage import Adapter
 from tests.api.site import Site, chat_lines, connect, error_of, read_to_end, running, until
-from tests.api.trained import trained
 from tests.catalog.world import World
 
 MANY = 45
@@ -35,11 +33,6 @@ MANY = 45
 LARGE = chat_lines(1000)
 STUCK = (sys.executable, "-c", "import os; os.read(0, 1)")
 """A check that runs until its standard input closes."""
-
-
-@pytest.fixture
-def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
-    return trained(services, world, tmp_path / "adapter")
 
 
 class Gatekeeper:

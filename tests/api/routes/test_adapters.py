@@ -19,13 +19,8 @@ from catalog.storage.store import blob_key
 from catalog.tables.storage import Adapter
 from lorry.verification.adapter_folder import verify_folder
 from tests.api.site import error_of
-from tests.api.trained import BASE, CONTENT, trained
+from tests.api.trained import BASE, CONTENT
 from tests.catalog.world import World
-
-
-@pytest.fixture
-def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
-    return trained(services, world, tmp_path / "made")
 
 
 def test_adapter_is_found_by_id_and_by_name(client: TestClient, adapter: Adapter) -> None:

@@ -17,16 +17,10 @@ from catalog.registry.efficiency import inference_latency
 from catalog.settings import Settings
 from catalog.tables.storage import Adapter
 from tests.api.site import error_of
-from tests.api.trained import trained
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import LEASE
 
 FILES = {"model.gguf": bytes(range(256)) * 5_000, "Modelfile": b"FROM ./model.gguf\n"}
 MERGE = {"max_abs_diff_to_trained": 0.5}
-
-
-@pytest.fixture
-def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
-    return trained(services, world, tmp_path / "made")
 
 
 def finish(services: Services, folder: Path) -> None:

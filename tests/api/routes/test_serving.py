@@ -13,15 +13,10 @@ from api.deps import Services
 from catalog.registry import base_models
 from catalog.tables.serving import Deployment
 from catalog.tables.storage import Adapter, BaseModelRow
-from tests.api.trained import BASE, trained
+from tests.api.trained import BASE
 from tests.catalog.world import DESCRIPTION, World
 
 ENDPOINTS = "/v1/serving/endpoints"
-
-
-@pytest.fixture
-def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
-    return trained(services, world, tmp_path / "adapter")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -30,19 +30,6 @@ from tests.catalog.world import World
 
 HOOKS = "/v1/webhook_endpoints"
 ENDS = [name for name in EVENT_TYPES if name.startswith("fine_tuning")]
-
-
-@pytest.fixture
-def app(settings: Settings) -> Iterator[FastAPI]:
-    app = create_app(settings, ApiSettings(webhook_allowed_networks="127.0.0.1/32", webhook_allow_http=True))
-    yield app
-    app.state.services.db.close()
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with receiving() as receiver:
-        yield receiver
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from tests.api.conftest import new_key
 from tests.api.serving_engines import FakeTrainer, FakeVllm, serving
 from tests.api.serving_site import ServingSite
 from tests.api.site import Site
-from tests.api.trained import trained
 from tests.catalog.world import World
 
 
@@ -31,11 +30,6 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "REJECTED_SECONDS", 0.05)
     monkeypatch.setattr(keeper, "NOTE_SECONDS", 0.1)
     monkeypatch.setattr(held_lease, "RENEW_SECONDS", 0.05)
-
-
-@pytest.fixture
-def adapter(services: Services, world: World, tmp_path: Path) -> Adapter:
-    return trained(services, world, tmp_path / "adapter")
 
 
 @pytest.fixture

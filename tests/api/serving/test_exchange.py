@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from api.deps import Services
-from catalog.tables.inference import InferenceRequest
 from catalog.tables.tenancy import Project
+from tests.api.inference.reply_service import open_requests
 from tests.api.serving_engines import PROMPT_TOKENS, SERVED, FakeTrainer, tokens_of
 from tests.api.serving_site import QUESTION, ServingSite
 from tests.api.site import until
@@ -57,8 +57,7 @@ def test_adapter_is_answered_by_its_endpoint_in_the_form_of_the_built_in_engine(
     assert found["choices"][0]["finish_reason"] == "length"
     assert len(found["choices"][0]["logprobs"]["content"]) == 4
     assert found["usage"] == {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 4, "total_tokens": 16}
-    with services.db.read() as session:
-        assert session.query(InferenceRequest).count() == 0
+    assert open_requests(services) == 0
     until(lambda: usage(ready) == COUNTED)
 
 

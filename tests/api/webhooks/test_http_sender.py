@@ -7,7 +7,7 @@ import datetime
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,6 @@ from catalog.webhooks.url_policy import Rules, networks_of
 from tests.api.hook_receiver import Answer, Received, Receiver, receiving
 
 LOOPBACK = Rules(networks=networks_of("127.0.0.1/32"), allow_http=True)
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with receiving() as receiver:
-        yield receiver
 
 
 class Names:

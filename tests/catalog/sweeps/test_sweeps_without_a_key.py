@@ -13,8 +13,8 @@ from catalog.caller import Caller
 from catalog.sweeps import creation
 from catalog.tables.sweeps import Sweep
 from catalog.tenancy import api_keys, authentication, projects
-from tests.catalog.sweeping import advance, finish, sweep_request, train
-from tests.catalog.world import PEPPER, World, sha
+from tests.catalog.sweeping import advance, finish, sweep_of, train
+from tests.catalog.world import PEPPER, World
 
 HOUR = 3600.0
 
@@ -24,12 +24,6 @@ def holder(world: World, project: str = "ours", **given: Any) -> Caller:
     project_id = projects.ensure(world.db, project).id
     _, secret = authentication.create(world.db, project_id=project_id, name="k", pepper=PEPPER, **given)
     return authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
-
-
-def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
-    body = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
-    request = sweep_request(world, **{**body, **fields})
-    return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
 
 
 def found(world: World, sweep_id: str) -> Sweep:

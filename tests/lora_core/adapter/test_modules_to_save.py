@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_core.base_model.model import BaseModel
 from lora_core.config import LoraConfig
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
@@ -17,6 +16,7 @@ from lora_core.errors import BadAdapter, ConfigError, NoTargets
 from lora_core.model_files.merge import merge_adapter
 from lora_core.peft_format.export import PROBE_SEED, pseudo_random_ids, with_tokens
 from lora_core.peft_format.verify import verify_export
+from tests.lora_core.exports import trained
 from tests.lora_core.peft_format.test_peft_parity import LONG, assert_equal_to_peft
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset
 
@@ -29,14 +29,6 @@ CASES = [("llama", HEAD | EMBEDDINGS), ("gpt2", HEAD), ("gpt2", EMBEDDINGS)]
 def job_with(fields: dict, *, dropout: float = 0.0) -> Submission:
     job = config(num_steps=6, learning_rate=1e-2, dropout=dropout, seed=3)
     return Submission(config=replace(job, lora=replace(job.lora, **fields)), train=dataset(3, [20, 33, 15, 28]))
-
-
-def trained(base: BaseModel, job: Submission) -> Engine:
-    engine = Engine(base, EngineConfig())
-    admit(engine, "job", job)
-    while not engine.idle:
-        engine.tick()
-    return engine
 
 
 @pytest.mark.parametrize(("family", "fields"), CASES)

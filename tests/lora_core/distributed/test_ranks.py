@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from lora_core.errors import LoraCoreError, UnsupportedModel
 from lora_core.events import JobEvaluated, JobStepped
 from tests.lora_core.scenarios import Submission, run_alone, submissions
 from tests.lora_core.train_in_ranks import jobs_called, summary
+from tests.services.running import free_port
 
 pytestmark = pytest.mark.timeout(1800)
 ROOT = Path(__file__).parents[3]
@@ -45,12 +45,6 @@ def test_ranks_on_gpus_send_through_the_communicator_of_all(monkeypatch, tmp_pat
 
     assert (given["current"], given["device_id"]) == ("cuda:1", torch.device("cuda:1"))
     assert (given["backend"], given["rank"], given["world_size"]) == ("cpu:gloo,cuda:nccl", 1, 2)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_in_ranks(module: str, *arguments: str, size: int) -> None:

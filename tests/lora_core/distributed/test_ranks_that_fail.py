@@ -13,9 +13,10 @@ from lora_core.distributed.failure_broadcast import FellowFailure
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BrokenPass
-from tests.lora_core.distributed.test_ranks import free_port, run_in_ranks, run_processes
+from tests.lora_core.distributed.test_ranks import run_in_ranks, run_processes
 from tests.lora_core.fail_in_ranks import JOBS, STEPS
 from tests.lora_core.scenarios import admit
+from tests.services.running import free_port
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -23,6 +23,7 @@ from lora_core.forward.generation import Prompts
 from lora_core.model_files.merge import merge_adapter
 from lora_core.peft_format.verify import verify_export
 from tests.lora_core.classifiers import FAMILIES, classification_jobs, classified, classifier, save
+from tests.lora_core.exports import trained
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, run_elastically, state_bytes
 from tests.lora_core.test_families import COMMON
 
@@ -33,14 +34,6 @@ THREE = ObjectiveConfig(kind="classification", num_labels=3)
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("classifiers")
     return {family: save(family, root / family) for family in FAMILIES}
-
-
-def trained(base, job: Submission) -> Engine:
-    engine = Engine(base, EngineConfig())
-    admit(engine, "job", job)
-    while not engine.idle:
-        engine.tick()
-    return engine
 
 
 @pytest.mark.slow_repetitions

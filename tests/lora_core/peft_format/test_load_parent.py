@@ -22,7 +22,8 @@ from lora_core.peft_format.load_parent import lora_config_of
 from lora_core.peft_format.verify import verify_export
 from tests.lora_core.classifiers import classified
 from tests.lora_core.engine.test_resumed_equals_uninterrupted import finish_elsewhere
-from tests.lora_core.parents import DPO, METHODS, child_of, make_parent, parent_job, save_by_peft, stateless, train
+from tests.lora_core.exports import trained
+from tests.lora_core.parents import DPO, METHODS, child_of, make_parent, parent_job, save_by_peft, stateless
 from tests.lora_core.scenarios import (
     Submission,
     admit,
@@ -71,13 +72,13 @@ def test_parent_and_child_of_one_epoch_each_equal_one_job_of_two_epochs(load, tm
     """The second epoch has another order than the first, so the child's rows are arranged to follow that order."""
     base, rows = load("llama"), dataset(52, [14, 31, 9, 22, 17, 40])
     lora = replace(config().lora, **METHODS[method])
-    whole = train(base, Submission(config=stateless(lora, num_steps=6), train=rows))
-    parent = train(base, Submission(config=stateless(lora, num_steps=3), train=rows))
+    whole = trained(base, Submission(config=stateless(lora, num_steps=6), train=rows))
+    parent = trained(base, Submission(config=stateless(lora, num_steps=3), train=rows))
     parent.export("job", tmp_path / "parent", base_name="tiny")
 
     child_config = stateless(lora_config_of(tmp_path / "parent"), num_steps=3)
     ordered = rows_in_order_of_second_epoch(rows, seed=child_config.seed, batch_size=2)
-    child = train(base, Submission(config=child_config, train=ordered, parent=tmp_path / "parent"))
+    child = trained(base, Submission(config=child_config, train=ordered, parent=tmp_path / "parent"))
 
     assert not torch.equal(weights(parent, "job"), weights(whole, "job"))
     assert torch.equal(weights(child, "job"), weights(whole, "job"))
@@ -165,7 +166,7 @@ def test_checkpoint_resumes_only_with_its_own_parent(load, tmp_path):
     engine.tick()
     engine.save_checkpoint("job", tmp_path / "saved")
     engine.evict("job")
-    train(base, job).export("job", tmp_path / "other", base_name="tiny")
+    trained(base, job).export("job", tmp_path / "other", base_name="tiny")
 
     for parent in (None, tmp_path / "other"):
         with pytest.raises(BadCheckpoint, match="parent_sha256"):
@@ -196,7 +197,7 @@ def test_child_is_served_by_peft_as_trained(load, tmp_path, dtype, method):
     base = load("llama", dtype)
     make_parent(base, tmp_path / "parent", method)
     job = child_of(tmp_path / "parent", num_steps=6, learning_rate=2e-2)
-    train(base, job).export("job", tmp_path / "child", base_name="tiny")
+    trained(base, job).export("job", tmp_path / "child", base_name="tiny")
 
     verdict = verify_export(base, tmp_path / "child")
 
@@ -207,7 +208,7 @@ def test_child_is_served_by_peft_as_trained(load, tmp_path, dtype, method):
 def test_a_grandchild_continues_a_child(load, tmp_path):
     base = load("gpt2", "bfloat16")
     make_parent(base, tmp_path / "parent", "patterns")
-    child = train(base, child_of(tmp_path / "parent"))
+    child = trained(base, child_of(tmp_path / "parent"))
     child.export("job", tmp_path / "child", base_name="tiny")
 
     assert torch.equal(logits(begun(base, child_of(tmp_path / "child"))), logits(child))
@@ -347,7 +348,7 @@ def test_child_compared_with_its_parent_reuses_the_prefix_of_both(load, tmp_path
     plain = parent_job("lora")
     top = replace(plain.config.lora, target_modules=("layers.1.mlp.up_proj", "layers.1.mlp.down_proj"))
     parent = replace(plain, config=replace(plain.config, lora=top))
-    train(base, parent).export("job", tmp_path / "parent", base_name="tiny")
+    trained(base, parent).export("job", tmp_path / "parent", base_name="tiny")
     pairs = dataset(91, [9, 14, 31, 22])
     job = replace(child_of(tmp_path / "parent", objective=DPO), train=pairs, valid=pairs)
     whole = run_alone(base, job)

@@ -16,7 +16,8 @@ from lora_core.config import LoraConfig
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadParent, ConfigError
-from lora_core.peft_format.load_parent import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, lora_config_of
+from lora_core.peft_format.export import CONFIG, WEIGHTS
+from lora_core.peft_format.load_parent import MAX_CONFIG_BYTES, lora_config_of
 from lora_core.runtime.safetensors_io import MAX_HEADER_BYTES, MAX_TENSORS
 from tests.lora_core.parents import child_of, make_parent
 from tests.lora_core.scenarios import Submission, admit

@@ -15,8 +15,6 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from catalog.db.database import Database
-from catalog.tables.inference import InferenceRequest
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
@@ -80,11 +78,6 @@ def client(deployment: Deployment) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def open_requests(db: Database) -> int:
-    with db.read() as session:
-        return session.query(InferenceRequest).count()
-
-
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_answers_are_those_of_transformers_and_peft(
     deployment: Deployment, client: openai.OpenAI, tmp_path: Path, with_adapter: bool
@@ -101,7 +94,7 @@ def test_answers_are_those_of_transformers_and_peft(
     assert completion.usage is not None
     assert 0 < completion.usage.completion_tokens <= 12
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
-    assert open_requests(deployment.site.db) == 0
+    assert deployment.site.num_open_requests() == 0
 
 
 def test_streamed_answer_is_the_same_in_pieces(deployment: Deployment, client: openai.OpenAI) -> None:
@@ -260,5 +253,5 @@ def test_client_that_disconnects_frees_its_request(deployment: Deployment, clien
     ) as stream:
         next(iter(stream))
 
-    deployment.site.wait_until(lambda: open_requests(deployment.site.db) == 0)
+    deployment.site.wait_until(lambda: deployment.site.num_open_requests() == 0)
     assert client.chat.completions.create(model=deployment.model, **OPTIONS).choices

@@ -16,7 +16,15 @@ from catalog.settings import InvalidSettings, Settings
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Gang
 from catalog.tables.history import Attempt
-from tests.worker.context.test_gang_membership import KILLED, LOCAL, GangSite, leads, loads, membership_of
+from tests.worker.context.test_gang_membership import (
+    KILLED,
+    LOCAL,
+    GangSite,
+    leads,
+    loads,
+    membership_of,
+    start_once_joined,
+)
 from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.process.test_exit_status import GLOO, fellow
 from tests.worker.scripted_trainer import FakeTrainer, load_forever, reasons
@@ -353,14 +361,7 @@ def test_a_call_of_a_member_is_retried_after_an_outage(
     task: Json = {"trainer_id": "trainer-1", "base_model": "smol", "base_digest": "1", "address": LOCAL, "settings": {}}
     led = gangs.open_round(leader, members=["w1", "w2"], task=task, seconds=60)
     calls = failing_once(monkeypatch, verb)
-    standing = gangs.standing
     wants_to_leave: list[bool] = []
-
-    def start_once_joined(place: GangMember) -> gangs.GangState:
-        found = standing(place)
-        if found.call is not None and found.call.has_joined and found.call.port is None:
-            gangs.start(leader, led.round_id, port=4711)
-        return found
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         if verb == "ask_to_leave":
@@ -372,7 +373,7 @@ def test_a_call_of_a_member_is_retried_after_an_outage(
         yield
 
     gang.script = script
-    monkeypatch.setattr(gangs, "standing", start_once_joined)
+    start_once_joined(gang, monkeypatch)
     member = replace(member, is_shutdown_requested=lambda: bool(wants_to_leave))
     with TaskRunner(member) as tasks:
         for _ in range(2):

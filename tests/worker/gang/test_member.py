@@ -11,7 +11,7 @@ from catalog.db.database import Database
 from catalog.fleet import cordons, gangs
 from catalog.fleet.gangs import Round
 from catalog.tables.fleet import Worker
-from tests.worker.context.test_gang_membership import LOCAL, GangSite
+from tests.worker.context.test_gang_membership import LOCAL, GangSite, start_once_joined
 from tests.worker.pack_site import OUTAGE, PackSite
 from tests.worker.scripted_trainer import FakeTrainer
 from worker import supervisor
@@ -65,14 +65,7 @@ def test_the_log_of_a_members_trainer_is_truncated(gang: GangSite, monkeypatch: 
     monkeypatch.setattr(job_logs, "LONGEST_FILE_BYTES", 10)
     monkeypatch.setattr(job_logs, "PUSH_SECONDS", 0.0)
     member, led = called(gang)
-    standing = gangs.standing
     sizes: list[int] = []
-
-    def start_once_joined(place: gangs.GangMember) -> gangs.GangState:
-        found = standing(place)
-        if found.call is not None and found.call.has_joined and found.call.port is None:
-            gangs.start(gang.place("w1"), led.round_id, port=4711)
-        return found
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         log = trainer.directory.log_path
@@ -84,7 +77,7 @@ def test_the_log_of_a_members_trainer_is_truncated(gang: GangSite, monkeypatch: 
         while True:
             yield
 
-    monkeypatch.setattr(gangs, "standing", start_once_joined)
+    start_once_joined(gang, monkeypatch)
     gang.script = script
 
     assert take_part(member)
@@ -95,14 +88,8 @@ def test_a_member_with_an_unkillable_trainer_retries_to_cordon_itself(
     gang: GangSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, led = called(gang)
-    standing, cordon = gangs.standing, cordons.cordon_own
+    cordon = cordons.cordon_own
     reasons: list[str] = []
-
-    def start_once_joined(place: gangs.GangMember) -> gangs.GangState:
-        found = standing(place)
-        if found.call is not None and found.call.has_joined and found.call.port is None:
-            gangs.start(gang.place("w1"), led.round_id, port=4711)
-        return found
 
     def cordon_own(db: Database, worker_id: str, *, reason: str) -> None:
         reasons.append(reason)
@@ -116,7 +103,7 @@ def test_a_member_with_an_unkillable_trainer_retries_to_cordon_itself(
         while True:
             yield
 
-    monkeypatch.setattr(gangs, "standing", start_once_joined)
+    start_once_joined(gang, monkeypatch)
     monkeypatch.setattr(cordons, "cordon_own", cordon_own)
     gang.script = script
 

@@ -9,14 +9,13 @@ import pytest
 from catalog.db.database import Database
 from catalog.errors import Unavailable
 from catalog.fleet import gangs
-from catalog.fleet.gangs import GangMember
 from catalog.history import job_logs as history_job_logs
 from catalog.queue import claims
 from catalog.states import EndReason
 from catalog.storage.store import Blob
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
-from tests.worker.context.test_gang_membership import LOCAL, GangSite
+from tests.worker.context.test_gang_membership import LOCAL, GangSite, start_once_joined
 from tests.worker.pack_site import PackSite
 from tests.worker.scripted_trainer import FakeTrainer, Script
 from tests.worker.session.test_job_logs import log_texts, printed
@@ -43,8 +42,7 @@ class MemberSite:
         self.round_id = ""
         monkeypatch.setattr(member_logs, "POLL_SECONDS", 0.0)
         monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 0.0)
-        self._standing = gangs.standing
-        monkeypatch.setattr(gangs, "standing", self._start_once_joined)
+        start_once_joined(self.gang, monkeypatch)
 
     def run_trainer(self, script: Script) -> None:
         member = self.gang.seated("w2")
@@ -60,12 +58,6 @@ class MemberSite:
         gangs.end_round(self.leader, self.round_id)
         while True:
             yield
-
-    def _start_once_joined(self, place: GangMember) -> gangs.GangState:
-        found = self._standing(place)
-        if found.call is not None and found.call.has_joined and found.call.port is None:
-            gangs.start(self.leader, self.round_id, port=4711)
-        return found
 
 
 @pytest.fixture

@@ -20,17 +20,11 @@ from lora_core.forward.generation import Prompts
 from lora_core.layers.attention import tiled_cpu
 from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import PackedBatch
-from tests import tiny_base
 from tests.catalog.world import linears
 from tests.lora_core.scenarios import dataset
 from tests.lora_core.test_families import HEADS, save
 
 SAMPLES = {"prompts": ["a" * 60] * 8, "max_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.make(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(params=["bfloat16", "float32"])

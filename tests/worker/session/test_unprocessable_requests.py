@@ -7,12 +7,12 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from catalog.inference import claims, requests
 from catalog.resources.pack_key import pack_key
 from catalog.states import EndReason
 from catalog.tables.inference import InferenceRequest
+from tests.catalog.inference.test_requests import make_unreadable
 from tests.catalog.world import sha
 from tests.worker.inference_requests import ApiProcess, answer, claim_of, submit
 from tests.worker.pack_site import READY, PackSite
@@ -26,13 +26,6 @@ from worker.session.trainer_session import TrainerSession
 KEY = pack_key(sha("smol"), "bfloat16")
 
 
-def make_unreadable(site: PackSite, row: InferenceRequest) -> None:
-    """Nest the request's body too deeply for Python's parser."""
-    body = '{"messages": ' + "[" * 5000 + "]" * 5000 + "}"
-    with site.db.write() as session:
-        session.execute(text("update inference_requests set body = :body where id = :id"), {"body": body, "id": row.id})
-
-
 def failures(api: ApiProcess) -> list[tuple[str, str]]:
     """Return request and code of each error that the API process has received."""
     return [(line["request_id"], line["event"]["error"]["code"]) for line in api.lines]
@@ -42,7 +35,7 @@ def test_request_that_can_not_be_read_fails_and_others_are_handed_over(
     site: PackSite, session: TrainerSession, api: ApiProcess
 ) -> None:
     unreadable, other = submit(site, api), submit(site, api)
-    make_unreadable(site, unreadable)
+    make_unreadable(site.world, unreadable)
 
     messages = answer(session)
 
@@ -76,7 +69,7 @@ def test_request_that_can_not_be_written_fails_and_others_are_handed_over(
 
 def test_base_model_is_not_loaded_for_a_request_that_can_not_be_read(site: PackSite, api: ApiProcess) -> None:
     row = submit(site, api)
-    make_unreadable(site, row)
+    make_unreadable(site.world, row)
     waiting = InferenceSession(site.context, KEY)
 
     assert not waiting.reserve()

@@ -318,7 +318,7 @@ def _sources(base_dir: Path) -> dict[str, str]:
     found = {name: path.read_text("utf-8") for name, path in files.items() if path.is_file()}
     if found:
         return found
-    given = _read_json(base_dir / "tokenizer_config.json").get("chat_template")
+    given = read_optional_json(base_dir / "tokenizer_config.json").get("chat_template")
     entries = cast(list[dict[str, Any]], given) if isinstance(given, list) else [{"name": "default", "template": given}]
     named = {str(entry.get("name")): entry.get("template") for entry in entries}
     return {name: template for name, template in named.items() if isinstance(template, str)}
@@ -326,7 +326,7 @@ def _sources(base_dir: Path) -> dict[str, str]:
 
 def special_tokens(base_dir: Path) -> dict[str, str]:
     """Return the special tokens of a base model, such as bos_token, from the files in its folder."""
-    maps = (_read_json(base_dir / name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
+    maps = (read_optional_json(base_dir / name) for name in ("special_tokens_map.json", "tokenizer_config.json"))
     return {name: text for found in maps for name, text in _special_tokens(found).items()}
 
 
@@ -341,7 +341,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, or an empty one if there is no such file."""
     return cast(dict[str, Any], json.loads(path.read_text("utf-8"))) if path.is_file() else {}
 
 

@@ -6,7 +6,6 @@ tokens that the tokenizer adds by default, and the base model's end-of-text toke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -23,7 +22,7 @@ from catalog.datasets.formats import DataKind
 from catalog.datasets.messages import ChatMessage
 from catalog.datasets.rows import Completion, as_chat
 from catalog.spec.data import Loss
-from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rendered, special_tokens
+from worker.children.tokenizer.chat_template import ChatTemplate, Refused, Rendered, read_optional_json, special_tokens
 
 
 class BaseText:
@@ -35,7 +34,7 @@ class BaseText:
         self._tokenizer = Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        tokens, config = special_tokens(base_dir), _read_json(base_dir / "config.json")
+        tokens, config = special_tokens(base_dir), read_optional_json(base_dir / "config.json")
         self.eos = _end_of_text(self._tokenizer, tokens, config)
         """(id, text) of the token that ends a text. None if the base model has none."""
         self.digest = sha256(content).hexdigest()
@@ -204,7 +203,7 @@ def _end_of_text(tokenizer: Tokenizer, tokens: Mapping[str, str], config: Mappin
 
 def _generation_ends(base_dir: Path) -> set[int]:
     """Return eos_token_id of generation_config.json, which is an id, a list of ids, or absent."""
-    given: Any = _read_json(base_dir / "generation_config.json").get("eos_token_id")
+    given: Any = read_optional_json(base_dir / "generation_config.json").get("eos_token_id")
     listed = cast(list[Any], given if isinstance(given, list) else [given])
     return {ident for ident in listed if type(ident) is int}
 
@@ -230,7 +229,3 @@ def _mask(
         mask[inside] = 1
     mask[0] = 0
     return mask
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return cast(dict[str, Any], json.loads(path.read_text("utf-8"))) if path.is_file() else {}

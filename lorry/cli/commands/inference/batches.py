@@ -87,10 +87,7 @@ def show(batch_id: BatchId, as_json: AsJson = False) -> None:
     """Show a batch's progress, its invalid lines and its output files."""
     lorry = client()
     batch = lorry.batches.get(lookup.batch(lorry, batch_id))
-    if as_json:
-        output.print_json(batch.raw)
-    else:
-        output.pairs(_facts(batch))
+    output.print_facts(batch, _facts(batch), as_json=as_json)
 
 
 @app.verb("cancel", "lorry batches cancel batch-3f2b", "lorry batches cancel batch-3f2b --yes")
@@ -100,9 +97,8 @@ def cancel(batch_id: BatchId, yes: Yes = False, as_json: AsJson = False) -> None
     batch_id = lookup.batch(lorry, batch_id)
     output.confirm(f"Cancel batch {batch_id}? This can't be undone.", yes=yes)
     batch = lorry.batches.cancel(batch_id)
-    if as_json:
-        return output.print_json(batch.raw)
-    return output.echo(f"Batch {batch.id} is {'cancelled' if batch.status == 'cancelled' else 'being cancelled'}.")
+    state = "cancelled" if batch.status == "cancelled" else "being cancelled"
+    output.print_result(batch, f"Batch {batch.id} is {state}.", as_json=as_json)
 
 
 def _progress(batch: Batch) -> str:

@@ -46,10 +46,7 @@ def deploy(
     found = lorry.adapters.deploy(lookup.adapter(lorry, adapter), to)
     if wait:
         found = _waited(lorry, found)
-    if as_json:
-        output.print_json(found.raw)
-    else:
-        output.echo(f"{found.adapter} on {state_of(found)}")
+    output.print_result(found, f"{found.adapter} on {state_of(found)}", as_json=as_json)
     if found.state == "failed":
         raise typer.Exit(EXIT_REFUSED)
 

@@ -46,10 +46,8 @@ def add(
     endpoint = client().serving.add(
         name, base_model=base_model, url=url, adapter_folder=folder, max_rank=max_rank, api_key=key
     )
-    if as_json:
-        output.print_json(endpoint.raw)
-    else:
-        output.echo(f"Registered {endpoint.name}. Check its state with: lorry serving show {endpoint.name}")
+    sentence = f"Registered {endpoint.name}. Check its state with: lorry serving show {endpoint.name}"
+    output.print_result(endpoint, sentence, as_json=as_json)
 
 
 @app.verb("list", "lorry serving list", "lorry serving list --json")
@@ -77,10 +75,7 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
 def show(endpoint: Endpoint, as_json: AsJson = False) -> None:
     """Show an endpoint's state, last error and verification."""
     found = client().serving.get(endpoint)
-    if as_json:
-        output.print_json(found.raw)
-    else:
-        output.pairs(_facts(found))
+    output.print_facts(found, _facts(found), as_json=as_json)
 
 
 @app.verb("deployments", "lorry serving deployments vllm-1", "lorry serving deployments vllm-1 --json")

@@ -192,10 +192,7 @@ def cancel_export(adapter: Name, export_id: Export, as_json: AsJson = False) -> 
     lorry = client()
     name = lookup.adapter(lorry, adapter)
     cancelled = lorry.adapters.exports.cancel(name, lookup.export(lorry, name, export_id))
-    if as_json:
-        output.print_json(cancelled.raw)
-    else:
-        output.echo(f"Cancelled export {cancelled.id}.")
+    output.print_result(cancelled, f"Cancelled export {cancelled.id}.", as_json=as_json)
 
 
 @app.verb(

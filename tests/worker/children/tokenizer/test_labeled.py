@@ -1,6 +1,5 @@
 """Tokenization of labeled answers: each follows its prompt, and only the answer is trained on."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +9,9 @@ from lora_core.config import ObjectiveConfig
 from lora_core.data.kto_pairs import check_unpaired
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.events import JobStepped, Rewards
-from tests.worker.chat_bases import MARKED, SMOLLM2, Base, turns
+from tests.worker.chat_bases import Base, turns
 from worker.children.trainer.job_config import objective_config
 from worker.children.trainer.outputs import as_json
-
-
-@pytest.fixture(params=["by prefixes", "by marks"])
-def base(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_json: str) -> Base:
-    return Base(tmp_path / "base", tokenizer_json, SMOLLM2 if request.param == "by prefixes" else MARKED)
 
 
 def example(prompt: list[Any] | str, answer: str, *, label: bool) -> dict[str, Any]:

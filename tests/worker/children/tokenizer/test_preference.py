@@ -3,15 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from lora_core.data.token_dataset import TokenDataset
-from tests.worker.chat_bases import MARKED, SMOLLM2, Base, turns
-
-
-@pytest.fixture(params=["by prefixes", "by marks"])
-def base(request: pytest.FixtureRequest, tmp_path: Path, tokenizer_json: str) -> Base:
-    return Base(tmp_path / "base", tokenizer_json, SMOLLM2 if request.param == "by prefixes" else MARKED)
+from tests.worker.chat_bases import Base, turns
 
 
 def pair(prompt: list[Any], preferred: str, rejected: str) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.checkpoint import CheckpointSnapshot
 from lora_core.events import JobDiverged
 from lora_core.peft_format.export import AdapterSnapshot
-from tests import tiny_base
 from tests.worker.pack_site import events_in
 from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.token_file import TokenFile
@@ -56,11 +55,6 @@ from worker.protocol.mailbox import TrainerDirectory
 message_handlers.writes_while_training = lambda *_: True
 run(TrainerDirectory(Path(sys.argv[1])))
 """
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.make(tmp_path_factory.mktemp("base"))
 
 
 class Trainer:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests import tiny_base
 from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, launched
 from worker.process.exit_status import peer_failure
 from worker.protocol.rendezvous import meeting_settings, place_of, reported_port
@@ -19,11 +18,6 @@ from worker.protocol.rendezvous import meeting_settings, place_of, reported_port
 pytestmark = pytest.mark.timeout(600)
 LOCAL = "127.0.0.1"
 JOB = {"max_steps": 6, "hyperparameters": {"batch_size": 16}}
-
-
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.make(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @contextmanager

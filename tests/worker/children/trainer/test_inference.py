@@ -36,11 +36,6 @@ TOOL = {"type": "function", "function": {"name": "paint", "parameters": {"type":
 
 
 @pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.make(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
 def adapter_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that PEFT has written, with random weights."""
     folder = tmp_path_factory.mktemp("adapter")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from catalog import logs, tracing
+from tests.json_log import json_log, lines_of
 from tests.worker.pack_site import PackSite
 from worker.children.trainer.outputs import TrainerLog
 from worker.process.launcher import child_environment
@@ -21,20 +20,8 @@ ADMIT = {"claim_id": "claim-1", "job_id": "ftjob-1", "trace": PARENT}
 
 @pytest.fixture
 def out(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
-    """Yield the output of the worker's loggers, with one JSON object per line."""
-    monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
-    out, logger = io.StringIO(), logging.getLogger("worker")
-    handler, level = logging.StreamHandler(out), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logs.redact_handlers(logger)
-    yield out
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
-def lines(out: io.StringIO) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.getvalue().splitlines()]
+    with json_log("worker", monkeypatch) as out:
+        yield out
 
 
 def test_log_lines_of_a_trainer_name_job_claim_trainer_and_trace(out: io.StringIO) -> None:
@@ -45,7 +32,7 @@ def test_log_lines_of_a_trainer_name_job_claim_trainer_and_trace(out: io.StringI
     log.record_event("claim-1", "refused", {"error": {"code": "out_of_memory", "message": "words"}})
 
     about = {"job": "ftjob-1", "claim": "claim-1", "trainer": "trainer-1", "trace": PARENT[3:35]}
-    first, second = lines(out)
+    first, second = lines_of(out)
     assert {name: first[name] for name in about} == {name: second[name] for name in about} == about
     assert (first["message"], first["level"]) == ("checkpointed step=5", "info")
     assert (second["message"], second["level"]) == ("refused code=out_of_memory", "warning")
@@ -56,7 +43,7 @@ def test_only_the_leading_rank_logs(out: io.StringIO) -> None:
 
     log.record_event(log.register(ADMIT), "admitted", {"step": 0})
 
-    assert lines(out) == []
+    assert lines_of(out) == []
 
 
 def test_log_lines_of_a_worker_name_job_claim_trainer_and_worker(site: PackSite, out: io.StringIO) -> None:
@@ -71,7 +58,7 @@ def test_log_lines_of_a_worker_name_job_claim_trainer_and_worker(site: PackSite,
     with logs.all_about({"worker": "w1"}):
         session._guarded(held, fail)  # pyright: ignore[reportPrivateUsage]
 
-    (line,) = [line for line in lines(out) if line["level"] == "error"]
+    (line,) = [line for line in lines_of(out) if line["level"] == "error"]
     about = {"job": claim.job.id, "claim": claim.claim_id, "trainer": "trainer-1", "worker": "w1"}
     assert {name: line[name] for name in about} == about
     assert line["trace"] == tracing.trace_id(tracing.of_job(claim.job.id, None))

@@ -27,11 +27,6 @@ from worker.protocol.mailbox import EventWriter, InboxReader, InboxWriter, Json,
 LONGEST = tiny_base.MAX_POSITIONS * TOKEN_CHARS
 
 
-@pytest.fixture(scope="module")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base.make(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
 def directory(base_dir: Path, tmp_path: Path) -> TrainerDirectory:
     return TrainerDirectory.create(tmp_path / "trainer", trainer_settings(base_dir))
