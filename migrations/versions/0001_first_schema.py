@@ -323,7 +323,7 @@ def _create_jobs() -> None:
         sa.Column("tags", sa.JSON(), nullable=True),
         sa.Column("training_file", sa.String(length=255), nullable=False),
         sa.Column("validation_file", sa.String(length=255), nullable=True),
-        sa.Column("train_prepared", sa.String(length=255), nullable=True),
+        sa.Column("train_prepared", sa.String(length=255), nullable=False),
         sa.Column("valid_prepared", sa.String(length=255), nullable=True),
         sa.Column("num_steps", sa.BigInteger(), nullable=True),
         sa.Column("longest_example", sa.BigInteger(), nullable=True),

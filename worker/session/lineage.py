@@ -73,14 +73,15 @@ def earlier_guarantees(attempts: Sequence[AttemptRecord]) -> list[str]:
 def _data(context: WorkerContext, job: Job) -> list[DataSource]:
     sources = [_source(context, job.project_id, "training", job.training_file, job.train_prepared)]
     if job.validation_file is not None:
+        assert job.valid_prepared is not None, "each file of a job has a key"
         sources.append(_source(context, job.project_id, "validation", job.validation_file, job.valid_prepared))
     return sources
 
 
 def _source(
-    context: WorkerContext, project_id: str, role: Literal["training", "validation"], file_id: str, key: str | None
+    context: WorkerContext, project_id: str, role: Literal["training", "validation"], file_id: str, key: str
 ) -> DataSource:
-    tokens = token_cache.get(context.db, key) if key else None
+    tokens = token_cache.get(context.db, key)
     assert tokens is not None, "the job was trained on it"
     assert tokens.artifact is not None, "a refused file is not trained on"
     file = files.get(context.db, project_id=project_id, file_id=file_id)
