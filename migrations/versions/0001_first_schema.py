@@ -832,7 +832,7 @@ def _create_webhooks() -> None:
         sa.Column("project_id", sa.String(length=255), nullable=False),
         sa.Column("name", sa.String(length=255), nullable=False),
         sa.Column("url", sa.Text(), nullable=False),
-        sa.Column("sealed_url", sa.Text(), nullable=True),
+        sa.Column("sealed_url", sa.Text(), nullable=False),
         sa.Column("event_types", sa.JSON(), nullable=False),
         sa.Column("salt", sa.String(length=255), nullable=False),
         sa.Column("ending", sa.String(length=255), nullable=False),
