@@ -145,7 +145,7 @@ def _waiting(wanted: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any,
         conditions += [job.counted_attempts <= bindparam("num_ends")]
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in wanted.without_quantizations]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
-    names = (*names, "created_at", "counted_attempts", "lost_attempts", "preemption_requested_at")
+    names = (*names, "counted_attempts", "lost_attempts", "preemption_requested_at")
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
     with_project = rows.join(Project, Project.id == rows.c.project_id)
     return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
@@ -265,7 +265,7 @@ def _candidate(row: Row[*tuple[Any, ...]]) -> Candidate:
         pack_key=row.pack_key,
         priority=row.priority,
         place=row.place,
-        queued_at=row.created_at if row.queued_at is None else row.queued_at,
+        queued_at=row.queued_at,
         is_suspect=is_suspect(row.counted_attempts, row.lost_attempts),
         preemption_requested_at=row.preemption_requested_at,
         **{name: getattr(row, name) for name in NEEDS},
