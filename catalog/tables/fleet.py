@@ -75,7 +75,6 @@ class Service(Table):
     oldest_protocol: Mapped[int] = mapped_column(Integer)
     newest_protocol: Mapped[int] = mapped_column(Integer)
     version: Mapped[str]
-    announced_at: Mapped[float]
 
 
 class DatabaseHeartbeat(Table):

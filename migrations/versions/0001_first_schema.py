@@ -730,7 +730,6 @@ def _create_fleet() -> None:
         sa.Column("oldest_protocol", sa.Integer(), nullable=False),
         sa.Column("newest_protocol", sa.Integer(), nullable=False),
         sa.Column("version", sa.String(length=255), nullable=False),
-        sa.Column("announced_at", sa.Float(precision=53), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_service")),
     )
     op.create_table(
