@@ -50,13 +50,13 @@ def announce(db: Database) -> None:
         session.add(row)
 
 
-def check(db: Database, *, protocol: int | None = None) -> None:
-    """Check a worker before it writes anything. protocol: this code's own if None.
+def check(db: Database) -> None:
+    """Check a worker of this code before it writes anything.
 
     Raises UnfitWorker, and Unavailable if the database has no tables yet.
     """
     with db.read() as session:
-        check_in(session, protocol=PROTOCOL if protocol is None else protocol)
+        check_in(session, protocol=PROTOCOL)
 
 
 def check_in(session: Session, *, protocol: int) -> None:

@@ -435,13 +435,11 @@ def _remedy(status: QuotaStatus, num_more: int, needing: str) -> str:
     return REMEDIES[status.name]
 
 
-def refusal(
-    message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float, code: str = "quota_exceeded"
-) -> QuotaExceeded:
+def refusal(message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float) -> QuotaExceeded:
     raised = f"An operator can raise the limit: `lorry projects update {project.name} {OPTIONS[status.name]} N`."
     return QuotaExceeded(
         message,
-        code=code,
+        code="quota_exceeded",
         remedy=f"{remedy} {raised}" if remedy else raised,
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={
