@@ -44,7 +44,7 @@ class Worker(Table):
 
     @property
     def quantizations(self) -> frozenset[str]:
-        """`none` and the quantizations that the worker reported at its start; older workers report none."""
+        """`none` and the quantizations that the worker reported at its start."""
         return quantizations_on(self.devices)
 
     @property

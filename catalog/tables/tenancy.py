@@ -19,7 +19,7 @@ class Organization(Table):
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
     created_by: Mapped[str | None]
-    """Id of the API key. None: created on the server itself, or by the upgrade for the existing projects."""
+    """Id of the API key. None: created on the server itself."""
 
 
 class Project(Table):
