@@ -18,9 +18,7 @@ from tests.catalog.world import World
         ([False, True], "bfloat16"),
     ],
 )
-def test_automatic_precision_follows_the_workers_at_submission(
-    world: World, fleet: list[bool], expected: str
-) -> None:
+def test_automatic_precision_follows_the_workers_at_submission(world: World, fleet: list[bool], expected: str) -> None:
     for index, has in enumerate(fleet):
         devices = [{"kind": "cpu", "has_bfloat16": has}]
         given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
