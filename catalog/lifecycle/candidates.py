@@ -135,7 +135,7 @@ def _waiting(wanted: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any,
     conditions = [is_due(job, bindparam("now"))]
     if wanted.alike:
         trains_alone = job.counted_attempts + job.lost_attempts >= MAX_ENDS_IN_COMPANY
-        conditions += [*_in_queue(job), job.pack_key == bindparam("key"), ~trains_alone]
+        conditions += [job.queued_at.is_not(None), job.pack_key == bindparam("key"), ~trains_alone]
     else:
         conditions += [job.state == JobState.QUEUED]
     if wanted.alone or wanted.alike:
@@ -169,16 +169,6 @@ def _num_groups() -> Select[int]:
     groups, job = _groups(JobState.QUEUED), aliased(Job)
     some = _firsts(groups, job, [job.state == JobState.QUEUED]).limit(1)
     return select(func.count()).select_from(groups).where(some.exists())
-
-
-def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
-    """Conditions for queued jobs that use the index on `queued_at`.
-
-    A worker of an older version leaves running jobs in that index, so the state is checked too. The check is NOT IN:
-    the planner can't choose an index on states for it, but can estimate the number of queued jobs.
-    """
-    others = [state for state in JobState if state is not JobState.QUEUED]
-    return job.queued_at.is_not(None), job.state.not_in(others)
 
 
 def _where_some_fit(groups: CTE, wanted: CandidateFilter) -> CTE:
