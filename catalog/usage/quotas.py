@@ -440,7 +440,7 @@ def refusal(message: str, *, remedy: str, project: Project, status: QuotaStatus,
     return QuotaExceeded(
         message,
         code="quota_exceeded",
-        remedy=f"{remedy} {raised}" if remedy else raised,
+        remedy=" ".join(filter(None, (remedy, raised))),
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={
             "name": status.name,
