@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI
 
 from api.dashboard import Dashboard
@@ -29,7 +30,7 @@ from api.middleware.request_gate import Gate
 from api.openapi import Api
 from api.rate_limits.limits import Limits
 from api.rate_limits.project_slots import ProjectSlots
-from api.rate_limits.threads import KeyChecks, SlowWork, limit_route_threads
+from api.rate_limits.threads import ROUTE_THREADS, KeyChecks, SlowWork
 from api.requests.query_parameters import refuse_unknown_query
 from api.requests.strict_json import refuse_loose_json
 from api.routes import (
@@ -221,7 +222,7 @@ def _hosts(api_settings: ApiSettings, bound_host: str, further: Iterable[str]) -
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
-    limit_route_threads()
+    current_default_thread_limiter().total_tokens = ROUTE_THREADS
     file_upload.remove_stale(services.settings.data_dir / "spool")
     runs = (
         services.feed.run,

@@ -85,7 +85,7 @@ def known(settings: Settings) -> list[bytes]:
 
 
 def _previous(settings: Settings) -> bytes | None:
-    """Return the previous pepper unchecked: older versions accepted shorter peppers, and rotation must replace them."""
+    """Return the previous pepper unchecked, because a value that was never the pepper matches nothing."""
     if settings.previous_pepper is not None and (named := settings.previous_pepper.get_secret_value()):
         return named.encode()
     path = settings.data_dir / PREVIOUS_FILE_NAME
@@ -105,15 +105,13 @@ def _checked(text: str) -> bytes:
         raise InvalidRequest(
             f"LORRY_PEPPER {place} with whitespace.",
             code="weak_pepper",
-            remedy="Remove the whitespace. If API keys or webhook secrets were created with this exact value, also set "
-            "LORRY_PREVIOUS_PEPPER to it, including the whitespace, so that they stay valid.",
+            remedy="Remove the whitespace.",
         )
     if (num_bytes := len(text.encode())) < MIN_BYTES:
         raise InvalidRequest(
             f"LORRY_PEPPER has {num_bytes} byte{'' if num_bytes == 1 else 's'}, but must have at least {MIN_BYTES}.",
             code="weak_pepper",
-            remedy=f"Set a random value: `{NEW}`. To keep existing API keys and webhook secrets valid, also set "
-            "LORRY_PREVIOUS_PEPPER to the exact old value.",
+            remedy=f"Set a random value: `{NEW}`.",
         )
     return text.encode()
 

@@ -182,7 +182,6 @@ def _trainer_settings(context: WorkerContext, first: Job | BaseToLoad) -> Json:
     """Return the settings of a trainer for jobs like `first`, except the folder of its base model, which differs
     between nodes."""
     return {
-        "format": 1,
         "trainer_id": first.trainer_id,
         "dtype": precision_of(first.pack_key),
         "quantization": quantization_of(first.pack_key),

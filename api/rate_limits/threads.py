@@ -111,11 +111,6 @@ _route_slots: RunVar[ProjectSlots | None] = RunVar("route_slots")
 """The slots of the event loop."""
 
 
-def limit_route_threads() -> None:
-    """Set the number of route threads of the running event loop."""
-    anyio.to_thread.current_default_thread_limiter().total_tokens = ROUTE_THREADS
-
-
 async def run_route(project_id: str | None, work: Callable[[], T]) -> T:
     """Run `work` in a route thread, as soon as the project has one. None: a request without a project."""
     if project_id is None:

@@ -93,7 +93,7 @@ class WorkerObject(BaseModel):
     pid: int | None
     devices: list[Any]
     version: str
-    protocol: int | None = Field(description="Version of its protocol; the service supports a range of versions.")
+    protocol: int = Field(description="Version of its protocol; the service supports a range of versions.")
     memory_bytes: int
     started_at: int
     last_seen_at: int

@@ -148,14 +148,14 @@ class AttemptObject(BaseModel):
     number: int
     claim_id: str
     worker_id: str
-    trainer_id: str | None
+    trainer_id: str
     started_at: int
     ended_at: int | None
     reason: str | None
     detail: str | None
     resumed_from_step: int | None
     packmates: list[str] = Field(description="Jobs that trained in the same trainer during the attempt.")
-    why: dict[str, Any] | None = Field(description="Inputs of the scheduling decision.")
+    why: dict[str, Any] = Field(description="Inputs of the scheduling decision.")
 
 
 class DividedBlocks(BaseModel):
@@ -245,7 +245,6 @@ def event_object(row: JobEvent) -> FineTuningJobEvent:
 
 def checkpoint_object(row: Checkpoint, *, train: Point | None, valid: Point | None) -> FineTuningJobCheckpoint:
     """Return a checkpoint's response. `train` and `valid` are the points of the curves at its step."""
-    assert row.name is not None, "every checkpoint is stored with a name"
     return FineTuningJobCheckpoint(
         id=row.id,
         created_at=int(row.created_at),

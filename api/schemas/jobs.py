@@ -409,13 +409,11 @@ def _run(row: Job) -> dict[str, Any]:
 
 
 def _estimated_finish(row: Job) -> int | None:
-    """Return the estimate made when the progress was updated, so that it is stable until the next update. Progress that
-    older versions stored has no time."""
+    """Return the estimate made when the progress was updated, so that it is stable until the next update."""
     progress = row.progress or {}
-    seconds_left, updated_at = progress.get("seconds_left"), progress.get("updated_at")
-    if row.state != "running" or seconds_left is None or updated_at is None:
+    if row.state != "running" or progress.get("seconds_left") is None:
         return None
-    return int(updated_at + seconds_left)
+    return int(progress["updated_at"] + progress["seconds_left"])
 
 
 def phase_of(row: Job) -> Phase | None:

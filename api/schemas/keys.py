@@ -197,7 +197,7 @@ def _fields(row: ApiKey, now: float) -> dict[str, Any]:
     return {
         "id": row.id,
         "name": row.name,
-        "redacted_value": f"lorry_{row.id}_…{row.ending or ''}",
+        "redacted_value": f"lorry_{row.id}_…{row.ending}",
         "project_id": row.project_id,
         "status": "active" if is_live(row, now) else ended,
         "scopes": sorted(granted(row.scopes, is_operator=row.is_operator)),

@@ -205,7 +205,7 @@ class EndpointKeeper:
         await self._unload_unwanted(server, work, loaded)
         self._report_foreign(work, loaded)
         await self._clear(work, loaded)
-        if _is_unverified(row, base):
+        if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
             if time.monotonic() >= self._verify_at and row.id not in running:
                 self._begin(row.id, self._verify_base(work, server, base))
             return
@@ -276,7 +276,7 @@ class EndpointKeeper:
         row = work.endpoint
         try:
             reference = row.reference
-            if reference is None or probes.settings_of(reference, "text") is None:
+            if reference is None:
                 reference = await self._tools.references.of_base(row.base_model, project_id=row.project_id)
                 await self._do(keeping.store_reference, deployment_id=None, reference=reference)
             found = await self._probe(server, base.name, reference)
@@ -349,7 +349,7 @@ class EndpointKeeper:
         """Let a model of the server answer the probe. of_base: the reference of the base model. Raises
         EndpointFailure."""
         settings = probes.settings_of(of_base, of_base["kind"])
-        assert settings is not None, "references without settings are recomputed"
+        assert settings is not None, "a reference has the settings for its kind of request"
         return await self._tools.client.probe(server, model=model, kind=of_base["kind"], settings=settings)
 
     async def _put(self, path: Path, manifest: Manifest) -> None:
@@ -435,13 +435,6 @@ class EndpointKeeper:
     async def _do(self, act: Callable[..., T], *args: Any, **given: Any) -> T:
         """Run a function of catalog.serving.keeping in a thread, in the name of the claim."""
         return await run_in_threadpool(partial(act, self._tools.db, self.claim, *args, **given))
-
-
-def _is_unverified(row: ServingEndpoint, base: ServedModel) -> bool:
-    """Return whether the base model that the server lists has to be compared with the reference first."""
-    if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
-        return True
-    return probes.settings_of(row.reference, "text") is None  # an earlier version has computed the reference
 
 
 def _path(folder: Path, one: WantedAdapter) -> Path:

@@ -59,12 +59,6 @@ class ReferenceAnswers:
             reply.close()
             finish = run_in_threadpool(requests.finish, self._db, row.id, prompt_tokens=0, completion_tokens=0)
             await asyncio.shield(finish)
-        if answer.generation is None:
-            raise AnswerFailed(
-                "The worker that answered does not report the end tokens of the base model.",
-                code="worker_outdated",
-                remedy="Ask an operator to upgrade the workers to the version of the API servers.",
-            )
         try:
             found = ProbeAnswer(prompt_tokens=answer.prompt_tokens, tokens=probes.tokens_of(events))
             return probes.as_row(kind, found, generation=answer.generation)

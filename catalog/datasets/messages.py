@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict, cast
 
 from catalog.datasets.row_json import BadRow, kind_of, quoted
-from catalog.datasets.tools import ToolCall, check_function_call, check_tool_calls
+from catalog.datasets.tools import ToolCall, check_tool_calls, checked_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 ROLES_REMEDY = f"Use one of these roles: {', '.join(ROLES)}."
@@ -49,10 +49,8 @@ def check_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
         position = f"{place}[{index}]"
         _check_message(position, message)
         if "function_call" in message:
-            call = check_function_call(
-                f"{position}.function_call", message.pop("function_call"), call_id=f"call_{index}"
-            )
-            message["tool_calls"] = [call]
+            function = checked_call(f"{position}.function_call", message.pop("function_call"))
+            message["tool_calls"] = [ToolCall(id=f"call_{index}", type="function", function=function)]
         elif message["role"] == "function":
             _as_tool_message(position, message, last_call_id)
         elif "tool_call_id" in message and message["tool_call_id"] not in call_ids:

@@ -45,7 +45,7 @@ def check_tools(place: str, given: Any) -> list[dict[str, Any]]:
         fields = _object(position, tool, form=TOOL_FORM)
         _only_keys(position, fields, frozenset({"type", "function"}), form=TOOL_FORM)
         _check_type(position, fields, form=TOOL_FORM)
-        _check_present(position, fields, "function", form=TOOL_FORM)
+        _check_has_function(position, fields, form=TOOL_FORM)
         _check_function(f"{position}.function", fields["function"])
     _check_unique(place, [tool["function"]["name"] for tool in tools])
     return cast(list[dict[str, Any]], tools)
@@ -74,9 +74,9 @@ def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
         _check_type(position, fields, form=CALL_FORM)
         if not isinstance(fields.get("id"), str) or not fields["id"]:
             remedy = "Use a string that is unique in the row, such as 'call_1'."
-            raise BadRow("invalid_tool_calls", f"{position}.id {_described(fields, 'id', 'a string')}", remedy)
-        _check_present(position, fields, "function", form=CALL_FORM)
-        function = _checked_call(f"{position}.function", fields["function"], form=FUNCTION_CALL_FORM)
+            raise BadRow("invalid_tool_calls", f"{position}.id {_described(fields, 'id')}", remedy)
+        _check_has_function(position, fields, form=CALL_FORM)
+        function = checked_call(f"{position}.function", fields["function"])
         calls.append(ToolCall(id=fields["id"], type="function", function=function))
     repeated = _first_repeated(call["id"] for call in calls)
     if repeated is not None:
@@ -85,18 +85,14 @@ def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
     return calls
 
 
-def check_function_call(place: str, given: Any, *, call_id: str) -> ToolCall:
-    """Return the call of one assistant message in the deprecated format, under the id `call_id`. Raises BadRow."""
-    return ToolCall(id=call_id, type="function", function=_checked_call(place, given, form=FUNCTION_CALL_FORM))
-
-
-def _checked_call(place: str, given: Any, *, form: str) -> FunctionCall:
-    fields = _object(place, given, form=form)
-    _only_keys(place, fields, frozenset({"name", "arguments"}), form=form)
+def checked_call(place: str, given: Any) -> FunctionCall:
+    """Return the function that a call names, with its arguments. Raises BadRow."""
+    fields = _object(place, given, form=FUNCTION_CALL_FORM)
+    _only_keys(place, fields, frozenset({"name", "arguments"}), form=FUNCTION_CALL_FORM)
     name = _checked_name(place, fields)
     arguments = fields.get("arguments")
     if not isinstance(arguments, str):
-        reason = f"{place}.arguments {_described(fields, 'arguments', 'a string')}"
+        reason = f"{place}.arguments {_described(fields, 'arguments')}"
         raise BadRow("invalid_arguments", reason, 'Use a JSON object as a string, such as "{\\"city\\": \\"Paris\\"}".')
     return FunctionCall(name=name, arguments=_parsed(f"{place}.arguments", arguments))
 
@@ -140,7 +136,7 @@ def _check_function(place: str, given: Any) -> None:
 def _checked_name(place: str, fields: dict[str, Any]) -> str:
     name = fields.get("name")
     if not isinstance(name, str):
-        reason = f"{place}.name {_described(fields, 'name', 'a string')}"
+        reason = f"{place}.name {_described(fields, 'name')}"
         raise BadRow("invalid_function_name", reason, "Use the function's name, such as 'get_weather'.")
     if NAME.fullmatch(name) is None:
         remedy = "Use 1 to 64 letters, digits, dots, underscores and hyphens."
@@ -163,9 +159,7 @@ def _first_repeated(names: Iterable[str]) -> str | None:
 def _check_type(place: str, fields: dict[str, Any], *, form: str) -> None:
     if fields.get("type") != "function":
         kind = fields.get("type")
-        shown = (
-            f"is {quoted(kind)}, not 'function'" if isinstance(kind, str) else _described(fields, "type", "a string")
-        )
+        shown = f"is {quoted(kind)}, not 'function'" if isinstance(kind, str) else _described(fields, "type")
         raise BadRow("invalid_tool_type", f"{place}.type {shown}", f"Only functions are supported. Use {form}.")
 
 
@@ -192,13 +186,13 @@ def _only_keys(place: str, fields: dict[str, Any], known: frozenset[str], *, for
             raise BadRow("unknown_key", f"{place} has an unknown key, {quoted(key)}", remedy)
 
 
-def _check_present(place: str, fields: dict[str, Any], key: str, *, form: str) -> None:
-    if key not in fields:
-        raise BadRow("invalid_tools", f"{place}.{key} is missing", f"Use {form}.")
+def _check_has_function(place: str, fields: dict[str, Any], *, form: str) -> None:
+    if "function" not in fields:
+        raise BadRow("invalid_tools", f"{place}.function is missing", f"Use {form}.")
 
 
-def _described(fields: dict[str, Any], key: str, wanted: str) -> str:
-    """Return what is wrong with a field: `is missing`, `is empty`, or `is a number, not a string`."""
+def _described(fields: dict[str, Any], key: str) -> str:
+    """Return what is wrong with a string: `is missing`, `is empty`, or `is a number, not a string`."""
     if key not in fields:
         return "is missing"
-    return "is empty" if fields[key] == "" else f"is {kind_of(fields[key])}, not {wanted}"
+    return "is empty" if fields[key] == "" else f"is {kind_of(fields[key])}, not a string"

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from sqlalchemy.orm import Session
 
 from catalog.db import revisions
-from catalog.db.database import Database, read_clock
+from catalog.db.database import Database
 from catalog.errors import Conflict, UnfitWorker
 from catalog.tables.fleet import Service
 
@@ -46,17 +46,17 @@ def announce(db: Database) -> None:
     with db.write() as session:
         row = session.get(Service, 1, with_for_update=True) or Service(id=1)
         row.oldest_protocol, row.newest_protocol = OLDEST_PROTOCOL, PROTOCOL
-        row.version, row.announced_at = lorry_version(), read_clock(session)
+        row.version = lorry_version()
         session.add(row)
 
 
-def check(db: Database, *, protocol: int | None = None) -> None:
-    """Check a worker before it writes anything. protocol: this code's own if None.
+def check(db: Database) -> None:
+    """Check a worker of this code before it writes anything.
 
     Raises UnfitWorker, and Unavailable if the database has no tables yet.
     """
     with db.read() as session:
-        check_in(session, protocol=PROTOCOL if protocol is None else protocol)
+        check_in(session, protocol=PROTOCOL)
 
 
 def check_in(session: Session, *, protocol: int) -> None:

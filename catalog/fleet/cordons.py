@@ -47,7 +47,7 @@ class Ended:
     """The end of one attempt."""
 
     job_id: str
-    trainer_id: str | None
+    trainer_id: str
     reason: str
     culprit: str | None = None
     """Possible cause of the failure other than the node.
@@ -278,7 +278,7 @@ def failed_running(ends: Sequence[Ended]) -> list[Ended]:
             break
         if end.reason in AT_FAULT:
             bad.append(end)
-    by_trainer: dict[str | None, set[str]] = {}
+    by_trainer: dict[str, set[str]] = {}
     for end in bad:
         by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or end.job_id)
     return [] if _could_have_caused(by_trainer.values(), MAX_FAILED_RUNNING - 1) else bad
@@ -294,7 +294,7 @@ def _is_beyond_one_project(
     """
     owners = select(Job.id, Job.project_id).where(Job.id.in_({end.job_id for end in blamed}))
     project_of = {row.id: row.project_id for row in session.execute(owners)}
-    by_trainer: dict[str | None, set[str]] = {}
+    by_trainer: dict[str, set[str]] = {}
     for end in blamed:
         by_trainer.setdefault(end.trainer_id, set()).add(end.culprit or project_of[end.job_id])
     return (
@@ -375,22 +375,22 @@ def _culprits(session: Session, attempts: Sequence[Attempt], worker_id: str, *, 
 
     attempts: newest first.
     """
-    ids = {attempt.trainer_id for attempt in attempts if attempt.trainer_id is not None}
+    ids = {attempt.trainer_id for attempt in attempts}
     trainers = {trainer.id: trainer for trainer in session.scalars(select(Trainer).where(Trainer.id.in_(ids)))}
 
     def became_ready(attempt: Attempt) -> bool:
-        trainer = trainers.get(attempt.trainer_id or "")
+        trainer = trainers.get(attempt.trainer_id)
         return trainer is not None and failures.was_ready(trainer.report)
 
     not_ready = list(takewhile(lambda attempt: not became_ready(attempt), attempts))
     of_load = [one for one in not_ready if one.reason in failures.OF_A_LOAD and one.trainer_id in trainers]
-    keys = {one.claim_id: trainers[str(one.trainer_id)].pack_key for one in of_load}
+    keys = {one.claim_id: trainers[one.trainer_id].pack_key for one in of_load}
     suspect = {key for key in set(keys.values()) if failures.is_base_suspect(session, key, worker_id, now=now)}
     others = set(keys.values()) - suspect
     loadable = others if len(others) > 1 else {key for key in others if failures.has_been_loaded(session, key)}
     found = {claim_id: key for claim_id, key in keys.items() if key in suspect}
     for one in not_ready:
-        if one.trainer_id and (one.reason == EndReason.NODE_FAILED or keys.get(one.claim_id) in loadable):
+        if one.reason == EndReason.NODE_FAILED or keys.get(one.claim_id) in loadable:
             found[one.claim_id] = one.trainer_id
     return found
 

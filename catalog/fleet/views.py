@@ -131,7 +131,7 @@ def quantizations(session: Session, *, now: float, only_open: bool = False) -> f
 def integrations(session: Session, *, now: float) -> frozenset[str] | None:
     """Return the trackers that live workers can write to; None if no worker is live."""
     live = list(session.scalars(select(Worker.integrations).where(is_live(now=now))))
-    return frozenset[str]().union(*(found or () for found in live)) if live else None
+    return frozenset[str]().union(*live) if live else None
 
 
 def count_live(session: Session, *, now: float) -> int:

@@ -79,7 +79,7 @@ def worker_beat(
             return WorkerOrders(drain=True)
         worker.heartbeat_at = read_clock(session)
         worker.resident_base, worker.trainer_id, worker.report = resident_base, trainer_id, report
-        if worker.protocol is not None and not worker.drain_requested:
+        if not worker.drain_requested:
             window = compatibility.window_of(session)
             if not window.has(worker.protocol):
                 cordons.retire(session, worker, window.version, now=worker.heartbeat_at)

@@ -114,8 +114,6 @@ def packmates(db: Database, *, project_id: str, job_id: str) -> dict[str, list[s
 
 
 def _packmates(session: Session, project_id: str, attempt: Attempt) -> list[str]:
-    if attempt.trainer_id is None:
-        return []
     same_trainer = (Attempt.trainer_id == attempt.trainer_id, Attempt.job_id != attempt.job_id)
     overlap = [or_(Attempt.ended_at.is_(None), Attempt.ended_at > attempt.started_at)]
     if attempt.ended_at is not None:

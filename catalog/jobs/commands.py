@@ -189,8 +189,7 @@ def _note(session: Session, type: AuditType, job: Job, *, now: float) -> None:  
 
 
 def _is_prepared(session: Session, job: Job) -> bool:
-    wanted = [job.train_prepared, job.valid_prepared] if job.validation_file else [job.train_prepared]
-    caches = [session.get(Prepared, key) if key else None for key in wanted]
+    caches = [session.get(Prepared, key) for key in (job.train_prepared, job.valid_prepared) if key]
     return job.num_steps is not None and all(cache is not None and cache.artifact for cache in caches)
 
 

@@ -135,7 +135,7 @@ def _waiting(wanted: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any,
     conditions = [is_due(job, bindparam("now"))]
     if wanted.alike:
         trains_alone = job.counted_attempts + job.lost_attempts >= MAX_ENDS_IN_COMPANY
-        conditions += [*_in_queue(job), job.pack_key == bindparam("key"), ~trains_alone]
+        conditions += [job.queued_at.is_not(None), job.pack_key == bindparam("key"), ~trains_alone]
     else:
         conditions += [job.state == JobState.QUEUED]
     if wanted.alone or wanted.alike:
@@ -145,7 +145,7 @@ def _waiting(wanted: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any,
         conditions += [job.counted_attempts <= bindparam("num_ends")]
     conditions += [job.pack_key.not_like(f"%+{name}:%") for name in wanted.without_quantizations]
     names = (*("id", "project_id", "base_digest", "pack_key", "priority", "place", "queued_at"), *NEEDS)
-    names = (*names, "created_at", "counted_attempts", "lost_attempts", "preemption_requested_at")
+    names = (*names, "counted_attempts", "lost_attempts", "preemption_requested_at")
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
     with_project = rows.join(Project, Project.id == rows.c.project_id)
     return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
@@ -169,16 +169,6 @@ def _num_groups() -> Select[int]:
     groups, job = _groups(JobState.QUEUED), aliased(Job)
     some = _firsts(groups, job, [job.state == JobState.QUEUED]).limit(1)
     return select(func.count()).select_from(groups).where(some.exists())
-
-
-def _in_queue(job: type[Job]) -> tuple[ColumnElement[bool], ...]:
-    """Conditions for queued jobs that use the index on `queued_at`.
-
-    A worker of an older version leaves running jobs in that index, so the state is checked too. The check is NOT IN:
-    the planner can't choose an index on states for it, but can estimate the number of queued jobs.
-    """
-    others = [state for state in JobState if state is not JobState.QUEUED]
-    return job.queued_at.is_not(None), job.state.not_in(others)
 
 
 def _where_some_fit(groups: CTE, wanted: CandidateFilter) -> CTE:
@@ -265,7 +255,7 @@ def _candidate(row: Row[*tuple[Any, ...]]) -> Candidate:
         pack_key=row.pack_key,
         priority=row.priority,
         place=row.place,
-        queued_at=row.created_at if row.queued_at is None else row.queued_at,
+        queued_at=row.queued_at,
         is_suspect=is_suspect(row.counted_attempts, row.lost_attempts),
         preemption_requested_at=row.preemption_requested_at,
         **{name: getattr(row, name) for name in NEEDS},

@@ -54,23 +54,7 @@ class TokenizationClaim:
 
     claim_id: str
     job: Job
-    training_file: File
-    validation_file: File | None
-    base: BaseModelRow
-
-    @property
-    def files(self) -> FilesToPrepare:
-        assert self.job.train_prepared is not None
-        return FilesToPrepare(
-            project_id=self.job.project_id,
-            base=self.base,
-            base_digest=self.job.base_digest,
-            spec=JobSpec.model_validate(self.job.spec),
-            training=self.training_file,
-            train_key=self.job.train_prepared,
-            validation=self.validation_file,
-            valid_key=self.job.valid_prepared,
-        )
+    files: FilesToPrepare
 
 
 def next_unprepared(
@@ -97,12 +81,17 @@ def next_unprepared(
         project.class_prepared_at = {**(project.class_prepared_at or {}), str(job.priority): now}
         claim_id = lease.acquire(job, now=now, lease_seconds=lease_seconds, prefix="prep")
         job.worker_id, job.lease_extended = worker_id, False
-        training = session.get_one(File, job.training_file)
-        validation = session.get_one(File, job.validation_file) if job.validation_file else None
-        base = session.get_one(BaseModelRow, job.base_model)
-        return TokenizationClaim(
-            claim_id=claim_id, job=job, training_file=training, validation_file=validation, base=base
+        files = FilesToPrepare(
+            project_id=job.project_id,
+            base=session.get_one(BaseModelRow, job.base_model),
+            base_digest=job.base_digest,
+            spec=JobSpec.model_validate(job.spec),
+            training=session.get_one(File, job.training_file),
+            train_key=job.train_prepared,
+            validation=session.get_one(File, job.validation_file) if job.validation_file else None,
+            valid_key=job.valid_prepared,
         )
+        return TokenizationClaim(claim_id=claim_id, job=job, files=files)
 
 
 def _take_first(session: Session, *, now: float, policy: Policy) -> Job | None:
@@ -120,21 +109,12 @@ def _take_first(session: Session, *, now: float, policy: Policy) -> Job | None:
     return None
 
 
-def prepared(
-    db: Database,
-    *,
-    claim_id: str,
-    train_key: str,
-    valid_key: str | None,
-    num_steps: int,
-    longest_example: int | None = None,
-) -> None:
+def prepared(db: Database, *, claim_id: str, num_steps: int, longest_example: int | None = None) -> None:
     """Queue a job whose token caches are stored. longest_example: in tokens, if known."""
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
         now = read_clock(session)
-        job.train_prepared, job.valid_prepared, job.num_steps = train_key, valid_key, num_steps
-        job.longest_example = longest_example
+        job.num_steps, job.longest_example = num_steps, longest_example
         job.lost_preparations = 0
         requirements.note(session, job)
         queue_position.settle(session, job)
@@ -143,22 +123,16 @@ def prepared(
         if evaluation_schedule.decide(spec) and evaluation_schedule.interval_is_too_long(spec, num_steps):
             # Fewer rows are usable than estimated at submission, which would have rejected the job otherwise.
             events.add(session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps))
-        cache = session.get(Prepared, train_key)
+        cache = session.get(Prepared, job.train_prepared)
         usable_rows = cache.report.get("usable_rows") if cache else None
         if (few := job_warnings.few_steps(spec, num_steps, usable_rows=usable_rows)) is not None:
             events.add(session, job.id, now=now, level="warn", message=few.sentence())
 
 
-def refused(
-    db: Database, *, claim_id: str, error: Json, train_key: str | None = None, valid_key: str | None = None
-) -> None:
-    """Fail a job whose files can't be trained on. `error` has code, message (with its remedy) and param.
-
-    The keys refer to the results of the preparation, as far as it got.
-    """
+def refused(db: Database, *, claim_id: str, error: Json) -> None:
+    """Fail a job whose files can't be trained on. `error` has code, message (with its remedy) and param."""
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
-        job.train_prepared, job.valid_prepared = train_key, valid_key
         job.error = {"param": "training_file", **error}
         message = f"The job failed. {error['message']}"
         now = read_clock(session)
@@ -175,12 +149,12 @@ def release_preparation(db: Database, *, claim_id: str, detail: str, wait_second
         events.add(session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {detail}")
 
 
-def fail_preparation(db: Database, *, claim_id: str, error: Json, train_key: str, valid_key: str | None) -> None:
+def fail_preparation(db: Database, *, claim_id: str, error: Json) -> None:
     """Release a job whose preparation failed because of the files, the base model or the worker.
 
     These causes can't be distinguished, so another worker retries. After MAX_LOST_PREPARATIONS the job fails.
 
-    error: code, message (with its remedy) and param, with which the job then fails. The keys are those of `refused`.
+    error: code, message (with its remedy) and param, with which the job then fails.
     """
     with db.write() as session:
         job = hold(session, claim_id, state=VALIDATING)
@@ -188,7 +162,6 @@ def fail_preparation(db: Database, *, claim_id: str, error: Json, train_key: str
         job.lost_preparations += 1
         if job.lost_preparations >= MAX_LOST_PREPARATIONS:
             message = f"Preparing the files failed {job.lost_preparations} times. {error['message']}"
-            job.train_prepared, job.valid_prepared = train_key, valid_key
             _give_up(session, job, {**error, "message": message}, now=now)
             return
         _retry(session, job, error["message"], now=now)

@@ -39,21 +39,12 @@ class Course:
     """Sentence that explains why training stopped before the last step."""
 
 
-def record_event(
-    db: Database,
-    claim_id: str,
-    level: events.Level,
-    message: str,
-    data: Json | None = None,
-    *,
-    type: events.EventType = "message",  # noqa: A002  (the API's name)
-) -> None:
+def record_event(db: Database, claim_id: str, level: events.Level, message: str, data: Json | None = None) -> None:
     """Write an event for the users who watch the job."""
-    assert type != "transition", "only transitions.move writes events of type transition"
     with db.write() as session:
         job = hold(session, claim_id)
         now = read_clock(session)
-        events.add(session, job.id, now=now, level=level, message=message, data=data, type=type)
+        events.add(session, job.id, now=now, level=level, message=message, data=data)
 
 
 def record_progress(db: Database, claim_id: str, progress: Json) -> None:

@@ -16,7 +16,7 @@ from catalog.lifecycle.candidates import CandidateFilter, num_groups, waiting
 from catalog.queue import charging
 from catalog.scheduling.ordering import QueueEntry, order
 from catalog.scheduling.snapshot import USUAL, Candidate, Policy
-from catalog.states import UNFINISHED_STATES, JobState, PriorityClass
+from catalog.states import UNFINISHED_STATES, PriorityClass
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
@@ -99,12 +99,7 @@ def _entry(row: Row[*tuple[Any, ...]], entry: QueueEntry | None, *, now: float) 
         "project": row.project,
         "priority": PriorityClass(row.priority).name,
         "created_at": row.created_at,
-        "waited_seconds": max(0.0, now - _waits_since(row)),
+        "waited_seconds": max(0.0, now - (row.created_at if row.queued_at is None else row.queued_at)),
         "position": entry.position if entry else None,
         "reason": entry.reason if entry else None,
     }
-
-
-def _waits_since(row: Row[*tuple[Any, ...]]) -> float:
-    """When a queued job last entered the queue. For other jobs, when they were created."""
-    return row.queued_at if row.state == JobState.QUEUED and row.queued_at is not None else row.created_at

@@ -217,7 +217,7 @@ def _holder(
 
     def training(job: Job, attempt: Attempt) -> Training:
         devices_left = num_devices * num_jobs[job.project_id] / len(claimed)
-        effective_priority = min(job.priority, int((attempt.why or {}).get("effective_priority", job.priority)))
+        effective_priority = min(job.priority, int(attempt.why["effective_priority"]))
         share = shares.get(job.project_id, Share())
         level = preemption.level_if_it_left(share, priority=job.priority, devices_left=devices_left, policy=policy)
         own = (job.own_bytes or 0) + (job.slice_bytes or 0) - ((job.saved_bytes or 0) if recomputes else 0)

@@ -147,7 +147,7 @@ def ids_by_job(db: Database, job_ids: Collection[str]) -> dict[str, str]:
         return {row[0]: row[1] for row in session.execute(of_jobs)}
 
 
-def list_checkpoint_models(db: Database, *, project_id: str, limit: int = MAX_MODELS) -> Page[CheckpointModel]:
+def list_checkpoint_models(db: Database, *, project_id: str) -> Page[CheckpointModel]:
     """Return the newest checkpoints that can be used as models: of the project's jobs, then those shared with it."""
     own = checkpoints.kept().where(Job.project_id == project_id)
     newest_first = Checkpoint.created_at.desc(), Checkpoint.id
@@ -155,16 +155,15 @@ def list_checkpoint_models(db: Database, *, project_id: str, limit: int = MAX_MO
     found: list[CheckpointModel] = []
     with db.read() as session:
         for kept in (own, permissions.checkpoints_shared_with(project_id)):
-            newest = kept.with_only_columns(*columns).order_by(*newest_first).limit(limit + 1 - len(found))
+            newest = kept.with_only_columns(*columns).order_by(*newest_first).limit(MAX_MODELS + 1 - len(found))
             for name, created_at, owner, base, artifact in session.execute(newest):
-                assert name is not None, "a checkpoint that has an adapter has a name"
                 assert artifact is not None, "only such checkpoints are selected"
                 found.append(
                     CheckpointModel(
                         name=name, created_at=created_at, project_id=owner, base_model=base, artifact=artifact
                     )
                 )
-    return Page(items=found[:limit], has_more=len(found) > limit)
+    return Page(items=found[:MAX_MODELS], has_more=len(found) > MAX_MODELS)
 
 
 def find(session: Session, project_id: str, name: str, *, locked: bool = False, param: str | None = None) -> Adapter:

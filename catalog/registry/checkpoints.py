@@ -61,10 +61,10 @@ def as_adapter(
     """Represent the checkpoint as an Adapter, which is not stored. reader: id of the project that reads it; None: an
     operator. Raises NoLongerKept."""
     job = session.get_one(Job, checkpoint.job_id)
-    if checkpoint.adapter is None or checkpoint.lineage is None or checkpoint.name is None:
+    if checkpoint.adapter is None or checkpoint.lineage is None:
         raise NoLongerKept(
             "checkpoint",
-            checkpoint.name or checkpoint.id,
+            checkpoint.name,
             remedy=f"Use job {job.id}'s final adapter, if it has one, or a checkpoint that is still kept: `lorry jobs "
             f"checkpoints {job.id}`. {_KEPT}"
             if reader in (None, job.project_id)
@@ -149,7 +149,7 @@ def delete(session: Session, checkpoint: Checkpoint, *, param: str = "model") ->
     if checkpoint.adapter is not None and remove_model(session, checkpoint) is None:
         project_id = session.get_one(Job, checkpoint.job_id).project_id
         children = unfinished_children(session, checkpoint.id, project_id)
-        raise in_use("checkpoint", checkpoint.name or checkpoint.id, children, project_id, param=param)
+        raise in_use("checkpoint", checkpoint.name, children, project_id, param=param)
     session.flush()
 
 

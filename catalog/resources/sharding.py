@@ -151,7 +151,7 @@ SINGLE = DeviceGroup()
 
 
 def reported_group(devices: Sequence[Mapping[str, Any]], memory_bytes: int) -> DeviceGroup:
-    """Return the device group that a worker reported. Older workers report no strategy, and replicate."""
+    """Return the device group that a worker reported."""
     first: Mapping[str, Any] = devices[0] if devices else {}
     return DeviceGroup(
         kind=first.get("kind", "cpu"),

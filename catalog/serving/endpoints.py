@@ -180,8 +180,7 @@ def seal_all(db: Database, *, peppers: list[bytes]) -> int:
 
 
 def _row(session: Session, name: str, *, lock: bool) -> ServingEndpoint | None:
-    by_id = ServingEndpoint.id == name
-    named = select(ServingEndpoint).where(or_(by_id, ServingEndpoint.name == name)).order_by(by_id.desc()).limit(1)
+    named = select(ServingEndpoint).where(or_(ServingEndpoint.id == name, ServingEndpoint.name == name))
     return session.scalar(named.with_for_update() if lock else named)
 
 

@@ -162,24 +162,24 @@ def answer_of(row: Json) -> ProbeAnswer:
     )
 
 
-def as_row(kind: ProbeKind, answer: ProbeAnswer, *, generation: Json) -> Json:
+def as_row(kind: ProbeKind, answer: ProbeAnswer, *, generation: Json | None) -> Json:
     """Return an answer of the built-in engine in the form of a stored reference.
 
     generation: as the trainer reported it (worker/children/trainer/inference.py). Servers get it with the requests of
     all projects, and a trainer is not trusted. Raises ValueError if it is not such a report.
     """
-    if not _is_generation(generation):
+    if not _is_generation(generation, kind):
         raise ValueError("These are no settings for rendering prompts and ending answers.")
     tokens = [{"text": one.text, "logprob": one.logprob, "alternatives": one.alternatives} for one in answer.tokens]
     found: Json = {"kind": kind, "prompt_tokens": answer.prompt_tokens, "tokens": tokens}
     return {**found, "generation": generation}
 
 
-def _is_generation(given: Any) -> bool:
+def _is_generation(given: Any, kind: ProbeKind) -> bool:
     if not isinstance(given, dict):
         return False
     by_kind = cast(dict[Any, Any], given)
-    return "text" in by_kind and by_kind.keys() <= {"text", "chat"} and all(map(_is_settings, by_kind.values()))
+    return {"text", kind} <= by_kind.keys() <= {"text", "chat"} and all(map(_is_settings, by_kind.values()))
 
 
 def _is_settings(given: Any) -> bool:
@@ -198,7 +198,7 @@ def _is_settings(given: Any) -> bool:
 def settings_of(reference: Json | None, kind: ProbeKind) -> GenerationSettings | None:
     """Return the settings for a kind of request from a stored reference of the base model.
 
-    None: the reference is not computed yet or was computed without them, or the base model has no chat template.
+    None: the reference is not computed yet, or the base model has no chat template.
     """
     by_kind: dict[str, Json] = (reference or {}).get("generation", {})
     found = by_kind.get(kind)

@@ -8,7 +8,6 @@ never after. Before each round of trials, the validity module checks the key and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, func, select, update
@@ -64,14 +63,14 @@ def advance(db: Database, sweep_id: str | None = None) -> bool:
         return True
 
 
-def advance_some(db: Database, *, most: int, sleep: Callable[[float], None] = time.sleep) -> int:
+def advance_some(db: Database, *, most: int) -> int:
     """Take up to `most` steps. Returns how many were taken. Each is followed by a pause of the same length, so that
     other processes can write for half of the time."""
     for number in range(most):
         began = time.monotonic()
         if not advance(db):
             return number
-        sleep(time.monotonic() - began)
+        time.sleep(time.monotonic() - began)
     return most
 
 

@@ -16,11 +16,11 @@ class Worker(Table):
     host: Mapped[str]
     pid: Mapped[int]
     devices: Mapped[list[Any]]
-    integrations: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
-    """Trackers that the worker can write to. None: the worker did not report any list."""
+    integrations: Mapped[list[Any]]
+    """Trackers that the worker can write to."""
     version: Mapped[str]
-    protocol: Mapped[int | None] = mapped_column(Integer)
-    """See catalog/fleet/compatibility.py. None for workers that registered before protocols had versions."""
+    protocol: Mapped[int] = mapped_column(Integer)
+    """See catalog/fleet/compatibility.py."""
     memory_bytes: Mapped[int]
     started_at: Mapped[float]
     heartbeat_at: Mapped[float]
@@ -44,7 +44,7 @@ class Worker(Table):
 
     @property
     def quantizations(self) -> frozenset[str]:
-        """`none` and the quantizations that the worker reported at its start; older workers report none."""
+        """`none` and the quantizations that the worker reported at its start."""
         return quantizations_on(self.devices)
 
     @property
@@ -75,7 +75,6 @@ class Service(Table):
     oldest_protocol: Mapped[int] = mapped_column(Integer)
     newest_protocol: Mapped[int] = mapped_column(Integer)
     version: Mapped[str]
-    announced_at: Mapped[float]
 
 
 class DatabaseHeartbeat(Table):

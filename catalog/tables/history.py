@@ -19,7 +19,7 @@ class Attempt(Table):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     number: Mapped[int]
     worker_id: Mapped[str]
-    trainer_id: Mapped[str | None]
+    trainer_id: Mapped[str]
     started_at: Mapped[float]
     ended_at: Mapped[float | None]
     reason: Mapped[str | None]
@@ -27,7 +27,7 @@ class Attempt(Table):
     blamed_worker_id: Mapped[str | None]
     """The worker that a failure is attributed to. None: `worker_id`. Empty: no single gang member."""
     resumed_from_step: Mapped[int | None]
-    why: Mapped[Json | None]
+    why: Mapped[Json]
     """The inputs of the scheduling decision that started it."""
     preemption: Mapped[Json | None]
     """The inputs of the decision that preempted it for an urgent job, if one did."""
@@ -101,7 +101,7 @@ class Checkpoint(Table):
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
     """The state that a job resumes from. None once its files are deleted; the newest two checkpoints are kept."""
     created_at: Mapped[float]
-    name: Mapped[str | None] = mapped_column(index=True)
+    name: Mapped[str] = mapped_column(index=True)
     """`fine_tuned_model_checkpoint` in the API."""
     adapter: Mapped[str | None] = mapped_column(index=True)
     """Digest of the manifest of its weights in PEFT's layout. None: they were never written, or are deleted."""

@@ -58,7 +58,7 @@ class Job(Leased, Table):
     tags: Mapped[list[Any] | None]
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
-    train_prepared: Mapped[str | None]
+    train_prepared: Mapped[str]
     """Key in `prepared`. The row exists once a worker has tokenized or rejected the file."""
     valid_prepared: Mapped[str | None]
     num_steps: Mapped[int | None]

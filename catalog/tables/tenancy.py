@@ -19,7 +19,7 @@ class Organization(Table):
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
     created_by: Mapped[str | None]
-    """Id of the API key. None: created on the server itself, or by the upgrade for the existing projects."""
+    """Id of the API key. None: created on the server itself."""
 
 
 class Project(Table):
@@ -77,8 +77,8 @@ class ApiKey(Table):
     """Whether the key may act beyond its project, within its scopes."""
     scopes: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
     """None: every scope that such a key can have, including scopes that later versions add."""
-    ending: Mapped[str | None]
-    """The last characters of the key, by which users recognize it. None for the oldest keys."""
+    ending: Mapped[str]
+    """The last characters of the key, by which users recognize it."""
     created_at: Mapped[float]
     created_by: Mapped[str | None]
     """Id of the API key. None: created on the server itself."""

@@ -20,8 +20,8 @@ class WebhookEndpoint(Table):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str]
     url: Mapped[str] = mapped_column(Text)
-    """The part of the URL that is shown: host and last characters. In rows without `sealed_url`: the whole URL."""
-    sealed_url: Mapped[str | None] = mapped_column(Text)
+    """The part of the URL that is shown: host and last characters."""
+    sealed_url: Mapped[str] = mapped_column(Text)
     """The whole URL, encrypted; see catalog/webhooks/sealed_urls.py."""
     event_types: Mapped[list[Any]]
     salt: Mapped[str]

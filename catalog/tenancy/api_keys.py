@@ -381,8 +381,8 @@ def _check_limits(caller: Caller, limits: Collection[str], *, key: ApiKey | None
         )
 
 
-def _exceeds(message: str, *, remedy: str, param: str, code: str = "exceeds_own_rights") -> Forbidden:
-    return Forbidden(message, code=code, remedy=remedy, param=param)
+def _exceeds(message: str, *, remedy: str, param: str) -> Forbidden:
+    return Forbidden(message, code="exceeds_own_rights", remedy=remedy, param=param)
 
 
 def _scopes(scopes: Sequence[str]) -> str:

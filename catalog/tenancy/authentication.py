@@ -314,12 +314,5 @@ def _link_refused() -> Unauthorized:
     )
 
 
-def _refused(
-    message: str,
-    *,
-    remedy: str,
-    reason: RejectionReason,
-    api_key_id: str | None = None,
-    code: str = "invalid_api_key",
-) -> Unauthorized:
-    return Unauthorized(message, code=code, remedy=remedy, reason=reason, api_key_id=api_key_id)
+def _refused(message: str, *, remedy: str, reason: RejectionReason, api_key_id: str | None = None) -> Unauthorized:
+    return Unauthorized(message, code="invalid_api_key", remedy=remedy, reason=reason, api_key_id=api_key_id)

@@ -73,12 +73,11 @@ def rename(db: Database, *, caller: Caller, organization: str, name: str) -> Org
 def find(
     session: Session, *, organization: str, caller: Caller | None = None, param: str | None = None
 ) -> Organization:
-    """Return the organization as `get` does, inside a transaction. An id takes precedence over a name.
+    """Return the organization as `get` does, inside a transaction.
 
     caller: None: an operator.
     """
-    by_id = Organization.id == organization
-    named = select(Organization).where(or_(by_id, Organization.name == organization)).order_by(by_id.desc()).limit(1)
+    named = select(Organization).where(or_(Organization.id == organization, Organization.name == organization))
     if caller is not None and not caller.is_operator:
         named = named.where(Organization.id == caller.organization_id)
     row = session.scalar(named)

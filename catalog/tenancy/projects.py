@@ -142,13 +142,12 @@ def find(
     same_organization_as: Project | None = None,
     listed_by: str = "lorry projects list",
 ) -> Project:
-    """Return the project as `get` does, inside a transaction. An id takes precedence over a name.
+    """Return the project as `get` does, inside a transaction.
 
     If another project is passed, the project must be in the organization of that one, even for an operator. listed_by:
     the command that shows the possible projects, for errors.
     """
-    by_id = Project.id == project
-    named = select(Project).where(or_(by_id, Project.name == project)).order_by(by_id.desc()).limit(1)
+    named = select(Project).where(or_(Project.id == project, Project.name == project))
     shared_in: Organization | None = None
     if same_organization_as is not None:
         shared_in = session.get_one(Organization, same_organization_as.organization_id)

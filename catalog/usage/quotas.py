@@ -438,14 +438,12 @@ def _remedy(status: QuotaStatus, num_more: int, needing: str) -> str:
     return REMEDIES[status.name]
 
 
-def refusal(
-    message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float, code: str = "quota_exceeded"
-) -> QuotaExceeded:
+def refusal(message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float) -> QuotaExceeded:
     raised = f"An operator can raise the limit: `lorry projects update {project.name} {OPTIONS[status.name]} N`."
     return QuotaExceeded(
         message,
-        code=code,
-        remedy=f"{remedy} {raised}" if remedy else raised,
+        code="quota_exceeded",
+        remedy=" ".join(filter(None, (remedy, raised))),
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={
             "name": status.name,

@@ -1,7 +1,6 @@
 """Encryption of stored webhook URLs with the pepper, because the path of a webhook URL is often a secret.
 
-A row's `url` shows the host and the last characters. `sealed_url` is the encrypted URL; see catalog/sealing.py. Older
-rows have the plain URL in `url` until `seal_all` encrypts it.
+A row's `url` shows the host and the last characters. `sealed_url` is the encrypted URL; see catalog/sealing.py.
 """
 
 from __future__ import annotations
@@ -43,8 +42,6 @@ def put(endpoint: WebhookEndpoint, url: str, *, peppers: Sequence[bytes]) -> Non
 
 def get(endpoint: WebhookEndpoint, *, peppers: Sequence[bytes]) -> str:
     """Return the decrypted URL. Raises UrlLost."""
-    if endpoint.sealed_url is None:
-        return endpoint.url
     url = sealing.unseal(endpoint.sealed_url, purpose=PURPOSE, row_id=endpoint.id, peppers=peppers)
     if url is None:
         raise UrlLost(endpoint.id)
@@ -60,7 +57,7 @@ def shown(url: str) -> str:
 
 
 def seal_all(db: Database, *, peppers: Sequence[bytes]) -> int:
-    """Encrypt with the current pepper all URLs that are plain or encrypted with the previous one. Returns how many."""
+    """Encrypt with the current pepper all URLs that are encrypted with the previous one. Returns how many."""
     with db.read() as session:
         rows = session.scalars(select(WebhookEndpoint).order_by(WebhookEndpoint.id))
         due = [row.id for row in rows if _resealed(row, peppers) != row.sealed_url]
@@ -70,20 +67,18 @@ def seal_all(db: Database, *, peppers: Sequence[bytes]) -> int:
 def _seal_again(db: Database, endpoint_id: str, peppers: Sequence[bytes]) -> bool:
     with db.write() as session:
         row = session.get(WebhookEndpoint, endpoint_id, with_for_update=True)
-        sealed = None if row is None else _resealed(row, peppers)
-        if row is None or sealed == row.sealed_url:
+        if row is None:
+            return False
+        sealed = _resealed(row, peppers)
+        if sealed == row.sealed_url:
             return False
         if sealed is None:
             log.warning("webhook url lost endpoint=%s", endpoint_id)
             return False
-        if row.sealed_url is None:
-            row.url = shown(row.url)
         row.sealed_url = sealed
     return True
 
 
 def _resealed(row: WebhookEndpoint, peppers: Sequence[bytes]) -> str | None:
     """Return the URL encrypted with the current pepper, or None if it can't be decrypted."""
-    if row.sealed_url is None:
-        return sealing.seal(row.url, purpose=PURPOSE, row_id=row.id, pepper=peppers[0])
     return sealing.resealed(row.sealed_url, purpose=PURPOSE, row_id=row.id, peppers=peppers)

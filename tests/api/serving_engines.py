@@ -275,13 +275,11 @@ class FakeTrainer:
     """Claims inference requests like a worker's trainer, and answers them with `tokens_of` their model.
 
     `answered`: the models of answered requests. has_template: False: chat requests fail.
-    reports_generation: False: as of an earlier version.
     """
 
     def __init__(self, db: Database, base_digests: list[str], *, has_template: bool = True) -> None:
         self.answered: list[str] = []
         self.has_template = has_template
-        self.reports_generation = True
         self._db = db
         self._keys = [pack_key(digest, "bfloat16") for digest in base_digests]
         self._stop = threading.Event()
@@ -315,12 +313,12 @@ class FakeTrainer:
         else:
             limit = claim.body["max_tokens"] or 6
             kinds = ("text", "chat") if is_chat else ("text",)
-            generation = {"generation": {kind: GENERATION[kind] for kind in kinds}} if self.reports_generation else {}
+            generation = {kind: GENERATION[kind] for kind in kinds}
             tokens = tokens_of(model)[:limit]
             deltas = [{"index": 0, "text": token["token"], "logprobs": [token]} for token in tokens]
             deltas[-1] |= {"finish": "length"}
             events = [
-                {"type": "answering", "prompt_tokens": PROMPT_TOKENS, **generation},
+                {"type": "answering", "prompt_tokens": PROMPT_TOKENS, "generation": generation},
                 *({"type": "generated", "deltas": [delta]} for delta in deltas),
                 {"type": "answered", "completion_tokens": len(tokens)},
             ]

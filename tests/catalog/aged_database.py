@@ -115,7 +115,7 @@ def fill_with_history(world: World) -> dict[str, str]:
     return {
         "ended": claim.job.id,
         "adapter": adapter.id,
-        "checkpoint": checkpoint.name or "",
+        "checkpoint": checkpoint.name,
         "running": running.job.id,
         "claim": running.claim_id,
         "file": world.file_id,

@@ -169,16 +169,12 @@ class World:
 
     def prepare_all(self, num_steps: int = 60, longest_example: int | None = None) -> None:
         while unprepared := preparation.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
-            tokens = manifest(f"tokens {unprepared.training_file.digest}", kind="tokens")
-            key, digest, project_id = (
-                unprepared.files.train_key,
-                unprepared.training_file.digest,
-                unprepared.job.project_id,
-            )
+            key, digest = unprepared.files.train_key, unprepared.files.training.digest
+            tokens, project_id = manifest(f"tokens {digest}", kind="tokens"), unprepared.job.project_id
             if token_cache.get(self.db, key) is None:
                 self.put_tokens(key, file_digest=digest, artifact=tokens, report=REPORT, project_id=project_id)
             found = {"num_steps": num_steps, "longest_example": longest_example}
-            preparation.prepared(self.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, **found)
+            preparation.prepared(self.db, claim_id=unprepared.claim_id, **found)
 
     def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
         """Store a token cache of our project, or of the given one."""

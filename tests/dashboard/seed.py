@@ -144,13 +144,10 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
 def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
     """Record reports of tokenized files for every job that waits for its files."""
     while (work := preparation.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
-        found = [
-            _put_report(seeded.db, file) for file in (work.training_file, work.validation_file) if file is not None
-        ]
-        valid_key = found[1] if len(found) > 1 else None
-        preparation.prepared(
-            seeded.db, claim_id=work.claim_id, train_key=found[0], valid_key=valid_key, num_steps=num_steps
-        )
+        _put_report(seeded.db, work.files.train_key, work.files.training)
+        if work.files.validation is not None and work.files.valid_key is not None:
+            _put_report(seeded.db, work.files.valid_key, work.files.validation)
+        preparation.prepared(seeded.db, claim_id=work.claim_id, num_steps=num_steps)
 
 
 def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:
@@ -282,11 +279,9 @@ def _import_base(db: Database) -> None:
     base_models.finish_import(db, claim_import_of(db, BASE), digest=files_digest(manifest), **details)
 
 
-def _put_report(db: Database, file: File) -> str:
-    key = token_cache.key(file.project_id, file.digest, "ab" * 32, 4096)
+def _put_report(db: Database, key: str, file: File) -> None:
     of_file: dict[str, Any] = {"project_id": file.project_id, "file_digest": file.digest}
     token_cache.put(db, key, **of_file, artifact=None, report=_report(file), details=DETAILS)
-    return key
 
 
 def _report(file: File) -> dict[str, Any]:

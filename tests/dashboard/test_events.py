@@ -50,13 +50,14 @@ def test_metrics_are_shown_on_request_without_gaps(fresh: Service, visit: Visit)
 
     visitor.page.get_by_role("checkbox", name="with metrics").check()
 
-    visitor.page.get_by_text("point 419", exact=True).wait_for()
+    visitor.page.get_by_text("Step 420/420: training loss=1.0000", exact=True).wait_for()
     expect(visitor.page.get_by_text("The very first word.")).to_have_count(0)
     visitor.page.get_by_role("button", name="Older events").click()
     visitor.page.get_by_text("The very first word.").wait_for()
-    visitor.page.get_by_text("point 0", exact=True).wait_for()
+    first = visitor.page.get_by_text("Step 1/420: training loss=1.0000", exact=True)
+    first.wait_for()
     visitor.page.get_by_role("checkbox", name="with metrics").uncheck()
-    expect(visitor.page.get_by_text("point 0", exact=True)).to_have_count(0)
+    expect(first).to_have_count(0)
     visitor.page.get_by_text("The very first word.").wait_for()
 
 
@@ -127,12 +128,12 @@ def _words(log: JSHandle) -> list[int]:
 def _trained(service: Service, *, messages: list[str], points: int) -> str:
     """Create a succeeded job whose log has these messages, then `points` metrics events. Returns its id."""
     job = seed.submit(service.seeded, "long")
-    seed.prepare(service.seeded)
+    seed.prepare(service.seeded, num_steps=points or seed.NUM_STEPS)
     claim_id = seed.claim(service.seeded)[job.id]
     for word in messages:
         recording.record_event(service.seeded.db, claim_id, "info", word)
     for number in range(points):
-        recording.record_event(service.seeded.db, claim_id, "info", f"point {number}", type="metrics")
+        recording.record_metrics(service.seeded.db, claim_id, [{"kind": "train", "step": number + 1, "loss": 1.0}])
     seed.succeed(service.seeded, claim_id)
     return job.id
 

@@ -171,8 +171,8 @@ PLANTED: dict[str, tuple[Invariant, str]] = {
     "a queue position of a finished job": ("I7", "update jobs set queued_at = 1"),
     "an open trainer": (
         "I7",
-        "insert into workers (id, host, pid, devices, version, memory_bytes, started_at, heartbeat_at, ended_at,"
-        " drain_requested) values ('w9', '', 1, '[]', '', 1, 0, 0, 1, false);"
+        "insert into workers (id, host, pid, devices, integrations, version, protocol, memory_bytes, started_at,"
+        " heartbeat_at, ended_at, drain_requested) values ('w9', '', 1, '[]', '[]', '', 2, 1, 0, 0, 1, false);"
         " insert into trainers (id, worker_id, base_digest, pack_key, started_at) values ('t9', 'w9', '', '', 0)",
     ),
     "a transition without an event": (

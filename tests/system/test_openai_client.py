@@ -69,12 +69,12 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 def prepare(db: Database) -> None:
     while unprepared := preparation.next_unprepared(db, worker_id="w", lease_seconds=60):
-        file_digest = unprepared.training_file.digest
+        file_digest = unprepared.files.training.digest
         key, project_id = unprepared.files.train_key, unprepared.job.project_id
         tokens = manifest("tokens", kind="tokens")
         of_file: dict[str, Any] = {"project_id": project_id, "file_digest": file_digest}
         token_cache.put(db, key, **of_file, artifact=tokens, report=REPORT, details=DETAILS)
-        preparation.prepared(db, claim_id=unprepared.claim_id, train_key=key, valid_key=key, num_steps=2)
+        preparation.prepared(db, claim_id=unprepared.claim_id, num_steps=2)
 
 
 def train(db: Database, store: ArtifactStore, folder: Path) -> None:

@@ -74,7 +74,6 @@ class PackSite:
     def queued(self, **fields: Any) -> Job:
         """Return a job whose tokens are in the store."""
         job = self.world.queued(**fields)
-        assert job.train_prepared is not None
         manifest = self.store.put_folder(self.tokens, kind="tokens")
         digest = "0" * 64
         self.world.put_tokens(

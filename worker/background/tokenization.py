@@ -12,7 +12,7 @@ from catalog import logs, tracing
 from catalog.clock import boot_seconds
 from catalog.disk import full_disk_named
 from catalog.errors import LorryError, OutOfSpace, Unavailable
-from catalog.lifecycle import preparation as record
+from catalog.lifecycle import preparation
 from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare, TokenizationClaim
 from catalog.logs import Subjects
 from catalog.process_exit import how_it_exited, is_killed
@@ -62,7 +62,7 @@ def prepare_next(context: WorkerContext) -> bool:
     """Prepare the files of one waiting job. Returns False if none waits. Raises StaleClaim, PreparationDelayed."""
     since = boot_seconds()
     lease_seconds = context.settings.lease_seconds
-    unprepared = record.next_unprepared(
+    unprepared = preparation.next_unprepared(
         context.db, worker_id=context.worker_id, lease_seconds=lease_seconds, policy=context.policy
     )
     if unprepared is None:
@@ -87,41 +87,27 @@ def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
     """Prepare the files of a claimed job. Returns False if they can't be trained on, or the job is released. Raises
     PreparationDelayed."""
     claim_id, wanted = unprepared.claim_id, unprepared.files
-    train_key, valid_key = wanted.train_key, wanted.valid_key
     try:
         with full_disk_named():
             train, valid = prepare_files(context, wanted)
     except FileRefused as error:
-        record.refused(
-            context.db, claim_id=claim_id, error=error.as_job_error(), train_key=train_key, valid_key=valid_key
-        )
+        preparation.refused(context.db, claim_id=claim_id, error=error.as_job_error())
     except POSSIBLE_NODE_ERRORS as error:
         log.warning("%s", error)
-        record.fail_preparation(
-            context.db,
-            claim_id=claim_id,
-            error=error_of_attempt(error),
-            train_key=train_key,
-            valid_key=valid_key,
-        )
+        preparation.fail_preparation(context.db, claim_id=claim_id, error=error_of_attempt(error))
         raise PreparationDelayed from error
     except Abandoned:
-        record.release_preparation(context.db, claim_id=claim_id, detail="The worker is shutting down.")
+        preparation.release_preparation(context.db, claim_id=claim_id, detail="The worker is shutting down.")
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
-        record.release_preparation(context.db, claim_id=claim_id, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
+        detail = error.sentence()
+        preparation.release_preparation(context.db, claim_id=claim_id, detail=detail, wait_seconds=RETRY_SECONDS)
         if isinstance(error, OutOfSpace):
             raise PreparationDelayed from error
     else:
         num_steps = JobSpec.model_validate(unprepared.job.spec).num_steps(num_rows(train.report))
-        record.prepared(
-            context.db,
-            claim_id=claim_id,
-            train_key=train.key,
-            valid_key=valid.key if valid else None,
-            num_steps=num_steps,
-            longest_example=_longest_example(train, valid),
-        )
+        longest = _longest_example(train, valid)
+        preparation.prepared(context.db, claim_id=claim_id, num_steps=num_steps, longest_example=longest)
         return True
     return False
 

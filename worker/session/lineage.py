@@ -73,14 +73,14 @@ def earlier_guarantees(attempts: Sequence[AttemptRecord]) -> list[str]:
 def _data(context: WorkerContext, job: Job) -> list[DataSource]:
     sources = [_source(context, job.project_id, "training", job.training_file, job.train_prepared)]
     if job.validation_file is not None:
+        assert job.valid_prepared is not None, "each file of a job has a key"
         sources.append(_source(context, job.project_id, "validation", job.validation_file, job.valid_prepared))
     return sources
 
 
 def _source(
-    context: WorkerContext, project_id: str, role: Literal["training", "validation"], file_id: str, key: str | None
+    context: WorkerContext, project_id: str, role: Literal["training", "validation"], file_id: str, key: str
 ) -> DataSource:
-    assert key is not None, "the job was trained on it"
     tokens = token_cache.get(context.db, key)
     if tokens is None or tokens.artifact is None:  # another job found the files damaged, and recreates them
         message = f"The tokens of {file_id} are missing."

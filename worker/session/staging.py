@@ -30,7 +30,6 @@ def stage_files(
     """
     job, spec = claim.job, JobSpec.model_validate(claim.job.spec)
     assert job.num_steps is not None
-    assert job.train_prepared is not None
     folder = directory.job_path(claim.claim_id)
     train = _stage_tokens(context, claim, job.training_file, job.train_prepared, folder / "train")
     valid = _stage_tokens(context, claim, job.validation_file, job.valid_prepared, folder / "valid")

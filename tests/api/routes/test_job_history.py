@@ -9,7 +9,7 @@ from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
 from tests.api.site import error_of
 from tests.catalog.prepared_data import REPORT
-from tests.catalog.world import World, manifest, sha
+from tests.catalog.world import World, manifest
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -135,15 +135,10 @@ def test_rejected_file_shows_its_rejection_report(client: TestClient, world: Wor
     job = world.submit()
     unprepared = preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60)
     assert unprepared is not None
-    digest = unprepared.training_file.digest
-    world.put_tokens(
-        sha("k"),
-        file_digest=digest,
-        artifact=None,
-        report={"refusal": {"code": "masked"}},
-    )
+    wanted, report = unprepared.files, {"refusal": {"code": "masked"}}
+    world.put_tokens(wanted.train_key, file_digest=wanted.training.digest, artifact=None, report=report)
     error = {"code": "masked", "message": "Only masked rows."}
-    preparation.refused(world.db, claim_id=unprepared.claim_id, error=error, train_key=sha("k"))
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error=error)
 
     shown = client.get(f"{JOBS}/{job.id}").json()
     report = client.get(f"{JOBS}/{job.id}/data_report").json()

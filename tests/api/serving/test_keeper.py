@@ -61,34 +61,6 @@ def test_base_model_without_a_chat_template_is_probed_with_a_text(place: Serving
     assert {path for path, _ in place.vllm.requests if "completions" in path} == {"/v1/completions"}
 
 
-def test_reference_without_the_end_tokens_is_computed_again(
-    place: ServingSite, trainer: FakeTrainer, services: Services
-) -> None:
-    """An earlier version has stored it. Until then, the built-in engine answers."""
-    place.deployed()
-    with services.db.write() as session:
-        row = session.query(ServingEndpoint).one()
-        row.reference = {name: value for name, value in (row.reference or {}).items() if name != "generation"}
-    trainer.answered.clear()
-
-    assert place.ask().headers["x-lorry-engine"] == "built-in"
-
-    place.deploy()  # wakes the keeper
-    until(lambda: place.ask().headers["x-lorry-engine"] == "vllm-1")
-    assert "base" in trainer.answered
-
-
-def test_worker_that_does_not_report_the_end_tokens_is_named_as_the_reason(
-    place: ServingSite, trainer: FakeTrainer
-) -> None:
-    trainer.reports_generation = False
-    place.register()
-
-    until(lambda: "upgrade the workers" in str(place.endpoint()["last_error"]))
-
-    assert place.endpoint()["state"] == "pending"
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [({"ignores_adapters": True}, "differs from the record"), ({"max_rank": 8}, "greater than max_lora_rank 8")],

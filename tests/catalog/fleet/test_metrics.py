@@ -154,7 +154,8 @@ def test_pending_webhooks_and_the_longest_delay_are_reported(world: World) -> No
     world.clock.advance(0)
     now = world.clock.now
     with world.db.write() as session:
-        about: dict[str, Any] = {"name": "n", "url": "u", "event_types": [], "salt": "s", "ending": "e"}
+        about: dict[str, Any] = {"name": "n", "url": "u", "sealed_url": "u", "event_types": []}
+        about |= {"salt": "s", "ending": "e"}
         times = {"secret_made_at": now, "created_at": now, "updated_at": now}
         session.add(WebhookEndpoint(id="hook", project_id=world.caller.project_id, **about, **times))
         session.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from catalog.jobs import data_reports
 from catalog.lifecycle import preparation
+from catalog.tables.storage import BaseModelRow
 from tests.catalog.world import LEASE, World, sha
 
 REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
@@ -12,12 +13,15 @@ NOTHING = {"code": "nothing_to_learn", "message": "No row has tokens to train on
 
 def test_rejection_is_reported_for_its_model_only(world: World) -> None:
     world.base("other")
+    with world.db.write() as session:
+        tokenizer = {"path": "tokenizer.json", "digest": sha("other"), "num_bytes": 1}
+        session.get_one(BaseModelRow, "other").manifest = {"files": [tokenizer]}
     refused = world.submit()
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
-    digest = unprepared.training_file.digest
-    world.put_tokens(sha("k"), file_digest=digest, artifact=None, report=REFUSAL)
-    preparation.refused(world.db, claim_id=unprepared.claim_id, error=NOTHING, train_key=sha("k"))
+    wanted = unprepared.files
+    world.put_tokens(wanted.train_key, file_digest=wanted.training.digest, artifact=None, report=REFUSAL)
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error=NOTHING)
     waiting = world.submit(model="other")
 
     of_file = {"project_id": world.caller.project_id, "file_id": world.file_id}
@@ -31,11 +35,11 @@ def test_each_file_of_a_rejected_job_keeps_its_report(world: World) -> None:
     job = world.submit(validation_file=world.file())
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
-    world.put_tokens(sha("t"), file_digest=sha("x"), artifact=None, report={"rows": 1})
-    world.put_tokens(sha("v"), file_digest=sha("y"), artifact=None, report=REFUSAL)
+    wanted = unprepared.files
+    world.put_tokens(wanted.train_key, file_digest=sha("x"), artifact=None, report={"rows": 1})
+    world.put_tokens(wanted.valid_key or "", file_digest=sha("y"), artifact=None, report=REFUSAL)
 
-    keys = {"train_key": sha("t"), "valid_key": sha("v")}
-    preparation.refused(world.db, claim_id=unprepared.claim_id, error=NOTHING, **keys)
+    preparation.refused(world.db, claim_id=unprepared.claim_id, error=NOTHING)
 
     reports = data_reports.of_job(world.db, **world.of(job.id))
     assert (reports.training, reports.validation) == ({"rows": 1}, REFUSAL)

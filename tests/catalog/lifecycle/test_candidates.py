@@ -124,18 +124,6 @@ def own(world: World, job: Job) -> int:
     return world.job(job.id).own_bytes or 0
 
 
-def test_stale_queue_entry_of_an_older_worker_hides_no_job(world: World) -> None:
-    world.worker()
-    ghost = world.running()
-    with world.db.write() as session:
-        session.get_one(Job, ghost.job.id).queued_at = 1.0
-    job = world.queued()
-
-    claimed = world.claim(pack_key=ghost.job.pack_key, capacity=ONE)
-
-    assert [claim.job.id for claim in claimed] == [job.id]
-
-
 def test_trainer_is_not_drained_for_a_job_that_would_not_fit_anyway(world: World) -> None:
     world.worker()
     world.base("large", num_parameters=10**10)

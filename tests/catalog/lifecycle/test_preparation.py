@@ -50,7 +50,7 @@ def test_job_without_a_timely_evaluation_trains_with_a_warning(world: World, num
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
 
-    preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key="v", num_steps=num_steps)
+    preparation.prepared(world.db, claim_id=unprepared.claim_id, num_steps=num_steps)
 
     warnings = [event.message for event in world.events(job.id) if event.level == "warn"]
     assert [f"the job has at most {num_steps} steps" in message for message in warnings] == [True] * num_warnings
@@ -67,7 +67,7 @@ def test_canceling_invalidates_the_preparation_lease(world: World) -> None:
 
     assert world.beat(unprepared.claim_id)[unprepared.claim_id].stale
     with pytest.raises(StaleClaim):
-        preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key="t", valid_key=None, num_steps=1)
+        preparation.prepared(world.db, claim_id=unprepared.claim_id, num_steps=1)
 
 
 def test_preparation_and_training_claims_are_not_interchangeable(world: World) -> None:
@@ -80,7 +80,7 @@ def test_preparation_and_training_claims_are_not_interchangeable(world: World) -
         lambda: world.complete(preparing.claim_id),
         lambda: claims.end(world.db, preparing.claim_id, reason=EndReason.DRAINED, detail=""),
         lambda: recording.record_progress(world.db, preparing.claim_id, {}),
-        lambda: preparation.prepared(world.db, claim_id=running.claim_id, train_key="t", valid_key=None, num_steps=1),
+        lambda: preparation.prepared(world.db, claim_id=running.claim_id, num_steps=1),
         lambda: preparation.release_preparation(world.db, claim_id=running.claim_id, detail=""),
     ):
         with pytest.raises(StaleClaim):
@@ -102,10 +102,10 @@ def test_warning_about_few_steps_uses_the_number_of_usable_rows(world: World) ->
     job = world.submit(hyperparameters={"batch_size": 4})
     unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert unprepared is not None
-    key, digest = unprepared.files.train_key, unprepared.training_file.digest
+    key, digest = unprepared.files.train_key, unprepared.files.training.digest
     world.put_tokens(key, file_digest=digest, artifact=manifest("tokens", kind="tokens"), report={"usable_rows": 2})
 
-    preparation.prepared(world.db, claim_id=unprepared.claim_id, train_key=key, valid_key=None, num_steps=2)
+    preparation.prepared(world.db, claim_id=unprepared.claim_id, num_steps=2)
 
     events = world.events(job.id)
     (warning,) = [event.message for event in events if event.level == "warn"]

@@ -241,7 +241,7 @@ def test_lost_preparation_is_released_without_an_attempt(world: World) -> None:
     assert again.claim_id != lost.claim_id
     assert (world.job(job.id).attempt, world.job(job.id).counted_attempts) == (0, 0)
     with pytest.raises(StaleClaim):
-        preparation.prepared(world.db, claim_id=lost.claim_id, train_key="t", valid_key=None, num_steps=1)
+        preparation.prepared(world.db, claim_id=lost.claim_id, num_steps=1)
 
 
 def test_file_that_kills_every_worker_is_finally_rejected(world: World) -> None:

@@ -94,7 +94,7 @@ class Service(RuleBasedStateMachine):
 
     @rule(claim_id=held)
     def prepared(self, claim_id: str) -> None:
-        self.attempted(preparation.prepared, claim_id=claim_id, train_key="t", valid_key=None, num_steps=9)
+        self.attempted(preparation.prepared, claim_id=claim_id, num_steps=9)
 
     @rule(claim_id=held)
     def refused(self, claim_id: str) -> None:

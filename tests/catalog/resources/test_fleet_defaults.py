@@ -16,14 +16,11 @@ from tests.catalog.world import World
         ([], "bfloat16"),
         ([False], "float32"),
         ([False, True], "bfloat16"),
-        ([None], "bfloat16"),  # a worker of an older version does not report it
     ],
 )
-def test_automatic_precision_follows_the_workers_at_submission(
-    world: World, fleet: list[bool | None], expected: str
-) -> None:
+def test_automatic_precision_follows_the_workers_at_submission(world: World, fleet: list[bool], expected: str) -> None:
     for index, has in enumerate(fleet):
-        devices = [{"kind": "cpu", **({} if has is None else {"has_bfloat16": has})}]
+        devices = [{"kind": "cpu", "has_bfloat16": has}]
         given = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**12}
         workers.register_worker(world.db, worker_id=f"w{index}", devices=devices, **given)
 

@@ -176,7 +176,7 @@ def test_claim_that_lost_a_race_falls_back_without_another_decision(
     assert len(decisions) == 1
     assert len({*taken, *(claim.job.id for claim in mine)}) == 5 + max_jobs
     (attempt,) = queries.attempts(world.db, project_id=mine[0].job.project_id, job_id=mine[0].job.id)
-    why = attempt.why or {}
+    why = attempt.why
     own = sum(world_job.startswith(_stem(mine[0].job.id)) for world_job in taken)
     assert (why["role"], why["position"], why["share"]["num_running"]) == ("anchor", 1, own)
     assert why["normalized_usage"] == why["share"]["normalized_usage"]

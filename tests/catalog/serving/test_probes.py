@@ -109,7 +109,7 @@ def test_tolerance_grows_with_the_difference_of_the_engines_up_to_the_limit() ->
 
 
 def test_stored_answer_is_read_back_unchanged() -> None:
-    row = probes.as_row("chat", EXPECTED, generation={"text": {"end_ids": [2]}})
+    row = probes.as_row("text", EXPECTED, generation={"text": {"end_ids": [2]}})
 
     assert probes.answer_of(row) == EXPECTED
     assert probes.settings_of(row, "text") == GenerationSettings(end_ids=(2,), template_kwargs={})
@@ -130,8 +130,10 @@ def test_settings_of_a_trainer_are_stored(generation: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "generation",
     [
+        None,
         5,
         {},
+        {"text": {"end_ids": [1]}},
         {"chat": {"end_ids": [1]}},
         {"text": 5},
         {"text": {}},

@@ -41,6 +41,7 @@ ATTACKS = {
     "move a job to another project": "update jobs set project_id = 'p'",
     "submit a job": "insert into jobs (id) values ('ftjob-x')",
     "raise a job's priority": "update jobs set priority = 0",
+    "train a job on other tokens": "update jobs set train_prepared = 'k'",
     "share a model": "insert into model_permissions (id, model_id, project_id, created_at, created_by)"
     " values ('x', 'x', 'x', 0, 'x')",
     "delete a job's events": "delete from events",

