@@ -20,7 +20,7 @@ from catalog.registry import adapters, base_models, permissions
 from catalog.storage import files
 from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tenancy import api_keys, authentication, organizations, projects
-from tests.catalog.interleaving import after_statement
+from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import PEPPER, World
 
 pytestmark = pytest.mark.both_databases

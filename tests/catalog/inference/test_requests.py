@@ -18,7 +18,7 @@ from catalog.registry import base_models
 from catalog.resources.pack_key import pack_key
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from catalog.usage import report
-from tests.catalog.interleaving import after_statement
+from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import LEASE, World, sha
 
 KEY = pack_key(sha("smol"), "bfloat16")

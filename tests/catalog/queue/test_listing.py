@@ -17,7 +17,7 @@ from catalog.resources.throughput import Speeds
 from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
-from tests.catalog.interleaving import after_statement
+from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import LEASE, World, linears, sha
 
 

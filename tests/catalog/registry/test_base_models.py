@@ -18,7 +18,7 @@ from catalog.spec.data import DataSpec
 from catalog.storage import token_cache
 from catalog.storage.manifest import files_digest
 from catalog.tables.storage import BaseModelRow
-from tests.catalog.interleaving import after_statement
+from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import DESCRIPTION, World, manifest, sha
 
 

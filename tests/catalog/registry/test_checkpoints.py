@@ -18,7 +18,7 @@ from catalog.registry import adapters, checkpoints
 from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
 from catalog.tenancy import projects
-from tests.catalog.interleaving import after_statement
+from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import World, manifest, sha
 
 

@@ -27,7 +27,7 @@ from catalog.tenancy.authentication import Caller
 from catalog.usage import quotas
 from catalog.usage.ledger import DAY_SECONDS
 from catalog.usage.quotas import QuotaStatus
-from tests.catalog.interleaving import after_statement
+from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import World, sha
 
 MIDNIGHT = 1_800_057_600.0
