@@ -75,10 +75,9 @@ class PackSite:
         """Return a job whose tokens are in the store."""
         job = self.world.queued(**fields)
         manifest = self.store.put_folder(self.tokens, kind="tokens")
-        digest = "0" * 64
-        self.world.put_tokens(
-            job.train_prepared, project_id=job.project_id, file_digest=digest, artifact=manifest, report=REPORT
-        )
+        stored: dict[str, Any] = {"project_id": job.project_id, "artifact": manifest, "report": REPORT}
+        for key in filter(None, (job.train_prepared, job.valid_prepared)):
+            self.world.put_tokens(key, file_digest="0" * 64, **stored)
         return job
 
     def claim_all(self, trainer_id: str = "trainer-1", capacity: Capacity = WIDE) -> list[Claim]:

@@ -87,6 +87,7 @@ def add_job(
         "priority": 1,
         "requested": {},
         "spec": {},
+        "train_prepared": "t",
         "attempt": 0,
         "counted_attempts": 0,
         "cancel_requested": False,
