@@ -58,6 +58,6 @@ def _adapters(names: Collection[str]) -> Select[str, str, str, str]:
     return columns.join(Job, Job.id == Adapter.job_id).where(Adapter.name.in_(names))
 
 
-def _checkpoints(names: Collection[str]) -> Select[str | None, str, str, str]:
+def _checkpoints(names: Collection[str]) -> Select[str, str, str, str]:
     columns = select(Checkpoint.name, Job.base_model, Job.base_digest, Job.pack_key)
     return columns.join(Job, Job.id == Checkpoint.job_id).where(Checkpoint.name.in_(names))

@@ -251,7 +251,7 @@ def _write(
     job.worker_id, job.trainer_id = request.worker_id, request.trainer_id
     job.lease_extended, job.run_after = False, None
     attempt = Attempt(claim_id=claim_id, job_id=job.id, number=job.attempt, worker_id=job.worker_id)
-    attempt.trainer_id, attempt.started_at, attempt.why = job.trainer_id, now, decision.why(choice)
+    attempt.trainer_id, attempt.started_at, attempt.why = request.trainer_id, now, decision.why(choice)
     session.add(attempt)
     ledger.count(session, "claims")
     is_loaded = choice.role == "anchor" and request.capacity.resident_key == choice.entry.candidate.pack_key

@@ -8,10 +8,9 @@ import psutil
 import pytest
 
 from catalog.states import EndReason
-from tests.worker.test_several_processes import base_dir, launched
+from tests.worker.test_several_processes import launched
 from worker.process.exit_status import classify_exit
 
-__all__ = ["base_dir"]
 pytestmark = pytest.mark.timeout(900)
 SOON_SECONDS = 120.0
 """Limit for the processes to exit on a busy machine. A process that waits for the failed one waits for an hour."""
