@@ -48,7 +48,7 @@ WAIT_SECONDS = 500.0
 LIVE_SECONDS = 60.0
 """A worker with a heartbeat in this time is live for requests."""
 GONE_SECONDS = 10.0
-"""Maximum time that a trainer may outlive its worker. It is below the lease, after which a trainer exits by itself."""
+"""Maximum time that a trainer may outlive its worker, below the lease. A trainer exits when the lease ends."""
 SHORT_LEASE = {"LORRY_LEASE_SECONDS": "15"}
 """For tests that wait until the lease of a killed worker expires."""
 PEPPER = "pepper of a test site, long enough"
