@@ -12,6 +12,9 @@ from benchmarks import pack_scaling
 from benchmarks.results import Result
 from tests.benchmarks.toy_plan import toy_plan
 
+WARM_UP = [8, *[1, 2, 4, 8] * 2]
+"""A step of the largest size, and twice all sizes, none of which is measured."""
+
 
 class Machine:
     """Replaces the contender's process. A tick takes `seconds[jobs]`."""
@@ -33,7 +36,7 @@ class Machine:
 
 def measured_on(machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
     monkeypatch.setattr(pack_scaling, "Contender", machine)
-    return pack_scaling.run(replace(toy_plan(folder), pack_sizes=(1, 2, 4, 8)))
+    return pack_scaling.run(replace(toy_plan(folder), pack_sizes=(1, 2, 4, 8), pack_warm_up=2))
 
 
 def test_unplanned_pack_size_is_measured_together_with_one_job(tmp_path, monkeypatch) -> None:
@@ -41,7 +44,7 @@ def test_unplanned_pack_size_is_measured_together_with_one_job(tmp_path, monkeyp
 
     result = measured_on(machine, tmp_path, monkeypatch)
 
-    assert machine.requested == [8, 1, 2, 4, 8, 1, 7]
+    assert machine.requested == [*WARM_UP, 1, 2, 4, 8, 1, 7]
     assert result.figure("Jobs that Lorry admits, 1 lane") == 7
     assert result.figure("7 admitted jobs, 1 lane: slowdown of each job") == pytest.approx(3.9)
     assert not result.misses_a_goal
@@ -63,5 +66,5 @@ def test_admitted_pack_of_a_planned_size_is_measured_once(tmp_path, monkeypatch)
 
     result = measured_on(machine, tmp_path, monkeypatch)
 
-    assert machine.requested == [8, 1, 2, 4, 8]
+    assert machine.requested == [*WARM_UP, 1, 2, 4, 8]
     assert result.figure("8 admitted jobs, 1 lane: slowdown of each job") == pytest.approx(2.5)
