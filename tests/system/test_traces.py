@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from api.settings import ApiSettings
 from catalog import tracing
+from catalog.lifecycle.preparation import FilesToPrepare
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.states import EndReason
@@ -73,8 +74,8 @@ def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepare the files of a job as the worker does, without the child process that tokenizes."""
     manifest = site.store.put_folder(site.tokens, kind="tokens")
 
-    def both_files(*_: Any, **__: Any) -> Any:
-        return site.world.put_tokens("tokens", file_digest="0" * 64, artifact=manifest, report=REPORT), None
+    def both_files(_: Any, files: FilesToPrepare, **__: Any) -> Any:
+        return site.world.put_tokens(files.train_key, file_digest="0" * 64, artifact=manifest, report=REPORT), None
 
     monkeypatch.setattr(tokenization, "prepare_files", both_files)
     assert tokenization.prepare_next(site.context)
