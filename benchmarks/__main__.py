@@ -12,6 +12,7 @@ from benchmarks import (
     earlier_version,
     eight_jobs,
     frozen_prefix,
+    gpu_host,
     host_total,
     loss_head,
     pack_scaling,
@@ -33,6 +34,7 @@ COMPARISONS = {
     "loss_head": loss_head.run,
     "frozen_prefix": frozen_prefix.run,
     "host_total": host_total.run,
+    "gpu_host": gpu_host.run,
     "eight_jobs": eight_jobs.run,
     "inference": comparison.run,
 }

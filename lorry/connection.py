@@ -241,6 +241,6 @@ def _not_configured(folder: Path, *, is_explicit: bool, environ: Mapping[str, st
         remedy=f"Start a service with `lorry up {at}`, correct or unset LORRY_DATA_DIR, or set LORRY_URL and "
         "LORRY_API_KEY."
         if environ.get("LORRY_DATA_DIR")
-        else "Start a service with `lorry up`, connect to one with `lorry login URL`, or set LORRY_URL and "
-        "LORRY_API_KEY.",
+        else "Start a service with `lorry up`, or connect to one: with `lorry login URL`, with LORRY_DATA_DIR, which "
+        "names the data folder of a service on this machine, or with LORRY_URL and LORRY_API_KEY.",
     )

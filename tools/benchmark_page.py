@@ -137,6 +137,16 @@ THEMES = {
         command=_bench("host_total"),
         patterns=labels.HOST_TOTAL,
     ),
+    "gpu_host": Theme(
+        title="Host time of LoRA on a GPU",
+        question="How long does Python take to plan and launch the LoRA kernels of a linear layer in a tick?",
+        method="16 jobs of rank 16 adapt all linear layers. The kernels do nothing. A plan has 512 tokens of each job. "
+        "A result is the shortest of 3,000 ticks on a CPU. In a second run of 100 ticks, matmuls between the launches "
+        "evict the caches of the CPU.",
+        caveat="Triton's own launch is not included, because it needs a GPU. The CPU of a GPU node may be faster or "
+        "slower.",
+        command=_bench("gpu_host"),
+    ),
     "soak": Theme(
         title="Soak with faults and a noisy neighbor",
         question="Do all jobs succeed with the expected weights during injected faults, and how do latencies change?",

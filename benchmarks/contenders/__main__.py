@@ -17,6 +17,7 @@ CONTENDERS = {
     **dict.fromkeys(("lorry", "pack", "several", "matrix", "profiled"), "benchmarks.contenders.engine"),
     **dict.fromkeys(("peft_loop", "peft_trainer", "trl_sft"), "benchmarks.contenders.baselines"),
     **dict.fromkeys(("chunked_head", "plain_head"), "benchmarks.heads"),
+    "gpu_host": "benchmarks.gpu_host",
     **dict.fromkeys(("upper_blocks", "upper_blocks_profiled"), "benchmarks.contenders.upper_blocks"),
 }
 """Module of each contender."""

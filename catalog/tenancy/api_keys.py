@@ -164,9 +164,11 @@ def limit(
     """Change the limits `requests_per_minute` and `jobs_per_day` that are given. None: the service's; 0: no limit.
     highest_priority: None: unchanged.
 
-    Only operators may do this. Raises NotFound and Forbidden.
+    Only operators may do this. Raises NotFound and Forbidden, and Unauthorized if the caller's key was revoked
+    meanwhile.
     """
     with db.write() as session:
+        now = _begin(session, caller)
         key = find(session, caller, api_key_id)
         given: Json = {**limits, **({} if highest_priority is None else {"highest_priority": highest_priority})}
         _check_limits(caller, given, key=key)
@@ -181,7 +183,7 @@ def limit(
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
         if highest_priority is not None:
             key.highest_priority = PriorityClass[highest_priority]
-        authentication.note(session, "api_key.updated", key, now=read_clock(session), details=given)
+        authentication.note(session, "api_key.updated", key, now=now, details=given)
         return key
 
 

@@ -53,7 +53,8 @@ def data_set(train: Sequence[Function], held_out: Sequence[Function]) -> None:
 def chosen(size: Size, seconds: float) -> None:
     console.print(
         f"Each job trains {size.steps} steps of {size.batch_size} rows and evaluates {size.held_out_rows} validation "
-        f"rows before and after: about {seconds:.0f} s for all three"
+        f"rows before and after: about {seconds:.0f} s for all three. The loss of a step is that of "
+        f"{size.batch_size} rows, so it varies. The results compare the validation losses."
     )
 
 

@@ -19,6 +19,9 @@ from lorry.models.jobs import Model
 
 _STOP_SECONDS = 90
 _SHOWN_LINES = 12
+_LORRY = shlex.quote(str(Path(sys.executable).parent / "lorry"))
+_QUESTION = "What does the function json.dumps do?"
+_LINK = "Dashboard (this link signs in once, within 15 minutes)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +40,7 @@ def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
     if left is not None:
         console.print(f"The service of an earlier run is still running at {left.url}")
         with left:
-            console.print(f"Dashboard (this link works once): {left.sign_in_links.create()['url']}", soft_wrap=True)
+            console.print(f"{_LINK}: {left.sign_in_links.create()['url']}", soft_wrap=True)
             yield Running(lorry=left, stays=True)
         return
     process = _start(data_dir, log)
@@ -61,24 +64,26 @@ def add_base(lorry: Lorry, name: str, source: Source) -> Model:
     return base
 
 
-def farewell(running: Running, data_dir: Path) -> None:
-    """Print the next commands."""
-    if not running.stays:
-        console.print(f"The service stops now. Its jobs and adapters stay in {data_dir}.", soft_wrap=True)
-        console.print("`make demo KEEP=1` keeps the service running.")
-        return
-    lines = (
-        f"The service keeps running at {running.lorry.url}. This link signs you in to the dashboard once:",
-        f"  {running.lorry.sign_in_links.create()['url']}",
-        "Use it:",
-        "  unset LORRY_URL LORRY_API_KEY",
-        f"  export LORRY_DATA_DIR={shlex.quote(str(data_dir))}",
-        f"  {shlex.quote(str(Path(sys.executable).parent / 'lorry'))} jobs list",
-        "Stop it:",
-        f"  kill $(cat {shlex.quote(str(data_dir / 'up.lock'))})",
-    )
-    for line in lines:
+def farewell(running: Running, data_dir: Path, adapter: str) -> None:
+    """Print commands that ask the adapter something and stop the service."""
+    ask = ("  unset LORRY_URL LORRY_API_KEY", f"  export LORRY_DATA_DIR={shlex.quote(str(data_dir))}")
+    chat = f"  {_LORRY} chat {shlex.quote(adapter)} {shlex.quote(_QUESTION)}"
+    if running.stays:
+        lines = (
+            f"The service keeps running at {running.lorry.url}. {_LINK}: {running.lorry.sign_in_links.create()['url']}",
+            "Ask the best adapter something, and stop the service:",
+            *(*ask, chat),
+        )
+    else:
+        lines = (
+            f"The service stops now. Its jobs and adapters stay in {data_dir}.",
+            "Start it again, ask the best adapter something, and stop the service:",
+            *(*ask, f"  {_LORRY} up --detach", chat),
+        )
+    for line in (*lines, f"  {_LORRY} down"):
         console.print(line, soft_wrap=True)
+    if not running.stays:
+        console.print("`make demo KEEP=1` keeps the service running.")
 
 
 def _left_running(data_dir: Path) -> Lorry | None:
@@ -109,7 +114,9 @@ def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
         raise DemoFailed(f"The service did not start. The last lines of {log}:\n{complaint}")
     ready = json.loads(line)
     console.print(f"Lorry runs at {ready['url']}")
-    console.print(f"Dashboard (this link works once): {ready['sign_in_url']}", soft_wrap=True)
+    console.print(f"{_LINK}: {ready['sign_in_url']}", soft_wrap=True)
+    of_demo = f"LORRY_URL= LORRY_DATA_DIR={shlex.quote(str(data_dir))}"
+    console.print(f"While the demo runs: {of_demo} {_LORRY} jobs list", soft_wrap=True)
     return process
 
 

@@ -111,7 +111,8 @@ def _unreachable(repository: str, revision: str | None, error: Exception) -> Unr
     )
     unreachable = (
         "the worker can't reach the Hub",
-        "Check the network and HF_ENDPOINT, or use a folder or a GGUF file.",
+        "Check the network and HF_ENDPOINT. Without the Hub, add the model as a folder or a GGUF file, as described in "
+        "docs/how-to/offline.md.",
     )
     found = next(((why, remedy) for kind, why, remedy in reasons if isinstance(error, kind)), unreachable)
     return UnreachableSource(

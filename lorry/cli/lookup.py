@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Adapter
+    from lorry.models.jobs import Adapter, Job
 
 FULL_ID = re.compile(r"[a-z]+-[0-9a-f]{24}")
 SEARCHED = 5000
@@ -69,7 +69,8 @@ def adapter(lorry: Lorry, typed: str) -> str:
     """Return the name or id of one adapter.
 
     Accepts a name or an id, a unique prefix of either, a unique part of a name such as the suffix, the id of the job
-    that trained it, and the id of a sweep for its best adapter.
+    that trained it, and the id of a sweep for its best adapter. Raises LorryError for the suffix of a job that has no
+    adapter.
     """
     if typed.startswith("ftjob-"):
         return _adapter_of_job(lorry, typed)
@@ -85,6 +86,8 @@ def adapter(lorry: Lorry, typed: str) -> str:
     found = _listed(lorry.adapters.list)
     by_part = [one for one in found if typed in one.name.split(":")]
     matches = by_part or [one for one in found if one.name.startswith(typed) or one.id.startswith(typed)]
+    if not matches and (trained := _newest_job(lorry, typed)):
+        return _adapter_of(trained)
     return _only("adapter", typed, matches, found, _name) or typed
 
 
@@ -103,7 +106,14 @@ def export(lorry: Lorry, adapter_name: str, typed: str) -> str:
 
 
 def _adapter_of_job(lorry: Lorry, typed: str) -> str:
-    found = lorry.jobs.get(job(lorry, typed))
+    return _adapter_of(lorry.jobs.get(job(lorry, typed)))
+
+
+def _newest_job(lorry: Lorry, suffix: str) -> Job | None:
+    return next((one for one in _listed(lorry.jobs.list) if suffix and one.suffix == suffix), None)
+
+
+def _adapter_of(found: Job) -> str:
     if found.fine_tuned_model is None:
         listing = f"`lorry jobs checkpoints {found.id}`"
         raise LorryError(

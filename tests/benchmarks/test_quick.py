@@ -24,6 +24,7 @@ THEMES = (
     "loss_head",
     "frozen_prefix",
     "host_total",
+    "gpu_host",
     "eight_jobs",
     "inference",
 )
@@ -72,6 +73,7 @@ def test_every_comparison_is_written_and_printed(tmp_path: Path) -> None:
         "chunked head: peak memory",
         "Speedup over scripts one after another",
         "lanes / processes",
+        "Host time per linear layer and tick",
         "Speedup over PEFT, two jobs training",
     ):
         assert text in table

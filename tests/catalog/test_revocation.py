@@ -23,6 +23,7 @@ from catalog.tables.audit import AuditEvent
 from catalog.tables.batches import Batch
 from catalog.tables.exports import AdapterExport
 from catalog.tables.sweeps import Sweep
+from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from tests.catalog.sweeping import add, advance, sweep_of
@@ -259,3 +260,20 @@ def test_key_revoked_during_a_request_revokes_no_other_key(world: World) -> None
         revoke(world, child, by=key)
 
     assert opens(world, secret)
+
+
+def test_key_revoked_during_a_request_changes_no_limit(world: World) -> None:
+    key, _ = child_of(world, replace(world.caller, is_operator=True))
+    child, _ = child_of(world, key)
+    revoke(world, key)
+
+    with pytest.raises(Unauthorized):
+        api_keys.limit(
+            world.db,
+            caller=replace(key, is_operator=True),
+            api_key_id=child.api_key_id,
+            limits={"requests_per_minute": 0},
+        )
+
+    with world.db.read() as session:
+        assert session.get_one(ApiKey, child.api_key_id).requests_per_minute == child.requests_per_minute

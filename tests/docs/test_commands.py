@@ -69,6 +69,15 @@ def test_page_runs(page: Path, tmp_path: Path, hub_environment: dict[str, str]) 
             _run(page, block, session)
 
 
+def test_examples_are_the_rows_of_the_tutorial(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks(ROOT / "docs/tutorials/first-adapter.md") if "make_data.py" in block.text)
+
+    script = block.text.partition("<<'EOF'\n")[2].partition("\nEOF\n")[0]
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+    assert (ROOT / "examples/chats.jsonl").read_bytes() == (tmp_path / "chats.jsonl").read_bytes()
+
+
 def _is_run(page: Path, block: Block) -> bool:
     """Python runs only on tutorial pages. On other pages it is part of the reader's own program."""
     return block.not_run is None and (block.language == "sh" or page.parent.name == "tutorials")
@@ -82,6 +91,7 @@ def _prepare(page: Path, run: list[Block], session: PageSession, folder: Path) -
     """
     if page.parent.name == "tutorials":
         return
+    (folder / "examples").symlink_to(ROOT / "examples")
     tiny_base.write_chat(folder / "chats.jsonl", 30)
     tiny_base.write_chat(folder / "valid.jsonl", 8, seed=1)
     tiny_base.write_pairs(folder / "pairs.jsonl", 30)

@@ -5,10 +5,9 @@ A host builds the tables of a pass at once and uploads them in one copy. This mo
 with the same input (siblings) share tables. Shape suffixes: S segments of a pass, G tiles, P spans, J joins.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -106,41 +105,39 @@ def class_of(rank: int, *, has_dropout: bool) -> TileClass:
 
 
 def tables_of(members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the tiles, spans and joins of segments of one class."""
-    tiles: list[tuple[int, ...]] = []
-    spans: list[tuple[int, ...]] = []
-    hidden_of: dict[int, int] = {}  # by entry
-    hidden = 0
-    for member in members:
-        hidden_of[member.entry] = hidden
-        spans.append((member.entry, member.start, member.stop, hidden, member.sibling))
-        for first, num_rows in _tiled(member):
-            after = first - member.start
-            tiles.append((member.entry, first, num_rows, hidden + after, after, member.sibling))
-        hidden += member.num_rows
-    return (
-        np.array(tiles, np.int64).reshape(-1, TILE_WORDS),
-        np.array(spans, np.int64).reshape(-1, SPAN_WORDS),
-        _joins(members, hidden_of),
-    )
+    """Return the tiles, spans and joins of segments of one class. There is at least one member."""
+    fields = [(one.entry, one.start, one.stop, one.sibling, one.segment) for one in members]
+    entry_P, start_P, stop_P, sibling_P, segment_P = np.array(fields, np.int64).T
+    hidden_P = np.cumsum(stop_P - start_P) - (stop_P - start_P)
+    of_G, after_G, rows_G = _tiled(start_P, stop_P)
+    tiles = (entry_P[of_G], start_P[of_G] + after_G, rows_G, hidden_P[of_G] + after_G, after_G, sibling_P[of_G])
+    spans = np.stack((entry_P, start_P, stop_P, hidden_P, sibling_P), axis=1)
+    order_P = np.lexsort((sibling_P, segment_P))
+    return np.stack(tiles, axis=1), spans, _joins(spans[order_P], segment_P[order_P])
 
 
-def _joins(members: Sequence[Member], hidden_of: Mapping[int, int]) -> np.ndarray:
-    joins: list[tuple[int, ...]] = []
-    ordered = sorted(members, key=lambda member: (member.segment, member.sibling))
-    for _, of_segment in groupby(ordered, lambda member: member.segment):
-        siblings = list(of_segment)
-        unused = (0, 0) * (MOST_SIBLINGS - len(siblings))
-        for first, num_rows in _tiled(siblings[0]):
-            after = first - siblings[0].start
-            places = chain.from_iterable((member.entry, hidden_of[member.entry] + after) for member in siblings)
-            joins.append((first, num_rows, after, len(siblings), *places, *unused))
-    return np.array(joins, np.int64).reshape(-1, JOIN_WORDS)
+def _joins(spans: np.ndarray, segment_P: np.ndarray) -> np.ndarray:
+    """Return the joins of spans in the order of their segments. The places of missing siblings are not read."""
+    _, first_S, siblings_S = np.unique(segment_P, return_index=True, return_counts=True)
+    number_P = np.arange(len(spans)) - np.repeat(first_S, siblings_S)
+    places = np.zeros((len(first_S), MOST_SIBLINGS, 2), np.int64)
+    places[np.repeat(np.arange(len(first_S)), siblings_S), number_P] = spans[:, [0, 3]]
+    start_S, stop_S = spans[first_S, 1], spans[first_S, 2]
+    of_J, after_J, rows_J = _tiled(start_S, stop_S)
+    places = places[of_J]
+    places[:, :, 1] += after_J[:, None]
+    joins = np.stack((start_S[of_J] + after_J, rows_J, after_J, siblings_S[of_J]), axis=1)
+    return np.concatenate((joins, places.reshape(len(joins), -1)), axis=1)
 
 
-def _tiled(member: Member) -> list[tuple[int, int]]:
-    """Return (first row, number of rows) of each tile."""
-    return [(first, min(TILE_ROWS, member.stop - first)) for first in range(member.start, member.stop, TILE_ROWS)]
+def _tiled(start_P: np.ndarray, stop_P: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the tiles of rows [start, stop) in their order: the index of the rows, the tile's first row minus their
+    first, and its number of rows."""
+    rows_P = stop_P - start_P
+    tiles_P = -(-rows_P // TILE_ROWS)
+    of_G = np.repeat(np.arange(len(tiles_P)), tiles_P)
+    after_G = TILE_ROWS * (np.arange(len(of_G)) - np.repeat(np.cumsum(tiles_P) - tiles_P, tiles_P))
+    return of_G, after_G, np.minimum(TILE_ROWS, rows_P[of_G] - after_G)
 
 
 def group_of(kind: TileClass, members: Sequence[Member], tables: Sequence[Tensor], *, num_siblings: int) -> TileGroup:

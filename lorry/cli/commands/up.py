@@ -261,12 +261,12 @@ def _announce(
     is_detached: bool = False,
 ) -> None:
     """served: the base model that vLLM serves, if it runs."""
-    if is_detached:
+    if os.isatty(0) and not is_detached:
+        stopping = "Press Ctrl-C to stop; jobs continue at the next start."
+    else:
         stopping = "Stop the service with: lorry down" + (
             "" if data_dir == _default_folder() else f" --data-dir {shlex.quote(str(data_dir))}"
         )
-    else:
-        stopping = "Press Ctrl-C to stop; jobs continue at the next start." if os.isatty(0) else "Send SIGTERM to stop."
     lines = [
         f"Lorry is running at {url}",
         f"  dashboard   {link}",

@@ -27,9 +27,10 @@ from catalog.registry import adapters, base_models, permissions
 from catalog.settings import InvalidSettings, Settings
 from catalog.storage import quota
 from catalog.tables.exports import AdapterExport
-from catalog.tables.storage import Adapter
+from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.tenancy import Project
 from catalog.usage import ledger, stored_bytes
+from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import LEASE, World, manifest
 
 FAULT = OutOfSpace("It failed.", code="some_code", remedy="Do this.")
@@ -95,6 +96,26 @@ def test_export_is_claimed_once_and_its_result_recorded(world: World, adapter: A
     assert (done.status, done.num_bytes, done.error) == ("succeeded", 6, None)
     assert artifact.digest == manifest("export", "export").digest
     assert charged(world, row.project_id) == before + 6
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_export_that_is_deleted_between_two_reads_still_has_its_files(world: World, adapter: Adapter) -> None:
+    row = create(world, adapter)
+    finish(world)
+    of_row: dict[str, Any] = {"project_id": row.project_id, "adapter": adapter.id, "export": row.id}
+
+    def delete_with_files() -> None:
+        commands.delete(world.db, **of_row)
+        with world.db.write() as session:
+            session.delete(session.get_one(Artifact, manifest("export", "export").digest))
+
+    after_statement(world.db, "FROM adapter_exports", delete_with_files)
+
+    _, artifact = commands.files_of(world.db, **of_row)
+
+    assert artifact.digest == manifest("export", "export").digest
+    with pytest.raises(NotFound):
+        commands.files_of(world.db, **of_row)
 
 
 def test_identical_export_is_returned_and_a_failed_one_replaced(world: World, adapter: Adapter) -> None:

@@ -150,6 +150,21 @@ def test_ambiguous_adapter_suffix_lists_the_candidates(service: Script, run: Run
     assert not any(request.method == "DELETE" for request in service.seen)
 
 
+def test_suffix_of_a_running_job_is_explained(service: Script, run: Run) -> None:
+    service.on("GET", "/v1/adapters", listed())
+    service.on("GET", "/v1/adapters/support", Reply(status=404, body={"error": {"message": "none"}}))
+    job = {"suffix": "support", "status": "running", "fine_tuned_model": None}
+    service.on("GET", JOBS, {"data": [{"id": OTHER, "suffix": "faq"}, {"id": FULL, **job}], "has_more": False})
+
+    result = run("adapters", "pull", "support")
+
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"Error: Job {FULL} has no final adapter. Its status is running.",
+        f"Wait until the job succeeds, or use one of its checkpoints: `lorry jobs checkpoints {FULL}`",
+    ]
+
+
 def test_job_id_is_accepted_as_the_parent(service: Script, submit: Run) -> None:
     service.on("GET", f"{JOBS}/{FULL}", {"id": FULL, "status": "succeeded", "fine_tuned_model": "ft:m:p:s:1"})
     service.on("POST", JOBS, {"id": "ftjob-new"})

@@ -1,0 +1,199 @@
+"""Host time of LoRA on a GPU for each linear layer and tick, measured on a CPU.
+
+For each pass on a GPU, the host plans tables of all segments, and launches Triton kernels for each linear layer. The
+same Python runs here with kernels that do nothing, for all layers in the order of a tick. Between the timed calls, only
+the outputs of the base model's linear layers are allocated. A second measurement computes these with matmuls, which
+evict the caches of the CPU. Triton's own launch is not included: it needs a GPU, where benchmarks.gpu.kit measures it.
+
+Shape suffixes: T tokens of the pack, D input features, O output features, W padded rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.gate import Contender, Gate
+from benchmarks.plan import Plan
+from benchmarks.results import Result
+from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
+from lora_core.config import LoraConfig
+from lora_core.layers.tiled_lora import Modules, SegmentedLora, SiteShare
+from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack
+
+GOAL_MICROSECONDS = 25
+PARTS = {
+    "plan": "Plan of a pass",
+    "forward": "Launches of the forward pass",
+    "backward": "Launches of the backward pass",
+}
+PLANNED_TOKENS = 512
+"""Tokens of each job in the plan of a pass. The tables grow with them. Launches take as long for one token of each."""
+ROUNDS_PER_MATMUL_ROUND = 30
+
+
+def run(plan: Plan) -> Result:
+    sizes = {"jobs": plan.host_launch_jobs, "rounds": plan.host_launch_rounds}
+    result = Result(theme="gpu_host", settings=plan.settings() | sizes | {"kernels": "do nothing"})
+    options: dict[str, Any] = sizes | {"base": str(plan.workload.base), "rank": plan.rank}
+    with closing(Contender("gpu_host", threads=1, log=plan.folder / "gpu_host.log", **options)) as contender:
+        for name, matmuls in (("allocations", False), ("matmuls", True)):
+            result.repeats[name] = [contender.step(matmuls=matmuls) for _ in range(plan.repeats)]
+    shortest = {
+        name: {part: min(report[part] for report in reports) for part in PARTS}
+        for name, reports in result.repeats.items()
+    }
+    for part, title in PARTS.items():
+        result.find(f"{title}, per linear layer", shortest["allocations"][part], "µs")
+    total = "Host time per linear layer and tick"
+    result.find(total, sum(shortest["allocations"].values()), "µs", at_most=GOAL_MICROSECONDS)
+    result.find(f"{total}, caches evicted by matmuls", sum(shortest["matmuls"].values()), "µs")
+    return result
+
+
+def gpu_host(gate: Gate, options: dict[str, Any]) -> None:
+    """Report the shortest of many rounds of each part, in µs per linear layer of the base model."""
+    _replace_triton()
+    linears = _linears(json.loads(Path(options["base"], "config.json").read_text("utf-8")))
+    groups = _siblings(linears)
+    host = _Host(linears, groups, num_jobs=options["jobs"], rank=options["rank"])
+    while True:
+        matmuls = gate.wait()["matmuls"]
+        num_rounds = max(2, options["rounds"] // (ROUNDS_PER_MATMUL_ROUND if matmuls else 1))
+        rounds = [dict(zip(PARTS, host.round(matmuls=matmuls), strict=True)) for _ in range(num_rounds)]
+        gate.report(**{part: 1e6 * min(seconds[part] for seconds in rounds) / len(linears) for part in PARTS})
+
+
+class _Host:
+    """Plans and launches the LoRA of a pack in all linear layers. All blocks share the inputs and weights of one."""
+
+    def __init__(self, linears: dict[str, AdaptedModule], groups: list[Modules], *, num_jobs: int, rank: int) -> None:
+        self._groups = groups
+        self._lora = SegmentedLora("tiled", linears, groups)
+        self._planned, self._launched = (_pack(linears, num_jobs, rank, length) for length in (PLANNED_TOKENS, 1))
+        num_tokens = self._launched.input_ids.shape[1]
+        block = [[linears[name] for name in group] for group in groups if group[0].startswith("0.")]
+        self._inputs = [torch.randn(num_tokens, of_group[0].in_features) for of_group in block]
+        self._weights = [[torch.randn(one.out_features, one.in_features) for one in of_group] for of_group in block]
+
+    def round(self, *, matmuls: bool) -> tuple[float, float, float]:
+        """Return the seconds of the plan, and of all launches of the forward and the backward pass."""
+        forward = backward = 0.0
+        begin = time.perf_counter()
+        self._lora.plan(self._planned.segments, torch.device("cpu"))
+        plan = time.perf_counter() - begin
+        saved: list[tuple[int, SiteShare, list[Tensor], list[Tensor]]] = []
+        for index, group in enumerate(self._groups):
+            x_TD, outputs = self._forward(index, matmuls=matmuls)
+            begin = time.perf_counter()
+            share = self._lora.divide(group, self._launched, x_TD.device)
+            hidden = [run.add(outputs, x_TD) for run in share.runs]
+            forward += time.perf_counter() - begin
+            saved.append((index, share, outputs, hidden))
+        for index, share, gradients, hidden in reversed(saved):
+            x_TD, dx_TD = self._backward(index, gradients, matmuls=matmuls)
+            begin = time.perf_counter()
+            for run, h_TW in zip(share.runs, hidden, strict=True):
+                run.add_gradients(dx_TD, gradients, x_TD, h_TW)
+            backward += time.perf_counter() - begin
+        return plan, forward, backward
+
+    def _forward(self, index: int, *, matmuls: bool) -> tuple[Tensor, list[Tensor]]:
+        """Return the input and the outputs of a group."""
+        x_TD, weights = self._of_group(index)
+        if matmuls:
+            return x_TD, [x_TD @ weight_OD.T for weight_OD in weights]
+        return x_TD, [x_TD.new_empty(len(x_TD), len(weight_OD)) for weight_OD in weights]
+
+    def _backward(self, index: int, gradients: list[Tensor], *, matmuls: bool) -> tuple[Tensor, Tensor]:
+        """Return the input of a group and its gradient."""
+        x_TD, weights = self._of_group(index)
+        dx_TD = torch.empty_like(x_TD)
+        if matmuls:
+            dx_TD.zero_()
+            for dy_TO, weight_OD in zip(gradients, weights, strict=True):
+                dx_TD.addmm_(dy_TO, weight_OD)
+        return x_TD, dx_TD
+
+    def _of_group(self, index: int) -> tuple[Tensor, list[Tensor]]:
+        return self._inputs[index % len(self._inputs)], self._weights[index % len(self._weights)]
+
+
+def _linears(config: dict[str, Any]) -> dict[str, AdaptedModule]:
+    """Return the linear layers of all blocks of a Llama model."""
+    hidden, feed_forward, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    keys = hidden // heads * config["num_key_value_heads"]
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, feed_forward),
+        "mlp.up_proj": (hidden, feed_forward),
+        "mlp.down_proj": (feed_forward, hidden),
+    }
+    return {
+        name: AdaptedModule(name=name, in_features=inputs, out_features=outputs)
+        for block in range(config["num_hidden_layers"])
+        for name, (inputs, outputs) in ((f"{block}.{linear}", shape) for linear, shape in shapes.items())
+    }
+
+
+def _siblings(linears: dict[str, AdaptedModule]) -> list[Modules]:
+    """Return the linear layers in the groups that share an input, as fused_projections.py finds them."""
+    names = list(linears)
+    return [
+        tuple(names[start:stop])
+        for first in range(0, len(names), 7)
+        for start, stop in ((first, first + 3), (first + 3, first + 4), (first + 4, first + 6), (first + 6, first + 7))
+    ]
+
+
+def _pack(linears: dict[str, AdaptedModule], num_jobs: int, rank: int, length: int) -> PackedBatch:
+    """Return a pack of one sequence of each job."""
+    targets, lora = tuple(linears.values()), LoraConfig(rank=rank, alpha=2 * rank)
+    ids, mask = np.zeros(length, np.int32), np.ones(length, np.uint8)
+    slices = [
+        SliceInput(
+            adapter=FlatAdapter(targets, lora, dtype=torch.bfloat16, device="cpu"),
+            sequences=((ids, mask),),
+            label_weight=1.0,
+            dropout=None,
+        )
+        for _ in range(num_jobs)
+    ]
+    return build_pack(slices, device="cpu")
+
+
+class _Kernel:
+    """A kernel that ignores its launches."""
+
+    def __init__(self, _function: object = None, **_options: object) -> None:
+        pass
+
+    def __call__(self, _function: object) -> _Kernel:
+        return self
+
+    def __getitem__(self, _grid: tuple[int, ...]) -> Any:
+        return _launch_nothing
+
+
+def _launch_nothing(*_: object, **__: object) -> None:
+    pass
+
+
+def _replace_triton() -> None:
+    """Replace Triton in this process, whether it is installed or not."""
+    triton, language = ModuleType("triton"), ModuleType("triton.language")
+    vars(triton).update(jit=_Kernel, language=language)
+    vars(language).update(constexpr=lambda value: value)
+    sys.modules.update({"triton": triton, "triton.language": language})
