@@ -3,7 +3,8 @@
 For each pass on a GPU, the host plans tables of all segments, and launches Triton kernels for each linear layer. The
 same Python runs here with kernels that do nothing, for all layers in the order of a tick. Between the timed calls, only
 the outputs of the base model's linear layers are allocated. A second measurement computes these with matmuls, which
-evict the caches of the CPU. Triton's own launch is not included: it needs a GPU, where benchmarks.gpu.kit measures it.
+evict the caches of the CPU. Triton's own launch and the copy of the tables to the device are not included: they need a
+GPU, where benchmarks.gpu.kit measures them.
 
 Shape suffixes: T tokens of the pack, D input features, O output features, W padded rank.
 """
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gate import Contender, Gate
+from benchmarks.gate import Contender, Gate, Json
 from benchmarks.plan import Plan
 from benchmarks.results import Result
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
@@ -37,40 +38,42 @@ PARTS = {
     "backward": "Launches of the backward pass",
 }
 PLANNED_TOKENS = 512
-"""Tokens of each job in the plan of a pass. The tables grow with them. Launches take as long for one token of each."""
-ROUNDS_PER_MATMUL_ROUND = 30
+"""Tokens of each job in the plan of a pass. The tables grow with them. Launches are measured with one token of each."""
+TICKS_PER_MATMUL_TICK = 30
 
 
 def run(plan: Plan) -> Result:
-    sizes = {"jobs": plan.host_launch_jobs, "rounds": plan.host_launch_rounds}
-    result = Result(theme="gpu_host", settings=plan.settings() | sizes | {"kernels": "do nothing"})
+    sizes = {"jobs": plan.host_tick_jobs, "ticks": plan.host_ticks}
+    model = {"model": plan.workload.model, "rank": plan.rank, "targets": "all-linear"}
+    result = Result(theme="gpu_host", settings=model | sizes | {"kernels": "do nothing", "repeats": plan.repeats})
     options: dict[str, Any] = sizes | {"base": str(plan.workload.base), "rank": plan.rank}
     with closing(Contender("gpu_host", threads=1, log=plan.folder / "gpu_host.log", **options)) as contender:
         for name, matmuls in (("allocations", False), ("matmuls", True)):
             result.repeats[name] = [contender.step(matmuls=matmuls) for _ in range(plan.repeats)]
-    shortest = {
-        name: {part: min(report[part] for report in reports) for part in PARTS}
-        for name, reports in result.repeats.items()
-    }
-    for part, title in PARTS.items():
-        result.find(f"{title}, per linear layer", shortest["allocations"][part], "µs")
+    shortest = {name: min(map(_parts, reports), key=sum) for name, reports in result.repeats.items()}
+    for title, microseconds in zip(PARTS.values(), shortest["allocations"], strict=True):
+        result.find(f"{title}, per linear layer", microseconds, "µs")
     total = "Host time per linear layer and tick"
-    result.find(total, sum(shortest["allocations"].values()), "µs", at_most=GOAL_MICROSECONDS)
-    result.find(f"{total}, caches evicted by matmuls", sum(shortest["matmuls"].values()), "µs")
+    result.find(total, sum(shortest["allocations"]), "µs", at_most=GOAL_MICROSECONDS)
+    result.find(f"{total}, caches evicted by matmuls", sum(shortest["matmuls"]), "µs")
     return result
 
 
+def _parts(report: Json) -> list[float]:
+    return [report[part] for part in PARTS]
+
+
 def gpu_host(gate: Gate, options: dict[str, Any]) -> None:
-    """Report the shortest of many rounds of each part, in µs per linear layer of the base model."""
+    """Report the parts of the shortest of many ticks, in µs per linear layer of the base model."""
     _replace_triton()
     linears = _linears(json.loads(Path(options["base"], "config.json").read_text("utf-8")))
     groups = _siblings(linears)
     host = _Host(linears, groups, num_jobs=options["jobs"], rank=options["rank"])
     while True:
         matmuls = gate.wait()["matmuls"]
-        num_rounds = max(2, options["rounds"] // (ROUNDS_PER_MATMUL_ROUND if matmuls else 1))
-        rounds = [dict(zip(PARTS, host.round(matmuls=matmuls), strict=True)) for _ in range(num_rounds)]
-        gate.report(**{part: 1e6 * min(seconds[part] for seconds in rounds) / len(linears) for part in PARTS})
+        num_ticks = max(2, options["ticks"] // (TICKS_PER_MATMUL_TICK if matmuls else 1))
+        seconds = min((host.tick(matmuls=matmuls) for _ in range(num_ticks)), key=sum)
+        gate.report(**{part: 1e6 * each / len(linears) for part, each in zip(PARTS, seconds, strict=True)})
 
 
 class _Host:
@@ -85,12 +88,16 @@ class _Host:
         self._inputs = [torch.randn(num_tokens, of_group[0].in_features) for of_group in block]
         self._weights = [[torch.randn(one.out_features, one.in_features) for one in of_group] for of_group in block]
 
-    def round(self, *, matmuls: bool) -> tuple[float, float, float]:
+    def tick(self, *, matmuls: bool) -> tuple[float, float, float]:
         """Return the seconds of the plan, and of all launches of the forward and the backward pass."""
         forward = backward = 0.0
         begin = time.perf_counter()
         self._lora.plan(self._planned.segments, torch.device("cpu"))
         plan = time.perf_counter() - begin
+        self._launched.plans.clear()
+        self._lora.divide(
+            self._groups[0], self._launched, torch.device("cpu")
+        )  # a plan whose launches are not prepared
         saved: list[tuple[int, SiteShare, list[Tensor], list[Tensor]]] = []
         for index, group in enumerate(self._groups):
             x_TD, outputs = self._forward(index, matmuls=matmuls)

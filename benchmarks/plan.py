@@ -43,8 +43,8 @@ class Plan:
     idle_seconds: float = 20.0
     host_jobs: int = 4
     slices: tuple[int, ...] = (1024, 512, 256)
-    host_launch_jobs: int = 16
-    host_launch_rounds: int = 600
+    host_tick_jobs: int = 16
+    host_ticks: int = 600
     inference: dict[str, int] = field(
         default_factory=lambda: {
             "adapters": 20,
@@ -99,8 +99,8 @@ def quick(workload: Workload, folder: Path) -> Plan:
         idle_seconds=0.5,
         host_jobs=2,
         slices=(512,),
-        host_launch_jobs=2,
-        host_launch_rounds=2,
+        host_tick_jobs=2,
+        host_ticks=2,
         inference={
             "adapters": 2,
             "adapter_steps": 2,

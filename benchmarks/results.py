@@ -22,6 +22,9 @@ PACKAGES = (
     *("fastapi", "starlette", "uvicorn", "pydantic", "sqlalchemy", "psycopg"),
 )
 
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16", "asimd")
+"""Flags of /proc/cpuinfo, on x86-64 and on ARM."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
@@ -125,9 +128,13 @@ def write(
 
 
 def machine() -> dict[str, Any]:
-    names = re.findall(r"^model name\s*: (.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    """Describe this machine. `instructions` are those that decide the speed of matmuls, if the system lists them."""
+    listed = _read("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", listed, re.MULTILINE)
+    flags = re.findall(r"^(?:flags|Features)\s*: (.+)$", listed, re.MULTILINE)[:1]
     return {
         "cpu": names[0] if names else platform.processor(),
+        "instructions": [name for name in INSTRUCTIONS if name in " ".join(flags).split()],
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",

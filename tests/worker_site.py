@@ -283,17 +283,18 @@ def wait_until(
 
 
 def is_gone_in_time(process: psutil.Process) -> bool:
-    """Wait at most GONE_SECONDS. A zombie counts as gone, because it computes nothing."""
+    """Wait at most GONE_SECONDS."""
     deadline = time.monotonic() + GONE_SECONDS
     while True:
         is_last = time.monotonic() >= deadline  # before the check: this process may have been paused
-        is_gone = _is_gone(process)
-        if is_gone or is_last:
-            return is_gone
+        gone = is_gone(process)
+        if gone or is_last:
+            return gone
         time.sleep(0.01)
 
 
-def _is_gone(process: psutil.Process) -> bool:
+def is_gone(process: psutil.Process) -> bool:
+    """Return whether a process has exited. A zombie has."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -96,7 +96,8 @@ THEMES = {
         question="How do throughput and the slowdown of each job grow with the number of jobs in a pack?",
         method="Packs of 1 to 32 jobs with rank 8 and one row of 64 random tokens per step, with one and two lanes. "
         "Lorry then admits jobs up to its default slowdown limit of 4, and that pack is measured.",
-        caveat="The rows are short, so that one job alone waits for memory. Longer rows were not measured.",
+        caveat="The rows are short, so that one job alone waits for memory. On a CPU without AMX, matmuls are slower, "
+        "and packing gains less. Longer rows were not measured.",
         command=_bench("pack_scaling"),
         patterns=labels.PACK_SCALING,
     ),
@@ -133,7 +134,7 @@ THEMES = {
         question="Is one process with a lane per core as fast as one process per core?",
         method="Four jobs in one process with two lanes alternate with two processes of two jobs each. One job is also "
         "measured with slices of several sizes.",
-        caveat="On this machine both cores are threads of one physical core. A second lane gains a single job nothing.",
+        caveat="On this machine both cores are threads of one physical core.",
         command=_bench("host_total"),
         patterns=labels.HOST_TOTAL,
     ),
@@ -143,8 +144,8 @@ THEMES = {
         method="16 jobs of rank 16 adapt all linear layers. The kernels do nothing. A plan has 512 tokens of each job. "
         "A result is the shortest of 3,000 ticks on a CPU. In a second run of 100 ticks, matmuls between the launches "
         "evict the caches of the CPU.",
-        caveat="Triton's own launch is not included, because it needs a GPU. The CPU of a GPU node may be faster or "
-        "slower.",
+        caveat="Triton's own launch and the copy of the tables to the GPU are not included. The CPU of a GPU node may "
+        "be faster or slower.",
         command=_bench("gpu_host"),
     ),
     "soak": Theme(
@@ -250,7 +251,8 @@ def _section(file_name: str, result: dict[str, Any]) -> Iterator[str]:
     if theme:
         yield from (f"**{theme.question}**", "", theme.method, "", f"Caveat: {theme.caveat}", "")
     yield f"- Result file: `{file_name}`, {result['date']}"
-    yield f"- Machine: {machine['cpu']}, {machine['cores']} cores"
+    instructions = "".join(f", {name}" for name in machine.get("instructions", ())[:1])  # the fastest of them
+    yield f"- Machine: {machine['cpu']}, {machine['cores']} cores{instructions}"
     yield f"- Command: `{theme.command if theme else result['command']}`"
     yield ""
     if result["note"]:

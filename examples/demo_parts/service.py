@@ -19,8 +19,6 @@ from lorry.models.jobs import Model
 
 _STOP_SECONDS = 90
 _SHOWN_LINES = 12
-_LORRY = shlex.quote(str(Path(sys.executable).parent / "lorry"))
-_QUESTION = "What does the function json.dumps do?"
 _LINK = "Dashboard (this link signs in once, within 15 minutes)"
 
 
@@ -64,26 +62,31 @@ def add_base(lorry: Lorry, name: str, source: Source) -> Model:
     return base
 
 
-def farewell(running: Running, data_dir: Path, adapter: str) -> None:
-    """Print commands that ask the adapter something and stop the service."""
-    ask = ("  unset LORRY_URL LORRY_API_KEY", f"  export LORRY_DATA_DIR={shlex.quote(str(data_dir))}")
-    chat = f"  {_LORRY} chat {shlex.quote(adapter)} {shlex.quote(_QUESTION)}"
+def farewell(running: Running, data_dir: Path, adapter: str, question: str) -> None:
+    """Print commands that ask the adapter the question and stop the service."""
+    lorry = _command(data_dir)
+    chat = f"  {lorry} chat {shlex.quote(adapter)} {shlex.quote(question)} --temperature 0"
     if running.stays:
         lines = (
             f"The service keeps running at {running.lorry.url}. {_LINK}: {running.lorry.sign_in_links.create()['url']}",
-            "Ask the best adapter something, and stop the service:",
-            *(*ask, chat),
+            "Ask the best adapter a question, and stop the service:",
+            chat,
         )
     else:
         lines = (
-            f"The service stops now. Its jobs and adapters stay in {data_dir}.",
-            "Start it again, ask the best adapter something, and stop the service:",
-            *(*ask, f"  {_LORRY} up --detach", chat),
+            f"The service stops now. Its jobs and adapters stay in {data_dir}. `make demo KEEP=1` keeps it running.",
+            "Start it again, ask the best adapter a question, and stop the service:",
+            f"  {lorry} up --detach",
+            chat,
         )
-    for line in (*lines, f"  {_LORRY} down"):
+    for line in (*lines, f"  {lorry} down"):
         console.print(line, soft_wrap=True)
-    if not running.stays:
-        console.print("`make demo KEEP=1` keeps the service running.")
+
+
+def _command(data_dir: Path) -> str:
+    """Return the command `lorry` with variables that select the service of the demo."""
+    command = shlex.quote(str(Path(sys.executable).parent / "lorry"))
+    return f"LORRY_URL= LORRY_API_KEY= LORRY_DATA_DIR={shlex.quote(str(data_dir))} {command}"
 
 
 def _left_running(data_dir: Path) -> Lorry | None:
@@ -115,8 +118,7 @@ def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
     ready = json.loads(line)
     console.print(f"Lorry runs at {ready['url']}")
     console.print(f"{_LINK}: {ready['sign_in_url']}", soft_wrap=True)
-    of_demo = f"LORRY_URL= LORRY_DATA_DIR={shlex.quote(str(data_dir))}"
-    console.print(f"While the demo runs: {of_demo} {_LORRY} jobs list", soft_wrap=True)
+    console.print(f"While the demo runs: {_command(data_dir)} jobs list", soft_wrap=True)
     return process
 
 

@@ -63,7 +63,7 @@ def main() -> int:
             problems = training.problems(outcomes, checked)
             for problem in problems:
                 console.print(f"[bold red]{problem}")
-            service.farewell(running, root / "data", best.name)
+            service.farewell(running, root / "data", best.name, asked[0].question())
     return 1 if problems else 0
 
 

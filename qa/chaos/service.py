@@ -29,10 +29,8 @@ from qa.chaos.audit.leftovers import processes
 from qa.chaos.audit.trainer_watch import Watch
 from tests.services.fault_proxy import FaultProxy
 from tests.services.running import Restartable, free_port
-from tests.worker_site import BASE, PEPPER, WorkerSite, wait_until
+from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, wait_until
 
-LEASE_SECONDS = 6.0
-"""The value that WorkerSite sets."""
 SMALL: dict[str, Any] = {"hyperparameters": {"batch_size": 4}, "max_steps": 30, "checkpoint_every_steps": 10}
 """The job of most rows. Its adapter has a known digest."""
 NUM_ROWS = 40
@@ -61,7 +59,7 @@ class FaultSite(WorkerSite):
 
     def __init__(self, folder: Path, *, under: Under, weights: str | None, **environment: str) -> None:
         """weights: digest of the small job's adapter without any fault."""
-        super().__init__(folder, **environment)
+        super().__init__(folder, **{**SHORT_LEASE, **environment})
         self.under = under
         self.weights = weights
         self.submissions: dict[str, list[str]] = defaultdict(list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.kit import compilation, kernels, run
-from benchmarks.gpu.kit.compilation import TRIALS, Job, jobs, leave_out, left_out, run_jobs
+from benchmarks.gpu.kit.compilation import TRIALS, Job, Running, jobs, leave_out, left_out, run_jobs
 from benchmarks.gpu.kit.kit import Kit
 from benchmarks.gpu.kit.log import Log
 from benchmarks.gpu.kit.sizes import full, quick
@@ -134,19 +135,20 @@ def test_kernels_that_are_left_out_are_not_checked(kit: Kit, tmp_path: Path, mon
 
 def test_jobs_end_with_their_stage(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LEAST_SECONDS", 5)
-    path = str(tmp_path / "pid")
-    endless = (
-        "import os, time; from pathlib import Path\n"
-        f"Path({path + '.new'!r}).write_text(str(os.getpid())); os.rename({path + '.new'!r}, {path!r}); time.sleep(99)"
-    )
-    monkeypatch.setattr(compilation, "command", lambda kit, job: [sys.executable, "-c", endless])
+    start, started = compilation._started, list[Running]()  # pyright: ignore[reportPrivateUsage]
+
+    def start_and_record(kit: Kit, job: Job) -> Running:
+        started.append(start(kit, job))
+        return started[-1]
+
+    monkeypatch.setattr(compilation, "_started", start_and_record)
+    monkeypatch.setattr(compilation, "command", lambda kit, job: [sys.executable, "-c", "import time; time.sleep(99)"])
 
     run.run_stage(kit, "compilation", lambda kit: run_jobs(kit, [("lora",)]), until=time.monotonic())
 
     assert [line["value"] for line in lines_of(tmp_path)] == ["stopped", "stopped at its deadline"]
     assert left_out() == []
-    if (tmp_path / "pid").exists():
-        assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+    assert [each.process.wait(60) for each in started] == [-signal.SIGKILL]
 
 
 def test_family_whose_trial_does_not_end_is_left_out(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

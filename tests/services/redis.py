@@ -26,8 +26,8 @@ def redis_server(port: int | None = None) -> Iterator[str]:
 def restartable_redis(port: int | None = None) -> Iterator[tuple[str, Restartable]]:
     """Start a server that can be restarted. Yields the same address, and the server. A restart loses all data."""
     program = find_or_install(find, name="Redis server", installs=INSTALLS)
-    port = port or free_port()
     with server_folder("redis") as folder:
+        port = port or free_port()  # as late as possible: another process may bind it first
         settings = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         argv = [str(program), *settings, "--dir", str(folder)]
         server = Restartable(lambda: running(argv, log=folder / "log.txt", is_ready=lambda: _answers(port)))

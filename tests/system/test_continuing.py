@@ -12,8 +12,6 @@ from catalog.registry.lineage import verify as verify_record
 from catalog.states import JobState
 from tests.worker_site import worker_site
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.mark.slow
 def test_a_child_continues_its_parent_and_a_pause_changes_no_byte(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_systemd_accepts_every_unit(tmp_path: Path) -> None:
         ["systemd-analyze", "verify", "--man=no", *map(str, sorted(tmp_path.iterdir()))],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         check=False,
     )
 

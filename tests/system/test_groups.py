@@ -15,10 +15,7 @@ from catalog.fleet import cordons, workers
 from catalog.tables.fleet import Worker
 from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores"),
-]
+pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 CORES = sorted(os.sched_getaffinity(0))[:2]
 GROUPS = [f"cpu:{core}" for core in CORES]
 

@@ -45,12 +45,6 @@ def stacks_by_rank(site: WorkerSite, job_id: str) -> dict[int, str]:
     return {rank: text.partition("Stacks of its threads:")[2] for rank, text in texts.items()}
 
 
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine a trainer's processes take minutes to start."""
-    monkeypatch.setattr(WorkerSite, "patience_seconds", 500.0)
-
-
 def hung(site: WorkerSite, failpoint: str, *, argv: list[str] = IMPATIENT, **environment: str) -> str:
     """Return a job whose first attempt has hung at the failpoint and timed out."""
     job_id = site.submit(site.upload(20), **small_job(max_steps=20, checkpoint_every_steps=5))

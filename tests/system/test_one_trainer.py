@@ -15,8 +15,6 @@ from catalog.tables.storage import Artifact
 from catalog.tables.table import Json
 from tests.worker_site import SHORT_LEASE, worker_site
 
-pytestmark = pytest.mark.timeout(600)
-
 
 def test_initial_and_joining_jobs_share_one_trainer_and_equal_solo_runs(tmp_path: Path) -> None:
     with worker_site(tmp_path) as site:

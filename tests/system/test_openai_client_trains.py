@@ -15,8 +15,6 @@ from tests import tiny_base
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
-pytestmark = pytest.mark.timeout(600)
-
 
 def test_openai_client_trains_a_model_and_deletes_it(tmp_path: Path) -> None:
     with (

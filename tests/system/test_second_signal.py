@@ -11,13 +11,11 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
 import redis
 
 from catalog.fleet import workers
 from tests.worker_site import WAIT_SECONDS, WorkerSite, bare_site
 
-pytestmark = pytest.mark.timeout(600)
 AT_ONCE_SECONDS = 30
 """Far less than the hanging work would take."""
 HANGS = """

@@ -11,8 +11,6 @@ from catalog.states import EndReason, JobState
 from tests.system.test_killed_worker import small_job
 from tests.worker_site import worker_site
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.mark.slow
 def test_jobs_on_two_processes_equal_one_process_despite_a_kill(tmp_path: Path) -> None:

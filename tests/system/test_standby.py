@@ -8,21 +8,13 @@ import psutil
 import pytest
 
 from catalog.states import JobState
-from tests.worker_site import WAIT_SECONDS, worker_site
+from tests.worker_site import WAIT_SECONDS, is_gone_in_time, worker_site
 
-pytestmark = pytest.mark.timeout(600)
 WANTED = {"LORRY_STANDBY_TRAINER": "true"}
 
 
 def children(pid: int) -> set[int]:
     return {child.pid for child in psutil.Process(pid).children() if child.status() != psutil.STATUS_ZOMBIE}
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.mark.slow
@@ -58,10 +50,11 @@ def test_a_standby_exits_with_its_killed_worker_and_its_folder_is_deleted(tmp_pa
         site.wait_until(site.standing_by)
         (pid,) = children(worker.pid)
         (folder,) = site.standing_by()
+        standby = psutil.Process(pid)
 
         worker.kill()
 
-        site.wait_until(lambda: is_gone(pid))
+        assert is_gone_in_time(standby)
         site.work_until_done()
         assert not folder.exists()
 

@@ -15,7 +15,7 @@ from catalog.states import EndReason, JobState
 from catalog.sweeps import creation, queries
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 NUM_STEPS = 120
 """Enough that no machine finishes them before its worker has processed the first rung."""
 

@@ -69,7 +69,7 @@ class Stack:
 
     def run_json(self, *command: str) -> dict[str, Any]:
         argv = [sys.executable, "-m", "api", *command]
-        done = subprocess.run(argv, env=self.environment, cwd=ROOT, capture_output=True, check=True, timeout=60)
+        done = subprocess.run(argv, env=self.environment, cwd=ROOT, capture_output=True, check=True, timeout=250)
         return json.loads(done.stdout)
 
     def start(self, name: str, argv: list[str], *, is_read: bool = False) -> subprocess.Popen[bytes]:

@@ -10,8 +10,6 @@ from catalog.registry import base_models
 from catalog.states import JobState
 from tests.worker_site import BASE, worker_site
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.mark.slow
 def test_a_node_without_the_base_imports_it_and_trains_the_same_adapter(tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def choose_device(wanted: str | None) -> Device:
     if wanted == "cpu":
         return cpu()
     if wanted is not None and wanted.startswith(CORES):
+        if not hasattr(os, "sched_setaffinity"):
+            raise SystemExit(f"{wanted!r} reserves CPU cores, which needs Linux. Use cpu.")
         return cpu(cores=_numbers(wanted.removeprefix(CORES), wanted, _own_cores(), "core"))
     found = find_devices()
     if wanted is None or wanted == "auto":

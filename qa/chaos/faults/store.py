@@ -22,7 +22,7 @@ from tests.worker_site import is_gone_in_time
 
 BROKEN = http_answer("500 Internal Server Error", "<Error><Code>InternalError</Code></Error>")
 EXPIRED = http_answer("403 Forbidden", "<Error><Code>ExpiredToken</Code></Error>")
-SLOW_BYTES_PER_SECOND = 80_000
+SLOW_BYTES_PER_SECOND = 30_000
 """A checkpoint takes longer than a lease."""
 PART = "partNumber="
 """Occurs only in the URLs of the parts of a multipart upload."""

@@ -221,24 +221,26 @@ class Unread(HttpConnection):
 
 
 class CountedDownloads(Downloads):
-    num_admitted = 0
+    def __init__(self, *, per_key: int) -> None:
+        super().__init__(per_key=per_key)
+        self.admitted_keys: list[str] = []
 
     @contextmanager
     def admitted(self, *, api_key_id: str, project_id: str) -> Generator[None]:
         with super().admitted(api_key_id=api_key_id, project_id=project_id):
-            self.num_admitted += 1
+            self.admitted_keys.append(api_key_id)
             yield
 
 
 def test_stalled_download_is_aborted_and_frees_its_slot(
     app: FastAPI, key: str, services: Services, world: World
 ) -> None:
-    downloads = CountedDownloads(per_key=1)
+    downloads, key_id = CountedDownloads(per_key=1), key.split("_")[1]
     app.state.services = replace(services, downloads=downloads)
 
     def has_room() -> bool:
         try:
-            with downloads.admitted(api_key_id=key.split("_")[1], project_id=world.caller.project_id):
+            with downloads.admitted(api_key_id=key_id, project_id=world.caller.project_id):
                 return True
         except RateLimited:
             return False
@@ -246,7 +248,8 @@ def test_stalled_download_is_aborted_and_frees_its_slot(
     with running(app, key, connection=Unread) as site:
         path = f"/v1/files/{upload(site, random.Random(4).randbytes(MORE_THAN_A_SOCKET_TAKES))}/content"
         with closing(get(site, path)) as client:
-            until(lambda: downloads.num_admitted)
+            until(lambda: downloads.admitted_keys)
+            assert downloads.admitted_keys[0] == key_id
             until(has_room)
             received = read_to_end(client)
 

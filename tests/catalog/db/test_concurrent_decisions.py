@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import event
 
 from catalog.batches import execution
-from catalog.db.database import Database
 from catalog.exports import claims as export_claims
 from catalog.fleet import cordons
 from catalog.queue import claims, preemption
@@ -31,14 +29,11 @@ from tests.catalog.queue.test_preemption import LATE, ONE, SPARED
 from tests.catalog.sweeping import advance, finish, make, measure, of, train
 from tests.catalog.world import LEASE, World
 
-pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+pytestmark = [
+    pytest.mark.usefixtures("no_endless_wait"),
+    pytest.mark.parametrize("database_url", ["postgresql"], indirect=True),
+]
 T = TypeVar("T")
-
-
-@pytest.fixture(autouse=True)
-def no_endless_wait(db: Database) -> None:
-    """Limit lock waits to 20 s. PostgreSQL cannot detect a deadlock that includes a thread of the test itself."""
-    event.listen(db.engine, "begin", lambda connection: connection.exec_driver_sql("set local lock_timeout = '20s'"))
 
 
 def act_after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], Any]) -> None:

@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from catalog import revocation
@@ -35,16 +35,13 @@ from catalog.tenancy.api_keys import KeyRequest
 from tests.catalog.serving.test_endpoints import NEW, registered
 from tests.catalog.world import LEASE, PEPPER, World, manifest, sha
 
-pytestmark = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+pytestmark = [
+    pytest.mark.usefixtures("no_endless_wait"),
+    pytest.mark.parametrize("database_url", ["postgresql"], indirect=True),
+]
 MAX_CHECKS = 2_000
 CHECK_PAUSE = text("select pg_sleep(0.01)")
 """The pause between two checks. It runs in the database, which leaves the processor to the awaited threads."""
-
-
-@pytest.fixture(autouse=True)
-def no_endless_wait(db: Database) -> None:
-    """Limit lock waits to 20 s. PostgreSQL cannot detect a deadlock that includes a thread of the test itself."""
-    event.listen(db.engine, "begin", lambda connection: connection.exec_driver_sql("set local lock_timeout = '20s'"))
 
 
 def wait_for_one_in_line(db: Database, *, or_end_of: Future[Any] | None = None) -> None:

@@ -17,7 +17,7 @@ from catalog.queue import notifier as notifier_module
 from catalog.queue.notifier import QUEUE, TASK, TRANSPORT_OPTIONS, FileNotifier, RedisNotifier, open_notifier
 from catalog.settings import Settings
 from tests.services.redis import redis_server
-from tests.services.running import free_port
+from tests.services.running import closed_port, free_port
 
 KEY = f"{TRANSPORT_OPTIONS['global_keyprefix']}{QUEUE}"
 
@@ -105,20 +105,21 @@ class Silence:
 @pytest.mark.parametrize("kind", ["refused", "silent", "unknown host", "no address"])
 def test_unreachable_broker_neither_blocks_nor_fails_a_notification(kind: str) -> None:
     silence = Silence()
-    urls = {
-        "refused": f"redis://127.0.0.1:{free_port()}/0",
-        "silent": silence.url,
-        "unknown host": "redis://no.such.host.invalid:6379/0",
-        "no address": "not a url",
-    }
-    notifier = RedisNotifier(urls[kind], first_wait_seconds=0.05)
-    notifying_thread = threading.Thread(target=lambda: [notifier.wake_workers() for _ in range(1_000)], daemon=True)
+    with closed_port() as port:
+        urls = {
+            "refused": f"redis://127.0.0.1:{port}/0",
+            "silent": silence.url,
+            "unknown host": "redis://no.such.host.invalid:6379/0",
+            "no address": "not a url",
+        }
+        notifier = RedisNotifier(urls[kind], first_wait_seconds=0.05)
+        notifying_thread = threading.Thread(target=lambda: [notifier.wake_workers() for _ in range(1_000)], daemon=True)
 
-    notifying_thread.start()
-    notifying_thread.join(10)
+        notifying_thread.start()
+        notifying_thread.join(10)
 
-    assert not notifying_thread.is_alive()
-    notifier.close()
+        assert not notifying_thread.is_alive()
+        notifier.close()
     silence.listener.close()
 
 

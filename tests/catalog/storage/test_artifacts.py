@@ -22,7 +22,7 @@ from catalog.settings import Settings
 from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile, check_path
 from catalog.storage.object_storage import CHUNK_BYTES, Objects, StoredObject
 from catalog.storage.store import GRACE_SECONDS, ArtifactStore, blob_key, manifest_key, open_store
-from tests.services.running import free_port
+from tests.services.running import closed_port
 from tests.services.s3 import new_bucket
 from tests.services.small_disk import small_disk
 
@@ -441,12 +441,13 @@ def test_reachable_store_passes_the_check(store: ArtifactStore) -> None:
 def test_unreachable_bucket_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     monkeypatch.setattr("catalog.storage.object_storage.RETRY", {"max_retries": 0})
 
-    with pytest.raises(Unavailable) as caught:
-        ArtifactStore(Objects("s3://nowhere")).check_reachable()
+    with closed_port() as port:
+        monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{port}")
+        with pytest.raises(Unavailable) as caught:
+            ArtifactStore(Objects("s3://nowhere")).check_reachable()
 
     assert caught.value.code == "store_unavailable"
     assert "LORRY_STORE_URL" in caught.value.remedy

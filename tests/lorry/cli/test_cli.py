@@ -378,7 +378,7 @@ def test_pull_into_an_unwritable_path_fails_without_a_traceback(service: Script,
 
 def lorry(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "lorry", *arguments]
-    return subprocess.run(argv, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(argv, env={**os.environ, **environ}, capture_output=True, text=True, check=False, timeout=250)
 
 
 def test_version_and_shell_completion_work() -> None:

@@ -54,7 +54,7 @@ def test_down_stops_the_process_that_locks_the_folder(run: Run, tmp_path: Path) 
         result = run("down", "--data-dir", tmp_path)
 
         assert result.exit_code == 0
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     assert f"(process {process.pid})" in result.stderr
     assert result.stderr.endswith("Stopped.\n")
 
@@ -101,7 +101,7 @@ def test_second_down_stops_a_slow_service_immediately(
 
         assert (first.exit_code, second.exit_code) == (1, 0)
         assert "Run `lorry down` again" in first.stderr
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_data_folder_defaults_to_the_environment_variable(

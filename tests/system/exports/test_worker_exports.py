@@ -17,8 +17,6 @@ from catalog.tables.exports import AdapterExport
 from tests.services.uploads_hub import COMMIT, TOKEN, upload_hub
 from tests.worker_site import SHORT_LEASE, WAIT_SECONDS, WorkerSite, worker_site
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[WorkerSite]:

@@ -16,7 +16,6 @@ from catalog.tables.inference import InferenceRequest
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, worker_site
 
-pytestmark = pytest.mark.timeout(600)
 URL = "/v1/chat/completions"
 ENDED = {"completed", "failed", "cancelled", "expired"}
 

@@ -18,7 +18,6 @@ from openai.types.chat import ChatCompletionMessageParam
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site
 
-pytestmark = pytest.mark.timeout(600)
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What color is the lorry?"}]
 OPTIONS: dict[str, Any] = {"messages": QUESTION, "temperature": 0, "max_tokens": 12}
 REFERENCE = """

@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from catalog.tables.inference import InferenceRequest
 from tests import tiny_base
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WAIT_SECONDS, WorkerSite, worker_site
 
-pytestmark = pytest.mark.timeout(600)
 OPTIONS: dict[str, Any] = {
     "model": BASE,
     "messages": [{"role": "user", "content": "What color is the lorry?"}],
@@ -38,11 +36,6 @@ def service(site: WorkerSite) -> Iterator[Service]:
         yield service
 
 
-def num_open(site: WorkerSite) -> int:
-    with site.db.read() as session:
-        return session.query(InferenceRequest).count()
-
-
 def text_of(stream: Any) -> str:
     return "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
 
@@ -59,7 +52,7 @@ def test_worker_killed_in_the_middle_of_an_answer_is_replaced_by_another(site: W
         site.start_worker()
 
         assert text_of(begun) + text_of(stream) == whole
-        site.wait_until(lambda: num_open(site) == 0)
+        site.wait_until(lambda: site.num_open_requests() == 0)
 
 
 def test_worker_that_drains_hands_its_requests_to_another(site: WorkerSite, service: Service) -> None:
@@ -109,7 +102,7 @@ def test_jobs_and_requests_for_different_base_models_alternate_on_one_worker(
         asking = threading.Thread(target=ask)
         asking.start()
         site.wait_for_end(job)
-        asking.join(120)
+        asking.join(WAIT_SECONDS)
 
         assert not asking.is_alive()
         assert site.job(job).state == "succeeded", site.log()
@@ -140,7 +133,7 @@ def test_requests_for_two_base_models_take_turns_on_one_worker_without_jobs(tmp_
             site.wait_until(lambda: found)
             again = client.chat.completions.create(**of_other).choices[0].message.content
             is_answered.set()
-            asking.join(120)
+            asking.join(WAIT_SECONDS)
 
             assert not asking.is_alive()
             assert again == other

@@ -6,15 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from catalog.history import queries
 from catalog.jobs import commands, reproduction, submission
 from catalog.states import JobState
 from catalog.tables.jobs import Job
 from tests.worker_site import WorkerSite, worker_site
 
-pytestmark = pytest.mark.timeout(600)
 FIELDS: dict[str, Any] = {
     "max_steps": 6,
     "checkpoint_every_steps": 1000,

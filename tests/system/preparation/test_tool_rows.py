@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from catalog.plans import plans
 from catalog.spec.job import JobRequest
 from catalog.states import JobState
 from tests.worker_site import BASE, worker_site
 
-pytestmark = pytest.mark.timeout(300)
 ROWS = Path(__file__).parents[2] / "catalog" / "datasets" / "openai_rows" / "tool_calls.jsonl"
 
 

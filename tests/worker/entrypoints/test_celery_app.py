@@ -24,7 +24,6 @@ from tests.services.running import closed_port
 from tests.worker_site import PEPPER, WAIT_SECONDS, WorkerSite, bare_site, worker_site
 from worker.context.context import UNFIT
 
-pytestmark = pytest.mark.timeout(600)
 WORKER = [
     sys.executable,
     "-m",
@@ -83,7 +82,7 @@ from worker.entrypoints.celery_app import app
 for name, *arguments in {messages!r}:
     app.send_task(name, args=arguments)
 """
-    assert site.start([sys.executable, "-c", program]).wait(60) == 0, site.log()
+    assert site.start([sys.executable, "-c", program]).wait(WAIT_SECONDS) == 0, site.log()
 
 
 def listens_to_remote_control(url: str) -> bool:
@@ -146,8 +145,7 @@ celery_app._terminate_main()
 def test_repeated_and_forged_notifications_start_one_attempt(tmp_path: Path, redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
-    site_options = {"LORRY_REDIS_URL": redis_url, "LORRY_DEVICE": "cpu", "LORRY_LEASE_SECONDS": "60"}
-    with worker_site(tmp_path, **site_options) as site:
+    with worker_site(tmp_path, LORRY_REDIS_URL=redis_url, LORRY_DEVICE="cpu") as site:
         job_id = site.submit(site.upload(12), max_steps=3)
         forged = ("lorry.work", "ftjob-forged", {"claim_id": "mine"})
         unknown = (f"os.system.{uuid.uuid4().hex}", json.dumps({"job": job_id}))
@@ -163,7 +161,7 @@ def test_repeated_and_forged_notifications_start_one_attempt(tmp_path: Path, red
         assert len(site.adapters()) == 1
         assert not listens_to_remote_control(redis_url)
         worker.terminate()
-        assert worker.wait(60) == 0, site.log()
+        assert worker.wait(WAIT_SECONDS) == 0, site.log()
         assert list((site.settings.work_dir() / "trainers").iterdir()) == []
 
 

@@ -223,6 +223,13 @@ def test_an_invalid_group_is_rejected_with_a_message(
     assert str(refused.value).startswith(message)
 
 
+def test_cores_are_only_reserved_where_the_system_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_setaffinity")
+
+    with pytest.raises(SystemExit, match=r"^'cpu:0' reserves CPU cores, which needs Linux\. Use cpu\.$"):
+        node.choose_device("cpu:0")
+
+
 def test_a_group_of_cores_has_its_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "_own_cores", lambda: {0, 1, 2, 3})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=60 * GIB, total=64 * GIB))

@@ -11,14 +11,8 @@ from catalog.states import EndReason
 from tests.worker.test_several_processes import launched
 from worker.process.exit_status import classify_exit
 
-pytestmark = pytest.mark.timeout(900)
 SOON_SECONDS = 120.0
 """Limit for the processes to exit on a busy machine. A process that waits for the failed one waits for an hour."""
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.worker.test_several_processes.WAIT_SECONDS", 400.0)
 
 
 @pytest.mark.slow

@@ -185,7 +185,7 @@ def test_detached_service_runs_until_lorry_down(data_dir: Path) -> None:
 def test_port_in_use_has_a_clear_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         argv = [*UP, "--data-dir", str(tmp_path / "d"), "--port", str(taken.getsockname()[1])]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=250)
 
     assert done.returncode == 1
     assert "is already in use" in done.stderr
@@ -233,7 +233,7 @@ def test_no_other_process_can_take_the_port_while_the_service_starts(tmp_path: P
         assert process.stdout is not None
         line = process.stdout.readline()
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=250)
 
     assert "authorization" not in requests.read_text().lower()
     assert requests.read_text().startswith("not taken: Address already in use")
@@ -270,7 +270,7 @@ def _check_sign_in(url: str) -> None:
 
 
 def _check_second_is_refused(data_dir: Path, holder: int) -> None:
-    done = subprocess.run([*UP, "--data-dir", str(data_dir)], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([*UP, "--data-dir", str(data_dir)], capture_output=True, text=True, check=False, timeout=250)
 
     assert done.returncode == 1
     assert f"Lorry is already running in the data folder {data_dir} (process {holder})." in done.stderr

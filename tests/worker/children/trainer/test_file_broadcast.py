@@ -15,7 +15,6 @@ from tests.worker.test_several_processes import WAIT_SECONDS, Launched, digest, 
 from worker.process.exit_status import peer_failure
 from worker.protocol.rendezvous import meeting_settings, place_of, reported_port
 
-pytestmark = pytest.mark.timeout(600)
 LOCAL = "127.0.0.1"
 JOB = {"max_steps": 6, "hyperparameters": {"batch_size": 16}}
 
