@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,15 @@ class Running:
     stays: bool
 
 
+def command(data_dir: Path, removed: Sequence[str]) -> str:
+    """Return the command `lorry` for another terminal: without the removed variables, on the data of the demo."""
+    unset = " ".join(f"-u {name}" for name in sorted({"LORRY_URL", "LORRY_API_KEY", *removed} - {"LORRY_DATA_DIR"}))
+    program = Path(sys.executable).parent / "lorry"
+    return f"env {unset} LORRY_DATA_DIR={shlex.quote(str(data_dir))} {shlex.quote(str(program))}"
+
+
 @contextmanager
-def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
+def running(data_dir: Path, log: Path, command: str, *, keep: bool) -> Generator[Running]:
     """Use the service that runs on `data_dir`, or start one, which stops at the end unless `keep`."""
     data_dir.mkdir(exist_ok=True)
     left = _left_running(data_dir)
@@ -41,7 +48,7 @@ def running(data_dir: Path, log: Path, *, keep: bool) -> Generator[Running]:
             console.print(f"{_LINK}: {left.sign_in_links.create()['url']}", soft_wrap=True)
             yield Running(lorry=left, stays=True)
         return
-    process = _start(data_dir, log)
+    process = _start(data_dir, log, command)
     done = False
     try:
         with Lorry(data_dir=data_dir) as lorry:
@@ -62,10 +69,9 @@ def add_base(lorry: Lorry, name: str, source: Source) -> Model:
     return base
 
 
-def farewell(running: Running, data_dir: Path, adapter: str, question: str) -> None:
+def farewell(running: Running, command: str, adapter: str, question: str) -> None:
     """Print commands that ask the adapter the question and stop the service."""
-    lorry = _command(data_dir)
-    chat = f"  {lorry} chat {shlex.quote(adapter)} {shlex.quote(question)} --temperature 0"
+    chat = f"  {command} chat {shlex.quote(adapter)} {shlex.quote(question)} --temperature 0"
     if running.stays:
         lines = (
             f"The service keeps running at {running.lorry.url}. {_LINK}: {running.lorry.sign_in_links.create()['url']}",
@@ -74,19 +80,13 @@ def farewell(running: Running, data_dir: Path, adapter: str, question: str) -> N
         )
     else:
         lines = (
-            f"The service stops now. Its jobs and adapters stay in {data_dir}. `make demo KEEP=1` keeps it running.",
+            "The service stops now. Its jobs and adapters stay. `make demo KEEP=1` keeps it running.",
             "Start it again, ask the best adapter a question, and stop the service:",
-            f"  {lorry} up --detach",
+            f"  {command} up --detach",
             chat,
         )
-    for line in (*lines, f"  {lorry} down"):
+    for line in (*lines, f"  {command} down"):
         console.print(line, soft_wrap=True)
-
-
-def _command(data_dir: Path) -> str:
-    """Return the command `lorry` with variables that select the service of the demo."""
-    command = shlex.quote(str(Path(sys.executable).parent / "lorry"))
-    return f"LORRY_URL= LORRY_API_KEY= LORRY_DATA_DIR={shlex.quote(str(data_dir))} {command}"
 
 
 def _left_running(data_dir: Path) -> Lorry | None:
@@ -99,7 +99,7 @@ def _left_running(data_dir: Path) -> Lorry | None:
         return None
 
 
-def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
+def _start(data_dir: Path, log: Path, command: str) -> subprocess.Popen[str]:
     """Return when the service is ready. Its own session keeps Ctrl-C from reaching it."""
     argv = [sys.executable, "-P", "-m", "lorry", "up", "--json", "--data-dir", str(data_dir)]
     with log.open("ab") as errors:
@@ -118,7 +118,7 @@ def _start(data_dir: Path, log: Path) -> subprocess.Popen[str]:
     ready = json.loads(line)
     console.print(f"Lorry runs at {ready['url']}")
     console.print(f"{_LINK}: {ready['sign_in_url']}", soft_wrap=True)
-    console.print(f"While the demo runs: {_command(data_dir)} jobs list", soft_wrap=True)
+    console.print(f"While the demo runs: {command} jobs list", soft_wrap=True)
     return process
 
 

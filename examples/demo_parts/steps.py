@@ -19,7 +19,7 @@ BASE = "smollm2-135m"
 
 def main() -> int:
     started = time.monotonic()
-    surroundings.remove_lorry_settings()
+    removed = surroundings.remove_lorry_settings()
     root = surroundings.folder()
     with surroundings.locked(root):
         report.heading(1, "A real base model")
@@ -31,7 +31,8 @@ def main() -> int:
         report.data_set(train, held_out)
 
         report.heading(3, "The service")
-        with service.running(root / "data", root / "lorry-up.log", keep=bool(os.environ.get("KEEP"))) as running:
+        command, keep = service.command(root / "data", removed), bool(os.environ.get("KEEP"))
+        with service.running(root / "data", root / "lorry-up.log", command, keep=keep) as running:
             lorry = running.lorry
             base = service.add_base(lorry, BASE, source)
 
@@ -63,7 +64,7 @@ def main() -> int:
             problems = training.problems(outcomes, checked)
             for problem in problems:
                 console.print(f"[bold red]{problem}")
-            service.farewell(running, root / "data", best.name, asked[0].question())
+            service.farewell(running, command, best.name, asked[0].question())
     return 1 if problems else 0
 
 

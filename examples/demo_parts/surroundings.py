@@ -20,10 +20,10 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 _ELSEWHERE = f"or use another folder: {OWN}=/another/folder make demo"
 
 
-def remove_lorry_settings() -> None:
+def remove_lorry_settings() -> list[str]:
     """Remove LORRY_ variables from the environment, so that the demo uses its own service, database and store.
 
-    Requests to this machine bypass any proxy.
+    Requests to this machine bypass any proxy. Returns the names of the removed variables.
     """
     others = sorted(name for name in os.environ if name.startswith("LORRY_") and name != OWN)
     for name in others:
@@ -34,6 +34,7 @@ def remove_lorry_settings() -> None:
         )
     for name in ("NO_PROXY", "no_proxy"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), *_LOOPBACK)))
+    return others
 
 
 def folder() -> Path:

@@ -1,6 +1,7 @@
 """Full ids from what a user typed: a unique prefix of an id or, for an adapter, a unique part of its name.
 
 A full id costs no request. If nothing matches, the text is returned unchanged, and the service's error explains it.
+The suffix of a job stands for its adapter.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def adapter(lorry: Lorry, typed: str) -> str:
     """Return the name or id of one adapter.
 
     Accepts a name or an id, a unique prefix of either, a unique part of a name such as the suffix, the id of the job
-    that trained it, and the id of a sweep for its best adapter. Raises LorryError for the suffix of a job that has no
-    adapter.
+    that trained it, and the id of a sweep for its best adapter. Raises LorryError for a job without a
+    final adapter, named by its id or suffix.
     """
     if typed.startswith("ftjob-"):
         return _adapter_of_job(lorry, typed)
@@ -111,8 +112,10 @@ def _adapter_of_job(lorry: Lorry, typed: str) -> str:
 
 
 def _newest_job(lorry: Lorry, suffix: str) -> Job | None:
-    with suppress(APIError):  # a key without the scope to list jobs: the service explains the unknown name
-        return next((one for one in islice(lorry.jobs.list(), SEARCHED) if suffix and one.suffix == suffix), None)
+    if not suffix:
+        return None
+    with suppress(APIError):
+        return next((one for one in islice(lorry.jobs.list(), SEARCHED) if one.suffix == suffix), None)
     return None
 
 

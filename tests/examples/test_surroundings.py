@@ -41,7 +41,9 @@ def test_lorry_settings_are_removed_and_listed(
     environment.setenv("LORRY_DEMO_DIR", "/kept")
     environment.setenv("NO_PROXY", "corp.example")
 
-    surroundings.remove_lorry_settings()
+    removed = surroundings.remove_lorry_settings()
+
+    assert removed == ["LORRY_DATABASE_URL", "LORRY_URL"]
 
     printed = " ".join(capsys.readouterr().out.split())
     assert "LORRY_DATABASE_URL, LORRY_URL." in printed
