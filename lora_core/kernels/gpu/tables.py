@@ -117,7 +117,7 @@ def tables_of(members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _joins(spans: np.ndarray, segment_P: np.ndarray) -> np.ndarray:
-    """Return the joins of spans in the order of their segments. The places of missing siblings are not read."""
+    """Return the joins of spans in the order of their segments."""
     _, first_S, siblings_S = np.unique(segment_P, return_index=True, return_counts=True)
     number_P = np.arange(len(spans)) - np.repeat(first_S, siblings_S)
     places = np.zeros((len(first_S), MOST_SIBLINGS, 2), np.int64)
@@ -125,7 +125,7 @@ def _joins(spans: np.ndarray, segment_P: np.ndarray) -> np.ndarray:
     start_S, stop_S = spans[first_S, 1], spans[first_S, 2]
     of_J, after_J, rows_J = _tiled(start_S, stop_S)
     places = places[of_J]
-    places[:, :, 1] += after_J[:, None]
+    places[:, :, 1] += np.where(np.arange(MOST_SIBLINGS) < siblings_S[of_J, None], after_J[:, None], 0)
     joins = np.stack((start_S[of_J] + after_J, rows_J, after_J, siblings_S[of_J]), axis=1)
     return np.concatenate((joins, places.reshape(len(joins), -1)), axis=1)
 
