@@ -39,9 +39,16 @@ def test_one_thread_and_sizes_of_64_give_bitwise_equality(load, family, dtype):
     assert Engine(load(family, dtype), EngineConfig()).invariance == "bitwise"
 
 
-def test_small_differences_are_reported_as_allclose(load, monkeypatch):
-    disturbed(monkeypatch, size=1e-4, losses=1e-4)
-    assert Engine(load("llama"), EngineConfig()).invariance == "allclose"
+@pytest.mark.parametrize("size", [1e-4, 0.2])
+def test_small_differences_are_logged_and_reported_as_allclose(load, monkeypatch, caplog, size):
+    disturbed(monkeypatch, size=size, losses=1e-4)
+
+    with caplog.at_level("INFO", logger="lora_core.engine.invariance_probe"):
+        engine = Engine(load("llama"), EngineConfig())
+
+    assert engine.invariance == "allclose"
+    (logged,) = (record.args for record in caplog.records if "of their norm" in record.msg)
+    assert logged == pytest.approx((size,), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -329,6 +329,8 @@ def test_no_kind_of_job_mixes_devices_or_waits_more_often(
     assert found["steps"].keys() == expected.keys()
     assert all(found["steps"].values())
     assert sum(found["most_waits"].values()) <= most_waits, found["most_waits"]
+    if task != "causal-lm":
+        assert {wait.partition(" ")[0] for wait in found["most_waits"]} == {"update"}, "a wait before the backward pass"
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload"])

@@ -53,6 +53,7 @@ def test_tuning_variables_of_libraries_pass_and_credentials_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tuning = {"NVIDIA_VISIBLE_DEVICES", "NCCL_IB_PKEY", "CUDA_MODULE_LOADING", "TORCH_LOGS"}
+    tuning |= {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CC"}
     credentials = {"NVIDIA_API_KEY", "TORCH_HUB_TOKEN", "CUDA_SECRET", "NCCL_password", "NVIDIA_CREDENTIALS"}
     for name in tuning | credentials:
         monkeypatch.setenv(name, "canary")
