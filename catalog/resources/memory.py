@@ -122,16 +122,17 @@ def own_parts(
     - `subtracted_start`: the initial weights that PiSSA and OLoRA subtract, in the precision of the base model.
     - `slice_gradients`: gradient buffers of the slices after the first, if a step may have more than one slice.
     - `beyond_a_slice`: the largest of three phases that never overlap, minus a slice of JOB_TOKENS: the computation of
-      the initial weights, the largest slice (with dropout masks and the outputs that DoRA scales, for all linear
-      layers), and the pass for the samples.
+      the initial weights, the largest slice (with A x, dropout masks and the outputs that DoRA scales, for all
+      linear layers), and the pass for the samples.
 
     `precision`: of the base model. `keeps_parent`: whether the loss compares with the parent adapter, whose weights are
     then in memory too. `longest_example`: tokens of its longest row or pair of rows, which is never split; None if
     unknown. The reference pass of a preference loss keeps nothing for a backward pass and is over before the job's own
     pass begins. `slice_tokens`: maximum tokens of a slice, unless a row is longer. `recomputes`: whether the engine
     recomputes activations when memory is short, as it does on a GPU. A long slice then keeps the inputs of the blocks,
-    one block at a time, and still the values of DoRA and dropout. `kernels`: those of the job's trainer. None if no
-    trainer has it yet: its largest slice then runs with the kernels of the device, and JOB_TOKENS with those of a CPU.
+    one block at a time, and still the values of LoRA, DoRA and dropout. `kernels`: those of the job's trainer. None if
+    no trainer has it yet: its largest slice then runs with the kernels of the device, and JOB_TOKENS with those of a
+    CPU.
     """
     shapes: Shapes = description.get("linear_shapes", {})
     width, subtracts_start = BYTES_PER_NUMBER[precision], begins_with_the_base(init_lora_weights)
@@ -141,9 +142,10 @@ def own_parts(
     usual = slice_bytes(description, precision, kernels or "cpu")
     kernels = kernels or ("cuda" if recomputes else "cpu")
     # The kernels of a GPU draw the mask again instead, but they take only what lora_core/layers/tiled_lora.py names.
-    is_too_high = highest_rank * (2 if subtracts_start else 1) > GPU_KERNEL_RANK
-    has_masks = dropout and (not recomputes or use_dora or precision == "float32" or is_too_high)
-    even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
+    rank = highest_rank * (2 if subtracts_start else 1)
+    has_masks = dropout and (not recomputes or use_dora or precision == "float32" or rank > GPU_KERNEL_RANK)
+    even_so = most_tokens * product_bytes_per_token(shapes, precision, rank)
+    even_so += most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
     even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
     largest = most_tokens * activation_bytes_per_token(shapes, precision, kernels) + even_so
     if recomputes:
@@ -233,6 +235,11 @@ def activation_bytes_per_token(shapes: Shapes, precision: str, kernels: Elementw
         else:
             inputs += _features_of_torch(shapes, precision)
     return (_output_features(shapes) + inputs) * BYTES_PER_NUMBER[precision]
+
+
+def product_bytes_per_token(shapes: Shapes, precision: str, rank: int) -> int:
+    """Return what one token of a job keeps of A x until its backward pass, for all linear layers."""
+    return rank * sum(count for _, count in shapes.values()) * BYTES_PER_NUMBER[precision]
 
 
 def _features_of_torch(shapes: Shapes, precision: str) -> int:

@@ -224,9 +224,9 @@ class FlatAdapter:
                 a_RD, b_OR = decomposed(self.lora, name, self.frozen[name], seed=seed)
                 self.p[spans.b] = b_OR.flatten()
             else:
-                a_RD = initial_a(self.lora, name, seed=seed, rank=spans.rank, in_features=target.in_features)
+                a_RD = initial_a(self.lora, name, target.in_features, seed=seed, device=self.p.device)
             self.p[spans.a] = a_RD.flatten()
-            yield start_work(self.lora, name, (target.out_features, target.in_features))
+            yield start_work(self.lora, name, (target.out_features, target.in_features), self.p.device)
         self.begin_in_full(seed)
         self.derive_start()
         for views in self.sites.values():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_core.config import LoraConfig
-from lora_core.runtime.counter_rng import normal, uniform
+from lora_core.kernels.drawing import draws, uniform_rows
+from lora_core.runtime.counter_rng import normal
 
 OVERSAMPLED = 8
 """Directions beyond the rank that the randomized SVD computes, which reduces the error of the last singular values."""
@@ -19,23 +20,24 @@ DRAWING_WORK = 500
 """Multiplications that take as long as drawing one number on one core, about 15 ns."""
 
 
-def initial_a(lora: LoraConfig, module: str, *, seed: int, rank: int, in_features: int) -> Tensor:
-    """Return the initial A: fp32 [R, D], on the CPU.
+def initial_a(lora: LoraConfig, module: str, num_inputs: int, *, seed: int, device: torch.device) -> Tensor:
+    """Return the initial A: fp32 [R, D], where D is `num_inputs`. A gaussian one is on the CPU, others on the device.
 
     "gaussian" is N(0, 1/R²). Otherwise Kaiming-uniform with a = √5, which is U(-1/√D, 1/√D).
     """
-    if lora.init_lora_weights == "gaussian":
-        numbers = normal("lora_A", seed, module, count=rank * in_features) / rank
-    else:
-        numbers = (2 * uniform("lora_A", seed, module, count=rank * in_features) - 1) * in_features**-0.5
-    return torch.from_numpy(numbers.astype(np.float32)).view(rank, in_features)
+    rank = lora.rank_of(module)
+    if lora.init_lora_weights != "gaussian":
+        return uniform_rows(np.full(rank, num_inputs**-0.5), num_inputs, "lora_A", seed, module, device=device)
+    numbers = normal("lora_A", seed, module, count=rank * num_inputs) / rank
+    return torch.from_numpy(numbers.astype(np.float32)).view(rank, num_inputs)
 
 
-def start_work(lora: LoraConfig, module: str, shape: tuple[int, int]) -> int:
+def start_work(lora: LoraConfig, module: str, shape: tuple[int, int], device: torch.device) -> int:
     """Estimate the multiplications that initializing an [O, D] weight takes."""
     rank, num_weights = lora.rank_of(module), shape[0] * shape[1]
     if not lora.subtracts_start:
-        return rank * shape[1] * DRAWING_WORK
+        is_fast = lora.init_lora_weights != "gaussian" and draws(device)
+        return rank * shape[1] * (1 if is_fast else DRAWING_WORK)
     if lora.init_lora_weights == "olora" or lora.pissa_iterations is None:
         return num_weights * min(shape)
     return num_weights * (rank + OVERSAMPLED) * 2 * (lora.pissa_iterations + 1)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
-from lora_core.kernels.gpu import dropout_trial
+from lora_core.kernels.gpu import random_numbers_trial
 from lora_core.kernels.gpu.attention_trial import why_not_in_tiles
 from lora_core.kernels.gpu.decoding_trial import why_not_decoded
 from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
@@ -87,7 +87,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHea
         return Kernels()
     capability = torch.cuda.get_device_capability(device)
     why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
-    why_eager, why_no_masks = why_not_elementwise(device), dropout_trial.why_not_drawn(device)
+    why_eager, why_on_host = why_not_elementwise(device), random_numbers_trial.why_not_drawn(device)
     size, why_no_heads, decoding_size, why_no_decoding = (None,) * 4
     if heads is not None and not (why_no_varlen is None and heads.fits_varlen):
         why_no_heads = why_not_in_tiles(device, dtype, size=heads.size, is_capped=heads.is_capped)
@@ -97,7 +97,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHea
         decoding_size = heads.size if why_no_decoding is None else None
     why_slow = (
         *(why_no_tiles, why_no_varlen if size is None else None, why_no_heads, why_no_decoding),
-        *(why_eager, why_no_masks),
+        *(why_eager, why_on_host),
     )
     return Kernels(
         lora="tiled" if why_no_tiles is None else "loop",

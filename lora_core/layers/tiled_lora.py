@@ -147,7 +147,7 @@ class SegmentedLora:
         if dropout is not None:
             entries_N = words_N.view(ENTRY)[:, 0]
             entries_N["threshold"], entries_N["keep_factor"] = dropout.threshold, dropout.keep_factor
-            entries_N["key"] = dropout.key_words(sites.layout.modules)
+            entries_N["key"] = dropout.philox_keys(sites.layout.modules)
         words_L[sites.rows] = words_N
         is_tiled_L[sites.rows] = sites.is_tiled & (addresses[:, :2] % LOAD_BYTES == 0).all(1)
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
-from lora_core.kernels.gpu import dropout_trial
+from lora_core.kernels.drawing import mask_like, uniform_rows
 from lora_core.kernels.selection import Kernels
 from lora_core.packing.kv_cache import SequenceCache
-from lora_core.runtime.counter_rng import coin_flips, key_words, uniform
+from lora_core.runtime.counter_rng import philox_keys
 from lora_core.runtime.transfers import upload
 
 ROW_MULTIPLE = 16
@@ -60,15 +60,14 @@ class NoiseKey:
     slice_index: int
     lengths: tuple[int, ...]
 
-    def noise_tD(self, num_features: int) -> Tensor:
-        """Return the noise: fp32 [t, num_features] on the host.
+    def noise_tD(self, num_features: int, device: torch.device) -> Tensor:
+        """Return the noise: fp32 [t, num_features].
 
         It is uniform within ± alpha / √(length · num_features) of each sequence (arXiv 2310.05914).
         """
-        count = sum(self.lengths) * num_features
-        numbers = 2 * uniform("neftune", self.seed, self.step, self.slice_index, count=count) - 1
         bounds_t = np.repeat(self.alpha / np.sqrt(np.array(self.lengths) * num_features), self.lengths)
-        return torch.from_numpy((numbers.reshape(-1, num_features) * bounds_t[:, None]).astype(np.float32))
+        key = ("neftune", self.seed, self.step, self.slice_index)
+        return uniform_rows(bounds_t, num_features, *key, device=device)
 
 
 def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
@@ -77,8 +76,7 @@ def with_noise(y_1TD: Tensor, places: list[tuple[slice, NoiseKey]]) -> Tensor:
         return y_1TD
     noisy_1TD = y_1TD.clone()
     for place, key in places:
-        (noise_tD,) = upload([key.noise_tD(y_1TD.shape[-1]).numpy()], y_1TD.device)
-        noisy_1TD[0, place] += noise_tD
+        noisy_1TD[0, place] += key.noise_tD(y_1TD.shape[-1], y_1TD.device)
     return noisy_1TD
 
 
@@ -96,16 +94,8 @@ class DropoutKey:
         return round((1 - self.probability) * 65536)
 
     def keep_TD(self, module: str, like_TD: Tensor) -> Tensor:
-        """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`. A CPU casts uint8 faster than bool.
-
-        A GPU draws the same mask itself: the host would need seconds for a slice of a large model.
-        """
-        if like_TD.device.type == "cuda" and dropout_trial.why_not_drawn(like_TD.device) is None:
-            from lora_core.kernels.gpu.dropout import draw_mask
-
-            return draw_mask(self.key_words([module])[0], self.threshold, like_TD)
-        flips = coin_flips(*self._key, module, count=like_TD.numel(), threshold=self.threshold)
-        return upload([flips.view(np.uint8)], like_TD.device)[0].view(like_TD.shape)
+        """Return the mask, 1 for kept elements: uint8 shaped as `like_TD`."""
+        return mask_like(like_TD, *self._key, module, threshold=self.threshold)
 
     def dropped(self, x_TD: Tensor, keep_TD: Tensor) -> Tensor:
         """Return x / (fraction kept) where `keep_TD` is 1 and 0 elsewhere, as torch.nn.Dropout does."""
@@ -115,9 +105,9 @@ class DropoutKey:
     def keep_factor(self) -> float:
         return 65536 / self.threshold
 
-    def key_words(self, modules: Sequence[str]) -> NDArray[np.uint64]:
+    def philox_keys(self, modules: Sequence[str]) -> NDArray[np.uint64]:
         """Return the key of each module's random numbers, uint64 [number, 2], for kernels that generate the mask."""
-        return key_words(*self._key, endings=modules)
+        return philox_keys(*self._key, endings=modules)
 
     @property
     def _key(self) -> tuple[int | str, ...]:

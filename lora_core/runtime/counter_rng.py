@@ -13,15 +13,19 @@ from numpy.typing import NDArray
 
 def random_words(*key: int | str, count: int) -> NDArray[np.uint64]:
     """Return `count` uniform 64-bit words that depend on `key` alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
-    words = np.random.Philox(key=np.frombuffer(digest, dtype="<u8")).random_raw(count)
+    words = np.random.Philox(key=philox_key(*key)).random_raw(count)
     return np.asarray(words, dtype=np.uint64)
 
 
-def key_words(*key: int | str, endings: Sequence[str]) -> NDArray[np.uint64]:
-    """Return the two words of Philox's key for each key that ends with one of `endings`, uint64 [number, 2].
+def philox_key(*key: int | str) -> NDArray[np.uint64]:
+    """Return the key of Philox: uint64 [2]. Generators on a device take it too."""
+    return np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), dtype="<u8")
 
-    They are for generators on a device. `key` has at least two parts. Hashing what the keys share once halves the time.
+
+def philox_keys(*key: int | str, endings: Sequence[str]) -> NDArray[np.uint64]:
+    """Return `philox_key` for each key that ends with one of `endings`, uint64 [number, 2].
+
+    `key` has at least two parts. Hashing what the keys share once halves the time.
     """
     shared = hashlib.blake2b(repr(key).encode()[:-1] + b", ", digest_size=16)
     digests: list[bytes] = []
@@ -35,6 +39,12 @@ def key_words(*key: int | str, endings: Sequence[str]) -> NDArray[np.uint64]:
 def uniform(*key: int | str, count: int) -> NDArray[np.float64]:
     """Return `count` uniform numbers in [0, 1) with 53 random bits."""
     return np.ldexp((random_words(*key, count=count) >> np.uint64(11)).astype(np.float64), -53)
+
+
+def uniform_within(*key: int | str, bounds: NDArray[np.float64], num_columns: int) -> NDArray[np.float32]:
+    """Return uniform numbers in [-bound, bound), one row of `num_columns` for each bound."""
+    numbers = 2 * uniform(*key, count=len(bounds) * num_columns) - 1
+    return (numbers.reshape(len(bounds), num_columns) * bounds[:, None]).astype(np.float32)
 
 
 def normal(*key: int | str, count: int) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ def test_every_trial_of_an_engine_and_of_the_kit_is_a_job() -> None:
     families = [job[0] for job in jobs()]
 
     assert set(families) == set(TRIALS)
-    assert set(kernels.CHECKS) == set(kernels.TIMES) == set(TRIALS) - {"dropout"}, "its trial checks every number"
+    assert set(kernels.CHECKS) == set(kernels.TIMES) == set(TRIALS) - {"random"}, "its trial checks every number"
     assert {job[1:] for job in jobs() if job[0] == "lora"} == {("bfloat16", str(i)) for i in range(len(trials.TRIED))}
     dtypes = {str(dtype).removeprefix("torch.") for dtype in elementwise_trial.TOLERANCE}
     assert {job[1] for job in jobs() if job[0] == "elementwise"} == dtypes
@@ -88,7 +88,7 @@ ENDS = {
     "lora": 'print("compiling"); print(\'{"fault": "CUDA error: misaligned address"}\'); print("a warning")',
     "attention": "import os; os.kill(os.getpid(), 11)",
     "elementwise": "raise SystemExit('no module named lora_core')",
-    "dropout": "import os; os.kill(os.getpid(), 9)",
+    "random": "import os; os.kill(os.getpid(), 9)",
 }
 
 
@@ -104,7 +104,7 @@ def test_families_whose_trial_faults_are_left_out_by_the_engines(
     assert lines["lora"]["fault"] == "CUDA error: misaligned address"
     assert lines["attention"]["fault"].startswith("status -11")
     assert lines["elementwise"]["error"] == "status 1: no module named lora_core"
-    assert lines["dropout"]["error"].startswith("status -9"), "the system may have run out of memory"
+    assert lines["random"]["error"].startswith("status -9"), "the system may have run out of memory"
     assert left_out() == ["attention", "lora"]
     chosen = choose_kernels(CUDA, torch.bfloat16, AttentionHeads(size=64, is_capped=True))
     assert (chosen.lora, chosen.tiled_head_size, chosen.elementwise) == ("loop", None, "compiled")

@@ -32,7 +32,7 @@ TRIALS = {
     "elementwise": ("lora_core.kernels.gpu.elementwise_trial", "why_trial_failed"),
     "attention": ("lora_core.kernels.gpu.attention_trial", "why_attention_differs"),
     "decoding": ("lora_core.kernels.gpu.decoding_trial", "why_decoding_differs"),
-    "dropout": ("lora_core.kernels.gpu.dropout_trial", "why_not_drawn"),
+    "random": ("lora_core.kernels.gpu.random_numbers_trial", "why_not_drawn"),
 }
 """The function by which an engine tries the kernels of each family."""
 LEFT_OUT: set[str] = set()
@@ -84,7 +84,7 @@ def jobs() -> list[Job]:
     return [
         *(("lora", "bfloat16", str(number)) for number in reversed(range(len(TRIED)))),
         *(("elementwise", dtype) for dtype in ("bfloat16", "float32")),
-        ("dropout", "uint8"),
+        ("random", "uint8"),
         *(
             (family, str(dtype).removeprefix("torch."), str(size), cap)
             for family in ("attention", "decoding")

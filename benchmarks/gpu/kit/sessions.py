@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -49,14 +48,13 @@ class Session:
         config = EngineConfig(token_budget=budgets.tick_tokens, job_tokens=budgets.job_tokens, max_tick_seconds=3600)
         with without_probe():
             self.engine = Engine(base, config)
-        with drawn_on(base.device):
-            for job in range(load.num_jobs):
-                settings = replace(load.config(job), slice_tokens=budgets.slice_tokens)
-                dropout = (dropouts or {}).get(job, 0.0)
-                settings = replace(settings, lora=replace(settings.lora, dropout=dropout))
-                self.configs.append(settings)
-                self.engine.admit(str(job), settings, rows_of(load, base.vocab_size, job))
-                self.engine.adapter(str(job))  # completes the initialization, which would continue in later ticks
+        for job in range(load.num_jobs):
+            settings = replace(load.config(job), slice_tokens=budgets.slice_tokens)
+            dropout = (dropouts or {}).get(job, 0.0)
+            settings = replace(settings, lora=replace(settings.lora, dropout=dropout))
+            self.configs.append(settings)
+            self.engine.admit(str(job), settings, rows_of(load, base.vocab_size, job))
+            self.engine.adapter(str(job))  # completes the initialization, which would continue in later ticks
 
     def step(self) -> Stepped:
         """Run ticks until every job has taken a step. The tokens include further steps of some jobs in these ticks.
@@ -138,17 +136,6 @@ def attached(base: BaseModel, kernels: Kernels) -> Iterator[None]:
 def without_probe() -> Iterator[None]:
     """Skip the measurement of batch invariance, which makes dozens of passes."""
     with patch("lora_core.engine.engine.measure_invariance", lambda base, lanes: "allclose"):
-        yield
-
-
-@contextmanager
-def drawn_on(device: str) -> Iterator[None]:
-    """Draw the initial A of adapters on the device: the host needs seconds for many jobs on a large base model."""
-
-    def drawn(lora: Any, module: str, *, seed: int, rank: int, in_features: int) -> torch.Tensor:
-        return (2 * torch.rand(rank, in_features, device=device) - 1) * in_features**-0.5
-
-    with patch("lora_core.adapter.flat_adapter.initial_a", drawn):
         yield
 
 

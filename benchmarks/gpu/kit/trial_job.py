@@ -15,8 +15,8 @@ import torch
 
 from lora_core.kernels.gpu.attention_trial import why_attention_differs
 from lora_core.kernels.gpu.decoding_trial import why_decoding_differs
-from lora_core.kernels.gpu.dropout_trial import why_not_drawn
 from lora_core.kernels.gpu.elementwise_trial import why_elementwise_differs
+from lora_core.kernels.gpu.random_numbers_trial import why_not_drawn
 from lora_core.kernels.gpu.trials import TRIED, why_lora_differs
 
 
@@ -30,7 +30,7 @@ def reason_of(device: torch.device, family: str, dtype: torch.dtype, arguments: 
     if family in ("attention", "decoding"):
         differs = why_attention_differs if family == "attention" else why_decoding_differs
         return differs(device, dtype, size=int(arguments[0]), is_capped=arguments[1] == "capped")
-    return why_not_drawn(device) if family == "dropout" else why_elementwise_differs(device, dtype)
+    return why_not_drawn(device) if family == "random" else why_elementwise_differs(device, dtype)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.gpu.dropout import random_numbers
+from lora_core.kernels.gpu.random_numbers import random_numbers
 from lora_core.kernels.gpu.tables import (
     JOIN_WORDS,
     MOST_SIBLINGS,

@@ -27,8 +27,8 @@ def test_adapter_parameters_are_rank_times_in_plus_out_per_target() -> None:
 def own_bytes(
     description: dict[str, Any], precision: str = "float32", *, longest_example: int | None = 1, **options: Any
 ) -> int:
-    """Return the memory of a job with 1,000 parameters whose steps have one slice."""
-    given: dict[str, Any] = {"dropout": 0.0, "longest_example": longest_example, **options}
+    """Return the memory of a job with 1,000 parameters, without A x, whose steps have one slice."""
+    given: dict[str, Any] = {"dropout": 0.0, "longest_example": longest_example, "highest_rank": 0, **options}
     return sum(memory.own_parts(description, precision, num_parameters=1000, **given).values())
 
 
@@ -161,12 +161,26 @@ def test_dropout_mask_uses_a_byte_per_linear_input_and_token() -> None:
     masks = 1024 * 32 * 4
     assert own_bytes(description, dropout=0.1) == 16_000 + masks
     on_gpu = {"dropout": 0.1, "recomputes": True, "precision": "bfloat16"}
-    without = own_bytes(description, recomputes=True, precision="bfloat16")
-    assert own_bytes(description, **on_gpu, highest_rank=128) == without, "a GPU's kernels keep no mask"
-    assert own_bytes(description, **on_gpu, highest_rank=129) == without + masks
+    plain = {"recomputes": True, "precision": "bfloat16"}
+    kept = {rank: own_bytes(description, **on_gpu, highest_rank=rank) for rank in (128, 129)}
+    assert kept[128] == own_bytes(description, **plain, highest_rank=128), "a GPU's kernels keep no mask"
+    assert kept[129] == own_bytes(description, **plain, highest_rank=129) + masks
     assert own_bytes(description, dropout=0.1, recomputes=True, precision="float32") == 16_000 + masks
     with_dora = own_bytes(description, use_dora=True, recomputes=True)
     assert own_bytes(description, use_dora=True, dropout=0.1, recomputes=True) == with_dora + masks
+
+
+@pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_token_keeps_the_small_product_of_each_linear_layer(precision: str, width: int, recomputes: bool) -> None:
+    description = {"linear_shapes": SHAPES}
+    given: dict[str, Any] = {"longest_example": 2048, "recomputes": recomputes}
+    without = own_bytes(description, precision, **given)
+
+    assert own_bytes(description, precision, **given, highest_rank=100) == without + 2048 * 4 * 100 * width
+    begun = own_bytes(description, precision, **given, init_lora_weights="pissa")
+    paired = own_bytes(description, precision, **given, init_lora_weights="pissa", highest_rank=100)
+    assert paired == begun + 2048 * 4 * 200 * width, "PiSSA multiplies by A and by its start"
 
 
 def test_pissa_initialization_is_kept_in_the_precision_of_the_base() -> None:

@@ -67,9 +67,10 @@ def test_tick_draws_no_more_numbers_than_its_work_allows(load, monkeypatch) -> N
     monkeypatch.setattr(engine, "START_WORK", 1000 * DRAWING_WORK)
     initial_a, drawn = flat_adapter.initial_a, []
 
-    def counted(*arguments, rank: int, in_features: int, **options):
-        drawn[-1].append(rank * in_features)
-        return initial_a(*arguments, rank=rank, in_features=in_features, **options)
+    def counted(*arguments, **options):
+        a_RD = initial_a(*arguments, **options)
+        drawn[-1].append(a_RD.numel())
+        return a_RD
 
     monkeypatch.setattr(flat_adapter, "initial_a", counted)
 

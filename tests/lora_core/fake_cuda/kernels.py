@@ -94,8 +94,10 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
     return {
         f"{PACKAGE}.attention": _module(attend=attend, attend_backward=attend_backward),
         f"{PACKAGE}.decoding": _module(attend_newest=partial(_attend_newest, observer)),
-        f"{PACKAGE}.dropout": _module(draw_mask=partial(_draw_mask, observer)),
         f"{PACKAGE}.elementwise": _module(**{name: elementwise(name) for name in ELEMENTWISE}),
+        f"{PACKAGE}.random_numbers": _module(
+            draw_mask=partial(_draw_mask, observer), draw_within=partial(_draw_within, observer)
+        ),
         f"{PACKAGE}.segmented_lora": _module(add_lora=add_lora, add_lora_gradients=add_lora_gradients),
         f"{PACKAGE}.adafactor": _module(adafactor_launches=adafactor_launches),
         f"{PACKAGE}.optimizer": _module(adamw_launches=adamw_launches, step_sizes=step_sizes),
@@ -111,6 +113,11 @@ def _attend_newest(observer: DeviceObserver, heads: Sequence[Tensor], *_: Any) -
 def _draw_mask(observer: DeviceObserver, _key: Any, _threshold: int, like: Tensor) -> Tensor:
     with observer.kernel("dropout mask"):
         return like.new_empty(like.shape, dtype=torch.uint8)
+
+
+def _draw_within(observer: DeviceObserver, _key: Any, bounds_M: Tensor, num_columns: int) -> Tensor:
+    with observer.kernel("uniform numbers"):
+        return bounds_M.new_empty(len(bounds_M), num_columns, dtype=torch.float32)
 
 
 def _module(**functions: Any) -> ModuleType:

@@ -27,6 +27,7 @@ from lora_core.forward.generation import Prompts
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.rms_norm import same_numbers
 from lora_core.layers.task_heads import NUM_PLACEHOLDER_CLASSES, head_tensors, set_parameter
+from lora_core.runtime import counter_rng
 from tests.lora_core.classifiers import FAMILIES, classification_jobs
 from tests.lora_core.fake_cuda.kernels import stand_ins
 from tests.lora_core.fake_cuda.observer import DeviceCounts, DeviceObserver
@@ -41,6 +42,34 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "smollm2": (576, 1536, 9, 3, 49152),
 }
 """Hidden size, feed-forward size, query heads, key heads and vocabulary of real Llama models."""
+
+
+def config_of(shape: str, *, num_layers: int, family: str = "llama") -> PreTrainedConfig:
+    hidden, feed_forward, heads, key_heads, vocab = SIZES[shape]
+    return AutoConfig.for_model(
+        family,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=shape != "8b",
+    )
+
+
+def job_of(lora: LoraConfig, *, seed: int = 0, optimizer: OptimizerKind = "adamw", batch_size: int = 4) -> JobConfig:
+    return JobConfig(
+        lora=lora,
+        optimizer=OptimizerConfig(kind=optimizer, learning_rate=1e-4),
+        schedule=ScheduleConfig(kind="constant", num_steps=100),
+        batch_size=batch_size,
+        num_steps=100,
+        seed=seed,
+        slice_tokens=WIDE,
+    )
 
 
 def measured_tick(
@@ -61,46 +90,24 @@ def measured_tick(
     checkpointed: bool = False,
 ) -> dict[str, Any]:
     """Return the counts of the second tick of equal jobs with sequences of 128 tokens, half of them labels."""
-    hidden, feed_forward, heads, key_heads, vocab = SIZES[shape]
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=feed_forward,
-        num_hidden_layers=num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=hidden // heads,
-        max_position_embeddings=8192,
-        tie_word_embeddings=shape != "8b",
-    )
+    config = config_of(shape, num_layers=num_layers, family=family)
     elementwise = (kernels or {}).get("elementwise", "compiled")
-
-    def job(number: int) -> JobConfig:
-        return JobConfig(
-            lora=LoraConfig(
-                rank=rank,
-                alpha=32,
-                dropout=dropout,
-                use_dora=use_dora,
-                modules_to_save=tuple(modules_to_save),
-                trainable_token_indices=tuple(range(trained_tokens)),
-            ),
-            optimizer=OptimizerConfig(kind=optimizer, learning_rate=1e-4),
-            schedule=ScheduleConfig(kind="constant", num_steps=100),
-            batch_size=batch_size,
-            num_steps=100,
-            seed=number,
-            slice_tokens=WIDE,
-        )
-
+    lora = LoraConfig(
+        rank=rank,
+        alpha=32,
+        dropout=dropout,
+        use_dora=use_dora,
+        modules_to_save=tuple(modules_to_save),
+        trainable_token_indices=tuple(range(trained_tokens)),
+    )
     warnings: list[str] = []
     with fake_device(elementwise) as observer:
         with patch.object(patching.LOGGER, "warning", lambda message, *parts: warnings.append(message % parts)):
             base = base_on_device(config, kernels or {}, dtype=dtype)
         engine = Engine(base, engine_config(checkpoint_blocks="always" if checkpointed else "never"))
         for number in range(num_jobs):
-            engine.admit(str(number), job(number), _rows(vocab))
+            job = job_of(lora, seed=number, optimizer=optimizer, batch_size=batch_size)
+            engine.admit(str(number), job, _rows(config.vocab_size))
         with observer.counting():
             engine.tick()
         with observer.counting() as counts:
@@ -114,6 +121,25 @@ def measured_tick(
             "warnings": warnings,
         }
     return _report(counts) | sizes
+
+
+def measured_initialization(*, shape: str, num_layers: int, rank: int) -> dict[str, Any]:
+    """Return the counts of the admission of a job, and the random numbers that the host draws for it."""
+    config = config_of(shape, num_layers=num_layers)
+    job = job_of(LoraConfig(rank=rank, alpha=32))
+    drawn: list[int] = []
+    random_words = counter_rng.random_words
+
+    def counted(*key: int | str, count: int) -> Any:
+        drawn.append(count)
+        return random_words(*key, count=count)
+
+    with fake_device() as observer, patch.object(counter_rng, "random_words", counted):
+        engine = Engine(base_on_device(config, {}), engine_config())
+        with observer.counting() as counts:
+            engine.admit("job", job, _rows(config.vocab_size))
+        is_started = engine._jobs["job"].starting is None
+    return _report(counts) | {"drawn_on_host": sum(drawn), "is_started": is_started}
 
 
 def measured_answers(*, num_layers: int, num_prompts: int, dtype: str = "bfloat16") -> dict[str, Any]:
@@ -183,13 +209,12 @@ def fake_device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
     reason = None if elementwise == "compiled" else "eager operations are wanted"
     patches: dict[str, Any] = {
         "lora_core.engine.engine.measure_invariance": lambda *_: "allclose",
-        "lora_core.adapter.flat_adapter.initial_a": _zero_a,
         "lora_core.kernels.accumulation.adds_in_float32": lambda *_: True,
         "lora_core.kernels.gpu.elementwise_trial.why_trial_failed": lambda _device: reason,
         **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("residual_block", "swiglu")},
         "lora_core.layers.rms_norm._agrees": _norm_agrees,
         "lora_core.layers.rotary._agrees": _is_same,
-        "lora_core.kernels.gpu.dropout_trial.why_not_drawn": lambda _device: None,
+        "lora_core.kernels.gpu.random_numbers_trial.why_not_drawn": lambda _device: None,
         "lora_core.packing.kv_cache.address_of": lambda _tensor: 1 << 20,
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
         "torch.Tensor.backward": _observed_backward(observer),
@@ -238,11 +263,6 @@ def _norm_agrees(module: nn.Module, eps: float) -> bool:
         wide_TD = x_TD.float()
         normed_TD = wide_TD * torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
         return same_numbers(norm(x_TD), norm.weight * normed_TD.to(dtype))
-
-
-def _zero_a(_lora: LoraConfig, _module: str, *, seed: int, rank: int, in_features: int) -> torch.Tensor:
-    """Drawing the numbers of 16 real jobs would take seconds, and no value is used."""
-    return torch.zeros(rank, in_features)
 
 
 def _observed_backward(observer: DeviceObserver) -> Callable[..., None]:

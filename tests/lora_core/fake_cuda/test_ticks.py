@@ -157,6 +157,18 @@ def test_the_memory_estimate_counts_what_a_layer_keeps(
     assert (shape, kernels) != ("8b", "cuda") or kept < KEPT_BYTES
 
 
+@pytest.mark.parametrize("rank", [16, 64, 128])
+def test_the_memory_estimate_counts_the_small_products_of_any_rank(answer: Answer, rank: int) -> None:
+    """In the smallest model they are a sixth of all at rank 128."""
+    shapes = linear_shapes("smollm2")
+    counted = memory.activation_bytes_per_token(shapes, "bfloat16", "cuda")
+    counted += memory.product_bytes_per_token(shapes, "bfloat16", rank)
+
+    assert per_layer(answer, "smollm2", rank=rank)["kept_bytes"] == pytest.approx(counted, rel=0.02)
+    tick = answer("tick", shape="smollm2", num_layers=2, rank=rank)
+    assert tick["resident_bytes"] - tick["base_bytes"] - tick["adapter_bytes"] < 1024, "no stack of matrices is kept"
+
+
 @pytest.mark.parametrize(("family", "num_norms", "allowed"), [("gemma", 3, 0.1), ("gemma2", 5, 0.2)])
 def test_memory_is_that_of_single_operations_if_no_kernel_has_the_numbers_of_norms_and_activations(
     answer: Answer, family: str, num_norms: int, allowed: float
@@ -265,6 +277,19 @@ def test_dropout_masks_of_the_loop_are_drawn_by_the_device(answer: Answer) -> No
     assert dropped["operators"]["forward dropout mask"] == 2 * 2 * 7, "a mask of each job and linear layer"
     assert dropped["uploads"] == plain["uploads"]
     assert dropped["waits"] == plain["waits"]
+
+
+def test_initial_weights_are_drawn_by_the_device_at_once(answer: Answer) -> None:
+    """The host sends a bound for each row of A, and draws no number of the large ones."""
+    for num_layers in (1, 2):
+        found = answer("initialization", shape="8b", num_layers=num_layers, rank=128)
+
+        num_linears = 7 * num_layers
+        assert found["operators"]["forward uniform numbers"] == num_linears
+        assert found["uploads"] == num_linears
+        assert found["waits"] == {}
+        assert found["drawn_on_host"] <= 32, "the order of the rows"
+        assert found["is_started"]
 
 
 def test_the_host_waits_for_the_tokens_of_a_pass_alone(answer: Answer) -> None:

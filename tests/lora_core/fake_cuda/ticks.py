@@ -19,6 +19,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     functions = {
         "tick": runs.measured_tick,
+        "initialization": runs.measured_initialization,
         "answers": runs.measured_answers,
         "jobs": runs.run_jobs,
         "sharded jobs": sharding.run_sharded_jobs,

@@ -12,7 +12,7 @@ import torch
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.kernels import selection
-from lora_core.kernels.gpu import attention_trial, decoding_trial, dropout_trial, elementwise_trial, trials
+from lora_core.kernels.gpu import attention_trial, decoding_trial, elementwise_trial, random_numbers_trial, trials
 from lora_core.kernels.gpu.tables import WIDTHS, class_of
 from lora_core.kernels.gpu.trials import TRIED
 from lora_core.kernels.selection import AttentionHeads, Kernels, choose_kernels, prepare_device
@@ -27,7 +27,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "why_lora_differs", lambda device, dtype: None)
     monkeypatch.setattr(decoding_trial, "why_decoding_differs", lambda device, dtype, *, size, is_capped: None)
     monkeypatch.setattr(selection, "why_not_elementwise", lambda device: None)
-    monkeypatch.setattr(dropout_trial, "why_not_drawn", lambda device: None)
+    monkeypatch.setattr(random_numbers_trial, "why_not_drawn", lambda device: None)
     monkeypatch.setattr(selection, "varlen_parameters", lambda: selection.VARLEN_PARAMETERS)
 
 
@@ -177,10 +177,10 @@ def test_reason_for_slower_norms_is_logged_when_the_engine_attaches(
     assert "RMSNorm differs" in caplog.text
 
 
-def test_gpu_that_draws_no_dropout_masks_reports_why(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropout_trial, "why_not_drawn", lambda device: "masks differ")
+def test_gpu_that_draws_no_random_numbers_reports_why(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_numbers_trial, "why_not_drawn", lambda device: "numbers differ")
 
-    assert choose_kernels(CUDA, torch.bfloat16).reasons == ("masks differ",)
+    assert choose_kernels(CUDA, torch.bfloat16).reasons == ("numbers differ",)
 
 
 def test_kernels_that_another_rank_cannot_use_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_entries_contain_the_addresses_of_weights_and_gradients() -> None:
         assert [entry[name] for name in ("a", "b", "grad_a", "grad_b")] == [matrix.data_ptr() for matrix in matrices]
         assert (entry["rank"], entry["trained"], entry["scale"]) == (8, 8, 0.5)
         assert (entry["threshold"], entry["keep_factor"]) == (49152, 65536 / 49152)
-        assert entry["key"].tolist() == KEY.key_words(["v"])[0].tolist()
+        assert entry["key"].tolist() == KEY.philox_keys(["v"])[0].tolist()
 
 
 def test_weights_with_a_frozen_start_have_twice_the_trained_rank() -> None:
@@ -206,7 +206,7 @@ def test_loop_gets_all_segments() -> None:
 
 
 def test_keys_of_modules_generate_the_masks_of_a_cpu() -> None:
-    for module, key in zip(SHAPES, KEY.key_words(list(SHAPES)), strict=True):
+    for module, key in zip(SHAPES, KEY.philox_keys(list(SHAPES)), strict=True):
         words = np.asarray(np.random.Philox(key=key).random_raw(6), np.uint64)
 
         assert KEY.keep_TD(module, torch.empty(3, 8)).flatten().tolist() == (words.view(np.uint16) < 49152).tolist()

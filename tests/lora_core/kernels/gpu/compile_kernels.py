@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_core.kernels.gpu import adafactor, attention, decoding, dropout, elementwise, optimizer, segmented_lora
+from lora_core.kernels.gpu import adafactor, attention, decoding, elementwise, optimizer, random_numbers, segmented_lora
 from lora_core.kernels.gpu.adafactor_table import CHUNK, TILES
 from lora_core.kernels.gpu.attention_trial import TILED_HEADS
 from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
@@ -60,7 +60,7 @@ class Configuration:
 
 def configurations() -> Iterator[Configuration]:
     yield from of_lora()
-    yield of_dropout()
+    yield from of_random_numbers()
     yield from of_attention()
     yield from of_decoding()
     yield from of_rows()
@@ -99,14 +99,21 @@ def of_lora() -> Iterator[Configuration]:
             )
 
 
-def of_dropout() -> Configuration:
-    types = {"keep": "*u8", "key": "i64", "next_key": "i64", "threshold": "i32", "num_elements": "i32"}
-    constants = {"M": dropout.ROWS, "K": dropout.COLUMNS, **dropout.OPTIONS}
-    return Configuration(
+def of_random_numbers() -> Iterator[Configuration]:
+    keys = {"key": "i64", "next_key": "i64", "num_elements": "i32"}
+    yield Configuration(
         name="dropout mask",
-        kernel=dropout._draw_mask,
-        constants=constants,
-        types=types,
+        kernel=random_numbers._draw_mask,
+        constants={"M": random_numbers.ROWS, "K": random_numbers.COLUMNS, **random_numbers.OPTIONS},
+        types={"keep": "*u8", **keys, "threshold": "i32"},
+        is_product=False,
+        is_wide=False,
+    )
+    yield Configuration(
+        name="uniform numbers",
+        kernel=random_numbers._draw_within,
+        constants={"W": random_numbers.WORDS, **random_numbers.OPTIONS},
+        types={"out": "*fp32", "bounds": "*fp64", **keys, "num_columns": "i32"},
         is_product=False,
         is_wide=False,
     )
