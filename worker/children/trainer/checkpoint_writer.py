@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalog import failpoints
-from lora_core.distributed.ranks import Ranks
 from lora_core.engine.checkpoint import CheckpointSnapshot
 from lora_core.peft_format.export import AdapterSnapshot
 from lora_core.runtime.transfers import release_pinned_memory
@@ -26,12 +25,9 @@ FREE_TIMES = 4
 the same step, and training would stop until most of them are written."""
 
 
-def writes_while_training(device: str, ranks: Ranks) -> bool:
-    """Return whether checkpoints are written in the thread.
-
-    On a CPU the thread would take its time from training. Several ranks would have to agree about each outcome.
-    """
-    return device.startswith("cuda") and ranks.size == 1
+def writes_while_training(device: str) -> bool:
+    """Return whether checkpoints are written in the thread. On a CPU it would take its time from training."""
+    return device.startswith("cuda")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +75,8 @@ class _Pending:
 class CheckpointWriter:
     """Writes checkpoints in the order of `begin`. The other methods return outcomes, each once and in that order.
 
-    Only the thread that trains may call it. The methods that wait raise unexpected errors of the writing thread.
+    Of several ranks, the leader writes. The writers of the others have nothing to do. Only the thread that trains may
+    call it. The methods that wait raise unexpected errors of the writing thread.
     """
 
     def __init__(self, *, free_host_bytes: Callable[[], int]) -> None:

@@ -86,7 +86,7 @@ class MessageHandlers:
         self.share = TimeShare()
         """How the trainer divides its time. Only the leader's is used."""
         self._writer = CheckpointWriter(free_host_bytes=free_host_bytes)
-        self._writes_while_training = writes_while_training(directory.device(), engine.ranks)
+        self._writes_while_training = writes_while_training(directory.device())
         self._reported_at = time.monotonic()
         self._reported_verifying = False
 
@@ -294,7 +294,7 @@ class MessageHandlers:
         if self._writer.has_unwritten(claim_id, step):
             self._settle(claim_id)
         job = self._jobs[claim_id]
-        if step == job.saved_step:
+        if self._ranks.broadcast(step == job.saved_step):
             return None
         folder = self._directory.checkpoint_path(claim_id, step)
         try:
@@ -333,27 +333,30 @@ class MessageHandlers:
         return self.engine.evaluated_step(claim_id) in (None, step)
 
     def _begin_checkpoint(self, claim_id: str) -> None:
-        """Copy the job's state, and have it written while the job trains on."""
+        """Copy the job's state on the leader, which writes it while the job trains on."""
         self._settle(claim_id)
-        began_at, job = time.time(), self._jobs[claim_id]
+        began_at, base = time.time(), self._jobs[claim_id].base
         step, _ = self.engine.progress(claim_id)
-        if step == job.saved_step:
+        if self._ranks.broadcast(step == self._jobs[claim_id].saved_step):
             return
         num_bytes = self.engine.num_bytes(claim_id)
         self._report_written(self._writer.make_room(num_bytes))
         try:
-            checkpoint = self.engine.checkpoint_snapshot(claim_id)
+            self.engine.compare_ranks(claim_id)
+            checkpoint = self._ranks.by_leader(lambda: self.engine.checkpoint_snapshot(claim_id))
         except LoraCoreError as error:
             self._report_event(claim_id, "checkpoint_failed", step=step, error=error_report(error))
             return
         adapter = None
         try:
             if self._has_weights_of(claim_id, step):
-                adapter = self.engine.adapter_snapshot(
-                    claim_id, base_name=job.base.name, base_revision=job.base.revision
+                adapter = self._ranks.by_leader(
+                    lambda: self.engine.adapter_snapshot(claim_id, base_name=base.name, base_revision=base.revision)
                 )
         except LoraCoreError as error:
             self._report_event(claim_id, "checkpoint_unexported", step=step, error=error_report(error))
+        if checkpoint is None:  # this rank does not lead
+            return
         files = CheckpointFiles(
             claim_id=claim_id,
             step=step,

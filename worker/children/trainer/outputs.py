@@ -146,7 +146,8 @@ class AdmittedJob:
     sample_request: SampleRequest | None = None
     """The prompts that it answers at each evaluation."""
     saved_step: int
-    """The step of the newest checkpoint that was reported, or of the one from which the job resumed. 0: none."""
+    """The step of the newest checkpoint that was reported, or of the one from which the job resumed. 0: none.
+    Of several ranks, the leader knows it."""
 
     def is_checkpoint_due(self, step: int) -> bool:
         """Return whether a checkpoint is due. The last step needs none, because the adapter is exported after it."""

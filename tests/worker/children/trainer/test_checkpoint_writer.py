@@ -23,7 +23,6 @@ import torch
 
 from catalog import failpoints
 from catalog.spec.job import JobRequest, resolve
-from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.checkpoint import CheckpointSnapshot
 from lora_core.events import JobDiverged
 from lora_core.peft_format.export import AdapterSnapshot
@@ -175,10 +174,9 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open()
 
 
-def test_only_a_single_process_on_a_gpu_writes_while_it_trains() -> None:
-    assert writes_while_training("cuda:0", ALONE)
-    assert not writes_while_training("cpu", ALONE)
-    assert not writes_while_training("cuda:0", Ranks(rank=0, size=2))
+def test_only_a_gpu_trains_while_checkpoints_are_written() -> None:
+    assert writes_while_training("cuda:0")
+    assert not writes_while_training("cpu")
 
 
 def test_the_thread_writes_the_bytes_of_the_trainer_itself(make_trainer: Callable[..., Trainer]) -> None:
