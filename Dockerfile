@@ -43,6 +43,17 @@ RUN pip install --require-hashes --no-deps -r requirements/worker.lock \
     && pip install --no-deps --no-build-isolation --editable client --editable .
 ENV OMP_WAIT_POLICY=PASSIVE
 USER lorry
+# Compiles and loads a shared object, as Triton does at run time, so that an image that can't is not built.
+RUN python <<'EOF'
+import ctypes, subprocess, sys, sysconfig, tempfile
+from worker.process.sandbox import environment
+
+source = b"#include <Python.h>\nint version(void) { return PY_VERSION_HEX; }"
+with tempfile.TemporaryDirectory(dir=environment()["TRITON_CACHE_DIR"]) as folder:
+    compiler = ["cc", "-shared", "-fPIC", "-I", sysconfig.get_path("include"), "-x", "c", "-", "-o", f"{folder}/probe.so"]
+    subprocess.run(compiler, input=source, check=True)
+    assert ctypes.CDLL(f"{folder}/probe.so").version() == sys.hexversion
+EOF
 CMD ["celery", "--app=worker.entrypoints.celery_app", "worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle"]
 
 FROM versity/versitygw:v1.8.0@sha256:30292fc2eeacc67a36993b01f7a7a5e3361a19cced0e80c1d71cfa2a4b0a2499 AS store

@@ -11,11 +11,9 @@ Shape suffixes: T tokens of the pack, D input features, O output features, W pad
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,8 +25,12 @@ from benchmarks.gate import Contender, Gate, Json
 from benchmarks.plan import Plan
 from benchmarks.results import Result
 from lora_core.adapter.flat_adapter import AdaptedModule, FlatAdapter
+from lora_core.base_model.model import load_base
+from lora_core.base_model.patching import Attachment, choose_targets
 from lora_core.config import LoraConfig
-from lora_core.layers.tiled_lora import Modules, SegmentedLora, SiteShare
+from lora_core.kernels.selection import Kernels
+from lora_core.layers.tiled_lora import SiteShare
+from lora_core.module_paths import layer_of
 from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack
 
 GOAL_MICROSECONDS = 25
@@ -65,26 +67,31 @@ def _parts(report: Json) -> list[float]:
 
 def gpu_host(gate: Gate, options: dict[str, Any]) -> None:
     """Report the parts of the shortest of many ticks, in µs per linear layer of the base model."""
+    base = load_base(options["base"], dtype="bfloat16", device="cpu")
+    attachment = Attachment(base.model, Kernels(lora="tiled"))
     _replace_triton()
-    linears = _linears(json.loads(Path(options["base"], "config.json").read_text("utf-8")))
-    groups = _siblings(linears)
-    host = _Host(linears, groups, num_jobs=options["jobs"], rank=options["rank"])
+    host = _Host(attachment, num_jobs=options["jobs"], rank=options["rank"])
     while True:
         matmuls = gate.wait()["matmuls"]
         num_ticks = max(2, options["ticks"] // (TICKS_PER_MATMUL_TICK if matmuls else 1))
         seconds = min((host.tick(matmuls=matmuls) for _ in range(num_ticks)), key=sum)
-        gate.report(**{part: 1e6 * each / len(linears) for part, each in zip(PARTS, seconds, strict=True)})
+        gate.report(**{part: 1e6 * each / len(attachment.linears) for part, each in zip(PARTS, seconds, strict=True)})
 
 
 class _Host:
-    """Plans and launches the LoRA of a pack in all linear layers. All blocks share the inputs and weights of one."""
+    """Plans and launches the LoRA of a pack in all linear layers of an attached base model.
 
-    def __init__(self, linears: dict[str, AdaptedModule], groups: list[Modules], *, num_jobs: int, rank: int) -> None:
-        self._groups = groups
-        self._lora = SegmentedLora("tiled", linears, groups)
-        self._planned, self._launched = (_pack(linears, num_jobs, rank, length) for length in (PLANNED_TOKENS, 1))
+    All blocks share the inputs and weights of one.
+    """
+
+    def __init__(self, attachment: Attachment, *, num_jobs: int, rank: int) -> None:
+        lora = LoraConfig(rank=rank, alpha=2 * rank)
+        targets = choose_targets(attachment.linears, lora)
+        self._lora = attachment.segment_op
+        self._planned, self._launched = (_pack(targets, lora, num_jobs, length) for length in (PLANNED_TOKENS, 1))
         num_tokens = self._launched.input_ids.shape[1]
-        block = [[linears[name] for name in group] for group in groups if group[0].startswith("0.")]
+        linears = {linear.name: linear for linear in targets}
+        block = [[linears[name] for name in group] for group in self._lora.groups if layer_of(group[0]) == 0]
         self._inputs = [torch.randn(num_tokens, of_group[0].in_features) for of_group in block]
         self._weights = [[torch.randn(one.out_features, one.in_features) for one in of_group] for of_group in block]
 
@@ -95,11 +102,10 @@ class _Host:
         self._lora.plan(self._planned.segments, torch.device("cpu"))
         plan = time.perf_counter() - begin
         self._launched.plans.clear()
-        self._lora.divide(
-            self._groups[0], self._launched, torch.device("cpu")
-        )  # a plan whose launches are not prepared
+        # A new plan, outside the timed parts. Its launches are prepared within them, as in each pass on a GPU.
+        self._lora.divide(self._lora.groups[0], self._launched, torch.device("cpu"))
         saved: list[tuple[int, SiteShare, list[Tensor], list[Tensor]]] = []
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self._lora.groups):
             x_TD, outputs = self._forward(index, matmuls=matmuls)
             begin = time.perf_counter()
             share = self._lora.divide(group, self._launched, x_TD.device)
@@ -135,39 +141,8 @@ class _Host:
         return self._inputs[index % len(self._inputs)], self._weights[index % len(self._weights)]
 
 
-def _linears(config: dict[str, Any]) -> dict[str, AdaptedModule]:
-    """Return the linear layers of all blocks of a Llama model."""
-    hidden, feed_forward, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    keys = hidden // heads * config["num_key_value_heads"]
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (hidden, keys),
-        "self_attn.v_proj": (hidden, keys),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (hidden, feed_forward),
-        "mlp.up_proj": (hidden, feed_forward),
-        "mlp.down_proj": (feed_forward, hidden),
-    }
-    return {
-        name: AdaptedModule(name=name, in_features=inputs, out_features=outputs)
-        for block in range(config["num_hidden_layers"])
-        for name, (inputs, outputs) in ((f"{block}.{linear}", shape) for linear, shape in shapes.items())
-    }
-
-
-def _siblings(linears: dict[str, AdaptedModule]) -> list[Modules]:
-    """Return the linear layers in the groups that share an input, as fused_projections.py finds them."""
-    names = list(linears)
-    return [
-        tuple(names[start:stop])
-        for first in range(0, len(names), 7)
-        for start, stop in ((first, first + 3), (first + 3, first + 4), (first + 4, first + 6), (first + 6, first + 7))
-    ]
-
-
-def _pack(linears: dict[str, AdaptedModule], num_jobs: int, rank: int, length: int) -> PackedBatch:
+def _pack(targets: tuple[AdaptedModule, ...], lora: LoraConfig, num_jobs: int, length: int) -> PackedBatch:
     """Return a pack of one sequence of each job."""
-    targets, lora = tuple(linears.values()), LoraConfig(rank=rank, alpha=2 * rank)
     ids, mask = np.zeros(length, np.int32), np.ones(length, np.uint8)
     slices = [
         SliceInput(

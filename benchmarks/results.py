@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ PACKAGES = (
 )
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16", "asimd")
-"""Flags of /proc/cpuinfo, on x86-64 and on ARM."""
+"""The kernel's names of the features, on x86-64 and on ARM."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,12 +128,12 @@ def write(
 
 def machine() -> dict[str, Any]:
     """Describe this machine. `instructions` are those that decide the speed of matmuls, if the system lists them."""
-    listed = _read("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", listed, re.MULTILINE)
-    flags = re.findall(r"^(?:flags|Features)\s*: (.+)$", listed, re.MULTILINE)[:1]
+    from worker.node import devices  # the machine of the GPU kit has no package `worker`
+
+    flags = devices.cpu_flags() or ()
     return {
-        "cpu": names[0] if names else platform.processor(),
-        "instructions": [name for name in INSTRUCTIONS if name in " ".join(flags).split()],
+        "cpu": devices.processor(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
@@ -197,10 +196,3 @@ def installed_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except OSError:
-        return ""

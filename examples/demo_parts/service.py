@@ -24,9 +24,10 @@ _LINK = "Dashboard (this link signs in once, within 15 minutes)"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Running:
-    """A client of the service. `stays`: the service keeps running after the demo."""
+    """A client of the service, which has its data in `data_dir`. `stays`: it keeps running after the demo."""
 
     lorry: Lorry
+    data_dir: Path
     stays: bool
 
 
@@ -46,13 +47,13 @@ def running(data_dir: Path, log: Path, command: str, *, keep: bool) -> Generator
         console.print(f"The service of an earlier run is still running at {left.url}")
         with left:
             console.print(f"{_LINK}: {left.sign_in_links.create()['url']}", soft_wrap=True)
-            yield Running(lorry=left, stays=True)
+            yield Running(lorry=left, data_dir=data_dir, stays=True)
         return
     process = _start(data_dir, log, command)
     done = False
     try:
         with Lorry(data_dir=data_dir) as lorry:
-            yield Running(lorry=lorry, stays=keep)
+            yield Running(lorry=lorry, data_dir=data_dir, stays=keep)
         done = True
     finally:
         if not (keep and done):
@@ -80,7 +81,8 @@ def farewell(running: Running, command: str, adapter: str, question: str) -> Non
         )
     else:
         lines = (
-            "The service stops now. Its jobs and adapters stay. `make demo KEEP=1` keeps it running.",
+            f"The service stops now. Its jobs and adapters are kept in {running.data_dir}.",
+            "`make demo KEEP=1` leaves the service running after the demo.",
             "Start it again, ask the best adapter a question, and stop the service:",
             f"  {command} up --detach",
             chat,

@@ -63,11 +63,14 @@ class SegmentedLora:
     def __init__(
         self, kernel: Literal["loop", "tiled"], linears: Iterable[str], siblings: Iterable[Modules] = ()
     ) -> None:
-        """`linears` are the module paths that adapters may change, and `siblings` those of them that have one input."""
+        """`linears` are the module paths that adapters may change, and `siblings` those of them that have one input.
+
+        `groups` are the linears in this order, each with its siblings.
+        """
         self.kernel = kernel
         in_group = {module: group for group in siblings for module in group}
-        self._groups = tuple(dict.fromkeys(in_group.get(name, (name,)) for name in linears))
-        self._rows = {name: row for row, name in enumerate(chain.from_iterable(self._groups))}
+        self.groups = tuple(dict.fromkeys(in_group.get(name, (name,)) for name in linears))
+        self._rows = {name: row for row, name in enumerate(chain.from_iterable(self.groups))}
         self._sites = WeakKeyDictionary[FlatAdapter, _Sites]()
 
     def divide(self, modules: Modules, pack: PackedBatch, device: torch.device) -> SiteShare:
@@ -96,7 +99,7 @@ class SegmentedLora:
 
         With `groups`, return only the shares of these linears or siblings.
         """
-        groups = self._groups if groups is None else groups
+        groups = self.groups if groups is None else groups
         entries = np.zeros((len(self._rows), len(segments)), ENTRY)
         words = entries.view(np.int64).reshape(*entries.shape, NUM_WORDS)  # numpy copies numbers faster than records
         is_tiled = np.zeros(entries.shape, np.bool_)
@@ -132,7 +135,7 @@ class SegmentedLora:
 
     def _split(self, entries: torch.Tensor, groups: Sequence[Modules]) -> Sequence[torch.Tensor]:
         """Return the entries of each group. For all groups at once, whose rows are in order, in one operation."""
-        if groups is self._groups:
+        if groups is self.groups:
             return entries.split([len(modules) for modules in groups])
         return [entries[self._rows[modules[0]] :][: len(modules)] for modules in groups]
 

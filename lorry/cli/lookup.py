@@ -1,17 +1,16 @@
 """Full ids from what a user typed: a unique prefix of an id or, for an adapter, a unique part of its name.
 
-A full id costs no request. If nothing matches, the text is returned unchanged, and the service's error explains it.
-The suffix of a job stands for its adapter.
+An adapter is also found by the id or the suffix of the job that trained it. A full id costs no request. If nothing
+matches, the text is returned unchanged, and the service's error explains it. If a search fails, its error is raised.
 """
 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from lorry.errors import APIError, LorryError, NotFound
+from lorry.errors import LorryError, NotFound, PermissionDenied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,9 @@ FULL_ID = re.compile(r"[a-z]+-[0-9a-f]{24}")
 SEARCHED = 5000
 """A prefix is matched against the newest 5,000 objects. With more, it is not known to be unique."""
 SHOWN = 10
+WITHOUT_RESULT = (NotFound, PermissionDenied)
+"""Errors of a search that count as no match. An older service may lack a list. A key without the scope to list may have
+the scope of the command: then the service decides."""
 
 
 def job(lorry: Lorry, typed: str) -> str:
@@ -70,9 +72,10 @@ def organization(lorry: Lorry, typed: str) -> str:
 def adapter(lorry: Lorry, typed: str) -> str:
     """Return the name or id of one adapter.
 
-    Accepts a name or an id, a unique prefix of either, a unique part of a name such as the suffix, the id of the job
-    that trained it, and the id of a sweep for its best adapter. Raises LorryError for a job without a
-    final adapter, named by its id or suffix.
+    Accepts a name or an id, a unique prefix of either, a unique part of a name such as the suffix, and the id of a
+    sweep for its best adapter. The id of a job selects the final adapter that the job trained. If no adapter matches,
+    the text is taken as the suffix of a job, of which the newest counts. Raises LorryError for a job without a final
+    adapter.
     """
     if typed.startswith("ftjob-"):
         return _adapter_of_job(lorry, typed)
@@ -80,9 +83,10 @@ def adapter(lorry: Lorry, typed: str) -> str:
         return sweep(lorry, typed)
     try:
         lorry.adapters.get(typed)
-    except APIError as error:
-        if not isinstance(error, NotFound):
-            return typed
+    except PermissionDenied:
+        return typed
+    except NotFound:
+        pass
     else:
         return typed
     found = _listed(lorry.adapters.list)
@@ -114,9 +118,10 @@ def _adapter_of_job(lorry: Lorry, typed: str) -> str:
 def _newest_job(lorry: Lorry, suffix: str) -> Job | None:
     if not suffix:
         return None
-    with suppress(APIError):
+    try:
         return next((one for one in islice(lorry.jobs.list(), SEARCHED) if one.suffix == suffix), None)
-    return None
+    except WITHOUT_RESULT:
+        return None
 
 
 def _adapter_of(found: Job) -> str:
@@ -145,10 +150,9 @@ def _full_id(kind: str, typed: str, listing: Callable[[], Iterable[Any]]) -> str
 
 
 def _listed(listing: Callable[[], Iterable[Any]]) -> list[Any]:
-    """Without the scope to list, a key may still have the scope of the command: then the service decides."""
     try:
         return list(islice(listing(), SEARCHED + 1))
-    except APIError:
+    except WITHOUT_RESULT:
         return []
 
 

@@ -6,8 +6,12 @@ import runpy
 import sys
 from typing import Any
 
-HIDDEN = {"sqlalchemy", "pydantic", "pydantic_core", "psycopg", "gguf", "trl", "fastapi", "datasets", "bitsandbytes"}
-"""Packages that a machine with torch, Triton, transformers, PEFT and accelerate may lack."""
+HIDDEN = {
+    *("sqlalchemy", "pydantic", "pydantic_core", "psycopg", "gguf", "trl", "fastapi", "datasets", "bitsandbytes"),
+    *("api", "catalog", "lorry", "worker"),
+}
+"""Packages that a machine with torch, Triton, transformers, PEFT and accelerate may lack. The kit is copied to it
+without the other packages of this project."""
 
 
 class HidingFinder:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from benchmarks.gpu.kit.load import Load
 from benchmarks.gpu.kit.log import Log
 from benchmarks.gpu.kit.profiles import kept_bytes_per_token
 from benchmarks.gpu.kit.shapes import TOY, build
-from benchmarks.gpu.kit.sizes import JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS, full, quick
+from benchmarks.gpu.kit.sizes import JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS, Budgets, full, quick
 from benchmarks.gpu.kit.supervision import PROGRESS, Progress
 from benchmarks.workload import ROOT
 from catalog.resources import memory
@@ -208,6 +209,44 @@ def test_ratio_is_that_of_the_turns_that_both_contenders_completed(
     ratios = [line for line in lines_of(tmp_path) if line["unit"] == "times"]
     of_loop = [line for line in ratios if line["name"].startswith("Lorry, 3 jobs over PEFT in a loop")]
     assert [(line["value"], line["turns"]) for line in of_loop] == [(2.0, 1), (2.0, 2)]
+
+
+# PEFT reads an attribute of transformers under a name that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_every_measured_shape_was_computed_before_by_the_same_contender(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise, plans and allocations for a new shape would be measured."""
+    load = replace(full().many, shortest=8, longest=60)
+    budgets = Budgets(tick_tokens=TICK_TOKENS // 8, job_tokens=JOB_TOKENS // 8, slice_tokens=SLICE_TOKENS // 8)
+    kit.sizes = replace(kit.sizes, many=load, budgets=budgets, repeats=1)
+    met: dict[tuple[Any, ...], list[list[tuple[int, ...]]]] = {}
+    """By contender, the shapes before, within and after the measured step of each of its turns."""
+    current: list[list[tuple[int, ...]]] = [[]]
+
+    def watched(contender: Callable[..., Turn]) -> Callable[..., Turn]:
+        def take(kit: Kit, base: Any, *load: Any) -> Turn:
+            nonlocal current
+            current = met.setdefault((contender.__name__, *load), [])
+            current.append([])
+            return contender(kit, base, *load)
+
+        return take
+
+    for contender in (lorry, peft_loop, comparisons.peft_trainer):
+        monkeypatch.setattr(comparisons, contender.__name__, watched(contender))
+    monkeypatch.setattr(kit, "synchronize", lambda: current.append([]))  # called before and after the measured step
+    embedding = kit.base(TOY).model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _module, inputs: current[-1].append(tuple(inputs[0].shape)))
+
+    comparisons.compare(kit, TOY)
+
+    assert len(met) == 6
+    for contender, parts in met.items():
+        *before, measured, after = parts  # the last turn is the one that is recorded, since there is one round
+        assert measured
+        assert after == []
+        assert {*measured} <= {shape for part in before for shape in part}, contender
 
 
 def test_lora_in_float32_is_left_out_on_a_gpu_where_no_engine_computes_it_so(

@@ -1,10 +1,13 @@
-"""The printed table of a comparison."""
+"""The printed table of a comparison, and the description of the machine in its file."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.results import Result, print_table, shares
+from benchmarks.results import Result, machine, print_table, shares
+from worker.node import devices
 
 
 @pytest.mark.parametrize(("figure", "verdict"), [(2.0, "any meets every goal."), (0.5, "any misses a goal.")])
@@ -20,3 +23,28 @@ def test_explained_comparison_reports_whether_it_meets_its_goals(
     assert verdict in table
     assert table.count("goal.") == 1
     assert "So it is." in table
+
+
+@pytest.mark.parametrize(
+    ("text", "cpu", "instructions"),
+    [
+        (
+            "model name\t: Xeon\nflags\t\t: fpu avx2 avx512f amx_bf16\nflags\t\t: avx512_bf16\n",
+            "Xeon",
+            ["amx_bf16", "avx512f", "avx2"],
+        ),
+        ("processor : 0\nFeatures\t: fp asimd bf16\n", "aarch64", ["bf16", "asimd"]),
+        (None, "aarch64", []),
+    ],
+)
+def test_machine_is_described_as_workers_describe_it(
+    text: str | None, cpu: str, instructions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.platform, "processor", lambda: "aarch64")
+    if text is not None:
+        devices.CPUINFO.write_text(text)
+
+    described = machine()
+
+    assert (described["cpu"], described["instructions"]) == (cpu, instructions)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,29 @@ def test_worker_image_can_compile_the_launchers_of_triton() -> None:
     assert "gcc" in installed.split()
     assert "libc6-dev" in installed.split()
     assert not {"gcc", "libc6-dev"} & set(stage("api").split())
+
+
+@pytest.mark.skipif(
+    not (shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="needs a C compiler and Python's headers",
+)
+@pytest.mark.parametrize("can_compile", [True, False])
+def test_worker_image_that_cannot_compile_a_shared_object_is_not_built(can_compile: bool, tmp_path: Path) -> None:
+    """Docker passes the command to the shell, as the user of the worker. No Docker engine takes part here."""
+    _, as_worker = stage("worker").split("\nUSER lorry\n")
+    (command,) = re.findall(r"^RUN (python <<'EOF'\n.*?^EOF$)", as_worker, re.MULTILINE | re.DOTALL)
+    programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    if not can_compile:
+        (tmp_path / "cc").symlink_to("/bin/false")
+        programs.insert(0, str(tmp_path))
+    variables = {"PATH": ":".join(programs), "HOME": str(tmp_path)}
+
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode == 0) == can_compile, done.stderr
+    assert list((tmp_path / ".cache" / "lorry-kernels" / "triton").iterdir()) == []
 
 
 @pytest.mark.parametrize("path", COMPOSE)

@@ -73,6 +73,18 @@ def test_printed_commands_use_the_demo_without_the_users_variables(tmp_path: Pat
     assert command.startswith("env -u LORRY_API_KEY -u LORRY_DATABASE_URL -u LORRY_URL LORRY_DATA_DIR=")
 
 
+def test_the_last_message_names_the_folder_of_the_jobs_and_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = service.Running(lorry=Any, data_dir=tmp_path, stays=False)
+
+    service.farewell(running, "lorry", "ft:base:p:best:1", "What does open do?")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"The service stops now. Its jobs and adapters are kept in {tmp_path}."
+    assert lines[-1] == "  lorry down"
+
+
 def test_without_the_hub_the_base_model_comes_from_the_wheel_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,21 +199,29 @@ def cpu(*, cores: tuple[int, ...] = ()) -> Device:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Return whether the flags of the first core include bfloat16. True if the system doesn't list them (macOS)."""
-    try:
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
-    except OSError:
-        return True
-    return found is None or not BFLOAT16_FLAGS.isdisjoint(found[1].split())
+    """Return whether the flags of the first core include bfloat16. True if the system doesn't list them."""
+    flags = cpu_flags()
+    return flags is None or not BFLOAT16_FLAGS.isdisjoint(flags)
+
+
+def cpu_flags() -> frozenset[str] | None:
+    """Return the features of the first core, as the kernel names them. None if the system doesn't list them (macOS)."""
+    listed = _cpuinfo("flags|Features")
+    return None if listed is None else frozenset(listed.split())
 
 
 def processor() -> str:
     """Return the model name of the CPU: the first one that the kernel lists, else the name of the architecture."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(names: str) -> str | None:
+    """Return the first value that the kernel lists under one of the names, which `|` separates."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
+        found = re.search(rf"^(?:{names})\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        return None
+    return found[1].strip() if found else None
 
 
 def num_cores() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Organization
 from catalog.tenancy import projects
-from tests.catalog.db.test_lock_order import wait_for_one_in_line
+from tests.catalog.db.test_lock_order import MAX_CHECKS, wait_for_one_in_line
 from tests.catalog.read_costs import statements_of
 from tests.catalog.world import World, request
 
@@ -37,9 +38,12 @@ pytestmark = pytest.mark.both_databases
 
 
 def wait_in_line(database: Database, waiting: Future[Any]) -> None:
-    """Wait until the thread waits for the lock of another transaction. Fails if the thread ends."""
+    """Wait until the thread waits for the lock of another transaction. Fails if the thread ends, or takes too long."""
     if database.is_sqlite:
-        while not (database._write_lock.num_waiting or waiting.done()):  # pyright: ignore[reportPrivateUsage]
+        for look in count():
+            if database._write_lock.num_waiting or waiting.done():  # pyright: ignore[reportPrivateUsage]
+                break
+            assert look < MAX_CHECKS, "the thread neither waited for the write lock nor ended"
             time.sleep(0.01)
     else:
         wait_for_one_in_line(database, or_end_of=waiting)

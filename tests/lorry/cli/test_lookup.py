@@ -78,6 +78,51 @@ def test_key_without_the_scope_to_list_can_still_act_on_a_full_id(service: Scrip
     assert run("jobs", "pause", "j").exit_code == 0
 
 
+def failed(status: int) -> Reply:
+    error = {"message": "The service can't answer.", "code": "x", "remedy": "Do something."}
+    return Reply(status=status, body={"error": error}, headers={"x-should-retry": "false"})
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
+def test_failed_search_for_an_id_is_reported_as_such(service: Script, run: Run, status: int) -> None:
+    service.on("GET", JOBS, failed(status))
+
+    result = run("jobs", "pause", "ftjob-3f2")
+
+    assert result.exit_code == 1
+    assert result.stderr == "Error: The service can't answer.\nDo something.\n"
+    assert [request.method for request in service.seen] == ["GET"]
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
+@pytest.mark.parametrize("failing", ["/v1/adapters/support", "/v1/adapters", JOBS])
+def test_failed_search_for_an_adapter_is_reported_as_such(service: Script, run: Run, failing: str, status: int) -> None:
+    answers = {"/v1/adapters/support": failed(404), "/v1/adapters": listed(), JOBS: listed()}
+    for path, answer in (answers | {failing: failed(status)}).items():
+        service.on("GET", path, answer)
+
+    result = run("adapters", "delete", "support", "--yes")
+
+    assert result.exit_code == 1
+    assert result.stderr == "Error: The service can't answer.\nDo something.\n"
+    assert service.seen[-1].path.partition("?")[0] == failing, "no request follows the failed one"
+
+
+@pytest.mark.parametrize("status", [403, 404])
+@pytest.mark.parametrize("failing", [("/v1/adapters", JOBS), (JOBS,)])
+def test_key_without_the_scope_to_list_can_still_act_on_an_adapter(
+    service: Script, run: Run, failing: tuple[str, ...], status: int
+) -> None:
+    answers = {"/v1/adapters/support": failed(404), "/v1/adapters": listed(), JOBS: listed()}
+    for path, answer in (answers | dict.fromkeys(failing, failed(status))).items():
+        service.on("GET", path, answer)
+    service.on("GET", "/v1/fine_tuning/checkpoints/support/permissions", {"data": []})
+
+    result = run("adapters", "shares", "support")
+
+    assert result.exit_code == 0, result.stderr
+
+
 def test_prefix_is_ambiguous_if_not_all_objects_were_searched(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
