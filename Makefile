@@ -63,7 +63,8 @@ test-postgres: .venv/.installed
 DEEPSPEED := $(CURDIR)/.venv/deepspeed
 
 test-deepspeed: $(DEEPSPEED)/.installed
-	PYTHONPATH=$(DEEPSPEED) PATH=$(DEEPSPEED)/bin:$$PATH $(PYTEST) -k zero3 $(PYTEST_ARGS) tests/lora_core/distributed/test_ranks.py
+	PYTHONPATH=$(DEEPSPEED) PATH=$(DEEPSPEED)/bin:$$PATH $(PYTEST) -k zero3 $(PYTEST_ARGS) \
+		tests/lora_core/fake_cuda/test_ticks.py tests/lora_core/distributed/test_ranks.py
 
 $(DEEPSPEED)/.installed: .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $(DEEPSPEED) "deepspeed>=0.18" "ninja>=1.11" \

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -49,6 +50,8 @@ class DeviceCounts:
     """Copies to pinned memory for which the host does not wait."""
     messages: set[tuple[str, str, str, bool]] = field(default_factory=set)
     """Collectives of torch.distributed: name, devices, dtype, and whether the tensors are contiguous."""
+    senders: set[str] = field(default_factory=set)
+    """Names of the process groups of these messages."""
     flops: int = 0
     largest_bytes: int = 0
     """Bytes of the largest tensor that was allocated."""
@@ -113,6 +116,7 @@ class DeviceObserver(TorchDispatchMode):
         is_on_device = any(map(_is_on_device, given))
         if func.namespace == "c10d":
             self.counts.messages.add(_message(name, given))
+            self.counts.senders.add(_group_name(args))
         if name == "_pin_memory":
             self._pinned.add(given[0].untyped_storage()._cdata)
             return args[0]
@@ -195,6 +199,12 @@ def _message(name: str, given: list[Tensor]) -> tuple[str, str, str, bool]:
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in given}
     is_contiguous = all(tensor.is_contiguous() for tensor in given)
     return name, " ".join(sorted(devices)), " ".join(sorted(dtypes)), is_contiguous
+
+
+def _group_name(args: tuple[Any, ...]) -> str:
+    objects = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
+    (group,) = (found for found in objects if str(found._type()).endswith(".ProcessGroup"))
+    return dist.ProcessGroup.unbox(group).group_name
 
 
 def _is_on_device(tensor: Tensor) -> bool:

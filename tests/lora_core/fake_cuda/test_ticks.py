@@ -13,12 +13,26 @@ from typing import Any
 import pytest
 
 from catalog.resources import memory
+from lora_core.base_model.sharding import Strategy, offloads
 from tests.lora_core.classifiers import classification_jobs
+from tests.lora_core.distributed.test_ranks import BY_ZERO3
 from tests.lora_core.fake_cuda import build
 from tests.lora_core.scenarios import submissions
 
 ROOT = Path(__file__).parents[3]
 Answer = Callable[..., dict[str, Any]]
+ON_HOST = {
+    ("cpu", "allgather_", "int64"),
+    ("cpu", "allgather_", "uint8"),
+    ("cpu", "broadcast_", "float64"),
+    ("cpu", "broadcast_", "int64"),
+    ("cpu", "broadcast_", "uint8"),
+}
+"""Messages of Ranks. The sharding libraries send none on the host."""
+OF_DEEPSPEED = {
+    ("cuda", "broadcast_", "uint8"),  # the weights of rank 0, before they are sharded
+    ("cuda", "broadcast_", "int64"),  # the order of the blocks, which DeepSpeed compares between ranks
+}
 
 SHAPES = {
     "8b": (4096, 14336, 4096, 1024),
@@ -358,17 +372,28 @@ def test_no_kind_of_job_mixes_devices_or_waits_more_often(
         assert {wait.partition(" ")[0] for wait in found["most_waits"]} == {"update"}, "a wait before the backward pass"
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload"])
-def test_sharded_trainers_send_what_nccl_can_send(answer: Answer, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", *BY_ZERO3])
+def test_sharded_trainers_send_what_nccl_can_send(answer: Answer, strategy: Strategy) -> None:
     """Tensors of the device go through NCCL, which needs them to be contiguous. All other messages are on the host, and
-    go through gloo."""
+    go through gloo. Each process group has both backends, also the one that DeepSpeed creates and sends nothing with.
+
+    This process is rank 0 alone, so the test can't show that all ranks send the same messages in the same order. Two
+    processes with gloo show that (distributed/test_ranks.py).
+    """
+    is_zero3 = strategy.startswith("zero3")
+
     found = answer("sharded jobs", strategy=strategy)
 
     assert all(found["steps"].values())
+    assert found["shards"] == (["cpu"] if offloads(strategy) else ["cuda"])
+    assert found["groups"] == ["cpu:fake,cuda:fake"] * (2 if is_zero3 else 1)
+    assert found["num_senders"] == 1
     assert all(is_contiguous for *_, is_contiguous in found["messages"])
     by_device = {(device, name, dtype) for name, device, dtype, _ in found["messages"]}
     assert {message for message in by_device if message[0] != "cpu"} == {
         ("cuda", "_allgather_base_", "bfloat16"),  # the weights of a block
         ("cuda", "broadcast_", "float32"),  # gradients
         ("cuda", "send", "float32"),
+        *(OF_DEEPSPEED if is_zero3 else ()),
     }
+    assert {message for message in by_device if message[0] == "cpu"} == ON_HOST

@@ -5,6 +5,7 @@ function in `run`, and has its arguments.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ if __name__ == "__main__":
     from tests.lora_core.fake_cuda.build import load
 
     load(Path(sys.argv[1]))  # before torch is imported
+    os.environ["DS_ACCELERATOR"] = "cuda"  # transformers imports DeepSpeed, which would choose the CPU
     import torch
 
     from tests.lora_core.fake_cuda import runs, sharding
