@@ -43,7 +43,7 @@ RUN pip install --require-hashes --no-deps -r requirements/worker.lock \
     && pip install --no-deps --no-build-isolation --editable client --editable .
 ENV OMP_WAIT_POLICY=PASSIVE
 USER lorry
-# Compiles and loads a shared object, as Triton does at run time, so that an image that can't is not built.
+# The build fails if the image can't compile and load a shared object, as Triton does at run time.
 RUN python <<'EOF'
 import ctypes, subprocess, sys, sysconfig, tempfile
 from worker.process.sandbox import environment

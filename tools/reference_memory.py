@@ -131,6 +131,7 @@ def _own(shape: Shape) -> int:
         batch_size=BATCH_SIZE,
         longest_example=LONGEST_ROW,
         lowest_rank=RANK,
+        highest_rank=RANK,
         recomputes=True,
     )
     return sum(own.values())

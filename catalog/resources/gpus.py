@@ -25,6 +25,7 @@ PARTS: Mapping[str, str] = {
     "dora": "weight norms and scaling factors of DoRA",
     "subtracted_start": "initial PiSSA or OLoRA weights, subtracted from the base model",
     "slice_gradients": "gradients of additional slices",
+    "lora_products": "products A x of LoRA, until the backward pass",
     "beyond_a_slice": "longest row, initialization or samples, beyond the size of a usual slice",
 }
 """Descriptions of the parts, in the order in which they are shown."""

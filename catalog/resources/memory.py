@@ -27,7 +27,9 @@ PASSING_NUMBERS_PER_FEATURE = 6
 """Values that a pass without backward holds at one time, per token and feature of the widest linear layer: inputs and
 outputs of a gated feed-forward layer, the residual stream and its norm."""
 BYTES_PER_NUMBER = {"bfloat16": 2, "float32": 4}
-GPU_KERNEL_RANK = 128
+KERNEL_WIDTHS = (16, 32, 64, 128)
+"""To these the LoRA kernels of a GPU pad a rank."""
+GPU_KERNEL_RANK = KERNEL_WIDTHS[-1]
 """Highest rank that the LoRA kernels of a GPU take, of bfloat16 weights without DoRA. PiSSA and OLoRA subtract their
 start, which doubles the rank."""
 NF4_BLOCK, NF4_SCALE_BLOCK = 64, 256
@@ -108,8 +110,8 @@ def own_parts(
     longest_example: int | None = None,
     samples: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
-    lowest_rank: int = 1,
-    highest_rank: int = 1,
+    lowest_rank: int,
+    highest_rank: int,
     slice_tokens: int = SLICE_TOKENS["cpu"],
     recomputes: bool = False,
     kernels: ElementwiseKernels | None = None,
@@ -121,9 +123,10 @@ def own_parts(
     - `dora`: a norm and a factor of each output, for all linear layers of the base model (an upper bound).
     - `subtracted_start`: the initial weights that PiSSA and OLoRA subtract, in the precision of the base model.
     - `slice_gradients`: gradient buffers of the slices after the first, if a step may have more than one slice.
+    - `lora_products`: A x of each token of the largest slice, padded as by the kernels of a GPU.
     - `beyond_a_slice`: the largest of three phases that never overlap, minus a slice of JOB_TOKENS: the computation of
-      the initial weights, the largest slice (with A x, dropout masks and the outputs that DoRA scales, for all
-      linear layers), and the pass for the samples.
+      the initial weights, the largest slice (with dropout masks and the outputs that DoRA scales, for all linear
+      layers), and the pass for the samples.
 
     `precision`: of the base model. `keeps_parent`: whether the loss compares with the parent adapter, whose weights are
     then in memory too. `longest_example`: tokens of its longest row or pair of rows, which is never split; None if
@@ -141,11 +144,14 @@ def own_parts(
     most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
     usual = slice_bytes(description, precision, kernels or "cpu")
     kernels = kernels or ("cuda" if recomputes else "cpu")
-    # The kernels of a GPU draw the mask again instead, but they take only what lora_core/layers/tiled_lora.py names.
-    rank = highest_rank * (2 if subtracts_start else 1)
-    has_masks = dropout and (not recomputes or use_dora or precision == "float32" or rank > GPU_KERNEL_RANK)
-    even_so = most_tokens * product_bytes_per_token(shapes, precision, rank)
-    even_so += most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
+    times = 2 if subtracts_start else 1
+    ranks, rank = times * sum_of_ranks(shapes, highest_rank, num_parameters), times * highest_rank
+    # The kernels of a GPU draw a mask again instead, but they take only what lora_core/layers/tiled_lora.py names.
+    fits_kernels = not use_dora and precision != "float32" and rank <= GPU_KERNEL_RANK
+    has_masks = dropout and not (recomputes and fits_kernels)
+    if fits_kernels:
+        ranks = math.ceil(ranks * kernel_width(rank) / rank)
+    even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
     even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
     largest = most_tokens * activation_bytes_per_token(shapes, precision, kernels) + even_so
     if recomputes:
@@ -159,6 +165,7 @@ def own_parts(
         "dora": 2 * 4 * _output_features(shapes) if use_dora else 0,
         "subtracted_start": 2 * num_parameters * width if subtracts_start else 0,
         "slice_gradients": 0 if is_one_slice else FURTHER_SLICES * 4 * num_parameters,
+        "lora_products": most_tokens * ranks * width,
         "beyond_a_slice": max(largest, start, samples_bytes(description, precision, samples)) - usual,
     }
 
@@ -237,9 +244,15 @@ def activation_bytes_per_token(shapes: Shapes, precision: str, kernels: Elementw
     return (_output_features(shapes) + inputs) * BYTES_PER_NUMBER[precision]
 
 
-def product_bytes_per_token(shapes: Shapes, precision: str, rank: int) -> int:
-    """Return what one token of a job keeps of A x until its backward pass, for all linear layers."""
-    return rank * sum(count for _, count in shapes.values()) * BYTES_PER_NUMBER[precision]
+def sum_of_ranks(shapes: Shapes, highest_rank: int, num_parameters: int) -> int:
+    """Return an upper bound of the sum of the ranks of a job's linear layers, from its number of parameters."""
+    narrowest = min((sum(shape) for shape, _ in shapes.values()), default=1)
+    return min(highest_rank * sum(count for _, count in shapes.values()), num_parameters // narrowest)
+
+
+def kernel_width(rank: int) -> int:
+    """Return the numbers of A x that the kernels of a GPU keep for a rank of at most GPU_KERNEL_RANK."""
+    return next(width for width in KERNEL_WIDTHS if width >= rank)
 
 
 def _features_of_torch(shapes: Shapes, precision: str) -> int:

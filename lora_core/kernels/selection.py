@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
-from lora_core.kernels.gpu import random_numbers_trial
+from lora_core.kernels.drawing import why_host_draws
 from lora_core.kernels.gpu.attention_trial import why_not_in_tiles
 from lora_core.kernels.gpu.decoding_trial import why_not_decoded
 from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
@@ -87,7 +87,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHea
         return Kernels()
     capability = torch.cuda.get_device_capability(device)
     why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
-    why_eager, why_on_host = why_not_elementwise(device), random_numbers_trial.why_not_drawn(device)
+    why_eager, why_on_host = why_not_elementwise(device), why_host_draws(device)
     size, why_no_heads, decoding_size, why_no_decoding = (None,) * 4
     if heads is not None and not (why_no_varlen is None and heads.fits_varlen):
         why_no_heads = why_not_in_tiles(device, dtype, size=heads.size, is_capped=heads.is_capped)

@@ -76,11 +76,15 @@ class SessionJob:
         job = self.claim.job
         return not self.recorded_step and is_suspect(job.counted_attempts, job.lost_attempts)
 
+    def own_parts(self, description: Json, *, recomputes: bool, kernels: ElementwiseKernels | None) -> dict[str, int]:
+        """Return `own_bytes` by part."""
+        return requirements.own_parts(self.claim.job, description, recomputes=recomputes, kernels=kernels)
+
     def own_bytes(self, description: Json, *, recomputes: bool, kernels: ElementwiseKernels | None) -> int:
         """Return the memory that the job needs in its trainer, without its part of a tick. description: of the base
         model. recomputes: whether the device uses activation checkpointing. kernels: the trainer's, once it is
         ready."""
-        return requirements.own_bytes(self.claim.job, description, recomputes=recomputes, kernels=kernels)
+        return sum(self.own_parts(description, recomputes=recomputes, kernels=kernels).values())
 
     def drop_outdated(self) -> None:
         """Remove the unrecorded checkpoints that newer ones have superseded."""

@@ -190,8 +190,9 @@ class TrainerSession:
 
     def spare_bytes(self) -> int:
         """Return the memory that torch keeps on the GPU beyond the ticks of the admitted jobs, as estimated. Ticks
-        use it while no other job needs it, and later activations are recomputed instead."""
-        admitted = sum(held.is_admitted for held in self._held.values())
+        use it while no other job needs it, and later activations are recomputed instead, but not LoRA's products."""
+        held = [each for each in self._held.values() if each.is_admitted]
+        admitted, recomputes = len(held), self._context.device.recomputes
         tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
         precision, quantization = precision_of(self.pack_key), quantization_of(self.pack_key)
         counted = memory.tick_bytes(
@@ -199,6 +200,8 @@ class TrainerSession:
         )
         num_slices = sum(memory.widens_tick(number, tick_tokens=tick_tokens) for number in range(admitted))
         counted += num_slices * self.slice_bytes()
+        parts = [each.own_parts(self._description, recomputes=recomputes, kernels=self._kernels) for each in held]
+        counted += sum(each["lora_products"] for each in parts)
         return max(0, int(self._memory.get("cached_bytes", 0)) - counted)
 
     def _trainer_bytes_to_come(self) -> int:

@@ -52,7 +52,8 @@ def large(kit: Kit) -> None:
 def compare(kit: Kit, shape: Shape) -> None:
     """Let the contenders take turns. Records every turn, and rates and ratios after each round.
 
-    Every contender has computed each shape of a measured step before, since a new shape costs plans and allocations.
+    Every contender has computed each shape of a measured step before. The first step of a new shape also takes time for
+    plans and allocations.
     """
     base, many = kit.base(shape), kit.sizes.many
     one = replace(many, num_jobs=1)

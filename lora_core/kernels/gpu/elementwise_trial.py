@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_core.kernels.gpu.adafactor_table import AdafactorStep, MatrixLayout
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
-from lora_core.kernels.gpu.trial_failures import failure_of
+from lora_core.kernels.gpu.trial_failures import failure_of, reason_of_others
 from lora_core.kernels.gpu.trial_inputs import numbers
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
@@ -41,10 +41,9 @@ def agree_on_elementwise(device: torch.device, gathered: Callable[[str | None], 
 
     `gathered` returns the value of every rank.
     """
-    own = why_not_elementwise(device)
-    reason = next(filter(None, gathered(own)), None)
-    if own is None and reason is not None:
-        _refused[device] = f"{reason}, on another rank"
+    reason = reason_of_others(why_not_elementwise(device), gathered)
+    if reason is not None:
+        _refused[device] = reason
 
 
 @cache

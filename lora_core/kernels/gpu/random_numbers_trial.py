@@ -12,7 +12,7 @@ from lora_core.runtime.transfers import upload
 
 COUNT, THRESHOLD, NUM_KEYS = 10_007, 58_982, 4
 BOUNDS, NUM_COLUMNS = np.array([0.5, 1e-3, 4096**-0.5, 70.0, 3**-0.5]), 1_003
-ON_HOST = "the host draws initial weights, noise, and dropout masks of jobs whose LoRA runs segment by segment"
+ON_HOST = "the host draws initial weights and noise, and the dropout masks of jobs whose LoRA runs segment by segment"
 
 
 @cache

@@ -1,9 +1,18 @@
 # pyright: basic
-"""Exceptions in a trial of kernels: a reason to compute without them, unless the device itself failed."""
+"""Failures in a trial of kernels: a reason to compute without them, on all ranks, unless the device itself failed."""
+
+from collections.abc import Callable
 
 import torch
 
 from lora_core.runtime.device_errors import is_shortage
+
+
+def reason_of_others(own: str | None, gathered: Callable[[str | None], list[str | None]]) -> str | None:
+    """Return why another rank can't use kernels that this one can use: `own` is None. `gathered` returns the value of
+    every rank. None if all ranks can use them, or this one can't."""
+    reason = next(filter(None, gathered(own)), None)
+    return f"{reason}, on another rank" if own is None and reason is not None else None
 
 
 def failure_of(error: Exception, device: torch.device) -> str:

@@ -195,6 +195,7 @@ def test_adapter_lists_its_children(world: World, parent: Adapter) -> None:
 def test_kept_parent_weights_add_to_the_memory_of_a_job() -> None:
     def taken(precision: str, *, keeps_parent: bool = False) -> int:
         given: dict[str, Any] = {"num_parameters": 1000, "dropout": 0.0, "keeps_parent": keeps_parent}
+        given |= {"lowest_rank": 1, "highest_rank": 1}
         return sum(memory.own_parts(DESCRIPTION, precision, **given).values())
 
     assert taken("float32", keeps_parent=True) - taken("float32") == 4000

@@ -28,8 +28,13 @@ def own_bytes(
     description: dict[str, Any], precision: str = "float32", *, longest_example: int | None = 1, **options: Any
 ) -> int:
     """Return the memory of a job with 1,000 parameters, without A x, whose steps have one slice."""
-    given: dict[str, Any] = {"dropout": 0.0, "longest_example": longest_example, "highest_rank": 0, **options}
-    return sum(memory.own_parts(description, precision, num_parameters=1000, **given).values())
+    parts = own_parts(description, precision, longest_example=longest_example, **options)
+    return sum(parts.values()) - parts["lora_products"]
+
+
+def own_parts(description: dict[str, Any], precision: str, **options: Any) -> dict[str, int]:
+    given: dict[str, Any] = {"num_parameters": 1000, "dropout": 0.0, "lowest_rank": 1, "highest_rank": 1}
+    return memory.own_parts(description, precision, **given | options)
 
 
 def test_adapter_state_has_four_fp32_vectors_and_a_copy_in_the_base_dtype() -> None:
@@ -99,88 +104,45 @@ def test_activation_checkpointing_reduces_the_memory_of_long_rows() -> None:
     assert with_dora[1] - with_dora[0] == 4 * 64 * (2 * 4 + 2 * 8192), "DoRA keeps its matmul outputs and norms"
 
 
-@pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
-def test_trainer_memory_is_its_base_and_one_tick(precision: str, width: int) -> None:
-    description = {"num_parameters": 500, "linear_shapes": SHAPES, "vocab_size": 10}
-
-    assert memory.base_bytes(description, precision) == 500 * width
-    kept = 2 * (64 + 16 + 32)  # both outputs, and the input that they share
-    assert memory.activation_bytes_per_token(SHAPES, precision) == kept * width
-    assert memory.activation_bytes_per_token(SHAPES, precision, "cuda") == kept * width, "its norms are not known"
-    logits = 2 * 4 * 256 * 10
-    need = memory.trainer_bytes(description, precision, num_tokens=100)
-    assert need == 500 * width + 100 * kept * width + logits
-
-
-def test_gpu_kernels_keep_no_output_of_a_norm_or_a_gated_activation_and_torch_keeps_more() -> None:
-    attention = {"q_proj": [[64, 32], 2], "k_proj": [[16, 32], 2], "v_proj": [[16, 32], 2], "o_proj": [[32, 64], 2]}
-    mlp = {"gate_proj": [[96, 32], 2], "up_proj": [[96, 32], 2], "down_proj": [[32, 96], 2]}
-
-    cpu = memory.activation_bytes_per_token(attention | mlp, "bfloat16", "cpu")
-    cuda = memory.activation_bytes_per_token(attention | mlp, "bfloat16", "cuda")
-    torch = memory.activation_bytes_per_token(attention | mlp, "bfloat16", "torch")
-    of_float32 = memory.activation_bytes_per_token(attention | mlp, "float32", "torch")
-
-    assert cpu - cuda == 2 * 2 * (32 + 32 + 96)
-    assert torch - cpu == 2 * 2 * (32 + 32 + 96), "copies of the norms' inputs in fp32, and silu(gate)"
-    assert of_float32 - 2 * cpu == 4 * 2 * 96, "silu(gate) alone"
-
-
-def test_quantized_base_has_quantized_linears_and_the_rest_in_its_dtype() -> None:
-    description = {"num_parameters": 10_000, "vocab_size": 10, **LINEARS}
-    weights, tables = 2 * (64 * 32 + 16 * 32), 4 * (16 + 256 + 1)
-
-    int8 = memory.base_bytes(description, "bfloat16", "int8")
-    nf4 = memory.base_bytes(description, "float32", "nf4")
-
-    assert int8 == weights + 4 * 2 * (64 + 16) + 2 * (10_000 - weights)
-    scales = 2 * (32 + 4) + 2 * (8 + 4)  # one byte per 64 weights, and four bytes per 256 of those bytes
-    assert nf4 == weights // 2 + scales + 4 * tables + 4 * (10_000 - weights)
-
-
-def test_nf4_uses_0_516_bytes_per_weight() -> None:
-    description = {"num_parameters": 4096 * 4096, **linears(q_proj=([4096, 4096], 1))}
-
-    nf4 = memory.base_bytes(description, "bfloat16", "nf4") / 4096**2
-    assert nf4 == pytest.approx(0.516, abs=0.001)  # pyright: ignore[reportUnknownMemberType]
-
-
-def test_tick_on_a_quantized_base_dequantizes_its_largest_linear() -> None:
-    description = {"num_parameters": 10_000, "vocab_size": 10, **LINEARS}
-    plain = memory.tick_bytes(description, "bfloat16", num_tokens=10)
-
-    assert memory.tick_bytes(description, "bfloat16", "nf4", num_tokens=10) == plain + 2 * 64 * 32
-    need = memory.trainer_bytes(description, "bfloat16", "nf4", num_tokens=10)
-    assert need == memory.base_bytes(description, "bfloat16", "nf4") + plain + 2 * 64 * 32
-
-
-def test_dropout_mask_uses_a_byte_per_linear_input_and_token() -> None:
-    description = {"linear_shapes": SHAPES}
-
-    assert own_bytes(description) == 16_000
-    masks = 1024 * 32 * 4
-    assert own_bytes(description, dropout=0.1) == 16_000 + masks
-    on_gpu = {"dropout": 0.1, "recomputes": True, "precision": "bfloat16"}
-    plain = {"recomputes": True, "precision": "bfloat16"}
-    kept = {rank: own_bytes(description, **on_gpu, highest_rank=rank) for rank in (128, 129)}
-    assert kept[128] == own_bytes(description, **plain, highest_rank=128), "a GPU's kernels keep no mask"
-    assert kept[129] == own_bytes(description, **plain, highest_rank=129) + masks
-    assert own_bytes(description, dropout=0.1, recomputes=True, precision="float32") == 16_000 + masks
-    with_dora = own_bytes(description, use_dora=True, recomputes=True)
-    assert own_bytes(description, use_dora=True, dropout=0.1, recomputes=True) == with_dora + masks
+WIDE = 10**9
+"""More parameters than any rank of SHAPES has."""
 
 
 @pytest.mark.parametrize(("precision", "width"), [("bfloat16", 2), ("float32", 4)])
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_a_token_keeps_the_small_product_of_each_linear_layer(precision: str, width: int, recomputes: bool) -> None:
-    description = {"linear_shapes": SHAPES}
-    given: dict[str, Any] = {"longest_example": 2048, "recomputes": recomputes}
-    without = own_bytes(description, precision, **given)
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_token_keeps_the_product_of_each_linear_layer(precision: str, width: int, init: str) -> None:
+    given: dict[str, Any] = {"longest_example": 2048, "init_lora_weights": init, "num_parameters": WIDE}
 
-    assert own_bytes(description, precision, **given, highest_rank=100) == without + 2048 * 4 * 100 * width
-    begun = own_bytes(description, precision, **given, init_lora_weights="pissa")
-    paired = own_bytes(description, precision, **given, init_lora_weights="pissa", highest_rank=100)
-    assert paired == begun + 2048 * 4 * 200 * width, "PiSSA multiplies by A and by its start"
+    parts = own_parts({"linear_shapes": SHAPES}, precision, **given, highest_rank=200)
+
+    times = 2 if init == "pissa" else 1  # it multiplies by A and by its start
+    assert parts["lora_products"] == 2048 * 4 * times * 200 * width
+
+
+@pytest.mark.parametrize(
+    ("rank", "options", "kept"),
+    [
+        (1, {}, 16),
+        (33, {}, 64),
+        (128, {}, 128),
+        (129, {}, 129),
+        (40, {"init_lora_weights": "pissa"}, 128),
+        (33, {"use_dora": True}, 33),
+    ],
+)
+def test_products_are_padded_as_by_the_kernels_of_a_gpu(rank: int, options: dict[str, Any], kept: int) -> None:
+    given: dict[str, Any] = {"num_parameters": WIDE, "highest_rank": rank}
+
+    for recomputes in (False, True):
+        parts = own_parts({"linear_shapes": SHAPES}, "bfloat16", **given, **options, recomputes=recomputes)
+        assert parts["lora_products"] == 1024 * 4 * kept * 2
+
+
+def test_products_of_a_job_with_few_linear_layers_follow_from_its_parameters() -> None:
+    """One layer of rank 100, and none in the others."""
+    parameters = 100 * (16 + 32)
+
+    assert memory.sum_of_ranks(SHAPES, 100, parameters) == 100
 
 
 def test_pissa_initialization_is_kept_in_the_precision_of_the_base() -> None:

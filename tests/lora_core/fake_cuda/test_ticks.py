@@ -171,14 +171,14 @@ def test_the_memory_estimate_counts_what_a_layer_keeps(
     assert (shape, kernels) != ("8b", "cuda") or kept < KEPT_BYTES
 
 
-@pytest.mark.parametrize("rank", [16, 64, 128])
+@pytest.mark.parametrize("rank", [16, 65, 128])
 def test_the_memory_estimate_counts_the_small_products_of_any_rank(answer: Answer, rank: int) -> None:
     """In the smallest model they are a sixth of all at rank 128."""
     shapes = linear_shapes("smollm2")
     counted = memory.activation_bytes_per_token(shapes, "bfloat16", "cuda")
-    counted += memory.product_bytes_per_token(shapes, "bfloat16", rank)
+    counted += 2 * len(shapes) * memory.kernel_width(rank)
 
-    assert per_layer(answer, "smollm2", rank=rank)["kept_bytes"] == pytest.approx(counted, rel=0.02)
+    assert per_layer(answer, "smollm2", rank=rank)["kept_bytes"] == pytest.approx(counted, rel=0.005)
     tick = answer("tick", shape="smollm2", num_layers=2, rank=rank)
     assert tick["resident_bytes"] - tick["base_bytes"] - tick["adapter_bytes"] < 1024, "no stack of matrices is kept"
 

@@ -11,7 +11,7 @@ import torch
 
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
-from lora_core.kernels import selection
+from lora_core.kernels import drawing, selection
 from lora_core.kernels.gpu import attention_trial, decoding_trial, elementwise_trial, random_numbers_trial, trials
 from lora_core.kernels.gpu.tables import WIDTHS, class_of
 from lora_core.kernels.gpu.trials import TRIED
@@ -191,6 +191,18 @@ def test_kernels_that_another_rank_cannot_use_are_not_used(monkeypatch: pytest.M
     assert elementwise_trial.why_not_elementwise(CUDA) is None
     elementwise_trial.agree_on_elementwise(CUDA, lambda own: [own, "no C compiler", None])
     assert elementwise_trial.why_not_elementwise(CUDA) == "no C compiler, on another rank"
+
+
+def test_device_does_not_draw_if_that_of_another_rank_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise one rank would complete an initialization before the others, and wait in another collective."""
+    monkeypatch.setattr(drawing, "_refused", {})
+    monkeypatch.setattr(random_numbers_trial, "why_not_drawn", lambda device: None)
+
+    drawing.agree_on_drawing(CUDA, lambda own: [own, None])
+    assert drawing.draws(CUDA)
+    drawing.agree_on_drawing(CUDA, lambda own: [own, "no C compiler", None])
+    assert not drawing.draws(CUDA)
+    assert drawing.why_host_draws(CUDA) == "no C compiler, on another rank"
 
 
 Trial = Callable[[torch.device], str | None]

@@ -92,6 +92,8 @@ def test_the_estimate_of_a_job_equals_its_peak(
         init_lora_weights=init,
         batch_size=len(lengths),
         longest_example=max(lengths),
+        lowest_rank=1,
+        highest_rank=1,
     )
     assert sum(parts.values()) == max(held) + num_spare * 4 * engine.num_parameters("job")
 

@@ -20,6 +20,7 @@ from catalog.resources import memory
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.store import blob_key
+from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, directives_for, emit, emit_for, received_verbs, step
@@ -276,16 +277,21 @@ def exported(site: PackSite, session: TrainerSession, claim: Claim) -> dict[str,
     return {**course, "folder": folder, "num_parameters": 1, "report": PASSED}
 
 
+def memory_of(job: Job) -> int:
+    """Return the memory of a job of rank 16: its vectors, and its products A x in four linear layers."""
+    return 26 * job.adapter_parameters + 1024 * 4 * 16 * 2
+
+
 def test_memory_that_a_loading_trainer_will_take_is_not_free(site: PackSite) -> None:
     claim = site.claim()
     session = site.loading_session(claim)
-    row_bytes = 26 * claim.job.adapter_parameters
+    job_bytes = memory_of(claim.job)
     trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
-    assert session.bytes_to_come() == trainer_bytes + row_bytes
+    assert session.bytes_to_come() == trainer_bytes + job_bytes
 
     emit(session, READY)
     session.read_events()
-    assert session.bytes_to_come() == trainer_bytes - 1 + row_bytes, "READY reports a base of one byte"
+    assert session.bytes_to_come() == trainer_bytes - 1 + job_bytes, "READY reports a base of one byte"
 
     emit_for(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     session.read_events()
@@ -308,16 +314,16 @@ def test_each_pending_job_enlarges_the_tick_up_to_its_full_size(
     first = [site.queued() for _ in range(2)]
     session = site.loading_session(*site.claim_all())
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
-    row_bytes = 26 * first[0].adapter_parameters
+    job_bytes = memory_of(first[0])
     trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16") + site.context.group.reserve_bytes
-    assert session.bytes_to_come() == trainer_bytes + 2 * row_bytes + min(1, num_slices - 1) * slice_bytes
+    assert session.bytes_to_come() == trainer_bytes + 2 * job_bytes + min(1, num_slices - 1) * slice_bytes
 
     for _ in range(8):
         site.queued()
     for claim in site.claim_all():
         session.admit(claim)
 
-    assert session.bytes_to_come() == trainer_bytes + 10 * row_bytes + (num_slices - 1) * slice_bytes
+    assert session.bytes_to_come() == trainer_bytes + 10 * job_bytes + (num_slices - 1) * slice_bytes
 
 
 def test_a_pending_job_with_dropout_is_counted_with_its_mask(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +335,7 @@ def test_a_pending_job_with_dropout_is_counted_with_its_mask(site: PackSite, mon
     session.admit(dropping)
 
     mask_bytes = 1024 * (2 * 64 + 2 * 64)
-    assert session.bytes_to_come() == without + 26 * dropping.job.adapter_parameters + mask_bytes
+    assert session.bytes_to_come() == without + memory_of(dropping.job) + mask_bytes
 
 
 def test_a_crash_counts_against_jobs_that_a_loaded_trainer_received(

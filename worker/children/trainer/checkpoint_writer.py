@@ -18,8 +18,6 @@ from lora_core.peft_format.export import AdapterSnapshot
 from lora_core.runtime.transfers import release_pinned_memory
 from worker.protocol.mailbox import Json, timed
 
-MIN_SNAPSHOTS = 2
-"""Snapshots that exist at most while memory is short: one that is written, and the next one."""
 FREE_TIMES = 4
 """Free host memory that a further snapshot needs, as a multiple of its size. Equal jobs that began together are due at
 the same step, and training would stop until most of them are written."""
@@ -117,7 +115,7 @@ class CheckpointWriter:
         yield from self.completed()
         if self._free_host_bytes() < FREE_TIMES * num_bytes:
             self.release_memory()  # it may have other sizes than this snapshot needs
-        while len(self._pending) >= MIN_SNAPSHOTS and self._free_bytes() < FREE_TIMES * num_bytes:
+        while self._pending and self._free_bytes() < FREE_TIMES * num_bytes:
             yield self._pending.popleft().outcome.result()
 
     def release_memory(self) -> None:

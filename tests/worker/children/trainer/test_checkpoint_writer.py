@@ -31,7 +31,6 @@ from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.token_file import TokenFile
 from worker.children.trainer import message_handlers
 from worker.children.trainer.checkpoint_writer import (
-    MIN_SNAPSHOTS,
     CheckpointDraft,
     CheckpointFiles,
     CheckpointWriter,
@@ -481,8 +480,8 @@ def draft(folder: Path, *, write: Callable[[Path], None], claim_id: str = "claim
 
 
 # The memory of a written snapshot is free for the next one.
-@pytest.mark.parametrize(("free_bytes", "num_kept"), [(0, MIN_SNAPSHOTS - 1), (399, 4), (400, 5)])
-def test_more_than_two_snapshots_exist_only_while_memory_is_ample(
+@pytest.mark.parametrize(("free_bytes", "num_kept"), [(0, 1), (399, 4), (400, 5)])
+def test_more_than_one_snapshot_exists_only_while_memory_is_ample(
     tmp_path: Path, free_bytes: int, num_kept: int
 ) -> None:
     gate, num_begun = threading.Event(), 0
@@ -493,10 +492,8 @@ def test_more_than_two_snapshots_exist_only_while_memory_is_ample(
         return free_bytes
 
     writer = CheckpointWriter(free_host_bytes=free_host_bytes)
-    for _ in range(MIN_SNAPSHOTS):
-        assert list(writer.make_room(100)) == []
-        writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=100)
-    for _ in range(5 - MIN_SNAPSHOTS):
+    assert list(writer.make_room(100)) == [], "the first one needs no further memory"
+    for _ in range(5):
         writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=100)
     num_begun = 5
 
@@ -565,8 +562,7 @@ def test_released_memory_is_counted_once(tmp_path: Path, monkeypatch: pytest.Mon
     writer, gate = CheckpointWriter(free_host_bytes=lambda: cache.free_bytes), threading.Event()
     writer.begin(draft(tmp_path, write=lambda _: None), num_bytes=399)
     list(writer.settle("claim-1"))
-    for _ in range(MIN_SNAPSHOTS):
-        writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=1)
+    writer.begin(draft(tmp_path, write=lambda _: cast(None, gate.wait())), num_bytes=1)
     threading.Timer(OPENED_AFTER_SECONDS, gate.set).start()
 
     assert len(list(writer.make_room(100))) > 0

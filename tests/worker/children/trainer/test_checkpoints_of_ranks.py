@@ -37,7 +37,7 @@ def no_space(*_):
 directory, how = sys.argv[1:]
 message_handlers.writes_while_training = lambda *_: how != "between ticks"
 if how == "full disk":
-    CheckpointSnapshot.write = no_space
+    CheckpointSnapshot.write = no_space if os.environ["RANK"] == "0" else None  # the others write nothing
 sys.exit(main([directory]))
 """
 
@@ -89,7 +89,7 @@ class Site:
         deadline = time.monotonic() + WAIT_SECONDS
         while not is_reached():
             assert time.monotonic() < deadline, what
-            assert not any(process.returncode for process in self._processes), "a rank has failed"
+            assert not any(process.poll() for process in self._processes), "a rank has failed"
             time.sleep(0.02)
 
     def order(self, *wanted: str, claim_id: str | None = None) -> list[tuple[str, int]]:
@@ -126,7 +126,7 @@ def test_all_ranks_train_while_the_leader_writes_the_same_bytes(make_site: Calla
         with_thread.gate.touch()
         with_thread.finish()
 
-    assert reported == [], "training has gone on before the checkpoint is complete"
+    assert reported == [], "training continues before the checkpoint is complete"
     assert with_thread.order("checkpointed", "exported") == itself.order("checkpointed", "exported")
     assert with_thread.files() == itself.files()
     assert {f"checkpoints/step-{step}/row.safetensors" for step in (2, 4, 6)} < with_thread.files().keys()
