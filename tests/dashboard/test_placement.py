@@ -39,7 +39,7 @@ def test_running_job_shows_how_and_why_its_base_model_is_sharded(fresh: Service,
     expect(fact(panel, "Why")).to_contain_text("the smallest of 4 devices has 2.9 GB")
     expect(fact(panel, "Blocks")).to_have_text("30, 212 MB in total; 1/4 of every block on each device, 53.1 MB")
     expect(fact(panel, "Gathered blocks")).to_contain_text("21.2 MB more per device")
-    expect(fact(panel, "Memory needed")).to_have_text("about 2.83 GB of 2.90 GB per device")
+    expect(fact(panel, "Memory needed")).to_have_text("about 2.85 GB of 2.90 GB per device")
     visitor.assert_accessible()
 
 
