@@ -16,7 +16,8 @@ Each table is one file in `benchmarks/results/`. The file has every repeat, all 
 Contenders alternate in one run, so that other load on the machine affects all of them. A ratio is the median of
 the ratios within a turn, so it can differ from the ratio of two medians.
 
-All results are from CPUs with two cores. No result is from a GPU yet.
+All results are from CPUs with two cores. No result is from a GPU yet. The [GPU kit](contributing/gpu-kit.md) measures
+a GPU.
 
 The training benchmarks use SmolLM2-135M in bfloat16 with all linear layers adapted, unless stated otherwise. Rows are
 from GSM8K's training set: `--data` takes a JSONL file with `question` and `answer`.

@@ -16,9 +16,12 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def choose(wanted: str | None) -> list[str]:
-    """Return `cpu` or GPU numbers. Default: every GPU of the machine, or the CPU if there is none."""
+    """Return `cpu` or GPU numbers. Default: every GPU of the machine, or the CPU if there is none.
+
+    Raises LorryError if the list is invalid, or names a GPU that the machine does not have.
+    """
     if wanted is None:
-        return _gpus() or [CPU]
+        return _visible(_listed() or []) or [CPU]
     chosen = [part.strip().lower() for part in wanted.split(",")]
     if chosen == [CPU]:
         return chosen
@@ -30,17 +33,41 @@ def choose(wanted: str | None) -> list[str]:
             code="bad_devices",
             remedy="Use `--devices cpu`, or for example `--devices 0,1`.",
         )
+    _require(chosen)
     return chosen
 
 
-def _gpus() -> list[str]:
-    """Return the GPU numbers that nvidia-smi lists, restricted to CUDA_VISIBLE_DEVICES.
+def _require(chosen: list[str]) -> None:
+    """Raise LorryError if the machine lacks one of these GPUs. Without a list by nvidia-smi, the worker decides."""
+    try:
+        listed = _listed()
+    except LorryError:
+        return
+    if listed is None:
+        return
+    missing = [gpu for gpu in chosen if gpu not in listed]
+    if missing:
+        raise LorryError(
+            f"This machine has no GPU {', '.join(missing)} (available: {', '.join(listed) or 'none'}).",
+            code="bad_devices",
+            remedy="Use numbers of available GPUs, or `--devices cpu`." if listed else "Use `--devices cpu`.",
+        )
+
+
+def _visible(gpus: list[str]) -> list[str]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES allows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if visible is None else [gpu for gpu in gpus if gpu in visible.split(",")]
+
+
+def _listed() -> list[str] | None:
+    """Return the GPU numbers that nvidia-smi lists. None if the driver is loaded, but nvidia-smi is not installed.
 
     Raises LorryError if nvidia-smi fails although the driver is loaded.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return []
+        return None if DRIVER.exists() else []
     argv = [tool, "--query-gpu=index", "--format=csv,noheader"]
     try:
         listed = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
@@ -53,6 +80,4 @@ def _gpus() -> list[str]:
             code="gpus_not_found",
             remedy="Repair the driver, name the GPUs with --devices, or train on the CPU with `--devices cpu`.",
         ) from error
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [line.strip() for line in listed if line.strip().isdigit()]
-    return found if visible is None else [gpu for gpu in found if gpu in visible.split(",")]
+    return [line.strip() for line in listed if line.strip().isdigit()]

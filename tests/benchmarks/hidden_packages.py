@@ -8,6 +8,7 @@ from typing import Any
 
 HIDDEN = {
     *("sqlalchemy", "pydantic", "pydantic_core", "psycopg", "gguf", "trl", "fastapi", "datasets", "bitsandbytes"),
+    "pytest",
     *("api", "catalog", "lorry", "worker"),
 }
 """Packages that a machine with torch, Triton, transformers, PEFT and accelerate may lack. The kit is copied to it

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 from torch import Tensor
 
 from lora_core.base_model.model import BaseModel
@@ -24,8 +23,6 @@ from lora_core.engine_config import EngineConfig
 from lora_core.events import Event, JobFinished
 
 VOCAB = 320
-DTYPES = ("float32", pytest.param("bfloat16", marks=pytest.mark.slow))
-"""For tests that are too expensive in both types. Other tests check the same invariant in bfloat16 in each run."""
 
 
 def dataset(seed: int, lengths: list[int]) -> TokenDataset:

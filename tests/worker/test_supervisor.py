@@ -24,7 +24,7 @@ from catalog.storage.store import ArtifactStore
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from tests.catalog.world import DESCRIPTION
-from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
+from tests.worker.pack_site import OUTAGE, READY, PackSite, emit, own_bytes, products_bytes
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising, reasons
 from worker import next_work
 from worker.background import base_models
@@ -259,9 +259,9 @@ def test_two_polls_before_the_trainer_is_ready_promise_no_memory_twice(
     """The GPU has memory for a trainer, three adapter states and two more slices of its tick."""
     site.context.device = replace(site.context.device, kind="cuda")
     session = site.loading_session(site.claim())
-    row_bytes = 26 * site.world.queued(suffix="next").adapter_parameters
+    job_bytes = own_bytes(site.world.queued(suffix="next"))
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
-    free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * row_bytes + 2 * slice_bytes
+    free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * job_bytes + 2 * slice_bytes
     free += site.context.group.reserve_bytes
     monkeypatch.setattr(devices, "free_bytes", lambda _: free)
 
@@ -284,6 +284,7 @@ def test_memory_that_torch_caches_beyond_the_ticks_of_the_jobs_is_free_for_other
     session = site.session(*claims)
     ticks = memory.tick_bytes(DESCRIPTION, "bfloat16", num_tokens=memory.JOB_TOKENS)
     ticks += memory.slice_bytes(DESCRIPTION, "bfloat16")
+    ticks += sum(products_bytes(claim.job) for claim in claims)
 
     found = []
     for cached_bytes in (0, ticks, ticks + 5000):

@@ -169,7 +169,8 @@ def _numbers(text: str, wanted: str, found: Collection[int], what: str) -> tuple
     missing = [number for number in numbers if number not in found]
     if missing:
         names = _listed(sorted(found)) or "none"
-        raise SystemExit(f"This machine has no {what} {_listed(missing)} (available: {names}). Use these, or cpu.")
+        hint = "Use these, or cpu." if found else "Use cpu."
+        raise SystemExit(f"This machine has no {what} {_listed(missing)} (available: {names}). {hint}")
     if len(set(numbers)) < len(numbers):
         raise SystemExit(f"{wanted!r} lists a {what} twice. List each one once.")
     return tuple(numbers)

@@ -1,6 +1,6 @@
 """Check and measure the engine on a CUDA GPU within a time limit: `python -m benchmarks.gpu.kit --out DIR`.
 
-Runs on a machine that has only torch, Triton, transformers, PEFT, accelerate, Numba, safetensors, psutil and pytest.
+Runs on a machine that has only torch, Triton, transformers, PEFT, accelerate, Numba, safetensors and psutil.
 Writes DIR/kit.jsonl after each result, and DIR/kit.md after each stage.
 """
 

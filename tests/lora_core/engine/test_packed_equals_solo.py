@@ -9,8 +9,8 @@ from lora_core.base_model.model import load_base
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.events import JobFinished, JobStepped
+from tests.lora_core.runtime.dtypes import DTYPES
 from tests.lora_core.scenarios import (
-    DTYPES,
     Outcome,
     Submission,
     config,

@@ -20,8 +20,8 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
 from lora_core.events import JobStepped
 from tests.lora_core import classifiers
+from tests.lora_core.runtime.dtypes import DTYPES
 from tests.lora_core.scenarios import (
-    DTYPES,
     Submission,
     admit,
     config,

@@ -13,8 +13,8 @@ from lora_core.engine.throughput import Throughput
 from lora_core.engine_config import EngineConfig
 from lora_core.runtime import cpu_lanes as lanes_module
 from lora_core.runtime.cpu_lanes import MIN_LANE_TOKENS, Lanes, num_cores, split
+from tests.lora_core.runtime.dtypes import DTYPES
 from tests.lora_core.scenarios import (
-    DTYPES,
     Submission,
     admit,
     config,

@@ -171,8 +171,51 @@ def test_cpu_is_one_device(wanted: str) -> None:
     assert devices.choose(wanted) == ["cpu"]
 
 
-def test_gpus_are_named_by_their_numbers() -> None:
+def install_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_gpus_are_named_by_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidia_smi(tmp_path, monkeypatch, r"printf '0\n1\n10\n'")
+
     assert devices.choose("0, 1,10") == ["0", "1", "10"]
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "remedy"),
+    [
+        (r"printf '0\n1\n'", "This machine has no GPU 2, 3 .available: 0, 1.", "Use numbers of available GPUs"),
+        ("exit 9", "This machine has no GPU 1, 2, 3 .available: none.", "Use `--devices cpu`."),
+    ],
+)
+def test_gpus_that_the_machine_lacks_are_refused_before_a_worker_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str, remedy: str
+) -> None:
+    install_nvidia_smi(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "no-driver")
+
+    with pytest.raises(LorryError, match=reason) as refused:
+        devices.choose("1,2,3")
+
+    assert remedy in str(refused.value.remedy)
+
+
+@pytest.mark.parametrize("has_tool", [True, False])
+def test_gpus_that_nvidia_smi_does_not_list_are_left_to_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_tool: bool
+) -> None:
+    """The remedy of the error about the list is to name the GPUs."""
+    (tmp_path / "driver").touch()
+    monkeypatch.setattr(devices, "DRIVER", tmp_path / "driver")
+    if has_tool:
+        install_nvidia_smi(tmp_path, monkeypatch, "echo 'GPU 3 is lost'; exit 15")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert devices.choose("0,1") == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +239,7 @@ def test_invalid_device_list_is_rejected(wanted: str, reason: str) -> None:
 def test_every_visible_gpu_is_used_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, chosen: list[str]
 ) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    install_nvidia_smi(tmp_path, monkeypatch, r"printf '0\n1\n'")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -211,10 +251,8 @@ def test_every_visible_gpu_is_used_by_default(
 def test_gpus_whose_driver_fails_are_not_replaced_by_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_driver: bool
 ) -> None:
-    tool, driver = tmp_path / "nvidia-smi", tmp_path / "driver"
-    tool.write_text("#!/bin/sh\necho 'GPU 3 is lost'\nexit 15\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    driver = tmp_path / "driver"
+    install_nvidia_smi(tmp_path, monkeypatch, "echo 'GPU 3 is lost'; exit 15")
     monkeypatch.setattr(devices, "DRIVER", driver)
     if not has_driver:
         assert devices.choose(None) == ["cpu"]

@@ -200,9 +200,9 @@ def test_ticks_of_a_ready_trainer_are_estimated_for_its_own_kernels(
     claim = site.claim()
     session = site.loading_session(claim)
     session._description = DESCRIPTION | {"linear_shapes": DESCRIPTION["linear_shapes"] | GATED_MLP}
-    row_bytes = 26 * claim.job.adapter_parameters
     products = requirements.own_parts(claim.job, session._description, recomputes=True)["lora_products"]
     assert products > 0
+    job_bytes = 26 * claim.job.adapter_parameters + products
     of_cpu, own = (memory.slice_bytes(session._description, "bfloat16", named) for named in ("cpu", kernels))
     assert free_capacity(site.context, session).slice_bytes == of_cpu
     assert of_cpu != own
@@ -212,7 +212,7 @@ def test_ticks_of_a_ready_trainer_are_estimated_for_its_own_kernels(
 
     assert free_capacity(site.context, session).slice_bytes == own
     trainer_bytes = memory.trainer_bytes(session._description, "bfloat16", kernels=kernels)
-    assert session.bytes_to_come() == trainer_bytes - 1 + row_bytes + products, "READY reports a base of one byte"
+    assert session.bytes_to_come() == trainer_bytes - 1 + job_bytes, "READY reports a base of one byte"
     emit_for(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     session.read_events()
     logits = memory.tick_bytes(session._description, "bfloat16", num_tokens=0)

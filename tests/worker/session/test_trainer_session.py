@@ -20,10 +20,20 @@ from catalog.resources import memory
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.store import blob_key
-from catalog.tables.jobs import Job
 from catalog.tables.storage import File
 from tests.catalog.world import DESCRIPTION
-from tests.worker.pack_site import OUTAGE, PASSED, READY, PackSite, directives_for, emit, emit_for, received_verbs, step
+from tests.worker.pack_site import (
+    OUTAGE,
+    PASSED,
+    READY,
+    PackSite,
+    directives_for,
+    emit,
+    emit_for,
+    own_bytes,
+    received_verbs,
+    step,
+)
 from worker.background import tokenization
 from worker.protocol import mailbox
 from worker.session.session_job import End
@@ -277,15 +287,10 @@ def exported(site: PackSite, session: TrainerSession, claim: Claim) -> dict[str,
     return {**course, "folder": folder, "num_parameters": 1, "report": PASSED}
 
 
-def memory_of(job: Job) -> int:
-    """Return the memory of a job of rank 16: its vectors, and its products A x in four linear layers."""
-    return 26 * job.adapter_parameters + 1024 * 4 * 16 * 2
-
-
 def test_memory_that_a_loading_trainer_will_take_is_not_free(site: PackSite) -> None:
     claim = site.claim()
     session = site.loading_session(claim)
-    job_bytes = memory_of(claim.job)
+    job_bytes = own_bytes(claim.job)
     trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
     assert session.bytes_to_come() == trainer_bytes + job_bytes
 
@@ -314,7 +319,7 @@ def test_each_pending_job_enlarges_the_tick_up_to_its_full_size(
     first = [site.queued() for _ in range(2)]
     session = site.loading_session(*site.claim_all())
     slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
-    job_bytes = memory_of(first[0])
+    job_bytes = own_bytes(first[0])
     trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16") + site.context.group.reserve_bytes
     assert session.bytes_to_come() == trainer_bytes + 2 * job_bytes + min(1, num_slices - 1) * slice_bytes
 
@@ -335,7 +340,7 @@ def test_a_pending_job_with_dropout_is_counted_with_its_mask(site: PackSite, mon
     session.admit(dropping)
 
     mask_bytes = 1024 * (2 * 64 + 2 * 64)
-    assert session.bytes_to_come() == without + memory_of(dropping.job) + mask_bytes
+    assert session.bytes_to_come() == without + own_bytes(dropping.job) + mask_bytes
 
 
 def test_a_crash_counts_against_jobs_that_a_loaded_trainer_received(
