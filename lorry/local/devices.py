@@ -13,6 +13,8 @@ from lorry.errors import LorryError
 CPU = "cpu"
 DRIVER = Path("/proc/driver/nvidia/version")
 """Exists while the kernel has the driver of NVIDIA GPUs loaded."""
+DEVICE_FILES = (DRIVER, Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""A machine without any of them has no NVIDIA GPU. The last one is that of Windows Subsystem for Linux."""
 
 
 def choose(wanted: str | None) -> list[str]:
@@ -21,11 +23,12 @@ def choose(wanted: str | None) -> list[str]:
     Raises LorryError if the list is invalid, or names a GPU that the machine does not have.
     """
     if wanted is None:
-        return _visible(_listed() or []) or [CPU]
+        return _visible(_listed()) or [CPU]
     chosen = [part.strip().lower() for part in wanted.split(",")]
     if chosen == [CPU]:
         return chosen
-    wrong = [f"{part!r} is not a GPU number" for part in chosen if not re.fullmatch(r"\d{1,3}", part)]
+    wrong = [f"{part!r} is not a GPU number" for part in chosen if not re.fullmatch(r"[0-9]{1,3}", part)]
+    chosen = chosen if wrong else [str(int(part)) for part in chosen]
     wrong = wrong or [f"GPU {part} is listed more than once" for part in chosen if chosen.count(part) > 1]
     if wrong:
         raise LorryError(
@@ -38,12 +41,15 @@ def choose(wanted: str | None) -> list[str]:
 
 
 def _require(chosen: list[str]) -> None:
-    """Raise LorryError if the machine lacks one of these GPUs. Without a list by nvidia-smi, the worker decides."""
+    """Raise LorryError if the machine lacks one of these GPUs, or CUDA_VISIBLE_DEVICES hides it.
+
+    The worker decides if nvidia-smi lists no GPU although there are signs of one.
+    """
     try:
-        listed = _listed()
+        listed = _visible(_listed())
     except LorryError:
         return
-    if listed is None:
+    if not listed and any(map(Path.exists, DEVICE_FILES)):
         return
     missing = [gpu for gpu in chosen if gpu not in listed]
     if missing:
@@ -57,17 +63,17 @@ def _require(chosen: list[str]) -> None:
 def _visible(gpus: list[str]) -> list[str]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES allows."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return gpus if visible is None else [gpu for gpu in gpus if gpu in visible.split(",")]
+    return gpus if visible is None else [gpu for gpu in gpus if gpu in visible.replace(" ", "").split(",")]
 
 
-def _listed() -> list[str] | None:
-    """Return the GPU numbers that nvidia-smi lists. None if the driver is loaded, but nvidia-smi is not installed.
+def _listed() -> list[str]:
+    """Return the GPU numbers that nvidia-smi lists.
 
     Raises LorryError if nvidia-smi fails although the driver is loaded.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None if DRIVER.exists() else []
+        return []
     argv = [tool, "--query-gpu=index", "--format=csv,noheader"]
     try:
         listed = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()

@@ -201,7 +201,8 @@ class TrainerSession:
         num_slices = sum(memory.widens_tick(number, tick_tokens=tick_tokens) for number in range(admitted))
         counted += num_slices * self.slice_bytes()
         parts = [each.own_parts(self._description, recomputes=recomputes, kernels=self._kernels) for each in held]
-        counted += sum(each["lora_products"] for each in parts)
+        products = sorted((each["lora_products"] for each in parts), reverse=True)
+        counted += sum(products[: 1 + num_slices])  # a tick has no slices of further jobs
         return max(0, int(self._memory.get("cached_bytes", 0)) - counted)
 
     def _trainer_bytes_to_come(self) -> int:

@@ -131,11 +131,19 @@ def test_a_token_keeps_the_product_of_each_linear_layer(precision: str, width: i
     ],
 )
 def test_products_are_padded_as_by_the_kernels_of_a_gpu(rank: int, options: dict[str, Any], kept: int) -> None:
-    given: dict[str, Any] = {"num_parameters": WIDE, "highest_rank": rank}
+    given: dict[str, Any] = {"num_parameters": WIDE, "lowest_rank": rank, "highest_rank": rank}
 
     for recomputes in (False, True):
         parts = own_parts({"linear_shapes": SHAPES}, "bfloat16", **given, **options, recomputes=recomputes)
         assert parts["lora_products"] == 1024 * 4 * kept * 2
+
+
+def test_padding_of_unequal_ranks_is_not_underestimated() -> None:
+    """Three layers have rank 1, and one has rank 16: each keeps 16 numbers."""
+    num_parameters = 2 * (64 + 32) + 1 * (16 + 32) + 16 * (16 + 32)
+    ranks: dict[str, Any] = {"lowest_rank": 1, "highest_rank": 16, "num_parameters": num_parameters}
+
+    assert own_parts({"linear_shapes": SHAPES}, "bfloat16", **ranks)["lora_products"] == 1024 * 4 * 16 * 2
 
 
 def test_products_of_a_job_with_few_linear_layers_follow_from_its_parameters() -> None:

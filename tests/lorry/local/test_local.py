@@ -181,7 +181,9 @@ def install_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: st
 def test_gpus_are_named_by_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvidia_smi(tmp_path, monkeypatch, r"printf '0\n1\n10\n'")
 
-    assert devices.choose("0, 1,10") == ["0", "1", "10"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    assert devices.choose("0, 01,10") == ["0", "1", "10"]
 
 
 @pytest.mark.parametrize(
@@ -196,11 +198,22 @@ def test_gpus_that_the_machine_lacks_are_refused_before_a_worker_starts(
 ) -> None:
     install_nvidia_smi(tmp_path, monkeypatch, script)
     monkeypatch.setattr(devices, "DRIVER", tmp_path / "no-driver")
+    monkeypatch.setattr(devices, "DEVICE_FILES", ())
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     with pytest.raises(LorryError, match=reason) as refused:
-        devices.choose("1,2,3")
+        devices.choose("1,2,03")
 
     assert remedy in str(refused.value.remedy)
+
+
+def test_hidden_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidia_smi(tmp_path, monkeypatch, r"printf '0\n1\n2\n'")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 2")
+
+    assert devices.choose("2") == ["2"]
+    with pytest.raises(LorryError, match=r"no GPU 0 \(available: 1, 2\)"):
+        devices.choose("0")
 
 
 @pytest.mark.parametrize("has_tool", [True, False])
@@ -210,6 +223,7 @@ def test_gpus_that_nvidia_smi_does_not_list_are_left_to_the_worker(
     """The remedy of the error about the list is to name the GPUs."""
     (tmp_path / "driver").touch()
     monkeypatch.setattr(devices, "DRIVER", tmp_path / "driver")
+    monkeypatch.setattr(devices, "DEVICE_FILES", (tmp_path / "driver",))
     if has_tool:
         install_nvidia_smi(tmp_path, monkeypatch, "echo 'GPU 3 is lost'; exit 15")
     else:
@@ -225,6 +239,8 @@ def test_gpus_that_nvidia_smi_does_not_list_are_left_to_the_worker(
         ("gpu", "'gpu' is not a GPU number"),
         ("0,cpu", "'cpu' is not a GPU number"),
         ("0,0", "GPU 0 is listed more than once"),
+        ("0,00", "GPU 0 is listed more than once"),
+        ("\u0660", "'\u0660' is not a GPU number"),
         ("-1", "'-1' is not a GPU number"),
         ("0;1", "'0;1' is not a GPU number"),
         ("0,", "'' is not a GPU number"),
