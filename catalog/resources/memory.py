@@ -144,13 +144,13 @@ def own_parts(
     most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
     usual = slice_bytes(description, precision, kernels or "cpu")
     kernels = kernels or ("cuda" if recomputes else "cpu")
-    times, num_linears = 2 if subtracts_start else 1, sum(count for _, count in shapes.values())
-    ranks, rank = times * sum_of_ranks(shapes, highest_rank, num_parameters), times * highest_rank
+    times = 2 if subtracts_start else 1
+    ranks = times * sum_of_ranks(shapes, highest_rank, num_parameters)
     # The kernels of a GPU draw a mask again instead, but they take only what lora_core/layers/tiled_lora.py names.
-    fits_kernels = not use_dora and precision != "float32" and rank <= GPU_KERNEL_RANK
+    fits_kernels = not use_dora and precision != "float32" and times * highest_rank <= GPU_KERNEL_RANK
     has_masks = dropout and not (recomputes and fits_kernels)
     if fits_kernels:
-        ranks = min(num_linears * kernel_width(rank), ranks * padding(times * lowest_rank, rank))
+        ranks = padded_ranks(shapes, ranks, times * lowest_rank, times * highest_rank)
     even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
     even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
     largest = most_tokens * activation_bytes_per_token(shapes, precision, kernels) + even_so
@@ -165,7 +165,7 @@ def own_parts(
         "dora": 2 * 4 * _output_features(shapes) if use_dora else 0,
         "subtracted_start": 2 * num_parameters * width if subtracts_start else 0,
         "slice_gradients": 0 if is_one_slice else FURTHER_SLICES * 4 * num_parameters,
-        "lora_products": math.ceil(most_tokens * ranks * width),
+        "lora_products": most_tokens * ranks * width,
         "beyond_a_slice": max(largest, start, samples_bytes(description, precision, samples)) - usual,
     }
 
@@ -250,10 +250,12 @@ def sum_of_ranks(shapes: Shapes, highest_rank: int, num_parameters: int) -> int:
     return min(highest_rank * sum(count for _, count in shapes.values()), num_parameters // narrowest)
 
 
-def padding(lowest_rank: int, highest_rank: int) -> float:
-    """Return the largest factor by which the kernels of a GPU pad one of these ranks: below 2 above the first width."""
-    largest = kernel_width(lowest_rank) / lowest_rank
-    return largest if lowest_rank == highest_rank else max(2, largest)
+def padded_ranks(shapes: Shapes, ranks: int, lowest_rank: int, highest_rank: int) -> int:
+    """Return an upper bound of the sum of `ranks` after the kernels of a GPU have padded each of them."""
+    factor = kernel_width(lowest_rank) / lowest_rank
+    if lowest_rank < highest_rank:
+        factor = max(2, factor)  # above the first width, a padded rank is less than twice as high
+    return min(sum(count for _, count in shapes.values()) * kernel_width(highest_rank), math.ceil(ranks * factor))
 
 
 def kernel_width(rank: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from catalog.resources import memory
 from catalog.spec.target_modules import Adapted, Linear
+from lora_core.kernels.gpu.tables import WIDTHS
 from tests.catalog.world import linears
 
 LINEARS = linears(q_proj=([64, 32], 2), v_proj=([16, 32], 2))
@@ -136,6 +137,10 @@ def test_products_are_padded_as_by_the_kernels_of_a_gpu(rank: int, options: dict
     for recomputes in (False, True):
         parts = own_parts({"linear_shapes": SHAPES}, "bfloat16", **given, **options, recomputes=recomputes)
         assert parts["lora_products"] == 1024 * 4 * kept * 2
+
+
+def test_widths_are_those_of_the_kernels() -> None:
+    assert memory.KERNEL_WIDTHS == WIDTHS
 
 
 def test_padding_of_unequal_ranks_is_not_underestimated() -> None:
