@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=… KIT_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-slow test-postgres test-deepspeed test-faults soak fuzz bench gpu-kit bench-api check audit lock clean \
+.PHONY: help demo up dist test test-slow test-postgres test-deepspeed test-faults soak fuzz bench gpu-kit bench-api check audit lock clean \
 	check-lint check-format check-types check-imports check-migrations check-words check-documents
 .SUFFIXES:
 
@@ -34,6 +34,7 @@ help:
 	@echo "make gpu-kit     check and measure the engine on a CUDA GPU of 80 GB in 8 minutes, with every result on disk at once"
 	@echo "make bench-api   benchmark the API server and its database: jobs, reads, 10,000 streams, a million jobs; 25 minutes"
 	@echo "make check       lint, format, types, import rules, migrations, words, documents"
+	@echo "make dist        build the wheels and source distributions of lorry and lorry-server in dist/"
 	@echo "make audit       check the locked packages for known vulnerabilities (pip-audit)"
 	@echo "make lock        update requirements/*.lock to the newest releases"
 	@echo "make clean       remove .venv and all caches"
@@ -117,6 +118,9 @@ check-documents: .venv/.installed
 	$(BIN)/python -m tools.generate_docs --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(PYTEST) -q tests/architecture
+
+dist: .venv/.installed
+	for project in client .; do $(BIN)/python -m build --no-isolation --outdir dist $$project || exit; done
 
 audit: .venv/.installed
 	.ci/audit

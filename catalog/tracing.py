@@ -17,8 +17,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from catalog.installation import install_command
-
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor
@@ -34,7 +32,7 @@ About = Mapping[str, Value | None]
 """Attributes by name. None values are omitted."""
 NOTHING: About = {}
 PARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
-REMEDY = f"Install it ({install_command('telemetry')}), or set OTEL_SDK_DISABLED=true."
+REMEDY = "Run `pip install 'lorry-server[telemetry]'`, or set OTEL_SDK_DISABLED=true."
 FLUSH_MILLISECONDS = 3000
 STANDARD = {
     "http_request_method": "http.request.method",

@@ -16,7 +16,6 @@ from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, ro
 from catalog.db.database import Database, get_once
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.fleet import views
-from catalog.installation import install_command
 from catalog.lifecycle import queue_position
 from catalog.registry import adapters, base_models
 from catalog.resources import memory
@@ -49,7 +48,7 @@ _MATCHING: dict[DataKind | None, str] = {
     "unpaired": f"a file of labeled answers, one on each line: {UNPAIRED.form}",
 }
 """The files that a method trains on, by the kind of answers that it compares."""
-INSTALL_QUANT = f"Install bitsandbytes on a worker ({install_command('quant')}), then restart the worker."
+INSTALL_QUANT = "Install bitsandbytes on a worker (`pip install 'lorry-server[quant]'`), then restart the worker."
 """Remedy if no worker has bitsandbytes."""
 
 

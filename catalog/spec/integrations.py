@@ -9,7 +9,6 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
-from catalog.installation import install_command
 from catalog.spec.strict import Label, Strict
 
 IntegrationType = Literal["wandb", "mlflow", "tensorboard", "trackio"]
@@ -25,8 +24,8 @@ def install_hint(tracker: IntegrationType) -> str:
     """Return what an operator must do so that a worker can write to the tracker."""
     account = ", set WANDB_API_KEY or WANDB_MODE=offline," if tracker == "wandb" else ""
     return (
-        f"On a worker, run {install_command('integrations')}{account} and include {tracker} in LORRY_INTEGRATIONS if "
-        "that is set. Then restart the worker."
+        f"On a worker, run `pip install 'lorry-server[integrations]'`{account} and include {tracker} in "
+        "LORRY_INTEGRATIONS if that is set. Then restart the worker."
     )
 
 

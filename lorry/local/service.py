@@ -17,14 +17,17 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, cast
 
+from lorry import __version__
 from lorry.errors import LorryError
 from lorry.local.child import Child
 
 _NEEDED = ("lorry-server", "torch", "transformers", "peft")
 """Names of distributions, because a package named `api` or `worker` may be the user's own."""
 _COMMAND_SECONDS = 300
-_FROM_SOURCE = f'In Lorry\'s source folder, run `{sys.executable} -m pip install ./client ".[worker]"`'
-"""Installs both packages: no package index has them."""
+_INSTALL = (
+    f'Run `{sys.executable} -m pip install "lorry-server[worker]=={__version__}"`. In Lorry\'s source folder, '
+    'install `./client ".[worker]"` instead.'
+)
 
 
 def check_installed() -> None:
@@ -34,7 +37,7 @@ def check_installed() -> None:
         raise LorryError(
             f"This Python environment lacks packages that the service needs: {', '.join(missing)}.",
             code="server_not_installed",
-            remedy=f"{_FROM_SOURCE}.",
+            remedy=_INSTALL,
         )
 
 
@@ -160,7 +163,7 @@ def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
         raise LorryError(
             f"The output of `python -m api {command}` does not contain the field '{name}'.",
             code="service_failed",
-            remedy=f"Install the same version of the packages lorry and lorry-server. {_FROM_SOURCE}.",
+            remedy=_INSTALL,
         )
     return value
 

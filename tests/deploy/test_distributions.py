@@ -1,39 +1,33 @@
 """The two distributions: `lorry` installs only the client, and `lorry-server` the service and the required client.
 
-The slow tests build both and install them in virtual environments of their own. The client's environment gets the
-client's dependencies from PyPI, as dev.lock pins them. The server's environment gets no dependencies, because torch is
-large: a path file adds the libraries of the environment that runs the tests. The path file does not add our own
-packages: they are editable installs, which need path files, and Python ignores path files in an added directory.
+The slow tests build both and install them in empty environments, without the checkout. The client's environment gets
+the releases that dev.lock pins. The server's environments get the newest releases that the wheels allow.
 """
 
 from __future__ import annotations
 
 import ast
 import email
+import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import venv
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import httpx
 import pytest
 from packaging.requirements import Requirement
 
 from lorry import __version__
-from lorry.connection import read
+from tests import tiny_base
 from tests.architecture.source_files import ROOT, source_files
-from tests.lorry.local.test_local import until
 
 SERVER_PACKAGES = {"api", "catalog", "dashboard", "lora_core", "migrations", "worker"}
 OURS = {"lorry", *SERVER_PACKAGES}
@@ -41,7 +35,7 @@ PROJECTS = {"lorry": "client", "lorry-server": "."}
 """The directory of each distribution's pyproject.toml."""
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests", "benchmarks", "docs")
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-BUILD_SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+WITH_WORKER = "lorry-server[worker]"
 IMPORT_ALL = """
 import importlib, pkgutil, lorry
 for module in pkgutil.walk_packages(lorry.__path__, "lorry."):
@@ -110,12 +104,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the wheel of each distribution, built from its source distribution as an installer does."""
+    """Return the wheel of each distribution, built from its source distribution as `make dist` does."""
     folder = tmp_path_factory.mktemp("wheels")
-    for name, project in PROJECTS.items():
-        _succeeded(_run([sys.executable, "-c", BUILD_SDIST, str(folder)], cwd=tree / project))
-        (sdist,) = folder.glob(f"{name.replace('-', '_')}-{__version__}.tar.gz")
-        _build(str(sdist), folder)
+    for project in PROJECTS.values():
+        _build(tree / project, folder)
     return {name: folder / f"{name.replace('-', '_')}-{__version__}-py3-none-any.whl" for name in PROJECTS}
 
 
@@ -130,12 +122,12 @@ def client(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def server(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    environment = _environment(tmp_path_factory.mktemp("server"))
-    _install(environment, "--no-index", "--no-deps", *map(str, wheels.values()))
-    (site_packages,) = environment.root.glob("lib/python*/site-packages")
-    (site_packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return environment
+def index(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with our wheels and all that they and uvx require: a package index for installers."""
+    folder = tmp_path_factory.mktemp("index")
+    arguments = ["--dest", str(folder), "--find-links", str(wheels["lorry"].parent)]
+    _succeeded(_run([*PIP, "download", *arguments, f"{WITH_WORKER}=={__version__}", "uv"], cwd=folder))
+    return folder
 
 
 @pytest.mark.slow
@@ -151,7 +143,7 @@ def test_wheels_contain_exactly_the_files_of_their_packages(wheels: dict[str, Pa
 def test_wheel_of_the_checkout_equals_wheel_of_the_source_distribution(
     name: str, wheels: dict[str, Path], tree: Path, tmp_path: Path
 ) -> None:
-    _build(str(tree / PROJECTS[name]), tmp_path)
+    _build(tree / PROJECTS[name], tmp_path, "--wheel")
 
     with zipfile.ZipFile(tmp_path / wheels[name].name) as one, zipfile.ZipFile(wheels[name]) as other:
         assert {each.filename: each.CRC for each in one.infolist() if not each.filename.endswith("RECORD")} == {
@@ -184,46 +176,41 @@ def test_commands_that_need_the_server_name_the_missing_packages(command: str, c
 
     assert done.returncode == 1
     assert "lorry-server, torch" in done.stderr
-    assert '-m pip install ./client ".[worker]"' in done.stderr
+    assert f'-m pip install "{WITH_WORKER}=={__version__}"' in done.stderr
 
 
 @pytest.mark.slow
-def test_service_runs_from_its_wheels(server: Environment) -> None:
-    folders = server.importable()
-    assert folders.keys() == OURS
-    assert [name for name, folder in folders.items() if not Path(folder).is_relative_to(server.root)] == []
-    assert "bootstrap" in _succeeded(server.python("-m", "api", "--help"))
+@pytest.mark.parametrize("installer", ["pip", "uvx"])
+def test_first_adapter_is_trained_by_a_service_from_its_wheels(installer: str, index: Path, tmp_path: Path) -> None:
+    environment = _environment(tmp_path)
+    local = ["--no-index", "--find-links", str(index)]
+    packages = [WITH_WORKER] if installer == "pip" else ["uv"]
+    _install(environment, *local, *packages)
+    lorry = (
+        ["lorry"] if installer == "pip" else ["uvx", *local, "--python", sys.executable, "--with", WITH_WORKER, "lorry"]
+    )
+    base = tiny_base.make(tmp_path / "base")
+    rows = "\n".join(map(json.dumps, tiny_base.chat_rows(20)))
+    (environment.work / "chats.jsonl").write_text(rows, "utf-8")
 
-    with _up(server) as data_dir:
-        known = read(data_dir)
-        assert known is not None
-        dashboard = httpx.get(known.url, follow_redirects=True, trust_env=False)
-        until(
-            lambda: server.python("-m", "worker.entrypoints.healthcheck", LORRY_DATA_DIR=str(data_dir)).returncode == 0
+    def run(*arguments: str) -> str:
+        return _succeeded(environment.run(*lorry, *arguments))
+
+    up = json.loads(run("up", "--detach", "--devices", "cpu", "--json"))
+    try:
+        dashboard = environment.run(
+            "python", "-c", f"import urllib.request as r; print(r.urlopen('{up['url']}').read().decode())"
         )
+        run("models", "add", "tiny", str(base))
+        run("jobs", "submit", "tiny", "chats.jsonl", "--epochs", "2", "--suffix", "quickstart", "--watch")
+        answer = run("chat", "quickstart", "Where is the red crate?")
+        run("adapters", "pull", "quickstart", "quickstart/")
+    finally:
+        run("down")
 
-    assert dashboard.text == (ROOT / "dashboard/index.html").read_text("utf-8")
-
-
-@contextmanager
-def _up(environment: Environment) -> Iterator[Path]:
-    """Run `lorry up` and yield its data directory. Drains the service at the end of the block."""
-    data_dir, log = environment.work / "data", environment.work / "stderr.txt"
-    argv = [str(environment.root / "bin/lorry"), "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            argv, cwd=environment.work, env=environment.environ(), stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline(), log.read_text("utf-8")
-            yield data_dir
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    assert dashboard.stdout.strip() == (ROOT / "dashboard/index.html").read_text("utf-8").strip()
+    assert answer.strip()
+    assert (environment.work / "quickstart/adapter_model.safetensors").is_file()
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:
@@ -248,10 +235,10 @@ def _install(environment: Environment, *arguments: str) -> None:
     )
 
 
-def _build(source: str, folder: Path) -> None:
-    """Build the wheel of a source distribution or a directory, with the setuptools of this environment."""
-    wheel = ["wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), source]
-    _succeeded(_run([*PIP, *wheel], cwd=folder))
+def _build(project: Path, folder: Path, *arguments: str) -> None:
+    """Build the distributions of a project, with the setuptools of this environment."""
+    build = ["-m", "build", "--no-isolation", "--outdir", str(folder), *arguments, str(project)]
+    _succeeded(_run([sys.executable, *build], cwd=folder))
 
 
 def _files(wheel: Path) -> set[str]:

@@ -19,7 +19,6 @@ from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.fleet import compatibility, workers
 from catalog.fleet.gangs import Round
-from catalog.installation import install_command
 from catalog.queue.notifier import FileNotifier
 from catalog.resources import sharding
 from catalog.resources.sharding import DeviceGroup, Wanted
@@ -211,8 +210,8 @@ def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
         instead = wanted.replace("zero3", "fsdp2")
         raise SystemExit(
             f"LORRY_STRATEGY is {wanted}, which requires DeepSpeed, but that is not installed. Run "
-            f"{install_command('deepspeed')}, or set LORRY_STRATEGY to {instead}, which needs the same memory, or to "
-            "auto."
+            f"`pip install 'lorry-server[deepspeed]'`, or set LORRY_STRATEGY to {instead}, which needs the "
+            "same memory, or to auto."
         )
 
 

@@ -343,7 +343,7 @@ def test_explanation_of_a_job_that_needs_quantization_support(world: World) -> N
     assert why["quantization"] == "nf4"
     assert why["explanation"] == (
         "It needs its base model in nf4, but no running worker has bitsandbytes. Install bitsandbytes on a worker "
-        "(`pip install ./client '.[quant]'` in Lorry's source folder), then restart the worker."
+        "(`pip install 'lorry-server[quant]'`), then restart the worker."
     )
 
     world.worker("able", quantizations=("nf4", "int8"))
@@ -360,7 +360,7 @@ def test_unavailable_quantization_is_rejected_with_a_remedy(world: World) -> Non
         world.submit(quantization="int8")
 
     assert (refusal.value.code, refusal.value.param) == ("quantization_unavailable", "quantization")
-    assert "pip install ./client '.[quant]'" in refusal.value.remedy
+    assert "pip install 'lorry-server[quant]'" in refusal.value.remedy
     assert world.submit().spec["quantization"] == "none"
 
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import pytest
 
+from lorry import __version__
 from lorry.errors import LorryError
 from lorry.local import child, devices, ports, privacy, service
 from lorry.local.child import Child
@@ -409,8 +410,8 @@ def test_environment_without_the_server_or_its_libraries_gets_the_install_comman
         service.check_installed()
 
     assert refused.value.code == "server_not_installed"
-    install = f'{sys.executable} -m pip install ./client ".[worker]"'
-    assert refused.value.remedy == f"In Lorry's source folder, run `{install}`."
+    assert refused.value.remedy is not None
+    assert f'`{sys.executable} -m pip install "lorry-server[worker]=={__version__}"`' in refused.value.remedy
 
 
 def test_ctrl_c_does_not_reach_the_services_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
