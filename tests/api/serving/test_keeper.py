@@ -517,7 +517,7 @@ def test_check_that_began_before_the_report_does_not_overwrite_it(place: Serving
     claim = EndpointClaim(endpoint_id=endpoint_id, claim_id=claim_id)
     place.report("It crashed.")
 
-    keeping.note_unusable(services.db, claim, state="unreachable", error="It is silent.", is_silent=True)
+    keeping.note_unusable(services.db, claim, state="unreachable", error="No response.", is_silent=True)
 
     assert (place.endpoint()["state"], place.endpoint()["last_error"]) == ("failed", "It crashed.")
 

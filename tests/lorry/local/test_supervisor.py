@@ -49,7 +49,7 @@ class FakeProcess:
 
 
 class FakeServer(FakeProcess):
-    """Becomes ready when the test says so."""
+    """Becomes ready when the test sets `ready`."""
 
     ready = False
 
