@@ -133,7 +133,7 @@ class _LongWrites(Collector):
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        description = "Write transactions that were open for more than a second."
+        description = "Write transactions whose work took more than a second."
         yield _counter("lorry_database_long_writes", description, (), {(): self._read()})
 
 

@@ -95,7 +95,9 @@ class Settings(EnvironmentSettings):
         description="Queue poll interval of a trainer with free memory, and of an idle worker without Redis.",
     )
     idle_seconds: float = Field(
-        default=300, ge=0, description="How long a trainer keeps its base model loaded while it has no job."
+        default=1800,
+        ge=0,
+        description="How long a trainer keeps its base model loaded without a job or request. It yields to other work.",
     )
     standby_trainer: bool = Field(
         default=True, description="Keep a warm standby trainer, with torch imported, while the worker is idle."

@@ -87,6 +87,7 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "list_serving_endpoints": ("adapters:read",),
     "get_serving_endpoint": ("adapters:read",),
     "delete_serving_endpoint": ("models:write",),
+    "report_serving_endpoint": ("models:write",),
     "list_endpoint_deployments": ("adapters:read",),
     "create_deployment": ("adapters:write",),
     "list_deployments": ("adapters:read",),

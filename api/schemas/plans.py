@@ -35,6 +35,8 @@ EXAMPLE: dict[str, Any] = {
     "trainable_parameters": 4884480,
     "training_time": {
         "seconds": 160.0,
+        "min_seconds": 128.0,
+        "max_seconds": 240.0,
         "basis_kind": "measured",
         "basis": "Measured on worker w1 (CPU, 2 cores) with this base.",
         "tokens_per_second": 480.0,
@@ -182,6 +184,8 @@ class PlanEstimate(BaseModel):
     """An estimate and its basis. If there is no estimate, `basis` explains why."""
 
     seconds: float | None
+    min_seconds: float | None = Field(default=None, description="Shortest likely time. null: there is no range.")
+    max_seconds: float | None = Field(default=None, description="Longest likely time. null: there is no range.")
     basis_kind: Literal["measured", "scaled", "guess", "none"]
     basis: str
     tokens_per_second: float | None

@@ -397,19 +397,29 @@ class EndpointKeeper:
 
     async def _silent(self, row: ServingEndpoint, failure: EndpointFailure) -> None:
         """Record that the server does not answer. Until its first answer, it may still be starting."""
+        if row.state == "failed":
+            return
         is_new = row.state == "pending" and row.served_model is None and not self._has_answered
         error = f"{NOT_ANSWERED} {failure.message}" if is_new else failure.message
-        await self._unusable(row, state="pending" if is_new else "unreachable", error=error)
+        await self._unusable(row, state="pending" if is_new else "unreachable", error=error, is_silent=True)
 
     async def _unusable(
-        self, row: ServingEndpoint, *, state: str, error: str, verification: Json | None = None
+        self,
+        row: ServingEndpoint,
+        *,
+        state: str,
+        error: str,
+        verification: Json | None = None,
+        is_silent: bool = False,
     ) -> None:
+        """is_silent: the server did not answer."""
         if (row.state, row.last_error) != (state, error):
             log.warning("serving endpoint=%s state=%s: %s", row.id, state, error)
         elif time.monotonic() - self._noted_at < NOTE_SECONDS:
             return
         self._noted_at = time.monotonic()
-        await self._do(keeping.note_unusable, state=state, error=error, verification=verification)
+        found = {"state": state, "error": error, "verification": verification, "is_silent": is_silent}
+        await self._do(keeping.note_unusable, **found)
 
     def _address(self, row: ServingEndpoint) -> ServerAddress:
         return ServerAddress(url=row.url, api_key=endpoints.api_key(row, peppers=self._tools.pepper.all()))

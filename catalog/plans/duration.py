@@ -1,4 +1,4 @@
-"""Estimates how long a job would train and when it would start, each with the basis of the estimate. Pure functions."""
+"""Estimates how long a job would take and when it would start, each with the basis of the estimate. Pure functions."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ REACHED_ON_GPU = 0.3
 """Fraction of the peak that a job that trains alone may reach. A guess."""
 CPU_TFLOPS = 0.2
 """TFLOP/s per core, measured in training on a core with AVX-512. A core without it reached half. A guess for others."""
+RANGES: Mapping[BasisKind, tuple[float, float]] = {"measured": (0.8, 1.5), "scaled": (0.5, 2.5), "guess": (0.3, 5.0)}
+"""The shortest and the longest time that is likely, as multiples of the estimate. A guess."""
+READ_BYTES_PER_SECOND = 1e9
+FIXED_SECONDS = 10.0
+"""This and the one above: a guess of the time to load a base model, and to verify an adapter on it. The time grows with
+the bytes of the base model, with 2 bytes per parameter."""
 EVALUATIONS = 10
 """Default number of evaluations during a job, in addition to the one at its start."""
 
@@ -60,6 +66,16 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Overheads:
+    """Seconds that jobs on this base model took before and after their training; None if none was recorded."""
+
+    load_seconds: float | None = None
+    """From the claim until the trainer has admitted the job. 0 if the base model is loaded now."""
+    finish_seconds: float | None = None
+    """Verification and publication."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Runner:
     """A worker that could train the job."""
 
@@ -72,6 +88,7 @@ class Runner:
     """Speeds with the same base model in the same precision and quantization."""
     other: Measured | None = None
     """Speeds with another base model."""
+    overheads: Overheads = Overheads()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +98,9 @@ class Estimate:
     seconds: float | None
     basis_kind: BasisKind
     basis: str
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    """This and the one above: the likely range, if there is one."""
     tokens_per_second: float | None = None
     worker_id: str | None = None
 
@@ -106,7 +126,7 @@ def work_of(
 
 
 def training_time(work: TrainingWork, runners: Sequence[Runner]) -> Estimate:
-    """Estimate the training time of a job that trains alone, without waiting, loading the base model and verification.
+    """Estimate the time of a job that trains alone, from its claim to its adapter: load, training and verification.
 
     Uses the best available basis. Among workers with an equally good basis, the fastest one decides.
     """
@@ -142,13 +162,25 @@ def _estimate_on(work: TrainingWork, runner: Runner) -> Estimate:
 
 
 def _estimate(work: TrainingWork, runner: Runner, rate: float, kind: BasisKind, basis: str) -> Estimate:
+    found, guessed = runner.overheads, FIXED_SECONDS + 2 * work.num_parameters / READ_BYTES_PER_SECOND
+    load = guessed if found.load_seconds is None else found.load_seconds
+    finish = guessed if found.finish_seconds is None else found.finish_seconds
+    seconds = load + work.tokens / rate + finish
+    parts = f"{_part(found.load_seconds, load)} for loading, {_part(found.finish_seconds, finish)} for verification"
+    low, high = RANGES[kind]
     return Estimate(
-        seconds=work.tokens / rate,
+        seconds=seconds,
+        min_seconds=low * seconds,
+        max_seconds=high * seconds,
         basis_kind=kind,
-        basis=f"{basis}. With packmates, training takes longer. Loading the base model and verification are extra.",
+        basis=f"{basis}. It includes {parts}. With packmates, training takes longer.",
         tokens_per_second=rate,
         worker_id=runner.worker_id,
     )
+
+
+def _part(measured: float | None, seconds: float) -> str:
+    return f"{seconds:.0f} s ({'a guess' if measured is None else 'measured'})"
 
 
 def _reached_tflops(runner: Runner) -> float | None:

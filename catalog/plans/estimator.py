@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sqlalchemy import select
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from catalog.admission.accept import Accepted
 from catalog.fleet import gangs, views
 from catalog.plans import duration
-from catalog.plans.duration import ExpectedStart, Measured, Occupied, Runner
+from catalog.plans.duration import ExpectedStart, Measured, Occupied, Overheads, Runner
 from catalog.queue import charging, listing
 from catalog.resources import gpus, memory, requirements, sharding
 from catalog.resources.gpus import MemoryBreakdown
@@ -31,8 +31,9 @@ from catalog.spec import job_warnings
 from catalog.spec.job import AUTO_LENGTH, MAX_LENGTH, JobSpec
 from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted
-from catalog.states import JobState, PriorityClass
+from catalog.states import EndReason, JobState, PriorityClass
 from catalog.tables.fleet import Trainer, Worker, is_live
+from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
@@ -300,15 +301,21 @@ def _training_time(
         valid_tokens=int(data.validation["tokens"]) if data.validation else None,
         num_parameters=int((accepted.base.description or {}).get("num_parameters", 0)),
     )
-    same = _measured(session, job.pack_key)
-    return duration.training_time(work, [_runner(session, row, same, job.pack_key) for row in fitting])
+    latest = select(Trainer).where(Trainer.pack_key == job.pack_key).order_by(Trainer.started_at.desc())
+    trainers = session.scalars(latest.limit(NUM_TRAINERS)).all()
+    same = _measured(session, trainers)
+    around = _overheads(session, trainers)
+    return duration.training_time(work, [_runner(session, row, same, around, job.pack_key) for row in fitting])
 
 
-def _runner(session: Session, row: Worker, same: dict[str, Measured], pack_key: str) -> Runner:
+def _runner(
+    session: Session, row: Worker, same: dict[str, Measured], around: dict[str, Overheads], pack_key: str
+) -> Runner:
     """The worker with its measured speeds. Its live trainer takes precedence over earlier trainers."""
     cores = CORES.search(_device(row))
     own = _of_live_trainer(session, row)
     is_same = own is not None and own[0] == pack_key
+    found = around.get(row.id) or around.get(_device(row)) or Overheads()
     return Runner(
         worker_id=row.id,
         device=_device(row),
@@ -316,6 +323,7 @@ def _runner(session: Session, row: Worker, same: dict[str, Measured], pack_key: 
         num_cores=int(cores[1]) if cores else None,
         same=own[1] if own is not None and is_same else same.get(row.id) or same.get(_device(row)),
         other=own[1] if own is not None and not is_same else None,
+        overheads=replace(found, load_seconds=0.0) if is_same else found,
     )
 
 
@@ -329,19 +337,46 @@ def _of_live_trainer(session: Session, row: Worker) -> tuple[str, Measured] | No
     return (trainer.pack_key, measured) if measured else None
 
 
-def _measured(session: Session, pack_key: str) -> dict[str, Measured]:
-    """The final speeds of the latest trainers of this pack key, by worker id and by device name."""
-    rows = select(Trainer).where(Trainer.pack_key == pack_key).order_by(Trainer.started_at.desc()).limit(NUM_TRAINERS)
+def _measured(session: Session, trainers: Sequence[Trainer]) -> dict[str, Measured]:
+    """The final speeds of trainers, by worker id and by device name. The first trainer of a name counts."""
     found: dict[str, Measured] = {}
-    for trainer in session.scalars(rows):
+    for trainer in trainers:
         speeds = (trainer.report or {}).get("tick_speeds")
         measured = _as_measured(session, trainer.worker_id, trainer, speeds) if speeds else None
         if measured is None:
             continue
-        worker = session.get(Worker, trainer.worker_id)
-        for name in (trainer.worker_id, _device(worker) if worker else trainer.worker_id):
+        for name in _names(session, trainer):
             found.setdefault(name, measured)
     return found
+
+
+def _overheads(session: Session, trainers: Sequence[Trainer]) -> dict[str, Overheads]:
+    """The times that the jobs of trainers took around their training, by worker id and by device name.
+
+    The first job of a trainer waits until the base model is loaded.
+    """
+    found: dict[str, Overheads] = {}
+    for trainer in trainers:
+        own = (Attempt.trainer_id == trainer.id, Attempt.number == 1, Attempt.reason == EndReason.COMPLETED)
+        rows = select(Attempt, Job).join(Job, Job.id == Attempt.job_id).where(*own).order_by(Attempt.started_at)
+        loads: list[float] = []
+        finishes: list[float] = []
+        for attempt, job in session.execute(rows.limit(NUM_RECENT)):
+            trained_at = (job.progress or {}).get("updated_at")
+            if job.started_at is not None and attempt.ended_at is not None and trained_at is not None:
+                loads.append(max(0.0, job.started_at - attempt.started_at))
+                finishes.append(max(0.0, attempt.ended_at - trained_at))
+        if loads:
+            times = Overheads(load_seconds=loads[0], finish_seconds=duration.median(finishes))
+            for name in _names(session, trainer):
+                found.setdefault(name, times)
+    return found
+
+
+def _names(session: Session, trainer: Trainer) -> tuple[str, str]:
+    """The id of a trainer's worker, and the name of its device."""
+    worker = session.get(Worker, trainer.worker_id)
+    return trainer.worker_id, _device(worker) if worker else trainer.worker_id
 
 
 def _as_measured(session: Session, worker_id: str, trainer: Trainer, report: Any) -> Measured | None:

@@ -28,6 +28,8 @@ BUILT_IN = "built-in"
 MAX_ENDPOINTS = 100
 MAX_URL, MAX_FOLDER, MAX_KEY = 2048, 1024, 512
 """Maximum lengths in characters."""
+MAX_REPORT = 4096
+"""Maximum length of a report why a server can't be started, in characters."""
 DEFAULT_MAX_RANK = 16
 """vLLM's default of --max-lora-rank."""
 PURPOSE = b"lorry: api keys of serving endpoints"
@@ -140,6 +142,30 @@ def remove(db: Database, name: str, *, is_client_retry: bool = False) -> str:
             session.execute(update(Deployment).where(Deployment.endpoint_id == row.id).values(gone))
             _note(session, row, "serving_endpoint.deleted", now=now)
         return row.id
+
+
+def report(db: Database, name: str, *, error: str | None) -> ServingEndpoint:
+    """Record why the server can't be started; None: it is being started again. Raises NotFound."""
+    with db.write() as session:
+        row = find(session, name, lock=True)
+        now = read_clock(session)
+        if error is not None:
+            row.state, row.last_error = "failed", error
+            waiting = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
+            found = {**failure_of_server(row), "updated_at": now}
+            session.execute(update(Deployment).where(*waiting).values(found))
+        elif row.state == "failed":
+            row.state, row.last_error = "pending", None
+            failed = (Deployment.endpoint_id == row.id, Deployment.state == "failed")
+            again = {"state": "pending", "last_error": None, "operator_error": None, "next_try_at": now}
+            session.execute(update(Deployment).where(*failed).values(**again, updated_at=now))
+        return row
+
+
+def failure_of_server(row: ServingEndpoint) -> Json:
+    """Return the state of a deployment on an endpoint whose server can't be started."""
+    shown = f"The server of endpoint {row.name!r} can't be started. Ask an operator to repair it."
+    return {"state": "failed", "last_error": shown, "operator_error": row.last_error}
 
 
 def find(session: Session, name: str, *, lock: bool = False, param: str = "endpoint") -> ServingEndpoint:

@@ -160,15 +160,21 @@ def note_reachable(
 
 
 def note_unusable(
-    db: Database, claim: EndpointClaim, *, state: str, error: str, verification: Json | None = None
+    db: Database,
+    claim: EndpointClaim,
+    *,
+    state: str,
+    error: str,
+    verification: Json | None = None,
+    is_silent: bool = False,
 ) -> None:
     """Record why requests can't be sent to the server. Its adapters are loaded and verified again afterwards.
 
-    state: pending, unreachable or rejected.
+    state: pending, unreachable or rejected. An endpoint whose server can't be started stays failed until it answers.
     """
     with db.write() as session:
         row = _held(session, claim)
-        if row is None:
+        if row is None or (row.state == "failed" and is_silent):
             return
         now = read_clock(session)
         found = {"state": state, "last_error": error, "checked_at": now}

@@ -32,7 +32,7 @@ class ServingEndpoint(Leased, Table):
     max_rank: Mapped[int] = mapped_column(Integer)
     """Highest rank that the server loads: vLLM's --max-lora-rank."""
     state: Mapped[str]
-    """pending, ready, unreachable or rejected."""
+    """pending, ready, unreachable, rejected or failed."""
     last_error: Mapped[str | None] = mapped_column(Text)
     served_model: Mapped[str | None] = mapped_column(Text)
     """The server's name of the base model."""

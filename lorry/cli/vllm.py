@@ -9,18 +9,22 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
+
 from lorry.errors import LorryError, NotFound
 from lorry.local import ports
 from lorry.local.child import Child
 from lorry.local.devices import CPU
+from lorry.local.supervisor import MAX_FAILED_STARTS
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
@@ -47,6 +51,9 @@ _CREDENTIAL_NAMES = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORE
 """vLLM needs no credential of the operator: it loads a folder and is offline."""
 _CPU_CACHE_GIB = "2"
 """By default, vLLM takes most of the memory for its KV cache."""
+_NUM_CAUSE_LINES = 200
+"""Last lines of the log that may name the cause of a failed start."""
+_MAX_LINE = 500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +96,49 @@ def choose(wanted: str) -> Serve:
     return Serve(program=str(Path(program).absolute()), base=base or None)
 
 
+class VllmServer(Child):
+    """The process of vLLM, which loads its model for minutes before it answers."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        url: str,
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path,
+        fail: Callable[[str], None],
+    ) -> None:
+        """fail: gets the reason why the server is not started again."""
+        super().__init__("vLLM server", argv, env=env, cwd=cwd, log=log, kills_group=True)
+        self._url = url
+        self._fail = fail
+        self._path = log
+        self._pip = f"{shlex.quote(str(Path(argv[0]).parent / 'python'))} -m pip"
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self._url}/health", timeout=2, trust_env=False).status_code < 500
+        except httpx.TransportError:
+            return False
+
+    def log_tail(self, num_lines: int = 1) -> str:
+        """Return the last lines that vLLM has printed."""
+        own = re.compile(r"\s*|The process ended with status -?\d+\.")
+        lines = [line for line in super().log_tail(_NUM_CAUSE_LINES).splitlines() if not own.fullmatch(line)]
+        return "\n".join(lines[-num_lines:])
+
+    def give_up(self) -> None:
+        remedy = "Fix the cause"
+        if re.search("torchaudio|torchcodec", self.log_tail(_NUM_CAUSE_LINES)):
+            remedy = f"vLLM does not need torchaudio and torchcodec: run `{self._pip} uninstall torchaudio torchcodec`"
+        self._fail(
+            f"vLLM ended {MAX_FAILED_STARTS} times before it was ready, and is not started again. Its log "
+            f"{str(self._path)!r} ends with {self.log_tail()[-_MAX_LINE:].strip()!r}. {remedy}, then start the service "
+            "with --serve again."
+        )
+
+
 class LocalVllm:
     """vLLM for one base model of the local service on `data_dir`."""
 
@@ -101,10 +151,10 @@ class LocalVllm:
         self._gpus = [device for device in devices if device != CPU]
         self.base = ""
 
-    def register(self, lorry: Lorry) -> Child:
+    def register(self, lorry: Lorry, *, fail: Callable[[str], None]) -> VllmServer:
         """Register the endpoint, unless an earlier start has done so. Returns the process of vLLM. Raises LorryError.
 
-        lorry: a client with an operator key.
+        lorry: a client with an operator key. fail: gets the reason why vLLM is not started again.
         """
         endpoint = _existing(lorry)
         model = self._model(lorry, endpoint)
@@ -135,8 +185,10 @@ class LocalVllm:
                 code="port_in_use",
                 remedy=f"Stop that program. To use another port instead: {_REMOVE_FIRST}",
             )
+        else:
+            lorry.serving.report(ENDPOINT, error=None)
         assert model.local_path is not None, "_model has checked it"
-        return self._child(address, model.id, model.local_path)
+        return self._process(address, model.id, model.local_path, fail)
 
     def _model(self, lorry: Lorry, endpoint: ServingEndpoint | None) -> Model:
         """Return the base model to serve."""
@@ -173,14 +225,14 @@ class LocalVllm:
         temporary.write_text(json.dumps({"port": address.port, "api_key": address.api_key}), "utf-8")
         temporary.replace(path)
 
-    def _child(self, address: _Address, name: str, folder: str) -> Child:
+    def _process(self, address: _Address, name: str, folder: str, fail: Callable[[str], None]) -> VllmServer:
         argv: Sequence[str] = (
             *_server_of(self._serve.program), folder, "--served-model-name", name, "--host", _HOST,
             "--port", str(address.port), "--max-model-len", "auto", *_LORA_OPTIONS,
             *(_ON_GPU if self._gpus else _ON_CPU),
         )  # fmt: skip
         env = _environment(os.environ, address.api_key, gpu=next(iter(self._gpus), ""))
-        return Child("vLLM server", argv, env=env, cwd=self._data_dir, log=self.log, kills_group=True)
+        return VllmServer(argv, url=address.url, env=env, cwd=self._data_dir, log=self.log, fail=fail)
 
 
 def _server_of(program: str) -> list[str]:

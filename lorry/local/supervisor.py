@@ -22,6 +22,9 @@ LONGEST_RESTART_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
 """A process that ran at least this long is restarted after the shortest delay."""
 TICK_SECONDS = 0.1
+MAX_FAILED_STARTS = 3
+"""After this number of starts in a row that ended before a server was ready, it is not started again."""
+READY_CHECK_SECONDS = 1.0
 
 
 class Process(Protocol):
@@ -38,6 +41,15 @@ class Process(Protocol):
     def log_tail(self) -> str: ...
 
 
+class Server(Process, Protocol):
+    """A process that may fail long after its start, before it is ready."""
+
+    def is_ready(self) -> bool: ...
+    def give_up(self) -> None:
+        """Report that the process is not started again, after MAX_FAILED_STARTS."""
+        ...
+
+
 @dataclass(kw_only=True, slots=True)
 class _Supervised:
     """A process and its restart state."""
@@ -47,6 +59,11 @@ class _Supervised:
     """True until its exit is reported."""
     started_at: float = 0.0
     num_crashes: int = 0
+    server: Server | None = None
+    """The process, if it becomes ready only after its start."""
+    was_ready: bool = False
+    num_failed_starts: int = 0
+    check_ready_at: float = 0.0
     restart_at: float | None = 0.0
     """None: it is running, or it has exited and is not restarted."""
 
@@ -69,9 +86,9 @@ class ProcessSupervisor:
         self._clock = clock
         self._is_stopping = False
 
-    def add(self, process: Process) -> None:
-        """Supervise another process, which the next check starts."""
-        self._supervised.append(_Supervised(process=process))
+    def add(self, server: Server) -> None:
+        """Supervise a server too, which the next check starts."""
+        self._supervised.append(_Supervised(process=server, server=server))
 
     def stop_restarts(self) -> None:
         """Restart no process from now on. May be called by a signal handler."""
@@ -97,10 +114,17 @@ class ProcessSupervisor:
             if is_due and not self._is_stopping:
                 entry.process.start()
                 entry.is_started, entry.started_at, entry.restart_at = True, now, None
+                entry.was_ready = False
+            if entry.is_started and entry.server is not None and not entry.was_ready and now >= entry.check_ready_at:
+                entry.was_ready, entry.check_ready_at = entry.server.is_ready(), now + READY_CHECK_SECONDS
 
     def _schedule_restart(self, entry: _Supervised, status: int, now: float) -> None:
         if self._is_stopping or (status == 0 and not self._restarts_after_success):
             self._on_exit(entry.process, status, None)
+            return
+        entry.num_failed_starts = 0 if entry.was_ready else entry.num_failed_starts + 1
+        if entry.server is not None and entry.num_failed_starts == MAX_FAILED_STARTS:
+            entry.server.give_up()
             return
         entry.num_crashes = 1 if now - entry.started_at >= HEALTHY_SECONDS else entry.num_crashes + 1
         wait = min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** (entry.num_crashes - 1))
@@ -119,7 +143,7 @@ class Patience:
 
 class ServiceSupervisor:
     """Runs an API server, and workers alongside it. The first signal drains: workers stop, then the API server. A
-    second signal kills all processes. `on_ready` returns processes to run as the workers.
+    second signal kills all processes. `on_ready` returns servers to run as the workers.
 
     `run` returns the number of signals received. Raises LorryError if the API server exits.
     """
@@ -130,7 +154,7 @@ class ServiceSupervisor:
         workers: Sequence[Process],
         *,
         is_ready: Callable[[], bool],
-        on_ready: Callable[[], Sequence[Process]],
+        on_ready: Callable[[], Sequence[Server]],
         report: Callable[[str], None],
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -156,8 +180,8 @@ class ServiceSupervisor:
                 self._api.start()
                 self._wait_until_ready()
                 if self._num_signals == 0:
-                    for process in self._on_ready():
-                        self._workers.add(process)
+                    for server in self._on_ready():
+                        self._workers.add(server)
                     self._keep_running()
                 self._drain()
             finally:

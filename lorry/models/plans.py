@@ -13,6 +13,9 @@ class Estimate(View):
     """Estimated seconds and their basis. None if there is no estimate; `basis` then explains why."""
 
     seconds: float | None = None
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    """This and the one above: the likely range. None if there is none."""
     basis_kind: str = "none"
     """measured, scaled, guess or none."""
     basis: str = ""

@@ -27,7 +27,7 @@ class ServingEndpoint(View):
     max_rank: int = 0
     """Highest rank that the server loads."""
     state: str = ""
-    """pending, ready, unreachable or rejected."""
+    """pending, ready, unreachable, rejected or failed."""
     verification: dict[str, Any] | None = None
     """Comparison of the base model's answer with that of the built-in engine."""
     checked_at: int | None = None

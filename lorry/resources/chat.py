@@ -22,9 +22,9 @@ class AnswerStream(Iterator[str]):
     engine: None until the answer has begun; then `built-in`, or the name of the serving endpoint that answers.
     """
 
-    def __init__(self, transport: Transport, body: Mapping[str, Any]) -> None:
+    def __init__(self, transport: Transport, path: str, body: Mapping[str, Any]) -> None:
         self.engine: str | None = None
-        self._pieces = self._read(transport, body)
+        self._pieces = self._read(transport, path, body)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -33,9 +33,8 @@ class AnswerStream(Iterator[str]):
         """Stop the answer."""
         self._pieces.close()
 
-    def _read(self, transport: Transport, body: Mapping[str, Any]) -> Generator[str]:
+    def _read(self, transport: Transport, path: str, body: Mapping[str, Any]) -> Generator[str]:
         headers = {"accept": "text/event-stream"}
-        path = "chat/completions"
         with transport.stream(path, body=body, headers=headers, read_seconds=ANSWER_SECONDS) as response:
             self.engine = response.headers.get(_ENGINE)
             for event in sse.parse(response.iter_bytes(), url=str(response.url)):
@@ -45,7 +44,7 @@ class AnswerStream(Iterator[str]):
                 if error := chunk.get("error"):
                     raise APIError(error["message"], code=error["code"], remedy="", status=response.status_code)
                 for choice in chunk["choices"]:
-                    if text := choice["delta"].get("content"):
+                    if text := choice["delta"].get("content") if "delta" in choice else choice["text"]:
                         yield text
         raise ConnectionFailed(
             "The service ended the answer early.", code="connection_failed", remedy="Send the request again."
@@ -72,5 +71,24 @@ class Chat:
         messages: as in OpenAI's API. None leaves a parameter to the service. Reading a piece raises APIError.
         """
         parameters = {"max_completion_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        return self._answer("chat/completions", {"model": model, "messages": list(messages), **parameters})
+
+    def complete(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> AnswerStream:
+        """Return the model's continuation of a text, without a chat template. Otherwise like `stream`.
+
+        max_tokens: default 16.
+        """
+        parameters = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        return self._answer("completions", {"model": model, "prompt": prompt, **parameters})
+
+    def _answer(self, path: str, parameters: Mapping[str, Any]) -> AnswerStream:
         given = {name: value for name, value in parameters.items() if value is not None}
-        return AnswerStream(self._transport, {"model": model, "messages": list(messages), "stream": True, **given})
+        return AnswerStream(self._transport, path, {**given, "stream": True})

@@ -47,6 +47,13 @@ class Serving:
         """Yield the adapters of all projects on the endpoint. Requires an operator key."""
         return (Deployment.of(item) for item in pages.items(self._transport, f"{_of(name)}/deployments"))
 
+    def report(self, name: str, *, error: str | None) -> ServingEndpoint:
+        """Report that the server can't be started, so that its state is `failed`. Requires an operator key.
+
+        `error`: the reason; None if the server is being started again.
+        """
+        return ServingEndpoint.of(self._transport.request("POST", f"{_of(name)}/report", body={"error": error}))
+
     def remove(self, name: str) -> None:
         """Remove an endpoint. The adapters there are unloaded. Requires an operator key."""
         self._transport.request("DELETE", _of(name))

@@ -53,6 +53,10 @@ class ServingSite:
         assert response.status_code == 200, response.text
         return response.json()
 
+    def report(self, error: str | None, name: str = "vllm-1") -> None:
+        response = self.operator.post(f"/v1/serving/endpoints/{name}/report", json={"error": error})
+        assert response.status_code == 200, response.text
+
     def endpoint(self, name: str = "vllm-1") -> Json:
         return self.operator.get(f"/v1/serving/endpoints/{name}").json()
 

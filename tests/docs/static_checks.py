@@ -12,10 +12,11 @@ import typer
 import typer.main
 
 from lorry.cli.main import app
-from tests.docs.pages import ROOT, Block
+from tests.docs.pages import FENCE, ROOT, Block
 
 COMMAND_START = re.compile(r"(?:^|[|;&(]|\bdo|\bthen)\s*(?:[A-Z_]+=\S*\s+)*(lorry|make)(?=\s|$)", re.MULTILINE)
 COMMAND_END = {"|", "||", "&", "&&", ";", ")", "<", ">", ">>"}
+INLINE = re.compile(r"`(lorry [^`\n…]+)`")
 SUBSTITUTION = re.compile(r"\$\([^()]*\)")
 HERE_DOCUMENT = re.compile(r"<<-?\s*'?(\w+)'?[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 UsageError: Any = typer.BadParameter.__base__
@@ -37,6 +38,15 @@ def problems(block: Block) -> Iterator[str]:
             yield from (f"make {word}: no such target" for word in words[1:] if "=" not in word and word not in TARGETS)
         elif (problem := _problem_of_lorry(words[1:])) is not None:
             yield f"{shlex.join(words)}: {problem}"
+
+
+def problems_of_sentences(text: str) -> Iterator[str]:
+    """Check that a reader can run the commands in the sentences and tables of a page."""
+    for command in INLINE.findall(FENCE.sub("", text)):
+        for words in _commands(command):
+            problem = _problem_of_lorry(words[1:])
+            if problem is not None:
+                yield f"{shlex.join(words)}: {problem}"
 
 
 def _commands(text: str) -> Iterator[list[str]]:

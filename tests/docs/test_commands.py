@@ -19,7 +19,7 @@ from tests.docs import hub
 from tests.docs.expected_output import matches
 from tests.docs.interpreters import Failed, PageSession, environment
 from tests.docs.pages import ROOT, Block, blocks, name, pages
-from tests.docs.static_checks import problems
+from tests.docs.static_checks import problems, problems_of_sentences
 from tests.services.running import free_port
 
 PAGES = pages()
@@ -50,6 +50,12 @@ def test_blocks_are_valid(page: Path) -> None:
     found = [f"{name(page)}:{block.line}: {problem}" for block in blocks(page) for problem in problems(block)]
 
     assert found == []
+
+
+def test_fixes_in_the_tables_of_troubleshoot_are_complete_commands() -> None:
+    text = (ROOT / "docs/how-to/troubleshoot.md").read_text("utf-8")
+
+    assert list(problems_of_sentences(text)) == []
 
 
 @pytest.mark.parametrize(

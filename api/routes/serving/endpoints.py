@@ -11,6 +11,7 @@ from api.schemas.serving.deployments import DeploymentObject, deployment_object
 from api.schemas.serving.endpoints import (
     ServingEndpointDeleted,
     ServingEndpointObject,
+    ServingEndpointReport,
     ServingEndpointRequest,
     serving_endpoint_object,
 )
@@ -60,6 +61,20 @@ def delete_serving_endpoint(endpoint: str, use: Use, _caller: Operator, is_retry
     endpoint_id = endpoints.remove(use.db, endpoint, is_client_retry=is_retry)
     use.keepers.wake()
     return ServingEndpointDeleted(id=endpoint_id)
+
+
+@router.post(f"{ENDPOINTS}/{{endpoint}}/report", operation_id="report_serving_endpoint", responses=errors(404))
+def report_serving_endpoint(
+    endpoint: str, body: ServingEndpointReport, use: Use, _caller: Operator
+) -> ServingEndpointObject:
+    """Report that an endpoint's server can't be started, or that it is being started again. `lorry up --serve` does.
+
+    With an error, the endpoint and its pending deployments are `failed` until the server answers or is started again.
+    Requires an operator key with the scope `models:write`.
+    """
+    row = endpoints.report(use.db, endpoint, error=body.error)
+    use.keepers.wake()
+    return serving_endpoint_object(row, shows_address=True)
 
 
 @router.get(f"{ENDPOINTS}/{{endpoint}}/deployments", operation_id="list_endpoint_deployments", responses=errors(404))

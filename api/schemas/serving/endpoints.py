@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from catalog.serving.endpoints import DEFAULT_MAX_RANK, MAX_FOLDER, MAX_KEY, MAX_URL, EngineKind, NewEndpoint
+from catalog.serving.endpoints import (
+    DEFAULT_MAX_RANK,
+    MAX_FOLDER,
+    MAX_KEY,
+    MAX_REPORT,
+    MAX_URL,
+    EngineKind,
+    NewEndpoint,
+)
 from catalog.serving.servability import VLLM_RANKS
 from catalog.spec.strict import LABEL_PATTERN, WITHOUT_NUL, Strict
 from catalog.tables.serving import ServingEndpoint
@@ -38,7 +46,7 @@ ENDPOINT: dict[str, Any] = {
     "checked_at": 1790000100,
     "created_at": 1790000000,
 }
-EndpointState = Literal["pending", "ready", "unreachable", "rejected"]
+EndpointState = Literal["pending", "ready", "unreachable", "rejected", "failed"]
 
 API_KEY_PATTERN = r"^[\x21-\x7e]+$"
 
@@ -94,6 +102,15 @@ class ServingEndpointRequest(Strict):
         return NewEndpoint(**self.model_dump())
 
 
+class ServingEndpointReport(Strict):
+    """A report of the program that starts the server."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"error": "ModuleNotFoundError: No module named 'numpy'"}})
+    error: Annotated[str, Field(min_length=1, max_length=MAX_REPORT, json_schema_extra=WITHOUT_NUL)] | None = Field(
+        description="Why the server can't be started. null: it is being started again."
+    )
+
+
 class ProbeVerification(BaseModel):
     """Comparison of the server's greedy answer to a probe prompt with that of the built-in engine.
 
@@ -127,7 +144,8 @@ class ServingEndpointObject(BaseModel):
     max_rank: int
     state: EndpointState = Field(
         description="ready: answers requests. unreachable: does not respond any more. rejected: responds, but not as "
-        "required. pending: has not responded yet, or is not verified yet."
+        "required. pending: has not responded yet, or is not verified yet. failed: the program that starts the server "
+        "has reported that it can't."
     )
     last_error: str | None = Field(description="Why it is not ready. Shown only to operators.")
     served_model: str | None = Field(description="The server's name of the base model. Shown only to operators.")

@@ -71,7 +71,7 @@ def list_(
             one.status,
             one.model,
             one.num_steps,
-            output.duration(one.training_time.seconds),
+            plan_view.likely(one.training_time),
             output.briefly(one.created_at),
             output.briefly(one.expires_at),
         )

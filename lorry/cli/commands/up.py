@@ -22,9 +22,8 @@ from lorry.cli.render.output import AsJson
 if TYPE_CHECKING:
     import httpx
 
-    from lorry.cli.vllm import LocalVllm
+    from lorry.cli.vllm import LocalVllm, VllmServer
     from lorry.connection import Connection
-    from lorry.local.child import Child
     from lorry.local.service import LocalService
 
 
@@ -173,7 +172,7 @@ def _supervise(
 ) -> int:
     from lorry.local.supervisor import ServiceSupervisor
 
-    def announce() -> list[Child]:
+    def announce() -> list[VllmServer]:
         """Returns vLLM's process, if it is to run."""
         replace_invalid_key(running, known)
         others = [] if server is None else [_register(running, server)]
@@ -195,12 +194,22 @@ def _supervise(
     ).run()
 
 
-def _register(running: LocalService, server: LocalVllm) -> Child:
+def _register(running: LocalService, server: LocalVllm) -> VllmServer:
     """Register vLLM as a serving endpoint. Returns its process."""
+    from lorry.cli import vllm
     from lorry.client import Lorry
+    from lorry.errors import LorryError
+
+    def fail(reason: str) -> None:
+        output.echo(reason)
+        try:
+            with Lorry(data_dir=running.data_dir) as lorry:
+                lorry.serving.report(vllm.ENDPOINT, error=reason)
+        except LorryError as error:
+            output.echo(f"Serving endpoint {vllm.ENDPOINT!r} does not show this. {error.sentence()}")
 
     with Lorry(data_dir=running.data_dir) as lorry:
-        return server.register(lorry)
+        return server.register(lorry, fail=fail)
 
 
 def replace_invalid_key(running: LocalService, known: Connection) -> None:

@@ -49,23 +49,22 @@ def _summary(plan: Plan) -> Iterator[tuple[str, object]]:
         return
     yield "steps", plan.num_steps
     yield "trainable parameters", f"{plan.trainable_parameters or 0:,} in {plan.adapted_layers} layers"
-    yield "training time", _training_time(plan.training_time)
+    yield "training time", _brief(plan.training_time)
     yield "expected start", _brief(plan.expected_start)
     yield "warnings", len(plan.warnings) or "none"
-
-
-def _training_time(estimate: Estimate) -> str:
-    """Mark a guess, so that it is not read as a measurement."""
-    if estimate.seconds is None or estimate.basis_kind != "guess":
-        return _brief(estimate)
-    reason = "no job has trained on this device yet"
-    return f"about {output.duration(estimate.seconds)}, or several times more (guess: {reason})"
 
 
 def _brief(estimate: Estimate) -> str:
     if estimate.seconds is None:
         return "unknown"
-    return f"{output.duration(estimate.seconds)} ({estimate.basis_kind})"
+    return f"{likely(estimate)} ({estimate.basis_kind})"
+
+
+def likely(estimate: Estimate) -> str:
+    """Return the range of an estimate, or its only value."""
+    if estimate.min_seconds is None or estimate.max_seconds is None:
+        return output.duration(estimate.seconds)
+    return f"{output.duration(estimate.min_seconds)} to {output.duration(estimate.max_seconds)}"
 
 
 def _configuration(spec: Json) -> Iterator[tuple[str, object]]:
@@ -166,8 +165,7 @@ def _group(group: Json) -> str:
 
 def _times(plan: Plan) -> Iterator[tuple[str, object]]:
     for label, estimate in (("training time", plan.training_time), ("expected start", plan.expected_start)):
-        about = "About " if estimate.basis_kind == "guess" else ""
-        shown = "" if estimate.seconds is None else f"{about}{output.duration(estimate.seconds)}. "
+        shown = "" if estimate.seconds is None else f"{likely(estimate)}. "
         yield label, f"{shown}{estimate.basis}"
 
 

@@ -69,6 +69,7 @@ GIVEN = {
 PART = "part-of-the-upload"
 SENT: dict[str, dict[str, Any]] = {
     "rename_organization": {"json": {"name": "renamed"}},
+    "report_serving_endpoint": {"json": {"error": None}},
     "rename_project": {"json": {"name": "renamed"}},
     "weigh_project": {"json": {"weight": 2}},
     "limit_api_key": {"json": {}},

@@ -476,3 +476,65 @@ def test_keeper_that_has_lost_its_lease_stops(
     place.deploy()  # it wakes keepers
     assert place.vllm.requests == []
     assert place.deployments()[0]["state"] == "pending"
+
+
+def test_deployment_on_a_server_that_can_not_be_started_fails_at_once(place: ServingSite) -> None:
+    place.register(url="http://127.0.0.1:9")
+    assert place.deploy().json()["state"] == "pending"
+
+    place.report("The log ends with 'ImportError'.")
+
+    assert (place.endpoint()["state"], place.deployments()[0]["state"]) == ("failed", "failed")
+    assert "can't be started" in place.deployments()[0]["last_error"]
+    assert seen_by_operators(place) == "The log ends with 'ImportError'."
+    assert place.deploy().json()["state"] == "failed"
+
+
+def test_server_that_can_not_be_started_stays_failed_until_it_is_started_again(
+    place: ServingSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "LOOK_SECONDS", 0.05)
+    checks = list[str]()
+    monkeypatch.setattr(keeping, "read", recording(keeping.read, checks))
+    place.register(url="http://127.0.0.1:9")
+    until(lambda: place.endpoint()["checked_at"] is not None)
+
+    place.report("It crashed.")
+    seen = len(checks)
+    until(lambda: len(checks) > seen + 3)
+    assert place.endpoint()["last_error"] == "It crashed."
+
+    place.report(None)
+    until(lambda: NOT_ANSWERED in (place.endpoint()["last_error"] or ""))
+    assert place.endpoint()["state"] == "pending"
+
+
+def test_check_that_began_before_the_report_does_not_overwrite_it(place: ServingSite, services: Services) -> None:
+    endpoint_id = place.register(url="http://127.0.0.1:9")["id"]
+    until(lambda: place.endpoint()["checked_at"] is not None)
+    with services.db.read() as session:
+        claim_id = session.get_one(ServingEndpoint, endpoint_id).claim_id or ""
+    claim = EndpointClaim(endpoint_id=endpoint_id, claim_id=claim_id)
+    place.report("It crashed.")
+
+    keeping.note_unusable(services.db, claim, state="unreachable", error="No response.", is_silent=True)
+
+    assert (place.endpoint()["state"], place.endpoint()["last_error"]) == ("failed", "It crashed.")
+
+
+def test_server_that_answers_after_a_failure_is_used_again(place: ServingSite, trainer: FakeTrainer) -> None:
+    place.register()
+    place.report("It crashed.")
+    assert place.deploy().json()["state"] == "failed"
+
+    assert place.wait_for("ready")["last_error"] is None
+
+
+def recording(
+    read: Callable[[Database, EndpointClaim], EndpointWork | None], checks: list[str]
+) -> Callable[[Database, EndpointClaim], EndpointWork | None]:
+    def record(db: Database, claim: EndpointClaim) -> EndpointWork | None:
+        checks.append(claim.endpoint_id)
+        return read(db, claim)
+
+    return record

@@ -7,12 +7,14 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psycopg
 import pytest
 from sqlalchemy import BigInteger, Connection, Float, QueuePool, event, func, literal, select, text, update
 
+from catalog.db import database
 from catalog.db.database import (
     BRIEF_MILLISECONDS,
     STUCK_SECONDS,
@@ -278,6 +280,35 @@ def test_long_write_transaction_is_logged_with_its_caller(
     assert db.num_long_writes == 1
     (record,) = caplog.records
     assert record.getMessage().endswith(f"by={__name__}.write")
+
+
+@pytest.mark.parametrize(
+    ("in_work", "waited", "in_commit", "is_long"),
+    [(61.0, 0.0, 0.0, True), (61.0, 60.0, 0.0, False), (0.0, 0.0, 61.0, False)],
+    ids=["work", "wait for a processor", "wait for the disk"],
+)
+def test_only_the_work_of_a_transaction_counts_as_long(
+    db: Database, monkeypatch: pytest.MonkeyPatch, in_work: float, waited: float, in_commit: float, is_long: bool
+) -> None:
+    clock = {"now": 0.0, "queue": 0.0}
+    monkeypatch.setattr(database, "time", SimpleNamespace(monotonic=lambda: clock["now"], sleep=time.sleep))
+    monkeypatch.setattr(database, "_seconds_in_run_queue", lambda: clock["queue"])
+    monkeypatch.setattr(database, "LONG_WRITE_SECONDS", 60.0)
+    event.listen(db.engine, "commit", lambda _: clock.update(now=clock["now"] + in_commit))
+
+    with db.write() as session:
+        session.execute(text("select 1"))
+        clock.update(now=in_work, queue=waited)
+
+    assert clock["now"] == in_work + in_commit
+    assert db.num_long_writes == is_long
+
+
+def test_wait_for_a_processor_is_known_on_linux() -> None:
+    if not Path("/proc/thread-self/schedstat").exists():
+        pytest.skip("the kernel does not count it")
+
+    assert database._seconds_in_run_queue() > 0
 
 
 def test_full_disk_is_reported(tmp_path: Path, migrated_database: Path) -> None:

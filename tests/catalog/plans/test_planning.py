@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from catalog.plans import duration
-from catalog.plans.duration import ExpectedStart, Measured, Occupied, Runner, TrainingWork
+from catalog.plans.duration import ExpectedStart, Measured, Occupied, Overheads, Runner, TrainingWork
 from catalog.resources import gpus
 from catalog.resources.gpus import CARDS, MIB
 from catalog.resources.throughput import Speeds
@@ -287,6 +287,7 @@ SPEEDS = Speeds(alone=((100.0, 50.0), (200.0, 80.0)))
 
 def runner(worker_id: str = "w", device: str = "CPU, 2 cores", **given: Any) -> Runner:
     kind = "cpu" if device.startswith("CPU") else "cuda"
+    given = {"overheads": Overheads(load_seconds=0.0, finish_seconds=0.0), **given}
     return Runner(worker_id=worker_id, device=device, kind=kind, num_cores=2 if kind == "cpu" else None, **given)
 
 
@@ -310,6 +311,33 @@ def test_training_time_comes_with_its_basis(found: Runner, kind: str, seconds: f
     assert estimate.basis_kind == kind
     assert estimate.seconds == (seconds and pytest.approx(seconds))
     assert estimate.basis
+
+
+@pytest.mark.parametrize(
+    ("overheads", "seconds", "stated"),
+    [
+        (Overheads(load_seconds=7.0, finish_seconds=3.0), 30.0, ("7 s (measured)", "3 s (measured)")),
+        (Overheads(load_seconds=0.0, finish_seconds=None), 32.0, ("0 s (measured)", "12 s (a guess)")),
+        (Overheads(), 44.0, ("12 s (a guess) for loading", "12 s (a guess) for verification")),
+    ],
+)
+def test_training_time_includes_load_and_verification(
+    overheads: Overheads, seconds: float, stated: tuple[str, str]
+) -> None:
+    estimate = duration.training_time(WORK, [runner(same=measured(), overheads=overheads)])
+
+    assert estimate.seconds == pytest.approx(seconds)
+    assert all(part in estimate.basis for part in stated)
+
+
+def test_range_is_wider_the_weaker_its_basis_is() -> None:
+    found = [runner(same=measured()), runner(other=measured()), runner()]
+
+    estimates = [duration.training_time(WORK, [one]) for one in found]
+
+    widths = [(one.max_seconds or 0) / (one.min_seconds or 1) for one in estimates]
+    assert widths == sorted(widths)
+    assert all((one.min_seconds or 0) < (one.seconds or 0) < (one.max_seconds or 0) for one in estimates)
 
 
 def test_guessed_time_states_its_uncertainty() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from catalog.db import lease
 from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
@@ -21,7 +22,9 @@ from catalog.queue import claims as queue_claims
 from catalog.queue import pending
 from catalog.registry import base_models
 from catalog.spec.job import JobSpec, PlannedJob
+from catalog.states import EndReason
 from catalog.storage import files
+from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.plans import FileOverlap, Plan
 from tests.catalog.plan_data import SETTINGS, know, plan, put, ready
@@ -341,7 +344,37 @@ def test_training_time_uses_measurements_of_its_base(world: World) -> None:
     assert estimate["basis_kind"] == "measured"
     assert estimate["worker_id"] == "w1"
     assert "with this base" in estimate["basis"]
-    assert estimate["seconds"] == pytest.approx(75 * 4 * 50 / estimate["tokens_per_second"])
+    training_seconds = 75 * 4 * 50 / estimate["tokens_per_second"]
+    assert estimate["seconds"] > training_seconds
+    assert "(a guess) for loading" in estimate["basis"]
+
+    first, second = submit(world, plan(world)), submit(world, plan(world))
+    with world.db.write() as session:  # the first job waited 40 s for the base model, and the second one did not
+        record_completed(session, first.id, trainer_id="t1", at=1000, load=40, finish=6)
+        record_completed(session, second.id, trainer_id="t1", at=2000, load=1, finish=6)
+
+    estimate = found(plan(world))["training_time"]
+    assert estimate["seconds"] == pytest.approx(40 + training_seconds + 6)
+    assert estimate["min_seconds"] < estimate["seconds"] < estimate["max_seconds"]
+
+
+def record_completed(session: Session, job_id: str, *, trainer_id: str, at: float, load: float, finish: float) -> None:
+    """Record that a trainer has trained the job for 100 s."""
+    job = session.get_one(Job, job_id)
+    job.started_at, job.progress = at + load, {"updated_at": at + load + 100}
+    session.add(
+        Attempt(
+            claim_id=f"claim-{at}",
+            job_id=job_id,
+            number=1,
+            worker_id="w1",
+            trainer_id=trainer_id,
+            started_at=at,
+            ended_at=at + load + 100 + finish,
+            reason=EndReason.COMPLETED,
+            why={},
+        )
+    )
 
 
 def test_few_steps_warning_of_a_plan_becomes_a_job_event(world: World) -> None:

@@ -70,6 +70,16 @@ def test_show_prints_the_state_and_the_last_error(service: Script, run: Run) -> 
     assert "It refused." in shown
 
 
+def test_list_prints_the_last_error(service: Script, run: Run) -> None:
+    failed = {**ENDPOINT, "state": "failed", "last_error": "vLLM ended 3 times."}
+    service.on("GET", ENDPOINTS, {"data": [failed]})
+
+    shown = run("serving", "list").stdout
+
+    assert "failed" in shown
+    assert "vLLM ended 3 times." in shown
+
+
 def test_deploy_waits_until_the_adapter_is_ready(service: Script, run: Run) -> None:
     service.on("POST", f"{ADAPTER}/deployments", deployment("pending"))
     ready = deployment("ready", verification=VERIFIED)

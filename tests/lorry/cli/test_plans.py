@@ -91,13 +91,14 @@ def test_plan_accepts_the_options_of_a_job(service: Script, plan: Run) -> None:
     assert [name for name in job_options if name not in plan_options] == ["plan", "watch"]
 
 
-def test_guessed_training_time_is_marked_as_a_guess(submit: Run, service: Script, run: Run) -> None:
-    service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, "basis_kind": "guess", "basis": "A guess."}})
+def test_training_time_is_shown_as_a_range_with_its_basis(submit: Run, service: Script, run: Run) -> None:
+    guess = {"min_seconds": 30.0, "max_seconds": 500.0, "basis_kind": "guess", "basis": "A guess."}
+    service.on("POST", PLANS, {**READY, "training_time": {**ESTIMATE, **guess}})
 
     printed = run("plans", "create", "m", "file-9").stdout
 
-    assert "about 1:40, or several times more (guess: no job has trained on this device yet)" in printed
-    assert "About 1:40. A guess." in printed
+    assert "0:30 to 8:20 (guess)" in printed
+    assert "0:30 to 8:20. A guess." in printed
 
 
 def test_plan_prints_its_estimates_and_the_submit_command(plan: Run) -> None:

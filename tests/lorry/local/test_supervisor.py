@@ -48,6 +48,18 @@ class FakeProcess:
         return f"last words of {self.name}"
 
 
+class FakeServer(FakeProcess):
+    """Becomes ready when the test sets `ready`."""
+
+    ready = False
+
+    def is_ready(self) -> bool:
+        return self.alive and self.ready
+
+    def give_up(self) -> None:
+        self._journal.append(f"give up {self.name}")
+
+
 class World:
     """Time advances only by sleeping. `at` schedules an action."""
 
@@ -58,7 +70,7 @@ class World:
         self.ready_at = 1.0
         self.api = FakeProcess("api", self.journal)
         self.worker = FakeProcess("worker", self.journal, ignores_sigterm=ignores_sigterm)
-        self.others: list[FakeProcess] = []
+        self.others: list[FakeServer] = []
         self.supervisor = ServiceSupervisor(
             self.api,
             [self.worker],
@@ -74,7 +86,7 @@ class World:
     def at(self, seconds: float, act: Callable[[], object]) -> None:
         self._plan.append((seconds, act))
 
-    def _note_ready(self) -> list[FakeProcess]:
+    def _note_ready(self) -> list[FakeServer]:
         self.journal.append("ready")
         return self.others
 
@@ -205,7 +217,7 @@ def test_exited_api_server_is_not_ready_even_if_its_port_answers() -> None:
 
 def test_process_that_on_ready_returns_is_started_restarted_and_stopped() -> None:
     world = World()
-    world.others = [FakeProcess("server", world.journal)]
+    world.others = [FakeServer("server", world.journal)]
     world.at(5, lambda: setattr(world.others[0], "alive", False))
     world.at(20, world.supervisor.stop)
 
@@ -216,3 +228,33 @@ def test_process_that_on_ready_returns_is_started_restarted_and_stopped() -> Non
         "terminate worker", "terminate server", "terminate api",
     ]  # fmt: skip
     assert world.messages[0] == "The server ended (status 1). Restarting it in 1 s."
+
+
+def test_server_that_never_becomes_ready_is_started_three_times() -> None:
+    world = World()
+    world.others = [FakeServer("server", world.journal)]
+    for seconds in (5, 100, 200):  # each start runs long enough to count as healthy
+        world.at(seconds, lambda: setattr(world.others[0], "alive", False))
+    world.at(1000, world.supervisor.stop)
+
+    world.supervisor.run()
+
+    assert world.journal.count("start server") == 3
+    assert world.journal.count("give up server") == 1
+    assert sum("The server ended" in line for line in world.messages) == 2
+
+
+def test_failed_starts_are_counted_anew_after_the_server_was_ready() -> None:
+    world = World()
+    server = FakeServer("server", world.journal)
+    world.others = [server]
+    for seconds in (5, 100, 200, 300, 400):
+        world.at(seconds, lambda: setattr(server, "alive", False))
+    world.at(150, lambda: setattr(server, "ready", True))
+    world.at(250, lambda: setattr(server, "ready", False))
+    world.at(1000, world.supervisor.stop)
+
+    world.supervisor.run()
+
+    assert world.journal.count("start server") == 6
+    assert "give up server" not in world.journal

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Generator
-from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,10 +20,9 @@ EXAMPLES = (
     'lorry chat support "Where is my parcel?"',
     'lorry chat smollm2 --system "Answer in one sentence."',
     "lorry chat support --temperature 0 < question.txt",
+    'lorry chat smollm2 "Once upon a time" --complete --max-tokens 50',
 )
 PROMPT = "> "
-PATIENCE_SECONDS = 2.0
-"""After this time without an answer, a terminal shows what it waits for."""
 BUILT_IN = "built-in"
 """The service's name of its own engine."""
 _MAX_NAMES = 3
@@ -48,13 +43,23 @@ def chat(
     ] = None,
     *,
     system: Annotated[str | None, typer.Option(help="System message that precedes the conversation.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = None,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Continue the message as a text, without a chat template and a history.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Maximum number of tokens of an answer (default: the model's maximum; with --complete: 16)."
+        ),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, max=2, help="Randomness; 0 always chooses the likeliest token (default: 1).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of random choices (default: random).")] = None,
 ) -> None:
     """Send a message to a model and print its answer. Without a message, a conversation starts; Ctrl-D ends it."""
+    if complete and system is not None:
+        raise typer.BadParameter("--complete sends no conversation. Put the text into MESSAGE.", param_hint="--system")
     lorry = client()
     name = _model_name(lorry, model)
     history = [] if system is None else [{"role": "system", "content": system}]
@@ -63,10 +68,12 @@ def chat(
     def answer(text: str) -> None:
         history.append({"role": "user", "content": text})
         said = ""
-        pieces = lorry.chat.stream(name, history, max_tokens=max_tokens, temperature=temperature, seed=seed)
-        with _reporting_wait(name):
-            first = next(pieces, "")
-        for piece in chain([first], pieces):
+        if complete:
+            pieces = lorry.chat.complete(name, text, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        else:
+            pieces = lorry.chat.stream(name, history, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        _report_loading(lorry, name)
+        for piece in pieces:
             said += piece
             sys.stdout.write(output.clean(piece))
             sys.stdout.flush()
@@ -102,21 +109,10 @@ def _read_line() -> str | None:
         return None
 
 
-@contextmanager
-def _reporting_wait(name: str) -> Generator[None]:
-    """Print on a terminal what the command waits for, if that takes long."""
-    if not output.is_watched():
-        yield
-        return
-    message = f"Waiting for {name}. A worker may have to load it first…"
-    timer = threading.Timer(PATIENCE_SECONDS, output.echo, [message])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # the message never follows the answer
+def _report_loading(lorry: Lorry, name: str) -> None:
+    """Print on a terminal that a worker loads the base model first, which takes longer than an answer."""
+    if output.is_watched() and (found := lorry.models.get(name)).inference == "loadable":
+        output.echo(f"Loading the base model {found.base or found.id} on a worker. The answer follows…")
 
 
 def _show_engine(engine: str | None) -> None:

@@ -60,12 +60,14 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
         Column(title="NAME"),
         Column(title="STATE"),
         Column(title="BASE"),
+        Column(title="ERROR", min_width=16),
         Column(title="MAX RANK", priority=2),
         Column(title="URL", priority=1, min_width=16),
         Column(title="CHECKED", priority=3),
     )
     rows = [
-        (one.name, one.state, one.base_model, one.max_rank, one.url, output.briefly(one.checked_at)) for one in found
+        (one.name, one.state, one.base_model, one.last_error, one.max_rank, one.url, output.briefly(one.checked_at))
+        for one in found
     ]
     none = "No serving endpoints yet. An operator registers one with `lorry serving add`."
     return table(columns, rows, empty=none)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +13,6 @@ from typer.testing import Result
 from lorry import Lorry
 from lorry.cli.commands.inference import chat
 from lorry.cli.render import output
-from lorry.transport.http import Transport
 from tests.lorry.scripted_server import Reply, Script
 
 Run = Callable[..., Result]
@@ -114,6 +112,7 @@ def test_a_terminal_shows_the_engine_whenever_it_changes(
     for answer, name in zip(answers, names, strict=True):
         answer.headers.update({} if name is None else {"x-lorry-engine": name})
     service.on("POST", PATH, *answers)
+    service.on("GET", "/v1/models/smollm2", {"id": "smollm2", "inference": "loaded"})
     typed = iter(["One", "Two", "Three", "Four"])
     monkeypatch.setattr(output, "is_interactive", lambda: True)
     monkeypatch.setattr(output, "is_watched", lambda: True)
@@ -128,28 +127,45 @@ def test_a_terminal_shows_the_engine_whenever_it_changes(
     ]
 
 
-def test_a_terminal_shows_that_a_model_is_awaited(service: Script, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("found", "printed"),
+    [
+        ({"inference": "loadable", "base": None}, "Loading the base model smollm2 on a worker. The answer follows…\n"),
+        ({"inference": "loadable", "base": "m"}, "Loading the base model m on a worker. The answer follows…\n"),
+        ({"inference": "loaded", "base": None}, ""),
+    ],
+)
+def test_a_terminal_shows_at_once_that_the_base_model_is_loaded_first(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], printed: str
+) -> None:
+    service.on("GET", "/v1/models/smollm2", {"id": "smollm2", **found})
     service.on("POST", PATH, stream("Hi."))
-    has_waited = threading.Event()
-    echo, send = output.echo, Transport.stream
-
-    def noted(message: str) -> None:
-        echo(message)
-        has_waited.set()
-
-    def slow(*given: Any, **named: Any) -> Any:
-        assert has_waited.wait(60)
-        return send(*given, **named)
-
     monkeypatch.setattr(output, "is_watched", lambda: True)
-    monkeypatch.setattr(output, "echo", noted)
-    monkeypatch.setattr(chat, "PATIENCE_SECONDS", 0)
-    monkeypatch.setattr(Transport, "stream", slow)
 
     done = run("chat", "smollm2", "Hi")
 
-    assert done.stdout == "Hi.\n"
-    assert done.stderr == "Waiting for smollm2. A worker may have to load it first…\n"
+    assert (done.stdout, done.stderr) == ("Hi.\n", printed)
+
+
+def test_text_is_continued_without_a_conversation(service: Script, run: Run) -> None:
+    chunks = [{"choices": [{"index": 0, "text": text}]} for text in (" a king", " lived.")]
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    service.on("POST", "/v1/completions", Reply(body=body.encode(), headers={"content-type": "text/event-stream"}))
+
+    done = run("chat", "smollm2", "There", "--complete", "--max-tokens", "5", "--temperature", "0")
+
+    assert (done.exit_code, done.stdout) == (0, " a king lived.\n")
+    (request,) = service.requests("POST", "/v1/completions")
+    assert json.loads(request.body) == {
+        "model": "smollm2", "prompt": "There", "max_tokens": 5, "temperature": 0.0, "stream": True,
+    }  # fmt: skip
+
+
+def test_text_to_continue_has_no_system_message(service: Script, run: Run) -> None:
+    done = run("chat", "smollm2", "There", "--complete", "--system", "Be brief.")
+
+    assert (done.exit_code, service.seen) == (2, [])
+    assert "--complete sends no conversation" in done.stderr
 
 
 def test_the_client_knows_the_engine_once_the_answer_has_begun(service: Script) -> None:

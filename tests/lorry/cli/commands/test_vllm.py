@@ -16,6 +16,7 @@ from lorry.client import Lorry
 from lorry.errors import LorryError, NotFound
 from lorry.models.jobs import Model
 from lorry.models.serving import ServingEndpoint
+from tests.api.serving_engines import FakeVllm, serving
 from tests.lorry.local.test_local import until
 
 
@@ -26,6 +27,7 @@ class FakeLorry:
         self.models = self.serving = self
         self._models = models
         self.endpoint: ServingEndpoint | None = None
+        self.reports: list[str | None] = []
 
     def list(self) -> list[Model]:
         return [*self._models]
@@ -43,6 +45,9 @@ class FakeLorry:
             name=name, base_model=base_model, base_digest=str(digest), has_api_key=bool(api_key), **given
         )
 
+    def report(self, name: str, *, error: str | None) -> None:
+        self.reports.append(error)
+
 
 def base(name: str, **changes: Any) -> Model:
     given = {"kind": "base", "state": "ready", "digest": f"digest-of-{name}", "local_path": f"/bases/{name}"}
@@ -51,7 +56,7 @@ def base(name: str, **changes: Any) -> Model:
 
 def register(folder: Path, service: FakeLorry, wanted: str | None = None) -> LocalVllm:
     server = LocalVllm(folder, Serve(program="/bin/vllm", base=wanted), devices=["cpu"])
-    server.register(cast("Lorry", service))
+    server.register(cast("Lorry", service), fail=print)
     return server
 
 
@@ -77,7 +82,7 @@ def test_server_sees_only_the_first_device(
     (tmp_path / "logs").mkdir()
     server = LocalVllm(tmp_path, Serve(program=str(program), base=None), devices=devices)
 
-    child = server.register(cast("Lorry", FakeLorry(base("smollm2"))))
+    child = server.register(cast("Lorry", FakeLorry(base("smollm2"))), fail=print)
     child.start()
     try:
         until((tmp_path / "started").exists)
@@ -138,6 +143,7 @@ def test_later_start_serves_the_base_model_of_the_endpoint(tmp_path: Path) -> No
     register(tmp_path, service, "b")
 
     assert register(tmp_path, service).base == "b"
+    assert service.reports == [None], "the endpoint has no failure of an earlier start"
 
 
 @pytest.mark.parametrize(
@@ -203,3 +209,38 @@ def test_script_of_the_package_is_run_by_its_interpreter(tmp_path: Path, script:
     found = vllm._server_of(str(tmp_path / "vllm"))
 
     assert [Path(part).name if part.endswith("/vllm") else part for part in found[:2]] == command
+
+
+@pytest.mark.parametrize(
+    ("printed", "last", "remedy"),
+    [
+        ("Traceback\nImportError: no torch", "'ImportError: no torch'", "Fix the cause"),
+        ("import torchaudio\nOSError: bad symbol", "'OSError: bad symbol'", "uninstall torchaudio torchcodec`"),
+        ("", "''", "Fix the cause"),
+    ],
+)
+def test_reason_of_a_server_that_can_not_start_has_its_last_line_and_its_log(
+    tmp_path: Path, printed: str, last: str, remedy: str
+) -> None:
+    service, reasons = FakeLorry(base("smollm2")), list[str]()
+    server = LocalVllm(tmp_path, Serve(program="/env/bin/vllm", base=None), devices=["cpu"])
+    process = server.register(cast("Lorry", service), fail=reasons.append)
+    server.log.parent.mkdir()
+    server.log.write_text(f"{printed}\n\nThe process ended with status 1.\n")
+
+    process.give_up()
+
+    (reason,) = reasons
+    assert f"{str(server.log)!r} ends with {last}." in reason
+    assert remedy in reason
+
+
+def test_server_is_ready_when_it_answers(tmp_path: Path) -> None:
+    service = FakeLorry(base("smollm2"))
+    server = LocalVllm(tmp_path, Serve(program="/env/bin/vllm", base=None), devices=["cpu"])
+    process = server.register(cast("Lorry", service), fail=print)
+    port = json.loads((tmp_path / vllm.FILE_NAME).read_text())["port"]
+
+    assert not process.is_ready()
+    with serving(FakeVllm(), port=port):
+        assert process.is_ready()
