@@ -70,7 +70,7 @@ class LoraConfig:
         saved, tokens = self.modules_to_save, self.trainable_token_indices
         require(all(saved) and len(set(saved)) == len(saved), "lora.modules_to_save", saved, "distinct module names")
         tokens_ok = all(token >= 0 for token in tokens) and len(set(tokens)) == len(tokens)
-        require(tokens_ok, "lora.trainable_token_indices", tokens, "distinct token ids of at least 0")
+        require(tokens_ok, "lora.trainable_token_indices", tokens, "distinct token IDs of at least 0")
 
     def _require_targets(self) -> None:
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules

@@ -65,7 +65,7 @@ class Downloads:
                 raise _too_many(f"Project {project_id}", self._per_project)
             if self._of_keys.total() >= self._per_process:
                 raise Unavailable(
-                    f"The API server is sending {self._per_process} files or adapters, which is the maximum.",
+                    f"The API server has reached its limit of {self._per_process} downloads at one time.",
                     code="downloads_busy",
                     remedy="Wait until other downloads have finished, then try again.",
                 )

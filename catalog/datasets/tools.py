@@ -80,8 +80,8 @@ def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
         calls.append(ToolCall(id=fields["id"], type="function", function=function))
     repeated = _first_repeated(call["id"] for call in calls)
     if repeated is not None:
-        remedy = "Give each call its own id."
-        raise BadRow("invalid_tool_calls", f"{place} has several calls with the id {quoted(repeated)}", remedy)
+        remedy = "Give each call its own ID."
+        raise BadRow("invalid_tool_calls", f"{place} has several calls with the ID {quoted(repeated)}", remedy)
     return calls
 
 

@@ -89,7 +89,7 @@ def explained(saturation: Any) -> str | None:
         f"Its base model is loaded, but the trainer is full: with {found['num_jobs']} jobs, each takes up to "
         f"{found['slowdown']:g} times as long as alone. One more job would raise this to "
         f"{found['slowdown_with_one_more']:g}, and LORRY_MAX_SLOWDOWN is {found['max_slowdown']:g}. "
-        "The job joins when one of them finishes."
+        "The job starts when one of them finishes."
     )
 
 

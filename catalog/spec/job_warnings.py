@@ -66,7 +66,7 @@ def of_course(
         yield Caution(
             code="no_validation_file",
             message="The job has no validation file, so overfitting will not be visible.",
-            remedy="Move some rows to another file, upload it, and set validation_file to its id.",
+            remedy="Move some rows to another file, upload it, and set validation_file to its ID.",
         )
 
 

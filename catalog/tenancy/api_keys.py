@@ -237,9 +237,9 @@ def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
         raise NotFound(
             "key",
             api_key_id,
-            message=f"No API key with the id {api_key_id!r}."
+            message=f"No API key with the ID {api_key_id!r}."
             if caller.is_operator
-            else f"No API key in project {caller.project_name!r} has the id {api_key_id!r}.",
+            else f"No API key in project {caller.project_name!r} has the ID {api_key_id!r}.",
             remedy="List a project's keys with `lorry keys list --all --project NAME`."
             if caller.is_operator
             else "List your project's keys with `lorry keys list --all`. Other projects' keys require an operator key.",

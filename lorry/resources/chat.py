@@ -48,7 +48,7 @@ class AnswerStream(Iterator[str]):
                     if text := choice["delta"].get("content"):
                         yield text
         raise ConnectionFailed(
-            "The service ended the answer early.", code="connection_failed", remedy="Send the request again."
+            "The response stream ended early.", code="connection_failed", remedy="Send the request again."
         )
 
 

@@ -177,7 +177,7 @@ def test_tampering_with_a_pulled_adapter_is_detected(pulled: Path) -> None:
         f"{BIG} does not match its digest.",
         "sub/extra.txt is missing.",
         "more.py is not in the manifest.",
-        "The lineage record does not match its id.",
+        "The lineage record does not match its ID.",
     ]
 
 

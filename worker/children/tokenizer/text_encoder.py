@@ -184,7 +184,7 @@ class BaseText:
         if self._num_ids is not None and len(ids) and int(ids.max()) >= self._num_ids:
             raise Refused(
                 "tokenizer_exceeds_base",
-                f"The tokenizer returned the token id {int(ids.max())}, but the base model has {self._num_ids} tokens.",
+                f"The tokenizer returned the token ID {int(ids.max())}, but the base model has {self._num_ids} tokens.",
                 "Add the base model again with the tokenizer that it was trained with.",
             )
 
