@@ -1,4 +1,4 @@
-"""How to install optional parts of the server. No package index has the distributions `lorry` and `lorry-server`."""
+"""Explains how to install optional parts of the server. No package index has `lorry` and `lorry-server` yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output file and the error file of a batch, in OpenAI's format and in the order of the input."""
+"""Writes the output file and the error file of a batch, in OpenAI's format and in the order of the input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads from the store. All content is sent as an attachment, so that a browser never displays or executes it.
+"""Sends downloads from the store as attachments, so that a browser never displays or executes them.
 
 A client that reads slowly or not at all occupies two chunks of READ_BYTES plus the buffers of its connection. The
 number of concurrent downloads is limited per key, per project and per process. `api.middleware.connections` ends

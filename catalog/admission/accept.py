@@ -1,4 +1,4 @@
-"""Validation of job requests against the database, and their resolved configuration. Jobs and plans share it."""
+"""Validates job requests against the database, and resolves their configuration. Jobs and plans share it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kinds of rows that a data set may have. Only this table distinguishes them.
+"""Defines the kinds of rows that a data set may have. Only this table distinguishes them.
 
 The keys of a row determine its kind. All rows of a file must have the kind of its first row.
 """

@@ -1,4 +1,4 @@
-"""Validation of the messages of a row, in OpenAI's format. Error messages never quote the content of a message."""
+"""Validates the messages of a row, in OpenAI's format. Error messages never quote the content of a message."""
 
 from __future__ import annotations
 

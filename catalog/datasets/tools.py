@@ -1,4 +1,4 @@
-"""Validation of tools and tool calls in rows, in OpenAI's format and in its deprecated format of functions.
+"""Validates tools and tool calls in rows, in OpenAI's format and in its deprecated format of functions.
 
 Chat templates expect the arguments of a call as an object, so the string of the file is parsed. vLLM does the same
 when it serves a conversation, so a model reads the same text in training and in production.

@@ -1,4 +1,4 @@
-"""Structural validation of a data set in JSON Lines, in one pass, line by line and without a tokenizer.
+"""Validates the structure of a data set in JSON Lines, in one pass, line by line and without a tokenizer.
 
 Every error has a code, the line number and a remedy. `formats` defines the valid lines. Memory use is bounded by
 `max_line_bytes`, however long a line is.

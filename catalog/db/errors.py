@@ -1,4 +1,4 @@
-"""Translation of database errors that users can act on: outages, full disks, invalid values. Others are bugs."""
+"""Translates database errors that users can act on: outages, full disks, invalid values. Others are bugs."""
 
 from __future__ import annotations
 

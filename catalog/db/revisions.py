@@ -1,4 +1,4 @@
-"""Schema revisions: those of the migration scripts, and the revision of a database.
+"""Compares a database's schema revision with the migration scripts.
 
 A revision is named after its file, such as `0001_first_schema`. An unknown revision belongs to a later version,
 unless a build before the first release used it: the databases of such builds cannot be upgraded.

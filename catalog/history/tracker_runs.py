@@ -1,4 +1,4 @@
-"""The runs of a job in its trackers, and how far its curves are written to each of them.
+"""Records how far a job's curves are written to the runs in its experiment trackers.
 
 Workers write from the database, not from the trainer. They therefore delay no training, lose nothing, and continue
 where another worker stopped. A worker holds the lease while it has a run open, and renews it with each write.

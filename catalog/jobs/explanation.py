@@ -1,4 +1,4 @@
-"""Explanation of a job's current state: a text for users, and the facts behind it."""
+"""Explains a job's current state: a text for users, and the facts behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Submission of jobs, validated by catalog/admission/accept.py. A repeated submission returns the existing job."""
+"""Submits jobs that catalog/admission/accept.py has validated. A repeated submission returns the existing job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Consequences of failed attempts: back-off, base models that can't be loaded, and out-of-memory handling.
+"""Decides what follows a failed attempt: back-off, a base model that can't be loaded, and saving memory.
 
 - `backoff_seconds`: other jobs run before a job whose attempt failed, which distinguishes bad nodes from bad jobs.
 - `is_at_fault`: whether a base model can't be loaded anywhere, or only on this worker.

@@ -1,4 +1,4 @@
-"""The order of a project's jobs of the same class, which the project itself controls: places, deadlines and holds.
+"""Changes the order of a project's jobs of the same class: moves, deadlines and holds.
 
 A place is a number on the job's row; the lowest goes first. This module never changes a job's state.
 """

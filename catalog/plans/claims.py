@@ -1,4 +1,4 @@
-"""A worker's operations on plans: claim a waiting plan, and conclude, fail or release it."""
+"""Lets workers claim a waiting plan, and conclude, fail or release it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Permissions by which operators share an adapter or a checkpoint with other projects of its organization.
+"""Shares an adapter or a checkpoint with other projects of its organization, on behalf of operators.
 
 A project with a permission may download and continue the model, but can't see anything else of its job. Its jobs that
 continue the model keep running when the permission is revoked.

@@ -1,4 +1,4 @@
-"""The number of jobs that a trainer accepts, limited by the slowdown of each job (LORRY_MAX_SLOWDOWN). Pure.
+"""Limits the jobs of a trainer by how much they slow each other down (LORRY_MAX_SLOWDOWN). Pure.
 
 Jobs of a trainer share its tokens per second equally. A larger tick has a higher throughput, up to a plateau. Below the
 plateau one more job costs the others little; beyond it every job slows down all of them.

@@ -1,4 +1,4 @@
-"""Creation, listing, rotation and limits of API keys. A caller can't grant more rights than it has.
+"""Creates, lists, rotates and limits API keys. A caller can't grant more rights than it has.
 
 A caller may rotate and revoke its own key, and other keys only if it could have created them. catalog/revocation.py
 revokes keys.

@@ -1,4 +1,4 @@
-"""Which URLs and addresses a webhook may have. Pure: host names are not resolved here.
+"""Decides which URLs and addresses a webhook may have. Pure: host names are not resolved here.
 
 `ipaddress.is_global` is true for some addresses that lead to internal networks, so blocked networks are listed.
 """

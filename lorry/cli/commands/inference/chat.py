@@ -48,7 +48,9 @@ def chat(
     ] = None,
     *,
     system: Annotated[str | None, typer.Option(help="System message that precedes the conversation.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens of an answer.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Maximum tokens to generate (default: the model's maximum length).")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, max=2, help="Randomness; 0 always chooses the likeliest token (default: 1).")
     ] = None,
