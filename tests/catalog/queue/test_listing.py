@@ -212,7 +212,7 @@ def test_other_precision_gets_no_priority_for_a_loaded_base(world: World) -> Non
     (first,) = world.claim(capacity=capacity)
 
     assert first.job.id == head.id
-    assert "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32: it can't join" in why
+    assert "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32, so it waits" in why
 
 
 def test_job_memory_includes_the_dropout_mask(world: World) -> None:
@@ -405,7 +405,7 @@ def test_different_quantizations_of_one_base_do_not_train_together(world: World)
     workers.worker_beat(world.db, "w1", resident_base=held.base_digest, trainer_id="t", report=None)
 
     assert (
-        "Its base model is loaded in bfloat16, but it needs nf4 with bfloat16:"
+        "Its base model is loaded in bfloat16, but it needs nf4 with bfloat16, so it waits"
         in explained(world, nf4.id)["explanation"]
     )
     assert world.claim(pack_key=held.pack_key, trainer_id="t") == []
