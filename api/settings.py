@@ -38,7 +38,7 @@ class ApiSettings(EnvironmentSettings):
     webhook_allowed_networks: str = Field(
         default="", description="Networks, separated by commas, that webhooks may reach although they are not public."
     )
-    webhook_allow_http: bool = Field(default=False, description="Whether webhooks may use http:// URLs.")
+    webhook_allow_http: bool = Field(default=False, description="Allow http:// URLs for webhooks.")
     stream_poll_seconds: float = Field(
         default=0.25, gt=0, description="Interval at which live streams poll the database, in seconds."
     )

@@ -1,4 +1,4 @@
-"""Detection of a full disk. Code that writes files under the data folder does so inside `full_disk_named`."""
+"""Detects a full disk. Code that writes files under the data folder does so inside `full_disk_named`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that survive a power failure: fsync of the file, and of each folder that contains its name."""
+"""Writes files and folders that survive a power failure: fsync of the file, and of each folder with its name."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ class NotFound(LorryError):
     ) -> None:
         """message: None: that there is no such id."""
         super().__init__(
-            message or f"No {resource} with the id {ident!r}.",
+            message or f"No {resource} with the ID {ident!r}.",
             code=f"{resource.replace(' ', '_')}_not_found",
-            remedy=remedy or f"Check the id, and that the API key belongs to the project that owns the {resource}.",
+            remedy=remedy or f"Check the ID, and that the API key belongs to the project that owns the {resource}.",
             param=param,
         )
 

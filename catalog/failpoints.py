@@ -1,4 +1,4 @@
-"""Fault injection for tests: FAILPOINT=NAME:ACTION makes the process fail at the failpoint NAME.
+"""Injects faults for tests: FAILPOINT=NAME:ACTION makes the process fail at the failpoint NAME.
 
 Actions:
 - kill, hang, raise, exit (with status 0).

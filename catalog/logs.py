@@ -1,4 +1,4 @@
-"""Logging of API servers, workers and trainers to stderr, with secrets redacted.
+"""Logs to stderr from API servers, workers and trainers, with secrets redacted.
 
 Lines are plain text by default. With LORRY_LOG_FORMAT=json, each line is a JSON object with the ids that apply to it:
 request, API key, project, client address, job, claim, trainer, worker and trace.

@@ -27,10 +27,7 @@ MIN_BYTES = 32
 FILE_NAME = "pepper"
 PREVIOUS_FILE_NAME = "pepper.previous"
 NEW = "LORRY_PEPPER=$(openssl rand -hex 32)"
-NO_COPY = (
-    f"If the pepper is lost, set a new one (`{NEW}`), which invalidates every API key and webhook secret. Then create "
-    "a key: `python -m api new-key`."
-)
+NO_COPY = f"Or set a new one (`{NEW}`), which invalidates all API keys and webhook secrets."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +94,8 @@ def _checked(text: str) -> bytes:
         raise InvalidRequest(
             "LORRY_PEPPER is empty.",
             code="weak_pepper",
-            remedy=f"Set it to the service's pepper. If the pepper is stored in the file {FILE_NAME!r} in "
-            f"LORRY_DATA_DIR, unset LORRY_PEPPER instead. If the service has no pepper yet, set a new one (`{NEW}`).",
+            remedy=f"Set it to the service's pepper, or to a new one for a new service: `{NEW}`. If LORRY_DATA_DIR "
+            f"contains the file {FILE_NAME!r}, unset LORRY_PEPPER.",
         )
     if text != text.strip():
         place = "begins" if text != text.lstrip() else "ends"
@@ -127,7 +124,7 @@ def _read(path: Path) -> bytes:
             remedy="Restore your copy of the file (backups do not contain it), or delete the file, which invalidates "
             "API keys and webhook secrets older than the pepper's rotation."
             if is_previous
-            else f"Restore your copy of the file (backups do not contain it). {NO_COPY}",
+            else f"Restore your own copy of the file. {NO_COPY}",
         )
     return pepper
 

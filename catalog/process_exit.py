@@ -1,4 +1,4 @@
-"""How a child process exited, for error messages."""
+"""Describes how a child process exited, for error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protection of processes that hold secrets from other processes of the same user."""
+"""Protects processes that hold secrets from other processes of the same user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Revocation of API keys, optionally with the keys and the work that they created: jobs, sweeps, batches and exports.
+"""Revokes API keys, optionally with the keys, jobs, sweeps, batches and exports that they created.
 
 Keys are revoked in one transaction, all or none, so that no new work appears. After that, what they created is
 cancelled, a few rows in each transaction. An interrupted call can be repeated.

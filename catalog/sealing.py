@@ -1,4 +1,4 @@
-"""Encryption of stored secrets with the pepper: AES-256-GCM under a key of their own purpose, bound to one row's id.
+"""Encrypts stored secrets with the pepper: AES-256-GCM under a key for each purpose, bound to one row's id.
 
 A copy of the ciphertext in another row can't be decrypted. `resealed` encrypts a secret again after a rotation of the
 pepper.

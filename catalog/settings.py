@@ -81,7 +81,7 @@ class Settings(EnvironmentSettings):
     )
 
     lease_seconds: float = Field(
-        default=LEASE_SECONDS, gt=1, description="How long a claim stays valid without a heartbeat."
+        default=LEASE_SECONDS, gt=1, description="Validity of a claim without a heartbeat, in seconds."
     )
     heartbeat_seconds: float = Field(
         default=10,
@@ -97,7 +97,7 @@ class Settings(EnvironmentSettings):
     idle_seconds: float = Field(
         default=1800,
         ge=0,
-        description="How long a trainer keeps its base model loaded without a job or request. It yields to other work.",
+        description="Time that a trainer without jobs keeps its base model loaded, in seconds. It yields to other work.",
     )
     standby_trainer: bool = Field(
         default=True, description="Keep a warm standby trainer, with torch imported, while the worker is idle."
@@ -124,7 +124,9 @@ class Settings(EnvironmentSettings):
         default=None, ge=1, le=64, description="Minimum number of workers that a gang trains with. Default: all."
     )
     gang_wait_seconds: float = Field(
-        default=120, ge=0, description="How long a gang waits for absent workers before it trains without them."
+        default=120,
+        ge=0,
+        description="Time that a gang waits for absent workers, in seconds. Then it trains without them.",
     )
     gang_join_seconds: float = Field(
         default=900, gt=0, description="Time limit for all workers of a gang to fetch the base model and join."
@@ -146,7 +148,7 @@ class Settings(EnvironmentSettings):
     preempt_after_seconds: float = Field(
         default=PREEMPT_AFTER_SECONDS,
         ge=0,
-        description="How long an urgent job waits before it preempts jobs of lower classes.",
+        description="Time that an urgent job waits before it preempts jobs of lower priority, in seconds.",
     )
     preemption_min_runtime_seconds: float = Field(
         default=SPARED_SECONDS, ge=0, description="A job that has trained for less time is not preempted."

@@ -1,4 +1,4 @@
-"""Environment variables LORRY_… that nothing reads: a misspelled name, or a setting of another version."""
+"""Finds variables LORRY_… in the environment that nothing reads: misspelled, or of another version."""
 
 from __future__ import annotations
 

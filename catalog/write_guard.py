@@ -1,4 +1,4 @@
-"""Guard against slow work in a write transaction: work whose duration clients control must not run inside one.
+"""Prevents slow work in a write transaction: work whose duration clients control must not run inside one.
 
 On SQLite, a write transaction holds the only write lock, so the heartbeats of all workers wait for it.
 `catalog.db.database` marks each write transaction here. Code that compiles or matches user-supplied patterns calls

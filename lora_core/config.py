@@ -70,7 +70,7 @@ class LoraConfig:
         saved, tokens = self.modules_to_save, self.trainable_token_indices
         require(all(saved) and len(set(saved)) == len(saved), "lora.modules_to_save", saved, "distinct module names")
         tokens_ok = all(token >= 0 for token in tokens) and len(set(tokens)) == len(tokens)
-        require(tokens_ok, "lora.trainable_token_indices", tokens, "distinct token ids of at least 0")
+        require(tokens_ok, "lora.trainable_token_indices", tokens, "distinct token IDs of at least 0")
 
     def _require_targets(self) -> None:
         names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
@@ -335,7 +335,7 @@ class JobConfig:
             which combines each answer with the prompt of another one.
         evaluate_every_steps: Steps between evaluations. A job with a validation set is also evaluated at step 0 and
             at the end. At most `num_steps` if `early_stopping` or `keep` "best" is set.
-        slice_tokens: Maximum tokens of one slice (micro-batch). A longer single sequence or pair is its own slice.
+        slice_tokens: Maximum tokens of one slice (microbatch). A longer single sequence or pair is its own slice.
         keep: Weights to keep: those of the last step, or those of the evaluation after step 0 with the lowest
             loss (the earliest one on a tie).
         neftune_alpha: Scale of the noise on input embeddings during training (NEFTune, arXiv 2310.05914). 0 disables

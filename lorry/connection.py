@@ -149,8 +149,8 @@ def normalize_url(url: str, *, variable: str | None = None) -> str:
     if not valid:
         place, fix = (f"{variable} is {url!r}, which", f"Set {variable} to") if variable else (f"{url!r}", "Use")
         raise NotConfigured(
-            f"{place} is not a valid service address: it must be an http:// or https:// URL with a host and, "
-            "optionally, a port from 1 to 65535.",
+            f"{place} is not a valid service address: it must be an http:// or https:// URL with a host and "
+            "optionally a port.",
             code="bad_url",
             remedy=f"{fix} an address such as http://127.0.0.1:8472.",
         )
@@ -241,6 +241,6 @@ def _not_configured(folder: Path, *, is_explicit: bool, environ: Mapping[str, st
         remedy=f"Start a service with `lorry up {at}`, correct or unset LORRY_DATA_DIR, or set LORRY_URL and "
         "LORRY_API_KEY."
         if environ.get("LORRY_DATA_DIR")
-        else "Start a service with `lorry up`, or connect to one: with `lorry login URL`, with LORRY_DATA_DIR, which "
-        "names the data folder of a service on this machine, or with LORRY_URL and LORRY_API_KEY.",
+        else "Start a service with `lorry up`, or connect to one with `lorry login URL`, with LORRY_URL and "
+        "LORRY_API_KEY, or with LORRY_DATA_DIR set to its data folder on this machine.",
     )

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from catalog.states import ENDINGS, JobState
 
 ROOT = Path(__file__).parents[1]
-NOT_FOUND_REMEDY = "Check the id, and that the API key belongs to the project that owns the {}."
+NOT_FOUND_REMEDY = "Check the ID, and that the API key belongs to the project that owns the {}."
 CODE = re.compile(r"[a-z]+(_[a-z0-9]+)+")
 BARE = re.compile(r"[\W_]*(?:\{\w+\}[\W_]*)+")
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
@@ -23,10 +23,13 @@ MOST_CALLERS = 3
 EXPLANATIONS: dict[str, tuple[str, str]] = {
     "artifact_damaged": (
         "A stored file is missing, or its content does not match its digest.",
-        "Restore the store from a backup, or recreate the damaged object: upload the file again, or train the adapter "
-        "again. On the server, `python -m api verify` lists all damaged objects.",
+        "Restore the store from a backup, or upload the damaged file or train the damaged adapter again. On the "
+        "server, `python -m api verify` lists all damaged objects.",
     ),
+    "base_changed": ("", "Create a new plan."),
     "base_not_loaded": ("The base model could not be loaded on the worker.", "Send the request again."),
+    "batch_cancelled": ("", "Send the request again in a new batch."),
+    "batch_expired": ("", "Send the request again in a new batch."),
     "disk_error": (
         "The disk of a worker failed.",
         "Check the disk of that machine. Waiting work continues automatically.",
@@ -45,6 +48,7 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
         "Set evaluation.every_steps to less than {num_steps}, or omit it to use an interval that suits the job.",
     ),
     "few_steps": ("", "Raise n_epochs or max_steps, lower batch_size, or add rows."),
+    "file_not_found": ("", "Upload the file again, then create a new plan with the new file's ID."),
     "file_too_large": ("", "Split the file into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES."),
     "fits_no_worker": (
         "The job needs more memory than the largest worker has.",
@@ -70,8 +74,8 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
     "invalid_value": ("", "Correct the field that the message names, or the related fields that all trials share."),
     "job_not_waiting": (
         "",
-        "To train again after the job has ended, create a new job. Pause a running job instead of holding it: "
-        "`lorry jobs pause {id}`. Resume a paused job: `lorry jobs resume {id}`.",
+        "Pause a running job instead of holding it: `lorry jobs pause {id}`. Resume a paused job: "
+        "`lorry jobs resume {id}`. To repeat a finished job, create a new one.",
     ),
     "missing_required_parameter": (
         "",
@@ -80,29 +84,29 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
     ),
     "model_import_failed": ("The import of base model {name} failed: {reason}.", ""),
     "model_not_found": ("", "Choose a base model from `lorry models list`."),
+    "node_failed": ("", "Check the disk, memory and processes of the worker's machine."),
     "not_servable": (
         "The server can't serve the adapter, because of the job's settings or of the base model's architecture.",
-        "The message names the setting: change it for a new job, choose another endpoint, or merge the adapter. The "
-        "guide on serving lists the settings that each server supports.",
+        "Change the setting named in the message, or merge the adapter. See *Serve an adapter*.",
     ),
-    "not_supported": ("", "Use what Lorry offers instead: the fix in the response names it."),
+    "not_supported": ("", "Use the alternative named in the response."),
     "part_too_large": ("", "Split the file into smaller parts."),
     "plan_failed": ("Plan {id} failed: {error}", ""),
     "preparation_lost": (
-        "Preparing the files failed several times. The last time, its worker was lost.",
+        "Tokenization of the files failed several times. The last time, its worker was lost.",
         "Ask the operator why workers are lost: the file may need more memory than a worker has. Then submit the job "
         "again.",
     ),
     "quarantined": (
         "The job failed too often without a new checkpoint. The message names the number of attempts and the last "
         "failure.",
-        "Follow the fix in the message, then resubmit the job, or start a new job from its newest checkpoint. "
-        "`evidence` lists how and on which worker each of the latest attempts ended.",
+        "Follow the fix in the message, then resubmit the job or continue its newest checkpoint. `evidence` lists how "
+        "and where the latest attempts ended.",
     ),
     "quota_exceeded": (
         "",
-        "Wait until running jobs finish or the usage resets, use smaller files, or delete files and adapters that you "
-        "no longer need. An operator can raise the limit: `lorry projects update {name}`.",
+        "Wait until jobs finish or the usage resets, or delete unused files and adapters. An operator can raise the "
+        "limit: `lorry projects update {name}`.",
     ),
     "source_unreachable": ("The source of the base model can't be read.", ""),
     "unknown_parameter": ("", "Remove the field, or correct its spelling."),
@@ -246,7 +250,7 @@ class _Module:
             case "NotFound", [ast.Constant(value=str(noun)), _]:
                 remedy = remedy or NOT_FOUND_REMEDY.format(noun)
                 message = keywords.get("message")
-                text = f"No {noun} with the id {{id}}." if message is None else self._template(message)
+                text = f"No {noun} with the ID {{id}}." if message is None else self._template(message)
                 yield self._entry(f"{noun.replace(' ', '_')}_not_found", text, remedy)
             case "NoLongerKept", [ast.Constant(value=str(noun)), _]:
                 yield self._entry(f"{noun}_expired", f"The files for {noun} {{id}} have been deleted.", remedy)

@@ -130,8 +130,8 @@ def require_same_origin(request: Request) -> None:
         raise Forbidden(
             f"The request does not come from the dashboard: {reason}.",
             code="cross_site_request",
-            remedy="Use the dashboard, or send an API key in the Authorization header instead of signing in. If a "
-            "reverse proxy is in front of the service, make it pass on these headers unchanged.",
+            remedy="Use the dashboard, or send an API key in the Authorization header instead of signing in. Configure "
+            "a reverse proxy to pass on these headers unchanged.",
         )
 
 
@@ -185,6 +185,6 @@ def _check_owners(request: Request, caller: Caller) -> None:
                 f"The OpenAI-{kind.title()} header is {named[:80]!a}, but the API key belongs to the {kind} "
                 f"{own_name!r} ({own_id}).",
                 code={"organization": "mismatched_organization", "project": "mismatched_project"}[kind],
-                remedy=f"Remove the header, set it to {own_id}, or use an API key that belongs to the other {kind}. "
+                remedy=f"Remove the header, set it to {own_id}, or use an API key of the other {kind}. "
                 f"The OpenAI SDK sends the header if its `{kind}` argument or {variable} is set.",
             )

@@ -125,7 +125,7 @@ class PartialAnswer:
         if self._num_kept_bytes <= MAX_KEPT_BYTES:
             return
         raise InvalidRequest(
-            f"The answer was stopped, because it has more than {MAX_KEPT_BYTES / 2**20:g} MiB, which is the maximum.",
+            f"The answer was stopped, because it exceeds the limit of {MAX_KEPT_BYTES / 2**20:g} MiB.",
             code="answer_too_large",
             remedy="Reduce max_tokens, n or the number of prompts."
             if of == "text"

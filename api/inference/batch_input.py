@@ -69,7 +69,7 @@ def parse(line: bytes, *, endpoint: str, max_line_bytes: int) -> BatchEntry:
     """Return the request of a line. Raises InvalidRequest, whose `param` is a path in the line."""
     if len(line) > max_line_bytes:
         raise InvalidRequest(
-            f"The line has more than {max_line_bytes:,} bytes, which is the maximum.",
+            f"The line exceeds the limit of {max_line_bytes:,} bytes.",
             code="line_too_long",
             remedy="Shorten the request, or ask the operator to raise LORRY_MAX_LINE_BYTES.",
         )
@@ -156,7 +156,7 @@ class InputCheck:
         try:
             if self.num_lines > MAX_LINES:
                 raise InvalidRequest(
-                    f"The file has more than {MAX_LINES:,} requests, which is the maximum of a batch.",
+                    f"The file exceeds the limit of {MAX_LINES:,} requests per batch.",
                     code="too_many_lines",
                     remedy="Split the file into several batches.",
                 )

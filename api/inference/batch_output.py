@@ -1,4 +1,4 @@
-"""The output file and the error file of a batch, in OpenAI's format and in the order of the input."""
+"""Writes the output file and the error file of a batch, in OpenAI's format and in the order of the input."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from catalog.tables.table import Json, new_id
 RESULTS_AT_ONCE = 10
 """Results in memory at once. Each may have many megabytes (answer.MAX_KEPT_BYTES)."""
 UNANSWERED: dict[Outcome, Json] = {
-    "cancelled": {"code": "batch_cancelled", "message": "The batch was cancelled before this request was answered."},
+    "cancelled": {
+        "code": "batch_cancelled",
+        "message": "The batch was cancelled before this request was answered. Send it again in a new batch.",
+    },
     "expired": {
         "code": "batch_expired",
-        "message": "This request could not be executed before the completion window expired.",
+        "message": "The completion window expired before this request was answered. Send it again in a new batch.",
     },
 }
 """Errors of lines without a result."""

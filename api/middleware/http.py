@@ -102,9 +102,7 @@ class RequestBody:
         """Raises HTTPException(413) for a body that is too large: Content-Length may be wrong or absent."""
         message = await self._next()
         if self._max_bytes is not None and self._num_bytes > self._max_bytes:
-            raise HTTPException(
-                413, f"The request body is larger than {self._max_bytes:,} bytes, which is the maximum."
-            )
+            raise HTTPException(413, f"The request body exceeds the limit of {self._max_bytes:,} bytes.")
         return message
 
     async def drain(self) -> None:

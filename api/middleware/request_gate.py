@@ -202,8 +202,8 @@ def _shutting_down() -> Unavailable:
     return Unavailable(
         "The API server shut down before it could finish the request.",
         code="shutting_down",
-        remedy="Send the request again, with the same Idempotency-Key if you sent one. If you sent none, first check "
-        "whether the request took effect, for example with `lorry jobs list`, so that nothing is created twice.",
+        remedy="Send the request again, with the same Idempotency-Key. If you sent none, first check whether the "
+        "request took effect, for example with `lorry jobs list`.",
     )
 
 

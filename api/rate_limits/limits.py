@@ -238,11 +238,10 @@ def _too_many_failures(bucket_state: BucketState, address: str | None) -> RateLi
     network = _network(address)
     client = f"The {'network' if '/' in network else 'address'} {network}" if address else "This client"
     return RateLimited(
-        f"{client} has sent {FAILURES.limit} requests without a valid API key, session or sign-in link within one "
-        "minute, which is the maximum.",
+        f"{client} has reached the limit of {FAILURES.limit} failed authentications per minute.",
         code="too_many_failed_authentications",
-        remedy=f"Check the API key or sign-in link, then try again in {duration(after)}. If this is the address of a "
-        "reverse proxy, ask the operator to add it to LORRY_TRUSTED_PROXIES.",
+        remedy=f"Check the API key or sign-in link, then try again in {duration(after)}. For the address of a reverse "
+        "proxy, ask the operator to add it to LORRY_TRUSTED_PROXIES.",
         retry_after_seconds=after,
         headers={},
     )

@@ -1,4 +1,4 @@
-"""A limited number of concurrent operations in one process, with a smaller limit per project."""
+"""Limits concurrent operations in one process, with a smaller limit per project."""
 
 from __future__ import annotations
 

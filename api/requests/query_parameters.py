@@ -1,4 +1,4 @@
-"""Query parameters that FastAPI does not parse: the metadata filter and unknown parameters.
+"""Parses query parameters that FastAPI does not: the metadata filter and unknown parameters.
 
 Unknown parameters are rejected. If `?status=failed` were ignored, for example, the response would contain all jobs.
 """

@@ -99,7 +99,7 @@ class ChatCompletionRequest(SamplingRequest):
         min_length=1, max_length=2048, description="The conversation, in the format of chat rows."
     )
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="Maximum number of tokens of an answer. Default: the model's maximum length."
+        default=None, ge=1, description="Maximum tokens to generate. Default: the model's maximum length."
     )
     max_tokens: int | None = Field(default=None, ge=1, description="Older name of max_completion_tokens.")
     logprobs: bool | None = Field(default=None, description="Return the log-probability of each token.")

@@ -1,4 +1,4 @@
-"""Requests that a serving endpoint answers, and the built-in engine if the endpoint fails before the first token.
+"""Sends requests to a serving endpoint, and to the built-in engine if it fails before the first token.
 
 The endpoint's chunks become the same deltas as a worker's, so responses have the same form whichever engine answers.
 """

@@ -64,7 +64,7 @@ class ReferenceAnswers:
             return probes.as_row(kind, found, generation=answer.generation)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AnswerFailed(
-                "The trainer of the base model sent an invalid answer to the probe prompt.",
+                "The worker returned an unusable reference answer, so this endpoint can't be verified.",
                 code="invalid_reference",
-                remedy="Ask an operator to read the log of the worker, and to restart it.",
+                remedy="Ask an operator to check the worker's log, and to restart the worker.",
             ) from error

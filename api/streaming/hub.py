@@ -1,4 +1,4 @@
-"""Live streams: one task polls the database for every topic with listeners, and wakes these listeners.
+"""Polls the database once for each topic of live streams that has listeners, and wakes these listeners.
 
 A topic is a job, or the queue as a project sees it. Its changes are read and serialized once for all its listeners. A
 new listener first catches up alone, one page at a time, until it has seen everything that its topic has sent. A waiting

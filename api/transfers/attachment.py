@@ -1,4 +1,4 @@
-"""Downloads from the store. All content is sent as an attachment, so that a browser never displays or executes it.
+"""Sends downloads from the store as attachments, so that a browser never displays or executes them.
 
 A client that reads slowly or not at all occupies two chunks of READ_BYTES plus the buffers of its connection. The
 number of concurrent downloads is limited per key, per project and per process. `api.middleware.connections` ends
@@ -65,7 +65,7 @@ class Downloads:
                 raise _too_many(f"Project {project_id}", self._per_project)
             if self._of_keys.total() >= self._per_process:
                 raise Unavailable(
-                    f"The API server is sending {self._per_process} files or adapters, which is the maximum.",
+                    f"The API server has reached its limit of {self._per_process} downloads at one time.",
                     code="downloads_busy",
                     remedy="Wait until other downloads have finished, then try again.",
                 )

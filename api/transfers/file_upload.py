@@ -115,7 +115,7 @@ def remove_stale(folder: Path) -> None:
 
 def _too_large(max_bytes: int, shape: FormShape, *, declared_bytes: int | None = None) -> TooLarge:
     return TooLarge(
-        f"The {shape.noun} is larger than {max_bytes:,} bytes, which is the maximum."
+        f"The {shape.noun} exceeds the limit of {max_bytes:,} bytes."
         if declared_bytes is None
         else f"The request has {declared_bytes:,} bytes, but a {shape.noun} can have at most {max_bytes:,} bytes.",
         code=shape.too_large,

@@ -178,7 +178,7 @@ class UploadForm:
         field = self._fields[self._name]
         if len(field) + end - start > MAX_FIELD_BYTES:
             raise InvalidRequest(
-                f"The form field '{self._name}' is longer than {MAX_FIELD_BYTES:,} bytes, which is the maximum.",
+                f"The form field '{self._name}' exceeds the limit of {MAX_FIELD_BYTES:,} bytes.",
                 code="invalid_value",
                 remedy=f"Shorten '{self._name}' to at most {MAX_FIELD_BYTES:,} bytes.",
                 param=self._name,

@@ -1,4 +1,4 @@
-"""Validation of job requests against the database, and their resolved configuration. Jobs and plans share it."""
+"""Validates job requests against the database, and resolves their configuration. Jobs and plans share it."""
 
 from __future__ import annotations
 
@@ -254,26 +254,26 @@ def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, 
     file = get_once(session, File, file_id, lock="share")
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
         remedy = (
-            "Check the id. If the file was deleted or belongs to another project, upload it again with this project's "
+            "Check the ID. If the file was deleted or belongs to another project, upload it again with this project's "
             "API key."
         )
         raise NotFound("file", file_id, param=param, remedy=remedy)
     if files.has_expired(file, now=now):
         message = f"File {file_id!r} has expired, as set by 'expires_after' when it was uploaded."
-        remedy = f"Upload the file again, and use the new file's id as {param}."
+        remedy = f"Upload the file again, and use the new file's ID as {param}."
         raise NotFound("file", file_id, message=message, param=param, remedy=remedy)
     if file.purpose != PURPOSE:
         raise InvalidRequest(
             f"File {file_id} has the purpose {file.purpose!r}, but {param} requires the purpose {PURPOSE!r}.",
             code="wrong_file_purpose",
-            remedy=f"Upload the data again with the purpose {PURPOSE!r}, and use the new file's id as {param}.",
+            remedy=f"Upload the data again with the purpose {PURPOSE!r}, and use the new file's ID as {param}.",
             param=param,
         )
     if not file.num_rows:
         raise InvalidRequest(
             f"File {file_id} has no rows.",
             code="empty_file",
-            remedy=f"Upload a file with at least one row, and use its id as {param}.",
+            remedy=f"Upload a file with at least one row, and use its ID as {param}.",
             param=param,
         )
     return file

@@ -27,9 +27,7 @@ def check_serving_target(session: Session, request: JobRequest, spec: JobSpec, b
     architecture = (base.description or {}).get("architecture")
     reason = servability.why_not_vllm(spec, architecture=architecture, max_rank=max_rank)
     if reason is not None:
-        raise _rejected(
-            f"The adapter of this job could not run on {name!r}, which must_serve_on requires.", remedy=reason
-        )
+        raise _rejected(f"Endpoint {name!r} (must_serve_on) can't serve this adapter.", remedy=reason)
 
 
 def _rejected(message: str, *, remedy: str) -> InvalidRequest:

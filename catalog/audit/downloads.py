@@ -1,4 +1,4 @@
-"""Audit events for downloads of data files, adapters and the audit log itself.
+"""Writes audit events for downloads of data files, adapters and the audit log itself.
 
 Repeated downloads of one object by one key from one address are recorded once per REPEAT_SECONDS, so that a polling
 client does not fill the audit log. Each API server process tracks this separately.

@@ -1,4 +1,4 @@
-"""Signatures over lineage records: Ed25519, as DSSE envelopes of in-toto statements.
+"""Signs lineage records: Ed25519, as DSSE envelopes of in-toto statements.
 
 Digests show that a record and its files belong together. A signature shows that this service issued them. The key is
 derived from the server secret (pepper), so there is no second secret to store, and the database does not hold it.

@@ -145,7 +145,7 @@ def _input(session: Session, project_id: str, file_id: str, *, now: float) -> Fi
         raise InvalidRequest(
             f"File {file.id} has the purpose {file.purpose!r}, but the input of a batch needs {files.BATCH!r}.",
             code="invalid_purpose",
-            remedy=f"Upload the requests with the purpose {files.BATCH!r}, and use the id of that file.",
+            remedy=f"Upload the requests with the purpose {files.BATCH!r}, and use the ID of that file.",
             param="input_file_id",
         )
     if files.has_expired(file, now=now):
@@ -162,7 +162,7 @@ def _check_open(session: Session, caller: Caller) -> None:
     own = (Batch.project_id == caller.project_id, Batch.finished_at.is_(None))
     if (session.scalar(select(func.count()).where(*own)) or 0) >= MAX_OPEN_BATCHES:
         raise RateLimited(
-            f"The project has {MAX_OPEN_BATCHES} unfinished batches, which is the maximum.",
+            f"The project has reached its limit of {MAX_OPEN_BATCHES} unfinished batches.",
             code="too_many_batches",
             remedy="Wait until some of them finish, or cancel them.",
             retry_after_seconds=60,

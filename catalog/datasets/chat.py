@@ -1,4 +1,4 @@
-"""Conversations, and the validation of a row that is one, with a reason and a remedy for each error."""
+"""Validates a row that is a conversation, with a reason and a remedy for each error."""
 
 from __future__ import annotations
 

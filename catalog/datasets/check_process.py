@@ -1,4 +1,4 @@
-"""The check of a data set in a separate process, so that it does not block the threads of the API server.
+"""Checks a data set in a separate process, so that it does not block the threads of the API server.
 
 `python -m catalog.datasets.check_process PATH MAX_LINE_BYTES MAX_ROWS` writes one JSON object: the properties of the
 file, or the reason why it is rejected. It exits when its standard input closes, and thus with its parent process.

@@ -1,4 +1,4 @@
-"""The kinds of rows that a data set may have. Only this table distinguishes them.
+"""Defines the kinds of rows that a data set may have. Only this table distinguishes them.
 
 The keys of a row determine its kind. All rows of a file must have the kind of its first row.
 """
@@ -96,7 +96,10 @@ KINDS = (
 )
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 MAX_NAMED_KEYS = 5
-FORMS = f"{', '.join(kind.form for kind in KINDS[:-1])} or {KINDS[-1].form}"
+FORMS = (
+    "a row with 'messages', with 'prompt' and 'completion', with 'text', with 'input', 'preferred_output' and "
+    "'non_preferred_output', or with 'prompt', 'completion' and 'label'"
+)
 
 
 def row_kind(name: str | None) -> RowKind:

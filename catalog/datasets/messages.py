@@ -1,4 +1,4 @@
-"""Validation of the messages of a row, in OpenAI's format. Error messages never quote the content of a message."""
+"""Validates the messages of a row, in OpenAI's format. Error messages never quote the content of a message."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def check_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
         elif message["role"] == "function":
             _as_tool_message(position, message, last_call_id)
         elif "tool_call_id" in message and message["tool_call_id"] not in call_ids:
-            reason = f"{position}.tool_call_id is {quoted(message['tool_call_id'])}, but no earlier call has this id"
-            raise BadRow("invalid_tool_call_id", reason, "Use the id of the call that the message answers.")
+            reason = f"{position}.tool_call_id is {quoted(message['tool_call_id'])}, but no earlier call has this ID"
+            raise BadRow("invalid_tool_call_id", reason, "Use the ID of the call that the message answers.")
         for call in cast(list[ToolCall], message.get("tool_calls", [])):
             last_call_id = call["id"]
             call_ids.add(call["id"])

@@ -1,4 +1,4 @@
-"""Strict parsing of one line of a data set as JSON, and the error of an invalid row.
+"""Parses one line of a data set strictly as JSON, and defines the error of an invalid row.
 
 JSON parsers disagree on duplicate keys, NaN and very long numbers, so these are rejected.
 """

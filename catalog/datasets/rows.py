@@ -1,4 +1,4 @@
-"""Validation of rows other than chats: prompts with completions, plain text, preference pairs and labeled answers.
+"""Validates rows other than chats: prompts with completions, plain text, preference pairs and labeled answers.
 
 Completions and texts have TRL's formats: {"prompt", "completion"}, both as text or both as messages, and {"text"}. The
 checks are as strict as those of chats.

@@ -1,4 +1,4 @@
-"""The refusal of conversations with tools by a base model whose chat template does not render them."""
+"""Rejects conversations with tools if the chat template of the base model does not render them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation of tools and tool calls in rows, in OpenAI's format and in its deprecated format of functions.
+"""Validates tools and tool calls in rows, in OpenAI's format and in its deprecated format of functions.
 
 Chat templates expect the arguments of a call as an object, so the string of the file is parsed. vLLM does the same
 when it serves a conversation, so a model reads the same text in training and in production.
@@ -80,8 +80,8 @@ def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
         calls.append(ToolCall(id=fields["id"], type="function", function=function))
     repeated = _first_repeated(call["id"] for call in calls)
     if repeated is not None:
-        remedy = "Give each call its own id."
-        raise BadRow("invalid_tool_calls", f"{place} has several calls with the id {quoted(repeated)}", remedy)
+        remedy = "Give each call its own ID."
+        raise BadRow("invalid_tool_calls", f"{place} has several calls with the ID {quoted(repeated)}", remedy)
     return calls
 
 

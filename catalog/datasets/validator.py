@@ -1,4 +1,4 @@
-"""Structural validation of a data set in JSON Lines, in one pass, line by line and without a tokenizer.
+"""Validates the structure of a data set in JSON Lines, in one pass, line by line and without a tokenizer.
 
 Every error has a code, the line number and a remedy. `formats` defines the valid lines. Memory use is bounded by
 `max_line_bytes`, however long a line is.
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from catalog.datasets.formats import FORMS, DataKind, RowKind, kind_of_row
+from catalog.datasets.formats import KINDS, DataKind, RowKind, kind_of_row
 from catalog.datasets.row_json import BadRow, parse_object
 from catalog.errors import InvalidRequest
 
@@ -137,7 +137,7 @@ def _check_first(number: int, line: bytes) -> None:
     elif kind is None and start != b"{":
         kind = "CSV or plain text"
     if kind is not None:
-        remedy = f"Use JSON Lines, with one object on each line: {FORMS}."
+        remedy = f"Use JSON Lines, with one object on each line, such as {KINDS[0].form}."
         raise _refuse([(number, BadRow("not_jsonl", f"the file looks like {kind}, not JSON Lines", remedy))])
 
 
@@ -167,5 +167,5 @@ def _too_long(num_bytes: int, max_line_bytes: int) -> BadRow:
 
 
 def _too_many(max_rows: int) -> BadRow:
-    reason = f"the file has more than {max_rows:,} rows, the maximum"
+    reason = f"the file has more than {max_rows:,} rows, the limit"
     return BadRow("too_many_rows", reason, "Remove rows, or split the file and train on each part in a separate job.")

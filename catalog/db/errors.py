@@ -1,4 +1,4 @@
-"""Translation of database errors that users can act on: outages, full disks, invalid values. Others are bugs."""
+"""Translates database errors that users can act on: outages, full disks, invalid values. Others are bugs."""
 
 from __future__ import annotations
 
@@ -84,9 +84,8 @@ def _denied(detail: str) -> Unavailable:
     return Unavailable(
         f"The database role in LORRY_DATABASE_URL lacks a required privilege: {detail}.",
         code="database_permission_denied",
-        remedy=f"Set LORRY_DATABASE_URL to use the owner of the {owned}, or the role lorry_api (API server) or "
-        "lorry_worker (worker). To grant these two roles their privileges, run `python -m api bootstrap` as the owner "
-        f"of the {owned}.",
+        remedy=f"In LORRY_DATABASE_URL, use the owner of the {owned}, or the role lorry_api or lorry_worker. To grant "
+        "these roles their privileges, run `python -m api bootstrap` as the owner.",
     )
 
 
@@ -98,9 +97,8 @@ def _outage(error: DBAPIError, sqlstate: str) -> Unavailable:
         return Unavailable(
             f"SQLite can't open or write to the database: {_detail(error)}.",
             code="database_unavailable",
-            remedy="Check that the folder of the database (in LORRY_DATABASE_URL, or in LORRY_DATA_DIR if that is not "
-            "set) exists on a writable file system, and that the user who runs Lorry's processes owns the folder and "
-            "its files. If the limit on open files (`ulimit -n`) is reached, raise it.",
+            remedy="Check that the folder of the database exists and is writable, and that the user who runs Lorry's "
+            "processes owns its files. Check the limit on open files (`ulimit -n`).",
         )
     if sqlite_code == sqlite3.SQLITE_IOERR:
         return Unavailable(
@@ -131,7 +129,7 @@ def _crowded() -> Unavailable:
         "PostgreSQL has reached its maximum number of connections.",
         code="database_unavailable",
         remedy="Try again in a few seconds. If this recurs, increase max_connections on the PostgreSQL server (or the "
-        "limit of the role, database or connection pooler), or run fewer of Lorry's processes.",
+        "limit of the role, database or pooler), or run fewer Lorry processes.",
     )
 
 
@@ -227,6 +225,6 @@ def silent() -> Unavailable:
     return Unavailable(
         "The database is not responding.",
         code="database_unavailable",
-        remedy="Try again in a few seconds, with an Idempotency-Key so that a request is not applied twice. If this "
-        "recurs, check that the database is running and that LORRY_DATABASE_URL is correct.",
+        remedy="Try again in a few seconds, with an Idempotency-Key to apply a request only once. If this recurs, "
+        "check that the database is running and LORRY_DATABASE_URL is correct.",
     )

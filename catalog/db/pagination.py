@@ -48,9 +48,9 @@ def paginate(
 
 def unknown_cursor(after: str) -> InvalidRequest:
     return InvalidRequest(
-        f"'after' is {after!r}, but no item in this list has that id.",
+        f"'after' is {after!r}, but no item in this list has that ID.",
         code="unknown_cursor",
-        remedy="Set 'after' to the id of the last item on the previous page, or omit it to start from the beginning.",
+        remedy="Set 'after' to the ID of the last item on the previous page, or omit it to start from the beginning.",
         param="after",
     )
 

@@ -1,4 +1,4 @@
-"""Schema revisions: those of the migration scripts, and the revision of a database.
+"""Compares a database's schema revision with the migration scripts.
 
 A revision is named after its file, such as `0001_first_schema`. An unknown revision belongs to a later version,
 unless a build before the first release used it: the databases of such builds cannot be upgraded.
@@ -27,8 +27,8 @@ UNRELEASED = re.compile(
 """Revisions of builds before the first release. If the newest script is edited before the release, add its revision."""
 TOO_NEW = "Use the version of Lorry that migrated the database, or a later one."
 NOT_UPGRADABLE = (
-    "To use this version, create a new database: set LORRY_DATABASE_URL to an empty database and LORRY_DATA_DIR to an "
-    "empty folder, then run `python -m api bootstrap`."
+    "For this version, set LORRY_DATABASE_URL to an empty database and LORRY_DATA_DIR to an empty folder. Then run "
+    "`python -m api bootstrap`."
 )
 
 

@@ -214,7 +214,7 @@ def _refuse_too_many(session: Session, project_id: str, max_open: int) -> None:
     unfinished = (AdapterExport.project_id == project_id, AdapterExport.status.in_(UNFINISHED_EXPORTS))
     if (session.scalar(select(func.count()).where(*unfinished)) or 0) >= max_open:
         raise RateLimited(
-            f"The project has {max_open} unfinished exports, which is the maximum.",
+            f"The project has reached its limit of {max_open} unfinished exports.",
             code="too_many_exports",
             remedy="Wait until some of them finish, or cancel them.",
             retry_after_seconds=RETRY_SECONDS,
@@ -235,7 +235,7 @@ def _find(session: Session, project_id: str, adapter: str, export: str, *, locke
         raise NotFound(
             "export",
             export,
-            message=f"Your project has no export of adapter {adapter!r} with the id {export!r}.",
+            message=f"Your project has no export of adapter {adapter!r} with the ID {export!r}.",
             param="export",
             remedy=f"List the exports with `lorry adapters exports {adapter}`.",
         )

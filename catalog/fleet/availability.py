@@ -1,4 +1,4 @@
-"""Sentences about workers that accept no new jobs, for explanations of a job's state. Pure: no database."""
+"""Explains why workers accept no new jobs, in sentences for users. Pure: no database."""
 
 from __future__ import annotations
 

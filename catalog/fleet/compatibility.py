@@ -1,4 +1,4 @@
-"""Compatibility checks between this code's version and the service that owns the database.
+"""Checks whether this code's version is compatible with the service that owns the database.
 
 A worker may register only if its schema revision equals the database's and its protocol number is within the window
 that the service has announced. The revision is checked first: the tables match this code only if it is equal. API

@@ -67,7 +67,7 @@ def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker
             now = read_clock(session)
             _set_cordon(worker, by="operator", reason=reason, now=now)
             _note(session, "worker.cordoned", worker, now=now, details={"reason": reason} if reason else None)
-            _notify_jobs(session, worker, "was cordoned: it finishes its current jobs, including this one.", now=now)
+            _notify_jobs(session, worker, "was cordoned. It finishes its current jobs, including this one.", now=now)
         return worker
 
 
@@ -108,7 +108,8 @@ def drain(db: Database, worker_id: str) -> Worker:
             if worker.cordon is None:
                 _set_cordon(worker, by="operator", reason=OF_A_DRAIN, now=now)
             _note(session, "worker.drained", worker, now=now)
-            text = "is draining: it saves this job, which continues on another worker. The attempt does not count."
+            saved = "It saves a checkpoint, and the job continues on another worker."
+            text = f"is draining. {saved} The attempt does not count as failed."
             _notify_jobs(session, worker, text, now=now)
         return worker
 
@@ -121,7 +122,7 @@ def retire(session: Session, worker: Worker, version: str, *, now: float) -> Non
     worker.drain_requested = True
     details = {"reason": f"Lorry {version} does not support workers of protocol {worker.protocol}."}
     _note(session, "worker.drained", worker, now=now, details=details, actor=SERVER)
-    text = f"is too old for Lorry {version}: it saves this job for another worker. The attempt does not count."
+    text = f"is too old for Lorry {version}. It saves a checkpoint, and the job continues on another worker."
     _notify_jobs(session, worker, text, now=now)
 
 
@@ -204,7 +205,7 @@ def _cordon_if_bad(db: Database, worker_id: str) -> bool:
         evidence, details = [_evidence(one) for one in found], {"jobs": jobs[:MAX_FAILED_RUNNING]}
         has_several_jobs = len(jobs) >= MAX_FAILED_RUNNING
         reason = OF_THE_SERVICE if has_several_jobs else BEFORE_ANY_JOB
-        why = "this job and others failed on it in a row" if has_several_jobs else "it failed repeatedly"
+        why = "this job and others failed there in a row" if has_several_jobs else "this job failed there repeatedly"
         _cordon_by_service(session, worker, reason, now=now, evidence=evidence, details=details)
         text = f"was cordoned because {why}; {_consequence()}"
         _add_events(session, worker, jobs, text, now=now)

@@ -515,7 +515,7 @@ def why_all_wait(found: Sequence[GangView], open_ids: Collection[str]) -> str | 
     if not open_ids or not set(open_ids) <= {worker for gang in short for worker in gang.workers}:
         return None
     sentences = [_wait_sentence(gang) for gang in short]
-    return f"It waits for missing workers of a gang. {' '.join(sentences)}"
+    return f"It waits for missing workers of a gang (workers that train together). {' '.join(sentences)}"
 
 
 def _wait_sentence(gang: GangView) -> str:

@@ -1,4 +1,4 @@
-"""Metrics of the whole service, for monitoring. Reading them takes the same time with ten jobs and with a million.
+"""Reads the metrics of the whole service. It takes the same time with ten jobs and with a million.
 
 Totals come from counters (catalog/usage/ledger.py); other values come from indexes of unfinished jobs.
 """

@@ -1,4 +1,4 @@
-"""Possible placements of a job: how device groups of live workers hold its base model, and the memory per device.
+"""Lists where a job could run: how device groups of live workers hold its base model, and the memory per device.
 
 catalog/resources/sharding.py defines the rules; this module makes no decisions.
 """

@@ -1,4 +1,4 @@
-"""Registration, heartbeats and ends of workers and their trainers."""
+"""Registers workers and trainers, and records their heartbeats and ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of jobs since the last poll, for streams.
+"""Finds the jobs that have changed since the last poll, for streams.
 
 Writers of events and points hold the lock of the job's row. Events of one job are therefore committed in the order of
 their numbers, and a query for "after this number" misses nothing. Between jobs there is no such order, and this module

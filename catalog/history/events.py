@@ -1,4 +1,4 @@
-"""Events of a job, for users. An event is written in the transaction of the change that it describes."""
+"""Writes the events of a job that users read, in the transaction of the change that each describes."""
 
 from __future__ import annotations
 

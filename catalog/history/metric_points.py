@@ -1,4 +1,4 @@
-"""Points of a job's curves, and their packed format. Pure: no database.
+"""Packs and unpacks the points of a job's curves. Pure: no database.
 
 A packed value contains compressed columns. Each number keeps all of its bits, and an unmeasured column takes no space.
 Unpacking reads only numbers and JSON, so it executes no code from the data (unlike pickle).

@@ -1,4 +1,4 @@
-"""Storage of a job's curves in blocks of points. Blocks are read and written within the caller's transaction.
+"""Stores a job's curves in blocks of points. Blocks are read and written within the caller's transaction.
 
 The last block of a curve is open: new points are appended to it. A full block changes only if steps are trained again.
 It also stores two thinned versions of its points, so that a long curve can be drawn without reading all of them. The

@@ -1,4 +1,4 @@
-"""Queries for users on a job: events, checkpoints, curves, attempts. Jobs of other projects raise NotFound."""
+"""Reads a job's events, checkpoints, curves and attempts for users. Jobs of other projects raise NotFound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Result files of jobs: the curves as a CSV file with OpenAI's columns.
+"""Writes the result file of a job: its curves as a CSV file with OpenAI's columns.
 
 A worker writes and stores the content. The file's row is created in the transaction in which the job succeeds.
 """

@@ -1,4 +1,4 @@
-"""The runs of a job in its trackers, and how far its curves are written to each of them.
+"""Records how far a job's curves are written to the runs in its experiment trackers.
 
 Workers write from the database, not from the trainer. They therefore delay no training, lose nothing, and continue
 where another worker stopped. A worker holds the lease while it has a run open, and renews it with each write.
@@ -165,9 +165,9 @@ def fail(db: Database, run: TrackerRunClaim, problem: str) -> None:
         problem_text = f"Writing to the integration {row.type} failed: {problem}"
         if row.num_failures >= MAX_FAILURES:
             row.finished_at, row.next_at = now, None
-            events.add(session, row.job_id, now=now, level="warn", message=f"{problem_text} It is not retried.")
+            events.add(session, row.job_id, now=now, level="warn", message=f"{problem_text} It will not be retried.")
         elif row.error is None:
-            message = f"{problem_text} Training continues, and writing is retried."
+            message = f"{problem_text} Training continues, and writing will be retried."
             events.add(session, row.job_id, now=now, level="warn", message=message)
         row.error = row.error or problem
 

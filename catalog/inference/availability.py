@@ -1,4 +1,4 @@
-"""Which models the live workers and the serving endpoints can answer with now."""
+"""Finds the models that live workers and serving endpoints can answer with now."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def submit(
         own = (InferenceRequest.project_id == project_id, InferenceRequest.batch_id.is_(None))
         if (session.scalar(select(func.count()).where(*own)) or 0) >= max_open:
             raise RateLimited(
-                f"The project has {max_open} open inference requests, which is the maximum.",
+                f"The project has reached its limit of {max_open} open inference requests.",
                 code="too_many_inference_requests",
                 remedy="Wait until some of them are answered.",
                 retry_after_seconds=1,
@@ -287,7 +287,7 @@ def why_unanswered(db: Database, request_id: str) -> NoWorker:
         )
     if is_loaded:
         return _timeout(
-            f"The request was not answered in time: the workers that have {base} loaded are busy with others.",
+            f"The request was not answered in time: the workers that have {base} loaded are busy with other requests.",
             remedy=FEWER,
         )
     return _timeout(

@@ -57,7 +57,7 @@ PRUNE = Stop(
     reason=EndReason.PRUNED,
     flag="cancel_requested",
     done="The trial was stopped.",
-    request_message="A stop of the trial was requested; the worker stops it.",
+    request_message="A stop of the trial was requested.",
 )
 PAUSE = Stop(
     verb=Verb.PAUSE,
@@ -65,7 +65,7 @@ PAUSE = Stop(
     reason=EndReason.PAUSED_BY_USER,
     flag="pause_requested",
     done="The job was paused.",
-    request_message="A pause was requested; the worker saves a checkpoint first.",
+    request_message="A pause was requested. The worker saves a checkpoint first.",
 )
 
 
@@ -138,7 +138,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
             raise _already_final(job)
         if job.state == JobState.RUNNING and job.pause_requested and not job.cancel_requested:
             job.pause_requested = False
-            events.add(session, job.id, now=now, message="The pause was withdrawn.")
+            events.add(session, job.id, now=now, message="The pause was revoked. The job continues.")
             _note(session, "job.resumed", job, now=now)
             return job
         if job.state != JobState.PAUSED:
@@ -163,7 +163,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         if _is_prepared(session, job):
             requirements.note(session, job)
             session.flush()
-            move(session, job, Verb.PREPARED, now=now, message="Its files are prepared: the job is queued.")
+            move(session, job, Verb.PREPARED, now=now, message="The files are already tokenized. The job was queued.")
         return job
 
 

@@ -1,4 +1,4 @@
-"""Explanation of a job's current state: a text for users, and the facts behind it."""
+"""Explains a job's current state: a text for users, and the facts behind it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from catalog.usage.quotas import QuotaStatus
 
 MAX_NAMED = 20
 """Maximum number of jobs ahead that are listed by id."""
+NO_WORKER = "No worker is running. Start one: `lorry up` or `lorry worker`."
 NOTHING = Capacity(max_jobs=1, memory_bytes_free=0)
 ON_A_GPU = Capacity(max_jobs=1, memory_bytes_free=0, recomputes=True)
 
@@ -54,7 +55,7 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
             case JobState.RUNNING:
                 sentence, facts = _running(session, job, now=now)
             case JobState.PAUSED:
-                sentence, facts = "It is paused. Resume it to continue from its last checkpoint.", {}
+                sentence, facts = f"It is paused. To continue where it stopped: `lorry jobs resume {job.id}`.", {}
             case JobState.SUCCEEDED:
                 sentence, facts = f"It has succeeded: its adapter is {job.adapter_name}.", {"adapter": job.adapter_name}
             case JobState.FAILED:
@@ -73,8 +74,8 @@ def _trial_facts(session: Session, job: Job) -> tuple[Json | None, str]:
     if trial is None:
         return None, ""
     facts: Json = {"id": trial.sweep_id, "trial": trial.number, "parameters": trial.parameters}
-    stopped = f", and was stopped: {trial.stopped[0].lower()}{trial.stopped[1:]}" if trial.stopped else ""
-    return {**facts, "stopped": trial.stopped}, f"It is trial {trial.number} of the sweep {trial.sweep_id}{stopped}."
+    stopped = f" The sweep stopped it. {trial.stopped}." if trial.stopped else ""
+    return {**facts, "stopped": trial.stopped}, f"It is trial {trial.number} of sweep {trial.sweep_id}.{stopped}"
 
 
 def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
@@ -86,9 +87,9 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         "closed_workers": availability.facts(residents),
     }
     if job.claim_id is not None:
-        return f"Worker {job.worker_id} is preparing its files.", facts
+        return f"Worker {job.worker_id} is tokenizing its files.", facts
     if job.run_after is not None and job.run_after > now:
-        return f"The preparation of its files is retried in {job.run_after - now:.0f} s.", facts
+        return f"Tokenization of its files will be retried in {job.run_after - now:.0f} s.", facts
     unclaimed = (Job.state == JobState.VALIDATING_FILES, Job.claim_id.is_(None))
     is_earlier = or_(Job.priority < job.priority, and_(Job.priority == job.priority, Job.created_at < job.created_at))
     own = select(func.count()).where(*unclaimed, Job.project_id == job.project_id, is_earlier)
@@ -96,11 +97,12 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     facts["ahead"] = session.scalar(own) or 0
     facts["is_shared_with_other_projects"] = session.scalar(others) is not None
     if not facts["live_workers"]:
-        return "Its files wait to be prepared, but no worker is running. Start one.", facts
+        return NO_WORKER, facts
     if (closed := availability.why_all_closed(residents)) is not None:
-        return f"Its files wait to be prepared. {closed}", facts
-    shared = " in its project, which alternates with others" if facts["is_shared_with_other_projects"] else ""
-    return f"Its files wait to be prepared; {_jobs(facts['ahead']).lower()} ahead of it{shared}.", facts
+        return f"Its files wait for tokenization. {closed}", facts
+    text = f"Its files wait for tokenization. {_jobs(facts['ahead'])} ahead of it in its project."
+    others = " Files of other projects are tokenized in between." if facts["is_shared_with_other_projects"] else ""
+    return text + others, facts
 
 
 def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
@@ -139,7 +141,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     facts |= _place(own_entry, ahead, job)
     facts |= _last_preemption(session, job) | {"preemption_requested_at": job.preemption_requested_at}
     if not facts["live_workers"]:
-        return "No worker is running. Start one.", facts
+        return NO_WORKER, facts
     hindrance = (
         availability.why_all_closed(live)
         or _unquantized(session, job, now=now)
@@ -163,10 +165,9 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
 def _blocked(session: Session, job: Job, *, now: float) -> tuple[str, Json] | None:
     """Return the reason why the job can't be claimed at any queue position; None if it can."""
     if job.is_held:
-        return "It is held and does not start until it is released: lorry jobs release.", {}
+        return f"It is held. To let it start, release it: `lorry jobs release {job.id}`.", {}
     if job.run_after is not None and job.run_after > now:
-        wait = job.run_after - now
-        return f"It waits {wait:.0f} s after a failed attempt ({job.reason}) before it is retried.", {}
+        return f"Retrying in {job.run_after - now:.0f} s after a failed attempt ({job.reason}).", {}
     reached = quotas.holds(session, now=now, project_ids=[job.project_id]).get(job.project_id)
     return None if reached is None else (_limited(reached), {"quota": asdict(reached)})
 
@@ -185,9 +186,9 @@ def _preempted_sentence(preemption: Json | None) -> str | None:
         return None
     above = PriorityClass(preemption["for_class"]).name
     return (
-        f"It was preempted by a job of class {above} that had waited for {preemption['for_waited_seconds']:.0f} s. "
-        f"It had trained for {preemption['trained_seconds']:.0f} s, with effective class "
-        f"{_class_name(preemption['effective_priority'])}. It continues from the checkpoint that it saved."
+        f"A job with priority {above} that had waited for {preemption['for_waited_seconds']:.0f} s preempted it. "
+        f"It had trained for {preemption['trained_seconds']:.0f} s, with effective priority "
+        f"{_class_name(preemption['effective_priority'])}. It will continue from the checkpoint that it saved."
     )
 
 
@@ -198,7 +199,7 @@ def _class_name(effective_priority: int) -> str:
 def _preempting_sentence(own_entry: QueueEntry) -> str | None:
     if not own_entry.awaits_preemption:
         return None
-    return "Jobs of lower classes are being preempted for it: they save a checkpoint first."
+    return "Jobs with a lower priority are being preempted for it. They save a checkpoint first."
 
 
 def _own_ahead(session: Session, job: Job) -> int:
@@ -212,8 +213,8 @@ def _own_ahead(session: Session, job: Job) -> int:
 def _far_behind(facts: Json) -> str:
     own = _jobs(facts["ahead_of_this_project_in_all"]).lower()
     return (
-        f"It is far behind in the queue: more than {facts['ahead_at_least']} jobs are ahead of it. "
-        f"In its own project and class, {own} ahead of it."
+        f"More than {facts['ahead_at_least']} jobs are ahead of it. "
+        f"In its own project, {own} ahead of it with the same priority."
     )
 
 
@@ -246,7 +247,7 @@ def _precisions(residents: list[LoadedTrainer], base_digest: str) -> list[str]:
 
 def _queue_sentence(job: Job, own_entry: QueueEntry, ahead: list[QueueEntry], residents: list[LoadedTrainer]) -> str:
     if own_entry.candidate.is_suspect:
-        return f"{_ends_sentence(job)}: it waits for a worker of its own, so that no other job is affected."
+        return f"{_ends_sentence(job)}. It waits for an idle worker and trains alone there, to affect no other job."
     place = f"{_jobs(len(ahead))} ahead of it." if ahead else "It is first in the queue."
     of_its_base = [resident for resident in residents if resident.base_digest == job.base_digest]
     joinable = [resident for resident in of_its_base if resident.pack_key in (job.pack_key, None)]
@@ -262,31 +263,31 @@ def _queue_sentence(job: Job, own_entry: QueueEntry, ahead: list[QueueEntry], re
 def _ends_sentence(job: Job) -> str:
     if job.lost_attempts:
         number = job.counted_attempts + job.lost_attempts
-        return f"{number} trainers or workers have failed with it since its last checkpoint"
+        return f"{number} trainers or workers have failed while they trained it, since its last checkpoint"
     return f"{job.counted_attempts} of {MAX_COUNTED_ATTEMPTS} attempts have failed"
 
 
 def _joins(ahead: list[QueueEntry]) -> str:
     if any(entry.awaits_preemption for entry in ahead):
-        return "Its base model is loaded, but jobs are being preempted for a job ahead of it, which joins first."
-    return "Its base model is loaded: it joins as soon as there is free capacity."
+        return "Its base model is loaded, but jobs are being preempted for a job ahead of it, which starts first."
+    return "Its base model is loaded. It starts as soon as that trainer has free capacity."
 
 
 def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
     """Return the reason why the job can't join a loaded trainer."""
     if not of_its_base:
-        return "Workers currently have other base models loaded."
+        return "The running workers have other base models loaded."
     loaded = " and ".join(sorted({weights_of(resident.pack_key) for resident in of_its_base if resident.pack_key}))
     wanted = weights_of(job.pack_key)
-    return f"Its base model is loaded in {loaded}, but it needs {wanted}: it can't join and waits for its own trainer."
+    return f"Its base model is loaded in {loaded}, but it needs {wanted}, so it waits for another trainer."
 
 
 def _overtaking_sentence(own_entry: QueueEntry) -> str:
     if own_entry.awaits_preemption:
-        return "No job behind it joins a loaded trainer before it trains."
+        return "Until it starts, later jobs can't join a loaded trainer."
     if own_entry.waited_seconds < PATIENCE_SECONDS:
-        return f"Jobs that can join a loaded trainer may start first, for at most {PATIENCE_SECONDS:.0f} s."
-    return "No job behind it joins a loaded trainer any more: it starts when the current jobs there have finished."
+        return f"Later jobs that can join a loaded trainer may start first, for at most {PATIENCE_SECONDS:.0f} s."
+    return "Later jobs no longer join the loaded trainer. It starts when the jobs there finish."
 
 
 def _unquantized(session: Session, job: Job, *, now: float) -> str | None:
@@ -342,16 +343,16 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         **deadlines.facts(job, now),
     }
     if job.cancel_requested:
-        return f"Its worker {job.worker_id} was asked to stop it.", facts
+        return f"It is being cancelled. Worker {job.worker_id} was asked to stop it.", facts
     if job.pause_requested:
-        return f"Its worker {job.worker_id} was asked to save a checkpoint and pause it.", facts
+        return f"It is being paused. Worker {job.worker_id} was asked to save a checkpoint first.", facts
     if job.preempted_for is not None:
-        request = "to save a checkpoint and release it for an urgent job"
-        return f"Its worker {job.worker_id} was asked {request}; it returns to its position in the queue.", facts
+        preempted = f"An urgent job is preempting it. Worker {job.worker_id} was asked to save a checkpoint first."
+        return f"{preempted} It then returns to its position in the queue.", facts
     around = availability.around(session.get(Worker, job.worker_id) if job.worker_id else None)
     begun = f"It is training on worker {job.worker_id}, attempt {job.attempt}."
     if job.started_at is None:
-        begun = f"Worker {job.worker_id} has claimed it, attempt {job.attempt}; its trainer is loading the base model."
+        begun = f"It is starting on worker {job.worker_id}, attempt {job.attempt}. The base model is being loaded."
     among_several = placements[0]["reason"] if placements and placements[0]["num_devices"] > 1 else None
     parts = (begun, among_several, around, deadlines.sentence(job, now))
     return " ".join(filter(None, parts)), facts

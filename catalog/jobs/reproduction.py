@@ -1,4 +1,4 @@
-"""Reproduction of adapters: the job that trains an adapter again from its lineage record.
+"""Builds the job that reproduces an adapter from its lineage record.
 
 The record names every input by digest. Each must still exist: the base model and the parent adapter in the service, the
 files in the project of the caller. Files and base models are found by their content, whatever their names.

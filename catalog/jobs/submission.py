@@ -1,4 +1,4 @@
-"""Submission of jobs, validated by catalog/admission/accept.py. A repeated submission returns the existing job."""
+"""Submits jobs that catalog/admission/accept.py has validated. A repeated submission returns the existing job."""
 
 from __future__ import annotations
 
@@ -182,7 +182,8 @@ def submit(
     if isinstance(request, AgreedPlan):
         events.add(session, job.id, now=now, message=f"The job was created from {request.plan} without changes.")
     if isinstance(request, Reproduction):
-        events.add(session, job.id, now=now, message=f"The job reproduces {request.name} from its lineage record.")
+        message = f"The job reproduces adapter {request.name} from its lineage record."
+        events.add(session, job.id, now=now, message=message)
     for caution in accepted.cautions:
         events.add(session, job.id, now=now, level="warn", message=caution.sentence())
     return job

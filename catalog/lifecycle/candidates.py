@@ -1,4 +1,4 @@
-"""Queries for the candidates of a scheduling decision: the first jobs of each project and class.
+"""Selects the candidates of a scheduling decision: the first jobs of each project and class.
 
 An index finds each of them. The number of rows read grows with the number of projects that have waiting jobs, not with
 the queue. Statements are built once and cached, because building one takes longer than executing it.

@@ -59,7 +59,7 @@ def sentence(job: Job, now: float) -> str | None:
         return f"The job finishes about {abs(_expected_end(job, now) - job.deadline):.0f} s {word} its deadline."
     remaining = (job.needed_start or job.deadline) - now
     if remaining < 0:
-        return f"To meet its deadline, the job needed to start {-remaining:.0f} s ago."
+        return f"To meet its deadline, the job should have started {-remaining:.0f} s ago."
     return f"To meet its deadline, the job must start within {remaining:.0f} s."
 
 

@@ -1,4 +1,4 @@
-"""Consequences of failed attempts: back-off, base models that can't be loaded, and out-of-memory handling.
+"""Decides what follows a failed attempt: back-off, a base model that can't be loaded, and saving memory.
 
 - `backoff_seconds`: other jobs run before a job whose attempt failed, which distinguishes bad nodes from bad jobs.
 - `is_at_fault`: whether a base model can't be loaded anywhere, or only on this worker.
@@ -167,8 +167,8 @@ MAX_OUT_OF_MEMORY = 3
 """Out-of-memory attempts before a job may fail. The last of them runs alone with one slice per tick."""
 ALONE = MAX_COUNTED_ATTEMPTS - 1
 """Number of counted attempts from which on a job trains alone."""
-SMALLER = "To save memory, the next attempt computes smaller ticks."
-SMALLEST = "To save memory, the next attempt runs alone in its trainer and computes one slice (micro-batch) at a time."
+SMALLER = "The next attempt uses smaller batches to save memory."
+SMALLEST = "To save memory, the next attempt trains without other jobs and computes one microbatch at a time."
 
 
 def num_out_of_memory(session: Session, job_id: str) -> int:
@@ -210,7 +210,7 @@ def out_of_memory_text(session: Session, job: Job) -> str:
 
     The job did not fit its last device, so it needs more than that, even if its estimate is lower.
     """
-    tried = "The last attempt ran alone in its trainer and computed one slice (micro-batch) at a time."
+    tried = "The last attempt trained without other jobs and computed one microbatch at a time."
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     if worker is None:
         return tried

@@ -225,14 +225,14 @@ def _message(job: Job, verdict: AttemptOutcome, reason: EndReason, detail: str, 
         case Verb.APPLY_CANCEL:
             return "The trial was stopped." if reason is EndReason.PRUNED else "The job was cancelled."
         case Verb.APPLY_PAUSE:
-            return "The job was paused. Its last checkpoint is kept."
+            return "The job was paused. It can be resumed where it stopped."
         case Verb.RELEASE if reason is EndReason.PREEMPTED:
-            return f"An urgent job preempted this job, which returns to its position in the queue. {detail}".strip()
+            return f"An urgent job preempted this job. It returned to its position in the queue. {detail}".strip()
         case Verb.RELEASE:
-            return f"The job returns to the queue ({why}). This attempt does not count."
+            return f"The job returns to the queue ({why}). This attempt does not count as failed."
         case _:
-            so_far = f"{verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} failed attempts so far"
+            so_far = f"{verdict.counted_attempts} of {MAX_COUNTED_ATTEMPTS} allowed attempts have failed"
             return (
                 f"Attempt {job.attempt} failed ({why}). The job is retried in {verdict.wait_seconds:.0f} s "
-                f"from its last checkpoint; {'this attempt does not count' if is_loss else so_far}."
+                f"from its last checkpoint. {'This attempt does not count as failed' if is_loss else so_far}."
             )

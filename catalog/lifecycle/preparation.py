@@ -146,7 +146,9 @@ def release_preparation(db: Database, *, claim_id: str, detail: str, wait_second
         now = read_clock(session)
         free(job)
         job.run_after = now + wait_seconds if wait_seconds else None
-        events.add(session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {detail}")
+        events.add(
+            session, job.id, now=now, level="warn", message=f"Tokenization of the files will be retried: {detail}"
+        )
 
 
 def fail_preparation(db: Database, *, claim_id: str, error: Json) -> None:
@@ -161,7 +163,7 @@ def fail_preparation(db: Database, *, claim_id: str, error: Json) -> None:
         now = read_clock(session)
         job.lost_preparations += 1
         if job.lost_preparations >= MAX_LOST_PREPARATIONS:
-            message = f"Preparing the files failed {job.lost_preparations} times. {error['message']}"
+            message = f"Tokenization of the files failed {job.lost_preparations} times. {error['message']}"
             _give_up(session, job, {**error, "message": message}, now=now)
             return
         _retry(session, job, error["message"], now=now)
@@ -179,7 +181,7 @@ def retry_wait(number: int) -> float:
 def _retry(session: Session, job: Job, detail: str, *, now: float) -> None:
     free(job)
     job.run_after = now + retry_wait(job.lost_preparations)
-    events.add(session, job.id, now=now, level="warn", message=f"Preparing the files will be retried: {detail}")
+    events.add(session, job.id, now=now, level="warn", message=f"Tokenization of the files will be retried: {detail}")
 
 
 def lose_preparation(session: Session, job: Job, *, detail: str, now: float) -> None:
@@ -193,7 +195,7 @@ def lose_preparation(session: Session, job: Job, *, detail: str, now: float) -> 
 
 
 def lost(number: int) -> str:
-    return f"Preparing the files failed {number} times. The last time, its worker was lost."
+    return f"Tokenization of the files failed {number} times. The last time, its worker was lost."
 
 
 def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:

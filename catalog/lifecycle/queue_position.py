@@ -1,4 +1,4 @@
-"""The order of a project's jobs of the same class, which the project itself controls: places, deadlines and holds.
+"""Changes the order of a project's jobs of the same class: moves, deadlines and holds.
 
 A place is a number on the job's row; the lowest goes first. This module never changes a job's state.
 """
@@ -106,7 +106,7 @@ def _check_target(job_id: str, target: MoveTarget) -> None:
             if names
             else "A move requires exactly one of 'before', 'after' and 'to', but none of them is set.",
             code="invalid_place",
-            remedy="Set either 'before' or 'after' to the id of another waiting job, or 'to' to 'first' or 'last', and "
+            remedy="Set either 'before' or 'after' to the ID of another waiting job, or 'to' to 'first' or 'last', and "
             "omit the other fields.",
             param=names[-1] if names else None,
         )
@@ -114,7 +114,7 @@ def _check_target(job_id: str, target: MoveTarget) -> None:
         raise InvalidRequest(
             f"Job {job_id} can't be moved next to itself.",
             code="invalid_place",
-            remedy=f"Set {_field(target)!r} to the id of another waiting job.",
+            remedy=f"Set {_field(target)!r} to the ID of another waiting job.",
             param=_field(target),
         )
 

@@ -138,7 +138,7 @@ def record_course(session: Session, job: Job, course: Course, *, now: float) -> 
         message = f"Training stopped early, at step {of_all}. {course.stopped_early}"
         events.add(session, job.id, now=now, message=message, data=data)
     if course.kept_step != course.steps:
-        message = f"The adapter has the weights of step {course.kept_step}, whose validation loss was the lowest"
+        message = f"The adapter has the weights of step {course.kept_step}, which had the lowest validation loss"
         events.add(session, job.id, now=now, message=message, data=data)
     progress: Json = {"step": course.steps, "kept_step": course.kept_step, "stopped_early": course.stopped_early}
     kept = metric_store.at(session, job.id, "valid", [course.kept_step]).get(course.kept_step)

@@ -1,4 +1,4 @@
-"""The only code that writes a job's state: it applies the table of transitions and writes an event with each change.
+"""Writes a job's state. No other code does: it applies the table of transitions and adds an event.
 
 Other code that depends on a job's state is an observer (OBSERVERS). Callers: users' actions (catalog/jobs), claiming
 and claims (catalog/queue), preparation.py and outcomes.py.

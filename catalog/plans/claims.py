@@ -1,4 +1,4 @@
-"""A worker's operations on plans: claim a waiting plan, and conclude, fail or release it."""
+"""Lets workers claim a waiting plan, and conclude, fail or release it."""
 
 from __future__ import annotations
 
@@ -125,11 +125,15 @@ def _hindrance(session: Session, plan: Plan) -> Json | None:
     base = session.get_one(BaseModelRow, plan.base_model)
     if base.state != "ready" or base.digest != plan.base_digest:
         change = "deleted" if base.state == "deleted" else "changed"
-        message = f"Base model {base.name!r} was {change} after the plan was created."
+        message = f"Base model {base.name!r} was {change} after the plan was created. Create a new plan."
         return {"code": "base_changed", "message": message, "param": "model"}
     for file_id, param in ((plan.training_file, "training_file"), (plan.validation_file, "validation_file")):
         if file_id is not None and session.get_one(File, file_id).deleted_at is not None:
-            return {"code": "file_not_found", "message": f"File {file_id} was deleted.", "param": param}
+            return {
+                "code": "file_not_found",
+                "message": f"File {file_id} was deleted. Upload it again.",
+                "param": param,
+            }
     return None
 
 

@@ -65,9 +65,9 @@ def _failed(plan: Plan) -> Conflict:
     return Conflict(
         f"Plan {plan.id} failed: {error.get('message', '')}".strip(),
         code="plan_failed",
-        remedy="Create a new plan, with another base model if this one was deleted."
+        remedy="If the base model was deleted, use another one in the new plan."
         if code == "base_changed"
-        else "Upload the file again, then create a new plan with the new file's id."
+        else "Then create a new plan with the new file's ID."
         if code == "file_not_found"
         else "Correct the problem, then create a new plan. A job would fail for the same reason."
         if is_refusal and code != "preparation_lost"

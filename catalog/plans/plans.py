@@ -112,7 +112,7 @@ def find(session: Session, *, project_id: str, plan_id: str, lock: bool = False)
     if plan is None or plan.expires_at <= read_clock(session):
         days = f"{PLAN_SECONDS / 86400:.0f} days"
         remedy = (
-            "Check the id, and that the API key belongs to the project that owns the plan. Plans expire after "
+            "Check the ID, and that the API key belongs to the project that owns the plan. Plans expire after "
             f"{days}: then create a new one with POST /v1/plans."
         )
         raise NotFound("plan", plan_id, param="plan", remedy=remedy)
@@ -205,7 +205,7 @@ def _check_num_plans(session: Session, project_id: str) -> None:
     waiting = select(func.count()).where(Plan.state == "computing", Plan.project_id == project_id)
     if (session.scalar(waiting) or 0) >= MAX_COMPUTING:
         raise Conflict(
-            f"The project already has {MAX_COMPUTING} plans that are being computed, which is the maximum.",
+            f"The project has reached its limit of {MAX_COMPUTING} plans that are being computed.",
             code="too_many_plans",
             remedy="Wait until one is ready, or delete one with DELETE /v1/plans/ID. GET /v1/plans lists them.",
         )

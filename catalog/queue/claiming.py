@@ -46,11 +46,11 @@ decides and claims in one transaction holds it exclusively."""
 
 PLACE_OF_ROLE = {
     "anchor": "in a new trainer",
-    "packmate": "as a packmate in a new trainer",
+    "packmate": "in a new trainer, together with other jobs",
     "joiner": "in a running trainer",
 }
 """The part of the claim event that describes where the job trains, by its role."""
-LOADED_PLACE = "in a trainer that has its base model loaded"
+LOADED_PLACE = "in a trainer that has the base model loaded"
 """Replaces the text for an anchor if the worker's idle trainer already has the job's base model."""
 
 

@@ -1,4 +1,4 @@
-"""The queue in its order: the list from which claims choose, and the view that users see."""
+"""Lists the queue in its order, for the claims that choose from it and for users."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ def _revoke(session: Session, *, now: float) -> None:
             continue
         jobs[job.preempted_for].preemption_requested_at = None
         job.preempted_for = None
-        events.add(session, job.id, now=now, message="Preemption revoked: no job needs the memory any more.")
+        events.add(
+            session, job.id, now=now, message="The preemption was revoked, because no job needs the memory any more."
+        )
 
 
 def _may_start(session: Session, job_id: str | None, *, now: float) -> bool:
@@ -168,7 +170,7 @@ def _request_one(
     attempt = session.get(Attempt, job.claim_id)
     if attempt is not None:
         attempt.preemption = data
-    message = "An urgent job preempts this job, which saves a checkpoint and returns to its position in the queue."
+    message = "An urgent job preempts this job. It saves a checkpoint and returns to its position in the queue."
     events.add(session, job.id, now=now, message=message, data=data)
 
 

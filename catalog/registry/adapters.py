@@ -35,14 +35,8 @@ MODEL_COLUMNS = (
     Adapter.base_model,
     Adapter.artifact,
 )
-OF_OPENAI = (
-    "A model that was fine-tuned at OpenAI can't be used here: create a job with the same training file, and use its "
-    "adapter."
-)
-LIST_THEM = (
-    "Choose an adapter from `lorry adapters list` or, if another project shares it with yours, from `lorry adapters "
-    "list --shared`."
-)
+OF_OPENAI = "OpenAI's fine-tuned models can't be used here: create a job with the same file."
+LIST_THEM = "Choose an adapter from `lorry adapters list`, or a shared one from `lorry adapters list --shared`."
 LIST_CHECKPOINTS = "Choose a checkpoint from `lorry jobs checkpoints JOB`."
 
 
@@ -178,7 +172,7 @@ def find(session: Session, project_id: str, name: str, *, locked: bool = False, 
             raise NotFound(
                 "checkpoint",
                 name,
-                message=f"No checkpoint with the name or id {name!r}.",
+                message=f"No checkpoint with the name or ID {name!r}.",
                 param=param,
                 remedy="Choose a checkpoint from `lorry jobs checkpoints JOB` or, if another project shares it with "
                 "yours, from GET /v1/models.",
@@ -191,7 +185,7 @@ def find(session: Session, project_id: str, name: str, *, locked: bool = False, 
         raise NotFound(
             "adapter",
             name,
-            message=f"No adapter with the name or id {name!r}.",
+            message=f"No adapter with the name or ID {name!r}.",
             param=param,
             remedy=f"{OF_OPENAI} {LIST_THEM}" if _is_of_openai(session, name) else LIST_THEM,
         )
@@ -230,8 +224,8 @@ def _named(session: Session, project_id: str, name: str, param: str) -> str:
 def _no_best_adapter(sweep: Sweep | None, name: str, param: str) -> NotFound:
     """Return the error for a sweep without a best adapter. `sweep`: None if the project has no such sweep."""
     if sweep is None:
-        message = f"No sweep with the id {name!r}."
-        remedy = "Check the sweep's id, and that the API key belongs to the project that owns the sweep."
+        message = f"No sweep with the ID {name!r}."
+        remedy = "Check the sweep's ID, and that the API key belongs to the project that owns the sweep."
         return NotFound("adapter", name, message=message, remedy=remedy, param=param)
     if sweep.finished_at is None:
         message = f"Sweep {sweep.id} has not finished, so it has no best adapter yet."
@@ -261,7 +255,7 @@ def _own(session: Session, project_id: str, name: str, *, param: str, include_de
         remedy = (
             "Choose an adapter from `lorry adapters list`. A shared adapter can be deleted only by its own project."
         )
-        raise NotFound("adapter", name, message=f"No adapter with the name or id {name!r}.", param=param, remedy=remedy)
+        raise NotFound("adapter", name, message=f"No adapter with the name or ID {name!r}.", param=param, remedy=remedy)
     return adapter
 
 
@@ -270,7 +264,7 @@ def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_clien
     if checkpoint is None:
         remedy = f"{LIST_CHECKPOINTS} A shared checkpoint can be deleted only by its own project."
         raise NotFound(
-            "checkpoint", name, message=f"No checkpoint with the name or id {name!r}.", param=param, remedy=remedy
+            "checkpoint", name, message=f"No checkpoint with the name or ID {name!r}.", param=param, remedy=remedy
         )
     try:
         adapter = checkpoints.as_adapter(session, checkpoint, reader=project_id)

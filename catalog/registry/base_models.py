@@ -243,7 +243,7 @@ def _check(name: str, kind: str, source: str) -> None:
         raise InvalidRequest(
             f"'kind' is {kind!r}, but must be 'hub', 'folder' or 'gguf'.",
             code="invalid_kind",
-            remedy="Use 'hub' for a Hugging Face id, 'folder' for a folder with safetensors files, or 'gguf' for a "
+            remedy="Use 'hub' for a Hugging Face ID, 'folder' for a folder with safetensors files, or 'gguf' for a "
             "single GGUF file.",
             param="kind",
         )
@@ -254,6 +254,6 @@ def _check(name: str, kind: str, source: str) -> None:
             if control is None
             else f"'source' contains the control character {control[0]!a} at position {control.start() + 1}.",
             code="invalid_source",
-            remedy="Set 'source' to a Hugging Face id such as org/name, or to the path of a model folder or GGUF file.",
+            remedy="Set 'source' to a Hugging Face ID such as org/name, or to the path of a model folder or GGUF file.",
             param="source",
         )

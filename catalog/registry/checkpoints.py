@@ -23,7 +23,7 @@ from catalog.usage import ledger
 
 MARK = ":ckpt-step-"
 ID_PREFIX = "ftckpt-"
-_KEPT = "A job's two newest checkpoints are kept until seven days after it finishes, unless a user deletes them."
+_KEPT = "The two newest are kept until seven days after the job finishes."
 NOT_VERIFIED: dict[str, Any] = {
     "passed": None,
     "explanation": "Not verified with PEFT: only the final adapter of a job is verified.",
@@ -65,7 +65,7 @@ def as_adapter(
         raise NoLongerKept(
             "checkpoint",
             checkpoint.name,
-            remedy=f"Use job {job.id}'s final adapter, if it has one, or a checkpoint that is still kept: `lorry jobs "
+            remedy=f"Use job {job.id}'s final adapter, if any, or a checkpoint that is still kept: `lorry jobs "
             f"checkpoints {job.id}`. {_KEPT}"
             if reader in (None, job.project_id)
             else f"Ask the project that owns the checkpoint to share another model. {_KEPT}",

@@ -132,7 +132,7 @@ def verify(record: Json, lineage_id: str, manifest: Manifest) -> list[str]:
         return [f"The record has no canonical form: {error}."]
     problems: list[str] = []
     if found != lineage_id:
-        problems.append(f"The record has changed: its id is {found}, not {lineage_id}.")
+        problems.append(f"The record has changed: its ID is {found}, not {lineage_id}.")
     if record.get("format") != FORMAT:
         return [*problems, f"The record has the format {record.get('format')!r}, but only {FORMAT!r} is supported."]
     try:

@@ -1,4 +1,4 @@
-"""Permissions by which operators share an adapter or a checkpoint with other projects of its organization.
+"""Shares an adapter or a checkpoint with other projects of its organization, on behalf of operators.
 
 A project with a permission may download and continue the model, but can't see anything else of its job. Its jobs that
 continue the model keep running when the permission is revoked.
@@ -92,7 +92,7 @@ def revoke(db: Database, *, model: str, permission_id: str, is_client_retry: boo
             raise NotFound(
                 "permission",
                 permission_id,
-                message=f"Model {shared.name!r} has no permission with the id {permission_id!r}.",
+                message=f"Model {shared.name!r} has no permission with the ID {permission_id!r}.",
                 param="permission_id",
                 remedy=f"List the model's permissions with `lorry adapters shares {shared.name}`.",
             )
@@ -125,7 +125,7 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
             raise NotFound(
                 "checkpoint",
                 name,
-                message=f"No checkpoint with the name or id {name!r}.",
+                message=f"No checkpoint with the name or ID {name!r}.",
                 param="fine_tuned_model",
                 remedy=remedy,
             )
@@ -136,7 +136,7 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
         raise NotFound(
             "adapter",
             name,
-            message=f"No adapter with the name or id {name!r}.",
+            message=f"No adapter with the name or ID {name!r}.",
             param="fine_tuned_model",
             remedy="Choose an adapter from `lorry adapters list`, with a key from the project that owns the adapter.",
         )

@@ -1,4 +1,4 @@
-"""Parts of a job's device memory, and the smallest common GPU that has enough. Pure; all sizes in bytes."""
+"""Finds the smallest common GPU with enough memory for a job, from the parts of its need. Pure; sizes in bytes."""
 
 from __future__ import annotations
 

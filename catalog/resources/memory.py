@@ -1,4 +1,4 @@
-"""Memory estimates for placing jobs: adapter state, base model and tick. Pure; all results in bytes."""
+"""Estimates memory for placing jobs: adapter state, base model and tick. Pure; all results in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number of jobs that a trainer accepts, limited by the slowdown of each job (LORRY_MAX_SLOWDOWN). Pure.
+"""Limits the jobs of a trainer by how much they slow each other down (LORRY_MAX_SLOWDOWN). Pure.
 
 Jobs of a trainer share its tokens per second equally. A larger tick has a higher throughput, up to a plateau. Below the
 plateau one more job costs the others little; beyond it every job slows down all of them.
@@ -89,7 +89,7 @@ def explained(saturation: Any) -> str | None:
         f"Its base model is loaded, but the trainer is full: with {found['num_jobs']} jobs, each takes up to "
         f"{found['slowdown']:g} times as long as alone. One more job would raise this to "
         f"{found['slowdown_with_one_more']:g}, and LORRY_MAX_SLOWDOWN is {found['max_slowdown']:g}. "
-        "The job joins when one of them finishes."
+        "The job starts when one of them finishes."
     )
 
 

@@ -1,4 +1,4 @@
-"""Which job a worker takes instead, if other workers claim its choice first. Pure functions.
+"""Chooses other jobs for a worker if other workers claim its first choice. Pure functions.
 
 Many workers may decide at the same time, from the same queue. With these fallbacks each of them gets another job
 without a new snapshot. claiming.py uses them.

@@ -208,10 +208,10 @@ def _of_its_project(num_running: int, num_before: int) -> str:
     if num_running and num_before:
         return f"{num_running} of its project's jobs {run} and {num_before} {wait} before it"
     if num_running:
-        return f"{num_running} of its project's jobs {run}, none waits before it"
+        return f"{num_running} of its project's jobs {run}, no other waits before it"
     if num_before:
         return f"{num_before} of its project's jobs {wait} before it"
-    return "none of its project's jobs runs or waits before it"
+    return "no other job of its project runs or waits before it"
 
 
 def decay(amount: float, age_seconds: float, *, half_life_seconds: float) -> float:
@@ -265,6 +265,6 @@ def share_sentence(share: Mapping[str, Any]) -> str | None:
         return None
     among = f"{share['num_projects']} projects have queued jobs"
     if not share["projects_ahead"]:
-        return f"{among}: none was recently charged less, relative to its weight."
-    were = "was" if share["projects_ahead"] == 1 else "were"
-    return f"{among}: {share['projects_ahead']} {were} recently charged less, relative to weight."
+        return f"{among}. None has less recent usage, relative to its weight."
+    have = "has" if share["projects_ahead"] == 1 else "have"
+    return f"{among}. {share['projects_ahead']} of them {have} less recent usage, relative to weight."

@@ -1,4 +1,4 @@
-"""Selection of jobs that train together: the anchor is the next eligible job, and packmates fill the free memory."""
+"""Selects jobs that train together: the anchor is the next eligible job, and packmates fill the free memory."""
 
 from __future__ import annotations
 

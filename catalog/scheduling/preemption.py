@@ -1,4 +1,4 @@
-"""Selection of the jobs that are preempted for an urgent job: a pure function of the queue and the workers' jobs.
+"""Selects the jobs that are preempted for an urgent job: a pure function of the queue and the workers' jobs.
 
 Jobs are preempted only if that makes the urgent job fit. A job that has just started, was preempted too often or counts
 as urgent itself is never preempted. A job of another project is preempted only if it would be behind the urgent job in

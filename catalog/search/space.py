@@ -1,4 +1,4 @@
-"""The parameters of a trial: pure functions of the sweep's parameters, its seed and the number of the trial.
+"""Chooses the parameters of a trial: a pure function of the sweep's parameters, its seed and the trial's number.
 
 A trial therefore always has the same parameters, no matter when and by which process it is created.
 """

@@ -84,7 +84,7 @@ def stop(session: Session, job: Job, trial: Trial, why: str, *, now: float) -> N
     """
     if trial.stopped is None and not job.cancel_requested:
         trial.stopped, job.cancel_requested = why, True
-        events.add(session, job.id, now=now, message=f"Trial stopped. {why}", data={"step": trial.step})
+        events.add(session, job.id, now=now, message=f"The trial was stopped. {why}.", data={"step": trial.step})
 
 
 def completed(session: Session, job: Job, point: Mapping[str, Any] | None) -> None:

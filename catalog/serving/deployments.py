@@ -85,7 +85,7 @@ def _check_number(session: Session, project_id: str, endpoint: ServingEndpoint) 
     own = (Deployment.endpoint_id == endpoint.id, Deployment.project_id == project_id)
     if (session.scalar(select(func.count()).select_from(Deployment).where(*own)) or 0) >= MAX_DEPLOYMENTS:
         raise Conflict(
-            f"The project has {MAX_DEPLOYMENTS} deployments on endpoint {endpoint.name!r}, which is the maximum.",
+            f"The project has reached its limit of {MAX_DEPLOYMENTS} deployments on endpoint {endpoint.name!r}.",
             code="too_many_deployments",
             remedy=f"Remove one: `lorry adapters undeploy ADAPTER --from {endpoint.name}`.",
             param="endpoint",

@@ -86,7 +86,7 @@ def register(
             raise _name_taken(found)
         if len(session.scalars(select(ServingEndpoint.id)).all()) >= MAX_ENDPOINTS:
             raise Conflict(
-                f"The service has {MAX_ENDPOINTS} serving endpoints, which is the maximum.",
+                f"The service has reached its limit of {MAX_ENDPOINTS} serving endpoints.",
                 code="too_many_serving_endpoints",
                 remedy="Remove an endpoint that you no longer need: `lorry serving remove ENDPOINT`.",
             )
@@ -218,7 +218,7 @@ def _missing(session: Session, name: str, *, param: str) -> NotFound:
         if names
         else "Ask an operator to register one: `lorry serving add`."
     )
-    message = f"No serving endpoint with the id or name {name!r}."
+    message = f"No serving endpoint with the ID or name {name!r}."
     return NotFound("serving endpoint", name, message=message, remedy=remedy, param=param)
 
 

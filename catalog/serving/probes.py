@@ -1,4 +1,4 @@
-"""The probe prompt, and the comparison of a server's answer with the built-in engine's. Pure.
+"""Compares a server's answer to the probe prompt with the built-in engine's. Pure.
 
 Both engines answer the same prompt greedily. Their log-probabilities are compared token by token, up to the first
 different token. An inference server computes in another order and often in another dtype, so the numbers differ a

@@ -1,4 +1,4 @@
-"""Which serving endpoint answers a request: one that is ready, and on which the adapter is verified."""
+"""Chooses the serving endpoint that answers a request: one that is ready and has verified the adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection of the linear layers of a base model that a job's adapter targets.
+"""Selects the linear layers of a base model that a job's adapter targets.
 
 The rules are PEFT's. lora_core.base_model.patching implements them too, because the API server has no torch; a test
 compares both. Patterns come from users, so all matching of one submission has a time limit. No pattern is matched in a

@@ -1,4 +1,4 @@
-"""Messages for pydantic's validation errors, without pydantic's own names. Pure."""
+"""Translates pydantic's validation errors into messages without pydantic's own names. Pure."""
 
 from __future__ import annotations
 

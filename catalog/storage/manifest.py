@@ -28,8 +28,8 @@ DAMAGED = "artifact_damaged"
 
 
 RESTORE = (
-    "Restore the store from a backup, or recreate the damaged object: upload the file again, or train the adapter "
-    "again. On the server, `python -m api verify` lists all damaged objects."
+    "Restore the store from a backup, or upload the damaged file or train the damaged adapter again. On the server, "
+    "`python -m api verify` lists all damaged objects."
 )
 
 

@@ -238,8 +238,7 @@ def _check_completions(upload: Upload) -> None:
     """Raises Conflict after too many completions, each of which joins and checks the whole file again."""
     if upload.num_completions >= MAX_COMPLETIONS:
         raise Conflict(
-            f"Upload {upload.id} can't be completed, because {upload.num_completions} attempts have failed, which is "
-            "the maximum.",
+            f"Upload {upload.id} has reached its limit of {MAX_COMPLETIONS} failed attempts to complete it.",
             code="too_many_completions",
             remedy="Correct the problem that the responses to these attempts name, then create a new upload and send "
             "the parts again.",
@@ -258,8 +257,8 @@ def _lease(upload: Upload, *, now: float) -> None:
         raise Unavailable(
             f"Upload {upload.id} is being completed by another request.",
             code="upload_completing",
-            remedy="Try again in a few seconds. If the other request has succeeded by then, the response names the "
-            "file. If the server was restarted meanwhile, this error may last for 15 minutes.",
+            remedy="Try again in a few seconds. If the other request has succeeded, the response names the file. After "
+            "a restart of the server, this error may last 15 minutes.",
         )
     upload.completing_until = now + JOIN_LEASE_SECONDS
     upload.num_completions += 1
@@ -267,7 +266,7 @@ def _lease(upload: Upload, *, now: float) -> None:
 
 def _end_lease(db: Database, upload_id: str, *, is_counted: bool) -> None:
     """End the lease of a failed completion, so that a client can retry at once. If this can't be written, the client
-    can retry once the lease has expired. is_counted: the failure counts towards MAX_COMPLETIONS."""
+    can retry once the lease has expired. is_counted: the failure counts toward MAX_COMPLETIONS."""
     values: dict[str, Any] = {"completing_until": None}
     if not is_counted:
         values["num_completions"] = Upload.num_completions - 1
@@ -329,7 +328,7 @@ def _find(session: Session, project_id: str, upload_id: str, *, lock: bool = Fal
             "upload",
             upload_id,
             param="upload_id",
-            remedy="Check the id, and that the API key belongs to the project that owns the upload. An upload is "
+            remedy="Check the ID, and that the API key belongs to the project that owns the upload. An upload is "
             "deleted a day after it expires: then create a new one.",
         )
     return upload
@@ -416,7 +415,7 @@ def _check_size(session: Session, upload: Upload, content: Blob, settings: Setti
     name."""
     num_parts = session.scalar(select(func.count()).where(UploadPart.upload_id == upload.id)) or 0
     if num_parts >= MAX_PARTS:
-        message = f"Upload {upload.id} has {MAX_PARTS:,} parts, which is the maximum."
+        message = f"Upload {upload.id} has reached its limit of {MAX_PARTS:,} parts."
         remedy = f"Create a new upload and send larger parts, of up to {MAX_PART_BYTES:,} bytes each."
         raise TooLarge(message, code="too_many_parts", remedy=remedy, param="data")
     maximum = min(max(2 * upload.num_bytes, SPARE_BYTES), settings.max_file_bytes)
@@ -442,7 +441,7 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
         raise InvalidRequest(
             f"'part_ids[{index}]' is {part_id!a}, but upload {upload.id} has no such part.",
             code="part_not_found",
-            remedy="Use the ids that were returned when the parts were added to this upload, in file order.",
+            remedy="Use the IDs that were returned when the parts were added to this upload, in file order.",
             param="part_ids",
         )
     num_bytes = sum(known[part_id].num_bytes for part_id in part_ids)

@@ -1,4 +1,4 @@
-"""Commands of users on a sweep: cancel it, close it, stop one of its trials."""
+"""Runs users' commands on a sweep: cancel it, close it, or stop one of its trials."""
 
 from __future__ import annotations
 

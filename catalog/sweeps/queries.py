@@ -1,4 +1,4 @@
-"""Queries on sweeps: lists, counts by state, the best trial so far, the leaderboard."""
+"""Reads sweeps: lists, counts by state, the best trial so far, the leaderboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Creation, listing, rotation and limits of API keys. A caller can't grant more rights than it has.
+"""Creates, lists, rotates and limits API keys. A caller can't grant more rights than it has.
 
 A caller may rotate and revoke its own key, and other keys only if it could have created them. catalog/revocation.py
 revokes keys.
@@ -237,9 +237,9 @@ def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
         raise NotFound(
             "key",
             api_key_id,
-            message=f"No API key with the id {api_key_id!r}."
+            message=f"No API key with the ID {api_key_id!r}."
             if caller.is_operator
-            else f"No API key in project {caller.project_name!r} has the id {api_key_id!r}.",
+            else f"No API key in project {caller.project_name!r} has the ID {api_key_id!r}.",
             remedy="List a project's keys with `lorry keys list --all --project NAME`."
             if caller.is_operator
             else "List your project's keys with `lorry keys list --all`. Other projects' keys require an operator key.",

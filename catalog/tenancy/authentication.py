@@ -298,8 +298,8 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
 def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
     """Return the error, which is the same for every reason. The reason is only counted and logged."""
     remedy = (
-        "Check that you copied the whole key, which begins with 'lorry_key-'; keys of OpenAI do not work here. If it "
-        "has expired or was revoked, ask an operator for a new one."
+        "Check that you copied the whole key, which begins with 'lorry_key-'. If it has expired or was revoked, ask an "
+        "operator for a new one. OpenAI keys do not work."
     )
     return _refused("The API key is not valid.", remedy=remedy, reason=reason, api_key_id=api_key_id)
 

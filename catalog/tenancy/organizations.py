@@ -82,7 +82,7 @@ def find(
         named = named.where(Organization.id == caller.organization_id)
     row = session.scalar(named)
     if row is None:
-        message = f"No organization with the id or name {organization!r}."
+        message = f"No organization with the ID or name {organization!r}."
         remedy = "Choose an organization from `lorry organizations list`."
         raise NotFound("organization", organization, message=message, param=param, remedy=remedy)
     return row
@@ -117,7 +117,7 @@ def check_name(name: str, thing: str, *, id_prefix: str) -> None:
         )
     if name.startswith(f"{id_prefix}-"):
         raise InvalidRequest(
-            f"{name!r} is not a valid name for {thing}, because it looks like an id.",
+            f"{name!r} is not a valid name for {thing}, because it looks like an ID.",
             code="invalid_name",
             remedy=f"Choose a name that does not start with '{id_prefix}-'.",
             param="name",
@@ -142,7 +142,7 @@ def _note(session: Session, type: AuditType, row: Organization, *, now: float, d
 
 def _name_taken(existing: Organization) -> Conflict:
     return Conflict(
-        f"Organization {existing.name!r} already exists, with the id {existing.id}.",
+        f"Organization {existing.name!r} already exists, with the ID {existing.id}.",
         code="organization_exists",
         remedy="Choose another name: `lorry organizations list` shows those in use.",
         param="name",

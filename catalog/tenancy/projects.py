@@ -157,9 +157,9 @@ def find(
         raise NotFound(
             "project",
             project,
-            message=f"No project with the id or name {project!r}."
+            message=f"No project with the ID or name {project!r}."
             if shared_in is None
-            else f"No project in organization {shared_in.name!r} has the id or name {project!r}.",
+            else f"No project in organization {shared_in.name!r} has the ID or name {project!r}.",
             param=param,
             remedy=f"Choose a project from `{listed_by}`."
             if shared_in is None
@@ -192,9 +192,9 @@ def _note(session: Session, type: AuditType, row: Project, *, now: float, detail
 
 def _name_taken(existing: Project) -> Conflict:
     return Conflict(
-        f"Project {existing.name!r} already exists, with the id {existing.id}."
+        f"Project {existing.name!r} already exists, with the ID {existing.id}."
         if existing.archived_at is None
-        else f"Archived project {existing.name!r} already exists, with the id {existing.id}.",
+        else f"Archived project {existing.name!r} already exists, with the ID {existing.id}.",
         code="project_exists",
         remedy="Choose another name: `lorry projects list --archived` shows those in use.",
         param="name",

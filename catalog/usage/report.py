@@ -1,4 +1,4 @@
-"""The usage report: usage by day, and for each day by organization, project or base model."""
+"""Reports usage by day, and for each day by organization, project or base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Definition of a project's stored bytes, and their recount from the rows.
+"""Counts a project's stored bytes from the rows that own them.
 
 The counters in the table `stored_bytes` follow every change (`ledger.store`). Garbage collection compares them with
 this recount: a counter that missed a change would stay wrong otherwise, and quotas depend on it.

@@ -1,4 +1,4 @@
-"""The log of webhook deliveries, and their replay."""
+"""Lists webhook deliveries, and sends them again."""
 
 from __future__ import annotations
 

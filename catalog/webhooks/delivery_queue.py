@@ -1,4 +1,4 @@
-"""The queue of webhook deliveries: claims of due deliveries, and the results of attempts.
+"""Claims due webhook deliveries, and records the results of attempts.
 
 A delivery is leased for a short time, so that another process takes over after a crash. No transaction is open while a
 delivery is sent. Several processes send different deliveries at the same time.

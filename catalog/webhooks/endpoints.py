@@ -210,7 +210,7 @@ def _distinct(event_types: Sequence[EventType]) -> list[EventType]:
 
 def _too_many() -> Conflict:
     return Conflict(
-        f"The project has {MAX_ENDPOINTS} webhook endpoints, which is the maximum.",
+        f"The project has reached its limit of {MAX_ENDPOINTS} webhook endpoints.",
         code="too_many_webhook_endpoints",
         remedy="Delete an endpoint that you no longer need: `lorry webhooks delete WEBHOOK`.",
     )

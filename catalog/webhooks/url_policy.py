@@ -1,4 +1,4 @@
-"""Which URLs and addresses a webhook may have. Pure: host names are not resolved here.
+"""Decides which URLs and addresses a webhook may have. Pure: host names are not resolved here.
 
 `ipaddress.is_global` is true for some addresses that lead to internal networks, so blocked networks are listed.
 """
@@ -81,19 +81,19 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
         literal = ip_address(host) if ":" in host else _ipv4(host)
     except ValueError:
         raise _bad(
-            "The host in 'url' has brackets, but is not a valid IPv6 address",
+            "The host in 'url' has brackets, but is not a valid IPv6 address.",
             remedy="Use a valid address such as https://[2606:4700::1111]/hooks, or a host name without brackets.",
         ) from None
     _check_parts(url, parts, rules)
     if literal is None and not HOST.fullmatch(host):
         raise _bad(
-            f"The host name in 'url' is {host!r}, which is not valid" if host else "'url' has no host name",
+            f"The host name in 'url' is {host!r}, which is not valid." if host else "'url' has no host name.",
             remedy="Use a host name of letters, digits, '.', '-' and '_', as in https://hooks.example.com/.",
         )
     port = _port_of(parts)
     if literal is not None and (blocked := blocked_address(literal, rules)):
         raise _bad(
-            f"'url' points to {blocked}, which is not a public IP address",
+            f"'url' points to {blocked}, which is not a public IP address.",
             code="webhook_address_not_allowed",
             remedy=OPENED,
         )
@@ -103,10 +103,10 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
 
 def _check_characters(url: str) -> None:
     if not url:
-        raise _bad("'url' is empty")
+        raise _bad("'url' is empty.")
     if len(url) > MAX_URL:
         raise _bad(
-            f"'url' has {len(url):,} characters, but the maximum is {MAX_URL:,}",
+            f"'url' has {len(url):,} characters, but the maximum is {MAX_URL:,}.",
             remedy=f"Shorten the URL to at most {MAX_URL:,} characters.",
         )
     if (found := FORBIDDEN.search(url)) is None:
@@ -114,7 +114,7 @@ def _check_characters(url: str) -> None:
     is_in_host = not any(mark in url[: found.start()].partition("://")[2] for mark in "/?#")
     raise _bad(
         f"'url' contains {found[0]!r} at character {found.start() + 1}, but only printable ASCII characters other than "
-        "the backslash are allowed",
+        "the backslash are allowed.",
         remedy="Remove the character. In an international host name, use Punycode instead (xn--…)."
         if is_in_host
         else "Remove the character, or percent-encode it (a space is %20).",
@@ -124,25 +124,25 @@ def _check_characters(url: str) -> None:
 def _check_parts(url: str, parts: SplitResult, rules: Rules) -> None:
     if parts.scheme == "http" and not rules.allow_http:
         raise _bad(
-            "'url' starts with http://, but must start with https://",
+            "'url' starts with http://, but must start with https://.",
             remedy="Use an https:// URL, or ask the operator to allow HTTP with LORRY_WEBHOOK_ALLOW_HTTP=true.",
         )
     if parts.scheme not in PORTS:
         required = "https:// or http://" if rules.allow_http else "https://"
         has_scheme = url.lower().startswith(f"{parts.scheme}://")
         raise _bad(
-            f"'url' starts with {parts.scheme}://, but must start with {required}"
+            f"'url' starts with {parts.scheme}://, but must start with {required}."
             if has_scheme
-            else f"'url' must start with {required}"
+            else f"'url' must start with {required}."
         )
     if "@" in parts.netloc:
         raise _bad(
-            "'url' contains a user name or a password (the text before '@'), which is not allowed",
+            "'url' contains a user name or a password (the text before '@'), which is not allowed.",
             remedy="Remove the text up to the '@'. To authenticate messages, verify their webhook signature instead.",
         )
     if "#" in url:
         raise _bad(
-            f"'url' contains a fragment ('#' at character {url.index('#') + 1}), which is not allowed",
+            f"'url' contains a fragment ('#' at character {url.index('#') + 1}), which is not allowed.",
             remedy="Remove the '#' and the text after it.",
         )
 
@@ -153,9 +153,9 @@ def _port_of(parts: SplitResult) -> int:
         port = PORTS[parts.scheme] if parts.port is None else parts.port
     except ValueError:
         named = parts.netloc.rpartition(":")[2]
-        raise _bad(f"The port in 'url' is {named!r}, which is not a number from 0 to 65535", remedy=remedy) from None
+        raise _bad(f"The port in 'url' is {named!r}, which is not a number from 0 to 65535.", remedy=remedy) from None
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
-        raise _bad(f"'url' uses port {port}, which is not allowed", remedy=remedy)
+        raise _bad(f"'url' uses port {port}, which is not allowed.", remedy=remedy)
     return port
 
 
@@ -196,6 +196,6 @@ def _ipv4(host: str) -> IPv4Address | None:
 
 
 def _bad(
-    problem: str, *, code: str = "invalid_webhook_url", remedy: str = "Use a URL such as https://example.com/hooks."
+    message: str, *, code: str = "invalid_webhook_url", remedy: str = "Use a URL such as https://example.com/hooks."
 ):
-    return InvalidRequest(f"{problem}.", code=code, remedy=remedy, param="url")
+    return InvalidRequest(message, code=code, remedy=remedy, param="url")

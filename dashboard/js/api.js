@@ -46,7 +46,7 @@ export async function streamAnswer(body, onText, signal) {
       if (error) throw new ApiError(response.status, error);
       for (const { delta } of choices) if (delta.content) onText(delta.content);
     }
-    if (done) throw new ApiError(0, { message: "The service ended the answer early.", remedy: "Send the question again." });
+    if (done) throw new ApiError(0, { message: "The response stream ended early.", remedy: "Send the question again." });
   }
 }
 

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Initial values of A and B (`init_lora_weights` in PEFT), pure functions of seed, module name and base weight.
+"""Draws the initial values of A and B (`init_lora_weights` in PEFT) from seed, module name and base weight.
 
 PiSSA (arXiv 2404.02948): scale·B A = U_r S_r V_rᵀ, from the r largest singular values of W. OLoRA (arXiv 2406.01775):
 the first r columns of Q and rows of R, with W = Q R. Both start with a nonzero update, which is subtracted from the

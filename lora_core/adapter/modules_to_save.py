@@ -130,7 +130,7 @@ def _refuse_tokens(lora: LoraConfig, *, num_tokens: int, tied_head_is_saved: boo
         raise NoTargets(
             f"lora.trainable_token_indices contains the token ID {largest}, but the maximum for this base model is "
             f"{num_tokens - 1}.",
-            remedy=f"Use token ids from 0 to {num_tokens - 1}.",
+            remedy=f"Use token IDs from 0 to {num_tokens - 1}.",
         )
     if tied_head_is_saved:
         raise NoTargets(

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Addresses of the weights and gradients of each adapted linear, for kernels that read them from a table."""
+"""Builds the pointer table for the GPU kernels: addresses of each adapted layer's weights and gradients."""
 
 from dataclasses import dataclass
 

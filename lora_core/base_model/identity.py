@@ -1,5 +1,5 @@
 # pyright: strict
-"""Fast digest of a base model's folder, by which a checkpoint identifies its base model. Does not import torch."""
+"""Hashes a base model's folder fast: a checkpoint identifies its base model by it. Does not import torch."""
 
 import hashlib
 import json

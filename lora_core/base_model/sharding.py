@@ -1,5 +1,5 @@
 # pyright: basic
-"""Sharding of a base model's blocks over the ranks of a trainer, by FSDP2 (torch) or ZeRO-3 (DeepSpeed).
+"""Shards a base model's blocks over the ranks of a trainer, by FSDP2 (torch) or ZeRO-3 (DeepSpeed).
 
 A rank has a whole block only while the block computes. Shards are in device memory or, with offload, in host memory.
 Embeddings, final norm and head are replicated, because the loss reads the head outside any module. Adapters are not

@@ -1,5 +1,5 @@
 # pyright: strict
-"""Fair selection of the slices for the next tick, as pure functions. The least served job is always selected."""
+"""Selects the slices of the next tick fairly, by pure functions. The least served job is always selected."""
 
 import math
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Start-up self-test of batch invariance: does a job's gradient depend on its packmates on this machine?
+"""Tests batch invariance at start: does a job's gradient depend on its packmates on this machine?
 
 Bitwise equality depends on kernels, sizes and thread counts, so it is measured on the real base model. A model whose
 gradients aren't even close does not keep packed sequences apart, and is rejected. The test packs are small. For larger

@@ -1,5 +1,5 @@
 # pyright: basic
-"""The steps that a GPU takes for all jobs of a tick together: a few launches measure them, and one takes them.
+"""Runs the optimizer step of all jobs of a tick on a GPU in a few kernel launches.
 
 A CPU measures and takes the step of each job separately (job.py). So does a GPU with the steps of SGD.
 """

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Recovery after a tick ran out of memory, and the size limit of later ticks.
+"""Recovers after a tick ran out of memory, and limits the size of later ticks.
 
 `recover` applies the first possible of four measures:
 1. Ticks of this size use activation checkpointing.

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Cache of frozen lower layers: the activations below a job's lowest adapter, computed once per sequence.
+"""Caches the activations below a job's lowest adapter, computed once per sequence by frozen layers.
 
 They depend on the frozen base model and the sequence alone, so any job that reads the sequence again can enter at that
 block. The cache does not change results (docs/explanation/engine.md). Shape suffixes: T tokens of the pack, S of a

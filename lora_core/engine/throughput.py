@@ -1,5 +1,5 @@
 # pyright: strict
-"""Measured speed of ticks: averages of the engine and of its fullest lane, and a table by tick size."""
+"""Measures the speed of ticks: averages of the engine and of its fullest lane, and a table by tick size."""
 
 from dataclasses import dataclass
 from typing import Literal

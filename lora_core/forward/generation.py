@@ -1,5 +1,5 @@
 # pyright: basic
-"""Greedy answers of jobs to their own prompts, for samples next to the loss."""
+"""Generates greedy answers of jobs to their own prompts, for samples next to the loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

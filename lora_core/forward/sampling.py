@@ -1,5 +1,5 @@
 # pyright: basic
-"""Choice of the next token from its logits: greedy, or sampled with temperature, top-p and penalties.
+"""Chooses the next token from its logits: greedy, or sampled with temperature, top-p and penalties.
 
 A choice depends on the row of logits, the request's own tokens, its seed and the index of the token, and on nothing
 else. Random numbers are functions of (seed, index), so a repeated request gives the same answer.

@@ -107,7 +107,7 @@ def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[i
         named.append((added["content"], added["id"], kind))
     for text, index, kind in named:
         if not 0 <= index < vocab_size:
-            raise _unsupported(f"its token {text!r} has the id {index}, but the model has {vocab_size} embeddings")
+            raise _unsupported(f"its token {text!r} has the ID {index}, but the model has {vocab_size} embeddings")
         tokens[index], types[index] = text, kind
         if is_sentencepiece and text == unknown:
             types[index] = TokenType.UNKNOWN

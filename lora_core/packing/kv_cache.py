@@ -1,5 +1,5 @@
 # pyright: strict
-"""The keys and values of the tokens that a sequence already has, in generation.
+"""Holds the keys and values of the tokens that a sequence already has, in generation.
 
 Shape suffixes: K key heads, n new tokens, E head features, C attention calls of a pass.
 """

@@ -1,5 +1,5 @@
 # pyright: strict
-"""Random numbers as pure functions of a key. There is no hidden state to save, restore or share.
+"""Draws random numbers as pure functions of a key. There is no hidden state to save, restore or share.
 
 Uses the raw words of Philox-4x64 (Salmon et al., SC 2011), which NumPy keeps stable between versions.
 """

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Copies between host and device: each call makes one, however many arrays or tensors it takes.
+"""Copies between host and device in one transfer per call, however many arrays or tensors it takes.
 
 A copy from pageable memory, and each value that the host reads, makes the host wait for everything that the device
 has still to compute. An upload therefore goes through pinned memory, and the device receives it in its own order.

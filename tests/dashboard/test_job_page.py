@@ -137,8 +137,8 @@ def test_unknown_job_shows_an_error_with_a_remedy(filled: Service, visit: Visit)
 
     alert = visitor.page.get_by_role("alert")
     alert.wait_for()
-    assert "No job with the id 'ftjob-nothing'." in alert.inner_text()
-    assert "Check the id" in alert.inner_text()
+    assert "No job with the ID 'ftjob-nothing'." in alert.inner_text()
+    assert "Check the ID" in alert.inner_text()
 
 
 def _done_after_waiting(service: Service, *, waited: float, ran: float) -> str:

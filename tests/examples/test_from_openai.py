@@ -143,12 +143,12 @@ def test_missing_model_is_reported_before_anything_is_copied(
     servers: tuple[Script, Script], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, ours = servers
-    error = {"message": "No model with the id 'large'.", "type": "x", "param": None, "code": "model_not_found"}
+    error = {"message": "No model with the ID 'large'.", "type": "x", "param": None, "code": "model_not_found"}
     ours.on("GET", "/v1/models/large", Reply(status=404, body={"error": error}))
 
     assert from_openai.main(["ftjob-1", "--model", "large"]) == 1
 
-    assert "No model with the id 'large'." in capsys.readouterr().err
+    assert "No model with the ID 'large'." in capsys.readouterr().err
     assert ours.requests("POST", "/v1/files") == []
 
 

@@ -89,13 +89,13 @@ def _changed(worker_id: str, row: BaseModelRow, *, found: str, expected: str) ->
         f"digest is {found} instead of {expected}.",
         code="base_changed",
         remedy=(
-            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. If this "
-            f"recurs, add the model under another name ({add}) and use that name."
+            f"Delete {row.source} from that worker's Hugging Face cache: it is then downloaded again. If this recurs, "
+            f"add and use the model under another name: {add}."
         )
         if row.kind == "hub"
         else (
-            f"Restore the original files at {row.source} on that worker's machine, or add the current files under "
-            f"another name ({add}) and use that name."
+            f"Restore the original files at {row.source} on that worker's machine, or add and use the current files "
+            f"under another name: {add}."
         ),
     )
 

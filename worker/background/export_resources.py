@@ -1,4 +1,4 @@
-"""Whether a worker has the disk space and the memory that an export needs, checked before it takes the export."""
+"""Checks that a worker has the disk space and memory for an export, before it takes the export."""
 
 from __future__ import annotations
 

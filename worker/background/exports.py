@@ -283,7 +283,7 @@ def _crashed(worker_id: str, error: ChildFailed) -> ExportCrashed:
         return ExportCrashed(
             f"The export on worker {worker_id} {exited}, probably because the machine ran out of memory.",
             code="export_crashed",
-            remedy=f"Use a worker with memory for the merged model in 32 bits, twice. {AGAIN}",
+            remedy=f"Use a worker with memory for two fp32 copies of the merged model. {AGAIN}",
         )
     return ExportCrashed(
         f"The export on worker {worker_id} {exited}: {error.last_line}.",

@@ -238,9 +238,8 @@ def _run(
     except ChildFailed as error:
         exited = how_it_exited(error.returncode)
         remedy = (
-            "Try another file with this base model. If that fails too, reinstall Lorry's dependencies on that worker, "
-            "or use another base model. Otherwise, split the file to find the row that causes this error, and correct "
-            f"or remove that row. {AGAIN}"
+            "Try another file. If it fails too, reinstall Lorry on that worker. Otherwise, split the file to find the "
+            f"row. {AGAIN}"
         )
         raise crashed(
             f"The tokenization of file {file_id} on worker {context.worker_id} {exited}",

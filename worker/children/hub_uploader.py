@@ -47,7 +47,8 @@ def _uploaded(folder: Path | None, repository: str, message: str) -> Json:
     except HfHubHTTPError as error:
         return _refused(repository, error.response.status_code)
     except ValueError as error:  # an invalid name, or a file that the hub rejects
-        return _error("hub_rejected", f"The Hugging Face Hub rejected the upload: {str(error)[:300]}", "Correct this.")
+        message = f"The Hugging Face Hub rejected the upload: {str(error)[:300]}"
+        return _error("hub_rejected", message, "Fix the reported problem, then create the export again.")
     except Exception as error:  # noqa: BLE001 - `_failure` raises what it does not know
         return _failure(repository, error)
     return {"url": str(commit.commit_url)}
@@ -67,7 +68,8 @@ def _failure(repository: str, error: Exception) -> Json:
 def _unable(*, is_offline: bool) -> Json:
     """Return the error of a worker that is offline by its settings, or has no token."""
     if is_offline:
-        return _error("hub_offline", "The worker must not use the Hugging Face Hub.", "Unset HF_HUB_OFFLINE on it.")
+        message = "HF_HUB_OFFLINE is set on the worker, so it can't reach the Hugging Face Hub."
+        return _error("hub_offline", message, "Unset HF_HUB_OFFLINE on the worker.")
     return _error("hub_no_token", "The worker has no token for the Hugging Face Hub.", REMEDY)
 
 

@@ -252,7 +252,7 @@ class NodeGang(WorkerGang):
             try:
                 return self._peer_end(led, trainer, local, is_ready=is_ready)
             except NotGathered:
-                return End(reason=EndReason.INFRA_LOST, detail="The round is over: another worker leads the gang now.")
+                return End(reason=EndReason.INFRA_LOST, detail="Another worker became the leader of the gang.")
         blamed = None if local.is_of_any else context.worker_id
         return End(reason=local.reason, detail=local.detail, blamed_worker_id=blamed)
 

@@ -1,4 +1,4 @@
-"""The part of a called member of a gang: it participates in the leader's trainer with its own devices.
+"""Runs a gang member that is not the leader: its devices work for the leader's trainer.
 
 A member has no claim, and writes nothing about a job except the output of its trainer. Its trainer is one of several
 that train together. It ends with the round, or when this worker can't reach the database any more.

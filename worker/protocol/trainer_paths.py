@@ -1,4 +1,4 @@
-"""The only place where a path that a trainer reports becomes a path that the worker uses.
+"""Converts a path that a trainer reports to a path that the worker uses. No other code does this.
 
 A trainer is not trusted: it may name any path, and may replace a folder by a link after the check. Therefore a name is
 resolved one component at a time from an open folder, no link is followed, and opened files are used by their

@@ -244,8 +244,8 @@ def _check_same(db: Database, record: BackupRecord) -> None:
         raise Conflict(
             f"The restored database {name} does not match backup {record.name}. {' '.join(problems)}",
             code="restored_database_differs",
-            remedy=f"Do not start the service with this database. {aside} Then restore this backup again, "
-            "or an earlier one with `--backup NAME`.",
+            remedy=f"Do not start the service with this database. {aside} Then restore this backup or an earlier one "
+            "(`--backup NAME`).",
         )
 
 

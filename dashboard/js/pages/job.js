@@ -54,9 +54,9 @@ function Outcome({ job, why }) {
       ${error.code && html`<p class="soft">code <code>${error.code}</code>${error.param && html`, at <code>${error.param}</code>`}</p>`}</div>`;
   }
   if (job.status === "queued" || job.status === "validating_files") {
-    return html`<div class="notice"><p><strong>${job.status === "queued" ? "Waiting to train." : "Preparing its files."}</strong> ${why?.explanation || "…"}</p></div>`;
+    return html`<div class="notice"><p><strong>${job.status === "queued" ? "Waiting to train." : "Tokenizing files."}</strong> ${why?.explanation || "…"}</p></div>`;
   }
-  if (job.status === "paused") return html`<div class="notice"><p><strong>Paused.</strong> After a resume, the job continues from its last checkpoint.</p></div>`;
+  if (job.status === "paused") return html`<div class="notice"><p><strong>Paused.</strong> After a resume, the job continues where it stopped.</p></div>`;
   return null;
 }
 

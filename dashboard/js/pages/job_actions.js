@@ -7,8 +7,8 @@ import { confirm } from "../parts/confirm.js";
 import { jobName } from "../parts/progress.js";
 
 const WORDS = {
-  pause: { verb: "Pause", text: "Pausing frees its slot for other jobs. After a resume, the job continues from its last checkpoint.", no: "Keep it running" },
-  resume: { verb: "Resume", text: "The job returns to the queue and continues from its last checkpoint.", no: "Leave it paused" },
+  pause: { verb: "Pause", text: "Pausing frees its slot for other jobs. After a resume, the job continues where it stopped.", no: "Keep it running" },
+  resume: { verb: "Resume", text: "The job returns to the queue and continues where it stopped.", no: "Leave it paused" },
   cancel: { verb: "Cancel", text: "The job ends without an adapter and can't be resumed.", no: "Keep the job", danger: true },
 };
 

@@ -36,7 +36,7 @@ const REPORT = [
 export function DataReport({ report, job }) {
   const parts = [["Training", report?.training], ["Validation", report?.validation]].filter(([, part]) => part);
   return html`<${Panel} title="Data" id="data">
-    ${parts.length === 0 ? html`<p class="soft pad">${job.status === "validating_files" ? "The files are being prepared." : "No report is available for these files."}</p>` : html`
+    ${parts.length === 0 ? html`<p class="soft pad">${job.status === "validating_files" ? "The files are being tokenized." : "No report is available for these files."}</p>` : html`
     <table class="table table-tight"><caption class="unseen">Contents of the files, counted with the base model's tokenizer</caption>
       <thead><tr><td></td>${parts.map(([name]) => html`<th scope="col" class="num" key=${name}>${name}</th>`)}</tr></thead>
       <tbody>${REPORT.filter(([key]) => parts.some(([, part]) => typeof part[key] === "number")).map(([key, label]) => html`<tr key=${key}><th scope="row">${label}</th>
@@ -44,7 +44,7 @@ export function DataReport({ report, job }) {
   <//>`;
 }
 
-const ATTEMPT = [["No.", "num"], ["State"], ["Started"], ["Took"], ["From step", "num"], ["Trainer"], ["Trained together with"]];
+const ATTEMPT = [["No.", "num"], ["State"], ["Started"], ["Duration"], ["From step", "num"], ["Trainer"], ["Shared trainer with"]];
 
 /** The name of a column, repeated where a narrow window shows the row as a card. */
 const Label = ({ text }) => html`<span class="narrow-only soft">${text} </span>`;
@@ -58,10 +58,10 @@ export function Attempts({ attempts, names }) {
         <th role="rowheader" scope="row" class="num"><${Label} text="Attempt" />${one.number}</th>
         <td role="cell" title=${one.detail}><${Label} text="State" />${one.ended_at ? (one.reason || "ended").replaceAll("_", " ") : html`<b>running</b>`}</td>
         <td role="cell"><${Label} text="Started" /><${Ago} at=${one.started_at} /></td>
-        <td role="cell"><${Label} text="Took" />${one.ended_at ? format.duration(one.ended_at - one.started_at) : format.UNKNOWN}</td>
+        <td role="cell"><${Label} text="Duration" />${one.ended_at ? format.duration(one.ended_at - one.started_at) : format.UNKNOWN}</td>
         <td role="cell" class="num"><${Label} text="From step" />${format.count(one.resumed_from_step ?? 0)}</td>
         <td role="cell"><${Label} text="Trainer" /><code title=${one.trainer_id}>${format.short(one.trainer_id, 14)}</code></td>
-        <td role="cell" class="mates-cell"><${Label} text="Trained together with" /><${Packmates} ids=${one.packmates} names=${names} /></td></tr>`)}</tbody>
+        <td role="cell" class="mates-cell"><${Label} text="Shared trainer with" /><${Packmates} ids=${one.packmates} names=${names} /></td></tr>`)}</tbody>
     </table></div>
   <//>`;
 }

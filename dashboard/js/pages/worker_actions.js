@@ -6,9 +6,9 @@ import { Failure } from "../parts/basics.js";
 import { confirm } from "../parts/confirm.js";
 
 const WORDS = {
-  cordon: { verb: "Cordon", text: "The worker finishes its jobs and accepts no new ones. A worker that replaces it there is cordoned too.", no: "Cancel" },
+  cordon: { verb: "Cordon", text: "The worker finishes its jobs and accepts no new ones. A worker that restarts on these devices stays cordoned.", no: "Cancel" },
   uncordon: { verb: "Uncordon", text: "The worker accepts jobs again. Earlier failures on it no longer count.", no: "Cancel" },
-  drain: { verb: "Drain", text: "The worker saves its jobs, returns them to the queue and exits. A worker that replaces it there is cordoned.", no: "Cancel", danger: true },
+  drain: { verb: "Drain", text: "The worker saves its jobs, returns them to the queue and exits. A worker that restarts on these devices stays cordoned.", no: "Cancel", danger: true },
 };
 
 export function WorkerActions({ worker, done }) {

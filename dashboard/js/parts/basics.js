@@ -6,7 +6,7 @@ import { announce } from "./announce.js";
 
 export const FINAL = new Set(["succeeded", "failed", "cancelled"]);
 const WORDS = {
-  validating_files: "preparing files", queued: "queued", running: "running", paused: "paused",
+  validating_files: "tokenizing files", queued: "queued", running: "running", paused: "paused",
   succeeded: "succeeded", failed: "failed", cancelled: "cancelled",
 };
 

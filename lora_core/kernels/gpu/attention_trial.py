@@ -1,5 +1,5 @@
 # pyright: basic
-"""Trial of the attention kernels on a device, before an engine uses them, against torch operations in fp32.
+"""Tests the attention kernels on a device, before an engine uses them, against torch operations in fp32.
 
 Shape suffixes: H query heads, K key heads, T tokens of the pack, E head features.
 """

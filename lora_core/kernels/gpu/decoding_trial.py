@@ -1,5 +1,5 @@
 # pyright: basic
-"""Trial of the decoding kernel on a device, before an engine uses it, against torch operations in fp32.
+"""Tests the decoding kernel on a device, before an engine uses it, against torch operations in fp32.
 
 Shape suffixes: n answers, H query heads, K key heads, G = H / K, S tokens of an answer, E head features.
 """

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Inputs of the trials of kernels."""
+"""Draws the inputs of the kernel tests that run before an engine uses a kernel."""
 
 import torch
 from torch import Tensor

@@ -49,7 +49,7 @@ def list_(
         list[str] | None, typer.Option(help="Show only events of this project, by ID (repeatable).")
     ] = None,
     since: Annotated[
-        int | None, duration("Show only events of this last time, such as 12h or 30d (default: all).")
+        int | None, duration("Show only events within this period, such as 12h or 30d (default: all).")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", help="Maximum number of events to list.", min=1)] = 50,
     quiet: Quiet = False,

@@ -318,7 +318,7 @@ def cancel(job_id: JobId, yes: Yes = False, as_json: AsJson = False) -> None:
 
 @app.verb("pause", "lorry jobs pause ftjob-3f2b", "lorry jobs pause ftjob-3f2b --json")
 def pause(job_id: JobId, as_json: AsJson = False) -> None:
-    """Pause a job. `lorry jobs resume` continues it from its last checkpoint."""
+    """Pause a job. `lorry jobs resume` continues it where it stopped."""
     lorry = client()
     _print_result(lorry.jobs.pause(lookup.job(lorry, job_id)), as_json=as_json)
 

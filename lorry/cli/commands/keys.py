@@ -189,7 +189,7 @@ def rotate(
     expires_in: ExpiresIn = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace a key by a new one with the same rights. Both are valid during the overlap."""
+    """Replace a key with a new one with the same rights. Both are valid during the overlap."""
     lorry = client()
     key_id = lookup.key(lorry, key_id)
     expires_at = None if expires_in is None else int(time.time()) + expires_in

@@ -71,7 +71,7 @@ Suffix = Annotated[
     str | None,
     option(
         TRIALS,
-        "Suffix of each adapter's name: any text of up to 64 characters. Other characters than ASCII letters, digits, "
+        "Suffix of each adapter's name: any text of up to 64 characters. Characters other than ASCII letters, digits, "
         "dots, underscores and hyphens become hyphens; accents are dropped.",
     ),
 ]

@@ -42,7 +42,7 @@ EXAMPLES = ("lorry usage", "lorry usage --since 30d --by model", "lorry usage --
 
 def usage(
     *,
-    since: Annotated[int, duration("Show usage of this last time, such as 7d or 30d.")] = "7d",  # pyright: ignore
+    since: Annotated[int, duration("Period to show, such as 7d or 30d.")] = "7d",  # pyright: ignore
     by: Annotated[Grouping, typer.Option(help="Grouping of the usage of a day.")] = Grouping.project,
     project: Annotated[
         list[str] | None, typer.Option(help="Show only this project, by name or ID (repeatable).")

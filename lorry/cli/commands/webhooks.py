@@ -153,7 +153,7 @@ def replay(
     *,
     failed_since: Annotated[
         int | None,
-        duration("Replay all deliveries of the endpoint that failed in this last time, such as 30m, 12h or 3d."),
+        duration("Replay all deliveries of the endpoint that failed within this period, such as 30m, 12h or 3d."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -190,7 +190,7 @@ Suffix = Annotated[
     str | None,
     option(
         RUN,
-        "Suffix of the adapter's name: any text of up to 64 characters. Other characters than ASCII letters, digits, "
+        "Suffix of the adapter's name: any text of up to 64 characters. Characters other than ASCII letters, digits, "
         "dots, underscores and hyphens become hyphens; accents are dropped.",
     ),
 ]

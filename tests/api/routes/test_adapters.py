@@ -188,7 +188,7 @@ def test_name_of_a_model_of_openai_is_explained(client: TestClient, adapter: Ada
 
     messages = [client.get(f"/v1/adapters/{name}").json()["error"]["message"] for name in (of_openai, unknown)]
 
-    assert "was fine-tuned at OpenAI can't be used here: create a job with the same training file" in messages[0]
+    assert "fine-tuned models can't be used here: create a job with the same file" in messages[0]
     assert "OpenAI" not in messages[1]
 
 

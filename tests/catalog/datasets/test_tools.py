@@ -179,7 +179,7 @@ def with_tool(**changed: Any) -> dict[str, Any]:
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL, CALL]}]},
             "invalid_tool_calls",
-            "several calls with the id 'call_id'",
+            "several calls with the ID 'call_id'",
         ),
         ({"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]}, "invalid_tool_calls", "the message's role is 'user'"),
         (
@@ -190,7 +190,7 @@ def with_tool(**changed: Any) -> dict[str, Any]:
         (
             {"messages": [USER, RESULT, ANSWER]},
             "invalid_tool_call_id",
-            "messages[1].tool_call_id is 'call_id', but no earlier call has this id",
+            "messages[1].tool_call_id is 'call_id', but no earlier call has this ID",
         ),
         (
             {"messages": [USER, {"role": "function", "name": "f", "content": ""}, ANSWER]},
@@ -247,7 +247,7 @@ def test_number_of_comparisons_of_ids_is_linear(monkeypatch: pytest.MonkeyPatch)
     results = [{**RESULT, "tool_call_id": CountedId(each)} for each in ids]
 
     check_messages("messages", [USER, {"role": "assistant", "tool_calls": calls}, *results], remedy="")
-    with pytest.raises(BadRow, match="several calls with the id '999'"):
+    with pytest.raises(BadRow, match="several calls with the ID '999'"):
         check_tool_calls("calls", [*calls, calls[-1] | {"id": CountedId(999)}])
 
     assert CountedId.num_comparisons < 10_000

@@ -61,7 +61,7 @@ def reported(error: BaseException) -> LorryError:
         (
             postgresql(ProgrammingError, "permission denied for table jobs", "42501"),
             "lacks a required privilege: permission denied for table jobs.",
-            "use the owner of the tables, or the role lorry_api (API server) or lorry_worker (worker).",
+            "use the owner of the tables, or the role lorry_api or lorry_worker.",
         ),
         (
             postgresql(ProgrammingError, "permission denied for schema public", "42501"),

@@ -93,9 +93,10 @@ def test_job_events_report_cordons_of_its_worker(world: World) -> None:
         act(world.db, "w1")
 
     assert messages(world, held.job.id)[-3:] == [
-        "Worker w1 was cordoned: it finishes its current jobs, including this one.",
+        "Worker w1 was cordoned. It finishes its current jobs, including this one.",
         "Worker w1 accepts new jobs again.",
-        "Worker w1 is draining: it saves this job, which continues on another worker. The attempt does not count.",
+        "Worker w1 is draining. It saves a checkpoint, and the job continues on another worker. The attempt does not "
+        "count as failed.",
     ]
 
 
@@ -112,7 +113,7 @@ def test_explanation_of_a_queued_job_mentions_the_cordon(world: World) -> None:
         "An operator can make one available again: lorry workers uncordon ID."
     )
     assert why(world, waiting.id)["explanation"] == only
-    assert why(world, unprepared.id)["explanation"] == f"Its files wait to be prepared. {only}"
+    assert why(world, unprepared.id)["explanation"] == f"Its files wait for tokenization. {only}"
     assert why(world, waiting.id)["closed_workers"] == [
         {"worker_id": "w1", "by": "operator", "reason": "Its fan is loud."}
     ]

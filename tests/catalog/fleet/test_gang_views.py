@@ -76,5 +76,5 @@ def test_gang_that_trains_with_fewer_workers_waits_for_capacity_only(world: Worl
 
     workers.worker_beat(world.db, "w1", resident_base=None, trainer_id="trainer-1", report=None)
 
-    assert before.startswith("It waits for missing workers of a gang.")
+    assert before.startswith("It waits for missing workers of a gang (")
     assert explanation_of(world, job).startswith("It is first in the queue and waits for a worker with free capacity.")

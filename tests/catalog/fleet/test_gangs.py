@@ -326,7 +326,9 @@ def test_explanation_reports_how_many_gang_workers_are_available(gang: Gang, clo
     alone = explain(gang.world.db, **gang.world.of(job.id))
 
     assert with_both["explanation"].startswith("It is first in the queue and waits for a worker with free capacity.")
-    assert alone["explanation"] == "It waits for missing workers of a gang. 1 of 2 workers of pair is available."
+    assert alone["explanation"] == (
+        "It waits for missing workers of a gang (workers that train together). 1 of 2 workers of pair is available."
+    )
     assert [one["workers"] for one in alone["gangs"]] == [["w1"]]
 
 

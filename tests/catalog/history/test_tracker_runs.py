@@ -173,7 +173,7 @@ def test_failed_run_warns_once_backs_off_and_finally_stops(world: World) -> None
 
     first, last = warnings(world, job)
     assert "Writing to the integration tensorboard failed: No such host. Training continues" in first
-    assert "It is not retried." in last
+    assert "It will not be retried." in last
     assert waits == sorted(waits)
     assert world.job(job.id).state == "running"
 

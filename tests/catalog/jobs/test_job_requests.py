@@ -236,7 +236,7 @@ def test_expired_file_is_rejected_as_expired(world: World) -> None:
     with pytest.raises(NotFound, match=f"^File '{world.file_id}' has expired") as refusal:
         world.submit()
 
-    assert refusal.value.remedy == "Upload the file again, and use the new file's id as training_file."
+    assert refusal.value.remedy == "Upload the file again, and use the new file's ID as training_file."
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])

@@ -251,5 +251,6 @@ def test_explanation_of_an_unprepared_job_mentions_alternation(world: World) -> 
     job = world.submit()
 
     assert explanation.explain(world.db, **world.of(job.id))["explanation"] == (
-        "Its files wait to be prepared; no job is ahead of it in its project, which alternates with others."
+        "Its files wait for tokenization. No job is ahead of it in its project. Files of other projects are tokenized "
+        "in between."
     )

@@ -117,7 +117,7 @@ def test_held_job_is_prepared_but_waits_until_released(world: World) -> None:
     why = explanation.explain(world.db, **world.of(job.id))
     assert (why["is_held"], why["explanation"]) == (
         True,
-        "It is held and does not start until it is released: lorry jobs release.",
+        f"It is held. To let it start, release it: `lorry jobs release {job.id}`.",
     )
     world.clock.advance(100)
     for _ in range(2):

@@ -157,8 +157,8 @@ def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> 
 @pytest.mark.parametrize(
     ("gone", "remedy"),
     [
-        ("file", "Upload the file again, then create a new plan with the new file's id."),
-        ("base", "Create a new plan, with another base model if this one was deleted."),
+        ("file", "Then create a new plan with the new file's ID."),
+        ("base", "If the base model was deleted, use another one in the new plan."),
     ],
 )
 def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: World, gone: str, remedy: str) -> None:

@@ -88,8 +88,7 @@ def test_explanation_of_a_distant_job_counts_jobs_of_its_project(world: World, m
 
     assert (why["ahead_at_least"], why["ahead_of_this_project_in_all"]) == (10, 31)
     assert why["explanation"] == (
-        "It is far behind in the queue: more than 10 jobs are ahead of it. "
-        "In its own project and class, 31 jobs are ahead of it."
+        "More than 10 jobs are ahead of it. In its own project, 31 jobs are ahead of it with the same priority."
     )
 
 
@@ -115,24 +114,24 @@ def test_has_work_is_true_only_if_something_can_be_claimed(world: World) -> None
 
 def test_explanation_of_a_job_in_validation(world: World) -> None:
     first, job = world.submit(), world.submit()
-    assert explained(world, job.id)["explanation"] == (
-        "Its files wait to be prepared, but no worker is running. Start one."
-    )
+    assert explained(world, job.id)["explanation"] == explanation.NO_WORKER
 
     world.worker()
-    assert explained(world, job.id)["explanation"] == "Its files wait to be prepared; 1 job is ahead of it."
+    assert explained(world, job.id)["explanation"] == (
+        "Its files wait for tokenization. 1 job is ahead of it in its project."
+    )
 
     claimed = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claimed is not None
-    assert explained(world, first.id)["explanation"] == "Worker w1 is preparing its files."
+    assert explained(world, first.id)["explanation"] == "Worker w1 is tokenizing its files."
     preparation.release_preparation(world.db, claim_id=claimed.claim_id, detail="", wait_seconds=9)
-    assert explained(world, first.id)["explanation"] == "The preparation of its files is retried in 9 s."
+    assert explained(world, first.id)["explanation"] == "Tokenization of its files will be retried in 9 s."
 
 
 def test_explanation_of_a_queued_job(world: World) -> None:
     world.base("other")
     first, second = world.queued(), world.queued(model="other")
-    assert explained(world, first.id)["explanation"] == "No worker is running. Start one."
+    assert explained(world, first.id)["explanation"] == explanation.NO_WORKER
 
     world.worker()
     assert explained(world, first.id)["explanation"] == (
@@ -143,9 +142,9 @@ def test_explanation_of_a_queued_job(world: World) -> None:
     workers.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="t", report=None)
     held = explained(world, second.id)
     assert held["resident_bases"] == [sha("smol")]
-    assert "Workers currently have other base models loaded" in held["explanation"]
+    assert "The running workers have other base models loaded" in held["explanation"]
     workers.worker_beat(world.db, "w1", resident_base=sha("other"), trainer_id="t", report=None)
-    assert "Its base model is loaded: it joins as soon as there is" in explained(world, second.id)["explanation"]
+    assert "It starts as soon as that trainer has free capacity" in explained(world, second.id)["explanation"]
 
 
 def test_explanation_of_a_job_delayed_by_the_slowdown_limit(world: World) -> None:
@@ -163,10 +162,10 @@ def test_explanation_of_a_job_delayed_by_the_slowdown_limit(world: World) -> Non
 
     assert reported(Speeds(alone=((64, 900.0),), together=((256, 1000.0),)), num_jobs=4) == (
         "It is first in the queue. Its base model is loaded, but the trainer is full: with 4 jobs, each takes up to "
-        "3.6 times as long as alone. One more job would raise this to 4.5, and LORRY_MAX_SLOWDOWN is 4. The job joins "
+        "3.6 times as long as alone. One more job would raise this to 4.5, and LORRY_MAX_SLOWDOWN is 4. The job starts "
         "when one of them finishes."
     )
-    assert "it joins as soon as there is free capacity" in reported(Speeds(), num_jobs=16), (
+    assert "It starts as soon as that trainer has free capacity" in reported(Speeds(), num_jobs=16), (
         "without measured speeds a seventeenth job may join"
     )
 
@@ -181,18 +180,18 @@ def test_explanation_of_a_job_with_another_precision(world: World) -> None:
     same, other = world.queued(), world.queued(precision="float32")
 
     assert explained(world, same.id)["explanation"] == (
-        "It is first in the queue. Its base model is loaded: it joins as soon as there is free capacity."
+        "It is first in the queue. Its base model is loaded. It starts as soon as that trainer has free capacity."
     )
     why = explained(world, other.id)
     assert (why["precision"], why["resident_precisions"]) == ("float32", ["bfloat16"])
     assert why["explanation"] == (
-        "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32: it can't join and waits for "
-        "its own trainer. Jobs that can join a loaded trainer may start first, for at most 60 s."
+        "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32, so it waits for "
+        "another trainer. Later jobs that can join a loaded trainer may start first, for at most 60 s."
     )
     world.pass_time(61)
     workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
     assert explained(world, other.id)["explanation"].endswith(
-        "No job behind it joins a loaded trainer any more: it starts when the current jobs there have finished."
+        "Later jobs no longer join the loaded trainer. It starts when the jobs there finish."
     )
 
 
@@ -213,7 +212,7 @@ def test_other_precision_gets_no_priority_for_a_loaded_base(world: World) -> Non
     (first,) = world.claim(capacity=capacity)
 
     assert first.job.id == head.id
-    assert "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32: it can't join" in why
+    assert "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32, so it waits" in why
 
 
 def test_job_memory_includes_the_dropout_mask(world: World) -> None:
@@ -238,7 +237,7 @@ def test_position_reason_of_the_first_job_counts_none_ahead(world: World) -> Non
     reasons = [explained(world, job.id) for job in (first, second)]
 
     assert [why["position"] for why in reasons] == [1, 2]
-    assert "1 of its project's jobs runs, none waits before it;" in reasons[0]["position_reason"]
+    assert "1 of its project's jobs runs, no other waits before it;" in reasons[0]["position_reason"]
     assert "1 of its project's jobs runs and 1 waits before it;" in reasons[1]["position_reason"]
 
 
@@ -288,14 +287,14 @@ def test_explanation_of_a_job_that_backs_off_after_a_failure(world: World) -> No
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
 
     assert explained(world, claim.job.id)["explanation"] == (
-        "It waits 2 s after a failed attempt (trainer_crashed) before it is retried."
+        "Retrying in 2 s after a failed attempt (trainer_crashed)."
     )
     world.clock.advance(3)
     (claim,) = world.claim()
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
     world.clock.advance(9)
     world.worker()
-    assert "it waits for a worker of its own" in explained(world, claim.job.id)["explanation"]
+    assert "It waits for an idle worker and trains alone there" in explained(world, claim.job.id)["explanation"]
 
 
 def test_explanations_of_all_other_states(world: World) -> None:
@@ -320,10 +319,10 @@ def test_explanations_of_all_other_states(world: World) -> None:
 
     assert sentences == {
         "cancelled": "It was cancelled.",
-        "paused": "It is paused. Resume it to continue from its last checkpoint.",
+        "paused": f"It is paused. To continue where it stopped: `lorry jobs resume {paused.id}`.",
         "failed": "It failed. Too long.",
         "succeeded": f"It has succeeded: its adapter is {world.job(succeeded.job.id).adapter_name}.",
-        "running": "Worker w1 has claimed it, attempt 1; its trainer is loading the base model.",
+        "running": "It is starting on worker w1, attempt 1. The base model is being loaded.",
     }
     claims.started(world.db, running.claim_id, trainer_id="trainer-w1", resumed_from_step=None)
     assert explained(world, running.job.id)["explanation"] == "It is training on worker w1, attempt 1."
@@ -406,7 +405,7 @@ def test_different_quantizations_of_one_base_do_not_train_together(world: World)
     workers.worker_beat(world.db, "w1", resident_base=held.base_digest, trainer_id="t", report=None)
 
     assert (
-        "Its base model is loaded in bfloat16, but it needs nf4 with bfloat16:"
+        "Its base model is loaded in bfloat16, but it needs nf4 with bfloat16, so it waits"
         in explained(world, nf4.id)["explanation"]
     )
     assert world.claim(pack_key=held.pack_key, trainer_id="t") == []

@@ -125,11 +125,11 @@ def test_preemption_is_explained_without_naming_other_projects(world: World, bat
     left = explanation.explain(world.db, **world.of(batch.job.id))
 
     assert requested["explanation"] == (
-        "Its worker w1 was asked to save a checkpoint and release it for an urgent job; "
-        "it returns to its position in the queue."
+        "An urgent job is preempting it. Worker w1 was asked to save a checkpoint first. "
+        "It then returns to its position in the queue."
     )
-    assert "Jobs of lower classes are being preempted for it" in waiting["explanation"]
-    assert left["explanation"].startswith("It was preempted by a job of class urgent that had waited for 31 s")
+    assert "Jobs with a lower priority are being preempted for it" in waiting["explanation"]
+    assert left["explanation"].startswith("A job with priority urgent that had waited for 31 s preempted it.")
     reported = left["preemption"]
     assert (reported["for_class"], reported["makes"], reported["num_leaving"], reported["effective_priority"]) == (
         0,
@@ -141,8 +141,8 @@ def test_preemption_is_explained_without_naming_other_projects(world: World, bat
     assert reported["trained_seconds"] > SPARED
     events = world.events(batch.job.id)
     assert [event.message for event in events][-2:] == [
-        "An urgent job preempts this job, which saves a checkpoint and returns to its position in the queue.",
-        "An urgent job preempted this job, which returns to its position in the queue. Saved at step 5.",
+        "An urgent job preempts this job. It saves a checkpoint and returns to its position in the queue.",
+        "An urgent job preempted this job. It returned to its position in the queue. Saved at step 5.",
     ]
     for secret in (foreign.id, world.stranger.project_id, "theirs"):
         assert secret not in str((requested, left, [(event.message, event.data) for event in events]))
@@ -162,10 +162,10 @@ def test_jobs_behind_are_informed_of_a_preemption(world: World, batch: Claim) ->
     world.beat(batch.claim_id)
     meanwhile = reported(urgent), reported(behind)
 
-    assert "Jobs that can join a loaded trainer may start first, for at most 60 s." in before[0]
-    assert "Its base model is loaded: it joins as soon as there is free capacity." in before[1]
-    assert "No job behind it joins a loaded trainer before it trains. Jobs of lower classes are" in meanwhile[0]
-    assert "jobs are being preempted for a job ahead of it, which joins first." in meanwhile[1]
+    assert "Later jobs that can join a loaded trainer may start first, for at most 60 s." in before[0]
+    assert "Its base model is loaded. It starts as soon as that trainer has free capacity." in before[1]
+    assert "Until it starts, later jobs can't join a loaded trainer. Jobs with a lower priority are" in meanwhile[0]
+    assert "jobs are being preempted for a job ahead of it, which starts first." in meanwhile[1]
 
 
 def test_one_urgent_job_preempts_one_job_at_a_time(world: World, batch: Claim) -> None:

@@ -234,6 +234,6 @@ def test_attempt_event_names_a_new_or_a_loaded_trainer(world: World) -> None:
     world.claim(capacity=ONE)
     world.claim(capacity=replace(ONE, resident_key=second.pack_key))
 
-    for job, expected in ((first, "in a new trainer"), (second, "in a trainer that has its base model loaded")):
+    for job, expected in ((first, "in a new trainer"), (second, "in a trainer that has the base model loaded")):
         messages = [event.message for event in world.events(job.id)]
         assert messages[-1] == f"Attempt 1 started on worker w1 {expected}"

@@ -74,7 +74,7 @@ def test_position_reason_names_usage_and_aging() -> None:
     (entry,) = order([candidate("old", priority=2)], 2 * P, shares=had)
 
     assert entry.reason == (
-        "priority batch, promoted to urgent within its project by priority aging; none of its project's jobs runs or "
+        "priority batch, promoted to urgent within its project by priority aging; no other job of its project runs or "
         "waits before it; its project was charged 1234 device-seconds recently, at weight 2; waited 7200 s"
     )
 
@@ -201,11 +201,11 @@ def test_share_description_names_no_other_project() -> None:
         described["normalized_usage"],
     ) == (1, 2, 1, 300)
     assert ordering.share_sentence(described) == (
-        "2 projects have queued jobs: 1 was recently charged less, relative to weight."
+        "2 projects have queued jobs. 1 of them has less recent usage, relative to weight."
     )
     assert ordering.share_sentence(ordering.describe_share({"mine": had["mine"]}, "mine", POLICY)) is None
     assert ordering.share_sentence(ordering.describe_share(had, "other", POLICY)) == (
-        "2 projects have queued jobs: none was recently charged less, relative to its weight."
+        "2 projects have queued jobs. None has less recent usage, relative to its weight."
     )
 
 

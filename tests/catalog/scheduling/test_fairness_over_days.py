@@ -47,7 +47,7 @@ def test_queue_entry_explains_its_position() -> None:
     entry = order([candidate("a", 40)], 100)[0]
 
     assert (entry.position, entry.waited_seconds) == (1, 60)
-    assert entry.reason == "priority normal; none of its project's jobs runs or waits before it; waited 60 s"
+    assert entry.reason == "priority normal; no other job of its project runs or waits before it; waited 60 s"
 
 
 WAITING = st.builds(

@@ -158,7 +158,7 @@ def test_missing_best_adapter_of_a_sweep_is_explained(world: World) -> None:
         return refused.value.sentence()
 
     sweep_id = make(world, search={"type": "ask_tell", "trials": 1}, parameters={})
-    assert "Check the sweep's id" in remedy("sweep-unknown")
+    assert "Check the sweep's ID" in remedy("sweep-unknown")
     assert f"`lorry sweeps close {sweep_id}`" in remedy(sweep_id)
     add(world, sweep_id, 4)
     assert "Wait until the sweep finishes" in remedy(sweep_id)

@@ -105,7 +105,7 @@ def test_trial_that_ranks_too_low_at_a_rung_is_pruned(world: World) -> None:
     trial = sweep_queries.trial(world.db, **of(world, sweep_id), number=1)
     assert (trial.trial.rung, trial.value) == (0, 2.0)
     assert "rung 0" in str(trial.trial.stopped)
-    assert f"trial 1 of the sweep {sweep_id}" in explanation.explain(world.db, **world.of(pruned.id))["explanation"]
+    assert f"trial 1 of sweep {sweep_id}" in explanation.explain(world.db, **world.of(pruned.id))["explanation"]
     assert measure(world, claimed[2], 4, 1.5) is False  # the only trial at rung 1 so far
 
 

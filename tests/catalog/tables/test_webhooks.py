@@ -355,7 +355,7 @@ def test_endpoint_creation_is_idempotent_and_limited_in_number(hooks: Hooks, wor
     again = endpoints.create(world.db, **given, event_types=EVENT_TYPES, is_client_retry=True)
     for _ in range(endpoints.MAX_ENDPOINTS - 1):
         hooks.more()
-    with pytest.raises(Conflict, match="which is the maximum"):
+    with pytest.raises(Conflict, match="has reached its limit of"):
         hooks.more()
 
     assert (again[0].id, again[1]) == (hooks.row.id, hooks.secret)

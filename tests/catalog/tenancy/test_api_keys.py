@@ -281,7 +281,7 @@ def test_project_names_are_unique_and_valid(world: World) -> None:
         with pytest.raises(InvalidRequest, match=f"not a valid name for a project: it .*{fault}"):
             projects.create(world.db, name)
     projects.archive(world.db, caller=caller(world, "offices", is_operator=True), project="find")
-    with pytest.raises(Conflict, match=f"Archived project 'find' already exists, with the id {made.id}"):
+    with pytest.raises(Conflict, match=f"Archived project 'find' already exists, with the ID {made.id}"):
         projects.create(world.db, "find")
 
 

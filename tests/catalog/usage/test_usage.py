@@ -316,7 +316,7 @@ def test_explanation_contains_shares_without_other_projects(world: World) -> Non
     assert (share["projects_ahead"], share["num_projects"], share["weight"]) == (1, 2, 1)
     assert share["device_seconds"] == pytest.approx(75, abs=0.1)
     assert why["explanation"] == (
-        "1 job is ahead of it. 2 projects have queued jobs: 1 was recently charged less, relative to weight."
+        "1 job is ahead of it. 2 projects have queued jobs. 1 of them has less recent usage, relative to weight."
     )
     assert "shares" not in why
     seen = explanation.explain(world.db, **world.of(mine.id), sees_all=True)["shares"]

@@ -68,24 +68,24 @@ def test_empty_list_prints_the_next_command_on_stderr(service: Script, run: Run)
 
 def test_service_error_ends_with_its_doc_url(service: Script, run: Run) -> None:
     error = {
-        "message": "No job. Check the id.",
-        "remedy": "Check the id.",
+        "message": "No job. Check the ID.",
+        "remedy": "Check the ID.",
         "code": "job_not_found",
         "doc_url": "http://x/#a",
     }
     service.on("GET", f"{JOBS}/x", Reply(status=404, body={"error": error}))
 
-    assert run("jobs", "show", "x").stderr == "Error: No job. Check the id.\nMore: http://x/#a\n"
+    assert run("jobs", "show", "x").stderr == "Error: No job. Check the ID.\nMore: http://x/#a\n"
 
 
 def test_service_error_prints_its_message_on_stderr_and_exits_with_1(service: Script, run: Run) -> None:
-    service.on("GET", f"{JOBS}/x", error_reply("No job with the id 'x'. Check the id.", 404))
+    service.on("GET", f"{JOBS}/x", error_reply("No job with the ID 'x'. Check the ID.", 404))
 
     result = run("jobs", "show", "x", "--json")
 
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr == "Error: No job with the id 'x'. Check the id. (at model)\n"
+    assert result.stderr == "Error: No job with the ID 'x'. Check the ID. (at model)\n"
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_pull_of_a_failed_job_does_not_advise_waiting(service: Script, run: Run)
 
 def test_pull_of_a_sweep_without_an_adapter_suggests_a_command(service: Script, run: Run) -> None:
     error = {
-        "message": "No adapter with the id 'sweep-1'. See GET /v1/sweeps/{id}.",
+        "message": "No adapter with the ID 'sweep-1'. See GET /v1/sweeps/{id}.",
         "remedy": "See GET /v1/sweeps/{id}.",
         "code": "adapter_not_found",
     }
@@ -248,11 +248,11 @@ def test_verification_by_the_service_prints_its_problems(service: Script, run: R
 def test_unknown_adapter_error_mentions_the_missing_folder(
     service: Script, run: Run, method: str, command: str
 ) -> None:
-    error = {"message": "No adapter with the id 'gone'. Check it.", "remedy": "Check it.", "code": "adapter_not_found"}
+    error = {"message": "No adapter with the ID 'gone'. Check it.", "remedy": "Check it.", "code": "adapter_not_found"}
     service.on(method, f"/v1/adapters/gone/{command}", Reply(status=404, body={"error": error}))
 
     assert run("adapters", command, "gone").stderr.splitlines() == [
-        "Error: No adapter with the id 'gone'.",
+        "Error: No adapter with the ID 'gone'.",
         "Check it. There is no folder 'gone' here either.",
     ]
 

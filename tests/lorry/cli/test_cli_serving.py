@@ -105,7 +105,7 @@ def test_deploy_prints_the_error_and_exits_with_1(service: Script, run: Run) -> 
 def test_deploy_prints_each_reason_for_waiting_once(service: Script, run: Run) -> None:
     new = deployment("pending")
     gone = deployment("pending", last_error="Endpoint 'gpu' is unreachable.")
-    loading = deployment("pending", last_error="No worker is running. Start one.")
+    loading = deployment("pending", last_error="No worker is running. Start one: `lorry up` or `lorry worker`.")
     service.on("POST", f"{ADAPTER}/deployments", new)
     states = (new, gone, gone, loading, gone, deployment("ready", last_error=None))
     service.on("GET", DEPLOYMENTS, *({"data": [state]} for state in states))
@@ -117,7 +117,7 @@ def test_deploy_prints_each_reason_for_waiting_once(service: Script, run: Run) -
     assert [line for line in result.stderr.splitlines() if line.startswith(("The deployment waits", "Details"))] == [
         "The deployment waits. Endpoint 'gpu' is unreachable.",
         details,
-        "The deployment waits. No worker is running. Start one.",
+        "The deployment waits. No worker is running. Start one: `lorry up` or `lorry worker`.",
         details,
     ]
 

@@ -64,11 +64,11 @@ def test_id_that_is_a_prefix_of_another_id_is_unambiguous(service: Script, run: 
 
 
 def test_unmatched_prefix_is_sent_unchanged(service: Script, run: Run) -> None:
-    error = {"message": "No job with the id 'x'.", "code": "job_not_found", "remedy": "Check it."}
+    error = {"message": "No job with the ID 'x'.", "code": "job_not_found", "remedy": "Check it."}
     service.on("GET", JOBS, listed(FULL))
     service.on("GET", f"{JOBS}/x", Reply(status=404, body={"error": error}))
 
-    assert run("jobs", "show", "x").stderr == "Error: No job with the id 'x'.\nCheck it.\n"
+    assert run("jobs", "show", "x").stderr == "Error: No job with the ID 'x'.\nCheck it.\n"
 
 
 def test_key_without_the_scope_to_list_can_still_act_on_a_full_id(service: Script, run: Run) -> None:

@@ -111,7 +111,7 @@ def test_archive_that_differs_from_the_manifest_leaves_nothing(
 def test_oversized_member_does_not_fill_the_disk(service: Script, client: Lorry, tmp_path: Path) -> None:
     serve(service, tar({"manifest.json": b"x" * 2**24, **FILES}))
 
-    with pytest.raises(BadDownload, match="the maximum for the files in its manifest"):
+    with pytest.raises(BadDownload, match="that the files in its manifest can need"):
         client.adapters.pull("a", tmp_path / "adapter")
 
     assert list(tmp_path.iterdir()) == []
@@ -177,7 +177,7 @@ def test_tampering_with_a_pulled_adapter_is_detected(pulled: Path) -> None:
         f"{BIG} does not match its digest.",
         "sub/extra.txt is missing.",
         "more.py is not in the manifest.",
-        "The lineage record does not match its id.",
+        "The lineage record does not match its ID.",
     ]
 
 

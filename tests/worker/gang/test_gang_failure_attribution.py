@@ -190,7 +190,7 @@ def test_a_leader_that_loses_the_lead_ends_its_attempts(gang: GangSite, monkeypa
     attempt = attempt_of(gang, leads(gang, partial(failed_rendezvous, gang)))
 
     assert (attempt.reason, attempt.blamed_worker_id) == (EndReason.INFRA_LOST, "")
-    assert "another worker leads the gang now" in str(attempt.detail)
+    assert "Another worker became the leader of the gang" in str(attempt.detail)
 
 
 def test_an_unknown_end_reason_of_a_newer_member_is_infra_lost(gang: GangSite) -> None:

@@ -1,4 +1,4 @@
-"""The messages of the worker that a trainer has yet to handle."""
+"""Holds the messages of the worker that a trainer has yet to handle."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lorry.models.batches import Batch
 
-app = group("Answer files of inference requests at low priority.")
+app = group("Run batch inference from JSONL files, at low priority.")
 BatchId = Annotated[str, typer.Argument(metavar="BATCH", help="ID of the batch, or a unique prefix of it.")]
 SHOWN_ERRORS = 10
 

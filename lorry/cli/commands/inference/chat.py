@@ -49,7 +49,7 @@ def chat(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Maximum number of tokens of an answer (default: the model's maximum; with --complete: 16)."
+            min=1, help="Maximum tokens to generate (default: the model's maximum length; with --complete: 16)."
         ),
     ] = None,
     temperature: Annotated[

@@ -185,7 +185,7 @@ def test_the_client_knows_the_engine_once_the_answer_has_begun(service: Script) 
     ("end", "printed"),
     [
         ('data: {"error": {"message": "The worker was lost.", "code": "x"}}\n\n', "Error: The worker was lost."),
-        ("", "Error: The service ended the answer early."),
+        ("", "Error: The response stream ended early."),
     ],
 )
 def test_answer_that_breaks_off_is_an_error(service: Script, run: Run, end: str, printed: str) -> None:
