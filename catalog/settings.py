@@ -97,7 +97,7 @@ class Settings(EnvironmentSettings):
     idle_seconds: float = Field(
         default=1800,
         ge=0,
-        description="Time that a trainer without jobs keeps its base model loaded, in seconds. It yields to other work.",
+        description="Time that a trainer without jobs keeps its base model loaded, in seconds. Other work unloads it.",
     )
     standby_trainer: bool = Field(
         default=True, description="Keep a warm standby trainer, with torch imported, while the worker is idle."
