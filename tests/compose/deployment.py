@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -91,7 +92,7 @@ class Deployment:
                 f"{service} is healthy",
             )
 
-    def job(self, job_id: str) -> dict[str, object]:
+    def job(self, job_id: str) -> dict[str, Any]:
         return json.loads(
             subprocess.check_output(["lorry", "jobs", "show", job_id, "--json"], cwd=self.folder, env=self.env)
         )
@@ -156,9 +157,9 @@ def _copy_checkout(target: Path) -> None:
     """Copy the files that git tracks or would track."""
     listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).exists():  # tracked files may be deleted
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
 
 
 def _override(checkout: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the logs of the containers must not contain."""
+"""Finds tracebacks and lines of another format in the logs of the containers."""
 
 from __future__ import annotations
 
