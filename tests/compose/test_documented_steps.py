@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -93,17 +94,22 @@ def test_job_trains_and_its_adapter_answers_and_is_pulled(lorry: Deployment) -> 
 
 
 def test_cordon_survives_a_new_container(lorry: Deployment) -> None:
-    (before,) = json.loads(lorry.shell("lorry workers list --json"))["data"]
+    (before,) = running_workers(lorry)
     lorry.shell(f"lorry workers cordon {before['id']}")
     lorry.collect_logs()
 
     lorry.shell("docker compose up -d --force-recreate --no-deps worker-cpu")
     lorry.wait_until_healthy("worker-cpu")
 
-    workers = json.loads(lorry.shell("lorry workers list --json"))["data"]
-    (after,) = [worker for worker in workers if worker["id"] != before["id"] and worker["state"] != "lost"]
-    assert (after["host"], after["cordoned"]) == (before["host"], True)
+    (after,) = running_workers(lorry)
+    assert after["id"] != before["id"]
+    assert after["cordon"] is not None
     lorry.shell(f"lorry workers uncordon {after['id']}")
+
+
+def running_workers(lorry: Deployment) -> list[dict[str, Any]]:
+    listed = json.loads(lorry.shell("lorry workers list --json"))
+    return [worker for worker in listed if worker["state"] in ("idle", "busy")]
 
 
 def test_job_survives_a_killed_worker(lorry: Deployment) -> None:
@@ -111,6 +117,7 @@ def test_job_survives_a_killed_worker(lorry: Deployment) -> None:
     lorry.until(lambda: ((lorry.job(job_id)["progress"] or {}).get("step") or 0) >= 2, "the job trains")
 
     lorry.shell(f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {lorry.container('worker-cpu')})")
+    assert lorry.job(job_id)["status"] == "running", "the job is too short for this test"
 
     lorry.until(lambda: lorry.job(job_id)["status"] == "succeeded", "the job succeeds")
 
