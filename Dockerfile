@@ -1,60 +1,57 @@
-# syntax=docker/dockerfile:1
-# Packages are installed from lock files with hashes, and base images are pinned by digest.
-# `docker buildx imagetools inspect NAME:TAG` prints the digest of a newer image.
+# Packages are installed from lock files with hashes, and before the code is copied: a change of the code installs none.
 # Three targets: `api` (without torch), `worker` (with torch), `store` (the S3 gateway as an unprivileged user).
+# The tag of Python is exact, but has no digest yet. `docker buildx imagetools inspect NAME:TAG` prints it.
 
-FROM python:3.12.14-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254 AS code
-ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+FROM python:3.12.14-slim-trixie AS python
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
     HOME=/var/lib/lorry HF_HOME=/var/lib/lorry/hub
 RUN groupadd --gid 10001 lorry \
-    && useradd --uid 10001 --gid lorry --home-dir /var/lib/lorry --create-home --shell /usr/sbin/nologin lorry
+    && useradd --uid 10001 --gid lorry --home-dir /var/lib/lorry --no-create-home --shell /usr/sbin/nologin lorry \
+    && install -d -o lorry -g lorry -m 700 /var/lib/lorry
 WORKDIR /opt/lorry
-COPY requirements requirements
-COPY pyproject.toml setup.py README.md LICENSE alembic.ini ./
-COPY client client
-COPY lorry lorry
-COPY migrations migrations
-COPY catalog catalog
-COPY lora_core lora_core
-COPY worker worker
-COPY dashboard dashboard
-COPY api api
 
-FROM code AS api
-# pg_dump and pg_restore for backups. They must not be older than the server, and Debian's packages may be.
-ARG POSTGRES_CLIENT=17
-RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates postgresql-common \
-    && /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y \
-    && apt-get install --yes --no-install-recommends "postgresql-client-$POSTGRES_CLIENT" \
+FROM python AS api
+# pg_dump and pg_restore for backups. They must not be older than the server.
+RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates postgresql-client-17 \
     && rm -rf /var/lib/apt/lists/*
-RUN pip install --require-hashes --no-deps -r requirements/api.lock \
-    && pip install --no-deps --no-build-isolation --editable client --editable .
+COPY requirements/api.lock requirements/
+RUN pip install --require-hashes --no-deps -r requirements/api.lock
+COPY . .
+RUN pip install --no-deps --no-build-isolation --editable client --editable . && python -m compileall -q .
 USER lorry
 EXPOSE 8000
 CMD ["python", "-m", "api", "serve", "--host", "0.0.0.0", "--port", "8000"]
 
-FROM code AS worker
-# Triton compiles the launchers of GPU kernels at run time, with this C compiler.
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+FROM python AS worker
 # torch (PyPI's build with CUDA) or torch-cpu.
 ARG TORCH=torch
-RUN pip install --require-hashes --no-deps -r requirements/worker.lock \
-    && pip install --require-hashes --no-deps -r "requirements/$TORCH.lock" \
-    && pip install --no-deps --no-build-isolation --editable client --editable .
+# Triton compiles the launchers of GPU kernels at run time, with this C compiler.
+RUN if [ "$TORCH" = torch ]; then \
+        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
+COPY requirements/$TORCH.lock requirements/
+RUN pip install --require-hashes --no-deps -r "requirements/$TORCH.lock"
+COPY requirements/worker.lock requirements/
+RUN pip install --require-hashes --no-deps -r requirements/worker.lock
+COPY . .
+RUN pip install --no-deps --no-build-isolation --editable client --editable . && python -m compileall -q .
 ENV OMP_WAIT_POLICY=PASSIVE
 USER lorry
-# The build fails if the image can't compile and load a shared object, as Triton does at run time.
+# The build fails if an image with CUDA can't compile and load a shared object, as Triton does at run time.
 RUN python <<'EOF'
-import ctypes, subprocess, sys, sysconfig, tempfile
+import ctypes, os, subprocess, sys, sysconfig, tempfile
 from worker.process.sandbox import environment
 
+if os.environ["TORCH"] != "torch":
+    sys.exit()
 source = b"#include <Python.h>\nint version(void) { return PY_VERSION_HEX; }"
 with tempfile.TemporaryDirectory(dir=environment()["TRITON_CACHE_DIR"]) as folder:
     compiler = ["cc", "-shared", "-fPIC", "-I", sysconfig.get_path("include"), "-x", "c", "-", "-o", f"{folder}/probe.so"]
     subprocess.run(compiler, input=source, check=True)
     assert ctypes.CDLL(f"{folder}/probe.so").version() == sys.hexversion
 EOF
-CMD ["celery", "--app=worker.entrypoints.celery_app", "worker", "--queues=lorry", "--concurrency=1", "--without-gossip", "--without-mingle"]
+CMD ["python", "-P", "-m", "worker.entrypoints.celery_worker"]
 
 FROM versity/versitygw:v1.8.0@sha256:30292fc2eeacc67a36993b01f7a7a5e3361a19cced0e80c1d71cfa2a4b0a2499 AS store
 RUN mkdir -p /data && chown 10001:10001 /data

@@ -2,7 +2,7 @@
 # Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=… KIT_ARGS=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up dist test test-slow test-postgres test-deepspeed test-faults soak fuzz bench gpu-kit bench-api check audit lock clean \
+.PHONY: help demo up dist test test-slow test-postgres test-compose test-deepspeed test-faults soak fuzz bench gpu-kit bench-api check audit lock clean \
 	check-lint check-format check-types check-imports check-migrations check-words check-documents
 .SUFFIXES:
 
@@ -26,6 +26,7 @@ help:
 	@echo "make test        run the fast tests; starts its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; downloads a real language model, 100 MB"
 	@echo "make test-postgres    run the tests of API server, catalog and clients on PostgreSQL instead of SQLite"
+	@echo "make test-compose     follow the guides' steps with Docker Compose on a Docker engine; needs root and mmdebstrap; 15 minutes"
 	@echo "make test-deepspeed   run the tests of DeepSpeed ZeRO-3 sharding; installs DeepSpeed and compiles a part of it"
 	@echo "make test-faults      run the fault-injection tests on a real service with SQLite and PostgreSQL; about an hour"
 	@echo "make soak        run the chaos soak test: 300 jobs on four workers, a random fault every few seconds; 45 minutes"
@@ -51,7 +52,7 @@ docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/.installed
-	$(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not docker" $(SHARED_OUT) $(PYTEST_ARGS)
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow --timeout 1800 $(SHARED_OUT) $(PYTEST_ARGS)
@@ -59,6 +60,9 @@ test-slow: .venv/.installed
 test-postgres: .venv/.installed
 	LORRY_TEST_DATABASE=postgresql $(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS) \
 		tests/api tests/catalog tests/lorry tests/system/test_openai_client.py
+
+test-compose: .venv/.installed
+	$(PYTEST) -m docker --timeout 5400 -s $(PYTEST_ARGS) tests/compose
 
 # DeepSpeed has a folder of its own next to .venv: wherever it is installed, transformers imports it each time.
 DEEPSPEED := $(CURDIR)/.venv/deepspeed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -15,12 +16,14 @@ from api.auth.service_identity import secret_of
 from api.commands import backup
 from api.commands.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, sign_in_url, warn_if_readable
 from catalog import logs, pepper, variables
+from catalog.db.errors import DatabaseSilent
 from catalog.errors import LorryError
 from catalog.settings import Settings
 from catalog.tenancy import authentication, projects
 
 LINK_SECONDS = 900
 DEFAULT_PORT = 8000
+START_DATABASE = "Start the database, or correct LORRY_DATABASE_URL. Then repeat this command."
 log = logging.getLogger("lorry.api")
 
 
@@ -30,6 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     logs.configure(arguments.log_level)
     try:
         return arguments.run(arguments, Settings())
+    except DatabaseSilent as error:  # its remedy is that of a request
+        print(f"{error.message} {START_DATABASE}", file=sys.stderr)  # noqa: T201
+        return 1
+    except OSError as error:
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(  # noqa: T201
+            f"The user with ID {os.geteuid()} can't write {error.filename}: {error.strerror}. Give that user the "
+            "folder, or set LORRY_DATA_DIR to a folder that the user can write.",
+            file=sys.stderr,
+        )
+        return 1
     except LorryError as error:
         print(error.sentence(), file=sys.stderr)  # noqa: T201
         return 1

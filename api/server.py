@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
 from types import FrameType
 
 import uvicorn
@@ -49,8 +50,16 @@ class Server(uvicorn.Server):
             self.announce(address_of(host, port))
 
     def announce(self, url: str) -> None:
-        """Print the address for the process that started this one."""
-        print(json.dumps({"event": "ready", "url": url}), flush=True)  # noqa: T201
+        """Print the address for the process that started this one, in the format of JSON logs."""
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "level": "info",
+            "logger": __name__,
+            "message": f"ready url={url}",
+            "event": "ready",
+            "url": url,
+        }
+        print(json.dumps(line), flush=True)  # noqa: T201
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._services.feed.close()

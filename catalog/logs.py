@@ -1,7 +1,8 @@
 """Logs to stderr from API servers, workers and trainers, with secrets redacted.
 
 Lines are plain text by default. With LORRY_LOG_FORMAT=json, each line is a JSON object with the ids that apply to it:
-request, API key, project, client address, job, claim, trainer, worker and trace.
+request, API key, project, client address, job, claim, trainer, worker and trace. An outage repeats the same warnings
+several times per second: each is logged once, and then every 30 seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -27,6 +29,8 @@ SECRETS = re.compile(
     re.I,
 )
 FORMAT = "LORRY_LOG_FORMAT"
+REPEAT_SECONDS = 30.0
+"""Minimum time between two equal warnings."""
 TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 Subject = Literal["request", "job", "claim", "trainer", "worker", "trace", "key", "project", "address"]
 """Kinds of ids in log lines; `address` is the client's network address. A secret is never a subject."""
@@ -61,21 +65,43 @@ class RedactedJson(logging.Formatter):
         return json.dumps({name: redact(text) for name, text in entry.items()}, ensure_ascii=False)
 
 
+class Repetitions(logging.Filter):
+    """Omits a warning that is equal to one of the last 30 seconds, with the same subjects and no traceback."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._shown_at: dict[tuple[str, ...], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or record.exc_info:
+            return True
+        now = self._clock()
+        self._shown_at = {line: at for line, at in self._shown_at.items() if now - at < REPEAT_SECONDS}
+        line = (record.name, record.getMessage(), *subjects().values())
+        if line in self._shown_at:
+            return False
+        self._shown_at[line] = now
+        return True
+
+
 def redact(text: str) -> str:
     return SECRETS.sub(lambda found: f"{found[1] or found[2] or found[3] or found[4]}…", text)
 
 
-def redact_handlers(logger: logging.Logger) -> None:
-    """Replace the formatters of handlers that a library has set up itself."""
+def set_up_handlers(logger: logging.Logger) -> None:
+    """Set up the handlers that a library has created itself, and keep the format of their text lines."""
     for handler in logger.handlers:
         formatter = handler.formatter
         handler.setFormatter(_formatter(formatter._fmt if formatter else None))
+        handler.addFilter(Repetitions())
 
 
 def configure(level: str) -> None:
     """Set up one handler for Lorry and its libraries. Raises SystemExit if LORRY_LOG_FORMAT is not json or text."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(TEXT))
+    handler.addFilter(Repetitions())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # httpx logs each URL at INFO, and the URL of a webhook may contain a secret.
     logging.getLogger("httpx").setLevel(logging.WARNING)

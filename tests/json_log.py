@@ -22,7 +22,7 @@ def json_log(logger_name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[io.S
     handler, level = logging.StreamHandler(out), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logs.redact_handlers(logger)
+    logs.set_up_handlers(logger)
     try:
         yield out
     finally:

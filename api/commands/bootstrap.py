@@ -1,4 +1,5 @@
-"""The first start: creates the tables, a project and one operator key. Repeated calls create nothing twice."""
+"""The first start: creates the bucket, the tables, a project and one operator key. Repeated calls create nothing
+twice."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from catalog.fleet import compatibility
 from catalog.maintenance.backup import integrity
 from catalog.pepper import Pepper
 from catalog.settings import Settings
+from catalog.storage.object_storage import create_missing_bucket
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication, projects
 
@@ -35,10 +37,12 @@ class Bootstrapped:
 
 
 def bootstrap(settings: Settings) -> Bootstrapped:
-    """Create or migrate the database. Safe to repeat and to run concurrently: only one call gets the key."""
+    """Create the bucket, and create or migrate the database. Safe to repeat and to run concurrently: only one call gets
+    the key."""
     with full_disk_named():
         durable.make_folder(settings.data_dir, mode=0o700)
     warn_if_readable(settings.data_dir)
+    create_missing_bucket(settings.resolved_store_url())
     db = Database(settings.resolved_database_url())
     try:
         db.migrate()

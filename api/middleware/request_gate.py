@@ -30,6 +30,8 @@ from catalog.errors import Unauthorized, Unavailable
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST handler enforces its own limit: the route counts the bytes of the file."""
+HEALTH_CHECKS = ("/healthz", "/readyz")
+"""Paths that a container engine requests every few seconds. They are logged at the level debug."""
 log = logging.getLogger("lorry.api")
 
 
@@ -163,7 +165,8 @@ class Gate:
         if rejected is not None:
             self._telemetry.count_rejected_key(rejected)
         with logs.about(_subjects(exchange)):
-            log.info(
+            log.log(
+                logging.DEBUG if exchange.path in HEALTH_CHECKS else logging.INFO,
                 "request id=%s method=%s path=%s status=%d seconds=%.4f key=%s project=%s address=%s%s",
                 exchange.request_id,
                 exchange.scope["method"],

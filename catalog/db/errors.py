@@ -34,6 +34,10 @@ EXCERPT = 20
 """Number of characters on each side of an invalid character that a message shows."""
 
 
+class DatabaseSilent(Unavailable):
+    """The database can't be reached, or the connection was lost. A transaction may or may not have been committed."""
+
+
 @contextmanager
 def translated() -> Generator[None]:
     try:
@@ -221,8 +225,8 @@ def busy() -> Unavailable:
     )
 
 
-def silent() -> Unavailable:
-    return Unavailable(
+def silent() -> DatabaseSilent:
+    return DatabaseSilent(
         "The database is not responding.",
         code="database_unavailable",
         remedy="Try again in a few seconds, with an Idempotency-Key to apply a request only once. If this recurs, "

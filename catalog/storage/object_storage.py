@@ -8,21 +8,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
+from urllib.request import Request, url2pathname, urlopen
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.store import LocalStore, ObjectStore, S3Store, from_url
 
 from catalog import durable
 from catalog.disk import is_full, out_of_space
-from catalog.errors import OutOfSpace, Unavailable
+from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -33,6 +33,7 @@ PROBE = "clock"
 """Key of the object that is written to read a bucket's clock."""
 STORE_SETTING = "the location in LORRY_STORE_URL (default: the folder `store` in the data folder)"
 DENIED = (PermissionError, PermissionDeniedError, UnauthenticatedError)
+NO_SUCH_BUCKET = "<Code>NoSuchBucket</Code>"
 STAGED = re.compile(r".*#\d+")
 """Name pattern of local files that obstore has not finished writing."""
 
@@ -48,6 +49,34 @@ class StoredObject:
     key: str
     num_bytes: int
     written_at: float
+
+
+def create_missing_bucket(url: str) -> None:
+    """Create the bucket of an s3:// URL if it does not exist. Other URLs are ignored.
+
+    Raises InvalidRequest if it can't be created, and Unavailable.
+    """
+    if urlsplit(url).scheme != "s3":
+        return
+    try:
+        with _translated_at("The artifact store", STORE_SETTING, None):
+            next(iter(cast(Any, obstore).list(_open(url, None), chunk_size=1)), None)
+            return
+    except Unavailable as error:
+        if NO_SUCH_BUCKET not in str(error.__cause__):
+            raise
+    name = urlsplit(url).netloc
+    # obstore creates no buckets. With this option, its URLs contain keys, but not the bucket: the key is the bucket.
+    service = S3Store(bucket=name, virtual_hosted_style_request=True, client_options=_client_options())
+    signed = obstore.sign(service, "PUT", name, timedelta(minutes=5))
+    try:
+        urlopen(Request(signed, method="PUT"), timeout=60).close()  # noqa: S310  (the address of the store)
+    except OSError as error:  # also a response that rejects the request
+        raise InvalidRequest(
+            f"The bucket {name!r} of LORRY_STORE_URL does not exist and can't be created: {error}.",
+            code="bucket_not_created",
+            remedy="Create the bucket, or allow the access key in AWS_ACCESS_KEY_ID to create it. Then try again.",
+        ) from error
 
 
 class Objects:
@@ -144,26 +173,8 @@ class Objects:
             durable.sync(folder)
         self._synced.add(path.parent)
 
-    @contextmanager
-    def _translated(self, key: str = "") -> Generator[None]:
-        """Translate errors of obstore and of the system to NoSuchObject, OutOfSpace and Unavailable."""
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise NoSuchObject(key) from error
-        except (BaseError, OSError) as error:
-            if is_full(error):
-                raise out_of_space(self._name[0].lower() + self._name[1:]) from error
-            reason = getattr(error, "strerror", None)
-            raise Unavailable(
-                f"{self._name} denied access."
-                if isinstance(error, DENIED)
-                else f"{self._name} can't be accessed{f': {reason}' if reason else ''}.",
-                code="store_unavailable",
-                remedy=f"Correct the permissions or the credentials for {self._checked}."
-                if isinstance(error, DENIED)
-                else f"Try again in a few seconds. If the error persists, check {self._checked}.",
-            ) from error
+    def _translated(self, key: str = "") -> AbstractContextManager[None]:
+        return _translated_at(self._name, self._checked, self.folder, key=key)
 
     def delete_staged(self, *, older_than: float) -> None:
         """Delete unfinished files that killed writers have left in a local folder.
@@ -177,6 +188,31 @@ class Objects:
                 path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _translated_at(name: str, checked: str, folder: Path | None, *, key: str = "") -> Generator[None]:
+    """Translate errors of obstore and of the system to NoSuchObject, OutOfSpace and Unavailable."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NoSuchObject(key) from error
+    except (BaseError, OSError) as error:
+        if is_full(error):
+            raise out_of_space(name[0].lower() + name[1:]) from error
+        if isinstance(error, DENIED):
+            where = "" if folder is None else f": the user with ID {os.geteuid()} can't use the folder {folder}"
+            raise Unavailable(
+                f"{name} denied access{where}.",
+                code="store_unavailable",
+                remedy=f"Correct the permissions or the credentials for {checked}.",
+            ) from error
+        reason = getattr(error, "strerror", None)
+        raise Unavailable(
+            f"{name} can't be accessed{f': {reason}' if reason else ''}.",
+            code="store_unavailable",
+            remedy=f"Try again in a few seconds. If the error persists, check {checked}.",
+        ) from error
+
+
 def _folder(url: str) -> Path | None:
     parts = urlsplit(url)
     return Path(url2pathname(parts.path)) if parts.scheme == "file" else None
@@ -185,9 +221,12 @@ def _folder(url: str) -> Path | None:
 def _open(url: str, folder: Path | None) -> ObjectStore:
     if folder is not None:
         return LocalStore(folder, mkdir=True)
+    return from_url(url, client_options=_client_options(), retry_config=RETRY)
+
+
+def _client_options() -> ClientConfig:
     plain = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("true", "1")
-    options: ClientConfig = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=60)}
-    return from_url(url, client_options={**options, "allow_http": plain}, retry_config=RETRY)
+    return {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=60), "allow_http": plain}
 
 
 def _entry(meta: Any) -> StoredObject:

@@ -300,3 +300,21 @@ def test_command_with_an_invalid_setting_prints_one_sentence(tmp_path: Path) -> 
         "LORRY_LEASE_SECONDS is invalid. Input should be a valid number, unable to parse string as a number. "
         "Correct these environment variables, and start again.\n"
     )
+
+
+def test_start_without_a_database_has_a_remedy_for_operators(tmp_path: Path) -> None:
+    done = run(tmp_path, "serve", check=False, LORRY_DATABASE_URL="postgresql://lorry@127.0.0.1:1/lorry")
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        "The database is not responding. Start the database, or correct LORRY_DATABASE_URL. Then repeat this command.\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which even root can create nothing")
+def test_data_folder_that_the_user_cannot_write_is_named() -> None:
+    done = run(Path("/sys/lorry"), "bootstrap", check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"The user with ID {os.geteuid()} can't write /sys/lorry: ")
+    assert "set LORRY_DATA_DIR to a folder that the user can write" in done.stderr

@@ -30,3 +30,11 @@ def test_request_log_line_names_request_job_and_trace(client: TestClient, world:
     assert (first["job"], first["trace"]) == (job.id, CLIENTS[3:35])
     assert first["request"] == answer.headers["x-request-id"]
     assert not {"job", "trace"} & set(second)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_health_checks_are_not_logged_at_the_level_info(client: TestClient, out: io.StringIO, path: str) -> None:
+    client.get(path)
+    client.get("/v1/files")
+
+    assert [line["message"].split()[3] for line in lines_of(out)] == ["path=/v1/files"]

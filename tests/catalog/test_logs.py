@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from catalog import logs, tracing
-from catalog.logs import Redacted, configure, redact, redact_handlers
+from catalog.logs import Redacted, Repetitions, configure, redact, set_up_handlers
 from tests.json_log import lines_of
 
 
@@ -47,7 +47,7 @@ def test_existing_handlers_keep_their_format_and_are_redacted() -> None:
     logger.addHandler(logging.StreamHandler(out))
     logger.handlers[0].setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
 
-    redact_handlers(logger)
+    set_up_handlers(logger)
     logger.warning("token=canary-123456")
 
     assert out.getvalue() == "[WARNING] token=…\n"
@@ -84,7 +84,7 @@ def json_lines(monkeypatch: pytest.MonkeyPatch) -> tuple[logging.Logger, io.Stri
     monkeypatch.setenv("LORRY_LOG_FORMAT", "json")
     out, logger = io.StringIO(), logging.Logger("lorry.tests")
     logger.addHandler(logging.StreamHandler(out))
-    redact_handlers(logger)
+    set_up_handlers(logger)
     return logger, out
 
 
@@ -127,3 +127,32 @@ def test_unknown_format_is_rejected_with_the_known_ones(monkeypatch: pytest.Monk
 
     with pytest.raises(SystemExit, match=r"'xml'\. Set it to json or text"):
         configure("info")
+
+
+def test_equal_warnings_are_logged_once_in_thirty_seconds() -> None:
+    now, out, logger = [0.0], io.StringIO(), logging.Logger("lorry.tests")
+    logger.addHandler(logging.StreamHandler(out))
+    logger.handlers[0].addFilter(Repetitions(clock=lambda: now[0]))
+
+    for second in range(61):
+        now[0] = second
+        logger.warning("The database is not responding.")
+        logger.info("request")
+
+    assert out.getvalue().count("not responding") == 3
+    assert out.getvalue().count("request") == 61
+
+
+def test_warnings_with_other_subjects_or_a_traceback_are_never_omitted() -> None:
+    out, logger = io.StringIO(), logging.Logger("lorry.tests")
+    logger.addHandler(logging.StreamHandler(out))
+    set_up_handlers(logger)
+
+    for job in ("ftjob-1", "ftjob-2"):
+        with logs.about({"job": job}):
+            logger.warning("Not recorded.")
+    for _ in range(2):
+        logger.error("crash", exc_info=ValueError("reason"))
+
+    assert out.getvalue().count("Not recorded.") == 2
+    assert out.getvalue().count("ValueError: reason") == 2

@@ -33,10 +33,10 @@ def services(path: str) -> list[dict[str, Any]]:
     return [found[name] for name in COMPOSE[path]]
 
 
-def test_worker_image_can_compile_the_launchers_of_triton() -> None:
+def test_only_worker_images_with_cuda_can_compile_the_launchers_of_triton() -> None:
     installed = stage("worker")
 
-    assert "gcc" in installed.split()
+    assert re.search(r'if \[ "\$TORCH" = torch \]; then \\\n[^;]* gcc ', installed.replace("&&", ""))
     assert "libc6-dev" in installed.split()
     assert not {"gcc", "libc6-dev"} & set(stage("api").split())
 
@@ -54,7 +54,7 @@ def test_worker_image_that_cannot_compile_a_shared_object_is_not_built(can_compi
     if not can_compile:
         (tmp_path / "cc").symlink_to("/bin/false")
         programs.insert(0, str(tmp_path))
-    variables = {"PATH": ":".join(programs), "HOME": str(tmp_path)}
+    variables = {"PATH": ":".join(programs), "HOME": str(tmp_path), "TORCH": "torch"}
 
     done = subprocess.run(
         ["/bin/sh", "-c", command], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
@@ -73,7 +73,7 @@ def test_compiled_kernels_are_kept_on_a_volume(path: str, monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)
 
     assert all(Path(folder).is_relative_to(tmp_path) for folder in environment().values())
-    assert f"HOME={HOME}" in stage("code").split()
+    assert f"HOME={HOME}" in stage("python").split()
     for service in services(path):
         assert any(volume.partition(":")[2] == HOME for volume in service["volumes"])
         assert not any(Path(HOME).is_relative_to(folder) for folder in service["tmpfs"])
@@ -85,11 +85,22 @@ def test_workers_get_the_token_of_the_hub(path: str) -> None:
         assert service["environment"]["HF_TOKEN"] == "${HF_TOKEN:-}"
 
 
-def test_compose_starts_one_worker_for_each_gpu() -> None:
-    _, gpu = services("docker-compose.yml")
+@pytest.mark.parametrize("path", COMPOSE)
+def test_compose_starts_one_worker_for_each_gpu(path: str) -> None:
+    *_, gpu = services(path)
     program, *options, groups = gpu["command"].split()
 
     assert [program, *options] == ["python", "-P", "-m", node_supervisor.__name__]
     assert groups == "${LORRY_GROUPS:-}"
     (reserved,) = gpu["deploy"]["resources"]["reservations"]["devices"]
     assert reserved["count"] == "all"
+
+
+@pytest.mark.parametrize("name", ["api", "worker"])
+def test_change_of_the_code_installs_no_packages(name: str) -> None:
+    before, copied, after = stage(name).partition("\nCOPY . .\n")
+
+    assert copied
+    assert "--require-hashes" in before
+    assert "apt-get" in before
+    assert not re.search("--require-hashes|apt-get", after)

@@ -167,7 +167,8 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     store = open_store(settings)
     worker_id = f"worker-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
     intervals = {"lease_seconds": settings.lease_seconds, "heartbeat_seconds": settings.heartbeat_seconds}
-    heartbeat = Heartbeat(db, worker_id, policy=Policy.of(settings), **intervals)
+    touched = settings.work_dir() / f"heartbeat-{socket.gethostname()}"
+    heartbeat = Heartbeat(db, worker_id, policy=Policy.of(settings), touched=touched, **intervals)
     notifier = FileNotifier(settings.notification_path())
     context = WorkerContext(
         settings=settings,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from catalog.clock import boot_seconds
@@ -36,12 +38,15 @@ class Heartbeat:
         lease_seconds: float,
         heartbeat_seconds: float,
         policy: Policy = USUAL,
+        touched: Path | None = None,
     ) -> None:
+        """touched: a file whose age is the time since the last successful heartbeat, for health checks."""
         self._db = db
         self._worker_id = worker_id
         self._lease_seconds = lease_seconds
         self._heartbeat_seconds = heartbeat_seconds
         self._policy = policy
+        self._touched = touched
         self._lock = threading.Lock()
         self._renewed_at: dict[str, float] = {}
         self._directives: dict[str, ClaimDirectives] = {}
@@ -116,6 +121,9 @@ class Heartbeat:
         with self._lock:
             held = list(self._renewed_at)
         directives = workers.worker_beat(self._db, self._worker_id, **self._status())
+        if self._touched is not None:
+            with suppress(OSError):  # a full or read-only disk must not cost the leases
+                self._touched.touch()
         if directives.drain and not self.drain:
             self.drain = True
             self.on_drain()

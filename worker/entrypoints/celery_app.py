@@ -2,7 +2,7 @@
 
 A lost message costs seconds, and a duplicate costs nothing: claims in the database decide which job trains. API servers
 send messages after submissions, and periodically while work waits. An idle worker also polls the database. Run it with
-`celery -A worker.entrypoints.celery_app worker -c 1 -Q lorry --without-gossip --without-mingle`.
+`python -m worker.entrypoints.celery_worker`.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -116,7 +116,7 @@ poller = QueuePoller(_work, seconds=POLL_SECONDS)
 @after_setup_logger.connect
 @after_setup_task_logger.connect
 def _redact(*, logger: logging.Logger, **_: Any) -> None:
-    logs.redact_handlers(logger)
+    logs.set_up_handlers(logger)
 
 
 @worker_init.connect

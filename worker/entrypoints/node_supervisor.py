@@ -30,9 +30,6 @@ from worker.node.devices import Device
 log = logging.getLogger("worker")
 AT_ONCE_SECONDS = 5.0
 """After a second signal, the remaining workers are killed after this time."""
-CELERY = ("celery", "-A", "worker.entrypoints.celery_app", "worker", "-c", "1", "-Q", "lorry", "-l", "INFO")
-UNBOUND = ("--without-gossip", "--without-mingle")
-"""Workers don't communicate with each other, because all shared state is in the database."""
 
 
 class GroupWorker(Child):
@@ -155,7 +152,7 @@ def group_argv(group: str, *, has_broker: bool) -> list[str]:
     if not has_broker:
         return [*python, "worker.entrypoints.loop", "--device", group]
     name = "".join(letter if letter.isalnum() else "-" for letter in group)
-    return [*python, *CELERY, *UNBOUND, "-n", f"group-{name}@%h"]
+    return [*python, "worker.entrypoints.celery_worker", "-n", f"group-{name}@%h"]
 
 
 def group_environment(group: str, device: Device, given: Mapping[str, str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from catalog.maintenance.backup import database_dump, integrity, references
 from catalog.maintenance.backup.location import BackupPlace, BackupRecord
 from catalog.settings import Settings
 from catalog.storage.manifest import DamagedArtifact, Manifest
+from catalog.storage.object_storage import create_missing_bucket
 from catalog.storage.store import ArtifactStore, blob_key, manifest_key, open_store
 from catalog.tables.audit import AuditEvent
 from catalog.tables.storage import Adapter, Artifact, File
@@ -198,6 +199,7 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     url = settings.resolved_database_url()
     _check_fits(record, url)
     database_dump.check_empty(url)
+    create_missing_bucket(settings.resolved_store_url())
     store = open_store(settings)
     stored_keys = references.stored(store.objects)
     num_before = len(stored_keys)

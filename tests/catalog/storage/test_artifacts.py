@@ -237,10 +237,10 @@ def test_unreachable_bucket_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("failure", "message", "remedy"),
     [
-        (PermissionDeniedError("secret"), "The artifact store denied access.", "Correct the permissions"),
-        (PermissionError(errno.EACCES, "no"), "The artifact store denied access.", "Correct the permissions"),
-        (OSError(errno.EIO, "Input/output error"), "can't be accessed: Input/output error.", "Try again"),
-        (GenericError("secret"), "The artifact store can't be accessed.", "Try again"),
+        (PermissionDeniedError("secret"), "The artifact store denied access", "Correct the permissions"),
+        (PermissionError(errno.EACCES, "no"), "The artifact store denied access", "Correct the permissions"),
+        (OSError(errno.EIO, "Input/output error"), "can't be accessed: Input/output error", "Try again"),
+        (GenericError("secret"), "The artifact store can't be accessed", "Try again"),
     ],
 )
 def test_error_of_the_store_has_a_matching_remedy(
@@ -253,7 +253,8 @@ def test_error_of_the_store_has_a_matching_remedy(
     with pytest.raises(Unavailable) as caught:
         store.check_reachable()
 
-    assert caught.value.message.endswith(message)
+    folder = f": the user with ID {os.geteuid()} can't use the folder {store.objects.folder}"
+    assert caught.value.message.endswith(f"{message}{folder if 'denied' in message and store.objects.folder else ''}.")
     assert caught.value.remedy.startswith(remedy)
 
 

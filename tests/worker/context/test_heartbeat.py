@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +107,22 @@ def test_a_trainer_that_cannot_be_killed_does_not_stop_later_lease_checks() -> N
 
     assert continued.wait(20)
     heartbeat.close()
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_file_for_health_checks_is_touched_only_by_recorded_heartbeats(
+    is_recorded: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def beat(*_: Any, **__: Any) -> WorkerOrders:
+        if not is_recorded:
+            raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+        return WorkerOrders(drain=False)
+
+    monkeypatch.setattr(workers, "worker_beat", beat)
+    touched = tmp_path / "heartbeat"
+    heartbeat = Heartbeat(Database("sqlite://"), "w1", lease_seconds=60, heartbeat_seconds=60, touched=touched)
+
+    with nullcontext() if is_recorded else pytest.raises(Unavailable):
+        heartbeat.beat()
+
+    assert touched.exists() == is_recorded

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from worker.context.context import UNFIT
-from worker.entrypoints import healthcheck, loop, node_supervisor
+from worker.entrypoints import loop, node_supervisor
 
 
 @pytest.mark.parametrize("main", [lambda: loop.main(["--device", "cpu"]), lambda: node_supervisor.main([])])
@@ -24,13 +24,3 @@ def test_worker_with_an_invalid_setting_is_not_restarted(
 
     assert exited.value.code == UNFIT
     assert "LORRY_LEASE_SECONDS is invalid. Input should be a valid number" in capsys.readouterr().err
-
-
-def test_health_check_with_an_invalid_setting_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("LORRY_LEASE_SECONDS", "soon")
-
-    assert healthcheck.main() == 1
-
-    assert capsys.readouterr().err.startswith("LORRY_LEASE_SECONDS is invalid. ")

@@ -212,7 +212,7 @@ def test_a_node_with_a_broker_runs_celery_and_one_without_the_loop() -> None:
 
     assert alone[-3:] == ["worker.entrypoints.loop", "--device", "0,1"]
     assert celery[-2:] == ["-n", "group-0-1@%h"]
-    assert "worker.entrypoints.celery_app" in celery
+    assert "worker.entrypoints.celery_worker" in celery
 
 
 def test_gang_workers_poll_even_with_a_broker() -> None:
