@@ -49,7 +49,7 @@ class AuditEventObject(BaseModel):
     actor: AuditActor = Field(description="The API key, browser or server that made the change.")
     project_id: str | None = Field(description="Null for objects without a project, such as base models.")
     object_id: str | None = Field(description="ID of the changed object.")
-    request_id: str | None = Field(description="The x-request-id of the response.")
+    request_id: str | None = Field(description="Header `x-request-id` of the response.")
     address: str | None = Field(description="Address of the client, or of a reverse proxy that is not trusted.")
     details: dict[str, Any] = Field(description="Further facts about the change, which depend on its type.")
     link: int | None = Field(description="Position in the chain, from 1.")

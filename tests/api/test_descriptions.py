@@ -12,10 +12,34 @@ from tools.reference_api import meaning
 
 Json = dict[str, Any]
 MIN_WORDS = 3
-WITHOUT_CONTENT = frozenset("a an and as at by for from in is it its of on or that the this to with".split())
+WITHOUT_CONTENT = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "as",
+        "at",
+        "by",
+        "for",
+        "from",
+        "in",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+        "or",
+        "that",
+        "the",
+        "this",
+        "to",
+        "with",
+    ]
+)
 """Words that add nothing to a name."""
 UNITS = (
-    (r"_at(\[\w+\])?$|_(until|since|finish)$|^(start|end)_time$|^(created|deadline|since|at|as_of|run_after)$", "Unix seconds"),
+    (r"_(at(\[\w+\])?|until|since|finish)$", "Unix seconds"),
+    (r"^(start_time|end_time|created|deadline|since|at|as_of|run_after)$", "Unix seconds"),
     (r"(^|_)seconds($|_)", "second"),
     (r"(^|_)bytes($|_)", "byte"),
     (r"(^|_)gigabytes$", "GB"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KEPT_SECONDS = 7 * 24 * 3600
 """Files uploaded for a plan expire with the plan, unless a job reads them."""
 NOT_OF_A_PLAN = ("plan", "watch")
-app = group("Dry run jobs: check data and estimate memory, time and cost.")
+app = group("Dry run jobs: check data and estimate memory and time.")
 PlanId = Annotated[str, typer.Argument(metavar="PLAN", help="ID of the plan, or a unique prefix of it.")]
 EXAMPLES = (
     "lorry plans create smollm2 chats.jsonl --rank 32",
@@ -31,7 +31,7 @@ EXAMPLES = (
 
 
 def create(ctx: typer.Context, **options: Any) -> None:
-    """Dry run: check the data and estimate memory, time and cost of a job without training."""
+    """Dry run: check the data and estimate memory and time of a job without training."""
     as_json, quiet = options["as_json"], options["quiet"]
     request = read(ctx)
     lorry = client()
