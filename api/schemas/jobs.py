@@ -361,7 +361,7 @@ class FineTuningJob(BaseModel):
         description="Time under a worker's claim, in seconds, over all attempts. Waiting and pauses do not count."
     )
     num_steps: int | None = Field(description="Number of optimizer steps; null until the files are prepared.")
-    progress: Progress | None = Field(description="Progress of training; null before the first step.")
+    progress: Progress | None = Field(description="Progress of training; null until it starts.")
     attempt: int = Field(description="Number of the current or last attempt; 0 before the first.")
     trainer_id: str | None = Field(description="ID of the trainer process that has the job; null unless it is running.")
     worker_id: str | None = Field(description="ID of the worker that has the job; null if none has it.")

@@ -131,8 +131,7 @@ class ApiKeyObject(BaseModel):
     redacted_value: str = Field(description="The first and last characters of the secret, to distinguish keys.")
     project_id: ProjectId
     status: Literal["active", "expired", "revoked"] = Field(
-        description="`active`: valid. `expired`: past `expires_at`, or its project is archived. `revoked`: "
-        "revoked by a user."
+        description="`active`: valid. `expired`: past `expires_at`. `revoked`: revoked by a user."
     )
     scopes: list[str] = Field(description="Scopes of the key.")
     is_operator: IsOperator
