@@ -83,7 +83,9 @@ IdempotencyKey = Annotated[
 ]
 Use = Annotated[Services, Depends(services_of)]
 IsRetry = Annotated[bool, Depends(is_client_retry)]
-After = Annotated[str | None, Query(description="Return items after the item with this id.", max_length=128)]
+After = Annotated[
+    str | None, Query(description="Return items after the item with this ID. Omitted: the first page.", max_length=128)
+]
 JobKey = Annotated[
     str | None,
     Header(

@@ -1,5 +1,5 @@
-"""The OpenAPI document: the one of FastAPI without its 422 responses, which are never sent, plus `x-scopes` and the
-constraint that no path or query contains NUL."""
+"""The OpenAPI document: the one of FastAPI without its 422 responses, which are never sent, plus `x-scopes`, the
+description of `object`, and the constraint that no path or query contains NUL."""
 
 from __future__ import annotations
 
@@ -73,8 +73,12 @@ def _finished(document: dict[str, Any]) -> dict[str, Any]:
                     _forbid_nul(parameter["schema"])
             if needed := NEEDED.get(operation["operationId"]):
                 operation["x-scopes"] = list(needed)
+    schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
+        schemas.pop(name, None)
+    for schema in schemas.values():
+        if (kind := schema.get("properties", {}).get("object")) is not None:
+            kind.setdefault("description", "Type of the object.")
     return document
 
 

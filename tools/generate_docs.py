@@ -2,35 +2,17 @@
 
 import argparse
 import html
-import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from pydantic import SecretStr
-
-from api.app import create_app
-from api.settings import ApiSettings
-from catalog.db.database import Database
-from catalog.settings import Settings
-from tools import benchmark_page, reference_cli, reference_fields, reference_memory, reference_sdk
+from tools import benchmark_page, reference_api, reference_cli, reference_fields, reference_memory, reference_sdk
 from tools.error_catalog import error_messages, is_bare
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {
-    "minimum": "≥",
-    "exclusiveMinimum": ">",
-    "maximum": "≤",
-    "exclusiveMaximum": "<",
-    "minLength": "length ≥",
-    "maxLength": "length ≤",
-}
-METHODS = ("get", "post", "put", "patch", "delete")
 
 
 def errors() -> str:
@@ -75,95 +57,6 @@ def _by_code() -> Iterator[tuple[str, list[tuple[str, str]]]]:
         yield code, list(dict.fromkeys((_line(entry.message), _line(entry.remedy)) for entry in entries))
 
 
-def api() -> str:
-    document = openapi()
-    operations = [
-        (operation.get("tags", ["other"])[0], path, method, operation)
-        for path, methods in document["paths"].items()
-        for method, operation in methods.items()
-        if method in METHODS
-    ]
-    parts = [
-        "# REST API",
-        "",
-        "The API server returns this description as `GET /openapi.json`. Send the API key as `Authorization: Bearer "
-        "lorry_key-…`. All [errors](errors.md) have one shape.",
-        "",
-    ]
-    for tag, entries in groupby(sorted(operations, key=lambda entry: entry[0]), key=lambda entry: entry[0]):
-        parts += [f"## {tag.capitalize()}", ""]
-        for _, path, method, operation in entries:
-            parts += _operation(path, method, operation)
-    parts += ["## Schemas", ""]
-    for name, schema in sorted(document["components"]["schemas"].items()):
-        parts += _fields(name, schema)
-    return "\n".join(parts)
-
-
-def openapi() -> dict[str, Any]:
-    """Return the OpenAPI document of the API server with default settings."""
-    with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite:///{folder}/lorry.db"
-        Database(url).migrate()
-        settings = Settings(data_dir=Path(folder), database_url=SecretStr(url), pepper=SecretStr("0" * 64))
-        return create_app(settings, ApiSettings()).openapi()
-
-
-def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[str]:
-    yield from (f"### {method.upper()} {path}", "")
-    yield from (operation.get("description") or operation.get("summary", ""), "")
-    parameters = [parameter for parameter in operation.get("parameters", []) if parameter["in"] in ("path", "query")]
-    if parameters:
-        yield from ("| Parameter | In | Type | Meaning |", "|---|---|---|---|")
-        for parameter in parameters:
-            schema = parameter["schema"]
-            meaning = parameter.get("description") or schema.get("description", "")
-            yield f"| `{parameter['name']}` | {parameter['in']} | {_type(schema)} | {_cell(meaning)} |"
-        yield ""
-    for kind, content in operation.get("requestBody", {}).get("content", {}).items():
-        yield from (f"Request body: `{kind}`, {_type(content['schema'])}.", "")
-    for status, response in operation["responses"].items():
-        for kind, content in response.get("content", {}).items():
-            if status.startswith("2"):
-                yield from (f"Response {status}: `{kind}`, {_type(content.get('schema', {}))}.", "")
-
-
-def _fields(name: str, schema: dict[str, Any]) -> Iterator[str]:
-    yield from (f"### {name}", "", _cell(schema.get("description", "")), "")
-    properties = schema.get("properties", {})
-    if properties:
-        yield from ("| Field | Type | Meaning |", "|---|---|---|")
-        for field, inner in properties.items():
-            is_required = field in schema.get("required", [])
-            yield f"| `{field}`{' (required)' if is_required else ''} | {_type(inner)} | {_cell(_meaning(inner))} |"
-        yield ""
-
-
-def _meaning(schema: dict[str, Any]) -> str:
-    default = schema.get("default")
-    text = schema.get("description", "")
-    return text if default is None or "efault" in text else f"{text} Default: {json.dumps(default)}.".strip()
-
-
-def _type(schema: dict[str, Any]) -> str:
-    """Return a schema's type as Markdown; references become links to its section."""
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
-    if alternatives := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
-        return " or ".join(_type(alternative) for alternative in alternatives)
-    if "enum" in schema or "const" in schema:
-        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
-    if schema.get("type") == "array":
-        return f"array of {_type(schema.get('items', {}))}"
-    limits = [f"{LIMITS[key]} {schema[key]:g}" for key in LIMITS if key in schema]
-    return " ".join([schema.get("type", "any"), f"({', '.join(limits)})" if limits else ""]).strip()
-
-
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
-
-
 def _escape(text: str) -> str:
     return text.replace("<", "&lt;").replace("*", "\\*")
 
@@ -176,7 +69,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/cli.md": reference_cli.page,
     "docs/reference/errors.md": errors,
     "dashboard/errors.html": errors_page,
-    "docs/reference/api.md": api,
+    **reference_api.pages(),
     "docs/benchmarks.md": benchmark_page.page,
 }
 JOB_FIELD_BLOCKS = {name: partial(reference_fields.job_fields, name) for name in reference_fields.JOB_FIELDS}

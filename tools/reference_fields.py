@@ -52,10 +52,6 @@ SETTINGS: Mapping[str, Sequence[str]] = {
     "trackers": ("integrations", "mlflow_tracking_uri", "tensorboard_dir", "trackio_dir"),
 }  # fmt: skip
 """Fields of Settings, by the table of the page that they are in."""
-WITHOUT_DESCRIPTION: Mapping[str, str] = {
-    "seed": "Seed of everything random in the job. null: drawn at random, and recorded.",
-}
-"""Descriptions of fields whose model has none. Any other field without a description is an error."""
 DEFAULT = re.compile(r"(?:^|(?<=[.!?]) )(?:auto|null|Default): ([^.]*(?:\.\d[^.]*)*)\.")
 """The sentence of a description that explains the default; a dot before a digit does not end it."""
 
@@ -66,11 +62,28 @@ def job_fields(name: str) -> str:
     if sorted(placed) != sorted(JobRequest.model_fields):
         raise ValueError(f"each job field needs one table: {set(placed) ^ set(JobRequest.model_fields)}")
     parts = ["| Field | Type and limits | Default | Meaning |", "|---|---|---|---|"]
+    rows: dict[tuple[str, str], list[str]] = {}
     for path, field, schema in _leaves(JobRequest):
         if path.partition(".")[0] in JOB_FIELDS[name]:
-            meaning, default = _texts(field, path)
-            parts.append(f"| `{path}` | {_type(schema)} | {default} | {meaning} |")
+            meaning, default = _texts(field)
+            row = f"{_type(schema)} | {default} | {meaning}"
+            rows.setdefault((path.rpartition(".")[2], row), []).append(path)
+    parts += [f"| {_joined(paths)} | {row} |" for (_, row), paths in rows.items()]
     return "\n".join(parts)
+
+
+def _joined(paths: Sequence[str]) -> str:
+    """Return equal fields once: `a.{b,c}.d` for paths that differ in their second part."""
+    second: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        first, _, rest = path.partition(".")
+        part, dot, end = rest.partition(".")
+        second.setdefault((first, dot + end), []).append(part)
+    named = [
+        first + (f".{parts[0]}" if len(parts) == 1 else f".{{{','.join(parts)}}}") * bool(parts[0]) + end
+        for (first, end), parts in second.items()
+    ]
+    return ", ".join(f"`{name}`" for name in named)
 
 
 def settings(name: str) -> str:
@@ -89,7 +102,7 @@ def _settings(model: type[BaseSettings], names: Sequence[str]) -> str:
     schemas = model.model_json_schema()["properties"]
     parts = ["| Variable | Type and limits | Default | Meaning |", "|---|---|---|---|"]
     for name in names:
-        meaning, default = _texts(model.model_fields[name], name)
+        meaning, default = _texts(model.model_fields[name])
         variable = f"{model.model_config.get('env_prefix', '')}{name}".upper()
         parts.append(f"| `{variable}` | {_type(schemas[name])} | {default} | {meaning} |")
     return "\n".join(parts)
@@ -120,9 +133,9 @@ def _resolved(schema: Json, definitions: Json) -> Json:
     return schema if reference is None else definitions[reference.rpartition("/")[2]]
 
 
-def _texts(field: FieldInfo, name: str) -> tuple[str, str]:
+def _texts(field: FieldInfo) -> tuple[str, str]:
     """Return the meaning and the default. The description's sentence about the default is in the latter only."""
-    text = " ".join((field.description or WITHOUT_DESCRIPTION[name]).split())
+    text = " ".join((field.description or "").split())
     explained = DEFAULT.search(text)
     if explained is not None and (field.default is None or field.default == "auto"):
         text = (text[: explained.start()] + text[explained.end() :]).strip()

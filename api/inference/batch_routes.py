@@ -5,6 +5,7 @@ from __future__ import annotations
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.inference.batch_schemas import BatchObject, BatchRequest, batch_object
+from api.requests.path_parameters import BatchId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -42,13 +43,13 @@ def list_batches(use: Use, caller: Signed, after: After = None, limit: Limit = 2
 
 
 @router.get("/{batch_id}", operation_id="get_batch", responses=errors(404))
-def get_batch(batch_id: str, use: Use, caller: Signed) -> BatchObject:
+def get_batch(batch_id: BatchId, use: Use, caller: Signed) -> BatchObject:
     """Return a batch. Requires the scope `models:answer`."""
     return batch_object(commands.get(use.db, project_id=caller.project_id, batch_id=batch_id))
 
 
 @router.post("/{batch_id}/cancel", operation_id="cancel_batch", responses=errors(404, 409))
-def cancel_batch(batch_id: str, use: Use, caller: Signed) -> BatchObject:
+def cancel_batch(batch_id: BatchId, use: Use, caller: Signed) -> BatchObject:
     """Cancel a batch. Responses that are complete are kept in the output file. Requires the scope `models:answer`."""
     batch = commands.cancel(use.db, project_id=caller.project_id, batch_id=batch_id)
     use.batches.wake()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from api.schemas import CreatedAt, ObjectId
 from api.schemas.files import ExpiresAfter
 from catalog.batches.commands import BatchStatus, Endpoint
 from catalog.spec.job import MAX_KEY_LENGTH, MAX_PAIRS, MAX_VALUE_LENGTH, Id
@@ -18,12 +19,12 @@ MAX_CUSTOM_ID_CHARS = 512
 class BatchRequest(Strict):
     """The body of POST /v1/batches."""
 
-    input_file_id: Id = Field(description="Id of a file with the purpose batch: one request as JSON on each line.")
+    input_file_id: Id = Field(description="ID of a file with the purpose batch: one request as JSON on each line.")
     endpoint: Endpoint = Field(description="The endpoint of all its requests.")
     completion_window: Literal["24h"] = Field(description="Time after which unfinished requests expire.")
     metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(
         default=None,
-        description="Labels of the batch, as key-value pairs.",
+        description="Labels of the batch, as key-value pairs. Null: none.",
         json_schema_extra={
             "maxProperties": MAX_PAIRS,
             "propertyNames": {"minLength": 1, "maxLength": MAX_KEY_LENGTH},
@@ -58,37 +59,49 @@ class BatchInputLine(Strict):
 
 
 class BatchErrorObject(BaseModel):
-    code: str | None
-    message: str | None
-    param: str | None
+    """A problem of the batch's input file."""
+
+    code: str | None = Field(description="Stable name of the error, for programs.")
+    message: str | None = Field(description="The problem and how to fix it.")
+    param: str | None = Field(description="Dotted path of the invalid field; null if there is none.")
     line: int | None = Field(description="Line of the input file, from 1.")
 
 
 class BatchErrors(BaseModel):
+    """Problems of the batch's input file."""
+
     object: Literal["list"] = "list"
-    data: list[BatchErrorObject]
+    data: list[BatchErrorObject] = Field(description="The problems, by line.")
 
 
 class RequestCounts(BaseModel):
-    total: int
-    completed: int
-    failed: int
+    """Numbers of requests in the batch."""
+
+    total: int = Field(description="Number of all requests; 0 until the input file is validated.")
+    completed: int = Field(description="Number of requests with a response.")
+    failed: int = Field(description="Number of requests with an error.")
 
 
 class CachedTokens(BaseModel):
-    cached_tokens: int = 0
+    """Part of the input tokens, for compatibility."""
+
+    cached_tokens: int = Field(default=0, description="Always 0: cached tokens are not counted separately.")
 
 
 class ReasoningTokens(BaseModel):
-    reasoning_tokens: int = 0
+    """Part of the output tokens, for compatibility."""
+
+    reasoning_tokens: int = Field(default=0, description="Always 0: reasoning tokens are not counted separately.")
 
 
 class BatchUsage(BaseModel):
-    input_tokens: int
-    input_tokens_details: CachedTokens
-    output_tokens: int
-    output_tokens_details: ReasoningTokens
-    total_tokens: int
+    """Tokens of all requests of the batch."""
+
+    input_tokens: int = Field(description="Number of tokens in the prompts.")
+    input_tokens_details: CachedTokens = Field(description="Part of the input tokens, for compatibility.")
+    output_tokens: int = Field(description="Number of tokens in the answers.")
+    output_tokens_details: ReasoningTokens = Field(description="Part of the output tokens, for compatibility.")
+    total_tokens: int = Field(description="Number of tokens in prompts and answers.")
 
 
 BATCH_EXAMPLE: dict[str, Any] = {
@@ -126,27 +139,33 @@ class BatchObject(BaseModel):
     """A file of requests that are answered at low priority within 24 hours."""
 
     model_config = ConfigDict(json_schema_extra={"example": BATCH_EXAMPLE})
-    id: str
+    id: ObjectId
     object: Literal["batch"] = "batch"
-    endpoint: str
-    input_file_id: str
-    completion_window: Literal["24h"] = "24h"
-    status: BatchStatus
+    endpoint: str = Field(description="Path that answers the requests.")
+    input_file_id: str = Field(description="ID of the file with the requests.")
+    completion_window: Literal["24h"] = Field(default="24h", description="Time after which unfinished requests expire.")
+    status: BatchStatus = Field(description="Status of the batch, as in OpenAI's API.")
     output_file_id: str | None = Field(description="File with the responses, once the batch has ended.")
     error_file_id: str | None = Field(description="File with the errors of the requests without a response.")
     errors: BatchErrors | None = Field(description="Why the batch failed: its invalid lines, or its damaged file.")
-    created_at: int
-    in_progress_at: int | None
-    expires_at: int
-    finalizing_at: int | None
-    completed_at: int | None
-    failed_at: int | None
-    expired_at: int | None
-    cancelling_at: int | None
-    cancelled_at: int | None
-    request_counts: RequestCounts
-    usage: BatchUsage
-    metadata: dict[str, str] | None
+    created_at: CreatedAt
+    in_progress_at: int | None = Field(description="Start of the requests, in Unix seconds; null before.")
+    expires_at: int = Field(description="Time after which unfinished requests expire, in Unix seconds.")
+    finalizing_at: int | None = Field(
+        description="Time at which the output files began to be written, in Unix seconds; null before."
+    )
+    completed_at: int | None = Field(description="Time of the completion, in Unix seconds; null unless completed.")
+    failed_at: int | None = Field(description="Time of the failure, in Unix seconds; null unless failed.")
+    expired_at: int | None = Field(
+        description="Time at which the batch ended as expired, in Unix seconds; null unless expired."
+    )
+    cancelling_at: int | None = Field(description="Time of the request to cancel, in Unix seconds; null without one.")
+    cancelled_at: int | None = Field(
+        description="Time at which the batch ended as cancelled, in Unix seconds; null unless cancelled."
+    )
+    request_counts: RequestCounts = Field(description="Numbers of requests by outcome.")
+    usage: BatchUsage = Field(description="Tokens of the requests so far.")
+    metadata: dict[str, str] | None = Field(description="Labels of the batch; null without labels.")
 
 
 def batch_object(row: Batch) -> BatchObject:

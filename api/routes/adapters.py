@@ -13,6 +13,7 @@ from api.auth.authentication import Signed
 from api.deps import After, IsRetry, JobKey, Limit, Services, Use
 from api.job_objects import job_objects
 from api.requests.idempotency import identity_of_text
+from api.requests.path_parameters import Adapter, FilePath
 from api.routes import FILE, SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.adapters import (
@@ -64,13 +65,13 @@ def list_adapters(
 
 
 @router.get("/{adapter}", operation_id="get_adapter", responses=errors(404))
-def get_adapter(adapter: str, use: Use, caller: Signed) -> AdapterObject:
-    """Return an adapter or a checkpoint by id or name. Requires the scope `adapters:read`."""
+def get_adapter(adapter: Adapter, use: Use, caller: Signed) -> AdapterObject:
+    """Return an adapter or a checkpoint by ID or name. Requires the scope `adapters:read`."""
     return _shown(adapters.get(use.db, project_id=caller.project_id, name=adapter))
 
 
 @router.delete("/{adapter}", operation_id="delete_adapter", responses=errors(404, 409))
-def delete_adapter(adapter: str, use: Use, caller: Signed, is_retry: IsRetry) -> AdapterDeleted:
+def delete_adapter(adapter: Adapter, use: Use, caller: Signed, is_retry: IsRetry) -> AdapterDeleted:
     """Delete an adapter, or the weights of a checkpoint by its name. A checkpoint's job is not affected.
 
     Returns 409 while an unfinished job continues from the adapter. Requires the scope `adapters:write`.
@@ -80,7 +81,7 @@ def delete_adapter(adapter: str, use: Use, caller: Signed, is_retry: IsRetry) ->
 
 
 @router.get("/{adapter}/files", operation_id="list_adapter_files", responses=errors(404))
-def list_adapter_files(adapter: str, use: Use, caller: Signed) -> ArtifactFiles:
+def list_adapter_files(adapter: Adapter, use: Use, caller: Signed) -> ArtifactFiles:
     """Return the manifest: each file with its size and digest. Requires the scope `adapters:read`."""
     return files_object(adapters.get(use.db, project_id=caller.project_id, name=adapter).artifact)
 
@@ -91,7 +92,7 @@ def list_adapter_files(adapter: str, use: Use, caller: Signed) -> ArtifactFiles:
     response_class=StreamingResponse,
     responses={**FILE, **errors(404)},
 )
-def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Download:
+def get_adapter_file(adapter: Adapter, path: FilePath, use: Use, caller: Signed) -> Download:
     """Download one file of an adapter or checkpoint. Requires the scope `adapters:read`."""
     view = adapters.get(use.db, project_id=caller.project_id, name=adapter)
     file = _manifest(view).file(path)
@@ -121,7 +122,7 @@ def get_adapter_file(adapter: str, path: str, use: Use, caller: Signed) -> Downl
     response_class=StreamingResponse,
     responses={**TAR, **errors(404)},
 )
-def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
+def get_adapter_archive(adapter: Adapter, use: Use, caller: Signed) -> Download:
     """Download all files as one tar archive, with manifest.json and lineage.json. PEFT loads the unpacked folder.
 
     Requires the scope `adapters:read`.
@@ -142,7 +143,7 @@ def get_adapter_archive(adapter: str, use: Use, caller: Signed) -> Download:
 
 
 @router.get("/{adapter}/lineage", operation_id="get_adapter_lineage", responses=errors(404))
-def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject:
+def get_adapter_lineage(adapter: Adapter, use: Use, caller: Signed) -> LineageObject:
     """Return the signed lineage record: base model, data, configuration, attempts, code and results.
 
     The record is sufficient to run the job again. Requires the scope `adapters:read`.
@@ -153,8 +154,8 @@ def get_adapter_lineage(adapter: str, use: Use, caller: Signed) -> LineageObject
 
 
 @router.post("/{adapter}/verify", operation_id="verify_adapter", responses=errors(404))
-async def verify_adapter(adapter: str, use: Use, caller: Signed) -> AdapterVerification:
-    """Verify an adapter or checkpoint: its stored bytes against the manifest, and its lineage record against its id and
+async def verify_adapter(adapter: Adapter, use: Use, caller: Signed) -> AdapterVerification:
+    """Verify an adapter or checkpoint: its stored bytes against the manifest, and its lineage record against its ID and
     the files.
 
     Reads every stored byte, so it can take seconds. Requires the scope `adapters:read`.
@@ -164,7 +165,7 @@ async def verify_adapter(adapter: str, use: Use, caller: Signed) -> AdapterVerif
 
 @router.post("/{adapter}/reproduce", operation_id="reproduce_adapter", responses=errors(404, 409))
 def reproduce_adapter(
-    adapter: str, use: Use, caller: Signed, idempotency_key: JobKey = None, *, is_retry: IsRetry
+    adapter: Adapter, use: Use, caller: Signed, idempotency_key: JobKey = None, *, is_retry: IsRetry
 ) -> FineTuningJob:
     """Create a job that trains the adapter again from its lineage record, and compares the digests.
 

@@ -8,6 +8,7 @@ from fastapi import Query
 
 from api.auth.authentication import Signed
 from api.deps import After, IdempotencyKey, Limit, Services, Use
+from api.requests.path_parameters import ApiKeyId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.keys import (
@@ -31,7 +32,7 @@ router = Router(prefix="/v1/api_keys", tags=["projects and keys"], responses={**
 ProjectName = Annotated[
     str | None,
     Query(
-        description="Project id or name (default: the key's own project). Others require an operator key.",
+        description="Project ID or name (default: the key's own project). Others require an operator key.",
         max_length=64,
     ),
 ]
@@ -77,13 +78,13 @@ def list_api_keys(
 
 
 @router.get("/{api_key_id}", operation_id="get_api_key", responses=errors(404))
-def get_api_key(api_key_id: str, use: Use, caller: Signed) -> ApiKeyObject:
+def get_api_key(api_key_id: ApiKeyId, use: Use, caller: Signed) -> ApiKeyObject:
     """Return an API key without its secret. Requires the scope `keys:read`."""
     return key_object(api_keys.get(use.db, caller=caller, api_key_id=api_key_id), now=_now(use))
 
 
 @router.post("/{api_key_id}/revoke", operation_id="revoke_api_key", responses=errors(404, 409))
-def revoke_api_key(api_key_id: str, use: Use, caller: Signed, body: RevokeRequest | None = None) -> ApiKeyRevoked:
+def revoke_api_key(api_key_id: ApiKeyId, use: Use, caller: Signed, body: RevokeRequest | None = None) -> ApiKeyRevoked:
     """Revoke a key immediately, together with the browser sessions created from it.
 
     The last operator key can't be revoked. Jobs that the key created continue unless they are cancelled; its sweeps
@@ -102,7 +103,7 @@ def revoke_api_key(api_key_id: str, use: Use, caller: Signed, body: RevokeReques
 
 @router.post("/{api_key_id}/rotate", operation_id="rotate_api_key", responses=errors(404, 409))
 def rotate_api_key(
-    api_key_id: str,
+    api_key_id: ApiKeyId,
     use: Use,
     caller: Signed,
     body: RotateRequest | None = None,
@@ -125,7 +126,7 @@ def rotate_api_key(
 
 
 @router.post("/{api_key_id}/limits", operation_id="limit_api_key", responses=errors(404))
-def limit_api_key(api_key_id: str, use: Use, caller: Signed, body: LimitsRequest) -> ApiKeyObject:
+def limit_api_key(api_key_id: ApiKeyId, use: Use, caller: Signed, body: LimitsRequest) -> ApiKeyObject:
     """Set the rate limit of a key, the number of jobs it may create a day, and the highest priority of its jobs.
 
     Requires an operator key with the scope `keys:write`.

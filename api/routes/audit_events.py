@@ -25,9 +25,28 @@ from catalog.spec.strict import LAST_SECOND
 router = Router(prefix="/v1/audit_events", tags=["audit log"], responses={**SIGNED, **errors(403)})
 MOST_NAMED = 50
 Ids = list[Annotated[str, Query(max_length=64)]]
-Types = Annotated[list[AuditType] | None, Query(alias="event_types[]", max_length=MOST_NAMED)]
-Actors = Annotated[Ids | None, Query(alias="actor_ids[]", max_length=MOST_NAMED, description="Ids of API keys.")]
-Projects = Annotated[Ids | None, Query(alias="project_ids[]", max_length=MOST_NAMED)]
+Types = Annotated[
+    list[AuditType] | None,
+    Query(
+        alias="event_types[]", max_length=MOST_NAMED, description="Return only changes of these types. Omitted: all."
+    ),
+]
+Actors = Annotated[
+    Ids | None,
+    Query(
+        alias="actor_ids[]",
+        max_length=MOST_NAMED,
+        description="Return only changes by API keys with these IDs. Omitted: all.",
+    ),
+]
+Projects = Annotated[
+    Ids | None,
+    Query(
+        alias="project_ids[]",
+        max_length=MOST_NAMED,
+        description="Return only changes in these projects, by ID. Omitted: all.",
+    ),
+]
 Moment = float | None
 
 
@@ -41,10 +60,42 @@ def list_audit_events(
     event_types: Types = None,
     actor_ids: Actors = None,
     project_ids: Projects = None,
-    gt: Annotated[Moment, Query(alias="effective_at[gt]", ge=0, le=LAST_SECOND)] = None,
-    gte: Annotated[Moment, Query(alias="effective_at[gte]", ge=0, le=LAST_SECOND)] = None,
-    lt: Annotated[Moment, Query(alias="effective_at[lt]", ge=0, le=LAST_SECOND)] = None,
-    lte: Annotated[Moment, Query(alias="effective_at[lte]", ge=0, le=LAST_SECOND)] = None,
+    gt: Annotated[
+        Moment,
+        Query(
+            alias="effective_at[gt]",
+            ge=0,
+            le=LAST_SECOND,
+            description="Return only changes after this time, in Unix seconds.",
+        ),
+    ] = None,
+    gte: Annotated[
+        Moment,
+        Query(
+            alias="effective_at[gte]",
+            ge=0,
+            le=LAST_SECOND,
+            description="Return only changes at or after this time, in Unix seconds.",
+        ),
+    ] = None,
+    lt: Annotated[
+        Moment,
+        Query(
+            alias="effective_at[lt]",
+            ge=0,
+            le=LAST_SECOND,
+            description="Return only changes before this time, in Unix seconds.",
+        ),
+    ] = None,
+    lte: Annotated[
+        Moment,
+        Query(
+            alias="effective_at[lte]",
+            ge=0,
+            le=LAST_SECOND,
+            description="Return only changes at or before this time, in Unix seconds.",
+        ),
+    ] = None,
 ) -> ListPage[AuditEventObject]:
     """List audit events of the key's project, newest first. Operator keys list events of all projects.
 
@@ -68,7 +119,9 @@ async def verify_audit_events(
     use: Use,
     caller: Operator,
     after: Annotated[int, Query(ge=0, le=2**53, description="Link (position in the chain) to start after.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=chain.CHECKED_AT_ONCE)] = chain.CHECKED_AT_ONCE,
+    limit: Annotated[
+        int, Query(ge=1, le=chain.CHECKED_AT_ONCE, description="Maximum number of events to verify.")
+    ] = chain.CHECKED_AT_ONCE,
 ) -> AuditVerification:
     """Verify up to 5,000 events of the hash chain after the link `after`, and the anchors of these events.
 

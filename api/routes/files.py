@@ -11,6 +11,7 @@ from starlette.responses import StreamingResponse
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Use
 from api.rate_limits.threads import run_route
+from api.requests.path_parameters import FileId
 from api.routes import FILE, SIGNED, errors
 from api.routing import Router
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds
@@ -37,19 +38,23 @@ UPLOAD_FORM: dict[str, Any] = {
                         "expires_after[seconds]": ["expires_after[anchor]"],
                     },
                     "properties": {
-                        "purpose": {"type": "string", "enum": list(files.PURPOSES)},
+                        "purpose": {"type": "string", "enum": list(files.PURPOSES), "description": "Use of the file."},
                         "file": {
                             "type": "string",
                             "format": "binary",
                             "description": f"For the purpose {files.DATASET}: JSONL in UTF-8, each line {FORMS}.",
                         },
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[anchor]": {
+                            "type": "string",
+                            "enum": ["created_at"],
+                            "description": "Time from which the seconds count.",
+                        },
                         "expires_after[seconds]": {
                             "type": "integer",
                             "minimum": files.LIFETIME_SECONDS[0],
                             "maximum": files.LIFETIME_SECONDS[1],
-                            "description": "The file is deleted automatically this long after its upload, once no "
-                            "job uses it.",
+                            "description": "The file is deleted this many seconds after its upload, once no unfinished "
+                            "job uses it. Omitted: it is kept until it is deleted.",
                         },
                     },
                 }
@@ -98,9 +103,11 @@ def list_files(
     caller: Signed,
     *,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
-    order: Literal["asc", "desc"] = "desc",
-    purpose: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Maximum number of items to return, 1 to 10,000.")] = 100,
+    order: Annotated[Literal["asc", "desc"], Query(description="Order by creation time.")] = "desc",
+    purpose: Annotated[
+        str | None, Query(max_length=64, description="Return only files with this purpose. Omitted: all.")
+    ] = None,
 ) -> ListPage[FileObject]:
     """List the project's files, newest first by default. Requires the scope `files:read`."""
     page = files.list_page(use.db, project_id=caller.project_id, after=after, limit=limit, order=order, purpose=purpose)
@@ -108,13 +115,13 @@ def list_files(
 
 
 @router.get("/{file_id}", operation_id="get_file", responses=errors(404))
-def get_file(file_id: str, use: Use, caller: Signed) -> FileObject:
+def get_file(file_id: FileId, use: Use, caller: Signed) -> FileObject:
     """Return a file's metadata. Requires the scope `files:read`."""
     return file_object(files.get(use.db, project_id=caller.project_id, file_id=file_id))
 
 
 @router.delete("/{file_id}", operation_id="delete_file", responses=errors(404, 409))
-def delete_file(file_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FileDeleted:
+def delete_file(file_id: FileId, use: Use, caller: Signed, is_retry: IsRetry) -> FileDeleted:
     """Delete a file. Returns 409 while an unfinished job uses it. Requires the scope `files:write`."""
     files.delete(use.db, project_id=caller.project_id, file_id=file_id, is_client_retry=is_retry)
     return FileDeleted(id=file_id)
@@ -126,7 +133,7 @@ def delete_file(file_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fi
     response_class=StreamingResponse,
     responses={**FILE, **errors(404)},
 )
-def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
+def get_file_content(file_id: FileId, use: Use, caller: Signed) -> Download:
     """Download the file's bytes as they were uploaded. Requires the scope `files:read`."""
     row = files.get(use.db, project_id=caller.project_id, file_id=file_id)
     return Download(
@@ -149,7 +156,10 @@ def get_file_content(file_id: str, use: Use, caller: Signed) -> Download:
 
 @router.get("/{file_id}/report", operation_id="get_file_report", responses=errors(404))
 def get_file_report(
-    file_id: str, use: Use, caller: Signed, model: Annotated[str, Query(max_length=256, description="Base model name.")]
+    file_id: FileId,
+    use: Use,
+    caller: Signed,
+    model: Annotated[str, Query(max_length=256, description="Base model name.")],
 ) -> DataReport:
     """Return the data report of the file for the tokenizer of `model`.
 

@@ -11,6 +11,7 @@ from starlette.responses import StreamingResponse
 from api.auth.authentication import Recheck, Signed, require_operator
 from api.deps import Use
 from api.rate_limits.threads import run_route
+from api.requests.path_parameters import WorkerId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.fleet import CordonRequest, QueueObject, WorkerObject, worker_object
@@ -59,7 +60,7 @@ def list_workers(use: Use, caller: Signed) -> ListPage[WorkerObject]:
 
 
 @router.post("/workers/{worker_id}/cordon", operation_id="cordon_worker", responses=errors(404, 409))
-def cordon_worker(worker_id: str, use: Use, caller: Signed, body: CordonRequest | None = None) -> WorkerObject:
+def cordon_worker(worker_id: WorkerId, use: Use, caller: Signed, body: CordonRequest | None = None) -> WorkerObject:
     """Cordon a worker: it finishes the jobs it holds and claims no new ones.
 
     A worker that replaces it on the same host and devices inherits the cordon. Requires an operator key with the scope
@@ -70,13 +71,13 @@ def cordon_worker(worker_id: str, use: Use, caller: Signed, body: CordonRequest 
 
 
 @router.post("/workers/{worker_id}/uncordon", operation_id="uncordon_worker", responses=errors(404))
-def uncordon_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
+def uncordon_worker(worker_id: WorkerId, use: Use, caller: Signed) -> WorkerObject:
     """Uncordon a worker, so that it claims jobs again. Requires an operator key with the scope `workers:write`."""
     return worker_object(views.view(use.db, cordons.uncordon(use.db, worker_id)), shows_all=caller.is_operator)
 
 
 @router.post("/workers/{worker_id}/drain", operation_id="drain_worker", responses=errors(404, 409))
-def drain_worker(worker_id: str, use: Use, caller: Signed) -> WorkerObject:
+def drain_worker(worker_id: WorkerId, use: Use, caller: Signed) -> WorkerObject:
     """Drain a worker: it saves and releases its jobs, and exits.
 
     A worker that replaces it on the same host and devices is cordoned. Requires an operator key with the scope

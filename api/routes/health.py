@@ -25,10 +25,14 @@ FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 
 class Alive(BaseModel):
-    status: Literal["ok"] = "ok"
+    """The process answers requests."""
+
+    status: Literal["ok"] = Field(default="ok", description="Always `ok`: the process answers.")
 
 
 class ServiceIdentity(BaseModel):
+    """Proof that the server has the key of this service."""
+
     model_config = ConfigDict(json_schema_extra={"example": {"object": "service_identity", "proof": "9f2c…"}})
     object: Literal["service_identity"] = "service_identity"
     proof: str = Field(description="HMAC-SHA256 over the nonce and the address and port that accepted this connection.")
@@ -37,9 +41,9 @@ class ServiceIdentity(BaseModel):
 class Ready(BaseModel):
     """`status` is ok if both the database and the store answer."""
 
-    status: Literal["ok", "unavailable"]
-    database: Literal["ok", "unavailable"]
-    store: Literal["ok", "unavailable"]
+    status: Literal["ok", "unavailable"] = Field(description="`ok` if database and store both answer.")
+    database: Literal["ok", "unavailable"] = Field(description="Whether the database answers.")
+    store: Literal["ok", "unavailable"] = Field(description="Whether the artifact store answers.")
 
 
 @router.get("/healthz", operation_id="get_health")

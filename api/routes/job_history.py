@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from api.auth.authentication import Recheck, Signed
 from api.deps import After, Limit, Use
 from api.rate_limits.threads import run_route
+from api.requests.path_parameters import JobId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.job_history import (
@@ -45,7 +46,7 @@ router = Router(prefix="/v1/fine_tuning/jobs/{job_id}", tags=["fine-tuning jobs"
 
 @router.get("/events", operation_id="list_job_events")
 def list_job_events(
-    job_id: str,
+    job_id: JobId,
     use: Use,
     caller: Signed,
     *,
@@ -62,7 +63,7 @@ def list_job_events(
 
 @router.get("/logs", operation_id="list_job_logs")
 def list_job_logs(
-    job_id: str,
+    job_id: JobId,
     use: Use,
     caller: Signed,
     *,
@@ -75,7 +76,7 @@ def list_job_logs(
         Query(min_length=1, max_length=200, description="Return only lines that contain this text; ignores case."),
     ] = None,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Maximum number of lines to return, 1 to 1,000.")] = 100,
 ) -> ListPage[LogLine]:
     """List the log lines of the job's trainers, oldest attempt first.
 
@@ -98,7 +99,7 @@ def list_job_logs(
 
 @router.get("/checkpoints", operation_id="list_job_checkpoints")
 def list_job_checkpoints(
-    job_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 10
+    job_id: JobId, use: Use, caller: Signed, after: After = None, limit: Limit = 10
 ) -> ListPage[FineTuningJobCheckpoint]:
     """List the job's checkpoints, newest first, including those whose files are no longer kept.
 
@@ -116,10 +117,12 @@ def list_job_checkpoints(
 
 @router.get("/metrics", operation_id="get_job_metrics")
 def get_job_metrics(
-    job_id: str,
+    job_id: JobId,
     use: Use,
     caller: Signed,
-    kind: Literal["train", "valid"] = "train",
+    kind: Annotated[
+        Literal["train", "valid"], Query(description="The curve of the training file or of the validation file.")
+    ] = "train",
     max_points: Annotated[
         int, Query(ge=4, le=10_000, description="Maximum number of points. Longer curves are thinned; peaks are kept.")
     ] = 2000,
@@ -130,7 +133,7 @@ def get_job_metrics(
 
 
 @router.get("/why", operation_id="explain_job")
-def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
+def explain_job(job_id: JobId, use: Use, caller: Signed) -> WhyObject:
     """Explain the job's state: what it waits for, its queue position, and where it could run.
 
     Requires the scope `jobs:read`.
@@ -147,7 +150,7 @@ def explain_job(job_id: str, use: Use, caller: Signed) -> WhyObject:
 
 
 @router.get("/data_report", operation_id="get_job_data_report")
-def get_job_data_report(job_id: str, use: Use, caller: Signed) -> JobDataReport:
+def get_job_data_report(job_id: JobId, use: Use, caller: Signed) -> JobDataReport:
     """Return the numbers of rows and tokens, and of truncated and skipped rows, of the training and validation files.
 
     Requires the scope `jobs:read`.
@@ -157,7 +160,7 @@ def get_job_data_report(job_id: str, use: Use, caller: Signed) -> JobDataReport:
 
 
 @router.get("/attempts", operation_id="list_job_attempts")
-def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[AttemptObject]:
+def list_job_attempts(job_id: JobId, use: Use, caller: Signed) -> ListPage[AttemptObject]:
     """List the job's attempts (claims by a worker), oldest first. Requires the scope `jobs:read`."""
     rows = queries.attempts(use.db, project_id=caller.project_id, job_id=job_id)
     packmates = queries.packmates(use.db, project_id=caller.project_id, job_id=job_id)
@@ -178,11 +181,16 @@ def list_job_attempts(job_id: str, use: Use, caller: Signed) -> ListPage[Attempt
     },
 )
 async def stream_job(
-    job_id: str,
+    job_id: JobId,
     use: Use,
     caller: Signed,
     recheck: Recheck,
-    last_seen: Annotated[str | None, Header(alias="last-event-id")] = None,
+    last_seen: Annotated[
+        str | None,
+        Header(
+            alias="last-event-id", description="ID of the last received event. Omitted: start with the first event."
+        ),
+    ] = None,
 ) -> Response:
     """Stream the job, its events and its metrics as server-sent events.
 

@@ -14,6 +14,7 @@ from api.auth.authentication import Signed
 from api.deps import After, IsRetry, JobKey, Limit, Services, Use
 from api.job_objects import job_objects
 from api.requests.idempotency import identity_of
+from api.requests.path_parameters import JobId
 from api.requests.query_parameters import metadata_filter
 from api.routes import SIGNED, errors
 from api.routing import Router
@@ -74,13 +75,13 @@ def list_jobs(
 
 
 @router.get("/{job_id}", operation_id="get_job", responses=errors(404))
-def get_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+def get_job(job_id: JobId, use: Use, caller: Signed) -> FineTuningJob:
     """Return a job. Requires the scope `jobs:read`."""
     return _shown(use, caller, commands.get(use.db, project_id=caller.project_id, job_id=job_id))
 
 
 @router.post("/{job_id}/cancel", operation_id="cancel_job", responses=errors(404, 409))
-def cancel_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
+def cancel_job(job_id: JobId, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
     """Cancel a job. A waiting job is cancelled immediately; a running job is marked, and its worker stops it within
     seconds.
 
@@ -92,7 +93,7 @@ def cancel_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 
 
 @router.post("/{job_id}/pause", operation_id="pause_job", responses=errors(404, 409))
-def pause_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+def pause_job(job_id: JobId, use: Use, caller: Signed) -> FineTuningJob:
     """Pause a job. A running job stops within seconds and saves a checkpoint, from which it can be resumed.
 
     Requires the scope `jobs:write`.
@@ -101,7 +102,7 @@ def pause_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 
 
 @router.post("/{job_id}/resume", operation_id="resume_job", responses=errors(404, 409))
-def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
+def resume_job(job_id: JobId, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
     """Resume a job from its last checkpoint. The adapter is the one that an uninterrupted job would have produced.
 
     Returns 409 for a job that is not paused, except for a resumed job if the client repeats a lost request.
@@ -113,7 +114,7 @@ def resume_job(job_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> Fine
 
 
 @router.post("/{job_id}/hold", operation_id="hold_job", responses=errors(404, 409))
-def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+def hold_job(job_id: JobId, use: Use, caller: Signed) -> FineTuningJob:
     """Hold a job: it stays in the queue but does not start until it is released. Its files are still prepared.
 
     Requires the scope `jobs:write`.
@@ -122,7 +123,7 @@ def hold_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 
 
 @router.post("/{job_id}/release", operation_id="release_job", responses=errors(404, 409))
-def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
+def release_job(job_id: JobId, use: Use, caller: Signed) -> FineTuningJob:
     """Release a held job. It keeps its position in the queue. Requires the scope `jobs:write`."""
     job = queue_position.release(use.db, project_id=caller.project_id, job_id=job_id)
     use.notifier.wake_workers()
@@ -130,7 +131,7 @@ def release_job(job_id: str, use: Use, caller: Signed) -> FineTuningJob:
 
 
 @router.post("/{job_id}/move", operation_id="move_job", responses=errors(404, 409))
-def move_job(job_id: str, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
+def move_job(job_id: JobId, body: JobMove, use: Use, caller: Signed) -> FineTuningJob:
     """Move a job to another position among the project's waiting jobs of the same priority.
 
     The positions of other projects' jobs do not change. Requires the scope `jobs:write`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from api.auth.authentication import Operator, Signed
 from api.auth.scopes import require_scope
 from api.deps import IsRetry, Services, Use
+from api.requests.path_parameters import Model
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
@@ -47,7 +48,7 @@ def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
 
 
 @router.get("/{model:path}", operation_id="get_model", responses=errors(404))
-def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
+def get_model(model: Model, use: Use, caller: Signed) -> ModelObject:
     """Return a base model, an adapter or a checkpoint by name. Requires the scope `adapters:read`."""
     if not model.startswith("ft:"):
         found = _base(use, caller, base_models.get(use.db, model))
@@ -57,7 +58,7 @@ def get_model(model: str, use: Use, caller: Signed) -> ModelObject:
 
 
 @router.delete("/{model:path}", operation_id="delete_model", responses=errors(403, 404, 409))
-def delete_model(model: str, use: Use, caller: Signed, is_retry: IsRetry) -> ModelDeleted:
+def delete_model(model: Model, use: Use, caller: Signed, is_retry: IsRetry) -> ModelDeleted:
     """Delete an adapter, a checkpoint or a base model by name.
 
     Deleting a base model frees its name. Adapters trained on it stay, and workers remove its files within about an

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
+from api.requests.path_parameters import Organization
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.organizations import OrganizationObject, OrganizationRequest, organization_object
@@ -32,13 +33,15 @@ def list_organizations(
 
 
 @router.get("/{organization}", operation_id="get_organization", responses=errors(404))
-def get_organization(organization: str, use: Use, caller: Signed) -> OrganizationObject:
-    """Return an organization by id or name. Requires any API key."""
+def get_organization(organization: Organization, use: Use, caller: Signed) -> OrganizationObject:
+    """Return an organization by ID or name. Requires any API key."""
     return organization_object(organizations.get(use.db, caller=caller, organization=organization))
 
 
 @router.post("/{organization}", operation_id="rename_organization", responses=errors(404, 409))
-def rename_organization(organization: str, body: OrganizationRequest, use: Use, caller: Signed) -> OrganizationObject:
+def rename_organization(
+    organization: Organization, body: OrganizationRequest, use: Use, caller: Signed
+) -> OrganizationObject:
     """Rename an organization. Its projects keep their names.
 
     Requires an operator key with the scope `organizations:write`.

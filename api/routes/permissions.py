@@ -8,6 +8,7 @@ from fastapi import Query
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Use
+from api.requests.path_parameters import FineTunedModel, PermissionId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -21,14 +22,14 @@ router = Router(
 )
 Order = Annotated[Literal["ascending", "descending"], Query(description="Order by creation time.")]
 OfProject = Annotated[
-    str | None, Query(description="Return only the permission of the project with this id.", max_length=128)
+    str | None, Query(description="Return only the permission of the project with this ID.", max_length=128)
 ]
 Limit = Annotated[int, Query(description="Maximum number of items to return, 1 to 100.", ge=1, le=100)]
 
 
 @router.get("", operation_id="list_model_permissions")
 def list_model_permissions(
-    fine_tuned_model: str,
+    fine_tuned_model: FineTunedModel,
     use: Use,
     _caller: Signed,
     *,
@@ -54,7 +55,7 @@ def list_model_permissions(
 
 @router.post("", operation_id="create_model_permissions")
 def create_model_permissions(
-    fine_tuned_model: str, body: PermissionRequest, use: Use, caller: Signed
+    fine_tuned_model: FineTunedModel, body: PermissionRequest, use: Use, caller: Signed
 ) -> ListPage[PermissionObject]:
     """Allow other projects of the same organization to read, download and continue a model.
 
@@ -68,7 +69,7 @@ def create_model_permissions(
 
 @router.delete("/{permission_id}", operation_id="delete_model_permission")
 def delete_model_permission(
-    fine_tuned_model: str, permission_id: str, use: Use, _caller: Signed, is_retry: IsRetry
+    fine_tuned_model: FineTunedModel, permission_id: PermissionId, use: Use, _caller: Signed, is_retry: IsRetry
 ) -> PermissionDeleted:
     """Revoke a permission. Jobs that already use the model continue; no new job can use it.
 

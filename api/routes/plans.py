@@ -8,6 +8,7 @@ from fastapi import Body
 
 from api.auth.authentication import Signed
 from api.deps import After, Limit, Use
+from api.requests.path_parameters import PlanId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.jobs import JOB_REQUEST_EXAMPLES
@@ -45,7 +46,7 @@ def list_plans(use: Use, caller: Signed, after: After = None, limit: Limit = 20)
 
 
 @router.get("/{plan_id}", operation_id="get_plan", responses=errors(404))
-def get_plan(plan_id: str, use: Use, caller: Signed) -> PlanObject:
+def get_plan(plan_id: PlanId, use: Use, caller: Signed) -> PlanObject:
     """Return a plan. Sample rows are shown only to a key with the scope `files:read`.
 
     Requires the scope `jobs:read`.
@@ -54,7 +55,7 @@ def get_plan(plan_id: str, use: Use, caller: Signed) -> PlanObject:
 
 
 @router.delete("/{plan_id}", operation_id="delete_plan", responses=errors(404))
-def delete_plan(plan_id: str, use: Use, caller: Signed) -> PlanDeleted:
+def delete_plan(plan_id: PlanId, use: Use, caller: Signed) -> PlanDeleted:
     """Delete a plan. Jobs created from it stay. Plans expire automatically after seven days.
 
     Requires the scope `jobs:write`.

@@ -8,6 +8,7 @@ from fastapi import Query
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
+from api.requests.path_parameters import Project
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -48,13 +49,13 @@ def list_projects(
 
 
 @router.get("/{project}", operation_id="get_project", responses=errors(404))
-def get_project(project: str, use: Use, caller: Signed) -> ProjectObject:
-    """Return a project by id or name. Requires any API key."""
+def get_project(project: Project, use: Use, caller: Signed) -> ProjectObject:
+    """Return a project by ID or name. Requires any API key."""
     return project_object(projects.get(use.db, caller=caller, project=project))
 
 
 @router.post("/{project}", operation_id="rename_project", responses=errors(404, 409))
-def rename_project(project: str, body: ProjectName, use: Use, caller: Signed) -> ProjectObject:
+def rename_project(project: Project, body: ProjectName, use: Use, caller: Signed) -> ProjectObject:
     """Rename a project. Its existing adapters keep their names.
 
     Requires an operator key with the scope `projects:write`.
@@ -63,7 +64,7 @@ def rename_project(project: str, body: ProjectName, use: Use, caller: Signed) ->
 
 
 @router.post("/{project}/weight", operation_id="weigh_project", responses=errors(404))
-def weigh_project(project: str, body: ProjectWeight, use: Use, caller: Signed) -> ProjectObject:
+def weigh_project(project: Project, body: ProjectWeight, use: Use, caller: Signed) -> ProjectObject:
     """Set the fair-share weight: the project's portion of device time relative to other projects with waiting jobs.
 
     Requires an operator key with the scope `projects:write`.
@@ -72,13 +73,13 @@ def weigh_project(project: str, body: ProjectWeight, use: Use, caller: Signed) -
 
 
 @router.get("/{project}/limits", operation_id="get_project_limits", responses=errors(404))
-def get_project_limits(project: str, use: Use, caller: Signed) -> ProjectLimitsObject:
+def get_project_limits(project: Project, use: Use, caller: Signed) -> ProjectLimitsObject:
     """Return the quotas of a project and its current usage. Requires any API key."""
     return limits_object(*quotas.statuses(use.db, caller=caller, project=project))
 
 
 @router.post("/{project}/limits", operation_id="limit_project", responses=errors(404))
-def limit_project(project: str, body: ProjectLimits, use: Use, caller: Signed) -> ProjectLimitsObject:
+def limit_project(project: Project, body: ProjectLimits, use: Use, caller: Signed) -> ProjectLimitsObject:
     """Set the quotas of a project. Existing jobs and data are not affected.
 
     Requires an operator key with the scope `projects:write`.
@@ -90,7 +91,7 @@ def limit_project(project: str, body: ProjectLimits, use: Use, caller: Signed) -
 
 
 @router.post("/{project}/archive", operation_id="archive_project", responses=errors(404, 409))
-def archive_project(project: str, use: Use, caller: Signed) -> ProjectObject:
+def archive_project(project: Project, use: Use, caller: Signed) -> ProjectObject:
     """Archive a project: its keys are no longer valid, its data stays, and its jobs run to their end.
 
     Requires an operator key with the scope `projects:write`.
@@ -99,7 +100,7 @@ def archive_project(project: str, use: Use, caller: Signed) -> ProjectObject:
 
 
 @router.post("/{project}/restore", operation_id="restore_project", responses=errors(404))
-def restore_project(project: str, use: Use, caller: Signed) -> ProjectObject:
+def restore_project(project: Project, use: Use, caller: Signed) -> ProjectObject:
     """Restore an archived project: its keys are valid again.
 
     Requires an operator key with the scope `projects:write`.

@@ -10,6 +10,7 @@ from fastapi.openapi.models import Example
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.requests.idempotency import identity_of
+from api.requests.path_parameters import SweepId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -77,13 +78,13 @@ def list_sweeps(use: Use, caller: Signed, after: After = None, limit: Limit = 20
 
 
 @router.get("/{sweep_id}", operation_id="get_sweep", responses=errors(404))
-def get_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
+def get_sweep(sweep_id: SweepId, use: Use, caller: Signed) -> SweepObject:
     """Return a sweep. Requires the scope `jobs:read`."""
     return sweep_object(queries.get(use.db, project_id=caller.project_id, sweep_id=sweep_id))
 
 
 @router.post("/{sweep_id}/cancel", operation_id="cancel_sweep", responses=errors(404, 409))
-def cancel_sweep(sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> SweepObject:
+def cancel_sweep(sweep_id: SweepId, use: Use, caller: Signed, is_retry: IsRetry) -> SweepObject:
     """Cancel a sweep: it creates no more trials, and unfinished ones are cancelled within seconds. Adapters stay.
 
     Requires the scope `jobs:write`.
@@ -94,7 +95,7 @@ def cancel_sweep(sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> 
 
 
 @router.post("/{sweep_id}/close", operation_id="close_sweep", responses=errors(404))
-def close_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
+def close_sweep(sweep_id: SweepId, use: Use, caller: Signed) -> SweepObject:
     """Close a sweep: no more trials are created or added. Existing ones continue, and then the best one is promoted.
 
     Requires the scope `jobs:write`.
@@ -106,7 +107,7 @@ def close_sweep(sweep_id: str, use: Use, caller: Signed) -> SweepObject:
 
 @router.get("/{sweep_id}/trials", operation_id="list_trials", responses=errors(404))
 def list_trials(
-    sweep_id: str, use: Use, caller: Signed, after: After = None, limit: Limit = 20
+    sweep_id: SweepId, use: Use, caller: Signed, after: After = None, limit: Limit = 20
 ) -> ListPage[TrialObject]:
     """List the trials as a leaderboard: the best first, those without a value last.
 
@@ -117,7 +118,7 @@ def list_trials(
 
 
 @router.post("/{sweep_id}/trials", operation_id="add_trial", responses=errors(404, 409))
-def add_trial(body: TrialRequest, sweep_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
+def add_trial(body: TrialRequest, sweep_id: SweepId, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
     """Add a trial with parameters of the client's choice to an `ask_tell` sweep. Requires the scope `jobs:write`."""
     trial, job = creation.add_trial(
         use.db, caller=caller, sweep_id=sweep_id, parameters=body.parameters, is_client_retry=is_retry
@@ -127,13 +128,13 @@ def add_trial(body: TrialRequest, sweep_id: str, use: Use, caller: Signed, is_re
 
 
 @router.get("/{sweep_id}/trials/{number}", operation_id="get_trial", responses=errors(404))
-def get_trial(sweep_id: str, number: Number, use: Use, caller: Signed) -> TrialObject:
+def get_trial(sweep_id: SweepId, number: Number, use: Use, caller: Signed) -> TrialObject:
     """Return a trial. Requires the scope `jobs:read`."""
     return trial_object(queries.trial(use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number))
 
 
 @router.post("/{sweep_id}/trials/{number}/stop", operation_id="stop_trial", responses=errors(404, 409))
-def stop_trial(sweep_id: str, number: Number, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
+def stop_trial(sweep_id: SweepId, number: Number, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
     """Stop a trial before its last step, for example because it performs badly.
 
     It produces no adapter, and its job ends as `cancelled` with the reason `pruned`. Requires the scope `jobs:write`.

@@ -10,6 +10,7 @@ from fastapi import Request
 from api.auth.authentication import Signed
 from api.deps import IsRetry, Use
 from api.rate_limits.threads import run_route
+from api.requests.path_parameters import UploadId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.uploads import (
@@ -36,7 +37,13 @@ PART_FORM: dict[str, Any] = {
                     "type": "object",
                     "required": ["data"],
                     "additionalProperties": False,
-                    "properties": {"data": {"type": "string", "format": "binary"}},
+                    "properties": {
+                        "data": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "The bytes of the part, at most 64 MiB.",
+                        }
+                    },
                 }
             }
         },
@@ -69,7 +76,7 @@ def create_upload(body: UploadRequest, use: Use, caller: Signed) -> UploadObject
     responses=errors(404, 409, 413, 507),
     openapi_extra=PART_FORM,
 )
-async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Signed) -> UploadPartObject:
+async def add_upload_part(upload_id: UploadId, request: Request, use: Use, caller: Signed) -> UploadPartObject:
     """Add a part of at most 64 MiB, in any order. Identical bytes sent twice are one part.
 
     Requires the scope `files:write`.
@@ -96,7 +103,7 @@ async def add_upload_part(upload_id: str, request: Request, use: Use, caller: Si
 
 @router.post("/{upload_id}/complete", operation_id="complete_upload", responses=errors(404, 409, 413, 507))
 async def complete_upload(
-    upload_id: str, body: UploadCompletion, *, request: Request, use: Use, caller: Signed, is_retry: IsRetry
+    upload_id: UploadId, body: UploadCompletion, *, request: Request, use: Use, caller: Signed, is_retry: IsRetry
 ) -> UploadObject:
     """Create the file from its parts, in the order of `part_ids`. Training data is validated line by line.
 
@@ -123,7 +130,7 @@ async def complete_upload(
 
 
 @router.post("/{upload_id}/cancel", operation_id="cancel_upload", responses=errors(404, 409))
-def cancel_upload(upload_id: str, use: Use, caller: Signed, is_retry: IsRetry) -> UploadObject:
+def cancel_upload(upload_id: UploadId, use: Use, caller: Signed, is_retry: IsRetry) -> UploadObject:
     """Cancel an upload and delete its parts. Requires the scope `files:write`."""
     view = multipart_uploads.cancel(use.db, project_id=caller.project_id, upload_id=upload_id, is_client_retry=is_retry)
     return upload_object(view)

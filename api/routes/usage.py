@@ -19,7 +19,6 @@ from catalog.usage.report import MOST_DAYS, GroupBy, UsageQuery
 
 router = Router(prefix="/v1/usage", tags=["usage"], responses=SIGNED)
 USUAL_DAYS = 7
-Moment = Annotated[int | None, Query(ge=0, le=LAST_SECOND, description="Unix time in seconds.")]
 Names = list[Annotated[str, Query(max_length=256)]]
 
 
@@ -28,13 +27,41 @@ def get_usage(
     use: Use,
     caller: Signed,
     *,
-    start_time: Moment = None,
-    end_time: Moment = None,
-    bucket_width: Literal["1d"] = "1d",
-    group_by: Annotated[list[GroupBy] | None, Query(alias="group_by[]", max_length=3)] = None,
-    project_ids: Annotated[Names | None, Query(alias="project_ids[]", max_length=100)] = None,
-    organization_ids: Annotated[Names | None, Query(alias="organization_ids[]", max_length=100)] = None,
-    models: Annotated[Names | None, Query(max_length=100, alias="models[]")] = None,
+    start_time: Annotated[
+        int | None,
+        Query(
+            ge=0,
+            le=LAST_SECOND,
+            description=f"First day, in Unix seconds. Omitted: {USUAL_DAYS - 1} days before the end.",
+        ),
+    ] = None,
+    end_time: Annotated[
+        int | None, Query(ge=0, le=LAST_SECOND, description="End of the period, in Unix seconds. Omitted: now.")
+    ] = None,
+    bucket_width: Annotated[Literal["1d"], Query(description="Period of one bucket: a day.")] = "1d",
+    group_by: Annotated[
+        list[GroupBy] | None,
+        Query(alias="group_by[]", max_length=3, description="Fields to group by. Omitted: by project."),
+    ] = None,
+    project_ids: Annotated[
+        Names | None,
+        Query(
+            alias="project_ids[]",
+            max_length=100,
+            description="IDs or names of projects. Omitted: all that you may see.",
+        ),
+    ] = None,
+    organization_ids: Annotated[
+        Names | None,
+        Query(
+            alias="organization_ids[]",
+            max_length=100,
+            description="IDs or names of organizations. Omitted: all that you may see.",
+        ),
+    ] = None,
+    models: Annotated[
+        Names | None, Query(max_length=100, alias="models[]", description="Names of base models. Omitted: all.")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_DAYS, description="Days per page, 1 to 31.")] = USUAL_DAYS,
     page: Annotated[str | None, Query(pattern=r"^\d{1,7}$", description="`next_page` of the previous page.")] = None,
 ) -> UsagePage:

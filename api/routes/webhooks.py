@@ -11,6 +11,7 @@ from fastapi import Query
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
 from api.rate_limits.threads import run_route
+from api.requests.path_parameters import WebhookDeliveryId, WebhookEndpointId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -85,7 +86,7 @@ def list_webhook_endpoints(
 
 
 @router.get(ENDPOINT, operation_id="get_webhook_endpoint", responses=errors(404))
-def get_webhook_endpoint(webhook_endpoint_id: str, use: Use, caller: Signed) -> WebhookEndpointObject:
+def get_webhook_endpoint(webhook_endpoint_id: WebhookEndpointId, use: Use, caller: Signed) -> WebhookEndpointObject:
     """Return an endpoint. Requires the scope `webhooks:read`."""
     row = endpoints.get(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id)
     return endpoint_object(row, now=_now(use))
@@ -93,7 +94,7 @@ def get_webhook_endpoint(webhook_endpoint_id: str, use: Use, caller: Signed) -> 
 
 @router.post(ENDPOINT, operation_id="change_webhook_endpoint", responses=errors(404))
 def change_webhook_endpoint(
-    webhook_endpoint_id: str, body: WebhookEndpointChange, use: Use, caller: Signed
+    webhook_endpoint_id: WebhookEndpointId, body: WebhookEndpointChange, use: Use, caller: Signed
 ) -> WebhookEndpointObject:
     """Change an endpoint. Pending deliveries go to the new URL. Requires the scope `webhooks:write`."""
     if body.url is not None:
@@ -107,7 +108,7 @@ def change_webhook_endpoint(
 
 @router.delete(ENDPOINT, operation_id="delete_webhook_endpoint", responses=errors(404))
 def delete_webhook_endpoint(
-    webhook_endpoint_id: str, use: Use, caller: Signed, is_retry: IsRetry
+    webhook_endpoint_id: WebhookEndpointId, use: Use, caller: Signed, is_retry: IsRetry
 ) -> WebhookEndpointDeleted:
     """Delete an endpoint. Nothing more is sent to it. Requires the scope `webhooks:write`."""
     endpoints.delete(use.db, project_id=caller.project_id, endpoint_id=webhook_endpoint_id, is_client_retry=is_retry)
@@ -116,7 +117,11 @@ def delete_webhook_endpoint(
 
 @router.post(f"{ENDPOINT}/rotate_secret", operation_id="rotate_webhook_secret", responses=errors(404, 409))
 def rotate_webhook_secret(
-    webhook_endpoint_id: str, use: Use, caller: Signed, is_retry: IsRetry, body: SecretRotation | None = None
+    webhook_endpoint_id: WebhookEndpointId,
+    use: Use,
+    caller: Signed,
+    is_retry: IsRetry,
+    body: SecretRotation | None = None,
 ) -> WebhookEndpointWithSecret:
     """Create a new secret. While the old one is still valid, each message has a signature with both.
 
@@ -135,7 +140,7 @@ def rotate_webhook_secret(
 
 @router.post(f"{ENDPOINT}/test", operation_id="test_webhook_endpoint", responses=errors(404, 409))
 async def test_webhook_endpoint(
-    webhook_endpoint_id: str, body: WebhookTestRequest, use: Use, caller: Signed
+    webhook_endpoint_id: WebhookEndpointId, body: WebhookTestRequest, use: Use, caller: Signed
 ) -> WebhookTestResult:
     """Send one sample event now, without retries, even if the endpoint is not subscribed to its type.
 
@@ -174,8 +179,10 @@ async def test_webhook_endpoint(
 
 
 @router.post(f"{ENDPOINT}/replay", operation_id="replay_webhook_endpoint", responses=errors(404, 409))
-def replay_webhook_endpoint(webhook_endpoint_id: str, body: ReplayRequest, use: Use, caller: Signed) -> Replayed:
-    """Send all deliveries again that failed since a given time, with the same ids.
+def replay_webhook_endpoint(
+    webhook_endpoint_id: WebhookEndpointId, body: ReplayRequest, use: Use, caller: Signed
+) -> Replayed:
+    """Send all deliveries again that failed since a given time, with the same IDs.
 
     Requires the scope `webhooks:write`.
     """
@@ -188,7 +195,7 @@ def replay_webhook_endpoint(webhook_endpoint_id: str, body: ReplayRequest, use: 
 
 @router.get(f"{ENDPOINT}/deliveries", operation_id="list_webhook_deliveries", responses=errors(404))
 def list_webhook_deliveries(
-    webhook_endpoint_id: str,
+    webhook_endpoint_id: WebhookEndpointId,
     use: Use,
     caller: Signed,
     *,
@@ -209,15 +216,15 @@ def list_webhook_deliveries(
 
 
 @router.get(DELIVERY, operation_id="get_webhook_delivery", responses=errors(404))
-def get_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
+def get_webhook_delivery(webhook_delivery_id: WebhookDeliveryId, use: Use, caller: Signed) -> WebhookDeliveryObject:
     """Return a delivery with its attempts. Requires the scope `webhooks:read`."""
     row = delivery_log.get(use.db, project_id=caller.project_id, delivery_id=webhook_delivery_id)
     return _delivery_objects(use, [row])[0]
 
 
 @router.post(f"{DELIVERY}/replay", operation_id="replay_webhook_delivery", responses=errors(404, 409))
-def replay_webhook_delivery(webhook_delivery_id: str, use: Use, caller: Signed) -> WebhookDeliveryObject:
-    """Send a delivery again now, with the same id and the full number of retries.
+def replay_webhook_delivery(webhook_delivery_id: WebhookDeliveryId, use: Use, caller: Signed) -> WebhookDeliveryObject:
+    """Send a delivery again now, with the same ID and the full number of retries.
 
     Requires the scope `webhooks:write`.
     """

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import AdapterId, AdapterName, BaseDigest, BaseName, CreatedAt, Deleted, JobId, LineageId
 from api.schemas.job_history import Rewards
 from catalog.registry import checkpoints, efficiency
 from catalog.tables.storage import Adapter, Artifact
@@ -19,11 +20,15 @@ class VerificationObject(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow")
-    passed: bool | None = None
-    max_abs_diff: float | None = None
-    tolerance: float | None = None
-    worst_linear: str | None = None
-    worst_linear_error: float | None = None
+    passed: bool | None = Field(default=None, description="Whether every difference is within its tolerance.")
+    max_abs_diff: float | None = Field(default=None, description="Largest absolute difference, in logits.")
+    tolerance: float | None = Field(default=None, description="Largest accepted `max_abs_diff`, in logits.")
+    worst_linear: str | None = Field(
+        default=None, description="Path of the adapted linear layer with the largest error."
+    )
+    worst_linear_error: float | None = Field(
+        default=None, description="Error of that layer, as a fraction of its tolerance."
+    )
     explanation: str | None = Field(default=None, description="What was compared, and the reason for the tolerance.")
 
 
@@ -34,29 +39,33 @@ class AdapterEvaluation(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow")
-    base_loss: float | None = None
-    parent_loss: float | None = None
-    loss: float | None = None
-    base_perplexity: float | None = None
-    parent_perplexity: float | None = None
-    perplexity: float | None = None
-    rewards: Rewards | None = None
+    base_loss: float | None = Field(
+        default=None, description="Loss of the base model alone; null if the job continued an adapter."
+    )
+    parent_loss: float | None = Field(default=None, description="Loss of the parent adapter; null without a parent.")
+    loss: float | None = Field(default=None, description="Loss of the trained adapter.")
+    base_perplexity: float | None = Field(default=None, description="Perplexity of the base model: exp(`base_loss`).")
+    parent_perplexity: float | None = Field(
+        default=None, description="Perplexity of the parent adapter: exp(`parent_loss`)."
+    )
+    perplexity: float | None = Field(default=None, description="Perplexity of the trained adapter: exp(`loss`).")
+    rewards: Rewards | None = Field(default=None, description="Rewards of a preference job on the validation file.")
 
 
 class ParameterShare(BaseModel):
     """Trained parameters of the adapter, and parameters of the base model."""
 
-    trainable: int
-    base: int
-    share: float = Field(description="trainable / base.")
+    trainable: int = Field(description="Number of parameters of the adapter that were trained.")
+    base: int = Field(description="Number of parameters of the base model.")
+    share: float = Field(description="`trainable` / `base`.")
 
 
 class SizeShare(BaseModel):
     """Size of the adapter's weights file, and of the base model's weight files. Null: the base's files are unknown."""
 
-    bytes: int
-    base_bytes: int | None
-    share: float | None = Field(description="bytes / base_bytes.")
+    bytes: int = Field(description="Size of the adapter's weights file, in bytes.")
+    base_bytes: int | None = Field(description="Size of the base model's weight files, in bytes.")
+    share: float | None = Field(description="`bytes` / `base_bytes`.")
 
 
 class MemoryComponents(BaseModel):
@@ -66,15 +75,15 @@ class MemoryComponents(BaseModel):
     gradients: int = Field(description="Gradients of the trained parameters.")
     optimizer_state: int = Field(description="Moments and, in bfloat16, fp32 master weights.")
     activations: int = Field(description="Activations and logits of 1,024 tokens.")
-    total: int
+    total: int = Field(description="Sum of the components, in bytes.")
 
 
 class MeasuredMemory(BaseModel):
     """Memory that the trainer reported before the export, in bytes."""
 
-    base_bytes: int = Field(description="Base model on the device.")
-    adapter_bytes: int = Field(description="State of all adapters that the trainer held.")
-    peak_bytes: int = Field(description="Peak of the device; of the process on a CPU.")
+    base_bytes: int = Field(description="Base model on the device, in bytes.")
+    adapter_bytes: int = Field(description="State of all adapters that the trainer held, in bytes.")
+    peak_bytes: int = Field(description="Peak of the device, or on a CPU of the process, in bytes.")
 
 
 class TrainingMemory(BaseModel):
@@ -83,8 +92,8 @@ class TrainingMemory(BaseModel):
     Full fine-tuning takes 16 bytes per parameter without activations (arXiv 1910.02054, section 3.1).
     """
 
-    lora: MemoryComponents
-    full_fine_tuning: MemoryComponents
+    lora: MemoryComponents = Field(description="Memory of training the adapter.")
+    full_fine_tuning: MemoryComponents = Field(description="Memory of training all parameters of the base model.")
     share: float = Field(description="Total of lora / total of full_fine_tuning.")
     measured: MeasuredMemory | None = Field(description="Null if the trainer did not report it.")
 
@@ -92,9 +101,9 @@ class TrainingMemory(BaseModel):
 class InferenceLatency(BaseModel):
     """Duration of a pass of the merged model and of the base model, measured at an export."""
 
-    base_seconds: float
-    merged_seconds: float
-    ratio: float = Field(description="merged_seconds / base_seconds.")
+    base_seconds: float = Field(description="Duration of a pass of the base model, in seconds.")
+    merged_seconds: float = Field(description="Duration of a pass of the merged model, in seconds.")
+    ratio: float = Field(description="`merged_seconds` / `base_seconds`.")
 
 
 class AdapterEfficiency(BaseModel):
@@ -109,6 +118,8 @@ class AdapterEfficiency(BaseModel):
 
 
 class AdapterObject(BaseModel):
+    """A trained adapter, or the adapter of a checkpoint."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -135,27 +146,29 @@ class AdapterObject(BaseModel):
             }
         }
     )
-    id: str
+    id: AdapterId
     object: Literal["adapter"] = "adapter"
-    name: str
-    created_at: int
-    job_id: str
-    owned_by: str = Field(description="Id of the project that trained it. Shared adapters belong to another project.")
-    checkpoint_step: int | None = Field(description="Step of a checkpoint; null for the final adapter of a job.")
-    base_model: str
-    base_digest: str
+    name: AdapterName
+    created_at: CreatedAt
+    job_id: JobId
+    owned_by: str = Field(description="ID of the project that trained it. Shared adapters belong to another project.")
+    checkpoint_step: int | None = Field(
+        description="Optimizer step of a checkpoint; null for the final adapter of a job."
+    )
+    base_model: BaseName
+    base_digest: BaseDigest
     parent: str | None = Field(description="Name of the adapter from which it continues.")
     artifact: str = Field(description="Digest of the manifest.")
-    bytes: int
-    num_parameters: int
-    rank: int | None
+    bytes: int = Field(description="Total size of the adapter's files, in bytes.")
+    num_parameters: int = Field(description="Number of trained parameters.")
+    rank: int | None = Field(description="LoRA rank; null if the adapter's configuration does not state it.")
     precision: Literal["bfloat16", "float32"] | None = Field(
         description="Dtype of the base model in training and verification. Null if the lineage record lacks it."
     )
     quantization: Literal["none", "nf4", "int8"] = Field(
         description="Quantization of the base model in training and verification. Use the same to serve the adapter."
     )
-    lineage_id: str
+    lineage_id: LineageId
     verification: VerificationObject
     evaluation: AdapterEvaluation | None
     efficiency: AdapterEfficiency | None = Field(
@@ -165,9 +178,11 @@ class AdapterObject(BaseModel):
 
 
 class ArtifactFile(BaseModel):
-    path: str
+    """A file of an artifact."""
+
+    path: str = Field(description="Path of the file within the artifact.")
     digest: str = Field(description="SHA-256 of the file's bytes.")
-    num_bytes: int
+    num_bytes: int = Field(description="Size of the file, in bytes.")
 
 
 class ArtifactFiles(BaseModel):
@@ -186,13 +201,15 @@ class ArtifactFiles(BaseModel):
     )
 
     object: Literal["list"] = "list"
-    artifact: str
-    kind: str
-    data: list[ArtifactFile]
-    has_more: bool = False
+    artifact: str = Field(description="Digest of the manifest, which identifies all bytes of all files.")
+    kind: str = Field(description="Kind of the artifact, such as `adapter`.")
+    data: list[ArtifactFile] = Field(description="The files, sorted by path.")
+    has_more: bool = Field(default=False, description="Always false: the list is complete.")
 
 
 class DsseSignature(BaseModel):
+    """A signature of a DSSE envelope."""
+
     keyid: str = Field(description="The `kid` of a key in `/v1/keys.json`.")
     sig: str = Field(description="Ed25519 signature in Base64.")
 
@@ -200,33 +217,35 @@ class DsseSignature(BaseModel):
 class DsseEnvelope(BaseModel):
     """A DSSE v1 envelope of an in-toto statement. Its subject is the manifest; its predicate contains `lineage_id`."""
 
-    payloadType: Literal["application/vnd.in-toto+json"]  # noqa: N815  (name in the DSSE specification)
+    payloadType: Literal["application/vnd.in-toto+json"] = Field(description="Media type of the payload.")  # noqa: N815  (name in the DSSE specification) = Field(description="Media type of the payload.")
     payload: str = Field(description="JSON of the statement in Base64.")
-    signatures: list[DsseSignature]
+    signatures: list[DsseSignature] = Field(description="Signatures of the payload, each with one key.")
 
 
 class PublicKey(BaseModel):
     """An Ed25519 public key as a JSON Web Key (RFC 8037)."""
 
-    kty: Literal["OKP"]
-    crv: Literal["Ed25519"]
-    use: Literal["sig"]
-    alg: Literal["EdDSA"]
-    kid: str
+    kty: Literal["OKP"] = Field(description="Key type: octet key pair.")
+    crv: Literal["Ed25519"] = Field(description="Name of the curve.")
+    use: Literal["sig"] = Field(description="Purpose of the key: signatures.")
+    alg: Literal["EdDSA"] = Field(description="Signature algorithm (RFC 8037).")
+    kid: str = Field(description="ID of the key, to which `keyid` of a signature refers.")
     x: str = Field(description="The 32 bytes of the key in Base64url, without padding.")
     retired_at: float | None = Field(
-        default=None, description="Time at which the server's pepper was replaced. No record was signed with it since."
+        default=None,
+        description="Unix seconds at which the server's pepper was replaced: no later record is signed with the "
+        "key. Null: in use.",
     )
 
 
 class PublicKeySet(BaseModel):
     """The keys with which this service signs lineage records: the current one, then previous ones."""
 
-    keys: list[PublicKey]
+    keys: list[PublicKey] = Field(description="The public keys, the current one first.")
 
 
 class LineageObject(BaseModel):
-    """A lineage record. `lineage_id` is the SHA-256 of its RFC 8785 form; `graph.parents` contains such ids."""
+    """A lineage record. `lineage_id` is the SHA-256 of its RFC 8785 form; `graph.parents` contains such IDs."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -246,12 +265,14 @@ class LineageObject(BaseModel):
     )
 
     object: Literal["adapter.lineage"] = "adapter.lineage"
-    adapter_id: str
-    lineage_id: str
-    lineage: dict[str, Any]
+    adapter_id: AdapterId
+    lineage_id: LineageId
+    lineage: dict[str, Any] = Field(
+        description="The record: data, base model, configuration, code, machines and results of the training."
+    )
     signature: DsseEnvelope | None = Field(
         description="Signature of `lineage_id` and of the manifest's digest with a key of `/v1/keys.json`. Null if the "
-        "stored record does not match its id or its files; `POST /v1/adapters/{adapter}/verify` lists the problems."
+        "stored record does not match its ID or its files; `POST /v1/adapters/{adapter}/verify` lists the problems."
     )
     children: list[str] = Field(default=[], description="Names of the adapters that currently continue from it.")
 
@@ -272,16 +293,20 @@ class AdapterVerification(BaseModel):
     )
 
     object: Literal["adapter.verification"] = "adapter.verification"
-    adapter_id: str
-    passed: bool
-    problems: list[str]
-    verification: VerificationObject
+    adapter_id: AdapterId
+    passed: bool = Field(description="Whether all stored bytes match the record.")
+    problems: list[str] = Field(description="Each mismatch, as a sentence. Empty if it passed.")
+    verification: VerificationObject = Field(
+        description="The comparison with PEFT, measured when the adapter was exported."
+    )
 
 
 class AdapterDeleted(BaseModel):
-    id: str
+    """Confirmation that an adapter is deleted."""
+
+    id: AdapterId
     object: Literal["adapter"] = "adapter"
-    deleted: bool = True
+    deleted: Deleted = True
 
 
 def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None, cost: Json | None = None) -> AdapterObject:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import ObjectId
 from catalog.audit.chain import ChainCheck, Fault, content
 from catalog.audit.log import ActorType
 from catalog.tables.audit import AuditEvent
@@ -31,8 +32,8 @@ class AuditActor(BaseModel):
     """The actor of a change."""
 
     type: ActorType = Field(description="`server`: a command on the server itself, without an API request.")
-    id: str | None = Field(description="Id of the API key; for a browser, of the key that signed it in.")
-    name: str | None
+    id: str | None = Field(description="ID of the API key; for a browser, of the key that signed it in.")
+    name: str | None = Field(description="Name of the API key when the change happened; null for the server.")
 
 
 class AuditEventObject(BaseModel):
@@ -40,15 +41,17 @@ class AuditEventObject(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["audit_event"] = "audit_event"
-    id: str
-    type: str
-    effective_at: float = Field(description="Unix time in seconds, with the fraction that the digest covers.")
-    actor: AuditActor
+    id: ObjectId
+    type: str = Field(description="Type of the change, such as `job.cancelled`.")
+    effective_at: float = Field(
+        description="Time of the change, in Unix seconds, with the fraction that the digest covers."
+    )
+    actor: AuditActor = Field(description="The API key, browser or server that made the change.")
     project_id: str | None = Field(description="Null for objects without a project, such as base models.")
-    object_id: str | None = Field(description="Id of the changed object.")
-    request_id: str | None = Field(description="The x-request-id of the response.")
+    object_id: str | None = Field(description="ID of the changed object.")
+    request_id: str | None = Field(description="Header `x-request-id` of the response.")
     address: str | None = Field(description="Address of the client, or of a reverse proxy that is not trusted.")
-    details: dict[str, Any]
+    details: dict[str, Any] = Field(description="Further facts about the change, which depend on its type.")
     link: int | None = Field(description="Position in the chain, from 1.")
     previous: str | None = Field(description="Digest of the previous event.")
     digest: str | None = Field(
@@ -59,9 +62,13 @@ class AuditEventObject(BaseModel):
 class AuditMisfit(BaseModel):
     """The event at which the chain is broken."""
 
-    link: int
-    id: str | None
-    fault: Fault
+    link: int = Field(description="Position in the chain, from 1.")
+    id: str | None = Field(description="ID of the audit event; see `misfit` for missing events and anchors.")
+    fault: Fault = Field(
+        description="`changed`: it differs from the sealed event. `missing`: it is absent. `misplaced`: its "
+        "position is "
+        "wrong. `anchor_changed`: an anchor differs from the chain."
+    )
 
 
 class AuditVerification(BaseModel):
@@ -82,13 +89,13 @@ class AuditVerification(BaseModel):
         }
     )
     object: Literal["audit_verification"] = "audit_verification"
-    is_sound: bool
+    is_sound: bool = Field(description="Whether no event of this part breaks the chain.")
     num_events: int = Field(description="Number of events with a correct digest.")
     last_link: int = Field(description="Link of the last event with a correct digest.")
-    last_digest: str
-    has_more: bool
+    last_digest: str = Field(description="Digest of the event at `last_link`.")
+    has_more: bool = Field(description="Whether events after `last_link` are not verified yet.")
     misfit: AuditMisfit | None = Field(
-        description="The first event that does not fit. Its id is null if the event is missing; for a wrong anchor, it "
+        description="The first event that does not fit. Its ID is null if the event is missing; for a wrong anchor, it "
         "is the anchor's name."
     )
     num_unsealed: int = Field(description="Recent events that are not sealed into the chain yet.")

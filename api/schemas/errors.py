@@ -5,20 +5,23 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from api.errors.links import doc_url
+from api.schemas import ErrorCode, ErrorMessage
 
 
 class QuotaReached(BaseModel):
     """A quota of a project that has been reached."""
 
-    name: str
-    limit: float
-    used: float
+    name: str = Field(description="Quota of the project, such as `jobs_per_day`.")
+    limit: float = Field(description="Maximum of the quota, in the unit of its name.")
+    used: float = Field(description="Current usage, in the unit of the quota.")
     resets_at: int | None = Field(
-        description="Unix time at which the usage resets or enough quota is free; null if that is not automatic."
+        description="Unix seconds at which the usage resets or enough quota is free; null if that is not automatic."
     )
 
 
 class ErrorBody(BaseModel):
+    """Details of an error."""
+
     message: str = Field(description="The problem, followed by the remedy.")
     remedy: str = Field(description="How to fix the problem. The message ends with this text.")
     type: str = Field(description="Class of the error, such as invalid_request_error.")
@@ -32,9 +35,11 @@ class StoredError(BaseModel):
     """The error of a job, a plan, a sweep or an import."""
 
     model_config = ConfigDict(extra="allow")
-    code: str
-    message: str
-    param: str | None = None
+    code: ErrorCode
+    message: ErrorMessage
+    param: str | None = Field(
+        default=None, description="Dotted path of the field that caused the problem; null if none did."
+    )
 
     @computed_field(description="Entry of the code in the error reference.")
     @property
@@ -59,4 +64,4 @@ class ErrorResponse(BaseModel):
             }
         }
     )
-    error: ErrorBody
+    error: ErrorBody = Field(description="The error, in OpenAI's format with additional fields.")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from api.schemas import CreatedAt, Deleted, ObjectId
 from catalog.datasets.formats import KIND_NAMES
 from catalog.spec.strict import Strict
 from catalog.storage.files import LIFETIME_SECONDS
@@ -35,17 +36,19 @@ class FileObject(BaseModel):
             }
         }
     )
-    id: str
+    id: ObjectId
     object: Literal["file"] = "file"
-    bytes: int
-    created_at: int
-    filename: str
-    purpose: str
-    status: Literal["uploaded", "processed", "error"] = "processed"
-    expires_at: int | None = Field(
-        description="The file is deleted after this time, once no unfinished job uses it. Null: it does not expire."
+    bytes: int = Field(description="Size of the content, in bytes.")
+    created_at: CreatedAt
+    filename: str = Field(description="Name of the file as uploaded.")
+    purpose: str = Field(description="Use of the file: `fine-tune`, `batch`, `user_data`, or a kind of result file.")
+    status: Literal["uploaded", "processed", "error"] = Field(
+        default="processed", description="Always `processed`: the rows are validated before the upload is answered."
     )
-    status_details: str | None = None
+    expires_at: int | None = Field(
+        description="Unix seconds after which it is deleted, once no unfinished job uses it. Null: it does not expire."
+    )
+    status_details: str | None = Field(default=None, description="Always null: an invalid file is rejected at upload.")
     rows: int | None = Field(description="Number of rows of a dataset; null for other purposes.")
     kind: str | None = Field(description=f"Kind of its rows: {', '.join(KIND_NAMES)}; null for other purposes.")
     digest: str = Field(description="SHA-256 of the content.")
@@ -58,13 +61,17 @@ class ExpiresAfter(Strict):
     """The expiry of a file, as in OpenAI's API."""
 
     anchor: Literal["created_at"] = Field(description="Time from which the seconds count.")
-    seconds: int = Field(ge=LIFETIME_SECONDS[0], le=LIFETIME_SECONDS[1])
+    seconds: int = Field(
+        ge=LIFETIME_SECONDS[0], le=LIFETIME_SECONDS[1], description="Lifetime of the file, in seconds."
+    )
 
 
 class FileDeleted(BaseModel):
-    id: str
+    """Confirmation that a file is deleted."""
+
+    id: ObjectId
     object: Literal["file"] = "file"
-    deleted: bool = True
+    deleted: Deleted = True
 
 
 class DataReport(BaseModel):
@@ -81,7 +88,7 @@ class DataReport(BaseModel):
         }
     )
     object: Literal["data_report"] = "data_report"
-    file: str = Field(description="Id of the file.")
+    file: str = Field(description="ID of the reported file.")
     model: str = Field(description="Base model whose tokenizer and chat template were used.")
     report: dict[str, Any] | None = Field(description="Null until a worker has prepared the file.")
 

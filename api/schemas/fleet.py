@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import BaseName, JobId
 from catalog.fleet.views import WorkerView
 from catalog.spec.strict import Strict
 from catalog.tables.table import Json
@@ -15,10 +16,10 @@ class QueueEntry(BaseModel):
     """An unfinished job and its queue position."""
 
     model_config = ConfigDict(extra="allow")
-    job_id: str
-    state: str
-    base_model: str
-    priority: str
+    job_id: JobId
+    state: str = Field(description="Status of the job.")
+    base_model: BaseName
+    priority: str = Field(description="Priority class of the job.")
     position: int | None = Field(
         default=None, description="Position in the whole queue, from 1; null if the job has none now."
     )
@@ -50,9 +51,9 @@ class QueueObject(BaseModel):
         },
     )
     object: Literal["queue"] = "queue"
-    as_of: float = Field(description="Unix time in seconds, by the database's clock.")
+    as_of: float = Field(description="Time of the snapshot, in Unix seconds, by the database's clock.")
     counts: dict[str, int] = Field(description="Unfinished jobs by state.")
-    jobs: list[QueueEntry]
+    jobs: list[QueueEntry] = Field(description="Unfinished jobs that your key may see.")
 
 
 class CordonRequest(Strict):
@@ -60,7 +61,7 @@ class CordonRequest(Strict):
 
     model_config = ConfigDict(json_schema_extra={"example": {"reason": "Its fan is replaced."}})
     reason: str | None = Field(
-        default=None, min_length=1, max_length=200, description="Free text; visible to all users."
+        default=None, min_length=1, max_length=200, description="Free text; visible to all users. Null: no reason."
     )
 
 
@@ -68,8 +69,8 @@ class CordonObject(BaseModel):
     """The cordon of a worker, which claims no new jobs."""
 
     by: Literal["operator", "service"] = Field(description="`service`: several jobs in a row failed on the worker.")
-    reason: str | None
-    at: float = Field(description="Unix time in seconds, by the database's clock.")
+    reason: str | None = Field(description="Text of the operator or the service; null if none was given.")
+    at: float = Field(description="Time of the cordon, in Unix seconds, by the database's clock.")
     evidence: list[dict[str, Any]] | None = Field(
         description="The failed attempts for which the service cordoned the worker. Null except with an operator key."
     )
@@ -81,7 +82,7 @@ class WorkerObject(BaseModel):
     model_config = ConfigDict(
         json_schema_extra={"example": {"id": "worker-1", "state": "busy", "resident_base": "9f86d081884c7d65"}}
     )
-    id: str
+    id: str = Field(description="ID of the worker process.")
     object: Literal["worker"] = "worker"
     state: Literal["idle", "busy", "draining", "lost", "ended"] = Field(
         description="`busy`: it trains at least one job. An idle worker may keep a base model loaded."
@@ -89,21 +90,23 @@ class WorkerObject(BaseModel):
     cordon: CordonObject | None = Field(
         description="Set if the worker is cordoned: it finishes the jobs it holds and claims no new ones."
     )
-    host: str | None
-    pid: int | None
-    devices: list[Any]
-    version: str
+    host: str | None = Field(description="Name of the machine.")
+    pid: int | None = Field(description="Process ID on that machine.")
+    devices: list[Any] = Field(description="Devices of the worker, with kind, name and memory.")
+    version: str = Field(description="Version of the worker's software.")
     protocol: int = Field(description="Version of its protocol; the service supports a range of versions.")
-    memory_bytes: int
-    started_at: int
-    last_seen_at: int
-    ended_at: int | None
+    memory_bytes: int = Field(description="Memory of the devices, in bytes.")
+    started_at: int = Field(description="Start of the worker, in Unix seconds.")
+    last_seen_at: int = Field(description="Last heartbeat, in Unix seconds.")
+    ended_at: int | None = Field(description="End of the worker, in Unix seconds; null until it stops.")
     resident_base: str | None = Field(
         description="Digest of the loaded base model; null if the worker is lost or ended."
     )
     resident_base_names: list[str] = Field(description="Names of the loaded base model.")
-    trainer_id: str | None
-    report: dict[str, Any] | None
+    trainer_id: str | None = Field(description="ID of the trainer that has the base model loaded.")
+    report: dict[str, Any] | None = Field(
+        description="Measurements of the worker: tokens per second, memory in use, software versions."
+    )
 
 
 def worker_object(view: WorkerView, *, shows_all: bool) -> WorkerObject:

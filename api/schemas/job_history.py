@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import CreatedAt, JobId, ObjectId
 from catalog.history.job_logs import Line
 from catalog.history.metric_points import Point
 from catalog.resources.sharding import Strategy
@@ -16,6 +17,8 @@ EVENT_PREFIX = "ftevent-"
 
 
 class FineTuningJobEvent(BaseModel):
+    """A message about a job: a change of its state, a warning, or metrics."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -29,13 +32,17 @@ class FineTuningJobEvent(BaseModel):
             }
         }
     )
-    id: str
+    id: str = Field(description="ID of the event; later events have greater numbers.")
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
-    created_at: int
-    level: Literal["info", "warn", "error"]
-    message: str
-    type: Literal["message", "metrics"]
-    data: dict[str, Any] | None
+    created_at: CreatedAt
+    level: Literal["info", "warn", "error"] = Field(
+        description="Importance of the event: information, warning or error."
+    )
+    message: str = Field(description="Sentence for users.")
+    type: Literal["message", "metrics"] = Field(
+        description="`metrics`: `data` has the metrics of a step. `message`: any other event."
+    )
+    data: dict[str, Any] | None = Field(description="Facts of the event for programs; null if it has none.")
 
 
 class Rewards(BaseModel):
@@ -46,8 +53,8 @@ class Rewards(BaseModel):
     the label false; a value is null if a step has no such answers.
     """
 
-    chosen: float | None = None
-    rejected: float | None = None
+    chosen: float | None = Field(default=None, description="Mean reward of the preferred answers.")
+    rejected: float | None = Field(default=None, description="Mean reward of the other answers.")
     margin: float | None = Field(default=None, description="`chosen` minus `rejected`.")
     accuracy: float = Field(
         description="Fraction of pairs whose preferred answer has the higher reward. For kto: fraction of answers "
@@ -62,18 +69,28 @@ class Rewards(BaseModel):
 class CheckpointMetrics(BaseModel):
     """Metrics at the step of the checkpoint; null if not measured."""
 
-    step: float | None = None
-    train_loss: float | None = None
-    train_mean_token_accuracy: float | None = None
-    valid_loss: float | None = None
-    valid_mean_token_accuracy: float | None = None
-    full_valid_loss: float | None = None
-    full_valid_mean_token_accuracy: float | None = None
-    train_rewards: Rewards | None = None
-    full_valid_rewards: Rewards | None = None
+    step: float | None = Field(default=None, description="Number of optimizer steps before the checkpoint.")
+    train_loss: float | None = Field(default=None, description="Training loss of the step.")
+    train_mean_token_accuracy: float | None = Field(
+        default=None, description="Fraction of the step's trained tokens that were predicted correctly."
+    )
+    valid_loss: float | None = Field(
+        default=None, description="Always null: every evaluation covers the whole validation file."
+    )
+    valid_mean_token_accuracy: float | None = Field(
+        default=None, description="Always null, as fractions are reported for the whole validation file."
+    )
+    full_valid_loss: float | None = Field(default=None, description="Loss on the whole validation file.")
+    full_valid_mean_token_accuracy: float | None = Field(
+        default=None, description="Fraction of the validation file's trained tokens that were predicted correctly."
+    )
+    train_rewards: Rewards | None = Field(default=None, description="Rewards of the step's pairs or labeled answers.")
+    full_valid_rewards: Rewards | None = Field(default=None, description="Rewards on the whole validation file.")
 
 
 class FineTuningJobCheckpoint(BaseModel):
+    """The state of a job after a step. A job resumes from its newest checkpoint."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -88,13 +105,13 @@ class FineTuningJobCheckpoint(BaseModel):
             }
         }
     )
-    id: str
+    id: ObjectId
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
-    created_at: int
-    fine_tuned_model_checkpoint: str
-    fine_tuning_job_id: str
-    step_number: int
-    metrics: CheckpointMetrics
+    created_at: CreatedAt
+    fine_tuned_model_checkpoint: str = Field(description="Name of the checkpoint's adapter, to use as a model.")
+    fine_tuning_job_id: str = Field(description="ID of the job that saved it.")
+    step_number: int = Field(description="Number of optimizer steps before the checkpoint.")
+    metrics: CheckpointMetrics = Field(description="Metrics measured at the checkpoint's step.")
     available: bool = Field(
         description="Whether it can be used as a model: the newest two of a job, until seven days after the job's end."
     )
@@ -106,12 +123,12 @@ class LogLine(BaseModel):
     model_config = ConfigDict(
         json_schema_extra={"example": {"id": "1-0-7", "attempt": 1, "rank": 0, "number": 7, "text": "Loading…"}}
     )
-    id: str
+    id: str = Field(description="ID of the line: attempt, rank and number.")
     object: Literal["fine_tuning.job.log_line"] = "fine_tuning.job.log_line"
-    attempt: int
+    attempt: int = Field(description="Number of the job's attempt, from 1.")
     rank: int = Field(description="Rank of the trainer process; 0 if there is only one.")
     number: int = Field(description="Line number in the stored log of that process, from 1.")
-    text: str
+    text: str = Field(description="The line as the trainer printed it, without its line break.")
 
 
 def log_line(line: Line) -> LogLine:
@@ -123,17 +140,19 @@ class MetricPoint(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": {"kind": "train", "step": 12, "loss": 1.83}})
     object: Literal["fine_tuning.job.metric"] = "fine_tuning.job.metric"
-    kind: Literal["train", "valid"]
-    step: int
-    created_at: int
+    kind: Literal["train", "valid"] = Field(
+        description="`train`: measured in training. `valid`: measured on the validation file."
+    )
+    step: int = Field(description="Number of optimizer steps before the measurement.")
+    created_at: int = Field(description="Time of the measurement, in Unix seconds.")
     loss: float | None = Field(
         description="Mean over trained tokens, or over pairs or labeled answers; null if the loss was not finite."
     )
-    token_accuracy: float | None
-    learning_rate: float | None
-    grad_norm: float | None
-    num_tokens: int | None
-    rewards: Rewards | None
+    token_accuracy: float | None = Field(description="Fraction of the trained tokens that were predicted correctly.")
+    learning_rate: float | None = Field(description="Learning rate of the step; null for evaluations.")
+    grad_norm: float | None = Field(description="Norm of the gradient before clipping; null for evaluations.")
+    num_tokens: int | None = Field(description="Number of tokens processed for the point; null if not recorded.")
+    rewards: Rewards | None = Field(description="Rewards of a preference job; null for the method supervised.")
 
 
 class AttemptObject(BaseModel):
@@ -145,15 +164,17 @@ class AttemptObject(BaseModel):
         }
     )
     object: Literal["fine_tuning.job.attempt"] = "fine_tuning.job.attempt"
-    number: int
-    claim_id: str
-    worker_id: str
-    trainer_id: str
-    started_at: int
-    ended_at: int | None
-    reason: str | None
-    detail: str | None
-    resumed_from_step: int | None
+    number: int = Field(description="Number of the attempt, from 1.")
+    claim_id: str = Field(description="ID of the worker's claim of the job.")
+    worker_id: str = Field(description="ID of the worker that claimed the job.")
+    trainer_id: str = Field(description="ID of the trainer process that the worker chose.")
+    started_at: int = Field(description="Time of the claim, in Unix seconds.")
+    ended_at: int | None = Field(description="End of the attempt, in Unix seconds; null while it runs.")
+    reason: str | None = Field(description="Reason of the end, such as `completed` or `cuda_oom`; null while it runs.")
+    detail: str | None = Field(description="Explanation of the reason; null if there is none.")
+    resumed_from_step: int | None = Field(
+        description="Optimizer step from which the attempt continued; null if it started from the beginning."
+    )
     packmates: list[str] = Field(description="Jobs that trained in the same trainer during the attempt.")
     why: dict[str, Any] = Field(description="Inputs of the scheduling decision.")
 
@@ -161,11 +182,13 @@ class AttemptObject(BaseModel):
 class DividedBlocks(BaseModel):
     """The blocks of a sharded base model. Embeddings, head and final norm are in no block: every device holds them."""
 
-    count: int | None
-    bytes: int = Field(description="Total size of all blocks.")
-    share_bytes: int = Field(description="Size of the shard that each device holds, or that the host holds for it.")
+    count: int | None = Field(description="Number of blocks; null if unknown.")
+    bytes: int = Field(description="Total size of all blocks, in bytes.")
+    share_bytes: int = Field(
+        description="Size of the shard that each device holds, or that the host holds for it, in bytes."
+    )
     gathered_bytes: int = Field(
-        description="Size of the full blocks that a device holds at one time, in addition to its shard."
+        description="Size of the full blocks that a device holds at one time, in addition to its shard, in bytes."
     )
 
 
@@ -180,8 +203,8 @@ class Placement(BaseModel):
         "shards in device memory or offloaded to the host's memory."
     )
     reason: str = Field(description="Explanation of the strategy.")
-    needed_bytes: int = Field(description="Memory needed on each device if the job trains alone.")
-    memory_bytes: int = Field(description="Memory of the smallest device of the group.")
+    needed_bytes: int = Field(description="Memory needed on each device if the job trains alone, in bytes.")
+    memory_bytes: int = Field(description="Memory of the smallest device of the group, in bytes.")
     blocks: DividedBlocks | None = Field(description="Null if the base model is replicated.")
 
 
@@ -199,10 +222,10 @@ class WhyObject(BaseModel):
             }
         },
     )
-    state: str
+    state: str = Field(description="Status of the job.")
     explanation: str = Field(description="One sentence for users.")
     object: Literal["fine_tuning.job.why"] = "fine_tuning.job.why"
-    job_id: str
+    job_id: JobId
     placements: list[Placement] | None = Field(
         default=None,
         description="For a running job, where it trains. For a queued job, the device groups of live workers that can "
@@ -225,9 +248,9 @@ class JobDataReport(BaseModel):
     )
 
     object: Literal["fine_tuning.job.data_report"] = "fine_tuning.job.data_report"
-    job_id: str
-    training: dict[str, Any] | None
-    validation: dict[str, Any] | None
+    job_id: JobId
+    training: dict[str, Any] | None = Field(description="Rows and tokens of the training file.")
+    validation: dict[str, Any] | None = Field(description="Rows and tokens of the validation file.")
 
 
 def event_object(row: JobEvent) -> FineTuningJobEvent:

@@ -7,11 +7,14 @@ from typing import Annotated, Any, Literal
 from fastapi.openapi.models import Example
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from api.schemas import AdapterName, BaseDigest, CreatedAt, JobId, LineageId, resolved_schema
 from api.schemas.errors import StoredError
+from catalog.spec.data import DataRequest
 from catalog.spec.job import JobRequest, JobSpec, PlannedJob
-from catalog.spec.methods import MethodType, method_object
+from catalog.spec.lora import LoraRequest
+from catalog.spec.methods import Hyperparameters, MethodType, method_object
 from catalog.spec.strict import Strict
-from catalog.spec.training import EarlyStopping, Samples
+from catalog.spec.training import EarlyStopping, EvaluationRequest, OptimizerRequest, Samples, ScheduleRequest
 from catalog.states import JobState, PriorityClass
 from catalog.tables.jobs import Job
 from catalog.tables.sweeps import Trial
@@ -82,6 +85,7 @@ Phase = Literal["loading", "training", "verifying"]
 class ResolvedHyperparameters(BaseModel):
     """OpenAI's hyperparameters, with every `auto` resolved."""
 
+    model_config = ConfigDict(json_schema_extra=resolved_schema(Hyperparameters))
     batch_size: int
     learning_rate_multiplier: float
     n_epochs: int
@@ -91,10 +95,13 @@ class MethodObject(BaseModel):
     """The method's type, and under the type's name its hyperparameters with every `auto` resolved."""
 
     model_config = ConfigDict(extra="allow")
-    type: MethodType
+    type: MethodType = Field(description="Training method, which defines the loss and the kind of rows.")
 
 
 class LoraObject(BaseModel):
+    """The adapter configuration, with every `auto` resolved."""
+
+    model_config = ConfigDict(json_schema_extra=resolved_schema(LoraRequest))
     rank: int
     alpha: float
     dropout: float
@@ -108,6 +115,9 @@ class LoraObject(BaseModel):
 
 
 class OptimizerObject(BaseModel):
+    """The optimizer, with every `auto` resolved."""
+
+    model_config = ConfigDict(json_schema_extra=resolved_schema(OptimizerRequest))
     type: str
     learning_rate: float
     beta1: float
@@ -123,20 +133,31 @@ class OptimizerObject(BaseModel):
 
 
 class ScheduleObject(BaseModel):
+    """The learning rate schedule."""
+
+    model_config = ConfigDict(json_schema_extra=resolved_schema(ScheduleRequest))
     type: str
     warmup_ratio: float
     decay_ratio: float | None = Field(description="Null for schedules without decay phase.")
 
 
 class EvaluationObject(BaseModel):
-    every_steps: int | None = Field(description="Steps between evaluations. Null: ten evaluations over the job.")
-    keep: Literal["last", "best"] = Field(description="Weights to export: `best` (lowest validation loss) or `last`.")
+    """The evaluations on the validation file."""
+
+    model_config = ConfigDict(json_schema_extra=resolved_schema(EvaluationRequest))
+    every_steps: int | None = Field(
+        description="Optimizer steps between evaluations. Null: ten evaluations over the job."
+    )
+    keep: Literal["last", "best"]
     samples: Samples | None = Field(
         default=None, description="Prompts answered at each evaluation; the answers are in events, as data.samples."
     )
 
 
 class DataObject(BaseModel):
+    """How the rows of the files are used."""
+
+    model_config = ConfigDict(json_schema_extra=resolved_schema(DataRequest))
     loss: str
     overflow: str
 
@@ -144,26 +165,32 @@ class DataObject(BaseModel):
 class ResourcesObject(BaseModel):
     """Devices that the job trains on."""
 
-    devices: int = 1
-    strategy: Literal["single"] = "single"
+    devices: int = Field(default=1, description="Number of devices: always 1.")
+    strategy: Literal["single"] = Field(default="single", description="Distribution across devices: always `single`.")
 
 
 class Progress(BaseModel):
     """Progress of the job. Times are estimates."""
 
     model_config = ConfigDict(extra="allow")
-    step: int = 0
-    num_steps: int | None = None
-    epoch: float | None = None
-    loss: float | None = None
-    tokens_per_second: float | None = None
+    step: int = Field(default=0, description="Number of finished optimizer steps.")
+    num_steps: int | None = Field(default=None, description="Number of optimizer steps of the whole job.")
+    epoch: float | None = Field(default=None, description="Passes over the training file so far, with a fraction.")
+    loss: float | None = Field(default=None, description="Training loss of the latest step.")
+    tokens_per_second: float | None = Field(
+        default=None, description="Rate of training of this job, in tokens per second."
+    )
     seconds_left: float | None = Field(default=None, description="Estimated remaining seconds, as of `updated_at`.")
-    updated_at: float | None = Field(default=None, description="Time of these values, by the database's clock.")
+    updated_at: float | None = Field(
+        default=None, description="Time of these values, in Unix seconds, by the database's clock."
+    )
     valid_loss: float | None = Field(
         default=None, description="Validation loss of the latest evaluation; null before the first."
     )
     best_valid_loss: float | None = Field(default=None, description="Lowest validation loss so far.")
-    kept_step: int | None = Field(default=None, description="Step of the exported weights; null before the end.")
+    kept_step: int | None = Field(
+        default=None, description="Optimizer step of the exported weights; null before the end."
+    )
     kept_valid_loss: float | None = Field(
         default=None, description="Validation loss of the adapter, at `kept_step`; null before the end."
     )
@@ -173,9 +200,9 @@ class Progress(BaseModel):
 class TrialOf(BaseModel):
     """The sweep and the trial that a job belongs to."""
 
-    id: str = Field(description="Id of the sweep.")
+    id: str = Field(description="ID of the sweep.")
     trial: int = Field(description="Number of the trial, from 0.")
-    parameters: dict[str, Any]
+    parameters: dict[str, Any] = Field(description="Values of the varied job fields, by dotted path.")
 
 
 class ReproductionDigests(BaseModel):
@@ -188,30 +215,30 @@ class ReproductionDigests(BaseModel):
 class ReproductionDifference(BaseModel):
     """A condition on which the bits of an adapter depend, and that differs between the two trainings."""
 
-    field: str
-    recorded: Any
-    reproduced: Any
+    field: str = Field(description="The condition, such as `processor` or `version of torch`.")
+    recorded: Any = Field(description="Value in the adapter's lineage record.")
+    reproduced: Any = Field(description="Value in the new training.")
 
 
 class ReproductionMachine(BaseModel):
     """A machine that computed steps of an adapter. Null: the lineage record does not contain the condition."""
 
     attempt: int | None = Field(description="Number of the job's attempt.")
-    worker: str | None
+    worker: str | None = Field(description="ID of the worker.")
     from_step: int = Field(description="The step from which this attempt continued.")
-    device: str | None = None
-    processor: str | None = None
-    dtype: str | None = None
-    quantization: str | None = None
-    num_processes: int | None = None
+    device: str | None = Field(default=None, description="Kind of device.")
+    processor: str | None = Field(default=None, description="Name of the processor.")
+    dtype: str | None = Field(default=None, description="Precision of the base model.")
+    quantization: str | None = Field(default=None, description="Quantization of the base model.")
+    num_processes: int | None = Field(default=None, description="Number of trainer processes.")
     strategy: str | None = Field(default=None, description="How the devices hold the base model.")
 
 
 class ReproductionMachines(BaseModel):
     """The machines of the two trainings. A job that was resumed may have several."""
 
-    recorded: list[ReproductionMachine]
-    reproduced: list[ReproductionMachine]
+    recorded: list[ReproductionMachine] = Field(description="Machines of the adapter's training.")
+    reproduced: list[ReproductionMachine] = Field(description="Machines of the new training.")
 
 
 class ReproductionObject(BaseModel):
@@ -220,14 +247,16 @@ class ReproductionObject(BaseModel):
     The fields after `expected` are null until the job has succeeded.
     """
 
-    adapter: str = Field(description="Id of the adapter.")
-    name: str
-    lineage_id: str
+    adapter: str = Field(description="ID of the adapter.")
+    name: AdapterName
+    lineage_id: LineageId
     expected: ReproductionDigests = Field(description="The recorded digests.")
     reproduced: ReproductionDigests | None = Field(default=None, description="The digests of the job's own adapter.")
     identical: bool | None = Field(default=None, description="Whether the digests are equal.")
-    differences: list[ReproductionDifference] | None = None
-    machines: ReproductionMachines | None = None
+    differences: list[ReproductionDifference] | None = Field(
+        default=None, description="Conditions that differ between the two trainings."
+    )
+    machines: ReproductionMachines | None = Field(default=None, description="Machines of the two trainings.")
     is_difference_expected: bool | None = Field(
         default=None,
         description="Whether the adapter differs, and equal bits were not promised: a condition differs, or a "
@@ -247,79 +276,102 @@ class JobMove(Strict):
             ],
         }
     )
-    before: str | None = Field(default=None, max_length=64, description="Id of the job to move before.")
-    after: str | None = Field(default=None, max_length=64, description="Id of the job to move behind.")
-    to: Literal["first", "last"] | None = None
+    before: str | None = Field(
+        default=None, max_length=64, description="ID of the job to move before. Null: use another field."
+    )
+    after: str | None = Field(
+        default=None, max_length=64, description="ID of the job to move behind. Null: use another field."
+    )
+    to: Literal["first", "last"] | None = Field(
+        default=None, description="The first or the last position. Null: use another field."
+    )
 
 
 class FineTuningJob(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"example": JOB_EXAMPLE})
+    """A fine-tuning job: OpenAI's fields, then Lorry's."""
 
-    id: str
+    model_config = ConfigDict(json_schema_extra=resolved_schema(JobRequest, JOB_EXAMPLE))
+
+    id: JobId
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
-    created_at: int
-    started_at: int | None
-    finished_at: int | None
-    estimated_finish: int | None
-    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    created_at: CreatedAt
+    started_at: int | None = Field(description="First start of training, in Unix seconds; null before.")
+    finished_at: int | None = Field(
+        description="Time at which the job reached a final status, in Unix seconds; null before."
+    )
+    estimated_finish: int | None = Field(
+        description="Estimated end, in Unix seconds; null unless the job is running and has an estimate."
+    )
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"] = Field(
+        description="Status of the job; see the page on job states."
+    )
     phase: Phase | None = Field(
         description="Phase of a running job. `loading`: no trainer has received it yet. `verifying`: all steps are "
         "done, or the job stopped early, and PEFT verifies the adapter. Null in other states."
     )
     reason: str | None = Field(description="Reason why the last attempt ended.")
-    model: str
-    base_digest: str
+    model: str = Field(description="Name of the base model.")
+    base_digest: BaseDigest
     sweep: TrialOf | None = Field(description="The sweep and trial; null if the job is not a trial.")
     parent_adapter: str | None = Field(description="Name of the adapter from which the job continues.")
     reproduces: ReproductionObject | None = Field(
         description="The adapter that the job trains again; null if it was not created by `reproduce`."
     )
-    fine_tuned_model: str | None
-    adapter_id: str | None
+    fine_tuned_model: str | None = Field(description="Name of the trained adapter; null until the job has succeeded.")
+    adapter_id: str | None = Field(description="ID of the trained adapter; null until the job has succeeded.")
     organization_id: str = Field(description="Organization of the project.")
     result_files: list[str] = Field(
-        description="Id of a CSV file with the curves of a job that has succeeded. The file may have been deleted."
+        description="ID of a CSV file with the curves of a job that has succeeded. The file may have been deleted."
     )
-    seed: int
-    trained_tokens: int | None
+    seed: int = Field(description="Seed of everything random in the job, given or drawn.")
+    trained_tokens: int | None = Field(
+        description="Number of tokens in all training steps; null until the job has succeeded."
+    )
     training_file: str
     validation_file: str | None
-    hyperparameters: ResolvedHyperparameters
-    method: MethodObject
+    hyperparameters: ResolvedHyperparameters = Field(description="OpenAI's three hyperparameters, resolved.")
+    method: MethodObject = Field(description="The training method and its hyperparameters, resolved.")
     suffix: str | None
-    error: StoredError | None
+    error: StoredError | None = Field(description="Reason of a failure; null unless the job has failed.")
     integrations: list[dict[str, Any]] = Field(description="Trackers to which the job's metrics are written.")
     metadata: dict[str, str] | None
     tags: list[str]
-    resources: ResourcesObject = ResourcesObject()
-    lora: LoraObject
-    optimizer: OptimizerObject
-    schedule: ScheduleObject
-    evaluation: EvaluationObject
-    data: DataObject
-    early_stopping: EarlyStopping | None
-    precision: str
+    resources: ResourcesObject = Field(default=ResourcesObject(), description="Devices of the job.")
+    lora: LoraObject = Field(description="The adapter configuration, resolved.")
+    optimizer: OptimizerObject = Field(description="The optimizer, resolved.")
+    schedule: ScheduleObject = Field(description="The learning rate schedule.")
+    evaluation: EvaluationObject = Field(description="The evaluations on the validation file.")
+    data: DataObject = Field(description="How the rows of the files are used.")
+    early_stopping: EarlyStopping | None = Field(
+        description="Conditions under which the job stops early; null: it trains all steps."
+    )
+    precision: str = Field(description="Precision of the base model: `bfloat16` or `float32`.")
     quantization: Literal["none", "nf4", "int8"] = Field(description="Quantization of the base model's linear layers.")
-    max_length: int
+    max_length: int = Field(description="Maximum number of tokens of a row.")
     max_steps: int | None
     checkpoint_every_steps: int
     requested: dict[str, Any] = Field(description="The request as received. Omitted fields are absent.")
     priority: Literal["urgent", "normal", "batch"]
     deadline: int | None = Field(
-        description="Unix time by which the job should finish. If it can't, an event reports it and the job continues."
+        description="Time by which the job should finish, in Unix seconds. If it can't, an event reports it and "
+        "the job continues."
     )
     is_held: bool = Field(description="Whether the job stays in the queue and does not start until it is released.")
     seconds_running: float = Field(
-        description="Seconds under a worker's claim, over all attempts. Waiting and pauses do not count."
+        description="Time under a worker's claim, in seconds, over all attempts. Waiting and pauses do not count."
     )
-    num_steps: int | None = Field(description="Known once the files are prepared.")
-    progress: Progress | None
-    attempt: int
-    trainer_id: str | None
-    worker_id: str | None
-    run_after: int | None = Field(description="Unix time before which a retry does not start.")
-    cancel_requested: bool
-    pause_requested: bool
+    num_steps: int | None = Field(description="Number of optimizer steps; null until the files are prepared.")
+    progress: Progress | None = Field(description="Progress of training; null until it starts.")
+    attempt: int = Field(description="Number of the current or last attempt; 0 before the first.")
+    trainer_id: str | None = Field(description="ID of the trainer process that has the job; null unless it is running.")
+    worker_id: str | None = Field(description="ID of the worker that has the job; null if none has it.")
+    run_after: int | None = Field(
+        description="Time before which a retry does not start, in Unix seconds; null without a retry."
+    )
+    cancel_requested: bool = Field(
+        description="Whether a cancellation is requested. A running job stops at its next step."
+    )
+    pause_requested: bool = Field(description="Whether a pause is requested. A running job first saves a checkpoint.")
 
 
 def job_object(

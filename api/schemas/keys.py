@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import changes_schema
+from api.schemas import CreatedAt, IsOperator, KeyName, ObjectId, ProjectId, changes_schema
 from catalog.revocation import Revocation
 from catalog.spec.strict import LAST_SECOND, WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
@@ -52,7 +52,7 @@ class ApiKeyRequest(Strict):
         default=None, min_length=1, max_length=len(SCOPES), description="Scopes. Null: all that your key can grant."
     )
     expires_at: int | None = Field(
-        default=None, gt=0, le=LAST_SECOND, description="Unix time in seconds. Null: the expiry of your key, if any."
+        default=None, gt=0, le=LAST_SECOND, description="Expiry, in Unix seconds. Null: that of your key, if any."
     )
     is_operator: bool = Field(
         default=False, description="Whether it may act beyond a project. Requires an operator key."
@@ -61,14 +61,15 @@ class ApiKeyRequest(Strict):
         default=None,
         min_length=1,
         max_length=64,
-        description="Project id or name. Null: your project. Other projects require an operator key.",
+        description="Project ID or name. Null: your project. Other projects require an operator key.",
         json_schema_extra=WITHOUT_NUL,
     )
     requests_per_minute: int | None = Field(
         default=None,
         ge=0,
         le=MOST,
-        description="Null: the limit of your key; 0: no limit. Other values require an operator key.",
+        description="Requests per minute. Null: the limit of your key; 0: no limit. Other values require an "
+        "operator key.",
     )
     jobs_per_day: int | None = Field(
         default=None,
@@ -86,9 +87,14 @@ class RotateRequest(Strict):
     """The rotation of a key."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"overlap_seconds": DAY}})
-    overlap_seconds: int = Field(default=DAY, ge=0, le=90 * DAY, description="Time that the old key stays valid.")
+    overlap_seconds: int = Field(
+        default=DAY, ge=0, le=90 * DAY, description="Time that the old key stays valid, in seconds."
+    )
     expires_at: int | None = Field(
-        default=None, gt=0, le=LAST_SECOND, description="Expiry of the new key. Null: that of the old key."
+        default=None,
+        gt=0,
+        le=LAST_SECOND,
+        description="Expiry of the new key, in Unix seconds. Null: that of the old key.",
     )
 
 
@@ -120,19 +126,21 @@ class ApiKeyObject(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["api_key"] = "api_key"
-    id: str
-    name: str
+    id: ObjectId
+    name: KeyName
     redacted_value: str = Field(description="The first and last characters of the secret, to distinguish keys.")
-    project_id: str
-    status: Literal["active", "expired", "revoked"]
+    project_id: ProjectId
+    status: Literal["active", "expired", "revoked"] = Field(
+        description="`active`: valid. `expired`: past `expires_at`. `revoked`: revoked by a user."
+    )
     scopes: list[str] = Field(description="Scopes of the key.")
-    is_operator: bool
-    created_at: int
-    created_by: str | None = Field(description="Id of the key that created it. Null: a command on the server itself.")
-    expires_at: int | None
-    last_used_at: int | None = Field(description="Unix time of the last use, accurate to the minute.")
-    revoked_at: int | None
-    replaced_by: str | None = Field(description="Id of the key that replaced it. Both are valid until `expires_at`.")
+    is_operator: IsOperator
+    created_at: CreatedAt
+    created_by: str | None = Field(description="ID of the key that created it. Null: a command on the server itself.")
+    expires_at: int | None = Field(description="Expiry, in Unix seconds; null if the key does not expire.")
+    last_used_at: int | None = Field(description="Last use, in Unix seconds, accurate to the minute; null before.")
+    revoked_at: int | None = Field(description="Time of the revocation, in Unix seconds; null if it is not revoked.")
+    replaced_by: str | None = Field(description="ID of the key that replaced it. Both are valid until `expires_at`.")
     requests_per_minute: int | None = Field(description=_REQUESTS)
     jobs_per_day: int | None = Field(description=_JOBS)
     highest_priority: Priority = Field(description=_HIGHEST)
@@ -165,7 +173,7 @@ class ApiKeyRevoked(ApiKeyObject):
             }
         }
     )
-    revoked_keys: list[str] = Field(description="Ids of the key and, if requested, of its descendants.")
+    revoked_keys: list[str] = Field(description="IDs of the key and, if requested, of its descendants.")
     valid_descendants: int = Field(description="Number of valid keys that the key created, directly or indirectly.")
     unfinished_jobs: int = Field(
         description="Unfinished jobs that the revoked keys created and whose cancellation is not requested."

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import Deleted
 from api.schemas.errors import StoredError
 from catalog.inference.availability import InferenceState
 from catalog.registry import checkpoints
@@ -26,18 +27,22 @@ class AddModelRequest(Strict):
         description="Name of letters, digits, '.', '_' and '-'.",
         json_schema_extra={"pattern": LABEL_PATTERN},
     )
-    kind: Literal["hub", "folder", "gguf"]
+    kind: Literal["hub", "folder", "gguf"] = Field(
+        description="Where `source` is: `hub` (Hugging Face Hub), `folder` or `gguf` (on the worker's disk)."
+    )
     source: str = Field(
         min_length=1,
         max_length=4096,
-        description="Hugging Face Hub id, folder with safetensors files, or GGUF file.",
+        description="Hugging Face Hub ID, folder with safetensors files, or GGUF file.",
         json_schema_extra={"pattern": SOURCE_PATTERN},
     )
-    revision: str | None = Field(default=None, max_length=255, description="Commit, for a Hub id.")
+    revision: str | None = Field(default=None, max_length=255, description="Commit, for a Hub ID. Null: the newest.")
 
 
 class ModelError(StoredError):
-    remedy: str = ""
+    """The error of a failed import."""
+
+    remedy: str = Field(default="", description="How to fix the problem; may be empty.")
 
 
 class ModelObject(BaseModel):
@@ -58,12 +63,16 @@ class ModelObject(BaseModel):
             }
         }
     )
-    id: str
+    id: str = Field(description="Name of the model, which requests use.")
     object: Literal["model"] = "model"
-    created: int
-    owned_by: str
-    kind: Literal["base", "adapter", "checkpoint"]
-    state: Literal["importing", "ready", "failed"] = "ready"
+    created: int = Field(description="Creation time, in Unix seconds.")
+    owned_by: str = Field(description="`lorry` for base models, else the ID of the project that trained it.")
+    kind: Literal["base", "adapter", "checkpoint"] = Field(
+        description="`base`: a base model. `adapter`: the result of a job. `checkpoint`: an adapter of an earlier step."
+    )
+    state: Literal["importing", "ready", "failed"] = Field(
+        default="ready", description="Import of a base model: in progress, done or failed. Adapters are always `ready`."
+    )
     inference: InferenceState = Field(
         default="unavailable",
         description="`loaded`: a worker or a serving endpoint answers requests to the model at once. `loadable`: a "
@@ -76,7 +85,9 @@ class ModelObject(BaseModel):
         default=None, description="Architecture, parameters and shapes of a base model."
     )
     source: str | None = Field(default=None, description="Source of a base model. Only operators see a path.")
-    revision: str | None = None
+    revision: str | None = Field(
+        default=None, description="Requested commit of a Hub model; null if none was requested."
+    )
     local_path: str | None = Field(
         default=None, description="Folder of a base model on the API server's machine. Only operators see it."
     )
@@ -84,9 +95,11 @@ class ModelObject(BaseModel):
 
 
 class ModelDeleted(BaseModel):
-    id: str
+    """Confirmation that a model is deleted."""
+
+    id: str = Field(description="Name of the model.")
     object: Literal["model"] = "model"
-    deleted: bool = True
+    deleted: Deleted = True
 
 
 def base_object(row: BaseModelRow, *, local_path: str | None, shows_paths: bool) -> ModelObject:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import CreatedAt, ObjectId
 from api.schemas.projects import OwnerName
 from catalog.spec.strict import Strict
 from catalog.tables.tenancy import Organization
@@ -31,11 +32,11 @@ class OrganizationObject(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["organization"] = "organization"
-    id: str
-    name: str
-    created_at: int
+    id: ObjectId
+    name: str = Field(description="Unique name, which an operator can change.")
+    created_at: CreatedAt
     created_by: str | None = Field(
-        description="Id of the key that created it. Null: the service itself, or a command on the server."
+        description="ID of the key that created it. Null: the service itself, or a command on the server."
     )
 
 

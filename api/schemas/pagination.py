@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 Item = TypeVar("Item", bound=BaseModel)
 
 
 class ListPage(BaseModel, Generic[Item]):
-    """A page of a list. To get the next page, pass the id of the last item as `after`."""
-
+    model_config = ConfigDict(
+        json_schema_extra={
+            "description": "A page of a list. To get the next page, pass the ID of the last item as `after`."
+        }
+    )
     object: Literal["list"] = "list"
-    data: list[Item]
+    data: list[Item] = Field(description="Items of this page.")
     has_more: bool = Field(default=False, description="Whether there are more items after this page.")
-    first_id: str | None = None
-    last_id: str | None = None
+    first_id: str | None = Field(default=None, description="ID of the first item; null if the page is empty.")
+    last_id: str | None = Field(default=None, description="ID of the last item; null if the page is empty.")
 
 
 def page_of(items: list[Item], *, has_more: bool = False) -> ListPage[Item]:

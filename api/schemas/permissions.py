@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import CreatedAt, Deleted, ObjectId
 from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.tables.tenancy import ModelPermission
 
@@ -16,7 +17,7 @@ class PermissionRequest(Strict):
     """Projects that may read the model. They must belong to the model's organization."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"project_ids": ["proj-3f2b8c9d0a1e"]}})
-    project_ids: Annotated[list[ProjectName], Field(min_length=1, max_length=100, description="Project ids or names.")]
+    project_ids: Annotated[list[ProjectName], Field(min_length=1, max_length=100, description="Project IDs or names.")]
 
 
 class PermissionObject(BaseModel):
@@ -33,20 +34,22 @@ class PermissionObject(BaseModel):
         }
     )
     object: Literal["checkpoint.permission"] = "checkpoint.permission"
-    id: str
-    created_at: int
+    id: ObjectId
+    created_at: CreatedAt
     project_id: str = Field(description="Project that may read the model.")
 
 
 class PermissionDeleted(BaseModel):
+    """Confirmation that a permission is deleted."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {"object": "checkpoint.permission", "id": "cp-0a1b2c3d4e5f60718293a4b5", "deleted": True}
         }
     )
     object: Literal["checkpoint.permission"] = "checkpoint.permission"
-    id: str
-    deleted: bool = True
+    id: ObjectId
+    deleted: Deleted = True
 
 
 def permission_object(row: ModelPermission) -> PermissionObject:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import changes_schema
+from api.schemas import CreatedAt, ObjectId, ProjectId, changes_schema
 from catalog.spec.strict import LABEL_PATTERN, WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
 from catalog.tables.tenancy import Project
@@ -31,7 +31,7 @@ OwnerName = Annotated[
     Field(
         min_length=1,
         max_length=64,
-        description="Letters, digits, '.', '_' and '-'. Must not start with 'proj-' or 'org-', like an id.",
+        description="Letters, digits, '.', '_' and '-'. Must not start with 'proj-' or 'org-', like an ID.",
         json_schema_extra={"pattern": LABEL_PATTERN},
     ),
 ]
@@ -47,7 +47,7 @@ class ProjectRequest(Strict):
         default=None,
         min_length=1,
         max_length=64,
-        description="Organization id or name. Null: your organization.",
+        description="Organization ID or name. Null: your organization.",
         json_schema_extra=WITHOUT_NUL,
     )
 
@@ -71,15 +71,17 @@ class ProjectObject(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
     object: Literal["project"] = "project"
-    id: str
+    id: ObjectId
     organization_id: str = Field(description="Organization of the project. It can't be changed.")
-    name: str
+    name: str = Field(description="Unique name, which an operator can change.")
     status: Literal["active", "archived"] = Field(description="`archived`: the project's keys are not valid.")
     weight: float = Field(description="Fair-share weight relative to other projects with waiting jobs.")
     highest_priority: Priority = Field(description="Highest priority of the project's jobs.")
-    created_at: int
-    created_by: str | None = Field(description="Id of the key that created it. Null: a command on the server itself.")
-    archived_at: int | None
+    created_at: CreatedAt
+    created_by: str | None = Field(description="ID of the key that created it. Null: a command on the server itself.")
+    archived_at: int | None = Field(
+        description="Time at which it was archived, in Unix seconds; null while it is active."
+    )
 
 
 def project_object(row: Project) -> ProjectObject:
@@ -118,10 +120,14 @@ class ProjectLimits(Strict):
     )
     jobs_per_day: int | None = Field(default=None, ge=0, le=MOST, description="Jobs created per day (UTC).")
     device_hours_per_month: float | None = Field(
-        default=None, ge=0, le=1e9, allow_inf_nan=False, description="Per calendar month (UTC); beyond it, jobs wait."
+        default=None,
+        ge=0,
+        le=1e9,
+        allow_inf_nan=False,
+        description="Device-hours per calendar month (UTC); beyond it, jobs wait.",
     )
     stored_bytes: int | None = Field(
-        default=None, ge=0, le=MOST, description="Bytes of files, adapters, checkpoints, token caches and logs."
+        default=None, ge=0, le=MOST, description="Stored bytes of files, adapters, checkpoints, token caches and logs."
     )
     plans_per_day: int | None = Field(
         default=None, ge=0, le=MOST, description="Plans created per day (UTC). 500 for a new project."
@@ -138,10 +144,12 @@ class ProjectLimits(Strict):
 class ProjectLimit(BaseModel):
     """A quota and its current usage."""
 
-    name: Limit
+    name: Limit = Field(description="Name of the quota, with its unit.")
     limit: float | None = Field(description="Null: no limit.")
-    used: float
-    resets_at: int | None = Field(description="Unix time at which `used` resets. Null: it falls over time, or never.")
+    used: float = Field(description="Current usage, in the unit of the quota.")
+    resets_at: int | None = Field(
+        description="Time at which `used` resets, in Unix seconds. Null: it falls over time, or never."
+    )
 
 
 class ProjectLimitsObject(BaseModel):
@@ -149,8 +157,8 @@ class ProjectLimitsObject(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": _LIMITS})
     object: Literal["project.limits"] = "project.limits"
-    project_id: str
-    limits: list[ProjectLimit]
+    project_id: ProjectId
+    limits: list[ProjectLimit] = Field(description="All quotas, also those without a limit.")
     highest_priority: Priority = Field(description="Highest priority of the project's jobs.")
 
 

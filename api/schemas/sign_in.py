@@ -6,12 +6,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import Deleted, IsOperator, KeyName, ProjectDisplayName, ProjectId
 from catalog.settings import Settings
 from catalog.spec.strict import Strict
 from catalog.tenancy.authentication import Caller
 
 
 class SignInLink(BaseModel):
+    """A link that signs a browser in to the dashboard."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -23,15 +26,19 @@ class SignInLink(BaseModel):
     )
     object: Literal["sign_in_link"] = "sign_in_link"
     url: str = Field(description="Page that asks for confirmation and then signs in one browser, once.")
-    expires_at: int
+    expires_at: int = Field(description="Time after which the link is invalid, in Unix seconds.")
 
 
 class SignInToken(Strict):
+    """The token of a sign-in link."""
+
     model_config = ConfigDict(json_schema_extra={"example": {"token": "…"}})
     token: str = Field(min_length=1, max_length=256, description="The part of the link after `#/sign-in/`.")
 
 
 class SignInLinkUse(SignInToken):
+    """The use of a sign-in link."""
+
     model_config = ConfigDict(json_schema_extra={"example": {"token": "…", "replaces_session": False}})
     replaces_session: bool = Field(default=False, description="Whether to end this browser's session with another key.")
 
@@ -52,16 +59,18 @@ class SignInPreview(BaseModel):
         }
     )
     object: Literal["sign_in_link.preview"] = "sign_in_link.preview"
-    project_id: str
-    project: str
-    key_name: str
-    is_operator: bool
-    expires_at: int
+    project_id: ProjectId
+    project: ProjectDisplayName
+    key_name: KeyName
+    is_operator: IsOperator
+    expires_at: int = Field(description="Time after which the link is invalid, in Unix seconds.")
 
 
 class BrowserSessionRequest(Strict):
+    """A sign-in with an API key."""
+
     model_config = ConfigDict(json_schema_extra={"example": {"api_key": "lorry_key-…"}})
-    api_key: str = Field(min_length=1, max_length=512)
+    api_key: str = Field(min_length=1, max_length=512, description="Secret of an API key, `lorry_key-…`.")
 
 
 class BrowserSession(BaseModel):
@@ -81,10 +90,10 @@ class BrowserSession(BaseModel):
         }
     )
     object: Literal["browser_session"] = "browser_session"
-    project_id: str
-    project: str
-    key_name: str
-    is_operator: bool
+    project_id: ProjectId
+    project: ProjectDisplayName
+    key_name: KeyName
+    is_operator: IsOperator
     scopes: list[str] = Field(description="Scopes of the key.")
     uploads_to_hub: bool = Field(
         description="Whether the service allows exports to be uploaded to any repository of the Hugging Face Hub."
@@ -92,8 +101,10 @@ class BrowserSession(BaseModel):
 
 
 class SignedOut(BaseModel):
+    """Confirmation that a browser session has ended."""
+
     object: Literal["browser_session"] = "browser_session"
-    deleted: bool = True
+    deleted: Deleted = True
 
 
 def browser_session(caller: Caller, settings: Settings) -> BrowserSession:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import CreatedAt, ObjectId, resolved_schema
 from api.schemas.errors import StoredError
 from api.schemas.jobs import Phase, phase_of
 from catalog.search.fields import VARIABLE
-from catalog.search.spec import Goal, Metric, Objective, SearchType, SweepState
+from catalog.search.spec import Goal, Metric, Objective, SearchType, SweepRequest, SweepState
 from catalog.spec.strict import Strict
 from catalog.sweeps.queries import SweepView, TrialView
 
@@ -69,72 +70,80 @@ class TrialRequest(Strict):
 
 
 class TrialObject(BaseModel):
+    """A trial of a sweep: one job with its values of the varied fields."""
+
     model_config = ConfigDict(json_schema_extra={"example": TRIAL_EXAMPLE})
 
-    id: str = Field(description="Id of the trial's job.")
+    id: str = Field(description="ID of the trial's job.")
     object: Literal["sweep.trial"] = "sweep.trial"
-    sweep_id: str
+    sweep_id: str = Field(description="ID of the sweep to which it belongs.")
     number: int = Field(description="Number of the trial, from 0.")
-    parameters: dict[str, Any]
+    parameters: dict[str, Any] = Field(description="Values of the varied job fields, by dotted path.")
     status: str = Field(description="Status of the job.")
     phase: Phase | None = Field(description="Phase of the job while it runs.")
     reason: str | None = Field(description="Reason why the job ended. `pruned`: the sweep or its client stopped it.")
     value: float | None = Field(description="Last measured value of the objective; null before the first.")
-    step: int | None = Field(description="Step at which the value was measured.")
+    step: int | None = Field(description="Optimizer step at which the value was measured.")
     rung: int | None = Field(description="Last rung that the trial reached, from 0.")
     stopped: str | None = Field(description="Reason why the trial was stopped before its last step.")
     progress: dict[str, Any] | None = Field(description="Progress of the job.")
-    fine_tuned_model: str | None
+    fine_tuned_model: str | None = Field(description="Name of the trained adapter; null until the job has succeeded.")
 
 
 class SearchObject(BaseModel):
     """The search for parameters, with all settings resolved."""
 
-    type: SearchType
-    trials: int
-    seed: int
+    type: SearchType = Field(description="Search method of the sweep.")
+    trials: int = Field(description="Number of trials; for ask_tell, the maximum.")
+    seed: int = Field(description="Seed for sampling, given or drawn.")
     min_steps: int | None = Field(
-        description="Step of the first rung. Null, like the next two fields, if the search stops no trials."
+        description="Optimizer step of the first rung. Null, like the next two fields, if the search stops no trials."
     )
-    reduction_factor: int | None
-    max_rungs: int | None
+    reduction_factor: int | None = Field(description="At each rung, the best 1 of this many trials continues.")
+    max_rungs: int | None = Field(description="Maximum number of rungs.")
 
 
 class ObjectiveObject(BaseModel):
-    metric: Metric
-    goal: Goal
+    """The metric by which trials are compared."""
+
+    metric: Metric = Field(description="Metric of a trial that counts.")
+    goal: Goal = Field(description="Whether lower or higher values are better.")
 
 
 class SweepObject(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"example": SWEEP_EXAMPLE})
+    """A group of jobs that differ in chosen fields, ranked by an objective."""
 
-    id: str
+    model_config = ConfigDict(json_schema_extra=resolved_schema(SweepRequest, SWEEP_EXAMPLE))
+
+    id: ObjectId
     object: Literal["sweep"] = "sweep"
-    created_at: int
-    finished_at: int | None
+    created_at: CreatedAt
+    finished_at: int | None = Field(description="Time at which the last trial ended, in Unix seconds; null before.")
     status: SweepState = Field(
         description="`succeeded`: all trials have finished, and at least one has an adapter. `failed`: none has one."
     )
-    model: str
+    model: str = Field(description="Name of the base model, or of the adapter to continue.")
     suffix: str | None
     training_file: str
     validation_file: str | None
-    parameters: dict[str, Any]
-    search: SearchObject
-    objective: ObjectiveObject
+    parameters: dict[str, Any] = Field(
+        description="The varied fields by dotted path, each with its values or its range."
+    )
+    search: SearchObject = Field(description="The search method, with all settings resolved.")
+    objective: ObjectiveObject = Field(description="The metric by which trials are compared, resolved.")
     keep_adapters: Literal["all", "best"]
     max_concurrent: int | None
     num_trials: int = Field(description="Number of trials to create; for `ask_tell`, the maximum.")
-    num_created: int
+    num_created: int = Field(description="Number of trials created so far.")
     counts: dict[str, int] = Field(description="Number of created trials by status.")
     is_closed: bool = Field(description="Whether no further trial is created.")
-    cancel_requested: bool
+    cancel_requested: bool = Field(description="Whether the cancellation of the sweep is requested.")
     best_trial: TrialObject | None = Field(description="Best of the trials that have succeeded so far.")
-    best_adapter: str | None = Field(description="Id of the best trial's adapter, once the sweep has finished.")
+    best_adapter: str | None = Field(description="ID of the best trial's adapter, once the sweep has finished.")
     fine_tuned_model: str | None = Field(
-        description="Name of the best adapter. `/v1/adapters` also accepts the sweep's id for it."
+        description="Name of the best adapter. `/v1/adapters` also accepts the sweep's ID for it."
     )
-    error: StoredError | None
+    error: StoredError | None = Field(description="Problem that ended the sweep; null if there is none.")
     requested: dict[str, Any] = Field(description="The request as received.")
 
 

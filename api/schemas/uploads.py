@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import CreatedAt, ObjectId
 from api.schemas.files import ExpiresAfter, FileObject, file_object
 from catalog.spec.strict import WITHOUT_NUL, Strict
 from catalog.storage.files import PURPOSES
@@ -31,37 +32,55 @@ PartId = Annotated[str, Field(max_length=64, json_schema_extra=WITHOUT_NUL)]
 class UploadRequest(Strict):
     """A file that will be sent in parts."""
 
-    bytes: int = Field(ge=1, description="Size of the whole file.")
-    filename: Annotated[str, Field(min_length=1, max_length=1024)]
+    bytes: int = Field(ge=1, description="Size of the whole file, in bytes.")
+    filename: Annotated[str, Field(min_length=1, max_length=1024, description="Name of the file to create.")]
     mime_type: Annotated[
         str, Field(max_length=255, description="Accepted for compatibility and ignored: the rows determine the format.")
     ]
-    purpose: Annotated[str, Field(max_length=64, json_schema_extra={"enum": list(PURPOSES)})]
-    expires_after: ExpiresAfter | None = None
+    purpose: Annotated[
+        str,
+        Field(max_length=64, description="Use of the file.", json_schema_extra={"enum": list(PURPOSES)}),
+    ]
+    expires_after: ExpiresAfter | None = Field(
+        default=None, description="Expiry of the completed file. Null: it is kept until it is deleted."
+    )
 
 
 class UploadCompletion(Strict):
     """The parts of the file in their order."""
 
-    part_ids: Annotated[list[PartId], Field(min_length=1, max_length=MAX_PARTS)]
-    md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$", description="MD5 of the whole file, in hex.")] | None = None
+    part_ids: Annotated[
+        list[PartId],
+        Field(min_length=1, max_length=MAX_PARTS, description="IDs of the parts, in the order of the file."),
+    ]
+    md5: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{32}$")] | None = Field(
+        default=None, description="MD5 of the whole file, in hex. Null: not checked."
+    )
 
 
 class UploadObject(BaseModel):
+    """An upload of a file in parts."""
+
     model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
 
-    id: str
+    id: ObjectId
     object: Literal["upload"] = "upload"
-    bytes: int
-    created_at: int
-    expires_at: int = Field(description="Unix time until which parts are accepted.")
-    filename: str
-    purpose: str
-    status: Status
+    bytes: int = Field(description="Size of the whole file as announced, in bytes.")
+    created_at: CreatedAt
+    expires_at: int = Field(description="Time until which parts are accepted, in Unix seconds.")
+    filename: str = Field(description="Name of the file to create.")
+    purpose: str = Field(description="Use of the file: `fine-tune`, `batch` or `user_data`.")
+    status: Status = Field(
+        description="`pending`: parts are accepted. `completed`: the file exists. `cancelled` or `expired`: the "
+        "parts are "
+        "deleted."
+    )
     file: FileObject | None = Field(description="The file, once the upload is completed.")
 
 
 class UploadPartObject(BaseModel):
+    """A part of an upload."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -72,10 +91,10 @@ class UploadPartObject(BaseModel):
             }
         }
     )
-    id: str
+    id: ObjectId
     object: Literal["upload.part"] = "upload.part"
-    created_at: int
-    upload_id: str
+    created_at: CreatedAt
+    upload_id: str = Field(description="ID of the upload to which it belongs.")
 
 
 def upload_object(view: UploadView) -> UploadObject:

@@ -31,18 +31,18 @@ _BUCKET: dict[str, Any] = {
 class JobCounts(BaseModel):
     """Jobs created, and jobs finished, on the day."""
 
-    created: int
-    succeeded: int
-    failed: int
-    cancelled: int
+    created: int = Field(description="Number of jobs created.")
+    succeeded: int = Field(description="Number of jobs that succeeded.")
+    failed: int = Field(description="Number of jobs that failed.")
+    cancelled: int = Field(description="Number of jobs that were cancelled.")
 
 
 class CompletionCounts(BaseModel):
     """Inference requests answered on the day, and their tokens."""
 
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
+    requests: int = Field(description="Number of answered requests.")
+    prompt_tokens: int = Field(description="Number of tokens in their prompts.")
+    completion_tokens: int = Field(description="Number of tokens in their answers.")
 
 
 class UsageResult(BaseModel):
@@ -53,12 +53,12 @@ class UsageResult(BaseModel):
     organization_id: str | None = Field(description="Null unless grouped by organization.")
     project_id: str | None = Field(description="Null unless grouped by project.")
     model: str | None = Field(description="Base model; null unless grouped by model.")
-    device_seconds: float = Field(description="Seconds of device time, split among the jobs that train on the device.")
+    device_seconds: float = Field(description="Device time in seconds, split among the jobs that train on the device.")
     trained_tokens: int = Field(description="Trained tokens of the jobs that succeeded on the day.")
-    num_jobs: JobCounts
-    completions: CompletionCounts
+    num_jobs: JobCounts = Field(description="Jobs created and finished on the day.")
+    completions: CompletionCounts = Field(description="Inference requests answered on the day.")
     stored_bytes: int | None = Field(
-        description="Everything that the project stores, at the end of the day or now. Null if grouped by model, and "
+        description="Bytes that the project stores, at the end of the day or now. Null if grouped by model, and "
         "on future days."
     )
 
@@ -68,8 +68,8 @@ class UsageBucket(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": _BUCKET})
     object: Literal["bucket"] = "bucket"
-    start_time: int
-    end_time: int
+    start_time: int = Field(description="Start of the day, in Unix seconds.")
+    end_time: int = Field(description="End of the day, in Unix seconds; it belongs to the next day.")
     results: list[UsageResult] = Field(description="Empty if nothing was used.")
 
 
@@ -80,9 +80,9 @@ class UsagePage(BaseModel):
         json_schema_extra={"example": {"object": "page", "data": [_BUCKET], "has_more": False, "next_page": None}}
     )
     object: Literal["page"] = "page"
-    data: list[UsageBucket]
-    has_more: bool
-    next_page: str | None
+    data: list[UsageBucket] = Field(description="Days of this page.")
+    has_more: bool = Field(description="Whether there are more days after this page.")
+    next_page: str | None = Field(description="Value of `page` for the next page; null on the last one.")
 
 
 def usage_page(found: Report) -> UsagePage:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from api.schemas import CreatedAt, ObjectId, UpdatedAt
 from api.schemas.keys import NAME
 from catalog.spec.strict import LAST_SECOND, Strict
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
@@ -47,7 +48,7 @@ DELIVERY: dict[str, Any] = {
     "next_try_at": None,
     "tries": [{"started_at": 1790000100, "seconds": 0.21, "status_code": 204, "error": None, "reply": ""}],
 }
-Name = Annotated[str, Field(min_length=1, max_length=255, pattern=NAME, description="Display name.")]
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=NAME, description="Display name of the endpoint.")]
 Url = Annotated[str, Field(min_length=1, max_length=MAX_URL, description="URL to which events are posted.")]
 Types = Annotated[
     list[EventType], Field(min_length=1, max_length=2 * len(EVENT_TYPES), description="Event types to send.")
@@ -79,9 +80,14 @@ class SecretRotation(Strict):
     """The time for which the old secret stays valid."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"overlap_seconds": DAY}})
-    keep_old_secret_active_for_24_hours: bool = False
+    keep_old_secret_active_for_24_hours: bool = Field(
+        default=False, description="Whether the old secret stays valid for 24 hours, as in OpenAI's API."
+    )
     overlap_seconds: int | None = Field(
-        default=None, ge=0, le=30 * DAY, description="Overlap in seconds. Mutually exclusive with the other field."
+        default=None,
+        ge=0,
+        le=30 * DAY,
+        description="Overlap in seconds. Mutually exclusive with the other field. Null: 0, unless that is true.",
     )
 
     @model_validator(mode="after")
@@ -98,38 +104,43 @@ class WebhookTestRequest(Strict):
     """The sample event to send."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"event_type": "fine_tuning.job.succeeded"}})
-    event_type: EventType
+    event_type: EventType = Field(description="Type of the sample event.")
 
 
 class ReplayRequest(Strict):
     """The failed deliveries to send again."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"since": 1790000000}})
-    since: int = Field(ge=0, le=LAST_SECOND, description="Unix time; earlier events are not sent again.")
+    since: int = Field(ge=0, le=LAST_SECOND, description="Unix seconds; earlier events are not sent again.")
 
 
 class WebhookEndpointObject(BaseModel):
+    """An endpoint to which events are posted."""
+
     model_config = ConfigDict(json_schema_extra={"example": ENDPOINT})
 
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
-    id: str
-    name: str
+    id: ObjectId
+    name: str = Field(description="Display name of the endpoint.")
     url: str = Field(
         description="Host and last four characters. The whole URL is stored encrypted; only the response that creates "
         "the endpoint has it."
     )
-    event_types: list[str]
-    signing_secret_hint: str
-    status: Literal["enabled", "disabled"]
-    created_at: int
-    updated_at: int
+    event_types: list[str] = Field(description="Types of events that are sent to it.")
+    signing_secret_hint: str = Field(description="The last characters of its secret, to distinguish secrets.")
+    status: Literal["enabled", "disabled"] = Field(description="Whether events are sent to it.")
+    created_at: CreatedAt
+    updated_at: UpdatedAt
     old_secret_until: int | None = Field(
-        description="Unix time until which messages are also signed with the old secret."
+        description="Unix seconds until which messages are also signed with the old secret; null if there is none."
     )
     failing_since: int | None = Field(
-        description="Every attempt since this time has failed. After five days the endpoint is disabled."
+        description="Unix seconds since which every attempt has failed. After five days the endpoint is "
+        "disabled. Null: none failed."
     )
-    disabled_at: int | None
+    disabled_at: int | None = Field(
+        description="Time at which it was disabled, in Unix seconds; null while it is enabled."
+    )
     disabled_reason: str | None = Field(description="`by_request`, `gone` (it answered 410) or `failing`.")
 
 
@@ -141,12 +152,14 @@ class WebhookEndpointWithSecret(WebhookEndpointObject):
 
 
 class WebhookEndpointDeleted(BaseModel):
+    """Confirmation that an endpoint is deleted."""
+
     model_config = ConfigDict(
         json_schema_extra={"example": {"id": ID, "object": "webhook_endpoint.deleted", "deleted": True}}
     )
-    id: str
+    id: ObjectId
     object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
-    deleted: Literal[True] = True
+    deleted: Literal[True] = Field(default=True, description="Always true: the endpoint is deleted.")
 
 
 class WebhookTestResult(BaseModel):
@@ -166,26 +179,30 @@ class WebhookTestResult(BaseModel):
         }
     )
     object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
-    webhook_endpoint_id: str
-    event_type: str
-    status_code: int
+    webhook_endpoint_id: str = Field(description="ID of the tested endpoint.")
+    event_type: str = Field(description="Type of the sample event.")
+    status_code: int = Field(description="HTTP status of the endpoint's answer.")
     success: Literal[True] = Field(default=True, description="Whether the endpoint answered, with any `status_code`.")
-    delivery_id: str
+    delivery_id: str = Field(description="ID of the delivery that records the test.")
     reply: str = Field(description="The first bytes of the response, escaped.")
 
 
 class WebhookEventTypes(BaseModel):
+    """The types of events that an endpoint can receive."""
+
     model_config = ConfigDict(json_schema_extra={"example": {"object": "list", "data": list(EVENT_TYPES)}})
 
     object: Literal["list"] = "list"
-    data: list[str]
+    data: list[str] = Field(description="Names of the event types.")
 
 
 class TryObject(BaseModel):
-    started_at: int
-    seconds: float
+    """One attempt to deliver an event."""
+
+    started_at: int = Field(description="Time of the request, in Unix seconds.")
+    seconds: float = Field(description="Duration of the request, in seconds.")
     status_code: int | None = Field(description="Null if there was no response; `error` contains the reason.")
-    error: str | None
+    error: str | None = Field(description="Reason why there was no response; null if there was one.")
     reply: str | None = Field(description="The first bytes of the response, escaped.")
 
 
@@ -194,25 +211,32 @@ class WebhookDeliveryObject(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"example": DELIVERY})
     object: Literal["webhook_delivery"] = "webhook_delivery"
-    id: str
-    webhook_endpoint_id: str
+    id: ObjectId
+    webhook_endpoint_id: str = Field(description="ID of the endpoint that receives the event.")
     event_id: str = Field(description="The `webhook-id` header, the same in every attempt.")
-    event_type: str
-    data: dict[str, Any]
-    is_test: bool
-    status: Status
-    created_at: int
-    ended_at: int | None
-    next_try_at: int | None
+    event_type: str = Field(description="Type of the event that is sent.")
+    data: dict[str, Any] = Field(description="Object of the event: the ID of the job or the endpoint.")
+    is_test: bool = Field(description="Whether a test request caused it.")
+    status: Status = Field(
+        description="`pending`: it will be sent or retried. `delivered`: the endpoint accepted it. `failed`: it is not "
+        "retried."
+    )
+    created_at: CreatedAt
+    ended_at: int | None = Field(
+        description="Time of the success or the last failure, in Unix seconds; null while it is pending."
+    )
+    next_try_at: int | None = Field(description="Time of the next attempt, in Unix seconds; null unless it is pending.")
     tries: list[TryObject] = Field(description="Attempts, oldest first.")
 
 
 class Replayed(BaseModel):
+    """Deliveries that are sent again."""
+
     model_config = ConfigDict(
         json_schema_extra={"example": {"object": "webhook_endpoint.replay", "webhook_endpoint_id": ID, "replayed": 3}}
     )
     object: Literal["webhook_endpoint.replay"] = "webhook_endpoint.replay"
-    webhook_endpoint_id: str
+    webhook_endpoint_id: str = Field(description="ID of the endpoint that receives them.")
     replayed: int = Field(description="Number of deliveries that are sent again.")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from catalog.search.fields import VARIABLE
-from catalog.spec.job import JobRequest
+from catalog.spec.job import PRIORITY, JobRequest
 from catalog.spec.strict import Strict
 from catalog.states import Priority
 
@@ -44,14 +44,18 @@ Bound = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 class Parameter(Strict):
     """The possible values of a field: a list of `values`, or a range from `min` to `max`."""
 
-    values: Annotated[list[Any], Field(min_length=1, max_length=MAX_VALUES)] | None = None
-    min: Bound | None = None
-    max: Bound | None = None
+    values: Annotated[list[Any], Field(min_length=1, max_length=MAX_VALUES)] | None = Field(
+        default=None, description="The possible values. null: a range."
+    )
+    min: Bound | None = Field(default=None, description="Lower end of the range. null: `values` are set.")
+    max: Bound | None = Field(default=None, description="Upper end of the range. null: `values` are set.")
     scale: Literal["linear", "log"] = Field(
         default="linear", description="Scale of the range. log: equal ratios are equally likely; min must be above 0."
     )
     points: Annotated[int, Field(ge=2, le=MAX_TRIALS)] | None = Field(
-        default=None, description="Number of values from min to max, evenly spaced on the scale (grid only)."
+        default=None,
+        description="Number of values from min to max, evenly spaced on the scale (grid only). null: not a grid, "
+        "or `values` are set.",
     )
 
     @model_validator(mode="after")
@@ -84,7 +88,7 @@ class Search(Strict):
     )
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = Field(
         default=None,
-        description="Number of trials; for ask_tell the maximum. A grid has one trial per combination.",
+        description="Number of trials; for ask_tell the maximum. null: a grid, with one trial per combination.",
     )
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
         default=None,
@@ -148,7 +152,7 @@ class SweepRequest(JobRequest):
     max_concurrent: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = Field(
         default=None, description="Maximum number of unfinished trials at one time. null: no limit."
     )
-    priority: Priority = "batch"
+    priority: Priority = Field(default="batch", description=PRIORITY)
 
     @model_validator(mode="after")
     def _parameters_of_its_search(self) -> SweepRequest:

@@ -33,27 +33,33 @@ class Wandb(Strict):
     """Weights & Biases, in OpenAI's format."""
 
     project: Name = Field(description="W&B project. The name of the Lorry project and ' - ' are added in front.")
-    name: Name | None = Field(default=None, description="Name of the run. Default: the job id.")
+    name: Name | None = Field(default=None, description="Name of the run. Default: the job ID.")
     entity: Name | None = Field(
-        default=None, description="Rejected: the operator sets the team or user (`WANDB_ENTITY` on the workers)."
+        default=None,
+        description="Rejected: the operator sets the team or user (`WANDB_ENTITY` on the workers). null: that of "
+        "the operator.",
     )
-    tags: Annotated[list[Name], Field(max_length=16)] | None = Field(default=None, description="Tags of the run.")
+    tags: Annotated[list[Name], Field(max_length=16)] | None = Field(
+        default=None, description="Tags of the run. null: none."
+    )
 
 
 class Mlflow(Strict):
-    """MLflow."""
+    """An MLflow tracking server."""
 
     experiment: Name = Field(
         default="lorry", description="Experiment. The name of the Lorry project and '/' are added in front."
     )
-    run_name: Name | None = Field(default=None, description="Name of the run. Default: the job id.")
-    tags: Tags | None = Field(default=None, description="Tags of the run.")
+    run_name: Name | None = Field(default=None, description="Name of the run. Default: the job ID.")
+    tags: Tags | None = Field(default=None, description="Tags of the run. null: none.")
 
 
 class TensorBoard(Strict):
     """A directory of TensorBoard event files."""
 
-    name: Label | None = Field(default=None, description="Prefix of the run's directory, before the job id.")
+    name: Label | None = Field(
+        default=None, description="Prefix of the run's directory, before the job ID. null: none."
+    )
 
 
 class Trackio(Strict):
@@ -62,17 +68,17 @@ class Trackio(Strict):
     project: Name = Field(
         default="lorry", description="Trackio project. The name of the Lorry project and '-' are added in front."
     )
-    name: Name | None = Field(default=None, description="Prefix of the run's name, before the job id.")
+    name: Name | None = Field(default=None, description="Prefix of the run's name, before the job ID. null: none.")
 
 
 class Integration(Strict):
     """A tracker type, and its options under the name of the type."""
 
-    type: IntegrationType = Field(description="Tracker.")
-    wandb: Wandb | None = None
-    mlflow: Mlflow | None = None
-    tensorboard: TensorBoard | None = None
-    trackio: Trackio | None = None
+    type: IntegrationType = Field(description="Tracker to write to.")
+    wandb: Wandb | None = Field(default=None, description="Options of Weights & Biases. null: another type.")
+    mlflow: Mlflow | None = Field(default=None, description="Options of MLflow. null: the defaults.")
+    tensorboard: TensorBoard | None = Field(default=None, description="Options of TensorBoard. null: the defaults.")
+    trackio: Trackio | None = Field(default=None, description="Options of Trackio. null: the defaults.")
 
     @model_validator(mode="after")
     def _check_fields_of_type(self) -> Integration:

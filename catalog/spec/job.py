@@ -56,6 +56,7 @@ MIN_LENGTH, MAX_LENGTH = 8, 131_072
 AUTO_LENGTH, AUTO_CHECKPOINT_STEPS = 4096, 50
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Id = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=WITHOUT_NUL)]
+PRIORITY = "Priority class, up to the highest priority of the project and of the API key."
 ModelName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra=WITHOUT_NUL)]
 
 
@@ -84,23 +85,28 @@ class JobRequest(Strict):
     model: ModelName = Field(
         description="Name of a base model, or of an adapter (ft:…) to continue, which is the same as parent_adapter."
     )
-    training_file: Id = Field(description="Id of a file with the purpose fine-tune.")
+    training_file: Id = Field(description="ID of a file with the purpose fine-tune.")
     validation_file: Id | None = Field(
-        default=None, description="Id of another such file, for the validation loss. null: no evaluations."
+        default=None, description="ID of another such file, for the validation loss. null: no evaluations."
     )
-    method: Method | None = None
+    method: Method | None = Field(
+        default=None, description="Training method and its hyperparameters. null: supervised, with the defaults."
+    )
     hyperparameters: Hyperparameters | None = Field(
-        default=None, description="Deprecated by OpenAI. Use the hyperparameters of `method` instead."
+        default=None,
+        description="Deprecated by OpenAI. Use the hyperparameters of `method` instead. null: those of `method`.",
     )
     suffix: Suffix | None = Field(
         default=None,
         description="Part of the adapter's name. Accents and other characters outside ASCII are removed. Characters "
-        "other than letters, digits, `.`, `_` and `-` become `-`.",
+        "other than letters, digits, `.`, `_` and `-` become `-`. null: none.",
     )
-    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+        default=None, description="Seed of everything random in the job. null: drawn at random, and recorded."
+    )
     metadata: dict[str, Annotated[str, Field(json_schema_extra={"maxLength": MAX_VALUE_LENGTH})]] | None = Field(
         default=None,
-        description="Labels of the job, as key-value pairs.",
+        description="Labels of the job, as key-value pairs. null: none.",
         json_schema_extra={
             "maxProperties": MAX_PAIRS,
             "propertyNames": {"minLength": 1, "maxLength": MAX_KEY_LENGTH},
@@ -111,20 +117,21 @@ class JobRequest(Strict):
     )
 
     tags: Annotated[list[Tag], Field(max_length=16)] | None = Field(
-        default=None, description="Tags for finding jobs, like metadata: GET /v1/fine_tuning/jobs?tag=NAME."
+        default=None, description="Tags for finding jobs, like metadata: GET /v1/fine_tuning/jobs?tag=NAME. null: none."
     )
-    resources: ResourcesRequest | None = Field(default=None, description="Devices of the job: one device.")
+    resources: ResourcesRequest | None = Field(default=None, description="Devices of the job. null: one device.")
     parent_adapter: ModelName | None = Field(
         default=None,
         description=(
-            "Id or name of an adapter of the same base model to continue from. Its weights are copied. `lora` and "
-            "`quantization` are inherited; a different value is an error, except lora.dropout, which is not inherited."
+            "ID or name of an adapter of the same base model to continue from. Its weights are copied. `lora` and "
+            "`quantization` are inherited; a different value is an error, except lora.dropout, which "
+            "is not inherited. null: none."
         ),
     )
     must_serve_on: Annotated[str, Field(min_length=1, max_length=64, json_schema_extra=WITHOUT_NUL)] | None = Field(
         default=None,
         description=(
-            "Reject the job unless its adapter can run there: vllm, or the name or id of a serving endpoint. Depends "
+            "Reject the job unless its adapter can run there: vllm, or the name or ID of a serving endpoint. Depends "
             "on rank, DoRA, patterns and the base model's architecture. null: not checked."
         ),
     )
@@ -138,7 +145,8 @@ class JobRequest(Strict):
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
-        description="dtype of the base model. auto: bfloat16, or float32 if there are workers but none has bfloat16.",
+        description="Precision of the base model. auto: bfloat16, or float32 if there are workers but none has "
+        "bfloat16.",
     )
     quantization: Quantization = Field(
         default="none",
@@ -158,13 +166,11 @@ class JobRequest(Strict):
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = Field(
         default="auto", description=f"Optimizer steps between checkpoints. auto: {AUTO_CHECKPOINT_STEPS}."
     )
-    priority: Priority = Field(
-        default="normal", description="Priority class, up to the highest priority of the project and of the API key."
-    )
+    priority: Priority = Field(default="normal", description=PRIORITY)
     deadline: Annotated[int, Field(ge=0, le=LAST_SECOND)] | None = Field(
         default=None,
         description=(
-            "Time by which the job should finish, in seconds since 1970. Among the project's jobs of the same class, "
+            "Time by which the job should finish, in Unix seconds. Among the project's jobs of the same class, "
             "jobs with a deadline go first, ordered by latest start. A job that can't meet its deadline gets a warning "
             "event and keeps running. null: no deadline."
         ),
@@ -219,7 +225,7 @@ class PlannedJob(Strict):
         extra="allow",  # validated later, together with the plan
         json_schema_extra={"propertyNames": {"enum": ["plan", *JobRequest.model_fields]}},
     )
-    plan: Id = Field(description="Id of a plan.")
+    plan: Id = Field(description="ID of the plan whose job is created.")
 
 
 # The resolved job: what a worker trains

@@ -22,6 +22,7 @@ AUTO_EPOCHS = 3
 Json = dict[str, Any]
 MethodType = Literal["supervised", "dpo", "orpo", "simpo", "kto"]
 Beta = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+OF_TYPE = "Options of the type with the name of this field. null: the defaults."
 Weight = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
 
@@ -115,22 +116,32 @@ class KtoHyperparameters(Hyperparameters):
 
 
 class SupervisedMethod(Strict):
+    """Hyperparameters of the method supervised."""
+
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
 class DpoMethod(Strict):
+    """Hyperparameters of the method dpo."""
+
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
 class OrpoMethod(Strict):
+    """Hyperparameters of the method orpo."""
+
     hyperparameters: OrpoHyperparameters = OrpoHyperparameters()
 
 
 class SimpoMethod(Strict):
+    """Hyperparameters of the method simpo."""
+
     hyperparameters: SimpoHyperparameters = SimpoHyperparameters()
 
 
 class KtoMethod(Strict):
+    """Hyperparameters of the method kto."""
+
     hyperparameters: KtoHyperparameters = KtoHyperparameters()
 
 
@@ -144,11 +155,11 @@ class Method(Strict):
             "or undesirable."
         ),
     )
-    supervised: SupervisedMethod | None = None
-    dpo: DpoMethod | None = None
-    orpo: OrpoMethod | None = None
-    simpo: SimpoMethod | None = None
-    kto: KtoMethod | None = None
+    supervised: SupervisedMethod | None = Field(default=None, description=OF_TYPE)
+    dpo: DpoMethod | None = Field(default=None, description=OF_TYPE)
+    orpo: OrpoMethod | None = Field(default=None, description=OF_TYPE)
+    simpo: SimpoMethod | None = Field(default=None, description=OF_TYPE)
+    kto: KtoMethod | None = Field(default=None, description=OF_TYPE)
 
     @model_validator(mode="after")
     def _numbers_are_of_the_type(self) -> Method:

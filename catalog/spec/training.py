@@ -32,7 +32,7 @@ Keep = Literal["last", "best"]
 class OptimizerRequest(Strict):
     """AdamW (arXiv 1711.05101), SGD with momentum, or Adafactor (arXiv 1804.04235), as implemented by torch."""
 
-    type: OptimizerType = Field(default="adamw", description="Optimizer.")
+    type: OptimizerType = Field(default="adamw", description="Optimization algorithm of the job.")
     learning_rate: Annotated[float, Field(gt=0, le=HIGHEST_RATE, allow_inf_nan=False)] | Auto = Field(
         default="auto",
         description=(
@@ -84,7 +84,9 @@ class ScheduleRequest(Strict):
     """The learning rate schedule over the steps of the job."""
 
     type: ScheduleType = Field(
-        default="cosine", description="wsd: warm-up, peak learning rate, linear decay to zero (arXiv 2405.18392)."
+        default="cosine",
+        description="Curve of the learning rate. wsd: warm-up, peak learning rate, linear decay to zero (arXiv "
+        "2405.18392).",
     )
     warmup_ratio: float = Field(
         default=0.03,
@@ -125,7 +127,9 @@ class EvaluationRequest(Strict):
         ),
     )
 
-    samples: Samples | None = Field(default=None, description="Prompts that are answered at each evaluation.")
+    samples: Samples | None = Field(
+        default=None, description="Prompts that are answered at each evaluation. null: none."
+    )
 
     @field_validator("every_steps")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from api.auth.authentication import Signed
 from api.deps import IsRetry, Use
+from api.requests.path_parameters import Adapter, ServingEndpoint
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -15,7 +16,7 @@ DEPLOYMENTS = "/adapters/{adapter}/deployments"
 
 
 @router.post(DEPLOYMENTS, operation_id="create_deployment", responses=errors(404, 409))
-def create_deployment(adapter: str, body: DeploymentRequest, use: Use, caller: Signed) -> DeploymentObject:
+def create_deployment(adapter: Adapter, body: DeploymentRequest, use: Use, caller: Signed) -> DeploymentObject:
     """Deploy an adapter of the project on a serving endpoint. It is loaded and verified in the background: poll its
     `state`. A repeated request tries a failed deployment again at once.
 
@@ -27,14 +28,16 @@ def create_deployment(adapter: str, body: DeploymentRequest, use: Use, caller: S
 
 
 @router.get(DEPLOYMENTS, operation_id="list_deployments", responses=errors(404))
-def list_deployments(adapter: str, use: Use, caller: Signed) -> ListPage[DeploymentObject]:
+def list_deployments(adapter: Adapter, use: Use, caller: Signed) -> ListPage[DeploymentObject]:
     """List the serving endpoints on which an adapter is deployed, by name. Requires the scope `adapters:read`."""
     found = deployments.of_adapter(use.db, project_id=caller.project_id, adapter=adapter)
     return page_of([deployment_object(view, shows_server_text=caller.is_operator) for view in found])
 
 
 @router.delete(f"{DEPLOYMENTS}/{{endpoint}}", operation_id="delete_deployment", responses=errors(404, 409))
-def delete_deployment(adapter: str, endpoint: str, use: Use, caller: Signed, is_retry: IsRetry) -> DeploymentDeleted:
+def delete_deployment(
+    adapter: Adapter, endpoint: ServingEndpoint, use: Use, caller: Signed, is_retry: IsRetry
+) -> DeploymentDeleted:
     """Unload an adapter of the project from a serving endpoint, in the background. The built-in engine answers from now
     on. Requires the scope `adapters:write`."""
     ident = deployments.undeploy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from api.auth.authentication import Operator, Signed
 from api.deps import IsRetry, Use
+from api.requests.path_parameters import ServingEndpoint
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -47,13 +48,15 @@ def list_serving_endpoints(use: Use, caller: Signed) -> ListPage[ServingEndpoint
 
 
 @router.get(f"{ENDPOINTS}/{{endpoint}}", operation_id="get_serving_endpoint", responses=errors(404))
-def get_serving_endpoint(endpoint: str, use: Use, caller: Signed) -> ServingEndpointObject:
-    """Return a serving endpoint by name or id; its address only for operators. Requires the scope `adapters:read`."""
+def get_serving_endpoint(endpoint: ServingEndpoint, use: Use, caller: Signed) -> ServingEndpointObject:
+    """Return a serving endpoint by name or ID; its address only for operators. Requires the scope `adapters:read`."""
     return serving_endpoint_object(endpoints.get(use.db, endpoint), shows_address=caller.is_operator)
 
 
 @router.delete(f"{ENDPOINTS}/{{endpoint}}", operation_id="delete_serving_endpoint", responses=errors(404))
-def delete_serving_endpoint(endpoint: str, use: Use, _caller: Operator, is_retry: IsRetry) -> ServingEndpointDeleted:
+def delete_serving_endpoint(
+    endpoint: ServingEndpoint, use: Use, _caller: Operator, is_retry: IsRetry
+) -> ServingEndpointDeleted:
     """Remove a serving endpoint. The adapters that are deployed there are unloaded in the background.
 
     Requires an operator key with the scope `models:write`.
@@ -65,7 +68,7 @@ def delete_serving_endpoint(endpoint: str, use: Use, _caller: Operator, is_retry
 
 @router.post(f"{ENDPOINTS}/{{endpoint}}/report", operation_id="report_serving_endpoint", responses=errors(404))
 def report_serving_endpoint(
-    endpoint: str, body: ServingEndpointReport, use: Use, _caller: Operator
+    endpoint: ServingEndpoint, body: ServingEndpointReport, use: Use, _caller: Operator
 ) -> ServingEndpointObject:
     """Report that an endpoint's server can't be started, or that it is being started again. `lorry up --serve` does.
 
@@ -78,7 +81,7 @@ def report_serving_endpoint(
 
 
 @router.get(f"{ENDPOINTS}/{{endpoint}}/deployments", operation_id="list_endpoint_deployments", responses=errors(404))
-def list_endpoint_deployments(endpoint: str, use: Use, _caller: Operator) -> ListPage[DeploymentObject]:
+def list_endpoint_deployments(endpoint: ServingEndpoint, use: Use, _caller: Operator) -> ListPage[DeploymentObject]:
     """List the adapters of all projects that are deployed on an endpoint, oldest first.
 
     Requires an operator key with the scope `adapters:read`.

@@ -8,6 +8,7 @@ from starlette.responses import StreamingResponse
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
+from api.requests.path_parameters import Adapter, ExportId, FilePath
 from api.routes import FILE, SIGNED, errors
 from api.routing import Router
 from api.schemas.adapters import ArtifactFiles, files_object
@@ -28,7 +29,7 @@ class ExportFileNotFound(LorryError):
 
 
 @router.post("", operation_id="create_adapter_export", responses=errors(409))
-def create_adapter_export(adapter: str, body: ExportRequest, use: Use, caller: Signed) -> ExportObject:
+def create_adapter_export(adapter: Adapter, body: ExportRequest, use: Use, caller: Signed) -> ExportObject:
     """Export an adapter or checkpoint of the project, or one that is shared with it, in the format of a serving engine.
 
     A worker writes the files, reads them back and compares their logits with those of the adapted model. If the project
@@ -49,7 +50,7 @@ def create_adapter_export(adapter: str, body: ExportRequest, use: Use, caller: S
 
 @router.get("", operation_id="list_adapter_exports")
 def list_adapter_exports(
-    adapter: str, use: Use, caller: Signed, after: After = None, limit: Limit = 20
+    adapter: Adapter, use: Use, caller: Signed, after: After = None, limit: Limit = 20
 ) -> ListPage[ExportObject]:
     """List the project's exports of an adapter, newest first. Requires the scope `adapters:read`."""
     page = commands.list_page(use.db, project_id=caller.project_id, adapter=adapter, after=after, limit=limit)
@@ -57,19 +58,21 @@ def list_adapter_exports(
 
 
 @router.get("/{export}", operation_id="get_adapter_export")
-def get_adapter_export(adapter: str, export: str, use: Use, caller: Signed) -> ExportObject:
-    """Return an export by id. Requires the scope `adapters:read`."""
+def get_adapter_export(adapter: Adapter, export: ExportId, use: Use, caller: Signed) -> ExportObject:
+    """Return an export by ID. Requires the scope `adapters:read`."""
     return export_object(commands.get(use.db, project_id=caller.project_id, adapter=adapter, export=export))
 
 
 @router.post("/{export}/cancel", operation_id="cancel_adapter_export", responses=errors(409))
-def cancel_adapter_export(adapter: str, export: str, use: Use, caller: Signed) -> ExportObject:
+def cancel_adapter_export(adapter: Adapter, export: ExportId, use: Use, caller: Signed) -> ExportObject:
     """Cancel an unfinished export. Requires the scope `adapters:write`."""
     return export_object(commands.cancel(use.db, project_id=caller.project_id, adapter=adapter, export=export))
 
 
 @router.delete("/{export}", operation_id="delete_adapter_export")
-def delete_adapter_export(adapter: str, export: str, use: Use, caller: Signed, is_retry: IsRetry) -> ExportDeleted:
+def delete_adapter_export(
+    adapter: Adapter, export: ExportId, use: Use, caller: Signed, is_retry: IsRetry
+) -> ExportDeleted:
     """Delete an export in any state, with its files. An upload to the Hub is not deleted.
 
     Requires the scope `adapters:write`.
@@ -79,7 +82,7 @@ def delete_adapter_export(adapter: str, export: str, use: Use, caller: Signed, i
 
 
 @router.get("/{export}/files", operation_id="list_adapter_export_files", responses=errors(409))
-def list_adapter_export_files(adapter: str, export: str, use: Use, caller: Signed) -> ArtifactFiles:
+def list_adapter_export_files(adapter: Adapter, export: ExportId, use: Use, caller: Signed) -> ArtifactFiles:
     """Return the manifest of an export: each file with its size and digest. Requires the scope `adapters:read`."""
     _, artifact = commands.files_of(use.db, project_id=caller.project_id, adapter=adapter, export=export)
     return files_object(artifact)
@@ -91,7 +94,7 @@ def list_adapter_export_files(adapter: str, export: str, use: Use, caller: Signe
     response_class=StreamingResponse,
     responses={**FILE, **errors(409)},
 )
-def get_adapter_export_file(adapter: str, export: str, path: str, use: Use, caller: Signed) -> Download:
+def get_adapter_export_file(adapter: Adapter, export: ExportId, path: FilePath, use: Use, caller: Signed) -> Download:
     """Download one file of an export. Requires the scope `adapters:read`."""
     row, artifact = commands.files_of(use.db, project_id=caller.project_id, adapter=adapter, export=export)
     manifest = Manifest.from_rows(artifact.kind, artifact.files)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import AdapterId, AdapterName, CreatedAt, Deleted, ObjectId, UpdatedAt
 from api.schemas.serving.endpoints import ENDPOINT_ID, VERIFIED, ProbeVerification
 from catalog.serving.deployments import DeploymentView
 from catalog.spec.strict import WITHOUT_NUL, Strict
@@ -25,23 +26,27 @@ DEPLOYMENT: dict[str, Any] = {
 }
 DeploymentState = Literal["pending", "ready", "failed", "removing"]
 EndpointName = Annotated[
-    str, Field(min_length=1, max_length=64, description="Name or id of an endpoint.", json_schema_extra=WITHOUT_NUL)
+    str, Field(min_length=1, max_length=64, description="Name or ID of an endpoint.", json_schema_extra=WITHOUT_NUL)
 ]
 
 
 class DeploymentRequest(Strict):
+    """The serving endpoint that loads the adapter."""
+
     model_config = ConfigDict(json_schema_extra={"example": {"endpoint": "vllm-1"}})
     endpoint: EndpointName
 
 
 class DeploymentObject(BaseModel):
+    """An adapter on a serving endpoint."""
+
     model_config = ConfigDict(json_schema_extra={"example": DEPLOYMENT})
     object: Literal["adapter.deployment"] = "adapter.deployment"
-    id: str
-    adapter_id: str
-    adapter: str
-    endpoint_id: str
-    endpoint: str
+    id: ObjectId
+    adapter_id: AdapterId
+    adapter: AdapterName
+    endpoint_id: str = Field(description="ID of the serving endpoint.")
+    endpoint: str = Field(description="Name of the serving endpoint.")
     state: DeploymentState = Field(
         description="pending: being loaded. ready: verified, and answers requests. failed: see last_error; it is tried "
         "again. removing: being unloaded."
@@ -49,15 +54,19 @@ class DeploymentObject(BaseModel):
     last_error: str | None = Field(
         description="Why it is not ready. Only operators see the server's own text, which may contain paths."
     )
-    verification: ProbeVerification | None
-    created_at: int
-    updated_at: int
+    verification: ProbeVerification | None = Field(
+        description="Comparison with the built-in engine's answer; null until it is verified."
+    )
+    created_at: CreatedAt
+    updated_at: UpdatedAt
 
 
 class DeploymentDeleted(BaseModel):
-    id: str
+    """Confirmation that a deployment is removed."""
+
+    id: ObjectId
     object: Literal["adapter.deployment"] = "adapter.deployment"
-    deleted: bool = True
+    deleted: Deleted = True
 
 
 def deployment_object(view: DeploymentView, *, shows_server_text: bool) -> DeploymentObject:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import BaseDigest, BaseName, CreatedAt, Deleted, ObjectId
 from catalog.serving.endpoints import (
     DEFAULT_MAX_RANK,
     MAX_FOLDER,
@@ -64,7 +65,14 @@ class ServingEndpointRequest(Strict):
             }
         }
     )
-    name: Annotated[str, Field(max_length=64, description="Name.", json_schema_extra={"pattern": LABEL_PATTERN})]
+    name: Annotated[
+        str,
+        Field(
+            max_length=64,
+            description="Name that identifies the endpoint.",
+            json_schema_extra={"pattern": LABEL_PATTERN},
+        ),
+    ]
     base_model: Annotated[
         str,
         Field(min_length=1, max_length=256, description="The base model it serves.", json_schema_extra=WITHOUT_NUL),
@@ -95,7 +103,8 @@ class ServingEndpointRequest(Strict):
         description="Highest rank that the server loads: the value of vLLM's --max-lora-rank.",
     )
     api_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY, pattern=API_KEY_PATTERN)] | None = Field(
-        default=None, description="The server's own API key. It is stored encrypted and never shown."
+        default=None,
+        description="The server's own API key. It is stored encrypted and never shown. Null: requests have none.",
     )
 
     def new_endpoint(self) -> NewEndpoint:
@@ -120,28 +129,35 @@ class ProbeVerification(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow")
-    passed: bool
-    max_diff: float
-    tolerance: float
-    num_compared: int
-    prompt_tokens: int
-    expected_prompt_tokens: int
-    distance_to_base: float | None = None
-    distinguishes: bool | None = None
+    passed: bool = Field(description="Whether the answers agree within the tolerance.")
+    max_diff: float = Field(description="Largest difference of log-probabilities of one token.")
+    tolerance: float = Field(description="Largest accepted `max_diff`.")
+    num_compared: int = Field(description="Number of compared tokens: those until the answers differ or end.")
+    prompt_tokens: int = Field(description="Number of tokens of the prompt on the server.")
+    expected_prompt_tokens: int = Field(description="Number of tokens of the prompt in the built-in engine.")
+    distance_to_base: float | None = Field(
+        default=None,
+        description="`max_diff` between the adapter and the base model, in the built-in engine; null for base models.",
+    )
+    distinguishes: bool | None = Field(
+        default=None, description="Whether a server that ignores the adapter would fail; null for base models."
+    )
 
 
 class ServingEndpointObject(BaseModel):
+    """A running inference server that loads adapters."""
+
     model_config = ConfigDict(json_schema_extra={"example": ENDPOINT})
     object: Literal["serving_endpoint"] = "serving_endpoint"
-    id: str
-    name: str
-    kind: EngineKind
-    base_model: str
-    base_digest: str
+    id: ObjectId
+    name: str = Field(description="Unique name of the endpoint.")
+    kind: EngineKind = Field(description="Software of the server.")
+    base_model: BaseName
+    base_digest: BaseDigest
     url: str | None = Field(description="Shown only to operators.")
     adapter_folder: str | None = Field(description="Shown only to operators.")
-    has_api_key: bool
-    max_rank: int
+    has_api_key: bool = Field(description="Whether requests to the server carry an API key.")
+    max_rank: int = Field(description="Highest LoRA rank that the server loads.")
     state: EndpointState = Field(
         description="ready: answers requests. unreachable: does not respond any more. rejected: responds, but not as "
         "required. pending: has not responded yet, or is not verified yet. failed: the program that starts the server "
@@ -149,15 +165,19 @@ class ServingEndpointObject(BaseModel):
     )
     last_error: str | None = Field(description="Why it is not ready. Shown only to operators.")
     served_model: str | None = Field(description="The server's name of the base model. Shown only to operators.")
-    verification: ProbeVerification | None
-    checked_at: int | None
-    created_at: int
+    verification: ProbeVerification | None = Field(
+        description="Comparison of the base model's answer with the built-in engine's; null before."
+    )
+    checked_at: int | None = Field(description="Time of the last check, in Unix seconds; null before the first.")
+    created_at: CreatedAt
 
 
 class ServingEndpointDeleted(BaseModel):
-    id: str
+    """Confirmation that an endpoint is removed."""
+
+    id: ObjectId
     object: Literal["serving_endpoint"] = "serving_endpoint"
-    deleted: bool = True
+    deleted: Deleted = True
 
 
 def serving_endpoint_object(row: ServingEndpoint, *, shows_address: bool) -> ServingEndpointObject:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.schemas import AdapterName, CreatedAt, Deleted, ErrorCode, ErrorMessage, MaxAbsDiff, ObjectId, Remedy
 from catalog.exports.formats import HUB_REPOSITORY, Format, Quantization
 from catalog.spec.strict import Strict
 from catalog.tables.exports import AdapterExport
@@ -22,20 +23,23 @@ class ExportRequest(Strict):
         "applies to a GGUF file of the base model. adapter: the adapter's own files, for an upload to the Hub."
     )
     quantization: Quantization | None = Field(
-        default=None, description="Storage of the matrices for the format gguf, by default q8_0."
+        default=None,
+        description="Storage of the matrices for the format gguf. Null: q8_0 for gguf, none for other formats.",
     )
     hub_repository: str | None = Field(
         default=None,
         pattern=HUB_REPOSITORY,
         description="ORG/NAME of a repository on the Hugging Face Hub, to which a worker uploads the files. A "
-        "repository that does not exist is created as a private one.",
+        "repository that does not exist is created as a private one. Null: no upload.",
     )
 
 
 class ExportError(BaseModel):
-    code: str
-    message: str
-    remedy: str
+    """The problem of an export."""
+
+    code: ErrorCode
+    message: ErrorMessage
+    remedy: Remedy
 
 
 class ExportVerification(BaseModel):
@@ -43,8 +47,8 @@ class ExportVerification(BaseModel):
     sequences. `tolerance` is the part that the rounding of the format explains."""
 
     model_config = ConfigDict(extra="allow")
-    max_abs_diff: float
-    tolerance: float
+    max_abs_diff: MaxAbsDiff
+    tolerance: float = Field(description="Largest accepted `max_abs_diff`, in logits.")
     max_abs_diff_to_trained: float | None = Field(
         default=None,
         description="For an adapter trained on a quantized base model: difference between the merged model without "
@@ -59,13 +63,17 @@ class ExportCost(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow")
-    base_seconds: float
-    merged_seconds: float
-    num_tokens: int
-    same_operations: bool
+    base_seconds: float = Field(description="Duration of a pass of the base model, in seconds.")
+    merged_seconds: float = Field(description="Duration of a pass of the merged model, in seconds.")
+    num_tokens: int = Field(description="Number of tokens in a pass.")
+    same_operations: bool = Field(
+        description="Whether both models run the same operations on tensors of the same shapes and dtypes."
+    )
 
 
 class ExportObject(BaseModel):
+    """An export of an adapter in another format, or to the Hugging Face Hub."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
@@ -89,36 +97,44 @@ class ExportObject(BaseModel):
             }
         }
     )
-    id: str
+    id: ObjectId
     object: Literal["adapter.export"] = "adapter.export"
-    adapter: str = Field(description="Id of the adapter or checkpoint.")
-    adapter_name: str
-    format: Format
-    quantization: Quantization | None
-    hub_repository: str | None
-    status: ExportStatus
-    created_at: int
-    started_at: int | None
-    finished_at: int | None
+    adapter: str = Field(description="ID of the adapter or checkpoint.")
+    adapter_name: AdapterName
+    format: Format = Field(description="Format of the exported files.")
+    quantization: Quantization | None = Field(
+        description="Storage of the matrices in a GGUF file; null for other formats."
+    )
+    hub_repository: str | None = Field(description="Repository on the Hugging Face Hub to upload to; null without one.")
+    status: ExportStatus = Field(description="Status of the export.")
+    created_at: CreatedAt
+    started_at: int | None = Field(description="Time at which a worker took it, in Unix seconds; null before.")
+    finished_at: int | None = Field(description="End of the export, in Unix seconds; null before.")
     error: ExportError | None = Field(
         description="Why it has failed. While it is queued: why a worker has not taken it."
     )
     artifact: str | None = Field(description="Digest of the manifest of its files.")
-    bytes: int
-    verification: ExportVerification | None
-    cost: ExportCost | None
+    bytes: int = Field(description="Size of its files, in bytes; 0 until they are stored.")
+    verification: ExportVerification | None = Field(
+        description="Comparison of the exported files with the adapted model; null until verified."
+    )
+    cost: ExportCost | None = Field(
+        description="Durations of a pass of the base model and the merged model; null unless measured."
+    )
     hub_url: str | None = Field(description="Address of the commit on the Hugging Face Hub.")
 
 
 class ExportDeleted(BaseModel):
+    """Confirmation that an export is deleted."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "example": {"id": "export-0a1b2c3d4e5f60718293a4b5", "object": "adapter.export", "deleted": True}
         }
     )
-    id: str
+    id: ObjectId
     object: Literal["adapter.export"] = "adapter.export"
-    deleted: bool = True
+    deleted: Deleted = True
 
 
 def export_object(row: AdapterExport) -> ExportObject:
