@@ -207,7 +207,8 @@ class ServiceSupervisor:
     def _report_exit(self, worker: Process, status: int, wait: float | None) -> None:
         assert wait is not None, "every process that ends is restarted"
         self._report(f"The {worker.name} ended (status {status}). Restarting it in {wait:g} s.")
-        self._report(_indented(worker.log_tail()))
+        if tail := _indented(worker.log_tail()):
+            self._report(tail)
 
     def _drain(self) -> None:
         """Stop workers first, so that they can still record their progress."""
