@@ -27,7 +27,7 @@ BaseName = Annotated[str, Field(description="Name of the base model.")]
 BaseDigest = Annotated[str, Field(description="Digest of the base model's files; equal digests mean equal bytes.")]
 MaxAbsDiff = Annotated[float, Field(description="Largest absolute difference, in logits.")]
 ErrorCode = Annotated[str, Field(description="Stable name of the error or warning, for programs.")]
-ErrorMessage = Annotated[str, Field(description="The problem, for people.")]
+ErrorMessage = Annotated[str, Field(description="The problem, as text for users.")]
 Remedy = Annotated[str, Field(description="How to fix the problem.")]
 
 

@@ -144,7 +144,7 @@ def _schema(document: Json, name: str) -> Json:
 
 
 def _says(name: str, field: Json) -> bool:
-    """Return whether the description is a sentence that says more than the name does."""
+    """Return whether the description is a sentence with more content than the name."""
     text = field["description"]
     known = {*re.findall(r"\w+", name.lower().replace("_", " ")), *WITHOUT_CONTENT}
     return _is_sentence(text) and bool({*re.findall(r"[\w…-]+", text.lower())} - known)
