@@ -38,7 +38,7 @@ GEMMA = r"""
     {%- if message.role == 'system' and loop.first %}
         {%- set ns.system = message.content | trim + '\n\n' %}
     {%- elif message.role not in ('user', 'assistant') or message.role == ns.role %}
-        {{- raise_exception('Messages must be of the user and the assistant in turn, starting with the user.') }}
+        {{- raise_exception('Messages of the user and the assistant must alternate, and begin with the user.') }}
     {%- elif message.role == 'user' %}
         {{- '<start_of_turn>user\n' + ns.system + message.content | trim + '<end_of_turn>\n' }}
         {%- set ns.system = '' %}

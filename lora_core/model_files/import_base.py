@@ -7,6 +7,7 @@ Models that the engine can't train are rejected here, so that every imported bas
 import errno
 import glob
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,11 @@ from lora_core.model_files.gguf import refuse_scaled_rotation, template_beside
 from lora_core.model_files.license import CARD, license_of_folder, license_of_gguf
 from lora_core.runtime.safetensors_io import read_header, write_directory
 
+SENTENCEPIECE = "tokenizer.model"
+"""The tokenizer in a format that transformers doesn't write, but llama.cpp's converter needs for models like Gemma."""
 HUB_FILES = (
     *("config.json", "generation_config.json", INDEX),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", "tokenizer_config.json", SENTENCEPIECE, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
     "additional_chat_templates/tool_use.jinja",
     CARD,
@@ -159,6 +162,8 @@ def _write_folder(folder: Path, directory: Path, chat_template: str | None) -> N
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(directory)
+    if (folder / SENTENCEPIECE).is_file():
+        shutil.copyfile(folder / SENTENCEPIECE, directory / SENTENCEPIECE)
     _refuse_untrainable(directory, dtype)
 
 

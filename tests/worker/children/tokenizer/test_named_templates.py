@@ -55,7 +55,7 @@ def test_each_answer_is_found_in_the_text(name: str, chat: Messages) -> None:
 
 
 def test_gemma_rejects_two_messages_of_the_user() -> None:
-    with pytest.raises(Refused, match="of the user and the assistant in turn"):
+    with pytest.raises(Refused, match="user and the assistant must alternate"):
         template("gemma").render(chat_of([*turns("a"), *turns("b", "c")]))
 
 
