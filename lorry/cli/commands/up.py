@@ -240,8 +240,9 @@ def _next_command(data_dir: Path, known: Connection) -> str:
         models: list[dict[str, Any]] = answer.json().get("data") or [] if answer.is_success else []
         ready = [model for model in models if model.get("state") == "ready" and model.get("kind") == "base"]
         if ready:
-            has_template = (ready[0].get("description") or {}).get("has_chat_template", True)
-            command = f"lorry jobs submit {ready[0]['id']} {'chats' if has_template else 'texts'}.jsonl"
+            description: dict[str, Any] = ready[0].get("description") or {}
+            rows = "chats" if description.get("has_chat_template", True) else "texts"
+            command = f"lorry jobs submit {ready[0]['id']} {rows}.jsonl"
     try:
         is_found = connection.find().url == known.url
     except LorryError:

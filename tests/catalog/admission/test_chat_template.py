@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from catalog.errors import InvalidRequest
@@ -22,7 +24,7 @@ def test_rows_that_need_a_template_are_rejected(
     world: World, param: str, training: str, validation: str | None, method: str
 ) -> None:
     base = world.base("plain", has_chat_template=False)
-    files = {"training_file": world.file(kind=training)}
+    files: dict[str, Any] = {"training_file": world.file(kind=training)}
     if validation is not None:
         files["validation_file"] = world.file(kind=validation)
 
