@@ -42,7 +42,14 @@ def add_model(body: AddModelRequest, use: Use, caller: Operator) -> ModelObject:
 
     Requires an operator key with the scope `models:write`.
     """
-    row = base_models.add(use.db, name=body.name, kind=body.kind, source=body.source, revision=body.revision)
+    row = base_models.add(
+        use.db,
+        name=body.name,
+        kind=body.kind,
+        source=body.source,
+        revision=body.revision,
+        chat_template=body.chat_template,
+    )
     use.notifier.wake_workers()
     return _with_inference(use, [_base(use, caller, row)])[0]
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import Deleted
 from api.schemas.errors import StoredError
+from catalog.datasets.chat_templates import TEMPLATES
 from catalog.inference.availability import InferenceState
 from catalog.registry import checkpoints
 from catalog.registry.base_models import SOURCE_PATTERN
@@ -37,6 +38,13 @@ class AddModelRequest(Strict):
         json_schema_extra={"pattern": SOURCE_PATTERN},
     )
     revision: str | None = Field(default=None, max_length=255, description="Commit, for a Hub ID. Null: the newest.")
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=65_536,
+        description=f"Chat template that replaces those of the source: {', '.join(TEMPLATES)}, or the text of a Jinja "
+        "template. null: the source's own.",
+    )
 
 
 class ModelError(StoredError):

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.serving_target import check_serving_target
 from catalog.admission.target_layers import Targets
+from catalog.datasets import chat_templates
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, row_kind
 from catalog.db.database import Database, get_once
 from catalog.errors import InvalidRequest, LorryError, NotFound
@@ -96,6 +97,7 @@ def accept(
     for file, param in ((training, "training_file"), (validation, "validation_file")):
         if file is not None:
             _check_kind(file, request.method_type, param)
+            _check_template(file, base, param)
     _check_rates(request)
     _check_quantization(session, request, parent, now=now)
     _check_integrations(session, request, now=now)
@@ -291,6 +293,23 @@ def _check_kind(file: File, method: MethodType, param: str) -> None:
         remedy=f"Set method.type to {' or '.join(', '.join(methods).rsplit(', ', 1))}, or use {_MATCHING[wanted]}."
         if param == "training_file"
         else f"Set validation_file to {_MATCHING[wanted]}.",  # the method suits the training file
+        param=param,
+    )
+
+
+def _check_template(file: File, base: BaseModelRow, param: str) -> None:
+    """Raise InvalidRequest for a file of conversations and a base model that can't render them.
+
+    Prompts with completions may be text or messages, so only the tokenizer finds those of messages.
+    """
+    if file.kind not in ("chat", "preference") or (base.description or {}).get("has_chat_template", True):
+        return
+    code, _, remedy = chat_templates.no_template()
+    raise InvalidRequest(
+        f"File {file.id} contains {row_kind(file.kind).plural}, but base model {base.name!r} has no chat template, "
+        "which is required to render messages as text.",
+        code=code,
+        remedy=remedy,
         param=param,
     )
 

@@ -68,7 +68,8 @@ def check_model(format: Format, *, description: dict[str, Any], lora: dict[str, 
         raise InvalidRequest(
             f"A base model of the architecture {architecture!r} can't be exported as {format!r}.",
             code="unsupported_export",
-            remedy=f"Use the format 'merged'. GGUF is supported for {', '.join(sorted(GGUF_ARCHITECTURES))}.",
+            remedy="Use the format 'merged', and convert its folder with llama.cpp: `python convert_hf_to_gguf.py "
+            f"FOLDER --outtype q8_0`. Lorry itself writes GGUF for {', '.join(sorted(GGUF_ARCHITECTURES))}.",
             param="format",
         )
     if format == "gguf-lora" and lora.get("use_dora"):

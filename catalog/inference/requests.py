@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from catalog.datasets import tool_templates
+from catalog.datasets import chat_templates
 from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, InvalidRequest, LorryError, RateLimited
@@ -64,7 +64,7 @@ class Model:
     def check_tools(self) -> None:
         """Raise InvalidRequest if no request with tools can be answered."""
         if not self.renders_tools:
-            code, message, remedy = tool_templates.refusal("tools")
+            code, message, remedy = chat_templates.no_tools("tools")
             raise InvalidRequest(message, code=code, remedy=remedy, param="tools")
 
 

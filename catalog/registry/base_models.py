@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from hashlib import sha256
 from typing import Literal
 
 from sqlalchemy import ColumnElement, Select, select
@@ -11,6 +12,7 @@ from sqlalchemy.orm import Session, defer
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
+from catalog.datasets.chat_templates import TEMPLATES
 from catalog.db import lease
 from catalog.db.database import Database, get_once, read_clock, serialize, skip_locked
 from catalog.errors import Conflict, InvalidRequest, NotFound
@@ -29,29 +31,46 @@ backtracking."""
 IS_THERE: ColumnElement[bool] = BaseModelRow.state != "deleted"
 
 
-def add(db: Database, *, name: str, kind: str, source: str, revision: str | None = None) -> BaseModelRow:
+def add(
+    db: Database,
+    *,
+    name: str,
+    kind: str,
+    source: str,
+    revision: str | None = None,
+    chat_template: str | None = None,
+) -> BaseModelRow:
     """Add a base model under a name, so that a worker imports it.
+
+    chat_template: a name of `chat_templates.TEMPLATES`, or the text of a template, which replaces those of the source.
 
     Adding the same model again has no effect, except that a failed import is retried. A model whose import failed is
     replaced if another source is added under its name.
     """
     _check(name, kind, source)
+    wanted = {
+        "kind": kind,
+        "source": source,
+        "revision": revision,
+        "chat_template": None if chat_template is None else _template(chat_template),
+    }
     with db.write() as session:
         serialize(session, f"base {name}")
         row = session.get(BaseModelRow, name, with_for_update=True)
-        is_another = row is not None and (row.kind, row.source, row.revision) != (kind, source, revision)
+        is_another = row is not None and any(getattr(row, field) != value for field, value in wanted.items())
         if row is None:
             row = BaseModelRow(name=name)
-            _begin(session, row, kind=kind, source=source, revision=revision)
+            _begin(session, row, wanted)
             session.add(row)
         elif row.state == "deleted" or (row.state == "failed" and is_another):
             row.error = None
-            _begin(session, row, kind=kind, source=source, revision=revision)
+            _begin(session, row, wanted)
         elif is_another:
-            revision_text = f" and the revision {row.revision!r}" if row.revision else " and no revision"
+            revision_text = f"the revision {row.revision!r}" if row.revision else "no revision"
+            template_text = "the source's own" if row.chat_template is None else "a given"
             raise Conflict(
-                f"Base model {name!r} already exists, with the kind {row.kind!r}, the source {row.source!r}"
-                f"{revision_text}.",
+                f"Base model {name!r} already exists, with the kind {row.kind!r}, the source {row.source!r}, "
+                f"{revision_text} and {template_text} chat template.",
                 code="model_exists",
                 remedy=f"Choose another name, or delete the existing model first: `lorry models delete {name}`.",
                 param="name",
@@ -60,7 +79,8 @@ def add(db: Database, *, name: str, kind: str, source: str, revision: str | None
             row.state, row.error = "importing", None
         else:
             return row
-        details = {"kind": kind, "source": source, "revision": revision}
+        template = row.chat_template
+        details = {**wanted, "chat_template": template and sha256(template.encode()).hexdigest()}
         _note(session, "model.added", name, details=details)
         return row
 
@@ -225,9 +245,23 @@ def _note(session: Session, type: AuditType, name: str, *, details: Json) -> Non
     log.note(session, type, now=read_clock(session), object_id=name, project_id=None, details=details)
 
 
-def _begin(session: Session, row: BaseModelRow, *, kind: str, source: str, revision: str | None) -> None:
-    row.kind, row.source, row.revision, row.digest = kind, source, revision, None
+def _begin(session: Session, row: BaseModelRow, wanted: dict[str, str | None]) -> None:
+    for field, value in wanted.items():
+        setattr(row, field, value)
+    row.digest = None
     row.state, row.created_at = "importing", read_clock(session)
+
+
+def _template(given: str) -> str:
+    """Return the text of a template, which is given itself or by its name."""
+    if given in TEMPLATES or "{" in given:
+        return TEMPLATES.get(given, given)
+    raise InvalidRequest(
+        f"'chat_template' is {given[:80]!r}, which is neither the name nor the text of a chat template.",
+        code="invalid_chat_template",
+        remedy=f"Use {', '.join(TEMPLATES)}, or the text of a Jinja template.",
+        param="chat_template",
+    )
 
 
 def _check(name: str, kind: str, source: str) -> None:

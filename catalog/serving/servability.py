@@ -20,9 +20,11 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_USUAL_RANK = 16
 """Default of --max-lora-rank."""
 VLLM_WITHOUT_LORA = frozenset(
-    {"BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "StableLmForCausalLM"}
+    {"GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "HrmTextForCausalLM", "StableLmForCausalLM"}
 )
-"""Architectures of dense decoders that vLLM serves by a class without SupportsLoRA (v0.32)."""
+"""Trainable architectures that vLLM serves by a class without SupportsLoRA (vllm/model_executor/models, v0.32).
+GPT-NeoX has none up to v0.31. v0.32 serves it through transformers, and docs/models/supported_models.md lists no LoRA
+for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -48,6 +48,8 @@ class BaseModelRow(Leased, Table):
     """hub, folder or gguf."""
     source: Mapped[str] = mapped_column(Text)
     revision: Mapped[str | None]
+    chat_template: Mapped[str | None] = mapped_column(Text)
+    """Text of the template that replaces those of the source. None: the source's own."""
     state: Mapped[str]
     """importing, ready, failed or deleted. A deleted row keeps the name for the jobs that were trained on the model."""
     digest: Mapped[str | None]

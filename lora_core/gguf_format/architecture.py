@@ -140,6 +140,7 @@ def _context_length(config: Any) -> int:
 def _unsupported(config: Any, reason: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"A base model of type {config.model_type!r} can't be exported as GGUF: {reason}.",
-        remedy=f"Use the format 'merged', or a base model of the type {', '.join(ARCHITECTURES)} with rotary "
+        remedy="Use the format 'merged', and convert its folder with llama.cpp: `python convert_hf_to_gguf.py FOLDER "
+        f"--outtype q8_0`. Lorry itself writes base models of the type {', '.join(ARCHITECTURES)} with rotary "
         f"embeddings of the kind {', '.join(ROTARY_KINDS)}.",
     )

@@ -18,27 +18,27 @@ FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 KIND = ".rope.scaling.type"
 AMOUNTS = (".rope.scaling.factor", ".rope.scale_linear")
 """Metadata keys of the factor. Without a type the scaling is linear. 0 and 1 mean none. The second key is older."""
-TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
-"""Files next to a GGUF file that may contain a chat template; see worker.process.sandbox."""
+TOKENIZER = "tokenizer_config.json"
+"""File next to a GGUF file that may contain a chat template; see worker.process.sandbox."""
 MAX_BYTES = 2**24
-"""Maximum size of each of them."""
+"""Its maximum size."""
 
 
-def template_beside(path: Path, *, has_own: bool) -> str | None:
-    """Return the chat template next to a GGUF file, or None. Raises UnsupportedModel for a file that can't be read.
+def template_beside(path: Path) -> str | None:
+    """Return the chat template in the tokenizer's configuration next to a GGUF file, or None.
 
-    `chat_template.jinja` replaces the template in the GGUF file. That of `tokenizer_config.json` is used only if the
-    GGUF file has none (has_own): the configuration may belong to another model in the same folder, so a file that can't
-    be read is ignored.
+    The configuration may belong to another model in the same folder, so a file that can't be read is ignored.
     """
-    template, tokenizer = path.with_name(TEMPLATE), path.with_name(TOKENIZER)
-    if template.is_file():
-        return _text(template)
-    if has_own or not tokenizer.is_file():
-        return None
+    tokenizer = path.with_name(TOKENIZER)
     try:
-        config: Any = json.loads(_text(tokenizer))
-    except (ValueError, UnsupportedModel) as error:
+        with tokenizer.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        config: Any = json.loads(content)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
         LOGGER.warning("The chat template of %s is ignored: %s", tokenizer, error)
         return None
     found = config.get("chat_template") if isinstance(config, dict) else None
@@ -46,27 +46,6 @@ def template_beside(path: Path, *, has_own: bool) -> str | None:
         defaults = (each for each in found if isinstance(each, dict) and each.get("name") == "default")
         found = next(defaults, {}).get("template")
     return found if isinstance(found, str) else None
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise _unreadable(path, f"can't be read ({error.strerror})") from error
-    if len(content) > MAX_BYTES:
-        raise _unreadable(path, f"has more than {MAX_BYTES:,} bytes")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, "is not UTF-8 text") from error
-
-
-def _unreadable(path: Path, reason: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{path.name} next to the GGUF file {reason}, so its chat template can't be used.",
-        remedy="Correct the file, or move it to another folder. Then add the model again.",
-    )
 
 
 def refuse_scaled_rotation(path: Path) -> None:

@@ -7,6 +7,7 @@ Models that the engine can't train are rejected here, so that every imported bas
 import errno
 import glob
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,11 @@ from lora_core.model_files.gguf import refuse_scaled_rotation, template_beside
 from lora_core.model_files.license import CARD, license_of_folder, license_of_gguf
 from lora_core.runtime.safetensors_io import read_header, write_directory
 
+SENTENCEPIECE = "tokenizer.model"
+"""The tokenizer in a format that transformers doesn't write, but llama.cpp's converter needs for models like Gemma."""
 HUB_FILES = (
     *("config.json", "generation_config.json", INDEX),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", "tokenizer_config.json", SENTENCEPIECE, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
     "additional_chat_templates/tool_use.jinja",
     CARD,
@@ -52,22 +55,29 @@ class Imported:
 
 
 def import_base(
-    *, source: str, kind: Literal["hub", "folder", "gguf"], revision: str | None, target_dir: Path
+    *,
+    source: str,
+    kind: Literal["hub", "folder", "gguf"],
+    revision: str | None,
+    chat_template: str | None = None,
+    target_dir: Path,
 ) -> Imported:
     """Create `target_dir`, which must not exist, with config.json, generation_config.json, safetensors and tokenizer.
 
     fp32 weights stay fp32, all others become bf16. The same source gives the same bytes. `revision` is a commit, branch
-    or tag on the Hub. Raises UnsupportedModel, UnreachableSource, UnsafeFile or OSError.
+    or tag on the Hub. `chat_template` replaces all templates of the source.
+
+    Raises UnsupportedModel, UnreachableSource, UnsafeFile or OSError.
     """
     commit = None
     if kind == "gguf":
         path = Path(source)
-        write_directory(target_dir, lambda directory: _write_gguf(path, directory))
+        write_directory(target_dir, lambda directory: _write_gguf(path, directory, chat_template))
         return Imported(commit=None, license=license_of_gguf(path))
     folder = Path(source)
     if kind == "hub":
         folder, commit = _download(source, revision)
-    write_directory(target_dir, lambda directory: _write_folder(folder, directory))
+    write_directory(target_dir, lambda directory: _write_folder(folder, directory, chat_template))
     return Imported(commit=commit, license=license_of_folder(folder))
 
 
@@ -129,7 +139,7 @@ def _refuse_by_config(folder: Path) -> None:
         build_model(config)
 
 
-def _write_folder(folder: Path, directory: Path) -> None:
+def _write_folder(folder: Path, directory: Path, chat_template: str | None) -> None:
     if not folder.is_dir():
         raise UnreachableSource(
             f"The folder {str(folder)!r} does not exist on the worker.",
@@ -148,14 +158,19 @@ def _write_folder(folder: Path, directory: Path) -> None:
     dtypes = {dtype for name in names for dtype, _ in read_header(folder / name).values()}
     dtype = torch.float32 if dtypes == {"F32"} else torch.bfloat16
     _save_model(load_with_transformers(folder, dtype=dtype), directory)
-    _tokenizer(folder).save_pretrained(directory)
+    tokenizer = _tokenizer(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(directory)
+    if (folder / SENTENCEPIECE).is_file():
+        shutil.copyfile(folder / SENTENCEPIECE, directory / SENTENCEPIECE)
     _refuse_untrainable(directory, dtype)
 
 
-def _write_gguf(path: Path, directory: Path) -> None:
+def _write_gguf(path: Path, directory: Path, chat_template: str | None) -> None:
     """Convert a GGUF file. Transformers reads it in a folder without other files, so that it loads none of them.
 
-    Only a chat template next to the file is used.
+    Only a chat template next to the file is used, if the file has none.
     """
     if not path.is_file():
         raise UnreachableSource(
@@ -171,9 +186,10 @@ def _write_gguf(path: Path, directory: Path) -> None:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
         _save_model(_dequantized(Path(folder), "model.gguf"), directory)  # no reference remains, to free memory
         tokenizer = _tokenizer(Path(folder), gguf_file="model.gguf")
-    template = template_beside(path, has_own=tokenizer.chat_template is not None)
-    if template is not None:
-        tokenizer.chat_template = template
+    if chat_template is None and tokenizer.chat_template is None:
+        chat_template = template_beside(path)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(directory)
     _refuse_untrainable(directory, torch.bfloat16)
 

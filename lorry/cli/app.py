@@ -214,7 +214,8 @@ def _print_error(error: Any) -> None:
 
     param = error.param if isinstance(error, APIError) else None
     is_named = param is not None and (param if param.startswith("--") else f"'{param}'") in error.message
-    place = f" (at {param})" if param and not is_named else ""
+    is_typed = param is not None and (param.startswith("--") or param.isupper())  # else a field of the HTTP API
+    place = f" (at {param})" if is_typed and not is_named else ""
     lines = _bad_lines(error.message.removesuffix(error.remedy).rstrip())
     if len(lines) > 1:
         output.echo("\n".join((f"Error{place}:", *(f"  {line}" for line in lines), error.remedy)).rstrip())

@@ -20,15 +20,25 @@ class Models:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def add(self, name: str, source: str, *, kind: Kind | None = None, revision: str | None = None) -> Model:
+    def add(
+        self,
+        name: str,
+        source: str,
+        *,
+        kind: Kind | None = None,
+        revision: str | None = None,
+        chat_template: str | None = None,
+    ) -> Model:
         """Make the service import a base model: a Hub id, or a safetensors folder or GGUF file on the service's disk.
+
+        chat_template: chatml, gemma, llama3, zephyr, or the text of a Jinja template. Replaces the source's own.
 
         Returns immediately, in state `importing`. Adding the same source under the same name again is no error.
         """
         kind = kind or guess_kind(source)
         if kind != "hub":
             source = str(Path(source).expanduser().resolve())
-        body = {"name": name, "kind": kind, "source": source, "revision": revision}
+        body = {"name": name, "kind": kind, "source": source, "revision": revision, "chat_template": chat_template}
         return Model.of(self._transport.request("POST", "models", body=body))
 
     def wait(

@@ -211,6 +211,7 @@ def _create_storage() -> None:
         sa.Column("kind", sa.String(length=255), nullable=False),
         sa.Column("source", sa.Text(), nullable=False),
         sa.Column("revision", sa.String(length=255), nullable=True),
+        sa.Column("chat_template", sa.Text(), nullable=True),
         sa.Column("state", sa.String(length=255), nullable=False),
         sa.Column("digest", sa.String(length=255), nullable=True),
         sa.Column("manifest", sa.JSON(), nullable=True),

@@ -76,11 +76,18 @@ def test_adding_a_model_sends_an_absolute_path(
     (tmp_path / "base.whl").touch()
     client.models.add("m", "base.whl")
 
+    unset = {"revision": None, "chat_template": None}
     assert [json.loads(r.body) for r in service.seen] == [
-        {"name": "m", "kind": "folder", "source": str(tmp_path / "base"), "revision": None},
-        {"name": "m", "kind": "gguf", "source": str(tmp_path / "some/thing.gguf"), "revision": None},
-        {"name": "m", "kind": "hub", "source": "org/name", "revision": "abc"},
-        {"name": "m", "kind": "gguf", "source": str(tmp_path / "base.whl"), "revision": None},
+        {"name": "m", "kind": "folder", "source": str(tmp_path / "base")} | unset,
+        {
+            "name": "m",
+            "kind": "gguf",
+            "source": str(tmp_path / "some/thing.gguf"),
+            "revision": None,
+            "chat_template": None,
+        },
+        {"name": "m", "kind": "hub", "source": "org/name"} | unset | {"revision": "abc"},
+        {"name": "m", "kind": "gguf", "source": str(tmp_path / "base.whl")} | unset,
     ]
 
 

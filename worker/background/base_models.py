@@ -145,6 +145,7 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
             "source": row.source,
             "kind": row.kind,
             "revision": (row.manifest or {}).get("revision") or row.revision,  # the commit of the first import
+            "chat_template": row.chat_template,
             "target_dir": str(target),
         }
         description, commit = _run_child(context, row, work, request, is_unwanted)

@@ -14,18 +14,20 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from catalog.datasets.chat_templates import ADD
 from catalog.process_inspection import deny_inspection
 from lora_core.base_model.model import describe_base
 from lora_core.errors import LoraCoreError
 from lora_core.model_files.import_base import import_base
-from worker.children.tokenizer.chat_template import may_render_tools
+from worker.children.tokenizer.chat_template import Refused, describe_templates
+from worker.children.tokenizer.text_encoder import BaseText
 from worker.protocol.errors import described, disk_error
 from worker.protocol.mailbox import Json, read_json, write_json
 
 
 def import_base_model(arguments_path: Path) -> None:
-    """Import as specified by the file with `{source, kind, revision, target_dir, result}`. Writes a description or an
-    error to the result file."""
+    """Import as specified by the file with `{source, kind, revision, chat_template, target_dir, result}`. Writes a
+    description or an error to the result file."""
     arguments = read_json(arguments_path)
     target_dir = Path(arguments["target_dir"])
     try:
@@ -33,12 +35,15 @@ def import_base_model(arguments_path: Path) -> None:
             source=arguments["source"],
             kind=arguments["kind"],
             revision=arguments["revision"],
+            chat_template=arguments["chat_template"],
             target_dir=target_dir,
         )
-        facts = {"license": imported.license, "renders_tools": may_render_tools(target_dir)}
+        if arguments["chat_template"] is not None:
+            _refuse_unusable_template(target_dir)
+        facts = {"license": imported.license, **describe_templates(target_dir)}
         description = describe_base(target_dir) | facts
         result: Json = {"description": description, "commit": imported.commit}
-    except LoraCoreError as error:
+    except (LoraCoreError, Refused) as error:
         result = {"error": described(error)}
     except MemoryError:
         result = {"error": _limit_error("needs more memory than the limit for its size, or than this machine has.")}
@@ -48,6 +53,17 @@ def import_base_model(arguments_path: Path) -> None:
         else:
             result = {"error": disk_error(error) if error.errno else _source_error(error)}
     write_json(Path(arguments["result"]), result)
+
+
+def _refuse_unusable_template(base_dir: Path) -> None:
+    """Raise Refused for a template that does not end answers with a special token: no answer would ever end."""
+    if not BaseText(base_dir).turn_ends():
+        raise Refused(
+            "unusable_chat_template",
+            "The given chat template ends answers with a text that is no special token of the base model's tokenizer.",
+            "Use a template for this model's special tokens, or zephyr, which ends answers with the token that ends a "
+            f"text: {ADD}.",
+        )
 
 
 def _limit_error(what: str) -> dict[str, str]:

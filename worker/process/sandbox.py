@@ -81,8 +81,8 @@ KERNEL_CACHES = {
 """Where libraries keep compiled code between processes, by the variable that names the folder."""
 ASSUMED_HUB_BYTES = 256 * 2**30
 """Assumed size of a repository of the hub, because it is unknown before the download."""
-BESIDE_GGUF = ("chat_template.jinja", "tokenizer_config.json")
-"""Files next to a GGUF file that its import reads; see lora_core.model_files.gguf."""
+BESIDE_GGUF = "tokenizer_config.json"
+"""File next to a GGUF file that its import reads; see lora_core.model_files.gguf."""
 TEMPLATES = "additional_chat_templates"
 """Folder of a base model with named chat templates."""
 LIMITS = {"data": (resource.RLIMIT_DATA, 0), "cpu": (resource.RLIMIT_CPU, 60), "fsize": (resource.RLIMIT_FSIZE, 0)}
@@ -169,9 +169,8 @@ def base_import(folder: Path, *, source: Path | None) -> Sandbox:
     if source is None:
         links = (*links, *hub_folders())
     else:
-        beside = [source.with_name(name) for name in BESIDE_GGUF]
         # a snapshot of the hub consists of links
-        entries = [path for path in beside if path.is_file()]
+        entries = [source.with_name(BESIDE_GGUF)]
         if source.is_dir():
             entries = sorted([*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")])
         reads = tuple(str(path.resolve()) for path in (source, *entries))

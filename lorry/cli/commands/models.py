@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,6 +35,7 @@ class Kind(StrEnum):
     "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct",
     "lorry models add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct --revision main --no-wait",
     "lorry models add tiny ./models/tiny.gguf",
+    "lorry models add qwen-base Qwen/Qwen2.5-0.5B --chat-template chatml",
 )
 def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name to give the base model.")],
@@ -45,13 +47,26 @@ def add(
         str | None, typer.Option(help="Commit, tag or branch of a Hub ID (default: the main branch).")
     ] = None,
     kind: Annotated[Kind | None, typer.Option(help="Source type, if it can't be inferred.")] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Chat template: chatml, gemma, llama3, zephyr, or a Jinja file (default: the model's own).",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the import is finished.")] = True,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Import a base model and record its digest (operator key required)."""
     lorry = client()
-    model = lorry.models.add(name, source, kind=None if kind is None else kind.value, revision=revision)
+    model = lorry.models.add(
+        name,
+        source,
+        kind=None if kind is None else kind.value,
+        revision=revision,
+        chat_template=None if chat_template is None else _template(chat_template),
+    )
     if wait:
         with output.waiting(f"Importing {name}") as report:
             model = lorry.models.wait(name, on_progress=report)
@@ -114,6 +129,17 @@ def delete(name: Name, yes: Yes = False, as_json: AsJson = False) -> None:
     output.print_deleted(kind, name, as_json=as_json, note="" if is_adapter else " Adapters trained on it are kept.")
 
 
+def _template(given: str) -> str:
+    """Return the text of the file, or else the name of a template, which the service checks."""
+    path = Path(given).expanduser()
+    if not path.is_file():
+        return given
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{given} can't be read: {error}", param_hint="--chat-template") from error
+
+
 def _facts(model: Model) -> Iterator[tuple[str, object]]:
     yield "name", model.id
     yield "kind", model.kind
@@ -131,5 +157,6 @@ def _facts(model: Model) -> Iterator[tuple[str, object]]:
     shapes = ("architecture", "num_parameters", "num_layers", "hidden_size", "vocab_size", "max_positions", "dtype")
     for name in shapes:
         yield name.removeprefix("num_").replace("_", " "), (model.description or {}).get(name)
-    renders_tools = (model.description or {}).get("renders_tools")
-    yield "renders tools", None if renders_tools is None else "yes" if renders_tools else "no"
+    for name, field in (("chat template", "has_chat_template"), ("renders tools", "renders_tools")):
+        value = (model.description or {}).get(field)
+        yield name, None if value is None else "yes" if value else "no"

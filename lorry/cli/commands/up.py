@@ -247,8 +247,11 @@ def _next_command(data_dir: Path, known: Connection) -> str:
         key = connection.read(data_dir) or known
         answer = client.get("/v1/models", headers={"authorization": f"Bearer {key.api_key}"})
         models: list[dict[str, Any]] = answer.json().get("data") or [] if answer.is_success else []
-        if names := [model["id"] for model in models if model.get("state") == "ready" and model.get("kind") == "base"]:
-            command = f"lorry jobs submit {names[0]} chats.jsonl"
+        ready = [model for model in models if model.get("state") == "ready" and model.get("kind") == "base"]
+        if ready:
+            description: dict[str, Any] = ready[0].get("description") or {}
+            rows = "chats" if description.get("has_chat_template", True) else "texts"
+            command = f"lorry jobs submit {ready[0]['id']} {rows}.jsonl"
     try:
         is_found = connection.find().url == known.url
     except LorryError:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's option --max-lora-rank."""
 VLLM_WITHOUT_LORA = frozenset(
-    {"BloomForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM", "StableLmForCausalLM"}
+    {"GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "HrmTextForCausalLM", "StableLmForCausalLM"}
 )
 """Classes of base models for which vLLM loads no adapters, as in catalog.serving.servability."""
 GGUF_ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})

@@ -499,6 +499,7 @@ def test_architecture_without_gguf_is_rejected_by_name(world: World, format: str
         create(world, adapter, format)
 
     assert "LlamaForCausalLM" in caught.value.remedy
+    assert "format 'merged', and convert its folder with llama.cpp" in caught.value.remedy
     assert create(world, adapter, "merged").status == "queued"
 
 

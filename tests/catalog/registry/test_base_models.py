@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 
+from catalog.datasets.chat_templates import TEMPLATES
 from catalog.db import lease
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
@@ -114,8 +115,26 @@ def test_base_that_was_never_ready_can_get_another_source(world: World) -> None:
 
     assert (fixed.state, fixed.source, fixed.error) == ("importing", "/models/b", None)
     world.finish_import("b", digest=sha("b"), description={})
-    with pytest.raises(Conflict, match="the kind 'folder', the source '/models/b' and no revision"):
+    with pytest.raises(Conflict, match="the kind 'folder', the source '/models/b', no revision"):
         base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
+
+
+def test_template_belongs_to_the_identity_of_a_base_model(world: World) -> None:
+    given = {"name": "b", "kind": "hub", "source": "org/b"}
+    named = base_models.add(world.db, **given, chat_template="chatml")
+
+    assert named.chat_template == TEMPLATES["chatml"]
+    assert base_models.add(world.db, **given, chat_template=TEMPLATES["chatml"]).name == "b"
+    for other in (None, "zephyr", "{{ messages }}"):
+        with pytest.raises(Conflict, match="no revision and a given chat template"):
+            base_models.add(world.db, **given, chat_template=other)
+
+
+def test_unknown_name_of_a_template_is_rejected(world: World) -> None:
+    with pytest.raises(InvalidRequest, match="'vicuna'") as refused:
+        base_models.add(world.db, name="b", kind="hub", source="org/b", chat_template="vicuna")
+
+    assert "chatml, gemma, llama3, zephyr" in str(refused.value.remedy)
 
 
 def test_worker_that_lost_its_import_lease_changes_nothing(world: World) -> None:

@@ -82,43 +82,24 @@ NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": 
 
 
 @pytest.mark.parametrize(
-    ("files", "has_own", "expected"),
+    ("content", "expected"),
     [
-        ({}, False, None),
-        ({"chat_template.jinja": "J"}, True, "J"),
-        ({"chat_template.jinja": "J", "tokenizer_config.json": '{"chat_template": "C"}'}, False, "J"),
-        ({"tokenizer_config.json": '{"chat_template": "C"}'}, False, "C"),
-        ({"tokenizer_config.json": '{"chat_template": "C"}'}, True, None),
-        ({"tokenizer_config.json": json.dumps({"chat_template": NAMED})}, False, "D"),
-        ({"tokenizer_config.json": '{"bos_token": "<s>"}'}, False, None),
-        ({"tokenizer_config.json": "[]"}, False, None),
+        (None, None),
+        (b'{"chat_template": "C"}', "C"),
+        (json.dumps({"chat_template": NAMED}).encode(), "D"),
+        (b'{"bos_token": "<s>"}', None),
+        (b"[]", None),
+        (b"{", None),
+        (b'{"chat_template": "\xff"}', None),
+        (b'{"chat_template": [{"name": ["default"]}]}', None),
+        (b'{"chat_template": "C"}'.ljust(101), None),
     ],
 )
-def test_chat_template_next_to_a_gguf_file_is_used(tmp_path, files, has_own, expected):
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-
-    assert template_beside(tmp_path / "model.gguf", has_own=has_own) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),
-        ("chat_template.jinja", b" " * 101, "has more than 100 bytes"),
-    ],
-)
-def test_unreadable_file_with_a_chat_template_is_rejected(tmp_path, monkeypatch, name, content, reason):
+def test_chat_template_of_the_tokenizer_configuration_next_to_a_gguf_file_is_used(
+    tmp_path, monkeypatch, content, expected
+):
     monkeypatch.setattr(gguf, "MAX_BYTES", 100)
-    (tmp_path / name).write_bytes(content)
+    if content is not None:
+        (tmp_path / "tokenizer_config.json").write_bytes(content)
 
-    with pytest.raises(UnsupportedModel, match=f"{name} next to the GGUF file {reason}"):
-        template_beside(tmp_path / "model.gguf", has_own=False)
-
-
-@pytest.mark.parametrize("content", [b"{", b" " * 101, b'{"chat_template": [{"name": ["default"]}]}', b"[]"])
-def test_tokenizer_configuration_that_has_no_template_is_ignored(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(gguf, "MAX_BYTES", 100)
-    (tmp_path / "tokenizer_config.json").write_bytes(content)
-
-    assert template_beside(tmp_path / "model.gguf", has_own=False) is None
+    assert template_beside(tmp_path / "model.gguf") == expected

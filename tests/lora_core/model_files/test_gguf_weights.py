@@ -3,6 +3,7 @@
 Slow tests use a real model of 135M parameters (tests/lora_core/base_model/test_model.py).
 """
 
+import json
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -95,11 +96,19 @@ def test_gguf_file_becomes_a_base_with_its_weights_that_trains_and_serves(origin
     assert tokenizer("the hero")["input_ids"] == [256, TOKENS.index("Ġ"), 257, TOKENS.index("r"), TOKENS.index("o")]
 
 
-def test_chat_template_next_to_the_file_becomes_that_of_the_base(original, tmp_path):
+@pytest.mark.parametrize("is_given", [False, True], ids=["next to the file", "given"])
+def test_chat_template_becomes_that_of_the_base(original, tmp_path, is_given):
+    template = "{{ messages[0]['content'] }}!"
     write_llama(tmp_path / "model.gguf", original, GGMLQuantizationType.F16)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "?" if is_given else template}))
 
-    import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+    import_base(
+        source=str(tmp_path / "model.gguf"),
+        kind="gguf",
+        revision=None,
+        chat_template=template if is_given else None,
+        target_dir=tmp_path / "base",
+    )
 
     assert (tmp_path / "base" / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}!"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")

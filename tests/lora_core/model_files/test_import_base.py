@@ -380,6 +380,14 @@ def test_chat_template_for_tools_is_imported_too(source, tmp_path, child):
         assert (folder / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
 
 
+def test_sentencepiece_model_is_kept_for_converters(source, tmp_path):
+    (source / "tokenizer.model").write_bytes(b"pieces")
+
+    imported = import_folder(source, tmp_path / "base")
+
+    assert (imported / "tokenizer.model").read_bytes() == b"pieces"
+
+
 def test_no_weights_are_downloaded_if_the_config_is_rejected(source, tmp_path, child):
     edit_json(source / "config.json", vision_config={"hidden_size": 64})
     requested: list[str] = []

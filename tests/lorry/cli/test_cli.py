@@ -85,7 +85,7 @@ def test_service_error_prints_its_message_on_stderr_and_exits_with_1(service: Sc
 
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr == "Error: No job with the ID 'x'. Check the ID. (at model)\n"
+    assert result.stderr == "Error: No job with the ID 'x'. Check the ID.\n"
 
 
 @pytest.mark.parametrize(
@@ -321,6 +321,19 @@ def test_models_add_waits_until_the_model_is_ready(service: Script, run: Run) ->
     assert "Model m is ready, digest d1." in run("models", "add", "m", "org/name").stderr
     assert json.loads(run("models", "add", "m", "org/name", "--json").stdout)["digest"] == "d1"
     assert "Importing model m" in run("models", "add", "m", "org/name", "--no-wait").stderr
+
+
+@pytest.mark.parametrize(("given", "sent"), [("chatml", "chatml"), ("chat.jinja", "{{ messages }}")])
+def test_models_add_sends_the_name_of_a_template_or_the_text_of_its_file(
+    service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, sent: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    service.on("POST", "/v1/models", {"id": "m", "state": "importing"})
+
+    run("models", "add", "m", "org/name", "--chat-template", given, "--no-wait")
+
+    assert json.loads(service.seen[-1].body)["chat_template"] == sent
 
 
 def test_wait_without_a_terminal_prints_the_elapsed_time(

@@ -92,8 +92,7 @@ def test_export_is_awaited_downloaded_and_its_use_explained(service: Script, run
     lines = result.stderr.splitlines()
     assert lines[1:] == [
         "Its logits differ from those of the adapted model by at most 0.5. Rounding to the format explains up to 2.",
-        "Warning: rounding has removed 40% of what the adapter adds to the weights. The adapter itself and the "
-        "format gguf-lora lose nothing.",
+        "Warning: rounding has removed 40% of what the adapter adds to the weights. The adapter itself loses nothing.",
         "A pass over 128 tokens takes 110 ms with the merged model and 100 ms with the base model, on the worker's "
         "CPU.",
         "Run it with llama.cpp:",

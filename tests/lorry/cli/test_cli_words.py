@@ -250,8 +250,8 @@ def test_report_of_an_unprepared_file_suggests_a_command(service: Script, run: R
     ("lines", "printed"),
     [
         (["{]"], ["Error: Line 1: "]),
-        (["{]", '{"messages": 3}'], ["Error (at file):", "  Line 1: ", "  Line 2: ", ""]),
-        (["{]"] * 9, ["Error (at file):", *(f"  Line {n}: " for n in range(1, 6)), "  Reading stopped at the 5th", ""]),
+        (["{]", '{"messages": 3}'], ["Error:", "  Line 1: ", "  Line 2: ", ""]),
+        (["{]"] * 9, ["Error:", *(f"  Line {n}: " for n in range(1, 6)), "  Reading stopped at the 5th", ""]),
     ],
 )
 def test_upload_error_prints_each_invalid_line_separately(

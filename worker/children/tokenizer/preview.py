@@ -9,6 +9,7 @@ from typing import TypedDict, get_args
 import numpy as np
 
 from catalog.datasets.chat import Chat
+from catalog.datasets.chat_templates import ADD_WITH_FILE
 from catalog.datasets.rows import LabeledAnswer, PreferencePair, conversation_of
 from worker.children.tokenizer.chat_template import Refused, Rendered
 from worker.children.tokenizer.text_encoder import BaseText
@@ -51,8 +52,8 @@ def render_pair(base: BaseText, pair: PreferencePair) -> tuple[Rendered, Rendere
         raise Refused(
             "template_changes_prompt",
             "The base model's chat template renders the prompt differently for each of the two answers.",
-            "Remove the row, or add a copy of the base model's folder under another name, with a chat_template.jinja "
-            "that renders prompts regardless of answers.",
+            "Remove the row. Or add the model under another name with a template that renders prompts regardless of "
+            f"answers: {ADD_WITH_FILE}.",
         )
     return chosen, rejected
 

@@ -117,13 +117,16 @@ class BaseText:
         ends = _generation_ends(self._base_dir)
         if self.eos is not None:
             ends.add(self.eos[0])
-        if as_chat:
-            turns = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
-            rendered = self.template.render_supervised(Chat(turns))
-            ids, mask = self._turns(rendered, self._tokenizer.encode(rendered.text, add_special_tokens=False))
-            last = ids[np.flatnonzero(mask)[-1:]]
-            ends |= {int(ident) for ident in last if ident in self.special}
-        return frozenset(ends)
+        return frozenset(ends | self.turn_ends()) if as_chat else frozenset(ends)
+
+    def turn_ends(self) -> set[int]:
+        """Return the special token that ends an assistant turn. Empty if the template ends it with text. Raises
+        Refused."""
+        turns = [ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content="b")]
+        rendered = self.template.render_supervised(Chat(turns))
+        ids, mask = self._turns(rendered, self._tokenizer.encode(rendered.text, add_special_tokens=False))
+        last = ids[np.flatnonzero(mask)[-1:]]
+        return {int(ident) for ident in last if ident in self.special}
 
     def text_of(self, ids: Sequence[int], *, with_special: bool = False) -> str:
         """Decode tokens to text. with_special: with special tokens."""

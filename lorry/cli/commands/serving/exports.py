@@ -248,8 +248,8 @@ def _measured(export: AdapterExport) -> Iterator[str]:
     lost = check.raw.get("update_error") or 0.0
     if lost >= WORTH_A_WARNING:
         yield (
-            f"Warning: rounding has removed {lost:.0%} of what the adapter adds to the weights. The adapter itself and "
-            "the format gguf-lora lose nothing."
+            f"Warning: rounding has removed {lost:.0%} of what the adapter adds to the weights. The adapter itself "
+            "loses nothing."
         )
     if cost is not None:
         yield (

@@ -34,6 +34,8 @@ def known(service: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
         ({"data": []}, ADD_MODEL),
         ({"data": [{**BASE, "state": "importing"}, {**BASE, "kind": "adapter"}]}, ADD_MODEL),
         ({"data": [BASE]}, "lorry jobs submit tiny chats.jsonl"),
+        ({"data": [{**BASE, "description": {"has_chat_template": True}}]}, "lorry jobs submit tiny chats.jsonl"),
+        ({"data": [{**BASE, "description": {"has_chat_template": False}}]}, "lorry jobs submit tiny texts.jsonl"),
         (Reply(status=500, body={}), ADD_MODEL),
     ],
 )

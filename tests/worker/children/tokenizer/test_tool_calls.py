@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from catalog.datasets.chat_templates import TEMPLATES
 from lora_core.data.token_dataset import TokenDataset
 from tests.worker.chat_bases import MARKED, SMOLLM2, Base
-from worker.children.tokenizer.chat_template import TOOL_USE, may_render_tools
+from worker.children.tokenizer.chat_template import TOOL_USE, describe_templates
 
-HERMES = (Path(__file__).parents[4] / "examples" / "tools_chatml.jinja").read_text("utf-8")
+HERMES = TEMPLATES["chatml"]
 """The format of Hermes and Qwen."""
 MARKED_CALLS = MARKED.replace(
     "{{- message.content + '<|im_end|>' }}{%- endgeneration %}",
@@ -107,7 +107,7 @@ def test_base_model_whose_template_ignores_tools_is_rejected(
     assert refusal["code"] == "template_without_tools"
     assert part in refusal["message"]
     assert "Qwen2.5" in refusal["remedy"]
-    assert "add a copy of the base model's folder under another name" in refusal["remedy"]
+    assert "lorry models add NAME SOURCE --chat-template chatml|" in refusal["remedy"]
 
 
 def test_restriction_of_a_template_is_reported_with_its_own_reason(make_base: Any) -> None:
@@ -120,12 +120,15 @@ def test_restriction_of_a_template_is_reported_with_its_own_reason(make_base: An
 
 
 @pytest.mark.parametrize(
-    ("template", "may_render"), [(HERMES, True), (MARKED_CALLS, True), (SMOLLM2, False), (None, False)]
+    ("template", "has_template", "may_render"),
+    [(HERMES, True, True), (MARKED_CALLS, True, True), (SMOLLM2, True, False), (None, False, False)],
 )
-def test_import_finds_out_whether_the_template_reads_tools(
-    make_base: Callable[[str | None], Base], template: str | None, may_render: bool
+def test_import_finds_out_whether_there_is_a_template_and_whether_it_reads_tools(
+    make_base: Callable[[str | None], Base], template: str | None, has_template: bool, may_render: bool
 ) -> None:
-    assert may_render_tools(make_base(template).folder) is may_render
+    found = describe_templates(make_base(template).folder)
+
+    assert found == {"has_chat_template": has_template, "renders_tools": may_render}
 
 
 def test_template_for_tools_counts_before_the_default_one(make_base: Callable[[str | None], Base]) -> None:
@@ -133,4 +136,4 @@ def test_template_for_tools_counts_before_the_default_one(make_base: Callable[[s
     (base.folder / TOOL_USE).parent.mkdir()
     (base.folder / TOOL_USE).write_text(HERMES)
 
-    assert may_render_tools(base.folder)
+    assert describe_templates(base.folder)["renders_tools"]

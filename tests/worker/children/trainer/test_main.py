@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from catalog.datasets.chat_templates import TEMPLATES
 from catalog.spec.job import JobRequest, resolve
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.distributed.ranks import ALONE
@@ -18,6 +19,7 @@ from lora_core.engine.engine import Engine
 from lora_core.errors import BadAdapter, OutOfMemory
 from lora_core.events import JobDiverged, JobFinished
 from lora_core.model_files.import_base import Imported
+from tests import tiny_base
 from tests.worker.pack_site import events_in
 from tests.worker.trainer_settings import trainer_settings
 from worker.children import base_importer
@@ -116,18 +118,52 @@ def test_an_unloadable_base_is_rejected_with_code_and_remedy(directory: TrainerD
     assert refused["error"]["remedy"]
 
 
+def import_arguments(folder: Path, source: str, kind: str) -> dict[str, Any]:
+    files = {"target_dir": str(folder / "base"), "result": str(folder / "result.json")}
+    return {"source": source, "kind": kind, "revision": None, "chat_template": None, **files}
+
+
 def test_an_import_reports_the_commit_and_license_of_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_importer, "import_base", lambda **_: Imported(commit="c0ffee", license="apache-2.0"))
     monkeypatch.setattr(base_importer, "describe_base", lambda _: {"dtype": "float32"})
-    given = {"source": "org/model", "kind": "hub", "revision": None, "target_dir": str(tmp_path / "base")}
+    given = {
+        "source": "org/model",
+        "kind": "hub",
+        "revision": None,
+        "chat_template": None,
+        "target_dir": str(tmp_path / "base"),
+    }
     write_json(tmp_path / "arguments.json", {**given, "result": str(tmp_path / "result.json")})
 
     base_importer.import_base_model(tmp_path / "arguments.json")
 
-    description = {"dtype": "float32", "license": "apache-2.0", "renders_tools": False}
+    description = {"dtype": "float32", "license": "apache-2.0", "has_chat_template": False, "renders_tools": False}
     assert read_json(tmp_path / "result.json") == {"description": description, "commit": "c0ffee"}
+
+
+@pytest.mark.parametrize("template", ["zephyr", "llama3", "gemma"])
+def test_an_import_rejects_a_template_whose_end_of_turn_is_no_token(tmp_path: Path, template: str) -> None:
+    base = tiny_base.make(tmp_path / "tiny")
+    given: dict[str, Any] = {
+        "source": str(base),
+        "kind": "folder",
+        "revision": None,
+        "target_dir": str(tmp_path / "base"),
+    }
+    given |= {"chat_template": TEMPLATES[template], "result": str(tmp_path / "result.json")}
+    write_json(tmp_path / "arguments.json", given)
+
+    base_importer.import_base_model(tmp_path / "arguments.json")
+
+    result = read_json(tmp_path / "result.json")
+    if template == "zephyr":  # it needs only the token that ends a text
+        assert result["description"]["has_chat_template"]
+        assert (tmp_path / "base" / "chat_template.jinja").read_text() == TEMPLATES["zephyr"]
+    else:
+        assert result["error"]["code"] == "unusable_chat_template"
+        assert "zephyr" in result["error"]["remedy"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +177,13 @@ def test_a_failed_import_write_is_classified_by_its_error_number(
         raise OSError(number, "It failed")
 
     monkeypatch.setattr(base_importer, "import_base", fail)
-    given = {"source": "org/model", "kind": "hub", "revision": None, "target_dir": str(tmp_path / "base")}
+    given = {
+        "source": "org/model",
+        "kind": "hub",
+        "revision": None,
+        "chat_template": None,
+        "target_dir": str(tmp_path / "base"),
+    }
     write_json(tmp_path / "arguments.json", {**given, "result": str(tmp_path / "result.json")})
 
     base_importer.import_base_model(tmp_path / "arguments.json")
