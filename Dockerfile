@@ -21,12 +21,6 @@ COPY dashboard dashboard
 COPY api api
 
 FROM code AS api
-# pg_dump and pg_restore for backups. They must not be older than the server, and Debian's packages may be.
-ARG POSTGRES_CLIENT=17
-RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates postgresql-common \
-    && /usr/share/postgresql-common/pgdg/apt.postgresql.org.sh -y \
-    && apt-get install --yes --no-install-recommends "postgresql-client-$POSTGRES_CLIENT" \
-    && rm -rf /var/lib/apt/lists/*
 RUN pip install --require-hashes --no-deps -r requirements/api.lock \
     && pip install --no-deps --no-build-isolation --editable client --editable .
 USER lorry

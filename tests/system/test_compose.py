@@ -233,14 +233,6 @@ def test_the_roles_script_is_idempotent_and_grants_each_role_its_rights(new_post
         assert "opentelemetry-sdk==" in (ROOT / "requirements" / f"{target}.lock").read_text("utf-8")
 
 
-def test_the_api_image_has_a_pg_dump_for_the_version_of_the_server() -> None:
-    (client,) = re.findall(r"^ARG POSTGRES_CLIENT=(\d+)$", dockerfile_targets()["api"], re.MULTILINE)
-    (server,) = re.findall(r"^postgres:(\d+)", SERVICES["postgres"]["image"])
-
-    assert int(client) >= int(server), "pg_dump supports servers of its own version and older ones"
-    assert '"postgresql-client-$POSTGRES_CLIENT"' in dockerfile_targets()["api"]
-
-
 def modules(name: str) -> set[str]:
     """Return the modules that the service's command and its health check run."""
     lines = [SERVICES[name].get("command", []), SERVICES[name].get("healthcheck", {}).get("test", [])]
