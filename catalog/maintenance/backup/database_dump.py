@@ -47,7 +47,8 @@ from catalog.maintenance.backup import integrity, references
 from catalog.maintenance.backup.references import Keys
 from catalog.tables.audit import AuditHead
 
-ROWS_AT_ONCE = 1_000
+ROWS_AT_ONCE = 200
+"""Rows that are held in memory: some contain JSON of a megabyte."""
 SIDE_FILES = ("-wal", "-shm", "-journal")
 """Suffixes of the files that SQLite keeps next to a database. It replays a log into any database file with the matching
 name, even into another database."""
