@@ -75,8 +75,8 @@ def test_a_service_with_a_running_job_grows_from_one_machine_to_many(
     bucket = new_bucket(s3_endpoint)
     for name, value in bucket.environment().items():
         monkeypatch.setenv(name, value)
-    many = {"LORRY_DATABASE_URL": new_postgres_url, "LORRY_STORE_URL": f"s3://{bucket.name}/lorry", **SHORT_LEASE}
-    many["LORRY_DATA_DIR"] = str(tmp_path / "many" / "data")
+    many = {"LORRY_DATABASE_URL": new_postgres_url, "LORRY_STORE_URL": f"s3://{bucket.name}/lorry"}
+    many |= {"LORRY_DATA_DIR": str(tmp_path / "many" / "data"), "LORRY_HEARTBEAT_SECONDS": "0.5", **SHORT_LEASE}
     (tmp_path / "many").mkdir()
     with worker_site(tmp_path / "one", **SHORT_LEASE) as one:
         rows = one.upload(60)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import psycopg
 from sqlalchemy import (
     JSON,
     URL,
+    BigInteger,
     Connection,
     MetaData,
     Table,
@@ -204,12 +205,12 @@ def _fill(connection: Connection, *, dump: Path) -> None:
                 for row in source.execute(str(select(table).compile(dialect=sqlite.dialect()))):
                     copy.write_row(row)
     for sequence, of_table, of_column in connection.execute(text(NUMBERED)).all():
-        last = select(func.max(column(of_column))).select_from(table_named(of_table)).scalar_subquery()
-        connection.execute(select(func.setval(cast(sequence, postgresql.REGCLASS), last)))
+        last = select(func.max(column(str(of_column), BigInteger()))).select_from(table_named(str(of_table)))
+        connection.execute(select(func.setval(cast(sequence, postgresql.REGCLASS), last.scalar_subquery())))
 
 
 @contextmanager
-def _rejection(name: str) -> Iterator[None]:
+def _rejection(name: str) -> Generator[None]:
     """SQLite enforces neither the lengths nor the characters of texts."""
     try:
         yield
@@ -235,7 +236,7 @@ def _tables(dump: Path) -> list[Table]:
 
 
 @contextmanager
-def _opened(dump: Path) -> Iterator[Database]:
+def _opened(dump: Path) -> Generator[Database]:
     db = Database(URL.create("sqlite", database=str(dump)).render_as_string())
     try:
         yield db
