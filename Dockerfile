@@ -12,9 +12,6 @@ RUN groupadd --gid 10001 lorry \
 WORKDIR /opt/lorry
 
 FROM python AS api
-# pg_dump and pg_restore for backups. They must not be older than the server.
-RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates postgresql-client-17 \
-    && rm -rf /var/lib/apt/lists/*
 COPY requirements/api.lock requirements/
 RUN pip install --require-hashes --no-deps -r requirements/api.lock
 COPY . .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -16,17 +17,18 @@ _IN_TEXT = re.compile(rf"(os error |\[Errno )({errno.ENOSPC}|{errno.EDQUOT})\b")
 
 @contextmanager
 def full_disk_named() -> Generator[None]:
-    """Raises OutOfSpace for an OSError that means a full disk or quota. Other errors propagate unchanged."""
+    """Raises OutOfSpace for an error that means a full disk or quota. Other errors propagate unchanged."""
     try:
         yield
-    except OSError as error:
+    except (OSError, sqlite3.OperationalError) as error:
         if is_full(error):
             raise out_of_space("the data folder") from error
         raise
 
 
 def is_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in FULL or tells_of_full(str(error))
+    is_of_sqlite = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return is_of_sqlite or getattr(error, "errno", None) in FULL or tells_of_full(str(error))
 
 
 def tells_of_full(text: str) -> bool:

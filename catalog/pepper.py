@@ -24,6 +24,7 @@ from catalog.settings import Settings
 from catalog.tables.tenancy import ApiKey
 
 MIN_BYTES = 32
+"""Minimum length of LORRY_PEPPER. A new pepper has as many random bytes, in hexadecimal digits."""
 FILE_NAME = "pepper"
 PREVIOUS_FILE_NAME = "pepper.previous"
 NEW = "LORRY_PEPPER=$(openssl rand -hex 32)"
@@ -65,7 +66,7 @@ def load(settings: Settings, db: Database) -> Pepper:
         if previous is None:
             _check_no_keys(db, path)
         with full_disk_named():
-            _create_once(path, secrets.token_bytes(MIN_BYTES))
+            _create_once(path, secrets.token_hex(MIN_BYTES).encode())  # text, so that LORRY_PEPPER can hold it too
     return Pepper(current=_read(path), previous=previous)
 
 
@@ -79,6 +80,11 @@ def known(settings: Settings) -> list[bytes]:
         return []
     current = _read(path) if settings.pepper is None else _checked(settings.pepper.get_secret_value())
     return Pepper(current=current, previous=_previous(settings)).all()
+
+
+def backup_mark(pepper: bytes, name: str) -> str:
+    """Return an HMAC that shows whether a machine has the pepper of the backup `name`, without revealing the pepper."""
+    return hmac.new(pepper, f"backup {name}".encode(), hashlib.sha256).hexdigest()
 
 
 def _previous(settings: Settings) -> bytes | None:

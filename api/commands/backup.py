@@ -37,7 +37,10 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     backup.add_argument("place", help=f"{WHERE} Later backups to the same place add only new objects.")
     backup.add_argument("--keep", type=_at_least_one, metavar="N", help="Keep the newest N backups, delete the others.")
     backup.set_defaults(run=_backup)
-    back = add("restore", help="Restore a backup into an empty database and a store, and verify it.")
+    back = add(
+        "restore",
+        help="Restore a backup into an empty database, SQLite or PostgreSQL, and a store. Verifies the result.",
+    )
     back.add_argument("place", help=WHERE)
     back.add_argument("--backup", metavar="NAME", help="Name of the backup (default: the newest).")
     back.set_defaults(run=_restore)
@@ -53,8 +56,9 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
     db = open_existing(settings, if_older=BACKUP_FIRST)
     try:
-        place = open_place(arguments.place, is_new=True)
-        made = create(db, open_store(settings), place, work_dir=settings.work_dir(), keep=arguments.keep)
+        place, peppers = open_place(arguments.place, is_new=True), pepper.known(settings)
+        work_dir = settings.work_dir()
+        made = create(db, open_store(settings), place, work_dir=work_dir, peppers=peppers, keep=arguments.keep)
     finally:
         db.close()
     record = made.record
@@ -85,10 +89,17 @@ def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
             f" {len(anchors)} anchors of the audit log were made after the backup and no longer apply: they are in "
         )
         summary += f"{SUPERSEDED_PREFIX}/ of the store, and service.restored in the audit log names them."
+    if restored.local_sources:
+        paths = ", ".join(f"{name} ({path})" for name, path in sorted(restored.local_sources.items()))
+        summary += (
+            f" These base models were imported from local paths: {paths}. Each worker needs the path, or a copy of "
+            "the folder 'bases' of the old worker's data folder in its own."
+        )
     details = {
         "backup": restored.record.name,
         "num_copied": restored.num_copied,
         "superseded_anchors": restored.superseded_anchors,
+        "local_sources": restored.local_sources,
         **_counts(restored.checked),
     }
     _report(arguments, summary, problems=restored.checked.problems, details=details)

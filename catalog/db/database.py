@@ -209,16 +209,19 @@ class Database:
         event.listen(self.engine.pool, "checkin", _end)
         self.engine.dispose()
 
-    def migrate(self, revision: str = "head") -> None:
+    def migrate(self, revision: str = "head", *, then: Callable[[Connection], None] | None = None) -> None:
         """Migrate the tables to `revision`. Safe to call from several processes at once.
 
-        Raises Conflict if the database has a revision that this code does not know.
+        then: called in the transaction of the migration. Raises Conflict if the database has a revision that this code
+        does not know.
         """
         config = revisions.alembic_config(self.url)
         with translated(), self.schema_connection() as connection:
             revisions.check_known(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
+            if then is not None:
+                then(connection)
 
     @contextmanager
     def schema_connection(self) -> Generator[Connection]:

@@ -233,5 +233,4 @@ def _statements(role: str, sequences: str) -> Iterator[str]:
                 yield f"grant {verb}{of} on {table} to {role}"
         if given.delete:
             yield f"grant delete on {table} to {role}"
-    # A dump reads the sequences' state; numbers of new rows come from them.
-    yield f"grant usage, select on sequence {sequences} to {role}"
+    yield f"grant usage on sequence {sequences} to {role}"

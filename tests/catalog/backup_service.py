@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 from catalog.db.database import Database
 from catalog.maintenance.backup.commands import create
 from catalog.maintenance.backup.location import BackupRecord, open_place
@@ -14,7 +16,8 @@ from catalog.registry import adapters
 from catalog.settings import Settings
 from catalog.storage.object_storage import Objects
 from catalog.storage.store import GRACE_SECONDS, ArtifactStore
-from tests.catalog.world import World, manifest, sha
+from catalog.tables.table import Table
+from tests.catalog.world import PEPPER, World, manifest, sha
 
 
 class Service:
@@ -57,8 +60,29 @@ class Service:
 
     def backup(self, store: ArtifactStore | None = None, **given: Any) -> BackupRecord:
         work_dir = self.folder / "work"
+        given = {"peppers": PEPPER.all(), **given}
         return create(self.world.db, store or self.store, self.place, work_dir=work_dir, **given).record
 
 
 def opened(settings: Settings) -> Database:
     return Database(settings.resolved_database_url())
+
+
+def content(db: Database) -> dict[str, list[Any]]:
+    """Return all rows by table. JSON is returned as it is stored."""
+    found: dict[str, list[Any]] = {}
+    with db.engine.connect() as connection:
+        for table in Table.metadata.sorted_tables:
+            columns = [sa.cast(each, sa.Text) if isinstance(each.type, sa.JSON) else each for each in table.c]
+            found[table.name] = sorted((tuple(row) for row in connection.execute(sa.select(*columns))), key=repr)
+    return found
+
+
+def blobs(objects: Objects) -> dict[str, bytes]:
+    return {entry.key: b"".join(objects.read(entry.key)) for entry in objects.list_all("")}
+
+
+def without_restores(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Leave out the audit event that each restore writes."""
+    events = [row for row in found["audit_events"] if "service.restored" not in row]
+    return {**found, "audit_events": events}

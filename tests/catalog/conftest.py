@@ -16,14 +16,12 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from catalog.db.database import Database
-from catalog.maintenance.backup import database_dump
 from catalog.settings import Settings
 from catalog.tables.table import Table
 from tests import next_migration
 from tests.catalog.backup_service import Service
 from tests.catalog.part_sender import Sender
 from tests.catalog.world import Clock, World
-from tests.conftest import NEEDS
 from tests.services.postgres import ON_POSTGRESQL, empty_database
 
 
@@ -105,8 +103,6 @@ def sender(world: World, tmp_path: Path) -> Sender:
 
 @pytest.fixture
 def service(world: World, tmp_path: Path) -> Service:
-    if not world.db.is_sqlite and database_dump.program("pg_dump") is None:
-        pytest.skip(f"{NEEDS}pg_dump")
     return Service(world, tmp_path)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -18,3 +20,12 @@ def test_full_disk_is_named(number: int) -> None:
 
     assert refused.value.code == "out_of_space"
     assert "the data folder or the artifact store is full" in out_of_space().message
+
+
+def test_full_disk_is_named_while_sqlite_writes_a_file() -> None:
+    with closing(sqlite3.connect(":memory:")) as file:
+        file.execute("PRAGMA max_page_count=2")
+        file.execute("create table content (x)")
+
+        with pytest.raises(OutOfSpace, match="disk that holds the data folder is full"), full_disk_named():
+            file.execute("insert into content values (zeroblob(100000))")

@@ -264,13 +264,6 @@ def test_the_roles_script_is_idempotent_and_grants_each_role_its_rights(new_post
         assert "opentelemetry-sdk==" in (ROOT / "requirements" / f"{target}.lock").read_text("utf-8")
 
 
-def test_the_api_image_has_a_pg_dump_for_the_version_of_the_server() -> None:
-    (client,) = re.findall(r"postgresql-client-(\d+)", dockerfile_targets()["api"])
-    (server,) = re.findall(r"^postgres:(\d+)", SERVICES["postgres"]["image"])
-
-    assert int(client) >= int(server), "pg_dump supports servers of its own version and older ones"
-
-
 def command(name: str) -> list[str]:
     """Return the command of a service, by default that of its image."""
     if "command" in SERVICES[name] or "build" not in SERVICES[name]:

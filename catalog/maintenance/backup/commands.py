@@ -25,6 +25,7 @@ from catalog.maintenance import audit_anchors
 from catalog.maintenance.audit_anchors import Superseded
 from catalog.maintenance.backup import database_dump, integrity, references
 from catalog.maintenance.backup.location import BackupPlace, BackupRecord
+from catalog.registry import base_models
 from catalog.settings import Settings
 from catalog.storage.manifest import DamagedArtifact, Manifest
 from catalog.storage.object_storage import create_missing_bucket
@@ -32,8 +33,6 @@ from catalog.storage.store import ArtifactStore, blob_key, manifest_key, open_st
 from catalog.tables.audit import AuditEvent
 from catalog.tables.storage import Adapter, Artifact, File
 from catalog.tables.table import Json
-
-PRODUCTS = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,18 +47,25 @@ class Backup:
 
 
 def create(
-    db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path, keep: int | None = None
+    db: Database,
+    store: ArtifactStore,
+    place: BackupPlace,
+    *,
+    work_dir: Path,
+    peppers: Sequence[bytes],
+    keep: int | None = None,
 ) -> Backup:
     """Back up the database and all objects that it refers to.
 
+    peppers: those of this machine, the current one first. A restore with another pepper is refused if there is one.
     keep: the number of backups to keep at the location, including this one; older ones are deleted.
 
     Objects that are missing or whose content has changed are reported in the record's `problems`; all others are
-    copied. Raises Conflict if another backup to the location is running, InvalidRequest if the database can't be
-    dumped, Unavailable and OutOfSpace.
+    copied. Raises Conflict if another backup to the location is running, or if the database is damaged. Raises
+    Unavailable and OutOfSpace.
     """
     with place.lease() as lease:
-        made = _copy(db, store, place, work_dir=work_dir)
+        made = _copy(db, store, place, work_dir=work_dir, peppers=peppers)
         lease.check("This backup is incomplete, and it deleted nothing.", then="create a new backup")
         place.finish(made.record)
         if keep is None:
@@ -69,7 +75,9 @@ def create(
         return replace(made, forgotten=place.forget_all_but(keep))
 
 
-def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path) -> Backup:
+def _copy(
+    db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: Path, peppers: Sequence[bytes]
+) -> Backup:
     """Store all parts of a backup except its record, without which it does not count as a backup."""
     stored_keys = references.stored(place.store)
     num_before = len(stored_keys)
@@ -91,8 +99,8 @@ def _copy(db: Database, store: ArtifactStore, place: BackupPlace, *, work_dir: P
     record = BackupRecord(
         name=name,
         taken_at=snapshot.taken_at,
-        database=database_dump.kind_of(db.url),
         revision=snapshot.revision,
+        pepper_mark=pepper.backup_mark(peppers[0], name) if peppers else "",
         row_counts=snapshot.row_counts,
         audit_link=snapshot.audit_link,
         audit_digest=snapshot.audit_digest,
@@ -184,6 +192,8 @@ class Restored:
     """Number of objects that the store did not have."""
     superseded_anchors: list[str]
     """Objects of the audit anchors that were written after the backup: their events are lost."""
+    local_sources: dict[str, str]
+    """Paths of the base models that were imported from a folder or a file, by name."""
     checked: BackupCheck
     """Also reports objects that could not be copied, if the database refers to them."""
 
@@ -191,13 +201,15 @@ class Restored:
 def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) -> Restored:
     """Restore a backup into the configured database and store, and verify the result.
 
-    The database must have no tables. It is migrated to the schema of this version. name: None restores the newest
-    backup. Raises NotFound, Conflict, InvalidRequest, DamagedArtifact, Unavailable and OutOfSpace. After an error the
-    database is unchanged, except after the Conflict `restored_database_differs`.
+    A backup of SQLite or PostgreSQL fits either. The configured database must have no tables. It is migrated to the
+    schema of this version. name: None restores the newest backup. Raises NotFound, Conflict, InvalidRequest,
+    DamagedArtifact, Unavailable and OutOfSpace. After an error the database is unchanged, except after the Conflict
+    `restored_database_differs`.
     """
     record = place.find(name)
     url = settings.resolved_database_url()
-    _check_fits(record, url)
+    peppers = pepper.known(settings)
+    _check_fits(record, peppers)
     database_dump.check_empty(url)
     create_missing_bucket(settings.resolved_store_url())
     store = open_store(settings)
@@ -218,15 +230,20 @@ def restore(settings: Settings, place: BackupPlace, *, name: str | None = None) 
     try:
         _check_same(db, record)
         db.migrate()
-        peppers = pepper.known(settings)
         superseded = audit_anchors.contradicting(db, store.objects, peppers=peppers, since=record.taken_at)
         restored_at = _record_restore(db, record, superseded)
         audit_anchors.supersede(store.objects, superseded, at=restored_at)
         checked = verify(db, store, peppers=peppers)
+        bases = base_models.list_all(db)
     finally:
         db.close()
-    names = [anchor.key for anchor in superseded]
-    return Restored(record=record, num_copied=len(stored_keys) - num_before, superseded_anchors=names, checked=checked)
+    return Restored(
+        record=record,
+        num_copied=len(stored_keys) - num_before,
+        superseded_anchors=[anchor.key for anchor in superseded],
+        local_sources={row.name: row.source for row in bases if row.kind != "hub"},
+        checked=checked,
+    )
 
 
 def _check_same(db: Database, record: BackupRecord) -> None:
@@ -282,13 +299,15 @@ def _record_restore(db: Database, record: BackupRecord, superseded: Sequence[Sup
     return now
 
 
-def _check_fits(record: BackupRecord, url: str) -> None:
-    kind, wanted = PRODUCTS[database_dump.kind_of(url)], PRODUCTS[record.database]
-    if kind != wanted:
+def _check_fits(record: BackupRecord, peppers: Sequence[bytes]) -> None:
+    marks = [pepper.backup_mark(each, record.name) for each in peppers]
+    if marks and record.pepper_mark and record.pepper_mark not in marks:
         raise Conflict(
-            f"Backup {record.name} was made from a {wanted} database, but the configured database is {kind}.",
-            code="backup_of_another_database",
-            remedy=f"Set LORRY_DATABASE_URL to an empty {wanted} database, then restore again.",
+            f"Backup {record.name} belongs to a service with another pepper. With the pepper of this machine, no "
+            "restored API key and no webhook secret is valid.",
+            code="backup_of_another_pepper",
+            remedy="Set LORRY_PEPPER to the pepper of that service. `lorry up` stores it in the file 'pepper' of its "
+            "data folder. Then restore again.",
         )
     if revisions.is_unreleased(record.revision):
         raise InvalidRequest(

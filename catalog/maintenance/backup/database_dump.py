@@ -1,7 +1,7 @@
-"""Dumps the database to one file and restores it: SQLite's online backup, PostgreSQL's pg_dump and pg_restore.
+"""Dumps one state of the database to a SQLite file, whatever the database, and restores the file into either database.
 
-The referenced objects and the row counts are read from the same state that the dump contains. A restore creates a
-database. It never writes into an existing one, or next to files that SQLite would replay into it.
+SQLite copies its pages. PostgreSQL is read table by table, and filled with COPY. A restore creates a database. It never
+writes into an existing one, or next to files that SQLite would replay into it.
 """
 
 from __future__ import annotations
@@ -9,33 +9,59 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-import subprocess
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import URL, func, inspect, make_url, select, text
+import psycopg
+from sqlalchemy import (
+    JSON,
+    URL,
+    BigInteger,
+    Connection,
+    MetaData,
+    Table,
+    Text,
+    cast,
+    column,
+    create_engine,
+    func,
+    inspect,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy import table as table_named
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from catalog import durable
 from catalog.db import revisions
 from catalog.db.database import BUSY_SECONDS, Database, read_clock
 from catalog.db.errors import translated
-from catalog.errors import Conflict, InvalidRequest
+from catalog.errors import Conflict
 from catalog.maintenance.backup import integrity, references
 from catalog.maintenance.backup.references import Keys
 from catalog.tables.audit import AuditHead
 
-DEBIAN = Path("/usr/lib/postgresql")
-INSTALL_NEWER = (
-    "Install a later version of PostgreSQL's client programs, at least the server's version, then try again."
-)
-PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ")
-"""Environment variables that are passed to PostgreSQL's programs, in addition to its own (PG…)."""
+ROWS_AT_ONCE = 200
+"""Rows that are held in memory: some contain JSON of a megabyte."""
 SIDE_FILES = ("-wal", "-shm", "-journal")
 """Suffixes of the files that SQLite keeps next to a database. It replays a log into any database file with the matching
 name, even into another database."""
+NUMBERED = """
+    select seq.oid::regclass::text, tab.relname, att.attname
+    from pg_class seq
+    join pg_depend dep on dep.objid = seq.oid and dep.classid = 'pg_class'::regclass and dep.deptype in ('a', 'i')
+    join pg_class tab on tab.oid = dep.refobjid and dep.refclassid = 'pg_class'::regclass
+    join pg_attribute att on att.attrelid = tab.oid and att.attnum = dep.refobjsubid
+    where seq.relkind = 'S' and tab.relnamespace = current_schema()::regnamespace
+"""
+"""Selects each sequence with the column that it numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,29 +80,59 @@ class Snapshot:
     """Head of the audit chain: link 0 and an empty digest if no event was sealed."""
 
 
-def kind_of(url: str) -> str:
-    """Return "sqlite" or "postgresql"."""
-    return make_url(url).get_backend_name()
-
-
 def take(db: Database, into: Path) -> Snapshot:
-    """Dump one state of the database to `into` without blocking writers. Raises InvalidRequest, Unavailable."""
-    return _sqlite_take(db, into) if db.is_sqlite else _postgresql_take(db, into)
+    """Dump one state of the database to the SQLite file `into` without blocking writers.
+
+    Raises Conflict if the database is damaged, Unavailable and OutOfSpace.
+    """
+    with translated(), Session(db.engine) as session:
+        taken_at = read_clock(session)
+    if db.is_sqlite:
+        _copy_pages(db, into)
+    else:
+        _copy_rows(db, into)
+    with _opened(into) as copied, copied.read() as session:
+        head = session.get(AuditHead, 1)
+        snapshot = Snapshot(
+            taken_at=taken_at,
+            revision=str(revisions.read(session)),
+            row_counts=integrity.row_counts(session),
+            keys=references.named(session),
+            audit_link=head.link if head is not None else 0,
+            audit_digest=head.digest if head is not None else "",
+        )
+    with closing(sqlite3.connect(into)) as copy:
+        copy.execute("PRAGMA journal_mode=DELETE")  # a single file without a log file
+        found = copy.execute("PRAGMA integrity_check").fetchone()
+    if found != ("ok",):
+        raise integrity.refusal(str(found[0]), db.engine.url)
+    return snapshot
 
 
 def restore(dump: Path, url: str) -> None:
-    """Restore the dump atomically into the database at `url`, which must have no tables."""
-    if kind_of(url) == "sqlite":
-        _sqlite_restore(dump, Path(make_url(url).database or ""))
-    else:
-        _run("pg_restore", make_url(url), ["--single-transaction", "--exit-on-error", str(dump)])
-        _analyze(url)
+    """Restore the dump atomically into the database at `url`, which must have no tables.
+
+    Raises Conflict if PostgreSQL can't store a value of a SQLite database.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        _sqlite_restore(dump, Path(parsed.database or ""))
+        return
+    with _opened(dump) as copied, copied.read() as session:
+        revision = str(revisions.read(session))
+    db = Database(url)
+    try:
+        db.migrate(revision, then=partial(_fill, dump=dump))
+        with translated(), db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("analyze")  # without statistics, PostgreSQL plans as if all tables were small
+    finally:
+        db.close()
 
 
 def check_empty(url: str) -> None:
     """Raise Conflict if the database has tables, or if files of a SQLite database exist at its path."""
     parsed = make_url(url)
-    if kind_of(url) == "sqlite":
+    if parsed.get_backend_name() == "sqlite":
         if parsed.database:
             _check_no_files(Path(parsed.database))
         return
@@ -111,57 +167,81 @@ def _check_no_files(path: Path) -> None:
         )
 
 
-def _sqlite_take(db: Database, into: Path) -> Snapshot:
-    """Dump a SQLite database.
-
-    Copies all pages in one step, in a read transaction: it blocks no writer, and writes don't restart it.
-    """
+def _copy_pages(db: Database, into: Path) -> None:
+    """Copy all pages in one step, in a read transaction: it blocks no writer, and writes don't restart it."""
     path = str(db.engine.url.database)
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source, closing(sqlite3.connect(into)) as copy:
         source.backup(copy)
-    copied = Database(URL.create("sqlite", database=str(into)).render_as_string())
-    try:
-        with copied.read() as session:
-            snapshot = _read_snapshot(session)
-    finally:
-        copied.close()
-    with closing(sqlite3.connect(into)) as copy:
-        copy.execute("PRAGMA journal_mode=DELETE")  # a single file without a log file
-        found = copy.execute("PRAGMA integrity_check").fetchone()
-    if found != ("ok",):
-        raise integrity.refusal(str(found[0]), db.engine.url)
-    return snapshot
 
 
-def _postgresql_take(db: Database, into: Path) -> Snapshot:
-    """Dump a PostgreSQL database. pg_dump reads this transaction's snapshot, so it stays open until pg_dump exits."""
+def _copy_rows(db: Database, into: Path) -> None:
+    """Copy the rows that one transaction sees into the same tables of SQLite."""
     frozen = db.engine.execution_options(isolation_level="REPEATABLE READ")
-    with translated(), Session(frozen) as session, session.begin():
-        session.execute(text("set local idle_in_transaction_session_timeout = 0"))
-        name = str(session.scalar(select(func.pg_export_snapshot())))
-        snapshot = _read_snapshot(session)
-        excluded = [_exclusion(name) for name in integrity.foreign_relations(session.connection())]
-        options = ["--format=custom", f"--snapshot={name}", f"--file={into}", *excluded]
-        _run("pg_dump", db.engine.url, options)
-    return snapshot
+    with translated(), frozen.begin() as connection:
+        connection.execute(text("set local idle_in_transaction_session_timeout = 0"))
+        with _opened(into) as copied:
+            copied.migrate(str(revisions.read(connection)))
+        with closing(sqlite3.connect(into, isolation_level=None)) as copy:
+            for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-200000"):  # a lost draft is made again
+                copy.execute(f"PRAGMA {pragma}")
+            copy.execute("begin")
+            for table in _tables(into):
+                # JSON as it is stored: a parsed value would not distinguish the value null from a missing one.
+                columns = [cast(each, Text) if isinstance(each.type, JSON) else each for each in table.c]
+                insert = str(table.insert().compile(dialect=sqlite.dialect()))
+                found = connection.execute(select(*columns), execution_options={"yield_per": ROWS_AT_ONCE})
+                for rows in found.partitions():
+                    copy.executemany(insert, [tuple(row) for row in rows])
+            copy.execute("commit")
 
 
-def _exclusion(relation: str) -> str:
-    """The pg_dump option that excludes a relation. Quotes keep pg_dump from interpreting the name as a pattern."""
-    quoted = relation.replace('"', '""')
-    return f'--exclude-table="{quoted}"'
+def _fill(connection: Connection, *, dump: Path) -> None:
+    """Copy the rows of the dump into the empty tables of PostgreSQL, and advance the sequences that number rows."""
+    driver: Any = connection.connection.driver_connection
+    with closing(sqlite3.connect(dump)) as source:
+        for table in _tables(dump):
+            names = ", ".join(f'"{each.name}"' for each in table.c)
+            with _rejection(table.name), driver.cursor().copy(f"copy {table.name} ({names}) from stdin") as copy:
+                for row in source.execute(str(select(table).compile(dialect=sqlite.dialect()))):
+                    copy.write_row(row)
+    for sequence, of_table, of_column in connection.execute(text(NUMBERED)).all():
+        last = select(func.max(column(str(of_column), BigInteger()))).select_from(table_named(str(of_table)))
+        connection.execute(select(func.setval(cast(sequence, postgresql.REGCLASS), last.scalar_subquery())))
 
 
-def _read_snapshot(session: Session) -> Snapshot:
-    head = session.get(AuditHead, 1)
-    return Snapshot(
-        taken_at=read_clock(session),
-        revision=str(revisions.read(session)),
-        row_counts=integrity.row_counts(session),
-        keys=references.named(session),
-        audit_link=head.link if head is not None else 0,
-        audit_digest=head.digest if head is not None else "",
-    )
+@contextmanager
+def _rejection(name: str) -> Generator[None]:
+    """SQLite enforces neither the lengths nor the characters of texts."""
+    try:
+        yield
+    except (psycopg.DataError, psycopg.IntegrityError) as error:
+        detail = (error.diag.message_primary or str(error)).rstrip(".")
+        where = f" ({error.diag.context})" if error.diag.context else ""
+        raise Conflict(
+            f"PostgreSQL can't store a row of table {name} of this backup: {detail}{where}. Nothing was changed.",
+            code="row_not_storable",
+            remedy="Correct the value in the SQLite database of the service, create a new backup, then restore that "
+            "backup.",
+        ) from error
+    except psycopg.OperationalError as error:
+        raise OperationalError("COPY", None, error) from error
+
+
+def _tables(dump: Path) -> list[Table]:
+    """Return the tables of the dump, each after the tables that it references. Alembic's is filled by the migration."""
+    metadata, engine = MetaData(), create_engine(URL.create("sqlite", database=str(dump)))
+    metadata.reflect(engine)
+    engine.dispose()
+    return [table for table in metadata.sorted_tables if table.name != revisions.VERSIONS.name]
+
+
+@contextmanager
+def _opened(dump: Path) -> Generator[Database]:
+    db = Database(URL.create("sqlite", database=str(dump)).render_as_string())
+    try:
+        yield db
+    finally:
+        db.close()
 
 
 def _sqlite_restore(dump: Path, path: Path) -> None:
@@ -184,71 +264,3 @@ def _sqlite_restore(dump: Path, path: Path) -> None:
     finally:
         draft.unlink(missing_ok=True)
     durable.sync(path.parent)
-
-
-def _analyze(url: str) -> None:
-    """Run ANALYZE: a dump has no statistics, and without them PostgreSQL plans as if all tables were small."""
-    db = Database(url)
-    try:
-        with translated(), db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("analyze")
-    finally:
-        db.close()
-
-
-def program(name: str) -> Path | None:
-    """Find a PostgreSQL program: on PATH, or else the newest of the versions that Debian installs side by side."""
-    if found := shutil.which(name):
-        return Path(found)
-    kept = sorted(DEBIAN.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))
-    return kept[-1] if kept else None
-
-
-def _run(name: str, url: URL, options: Sequence[str]) -> None:
-    """Run a PostgreSQL program. Raises InvalidRequest.
-
-    The URL's password is passed in the environment, because all users of the machine can read command lines.
-    """
-    found = program(name)
-    if found is None:
-        raise InvalidRequest(
-            f"{name} is not installed. It is required to back up or restore a PostgreSQL database.",
-            code="pg_dump_missing",
-            remedy="Install the PostgreSQL client programs (Debian package: postgresql-client) in the server's version "
-            "or later, or copy the database manually as described in docs/how-to/back-up-and-restore.md.",
-        )
-    query = dict(url.query)
-    password = query.pop("password", url.password)
-    if "sslpassword" in query:
-        raise InvalidRequest(
-            f"LORRY_DATABASE_URL contains 'sslpassword', which all users on this machine could read on {name}'s "
-            "command line.",
-            code="secret_on_command_line",
-            remedy="Remove 'sslpassword', and use a client key file that has no password and that only this user can "
-            "read.",
-        )
-    address = URL.create(
-        "postgresql", username=url.username, host=url.host, port=url.port, database=url.database, query=query
-    ).render_as_string()
-    passed = {key: value for key, value in os.environ.items() if key in PASSED_ON or key.startswith("PG")}
-    if password:
-        passed["PGPASSWORD"] = str(password)
-    argv = [str(found), f"--dbname={address}", "--no-owner", "--no-privileges", "--no-password", *options]
-    done = subprocess.run(argv, env=passed, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        kept = "No backup was created." if name == "pg_dump" else "The database was not changed."
-        is_mismatch = "server version mismatch" in done.stderr or "unsupported version" in done.stderr
-        reported = _reported(name, done)
-        raise InvalidRequest(
-            f"{found} failed: {reported}. {kept}",
-            code="pg_dump_failed",
-            remedy=INSTALL_NEWER if is_mismatch else "Correct the reported problem, then try again.",
-        )
-
-
-def _reported(name: str, done: subprocess.CompletedProcess[str]) -> str:
-    """Return the errors that a PostgreSQL program reported, without the SQL and the hints after them."""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    prefix = f"{name}: error: "
-    errors = [line.removeprefix(prefix) for line in lines if line.startswith(prefix)] or lines[-1:]
-    return "; ".join(errors).rstrip(".") or f"exit status {done.returncode}"

@@ -1,15 +1,17 @@
 """The location of backups: a folder or a bucket. Its backups share one store, so each adds only new objects.
 
 - `store/` contains objects by digest, like the service's own store.
-- `backups/NAME/` contains `database` (the dump), `objects.txt` (the keys of its objects) and `backup.json` (the
-  record), which is written last: a folder without it is not a backup.
+- `backups/NAME/` contains `database` (the dump, a SQLite file in gzip format), `objects.txt` (the keys of its objects)
+  and `backup.json` (the record), which is written last: a folder without it is not a backup.
 - `lease.json` exists while a backup runs.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
+from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, NotFound
 from catalog.maintenance.backup.location_lease import RENEW_SECONDS, LocationLease
 from catalog.maintenance.backup.references import Keys, stored
@@ -24,7 +27,7 @@ from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
 from catalog.storage.store import verified
 
-FORMAT = 2
+FORMAT = 3
 MAX_NAMED = 10
 """Maximum number of backups that a message names."""
 RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
@@ -38,9 +41,9 @@ class BackupRecord:
     name: str
     taken_at: float
     """Seconds since 1970 by the database's clock."""
-    database: str
-    """sqlite or postgresql."""
     revision: str
+    pepper_mark: str
+    """See `pepper.backup_mark`. Empty if the machine of the backup had no pepper."""
     dump_digest: str
     dump_bytes: int
     objects_digest: str
@@ -103,11 +106,13 @@ class BackupPlace:
     def put(self, name: str, dump: Path, keys: Keys) -> dict[str, Any]:
         """Store a dump and the keys of its objects. Returns their fields of the backup's record."""
         listed = "".join(f"{key}\n" for key in keys).encode()
-        digest, num_bytes = sha256(), 0
-        for chunk in _chunks(dump):
+        packed, digest, num_bytes = dump.with_name(f"{DUMP}.gz"), sha256(), 0
+        with full_disk_named(), dump.open("rb") as content, gzip.open(packed, "wb", compresslevel=1) as out:
+            shutil.copyfileobj(content, out, CHUNK_BYTES)
+        for chunk in _chunks(packed):
             digest.update(chunk)
             num_bytes += len(chunk)
-        self._backups.put(f"{name}/{DUMP}", _chunks(dump))
+        self._backups.put(f"{name}/{DUMP}", _chunks(packed))
         self._backups.put(f"{name}/{OBJECTS}", listed)
         return {
             **{"dump_digest": digest.hexdigest(), "dump_bytes": num_bytes},
@@ -124,9 +129,13 @@ class BackupPlace:
 
     def fetch_dump(self, record: BackupRecord, into: Path) -> None:
         """Write the dump of the backup to the new file `into`. Raises DamagedArtifact."""
-        with into.open("xb") as out:
-            for chunk in self._read(record, DUMP, record.dump_digest):
-                out.write(chunk)
+        packed = into.with_name(f"{into.name}.gz")
+        with packed.open("xb") as stored:
+            for chunk in self._read(record, DUMP, record.dump_digest):  # the digest is checked before it is unpacked
+                stored.write(chunk)
+        with gzip.open(packed) as content, into.open("xb") as out:
+            shutil.copyfileobj(content, out, CHUNK_BYTES)
+        packed.unlink()
 
     def forget_all_but(self, keep: int) -> list[str]:
         """Delete the backups except the newest `keep`, and their unshared objects. Returns the deleted backups' names.

@@ -327,7 +327,7 @@ def test_tables_of_another_owner_are_not_backed_up_and_do_not_block(
             connection.execute(text(f"alter table {name} owner to {another}"))
     reader = Database(as_role(db.url, owner))
     try:
-        made = create(reader, service.store, service.place, work_dir=tmp_path / "work")
+        made = create(reader, service.store, service.place, work_dir=tmp_path / "work", peppers=PEPPER.all())
         assert "of_another" not in made.record.row_counts
         assert integrity.damage(reader) == integrity.orphans(reader) == []
     finally:
