@@ -83,9 +83,10 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "errors": reference_sdk.errors,
         "objects": reference_sdk.objects,
     },
-    "docs/reference/supported-models.md": {
-        "one-job": reference_memory.one_job,
+    "docs/how-to/which-gpu.md": {
+        "memory": reference_memory.memory_of_jobs,
         "packs": reference_memory.packs,
+        "rates": reference_memory.rates,
         "cards": reference_memory.cards,
     },
 }

@@ -1,6 +1,5 @@
-"""The memory tables of the page on supported models, calculated with the planner's own functions."""
+"""The tables of memory and expected rate by base model and GPU, calculated with the planner's own functions."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,12 @@ MAX_JOBS = 16
 """Default of LORRY_MAX_JOBS_PER_TRAINER."""
 SIZES = (24, 80)
 """Gigabytes of the cards in the table of packs."""
+PACK = 8
+"""Jobs in the columns for several jobs."""
+RATED = (("L4", 24, 121e12), ("RTX 4090", 24, 165e12), ("L40S", 48, 362e12), ("A100", 80, 312e12), ("H100", 80, 989e12))
+"""Name, gigabytes, and FLOP/s of dense bfloat16 matmuls with fp32 sums in the data sheet."""
+PART_OF_PEAK = 0.3
+"""Assumed, not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +84,9 @@ def _shape(name: str, *sizes: int, is_tied: bool) -> Shape:
 
 SHAPES = (
     _shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49_152, is_tied=True),
+    _shape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 64, 151_936, is_tied=True),
     _shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128_256, is_tied=True),
+    _shape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 128, 151_936, is_tied=True),
     _shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128_256, is_tied=True),
     _shape("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151_936, is_tied=True),
     _shape("Llama-3.1-8B", 4096, 14_336, 32, 32, 8, 128, 128_256, is_tied=False),
@@ -89,16 +96,26 @@ SHAPES = (
 )
 
 
-def one_job() -> str:
-    """The memory of one job that trains alone, by quantization, and the smallest GPUs for it."""
+def memory_of_jobs() -> str:
+    """The memory of one job that trains alone and of PACK jobs in one trainer, with the smallest GPUs."""
     parts = [
-        "| Base model | Parameters | `bfloat16` | `int8` | `nf4` | Each further job |",
-        "|---|---|---|---|---|---|",
+        f"| Base model | Parameters | `bfloat16` | `int8` | `nf4` | {PACK} jobs, `bfloat16` | {PACK} jobs, `nf4` |",
+        "|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
-        cells = [f"{memory.readable(_total(shape, how))} ({_smallest(shape, how)})" for how in ("none", "int8", "nf4")]
+        one = [f"{memory.readable(_total(shape, how))} ({_smallest(shape, how)})" for how in ("none", "int8", "nf4")]
+        several = [_card_for(_total(shape, how) + _further(shape, PACK)) for how in ("none", "nf4")]
         count = f"{shape.description['num_parameters'] / 1e9:.2f} billion"
-        parts.append(f"| {shape.name} | {count} | {' | '.join(cells)} | {memory.readable(_further(shape))} |")
+        parts.append(f"| {shape.name} | {count} | {' | '.join([*one, *several])} |")
+    return "\n".join(parts)
+
+
+def rates() -> str:
+    """The expected tokens per second of one trainer, of all its jobs together, if the base model fits in bfloat16."""
+    parts = [f"| Base model | {' | '.join(name for name, _, _ in RATED)} |", "|---" * (len(RATED) + 1) + "|"]
+    for shape in SHAPES:
+        cells = [_rate(shape, gigabytes, flops) for _, gigabytes, flops in RATED]
+        parts.append(f"| {shape.name} | {' | '.join(cells)} |")
     return "\n".join(parts)
 
 
@@ -141,8 +158,25 @@ def _total(shape: Shape, quantization: str) -> int:
     return memory.trainer_bytes(shape.description, "bfloat16", quantization) + _own(shape) + CUDA_BYTES
 
 
-def _further(shape: Shape) -> int:
-    return _own(shape) + memory.slice_bytes(shape.description, "bfloat16")
+def _further(shape: Shape, jobs: int) -> int:
+    """Bytes that the jobs after the first one add in a trainer."""
+    limit = memory.tick_tokens("cuda", num_lanes=1)
+    widened = sum(memory.widens_tick(num_before, tick_tokens=limit) for num_before in range(1, jobs))
+    return (jobs - 1) * _own(shape) + widened * memory.slice_bytes(shape.description, "bfloat16")
+
+
+def _card_for(num_bytes: int) -> str:
+    fitting = (f"{card.gigabytes} GB" for card in CARDS if card.memory_bytes >= num_bytes)
+    return f"{memory.readable(num_bytes)} ({next(fitting, 'no common GPU')})"
+
+
+def _rate(shape: Shape, gigabytes: int, flops: float) -> str:
+    """Tokens per second with two significant digits: 4 FLOPs per token and parameter for LoRA, whose base is frozen."""
+    card = next(card for card in CARDS if card.gigabytes == gigabytes)
+    if _total(shape, "none") > card.memory_bytes:
+        return "too small"
+    rate = PART_OF_PEAK * flops / (4 * shape.description["num_parameters"])
+    return f"{float(f'{rate:.2g}'):,.0f}"
 
 
 def _smallest(shape: Shape, quantization: str) -> str:
@@ -160,16 +194,4 @@ def _fit(fit: Fit) -> str:
 
 def _jobs(shape: Shape, quantization: str, card: Card) -> int:
     left = card.memory_bytes - _total(shape, quantization)
-    return sum(1 for _ in _fitting(shape, left))
-
-
-def _fitting(shape: Shape, left: int) -> Iterator[int]:
-    """Yield the jobs that fit. `left`: bytes that the first job leaves; negative if it does not fit."""
-    limit = memory.tick_tokens("cuda", num_lanes=1)
-    for number in range(MAX_JOBS):
-        if left < 0:
-            return
-        yield number
-        left -= _own(shape)
-        if memory.widens_tick(number + 1, tick_tokens=limit):
-            left -= memory.slice_bytes(shape.description, "bfloat16")
+    return sum(_further(shape, number) <= left for number in range(1, MAX_JOBS + 1))

@@ -32,9 +32,9 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Return README.md, the tutorials and the how-to guides."""
+    """Return README.md, the FAQ, the tutorials and the how-to guides."""
     found = [page for folder in ("tutorials", "how-to") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
-    return [ROOT / "README.md", *found]
+    return [ROOT / "README.md", ROOT / "docs/faq.md", *found]
 
 
 def name(page: Path) -> str:

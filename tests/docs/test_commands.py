@@ -5,6 +5,7 @@ Each page runs from top to bottom, as for a new user. Its own service trains a t
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +31,8 @@ REPLACED = {
     r"lorry up(?: --detach)?": "lorry up --detach --devices cpu --port {port}",  # a reader opens another terminal
 }
 """Lines of pages, with the commands that replace them."""
+MAX_POSITIONS = 1024
+"""The tiny model has a token per character, so rows with tools have hundreds of tokens."""
 ADD_MODEL = f"lorry models add smollm2 {hub.MODEL}"
 TRAIN = "lorry jobs submit smollm2 chats.jsonl --epochs 1 --suffix support --watch"
 
@@ -41,7 +44,10 @@ EACH = pytest.mark.parametrize("page", PAGES, ids=name)
 def hub_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Variables that make processes use the Hub of the tests."""
     folder = tmp_path_factory.mktemp("hub")
-    with hub.serving(tiny_base.make(folder / "model")) as endpoint:
+    model = tiny_base.make(folder / "model")
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": MAX_POSITIONS}))
+    with hub.serving(model) as endpoint:
         yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
 
 

@@ -5,6 +5,7 @@ Nothing is deployed: no cluster and no Docker engine take part.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from worker.context.context import WorkerContext
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+USER_UNIT = DEPLOY / "systemd-user/lorry.service"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 MANIFESTS: list[dict[str, Any]] = [
     manifest
@@ -183,6 +185,45 @@ def test_systemd_accepts_every_unit(tmp_path: Path) -> None:
     )
 
     messages = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "lorry-" in line]
+    assert (done.returncode, messages) == (0, [])
+
+
+def test_the_user_unit_saves_jobs_and_stops_after_lorry_down() -> None:
+    unit = Unit(USER_UNIT)
+
+    check_command(unit.command())
+    assert unit.one("KillMode") == "mixed"
+    assert int(unit.one("TimeoutStopSec")) == TIME_TO_LEAVE
+    assert unit.one("OOMPolicy") == "continue"
+    assert unit.one("Restart") == "on-failure", "`lorry down` ends the process with status 0"
+
+
+def test_systemd_accepts_the_user_unit_as_the_page_installs_it(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    page = (ROOT / "docs/how-to/autostart.md").read_text("utf-8")
+    install = next(line.strip() for line in page.splitlines() if line.strip().startswith("sed "))
+    source, home, run = tmp_path / "source", tmp_path / "home", tmp_path / "run"
+    (source / ".venv/bin").mkdir(parents=True)
+    (source / ".venv/bin/lorry").symlink_to(sys.executable)
+    (source / "deploy").symlink_to(DEPLOY)
+    (home / ".config/systemd/user").mkdir(parents=True)
+    run.mkdir(mode=0o700)
+    env = os.environ | {"HOME": str(home), "XDG_RUNTIME_DIR": str(run)}
+
+    subprocess.run(["bash", "-ec", install], cwd=source, env=env, check=True)
+    unit = home / ".config/systemd/user/lorry.service"
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--user", "--man=no", str(unit)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=250,
+        check=False,
+    )
+
+    assert f"ExecStart={source}/.venv/bin/lorry up" in unit.read_text("utf-8")
+    messages = [line for line in done.stderr.splitlines() if str(tmp_path) in line or "lorry" in line]
     assert (done.returncode, messages) == (0, [])
 
 
