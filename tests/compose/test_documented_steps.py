@@ -113,7 +113,7 @@ def running_workers(lorry: Deployment) -> list[dict[str, Any]]:
 
 
 def test_job_survives_a_killed_worker(lorry: Deployment) -> None:
-    job_id = lorry.shell("lorry jobs submit base chats.jsonl --epochs 200 --suffix killed --quiet").strip()
+    job_id = lorry.shell("lorry jobs submit base chats.jsonl --epochs 100 --suffix killed --quiet").strip()
     lorry.until(lambda: ((lorry.job(job_id)["progress"] or {}).get("step") or 0) >= 2, "the job trains")
 
     lorry.shell(f"kill -9 $(docker inspect -f '{{{{.State.Pid}}}}' {lorry.container('worker-cpu')})")
