@@ -1,4 +1,4 @@
-"""Errors when pg_dump is missing, fails, or would expose a password."""
+"""Errors that report a damaged database."""
 
 from __future__ import annotations
 
