@@ -98,7 +98,7 @@ THEMES = {
         method="Packs of 1 to 32 jobs with rank 8 and one row of 64 random tokens per step, with one and two lanes. "
         "Lorry then admits jobs up to its default slowdown limit of 4, and that pack is measured.",
         caveat="The rows are short, so that one job alone waits for memory. On a CPU without AMX, matmuls are slower, "
-        "and packing gains less. Longer rows were not measured.",
+        "and jobs gain less from sharing a model. Longer rows were not measured.",
         command=_bench("pack_scaling"),
         patterns=labels.PACK_SCALING,
     ),
