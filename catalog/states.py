@@ -121,7 +121,7 @@ class Ending:
     retryable: bool = False
     """While the job has attempts left, it returns to the queue instead of taking `state`."""
     counts: bool = True
-    """The attempt counts towards quarantine. Drains, preemptions and pauses do not count. A lost worker does not count
+    """The attempt counts toward quarantine. Drains, preemptions and pauses do not count. A lost worker does not count
     either, but MAX_LOSSES limits how many a job may lose in a row."""
     is_bad: bool = False
     """The end was a failure, not requested by a user or operator, and the job is retried."""
@@ -135,7 +135,7 @@ class Ending:
 
     @property
     def is_counted(self) -> bool:
-        """The attempt counts towards the limit at which the job is quarantined."""
+        """The attempt counts toward the limit at which the job is quarantined."""
         return self.retryable and self.counts
 
 

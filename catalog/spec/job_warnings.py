@@ -94,8 +94,8 @@ def of_data(spec: JobSpec, report: Report, *, role: str, most_tokens: int | None
         yield Caution(
             code="low_trained_fraction",
             message=f"Only {trained:,} of the {tokens:,} tokens in the {role} file ({trained / tokens:.1%}) "
-            f"{'counts' if trained == 1 else 'count'} towards the loss, so most of the time is spent on prompts.",
-            remedy="Check in the plan's sample rows that the right tokens count towards the loss. If they do, no "
+            f"{'counts' if trained == 1 else 'count'} toward the loss, so most of the time is spent on prompts.",
+            remedy="Check in the plan's sample rows that the right tokens count toward the loss. If they do, no "
             "action is needed, but shorter prompts reduce the cost.",
         )
     yield from _cut(spec, report, rows=rows, role=role, most_tokens=most_tokens)

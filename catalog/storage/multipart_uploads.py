@@ -267,7 +267,7 @@ def _lease(upload: Upload, *, now: float) -> None:
 
 def _end_lease(db: Database, upload_id: str, *, is_counted: bool) -> None:
     """End the lease of a failed completion, so that a client can retry at once. If this can't be written, the client
-    can retry once the lease has expired. is_counted: the failure counts towards MAX_COMPLETIONS."""
+    can retry once the lease has expired. is_counted: the failure counts toward MAX_COMPLETIONS."""
     values: dict[str, Any] = {"completing_until": None}
     if not is_counted:
         values["num_completions"] = Upload.num_completions - 1

@@ -207,7 +207,7 @@ def test_service_runs_from_its_wheels(server: Environment) -> None:
 
 @contextmanager
 def _up(environment: Environment) -> Iterator[Path]:
-    """Run `lorry up` and yield its data directory. Drains the service at the end of the block."""
+    """Run `lorry up` and yield its data folder. Drains the service at the end of the block."""
     data_dir, log = environment.work / "data", environment.work / "stderr.txt"
     argv = [str(environment.root / "bin/lorry"), "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
     with (

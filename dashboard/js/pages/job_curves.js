@@ -36,7 +36,7 @@ function lossSeries(train, valid) {
   return series;
 }
 
-/** An exponential moving average over about a fiftieth of the curve, without bias towards its first value. */
+/** An exponential moving average over about a fiftieth of the curve, without bias toward its first value. */
 function smooth(raw) {
   const keep = 1 - 1 / Math.max(5, raw.length / 50);
   let mean = 0;

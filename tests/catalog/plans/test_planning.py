@@ -151,7 +151,7 @@ def test_longer_context_is_not_advised_at_the_maximum_of_all_models() -> None:
 def test_few_validation_tokens_are_not_said_to_be_trained_on() -> None:
     (caution,) = job_warnings.of_data(spec(), REPORT | {"supervised_tokens": 1}, role="validation")
 
-    assert "in the validation file (0.0%) counts towards the loss, so" in caution.message
+    assert "in the validation file (0.0%) counts toward the loss, so" in caution.message
     assert "trained on" not in caution.sentence()
 
 

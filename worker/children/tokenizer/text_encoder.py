@@ -168,7 +168,7 @@ class BaseText:
         """Return (ids, mask) of plain text. The end-of-text token occurs once, and is trained on.
 
         The trained tokens begin with the first token that overlaps the trained text, and continue to the end. Offsets
-        can't be used for each token, because some tokenizers give white space no offsets.
+        can't be used for each token, because some tokenizers give whitespace no offsets.
         """
         ids = np.array(encoding.ids, dtype=np.int64)
         ((start, _),) = row.spans
@@ -214,7 +214,7 @@ def _mask(
     """Return a mask with 1 for each token that overlaps an answer, except the first token of a row, which nothing
     predicts.
 
-    trims: end an answer at its end-of-turn token, without the white space that a template adds after it.
+    trims: end an answer at its end-of-turn token, without the whitespace that a template adds after it.
     """
     mask = np.zeros(len(ids), dtype=np.uint8)
     if not len(ids):

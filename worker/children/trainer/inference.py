@@ -40,7 +40,7 @@ UNLIMITED_TOKENS = 4096
 """Maximum number of tokens of an answer without max_tokens, if the base model has no maximum length."""
 TOKEN_CHARS = 64
 """Characters that a token of a prompt may cover on average, unless the tokenizer has a longer token. Words have fewer;
-a longer token is a run of one character, such as white space. Some tokenizers drop white space, or use one token for
+a longer token is a run of one character, such as whitespace. Some tokenizers drop whitespace, or use one token for
 any unknown word, so the longest token alone is no limit."""
 
 

@@ -60,7 +60,7 @@ class TextStream:
         """Discard pending tokens without any text, such as special tokens. If more are left than the start of a
         character has, each token ends within a character, or the text is invalid: pass on the text before that."""
         pending = self._ids[self._num_decoded :]
-        # Twice, because a decoder may drop the white space at the start of a text.
+        # Twice, because a decoder may drop the whitespace at the start of a text.
         self._ids[self._num_decoded :] = [token for token in pending if self._decode([token, token])]
         return self._advance(text) if len(self._ids) - self._num_decoded > MAX_INCOMPLETE else ""
 
