@@ -1,5 +1,5 @@
 # pyright: strict
-"""Train many LoRA adapters concurrently on one frozen base model; see docs/explanation/engine.md. No torch here."""
+"""Train many LoRA adapters concurrently on one frozen base model; see docs/internals/engine.md. No torch here."""
 
 import logging
 

@@ -335,7 +335,7 @@ class JobConfig:
             which combines each answer with the prompt of another one.
         evaluate_every_steps: Steps between evaluations. A job with a validation set is also evaluated at step 0 and
             at the end. At most `num_steps` if `early_stopping` or `keep` "best" is set.
-        slice_tokens: Maximum tokens of one slice (microbatch). A longer single sequence or pair is its own slice.
+        slice_tokens: Maximum tokens of one slice (micro-batch). A longer single sequence or pair is its own slice.
         keep: Weights to keep: those of the last step, or those of the evaluation after step 0 with the lowest
             loss (the earliest one on a tie).
         neftune_alpha: Scale of the noise on input embeddings during training (NEFTune, arXiv 2310.05914). 0 disables

@@ -96,7 +96,7 @@ class OutOfMemory(LoraCoreError):
 
     `part` is "data" (the token files), "start" (the initialization, such as a decomposition), "snapshot" (the copy on
     the host from which a checkpoint is written) or "adapter". With "adapter", `num_tokens` is the size of a single
-    slice (microbatch) that does not fit. 0 stands for the adapter's weights and optimizer state.
+    slice (micro-batch) that does not fit. 0 stands for the adapter's weights and optimizer state.
     """
 
     code = "out_of_memory"

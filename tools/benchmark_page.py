@@ -19,7 +19,7 @@ the ratios within a turn, so it can differ from the ratio of two medians.
 All results are from CPUs with two cores. No result is from a GPU yet. The [GPU kit](contributing/gpu-kit.md) measures
 a GPU.
 
-The training benchmarks use SmolLM2-135M in bfloat16 with all linear layers adapted, unless stated otherwise. Rows are
+The training benchmarks use SmolLM2-135M in bf16 with all linear layers adapted, unless stated otherwise. Rows are
 from GSM8K's training set: `--data` takes a JSONL file with `question` and `answer`.
 """
 
@@ -67,9 +67,9 @@ THEMES = {
     ),
     "earlier_version": Theme(
         title="One job: an earlier version",
-        question="How much faster is one job on two cores without bfloat16 than in the version of 27 November 2026?",
+        question="How much faster is one job on two cores without bf16 than in the version of 27 November 2026?",
         method="Lorry, commit d287a1d0 of Lorry, and PEFT with Trainer alternate step by step after a warm-up, in "
-        "float32, on two cores, with rank 16 and batch size 4. Both versions have the settings of their service. All "
+        "fp32, on two cores, with rank 16 and batch size 4. Both versions have the settings of their service. All "
         "are limited to AVX2 by environment variables.",
         caveat="A processor that has only AVX2 was not measured in this run.",
         command='make bench BENCH_ARGS="--only earlier_version --earlier CHECKOUT --data gsm8k_train.jsonl"',
@@ -77,7 +77,7 @@ THEMES = {
     "inference": Theme(
         title="Inference: many streams and adapters",
         question="How many tokens per second do 200 concurrent requests to 20 adapters get, also while jobs train?",
-        method="`lorry up` with one CPU worker, in float32. The `openai` client streams 200 greedy answers of at most "
+        method="`lorry up` with one CPU worker, in fp32. The `openai` client streams 200 greedy answers of at most "
         "32 tokens: all at once, all at once while two jobs train, and one after another. PEFT answers the first 40 "
         "requests one after another with `generate`, with all adapters loaded. The answers are compared.",
         caveat="One run of each. A trainer with requests and jobs gives training at most half of its time.",
@@ -87,7 +87,7 @@ THEMES = {
         title="Loss head: memory and time",
         question="How much memory does the output head save when it computes the loss in chunks?",
         method="Forward and backward of the head alone, with 1,024 labels, 576 features and a vocabulary of 151,936. "
-        "The plain head computes the logits of all labels at once in float32.",
+        "The plain head computes the logits of all labels at once in fp32.",
         caveat="Random weights. The head is only a part of a training step.",
         command=_bench("loss_head"),
         patterns=labels.LOSS_HEAD,
@@ -98,7 +98,7 @@ THEMES = {
         method="Packs of 1 to 32 jobs with rank 8 and one row of 64 random tokens per step, with one and two lanes. "
         "Lorry then admits jobs up to its default slowdown limit of 4, and that pack is measured.",
         caveat="The rows are short, so that one job alone waits for memory. On a CPU without AMX, matmuls are slower, "
-        "and packing gains less. Longer rows were not measured.",
+        "and jobs gain less from sharing a model. Longer rows were not measured.",
         command=_bench("pack_scaling"),
         patterns=labels.PACK_SCALING,
     ),

@@ -77,7 +77,7 @@ class Topic:
     cursor: object = None
     """Its source's position, used to detect changes. None: the source must read and send the object itself."""
     must_resend: bool = False
-    """A listener joined that was sent another view than the topic: the next poll sends the view again."""
+    """A listener joined that was sent a different view than the topic: the next poll sends the view again."""
     listeners: set[Subscription] = field(default_factory=set["Subscription"])
 
 

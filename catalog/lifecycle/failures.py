@@ -168,7 +168,7 @@ MAX_OUT_OF_MEMORY = 3
 ALONE = MAX_COUNTED_ATTEMPTS - 1
 """Number of counted attempts from which on a job trains alone."""
 SMALLER = "The next attempt uses smaller batches to save memory."
-SMALLEST = "To save memory, the next attempt trains without other jobs and computes one microbatch at a time."
+SMALLEST = "To save memory, the next attempt trains without other jobs and computes one micro-batch at a time."
 
 
 def num_out_of_memory(session: Session, job_id: str) -> int:
@@ -210,7 +210,7 @@ def out_of_memory_text(session: Session, job: Job) -> str:
 
     The job did not fit its last device, so it needs more than that, even if its estimate is lower.
     """
-    tried = "The last attempt trained without other jobs and computed one microbatch at a time."
+    tried = "The last attempt trained without other jobs and computed one micro-batch at a time."
     worker = session.get(Worker, job.worker_id) if job.worker_id else None
     if worker is None:
         return tried

@@ -269,7 +269,7 @@ class JobSpec(Strict):
     precision: Precision
     quantization: Quantization = "none"
     slice_tokens: int = 512
-    """Maximum tokens of a slice (microbatch), unless a row is longer. It affects the rounding of gradients."""
+    """Maximum tokens of a slice (micro-batch), unless a row is longer. It affects the rounding of gradients."""
     seed: int
     data: DataSpec = DataSpec()
     samples: Samples | None = None
@@ -292,7 +292,7 @@ class JobSpec(Strict):
 class FleetDefaults:
     """Values of a job that depend on the workers that are live when it is accepted. The job keeps them.
 
-    precision: The dtype that the workers support. slice_tokens: Maximum tokens of a slice (microbatch).
+    precision: The dtype that the workers support. slice_tokens: Maximum tokens of a slice (micro-batch).
     """
 
     precision: Precision = "bfloat16"

@@ -22,7 +22,7 @@ Suffix = Annotated[
     StringConstraints(min_length=1, max_length=MAX_LABEL_CHARS),
     AfterValidator(lambda text: as_label(text) or None),
 ]
-"""Any text, as at OpenAI. None if no character of it can be part of a name."""
+"""Any text, as in OpenAI's API. None if no character of it can be part of a name."""
 LAST_SECOND = 253_402_300_799
 """The last second of the year 9999, as Unix time: the last one that `datetime` represents."""
 EXACT = 2**53

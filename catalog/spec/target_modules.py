@@ -140,8 +140,9 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
             sentence = (
                 f"The regular expression {expression!r} does not match any linear layer of base model {base_name!r}."
             )
-            remedy = f"Use an expression that matches whole layer paths, such as {linears[-1].path}."
-            raise _unknown(sentence, f"{remedy} {_existing(linears)}")
+            path = linears[-1].path
+            remedy = f"Use an expression that matches whole layer paths, such as {path}. {_existing(linears)}"
+            raise _unknown(sentence, remedy)
         return found
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]

@@ -15,7 +15,7 @@ UNFINISHED_EXPORTS = ("queued", "running")
 
 class AdapterExport(Leased, Table):
     """An export of an adapter or checkpoint in the format of a serving engine. It is leased to the worker that makes
-    it. It belongs to the project that requested it, which may be another one than the adapter's."""
+    it. It belongs to the project that requested it, which may be a different one than the adapter's."""
 
     __tablename__ = "adapter_exports"
     id: Mapped[str] = mapped_column(primary_key=True)

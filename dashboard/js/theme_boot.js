@@ -1,4 +1,4 @@
-// Runs before the first paint, so that the page never flashes in another theme than the stored one.
+// Runs before the first paint, so that the page never flashes in a different theme than the stored one.
 try {
   const theme = localStorage.getItem("lorry-theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;

@@ -1,5 +1,5 @@
 # pyright: basic
-"""Gradients of a job's slices (microbatches) that are computed concurrently, each into a vector of its own.
+"""Gradients of a job's slices (micro-batches) that are computed concurrently, each into a vector of its own.
 
 The adapter's gradient is the sum over slices in their order, wherever each was computed. The bits of the sum don't
 depend on the number of ranks, lanes or ticks. The first slice of a step adds directly to the adapter's zeroed vector.

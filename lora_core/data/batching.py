@@ -1,5 +1,5 @@
 # pyright: basic
-"""A job's unit of work: one optimizer step or one pass over the validation set, cut into slices (microbatches)."""
+"""A job's unit of work: one optimizer step or one pass over the validation set, cut into slices (micro-batches)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 """Caches the activations below a job's lowest adapter, computed once per sequence by frozen layers.
 
 They depend on the frozen base model and the sequence alone, so any job that reads the sequence again can enter at that
-block. The cache does not change results (docs/explanation/engine.md). Shape suffixes: T tokens of the pack, S of a
+block. The cache does not change results (docs/internals/engine.md). Shape suffixes: T tokens of the pack, S of a
 sequence, D features.
 """
 

@@ -24,7 +24,7 @@ from lora_core.runtime.transfers import download, upload
 
 
 def refuse_other_task(base: BaseModel, objective: ObjectiveConfig) -> None:
-    """Raise ConfigError if the base model is loaded for another task than the objective's."""
+    """Raise ConfigError if the base model is loaded for a different task than the objective's."""
     if objective.grades_sequences != (base.task == "sequence-classification"):
         needed = "sequence-classification" if objective.grades_sequences else "causal-lm"
         raise ConfigError(

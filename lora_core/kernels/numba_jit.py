@@ -57,7 +57,7 @@ def inlined(function: Function) -> Function:
     """Make a function inlinable into kernels.
 
     A called function would be cached with its kernel and also compiled on its own, and the linker takes the one that
-    a process loaded first. A freshly compiled kernel could then sum in another order than the cached one.
+    a process loaded first. A freshly compiled kernel could then sum in a different order than the cached one.
     """
     return cast(Function, register_jitable(forceinline=True)(function))
 

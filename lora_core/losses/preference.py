@@ -75,7 +75,7 @@ def _ipo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
 def _orpo(objective: ObjectiveConfig, answers: Answers) -> PairScores:
     """ORPO (arXiv 2403.07691, equations 6 and 7): -m_chosen - β log sigmoid(log odds ratio), odds = e^m / (1 - e^m).
 
-    m is the mean log-probability of an answer. β is λ in the paper. docs/explanation/engine.md explains the
+    m is the mean log-probability of an answer. β is λ in the paper. docs/internals/engine.md explains the
     difference from TRL.
     """
     means_P2 = answers.logps_P2 / answers.num_labels_P2

@@ -8,7 +8,7 @@ import pytest
 
 from tools.check_words import WORDS, Config, findings, prose
 from tools.error_catalog import error_messages, is_bare
-from tools.sentence_lengths import sentence_lengths
+from tools.sentence_lengths import long_cells, main, sentence_lengths
 
 CONFIG = """
 [avoid]
@@ -124,6 +124,32 @@ def test_sentences_are_counted_outside_code_tables_and_headings() -> None:
     page += "| a | b c d |\n```sh\nnot prose at all\n```\n"
 
     assert sentence_lengths(page) == [3, 4, 4]
+
+
+def test_cells_of_more_than_25_words_are_found() -> None:
+    long = "word " * 26
+    page = f"| a | {'word ' * 25}|\n| [a link]({'x' * 99}) | {long}|\n"
+
+    assert list(long_cells(page)) == [long.strip()]
+
+
+@pytest.mark.parametrize(
+    ("page", "status"),
+    [
+        ("One two three.\n", 0),
+        (f"{'word ' * 16}.\n", 1),  # the mean
+        (f"{'word ' * 31}.\n" + "One two three.\n" * 98, 1),  # one long sentence in 99
+        (f"{'word ' * 31}.\n" + "One two three.\n" * 99, 0),
+        (f"One two three.\n\n| a |\n|---|\n| {'word ' * 26}|\n", 1),
+    ],
+)
+def test_a_folder_above_a_limit_fails(page: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, text in (("short", "One two three.\n" * 999), ("long", page)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "page.md").write_text(text)
+    monkeypatch.setattr("sys.argv", ["", *map(str, tmp_path.rglob("*.md"))])
+
+    assert main() == status
 
 
 def test_errors_of_each_form_are_cataloged(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The real API server over a seeded data directory, in a child process on loopback."""
+"""The real API server over a seeded data folder, in a child process on loopback."""
 
 from __future__ import annotations
 

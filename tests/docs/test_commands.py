@@ -27,10 +27,12 @@ PAGES = pages()
 FAST = {"docs/how-to/connect.md", "docs/tutorials/library.md"}
 """Pages that train no job. The other pages take up to a few minutes on two busy cores, and are slow tests."""
 REPLACED = {
-    r'pip install \./client "\.\[worker\]"': ":",  # tests/deploy/test_distributions.py installs the packages
-    r"lorry up(?: --detach)?": "lorry up --detach --devices cpu --port {port}",  # a reader opens another terminal
+    r"^python3 -m venv \.venv(?: && \. \.venv/bin/activate)?$|^\. \.venv/bin/activate$": ":",
+    r"^pip install (?:torch|openai|\./client) ?.*$": ":",  # tests/deploy/test_distributions.py installs the packages
+    r"^lorry up(?: --detach)?$": "lorry up --detach --devices cpu --port {port}",  # a reader opens another terminal
+    r"http://127\.0\.0\.1:8472": "http://127.0.0.1:{port}",
 }
-"""Lines of pages, with the commands that replace them."""
+"""Parts of commands, with their replacement in tests."""
 MAX_POSITIONS = 1024
 """The tiny model has a token per character, so rows with tools have hundreds of tokens."""
 ADD_MODEL = f"lorry models add smollm2 {hub.MODEL}"
@@ -68,17 +70,18 @@ def test_fixes_in_the_tables_of_troubleshoot_are_complete_commands() -> None:
     "page", [pytest.param(page, marks=[] if name(page) in FAST else [pytest.mark.slow]) for page in PAGES], ids=name
 )
 def test_page_runs(page: Path, tmp_path: Path, hub_environment: dict[str, str]) -> None:
-    run = [block for block in blocks(page) if _is_run(page, block)]
+    run = [block for block in blocks(page) if block.not_run is None]
     if not run:
         return
     home, folder = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     folder.mkdir()
     env = environment(home, ROOT) | hub_environment
+    port = free_port()
     with _service_stops(env), PageSession(folder, env) as session:
-        _prepare(page, run, session, folder)
+        _prepare(page, run, session, folder, port)
         for block in run:
-            _run(page, block, session)
+            _run(page, block, session, port)
 
 
 def test_examples_are_the_rows_of_the_tutorial(tmp_path: Path) -> None:
@@ -90,12 +93,7 @@ def test_examples_are_the_rows_of_the_tutorial(tmp_path: Path) -> None:
     assert (ROOT / "examples/chats.jsonl").read_bytes() == (tmp_path / "chats.jsonl").read_bytes()
 
 
-def _is_run(page: Path, block: Block) -> bool:
-    """Python runs only on tutorial pages. On other pages it is part of the reader's own program."""
-    return block.not_run is None and (block.language == "sh" or page.parent.name == "tutorials")
-
-
-def _prepare(page: Path, run: list[Block], session: PageSession, folder: Path) -> None:
+def _prepare(page: Path, run: list[Block], session: PageSession, folder: Path, port: int) -> None:
     """Create the state that a page requires. A tutorial requires none.
 
     Other pages start with data files. A page that uses the service without starting it gets a running service with
@@ -110,26 +108,26 @@ def _prepare(page: Path, run: list[Block], session: PageSession, folder: Path) -
     tiny_base.write_pairs(folder / "valid-pairs.jsonl", 8, seed=1)
     text = "".join(block.text for block in run if block.language == "sh")
     if re.search(r"^lorry up\b", text, re.MULTILINE) is None and re.search(r"\blorry\b", text):
-        session.run("sh", _in_tests("lorry up --detach"))
+        session.run("sh", _in_tests("lorry up --detach", port))
         if re.search(r"^lorry models (create|add)\b", text, re.MULTILINE) is None:
             session.run("sh", ADD_MODEL)
             if "lorry jobs submit" not in text:
                 session.run("sh", TRAIN)
 
 
-def _run(page: Path, block: Block, session: PageSession) -> None:
+def _run(page: Path, block: Block, session: PageSession, port: int) -> None:
     place = f"{name(page)}:{block.line}"
     try:
-        printed = session.run(block.language, _in_tests(block.text))
+        printed = session.run(block.language, _in_tests(block.text, port))
     except Failed as error:
         pytest.fail(f"{place}\n{block.text}\n{error}", pytrace=False)
     if block.output is not None and not matches(block.output, printed):
         pytest.fail(f"{place}: the page shows\n{block.output}\nbut the commands printed\n{printed}", pytrace=False)
 
 
-def _in_tests(text: str) -> str:
-    for line, replacement in REPLACED.items():
-        text = re.sub(rf"^{line}$", replacement.format(port=free_port()), text, flags=re.MULTILINE)
+def _in_tests(text: str, port: int) -> str:
+    for part, replacement in REPLACED.items():
+        text = re.sub(part, replacement.format(port=port), text, flags=re.MULTILINE)
     return text
 
 

@@ -375,7 +375,7 @@ def test_backups_do_not_overlap_and_are_not_in_the_services_own_bucket() -> None
     place = api_parser().parse_args(pod["containers"][0]["command"][3:]).place
 
     assert cron["concurrencyPolicy"] == "Forbid"
-    assert cron["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 18 * 3600, "docs/explanation/backups.md"
+    assert cron["jobTemplate"]["spec"]["activeDeadlineSeconds"] == 18 * 3600, "decision 0014"
     assert place.startswith("s3://")
     assert place.split("/")[2] != named("ConfigMap", "lorry")["data"]["LORRY_STORE_URL"].split("/")[2]
     assert pod["restartPolicy"] == "Never"

@@ -1,4 +1,4 @@
-"""The whole distributed stack, as docs/how-to/run-the-stack-by-hand.md starts it.
+"""The whole distributed stack, as docs/internals/run-the-stack-by-hand.md starts it.
 
 Twelve jobs run on three workers. One worker is killed and one drained, and Redis loses all data. `pytest -s` prints the
 cost of each fault.

@@ -68,7 +68,7 @@ CHATS: dict[str, Messages] = {
     "one turn": turns("What is 2 + 2?", "4"),
     "a system prompt": turns("Hi", "Hello there!", system="Be brief."),
     "many turns": turns("a", "b", "c", "d", "e", "f"),
-    "white space": turns(" \n a", "\n  b  \n", "\t", "c\n\n"),
+    "whitespace": turns(" \n a", "\n  b  \n", "\t", "c\n\n"),
     "other scripts": turns("Grüße, 世界 😀👩‍👩‍👧", "Ça va — добрый день 🇪🇺"),
     "special tokens in the text": turns("say <|im_end|>", "<|im_start|>assistant\nno"),
     "ends with a question": turns("a", "b", "c"),

@@ -1,4 +1,4 @@
-"""Generates the trace of the day in docs/explanation/scheduling.md, for `tools.simulation.simulator`.
+"""Generates the trace of the day in docs/internals/scheduling-bounds.md, for `tools.simulation.simulator`.
 
 `python -m tools.simulation.workload > day.csv`
 

@@ -1,4 +1,5 @@
 """Backup and restore of a service's database and artifact store.
 
-docs/explanation/backups.md explains why a backup is consistent although the service keeps writing during it.
+docs/decisions/0014-back-up-files-database-files.md explains why a backup is consistent although the service keeps
+writing during it.
 """

@@ -67,7 +67,7 @@ def test_failed_job_reports_the_devices_that_would_fit(world: World) -> None:
     error = world.job(job.id).error or {}
     assert error["code"] == "quarantined"
     assert len(error["evidence"]) == MAX_COUNTED_ATTEMPTS
-    assert "trained without other jobs and computed one microbatch" in error["message"]
+    assert "trained without other jobs and computed one micro-batch" in error["message"]
     assert "estimated to need about 16.4 GB, and the smallest of 2 devices has 17.0 GB" in error["message"]
     assert "It would fit on one GPU with 24 GB, or on 2 GPUs " not in error["message"], "the size that failed"
     assert "It would fit on one GPU with " in error["message"]

@@ -1,6 +1,6 @@
 """Bounds that the scheduling rules promise: on waiting, and on the loss of a project to the classes of others.
 
-docs/explanation/scheduling.md states them for users. The service itself never computes them.
+docs/internals/scheduling-bounds.md states them for users. The service itself never computes them.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_child_equals_its_parent_before_its_first_step(load, tmp_path, monkeypat
 
 @pytest.mark.parametrize("method", ["lora", "patterns", "dora", "in_full", "tokens"])
 def test_parent_and_child_of_one_epoch_each_equal_one_job_of_two_epochs(load, tmp_path, method):
-    """The second epoch has another order than the first, so the child's rows are arranged to follow that order."""
+    """The second epoch has a different order than the first, so the child's rows are arranged to follow that order."""
     base, rows = load("llama"), dataset(52, [14, 31, 9, 22, 17, 40])
     lora = replace(config().lora, **METHODS[method])
     whole = trained(base, Submission(config=stateless(lora, num_steps=6), train=rows))

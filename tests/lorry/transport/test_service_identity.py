@@ -29,7 +29,7 @@ ONE_PAGE = {"data": [], "has_more": False}
 
 @pytest.fixture
 def data_dir(service: Script, tmp_path: Path) -> Path:
-    """Return a data directory whose connection file names the address of the scripted listener."""
+    """Return a data folder whose connection file names the address of the scripted listener."""
     connection.write(tmp_path, Connection(url=service.url, api_key=KEY, identity_secret="5e" * 32))
     return tmp_path
 

@@ -109,7 +109,7 @@ def test_no_bit_depends_on_the_position_in_a_pack(strip_numbers, dtype):
 
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"window": 100}, {"dtype": torch.float64}, {"head": 12}])
 def test_saved_tensors_do_not_grow_with_the_square_of_a_row(options):
-    """Cases: capped scores, a window, a dtype without compiled loops, and values of another width than keys."""
+    """Cases: capped scores, a window, a dtype without compiled loops, and values of a different width than keys."""
     dtype, width = options.get("dtype", torch.bfloat16), options.get("head", 8)
     scores = {"scale": 0.4, "causal": True, "window": options.get("window"), "softcap": options.get("softcap")}
 

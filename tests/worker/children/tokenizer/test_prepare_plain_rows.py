@@ -16,7 +16,7 @@ TEXTS = (
     " leading\nand trailing \n",
     f"contains {END} itself",
     f"ends with {END}",
-    "ends with white space  ",
+    "ends with whitespace  ",
 )
 
 
