@@ -27,7 +27,19 @@ OF_API_SERVER = frozenset(
 )
 """The fields of api.settings, which workers may see too."""
 OF_OTHERS = frozenset(
-    {"DEVICE", "LOG_FORMAT", "URL", "API_KEY", "TRACEBACK", "GROUPS", "LISTEN", "MODELS_DIR", "DEMO_DIR"}
+    {
+        "DEVICE",
+        "LOG_FORMAT",
+        "URL",
+        "API_KEY",
+        "TRACEBACK",
+        "GROUPS",
+        "LISTEN",
+        "MODELS_DIR",
+        "SUBNET",
+        "VERSION",
+        "DEMO_DIR",
+    }
 )
 """Read by workers, by clients, by the Compose file and by the demo."""
 OF_TESTS = "TEST_"

@@ -141,8 +141,8 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
                 f"The regular expression {expression!r} does not match any linear layer of base model {base_name!r}."
             )
             path = linears[-1].path
-            remedy = f"Use an expression that matches whole layer paths, such as {path}. {_existing(linears)}"
-            raise _unknown(sentence, remedy)
+            remedy = f"Use an expression that matches whole layer paths, such as {path}."
+            raise _unknown(sentence, f"{remedy} {_existing(linears)}")
         return found
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
@@ -265,8 +265,8 @@ def _nearest(wanted: list[str], names: Sequence[str]) -> str:
     return f"Did you mean {', '.join(dict.fromkeys(similar))}? " if similar else ""
 
 
-def _existing(linears: list[Linear]) -> str:
-    names = sorted({linear.name for linear in linears})
+def _existing(layers: list[Linear]) -> str:
+    names = sorted({layer.name for layer in layers})
     available = f"Available layer names: {_shortened(names)}."
     return f"{available} To target all layers, set lora.target_modules to 'all-linear'."
 

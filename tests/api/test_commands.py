@@ -175,7 +175,7 @@ def test_commands_on_unreleased_tables_fail_with_the_remedy(tmp_path: Path, argu
 
     assert (failed.returncode, failed.stdout) == (1, "")
     assert f"The database (revision {UNRELEASED})" in failed.stderr
-    assert "create a new database" in failed.stderr
+    assert "to an empty database" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 

@@ -50,8 +50,13 @@ PRIVATE_NAMES = {
 VAGUE_NAMES = {"util", "utils", "common", "helpers", "helper", "manager", "base", "types", "misc"}
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system", "os.popen", "pickle.loads"}
-SIGNS_MESSAGES = {"catalog/webhooks/signing.py", "catalog/audit/lineage_signatures.py"}
-"""These modules sign webhook bodies and lineage records, not addresses."""
+SIGNS_MESSAGES = {
+    "catalog/webhooks/signing.py",
+    "catalog/audit/lineage_signatures.py",
+    "catalog/storage/object_storage.py",
+}
+"""These modules sign webhook bodies, lineage records, and the one request that creates the bucket. No address that they
+sign leaves the process."""
 PRESIGNERS = {"sign", "sign_async", "presign", "generate_presigned_url", "generate_presigned_post"}
 ARGUMENTS = {"trust_remote_code": True, "shell": True, "weights_only": False, "verify": False}
 REFUSALS = {

@@ -57,7 +57,7 @@ def test_tools_that_the_template_does_not_render_are_refused_without_a_worker(
 
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (400, "template_without_tools", "tools")
-    assert "chat_template.jinja" in error["message"]
+    assert "--chat-template" in error["message"]
     assert open_requests(services) == 0
 
 

@@ -251,7 +251,7 @@ def test_address_with_many_wrong_keys_is_rejected_before_the_check(
 
     assert [answer.status_code for answer in refused] == [429, 429]
     assert error_of(refused[0])["code"] == "too_many_failed_authentications"
-    assert "The address 192.0.2.1 has sent 60 requests" in error_of(refused[0])["message"]
+    assert "The address 192.0.2.1 has reached the limit of 60 failed authentications" in error_of(refused[0])["message"]
     assert refused[0].headers["retry-after"] == "1"
     monkeypatch.undo()
     guesser.manual_clock.advance(1)
@@ -373,7 +373,7 @@ def test_addresses_of_one_ipv6_network_share_a_limit(
 
     answer = guesser.get("wrong", address=other)
     assert answer.status_code == (429 if is_same else 401)
-    assert ("The network 2001:db8:0:1::/64 has sent" in answer.text) == is_same or ":" not in one
+    assert ("The network 2001:db8:0:1::/64 has reached" in answer.text) == is_same or ":" not in one
 
 
 @pytest.mark.parametrize("way", ["preview", "open", "session"])

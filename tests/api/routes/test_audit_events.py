@@ -26,6 +26,7 @@ from tests.catalog.world import World
 CHANGES_NOTHING = {
     "preview_sign_in_link",
     "verify_adapter",
+    "report_serving_endpoint",  # a state that the server's supervisor observes
     "create_plan",  # a dry run
     "delete_plan",  # plans expire within a week
     "create_chat_completion",  # answers are not stored

@@ -116,7 +116,7 @@ def test_why_explains_a_waiting_job(client: TestClient, world: World) -> None:
     why = client.get(f"{JOBS}/{world.submit().id}/why").json()
 
     assert why["state"] == "validating_files"
-    assert "no worker is running" in why["explanation"]
+    assert "No worker is running" in why["explanation"]
 
 
 def test_data_report_appears_after_preparation(client: TestClient, world: World) -> None:

@@ -149,7 +149,7 @@ def test_file_size_limit_is_exact(client: TestClient, services: Services) -> Non
         (part("expires_after", b"created_at") + END, "expires_after", "Did you mean 'expires_after[anchor]'?"),
         (part("purpose", b"a") + part("purpose", b"b") + END, "purpose", "more than once"),
         (part("file", b"", filename="x") + part("file", b"", filename="y") + END, "file", "more than once"),
-        (part("purpose", b"x" * 5000) + END, "purpose", "longer than 4,096 bytes"),
+        (part("purpose", b"x" * 5000) + END, "purpose", "limit of 4,096 bytes"),
         (part("purpose", b"fine-tune") + part("file", chat_lines(1), filename="x"), "file", "closing boundary"),
         (b"no form at all", "file", "not a valid multipart form: the error is near byte 0"),
         (part("purpose", b"a") + b"--b0undary\r\nan invalid header: x", "file", "the error is near byte 79"),
@@ -197,7 +197,7 @@ def test_too_large_upload_is_rejected_with_the_size_of_the_request(
 
     error = error_of(upload(client, b"x" * (maximum + 1 + num_extra)))
 
-    shown = "is larger than" if num_extra == 0 else "a file can have at most"
+    shown = "exceeds the limit of" if num_extra == 0 else "a file can have at most"
     assert f"{shown} {maximum:,} bytes" in error["message"]
 
 

@@ -66,7 +66,7 @@ def reported(error: BaseException) -> LorryError:
         (
             postgresql(ProgrammingError, "permission denied for schema public", "42501"),
             "permission denied for schema public.",
-            "as the owner of the database",
+            "as the owner",
         ),
         (
             postgresql(ProgrammingError, 'relation "jobs" does not exist', "42P01"),

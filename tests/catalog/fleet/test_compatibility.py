@@ -66,7 +66,7 @@ def beat(world: World, worker_id: str) -> bool:
     [
         (OLDER, "database_too_old", "Run `python -m api bootstrap` from this version"),
         (LATER, "worker_too_old", "Install the service's version"),
-        (UNRELEASED, "database_not_upgradable", "create a new database"),
+        (UNRELEASED, "database_not_upgradable", "to an empty database"),
     ],
 )
 def test_worker_at_another_revision_is_rejected_with_a_remedy(
@@ -186,7 +186,7 @@ def test_service_rejects_tables_of_unreleased_builds(restored: World) -> None:
         compatibility.check_tables(session)
 
     assert refused.value.code == "database_not_upgradable"
-    assert "create a new database" in refused.value.remedy
+    assert "to an empty database" in refused.value.remedy
 
 
 def test_every_revision_except_the_newest_is_older(next_migration: Path) -> None:

@@ -257,7 +257,7 @@ def test_node_that_fails_three_jobs_in_a_row_is_cordoned_with_evidence(world: Wo
     assert noted is not None
     assert (noted.type, noted.object_id, noted.actor_type) == ("worker.cordoned", "w1", "server")
     assert sorted(noted.details["jobs"]) == sorted(failed)
-    assert all("failed on it in a row" in messages(world, job_id)[-1] for job_id in failed)
+    assert all("failed there in a row" in messages(world, job_id)[-1] for job_id in failed)
     world.clock.advance(60)
     world.beat(worker_id="w1")
     assert world.claim() == []

@@ -468,7 +468,7 @@ def test_remedy_for_a_database_of_an_unreleased_build_is_shown(tmp_path: Path) -
         database.execute("create table alembic_version (version_num text)")
         database.execute("insert into alembic_version values (?)", [UNRELEASED])
 
-    with socket.socket() as listener, pytest.raises(LorryError, match="create a new database") as refused:
+    with socket.socket() as listener, pytest.raises(LorryError, match="to an empty database") as refused:
         service.LocalService(tmp_path, host="127.0.0.1", listener=listener).bootstrap()
 
     assert f"(revision {UNRELEASED})" in refused.value.message

@@ -87,7 +87,7 @@ def test_a_worker_that_starts_before_its_database_waits_for_it(
     ("revision", "remedy"),
     [
         (revisions.newest(), "Run `python -m api bootstrap` from this version"),
-        (UNRELEASED, "create a new database"),
+        (UNRELEASED, "to an empty database"),
     ],
 )
 def test_an_incompatible_worker_exits_with_a_message_and_writes_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,19 +68,12 @@ def chat(
 
     def answer(text: str) -> None:
         history.append({"role": "user", "content": text})
-        said = ""
         if complete:
             pieces = lorry.chat.complete(name, text, max_tokens=max_tokens, temperature=temperature, seed=seed)
         else:
             pieces = lorry.chat.stream(name, history, max_tokens=max_tokens, temperature=temperature, seed=seed)
         _report_loading(lorry, name)
-        for piece in pieces:
-            said += piece
-            sys.stdout.write(output.clean(piece))
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        history.append({"role": "assistant", "content": said})
+        history.append({"role": "assistant", "content": _print(pieces)})
         if engines[-1:] != [pieces.engine]:
             engines.append(pieces.engine)
             _show_engine(pieces.engine)
@@ -98,6 +92,18 @@ def chat(
     if not text:
         raise typer.BadParameter("The message is empty. Pass a text, or write one to standard input.")
     answer(text)
+
+
+def _print(pieces: Iterable[str]) -> str:
+    """Print an answer piece by piece. Returns the whole text."""
+    said = ""
+    for piece in pieces:
+        said += piece
+        sys.stdout.write(output.clean(piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return said
 
 
 def _read_line() -> str | None:
