@@ -31,7 +31,7 @@ function scaled(value, step, units) {
 
 export function loss(value) {
   if (!known(value)) return UNKNOWN;
-  return Math.abs(value) >= 100 ? value.toFixed(1) : Math.abs(value) >= 0.01 || value === 0 ? value.toFixed(3) : power(value);
+  return Math.abs(value) >= 100 ? value.toFixed(1) : Math.abs(value) >= 0.01 || value === 0 ? value.toFixed(3) : Math.abs(value) >= 0.001 ? value.toFixed(4) : power(value);
 }
 
 export const percent = (part, digits = 0) => (known(part) ? `${(part * 100).toFixed(digits)} %` : UNKNOWN);

@@ -33,7 +33,7 @@ class Block:
 
 def pages() -> list[Path]:
     """Return README.md, the FAQ, the tutorials and the how-to guides."""
-    found = [page for folder in ("tutorials", "how-to") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
+    found = [page for folder in ("tutorials", "how-to", "internals") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
     return [ROOT / "README.md", ROOT / "docs/faq.md", *found]
 
 

@@ -31,6 +31,9 @@ REPLACED = {
     r"^pip install (?:torch|openai|\./client) ?.*$": ":",  # tests/deploy/test_distributions.py installs the packages
     r"^lorry up(?: --detach)?$": "lorry up --detach --devices cpu --port {port}",  # a reader opens another terminal
     r"http://127\.0\.0\.1:8472": "http://127.0.0.1:{port}",
+    r'"lorry_key-…"': '__import__("lorry").Lorry().api_key',
+    r"(?<= )/models/smollm2": "$PWD/smollm2",  # a reader copies the folder to another machine
+    r"/var/backups/lorry": "$PWD/backups",
 }
 """Parts of commands, with their replacement in tests."""
 MAX_POSITIONS = 1024
@@ -107,7 +110,8 @@ def _prepare(page: Path, run: list[Block], session: PageSession, folder: Path, p
     tiny_base.write_pairs(folder / "pairs.jsonl", 30)
     tiny_base.write_pairs(folder / "valid-pairs.jsonl", 8, seed=1)
     text = "".join(block.text for block in run if block.language == "sh")
-    if re.search(r"^lorry up\b", text, re.MULTILINE) is None and re.search(r"\blorry\b", text):
+    first = re.search(r"^ *lorry (up|down)\b", text, re.MULTILINE)
+    if (first is None or first[1] == "down") and re.search(r"\blorry\b", text):
         session.run("sh", _in_tests("lorry up --detach", port))
         if re.search(r"^lorry models add smollm2 ", text, re.MULTILINE) is None:
             session.run("sh", ADD_MODEL)
