@@ -33,7 +33,8 @@ class Block:
 
 def pages() -> list[Path]:
     """Return README.md, the FAQ, the tutorials and the how-to guides."""
-    found = [page for folder in ("tutorials", "how-to", "internals") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
+    folders = [ROOT / "docs" / folder for folder in ("tutorials", "how-to", "internals")]
+    found = [page for folder in folders for page in sorted(folder.glob("*.md"))]
     return [ROOT / "README.md", ROOT / "docs/faq.md", *found]
 
 
