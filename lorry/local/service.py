@@ -13,11 +13,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, cast
 
-from lorry import __version__
 from lorry.errors import LorryError
 from lorry.local.child import Child
 
@@ -25,7 +24,7 @@ _NEEDED = ("lorry-server", "torch", "transformers", "peft")
 """Names of distributions, because a package named `api` or `worker` may be the user's own."""
 _COMMAND_SECONDS = 300
 _INSTALL = (
-    f'Run `{sys.executable} -m pip install "lorry-server[worker]=={__version__}"`. In Lorry\'s source folder, '
+    f'Run `{sys.executable} -m pip install "lorry-server[worker]=={version("lorry")}"`. In Lorry\'s source folder, '
     'install `./client ".[worker]"` instead.'
 )
 
