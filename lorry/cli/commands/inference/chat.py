@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,18 +80,22 @@ def chat(
 
     if message is None and output.is_interactive():
         output.echo(f"Conversation with {name}. Ctrl-D ends it.")
-        while (line := _read_line()) is not None:
-            try:
-                if line.strip():
-                    answer(line)
-            except LorryError as error:
-                del history[-1]
-                output.echo(f"Error: {error.message.removesuffix(error.remedy).rstrip()} {error.remedy}")
-        return
+        return _converse(answer, history)
     text = sys.stdin.read().strip() if message is None else message
     if not text:
         raise typer.BadParameter("The message is empty. Pass a text, or write one to standard input.")
     answer(text)
+
+
+def _converse(answer: Callable[[str], None], history: list[dict[str, str]]) -> None:
+    """Answer each line of the user. After an error, the conversation continues without that line."""
+    while (line := _read_line()) is not None:
+        try:
+            if line.strip():
+                answer(line)
+        except LorryError as error:
+            del history[-1]
+            output.echo(f"Error: {error.message.removesuffix(error.remedy).rstrip()} {error.remedy}")
 
 
 def _print(pieces: Iterable[str]) -> str:
