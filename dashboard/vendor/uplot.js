@@ -5396,7 +5396,7 @@ function uPlot(opts, data, then) {
 								let mouseYValSign  = mouseYVal >= 0 ? 1 : -1;
 
 								// with a focus bias, we will never cross zero when prox testing
-								// it's either closest toward zero, or closest away from zero
+								// it's either closest towards zero, or closest away from zero
 								if (mouseYValSign == seriesYValSign && (
 									mouseYValSign == 1 ?
 										(bias == 1 ? yVal2 >= mouseYVal : yVal2 <= mouseYVal) :  // >= 0
