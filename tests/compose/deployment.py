@@ -100,7 +100,8 @@ class Deployment:
     def collect_logs(self) -> None:
         """Keep the log lines of the containers that exist. Call it before they are removed."""
         for service in OURS:
-            text = self.shell(f"docker compose logs --no-color --no-log-prefix {service} 2>/dev/null")
+            # `docker compose logs` of some versions begins each line with a control sequence.
+            text = self.shell(f"docker compose ps --all --quiet {service} | xargs --no-run-if-empty -n 1 docker logs")
             self.logged.extend(line for line in text.splitlines() if '"api_key"' not in line)
 
     def beside(self, project: str, subnet: str) -> Deployment:
