@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -66,22 +67,35 @@ class RedactedJson(logging.Formatter):
 
 
 class Repetitions(logging.Filter):
-    """Omits a warning that is equal to one of the last 30 seconds, with the same subjects and no traceback."""
+    """Omits a warning that is equal to one of the last 30 seconds, with the same subjects and no traceback.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    It uses the lock of its handler, which logging renews in a forked process.
+    """
+
+    def __init__(self, handler: logging.Handler, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._clock = clock
+        self._handler, self._clock = handler, clock
         self._shown_at: dict[tuple[str, ...], float] = {}
+        self._pruned_at = clock()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING or record.exc_info:
             return True
-        now = self._clock()
-        self._shown_at = {line: at for line, at in self._shown_at.items() if now - at < REPEAT_SECONDS}
         line = (record.name, record.getMessage(), *subjects().values())
-        if line in self._shown_at:
+        self._handler.acquire()
+        try:
+            return self._is_due(line)
+        finally:
+            self._handler.release()
+
+    def _is_due(self, line: tuple[str, ...]) -> bool:
+        now = self._clock()
+        if now - self._shown_at.get(line, -math.inf) < REPEAT_SECONDS:
             return False
         self._shown_at[line] = now
+        if now - self._pruned_at >= REPEAT_SECONDS:  # not at each line, because it visits all of them
+            self._shown_at = {each: at for each, at in self._shown_at.items() if now - at < REPEAT_SECONDS}
+            self._pruned_at = now
         return True
 
 
@@ -94,14 +108,14 @@ def set_up_handlers(logger: logging.Logger) -> None:
     for handler in logger.handlers:
         formatter = handler.formatter
         handler.setFormatter(_formatter(formatter._fmt if formatter else None))
-        handler.addFilter(Repetitions())
+        handler.addFilter(Repetitions(handler))
 
 
 def configure(level: str) -> None:
     """Set up one handler for Lorry and its libraries. Raises SystemExit if LORRY_LOG_FORMAT is not json or text."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(TEXT))
-    handler.addFilter(Repetitions())
+    handler.addFilter(Repetitions(handler))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # httpx logs each URL at INFO, and the URL of a webhook may contain a secret.
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
 import pytest
@@ -132,7 +136,7 @@ def test_unknown_format_is_rejected_with_the_known_ones(monkeypatch: pytest.Monk
 def test_equal_warnings_are_logged_once_in_thirty_seconds() -> None:
     now, out, logger = [0.0], io.StringIO(), logging.Logger("lorry.tests")
     logger.addHandler(logging.StreamHandler(out))
-    logger.handlers[0].addFilter(Repetitions(clock=lambda: now[0]))
+    logger.handlers[0].addFilter(Repetitions(logger.handlers[0], clock=lambda: now[0]))
 
     for second in range(61):
         now[0] = second
@@ -141,6 +145,26 @@ def test_equal_warnings_are_logged_once_in_thirty_seconds() -> None:
 
     assert out.getvalue().count("not responding") == 3
     assert out.getvalue().count("request") == 61
+
+
+def test_threads_log_different_warnings_while_old_ones_are_forgotten(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)  # switch threads as often as possible
+    out, logger = io.StringIO(), logging.Logger("lorry.tests")
+    logger.addHandler(logging.StreamHandler(out))
+    logger.handlers[0].addFilter(Repetitions(logger.handlers[0], clock=partial(next, itertools.count(step=0.1))))
+    together = threading.Barrier(4)
+
+    def warn(thread: int) -> None:
+        together.wait()
+        for number in range(1000):
+            logger.warning("file %d of thread %d", number, thread)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(warn, range(4)))
+
+    expected = [f"file {number} of thread {thread}" for number in range(1000) for thread in range(4)]
+    assert sorted(out.getvalue().splitlines()) == sorted(expected)
 
 
 def test_warnings_with_other_subjects_or_a_traceback_are_never_omitted() -> None:
