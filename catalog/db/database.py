@@ -19,7 +19,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from alembic import command
 from psycopg.abc import Buffer
 from psycopg.adapt import Loader
 from sqlalchemy import (
@@ -209,19 +208,13 @@ class Database:
         event.listen(self.engine.pool, "checkin", _end)
         self.engine.dispose()
 
-    def migrate(self, revision: str = "head", *, then: Callable[[Connection], None] | None = None) -> None:
+    def migrate(self, revision: str = "head") -> None:
         """Migrate the tables to `revision`. Safe to call from several processes at once.
 
-        then: called in the transaction of the migration. Raises Conflict if the database has a revision that this code
-        does not know.
+        Raises Conflict if the database has a revision that this code does not know.
         """
-        config = revisions.alembic_config(self.url)
         with translated(), self.schema_connection() as connection:
-            revisions.check_known(connection)
-            config.attributes["connection"] = connection
-            command.upgrade(config, revision)
-            if then is not None:
-                then(connection)
+            revisions.upgrade(connection, self.url, revision)
 
     @contextmanager
     def schema_connection(self) -> Generator[Connection]:

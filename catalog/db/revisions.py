@@ -10,6 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, column, inspect, select, table
@@ -64,8 +65,18 @@ def is_unreleased(revision: str | None) -> bool:
     return revision is not None and UNRELEASED.fullmatch(revision) is not None
 
 
-def check_known(connection: Connection) -> None:
-    """Call it before a migration. Raises Conflict if no script leads from the database's revision to this code's."""
+def upgrade(connection: Connection, url: str, revision: str) -> None:
+    """Migrate the tables of the database at `url` to `revision`, in the transaction of `connection`.
+
+    Raises Conflict if no script leads from the database's revision to this code's.
+    """
+    _check_known(connection)
+    config = alembic_config(url)
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
+def _check_known(connection: Connection) -> None:
     if not inspect(connection).has_table(VERSIONS.name):
         return
     database_revision, supported = read(connection), newest()

@@ -12,7 +12,6 @@ import sqlite3
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def take(db: Database, into: Path) -> Snapshot:
 def restore(dump: Path, url: str) -> None:
     """Restore the dump atomically into the database at `url`, which must have no tables.
 
-    Raises Conflict if PostgreSQL can't store a value of a SQLite database.
+    Raises Conflict if it has tables, or if PostgreSQL can't store a value of a SQLite database.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -122,7 +121,10 @@ def restore(dump: Path, url: str) -> None:
         revision = str(revisions.read(session))
     db = Database(url)
     try:
-        db.migrate(revision, then=partial(_fill, dump=dump))
+        with translated(), db.schema_connection() as connection:
+            _check_no_tables(connection, parsed)  # another process may have created some during the copy of objects
+            revisions.upgrade(connection, url, revision)
+            _fill(connection, dump)
         with translated(), db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("analyze")  # without statistics, PostgreSQL plans as if all tables were small
     finally:
@@ -139,13 +141,16 @@ def check_empty(url: str) -> None:
     db = Database(url)
     try:
         with translated(), db.engine.connect() as connection:
-            names = inspect(connection).get_table_names()
+            _check_no_tables(connection, parsed)
     finally:
         db.close()
-    if names:
+
+
+def _check_no_tables(connection: Connection, url: URL) -> None:
+    if names := inspect(connection).get_table_names():
         tables = f"table {names[0]}" if len(names) == 1 else f"{len(names)} tables, such as {names[0]}"
         raise Conflict(
-            f"The database {parsed.render_as_string()} already contains {tables}, and a restore never overwrites data.",
+            f"The database {url.render_as_string()} already contains {tables}, and a restore never overwrites data.",
             code="database_not_empty",
             remedy="Set LORRY_DATABASE_URL to an empty database, then restore again.",
         )
@@ -195,7 +200,7 @@ def _copy_rows(db: Database, into: Path) -> None:
             copy.execute("commit")
 
 
-def _fill(connection: Connection, *, dump: Path) -> None:
+def _fill(connection: Connection, dump: Path) -> None:
     """Copy the rows of the dump into the empty tables of PostgreSQL, and advance the sequences that number rows."""
     driver: Any = connection.connection.driver_connection
     with closing(sqlite3.connect(dump)) as source:

@@ -30,7 +30,7 @@ from catalog.tables.table import Table
 from catalog.tables.tenancy import Project
 from catalog.tenancy import projects
 from tests import next_migration
-from tests.catalog.backup_service import Service, opened
+from tests.catalog.backup_service import Service, content, opened
 from tests.catalog.world import PEPPER, World
 from tests.next_migration import NEXT
 from tests.services.postgres import as_role
@@ -112,6 +112,32 @@ def test_database_that_appears_during_a_restore_is_not_replaced(
         restore(elsewhere, service.place)
 
     assert sqlite_path(elsewhere).read_bytes() == b"a new service's database"
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_bootstrap_during_a_restore_into_postgresql_is_reported_and_nothing_is_filled(
+    service: Service, elsewhere: Settings, new_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.backup()
+    elsewhere = elsewhere.model_copy(update={"database_url": SecretStr(new_postgres_url)})
+    fetch = service.place.fetch_dump
+
+    def fetch_while_another_process_migrates(record: BackupRecord, into: Path) -> None:
+        fetch(record, into)
+        db = opened(elsewhere)
+        db.migrate()
+        db.close()
+
+    monkeypatch.setattr(service.place, "fetch_dump", fetch_while_another_process_migrates)
+
+    with pytest.raises(Conflict) as refused:
+        restore(elsewhere, service.place)
+
+    assert refused.value.code == "database_not_empty"
+    assert refused.value.message.startswith(f"The database {make_url(new_postgres_url).render_as_string()} already")
+    db = opened(elsewhere)
+    assert not any(content(db).values())
+    db.close()
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
