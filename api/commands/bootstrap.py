@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import URL, inspect, make_url
-from sqlalchemy.exc import DatabaseError
 
 from catalog import durable, pepper
 from catalog.db.database import Database
@@ -77,15 +76,10 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise _missing_database(settings, url)
     db = Database(settings.resolved_database_url())
-    try:
-        with db.read() as session:
-            if not inspect(session.connection()).has_table(ApiKey.__tablename__):
-                raise _missing_database(settings, url)
-            compatibility.check_tables(session, remedy=if_older)
-    except DatabaseError as error:
-        if not integrity.means_damage(error):
-            raise
-        raise integrity.refusal(str(error.orig), url) from error
+    with integrity.damage_refused(url), db.read() as session:
+        if not inspect(session.connection()).has_table(ApiKey.__tablename__):
+            raise _missing_database(settings, url)
+        compatibility.check_tables(session, remedy=if_older)
     return db
 
 

@@ -81,7 +81,7 @@ def _copy(
     """Store all parts of a backup except its record, without which it does not count as a backup."""
     stored_keys = references.stored(place.store)
     num_before = len(stored_keys)
-    with db.read() as session:
+    with integrity.damage_refused(db.engine.url), db.read() as session:
         keys = references.named(session)
     with full_disk_named():
         work_dir.mkdir(parents=True, exist_ok=True)

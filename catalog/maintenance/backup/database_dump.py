@@ -84,12 +84,13 @@ def take(db: Database, into: Path) -> Snapshot:
 
     Raises Conflict if the database is damaged, Unavailable and OutOfSpace.
     """
-    with translated(), Session(db.engine) as session:
-        taken_at = read_clock(session)
-    if db.is_sqlite:
-        _copy_pages(db, into)
-    else:
-        _copy_rows(db, into)
+    with integrity.damage_refused(db.engine.url):
+        with translated(), Session(db.engine) as session:
+            taken_at = read_clock(session)
+        if db.is_sqlite:
+            _copy_pages(db, into)
+        else:
+            _copy_rows(db, into)
     with _opened(into) as copied, copied.read() as session:
         head = session.get(AuditHead, 1)
         snapshot = Snapshot(
@@ -102,9 +103,6 @@ def take(db: Database, into: Path) -> Snapshot:
         )
     with closing(sqlite3.connect(into)) as copy:
         copy.execute("PRAGMA journal_mode=DELETE")  # a single file without a log file
-        found = copy.execute("PRAGMA integrity_check").fetchone()
-    if found != ("ok",):
-        raise integrity.refusal(str(found[0]), db.engine.url)
     return snapshot
 
 
@@ -173,10 +171,17 @@ def _check_no_files(path: Path) -> None:
 
 
 def _copy_pages(db: Database, into: Path) -> None:
-    """Copy all pages in one step, in a read transaction: it blocks no writer, and writes don't restart it."""
+    """Copy all pages in one step, in a read transaction: it blocks no writer, and writes don't restart it.
+
+    Raises Conflict if the pages are damaged.
+    """
     path = str(db.engine.url.database)
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as source, closing(sqlite3.connect(into)) as copy:
         source.backup(copy)
+    with _opened(into) as copied, copied.read() as session:
+        found = session.scalar(text("PRAGMA integrity_check"))
+    if found != "ok":
+        raise integrity.refusal(str(found), db.engine.url)
 
 
 def _copy_rows(db: Database, into: Path) -> None:

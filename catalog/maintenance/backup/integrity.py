@@ -6,7 +6,8 @@ refers to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 from sqlalchemy import URL, Connection, column, func, inspect, quoted_name, select, table, text
 from sqlalchemy.exc import DatabaseError, InternalError
@@ -57,7 +58,7 @@ def damage(db: Database) -> list[str]:
         with translated(), db.engine.connect() as connection:
             found = _sqlite_damage(connection) if db.is_sqlite else _postgresql_damage(connection)
     except DatabaseError as error:
-        if not means_damage(error):
+        if not _means_damage(error):
             raise
         found = [str(error.orig)]
     return [f"The database is damaged: {_one_line(problem)}." for problem in found]
@@ -85,12 +86,15 @@ def differences(db: Database, *, recorded_revision: str, recorded_counts: Mappin
     return problems
 
 
-def means_damage(error: DatabaseError) -> bool:
-    """Whether the error reports a damaged database.
-
-    SQLite reports a malformed file as the base class itself, PostgreSQL as an error of its class XX.
-    """
-    return type(error) is DatabaseError or isinstance(error, InternalError)
+@contextmanager
+def damage_refused(url: URL) -> Generator[None]:
+    """Raise Conflict if the database at `url`, from which the block reads, reports damage."""
+    try:
+        yield
+    except DatabaseError as error:
+        if not _means_damage(error):
+            raise
+        raise refusal(str(error.orig), url) from error
 
 
 def refusal(problem: str, url: URL) -> Conflict:
@@ -105,6 +109,14 @@ def refusal(problem: str, url: URL) -> Conflict:
         if url.get_backend_name() == "sqlite"
         else f"Stop the service, drop the database {name}, and create it again without tables. {RESTORE}",
     )
+
+
+def _means_damage(error: DatabaseError) -> bool:
+    """Whether the error reports a damaged database.
+
+    SQLite reports a malformed file as the base class itself, PostgreSQL as an error of its class XX.
+    """
+    return type(error) is DatabaseError or isinstance(error, InternalError)
 
 
 def _one_line(problem: str) -> str:

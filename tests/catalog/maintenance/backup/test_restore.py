@@ -302,17 +302,28 @@ def test_check_reports_rows_that_refer_to_missing_rows(service: Service) -> None
     assert "1 row" in problem
 
 
+def damage(db: Database, table: str) -> None:
+    """Overwrite the first page of the table with 0xff. On PostgreSQL, the table must be empty."""
+    if db.is_sqlite:
+        with db.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            pages = text("select rootpage from sqlite_master where name = :name")
+            root = connection.execute(pages, {"name": table}).scalar_one()
+            size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+        db.close()
+        with Path(str(db.engine.url.database)).open("rb+") as file:
+            file.seek((root - 1) * size)
+            file.write(b"\xff" * size)
+        return
+    with db.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text(f"truncate {table} cascade"))  # creates a new file, of which the server caches no page
+        page = connection.execute(text("select lo_from_bytea(0, decode(repeat('ff', 8192), 'hex'))")).scalar_one()
+        connection.execute(text("select lo_export(:page, pg_relation_filepath(:name))"), {"page": page, "name": table})
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_check_reports_damaged_pages(service: Service) -> None:
-    with service.world.db.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-        root = connection.exec_driver_sql("select rootpage from sqlite_master where name = 'projects'").scalar_one()
-        size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
-    service.world.db.close()
-    path = Path(str(service.world.db.engine.url.database))
-    with path.open("rb+") as file:
-        file.seek((root - 1) * size)
-        file.write(b"\xff" * size)
+    damage(service.world.db, "projects")
 
     checked = verify(service.world.db, service.store, peppers=PEPPER.all())
 
@@ -332,6 +343,18 @@ def test_check_reports_an_invalid_index(service: Service) -> None:
             connection.execute(text(set_valid.format("true")))
 
     assert problems == ["The database is damaged: the index pk_projects is not valid."]
+
+
+@pytest.mark.both_databases
+@pytest.mark.parametrize("table", ["artifacts", "events"])
+def test_backup_of_a_damaged_database_is_rejected(service: Service, table: str) -> None:
+    damage(service.world.db, table)
+
+    with pytest.raises(Conflict, match="is damaged: ") as refused:
+        service.backup()
+
+    assert refused.value.code == "database_damaged"
+    assert service.world.db.engine.url.render_as_string() in refused.value.message
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
