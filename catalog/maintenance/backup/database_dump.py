@@ -228,7 +228,8 @@ def _rejection(name: str) -> Generator[None]:
         detail = (error.diag.message_primary or str(error)).rstrip(".")
         where = f" ({error.diag.context})" if error.diag.context else ""
         raise Conflict(
-            f"PostgreSQL can't store a row of table {name} of this backup: {detail}{where}. Nothing was changed.",
+            f"PostgreSQL can't store a row of table {name} of this backup: {detail}{where}. The database was not "
+            "changed.",
             code="row_not_storable",
             remedy="Correct the value in the SQLite database of the service, create a new backup, then restore that "
             "backup.",
