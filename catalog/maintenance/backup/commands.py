@@ -57,7 +57,8 @@ def create(
 ) -> Backup:
     """Back up the database and all objects that it refers to.
 
-    peppers: those of this machine, the current one first. A restore with another pepper is refused if there is one.
+    peppers: those of this machine, the current one first. If there is one, a restore with another pepper is refused;
+    otherwise the restore's check of the audit chain reports it.
     keep: the number of backups to keep at the location, including this one; older ones are deleted.
 
     Objects that are missing or whose content has changed are reported in the record's `problems`; all others are

@@ -205,6 +205,21 @@ def test_restore_with_another_pepper_is_refused_before_anything_is_copied(
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_restore_with_another_pepper_than_a_backup_without_one_is_reported(
+    service: Service, elsewhere: Settings
+) -> None:
+    """Backups of the container deployments run without the pepper."""
+    chain.seal(service.world.db, pepper=PEPPER.current)
+    service.backup(peppers=[])
+    wrong = elsewhere.model_copy(update={"pepper": SecretStr("another pepper, which is long enough")})
+
+    restored = restore(wrong, service.place)
+
+    (problem,) = restored.checked.problems
+    assert problem.startswith("The audit chain is broken at link 1 ")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_value_that_postgresql_rejects_is_named_and_the_database_stays_empty(
     service: Service, many_machines: Settings
 ) -> None:
@@ -217,4 +232,5 @@ def test_value_that_postgresql_rejects_is_named_and_the_database_stays_empty(
         restore(many_machines, service.place)
 
     assert refused.value.code == "row_not_storable"
+    assert refused.value.message.endswith(". The database was not changed.")
     database_dump.check_empty(many_machines.resolved_database_url())
