@@ -39,9 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
+        path, data_dir = Path(error.filename).absolute(), Settings().data_dir.absolute()
+        is_of_data_dir = path.is_relative_to(data_dir) or data_dir.is_relative_to(path)  # or a parent, to be created
         print(  # noqa: T201
-            f"The user with ID {os.geteuid()} can't write {error.filename}: {error.strerror}. Give that user the "
-            "folder, or set LORRY_DATA_DIR to a folder that the user can write.",
+            f"The user with ID {os.geteuid()} can't access {error.filename}: {error.strerror}. Give that user access "
+            f"to it{', or set LORRY_DATA_DIR to another folder' if is_of_data_dir else ''}.",
             file=sys.stderr,
         )
         return 1

@@ -312,9 +312,14 @@ def test_start_without_a_database_has_a_remedy_for_operators(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which even root can create nothing")
-def test_data_folder_that_the_user_cannot_write_is_named() -> None:
-    done = run(Path("/sys/lorry"), "bootstrap", check=False)
+@pytest.mark.parametrize("data_dir", ["/sys/lorry", "/sys/lorry/data", None])
+def test_folder_that_the_user_cannot_access_is_named_with_its_variable(tmp_path: Path, data_dir: str | None) -> None:
+    if data_dir is None:
+        done = run(tmp_path, "bootstrap", check=False, LORRY_DATABASE_URL="sqlite:////sys/lorry/lorry.db")
+    else:
+        done = run(Path(data_dir), "bootstrap", check=False)
 
     assert done.returncode == 1
-    assert done.stderr.startswith(f"The user with ID {os.geteuid()} can't write /sys/lorry: ")
-    assert "set LORRY_DATA_DIR to a folder that the user can write" in done.stderr
+    assert done.stderr.startswith(f"The user with ID {os.geteuid()} can't access /sys/lorry: ")
+    assert "Give that user access to it" in done.stderr
+    assert ("or set LORRY_DATA_DIR to another folder" in done.stderr) is (data_dir is not None)
