@@ -31,7 +31,7 @@ from catalog.errors import Unauthorized, Unavailable
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Paths whose POST handler enforces its own limit: the route counts the bytes of the file."""
 HEALTH_CHECKS = ("/healthz", "/readyz")
-"""Paths that a container engine requests every few seconds. They are logged at the level debug."""
+"""Paths that a container engine requests every few seconds. Successful ones are logged at the level debug."""
 log = logging.getLogger("lorry.api")
 
 
@@ -166,7 +166,7 @@ class Gate:
             self._telemetry.count_rejected_key(rejected)
         with logs.about(_subjects(exchange)):
             log.log(
-                logging.DEBUG if exchange.path in HEALTH_CHECKS else logging.INFO,
+                logging.DEBUG if exchange.path in HEALTH_CHECKS and exchange.status < 400 else logging.INFO,
                 "request id=%s method=%s path=%s status=%d seconds=%.4f key=%s project=%s address=%s%s",
                 exchange.request_id,
                 exchange.scope["method"],

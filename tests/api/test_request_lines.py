@@ -33,8 +33,13 @@ def test_request_log_line_names_request_job_and_trace(client: TestClient, world:
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_health_checks_are_not_logged_at_the_level_info(client: TestClient, out: io.StringIO, path: str) -> None:
+def test_of_health_checks_only_failed_ones_are_logged_at_the_level_info(
+    client: TestClient, out: io.StringIO, path: str
+) -> None:
     client.get(path)
     client.get("/v1/files")
+    client.get(path, headers={"host": "another.example.com"})
 
-    assert [line["message"].split()[3] for line in lines_of(out)] == ["path=/v1/files"]
+    logged = [line["message"].split()[3:5] for line in lines_of(out)]
+    assert [path for path, _ in logged] == ["path=/v1/files", f"path={path}"]
+    assert logged[1][1] == "status=421"
