@@ -67,7 +67,8 @@ during a write would keep its row locks for hours. Lorry keeps no transaction op
 LONG_WRITE_SECONDS = 1.0
 """A write transaction whose work takes longer is logged, with the function that opened it. It is not aborted: its work
 is already done, and on a slow machine a retry would hold the lock for as long again. The commit does not count, because
-it waits for the disk, and neither does the wait for a processor: the transaction's code can't shorten them."""
+it waits for the disk. On SQLite, the processor time of the thread counts: its statements run there, and waits for the
+disk or for a processor are not the transaction's fault. On PostgreSQL, the elapsed time counts."""
 IDLE_SECONDS = 1.0
 """A connection that was idle for longer is tested before use."""
 LAST = "last"
@@ -174,12 +175,15 @@ class Database:
         deadline = time.monotonic() + seconds
         with self._holding_write_lock(seconds), translated(), self._writers.begin() as session:
             session.connection(execution_options={"lorry_deadline": deadline})  # begin now, not at the first statement
-            began = time.monotonic() - _seconds_in_run_queue()
+            clock = time.thread_time if self.is_sqlite else time.monotonic
+            began = clock()
             with write_guard.entered():
                 yield session
             session.flush()
-            seconds = time.monotonic() - _seconds_in_run_queue() - began
-        self._note_duration(seconds)
+            worked_seconds = clock() - began
+        if worked_seconds > LONG_WRITE_SECONDS:
+            self.num_long_writes += 1
+            log.warning("long write transaction seconds=%.1f by=%s", worked_seconds, _opener())
 
     @contextmanager
     def _holding_write_lock(self, seconds: float) -> Generator[None]:
@@ -193,11 +197,6 @@ class Database:
             yield
         finally:
             self._write_lock.release()
-
-    def _note_duration(self, seconds: float) -> None:
-        if seconds > LONG_WRITE_SECONDS:
-            self.num_long_writes += 1
-            log.warning("long write transaction seconds=%.1f by=%s", seconds, _opener())
 
     @property
     def is_sqlite(self) -> bool:
@@ -495,14 +494,6 @@ def _has_begun(driver: sqlite3.Connection) -> bool:
             return False
         raise OperationalError("BEGIN IMMEDIATE", None, error) from error
     return True
-
-
-def _seconds_in_run_queue() -> float:
-    """Return how long this thread has waited for a processor; 0 where the kernel does not count it."""
-    try:
-        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
 
 
 def _opener() -> str:
