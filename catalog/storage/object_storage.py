@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
@@ -34,6 +35,8 @@ PROBE = "clock"
 STORE_SETTING = "the location in LORRY_STORE_URL (default: the folder `store` in the data folder)"
 DENIED = (PermissionError, PermissionDeniedError, UnauthenticatedError)
 NO_SUCH_BUCKET = "<Code>NoSuchBucket</Code>"
+AWS = re.compile(r"\.amazonaws\.com(\.cn)?$")
+"""Host names of AWS. A bucket there needs choices that are the operator's: region, encryption, public access."""
 STAGED = re.compile(r".*#\d+")
 """Name pattern of local files that obstore has not finished writing."""
 
@@ -52,31 +55,48 @@ class StoredObject:
 
 
 def create_missing_bucket(url: str) -> None:
-    """Create the bucket of an s3:// URL if it does not exist. Other URLs are ignored.
+    """Create the bucket of an s3:// URL if it does not exist, except in AWS. Other URLs are ignored.
 
-    Raises InvalidRequest if it can't be created, and Unavailable.
+    Raises InvalidRequest if it does not exist and can't be created, and Unavailable.
     """
-    if urlsplit(url).scheme != "s3":
+    if urlsplit(url).scheme != "s3" or _bucket_exists(url):
         return
+    name = urlsplit(url).netloc
+    missing = f"The bucket {name!r} of LORRY_STORE_URL does not exist"
+    # obstore creates no buckets. With this option, its URLs contain keys, but not the bucket: the key is the bucket.
+    service = S3Store(bucket=name, virtual_hosted_style_request=True, client_options=_client_options())
+    with _translated_at("The artifact store", STORE_SETTING, None):
+        signed = obstore.sign(service, "PUT", name, timedelta(minutes=5))
+        if AWS.search(urlsplit(signed).hostname or ""):
+            raise InvalidRequest(
+                f"{missing}, and Lorry creates no buckets in AWS.",
+                code="bucket_not_created",
+                remedy=f"Create the bucket, for example with `aws s3 mb s3://{name}`, or correct LORRY_STORE_URL. For "
+                "a store outside AWS, set AWS_ENDPOINT. Then try again.",
+            )
+        try:
+            urlopen(Request(signed, method="PUT"), timeout=60).close()  # noqa: S310  (the address of the store)
+        except HTTPError as error:
+            error.close()
+            if _bucket_exists(url):  # another process has created it at the same time
+                return
+            raise InvalidRequest(
+                f"{missing} and can't be created: {error}.",
+                code="bucket_not_created",
+                remedy="Create the bucket, or allow the access key in AWS_ACCESS_KEY_ID to create it. Then try again.",
+            ) from error
+
+
+def _bucket_exists(url: str) -> bool:
+    """Raises Unavailable."""
     try:
         with _translated_at("The artifact store", STORE_SETTING, None):
             next(iter(cast(Any, obstore).list(_open(url, None), chunk_size=1)), None)
-            return
     except Unavailable as error:
         if NO_SUCH_BUCKET not in str(error.__cause__):
             raise
-    name = urlsplit(url).netloc
-    # obstore creates no buckets. With this option, its URLs contain keys, but not the bucket: the key is the bucket.
-    service = S3Store(bucket=name, virtual_hosted_style_request=True, client_options=_client_options())
-    signed = obstore.sign(service, "PUT", name, timedelta(minutes=5))
-    try:
-        urlopen(Request(signed, method="PUT"), timeout=60).close()  # noqa: S310  (the address of the store)
-    except OSError as error:  # also a response that rejects the request
-        raise InvalidRequest(
-            f"The bucket {name!r} of LORRY_STORE_URL does not exist and can't be created: {error}.",
-            code="bucket_not_created",
-            remedy="Create the bucket, or allow the access key in AWS_ACCESS_KEY_ID to create it. Then try again.",
-        ) from error
+        return False
+    return True
 
 
 class Objects:
