@@ -285,7 +285,7 @@ class PlanObject(BaseModel):
     )
     devices: PlannedDevices | None = Field(default=None, description="GPU sizes and workers with enough memory.")
     training_time: PlanEstimate | None = Field(
-        default=None, description="Training time, without waiting, loading the base model and verification."
+        default=None, description="Time from the claim to the adapter: load, training and verification."
     )
     expected_start: PlanEstimate | None = Field(default=None, description="Seconds from `computed_at` to the start.")
     servable: PlannedUses | None = Field(default=None, description="Whether the adapter can be used elsewhere.")

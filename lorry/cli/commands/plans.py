@@ -61,7 +61,7 @@ def list_(
         Column(title="STATUS"),
         Column(title="MODEL", priority=3, min_width=10),
         Column(title="STEPS", priority=2),
-        Column(title="TRAINING TIME", priority=1),
+        Column(title="TIME", priority=1),
         Column(title="CREATED", priority=5),
         Column(title="EXPIRES", priority=4),
     )

@@ -49,7 +49,7 @@ def _summary(plan: Plan) -> Iterator[tuple[str, object]]:
         return
     yield "steps", plan.num_steps
     yield "trainable parameters", f"{plan.trainable_parameters or 0:,} in {plan.adapted_layers} layers"
-    yield "training time", _brief(plan.training_time)
+    yield "time", _brief(plan.training_time)
     yield "expected start", _brief(plan.expected_start)
     yield "warnings", len(plan.warnings) or "none"
 
@@ -164,7 +164,7 @@ def _group(group: Json) -> str:
 
 
 def _times(plan: Plan) -> Iterator[tuple[str, object]]:
-    for label, estimate in (("training time", plan.training_time), ("expected start", plan.expected_start)):
+    for label, estimate in (("time", plan.training_time), ("expected start", plan.expected_start)):
         shown = "" if estimate.seconds is None else f"{likely(estimate)}. "
         yield label, f"{shown}{estimate.basis}"
 
