@@ -25,7 +25,7 @@ REACHED_ON_GPU = 0.3
 CPU_TFLOPS = 0.2
 """TFLOP/s per core, measured in training on a core with AVX-512. A core without it reached half. A guess for others."""
 RANGES: Mapping[BasisKind, tuple[float, float]] = {"measured": (0.8, 1.5), "scaled": (0.5, 2.5), "guess": (0.3, 5.0)}
-"""The shortest and the longest time that is likely, as multiples of the estimate. A guess."""
+"""The shortest and the longest time that is likely, as multiples of the estimate of a part. A guess."""
 READ_BYTES_PER_SECOND = 1e9
 FIXED_SECONDS = 10.0
 """This and the one above: a guess of the time to load a base model, and to verify an adapter on it. The time grows with
@@ -162,25 +162,28 @@ def _estimate_on(work: TrainingWork, runner: Runner) -> Estimate:
 
 
 def _estimate(work: TrainingWork, runner: Runner, rate: float, kind: BasisKind, basis: str) -> Estimate:
-    found, guessed = runner.overheads, FIXED_SECONDS + 2 * work.num_parameters / READ_BYTES_PER_SECOND
-    load = guessed if found.load_seconds is None else found.load_seconds
-    finish = guessed if found.finish_seconds is None else found.finish_seconds
-    seconds = load + work.tokens / rate + finish
-    parts = f"{_part(found.load_seconds, load)} for loading, {_part(found.finish_seconds, finish)} for verification"
-    low, high = RANGES[kind]
+    guessed = FIXED_SECONDS + 2 * work.num_parameters / READ_BYTES_PER_SECOND
+    load = _known_or(guessed, runner.overheads.load_seconds)
+    finish = _known_or(guessed, runner.overheads.finish_seconds)
+    parts: Sequence[tuple[float, BasisKind]] = (load, (work.tokens / rate, kind), finish)
+    included = f"{_part(*load)} for loading, {_part(*finish)} for verification"
     return Estimate(
-        seconds=seconds,
-        min_seconds=low * seconds,
-        max_seconds=high * seconds,
+        seconds=sum(seconds for seconds, _ in parts),
+        min_seconds=sum(RANGES[of_part][0] * seconds for seconds, of_part in parts),
+        max_seconds=sum(RANGES[of_part][1] * seconds for seconds, of_part in parts),
         basis_kind=kind,
-        basis=f"{basis}. It includes {parts}. With packmates, training takes longer.",
+        basis=f"{basis}. The time includes {included}. With packmates, training takes longer.",
         tokens_per_second=rate,
         worker_id=runner.worker_id,
     )
 
 
-def _part(measured: float | None, seconds: float) -> str:
-    return f"{seconds:.0f} s ({'a guess' if measured is None else 'measured'})"
+def _known_or(guessed: float, measured: float | None) -> tuple[float, BasisKind]:
+    return (guessed, "guess") if measured is None else (measured, "measured")
+
+
+def _part(seconds: float, kind: BasisKind) -> str:
+    return f"{seconds:.0f} s ({'a guess' if kind == 'guess' else kind})"
 
 
 def _reached_tflops(runner: Runner) -> float | None:

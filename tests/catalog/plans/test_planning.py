@@ -330,6 +330,16 @@ def test_training_time_includes_load_and_verification(
     assert all(part in estimate.basis for part in stated)
 
 
+def test_each_part_of_the_time_has_the_range_of_its_own_basis() -> None:
+    overheads = Overheads(load_seconds=5.0, finish_seconds=None)
+
+    estimate = duration.training_time(WORK, [runner(same=measured(), overheads=overheads)])
+
+    assert estimate.seconds == pytest.approx(5 + 20 + 12)
+    assert estimate.min_seconds == pytest.approx(0.8 * (5 + 20) + 0.3 * 12)
+    assert estimate.max_seconds == pytest.approx(1.5 * (5 + 20) + 5 * 12)
+
+
 def test_range_is_wider_the_weaker_its_basis_is() -> None:
     found = [runner(same=measured()), runner(other=measured()), runner()]
 
