@@ -353,24 +353,39 @@ def _measured(session: Session, trainers: Sequence[Trainer]) -> dict[str, Measur
 def _overheads(session: Session, trainers: Sequence[Trainer]) -> dict[str, Overheads]:
     """The times that the jobs of trainers took around their training, by worker id and by device name.
 
-    The first job of a trainer waits until the base model is loaded.
+    Only the first job of a trainer waits until the base model is loaded.
     """
-    found: dict[str, Overheads] = {}
+    loads: dict[str, float] = {}
+    finishes: dict[str, float] = {}
     for trainer in trainers:
-        own = (Attempt.trainer_id == trainer.id, Attempt.number == 1, Attempt.reason == EndReason.COMPLETED)
-        rows = select(Attempt, Job).join(Job, Job.id == Attempt.job_id).where(*own).order_by(Attempt.started_at)
-        loads: list[float] = []
-        finishes: list[float] = []
-        for attempt, job in session.execute(rows.limit(NUM_RECENT)):
-            trained_at = (job.progress or {}).get("updated_at")
-            if job.started_at is not None and attempt.ended_at is not None and trained_at is not None:
-                loads.append(max(0.0, job.started_at - attempt.started_at))
-                finishes.append(max(0.0, attempt.ended_at - trained_at))
-        if loads:
-            times = Overheads(load_seconds=loads[0], finish_seconds=duration.median(finishes))
-            for name in _names(session, trainer):
-                found.setdefault(name, times)
-    return found
+        own = select(Attempt, Job).join(Job, Job.id == Attempt.job_id).where(Attempt.trainer_id == trainer.id)
+        rows = session.execute(own.order_by(Attempt.started_at).limit(NUM_RECENT)).all()
+        load = _load_seconds(*rows[0]) if rows else None
+        finish = duration.median(
+            [
+                max(0.0, attempt.ended_at - trained_at)
+                for attempt, job in rows
+                if attempt.reason == EndReason.COMPLETED
+                and attempt.ended_at is not None
+                and (trained_at := (job.progress or {}).get("updated_at")) is not None
+            ]
+        )
+        for name in _names(session, trainer):
+            if load is not None:
+                loads.setdefault(name, load)
+            if finish is not None:
+                finishes.setdefault(name, finish)
+    return {
+        name: Overheads(load_seconds=loads.get(name), finish_seconds=finishes.get(name)) for name in loads | finishes
+    }
+
+
+def _load_seconds(attempt: Attempt, job: Job) -> float | None:
+    """The seconds from a trainer's first claim until it admitted the job; None if they are not known."""
+    admitted_at = job.started_at  # in the job's first attempt that a trainer has admitted
+    if attempt.number != 1 or admitted_at is None or (attempt.ended_at is not None and admitted_at > attempt.ended_at):
+        return None
+    return max(0.0, admitted_at - attempt.started_at)
 
 
 def _names(session: Session, trainer: Trainer) -> tuple[str, str]:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
 
 from catalog.db import lease
 from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
@@ -331,13 +330,20 @@ def test_planned_memory_equals_the_scheduling_requirements(world: World) -> None
     assert cpu["total_bytes"] == sum(part["bytes"] for part in cpu["parts"])
 
 
-def test_training_time_uses_measurements_of_its_base(world: World) -> None:
+def trained_before(world: World) -> str:
+    """Record a trainer that has measured its speed. Returns its id."""
     world.worker()
-    assert found(ready(world))["training_time"]["basis_kind"] == "none", "the device reports no number of cores"
-    pack_key = submit(world, plan(world)).pack_key
+    row = ready(world)
+    assert found(row)["training_time"]["basis_kind"] == "none", "the device reports no number of cores"
+    pack_key = submit(world, row).pack_key
     workers.register_trainer(world.db, trainer_id="t1", worker_id="w1", base_digest=sha("smol"), pack_key=pack_key)
     speeds = {"alone": [[100, 50.0], [200, 80.0]], "together": []}
     workers.end_trainer(world.db, "t1", report={"tick_speeds": speeds})
+    return "t1"
+
+
+def test_training_time_uses_measurements_of_its_base(world: World) -> None:
+    trainer_id = trained_before(world)
 
     estimate = found(plan(world))["training_time"]
 
@@ -348,33 +354,62 @@ def test_training_time_uses_measurements_of_its_base(world: World) -> None:
     assert estimate["seconds"] > training_seconds
     assert "(a guess) for loading" in estimate["basis"]
 
-    first, second = submit(world, plan(world)), submit(world, plan(world))
-    with world.db.write() as session:  # the first job waited 40 s for the base model, and the second one did not
-        record_completed(session, first.id, trainer_id="t1", at=1000, load=40, finish=6)
-        record_completed(session, second.id, trainer_id="t1", at=2000, load=1, finish=6)
+    record(world, trainer_id, at=1000, load=40)  # this job waited for the base model
+    record(world, trainer_id, at=2000, load=1)
 
     estimate = found(plan(world))["training_time"]
     assert estimate["seconds"] == pytest.approx(40 + training_seconds + 6)
     assert estimate["min_seconds"] < estimate["seconds"] < estimate["max_seconds"]
 
 
-def record_completed(session: Session, job_id: str, *, trainer_id: str, at: float, load: float, finish: float) -> None:
-    """Record that a trainer has trained the job for 100 s."""
-    job = session.get_one(Job, job_id)
-    job.started_at, job.progress = at + load, {"updated_at": at + load + 100}
-    session.add(
-        Attempt(
-            claim_id=f"claim-{at}",
-            job_id=job_id,
-            number=1,
-            worker_id="w1",
-            trainer_id=trainer_id,
-            started_at=at,
-            ended_at=at + load + 100 + finish,
-            reason=EndReason.COMPLETED,
-            why={},
+@pytest.mark.parametrize(
+    ("first", "stated"),
+    [
+        ({"reason": EndReason.DIVERGED}, "40 s (measured) for loading"),
+        ({"reason": EndReason.COMPLETED, "number": 2}, "(a guess) for loading"),  # it was admitted before, elsewhere
+        ({"reason": EndReason.INFRA_LOST, "load": 9000}, "(a guess) for loading"),  # another trainer admitted it
+    ],
+)
+def test_load_time_is_that_of_the_first_job_of_a_trainer_however_it_ended(
+    world: World, first: dict[str, Any], stated: str
+) -> None:
+    trainer_id = trained_before(world)
+    record(world, trainer_id, at=1000, **first)
+    record(world, trainer_id, at=2000, load=1)
+
+    basis = found(plan(world))["training_time"]["basis"]
+
+    assert stated in basis
+    assert "(measured) for verification" in basis
+
+
+def record(
+    world: World,
+    trainer_id: str,
+    *,
+    at: float,
+    load: float = 40,
+    reason: EndReason = EndReason.COMPLETED,
+    number: int = 1,
+) -> None:
+    """Record an attempt of 200 s, for a job that was admitted `load` seconds after its start. Verification took 6 s."""
+    job_id = submit(world, plan(world)).id
+    with world.db.write() as session:
+        job = session.get_one(Job, job_id)
+        job.started_at, job.progress = at + load, {"updated_at": at + 194}
+        session.add(
+            Attempt(
+                claim_id=f"claim-{at}",
+                job_id=job_id,
+                number=number,
+                worker_id="w1",
+                trainer_id=trainer_id,
+                started_at=at,
+                ended_at=at + 200,
+                reason=reason,
+                why={},
+            )
         )
-    )
 
 
 def test_few_steps_warning_of_a_plan_becomes_a_job_event(world: World) -> None:
