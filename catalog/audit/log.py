@@ -61,6 +61,7 @@ AuditType = Literal[
     "adapter.undeployed",
     "serving_endpoint.created",
     "serving_endpoint.deleted",
+    "serving_endpoint.reported",
     "adapter_export.created",
     "adapter_export.cancelled",
     "adapter_export.deleted",

@@ -149,16 +149,22 @@ def report(db: Database, name: str, *, error: str | None) -> ServingEndpoint:
     with db.write() as session:
         row = find(session, name, lock=True)
         now = read_clock(session)
+        is_failed = row.state == "failed"
+        if (is_failed and row.last_error == error) or (not is_failed and error is None):
+            return row  # nothing changes
         if error is not None:
             row.state, row.last_error = "failed", error
             waiting = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
             found = {**failure_of_server(row), "updated_at": now}
             session.execute(update(Deployment).where(*waiting).values(found))
-        elif row.state == "failed":
+        else:
+            shown = failure_of_server(row)["last_error"]  # other failed deployments wait for their next attempt
+            failed = (Deployment.endpoint_id == row.id, Deployment.state == "failed", Deployment.last_error == shown)
             row.state, row.last_error = "pending", None
-            failed = (Deployment.endpoint_id == row.id, Deployment.state == "failed")
             again = {"state": "pending", "last_error": None, "operator_error": None, "next_try_at": now}
             session.execute(update(Deployment).where(*failed).values(**again, updated_at=now))
+        details: Json = {"name": row.name, "state": row.state}
+        log.note(session, "serving_endpoint.reported", now=now, object_id=row.id, project_id=None, details=details)
         return row
 
 

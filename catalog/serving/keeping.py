@@ -220,14 +220,15 @@ def note_failed(
     operator_error: str | None = None,
     verification: Json | None = None,
 ) -> None:
-    """Record why an adapter is not loaded, and when it is tried again.
+    """Record why an adapter is not loaded, and when it is tried again. A report that the server can't start is kept.
 
     state: pending if that may succeed without a change, else failed. error: shown to the project, so it contains no
     text of the server. operator_error: shown to operators in its place.
     """
     with db.write() as session:
+        row = _held(session, claim)
         one = _deployment(session, claim, deployment_id)
-        if one is None or one.state == "removing":
+        if row is None or row.state == "failed" or one is None or one.state == "removing":
             return
         now = read_clock(session)
         wait = WAITS_SECONDS[min(one.num_failures, len(WAITS_SECONDS) - 1)]

@@ -26,7 +26,6 @@ from tests.catalog.world import World
 CHANGES_NOTHING = {
     "preview_sign_in_link",
     "verify_adapter",
-    "report_serving_endpoint",  # a state that the server's supervisor observes
     "create_plan",  # a dry run
     "delete_plan",  # plans expire within a week
     "create_chat_completion",  # answers are not stored
@@ -47,6 +46,7 @@ EVENT_TYPES: dict[str, str] = {
     "delete_deployment": "adapter.undeployed",
     "create_serving_endpoint": "serving_endpoint.created",
     "delete_serving_endpoint": "serving_endpoint.deleted",
+    "report_serving_endpoint": "serving_endpoint.reported",
     "create_batch": "batch.created",
     "cancel_batch": "batch.cancelled",
     "create_job": "job.created",

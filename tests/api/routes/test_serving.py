@@ -52,6 +52,18 @@ def test_operator_registers_and_removes_an_endpoint(
     assert types == ["serving_endpoint.deleted", "serving_endpoint.created"]
 
 
+def test_reports_are_recorded_if_they_change_the_endpoint(operator: TestClient, endpoint: dict[str, Any]) -> None:
+    for error in (None, "It crashed.", "It crashed.", None, None):
+        assert operator.post(f"{ENDPOINTS}/vllm-1/report", json={"error": error}).status_code == 200
+
+    params = {"event_types[]": "serving_endpoint.reported"}
+    events = operator.get("/v1/audit_events", params=params).json()["data"]
+    assert [(event["object_id"], event["details"]) for event in events] == [
+        (endpoint["id"], {"name": "vllm-1", "state": "pending"}),
+        (endpoint["id"], {"name": "vllm-1", "state": "failed"}),
+    ]
+
+
 def test_other_keys_see_neither_the_address_nor_errors_of_an_endpoint(
     client: TestClient, endpoint: dict[str, Any]
 ) -> None:

@@ -1,4 +1,4 @@
-"""API keys of serving endpoints are encrypted with the current pepper after a rotation."""
+"""Serving endpoints: a report that the server can't be started, and API keys after a rotation of the pepper."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 
 from catalog.errors import Conflict
 from catalog.pepper import Pepper
-from catalog.serving import endpoints
+from catalog.serving import deployments, endpoints, keeping
 from catalog.serving.endpoints import NewEndpoint
-from catalog.tables.serving import ServingEndpoint
+from catalog.serving.keeping import EndpointClaim
+from catalog.tables.serving import Deployment, ServingEndpoint
 from tests.catalog.world import PEPPER, World
 
 NEW = b"n" * 32
@@ -44,3 +45,49 @@ def test_api_keys_are_sealed_with_the_current_pepper(world: World) -> None:
         for endpoint_id in (lost, damaged):
             with pytest.raises(Conflict, match="can't be decrypted"):
                 endpoints.api_key(session.get_one(ServingEndpoint, endpoint_id), peppers=[NEW, PEPPER.current])
+
+
+def deployed(world: World) -> tuple[EndpointClaim, str]:
+    """Deploy an adapter on the endpoint a. Returns the claim of its keeper, and the deployment's id."""
+    registered(world, "a")
+    adapter = world.complete(world.running().claim_id)
+    view = deployments.deploy(world.db, project_id=world.caller.project_id, adapter=adapter.name, endpoint="a")
+    (claim,) = keeping.claim_free(world.db, limit=1)
+    return claim, view.deployment.id
+
+
+def deployment(world: World, deployment_id: str) -> Deployment:
+    with world.db.read() as session:
+        return session.get_one(Deployment, deployment_id)
+
+
+def test_restart_of_the_server_resets_deployments_that_its_failure_has_failed(world: World) -> None:
+    _, deployment_id = deployed(world)
+    endpoints.report(world.db, "a", error="It crashed.")
+    assert deployment(world, deployment_id).state == "failed"
+
+    endpoints.report(world.db, "a", error=None)
+
+    assert (deployment(world, deployment_id).state, deployment(world, deployment_id).last_error) == ("pending", None)
+
+
+def test_restart_of_the_server_keeps_deployments_that_failed_for_another_reason(world: World) -> None:
+    claim, deployment_id = deployed(world)
+    keeping.note_failed(world.db, claim, deployment_id, state="failed", error="Its answers differ.")
+    before = deployment(world, deployment_id)
+
+    for error in ("It crashed.", None):
+        endpoints.report(world.db, "a", error=error)
+
+    after = deployment(world, deployment_id)
+    assert (after.state, after.last_error, after.next_try_at) == ("failed", "Its answers differ.", before.next_try_at)
+
+
+def test_attempt_that_ends_after_the_report_does_not_overwrite_it(world: World) -> None:
+    claim, deployment_id = deployed(world)
+    endpoints.report(world.db, "a", error="It crashed.")
+
+    keeping.note_failed(world.db, claim, deployment_id, state="pending", error="The server does not answer.")
+
+    found = deployment(world, deployment_id)
+    assert (found.state, found.operator_error) == ("failed", "It crashed.")
