@@ -39,12 +39,14 @@ class Child:
         self._cwd = cwd
         self._pass_fds = tuple(pass_fds)
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0  # bytes of the log at the last start
 
     def start(self) -> None:
         """Start the process. Must be called in the main thread: the child is killed when the starting thread ends."""
         if self.log is not None:
             keep_short(self.log)
         with contextlib.nullcontext() if self.log is None else self.log.open("ab") as out:
+            self._log_start = out.tell() if out is not None else 0
             self._process = subprocess.Popen(
                 self._tied(self._argv),
                 stdin=subprocess.DEVNULL,
@@ -84,12 +86,12 @@ class Child:
             self._process.wait()
 
     def log_tail(self, num_lines: int = 15) -> str:
-        """Return the last lines of the log."""
+        """Return the last lines of the log since the last start."""
         if self.log is None:
             return ""
         try:
             with self.log.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-num_lines:])
         except OSError:
             return ""

@@ -296,6 +296,17 @@ def test_child_writes_its_log_and_reports_its_exit_status(tmp_path: Path) -> Non
     assert thing.log_tail() == "out\nerr"
 
 
+def test_log_tail_begins_at_the_last_start(tmp_path: Path) -> None:
+    (tmp_path / "thing.log").write_text("printed before\n")
+    thing = make(tmp_path, "print('now')")
+
+    for _ in range(2):
+        thing.start()
+        thing.wait()
+
+        assert thing.log_tail() == "now"
+
+
 def test_child_without_a_log_inherits_the_output_of_its_parent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
