@@ -238,8 +238,8 @@ def _run(
     except ChildFailed as error:
         exited = how_it_exited(error.returncode)
         remedy = (
-            "Try another file. If it fails too, reinstall Lorry on that worker. Otherwise, split the file to find the "
-            f"row. {AGAIN}"
+            "If other files fail too, reinstall Lorry on that worker. Otherwise, split the file, and remove the row "
+            f"that fails. {AGAIN}"
         )
         raise crashed(
             f"The tokenization of file {file_id} on worker {context.worker_id} {exited}",
