@@ -26,7 +26,7 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
         "Restore the store from a backup, or upload the damaged file or train the damaged adapter again. On the "
         "server, `python -m api verify` lists all damaged objects.",
     ),
-    "base_changed": ("", "Create a new plan."),
+    "base_changed": ("", "Create a new plan, with another base model if this one was deleted."),
     "base_not_loaded": ("The base model could not be loaded on the worker.", "Send the request again."),
     "batch_cancelled": ("", "Send the request again in a new batch."),
     "batch_expired": ("", "Send the request again in a new batch."),

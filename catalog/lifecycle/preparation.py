@@ -195,7 +195,10 @@ def lose_preparation(session: Session, job: Job, *, detail: str, now: float) -> 
 
 
 def lost(number: int) -> str:
-    return f"Tokenization of the files failed {number} times. The last time, its worker was lost."
+    return (
+        f"Tokenization of the files failed {number} times. The last time, its worker was lost. Once the workers run "
+        "normally, create the job or plan again."
+    )
 
 
 def _give_up(session: Session, job: Job, error: Json, *, now: float) -> None:

@@ -123,17 +123,16 @@ def _hindrance(session: Session, plan: Plan) -> Json | None:
     if plan.num_lost >= MAX_LOST_PREPARATIONS:
         return {"code": "preparation_lost", "message": lost(plan.num_lost), "param": "training_file"}
     base = session.get_one(BaseModelRow, plan.base_model)
+    if base.state == "deleted":
+        message = f"Base model {base.name!r} was deleted. Create a new plan with another base model."
+        return {"code": "base_changed", "message": message, "param": "model"}
     if base.state != "ready" or base.digest != plan.base_digest:
-        change = "deleted" if base.state == "deleted" else "changed"
-        message = f"Base model {base.name!r} was {change} after the plan was created. Create a new plan."
+        message = f"Base model {base.name!r} was changed after the plan was created. Create a new plan."
         return {"code": "base_changed", "message": message, "param": "model"}
     for file_id, param in ((plan.training_file, "training_file"), (plan.validation_file, "validation_file")):
         if file_id is not None and session.get_one(File, file_id).deleted_at is not None:
-            return {
-                "code": "file_not_found",
-                "message": f"File {file_id} was deleted. Upload it again.",
-                "param": param,
-            }
+            message = f"File {file_id} was deleted. Upload it again, and create a new plan with the new file's ID."
+            return {"code": "file_not_found", "message": message, "param": param}
     return None
 
 

@@ -50,30 +50,18 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
     plan = plans.find(session, project_id=caller.project_id, plan_id=agreed.plan)
     request, spec = agreed.request, agreed.spec
     if plan.state == "failed":
-        raise _failed(plan)
+        raise Conflict(
+            f"Plan {plan.id} failed: {(plan.error or {}).get('message', '')}".strip(),
+            code="plan_failed",
+            remedy="Correct the problem, and create the job from a new plan.",
+            param="plan",
+        )
     accepted = accept(session, caller, request, now=now, seed=spec.seed, fleet_defaults=FleetDefaults.of(spec))
     if accepted.base.digest != plan.base_digest:
         raise _outdated(plan, f"base model {plan.base_model!r} has changed since the plan was created")
     if accepted.spec != spec:
         raise _outdated(plan, difference(accepted.spec, spec))
     return accepted
-
-
-def _failed(plan: Plan) -> Conflict:
-    error = plan.error or {}
-    code, is_refusal = error.get("code"), error.get("param") in ("training_file", "validation_file")
-    return Conflict(
-        f"Plan {plan.id} failed: {error.get('message', '')}".strip(),
-        code="plan_failed",
-        remedy="If the base model was deleted, use another one in the new plan."
-        if code == "base_changed"
-        else "Then create a new plan with the new file's ID."
-        if code == "file_not_found"
-        else "Correct the problem, then create a new plan. A job would fail for the same reason."
-        if is_refusal and code != "preparation_lost"
-        else "Once the workers run normally, create a new plan.",
-        param="plan",
-    )
 
 
 def difference(now: JobSpec, planned: JobSpec) -> str:

@@ -100,7 +100,7 @@ def test_unusable_file_fails_the_plan_with_the_error_of_a_job(world: World) -> N
     }
     with pytest.raises(Conflict, match="failed: There is nothing") as refused:
         submit(world, row)
-    assert refused.value.remedy.startswith("Correct the problem, then create a new plan.")
+    assert refused.value.remedy == "Correct the problem, and create the job from a new plan."
 
 
 def test_plan_is_computed_by_one_worker_at_a_time(world: World) -> None:
@@ -130,13 +130,12 @@ def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World
 
     assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
     assert look(world, row).state == "failed"
-    assert (look(world, row).error or {})["code"] == "preparation_lost"
-    with pytest.raises(Conflict) as refused:
+    error = look(world, row).error or {}
+    assert (error["code"], error["param"]) == ("preparation_lost", "training_file")
+    assert error["message"].endswith("Once the workers run normally, create the job or plan again.")
+    with pytest.raises(Conflict, match="was lost") as refused:
         submit(world, row)
-    assert (refused.value.code, refused.value.remedy) == (
-        "plan_failed",
-        "Once the workers run normally, create a new plan.",
-    )
+    assert refused.value.code == "plan_failed"
 
 
 def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> None:
@@ -154,13 +153,15 @@ def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> 
 
 
 @pytest.mark.parametrize(
-    ("gone", "remedy"),
+    ("gone", "code", "remedy"),
     [
-        ("file", "Then create a new plan with the new file's ID."),
-        ("base", "If the base model was deleted, use another one in the new plan."),
+        ("file", "file_not_found", "Upload it again, and create a new plan with the new file's ID."),
+        ("base", "base_changed", "Create a new plan with another base model."),
     ],
 )
-def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: World, gone: str, remedy: str) -> None:
+def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(
+    world: World, gone: str, code: str, remedy: str
+) -> None:
     row = plan(world)
     if gone == "file":
         files.delete(world.db, project_id=world.caller.project_id, file_id=world.file_id)
@@ -169,10 +170,13 @@ def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(world: Wor
 
     assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
 
-    assert (look(world, row).error or {})["code"] == {"file": "file_not_found", "base": "base_changed"}[gone]
-    with pytest.raises(Conflict, match="was deleted") as refused:
+    error = look(world, row).error or {}
+    assert error["code"] == code
+    assert error["message"].endswith(remedy)
+    with pytest.raises(Conflict) as refused:
         submit(world, row)
-    assert (refused.value.code, refused.value.remedy) == ("plan_failed", remedy)
+    assert (refused.value.code, refused.value.message) == ("plan_failed", f"Plan {row.id} failed: {error['message']}")
+    assert refused.value.remedy == "Correct the problem, and create the job from a new plan."
 
 
 def test_computing_plans_per_project_are_limited(world: World) -> None:
