@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from catalog.datasets.chat import Chat, check_chat
-from catalog.datasets.chat_templates import TEMPLATES
+from catalog.datasets.chat_templates import TEMPLATES, no_tools
 from tests.worker.chat_bases import CHATS, Base, Messages, turns
 from tests.worker.children.tokenizer.test_published_templates import published
 from worker.children.tokenizer.chat_template import ChatTemplate, Refused
@@ -57,6 +57,20 @@ def test_each_answer_is_found_in_the_text(name: str, chat: Messages) -> None:
 def test_gemma_rejects_two_messages_of_the_user() -> None:
     with pytest.raises(Refused, match="user and the assistant must alternate"):
         template("gemma").render(chat_of([*turns("a"), *turns("b", "c")]))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_only_templates_that_render_tools_are_offered_for_rows_with_tools(name: str) -> None:
+    given = Chat(chat_of(turns("a", "b")).messages, [{"type": "function", "function": {"name": "now"}}])
+    _, _, remedy = no_tools("tools")
+    offered = remedy.partition("--chat-template ")[2].partition("`")[0].split("|")
+
+    if name in offered:
+        template(name).render_supervised(given)
+    else:
+        with pytest.raises(Refused, match="does not render tools"):
+            template(name).render_supervised(given)
+    assert "FILE" in offered
 
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr"])
