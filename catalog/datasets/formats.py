@@ -96,10 +96,7 @@ KINDS = (
 )
 KIND_NAMES = tuple(kind.name for kind in KINDS)
 MAX_NAMED_KEYS = 5
-FORMS = (
-    "a row with 'messages', with 'prompt' and 'completion', with 'text', with 'input', 'preferred_output' and "
-    "'non_preferred_output', or with 'prompt', 'completion' and 'label'"
-)
+FORMS = ", ".join(kind.form for kind in KINDS[:-1]) + f" or {KINDS[-1].form}"
 
 
 def row_kind(name: str | None) -> RowKind:

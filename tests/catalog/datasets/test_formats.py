@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from catalog.datasets.formats import KINDS
+from catalog.datasets.formats import KIND_NAMES, KINDS, RowKind
 from catalog.datasets.rows import as_chat, check_completion
 from catalog.datasets.validator import DatasetCheck, inspect
 from catalog.errors import InvalidRequest
@@ -73,6 +73,13 @@ def test_row_without_a_known_format_is_reported_with_its_keys() -> None:
     assert "format: its only key is 'label'." in refusal({"label": True}).message
     assert "format: its keys are 'question', 'answer'." in refusal({"question": 1, "answer": 2}).message
     assert "'k0', 'k1', 'k2', 'k3', 'k4' and 2 more." in refusal({f"k{number}": 1 for number in range(7)}).message
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_row_without_a_known_format_is_reported_with_each_format(kind: RowKind) -> None:
+    rows: list[dict[str, Any]] = [{}, {"question": 1}]
+    for row in rows:
+        assert kind.form in refusal(row).remedy
 
 
 def test_empty_messages_are_reported_with_the_messages_to_use() -> None:
