@@ -53,13 +53,14 @@ def test_rank_is_compared_with_that_of_the_endpoint(world: World) -> None:
     assert world.submit(must_serve_on="vllm", lora={"rank": 32}).id
 
 
-def test_architecture_without_lora_in_vllm_is_rejected(world: World) -> None:
-    world.base("gpt2", architecture="GPT2LMHeadModel")
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GPTNeoXForCausalLM"])
+def test_architecture_without_lora_in_vllm_is_rejected(world: World, architecture: str) -> None:
+    world.base("gpt", architecture=architecture)
 
     with pytest.raises(InvalidRequest) as raised:
-        world.submit(model="gpt2", must_serve_on="vllm")
+        world.submit(model="gpt", must_serve_on="vllm")
 
-    assert "GPT2LMHeadModel" in raised.value.remedy
+    assert architecture in raised.value.remedy
 
 
 def test_endpoint_must_exist_and_have_the_base_model(world: World) -> None:
