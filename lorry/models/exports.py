@@ -44,4 +44,5 @@ class AdapterExport(View):
 
     @property
     def is_final(self) -> bool:
+        """Whether its status is succeeded, failed or cancelled."""
         return self.status in ("succeeded", "failed", "cancelled")

@@ -166,6 +166,7 @@ class Job(View):
 
     @property
     def is_final(self) -> bool:
+        """Whether its status is succeeded, failed or cancelled."""
         return self.status in FINAL_STATUSES
 
 
@@ -194,13 +195,18 @@ class LogLine(View):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(View):
-    """A job's completion of one of its sample prompts. `is_complete`: it ended within the token limit."""
+    """A job's completion of one of its sample prompts."""
 
     step: int = 0
+    """Optimizer steps of the job before the evaluation."""
     prompt: str = ""
+    """Prompt of the job's `evaluation.samples`."""
     answer: str = ""
+    """Text that the model generated."""
     num_tokens: int = 0
+    """Number of tokens of the answer."""
     is_complete: bool = False
+    """Whether the answer ended within the token limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,13 +250,18 @@ class Attempt(View):
 
 @dataclass(frozen=True, kw_only=True)
 class JobUpdate(View):
-    """A message of a job's live stream. `kind` determines which of the last three fields is set."""
+    """A message of a job's live stream."""
 
     kind: str = ""
+    """job, event or metric: the only one of the last three fields that is set."""
     id: str = ""
+    """ID of the message, after which a new stream can continue. Empty if it has none."""
     job: Job | None = None
+    """The job with its new status or progress."""
     event: JobEvent | None = None
+    """A new event of the job."""
     metric: dict[str, Any] | None = None
+    """A new point of a curve, as in `jobs.metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True)

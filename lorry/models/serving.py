@@ -15,7 +15,6 @@ class ServingEndpoint(View):
     id: str = ""
     name: str = ""
     kind: str = ""
-    """vllm."""
     base_model: str = ""
     base_digest: str = ""
     url: str | None = None

@@ -32,6 +32,7 @@ class Trial(View):
 
     @property
     def is_final(self) -> bool:
+        """Whether its status is succeeded, failed or cancelled."""
         return self.status in FINAL_STATUSES
 
 
@@ -60,4 +61,5 @@ class Sweep(View):
 
     @property
     def is_final(self) -> bool:
+        """Whether its status is succeeded, failed or cancelled."""
         return self.status in FINAL_STATUSES

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from tools import reference_sdk
 from tools.reference_api import meaning
 
 Json = dict[str, Any]
@@ -81,6 +82,14 @@ def test_every_field_and_parameter_has_a_description(app: FastAPI) -> None:
 
     assert len(found) > 1500
     assert [(place, name, field["description"]) for place, name, field in found if not _says(name, field)] == []
+
+
+def test_every_field_of_the_sdk_has_a_meaning() -> None:
+    lines = [line for line in reference_sdk.objects().splitlines() if line.startswith("| `")]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+
+    assert len(rows) > 350
+    assert [name.strip() for name, _, text in rows if len(text.split()) < MIN_WORDS] == []
 
 
 def test_descriptions_write_id_in_capitals(app: FastAPI) -> None:
