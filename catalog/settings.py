@@ -181,6 +181,12 @@ class Settings(EnvironmentSettings):
         "my-org/*; separated by commas.",
     )
 
+    gguf_converter: Path | None = Field(
+        default=None,
+        description="Path of llama.cpp's convert_hf_to_gguf.py, for GGUF exports of more architectures. "
+        "Default: none. Set it on workers.",
+    )
+
     batch_invariant: bool = Field(
         default=True,
         description="Batch-invariant bf16 matmuls on CPUs with AMX: packmates can't change bits. 10% slower.",

@@ -48,7 +48,7 @@ SETTINGS: Mapping[str, Sequence[str]] = {
         "share_half_life_seconds", "priority_aging_seconds", "preempt_after_seconds",
         "preemption_min_runtime_seconds", "max_preemptions",
     ),
-    "exports": ("hub_repositories",),
+    "exports": ("hub_repositories", "gguf_converter"),
     "trackers": ("integrations", "mlflow_tracking_uri", "tensorboard_dir", "trackio_dir"),
 }  # fmt: skip
 """Fields of Settings, by the table of the page that they are in."""

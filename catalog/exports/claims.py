@@ -45,6 +45,8 @@ class WaitingExport:
     adapter_bytes: int
     """Size of the adapter's files, which are fetched."""
     needs: Needs
+    needs_converter: bool
+    """Only llama.cpp's converter can write its GGUF file."""
     was_refused: bool
     """A worker has refused it since it was created or last claimed."""
 
@@ -174,6 +176,7 @@ def _shown(session: Session, row: AdapterExport) -> WaitingExport:
         num_attempts=row.num_attempts,
         adapter_bytes=0 if artifact is None else artifact.num_bytes,
         needs=formats.needs(row.format, row.quantization, description=description, stored_bytes=row.expected_bytes),
+        needs_converter=row.format == "gguf" and not formats.is_written_by_lorry(description),
         was_refused=row.refusals is not None,
     )
 

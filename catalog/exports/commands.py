@@ -21,6 +21,7 @@ from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound, RateLimited
 from catalog.exports import formats, hub_repositories
 from catalog.exports.formats import Format, Quantization
+from catalog.fleet import views, workers
 from catalog.registry import adapters, export_rows
 from catalog.storage import quota
 from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
@@ -64,7 +65,8 @@ def create(
         base = _base(session, model, format)
         lora: dict[str, Any] = session.get_one(Job, model.job_id).spec.get("lora") or {}
         description: dict[str, Any] = base.description or {}
-        formats.check_model(format, description=description, lora=lora)
+        has_converter = workers.GGUF_CONVERTER in (views.integrations(session, now=now) or ())
+        formats.check_model(format, description=description, lora=lora, has_converter=has_converter)
         options: Json = {
             "project_id": caller.project_id,
             "adapter_id": model.id,

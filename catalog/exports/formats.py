@@ -14,7 +14,10 @@ HUB_REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,
 GGUF_ARCHITECTURES = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"},
 )
-"""Classes of base models that can be written as GGUF. A test compares them with lora_core.gguf_format.architecture."""
+"""Classes of base models that Lorry itself writes as GGUF. A test compares them with those of lora_core."""
+SET_CONVERTER = (
+    "Set LORRY_GGUF_CONVERTER on a worker to the path of llama.cpp's convert_hf_to_gguf.py, and restart the worker."
+)
 BYTES_OF_VALUE = {"f16": 2.0, "q8_0": 34 / 32}
 PROCESS_BYTES = 2**30
 """Memory of an export's process without any weights, most of it for torch."""
@@ -56,20 +59,34 @@ def resolve(format: Format, quantization: Quantization | None, *, hub_repository
     return None
 
 
-def check_model(format: Format, *, description: dict[str, Any], lora: dict[str, Any]) -> None:  # noqa: A002
+def is_written_by_lorry(description: dict[str, Any]) -> bool:
+    """Return whether Lorry itself writes GGUF files of this base model. Otherwise, llama.cpp's converter may."""
+    return description.get("architecture") in (None, *GGUF_ARCHITECTURES)
+
+
+def check_model(
+    format: Format,  # noqa: A002
+    *,
+    description: dict[str, Any],
+    lora: dict[str, Any],
+    has_converter: bool,
+) -> None:
     """Raises InvalidRequest if the format can't contain the adapter.
 
-    description: of the base model. lora: of the adapter's job. A worker checks the rest, such as the tokenizer.
+    description: of the base model. lora: of the adapter's job. has_converter: a running worker has llama.cpp's
+    converter. A worker checks the rest, such as the tokenizer.
     """
     if format not in ("gguf", "gguf-lora"):
         return
-    architecture = description.get("architecture")
-    if architecture is not None and architecture not in GGUF_ARCHITECTURES:
+    if not is_written_by_lorry(description) and not (format == "gguf" and has_converter):
+        way_out = f"Use the format {'gguf' if has_converter else 'merged'!r}."
+        if format == "gguf":
+            way_out = f"{SET_CONVERTER} Or use the format 'merged'."
         raise InvalidRequest(
-            f"A base model of the architecture {architecture!r} can't be exported as {format!r}.",
+            f"A base model of the architecture {description['architecture']!r} can't be exported as {format!r}"
+            + (": no running worker has llama.cpp's converter." if format == "gguf" else "."),
             code="unsupported_export",
-            remedy="Use the format 'merged', and convert its folder with llama.cpp: `python convert_hf_to_gguf.py "
-            f"FOLDER --outtype q8_0`. Lorry itself writes GGUF for {', '.join(sorted(GGUF_ARCHITECTURES))}.",
+            remedy=f"{way_out} Without the converter, Lorry writes GGUF for {', '.join(sorted(GGUF_ARCHITECTURES))}.",
             param="format",
         )
     if format == "gguf-lora" and lora.get("use_dora"):

@@ -274,6 +274,7 @@ def _usage_with_vllm(base: Mapping[str, Any], spec: JobSpec) -> Iterator[str]:
 def _verification(verification: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     yield "Largest difference of a logit", _number(verification.get("max_abs_diff"))
     yield "Difference that rounding explains", _number(verification.get("tolerance"))
+    yield "Comparison", verification.get("explanation")
 
 
 def _usage_of_export(format: str, gguf_name: str, spec: JobSpec) -> Iterator[str]:  # noqa: A002

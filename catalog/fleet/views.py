@@ -129,7 +129,7 @@ def quantizations(session: Session, *, now: float, only_open: bool = False) -> f
 
 
 def integrations(session: Session, *, now: float) -> frozenset[str] | None:
-    """Return the trackers that live workers can write to; None if no worker is live."""
+    """Return the integrations of live workers (see catalog.tables.fleet); None if no worker is live."""
     live = list(session.scalars(select(Worker.integrations).where(is_live(now=now))))
     return frozenset[str]().union(*live) if live else None
 

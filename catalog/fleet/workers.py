@@ -19,6 +19,9 @@ from catalog.tables.fleet import SILENT_SECONDS, Trainer, Worker
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
 
+GGUF_CONVERTER = "gguf-converter"
+"""Integration of a worker that has llama.cpp's converter."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerOrders:

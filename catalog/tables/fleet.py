@@ -17,7 +17,7 @@ class Worker(Table):
     pid: Mapped[int]
     devices: Mapped[list[Any]]
     integrations: Mapped[list[Any]]
-    """Trackers that the worker can write to."""
+    """Trackers that the worker can write to, and catalog.fleet.workers.GGUF_CONVERTER if it has the converter."""
     version: Mapped[str]
     protocol: Mapped[int] = mapped_column(Integer)
     """See catalog/fleet/compatibility.py."""

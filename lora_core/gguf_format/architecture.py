@@ -56,18 +56,12 @@ class Architecture:
         llama.cpp rotates neighboring pairs of rows of a head for Llama, but transformers rotates its two halves.
         """
         num_heads = self._permuted_heads(path)
-        if num_heads is None:
-            return rows
-        halves = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
-        return halves.transpose(1, 2).reshape(rows.shape).contiguous()
+        return rows if num_heads is None else halves_to_pairs(rows, num_heads)
 
     def from_gguf(self, path: str, rows: Tensor) -> Tensor:
         """Return rows in the order of transformers: the inverse of `to_gguf`."""
         num_heads = self._permuted_heads(path)
-        if num_heads is None:
-            return rows
-        pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
-        return pairs.transpose(1, 2).reshape(rows.shape).contiguous()
+        return rows if num_heads is None else pairs_to_halves(rows, num_heads)
 
     def _permuted_heads(self, path: str) -> int | None:
         if self.kind is not gguf.MODEL_ARCH.LLAMA:
@@ -117,6 +111,18 @@ def architecture_of(config: Any) -> Architecture:
     if config.hidden_act != "silu":
         raise _unsupported(config, f"its activation is {config.hidden_act!r}")
     return Architecture(config=config, kind=kind)
+
+
+def halves_to_pairs(rows: Tensor, num_heads: int) -> Tensor:
+    """Return the rows [num_heads * head_dim, ...] of a projection in the order that llama.cpp rotates for Llama."""
+    halves = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def pairs_to_halves(rows: Tensor, num_heads: int) -> Tensor:
+    """Return such rows in the order of transformers: the inverse of `halves_to_pairs`."""
+    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape).contiguous()
 
 
 def head_dim(config: Any) -> int:

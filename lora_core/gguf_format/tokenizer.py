@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from lora_core.errors import UnsupportedModel
 
@@ -63,6 +64,30 @@ def add_tokenizer(writer: GGUFWriter, model_dir: Path, *, vocab_size: int) -> No
     loaded = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     special.add_special_token = {name: adds(loaded, name) for name in ("bos", "eos")}
     special.add_to_gguf(writer, quiet=True)
+
+
+def add_sentencepiece_model(model_dir: Path, *, vocab_size: int) -> None:
+    """Write tokenizer.model, which llama.cpp's converter requires for SentencePiece, if the folder lacks it.
+
+    Base models from GGUF files have only tokenizer.json. Raises UnsupportedModel if the tokenizer changes text.
+    """
+    path, source = model_dir / "tokenizer.model", model_dir / "tokenizer.json"
+    if path.exists() or not source.is_file():
+        return
+    content = json.loads(source.read_text("utf-8"))
+    if content["model"].get("type") != "BPE" or not content["model"].get("byte_fallback"):
+        return
+    _check_normalizer(content)
+    tokens, types = _tokens(content, vocab_size)
+    sentencepiece: Any = import_protobuf()
+    proto = sentencepiece.ModelProto()
+    for token, kind, score in zip(tokens, types, _scores(content, tokens), strict=True):
+        proto.pieces.add(piece=token, type=kind, score=score)  # GGUF numbers the types as SentencePiece does
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.add_dummy_prefix = _prepends_space(content)
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    path.write_bytes(proto.SerializeToString())
 
 
 def adds(tokenizer: Any, name: Literal["bos", "eos"]) -> bool:
@@ -121,15 +146,19 @@ def _is_byte(text: str) -> bool:
 
 
 def _add_sentencepiece(writer: GGUFWriter, content: dict[str, Any], tokens: list[str]) -> None:
-    """Add scores from which llama.cpp derives the order of the merges: the earlier a merge, the higher its score."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores(_scores(content, tokens))
+    writer.add_add_space_prefix(_prepends_space(content))
+
+
+def _scores(content: dict[str, Any], tokens: list[str]) -> list[float]:
+    """Return scores from which llama.cpp derives the order of the merges: the earlier a merge, the higher its score."""
     first: dict[str, int] = {}
     for order, pair in enumerate(content["model"]["merges"]):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         first.setdefault(left + right, order)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_scores([-float(first.get(token, len(first))) for token in tokens])
-    writer.add_add_space_prefix(_prepends_space(content))
+    return [-float(first.get(token, len(first))) for token in tokens]
 
 
 def _prepends_space(content: dict[str, Any]) -> bool:

@@ -49,31 +49,31 @@ class GgufReport:
 def verify_gguf(model_dir: Path, path: Path, *, precision: Precision) -> GgufReport:
     """Compare a GGUF file with the model folder that it was written from. Raises BadAdapter, with the numbers."""
     source = load_base(model_dir, dtype="float32", device="cpu")
-    ids = _ids(source)
-    adapted = _logits(source.model, ids)
+    ids = draw_ids(source)
+    adapted = compute_logits(source.model, ids)
     _round_weights(source.model, precision)
     rounded, effect = _measured(source.model, ids)
     del source
-    return _passed(_logits(_read_model(path), ids), rounded, effect, path, adapted=adapted)
+    return _passed(compute_logits(_read_model(path), ids), rounded, effect, path, adapted=adapted)
 
 
 def verify_gguf_lora(adapter_dir: Path, base_dir: Path, path: Path) -> GgufReport:
     """Compare a LoRA file with PEFT's logits for the adapter, both on the base model in fp32. Raises BadAdapter."""
     base = load_base(base_dir, dtype="float32", device="cpu")
-    ids = _ids(base)
+    ids = draw_ids(base)
     adapted = PeftModel.from_pretrained(base.model, str(adapter_dir), is_trainable=False).eval()
-    expected = _logits(adapted, ids)
+    expected = compute_logits(adapted, ids)
     updated = _add_updates(cast(nn.Module, adapted.unload()), base_dir, path)
     found, effect = _measured(updated, ids)
     return _passed(found, expected, effect, path, adapted=expected)
 
 
-def _ids(base: BaseModel) -> Tensor:
+def draw_ids(base: BaseModel) -> Tensor:
     return torch.from_numpy(pseudo_random_ids(base, "gguf", PROBE_SEED))
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
@@ -96,10 +96,10 @@ def _round_weights(model: nn.Module, precision: Precision) -> None:
 
 def _measured(model: nn.Module, ids: Tensor) -> tuple[Tensor, float]:
     """Return the logits, and the largest effect on them of random rounding errors in fp32."""
-    logits, effect = _logits(model, ids), 0.0
+    logits, effect = compute_logits(model, ids), 0.0
     for seed in range(NUM_NUDGES):
         with _rounding_errors(model, seed=seed):
-            effect = max(effect, float((_logits(model, ids) - logits).abs().max()))
+            effect = max(effect, float((compute_logits(model, ids) - logits).abs().max()))
     return logits, effect
 
 

@@ -6,16 +6,18 @@ Each export is read back and compared with the adapted model before its folder a
 
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_core.base_model.loading import read_config
 from lora_core.errors import UnsupportedModel
-from lora_core.gguf_format.architecture import architecture_of
+from lora_core.gguf_format.architecture import ARCHITECTURES, architecture_of
 from lora_core.gguf_format.modelfile import write_modelfile
-from lora_core.gguf_format.verify import verify_gguf, verify_gguf_lora
+from lora_core.gguf_format.tokenizer import add_sentencepiece_model
+from lora_core.gguf_format.verify import GgufReport, verify_gguf, verify_gguf_lora
+from lora_core.gguf_format.verify_converted import verify_converted
 from lora_core.gguf_format.write import Precision, write_gguf
 from lora_core.gguf_format.write_lora import write_gguf_lora
 from lora_core.model_files.merge import merge_adapter, refuse_foreign_adapter, stored_dtype
@@ -23,6 +25,8 @@ from lora_core.model_files.merge_cost import compare_cost
 from lora_core.runtime.safetensors_io import write_directory, write_json
 
 Format = Literal["merged", "gguf", "gguf-lora"]
+Convert = Callable[[Path, Path], None]
+"""Writes a model folder, the first path, as a GGUF file, the second one, which does not exist."""
 RECORD = "export.json"
 
 
@@ -36,6 +40,7 @@ def export_model(
     name: str,
     file_stem: str,
     end_ids: Collection[int] = (),
+    convert: Convert | None = None,
 ) -> dict[str, Any]:
     """Create `out_dir`, which must not exist, and return what was measured.
 
@@ -46,6 +51,7 @@ def export_model(
         name: Name of the model in GGUF metadata.
         file_stem: Name of a GGUF file, without its suffix.
         end_ids: Tokens that end an answer; see `merge_adapter`. An export without a model does not contain them.
+        convert: Writes GGUF files of the architectures that this package does not write. None: they are refused.
 
     Returns:
         `verification`: with `max_abs_diff` and `tolerance` in logits, and details by format. `cost`: the fields of
@@ -64,12 +70,22 @@ def export_model(
     refuse_foreign_adapter(adapter_dir)
     if format == "merged":
         return _export_merged(adapter_dir, base_dir, out_dir, end_ids)
-    architecture_of(read_config(base_dir))
+    config = read_config(base_dir)
+    if quantization is None or convert is None or config.model_type in ARCHITECTURES:
+        architecture_of(config)
+        convert = None
     if quantization is None:
         return _export_lora(adapter_dir, base_dir, out_dir, name=name, file_stem=file_stem)
-    return _export_gguf(
-        adapter_dir, base_dir, out_dir, precision=quantization, name=name, file_stem=file_stem, end_ids=end_ids
-    )
+
+    def write(merged: Path, path: Path) -> GgufReport:
+        if convert is None:
+            write_gguf(merged, path, precision=quantization, name=name)
+            return verify_gguf(merged, path, precision=quantization)
+        add_sentencepiece_model(merged, vocab_size=config.get_text_config().vocab_size)
+        convert(merged, path)
+        return verify_converted(merged, adapter_dir, path)
+
+    return _export_gguf(adapter_dir, base_dir, out_dir, write=write, file_stem=file_stem, end_ids=end_ids)
 
 
 def _export_merged(adapter_dir: Path, base_dir: Path, out_dir: Path, end_ids: Collection[int]) -> dict[str, Any]:
@@ -84,8 +100,7 @@ def _export_gguf(
     base_dir: Path,
     out_dir: Path,
     *,
-    precision: Precision,
-    name: str,
+    write: Callable[[Path, Path], GgufReport],
     file_stem: str,
     end_ids: Collection[int],
 ) -> dict[str, Any]:
@@ -99,9 +114,7 @@ def _export_gguf(
 
         def fill(directory: Path) -> None:
             path = directory / f"{file_stem}.gguf"
-            write_gguf(merged, path, precision=precision, name=name)
-            checked = verify_gguf(merged, path, precision=precision)
-            result["verification"] = {**asdict(checked), "merge": asdict(report)}
+            result["verification"] = {**asdict(write(merged, path)), "merge": asdict(report)}
             write_modelfile(merged, directory / "Modelfile", gguf_name=path.name)
             write_json(directory / RECORD, result)
             for license_file in sorted(base_dir.glob("LICENSE*")):

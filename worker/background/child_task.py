@@ -165,8 +165,9 @@ class _Progress:
             raise self._stuck(f"it did not finish within {LIMIT_SECONDS / 3600:.0f} hours, the maximum")
 
     def _seconds_used(self) -> float:
+        """Return the processor time of the child and of the processes that it has started and may have ended."""
         try:
-            times = psutil.Process(self._pid).cpu_times()
+            child = psutil.Process(self._pid)
+            return sum(sum(each.cpu_times()[:4]) for each in (child, *child.children(recursive=True)))
         except psutil.Error:
             return self._seconds
-        return times.user + times.system

@@ -13,7 +13,7 @@ from worker.node import devices
 
 
 class ScarceResources(LorryError):
-    """This worker has too little free disk space or memory for the export. Another one may have enough."""
+    """This worker lacks disk space, memory or a program for the export. Another one may have it."""
 
 
 def check(needs: Needs, *, worker_id: str, scratch: Path, store: Path | None, adapter_bytes: int) -> None:

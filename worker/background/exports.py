@@ -15,7 +15,7 @@ from secrets import token_hex
 from catalog import failpoints
 from catalog.disk import full_disk_named
 from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
-from catalog.exports import claims, hub_repositories, model_card
+from catalog.exports import claims, formats, hub_repositories, model_card
 from catalog.exports.claims import ExportClaim, ExportResult, WaitingExport
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
@@ -83,7 +83,13 @@ def export_next(context: WorkerContext) -> bool:
 
 
 def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources | None:
-    """Return why this worker has too few resources for the export, or None."""
+    """Return what this worker lacks for the export, or None."""
+    if waiting.needs_converter and context.settings.gguf_converter is None:
+        return ScarceResources(
+            f"The export needs llama.cpp's converter, which worker {context.worker_id} lacks.",
+            code="converter_missing",
+            remedy=formats.SET_CONVERTER,
+        )
     with full_disk_named():
         context.scratch_dir().mkdir(parents=True, exist_ok=True)
     try:
@@ -136,7 +142,7 @@ class _Attempt:
 
     def _write_files(self, adapter: Path, files: Path) -> Json:
         """Run the child that writes and verifies the files. Returns what it measured."""
-        claim = self.claim
+        claim, converter = self.claim, self.context.settings.gguf_converter
         base_dir = base_models.ensure(
             self.context, claim.base_model, claim.base_digest, is_unwanted=self.is_unwanted
         ).absolute()
@@ -148,8 +154,10 @@ class _Attempt:
             "quantization": claim.quantization,
             "name": claim.adapter_name,
             "file_stem": file_stem(claim),
+            "converter": None if converter is None else str(converter.absolute()),
         }
-        return self._run_child("worker.children.exporter", request, sandbox.export(self.work, base_dir=base_dir))
+        box = sandbox.export(self.work, base_dir=base_dir, converter=converter)
+        return self._run_child("worker.children.exporter", request, box)
 
     def _add_card(self, files: Path, result: Json) -> None:
         """Add the model card, unless the lineage record was deleted or can't be read by this version."""

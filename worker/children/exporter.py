@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import sys
 
 if __name__ == "__main__":
     gc.disable()  # the imports free nothing, so collections would waste a quarter of their time
 
+from functools import partial
 from pathlib import Path
 
 from catalog import failpoints
-from lora_core.errors import LoraCoreError
+from catalog.disk import tells_of_full
+from lora_core.errors import LoraCoreError, UnsupportedModel
 from lora_core.model_files.export import export_model
 from worker.children.tokenizer.chat_template import Refused
 from worker.children.tokenizer.text_encoder import BaseText
+from worker.process import gguf_converter
 from worker.protocol.errors import described, disk_error
 from worker.protocol.mailbox import Json, read_json, write_json
 
 
 def export(arguments_path: Path) -> None:
     """Export as specified by the file with `{adapter_dir, base_dir, out_dir, format, quantization, name, file_stem,
-    result}`. Writes `{verification, cost}` or an error to the result file."""
+    converter, result}`. Writes `{verification, cost}` or an error to the result file.
+
+    converter: the path of llama.cpp's convert_hf_to_gguf.py, or None.
+    """
     arguments = read_json(arguments_path)
     failpoints.pass_by("exporting")
     base_dir = Path(arguments["base_dir"])
@@ -39,6 +46,7 @@ def export(arguments_path: Path) -> None:
             name=arguments["name"],
             file_stem=arguments["file_stem"],
             end_ids=() if arguments["format"] == "gguf-lora" else _end_ids(base_dir),
+            convert=None if arguments["converter"] is None else partial(_convert, arguments),
         )
     except LoraCoreError as error:
         result = {"error": described(error)}
@@ -49,6 +57,23 @@ def export(arguments_path: Path) -> None:
         too_large = "writes a file that is larger than the limit for its size."
         result = {"error": _limit_error(too_large) if is_limit else disk_error(error)}
     write_json(Path(arguments["result"]), result)
+
+
+def _convert(arguments: Json, model_dir: Path, path: Path) -> None:
+    """Write a model folder as a GGUF file with llama.cpp's converter. Raises UnsupportedModel, MemoryError, OSError."""
+    options = ("--outfile", str(path), "--outtype", arguments["quantization"], "--model-name", arguments["name"])
+    work = Path(arguments["out_dir"]).parent
+    try:
+        gguf_converter.run(Path(arguments["converter"]), str(model_dir), *options, work=work, source=model_dir)
+        if not path.is_file():
+            raise gguf_converter.ConverterFailed("it wrote no file")
+    except gguf_converter.ConverterFailed as error:
+        if tells_of_full(str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise UnsupportedModel(
+            f"llama.cpp's converter can't write this model: {error}.",
+            remedy="Use the format 'merged'. If a newer llama.cpp supports the model, update it on the worker.",
+        ) from error
 
 
 def _end_ids(base_dir: Path) -> frozenset[int]:

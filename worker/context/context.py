@@ -19,6 +19,7 @@ from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.fleet import compatibility, workers
 from catalog.fleet.gangs import Round
+from catalog.fleet.workers import GGUF_CONVERTER
 from catalog.queue.notifier import FileNotifier
 from catalog.resources import sharding
 from catalog.resources.sharding import DeviceGroup, Wanted
@@ -32,6 +33,7 @@ from worker.context.heartbeat import Heartbeat
 from worker.node import devices as node
 from worker.node import scratch_dirs
 from worker.node.utilization import DeviceWatch, measure
+from worker.process import gguf_converter
 from worker.process.standby import Standby
 from worker.trackers.run_writer import writing_runs
 from worker.trackers.session import available
@@ -160,7 +162,8 @@ class WorkerContext:
 def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerContext]:
     """Yield a registered worker that sends heartbeats for the duration of the block.
 
-    Raises Unavailable. Raises UnfitWorker, before it writes anything, if its version does not suit the service.
+    Raises Unavailable. Raises UnfitWorker, before it writes anything, if its version does not suit the service, or if
+    the GGUF converter of its settings does not run.
     """
     check_strategy(settings.strategy, gang=settings.gang)
     db = Database(settings.resolved_database_url())
@@ -185,6 +188,8 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
     context.workers_dir().mkdir(exist_ok=True)
     with closing(db), scratch_dirs.owned(context.workers_dir() / worker_id):
         compatibility.check(db)
+        if settings.gguf_converter is not None:
+            gguf_converter.check(settings.gguf_converter, scratch=context.scratch_dir())
         for dead_id in scratch_dirs.clean(context.workers_dir()):
             workers.declare_lost(db, dead_id)  # so its jobs need not wait until their leases expire
         of_worker = logs.all_about({"worker": worker_id})
@@ -271,6 +276,7 @@ def _trains_as(context: WorkerContext) -> Json:
 @contextmanager
 def _registered(context: WorkerContext) -> Generator[None]:
     db, worker_id, device = context.db, context.worker_id, context.device
+    converter = () if context.settings.gguf_converter is None else (GGUF_CONVERTER,)
     workers.register_worker(
         db,
         worker_id=worker_id,
@@ -278,7 +284,7 @@ def _registered(context: WorkerContext) -> Generator[None]:
         pid=os.getpid(),
         devices=[device.as_json() | _trains_as(context)],
         version=node.versions()["lorry"],
-        integrations=available(context.settings),
+        integrations=[*available(context.settings), *converter],
         memory_bytes=device.memory_bytes // context.num_processes,
     )
     context.heartbeat.start()

@@ -177,9 +177,9 @@ def base_import(folder: Path, *, source: Path | None) -> Sandbox:
     return Sandbox(kind="import", reads=reads, links=links, tcp=source is None, limits=limits)
 
 
-def export(folder: Path, *, base_dir: Path) -> Sandbox:
-    """Return the sandbox of a child that exports an adapter: it reads the base model, and writes the folder of this
-    export.
+def export(folder: Path, *, base_dir: Path, converter: Path | None) -> Sandbox:
+    """Return the sandbox of a child that exports an adapter: it reads the base model and the folder of the GGUF
+    converter, and writes the folder of this export.
 
     A model of 16 bits is held in 32 bits while it is merged and verified, with copies of some weights.
     """
@@ -189,7 +189,7 @@ def export(folder: Path, *, base_dir: Path) -> Sandbox:
         "cpu": 3600 + 3600 * (num_bytes // 2**30),
         "fsize": 2**30 + 4 * num_bytes,
     }
-    reads = (str(base_dir.absolute()),)
+    reads = (str(base_dir.absolute()), *(str(path.absolute().parent) for path in (converter,) if path is not None))
     return Sandbox(kind="export", reads=reads, writes=(str(folder.absolute()),), limits=limits)
 
 

@@ -54,6 +54,9 @@ class ExportVerification(BaseModel):
         description="For an adapter trained on a quantized base model: difference between the merged model without "
         "quantization and the logits in training.",
     )
+    explanation: str | None = Field(
+        default=None, description="For a GGUF file of llama.cpp's converter: what was compared, and what was not."
+    )
 
 
 class ExportCost(BaseModel):

@@ -87,7 +87,7 @@ function Row({ row, path, done }) {
   return html`<div class="pad">
     <p><span class=${`state state-${row.status}`}><span class="dot" aria-hidden="true"></span>${stateWord(row.status)}</span>
       <b> ${nameOf(row)}</b> ${row.bytes > 0 && html`<span class="soft">${format.bytes(row.bytes)}</span>`} <span class="soft"><${Ago} at=${row.created_at} /></span></p>
-    ${verification && html`<p class="soft">Largest logit difference <b>${format.power(verification.max_abs_diff)}</b> (allowed: ${format.power(verification.tolerance)}).
+    ${verification && html`<p class="soft">Largest logit difference <b>${format.power(verification.max_abs_diff)}</b> (allowed: ${format.power(verification.tolerance)}). ${verification.explanation}
       ${cost && html` A pass takes ${milliseconds(cost.merged_seconds)} merged and ${milliseconds(cost.base_seconds)} without the adapter.`}</p>`}
     ${row.hub_url && html`<p>Uploaded to <code>${row.hub_repository}</code>.</p>`}
     ${row.error && html`<${Failure} error=${row.error} />`}
