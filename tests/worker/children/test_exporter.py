@@ -43,6 +43,7 @@ def exported(base_dir: Path, adapter_dir: Path, folder: Path, **fields: Any) -> 
         "quantization": None,
         "name": "ft:x",
         "file_stem": "ft-x",
+        "converter": None,
         "result": str(folder / "result.json"),
     }
     (folder / "arguments.json").write_text(json.dumps(arguments | fields))
