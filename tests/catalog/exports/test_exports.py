@@ -21,6 +21,7 @@ from catalog.errors import (
 )
 from catalog.exports import claims, commands, formats, hub_repositories
 from catalog.exports.claims import MAX_ATTEMPTS, ExportResult
+from catalog.fleet import workers
 from catalog.maintenance import garbage_collection
 from catalog.queue import pending
 from catalog.registry import adapters, base_models, permissions
@@ -490,17 +491,36 @@ def test_options_that_do_not_belong_together_are_rejected(
     assert (caught.value.code, caught.value.param) == ("invalid_export", param)
 
 
-@pytest.mark.parametrize("format", ["gguf", "gguf-lora"])
-def test_architecture_without_gguf_is_rejected_by_name(world: World, format: str) -> None:  # noqa: A002
-    world.base("gpt", architecture="GPT2LMHeadModel")
-    adapter = world.complete(world.running(model="gpt").claim_id)
+@pytest.fixture
+def gemma(world: World) -> Adapter:
+    world.base("gemma", architecture="Gemma3ForCausalLM")
+    return world.complete(world.running(model="gemma").claim_id)
 
-    with pytest.raises(InvalidRequest, match="architecture 'GPT2LMHeadModel' can't be exported") as caught:
-        create(world, adapter, format)
 
-    assert "LlamaForCausalLM" in caught.value.remedy
-    assert "format 'merged', and convert its folder with llama.cpp" in caught.value.remedy
-    assert create(world, adapter, "merged").status == "queued"
+def test_architecture_without_gguf_is_rejected_with_the_ways_out(world: World, gemma: Adapter) -> None:
+    with pytest.raises(InvalidRequest, match="'Gemma3ForCausalLM' can't be exported as 'gguf': no running") as caught:
+        create(world, gemma, "gguf")
+
+    assert "Set LORRY_GGUF_CONVERTER on a worker" in caught.value.remedy
+    assert "Or use the format 'merged'. Without the converter, Lorry writes GGUF for Llama" in caught.value.remedy
+    with pytest.raises(InvalidRequest, match="can't be exported as 'gguf-lora'") as caught:
+        create(world, gemma, "gguf-lora")
+    assert caught.value.remedy.startswith("Use the format 'merged'.")
+    assert create(world, gemma, "merged").status == "queued"
+
+
+def test_worker_with_the_converter_makes_gguf_of_any_architecture(
+    world: World, gemma: Adapter, adapter: Adapter
+) -> None:
+    world.worker("w2", integrations=(workers.GGUF_CONVERTER,))
+
+    row, own = create(world, gemma, "gguf"), create(world, adapter, "gguf")
+
+    needs = {each.export_id: each.needs_converter for each in claims._waiting(world.db, "w2")}
+    assert needs == {row.id: True, own.id: False}
+    with pytest.raises(InvalidRequest, match="can't be exported as 'gguf-lora'") as caught:
+        create(world, gemma, "gguf-lora")
+    assert caught.value.remedy.startswith("Use the format 'gguf'.")
 
 
 def test_dora_adapter_is_no_lora_file(world: World) -> None:

@@ -153,7 +153,7 @@ def test_a_doubled_rank_and_a_quantized_base_are_stated() -> None:
 
 
 COST = {"base_seconds": 0.1, "merged_seconds": 0.098, "num_tokens": 128}
-VERIFICATION = {"max_abs_diff": 0.0125, "tolerance": 0.05}
+VERIFICATION = {"max_abs_diff": 0.0125, "tolerance": 0.05, "explanation": "93 of 93 weights match."}
 
 
 @pytest.mark.parametrize(
@@ -185,5 +185,6 @@ def test_the_card_of_an_export_has_the_four_numbers_with_the_measured_latency(
     latency = "| Inference latency, merged | 98 ms instead of 100 ms (98%), for a pass over 128 tokens on a CPU |"
     assert (latency in rendered) is (cost is not None)
     assert "## Verification of this export\n\n| | |\n|---|---|\n| Largest difference of a logit | 0.0125 |" in rendered
+    assert "| Comparison | 93 of 93 weights match. |" in rendered
     assert command in rendered
     assert CANARY not in rendered

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from catalog.db import lease
 from catalog.errors import LorryError, Unavailable
 from catalog.settings import Settings
 from catalog.tables.storage import BaseModelRow
+from tests.worker_site import wait_until
 from worker.background import child_task
 from worker.background.child_task import ChildFailed
 from worker.node import devices
@@ -116,6 +120,19 @@ def test_a_child_without_progress_is_terminated(
         child_task.wait_for_child(sleeper, context, stuck=no_progress)
 
     assert sleeper.returncode is not None
+
+
+def test_progress_of_a_process_that_the_child_has_started_counts() -> None:
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    child = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    seconds_used = child_task._Progress(child.pid, no_progress)._seconds_used  # pyright: ignore[reportPrivateUsage]
+
+    try:
+        own = psutil.Process(child.pid)
+        wait_until(lambda: seconds_used() > 0.2 + sum(own.cpu_times()[:2]))
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def test_no_child_is_left_running_after_an_unexpected_error(context: Any, sleeper: subprocess.Popen[bytes]) -> None:

@@ -18,6 +18,7 @@ from catalog.exports.formats import Needs
 from catalog.storage import artifact_index
 from catalog.storage import store as store_module
 from catalog.tables.exports import AdapterExport
+from catalog.tables.storage import BaseModelRow
 from catalog.tables.tenancy import Project
 from tests.catalog.exports import test_model_card
 from tests.worker.pack_site import PackSite
@@ -234,6 +235,23 @@ def test_export_waits_for_a_worker_with_enough_resources(
     assert not exports.export_next(site.context), "this worker has refused it"
 
     site.context.worker_id = "w2"
+    assert exports.export_next(site.context)
+    assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
+
+
+def test_export_waits_for_a_worker_with_the_converter(site: PackSite, row: AdapterExport, child: Any) -> None:
+    child("pass", writes())
+    with site.db.write() as session:
+        session.get_one(AdapterExport, row.id).format = "gguf"
+        session.get_one(BaseModelRow, row.base_model).description = {"architecture": "Gemma3ForCausalLM"}
+
+    assert not exports.export_next(site.context)
+
+    assert error_of(site, row)["code"] == "converter_missing"
+    assert "needs llama.cpp's converter, which worker w1 lacks" in error_of(site, row)["message"]
+    assert "Set LORRY_GGUF_CONVERTER" in error_of(site, row)["remedy"]
+    site.context.worker_id = "w2"
+    site.context.settings = site.settings.model_copy(update={"gguf_converter": Path("convert_hf_to_gguf.py")})
     assert exports.export_next(site.context)
     assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
 

@@ -10,14 +10,17 @@ from sqlalchemy import update
 
 from catalog.db import revisions
 from catalog.db.database import Database
+from catalog.fleet.workers import GGUF_CONVERTER
 from catalog.settings import Settings
 from catalog.tables.fleet import Worker
 from tests import next_migration
 from tests.catalog.world import Clock, World
 from tests.next_migration import UNRELEASED
+from tests.worker.process.test_gguf_converter import install
 from worker.context.context import UNFIT, open_worker
 from worker.entrypoints import loop
 from worker.node import devices, scratch_dirs
+from worker.process import gguf_converter
 
 
 def test_claims_of_a_dead_worker_on_the_same_data_folder_are_released(tmp_path: Path) -> None:
@@ -56,6 +59,28 @@ def test_a_live_worker_keeps_its_claims_when_another_starts(tmp_path: Path) -> N
     with world.db.read() as session:
         left = session.get_one(Worker, newcomer.worker_id)
     assert left.ended_at is not None
+
+
+def test_worker_announces_a_converter_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_converter, "find_spec", lambda _module: True)
+    settings = Settings(data_dir=tmp_path / "data", gguf_converter=install(tmp_path / "llama.cpp"))
+    a_world(settings)
+
+    with open_worker(settings, device=devices.choose_device("cpu")) as context, context.db.read() as session:
+        assert GGUF_CONVERTER in session.get_one(Worker, context.worker_id).integrations
+
+
+def test_worker_does_not_start_with_a_converter_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gguf_converter, "find_spec", lambda _module: True)
+    a_world(Settings(data_dir=tmp_path))
+    monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("LORRY_GGUF_CONVERTER", str(tmp_path / "none.py"))
+
+    assert loop.main(["--device", "cpu", "--once"]) == UNFIT
+
+    assert "LORRY_GGUF_CONVERTER is" in capsys.readouterr().err
 
 
 def test_a_worker_that_starts_before_its_database_waits_for_it(
