@@ -78,22 +78,32 @@ def check_model(
     """
     if format not in ("gguf", "gguf-lora"):
         return
-    if not is_written_by_lorry(description) and not (format == "gguf" and has_converter):
-        way_out = f"Use the format {'gguf' if has_converter else 'merged'!r}."
-        if format == "gguf":
-            way_out = f"{SET_CONVERTER} Or use the format 'merged'."
-        raise InvalidRequest(
-            f"A base model of the architecture {description['architecture']!r} can't be exported as {format!r}"
-            + (": no running worker has llama.cpp's converter." if format == "gguf" else "."),
-            code="unsupported_export",
-            remedy=f"{way_out} Without the converter, Lorry writes GGUF for {', '.join(sorted(GGUF_ARCHITECTURES))}.",
-            param="format",
-        )
+    if not is_written_by_lorry(description):
+        _check_converter(format, architecture=description["architecture"], has_converter=has_converter)
     if format == "gguf-lora" and lora.get("use_dora"):
         raise InvalidRequest(
             "An adapter that uses DoRA can't be exported as 'gguf-lora', which contains only the matrices A and B.",
             code="unsupported_export",
             remedy="Use the format 'gguf' or 'merged', which contain the merged weights.",
+            param="format",
+        )
+
+
+def _check_converter(format: Format, *, architecture: str, has_converter: bool) -> None:  # noqa: A002
+    writes = f"Without the converter, Lorry writes GGUF for {', '.join(sorted(GGUF_ARCHITECTURES))}."
+    if format == "gguf-lora":
+        raise InvalidRequest(
+            f"An adapter of the architecture {architecture!r} can't be exported as 'gguf-lora'.",
+            code="unsupported_export",
+            remedy=f"Use the format {'gguf' if has_converter else 'merged'!r}. {writes}",
+            param="format",
+        )
+    if not has_converter:
+        raise InvalidRequest(
+            f"A base model of the architecture {architecture!r} can't be exported as 'gguf': no running worker has "
+            "llama.cpp's converter.",
+            code="unsupported_export",
+            remedy=f"{SET_CONVERTER} Or use the format 'merged'. {writes}",
             param="format",
         )
 

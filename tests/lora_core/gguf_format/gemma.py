@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from transformers import AutoModelForCausalLM, Gemma3TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import tiny_base
 from tests.lora_core.gguf_format.families import COMMON
@@ -25,10 +25,10 @@ ROPE = {
 def save(folder: Path) -> Path:
     """Save a model whose norms have distinct values, and whose heads have the size that llama.cpp assumes to scale."""
     options = COMMON | {"vocab_size": VOCABULARY, "num_hidden_layers": 7, "head_dim": 256, "sliding_window": 16}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    options |= {"query_pre_attn_scalar": 256, "rope_parameters": ROPE}
+    options |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     torch.manual_seed(0)
-    config = Gemma3TextConfig(**options | ids, query_pre_attn_scalar=256, rope_parameters=ROPE)
-    model: Any = AutoModelForCausalLM.from_config(config)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **options))
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, -0.5, 0.5)
