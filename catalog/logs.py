@@ -119,6 +119,8 @@ def configure(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # httpx logs each URL at INFO, and the URL of a webhook may contain a secret.
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # A backup creates the tables of a dump with alembic, whose lines look as if it migrated the service's database.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 @contextmanager

@@ -143,7 +143,8 @@ def _write_folder(folder: Path, directory: Path, chat_template: str | None) -> N
     if not folder.is_dir():
         raise UnreachableSource(
             f"The folder {str(folder)!r} does not exist on the worker.",
-            remedy="Use the absolute path of a folder with safetensors files. Names of GGUF files must end in .gguf.",
+            remedy="Use the absolute path, as the worker sees it, of a folder with safetensors files. In a container, "
+            "mount it, for example in /models. Names of GGUF files must end in .gguf.",
         )
     _refuse_by_config(folder)
     names = weight_names(folder)
@@ -174,7 +175,9 @@ def _write_gguf(path: Path, directory: Path, chat_template: str | None) -> None:
     """
     if not path.is_file():
         raise UnreachableSource(
-            f"The file {str(path)!r} does not exist on the worker.", remedy="Use the absolute path of a GGUF file."
+            f"The file {str(path)!r} does not exist on the worker.",
+            remedy="Use the absolute path of a GGUF file as the worker sees it. In a container, that is a path in a "
+            "mounted folder, such as /models.",
         )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":

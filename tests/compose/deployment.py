@@ -28,6 +28,8 @@ OURS = ("bootstrap", "api", "worker-cpu")
 WAIT_SECONDS = 600.0
 ADDRESS = "127.0.0.1:8000"
 """Address of the API server in the guides."""
+REHEARSAL, REHEARSAL_ADDRESS = "rehearsal", "127.0.0.1:8100"
+"""Name and address of the project in which the guides rehearse a restore."""
 
 
 class CommandFailed(AssertionError):
@@ -51,7 +53,7 @@ class Deployment:
         texts = {block.text for block in guide_blocks()}
         (found,) = {f"{text}\n"} & texts or {block for block in texts if text in block}
         self.has_run.add(found)
-        return self.shell(found.replace(ADDRESS, self.env["LORRY_LISTEN"]), stdin=stdin)
+        return self.shell(re.sub(f"{ADDRESS}|{REHEARSAL_ADDRESS}", self.env["LORRY_LISTEN"], found), stdin=stdin)
 
     def shell(self, script: str, *, stdin: str = "") -> str:
         """Run a script in the checkout, and return its output, including stderr. Raises CommandFailed."""
@@ -142,7 +144,7 @@ def deployed(folder: Path) -> Iterator[Deployment]:
         "COMPOSE_PROJECT_NAME": "lorry-test",
         "COMPOSE_PROFILES": "cpu",
         "LORRY_LISTEN": f"127.0.0.1:{free_port()}",
-        "LORRY_SUBNET": "172.31.251.0/24",
+        "LORRY_SUBNET": "172.31.253.0/24",
         "LORRY_LOG_FORMAT": "json",
         "BUILDKIT_PROGRESS": "plain",
     }

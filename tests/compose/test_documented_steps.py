@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests import tiny_base
-from tests.compose.deployment import CommandFailed, Deployment, deployed, guide_blocks
+from tests.compose.deployment import REHEARSAL, CommandFailed, Deployment, deployed, guide_blocks
 from tests.compose.logs import problems
 from tests.services.programs import Missing
 
@@ -45,12 +45,13 @@ def lorry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 
 def test_empty_secrets_are_refused(lorry: Deployment) -> None:
-    lorry.guide("cp .env.example .env")
+    lorry.guide("install -m 600 .env.example .env")
 
     with pytest.raises(CommandFailed, match=r"set it in \.env"):
         lorry.shell("docker compose config --quiet")
 
     lorry.guide("openssl rand")
+    lorry.guide("s/^COMPOSE_PROFILES")
     lorry.shell("docker compose config --quiet")
 
 
@@ -131,10 +132,14 @@ def test_backup_is_restored_into_another_project(lorry: Deployment) -> None:
     lorry.guide("sudo install -d")
     lorry.guide("docker compose run --rm backup")
 
-    other = lorry.beside("lorry-test-restored", "172.31.252.0/24")
+    lorry.guide("docker compose exec api python -m api verify")
+
+    other = lorry.beside(REHEARSAL, "172.31.251.0/24")
     try:
+        other.guide("export COMPOSE_PROJECT_NAME")
+        other.guide("docker compose -p rehearsal down --volumes")
         other.guide("docker compose down --volumes")
-        other.guide("docker compose run --rm restore")
+        other.guide("docker compose run --rm restore\ndocker compose run --rm bootstrap\ndocker compose up -d")
         other.wait_until_healthy("api", "worker-cpu")
         other.guide("lorry login", stdin=(other.folder.parent / "key").read_text())
         assert other.shell(ASK.format(model="killed")).strip()
