@@ -2,8 +2,8 @@
 """Compares a GGUF file that llama.cpp's converter wrote with the model folder that it was converted from.
 
 The file may be of any architecture, so its logits can't be computed here. Instead, each weight is found by llama.cpp's
-name for it, and must equal that of the folder, rounded to the format. Weights without such a name, or with a layout of
-their own, are listed as not compared. The adapter must not change any of them.
+name for it, and must equal that of the folder, rounded to the format. Weights that are not found so are listed as not
+verified: they may have another name or layout. The adapter must not change any of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from lora_core.base_model.model import load_base
 from lora_core.errors import BadAdapter
-from lora_core.gguf_format.architecture import halves_to_pairs, pairs_to_halves
+from lora_core.gguf_format.architecture import PERMUTED, halves_to_pairs, pairs_to_halves
 from lora_core.gguf_format.tokenizer import SPACE
 from lora_core.gguf_format.verify import GgufReport, compute_logits, draw_ids
 from lora_core.peft_format.export import PREFIX, WEIGHTS
@@ -68,7 +68,7 @@ def verify_converted(model_dir: Path, adapter_dir: Path, path: Path) -> Converte
         "of the merged model, rounded to the format, among them all that the adapter changes. "
         f"The tokens{metadata} are those of the base model. Other metadata was not compared."
     )
-    text += f" Not compared: {_listed(other)}." if other else ""
+    text += f" Not verified: {_listed(other)}." if other else ""
     measured = GgufReport(max_abs_diff=difference, tolerance=difference, max_abs_logit=float(adapted.abs().max()))
     return ConvertedReport(**asdict(measured), explanation=text)
 
@@ -101,7 +101,7 @@ def _layouts(weight: Tensor, config: Any) -> Iterator[tuple[Layout, Layout]]:
         yield lambda rows: rows + 1, lambda rows: rows - 1  # Gemma's norms multiply by 1 + w
     if weight.ndim == 2:
         yield lambda rows: rows.T.contiguous(), lambda rows: rows.T.contiguous()  # GPT-2's matrices are [in, out]
-    for num_heads in {config.num_attention_heads, getattr(config, "num_key_value_heads", None)} - {None}:
+    for num_heads in {getattr(config, name, None) for name in PERMUTED.values()} - {None}:
         if weight.shape[0] % (2 * num_heads) == 0:  # projections of queries and keys that are rotated as Llama's
             yield partial(halves_to_pairs, num_heads=num_heads), partial(pairs_to_halves, num_heads=num_heads)
 

@@ -109,7 +109,7 @@ def test_weight_that_the_adapter_leaves_alone_may_be_missing_and_is_named(
 
     explanation = result["verification"]["explanation"]
     assert "92 of 93 weights" in explanation
-    assert explanation.endswith("Not compared: model.norm.weight.")
+    assert explanation.endswith("Not verified: model.norm.weight.")
 
 
 @pytest.mark.parametrize(
