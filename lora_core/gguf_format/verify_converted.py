@@ -101,7 +101,8 @@ def _layouts(weight: Tensor, config: Any) -> Iterator[tuple[Layout, Layout]]:
         yield lambda rows: rows + 1, lambda rows: rows - 1  # Gemma's norms multiply by 1 + w
     if weight.ndim == 2:
         yield lambda rows: rows.T.contiguous(), lambda rows: rows.T.contiguous()  # GPT-2's matrices are [in, out]
-    for num_heads in {getattr(config, name, None) for name in PERMUTED.values()} - {None}:
+    heads: set[Any] = {getattr(config, field, None) for field in PERMUTED.values()} - {None}
+    for num_heads in heads:
         if weight.shape[0] % (2 * num_heads) == 0:  # projections of queries and keys that are rotated as Llama's
             yield partial(halves_to_pairs, num_heads=num_heads), partial(pairs_to_halves, num_heads=num_heads)
 
