@@ -28,8 +28,8 @@ OURS = ("bootstrap", "api", "worker-cpu")
 WAIT_SECONDS = 600.0
 ADDRESS = "127.0.0.1:8000"
 """Address of the API server in the guides."""
-REHEARSAL, REHEARSAL_ADDRESS = "rehearsal", "127.0.0.1:8100"
-"""Name and address of the project in which the guides rehearse a restore."""
+REHEARSAL = "rehearsal"
+"""Name of the project in which the guides rehearse a restore."""
 
 
 class CommandFailed(AssertionError):
@@ -53,7 +53,8 @@ class Deployment:
         texts = {block.text for block in guide_blocks()}
         (found,) = {f"{text}\n"} & texts or {block for block in texts if text in block}
         self.has_run.add(found)
-        return self.shell(re.sub(f"{ADDRESS}|{REHEARSAL_ADDRESS}", self.env["LORRY_LISTEN"], found), stdin=stdin)
+        script = found.replace(ADDRESS, self.env["LORRY_LISTEN"])
+        return self.shell(re.sub(rf"\b{REHEARSAL}\b", self.env["COMPOSE_PROJECT_NAME"], script), stdin=stdin)
 
     def shell(self, script: str, *, stdin: str = "") -> str:
         """Run a script in the checkout, and return its output, including stderr. Raises CommandFailed."""
@@ -85,6 +86,11 @@ class Deployment:
     def container(self, service: str) -> str:
         """Return the ID of the service's container."""
         return self.shell(f"docker compose ps --quiet {service}").strip()
+
+    def volumes(self) -> str:
+        """Return the names of the project's volumes."""
+        project = self.env["COMPOSE_PROJECT_NAME"]
+        return self.shell(f"docker volume ls --quiet --filter label=com.docker.compose.project={project}")
 
     def wait_until_healthy(self, *services: str) -> None:
         for service in services:

@@ -134,10 +134,15 @@ def test_backup_is_restored_into_another_project(lorry: Deployment) -> None:
 
     lorry.guide("docker compose exec api python -m api verify")
 
-    other = lorry.beside(REHEARSAL, "172.31.251.0/24")
+    other = lorry.beside(f"{lorry.env['COMPOSE_PROJECT_NAME']}-{REHEARSAL}", "172.31.251.0/24")
     try:
-        other.guide("export COMPOSE_PROJECT_NAME")
+        printed = other.guide("export COMPOSE_PROJECT_NAME")
+        assert "no problems" in printed
+        assert other.volumes() != ""
         other.guide("docker compose -p rehearsal down --volumes")
+        assert other.volumes() == ""
+        lorry.guide("docker compose exec api python -m api verify")
+
         other.guide("docker compose down --volumes")
         other.guide("docker compose run --rm restore\ndocker compose run --rm bootstrap\ndocker compose up -d")
         other.wait_until_healthy("api", "worker-cpu")
