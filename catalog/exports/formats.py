@@ -90,12 +90,12 @@ def check_model(
 
 
 def _check_converter(format: Format, *, architecture: str, has_converter: bool) -> None:  # noqa: A002
-    writes = f"Without the converter, Lorry writes GGUF for {', '.join(sorted(GGUF_ARCHITECTURES))}."
     if format == "gguf-lora":
         raise InvalidRequest(
             f"An adapter of the architecture {architecture!r} can't be exported as 'gguf-lora'.",
             code="unsupported_export",
-            remedy=f"Use the format {'gguf' if has_converter else 'merged'!r}. {writes}",
+            remedy=f"Use the format {'gguf' if has_converter else 'merged'!r}. LoRA files are available for "
+            f"{', '.join(sorted(GGUF_ARCHITECTURES))}.",
             param="format",
         )
     if not has_converter:
@@ -103,7 +103,8 @@ def _check_converter(format: Format, *, architecture: str, has_converter: bool) 
             f"A base model of the architecture {architecture!r} can't be exported as 'gguf': no running worker has "
             "llama.cpp's converter.",
             code="unsupported_export",
-            remedy=f"{SET_CONVERTER} Or use the format 'merged'. {writes}",
+            remedy=f"{SET_CONVERTER} Or use the format 'merged'. Without the converter, Lorry writes GGUF for "
+            f"{', '.join(sorted(GGUF_ARCHITECTURES))}.",
             param="format",
         )
 

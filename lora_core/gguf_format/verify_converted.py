@@ -1,12 +1,11 @@
 # pyright: basic
 """Compares a GGUF file that llama.cpp's converter wrote with the model folder that it was converted from.
 
-The file may be of any architecture, so its logits can't be computed here. Instead, each weight is found by llama.cpp's
-name for it, and must equal that of the folder, rounded to the format. Weights that are not found so are listed as not
-verified: they may have another name or layout. The adapter must not change any of them.
+The file may be of any architecture, so llama.cpp's logits can't be computed here. Instead, the file must contain the
+weights of the folder and no others, rounded to the format, under llama.cpp's names and in its layout.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import GGUFReader, dequantize
 from gguf.quants import quantize
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -26,23 +24,35 @@ from lora_core.errors import BadAdapter
 from lora_core.gguf_format.architecture import PERMUTED, halves_to_pairs, pairs_to_halves
 from lora_core.gguf_format.tokenizer import SPACE
 from lora_core.gguf_format.verify import GgufReport, compute_logits, draw_ids
-from lora_core.peft_format.export import PREFIX, WEIGHTS
 
 Layout = Callable[[Tensor], Tensor]
 NUM_NAMED = 3
-"""Weights that a text names at most."""
+"""Tensors that a text names at most."""
 EPSILON = float(np.finfo(np.float32).eps)
+ROTATED_IN_PAIRS = ("llama", "granite", "smollm3", "arcee")
+"""Architectures of llama.cpp that rotate neighboring pairs of rows, where transformers rotates two halves."""
+NORMS_FROM_ONE = ("gemma", "gemma2", "gemma3")
+"""Architectures whose norms multiply by 1 + w. llama.cpp stores the sum."""
+MATRICES_IN_OUT = {"gpt2": (".c_attn.weight", ".c_fc.weight", ".c_proj.weight")}
+"""Weights that transformers stores as [in, out]."""
+EPSILON_FIELDS = {
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    "norm_epsilon": "attention.layer_norm_epsilon",
+}
+"""llama.cpp's key for the epsilon of norms, by its field in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertedReport(GgufReport):
-    """`explanation` states what was compared. The logits are those of the merged model with the weights that were found
-    in the file, so rounding explains all of their difference."""
+    """`explanation` states what was compared. The logits are those of the merged model with the weights of the file, so
+    rounding explains all of their difference."""
 
     explanation: str
 
 
-def verify_converted(model_dir: Path, adapter_dir: Path, path: Path) -> ConvertedReport:
+def verify_converted(model_dir: Path, path: Path) -> ConvertedReport:
     """Compare `path` with the merged model in `model_dir`. Raises BadAdapter."""
     source = load_base(model_dir, dtype="float32", device="cpu")
     ids = draw_ids(source)
@@ -50,100 +60,94 @@ def verify_converted(model_dir: Path, adapter_dir: Path, path: Path) -> Converte
     file = GGUFReader(path)
     config = source.model.config.get_text_config()
     metadata = _compare_metadata(file, config, path)
-    _compare_tokens(file, model_dir, path)
-    find, parameters, other = _tensors_by_name(file, config), dict(source.model.named_parameters()), []
-    for name, parameter in parameters.items():
-        stored = _stored(find(name), parameter.data, config)
-        if stored is None:
-            other.append(name)
-        else:
-            parameter.data = stored
-    if wrong := _changed(other, adapter_dir):
-        raise _bad(path, f"{_listed(wrong)} can't be found in it with the values of the merged model")
+    _compare_tokens(file, model_dir, config.vocab_size, path)
+    _take_weights(source.model, file, config, path)
     difference = float((compute_logits(source.model, ids) - adapted).abs().max())
     if not difference < float("inf"):
         raise _bad(path, "its values are beyond the range of f16")
     text = (
-        f"llama.cpp's converter wrote this file. {len(parameters) - len(other)} of {len(parameters)} weights are those "
-        "of the merged model, rounded to the format, among them all that the adapter changes. "
-        f"The tokens{metadata} are those of the base model. Other metadata was not compared."
+        f"llama.cpp's converter wrote this file. Its {len(file.tensors)} tensors are the weights of the merged model, "
+        f"rounded to the format. Rounding changes the logits by at most {difference:.3g}. "
+        f"The tokens, {', '.join(metadata)} are those of the base model. Other metadata was not "
+        "compared, and Lorry did not run the file."
     )
-    text += f" Not verified: {_listed(other)}." if other else ""
     measured = GgufReport(max_abs_diff=difference, tolerance=difference, max_abs_logit=float(adapted.abs().max()))
     return ConvertedReport(**asdict(measured), explanation=text)
 
 
-def _tensors_by_name(file: GGUFReader, config: Any) -> Callable[[str], ReaderTensor | None]:
-    """Return a function from a weight's name in transformers to its tensor in the file."""
-    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}.get(_field(file, "general.architecture"))
-    names = None if kind is None else gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    tensors: dict[str | None, ReaderTensor] = {tensor.name: tensor for tensor in file.tensors}
-    return lambda name: names and tensors.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
-
-
-def _stored(tensor: ReaderTensor | None, weight: Tensor, config: Any) -> Tensor | None:
-    """Return the weight with the values of the file. None if the file has others, or a layout unknown here."""
-    if tensor is None:
-        return None
-    for to_file, from_file in _layouts(weight, config):
-        values = to_file(weight)
-        if values.shape == tuple(reversed(tensor.shape.tolist())) and np.array_equal(
-            quantize(values.numpy(), tensor.tensor_type), tensor.data
+def _take_weights(model: torch.nn.Module, file: GGUFReader, config: Any, path: Path) -> None:
+    """Replace each weight by that of the file. Raises BadAdapter unless both have the same weights."""
+    architecture = _field(file, "general.architecture")
+    kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}.get(architecture)
+    if kind is None:
+        raise _bad(path, f"the package gguf of this worker does not know the architecture {architecture!r}")
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    other: list[str] = []
+    for name, parameter in model.named_parameters():
+        tensor = tensors.pop(names.get_name(name, try_suffixes=(".weight", ".bias")) or "", None)
+        to_file, from_file = _layout(architecture, name, config)
+        values = to_file(parameter.data)
+        if (
+            tensor is None
+            or values.shape != tuple(reversed(tensor.shape.tolist()))
+            or not np.array_equal(quantize(values.numpy(), tensor.tensor_type), tensor.data)
         ):
-            return from_file(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()))
-    return None
+            other.append(name)
+        else:
+            parameter.data = from_file(torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()))
+    if other:
+        raise _bad(path, f"{_listed(other)} can't be found in it with the values of the merged model")
+    if tensors:
+        raise _bad(path, f"the merged model has no weight for its tensors {_listed(list(tensors))}")
 
 
-def _layouts(weight: Tensor, config: Any) -> Iterator[tuple[Layout, Layout]]:
-    """Yield the ways in which llama.cpp stores a weight, each with its inverse."""
-    yield lambda rows: rows, lambda rows: rows
-    if weight.ndim == 1:
-        yield lambda rows: rows + 1, lambda rows: rows - 1  # Gemma's norms multiply by 1 + w
-    if weight.ndim == 2:
-        yield lambda rows: rows.T.contiguous(), lambda rows: rows.T.contiguous()  # GPT-2's matrices are [in, out]
-    heads: set[Any] = {getattr(config, field, None) for field in PERMUTED.values()} - {None}
-    for num_heads in heads:
-        if weight.shape[0] % (2 * num_heads) == 0:  # projections of queries and keys that are rotated as Llama's
-            yield partial(halves_to_pairs, num_heads=num_heads), partial(pairs_to_halves, num_heads=num_heads)
+def _layout(architecture: str, name: str, config: Any) -> tuple[Layout, Layout]:
+    """Return how llama.cpp stores a weight of transformers, and the inverse."""
+    if architecture in NORMS_FROM_ONE and name.endswith("norm.weight"):
+        return lambda rows: rows + 1, lambda rows: rows - 1
+    if name.endswith(MATRICES_IN_OUT.get(architecture, ())):
+        return lambda rows: rows.T.contiguous(), lambda rows: rows.T.contiguous()
+    heads = next((field for projection, field in PERMUTED.items() if f".{projection}." in name), None)
+    if architecture in ROTATED_IN_PAIRS and heads is not None:
+        num_heads = int(getattr(config, heads))
+        return partial(halves_to_pairs, num_heads=num_heads), partial(pairs_to_halves, num_heads=num_heads)
+    return lambda rows: rows, lambda rows: rows
 
 
-def _changed(names: list[str], adapter_dir: Path) -> list[str]:
-    """Return the weights that belong to a module that the adapter changes."""
-    with safe_open(adapter_dir / WEIGHTS, framework="pt") as adapter:
-        keys = [key.removeprefix(PREFIX) for key in adapter.keys()]  # noqa: SIM118  (not a dict)
-    return [name for name in names if any(key.startswith(f"{name.rpartition('.')[0]}.") for key in keys)]
-
-
-def _compare_metadata(file: GGUFReader, config: Any, path: Path) -> str:
-    """Compare the numbers on which a model's outputs depend, and that its tensors do not show. Returns what was
-    compared, for a text. Raises BadAdapter."""
+def _compare_metadata(file: GGUFReader, config: Any, path: Path) -> list[str]:
+    """Compare the numbers on which a model's outputs depend, and that its tensors do not show. Returns their keys.
+    Raises BadAdapter."""
     prefix, rope = _field(file, "general.architecture"), getattr(config, "rope_parameters", None) or {}
+    num_heads = config.num_attention_heads
     expected = {
-        "attention.head_count": getattr(config, "num_attention_heads", None),
-        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "attention.head_count": num_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or num_heads,
         "rope.freq_base": rope.get("full_attention", rope).get("rope_theta"),
-    }
-    compared = []
+    } | {key: getattr(config, field) for field, key in EPSILON_FIELDS.items() if hasattr(config, field)}
+    stated = {key: _field(file, f"{prefix}.{key}") for key in expected}
+    if stated["attention.head_count_kv"] is None:  # llama.cpp's default
+        stated["attention.head_count_kv"] = stated["attention.head_count"]
+    expected = {key: value for key, value in expected.items() if value is not None}
     for key, value in expected.items():
-        found = _field(file, f"{prefix}.{key}")
-        if value is None or not isinstance(found, int | float):
-            continue
-        if abs(found - value) > EPSILON * abs(value):
+        found = stated[key]
+        if not isinstance(found, int | float) or abs(found - value) > EPSILON * abs(value):
             raise _bad(path, f"its metadata states {found} for {key}, and the model's config.json states {value}")
-        compared.append(key)
-    return f", {', '.join(compared)}" if compared else ""
+    return list(expected)
 
 
-def _compare_tokens(file: GGUFReader, model_dir: Path, path: Path) -> None:
+def _compare_tokens(file: GGUFReader, model_dir: Path, vocab_size: int, path: Path) -> None:
     """Compare the text of each token, without the mark for spaces. Raises BadAdapter."""
     tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     found = _field(file, "tokenizer.ggml.tokens") or []
+    if len(found) < vocab_size:
+        raise _bad(path, f"it has {len(found)} tokens, and the base model has {vocab_size}")
     for token, index in tokenizer.get_vocab().items():
-        if index < len(found) and found[index].replace(SPACE, " ") != token.replace(SPACE, " "):
+        if index < vocab_size and found[index].replace(SPACE, " ") != token.replace(SPACE, " "):
             raise _bad(path, f"its token {index} is {found[index]!r}, and that of the base model is {token!r}")
     end = _field(file, "tokenizer.ggml.eos_token_id")
-    if not found or end not in (None, tokenizer.eos_token_id):
-        raise _bad(path, f"it has {len(found)} tokens and ends texts with token {end}, unlike the base model")
+    if end != tokenizer.eos_token_id:
+        raise _bad(path, f"it ends texts with token {end}, and the base model with {tokenizer.eos_token_id}")
 
 
 def _field(file: GGUFReader, key: str) -> Any:

@@ -83,7 +83,7 @@ def export_model(
             return verify_gguf(merged, path, precision=quantization)
         add_sentencepiece_model(merged, vocab_size=config.get_text_config().vocab_size)
         convert(merged, path)
-        return verify_converted(merged, adapter_dir, path)
+        return verify_converted(merged, path)
 
     return _export_gguf(adapter_dir, base_dir, out_dir, write=write, file_stem=file_stem, end_ids=end_ids)
 

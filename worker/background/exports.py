@@ -142,7 +142,8 @@ class _Attempt:
 
     def _write_files(self, adapter: Path, files: Path) -> Json:
         """Run the child that writes and verifies the files. Returns what it measured."""
-        claim, converter = self.claim, self.context.settings.gguf_converter
+        claim = self.claim
+        converter = self.context.settings.gguf_converter if claim.format == "gguf" else None
         base_dir = base_models.ensure(
             self.context, claim.base_model, claim.base_digest, is_unwanted=self.is_unwanted
         ).absolute()
@@ -154,7 +155,7 @@ class _Attempt:
             "quantization": claim.quantization,
             "name": claim.adapter_name,
             "file_stem": file_stem(claim),
-            "converter": None if converter is None else str(converter.absolute()),
+            "converter": None if converter is None else str(converter.resolve()),
         }
         box = sandbox.export(self.work, base_dir=base_dir, converter=converter)
         return self._run_child("worker.children.exporter", request, box)

@@ -5,6 +5,8 @@ It runs with the worker's Python, in the sandbox of an export and with the envir
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,12 +14,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from catalog.errors import UnfitWorker
+from catalog.process_exit import how_it_exited
 from worker.process import sandbox
 from worker.process.confined_child import confined
 from worker.process.launcher import child_environment
 
 SHOWN_BYTES = 4096
 """Length of the end of its output, in which the last line is searched."""
+OUT_OF_MEMORY = re.compile(r"^[\w.]*MemoryError\b|can't allocate memory|not enough memory")
+"""The last line of an error of Python, NumPy or torch."""
 MODULES = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
 """Modules that it imports only for some tokenizers, and the packages that contain them. Workers have the others."""
 
@@ -28,6 +33,9 @@ class ConverterFailed(Exception):
 
 def check(script: Path, *, scratch: Path) -> None:
     """Check that the converter runs on this worker. Raises UnfitWorker. scratch: an existing folder."""
+    if script.resolve().parent == Path.home() or scratch.resolve().is_relative_to(script.resolve().parent):
+        remedy = "Move llama.cpp into a folder of its own, which exports may read"
+        raise _unfit(script, "its folder contains Lorry's data or is the home folder", remedy)
     missing = [package for module, package in MODULES.items() if not _is_installed(module)]
     if missing:
         raise _unfit(script, f"this Python lacks {' and '.join(missing)}", f"Run `pip install {' '.join(missing)}`")
@@ -48,7 +56,7 @@ def run(script: Path, *arguments: str, work: Path, source: Path) -> None:
     alone = {"TMPDIR": str(work.absolute()), "HF_HUB_OFFLINE": "1", "HF_HOME": str(work.absolute() / "hub")}
     with tempfile.TemporaryFile(dir=work) as output:
         done = subprocess.run(
-            confined([sys.executable, str(script.absolute()), *arguments], box),
+            confined([sys.executable, str(script.resolve()), *arguments], box),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -58,10 +66,14 @@ def run(script: Path, *arguments: str, work: Path, source: Path) -> None:
         output.seek(max(0, output.tell() - SHOWN_BYTES))
         lines = output.read().decode(errors="replace").split("\n")
     last_line = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    if done.returncode < 0 or last_line.startswith("MemoryError"):
+    if done.returncode == 0:
+        return
+    sys.stderr.write("\n".join(lines))  # into the log of the export
+    if done.returncode == -signal.SIGKILL or OUT_OF_MEMORY.search(last_line):
         raise MemoryError
-    if done.returncode != 0:
-        raise ConverterFailed(last_line.rstrip("."))
+    if done.returncode < 0:
+        raise ConverterFailed(f"it {how_it_exited(done.returncode)}")
+    raise ConverterFailed(last_line.rstrip("."))
 
 
 def _is_installed(module: str) -> bool:

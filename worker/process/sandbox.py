@@ -189,7 +189,7 @@ def export(folder: Path, *, base_dir: Path, converter: Path | None) -> Sandbox:
         "cpu": 3600 + 3600 * (num_bytes // 2**30),
         "fsize": 2**30 + 4 * num_bytes,
     }
-    reads = (str(base_dir.absolute()), *(str(path.absolute().parent) for path in (converter,) if path is not None))
+    reads = (str(base_dir.absolute()), *(str(path.resolve().parent) for path in (converter,) if path is not None))
     return Sandbox(kind="export", reads=reads, writes=(str(folder.absolute()),), limits=limits)
 
 

@@ -29,8 +29,7 @@ DONE = {
     "status": "succeeded",
     "bytes": 25_614,
     "created_at": 1_790_000_000,
-    "verification": {"max_abs_diff": 0.5, "tolerance": 2.0, "max_abs_diff_to_trained": None, "update_error": 0.398}
-    | {"explanation": "93 of 93 weights are those of the merged model."},
+    "verification": {"max_abs_diff": 0.5, "tolerance": 2.0, "max_abs_diff_to_trained": None, "update_error": 0.398},
     "cost": {"base_seconds": 0.1, "merged_seconds": 0.11, "num_tokens": 128, "same_operations": True},
 }
 
@@ -93,7 +92,6 @@ def test_export_is_awaited_downloaded_and_its_use_explained(service: Script, run
     lines = result.stderr.splitlines()
     assert lines[1:] == [
         "Its logits differ from those of the adapted model by at most 0.5. Rounding to the format explains up to 2.",
-        "93 of 93 weights are those of the merged model.",
         "Warning: rounding has removed 40% of what the adapter adds to the weights. The adapter itself loses nothing.",
         "A pass over 128 tokens takes 110 ms with the merged model and 100 ms with the base model, on the worker's "
         "CPU.",
@@ -108,6 +106,16 @@ def test_export_is_awaited_downloaded_and_its_use_explained(service: Script, run
     ]
     (request,) = service.requests("POST", URL)
     assert json.loads(request.body) == {"format": "gguf", "quantization": None, "hub_repository": None}
+
+
+def test_file_of_the_converter_is_described_by_what_was_compared(service: Script, run: Run) -> None:
+    compared = "Its 93 tensors are the weights of the merged model."
+    serve_export(service, verification={"max_abs_diff": 0.5, "tolerance": 0.5, "explanation": compared})
+
+    result = run("adapters", "export", "a", "--format", "gguf", "--to", "out")
+
+    assert result.stderr.splitlines()[1] == compared
+    assert "Its logits" not in result.stderr
 
 
 def test_modelfile_with_a_template_needs_no_check(service: Script, run: Run) -> None:

@@ -234,13 +234,13 @@ def _waited(lorry: Lorry, made: AdapterExport) -> AdapterExport:
 def _measured(export: AdapterExport) -> Iterator[str]:
     """Yield what was measured, as sentences."""
     check, cost = export.verification, export.cost
-    if check.max_abs_diff is not None:
+    if check.explanation is not None:
+        yield check.explanation
+    elif check.max_abs_diff is not None:
         yield (
             f"Its logits differ from those of the adapted model by at most {output.cell(check.max_abs_diff)}. Rounding "
             f"to the format explains up to {output.cell(check.tolerance)}."
         )
-    if check.explanation is not None:
-        yield check.explanation
     to_trained = check.raw.get("max_abs_diff_to_trained")
     if to_trained is not None:
         yield (
