@@ -105,8 +105,8 @@ def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     for model in models:
         if model.error:
             output.echo(f"{model.id} {model.state}: {output.brief(model.error.message)}")
-    if any(model.error for model in models):
-        output.echo("Show the whole error and its fix with: lorry models show NAME")
+    if failed := [model.id for model in models if model.error]:
+        output.echo(f"Show the whole error and its fix with: lorry models show {failed[0]}")
 
 
 @app.verb("show", "lorry models show smollm2", "lorry models show smollm2 --json")

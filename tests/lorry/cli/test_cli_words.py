@@ -225,7 +225,7 @@ def test_model_list_shortens_an_import_error_and_show_prints_all_of_it(service: 
 
     assert listed[0].startswith("m failed: There is no such such")
     assert listed[0].endswith("such …")
-    assert listed[1:] == ["Show the whole error and its fix with: lorry models show NAME"]
+    assert listed[1:] == ["Show the whole error and its fix with: lorry models show m"]
     assert "repository.\n       Traceback\nfix    Check the name.\n" in shown
     assert json.loads(run("models", "show", "m", "--json").stdout) == model
 
