@@ -33,9 +33,9 @@ class ConverterFailed(Exception):
 
 def check(script: Path, *, scratch: Path) -> None:
     """Check that the converter runs on this worker. Raises UnfitWorker. scratch: an existing folder."""
-    if script.resolve().parent == Path.home() or scratch.resolve().is_relative_to(script.resolve().parent):
+    if any(folder.is_relative_to(script.resolve().parent) for folder in (Path.home(), scratch.resolve())):
         remedy = "Move llama.cpp into a folder of its own, which exports may read"
-        raise _unfit(script, "its folder contains Lorry's data or is the home folder", remedy)
+        raise _unfit(script, "its folder contains Lorry's data or your home folder", remedy)
     missing = [package for module, package in MODULES.items() if not _is_installed(module)]
     if missing:
         raise _unfit(script, f"this Python lacks {' and '.join(missing)}", f"Run `pip install {' '.join(missing)}`")
