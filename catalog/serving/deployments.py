@@ -70,12 +70,11 @@ def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> Dep
             session.add(row)
             _note(session, row, found, target, "adapter.deployed", now=now)
         elif row.state != "ready":
-            if row.state == "failed":
-                row.last_error = row.operator_error = None
+            row.last_error = row.operator_error = None
             row.state, row.num_failures, row.next_try_at, row.updated_at = "pending", 0, now, now
             _note(session, row, found, target, "adapter.deployed", now=now)
-        if target.state == "failed":
-            for name, value in endpoints.failure_of_server(target).items():
+        if target.state != "ready":
+            for name, value in endpoints.deployment_state(target).items():
                 setattr(row, name, value)
         return DeploymentView(deployment=row, endpoint=target.name, adapter=found.name)
 

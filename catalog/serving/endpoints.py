@@ -155,23 +155,27 @@ def report(db: Database, name: str, *, error: str | None) -> ServingEndpoint:
         if error is not None:
             row.state, row.last_error = "failed", error
             waiting = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
-            found = {**failure_of_server(row), "updated_at": now}
+            found = {**deployment_state(row), "updated_at": now}
             session.execute(update(Deployment).where(*waiting).values(found))
         else:
-            shown = failure_of_server(row)["last_error"]  # other failed deployments wait for their next attempt
+            shown = deployment_state(row)["last_error"]  # other failed deployments wait for their next attempt
             failed = (Deployment.endpoint_id == row.id, Deployment.state == "failed", Deployment.last_error == shown)
             row.state, row.last_error = "pending", None
-            again = {"state": "pending", "last_error": None, "operator_error": None, "next_try_at": now}
-            session.execute(update(Deployment).where(*failed).values(**again, updated_at=now))
+            again = {**deployment_state(row), "next_try_at": now, "updated_at": now}
+            session.execute(update(Deployment).where(*failed).values(again))
         details: Json = {"name": row.name, "state": row.state}
         log.note(session, "serving_endpoint.reported", now=now, object_id=row.id, project_id=None, details=details)
         return row
 
 
-def failure_of_server(row: ServingEndpoint) -> Json:
-    """Return the state of a deployment on an endpoint whose server can't be started."""
-    shown = f"The server of endpoint {row.name!r} can't be started. Ask an operator to repair it."
-    return {"state": "failed", "last_error": shown, "operator_error": row.last_error}
+def deployment_state(row: ServingEndpoint) -> Json:
+    """Return the state of a deployment on an endpoint that is not ready, with the reason."""
+    if row.state == "failed":
+        shown = f"The server of endpoint {row.name!r} can't be started. Ask an operator to repair it."
+        return {"state": "failed", "last_error": shown, "operator_error": row.last_error}
+    shown = f"Endpoint {row.name!r} is {'not ready yet' if row.state == 'pending' else row.state}."
+    reason = None if row.last_error is None else f"{shown} {row.last_error}"
+    return {"state": "pending", "last_error": shown, "operator_error": reason}
 
 
 def find(session: Session, name: str, *, lock: bool = False, param: str = "endpoint") -> ServingEndpoint:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
+from catalog.serving import endpoints
 from catalog.storage.manifest import Manifest
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.storage import Adapter, Artifact
@@ -180,10 +181,10 @@ def note_unusable(
         found = {"state": state, "last_error": error, "checked_at": now}
         found |= {"verification": verification} if verification is not None else {}
         session.execute(update(ServingEndpoint).where(ServingEndpoint.id == row.id).values(found))
-        shown = "not ready yet" if state == "pending" else state
-        waiting = {"state": "pending", "last_error": f"Endpoint {row.name!r} is {shown}.", "operator_error": None}
+        session.refresh(row)
         usable = (Deployment.endpoint_id == row.id, Deployment.state.in_(("ready", "pending")))
-        session.execute(update(Deployment).where(*usable).values(**waiting, next_try_at=now, updated_at=now))
+        waiting = {**endpoints.deployment_state(row), "next_try_at": now, "updated_at": now}
+        session.execute(update(Deployment).where(*usable).values(waiting))
 
 
 def note_missing(db: Database, claim: EndpointClaim, deployment_ids: Collection[str]) -> None:

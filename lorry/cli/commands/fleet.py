@@ -48,14 +48,14 @@ def queue(
 
 
 def status(as_json: AsJson = False) -> None:
-    """Show the address of the service, its workers and its jobs. Exits with 1 if it does not respond."""
+    """Show the address of the service, its live workers and its jobs. Exits with 1 if it does not respond."""
     from lorry import connection
     from lorry.local import lock
 
     lorry = client()
     entries: list[dict[str, Any]] = lorry.queue.get().get("jobs") or []
     jobs = Counter(str(entry.get("state")) for entry in entries)
-    workers = Counter(worker.state for worker in lorry.workers.list())
+    workers = Counter(worker.state for worker in lorry.workers.list() if worker.state != "ended")
     folder = connection.default_data_dir()
     pid = lock.holder(folder)
     if as_json:

@@ -241,7 +241,7 @@ def _show_once(key: ApiKey, *, as_json: bool) -> None:
         return output.print_json(key.raw)
     output.console().print(key.value, soft_wrap=True)
     until = f" It expires at {output.when(key.expires_at)}." if key.expires_at else ""
-    return output.echo(f"Created {key.id} ({key.name}). The secret is not shown again: store it now.{until}")
+    return output.echo(f"Created {key.id} ({key.name}). Its secret is on stdout and is not shown again.{until}")
 
 
 def _store_own(lorry: Lorry, old_id: str, key: ApiKey) -> None:

@@ -31,7 +31,7 @@ def print_adapter_usage(folder: Path, adapter: Adapter, base: Model | None) -> N
     output.echo("Load it with PEFT:")
     output.echo(f"  base = AutoModelForCausalLM.from_pretrained({where}, {loading_options(adapter)})")
     output.echo(f"  model = PeftModel.from_pretrained(base, {json.dumps(str(folder), ensure_ascii=False)})")
-    output.echo("Serve it with vLLM:")
+    output.echo("Serve it with vLLM on a GPU:")
     output.echo(f"  {_vllm_command(folder, adapter, base)}")
     if base is not None and _can_be_gguf(base):
         gguf = f"{folder}-gguf"
@@ -52,7 +52,7 @@ def print_export_usage(folder: Path, export: AdapterExport) -> None:
         loaded = json.dumps(str(folder), ensure_ascii=False)
         output.echo("Load it with Transformers:")
         output.echo(f'  model = AutoModelForCausalLM.from_pretrained({loaded}, dtype="auto")')
-        output.echo("Serve it with vLLM:")
+        output.echo("Serve it with vLLM on a GPU:")
         output.echo(f"  vllm serve {where} --served-model-name {name}")
     elif export.format == "gguf":
         output.echo("Run it with llama.cpp:")

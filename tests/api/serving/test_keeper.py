@@ -218,14 +218,16 @@ def test_endpoint_is_pending_until_its_server_has_started(place: ServingSite, tr
         stack.close()
         place.vllm = fake
         place.register()
-        assert place.deploy().status_code == 200
+        waiting = "Endpoint 'vllm-1' is not ready yet."
+        assert place.deploy().json()["last_error"] == waiting
 
         until(lambda: place.endpoint()["checked_at"] is not None)
 
         starting = place.endpoint()
         assert starting["state"] == "pending"
         assert starting["last_error"].startswith(f"{NOT_ANSWERED} GET /v1/models failed: ")
-        until(lambda: place.deployments()[0]["last_error"] == "Endpoint 'vllm-1' is not ready yet.")
+        until(lambda: seen_by_operators(place) == f"{waiting} {starting['last_error']}")
+        assert place.deployments()[0]["last_error"] == waiting
         with serving(fake, port=port or 0):
             place.wait_for("ready")
         until(lambda: place.endpoint()["state"] == "unreachable")

@@ -68,7 +68,8 @@ def test_restart_of_the_server_resets_deployments_that_its_failure_has_failed(wo
 
     endpoints.report(world.db, "a", error=None)
 
-    assert (deployment(world, deployment_id).state, deployment(world, deployment_id).last_error) == ("pending", None)
+    found = deployment(world, deployment_id)
+    assert (found.state, found.last_error) == ("pending", "Endpoint 'a' is not ready yet.")
 
 
 def test_restart_of_the_server_keeps_deployments_that_failed_for_another_reason(world: World) -> None:

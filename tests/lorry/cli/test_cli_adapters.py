@@ -67,7 +67,7 @@ def test_pull_prints_how_to_load_the_folder_with_peft(service: Script, run: Run,
         f"  base = AutoModelForCausalLM.from_pretrained({printed}, dtype=torch.bfloat16)",
         '  model = PeftModel.from_pretrained(base, "mine")',
     ]
-    assert lines[3] == "Serve it with vLLM:"
+    assert lines[3] == "Serve it with vLLM on a GPU:"
     assert lines[4].startswith("  vllm serve ")
     assert lines[5:] == (["BASE is the folder or Hub ID of m."] if printed == "BASE" else [])
 

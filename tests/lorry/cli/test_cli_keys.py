@@ -39,7 +39,7 @@ def test_create_prints_only_the_secret_on_stdout(service: Script, run: Run) -> N
     result = run("keys", "create", "ci", "--scope", "jobs:read", "--scope", "jobs:write", "--project", "search")
 
     assert result.stdout == "lorry_key-1_secret\n"
-    assert "not shown again" in result.stderr
+    assert "Its secret is on stdout and is not shown again." in result.stderr
     (sent,) = service.requests("POST", "/v1/api_keys")
     assert json.loads(sent.body) == {
         "name": "ci",

@@ -165,7 +165,7 @@ def test_status_counts_jobs_and_workers_and_shows_the_address_source(
     monkeypatch.setenv("LORRY_DATA_DIR", str(tmp_path))
     states = ("running", "queued", "queued")
     service.on("GET", "/v1/queue", {"jobs": [{"job_id": f"j{i}", "state": state} for i, state in enumerate(states)]})
-    service.on("GET", "/v1/workers", {"data": [{"id": "w", "state": "busy"}]})
+    service.on("GET", "/v1/workers", {"data": [{"id": "w", "state": "busy"}, {"id": "v", "state": "ended"}]})
 
     shown, machine = run("status"), run("status", "-o", "json")
 
