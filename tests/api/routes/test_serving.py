@@ -144,7 +144,7 @@ def test_repeated_deployment_clears_the_error_of_the_failed_one(
 
     again = client.post(deployments(adapter), json={"endpoint": "vllm-1"}).json()
 
-    assert (again["state"], again["last_error"]) == ("pending", None)
+    assert (again["state"], again["last_error"]) == ("pending", "Endpoint 'vllm-1' is not ready yet.")
 
 
 def test_number_of_deployments_is_limited(
