@@ -1,4 +1,4 @@
-"""Writes the reference pages that are generated from the code: `make docs`. `--check` compares instead."""
+"""Writes the reference pages and CLI options that are generated from the code: `make docs`. `--check` compares."""
 
 import argparse
 import html
@@ -9,7 +9,15 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from tools import benchmark_page, reference_api, reference_cli, reference_fields, reference_memory, reference_sdk
+from tools import (
+    benchmark_page,
+    job_options,
+    reference_api,
+    reference_cli,
+    reference_fields,
+    reference_memory,
+    reference_sdk,
+)
 from tools.error_catalog import error_messages, is_bare
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +74,7 @@ def _line(text: str) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "lorry/cli/parsing/job_options.json": job_options.job_options,
     "docs/reference/cli.md": reference_cli.page,
     "docs/reference/errors.md": errors,
     "dashboard/errors.html": errors_page,

@@ -56,16 +56,16 @@ DEFAULT = re.compile(r"(?:^|(?<=[.!?]) )(?:auto|null|Default): ([^.]*(?:\.\d[^.]
 """The sentence of a description that explains the default; a dot before a digit does not end it."""
 
 
-def job_fields(name: str) -> str:
-    """Return one table of job-fields.md. Raises ValueError if a field of JobRequest is in no table."""
+def job_fields(name: str, request: type[BaseModel] = JobRequest) -> str:
+    """Return one table of job-fields.md. Raises ValueError if a field of the request is in no table."""
     placed = [field for fields in JOB_FIELDS.values() for field in fields]
-    if sorted(placed) != sorted(JobRequest.model_fields):
-        raise ValueError(f"each job field needs one table: {set(placed) ^ set(JobRequest.model_fields)}")
+    if sorted(placed) != sorted(request.model_fields):
+        raise ValueError(f"each job field needs one table: {set(placed) ^ set(request.model_fields)}")
     parts = ["| Field | Type and limits | Default | Meaning |", "|---|---|---|---|"]
     rows: dict[tuple[str, str], list[str]] = {}
-    for path, field, schema in _leaves(JobRequest):
+    for path, field, schema in leaves(request):
         if path.partition(".")[0] in JOB_FIELDS[name]:
-            meaning, default = _texts(field)
+            meaning, default = texts(field)
             row = f"{_type(schema)} | {default} | {meaning}"
             rows.setdefault((path.rpartition(".")[2], row), []).append(path)
     parts += [f"| {_joined(paths)} | {row} |" for (_, row), paths in rows.items()]
@@ -102,19 +102,19 @@ def _settings(model: type[BaseSettings], names: Sequence[str]) -> str:
     schemas = model.model_json_schema()["properties"]
     parts = ["| Variable | Type and limits | Default | Meaning |", "|---|---|---|---|"]
     for name in names:
-        meaning, default = _texts(model.model_fields[name])
+        meaning, default = texts(model.model_fields[name])
         variable = f"{model.model_config.get('env_prefix', '')}{name}".upper()
         parts.append(f"| `{variable}` | {_type(schemas[name])} | {default} | {meaning} |")
     return "\n".join(parts)
 
 
-def _leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, Json]]:
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, Json]]:
     """Yield (dotted path, field, JSON schema) of each field that is not itself a model."""
     document = model.model_json_schema()
     for name, field in model.model_fields.items():
         inner = next(_models(field.annotation), None)
         if inner is not None:
-            yield from _leaves(inner, f"{prefix}{name}.")
+            yield from leaves(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field, _resolved(document["properties"][name], document.get("$defs", {}))
 
@@ -133,7 +133,7 @@ def _resolved(schema: Json, definitions: Json) -> Json:
     return schema if reference is None else definitions[reference.rpartition("/")[2]]
 
 
-def _texts(field: FieldInfo) -> tuple[str, str]:
+def texts(field: FieldInfo) -> tuple[str, str]:
     """Return the meaning and the default. The description's sentence about the default is in the latter only."""
     text = " ".join((field.description or "").split())
     explained = DEFAULT.search(text)

@@ -5,11 +5,10 @@ Here: the fields that several resources have, each with its description, and hel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 ObjectId = Annotated[str, Field(description="ID of the object.")]
 CreatedAt = Annotated[int, Field(description="Creation time, in Unix seconds.")]
@@ -38,29 +37,5 @@ def changes_schema(example: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
         for field in schema["properties"].values():
             field.pop("default", None)
         schema["example"] = example
-
-    return extend
-
-
-def resolved_schema(
-    request: type[BaseModel], example: dict[str, Any] | None = None
-) -> Callable[[dict[str, Any]], None]:
-    """Return `json_schema_extra` for a response that shows a request's fields with every `auto` resolved.
-
-    A field without a description gets that of the request's field, without the sentences that start with `auto:` and,
-    if the field is never null, `null:`.
-    """
-
-    def extend(schema: dict[str, Any]) -> None:
-        for name, field in schema["properties"].items():
-            asked = request.model_fields.get(name)
-            if asked is not None and asked.description is not None and "description" not in field:
-                gone = "auto" if {"type": "null"} in field.get("anyOf", ()) else "auto|null"
-                sentence = (
-                    rf"(?:^|(?<=[.!?]) )(?:{gone}): [^.]*(?:\.\d[^.]*)*\."  # a dot before a digit does not end it
-                )
-                field["description"] = re.sub(sentence, "", asked.description).strip()
-        if example is not None:
-            schema["example"] = example
 
     return extend

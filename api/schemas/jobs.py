@@ -7,14 +7,15 @@ from typing import Annotated, Any, Literal
 from fastapi.openapi.models import Example
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from api.schemas import AdapterName, BaseDigest, CreatedAt, JobId, LineageId, resolved_schema
+from api.schemas import AdapterName, BaseDigest, CreatedAt, JobId, LineageId
 from api.schemas.errors import StoredError
-from catalog.spec.data import DataRequest
+from catalog.spec.data import DataOptions
 from catalog.spec.job import JobRequest, JobSpec, PlannedJob
-from catalog.spec.lora import LoraRequest
+from catalog.spec.lora import LoraSpec
 from catalog.spec.methods import Hyperparameters, MethodType, method_object
+from catalog.spec.model_fields import resolved_schema
 from catalog.spec.strict import Strict
-from catalog.spec.training import EarlyStopping, EvaluationRequest, OptimizerRequest, Samples, ScheduleRequest
+from catalog.spec.training import EarlyStopping, EvaluationSpec, OptimizerSpec, ScheduleSpec
 from catalog.states import JobState, PriorityClass
 from catalog.tables.jobs import Job
 from catalog.tables.sweeps import Trial
@@ -96,70 +97,6 @@ class MethodObject(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     type: MethodType = Field(description="Training method, which defines the loss and the kind of rows.")
-
-
-class LoraObject(BaseModel):
-    """The adapter configuration, with every `auto` resolved."""
-
-    model_config = ConfigDict(json_schema_extra=resolved_schema(LoraRequest))
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: str | list[str]
-    use_rslora: bool
-    layers_to_transform: list[int] | None
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    use_dora: bool
-    init_lora_weights: str
-
-
-class OptimizerObject(BaseModel):
-    """The optimizer, with every `auto` resolved."""
-
-    model_config = ConfigDict(json_schema_extra=resolved_schema(OptimizerRequest))
-    type: str
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float | None
-    lora_plus_ratio: float
-    momentum: float
-    beta2_decay: float
-    clip_threshold: float
-    scale_floor: float
-
-
-class ScheduleObject(BaseModel):
-    """The learning rate schedule."""
-
-    model_config = ConfigDict(json_schema_extra=resolved_schema(ScheduleRequest))
-    type: str
-    warmup_ratio: float
-    decay_ratio: float | None = Field(description="Null for schedules without decay phase.")
-
-
-class EvaluationObject(BaseModel):
-    """The evaluations on the validation file."""
-
-    model_config = ConfigDict(json_schema_extra=resolved_schema(EvaluationRequest))
-    every_steps: int | None = Field(
-        description="Optimizer steps between evaluations. Null: ten evaluations over the job."
-    )
-    keep: Literal["last", "best"]
-    samples: Samples | None = Field(
-        default=None, description="Prompts answered at each evaluation; the answers are in events, as data.samples."
-    )
-
-
-class DataObject(BaseModel):
-    """How the rows of the files are used."""
-
-    model_config = ConfigDict(json_schema_extra=resolved_schema(DataRequest))
-    loss: str
-    overflow: str
 
 
 class ResourcesObject(BaseModel):
@@ -337,11 +274,11 @@ class FineTuningJob(BaseModel):
     metadata: dict[str, str] | None
     tags: list[str]
     resources: ResourcesObject = Field(default=ResourcesObject(), description="Devices of the job.")
-    lora: LoraObject = Field(description="The adapter configuration, resolved.")
-    optimizer: OptimizerObject = Field(description="The optimizer, resolved.")
-    schedule: ScheduleObject = Field(description="The learning rate schedule.")
-    evaluation: EvaluationObject = Field(description="The evaluations on the validation file.")
-    data: DataObject = Field(description="How the rows of the files are used.")
+    lora: LoraSpec = Field(description="The adapter configuration, resolved.")
+    optimizer: OptimizerSpec = Field(description="The optimizer, resolved.")
+    schedule: ScheduleSpec = Field(description="The learning rate schedule.")
+    evaluation: EvaluationSpec = Field(description="The evaluations on the validation file.")
+    data: DataOptions = Field(description="How the rows of the files are used.")
     early_stopping: EarlyStopping | None = Field(
         description="Conditions under which the job stops early; null: it trains all steps."
     )
@@ -400,12 +337,12 @@ def configuration(spec: JobSpec) -> dict[str, Any]:
         "parent_adapter": spec.parent.name if spec.parent else None,
         "seed": spec.seed,
         "hyperparameters": shared,
-        "method": method_object(spec.method, shared.model_dump(), spec.method_hyperparameters),
-        "lora": spec.lora.model_dump(),
-        "optimizer": spec.optimizer.model_dump(),
-        "schedule": spec.schedule.model_dump(),
-        "data": spec.data.model_dump(),
-        "evaluation": {"every_steps": spec.evaluate_every_steps, "keep": spec.keep, "samples": spec.samples},
+        "method": method_object(spec.method, shared.model_dump(), spec.method_options),
+        "lora": spec.lora,
+        "optimizer": spec.optimizer,
+        "schedule": spec.schedule,
+        "data": spec.data,
+        "evaluation": spec.evaluation,
         "early_stopping": spec.early_stopping,
         "precision": spec.precision,
         "quantization": spec.quantization,

@@ -6,22 +6,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import BaseDigest, CreatedAt, Deleted, ErrorCode, ErrorMessage, ObjectId, Remedy, resolved_schema
+from api.schemas import BaseDigest, CreatedAt, Deleted, ErrorCode, ErrorMessage, ObjectId, Remedy
 from api.schemas.errors import StoredError
-from api.schemas.jobs import (
-    DataObject,
-    EvaluationObject,
-    LoraObject,
-    MethodObject,
-    OptimizerObject,
-    ResolvedHyperparameters,
-    ScheduleObject,
-    configuration,
-)
+from api.schemas.jobs import MethodObject, ResolvedHyperparameters, configuration
 from catalog.plans.plans import FileDetails
 from catalog.resources.sharding import Strategy
+from catalog.spec.data import DataOptions
 from catalog.spec.job import JobRequest, JobSpec
-from catalog.spec.training import EarlyStopping
+from catalog.spec.lora import LoraSpec
+from catalog.spec.model_fields import resolved_schema
+from catalog.spec.training import EarlyStopping, EvaluationSpec, OptimizerSpec, ScheduleSpec
 from catalog.tables.plans import Plan
 
 EXAMPLE: dict[str, Any] = {
@@ -59,11 +53,11 @@ class PlanConfiguration(BaseModel):
     seed: int = Field(description="Seed of everything random in the job, given or drawn.")
     hyperparameters: ResolvedHyperparameters = Field(description="OpenAI's three hyperparameters, resolved.")
     method: MethodObject = Field(description="The training method and its hyperparameters, resolved.")
-    lora: LoraObject = Field(description="The adapter configuration, resolved.")
-    optimizer: OptimizerObject = Field(description="The optimizer, resolved.")
-    schedule: ScheduleObject = Field(description="The learning rate schedule.")
-    evaluation: EvaluationObject = Field(description="The evaluations on the validation file.")
-    data: DataObject = Field(description="How the rows of the files are used.")
+    lora: LoraSpec = Field(description="The adapter configuration, resolved.")
+    optimizer: OptimizerSpec = Field(description="The optimizer, resolved.")
+    schedule: ScheduleSpec = Field(description="The learning rate schedule.")
+    evaluation: EvaluationSpec = Field(description="The evaluations on the validation file.")
+    data: DataOptions = Field(description="How the rows of the files are used.")
     early_stopping: EarlyStopping | None = Field(
         description="Conditions under which the job stops early; null: it trains all steps."
     )

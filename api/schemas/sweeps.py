@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import CreatedAt, ObjectId, resolved_schema
+from api.schemas import CreatedAt, ObjectId
 from api.schemas.errors import StoredError
 from api.schemas.jobs import Phase, phase_of
 from catalog.search.fields import VARIABLE
 from catalog.search.spec import Goal, Metric, Objective, SearchType, SweepRequest, SweepState
+from catalog.spec.model_fields import resolved_schema
 from catalog.spec.strict import Strict
 from catalog.sweeps.queries import SweepView, TrialView
 

@@ -113,8 +113,8 @@ def work_of(
     tokens, usable_rows: of the training file. valid_tokens: of the validation file; None without one.
     """
     between = EVALUATIONS
-    if spec.evaluate_every_steps is not None:
-        between = num_steps // spec.evaluate_every_steps
+    if spec.evaluation.every_steps is not None:
+        between = num_steps // spec.evaluation.every_steps
     return TrainingWork(
         num_steps=num_steps,
         tokens_per_step=spec.batch_size * tokens / max(1, usable_rows),

@@ -78,7 +78,7 @@ def build(
         "outputs": _outputs(adapter, num_parameters),
         "base": {**_base(base), "quantization": job.spec.get("quantization", "none")},
         "data": [_data(source) for source in data],
-        "config": {"requested": _requested(job.requested), "resolved": _without(job.spec, PRIVATE)},
+        "config": {"requested": _public(job.requested), "resolved": _public(job.spec)},
         "attempts": [_attempt(entry, finished_at, is_last=entry is attempts[-1]) for entry in attempts],
         "code": dict(code),
         "results": results,
@@ -198,7 +198,7 @@ def _attempt(entry: AttemptRecord, finished_at: float | None, *, is_last: bool) 
     }
 
 
-def _requested(request: Json) -> Json:
+def _public(request: Json) -> Json:
     public, evaluation = _without(request, PRIVATE), request.get("evaluation")
     return {**public, "evaluation": _without(evaluation, PRIVATE)} if evaluation else public
 

@@ -14,7 +14,7 @@ Loss = Literal["assistant", "last_turn"]
 Overflow = Literal["truncate", "drop", "split"]
 
 
-class DataRequest(Strict):
+class DataOptions(Strict):
     """How the rows of the training file and the validation file are used."""
 
     loss: Loss = Field(
@@ -33,14 +33,7 @@ class DataRequest(Strict):
     )
 
 
-class DataSpec(Strict):
-    """The resolved data options of a job. The defaults apply to specs that are older than the options."""
-
-    loss: Loss = "assistant"
-    overflow: Overflow = "truncate"
-
-
-def check_data(data: DataRequest, kind: RowKind, *, file_id: str) -> None:
+def check_data(data: DataOptions, kind: RowKind, *, file_id: str) -> None:
     """Raises InvalidRequest if the options do not apply to this kind of rows."""
     if data.loss == "last_turn" and kind.name != "chat":
         raise InvalidRequest(

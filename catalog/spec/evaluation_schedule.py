@@ -26,13 +26,13 @@ def most_steps(spec: JobSpec, num_rows: int) -> int | None:
 
 def interval_is_too_long(spec: JobSpec, num_steps: int | None) -> bool:
     """Return whether the requested evaluation interval is longer than the job."""
-    every = spec.evaluate_every_steps
+    every = spec.evaluation.every_steps
     return every is not None and num_steps is not None and every > num_steps
 
 
 def decide(spec: JobSpec) -> bool:
     """Return whether the result of the job depends on its evaluations."""
-    return spec.early_stopping is not None or spec.keep == "best"
+    return spec.early_stopping is not None or spec.evaluation.keep == "best"
 
 
 def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
@@ -42,8 +42,8 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
     assert num_steps is not None
     field = "evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping"
     raise InvalidRequest(
-        f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluate_every_steps} and "
-        f"the job has at most {_steps(num_steps)}.",
+        f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluation.every_steps} "
+        f"and the job has at most {_steps(num_steps)}.",
         code="no_evaluation_in_time",
         remedy=evaluate_often(num_steps),
         param="evaluation.every_steps",
@@ -53,7 +53,7 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
 def too_late(spec: JobSpec, num_steps: int) -> str:
     """Return the warning for a job whose evaluation interval is longer than the job."""
     sentence = (
-        f"evaluation.every_steps is {spec.evaluate_every_steps}, but the job has at most {_steps(num_steps)}, so "
+        f"evaluation.every_steps is {spec.evaluation.every_steps}, but the job has at most {_steps(num_steps)}, so "
         "the validation loss is measured only at the start and at the end"
     )
     effect = ". The job will not stop early and will keep its last weights" if decide(spec) else ""

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from catalog.spec.data import DataRequest, DataSpec
+from catalog.spec.data import DataOptions
 from catalog.spec.integrations import INTEGRATION_TYPES, Integration, checked
 from catalog.spec.lora import LoraRequest, LoraSpec, resolve_lora
 from catalog.spec.methods import (
@@ -22,22 +22,21 @@ from catalog.spec.methods import (
     Hyperparameters,
     Method,
     MethodType,
-    PreferenceSpec,
-    SupervisedSpec,
-    resolve_preference,
-    resolve_supervised,
+    PreferenceOptions,
+    SupervisedOptions,
+    resolve_method,
 )
 from catalog.spec.strict import LAST_SECOND, WITHOUT_NUL, Auto, Strict, Suffix
 from catalog.spec.training import (
     BASE_LEARNING_RATE,
     EarlyStopping,
     EvaluationRequest,
+    EvaluationSpec,
     OptimizerRequest,
     OptimizerSpec,
-    Samples,
     ScheduleRequest,
     ScheduleSpec,
-    resolve_keep,
+    resolve_evaluation,
     resolve_optimizer,
     resolve_schedule,
 )
@@ -139,14 +138,13 @@ class JobRequest(Strict):
     optimizer: OptimizerRequest = OptimizerRequest()
     schedule: ScheduleRequest = ScheduleRequest()
     evaluation: EvaluationRequest = EvaluationRequest()
-    data: DataRequest = DataRequest()
+    data: DataOptions = DataOptions()
     early_stopping: EarlyStopping | None = Field(
         default=None, description="Stop early when the validation loss no longer improves. null: train all steps."
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
-        description="Precision of the base model. auto: bfloat16, or float32 if there are workers but none has "
-        "bfloat16.",
+        description="Precision of the base model. auto: bf16, or fp32 if there are workers but none has bf16.",
     )
     quantization: Quantization = Field(
         default="none",
@@ -248,10 +246,8 @@ class JobSpec(Strict):
 
     version: Literal[1] = SPEC_VERSION
     method: MethodType = "supervised"
-    supervised: SupervisedSpec | None = None
-    """Hyperparameters of the method supervised. None in specs that are older than these hyperparameters."""
-    preference: PreferenceSpec | None = None
-    """Hyperparameters of the preference methods: dpo, orpo, simpo, kto."""
+    method_options: SupervisedOptions | PreferenceOptions
+    """Hyperparameters that only the method has."""
     parent: ParentSpec | None = None
     lora: LoraSpec
     optimizer: OptimizerSpec
@@ -261,9 +257,7 @@ class JobSpec(Strict):
     max_steps: int | None
     learning_rate_multiplier: float
     max_length: int
-    evaluate_every_steps: int | None
-    """None: ten evaluations, evenly spaced over the job."""
-    keep: Literal["last", "best"] = "last"
+    evaluation: EvaluationSpec
     early_stopping: EarlyStopping | None = None
     checkpoint_every_steps: int
     precision: Precision
@@ -271,13 +265,7 @@ class JobSpec(Strict):
     slice_tokens: int = 512
     """Maximum tokens of a slice (micro-batch), unless a row is longer. It affects the rounding of gradients."""
     seed: int
-    data: DataSpec = DataSpec()
-    samples: Samples | None = None
-
-    @property
-    def method_hyperparameters(self) -> SupervisedSpec | PreferenceSpec:
-        """The method's own hyperparameters, without OpenAI's three."""
-        return self.preference or self.supervised or SupervisedSpec()
+    data: DataOptions = DataOptions()
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps of the job over `num_rows` usable rows, or pairs of answers.
@@ -320,16 +308,14 @@ def resolve(
     `parent`: the adapter that the job continues; catalog/admission/accept.py has then completed the request.
     """
     hyperparameters = request.method_hyperparameters()
-    preference = resolve_preference(hyperparameters)
-    auto_multiplier = 1.0 if preference is None else PREFERENCE_MULTIPLIER
+    auto_multiplier = 1.0 if request.method_type == "supervised" else PREFERENCE_MULTIPLIER
     rate, multiplier = _resolve_rate(
         request.optimizer.learning_rate, hyperparameters.learning_rate_multiplier, auto_multiplier=auto_multiplier
     )
     longest = max_positions or AUTO_LENGTH
     return JobSpec(
         method=request.method_type,
-        supervised=resolve_supervised(hyperparameters),
-        preference=preference,
+        method_options=resolve_method(hyperparameters),
         parent=parent,
         lora=resolve_lora(request.lora),
         optimizer=resolve_optimizer(request.optimizer, learning_rate=rate),
@@ -339,16 +325,14 @@ def resolve(
         max_steps=request.max_steps,
         learning_rate_multiplier=multiplier,
         max_length=min(longest, _given(request.max_length, auto=AUTO_LENGTH)),
-        evaluate_every_steps=_given(request.evaluation.every_steps, auto=None),
-        keep=resolve_keep(request.evaluation, request.early_stopping),
+        evaluation=resolve_evaluation(request.evaluation, request.early_stopping),
         early_stopping=request.early_stopping,
         checkpoint_every_steps=_given(request.checkpoint_every_steps, auto=AUTO_CHECKPOINT_STEPS),
         precision=fleet_defaults.precision if request.precision == "auto" else request.precision,
         quantization=request.quantization,
         slice_tokens=fleet_defaults.slice_tokens,
         seed=seed if request.seed is None else request.seed,
-        data=DataSpec(**request.data.model_dump()),
-        samples=request.evaluation.samples,
+        data=request.data,
     )
 
 

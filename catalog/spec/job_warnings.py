@@ -197,7 +197,7 @@ def _rate(spec: JobSpec) -> Iterator[Caution]:
         )
     if kind != "adamw":
         return
-    usual = BASE_LEARNING_RATE * (1.0 if spec.preference is None else PREFERENCE_MULTIPLIER)
+    usual = BASE_LEARNING_RATE * (1.0 if spec.method == "supervised" else PREFERENCE_MULTIPLIER)
     if usual / UNUSUAL_RATE <= rate <= usual * UNUSUAL_RATE:
         return
     far = f"{rate / usual:,.0f} times" if rate > usual else f"1/{usual / rate:,.0f} of"

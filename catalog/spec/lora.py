@@ -10,10 +10,11 @@ import re
 from typing import Annotated, Literal
 
 import regex
-from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from catalog import write_guard
+from catalog.spec.model_fields import resolved
 from catalog.spec.strict import Auto, PositiveFloat, Strict
 
 MAX_RANK = 256
@@ -84,7 +85,9 @@ class LoraRequest(Strict):
     alpha_pattern: dict[PatternKey, PositiveFloat] = Field(
         default={}, description="Alphas of individual layers; keys as in rank_pattern.", json_schema_extra=_FEW_KEYS
     )
-    use_rslora: bool = Field(default=False, description="rsLoRA: scale by alpha/sqrt(rank) (arXiv 2312.03732).")
+    use_rslora: bool = Field(
+        default=False, description="Rank-stabilized LoRA: scale by alpha/sqrt(rank) (arXiv 2312.03732)."
+    )
     use_dora: bool = Field(
         default=False, description="DoRA: also train a magnitude for each output (arXiv 2402.09353)."
     )
@@ -124,22 +127,15 @@ class LoraRequest(Strict):
         return self
 
 
-class LoraSpec(Strict):
-    """The configuration with all defaults resolved.
+class LoraSpec(LoraRequest):
+    """The adapter configuration, with every `auto` resolved."""
 
-    Fields with a default were added later. The default is the behavior of specs that lack the field.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    target_modules: str | list[str]
-    use_rslora: bool
-    layers_to_transform: list[int] | None = None
+    model_config = ConfigDict(json_schema_extra=resolved)
+    alpha: float = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
+    # The request's expressions are valid. A transaction that writes must not compile them again.
+    target_modules: str | list[str] = Field()
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
-    use_dora: bool = False
-    init_lora_weights: str = "default"
 
     @property
     def begins_with_the_base(self) -> bool:

@@ -1,7 +1,7 @@
 """Training methods: answers (`supervised`), pairs of answers (`dpo`, `orpo`, `simpo`), or labeled answers (`kto`).
 
-The format is OpenAI's: a type, and its hyperparameters under the name of the type. `resolve_supervised` and
-`resolve_preference` replace every `auto` by a value.
+The format is OpenAI's: a type, and its hyperparameters under the name of the type. `resolve_method` replaces every
+`auto` by a value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Hyperparameters(Strict):
     )
 
 
-class SupervisedHyperparameters(Hyperparameters):
+class SupervisedOptions(Strict):
     """Cross-entropy loss of the answers."""
 
     label_smoothing: float = Field(
@@ -61,6 +61,10 @@ class SupervisedHyperparameters(Hyperparameters):
     )
 
 
+class SupervisedHyperparameters(SupervisedOptions, Hyperparameters):
+    """Hyperparameters of the method supervised."""
+
+
 class DpoHyperparameters(Hyperparameters):
     """Direct preference optimization (arXiv 2305.18290)."""
 
@@ -68,7 +72,7 @@ class DpoHyperparameters(Hyperparameters):
         default="auto", description="Strength of the penalty for differing from the reference model. auto: 0.1."
     )
     loss_type: Literal["sigmoid", "ipo"] = Field(
-        default="sigmoid", description="ipo: squared loss (arXiv 2310.12036) of the mean log ratios."
+        default="sigmoid", description="Loss of the margin: sigmoid, or ipo for the squared loss (arXiv 2310.12036)."
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="Assumed fraction of mislabeled pairs (sigmoid only)."
@@ -151,8 +155,8 @@ class Method(Strict):
     type: MethodType = Field(
         default="supervised",
         description=(
-            "supervised: train on answers. dpo, orpo, simpo: on pairs of answers. kto: on answers labeled as desirable "
-            "or undesirable."
+            "Training method: supervised (on answers), dpo, orpo or simpo (on pairs of answers), or kto (on answers "
+            "labeled as desirable or undesirable)."
         ),
     )
     supervised: SupervisedMethod | None = Field(default=None, description=OF_TYPE)
@@ -183,14 +187,7 @@ HYPERPARAMETERS: dict[MethodType, type[Hyperparameters]] = {
 }
 
 
-class SupervisedSpec(Strict):
-    """Hyperparameters of the method supervised. The defaults apply to specs that are older than the fields."""
-
-    label_smoothing: float = 0.0
-    neftune_alpha: float = 0.0
-
-
-class PreferenceSpec(Strict):
+class PreferenceOptions(Strict):
     """Hyperparameters of a preference loss. A field that the method lacks has a value without effect."""
 
     beta: float
@@ -206,36 +203,27 @@ def compares_with_start(method: str) -> bool:
     return method in ("dpo", "kto")
 
 
-def resolve_supervised(given: Hyperparameters) -> SupervisedSpec | None:
-    """Return the hyperparameters of the method supervised; None for a preference method.
+def resolve_method(given: Hyperparameters) -> SupervisedOptions | PreferenceOptions:
+    """Return the hyperparameters that only the method has.
 
-    The deprecated top-level field contains only OpenAI's three hyperparameters.
+    The deprecated top-level field contains only OpenAI's three hyperparameters, of the method supervised.
     """
     match given:
         case SupervisedHyperparameters():
-            return SupervisedSpec(**given.model_dump(include=set(SupervisedSpec.model_fields)))
-        case DpoHyperparameters() | OrpoHyperparameters() | SimpoHyperparameters() | KtoHyperparameters():
-            return None
-        case _:
-            return SupervisedSpec()
-
-
-def resolve_preference(given: Hyperparameters) -> PreferenceSpec | None:
-    """Return the hyperparameters of a preference method; None for the method supervised."""
-    match given:
+            return SupervisedOptions(**given.model_dump(include=set(SupervisedOptions.model_fields)))
         case DpoHyperparameters():
             beta = 0.1 if given.beta == "auto" else given.beta
-            return PreferenceSpec(beta=beta, loss_type=given.loss_type, label_smoothing=given.label_smoothing)
+            return PreferenceOptions(beta=beta, loss_type=given.loss_type, label_smoothing=given.label_smoothing)
         case OrpoHyperparameters():
-            return PreferenceSpec(beta=0.1 if given.beta == "auto" else given.beta)
+            return PreferenceOptions(beta=0.1 if given.beta == "auto" else given.beta)
         case SimpoHyperparameters():
             beta = 2.0 if given.beta == "auto" else given.beta
-            return PreferenceSpec(beta=beta, gamma=beta / 2 if given.gamma == "auto" else given.gamma)
+            return PreferenceOptions(beta=beta, gamma=beta / 2 if given.gamma == "auto" else given.gamma)
         case KtoHyperparameters():
             weights = given.model_dump(include={"desirable_weight", "undesirable_weight"})
-            return PreferenceSpec(beta=0.1 if given.beta == "auto" else given.beta, **weights)
+            return PreferenceOptions(beta=0.1 if given.beta == "auto" else given.beta, **weights)
         case _:
-            return None
+            return SupervisedOptions()
 
 
 def compared_kind(method: MethodType) -> DataKind | None:
@@ -248,7 +236,7 @@ def compared_kind(method: MethodType) -> DataKind | None:
     return "unpaired" if method == "kto" else "preference"
 
 
-def method_object(method: MethodType, shared: Json, own: SupervisedSpec | PreferenceSpec) -> Json:
+def method_object(method: MethodType, shared: Json, own: SupervisedOptions | PreferenceOptions) -> Json:
     """Return the resolved method as the API shows it. `shared`: OpenAI's three hyperparameters. `own`: the method's."""
     known = own.model_dump(include=set(HYPERPARAMETERS[method].model_fields))
     return {"type": method, method: {"hyperparameters": {**shared, **known}}}

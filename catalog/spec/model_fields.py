@@ -1,10 +1,11 @@
-"""The fields of a pydantic model by dotted path, such as `lora.rank`. Pure."""
+"""The fields of a pydantic model by dotted path, such as `lora.rank`, and the schemas of resolved fields. Pure."""
 
 from __future__ import annotations
 
+import re
 import types
-from collections.abc import Iterator
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -38,3 +39,35 @@ def plain_types(annotation: Any) -> Iterator[Any]:
             yield from plain_types(part)
     else:
         yield annotation
+
+
+def resolved_schema(
+    request: type[BaseModel], example: dict[str, Any] | None = None
+) -> Callable[[dict[str, Any]], None]:
+    """Return `json_schema_extra` for a response that shows a request's fields with every `auto` resolved.
+
+    A field without a description gets that of the request's field, without the sentences that start with `auto:` and,
+    if the field is never null, `null:`.
+    """
+
+    def extend(schema: dict[str, Any]) -> None:
+        for name, field in schema["properties"].items():
+            asked = request.model_fields.get(name)
+            if asked is not None and asked.description is not None and "description" not in field:
+                gone = "auto" if {"type": "null"} in field.get("anyOf", ()) else "auto|null"
+                sentence = (
+                    rf"(?:^|(?<=[.!?]) )(?:{gone}): [^.]*(?:\.\d[^.]*)*\."  # a dot before a digit does not end it
+                )
+                field["description"] = re.sub(sentence, "", asked.description).strip()
+        if example is not None:
+            schema["example"] = example
+
+    return extend
+
+
+def resolved(schema: dict[str, Any], spec: type[BaseModel]) -> None:
+    """`json_schema_extra` of a spec, which inherits its request's fields: every field is present, without default."""
+    resolved_schema(cast("type[BaseModel]", spec.__base__))(schema)
+    for field in schema["properties"].values():
+        field.pop("default", None)
+    schema["required"] = list(schema["properties"])

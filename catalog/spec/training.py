@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from catalog.spec.model_fields import resolved
 from catalog.spec.strict import Auto, PositiveFloat, Strict
 
 BASE_LEARNING_RATE = 2e-4
@@ -150,26 +151,30 @@ class EarlyStopping(Strict):
     )
 
 
-class OptimizerSpec(Strict):
-    type: OptimizerType = "adamw"
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    max_grad_norm: float | None
-    lora_plus_ratio: float = 1.0
-    momentum: float = 0.0
-    beta2_decay: float = -0.8
-    clip_threshold: float = 1.0
-    scale_floor: float = 1e-3
+class OptimizerSpec(OptimizerRequest):
+    """The optimizer, with every `auto` resolved."""
+
+    model_config = ConfigDict(json_schema_extra=resolved)
+    learning_rate: float = Field()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class ScheduleSpec(Strict):
-    type: ScheduleType
-    warmup_ratio: float
-    decay_ratio: float | None = None
-    """None unless the type is wsd."""
+class ScheduleSpec(ScheduleRequest):
+    """The learning rate schedule."""
+
+    model_config = ConfigDict(json_schema_extra=resolved)
+    decay_ratio: float | None = Field(
+        default=None, description="Fraction of all n steps for the decay. null: the schedule has no decay phase."
+    )
+
+
+class EvaluationSpec(EvaluationRequest):
+    """The evaluations on the validation file."""
+
+    model_config = ConfigDict(json_schema_extra=resolved)
+    every_steps: int | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, description="Optimizer steps between evaluations. null: ten evaluations over the job."
+    )
+    keep: Keep = Field(default="last")  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def resolve_optimizer(request: OptimizerRequest, *, learning_rate: float) -> OptimizerSpec:
@@ -181,10 +186,13 @@ def resolve_schedule(request: ScheduleRequest) -> ScheduleSpec:
     return ScheduleSpec(type=request.type, warmup_ratio=request.warmup_ratio, decay_ratio=decay)
 
 
-def resolve_keep(evaluation: EvaluationRequest, early_stopping: EarlyStopping | None) -> Keep:
-    if evaluation.keep != "auto":
-        return evaluation.keep
-    return "last" if early_stopping is None else "best"
+def resolve_evaluation(request: EvaluationRequest, early_stopping: EarlyStopping | None) -> EvaluationSpec:
+    by_stopping: Keep = "last" if early_stopping is None else "best"
+    return EvaluationSpec(
+        every_steps=None if request.every_steps == "auto" else request.every_steps,
+        keep=by_stopping if request.keep == "auto" else request.keep,
+        samples=request.samples,
+    )
 
 
 MAX_PROMPTS = 8

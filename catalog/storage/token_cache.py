@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select, u
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock, serialize, skip_locked, upsert
-from catalog.spec.data import DataSpec
+from catalog.spec.data import DataOptions
 from catalog.spec.job import JobSpec
 from catalog.states import UNFINISHED_STATES, JobState
 from catalog.storage import artifact_index
@@ -44,7 +44,9 @@ MAX_VARIANTS = 4
 """How many caches of one file a project keeps, for different lengths, tokenizers or data options."""
 
 
-def key(project_id: str, file_digest: str, tokenizer_digest: str, max_length: int, data: DataSpec | None = None) -> str:
+def key(
+    project_id: str, file_digest: str, tokenizer_digest: str, max_length: int, data: DataOptions | None = None
+) -> str:
     """Return the cache's key: a digest of the project and of everything that determines the tokens.
 
     The kind of the rows is not part of it, because it follows from the file.
@@ -56,7 +58,7 @@ def key(project_id: str, file_digest: str, tokenizer_digest: str, max_length: in
         "tokenizer": tokenizer_digest,
         "max_length": max_length,
     }
-    if data is not None and data != DataSpec():
+    if data is not None and data != DataOptions():
         parts["data"] = data.model_dump()
     return hashlib.sha256(rfc8785.dumps(parts)).hexdigest()
 

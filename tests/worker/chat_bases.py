@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from catalog.spec.data import DataSpec
+from catalog.spec.data import DataOptions
 from lora_core.data.token_dataset import TokenDataset
 from worker.children.tokenizer.main import DatasetReport, prepare
 
@@ -114,7 +114,7 @@ class Base:
         source, out = self.folder.parent / "source.jsonl", self.folder.parent / "tokens.safetensors"
         objects = [{"messages": row} if isinstance(row, list) else row for row in rows]
         source.write_text("".join(json.dumps(row) + "\n" for row in objects))
-        spec = DataSpec(**data)
+        spec = DataOptions(**data)
         return prepare(source=source, base_dir=self.folder, max_length=max_length, out=out, data=spec), out
 
     def rows(self, *rows: Row, max_length: int = 4096, **data: Any) -> list[tuple[list[int], list[int]]]:

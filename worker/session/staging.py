@@ -43,7 +43,7 @@ def stage_files(
         "base_name": base_name,
         "base_revision": base_revision,
         "spec": job.spec,
-        "answered_steps": events.answered_steps(context.db, job.id) if spec.samples else [],
+        "answered_steps": events.answered_steps(context.db, job.id) if spec.evaluation.samples else [],
         "asks_as_chat": _uses_template(context, job.train_prepared),
         "shortages": failures.memory_rung(context.db, job),
         "num_steps": job.num_steps,
@@ -71,7 +71,7 @@ def _named(directory: TrainerDirectory, path: Path | None) -> str | None:
 
 def _evaluate_every(spec: JobSpec, num_steps: int) -> int:
     """Return the interval between evaluations, limited to all steps: the engine rejects settings without effect."""
-    return min(spec.evaluate_every_steps or math.ceil(num_steps / 10), num_steps)
+    return min(spec.evaluation.every_steps or math.ceil(num_steps / 10), num_steps)
 
 
 def fall_back(context: WorkerContext, claim: Claim, checkpoints: list[Checkpoint], problem: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorry.cli import lookup
 from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.commands.submit import read, submit
+from lorry.cli.parsing.job_options import set_parameters
 from lorry.cli.render import output, plan_view
 from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, table
@@ -117,19 +118,5 @@ def _wait(lorry: Lorry, planned: Plan) -> Plan:
         raise
 
 
-def _copy_signature_of_submit() -> None:
-    """Give `create` the parameters of `submit`: typer reads a function's signature and annotations."""
-    hints = get_type_hints(submit, include_extras=True)
-    signature = inspect.signature(submit)
-    kept = [
-        parameter.replace(annotation=hints[name])
-        for name, parameter in signature.parameters.items()
-        if name not in NOT_OF_A_PLAN
-    ]
-    function = cast("Any", create)
-    function.__signature__ = signature.replace(parameters=kept, return_annotation=None)
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
-
-
-_copy_signature_of_submit()
+set_parameters(create, [one for one in inspect.signature(submit).parameters.values() if one.name not in NOT_OF_A_PLAN])
 app.verb("create", *EXAMPLES)(create)

@@ -5,10 +5,7 @@ Each option sets one field of the API, given by its dotted path. The service che
 
 from __future__ import annotations
 
-import re
-import time
 from dataclasses import dataclass
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -16,71 +13,15 @@ import typer
 from lorry.cli import lookup
 from lorry.cli.app import client
 from lorry.cli.commands.with_files import send_with_files
-from lorry.cli.parsing.durations import UNITS
-from lorry.cli.parsing.job_options import (
-    Alpha,
-    AlphaPattern,
-    Base,
-    BatchSize,
-    Beta,
-    CheckpointEvery,
-    Deadline,
-    Decay,
-    Dora,
-    Dropout,
-    Epochs,
-    EvaluateEvery,
-    Gamma,
-    Held,
-    Init,
-    KeepOption,
-    Layers,
-    LearningRate,
-    LoraPlusRatio,
-    LossOption,
-    MaxLength,
-    MaxSteps,
-    Metadata,
-    Methods,
-    ModelOption,
-    MustServeOn,
-    Neftune,
-    OptimizerOption,
-    Others,
-    OverflowOption,
-    Parent,
-    Patience,
-    Planned,
-    PrecisionOption,
-    PriorityOption,
-    Rank,
-    RankPattern,
-    Rslora,
-    ScheduleOption,
-    Seed,
-    Smoothing,
-    Suffix,
-    Tags,
-    Targets,
-    Training,
-    TrainingOption,
-    Valid,
-    Warmup,
-    WeightDecay,
-)
-from lorry.cli.parsing.option_names import FIELDS, NAMES, use_option_names
-from lorry.cli.parsing.option_values import (
-    Method,
-    json_or_text,
-    nested,
-    pair,
-)
+from lorry.cli.parsing.job_options import ARGUMENTS, RUN, given_fields, is_given, option, with_job_options
+from lorry.cli.parsing.option_names import NAMES, use_option_names
+from lorry.cli.parsing.option_values import json_or_text, nested, pair
 from lorry.cli.render import output, progress_bars
 from lorry.cli.render.output import AsJson, Quiet
 from lorry.errors import APIError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from lorry.client import Lorry
     from lorry.models.jobs import Job
@@ -91,61 +32,45 @@ OUTPUT_OPTIONS = frozenset({"plan", "watch", "quiet", "as_json", "output_format"
 """Parameters of `submit` that set no field of the job."""
 
 
+@with_job_options(before="plan")
 def submit(
     ctx: typer.Context,
-    model: Base = None,
-    training: Training = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Name of a base model, or of an adapter to continue.", show_default=False),
+    ] = None,
+    training: Annotated[
+        str | None,
+        typer.Argument(metavar="TRAIN", help="Path of a JSONL file, or ID of an uploaded file.", show_default=False),
+    ] = None,
     *,
-    model_option: ModelOption = None,
-    training_option: TrainingOption = None,
-    parent: Parent = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    rslora: Rslora = False,
-    dropout: Dropout = None,
-    target: Targets = None,
-    layer: Layers = None,
-    rank_pattern: RankPattern = None,
-    alpha_pattern: AlphaPattern = None,
-    dora: Dora = False,
-    init: Init = None,
-    method: Methods = None,
-    beta: Beta = None,
-    gamma: Gamma = None,
-    label_smoothing: Smoothing = None,
-    neftune_alpha: Neftune = None,
-    loss: LossOption = None,
-    learning_rate: LearningRate = None,
-    lora_plus_ratio: LoraPlusRatio = None,
-    schedule: ScheduleOption = None,
-    warmup: Warmup = None,
-    decay: Decay = None,
-    optimizer: OptimizerOption = None,
-    weight_decay: WeightDecay = None,
-    epochs: Epochs = None,
-    max_steps: MaxSteps = None,
-    batch_size: BatchSize = None,
-    max_length: MaxLength = None,
-    overflow: OverflowOption = None,
-    precision: PrecisionOption = None,
-    quantization: Held = None,
-    seed: Seed = None,
-    valid: Valid = None,
-    evaluate_every: EvaluateEvery = None,
-    keep: KeepOption = None,
-    patience: Patience = None,
-    checkpoint_every: CheckpointEvery = None,
-    suffix: Suffix = None,
-    must_serve_on: MustServeOn = None,
-    priority: PriorityOption = None,
-    deadline: Deadline = None,
-    metadata: Metadata = None,
-    tag: Tags = None,
-    plan: Planned = None,
-    other: Others = None,
+    model_option: Annotated[
+        str | None, option(ARGUMENTS, "Same as MODEL, as in OpenAI's CLI.", "--model", "-m", metavar="MODEL")
+    ] = None,
+    training_option: Annotated[
+        str | None, option(ARGUMENTS, "Same as TRAIN, as in OpenAI's CLI.", "--training-file", "-F", metavar="TRAIN")
+    ] = None,
+    plan: Annotated[
+        str | None,
+        option(
+            RUN,
+            "Create the job from an existing plan, unchanged. Can't be combined with other options.",
+            metavar="PLAN",
+        ),
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        option(
+            RUN,
+            "Any field of the API, such as optimizer.max_grad_norm=null; the value is JSON or text (repeatable).",
+            "--set",
+            metavar="PATH=VALUE",
+        ),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show live progress until the job is finished.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    **_fields: Any,
 ) -> None:
     """Submit a fine-tuning job. Local files are uploaded first. Omitted options use the service defaults."""
     lorry, job = _submit_request(ctx, plan, quiet=quiet)
@@ -193,7 +118,8 @@ def read(ctx: typer.Context) -> SubmitOptions:
     model = _argument(ctx, "model", "MODEL", "--model")
     training = _argument(ctx, "training", "TRAIN", "--training-file")
     valid: str | None = params["valid"]
-    fields = _fields(params, params["method"] or Method.supervised)
+    fields = given_fields(params)
+    fields.pop("validation_file", None)
     assigned: list[str] = params["other"] or []
     others = [pair(given, "--set", "PATH=VALUE") for given in assigned]
     named = {"training_file"} if valid is None else {"training_file", "validation_file"}
@@ -218,7 +144,7 @@ def _argument(ctx: typer.Context, name: str, metavar: str, option_name: str) -> 
 
 def _check_alone(ctx: typer.Context) -> None:
     """A plan is the whole configuration of a job."""
-    given = [name for name, value in ctx.params.items() if name not in OUTPUT_OPTIONS and _is_given(value)]
+    given = [name for name, value in ctx.params.items() if name not in OUTPUT_OPTIONS and is_given(value)]
     if given:
         options = ", ".join(sorted(_typed_name(name) for name in given))
         ctx.fail(f"--plan can't be combined with {options}. Create a new plan with these options instead.")
@@ -230,16 +156,6 @@ def _typed_name(name: str) -> str:
     )
 
 
-def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    """Return the values of the options by dotted path."""
-    given = {path: (name, params[name]) for name, path in FIELDS.items() if _is_given(params[name])}
-    fields = {path.replace("METHOD", method): _value(name, value) for path, (name, value) in given.items()}
-    metadata: list[str] = params["metadata"] or []
-    pairs = _by_key([pair(entry, "--metadata", "KEY=VALUE") for entry in metadata], "--metadata")
-    labels = {"metadata": pairs, "tags": params["tag"]}
-    return fields | {name: given for name, given in labels.items() if given}
-
-
 def _report(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:
     if watch:
         output.echo(f"Created job {job.id}.")  # first: watching needs another scope
@@ -248,53 +164,6 @@ def _report(lorry: Lorry, job: Job, *, watch: bool, as_json: bool) -> None:
         output.print_json(job.raw)
     else:
         output.print_ids([job.id])
-
-
-def _is_given(value: object) -> bool:
-    """Whether the option was passed; a zero is a value."""
-    return value is not None and value is not False and value not in ([], ())
-
-
-def _value(name: str, given: Any) -> Any:
-    """Return the value of an option in the form of the API."""
-    if name == "deadline":
-        return _moment(given)
-    if name in ("rank_pattern", "alpha_pattern"):
-        option = f"--{name.replace('_', '-')}"
-        return _by_key([_entry(each, option) for each in given], option)
-    if name == "target" and len(given) == 1 and (given[0] == "all-linear" or given[0].startswith("re:")):
-        return given[0]
-    return given
-
-
-def _moment(given: str) -> int:
-    """Seconds since 1970."""
-    if match := re.fullmatch(r"(\d+)([smhd])", given):
-        return int(time.time()) + int(match[1]) * UNITS[match[2]]
-    try:
-        return int(datetime.fromisoformat(given).timestamp())
-    except ValueError:
-        raise typer.BadParameter(
-            f"{given!r} is not a time. Use 12h, or 2026-12-01T08:00.", param_hint="--deadline"
-        ) from None
-
-
-def _by_key(pairs: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:
-    """Return the pairs as a mapping. Rejects two values for one key."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise typer.BadParameter(f"{key!r} was passed twice. Pass it only once.", param_hint=option)
-        found[key] = value
-    return found
-
-
-def _entry(given: str, option: str) -> tuple[str, Any]:
-    """Split at the last "=", because a key may contain "=" itself, as (?=…) does."""
-    key, equals, value = given.rpartition("=")
-    if not (key and equals):
-        raise typer.BadParameter(f"{given!r} is not in the form KEY=NUMBER.", param_hint=option)
-    return key, json_or_text(value)
 
 
 def _check_set_once(by_option: Iterable[str], by_set: Iterable[str]) -> None:

@@ -9,9 +9,9 @@ import typer
 from lorry.cli import lookup
 from lorry.cli.app import client, group
 from lorry.cli.commands.with_files import send_with_files
-from lorry.cli.parsing.job_options import option
+from lorry.cli.parsing.job_options import NUMBERS, given_fields, option, with_job_options
 from lorry.cli.parsing.option_names import use_option_names
-from lorry.cli.parsing.option_values import Method, Priority, json_or_text, nested, pair
+from lorry.cli.parsing.option_values import Priority, json_or_text, nested, pair
 from lorry.cli.parsing.sweep_syntax import Metric, check_space, parameter, search_of
 from lorry.cli.render import output, sweep_leaderboard
 from lorry.cli.render.output import AsJson, Quiet, Yes
@@ -55,40 +55,19 @@ Others = Annotated[
 ]
 MetricOption = Annotated[Metric | None, option(SEARCH, "Metric by which trials are compared (default: valid_loss).")]
 Seed = Annotated[int | None, option(SEARCH, "Seed for sampling parameters and for every trial (default: random).")]
-LearningRate = Annotated[
-    float | None,
-    option(
-        TRIALS,
-        "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
-        "--learning-rate",
-        "--lr",
-    ),
-]
-BatchSize = Annotated[
-    int | None, option(TRIALS, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
-]
-Suffix = Annotated[
-    str | None,
-    option(
-        TRIALS,
-        "Suffix of each adapter's name: any text of up to 64 characters. Characters other than ASCII letters, digits, "
-        "dots, underscores and hyphens become hyphens; accents are dropped.",
-    ),
-]
 KeepBest = Annotated[bool, option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")]
 MaxConcurrent = Annotated[int | None, option(RUN, "Maximum number of unfinished trials at a time (default: no limit).")]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the live leaderboard until the sweep is finished.")]
-OPTIONS = {
-    "rank": "lora.rank",
-    "learning_rate": "optimizer.learning_rate",
-    "method": "method.type",
-    "max_steps": "max_steps",
-    "suffix": "suffix",
-    "priority": "priority",
-    "max_concurrent": "max_concurrent",
-}
-"""The field of the body that each option sets; epochs and batch_size belong to the method."""
-NUMBERS = {"epochs": "n_epochs", "batch_size": "batch_size"}
+FIELDS = (
+    "lora.rank",
+    "optimizer.learning_rate",
+    "method.type",
+    f"{NUMBERS}.n_epochs",
+    "max_steps",
+    f"{NUMBERS}.batch_size",
+    "suffix",
+)
+"""Fields of all trials that have options."""
 
 
 @app.verb(
@@ -97,6 +76,7 @@ NUMBERS = {"epochs": "n_epochs", "batch_size": "batch_size"}
     "lorry sweeps run smollm2 chats.jsonl --valid valid.jsonl "
     "--over optimizer.learning_rate=1e-5..1e-3:log --asha --trials 20 --watch",
 )
+@with_job_options(*FIELDS, before="other", panel=TRIALS)
 def run(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a base model.")],
@@ -111,13 +91,6 @@ def run(
     metric: MetricOption = None,
     seed: Seed = None,
     valid: Annotated[str | None, option(TRIALS, "Validation file: a path or the ID of an uploaded file.")] = None,
-    rank: Annotated[int | None, option(TRIALS, "Rank of the adapters, 1 to 256 (default: 16).")] = None,
-    learning_rate: LearningRate = None,
-    method: Annotated[Method | None, option(TRIALS, "Training method (default: supervised).")] = None,
-    epochs: Annotated[int | None, option(TRIALS, "Passes over the training file, 1 to 100 (default: 3).")] = None,
-    max_steps: Annotated[int | None, option(TRIALS, "Stop after N optimizer steps (default: all epochs).")] = None,
-    batch_size: BatchSize = None,
-    suffix: Suffix = None,
     other: Others = None,
     keep_best: KeepBest = False,
     max_concurrent: MaxConcurrent = None,
@@ -125,17 +98,20 @@ def run(
     watch: Watch = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
+    **_fields: Any,
 ) -> None:
     """Run a sweep: a grid of all combinations, or --random or --asha with --trials. Local files are uploaded first."""
     search = search_of(random, asha, trials=trials, seed=seed, min_steps=min_steps, reduction_factor=reduction_factor)
     varied = dict(parameter(given) for given in over)
     if len(varied) < len(over):
         raise typer.BadParameter("a field was passed twice. Pass it only once.", param_hint="--over")
-    check_space(varied, kind=search["type"], method=method or Method.supervised)
-    fields = _fields(ctx.params, method or Method.supervised) | _parse_pairs(other)
+    check_space(varied, kind=search["type"], method=ctx.params["method"] or "supervised")
+    fields = given_fields(ctx.params, FIELDS) | _parse_pairs(other)
     body = {**nested(list(fields.items())), "parameters": varied, "search": search}
     body |= {"keep_adapters": "best"} if keep_best else {}
     body |= {"objective": {"metric": metric}} if metric else {}
+    body |= {"priority": priority} if priority else {}
+    body |= {"max_concurrent": max_concurrent} if max_concurrent is not None else {}
     lorry = client()
     sweep = _send(lorry, model, training, valid, body, quiet=quiet)
     _report(lorry, sweep, watch=watch, quiet=quiet, as_json=as_json)
@@ -221,13 +197,6 @@ def cancel(sweep_id: SweepId, yes: Yes = False, as_json: AsJson = False) -> None
     sweep = lorry.sweeps.cancel(sweep_id)
     state = "cancelled" if sweep.is_final else "being cancelled"
     output.print_result(sweep, f"Sweep {sweep.id} is {state}.", as_json=as_json)
-
-
-def _fields(params: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    given = {path: params[name] for name, path in OPTIONS.items() if params[name] is not None}
-    numbers = {name: params[argument] for argument, name in NUMBERS.items() if params[argument] is not None}
-    given |= {f"method.{method}.hyperparameters.{name}": value for name, value in numbers.items()}
-    return given | ({"method.type": method} if numbers else {})
 
 
 def _parse_pairs(given: list[str] | None) -> dict[str, Any]:

@@ -1,205 +1,206 @@
-"""The options of `lorry jobs submit` and `lorry plans create` and their groups in the help."""
+"""The options of `lorry jobs submit`, `lorry plans create` and `lorry sweeps run` that set a field of a job.
+
+`make docs` writes job_options.json from the service's definition of a job: path, type and help of each option. This
+module has the names that differ from the field's.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import inspect
+import json
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
-from lorry.cli.parsing.option_values import (
-    Keep,
-    Loss,
-    Method,
-    OptimizerName,
-    Overflow,
-    Precision,
-    Priority,
-    Quantization,
-    ScheduleName,
-)
+from lorry.cli.parsing.durations import UNITS
+from lorry.cli.parsing.option_values import json_or_text, pair
 
-ARGUMENTS, ADAPTER, TRAINING, WATCHING, RUN = "Arguments", "Adapter", "Training", "Evaluation and checkpoints", "Job"
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+ARGUMENTS, ADAPTER, TRAINING, EVALUATION, RUN = "Arguments", "Adapter", "Training", "Evaluation and checkpoints", "Job"
+NUMBERS = "method.METHOD.hyperparameters"
+"""The path of a method's hyperparameters; METHOD stands for its name."""
+NAMES = {
+    "parent_adapter": "parent",
+    "lora.use_rslora": "rslora",
+    "lora.use_dora": "dora",
+    "lora.target_modules": "target",
+    "lora.layers_to_transform": "layer",
+    "lora.init_lora_weights": "init",
+    "optimizer.type": "optimizer",
+    "schedule.type": "schedule",
+    "schedule.warmup_ratio": "warmup",
+    "schedule.decay_ratio": "decay",
+    "method.type": "method",
+    f"{NUMBERS}.n_epochs": "epochs",
+    "evaluation.every_steps": "evaluate_every",
+    "checkpoint_every_steps": "checkpoint_every",
+    "validation_file": "valid",
+    "tags": "tag",
+}
+"""Names of options that differ from the last part of the field's path."""
+PANELS = {
+    "parent_adapter": ADAPTER,
+    "lora": ADAPTER,
+    "evaluation": EVALUATION,
+    "early_stopping": EVALUATION,
+    "checkpoint_every_steps": EVALUATION,
+    "validation_file": EVALUATION,
+    **dict.fromkeys(("suffix", "must_serve_on", "priority", "deadline", "metadata", "tags"), RUN),
+}
+"""The part of the help, by the first part of the field's path; TRAINING for others."""
+HELP = {
+    "parent_adapter": "Continue this adapter, by name, ID or suffix. Rank and targets are taken from it.",
+    "validation_file": "Validation file: a path or the ID of an uploaded file.",
+    "deadline": "Time by which the job should finish: 12h from now, or a local time such as 2026-12-01T08:00.",
+}
+"""Help of options that accept more than their field."""
+METAVARS = {
+    "parent_adapter": "ADAPTER",
+    "lora.target_modules": "NAME",
+    "must_serve_on": "ENDPOINT",
+    "deadline": "WHEN",
+    "integer list": "NUMBER",
+    "string list": "TEXT",
+    "string map": "KEY=VALUE",
+    "integer map": "KEY=NUMBER",
+    "number map": "KEY=NUMBER",
+}
+"""The value of an option in its help, by path or by type."""
+TYPES: Mapping[str, Any] = {
+    "integer": int,
+    "number": float,
+    "boolean": bool,
+    "string": str,
+    "integer list": list[int],
+    "string list": list[str],
+    **dict.fromkeys(("integer map", "number map", "string map"), list[str]),
+}
+OPTIONS: Mapping[str, Mapping[str, Any]] = json.loads(Path(__file__).with_name("job_options.json").read_text("utf-8"))
+"""Type and help of each option, by the path of its field."""
 
 
-def option(group: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=group, metavar=metavar)
+def name_of(path: str) -> str:
+    """Return the name of the option's parameter."""
+    return NAMES.get(path) or path.rpartition(".")[2]
 
 
-Base = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="Name of a base model, or of an adapter to continue.", show_default=False),
-]
-Training = Annotated[
-    str | None,
-    typer.Argument(metavar="TRAIN", help="Path of a JSONL file, or ID of an uploaded file.", show_default=False),
-]
-ModelOption = Annotated[
-    str | None, option(ARGUMENTS, "Same as MODEL, as in OpenAI's CLI.", "--model", "-m", metavar="MODEL")
-]
-TrainingOption = Annotated[
-    str | None, option(ARGUMENTS, "Same as TRAIN, as in OpenAI's CLI.", "--training-file", "-F", metavar="TRAIN")
-]
-Planned = Annotated[
-    str | None,
-    option(
-        RUN, "Create the job from an existing plan, unchanged. Can't be combined with other options.", metavar="PLAN"
-    ),
-]
-Methods = Annotated[
-    Method | None,
-    option(
-        TRAINING,
-        "Training method: answers (supervised), preference pairs (dpo, orpo, simpo) or labels (kto); default: "
-        "supervised.",
-    ),
-]
-Held = Annotated[
-    Quantization | None,
-    option(TRAINING, "Load the base model in 4 or 8 bits (nf4, int8; default: none).", "--quantization"),
-]
-Parent = Annotated[
-    str | None,
-    option(
-        ADAPTER,
-        "Continue this adapter, by name, ID or suffix; rank and targets are taken from it (default: a new adapter).",
-        metavar="ADAPTER",
-    ),
-]
-Targets = Annotated[
-    list[str] | None,
-    option(
-        ADAPTER,
-        "Linear layer to adapt (repeatable), or re:PATTERN for whole paths (default: all except the output head).",
-        metavar="NAME",
-    ),
-]
-Layers = Annotated[
-    list[int] | None,
-    option(ADAPTER, "Adapt only this block, numbered from 0 (repeatable; default: all blocks).", metavar="NUMBER"),
-]
-RankPattern = Annotated[
-    list[str] | None,
-    option(ADAPTER, "Different rank for layers whose path ends in KEY (repeatable).", metavar="KEY=RANK"),
-]
-AlphaPattern = Annotated[
-    list[str] | None,
-    option(ADAPTER, "Different alpha for layers whose path ends in KEY (repeatable).", metavar="KEY=ALPHA"),
-]
-Smoothing = Annotated[
-    float | None,
-    option(TRAINING, "Label smoothing, 0 <= x < 0.5 (default: 0). For dpo: assumed fraction of mislabeled pairs."),
-]
-Neftune = Annotated[
-    float | None, option(TRAINING, "NEFTune noise scale (supervised only). Typical: 5. Default: 0 (off).")
-]
-LossOption = Annotated[
-    Loss | None,
-    option(TRAINING, "Chat messages to train on: every assistant message or only the last one (default: assistant)."),
-]
-OverflowOption = Annotated[
-    Overflow | None,
-    option(TRAINING, "Handling of rows longer than --max-length; split works only for plain text (default: truncate)."),
-]
-Warmup = Annotated[float | None, option(TRAINING, "Warm-up fraction of all steps, 0 to 1 (default: 0.03).")]
-EvaluateEvery = Annotated[int | None, option(WATCHING, "Evaluate every N steps (default: 10 times over the job).")]
-KeepOption = Annotated[
-    Keep | None,
-    option(
-        WATCHING,
-        "Weights to export: best (lowest validation loss) or last (default: last; best with --patience).",
-    ),
-]
-Patience = Annotated[
-    int | None,
-    option(
-        WATCHING,
-        "Early stopping: stop after N evaluations without improvement in validation loss (default: never).",
-    ),
-]
-Tags = Annotated[list[str] | None, option(RUN, "Tag to find the job by with `lorry jobs list --tag` (repeatable).")]
-Metadata = Annotated[
-    list[str] | None, option(RUN, "Metadata to store with the job (repeatable, at most 16).", metavar="KEY=VALUE")
-]
-Deadline = Annotated[
-    str | None,
-    option(
-        RUN,
-        "Time by which the job should finish: 12h from now, or a local time such as 2026-12-01T08:00 (default: none).",
-        metavar="WHEN",
-    ),
-]
-Others = Annotated[
-    list[str] | None,
-    option(
-        RUN,
-        "Any other field of the API, such as optimizer.beta1=0.95; the value is JSON or text (repeatable).",
-        "--set",
-        metavar="PATH=VALUE",
-    ),
-]
-Rank = Annotated[int | None, option(ADAPTER, "Rank of the adapter, 1 to 256 (default: 16).")]
-Alpha = Annotated[float | None, option(ADAPTER, "Scaling: updates are multiplied by alpha / rank (default: 2 * rank).")]
-Rslora = Annotated[bool, option(ADAPTER, "Use rank-stabilized LoRA: scale by alpha / sqrt(rank).", "--rslora")]
-Dropout = Annotated[float | None, option(ADAPTER, "Dropout probability of LoRA inputs, 0 to 0.9 (default: 0).")]
-Dora = Annotated[bool, option(ADAPTER, "Use DoRA (train weight magnitudes).", "--dora")]
-Init = Annotated[
-    str | None, option(ADAPTER, "Weight initialization: default, gaussian, pissa, pissa_niter_N or olora.")
-]
-Beta = Annotated[
-    float | None, option(TRAINING, "Beta of the preference loss (dpo, orpo, simpo, kto; default: 0.1, simpo: 2).")
-]
-Gamma = Annotated[float | None, option(TRAINING, "Target reward margin (simpo only; default: beta / 2).")]
-LearningRate = Annotated[
-    float | None,
-    option(
-        TRAINING,
-        "Peak learning rate, above 0 to 1 (default: 2e-4; 2e-5 for preference methods).",
-        "--learning-rate",
-        "--lr",
-    ),
-]
-LoraPlusRatio = Annotated[
-    float | None, option(TRAINING, "LoRA+: learning rate of B divided by that of A (default: 1).")
-]
-ScheduleOption = Annotated[
-    ScheduleName | None, option(TRAINING, "Learning rate schedule after the warm-up (default: cosine).")
-]
-Decay = Annotated[
-    float | None,
-    option(TRAINING, "Fraction of steps spent decaying the learning rate (wsd schedule only; default: 0.2)."),
-]
-OptimizerOption = Annotated[
-    OptimizerName | None, option(TRAINING, "Optimizer; sgd and adafactor require --learning-rate (default: adamw).")
-]
-WeightDecay = Annotated[float | None, option(TRAINING, "Weight decay, 0 to 1 (default: 0).")]
-Epochs = Annotated[int | None, option(TRAINING, "Passes over the training file, 1 to 100 (default: 3).")]
-MaxSteps = Annotated[int | None, option(TRAINING, "Stop after N optimizer steps (default: all epochs).")]
-BatchSize = Annotated[
-    int | None, option(TRAINING, "Sequences or pairs per optimizer step (default: 0.5% of the rows, 4 to 32).")
-]
-MaxLength = Annotated[
-    int | None, option(TRAINING, "Maximum tokens per row (default: the base model's limit, at most 4096).")
-]
-PrecisionOption = Annotated[
-    Precision | None, option(TRAINING, "Precision of the base model's weights (default: auto).")
-]
-Seed = Annotated[int | None, option(TRAINING, "Random seed; the same seed gives the same adapter (default: random).")]
-Valid = Annotated[str | None, option(WATCHING, "Validation file: a path or the ID of an uploaded file.")]
-CheckpointEvery = Annotated[int | None, option(WATCHING, "Write a checkpoint every N steps (default: 50).")]
-Suffix = Annotated[
-    str | None,
-    option(
-        RUN,
-        "Suffix of the adapter's name: any text of up to 64 characters. Characters other than ASCII letters, digits, "
-        "dots, underscores and hyphens become hyphens; accents are dropped.",
-    ),
-]
-MustServeOn = Annotated[
-    str | None,
-    option(
-        RUN,
-        "Reject the job unless its adapter can run there: vllm, or a serving endpoint (default: not checked).",
-        metavar="ENDPOINT",
-    ),
-]
-PriorityOption = Annotated[Priority | None, option(RUN, "Priority in the queue (default: normal).")]
+FIELDS = {name_of(path): path for path in OPTIONS}
+"""The field that each option sets, by the name of its parameter."""
+
+
+def flag(path: str) -> str:
+    return f"--{name_of(path).replace('_', '-')}"
+
+
+def option(panel: str, help_text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar)
+
+
+def with_job_options(*paths: str, before: str, panel: str | None = None) -> Callable[[Any], Any]:
+    """Return a decorator that replaces `**fields` of a command by the options of these fields, or of all.
+
+    before: the parameter that they precede. panel: the part of the help, if not that of the field. Typer reads a
+    function's signature and annotations.
+    """
+
+    def extend(function: Callable[..., Any]) -> Callable[..., Any]:
+        hints = get_type_hints(function, include_extras=True)
+        given = list(inspect.signature(function).parameters.values())
+        fixed = [one.replace(annotation=hints[one.name]) for one in given if one.kind is not one.VAR_KEYWORD]
+        position = [one.name for one in fixed].index(before)
+        set_parameters(function, [*fixed[:position], *_parameters(paths or OPTIONS, panel), *fixed[position:]])
+        return function
+
+    return extend
+
+
+def set_parameters(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:
+    """Set the signature and the annotations of a command."""
+    target = cast("Any", function)
+    target.__signature__ = inspect.Signature([*parameters])
+    target.__annotations__ = {one.name: one.annotation for one in target.__signature__.parameters.values()}
+
+
+def _parameters(paths: Iterable[str], panel: str | None) -> list[inspect.Parameter]:
+    """Return the options, by part of the help: it shows the parts in the order of their first option."""
+    by_panel = {path: panel or PANELS.get(path.partition(".")[0], TRAINING) for path in paths}
+    order = (panel, ADAPTER, TRAINING, EVALUATION, RUN)
+    return [_parameter(path, by_panel[path]) for path in sorted(by_panel, key=lambda path: order.index(by_panel[path]))]
+
+
+def _parameter(path: str, panel: str) -> inspect.Parameter:
+    given = OPTIONS[path]
+    is_flag = given["type"] == "boolean"
+    kind: Any = Literal[tuple(given["choices"])] if "choices" in given else TYPES[given["type"]]
+    kind = str if path == "deadline" else kind
+    help_text = (HELP.get(path) or given["help"]) + " Repeatable." * given["type"].endswith(("list", "map"))
+    names = (flag(path), "--lr") if path == "optimizer.learning_rate" else (flag(path),)
+    made = option(panel, help_text, *names, metavar=METAVARS.get(path) or METAVARS.get(given["type"]))
+    return inspect.Parameter(
+        name_of(path),
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if is_flag else None,
+        annotation=Annotated[kind if is_flag else kind | None, made],
+    )
+
+
+def given_fields(params: Mapping[str, Any], paths: Iterable[str] = tuple(OPTIONS)) -> dict[str, Any]:
+    """Return the values of the passed options by dotted path. paths: the fields that have options."""
+    method = params["method"] or "supervised"
+    given = ((path, params[name_of(path)]) for path in paths)
+    return {path.replace("METHOD", method): _value(path, value) for path, value in given if is_given(value)}
+
+
+def is_given(value: object) -> bool:
+    """Whether the option was passed; a zero is a value."""
+    return value is not None and value is not False and value not in ([], ())
+
+
+def _value(path: str, given: Any) -> Any:
+    """Return the value of an option in the form of the API."""
+    kind = OPTIONS[path]["type"]
+    if path == "deadline":
+        return _moment(given)
+    if kind == "string map":
+        return _by_key([pair(entry, flag(path), "KEY=VALUE") for entry in given], flag(path))
+    if kind.endswith(" map"):
+        return _by_key([_number_entry(entry, flag(path)) for entry in given], flag(path))
+    if path == "lora.target_modules" and len(given) == 1 and (given[0] == "all-linear" or given[0].startswith("re:")):
+        return given[0]
+    return given
+
+
+def _moment(given: str) -> int:
+    """Seconds since 1970."""
+    if match := re.fullmatch(r"(\d+)([smhd])", given):
+        return int(time.time()) + int(match[1]) * UNITS[match[2]]
+    try:
+        return int(datetime.fromisoformat(given).timestamp())
+    except ValueError:
+        raise typer.BadParameter(
+            f"{given!r} is not a time. Use 12h, or 2026-12-01T08:00.", param_hint="--deadline"
+        ) from None
+
+
+def _by_key(pairs: Sequence[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """Return the pairs as a mapping. Rejects two values for one key."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise typer.BadParameter(f"{key!r} was passed twice. Pass it only once.", param_hint=option)
+        found[key] = value
+    return found
+
+
+def _number_entry(given: str, option: str) -> tuple[str, Any]:
+    """Split at the last "=", because a key may contain "=" itself, as (?=…) does."""
+    key, equals, value = given.rpartition("=")
+    if not (key and equals):
+        raise typer.BadParameter(f"{given!r} is not in the form KEY=NUMBER.", param_hint=option)
+    return key, json_or_text(value)

@@ -1,73 +1,21 @@
-"""The option of `lorry jobs submit` for each field of the API, and errors that name the option."""
+"""Errors of the API that name the option of `lorry jobs submit` in place of the field."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
-from lorry.cli.parsing.option_values import Method
+from lorry.cli.parsing.job_options import OPTIONS, flag
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorry.errors import APIError
 
-NUMBERS = "method.METHOD.hyperparameters"
-"""The path of a method's hyperparameters; METHOD stands for its name."""
-FIELDS = {
-    "parent": "parent_adapter",
-    "rank": "lora.rank",
-    "alpha": "lora.alpha",
-    "rslora": "lora.use_rslora",
-    "dropout": "lora.dropout",
-    "target": "lora.target_modules",
-    "layer": "lora.layers_to_transform",
-    "rank_pattern": "lora.rank_pattern",
-    "alpha_pattern": "lora.alpha_pattern",
-    "dora": "lora.use_dora",
-    "optimizer": "optimizer.type",
-    "init": "lora.init_lora_weights",
-    "learning_rate": "optimizer.learning_rate",
-    "lora_plus_ratio": "optimizer.lora_plus_ratio",
-    "weight_decay": "optimizer.weight_decay",
-    "schedule": "schedule.type",
-    "warmup": "schedule.warmup_ratio",
-    "decay": "schedule.decay_ratio",
-    "method": "method.type",
-    "epochs": f"{NUMBERS}.n_epochs",
-    "batch_size": f"{NUMBERS}.batch_size",
-    "beta": f"{NUMBERS}.beta",
-    "gamma": f"{NUMBERS}.gamma",
-    "label_smoothing": f"{NUMBERS}.label_smoothing",
-    "neftune_alpha": f"{NUMBERS}.neftune_alpha",
-    "loss": "data.loss",
-    "overflow": "data.overflow",
-    "max_steps": "max_steps",
-    "max_length": "max_length",
-    "precision": "precision",
-    "quantization": "quantization",
-    "seed": "seed",
-    "evaluate_every": "evaluation.every_steps",
-    "keep": "evaluation.keep",
-    "patience": "early_stopping.patience",
-    "checkpoint_every": "checkpoint_every_steps",
-    "suffix": "suffix",
-    "must_serve_on": "must_serve_on",
-    "priority": "priority",
-    "deadline": "deadline",
-}
-"""The field that each option sets, by the option's name in `submit`."""
 NAMES = {
     "model": "MODEL",
     "training_file": "TRAIN",
-    "validation_file": "--valid",
-    "metadata": "--metadata",
-    "tags": "--tag",
-    **{
-        path.replace("METHOD", method): f"--{name.replace('_', '-')}"
-        for name, path in FIELDS.items()
-        for method in Method
-    },
+    **{path.replace("METHOD", method): flag(path) for path in OPTIONS for method in OPTIONS["method.type"]["choices"]},
 }
 """The argument or option that sets each field."""
 

@@ -9,77 +9,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 
-class Method(StrEnum):
-    """Training methods: on answers, on preference pairs, or on answers with labels."""
-
-    supervised = "supervised"
-    dpo = "dpo"
-    orpo = "orpo"
-    simpo = "simpo"
-    kto = "kto"
-
-
 class Priority(StrEnum):
     """Priorities in the queue."""
 
     urgent = "urgent"
     normal = "normal"
     batch = "batch"
-
-
-class Precision(StrEnum):
-    """Precisions of the base model's weights."""
-
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Quantization(StrEnum):
-    """Quantizations of the base model's linear layers."""
-
-    none = "none"
-    nf4 = "nf4"
-    int8 = "int8"
-
-
-class ScheduleName(StrEnum):
-    """Learning rate schedules after the warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class OptimizerName(StrEnum):
-    """Optimizers."""
-
-    adamw = "adamw"
-    sgd = "sgd"
-    adafactor = "adafactor"
-
-
-class Loss(StrEnum):
-    """Assistant messages of a chat that are trained on."""
-
-    assistant = "assistant"
-    last_turn = "last_turn"
-
-
-class Overflow(StrEnum):
-    """Handling of rows that are too long."""
-
-    truncate = "truncate"
-    drop = "drop"
-    split_ = "split"  # str has a split of its own
-
-
-class Keep(StrEnum):
-    """Weights that become the adapter."""
-
-    last = "last"
-    best = "best"
 
 
 if TYPE_CHECKING:

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lorry.cli.parsing.option_names import FIELDS
+from lorry.cli.parsing.job_options import FIELDS
 from lorry.cli.parsing.option_values import json_or_text, pair
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from lorry.cli.parsing.option_values import Method
 
 OTHER_NAMES = {"lr": "learning_rate"}
 """Short names of options, and the names that FIELDS has."""
@@ -60,7 +58,7 @@ def _number(text: str) -> float:
     return int(text) if text.strip().lstrip("-").isdigit() else float(text)
 
 
-def check_space(varied: Mapping[str, Mapping[str, Any]], *, kind: str, method: Method) -> None:
+def check_space(varied: Mapping[str, Mapping[str, Any]], *, kind: str, method: str) -> None:
     """Reject invalid spaces without a request, so that no file is uploaded for them."""
     for path, space in varied.items():
         name = path.lstrip("-").replace("-", "_")

@@ -18,7 +18,7 @@ _COUNTS = (
     *("rows", "usable_rows", "tokens", "supervised_tokens"),
     *("truncated_rows", "dropped_rows", "split_rows", "duplicate_rows", "empty_rows"),
 )
-_SHOWN_WITH_UNITS = {"version", "n_epochs", "max_length", "evaluate_every_steps", "checkpoint_every_steps"}
+_SHOWN_WITH_UNITS = {"version", "n_epochs", "max_length", "checkpoint_every_steps"}
 _LABEL_WIDTH = 24
 
 
@@ -107,7 +107,6 @@ def _configuration(spec: Json) -> Pairs:
         yield name.replace("_", " "), _list(value) or value
     yield "maximum epochs" if spec.get("max_steps") else "epochs", spec.get("n_epochs")
     yield "max length", _unit(spec.get("max_length"), "tokens")
-    yield "evaluation every", _unit(spec.get("evaluate_every_steps"), "steps")
     yield "checkpoint every", _unit(spec.get("checkpoint_every_steps"), "steps")
 
 

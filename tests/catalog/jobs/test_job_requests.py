@@ -157,7 +157,7 @@ def test_options_that_use_validation_loss_need_a_validation_file(
     assert (refusal.value.code, refusal.value.param) == ("validation_file_required", param)
 
     spec = world.submit(**fields, validation_file=world.file()).spec
-    assert spec["keep"] == ("last" if param == "evaluation.every_steps" else "best")
+    assert spec["evaluation"]["keep"] == ("last" if param == "evaluation.every_steps" else "best")
 
 
 def _warnings(world: World, **fields: Any) -> list[str]:
@@ -329,7 +329,7 @@ def test_sample_prompts_need_a_validation_file_and_are_bounded(world: World) -> 
 
     assert (refusal.value.code, refusal.value.param) == ("validation_file_required", "evaluation.samples")
     job = world.submit(evaluation={"samples": samples}, validation_file=world.file())
-    assert job.spec["samples"] == samples
+    assert job.spec["evaluation"]["samples"] == samples
     for wrong in ({"prompts": []}, {"prompts": ["a"] * 9}, {"prompts": [" "]}, {"prompts": ["a"], "max_tokens": 129}):
         with pytest.raises(ValidationError):
             request(evaluation={"samples": wrong})

@@ -15,7 +15,7 @@ from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
 from catalog.registry import adapters, base_models
 from catalog.registry.base_models import SOURCE_PATTERN
-from catalog.spec.data import DataSpec
+from catalog.spec.data import DataOptions
 from catalog.storage import token_cache
 from catalog.storage.manifest import files_digest
 from catalog.tables.storage import BaseModelRow
@@ -293,10 +293,10 @@ def test_concurrent_deletion_and_submission_do_not_both_succeed(world: World) ->
 
 
 def test_token_cache_key_includes_loss_and_overflow_options() -> None:
-    given = [None, DataSpec(loss="last_turn"), DataSpec(overflow="drop"), DataSpec(overflow="split")]
+    given = [None, DataOptions(loss="last_turn"), DataOptions(overflow="drop"), DataOptions(overflow="split")]
 
     assert len({token_cache.key("ours", "file", "tokenizer", 512, data) for data in given}) == 4
-    assert token_cache.key("ours", "file", "tokenizer", 512, DataSpec()) == token_cache.key(
+    assert token_cache.key("ours", "file", "tokenizer", 512, DataOptions()) == token_cache.key(
         "ours", "file", "tokenizer", 512
     )
 

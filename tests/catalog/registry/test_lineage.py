@@ -154,14 +154,14 @@ def test_record_omits_project_data_but_keeps_the_configuration() -> None:
     requested = job()
     samples = {"prompts": [CANARY], "max_tokens": 8}
     requested.requested = {**requested.requested, "evaluation": {"every_steps": 5, "samples": samples}}
-    requested.spec = {**requested.spec, "evaluate_every_steps": 5, "samples": samples}
+    requested.spec = {**requested.spec, "evaluation": {"every_steps": 5, "samples": samples}}
 
     made = record(job=requested)
 
     content = json.dumps(made)
     assert [name for name in (CANARY, "ftjob-3", "ftjob-9", "key-1") if name in content] == []
     assert made["config"]["requested"]["evaluation"] == {"every_steps": 5}
-    assert made["config"]["resolved"]["evaluate_every_steps"] == 5
+    assert made["config"]["resolved"]["evaluation"]["every_steps"] == 5
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])

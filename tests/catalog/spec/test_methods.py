@@ -6,7 +6,7 @@ import pytest
 
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobSpec
-from catalog.spec.methods import PreferenceSpec, SupervisedSpec
+from catalog.spec.methods import PreferenceOptions, SupervisedOptions
 from tests.catalog.world import World, request
 
 
@@ -15,68 +15,52 @@ def method(name: str, **numbers: Any) -> dict[str, Any]:
 
 
 RESOLVED = [
-    (method("dpo"), PreferenceSpec(beta=0.1)),
-    (method("dpo", beta="auto", label_smoothing=0.2), PreferenceSpec(beta=0.1, label_smoothing=0.2)),
-    (method("dpo", beta=1, loss_type="ipo"), PreferenceSpec(beta=1.0, loss_type="ipo")),
-    (method("orpo", beta=0.3), PreferenceSpec(beta=0.3)),
-    (method("simpo"), PreferenceSpec(beta=2.0, gamma=1.0)),
-    (method("simpo", beta=3, gamma=0), PreferenceSpec(beta=3.0, gamma=0.0)),
-    ({"type": "orpo"}, PreferenceSpec(beta=0.1)),
-    (method("kto"), PreferenceSpec(beta=0.1)),
+    (method("dpo"), PreferenceOptions(beta=0.1)),
+    (method("dpo", beta="auto", label_smoothing=0.2), PreferenceOptions(beta=0.1, label_smoothing=0.2)),
+    (method("dpo", beta=1, loss_type="ipo"), PreferenceOptions(beta=1.0, loss_type="ipo")),
+    (method("orpo", beta=0.3), PreferenceOptions(beta=0.3)),
+    (method("simpo"), PreferenceOptions(beta=2.0, gamma=1.0)),
+    (method("simpo", beta=3, gamma=0), PreferenceOptions(beta=3.0, gamma=0.0)),
+    ({"type": "orpo"}, PreferenceOptions(beta=0.1)),
+    (method("kto"), PreferenceOptions(beta=0.1)),
     (
         method("kto", beta=0.2, desirable_weight=1.3, undesirable_weight=0.5),
-        PreferenceSpec(beta=0.2, desirable_weight=1.3, undesirable_weight=0.5),
+        PreferenceOptions(beta=0.2, desirable_weight=1.3, undesirable_weight=0.5),
     ),
-    (method("supervised"), None),
+    (method("supervised"), SupervisedOptions()),
 ]
 
 
 @pytest.mark.parametrize(("requested", "expected"), RESOLVED)
-def test_auto_hyperparameters_are_resolved(world: World, requested: dict[str, Any], expected: PreferenceSpec) -> None:
-    kind = "chat" if expected is None else "unpaired" if requested["type"] == "kto" else "preference"
+def test_auto_hyperparameters_are_resolved(
+    world: World, requested: dict[str, Any], expected: SupervisedOptions | PreferenceOptions
+) -> None:
+    kind = "chat" if requested["type"] == "supervised" else "unpaired" if requested["type"] == "kto" else "preference"
 
     spec = JobSpec.model_validate(world.submit(training_file=world.file(kind=kind), method=requested).spec)
 
-    assert (spec.method, spec.preference) == (requested["type"], expected)
-    assert spec.optimizer.learning_rate == pytest.approx(2e-4 if expected is None else 2e-5)
+    assert (spec.method, spec.method_options) == (requested["type"], expected)
+    assert spec.optimizer.learning_rate == pytest.approx(2e-4 if kind == "chat" else 2e-5)
 
 
 @pytest.mark.parametrize(
     ("requested", "expected"),
     [
-        ({}, SupervisedSpec()),
-        ({"method": {"type": "supervised"}}, SupervisedSpec(label_smoothing=0.0, neftune_alpha=0.0)),
-        ({"hyperparameters": {"n_epochs": 2}}, SupervisedSpec()),
+        ({}, SupervisedOptions()),
+        ({"method": {"type": "supervised"}}, SupervisedOptions(label_smoothing=0.0, neftune_alpha=0.0)),
+        ({"hyperparameters": {"n_epochs": 2}}, SupervisedOptions()),
         (
             {"method": method("supervised", label_smoothing=0.1, neftune_alpha=5)},
-            SupervisedSpec(label_smoothing=0.1, neftune_alpha=5.0),
+            SupervisedOptions(label_smoothing=0.1, neftune_alpha=5.0),
         ),
     ],
 )
 def test_supervised_hyperparameters_are_stored(
-    world: World, requested: dict[str, Any], expected: SupervisedSpec
+    world: World, requested: dict[str, Any], expected: SupervisedOptions
 ) -> None:
     spec = JobSpec.model_validate(world.submit(**requested).spec)
 
-    assert (spec.supervised, spec.method_hyperparameters) == (expected, expected)
-
-
-def test_preference_method_has_no_supervised_hyperparameters(world: World) -> None:
-    requested = method("dpo", label_smoothing=0.2)
-
-    spec = JobSpec.model_validate(world.submit(training_file=world.file(kind="preference"), method=requested).spec)
-
-    assert spec.supervised is None
-    assert spec.method_hyperparameters == PreferenceSpec(beta=0.1, label_smoothing=0.2)
-
-
-def test_old_spec_without_a_method_is_supervised(world: World) -> None:
-    later = ("method", "preference", "supervised")
-    record = {name: value for name, value in world.submit().spec.items() if name not in later}
-
-    spec = JobSpec.model_validate(record)
-
-    assert (spec.method, spec.preference, spec.method_hyperparameters) == ("supervised", None, SupervisedSpec())
+    assert spec.method_options == expected
 
 
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])

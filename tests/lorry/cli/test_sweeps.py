@@ -73,7 +73,7 @@ def test_run_sends_one_request(service: Script, run: Run, data: None) -> None:
             "optimizer.learning_rate": {"min": 1e-5, "max": 1e-3, "scale": "log"},
         },
         "search": {"type": "asha", "trials": 20},
-        "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        "method": {"supervised": {"hyperparameters": {"n_epochs": 2}}},
         "lora": {"alpha": 32},
         "keep_adapters": "best",
     }

@@ -26,7 +26,7 @@ from catalog.datasets.rows import check_pair, check_unpaired
 from catalog.datasets.validator import read_rows
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest, OutOfSpace
-from catalog.spec.data import DataSpec, Loss, Overflow
+from catalog.spec.data import DataOptions, Loss, Overflow
 from worker.children.tokenizer.chat_template import TEMPLATE_DATE, Refused, Rendered
 from worker.children.tokenizer.preview import (
     PreviewDetails,
@@ -112,7 +112,7 @@ def prepare(
     base_dir: Path,
     max_length: int,
     out: Path,
-    data: DataSpec | None = None,
+    data: DataOptions | None = None,
     shown: ShownRows | None = None,
 ) -> DatasetReport:
     """Tokenize the checked file `source` into `out`, which is not written if the report has a refusal.
@@ -120,7 +120,7 @@ def prepare(
     No row keeps more than `max_length` tokens. data: defines the trained tokens, and the handling of longer rows.
     shown: collects rows for the preview. Raises OutOfSpace.
     """
-    counts, data, shown = Counts(), data or DataSpec(), shown or ShownRows()
+    counts, data, shown = Counts(), data or DataOptions(), shown or ShownRows()
     base = BaseText(base_dir)
     with full_disk_named(), TokenFile(out) as tokens:
         try:
@@ -163,7 +163,7 @@ def _fill(
     *,
     source: Path,
     max_length: int,
-    data: DataSpec,
+    data: DataOptions,
 ) -> None:
     for example in _examples(source, base, counts, data):
         flaws = counts.count(example, max_length=max_length)
@@ -183,20 +183,20 @@ def _fill(
         refuse_one_label(tokens.num_rows, counts.desirable)
 
 
-def _examples(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[tuple[EncodedRow, ...]]:
+def _examples(source: Path, base: BaseText, counts: Counts, data: DataOptions) -> Iterator[tuple[EncodedRow, ...]]:
     """Yield each example: one row, or the two rows of a pair."""
     rows = _encoded(source, base, counts, data)
     for row in rows:
         yield (row, next(rows)) if counts.kind is PREFERENCE else (row,)
 
 
-def _encoded(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[EncodedRow]:
+def _encoded(source: Path, base: BaseText, counts: Counts, data: DataOptions) -> Iterator[EncodedRow]:
     for batch in _batches(_rendered(source, base, counts, data)):
         for rendered, (ids, mask) in zip(batch, base.encode(batch), strict=True):
             yield EncodedRow(rendered=rendered, ids=ids, mask=mask)
 
 
-def _rendered(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> Iterator[Rendered]:
+def _rendered(source: Path, base: BaseText, counts: Counts, data: DataOptions) -> Iterator[Rendered]:
     with source.open("rb") as lines:
         try:
             for number, line in read_rows(lines, max_line_bytes=MAX_LINE_BYTES):
@@ -205,7 +205,7 @@ def _rendered(source: Path, base: BaseText, counts: Counts, data: DataSpec) -> I
             raise Refused(error.code, error.message, error.remedy) from error
 
 
-def _render(base: BaseText, counts: Counts, data: DataSpec, number: int, line: bytes) -> tuple[Rendered, ...]:
+def _render(base: BaseText, counts: Counts, data: DataOptions, number: int, line: bytes) -> tuple[Rendered, ...]:
     try:
         row = parse_object(line)
         counts.kind = kind = kind_of_row(row, before=counts.kind)
@@ -236,7 +236,7 @@ def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
         yield batch
 
 
-def _no_trainable_tokens(counts: Counts, max_length: int, data: DataSpec) -> Refused:
+def _no_trainable_tokens(counts: Counts, max_length: int, data: DataOptions) -> Refused:
     num_rows, longest = len(counts.lengths), max(counts.lengths, default=0)
     if data.overflow == "drop" and counts.too_long:
         return Refused(
@@ -268,7 +268,7 @@ def _report(
     base: BaseText,
     *,
     max_length: int,
-    data: DataSpec,
+    data: DataOptions,
     refused: Refused | None = None,
 ) -> DatasetReport:
     lengths = sorted(counts.lengths)
@@ -320,7 +320,7 @@ def main(arguments_path: Path) -> int:
             base_dir=Path(arguments["base_dir"]),
             max_length=int(arguments["max_length"]),
             out=Path(arguments["out"]),
-            data=DataSpec.model_validate(arguments["data"]),
+            data=DataOptions.model_validate(arguments["data"]),
             shown=shown,
         )
         with full_disk_named():

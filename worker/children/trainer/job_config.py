@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any, cast
 
 from catalog.resources.memory import FURTHER_SLICES, MOST_JOB_TOKENS, tick_tokens
 from catalog.spec.job import JobSpec
@@ -63,9 +64,9 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
         evaluate_every_steps=evaluate_every_steps,
         slice_tokens=spec.slice_tokens,
         early_stopping=EarlyStoppingConfig(**spec.early_stopping.model_dump()) if spec.early_stopping else None,
-        keep=spec.keep,
+        keep=spec.evaluation.keep,
         objective=objective_config(spec),
-        neftune_alpha=spec.supervised.neftune_alpha if spec.supervised else 0.0,
+        neftune_alpha=getattr(spec.method_options, "neftune_alpha", 0.0),
     )
 
 
@@ -77,26 +78,20 @@ def _schedule_config(schedule: ScheduleSpec, num_steps: int) -> ScheduleConfig:
 
 
 def _lora_config(lora: LoraSpec) -> LoraConfig:
-    """Return the LoRA configuration. Patterns are sorted by their keys, because JSON objects have no order. Two keys
-    never conflict for the same layer."""
-    targets, layers = lora.target_modules, lora.layers_to_transform
-    return LoraConfig(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        layers_to_transform=None if layers is None else tuple(layers),
-        rank_pattern=tuple(sorted(lora.rank_pattern.items())),
-        alpha_pattern=tuple(sorted(lora.alpha_pattern.items())),
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        init_lora_weights=lora.init_lora_weights,
-    )
+    """Return the LoRA configuration, with tuples in place of lists and objects. Patterns are sorted by their keys,
+    because JSON objects have no order. Two keys never conflict for the same layer."""
+    return LoraConfig(**{name: _as_tuple(value) for name, value in lora.model_dump().items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted(cast(Json, value).items()))
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def objective_config(spec: JobSpec) -> ObjectiveConfig:
     """Return the loss that the job minimizes."""
-    return ObjectiveConfig(kind=spec.method, **spec.method_hyperparameters.model_dump(exclude={"neftune_alpha"}))
+    return ObjectiveConfig(kind=spec.method, **spec.method_options.model_dump(exclude={"neftune_alpha"}))
 
 
 def warmup_steps(ratio: float, num_steps: int) -> int:

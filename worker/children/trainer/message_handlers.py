@@ -189,8 +189,8 @@ class MessageHandlers:
 
     def _prepare_prompts(self, claim_id: str, spec: JobSpec, body: AdmitBody) -> None:
         """Raises Refused and LoraCoreError if the base model can't answer the job's prompts."""
-        if spec.samples is not None:
-            request = sample_request(self._base_text(), spec.samples, as_chat=body["asks_as_chat"])
+        if spec.evaluation.samples is not None:
+            request = sample_request(self._base_text(), spec.evaluation.samples, as_chat=body["asks_as_chat"])
             check_prompts(prompts_of(request), self.engine.base)
             self._jobs[claim_id].sample_request = request
 

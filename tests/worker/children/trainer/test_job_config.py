@@ -108,28 +108,6 @@ def test_dpo_has_its_own_label_smoothing_and_no_neftune() -> None:
     assert config.neftune_alpha == 0
 
 
-def test_a_spec_stored_before_label_smoothing_keeps_its_digest() -> None:
-    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
-    stored = spec.model_dump(mode="json")
-    del stored["supervised"]
-
-    old, new = (
-        job_config(each, num_steps=9, evaluate_every_steps=2) for each in (JobSpec.model_validate(stored), spec)
-    )
-
-    assert old.digest() == new.digest()
-    assert (old.objective, old.neftune_alpha) == (ObjectiveConfig(), 0)
-
-
-def test_a_spec_stored_before_early_stopping_loads_unchanged() -> None:
-    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
-    stored = spec.model_dump(mode="json")
-    del stored["keep"], stored["early_stopping"], stored["schedule"]["decay_ratio"]
-    del stored["optimizer"]["type"], stored["optimizer"]["momentum"]
-
-    assert JobSpec.model_validate(stored) == spec
-
-
 def test_the_largest_dropout_of_a_request_is_the_engines() -> None:
     spec = resolve(request(lora={"dropout": MAX_DROPOUT}), num_rows=100, max_positions=None, seed=1)
 
@@ -167,16 +145,6 @@ def test_the_adapter_configuration_does_not_depend_on_key_order() -> None:
         use_dora=True,
         init_lora_weights="pissa_niter_4",
     )
-
-
-def test_a_spec_stored_before_rank_patterns_loads_unchanged() -> None:
-    spec = resolve(request(), num_rows=100, max_positions=None, seed=1)
-    old = spec.model_dump(mode="json")
-    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights"):
-        del old["lora"][name]
-    del old["optimizer"]["lora_plus_ratio"]
-
-    assert JobSpec.model_validate(old) == spec
 
 
 @pytest.mark.parametrize("slice_tokens", SLICE_TOKENS.values())
