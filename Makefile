@@ -1,8 +1,8 @@
 # Commands for development. `make` alone lists them.
-# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=… KIT_ARGS=…
+# Works with GNU make 3.81 (macOS) and later. Variables: KEEP=1 PYTHON=… TORCH_INDEX=… TEST_PROCESSES=… PYTEST_ARGS=… FAULTS_ARGS=… SOAK_ARGS=… FUZZ_ARGS=… BENCH_ARGS=… KIT_ARGS=… REVISION=…
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up dist test test-slow test-postgres test-compose test-deepspeed test-faults soak fuzz bench gpu-kit bench-api check audit lock clean \
+.PHONY: help demo up dist test test-slow test-postgres test-compose test-deepspeed test-faults soak fuzz bench gpu-kit bench-api check audit lock size clean \
 	check-lint check-format check-types check-imports check-migrations check-words check-documents
 .SUFFIXES:
 
@@ -38,6 +38,7 @@ help:
 	@echo "make dist        build the wheels and source distributions of lorry and lorry-server in dist/"
 	@echo "make audit       check the locked packages for known vulnerabilities (pip-audit)"
 	@echo "make lock        update requirements/*.lock to the newest releases"
+	@echo "make size        count the lines of Python by package"
 	@echo "make clean       remove .venv and all caches"
 
 demo: .venv/.installed-demo
@@ -45,6 +46,9 @@ demo: .venv/.installed-demo
 
 up: .venv/.installed-demo
 	$(BIN)/lorry up
+
+size:
+	python3 -m tools.size $(REVISION)
 
 .PHONY: docs
 docs: .venv/.installed

@@ -6,12 +6,12 @@ from typing import Any
 import typer
 import typer.main
 
-from lorry.cli.main import app
-
 LONGEST_SUMMARY = 200
 
 
 def page() -> str:
+    from lorry.cli.main import app  # reads job_options.json, which `make docs` has written by now
+
     command: Any = typer.main.get_command(app)
     return "\n".join(_section(command, "lorry", "# Command line")).rstrip() + "\n"
 
