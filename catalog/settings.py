@@ -162,7 +162,7 @@ class Settings(EnvironmentSettings):
     )
 
     integrations: str = Field(
-        default="wandb,mlflow,tensorboard,trackio",
+        default="wandb,mlflow,tensorboard",
         description="Trackers that jobs may write their curves to, if installed; separated by commas.",
     )
     mlflow_tracking_uri: SecretStr | None = Field(
@@ -170,9 +170,6 @@ class Settings(EnvironmentSettings):
     )
     tensorboard_dir: Path | None = Field(
         default=None, description="Folder for TensorBoard event files. Default: in the data folder."
-    )
-    trackio_dir: Path | None = Field(
-        default=None, description="Folder for Trackio databases. Default: in the data folder."
     )
 
     hub_repositories: str = Field(

@@ -95,19 +95,13 @@ class TensorBoard(TypedDict, total=False):
     name: str
 
 
-class Trackio(TypedDict, total=False):
-    project: str
-    name: str
-
-
 class Integration(TypedDict, total=False):
     """A tracker to which the job's metrics are written, with its options under its own name."""
 
-    type: Required[Literal["wandb", "mlflow", "tensorboard", "trackio"]]
+    type: Required[Literal["wandb", "mlflow", "tensorboard"]]
     wandb: Wandb
     mlflow: Mlflow
     tensorboard: TensorBoard
-    trackio: Trackio
 
 
 class Hyperparameters(TypedDict, total=False):

@@ -49,7 +49,7 @@ SETTINGS: Mapping[str, Sequence[str]] = {
         "preemption_min_runtime_seconds", "max_preemptions",
     ),
     "exports": ("hub_repositories", "gguf_converter"),
-    "trackers": ("integrations", "mlflow_tracking_uri", "tensorboard_dir", "trackio_dir"),
+    "trackers": ("integrations", "mlflow_tracking_uri", "tensorboard_dir"),
 }  # fmt: skip
 """Fields of Settings, by the table of the page that they are in."""
 DEFAULT = re.compile(r"(?:^|(?<=[.!?]) )(?:auto|null|Default): ([^.]*(?:\.\d[^.]*)*)\.")

@@ -11,7 +11,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from catalog.spec.strict import Label, Strict
 
-IntegrationType = Literal["wandb", "mlflow", "tensorboard", "trackio"]
+IntegrationType = Literal["wandb", "mlflow", "tensorboard"]
 INTEGRATION_TYPES: tuple[IntegrationType, ...] = get_args(IntegrationType)
 NAME_PATTERN = r"^[^\x00-\x1f\x7f/\\#?%:]+$"
 """Pattern of project names that Weights & Biases accepts."""
@@ -62,15 +62,6 @@ class TensorBoard(Strict):
     )
 
 
-class Trackio(Strict):
-    """Trackio, on the machines of this service."""
-
-    project: Name = Field(
-        default="lorry", description="Trackio project. The name of the Lorry project and '-' are added in front."
-    )
-    name: Name | None = Field(default=None, description="Prefix of the run's name, before the job ID. null: none.")
-
-
 class Integration(Strict):
     """A tracker type, and its options under the name of the type."""
 
@@ -78,7 +69,6 @@ class Integration(Strict):
     wandb: Wandb | None = Field(default=None, description="Options of Weights & Biases. null: another type.")
     mlflow: Mlflow | None = Field(default=None, description="Options of MLflow. null: the defaults.")
     tensorboard: TensorBoard | None = Field(default=None, description="Options of TensorBoard. null: the defaults.")
-    trackio: Trackio | None = Field(default=None, description="Options of Trackio. null: the defaults.")
 
     @model_validator(mode="after")
     def _check_fields_of_type(self) -> Integration:
@@ -95,10 +85,9 @@ class Integration(Strict):
         return given if given is not None else DEFAULTS[self.type]()
 
 
-DEFAULTS: dict[IntegrationType, type[Mlflow | TensorBoard | Trackio]] = {
+DEFAULTS: dict[IntegrationType, type[Mlflow | TensorBoard]] = {
     "mlflow": Mlflow,
     "tensorboard": TensorBoard,
-    "trackio": Trackio,
 }
 
 

@@ -21,8 +21,8 @@ from catalog.spec.integrations import INTEGRATION_TYPES
 from worker.process.launcher import CREDENTIAL_NAMES, PROXIES, ROOT, SYSTEM
 
 Json = dict[str, Any]
-LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX", "trackio": "trackio"}
-PASSED_ON = {"wandb": ("WANDB_",), "mlflow": ("MLFLOW_",), "tensorboard": (), "trackio": ()}
+LIBRARIES = {"wandb": "wandb", "mlflow": "mlflow", "tensorboard": "tensorboardX"}
+PASSED_ON = {"wandb": ("WANDB_",), "mlflow": ("MLFLOW_",), "tensorboard": ()}
 """Prefixes of the environment variables that a tracker's child gets in addition to the system's."""
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "DO_NOT_TRACK": "true"}
 """Disables the telemetry of libraries, unless the operator enables it."""
@@ -50,7 +50,6 @@ def places(settings: Settings) -> dict[str, str]:
     return {
         "mlflow": settings.resolved_mlflow_tracking_uri(),
         "tensorboard": str(settings.tensorboard_dir or settings.data_dir / "tensorboard"),
-        "trackio": str(settings.trackio_dir or settings.data_dir / "trackio"),
         "wandb": str(settings.data_dir / "wandb"),
     }
 

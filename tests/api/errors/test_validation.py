@@ -42,7 +42,7 @@ def refused(client: TestClient, body: Any) -> dict[str, Any]:
         ({"lora": {"target_modules": ["a b"]}}, "lora.target_modules.0", "the name of a layer"),
         ({"evaluation": {"every_steps": 0}}, "evaluation.every_steps", "must be between 1 and"),
         ({"integrations": [{"type": "wandb"}]}, "integrations.0", "type 'wandb' requires 'wandb' with its 'project'"),
-        ({"integrations": [{"type": "comet"}]}, "integrations.0.type", "'wandb', 'mlflow', 'tensorboard' or 'trackio'"),
+        ({"integrations": [{"type": "comet"}]}, "integrations.0.type", "'wandb', 'mlflow' or 'tensorboard'"),
         ({"method": {"type": "reinforced"}}, "method.type", "'supervised', 'dpo', 'orpo', 'simpo' or 'kto'"),
         (
             {"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "multi"}}}},

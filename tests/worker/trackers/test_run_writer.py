@@ -284,7 +284,6 @@ def test_credentials_reach_only_the_process_of_their_own_tracker(monkeypatch: py
         "wandb": {"WANDB_API_KEY"},
         "mlflow": {"MLFLOW_TRACKING_TOKEN"},
         "tensorboard": set(),
-        "trackio": set(),
     }
     assert seen(child_environment()) == set()
 
@@ -294,16 +293,16 @@ def test_a_worker_offers_trackers_that_are_installed_allowed_and_configured(
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(run_session, "find_spec", lambda name: None if name == "trackio" else object())
+    monkeypatch.setattr(run_session, "find_spec", lambda name: None if name == "mlflow" else object())
 
     def offered(**given: Any) -> tuple[str, ...]:
         return available(Settings(data_dir=tmp_path, **given))
 
-    assert offered() == ("mlflow", "tensorboard")
-    assert offered(integrations="tensorboard, trackio") == ("tensorboard",)
+    assert offered() == ("tensorboard",)
+    assert offered(integrations="tensorboard, mlflow") == ("tensorboard",)
     assert offered(integrations="") == ()
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert offered() == ("wandb", "mlflow", "tensorboard")
+    assert offered() == ("wandb", "tensorboard")
 
 
 def test_a_wandb_run_uses_the_name_of_its_project_and_no_entity_of_the_job(
@@ -330,31 +329,3 @@ def test_a_worker_imports_no_tracker_library() -> None:
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert not {*run_session.LIBRARIES.values(), "torch"} & set(listed.stdout.split())
-
-
-@pytest.mark.slow
-def test_trackio_receives_points_if_it_is_installed(world: World, settings: Settings, tmp_path: Path) -> None:
-    pytest.importorskip("trackio")
-    world.worker(integrations=("trackio",))
-    job_id = world.running(integrations=[{"type": "trackio", "trackio": {"project": "p"}}]).job.id
-    steps(world, job_id, 1, 2)
-    with writing_runs(world.db, settings):
-        wait_until(lambda: row(world, job_id, "trackio").train_step == 2, seconds=WAIT_SECONDS)
-    steps(world, job_id, 3)
-    with writing_runs(world.db, settings):
-        wait_until(lambda: row(world, job_id, "trackio").train_step == 3, seconds=WAIT_SECONDS)
-        world.complete(world.job(job_id).claim_id or "")
-        wait_until(lambda: row(world, job_id, "trackio").finished_at, seconds=WAIT_SECONDS)
-
-    logged = _trackio_rows(tmp_path / "trackio" / "ours-p.db")
-    assert [one["step"] for one in logged if "train/loss" in one["metrics"]] == [1, 2, 3]
-    assert any("succeeded" in str(one["metrics"]) for one in logged)
-
-
-def _trackio_rows(path: Path) -> list[dict[str, Any]]:
-    import sqlite3
-
-    with sqlite3.connect(path) as connection:
-        found = connection.execute("select step, metrics from metrics order by id").fetchall()
-    connection.close()
-    return [{"step": step, "metrics": json.loads(metrics)} for step, metrics in found]

@@ -14,13 +14,11 @@ from catalog.process_inspection import deny_inspection
 from worker.children.tracker.mlflow import MlflowRun
 from worker.children.tracker.run import Json, TrackerRun
 from worker.children.tracker.tensorboard import TensorBoardRun
-from worker.children.tracker.trackio import TrackioRun
 from worker.children.tracker.wandb import WandbRun
 
 OPENERS: dict[str, Any] = {
     "mlflow": MlflowRun,
     "tensorboard": TensorBoardRun,
-    "trackio": TrackioRun,
     "wandb": WandbRun,
 }
 
