@@ -19,9 +19,9 @@ from catalog.db.database import Database
 from catalog.errors import Conflict, UnfitWorker
 from catalog.tables.fleet import Service
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Protocol of this code's workers. Increment it if data or files that workers read and write change their meaning."""
-OLDEST_PROTOCOL = 2
+OLDEST_PROTOCOL = 3
 """Oldest protocol that a service of this code supports. Workers with an older one are drained.
 
 Workers of protocol 1 reject a JobSpec with `slice_tokens`, and don't send the token of a reply address.

@@ -91,7 +91,7 @@ def test_serving_shows_the_state_and_the_last_error_of_each_endpoint(fresh: Serv
     deployments.deploy(db, project_id=project_id, adapter=adapter_id, endpoint="gpu-2")
     with db.write() as session:
         row = session.get_one(Deployment, made.id)
-        row.state, row.last_error = "failed", "The server refused it."
+        row.state, row.last_error, row.operator_error = "failed", "The server refused it.", None
 
     serving.get_by_role("row", name="gpu-1").get_by_text("The server refused it.").wait_for()
     assert "failed" in serving.get_by_role("row", name="gpu-1").inner_text()

@@ -21,7 +21,7 @@ from catalog.tables.fleet import Worker
 from tests.catalog.world import World
 from tests.next_migration import LATER, NEXT, UNRELEASED
 
-JOB_SPECS = {2: "50bd9e5e04643e6c103fe96c4c4bc8eef7518702ff737010aaf42313afc98a11"}
+JOB_SPECS = {3: "c542c9f914e96f16d2628214b6f4d070202721dfb4902f23cecd0f028f80a520"}
 """Digest of the fields of a JobSpec by protocol."""
 OLDER = revisions.newest()
 """The previous revision once the migration of tests/next_migration.py is installed."""
