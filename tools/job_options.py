@@ -1,7 +1,7 @@
 """Writes the options of `lorry jobs submit`, from the model that validates the request. The client has no copy of it.
 
-An option has the first sentence of the field's description, its limits and its default. The field of several methods is
-one option; its path has METHOD in place of the method.
+An option has the meaning of its field, the limits and the default. A field of several methods is one option; its path
+has METHOD in place of the method.
 """
 
 import json
@@ -17,15 +17,15 @@ from catalog.spec.methods import MethodType
 from tools.reference_fields import Json, leaves, number_limits, texts
 
 METHODS = get_args(MethodType)
-NO_OPTION = ("model", "training_file", "hyperparameters.", "integrations.", "resources.", "evaluation.samples.")
-"""Arguments, deprecated fields, fields with one value, and lists of objects; `--set` sets the latter."""
+NO_OPTION = {"model", "training_file", "hyperparameters", "integrations", "resources"}
+"""Arguments, deprecated fields, lists of objects, and fields with one value."""
 
 
 def job_options(model: type[BaseModel] = JobRequest) -> str:
     """Return the JSON file: by dotted path, the type of the option, its choices and its help."""
     found: dict[str, list[tuple[str, Json]]] = {}
     for path, field, schema in leaves(model):
-        if path.startswith(NO_OPTION):
+        if path.partition(".")[0] in NO_OPTION or path.startswith("evaluation.samples."):
             continue
         method, common = _method(path)
         found.setdefault(common, []).append((method, {**_type(schema), "help": _text(field, schema)}))
@@ -42,10 +42,12 @@ def _method(path: str) -> tuple[str, str]:
 
 
 def _text(field: FieldInfo, schema: Json) -> str:
-    """Return the first sentence of the description, the limits and the default."""
+    """Return the meaning, the limits and the default. The meaning is the description of the choices if there are any,
+    else its first sentence."""
     meaning, default = texts(field)
+    meaning = meaning if _type(schema)["type"] == "choice" else meaning.partition(". ")[0]
     shown = default.replace("`auto`: ", "").replace("`", "")
-    parts = [f"{meaning.partition('. ')[0].rstrip('.')}."]
+    parts = [f"{meaning.rstrip('.')}."]
     limits = next((number_limits(_usual(part)) for part in _parts(schema)), None)
     parts += [f"{limits[0].upper()}{limits[1:]}."] if limits else []
     parts += [] if shown in ("required", "none", "{}", "false") else [f"Default: {shown}."]

@@ -24,7 +24,8 @@ PROTOCOL = 3
 OLDEST_PROTOCOL = 3
 """Oldest protocol that a service of this code supports. Workers with an older one are drained.
 
-Workers of protocol 1 reject a JobSpec with `slice_tokens`, and don't send the token of a reply address.
+Workers of protocol 1 reject a JobSpec with `slice_tokens`, and don't send the token of a reply address. Those of
+protocol 2 reject `evaluation` and `method_options`.
 """
 MIGRATE = "Run `python -m api bootstrap` from this version to migrate the database. Running services can stay up."
 

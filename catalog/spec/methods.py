@@ -72,7 +72,10 @@ class DpoHyperparameters(Hyperparameters):
         default="auto", description="Strength of the penalty for differing from the reference model. auto: 0.1."
     )
     loss_type: Literal["sigmoid", "ipo"] = Field(
-        default="sigmoid", description="Loss of the margin: sigmoid, or ipo for the squared loss (arXiv 2310.12036)."
+        default="sigmoid",
+        description=(
+            "Loss of the margin: sigmoid, or ipo for the squared loss of the mean log ratios (arXiv 2310.12036)."
+        ),
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="Assumed fraction of mislabeled pairs (sigmoid only)."

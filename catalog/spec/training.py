@@ -129,7 +129,7 @@ class EvaluationRequest(Strict):
     )
 
     samples: Samples | None = Field(
-        default=None, description="Prompts that are answered at each evaluation. null: none."
+        default=None, description="Prompts that are answered at each evaluation, in events as data.samples. null: none."
     )
 
     @field_validator("every_steps")

@@ -151,8 +151,7 @@ _FormatOption = Annotated[
 
 def _with_output_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add `-o json` to a command that has `--json`."""
-    signature = inspect.signature(function)
-    if "as_json" not in signature.parameters:
+    if "as_json" not in inspect.signature(function).parameters:
         return function
 
     @functools.wraps(function)
@@ -162,16 +161,23 @@ def _with_output_option(function: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.BadParameter("--quiet can't be combined with JSON output.")
         return function(*args, **given)
 
-    hints = get_type_hints(function, include_extras=True)
     added = inspect.Parameter("output_format", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_FormatOption)
-    resolved = [
-        parameter.replace(annotation=hints.get(name, parameter.annotation))
-        for name, parameter in signature.parameters.items()
-    ]
-    wrapper = cast("Any", run)
-    wrapper.__signature__ = signature.replace(parameters=[*resolved, added])
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*resolved, added)}
+    set_parameters(run, [*parameters_of(function), added])
     return run
+
+
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a command with their annotations as objects."""
+    hints = get_type_hints(function, include_extras=True)
+    given = inspect.signature(function).parameters
+    return [parameter.replace(annotation=hints.get(name, parameter.annotation)) for name, parameter in given.items()]
+
+
+def set_parameters(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
+    """Set the signature and the annotations of a command, which Typer reads."""
+    command = cast("Any", function)
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def client() -> Lorry:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.cli import lookup
-from lorry.cli.app import EXIT_REFUSED, client, group
+from lorry.cli.app import EXIT_REFUSED, client, group, set_parameters
 from lorry.cli.commands.submit import read, submit
-from lorry.cli.parsing.job_options import set_parameters
 from lorry.cli.render import output, plan_view
 from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, table

@@ -12,10 +12,11 @@ import re
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lorry.cli.app import parameters_of, set_parameters
 from lorry.cli.parsing.durations import UNITS
 from lorry.cli.parsing.option_values import json_or_text, pair
 
@@ -105,26 +106,16 @@ def option(panel: str, help_text: str, *names: str, metavar: str | None = None) 
 def with_job_options(*paths: str, before: str, panel: str | None = None) -> Callable[[Any], Any]:
     """Return a decorator that replaces `**fields` of a command by the options of these fields, or of all.
 
-    before: the parameter that they precede. panel: the part of the help, if not that of the field. Typer reads a
-    function's signature and annotations.
+    before: the parameter that they precede. panel: the part of the help, if not that of the field.
     """
 
     def extend(function: Callable[..., Any]) -> Callable[..., Any]:
-        hints = get_type_hints(function, include_extras=True)
-        given = list(inspect.signature(function).parameters.values())
-        fixed = [one.replace(annotation=hints[one.name]) for one in given if one.kind is not one.VAR_KEYWORD]
+        fixed = [one for one in parameters_of(function) if one.kind is not one.VAR_KEYWORD]
         position = [one.name for one in fixed].index(before)
         set_parameters(function, [*fixed[:position], *_parameters(paths or OPTIONS, panel), *fixed[position:]])
         return function
 
     return extend
-
-
-def set_parameters(function: Callable[..., Any], parameters: Iterable[inspect.Parameter]) -> None:
-    """Set the signature and the annotations of a command."""
-    target = cast("Any", function)
-    target.__signature__ = inspect.Signature([*parameters])
-    target.__annotations__ = {one.name: one.annotation for one in target.__signature__.parameters.values()}
 
 
 def _parameters(paths: Iterable[str], panel: str | None) -> list[inspect.Parameter]:

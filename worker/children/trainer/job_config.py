@@ -13,6 +13,7 @@ from typing import Any, cast
 from catalog.resources.memory import FURTHER_SLICES, MOST_JOB_TOKENS, tick_tokens
 from catalog.spec.job import JobSpec
 from catalog.spec.lora import LoraSpec
+from catalog.spec.methods import SupervisedOptions
 from catalog.spec.training import ScheduleSpec
 from lora_core.config import (
     EarlyStoppingConfig,
@@ -54,6 +55,7 @@ def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineCo
 
 def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | None) -> JobConfig:
     """Return everything that determines the job's result. Raises lora_core's ConfigError."""
+    options = spec.method_options
     return JobConfig(
         lora=_lora_config(spec.lora),
         optimizer=OptimizerConfig(kind=spec.optimizer.type, **spec.optimizer.model_dump(exclude={"type"})),
@@ -66,7 +68,7 @@ def job_config(spec: JobSpec, *, num_steps: int, evaluate_every_steps: int | Non
         early_stopping=EarlyStoppingConfig(**spec.early_stopping.model_dump()) if spec.early_stopping else None,
         keep=spec.evaluation.keep,
         objective=objective_config(spec),
-        neftune_alpha=getattr(spec.method_options, "neftune_alpha", 0.0),
+        neftune_alpha=options.neftune_alpha if isinstance(options, SupervisedOptions) else 0.0,
     )
 
 
